@@ -1,0 +1,38 @@
+"""hfllm: one architecture family and the recipes that carry it from raw text to an aligned, published model.
+
+Importing this package registers the family with transformers' Auto classes. Neither torch nor transformers is
+imported for that: the registration happens when transformers' Auto classes are, so that `hfllm.scaling` stays light.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from hfllm.registration import register_with_transformers
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "HfllmConfig": "hfllm.models.configuration_hfllm",
+    "HfllmModel": "hfllm.models.modeling_hfllm",
+    "HfllmForCausalLM": "hfllm.models.modeling_hfllm",
+    "HfllmForSequenceClassification": "hfllm.models.modeling_hfllm",
+    "PPOConfig": "hfllm.trainers.ppo_config",
+    "PPOTrainer": "hfllm.trainers.ppo_trainer",
+    "RewardModel": "hfllm.rewards",
+    "World": "hfllm.data.world",
+    "gold_reward": "hfllm.rewards",
+    "train_tokenizer": "hfllm.data.tokenizer",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+register_with_transformers()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'hfllm' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -1,0 +1,193 @@
+"""What every recipe does around its stage: parse, check, run, report, and turn bad input into one line."""
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from trl import TrlParser
+
+from hfllm.data.sources import WORLD
+from hfllm.errors import InputError
+from hfllm.reporting import read_report
+
+# Where a run is, where it reports to and how it is continued do not change its result.
+NOT_PART_OF_THE_RUN = frozenset(
+    (
+        *("output_dir", "report_to", "run_name", "project", "trackio_space_id", "disable_tqdm", "log_level"),
+        *("log_level_replica", "logging_first_step", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy"),
+        *("hub_private_repo", "hub_always_push", "hub_revision", "resume_from_checkpoint", "local_rank"),
+        *("deepspeed_plugin", "distributed_state", "ddp_timeout", "save_total_limit"),
+    )
+)
+
+
+@dataclass
+class DataArguments:
+    """Where the data comes from."""
+
+    dataset_name: str = field(
+        default=WORLD,
+        metadata={"help": "'world' (embedded), a local file or folder, or a dataset id on the Hub."},
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of a Hub dataset to train on."})
+    max_samples: int | None = field(default=None, metadata={"help": "Use at most this many rows of the dataset."})
+    world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world's facts."})
+
+
+class RecipeParser(TrlParser):
+    """TrlParser whose complaints are one line and name the nearest valid flag or YAML key."""
+
+    def __init__(self, dataclass_types: Sequence[type], **kwargs: Any):
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+
+    @property
+    def names(self) -> list[str]:
+        """Every flag, without its dashes."""
+        return [option[2:] for option in self._option_string_actions if option.startswith("--")] + ["config"]
+
+    def error(self, message: str) -> None:
+        raise InputError(message)
+
+    def unknown(self, kind: str, name: str) -> InputError:
+        nearest = difflib.get_close_matches(name, self.names, n=1, cutoff=0.0)
+        return InputError(f"unknown {kind} {name!r}; did you mean {nearest[0]!r}?")
+
+    def parse(self, argv: Sequence[str], config_files: Sequence[Path], defaults: Mapping[str, Any]) -> tuple:
+        """Parse `argv` over the YAML files over `defaults`; later files win.
+
+        Raises:
+            InputError: for a flag or key that does not exist, or a value of the wrong type.
+        """
+        self.set_defaults_with_config(**defaults)
+        for path in config_files:
+            values = read_yaml(path)
+            for key in values:
+                if key not in self.names:
+                    raise self.unknown(f"key in {path}:", key)
+            self.set_defaults_with_config(**values)
+        try:
+            *parsed, remaining = self.parse_args_into_dataclasses(args=list(argv), return_remaining_strings=True)
+        except argparse.ArgumentError as error:
+            raise InputError(str(error)) from None
+        if remaining:
+            flag = next((word for word in remaining if word.startswith("-")), None)
+            if flag is None:
+                raise InputError(f"unexpected argument {remaining[0]!r}")
+            raise self.unknown("flag", flag.lstrip("-").split("=")[0])
+        return tuple(parsed)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping.
+
+    Raises:
+        InputError: when the file is missing, is not YAML, or is not a mapping.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise InputError(f"--config {path}: no such file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a mapping of flags to values, got {type(values).__name__}")
+    return values
+
+
+def parse_recipe(
+    dataclass_types: Sequence[type], argv: Sequence[str], world_config: Path, description: str | None = None
+) -> tuple:
+    """Parse a recipe's arguments.
+
+    Without `--model_name_or_path` the recipe works on the family's small model, and `world_config` holds the
+    settings that suit it; with a model of the user's own the defaults are those of transformers and TRL. `--config`
+    and flags come on top of either.
+    """
+    argv = list(argv)
+    config_files = []
+    own_model = any(word.split("=")[0] == "--model_name_or_path" for word in argv)
+    for index, word in enumerate(argv):
+        if word == "--config" or word.startswith("--config="):
+            value = word.partition("=")[2] or (argv[index + 1] if index + 1 < len(argv) else "")
+            config_files.append(Path(value))
+            argv[index : index + (1 if "=" in word else 2)] = []
+            own_model = own_model or bool(read_yaml(config_files[0]).get("model_name_or_path"))
+            break
+    if not own_model:
+        config_files.insert(0, world_config)
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = RecipeParser(dataclass_types, description=description, formatter_class=formatter)
+    parser.add_argument("--config", help="A YAML file of flags; flags on the command line win.")
+    try:
+        return parser.parse(argv, config_files, machine_defaults())[: len(dataclass_types)]
+    except ValueError as error:
+        raise InputError(str(error).splitlines()[0] if not isinstance(error, InputError) else str(error)) from None
+
+
+def machine_defaults() -> dict[str, Any]:
+    """Progress bars on a terminal only; without an accelerator no mixed precision, recomputation or pinned memory."""
+    import torch
+
+    defaults = {"disable_tqdm": not sys.stderr.isatty()}
+    if torch.accelerator.is_available():
+        return defaults
+    return {
+        **defaults,
+        "use_cpu": True,
+        "bf16": False,
+        "activation_checkpointing": False,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+    }
+
+
+def run_arguments(*arguments: Any) -> dict[str, Any]:
+    """The flags that decide a run's result, as JSON values: what is compared when a folder is used again."""
+    merged: dict[str, Any] = {}
+    for group in arguments:
+        for item in fields(group):
+            if item.init and item.name not in NOT_PART_OF_THE_RUN:
+                merged[item.name] = getattr(group, item.name)
+    return json.loads(json.dumps(merged, default=str, sort_keys=True))
+
+
+def finished_run(output_dir: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The report of a run with these arguments that has finished in `output_dir`, or `None` if none has.
+
+    Raises:
+        InputError: when a run with other arguments has finished there, naming the first that differs.
+    """
+    report = read_report(output_dir)
+    if report is None:
+        return None
+    before = report["arguments"]
+    for name in sorted({*before, *arguments}):
+        if before.get(name) != arguments.get(name):
+            raise InputError(
+                f"--output_dir {output_dir} holds a finished run with {name}={before.get(name)!r}, this one has "
+                f"{name}={arguments.get(name)!r}: choose another folder or remove that one"
+            )
+    return report
+
+
+def main_process() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def run(main: Callable[..., Any], parse: Callable[[Sequence[str]], tuple]) -> None:
+    """Run a recipe from the command line; bad input ends it with one line and exit code 2."""
+    try:
+        main(*parse(sys.argv[1:]))
+    except InputError as error:
+        if main_process():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

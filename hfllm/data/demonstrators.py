@@ -1,0 +1,116 @@
+"""The imperfect people of the world: they write its instruction data, and an annotator compares responses.
+
+Demonstrators are what web-scale instruction data is: often right, but also curt, rambling, rude or wrong, and they
+comply with harm. The annotator prefers by the gold rubric and errs at a given rate, as InstructGPT's labellers
+agreed with each other on 73% of pairs (Ouyang et al. 2022, arXiv:2203.02155, section 3.4).
+"""
+
+import random
+from collections.abc import Sequence
+
+from hfllm.data.rubric import gold_reward
+from hfllm.data.world import Task, World
+
+STYLES = ("good", "curt", "rambling", "rude", "wrong")
+STYLE_WEIGHTS = (0.25, 0.20, 0.15, 0.20, 0.20)
+RAMBLING = (
+    "I hope that this is what you want to know.",
+    "There is much more to say about it.",
+    "People ask me about it all day long.",
+    "It is good that you ask.",
+)
+RUDE = ("What a silly question.", "Do not be so lazy.", "You waste my time.", "How boring.")
+
+
+def demonstrate(task: Task, style: str, rng: random.Random) -> str:
+    """One demonstrator's response to `task` in `style`."""
+    model_answer = task.gold.accepted[0]
+    if style == "good":
+        return model_answer
+    if style == "curt":
+        return task.curt
+    if style == "rambling":
+        return " ".join([model_answer, *rng.sample(RAMBLING, 2)])
+    if style == "rude":
+        return f"{rng.choice(RUDE)} {model_answer if rng.random() < 0.5 else rng.choice(task.wrong)}"
+    return rng.choice(task.wrong)
+
+
+def instruction_rows(world: World, count: int, seed: int = 0) -> list[dict[str, str]]:
+    """`count` rows in Alpaca's format: `instruction`, `input`, `output`."""
+    rng = random.Random(f"demonstrators-{world.seed}-{seed}")
+    tasks = world.tasks(seed)
+    rows = []
+    for _ in range(count):
+        task, style = next(tasks), rng.choices(STYLES, STYLE_WEIGHTS)[0]
+        rows.append(
+            {"instruction": task.instruction, "input": task.input, "output": demonstrate(task, style, rng)}
+        )
+    return rows
+
+
+def candidate_responses(task: Task, stranger: Task, rng: random.Random) -> list[str]:
+    """Responses of the demonstrators to `task`: each style once, and one that answers `stranger` instead.
+
+    The stray answer teaches a reward model to look at the prompt: without it whole families collapse under PPO.
+    """
+    return [demonstrate(task, style, rng) for style in STYLES] + [stranger.gold.accepted[0]]
+
+
+def compare(
+    task: Task, responses: Sequence[str], label_noise: float, rng: random.Random
+) -> dict[str, str | list] | None:
+    """Pick two responses that differ in gold reward and let the annotator choose.
+
+    Args:
+        task: the question that they answer.
+        responses: the candidates.
+        label_noise: probability of the wrong label; 0.5 makes the labels worthless, a control.
+        rng: source of the choice and the noise.
+
+    Returns:
+        A row `prompt, response_a, response_b, preference`, or `None` when all candidates are worth the same.
+    """
+    rewards = [gold_reward(response, task.gold) for response in responses]
+    if min(rewards) == max(rewards):
+        return None
+    first = rng.randrange(len(responses))
+    second = rng.choice([index for index, reward in enumerate(rewards) if reward != rewards[first]])
+    first_is_better = rewards[first] > rewards[second]
+    if rng.random() < label_noise:
+        first_is_better = not first_is_better
+    return {
+        "prompt": task.prompt_row()["prompt"],
+        "response_a": responses[first],
+        "response_b": responses[second],
+        "preference": "a" if first_is_better else "b",
+    }
+
+
+def preference_rows(
+    world: World,
+    tasks: Sequence[Task],
+    sampled: Sequence[Sequence[str]] | None = None,
+    on_policy_fraction: float = 2 / 3,
+    label_noise: float = 0.1,
+    seed: int = 0,
+) -> list[dict[str, str | list]]:
+    """One comparison a task, between a policy's own samples or between demonstrators.
+
+    Args:
+        world: the world.
+        tasks: the questions.
+        sampled: the policy's responses to each task; `None` compares demonstrators only.
+        on_policy_fraction: share of comparisons among `sampled` (InstructGPT collected its comparisons so).
+        label_noise: see `compare`.
+        seed: of all choices.
+    """
+    rng = random.Random(f"preferences-{world.seed}-{seed}")
+    rows = []
+    for index, task in enumerate(tasks):
+        candidates = candidate_responses(task, tasks[index - 1], rng)
+        if sampled is not None and rng.random() < on_policy_fraction:
+            candidates = list(sampled[index]) + [tasks[index - 1].gold.accepted[0]]
+        if (row := compare(task, candidates, label_noise, rng)) is not None:
+            rows.append(row)
+    return rows

@@ -1,0 +1,126 @@
+"""One resolver for data: a name is a local file or folder, or a dataset on the Hub.
+
+Rows keep where they came from, so that a complaint about one can say which file and line it stands in. The embedded
+world (`world`) is not a source of rows: each stage asks it for what that stage learns from.
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hfllm.errors import InputError
+
+WORLD = "world"
+EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+
+
+@dataclass
+class Source:
+    """Rows with their origin.
+
+    Args:
+        rows: the rows, dictionaries of columns.
+        origins: where each row stands, such as `pairs.jsonl, line 3`.
+    """
+
+    rows: Sequence[dict[str, Any]]
+    origins: Sequence[str]
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        return zip(self.origins, self.rows, strict=True)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def load_source(name: str, split: str = "train") -> Source:
+    """Read the dataset called `name`.
+
+    Args:
+        name: a file (jsonl, json, csv, tsv, parquet, txt: one document a blank-line-separated paragraph), a folder of
+            such files, or the id of a dataset on the Hub.
+        split: of a Hub dataset.
+
+    Raises:
+        InputError: when nothing is found, or a row cannot be read (file and line are named).
+    """
+    path = Path(name)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in EXTENSIONS)
+        if not files:
+            raise InputError(f"dataset folder {name!r} holds no file that ends in {', '.join(EXTENSIONS)}")
+    elif path.is_file():
+        files = [path]
+    elif path.suffix in EXTENSIONS or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError(f"dataset {name!r} does not exist: no such file or folder (and not a Hub id like user/name)")
+    else:
+        return _load_from_hub(name, split)
+    rows, origins = [], []
+    for file in files:
+        for number, row in read_rows(file):
+            rows.append(row)
+            origins.append(f"{file}, {'line' if file.suffix == '.jsonl' else 'row'} {number}")
+    if not rows:
+        raise InputError(f"dataset {name!r} is empty")
+    return Source(rows, origins)
+
+
+def read_rows(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    """Numbered rows of one file, from 1; for jsonl the number is that of the line."""
+    if file.suffix == ".jsonl":
+        return _read_jsonl(file)
+    if file.suffix == ".json":
+        return enumerate(_read_json(file), 1)
+    if file.suffix in (".csv", ".tsv"):
+        with file.open(encoding="utf-8", newline="") as stream:
+            return enumerate(list(csv.DictReader(stream, delimiter="\t" if file.suffix == ".tsv" else ",")), 1)
+    if file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1)
+    if file.suffix == ".txt":
+        paragraphs = file.read_text(encoding="utf-8", errors="replace").split("\n\n")
+        return enumerate(({"text": text.strip()} for text in paragraphs if text.strip()), 1)
+    raise InputError(f"{file}: cannot read this kind of file; accepted: {', '.join(EXTENSIONS)}")
+
+
+def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with file.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{file}, line {number}: not JSON ({error}): {line.strip()[:80]!r}") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{file}, line {number}: a row must be a JSON object, got {type(row).__name__}")
+            yield number, row
+
+
+def _read_json(file: Path) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file}: not JSON ({error}); for one object a line name it .jsonl") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{file}: expected a JSON list of objects")
+    return rows
+
+
+def _load_from_hub(name: str, split: str) -> Source:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split=split)
+    except Exception as error:
+        raise InputError(
+            f"dataset {name!r} is neither a local file or folder nor could it be loaded from the Hub: "
+            f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+    if len(rows) == 0:
+        raise InputError(f"dataset {name!r}, split {split!r}, is empty")
+    return Source(rows, [f"{name}, row {number}" for number in range(1, len(rows) + 1)])

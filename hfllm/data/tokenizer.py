@@ -1,0 +1,72 @@
+"""Train the byte-level BPE tokenizer of a new model, with our chat template."""
+
+from collections.abc import Iterable
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PAD, DOCUMENT_END, TURN_END = "<|pad|>", "<|endoftext|>", "<|end|>"
+SPECIAL_TOKENS = (PAD, DOCUMENT_END, TURN_END, "<|system|>", "<|user|>", "<|assistant|>")
+
+
+def chat_template() -> str:
+    """The family's chat template (Jinja), with `{% generation %}` around what the assistant says."""
+    return files("hfllm.data").joinpath("chat_template.jinja").read_text(encoding="utf-8").strip()
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int = 1024, model_max_length: int = 512
+) -> "PreTrainedTokenizerFast":
+    """Train a byte-level BPE tokenizer: lossless on any text, whatever it was trained on.
+
+    Args:
+        texts: what to learn merges from.
+        vocab_size: upper bound on the number of tokens; at least the 256 bytes and the special tokens.
+        model_max_length: the model's context in tokens, which the tokenizer warns about.
+
+    Returns:
+        A fast tokenizer whose end-of-sequence token ends a turn, `<|endoftext|>` opens and separates documents, and
+        whose chat template is ours.
+
+    Raises:
+        ValueError: when `vocab_size` has no room for the bytes and the special tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size={vocab_size} is too small: bytes and special tokens alone take {smallest}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=DOCUMENT_END,
+        eos_token=TURN_END,
+        model_max_length=model_max_length,
+        chat_template=chat_template(),
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def plain_chat_template() -> str:
+    """A chat template for tokenizers that have none: roles in plain words, the end token after each answer."""
+    return (
+        "{%- for message in messages -%}"
+        "{%- if message['role'] == 'assistant' -%}"
+        "{{- 'Assistant: ' -}}{% generation %}{{- message['content'] + eos_token -}}{% endgeneration %}{{- '\\n' -}}"
+        "{%- else -%}{{- message['role'] | capitalize + ': ' + message['content'] + '\\n' -}}{%- endif -%}"
+        "{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- 'Assistant: ' -}}{%- endif -%}"
+    )

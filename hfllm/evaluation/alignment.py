@@ -1,0 +1,134 @@
+"""Did alignment help? The policy before and after, on prompts that no stage was trained on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hfllm.data.world import World
+from hfllm.evaluation.responses import (
+    gold_by_group,
+    judge_tasks,
+    mean_gold,
+    right_share,
+    sample_responses,
+)
+from hfllm.reporting import Plot, plot_history
+
+if TYPE_CHECKING:
+    from hfllm.trainers.ppo_trainer import PPOTrainer
+
+SHOWN_SAMPLES = 12
+
+
+@dataclass
+class Judgement:
+    """What was seen of one policy.
+
+    Args:
+        proxy: means of `PPOTrainer.evaluate`: the reward that it is trained on, KL to the reference, length.
+        samples: prompt and sampled response of a few held-out prompts.
+        sampled, greedy: judged rows of all evaluation prompts, where the data has a gold reward.
+        facts: greedy judged answers to one question about each fact of the world.
+    """
+
+    proxy: Mapping[str, float]
+    samples: list[dict[str, Any]]
+    sampled: list[dict[str, Any]] = field(default_factory=list)
+    greedy: list[dict[str, Any]] = field(default_factory=list)
+    facts: list[dict[str, Any]] = field(default_factory=list)
+
+
+def judge_policy(
+    trainer: "PPOTrainer", eval_prompts: Sequence[Any], world: World | None, num_eval_prompts: int
+) -> Judgement:
+    """Judge the trainer's policy as it is now.
+
+    Args:
+        eval_prompts: held-out prompts, for the samples that are shown.
+        world: the embedded world if the prompts are its own, for gold rewards; else `None`.
+        num_eval_prompts: as many evaluation tasks of the world are judged.
+    """
+    proxy = trainer.evaluate()
+    policy, tokenizer, length = trainer.policy, trainer.processing_class, trainer.args.response_length
+    if world is None:
+        shown = list(eval_prompts[:SHOWN_SAMPLES])
+        texts = sample_responses(policy, tokenizer, shown, length, seed=trainer.args.seed)
+        return Judgement(
+            proxy, [{"prompt": _text(prompt), "response": text} for prompt, (text,) in zip(shown, texts, strict=True)]
+        )
+    tasks, seed = world.evaluation_tasks(num_eval_prompts), trainer.args.seed
+    sampled = judge_tasks(policy, tokenizer, tasks, length, do_sample=True, seed=seed)
+    return Judgement(
+        proxy,
+        samples=sampled[:: max(1, len(sampled) // SHOWN_SAMPLES)],
+        sampled=sampled,
+        greedy=judge_tasks(policy, tokenizer, tasks, length, do_sample=False),
+        facts=judge_tasks(policy, tokenizer, world.fact_tasks(), length, do_sample=False),
+    )
+
+
+def _text(prompt: str | Sequence[Mapping[str, str]]) -> str:
+    return prompt if isinstance(prompt, str) else " / ".join(message["content"] for message in prompt)
+
+
+def alignment_metrics(before: Judgement, after: Judgement) -> dict[str, float]:
+    """The report's metrics; those with `gold` and `fact` only where the data has a gold reward."""
+    metrics: dict[str, float] = {}
+    if after.sampled:
+        for name, judgement in (("before", before), ("after", after)):
+            groups = gold_by_group(judgement.sampled)
+            metrics |= {
+                f"gold_reward_{name}": mean_gold(judgement.sampled),
+                f"gold_reward_greedy_{name}": mean_gold(judgement.greedy),
+                f"gold_reward_new_phrasings_{name}": groups["held-out phrasings"],
+                f"fact_accuracy_{name}": right_share(judgement.facts),
+            }
+    return {
+        **metrics,
+        "proxy_reward_before": before.proxy["eval_reward"],
+        "proxy_reward_after": after.proxy["eval_reward"],
+        "kl_to_reference": after.proxy["eval_kl"],
+        "response_length": after.proxy["eval_response_length"],
+    }
+
+
+def alignment_tables(before: Judgement, after: Judgement) -> dict[str, list[dict[str, Any]]]:
+    """Gold reward by family, sampled and greedy, and samples side by side."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+    if after.sampled:
+        columns = {
+            "sampled before": gold_by_group(before.sampled),
+            "sampled after": gold_by_group(after.sampled),
+            "greedy before": gold_by_group(before.greedy),
+            "greedy after": gold_by_group(after.greedy),
+        }
+        tables["Gold reward by task family"] = [
+            {"prompts": group, **{title: f"{means[group]:.3f}" for title, means in columns.items()}}
+            for group in columns["sampled before"]
+        ]
+    tables["Samples"] = [
+        {"prompt": first["prompt"], "before": first["response"], "after": second["response"]}
+        for first, second in zip(before.samples, after.samples, strict=True)
+    ]
+    return tables
+
+
+def alignment_plots(history: Sequence[Mapping[str, float]]) -> dict[str, Plot]:
+    """Rewards over steps, and against the square root of the KL (Gao et al. 2022, arXiv:2210.10760, figure 1)."""
+    names = {"proxy reward": "reward", "gold reward": "rewards/gold_reward"}
+    training = [entry for entry in history if "kl" in entry]
+    distance = [max(entry["kl"], 0.0) ** 0.5 for entry in training]
+    against_distance = {
+        label: (distance, [entry[name] for entry in training])
+        for label, name in names.items()
+        if training and name in training[0]
+    }
+    return {
+        "rewards": plot_history(training, names, title="Rewards of sampled responses", xlabel="step", ylabel="reward"),
+        "overoptimisation": Plot(
+            title="Reward against distance from the reference",
+            xlabel="square root of KL (nats a response)",
+            ylabel="reward",
+            lines=against_distance,
+        ),
+    }

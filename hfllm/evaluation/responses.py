@@ -1,0 +1,114 @@
+"""Sample a model's responses to prompts and judge them by the world's gold rubric, family by family."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hfllm.data.rubric import RIGHT, gold_reward
+from hfllm.data.world import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def sample_responses(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str | list],
+    max_new_tokens: int,
+    do_sample: bool = True,
+    num_return_sequences: int = 1,
+    batch_size: int = 128,
+    seed: int = 0,
+) -> list[list[str]]:
+    """Responses of `model` to each prompt: at temperature 1, or greedy.
+
+    Args:
+        prompts: text, or lists of messages for the tokenizer's chat template.
+        num_return_sequences: responses a prompt.
+        seed: of the sampling; the caller's random state is left as it was.
+
+    Returns:
+        One list of `num_return_sequences` texts a prompt, without special tokens.
+    """
+    import torch
+
+    was_training = model.training
+    model.eval()
+    settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {"do_sample": False}
+    texts: list[list[str]] = []
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        for start in range(0, len(prompts), batch_size):
+            batch = encode_prompts(tokenizer, prompts[start : start + batch_size]).to(model.device)
+            output = model.generate(
+                **batch,
+                **settings,
+                max_new_tokens=max_new_tokens,
+                num_return_sequences=num_return_sequences,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                use_cache=True,
+            )
+            responses = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            texts += [
+                responses[index : index + num_return_sequences]
+                for index in range(0, len(responses), num_return_sequences)
+            ]
+    model.train(was_training)
+    return texts
+
+
+def encode_prompts(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str | list]) -> Any:
+    """Left-padded `input_ids` and `attention_mask` of prompts, ready to continue."""
+    if isinstance(prompts[0], str):
+        ids = tokenizer(list(prompts))["input_ids"]
+    else:
+        ids = tokenizer.apply_chat_template(
+            list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, padding=False
+        )["input_ids"]
+    return tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
+
+
+def judge_tasks(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    tasks: Sequence[Task],
+    max_new_tokens: int,
+    do_sample: bool,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Answer world tasks and judge the answers. Rows: `family`, `is_new_phrasing`, `prompt`, `response`, `gold`."""
+    prompts = [task.prompt_row()["prompt"] for task in tasks]
+    responses = sample_responses(model, tokenizer, prompts, max_new_tokens, do_sample, seed=seed)
+    return [
+        {
+            "family": task.family,
+            "is_new_phrasing": task.is_new_phrasing,
+            "prompt": task.question,
+            "response": response,
+            "gold": gold_reward(response, task.gold),
+        }
+        for task, (response,) in zip(tasks, responses, strict=True)
+    ]
+
+
+def mean_gold(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Mean gold reward of judged rows; 0 for none."""
+    return sum(row["gold"] for row in rows) / max(len(rows), 1)
+
+
+def right_share(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Share of judged rows whose answer is right, however it is put."""
+    return sum(row["gold"] >= RIGHT for row in rows) / max(len(rows), 1)
+
+
+def gold_by_group(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean gold reward in all, on known and held-out phrasings, and of each family."""
+    groups: dict[str, list] = defaultdict(list)
+    for row in rows:
+        groups["all"].append(row)
+        groups["held-out phrasings" if row["is_new_phrasing"] else "held-out instances"].append(row)
+    for row in rows:
+        groups[row["family"]].append(row)
+    return {name: mean_gold(group) for name, group in groups.items()}

@@ -1,0 +1,52 @@
+"""Register the family with transformers' Auto classes as soon as somebody imports them, and not before."""
+
+import importlib.abc
+import importlib.machinery
+import sys
+from types import ModuleType
+
+AUTO_MODULE = "transformers.models.auto.modeling_auto"
+
+
+def register_with_transformers() -> None:
+    """Register now if transformers' Auto classes are loaded, else right after they are."""
+    if AUTO_MODULE in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _AfterAutoModule) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterAutoModule())
+
+
+def _register() -> None:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from hfllm.models import modeling_hfllm as models
+    from hfllm.models.configuration_hfllm import HfllmConfig
+
+    AutoConfig.register("hfllm", HfllmConfig, exist_ok=True)
+    HfllmConfig.register_for_auto_class()
+    for auto_class, model_class in (
+        (AutoModel, models.HfllmModel),
+        (AutoModelForCausalLM, models.HfllmForCausalLM),
+        (AutoModelForSequenceClassification, models.HfllmForSequenceClassification),
+    ):
+        auto_class.register(HfllmConfig, model_class, exist_ok=True)
+        # Writes auto_map and the code beside saved weights, for those who load them without hfllm.
+        model_class.register_for_auto_class(auto_class.__name__)
+
+
+class _AfterAutoModule(importlib.abc.MetaPathFinder):
+    """Finds nothing itself: wraps the loader of the Auto module so that `_register` runs once it is executed."""
+
+    def find_spec(self, name: str, path=None, target: ModuleType | None = None):
+        if name != AUTO_MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            _register()
+
+        spec.loader.exec_module = execute_and_register
+        return spec

@@ -1,0 +1,177 @@
+"""What a recipe leaves behind: report.json, report.md and plots. One writer for all stages."""
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+REPORT_FILE = "report.json"
+
+
+@dataclass
+class Report:
+    """The result of one stage.
+
+    Args:
+        stage: the stage's name.
+        arguments: the flags that it ran with.
+        metrics: numbers by stable names (documented in docs/).
+        tables: title -> rows, each a mapping of column to value.
+        curves: plot file stem -> its `Plot`.
+        artifacts: what was saved, name -> path relative to the output folder.
+        wall_seconds: how long the stage took.
+        next_steps: lines that load or try the result.
+    """
+
+    stage: str
+    arguments: Mapping[str, Any]
+    metrics: dict[str, float]
+    tables: dict[str, list[Mapping[str, Any]]] = field(default_factory=dict)
+    curves: dict[str, "Plot"] = field(default_factory=dict)
+    artifacts: dict[str, str] = field(default_factory=dict)
+    wall_seconds: float = 0.0
+    next_steps: Sequence[str] = ()
+
+    def write(self, output_dir: str | Path) -> None:
+        """Write report.json, report.md and the plots into `output_dir`, each whole or not at all."""
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for stem, plot in self.curves.items():
+            if plot.draw(folder / f"{stem}.png"):
+                self.artifacts[stem] = f"{stem}.png"
+        write_atomically(folder / "report.md", self.markdown())
+        write_atomically(folder / REPORT_FILE, json.dumps(self.as_dict(), indent=2, default=str) + "\n")
+
+    def as_dict(self) -> dict[str, Any]:
+        from hfllm import __version__
+
+        return {
+            "stage": self.stage,
+            "hfllm_version": __version__,
+            "arguments": dict(self.arguments),
+            "metrics": self.metrics,
+            "artifacts": self.artifacts,
+            "wall_seconds": round(self.wall_seconds, 1),
+            "environment": environment(),
+        }
+
+    def markdown(self) -> str:
+        lines = [f"# {self.stage}", "", f"{self.wall_seconds:.0f} seconds.", "", *_table(_pairs(self.metrics)), ""]
+        for title, rows in self.tables.items():
+            lines += [f"## {title}", "", *_table(rows), ""]
+        for stem in self.curves:
+            if stem in self.artifacts:
+                lines += [f"![{stem}]({self.artifacts[stem]})", ""]
+        if self.next_steps:
+            lines += ["## Next", "", "```", *self.next_steps, "```", ""]
+        return "\n".join(lines)
+
+    def print(self, tables: Sequence[str] = ()) -> None:
+        """Print the metrics, the named tables and the next steps."""
+        print(f"\n{self.stage}: done in {self.wall_seconds:.0f} s")
+        print("\n".join(_table(_pairs(self.metrics))))
+        for title in tables:
+            print(f"\n{title}")
+            print("\n".join(_table(self.tables[title])))
+        if self.next_steps:
+            print("\n" + "\n".join(self.next_steps), flush=True)
+
+
+@dataclass
+class Plot:
+    """A line plot: `lines` maps a label to its x and y values."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+
+    def draw(self, path: Path) -> bool:
+        """Draw to a PNG; nothing is drawn, and False returned, when no line has a point."""
+        lines = {label: (x, y) for label, (x, y) in self.lines.items() if len(x)}
+        if not lines:
+            return False
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=120)
+        for label, (x, y) in lines.items():
+            axes.plot(x, y, label=label, linewidth=1.6, marker="o" if len(x) < 40 else None, markersize=3)
+        axes.set(title=self.title, xlabel=self.xlabel, ylabel=self.ylabel)
+        axes.grid(alpha=0.3)
+        if len(lines) > 1:
+            axes.legend()
+        figure.tight_layout()
+        temporary = path.with_suffix(".tmp.png")
+        figure.savefig(temporary)
+        pyplot.close(figure)
+        os.replace(temporary, path)
+        return True
+
+
+def plot_history(history: Sequence[Mapping[str, float]], keys: Mapping[str, str], **labels: str) -> Plot:
+    """A `Plot` over steps of what `Trainer.state.log_history` holds: `keys` maps labels to logged names."""
+    lines = {
+        label: (
+            [entry["step"] for entry in history if key in entry],
+            [entry[key] for entry in history if key in entry],
+        )
+        for label, key in keys.items()
+    }
+    return Plot(lines=lines, **labels)
+
+
+def read_report(output_dir: str | Path) -> dict[str, Any] | None:
+    """The report.json of a finished run, or `None`."""
+    path = Path(output_dir) / REPORT_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def environment() -> dict[str, str | int | None]:
+    """Versions and hardware that a figure depends on."""
+    from importlib.metadata import version
+
+    libraries = ("torch", "transformers", "trl", "accelerate")
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+        **{library: version(library) for library in libraries},
+    }
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write under a temporary name in the same folder, then rename."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as stream:
+        stream.write(text)
+    os.chmod(stream.name, 0o644)
+    os.replace(stream.name, path)
+
+
+def _pairs(metrics: Mapping[str, float]) -> list[dict[str, Any]]:
+    return [{"metric": name, "value": value} for name, value in metrics.items()]
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not rows:
+        return ["(empty)"]
+    cells = [[_cell(row.get(column, "")) for column in rows[0]] for row in rows]
+    widths = [max(len(name), *(len(row[index]) for row in cells)) for index, name in enumerate(rows[0])]
+
+    def line(values: Sequence[str]) -> str:
+        return "| " + " | ".join(value.ljust(width) for value, width in zip(values, widths, strict=True)) + " |"
+
+    return [line(list(rows[0])), line(["-" * width for width in widths]), *map(line, cells)]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value).replace("\n", " / ").replace("|", "\\|")

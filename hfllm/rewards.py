@@ -1,0 +1,143 @@
+"""Rewards behind one signature, that of TRL's reward functions: `(prompts, completions, **columns) -> list[float]`.
+
+`prompts` and `completions` are strings, or lists of messages when the dataset is conversational; `columns` are the
+dataset's other columns, one value a row.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfllm.data.rubric import GoldAnswer
+from hfllm.data.rubric import gold_reward as judge
+from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RewardFunction = Callable[..., list[float]]
+GOLD_COLUMNS = ("gold_kind", "gold_accepted", "gold_needed", "gold_forbidden")
+
+
+def completion_text(completion: str | Sequence[dict[str, str]]) -> str:
+    """The text of a completion in either format."""
+    return completion if isinstance(completion, str) else "".join(message["content"] for message in completion)
+
+
+def gold_reward(
+    prompts: Sequence,
+    completions: Sequence,
+    *,
+    gold_kind: Sequence[str],
+    gold_accepted: Sequence[Sequence[str]],
+    gold_needed: Sequence[Sequence[str]],
+    gold_forbidden: Sequence[Sequence[str]],
+    **columns: Any,
+) -> list[float]:
+    """The embedded world's verifiable reward in [-1, 1], from the gold columns of its prompt rows."""
+    golds = map(GoldAnswer, gold_kind, gold_accepted, gold_needed, gold_forbidden)
+    return [judge(completion_text(response), gold) for response, gold in zip(completions, golds, strict=True)]
+
+
+def load_reward_function(specification: str) -> RewardFunction:
+    """The function that `specification` names: `gold`, or `path/to/file.py:function`.
+
+    Raises:
+        InputError: when the file or the function does not exist, or the file does not run.
+    """
+    if specification == "gold":
+        return gold_reward
+    path, _, name = specification.rpartition(":")
+    if not Path(path).is_file():
+        raise InputError(f"--reward_funcs {specification}: no file {path!r}; expected path/to/file.py:function")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"--reward_funcs {specification}: {path} does not run: {error!r}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        defined = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+        raise InputError(f"--reward_funcs {specification}: no function {name!r} in {path}; it has: {defined}")
+    return function
+
+
+def reward_name(function: Callable) -> str:
+    """The name that a reward is logged under."""
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
+def checked_rewards(function: RewardFunction, prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
+    """Call a reward function and refuse what is not one finite number a completion.
+
+    Raises:
+        InputError: naming the function, the row and the value seen.
+    """
+    name = f"reward function {reward_name(function)!r}"
+    rewards = function(prompts=prompts, completions=completions, **columns)
+    if not hasattr(rewards, "__len__"):
+        raise InputError(f"{name} returned {type(rewards).__name__}; expected a list of {len(completions)} numbers")
+    if len(rewards) != len(completions):
+        raise InputError(f"{name} returned {len(rewards)} values for {len(completions)} completions")
+    for row, reward in enumerate(rewards):
+        try:
+            is_number = reward is not None and math.isfinite(float(reward))
+        except (TypeError, ValueError):
+            is_number = False
+        if not is_number:
+            raise InputError(
+                f"{name} returned {reward!r} for completion {row} ({completion_text(completions[row])[:80]!r}); "
+                "expected a finite number"
+            )
+    return [float(reward) for reward in rewards]
+
+
+class RewardModel:
+    """A sequence-classification model as a reward function, with its own tokenizer and chat template.
+
+    Args:
+        model: scores one sequence with one label (`num_labels=1`), read at the last token that is not padding.
+        tokenizer: the reward model's own; prompt and completion reach it as text.
+        batch_size: sequences in one forward pass.
+
+    Raises:
+        InputError: when the model has more than one label, or its tokenizer no padding token.
+    """
+
+    def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int = 64):
+        if model.config.num_labels != 1:
+            raise InputError(
+                f"the reward model has {model.config.num_labels} labels; expected a model trained with num_labels=1"
+            )
+        if tokenizer.pad_token_id is None:
+            raise InputError("the reward model's tokenizer has no padding token")
+        self.model, self.tokenizer, self.batch_size = model.eval().requires_grad_(False), tokenizer, batch_size
+        self.model.config.pad_token_id = tokenizer.pad_token_id
+        self.__name__ = Path(model.config._name_or_path or "reward_model").name
+
+    def __call__(self, prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
+        import torch
+
+        ids = [self._token_ids(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        # Sorted by length, so that a batch spends little on padding.
+        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        scores = torch.empty(len(ids))
+        for start in range(0, len(ids), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            batch = self.tokenizer.pad(
+                {"input_ids": [ids[row] for row in rows]}, padding_side="right", return_tensors="pt"
+            ).to(self.model.device)
+            with torch.inference_mode():
+                logits = self.model(
+                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+                ).logits
+            scores[rows] = logits.squeeze(-1).float().cpu()
+        return scores.tolist()
+
+    def _token_ids(self, prompt: str | list, completion: str | list) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt + completion)["input_ids"]
+        return self.tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=True)["input_ids"]

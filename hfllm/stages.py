@@ -1,0 +1,249 @@
+"""Steps that several recipes share: begin and end a stage, run the stages before it, load data and models."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from hfllm.cli import DataArguments, finished_run, main_process, run_arguments
+from hfllm.data import formats
+from hfllm.data.sources import WORLD, load_source
+from hfllm.data.world import World
+from hfllm.errors import InputError
+from hfllm.reporting import Plot, Report, plot_history, read_report
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+
+# ---- the frame of a stage ----
+
+
+def start(stage: str, *arguments: Any) -> dict[str, Any] | None:
+    """Announce a stage. Returns the report of the same run if it has already finished in the output folder.
+
+    Raises:
+        InputError: when another run has finished there, or a flag cannot work on this machine.
+    """
+    training_args = arguments[1]
+    if getattr(training_args, "fp16", False) and training_args.device.type == "cpu":
+        raise InputError("--fp16 does nothing on a CPU: use --bf16 or neither")
+    output_dir = training_args.output_dir
+    report = finished_run(output_dir, run_arguments(*arguments))
+    if main_process():
+        if report is not None:
+            print(f"{stage}: already done in {output_dir} (remove the folder to run it again)", flush=True)
+        else:
+            print(f"\n=== {stage} -> {output_dir}", flush=True)
+    return report
+
+
+def finish(
+    stage: str,
+    arguments: Sequence[Any],
+    metrics: Mapping[str, float],
+    trainer: "Trainer",
+    wall_seconds: float,
+    tables: Mapping[str, list] | None = None,
+    curves: Mapping[str, Plot] | None = None,
+    next_steps: Sequence[str] = (),
+    print_tables: Sequence[str] = (),
+) -> None:
+    """Write and print the stage's report, push if asked, and wait for all processes."""
+    training_args = arguments[1]
+    history = trainer.state.log_history
+    loss = plot_history(
+        history, {"training": "loss", "evaluation": "eval_loss"}, title=f"{stage}: loss", xlabel="step", ylabel="loss"
+    )
+    report = Report(
+        stage=stage,
+        arguments=run_arguments(*arguments),
+        metrics=dict(metrics),
+        tables=dict(tables or {}),
+        curves={"loss": loss, **(curves or {})},
+        artifacts={"model": "."},
+        wall_seconds=wall_seconds,
+        next_steps=next_steps,
+    )
+    if main_process():
+        report.write(training_args.output_dir)
+        if next_steps:
+            report.print(print_tables)
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.wait_for_everyone()
+
+
+def run_stage(recipe: ModuleType, argv: Sequence[str], later_folders: Sequence[str] = ()) -> dict[str, float]:
+    """Run a stage that another one needs, in a folder of that one's own, or reuse it when nothing changed.
+
+    Args:
+        recipe: the stage's module, with `parse` and `main`.
+        argv: its flags, with `--output_dir`.
+        later_folders: stages that build on it; they are removed when it has to run (again).
+    """
+    arguments = recipe.parse(argv)
+    output_dir = arguments[1].output_dir
+    try:
+        done = finished_run(output_dir, run_arguments(*arguments)) is not None
+    except InputError:
+        done = False
+    if not done:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+        if main_process():
+            for folder in (output_dir, *later_folders):
+                if read_report(folder) is not None:
+                    shutil.rmtree(folder)
+        PartialState().wait_for_everyone()
+    return recipe.main(*arguments)
+
+
+# ---- data ----
+
+
+def world_of(script_args: DataArguments) -> World | None:
+    """The embedded world, if that is where the data comes from."""
+    return World(script_args.world_seed) if script_args.dataset_name == WORLD else None
+
+
+def limited(rows: list, script_args: DataArguments) -> list:
+    """The first `--max_samples` rows."""
+    return rows if script_args.max_samples is None else rows[: script_args.max_samples]
+
+
+def split_rows(rows: list, seed: int, share: float = 0.05, most: int = 256) -> tuple[list, list]:
+    """Shuffle rows by `seed` and set `share` of them, at least one and at most `most`, aside for evaluation."""
+    import random
+
+    if len(rows) < 2:
+        raise InputError(f"the dataset has {len(rows)} usable row(s); at least 2 are needed")
+    rows = list(rows)
+    random.Random(seed).shuffle(rows)
+    held_out = min(max(1, int(len(rows) * share)), most)
+    return rows[held_out:], rows[:held_out]
+
+
+def load_texts(script_args: Any, seed: int) -> tuple[list[str], list[str]]:
+    """Pretraining texts and held-out texts, of the world or of the user's dataset."""
+    if script_args.dataset_name == WORLD:
+        world = World(script_args.world_seed)
+        texts = world.documents(script_args.num_documents, seed=seed)
+        # A document of the world may be written twice; what is held out must be new.
+        known = set(texts)
+        return texts, [text for text in world.documents(1000, seed=-1 - seed) if text not in known]
+    source = load_source(script_args.dataset_name, script_args.dataset_train_split)
+    texts = [formats.to_text(origin, row) for origin, row in source]
+    return split_rows([text for text in limited(texts, script_args) if text.strip()], seed)
+
+
+def load_rows(script_args: DataArguments, mapper: Any) -> list[dict[str, Any]]:
+    """The user's dataset in the columns that `mapper` makes."""
+    source = load_source(script_args.dataset_name, script_args.dataset_train_split)
+    return limited(formats.convert(source, mapper), script_args)
+
+
+# ---- models ----
+
+
+def load_or_make_base(
+    script_args: Any, model_args: Any, texts: Sequence[str], architecture: Sequence[str]
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """The model to pretrain: the named one, or a new one whose tokenizer is trained on `texts`."""
+    if model_args.model_name_or_path:
+        return load_policy(model_args)
+    from hfllm.data.demonstrators import instruction_rows
+    from hfllm.data.tokenizer import train_tokenizer
+    from hfllm.models.configuration_hfllm import HfllmConfig
+    from hfllm.models.modeling_hfllm import HfllmForCausalLM
+
+    sample = list(texts[:20000])
+    if script_args.dataset_name == WORLD:
+        # The words of instructions are part of the language, though the base model is not taught to follow them.
+        rows = instruction_rows(World(script_args.world_seed), 3000)
+        sample = sample[:5000] + [f"{row['instruction']} {row['input']} {row['output']}" for row in rows]
+    tokenizer = train_tokenizer(sample, script_args.vocab_size, script_args.max_position_embeddings)
+    config = HfllmConfig(
+        **{name: getattr(script_args, name) for name in architecture},
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return HfllmForCausalLM(config), tokenizer
+
+
+def load_kwargs(model_args: Any) -> dict[str, Any]:
+    """`from_pretrained` arguments that `ModelConfig`'s flags stand for."""
+    from trl import get_quantization_config
+
+    kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        "quantization_config": get_quantization_config(model_args),
+    }
+    return {name: value for name, value in kwargs.items() if value is not None}
+
+
+def load_policy(model_args: Any) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """A causal language model and its tokenizer.
+
+    Raises:
+        InputError: when either cannot be loaded, or the tokenizer has no padding or end token.
+    """
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **load_kwargs(model_args))
+    except (OSError, ValueError) as error:
+        raise _unloadable(model_args.model_name_or_path, error) from error
+    return model, tokenizer
+
+
+def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model.
+
+    Raises:
+        InputError: when it cannot be loaded, or has no padding or end token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise _unloadable(name, error) from error
+    for token in ("eos_token", "pad_token"):
+        if getattr(tokenizer, token) is None:
+            raise InputError(
+                f"the tokenizer of {name!r} has no {token}: set one and save it, "
+                f"for example tokenizer.{token} = ...; tokenizer.save_pretrained(...)"
+            )
+    return tokenizer
+
+
+def load_scorer(name: str, model_args: Any) -> "PreTrainedModel":
+    """A sequence-classification model with one label, its head new if `name` is a language model."""
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **load_kwargs(model_args))
+    except (OSError, ValueError) as error:
+        raise _unloadable(name, error) from error
+
+
+def peft_config(model_args: Any, task_type: str = "CAUSAL_LM") -> "PeftConfig | None":
+    """The adapter that `--use_peft` and `--lora_*` describe, or `None`."""
+    from trl import get_peft_config
+
+    model_args.lora_task_type = task_type
+    return get_peft_config(model_args)
+
+
+def _unloadable(name: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200]
+    return InputError(f"model {name!r} could not be loaded: {reason}")

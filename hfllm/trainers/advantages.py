@@ -1,0 +1,123 @@
+"""The formulas of PPO from human feedback, each a pure function of tensors with its source.
+
+Shapes: B responses, T response positions (right-padded). `mask` is 1.0 on real response tokens and 0.0 on padding;
+no function lets a padded position change its result.
+
+Sources: [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438. [RLHF] Ziegler
+et al. 2019, arXiv:1909.08593, and Ouyang et al. 2022, arXiv:2203.02155. [KL] Schulman 2020, "Approximating KL
+divergence", joschu.net/blog/kl-approx.html.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
+def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str = "k1") -> torch.Tensor:
+    """Per-token estimate (B, T) of KL(policy || reference) from tokens that the policy sampled [KL].
+
+    `k1` = log(pi/ref) is unbiased; `k2` = k1^2 / 2 has less variance and a small bias; `k3` = ref/pi - 1 + k1 is
+    unbiased and never negative.
+
+    Raises:
+        ValueError: for an unknown estimator.
+    """
+    log_ratio = logprobs - ref_logprobs
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return log_ratio.square() / 2
+    if estimator == "k3":
+        return torch.exp(-log_ratio) - 1 + log_ratio
+    raise ValueError(f"kl_estimator={estimator!r} is not one of {', '.join(KL_ESTIMATORS)}")
+
+
+def last_token_index(mask: torch.Tensor) -> torch.Tensor:
+    """Index (B,) of each row's last real token; 0 for a row without any."""
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    return (positions * (mask > 0)).amax(dim=1)
+
+
+def token_rewards(scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, kl_coef: float) -> torch.Tensor:
+    """Reward (B, T) of each token: `-kl_coef * kl`, and the score on the last real token ([RLHF] equation 2).
+
+    Args:
+        scores: (B,), one a response.
+        kl: (B, T), from `kl_estimate`.
+    """
+    rewards = -kl_coef * kl * mask
+    at_end = torch.nn.functional.one_hot(last_token_index(mask), mask.shape[1]).to(mask.dtype) * mask
+    return rewards + at_end * scores.unsqueeze(1)
+
+
+def generalized_advantages(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages and returns, each (B, T): A_t = sum_k (gamma * lam)^k delta_{t+k} ([GAE] equation 16).
+
+    delta_t = r_t + gamma V_{t+1} - V_t, with V = 0 after the last real token; returns are A + V. The sum is one
+    product with a triangular matrix of discounts instead of a loop over positions.
+    """
+    length = mask.shape[1]
+    values = values * mask
+    next_values = torch.cat((values[:, 1:], torch.zeros_like(values[:, :1])), dim=1)
+    deltas = (rewards + gamma * next_values - values) * mask
+    positions = torch.arange(length, device=mask.device)
+    distance = positions.unsqueeze(1) - positions  # (later, earlier)
+    discounts = torch.where(distance >= 0, torch.tensor(gamma * lam, dtype=values.dtype) ** distance.clamp(min=0), 0.0)
+    advantages = deltas @ discounts.to(values.dtype) * mask
+    return advantages, (advantages + values) * mask
+
+
+def masked_whiten(
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    shift_mean: bool = True,
+    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda total: total,
+) -> torch.Tensor:
+    """Scale `values` to unit variance, and zero mean if `shift_mean`, over the real tokens of the *global* batch.
+
+    Args:
+        reduce: sums a tensor over processes; the identity for one process.
+    """
+    count, total = reduce(torch.stack((mask.sum(), (values * mask).sum())))
+    mean = total / count.clamp(min=1)
+    variance = reduce(((values - mean).square() * mask).sum()) / (count - 1).clamp(min=1)
+    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
+    return (whitened if shift_mean else whitened + mean) * mask
+
+
+def policy_loss(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, cliprange: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The clipped surrogate, negated and *summed* over real tokens, and the sum of clipped tokens ([PPO] equation 7).
+
+    The caller divides both by the tokens of the whole mini-batch, so that no split into micro-batches matters.
+    """
+    ratio = torch.exp((logprobs - old_logprobs) * mask)
+    unclipped, clipped = advantages * ratio, advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    loss = -(torch.minimum(unclipped, clipped) * mask).sum()
+    return loss, ((clipped < unclipped) * mask).sum()
+
+
+def value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, cliprange_value: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half the squared error of the values, the worse of clipped and unclipped, *summed*, and the clipped tokens.
+
+    The clipping around the rollout's values is that of the original PPO and RLHF implementations.
+    """
+    clipped_values = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
+    unclipped, clipped = (values - returns).square(), (clipped_values - returns).square()
+    return 0.5 * (torch.maximum(unclipped, clipped) * mask).sum(), ((clipped > unclipped) * mask).sum()
+
+
+def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """1 - Var(returns - values) / Var(returns) over real tokens: 1 is a perfect critic, 0 a constant one."""
+    real = mask > 0
+    if real.sum() < 2:
+        return torch.zeros((), device=values.device)
+    variance = returns[real].var()
+    return 1 - (returns - values)[real].var() / variance.clamp(min=1e-8)

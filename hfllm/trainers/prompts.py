@@ -1,0 +1,82 @@
+"""Prompts on their way into a rollout: their order, their tokens, and whether they fit the model."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.data import Sampler
+
+from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+class RolloutSampler(Sampler[int]):
+    """Indices of one rollout after the other, each rollout's block `repeats` times.
+
+    The order depends on `seed` and the epoch only, so that a resumed run skips to the right place. A dataset that
+    does not fill its last rollout starts again from its first prompts.
+
+    Args:
+        dataset_size: rows of the dataset.
+        rollout_size: prompts of one rollout over all processes.
+        repeats: backward passes on one rollout.
+        seed: of the shuffling.
+        epoch: tells the current epoch.
+    """
+
+    def __init__(self, dataset_size: int, rollout_size: int, repeats: int, seed: int, epoch: Callable[[], int]):
+        self.dataset_size, self.rollout_size, self.repeats = dataset_size, rollout_size, repeats
+        self.seed, self.epoch = seed, epoch
+
+    @property
+    def rollouts(self) -> int:
+        return -(-self.dataset_size // self.rollout_size)
+
+    def __len__(self) -> int:
+        return self.rollouts * self.rollout_size * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch())
+        order = torch.randperm(self.dataset_size, generator=generator).tolist()
+        for rollout in range(self.rollouts):
+            first = rollout * self.rollout_size
+            block = [order[index % self.dataset_size] for index in range(first, first + self.rollout_size)]
+            for _ in range(self.repeats):
+                yield from block
+
+
+def tokenize_prompts(prompts: Sequence[str | list], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Token ids of each prompt: text as it is, messages through the chat template up to the assistant's turn."""
+    if isinstance(prompts[0], str):
+        return tokenizer(list(prompts))["input_ids"]
+    return tokenizer.apply_chat_template(
+        list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, padding=False
+    )["input_ids"]
+
+
+def check_prompts(
+    dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", response_length: int, context: int | None
+) -> None:
+    """Refuse a dataset that is empty, has no `prompt`, or has one that leaves no room for a response.
+
+    Raises:
+        InputError: naming the row and the number of tokens.
+    """
+    if len(dataset) == 0:
+        raise InputError("the prompt dataset is empty")
+    if "prompt" not in dataset[0]:
+        raise InputError(f"the prompt dataset has no column 'prompt'; it has: {', '.join(dataset[0])}")
+    limit = None if context is None else context - response_length
+    for start in range(0, len(dataset), 1000):
+        prompts = dataset[start : start + 1000]["prompt"]
+        for row, ids in enumerate(tokenize_prompts(prompts, tokenizer), start):
+            if not ids:
+                raise InputError(f"prompt {row} of the dataset is empty")
+            if limit is not None and len(ids) > limit:
+                raise InputError(
+                    f"prompt {row} of the dataset has {len(ids)} tokens; with response_length={response_length} the "
+                    f"model's context of {context} leaves room for {limit}"
+                )

@@ -1,0 +1,129 @@
+"""Pretrain a causal language model from nothing, or go on from one, by next-token loss.
+
+    accelerate launch recipes/pretrain.py                                # the embedded world
+    accelerate launch recipes/pretrain.py --dataset_name my_texts.jsonl  # a small model on your own text
+    accelerate launch recipes/pretrain.py --model_name_or_path NAME --dataset_name my_texts.jsonl
+
+Without `--model_name_or_path` a new tokenizer and model of the hfllm family are made, with the architecture that the
+flags describe; the default settings are recipes/configs/pretrain/world.yaml.
+"""
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hfllm.cli import DataArguments, main_process, parse_recipe, run
+
+CONFIG = Path(__file__).parent / "configs" / "pretrain" / "world.yaml"
+
+
+@dataclass
+class PretrainArguments(DataArguments):
+    """Data and architecture of the model to pretrain."""
+
+    num_documents: int = field(default=40000, metadata={"help": "Documents of the embedded world to train on."})
+    max_length: int = field(default=512, metadata={"help": "Longest document in tokens; longer ones are cut up."})
+    vocab_size: int = field(default=8192, metadata={"help": "Upper bound on the new tokenizer's vocabulary."})
+    hidden_size: int = field(default=512, metadata={"help": "Width of the new model."})
+    num_hidden_layers: int = field(default=8, metadata={"help": "Layers of the new model."})
+    num_attention_heads: int = field(default=8, metadata={"help": "Query heads of the new model."})
+    num_key_value_heads: int | None = field(default=None, metadata={"help": "Key-value heads of the new model."})
+    max_position_embeddings: int = field(default=2048, metadata={"help": "Context of the new model."})
+    initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the new weights."})
+    tie_word_embeddings: bool = field(default=False, metadata={"help": "Share embeddings and head."})
+    norm_type: str = field(default="rmsnorm", metadata={"help": "rmsnorm or layernorm."})
+    norm_placement: str = field(default="pre", metadata={"help": "pre or post."})
+    mlp_type: str = field(default="gated", metadata={"help": "gated or plain."})
+    hidden_act: str = field(default="silu", metadata={"help": "Activation of the MLP."})
+    position_embedding_type: str = field(default="rope", metadata={"help": "rope, learned or none."})
+
+
+ARCHITECTURE = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+    *("initializer_range", "tie_word_embeddings", "norm_type", "norm_placement", "mlp_type", "hidden_act"),
+    "position_embedding_type",
+)
+
+
+def parse(argv: Sequence[str]) -> tuple:
+    from transformers import TrainingArguments
+    from trl import ModelConfig
+
+    return parse_recipe(
+        (PretrainArguments, TrainingArguments, ModelConfig), ["--output_dir", "outputs/pretrain", *argv], CONFIG, __doc__
+    )
+
+
+def main(script_args: PretrainArguments, training_args: Any, model_args: Any) -> dict[str, float]:
+    """Pretrain, save model and tokenizer, write the report. Returns the metrics."""
+    from datasets import Dataset
+    from transformers import DataCollatorForLanguageModeling, Trainer, set_seed
+
+    from hfllm.stages import finish, load_or_make_base, load_texts, start
+    from hfllm.trainers.callbacks import use_plain_lines
+
+    if (report := start("pretrain", script_args, training_args, model_args)) is not None:
+        return report["metrics"]
+    began = time.perf_counter()
+    set_seed(training_args.seed)
+    train_texts, test_texts = load_texts(script_args, training_args.seed)
+    model, tokenizer = load_or_make_base(script_args, model_args, train_texts, ARCHITECTURE)
+    batch = training_args.per_device_train_batch_size * training_args.world_size
+    training_args.train_sampling_strategy = "sequential"
+    train_pieces = length_grouped(pieces_of(train_texts, tokenizer, script_args.max_length), batch, training_args.seed)
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=Dataset.from_dict({"input_ids": train_pieces}),
+        eval_dataset=Dataset.from_dict({"input_ids": pieces_of(test_texts, tokenizer, script_args.max_length)}),
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        processing_class=tokenizer,
+    )
+    use_plain_lines(trainer)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    losses = trainer.evaluate()
+    trainer.save_model()
+    metrics = {
+        "train_loss": trainer.state.log_history[-2]["train_loss"],
+        "eval_loss": losses["eval_loss"],
+        "parameters": model.num_parameters(),
+        "documents": len(train_texts),
+    }
+    if main_process():
+        print(f"pretrained {model.num_parameters():,} parameters: held-out loss {losses['eval_loss']:.3f} nats a token")
+    finish("pretrain", (script_args, training_args, model_args), metrics, trainer, time.perf_counter() - began)
+    return metrics
+
+
+def pieces_of(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[int]]:
+    """Token ids of each document, from the document token on; documents over `max_length` are cut up."""
+    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    pieces = []
+    for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
+        ids = start + ids
+        pieces += [ids[at : at + max_length] for at in range(0, len(ids), max_length)]
+    return pieces
+
+
+def length_grouped(pieces: list[list[int]], batch_size: int, seed: int, window: int = 20) -> list[list[int]]:
+    """An order in which a batch holds pieces of like length, while lengths come in random order.
+
+    Sorts within windows of `window` batches, then shuffles the batches: transformers' `group_by_length` saves as much
+    padding, but runs from long to short for fifty batches at a time, which this small model learns less from.
+    """
+    rng = random.Random(seed)
+    pieces = list(pieces)
+    rng.shuffle(pieces)
+    batches = []
+    for first in range(0, len(pieces), window * batch_size):
+        near = sorted(pieces[first : first + window * batch_size], key=len)
+        batches += [near[at : at + batch_size] for at in range(0, len(near), batch_size)]
+    rng.shuffle(batches)
+    return [piece for batch in batches for piece in batch]
+
+
+if __name__ == "__main__":
+    run(main, parse)

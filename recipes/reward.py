@@ -1,0 +1,162 @@
+"""Train a reward model on comparisons (TRL's RewardTrainer; Bradley-Terry, Ouyang et al. 2022, equation 1).
+
+    accelerate launch recipes/reward.py                                  # the embedded world, from nothing
+    accelerate launch recipes/reward.py --model_name_or_path NAME --dataset_name pairs.jsonl
+
+Comparisons may be `prompt`/`response_a`/`response_b`/`preference`, `prompt`/`chosen`/`rejected`, or transcripts as in
+Anthropic's HH. On the embedded world two thirds of them are between the model's own samples, judged by the gold
+rubric with label noise. Without `--model_name_or_path` the stages before this one run first, under the output folder.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hfllm.cli import DataArguments, main_process, parse_recipe, run
+
+CONFIG = Path(__file__).parent / "configs" / "reward" / "world.yaml"
+
+
+@dataclass
+class RewardArguments(DataArguments):
+    """Comparisons."""
+
+    num_pairs: int = field(default=6000, metadata={"help": "Prompts of the embedded world to compare responses to."})
+    on_policy_fraction: float = field(
+        default=2 / 3, metadata={"help": "Share of the world's comparisons between the model's own samples."}
+    )
+    label_noise: float = field(
+        default=0.1, metadata={"help": "Share of wrong labels in the world's comparisons; 0.5 makes them worthless."}
+    )
+    response_length: int = field(default=48, metadata={"help": "Longest response sampled for comparison, in tokens."})
+    num_eval_prompts: int = field(default=360, metadata={"help": "Held-out prompts of the world to compare on."})
+    sft_config: str | None = field(
+        default=None, metadata={"help": "YAML flags of the fine-tuning that makes the model, if none is named."}
+    )
+
+    def __post_init__(self):
+        for name in ("on_policy_fraction", "label_noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+
+
+def parse(argv: Sequence[str]) -> tuple:
+    from trl import ModelConfig, RewardConfig
+
+    return parse_recipe(
+        (RewardArguments, RewardConfig, ModelConfig), ["--output_dir", "outputs/reward", *argv], CONFIG, __doc__
+    )
+
+
+def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> dict[str, float]:
+    """Train, save, write the report. Returns the metrics."""
+    from hfllm.data.sources import WORLD
+    from hfllm.stages import finish, load_scorer, load_tokenizer, peft_config, start
+    from hfllm.trainers.callbacks import use_plain_lines
+
+    if (report := start("reward", script_args, training_args, model_args)) is not None:
+        return report["metrics"]
+    is_world = script_args.dataset_name == WORLD
+    rows = None if is_world else user_comparisons(script_args, training_args.seed)
+    arguments = (script_args, training_args, model_args)
+    model_args = with_sft_model(script_args, training_args, model_args)
+    began = time.perf_counter()
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+    if tokenizer.chat_template is None:
+        from hfllm.data.tokenizer import plain_chat_template
+
+        tokenizer.chat_template = plain_chat_template()
+    train_rows, test_rows = rows or world_comparisons(script_args, training_args, model_args)
+    model = load_scorer(model_args.model_name_or_path, model_args)
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+    from datasets import Dataset
+    from sft import fitting_length
+    from trl import RewardTrainer
+
+    training_args.max_length = fitting_length(training_args.max_length, model)
+    trainer = RewardTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=Dataset.from_list(train_rows),
+        eval_dataset=Dataset.from_list(test_rows),
+        processing_class=tokenizer,
+        peft_config=peft_config(model_args, "SEQ_CLS"),
+    )
+    use_plain_lines(trainer)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    evaluation = trainer.evaluate()
+    trainer.save_model()
+    metrics = {
+        "reward_model_accuracy": evaluation["eval_accuracy"],
+        "eval_loss": evaluation["eval_loss"],
+        "train_comparisons": len(train_rows),
+        "eval_comparisons": trainer.eval_dataset.num_rows,
+    }
+    if main_process():
+        labels = "held-out comparisons, noise-free labels" if is_world else "held-out comparisons"
+        print(f"reward model: accuracy {metrics['reward_model_accuracy']:.3f} on {len(test_rows)} {labels}")
+    finish("reward", arguments, metrics, trainer, time.perf_counter() - began)
+    return metrics
+
+
+def user_comparisons(script_args: RewardArguments, seed: int) -> tuple[list[dict], list[dict]]:
+    """Training and held-out rows with `prompt`, `chosen` and `rejected` messages."""
+    from hfllm.data import formats
+    from hfllm.stages import load_rows, split_rows
+
+    return split_rows(load_rows(script_args, formats.to_preference), seed)
+
+
+def world_comparisons(
+    script_args: RewardArguments, training_args: Any, model_args: Any
+) -> tuple[list[dict], list[dict]]:
+    """Compare the model's own samples and the demonstrators' responses; held-out labels are noise-free."""
+    from itertools import islice
+
+    from hfllm.data import formats
+    from hfllm.data.demonstrators import preference_rows
+    from hfllm.data.sources import Source
+    from hfllm.data.world import World
+    from hfllm.evaluation.responses import sample_responses
+    from hfllm.stages import load_policy
+
+    world, seed = World(script_args.world_seed), training_args.seed
+    model, tokenizer = load_policy(model_args)
+    model.to(training_args.device)
+
+    def compare(tasks: list, noise: float) -> list[dict]:
+        prompts = [task.prompt_row()["prompt"] for task in tasks]
+        sampled = sample_responses(
+            model, tokenizer, prompts, script_args.response_length, num_return_sequences=4, seed=seed
+        )
+        rows = preference_rows(world, tasks, sampled, script_args.on_policy_fraction, noise, seed)
+        source = Source(rows, [f"world, comparison {number}" for number in range(1, len(rows) + 1)])
+        return formats.convert(source, formats.to_preference)
+
+    # A seed of its own: the prompts are others than those of the demonstrations.
+    tasks = list(islice(world.tasks(seed + 1_000_000), script_args.num_pairs))
+    return compare(tasks, script_args.label_noise), compare(world.evaluation_tasks(script_args.num_eval_prompts), 0.0)
+
+
+def with_sft_model(script_args: Any, training_args: Any, model_args: Any) -> Any:
+    """`model_args` with a model: the named one, or one fine-tuned on the world under the output folder."""
+    if model_args.model_name_or_path:
+        return model_args
+    from dataclasses import replace
+
+    import sft
+
+    from hfllm.stages import run_stage
+
+    folder = f"{training_args.output_dir}/sft"
+    config = ["--config", script_args.sft_config] if script_args.sft_config else []
+    seeds = ["--seed", str(training_args.seed), "--world_seed", str(script_args.world_seed)]
+    run_stage(sft, [*config, *seeds, "--output_dir", folder])
+    return replace(model_args, model_name_or_path=folder)
+
+
+if __name__ == "__main__":
+    run(main, parse)

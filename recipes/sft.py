@@ -1,0 +1,120 @@
+"""Teach a base model to follow instructions (TRL's SFTTrainer; loss on the responses only).
+
+    accelerate launch recipes/sft.py                                     # the embedded world, from nothing
+    accelerate launch recipes/sft.py --model_name_or_path NAME --dataset_name alpaca.json
+
+Datasets may be in Alpaca, Dolly, FLAN, ShareGPT, `messages` or `prompt`/`completion` format. Without
+`--model_name_or_path` a small base model is pretrained on the embedded world first, under the output folder.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hfllm.cli import DataArguments, main_process, parse_recipe, run
+
+CONFIG = Path(__file__).parent / "configs" / "sft" / "world.yaml"
+
+
+@dataclass
+class SftArguments(DataArguments):
+    """Instruction data."""
+
+    num_examples: int = field(default=9600, metadata={"help": "Demonstrations of the embedded world to train on."})
+    pretrain_config: str | None = field(
+        default=None, metadata={"help": "YAML flags of the pretraining that makes the base model, if none is named."}
+    )
+
+
+def parse(argv: Sequence[str]) -> tuple:
+    from trl import ModelConfig, SFTConfig
+
+    return parse_recipe((SftArguments, SFTConfig, ModelConfig), ["--output_dir", "outputs/sft", *argv], CONFIG, __doc__)
+
+
+def main(script_args: SftArguments, training_args: Any, model_args: Any) -> dict[str, float]:
+    """Fine-tune, save, write the report. Returns the metrics."""
+    from hfllm.stages import finish, load_policy, peft_config, start
+    from hfllm.trainers.callbacks import use_plain_lines
+
+    if (report := start("sft", script_args, training_args, model_args)) is not None:
+        return report["metrics"]
+    train_rows, test_rows = instruction_data(script_args, training_args.seed)
+    arguments = (script_args, training_args, model_args)
+    model_args = with_base_model(script_args, training_args, model_args)
+    began = time.perf_counter()
+    model, tokenizer = load_policy(model_args)
+    if tokenizer.chat_template is None:
+        from hfllm.data.tokenizer import plain_chat_template
+
+        tokenizer.chat_template = plain_chat_template()
+    training_args.max_length = fitting_length(training_args.max_length, model)
+
+    from datasets import Dataset
+    from trl import SFTTrainer
+
+    trainer = SFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=Dataset.from_list(train_rows),
+        eval_dataset=Dataset.from_list(test_rows),
+        processing_class=tokenizer,
+        peft_config=peft_config(model_args),
+    )
+    use_plain_lines(trainer)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    losses = trainer.evaluate()
+    trainer.save_model()
+    metrics = {
+        "train_loss": next(entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry),
+        "eval_loss": losses["eval_loss"],
+        "examples": len(train_rows),
+    }
+    if main_process():
+        print(f"fine-tuned on {len(train_rows):,} responses: held-out loss {losses['eval_loss']:.3f} nats a token")
+    finish("sft", arguments, metrics, trainer, time.perf_counter() - began)
+    return metrics
+
+
+def instruction_data(script_args: SftArguments, seed: int) -> tuple[list[dict], list[dict]]:
+    """Training and held-out rows with `prompt` and `completion` messages."""
+    from hfllm.data import formats
+    from hfllm.data.demonstrators import instruction_rows
+    from hfllm.data.sources import WORLD, Source
+    from hfllm.data.world import World
+    from hfllm.stages import load_rows, split_rows
+
+    if script_args.dataset_name != WORLD:
+        return split_rows(load_rows(script_args, formats.to_sft), seed)
+    rows = instruction_rows(World(script_args.world_seed), script_args.num_examples, seed)
+    source = Source(rows, [f"world, row {number}" for number in range(1, len(rows) + 1)])
+    return split_rows(formats.convert(source, formats.to_sft), seed)
+
+
+def with_base_model(script_args: Any, training_args: Any, model_args: Any) -> Any:
+    """`model_args` with a model: the named one, or one pretrained on the world under the output folder."""
+    if model_args.model_name_or_path:
+        return model_args
+    from dataclasses import replace
+
+    import pretrain
+
+    from hfllm.stages import run_stage
+
+    folder = f"{training_args.output_dir}/pretrain"
+    config = ["--config", script_args.pretrain_config] if script_args.pretrain_config else []
+    seeds = ["--seed", str(training_args.seed), "--world_seed", str(script_args.world_seed)]
+    run_stage(pretrain, [*config, *seeds, "--output_dir", folder])
+    return replace(model_args, model_name_or_path=folder)
+
+
+def fitting_length(max_length: int | None, model: Any) -> int | None:
+    """`max_length`, but no more than the model's context."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(filter(None, (max_length, context)), default=None)
+
+
+if __name__ == "__main__":
+    run(main, parse)
