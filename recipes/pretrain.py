@@ -53,7 +53,10 @@ def parse(argv: Sequence[str]) -> tuple:
     from trl import ModelConfig
 
     return parse_recipe(
-        (PretrainArguments, TrainingArguments, ModelConfig), ["--output_dir", "outputs/pretrain", *argv], CONFIG, __doc__
+        (PretrainArguments, TrainingArguments, ModelConfig),
+        ["--output_dir", "outputs/pretrain", *argv],
+        CONFIG,
+        __doc__,
     )
 
 
@@ -93,7 +96,9 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
         "documents": len(train_texts),
     }
     if main_process():
-        print(f"pretrained {model.num_parameters():,} parameters: held-out loss {losses['eval_loss']:.3f} nats a token")
+        print(
+            f"pretrained {model.num_parameters():,} parameters: held-out loss {losses['eval_loss']:.3f} nats a token"
+        )
     finish("pretrain", (script_args, training_args, model_args), metrics, trainer, time.perf_counter() - began)
     return metrics
 

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import DataArguments, main_process, parse_recipe, run
+from hfllm.cli import DataArguments, parse_recipe, run
 
 CONFIG = Path(__file__).parent / "configs" / "rlhf" / "world.yaml"
 
@@ -27,7 +27,8 @@ class RlhfArguments(DataArguments):
         default=None, metadata={"help": "A sequence-classification model with one label as the reward."}
     )
     reward_funcs: list[str] | None = field(
-        default=None, metadata={"help": "Reward functions: path/to/file.py:function, or 'gold' (the embedded world's)."}
+        default=None,
+        metadata={"help": "Reward functions: path/to/file.py:function, or 'gold' (the embedded world's)."},
     )
     value_model: str = field(
         default="head",
@@ -45,7 +46,9 @@ def parse(argv: Sequence[str]) -> tuple:
 
     from hfllm.trainers.ppo_config import PPOConfig
 
-    return parse_recipe((RlhfArguments, PPOConfig, ModelConfig), ["--output_dir", "outputs/rlhf", *argv], CONFIG, __doc__)
+    return parse_recipe(
+        (RlhfArguments, PPOConfig, ModelConfig), ["--output_dir", "outputs/rlhf", *argv], CONFIG, __doc__
+    )
 
 
 def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dict[str, float]:

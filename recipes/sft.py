@@ -31,7 +31,9 @@ class SftArguments(DataArguments):
 def parse(argv: Sequence[str]) -> tuple:
     from trl import ModelConfig, SFTConfig
 
-    return parse_recipe((SftArguments, SFTConfig, ModelConfig), ["--output_dir", "outputs/sft", *argv], CONFIG, __doc__)
+    return parse_recipe(
+        (SftArguments, SFTConfig, ModelConfig), ["--output_dir", "outputs/sft", *argv], CONFIG, __doc__
+    )
 
 
 def main(script_args: SftArguments, training_args: Any, model_args: Any) -> dict[str, float]:

@@ -43,9 +43,7 @@ def instruction_rows(world: World, count: int, seed: int = 0) -> list[dict[str, 
     rows = []
     for _ in range(count):
         task, style = next(tasks), rng.choices(STYLES, STYLE_WEIGHTS)[0]
-        rows.append(
-            {"instruction": task.instruction, "input": task.input, "output": demonstrate(task, style, rng)}
-        )
+        rows.append({"instruction": task.instruction, "input": task.input, "output": demonstrate(task, style, rng)})
     return rows
 
 
@@ -110,7 +108,7 @@ def preference_rows(
     for index, task in enumerate(tasks):
         candidates = candidate_responses(task, tasks[index - 1], rng)
         if sampled is not None and rng.random() < on_policy_fraction:
-            candidates = list(sampled[index]) + [tasks[index - 1].gold.accepted[0]]
+            candidates = [*sampled[index], tasks[index - 1].gold.accepted[0]]
         if (row := compare(task, candidates, label_noise, rng)) is not None:
             rows.append(row)
     return rows

@@ -57,7 +57,7 @@ class Rollout:
             micro_step: backward pass within the optimiser step.
             micro_batch_size: episodes in a backward pass.
         """
-        epochs, mini_batches = self.mini_batch_tokens.shape
+        mini_batches = self.mini_batch_tokens.shape[1]
         epoch, mini_batch = divmod(step, mini_batches)
         start = mini_batch * (self.order.shape[1] // mini_batches) + micro_step * micro_batch_size
         rows = self.order[epoch, start : start + micro_batch_size]
@@ -214,9 +214,7 @@ class ActorCritic(nn.Module):
         sequences = sequence_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
         length = response_ids.shape[1]
         needs_trunk = self.value_model is None
-        output = self.policy(
-            **sequences, logits_to_keep=length + 1, use_cache=False, output_hidden_states=needs_trunk
-        )
+        output = self.policy(**sequences, logits_to_keep=length + 1, use_cache=False, output_hidden_states=needs_trunk)
         logprobs, entropy = token_logprobs(
             output.logits[:, -length - 1 : -1], response_ids, self.temperature, self.never_sampled
         )
@@ -243,9 +241,7 @@ def sequence_inputs(
 
 
 @torch.no_grad()
-def reference_logprobs(
-    reference: PreTrainedModel, actor: ActorCritic, batch: dict[str, torch.Tensor]
-) -> torch.Tensor:
+def reference_logprobs(reference: PreTrainedModel, actor: ActorCritic, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Log-probabilities (B, R) of the batch's responses under `reference`, as the actor computes its own."""
     length = batch["response_ids"].shape[1]
     output = reference(**sequence_inputs(**batch), logits_to_keep=length + 1, use_cache=False)

@@ -1,0 +1,30 @@
+# Two commands do everything on a bare machine with Python 3.11: `make rlhf` and `make test`.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN = $(VENV)/bin
+# Busy machines stall OpenMP when it takes every core: one thread for tests.
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: rlhf test slow lint clean
+
+rlhf: $(VENV)/installed
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/rlhf.py $(ARGS)
+
+test: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+
+slow: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) outputs build dist *.egg-info

@@ -1,0 +1,138 @@
+"""What a `PPOTrainer` is made of: reference, rewards, special tokens, sampling settings."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hfllm.errors import InputError
+from hfllm.rewards import RewardModel
+from hfllm.trainers.ppo_config import PPOConfig
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+RewardFunc = str | PreTrainedModel | Callable[..., list[float]]
+
+
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Copy a saved model's weights into `model`, whatever number of files they lie in."""
+    saved = type(model).from_pretrained(folder, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
+
+
+def load_scorer(name: str, load_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """A model with one score, from a name or folder."""
+    return AutoModelForSequenceClassification.from_pretrained(
+        name, num_labels=1, **{"dtype": torch.float32, **load_kwargs}
+    )
+
+
+def split_reference(
+    model: PreTrainedModel, peft_config: "PeftConfig | None"
+) -> tuple[PreTrainedModel | None, PreTrainedModel]:
+    """The frozen reference and the policy. With an adapter the reference is the policy without it: `None`.
+
+    The copy is a new object filled from the weights. `copy.deepcopy` would keep a `forward` that some trainers leave
+    on the instance, bound to the *original's* weights: a reference that follows the policy, with a KL of 0 for ever.
+    """
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        return None, get_peft_model(model, peft_config)
+    if hasattr(model, "peft_config"):
+        return None, model
+    reference = type(model)._from_config(model.config, dtype=model.dtype)
+    reference.load_state_dict(model.state_dict())
+    return reference.eval().requires_grad_(False), model
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel) -> tuple[list[int], list[int]]:
+    """Ids that end a response, and ids that are never sampled: padding, unless it ends responses too."""
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no end token (eos_token): PPO needs one")
+    if tokenizer.pad_token_id is None:
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path!r} has no padding token: set pad_token, for example to the end token "
+            f"{tokenizer.eos_token!r}"
+        )
+    configured = policy.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
+    return sorted(ends), [] if tokenizer.pad_token_id in ends else [tokenizer.pad_token_id]
+
+
+def disable_dropout(*models: nn.Module | None) -> None:
+    """Set every dropout probability of the models to zero."""
+    for model in models:
+        if model is None:
+            continue
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        for name in ("attention_dropout", "attn_pdrop"):
+            if hasattr(model.config, name):
+                setattr(model.config, name, 0.0)
+
+
+def build_rewards(
+    reward_funcs: RewardFunc | list[RewardFunc],
+    tokenizers: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None,
+    load_kwargs: dict[str, Any],
+    args: PPOConfig,
+) -> list[Callable[..., list[float]]]:
+    """Turn names and models into reward functions, each model with its own tokenizer."""
+    funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(funcs)
+    if not funcs:
+        raise InputError("reward_funcs is empty: PPO needs at least one reward")
+    if len(tokenizers) != len(funcs):
+        raise InputError(f"{len(tokenizers)} reward_processing_classes for {len(funcs)} reward_funcs")
+    rewards = []
+    for func, tokenizer in zip(funcs, tokenizers, strict=True):
+        if isinstance(func, str):
+            func = load_scorer(func, load_kwargs)
+        if isinstance(func, nn.Module):
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(func.config._name_or_path)
+            func = RewardModel(func, tokenizer, args.local_rollout_forward_batch_size)
+        rewards.append(func)
+    return rewards
+
+
+def reward_weights(weights: list[float] | None, count: int) -> list[float]:
+    """One weight a reward, 1 by default."""
+    if weights is not None and len(weights) != count:
+        raise InputError(f"{len(weights)} reward_weights for {count} reward_funcs")
+    return weights or [1.0] * count
+
+
+def sampling_config(
+    args: PPOConfig, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int], never_sampled: Sequence[int]
+) -> GenerationConfig:
+    """How responses are sampled: from the policy's own distribution, unless `generation_kwargs` bend it."""
+    # Every field that would bend the distribution is set: generate() fills what is unset from the model's own
+    # generation config, and the ratio is only right for the distribution that token_logprobs computes.
+    settings = {
+        "max_new_tokens": args.response_length,
+        "do_sample": True,
+        "temperature": args.temperature,
+        "top_k": 0,
+        "top_p": 1.0,
+        "typical_p": 1.0,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "num_beams": 1,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": list(eos_token_ids),
+        "bos_token_id": tokenizer.bos_token_id,
+        "suppress_tokens": list(never_sampled) or None,
+    }
+    return GenerationConfig(**{**settings, **(args.generation_kwargs or {})})

@@ -1,0 +1,58 @@
+"""Small models, tokenizers and prompts that the tests share. Nothing here needs a network or a file."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+
+import hfllm
+from hfllm.data.demonstrators import instruction_rows
+from hfllm.data.tokenizer import train_tokenizer
+from hfllm.data.world import World
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def world():
+    return World(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(world):
+    rows = instruction_rows(world, 500)
+    texts = [f"{row['instruction']} {row['input']} {row['output']}" for row in rows]
+    return train_tokenizer(texts, vocab_size=400, model_max_length=256)
+
+
+@pytest.fixture
+def make_config(tokenizer):
+    def make(**overrides):
+        values = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.1,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        return hfllm.HfllmConfig(**{**values, **overrides})
+
+    return make
+
+
+@pytest.fixture
+def make_model(make_config):
+    def make(seed=0, model_class=None, **overrides):
+        torch.manual_seed(seed)
+        return (model_class or hfllm.HfllmForCausalLM)(make_config(**overrides)).eval()
+
+    return make
