@@ -69,18 +69,21 @@ def compare(
     Returns:
         A row `prompt, response_a, response_b, preference`, or `None` when all candidates are worth the same.
     """
-    rewards = [gold_reward(response, task.gold) for response in responses]
-    if min(rewards) == max(rewards):
+    by_reward: dict[float, list[str]] = {}
+    for response in responses:
+        by_reward.setdefault(gold_reward(response, task.gold), []).append(response)
+    if len(by_reward) < 2:
         return None
-    first = rng.randrange(len(responses))
-    second = rng.choice([index for index, reward in enumerate(rewards) if reward != rewards[first]])
-    first_is_better = rewards[first] > rewards[second]
+    # Two grades first, then a response of each: neighbouring grades are compared as often as distant ones, however
+    # rare a grade is, so that a right answer that rambles does not pass for the best one.
+    first, second = rng.sample(sorted(by_reward), 2)
+    first_is_better = first > second
     if rng.random() < label_noise:
         first_is_better = not first_is_better
     return {
         "prompt": task.prompt_row()["prompt"],
-        "response_a": responses[first],
-        "response_b": responses[second],
+        "response_a": rng.choice(by_reward[first]),
+        "response_b": rng.choice(by_reward[second]),
         "preference": "a" if first_is_better else "b",
     }
 
@@ -108,7 +111,7 @@ def preference_rows(
     for index, task in enumerate(tasks):
         candidates = candidate_responses(task, tasks[index - 1], rng)
         if sampled is not None and rng.random() < on_policy_fraction:
-            candidates = [*sampled[index], tasks[index - 1].gold.accepted[0]]
+            candidates = [*sampled[index], candidates[-1], demonstrate(task, rng.choice(STYLES), rng)]
         if (row := compare(task, candidates, label_noise, rng)) is not None:
             rows.append(row)
     return rows

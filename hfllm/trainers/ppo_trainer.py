@@ -330,8 +330,8 @@ class PPOTrainer(Trainer):
         self._metrics[f"{prefix}kl"].append(kl.sum(1))
         self._metrics[f"{prefix}entropy"].append((entropy * mask).sum(1) / mask.sum(1).clamp(min=1))
         self._metrics[f"{prefix}response_length"].append(mask.sum(1))
-        self._metrics[f"{prefix}reward_std"].append(scores.std(correction=0).view(1))
         if not prefix:
+            self._metrics["reward_std"].append(scores.std(correction=0).view(1))
             explained = formulas.explained_variance(values, returns, mask)
             self._metrics["explained_variance"].append(explained.view(1))
 
@@ -375,6 +375,10 @@ class PPOTrainer(Trainer):
                 logprobs, ref_logprobs, entropy, values = self.evaluate_tokens(batch)
                 mask = batch["response_mask"].to(logprobs.dtype)
                 self._log_rollout(scores, logprobs, ref_logprobs, entropy, values, values, mask, prefix)
+                for name, parts in self._metrics.items():
+                    if name.startswith(prefix):
+                        # Without the rows that fill up the last batch of some processes.
+                        parts[-1] = self.accelerator.gather_for_metrics(parts[-1])
                 count += len(rows)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         metrics = {

@@ -1,0 +1,69 @@
+"""The run of test_distributed.py: PPO on greedy responses, so that the number of processes is all that differs.
+
+Usage: ddp_run.py OUTPUT_DIR EPISODES_PER_PROCESS (under torchrun for several processes)
+"""
+
+import sys
+
+import torch
+from datasets import Dataset
+
+import hfllm
+from hfllm.data.tokenizer import train_tokenizer
+from hfllm.trainers.ppo_config import PPOConfig
+from hfllm.trainers.ppo_trainer import PPOTrainer
+
+WORDS = ["Say red.", "What is 1 plus 2?", "The fox", "Tell me where the owl lives, please.", "Go", "A blue hat"]
+
+
+def vowels(completions, **columns):
+    return [sum(text.count(letter) for letter in "aeiou") / 10 for text in completions]
+
+
+def main(output_dir: str, episodes: int) -> None:
+    tokenizer = train_tokenizer(WORDS * 3, vocab_size=300, model_max_length=128)
+    torch.manual_seed(0)
+    config = hfllm.HfllmConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.1,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    trainer = PPOTrainer(
+        model=hfllm.HfllmForCausalLM(config),
+        reward_funcs=vowels,
+        args=PPOConfig(
+            output_dir=output_dir,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            save_strategy="steps",
+            save_steps=6,
+            disable_tqdm=True,
+            per_device_train_batch_size=episodes // 2,
+            gradient_accumulation_steps=2,
+            num_ppo_epochs=3,
+            response_length=6,
+            learning_rate=1e-3,
+            max_grad_norm=0.5,
+            max_steps=6,
+            logging_steps=1,
+            generation_kwargs={"top_k": 1},
+        ),
+        train_dataset=Dataset.from_dict({"prompt": WORDS * 4}),
+        eval_dataset=Dataset.from_dict({"prompt": WORDS[:5]}),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model(output_dir)
+    if trainer.accelerator.is_main_process:
+        print("EVAL", metrics["eval_reward"], trainer.state.log_history[0]["reward"])
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

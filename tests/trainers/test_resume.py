@@ -1,0 +1,48 @@
+"""A run that was interrupted ends with the same bits as one that was not."""
+
+import pytest
+import torch
+
+import hfllm
+
+
+@pytest.mark.parametrize("interrupted_at", [2, 3, 6])  # between rollouts, within one, at the end of an epoch
+@pytest.mark.parametrize("separate_value_model", [False, True])
+def test_resumed_equals_uninterrupted(make_trainer, make_model, tmp_path, interrupted_at, separate_value_model):
+    def trainer(**kwargs):
+        value_model = None
+        if separate_value_model:
+            value_model = make_model(seed=5, model_class=hfllm.HfllmForSequenceClassification, num_labels=1)
+        settings = {"max_steps": 9, "lr_scheduler_type": "cosine", "num_ppo_epochs": 2, "response_length": 5}
+        return make_trainer(value_model=value_model, **settings, **kwargs)
+
+    whole = trainer(output_dir=str(tmp_path / "whole"))
+    whole.train()
+    first = trainer(output_dir=str(tmp_path / "cut"), save_strategy="steps", save_steps=interrupted_at)
+    first.train()
+    second = trainer(output_dir=str(tmp_path / "cut"))
+    torch.manual_seed(12345)  # whatever state the new process starts in
+    second.train(resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{interrupted_at}"))
+    assert second.state.global_step == 9
+    expected = whole.model.state_dict()
+    for name, value in second.model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    for one, other in zip(whole.optimizer.state.values(), second.optimizer.state.values(), strict=True):
+        assert torch.equal(one["exp_avg_sq"], other["exp_avg_sq"])
+
+
+def test_the_dataset_order_depends_on_seed_and_epoch_only():
+    from hfllm.trainers.prompts import RolloutSampler
+
+    def order(seed, epoch, size=10, rollout=4):
+        return list(RolloutSampler(size, rollout, repeats=3, seed=seed, epoch=lambda: epoch))
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(1, 0)
+    indices = order(0, 0)
+    assert len(indices) == 3 * 3 * 4
+    blocks = [indices[start : start + 4] for start in range(0, 36, 4)]
+    assert blocks[0] == blocks[1] == blocks[2] != blocks[3]
+    assert set(indices) == set(range(10))
+    assert len(order(0, 0, size=3)) == 12  # a dataset smaller than a rollout is repeated
