@@ -92,6 +92,8 @@ class HfllmConfig(PreTrainedConfig):
             wide = 4 * self.hidden_size
             self.intermediate_size = wide if self.mlp_type == "plain" else -(-wide * 2 // 3 // 16) * 16
         super().__post_init__(**kwargs)
+        if self.position_embedding_type != "rope":
+            self.rope_parameters = None
 
     def validate_architecture(self):
         """Refuse what describes no model. Called by `@strict` once the fields are set."""

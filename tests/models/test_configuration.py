@@ -1,0 +1,38 @@
+"""A config that describes no model is refused, and the message names the field."""
+
+import pytest
+
+from hfllm import HfllmConfig
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("norm_type", "batchnorm"),
+        ("norm_placement", "middle"),
+        ("mlp_type", "wide"),
+        ("position_embedding_type", "alibi"),
+        ("hidden_act", "softmaxish"),
+        ("num_key_value_heads", 3),
+        ("head_dim", 7),
+        ("hidden_dropout", 1.5),
+        ("num_hidden_layers", 0),
+        ("vocab_size", -1),
+    ],
+)
+def test_nonsense_is_refused(field, value):
+    with pytest.raises(Exception, match=field) as error:
+        HfllmConfig(**{"hidden_size": 64, "num_attention_heads": 4, field: value})
+    assert str(value) in str(error.value)
+
+
+def test_derived_values():
+    gated = HfllmConfig(hidden_size=64, num_attention_heads=4)
+    assert (gated.intermediate_size, gated.head_dim, gated.num_key_value_heads) == (176, 16, 4)
+    assert HfllmConfig(hidden_size=64, num_attention_heads=4, mlp_type="plain").intermediate_size == 256
+    assert gated.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+    assert HfllmConfig(rms_norm_eps=1e-3).norm_eps == 1e-3
+
+
+def test_odd_heads_are_fine_without_rope():
+    assert HfllmConfig(hidden_size=28, num_attention_heads=4, position_embedding_type="learned").head_dim == 7
