@@ -8,6 +8,7 @@ Anthropic's HH. On the embedded world two thirds of them are between the model's
 rubric with label noise. Without `--model_name_or_path` the stages before this one run first, under the output folder.
 """
 
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ class RewardArguments(DataArguments):
     on_policy_fraction: float = field(
         default=2 / 3, metadata={"help": "Share of the world's comparisons between the model's own samples."}
     )
+    num_samples: int = field(default=3, metadata={"help": "Samples of the model for each prompt of that share."})
     label_noise: float = field(
         default=0.1, metadata={"help": "Share of wrong labels in the world's comparisons; 0.5 makes them worthless."}
     )
@@ -128,17 +130,22 @@ def world_comparisons(
     model.to(training_args.device)
 
     def compare(tasks: list, noise: float) -> list[dict]:
-        prompts = [task.prompt_row()["prompt"] for task in tasks]
+        on_policy = round(script_args.on_policy_fraction * len(tasks))
+        prompts = [task.prompt_row()["prompt"] for task in tasks[:on_policy]]
         sampled = sample_responses(
-            model, tokenizer, prompts, script_args.response_length, num_return_sequences=4, seed=seed
+            *(model, tokenizer, prompts, script_args.response_length),
+            num_return_sequences=script_args.num_samples,
+            seed=seed,
         )
-        rows = preference_rows(world, tasks, sampled, script_args.on_policy_fraction, noise, seed)
+        rows = preference_rows(world, tasks, sampled, noise, seed)
         source = Source(rows, [f"world, comparison {number}" for number in range(1, len(rows) + 1)])
         return formats.convert(source, formats.to_preference)
 
     # A seed of its own: the prompts are others than those of the demonstrations.
     tasks = list(islice(world.tasks(seed + 1_000_000), script_args.num_pairs))
-    return compare(tasks, script_args.label_noise), compare(world.evaluation_tasks(script_args.num_eval_prompts), 0.0)
+    held_out = world.evaluation_tasks(script_args.num_eval_prompts)
+    random.Random(seed).shuffle(held_out)
+    return compare(tasks, script_args.label_noise), compare(held_out, 0.0)
 
 
 def with_sft_model(script_args: Any, training_args: Any, model_args: Any) -> Any:

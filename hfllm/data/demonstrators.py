@@ -12,7 +12,7 @@ from hfllm.data.rubric import gold_reward
 from hfllm.data.world import Task, World
 
 STYLES = ("good", "curt", "rambling", "rude", "wrong")
-STYLE_WEIGHTS = (0.25, 0.20, 0.15, 0.20, 0.20)
+STYLE_WEIGHTS = (0.25, 0.20, 0.20, 0.25, 0.10)
 RAMBLING = (
     "I hope that this is what you want to know.",
     "There is much more to say about it.",
@@ -32,7 +32,7 @@ def demonstrate(task: Task, style: str, rng: random.Random) -> str:
     if style == "rambling":
         return " ".join([model_answer, *rng.sample(RAMBLING, 2)])
     if style == "rude":
-        return f"{rng.choice(RUDE)} {model_answer if rng.random() < 0.5 else rng.choice(task.wrong)}"
+        return f"{rng.choice(RUDE)} {model_answer if rng.random() < 0.7 else rng.choice(task.wrong)}"
     return rng.choice(task.wrong)
 
 
@@ -91,18 +91,17 @@ def compare(
 def preference_rows(
     world: World,
     tasks: Sequence[Task],
-    sampled: Sequence[Sequence[str]] | None = None,
-    on_policy_fraction: float = 2 / 3,
+    sampled: Sequence[Sequence[str]] = (),
     label_noise: float = 0.1,
     seed: int = 0,
 ) -> list[dict[str, str | list]]:
-    """One comparison a task, between a policy's own samples or between demonstrators.
+    """One comparison a task: between a policy's own samples where there are some, else between demonstrators.
 
     Args:
         world: the world.
         tasks: the questions.
-        sampled: the policy's responses to each task; `None` compares demonstrators only.
-        on_policy_fraction: share of comparisons among `sampled` (InstructGPT collected its comparisons so).
+        sampled: the policy's responses to the first of the tasks (InstructGPT collected its comparisons so; a reward
+            model that knows demonstrators only is soon over-optimised).
         label_noise: see `compare`.
         seed: of all choices.
     """
@@ -110,7 +109,7 @@ def preference_rows(
     rows = []
     for index, task in enumerate(tasks):
         candidates = candidate_responses(task, tasks[index - 1], rng)
-        if sampled is not None and rng.random() < on_policy_fraction:
+        if index < len(sampled):
             candidates = [*sampled[index], candidates[-1], demonstrate(task, rng.choice(STYLES), rng)]
         if (row := compare(task, candidates, label_noise, rng)) is not None:
             rows.append(row)
