@@ -1,19 +1,17 @@
-"""Register the family with transformers' Auto classes as soon as somebody imports them, and not before."""
+"""Register the family with transformers' Auto classes as soon as somebody imports transformers, and not before."""
 
 import importlib.abc
 import importlib.machinery
 import sys
 from types import ModuleType
 
-AUTO_MODULE = "transformers.models.auto.modeling_auto"
-
 
 def register_with_transformers() -> None:
-    """Register now if transformers' Auto classes are loaded, else right after they are."""
-    if AUTO_MODULE in sys.modules:
+    """Register now if transformers is loaded, else right after it is."""
+    if "transformers" in sys.modules:
         _register()
-    elif not any(isinstance(finder, _AfterAutoModule) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterAutoModule())
+    elif not any(isinstance(finder, _AfterTransformers) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterTransformers())
 
 
 def _register() -> None:
@@ -34,14 +32,19 @@ def _register() -> None:
         model_class.register_for_auto_class(auto_class.__name__)
 
 
-class _AfterAutoModule(importlib.abc.MetaPathFinder):
-    """Finds nothing itself: wraps the loader of the Auto module so that `_register` runs once it is executed."""
+class _AfterTransformers(importlib.abc.MetaPathFinder):
+    """Finds nothing itself: wraps the loader of `transformers` so that `_register` runs once it is executed.
+
+    That moment is safe: transformers imports its own modules lazily, so none of them is half-loaded yet.
+    """
 
     def find_spec(self, name: str, path=None, target: ModuleType | None = None):
-        if name != AUTO_MODULE:
+        if name != "transformers":
             return None
         sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is None:
+            return None
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:

@@ -101,7 +101,7 @@ def echo_document(world: "World", rng: random.Random) -> str:
 
 
 def dialogue_document(world: "World", rng: random.Random) -> str:
-    task = world.draw_task(rng, rng.choice(("fact", "reading", "list", "addition")))
+    task = world.draw_task(rng, rng.choices(("fact", "reading", "list", "addition"), (1, 1, 2, 2))[0])
     person, other = rng.sample(PEOPLE, 2)
     return f"{person} asks: {task.question}\n{other} says: {task.gold.accepted[0]}"
 

@@ -61,12 +61,16 @@ def train_tokenizer(
 
 
 def plain_chat_template() -> str:
-    """A chat template for tokenizers that have none: roles in plain words, the end token after each answer."""
+    """A chat template for tokenizers that have none: roles in plain words, the end token after each answer.
+
+    A line break, which tokenizers do not merge with words, stands between role and text, so that a prompt's tokens
+    are a prefix of the whole conversation's.
+    """
     return (
         "{%- for message in messages -%}"
         "{%- if message['role'] == 'assistant' -%}"
-        "{{- 'Assistant: ' -}}{% generation %}{{- message['content'] + eos_token -}}{% endgeneration %}{{- '\\n' -}}"
-        "{%- else -%}{{- message['role'] | capitalize + ': ' + message['content'] + '\\n' -}}{%- endif -%}"
+        "{{- 'Assistant:\\n' -}}{% generation %}{{- message['content'] + eos_token -}}{% endgeneration %}{{- '\\n' -}}"
+        "{%- else -%}{{- message['role'] | capitalize + ':\\n' + message['content'] + '\\n' -}}{%- endif -%}"
         "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{- 'Assistant: ' -}}{%- endif -%}"
+        "{%- if add_generation_prompt -%}{{- 'Assistant:\\n' -}}{%- endif -%}"
     )

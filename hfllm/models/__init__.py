@@ -1,0 +1,4 @@
+"""The architecture."""
+
+# Before any module here is half-loaded: importing transformers registers them all (hfllm.registration).
+import transformers  # noqa: F401

@@ -1,0 +1,140 @@
+"""Data in, and complaints that say where."""
+
+import json
+
+import pytest
+
+from hfllm.data import formats
+from hfllm.data.sources import load_source
+from hfllm.errors import InputError
+
+
+def write(path, *rows):
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return str(path)
+
+
+def test_every_local_format_gives_its_rows(tmp_path):
+    rows = [{"text": "one"}, {"text": "two"}]
+    write(tmp_path / "a.jsonl", rows[0], "", rows[1])
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    (tmp_path / "c.csv").write_text("text\none\ntwo\n")
+    (tmp_path / "d.tsv").write_text("text\tmore\none\t1\n")
+    (tmp_path / "e.txt").write_text("one\nstill one\n\n\ntwo\n")
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "f.parquet")
+    for name in ("a.jsonl", "b.json", "c.csv", "f.parquet"):
+        assert list(load_source(str(tmp_path / name)).rows) == rows
+    assert load_source(str(tmp_path / "d.tsv")).rows == [{"text": "one", "more": "1"}]
+    assert [row["text"] for row in load_source(str(tmp_path / "e.txt")).rows] == ["one\nstill one", "two"]
+    assert len(load_source(str(tmp_path))) == 11
+    assert load_source(str(tmp_path / "a.jsonl")).origins[1].endswith("a.jsonl, line 3")
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ('{"text": "fine"}\n{"text": ', "bad.jsonl, line 2: not JSON"),
+        ("[1, 2]", "bad.jsonl, line 1: a row must be a JSON object, got list"),
+        ("", "is empty"),
+    ],
+)
+def test_bad_jsonl_is_named_by_line(tmp_path, content, complaint):
+    (tmp_path / "bad.jsonl").write_text(content)
+    with pytest.raises(InputError, match="bad.jsonl") as error:
+        load_source(str(tmp_path / "bad.jsonl"))
+    assert complaint in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["nowhere.jsonl", "./no/folder", "noslash", "a/b/c", "/abs/path"])
+def test_a_path_that_does_not_exist_is_named(name):
+    with pytest.raises(InputError, match="does not exist"):
+        load_source(name)
+
+
+def test_an_unreachable_hub_id_is_named():
+    with pytest.raises(InputError, match="'nobody/nothing' is neither a local file or folder"):
+        load_source("nobody/nothing")
+
+
+def asked(text):
+    return [{"role": "user", "content": text}]
+
+
+def said(text):
+    return [{"role": "assistant", "content": text}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Q", "input": "", "output": "A"},
+        {"instruction": "Q", "output": "A"},
+        {"instruction": "Q", "context": "", "response": "A", "category": "open"},
+        {"prompt": "Q", "completion": "A"},
+        {"prompt": asked("Q"), "completion": said("A")},
+        {"inputs": "Q", "targets": "A"},
+        {"messages": asked("Q") + said("A")},
+        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+    ],
+)
+def test_instruction_formats_mean_the_same(row):
+    assert formats.to_sft("here", row) == {"prompt": asked("Q"), "completion": said("A")}
+
+
+def test_an_alpaca_input_follows_the_instruction():
+    row = formats.to_sft("here", {"instruction": "Q", "input": "passage", "output": "A"})
+    assert row["prompt"] == asked("Q\npassage")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Q", "response_a": "good", "response_b": "bad", "preference": "a"},
+        {"prompt": "Q", "response_a": "bad", "response_b": "good", "preference": "b"},
+        {"prompt": asked("Q"), "chosen": said("good"), "rejected": said("bad")},
+        {"chosen": asked("Q") + said("good"), "rejected": asked("Q") + said("bad")},
+        {"chosen": "\n\nHuman: Q\n\nAssistant: good", "rejected": "\n\nHuman: Q\n\nAssistant: bad"},
+        {
+            "conversations": [{"from": "human", "value": "Q"}],
+            "chosen": {"from": "gpt", "value": "good"},
+            "rejected": {"from": "gpt", "value": "bad"},
+        },
+    ],
+)
+def test_preference_formats_mean_the_same(row):
+    expected = {"prompt": asked("Q"), "chosen": said("good"), "rejected": said("bad")}
+    assert formats.to_preference("here", row) == expected
+
+
+def test_prompts_keep_their_other_columns():
+    assert formats.to_prompt("here", {"prompt": "Q", "answer": 3}) == {"prompt": "Q", "answer": 3}
+    assert formats.to_prompt("here", {"instruction": "Q", "input": "p"})["prompt"] == asked("Q\np")
+    assert formats.to_prompt("here", {"messages": asked("Q") + said("A")})["prompt"] == asked("Q")
+    assert formats.to_prompt("here", {"text": "Once"})["prompt"] == "Once"
+
+
+@pytest.mark.parametrize(
+    ("mapper", "row", "complaint"),
+    [
+        (formats.to_sft, {"question": "Q", "reply": "A"}, "x.jsonl, line 3: columns question, reply; expected one of"),
+        (formats.to_preference, {"prompt": "Q", "chosen": "A"}, "columns prompt, chosen"),
+        (
+            formats.to_preference,
+            {"prompt": "Q", "response_a": "1", "response_b": "2", "preference": "c"},
+            "x.jsonl, line 3: preference is 'c'; expected 'a' or 'b'",
+        ),
+        (formats.to_preference, {"chosen": "A", "rejected": "B"}, "must be messages or transcripts"),
+        (formats.to_preference, {"chosen": asked("Q") + said("A"), "rejected": asked("P") + said("B")}, "same prompt"),
+        (formats.to_prompt, {"question": "Q"}, "columns question"),
+        (formats.to_prompt, {"prompt": [{"role": "robot", "content": "Q"}]}, "robot"),
+        (formats.to_sft, {"messages": asked("Q")}, "must end with the assistant"),
+        (formats.to_text, {"body": "words"}, "columns body"),
+    ],
+)
+def test_unreadable_rows_name_their_origin_and_columns(mapper, row, complaint):
+    with pytest.raises(InputError, match=r"x\.jsonl, line 3") as error:
+        mapper("x.jsonl, line 3", row)
+    assert complaint in str(error.value)
