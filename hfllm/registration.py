@@ -41,13 +41,15 @@ class _AfterTransformers(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path=None, target: ModuleType | None = None):
         if name != "transformers":
             return None
-        sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is None:
             return None
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
+            # Here and not above: libraries also look for the spec only to know whether transformers is installed.
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             execute(module)
             _register()
 

@@ -70,13 +70,13 @@ class Report:
             lines += ["## Next", "", "```", *self.next_steps, "```", ""]
         return "\n".join(lines)
 
-    def print(self, tables: Sequence[str] = ()) -> None:
-        """Print the metrics, the named tables and the next steps."""
+    def print(self) -> None:
+        """Print the metrics, the tables and the next steps."""
         print(f"\n{self.stage}: done in {self.wall_seconds:.0f} s")
         print("\n".join(_table(_pairs(self.metrics))))
-        for title in tables:
+        for title, rows in self.tables.items():
             print(f"\n{title}")
-            print("\n".join(_table(self.tables[title])))
+            print("\n".join(_table(rows)))
         if self.next_steps:
             print("\n" + "\n".join(self.next_steps), flush=True)
 

@@ -1,6 +1,7 @@
 """Steps that several recipes share: begin and end a stage, run the stages before it, load data and models."""
 
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -20,59 +21,73 @@ if TYPE_CHECKING:
 # ---- the frame of a stage ----
 
 
-def start(stage: str, *arguments: Any) -> dict[str, Any] | None:
-    """Announce a stage. Returns the report of the same run if it has already finished in the output folder.
+class Stage:
+    """One run of a recipe, from its announcement to its report.
+
+    Args:
+        name: the stage's name.
+        script_args, training_args, model_args: its flags as they were given; trainers change some of them later, so
+            what decides the result is noted down here.
+
+    Attributes:
+        report: the report of the same run if it has already finished in the output folder, else `None`.
 
     Raises:
         InputError: when another run has finished there, or a flag cannot work on this machine.
     """
-    training_args = arguments[1]
-    if getattr(training_args, "fp16", False) and training_args.device.type == "cpu":
-        raise InputError("--fp16 does nothing on a CPU: use --bf16 or neither")
-    output_dir = training_args.output_dir
-    report = finished_run(output_dir, run_arguments(*arguments))
-    if main_process():
-        if report is not None:
-            print(f"{stage}: already done in {output_dir} (remove the folder to run it again)", flush=True)
-        else:
-            print(f"\n=== {stage} -> {output_dir}", flush=True)
-    return report
 
+    def __init__(self, name: str, script_args: Any, training_args: Any, model_args: Any):
+        if getattr(training_args, "fp16", False) and training_args.device.type == "cpu":
+            raise InputError("--fp16 does nothing on a CPU: use --bf16 or neither")
+        self.name, self.training_args, self.began = name, training_args, time.perf_counter()
+        self.arguments = run_arguments(script_args, training_args, model_args)
+        self.report = finished_run(training_args.output_dir, self.arguments)
+        if main_process() and self.report is not None:
+            print(f"{name}: already done in {training_args.output_dir} (remove that folder to redo it)", flush=True)
+        elif main_process():
+            print(f"\n=== {name} -> {training_args.output_dir}", flush=True)
 
-def finish(
-    stage: str,
-    arguments: Sequence[Any],
-    metrics: Mapping[str, float],
-    trainer: "Trainer",
-    wall_seconds: float,
-    tables: Mapping[str, list] | None = None,
-    curves: Mapping[str, Plot] | None = None,
-    next_steps: Sequence[str] = (),
-    print_tables: Sequence[str] = (),
-) -> None:
-    """Write and print the stage's report, push if asked, and wait for all processes."""
-    training_args = arguments[1]
-    history = trainer.state.log_history
-    loss = plot_history(
-        history, {"training": "loss", "evaluation": "eval_loss"}, title=f"{stage}: loss", xlabel="step", ylabel="loss"
-    )
-    report = Report(
-        stage=stage,
-        arguments=run_arguments(*arguments),
-        metrics=dict(metrics),
-        tables=dict(tables or {}),
-        curves={"loss": loss, **(curves or {})},
-        artifacts={"model": "."},
-        wall_seconds=wall_seconds,
-        next_steps=next_steps,
-    )
-    if main_process():
-        report.write(training_args.output_dir)
-        if next_steps:
-            report.print(print_tables)
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
-    trainer.accelerator.wait_for_everyone()
+    def finish(
+        self,
+        trainer: "Trainer",
+        metrics: Mapping[str, float],
+        summary: str = "",
+        tables: Mapping[str, list] | None = None,
+        curves: Mapping[str, Plot] | None = None,
+        next_steps: Sequence[str] = (),
+    ) -> dict[str, float]:
+        """Write the report, print it (or `summary` instead), push if asked, wait for all processes.
+
+        Returns:
+            The metrics.
+        """
+        loss = plot_history(
+            trainer.state.log_history,
+            {"training": "loss", "evaluation": "eval_loss"},
+            title=f"{self.name}: loss",
+            xlabel="step",
+            ylabel="loss",
+        )
+        report = Report(
+            stage=self.name,
+            arguments=self.arguments,
+            metrics=dict(metrics),
+            tables=dict(tables or {}),
+            curves={"loss": loss, **(curves or {})},
+            artifacts={"model": "."},
+            wall_seconds=time.perf_counter() - self.began,
+            next_steps=next_steps,
+        )
+        if main_process():
+            report.write(self.training_args.output_dir)
+            if summary:
+                print(f"{self.name}: {summary} ({report.wall_seconds:.0f} s)", flush=True)
+            else:
+                report.print()
+        if self.training_args.push_to_hub:
+            trainer.push_to_hub()
+        trainer.accelerator.wait_for_everyone()
+        return dict(metrics)
 
 
 def run_stage(recipe: ModuleType, argv: Sequence[str], later_folders: Sequence[str] = ()) -> dict[str, float]:

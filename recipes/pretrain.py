@@ -9,13 +9,12 @@ flags describe; the default settings are recipes/configs/pretrain/world.yaml.
 """
 
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import DataArguments, main_process, parse_recipe, run
+from hfllm.cli import DataArguments, parse_recipe, run
 
 CONFIG = Path(__file__).parent / "configs" / "pretrain" / "world.yaml"
 
@@ -65,12 +64,12 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     from datasets import Dataset
     from transformers import DataCollatorForLanguageModeling, Trainer, set_seed
 
-    from hfllm.stages import finish, load_or_make_base, load_texts, start
+    from hfllm.stages import Stage, load_or_make_base, load_texts
     from hfllm.trainers.callbacks import use_plain_lines
 
-    if (report := start("pretrain", script_args, training_args, model_args)) is not None:
-        return report["metrics"]
-    began = time.perf_counter()
+    stage = Stage("pretrain", script_args, training_args, model_args)
+    if stage.report is not None:
+        return stage.report["metrics"]
     set_seed(training_args.seed)
     train_texts, test_texts = load_texts(script_args, training_args.seed)
     model, tokenizer = load_or_make_base(script_args, model_args, train_texts, ARCHITECTURE)
@@ -95,12 +94,8 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
         "parameters": model.num_parameters(),
         "documents": len(train_texts),
     }
-    if main_process():
-        print(
-            f"pretrained {model.num_parameters():,} parameters: held-out loss {losses['eval_loss']:.3f} nats a token"
-        )
-    finish("pretrain", (script_args, training_args, model_args), metrics, trainer, time.perf_counter() - began)
-    return metrics
+    summary = f"{model.num_parameters():,} parameters, held-out loss {losses['eval_loss']:.3f} nats a token"
+    return stage.finish(trainer, metrics, summary)
 
 
 def pieces_of(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[int]]:

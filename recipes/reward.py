@@ -9,13 +9,12 @@ rubric with label noise. Without `--model_name_or_path` the stages before this o
 """
 
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import DataArguments, main_process, parse_recipe, run
+from hfllm.cli import DataArguments, parse_recipe, run
 
 CONFIG = Path(__file__).parent / "configs" / "reward" / "world.yaml"
 
@@ -55,16 +54,15 @@ def parse(argv: Sequence[str]) -> tuple:
 def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> dict[str, float]:
     """Train, save, write the report. Returns the metrics."""
     from hfllm.data.sources import WORLD
-    from hfllm.stages import finish, load_scorer, load_tokenizer, peft_config, start
+    from hfllm.stages import Stage, load_scorer, load_tokenizer, peft_config
     from hfllm.trainers.callbacks import use_plain_lines
 
-    if (report := start("reward", script_args, training_args, model_args)) is not None:
-        return report["metrics"]
+    stage = Stage("reward", script_args, training_args, model_args)
+    if stage.report is not None:
+        return stage.report["metrics"]
     is_world = script_args.dataset_name == WORLD
     rows = None if is_world else user_comparisons(script_args, training_args.seed)
-    arguments = (script_args, training_args, model_args)
     model_args = with_sft_model(script_args, training_args, model_args)
-    began = time.perf_counter()
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     if tokenizer.chat_template is None:
         from hfllm.data.tokenizer import plain_chat_template
@@ -97,11 +95,9 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
         "train_comparisons": len(train_rows),
         "eval_comparisons": trainer.eval_dataset.num_rows,
     }
-    if main_process():
-        labels = "held-out comparisons, noise-free labels" if is_world else "held-out comparisons"
-        print(f"reward model: accuracy {metrics['reward_model_accuracy']:.3f} on {len(test_rows)} {labels}")
-    finish("reward", arguments, metrics, trainer, time.perf_counter() - began)
-    return metrics
+    labels = " with noise-free labels" if is_world else ""
+    summary = f"accuracy {metrics['reward_model_accuracy']:.3f} on {len(test_rows)} held-out comparisons{labels}"
+    return stage.finish(trainer, metrics, summary)
 
 
 def user_comparisons(script_args: RewardArguments, seed: int) -> tuple[list[dict], list[dict]]:

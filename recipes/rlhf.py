@@ -7,7 +7,6 @@ Without `--model_name_or_path` a model is pretrained and fine-tuned on the embed
 a reward model is trained first; both under the output folder, where they are reused when this is run again.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -54,13 +53,13 @@ def parse(argv: Sequence[str]) -> tuple:
 def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dict[str, float]:
     """Make what is missing, align, compare before and after, save, report. Returns the metrics."""
     from hfllm.evaluation.alignment import alignment_metrics, alignment_plots, alignment_tables, judge_policy
-    from hfllm.stages import finish, load_policy, load_scorer, load_tokenizer, peft_config, start, world_of
+    from hfllm.stages import Stage, load_policy, load_scorer, load_tokenizer, peft_config, world_of
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.ppo_trainer import PPOTrainer
 
-    if (report := start("rlhf", script_args, training_args, model_args)) is not None:
-        return report["metrics"]
-    arguments, began = (script_args, training_args, model_args), time.perf_counter()
+    stage = Stage("rlhf", script_args, training_args, model_args)
+    if stage.report is not None:
+        return stage.report["metrics"]
     functions = checked_functions(script_args)
     train_rows, eval_rows = prompt_data(script_args, training_args.seed, functions)
     model_args, reward_model, stage_metrics = missing_stages(script_args, training_args, model_args)
@@ -90,18 +89,13 @@ def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dic
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     after = judge_policy(trainer, *judged_on)
     trainer.save_model()
-    finish(
-        "rlhf",
-        arguments,
-        metrics := {**alignment_metrics(before, after), **stage_metrics},
+    return stage.finish(
         trainer,
-        time.perf_counter() - began,
+        {**alignment_metrics(before, after), **stage_metrics},
         tables=alignment_tables(before, after),
         curves=alignment_plots(trainer.state.log_history),
         next_steps=next_steps(training_args.output_dir, eval_rows[0]["prompt"]),
-        print_tables=("Gold reward by task family", "Samples"),
     )
-    return metrics
 
 
 def checked_functions(script_args: RlhfArguments) -> list[Callable[..., list[float]]]:

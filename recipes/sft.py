@@ -7,13 +7,12 @@ Datasets may be in Alpaca, Dolly, FLAN, ShareGPT, `messages` or `prompt`/`comple
 `--model_name_or_path` a small base model is pretrained on the embedded world first, under the output folder.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import DataArguments, main_process, parse_recipe, run
+from hfllm.cli import DataArguments, parse_recipe, run
 
 CONFIG = Path(__file__).parent / "configs" / "sft" / "world.yaml"
 
@@ -38,15 +37,14 @@ def parse(argv: Sequence[str]) -> tuple:
 
 def main(script_args: SftArguments, training_args: Any, model_args: Any) -> dict[str, float]:
     """Fine-tune, save, write the report. Returns the metrics."""
-    from hfllm.stages import finish, load_policy, peft_config, start
+    from hfllm.stages import Stage, load_policy, peft_config
     from hfllm.trainers.callbacks import use_plain_lines
 
-    if (report := start("sft", script_args, training_args, model_args)) is not None:
-        return report["metrics"]
+    stage = Stage("sft", script_args, training_args, model_args)
+    if stage.report is not None:
+        return stage.report["metrics"]
     train_rows, test_rows = instruction_data(script_args, training_args.seed)
-    arguments = (script_args, training_args, model_args)
     model_args = with_base_model(script_args, training_args, model_args)
-    began = time.perf_counter()
     model, tokenizer = load_policy(model_args)
     if tokenizer.chat_template is None:
         from hfllm.data.tokenizer import plain_chat_template
@@ -74,10 +72,8 @@ def main(script_args: SftArguments, training_args: Any, model_args: Any) -> dict
         "eval_loss": losses["eval_loss"],
         "examples": len(train_rows),
     }
-    if main_process():
-        print(f"fine-tuned on {len(train_rows):,} responses: held-out loss {losses['eval_loss']:.3f} nats a token")
-    finish("sft", arguments, metrics, trainer, time.perf_counter() - began)
-    return metrics
+    summary = f"{len(train_rows):,} responses, held-out loss {losses['eval_loss']:.3f} nats a token"
+    return stage.finish(trainer, metrics, summary)
 
 
 def instruction_data(script_args: SftArguments, seed: int) -> tuple[list[dict], list[dict]]:

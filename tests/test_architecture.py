@@ -63,7 +63,11 @@ def test_imports_point_one_way(path):
 def test_the_modeling_file_travels_alone():
     names = set(imports(PACKAGE / "models" / "modeling_hfllm.py"))
     assert {name for name in names if name.startswith(".")} == {".configuration_hfllm"}
-    assert {name.split(".")[0] for name in names if not name.startswith(".")} == {"collections", "torch", "transformers"}
+    assert {name.split(".")[0] for name in names if not name.startswith(".")} == {
+        "collections",
+        "torch",
+        "transformers",
+    }
 
 
 @pytest.mark.parametrize(
@@ -83,6 +87,7 @@ def test_importing_hfllm_imports_neither_torch_nor_transformers():
     "imports",
     [
         "import hfllm, transformers",
+        "import hfllm, importlib.util; importlib.util.find_spec('transformers')",
         "import transformers, hfllm",
         "import hfllm; from transformers import LlamaForCausalLM",
         "import hfllm; from transformers.modeling_layers import GradientCheckpointingLayer",

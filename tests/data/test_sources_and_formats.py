@@ -43,7 +43,7 @@ def test_every_local_format_gives_its_rows(tmp_path):
 )
 def test_bad_jsonl_is_named_by_line(tmp_path, content, complaint):
     (tmp_path / "bad.jsonl").write_text(content)
-    with pytest.raises(InputError, match="bad.jsonl") as error:
+    with pytest.raises(InputError, match=r"bad\.jsonl") as error:
         load_source(str(tmp_path / "bad.jsonl"))
     assert complaint in str(error.value)
 

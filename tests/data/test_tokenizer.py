@@ -29,9 +29,7 @@ def test_generation_markers_cover_the_answer_and_its_end_token(tokenizer, templa
     encoded = tokenizer.apply_chat_template(
         CHAT, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    marked = [
-        token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask
-    ]
+    marked = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
     assert tokenizer.decode(marked) == "The fox is red.<|end|>"
 
 

@@ -1,4 +1,4 @@
-"""On a bandit PPO finds the known optimum of a KL-regularised reward: pi(a) proportional to pi_ref(a) exp(r(a)/beta)."""
+"""On a bandit PPO finds the known optimum of a KL-regularised reward: pi(a) ~ pi_ref(a) exp(r(a) / beta)."""
 
 import torch
 from datasets import Dataset
@@ -24,7 +24,7 @@ def test_ppo_converges_to_the_tilted_reference(make_model, tokenizer, tmp_path):
             return self.head(hidden).masked_fill(others, -1e4)
 
     def reward(completions, **_):
-        return [reward_of[tokenizer.convert_tokens_to_ids(list(text)[0])] for text in completions]
+        return [reward_of[tokenizer.convert_tokens_to_ids(text[0])] for text in completions]
 
     def probabilities(policy, ids):
         with torch.no_grad():

@@ -67,9 +67,7 @@ def test_every_episode_is_used_once_an_epoch(make_trainer, prompts):
         ]
         assert len(seen) == 8
         assert sorted(rollout.order[epoch].tolist()) == list(range(8))
-        tokens = sum(
-            rollout.micro_batch(epoch * 2, micro, 2)["response_mask"].sum() for micro in range(2)
-        )
+        tokens = sum(rollout.micro_batch(epoch * 2, micro, 2)["response_mask"].sum() for micro in range(2))
         assert rollout.mini_batch_tokens[epoch, 0] == tokens
 
 

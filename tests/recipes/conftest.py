@@ -1,0 +1,55 @@
+"""Recipes in miniature: the same code on a world of a few hundred rows."""
+
+import pytest
+import yaml
+
+TINY = {
+    "pretrain": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 256,
+        "vocab_size": 400,
+        "num_documents": 300,
+        "per_device_train_batch_size": 16,
+        "max_steps": 6,
+        "learning_rate": 0.003,
+        "save_strategy": "no",
+        "logging_steps": 3,
+    },
+    "sft": {"num_examples": 120, "max_steps": 4, "save_strategy": "no", "learning_rate": 0.001, "logging_steps": 2},
+    "reward": {
+        "num_pairs": 60,
+        "max_steps": 4,
+        "save_strategy": "no",
+        "learning_rate": 0.001,
+        "response_length": 8,
+        "num_eval_prompts": 24,
+        "logging_steps": 2,
+    },
+    "rlhf": {
+        "total_episodes": 16,
+        "per_device_train_batch_size": 4,
+        "num_ppo_epochs": 1,
+        "response_length": 8,
+        "num_prompts": 40,
+        "num_eval_prompts": 24,
+        "save_strategy": "no",
+        "learning_rate": 0.0005,
+        "logging_steps": 1,
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Paths of tiny YAML configs, by stage."""
+    folder = tmp_path_factory.mktemp("configs")
+    paths = {}
+    for stage, values in TINY.items():
+        if stage == "rlhf":
+            values = {**values, **{f"{name}_config": paths[name] for name in ("pretrain", "sft", "reward")}}
+        paths[stage] = str(folder / f"{stage}.yaml")
+        with open(paths[stage], "w") as stream:
+            yaml.safe_dump(values, stream)
+    return paths

@@ -1,0 +1,175 @@
+"""Every stage alone, the whole chain, and its reuse."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import rlhf
+import sft
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from hfllm.errors import InputError
+
+RLHF_METRICS = {
+    "gold_reward_before",
+    "gold_reward_after",
+    "proxy_reward_before",
+    "proxy_reward_after",
+    "reward_model_accuracy",
+    "kl_to_reference",
+    "response_length",
+}
+
+
+@pytest.fixture(scope="session")
+def aligned(tiny, tmp_path_factory):
+    """The main job in miniature, from nothing."""
+    folder = tmp_path_factory.mktemp("rlhf")
+    metrics = rlhf.main(*rlhf.parse(["--config", tiny["rlhf"], "--output_dir", str(folder)]))
+    return folder, metrics
+
+
+def test_the_main_job_leaves_a_report_and_a_model(aligned):
+    folder, metrics = aligned
+    report = json.loads((folder / "report.json").read_text())
+    assert set(metrics) >= RLHF_METRICS
+    assert report["metrics"] == metrics
+    assert set(report) >= {
+        "stage",
+        "hfllm_version",
+        "arguments",
+        "metrics",
+        "artifacts",
+        "wall_seconds",
+        "environment",
+    }
+    for name in ("loss", "rewards", "overoptimisation"):
+        assert (folder / report["artifacts"][name]).read_bytes().startswith(b"\x89PNG")
+    text = (folder / "report.md").read_text()
+    assert "Gold reward by task family" in text
+    assert "## Samples" in text
+    for stage in ("pretrain", "sft", "reward"):
+        assert json.loads((folder / stage / "report.json").read_text())["stage"] == stage
+    assert isinstance(AutoModelForCausalLM.from_pretrained(folder).config.vocab_size, int)
+    chat = pipeline("text-generation", str(folder))([{"role": "user", "content": "Hi"}], max_new_tokens=3)
+    assert chat[0]["generated_text"][-1]["role"] == "assistant"
+
+
+def test_the_main_job_is_reused_and_stages_too(aligned, tiny, capsys):
+    folder, metrics = aligned
+    written = {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*.safetensors")}
+    arguments = ["--config", tiny["rlhf"], "--output_dir", str(folder)]
+    assert rlhf.main(*rlhf.parse(arguments)) == metrics
+    assert "already done" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"finished run with kl_coef=0\.2, this one has kl_coef=0\.3"):
+        rlhf.main(*rlhf.parse([*arguments, "--kl_coef", "0.3"]))
+    os.remove(folder / "report.json")  # as if PPO had been interrupted
+    rlhf.main(*rlhf.parse([*arguments, "--kl_coef", "0.3"]))
+    after = {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*.safetensors")}
+    changed = {str(path.relative_to(folder)) for path in after if after[path] != written[path]}
+    assert changed == {"model.safetensors", "value_head.safetensors"}
+
+
+def test_a_changed_stage_runs_again_with_all_that_build_on_it(tiny, tmp_path):
+    import pretrain
+    import reward
+
+    from hfllm.stages import run_stage
+
+    folders = {stage: str(tmp_path / stage) for stage in ("pretrain", "sft")}
+
+    def chain(documents):
+        flags = ["--config", tiny["pretrain"], "--output_dir", folders["pretrain"]]
+        run_stage(pretrain, [*flags, "--num_documents", str(documents)], [folders["sft"]])
+        base = ["--model_name_or_path", folders["pretrain"]]
+        run_stage(sft, ["--config", tiny["sft"], "--output_dir", folders["sft"], *base])
+        return (tmp_path / "sft" / "model.safetensors").stat().st_mtime_ns
+
+    first = chain(300)
+    assert chain(300) == first
+    assert chain(301) != first
+    assert reward.CONFIG.is_file()
+
+
+def test_sft_learns_from_the_response_only(tiny, tmp_path, monkeypatch):
+    """Training on a user's own rows; the labels of the prompt are masked."""
+    import trl
+
+    rows = [{"instruction": f"Say {word}.", "input": "", "output": word} for word in ("red", "blue", "one", "two") * 5]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    seen = {}
+    train = trl.SFTTrainer.train
+
+    def spy(self, *args, **kwargs):
+        seen.update(next(iter(self.get_train_dataloader())))
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(trl.SFTTrainer, "train", spy)
+    arguments = ["--config", tiny["sft"], "--pretrain_config", tiny["pretrain"], "--dataset_name", str(path)]
+    sft.main(*sft.parse([*arguments, "--output_dir", str(tmp_path / "sft")]))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "sft")
+    for labels in seen["labels"]:
+        assert tokenizer.decode(labels[labels != -100]) in {f"{row['output']}<|end|>" for row in rows}
+
+
+def test_a_users_reward_and_prompts(aligned, tiny, tmp_path):
+    """A text-only model and prompts, with a reward from a file, as `--model_name_or_path ... --reward_funcs`."""
+    folder, _ = aligned
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": f"The {word}", "target": "e"}) for word in "abcdefghij" * 4))
+    function = tmp_path / "mine.py"
+    function.write_text(
+        "def count(prompts, completions, target, **columns):\n"
+        "    return [float(text.count(letter)) for text, letter in zip(completions, target)]\n"
+    )
+    output = tmp_path / "out"
+    metrics = rlhf.main(
+        *rlhf.parse(
+            [
+                *("--model_name_or_path", str(folder / "sft"), "--dataset_name", str(prompts)),
+                *("--reward_funcs", f"{function}:count", "--output_dir", str(output), "--total_episodes", "16"),
+                *("--per_device_train_batch_size", "8", "--response_length", "8", "--save_strategy", "no"),
+            ]
+        )
+    )
+    assert "gold_reward_after" not in metrics
+    assert {"proxy_reward_before", "proxy_reward_after", "kl_to_reference"} <= set(metrics)
+    assert (output / "model.safetensors").is_file()
+
+
+def test_the_proxy_alone_trains_the_policy(aligned, tiny):
+    """The gold reward is logged at weight 0; `--reward_funcs gold` must be asked for."""
+    from hfllm.rewards import gold_reward
+
+    script_args, training_args, _ = rlhf.parse(["--config", tiny["rlhf"]])
+    trained, rewards, tokenizers = rlhf.with_gold_beside(script_args, training_args, ["proxy"], [None])
+    assert trained.reward_weights == [1.0, 0.0]
+    assert rewards == ["proxy", gold_reward]
+    assert tokenizers == [None, None]
+    script_args, training_args, _ = rlhf.parse(["--config", tiny["rlhf"], "--reward_funcs", "gold"])
+    functions = rlhf.checked_functions(script_args)
+    assert functions == [gold_reward]
+    assert rlhf.with_gold_beside(script_args, training_args, functions, [None])[0].reward_weights is None
+
+
+def test_no_stage_is_trained_on_evaluation_rows(tiny, world):
+    evaluation = {task.question for task in world.evaluation_tasks(360)}
+    script_args, training_args, _ = rlhf.parse(["--config", tiny["rlhf"], "--num_prompts", "3000"])
+    train_rows, eval_rows = rlhf.prompt_data(script_args, training_args.seed, [])
+    assert not evaluation & {row["prompt"][0]["content"] for row in train_rows}
+    assert {row["prompt"][0]["content"] for row in eval_rows} <= evaluation
+
+
+def test_the_same_seed_gives_the_same_model(tiny, tmp_path):
+    import pretrain
+
+    weights = []
+    for name, seed in (("one", "5"), ("two", "5"), ("three", "6")):
+        folder = str(tmp_path / name)
+        pretrain.main(*pretrain.parse(["--config", tiny["pretrain"], "--seed", seed, "--output_dir", folder]))
+        weights.append(AutoModelForCausalLM.from_pretrained(folder).lm_head.weight)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
