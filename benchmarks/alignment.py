@@ -1,0 +1,79 @@
+"""The main job over several seeds, and a control whose reward model learned from worthless labels.
+
+    python benchmarks/alignment.py --seeds 0 1 2 --output_dir outputs/alignment
+
+Runs `recipes/rlhf.py` once a seed and once more on the first seed's fine-tuned model with `label_noise: 0.5`, and
+writes `alignment.md` with the medians into the output folder. Finished runs are reused.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ROWS = {
+    "sampled gold reward, SFT": "gold_reward_before",
+    "sampled gold reward, PPO": "gold_reward_after",
+    "greedy gold reward, SFT": "gold_reward_greedy_before",
+    "greedy gold reward, PPO": "gold_reward_greedy_after",
+    "on held-out phrasings, SFT": "gold_reward_new_phrasings_before",
+    "on held-out phrasings, PPO": "gold_reward_new_phrasings_after",
+    "reward model accuracy": "reward_model_accuracy",
+    "KL to the reference (nats a response)": "kl_to_reference",
+    "greedy fact accuracy, SFT": "fact_accuracy_before",
+    "greedy fact accuracy, PPO": "fact_accuracy_after",
+}
+
+
+def run(output_dir: Path, *flags: str) -> dict:
+    """One run of the main job. Returns its report."""
+    command = [sys.executable, str(ROOT / "recipes" / "rlhf.py"), "--output_dir", str(output_dir), *flags]
+    subprocess.run(command, check=True)
+    return json.loads((output_dir / "report.json").read_text())
+
+
+def control(output_dir: Path, first: Path, seed: int) -> dict:
+    """The same PPO against a reward model whose labels are coin flips."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    world = (ROOT / "recipes" / "configs" / "reward" / "world.yaml").read_text()
+    noisy = output_dir / "reward_noise.yaml"
+    noisy.write_text(f"{world}label_noise: 0.5\n")
+    flags = ["--config", str(ROOT / "recipes" / "configs" / "rlhf" / "world.yaml"), "--seed", str(seed)]
+    return run(output_dir, *flags, "--model_name_or_path", str(first / "sft"), "--reward_config", str(noisy))
+
+
+def table(reports: dict[str, dict], control_report: dict) -> str:
+    """Markdown: a row a metric, a column a seed, the median, the control."""
+    head = ["", *reports, "median", "control"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for label, name in ROWS.items():
+        values = [report["metrics"][name] for report in reports.values()]
+        cells = [*values, statistics.median(values), control_report["metrics"][name]]
+        lines.append(f"| {label} | " + " | ".join(f"{value:.3f}" for value in cells) + " |")
+    seconds = [report["wall_seconds"] for report in reports.values()]
+    cells = [*seconds, statistics.median(seconds), control_report["wall_seconds"]]
+    lines.append("| seconds | " + " | ".join(f"{value:.0f}" for value in cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/alignment"))
+    args = parser.parse_args()
+    folders = {f"seed {seed}": args.output_dir / f"seed-{seed}" for seed in args.seeds}
+    reports = {
+        name: run(folder, "--seed", str(seed))
+        for (name, folder), seed in zip(folders.items(), args.seeds, strict=True)
+    }
+    shuffled = control(args.output_dir / "control", next(iter(folders.values())), args.seeds[0])
+    text = table(reports, shuffled)
+    (args.output_dir / "alignment.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Bad input ends a recipe with one line that names the culprit, before anything is trained."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pretrain
+import pytest
+import reward
+import rlhf
+import sft
+
+from hfllm.errors import InputError
+
+ROOT = Path(__file__).parent.parent.parent
+STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "rlhf": rlhf}
+
+
+@pytest.fixture(autouse=True)
+def no_training(monkeypatch):
+    def train(*args, **kwargs):
+        raise AssertionError("training started")
+
+    monkeypatch.setattr("transformers.Trainer.train", train)
+
+
+def complaint(stage, *argv):
+    with pytest.raises(InputError) as error:
+        STAGES[stage].main(*STAGES[stage].parse([str(word) for word in argv]))
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def jsonl(path, *rows):
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_unknown_flags_and_keys_name_the_nearest(stage, tmp_path):
+    assert complaint(stage, "--learning_rat", "1") == "unknown flag 'learning_rat'; did you mean 'learning_rate'?"
+    config = tmp_path / "config.yaml"
+    config.write_text("learing_rate: 0.1\n")
+    assert complaint(stage, "--config", config) == (
+        f"unknown key in {config}: 'learing_rate'; did you mean 'learning_rate'?"
+    )
+
+
+def test_bad_values_and_configs(tmp_path):
+    assert "invalid float value: 'fast'" in complaint("sft", "--learning_rate", "fast")
+    assert "unexpected argument 'stray'" in complaint("sft", "stray")
+    assert "nowhere.yaml: no such file" in complaint("sft", "--config", "nowhere.yaml")
+    for text, expected in (("a: [", "not YAML"), ("- a\n", "expected a mapping")):
+        (tmp_path / "bad.yaml").write_text(text)
+        assert expected in complaint("sft", "--config", tmp_path / "bad.yaml")
+    assert "num_ppo_epochs must be at least 1, got 0" in complaint("rlhf", "--num_ppo_epochs", 0)
+    assert "label_noise must lie in [0, 1], got 2" in complaint("reward", "--label_noise", 2)
+    assert "--fp16 does nothing on a CPU" in complaint("sft", "--fp16", "true", "--output_dir", tmp_path / "o")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_datasets(stage, tmp_path):
+    output = ("--output_dir", tmp_path / "out")
+    assert "does not exist" in complaint(stage, "--dataset_name", tmp_path / "no.jsonl", *output)
+    empty = jsonl(tmp_path / "empty.jsonl")
+    assert f"dataset '{empty}' is empty" in complaint(stage, "--dataset_name", empty, *output)
+    broken = jsonl(tmp_path / "broken.jsonl", '{"text": "a", "prompt": "b"', "x")
+    assert "broken.jsonl, line 1: not JSON" in complaint(stage, "--dataset_name", broken, *output)
+    lacking = jsonl(tmp_path / "lacking.jsonl", {"question": "Q", "reply": "A"})
+    message = complaint(stage, "--dataset_name", lacking, *output)
+    assert "lacking.jsonl, line 1: columns question, reply; expected one of" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_preference_that_is_neither_a_nor_b(tmp_path):
+    row = {"prompt": "Q", "response_a": "1", "response_b": "2", "preference": "a"}
+    path = jsonl(tmp_path / "pairs.jsonl", row, {**row, "preference": "both"})
+    message = complaint("reward", "--dataset_name", path, "--output_dir", tmp_path / "out")
+    assert message == f"{path}, line 2: preference is 'both'; expected 'a' or 'b'"
+
+
+@pytest.fixture
+def saved_model(make_model, tokenizer, tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+REWARDS = """
+def short(completions, **columns): return [1.0]
+def none(completions, **columns): return [None] * len(completions)
+def nan(completions, **columns): return [float("nan")] * len(completions)
+def fine(completions, **columns): return [0.0] * len(completions)
+"""
+
+
+def test_reward_functions(saved_model, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(REWARDS)
+    prompts = jsonl(tmp_path / "prompts.jsonl", *({"prompt": f"number {index}"} for index in range(9)))
+    flags = ("--model_name_or_path", saved_model, "--dataset_name", prompts, "--output_dir", tmp_path / "out")
+    for name, expected in (
+        ("short", "'short' returned 1 values for 2 completions"),
+        ("none", "'none' returned None for completion 0"),
+        ("nan", "'nan' returned nan for completion 0"),
+        ("absent", "no function 'absent' in"),
+    ):
+        assert expected in complaint("rlhf", *flags, "--reward_funcs", f"{file}:{name}")
+    assert "no file 'nowhere.py'" in complaint("rlhf", *flags, "--reward_funcs", "nowhere.py:f")
+    assert "only the embedded world has it" in complaint("rlhf", *flags, "--reward_funcs", "gold")
+    file.write_text("import not_installed_anywhere")
+    assert "does not run: ModuleNotFoundError" in complaint("rlhf", *flags, "--reward_funcs", f"{file}:fine")
+
+
+def test_prompts_longer_than_the_context(saved_model, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(REWARDS)
+    long = jsonl(tmp_path / "long.jsonl", *({"prompt": "red " * 400} for _ in range(9)))
+    flags = ("--model_name_or_path", saved_model, "--dataset_name", long, "--output_dir", tmp_path / "out")
+    assert "model's context of 256 leaves room for 203" in complaint("rlhf", *flags, "--reward_funcs", f"{file}:fine")
+
+
+@pytest.mark.parametrize("token", ["eos_token", "pad_token"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "rlhf"])
+def test_tokenizers_without_padding_or_end_token(saved_model, tmp_path, stage, token):
+    path = saved_model / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config[token]
+    path.write_text(json.dumps(config))
+    flags = ("--model_name_or_path", saved_model, "--output_dir", tmp_path / "out")
+    more = ("--reward_funcs", "gold") if stage == "rlhf" else ()
+    assert f"has no {token}" in complaint(stage, *flags, *more)
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    flags = ("--model_name_or_path", tmp_path / "no-model", "--output_dir", tmp_path / "out")
+    assert "no-model' could not be loaded" in complaint("sft", *flags)
+
+
+def test_the_command_line_prints_one_line_and_exits_with_2():
+    result = subprocess.run(
+        [sys.executable, "recipes/rlhf.py", "--kl_coeff", "0.1"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1] == "error: unknown flag 'kl_coeff'; did you mean 'kl_coef'?"
+    assert "Traceback" not in result.stderr
