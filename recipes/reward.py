@@ -31,7 +31,7 @@ class RewardArguments(DataArguments):
     label_noise: float = field(
         default=0.1, metadata={"help": "Share of wrong labels in the world's comparisons; 0.5 makes them worthless."}
     )
-    response_length: int = field(default=48, metadata={"help": "Longest response sampled for comparison, in tokens."})
+    response_length: int = field(default=40, metadata={"help": "Longest response sampled for comparison, in tokens."})
     num_eval_prompts: int = field(default=360, metadata={"help": "Held-out prompts of the world to compare on."})
     sft_config: str | None = field(
         default=None, metadata={"help": "YAML flags of the fine-tuning that makes the model, if none is named."}

@@ -130,6 +130,7 @@ def sampling_config(
         "repetition_penalty": 1.0,
         "no_repeat_ngram_size": 0,
         "num_beams": 1,
+        "use_cache": True,
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": list(eos_token_ids),
         "bos_token_id": tokenizer.bos_token_id,

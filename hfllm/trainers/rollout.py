@@ -121,9 +121,7 @@ def sample_responses(
     """Sample one response a prompt. Returns ids and mask, each (N, R), with the padding token after the end."""
     was_training = policy.training
     policy.eval()
-    output = policy.generate(
-        input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=generation_config, use_cache=True
-    )
+    output = policy.generate(input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=generation_config)
     policy.train(was_training)
     response_ids = output[:, prompt_ids.shape[1] :]
     mask = response_mask(response_ids, eos_token_ids)

@@ -197,7 +197,6 @@ def test_logprobs_of_generation_are_those_of_a_forward_pass(make_trainer, prompt
         input_ids=batch["prompt_ids"],
         attention_mask=batch["prompt_mask"],
         generation_config=trainer.sampling_config,
-        use_cache=True,
         output_scores=True,
         return_dict_in_generate=True,
     )

@@ -1,0 +1,40 @@
+"""Sampling and judging responses."""
+
+import torch
+
+from hfllm.evaluation.responses import gold_by_group, judge_tasks, mean_gold, right_share, sample_responses
+
+
+def test_batches_and_padding_do_not_matter_to_greedy_responses(make_model, tokenizer):
+    model = make_model()
+    prompts = ["Say red.", "What is 1 plus 2? Please tell me.", "Go"]
+    together = sample_responses(model, tokenizer, prompts, 6, do_sample=False)
+    alone = [sample_responses(model, tokenizer, [prompt], 6, do_sample=False)[0] for prompt in prompts]
+    assert together == alone
+
+
+def test_sampling_is_seeded_and_leaves_the_random_state(make_model, tokenizer):
+    model = make_model()
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = sample_responses(model, tokenizer, ["Go"] * 4, 8, num_return_sequences=2, seed=3)
+    assert torch.equal(before, torch.get_rng_state())
+    assert first == sample_responses(model, tokenizer, ["Go"] * 4, 8, num_return_sequences=2, seed=3)
+    assert first != sample_responses(model, tokenizer, ["Go"] * 4, 8, num_return_sequences=2, seed=4)
+    assert [len(responses) for responses in first] == [2] * 4
+
+
+def test_judging_gives_each_task_its_gold(make_model, tokenizer, world):
+    tasks = world.evaluation_tasks(24)
+    rows = judge_tasks(make_model(), tokenizer, tasks, 4, do_sample=True)
+    assert [row["prompt"] for row in rows] == [task.question for task in tasks]
+    groups = gold_by_group(rows)
+    assert groups["all"] == mean_gold(rows)
+    assert set(groups) >= {"held-out instances", "held-out phrasings", "fact", "harm"}
+
+
+def test_shares():
+    rows = [{"gold": value} for value in (1.0, 0.5, 0.0, -1.0)]
+    assert right_share(rows) == 0.5
+    assert mean_gold(rows) == 0.125
+    assert mean_gold([]) == right_share([]) == 0

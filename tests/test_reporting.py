@@ -1,0 +1,46 @@
+"""Reports are whole or not there, and plots are pictures."""
+
+import json
+
+import pytest
+
+from hfllm.reporting import Plot, Report, plot_history, read_report, write_atomically
+
+
+def make(**overrides):
+    values = {"stage": "demo", "arguments": {"seed": 0}, "metrics": {"loss": 1.5}, "wall_seconds": 2.0}
+    return Report(**{**values, **overrides})
+
+
+def test_report_files(tmp_path):
+    plot = Plot("title", "x", "y", {"one": ([1, 2], [3.0, 4.0]), "none": ([], [])})
+    rows = [{"prompt": "a | b\nc", "after": 0.5}]
+    make(curves={"loss": plot, "empty": Plot("t", "x", "y", {"none": ([], [])})}, tables={"Samples": rows}).write(
+        tmp_path
+    )
+    report = read_report(tmp_path)
+    assert report["metrics"] == {"loss": 1.5}
+    assert report["artifacts"] == {"loss": "loss.png"}
+    assert report["environment"]["torch"]
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "| a \\| b / c | 0.5   |" in (tmp_path / "report.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "loss.png"}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "report.json"
+    write_atomically(path, json.dumps({"old": 1}))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, "half")
+    assert json.loads(path.read_text()) == {"old": 1}
+
+
+def test_no_report_is_none(tmp_path):
+    assert read_report(tmp_path) is None
+
+
+def test_history_becomes_lines():
+    history = [{"step": 1, "loss": 3.0}, {"step": 2, "eval_loss": 2.5}, {"step": 3, "loss": 2.0}]
+    plot = plot_history(history, {"train": "loss", "eval": "eval_loss"}, title="t", xlabel="x", ylabel="y")
+    assert plot.lines == {"train": ([1, 3], [3.0, 2.0]), "eval": ([2], [2.5])}
