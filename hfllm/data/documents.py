@@ -120,11 +120,11 @@ def talk_document(world: "World", rng: random.Random) -> str:
 
 
 SHARES = {
-    fact_document: 8,
-    dialogue_document: 8,
-    echo_document: 4,
-    reading_document: 3,
+    fact_document: 4,
+    dialogue_document: 14,
+    echo_document: 6,
+    reading_document: 2,
     list_document: 3,
-    sum_document: 3,
+    sum_document: 4,
     talk_document: 1,
 }
