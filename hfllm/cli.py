@@ -70,7 +70,7 @@ class RecipeParser(TrlParser):
             for key in values:
                 if key not in self.names:
                     raise self.unknown(f"key in {path}:", key)
-            self.set_defaults_with_config(**values)
+            self.set_defaults_with_config(**{key: self._typed(path, key, value) for key, value in values.items()})
         try:
             *parsed, remaining = self.parse_args_into_dataclasses(args=list(argv), return_remaining_strings=True)
         except argparse.ArgumentError as error:
@@ -81,6 +81,20 @@ class RecipeParser(TrlParser):
                 raise InputError(f"unexpected argument {remaining[0]!r}")
             raise self.unknown("flag", flag.lstrip("-").split("=")[0])
         return tuple(parsed)
+
+    def _typed(self, path: Path, key: str, value: Any) -> Any:
+        """A YAML value as the flag `--key` would read it: of its type, and a list where the flag takes several."""
+        action = self._option_string_actions.get(f"--{key}")
+        if action is None or isinstance(value, dict):
+            return value
+        if action.nargs in ("+", "*"):
+            return value if isinstance(value, list) else [value]
+        if value is None or isinstance(value, str) or action.type is None:
+            return value
+        try:
+            return self._get_value(action, str(value))
+        except argparse.ArgumentError as error:
+            raise InputError(f"{path}: {error}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -111,16 +125,9 @@ def parse_recipe(
     settings that suit it; with a model of the user's own the defaults are those of transformers and TRL. `--config`
     and flags come on top of either.
     """
-    argv = list(argv)
-    config_files = []
+    argv, config_files = take_configs(argv)
     own_model = any(word.split("=")[0] == "--model_name_or_path" for word in argv)
-    for index, word in enumerate(argv):
-        if word == "--config" or word.startswith("--config="):
-            value = word.partition("=")[2] or (argv[index + 1] if index + 1 < len(argv) else "")
-            config_files.append(Path(value))
-            argv[index : index + (1 if "=" in word else 2)] = []
-            own_model = own_model or bool(read_yaml(config_files[0]).get("model_name_or_path"))
-            break
+    own_model = own_model or any(read_yaml(path).get("model_name_or_path") for path in config_files)
     if not own_model:
         config_files.insert(0, world_config)
     formatter = argparse.ArgumentDefaultsHelpFormatter
@@ -128,8 +135,21 @@ def parse_recipe(
     parser.add_argument("--config", help="A YAML file of flags; flags on the command line win.")
     try:
         return parser.parse(argv, config_files, machine_defaults())[: len(dataclass_types)]
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(str(error).splitlines()[0] if not isinstance(error, InputError) else str(error)) from None
+
+
+def take_configs(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """Split `--config FILE` (which may be repeated; later files win) from the other flags."""
+    rest, files, words = [], [], iter(argv)
+    for word in words:
+        if word == "--config":
+            files.append(Path(next(words, "")))
+        elif word.startswith("--config="):
+            files.append(Path(word.partition("=")[2]))
+        else:
+            rest.append(word)
+    return rest, files
 
 
 def machine_defaults() -> dict[str, Any]:
@@ -176,6 +196,27 @@ def finished_run(output_dir: str, arguments: Mapping[str, Any]) -> dict[str, Any
                 f"{name}={arguments.get(name)!r}: choose another folder or remove that one"
             )
     return report
+
+
+def checkpoint_to_resume(training_args: Any) -> str | bool | None:
+    """What `--resume_from_checkpoint` asks for: a checkpoint folder, the last one of the output folder, or none.
+
+    Raises:
+        InputError: when there is no such checkpoint.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    wanted = training_args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() in ("false", "none", ""):
+        return None
+    if str(wanted).lower() == "true":
+        folder = training_args.output_dir
+        wanted = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        if wanted is None:
+            raise InputError(f"--resume_from_checkpoint true: no checkpoint in {folder}")
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise InputError(f"--resume_from_checkpoint {wanted}: not a checkpoint folder (no trainer_state.json)")
+    return str(wanted)
 
 
 def main_process() -> bool:

@@ -52,6 +52,8 @@ def load_reward_function(specification: str) -> RewardFunction:
     path, _, name = specification.rpartition(":")
     if not Path(path).is_file():
         raise InputError(f"--reward_funcs {specification}: no file {path!r}; expected path/to/file.py:function")
+    if Path(path).suffix != ".py":
+        raise InputError(f"--reward_funcs {specification}: {path!r} is not a .py file")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -77,7 +79,10 @@ def checked_rewards(function: RewardFunction, prompts: Sequence, completions: Se
         InputError: naming the function, the row and the value seen.
     """
     name = f"reward function {reward_name(function)!r}"
-    rewards = function(prompts=prompts, completions=completions, **columns)
+    try:
+        rewards = function(prompts=prompts, completions=completions, **columns)
+    except Exception as error:
+        raise InputError(f"{name} failed with {error!r}; columns given: {', '.join(columns) or '(none)'}") from error
     if not hasattr(rewards, "__len__"):
         raise InputError(f"{name} returned {type(rewards).__name__}; expected a list of {len(completions)} numbers")
     if len(rewards) != len(completions):
@@ -139,5 +144,6 @@ class RewardModel:
 
     def _token_ids(self, prompt: str | list, completion: str | list) -> list[int]:
         if isinstance(prompt, str):
-            return self.tokenizer(prompt + completion)["input_ids"]
+            # With the end token, as TRL's RewardTrainer closes the texts that it trains on.
+            return self.tokenizer(prompt + completion + (self.tokenizer.eos_token or ""))["input_ids"]
         return self.tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=True)["input_ids"]

@@ -1,12 +1,14 @@
 """Steps that several recipes share: begin and end a stage, run the stages before it, load data and models."""
 
+import random
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from hfllm.cli import DataArguments, finished_run, main_process, run_arguments
+from hfllm.cli import DataArguments, checkpoint_to_resume, finished_run, main_process, run_arguments
 from hfllm.data import formats
 from hfllm.data.sources import WORLD, load_source
 from hfllm.data.world import World
@@ -28,19 +30,31 @@ class Stage:
         name: the stage's name.
         script_args, training_args, model_args: its flags as they were given; trainers change some of them later, so
             what decides the result is noted down here.
+        before: the parsed flags of the stages that it runs first, by name; they decide its result too.
 
     Attributes:
+        checkpoint: the checkpoint to resume from, or `None`.
         report: the report of the same run if it has already finished in the output folder, else `None`.
 
     Raises:
         InputError: when another run has finished there, or a flag cannot work on this machine.
     """
 
-    def __init__(self, name: str, script_args: Any, training_args: Any, model_args: Any):
+    def __init__(
+        self,
+        name: str,
+        script_args: Any,
+        training_args: Any,
+        model_args: Any,
+        before: Mapping[str, Sequence[Any]] | None = None,
+    ):
         if getattr(training_args, "fp16", False) and training_args.device.type == "cpu":
             raise InputError("--fp16 does nothing on a CPU: use --bf16 or neither")
         self.name, self.training_args, self.began = name, training_args, time.perf_counter()
-        self.arguments = run_arguments(script_args, training_args, model_args)
+        self.arguments = stage_arguments(script_args, training_args, model_args)
+        for stage, arguments in (before or {}).items():
+            self.arguments |= {f"{stage}.{flag}": value for flag, value in run_arguments(*arguments).items()}
+        self.checkpoint = checkpoint_to_resume(training_args)
         self.report = finished_run(training_args.output_dir, self.arguments)
         if main_process() and self.report is not None:
             print(f"{name}: already done in {training_args.output_dir} (remove that folder to redo it)", flush=True)
@@ -90,30 +104,44 @@ class Stage:
         return dict(metrics)
 
 
-def run_stage(recipe: ModuleType, argv: Sequence[str], later_folders: Sequence[str] = ()) -> dict[str, float]:
+def stage_arguments(script_args: Any, training_args: Any, model_args: Any) -> dict[str, Any]:
+    """The flags that decide a stage's result, and when the local data and model they name were last changed."""
+    arguments = run_arguments(script_args, training_args, model_args)
+    for flag in ("dataset_name", "model_name_or_path"):
+        path = Path(arguments[flag] or "")
+        path = path / "config.json" if flag == "model_name_or_path" else path
+        if arguments[flag] and path.exists():
+            arguments[f"{flag} changed at"] = path.stat().st_mtime_ns
+    return arguments
+
+
+def run_stage(recipe: ModuleType, arguments: tuple, later_folders: Sequence[str] = ()) -> dict[str, float]:
     """Run a stage that another one needs, in a folder of that one's own, or reuse it when nothing changed.
 
     Args:
         recipe: the stage's module, with `parse` and `main`.
-        argv: its flags, with `--output_dir`.
+        arguments: its parsed flags.
         later_folders: stages that build on it; they are removed when it has to run (again).
     """
-    arguments = recipe.parse(argv)
     output_dir = arguments[1].output_dir
     try:
-        done = finished_run(output_dir, run_arguments(*arguments)) is not None
+        done = finished_run(output_dir, stage_arguments(*arguments)) is not None
     except InputError:
         done = False
-    if not done:
-        from accelerate import PartialState
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
 
+    if not done:
         PartialState().wait_for_everyone()
         if main_process():
             for folder in (output_dir, *later_folders):
                 if read_report(folder) is not None:
                     shutil.rmtree(folder)
         PartialState().wait_for_everyone()
-    return recipe.main(*arguments)
+    metrics = recipe.main(*arguments)
+    # The next trainer may use another precision: accelerate keeps the first one for the whole process otherwise.
+    AcceleratorState._reset_state()
+    return metrics
 
 
 # ---- data ----
@@ -130,15 +158,21 @@ def limited(rows: list, script_args: DataArguments) -> list:
 
 
 def split_rows(rows: list, seed: int, share: float = 0.05, most: int = 256) -> tuple[list, list]:
-    """Shuffle rows by `seed` and set `share` of them, at least one and at most `most`, aside for evaluation."""
-    import random
+    """Shuffle rows by `seed` and set about `share` of them, at most `most`, aside for evaluation.
 
-    if len(rows) < 2:
-        raise InputError(f"the dataset has {len(rows)} usable row(s); at least 2 are needed")
-    rows = list(rows)
-    random.Random(seed).shuffle(rows)
-    held_out = min(max(1, int(len(rows) * share)), most)
-    return rows[held_out:], rows[:held_out]
+    Rows with the same prompt (or the same text) stay together, so that none is met on both sides.
+    """
+    groups: dict[str, list] = {}
+    for row in rows:
+        groups.setdefault(str(row["prompt"] if isinstance(row, dict) else row), []).append(row)
+    if len(groups) < 2:
+        raise InputError(f"the dataset has {len(groups)} different prompt(s) or text(s); at least 2 are needed")
+    order = list(groups.values())
+    random.Random(seed).shuffle(order)
+    wanted, held_out = min(max(1, int(len(rows) * share)), most), []
+    while not held_out or (len(order) > 1 and len(held_out) + len(order[0]) <= wanted):
+        held_out += order.pop(0)
+    return [row for group in order for row in group], held_out
 
 
 def load_texts(script_args: Any, seed: int) -> tuple[list[str], list[str]]:
@@ -220,7 +254,7 @@ def load_policy(model_args: Any) -> tuple["PreTrainedModel", "PreTrainedTokenize
 
 
 def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBase":
-    """The tokenizer of a model.
+    """The tokenizer of a model; without a chat template of its own it gets a plain one.
 
     Raises:
         InputError: when it cannot be loaded, or has no padding or end token.
@@ -237,7 +271,22 @@ def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBas
                 f"the tokenizer of {name!r} has no {token}: set one and save it, "
                 f"for example tokenizer.{token} = ...; tokenizer.save_pretrained(...)"
             )
+    if tokenizer.chat_template is None:
+        from hfllm.data.tokenizer import plain_chat_template
+
+        tokenizer.chat_template = plain_chat_template()
     return tokenizer
+
+
+def model_context(name: str) -> int | None:
+    """The longest sequence that the named model is made for, in tokens, if its config tells."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise _unloadable(name, error) from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_scorer(name: str, model_args: Any) -> "PreTrainedModel":
@@ -261,3 +310,19 @@ def peft_config(model_args: Any, task_type: str = "CAUSAL_LM") -> "PeftConfig | 
 def _unloadable(name: str, error: Exception) -> InputError:
     reason = " ".join(str(error).split())[:200]
     return InputError(f"model {name!r} could not be loaded: {reason}")
+
+
+def fitting_length(max_length: int | None, model: Any) -> int | None:
+    """`max_length`, but no more than the model's context."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(filter(None, (max_length, context)), default=None)
+
+
+def refuse(condition: bool, flag: str, reason: str) -> None:
+    """Refuse a flag that would have no effect, rather than ignore it.
+
+    Raises:
+        InputError: if `condition` holds.
+    """
+    if condition:
+        raise InputError(f"{flag} cannot be used here: {reason}")

@@ -64,15 +64,19 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     from datasets import Dataset
     from transformers import DataCollatorForLanguageModeling, Trainer, set_seed
 
-    from hfllm.stages import Stage, load_or_make_base, load_texts
+    from hfllm.stages import Stage, fitting_length, load_or_make_base, load_texts, refuse
     from hfllm.trainers.callbacks import use_plain_lines
 
+    refuse(model_args.use_peft, "--use_peft", "pretraining trains all weights")
+    strategy = training_args.train_sampling_strategy
+    refuse(strategy != "random", "--train_sampling_strategy", "documents are shuffled in batches of like length")
     stage = Stage("pretrain", script_args, training_args, model_args)
     if stage.report is not None:
         return stage.report["metrics"]
     set_seed(training_args.seed)
     train_texts, test_texts = load_texts(script_args, training_args.seed)
     model, tokenizer = load_or_make_base(script_args, model_args, train_texts, ARCHITECTURE)
+    script_args.max_length = fitting_length(script_args.max_length, model)
     batch = training_args.per_device_train_batch_size * training_args.world_size
     training_args.train_sampling_strategy = "sequential"
     train_pieces = length_grouped(pieces_of(train_texts, tokenizer, script_args.max_length), batch, training_args.seed)
@@ -85,7 +89,7 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
         processing_class=tokenizer,
     )
     use_plain_lines(trainer)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=stage.checkpoint)
     losses = trainer.evaluate()
     trainer.save_model()
     metrics = {

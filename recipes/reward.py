@@ -54,7 +54,7 @@ def parse(argv: Sequence[str]) -> tuple:
 def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> dict[str, float]:
     """Train, save, write the report. Returns the metrics."""
     from hfllm.data.sources import WORLD
-    from hfllm.stages import Stage, load_scorer, load_tokenizer, peft_config
+    from hfllm.stages import Stage, fitting_length, load_scorer, load_tokenizer, peft_config
     from hfllm.trainers.callbacks import use_plain_lines
 
     stage = Stage("reward", script_args, training_args, model_args)
@@ -64,16 +64,11 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
     rows = None if is_world else user_comparisons(script_args, training_args.seed)
     model_args = with_sft_model(script_args, training_args, model_args)
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
-    if tokenizer.chat_template is None:
-        from hfllm.data.tokenizer import plain_chat_template
-
-        tokenizer.chat_template = plain_chat_template()
     train_rows, test_rows = rows or world_comparisons(script_args, training_args, model_args)
     model = load_scorer(model_args.model_name_or_path, model_args)
     model.config.pad_token_id = tokenizer.pad_token_id
 
     from datasets import Dataset
-    from sft import fitting_length
     from trl import RewardTrainer
 
     training_args.max_length = fitting_length(training_args.max_length, model)
@@ -86,7 +81,7 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
         peft_config=peft_config(model_args, "SEQ_CLS"),
     )
     use_plain_lines(trainer)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=stage.checkpoint)
     evaluation = trainer.evaluate()
     trainer.save_model()
     metrics = {
@@ -157,7 +152,7 @@ def with_sft_model(script_args: Any, training_args: Any, model_args: Any) -> Any
     folder = f"{training_args.output_dir}/sft"
     config = ["--config", script_args.sft_config] if script_args.sft_config else []
     seeds = ["--seed", str(training_args.seed), "--world_seed", str(script_args.world_seed)]
-    run_stage(sft, [*config, *seeds, "--output_dir", folder])
+    run_stage(sft, sft.parse([*config, *seeds, "--output_dir", folder]))
     return replace(model_args, model_name_or_path=folder)
 
 

@@ -9,6 +9,7 @@ a reward model is trained first; both under the output folder, where they are re
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,14 @@ def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dic
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.ppo_trainer import PPOTrainer
 
-    stage = Stage("rlhf", script_args, training_args, model_args)
+    before = missing_stages(script_args, training_args, model_args)
+    stage = Stage("rlhf", script_args, training_args, model_args, before)
     if stage.report is not None:
         return stage.report["metrics"]
     functions = checked_functions(script_args)
     train_rows, eval_rows = prompt_data(script_args, training_args.seed, functions)
-    model_args, reward_model, stage_metrics = missing_stages(script_args, training_args, model_args)
+    check_before_training(script_args, training_args, model_args, [*train_rows, *eval_rows], len(functions))
+    model_args, reward_model, stage_metrics = run_missing_stages(script_args, model_args, before)
 
     policy, tokenizer = load_policy(model_args)
     rewards, tokenizers = list(functions), [None] * len(functions)
@@ -85,14 +88,14 @@ def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dic
     )
     use_plain_lines(trainer)
     judged_on = ([row["prompt"] for row in eval_rows], world_of(script_args), script_args.num_eval_prompts)
-    before = judge_policy(trainer, *judged_on)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    after = judge_policy(trainer, *judged_on)
+    unaligned = judge_policy(trainer, *judged_on)
+    trainer.train(resume_from_checkpoint=stage.checkpoint)
+    aligned = judge_policy(trainer, *judged_on)
     trainer.save_model()
     return stage.finish(
         trainer,
-        {**alignment_metrics(before, after), **stage_metrics},
-        tables=alignment_tables(before, after),
+        {**alignment_metrics(unaligned, aligned), **stage_metrics},
+        tables=alignment_tables(unaligned, aligned),
         curves=alignment_plots(trainer.state.log_history),
         next_steps=next_steps(training_args.output_dir, eval_rows[0]["prompt"]),
     )
@@ -140,34 +143,81 @@ def prompt_data(script_args: RlhfArguments, seed: int, functions: Sequence[Calla
     return train_rows, eval_rows
 
 
-def missing_stages(script_args: Any, training_args: Any, model_args: Any) -> tuple[Any, str | None, dict[str, float]]:
-    """Run the stages whose results are not named. Returns the policy's arguments, the reward model and metrics."""
-    import pretrain
-    import reward
-    import sft
+def missing_stages(script_args: Any, training_args: Any, model_args: Any) -> dict[str, tuple]:
+    """The stages whose results are not named, in order, each with its parsed flags.
 
+    Raises:
+        InputError: when one of their configs is wrong, or a reward is missing for data that none can be trained on.
+    """
+    from hfllm.data.sources import WORLD
+    from hfllm.errors import InputError
+
+    folders = {name: f"{training_args.output_dir}/{name}" for name in ("pretrain", "sft", "reward")}
+    own_model = model_args.model_name_or_path
+    has_reward = script_args.reward_model_name_or_path or script_args.reward_funcs
+    if not has_reward and script_args.dataset_name != WORLD:
+        raise InputError(
+            f"--dataset_name {script_args.dataset_name} needs a reward: --reward_model_name_or_path (train one with "
+            "recipes/reward.py) or --reward_funcs path/to/file.py:function"
+        )
+    based_on = {"pretrain": None, "sft": folders["pretrain"], "reward": own_model or folders["sft"]}
+    names = ([] if own_model else ["pretrain", "sft"]) + ([] if has_reward else ["reward"])
+    stages = {}
+    for name in names:
+        module = import_module(name)
+        config = getattr(script_args, f"{name}_config")
+        # The world's settings suit the small model made here; a model of the user's own gets the libraries'.
+        config = config or (None if own_model else str(module.CONFIG))
+        flags = ["--output_dir", folders[name], "--seed", str(training_args.seed)]
+        flags += ["--world_seed", str(script_args.world_seed)]
+        flags += ["--config", config] if config else []
+        flags += ["--model_name_or_path", based_on[name]] if based_on[name] else []
+        stages[name] = module.parse(flags)
+    return stages
+
+
+def run_missing_stages(
+    script_args: Any, model_args: Any, stages: dict[str, tuple]
+) -> tuple[Any, str | None, dict[str, float]]:
+    """Run or reuse the stages. Returns the policy's arguments, the reward model's name and the metrics to report."""
     from hfllm.stages import run_stage
 
-    root = training_args.output_dir
-    folders = {stage: f"{root}/{stage}" for stage in ("pretrain", "sft", "reward")}
-
-    def flags(stage: str, module: Any, *more: str) -> list[str]:
-        config = getattr(script_args, f"{stage}_config") or str(module.CONFIG)
-        seeds = ["--seed", str(training_args.seed), "--world_seed", str(script_args.world_seed)]
-        return ["--config", config, "--output_dir", folders[stage], *seeds, *more]
-
     metrics: dict[str, float] = {}
-    if not model_args.model_name_or_path:
-        run_stage(pretrain, flags("pretrain", pretrain), [folders["sft"], folders["reward"]])
-        base = ["--model_name_or_path", folders["pretrain"]]
-        run_stage(sft, flags("sft", sft, *base), [folders["reward"]])
+    folders = {name: arguments[1].output_dir for name, arguments in stages.items()}
+    for position, (name, arguments) in enumerate(stages.items()):
+        done = run_stage(import_module(name), arguments, later_folders=list(folders.values())[position + 1 :])
+        if name == "reward":
+            metrics["reward_model_accuracy"] = done["reward_model_accuracy"]
+    if "sft" in folders:
         model_args = replace(model_args, model_name_or_path=folders["sft"])
-    reward_model = script_args.reward_model_name_or_path
-    if not reward_model and not script_args.reward_funcs:
-        policy = ["--model_name_or_path", model_args.model_name_or_path]
-        done = run_stage(reward, flags("reward", reward, *policy))
-        reward_model, metrics["reward_model_accuracy"] = folders["reward"], done["reward_model_accuracy"]
-    return model_args, reward_model, metrics
+    return model_args, folders.get("reward", script_args.reward_model_name_or_path), metrics
+
+
+def check_before_training(
+    script_args: Any, training_args: Any, model_args: Any, rows: list[dict], function_count: int
+) -> None:
+    """Refuse what could only fail after the stages before have been trained.
+
+    Raises:
+        InputError: for a bad `--value_model` or `--reward_weights`, a reward model that cannot be loaded, or prompts
+            that do not fit the named model.
+    """
+    from hfllm.errors import InputError
+    from hfllm.stages import load_tokenizer, model_context
+    from hfllm.trainers.prompts import check_prompts
+
+    named = script_args.reward_model_name_or_path
+    if script_args.value_model == "reward" and script_args.reward_funcs and not named:
+        raise InputError("--value_model reward needs a reward model; with --reward_funcs use 'head' or a model's name")
+    rewards = function_count + bool(named or not function_count)
+    weights = training_args.reward_weights
+    if weights is not None and len(weights) != rewards:
+        raise InputError(f"--reward_weights has {len(weights)} values for {rewards} reward(s)")
+    if named:
+        load_tokenizer(named)
+    if model_args.model_name_or_path:
+        tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+        check_prompts(rows, tokenizer, training_args.response_length, model_context(model_args.model_name_or_path))
 
 
 def with_gold_beside(script_args: Any, training_args: Any, rewards: list, tokenizers: list) -> tuple[Any, list, list]:
@@ -183,13 +233,10 @@ def with_gold_beside(script_args: Any, training_args: Any, rewards: list, tokeni
 
 def value_model(script_args: Any, model_args: Any, reward_model: str | None) -> Any:
     """The model that estimates values, or `None` for a head on the policy's trunk."""
-    from hfllm.errors import InputError
     from hfllm.stages import load_scorer
 
     if script_args.value_model == "head":
         return None
-    if script_args.value_model == "reward" and not reward_model:
-        raise InputError("--value_model reward needs a reward model; with --reward_funcs use 'head' or a model's name")
     return load_scorer(reward_model if script_args.value_model == "reward" else script_args.value_model, model_args)
 
 

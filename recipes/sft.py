@@ -37,7 +37,7 @@ def parse(argv: Sequence[str]) -> tuple:
 
 def main(script_args: SftArguments, training_args: Any, model_args: Any) -> dict[str, float]:
     """Fine-tune, save, write the report. Returns the metrics."""
-    from hfllm.stages import Stage, load_policy, peft_config
+    from hfllm.stages import Stage, fitting_length, load_policy, peft_config
     from hfllm.trainers.callbacks import use_plain_lines
 
     stage = Stage("sft", script_args, training_args, model_args)
@@ -46,10 +46,6 @@ def main(script_args: SftArguments, training_args: Any, model_args: Any) -> dict
     train_rows, test_rows = instruction_data(script_args, training_args.seed)
     model_args = with_base_model(script_args, training_args, model_args)
     model, tokenizer = load_policy(model_args)
-    if tokenizer.chat_template is None:
-        from hfllm.data.tokenizer import plain_chat_template
-
-        tokenizer.chat_template = plain_chat_template()
     training_args.max_length = fitting_length(training_args.max_length, model)
 
     from datasets import Dataset
@@ -64,7 +60,7 @@ def main(script_args: SftArguments, training_args: Any, model_args: Any) -> dict
         peft_config=peft_config(model_args),
     )
     use_plain_lines(trainer)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=stage.checkpoint)
     losses = trainer.evaluate()
     trainer.save_model()
     metrics = {
@@ -104,14 +100,8 @@ def with_base_model(script_args: Any, training_args: Any, model_args: Any) -> An
     folder = f"{training_args.output_dir}/pretrain"
     config = ["--config", script_args.pretrain_config] if script_args.pretrain_config else []
     seeds = ["--seed", str(training_args.seed), "--world_seed", str(script_args.world_seed)]
-    run_stage(pretrain, [*config, *seeds, "--output_dir", folder])
+    run_stage(pretrain, pretrain.parse([*config, *seeds, "--output_dir", folder]))
     return replace(model_args, model_name_or_path=folder)
-
-
-def fitting_length(max_length: int | None, model: Any) -> int | None:
-    """`max_length`, but no more than the model's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(filter(None, (max_length, context)), default=None)
 
 
 if __name__ == "__main__":

@@ -91,9 +91,8 @@ def to_preference(origin: str, row: Row) -> Row:
 def to_prompt(origin: str, row: Row) -> Row:
     """A prompt row: `prompt`, kept as text or made a conversation, and every other column as it is."""
     if "prompt" in row:
-        if not isinstance(row["prompt"], str):
-            _messages(origin, row["prompt"])
-        return dict(row)
+        prompt = row["prompt"]
+        return {**row, "prompt": prompt if isinstance(prompt, str) else _messages(origin, prompt)}
     if "instruction" in row:
         return {**row, "prompt": _instruction(origin, row)}
     if "messages" in row:

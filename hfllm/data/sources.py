@@ -60,9 +60,12 @@ def load_source(name: str, split: str = "train") -> Source:
         return _load_from_hub(name, split)
     rows, origins = [], []
     for file in files:
-        for number, row in read_rows(file):
-            rows.append(row)
-            origins.append(f"{file}, {'line' if file.suffix == '.jsonl' else 'row'} {number}")
+        try:
+            for number, row in read_rows(file):
+                rows.append(row)
+                origins.append(f"{file}, {'line' if file.suffix == '.jsonl' else 'row'} {number}")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file}: not UTF-8 after row {len(rows)}: {error.reason}") from None
     if not rows:
         raise InputError(f"dataset {name!r} is empty")
     return Source(rows, origins)

@@ -69,6 +69,8 @@ class PPOConfig(TrainingArguments):
         for name in ("num_ppo_epochs", "num_mini_batches", "local_rollout_forward_batch_size", "response_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.total_episodes is not None and self.max_steps > 0:
+            raise ValueError(f"total_episodes={self.total_episodes} and max_steps={self.max_steps}: give one of them")
         if self.total_episodes is not None and self.total_episodes < 1:
             raise ValueError(f"total_episodes must be at least 1, got {self.total_episodes}")
         if self.temperature <= 0:

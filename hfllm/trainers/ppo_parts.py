@@ -49,6 +49,11 @@ def split_reference(
         from peft import get_peft_model
 
         return None, get_peft_model(model, peft_config)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError(
+            f"model {model.config._name_or_path!r} is a base model with an adapter loaded into it: merge the adapter, "
+            "or load it as a peft.PeftModel"
+        )
     if hasattr(model, "peft_config"):
         return None, model
     reference = type(model)._from_config(model.config, dtype=model.dtype)
@@ -78,9 +83,11 @@ def disable_dropout(*models: nn.Module | None) -> None:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        for name in ("attention_dropout", "attn_pdrop"):
-            if hasattr(model.config, name):
-                setattr(model.config, name, 0.0)
+            # Attention modules keep the probability as a number of their own, or read it from the config.
+            for holder in (module, getattr(module, "config", None)):
+                for name, value in vars(holder).items() if holder is not None else ():
+                    if isinstance(value, float) and (name.endswith("dropout") or name.endswith("pdrop")):
+                        setattr(holder, name, 0.0)
 
 
 def build_rewards(
@@ -105,6 +112,13 @@ def build_rewards(
             func = RewardModel(func, tokenizer, args.local_rollout_forward_batch_size)
         rewards.append(func)
     return rewards
+
+
+def unique_names(names: list[str]) -> list[str]:
+    """The names, each further one of the same kind with a number."""
+    return [
+        name if names.index(name) == at else f"{name}_{names[:at].count(name) + 1}" for at, name in enumerate(names)
+    ]
 
 
 def reward_weights(weights: list[float] | None, count: int) -> list[float]:

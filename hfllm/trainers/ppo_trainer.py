@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
+from hfllm.errors import InputError
 from hfllm.rewards import RewardModel, checked_rewards, reward_name
 from hfllm.trainers import advantages as formulas
 from hfllm.trainers.ppo_config import PPOConfig
@@ -40,6 +41,7 @@ from hfllm.trainers.ppo_parts import (
     sampling_config,
     special_tokens,
     split_reference,
+    unique_names,
 )
 from hfllm.trainers.prompts import RolloutSampler, check_prompts, tokenize_prompts
 from hfllm.trainers.rollout import (
@@ -112,6 +114,7 @@ class PPOTrainer(Trainer):
         if args.disable_dropout:
             disable_dropout(policy, value_model)
         self.rewards = build_rewards(reward_funcs, reward_processing_classes, load_kwargs, args)
+        self.reward_names = unique_names([reward_name(reward) for reward in self.rewards])
         self.reward_weights = reward_weights(args.reward_weights, len(self.rewards))
         context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
         for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
@@ -247,9 +250,9 @@ class PPOTrainer(Trainer):
         columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
         device = self.accelerator.device
         total = torch.zeros(len(rows), device=device)
-        for reward, weight in zip(self.rewards, self.reward_weights, strict=True):
+        for name, reward, weight in zip(self.reward_names, self.rewards, self.reward_weights, strict=True):
             values = torch.tensor(checked_rewards(reward, prompts, completions, **columns), device=device)
-            self._metrics[f"{prefix}rewards/{reward_name(reward)}"].append(values)
+            self._metrics[f"{prefix}rewards/{name}"].append(values)
             total += weight * values
         last = batch["response_ids"].gather(1, formulas.last_token_index(batch["response_mask"]).unsqueeze(1))
         is_ended = torch.isin(last.squeeze(1), torch.tensor(self.eos_token_ids, device=device))
@@ -418,9 +421,21 @@ class PPOTrainer(Trainer):
         return Path(folder) / f"rollout_{self.args.process_index}.safetensors"
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self._load_actor(folder)
+        saved = len(list(folder.glob("rollout_*.safetensors")))
+        if saved and saved != self.args.world_size:
+            raise InputError(f"{folder} was saved by {saved} processes; this run has {self.args.world_size}")
+        if (file := self._rollout_file(resume_from_checkpoint)).is_file():
+            self._rollout = Rollout.load(file, self.accelerator.device)
+
+    def _load_best_model(self) -> None:
+        self._load_actor(Path(self.state.best_model_checkpoint))
+
+    def _load_actor(self, folder: Path) -> None:
         from safetensors.torch import load_file
 
-        actor, folder = self.actor, Path(resume_from_checkpoint)
+        actor = self.actor
         if hasattr(self.policy, "peft_config"):
             from peft import set_peft_model_state_dict
             from peft.utils import load_peft_weights
@@ -432,5 +447,3 @@ class PPOTrainer(Trainer):
             load_weights(actor.value_model, folder / VALUE_MODEL_FOLDER)
         else:
             actor.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))
-        if (file := self._rollout_file(resume_from_checkpoint)).is_file():
-            self._rollout = Rollout.load(file, self.accelerator.device)

@@ -58,7 +58,10 @@ def tokenize_prompts(prompts: Sequence[str | list], tokenizer: "PreTrainedTokeni
 
 
 def check_prompts(
-    dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", response_length: int, context: int | None
+    dataset: "Dataset | Sequence[dict]",
+    tokenizer: "PreTrainedTokenizerBase",
+    response_length: int,
+    context: int | None,
 ) -> None:
     """Refuse a dataset that is empty, has no `prompt`, or has one that leaves no room for a response.
 
@@ -70,9 +73,11 @@ def check_prompts(
     if "prompt" not in dataset[0]:
         raise InputError(f"the prompt dataset has no column 'prompt'; it has: {', '.join(dataset[0])}")
     limit = None if context is None else context - response_length
-    for start in range(0, len(dataset), 1000):
-        prompts = dataset[start : start + 1000]["prompt"]
-        for row, ids in enumerate(tokenize_prompts(prompts, tokenizer), start):
+    prompts = [row["prompt"] for row in dataset]
+    if len({isinstance(prompt, str) for prompt in prompts}) > 1:
+        raise InputError("the prompt dataset mixes text prompts and lists of messages: use one format")
+    for start in range(0, len(prompts), 1000):
+        for row, ids in enumerate(tokenize_prompts(prompts[start : start + 1000], tokenizer), start):
             if not ids:
                 raise InputError(f"prompt {row} of the dataset is empty")
             if limit is not None and len(ids) > limit:

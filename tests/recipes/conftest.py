@@ -28,7 +28,7 @@ TINY = {
         "logging_steps": 2,
     },
     "rlhf": {
-        "total_episodes": 16,
+        "max_steps": 4,
         "per_device_train_batch_size": 4,
         "num_ppo_epochs": 1,
         "response_length": 8,
