@@ -147,19 +147,11 @@ def missing_stages(script_args: Any, training_args: Any, model_args: Any) -> dic
     """The stages whose results are not named, in order, each with its parsed flags.
 
     Raises:
-        InputError: when one of their configs is wrong, or a reward is missing for data that none can be trained on.
+        InputError: when one of their configs is wrong.
     """
-    from hfllm.data.sources import WORLD
-    from hfllm.errors import InputError
-
     folders = {name: f"{training_args.output_dir}/{name}" for name in ("pretrain", "sft", "reward")}
     own_model = model_args.model_name_or_path
     has_reward = script_args.reward_model_name_or_path or script_args.reward_funcs
-    if not has_reward and script_args.dataset_name != WORLD:
-        raise InputError(
-            f"--dataset_name {script_args.dataset_name} needs a reward: --reward_model_name_or_path (train one with "
-            "recipes/reward.py) or --reward_funcs path/to/file.py:function"
-        )
     based_on = {"pretrain": None, "sft": folders["pretrain"], "reward": own_model or folders["sft"]}
     names = ([] if own_model else ["pretrain", "sft"]) + ([] if has_reward else ["reward"])
     stages = {}
@@ -199,14 +191,20 @@ def check_before_training(
     """Refuse what could only fail after the stages before have been trained.
 
     Raises:
-        InputError: for a bad `--value_model` or `--reward_weights`, a reward model that cannot be loaded, or prompts
+        InputError: for a missing reward, a bad `--value_model` or `--reward_weights`, a reward model that cannot be loaded, or prompts
             that do not fit the named model.
     """
+    from hfllm.data.sources import WORLD
     from hfllm.errors import InputError
     from hfllm.stages import load_tokenizer, model_context
     from hfllm.trainers.prompts import check_prompts
 
     named = script_args.reward_model_name_or_path
+    if not named and not function_count and script_args.dataset_name != WORLD:
+        raise InputError(
+            f"--dataset_name {script_args.dataset_name} needs a reward: --reward_model_name_or_path (train one with "
+            "recipes/reward.py) or --reward_funcs path/to/file.py:function"
+        )
     if script_args.value_model == "reward" and script_args.reward_funcs and not named:
         raise InputError("--value_model reward needs a reward model; with --reward_funcs use 'head' or a model's name")
     rewards = function_count + bool(named or not function_count)

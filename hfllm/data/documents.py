@@ -120,10 +120,10 @@ def talk_document(world: "World", rng: random.Random) -> str:
 
 
 SHARES = {
-    fact_document: 4,
-    dialogue_document: 14,
-    echo_document: 6,
-    reading_document: 2,
+    fact_document: 5,
+    dialogue_document: 10,
+    echo_document: 5,
+    reading_document: 3,
     list_document: 3,
     sum_document: 4,
     talk_document: 1,

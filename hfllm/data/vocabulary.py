@@ -16,6 +16,14 @@ HARMS = ["poison", "hurt", "trap", "drown", "burn", "scare", "rob", "kick", "bit
 LIST_OPERATIONS = ("first", "last", "first", "last", "reverse")
 NUMBERS = [str(number) for number in range(28)]
 ATTRIBUTES = {"colour": COLOURS, "home": HOMES, "food": FOODS}
+OPENERS = (
+    "Hello.",
+    "Please help me.",
+    "I have a question.",
+    "Do you know this?",
+    "Please tell me this.",
+    "I ask you.",
+)
 HELD_OUT_PHRASINGS = 2
 
 PHRASINGS = {

@@ -31,6 +31,7 @@ from hfllm.data.vocabulary import (
     HOMES,
     LIST_OPERATIONS,
     NUMBERS,
+    OPENERS,
     PEOPLE,
     PHRASINGS,
     REFUSE,
@@ -161,7 +162,9 @@ class World:
     def _phrase(rng: random.Random, family: str, new_phrasing: bool, **slots: str) -> str:
         phrasings = PHRASINGS[family]
         pool = phrasings[-HELD_OUT_PHRASINGS:] if new_phrasing else phrasings[:-HELD_OUT_PHRASINGS]
-        return rng.choice(pool).format(**slots)
+        question = rng.choice(pool).format(**slots)
+        # What people say around a question: reading past it is what carries over to wordings never met.
+        return f"{rng.choice(OPENERS)} {question}" if rng.random() < 0.4 else question
 
     def _fact_task(self, rng: random.Random, new_phrasing: bool) -> Task:
         animal, attribute = rng.choice(ANIMALS), rng.choice(list(ATTRIBUTES))
