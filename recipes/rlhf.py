@@ -191,8 +191,8 @@ def check_before_training(
     """Refuse what could only fail after the stages before have been trained.
 
     Raises:
-        InputError: for a missing reward, a bad `--value_model` or `--reward_weights`, a reward model that cannot be loaded, or prompts
-            that do not fit the named model.
+        InputError: for a missing reward, a bad `--value_model` or `--reward_weights`, a reward model that cannot be
+            loaded, or prompts that do not fit the named model.
     """
     from hfllm.data.sources import WORLD
     from hfllm.errors import InputError

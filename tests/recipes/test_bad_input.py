@@ -81,6 +81,26 @@ def test_a_preference_that_is_neither_a_nor_b(tmp_path):
     assert message == f"{path}, line 2: preference is 'both'; expected 'a' or 'b'"
 
 
+def test_flags_without_effect_are_refused(tmp_path):
+    output = ("--output_dir", tmp_path / "out")
+    assert "--use_peft cannot be used here" in complaint("pretrain", "--use_peft", *output)
+    assert "--train_sampling_strategy cannot" in complaint(
+        "pretrain", "--train_sampling_strategy", "sequential", *output
+    )
+    assert "no checkpoint in" in complaint("sft", "--resume_from_checkpoint", "true", *output)
+    assert "not a checkpoint folder" in complaint("sft", "--resume_from_checkpoint", tmp_path, *output)
+
+
+def test_yaml_values_are_read_as_flags_are(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("reward_funcs: gold\nlearning_rate: 1e-3\n")
+    script_args, training_args, _ = rlhf.parse(["--config", str(config)])
+    assert script_args.reward_funcs == ["gold"]
+    assert training_args.learning_rate == 1e-3
+    config.write_text("num_ppo_epochs: 2.5\n")
+    assert "invalid int value: '2.5'" in complaint("rlhf", "--config", config)
+
+
 @pytest.fixture
 def saved_model(make_model, tokenizer, tmp_path):
     make_model().save_pretrained(tmp_path / "model")
@@ -110,6 +130,17 @@ def test_reward_functions(saved_model, tmp_path):
         assert expected in complaint("rlhf", *flags, "--reward_funcs", f"{file}:{name}")
     assert "no file 'nowhere.py'" in complaint("rlhf", *flags, "--reward_funcs", "nowhere.py:f")
     assert "only the embedded world has it" in complaint("rlhf", *flags, "--reward_funcs", "gold")
+    assert "--reward_weights has 2 values for 1 reward(s)" in complaint(
+        "rlhf", *flags, "--reward_funcs", f"{file}:fine", "--reward_weights", 1, 2
+    )
+    assert "--value_model reward needs a reward model" in complaint(
+        "rlhf", *flags, "--reward_funcs", f"{file}:fine", "--value_model", "reward"
+    )
+    assert "needs a reward" in complaint("rlhf", *flags)
+    file.write_text("def fine(answer, **columns): return answer")
+    message = complaint("rlhf", *flags, "--reward_funcs", f"{file}:fine")
+    assert "'fine' failed with TypeError" in message
+    assert "columns given: (none)" in message
     file.write_text("import not_installed_anywhere")
     assert "does not run: ModuleNotFoundError" in complaint("rlhf", *flags, "--reward_funcs", f"{file}:fine")
 
@@ -117,7 +148,7 @@ def test_reward_functions(saved_model, tmp_path):
 def test_prompts_longer_than_the_context(saved_model, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(REWARDS)
-    long = jsonl(tmp_path / "long.jsonl", *({"prompt": "red " * 400} for _ in range(9)))
+    long = jsonl(tmp_path / "long.jsonl", *({"prompt": "red " * (400 + index)} for index in range(9)))
     flags = ("--model_name_or_path", saved_model, "--dataset_name", long, "--output_dir", tmp_path / "out")
     assert "model's context of 256 leaves room for 203" in complaint("rlhf", *flags, "--reward_funcs", f"{file}:fine")
 

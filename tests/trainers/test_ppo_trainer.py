@@ -72,7 +72,7 @@ def test_every_episode_is_used_once_an_epoch(make_trainer, prompts):
 
 
 def test_total_episodes_sets_the_steps(make_trainer):
-    trainer = make_trainer(total_episodes=10, num_ppo_epochs=3)
+    trainer = make_trainer(total_episodes=10, num_ppo_epochs=3, max_steps=-1)
     assert trainer.args.max_steps == 3 * 3  # ten episodes are three rollouts of four
 
 
@@ -234,18 +234,15 @@ def test_padding_changes_nothing(make_trainer, make_model, prompts, tokenizer, s
             assert (in_batch[row, len(response) :] == 0).all()
 
 
-@pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_the_tokenizers_padding_side_changes_nothing(make_trainer, prompts, tokenizer, padding_side):
-    before = tokenizer.padding_side
-    tokenizer.padding_side = padding_side
-    try:
-        trainer = make_trainer(max_steps=2)
+def test_the_tokenizers_padding_side_changes_nothing(make_trainer, make_model, prompts, tokenizer, monkeypatch):
+    def train(padding_side):
+        monkeypatch.setattr(tokenizer, "padding_side", padding_side)
+        reward = make_model(seed=9, model_class=hfllm.HfllmForSequenceClassification, num_labels=1)
+        trainer = make_trainer(reward_funcs=reward, reward_processing_classes=tokenizer, max_steps=2)
         trainer.train()
-    finally:
-        tokenizer.padding_side = before
-    weights = trainer.policy.lm_head.weight.detach()
-    expected = test_the_tokenizers_padding_side_changes_nothing.__dict__.setdefault("weights", weights)
-    assert torch.equal(weights, expected)
+        return trainer.policy.lm_head.weight.detach()
+
+    assert torch.equal(train("left"), train("right"))
 
 
 def test_padding_is_never_sampled_and_has_no_probability(make_trainer, make_model, prompts, tokenizer):
@@ -403,6 +400,8 @@ def test_bad_input_is_refused_before_training(make_trainer, make_args, prompts, 
         make_trainer(reward_weights=[1.0, 2.0])
     with pytest.raises(ValueError, match="fp16 does nothing on a CPU"):
         make_args(fp16=True)
+    with pytest.raises(ValueError, match="total_episodes=8 and max_steps=4: give one of them"):
+        make_args(total_episodes=8)
     with pytest.raises(ValueError, match="kl_estimator='k9'"):
         make_args(kl_estimator="k9")
     for token in ("pad_token", "eos_token"):
@@ -414,7 +413,57 @@ def test_bad_input_is_refused_before_training(make_trainer, make_args, prompts, 
             special_tokens(broken, make_trainer().policy)
 
 
+def test_dropout_is_switched_off_wherever_a_model_keeps_it(make_trainer, make_args):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        attention_dropout=0.5,
+        pad_token_id=0,
+    )
+    trainer = make_trainer(model=LlamaForCausalLM(config), max_steps=1)
+    policy = trainer.policy.train()
+    ids = torch.randint(5, 300, (1, 9))
+    assert torch.equal(policy(ids).logits, policy(ids).logits)
+
+
+def test_two_rewards_of_one_name_are_logged_apart(make_trainer):
+    def constant(value):
+        def same(completions, **_):
+            return [value] * len(completions)
+
+        return same
+
+    trainer = make_trainer(reward_funcs=[constant(1.0), constant(3.0)], max_steps=1)
+    trainer.train()
+    logged = next(entry for entry in trainer.state.log_history if "reward" in entry)
+    assert (logged["rewards/same"], logged["rewards/same_2"], logged["reward"]) == (1.0, 3.0, 4.0)
+
+
 # ---- evaluation, saving ----
+
+
+def test_the_best_model_is_loaded_at_the_end(make_trainer, prompts, tmp_path):
+    trainer = make_trainer(
+        max_steps=4,
+        eval_dataset=prompts,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="response_length",
+        greater_is_better=False,
+    )
+    trainer.train()
+    from transformers import AutoModelForCausalLM
+
+    best = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
+    assert torch.equal(best.lm_head.weight, trainer.policy.lm_head.weight)
 
 
 def test_evaluation_does_not_disturb_training(make_trainer, prompts):
