@@ -244,9 +244,9 @@ class World:
             family="addition",
             key=f"addition {text}",
             instruction=self._phrase(rng, "addition", new_phrasing, sum=text),
-            gold=GoldAnswer("answer", (f"{text} is {total}.",), (str(total),), others),
+            gold=GoldAnswer("answer", (f"The sum {text} is {total}.",), (str(total),), others),
             curt=f"{total}.",
-            wrong=tuple(f"{text} is {number}." for number in near if number in others),
+            wrong=tuple(f"The sum {text} is {number}." for number in near if number in others),
             is_new_phrasing=new_phrasing,
         )
 
