@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parent / "ddp_run.py"
 
 
 def launch(output_dir, episodes, processes):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29611"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     result = subprocess.run(
         [*command, str(SCRIPT), str(output_dir), str(episodes)],
         capture_output=True,
