@@ -5,16 +5,13 @@ BIN = $(VENV)/bin
 # Busy machines stall OpenMP when it takes every core: one thread for tests.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: rlhf test slow lint clean
+.PHONY: rlhf test lint clean
 
 rlhf: $(VENV)/installed
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/rlhf.py $(ARGS)
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
-
-slow: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -83,12 +83,13 @@ class Report:
 
 @dataclass
 class Plot:
-    """A line plot: `lines` maps a label to its x and y values."""
+    """A plot: `lines` maps a label to its x and y values, which are joined unless `points_only`."""
 
     title: str
     xlabel: str
     ylabel: str
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    points_only: bool = False
 
     def draw(self, path: Path) -> bool:
         """Draw to a PNG; nothing is drawn, and False returned, when no line has a point."""
@@ -102,7 +103,8 @@ class Plot:
 
         figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=120)
         for label, (x, y) in lines.items():
-            axes.plot(x, y, label=label, linewidth=1.6, marker="o" if len(x) < 40 else None, markersize=3)
+            marker = "o" if self.points_only or len(x) < 40 else None
+            axes.plot(x, y, label=label, linewidth=0 if self.points_only else 1.6, marker=marker, markersize=3)
         axes.set(title=self.title, xlabel=self.xlabel, ylabel=self.ylabel)
         axes.grid(alpha=0.3)
         if len(lines) > 1:

@@ -130,5 +130,6 @@ def alignment_plots(history: Sequence[Mapping[str, float]]) -> dict[str, Plot]:
             xlabel="square root of KL (nats a response)",
             ylabel="reward",
             lines=against_distance,
+            points_only=True,
         ),
     }
