@@ -50,6 +50,8 @@ class Stage:
     ):
         if getattr(training_args, "fp16", False) and training_args.device.type == "cpu":
             raise InputError("--fp16 does nothing on a CPU: use --bf16 or neither")
+        is_world = script_args.dataset_name == WORLD
+        refuse(is_world and script_args.max_samples is not None, "--max_samples", "the world is sized by --num_...")
         self.name, self.training_args, self.began = name, training_args, time.perf_counter()
         self.arguments = stage_arguments(script_args, training_args, model_args)
         for stage, arguments in (before or {}).items():

@@ -109,6 +109,8 @@ def world_comparisons(
     """Compare the model's own samples and the demonstrators' responses; held-out labels are noise-free."""
     from itertools import islice
 
+    from accelerate.utils import broadcast_object_list
+
     from hfllm.data import formats
     from hfllm.data.demonstrators import preference_rows
     from hfllm.data.sources import Source
@@ -136,7 +138,8 @@ def world_comparisons(
     tasks = list(islice(world.tasks(seed + 1_000_000), script_args.num_pairs))
     held_out = world.evaluation_tasks(script_args.num_eval_prompts)
     random.Random(seed).shuffle(held_out)
-    return compare(tasks, script_args.label_noise), compare(held_out, 0.0)
+    # One process's samples for all: processes that draw other samples would train on other comparisons.
+    return tuple(broadcast_object_list([compare(tasks, script_args.label_noise), compare(held_out, 0.0)]))
 
 
 def with_sft_model(script_args: Any, training_args: Any, model_args: Any) -> Any:

@@ -34,6 +34,10 @@ class RlhfArguments(DataArguments):
         default="head",
         metadata={"help": "'head' on the policy's trunk, 'reward' (starts as the reward model), or a model's name."},
     )
+    chat_prompts: bool = field(
+        default=False,
+        metadata={"help": "Put text prompts to the model as a user's turn of its chat template, as sft.py does."},
+    )
     num_prompts: int = field(default=8192, metadata={"help": "Prompts of the embedded world to sample from."})
     num_eval_prompts: int = field(default=360, metadata={"help": "Held-out prompts, at most this many."})
     pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the pretraining stage."})
@@ -54,10 +58,19 @@ def parse(argv: Sequence[str]) -> tuple:
 def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dict[str, float]:
     """Make what is missing, align, compare before and after, save, report. Returns the metrics."""
     from hfllm.evaluation.alignment import alignment_metrics, alignment_plots, alignment_tables, judge_policy
-    from hfllm.stages import Stage, load_policy, load_scorer, load_tokenizer, peft_config, world_of
+    from hfllm.stages import (
+        Stage,
+        load_policy,
+        load_scorer,
+        load_tokenizer,
+        peft_config,
+        refuse,
+        world_of,
+    )
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.ppo_trainer import PPOTrainer
 
+    refuse(training_args.model_init_kwargs, "--model_init_kwargs", "use --dtype, --attn_implementation or the like")
     before = missing_stages(script_args, training_args, model_args)
     stage = Stage("rlhf", script_args, training_args, model_args, before)
     if stage.report is not None:
@@ -132,6 +145,8 @@ def prompt_data(script_args: RlhfArguments, seed: int, functions: Sequence[Calla
         eval_rows = [task.prompt_row() for task in world.evaluation_tasks(script_args.num_eval_prompts)]
     else:
         rows = load_rows(script_args, formats.to_prompt)
+        if script_args.chat_prompts:
+            rows = [{**row, "prompt": formats.as_messages(row["prompt"])} for row in rows]
         train_rows, eval_rows = split_rows(rows, seed, share=0.1, most=script_args.num_eval_prompts)
     trial = train_rows[:2]
     columns = {name: [row[name] for row in trial] for name in trial[0] if name != "prompt"}

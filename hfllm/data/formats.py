@@ -103,6 +103,11 @@ def to_prompt(origin: str, row: Row) -> Row:
     raise _unreadable(origin, row, PROMPT_FORMATS)
 
 
+def as_messages(prompt: str | list[Message]) -> list[Message]:
+    """A text prompt as the user's turn of a conversation; a conversation as it is."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
 def _has(row: Row, *columns: str) -> bool:
     return all(row.get(column) is not None for column in columns)
 
@@ -117,7 +122,7 @@ def _instruction(origin: str, row: Row) -> list[Message]:
 
 
 def _as_messages(origin: str, prompt: str | list) -> list[Message]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(origin, prompt)
+    return as_messages(prompt) if isinstance(prompt, str) else _messages(origin, prompt)
 
 
 def _said(origin: str, answer: Any) -> list[Message]:

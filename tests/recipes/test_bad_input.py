@@ -84,6 +84,8 @@ def test_a_preference_that_is_neither_a_nor_b(tmp_path):
 def test_flags_without_effect_are_refused(tmp_path):
     output = ("--output_dir", tmp_path / "out")
     assert "--use_peft cannot be used here" in complaint("pretrain", "--use_peft", *output)
+    assert "--max_samples cannot be used here" in complaint("sft", "--max_samples", 5, *output)
+    assert "--model_init_kwargs cannot" in complaint("rlhf", "--model_init_kwargs", '{"dtype": "auto"}', *output)
     assert "--train_sampling_strategy cannot" in complaint(
         "pretrain", "--train_sampling_strategy", "sequential", *output
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,25 @@ def test_sft_learns_from_the_response_only(tiny, tmp_path, monkeypatch):
         assert tokenizer.decode(labels[labels != -100]) in {f"{row['output']}<|end|>" for row in rows}
 
 
+def test_stages_may_differ_in_precision(tiny, tmp_path):
+    metrics = rlhf.main(*rlhf.parse(["--config", tiny["rlhf"], "--bf16", "true", "--output_dir", str(tmp_path)]))
+    assert set(metrics) >= RLHF_METRICS
+
+
+def test_a_changed_config_file_is_noticed(aligned, tiny, tmp_path):
+    import yaml
+
+    folder, _ = aligned
+    with open(tiny["sft"]) as stream:
+        values = yaml.safe_load(stream)
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump({**values, "num_examples": 121}))
+    kl_coef = json.loads((folder / "report.json").read_text())["arguments"]["kl_coef"]
+    arguments = ["--config", tiny["rlhf"], "--output_dir", str(folder), "--kl_coef", str(kl_coef)]
+    arguments += ["--sft_config", str(tmp_path / "sft.yaml")]
+    with pytest.raises(InputError, match=r"sft\.num_examples=120, this one has sft\.num_examples=121"):
+        rlhf.main(*rlhf.parse(arguments))
+
+
 def test_a_users_reward_and_prompts(aligned, tiny, tmp_path):
     """A text-only model and prompts, with a reward from a file, as `--model_name_or_path ... --reward_funcs`."""
     folder, _ = aligned
@@ -155,11 +175,25 @@ def test_the_proxy_alone_trains_the_policy(aligned, tiny):
     assert rlhf.with_gold_beside(script_args, training_args, functions, [None])[0].reward_weights is None
 
 
+def test_text_prompts_become_a_users_turn_on_demand(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"number {index}"}) for index in range(9)))
+    for flags, kind in (([], str), (["--chat_prompts"], list)):
+        script_args, _, _ = rlhf.parse(["--model_name_or_path", "any", "--dataset_name", str(path), *flags])
+        train_rows, eval_rows = rlhf.prompt_data(script_args, 0, [])
+        assert {type(row["prompt"]) for row in [*train_rows, *eval_rows]} == {kind}
+        assert not {str(row["prompt"]) for row in train_rows} & {str(row["prompt"]) for row in eval_rows}
+
+
 def test_no_stage_is_trained_on_evaluation_rows(tiny, world):
     evaluation = {task.question for task in world.evaluation_tasks(360)}
     script_args, training_args, _ = rlhf.parse(["--config", tiny["rlhf"], "--num_prompts", "3000"])
     train_rows, eval_rows = rlhf.prompt_data(script_args, training_args.seed, [])
     assert not evaluation & {row["prompt"][0]["content"] for row in train_rows}
+    compared = islice(world.tasks(training_args.seed + 1_000_000), 7500)  # what reward.py draws
+    assert not evaluation & {task.question for task in compared}
+    demonstrated, _ = sft.instruction_data(sft.parse([])[0], training_args.seed)
+    assert not evaluation & {row["prompt"][0]["content"] for row in demonstrated}
     assert {row["prompt"][0]["content"] for row in eval_rows} <= evaluation
 
 
