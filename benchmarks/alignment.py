@@ -1,6 +1,6 @@
 """The main job over several seeds, and a control whose reward model learned from worthless labels.
 
-    python benchmarks/alignment.py --seeds 42 1 2 --output_dir outputs/alignment
+    python benchmarks/alignment.py --seeds 1 2 42 --output_dir outputs/alignment
 
 Runs `recipes/rlhf.py` once a seed and once more on the first seed's fine-tuned model with `label_noise: 0.5`, and
 writes `alignment.md` with the medians into the output folder. Finished runs are reused.
@@ -61,7 +61,7 @@ def table(reports: dict[str, dict], control_report: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 42])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/alignment"))
     args = parser.parse_args()
     folders = {f"seed {seed}": args.output_dir / f"seed-{seed}" for seed in args.seeds}
