@@ -119,6 +119,17 @@ def test_activation_checkpointing_recomputes_and_changes_nothing(make_trainer, m
     torch.testing.assert_close(plain, recomputed)
 
 
+def test_activation_checkpointing_trains_to_the_same_weights(make_trainer):
+    def weights(**kwargs):
+        trainer = make_trainer(max_steps=2, **kwargs)
+        trainer.train()
+        return trainer.policy.lm_head.weight.detach()
+
+    expected = weights()
+    torch.testing.assert_close(weights(activation_checkpointing=True), expected)
+    torch.testing.assert_close(weights(gradient_checkpointing=True), expected)
+
+
 def test_bf16_is_obeyed(make_trainer):
     trainer = make_trainer(bf16=True, max_steps=1)
     seen = []
