@@ -4,6 +4,7 @@ import random
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -144,6 +145,20 @@ def run_stage(recipe: ModuleType, arguments: tuple, later_folders: Sequence[str]
     # The next trainer may use another precision: accelerate keeps the first one for the whole process otherwise.
     AcceleratorState._reset_state()
     return metrics
+
+
+def with_model_from(
+    recipe: ModuleType, config: str | None, script_args: Any, training_args: Any, model_args: Any
+) -> Any:
+    """`model_args` with the model that `recipe` makes on the embedded world, in a folder under the output folder.
+
+    Args:
+        config: a YAML file of the recipe's flags, if not its own for the world.
+    """
+    folder = f"{training_args.output_dir}/{recipe.__name__}"
+    flags = ["--seed", str(training_args.seed), "--world_seed", str(script_args.world_seed), "--output_dir", folder]
+    run_stage(recipe, recipe.parse([*flags, *(["--config", config] if config else [])]))
+    return replace(model_args, model_name_or_path=folder)
 
 
 # ---- data ----

@@ -54,7 +54,15 @@ def parse(argv: Sequence[str]) -> tuple:
 def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> dict[str, float]:
     """Train, save, write the report. Returns the metrics."""
     from hfllm.data.sources import WORLD
-    from hfllm.stages import Stage, fitting_length, load_scorer, load_tokenizer, peft_config
+    from hfllm.errors import InputError
+    from hfllm.stages import (
+        Stage,
+        fitting_length,
+        load_scorer,
+        load_tokenizer,
+        peft_config,
+        with_model_from,
+    )
     from hfllm.trainers.callbacks import use_plain_lines
 
     stage = Stage("reward", script_args, training_args, model_args)
@@ -62,7 +70,10 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
         return stage.report["metrics"]
     is_world = script_args.dataset_name == WORLD
     rows = None if is_world else user_comparisons(script_args, training_args.seed)
-    model_args = with_sft_model(script_args, training_args, model_args)
+    if not model_args.model_name_or_path:
+        import sft
+
+        model_args = with_model_from(sft, script_args.sft_config, script_args, training_args, model_args)
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     train_rows, test_rows = rows or world_comparisons(script_args, training_args, model_args)
     model = load_scorer(model_args.model_name_or_path, model_args)
@@ -80,6 +91,11 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
         processing_class=tokenizer,
         peft_config=peft_config(model_args, "SEQ_CLS"),
     )
+    kept = {"train_comparisons": trainer.train_dataset.num_rows, "eval_comparisons": trainer.eval_dataset.num_rows}
+    if 0 in kept.values():
+        raise InputError(
+            f"no comparison in {script_args.dataset_name!r} fits into --max_length {training_args.max_length} tokens"
+        )
     use_plain_lines(trainer)
     trainer.train(resume_from_checkpoint=stage.checkpoint)
     evaluation = trainer.evaluate()
@@ -87,11 +103,12 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
     metrics = {
         "reward_model_accuracy": evaluation["eval_accuracy"],
         "eval_loss": evaluation["eval_loss"],
-        "train_comparisons": len(train_rows),
-        "eval_comparisons": trainer.eval_dataset.num_rows,
+        **kept,
     }
     labels = " with noise-free labels" if is_world else ""
-    summary = f"accuracy {metrics['reward_model_accuracy']:.3f} on {len(test_rows)} held-out comparisons{labels}"
+    summary = (
+        f"accuracy {metrics['reward_model_accuracy']:.3f} on {kept['eval_comparisons']} held-out comparisons{labels}"
+    )
     return stage.finish(trainer, metrics, summary)
 
 
@@ -140,23 +157,6 @@ def world_comparisons(
     random.Random(seed).shuffle(held_out)
     # One process's samples for all: processes that draw other samples would train on other comparisons.
     return tuple(broadcast_object_list([compare(tasks, script_args.label_noise), compare(held_out, 0.0)]))
-
-
-def with_sft_model(script_args: Any, training_args: Any, model_args: Any) -> Any:
-    """`model_args` with a model: the named one, or one fine-tuned on the world under the output folder."""
-    if model_args.model_name_or_path:
-        return model_args
-    from dataclasses import replace
-
-    import sft
-
-    from hfllm.stages import run_stage
-
-    folder = f"{training_args.output_dir}/sft"
-    config = ["--config", script_args.sft_config] if script_args.sft_config else []
-    seeds = ["--seed", str(training_args.seed), "--world_seed", str(script_args.world_seed)]
-    run_stage(sft, sft.parse([*config, *seeds, "--output_dir", folder]))
-    return replace(model_args, model_name_or_path=folder)
 
 
 if __name__ == "__main__":

@@ -37,14 +37,17 @@ def parse(argv: Sequence[str]) -> tuple:
 
 def main(script_args: SftArguments, training_args: Any, model_args: Any) -> dict[str, float]:
     """Fine-tune, save, write the report. Returns the metrics."""
-    from hfllm.stages import Stage, fitting_length, load_policy, peft_config
+    from hfllm.stages import Stage, fitting_length, load_policy, peft_config, with_model_from
     from hfllm.trainers.callbacks import use_plain_lines
 
     stage = Stage("sft", script_args, training_args, model_args)
     if stage.report is not None:
         return stage.report["metrics"]
     train_rows, test_rows = instruction_data(script_args, training_args.seed)
-    model_args = with_base_model(script_args, training_args, model_args)
+    if not model_args.model_name_or_path:
+        import pretrain
+
+        model_args = with_model_from(pretrain, script_args.pretrain_config, script_args, training_args, model_args)
     model, tokenizer = load_policy(model_args)
     training_args.max_length = fitting_length(training_args.max_length, model)
 
@@ -85,23 +88,6 @@ def instruction_data(script_args: SftArguments, seed: int) -> tuple[list[dict], 
     rows = instruction_rows(World(script_args.world_seed), script_args.num_examples, seed)
     source = Source(rows, [f"world, row {number}" for number in range(1, len(rows) + 1)])
     return split_rows(formats.convert(source, formats.to_sft), seed)
-
-
-def with_base_model(script_args: Any, training_args: Any, model_args: Any) -> Any:
-    """`model_args` with a model: the named one, or one pretrained on the world under the output folder."""
-    if model_args.model_name_or_path:
-        return model_args
-    from dataclasses import replace
-
-    import pretrain
-
-    from hfllm.stages import run_stage
-
-    folder = f"{training_args.output_dir}/pretrain"
-    config = ["--config", script_args.pretrain_config] if script_args.pretrain_config else []
-    seeds = ["--seed", str(training_args.seed), "--world_seed", str(script_args.world_seed)]
-    run_stage(pretrain, pretrain.parse([*config, *seeds, "--output_dir", folder]))
-    return replace(model_args, model_name_or_path=folder)
 
 
 if __name__ == "__main__":
