@@ -2,13 +2,14 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN = $(VENV)/bin
-# Busy machines stall OpenMP when it takes every core: one thread for tests.
 export HF_HUB_OFFLINE ?= 1
+# accelerate launch takes one thread unless told; tests take one, since OpenMP on every core stalls a busy machine.
+THREADS = $(or $(OMP_NUM_THREADS),$(shell getconf _NPROCESSORS_ONLN))
 
 .PHONY: rlhf test lint clean
 
 rlhf: $(VENV)/installed
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/rlhf.py $(ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/rlhf.py $(ARGS)
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
