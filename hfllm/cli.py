@@ -40,6 +40,10 @@ class DataArguments:
     world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world's facts."})
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The recipe's docstring as it stands, and every flag with its default."""
+
+
 class RecipeParser(TrlParser):
     """TrlParser whose complaints are one line and name the nearest valid flag or YAML key."""
 
@@ -130,8 +134,7 @@ def parse_recipe(
     own_model = own_model or any(read_yaml(path).get("model_name_or_path") for path in config_files)
     if not own_model:
         config_files.insert(0, world_config)
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = RecipeParser(dataclass_types, description=description, formatter_class=formatter)
+    parser = RecipeParser(dataclass_types, description=description, formatter_class=HelpFormatter)
     parser.add_argument("--config", help="A YAML file of flags; flags on the command line win.")
     try:
         return parser.parse(argv, config_files, machine_defaults())[: len(dataclass_types)]

@@ -48,6 +48,16 @@ def test_unknown_flags_and_keys_name_the_nearest(stage, tmp_path):
     )
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_shows_how_to_launch(stage, capsys):
+    with pytest.raises(SystemExit) as stop:
+        STAGES[stage].parse(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"    accelerate launch recipes/{stage}.py" in shown
+    assert "--learning_rate" in shown
+
+
 def test_bad_values_and_configs(tmp_path):
     assert "invalid float value: 'fast'" in complaint("sft", "--learning_rate", "fast")
     assert "unexpected argument 'stray'" in complaint("sft", "stray")
