@@ -1,11 +1,11 @@
-"""Train the byte-level BPE tokenizer of a new model, with our chat template."""
+"""Train the byte-level BPE tokenizer of a new model, with our chat template; and tokens of prompts for any model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, DOCUMENT_END, TURN_END = "<|pad|>", "<|endoftext|>", "<|end|>"
 SPECIAL_TOKENS = (PAD, DOCUMENT_END, TURN_END, "<|system|>", "<|user|>", "<|assistant|>")
@@ -74,3 +74,12 @@ def plain_chat_template() -> str:
         "{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{- 'Assistant:\\n' -}}{%- endif -%}"
     )
+
+
+def tokenize_prompts(prompts: Sequence[str | list], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Token ids of each prompt: text as it is, messages through the chat template up to the assistant's turn."""
+    if isinstance(prompts[0], str):
+        return tokenizer(list(prompts))["input_ids"]
+    return tokenizer.apply_chat_template(
+        list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, padding=False
+    )["input_ids"]

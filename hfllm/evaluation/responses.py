@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.rubric import RIGHT, gold_reward
+from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.data.world import Task
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def sample_responses(
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
-            batch = encode_prompts(tokenizer, prompts[start : start + batch_size]).to(model.device)
+            ids = tokenize_prompts(prompts[start : start + batch_size], tokenizer)
+            batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
             output = model.generate(
                 **batch,
                 **settings,
@@ -57,17 +59,6 @@ def sample_responses(
             ]
     model.train(was_training)
     return texts
-
-
-def encode_prompts(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str | list]) -> Any:
-    """Left-padded `input_ids` and `attention_mask` of prompts, ready to continue."""
-    if isinstance(prompts[0], str):
-        ids = tokenizer(list(prompts))["input_ids"]
-    else:
-        ids = tokenizer.apply_chat_template(
-            list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, padding=False
-        )["input_ids"]
-    return tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
 
 
 def judge_tasks(

@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
+from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.rewards import RewardModel, checked_rewards, reward_name
 from hfllm.trainers import advantages as formulas
@@ -43,7 +44,7 @@ from hfllm.trainers.ppo_parts import (
     split_reference,
     unique_names,
 )
-from hfllm.trainers.prompts import RolloutSampler, check_prompts, tokenize_prompts
+from hfllm.trainers.prompts import RolloutSampler, check_prompts
 from hfllm.trainers.rollout import (
     ActorCritic,
     Rollout,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import Sampler
 
+from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,15 +47,6 @@ class RolloutSampler(Sampler[int]):
             block = [order[index % self.dataset_size] for index in range(first, first + self.rollout_size)]
             for _ in range(self.repeats):
                 yield from block
-
-
-def tokenize_prompts(prompts: Sequence[str | list], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """Token ids of each prompt: text as it is, messages through the chat template up to the assistant's turn."""
-    if isinstance(prompts[0], str):
-        return tokenizer(list(prompts))["input_ids"]
-    return tokenizer.apply_chat_template(
-        list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, padding=False
-    )["input_ids"]
 
 
 def check_prompts(
