@@ -15,12 +15,15 @@ _PUBLIC = {
     "HfllmConfig": "hfllm.models.configuration_hfllm",
     "HfllmModel": "hfllm.models.modeling_hfllm",
     "HfllmForCausalLM": "hfllm.models.modeling_hfllm",
+    "HfllmForMaskedLM": "hfllm.models.modeling_hfllm",
     "HfllmForSequenceClassification": "hfllm.models.modeling_hfllm",
+    "HfllmForTokenClassification": "hfllm.models.modeling_hfllm",
     "PPOConfig": "hfllm.trainers.ppo_config",
     "PPOTrainer": "hfllm.trainers.ppo_trainer",
     "RewardModel": "hfllm.rewards",
     "World": "hfllm.data.world",
     "gold_reward": "hfllm.rewards",
+    "list_presets": "hfllm.models.presets",
     "train_tokenizer": "hfllm.data.tokenizer",
 }
 __all__ = ["__version__", *_PUBLIC]

@@ -15,21 +15,20 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+    import transformers
 
     from hfllm.models import modeling_hfllm as models
-    from hfllm.models.configuration_hfllm import HfllmConfig
+    from hfllm.models.configuration_hfllm import AUTO_MAP, HfllmConfig
 
-    AutoConfig.register("hfllm", HfllmConfig, exist_ok=True)
+    transformers.AutoConfig.register("hfllm", HfllmConfig, exist_ok=True)
     HfllmConfig.register_for_auto_class()
-    for auto_class, model_class in (
-        (AutoModel, models.HfllmModel),
-        (AutoModelForCausalLM, models.HfllmForCausalLM),
-        (AutoModelForSequenceClassification, models.HfllmForSequenceClassification),
-    ):
-        auto_class.register(HfllmConfig, model_class, exist_ok=True)
+    for auto_name, path in AUTO_MAP.items():
+        if auto_name == "AutoConfig":
+            continue
+        model_class = getattr(models, path.split(".")[1])
+        getattr(transformers, auto_name).register(HfllmConfig, model_class, exist_ok=True)
         # Writes auto_map and the code beside saved weights, for those who load them without hfllm.
-        model_class.register_for_auto_class(auto_class.__name__)
+        model_class.register_for_auto_class(auto_name)
 
 
 class _AfterTransformers(importlib.abc.MetaPathFinder):

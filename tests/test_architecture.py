@@ -64,7 +64,6 @@ def test_the_modeling_file_travels_alone():
     names = set(imports(PACKAGE / "models" / "modeling_hfllm.py"))
     assert {name for name in names if name.startswith(".")} == {".configuration_hfllm"}
     assert {name.split(".")[0] for name in names if not name.startswith(".")} == {
-        "collections",
         "torch",
         "transformers",
     }

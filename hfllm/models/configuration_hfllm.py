@@ -1,54 +1,107 @@
-"""Configuration of the hfllm decoder family: every family member is this class with other values."""
+"""Configuration of the hfllm family: every family member is this class with other values."""
+
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-NORM_TYPES = ("rmsnorm", "layernorm")
-NORM_PLACEMENTS = ("pre", "post")
-MLP_TYPES = ("gated", "plain")
-POSITION_EMBEDDING_TYPES = ("rope", "learned", "none")
+CHOICES = {
+    "norm_type": ("rmsnorm", "layernorm"),
+    "norm_placement": ("pre", "post"),
+    "mlp_type": ("gated", "plain"),
+    "position_embedding_type": ("rope", "learned", "none"),
+    "residual_init": ("plain", "gpt2", "depth"),
+}
+AUTO_MAP = {
+    "AutoConfig": "configuration_hfllm.HfllmConfig",
+    "AutoModel": "modeling_hfllm.HfllmModel",
+    "AutoModelForCausalLM": "modeling_hfllm.HfllmForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_hfllm.HfllmForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_hfllm.HfllmForTokenClassification",
+    "AutoModelForMaskedLM": "modeling_hfllm.HfllmForMaskedLM",
+}
 
 
 @strict
 class HfllmConfig(PreTrainedConfig):
     """Architecture of an hfllm model. The defaults describe a LLaMA-style decoder.
 
-    Fields carry Llama's names where Llama has the concept; the family's own axes are the first four.
+    Fields carry Llama's names where Llama has the concept. The family's own axes come first; they compose freely
+    except where `Raises` says otherwise.
 
     Args:
         norm_type: `"rmsnorm"` (Zhang & Sennrich 2019, arXiv:1910.07467) or `"layernorm"` (arXiv:1607.06450).
         norm_placement: `"pre"` normalises the input of each block and ends with a final norm (GPT-2, LLaMA);
-            `"post"` normalises the residual sum after each block and has no final norm (GPT-1).
+            `"post"` normalises the residual sum after each block and has no final norm (GPT-1, BERT).
+        norm_bias: whether a LayerNorm has a bias (PaLM's and Cohere's have none); RMSNorm never has one.
+        norm_unit_offset: store norm weights minus one, as Gemma does.
+        qk_norm: normalise each query and key head before the rotary embedding (Qwen3).
+        parallel_block: attention and MLP read the same input and are added together (GPT-J, PaLM;
+            Chowdhery et al. 2022, arXiv:2204.02311, section 2).
+        shared_norm: in a parallel block, one norm feeds both (PaLM, Cohere) or each has its own (GPT-NeoX).
         mlp_type: `"gated"` is `down(act(gate(x)) * up(x))` (GLU variants, Shazeer 2020, arXiv:2002.05202: with
             `hidden_act="silu"` SwiGLU, with `"gelu"` GeGLU); `"plain"` is `down(act(up(x)))`.
         position_embedding_type: `"rope"` (arXiv:2104.09864), `"learned"` absolute positions, or `"none"`.
-        intermediate_size: width of the MLP; `None` gives 4 * hidden_size for a plain MLP and 8/3 * hidden_size,
-            rounded up to a multiple of 16, for a gated one (the same number of weights).
+        is_causal: `False` lets every token attend to all others, for masked language modelling.
+        sliding_window: attend to this many tokens at most, the current one included (Mistral, arXiv:2310.06825);
+            `None` is no limit.
+        num_local_experts: gated experts per layer (Mixtral, arXiv:2401.04088); 0 is one dense MLP.
+        num_experts_per_tok: experts that a router picks for each token; their softmax weights are renormalised.
+        router_aux_loss_coef: weight of the load-balancing loss (arXiv:2101.03961, equations 4 to 6), which is added
+            to the loss in training; `None` is 0.001 with experts.
+        output_router_logits: return the routers' logits and the auxiliary loss also outside training.
+        intermediate_size: width of the MLP, or of one expert; `None` gives 4 * hidden_size for a plain MLP and
+            8/3 * hidden_size, rounded up to a multiple of 16, for a gated one (the same number of weights).
         num_key_value_heads: heads of keys and values (grouped-query attention, arXiv:2305.13245); `None` is one
             per query head, 1 is multi-query attention.
         head_dim: size of one head; `None` is `hidden_size // num_attention_heads`.
         max_position_embeddings: longest context the model is made for, in tokens; also the size of the learned
             position table.
-        rope_parameters: transformers' RoPE dictionary (`rope_type`, `rope_theta`, ...); ignored without RoPE.
+        rope_parameters: transformers' RoPE dictionary (`rope_type`, `rope_theta`, `partial_rotary_factor`, ...);
+            ignored without RoPE.
+        attention_bias: biases of the query, key and value projections.
+        attention_output_bias: bias of the attention's output projection; `None` follows `attention_bias`.
+        embedding_multiplier: factor on the token embeddings (Gemma: the square root of hidden_size).
+        logit_scale: factor on the logits (Cohere).
         hidden_dropout: dropout probability on embeddings and on each block's output.
         initializer_range: standard deviation of the initial weights.
+        residual_init: how the initial weights of the projections into the residual stream are scaled: `"plain"` not
+            at all, `"gpt2"` by 1/sqrt(2 * num_hidden_layers) (Radford et al. 2019, section 2.3), `"depth"` by
+            1/sqrt(2 * l) in layer l = 1, 2, ... (depth-scaled initialisation, arXiv:1908.11365, section 4.1).
+        loss_chunk_size: compute the language-modelling loss over this many tokens at a time, so that the logits of
+            the whole batch never exist; with labels the output then has no logits. `None` is all at once.
 
     Raises:
         ValueError: when a value or a combination of values describes no model; the message names the field.
     """
 
     model_type = "hfllm"
-    attribute_map = {"rms_norm_eps": "norm_eps", "layer_norm_epsilon": "norm_eps"}
+    attribute_map = {
+        "rms_norm_eps": "norm_eps",
+        "layer_norm_epsilon": "norm_eps",
+        "layer_norm_eps": "norm_eps",
+        "num_experts": "num_local_experts",
+    }
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    }
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
     }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
@@ -58,8 +111,19 @@ class HfllmConfig(PreTrainedConfig):
 
     norm_type: str = "rmsnorm"
     norm_placement: str = "pre"
+    norm_bias: bool = True
+    norm_unit_offset: bool = False
+    qk_norm: bool = False
+    parallel_block: bool = False
+    shared_norm: bool = True
     mlp_type: str = "gated"
     position_embedding_type: str = "rope"
+    is_causal: bool = True
+    sliding_window: int | None = None
+    num_local_experts: int = 0
+    num_experts_per_tok: int = 2
+    router_aux_loss_coef: float | None = None
+    output_router_logits: bool = False
 
     vocab_size: int = 32000
     hidden_size: int = 512
@@ -73,15 +137,31 @@ class HfllmConfig(PreTrainedConfig):
     rope_parameters: RopeParameters | dict | None = None
     norm_eps: float = 1e-5
     attention_bias: bool = False
+    attention_output_bias: bool | None = None
     mlp_bias: bool = False
+    embedding_multiplier: int | float = 1.0
+    logit_scale: int | float = 1.0
     attention_dropout: int | float = 0.0
     hidden_dropout: int | float = 0.0
     initializer_range: float = 0.02
+    residual_init: str = "plain"
     tie_word_embeddings: bool = False
     use_cache: bool = True
+    loss_chunk_size: int | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "HfllmConfig":
+        """The configuration of a published model, with fields changed by `overrides`.
+
+        Raises:
+            ValueError: for an unknown name, with the nearest known ones.
+        """
+        from .presets import preset
+
+        return cls(**preset(name) | overrides)
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
@@ -91,42 +171,108 @@ class HfllmConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             wide = 4 * self.hidden_size
             self.intermediate_size = wide if self.mlp_type == "plain" else -(-wide * 2 // 3 // 16) * 16
+        if self.attention_output_bias is None:
+            self.attention_output_bias = self.attention_bias
+        if self.router_aux_loss_coef is None:
+            self.router_aux_loss_coef = 0.001 if self.num_local_experts else 0.0
         super().__post_init__(**kwargs)
         if self.position_embedding_type != "rope":
             self.rope_parameters = None
+        if not self.is_causal:
+            self.use_cache = False
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
+        """As the base class does; when code travels with the weights, `auto_map` names all classes of the family."""
+        if self._auto_class is not None:
+            self.auto_map = dict(AUTO_MAP)
+        return super().save_pretrained(save_directory, **kwargs)
+
+    def num_parameters(self, active_only: bool = False) -> int:
+        """Number of weights of the language model, tied ones counted once, without allocating any.
+
+        Args:
+            active_only: count only the experts that one token passes through.
+        """
+        hidden, query, key = self.hidden_size, self._query_size(), self._key_size()
+        norm = hidden * (2 if self._norm_has_bias() else 1)
+        attention = hidden * (query + 2 * key) + query * hidden
+        attention += (query + 2 * key) * self.attention_bias + hidden * self.attention_output_bias
+        attention += 2 * self.head_dim * (2 if self._norm_has_bias() else 1) * self.qk_norm
+        inner = 2 if self.mlp_type == "gated" else 1
+        mlp = (inner + 1) * hidden * self.intermediate_size
+        mlp += (inner * self.intermediate_size + hidden) * self.mlp_bias
+        if self.num_local_experts:
+            experts = self.num_experts_per_tok if active_only else self.num_local_experts
+            mlp = experts * mlp + self.num_local_experts * hidden
+        layer = attention + mlp + norm * (1 if self.parallel_block and self.shared_norm else 2)
+        embeddings = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
+        embeddings += self.max_position_embeddings * hidden * (self.position_embedding_type == "learned")
+        return embeddings + self.num_hidden_layers * layer + norm * (self.norm_placement == "pre")
 
     def validate_architecture(self):
         """Refuse what describes no model. Called by `@strict` once the fields are set."""
-        self._check_choices()
+        for field, allowed in CHOICES.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field}={getattr(self, field)!r} is not one of {', '.join(allowed)}")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is not one of {', '.join(sorted(ACT2FN))}")
+        self._check_sizes()
+        self._check_combinations()
+
+    def _check_sizes(self):
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        for field in ("sliding_window", "loss_chunk_size"):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1 or None, got {getattr(self, field)}")
+        for field in ("attention_dropout", "hidden_dropout"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field} must lie in [0, 1), got {getattr(self, field)}")
         if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} must divide "
                 f"num_attention_heads={self.num_attention_heads}"
             )
-        if self.head_dim < 1 or (self.position_embedding_type == "rope" and self.head_dim % 2):
+        if self.head_dim < 1:
             raise ValueError(
                 f"head_dim={self.head_dim} (hidden_size={self.hidden_size} // "
-                f"num_attention_heads={self.num_attention_heads}) must be positive, and even with RoPE"
+                f"num_attention_heads={self.num_attention_heads}) must be at least 1"
             )
-        for field in ("attention_dropout", "hidden_dropout"):
-            if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"{field} must lie in [0, 1), got {getattr(self, field)}")
+        if self.position_embedding_type == "rope":
+            factor = self.rope_parameters.get("partial_rotary_factor", 1.0)
+            rotary = int(self.head_dim * factor)
+            if rotary < 2 or rotary % 2 or rotary > self.head_dim:
+                raise ValueError(
+                    f"head_dim={self.head_dim} times partial_rotary_factor={factor} must be even, from 2 to head_dim"
+                )
 
-    def _check_choices(self):
-        choices = {
-            "norm_type": NORM_TYPES,
-            "norm_placement": NORM_PLACEMENTS,
-            "mlp_type": MLP_TYPES,
-            "position_embedding_type": POSITION_EMBEDDING_TYPES,
-        }
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field}={getattr(self, field)!r} is not one of {', '.join(allowed)}")
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act={self.hidden_act!r} is not one of {', '.join(sorted(ACT2FN))}")
+    def _check_combinations(self):
+        if self.num_local_experts < 0 or (
+            self.num_local_experts and not 1 <= self.num_experts_per_tok <= self.num_local_experts
+        ):
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} must lie between 1 and "
+                f"num_local_experts={self.num_local_experts}"
+            )
+        if self.num_local_experts and (self.mlp_type != "gated" or self.mlp_bias):
+            raise ValueError(
+                f"num_local_experts={self.num_local_experts} needs mlp_type='gated' and mlp_bias=False, "
+                f"got mlp_type={self.mlp_type!r} and mlp_bias={self.mlp_bias}"
+            )
+        if self.parallel_block and self.norm_placement == "post":
+            raise ValueError("parallel_block=True needs norm_placement='pre', got 'post'")
+        if self.norm_unit_offset and self.norm_type != "rmsnorm":
+            raise ValueError(f"norm_unit_offset=True needs norm_type='rmsnorm', got {self.norm_type!r}")
+
+    def _query_size(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    def _key_size(self) -> int:
+        return self.num_key_value_heads * self.head_dim
+
+    def _norm_has_bias(self) -> bool:
+        return self.norm_type == "layernorm" and self.norm_bias
 
 
 __all__ = ["HfllmConfig"]

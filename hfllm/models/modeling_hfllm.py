@@ -1,10 +1,9 @@
-"""The hfllm decoder: one transformer whose norm, MLP, positions and attention are chosen by its config.
+"""The hfllm family: one transformer whose norms, blocks, positions and attention are chosen by its config.
 
 This file imports only torch, transformers and its sibling config, so that it can travel to the Hub beside the
-weights (`auto_map`). Shapes: B batch, S sequence, H query heads, K key-value heads, D head_dim, E hidden_size.
+weights (`auto_map`). Shapes: B batch, S sequence, N = B * S tokens, H query heads, K key-value heads, D head_dim,
+E hidden_size, V vocab_size. `HfllmDecoderLayer.forward` says where each axis of the config acts.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -12,40 +11,53 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    packed_sequence_mask_function,
+)
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import MaskedLMOutput, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_hfllm import HfllmConfig
 
 
 class HfllmRMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps) * weight`, computed in fp32 (Zhang & Sennrich 2019, equation 4)."""
+    """`x / sqrt(mean(x^2) + eps) * weight`, computed in fp32 (Zhang & Sennrich 2019, equation 4).
 
-    def __init__(self, hidden_size: int, eps: float):
+    With `unit_offset` the factor is `1 + weight`, multiplied in fp32 as Gemma does.
+    """
+
+    def __init__(self, size: int, eps: float, unit_offset: bool = False):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.unit_offset = unit_offset
+        self.weight = nn.Parameter(torch.zeros(size) if unit_offset else torch.ones(size))
         self.eps = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         normed = nn.functional.rms_norm(hidden_states.float(), self.weight.shape, eps=self.eps)
+        if self.unit_offset:
+            return (normed * (1.0 + self.weight.float())).to(hidden_states.dtype)
         return self.weight * normed.to(hidden_states.dtype)
 
-    def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.eps}"
 
-
-def build_norm(config: HfllmConfig) -> nn.Module:
+def build_norm(config: HfllmConfig, size: int) -> nn.Module:
     if config.norm_type == "rmsnorm":
-        return HfllmRMSNorm(config.hidden_size, config.norm_eps)
-    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        return HfllmRMSNorm(size, config.norm_eps, config.norm_unit_offset)
+    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)
 
 
 class HfllmRotaryEmbedding(nn.Module):
@@ -66,14 +78,18 @@ class HfllmRotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config: HfllmConfig, **kwargs) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies `theta^(-2i/D)`, shape (D/2,), and the attention factor, which is 1 here."""
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
-        return config.rope_parameters["rope_theta"] ** -exponents, 1.0
+        """Inverse frequencies `theta^(-2i/R)`, shape (R/2,), and the attention factor, which is 1 here.
+
+        R is the number of rotated dimensions of a head: all of them unless `partial_rotary_factor` says otherwise.
+        """
+        size = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, size, 2, dtype=torch.float) / size
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
 
     @dynamic_rope_update
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device, torch.float)
-        angles = torch.cat((angles, angles), dim=-1)
+        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
@@ -84,7 +100,12 @@ def rotate_half(states: torch.Tensor) -> torch.Tensor:
 
 
 def apply_rotary_pos_emb(states_BHSD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    return states_BHSD * cos.unsqueeze(1) + rotate_half(states_BHSD) * sin.unsqueeze(1)
+    """Rotate the first dimensions of each head, as many as `cos` has; the others pass."""
+    rotary_size = cos.shape[-1]
+    if rotary_size == states_BHSD.shape[-1]:
+        return states_BHSD * cos + rotate_half(states_BHSD) * sin
+    rotated, passed = states_BHSD[..., :rotary_size], states_BHSD[..., rotary_size:]
+    return torch.cat((rotated * cos + rotate_half(rotated) * sin, passed), dim=-1)
 
 
 def eager_attention_forward(
@@ -118,15 +139,17 @@ class HfllmAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
-        self.is_causal = True
+        self.is_causal = config.is_causal
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
+        if config.qk_norm:
+            self.q_norm = build_norm(config, config.head_dim)
+            self.k_norm = build_norm(config, config.head_dim)
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -137,17 +160,18 @@ class HfllmAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch_and_length = hidden_states.shape[:-1]
         per_head = (*batch_and_length, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(per_head).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(per_head).transpose(1, 2)
+        query = self.q_proj(hidden_states).view(per_head)
+        key = self.k_proj(hidden_states).view(per_head)
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
         value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
         if position_embeddings is not None:
             query = apply_rotary_pos_emb(query, *position_embeddings)
             key = apply_rotary_pos_emb(key, *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
             self,
             query,
@@ -156,6 +180,7 @@ class HfllmAttention(nn.Module):
             attention_mask,
             dropout=self.config.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
+            sliding_window=self.config.sliding_window,
             **kwargs,
         )
         return self.o_proj(output.reshape(*batch_and_length, -1).contiguous()), weights
@@ -179,46 +204,109 @@ class HfllmMLP(nn.Module):
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
 
 
+class HfllmRouter(nn.Module):
+    """Picks the experts of each token: softmax over all of them, the best k, renormalised (Mixtral, section 2.1)."""
+
+    def __init__(self, config: HfllmConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size))
+
+    def forward(self, tokens_NE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits (N, experts), and the weights and indices (N, k) of the chosen ones."""
+        logits = nn.functional.linear(tokens_NE, self.weight)
+        weights, indices = nn.functional.softmax(logits, dim=-1, dtype=torch.float32).topk(self.top_k, dim=-1)
+        return logits, weights / weights.sum(dim=-1, keepdim=True), indices
+
+
+@use_experts_implementation
+class HfllmExperts(nn.Module):
+    """Gated MLPs in two stacked tensors, (experts, 2 * intermediate_size, E) and (experts, E, intermediate_size)."""
+
+    def __init__(self, config: HfllmConfig):
+        super().__init__()
+        self.num_experts = config.num_local_experts
+        width = config.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, tokens_NE: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        output = torch.zeros_like(tokens_NE)
+        # Under expert parallelism, `num_experts` marks a choice that another rank computes.
+        for expert in indices.unique().tolist():
+            if expert == self.num_experts:
+                continue
+            rows, ranks = torch.where(indices == expert)
+            gate, up = nn.functional.linear(tokens_NE[rows], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            mixed = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert]) * weights[rows, ranks, None]
+            output.index_add_(0, rows, mixed.to(output.dtype))
+        return output
+
+
+class HfllmSparseMLP(nn.Module):
+    """A mixture of experts in place of the MLP (Shazeer et al. 2017, arXiv:1701.06538)."""
+
+    def __init__(self, config: HfllmConfig):
+        super().__init__()
+        self.gate = HfllmRouter(config)
+        self.experts = HfllmExperts(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights, indices = self.gate(tokens)
+        return self.experts(tokens, indices, weights).reshape(hidden_states.shape)
+
+
 class HfllmDecoderLayer(GradientCheckpointingLayer):
-    """Attention and MLP, each with a residual; normalised before (`pre`) or after the residual sum (`post`)."""
+    """Attention and MLP around a residual stream."""
 
     def __init__(self, config: HfllmConfig, layer_idx: int):
         super().__init__()
-        self.is_post_norm = config.norm_placement == "post"
+        self.config = config
         self.self_attn = HfllmAttention(config, layer_idx)
-        self.mlp = HfllmMLP(config)
-        self.input_layernorm = build_norm(config)
-        self.post_attention_layernorm = build_norm(config)
+        self.mlp = HfllmSparseMLP(config) if config.num_local_experts else HfllmMLP(config)
+        self.input_layernorm = build_norm(config, config.hidden_size)
+        if not (config.parallel_block and config.shared_norm):
+            self.post_attention_layernorm = build_norm(config, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
+        # For _init_weights, which sees each of the two projections into the residual stream by itself.
+        residual_terms = {"plain": 1, "gpt2": 2 * config.num_hidden_layers, "depth": 2 * (layer_idx + 1)}
+        for module in (self.self_attn.o_proj, self.mlp.experts if config.num_local_experts else self.mlp.down_proj):
+            module.residual_init_scale = residual_terms[config.residual_init] ** -0.5
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        cache: Cache | None = None,
-        use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        def attention(states: torch.Tensor) -> torch.Tensor:
-            output, _ = self.self_attn(
-                states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                cache=cache,
-                use_cache=use_cache,
-                **kwargs,
-            )
-            return self.dropout(output)
+        """(B, S, E) to (B, S, E). Where each axis of the config acts:
 
-        if self.is_post_norm:
+        - `norm_placement`, `parallel_block` and `shared_norm` are the three ways through this function;
+        - `norm_type`, `norm_bias` and `norm_unit_offset` are inside the two norms;
+        - `position_embedding_type`: rotary angles come in as `position_embeddings`, learned positions were added
+          before the first layer;
+        - `is_causal` and `sliding_window` are in `attention_mask`; grouped queries and `qk_norm` in `self.self_attn`;
+        - `mlp_type`, `hidden_act` and `num_local_experts` are inside `self.mlp`.
+        """
+
+        def attention(states: torch.Tensor) -> torch.Tensor:
+            return self.dropout(self.self_attn(states, position_embeddings, attention_mask, **kwargs)[0])
+
+        def mlp(states: torch.Tensor) -> torch.Tensor:
+            return self.dropout(self.mlp(states))
+
+        if self.config.norm_placement == "post":
             hidden_states = self.input_layernorm(hidden_states + attention(hidden_states))
-            return self.post_attention_layernorm(hidden_states + self.dropout(self.mlp(hidden_states)))
-        hidden_states = hidden_states + attention(self.input_layernorm(hidden_states))
-        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+            return self.post_attention_layernorm(hidden_states + mlp(hidden_states))
+        normed = self.input_layernorm(hidden_states)
+        if self.config.parallel_block:
+            mlp_input = normed if self.config.shared_norm else self.post_attention_layernorm(hidden_states)
+            return hidden_states + attention(normed) + mlp(mlp_input)
+        hidden_states = hidden_states + attention(normed)
+        return hidden_states + mlp(self.post_attention_layernorm(hidden_states))
 
 
 class HfllmPreTrainedModel(PreTrainedModel):
@@ -232,18 +320,43 @@ class HfllmPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": HfllmDecoderLayer, "attentions": HfllmAttention}
+    _can_record_outputs = {
+        "hidden_states": HfllmDecoderLayer,
+        "attentions": HfllmAttention,
+        "router_logits": OutputRecorder(HfllmRouter, index=0),
+    }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
+        std = self.config.initializer_range
+        residual_std = std * getattr(module, "residual_init_scale", 1.0)
+        if isinstance(module, nn.Linear) and residual_std != std:
+            init.normal_(module.weight, mean=0.0, std=residual_std)
+        elif isinstance(module, HfllmRMSNorm) and module.unit_offset:
+            init.zeros_(module.weight)
+        elif isinstance(module, (HfllmRouter, HfllmExperts)):
+            for name, parameter in module.named_parameters(recurse=False):
+                init.normal_(parameter, mean=0.0, std=residual_std if name == "down_proj" else std)
+
+
+def packed_sequences(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Number of the packed sequence that each token belongs to, (B, S), or `None` when no row holds more than one.
+
+    A sequence begins where the position does not go up by one between two tokens that are not padding.
+    """
+    if position_ids is None or (attention_mask is not None and attention_mask.ndim != 2):
+        return None
+    begins = position_ids[:, 1:] - position_ids[:, :-1] != 1
+    if attention_mask is not None:
+        begins = begins & attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
+    if not torch.compiler.is_compiling() and not begins.any():
+        return None
+    return nn.functional.pad(begins, (1, 0)).cumsum(-1)
 
 
 class HfllmModel(HfllmPreTrainedModel):
-    """The trunk: embeddings, decoder layers and, with pre-norm, a final norm."""
+    """The trunk: embeddings, layers and, with pre-norm, a final norm."""
 
     def __init__(self, config: HfllmConfig):
         super().__init__(config)
@@ -256,7 +369,7 @@ class HfllmModel(HfllmPreTrainedModel):
         self.layers = nn.ModuleList(
             HfllmDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
-        self.norm = build_norm(config) if config.norm_placement == "pre" else nn.Identity()
+        self.norm = build_norm(config, config.hidden_size) if config.norm_placement == "pre" else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -272,58 +385,172 @@ class HfllmModel(HfllmPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast:
+    ) -> MoeModelOutputWithPast:
+        """Last hidden states (B, S, E).
+
+        Rows of `position_ids` that restart hold packed sequences, which do not attend to each other. They need
+        `cache=None` and are computed without one.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and cache is None:
+        packed = packed_sequences(position_ids, attention_mask) if cache is None else None
+        if use_cache and cache is None and packed is None and self.config.is_causal:
             cache = DynamicCache(config=self.config)
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
 
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            cache=cache,
-            position_ids=position_ids,
-        )
-        hidden_states, position_embeddings = inputs_embeds, None
-        if self.config.position_embedding_type == "learned":
-            hidden_states = hidden_states + self.embed_positions(position_ids)
-        elif self.config.position_embedding_type == "rope":
-            position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        hidden_states = self.dropout(hidden_states)
-
+        mask = self._mask(inputs_embeds, attention_mask, position_ids, cache, packed)
+        hidden_states, position_embeddings = self._embed(inputs_embeds, position_ids)
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(
                 hidden_states,
-                attention_mask=causal_mask,
+                attention_mask=mask,
                 position_ids=position_ids,
                 cache=cache,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache)
+
+    def _mask(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        cache: Cache | None,
+        packed: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        # Both turn bidirectional by themselves when config.is_causal is False.
+        create = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
+        allowed = None
+        # They find packed sequences themselves only in a causal model without a padding mask.
+        if packed is not None and not (self.config.is_causal and attention_mask is None):
+            allowed = packed_sequence_mask_function(packed.expand(inputs_embeds.shape[0], -1))
+        return create(self.config, inputs_embeds, attention_mask, cache, position_ids, and_mask_function=allowed)
+
+    def _embed(
+        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """The first layer's input, and the rotary cosines and sines if there are any."""
+        hidden_states, position_embeddings = inputs_embeds, None
+        if self.config.embedding_multiplier != 1:
+            # Rounded to the weights' precision first, as the models do that were trained so.
+            hidden_states = hidden_states * torch.tensor(self.config.embedding_multiplier, dtype=inputs_embeds.dtype)
+        if self.config.position_embedding_type == "learned":
+            if inputs_embeds.shape[1] > self.config.max_position_embeddings:
+                raise ValueError(
+                    f"{inputs_embeds.shape[1]} tokens, but the learned positions end at "
+                    f"max_position_embeddings={self.config.max_position_embeddings}"
+                )
+            hidden_states = hidden_states + self.embed_positions(position_ids)
+        elif self.config.position_embedding_type == "rope":
+            position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        return self.dropout(hidden_states), position_embeddings
 
 
-class HfllmForCausalLM(HfllmPreTrainedModel, GenerationMixin):
-    """The language model: the trunk under a linear head, tied to the embeddings if the config says so."""
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of a linear head, a chunk of tokens at a time; the gradient is made in the same pass.
+
+    Recomputing the logits in the backward pass would cost one more product with the head.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_NE, weight_VE, targets_N, chunk_size, label_smoothing):
+        needs_grad = any(ctx.needs_input_grad)
+        grad_hidden = torch.zeros_like(hidden_NE) if needs_grad else None
+        grad_weight = torch.zeros_like(weight_VE, dtype=torch.float32) if needs_grad else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden_NE.device)
+        off, on = label_smoothing / len(weight_VE), 1.0 - label_smoothing
+        for start in range(0, len(hidden_NE), chunk_size):
+            chunk, targets = hidden_NE[start : start + chunk_size], targets_N[start : start + chunk_size]
+            kept = targets != -100
+            column = torch.where(kept, targets, 0).unsqueeze(1)
+            logits = nn.functional.linear(chunk, weight_VE)
+            compute_dtype, logits = logits.dtype, logits.float()
+            normalizer = logits.logsumexp(-1)
+            losses = normalizer - on * logits.gather(1, column).squeeze(1)
+            if label_smoothing:
+                losses = losses - off * logits.sum(-1)
+            total += (losses * kept).sum()
+            if needs_grad:
+                grad = logits.sub_(normalizer.unsqueeze(1)).exp_()
+                if label_smoothing:
+                    grad -= off
+                grad.scatter_add_(1, column, grad.new_full((1, 1), -on).expand_as(column))
+                grad = grad.mul_(kept.unsqueeze(1)).to(compute_dtype)
+                grad_hidden[start : start + chunk_size] = grad @ weight_VE
+                if grad.dtype == grad_weight.dtype == chunk.dtype:
+                    grad_weight.addmm_(grad.t(), chunk)
+                else:
+                    grad_weight += grad.t() @ chunk.to(grad.dtype)
+        if needs_grad:
+            ctx.weight_dtype = weight_VE.dtype
+            ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_weight = (grad_weight * grad_output).to(ctx.weight_dtype)
+        return (grad_hidden * grad_output).to(grad_hidden.dtype), grad_weight, None, None, None
+
+
+def linear_cross_entropy(
+    hidden_NE: torch.Tensor, head: nn.Linear, targets_N: torch.Tensor, chunk_size: int, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """Sum over tokens of the cross-entropy of `head(hidden)`, without all logits at once.
+
+    Targets of -100 are left out. Peak memory is that of `chunk_size` rows of logits and one gradient of the head.
+    """
+    weight = head.weight
+    is_plain = type(head) is nn.Linear and head.bias is None and type(weight) is nn.Parameter
+    # A head that is wrapped (LoRA), hooked (offloading) or sharded (ZeRO-3) has to be called as a module.
+    if is_plain and "forward" not in vars(head) and weight.shape == (head.out_features, head.in_features):
+        return _LinearCrossEntropy.apply(hidden_NE, weight, targets_N, chunk_size, label_smoothing)
+
+    def chunk_loss(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return summed_cross_entropy(head(hidden), targets, label_smoothing)
+
+    chunks = zip(hidden_NE.split(chunk_size), targets_N.split(chunk_size), strict=True)
+    return sum(torch.utils.checkpoint.checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
+
+
+def summed_cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    return nn.functional.cross_entropy(
+        logits_NV.float(), targets_N, reduction="sum", ignore_index=-100, label_smoothing=label_smoothing
+    )
+
+
+class _HfllmWithHead(HfllmPreTrainedModel):
+    """The trunk under a linear head, tied to the embeddings if the config says so."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+    is_causal: bool
 
     def __init__(self, config: HfllmConfig):
         super().__init__(config)
+        if config.is_causal != self.is_causal:
+            raise ValueError(f"{type(self).__name__} needs is_causal={self.is_causal}, got {config.is_causal}")
         self.model = HfllmModel(config)
-        self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        logits = self.lm_head(hidden_states)
+        return logits if self.config.logit_scale == 1 else logits * self.config.logit_scale
+
+
+class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
+    """The language model: each position predicts the next token."""
+
+    is_causal = True
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
@@ -336,14 +563,28 @@ class HfllmForCausalLM(HfllmPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        loss_chunk_size: int | None = None,
+        label_smoothing: float = 0.0,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
+    ) -> MoeCausalLMOutputWithPast:
         """Next-token logits, and the loss when `labels` are given (shifted inside; -100 is ignored).
 
-        `logits_to_keep` limits the head to the last positions, or to the positions of a tensor; with
-        `num_items_in_batch` in `kwargs` the loss is a sum divided by it instead of a mean.
+        Args:
+            logits_to_keep: limits the head to that many last positions, or to the positions of a tensor.
+            loss_chunk_size: with labels, compute the loss over this many tokens at a time and return no logits;
+                `None` follows the config.
+            label_smoothing: share of the target that is spread over the vocabulary (arXiv:1512.00567, section 7).
+            output_router_logits: with experts, return the routers' logits and the auxiliary loss, and add it to the
+                loss. `None` follows the config; in training with labels it is always so.
+
+        With `num_items_in_batch` in `kwargs` the loss is a sum divided by it instead of a mean over targets.
         """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        is_balanced = self.training and labels is not None and self.config.router_aux_loss_coef > 0
+        output_router_logits = bool(self.config.num_local_experts) and (output_router_logits or is_balanced)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -351,18 +592,76 @@ class HfllmForCausalLM(HfllmPreTrainedModel, GenerationMixin):
             cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_router_logits=output_router_logits,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
+        loss_chunk_size = loss_chunk_size or self.config.loss_chunk_size
+        logits = loss = aux_loss = None
+        if labels is None or not loss_chunk_size:
+            logits = self._logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+            loss = self._loss(outputs.last_hidden_state, logits, labels, loss_chunk_size, label_smoothing, **kwargs)
+        if output_router_logits:
+            mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+            experts = (self.config.num_local_experts, self.config.num_experts_per_tok)
+            aux_loss = load_balancing_loss_func(outputs.router_logits, *experts, mask)
+            if loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(
             loss=loss,
+            aux_loss=aux_loss,
             logits=logits,
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits else None,
+        )
+
+    def _loss(
+        self,
+        hidden_states: torch.Tensor,
+        logits: torch.Tensor | None,
+        labels: torch.LongTensor,
+        chunk_size: int | None,
+        label_smoothing: float,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        if logits is not None and not label_smoothing:
+            return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        targets, num_items = kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")
+        if targets is None:
+            targets = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
+        targets = targets.reshape(-1).to(hidden_states.device)
+        if logits is not None:
+            total = summed_cross_entropy(logits.flatten(0, 1), targets, label_smoothing)
+        else:
+            states = hidden_states.flatten(0, 1) * self.config.logit_scale
+            total = linear_cross_entropy(states, self.lm_head, targets, chunk_size, label_smoothing)
+        return total / ((targets != -100).sum() if num_items is None else num_items)
+
+
+class HfllmForMaskedLM(_HfllmWithHead):
+    """A bidirectional trunk under the same head, trained to restore masked tokens (Devlin et al. 2018)."""
+
+    is_causal = False
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        """Logits at every position, and the loss over the positions whose label is not -100 (nothing is shifted)."""
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        logits, loss = self._logits(outputs.last_hidden_state), None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
 
@@ -378,4 +677,23 @@ class HfllmForSequenceClassification(GenericForSequenceClassification, HfllmPreT
         self.post_init()
 
 
-__all__ = ["HfllmForCausalLM", "HfllmForSequenceClassification", "HfllmModel", "HfllmPreTrainedModel"]
+class HfllmForTokenClassification(GenericForTokenClassification, HfllmPreTrainedModel):
+    """A score for every token: tagging, and per-token rewards or values."""
+
+    def __init__(self, config: HfllmConfig):
+        HfllmPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = HfllmModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+__all__ = [
+    "HfllmForCausalLM",
+    "HfllmForMaskedLM",
+    "HfllmForSequenceClassification",
+    "HfllmForTokenClassification",
+    "HfllmModel",
+    "HfllmPreTrainedModel",
+]

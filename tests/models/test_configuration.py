@@ -36,3 +36,21 @@ def test_derived_values():
 
 def test_odd_heads_are_fine_without_rope():
     assert HfllmConfig(hidden_size=28, num_attention_heads=4, position_embedding_type="learned").head_dim == 7
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"parallel_block": True, "norm_placement": "post"}, "parallel_block"),
+        ({"num_local_experts": 4, "mlp_type": "plain"}, "num_local_experts"),
+        ({"num_local_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok"),
+        ({"norm_unit_offset": True, "norm_type": "layernorm"}, "norm_unit_offset"),
+        ({"sliding_window": 0}, "sliding_window"),
+        ({"loss_chunk_size": 0}, "loss_chunk_size"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.2}}, "partial_rotary_factor"),
+        ({"residual_init": "xavier"}, "residual_init"),
+    ],
+)
+def test_combinations_that_make_no_sense_are_refused(values, field):
+    with pytest.raises(Exception, match=field):
+        HfllmConfig(hidden_size=64, num_attention_heads=4, **values)

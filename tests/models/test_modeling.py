@@ -2,79 +2,26 @@
 
 import pytest
 import torch
+from families import BERT, FAMILIES
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 from transformers.cache_utils import StaticCache
 
 import hfllm
 
-AXES = {
-    "llama": {},
-    "llama-mha-tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
-    "multi-query": {"num_key_value_heads": 1},
-    "gpt1": {
-        "norm_type": "layernorm",
-        "norm_placement": "post",
-        "mlp_type": "plain",
-        "hidden_act": "gelu",
-        "position_embedding_type": "learned",
-        "num_key_value_heads": 4,
-        "attention_bias": True,
-        "mlp_bias": True,
-        "tie_word_embeddings": True,
-    },
-    "gpt2": {
-        "norm_type": "layernorm",
-        "mlp_type": "plain",
-        "hidden_act": "gelu_new",
-        "position_embedding_type": "learned",
-        "attention_bias": True,
-        "mlp_bias": True,
-    },
-    "geglu-no-positions": {"hidden_act": "gelu", "position_embedding_type": "none"},
-    "wide-heads": {"head_dim": 16},
-}
 
-
-@pytest.fixture(params=AXES, ids=list(AXES))
+@pytest.fixture(params=FAMILIES, ids=list(FAMILIES))
 def axes(request):
-    return AXES[request.param]
+    return FAMILIES[request.param]
 
 
 @pytest.fixture
 def ids():
     return torch.randint(10, 300, (2, 12), generator=torch.Generator().manual_seed(0))
-
-
-def test_logits_equal_llamas(make_model, ids):
-    ours = make_model()
-    config = ours.config
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            rms_norm_eps=config.norm_eps,
-            max_position_embeddings=config.max_position_embeddings,
-            pad_token_id=config.pad_token_id,
-        )
-    ).eval()
-    theirs.load_state_dict(ours.state_dict())
-    mask = torch.ones_like(ids)
-    mask[0, :4] = 0
-    for inputs in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}):
-        torch.testing.assert_close(ours(**inputs).logits, theirs(**inputs).logits, atol=1e-5, rtol=0)
-    settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(ours.generate(ids, **settings), theirs.generate(ids, **settings))
 
 
 def test_cache_equals_no_cache(make_model, axes, ids):
@@ -217,8 +164,151 @@ def test_auto_classes_know_the_family(make_config):
     assert type(AutoModel.from_config(make_config())) is hfllm.HfllmModel
 
 
-def test_compiled_equals_eager(make_model, ids):
+def test_packed_sequences_equal_separate_ones(make_model, axes, ids):
+    model = make_model(**axes)
+    separate = torch.cat((model(ids[:1, :7]).logits, model(ids[1:, :5]).logits), 1)
+    packed = torch.cat((ids[:1, :7], ids[1:, :5]), 1)
+    positions = torch.cat((torch.arange(7), torch.arange(5))).unsqueeze(0)
+    everything = torch.ones_like(packed)
+    # With a cache or a mask asked for as well: what makes stock models attend across the boundary.
+    for more in ({"use_cache": False}, {"use_cache": True}, {"attention_mask": everything}):
+        logits = model(packed, position_ids=positions, **more).logits
+        torch.testing.assert_close(logits, separate, atol=1e-5, rtol=1e-5)
+
+
+def test_packed_rows_with_padding_equal_separate_ones(make_model, ids):
     model = make_model()
+    packed = torch.cat((torch.zeros(1, 3, dtype=torch.long), ids[:1, :7], ids[1:, :5]), 1)
+    mask = (torch.arange(15) >= 3).long().unsqueeze(0)
+    positions = torch.cat((torch.zeros(3, dtype=torch.long), torch.arange(7), torch.arange(5))).unsqueeze(0)
+    logits = model(packed, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(logits[:, 3:10], model(ids[:1, :7]).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[:, 10:], model(ids[1:, :5]).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_no_mask_equals_a_mask_of_ones(make_model, axes, ids):
+    model = make_model(**axes)
+    masked = model(ids, attention_mask=torch.ones_like(ids)).logits
+    torch.testing.assert_close(masked, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_right_padding_changes_nothing(make_model, axes, ids):
+    model = make_model(**axes)
+    padded = torch.cat((ids, torch.zeros(2, 5, dtype=torch.long)), 1)
+    mask = (torch.arange(17) < 12).long().expand(2, -1)
+    logits = model(padded, attention_mask=mask).logits[:, :12]
+    torch.testing.assert_close(logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_window_ends(make_model, ids):
+    model = make_model(sliding_window=3, num_hidden_layers=1)
+    changed = ids.clone()
+    changed[:, 0] = 5
+    before, after = model(ids).logits, model(changed).logits
+    assert not torch.allclose(before[:, 2], after[:, 2])
+    torch.testing.assert_close(before[:, 3:], after[:, 3:], atol=1e-6, rtol=1e-6)
+
+
+def test_sliding_cache_equals_no_cache_far_beyond_the_window(make_model, ids):
+    model = make_model(sliding_window=4)
+    settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+    with_cache = model.generate(ids, **settings)
+    assert torch.equal(model.generate(ids, use_cache=False, **settings), with_cache)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **settings), with_cache)
+
+
+def test_bf16_is_close_to_fp32(make_model, axes, ids):
+    model = make_model(**axes)
+    exact = model(ids).logits
+    rounded = model.to(torch.bfloat16)(ids).logits
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).norm() < 0.05 * exact.norm()
+
+
+def test_compiled_equals_eager(make_model, axes, ids):
+    model = make_model(**axes)
     expected = model(ids, use_cache=False).logits
+    torch._dynamo.reset()
+    # A static graph: the experts' sizes depend on the tokens only in the eager form.
+    model.set_experts_implementation("batched_mm")
     compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_meta_model_has_the_parameters_that_the_config_counts(make_config, axes):
+    config = make_config(**axes)
+    with torch.device("meta"):
+        model = hfllm.HfllmForCausalLM(config)
+    assert model.num_parameters() == config.num_parameters()
+
+
+def test_initial_scale_of_the_residual_projections(make_config):
+    def scales(rule):
+        model = hfllm.HfllmModel(make_config(residual_init=rule, hidden_size=256, num_hidden_layers=3))
+        return [
+            [layer.self_attn.o_proj.weight.std().item(), layer.mlp.down_proj.weight.std().item()]
+            for layer in model.layers
+        ]
+
+    plain = torch.full((3, 2), 0.1)
+    torch.testing.assert_close(torch.tensor(scales("plain")), plain, rtol=0.03, atol=0)
+    torch.testing.assert_close(torch.tensor(scales("gpt2")), plain / 6**0.5, rtol=0.03, atol=0)
+    by_depth = plain / torch.tensor([[2.0], [4.0], [6.0]]) ** 0.5
+    torch.testing.assert_close(torch.tensor(scales("depth")), by_depth, rtol=0.03, atol=0)
+
+
+class TestBidirectional:
+    def test_every_token_sees_the_last(self, make_model, ids):
+        model = make_model(model_class=hfllm.HfllmForMaskedLM, **BERT)
+        changed = ids.clone()
+        changed[:, -1] = 5
+        assert not torch.allclose(model(ids).logits[:, 0], model(changed).logits[:, 0], atol=1e-4)
+
+    @pytest.mark.parametrize("window", [None, 4])
+    def test_padding_and_packing_change_nothing(self, make_model, ids, window):
+        model = make_model(model_class=hfllm.HfllmForMaskedLM, **BERT, sliding_window=window)
+        alone = model(ids).logits
+        padded = torch.cat((ids, torch.zeros(2, 5, dtype=torch.long)), 1)
+        mask = (torch.arange(17) < 12).long().expand(2, -1)
+        torch.testing.assert_close(model(padded, attention_mask=mask).logits[:, :12], alone, atol=1e-5, rtol=1e-5)
+        packed = ids.reshape(1, -1)
+        positions = torch.arange(12).repeat(2).unsqueeze(0)
+        logits = model(packed, position_ids=positions).logits.reshape(alone.shape)
+        torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-5)
+
+    def test_masked_tokens_are_learned(self, make_model, ids):
+        model = make_model(model_class=hfllm.HfllmForMaskedLM, **BERT).train()
+        hidden = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.3
+        inputs, labels = ids.masked_fill(hidden, 4), ids.masked_fill(~hidden, -100)
+        output = model(inputs, labels=labels)
+        expected = torch.nn.functional.cross_entropy(output.logits[hidden], ids[hidden])
+        torch.testing.assert_close(output.loss, expected)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss = model(inputs, labels=labels).loss
+            loss.backward()
+            optimizer.step()
+        assert loss < 0.1
+
+    def test_the_head_decides_the_direction(self, make_config):
+        with pytest.raises(ValueError, match="is_causal=True"):
+            hfllm.HfllmForCausalLM(make_config(**BERT))
+        with pytest.raises(ValueError, match="is_causal=False"):
+            hfllm.HfllmForMaskedLM(make_config())
+
+
+def test_token_classification_takes_a_step(make_model, axes, ids):
+    model = make_model(model_class=hfllm.HfllmForTokenClassification, num_labels=3, **axes)
+    output = model(ids, labels=ids % 3)
+    assert output.logits.shape == (2, 12, 3)
+    expected = torch.nn.functional.cross_entropy(output.logits.reshape(-1, 3), (ids % 3).reshape(-1))
+    torch.testing.assert_close(output.loss, expected)
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_learned_positions_end(make_model, ids):
+    model = make_model(position_embedding_type="learned", max_position_embeddings=8)
+    with pytest.raises(ValueError, match="max_position_embeddings=8"):
+        model(ids)

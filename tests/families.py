@@ -1,0 +1,53 @@
+"""Small members of every family, by their axes. Sizes come from the `make_config` fixture."""
+
+_GPT = {
+    "norm_type": "layernorm",
+    "mlp_type": "plain",
+    "hidden_act": "gelu_new",
+    "position_embedding_type": "learned",
+    "num_key_value_heads": 4,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "tie_word_embeddings": True,
+}
+_PALM = {
+    "norm_type": "layernorm",
+    "norm_bias": False,
+    "parallel_block": True,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+}
+_NEOX = {
+    "norm_type": "layernorm",
+    "parallel_block": True,
+    "shared_norm": False,
+    "mlp_type": "plain",
+    "hidden_act": "gelu",
+    "num_key_value_heads": 4,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}
+FAMILIES = {
+    "gpt1": {**_GPT, "norm_placement": "post"},
+    "gpt2": {**_GPT, "residual_init": "gpt2"},
+    "neox": _NEOX,
+    "llama": {},
+    "llama-tied": {"num_key_value_heads": 4, "tie_word_embeddings": True, "residual_init": "depth"},
+    "mistral": {"sliding_window": 5},
+    "palm": _PALM,
+    "cohere": {**_PALM, "num_key_value_heads": 2, "logit_scale": 0.25},
+    "gemma": {
+        "norm_unit_offset": True,
+        "hidden_act": "gelu_pytorch_tanh",
+        "embedding_multiplier": 32**0.5,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+    },
+    "qwen2": {"attention_bias": True, "attention_output_bias": False},
+    "qwen3": {"qk_norm": True, "head_dim": 16},
+    "mixtral": {"num_local_experts": 4, "intermediate_size": 48},
+    "mixtral-parallel-window": {"num_local_experts": 3, "parallel_block": True, "sliding_window": 5},
+    "no-positions": {"hidden_act": "gelu", "position_embedding_type": "none"},
+}
+BERT = {**_GPT, "norm_placement": "post", "hidden_act": "gelu", "is_causal": False}

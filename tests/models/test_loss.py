@@ -1,0 +1,130 @@
+"""The chunked loss is the plain loss, in value and gradient, and the experts' balance is Mixtral's."""
+
+import pytest
+import torch
+from families import FAMILIES
+
+
+@pytest.fixture
+def batch():
+    ids = torch.randint(10, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, :5] = -100
+    labels[1, 7] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def loss_and_gradients(model, **inputs):
+    model.train()
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss.backward()
+    return output, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+CASES = [
+    {},
+    {"num_items_in_batch": 7},
+    {"num_items_in_batch": torch.tensor(7)},
+    {"label_smoothing": 0.1},
+    {"label_smoothing": 0.1, "num_items_in_batch": 7},
+]
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "cohere", "mixtral"])
+def test_chunked_equals_plain(make_model, batch, family, case, chunk):
+    model = make_model(**FAMILIES[family])
+    plain, expected = loss_and_gradients(model, **batch, **case)
+    chunked, gradients = loss_and_gradients(model, **batch, **case, loss_chunk_size=chunk)
+    assert chunked.logits is None
+    torch.testing.assert_close(chunked.loss, plain.loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_label_smoothing_is_transformers(make_model, batch):
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    model = make_model()
+    output = model(**batch, label_smoothing=0.2)
+    expected = LabelSmoother(epsilon=0.2)({"logits": output.logits}, batch["labels"], shift_labels=True)
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_shifted_labels_pass(make_model, batch):
+    model = make_model()
+    shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    inputs = {"input_ids": batch["input_ids"], "labels": batch["labels"], "shift_labels": shifted}
+    expected = model(**batch).loss
+    torch.testing.assert_close(model(**inputs).loss, expected)
+    torch.testing.assert_close(model(**inputs, loss_chunk_size=4).loss, expected)
+
+
+def test_the_config_asks_for_chunks_and_without_labels_there_are_logits(make_model, batch):
+    model, chunked = make_model(), make_model(loss_chunk_size=4)
+    torch.testing.assert_close(chunked(**batch).loss, model(**batch).loss)
+    assert chunked(**batch).logits is None
+    assert torch.equal(chunked(batch["input_ids"]).logits, model(batch["input_ids"]).logits)
+
+
+def test_a_head_with_an_adapter_is_called_as_a_module(make_model, batch):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(make_model(), LoraConfig(target_modules=["lm_head", "q_proj"], init_lora_weights=False))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    results = []
+    for chunk in (None, 5):
+        model.zero_grad()
+        loss = model(**batch, loss_chunk_size=chunk).loss
+        loss.backward()
+        results.append((loss.detach(), {name: model.get_parameter(name).grad.clone() for name in trained}))
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-5)
+    assert any("lm_head" in name for name in trained)
+
+
+@pytest.mark.parametrize("precision", ["autocast", "weights"])
+def test_chunked_in_bf16_is_close_to_plain(make_model, batch, precision):
+    model = make_model()
+    if precision == "weights":
+        model = model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        plain, expected = loss_and_gradients(model, **batch)
+        chunked, gradients = loss_and_gradients(model, **batch, loss_chunk_size=5)
+    torch.testing.assert_close(chunked.loss.float(), plain.loss.float(), atol=2e-2, rtol=1e-2)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == expected[name].dtype
+        assert (gradient - expected[name]).norm() < 0.05 * expected[name].norm() + 1e-6, name
+
+
+def test_the_head_alone_can_be_trained(make_model, batch):
+    model = make_model()
+    model.model.requires_grad_(False)
+    gradients = []
+    for chunk in (None, 5):
+        model.zero_grad()
+        model(**batch, loss_chunk_size=chunk).loss.backward()
+        gradients.append(model.lm_head.weight.grad.clone())
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+
+
+def test_balance_does_not_count_padding(make_model, batch):
+    model = make_model(**FAMILIES["mixtral"], output_router_logits=True)
+    expected = model(batch["input_ids"]).aux_loss
+    padded = torch.cat((torch.zeros(2, 5, dtype=torch.long), batch["input_ids"]), 1)
+    mask = (torch.arange(17) >= 5).long().expand(2, -1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    got = model(padded, attention_mask=mask, position_ids=positions).aux_loss
+    torch.testing.assert_close(got, expected)
+
+
+def test_training_balances_the_experts_and_evaluation_is_the_language_model_alone(make_model, batch):
+    model = make_model(**FAMILIES["mixtral"], router_aux_loss_coef=0.5)
+    evaluated = model(**batch)
+    assert evaluated.aux_loss is None
+    trained = model.train()(**batch)
+    torch.testing.assert_close(trained.loss, evaluated.loss + 0.5 * trained.aux_loss)
+    asked = model.eval()(**batch, output_router_logits=True)
+    assert len(asked.router_logits) == model.config.num_hidden_layers
+    torch.testing.assert_close(asked.loss, trained.loss)

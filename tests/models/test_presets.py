@@ -1,0 +1,66 @@
+"""Published sizes: the arithmetic against the papers' and checkpoints' counts, and against the modules themselves."""
+
+import pytest
+import torch
+
+import hfllm
+
+# Exact numbers of weights, tied ones once.
+PARAMETERS = {
+    "gpt1": 116_534_784,
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "gpt3-small": 125_226_240,
+    "gpt3-medium": 355_871_744,
+    "gpt3-large": 760_300_032,
+    "gpt3-xl": 1_315_723_264,
+    "gpt3-2.7b": 2_651_553_280,
+    "gpt3-6.7b": 6_658_404_352,
+    "gpt3-13b": 12_853_386_240,
+    "gpt3-175b": 174_604_259_328,
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-33b": 32_528_943_616,
+    "llama-65b": 65_285_660_672,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "code-llama-7b": 6_738_546_688,
+    "code-llama-13b": 13_016_028_160,
+    "code-llama-34b": 33_743_970_304,
+    "code-llama-70b": 68_976_910_336,
+    "palm-8b": 8_632_012_800,
+    "palm-62b": 62_495_662_080,
+    "palm-540b": 540_356_474_880,
+    "mistral-7b": 7_241_732_096,
+    "mixtral-8x7b": 46_702_792_704,
+}
+
+
+@pytest.mark.parametrize("name", hfllm.list_presets())
+def test_published_sizes(name):
+    config = hfllm.HfllmConfig.from_preset(name)
+    assert config.num_parameters() == PARAMETERS[name]
+    with torch.device("meta"):
+        model = hfllm.HfllmForCausalLM(config)
+    assert model.num_parameters() == PARAMETERS[name]
+
+
+def test_active_parameters_of_a_mixture():
+    assert hfllm.HfllmConfig.from_preset("mixtral-8x7b").num_parameters(active_only=True) == 12_879_925_248
+
+
+def test_overrides_and_other_names():
+    config = hfllm.HfllmConfig.from_preset("GPT-2-XL", num_hidden_layers=2)
+    assert (config.num_hidden_layers, config.hidden_size) == (2, 1600)
+    assert hfllm.HfllmConfig.from_preset("llama-30b").num_parameters() == PARAMETERS["llama-33b"]
+    assert hfllm.HfllmConfig.from_preset("codellama-34b").num_parameters() == PARAMETERS["code-llama-34b"]
+
+
+def test_unknown_presets_name_the_nearest():
+    with pytest.raises(ValueError, match="llama-2-70b"):
+        hfllm.HfllmConfig.from_preset("llama-2-71b")
+    with pytest.raises(ValueError, match="never disclosed"):
+        hfllm.HfllmConfig.from_preset("gpt-4")
