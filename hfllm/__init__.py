@@ -22,8 +22,10 @@ _PUBLIC = {
     "PPOTrainer": "hfllm.trainers.ppo_trainer",
     "RewardModel": "hfllm.rewards",
     "World": "hfllm.data.world",
+    "from_native": "hfllm.models.conversion_hfllm",
     "gold_reward": "hfllm.rewards",
     "list_presets": "hfllm.models.presets",
+    "to_native": "hfllm.models.conversion_hfllm",
     "train_tokenizer": "hfllm.data.tokenizer",
 }
 __all__ = ["__version__", *_PUBLIC]

@@ -1,0 +1,188 @@
+"""Checkpoints in from the native classes of transformers, and out to the native class that means the same.
+
+Weights are moved without arithmetic, so that a round trip gives back the same bits.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import transformers
+
+from hfllm.errors import InputError
+from hfllm.models import tensor_layouts as layouts
+from hfllm.models.configuration_hfllm import HfllmConfig
+from hfllm.models.native_families import FAMILIES, config_from_native, config_to_native
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+HEADS = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+}
+
+
+def from_native(
+    path_or_id: str | os.PathLike, *, revision: str = "main", gguf_file: str | None = None, **kwargs: Any
+) -> "PreTrainedModel":
+    """An hfllm model with the weights of a native checkpoint, in the checkpoint's precision.
+
+    Args:
+        path_or_id: a local folder or a Hub id; one of the families in `FAMILIES`, whole or in shards.
+        revision: of a Hub id.
+        gguf_file: a GGUF file in that folder to read instead, dequantized (needs the `gguf` package).
+        kwargs: further arguments of `from_pretrained`, such as `dtype` or `token`.
+
+    Returns:
+        The model with the head that the checkpoint's `architectures` names, else a causal language model.
+
+    Raises:
+        InputError: for a family or field that cannot be expressed, or a checkpoint that is broken; it is named.
+    """
+    location = {"revision": revision, **({"gguf_file": gguf_file} if gguf_file else {})}
+    name = os.fspath(path_or_id)
+    try:
+        native_config = transformers.AutoConfig.from_pretrained(name, **location)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name}: {_one_line(error)}") from error
+    config = config_from_native(native_config)
+    architecture = (native_config.architectures or ["ForCausalLM"])[0]
+    auto_name = next((auto for suffix, auto in HEADS.items() if architecture.endswith(suffix)), None)
+    if auto_name is None:
+        raise InputError(f"{name}: a {architecture} has no counterpart; these have: {', '.join(HEADS)}")
+    if gguf_file:
+        kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    auto_class = getattr(transformers, auto_name)
+    native = load_checked(auto_class, name, **{"dtype": "auto", **location, **kwargs})
+    # GGUF stores the rotary dimensions and ties of a model its own way; the loaded model's config has the last word.
+    state = layouts.to_ours(native.state_dict(), FAMILIES[native_config.model_type].rules(config))
+    model = _build(auto_class._model_mapping[HfllmConfig], config, state)
+    if native.can_generate():
+        model.generation_config = native.generation_config
+    return model
+
+
+def to_native(
+    model: "PreTrainedModel | str | os.PathLike",
+    path: str | os.PathLike,
+    native_type: str | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    **kwargs: Any,
+) -> Path:
+    """Write an hfllm model as the native class that means the same, readable without hfllm.
+
+    Args:
+        model: the model, or the folder or Hub id of one.
+        path: a folder that does not exist yet or is empty. It appears whole or not at all.
+        native_type: the native family, such as `"llama"`; `None` takes the first that can say the model.
+        tokenizer: written beside the weights.
+        kwargs: further arguments of `save_pretrained`, such as `max_shard_size`.
+
+    Raises:
+        InputError: when no native class can say the model (its fields are named), or `path` holds something.
+    """
+    target = Path(path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} exists and is not empty")
+    if isinstance(model, str | os.PathLike):
+        model = load_checked(_auto_class(os.fspath(model)), os.fspath(model), dtype="auto")
+    if not isinstance(model.config, HfllmConfig):
+        raise InputError(f"expected an hfllm model, got a {type(model).__name__}")
+    native_config = config_to_native(model.config, native_type)
+    suffix = type(model).__name__.removeprefix("Hfllm")
+    if suffix not in HEADS:
+        raise InputError(f"a {type(model).__name__} has no native counterpart; these have: {', '.join(HEADS)}")
+    mapping = getattr(transformers, HEADS[suffix])._model_mapping
+    rules = FAMILIES[native_config.model_type].rules(model.config)
+    native = _build(mapping[type(native_config)], native_config, layouts.to_theirs(model.state_dict(), rules))
+    if model.can_generate():
+        native.generation_config = model.generation_config
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with whole_folder(target) as folder:
+        native.save_pretrained(folder, **kwargs)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    return target
+
+
+class whole_folder:
+    """`with whole_folder(path) as temporary`: what is written there becomes `path` at the end, or nothing does."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> Path:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+        return self.temporary
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        if kind is not None:
+            shutil.rmtree(self.temporary)
+            return
+        self.temporary.chmod(0o755)
+        if self.path.exists():
+            self.path.rmdir()
+        os.replace(self.temporary, self.path)
+
+
+def load_checked(auto_class: Any, name: str, **kwargs: Any) -> "PreTrainedModel":
+    """`auto_class.from_pretrained`, where a checkpoint that does not fit its config is an error and not a warning.
+
+    Raises:
+        InputError: for missing or unexpected tensors, wrong shapes, or files that cannot be read.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        # Mismatched shapes are ignored here to be named below.
+        model, report = auto_class.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise InputError(f"{name}: cannot load the weights: {_one_line(error)}") from error
+    _check_report(name, report)
+    return model
+
+
+def _build(model_class: type["PreTrainedModel"], config: Any, state: dict[str, "torch.Tensor"]) -> "PreTrainedModel":
+    dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+    model, report = model_class.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    _check_report(model_class.__name__, report)
+    return model.eval()
+
+
+def _check_report(name: str, report: Mapping[str, Any]) -> None:
+    problems = {
+        "tensors are missing": report["missing_keys"],
+        "tensors have no place": report["unexpected_keys"],
+        "tensors have another shape": report["mismatched_keys"],
+    }
+    for problem, keys in problems.items():
+        if keys:
+            shown = ", ".join(str(key) for key in sorted(keys, key=str)[:3])
+            raise InputError(f"{name}: {len(keys)} {problem}: {shown}{', ...' if len(keys) > 3 else ''}")
+
+
+def _auto_class(name: str) -> Any:
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name}: {_one_line(error)}") from error
+    architecture = (config.architectures or ["ForCausalLM"])[0]
+    return getattr(
+        transformers, next((auto for end, auto in HEADS.items() if architecture.endswith(end)), "AutoModel")
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]

@@ -1,0 +1,296 @@
+"""Native architectures of transformers in the axes of hfllm, and back.
+
+Whether a config can be said on the other side is found by saying it there and reading it back: a field that comes
+back changed is named and refused.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import transformers
+
+from hfllm.errors import InputError
+from hfllm.models import tensor_layouts as layouts
+from hfllm.models.configuration_hfllm import HfllmConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+SHARED = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings"),
+    *("initializer_range", "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout"),
+)
+# These change training or storage, not what a loaded model computes, so that losing them is no reason to refuse.
+HARMLESS_OURS = {
+    *("initializer_range", "residual_init", "use_cache", "loss_chunk_size", "attention_dropout", "hidden_dropout"),
+    *("router_aux_loss_coef", "output_router_logits", "pad_token_id", "bos_token_id", "eos_token_id"),
+}
+HARMLESS_THEIRS = {
+    *("initializer_range", "use_cache", "attention_dropout", "hidden_dropout", "classifier_dropout", "attn_pdrop"),
+    *("resid_pdrop", "embd_pdrop", "router_aux_loss_coef", "output_router_logits", "router_jitter_noise"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "pretraining_tp", "reorder_and_upcast_attn"),
+    *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"),
+    # Read in full, and written in one of several ways that mean the same.
+    *("is_decoder", "head_dim", "n_inner", "max_window_layers", "sliding_window", "layer_types"),
+    *("num_ln_in_parallel_attn", "num_kv_heads", "multi_query", "parallel_attn"),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one native architecture is said in the axes of hfllm, and back.
+
+    Args:
+        names: our field -> the native field with the same meaning, beyond `SHARED`.
+        read: our other fields, from a native config.
+        write: the native config's other fields, from ours.
+        rules: tensors that are named or laid out differently.
+    """
+
+    names: Mapping[str, str]
+    read: Callable[[Any], dict[str, Any]] = lambda config: {}
+    write: Callable[[HfllmConfig], dict[str, Any]] = lambda config: {}
+    rules: Callable[[HfllmConfig], Iterator[layouts.Rule]] = lambda config: iter(())
+
+    def ours(self, native: "PreTrainedConfig") -> HfllmConfig:
+        names = {name: name for name in SHARED} | dict(self.names)
+        # `head_dim` is None in some native configs and absent from others, which accept it all the same.
+        values = {ours: getattr(native, theirs, None) for ours, theirs in names.items()}
+        return HfllmConfig(**values | self.read(native))
+
+    def theirs(self, config: HfllmConfig, native_class: type["PreTrainedConfig"]) -> "PreTrainedConfig":
+        names = {name: name for name in SHARED} | dict(self.names)
+        values = {theirs: getattr(config, ours) for ours, theirs in names.items()}
+        return native_class(**values | self.write(config))
+
+
+# ---- the families ----
+
+_LLAMA = {
+    **{name: name for name in ("intermediate_size", "num_key_value_heads", "hidden_act", "max_position_embeddings")},
+    **{"rope_parameters": "rope_parameters", "norm_eps": "rms_norm_eps", "head_dim": "head_dim"},
+}
+_LLAMA_BIASES = {**_LLAMA, "attention_bias": "attention_bias"}
+_MISTRAL = {**_LLAMA, "sliding_window": "sliding_window"}
+_EXPERTS = ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef")
+_GPT_FIELDS = {
+    **{"norm_type": "layernorm", "mlp_type": "plain", "position_embedding_type": "learned"},
+    **{"attention_bias": True, "mlp_bias": True},
+}
+# The first GPT's "gelu" is the tanh approximation that transformers calls gelu_new elsewhere.
+_OPENAI_ACTIVATIONS = {"gelu": "gelu_new", "swish": "silu"}
+
+
+def _window(native: Any) -> int | None:
+    """The sliding window of Qwen's configs, where all layers have the same one."""
+    kinds = set(native.layer_types)
+    if len(kinds) > 1:
+        raise InputError(f"{native.model_type} with layer_types={native.layer_types} mixes full and sliding attention")
+    return native.sliding_window if kinds == {"sliding_attention"} else None
+
+
+def _qwen_window(config: HfllmConfig) -> dict[str, Any]:
+    return {
+        "use_sliding_window": config.sliding_window is not None,
+        "sliding_window": config.sliding_window,
+        "max_window_layers": 0,
+    }
+
+
+def _falcon_fields(native: Any) -> dict[str, Any]:
+    is_new = native.new_decoder_architecture
+    norms = 1 if not is_new else native.num_ln_in_parallel_attn or 2
+    key_heads = native.num_kv_heads if is_new else 1 if native.multi_query else native.num_attention_heads
+    return {
+        **{"norm_type": "layernorm", "mlp_type": "plain"},
+        **{name: native.bias for name in ("attention_bias", "mlp_bias")},
+        "num_key_value_heads": key_heads,
+        "parallel_block": bool(is_new or native.parallel_attn),
+        "shared_norm": norms == 1,
+    }
+
+
+def _falcon_write(config: HfllmConfig) -> dict[str, Any]:
+    is_new = config.parallel_block and (not config.shared_norm or config.num_key_value_heads > 1)
+    return {
+        "alibi": False,
+        "bias": config.attention_bias,
+        "new_decoder_architecture": is_new,
+        "multi_query": config.num_key_value_heads == 1,
+        "num_kv_heads": config.num_key_value_heads if is_new else None,
+        "parallel_attn": config.parallel_block,
+        "num_ln_in_parallel_attn": (1 if config.shared_norm else 2) if is_new else None,
+    }
+
+
+# In the order in which `to_native` tries them.
+FAMILIES = {
+    "llama": Family(
+        {**_LLAMA_BIASES, "mlp_bias": "mlp_bias"}, read=lambda native: {"attention_output_bias": native.attention_bias}
+    ),
+    "mistral": Family(_MISTRAL),
+    "mixtral": Family({**_MISTRAL, **{name: name for name in _EXPERTS}}),
+    "qwen2": Family(
+        _LLAMA,
+        read=lambda native: {
+            "attention_bias": True,
+            "attention_output_bias": False,
+            "sliding_window": _window(native),
+        },
+        write=_qwen_window,
+    ),
+    "qwen3": Family(
+        _LLAMA_BIASES,
+        read=lambda native: {
+            "qk_norm": True,
+            "attention_output_bias": native.attention_bias,
+            "sliding_window": _window(native),
+        },
+        write=_qwen_window,
+    ),
+    "gemma": Family(
+        _LLAMA_BIASES,
+        read=lambda native: {
+            "norm_unit_offset": True,
+            "embedding_multiplier": native.hidden_size**0.5,
+            "attention_output_bias": native.attention_bias,
+        },
+    ),
+    "cohere": Family(
+        {**_LLAMA_BIASES, "norm_eps": "layer_norm_eps", "logit_scale": "logit_scale"},
+        read=lambda native: {
+            **{"norm_type": "layernorm", "norm_bias": False, "parallel_block": True},
+            "attention_output_bias": native.attention_bias,
+        },
+        rules=layouts.rotary_pairs_rules,
+    ),
+    "gpt2": Family(
+        {
+            **{"hidden_act": "activation_function", "norm_eps": "layer_norm_epsilon", "intermediate_size": "n_inner"},
+            **{"max_position_embeddings": "n_positions", "hidden_dropout": "resid_pdrop"},
+            "attention_dropout": "attn_pdrop",
+        },
+        read=lambda native: {**_GPT_FIELDS, "intermediate_size": native.n_inner or 4 * native.n_embd},
+        write=lambda config: {"embd_pdrop": config.hidden_dropout},
+        rules=layouts.gpt2_rules,
+    ),
+    "openai-gpt": Family(
+        {
+            **{"norm_eps": "layer_norm_epsilon", "max_position_embeddings": "n_positions"},
+            **{"hidden_dropout": "resid_pdrop", "attention_dropout": "attn_pdrop"},
+        },
+        read=lambda native: {
+            **{**_GPT_FIELDS, "norm_placement": "post"},
+            "hidden_act": _OPENAI_ACTIVATIONS.get(native.afn, native.afn),
+        },
+        write=lambda config: {
+            "afn": {"gelu_new": "gelu"}.get(config.hidden_act, config.hidden_act),
+            "embd_pdrop": config.hidden_dropout,
+        },
+        rules=layouts.openai_rules,
+    ),
+    "gpt_neox": Family(
+        {
+            **{name: name for name in ("intermediate_size", "hidden_act", "max_position_embeddings")},
+            **{name: name for name in ("rope_parameters", "attention_bias", "hidden_dropout")},
+            "norm_eps": "layer_norm_eps",
+        },
+        read=lambda native: {
+            **{"norm_type": "layernorm", "mlp_type": "plain", "mlp_bias": True, "shared_norm": False},
+            "attention_output_bias": native.attention_bias,
+            "parallel_block": native.use_parallel_residual,
+        },
+        write=lambda config: {"use_parallel_residual": config.parallel_block},
+        rules=layouts.neox_rules,
+    ),
+    "falcon": Family(
+        {
+            **{"intermediate_size": "ffn_hidden_size", "hidden_act": "activation", "norm_eps": "layer_norm_epsilon"},
+            **{name: name for name in ("max_position_embeddings", "rope_parameters", "hidden_dropout")},
+        },
+        read=_falcon_fields,
+        write=_falcon_write,
+        rules=layouts.falcon_rules,
+    ),
+}
+
+
+# ---- configs ----
+
+
+def config_from_native(native: "PreTrainedConfig") -> HfllmConfig:
+    """Our config of a native one.
+
+    Raises:
+        InputError: when the family is unknown, or a field of it has no place here; it is named.
+    """
+    family = FAMILIES.get(native.model_type)
+    if family is None:
+        known = ", ".join(FAMILIES)
+        raise InputError(f"model_type {native.model_type!r} cannot be converted; these can: {known}")
+    try:
+        config = family.ours(native)
+        back = family.theirs(config, type(native))
+    except ValueError as error:
+        raise InputError(f"{native.model_type}: {' '.join(str(error).split())}") from error
+    for name in sorted(_fields(native) - HARMLESS_THEIRS):
+        if getattr(native, name) != getattr(back, name):
+            raise InputError(
+                f"{native.model_type} with {name}={getattr(native, name)!r} has no place in HfllmConfig, "
+                f"only {getattr(back, name)!r} has"
+            )
+    _copy_labels(native, config)
+    return config
+
+
+def config_to_native(config: HfllmConfig, native_type: str | None = None) -> "PreTrainedConfig":
+    """The native config that means the same: of `native_type`, or of the first family that can say it.
+
+    Raises:
+        InputError: when none can; the fields without a place are named.
+    """
+    if native_type is not None and native_type not in FAMILIES:
+        raise InputError(f"native type {native_type!r} is not one of {', '.join(FAMILIES)}")
+    lost = {}
+    for name in [native_type] if native_type else FAMILIES:
+        native, lost[name] = _say(config, name)
+        if not lost[name]:
+            _copy_labels(config, native)
+            return native
+    nearest = min(lost, key=lambda name: len(lost[name]))
+    fields = ", ".join(f"{field}={getattr(config, field)!r}" for field in lost[nearest])
+    subject = f"{nearest} has" if native_type else f"no native class can say this model; the nearest, {nearest}, has"
+    raise InputError(f"{subject} no place for {fields}")
+
+
+def _say(config: HfllmConfig, native_type: str) -> tuple[Any, list[str]]:
+    """The native config, and our fields that it does not give back."""
+    family, native_class = FAMILIES[native_type], type(transformers.AutoConfig.for_model(native_type))
+    try:
+        native = family.theirs(config, native_class)
+        back = family.ours(native)
+    except (ValueError, InputError):
+        # Values that the native class itself refuses, such as a width that its heads do not divide.
+        return None, sorted(_fields(config))
+    irrelevant = set(HARMLESS_OURS)
+    if config.norm_type == "rmsnorm":
+        irrelevant.add("norm_bias")
+    if not config.parallel_block:
+        irrelevant.add("shared_norm")
+    if not config.num_local_experts:
+        irrelevant.add("num_experts_per_tok")
+    names = sorted(_fields(config) - irrelevant)
+    return native, [name for name in names if getattr(config, name) != getattr(back, name)]
+
+
+def _fields(config: "PreTrainedConfig") -> set[str]:
+    """Names of a config's own fields, without those that every config has."""
+    every = set(transformers.PreTrainedConfig().to_dict())
+    return {name for name in type(config).__dataclass_fields__ if not name.startswith("_")} - every
+
+
+def _copy_labels(source: "PreTrainedConfig", target: "PreTrainedConfig") -> None:
+    for name in ("id2label", "label2id"):
+        if getattr(source, name) is not None:
+            setattr(target, name, dict(getattr(source, name)))

@@ -1,0 +1,181 @@
+"""Where native checkpoints keep the same numbers in other tensors: one rule for each tensor that differs.
+
+A rule moves and never computes, so that applying it there and back gives the same bits. Shapes: E hidden_size,
+D head_dim, K key-value heads, G query heads for each of them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hfllm.models.configuration_hfllm import HfllmConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _only(parts: Sequence["Tensor"]) -> "Tensor":
+    return parts[0]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`theirs` holds `join` of the tensors `ours`; `split` is its inverse."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    join: Callable[[Sequence["Tensor"]], "Tensor"] = _only
+    split: Callable[["Tensor"], Sequence["Tensor"]] = lambda tensor: [tensor]
+
+
+def to_ours(state: dict[str, "Tensor"], rules: Iterator[Rule]) -> dict[str, "Tensor"]:
+    """Our tensors from a native state dict; those without a rule keep their names."""
+    rest, ours = dict(state), {}
+    for rule in rules:
+        if rule.theirs in rest:
+            ours |= dict(zip(rule.ours, rule.split(rest.pop(rule.theirs)), strict=True))
+    return rest | ours
+
+
+def to_theirs(state: dict[str, "Tensor"], rules: Iterator[Rule]) -> dict[str, "Tensor"]:
+    """The inverse of `to_ours`."""
+    rest, theirs = dict(state), {}
+    for rule in rules:
+        if all(name in rest for name in rule.ours):
+            theirs[rule.theirs] = rule.join([rest.pop(name) for name in rule.ours])
+    return rest | theirs
+
+
+# ---- layouts ----
+
+
+def _transposed(theirs: str, ours: str) -> Rule:
+    """GPT-1 and GPT-2 keep the weights of linear maps as (in, out)."""
+    return Rule(theirs, (ours,), lambda parts: parts[0].t().contiguous(), lambda tensor: [tensor.t().contiguous()])
+
+
+def _stacked(theirs: str, ours: tuple[str, ...], is_transposed: bool) -> Rule:
+    """Queries, keys and values under each other, in equal parts."""
+    import torch
+
+    def join(parts: Sequence["Tensor"]) -> "Tensor":
+        whole = torch.cat(list(parts))
+        return whole.t().contiguous() if is_transposed else whole
+
+    def split(tensor: "Tensor") -> Sequence["Tensor"]:
+        whole = tensor.t() if is_transposed else tensor
+        return [part.contiguous() for part in whole.chunk(len(ours))]
+
+    return Rule(theirs, ours, join, split)
+
+
+def _grouped(theirs: str, ours: tuple[str, ...], config: HfllmConfig) -> Rule:
+    """For each key-value head its G query heads, its key and its value: (K, G + 2, D, ...)."""
+    import torch
+
+    heads, size = config.num_key_value_heads, config.head_dim
+    group = config.num_attention_heads // heads
+
+    def join(parts: Sequence["Tensor"]) -> "Tensor":
+        by_head = [part.reshape(heads, -1, size, *part.shape[1:]) for part in parts]
+        return torch.cat(by_head, dim=1).flatten(0, 2)
+
+    def split(tensor: "Tensor") -> Sequence["Tensor"]:
+        by_head = tensor.reshape(heads, group + 2, size, *tensor.shape[1:])
+        return [part.flatten(0, 2).contiguous() for part in by_head.split((group, 1, 1), dim=1)]
+
+    return Rule(theirs, ours, join, split)
+
+
+def _rotary_pairs(name: str, config: HfllmConfig) -> Rule:
+    """Their rotary pairs are neighbours (0, 1), (2, 3), ...; ours lie half a head apart."""
+
+    def join(parts: Sequence["Tensor"]) -> "Tensor":
+        by_head = parts[0].reshape(-1, 2, config.head_dim // 2, *parts[0].shape[1:])
+        return by_head.transpose(1, 2).flatten(0, 2).contiguous()
+
+    def split(tensor: "Tensor") -> Sequence["Tensor"]:
+        by_head = tensor.reshape(-1, config.head_dim // 2, 2, *tensor.shape[1:])
+        return [by_head.transpose(1, 2).flatten(0, 2).contiguous()]
+
+    return Rule(name, (name,), join, split)
+
+
+def _renamed(pairs: dict[str, str], theirs: str = "", ours: str = "") -> Iterator[Rule]:
+    """Weights and biases under other names, after the prefixes `theirs` and `ours`."""
+    for their_name, our_name in pairs.items():
+        for part in ("weight", "bias"):
+            yield Rule(f"{theirs}{their_name}.{part}", (f"{ours}{our_name}.{part}",))
+
+
+def _qkv(layer: str, part: str) -> tuple[str, ...]:
+    return tuple(f"{layer}self_attn.{name}_proj.{part}" for name in "qkv")
+
+
+# ---- families ----
+
+
+def gpt2_rules(config: HfllmConfig) -> Iterator[Rule]:
+    outside = {"wte": "embed_tokens", "wpe": "embed_positions", "ln_f": "norm"}
+    yield from _renamed(outside, "transformer.", "model.")
+    yield from _gpt_layers(config)
+
+
+def openai_rules(config: HfllmConfig) -> Iterator[Rule]:
+    outside = {"tokens_embed": "embed_tokens", "positions_embed": "embed_positions"}
+    yield from _renamed(outside, "transformer.", "model.")
+    yield from _gpt_layers(config)
+
+
+def _gpt_layers(config: HfllmConfig) -> Iterator[Rule]:
+    projections = {"attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
+    norms = {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm"}
+    for index in range(config.num_hidden_layers):
+        theirs, ours = f"transformer.h.{index}.", f"model.layers.{index}."
+        yield from _renamed(norms, theirs, ours)
+        yield _stacked(f"{theirs}attn.c_attn.weight", _qkv(ours, "weight"), is_transposed=True)
+        yield _stacked(f"{theirs}attn.c_attn.bias", _qkv(ours, "bias"), is_transposed=False)
+        for their_name, our_name in projections.items():
+            yield _transposed(f"{theirs}{their_name}.weight", f"{ours}{our_name}.weight")
+            yield Rule(f"{theirs}{their_name}.bias", (f"{ours}{our_name}.bias",))
+
+
+def neox_rules(config: HfllmConfig) -> Iterator[Rule]:
+    yield from _renamed({"embed_in": "embed_tokens", "final_layer_norm": "norm"}, "gpt_neox.", "model.")
+    inside = {
+        "input_layernorm": "input_layernorm",
+        "post_attention_layernorm": "post_attention_layernorm",
+        "attention.dense": "self_attn.o_proj",
+        "mlp.dense_h_to_4h": "mlp.up_proj",
+        "mlp.dense_4h_to_h": "mlp.down_proj",
+    }
+    for index in range(config.num_hidden_layers):
+        theirs, ours = f"gpt_neox.layers.{index}.", f"model.layers.{index}."
+        yield from _renamed(inside, theirs, ours)
+        for part in ("weight", "bias"):
+            yield _grouped(f"{theirs}attention.query_key_value.{part}", _qkv(ours, part), config)
+
+
+def falcon_rules(config: HfllmConfig) -> Iterator[Rule]:
+    yield from _renamed({"word_embeddings": "embed_tokens", "ln_f": "norm"}, "transformer.", "model.")
+    inside = {
+        "self_attention.dense": "self_attn.o_proj",
+        "mlp.dense_h_to_4h": "mlp.up_proj",
+        "mlp.dense_4h_to_h": "mlp.down_proj",
+    }
+    if config.parallel_block and not config.shared_norm:
+        inside |= {"ln_attn": "input_layernorm", "ln_mlp": "post_attention_layernorm"}
+    else:
+        inside |= {name: name for name in ("input_layernorm", "post_attention_layernorm")}
+    for index in range(config.num_hidden_layers):
+        theirs, ours = f"transformer.h.{index}.", f"model.layers.{index}."
+        yield from _renamed(inside, theirs, ours)
+        for part in ("weight", "bias"):
+            yield _grouped(f"{theirs}self_attention.query_key_value.{part}", _qkv(ours, part), config)
+
+
+def rotary_pairs_rules(config: HfllmConfig) -> Iterator[Rule]:
+    for index in range(config.num_hidden_layers):
+        for projection in ("q_proj", "k_proj"):
+            for part in ("weight", "bias"):
+                yield _rotary_pairs(f"model.layers.{index}.self_attn.{projection}.{part}", config)

@@ -1,0 +1,241 @@
+"""Conversion refuses what it cannot say, names it, and leaves nothing half-written."""
+
+import json
+import os
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import hfllm
+from families import FAMILIES
+from hfllm.errors import InputError
+from hfllm.models.native_families import config_from_native, config_to_native
+
+SIZES = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def native_folder(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES, intermediate_size=24, num_key_value_heads=1)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "native")
+    return tmp_path / "native"
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llama", "llama"),
+        ("llama-tied", "llama"),
+        ("mistral", "mistral"),
+        ("mixtral", "mixtral"),
+        ("qwen2", "qwen2"),
+        ("qwen3", "qwen3"),
+        ("gemma", "gemma"),
+        ("palm", "cohere"),
+        ("cohere", "cohere"),
+        ("gpt2", "gpt2"),
+        ("gpt1", "openai-gpt"),
+        ("neox", "gpt_neox"),
+    ],
+)
+def test_the_first_family_that_can_say_it_is_taken(make_model, tmp_path, family, expected):
+    model = make_model(**FAMILIES[family])
+    hfllm.to_native(model, tmp_path / "native")
+    native = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "native")
+    assert native.config.model_type == expected
+    ids = torch.arange(10, 22).unsqueeze(0)
+    torch.testing.assert_close(native(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "native_type", "fields"),
+    [
+        ({"num_local_experts": 2, "parallel_block": True}, None, ["parallel_block=True"]),
+        ({"position_embedding_type": "none"}, "llama", ["position_embedding_type='none'"]),
+        ({"norm_type": "layernorm"}, "mistral", ["norm_type='layernorm'"]),
+        ({"sliding_window": 5}, "llama", ["sliding_window=5"]),
+        ({"embedding_multiplier": 2.0}, "gemma", ["embedding_multiplier=2.0", "norm_unit_offset=False"]),
+    ],
+)
+def test_what_no_native_class_can_say_is_refused(make_model, tmp_path, values, native_type, fields):
+    with pytest.raises(InputError) as error:
+        hfllm.to_native(make_model(**values), tmp_path / "out", native_type)
+    for field in fields:
+        assert field in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (transformers.GPT2Config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
+        (transformers.GPT2Config(add_cross_attention=True), "add_cross_attention=True"),
+        (transformers.FalconConfig(alibi=True), "alibi=True"),
+        (transformers.CohereConfig(use_qk_norm=True), "use_qk_norm=True"),
+        (transformers.Qwen2Config(use_sliding_window=True, max_window_layers=2), "layer_types"),
+        (transformers.GemmaConfig(use_bidirectional_attention=True), "use_bidirectional_attention=True"),
+        (transformers.T5Config(), "model_type 't5'"),
+    ],
+)
+def test_what_our_axes_cannot_say_is_refused(config, message):
+    with pytest.raises(InputError) as error:
+        config_from_native(config)
+    assert message in str(error.value)
+
+
+def test_an_unknown_native_type_is_refused(make_config):
+    with pytest.raises(InputError, match="'lama' is not one of llama"):
+        config_to_native(make_config(), "lama")
+
+
+def test_sharded_checkpoints_convert_both_ways(native_folder, tmp_path):
+    expected = transformers.AutoModelForCausalLM.from_pretrained(native_folder)
+    expected.save_pretrained(tmp_path / "shards", max_shard_size="5KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    model = hfllm.from_native(tmp_path / "shards")
+    hfllm.to_native(model, tmp_path / "back", max_shard_size="5KB")
+    assert (tmp_path / "back" / "model.safetensors.index.json").is_file()
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor)
+
+
+def test_precision_and_generation_settings_are_kept(native_folder, tmp_path):
+    native = transformers.AutoModelForCausalLM.from_pretrained(native_folder, dtype=torch.bfloat16)
+    native.generation_config.temperature = 0.7
+    native.generation_config.do_sample = True
+    native.save_pretrained(tmp_path / "bf16")
+    model = hfllm.from_native(tmp_path / "bf16")
+    assert model.dtype == torch.bfloat16
+    assert model.generation_config.temperature == 0.7
+    hfllm.to_native(model, tmp_path / "back")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto")
+    assert (back.dtype, back.generation_config.temperature) == (torch.bfloat16, 0.7)
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification"])
+def test_classifiers_convert_with_their_labels(tmp_path, head):
+    labels = {0: "bad", 1: "good", 2: "fair"}
+    config = transformers.LlamaConfig(**SIZES, intermediate_size=24, pad_token_id=0, id2label=labels)
+    native = getattr(transformers, f"LlamaFor{head}")(config).eval()
+    native.save_pretrained(tmp_path / "native")
+    model = hfllm.from_native(tmp_path / "native")
+    assert type(model).__name__ == f"HfllmFor{head}"
+    assert model.config.id2label == labels
+    ids = torch.arange(10, 22).unsqueeze(0)
+    torch.testing.assert_close(model(ids).logits, native(ids).logits, atol=1e-5, rtol=0)
+    hfllm.to_native(model, tmp_path / "back")
+    back = getattr(transformers, f"AutoModelFor{head}").from_pretrained(tmp_path / "back")
+    assert torch.equal(back.score.weight, native.score.weight)
+
+
+def edit(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: edit(folder, lambda tensors: tensors.pop(NORM)), f"1 tensors are missing: {NORM}"),
+        (lambda folder: edit(folder, lambda tensors: tensors.update(odd=torch.ones(2))), "have no place: odd"),
+        (lambda folder: edit(folder, lambda tensors: tensors.update({NORM: torch.ones(3)})), NORM),
+        (truncate, "cannot load the weights"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+    ],
+    ids=["missing", "extra", "shape", "truncated", "no-weights", "config"],
+)
+@pytest.mark.parametrize("direction", ["from_native", "to_native"])
+def test_broken_checkpoints_give_one_clear_error(native_folder, tmp_path, damage, message, direction):
+    folder = native_folder
+    if direction == "to_native":
+        hfllm.from_native(native_folder).save_pretrained(tmp_path / "ours")
+        folder = tmp_path / "ours"
+    damage(folder)
+    with pytest.raises(InputError) as error:
+        hfllm.from_native(folder) if direction == "from_native" else hfllm.to_native(folder, tmp_path / "out")
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_is_left_alone(make_model, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    with pytest.raises(InputError, match="not empty"):
+        hfllm.to_native(make_model(), tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == ["mine.txt"]
+
+
+def test_a_failure_while_writing_leaves_no_folder(make_model, tmp_path, monkeypatch):
+    def full_disk(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "save_pretrained", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        hfllm.to_native(make_model(), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bert_layers_are_our_bidirectional_layers(make_model):
+    """BERT adds token types and a norm to its embeddings, which we have not: its layers are compared from there on."""
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, layer_norm_eps=1e-5
+    )
+    torch.manual_seed(0)
+    bert = transformers.BertModel(config, add_pooling_layer=False).eval()
+    ours = hfllm.HfllmModel(
+        hfllm.HfllmConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            norm_type="layernorm",
+            norm_placement="post",
+            mlp_type="plain",
+            hidden_act="gelu",
+            position_embedding_type="none",
+            attention_bias=True,
+            mlp_bias=True,
+            is_causal=False,
+        )
+    ).eval()
+    names = {
+        "self_attn.q_proj": "attention.self.query",
+        "self_attn.k_proj": "attention.self.key",
+        "self_attn.v_proj": "attention.self.value",
+        "self_attn.o_proj": "attention.output.dense",
+        "input_layernorm": "attention.output.LayerNorm",
+        "mlp.up_proj": "intermediate.dense",
+        "mlp.down_proj": "output.dense",
+        "post_attention_layernorm": "output.LayerNorm",
+    }
+    for index, layer in enumerate(ours.layers):
+        for our_name, their_name in names.items():
+            theirs = bert.encoder.layer[index].get_submodule(their_name)
+            layer.get_submodule(our_name).load_state_dict(theirs.state_dict())
+    ids = torch.randint(0, 1000, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[0, 8:] = 0
+    embedded = bert.embeddings(ids)
+    got = ours(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
+    expected = bert(ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=0)
+
+
+def test_a_config_is_json_and_comes_back(make_config):
+    for axes in FAMILIES.values():
+        config = make_config(**axes)
+        assert hfllm.HfllmConfig(**json.loads(config.to_json_string(use_diff=False))).to_dict() == config.to_dict()

@@ -1,0 +1,81 @@
+"""Small native models of every family that converts, with random weights, norms and biases included."""
+
+import torch
+import transformers
+
+_SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GROUPED = {**_SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
+_GPT = {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "eos_token_id": 2}
+
+
+def _rope(kind, **more):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}}
+
+
+NATIVES = {
+    "llama": ("llama", _GROUPED),
+    "llama-biases": ("llama", {**_GROUPED, "attention_bias": True, "mlp_bias": True, "head_dim": 16}),
+    "llama-tied": ("llama", {**_GROUPED, "tie_word_embeddings": True}),
+    "code-llama": ("llama", {**_GROUPED, **_rope("default", rope_theta=1e6)}),
+    "llama-linear": ("llama", {**_GROUPED, **_rope("linear", factor=2.0)}),
+    "llama-dynamic": ("llama", {**_GROUPED, "max_position_embeddings": 16, **_rope("dynamic", factor=2.0)}),
+    "llama-yarn": (
+        "llama",
+        {**_GROUPED, **_rope("yarn", factor=4.0, original_max_position_embeddings=32)},
+    ),
+    "llama-llama3": (
+        "llama",
+        {
+            **_GROUPED,
+            **_rope(
+                "llama3",
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=32,
+            ),
+        },
+    ),
+    "mistral": ("mistral", {**_GROUPED, "sliding_window": 5}),
+    "mistral-no-window": ("mistral", {**_GROUPED, "sliding_window": None}),
+    "mixtral": ("mixtral", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2": ("qwen2", _GROUPED),
+    "qwen2-window": ("qwen2", {**_GROUPED, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
+    "qwen3": ("qwen3", {**_GROUPED, "head_dim": 16}),
+    "gemma": ("gemma", {**_GROUPED, "head_dim": 16}),
+    "cohere": ("cohere", _GROUPED),
+    # PaLM is Cohere's block with one key-value head and plain logits.
+    "palm": ("cohere", {**_GROUPED, "num_key_value_heads": 1, "logit_scale": 1.0}),
+    "gpt1": ("openai-gpt", _GPT),
+    "gpt2": ("gpt2", {**_GPT, "bos_token_id": 1}),
+    "gpt2-wide": ("gpt2", {**_GPT, "n_inner": 48, "activation_function": "gelu", "tie_word_embeddings": False}),
+    "neox": ("gpt_neox", {**_SIZES, "intermediate_size": 64}),
+    "neox-sequential": ("gpt_neox", {**_SIZES, "intermediate_size": 64, "use_parallel_residual": False}),
+    "falcon-7b": ("falcon", _SIZES),
+    "falcon-40b": ("falcon", {**_SIZES, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-11b": (
+        "falcon",
+        {**_SIZES, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "falcon-sequential": ("falcon", {**_SIZES, "multi_query": False, "parallel_attn": False, "bias": True}),
+}
+
+
+def build(name, auto_class=transformers.AutoModelForCausalLM):
+    """The native model, every parameter away from its initial value."""
+    model_type, values = NATIVES[name]
+    torch.manual_seed(0)
+    model = auto_class.from_config(transformers.AutoConfig.for_model(model_type, **values)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
