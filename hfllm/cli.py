@@ -121,18 +121,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_recipe(
-    dataclass_types: Sequence[type], argv: Sequence[str], world_config: Path, description: str | None = None
+    dataclass_types: Sequence[type], argv: Sequence[str], world_config: Path | None, description: str | None = None
 ) -> tuple:
     """Parse a recipe's arguments.
 
-    Without `--model_name_or_path` the recipe works on the family's small model, and `world_config` holds the
-    settings that suit it; with a model of the user's own the defaults are those of transformers and TRL. `--config`
-    and flags come on top of either.
+    Without `--model_name_or_path` the recipe works on the family's small model, and `world_config` (if there is one)
+    holds the settings that suit it; with a model of the user's own the defaults are those of transformers and TRL.
+    `--config` and flags come on top of either.
     """
     argv, config_files = take_configs(argv)
     own_model = any(word.split("=")[0] == "--model_name_or_path" for word in argv)
     own_model = own_model or any(read_yaml(path).get("model_name_or_path") for path in config_files)
-    if not own_model:
+    if world_config and not own_model:
         config_files.insert(0, world_config)
     parser = RecipeParser(dataclass_types, description=description, formatter_class=HelpFormatter)
     parser.add_argument("--config", help="A YAML file of flags; flags on the command line win.")

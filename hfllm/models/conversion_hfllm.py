@@ -19,7 +19,7 @@ from hfllm.models.native_families import FAMILIES, config_from_native, config_to
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HEADS = {
     "ForCausalLM": "AutoModelForCausalLM",
@@ -46,24 +46,13 @@ def from_native(
     Raises:
         InputError: for a family or field that cannot be expressed, or a checkpoint that is broken; it is named.
     """
-    location = {"revision": revision, **({"gguf_file": gguf_file} if gguf_file else {})}
     name = os.fspath(path_or_id)
-    try:
-        native_config = transformers.AutoConfig.from_pretrained(name, **location)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name}: {_one_line(error)}") from error
+    location = {"revision": revision, **({"gguf_file": gguf_file} if gguf_file else {})}
+    native_config = read_config(name, **location)
     config = config_from_native(native_config)
-    architecture = (native_config.architectures or ["ForCausalLM"])[0]
-    auto_name = next((auto for suffix, auto in HEADS.items() if architecture.endswith(suffix)), None)
-    if auto_name is None:
-        raise InputError(f"{name}: a {architecture} has no counterpart; these have: {', '.join(HEADS)}")
-    if gguf_file:
-        kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    auto_class = getattr(transformers, auto_name)
-    native = load_checked(auto_class, name, **{"dtype": "auto", **location, **kwargs})
-    # GGUF stores the rotary dimensions and ties of a model its own way; the loaded model's config has the last word.
+    native = load_checked(name, **location, **kwargs)
     state = layouts.to_ours(native.state_dict(), FAMILIES[native_config.model_type].rules(config))
-    model = _build(auto_class._model_mapping[HfllmConfig], config, state)
+    model = _build(_auto_class(native_config)._model_mapping[HfllmConfig], config, state)
     if native.can_generate():
         model.generation_config = native.generation_config
     return model
@@ -89,10 +78,9 @@ def to_native(
         InputError: when no native class can say the model (its fields are named), or `path` holds something.
     """
     target = Path(path)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} exists and is not empty")
+    check_empty(target)
     if isinstance(model, str | os.PathLike):
-        model = load_checked(_auto_class(os.fspath(model)), os.fspath(model), dtype="auto")
+        model = load_checked(os.fspath(model))
     if not isinstance(model.config, HfllmConfig):
         raise InputError(f"expected an hfllm model, got a {type(model).__name__}")
     native_config = config_to_native(model.config, native_type)
@@ -104,12 +92,21 @@ def to_native(
     native = _build(mapping[type(native_config)], native_config, layouts.to_theirs(model.state_dict(), rules))
     if model.can_generate():
         native.generation_config = model.generation_config
-    target.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(target) as folder:
         native.save_pretrained(folder, **kwargs)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return target
+
+
+def check_empty(path: Path) -> None:
+    """Refuse a path that holds something already.
+
+    Raises:
+        InputError: when it exists and is not an empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} exists and is not empty")
 
 
 class whole_folder:
@@ -133,19 +130,39 @@ class whole_folder:
         os.replace(self.temporary, self.path)
 
 
-def load_checked(auto_class: Any, name: str, **kwargs: Any) -> "PreTrainedModel":
-    """`auto_class.from_pretrained`, where a checkpoint that does not fit its config is an error and not a warning.
+def read_config(name: str, **location: Any) -> "PreTrainedConfig":
+    """The config of a local folder or Hub id.
+
+    Raises:
+        InputError: when it cannot be read.
+    """
+    try:
+        return transformers.AutoConfig.from_pretrained(name, **location)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name}: {_one_line(error)}") from error
+
+
+def load_checked(name: str, **kwargs: Any) -> "PreTrainedModel":
+    """The model of a local folder or Hub id, in its own precision and with the head that its config names.
+
+    A checkpoint that does not fit its config is an error here and not a warning.
+
+    Args:
+        kwargs: of `from_pretrained`.
 
     Raises:
         InputError: for missing or unexpected tensors, wrong shapes, or files that cannot be read.
     """
     from safetensors import SafetensorError
 
+    location = {key: kwargs[key] for key in ("revision", "gguf_file", "token") if key in kwargs}
+    auto_class = _auto_class(read_config(name, **location))
+    if "gguf_file" in kwargs:
+        kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    # Mismatched shapes are ignored here to be named below.
+    kwargs = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
     try:
-        # Mismatched shapes are ignored here to be named below.
-        model, report = auto_class.from_pretrained(
-            name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
+        model, report = auto_class.from_pretrained(name, **kwargs)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"{name}: cannot load the weights: {_one_line(error)}") from error
     _check_report(name, report)
@@ -173,15 +190,12 @@ def _check_report(name: str, report: Mapping[str, Any]) -> None:
             raise InputError(f"{name}: {len(keys)} {problem}: {shown}{', ...' if len(keys) > 3 else ''}")
 
 
-def _auto_class(name: str) -> Any:
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name}: {_one_line(error)}") from error
+def _auto_class(config: "PreTrainedConfig") -> Any:
     architecture = (config.architectures or ["ForCausalLM"])[0]
-    return getattr(
-        transformers, next((auto for end, auto in HEADS.items() if architecture.endswith(end)), "AutoModel")
-    )
+    for suffix, name in HEADS.items():
+        if architecture.endswith(suffix):
+            return getattr(transformers, name)
+    raise InputError(f"a {architecture} has no counterpart; these have: {', '.join(HEADS)}")
 
 
 def _one_line(error: Exception) -> str:

@@ -566,7 +566,6 @@ class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         loss_chunk_size: int | None = None,
-        label_smoothing: float = 0.0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         """Next-token logits, and the loss when `labels` are given (shifted inside; -100 is ignored).
@@ -575,12 +574,14 @@ class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
             logits_to_keep: limits the head to that many last positions, or to the positions of a tensor.
             loss_chunk_size: with labels, compute the loss over this many tokens at a time and return no logits;
                 `None` follows the config.
-            label_smoothing: share of the target that is spread over the vocabulary (arXiv:1512.00567, section 7).
+            label_smoothing: (in `kwargs`) share of the target spread over the vocabulary (arXiv:1512.00567, section 7).
             output_router_logits: with experts, return the routers' logits and the auxiliary loss, and add it to the
                 loss. `None` follows the config; in training with labels it is always so.
 
         With `num_items_in_batch` in `kwargs` the loss is a sum divided by it instead of a mean over targets.
         """
+        # Not in the signature, where Trainer would take it for a column of labels by its name.
+        label_smoothing = kwargs.pop("label_smoothing", 0.0)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         is_balanced = self.training and labels is not None and self.config.router_aux_loss_coef > 0

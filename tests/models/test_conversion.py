@@ -6,10 +6,10 @@ import os
 import pytest
 import torch
 import transformers
+from families import FAMILIES
 from safetensors.torch import load_file, save_file
 
 import hfllm
-from families import FAMILIES
 from hfllm.errors import InputError
 from hfllm.models.native_families import config_from_native, config_to_native
 

@@ -312,3 +312,9 @@ def test_learned_positions_end(make_model, ids):
     model = make_model(position_embedding_type="learned", max_position_embeddings=8)
     with pytest.raises(ValueError, match="max_position_embeddings=8"):
         model(ids)
+
+
+def test_trainer_finds_one_column_of_labels():
+    from transformers.utils import find_labels
+
+    assert find_labels(hfllm.HfllmForCausalLM) == ["labels"]
