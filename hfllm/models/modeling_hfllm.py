@@ -48,6 +48,8 @@ class HfllmRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.dtype == self.weight.dtype == torch.float32 and not self.unit_offset:
+            return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
         normed = nn.functional.rms_norm(hidden_states.float(), self.weight.shape, eps=self.eps)
         if self.unit_offset:
             return (normed * (1.0 + self.weight.float())).to(hidden_states.dtype)
@@ -89,23 +91,19 @@ class HfllmRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device, torch.float)
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        # (B, 1, S, R); the minus is here, so that `apply_rotary_pos_emb` need not negate half of every head.
+        cos, sin = torch.cat((cos, cos), dim=-1).unsqueeze(1), torch.cat((-sin, sin), dim=-1).unsqueeze(1)
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
-
-
-def rotate_half(states: torch.Tensor) -> torch.Tensor:
-    first, second = states.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
 
 
 def apply_rotary_pos_emb(states_BHSD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the first dimensions of each head, as many as `cos` has; the others pass."""
-    rotary_size = cos.shape[-1]
-    if rotary_size == states_BHSD.shape[-1]:
-        return states_BHSD * cos + rotate_half(states_BHSD) * sin
-    rotated, passed = states_BHSD[..., :rotary_size], states_BHSD[..., rotary_size:]
-    return torch.cat((rotated * cos + rotate_half(rotated) * sin, passed), dim=-1)
+    size = cos.shape[-1]
+    if size == states_BHSD.shape[-1]:
+        return torch.addcmul(states_BHSD * cos, states_BHSD.roll(size // 2, -1), sin)
+    rotated, passed = states_BHSD.split((size, states_BHSD.shape[-1] - size), dim=-1)
+    return torch.cat((apply_rotary_pos_emb(rotated, cos, sin), passed), dim=-1)
 
 
 def eager_attention_forward(
@@ -140,15 +138,16 @@ class HfllmAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         self.is_causal = config.is_causal
+        # Copies, here and in the layer: a config looks every name up in its attribute map, too slow for decoding.
+        self.attention_dropout, self.sliding_window = config.attention_dropout, config.sliding_window
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
-        if config.qk_norm:
-            self.q_norm = build_norm(config, config.head_dim)
-            self.k_norm = build_norm(config, config.head_dim)
+        self.q_norm = build_norm(config, config.head_dim) if config.qk_norm else None
+        self.k_norm = build_norm(config, config.head_dim) if config.qk_norm else None
 
     def forward(
         self,
@@ -162,7 +161,7 @@ class HfllmAttention(nn.Module):
         per_head = (*batch_and_length, -1, self.head_dim)
         query = self.q_proj(hidden_states).view(per_head)
         key = self.k_proj(hidden_states).view(per_head)
-        if self.config.qk_norm:
+        if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
@@ -178,9 +177,9 @@ class HfllmAttention(nn.Module):
             key,
             value,
             attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
+            dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
-            sliding_window=self.config.sliding_window,
+            sliding_window=self.sliding_window,
             **kwargs,
         )
         return self.o_proj(output.reshape(*batch_and_length, -1).contiguous()), weights
@@ -263,13 +262,14 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: HfllmConfig, layer_idx: int):
         super().__init__()
-        self.config = config
+        self.norm_placement = config.norm_placement
+        self.parallel_block, self.shared_norm = config.parallel_block, config.shared_norm
+        self.hidden_dropout = config.hidden_dropout
         self.self_attn = HfllmAttention(config, layer_idx)
         self.mlp = HfllmSparseMLP(config) if config.num_local_experts else HfllmMLP(config)
         self.input_layernorm = build_norm(config, config.hidden_size)
         if not (config.parallel_block and config.shared_norm):
             self.post_attention_layernorm = build_norm(config, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout)
         # For _init_weights, which sees each of the two projections into the residual stream by itself.
         residual_terms = {"plain": 1, "gpt2": 2 * config.num_hidden_layers, "depth": 2 * (layer_idx + 1)}
         for module in (self.self_attn.o_proj, self.mlp.experts if config.num_local_experts else self.mlp.down_proj):
@@ -293,25 +293,28 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
         """
 
         def attention(states: torch.Tensor) -> torch.Tensor:
-            return self.dropout(self.self_attn(states, position_embeddings, attention_mask, **kwargs)[0])
+            return self._drop(self.self_attn(states, position_embeddings, attention_mask, **kwargs)[0])
 
         def mlp(states: torch.Tensor) -> torch.Tensor:
-            return self.dropout(self.mlp(states))
+            return self._drop(self.mlp(states))
 
-        if self.config.norm_placement == "post":
+        if self.norm_placement == "post":
             hidden_states = self.input_layernorm(hidden_states + attention(hidden_states))
             return self.post_attention_layernorm(hidden_states + mlp(hidden_states))
         normed = self.input_layernorm(hidden_states)
-        if self.config.parallel_block:
-            mlp_input = normed if self.config.shared_norm else self.post_attention_layernorm(hidden_states)
+        if self.parallel_block:
+            mlp_input = normed if self.shared_norm else self.post_attention_layernorm(hidden_states)
             return hidden_states + attention(normed) + mlp(mlp_input)
         hidden_states = hidden_states + attention(normed)
         return hidden_states + mlp(self.post_attention_layernorm(hidden_states))
 
+    def _drop(self, states: torch.Tensor) -> torch.Tensor:
+        p = self.hidden_dropout
+        return nn.functional.dropout(states, p, training=True) if self.training and p else states
+
 
 class HfllmPreTrainedModel(PreTrainedModel):
     config: HfllmConfig
-    config_class = HfllmConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HfllmDecoderLayer"]
@@ -453,50 +456,46 @@ class HfllmModel(HfllmPreTrainedModel):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of a linear head, a chunk of tokens at a time; the gradient is made in the same pass.
-
-    Recomputing the logits in the backward pass would cost one more product with the head.
-    """
+    """Summed cross-entropy of a linear head, a chunk of tokens at a time; the gradient is made in the same pass."""
 
     @staticmethod
     def forward(ctx, hidden_NE, weight_VE, targets_N, chunk_size, label_smoothing):
         needs_grad = any(ctx.needs_input_grad)
-        grad_hidden = torch.zeros_like(hidden_NE) if needs_grad else None
-        grad_weight = torch.zeros_like(weight_VE, dtype=torch.float32) if needs_grad else None
+        grad_hidden, grad_weight = torch.empty_like(hidden_NE), None
         total = torch.zeros((), dtype=torch.float32, device=hidden_NE.device)
-        off, on = label_smoothing / len(weight_VE), 1.0 - label_smoothing
         for start in range(0, len(hidden_NE), chunk_size):
-            chunk, targets = hidden_NE[start : start + chunk_size], targets_N[start : start + chunk_size]
-            kept = targets != -100
-            column = torch.where(kept, targets, 0).unsqueeze(1)
-            logits = nn.functional.linear(chunk, weight_VE)
-            compute_dtype, logits = logits.dtype, logits.float()
-            normalizer = logits.logsumexp(-1)
-            losses = normalizer - on * logits.gather(1, column).squeeze(1)
+            rows = slice(start, start + chunk_size)
+            kept, column = (targets_N[rows] != -100).unsqueeze(1), targets_N[rows].clamp(min=0).unsqueeze(1)
+            logits = nn.functional.linear(hidden_NE[rows], weight_VE)
+            scores = nn.functional.log_softmax(logits, dim=-1, dtype=torch.float32)
+            score = scores.gather(1, column)
             if label_smoothing:
-                losses = losses - off * logits.sum(-1)
-            total += (losses * kept).sum()
-            if needs_grad:
-                grad = logits.sub_(normalizer.unsqueeze(1)).exp_()
-                if label_smoothing:
-                    grad -= off
-                grad.scatter_add_(1, column, grad.new_full((1, 1), -on).expand_as(column))
-                grad = grad.mul_(kept.unsqueeze(1)).to(compute_dtype)
-                grad_hidden[start : start + chunk_size] = grad @ weight_VE
-                if grad.dtype == grad_weight.dtype == chunk.dtype:
-                    grad_weight.addmm_(grad.t(), chunk)
-                else:
-                    grad_weight += grad.t() @ chunk.to(grad.dtype)
-        if needs_grad:
-            ctx.weight_dtype = weight_VE.dtype
-            ctx.save_for_backward(grad_hidden, grad_weight)
+                score = (1 - label_smoothing) * score + label_smoothing * scores.mean(-1, keepdim=True)
+            total -= (score * kept).sum()
+            if not needs_grad:
+                continue
+            # The gradient by the logits: probabilities minus targets.
+            grad = scores.exp_()
+            if label_smoothing:
+                grad -= label_smoothing / len(weight_VE)
+            grad = grad.scatter_add_(1, column, grad.new_full((1, 1), label_smoothing - 1).expand_as(column))
+            grad = grad.to(logits.dtype)
+            grad_hidden[rows] = (grad @ weight_VE) * kept
+            hidden = (hidden_NE[rows] * kept).to(grad.dtype)
+            if grad_weight is None:
+                grad_weight = (grad.t() @ hidden).float()
+            elif grad.dtype == grad_weight.dtype:
+                grad_weight.addmm_(grad.t(), hidden)
+            else:
+                grad_weight += grad.t() @ hidden
+        ctx.gradients = grad_hidden, grad_weight, weight_VE.dtype
         return total
 
     @staticmethod
     def backward(ctx, grad_output):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        grad_weight = (grad_weight * grad_output).to(ctx.weight_dtype)
-        return (grad_hidden * grad_output).to(grad_hidden.dtype), grad_weight, None, None, None
+        # In place, since a copy of the head's gradient would be the largest tensor here: once only.
+        (grad_hidden, grad_weight, dtype), ctx.gradients = ctx.gradients, None
+        return grad_hidden.mul_(grad_output), grad_weight.mul_(grad_output).to(dtype), None, None, None
 
 
 def linear_cross_entropy(
@@ -532,7 +531,6 @@ class _HfllmWithHead(HfllmPreTrainedModel):
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
-    is_causal: bool
 
     def __init__(self, config: HfllmConfig):
         super().__init__(config)
