@@ -13,7 +13,7 @@ from typing import Any
 from trl import TrlParser
 
 from hfllm.data.sources import WORLD
-from hfllm.errors import InputError
+from hfllm.errors import HIDDEN, InputError, redact
 from hfllm.reporting import read_report
 
 # Where a run is, where it reports to and how it is continued do not change its result.
@@ -25,6 +25,7 @@ NOT_PART_OF_THE_RUN = frozenset(
         *("deepspeed_plugin", "distributed_state", "ddp_timeout", "save_total_limit"),
     )
 )
+CREDENTIALS = frozenset(("token", "hub_token", "use_auth_token", "api_key", "password"))
 
 
 @dataclass
@@ -121,18 +122,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_recipe(
-    dataclass_types: Sequence[type], argv: Sequence[str], world_config: Path, description: str | None = None
+    dataclass_types: Sequence[type], argv: Sequence[str], world_config: Path | None, description: str | None = None
 ) -> tuple:
     """Parse a recipe's arguments.
 
-    Without `--model_name_or_path` the recipe works on the family's small model, and `world_config` holds the
-    settings that suit it; with a model of the user's own the defaults are those of transformers and TRL. `--config`
-    and flags come on top of either.
+    Without `--model_name_or_path` the recipe works on the family's small model, and `world_config` (if there is one)
+    holds the settings that suit it; with a model of the user's own the defaults are those of transformers and TRL.
+    `--config` and flags come on top of either.
     """
     argv, config_files = take_configs(argv)
     own_model = any(word.split("=")[0] == "--model_name_or_path" for word in argv)
     own_model = own_model or any(read_yaml(path).get("model_name_or_path") for path in config_files)
-    if not own_model:
+    if world_config and not own_model:
         config_files.insert(0, world_config)
     parser = RecipeParser(dataclass_types, description=description, formatter_class=HelpFormatter)
     parser.add_argument("--config", help="A YAML file of flags; flags on the command line win.")
@@ -173,13 +174,21 @@ def machine_defaults() -> dict[str, Any]:
 
 
 def run_arguments(*arguments: Any) -> dict[str, Any]:
-    """The flags that decide a run's result, as JSON values: what is compared when a folder is used again."""
+    """The flags that decide a run's result, as JSON values: what is compared when a folder is used again.
+
+    They go into reports and cards, so secrets in them are hidden.
+    """
     merged: dict[str, Any] = {}
     for group in arguments:
         for item in fields(group):
             if item.init and item.name not in NOT_PART_OF_THE_RUN:
                 merged[item.name] = getattr(group, item.name)
-    return json.loads(json.dumps(merged, default=str, sort_keys=True))
+    return json.loads(redact(json.dumps(merged, default=str, sort_keys=True)), object_hook=_without_credentials)
+
+
+def _without_credentials(values: dict[str, Any]) -> dict[str, Any]:
+    """A dictionary as it may be shown: flags such as --model_init_kwargs may carry a token for a Hub of one's own."""
+    return {name: HIDDEN if name in CREDENTIALS and value else value for name, value in values.items()}
 
 
 def finished_run(output_dir: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
