@@ -23,6 +23,9 @@ ALLOWED = {
     "compression": {"models", "data"},
     "registration": {"models"},
     "cli": {"data", "errors", "reporting"},
+    "hub_files": {"errors", "reporting"},
+    "model_card": {"errors", "reporting", "hub_files"},
+    "hub": {"errors", "reporting", "hub_files", "model_card"},
     "stages": {"models", "data", "errors", "reporting", "cli", "evaluation", "rewards", "trainers"},
 }
 MAX_LINES = 450
