@@ -44,6 +44,10 @@ class DataArguments:
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The recipe's docstring as it stands, and every flag with its default."""
 
+    def format_help(self) -> str:
+        # A token in a --config file becomes a default.
+        return redact(super().format_help())
+
 
 class RecipeParser(TrlParser):
     """TrlParser whose complaints are one line and name the nearest valid flag or YAML key."""
