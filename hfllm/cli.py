@@ -13,7 +13,7 @@ from typing import Any
 from trl import TrlParser
 
 from hfllm.data.sources import WORLD
-from hfllm.errors import InputError
+from hfllm.errors import HIDDEN, InputError, redact
 from hfllm.reporting import read_report
 
 # Where a run is, where it reports to and how it is continued do not change its result.
@@ -25,6 +25,7 @@ NOT_PART_OF_THE_RUN = frozenset(
         *("deepspeed_plugin", "distributed_state", "ddp_timeout", "save_total_limit"),
     )
 )
+CREDENTIALS = frozenset(("token", "hub_token", "use_auth_token", "api_key", "password"))
 
 
 @dataclass
@@ -42,6 +43,10 @@ class DataArguments:
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The recipe's docstring as it stands, and every flag with its default."""
+
+    def format_help(self) -> str:
+        # A token in a --config file becomes a default.
+        return redact(super().format_help())
 
 
 class RecipeParser(TrlParser):
@@ -173,13 +178,21 @@ def machine_defaults() -> dict[str, Any]:
 
 
 def run_arguments(*arguments: Any) -> dict[str, Any]:
-    """The flags that decide a run's result, as JSON values: what is compared when a folder is used again."""
+    """The flags that decide a run's result, as JSON values: what is compared when a folder is used again.
+
+    They go into reports and cards, so secrets in them are hidden.
+    """
     merged: dict[str, Any] = {}
     for group in arguments:
         for item in fields(group):
             if item.init and item.name not in NOT_PART_OF_THE_RUN:
                 merged[item.name] = getattr(group, item.name)
-    return json.loads(json.dumps(merged, default=str, sort_keys=True))
+    return json.loads(redact(json.dumps(merged, default=str, sort_keys=True)), object_hook=_without_credentials)
+
+
+def _without_credentials(values: dict[str, Any]) -> dict[str, Any]:
+    """A dictionary as it may be shown: flags such as --model_init_kwargs may carry a token for a Hub of one's own."""
+    return {name: HIDDEN if name in CREDENTIALS and value else value for name, value in values.items()}
 
 
 def finished_run(output_dir: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:

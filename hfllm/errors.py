@@ -1,5 +1,30 @@
-"""The one exception for what a user can mend: recipes print its message as a single line and stop."""
+"""The one exception for what a user can mend, and the removal of secrets from what is printed or written."""
+
+import os
+import re
+
+TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+# Access tokens of the Hub by their looks, and credentials in URLs.
+_LOOKS_SECRET = re.compile(
+    r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}|\bhf_(?:oauth|jwt)_[\w.-]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+)
+HIDDEN = "[hidden]"
 
 
 class InputError(ValueError):
-    """Bad input. The message names the file, row, field or flag, the value seen and what is accepted."""
+    """Bad input: recipes print its message as a single line and stop.
+
+    The message names the file, row, field or flag, the value seen and what is accepted; secrets in it are hidden.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(redact(message))
+
+
+def redact(text: str, *secrets: str | None) -> str:
+    """`text` without `secrets`, the tokens that the environment holds, and whatever looks like one."""
+    for secret in (*secrets, *map(os.environ.get, TOKEN_VARIABLES)):
+        # A shorter one would be no secret, and hiding it would eat ordinary words.
+        if secret and len(secret.strip()) >= 8:
+            text = text.replace(secret.strip(), HIDDEN)
+    return _LOOKS_SECRET.sub(HIDDEN, text)

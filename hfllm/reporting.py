@@ -60,9 +60,16 @@ class Report:
         }
 
     def markdown(self) -> str:
-        lines = [f"# {self.stage}", "", f"{self.wall_seconds:.0f} seconds.", "", *_table(_pairs(self.metrics)), ""]
+        lines = [
+            f"# {self.stage}",
+            "",
+            f"{self.wall_seconds:.0f} seconds.",
+            "",
+            *markdown_table(metric_rows(self.metrics)),
+            "",
+        ]
         for title, rows in self.tables.items():
-            lines += [f"## {title}", "", *_table(rows), ""]
+            lines += [f"## {title}", "", *markdown_table(rows), ""]
         for stem in self.curves:
             if stem in self.artifacts:
                 lines += [f"![{stem}]({self.artifacts[stem]})", ""]
@@ -73,10 +80,10 @@ class Report:
     def print(self) -> None:
         """Print the metrics, the tables and the next steps."""
         print(f"\n{self.stage}: done in {self.wall_seconds:.0f} s")
-        print("\n".join(_table(_pairs(self.metrics))))
+        print("\n".join(markdown_table(metric_rows(self.metrics))))
         for title, rows in self.tables.items():
             print(f"\n{title}")
-            print("\n".join(_table(rows)))
+            print("\n".join(markdown_table(rows)))
         if self.next_steps:
             print("\n" + "\n".join(self.next_steps), flush=True)
 
@@ -149,19 +156,13 @@ def environment() -> dict[str, str | int | None]:
     }
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write under a temporary name in the same folder, then rename."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as stream:
-        stream.write(text)
-    os.chmod(stream.name, 0o644)
-    os.replace(stream.name, path)
-
-
-def _pairs(metrics: Mapping[str, float]) -> list[dict[str, Any]]:
+def metric_rows(metrics: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Metrics as the rows of a table."""
     return [{"metric": name, "value": value} for name, value in metrics.items()]
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The lines of a Markdown table; the first row names the columns."""
     if not rows:
         return ["(empty)"]
     cells = [[_cell(row.get(column, "")) for column in rows[0]] for row in rows]
@@ -171,6 +172,14 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return "| " + " | ".join(value.ljust(width) for value, width in zip(values, widths, strict=True)) + " |"
 
     return [line(list(rows[0])), line(["-" * width for width in widths]), *map(line, cells)]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write under a temporary name in the same folder, then rename."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as stream:
+        stream.write(text)
+    os.chmod(stream.name, 0o644)
+    os.replace(stream.name, path)
 
 
 def _cell(value: Any) -> str:

@@ -14,6 +14,9 @@ from hfllm.data import formats
 from hfllm.data.sources import WORLD, load_source
 from hfllm.data.world import World
 from hfllm.errors import InputError
+from hfllm.hub import take_repository
+from hfllm.hub_files import CARD
+from hfllm.model_card import write_card
 from hfllm.reporting import Plot, Report, plot_history, read_report
 
 if TYPE_CHECKING:
@@ -36,9 +39,10 @@ class Stage:
     Attributes:
         checkpoint: the checkpoint to resume from, or `None`.
         report: the report of the same run if it has already finished in the output folder, else `None`.
+        repository: where to publish the result, or `None`. A run that has already finished is published right away.
 
     Raises:
-        InputError: when another run has finished there, or a flag cannot work on this machine.
+        InputError: when another run has finished there, a flag cannot work on this machine, or the Hub refuses.
     """
 
     def __init__(
@@ -59,10 +63,14 @@ class Stage:
             self.arguments |= {f"{stage}.{flag}": value for flag, value in run_arguments(*arguments).items()}
         self.checkpoint = checkpoint_to_resume(training_args)
         self.report = finished_run(training_args.output_dir, self.arguments)
+        self.repository = take_repository(training_args, model_args)
         if main_process() and self.report is not None:
             print(f"{name}: already done in {training_args.output_dir} (remove that folder to redo it)", flush=True)
+            self.publish()
         elif main_process():
             print(f"\n=== {name} -> {training_args.output_dir}", flush=True)
+            if self.repository is not None:
+                self.repository.create()
 
     def finish(
         self,
@@ -73,10 +81,13 @@ class Stage:
         curves: Mapping[str, Plot] | None = None,
         next_steps: Sequence[str] = (),
     ) -> dict[str, float]:
-        """Write the report, print it (or `summary` instead), push if asked, wait for all processes.
+        """Write the report, print it (or `summary` instead), publish if asked, wait for all processes.
 
         Returns:
             The metrics.
+
+        Raises:
+            InputError: when publishing fails; the model and its report are there by then.
         """
         loss = plot_history(
             trainer.state.log_history,
@@ -95,16 +106,41 @@ class Stage:
             wall_seconds=time.perf_counter() - self.began,
             next_steps=next_steps,
         )
+        failure = None
         if main_process():
-            report.write(self.training_args.output_dir)
+            folder = Path(self.training_args.output_dir)
+            report.write(folder)
+            # Trainers leave drafts of a card; this is the one that is published, and the user's to edit.
+            (folder / CARD).unlink(missing_ok=True)
+            write_card(folder)
             if summary:
                 print(f"{self.name}: {summary} ({report.wall_seconds:.0f} s)", flush=True)
             else:
                 report.print()
-        if self.training_args.push_to_hub:
-            trainer.push_to_hub()
+            try:
+                self.publish()
+            except InputError as error:
+                failure = error
         trainer.accelerator.wait_for_everyone()
+        if failure is not None:
+            raise failure
         return dict(metrics)
+
+    def publish(self) -> None:
+        """Push the output folder if that was asked for.
+
+        Raises:
+            InputError: when it fails, with the command that tries again.
+        """
+        if self.repository is None:
+            return
+        try:
+            self.repository.push(self.training_args.output_dir)
+        except InputError as error:
+            raise InputError(
+                f"{error}. The run itself has finished; publish it by recipes/push.py --model_name_or_path "
+                f"{self.training_args.output_dir} --hub_model_id {self.repository.repo_id}"
+            ) from None
 
 
 def stage_arguments(script_args: Any, training_args: Any, model_args: Any) -> dict[str, Any]:

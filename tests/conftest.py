@@ -8,6 +8,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
 import torch
+from hub_server import TOKEN, HubServer
 
 import hfllm
 from hfllm.data.demonstrators import instruction_rows
@@ -56,3 +57,27 @@ def make_model(make_config):
         return (model_class or hfllm.HfllmForCausalLM)(make_config(**overrides)).eval()
 
     return make
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on loopback that this process talks to, logged in as `me`; waiting before retries takes no time."""
+    from huggingface_hub import constants
+
+    with HubServer({TOKEN: ("me", "write"), "hf_readreadreadreadreadread": ("me", "read")}) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+        yield server
+
+
+@pytest.fixture
+def saved(make_model, tokenizer, tmp_path):
+    """A saved language model with its tokenizer, in the folder `model`."""
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"

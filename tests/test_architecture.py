@@ -23,7 +23,13 @@ ALLOWED = {
     "compression": {"models", "data"},
     "registration": {"models"},
     "cli": {"data", "errors", "reporting"},
-    "stages": {"models", "data", "errors", "reporting", "cli", "evaluation", "rewards", "trainers"},
+    "hub_files": {"errors", "reporting"},
+    "model_card": {"errors", "reporting", "hub_files"},
+    "hub": {"errors", "reporting", "hub_files", "model_card"},
+    "stages": {
+        *("models", "data", "errors", "reporting", "cli", "evaluation", "rewards", "trainers"),
+        *("hub", "hub_files", "model_card"),
+    },
 }
 MAX_LINES = 450
 
