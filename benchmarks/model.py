@@ -17,7 +17,7 @@ from pathlib import Path
 # name: (hidden_size, intermediate_size, layers, heads); parameters of the body without embeddings and head.
 BODIES = {"10M": (256, 704, 12, 8), "60M": (640, 1728, 12, 10)}
 VOCABULARIES = (8192, 32768)
-CHUNK = 512
+CHUNK = 128
 
 
 def sizes(body: str, vocab_size: int) -> dict:

@@ -8,15 +8,11 @@ E hidden_size, V vocab_size. `HfllmDecoderLayer.forward` says where each axis of
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers import masking_utils
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_sliding_window_causal_mask,
-    packed_sequence_mask_function,
-)
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -25,6 +21,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import MaskedLMOutput, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -33,6 +30,30 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_hfllm import HfllmConfig
+
+
+def saves_memory() -> bool:
+    """Whether to keep less for the backward pass than autograd would; a compiler decides that by itself."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+class _RMSNorm(torch.autograd.Function):
+    """RMSNorm in fp32 that keeps its input alone for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, eps):
+        inverse = torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(hidden_states, weight, inverse)
+        return hidden_states * inverse * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden_states, weight, inverse = ctx.saved_tensors
+        normed = hidden_states * inverse
+        grad_weight = (grad * normed).flatten(0, -2).sum(0)
+        grad = grad * weight
+        grad = torch.addcmul(grad, normed, (grad * normed).mean(-1, keepdim=True), value=-1).mul_(inverse)
+        return grad, grad_weight, None
 
 
 class HfllmRMSNorm(nn.Module):
@@ -49,6 +70,8 @@ class HfllmRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.dtype == self.weight.dtype == torch.float32 and not self.unit_offset:
+            if saves_memory():
+                return _RMSNorm.apply(hidden_states, self.weight, self.eps)
             return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
         normed = nn.functional.rms_norm(hidden_states.float(), self.weight.shape, eps=self.eps)
         if self.unit_offset:
@@ -104,27 +127,6 @@ def apply_rotary_pos_emb(states_BHSD: torch.Tensor, cos: torch.Tensor, sin: torc
         return torch.addcmul(states_BHSD * cos, states_BHSD.roll(size // 2, -1), sin)
     rotated, passed = states_BHSD.split((size, states_BHSD.shape[-1] - size), dim=-1)
     return torch.cat((apply_rotary_pos_emb(rotated, cos, sin), passed), dim=-1)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention written out: the reference for the fused kernels. Returns (B, S, H, D) and the weights."""
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class HfllmAttention(nn.Module):
@@ -198,9 +200,17 @@ class HfllmMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        inner = [self.up_proj(hidden_states)]
         if self.is_gated:
-            return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+            inner.append(self.gate_proj(hidden_states))
+        # ZeRO-3 gathers weights by hooks, which must not see the interrupted call below.
+        if not (self.training and saves_memory()) or hasattr(self.down_proj.weight, "ds_id"):
+            return self._down(*inner)
+        # Keep the large products for the backward pass and do the rest again, which ends before `down_proj`'s own.
+        return torch.utils.checkpoint.checkpoint(self._down, *inner, use_reentrant=False, preserve_rng_state=False)
+
+    def _down(self, up: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return self.down_proj(self.act_fn(up) if gate is None else self.act_fn(gate) * up)
 
 
 class HfllmRouter(nn.Module):
@@ -369,9 +379,7 @@ class HfllmModel(HfllmPreTrainedModel):
         if config.position_embedding_type == "rope":
             self.rotary_emb = HfllmRotaryEmbedding(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.layers = nn.ModuleList(
-            HfllmDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(HfllmDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = build_norm(config, config.hidden_size) if config.norm_placement == "pre" else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
@@ -428,11 +436,13 @@ class HfllmModel(HfllmPreTrainedModel):
         packed: torch.Tensor | None,
     ) -> torch.Tensor | None:
         # Both turn bidirectional by themselves when config.is_causal is False.
-        create = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
+        create = masking_utils.create_causal_mask
+        if self.config.sliding_window is not None:
+            create = masking_utils.create_sliding_window_causal_mask
         allowed = None
         # They find packed sequences themselves only in a causal model without a padding mask.
         if packed is not None and not (self.config.is_causal and attention_mask is None):
-            allowed = packed_sequence_mask_function(packed.expand(inputs_embeds.shape[0], -1))
+            allowed = masking_utils.packed_sequence_mask_function(packed.expand(inputs_embeds.shape[0], -1))
         return create(self.config, inputs_embeds, attention_mask, cache, position_ids, and_mask_function=allowed)
 
     def _embed(
@@ -466,8 +476,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden_NE), chunk_size):
             rows = slice(start, start + chunk_size)
             kept, column = (targets_N[rows] != -100).unsqueeze(1), targets_N[rows].clamp(min=0).unsqueeze(1)
-            logits = nn.functional.linear(hidden_NE[rows], weight_VE)
-            scores = nn.functional.log_softmax(logits, dim=-1, dtype=torch.float32)
+            scores = nn.functional.linear(hidden_NE[rows], weight_VE)
+            dtype, scores = scores.dtype, nn.functional.log_softmax(scores, dim=-1, dtype=torch.float32)
             score = scores.gather(1, column)
             if label_smoothing:
                 score = (1 - label_smoothing) * score + label_smoothing * scores.mean(-1, keepdim=True)
@@ -479,7 +489,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if label_smoothing:
                 grad -= label_smoothing / len(weight_VE)
             grad = grad.scatter_add_(1, column, grad.new_full((1, 1), label_smoothing - 1).expand_as(column))
-            grad = grad.to(logits.dtype)
+            grad = grad.to(dtype)
             grad_hidden[rows] = (grad @ weight_VE) * kept
             hidden = (hidden_NE[rows] * kept).to(grad.dtype)
             if grad_weight is None:
@@ -512,16 +522,11 @@ def linear_cross_entropy(
         return _LinearCrossEntropy.apply(hidden_NE, weight, targets_N, chunk_size, label_smoothing)
 
     def chunk_loss(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return summed_cross_entropy(head(hidden), targets, label_smoothing)
+        options = {"reduction": "sum", "label_smoothing": label_smoothing}
+        return nn.functional.cross_entropy(head(hidden).float(), targets, **options)
 
     chunks = zip(hidden_NE.split(chunk_size), targets_N.split(chunk_size), strict=True)
     return sum(torch.utils.checkpoint.checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
-
-
-def summed_cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-    return nn.functional.cross_entropy(
-        logits_NV.float(), targets_N, reduction="sum", ignore_index=-100, label_smoothing=label_smoothing
-    )
 
 
 class _HfllmWithHead(HfllmPreTrainedModel):
@@ -572,7 +577,7 @@ class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
             logits_to_keep: limits the head to that many last positions, or to the positions of a tensor.
             loss_chunk_size: with labels, compute the loss over this many tokens at a time and return no logits;
                 `None` follows the config.
-            label_smoothing: (in `kwargs`) share of the target spread over the vocabulary (arXiv:1512.00567, section 7).
+            label_smoothing: (in `kwargs`) share of the target spread over all tokens (arXiv:1512.00567, section 7).
             output_router_logits: with experts, return the routers' logits and the auxiliary loss, and add it to the
                 loss. `None` follows the config; in training with labels it is always so.
 
@@ -580,10 +585,9 @@ class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
         """
         # Not in the signature, where Trainer would take it for a column of labels by its name.
         label_smoothing = kwargs.pop("label_smoothing", 0.0)
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
         is_balanced = self.training and labels is not None and self.config.router_aux_loss_coef > 0
-        output_router_logits = bool(self.config.num_local_experts) and (output_router_logits or is_balanced)
+        asked = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        output_router_logits = bool(self.config.num_local_experts) and (asked or is_balanced)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -631,11 +635,8 @@ class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
         if targets is None:
             targets = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
         targets = targets.reshape(-1).to(hidden_states.device)
-        if logits is not None:
-            total = summed_cross_entropy(logits.flatten(0, 1), targets, label_smoothing)
-        else:
-            states = hidden_states.flatten(0, 1) * self.config.logit_scale
-            total = linear_cross_entropy(states, self.lm_head, targets, chunk_size, label_smoothing)
+        states = hidden_states.flatten(0, 1) * self.config.logit_scale
+        total = linear_cross_entropy(states, self.lm_head, targets, chunk_size or len(targets), label_smoothing)
         return total / ((targets != -100).sum() if num_items is None else num_items)
 
 

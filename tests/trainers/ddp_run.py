@@ -62,6 +62,8 @@ def main(output_dir: str, episodes: int) -> None:
     trainer.save_model(output_dir)
     if trainer.accelerator.is_main_process:
         print("EVAL", metrics["eval_reward"], trainer.state.log_history[0]["reward"])
+    # A process that leaves while the other still writes aborts it.
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 
