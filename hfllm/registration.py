@@ -1,25 +1,27 @@
-"""Register the family with transformers' Auto classes as soon as somebody imports transformers, and not before."""
+"""Register the family with transformers and PEFT as soon as somebody imports them, and not before."""
 
 import importlib.abc
 import importlib.machinery
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 
 def register_with_transformers() -> None:
-    """Register now if transformers is loaded, else right after it is."""
-    if "transformers" in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _AfterTransformers) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterTransformers())
+    """Register now with what is loaded, and with the rest right after it is."""
+    for name, register in (("transformers", _register), ("peft.utils.constants", _register_with_peft)):
+        if name in sys.modules:
+            register()
+        elif not any(isinstance(finder, _After) and finder.name == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, _After(name, register))
 
 
 def _register() -> None:
-    import transformers
-
     from hfllm.models import modeling_hfllm as models
     from hfllm.models.configuration_hfllm import AUTO_MAP, HfllmConfig
 
+    # Only now: one of its modules replaces `transformers` by a second copy when it is first imported.
+    transformers = sys.modules["transformers"]
     transformers.AutoConfig.register("hfllm", HfllmConfig, exist_ok=True)
     HfllmConfig.register_for_auto_class()
     for auto_name, path in AUTO_MAP.items():
@@ -29,16 +31,29 @@ def _register() -> None:
         getattr(transformers, auto_name).register(HfllmConfig, model_class, exist_ok=True)
         # Writes auto_map and the code beside saved weights, for those who load them without hfllm.
         model_class.register_for_auto_class(auto_name)
+        # `transformers serve`, behind `transformers chat`, looks the class up by its name there.
+        setattr(transformers, model_class.__name__, model_class)
 
 
-class _AfterTransformers(importlib.abc.MetaPathFinder):
-    """Finds nothing itself: wraps the loader of `transformers` so that `_register` runs once it is executed.
+def _register_with_peft() -> None:
+    """Give the family the default target modules of Llama, whose names its projections have."""
+    constants = sys.modules["peft.utils.constants"]
+    for name, mapping in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(mapping, dict) and "llama" in mapping:
+            mapping.setdefault("hfllm", mapping["llama"])
 
-    That moment is safe: transformers imports its own modules lazily, so none of them is half-loaded yet.
+
+class _After(importlib.abc.MetaPathFinder):
+    """Finds nothing itself: wraps the loader of one module so that `callback` runs once that is executed.
+
+    For transformers that moment is safe: it imports its own modules lazily, so none of them is half-loaded yet.
     """
 
+    def __init__(self, name: str, callback: Callable[[], None]):
+        self.name, self.callback = name, callback
+
     def find_spec(self, name: str, path=None, target: ModuleType | None = None):
-        if name != "transformers":
+        if name != self.name:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is None:
@@ -46,11 +61,11 @@ class _AfterTransformers(importlib.abc.MetaPathFinder):
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
-            # Here and not above: libraries also look for the spec only to know whether transformers is installed.
+            # Here and not above: libraries also look for the spec only to know whether the module is installed.
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
             execute(module)
-            _register()
+            self.callback()
 
         spec.loader.exec_module = execute_and_register
         return spec
