@@ -9,7 +9,7 @@ flags describe; the default settings are recipes/configs/pretrain/world.yaml.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,25 @@ class PretrainArguments(DataArguments):
     mlp_type: str = field(default="gated", metadata={"help": "gated or plain."})
     hidden_act: str = field(default="silu", metadata={"help": "Activation of the MLP."})
     position_embedding_type: str = field(default="rope", metadata={"help": "rope, learned or none."})
+    parallel_block: bool = field(default=False, metadata={"help": "Attention and MLP side by side, as in PaLM."})
+    sliding_window: int | None = field(default=None, metadata={"help": "Tokens that each token attends to at most."})
+    num_local_experts: int = field(default=0, metadata={"help": "Experts of each layer; 0 is one dense MLP."})
+    num_experts_per_tok: int = field(default=2, metadata={"help": "Experts that each token passes through."})
+    residual_init: str = field(default="plain", metadata={"help": "plain, gpt2 or depth: scale of the residual init."})
+    loss_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens whose loss an hfllm model computes at a time, so that the logits of a batch never exist; "
+            "1024 by default, 0 is all at once."
+        },
+    )
 
 
 ARCHITECTURE = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
     *("initializer_range", "tie_word_embeddings", "norm_type", "norm_placement", "mlp_type", "hidden_act"),
-    "position_embedding_type",
+    *("position_embedding_type", "parallel_block", "sliding_window", "num_local_experts", "num_experts_per_tok"),
+    "residual_init",
 )
 
 
@@ -62,7 +75,7 @@ def parse(argv: Sequence[str]) -> tuple:
 def main(script_args: PretrainArguments, training_args: Any, model_args: Any) -> dict[str, float]:
     """Pretrain, save model and tokenizer, write the report. Returns the metrics."""
     from datasets import Dataset
-    from transformers import DataCollatorForLanguageModeling, Trainer, set_seed
+    from transformers import Trainer, set_seed
 
     from hfllm.stages import Stage, fitting_length, load_or_make_base, load_texts, refuse
     from hfllm.trainers.callbacks import use_plain_lines
@@ -85,7 +98,7 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
         args=training_args,
         train_dataset=Dataset.from_dict({"input_ids": train_pieces}),
         eval_dataset=Dataset.from_dict({"input_ids": pieces_of(test_texts, tokenizer, script_args.max_length)}),
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        data_collator=collator(model, tokenizer, script_args.loss_chunk_size),
         processing_class=tokenizer,
     )
     use_plain_lines(trainer)
@@ -100,6 +113,26 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     }
     summary = f"{model.num_parameters():,} parameters, held-out loss {losses['eval_loss']:.3f} nats a token"
     return stage.finish(trainer, metrics, summary)
+
+
+def collator(model: Any, tokenizer: Any, loss_chunk_size: int | None) -> Callable[[list], dict[str, Any]]:
+    """Pads and labels a batch, and asks an hfllm model to compute its loss in chunks.
+
+    By the batch and not by the config, which would go on to every later use of the saved model.
+
+    Raises:
+        InputError: for a negative size, or one given for a model of another family.
+    """
+    from transformers import DataCollatorForLanguageModeling
+
+    from hfllm.stages import refuse
+
+    family = model.config.model_type
+    refuse(loss_chunk_size and family != "hfllm", "--loss_chunk_size", f"a model of type {family} has no such loss")
+    refuse((loss_chunk_size or 0) < 0, "--loss_chunk_size", f"{loss_chunk_size} is below 0")
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    size = 1024 if loss_chunk_size is None and family == "hfllm" else loss_chunk_size
+    return (lambda rows: {**collate(rows), "loss_chunk_size": size}) if size else collate
 
 
 def pieces_of(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[int]]:

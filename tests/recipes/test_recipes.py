@@ -116,6 +116,21 @@ def test_sft_learns_from_the_response_only(tiny, tmp_path, monkeypatch):
         assert tokenizer.decode(labels[labels != -100]) in {f"{row['output']}<|end|>" for row in rows}
 
 
+def test_pretraining_computes_the_loss_in_chunks_and_saves_a_plain_model(tiny, tmp_path):
+    import pretrain
+
+    def run(name, *flags):
+        return pretrain.main(
+            *pretrain.parse(["--config", tiny["pretrain"], "--output_dir", str(tmp_path / name), *flags])
+        )
+
+    whole, chunked = run("whole", "--loss_chunk_size", "0"), run("chunked", "--loss_chunk_size", "50")
+    assert chunked == pytest.approx(whole, abs=1e-4)
+    assert json.loads((tmp_path / "chunked" / "config.json").read_text()).get("loss_chunk_size") is None
+    with pytest.raises(InputError, match="--loss_chunk_size"):
+        run("bad", "--loss_chunk_size", "-1")
+
+
 def test_stages_may_differ_in_precision(tiny, tmp_path):
     metrics = rlhf.main(*rlhf.parse(["--config", tiny["rlhf"], "--bf16", "true", "--output_dir", str(tmp_path)]))
     assert set(metrics) >= RLHF_METRICS
