@@ -44,6 +44,16 @@ def to_text(origin: str, row: Row) -> str:
     raise _unreadable(origin, row, ("text", "content"))
 
 
+def infilling_prompt(prefix: str, suffix: str, suffix_first: bool = False) -> str:
+    """Code Llama's prompt for the text between `prefix` and `suffix`; the completion ends with `<EOT>`.
+
+    Args:
+        suffix_first: the order suffix, prefix (SPM), which goes on from the prefix token by token, instead of prefix,
+            suffix (PSM). Both are trained in equal parts (arXiv:2308.12950, section 2.3).
+    """
+    return f"<PRE> <SUF>{suffix} <MID> {prefix}" if suffix_first else f"<PRE> {prefix} <SUF>{suffix} <MID>"
+
+
 def to_sft(origin: str, row: Row) -> Row:
     """An instruction row as conversational `prompt` and `completion`; see `SFT_FORMATS`."""
     if _has(row, "instruction", "output") or _has(row, "instruction", "response"):

@@ -5,7 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 CHOICES = {
     "norm_type": ("rmsnorm", "layernorm"),
@@ -21,6 +21,32 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_hfllm.HfllmForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_hfllm.HfllmForTokenClassification",
     "AutoModelForMaskedLM": "modeling_hfllm.HfllmForMaskedLM",
+}
+
+
+TENSOR_PARALLEL_PLAN = {
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.k_proj": "colwise",
+    "layers.*.self_attn.v_proj": "colwise",
+    "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+    "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+    "layers.*.self_attn.o_proj": "rowwise",
+    "layers.*.mlp.gate_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+    "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+    "layers.*.mlp.experts.down_proj": "rowwise",
+    "layers.*.mlp.experts": "moe_tp_experts",
+}
+EXPERT_PARALLEL_PLAN = {
+    "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+    "layers.*.mlp.experts.down_proj": "grouped_gemm",
+    "layers.*.mlp.experts": "ep_dispatch_experts",
+}
+PIPELINE_PLAN = {
+    "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+    "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+    "norm": (["hidden_states"], ["hidden_states"]),
 }
 
 
@@ -46,7 +72,7 @@ class HfllmConfig(PreTrainedConfig):
         position_embedding_type: `"rope"` (arXiv:2104.09864), `"learned"` absolute positions, or `"none"`.
         is_causal: `False` lets every token attend to all others, for masked language modelling.
         sliding_window: attend to this many tokens at most, the current one included (Mistral, arXiv:2310.06825);
-            `None` is no limit.
+            `None` is no limit. Causal models only, since attention kernels disagree about the other side.
         num_local_experts: gated experts per layer (Mixtral, arXiv:2401.04088); 0 is one dense MLP.
         num_experts_per_tok: experts that a router picks for each token; their softmax weights are renormalised.
         router_aux_loss_coef: weight of the load-balancing loss (arXiv:2101.03961, equations 4 to 6), which is added
@@ -74,7 +100,8 @@ class HfllmConfig(PreTrainedConfig):
             the whole batch never exist; with labels the output then has no logits. `None` is all at once.
 
     Raises:
-        ValueError: when a value or a combination of values describes no model; the message names the field.
+        StrictDataclassError: (of huggingface_hub) when a value or a combination of values describes no model; the
+            message names the field.
     """
 
     model_type = "hfllm"
@@ -84,31 +111,6 @@ class HfllmConfig(PreTrainedConfig):
         "layer_norm_eps": "norm_eps",
         "num_experts": "num_local_experts",
     }
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
-        "layers.*.mlp.experts.down_proj": "rowwise",
-        "layers.*.mlp.experts": "moe_tp_experts",
-    }
-    base_model_ep_plan = {
-        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
-        "layers.*.mlp.experts.down_proj": "grouped_gemm",
-        "layers.*.mlp.experts": "ep_dispatch_experts",
-    }
-    base_model_pp_plan = {
-        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-        "norm": (["hidden_states"], ["hidden_states"]),
-    }
-
     norm_type: str = "rmsnorm"
     norm_placement: str = "pre"
     norm_bias: bool = True
@@ -180,6 +182,21 @@ class HfllmConfig(PreTrainedConfig):
             self.rope_parameters = None
         if not self.is_causal:
             self.use_cache = False
+        self._set_parallel_plans()
+
+    def _set_parallel_plans(self) -> None:
+        """The rules that match a module of this member of the family."""
+        absent = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] if self.num_local_experts else ["mlp.experts"]
+        absent += [] if self.qk_norm else ["q_norm", "k_norm"]
+        absent += ["mlp.gate_proj"] if self.mlp_type == "plain" else []
+        # A single key-value head cannot be split, nor then the query heads that share it.
+        absent += ["self_attn"] if self.num_key_value_heads == 1 else []
+        self.base_model_tp_plan = {
+            rule: style for rule, style in TENSOR_PARALLEL_PLAN.items() if not any(name in rule for name in absent)
+        }
+        self.base_model_ep_plan = dict(EXPERT_PARALLEL_PLAN) if self.num_local_experts else None
+        # Later stages would add learned positions again.
+        self.base_model_pp_plan = None if self.position_embedding_type == "learned" else dict(PIPELINE_PLAN)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
         """As the base class does; when code travels with the weights, `auto_map` names all classes of the family."""
@@ -223,6 +240,15 @@ class HfllmConfig(PreTrainedConfig):
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        for field in ("initializer_range", "router_aux_loss_coef"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field} must not be negative, got {getattr(self, field)}")
+        if self.norm_eps <= 0:
+            raise ValueError(f"norm_eps must be above 0, got {self.norm_eps}")
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise ValueError(f"pad_token_id={self.pad_token_id} must be below vocab_size={self.vocab_size}")
+        if self.position_embedding_type == "learned" and self.max_position_embeddings < 1:
+            raise ValueError(f"max_position_embeddings must be at least 1, got {self.max_position_embeddings}")
         for field in ("sliding_window", "loss_chunk_size"):
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1 or None, got {getattr(self, field)}")
@@ -240,6 +266,9 @@ class HfllmConfig(PreTrainedConfig):
                 f"num_attention_heads={self.num_attention_heads}) must be at least 1"
             )
         if self.position_embedding_type == "rope":
+            kinds, kind = ("default", *ROPE_INIT_FUNCTIONS), self.rope_parameters["rope_type"]
+            if kind not in kinds:
+                raise ValueError(f"rope_parameters: rope_type={kind!r} is not one of {', '.join(kinds)}")
             factor = self.rope_parameters.get("partial_rotary_factor", 1.0)
             rotary = int(self.head_dim * factor)
             if rotary < 2 or rotary % 2 or rotary > self.head_dim:
@@ -262,6 +291,9 @@ class HfllmConfig(PreTrainedConfig):
             )
         if self.parallel_block and self.norm_placement == "post":
             raise ValueError("parallel_block=True needs norm_placement='pre', got 'post'")
+        for field in ("sliding_window", "num_local_experts", "loss_chunk_size"):
+            if not self.is_causal and getattr(self, field):
+                raise ValueError(f"{field}={getattr(self, field)} needs is_causal=True, got False")
         if self.norm_unit_offset and self.norm_type != "rmsnorm":
             raise ValueError(f"norm_unit_offset=True needs norm_type='rmsnorm', got {self.norm_type!r}")
 

@@ -15,7 +15,7 @@ import transformers
 from hfllm.errors import InputError
 from hfllm.models import tensor_layouts as layouts
 from hfllm.models.configuration_hfllm import HfllmConfig
-from hfllm.models.native_families import FAMILIES, config_from_native, config_to_native
+from hfllm.models.native_families import BAD_CONFIG, FAMILIES, config_from_native, config_to_native
 
 if TYPE_CHECKING:
     import torch
@@ -47,10 +47,10 @@ def from_native(
         InputError: for a family or field that cannot be expressed, or a checkpoint that is broken; it is named.
     """
     name = os.fspath(path_or_id)
-    location = {"revision": revision, **({"gguf_file": gguf_file} if gguf_file else {})}
-    native_config = read_config(name, **location)
+    kwargs |= {"revision": revision, **({"gguf_file": gguf_file} if gguf_file else {})}
+    native_config = read_config(name, **_location(kwargs))
     config = config_from_native(native_config)
-    native = load_checked(name, **location, **kwargs)
+    native = load_checked(name, **kwargs)
     state = layouts.to_ours(native.state_dict(), FAMILIES[native_config.model_type].rules(config))
     model = _build(_auto_class(native_config)._model_mapping[HfllmConfig], config, state)
     if native.can_generate():
@@ -138,7 +138,7 @@ def read_config(name: str, **location: Any) -> "PreTrainedConfig":
     """
     try:
         return transformers.AutoConfig.from_pretrained(name, **location)
-    except (OSError, ValueError) as error:
+    except (OSError, *BAD_CONFIG) as error:
         raise InputError(f"{name}: {_one_line(error)}") from error
 
 
@@ -155,8 +155,7 @@ def load_checked(name: str, **kwargs: Any) -> "PreTrainedModel":
     """
     from safetensors import SafetensorError
 
-    location = {key: kwargs[key] for key in ("revision", "gguf_file", "token") if key in kwargs}
-    auto_class = _auto_class(read_config(name, **location))
+    auto_class = _auto_class(read_config(name, **_location(kwargs)))
     if "gguf_file" in kwargs:
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # Mismatched shapes are ignored here to be named below.
@@ -167,6 +166,12 @@ def load_checked(name: str, **kwargs: Any) -> "PreTrainedModel":
         raise InputError(f"{name}: cannot load the weights: {_one_line(error)}") from error
     _check_report(name, report)
     return model
+
+
+def _location(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments of `from_pretrained` that say where a checkpoint lies."""
+    names = ("revision", "gguf_file", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
+    return {name: kwargs[name] for name in names if name in kwargs}
 
 
 def _build(model_class: type["PreTrainedModel"], config: Any, state: dict[str, "torch.Tensor"]) -> "PreTrainedModel":

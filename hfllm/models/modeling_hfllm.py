@@ -7,6 +7,7 @@ E hidden_size, V vocab_size. `HfllmDecoderLayer.forward` says where each axis of
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 from transformers import masking_utils
 from transformers.activations import ACT2FN
@@ -42,17 +43,18 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_states, weight, eps):
-        inverse = torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(hidden_states, weight, inverse)
-        return hidden_states * inverse * weight
+        ctx.save_for_backward(hidden_states, weight)
+        ctx.eps = eps
+        return nn.functional.rms_norm(hidden_states, weight.shape, weight, eps)
 
     @staticmethod
     def backward(ctx, grad):
-        hidden_states, weight, inverse = ctx.saved_tensors
+        hidden_states, weight = ctx.saved_tensors
+        inverse = torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + ctx.eps)
         normed = hidden_states * inverse
         grad_weight = (grad * normed).flatten(0, -2).sum(0)
         grad = grad * weight
-        grad = torch.addcmul(grad, normed, (grad * normed).mean(-1, keepdim=True), value=-1).mul_(inverse)
+        grad = torch.addcmul(grad, normed, (grad * normed).mean(-1, keepdim=True), value=-1) * inverse
         return grad, grad_weight, None
 
 
@@ -94,10 +96,8 @@ class HfllmRotaryEmbedding(nn.Module):
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
         self.rope_type = config.rope_parameters["rope_type"]
-        compute = self.compute_default_rope_parameters
-        if self.rope_type != "default":
-            compute = ROPE_INIT_FUNCTIONS[self.rope_type]
-        inv_freq, self.attention_scaling = compute(config)
+        by_type = {**ROPE_INIT_FUNCTIONS, "default": self.compute_default_rope_parameters}
+        inv_freq, self.attention_scaling = by_type[self.rope_type](config)
         self.inv_freq = nn.Buffer(inv_freq, persistent=False)
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
@@ -127,6 +127,18 @@ def apply_rotary_pos_emb(states_BHSD: torch.Tensor, cos: torch.Tensor, sin: torc
         return torch.addcmul(states_BHSD * cos, states_BHSD.roll(size // 2, -1), sin)
     rotated, passed = states_BHSD.split((size, states_BHSD.shape[-1] - size), dim=-1)
     return torch.cat((apply_rotary_pos_emb(rotated, cos, sin), passed), dim=-1)
+
+
+class HfllmEmbedding(nn.Embedding):
+    """Token embeddings times `embedding_multiplier`, which is rounded to the weights' precision first, as in Gemma."""
+
+    def __init__(self, config: HfllmConfig):
+        super().__init__(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.multiplier = config.embedding_multiplier
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        embeddings = super().forward(input_ids)
+        return embeddings if self.multiplier == 1 else embeddings * embeddings.new_tensor(self.multiplier)
 
 
 class HfllmAttention(nn.Module):
@@ -171,7 +183,7 @@ class HfllmAttention(nn.Module):
             query = apply_rotary_pos_emb(query, *position_embeddings)
             key = apply_rotary_pos_emb(key, *position_embeddings)
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
             self,
@@ -200,17 +212,19 @@ class HfllmMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        inner = [self.up_proj(hidden_states)]
-        if self.is_gated:
-            inner.append(self.gate_proj(hidden_states))
-        # ZeRO-3 gathers weights by hooks, which must not see the interrupted call below.
-        if not (self.training and saves_memory()) or hasattr(self.down_proj.weight, "ds_id"):
+        inner = [self.up_proj(hidden_states), *([self.gate_proj(hidden_states)] if self.is_gated else [])]
+        # Not a layer with a dropout of its own (LoRA), nor hooks that gather weights (ZeRO-3): both count calls.
+        is_plain = type(self.down_proj) is nn.Linear and not hasattr(self.down_proj.weight, "ds_id")
+        if not (self.training and saves_memory() and is_plain):
             return self._down(*inner)
         # Keep the large products for the backward pass and do the rest again, which ends before `down_proj`'s own.
         return torch.utils.checkpoint.checkpoint(self._down, *inner, use_reentrant=False, preserve_rng_state=False)
 
     def _down(self, up: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-        return self.down_proj(self.act_fn(up) if gate is None else self.act_fn(gate) * up)
+        inner = self.act_fn(up if gate is None else gate)
+        if gate is not None:
+            inner = inner * up if torch.is_grad_enabled() else inner.mul_(up)
+        return self.down_proj(inner)
 
 
 class HfllmRouter(nn.Module):
@@ -358,7 +372,7 @@ def packed_sequences(position_ids: torch.Tensor | None, attention_mask: torch.Te
 
     A sequence begins where the position does not go up by one between two tokens that are not padding.
     """
-    if position_ids is None or (attention_mask is not None and attention_mask.ndim != 2):
+    if position_ids is None or (attention_mask is not None and len(attention_mask.shape) != 2):
         return None
     begins = position_ids[:, 1:] - position_ids[:, :-1] != 1
     if attention_mask is not None:
@@ -373,7 +387,7 @@ class HfllmModel(HfllmPreTrainedModel):
 
     def __init__(self, config: HfllmConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = HfllmEmbedding(config)
         if config.position_embedding_type == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         if config.position_embedding_type == "rope":
@@ -412,7 +426,6 @@ class HfllmModel(HfllmPreTrainedModel):
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
-
         mask = self._mask(inputs_embeds, attention_mask, position_ids, cache, packed)
         hidden_states, position_embeddings = self._embed(inputs_embeds, position_ids)
         for layer in self.layers[: self.config.num_hidden_layers]:
@@ -427,16 +440,14 @@ class HfllmModel(HfllmPreTrainedModel):
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache)
 
-    def _mask(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor,
-        cache: Cache | None,
-        packed: torch.Tensor | None,
-    ) -> torch.Tensor | None:
+    def _mask(self, inputs_embeds, attention_mask, position_ids, cache, packed):
         # Both turn bidirectional by themselves when config.is_causal is False.
         create = masking_utils.create_causal_mask
+        if packed is not None and "flash" in self.config._attn_implementation:
+            # Flash kernels take no mask: only one row without padding is split at its position ids.
+            if len(packed) > 1 or not (attention_mask is None or attention_mask.all()):
+                raise ValueError("flash attention takes packed sequences as one row without padding only")
+            attention_mask = None
         if self.config.sliding_window is not None:
             create = masking_utils.create_sliding_window_causal_mask
         allowed = None
@@ -445,14 +456,9 @@ class HfllmModel(HfllmPreTrainedModel):
             allowed = masking_utils.packed_sequence_mask_function(packed.expand(inputs_embeds.shape[0], -1))
         return create(self.config, inputs_embeds, attention_mask, cache, position_ids, and_mask_function=allowed)
 
-    def _embed(
-        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    def _embed(self, inputs_embeds, position_ids):
         """The first layer's input, and the rotary cosines and sines if there are any."""
         hidden_states, position_embeddings = inputs_embeds, None
-        if self.config.embedding_multiplier != 1:
-            # Rounded to the weights' precision first, as the models do that were trained so.
-            hidden_states = hidden_states * torch.tensor(self.config.embedding_multiplier, dtype=inputs_embeds.dtype)
         if self.config.position_embedding_type == "learned":
             if inputs_embeds.shape[1] > self.config.max_position_embeddings:
                 raise ValueError(
@@ -470,7 +476,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_NE, weight_VE, targets_N, chunk_size, label_smoothing):
-        needs_grad = any(ctx.needs_input_grad)
+        needs_grad, trains_head = any(ctx.needs_input_grad), ctx.needs_input_grad[1]
         grad_hidden, grad_weight = torch.empty_like(hidden_NE), None
         total = torch.zeros((), dtype=torch.float32, device=hidden_NE.device)
         for start in range(0, len(hidden_NE), chunk_size):
@@ -488,9 +494,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad = scores.exp_()
             if label_smoothing:
                 grad -= label_smoothing / len(weight_VE)
-            grad = grad.scatter_add_(1, column, grad.new_full((1, 1), label_smoothing - 1).expand_as(column))
+            grad.scatter_add_(1, column, grad.new_full((1, 1), label_smoothing - 1).expand_as(column))
             grad = grad.to(dtype)
             grad_hidden[rows] = (grad @ weight_VE) * kept
+            if not trains_head:
+                continue
             hidden = (hidden_NE[rows] * kept).to(grad.dtype)
             if grad_weight is None:
                 grad_weight = (grad.t() @ hidden).float()
@@ -502,10 +510,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         # In place, since a copy of the head's gradient would be the largest tensor here: once only.
+        if ctx.gradients is None:
+            raise RuntimeError("the chunked loss has one backward pass only: use loss_chunk_size=0 to keep the graph")
         (grad_hidden, grad_weight, dtype), ctx.gradients = ctx.gradients, None
-        return grad_hidden.mul_(grad_output), grad_weight.mul_(grad_output).to(dtype), None, None, None
+        grad_weight = grad_weight if grad_weight is None else grad_weight.mul_(grad_output).to(dtype)
+        return grad_hidden.mul_(grad_output), grad_weight, None, None, None
 
 
 def linear_cross_entropy(
@@ -576,7 +588,7 @@ class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
         Args:
             logits_to_keep: limits the head to that many last positions, or to the positions of a tensor.
             loss_chunk_size: with labels, compute the loss over this many tokens at a time and return no logits;
-                `None` follows the config.
+                0 is all at once, `None` follows the config.
             label_smoothing: (in `kwargs`) share of the target spread over all tokens (arXiv:1512.00567, section 7).
             output_router_logits: with experts, return the routers' logits and the auxiliary loss, and add it to the
                 loss. `None` follows the config; in training with labels it is always so.
@@ -598,14 +610,14 @@ class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
             output_router_logits=output_router_logits,
             **kwargs,
         )
-        loss_chunk_size = loss_chunk_size or self.config.loss_chunk_size
+        loss_chunk_size = self.config.loss_chunk_size if loss_chunk_size is None else loss_chunk_size
         logits = loss = aux_loss = None
         if labels is None or not loss_chunk_size:
             logits = self._logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         if labels is not None:
             loss = self._loss(outputs.last_hidden_state, logits, labels, loss_chunk_size, label_smoothing, **kwargs)
         if output_router_logits:
-            mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+            mask = attention_mask if attention_mask is not None and len(attention_mask.shape) == 2 else None
             experts = (self.config.num_local_experts, self.config.num_experts_per_tok)
             aux_loss = load_balancing_loss_func(outputs.router_logits, *experts, mask)
             if loss is not None:
@@ -620,15 +632,7 @@ class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
             router_logits=outputs.router_logits if output_router_logits else None,
         )
 
-    def _loss(
-        self,
-        hidden_states: torch.Tensor,
-        logits: torch.Tensor | None,
-        labels: torch.LongTensor,
-        chunk_size: int | None,
-        label_smoothing: float,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
+    def _loss(self, hidden_states, logits, labels, chunk_size, label_smoothing, **kwargs) -> torch.Tensor:
         if logits is not None and not label_smoothing:
             return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         targets, num_items = kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")
@@ -690,10 +694,6 @@ class HfllmForTokenClassification(GenericForTokenClassification, HfllmPreTrained
 
 
 __all__ = [
-    "HfllmForCausalLM",
-    "HfllmForMaskedLM",
-    "HfllmForSequenceClassification",
-    "HfllmForTokenClassification",
-    "HfllmModel",
-    "HfllmPreTrainedModel",
+    *("HfllmForCausalLM", "HfllmForMaskedLM", "HfllmForSequenceClassification", "HfllmForTokenClassification"),
+    *("HfllmModel", "HfllmPreTrainedModel"),
 ]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 from hfllm.errors import InputError
 from hfllm.models import tensor_layouts as layouts
@@ -17,6 +18,8 @@ from hfllm.models.configuration_hfllm import HfllmConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+# What configs raise for values that they refuse; a missing key is a RoPE parameter.
+BAD_CONFIG = (ValueError, KeyError, StrictDataclassError)
 SHARED = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings"),
     *("initializer_range", "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout"),
@@ -46,23 +49,43 @@ class Family:
         read: our other fields, from a native config.
         write: the native config's other fields, from ours.
         rules: tensors that are named or laid out differently.
+        has_partial_rope: whether `partial_rotary_factor` has an effect there.
     """
 
     names: Mapping[str, str]
     read: Callable[[Any], dict[str, Any]] = lambda config: {}
     write: Callable[[HfllmConfig], dict[str, Any]] = lambda config: {}
     rules: Callable[[HfllmConfig], Iterator[layouts.Rule]] = lambda config: iter(())
+    has_partial_rope: bool = False
 
     def ours(self, native: "PreTrainedConfig") -> HfllmConfig:
         names = {name: name for name in SHARED} | dict(self.names)
         # `head_dim` is None in some native configs and absent from others, which accept it all the same.
         values = {ours: getattr(native, theirs, None) for ours, theirs in names.items()}
+        if values.get("rope_parameters"):
+            rope = _plain_rope(values["rope_parameters"])
+            if not self.has_partial_rope:
+                rope.pop("partial_rotary_factor", None)
+            values["rope_parameters"] = rope
         return HfllmConfig(**values | self.read(native))
 
     def theirs(self, config: HfllmConfig, native_class: type["PreTrainedConfig"]) -> "PreTrainedConfig":
         names = {name: name for name in SHARED} | dict(self.names)
         values = {theirs: getattr(config, ours) for ours, theirs in names.items()}
+        if values.get("rope_parameters"):
+            values["rope_parameters"] = dict(values["rope_parameters"])
+            if self.has_partial_rope:
+                # Absent, it means another number there.
+                values["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
         return native_class(**values | self.write(config))
+
+
+def _plain_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy, since configs change theirs in place, without a factor that says nothing."""
+    rope = dict(parameters)
+    if rope.get("partial_rotary_factor") == 1:
+        del rope["partial_rotary_factor"]
+    return rope
 
 
 # ---- the families ----
@@ -185,7 +208,8 @@ FAMILIES = {
             "hidden_act": _OPENAI_ACTIVATIONS.get(native.afn, native.afn),
         },
         write=lambda config: {
-            "afn": {"gelu_new": "gelu"}.get(config.hidden_act, config.hidden_act),
+            # Another activation comes back as gelu_new, and is refused by that.
+            "afn": {"silu": "silu", "relu": "relu"}.get(config.hidden_act, "gelu"),
             "embd_pdrop": config.hidden_dropout,
         },
         rules=layouts.openai_rules,
@@ -203,6 +227,7 @@ FAMILIES = {
         },
         write=lambda config: {"use_parallel_residual": config.parallel_block},
         rules=layouts.neox_rules,
+        has_partial_rope=True,
     ),
     "falcon": Family(
         {
@@ -232,10 +257,10 @@ def config_from_native(native: "PreTrainedConfig") -> HfllmConfig:
     try:
         config = family.ours(native)
         back = family.theirs(config, type(native))
-    except ValueError as error:
+    except BAD_CONFIG as error:
         raise InputError(f"{native.model_type}: {' '.join(str(error).split())}") from error
     for name in sorted(_fields(native) - HARMLESS_THEIRS):
-        if getattr(native, name) != getattr(back, name):
+        if not _same(getattr(native, name), getattr(back, name)):
             raise InputError(
                 f"{native.model_type} with {name}={getattr(native, name)!r} has no place in HfllmConfig, "
                 f"only {getattr(back, name)!r} has"
@@ -270,7 +295,7 @@ def _say(config: HfllmConfig, native_type: str) -> tuple[Any, list[str]]:
     try:
         native = family.theirs(config, native_class)
         back = family.ours(native)
-    except (ValueError, InputError):
+    except BAD_CONFIG:
         # Values that the native class itself refuses, such as a width that its heads do not divide.
         return None, sorted(_fields(config))
     irrelevant = set(HARMLESS_OURS)
@@ -281,7 +306,13 @@ def _say(config: HfllmConfig, native_type: str) -> tuple[Any, list[str]]:
     if not config.num_local_experts:
         irrelevant.add("num_experts_per_tok")
     names = sorted(_fields(config) - irrelevant)
-    return native, [name for name in names if getattr(config, name) != getattr(back, name)]
+    return native, [name for name in names if not _same(getattr(config, name), getattr(back, name))]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return _plain_rope(one) == _plain_rope(other)
+    return one == other
 
 
 def _fields(config: "PreTrainedConfig") -> set[str]:

@@ -5,6 +5,7 @@ table 2.1), LLaMA (arXiv:2302.13971), Llama 2 (arXiv:2307.09288), Code Llama (ar
 (arXiv:2204.02311, table 1), Mistral (arXiv:2310.06825), Mixtral (arXiv:2401.04088).
 """
 
+from copy import deepcopy
 from difflib import get_close_matches
 from typing import Any
 
@@ -78,7 +79,7 @@ _PRESETS = {
     "llama-7b": _sized(_LLAMA, 32, 4096, 32, 11008),
     "llama-13b": _sized(_LLAMA, 40, 5120, 40, 13824),
     "llama-33b": _sized(_LLAMA, 60, 6656, 52, 17920),
-    "llama-65b": _sized(_LLAMA, 80, 8192, 64, 22016),
+    "llama-65b": _sized({**_LLAMA, "norm_eps": 1e-5}, 80, 8192, 64, 22016),
     "llama-2-7b": _sized(_LLAMA2, 32, 4096, 32, 11008),
     "llama-2-13b": _sized(_LLAMA2, 40, 5120, 40, 13824),
     "llama-2-70b": _sized(_LLAMA2, 80, 8192, 64, 28672, num_key_value_heads=8),
@@ -111,7 +112,7 @@ def preset(name: str) -> dict[str, Any]:
         key = "gpt" + key.removeprefix("gpt-")
     key = _OTHER_NAMES.get(key, key)
     if key in _PRESETS:
-        return dict(_PRESETS[key])
+        return deepcopy(_PRESETS[key])
     if key.startswith("gpt4"):
         raise ValueError(f"preset {name!r}: the size of GPT-4 was never disclosed")
     near = get_close_matches(key, _PRESETS, n=3) or list_presets()

@@ -138,3 +138,11 @@ def test_unreadable_rows_name_their_origin_and_columns(mapper, row, complaint):
     with pytest.raises(InputError, match=r"x\.jsonl, line 3") as error:
         mapper("x.jsonl, line 3", row)
     assert complaint in str(error.value)
+
+
+def test_code_llamas_infilling_prompts():
+    assert (
+        formats.infilling_prompt("def f(x):\n    ", "\n    return y")
+        == "<PRE> def f(x):\n     <SUF>\n    return y <MID>"
+    )
+    assert formats.infilling_prompt("a = ", "\n", suffix_first=True) == "<PRE> <SUF>\n <MID> a = "

@@ -49,6 +49,15 @@ def test_odd_heads_are_fine_without_rope():
         ({"loss_chunk_size": 0}, "loss_chunk_size"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.2}}, "partial_rotary_factor"),
         ({"residual_init": "xavier"}, "residual_init"),
+        ({"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}, "rope_type='foo'"),
+        ({"pad_token_id": 32000}, "pad_token_id=32000"),
+        ({"position_embedding_type": "learned", "max_position_embeddings": 0}, "max_position_embeddings"),
+        ({"norm_eps": -1.0}, "norm_eps"),
+        ({"initializer_range": -0.1}, "initializer_range"),
+        ({"router_aux_loss_coef": -1.0, "num_local_experts": 2}, "router_aux_loss_coef"),
+        ({"is_causal": False, "sliding_window": 4}, "sliding_window=4"),
+        ({"is_causal": False, "num_local_experts": 2}, "num_local_experts=2"),
+        ({"is_causal": False, "loss_chunk_size": 8}, "loss_chunk_size=8"),
     ],
 )
 def test_combinations_that_make_no_sense_are_refused(values, field):

@@ -1,5 +1,7 @@
 """Conversion refuses what it cannot say, names it, and leaves nothing half-written."""
 
+import contextlib
+import copy
 import json
 import os
 
@@ -58,6 +60,16 @@ def test_the_first_family_that_can_say_it_is_taken(make_model, tmp_path, family,
         ({"norm_type": "layernorm"}, "mistral", ["norm_type='layernorm'"]),
         ({"sliding_window": 5}, "llama", ["sliding_window=5"]),
         ({"embedding_multiplier": 2.0}, "gemma", ["embedding_multiplier=2.0", "norm_unit_offset=False"]),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "llama",
+            ["rope_parameters", "partial_rotary_factor"],
+        ),
+        (
+            {**FAMILIES["gpt1"], "hidden_act": "tanh"},
+            "openai-gpt",
+            ["hidden_act='tanh'"],
+        ),
     ],
 )
 def test_what_no_native_class_can_say_is_refused(make_model, tmp_path, values, native_type, fields):
@@ -78,12 +90,47 @@ def test_what_no_native_class_can_say_is_refused(make_model, tmp_path, values, n
         (transformers.Qwen2Config(use_sliding_window=True, max_window_layers=2), "layer_types"),
         (transformers.GemmaConfig(use_bidirectional_attention=True), "use_bidirectional_attention=True"),
         (transformers.T5Config(), "model_type 't5'"),
+        (
+            transformers.LlamaConfig(
+                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+            ),
+            "rope_parameters",
+        ),
     ],
 )
 def test_what_our_axes_cannot_say_is_refused(config, message):
     with pytest.raises(InputError) as error:
         config_from_native(config)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("native_type", [None, "gpt_neox"])
+def test_a_conversion_leaves_the_config_alone(make_model, tmp_path, native_type):
+    for family in ("neox", "llama", "mixtral-parallel-window"):
+        model = make_model(**FAMILIES[family])
+        before = copy.deepcopy(model.config.to_dict())
+        with contextlib.suppress(InputError):
+            hfllm.to_native(model, tmp_path / family, native_type)
+        assert model.config.to_dict() == before
+
+
+def test_a_width_that_one_family_refuses_goes_to_the_next(make_model, tmp_path):
+    model = make_model(hidden_size=36, num_attention_heads=8, num_key_value_heads=8, head_dim=16)
+    hfllm.to_native(model, tmp_path / "out")
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").model_type == "mistral"
+
+
+def test_both_readings_of_a_checkpoint_know_where_it_lies(native_folder, monkeypatch):
+    seen = []
+    read = transformers.AutoConfig.from_pretrained
+
+    def spy(name, **kwargs):
+        seen.append(kwargs.get("token"))
+        return read(name, **kwargs)
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", spy)
+    hfllm.from_native(native_folder, token="hf_reader")
+    assert set(seen[:2]) == {"hf_reader"}
 
 
 def test_an_unknown_native_type_is_refused(make_config):
@@ -143,6 +190,11 @@ def truncate(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def set_field(folder, name, value):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+
+
 NORM = "model.norm.weight"
 
 
@@ -155,8 +207,9 @@ NORM = "model.norm.weight"
         (truncate, "cannot load the weights"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+        (lambda folder: set_field(folder, "hidden_act", "softmaxish"), "hidden_act='softmaxish'"),
     ],
-    ids=["missing", "extra", "shape", "truncated", "no-weights", "config"],
+    ids=["missing", "extra", "shape", "truncated", "no-weights", "config", "config-value"],
 )
 @pytest.mark.parametrize("direction", ["from_native", "to_native"])
 def test_broken_checkpoints_give_one_clear_error(native_folder, tmp_path, damage, message, direction):

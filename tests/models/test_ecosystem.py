@@ -101,6 +101,17 @@ class TestGeneration:
         assert 0 < (rounded - exact).norm() < 0.1 * exact.norm()
 
 
+def test_continuous_batching_equals_generate(model, ids):
+    from transformers import GenerationConfig
+
+    if model.config.sliding_window or model.config.num_local_experts:
+        pytest.skip("the paged kernels for these are not on a CPU")
+    expected = model.generate(ids, **GREEDY)[0, ids.shape[1] :].tolist()
+    settings = GenerationConfig(**{**GREEDY, "eos_token_id": -1})
+    answers = model.generate_batch([ids[0].tolist()], generation_config=settings, progress_bar=False)
+    assert [answer.generated_tokens for answer in answers.values()] == [expected]
+
+
 def test_flex_attention_equals_sdpa(model, ids):
     expected = model(ids).logits
     model.set_attn_implementation("flex_attention")

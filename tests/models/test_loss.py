@@ -109,6 +109,30 @@ def test_the_head_alone_can_be_trained(make_model, batch):
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
 
 
+def test_it_is_differentiated_once_and_can_be_switched_off(make_model, batch):
+    model = make_model(loss_chunk_size=4)
+    loss = model(**batch).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        loss.backward()
+    assert model(**batch, loss_chunk_size=0).logits is not None
+
+
+def test_a_frozen_head_gets_no_gradient(make_model, batch):
+    model = make_model()
+    model.lm_head.requires_grad_(False)
+    _, expected = loss_and_gradients_of_trained(model, **batch)
+    _, gradients = loss_and_gradients_of_trained(model, **batch, loss_chunk_size=4)
+    torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-5)
+
+
+def loss_and_gradients_of_trained(model, **inputs):
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss, [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+
+
 def test_balance_does_not_count_padding(make_model, batch):
     model = make_model(**FAMILIES["mixtral"], output_router_logits=True)
     expected = model(batch["input_ids"]).aux_loss

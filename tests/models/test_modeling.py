@@ -12,6 +12,7 @@ from transformers import (
 from transformers.cache_utils import StaticCache
 
 import hfllm
+from hfllm.models import modeling_hfllm
 
 
 @pytest.fixture(params=FAMILIES, ids=list(FAMILIES))
@@ -80,9 +81,15 @@ def test_activation_checkpointing_changes_neither_loss_nor_gradient(make_model, 
         loss.backward()
         return loss.detach(), [parameter.grad for parameter in model.parameters()]
 
-    checkpointed = make_model(**axes)
+    def counted(model, calls):
+        model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+        return model
+
+    once, twice = [], []
+    checkpointed = counted(make_model(**axes), twice)
     checkpointed.activation_checkpointing_enable()
-    torch.testing.assert_close(gradients(checkpointed), gradients(make_model(**axes)))
+    torch.testing.assert_close(gradients(checkpointed), gradients(counted(make_model(**axes), once)))
+    assert (len(once), len(twice)) == (1, 2)
 
 
 def test_every_parameter_receives_a_gradient(make_model, axes, ids):
@@ -137,8 +144,13 @@ def test_training_overfits_one_batch(make_model, axes, ids):
 def test_embeddings_resize(make_model, axes, ids):
     model = make_model(**axes)
     size = model.config.vocab_size
+    before = model(ids).logits
     model.resize_token_embeddings(size + 7)
-    assert model(ids).logits.shape[-1] == size + 7 == model.config.vocab_size
+    after = model(ids).logits
+    assert after.shape[-1] == size + 7 == model.config.vocab_size
+    torch.testing.assert_close(after[..., :size], before)
+    tied = model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert tied == bool(axes.get("tie_word_embeddings"))
 
 
 def test_the_score_is_read_at_the_last_token_that_is_not_padding(make_model, axes, ids):
@@ -200,6 +212,19 @@ def test_right_padding_changes_nothing(make_model, axes, ids):
     torch.testing.assert_close(logits, model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_packed_rows_that_flash_attention_would_mix_are_refused(make_model, ids):
+    model = make_model().model
+    model.config._attn_implementation_internal = "flash_attention_2"
+    positions = torch.cat((torch.arange(7), torch.arange(5))).unsqueeze(0)
+    numbers = modeling_hfllm.packed_sequences(positions, None)
+    embeds = model.embed_tokens(ids)
+    assert model._mask(embeds[:1], None, positions, None, numbers) is None  # the kernel splits one row by itself
+    with pytest.raises(ValueError, match="one row without padding"):
+        model._mask(embeds, None, positions.expand(2, -1), None, numbers.expand(2, -1))
+    with pytest.raises(ValueError, match="one row without padding"):
+        model._mask(embeds[:1], torch.tensor([[0] * 3 + [1] * 9]), positions, None, numbers)
+
+
 def test_a_window_ends(make_model, ids):
     model = make_model(sliding_window=3, num_hidden_layers=1)
     changed = ids.clone()
@@ -215,6 +240,39 @@ def test_sliding_cache_equals_no_cache_far_beyond_the_window(make_model, ids):
     with_cache = model.generate(ids, **settings)
     assert torch.equal(model.generate(ids, use_cache=False, **settings), with_cache)
     assert torch.equal(model.generate(ids, cache_implementation="static", **settings), with_cache)
+
+
+def test_adapters_with_dropout_get_the_gradient_of_their_own_mask(make_model, ids, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    def gradients():
+        adapter = LoraConfig(target_modules=["down_proj"], lora_dropout=0.5, init_lora_weights=False)
+        torch.manual_seed(1)
+        model = get_peft_model(make_model(), adapter).train()
+        model(ids, labels=ids).loss.backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    saving = gradients()
+    monkeypatch.setattr(modeling_hfllm, "saves_memory", lambda: False)
+    torch.testing.assert_close(saving, gradients())
+
+
+def test_the_norm_has_first_and_second_derivatives():
+    states = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(modeling_hfllm._RMSNorm.apply, (states, weight, 1e-5))
+    assert torch.autograd.gradgradcheck(modeling_hfllm._RMSNorm.apply, (states, weight, 1e-5))
+
+
+def test_parallel_plans_name_what_is_there(make_config, axes):
+    import re
+
+    config = make_config(**axes)
+    names = [name for name, _ in hfllm.HfllmModel(config).named_modules()]
+    names += [name for name, _ in hfllm.HfllmModel(config).named_parameters()]
+    for rule in {**config.base_model_tp_plan, **(config.base_model_ep_plan or {})}:
+        assert any(re.fullmatch(rule.replace(".", r"\.").replace("*", r"\d+"), name) for name in names), rule
+    assert (config.base_model_pp_plan is None) == (config.position_embedding_type == "learned")
 
 
 def test_bf16_is_close_to_fp32(make_model, axes, ids):
@@ -264,9 +322,8 @@ class TestBidirectional:
         changed[:, -1] = 5
         assert not torch.allclose(model(ids).logits[:, 0], model(changed).logits[:, 0], atol=1e-4)
 
-    @pytest.mark.parametrize("window", [None, 4])
-    def test_padding_and_packing_change_nothing(self, make_model, ids, window):
-        model = make_model(model_class=hfllm.HfllmForMaskedLM, **BERT, sliding_window=window)
+    def test_padding_and_packing_change_nothing(self, make_model, ids):
+        model = make_model(model_class=hfllm.HfllmForMaskedLM, **BERT)
         alone = model(ids).logits
         padded = torch.cat((ids, torch.zeros(2, 5, dtype=torch.long)), 1)
         mask = (torch.arange(17) < 12).long().expand(2, -1)

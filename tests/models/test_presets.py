@@ -59,6 +59,11 @@ def test_overrides_and_other_names():
     assert hfllm.HfllmConfig.from_preset("codellama-34b").num_parameters() == PARAMETERS["code-llama-34b"]
 
 
+def test_a_changed_config_leaves_the_presets_alone():
+    hfllm.HfllmConfig.from_preset("code-llama-7b").rope_parameters["rope_theta"] = 5.0
+    assert hfllm.HfllmConfig.from_preset("code-llama-13b").rope_parameters["rope_theta"] == 1e6
+
+
 def test_unknown_presets_name_the_nearest():
     with pytest.raises(ValueError, match="llama-2-70b"):
         hfllm.HfllmConfig.from_preset("llama-2-71b")

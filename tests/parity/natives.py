@@ -59,6 +59,10 @@ NATIVES = {
     "gpt2": ("gpt2", {**_GPT, "bos_token_id": 1}),
     "gpt2-wide": ("gpt2", {**_GPT, "n_inner": 48, "activation_function": "gelu", "tie_word_embeddings": False}),
     "neox": ("gpt_neox", {**_SIZES, "intermediate_size": 64}),
+    "neox-whole-heads": (
+        "gpt_neox",
+        {**_SIZES, "intermediate_size": 64, **_rope("default", partial_rotary_factor=1.0)},
+    ),
     "neox-sequential": ("gpt_neox", {**_SIZES, "intermediate_size": 64, "use_parallel_residual": False}),
     "falcon-7b": ("falcon", _SIZES),
     "falcon-40b": ("falcon", {**_SIZES, "new_decoder_architecture": True, "num_kv_heads": 2}),
