@@ -1,9 +1,10 @@
 """Speed and memory of the family against transformers' LlamaForCausalLM of the same config, side by side.
 
-    OMP_NUM_THREADS=2 python benchmarks/model.py --output benchmarks/results/model.md
+    OMP_NUM_THREADS=1 python benchmarks/model.py --output benchmarks/results/model.md
 
 Every measurement alternates between the two models in one process, after warm-up, and the ratio of medians is
-reported. Peak memory is the largest resident size of a fresh process that takes three training steps.
+reported; speeds are tokens per CPU-second. Peak memory is the largest resident size of a fresh process that takes three
+training steps.
 """
 
 import argparse
@@ -159,7 +160,10 @@ def main() -> None:
     if args.peak:
         measure_peak(*args.peak)
         return
-    lines = ["| body | vocabulary | task | Llama, tokens/s | hfllm, tokens/s | ratio |", "| - | - | - | - | - | - |"]
+    lines = [
+        "| body | vocabulary | task | Llama, tokens/CPU-s | hfllm, tokens/CPU-s | ratio |",
+        "| - | - | - | - | - | - |",
+    ]
     for body in BODIES:
         for vocab_size in VOCABULARIES:
             lines += compare(body, vocab_size, args.rounds)
