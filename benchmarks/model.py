@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/model.py --output benchmarks/results/model.md
 
 Every measurement alternates between the two models in one process, after warm-up, and the ratio of medians is
-reported; speeds are tokens per CPU-second. Peak memory is the largest resident size of a fresh process that takes three
-training steps.
+reported; speeds are tokens per CPU-second. Peak memory is the largest resident size of a fresh process that takes
+three training steps.
 """
 
 import argparse
