@@ -12,6 +12,7 @@ from typing import Any
 
 from trl import TrlParser
 
+from hfllm.checkpoints import last_complete_checkpoint
 from hfllm.data.sources import WORLD
 from hfllm.errors import HIDDEN, InputError, redact
 from hfllm.reporting import read_report
@@ -220,16 +221,14 @@ def checkpoint_to_resume(training_args: Any) -> str | bool | None:
     Raises:
         InputError: when there is no such checkpoint.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
     wanted = training_args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() in ("false", "none", ""):
         return None
     if str(wanted).lower() == "true":
         folder = training_args.output_dir
-        wanted = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        wanted = last_complete_checkpoint(folder)
         if wanted is None:
-            raise InputError(f"--resume_from_checkpoint true: no checkpoint in {folder}")
+            raise InputError(f"--resume_from_checkpoint true: no complete checkpoint in {folder}")
     if not (Path(wanted) / "trainer_state.json").is_file():
         raise InputError(f"--resume_from_checkpoint {wanted}: not a checkpoint folder (no trainer_state.json)")
     return str(wanted)

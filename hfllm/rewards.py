@@ -72,8 +72,10 @@ def reward_name(function: Callable) -> str:
     return getattr(function, "__name__", None) or type(function).__name__
 
 
-def checked_rewards(function: RewardFunction, prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
-    """Call a reward function and refuse what is not one finite number a completion.
+def checked_rewards(
+    function: RewardFunction, prompts: Sequence, completions: Sequence, **columns: Any
+) -> list[float] | list[list[float]]:
+    """Call a reward function and refuse what is not one finite number a completion, or a list of them a completion.
 
     Raises:
         InputError: naming the function, the row and the value seen.
@@ -87,17 +89,69 @@ def checked_rewards(function: RewardFunction, prompts: Sequence, completions: Se
         raise InputError(f"{name} returned {type(rewards).__name__}; expected a list of {len(completions)} numbers")
     if len(rewards) != len(completions):
         raise InputError(f"{name} returned {len(rewards)} values for {len(completions)} completions")
+    is_per_token = isinstance(rewards[0], list | tuple)
     for row, reward in enumerate(rewards):
-        try:
-            is_number = reward is not None and math.isfinite(float(reward))
-        except (TypeError, ValueError):
-            is_number = False
-        if not is_number:
+        if isinstance(reward, list | tuple) != is_per_token or not all(
+            map(_is_number, reward if is_per_token else [reward])
+        ):
             raise InputError(
                 f"{name} returned {reward!r} for completion {row} ({completion_text(completions[row])[:80]!r}); "
-                "expected a finite number"
+                f"expected {'a list of finite numbers' if is_per_token else 'a finite number'}"
             )
-    return [float(reward) for reward in rewards]
+    return [list(map(float, reward)) if is_per_token else float(reward) for reward in rewards]
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return value is not None and math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def length_penalty(coefficient: float, free: int = 0) -> RewardFunction:
+    """A reward of `-coefficient` for each token of a completion beyond the first `free`."""
+
+    def penalty(prompts: Sequence, completions: Sequence, *, completion_ids: Sequence, **columns: Any) -> list[float]:
+        return [-coefficient * max(len(ids) - free, 0) for ids in completion_ids]
+
+    penalty.__name__ = "length_penalty"
+    return penalty
+
+
+class RewardEnsemble:
+    """Several rewards as one that is harder to exploit (Coste et al. 2023, arXiv:2310.02743, section 3).
+
+    Args:
+        members: reward functions or `RewardModel`s, at least two.
+        aggregation: `"mean"`; `"worst"`, the least of them (worst-case optimisation, equation 2); or `"uncertainty"`,
+            the mean less `coefficient` times their variance (equation 3).
+        coefficient: see `aggregation`.
+
+    Raises:
+        InputError: for fewer than two members, or an unknown aggregation.
+    """
+
+    AGGREGATIONS = ("mean", "worst", "uncertainty")
+
+    def __init__(self, members: Sequence[RewardFunction], aggregation: str = "worst", coefficient: float = 1.0):
+        if aggregation not in self.AGGREGATIONS:
+            raise InputError(f"aggregation {aggregation!r} is not one of {', '.join(self.AGGREGATIONS)}")
+        if len(members) < 2:
+            raise InputError(f"an ensemble needs at least 2 rewards, got {len(members)}")
+        self.members, self.aggregation, self.coefficient = list(members), aggregation, coefficient
+        self.__name__ = f"{aggregation}_of_{len(members)}"
+
+    def __call__(self, prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
+        scores = [checked_rewards(member, prompts, completions, **columns) for member in self.members]
+        return [self._aggregate(numbers) for numbers in zip(*scores, strict=True)]
+
+    def _aggregate(self, numbers: Sequence[float]) -> float:
+        mean = sum(numbers) / len(numbers)
+        if self.aggregation == "worst":
+            return min(numbers)
+        if self.aggregation == "mean":
+            return mean
+        return mean - self.coefficient * sum((number - mean) ** 2 for number in numbers) / len(numbers)
 
 
 class RewardModel:

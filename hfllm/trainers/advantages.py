@@ -40,14 +40,28 @@ def last_token_index(mask: torch.Tensor) -> torch.Tensor:
     return (positions * (mask > 0)).amax(dim=1)
 
 
-def token_rewards(scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, kl_coef: float) -> torch.Tensor:
+def full_kl(log_probabilities: torch.Tensor, ref_log_probabilities: torch.Tensor) -> torch.Tensor:
+    """KL(policy || reference) of whole next-token distributions (..., V), exactly: sum over tokens of p log(p / q)."""
+    return (log_probabilities.exp() * (log_probabilities - ref_log_probabilities)).sum(-1)
+
+
+def token_rewards(
+    scores: torch.Tensor,
+    kl: torch.Tensor,
+    mask: torch.Tensor,
+    kl_coef: float,
+    token_scores: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Reward (B, T) of each token: `-kl_coef * kl`, and the score on the last real token ([RLHF] equation 2).
 
     Args:
         scores: (B,), one a response.
-        kl: (B, T), from `kl_estimate`.
+        kl: (B, T), from `kl_estimate` or `full_kl`.
+        token_scores: (B, T), rewards that stay where they are.
     """
     rewards = -kl_coef * kl * mask
+    if token_scores is not None:
+        rewards = rewards + token_scores * mask
     at_end = torch.nn.functional.one_hot(last_token_index(mask), mask.shape[1]).to(mask.dtype) * mask
     return rewards + at_end * scores.unsqueeze(1)
 
@@ -90,27 +104,44 @@ def masked_whiten(
 
 
 def policy_loss(
-    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, cliprange: float
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    cliprange: float,
+    dual_clip: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The clipped surrogate, negated and *summed* over real tokens, and the sum of clipped tokens ([PPO] equation 7).
 
     The caller divides both by the tokens of the whole mini-batch, so that no split into micro-batches matters.
+
+    Args:
+        dual_clip: bound on the ratio where the advantage is negative (Ye et al. 2020, arXiv:1912.09729, equation 5).
     """
     ratio = torch.exp((logprobs - old_logprobs) * mask)
     unclipped, clipped = advantages * ratio, advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
-    loss = -(torch.minimum(unclipped, clipped) * mask).sum()
-    return loss, ((clipped < unclipped) * mask).sum()
+    surrogate = torch.minimum(unclipped, clipped)
+    if dual_clip is not None:
+        surrogate = torch.where(advantages < 0, torch.maximum(surrogate, dual_clip * advantages), surrogate)
+    return -(surrogate * mask).sum(), ((clipped < unclipped) * mask).sum()
 
 
 def value_loss(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, cliprange_value: float
+    values: torch.Tensor,
+    old_values: torch.Tensor,
+    returns: torch.Tensor,
+    mask: torch.Tensor,
+    cliprange_value: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Half the squared error of the values, the worse of clipped and unclipped, *summed*, and the clipped tokens.
 
-    The clipping around the rollout's values is that of the original PPO and RLHF implementations.
+    The clipping around the rollout's values is that of the original PPO and RLHF implementations; `None` is without.
     """
+    unclipped = (values - returns).square()
+    if cliprange_value is None:
+        return 0.5 * (unclipped * mask).sum(), torch.zeros((), device=mask.device)
     clipped_values = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
-    unclipped, clipped = (values - returns).square(), (clipped_values - returns).square()
+    clipped = (clipped_values - returns).square()
     return 0.5 * (torch.maximum(unclipped, clipped) * mask).sum(), ((clipped > unclipped) * mask).sum()
 
 

@@ -7,6 +7,19 @@ from transformers import TrainingArguments
 
 from hfllm.trainers.advantages import KL_ESTIMATORS
 
+KL_PLACES = ("reward", "loss")
+AT_LEAST_ONE = (
+    *("num_ppo_epochs", "num_mini_batches", "local_rollout_forward_batch_size", "response_length", "num_generations"),
+    *("length_bucket_size", "max_tokens_per_pass", "ref_model_sync_steps", "kl_horizon"),
+)
+ABOVE_ZERO = ("temperature", "kl_target", "target_kl", "reward_clip", "advantage_clip", "value_learning_rate")
+NOT_NEGATIVE = ("kl_coef", "vf_coef", "entropy_coef", "ptx_coef", "critic_warmup_steps", "cliprange")
+SHARES = ("gamma", "lam", "ref_model_mixup_alpha")
+
+
+def _option(default: Any, text: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": text, **metadata})
+
 
 @dataclass
 class PPOConfig(TrainingArguments):
@@ -17,71 +30,125 @@ class PPOConfig(TrainingArguments):
     `save_steps`, `eval_steps` and the learning-rate schedule count optimiser steps, as everywhere in transformers.
     """
 
-    learning_rate: float = field(default=3e-6, metadata={"help": "Initial learning rate of the optimizer."})
-    logging_steps: float = field(
-        default=10, metadata={"help": "Log every X optimizer steps; below 1, a share of all steps."}
+    learning_rate: float = _option(3e-6, "Initial learning rate of the optimizer.")
+    logging_steps: float = _option(10, "Log every X optimizer steps; below 1, a share of all steps.")
+    remove_unused_columns: bool | None = _option(
+        False, "Keep False: reward functions receive the dataset's extra columns."
     )
-    remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Keep False: reward functions receive the dataset's extra columns."}
+    model_init_kwargs: dict[str, Any] | str | None = _option(
+        None, "Keyword arguments of `from_pretrained` when the model is given by name."
     )
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of `from_pretrained` when the model is given by name."}
+    disable_dropout: bool = _option(True, "Switch dropout off, so that the ratio is 1 before the first update.")
+
+    # Rollouts
+    total_episodes: int | None = _option(None, "Number of responses to sample in all; sets `max_steps` when given.")
+    num_ppo_epochs: int = _option(4, "Passes over each rollout.")
+    num_mini_batches: int = _option(1, "Optimizer steps in each pass over a rollout.")
+    num_generations: int = _option(1, "Responses sampled to each prompt of a rollout.")
+    local_rollout_forward_batch_size: int = _option(
+        64, "Sequences a forward pass without gradient takes at once, on each process."
     )
-    disable_dropout: bool = field(
-        default=True, metadata={"help": "Switch dropout off, so that the ratio is 1 before the first update."}
+    length_bucket_size: int | None = _option(
+        None,
+        "No sequence is padded by this many tokens or more: the passes of a micro-batch are split. By default "
+        "16 on a CPU and 256 elsewhere; with DeepSpeed and FSDP micro-batches stay whole.",
     )
-    total_episodes: int | None = field(
-        default=None, metadata={"help": "Number of responses to sample in all; sets `max_steps` when given."}
+    max_tokens_per_pass: int | None = _option(
+        None,
+        "Tokens that one forward and backward pass takes at most; larger micro-batches are split. By default 1024 on "
+        "a CPU, where larger passes take memory and save no time, and no bound elsewhere.",
     )
-    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each rollout."})
-    num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps in each pass over a rollout."})
-    local_rollout_forward_batch_size: int = field(
-        default=64, metadata={"help": "Sequences a forward pass without gradient takes at once, on each process."}
+
+    # Sampling
+    response_length: int = _option(53, "Longest response to sample, in tokens.")
+    temperature: float = _option(1.0, "Sampling temperature.")
+    generation_kwargs: dict[str, Any] | str | None = _option(
+        None, "More arguments for `GenerationConfig`, such as top_k, top_p or stop_strings."
     )
-    response_length: int = field(default=53, metadata={"help": "Longest response to sample, in tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
-    generation_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "More arguments for `GenerationConfig`, such as top_k or top_p."}
+
+    # Rewards
+    reward_weights: list[float] | None = _option(
+        None, "One weight for each reward function; 0 logs a reward without training on it."
     )
-    missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "Subtracted from the score of a response without an end token."}
+    missing_eos_penalty: float | None = _option(
+        None, "Subtracted from the score of a response that was cut off at `response_length`."
     )
-    reward_weights: list[float] | None = field(
-        default=None,
-        metadata={"help": "One weight for each reward function; 0 logs a reward without training on it."},
+    normalize_rewards: bool = _option(False, "Divide scores by the running standard deviation, less the running mean.")
+    reward_clip: float | None = _option(None, "Clip scores to this size, after normalisation.")
+    whiten_rewards: bool = _option(False, "Scale rewards to unit variance.")
+    whiten_advantages: bool = _option(True, "Scale advantages to zero mean, unit variance.")
+    advantage_clip: float | None = _option(None, "Clip advantages to this size, after whitening.")
+    gamma: float = _option(1.0, "Discount factor.")
+    lam: float = _option(0.95, "Lambda of generalized advantage estimation.")
+
+    # The reference
+    kl_coef: float = _option(0.05, "Weight of the KL penalty to the reference; 0 keeps no reference at all.")
+    kl_estimator: str = _option(
+        "k1", "Estimator of the per-token KL; 'full' sums over the vocabulary.", choices=[*KL_ESTIMATORS, "full"]
     )
-    whiten_rewards: bool = field(default=False, metadata={"help": "Scale rewards to unit variance."})
-    whiten_advantages: bool = field(default=True, metadata={"help": "Scale advantages to zero mean, unit variance."})
-    kl_coef: float = field(default=0.05, metadata={"help": "Weight of the KL penalty to the reference."})
-    kl_estimator: str = field(
-        default="k1", metadata={"help": "Estimator of the per-token KL.", "choices": list(KL_ESTIMATORS)}
+    kl_penalty: str = _option("reward", "Where the KL is penalised.", choices=list(KL_PLACES))
+    kl_target: float | None = _option(
+        None, "Steer `kl_coef` towards this KL, in nats a response (Ziegler et al. 2019, section 2.2)."
     )
-    cliprange: float = field(default=0.2, metadata={"help": "Clip range of the policy's probability ratio."})
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
-    cliprange_value: float = field(default=0.2, metadata={"help": "Clip range of the values."})
-    gamma: float = field(default=1.0, metadata={"help": "Discount factor."})
-    lam: float = field(default=0.95, metadata={"help": "Lambda of generalized advantage estimation."})
+    kl_horizon: int = _option(10_000, "Episodes over which a steered `kl_coef` may change by a fifth.")
+    sync_ref_model: bool = _option(False, "Move the reference towards the policy now and then.")
+    ref_model_sync_steps: int = _option(512, "Optimizer steps between two such moves.")
+    ref_model_mixup_alpha: float = _option(0.6, "Share of the policy in such a move; 1 copies it.")
+
+    # The loss
+    cliprange: float = _option(0.2, "Clip range of the policy's probability ratio.")
+    dual_clip: float | None = _option(
+        None, "Bound, above 1, on the ratio's effect where the advantage is negative (arXiv:1912.09729)."
+    )
+    target_kl: float | None = _option(
+        None, "Skip the rest of a rollout's optimizer steps once the KL to its sampling policy, a token, exceeds this."
+    )
+    entropy_coef: float = _option(0.0, "Weight of an entropy bonus, a token.")
+    ptx_coef: float = _option(0.0, "Weight of the language-modelling loss on the trainer's `ptx_dataset`.")
+    vf_coef: float = _option(0.1, "Weight of the value loss.")
+    cliprange_value: float | None = _option(0.2, "Clip range of the values; None for no clipping.")
+    value_learning_rate: float | None = _option(None, "Learning rate of the critic's own weights.")
+    critic_warmup_steps: int = _option(0, "Optimizer steps at the beginning that train the critic alone.")
+
+    # Tracking
+    log_completions: bool = _option(
+        False, "Keep prompts, completions and rewards: a parquet file a rollout, and a table where they are reported."
+    )
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "generation_kwargs"]
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("num_ppo_epochs", "num_mini_batches", "local_rollout_forward_batch_size", "response_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self._check_ranges()
         if self.total_episodes is not None and self.max_steps > 0:
             raise ValueError(f"total_episodes={self.total_episodes} and max_steps={self.max_steps}: give one of them")
         if self.total_episodes is not None and self.total_episodes < 1:
             raise ValueError(f"total_episodes must be at least 1, got {self.total_episodes}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.kl_estimator not in KL_ESTIMATORS:
-            raise ValueError(f"kl_estimator={self.kl_estimator!r} is not one of {', '.join(KL_ESTIMATORS)}")
+        for name, allowed in (("kl_estimator", (*KL_ESTIMATORS, "full")), ("kl_penalty", KL_PLACES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        if self.kl_penalty == "loss" and self.kl_estimator == "k1":
+            raise ValueError("kl_estimator='k1' has no gradient on average: kl_penalty='loss' takes k2, k3 or full")
+        if self.local_rollout_batch_size % self.num_generations:
+            raise ValueError(
+                f"num_generations={self.num_generations} must divide the {self.local_rollout_batch_size} episodes "
+                "that a process samples for a rollout"
+            )
         if self.use_cpu and self.fp16:
             raise ValueError("fp16 does nothing on a CPU: use --bf16 or neither")
+
+    def _check_ranges(self) -> None:
+        for names, is_good, accepted in (
+            (AT_LEAST_ONE, lambda value: value >= 1, "be at least 1"),
+            (ABOVE_ZERO, lambda value: value > 0, "be above 0"),
+            (NOT_NEGATIVE, lambda value: value >= 0, "not be negative"),
+            (SHARES, lambda value: 0 <= value <= 1, "lie in [0, 1]"),
+            (("dual_clip",), lambda value: value > 1, "be above 1"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not is_good(value):
+                    raise ValueError(f"{name} must {accepted}, got {value}")
 
     @property
     def steps_per_rollout(self) -> int:

@@ -38,9 +38,11 @@ def load_scorer(name: str, load_kwargs: dict[str, Any]) -> PreTrainedModel:
 
 
 def split_reference(
-    model: PreTrainedModel, peft_config: "PeftConfig | None"
+    model: PreTrainedModel, peft_config: "PeftConfig | None", keep: bool = True
 ) -> tuple[PreTrainedModel | None, PreTrainedModel]:
     """The frozen reference and the policy. With an adapter the reference is the policy without it: `None`.
+
+    Without `keep` there is no reference.
 
     The copy is a new object filled from the weights. `copy.deepcopy` would keep a `forward` that some trainers leave
     on the instance, bound to the *original's* weights: a reference that follows the policy, with a KL of 0 for ever.
@@ -55,6 +57,8 @@ def split_reference(
             "or load it as a peft.PeftModel"
         )
     if hasattr(model, "peft_config"):
+        return None, model
+    if not keep:
         return None, model
     reference = type(model)._from_config(model.config, dtype=model.dtype)
     reference.load_state_dict(model.state_dict())
@@ -114,11 +118,10 @@ def build_rewards(
     return rewards
 
 
-def unique_names(names: list[str]) -> list[str]:
-    """The names, each further one of the same kind with a number."""
-    return [
-        name if names.index(name) == at else f"{name}_{names[:at].count(name) + 1}" for at, name in enumerate(names)
-    ]
+def reward_models(rewards: Sequence[Any]) -> list[RewardModel]:
+    """The models among rewards and among the members of ensembles."""
+    every = [member for reward in rewards for member in getattr(reward, "members", [reward])]
+    return [reward for reward in every if isinstance(reward, RewardModel)]
 
 
 def reward_weights(weights: list[float] | None, count: int) -> list[float]:

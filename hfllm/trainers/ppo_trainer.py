@@ -1,16 +1,18 @@
 """Proximal policy optimisation from rewards, on the stock `transformers.Trainer`.
 
 Read top-down: what the trainer is made of, how a rollout is collected (sample, score, penalise, estimate
-advantages), how the loss is made of it, and what is logged, evaluated, saved and resumed. The formulas are in
-`advantages.py`, the tensors in `rollout.py`.
+advantages), how the loss is made of it, and what is logged and evaluated. The formulas are in `advantages.py`, the
+models' forward pass in `actor_critic.py`, sampling in `sampling.py`, rewards in `scoring.py`, saving and resuming in
+`engine.py`.
 
 A rollout is collected when its first micro-batch is asked for; the dataloader repeats the rollout's prompts for each
 micro-batch, so that Trainer's own counting of steps, epochs and skipped batches stays right.
 """
 
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate.utils import set_seed as seed_process
@@ -21,7 +23,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     set_seed,
 )
@@ -29,55 +30,64 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
-from hfllm.rewards import RewardModel, checked_rewards, reward_name
 from hfllm.trainers import advantages as formulas
+from hfllm.trainers.actor_critic import ActorCritic, entropy_of, spread
+from hfllm.trainers.controllers import KLController, RunningMoments
+from hfllm.trainers.engine import ActorCriticTrainer
 from hfllm.trainers.ppo_config import PPOConfig
 from hfllm.trainers.ppo_parts import (
     RewardFunc,
     build_rewards,
     disable_dropout,
     load_scorer,
-    load_weights,
+    reward_models,
     reward_weights,
     sampling_config,
     special_tokens,
     split_reference,
-    unique_names,
 )
 from hfllm.trainers.prompts import RolloutSampler, check_prompts
-from hfllm.trainers.rollout import (
-    ActorCritic,
-    Rollout,
-    chunks,
-    pad_prompts,
-    reference_logprobs,
-    sample_responses,
-)
+from hfllm.trainers.ptx import PretrainingBatches
+from hfllm.trainers.rollout import Rollout, pad_prompts
+from hfllm.trainers.sampling import sample_responses
+from hfllm.trainers.scoring import Scorer, Scores
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftConfig
 
-VALUE_MODEL_FOLDER, VALUE_HEAD_FILE = "value_model", "value_head.safetensors"
+MODEL_INPUTS = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
 
 
-class PPOTrainer(Trainer):
+class Tokens(NamedTuple):
+    """What the models say of the response tokens, each (B, R) and 0 on padding."""
+
+    logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    kl: torch.Tensor
+    entropy: torch.Tensor
+    values: torch.Tensor
+
+
+class PPOTrainer(ActorCriticTrainer):
     """PPO for language models (Ouyang et al. 2022, arXiv:2203.02155) with GRPOTrainer's signature.
 
     Args:
         model: the policy, a causal language model or its name.
-        reward_funcs: one reward or a list: a function `(prompts, completions, **columns) -> list[float]`, a
-            sequence-classification model with one label, or the name of such a model. The policy is trained on
-            their sum weighted by `args.reward_weights`.
+        reward_funcs: one reward or a list: a function `(prompts, completions, **columns) -> list[float]`, or of lists
+            with a number for each of `completion_ids`; a sequence-classification model with one label, or the name of
+            one; a `RewardEnsemble`. The policy is trained on their sum weighted by `args.reward_weights`.
         args: a `PPOConfig`.
         train_dataset: rows with a `prompt`, text or a list of messages; all other columns go to the functions.
         eval_dataset: the same, for `evaluate`.
         processing_class: the policy's tokenizer; loaded by the model's name if not given.
         reward_processing_classes: a tokenizer for each reward model, `None` for functions; loaded by name if absent.
-        value_model: a sequence-classification model with one label or its name, such as the reward model; `None`
-            trains a value head on the policy's trunk, which costs half as much.
+        value_model: a sequence- or token-classification model with one label or its name, such as the reward model;
+            `None` trains a value head on the policy's trunk, which costs half as much.
         callbacks, optimizers: as in `Trainer`.
         peft_config: train an adapter of this kind; the reference is then the policy without its adapter.
+        ptx_dataset: rows with `text`, whose language-modelling loss is added by `args.ptx_coef` (Ouyang et al. 2022,
+            equation 2).
 
     Raises:
         InputError: for a tokenizer without padding or end token, an unusable dataset or a bad reward.
@@ -100,6 +110,7 @@ class PPOTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: "PeftConfig | None" = None,
+        ptx_dataset: "Dataset | None" = None,
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args or PPOConfig(f"{Path(name).name or 'policy'}-PPO")
@@ -110,17 +121,20 @@ class PPOTrainer(Trainer):
             model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **load_kwargs})
         if isinstance(value_model, str):
             value_model = load_scorer(value_model, load_kwargs)
-        self.reference, policy = split_reference(model, peft_config)
+        self.has_reference = args.kl_coef > 0
+        self.reference, policy = split_reference(model, peft_config, keep=self.has_reference)
+        if args.sync_ref_model and self.reference is None:
+            raise InputError("sync_ref_model=True needs a reference of its own: no adapter, and kl_coef above 0")
         self.eos_token_ids, never_sampled = special_tokens(tokenizer, policy)
         if args.disable_dropout:
             disable_dropout(policy, value_model)
-        self.rewards = build_rewards(reward_funcs, reward_processing_classes, load_kwargs, args)
-        self.reward_names = unique_names([reward_name(reward) for reward in self.rewards])
-        self.reward_weights = reward_weights(args.reward_weights, len(self.rewards))
+        rewards = build_rewards(reward_funcs, reward_processing_classes, load_kwargs, args)
+        self.scorer = Scorer(rewards, reward_weights(args.reward_weights, len(rewards)), tokenizer, args)
         context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
         for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
             if dataset is not None:
                 check_prompts(dataset, tokenizer, args.response_length, context)
+        self.ptx = PretrainingBatches.build(ptx_dataset, tokenizer, context, args)
         self._set_total_steps(args)
         super().__init__(
             model=ActorCritic(policy, value_model, args.temperature, never_sampled),
@@ -134,26 +148,21 @@ class PPOTrainer(Trainer):
         )
         # Each process samples with its own noise, as in GRPOTrainer.
         seed_process(args.seed, device_specific=True)
-        if self.reference is not None:
-            self.reference.to(self.accelerator.device)
-        for reward in self.rewards:
-            if isinstance(reward, RewardModel):
-                reward.model.to(self.accelerator.device)
+        for frozen in (self.reference, *(reward.model for reward in reward_models(rewards))):
+            if frozen is not None:
+                frozen.to(self.accelerator.device)
         self.sampling_config = sampling_config(args, tokenizer, self.eos_token_ids, never_sampled)
+        self.kl_controller = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         self.completions: list[dict[str, Any]] = []
         self._rollout: Rollout | None = None
-        self._micro_step = 0
+        self._micro_step, self._skipped_from, self._synced_at = 0, None, 0
+        self._sums: dict[str, torch.Tensor] = {}
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     @property
-    def actor(self) -> ActorCritic:
-        """The trained module, without the engine around it."""
-        return self.accelerator.unwrap_model(self.model)
-
-    @property
-    def policy(self) -> PreTrainedModel:
-        """The policy that is trained."""
-        return self.actor.policy
+    def reward_moments(self) -> RunningMoments:
+        """Running mean and variance of the scores."""
+        return self.scorer.moments
 
     @staticmethod
     def _set_total_steps(args: PPOConfig) -> None:
@@ -173,6 +182,7 @@ class PPOTrainer(Trainer):
             repeats=self.args.steps_per_rollout * self.args.gradient_accumulation_steps,
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
             epoch=lambda: int(self.state.epoch or 0),
+            num_generations=self.args.num_generations,
         )
         loader = DataLoader(
             self.train_dataset,
@@ -184,42 +194,44 @@ class PPOTrainer(Trainer):
         )
         return self.accelerator.prepare(loader)
 
-    # ---- the algorithm ----
-
-    def training_step(
-        self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """One backward pass on a micro-batch of the current rollout, which is collected when it is due."""
-        step = self.state.global_step % self.args.steps_per_rollout
-        if self._rollout is None or (step == 0 and self._micro_step == 0):
-            self._rollout = self.collect_rollout(inputs)
-        batch = self._rollout.micro_batch(step, self._micro_step, self.args.per_device_train_batch_size)
-        self._micro_step = (self._micro_step + 1) % self.args.gradient_accumulation_steps
-        return super().training_step(model, batch, num_items_in_batch)
+    # ---- the algorithm: rollouts ----
 
     @torch.no_grad()
     def collect_rollout(self, rows: list[dict[str, Any]]) -> Rollout:
         """Sample a response to each row's prompt, score it, and estimate the advantage of each of its tokens."""
         batch = self.sample(rows)
         scores = self.score(rows, batch)
-        logprobs, ref_logprobs, entropy, values = self.evaluate_tokens(batch)
-        mask = batch["response_mask"].to(logprobs.dtype)
-        kl = formulas.kl_estimate(logprobs, ref_logprobs, self.args.kl_estimator) * mask
-        rewards = formulas.token_rewards(scores, kl, mask, self.args.kl_coef)
+        tokens = self.evaluate_tokens(batch)
+        mask = batch["response_mask"].to(tokens.logprobs.dtype)
+        rewards = formulas.token_rewards(
+            self.scorer.rescale(scores.total, self._sum_over_processes),
+            tokens.kl,
+            mask,
+            self.kl_controller.coefficient if self.args.kl_penalty == "reward" else 0.0,
+            scores.per_token,
+        )
         if self.args.whiten_rewards:
             rewards = formulas.masked_whiten(rewards, mask, shift_mean=False, reduce=self._sum_over_processes)
-        advantages, returns = formulas.generalized_advantages(rewards, values, mask, self.args.gamma, self.args.lam)
+        advantages, returns = formulas.generalized_advantages(
+            rewards, tokens.values, mask, self.args.gamma, self.args.lam
+        )
         if self.args.whiten_advantages:
             advantages = formulas.masked_whiten(advantages, mask, reduce=self._sum_over_processes)
-        self._log_rollout(scores, logprobs, ref_logprobs, entropy, values, returns, mask)
+        if self.args.advantage_clip is not None:
+            advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
+        self._log_rollout(tokens, mask)
+        self._metrics["reward_std"].append(scores.total.std(correction=0).view(1))
+        self._metrics["explained_variance"].append(formulas.explained_variance(tokens.values, returns, mask).view(1))
+        self._keep_completions(f"{self.state.global_step:06d}")
+        self._steer_kl(tokens.kl.sum(1))
         episodes = len(rows)
         order = torch.stack([torch.randperm(episodes) for _ in range(self.args.num_ppo_epochs)]).to(mask.device)
         lengths = mask.sum(1)[order].view(self.args.num_ppo_epochs, self.args.num_mini_batches, -1).sum(-1)
         return Rollout(
-            **batch,
-            logprobs=logprobs,
-            ref_logprobs=ref_logprobs,
-            values=values,
+            **{name: batch[name] for name in MODEL_INPUTS},
+            logprobs=tokens.logprobs,
+            ref_logprobs=tokens.ref_logprobs,
+            values=tokens.values,
             advantages=advantages,
             returns=returns,
             order=order,
@@ -227,66 +239,86 @@ class PPOTrainer(Trainer):
         )
 
     def sample(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Sample a response to each row's prompt. Returns prompts and responses with their masks."""
+        """Sample a response to each row's prompt. Returns prompts and responses with their masks, and `is_ended`."""
         prompts = tokenize_prompts([row["prompt"] for row in rows], self.processing_class)
         prompt_ids, prompt_mask = pad_prompts(prompts, self.processing_class.pad_token_id, self.accelerator.device)
-        response_ids, mask = sample_responses(
-            self.policy, prompt_ids, prompt_mask, self.sampling_config, self.eos_token_ids
-        )
-        return {
-            "prompt_ids": prompt_ids,
-            "prompt_mask": prompt_mask,
-            "response_ids": response_ids,
-            "response_mask": mask,
-        }
+        with self._whole_weights():
+            responses = sample_responses(
+                self.policy, prompt_ids, prompt_mask, self.sampling_config, self.processing_class
+            )
+        return {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, **responses}
 
-    def score(self, rows: list[dict[str, Any]], batch: dict[str, torch.Tensor], prefix: str = "") -> torch.Tensor:
-        """The weighted sum (B,) of all rewards of the responses, less the penalty where the end token is missing."""
-        texts = self.processing_class.batch_decode(batch["response_ids"], skip_special_tokens=True)
-        prompts = [row["prompt"] for row in rows]
-        completions = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
-        device = self.accelerator.device
-        total = torch.zeros(len(rows), device=device)
-        for name, reward, weight in zip(self.reward_names, self.rewards, self.reward_weights, strict=True):
-            values = torch.tensor(checked_rewards(reward, prompts, completions, **columns), device=device)
+    def score(self, rows: list[dict[str, Any]], batch: dict[str, torch.Tensor], prefix: str = "") -> Scores:
+        """What the rewards say of the responses; their means are logged."""
+        scores = self.scorer(rows, batch)
+        for name, values in scores.parts.items():
             self._metrics[f"{prefix}rewards/{name}"].append(values)
-            total += weight * values
-        last = batch["response_ids"].gather(1, formulas.last_token_index(batch["response_mask"]).unsqueeze(1))
-        is_ended = torch.isin(last.squeeze(1), torch.tensor(self.eos_token_ids, device=device))
-        if self.args.missing_eos_penalty is not None:
-            total -= self.args.missing_eos_penalty * ~is_ended
-        self._metrics[f"{prefix}reward"].append(total)
-        self._metrics[f"{prefix}unfinished"].append(1.0 - is_ended.float())
-        self.completions = [
-            {"prompt": prompt, "completion": text, "reward": reward}
-            for prompt, text, reward in zip(prompts, texts, total.tolist(), strict=True)
-        ]
-        return total
+        self._metrics[f"{prefix}reward"].append(scores.total)
+        self._metrics[f"{prefix}unfinished"].append(1.0 - batch["is_ended"].float())
+        self.completions = scores.completions
+        return scores
 
     @torch.no_grad()
-    def evaluate_tokens(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Log-probabilities, reference log-probabilities, entropies and values of the responses, each (B, R)."""
-        actor, mask = self.actor, batch["response_mask"]
+    def evaluate_tokens(self, batch: dict[str, torch.Tensor]) -> Tokens:
+        """What policy, reference and critic say of the response tokens. Without a reference the KL is 0."""
+        actor, args = self.actor, self.args
         was_training = actor.training
         actor.eval()
-        results = [torch.zeros(mask.shape, device=mask.device) for _ in range(4)]
-        for rows, chunk in chunks(batch, self.args.local_rollout_forward_batch_size):
-            length = chunk["response_mask"].shape[1]
+        inputs = {name: batch[name] for name in MODEL_INPUTS}
+        results = [torch.zeros(batch["response_mask"].shape, device=self.accelerator.device) for _ in Tokens._fields]
+        for rows, chunk in self._passes(inputs, args.local_rollout_forward_batch_size):
+            mask = chunk["response_mask"] > 0
             with self.compute_loss_context_manager():
-                logprobs, entropy, values = actor(**chunk)
-                if self.reference is not None:
-                    ref_logprobs = reference_logprobs(self.reference, actor, chunk)
-                else:
-                    with self.policy.disable_adapter():
-                        ref_logprobs = reference_logprobs(self.policy, actor, chunk)
-            for result, part in zip(results, (logprobs, ref_logprobs, entropy, values), strict=True):
-                result[rows, :length] = part * chunk["response_mask"]
+                logprobs, values, distribution = actor(**chunk, with_distribution=True)
+                entropy, ref_logprobs = spread(entropy_of(distribution), mask), logprobs
+                if args.kl_estimator != "full":
+                    distribution = None
+                if self.has_reference:
+                    ref_logprobs, ref_distribution = self._reference(chunk, args.kl_estimator == "full")
+            if distribution is None or not self.has_reference:
+                kl = formulas.kl_estimate(
+                    logprobs, ref_logprobs, "k1" if distribution is not None else args.kl_estimator
+                )
+            else:
+                kl = spread(formulas.full_kl(distribution, ref_distribution), mask)
+            for result, part in zip(results, (logprobs, ref_logprobs, kl, entropy, values), strict=True):
+                result[rows, : part.shape[1]] = part
         actor.train(was_training)
-        return tuple(results)
+        return Tokens(*results)
+
+    def _steer_kl(self, kl: torch.Tensor) -> None:
+        total, episodes = self._sum_over_processes(torch.stack((kl.sum(), kl.new_tensor(len(kl))))).tolist()
+        self._metrics["kl_coef"].append(kl.new_tensor([self.kl_controller.coefficient]))
+        self.kl_controller.update(total / episodes, int(episodes))
+
+    # ---- the algorithm: updates ----
+
+    def training_step(
+        self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The backward passes on a micro-batch of the current rollout, which is collected when it is due.
+
+        One pass for each group of sequences of like length; their sum is the micro-batch's gradient.
+        """
+        step = self.state.global_step % self.args.steps_per_rollout
+        if self._rollout is None or (step == 0 and self._micro_step == 0):
+            self._sync_reference()
+            self._rollout, self._skipped_from = self.collect_rollout(inputs), None
+        is_last = self._micro_step == self.args.gradient_accumulation_steps - 1
+        loss = torch.zeros((), device=self.accelerator.device)
+        if self._skipped_from is None:
+            batch = self._rollout.micro_batch(step, self._micro_step, self.args.per_device_train_batch_size)
+            tokens = batch.pop("mini_batch_tokens")
+            groups = [group for _, group in self._passes(batch)]
+            for at, group in enumerate(groups):
+                # Only the last pass of an optimiser step lets DDP average the gradients.
+                waits = at < len(groups) - 1
+                with self.accelerator.no_sync(model) if waits else nullcontext():
+                    group = {**group, "mini_batch_tokens": tokens, "adds_ptx": not waits}
+                    loss += super().training_step(model, group, num_items_in_batch)
+            self._end_micro_batch(is_last)
+        self._micro_step = 0 if is_last else self._micro_step + 1
+        return loss
 
     def compute_loss(
         self,
@@ -295,49 +327,79 @@ class PPOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Clipped policy loss plus `vf_coef` times the clipped value loss, per token of the whole mini-batch.
+        """Clipped policy loss plus `vf_coef` times the value loss and the terms that are asked for.
 
-        Sums over the micro-batch are divided by the mini-batch's tokens on *all* processes, and multiplied by the
-        number of processes because DDP averages gradients: the gradient is that of one large batch.
+        Sums over the group are divided by the mini-batch's tokens on *all* processes, and multiplied by the number of
+        processes because DDP averages gradients: the gradient is that of one large batch.
         """
-        mask = inputs["response_mask"].to(torch.float32)
-        logprobs, _, values = model(
-            inputs["prompt_ids"], inputs["prompt_mask"], inputs["response_ids"], inputs["response_mask"]
+        args, mask = self.args, inputs["response_mask"].to(torch.float32)
+        is_warmup = self.state.global_step < args.critic_warmup_steps
+        is_full = args.kl_penalty == "loss" and args.kl_estimator == "full"
+        chunk = {name: inputs[name] for name in MODEL_INPUTS}
+        logprobs, values, distribution = model(
+            **chunk, with_distribution=is_full or args.entropy_coef > 0, detach_trunk=is_warmup
         )
         policy_sum, clipped = formulas.policy_loss(
-            logprobs, inputs["logprobs"], inputs["advantages"], mask, self.args.cliprange
+            logprobs, inputs["logprobs"], inputs["advantages"], mask, args.cliprange, args.dual_clip
         )
         value_sum, value_clipped = formulas.value_loss(
-            values, inputs["values"], inputs["returns"], mask, self.args.cliprange_value
+            values, inputs["values"], inputs["returns"], mask, args.cliprange_value
         )
+        loss = policy_sum
+        if args.kl_penalty == "loss" and self.has_reference:
+            if is_full:
+                kl = formulas.full_kl(distribution, self._reference(chunk, True)[1])
+            else:
+                kl = formulas.kl_estimate(logprobs, inputs["ref_logprobs"], args.kl_estimator) * mask
+            loss = loss + self.kl_controller.coefficient * kl.sum()
+        if args.entropy_coef:
+            loss = loss - args.entropy_coef * entropy_of(distribution).sum()
         share = self.accelerator.num_processes / inputs["mini_batch_tokens"]
+        # During the critic's warm-up the policy takes part with no weight, since DDP waits for all gradients.
+        loss = ((0.0 if is_warmup else 1.0) * loss + args.vf_coef * value_sum) * share
+        if inputs.get("adds_ptx") and self.ptx is not None and not is_warmup:
+            loss = loss + self._ptx_loss()
+        self._check_finite(loss, inputs)
         log_ratio = (logprobs.detach() - inputs["logprobs"]) * mask
-        sums = {
-            "policy_loss": policy_sum,
-            "value_loss": value_sum,
-            "clip_fraction": clipped,
-            "value_clip_fraction": value_clipped,
-            "approx_kl": formulas.kl_estimate(torch.zeros_like(log_ratio), log_ratio, "k3").sum(),
-        }
-        # A micro-batch is one of several in an optimiser step; times their number the mean over them is the total.
-        for name, total in sums.items():
-            self._metrics[name].append((total.detach() * share * self.args.gradient_accumulation_steps).view(1))
-        return (policy_sum + self.args.vf_coef * value_sum) * share
+        approx_kl = formulas.kl_estimate(torch.zeros_like(log_ratio), log_ratio, "k3").sum()
+        self._add(share, policy_loss=policy_sum, value_loss=value_sum, clip_fraction=clipped)
+        self._add(share, value_clip_fraction=value_clipped, approx_kl=approx_kl)
+        return loss
 
-    def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.reduce(tensor, reduction="sum")
+    def _ptx_loss(self) -> torch.Tensor:
+        """The weighted language-modelling loss on this micro-batch's share of the pretraining data."""
+        step = self.state.global_step * self.args.gradient_accumulation_steps + self._micro_step
+        batch = self.ptx.batch(step, self.args.process_index, self.args.world_size, self.accelerator.device)
+        loss = self.policy(**batch, use_cache=False).loss / self.args.gradient_accumulation_steps
+        self._add(torch.ones((), device=loss.device), ptx_loss=loss)
+        return self.args.ptx_coef * loss
+
+    def _end_micro_batch(self, is_last: bool) -> None:
+        if self.state.global_step < self.args.critic_warmup_steps:
+            # No gradient, so that the optimiser leaves them alone; a gradient of zero would still decay weights.
+            critic = {id(parameter) for parameter in self.actor.critic_parameters()}
+            for parameter in self.actor.parameters():
+                if id(parameter) not in critic:
+                    parameter.grad = None
+        if not is_last:
+            return
+        if self.args.target_kl is not None:
+            approx_kl = self._sum_over_processes(self._sums["approx_kl"]).item() / self.accelerator.num_processes
+            if approx_kl > self.args.target_kl:
+                self._skipped_from = self.state.global_step + 1
+        for name, total in self._sums.items():
+            self._metrics[name].append(total.view(1))
+        self._sums = {}
 
     # ---- logging and evaluation ----
 
-    def _log_rollout(self, scores, logprobs, ref_logprobs, entropy, values, returns, mask, prefix="") -> None:
-        kl = formulas.kl_estimate(logprobs, ref_logprobs) * mask
-        self._metrics[f"{prefix}kl"].append(kl.sum(1))
-        self._metrics[f"{prefix}entropy"].append((entropy * mask).sum(1) / mask.sum(1).clamp(min=1))
+    def _log_rollout(self, tokens: Tokens, mask: torch.Tensor, prefix: str = "") -> None:
+        if self.has_reference:
+            # The plain estimate whatever is penalised, so that runs compare.
+            kl = formulas.kl_estimate(tokens.logprobs, tokens.ref_logprobs) * mask
+            self._metrics[f"{prefix}kl"].append(kl.sum(1))
+        self._metrics[f"{prefix}entropy"].append(tokens.entropy.sum(1) / mask.sum(1).clamp(min=1))
         self._metrics[f"{prefix}response_length"].append(mask.sum(1))
-        if not prefix:
-            self._metrics["reward_std"].append(scores.std(correction=0).view(1))
-            explained = formulas.explained_variance(values, returns, mask)
-            self._metrics["explained_variance"].append(explained.view(1))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with what the rollouts and updates since the last log added, averaged over all processes."""
@@ -350,15 +412,6 @@ class PPOTrainer(Trainer):
                 * self.args.world_size
             )
         super().log(logs, start_time)
-
-    def _drain_metrics(self, prefix: str) -> dict[str, float]:
-        names = [name for name in self._metrics if name.startswith("eval_") == bool(prefix)]
-        means = {}
-        for name in names:
-            values = torch.cat(self._metrics.pop(name))
-            total, count = self._sum_over_processes(torch.stack((values.sum(), values.new_tensor(len(values)))))
-            means[name] = (total / count).item()
-        return means
 
     def evaluation_loop(
         self,
@@ -375,10 +428,10 @@ class PPOTrainer(Trainer):
             torch.manual_seed(self.args.seed + self.args.process_index)
             for rows in dataloader:
                 batch = self.sample(rows)
-                scores = self.score(rows, batch, prefix)
-                logprobs, ref_logprobs, entropy, values = self.evaluate_tokens(batch)
-                mask = batch["response_mask"].to(logprobs.dtype)
-                self._log_rollout(scores, logprobs, ref_logprobs, entropy, values, values, mask, prefix)
+                self.score(rows, batch, prefix)
+                tokens = self.evaluate_tokens(batch)
+                self._log_rollout(tokens, batch["response_mask"].to(tokens.logprobs.dtype), prefix)
+                self._keep_completions(f"{metric_key_prefix}_{self.state.global_step:06d}_{count:06d}")
                 for name, parts in self._metrics.items():
                     if name.startswith(prefix):
                         # Without the rows that fill up the last batch of some processes.
@@ -390,61 +443,3 @@ class PPOTrainer(Trainer):
             for name, value in self._drain_metrics(prefix).items()
         }
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=count)
-
-    # ---- saving and resuming ----
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        output = Path(output_dir or self.args.output_dir)
-        actor = self.actor
-        state = state_dict or actor.state_dict()
-
-        def part(prefix: str) -> dict[str, torch.Tensor]:
-            return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-        self.policy.save_pretrained(output, state_dict=part("policy."))
-        if actor.value_model is not None:
-            actor.value_model.save_pretrained(output / VALUE_MODEL_FOLDER, state_dict=part("value_model."))
-        else:
-            from safetensors.torch import save_file
-
-            save_file({"weight": part("value_head.")["weight"].contiguous()}, output / VALUE_HEAD_FILE)
-        self.processing_class.save_pretrained(output)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        # The part of a checkpoint that each process writes for itself: the rollout goes with it.
-        super()._save_rng_state(output_dir)
-        if self._rollout is not None:
-            self._rollout.save(self._rollout_file(output_dir))
-
-    def _rollout_file(self, folder: str) -> Path:
-        return Path(folder) / f"rollout_{self.args.process_index}.safetensors"
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        self._load_actor(folder)
-        saved = len(list(folder.glob("rollout_*.safetensors")))
-        if saved and saved != self.args.world_size:
-            raise InputError(f"{folder} was saved by {saved} processes; this run has {self.args.world_size}")
-        if (file := self._rollout_file(resume_from_checkpoint)).is_file():
-            self._rollout = Rollout.load(file, self.accelerator.device)
-
-    def _load_best_model(self) -> None:
-        self._load_actor(Path(self.state.best_model_checkpoint))
-
-    def _load_actor(self, folder: Path) -> None:
-        from safetensors.torch import load_file
-
-        actor = self.actor
-        if hasattr(self.policy, "peft_config"):
-            from peft import set_peft_model_state_dict
-            from peft.utils import load_peft_weights
-
-            set_peft_model_state_dict(self.policy, load_peft_weights(str(folder), device="cpu"))
-        else:
-            load_weights(self.policy, folder)
-        if actor.value_model is not None:
-            load_weights(actor.value_model, folder / VALUE_MODEL_FOLDER)
-        else:
-            actor.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))

@@ -26,15 +26,24 @@ class RolloutSampler(Sampler[int]):
         repeats: backward passes on one rollout.
         seed: of the shuffling.
         epoch: tells the current epoch.
+        num_generations: how often each prompt comes in its rollout.
     """
 
-    def __init__(self, dataset_size: int, rollout_size: int, repeats: int, seed: int, epoch: Callable[[], int]):
+    def __init__(
+        self,
+        dataset_size: int,
+        rollout_size: int,
+        repeats: int,
+        seed: int,
+        epoch: Callable[[], int],
+        num_generations: int = 1,
+    ):
         self.dataset_size, self.rollout_size, self.repeats = dataset_size, rollout_size, repeats
-        self.seed, self.epoch = seed, epoch
+        self.seed, self.epoch, self.num_generations = seed, epoch, num_generations
 
     @property
     def rollouts(self) -> int:
-        return -(-self.dataset_size // self.rollout_size)
+        return -(-self.dataset_size * self.num_generations // self.rollout_size)
 
     def __len__(self) -> int:
         return self.rollouts * self.rollout_size * self.repeats
@@ -44,7 +53,8 @@ class RolloutSampler(Sampler[int]):
         order = torch.randperm(self.dataset_size, generator=generator).tolist()
         for rollout in range(self.rollouts):
             first = rollout * self.rollout_size
-            block = [order[index % self.dataset_size] for index in range(first, first + self.rollout_size)]
+            places = range(first, first + self.rollout_size)
+            block = [order[place // self.num_generations % self.dataset_size] for place in places]
             for _ in range(self.repeats):
                 yield from block
 

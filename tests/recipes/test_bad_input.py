@@ -99,7 +99,7 @@ def test_flags_without_effect_are_refused(tmp_path):
     assert "--train_sampling_strategy cannot" in complaint(
         "pretrain", "--train_sampling_strategy", "sequential", *output
     )
-    assert "no checkpoint in" in complaint("sft", "--resume_from_checkpoint", "true", *output)
+    assert "no complete checkpoint in" in complaint("sft", "--resume_from_checkpoint", "true", *output)
     assert "not a checkpoint folder" in complaint("sft", "--resume_from_checkpoint", tmp_path, *output)
 
 

@@ -179,8 +179,8 @@ def test_before_the_first_update_ratio_is_one_and_kl_and_clip_fraction_are_zero(
 def test_after_an_update_the_kl_to_the_reference_is_above_zero(make_trainer, prompts):
     trainer = make_trainer(max_steps=2, learning_rate=1e-2)
     trainer.train()
-    logprobs, ref_logprobs, _, _ = trainer.evaluate_tokens(trainer.sample(rows_of(prompts, 4)))
-    assert (logprobs - ref_logprobs).abs().max() > 1e-3
+    tokens = trainer.evaluate_tokens(trainer.sample(rows_of(prompts, 4)))
+    assert (tokens.logprobs - tokens.ref_logprobs).abs().max() > 1e-3
 
 
 def test_the_reference_survives_a_forward_bound_to_the_model(make_model):
@@ -215,7 +215,7 @@ def test_logprobs_of_generation_are_those_of_a_forward_pass(make_trainer, prompt
     sampled = torch.stack(output.scores, dim=1).log_softmax(-1).gather(-1, response.unsqueeze(-1)).squeeze(-1)
     ended = torch.isin(response, torch.tensor(trainer.eos_token_ids)).long()
     mask = (ended.cumsum(1) - ended == 0).long()
-    logprobs, _, _, _ = trainer.evaluate_tokens({**batch, "response_ids": response, "response_mask": mask})
+    logprobs = trainer.evaluate_tokens({**batch, "response_ids": response, "response_mask": mask}).logprobs
     torch.testing.assert_close(logprobs * mask, sampled.masked_fill(mask == 0, 0.0), atol=1e-5, rtol=0)
 
 
@@ -264,17 +264,9 @@ def test_padding_is_never_sampled_and_has_no_probability(make_trainer, make_mode
     batch = trainer.sample(rows_of(prompts, 12))
     real = batch["response_ids"][batch["response_mask"] > 0]
     assert (real != tokenizer.pad_token_id).all()
-    logprobs, _, entropy, _ = trainer.evaluate_tokens(batch)
-    assert torch.isfinite(logprobs).all()
-    assert torch.isfinite(entropy).all()
-
-
-def test_the_response_ends_with_its_first_end_token():
-    from hfllm.trainers.rollout import response_mask
-
-    ids = torch.tensor([[5, 2, 7, 2], [2, 9, 9, 9], [5, 6, 7, 8], [5, 6, 7, 3]])
-    expected = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]])
-    assert torch.equal(response_mask(ids, [2, 3]), expected)
+    tokens = trainer.evaluate_tokens(batch)
+    assert torch.isfinite(tokens.logprobs).all()
+    assert torch.isfinite(tokens.entropy).all()
 
 
 @pytest.mark.parametrize("always_end", [True, False])
@@ -320,7 +312,7 @@ def test_rewards_are_weighted_and_see_the_columns(make_trainer, prompts):
 
     trainer = make_trainer(reward_funcs=[bonus, one], train_dataset=dataset, reward_weights=[0.5, -2.0])
     rows = rows_of(dataset, 4)
-    assert trainer.score(rows, trainer.sample(rows)).tolist() == [-2.0, -1.5, -1.0, -0.5]
+    assert trainer.score(rows, trainer.sample(rows)).total.tolist() == [-2.0, -1.5, -1.0, -0.5]
 
 
 def test_a_reward_of_weight_zero_is_logged_and_not_trained_on(make_trainer):

@@ -1,0 +1,249 @@
+"""Policy and critic behind one forward that spends nothing on padding it can avoid.
+
+Rows are laid out from the left without gaps, so that a batch is as wide as its longest row, and the head is applied to
+the response tokens alone. Shapes: B rows, R response positions, W width of a batch, N response tokens in it,
+V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+LEAST = torch.finfo(torch.float32).min
+
+
+@dataclass
+class Sequences:
+    """Prompts followed by their responses, without padding between them.
+
+    What is padded lies to the right, where no token of a causal model looks: there is no mask to compute with.
+
+    Args:
+        input_ids: (B, W), padded on the right.
+        rows, columns: (N,), where the state lies that each response token was sampled from. Columns count from the
+            end of the row (they are negative), so that tokens which an adapter puts in front do not matter.
+        targets: (N,), the response tokens.
+    """
+
+    input_ids: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+    targets: torch.Tensor
+
+    @classmethod
+    def join(
+        cls,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        response_ids: torch.Tensor,
+        response_mask: torch.Tensor,
+    ) -> "Sequences":
+        """From left-padded prompts and right-padded responses with their masks."""
+        ids = torch.cat((prompt_ids, response_ids), dim=1)
+        before = prompt_mask.sum(1)
+        lengths = before + response_mask.sum(1)
+        width = int(lengths.max())
+        places = torch.arange(width, device=ids.device)
+        begins = prompt_ids.shape[1] - before
+        sources = (begins.unsqueeze(1) + places).clamp(max=ids.shape[1] - 1)
+        rows, steps = response_mask.nonzero(as_tuple=True)
+        return cls(
+            input_ids=ids.gather(1, sources),
+            rows=rows,
+            columns=before[rows] + steps - 1 - width,
+            targets=response_ids[rows, steps],
+        )
+
+
+def log_distribution(logits: torch.Tensor, temperature: float, never_sampled: Sequence[int]) -> torch.Tensor:
+    """Log-probabilities (N, V) of the distribution that tokens are sampled from, in fp32.
+
+    Without gradients the logits are overwritten, so that there is no second tensor of their size.
+
+    Args:
+        logits: (N, V).
+        temperature: that of sampling.
+        never_sampled: ids that generation suppresses (padding), and that therefore have no probability here either.
+    """
+    if torch.is_grad_enabled() and logits.requires_grad:
+        blocked = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        blocked[list(never_sampled)] = True
+        return (logits.float() / temperature).masked_fill(blocked, LEAST).log_softmax(-1)
+    logits = logits.float()
+    if temperature != 1:
+        logits.div_(temperature)
+    if never_sampled:
+        logits[:, list(never_sampled)] = LEAST
+    return logits.sub_(logits.logsumexp(-1, keepdim=True))
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Log-probabilities of tokens from logits, which are overwritten: one (N, V) tensor forward and backward."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, temperature, never_sampled):
+        distribution = log_distribution(logits, temperature, never_sampled)
+        ctx.save_for_backward(distribution, targets)
+        ctx.temperature = temperature
+        return distribution.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprobs):
+        distribution, targets = ctx.saved_tensors
+        # d log p(target) / d logits = onehot - p
+        grad = distribution.exp_().mul_(-grad_logprobs.unsqueeze(-1))
+        grad.scatter_add_(1, targets.unsqueeze(-1), grad_logprobs.unsqueeze(-1))
+        return grad.div_(ctx.temperature) if ctx.temperature != 1 else grad, None, None, None
+
+
+def token_logprobs(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float, never_sampled: Sequence[int]
+) -> torch.Tensor:
+    """Log-probabilities (N,) of tokens (N,) under `log_distribution`; the logits are overwritten."""
+    return _TokenLogprobs.apply(logits, targets, temperature, tuple(never_sampled))
+
+
+def entropy_of(log_probabilities: torch.Tensor) -> torch.Tensor:
+    """Entropies (N,) in nats of log-distributions (N, V)."""
+    if log_probabilities.requires_grad:
+        return -(log_probabilities.exp() * log_probabilities).sum(-1)
+    return torch.cat([-(part.exp().mul_(part)).sum(-1) for part in log_probabilities.split(512)])
+
+
+@contextmanager
+def head_on(model: PreTrainedModel, sequences: Sequences) -> Iterator[list[torch.Tensor]]:
+    """Within it the model's head sees the states of the response tokens alone; the list that is given gets them."""
+    states: list[torch.Tensor] = []
+
+    def select(module: nn.Module, args: tuple) -> tuple:
+        states.append(args[0][sequences.rows, sequences.columns])
+        return (states[-1].unsqueeze(0), *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield states
+    finally:
+        handle.remove()
+
+
+def response_logits(model: PreTrainedModel, sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (N, V) of the response tokens, and the states (N, E) that they are made from."""
+    with head_on(model, sequences) as states:
+        logits = model(input_ids=sequences.input_ids, use_cache=False).logits
+    return logits.squeeze(0), states[0]
+
+
+def value_head_of(model: PreTrainedModel) -> nn.Module:
+    """The linear head of a sequence- or token-classification model."""
+    for name in ("score", "classifier"):
+        if isinstance(getattr(model, name, None), nn.Module):
+            return getattr(model, name)
+    raise ValueError(f"{type(model).__name__} has no head named score or classifier")
+
+
+class ActorCritic(nn.Module):
+    """Policy and value model as one module, so that one engine (DDP, DeepSpeed) trains both.
+
+    Args:
+        policy: a causal language model.
+        value_model: a sequence- or token-classification model with one label whose head is read at every position;
+            `None` puts a linear value head on the policy's trunk, which starts at zero.
+        temperature, never_sampled: see `token_logprobs`.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        value_model: PreTrainedModel | None,
+        temperature: float,
+        never_sampled: Sequence[int],
+    ):
+        super().__init__()
+        self.policy, self.value_model = policy, value_model
+        self.temperature, self.never_sampled = temperature, tuple(never_sampled)
+        if value_model is None:
+            weight = policy.get_output_embeddings().weight
+            self.value_head = nn.Linear(policy.config.get_text_config().hidden_size, 1, bias=False)
+            nn.init.zeros_(self.value_head.weight)
+            self.value_head.to(weight.device)
+
+    # Trainer and DeepSpeed ask the model for these.
+    @property
+    def config(self):
+        return self.policy.config
+
+    @property
+    def generation_config(self):
+        return self.policy.generation_config
+
+    def activation_checkpointing_enable(self, **kwargs) -> None:
+        for model in (self.policy, self.value_model):
+            if model is not None:
+                model.activation_checkpointing_enable(**kwargs)
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """The parameters that estimate values alone."""
+        return list((self.value_head if self.value_model is None else self.value_model).parameters())
+
+    def forward(
+        self,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        response_ids: torch.Tensor,
+        response_mask: torch.Tensor,
+        with_distribution: bool = False,
+        detach_trunk: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities and values, each (B, R) and 0 on padding.
+
+        The value at position t is that of the state before response token t was sampled.
+
+        Args:
+            with_distribution: also return the log-distribution (N, V) at each response token, row by row.
+            detach_trunk: let the value head's gradient end at the trunk.
+        """
+        sequences = Sequences.join(prompt_ids, prompt_mask, response_ids, response_mask)
+        mask = response_mask > 0
+        logprobs, distribution, states = self._judge(self.policy, sequences, with_distribution)
+        values = self._values(sequences, states.detach() if detach_trunk else states)
+        return spread(logprobs, mask), spread(values.squeeze(-1).float(), mask), distribution
+
+    def judge(
+        self,
+        model: PreTrainedModel,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        response_ids: torch.Tensor,
+        response_mask: torch.Tensor,
+        with_distribution: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities (B, R) and log-distribution of the same responses under another model, the reference."""
+        sequences = Sequences.join(prompt_ids, prompt_mask, response_ids, response_mask)
+        logprobs, distribution, _ = self._judge(model, sequences, with_distribution)
+        return spread(logprobs, response_mask > 0), distribution
+
+    def _judge(self, model, sequences, with_distribution):
+        logits, states = response_logits(model, sequences)
+        settings = (self.temperature, self.never_sampled)
+        if not with_distribution:
+            return token_logprobs(logits, sequences.targets, *settings), None, states
+        distribution = log_distribution(logits, *settings)
+        return distribution.gather(-1, sequences.targets.unsqueeze(-1)).squeeze(-1), distribution, states
+
+    def _values(self, sequences: Sequences, states: torch.Tensor) -> torch.Tensor:
+        if self.value_model is None:
+            return self.value_head(states.to(self.value_head.weight.dtype))
+        trunk = getattr(self.value_model, self.value_model.base_model_prefix)
+        hidden_states = trunk(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
+        return value_head_of(self.value_model)(hidden_states[sequences.rows, sequences.columns])
+
+
+def spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(N,) values, row by row, at the places of a (B, R) mask; 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)

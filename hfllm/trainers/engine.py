@@ -1,0 +1,226 @@
+"""A `transformers.Trainer` whose model is an `ActorCritic`: its optimiser, forward passes, metrics, checkpoints."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+from hfllm.checkpoints import last_complete_checkpoint
+from hfllm.errors import InputError
+from hfllm.trainers.actor_critic import ActorCritic
+from hfllm.trainers.controllers import KLController, RunningMoments
+from hfllm.trainers.ppo_parts import load_weights
+from hfllm.trainers.rollout import Rollout, length_groups
+
+VALUE_MODEL_FOLDER, REFERENCE_FOLDER = "value_model", "reference"
+VALUE_HEAD_FILE, STATE_FILE = "value_head.safetensors", "ppo_state.json"
+
+
+class ActorCriticTrainer(Trainer):
+    """What `PPOTrainer` has in common with any trainer of a policy and a critic; it holds no algorithm.
+
+    A checkpoint holds policy, critic, a reference that moves, the rollout in use and the controllers besides what
+    Trainer keeps: optimiser, schedule, random state.
+    """
+
+    reference: PreTrainedModel | None
+    kl_controller: KLController
+    reward_moments: RunningMoments
+    _rollout: Rollout | None
+    _skipped_from: int | None
+    _synced_at: int
+
+    @property
+    def actor(self) -> ActorCritic:
+        """The trained module, without the engine around it."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def policy(self) -> PreTrainedModel:
+        """The policy that is trained."""
+        return self.actor.policy
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's, with the critic's own weights in groups of their own if `value_learning_rate` is given."""
+        if self.optimizer is not None or self.args.value_learning_rate is None:
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        critic = {id(parameter) for parameter in self.actor.critic_parameters()}
+        for group in list(optimizer.param_groups):
+            own = [parameter for parameter in group["params"] if id(parameter) in critic]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in critic]
+            if own:
+                optimizer.add_param_group({**group, "params": own, "lr": self.args.value_learning_rate})
+        return optimizer
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As Trainer's; `True` resumes from the newest checkpoint that was written to its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise InputError(f"resume_from_checkpoint=True: no complete checkpoint in {self.args.output_dir}")
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    @contextmanager
+    def _whole_weights(self) -> Iterator[None]:
+        """Within it the policy can generate: under ZeRO-3 its parts are gathered."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is None or plugin.zero_stage != 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self.policy.parameters())):
+            yield
+
+    # ---- forward passes ----
+
+    def _passes(self, batch: dict[str, torch.Tensor], most_rows: int | None = None) -> Iterator:
+        """Groups of like length. Engines that count or synchronise passes take each micro-batch whole."""
+        if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            return length_groups(batch, None, most_rows=most_rows)
+        is_cpu = self.accelerator.device.type == "cpu"
+        bucket = self.args.length_bucket_size or (16 if is_cpu else 256)
+        return length_groups(batch, bucket, self.args.max_tokens_per_pass or (1024 if is_cpu else None), most_rows)
+
+    @torch.no_grad()
+    def _reference(
+        self, chunk: dict[str, torch.Tensor], with_distribution: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities (B, R) of the responses under the reference, and its log-distributions (N, V)."""
+        adapter_off = nullcontext() if self.reference is not None else self.policy.disable_adapter()
+        with adapter_off:
+            model = self.policy if self.reference is None else self.reference
+            return self.actor.judge(model, **chunk, with_distribution=with_distribution)
+
+    def _sync_reference(self) -> None:
+        """Move the reference towards the policy if so many steps have passed since it was moved."""
+        args, step = self.args, self.state.global_step
+        if (
+            not args.sync_ref_model
+            or step // args.ref_model_sync_steps == self._synced_at // args.ref_model_sync_steps
+        ):
+            return
+        self._synced_at = step
+        with torch.no_grad():
+            for own, new in zip(self.reference.parameters(), self.policy.parameters(), strict=True):
+                own.lerp_(new.to(own.dtype), args.ref_model_mixup_alpha)
+
+    # ---- metrics ----
+
+    def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    def _add(self, share: torch.Tensor, **sums: torch.Tensor) -> None:
+        for name, total in sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + total.detach() * share
+
+    def _drain_metrics(self, prefix: str) -> dict[str, float]:
+        names = [name for name in self._metrics if name.startswith("eval_") == bool(prefix)]
+        means = {}
+        for name in names:
+            values = torch.cat(self._metrics.pop(name))
+            total, count = self._sum_over_processes(torch.stack((values.sum(), values.new_tensor(len(values)))))
+            means[name] = (total / count).item()
+        return means
+
+    def _keep_completions(self, name: str) -> None:
+        """Write the last completions as parquet, each process its own."""
+        if not self.args.log_completions:
+            return
+        from datasets import Dataset
+
+        folder = Path(self.args.output_dir) / "completions"
+        folder.mkdir(parents=True, exist_ok=True)
+        Dataset.from_list(self.completions).to_parquet(folder / f"{name}_{self.args.process_index}.parquet")
+
+    def _check_finite(self, loss: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
+        if bool(loss.isfinite()):
+            return
+        file = (
+            Path(self.args.output_dir) / f"not_finite_{self.state.global_step}_{self.args.process_index}.safetensors"
+        )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in inputs.items() if torch.is_tensor(value)}, file)
+        raise FloatingPointError(f"the loss is {loss.item()} at step {self.state.global_step}; its batch is in {file}")
+
+    # ---- saving ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        output = Path(output_dir or self.args.output_dir)
+        actor = self.actor
+        state = state_dict or actor.state_dict()
+
+        def part(prefix: str) -> dict[str, torch.Tensor]:
+            return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+        self.policy.save_pretrained(output, state_dict=part("policy."))
+        if actor.value_model is not None:
+            actor.value_model.save_pretrained(output / VALUE_MODEL_FOLDER, state_dict=part("value_model."))
+        else:
+            save_file({"weight": part("value_head.")["weight"].contiguous()}, output / VALUE_HEAD_FILE)
+        self.processing_class.save_pretrained(output)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # The part of a checkpoint that each process writes for itself: the rollout goes with it.
+        super()._save_rng_state(output_dir)
+        if self._rollout is not None:
+            self._rollout.save(self._rollout_file(output_dir))
+        if self.args.should_save:
+            state = {
+                "kl_controller": asdict(self.kl_controller),
+                "reward_moments": asdict(self.reward_moments),
+                "skipped_from": self._skipped_from,
+                "synced_at": self._synced_at,
+            }
+            (Path(output_dir) / STATE_FILE).write_text(json.dumps(state))
+            if self.args.sync_ref_model:
+                self.reference.save_pretrained(Path(output_dir) / REFERENCE_FOLDER)
+
+    def _rollout_file(self, folder: str) -> Path:
+        return Path(folder) / f"rollout_{self.args.process_index}.safetensors"
+
+    # ---- resuming ----
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self._load_actor(folder)
+        saved = len(list(folder.glob("rollout_*.safetensors")))
+        if saved and saved != self.args.world_size:
+            raise InputError(f"{folder} was saved by {saved} processes; this run has {self.args.world_size}")
+        if (file := self._rollout_file(resume_from_checkpoint)).is_file():
+            self._rollout = Rollout.load(file, self.accelerator.device)
+        if (folder / STATE_FILE).is_file():
+            state = json.loads((folder / STATE_FILE).read_text())
+            self.kl_controller.coefficient = state["kl_controller"]["coefficient"]
+            vars(self.reward_moments).update(state["reward_moments"])
+            self._skipped_from, self._synced_at = state["skipped_from"], state["synced_at"]
+        if self.args.sync_ref_model:
+            load_weights(self.reference, folder / REFERENCE_FOLDER)
+
+    def _load_best_model(self) -> None:
+        self._load_actor(Path(self.state.best_model_checkpoint))
+
+    def _load_actor(self, folder: Path) -> None:
+        actor = self.actor
+        if hasattr(self.policy, "peft_config"):
+            from peft import set_peft_model_state_dict
+            from peft.utils import load_peft_weights
+
+            set_peft_model_state_dict(self.policy, load_peft_weights(str(folder), device="cpu"))
+        else:
+            load_weights(self.policy, folder)
+        if actor.value_model is not None:
+            load_weights(actor.value_model, folder / VALUE_MODEL_FOLDER)
+        else:
+            actor.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))
