@@ -153,4 +153,9 @@ def sampling_config(
         "bos_token_id": tokenizer.bos_token_id,
         "suppress_tokens": list(never_sampled) or None,
     }
-    return GenerationConfig(**{**settings, **(args.generation_kwargs or {})})
+    settings |= args.generation_kwargs or {}
+    if settings["num_beams"] != 1 or settings.get("num_return_sequences", 1) != 1:
+        raise InputError(
+            "generation_kwargs: PPO samples, so num_beams must be 1; use num_generations for several responses"
+        )
+    return GenerationConfig(**settings)

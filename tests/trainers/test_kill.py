@@ -1,0 +1,40 @@
+"""A run that is killed at random moments, also while it saves, ends with the bits of one that is not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hfllm.checkpoints import last_complete_checkpoint
+
+SCRIPT = Path(__file__).parent / "kill_run.py"
+
+
+def test_ten_kills_change_nothing(tmp_path):
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), str(tmp_path), "0"],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    seen = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("RESULT"))[7:])
+    assert seen["kills"] >= 5
+    assert seen["different"] == 0
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off"])
+def test_a_checkpoint_that_was_not_finished_is_skipped_with_a_warning(tmp_path, damage):
+    for step in (9, 10, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-notes").mkdir()
+    state = tmp_path / "checkpoint-100" / "trainer_state.json"
+    state.unlink() if damage == "missing" else state.write_text('{"epoch": 0.')
+    with pytest.warns(UserWarning, match="checkpoint-100 was not written to its end"):
+        assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert last_complete_checkpoint(tmp_path / "nothing") is None

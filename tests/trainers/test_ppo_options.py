@@ -1,0 +1,425 @@
+"""Every option of PPOConfig does what its help says, and the invariants hold for their combinations."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import hfllm
+from hfllm.errors import InputError
+from hfllm.rewards import RewardEnsemble, length_penalty
+from hfllm.trainers.controllers import KLController, RunningMoments
+
+
+def rows_of(dataset, count):
+    return [dataset[index] for index in range(count)]
+
+
+def value_model_of(make_model, kind):
+    heads = {"sequence": hfllm.HfllmForSequenceClassification, "token": hfllm.HfllmForTokenClassification}
+    return None if kind == "head" else make_model(seed=5, model_class=heads[kind], num_labels=1)
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def weights(trainer):
+    return [parameter.detach().clone() for parameter in trainer.policy.parameters()]
+
+
+def gradient(trainer, rollout, micro_batch_size, episodes=8):
+    trainer.model.zero_grad()
+    trainer.model.train()
+    trainer._sums = {}
+    for micro in range(episodes // micro_batch_size):
+        batch = rollout.micro_batch(0, micro, micro_batch_size)
+        tokens = batch.pop("mini_batch_tokens")
+        for _, group in trainer._passes(batch):
+            trainer.compute_loss(trainer.model, {**group, "mini_batch_tokens": tokens}).backward()
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+# ---- combinations ----
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    value=st.sampled_from(["head", "sequence", "token"]),
+    padding_side=st.sampled_from(["left", "right"]),
+    estimator=st.sampled_from(["k1", "k2", "k3", "full"]),
+    place=st.sampled_from(["reward", "loss"]),
+    size=st.sampled_from([1, 2, 4]),
+    bucket=st.sampled_from([1, 4, 64]),
+    most_tokens=st.sampled_from([8, 64, 4096]),
+    extras=st.sampled_from([{}, {"entropy_coef": 0.1}, {"dual_clip": 2.0, "cliprange_value": None}]),
+)
+def test_no_split_changes_the_gradient(
+    make_trainer,
+    make_model,
+    prompts,
+    tokenizer,
+    value,
+    padding_side,
+    estimator,
+    place,
+    size,
+    bucket,
+    most_tokens,
+    extras,
+):
+    if estimator == "k1" and place == "loss":
+        return
+    tokenizer.padding_side = padding_side
+    trainer = make_trainer(
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        value_model=value_model_of(make_model, value),
+        kl_estimator=estimator,
+        kl_penalty=place,
+        kl_coef=0.3,
+        length_bucket_size=64,
+        max_tokens_per_pass=4096,
+        **extras,
+    )
+    rollout = trainer.collect_rollout(rows_of(prompts, 8))
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    whole = gradient(trainer, rollout, 8)
+    trainer.args.length_bucket_size, trainer.args.max_tokens_per_pass = bucket, most_tokens
+    split = gradient(trainer, rollout, size)
+    assert any(value.abs().max() > 1e-3 for value in whole.values())
+    torch.testing.assert_close(split, whole, atol=1e-5, rtol=1e-3)
+    tokenizer.padding_side = "right"
+
+
+# ---- the reference and its KL ----
+
+
+def test_the_full_kl_is_the_mean_of_the_sampled_ones(make_trainer, prompts):
+    """k1 over many samples of one token estimates what `full` computes."""
+    full = make_trainer(kl_estimator="full", response_length=1)
+    with torch.no_grad():
+        for parameter in full.policy.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    batch = full.sample([{"prompt": "Go"}] * 4000)
+    exact, sampled = full.evaluate_tokens(batch).kl, full.evaluate_tokens(batch)
+    assert exact.std() < 1e-4
+    estimate = (sampled.logprobs - sampled.ref_logprobs)[:, 0]
+    assert exact[0, 0] > 0.01
+    assert abs(estimate.mean() - exact[0, 0]) < 4 * estimate.std() / math.sqrt(4000)
+
+
+def test_without_a_coefficient_there_is_no_reference(make_trainer, prompts):
+    trainer = make_trainer(kl_coef=0.0, max_steps=2, eval_dataset=prompts)
+    assert trainer.reference is None
+    trainer.train()
+    assert not logged(trainer, "kl")
+    assert "eval_kl" not in trainer.evaluate()
+
+
+def test_the_coefficient_is_steered_to_its_target():
+    controller = KLController(0.1, target=2.0, horizon=100)
+    controller.update(kl=4.0, episodes=10)
+    assert controller.coefficient == pytest.approx(0.1 * (1 + 0.2 * 10 / 100))
+    controller.update(kl=1.8, episodes=10)
+    assert controller.coefficient == pytest.approx(0.102 * (1 - 0.1 * 10 / 100))
+    fixed = KLController(0.1)
+    fixed.update(kl=100.0, episodes=10)
+    assert fixed.coefficient == 0.1
+
+
+def test_a_steered_coefficient_is_used_and_logged(make_trainer):
+    trainer = make_trainer(kl_target=1e-3, kl_horizon=8, learning_rate=1e-2, max_steps=8)
+    trainer.train()
+    coefficients = logged(trainer, "kl_coef")
+    # The first rollout's KL is 0, below the target: less penalty. Then it is far above.
+    assert coefficients[1] == pytest.approx(0.05 * (1 - 0.2 * 4 / 8))
+    assert coefficients[-1] > coefficients[1]
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3", "full"])
+def test_a_penalty_in_the_loss_pulls_to_the_reference(make_trainer, prompts, estimator):
+    def distance(coefficient):
+        trainer = make_trainer(
+            kl_coef=coefficient,
+            kl_estimator=estimator,
+            kl_penalty="loss",
+            learning_rate=3e-3,
+            per_device_train_batch_size=32,
+            gradient_accumulation_steps=1,
+            max_steps=16,
+        )
+        trainer.train()
+        tokens = trainer.evaluate_tokens(trainer.sample(rows_of(prompts, 12)))
+        return (tokens.logprobs - tokens.ref_logprobs).square().mean()
+
+    assert distance(10.0) < 0.7 * distance(1e-6)
+
+
+def test_the_reference_moves_as_often_and_far_as_asked(make_trainer):
+    trainer = make_trainer(
+        sync_ref_model=True, ref_model_sync_steps=4, ref_model_mixup_alpha=1.0, max_steps=6, learning_rate=1e-2
+    )
+    before = trainer.reference.lm_head.weight.clone()
+    seen = []
+    collect = trainer.collect_rollout
+    trainer.collect_rollout = lambda rows: (
+        seen.append((trainer.reference.lm_head.weight.clone(), trainer.policy.lm_head.weight.clone())) or collect(rows)
+    )
+    trainer.train()
+    # Rollouts begin at steps 0, 2 and 4.
+    assert torch.equal(seen[0][0], before) and torch.equal(seen[1][0], before)
+    assert torch.equal(seen[2][0], seen[2][1]) and not torch.equal(seen[2][0], before)
+    with pytest.raises(InputError, match="sync_ref_model"):
+        make_trainer(sync_ref_model=True, kl_coef=0.0)
+
+
+# ---- the steps ----
+
+
+def test_the_rest_of_a_rollout_is_skipped_beyond_the_target_kl(make_trainer):
+    trainer = make_trainer(num_ppo_epochs=6, max_steps=12, learning_rate=3e-2, target_kl=1e-3)
+    states, changes = [], []
+    step = trainer.training_step
+
+    def spy(model, inputs, num_items=None):
+        states.append(trainer.policy.lm_head.weight.detach().clone())
+        return step(model, inputs, num_items)
+
+    trainer.training_step = spy
+    trainer.train()
+    states.append(trainer.policy.lm_head.weight.detach())
+    changes = [
+        not torch.equal(one, other) for one, other in zip(states[::2], [*states[2::2], states[-1]], strict=True)
+    ]
+    for rollout in (changes[:6], changes[6:12]):
+        assert rollout[0]  # the first step is always taken
+        assert not rollout[-1]
+        assert rollout == sorted(rollout, reverse=True)  # and after a skipped one none is
+
+
+@pytest.mark.parametrize("value", ["head", "sequence"])
+def test_the_critic_warms_up_alone(make_trainer, make_model, value):
+    trainer = make_trainer(
+        value_model=value_model_of(make_model, value), critic_warmup_steps=4, max_steps=4, weight_decay=0.1
+    )
+    before = weights(trainer)
+    critic = [parameter.detach().clone() for parameter in trainer.actor.critic_parameters()]
+    trainer.train()
+    assert all(torch.equal(one, other) for one, other in zip(before, weights(trainer), strict=True))
+    assert not any(
+        torch.equal(one, other) for one, other in zip(critic, trainer.actor.critic_parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("value", ["head", "sequence"])
+def test_the_critic_has_a_learning_rate_of_its_own(make_trainer, make_model, value):
+    trainer = make_trainer(value_model=value_model_of(make_model, value), value_learning_rate=0.5, max_steps=1)
+    trainer.train()
+    critic = {id(parameter) for parameter in trainer.actor.critic_parameters()}
+    rates = {}
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            rates.setdefault(id(parameter) in critic, set()).add(group["initial_lr"])
+    assert rates == {True: {0.5}, False: {1e-3}}
+    assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(
+        list(trainer.model.parameters())
+    )
+
+
+def test_an_entropy_bonus_keeps_the_policy_open(make_trainer, prompts):
+    def entropy(coefficient):
+        trainer = make_trainer(
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            entropy_coef=coefficient,
+            max_steps=12,
+            learning_rate=1e-2,
+            whiten_advantages=False,
+        )
+        trainer.train()
+        return logged(trainer, "entropy")[-1]
+
+    assert entropy(1.0) > entropy(0.0) + 0.05
+
+
+def test_the_pretraining_term_is_the_language_modelling_loss(make_trainer, prompts, tokenizer):
+    texts = Dataset.from_dict({"text": ["The fox is red.", "Say it.", "A blue hat and a red fox"]})
+    trainer = make_trainer(ptx_coef=2.0, ptx_dataset=texts, max_steps=2)
+    trainer.train()
+    assert len(logged(trainer, "ptx_loss")) == 2
+    batch = trainer.ptx.batch(0, 0, 1, torch.device("cpu"))
+    again = trainer.ptx.batch(0, 0, 1, torch.device("cpu"))
+    assert torch.equal(batch["input_ids"], again["input_ids"])
+    assert (batch["labels"] == -100).equal(batch["attention_mask"] == 0)
+    places = [trainer.ptx._row(place) for place in range(6)]
+    assert sorted(places[:3]) == sorted(places[3:]) == [0, 1, 2]
+    with pytest.raises(InputError, match="give both, or neither"):
+        make_trainer(ptx_coef=2.0)
+    with pytest.raises(InputError, match="column 'text'; it has: words"):
+        make_trainer(ptx_coef=2.0, ptx_dataset=Dataset.from_dict({"words": ["a"]}))
+
+
+def test_the_dual_clip_bounds_what_a_bad_token_can_do():
+    from hfllm.trainers.advantages import policy_loss
+
+    old, new, mask = torch.zeros(1, 1), torch.full((1, 1), 3.0), torch.ones(1, 1)
+    bad = -torch.ones(1, 1)
+    assert policy_loss(new, old, bad, mask, 0.2)[0].item() == pytest.approx(math.exp(3.0))
+    assert policy_loss(new, old, bad, mask, 0.2, dual_clip=4.0)[0].item() == pytest.approx(4.0)
+    good = torch.ones(1, 1)
+    assert policy_loss(new, old, good, mask, 0.2, dual_clip=4.0)[0].item() == pytest.approx(-1.2)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_batch(make_trainer, tmp_path):
+    from safetensors.torch import load_file
+
+    trainer = make_trainer(max_steps=4)
+    compute = trainer.compute_loss
+
+    def spoil(model, inputs, *args, **kwargs):
+        if trainer.state.global_step == 1:
+            inputs["advantages"] = inputs["advantages"] * float("nan")
+        return compute(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = spoil
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 1; its batch is in .*not_finite_1_0"):
+        trainer.train()
+    batch = load_file(tmp_path / "ppo" / "not_finite_1_0.safetensors")
+    assert {"prompt_ids", "response_ids", "advantages"} <= set(batch)
+
+
+# ---- rewards ----
+
+
+def test_rewards_may_come_token_by_token(make_trainer, prompts):
+    def ids_over_100(completions, completion_ids, **_):
+        return [[float(token > 100) for token in ids] for ids in completion_ids]
+
+    trainer = make_trainer(
+        reward_funcs=ids_over_100, kl_coef=0.0, reward_weights=[2.0], lam=1.0, whiten_advantages=False
+    )
+    rollout = trainer.collect_rollout(rows_of(prompts, 4))
+    # Values are 0 at first, so that returns are the rewards that are still to come.
+    rewards = 2.0 * (rollout.response_ids > 100) * rollout.response_mask
+    expected = rewards.flip(1).cumsum(1).flip(1) * rollout.response_mask
+    torch.testing.assert_close(rollout.returns, expected)
+
+    def too_few(completions, **_):
+        return [[1.0]] * len(completions)
+
+    with pytest.raises(InputError, match="1 per-token rewards for completion 0; expected one for each of its 6"):
+        make_trainer(reward_funcs=too_few).collect_rollout(rows_of(prompts, 4))
+
+
+def test_ensembles_aggregate():
+    def one(completions, **_):
+        return [1.0, 4.0]
+
+    def other(completions, **_):
+        return [3.0, 0.0]
+
+    def ask(*settings):
+        return RewardEnsemble([one, other], *settings)(["a", "b"], ["c", "d"])
+
+    assert ask("mean") == [2.0, 2.0]
+    assert ask() == ask("worst") == [1.0, 0.0]
+    assert ask("uncertainty", 0.5) == [2.0 - 0.5 * 1.0, 2.0 - 0.5 * 4.0]
+    with pytest.raises(InputError, match="aggregation 'best' is not one of mean, worst, uncertainty"):
+        RewardEnsemble([one, other], "best")
+    with pytest.raises(InputError, match="at least 2"):
+        RewardEnsemble([one])
+
+
+def test_an_ensemble_of_models_trains(make_trainer, make_model, tokenizer):
+    from hfllm.rewards import RewardModel
+
+    head = hfllm.HfllmForSequenceClassification
+    members = [RewardModel(make_model(seed=at, model_class=head, num_labels=1), tokenizer) for at in (7, 8, 9)]
+    trainer = make_trainer(reward_funcs=RewardEnsemble(members, "uncertainty"), max_steps=1)
+    trainer.train()
+    assert logged(trainer, "rewards/uncertainty_of_3")
+
+
+def test_the_length_penalty_counts_tokens():
+    penalty = length_penalty(0.5, free=2)
+    assert penalty(["a", "b"], ["c", "d"], completion_ids=[[1], [1, 2, 3, 4]]) == [0.0, -1.0]
+
+
+def test_running_moments_are_those_of_all_numbers():
+    numbers, moments = torch.randn(100, dtype=torch.float64) * 3 + 5, RunningMoments()
+    for part in numbers.split(7):
+        moments.update(len(part), part.sum().item(), part.square().sum().item())
+    assert moments.mean == pytest.approx(numbers.mean().item())
+    assert moments.std == pytest.approx(numbers.std(correction=0).item())
+    assert RunningMoments().std == 1.0
+
+
+def test_scores_are_normalised_and_clipped_for_training_and_logged_as_they_are(make_trainer, prompts):
+    def huge(completions, **_):
+        return [1000.0 + 10 * at for at in range(len(completions))]
+
+    trainer = make_trainer(
+        reward_funcs=huge, normalize_rewards=True, reward_clip=1.0, kl_coef=0.0, lam=1.0, whiten_advantages=False
+    )
+    rollout = trainer.collect_rollout(rows_of(prompts, 4))
+    expected = ((torch.arange(4.0) - 1.5) / math.sqrt(1.25)).clamp(-1, 1)
+    torch.testing.assert_close(rollout.returns[:, 0], expected, atol=1e-4, rtol=1e-4)
+    assert trainer.completions[3]["reward"] == 1030.0
+
+
+def test_advantages_are_clipped(make_trainer, prompts):
+    trainer = make_trainer(advantage_clip=0.3)
+    assert trainer.collect_rollout(rows_of(prompts, 4)).advantages.abs().max() == pytest.approx(0.3)
+
+
+# ---- rollouts and tracking ----
+
+
+def test_each_prompt_gets_its_generations_in_one_rollout(make_trainer):
+    trainer = make_trainer(num_generations=2, max_steps=4)
+    seen = []
+    collect = trainer.collect_rollout
+    trainer.collect_rollout = lambda rows: seen.append([row["prompt"] for row in rows]) or collect(rows)
+    trainer.train()
+    for prompts in seen:
+        assert prompts[0::2] == prompts[1::2]
+
+
+def test_completions_are_kept_as_parquet(make_trainer, prompts, tmp_path):
+    trainer = make_trainer(log_completions=True, max_steps=4, eval_dataset=prompts)
+    trainer.train()
+    trainer.evaluate()
+    files = sorted((tmp_path / "ppo" / "completions").iterdir())
+    assert [file.name for file in files][:2] == ["000000_0.parquet", "000002_0.parquet"]
+    rows = Dataset.from_parquet(str(files[0]))
+    assert set(rows.column_names) == {"prompt", "completion", "letters", "reward"}
+    assert len(rows) == 4
+    assert any(file.name.startswith("eval_000004") for file in files)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kl_penalty": "loss"}, "kl_estimator='k1' has no gradient"),
+        ({"kl_penalty": "both"}, "kl_penalty='both' is not one of reward, loss"),
+        ({"num_generations": 3}, "num_generations=3 must divide the 4 episodes"),
+        ({"dual_clip": 0.5}, "dual_clip must be above 1, got 0.5"),
+        ({"target_kl": -1.0}, "target_kl must be above 0"),
+        ({"entropy_coef": -0.1}, "entropy_coef must not be negative"),
+        ({"ref_model_mixup_alpha": 2.0}, "ref_model_mixup_alpha must lie in"),
+        ({"max_tokens_per_pass": 0}, "max_tokens_per_pass must be at least 1"),
+    ],
+)
+def test_bad_options_are_refused_by_name(make_args, values, message):
+    with pytest.raises(ValueError, match=message):
+        make_args(**values)
+
+
+def test_beams_are_refused(make_trainer):
+    with pytest.raises(InputError, match="num_beams must be 1"):
+        make_trainer(generation_kwargs={"num_beams": 3})

@@ -1,0 +1,85 @@
+"""Rows that leave the batch when they have ended change nothing but the time."""
+
+import pytest
+import torch
+from families import FAMILIES
+from transformers import GenerationConfig
+
+from hfllm.trainers import sampling
+from hfllm.trainers.sampling import sample_responses
+
+# Many tokens end a response here, so that random models end theirs after different numbers of tokens.
+ENDS, PAD = list(range(7, 40)), 0
+
+
+def config(**more):
+    settings = {"max_new_tokens": 24, "do_sample": False, "num_beams": 1, "use_cache": True}
+    return GenerationConfig(**{**settings, "pad_token_id": PAD, "eos_token_id": ENDS, **more})
+
+
+@pytest.fixture
+def ids():
+    prompts = torch.randint(10, 300, (24, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(prompts)
+    mask[::3, :2] = 0
+    return prompts.masked_fill(mask == 0, PAD), mask
+
+
+@pytest.fixture(params=["llama", "mistral", "gpt2", "mixtral"])
+def model(make_model, request):
+    return make_model(**{**FAMILIES[request.param], "tie_word_embeddings": False})
+
+
+def test_greedy_responses_are_those_of_generate(model, ids, tokenizer, monkeypatch):
+    calls = []
+    generate = type(model).generate
+    monkeypatch.setattr(
+        type(model), "generate", lambda *a, **k: calls.append(len(k["input_ids"])) or generate(*a, **k)
+    )
+    got = sample_responses(model, *ids, config(), tokenizer)
+    split_at = list(calls)
+    expected = generate(model, input_ids=ids[0], attention_mask=ids[1], generation_config=config())[:, 6:]
+    for row in range(24):
+        ended = torch.isin(expected[row], torch.tensor(ENDS)).nonzero()
+        length = int(ended[0]) + 1 if len(ended) else 24
+        assert int(got["response_mask"][row].sum()) == length
+        assert torch.equal(got["response_ids"][row, :length], expected[row, :length])
+        assert (got["response_ids"][row, length:] == PAD).all()
+        assert bool(got["is_ended"][row]) == bool(len(ended))
+    lengths = got["response_mask"].sum(1)
+    assert len(lengths.unique()) > 1
+    assert split_at[0] == 24 and len(split_at) > 1 and split_at[1] <= 12
+
+
+def test_a_cache_whose_rows_cannot_be_picked_is_built_again(make_model, ids, tokenizer, monkeypatch):
+    model = make_model()
+    expected = sample_responses(model, *ids, config(), tokenizer)
+    monkeypatch.setattr(sampling, "DynamicCache", int)
+    got = sample_responses(model, *ids, config(), tokenizer)
+    assert torch.equal(got["response_ids"], expected["response_ids"])
+
+
+@pytest.mark.parametrize("more", [{"cache_implementation": "static"}, {"min_new_tokens": 5}])
+def test_other_settings_work(make_model, ids, tokenizer, more):
+    model = make_model()
+    settings = config(**more)
+    got = sample_responses(model, *ids, settings, tokenizer)
+    whole = model.generate(input_ids=ids[0], attention_mask=ids[1], generation_config=settings)[:, 6:]
+    width = got["response_ids"].shape[1]
+    mask = got["response_mask"] > 0
+    assert torch.equal(got["response_ids"][mask], whole[:, :width][mask])
+    assert got["response_mask"].sum(1).min() >= more.get("min_new_tokens", 1)
+
+
+def test_stop_strings_end_responses(make_model, ids, tokenizer):
+    model = make_model()
+    free = sample_responses(model, *ids, config(eos_token_id=[-1]), tokenizer)
+    text = tokenizer.decode(free["response_ids"][0])
+    stop = next(letter for letter in text if letter.isascii() and letter.isalnum())
+    got = sample_responses(model, *ids, config(eos_token_id=[-1], stop_strings=[stop]), tokenizer)
+    assert bool(got["is_ended"][0])
+    assert got["response_mask"].sum(1).min() < 24
+    for ids_of, mask, is_ended in zip(got["response_ids"], got["response_mask"], got["is_ended"], strict=True):
+        text = tokenizer.decode(ids_of[mask > 0])
+        assert (stop in text) == bool(is_ended)
+        assert stop not in tokenizer.decode(ids_of[mask > 0][:-1])
