@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -69,17 +69,13 @@ class ActorCriticTrainer(Trainer):
                 raise InputError(f"resume_from_checkpoint=True: no complete checkpoint in {self.args.output_dir}")
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    @contextmanager
-    def _whole_weights(self) -> Iterator[None]:
-        """Within it the policy can generate: under ZeRO-3 its parts are gathered."""
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        if plugin is None or plugin.zero_stage != 3:
-            yield
+    def _check_engine(self) -> None:
+        """Refuse what needs gradients that DeepSpeed keeps to itself."""
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
             return
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(list(self.policy.parameters())):
-            yield
+        for name in ("critic_warmup_steps", "target_kl"):
+            if getattr(self.args, name):
+                raise InputError(f"{name}={getattr(self.args, name)} does not work with DeepSpeed: leave it out")
 
     # ---- forward passes ----
 
@@ -193,12 +189,18 @@ class ActorCriticTrainer(Trainer):
     # ---- resuming ----
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        self._load_actor(folder)
+        self._load_actor(Path(resume_from_checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        # Called for every engine, also for those that load the weights themselves.
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
         saved = len(list(folder.glob("rollout_*.safetensors")))
         if saved and saved != self.args.world_size:
             raise InputError(f"{folder} was saved by {saved} processes; this run has {self.args.world_size}")
-        if (file := self._rollout_file(resume_from_checkpoint)).is_file():
+        if (file := self._rollout_file(checkpoint)).is_file():
             self._rollout = Rollout.load(file, self.accelerator.device)
         if (folder / STATE_FILE).is_file():
             state = json.loads((folder / STATE_FILE).read_text())

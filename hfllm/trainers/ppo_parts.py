@@ -1,6 +1,7 @@
 """What a `PPOTrainer` is made of: reference, rewards, special tokens, sampling settings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,18 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Copy a saved model's weights into `model`, whatever number of files they lie in."""
     saved = type(model).from_pretrained(folder, dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Within it a model that ZeRO-3 has spread over processes is whole."""
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        yield
 
 
 def load_scorer(name: str, load_kwargs: dict[str, Any]) -> PreTrainedModel:
@@ -60,8 +73,10 @@ def split_reference(
         return None, model
     if not keep:
         return None, model
-    reference = type(model)._from_config(model.config, dtype=model.dtype)
-    reference.load_state_dict(model.state_dict())
+    # By the constructor, which DeepSpeed leaves alone: the reference is whole on each process.
+    reference = type(model)(model.config).to(model.dtype)
+    with gathered(model):
+        reference.load_state_dict(model.state_dict())
     return reference.eval().requires_grad_(False), model
 
 

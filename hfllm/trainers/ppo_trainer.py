@@ -39,6 +39,7 @@ from hfllm.trainers.ppo_parts import (
     RewardFunc,
     build_rewards,
     disable_dropout,
+    gathered,
     load_scorer,
     reward_models,
     reward_weights,
@@ -146,6 +147,7 @@ class PPOTrainer(ActorCriticTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._check_engine()
         # Each process samples with its own noise, as in GRPOTrainer.
         seed_process(args.seed, device_specific=True)
         for frozen in (self.reference, *(reward.model for reward in reward_models(rewards))):
@@ -242,7 +244,7 @@ class PPOTrainer(ActorCriticTrainer):
         """Sample a response to each row's prompt. Returns prompts and responses with their masks, and `is_ended`."""
         prompts = tokenize_prompts([row["prompt"] for row in rows], self.processing_class)
         prompt_ids, prompt_mask = pad_prompts(prompts, self.processing_class.pad_token_id, self.accelerator.device)
-        with self._whole_weights():
+        with gathered(self.policy):
             responses = sample_responses(
                 self.policy, prompt_ids, prompt_mask, self.sampling_config, self.processing_class
             )

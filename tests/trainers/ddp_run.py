@@ -1,6 +1,7 @@
 """The run of test_distributed.py: PPO on greedy responses, so that the number of processes is all that differs.
 
-Usage: ddp_run.py OUTPUT_DIR EPISODES_PER_PROCESS (under torchrun for several processes)
+Usage: ddp_run.py OUTPUT_DIR EPISODES_PER_PROCESS [DEEPSPEED_CONFIG], under torchrun for several processes, or under
+accelerate launch with DeepSpeed.
 """
 
 import sys
@@ -20,7 +21,17 @@ def vowels(completions, **columns):
     return [sum(text.count(letter) for letter in "aeiou") / 10 for text in completions]
 
 
-def main(output_dir: str, episodes: int) -> None:
+def start_deepspeed() -> None:
+    """As a script has to before it builds a model; without compiling an operation for gloo."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+
+
+def main(output_dir: str, episodes: int, deepspeed_config: str | None = None) -> None:
+    if deepspeed_config:
+        start_deepspeed()
     tokenizer = train_tokenizer(WORDS * 3, vocab_size=300, model_max_length=128)
     torch.manual_seed(0)
     config = hfllm.HfllmConfig(
@@ -52,6 +63,7 @@ def main(output_dir: str, episodes: int) -> None:
             max_steps=6,
             logging_steps=1,
             generation_kwargs={"top_k": 1},
+            deepspeed=deepspeed_config,
         ),
         train_dataset=Dataset.from_dict({"prompt": WORDS * 4}),
         eval_dataset=Dataset.from_dict({"prompt": WORDS[:5]}),
@@ -68,4 +80,4 @@ def main(output_dir: str, episodes: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

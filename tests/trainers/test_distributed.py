@@ -1,4 +1,4 @@
-"""Two processes under DDP learn what one process learns from the same global batch."""
+"""Two processes, under DDP or ZeRO, learn what one process learns from the same global batch."""
 
 import os
 import subprocess
@@ -10,29 +10,55 @@ import torch
 from transformers import AutoModelForCausalLM
 
 SCRIPT = Path(__file__).parent / "ddp_run.py"
+ROOT = Path(__file__).parent.parent.parent
 
 
-def launch(output_dir, episodes, processes):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def launch(launcher, *arguments):
+    """Reward in evaluation and in the first rollout that the run prints."""
     result = subprocess.run(
-        [*command, str(SCRIPT), str(output_dir), str(episodes)],
+        [*launcher, str(SCRIPT), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    return next(line for line in result.stdout.splitlines() if line.startswith("EVAL")).split()[1:]
+    line = next(line for line in result.stdout.splitlines() if line.startswith("EVAL"))
+    return [float(value) for value in line.split()[1:]]
 
 
-def test_two_processes_equal_one_and_save(tmp_path):
-    one = launch(tmp_path / "one", episodes=8, processes=1)
-    two = launch(tmp_path / "two", episodes=4, processes=2)
-    assert [float(value) for value in one] == pytest.approx([float(value) for value in two], abs=1e-5)
-    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "one").state_dict()
-    actual = AutoModelForCausalLM.from_pretrained(tmp_path / "two").state_dict()
+def same_weights(one, other):
+    expected = AutoModelForCausalLM.from_pretrained(one).state_dict()
+    actual = AutoModelForCausalLM.from_pretrained(other).state_dict()
     assert expected.keys() == actual.keys()
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, atol=1e-5, rtol=0, msg=name)
-    checkpoint = tmp_path / "two" / "checkpoint-6"
-    assert {"rollout_0.safetensors", "rollout_1.safetensors", "optimizer.pt"} <= set(os.listdir(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The run of a single process, and the rewards that it printed."""
+    folder = tmp_path_factory.mktemp("one")
+    return folder, launch([*TORCHRUN, "--nproc_per_node=1"], folder, 8)
+
+
+def test_two_processes_equal_one_and_save(one, tmp_path):
+    folder, rewards = one
+    assert launch([*TORCHRUN, "--nproc_per_node=2"], tmp_path, 4) == pytest.approx(rewards, abs=1e-5)
+    same_weights(folder, tmp_path)
+    files = set(os.listdir(tmp_path / "checkpoint-6"))
+    assert {"rollout_0.safetensors", "rollout_1.safetensors", "optimizer.pt"} <= files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_processes_with_zero_equal_one(one, tmp_path, stage):
+    pytest.importorskip("deepspeed")
+    folder, rewards = one
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no"]
+    assert launch(launcher, tmp_path, 4, ROOT / "ds_configs" / f"zero{stage}.json") == pytest.approx(rewards, abs=1e-5)
+    same_weights(folder, tmp_path)
