@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/sample_efficiency.py --trl_python trl112/bin/python \
         --output benchmarks/results/sample_efficiency.md
 
-The reward is the share of a response's 32 tokens that belong to `--targets` of the 256 words. Both sides sample 32 episodes a rollout from the same random models and pass over them four times; what counts
-is the first of three rollouts in a row whose mean reward is 0.9 or more. Both have a value model of their own. Ours
-runs with one setting on all seeds; TRL's learning rate is the best of `--trl_learning_rates` by the median.
+The reward is the share of a response's 32 tokens that belong to `--targets` of the 256 words. Both sides sample 32
+episodes a rollout from the same random models and pass over them four times; what counts is the first of three
+rollouts in a row whose mean reward is 0.9 or more. Both have a value model of their own. Ours runs with one setting on
+all seeds; TRL's learning rate is the best of `--trl_learning_rates` by the median.
 """
 
 import argparse

@@ -107,6 +107,8 @@ class Stage:
             next_steps=next_steps,
         )
         failure = None
+        # The whole history of the logs, for plots of one's own.
+        trainer.save_state()
         if main_process():
             folder = Path(self.training_args.output_dir)
             report.write(folder)

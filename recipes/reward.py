@@ -31,6 +31,9 @@ class RewardArguments(DataArguments):
     label_noise: float = field(
         default=0.1, metadata={"help": "Share of wrong labels in the world's comparisons; 0.5 makes them worthless."}
     )
+    comparison_seed: int | None = field(
+        default=None, metadata={"help": "Seed of the world's comparisons, if not --seed: for models on the same ones."}
+    )
     response_length: int = field(default=40, metadata={"help": "Longest response sampled for comparison, in tokens."})
     num_eval_prompts: int = field(default=360, metadata={"help": "Held-out prompts of the world to compare on."})
     sft_config: str | None = field(
@@ -61,6 +64,7 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
         load_scorer,
         load_tokenizer,
         peft_config,
+        refuse,
         with_model_from,
     )
     from hfllm.trainers.callbacks import use_plain_lines
@@ -69,6 +73,7 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
     if stage.report is not None:
         return stage.report["metrics"]
     is_world = script_args.dataset_name == WORLD
+    refuse(not is_world and script_args.comparison_seed is not None, "--comparison_seed", "it is for the world")
     rows = None if is_world else user_comparisons(script_args, training_args.seed)
     if not model_args.model_name_or_path:
         import sft
@@ -135,7 +140,8 @@ def world_comparisons(
     from hfllm.evaluation.responses import sample_responses
     from hfllm.stages import load_policy
 
-    world, seed = World(script_args.world_seed), training_args.seed
+    world, seed = World(script_args.world_seed), script_args.comparison_seed
+    seed = training_args.seed if seed is None else seed
     model, tokenizer = load_policy(model_args)
     model.to(training_args.device)
 

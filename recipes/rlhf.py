@@ -23,8 +23,19 @@ CONFIG = Path(__file__).parent / "configs" / "rlhf" / "world.yaml"
 class RlhfArguments(DataArguments):
     """Prompts, rewards, and the settings of the stages before."""
 
-    reward_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A sequence-classification model with one label as the reward."}
+    reward_model_name_or_path: list[str] | None = field(
+        default=None,
+        metadata={"help": "A sequence-classification model with one label as the reward; several are an ensemble."},
+    )
+    num_reward_models: int = field(
+        default=1, metadata={"help": "Reward models to train on the same comparisons, when none is named."}
+    )
+    reward_aggregation: str = field(
+        default="worst",
+        metadata={"help": "How an ensemble's scores become one.", "choices": ["mean", "worst", "uncertainty"]},
+    )
+    uncertainty_coef: float = field(
+        default=1.0, metadata={"help": "Weight of the ensemble's variance with --reward_aggregation uncertainty."}
     )
     reward_funcs: list[str] | None = field(
         default=None,
@@ -58,6 +69,7 @@ def parse(argv: Sequence[str]) -> tuple:
 def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dict[str, float]:
     """Make what is missing, align, compare before and after, save, report. Returns the metrics."""
     from hfllm.evaluation.alignment import alignment_metrics, alignment_plots, alignment_tables, judge_policy
+    from hfllm.rewards import RewardEnsemble, RewardModel
     from hfllm.stages import (
         Stage,
         load_policy,
@@ -78,13 +90,15 @@ def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dic
     functions = checked_functions(script_args)
     train_rows, eval_rows = prompt_data(script_args, training_args.seed, functions)
     check_before_training(script_args, training_args, model_args, [*train_rows, *eval_rows], len(functions))
-    model_args, reward_model, stage_metrics = run_missing_stages(script_args, model_args, before)
+    model_args, reward_models, stage_metrics = run_missing_stages(script_args, model_args, before)
 
     policy, tokenizer = load_policy(model_args)
     rewards, tokenizers = list(functions), [None] * len(functions)
-    if reward_model:
-        rewards.append(load_scorer(reward_model, model_args))
-        tokenizers.append(load_tokenizer(reward_model))
+    if reward_models:
+        members = [RewardModel(load_scorer(name, model_args), load_tokenizer(name)) for name in reward_models]
+        aggregation = (script_args.reward_aggregation, script_args.uncertainty_coef)
+        rewards.append(members[0] if len(members) == 1 else RewardEnsemble(members, *aggregation))
+        tokenizers.append(None)
     training_args, rewards, tokenizers = with_gold_beside(script_args, training_args, rewards, tokenizers)
     from datasets import Dataset
 
@@ -96,7 +110,7 @@ def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dic
         eval_dataset=Dataset.from_list(eval_rows),
         processing_class=tokenizer,
         reward_processing_classes=tokenizers,
-        value_model=value_model(script_args, model_args, reward_model),
+        value_model=value_model(script_args, model_args, reward_models),
         peft_config=peft_config(model_args),
     )
     use_plain_lines(trainer)
@@ -164,10 +178,10 @@ def missing_stages(script_args: Any, training_args: Any, model_args: Any) -> dic
     Raises:
         InputError: when one of their configs is wrong.
     """
-    folders = {name: f"{training_args.output_dir}/{name}" for name in ("pretrain", "sft", "reward")}
+    folder, seed = training_args.output_dir, training_args.seed
     own_model = model_args.model_name_or_path
     has_reward = script_args.reward_model_name_or_path or script_args.reward_funcs
-    based_on = {"pretrain": None, "sft": folders["pretrain"], "reward": own_model or folders["sft"]}
+    based_on = {"pretrain": None, "sft": f"{folder}/pretrain", "reward": own_model or f"{folder}/sft"}
     names = ([] if own_model else ["pretrain", "sft"]) + ([] if has_reward else ["reward"])
     stages = {}
     for name in names:
@@ -175,29 +189,34 @@ def missing_stages(script_args: Any, training_args: Any, model_args: Any) -> dic
         config = getattr(script_args, f"{name}_config")
         # The world's settings suit the small model made here; a model of the user's own gets the libraries'.
         config = config or (None if own_model else str(module.CONFIG))
-        flags = ["--output_dir", folders[name], "--seed", str(training_args.seed)]
-        flags += ["--world_seed", str(script_args.world_seed)]
+        flags = ["--world_seed", str(script_args.world_seed)]
         flags += ["--config", config] if config else []
         flags += ["--model_name_or_path", based_on[name]] if based_on[name] else []
-        stages[name] = module.parse(flags)
+        for number in range(script_args.num_reward_models if name == "reward" else 1):
+            stage = f"{name}_{number + 1}" if number else name
+            own = ["--output_dir", f"{folder}/{stage}", "--seed", str(seed + number)]
+            own += ["--comparison_seed", str(seed)] if number else []
+            stages[stage] = module.parse([*flags, *own])
     return stages
 
 
 def run_missing_stages(
     script_args: Any, model_args: Any, stages: dict[str, tuple]
-) -> tuple[Any, str | None, dict[str, float]]:
-    """Run or reuse the stages. Returns the policy's arguments, the reward model's name and the metrics to report."""
+) -> tuple[Any, list[str], dict[str, float]]:
+    """Run or reuse the stages. Returns the policy's arguments, the reward models and the metrics to report."""
     from hfllm.stages import run_stage
 
     metrics: dict[str, float] = {}
     folders = {name: arguments[1].output_dir for name, arguments in stages.items()}
     for position, (name, arguments) in enumerate(stages.items()):
-        done = run_stage(import_module(name), arguments, later_folders=list(folders.values())[position + 1 :])
+        module = import_module(name.partition("_")[0])
+        done = run_stage(module, arguments, later_folders=list(folders.values())[position + 1 :])
         if name == "reward":
             metrics["reward_model_accuracy"] = done["reward_model_accuracy"]
     if "sft" in folders:
         model_args = replace(model_args, model_name_or_path=folders["sft"])
-    return model_args, folders.get("reward", script_args.reward_model_name_or_path), metrics
+    trained = [folder for name, folder in folders.items() if name.startswith("reward")]
+    return model_args, trained or script_args.reward_model_name_or_path or [], metrics
 
 
 def check_before_training(
@@ -226,8 +245,12 @@ def check_before_training(
     weights = training_args.reward_weights
     if weights is not None and len(weights) != rewards:
         raise InputError(f"--reward_weights has {len(weights)} values for {rewards} reward(s)")
-    if named:
-        load_tokenizer(named)
+    for name in named or []:
+        load_tokenizer(name)
+    if script_args.num_reward_models < 1 or (script_args.num_reward_models > 1 and (named or function_count)):
+        raise InputError(
+            f"--num_reward_models {script_args.num_reward_models}: at least 1, and more only where none is named"
+        )
     if model_args.model_name_or_path:
         tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
         check_prompts(rows, tokenizer, training_args.response_length, model_context(model_args.model_name_or_path))
@@ -244,13 +267,15 @@ def with_gold_beside(script_args: Any, training_args: Any, rewards: list, tokeni
     return training_args, [*rewards, gold_reward], [*tokenizers, None]
 
 
-def value_model(script_args: Any, model_args: Any, reward_model: str | None) -> Any:
+def value_model(script_args: Any, model_args: Any, reward_models: list[str]) -> Any:
     """The model that estimates values, or `None` for a head on the policy's trunk."""
     from hfllm.stages import load_scorer
 
     if script_args.value_model == "head":
         return None
-    return load_scorer(reward_model if script_args.value_model == "reward" else script_args.value_model, model_args)
+    return load_scorer(
+        reward_models[0] if script_args.value_model == "reward" else script_args.value_model, model_args
+    )
 
 
 def next_steps(output_dir: str, prompt: str | list) -> list[str]:

@@ -87,7 +87,8 @@ def alignment_metrics(before: Judgement, after: Judgement) -> dict[str, float]:
         **metrics,
         "proxy_reward_before": before.proxy["eval_reward"],
         "proxy_reward_after": after.proxy["eval_reward"],
-        "kl_to_reference": after.proxy["eval_kl"],
+        # Without a penalty there is no reference.
+        **({"kl_to_reference": after.proxy["eval_kl"]} if "eval_kl" in after.proxy else {}),
         "response_length": after.proxy["eval_response_length"],
     }
 
