@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--trl_python", help="A Python that has trl==1.12.*; without it only ours runs.")
     parser.add_argument("--trl_learning_rates", type=float, nargs="+", default=[3e-4, 1e-3, 2e-3, 3e-3])
     parser.add_argument("--rollouts", type=int, default=100)
-    parser.add_argument("--targets", type=int, default=16)
+    parser.add_argument("--targets", type=int, default=64)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output", type=Path)
     parser.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)
