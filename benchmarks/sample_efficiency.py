@@ -97,7 +97,6 @@ def run_ours(args: argparse.Namespace, output_dir: str) -> list[float]:
         processing_class=tokenizer,
         value_model=value_model,
     )
-    trainer.actor.never_sampled = (0, 1)
     trainer.train()
     return rewards
 

@@ -230,6 +230,7 @@ def check_before_training(
     """
     from hfllm.data.sources import WORLD
     from hfllm.errors import InputError
+    from hfllm.rewards import RewardEnsemble
     from hfllm.stages import load_tokenizer, model_context
     from hfllm.trainers.prompts import check_prompts
 
@@ -247,6 +248,11 @@ def check_before_training(
         raise InputError(f"--reward_weights has {len(weights)} values for {rewards} reward(s)")
     for name in named or []:
         load_tokenizer(name)
+    if script_args.reward_aggregation not in RewardEnsemble.AGGREGATIONS:
+        raise InputError(
+            f"--reward_aggregation {script_args.reward_aggregation!r} is not one of "
+            f"{', '.join(RewardEnsemble.AGGREGATIONS)}"
+        )
     if script_args.num_reward_models < 1 or (script_args.num_reward_models > 1 and (named or function_count)):
         raise InputError(
             f"--num_reward_models {script_args.num_reward_models}: at least 1, and more only where none is named"

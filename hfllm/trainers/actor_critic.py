@@ -136,6 +136,8 @@ def response_logits(model: PreTrainedModel, sequences: Sequences) -> tuple[torch
     """Logits (N, V) of the response tokens, and the states (N, E) that they are made from."""
     with head_on(model, sequences) as states:
         logits = model(input_ids=sequences.input_ids, use_cache=False).logits
+    if not states:
+        raise TypeError(f"{type(model).__name__} does not call its output embeddings, which PPO reads states at")
     return logits.squeeze(0), states[0]
 
 

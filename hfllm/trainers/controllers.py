@@ -23,7 +23,8 @@ class KLController:
         if self.target is None:
             return
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.coefficient *= 1 + error * episodes / self.horizon
+        # A rollout of more episodes than the horizon counts as one of as many.
+        self.coefficient *= 1 + error * min(episodes / self.horizon, 1.0)
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """A `transformers.Trainer` whose model is an `ActorCritic`: its optimiser, forward passes, metrics, checkpoints."""
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -11,7 +12,8 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from hfllm.checkpoints import last_complete_checkpoint
 from hfllm.errors import InputError
@@ -67,15 +69,30 @@ class ActorCriticTrainer(Trainer):
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise InputError(f"resume_from_checkpoint=True: no complete checkpoint in {self.args.output_dir}")
+        self._begin()
+        if resume_from_checkpoint and self.args.max_steps > 0:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
+            if state.global_step >= self.args.max_steps:
+                # Trainer would take one more step before it looks.
+                self.state = state
+                self._load_from_checkpoint(str(resume_from_checkpoint))
+                self._load_progress(Path(resume_from_checkpoint))
+                return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _check_engine(self) -> None:
         """Refuse what needs gradients that DeepSpeed keeps to itself."""
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
             return
-        for name in ("critic_warmup_steps", "target_kl"):
+        for name in ("critic_warmup_steps", "target_kl", "sync_ref_model"):
             if getattr(self.args, name):
                 raise InputError(f"{name}={getattr(self.args, name)} does not work with DeepSpeed: leave it out")
+
+    def _begin(self) -> None:
+        """Forget what an earlier call of `train` was in the middle of."""
+        self._rollout, self._skipped_from, self._micro_step, self._synced_at = None, None, 0, 0
+        self._sums: dict[str, torch.Tensor] = {}
+        self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     # ---- forward passes ----
 
@@ -84,7 +101,7 @@ class ActorCriticTrainer(Trainer):
         if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
             return length_groups(batch, None, most_rows=most_rows)
         is_cpu = self.accelerator.device.type == "cpu"
-        bucket = self.args.length_bucket_size or (16 if is_cpu else 256)
+        bucket = self.args.length_bucket_size or (8 if is_cpu else 256)
         return length_groups(batch, bucket, self.args.max_tokens_per_pass or (1024 if is_cpu else None), most_rows)
 
     @torch.no_grad()
@@ -182,6 +199,8 @@ class ActorCriticTrainer(Trainer):
             (Path(output_dir) / STATE_FILE).write_text(json.dumps(state))
             if self.args.sync_ref_model:
                 self.reference.save_pretrained(Path(output_dir) / REFERENCE_FOLDER)
+        # Only then the file that says the checkpoint is complete.
+        self.accelerator.wait_for_everyone()
 
     def _rollout_file(self, folder: str) -> Path:
         return Path(folder) / f"rollout_{self.args.process_index}.safetensors"
@@ -194,13 +213,15 @@ class ActorCriticTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         # Called for every engine, also for those that load the weights themselves.
         super()._load_rng_state(checkpoint)
-        if checkpoint is None:
-            return
-        folder = Path(checkpoint)
+        if checkpoint is not None:
+            self._load_progress(Path(checkpoint))
+
+    def _load_progress(self, folder: Path) -> None:
+        """The rollout in use, the controllers and a reference that moves."""
         saved = len(list(folder.glob("rollout_*.safetensors")))
         if saved and saved != self.args.world_size:
             raise InputError(f"{folder} was saved by {saved} processes; this run has {self.args.world_size}")
-        if (file := self._rollout_file(checkpoint)).is_file():
+        if (file := self._rollout_file(str(folder))).is_file():
             self._rollout = Rollout.load(file, self.accelerator.device)
         if (folder / STATE_FILE).is_file():
             state = json.loads((folder / STATE_FILE).read_text())
@@ -211,6 +232,9 @@ class ActorCriticTrainer(Trainer):
             load_weights(self.reference, folder / REFERENCE_FOLDER)
 
     def _load_best_model(self) -> None:
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            super()._load_best_model()
+            return
         self._load_actor(Path(self.state.best_model_checkpoint))
 
     def _load_actor(self, folder: Path) -> None:

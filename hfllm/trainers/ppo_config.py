@@ -13,7 +13,15 @@ AT_LEAST_ONE = (
     *("length_bucket_size", "max_tokens_per_pass", "ref_model_sync_steps", "kl_horizon"),
 )
 ABOVE_ZERO = ("temperature", "kl_target", "target_kl", "reward_clip", "advantage_clip", "value_learning_rate")
-NOT_NEGATIVE = ("kl_coef", "vf_coef", "entropy_coef", "ptx_coef", "critic_warmup_steps", "cliprange")
+NOT_NEGATIVE = (
+    "kl_coef",
+    "vf_coef",
+    "entropy_coef",
+    "ptx_coef",
+    "critic_warmup_steps",
+    "cliprange",
+    "cliprange_value",
+)
 SHARES = ("gamma", "lam", "ref_model_mixup_alpha")
 
 
@@ -51,7 +59,7 @@ class PPOConfig(TrainingArguments):
     length_bucket_size: int | None = _option(
         None,
         "No sequence is padded by this many tokens or more: the passes of a micro-batch are split. By default "
-        "16 on a CPU and 256 elsewhere; with DeepSpeed and FSDP micro-batches stay whole.",
+        "8 on a CPU and 256 elsewhere; with DeepSpeed and FSDP micro-batches stay whole.",
     )
     max_tokens_per_pass: int | None = _option(
         None,
@@ -112,7 +120,7 @@ class PPOConfig(TrainingArguments):
 
     # Tracking
     log_completions: bool = _option(
-        False, "Keep prompts, completions and rewards: a parquet file a rollout, and a table where they are reported."
+        False, "Keep prompts, completions and rewards as parquet, a file for each rollout and process."
     )
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "generation_kwargs"]
@@ -134,6 +142,10 @@ class PPOConfig(TrainingArguments):
                 f"num_generations={self.num_generations} must divide the {self.local_rollout_batch_size} episodes "
                 "that a process samples for a rollout"
             )
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError(f"kl_target={self.kl_target} steers kl_coef, which is 0: give it a value to start from")
+        if self.target_kl is not None and self.fp16:
+            raise ValueError("target_kl skips steps, which the loss scaling of fp16 does not allow: use bf16")
         if self.use_cpu and self.fp16:
             raise ValueError("fp16 does nothing on a CPU: use --bf16 or neither")
 

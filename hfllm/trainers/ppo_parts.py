@@ -80,8 +80,25 @@ def split_reference(
     return reference.eval().requires_grad_(False), model
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel) -> tuple[list[int], list[int]]:
-    """Ids that end a response, and ids that are never sampled: padding, unless it ends responses too."""
+def check_value_model(value_model: PreTrainedModel | None, rewards: Sequence[RewardModel]) -> None:
+    """Refuse a value model that gives more than one number, or that is frozen as a reward model."""
+    if value_model is None:
+        return
+    if value_model.config.num_labels != 1:
+        raise InputError(f"value_model has num_labels={value_model.config.num_labels}; expected 1")
+    if any(reward.model is value_model for reward in rewards):
+        raise InputError(
+            "value_model is one of the reward models, which are frozen: load it a second time, or by name"
+        )
+
+
+def special_tokens(
+    tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel, args: PPOConfig
+) -> tuple[list[int], list[int]]:
+    """Ids that end a response, and ids that are never sampled: padding, unless it ends responses too.
+
+    Those of `generation_kwargs` are among them.
+    """
     if tokenizer.eos_token_id is None:
         raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no end token (eos_token): PPO needs one")
     if tokenizer.pad_token_id is None:
@@ -89,9 +106,13 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel) 
             f"tokenizer {tokenizer.name_or_path!r} has no padding token: set pad_token, for example to the end token "
             f"{tokenizer.eos_token!r}"
         )
+    asked = args.generation_kwargs or {}
     configured = policy.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
-    return sorted(ends), [] if tokenizer.pad_token_id in ends else [tokenizer.pad_token_id]
+    if asked.get("eos_token_id") is not None:
+        ends = set(asked["eos_token_id"]) if isinstance(asked["eos_token_id"], list) else {asked["eos_token_id"]}
+    padding = set() if tokenizer.pad_token_id in ends else {tokenizer.pad_token_id}
+    return sorted(ends), sorted(padding | set(asked.get("suppress_tokens") or []))
 
 
 def disable_dropout(*models: nn.Module | None) -> None:
@@ -168,7 +189,14 @@ def sampling_config(
         "bos_token_id": tokenizer.bos_token_id,
         "suppress_tokens": list(never_sampled) or None,
     }
-    settings |= args.generation_kwargs or {}
+    asked = dict(args.generation_kwargs or {})
+    for name, argument in (("temperature", "temperature"), ("max_new_tokens", "response_length")):
+        if name in asked:
+            raise InputError(f"generation_kwargs has {name}={asked[name]!r}: set {argument} itself")
+    # In `special_tokens`, with what the policy is judged by.
+    for name in ("eos_token_id", "suppress_tokens"):
+        asked.pop(name, None)
+    settings |= asked
     if settings["num_beams"] != 1 or settings.get("num_return_sequences", 1) != 1:
         raise InputError(
             "generation_kwargs: PPO samples, so num_beams must be 1; use num_generations for several responses"

@@ -9,7 +9,6 @@ A rollout is collected when its first micro-batch is asked for; the dataloader r
 micro-batch, so that Trainer's own counting of steps, epochs and skipped batches stays right.
 """
 
-from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -38,6 +37,7 @@ from hfllm.trainers.ppo_config import PPOConfig
 from hfllm.trainers.ppo_parts import (
     RewardFunc,
     build_rewards,
+    check_value_model,
     disable_dropout,
     gathered,
     load_scorer,
@@ -126,10 +126,11 @@ class PPOTrainer(ActorCriticTrainer):
         self.reference, policy = split_reference(model, peft_config, keep=self.has_reference)
         if args.sync_ref_model and self.reference is None:
             raise InputError("sync_ref_model=True needs a reference of its own: no adapter, and kl_coef above 0")
-        self.eos_token_ids, never_sampled = special_tokens(tokenizer, policy)
+        self.eos_token_ids, never_sampled = special_tokens(tokenizer, policy, args)
         if args.disable_dropout:
             disable_dropout(policy, value_model)
         rewards = build_rewards(reward_funcs, reward_processing_classes, load_kwargs, args)
+        check_value_model(value_model, reward_models(rewards))
         self.scorer = Scorer(rewards, reward_weights(args.reward_weights, len(rewards)), tokenizer, args)
         context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
         for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
@@ -156,10 +157,7 @@ class PPOTrainer(ActorCriticTrainer):
         self.sampling_config = sampling_config(args, tokenizer, self.eos_token_ids, never_sampled)
         self.kl_controller = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         self.completions: list[dict[str, Any]] = []
-        self._rollout: Rollout | None = None
-        self._micro_step, self._skipped_from, self._synced_at = 0, None, 0
-        self._sums: dict[str, torch.Tensor] = {}
-        self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._begin()
 
     @property
     def reward_moments(self) -> RunningMoments:
@@ -222,7 +220,7 @@ class PPOTrainer(ActorCriticTrainer):
         if self.args.advantage_clip is not None:
             advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
         self._log_rollout(tokens, mask)
-        self._metrics["reward_std"].append(scores.total.std(correction=0).view(1))
+        self._metrics["reward_std"].append(scores.reward.std(correction=0).view(1))
         self._metrics["explained_variance"].append(formulas.explained_variance(tokens.values, returns, mask).view(1))
         self._keep_completions(f"{self.state.global_step:06d}")
         self._steer_kl(tokens.kl.sum(1))
@@ -255,7 +253,7 @@ class PPOTrainer(ActorCriticTrainer):
         scores = self.scorer(rows, batch)
         for name, values in scores.parts.items():
             self._metrics[f"{prefix}rewards/{name}"].append(values)
-        self._metrics[f"{prefix}reward"].append(scores.total)
+        self._metrics[f"{prefix}reward"].append(scores.reward)
         self._metrics[f"{prefix}unfinished"].append(1.0 - batch["is_ended"].float())
         self.completions = scores.completions
         return scores
@@ -290,8 +288,11 @@ class PPOTrainer(ActorCriticTrainer):
 
     def _steer_kl(self, kl: torch.Tensor) -> None:
         total, episodes = self._sum_over_processes(torch.stack((kl.sum(), kl.new_tensor(len(kl))))).tolist()
-        self._metrics["kl_coef"].append(kl.new_tensor([self.kl_controller.coefficient]))
+        used = self.kl_controller.coefficient
         self.kl_controller.update(total / episodes, int(episodes))
+        # The loss is computed afterwards, with the new one.
+        used = used if self.args.kl_penalty == "reward" else self.kl_controller.coefficient
+        self._metrics["kl_coef"].append(kl.new_tensor([used]))
 
     # ---- the algorithm: updates ----
 

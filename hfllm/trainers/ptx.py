@@ -34,6 +34,7 @@ class PretrainingBatches:
             raise InputError(f"ptx_dataset needs rows with a column 'text'; it has: {columns}")
         self.dataset, self.tokenizer, self.max_length = dataset, tokenizer, max_length
         self.batch_size, self.seed = batch_size, seed
+        self._order: tuple[int, torch.Tensor] | None = None
 
     @classmethod
     def build(
@@ -57,11 +58,15 @@ class PretrainingBatches:
         first = (step * processes + process) * self.batch_size
         rows = [self.dataset[self._row(place)]["text"] for place in range(first, first + self.batch_size)]
         ids = self.tokenizer(rows, truncation=self.max_length is not None, max_length=self.max_length)["input_ids"]
+        if max(map(len, ids)) < 2:
+            raise InputError(f"ptx_dataset: no next token to learn in {rows!r}: texts need two tokens")
         batch = self.tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt").to(device)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
 
     def _row(self, place: int) -> int:
         epoch, within = divmod(place, len(self.dataset))
-        generator = torch.Generator().manual_seed(self.seed + 7_000_003 * (epoch + 1))
-        return int(torch.randperm(len(self.dataset), generator=generator)[within])
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed + 7_000_003 * (epoch + 1))
+            self._order = epoch, torch.randperm(len(self.dataset), generator=generator)
+        return int(self._order[1][within])

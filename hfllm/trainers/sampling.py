@@ -16,6 +16,8 @@ from transformers import (
 
 # Below this many rows a step costs what it costs for one.
 FEWEST_TO_SPLIT = 8
+# What begins anew, or reads the prompt again, with each call of `generate`.
+COUNTED_FROM_THE_PROMPT = ("exponential_decay_length_penalty", "guidance_scale", "begin_suppress_tokens", "max_time")
 
 
 class Ended(StoppingCriteria):
@@ -29,6 +31,7 @@ class Ended(StoppingCriteria):
 
     def __init__(self, end_token_ids: Sequence[int], stop_strings: StopStringCriteria | None, may_split: bool):
         self.end_token_ids, self.stop_strings, self.may_split = list(end_token_ids), stop_strings, may_split
+        self.has_split = False
         self.has_ended: torch.Tensor | None = None
         self.lengths: torch.Tensor | None = None
 
@@ -43,6 +46,7 @@ class Ended(StoppingCriteria):
         self.has_ended = self.has_ended | ended
         rows = len(ended)
         if self.may_split and rows >= FEWEST_TO_SPLIT and self.has_ended.sum() * 2 >= rows:
+            self.has_split = True
             return torch.ones_like(ended)
         return self.has_ended
 
@@ -61,14 +65,17 @@ def sample_responses(
 
     Args:
         prompt_ids, prompt_mask: (N, P), padded on the left.
-        generation_config: any; beams and caches other than the dynamic one keep all rows to the end.
+        generation_config: without beams; caches other than the dynamic one, and what counts from the prompt, keep all
+            rows to the end. The policy's own generation config plays no part.
 
     Returns:
         `response_ids` and `response_mask`, (N, R): the token or text that ends a response is its last, then comes the
         padding token. And `is_ended`, (N,): whether it has ended by itself.
     """
-    was_training = policy.training
+    was_training, own_config = policy.training, policy.generation_config
     policy.eval()
+    # generate() fills what is unset from it.
+    policy.generation_config = GenerationConfig()
     start, longest = prompt_ids.shape[1], generation_config.max_new_tokens
     responses = prompt_ids.new_full((len(prompt_ids), longest), generation_config.pad_token_id)
     lengths = torch.zeros(len(prompt_ids), dtype=torch.long, device=prompt_ids.device)
@@ -76,10 +83,12 @@ def sample_responses(
     stop_strings = None
     if generation_config.stop_strings:
         stop_strings = StopStringCriteria(tokenizer, generation_config.stop_strings)
-    is_simple = generation_config.num_beams == 1 and generation_config.cache_implementation in (None, "dynamic")
+    may_split = generation_config.cache_implementation in (None, "dynamic") and not any(
+        getattr(generation_config, name, None) for name in COUNTED_FROM_THE_PROMPT
+    )
     rows, ids, mask, cache = torch.arange(len(prompt_ids), device=prompt_ids.device), prompt_ids, prompt_mask, None
     while len(rows):
-        ended = Ended(generation_config.eos_token_id, stop_strings, may_split=is_simple)
+        ended = Ended(generation_config.eos_token_id, stop_strings, may_split=may_split)
         output = policy.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -94,7 +103,7 @@ def sample_responses(
         responses[rows, : seen.shape[1]] = seen
         lengths[rows], is_ended[rows] = ended.lengths - start, ended.has_ended
         goes_on = ~ended.has_ended
-        if seen.shape[1] >= longest or not goes_on.any():
+        if seen.shape[1] >= longest or not goes_on.any() or not ended.has_split:
             break
         kept = goes_on.nonzero().squeeze(1)
         # Another cache may not let rows be picked: those that go on are then read again from their beginning.
@@ -104,6 +113,7 @@ def sample_responses(
         new = mask.new_ones(len(kept), ids.shape[1] - mask.shape[1])
         rows, ids, mask = rows[kept], ids[kept], torch.cat((mask[kept], new), dim=1)
     policy.train(was_training)
+    policy.generation_config = own_config
     width = max(int(lengths.max()), 1)
     mask = (torch.arange(width, device=lengths.device) < lengths.unsqueeze(1)).long()
     response_ids = responses[:, :width].masked_fill(mask == 0, generation_config.pad_token_id)
@@ -115,6 +125,7 @@ def _rest_of(config: GenerationConfig, done: int) -> GenerationConfig:
     if not done:
         return config
     rest = copy(config)
+    rest.cache_implementation = None
     rest.max_new_tokens = config.max_new_tokens - done
     if config.min_new_tokens is not None:
         rest.min_new_tokens = max(config.min_new_tokens - done, 0)

@@ -31,6 +31,11 @@ class Scores:
     parts: dict[str, torch.Tensor]
     completions: list[dict[str, Any]]
 
+    @property
+    def reward(self) -> torch.Tensor:
+        """(B,), all of it."""
+        return self.total if self.per_token is None else self.total + self.per_token.sum(1)
+
 
 class Scorer:
     """Calls the reward functions.
@@ -78,21 +83,26 @@ class Scorer:
                 total += weight * parts[name]
         if self.args.missing_eos_penalty is not None:
             total -= self.args.missing_eos_penalty * ~batch["is_ended"]
+        if per_token is not None and (self.args.normalize_rewards or self.args.reward_clip is not None):
+            raise InputError("normalize_rewards and reward_clip are for rewards a response, not for per-token rewards")
+        scores = Scores(total, per_token, parts, [])
         table = [
             {"prompt": prompt, "completion": completion_text(completion)}
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-        for name, values in {**parts, "reward": total}.items():
+        for name, values in {**parts, "reward": scores.reward}.items():
             for row, value in zip(table, values.tolist(), strict=True):
                 row[name] = value
-        return Scores(total, per_token, parts, table)
+        scores.completions = table
+        return scores
 
     def rescale(self, total: torch.Tensor, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Normalise by the running moments and clip, as far as the arguments ask for it."""
         if self.args.normalize_rewards:
-            sums = torch.stack((torch.full_like(total, 1.0).sum(), total.sum(), total.square().sum())).double()
+            exact = total.double()
+            sums = torch.stack((torch.ones_like(exact).sum(), exact.sum(), exact.square().sum()))
             self.moments.update(*sum_over_processes(sums).tolist())
-            total = (total - self.moments.mean) / self.moments.std
+            total = ((exact - self.moments.mean) / self.moments.std).to(total.dtype)
         if self.args.reward_clip is not None:
             total = total.clamp(-self.args.reward_clip, self.args.reward_clip)
         return total

@@ -24,7 +24,7 @@ from hfllm.data.tokenizer import train_tokenizer
 from hfllm.trainers.ppo_config import PPOConfig
 from hfllm.trainers.ppo_trainer import PPOTrainer
 
-KILLS, STEPS = 10, 40
+KILLS, STEPS = 10, 60
 
 
 def train(output_dir: str) -> None:
@@ -55,6 +55,7 @@ def train(output_dir: str) -> None:
             num_ppo_epochs=3,
             response_length=6,
             learning_rate=1e-3,
+            lr_scheduler_type="constant",
             max_steps=STEPS,
             logging_strategy="no",
             normalize_rewards=True,
@@ -70,8 +71,11 @@ def train(output_dir: str) -> None:
     trainer.save_model(output_dir)
 
 
-def fork(output_dir: str, seconds: float | None = None) -> bool:
-    """Train in a child, killed after so many seconds. Returns whether it came to its end."""
+def fork(output_dir: str, seconds: float | None = None, saves: bool = False) -> bool:
+    """Train in a child, killed after so many seconds and, if `saves`, once it writes a checkpoint.
+
+    Returns whether it came to its end.
+    """
     child = os.fork()
     if child == 0:
         try:
@@ -82,6 +86,9 @@ def fork(output_dir: str, seconds: float | None = None) -> bool:
         os._exit(0)
     if seconds is not None:
         time.sleep(seconds)
+        give_up = time.monotonic() + 5
+        while saves and not half_written(output_dir) and time.monotonic() < give_up:
+            pass
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     if os.WIFEXITED(status) and os.WEXITSTATUS(status):
@@ -106,13 +113,17 @@ def main(folder: str, seed: int) -> None:
     rng, kills, while_saving = random.Random(seed), 0, 0
     while kills < KILLS:
         # Late enough to get somewhere, early enough not to be done before the last kill.
-        if fork(cut, rng.uniform(0.15, 0.4) * seconds):
+        if fork(cut, rng.uniform(0.08, 0.2) * seconds, saves=bool(kills % 2)):
             break
         kills += 1
         while_saving += half_written(cut)
     fork(cut)
-    one, other = (load_file(f"{path}/model.safetensors") for path in (whole, cut))
-    different = sum(not torch.equal(tensor, other[name]) for name, tensor in one.items())
+    # And once more what has finished: it stays as it is.
+    fork(cut)
+    different = 0
+    for file in ("model.safetensors", "value_head.safetensors"):
+        one, other = (load_file(f"{path}/{file}") for path in (whole, cut))
+        different += sum(not torch.equal(tensor, other[name]) for name, tensor in one.items())
     print("RESULT", json.dumps({"kills": kills, "while_saving": while_saving, "different": different}), flush=True)
 
 

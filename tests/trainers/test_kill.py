@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parent / "kill_run.py"
 
 def test_ten_kills_change_nothing(tmp_path):
     result = subprocess.run(
-        [sys.executable, str(SCRIPT), str(tmp_path), "0"],
+        [sys.executable, str(SCRIPT), str(tmp_path), "1"],
         capture_output=True,
         text=True,
         timeout=400,
@@ -23,7 +23,8 @@ def test_ten_kills_change_nothing(tmp_path):
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     seen = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("RESULT"))[7:])
-    assert seen["kills"] >= 5
+    assert seen["kills"] == 10
+    assert seen["while_saving"] >= 1
     assert seen["different"] == 0
 
 

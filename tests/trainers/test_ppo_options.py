@@ -128,6 +128,8 @@ def test_the_coefficient_is_steered_to_its_target():
     assert controller.coefficient == pytest.approx(0.1 * (1 + 0.2 * 10 / 100))
     controller.update(kl=1.8, episodes=10)
     assert controller.coefficient == pytest.approx(0.102 * (1 - 0.1 * 10 / 100))
+    controller.update(kl=0.0, episodes=10_000)
+    assert controller.coefficient > 0
     fixed = KLController(0.1)
     fixed.update(kl=100.0, episodes=10)
     assert fixed.coefficient == 0.1
@@ -377,6 +379,71 @@ def test_advantages_are_clipped(make_trainer, prompts):
     assert trainer.collect_rollout(rows_of(prompts, 4)).advantages.abs().max() == pytest.approx(0.3)
 
 
+def test_per_token_rewards_are_part_of_the_logged_reward_and_are_not_rescaled(make_trainer, prompts):
+    def two_a_token(completions, completion_ids, **_):
+        return [[2.0] * len(ids) for ids in completion_ids]
+
+    trainer = make_trainer(reward_funcs=two_a_token, max_steps=1, eval_dataset=prompts)
+    trainer.train()
+    assert logged(trainer, "reward") == logged(trainer, "rewards/two_a_token")
+    assert trainer.evaluate()["eval_reward"] == pytest.approx(2 * trainer.evaluate()["eval_response_length"])
+    assert trainer.completions[0]["reward"] > 0
+    with pytest.raises(InputError, match="normalize_rewards and reward_clip"):
+        make_trainer(reward_funcs=two_a_token, reward_clip=1.0).collect_rollout(rows_of(prompts, 4))
+    with pytest.raises(InputError, match="'two_a_token' gives lists"):
+        RewardEnsemble([two_a_token, two_a_token])(["a"], ["b"], completion_ids=[[1, 2]])
+
+
+def test_a_small_spread_around_a_large_mean_is_normalised(make_trainer, prompts):
+    def high(completions, **_):
+        return [1000.0 + 0.1 * at for at in range(len(completions))]
+
+    trainer = make_trainer(reward_funcs=high, normalize_rewards=True, kl_coef=0.0, lam=1.0, whiten_advantages=False)
+    returns = trainer.collect_rollout(rows_of(prompts, 4)).returns[:, 0]
+    assert returns.std(correction=0).item() == pytest.approx(1.0, abs=1e-2)
+
+
+def test_a_value_model_has_one_number_and_learns(make_trainer, make_model, tokenizer):
+    two = make_model(model_class=hfllm.HfllmForTokenClassification, num_labels=2)
+    with pytest.raises(InputError, match="value_model has num_labels=2"):
+        make_trainer(value_model=two)
+    shared = make_model(model_class=hfllm.HfllmForSequenceClassification, num_labels=1)
+    with pytest.raises(InputError, match="value_model is one of the reward models"):
+        make_trainer(reward_funcs=shared, reward_processing_classes=tokenizer, value_model=shared)
+
+
+# ---- sampling ----
+
+
+def test_what_is_never_sampled_has_no_probability_whoever_asked_for_it(make_trainer, make_model, prompts, tokenizer):
+    model = make_model()
+    with torch.no_grad():
+        for token in (9, tokenizer.pad_token_id):
+            model.lm_head.weight[token] = 10 * model.lm_head.weight.abs().max()
+    trainer = make_trainer(model=model, generation_kwargs={"suppress_tokens": [9], "eos_token_id": 5})
+    batch = trainer.sample(rows_of(prompts, 12))
+    real = batch["response_ids"][batch["response_mask"] > 0]
+    assert not torch.isin(real, torch.tensor([9, tokenizer.pad_token_id])).any()
+    assert torch.isfinite(trainer.evaluate_tokens(batch).logprobs).all()
+    assert trainer.eos_token_ids == [5]
+    assert trainer.actor.never_sampled == tuple(sorted((9, tokenizer.pad_token_id)))
+
+
+def test_the_models_own_generation_config_does_not_bend_the_samples(make_trainer, make_model, prompts):
+    model = make_model()
+    model.generation_config.min_p = 0.999  # next to greedy
+    trainer = make_trainer(model=model, response_length=12)
+    samples = trainer.sample([{"prompt": "Go"}] * 8)["response_ids"]
+    assert len({tuple(row) for row in samples.tolist()}) > 4
+    assert trainer.policy.generation_config.min_p == 0.999
+
+
+@pytest.mark.parametrize(("name", "argument"), [("temperature", "temperature"), ("max_new_tokens", "response_length")])
+def test_what_has_an_argument_of_its_own_is_refused_in_generation_kwargs(make_trainer, name, argument):
+    with pytest.raises(InputError, match=f"generation_kwargs has {name}=3: set {argument} itself"):
+        make_trainer(generation_kwargs={name: 3})
+
+
 # ---- rollouts and tracking ----
 
 
@@ -413,6 +480,8 @@ def test_completions_are_kept_as_parquet(make_trainer, prompts, tmp_path):
         ({"entropy_coef": -0.1}, "entropy_coef must not be negative"),
         ({"ref_model_mixup_alpha": 2.0}, "ref_model_mixup_alpha must lie in"),
         ({"max_tokens_per_pass": 0}, "max_tokens_per_pass must be at least 1"),
+        ({"kl_coef": 0.0, "kl_target": 6.0}, "kl_target=6.0 steers kl_coef, which is 0"),
+        ({"cliprange_value": -0.1}, "cliprange_value must not be negative"),
     ],
 )
 def test_bad_options_are_refused_by_name(make_args, values, message):

@@ -413,7 +413,7 @@ def test_bad_input_is_refused_before_training(make_trainer, make_args, prompts, 
         with pytest.raises(InputError, match=token.replace("_token", "") if token == "eos_token" else "padding token"):
             from hfllm.trainers.ppo_parts import special_tokens
 
-            special_tokens(broken, make_trainer().policy)
+            special_tokens(broken, make_trainer().policy, make_args())
 
 
 def test_dropout_is_switched_off_wherever_a_model_keeps_it(make_trainer, make_args):

@@ -31,6 +31,24 @@ def test_resumed_equals_uninterrupted(make_trainer, make_model, tmp_path, interr
         assert torch.equal(one["exp_avg_sq"], other["exp_avg_sq"])
 
 
+def test_a_finished_run_is_not_trained_further(make_trainer, tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "constant"}
+    whole = make_trainer(**settings)
+    whole.train()
+    again = make_trainer(**settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+    for name, value in again.model.state_dict().items():
+        assert torch.equal(value, whole.model.state_dict()[name]), name
+
+
+def test_a_second_call_of_train_begins_anew(make_trainer):
+    trainer = make_trainer(gradient_accumulation_steps=2, max_steps=4)
+    trainer._micro_step, trainer._skipped_from, trainer._synced_at = 1, 7, 9
+    trainer.train()
+    assert (trainer._micro_step, trainer._skipped_from, trainer._synced_at) == (0, None, 0)
+
+
 def test_the_dataset_order_depends_on_seed_and_epoch_only():
     from hfllm.trainers.prompts import RolloutSampler
 

@@ -59,7 +59,17 @@ def test_a_cache_whose_rows_cannot_be_picked_is_built_again(make_model, ids, tok
     assert torch.equal(got["response_ids"], expected["response_ids"])
 
 
-@pytest.mark.parametrize("more", [{"cache_implementation": "static"}, {"min_new_tokens": 5}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"cache_implementation": "static"},
+        {"cache_implementation": "dynamic"},
+        {"min_new_tokens": 5},
+        {"repetition_penalty": 1.5},
+        {"exponential_decay_length_penalty": (3, 1.5)},
+        {"begin_suppress_tokens": [50, 60]},
+    ],
+)
 def test_other_settings_work(make_model, ids, tokenizer, more):
     model = make_model()
     settings = config(**more)
