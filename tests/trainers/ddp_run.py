@@ -29,9 +29,8 @@ def start_deepspeed() -> None:
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
 
-def main(output_dir: str, episodes: int, deepspeed_config: str | None = None) -> None:
-    if deepspeed_config:
-        start_deepspeed()
+def build(output_dir: str, eval_dataset: Dataset | None = None, **arguments) -> PPOTrainer:
+    """A tiny trainer; `arguments` are PPOConfig's."""
     tokenizer = train_tokenizer(WORDS * 3, vocab_size=300, model_max_length=128)
     torch.manual_seed(0)
     config = hfllm.HfllmConfig(
@@ -43,31 +42,40 @@ def main(output_dir: str, episodes: int, deepspeed_config: str | None = None) ->
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    trainer = PPOTrainer(
+    settings = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "steps",
+        "disable_tqdm": True,
+        "num_ppo_epochs": 3,
+        "response_length": 6,
+        "learning_rate": 1e-3,
+    }
+    return PPOTrainer(
         model=hfllm.HfllmForCausalLM(config),
         reward_funcs=vowels,
-        args=PPOConfig(
-            output_dir=output_dir,
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            save_strategy="steps",
-            save_steps=6,
-            disable_tqdm=True,
-            per_device_train_batch_size=episodes // 2,
-            gradient_accumulation_steps=2,
-            num_ppo_epochs=3,
-            response_length=6,
-            learning_rate=1e-3,
-            max_grad_norm=0.5,
-            max_steps=6,
-            logging_steps=1,
-            generation_kwargs={"top_k": 1},
-            deepspeed=deepspeed_config,
-        ),
+        args=PPOConfig(output_dir=output_dir, **settings, **arguments),
         train_dataset=Dataset.from_dict({"prompt": WORDS * 4}),
-        eval_dataset=Dataset.from_dict({"prompt": WORDS[:5]}),
+        eval_dataset=eval_dataset,
         processing_class=tokenizer,
+    )
+
+
+def main(output_dir: str, episodes: int, deepspeed_config: str | None = None) -> None:
+    if deepspeed_config:
+        start_deepspeed()
+    trainer = build(
+        output_dir,
+        eval_dataset=Dataset.from_dict({"prompt": WORDS[:5]}),
+        save_steps=6,
+        per_device_train_batch_size=episodes // 2,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.5,
+        max_steps=6,
+        logging_steps=1,
+        generation_kwargs={"top_k": 1},
+        deepspeed=deepspeed_config,
     )
     trainer.train()
     metrics = trainer.evaluate()

@@ -14,58 +14,28 @@ import warnings
 from pathlib import Path
 
 import torch
-from datasets import Dataset
-from ddp_run import WORDS, vowels
+from ddp_run import build
 from safetensors.torch import load_file
 
-import hfllm
 from hfllm.checkpoints import last_complete_checkpoint
-from hfllm.data.tokenizer import train_tokenizer
-from hfllm.trainers.ppo_config import PPOConfig
-from hfllm.trainers.ppo_trainer import PPOTrainer
 
 KILLS, STEPS = 10, 60
 
 
 def train(output_dir: str) -> None:
-    tokenizer = train_tokenizer(WORDS * 3, vocab_size=300, model_max_length=128)
-    torch.manual_seed(0)
-    config = hfllm.HfllmConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.1,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    trainer = PPOTrainer(
-        model=hfllm.HfllmForCausalLM(config),
-        reward_funcs=vowels,
-        args=PPOConfig(
-            output_dir=output_dir,
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            save_strategy="steps",
-            save_steps=1,
-            save_total_limit=2,
-            disable_tqdm=True,
-            per_device_train_batch_size=4,
-            num_ppo_epochs=3,
-            response_length=6,
-            learning_rate=1e-3,
-            lr_scheduler_type="constant",
-            max_steps=STEPS,
-            logging_strategy="no",
-            normalize_rewards=True,
-            kl_target=0.1,
-            kl_horizon=50,
-            sync_ref_model=True,
-            ref_model_sync_steps=9,
-        ),
-        train_dataset=Dataset.from_dict({"prompt": WORDS * 4}),
-        processing_class=tokenizer,
+    trainer = build(
+        output_dir,
+        save_steps=1,
+        save_total_limit=2,
+        per_device_train_batch_size=4,
+        lr_scheduler_type="constant",
+        max_steps=STEPS,
+        logging_strategy="no",
+        normalize_rewards=True,
+        kl_target=0.1,
+        kl_horizon=50,
+        sync_ref_model=True,
+        ref_model_sync_steps=9,
     )
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
     trainer.save_model(output_dir)
