@@ -102,7 +102,7 @@ class ActorCriticTrainer(Trainer):
             return length_groups(batch, None, most_rows=most_rows)
         is_cpu = self.accelerator.device.type == "cpu"
         bucket = self.args.length_bucket_size or (8 if is_cpu else 256)
-        return length_groups(batch, bucket, self.args.max_tokens_per_pass or (1024 if is_cpu else None), most_rows)
+        return length_groups(batch, bucket, self.args.max_tokens_per_pass or (768 if is_cpu else None), most_rows)
 
     @torch.no_grad()
     def _reference(
