@@ -60,6 +60,9 @@ def split_reference(
     The copy is a new object filled from the weights. `copy.deepcopy` would keep a `forward` that some trainers leave
     on the instance, bound to the *original's* weights: a reference that follows the policy, with a KL of 0 for ever.
     """
+    if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
+        # Sampling makes it repack its weights for a kernel without gradients, and the adapter would never learn.
+        raise InputError("load_in_4bit: bitsandbytes cannot train on a CPU what it has sampled from; use load_in_8bit")
     if peft_config is not None:
         from peft import get_peft_model
 
