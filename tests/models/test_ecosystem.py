@@ -102,13 +102,15 @@ class TestGeneration:
 
 
 def test_continuous_batching_equals_generate(model, ids):
-    from transformers import GenerationConfig
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     if model.config.sliding_window or model.config.num_local_experts:
         pytest.skip("the paged kernels for these are not on a CPU")
     expected = model.generate(ids, **GREEDY)[0, ids.shape[1] :].tolist()
     settings = GenerationConfig(**{**GREEDY, "eos_token_id": -1})
-    answers = model.generate_batch([ids[0].tolist()], generation_config=settings, progress_bar=False)
+    # By default it takes most of the machine's memory.
+    small = {"continuous_batching_config": ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)}
+    answers = model.generate_batch([ids[0].tolist()], generation_config=settings, **small)
     assert [answer.generated_tokens for answer in answers.values()] == [expected]
 
 
