@@ -104,8 +104,6 @@ class TestGeneration:
 def test_continuous_batching_equals_generate(model, ids):
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    if model.config.sliding_window or model.config.num_local_experts:
-        pytest.skip("the paged kernels for these are not on a CPU")
     expected = model.generate(ids, **GREEDY)[0, ids.shape[1] :].tolist()
     settings = GenerationConfig(**{**GREEDY, "eos_token_id": -1})
     # By default it takes most of the machine's memory.
