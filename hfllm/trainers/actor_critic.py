@@ -132,9 +132,38 @@ def head_on(model: PreTrainedModel, sequences: Sequences) -> Iterator[list[torch
         handle.remove()
 
 
+@contextmanager
+def last_mlp_on(trunk: PreTrainedModel, sequences: Sequences) -> Iterator[None]:
+    """Within it the last layer's MLP computes the states of the response tokens alone, since nothing reads the others.
+
+    They get its output as zeros. Trunks that are built otherwise, or run layers again in the backward pass, are left
+    as they are.
+    """
+    mlp = getattr(getattr(trunk, "layers", [None])[-1], "mlp", None)
+    if mlp is None or trunk.is_gradient_checkpointing or not type(mlp).__name__.endswith("MLP"):
+        yield
+        return
+    shapes: list[torch.Size] = []
+    places = (sequences.rows, sequences.columns)
+
+    def select(module: nn.Module, args: tuple) -> tuple:
+        shapes.append(args[0].shape)
+        return (args[0][places].unsqueeze(0), *args[1:])
+
+    def spread_out(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output.new_zeros(shapes.pop()).index_put(places, output.squeeze(0))
+
+    handles = mlp.register_forward_pre_hook(select), mlp.register_forward_hook(spread_out)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def response_logits(model: PreTrainedModel, sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (N, V) of the response tokens, and the states (N, E) that they are made from."""
-    with head_on(model, sequences) as states:
+    with head_on(model, sequences) as states, last_mlp_on(model.get_decoder(), sequences):
         logits = model(input_ids=sequences.input_ids, use_cache=False).logits
     if not states:
         raise TypeError(f"{type(model).__name__} does not call its output embeddings, which PPO reads states at")
@@ -230,6 +259,17 @@ class ActorCritic(nn.Module):
         logprobs, distribution, _ = self._judge(model, sequences, with_distribution)
         return spread(logprobs, response_mask > 0), distribution
 
+    def estimate_values(
+        self,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        response_ids: torch.Tensor,
+        response_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Values (B, R) as `forward` gives them, of a critic with a model of its own."""
+        sequences = Sequences.join(prompt_ids, prompt_mask, response_ids, response_mask)
+        return spread(self._values(sequences, None).squeeze(-1).float(), response_mask > 0)
+
     def _judge(self, model, sequences, with_distribution):
         logits, states = response_logits(model, sequences)
         settings = (self.temperature, self.never_sampled)
@@ -238,11 +278,12 @@ class ActorCritic(nn.Module):
         distribution = log_distribution(logits, *settings)
         return distribution.gather(-1, sequences.targets.unsqueeze(-1)).squeeze(-1), distribution, states
 
-    def _values(self, sequences: Sequences, states: torch.Tensor) -> torch.Tensor:
+    def _values(self, sequences: Sequences, states: torch.Tensor | None) -> torch.Tensor:
         if self.value_model is None:
             return self.value_head(states.to(self.value_head.weight.dtype))
         trunk = getattr(self.value_model, self.value_model.base_model_prefix)
-        hidden_states = trunk(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
+        with last_mlp_on(trunk, sequences):
+            hidden_states = trunk(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
         return value_head_of(self.value_model)(hidden_states[sequences.rows, sequences.columns])
 
 

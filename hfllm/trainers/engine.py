@@ -17,10 +17,11 @@ from transformers.trainer_utils import TrainOutput
 
 from hfllm.checkpoints import last_complete_checkpoint
 from hfllm.errors import InputError
-from hfllm.trainers.actor_critic import ActorCritic
+from hfllm.trainers.actor_critic import ActorCritic, entropy_of, spread
 from hfllm.trainers.controllers import KLController, RunningMoments
 from hfllm.trainers.ppo_parts import load_weights
 from hfllm.trainers.rollout import Rollout, length_groups
+from hfllm.trainers.sampling import Witness
 
 VALUE_MODEL_FOLDER, REFERENCE_FOLDER = "value_model", "reference"
 VALUE_HEAD_FILE, STATE_FILE = "value_head.safetensors", "ppo_state.json"
@@ -39,6 +40,7 @@ class ActorCriticTrainer(Trainer):
     _rollout: Rollout | None
     _skipped_from: int | None
     _synced_at: int
+    _trusts_witness: bool | None
 
     @property
     def actor(self) -> ActorCritic:
@@ -91,6 +93,7 @@ class ActorCriticTrainer(Trainer):
     def _begin(self) -> None:
         """Forget what an earlier call of `train` was in the middle of."""
         self._rollout, self._skipped_from, self._micro_step, self._synced_at = None, None, 0, 0
+        self._trusts_witness = None
         self._sums: dict[str, torch.Tensor] = {}
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
 
@@ -103,6 +106,40 @@ class ActorCriticTrainer(Trainer):
         is_cpu = self.accelerator.device.type == "cpu"
         bucket = self.args.length_bucket_size or (8 if is_cpu else 256)
         return length_groups(batch, bucket, self.args.max_tokens_per_pass or (768 if is_cpu else None), most_rows)
+
+    def _witness(self, episodes: int) -> Witness | None:
+        """Notes what the policy says while it samples, where that is as exact as asking it again."""
+        args, actor = self.args, self.actor
+        is_exact = self.accelerator.mixed_precision == "no" and self.policy.dtype == torch.float32
+        is_whole = self.accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+        if not (is_exact and is_whole) or self._trusts_witness is False or args.kl_estimator == "full":
+            return None
+        value_head = actor.value_head if actor.value_model is None else None
+        shape = (episodes, args.response_length)
+        return Witness(shape, actor.temperature, actor.never_sampled, value_head, self.accelerator.device)
+
+    def _own_view(
+        self, chunk: dict[str, torch.Tensor], rows: torch.Tensor, witness: Witness | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities, entropies and values (B, R) of the policy and critic, and a log-distribution (N, V).
+
+        A witness is checked until it is trusted: `generate` does not treat the padding of every model rightly.
+        """
+        mask = chunk["response_mask"] > 0
+        if witness is not None and self._trusts_witness is not False:
+            logprobs, entropy, values = (
+                part[rows, : mask.shape[1]].masked_fill(~mask, 0.0)
+                for part in (witness.logprobs, witness.entropy, witness.values)
+            )
+            if self._trusts_witness is None and not torch.allclose(logprobs, self.actor(**chunk)[0], atol=1e-3):
+                self._trusts_witness = False
+            else:
+                if self.actor.value_model is not None:
+                    values = self.actor.estimate_values(**chunk)
+                return logprobs, entropy, values, None
+        logprobs, values, distribution = self.actor(**chunk, with_distribution=True)
+        entropy = spread(entropy_of(distribution), mask)
+        return logprobs, entropy, values, distribution if self.args.kl_estimator == "full" else None
 
     @torch.no_grad()
     def _reference(

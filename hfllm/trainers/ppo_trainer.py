@@ -238,15 +238,16 @@ class PPOTrainer(ActorCriticTrainer):
             mini_batch_tokens=self._sum_over_processes(lengths).clamp(min=1),
         )
 
-    def sample(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def sample(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Sample a response to each row's prompt. Returns prompts and responses with their masks, and `is_ended`."""
         prompts = tokenize_prompts([row["prompt"] for row in rows], self.processing_class)
         prompt_ids, prompt_mask = pad_prompts(prompts, self.processing_class.pad_token_id, self.accelerator.device)
+        witness = self._witness(len(rows))
         with gathered(self.policy):
             responses = sample_responses(
-                self.policy, prompt_ids, prompt_mask, self.sampling_config, self.processing_class
+                self.policy, prompt_ids, prompt_mask, self.sampling_config, self.processing_class, witness
             )
-        return {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, **responses}
+        return {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, **responses, "witness": witness}
 
     def score(self, rows: list[dict[str, Any]], batch: dict[str, torch.Tensor], prefix: str = "") -> Scores:
         """What the rewards say of the responses; their means are logged."""
@@ -259,7 +260,7 @@ class PPOTrainer(ActorCriticTrainer):
         return scores
 
     @torch.no_grad()
-    def evaluate_tokens(self, batch: dict[str, torch.Tensor]) -> Tokens:
+    def evaluate_tokens(self, batch: dict[str, Any]) -> Tokens:
         """What policy, reference and critic say of the response tokens. Without a reference the KL is 0."""
         actor, args = self.actor, self.args
         was_training = actor.training
@@ -269,10 +270,8 @@ class PPOTrainer(ActorCriticTrainer):
         for rows, chunk in self._passes(inputs, args.local_rollout_forward_batch_size):
             mask = chunk["response_mask"] > 0
             with self.compute_loss_context_manager():
-                logprobs, values, distribution = actor(**chunk, with_distribution=True)
-                entropy, ref_logprobs = spread(entropy_of(distribution), mask), logprobs
-                if args.kl_estimator != "full":
-                    distribution = None
+                logprobs, entropy, values, distribution = self._own_view(chunk, rows, batch.get("witness"))
+                ref_logprobs = logprobs
                 if self.has_reference:
                     ref_logprobs, ref_distribution = self._reference(chunk, args.kl_estimator == "full")
             if distribution is None or not self.has_reference:
@@ -284,6 +283,8 @@ class PPOTrainer(ActorCriticTrainer):
             for result, part in zip(results, (logprobs, ref_logprobs, kl, entropy, values), strict=True):
                 result[rows, : part.shape[1]] = part
         actor.train(was_training)
+        if batch.get("witness") is not None and self._trusts_witness is None:
+            self._trusts_witness = True
         return Tokens(*results)
 
     def _steer_kl(self, kl: torch.Tensor) -> None:

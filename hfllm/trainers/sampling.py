@@ -1,9 +1,12 @@
 """Sampling responses: rows that have ended leave the batch, so that the long ones do not hold them up."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import copy
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -13,6 +16,8 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
+
+from hfllm.trainers.actor_critic import entropy_of, log_distribution
 
 # Below this many rows a step costs what it costs for one.
 FEWEST_TO_SPLIT = 8
@@ -27,15 +32,25 @@ class Ended(StoppingCriteria):
         end_token_ids: tokens that end a response.
         stop_strings: texts that do, or `None`.
         may_split: whether to stop all rows at half time.
+        observe: called with each new column of tokens, or `None`.
     """
 
-    def __init__(self, end_token_ids: Sequence[int], stop_strings: StopStringCriteria | None, may_split: bool):
+    def __init__(
+        self,
+        end_token_ids: Sequence[int],
+        stop_strings: StopStringCriteria | None,
+        may_split: bool,
+        observe: Callable[[torch.Tensor], None] | None = None,
+    ):
         self.end_token_ids, self.stop_strings, self.may_split = list(end_token_ids), stop_strings, may_split
+        self.observe = observe
         self.has_split = False
         self.has_ended: torch.Tensor | None = None
         self.lengths: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        if self.observe is not None:
+            self.observe(input_ids[:, -1])
         ended = torch.isin(input_ids[:, -1], torch.tensor(self.end_token_ids, device=input_ids.device))
         if self.stop_strings is not None:
             ended |= self.stop_strings(input_ids, scores)
@@ -51,6 +66,66 @@ class Ended(StoppingCriteria):
         return self.has_ended
 
 
+class Witness:
+    """What the policy says of each token when it samples it, so that no second pass has to ask.
+
+    Args:
+        shape: (N, R), prompts and longest response.
+        temperature, never_sampled: see `log_distribution`.
+        value_head: also applied to the state that each token is sampled from, or `None`.
+
+    Attributes:
+        logprobs, entropy, values: (N, R), unspecified behind the end of a response.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        temperature: float,
+        never_sampled: Sequence[int],
+        value_head: nn.Module | None,
+        device: torch.device,
+    ):
+        self.temperature, self.never_sampled, self.value_head = temperature, never_sampled, value_head
+        self.logprobs, self.entropy, self.values = (torch.zeros(shape, device=device) for _ in range(3))
+        self._logits = self._states = None
+
+    @contextmanager
+    def watching(self, policy: PreTrainedModel) -> Iterator[None]:
+        """Within it the policy's last logits and states are kept at each of its calls."""
+
+        def keep_states(module: nn.Module, args: tuple) -> None:
+            self._states = args[0][:, -1]
+
+        def keep_logits(module: nn.Module, args: tuple, output: Any) -> None:
+            self._logits = output.logits[:, -1]
+
+        # `generate` of a model with an adapter calls the model below it.
+        model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+        handles = [model.register_forward_hook(keep_logits)]
+        if self.value_head is not None:
+            handles.append(model.get_output_embeddings().register_forward_pre_hook(keep_states))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def of(self, rows: torch.Tensor, column: int) -> Callable[[torch.Tensor], None]:
+        """A function that notes the tokens of `rows` at this and each following column."""
+
+        def note(tokens: torch.Tensor) -> None:
+            nonlocal column
+            distribution = log_distribution(self._logits.clone(), self.temperature, self.never_sampled)
+            self.logprobs[rows, column] = distribution.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+            self.entropy[rows, column] = entropy_of(distribution)
+            if self.value_head is not None:
+                self.values[rows, column] = self.value_head(self._states).squeeze(-1)
+            column += 1
+
+        return note
+
+
 @torch.no_grad()
 def sample_responses(
     policy: PreTrainedModel,
@@ -58,6 +133,7 @@ def sample_responses(
     prompt_mask: torch.Tensor,
     generation_config: GenerationConfig,
     tokenizer: PreTrainedTokenizerBase,
+    witness: Witness | None = None,
 ) -> dict[str, torch.Tensor]:
     """Sample one response a prompt by `generate`.
 
@@ -67,6 +143,7 @@ def sample_responses(
         prompt_ids, prompt_mask: (N, P), padded on the left.
         generation_config: without beams; caches other than the dynamic one, and what counts from the prompt, keep all
             rows to the end. The policy's own generation config plays no part.
+        witness: notes what the policy says of each token on the way.
 
     Returns:
         `response_ids` and `response_mask`, (N, R): the token or text that ends a response is its last, then comes the
@@ -88,16 +165,18 @@ def sample_responses(
     )
     rows, ids, mask, cache = torch.arange(len(prompt_ids), device=prompt_ids.device), prompt_ids, prompt_mask, None
     while len(rows):
-        ended = Ended(generation_config.eos_token_id, stop_strings, may_split=may_split)
-        output = policy.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=_rest_of(generation_config, ids.shape[1] - start),
-            stopping_criteria=StoppingCriteriaList([ended]),
-            return_dict_in_generate=True,
-            **({"tokenizer": tokenizer} if stop_strings is not None else {}),
-            **({"cache": cache} if cache is not None else {}),
-        )
+        observe = None if witness is None else witness.of(rows, ids.shape[1] - start)
+        ended = Ended(generation_config.eos_token_id, stop_strings, may_split, observe)
+        with nullcontext() if witness is None else witness.watching(policy):
+            output = policy.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=_rest_of(generation_config, ids.shape[1] - start),
+                stopping_criteria=StoppingCriteriaList([ended]),
+                return_dict_in_generate=True,
+                **({"tokenizer": tokenizer} if stop_strings is not None else {}),
+                **({"cache": cache} if cache is not None else {}),
+            )
         ids = output.sequences
         seen = ids[:, start:]
         responses[rows, : seen.shape[1]] = seen

@@ -511,3 +511,26 @@ def test_lora_trains_the_adapter_against_the_model_without_it(make_trainer, tmp_
     trainer.save_model(str(tmp_path / "adapter"))
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert isinstance(trainer.policy, PeftModel)
+
+
+@pytest.mark.parametrize("value", [None, "separate"])
+def test_what_sampling_saw_is_not_asked_again_unless_it_is_wrong(make_trainer, make_model, prompts, value, monkeypatch):
+    model = make_model(model_class=hfllm.HfllmForSequenceClassification, num_labels=1) if value else None
+    rows = [prompts[index] for index in range(8)]
+    trainer = make_trainer(value_model=model)
+    batch = trainer.sample(rows)
+    plain = trainer.evaluate_tokens({**batch, "witness": None})
+    assert trainer._trusts_witness is None
+    torch.testing.assert_close(trainer.evaluate_tokens(batch), plain, atol=1e-5, rtol=1e-5)
+    assert trainer._trusts_witness is True
+    calls = []
+    monkeypatch.setattr(trainer.actor, "forward", lambda *args, **kwargs: calls.append(1))
+    torch.testing.assert_close(trainer.evaluate_tokens(batch), plain, atol=1e-5, rtol=1e-5)
+    assert not calls
+
+    liar = make_trainer(value_model=model)
+    batch = liar.sample(rows)
+    batch["witness"].logprobs += 0.1
+    torch.testing.assert_close(liar.evaluate_tokens(batch), plain, atol=1e-5, rtol=1e-5)
+    assert liar._trusts_witness is False
+    assert liar.sample(rows)["witness"] is None

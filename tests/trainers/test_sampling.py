@@ -6,7 +6,8 @@ from families import FAMILIES
 from transformers import GenerationConfig
 
 from hfllm.trainers import sampling
-from hfllm.trainers.sampling import sample_responses
+from hfllm.trainers.actor_critic import ActorCritic
+from hfllm.trainers.sampling import Witness, sample_responses
 
 # Many tokens end a response here, so that random models end theirs after different numbers of tokens.
 ENDS, PAD = list(range(7, 40)), 0
@@ -93,3 +94,26 @@ def test_stop_strings_end_responses(make_model, ids, tokenizer):
         text = tokenizer.decode(ids_of[mask > 0])
         assert (stop in text) == bool(is_ended)
         assert stop not in tokenizer.decode(ids_of[mask > 0][:-1])
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_witness_says_what_a_second_pass_says(model, ids, tokenizer, adapter):
+    if adapter:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
+    actor = ActorCritic(model, None, 0.7, (PAD,)).eval()
+    torch.nn.init.normal_(actor.value_head.weight)
+    witness = Witness((24, 24), 0.7, (PAD,), actor.value_head, torch.device("cpu"))
+    settings = config(do_sample=True, temperature=0.7, top_k=0, suppress_tokens=[PAD])
+    got = sample_responses(model, *ids, settings, tokenizer, witness)
+    mask = got["response_mask"] > 0
+    assert len(mask.sum(1).unique()) > 1
+    with torch.no_grad():
+        logprobs, values, distribution = actor(*ids, got["response_ids"], got["response_mask"], True)
+    width = mask.shape[1]
+    torch.testing.assert_close(witness.logprobs[:, :width][mask], logprobs[mask], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(witness.values[:, :width][mask], values[mask], atol=1e-5, rtol=1e-5)
+    entropy = -(distribution.exp() * distribution).sum(-1)
+    torch.testing.assert_close(witness.entropy[:, :width][mask], entropy, atol=1e-5, rtol=1e-5)
+    assert not model._forward_hooks and not model.get_output_embeddings()._forward_pre_hooks
