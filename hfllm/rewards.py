@@ -6,15 +6,18 @@ dataset's other columns, one value a row.
 
 import importlib.util
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.rubric import GoldAnswer
 from hfllm.data.rubric import gold_reward as judge
+from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RewardFunction = Callable[..., list[float]]
@@ -121,6 +124,9 @@ def length_penalty(coefficient: float, free: int = 0) -> RewardFunction:
 class RewardEnsemble:
     """Several rewards as one that is harder to exploit (Coste et al. 2023, arXiv:2310.02743, section 3).
 
+    A reward model trained on comparisons is only defined up to a constant: call `calibrate` once, or the worst of
+    several is but the one with the lowest constant.
+
     Args:
         members: reward functions or `RewardModel`s, at least two.
         aggregation: `"mean"`; `"worst"`, the least of them (worst-case optimisation, equation 2); or `"uncertainty"`,
@@ -139,14 +145,39 @@ class RewardEnsemble:
         if len(members) < 2:
             raise InputError(f"an ensemble needs at least 2 rewards, got {len(members)}")
         self.members, self.aggregation, self.coefficient = list(members), aggregation, coefficient
+        self.offsets, self.scales = [0.0] * len(members), [1.0] * len(members)
         self.__name__ = f"{aggregation}_of_{len(members)}"
 
+    def calibrate(self, prompts: Sequence, completions: Sequence, **columns: Any) -> None:
+        """Bring the members to one scale: that on these responses each has mean 0 and their common spread.
+
+        Args:
+            prompts, completions, columns: as in a call; responses of the model that training starts from.
+
+        Raises:
+            InputError: for a member that gives all of them the same score.
+        """
+        scores = [self._scores_of(member, prompts, completions, **columns) for member in self.members]
+        spreads = [statistics.pstdev(values) for values in scores]
+        if 0.0 in spreads:
+            member = self.members[spreads.index(0.0)]
+            raise InputError(f"{reward_name(member)!r} gives all {len(prompts)} completions the same score")
+        self.offsets = [statistics.fmean(values) for values in scores]
+        self.scales = [statistics.fmean(spreads) / spread for spread in spreads]
+
     def __call__(self, prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
-        scores = [checked_rewards(member, prompts, completions, **columns) for member in self.members]
-        for member, values in zip(self.members, scores, strict=True):
-            if isinstance(values[0], list):
-                raise InputError(f"an ensemble takes one number a completion; {reward_name(member)!r} gives lists")
+        scores = [
+            [(value - offset) * scale for value in self._scores_of(member, prompts, completions, **columns)]
+            for member, offset, scale in zip(self.members, self.offsets, self.scales, strict=True)
+        ]
         return [self._aggregate(numbers) for numbers in zip(*scores, strict=True)]
+
+    @staticmethod
+    def _scores_of(member: RewardFunction, prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
+        values = checked_rewards(member, prompts, completions, **columns)
+        if isinstance(values[0], list):
+            raise InputError(f"an ensemble takes one number a completion; {reward_name(member)!r} gives lists")
+        return values
 
     def _aggregate(self, numbers: Sequence[float]) -> float:
         mean = sum(numbers) / len(numbers)
@@ -181,10 +212,17 @@ class RewardModel:
         self.__name__ = Path(model.config._name_or_path or "reward_model").name
 
     def __call__(self, prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
+        ids = [self._token_ids(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        scores = [0.0] * len(ids)
+        for rows, logits in self._logits(ids):
+            for row, score in zip(rows, logits.squeeze(-1).tolist(), strict=True):
+                scores[row] = score
+        return scores
+
+    def _logits(self, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], "torch.Tensor"]]:
+        """Rows, and what the model says of them: (rows, 1), or (rows, positions, 1) of a model for tokens."""
         import torch
 
-        ids = [self._token_ids(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        scores = torch.empty(len(ids))
         for rows in self._batches([len(row) for row in ids]):
             batch = self.tokenizer.pad(
                 {"input_ids": [ids[row] for row in rows]}, padding_side="right", return_tensors="pt"
@@ -193,8 +231,7 @@ class RewardModel:
                 logits = self.model(
                     input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
                 ).logits
-            scores[rows] = logits.squeeze(-1).float().cpu()
-        return scores.tolist()
+            yield rows, logits.float().cpu()
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Rows of like length: a short pass more costs a CPU less than padding does."""
@@ -212,3 +249,28 @@ class RewardModel:
             # With the end token, as TRL's RewardTrainer closes the texts that it trains on.
             return self.tokenizer(prompt + completion + (self.tokenizer.eos_token or ""))["input_ids"]
         return self.tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=True)["input_ids"]
+
+
+class TokenRewardModel(RewardModel):
+    """A token-classification model as a reward for each token of a completion, such as a process reward model.
+
+    It is read at the tokens that the policy sampled, so its tokenizer must be the policy's.
+
+    Args:
+        model, tokenizer, batch_size: as in `RewardModel`.
+    """
+
+    def __call__(self, prompts: Sequence, completions: Sequence, **columns: Any) -> list[list[float]]:
+        sampled = columns["completion_ids"]
+        before = tokenize_prompts(prompts, self.tokenizer)
+        ids = [[*prompt, *completion] for prompt, completion in zip(before, sampled, strict=True)]
+        rewards: list[list[float]] = [[] for _ in ids]
+        for rows, logits in self._logits(ids):
+            for row, numbers in zip(rows, logits.squeeze(-1).tolist(), strict=True):
+                rewards[row] = numbers[len(before[row]) : len(ids[row])]
+        return rewards
+
+
+def scores_tokens(model: Any) -> bool:
+    """Whether a model gives a number for each token (`...ForTokenClassification`)."""
+    return type(model).__name__.endswith("ForTokenClassification")

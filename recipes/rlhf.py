@@ -17,6 +17,7 @@ from typing import Any
 from hfllm.cli import DataArguments, parse_recipe, run
 
 CONFIG = Path(__file__).parent / "configs" / "rlhf" / "world.yaml"
+CALIBRATION_PROMPTS = 256
 
 
 @dataclass
@@ -114,6 +115,9 @@ def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dic
         peft_config=peft_config(model_args),
     )
     use_plain_lines(trainer)
+    for ensemble in rewards:
+        if isinstance(ensemble, RewardEnsemble):
+            calibrate(ensemble, trainer, train_rows[:CALIBRATION_PROMPTS])
     judged_on = ([row["prompt"] for row in eval_rows], world_of(script_args), script_args.num_eval_prompts)
     unaligned = judge_policy(trainer, *judged_on)
     trainer.train(resume_from_checkpoint=stage.checkpoint)
@@ -165,8 +169,7 @@ def prompt_data(script_args: RlhfArguments, seed: int, functions: Sequence[Calla
     trial = train_rows[:2]
     columns = {name: [row[name] for row in trial] for name in trial[0] if name != "prompt"}
     prompts = [row["prompt"] for row in trial]
-    text = "This is a trial response."
-    trials = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}] for prompt in prompts]
+    trials = [formats.as_completion(prompt, "This is a trial response.") for prompt in prompts]
     for function in functions:
         checked_rewards(function, prompts, trials, **columns)
     return train_rows, eval_rows
@@ -271,6 +274,20 @@ def with_gold_beside(script_args: Any, training_args: Any, rewards: list, tokeni
         return training_args, rewards, tokenizers
     training_args.reward_weights = [*(training_args.reward_weights or [1.0] * len(rewards)), 0.0]
     return training_args, [*rewards, gold_reward], [*tokenizers, None]
+
+
+def calibrate(ensemble: Any, trainer: Any, rows: list[dict]) -> None:
+    """Bring the members of an ensemble to one scale on responses of the model that training starts from."""
+    import torch
+
+    from hfllm.data.formats import as_completion
+
+    with torch.random.fork_rng():
+        torch.manual_seed(trainer.args.seed)
+        ids = trainer.sample(rows)["response_ids"]
+    prompts = [row["prompt"] for row in rows]
+    texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
+    ensemble.calibrate(prompts, [as_completion(*pair) for pair in zip(prompts, texts, strict=True)])
 
 
 def value_model(script_args: Any, model_args: Any, reward_models: list[str]) -> Any:

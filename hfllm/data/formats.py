@@ -118,6 +118,11 @@ def as_messages(prompt: str | list[Message]) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
+def as_completion(prompt: str | list[Message], text: str) -> str | list[Message]:
+    """A response in the form of its prompt: text, or the assistant's turn of a conversation."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
 def _has(row: Row, *columns: str) -> bool:
     return all(row.get(column) is not None for column in columns)
 

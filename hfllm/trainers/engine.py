@@ -1,6 +1,7 @@
 """A `transformers.Trainer` whose model is an `ActorCritic`: its optimiser, forward passes, metrics, checkpoints."""
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -22,6 +23,7 @@ from hfllm.trainers.controllers import KLController, RunningMoments
 from hfllm.trainers.ppo_parts import load_weights
 from hfllm.trainers.rollout import Rollout, length_groups
 from hfllm.trainers.sampling import Witness
+from hfllm.trainers.tables import log_table
 
 VALUE_MODEL_FOLDER, REFERENCE_FOLDER = "value_model", "reference"
 VALUE_HEAD_FILE, STATE_FILE = "value_head.safetensors", "ppo_state.json"
@@ -112,7 +114,8 @@ class ActorCriticTrainer(Trainer):
         args, actor = self.args, self.actor
         is_exact = self.accelerator.mixed_precision == "no" and self.policy.dtype == torch.float32
         is_whole = self.accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP)
-        if not (is_exact and is_whole) or self._trusts_witness is False or args.kl_estimator == "full":
+        is_sampled_here = not args.use_vllm and self._trusts_witness is not False
+        if not (is_exact and is_whole and is_sampled_here) or args.kl_estimator == "full":
             return None
         value_head = actor.value_head if actor.value_model is None else None
         shape = (episodes, args.response_length)
@@ -183,7 +186,7 @@ class ActorCriticTrainer(Trainer):
         return means
 
     def _keep_completions(self, name: str) -> None:
-        """Write the last completions as parquet, each process its own."""
+        """Write the last completions as parquet, each process its own; show the first process's in its back ends."""
         if not self.args.log_completions:
             return
         from datasets import Dataset
@@ -191,16 +194,31 @@ class ActorCriticTrainer(Trainer):
         folder = Path(self.args.output_dir) / "completions"
         folder.mkdir(parents=True, exist_ok=True)
         Dataset.from_list(self.completions).to_parquet(folder / f"{name}_{self.args.process_index}.parquet")
+        if self.is_world_process_zero():
+            table = f"{name.split('_')[0]}_completions" if name.startswith("eval") else "completions"
+            log_table(self.callback_handler.callbacks, table, self.completions, self.state.global_step)
 
     def _check_finite(self, loss: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
         if bool(loss.isfinite()):
             return
-        file = (
-            Path(self.args.output_dir) / f"not_finite_{self.state.global_step}_{self.args.process_index}.safetensors"
-        )
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file = self._not_finite_file()
         save_file({name: value.contiguous() for name, value in inputs.items() if torch.is_tensor(value)}, file)
         raise FloatingPointError(f"the loss is {loss.item()} at step {self.state.global_step}; its batch is in {file}")
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float:
+        norm = super()._get_grad_norm(model, grad_norm)
+        # The loss scaling of fp16 meets such gradients in its course, and skips their step.
+        if self.args.fp16 or norm is None or math.isfinite(norm) or self._rollout is None:
+            return norm
+        file = self._not_finite_file()
+        self._rollout.save(file)
+        step = self.state.global_step
+        raise FloatingPointError(f"the norm of the gradient is {float(norm)} at step {step}; its rollout is in {file}")
+
+    def _not_finite_file(self) -> Path:
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"not_finite_{self.state.global_step}_{self.args.process_index}.safetensors"
 
     # ---- saving ----
 

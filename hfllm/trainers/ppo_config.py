@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from hfllm.trainers.advantages import KL_ESTIMATORS
 
 KL_PLACES = ("reward", "loss")
+VLLM_MODES = ("colocate", "server")
 AT_LEAST_ONE = (
     *("num_ppo_epochs", "num_mini_batches", "local_rollout_forward_batch_size", "response_length", "num_generations"),
     *("length_bucket_size", "max_tokens_per_pass", "ref_model_sync_steps", "kl_horizon"),
@@ -74,6 +75,21 @@ class PPOConfig(TrainingArguments):
         None, "More arguments for `GenerationConfig`, such as top_k, top_p or stop_strings."
     )
 
+    use_vllm: bool = _option(False, "Sample by vLLM, through TRL's back end; needs `pip install 'trl[vllm]'`.")
+    vllm_mode: str = _option(
+        "colocate", "vLLM in this process, or a server started by `vllm serve`.", choices=list(VLLM_MODES)
+    )
+    vllm_model_impl: str = _option("vllm", "Whose model code vLLM runs: 'vllm' or 'transformers'.")
+    vllm_enable_sleep_mode: bool = _option(False, "Let vLLM leave the accelerator's memory during the updates.")
+    vllm_server_base_url: str | None = _option(None, "URL of the server, in place of host and port.")
+    vllm_server_host: str = _option("0.0.0.0", "Host of the server.")
+    vllm_server_port: int = _option(8000, "Port of the server.")
+    vllm_server_timeout: float = _option(240.0, "Seconds to wait for the server.")
+    vllm_group_port: int = _option(51216, "Port that weights are handed to the server over.")
+    vllm_gpu_memory_utilization: float = _option(0.3, "Share of the accelerator's memory for vLLM in this process.")
+    vllm_max_model_length: int | None = _option(None, "Longest prompt and response; by default the model's context.")
+    vllm_tensor_parallel_size: int = _option(1, "Accelerators that one vLLM in this process is spread over.")
+
     # Rewards
     reward_weights: list[float] | None = _option(
         None, "One weight for each reward function; 0 logs a reward without training on it."
@@ -132,7 +148,11 @@ class PPOConfig(TrainingArguments):
             raise ValueError(f"total_episodes={self.total_episodes} and max_steps={self.max_steps}: give one of them")
         if self.total_episodes is not None and self.total_episodes < 1:
             raise ValueError(f"total_episodes must be at least 1, got {self.total_episodes}")
-        for name, allowed in (("kl_estimator", (*KL_ESTIMATORS, "full")), ("kl_penalty", KL_PLACES)):
+        for name, allowed in (
+            ("kl_estimator", (*KL_ESTIMATORS, "full")),
+            ("kl_penalty", KL_PLACES),
+            ("vllm_mode", VLLM_MODES),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
         if self.kl_penalty == "loss" and self.kl_estimator == "k1":

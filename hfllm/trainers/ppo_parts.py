@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -16,7 +18,7 @@ from transformers import (
 )
 
 from hfllm.errors import InputError
-from hfllm.rewards import RewardModel
+from hfllm.rewards import RewardModel, TokenRewardModel, scores_tokens
 from hfllm.trainers.ppo_config import PPOConfig
 
 if TYPE_CHECKING:
@@ -44,10 +46,11 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def load_scorer(name: str, load_kwargs: dict[str, Any]) -> PreTrainedModel:
-    """A model with one score, from a name or folder."""
-    return AutoModelForSequenceClassification.from_pretrained(
-        name, num_labels=1, **{"dtype": torch.float32, **load_kwargs}
-    )
+    """A model with one score a sequence, or a token if it was saved as a model for tokens, from a name or folder."""
+    architecture = (AutoConfig.from_pretrained(name).architectures or [""])[0]
+    is_for_tokens = architecture.endswith("ForTokenClassification")
+    auto_class = AutoModelForTokenClassification if is_for_tokens else AutoModelForSequenceClassification
+    return auto_class.from_pretrained(name, num_labels=1, **{"dtype": torch.float32, **load_kwargs})
 
 
 def split_reference(
@@ -137,6 +140,7 @@ def build_rewards(
     reward_funcs: RewardFunc | list[RewardFunc],
     tokenizers: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None,
     load_kwargs: dict[str, Any],
+    policy_tokenizer: PreTrainedTokenizerBase,
     args: PPOConfig,
 ) -> list[Callable[..., list[float]]]:
     """Turn names and models into reward functions, each model with its own tokenizer."""
@@ -151,8 +155,14 @@ def build_rewards(
         if isinstance(func, str):
             func = load_scorer(func, load_kwargs)
         if isinstance(func, nn.Module):
+            kind = TokenRewardModel if scores_tokens(func) else RewardModel
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(func.config._name_or_path)
-            func = RewardModel(func, tokenizer, args.local_rollout_forward_batch_size)
+            func = kind(func, tokenizer, args.local_rollout_forward_batch_size)
+        if isinstance(func, TokenRewardModel) and func.tokenizer.get_vocab() != policy_tokenizer.get_vocab():
+            raise InputError(
+                f"{func.__name__!r} gives a reward for each token, and its tokenizer is not the policy's: their "
+                "tokens do not match"
+            )
         rewards.append(func)
     return rewards
 

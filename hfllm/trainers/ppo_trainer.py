@@ -47,11 +47,12 @@ from hfllm.trainers.ppo_parts import (
     special_tokens,
     split_reference,
 )
-from hfllm.trainers.prompts import RolloutSampler, check_prompts
+from hfllm.trainers.prompts import check_prompts, rollout_loader
 from hfllm.trainers.ptx import PretrainingBatches
 from hfllm.trainers.rollout import Rollout, pad_prompts
 from hfllm.trainers.sampling import sample_responses
 from hfllm.trainers.scoring import Scorer, Scores
+from hfllm.trainers.vllm_sampling import VllmSampler
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -76,8 +77,8 @@ class PPOTrainer(ActorCriticTrainer):
     Args:
         model: the policy, a causal language model or its name.
         reward_funcs: one reward or a list: a function `(prompts, completions, **columns) -> list[float]`, or of lists
-            with a number for each of `completion_ids`; a sequence-classification model with one label, or the name of
-            one; a `RewardEnsemble`. The policy is trained on their sum weighted by `args.reward_weights`.
+            with a number for each of `completion_ids`; a sequence- or token-classification model with one label, or
+            the name of one; a `RewardEnsemble`. The policy is trained on their sum weighted by `args.reward_weights`.
         args: a `PPOConfig`.
         train_dataset: rows with a `prompt`, text or a list of messages; all other columns go to the functions.
         eval_dataset: the same, for `evaluate`.
@@ -129,7 +130,7 @@ class PPOTrainer(ActorCriticTrainer):
         self.eos_token_ids, never_sampled = special_tokens(tokenizer, policy, args)
         if args.disable_dropout:
             disable_dropout(policy, value_model)
-        rewards = build_rewards(reward_funcs, reward_processing_classes, load_kwargs, args)
+        rewards = build_rewards(reward_funcs, reward_processing_classes, load_kwargs, tokenizer, args)
         check_value_model(value_model, reward_models(rewards))
         self.scorer = Scorer(rewards, reward_weights(args.reward_weights, len(rewards)), tokenizer, args)
         context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
@@ -155,6 +156,10 @@ class PPOTrainer(ActorCriticTrainer):
             if frozen is not None:
                 frozen.to(self.accelerator.device)
         self.sampling_config = sampling_config(args, tokenizer, self.eos_token_ids, never_sampled)
+        self.vllm = None
+        if args.use_vllm:
+            parts = (self.policy, self.accelerator, tokenizer, self.sampling_config, args.local_rollout_batch_size)
+            self.vllm = VllmSampler(args, *parts)
         self.kl_controller = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         self.completions: list[dict[str, Any]] = []
         self._begin()
@@ -176,22 +181,7 @@ class PPOTrainer(ActorCriticTrainer):
         """Prompts of one rollout a batch, each batch repeated for every backward pass on that rollout."""
         if self.train_dataset is None:
             raise ValueError("PPOTrainer: training requires a train_dataset")
-        sampler = RolloutSampler(
-            len(self.train_dataset),
-            rollout_size=self.args.local_rollout_batch_size * self.args.world_size,
-            repeats=self.args.steps_per_rollout * self.args.gradient_accumulation_steps,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-            epoch=lambda: int(self.state.epoch or 0),
-            num_generations=self.args.num_generations,
-        )
-        loader = DataLoader(
-            self.train_dataset,
-            batch_size=self.args.local_rollout_batch_size,
-            sampler=sampler,
-            collate_fn=self.data_collator,
-            drop_last=True,
-            num_workers=self.args.dataloader_num_workers,
-        )
+        loader = rollout_loader(self.train_dataset, self.args, lambda: int(self.state.epoch or 0))
         return self.accelerator.prepare(loader)
 
     # ---- the algorithm: rollouts ----
@@ -243,10 +233,13 @@ class PPOTrainer(ActorCriticTrainer):
         prompts = tokenize_prompts([row["prompt"] for row in rows], self.processing_class)
         prompt_ids, prompt_mask = pad_prompts(prompts, self.processing_class.pad_token_id, self.accelerator.device)
         witness = self._witness(len(rows))
-        with gathered(self.policy):
-            responses = sample_responses(
-                self.policy, prompt_ids, prompt_mask, self.sampling_config, self.processing_class, witness
-            )
+        if self.vllm is not None:
+            responses = self.vllm(prompts, self.state.global_step, prompt_ids.device)
+        else:
+            with gathered(self.policy):
+                responses = sample_responses(
+                    self.policy, prompt_ids, prompt_mask, self.sampling_config, self.processing_class, witness
+                )
         return {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, **responses, "witness": witness}
 
     def score(self, rows: list[dict[str, Any]], batch: dict[str, torch.Tensor], prefix: str = "") -> Scores:

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
+from hfllm.trainers.ppo_config import PPOConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -87,3 +88,23 @@ def check_prompts(
                     f"prompt {row} of the dataset has {len(ids)} tokens; with response_length={response_length} the "
                     f"model's context of {context} leaves room for {limit}"
                 )
+
+
+def rollout_loader(dataset: "Dataset", args: PPOConfig, epoch: Callable[[], int]) -> DataLoader:
+    """Batches of one rollout's rows on each process, each repeated for every backward pass on that rollout."""
+    sampler = RolloutSampler(
+        len(dataset),
+        rollout_size=args.local_rollout_batch_size * args.world_size,
+        repeats=args.steps_per_rollout * args.gradient_accumulation_steps,
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        epoch=epoch,
+        num_generations=args.num_generations,
+    )
+    return DataLoader(
+        dataset,
+        batch_size=args.local_rollout_batch_size,
+        sampler=sampler,
+        collate_fn=list,
+        drop_last=True,
+        num_workers=args.dataloader_num_workers,
+    )

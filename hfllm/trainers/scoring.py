@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hfllm.data.formats import as_completion
 from hfllm.errors import InputError
 from hfllm.rewards import checked_rewards, completion_text, reward_name
 from hfllm.trainers.controllers import RunningMoments
@@ -64,10 +65,7 @@ class Scorer:
         ids = [row[:length] for row, length in zip(batch["response_ids"].tolist(), lengths, strict=True)]
         prompts = [row["prompt"] for row in rows]
         texts = self.tokenizer.batch_decode(batch["response_ids"], skip_special_tokens=True)
-        completions = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
+        completions = [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
         columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
         columns["completion_ids"] = ids
         device = batch["response_ids"].device

@@ -1,5 +1,6 @@
 """Every option of PPOConfig does what its help says, and the invariants hold for their combinations."""
 
+import copy
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 import hfllm
 from hfllm.errors import InputError
 from hfllm.rewards import RewardEnsemble, length_penalty
+from hfllm.trainers import engine
 from hfllm.trainers.controllers import KLController, RunningMoments
 
 
@@ -295,6 +297,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_batch(make_traine
     assert {"prompt_ids", "response_ids", "advantages"} <= set(batch)
 
 
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_its_step(make_trainer, tmp_path, max_grad_norm):
+    from hfllm.trainers.rollout import Rollout
+
+    trainer = make_trainer(max_steps=4, max_grad_norm=max_grad_norm)
+    step = trainer.training_step
+
+    def spoil(*args, **kwargs):
+        loss = step(*args, **kwargs)
+        if trainer.state.global_step == 1:
+            next(trainer.policy.parameters()).grad[0, 0] = float("inf")
+            trainer.before = weights(trainer)
+        return loss
+
+    trainer.training_step = spoil
+    with pytest.raises(
+        FloatingPointError, match=r"norm of the gradient is (inf|nan) at step 1; its rollout is in .*_1_0"
+    ):
+        trainer.train()
+    assert all(map(torch.equal, weights(trainer), trainer.before))
+    rollout = Rollout.load(tmp_path / "ppo" / "not_finite_1_0.safetensors", torch.device("cpu"))
+    assert torch.equal(rollout.advantages, trainer._rollout.advantages)
+
+
 # ---- rewards ----
 
 
@@ -318,6 +344,37 @@ def test_rewards_may_come_token_by_token(make_trainer, prompts):
         make_trainer(reward_funcs=too_few).collect_rollout(rows_of(prompts, 4))
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_model_may_reward_each_token(make_trainer, make_model, prompts, tokenizer, tmp_path, by_name):
+    scorer = make_model(seed=3, model_class=hfllm.HfllmForTokenClassification, num_labels=1)
+    reward = scorer
+    if by_name:
+        reward = str(tmp_path / "scorer")
+        scorer.save_pretrained(reward)
+        tokenizer.save_pretrained(reward)
+    trainer = make_trainer(reward_funcs=reward, reward_processing_classes=None if by_name else tokenizer, max_steps=1)
+    rows = rows_of(prompts, 4)
+    batch = trainer.sample(rows)
+    scores = trainer.score(rows, batch)
+    for row in range(4):
+        prompt = batch["prompt_ids"][row][batch["prompt_mask"][row] > 0]
+        response = batch["response_ids"][row][batch["response_mask"][row] > 0]
+        with torch.no_grad():
+            expected = scorer(input_ids=torch.cat((prompt, response)).unsqueeze(0)).logits[0, len(prompt) :, 0]
+        torch.testing.assert_close(scores.per_token[row, : len(response)], expected, atol=1e-5, rtol=1e-5)
+        assert not scores.per_token[row, len(response) :].any()
+    assert not scores.total.any()
+    trainer.train()
+
+
+def test_a_model_for_tokens_must_have_the_policys(make_trainer, make_model, tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["another"])
+    scorer = make_model(model_class=hfllm.HfllmForTokenClassification, num_labels=1)
+    with pytest.raises(InputError, match="its tokenizer is not the policy's"):
+        make_trainer(reward_funcs=scorer, reward_processing_classes=other)
+
+
 def test_ensembles_aggregate():
     def one(completions, **_):
         return [1.0, 4.0]
@@ -335,6 +392,34 @@ def test_ensembles_aggregate():
         RewardEnsemble([one, other], "best")
     with pytest.raises(InputError, match="at least 2"):
         RewardEnsemble([one])
+
+
+def test_calibrated_members_weigh_the_same_whatever_their_scale():
+    def one(completions, **_):
+        return [float(len(text)) for text in completions]
+
+    def same_elsewhere(completions, **_):
+        return [100.0 * len(text) - 5000.0 for text in completions]
+
+    def reverse(completions, **_):
+        return [3.0 - len(text) for text in completions]
+
+    texts = ["a", "aa", "aaa", "aaaa"]
+    pair = RewardEnsemble([one, same_elsewhere])
+    pair.calibrate(texts, texts)
+    scores = pair(texts, texts)
+    assert sum(scores) == pytest.approx(0.0, abs=1e-9)
+    # The mean of the two spreads.
+    assert scores[3] - scores[2] == pytest.approx((1 + 100) / 2)
+    opposed = RewardEnsemble([one, reverse])
+    opposed.calibrate(texts, texts)
+    assert opposed(texts, texts) == pytest.approx([-1.5, -0.5, -0.5, -1.5])
+
+    def constant(completions, **_):
+        return [1.0] * len(completions)
+
+    with pytest.raises(InputError, match="'constant' gives all 4 completions the same score"):
+        RewardEnsemble([one, constant]).calibrate(texts, texts)
 
 
 def test_an_ensemble_of_models_trains(make_trainer, make_model, tokenizer):
@@ -457,10 +542,14 @@ def test_each_prompt_gets_its_generations_in_one_rollout(make_trainer):
         assert prompts[0::2] == prompts[1::2]
 
 
-def test_completions_are_kept_as_parquet(make_trainer, prompts, tmp_path):
+def test_completions_are_kept_as_parquet_and_shown(make_trainer, prompts, tmp_path, monkeypatch):
     trainer = make_trainer(log_completions=True, max_steps=4, eval_dataset=prompts)
+    shown = []
+    monkeypatch.setattr(engine, "log_table", lambda callbacks, *table: shown.append(table))
     trainer.train()
     trainer.evaluate()
+    assert [(name, step) for name, _, step in shown][:2] == [("completions", 0), ("completions", 2)]
+    assert shown[-1][0] == "eval_completions" and set(shown[0][1][0]) == {"prompt", "completion", "letters", "reward"}
     files = sorted((tmp_path / "ppo" / "completions").iterdir())
     assert [file.name for file in files][:2] == ["000000_0.parquet", "000002_0.parquet"]
     rows = Dataset.from_parquet(str(files[0]))

@@ -514,7 +514,9 @@ def test_lora_trains_the_adapter_against_the_model_without_it(make_trainer, tmp_
 
 
 @pytest.mark.parametrize("value", [None, "separate"])
-def test_what_sampling_saw_is_not_asked_again_unless_it_is_wrong(make_trainer, make_model, prompts, value, monkeypatch):
+def test_what_sampling_saw_is_not_asked_again_unless_it_is_wrong(
+    make_trainer, make_model, prompts, value, monkeypatch
+):
     model = make_model(model_class=hfllm.HfllmForSequenceClassification, num_labels=1) if value else None
     rows = [prompts[index] for index in range(8)]
     trainer = make_trainer(value_model=model)
