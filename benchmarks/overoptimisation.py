@@ -2,9 +2,9 @@
 
     python benchmarks/overoptimisation.py --seeds 1 2 3 --output_dir outputs/overoptimisation
 
-For each seed, reward models are trained on few comparisons of the embedded world with many wrong labels, and PPO
-maximises their score with next to no KL penalty: once against one of them, once against the least score of several.
-The gold reward is logged beside. Writes `overoptimisation.png`, gold reward against the square root of the KL, and
+For each seed, reward models are trained on the same few comparisons of the embedded world with many wrong labels, and
+PPO maximises their score with a small KL penalty for long: once against one of them, once against the least score of
+several, itself among them. The gold reward is logged beside. Writes `overoptimisation.png`, gold reward against the square root of the KL, and
 `overoptimisation.md` with the peaks and ends. Finished runs are reused.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 COMPARISONS = {"num_pairs": 400, "label_noise": 0.25, "num_train_epochs": 3}
-PPO = {"kl_coef": 1e-6, "max_steps": 960, "logging_steps": 16, "lr_scheduler_type": "constant"}
+PPO = {"kl_coef": 0.05, "max_steps": 960, "logging_steps": 16, "lr_scheduler_type": "constant"}
 MEMBERS = 5
 SMOOTHING = 5
 
