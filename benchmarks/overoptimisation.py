@@ -4,8 +4,8 @@
 
 For each seed, reward models are trained on the same few comparisons of the embedded world with many wrong labels, and
 PPO maximises their score with a small KL penalty for long: once against one of them, once against the least score of
-several, itself among them. The gold reward is logged beside. Writes `overoptimisation.png`, gold reward against the square root of the KL, and
-`overoptimisation.md` with the peaks and ends. Finished runs are reused.
+several, itself among them. The gold reward is logged beside. Writes `overoptimisation.png`, gold reward against the
+square root of the KL, and `overoptimisation.md` with the peaks and ends. Finished runs are reused.
 """
 
 import argparse

@@ -85,7 +85,9 @@ class ActorCriticTrainer(Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _check_engine(self) -> None:
-        """Refuse what needs gradients that DeepSpeed keeps to itself."""
+        """Refuse FSDP, under which sampling has not been tried, and what needs gradients that DeepSpeed keeps."""
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            raise InputError("PPOTrainer does not work with FSDP: shard by DeepSpeed ZeRO-2 or ZeRO-3, or use DDP")
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
             return
         for name in ("critic_warmup_steps", "target_kl", "sync_ref_model"):
@@ -103,7 +105,7 @@ class ActorCriticTrainer(Trainer):
 
     def _passes(self, batch: dict[str, torch.Tensor], most_rows: int | None = None) -> Iterator:
         """Groups of like length. Engines that count or synchronise passes take each micro-batch whole."""
-        if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             return length_groups(batch, None, most_rows=most_rows)
         is_cpu = self.accelerator.device.type == "cpu"
         bucket = self.args.length_bucket_size or (8 if is_cpu else 256)
@@ -113,7 +115,7 @@ class ActorCriticTrainer(Trainer):
         """Notes what the policy says while it samples, where that is as exact as asking it again."""
         args, actor = self.args, self.actor
         is_exact = self.accelerator.mixed_precision == "no" and self.policy.dtype == torch.float32
-        is_whole = self.accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+        is_whole = self.accelerator.distributed_type != DistributedType.DEEPSPEED
         is_sampled_here = not args.use_vllm and self._trusts_witness is not False
         if not (is_exact and is_whole and is_sampled_here) or args.kl_estimator == "full":
             return None

@@ -60,7 +60,7 @@ class PPOConfig(TrainingArguments):
     length_bucket_size: int | None = _option(
         None,
         "No sequence is padded by this many tokens or more: the passes of a micro-batch are split. By default "
-        "8 on a CPU and 256 elsewhere; with DeepSpeed and FSDP micro-batches stay whole.",
+        "8 on a CPU and 256 elsewhere; with DeepSpeed micro-batches stay whole.",
     )
     max_tokens_per_pass: int | None = _option(
         None,

@@ -156,10 +156,8 @@ class PPOTrainer(ActorCriticTrainer):
             if frozen is not None:
                 frozen.to(self.accelerator.device)
         self.sampling_config = sampling_config(args, tokenizer, self.eos_token_ids, never_sampled)
-        self.vllm = None
-        if args.use_vllm:
-            parts = (self.policy, self.accelerator, tokenizer, self.sampling_config, args.local_rollout_batch_size)
-            self.vllm = VllmSampler(args, *parts)
+        parts = (self.policy, self.accelerator, tokenizer, self.sampling_config, args.local_rollout_batch_size)
+        self.vllm = VllmSampler(args, *parts) if args.use_vllm else None
         self.kl_controller = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         self.completions: list[dict[str, Any]] = []
         self._begin()
@@ -364,10 +362,18 @@ class PPOTrainer(ActorCriticTrainer):
         return loss
 
     def _ptx_loss(self) -> torch.Tensor:
-        """The weighted language-modelling loss on this micro-batch's share of the pretraining data."""
-        step = self.state.global_step * self.args.gradient_accumulation_steps + self._micro_step
-        batch = self.ptx.batch(step, self.args.process_index, self.args.world_size, self.accelerator.device)
-        loss = self.policy(**batch, use_cache=False).loss / self.args.gradient_accumulation_steps
+        """The weighted language-modelling loss on this micro-batch's share of the pretraining data.
+
+        As with the other terms, sums are divided by the tokens of the whole optimiser step on all processes.
+        """
+        passes, processes = self.args.gradient_accumulation_steps, self.args.world_size
+        place = (self.args.process_index, processes, self.accelerator.device)
+        first = self.state.global_step * passes
+        if self._micro_step == 0:
+            counts = [self.ptx.targets(self.ptx.batch(first + at, *place)) for at in range(passes)]
+            self._ptx_targets = self._sum_over_processes(torch.stack(counts).sum())
+        batch = self.ptx.batch(first + self._micro_step, *place)
+        loss = self.policy(**batch, use_cache=False).loss * self.ptx.targets(batch) / self._ptx_targets * processes
         self._add(torch.ones((), device=loss.device), ptx_loss=loss)
         return self.args.ptx_coef * loss
 

@@ -64,6 +64,11 @@ class PretrainingBatches:
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
 
+    @staticmethod
+    def targets(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """How many next tokens there are to predict in a batch."""
+        return (batch["labels"][:, 1:] != -100).sum()
+
     def _row(self, place: int) -> int:
         epoch, within = divmod(place, len(self.dataset))
         if self._order is None or self._order[0] != epoch:

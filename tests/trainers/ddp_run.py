@@ -1,7 +1,7 @@
 """The run of test_distributed.py: PPO on greedy responses, so that the number of processes is all that differs.
 
-Usage: ddp_run.py OUTPUT_DIR EPISODES_PER_PROCESS [DEEPSPEED_CONFIG], under torchrun for several processes, or under
-accelerate launch with DeepSpeed.
+Usage: ddp_run.py OUTPUT_DIR EPISODES_PER_PROCESS [DEEPSPEED_CONFIG | terms], under torchrun for several processes, or
+under accelerate launch with DeepSpeed; `terms` adds the optional terms of reward and loss.
 """
 
 import sys
@@ -17,6 +17,23 @@ from hfllm.trainers.ppo_trainer import PPOTrainer
 WORDS = ["Say red.", "What is 1 plus 2?", "The fox", "Tell me where the owl lives, please.", "Go", "A blue hat"]
 
 
+TERMS = {
+    "normalize_rewards": True,
+    "reward_clip": 1.5,
+    "whiten_rewards": True,
+    "kl_penalty": "loss",
+    "kl_estimator": "k3",
+    "kl_target": 1.0,
+    "entropy_coef": 0.01,
+    "dual_clip": 3.0,
+    "ptx_coef": 0.1,
+    "critic_warmup_steps": 1,
+    "value_learning_rate": 2e-3,
+    "sync_ref_model": True,
+    "ref_model_sync_steps": 3,
+}
+
+
 def vowels(completions, **columns):
     return [sum(text.count(letter) for letter in "aeiou") / 10 for text in completions]
 
@@ -29,7 +46,9 @@ def start_deepspeed() -> None:
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
 
-def build(output_dir: str, eval_dataset: Dataset | None = None, **arguments) -> PPOTrainer:
+def build(
+    output_dir: str, eval_dataset: Dataset | None = None, ptx_dataset: Dataset | None = None, **arguments
+) -> PPOTrainer:
     """A tiny trainer; `arguments` are PPOConfig's."""
     tokenizer = train_tokenizer(WORDS * 3, vocab_size=300, model_max_length=128)
     torch.manual_seed(0)
@@ -59,10 +78,12 @@ def build(output_dir: str, eval_dataset: Dataset | None = None, **arguments) -> 
         train_dataset=Dataset.from_dict({"prompt": WORDS * 4}),
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
+        ptx_dataset=ptx_dataset,
     )
 
 
-def main(output_dir: str, episodes: int, deepspeed_config: str | None = None) -> None:
+def main(output_dir: str, episodes: int, variant: str | None = None) -> None:
+    deepspeed_config = None if variant == "terms" else variant
     if deepspeed_config:
         start_deepspeed()
     trainer = build(
@@ -76,6 +97,8 @@ def main(output_dir: str, episodes: int, deepspeed_config: str | None = None) ->
         logging_steps=1,
         generation_kwargs={"top_k": 1},
         deepspeed=deepspeed_config,
+        ptx_dataset=Dataset.from_dict({"text": WORDS * 4}) if variant == "terms" else None,
+        **(TERMS if variant == "terms" else {}),
     )
     trainer.train()
     metrics = trainer.evaluate()

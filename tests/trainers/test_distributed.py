@@ -54,6 +54,15 @@ def test_two_processes_equal_one_and_save(one, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_equal_one_with_every_term(one, tmp_path):
+    rewards = launch([*TORCHRUN, "--nproc_per_node=1"], tmp_path / "one", 8, "terms")
+    assert launch([*TORCHRUN, "--nproc_per_node=2"], tmp_path / "two", 4, "terms") == pytest.approx(rewards, abs=1e-5)
+    same_weights(tmp_path / "one", tmp_path / "two")
+    with pytest.raises(AssertionError):
+        same_weights(tmp_path / "one", one[0])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_processes_with_zero_equal_one(one, tmp_path, stage):
     pytest.importorskip("deepspeed")

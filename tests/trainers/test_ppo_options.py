@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -581,3 +582,19 @@ def test_bad_options_are_refused_by_name(make_args, values, message):
 def test_beams_are_refused(make_trainer):
     with pytest.raises(InputError, match="num_beams must be 1"):
         make_trainer(generation_kwargs={"num_beams": 3})
+
+
+@pytest.mark.parametrize(
+    ("engine_type", "values", "message"),
+    [
+        ("FSDP", {}, "does not work with FSDP: shard by DeepSpeed"),
+        ("DEEPSPEED", {"target_kl": 0.1}, "target_kl=0.1 does not work with DeepSpeed"),
+        ("DEEPSPEED", {"critic_warmup_steps": 2}, "critic_warmup_steps=2 does not work with DeepSpeed"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused(make_trainer, monkeypatch, engine_type, values, message):
+    trainer = make_trainer(**values)
+    kind = property(lambda self: DistributedType[engine_type])
+    monkeypatch.setattr(type(trainer.accelerator), "distributed_type", kind)
+    with pytest.raises(InputError, match=message):
+        trainer._check_engine()
