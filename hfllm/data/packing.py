@@ -1,0 +1,97 @@
+"""Documents packed into rows of one length, best fit, none of them aware of its neighbours.
+
+A packed row is its tokens and the lengths of the pieces that lie in it, one after the other. Piece by piece positions
+begin at 0 again, which is how attention is told where one document ends (see `HfllmModel.forward`).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100
+# Documents that are packed at a time: enough to fill rows to the brim, few enough to stay out of memory's way.
+WINDOW = 20_000
+
+
+def pack(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", length: int) -> "Dataset":
+    """Rows of at most `length` tokens: best-fit decreasing, documents that are longer cut up, nothing lost.
+
+    Each document begins with the tokenizer's document token (`bos_token`), if it has one. Packing is TRL's
+    `pack_dataset` (Ding et al. 2024, arXiv:2404.10830) on windows of `WINDOW` documents.
+
+    Returns:
+        A dataset with `input_ids` and `seq_lengths`, a list of lists each.
+
+    Raises:
+        InputError: when no document has two tokens, so that there is nothing to predict.
+    """
+    from datasets import Dataset, concatenate_datasets
+    from trl import pack_dataset
+
+    parts = []
+    for window in _windows(texts, WINDOW):
+        pieces = [ids for ids in token_ids(window, tokenizer) if len(ids) > 1]
+        if pieces:
+            parts.append(pack_dataset(Dataset.from_dict({"input_ids": pieces}), length, "bfd_split"))
+    if not parts:
+        raise InputError("no document has two tokens: there is no next token to predict")
+    return concatenate_datasets(parts)
+
+
+def token_ids(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Token ids of each document, from the document token on."""
+    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    return [start + ids for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+
+def batch_of(
+    rows: Sequence[dict[str, Any]], length: int, pad_token_id: int, cut: int = 1
+) -> dict[str, "torch.Tensor"]:
+    """Packed rows as the tensors that a causal model takes, (B * cut, length / cut) each.
+
+    There is no attention mask: what pads a row comes last and is a piece of its own.
+
+    Args:
+        rows: of `pack`.
+        length: of a row; shorter ones are padded.
+        cut: cut each row into so many, for a curriculum over lengths; positions begin anew at each cut.
+
+    Returns:
+        `input_ids`, `position_ids` and `labels`: -100 on padding and on the first token of each piece, which no token
+        before it should predict.
+    """
+    import torch
+
+    input_ids = torch.full((len(rows), length), pad_token_id)
+    position_ids = torch.zeros((len(rows), length), dtype=torch.long)
+    is_padding = torch.ones((len(rows), length), dtype=torch.bool)
+    for row, packed in enumerate(rows):
+        ids = packed["input_ids"]
+        input_ids[row, : len(ids)] = torch.as_tensor(ids)
+        is_padding[row, : len(ids)] = False
+        lengths = [*packed["seq_lengths"], length - len(ids)]
+        position_ids[row] = torch.cat([torch.arange(count) for count in lengths])
+    shape = (len(rows) * cut, length // cut)
+    input_ids, position_ids, is_padding = (part.view(shape) for part in (input_ids, position_ids, is_padding))
+    # A piece that a cut goes through begins anew behind it.
+    steps = torch.arange(shape[1])
+    position_ids = torch.minimum(position_ids, steps.expand(shape))
+    labels = input_ids.masked_fill(is_padding | (position_ids == 0), IGNORE)
+    return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+
+
+def _windows(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    window: list[str] = []
+    for text in texts:
+        window.append(text)
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
+        yield window

@@ -1,0 +1,154 @@
+"""Which rows each optimiser step of a pretraining run learns from, known from the first step to the last.
+
+A step's batch is a function of the step alone, so that a run which goes on after an interruption gets the next one
+without looking at those before. Length curriculum and batch ramp are part of the plan: a callback could not change
+either exactly, since the dataloader is a batch ahead of the trainer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy
+import torch
+from torch.utils.data import Dataset as TorchDataset
+
+from hfllm.data.packing import batch_of
+from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A number that changes in steps over a run.
+
+    Args:
+        stages: (share of the run's tokens from which it holds, number), the first share 0, shares rising.
+    """
+
+    stages: tuple[tuple[float, int], ...]
+
+    @classmethod
+    def parse(cls, text: str | int, flag: str) -> "Schedule":
+        """From a number, or `share:number` pairs with commas between them, such as `0:128,0.2:256,0.5:512`.
+
+        Raises:
+            InputError: naming the flag and what is wrong.
+        """
+        try:
+            pairs = [part.split(":") for part in str(text).split(",")]
+            stages = [(0.0, int(pairs[0][0]))] if len(pairs[0]) == 1 else [(float(at), int(to)) for at, to in pairs]
+        except ValueError:
+            raise InputError(f"{flag} {text!r}: expected a number, or share:number,... as in 0:128,0.5:512") from None
+        shares = [at for at, _ in stages]
+        if shares[0] != 0 or sorted(set(shares)) != shares or shares[-1] >= 1 or min(to for _, to in stages) < 1:
+            raise InputError(f"{flag} {text!r}: shares must rise from 0 to below 1, and numbers be at least 1")
+        return cls(tuple(stages))
+
+    def at(self, share: float) -> int:
+        """The number that holds when so much of the run is over."""
+        return next(number for begin, number in reversed(self.stages) if begin <= share)
+
+
+class BatchPlan(TorchDataset):
+    """The batches of a run, one an optimiser step; as a dataset its length is the number of steps.
+
+    Args:
+        sources: packed rows (`hfllm.data.packing.pack`), one dataset a source.
+        weights: share of the rows that each source gives; a source that is used up begins anew in another order.
+        row_length: tokens of a full row.
+        total_rows: of the run.
+        batch_rows: rows of a step, over all processes; `tokens` of a schedule are divided by `row_length`.
+        lengths: the length that rows are cut to.
+        pad_token_id: for rows that are not full.
+        seed: of the order.
+        process, processes: whose share of each batch this is.
+
+    Raises:
+        InputError: for lengths that do not divide `row_length`, batches of fewer rows than processes, or weights that
+            do not fit the sources.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence["Dataset"],
+        row_length: int,
+        total_rows: int,
+        batch_tokens: Schedule,
+        lengths: Schedule,
+        pad_token_id: int,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        process: int = 0,
+        processes: int = 1,
+    ):
+        self.sources, self.row_length, self.pad_token_id, self.seed = list(sources), row_length, pad_token_id, seed
+        self.process, self.processes, self.total_rows = process, processes, total_rows
+        for _, length in lengths.stages:
+            if row_length % length:
+                raise InputError(f"a curriculum length of {length} does not divide the row length of {row_length}")
+        smallest = min(tokens for _, tokens in batch_tokens.stages) // row_length
+        if smallest < processes:
+            raise InputError(
+                f"a batch of {min(tokens for _, tokens in batch_tokens.stages)} tokens has {smallest} rows of "
+                f"{row_length} tokens, fewer than the {processes} process(es)"
+            )
+        self._order_of: dict[int, tuple[int, numpy.ndarray]] = {}
+        self._mix(weights)
+        self._steps: list[tuple[int, int, int]] = []
+        first = 0
+        while total_rows - first >= processes:
+            share = first / total_rows
+            rows = min(batch_tokens.at(share) // row_length, total_rows - first)
+            self._steps.append((first, rows, lengths.at(share)))
+            first += rows
+
+    def _mix(self, weights: Sequence[float] | None) -> None:
+        sizes = [len(source) for source in self.sources]
+        if weights is None:
+            weights = sizes
+        if len(weights) != len(sizes) or min(weights) <= 0:
+            raise InputError(f"{len(weights)} weights for {len(sizes)} source(s); one above 0 for each is expected")
+        shares = numpy.asarray(weights, dtype=float) / sum(weights)
+        if len(sizes) == 1:
+            self._source = numpy.zeros(self.total_rows, dtype=numpy.int8)
+        else:
+            rng = numpy.random.default_rng((self.seed, 1))
+            self._source = rng.choice(len(sizes), size=self.total_rows, p=shares).astype(numpy.int8)
+        # Which row of its source each row of the run is, counted from the source's first.
+        self._number = numpy.zeros(self.total_rows, dtype=numpy.int64)
+        for index in range(len(sizes)):
+            places = numpy.flatnonzero(self._source == index)
+            self._number[places] = numpy.arange(len(places))
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        """The tensors of one step on this process, see `batch_of`."""
+        first, rows, length = self._steps[step]
+        places = numpy.array_split(numpy.arange(first, first + rows), self.processes)[self.process]
+        return batch_of(
+            [self._row(int(place)) for place in places], self.row_length, self.pad_token_id, self.row_length // length
+        )
+
+    def _row(self, place: int) -> dict:
+        index, number = int(self._source[place]), int(self._number[place])
+        source = self.sources[index]
+        epoch, within = divmod(number, len(source))
+        kept = self._order_of.get(index)
+        if kept is None or kept[0] != epoch:
+            kept = epoch, numpy.random.default_rng((self.seed, 2, index, epoch)).permutation(len(source))
+            self._order_of[index] = kept
+        return source[int(kept[1][within])]
+
+    def tokens_at(self, step: int) -> int:
+        """Positions that the steps before `step` have had, over all processes."""
+        first = self._steps[step][0] if step < len(self._steps) else self.total_rows
+        return first * self.row_length
+
+    def rows_by_source(self) -> list[int]:
+        """How many rows of the run each source gives."""
+        return [int((self._source == index).sum()) for index in range(len(self.sources))]

@@ -1,0 +1,86 @@
+"""A `transformers.Trainer` that learns from a `BatchPlan`: each optimiser step has the batch the plan gives it."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from hfllm.errors import InputError
+from hfllm.trainers.batch_plan import BatchPlan
+
+
+class PretrainTrainer(Trainer):
+    """Next-token (or masked) training in which batches may differ in size and length.
+
+    A step's batch is split into passes of `per_device_train_batch_size` full rows, so that memory stays the same
+    whatever the batch; its loss is that of all its tokens on all processes, however they are split.
+    `gradient_accumulation_steps` is folded into the plan and must be 1 here.
+
+    Args:
+        plan: the batches, also in `train_dataset`'s place.
+        z_loss_coef: weight of the mean squared log-partition function (Chowdhery et al. 2022, section 5, 1e-4 there):
+            keeps logits from drifting. It takes the logits of a pass at once.
+        kwargs: Trainer's.
+
+    Raises:
+        InputError: for accumulation that the plan knows nothing of, or a negative coefficient.
+    """
+
+    # The sum over a pass is divided by the tokens of the whole step.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *, plan: BatchPlan, z_loss_coef: float = 0.0, **kwargs: Any):
+        self.plan, self.z_loss_coef = plan, z_loss_coef
+        super().__init__(train_dataset=plan, **kwargs)
+        if self.args.gradient_accumulation_steps != 1:
+            raise InputError("gradient_accumulation_steps must be 1: the plan's batches are whole optimiser steps")
+        if z_loss_coef < 0:
+            raise InputError(f"z_loss_coef must not be negative, got {z_loss_coef}")
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The plan's batches in order; each process has its own share already."""
+        return DataLoader(
+            self.plan,
+            batch_size=1,
+            collate_fn=lambda batches: batches[0],
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
+        )
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Forward and backward passes over one step's batch."""
+        tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
+        others = {name: value for name, value in inputs.items() if not torch.is_tensor(value)}
+        rows = self.args.per_device_train_batch_size * self.plan.row_length // tensors["input_ids"].shape[1]
+        parts = {name: value.split(rows) for name, value in tensors.items()}
+        count = len(parts["input_ids"])
+        total = torch.zeros((), device=self.args.device)
+        for at in range(count):
+            part = {name: values[at] for name, values in parts.items()} | others
+            # Only the last pass lets DDP average the gradients.
+            with nullcontext() if at == count - 1 else self.accelerator.no_sync(model):
+                total += super().training_step(model, part, num_items_in_batch)
+        return total
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Trainer's, plus the z-loss in training."""
+        if not self.z_loss_coef or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = {**inputs, "loss_chunk_size": 0} if "loss_chunk_size" in inputs else inputs
+        kept = (inputs["labels"] != -100)[:, 1:]
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        partition = outputs.logits[:, :-1].float().logsumexp(-1)[kept]
+        share = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        loss = loss + self.z_loss_coef * partition.square().sum() / num_items_in_batch * share
+        return (loss, outputs) if return_outputs else loss
