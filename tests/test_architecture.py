@@ -19,7 +19,7 @@ ALLOWED = {
     "rewards": {"data", "errors"},
     "reporting": set(),
     "trainers": {"models", "data", "rewards", "errors", "checkpoints"},
-    "evaluation": {"models", "data", "rewards", "reporting"},
+    "evaluation": {"models", "data", "rewards", "reporting", "errors"},
     "generation": {"models", "data"},
     "compression": {"models", "data"},
     "registration": {"models"},

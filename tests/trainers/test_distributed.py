@@ -53,6 +53,20 @@ def test_two_processes_equal_one_and_save(one, tmp_path):
     assert {"rollout_0.safetensors", "rollout_1.safetensors", "optimizer.pt"} <= files
 
 
+def test_two_processes_pretrain_what_one_does(tmp_path):
+    for processes in (1, 2):
+        script = [str(SCRIPT.parent / "pretrain_run.py"), str(tmp_path / str(processes))]
+        result = subprocess.run(
+            [*TORCHRUN, f"--nproc_per_node={processes}", *script],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+    same_weights(tmp_path / "1", tmp_path / "2")
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one_with_every_term(one, tmp_path):
     rewards = launch([*TORCHRUN, "--nproc_per_node=1"], tmp_path / "one", 8, "terms")

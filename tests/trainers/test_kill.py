@@ -13,9 +13,13 @@ from hfllm.checkpoints import last_complete_checkpoint
 SCRIPT = Path(__file__).parent / "kill_run.py"
 
 
-def test_ten_kills_change_nothing(tmp_path):
+FILES = {"ppo": ["model.safetensors", "value_head.safetensors"], "pretrain": ["model.safetensors"]}
+
+
+@pytest.mark.parametrize("kind", list(FILES))
+def test_ten_kills_change_nothing(tmp_path, kind):
     result = subprocess.run(
-        [sys.executable, str(SCRIPT), str(tmp_path), "1"],
+        [sys.executable, str(SCRIPT), kind, str(tmp_path), "1"],
         capture_output=True,
         text=True,
         timeout=400,
@@ -25,6 +29,7 @@ def test_ten_kills_change_nothing(tmp_path):
     seen = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("RESULT"))[7:])
     assert seen["kills"] == 10
     assert seen["while_saving"] >= 1
+    assert seen["files"] == FILES[kind]
     assert seen["different"] == 0
 
 
