@@ -1,30 +1,69 @@
-"""Pretrain a causal language model from nothing, or go on from one, by next-token loss.
+"""Pretrain a language model from nothing, or go on from one.
 
     accelerate launch recipes/pretrain.py                                # the embedded world
     accelerate launch recipes/pretrain.py --dataset_name my_texts.jsonl  # a small model on your own text
+    accelerate launch recipes/pretrain.py --dataset_mixture wiki.txt:0.7 books/:0.3 --total_tokens chinchilla
     accelerate launch recipes/pretrain.py --model_name_or_path NAME --dataset_name my_texts.jsonl
 
 Without `--model_name_or_path` a new tokenizer and model of the hfllm family are made, with the architecture that the
-flags describe; the default settings are recipes/configs/pretrain/world.yaml.
+flags describe; the default settings are recipes/configs/pretrain/world.yaml for the embedded world and text.yaml for
+text of your own. The report compares the model with a 5-gram and gzip, in bits per byte of held-out documents.
 """
 
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hfllm.cli import DataArguments, parse_recipe, run
 
-CONFIG = Path(__file__).parent / "configs" / "pretrain" / "world.yaml"
+CONFIGS = Path(__file__).parent / "configs" / "pretrain"
+CONFIG = CONFIGS / "world.yaml"
 
 
 @dataclass
 class PretrainArguments(DataArguments):
-    """Data and architecture of the model to pretrain."""
+    """Data, schedule and architecture of the model to pretrain."""
 
     num_documents: int = field(default=40000, metadata={"help": "Documents of the embedded world to train on."})
-    max_length: int = field(default=512, metadata={"help": "Longest document in tokens; longer ones are cut up."})
+    dataset_mixture: list[str] | None = field(
+        default=None,
+        metadata={"help": "Several datasets in place of --dataset_name, each NAME:WEIGHT, their share of the tokens."},
+    )
+    total_tokens: str | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens to train on, in place of --num_train_epochs; 'chinchilla' is 20 a parameter "
+            "(Hoffmann et al. 2022, arXiv:2203.15556)."
+        },
+    )
+    objective: str = field(
+        default="causal",
+        metadata={
+            "help": "'causal' predicts the next token; 'masked' predicts masked ones, in a new bidirectional model; "
+            "'infilling' is causal on documents cut in three, Code Llama's format.",
+            "choices": ["causal", "masked", "infilling"],
+        },
+    )
+    packing: bool = field(
+        default=True,
+        metadata={"help": "Fill rows of --max_length with documents that do not see each other; else pad them."},
+    )
+    max_length: int = field(default=512, metadata={"help": "Tokens of a row; longer documents are cut up."})
+    length_curriculum: str | None = field(
+        default=None,
+        metadata={"help": "Row lengths by share of the run's tokens, such as 0:128,0.2:256,0.5:512; needs packing."},
+    )
+    batch_ramp: str | None = field(
+        default=None,
+        metadata={"help": "Tokens of a batch by share of the run's tokens, such as 0:4096,0.3:16384; needs packing."},
+    )
+    z_loss_coef: float = field(
+        default=0.0, metadata={"help": "Weight of the squared log-partition function (PaLM: 1e-4); needs packing."}
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer of the new model; by default one is trained on the texts."}
+    )
     vocab_size: int = field(default=8192, metadata={"help": "Upper bound on the new tokenizer's vocabulary."})
     hidden_size: int = field(default=512, metadata={"help": "Width of the new model."})
     num_hidden_layers: int = field(default=8, metadata={"help": "Layers of the new model."})
@@ -64,102 +103,92 @@ def parse(argv: Sequence[str]) -> tuple:
     from transformers import TrainingArguments
     from trl import ModelConfig
 
-    return parse_recipe(
-        (PretrainArguments, TrainingArguments, ModelConfig),
-        ["--output_dir", "outputs/pretrain", *argv],
-        CONFIG,
-        __doc__,
-    )
+    kinds = (PretrainArguments, TrainingArguments, ModelConfig)
+    argv = ["--output_dir", "outputs/pretrain", *argv]
+    parsed = parse_recipe(kinds, argv, CONFIG, __doc__)
+    if reads_world(parsed[0]):
+        return parsed
+    return parse_recipe(kinds, argv, CONFIGS / "text.yaml", __doc__)
 
 
 def main(script_args: PretrainArguments, training_args: Any, model_args: Any) -> dict[str, float]:
     """Pretrain, save model and tokenizer, write the report. Returns the metrics."""
-    from datasets import Dataset
-    from transformers import Trainer, set_seed
+    from transformers import set_seed
 
-    from hfllm.stages import Stage, fitting_length, load_or_make_base, load_texts, refuse
+    from hfllm.pretraining import held_out_metrics, infilled, load_sources, packed_trainer, padded_trainer
+    from hfllm.stages import Stage, fitting_length, load_or_make_base
     from hfllm.trainers.callbacks import use_plain_lines
 
-    refuse(model_args.use_peft, "--use_peft", "pretraining trains all weights")
-    strategy = training_args.train_sampling_strategy
-    refuse(strategy != "random", "--train_sampling_strategy", "documents are shuffled in batches of like length")
+    check(script_args, training_args, model_args)
     stage = Stage("pretrain", script_args, training_args, model_args)
     if stage.report is not None:
         return stage.report["metrics"]
     set_seed(training_args.seed)
-    train_texts, test_texts = load_texts(script_args, training_args.seed)
+    sources, test_texts = load_sources(script_args, training_args.seed)
+    train_texts = [text for texts in sources.values() for text in texts]
     model, tokenizer = load_or_make_base(script_args, model_args, train_texts, ARCHITECTURE)
     script_args.max_length = fitting_length(script_args.max_length, model)
-    batch = training_args.per_device_train_batch_size * training_args.world_size
-    training_args.train_sampling_strategy = "sequential"
-    train_pieces = length_grouped(pieces_of(train_texts, tokenizer, script_args.max_length), batch, training_args.seed)
-    trainer = Trainer(
-        model=model,
-        args=training_args,
-        train_dataset=Dataset.from_dict({"input_ids": train_pieces}),
-        eval_dataset=Dataset.from_dict({"input_ids": pieces_of(test_texts, tokenizer, script_args.max_length)}),
-        data_collator=collator(model, tokenizer, script_args.loss_chunk_size),
-        processing_class=tokenizer,
-    )
+    if script_args.objective == "infilling":
+        sources = infilled(sources, tokenizer, script_args.max_length, training_args.seed)
+    build = packed_trainer if script_args.packing else padded_trainer
+    trainer, mixed = build(script_args, training_args, model, tokenizer, sources, test_texts)
     use_plain_lines(trainer)
     trainer.train(resume_from_checkpoint=stage.checkpoint)
     losses = trainer.evaluate()
     trainer.save_model()
     metrics = {
-        "train_loss": trainer.state.log_history[-2]["train_loss"],
+        "train_loss": next(entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry),
         "eval_loss": losses["eval_loss"],
+        **held_out_metrics(script_args, trainer.model, tokenizer, train_texts, test_texts),
         "parameters": model.num_parameters(),
         "documents": len(train_texts),
     }
-    summary = f"{model.num_parameters():,} parameters, held-out loss {losses['eval_loss']:.3f} nats a token"
-    return stage.finish(trainer, metrics, summary)
+    summary = f"{metrics['parameters']:,} parameters, held-out loss {metrics['eval_loss']:.3f} nats a token"
+    if "bits_per_byte" in metrics:
+        summary += f", {metrics['bits_per_byte']:.3f} bits a byte"
+    return stage.finish(trainer, metrics, summary, tables={"Sources": mixed} if mixed else None)
 
 
-def collator(model: Any, tokenizer: Any, loss_chunk_size: int | None) -> Callable[[list], dict[str, Any]]:
-    """Pads and labels a batch, and asks an hfllm model to compute its loss in chunks.
+def reads_world(script_args: PretrainArguments) -> bool:
+    """Whether the embedded world is the text."""
+    from hfllm.data.sources import WORLD
 
-    By the batch and not by the config, which would go on to every later use of the saved model.
+    return script_args.dataset_name == WORLD and not script_args.dataset_mixture
+
+
+def check(script_args: PretrainArguments, training_args: Any, model_args: Any) -> None:
+    """Refuse what would have no effect, or could only fail later.
 
     Raises:
-        InputError: for a negative size, or one given for a model of another family.
+        InputError: naming the flag.
     """
-    from transformers import DataCollatorForLanguageModeling
-
+    from hfllm.data.sources import WORLD
+    from hfllm.errors import InputError
+    from hfllm.pretraining import CHINCHILLA, OBJECTIVES
     from hfllm.stages import refuse
 
-    family = model.config.model_type
-    refuse(loss_chunk_size and family != "hfllm", "--loss_chunk_size", f"a model of type {family} has no such loss")
-    refuse((loss_chunk_size or 0) < 0, "--loss_chunk_size", f"{loss_chunk_size} is below 0")
-    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    size = 1024 if loss_chunk_size is None and family == "hfllm" else loss_chunk_size
-    return (lambda rows: {**collate(rows), "loss_chunk_size": size}) if size else collate
-
-
-def pieces_of(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[int]]:
-    """Token ids of each document, from the document token on; documents over `max_length` are cut up."""
-    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    pieces = []
-    for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
-        ids = start + ids
-        pieces += [ids[at : at + max_length] for at in range(0, len(ids), max_length)]
-    return pieces
-
-
-def length_grouped(pieces: list[list[int]], batch_size: int, seed: int, window: int = 20) -> list[list[int]]:
-    """An order in which a batch holds pieces of like length, while lengths come in random order.
-
-    Sorts within windows of `window` batches, then shuffles the batches: transformers' `group_by_length` saves as much
-    padding, but runs from long to short for fifty batches at a time, which this small model learns less from.
-    """
-    rng = random.Random(seed)
-    pieces = list(pieces)
-    rng.shuffle(pieces)
-    batches = []
-    for first in range(0, len(pieces), window * batch_size):
-        near = sorted(pieces[first : first + window * batch_size], key=len)
-        batches += [near[at : at + batch_size] for at in range(0, len(near), batch_size)]
-    rng.shuffle(batches)
-    return [piece for batch in batches for piece in batch]
+    refuse(model_args.use_peft, "--use_peft", "pretraining trains all weights")
+    strategy = training_args.train_sampling_strategy
+    refuse(strategy != "random", "--train_sampling_strategy", "the order of documents is this recipe's own")
+    mixture = script_args.dataset_mixture is not None
+    refuse(mixture and script_args.dataset_name != WORLD, "--dataset_name", "--dataset_mixture takes its place")
+    for flag in ("length_curriculum", "batch_ramp", "z_loss_coef", "total_tokens", "dataset_mixture"):
+        refuse(not script_args.packing and bool(getattr(script_args, flag)), f"--{flag}", "it needs --packing true")
+    own = model_args.model_name_or_path
+    is_masked = script_args.objective == "masked"
+    refuse(is_masked and bool(own), "--objective masked", "it makes a new model, without --model_name_or_path")
+    refuse(not script_args.packing and script_args.objective != "causal", "--objective", "it needs --packing true")
+    if script_args.objective not in OBJECTIVES:
+        raise InputError(f"--objective {script_args.objective!r} is not one of {', '.join(OBJECTIVES)}")
+    refuse(bool(own and script_args.tokenizer_name_or_path), "--tokenizer_name_or_path", "the model brings its own")
+    refuse(
+        training_args.max_steps > 0 and bool(script_args.batch_ramp or script_args.total_tokens),
+        "--max_steps",
+        "the run's length is --total_tokens or --num_train_epochs",
+    )
+    tokens = script_args.total_tokens
+    if tokens not in (None, CHINCHILLA) and not (tokens.isdecimal() and int(tokens) > 0):
+        raise InputError(f"--total_tokens {tokens!r}: expected a number of tokens, or {CHINCHILLA!r}")
 
 
 if __name__ == "__main__":

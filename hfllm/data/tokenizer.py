@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-PAD, DOCUMENT_END, TURN_END = "<|pad|>", "<|endoftext|>", "<|end|>"
+PAD, DOCUMENT_END, TURN_END, MASK = "<|pad|>", "<|endoftext|>", "<|end|>", "<|mask|>"
 SPECIAL_TOKENS = (PAD, DOCUMENT_END, TURN_END, "<|system|>", "<|user|>", "<|assistant|>")
 
 
@@ -17,7 +17,11 @@ def chat_template() -> str:
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int = 1024, model_max_length: int = 512
+    texts: Iterable[str],
+    vocab_size: int = 1024,
+    model_max_length: int = 512,
+    mask_token: str | None = None,
+    extra_special_tokens: Sequence[str] = (),
 ) -> "PreTrainedTokenizerFast":
     """Train a byte-level BPE tokenizer: lossless on any text, whatever it was trained on.
 
@@ -25,6 +29,8 @@ def train_tokenizer(
         texts: what to learn merges from.
         vocab_size: upper bound on the number of tokens; at least the 256 bytes and the special tokens.
         model_max_length: the model's context in tokens, which the tokenizer warns about.
+        mask_token: what stands for a token to be predicted, in a masked language model.
+        extra_special_tokens: more tokens that text is never broken into, such as those of infilling.
 
     Returns:
         A fast tokenizer whose end-of-sequence token ends a turn, `<|endoftext|>` opens and separates documents, and
@@ -36,7 +42,8 @@ def train_tokenizer(
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    smallest = 256 + len(SPECIAL_TOKENS)
+    special_tokens = [*SPECIAL_TOKENS, *([mask_token] if mask_token else []), *extra_special_tokens]
+    smallest = 256 + len(special_tokens)
     if vocab_size < smallest:
         raise ValueError(f"vocab_size={vocab_size} is too small: bytes and special tokens alone take {smallest}")
     tokenizer = Tokenizer(models.BPE())
@@ -44,7 +51,7 @@ def train_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=special_tokens,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -54,6 +61,8 @@ def train_tokenizer(
         pad_token=PAD,
         bos_token=DOCUMENT_END,
         eos_token=TURN_END,
+        **({"mask_token": mask_token} if mask_token else {}),
+        **({"extra_special_tokens": list(extra_special_tokens)} if extra_special_tokens else {}),
         model_max_length=model_max_length,
         chat_template=chat_template(),
         clean_up_tokenization_spaces=False,

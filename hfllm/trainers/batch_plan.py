@@ -5,7 +5,7 @@ without looking at those before. Length curriculum and batch ramp are part of th
 either exactly, since the dataloader is a batch ahead of the trainer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,6 +65,8 @@ class BatchPlan(TorchDataset):
         pad_token_id: for rows that are not full.
         seed: of the order.
         process, processes: whose share of each batch this is.
+        transform: what becomes of each batch, such as masking, given a number for each of its rows that is that row's
+            own in the whole run, whatever process has it.
 
     Raises:
         InputError: for lengths that do not divide `row_length`, batches of fewer rows than processes, or weights that
@@ -83,7 +85,9 @@ class BatchPlan(TorchDataset):
         weights: Sequence[float] | None = None,
         process: int = 0,
         processes: int = 1,
+        transform: Callable[[dict[str, torch.Tensor], list[int]], dict[str, torch.Tensor]] | None = None,
     ):
+        self.transform = transform
         self.sources, self.row_length, self.pad_token_id, self.seed = list(sources), row_length, pad_token_id, seed
         self.process, self.processes, self.total_rows = process, processes, total_rows
         for _, length in lengths.stages:
@@ -130,9 +134,12 @@ class BatchPlan(TorchDataset):
         """The tensors of one step on this process, see `batch_of`."""
         first, rows, length = self._steps[step]
         places = numpy.array_split(numpy.arange(first, first + rows), self.processes)[self.process]
-        return batch_of(
-            [self._row(int(place)) for place in places], self.row_length, self.pad_token_id, self.row_length // length
-        )
+        rows = [self._row(int(place)) for place in places]
+        cut = self.row_length // length
+        batch = batch_of(rows, self.row_length, self.pad_token_id, cut)
+        if self.transform is None:
+            return batch
+        return self.transform(batch, [int(place) * cut + part for place in places for part in range(cut)])
 
     def _row(self, place: int) -> dict:
         index, number = int(self._source[place]), int(self._number[place])

@@ -1,5 +1,6 @@
 """A `transformers.Trainer` that learns from a `BatchPlan`: each optimiser step has the batch the plan gives it."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,6 +22,7 @@ class PretrainTrainer(Trainer):
 
     Args:
         plan: the batches, also in `train_dataset`'s place.
+        settings: arguments of the model's forward that go with every batch, such as `loss_chunk_size`.
         z_loss_coef: weight of the mean squared log-partition function (Chowdhery et al. 2022, section 5, 1e-4 there):
             keeps logits from drifting. It takes the logits of a pass at once.
         kwargs: Trainer's.
@@ -32,8 +34,10 @@ class PretrainTrainer(Trainer):
     # The sum over a pass is divided by the tokens of the whole step.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *, plan: BatchPlan, z_loss_coef: float = 0.0, **kwargs: Any):
-        self.plan, self.z_loss_coef = plan, z_loss_coef
+    def __init__(
+        self, *, plan: BatchPlan, settings: Mapping[str, Any] | None = None, z_loss_coef: float = 0.0, **kwargs: Any
+    ):
+        self.plan, self.settings, self.z_loss_coef = plan, dict(settings or {}), z_loss_coef
         super().__init__(train_dataset=plan, **kwargs)
         if self.args.gradient_accumulation_steps != 1:
             raise InputError("gradient_accumulation_steps must be 1: the plan's batches are whole optimiser steps")
@@ -54,14 +58,12 @@ class PretrainTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Forward and backward passes over one step's batch."""
-        tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
-        others = {name: value for name, value in inputs.items() if not torch.is_tensor(value)}
-        rows = self.args.per_device_train_batch_size * self.plan.row_length // tensors["input_ids"].shape[1]
-        parts = {name: value.split(rows) for name, value in tensors.items()}
+        rows = self.args.per_device_train_batch_size * self.plan.row_length // inputs["input_ids"].shape[1]
+        parts = {name: value.split(rows) for name, value in inputs.items()}
         count = len(parts["input_ids"])
         total = torch.zeros((), device=self.args.device)
         for at in range(count):
-            part = {name: values[at] for name, values in parts.items()} | others
+            part = {name: values[at] for name, values in parts.items()} | self.settings
             # Only the last pass lets DDP average the gradients.
             with nullcontext() if at == count - 1 else self.accelerator.no_sync(model):
                 total += super().training_step(model, part, num_items_in_batch)

@@ -1,0 +1,111 @@
+"""How well a language model predicts text, whatever its tokenizer."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The sum of a model's surprise over texts.
+
+    Args:
+        nats: minus the natural logarithm of the texts' probability.
+        tokens: that were predicted.
+        bytes: of the texts in UTF-8.
+    """
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers, n-grams and compressors."""
+        return self.nats / math.log(2) / self.bytes
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token."""
+        return math.exp(self.nats / self.tokens)
+
+
+def fit_of(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Sequence[str],
+    max_length: int,
+    stride: int | None = None,
+    batch_tokens: int = 4096,
+) -> Fit:
+    """Predict every token of each text from those before it in the same text.
+
+    Texts over `max_length` tokens are read in windows that overlap, and each token is counted once, in the first
+    window that has it.
+
+    Args:
+        max_length: of a window, in tokens, the document token included.
+        stride: new tokens of a window; by default half of it, so that each token but the first has half a window
+            before it.
+        batch_tokens: tokens of one forward pass, padding included.
+
+    Raises:
+        InputError: when there is no text, or none has a token to predict.
+    """
+    import torch
+
+    windows = sorted(
+        _windows(texts, tokenizer, max_length, stride or max(max_length // 2, 1)), key=lambda w: len(w[0])
+    )
+    nats, tokens, was_training = 0.0, 0, model.training
+    model.eval()
+    with torch.inference_mode():
+        for batch in _batches(windows, batch_tokens):
+            width = max(len(ids) for ids, _ in batch)
+            ids = torch.zeros(len(batch), width, dtype=torch.long, device=model.device)
+            labels = torch.full_like(ids, -100)
+            for row, (window, seen) in enumerate(batch):
+                ids[row, : len(window)] = torch.tensor(window)
+                labels[row, seen : len(window)] = ids[row, seen : len(window)]
+            # Padding on the right is out of a causal model's sight.
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            targets = labels[:, 1:]
+            nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+            tokens += int((targets != -100).sum())
+    model.train(was_training)
+    size = sum(len(text.encode()) for text in texts)
+    if not tokens:
+        raise InputError(f"{len(texts)} text(s) without a token to predict")
+    return Fit(nats, tokens, size)
+
+
+def _windows(
+    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_length: int, stride: int
+) -> Iterator[tuple[list[int], int]]:
+    """Windows of token ids, with how many of their first tokens are there for context alone."""
+    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
+        ids, seen = start + ids, 1
+        while seen < len(ids):
+            end = min(len(ids), max_length if seen == 1 else seen + stride)
+            begin = max(0, end - max_length)
+            yield ids[begin:end], seen - begin
+            seen = end
+
+
+def _batches(windows: Sequence[tuple[list[int], int]], batch_tokens: int) -> Iterator[list[tuple[list[int], int]]]:
+    """Windows, which come from short to long, in batches of at most so many tokens."""
+    batch: list[tuple[list[int], int]] = []
+    for window in windows:
+        if batch and (len(batch) + 1) * len(window[0]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch

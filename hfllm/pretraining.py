@@ -1,0 +1,251 @@
+"""What `recipes/pretrain.py` is made of: sources and their weights, the run's length, objectives, trainers, metrics."""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hfllm.errors import InputError
+
+CHINCHILLA = "chinchilla"
+OBJECTIVES = ("causal", "masked", "infilling")
+TOKENS_A_PARAMETER = 20
+
+
+def load_sources(script_args: Any, seed: int) -> tuple[dict[str, list[str]], list[str]]:
+    """Training texts by source, and held-out texts of all of them."""
+    from dataclasses import replace
+
+    from hfllm.stages import load_texts
+
+    names = [name for name, _ in mixture_of(script_args)]
+    parts = {name: load_texts(replace(script_args, dataset_name=name), seed) for name in names}
+    return {name: train for name, (train, _) in parts.items()}, [text for _, test in parts.values() for text in test]
+
+
+def mixture_of(script_args: Any) -> list[tuple[str, float | None]]:
+    """The datasets and their weights; one without a mixture has no weight.
+
+    Raises:
+        InputError: for an entry that is not NAME:WEIGHT, or a name that comes twice.
+    """
+    if not script_args.dataset_mixture:
+        return [(script_args.dataset_name, None)]
+    pairs = []
+    for entry in script_args.dataset_mixture:
+        name, _, weight = entry.rpartition(":")
+        try:
+            pairs.append((name, float(weight)))
+        except ValueError:
+            pairs.append(("", 0.0))
+        if not name or not pairs[-1][1] > 0:
+            raise InputError(f"--dataset_mixture {entry!r}: expected NAME:WEIGHT with a weight above 0")
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise InputError(f"--dataset_mixture {' '.join(script_args.dataset_mixture)}: a dataset comes twice")
+    return pairs
+
+
+def masking(tokenizer: Any, seed: int) -> Callable[[dict, Sequence[int]], dict]:
+    """What masks packed rows, given the number of each: the same tokens of a row whoever has it, and when."""
+    import torch
+
+    from hfllm.data.objectives import masked_tokens, seeded_generator
+
+    if tokenizer.mask_token_id is None:
+        raise InputError(f"--objective masked: the tokenizer {tokenizer.name_or_path!r} has no mask_token")
+
+    settings = tokenizer.all_special_ids, tokenizer.mask_token_id, len(tokenizer)
+
+    def mask(batch: dict, numbers: Sequence[int]) -> dict:
+        rows = zip(batch["input_ids"].split(1), numbers, strict=True)
+        masked = [masked_tokens(row, *settings, seeded_generator(seed, number)) for row, number in rows]
+        ids, labels = map(torch.cat, zip(*masked, strict=True))
+        return {**batch, "input_ids": ids, "labels": labels}
+
+    return mask
+
+
+def infilled(sources: dict[str, list[str]], tokenizer: Any, max_length: int, seed: int) -> dict[str, list[str]]:
+    """Documents that fit into a row in Code Llama's infilling format, nine of ten; the others as they are."""
+    from hfllm.data.objectives import check_infilling_tokens, fill_in_the_middle
+
+    check_infilling_tokens(tokenizer)
+
+    def transformed(texts: list[str]) -> list[str]:
+        lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        # The document token, the four of the format, and what cutting words in two may add.
+        fits = [length + 12 <= max_length for length in lengths]
+        return [fill_in_the_middle(text, at, seed) if fits[at] else text for at, text in enumerate(texts)]
+
+    return {name: transformed(texts) for name, texts in sources.items()}
+
+
+def rows_of_run(script_args: Any, training_args: Any, model: Any, rows: int, batch_rows: int) -> int:
+    """How many rows the whole run takes.
+
+    Raises:
+        InputError: when there is not one batch of them.
+    """
+    if script_args.total_tokens == CHINCHILLA:
+        wanted = TOKENS_A_PARAMETER * model.num_parameters() // script_args.max_length
+    elif script_args.total_tokens is not None:
+        wanted = int(script_args.total_tokens) // script_args.max_length
+    elif training_args.max_steps > 0:
+        wanted = training_args.max_steps * batch_rows
+    else:
+        wanted = int(training_args.num_train_epochs * rows)
+    if wanted < training_args.world_size:
+        raise InputError(
+            f"the run has {wanted} row(s) of {script_args.max_length} tokens, fewer than {training_args.world_size} "
+            "process(es): more text, --total_tokens or --num_train_epochs, or a smaller --max_length"
+        )
+    return wanted
+
+
+def loss_settings(model: Any, loss_chunk_size: int | None) -> dict[str, int]:
+    """What asks an hfllm model, batch by batch, to compute its loss in chunks.
+
+    By the batch and not by the config, which would go on to every later use of the saved model.
+
+    Raises:
+        InputError: for a negative size, or one given for a model of another family.
+    """
+    from hfllm.stages import refuse
+
+    family = model.config.model_type
+    refuse(loss_chunk_size and family != "hfllm", "--loss_chunk_size", f"a model of type {family} has no such loss")
+    refuse((loss_chunk_size or 0) < 0, "--loss_chunk_size", f"{loss_chunk_size} is below 0")
+    size = 1024 if loss_chunk_size is None and family == "hfllm" else loss_chunk_size
+    return {"loss_chunk_size": size} if size else {}
+
+
+def held_out_metrics(
+    script_args: Any, model: Any, tokenizer: Any, train_texts: Sequence[str], test_texts: Sequence[str]
+) -> dict[str, float]:
+    """Bits a byte of held-out texts under the model, and under what it has to beat; none of a masked model."""
+    if script_args.objective == "masked":
+        return {}
+    from hfllm.evaluation.baselines import gzip_bits_per_byte, ngram_bits_per_byte
+    from hfllm.evaluation.perplexity import fit_of
+
+    fit = fit_of(model, tokenizer, test_texts, script_args.max_length)
+    return {
+        "bits_per_byte": fit.bits_per_byte,
+        "perplexity": fit.perplexity,
+        "bits_per_byte_5gram": ngram_bits_per_byte(train_texts, test_texts, order=5),
+        "bits_per_byte_gzip": gzip_bits_per_byte(test_texts),
+    }
+
+
+def pieces_of(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[int]]:
+    """Token ids of each document, from the document token on; documents over `max_length` are cut up."""
+    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    pieces = []
+    for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
+        ids = start + ids
+        pieces += [ids[at : at + max_length] for at in range(0, len(ids), max_length)]
+    return pieces
+
+
+def length_grouped(pieces: list[list[int]], batch_size: int, seed: int, window: int = 20) -> list[list[int]]:
+    """An order in which a batch holds pieces of like length, while lengths come in random order.
+
+    Sorts within windows of `window` batches, then shuffles the batches: transformers' `group_by_length` saves as much
+    padding, but runs from long to short for fifty batches at a time, which this small model learns less from.
+    """
+    rng = random.Random(seed)
+    pieces = list(pieces)
+    rng.shuffle(pieces)
+    batches = []
+    for first in range(0, len(pieces), window * batch_size):
+        near = sorted(pieces[first : first + window * batch_size], key=len)
+        batches += [near[at : at + batch_size] for at in range(0, len(near), batch_size)]
+    rng.shuffle(batches)
+    return [piece for batch in batches for piece in batch]
+
+
+def packed_trainer(
+    script_args: Any,
+    training_args: Any,
+    model: Any,
+    tokenizer: Any,
+    sources: dict[str, list[str]],
+    test_texts: list[str],
+) -> tuple[Any, list[dict]]:
+    """A trainer on packed rows by plan, and a table of what each source gives."""
+    from hfllm.data.packing import batch_of, pack
+    from hfllm.trainers.batch_plan import BatchPlan, Schedule
+    from hfllm.trainers.pretrain_trainer import PretrainTrainer
+
+    length, processes = script_args.max_length, training_args.world_size
+    rows = [pack(texts, tokenizer, length) for texts in sources.values()]
+    batch_rows = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps * processes
+    batch_tokens = Schedule.parse(script_args.batch_ramp or batch_rows * length, "--batch_ramp")
+    weights = [weight for _, weight in mixture_of(script_args)]
+    transform = masking(tokenizer, training_args.seed) if script_args.objective == "masked" else None
+    plan = BatchPlan(
+        rows,
+        length,
+        rows_of_run(script_args, training_args, model, sum(map(len, rows)), batch_rows),
+        batch_tokens,
+        Schedule.parse(script_args.length_curriculum or length, "--length_curriculum"),
+        pad_token_id=tokenizer.pad_token_id,
+        seed=training_args.data_seed or training_args.seed,
+        weights=None if None in weights else weights,
+        process=training_args.process_index,
+        processes=processes,
+        transform=transform,
+    )
+    training_args.gradient_accumulation_steps, training_args.num_train_epochs, training_args.max_steps = 1, 1, -1
+    # The collator reads `seq_lengths`, which no model takes.
+    training_args.remove_unused_columns = False
+    settings = loss_settings(model, script_args.loss_chunk_size)
+
+    def collate(packed: list[dict]) -> dict[str, Any]:
+        batch = batch_of(packed, length, tokenizer.pad_token_id)
+        # Held-out rows are masked in the same places each time.
+        return {**(batch if transform is None else transform(batch, batch["input_ids"].sum(1).tolist())), **settings}
+
+    trainer = PretrainTrainer(
+        plan=plan,
+        settings=settings,
+        z_loss_coef=script_args.z_loss_coef,
+        model=model,
+        args=training_args,
+        eval_dataset=pack(test_texts, tokenizer, length),
+        data_collator=collate,
+        processing_class=tokenizer,
+    )
+    table = [
+        {"source": name, "documents": len(texts), "rows": len(packed), "tokens of the run": given * length}
+        for (name, texts), packed, given in zip(sources.items(), rows, plan.rows_by_source(), strict=True)
+    ]
+    return trainer, table
+
+
+def padded_trainer(
+    script_args: Any,
+    training_args: Any,
+    model: Any,
+    tokenizer: Any,
+    sources: dict[str, list[str]],
+    test_texts: list[str],
+) -> tuple[Any, list[dict]]:
+    """The stock trainer on single documents, in batches of like length."""
+    from datasets import Dataset
+    from transformers import DataCollatorForLanguageModeling, Trainer
+
+    (texts,) = sources.values()
+    batch = training_args.per_device_train_batch_size * training_args.world_size
+    training_args.train_sampling_strategy = "sequential"
+    train_pieces = length_grouped(pieces_of(texts, tokenizer, script_args.max_length), batch, training_args.seed)
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    settings = loss_settings(model, script_args.loss_chunk_size)
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=Dataset.from_dict({"input_ids": train_pieces}),
+        eval_dataset=Dataset.from_dict({"input_ids": pieces_of(test_texts, tokenizer, script_args.max_length)}),
+        data_collator=lambda rows: {**collate(rows), **settings},
+        processing_class=tokenizer,
+    )
+    return trainer, []
