@@ -1,0 +1,258 @@
+"""Watching a run of the stock `Trainer`: how fast it is, and whether its loss has broken away.
+
+    throughput = ThroughputCallback(tokens_per_step=65536, bytes_per_token=4.1)
+    add_to_logs(trainer, throughput)
+    trainer.add_callback(LossSpikeGuard())
+
+What the model writes meanwhile is the matter of samples.py.
+"""
+
+import math
+import statistics
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import DefaultFlowCallback
+
+from hfllm.errors import InputError
+
+# Fewer losses than these have no median worth comparing with.
+FEWEST_LOSSES = 10
+# The median absolute deviation of a normal distribution times this is its standard deviation.
+MAD_TO_DEVIATION = 1.4826
+
+
+def add_to_logs(trainer: Trainer, callback: TrainerCallback) -> None:
+    """Add a callback whose `on_log` adds to the logs, before those that report, print or store them.
+
+    `trainer.add_callback` and `Trainer(callbacks=...)` put it behind the ones of `report_to`, which would not see what
+    it adds. It comes after the callback that decides whether a step is logged, evaluated or saved.
+    """
+    callbacks = trainer.callback_handler.callbacks
+    deciding = [place for place, each in enumerate(callbacks) if isinstance(each, DefaultFlowCallback)]
+    callbacks.insert(deciding[0] + 1 if deciding else 0, callback)
+
+
+def palm_flops_per_token(
+    num_parameters: int, num_hidden_layers: int, num_attention_heads: int, head_dim: int, sequence_length: int
+) -> int:
+    """Matrix-multiplication FLOPs of training on one token, 6N + 12LHQT (PaLM, arXiv:2204.02311, appendix B).
+
+    Args:
+        num_parameters: those that multiply each token: of experts only the active ones; an embedding table that is
+            not also the head is looked up, not multiplied with.
+        sequence_length: T, tokens of a sequence, all of which attend to each other in this count.
+    """
+    return 6 * num_parameters + 12 * num_hidden_layers * num_attention_heads * head_dim * sequence_length
+
+
+class ThroughputCallback(TrainerCallback):
+    """Adds to each training log, since the one before: `tokens_per_second`, `mfu` and `bits_per_byte`.
+
+    Only training is timed, waiting for data included; evaluating, saving, logging and whatever runs inside `paused()`
+    are not, nor what comes before the first step. Add it by `add_to_logs`; added otherwise, what it adds is in
+    `trainer.state.log_history`, but does not reach the back ends of `report_to`.
+
+    Args:
+        tokens_per_step: tokens that all processes together train on in an optimizer step, or a function from the
+            number of the step, from 1, to that. By default they are counted by the trainer, which has to have
+            `include_num_input_tokens_seen` on (`non_padding` for useful tokens alone).
+        flops_per_token: for example `palm_flops_per_token(...)`. With `peak_flops`, gives `mfu`: the share of the
+            peak that training reaches.
+        peak_flops: FLOP/s that one device could do.
+        bytes_per_token: UTF-8 bytes of the training text for each predicted token; gives `bits_per_byte`, from `loss`.
+        eval_bytes_per_token: of the held-out text; gives `eval_bits_per_byte` in the evaluation's logs and metrics.
+        clock: seconds.
+
+    Raises:
+        InputError: when one of `flops_per_token` and `peak_flops` is given alone, a number is not positive, or
+            training begins without a way to count tokens.
+    """
+
+    def __init__(
+        self,
+        tokens_per_step: int | Callable[[int], int] | None = None,
+        flops_per_token: float | None = None,
+        peak_flops: float | None = None,
+        bytes_per_token: float | None = None,
+        eval_bytes_per_token: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        if (flops_per_token is None) != (peak_flops is None):
+            raise InputError("mfu needs both flops_per_token and peak_flops")
+        numbers = {
+            "tokens_per_step": None if callable(tokens_per_step) else tokens_per_step,
+            **{"flops_per_token": flops_per_token, "peak_flops": peak_flops},
+            **{"bytes_per_token": bytes_per_token, "eval_bytes_per_token": eval_bytes_per_token},
+        }
+        for name, value in numbers.items():
+            if value is not None and value <= 0:
+                raise InputError(f"{name} is {value}; expected a positive number")
+        self.tokens_per_step, self.flops_per_token, self.peak_flops = tokens_per_step, flops_per_token, peak_flops
+        self.bytes_per_token = {"": bytes_per_token, "eval_": eval_bytes_per_token}
+        self.clock = clock
+        self._device = torch.device("cpu")
+        self._begin(0)
+
+    def _begin(self, seen: int) -> None:
+        # Since when time counts, or `None` before the first step: a resumed run first skips what it has trained on.
+        self._since: float | None = None
+        self._seconds, self._tokens, self._seen = 0.0, 0, seen
+
+    def _count_time(self, wait: bool) -> None:
+        """Count the time until now, for which the device first has to finish what it was given if `wait`."""
+        accelerator = torch.accelerator.current_accelerator() if wait and self._device.type != "cpu" else None
+        if accelerator is not None and accelerator.type == self._device.type:
+            torch.accelerator.synchronize(self._device)
+        now = self.clock()
+        if self._since is not None:
+            self._seconds += now - self._since
+            self._since = now
+
+    def _leave_out_time(self) -> None:
+        if self._since is not None:
+            self._since = self.clock()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs within it is not training."""
+        self._count_time(wait=True)
+        try:
+            yield
+        finally:
+            self._leave_out_time()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.tokens_per_step is None and args.include_num_input_tokens_seen == "no":
+            raise InputError(
+                "tokens cannot be counted: set include_num_input_tokens_seen to 'all' or 'non_padding', or give "
+                "ThroughputCallback tokens_per_step"
+            )
+        self._device = args.device
+        self._begin(state.num_input_tokens_seen)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._since is None:
+            self._since = self.clock()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if callable(self.tokens_per_step):
+            self._tokens += self.tokens_per_step(state.global_step)
+        else:
+            self._tokens += self.tokens_per_step or state.num_input_tokens_seen - self._seen
+        self._seen = state.num_input_tokens_seen
+        # A device is waited for only where the step is followed by what is left out.
+        self._count_time(wait=control.should_log or control.should_evaluate or control.should_save)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        added = {
+            f"{split}bits_per_byte": logs[f"{split}loss"] / math.log(2) / size
+            for split, size in self.bytes_per_token.items()
+            if size is not None and f"{split}loss" in logs
+        }
+        if "loss" in logs and self._seconds > 0:
+            rate = self._tokens / self._seconds
+            added["tokens_per_second"] = rate
+            if self.flops_per_token is not None:
+                added["mfu"] = rate * self.flops_per_token / (self.peak_flops * args.world_size)
+            self._seconds, self._tokens = 0.0, 0
+        # The trainer has put a copy of the logs into the history by now.
+        for entry in (logs, state.log_history[-1]):
+            entry.update(added)
+        self._leave_out_time()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._leave_out_time()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._leave_out_time()
+
+
+class LossSpikeGuard(TrainerCallback):
+    """Stops, or warns of, a run whose logged loss has broken away: far above its running median, or not finite.
+
+    A loss is too high when it is above the median of the last `window` ones by more than `threshold` robust deviations
+    (1.4826 times the median absolute deviation, at least a hundredth of the median). Lower losses are never too far.
+    What it knows comes from `state.log_history`, which each checkpoint holds, so that a resumed run goes on as if it
+    had not been interrupted. A run that it stops saves no further checkpoint: the last one is from before.
+
+    It turns `logging_nan_inf_filter` off, which would put earlier losses in the place of those that are not finite.
+
+    Args:
+        window: logged losses to compare with, at least 10; so many are needed before any is too high.
+        threshold: robust deviations.
+        patience: too high losses in a row before it acts. One that is not finite is enough.
+        action: `stop` or `warn`; both warn, with `warnings`.
+
+    Attributes:
+        message: what it found last, or `None`.
+
+    Raises:
+        InputError: when an argument is out of its range.
+    """
+
+    def __init__(self, window: int = 50, threshold: float = 6.0, patience: int = 3, action: str = "stop"):
+        for name, value, least in (("window", window, FEWEST_LOSSES), ("patience", patience, 1)):
+            if value < least:
+                raise InputError(f"{name} is {value}; expected at least {least}")
+        if not threshold > 0:
+            raise InputError(f"threshold is {threshold}; expected a positive number of deviations")
+        if action not in ("stop", "warn"):
+            raise InputError(f"action is {action!r}; expected 'stop' or 'warn'")
+        self.threshold, self.patience, self.action = threshold, patience, action
+        self._losses: deque[float] = deque(maxlen=window)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._losses.clear()
+        self._too_high, self._has_stopped = 0, False
+        self.message: str | None = None
+
+    def _judge(self, loss: float) -> str | None:
+        """Take note of a loss; what is wrong with it, if it is the one to act on."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        complaint = None
+        if len(self._losses) >= FEWEST_LOSSES:
+            median = statistics.median(self._losses)
+            spread = MAD_TO_DEVIATION * statistics.median(abs(each - median) for each in self._losses)
+            deviation = max(spread, 0.01 * abs(median))
+            self._too_high = self._too_high + 1 if loss > median + self.threshold * deviation else 0
+            # A warning comes once a spike; a run that is resumed within one stops again.
+            if self._too_high == self.patience or (self.action == "stop" and self._too_high > self.patience):
+                complaint = (
+                    f"the loss is {loss:.4g}, and for {self._too_high} log(s) in a row has been more than "
+                    f"{self.threshold:g} robust deviations of {deviation:.3g} above its median, which is {median:.4g} "
+                    f"over the last {len(self._losses)} logs"
+                )
+        self._losses.append(loss)
+        return complaint
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        args.logging_nan_inf_filter = False
+        self._begin()
+        for entry in state.log_history:
+            if "loss" in entry:
+                self._judge(entry["loss"])
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        complaint = self._judge(logs["loss"]) if "loss" in logs else None
+        if complaint is None:
+            return
+        self.message = f"step {state.global_step}: {complaint}"
+        if self.action == "stop":
+            self.message += ". Training stops; resume from an earlier checkpoint with a lower learning rate"
+            self._has_stopped = control.should_training_stop = True
+            control.should_save = False
+        if state.is_world_process_zero:
+            warnings.warn(self.message, stacklevel=2)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._has_stopped:
+            control.should_save = False

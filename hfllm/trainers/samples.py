@@ -1,0 +1,170 @@
+"""What a model writes while it trains: a callback of the stock `Trainer` that leaves training as it was.
+
+    trainer.add_callback(SampleCallback(tokenizer, ["The owl"], every_steps=100, output_file="samples.jsonl"))
+
+A `ThroughputCallback` that is given to it does not count the time that it takes.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from hfllm.errors import InputError
+from hfllm.trainers.monitors import ThroughputCallback
+
+
+class SampleCallback(TrainerCallback):
+    """Lets the model go on from each prompt every so many steps and at the last one, in the main process.
+
+    Training goes on exactly as it would without: its random state and the modules' training flags are put back. A run
+    that begins or resumes first drops what the file holds of later steps, since it comes to them again.
+
+    Args:
+        tokenizer: encodes prompts and decodes what is generated.
+        prompts: texts to go on from, each after the tokenizer's start token if it has one.
+        every_steps: optimizer steps between samples.
+        output_file: JSON lines to append to: `step`, `prompt`, `completion`.
+        max_new_tokens: most tokens of a completion, less where the model's context ends before.
+        temperature: 0 is greedy.
+        seed: of the sampling, together with the step.
+        throughput: the callback that is not to count the time that this takes.
+
+    Attributes:
+        samples: the rows of the file.
+
+    Raises:
+        InputError: when an argument is out of its range, and, when training begins, when a prompt has no tokens or
+            fills the model's context, the file holds anything but samples, or the model is split over processes.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[str],
+        every_steps: int,
+        output_file: str | os.PathLike,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        throughput: ThroughputCallback | None = None,
+    ):
+        for name, value in (("every_steps", every_steps), ("max_new_tokens", max_new_tokens)):
+            if value < 1:
+                raise InputError(f"{name} is {value}; expected at least 1")
+        if temperature < 0:
+            raise InputError(f"temperature is {temperature}; expected 0 (greedy) or above")
+        self.tokenizer, self.prompts, self.every_steps = tokenizer, list(prompts), every_steps
+        self.output_file = Path(output_file)
+        self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
+        self.throughput = throughput
+        self.samples: list[dict[str, Any]] = []
+
+    def _encode(self, prompt: str) -> list[int]:
+        start = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
+        return start + self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if is_split(model):
+            raise InputError("SampleCallback needs the whole model in one process: not FSDP, ZeRO-3 or DTensors")
+        context = context_of(model)
+        for prompt in self.prompts:
+            length = len(self._encode(prompt))
+            if not 0 < length < context:
+                raise InputError(f"prompt {prompt[:80]!r} has {length} tokens; expected 1 to {context - 1}")
+        if state.is_world_process_zero:
+            self.samples = _read_rows(self.output_file, state.global_step)
+            self.output_file.parent.mkdir(parents=True, exist_ok=True)
+            draft = self.output_file.with_name(f"{self.output_file.name}.draft")
+            draft.write_text("".join(map(_line, self.samples)), encoding="utf-8")
+            draft.replace(self.output_file)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        is_due = state.global_step % self.every_steps == 0 or state.global_step == state.max_steps
+        if not is_due or not state.is_world_process_zero:
+            return
+        with self.throughput.paused() if self.throughput is not None else nullcontext():
+            rows = self._sample(model, state.global_step)
+        self.samples += rows
+        with self.output_file.open("a", encoding="utf-8") as file:
+            file.writelines(map(_line, rows))
+
+    def _sample(self, model: PreTrainedModel, step: int) -> list[dict[str, Any]]:
+        ends = {self.tokenizer.eos_token_id, self.tokenizer.bos_token_id} - {None}
+        drawn = {"temperature": self.temperature, "top_k": 0, "top_p": 1.0} if self.temperature > 0 else {}
+        rows = []
+        with undisturbed(model):
+            torch.manual_seed(self.seed + step)
+            for prompt in self.prompts:
+                ids = torch.tensor([self._encode(prompt)], device=model.device)
+                length = ids.shape[1]
+                config = GenerationConfig(
+                    max_new_tokens=min(self.max_new_tokens, context_of(model) - length),
+                    do_sample=self.temperature > 0,
+                    use_cache=True,
+                    # A document's start token is what ends the one before it.
+                    eos_token_id=sorted(ends) or None,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    **drawn,
+                )
+                output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+                completion = self.tokenizer.decode(output[0, length:], skip_special_tokens=True)
+                rows.append({"step": step, "prompt": prompt, "completion": completion})
+        return rows
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in evaluation mode; behind it torch's random state and every training flag are back."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type != "cpu"}
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[device.index for device in devices]):
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether processes hold parts of the model only: FSDP, DeepSpeed ZeRO-3 or tensor parallelism."""
+    spread = any(hasattr(each, "ds_id") or hasattr(each, "device_mesh") for each in model.parameters())
+    return spread or any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+
+
+def context_of(model: PreTrainedModel) -> float:
+    """The most tokens that the model's positions reach, infinite if its config does not tell."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _read_rows(file: Path, last_step: int) -> list[dict[str, Any]]:
+    """The rows of a file up to a step, without a last line that was being written when a run was killed.
+
+    Raises:
+        InputError: when the file holds anything else, which must not be lost.
+    """
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else [""]
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            row = json.loads(line)
+            is_ours = set(row) == {"step", "prompt", "completion"}
+        except (json.JSONDecodeError, TypeError):
+            is_ours = False
+        if not is_ours:
+            raise InputError(f"{file}, line {number}: {line[:80]!r} is no sample; samples need a file of their own")
+        if row["step"] <= last_step:
+            rows.append(row)
+    return rows
