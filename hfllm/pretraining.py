@@ -1,6 +1,7 @@
-"""What `recipes/pretrain.py` is made of: sources and their weights, the run's length, objectives, trainers, metrics."""
+"""What `recipes/pretrain.py` is made of: sources, the run's length, objectives, trainers, what is watched, metrics."""
 
 import random
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -249,3 +250,72 @@ def padded_trainer(
         processing_class=tokenizer,
     )
     return trainer, []
+
+
+def watch(
+    trainer: Any, script_args: Any, tokenizer: Any, train_texts: Sequence[str], test_texts: Sequence[str]
+) -> Callable[[], list[dict]] | None:
+    """Log throughput and bits a byte, guard against spikes, sample now and then. Returns what gives the samples."""
+    from pathlib import Path
+
+    from hfllm.trainers.monitors import LossSpikeGuard, ThroughputCallback, add_to_logs, palm_flops_per_token
+    from hfllm.trainers.samples import SampleCallback
+
+    model, args = trainer.model, trainer.args
+    plan = getattr(trainer, "plan", None)
+    if plan is None:
+        args.include_num_input_tokens_seen = "non_padding"
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    shape = (config.num_hidden_layers, heads, config.hidden_size // heads, script_args.max_length)
+    flops = palm_flops_per_token(multiplied_parameters(model), *shape) if script_args.peak_flops else None
+    throughput = ThroughputCallback(
+        tokens_per_step=None if plan is None else lambda step: plan.tokens_at(step) - plan.tokens_at(step - 1),
+        flops_per_token=flops,
+        peak_flops=script_args.peak_flops,
+        **({} if script_args.objective == "masked" else {"bytes_per_token": bytes_per_token(train_texts, tokenizer)}),
+    )
+    add_to_logs(trainer, throughput)
+    trainer.add_callback(LossSpikeGuard(action=script_args.loss_spikes))
+    if script_args.objective == "masked" or script_args.sample_steps == 0:
+        return None
+    steps = len(plan) if plan is not None else max(args.max_steps, 0) or len(trainer.get_train_dataloader())
+    prompts = [" ".join(text.split()[:8]) for text in test_texts if len(text.split()) > 12][:3]
+    every = script_args.sample_steps or max(steps // 4, 1)
+    file = Path(args.output_dir) / "samples.jsonl"
+    callback = SampleCallback(tokenizer, prompts, every, file, max_new_tokens=48, throughput=throughput)
+    trainer.add_callback(callback)
+    return lambda: callback.samples
+
+
+def multiplied_parameters(model: Any) -> int:
+    """Parameters that each token is multiplied with: without a table that is only looked up."""
+    looked_up = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    return model.num_parameters() - (0 if looked_up is head else looked_up.numel())
+
+
+def bytes_per_token(texts: Sequence[str], tokenizer: Any, most: int = 2000) -> float:
+    """UTF-8 bytes of text for each token that is predicted, over the first texts."""
+    sample = list(texts[:most])
+    tokens = sum(map(len, tokenizer(sample, add_special_tokens=False)["input_ids"]))
+    return sum(len(text.encode()) for text in sample) / max(tokens, 1)
+
+
+def stop_if_broken(trainer: Any) -> None:
+    """Refuse to go on with a model whose loss has broken away.
+
+    Raises:
+        InputError: with what the guard found.
+    """
+    from hfllm.trainers.monitors import LossSpikeGuard
+
+    for guard in trainer.callback_handler.callbacks:
+        if isinstance(guard, LossSpikeGuard) and guard.action == "stop" and guard.message:
+            raise InputError(f"{guard.message}. The model was not saved; --loss_spikes warn goes on regardless")
+
+
+def mean_speed(log_history: Sequence[dict]) -> float:
+    """Median of the logged tokens a second; 0 when none was logged."""
+    speeds = [entry["tokens_per_second"] for entry in log_history if "tokens_per_second" in entry]
+    return statistics.median(speeds) if speeds else 0.0

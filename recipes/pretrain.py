@@ -61,6 +61,19 @@ class PretrainArguments(DataArguments):
     z_loss_coef: float = field(
         default=0.0, metadata={"help": "Weight of the squared log-partition function (PaLM: 1e-4); needs packing."}
     )
+    loss_spikes: str = field(
+        default="stop",
+        metadata={
+            "help": "What a loss far above its running median does: stop the run, or warn.",
+            "choices": ["stop", "warn"],
+        },
+    )
+    sample_steps: int | None = field(
+        default=None, metadata={"help": "Steps between samples of the model; by default four times a run, 0 is never."}
+    )
+    peak_flops: float | None = field(
+        default=None, metadata={"help": "FLOP/s that one device could do; the share that is reached is logged as mfu."}
+    )
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "Tokenizer of the new model; by default one is trained on the texts."}
     )
@@ -115,7 +128,7 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     """Pretrain, save model and tokenizer, write the report. Returns the metrics."""
     from transformers import set_seed
 
-    from hfllm.pretraining import held_out_metrics, infilled, load_sources, packed_trainer, padded_trainer
+    from hfllm import pretraining
     from hfllm.stages import Stage, fitting_length, load_or_make_base
     from hfllm.trainers.callbacks import use_plain_lines
 
@@ -124,29 +137,33 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     if stage.report is not None:
         return stage.report["metrics"]
     set_seed(training_args.seed)
-    sources, test_texts = load_sources(script_args, training_args.seed)
+    sources, test_texts = pretraining.load_sources(script_args, training_args.seed)
     train_texts = [text for texts in sources.values() for text in texts]
     model, tokenizer = load_or_make_base(script_args, model_args, train_texts, ARCHITECTURE)
     script_args.max_length = fitting_length(script_args.max_length, model)
     if script_args.objective == "infilling":
-        sources = infilled(sources, tokenizer, script_args.max_length, training_args.seed)
-    build = packed_trainer if script_args.packing else padded_trainer
+        sources = pretraining.infilled(sources, tokenizer, script_args.max_length, training_args.seed)
+    build = pretraining.packed_trainer if script_args.packing else pretraining.padded_trainer
     trainer, mixed = build(script_args, training_args, model, tokenizer, sources, test_texts)
     use_plain_lines(trainer)
+    samples = pretraining.watch(trainer, script_args, tokenizer, train_texts, test_texts)
     trainer.train(resume_from_checkpoint=stage.checkpoint)
+    pretraining.stop_if_broken(trainer)
     losses = trainer.evaluate()
     trainer.save_model()
     metrics = {
         "train_loss": next(entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry),
         "eval_loss": losses["eval_loss"],
-        **held_out_metrics(script_args, trainer.model, tokenizer, train_texts, test_texts),
+        **pretraining.held_out_metrics(script_args, trainer.model, tokenizer, train_texts, test_texts),
         "parameters": model.num_parameters(),
         "documents": len(train_texts),
+        "tokens_per_second": pretraining.mean_speed(trainer.state.log_history),
     }
     summary = f"{metrics['parameters']:,} parameters, held-out loss {metrics['eval_loss']:.3f} nats a token"
     if "bits_per_byte" in metrics:
         summary += f", {metrics['bits_per_byte']:.3f} bits a byte"
-    return stage.finish(trainer, metrics, summary, tables={"Sources": mixed} if mixed else None)
+    tables = {"Sources": mixed, "Samples": samples() if samples else []}
+    return stage.finish(trainer, metrics, summary, tables={title: rows for title, rows in tables.items() if rows})
 
 
 def reads_world(script_args: PretrainArguments) -> bool:

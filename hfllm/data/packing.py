@@ -47,7 +47,8 @@ def pack(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", length: int
 def token_ids(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     """Token ids of each document, from the document token on."""
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    return [start + ids for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    # Not verbose: a document that is longer than the model's context is cut up later, and no cause for a warning.
+    return [start + ids for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
 
 
 def batch_of(

@@ -8,6 +8,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 SHOWN = {
     "loss": "loss",
     "eval_loss": "held-out loss",
+    "bits_per_byte": "bits/byte",
+    "tokens_per_second": "tokens/s",
+    "mfu": "mfu",
     "learning_rate": "lr",
     "accuracy": "accuracy",
     "reward": "reward",

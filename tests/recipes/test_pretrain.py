@@ -1,0 +1,154 @@
+"""recipes/pretrain.py on text of one's own: packed, mixed, scheduled, watched, in three objectives."""
+
+import json
+import random
+
+import pretrain
+import pytest
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+from hfllm import pretraining
+from hfllm.errors import InputError
+
+WORDS = ["owl", "fox", "red", "blue", "house", "river", "walks", "sings", "the", "a", "old", "small"]
+
+
+def texts(seed, count=120):
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(15, 80))) + "." for _ in range(count)]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Two files of documents."""
+    files = []
+    for name, seed in (("one", 1), ("two", 2)):
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(seed)))
+    return files
+
+
+@pytest.fixture
+def run(tmp_path):
+    tiny = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+        "vocab_size": 320,
+        "max_length": 64,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "output_dir": str(tmp_path / "out"),
+    }
+
+    def make(*flags, **values):
+        words = [word for name, value in {**tiny, **values}.items() for word in (f"--{name}", str(value))]
+        return pretrain.main(*pretrain.parse([*words, *map(str, flags)]))
+
+    return make
+
+
+def history(folder):
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def test_it_packs_mixes_schedules_and_reports(run, corpus, tmp_path):
+    metrics = run(
+        *("--dataset_mixture", f"{corpus[0]}:0.75", f"{corpus[1]}:0.25"),
+        total_tokens=6400,
+        length_curriculum="0:16,0.25:32,0.5:64",
+        batch_ramp="0:128,0.5:512",
+        z_loss_coef=1e-4,
+        peak_flops=1e12,
+        sample_steps=10,
+    )
+    out = tmp_path / "out"
+    assert {"bits_per_byte", "bits_per_byte_5gram", "bits_per_byte_gzip", "tokens_per_second"} <= metrics.keys()
+    assert 0 < metrics["bits_per_byte"] < 8 and metrics["bits_per_byte_5gram"] < metrics["bits_per_byte_gzip"]
+    steps = [entry for entry in history(out) if "loss" in entry]
+    # 100 rows of 64 tokens: 50 in batches of 2, 50 in batches of 8.
+    assert len(steps) == 25 + 7
+    assert all({"tokens_per_second", "bits_per_byte", "mfu"} <= entry.keys() for entry in steps)
+    report = (out / "report.md").read_text()
+    assert (
+        "## Sources" in report and "one.jsonl" in report and "## Samples" in report and "![loss](loss.png)" in report
+    )
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in samples} == {10, 20, 30, 32}
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_chinchilla_is_twenty_tokens_a_parameter(corpus, tmp_path):
+    flags = ["--dataset_name", str(corpus[0]), "--total_tokens", "chinchilla", "--output_dir", str(tmp_path)]
+    script_args, training_args, _ = pretrain.parse(flags)
+
+    class Model:
+        def num_parameters(self):
+            return 1000
+
+    assert pretraining.rows_of_run(script_args, training_args, Model(), 7, 8) == 20_000 // 512
+
+
+def test_the_masked_objective_makes_a_bidirectional_model(run, corpus, tmp_path):
+    metrics = run(dataset_name=corpus[0], objective="masked", total_tokens=3200)
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
+    assert type(model).__name__ == "HfllmForMaskedLM" and not model.config.is_causal
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").mask_token == "<|mask|>"
+    assert "bits_per_byte" not in metrics and metrics["eval_loss"] > 0
+
+
+def test_the_infilling_objective_cuts_documents_in_three(run, corpus, tmp_path):
+    run(dataset_name=corpus[0], objective="infilling", total_tokens=3200)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert len(tokenizer("<PRE> a <SUF>b <MID>")["input_ids"]) < 10
+    documents = pretraining.infilled({"one": texts(1)}, tokenizer, 512, seed=0)["one"]
+    assert sum(document.startswith("<PRE>") for document in documents) == pytest.approx(108, abs=12)
+
+
+def test_a_tokenizer_may_be_named(run, corpus, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    run(dataset_name=corpus[0], tokenizer_name_or_path=tmp_path / "tokenizer", total_tokens=1600)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
+
+
+def test_it_goes_on_where_it_was(run, corpus, tmp_path):
+    settings = {"dataset_name": corpus[0], "total_tokens": 6400, "save_strategy": "steps", "save_steps": 10}
+    whole = run(**settings)
+    for path in ("report.json", "model.safetensors"):
+        (tmp_path / "out" / path).unlink()
+    again = run(**settings, resume_from_checkpoint=tmp_path / "out" / "checkpoint-10")
+    assert again["eval_loss"] == whole["eval_loss"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"packing": "false", "length_curriculum": "0:32,0.5:64"}, "--length_curriculum cannot be used here"),
+        ({"packing": "false", "objective": "masked"}, "--objective cannot be used here"),
+        ({"length_curriculum": "0:48"}, "length of 48 does not divide the row length of 64"),
+        ({"batch_ramp": "0:32"}, "a batch of 32 tokens has 0 rows of 64 tokens"),
+        ({"batch_ramp": "many"}, "--batch_ramp 'many': expected a number, or share:number"),
+        ({"total_tokens": "lots"}, "--total_tokens 'lots': expected a number of tokens, or 'chinchilla'"),
+        ({"total_tokens": "10"}, r"the run has 0 row\(s\) of 64 tokens"),
+        ({"total_tokens": "640", "max_steps": 3}, "--max_steps cannot be used here"),
+        ({"objective": "masked", "model_name_or_path": "nowhere"}, "--objective masked cannot be used here"),
+        ({"z_loss_coef": "-1"}, "z_loss_coef must not be negative"),
+    ],
+)
+def test_what_cannot_work_is_refused(run, corpus, flags, message):
+    with pytest.raises(InputError, match=message):
+        run(dataset_name=corpus[0], **flags)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        (["{0}"], "expected NAME:WEIGHT"),
+        (["{0}:0"], "with a weight above 0"),
+        (["{0}:1", "{0}:2"], "a dataset comes twice"),
+    ],
+)
+def test_bad_mixtures_are_refused(run, corpus, mixture, message):
+    with pytest.raises(InputError, match=message):
+        run("--dataset_mixture", *(entry.format(corpus[0]) for entry in mixture))
