@@ -1,14 +1,16 @@
 """A `transformers.Trainer` that learns from a `BatchPlan`: each optimiser step has the batch the plan gives it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from hfllm.data.packing import pieces_of
 from hfllm.errors import InputError
 from hfllm.trainers.batch_plan import BatchPlan
 
@@ -58,16 +60,24 @@ class PretrainTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Forward and backward passes over one step's batch."""
-        rows = self.args.per_device_train_batch_size * self.plan.row_length // inputs["input_ids"].shape[1]
-        parts = {name: value.split(rows) for name, value in inputs.items()}
-        count = len(parts["input_ids"])
+        passes = list(self._passes(inputs))
         total = torch.zeros((), device=self.args.device)
-        for at in range(count):
-            part = {name: values[at] for name, values in parts.items()} | self.settings
+        for at, part in enumerate(passes):
             # Only the last pass lets DDP average the gradients.
-            with nullcontext() if at == count - 1 else self.accelerator.no_sync(model):
-                total += super().training_step(model, part, num_items_in_batch)
+            with nullcontext() if at == len(passes) - 1 else self.accelerator.no_sync(model):
+                total += super().training_step(model, {**part, **self.settings}, num_items_in_batch)
         return total
+
+    def _passes(self, inputs: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+        """The batch in parts that fit into memory; on a CPU, whose attention knows no packed rows, piece by piece."""
+        tokens = self.args.per_device_train_batch_size * self.plan.row_length
+        is_plain = self.accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
+        if self.args.device.type == "cpu" and self._loss_shifts_labels and is_plain:
+            yield from pieces_of(inputs, tokens)
+            return
+        rows = tokens // inputs["input_ids"].shape[1]
+        parts = [values.split(rows) for values in inputs.values()]
+        yield from (dict(zip(inputs, values, strict=True)) for values in zip(*parts, strict=True))
 
     def compute_loss(
         self,

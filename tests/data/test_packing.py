@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from families import FAMILIES
 
-from hfllm.data.packing import IGNORE, batch_of, pack, token_ids
+from hfllm.data.packing import IGNORE, batch_of, pack, pieces_of, token_ids
 from hfllm.errors import InputError
 
 LENGTH = 64
@@ -82,6 +82,25 @@ def test_the_loss_is_that_of_the_documents_one_by_one(make_model, tokenizer, tex
     targets = (batch["labels"][:, 1:] != IGNORE).sum()
     assert targets == count
     torch.testing.assert_close(packed / count, total / count, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+@pytest.mark.parametrize("most_tokens", [1, 100, 10_000])
+def test_pieces_side_by_side_are_the_packed_batch(make_model, tokenizer, texts, rows, most_tokens, cut):
+    batch = batch_of(list(rows)[:20], LENGTH, tokenizer.pad_token_id, cut)
+    model = make_model()
+    groups = list(pieces_of(batch, most_tokens, most_padding=8))
+    with torch.no_grad():
+        packed = model(**batch, use_cache=False, num_items_in_batch=1).loss
+        apart = sum(model(**group, use_cache=False, num_items_in_batch=1).loss for group in groups)
+    torch.testing.assert_close(apart, packed, rtol=1e-5, atol=0)
+    targets = sorted(batch["labels"][:, 1:][batch["labels"][:, 1:] != IGNORE].tolist())
+    together = torch.cat([group["labels"][:, 1:].flatten() for group in groups])
+    assert sorted(together[together != IGNORE].tolist()) == targets
+    for group in groups:
+        lengths = (group["labels"] != IGNORE).sum(1)
+        assert lengths.max() - lengths.min() < 8
+        assert group["input_ids"].numel() <= most_tokens or len(group["input_ids"]) == 1
 
 
 def test_native_models_take_packed_rows_too(tokenizer, texts):
