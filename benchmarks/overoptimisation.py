@@ -2,10 +2,11 @@
 
     python benchmarks/overoptimisation.py --seeds 1 2 3 --output_dir outputs/overoptimisation
 
-For each seed, reward models are trained on the same few comparisons of the embedded world with many wrong labels, and
-PPO maximises their score with a small KL penalty for long: once against one of them, once against the least score of
-several, itself among them. The gold reward is logged beside. Writes `overoptimisation.png`, gold reward against the
-square root of the KL, and `overoptimisation.md` with the peaks and ends. Finished runs are reused.
+All seeds begin from one fine-tuned model, the first seed's. For each, reward models are trained on the same few
+comparisons of the embedded world with many wrong labels, and PPO maximises their score with a small KL penalty for
+long: once against one of them, once against the least score of several, itself among them. The gold reward is logged
+beside. Writes `overoptimisation.png`, gold reward against the square root of the KL, and `overoptimisation.md`, the
+peaks and ends. Finished runs are reused.
 """
 
 import argparse
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 COMPARISONS = {"num_pairs": 400, "label_noise": 0.25, "num_train_epochs": 3}
 PPO = {"kl_coef": 0.05, "max_steps": 960, "logging_steps": 16, "lr_scheduler_type": "constant"}
 MEMBERS = 5
-SMOOTHING = 5
+SMOOTHING = 3
 
 
 def run(output_dir: Path, *flags: str) -> list[dict[str, Any]]:
@@ -30,8 +31,14 @@ def run(output_dir: Path, *flags: str) -> list[dict[str, Any]]:
     return json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
 
 
-def both(folder: Path, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """The logs of PPO against one reward model and against an ensemble, from the same fine-tuned model."""
+def both(folder: Path, seed: int, model: Path | None) -> dict[str, list[dict[str, Any]]]:
+    """The logs of PPO against one reward model and against an ensemble.
+
+    Args:
+        folder: of the seed.
+        seed: of comparisons, reward models and PPO.
+        model: the fine-tuned model; `None` makes it first, under `folder / "single"`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     world = (ROOT / "recipes" / "configs" / "reward" / "world.yaml").read_text().splitlines()
     kept = [line for line in world if line.partition(":")[0] not in COMPARISONS]
@@ -40,9 +47,9 @@ def both(folder: Path, seed: int) -> dict[str, list[dict[str, Any]]]:
     ppo = ["--config", str(ROOT / "recipes" / "configs" / "rlhf" / "world.yaml"), "--reward_config", str(config)]
     ppo += [word for name, value in PPO.items() for word in (f"--{name}", str(value))]
     ppo += ["--seed", str(seed)]
-    single = run(folder / "single", *ppo)
-    ensemble = [*ppo, "--model_name_or_path", str(folder / "single" / "sft"), "--num_reward_models", str(MEMBERS)]
-    return {"one reward model": single, f"worst of {MEMBERS}": run(folder / "ensemble", *ensemble)}
+    single = run(folder / "single", *ppo, *(["--model_name_or_path", str(model)] if model else []))
+    ppo += ["--model_name_or_path", str(model or folder / "single" / "sft"), "--num_reward_models", str(MEMBERS)]
+    return {"one reward model": single, f"worst of {MEMBERS}": run(folder / "ensemble", *ppo)}
 
 
 def curve(log: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
@@ -92,9 +99,14 @@ def draw(curves: dict[int, dict[str, tuple[list[float], list[float]]]], path: Pa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--model_name_or_path", type=Path, help="The fine-tuned model, if there is one.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/overoptimisation"))
     args = parser.parse_args()
-    logs = {seed: both(args.output_dir / f"seed-{seed}", seed) for seed in args.seeds}
+    logs, model = {}, args.model_name_or_path
+    for seed in args.seeds:
+        folder = args.output_dir / f"seed-{seed}"
+        logs[seed] = both(folder, seed, model)
+        model = model or folder / "single" / "sft"
     curves = {seed: {name: curve(log) for name, log in pair.items()} for seed, pair in logs.items()}
     draw(curves, args.output_dir / "overoptimisation.png")
     text = table(curves)

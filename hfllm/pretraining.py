@@ -190,7 +190,7 @@ def packed_trainer(
         batch_tokens,
         Schedule.parse(script_args.length_curriculum or length, "--length_curriculum"),
         pad_token_id=tokenizer.pad_token_id,
-        seed=training_args.data_seed or training_args.seed,
+        seed=training_args.seed if training_args.data_seed is None else training_args.data_seed,
         weights=None if None in weights else weights,
         process=training_args.process_index,
         processes=processes,

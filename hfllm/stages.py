@@ -148,10 +148,14 @@ class Stage:
 def stage_arguments(script_args: Any, training_args: Any, model_args: Any) -> dict[str, Any]:
     """The flags that decide a stage's result, and when the local data and model they name were last changed."""
     arguments = run_arguments(script_args, training_args, model_args)
-    for flag in ("dataset_name", "model_name_or_path"):
-        path = Path(arguments[flag] or "")
-        path = path / "config.json" if flag == "model_name_or_path" else path
-        if arguments[flag] and path.exists():
+    named = {
+        flag: arguments.get(flag) or "" for flag in ("dataset_name", "model_name_or_path", "tokenizer_name_or_path")
+    }
+    files = {"model_name_or_path": "config.json", "tokenizer_name_or_path": "tokenizer.json"}
+    named |= {entry: entry.rpartition(":")[0] for entry in arguments.get("dataset_mixture") or []}
+    for flag, name in named.items():
+        path = Path(name) / files.get(flag, "")
+        if name and path.exists():
             arguments[f"{flag} changed at"] = path.stat().st_mtime_ns
     return arguments
 

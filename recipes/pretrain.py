@@ -10,6 +10,7 @@ flags describe; the default settings are recipes/configs/pretrain/world.yaml for
 text of your own. The report compares the model with a 5-gram and gzip, in bits per byte of held-out documents.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,6 +140,9 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     set_seed(training_args.seed)
     sources, test_texts = pretraining.load_sources(script_args, training_args.seed)
     train_texts = [text for texts in sources.values() for text in texts]
+    if len(sources) > 1:
+        # So that the first texts, which the tokenizer is trained on, are of all sources.
+        random.Random(training_args.seed).shuffle(train_texts)
     model, tokenizer = load_or_make_base(script_args, model_args, train_texts, ARCHITECTURE)
     script_args.max_length = fitting_length(script_args.max_length, model)
     if script_args.objective == "infilling":
@@ -197,6 +201,8 @@ def check(script_args: PretrainArguments, training_args: Any, model_args: Any) -
     refuse(not script_args.packing and script_args.objective != "causal", "--objective", "it needs --packing true")
     if script_args.objective not in OBJECTIVES:
         raise InputError(f"--objective {script_args.objective!r} is not one of {', '.join(OBJECTIVES)}")
+    cuts = script_args.objective == "infilling" and script_args.length_curriculum is not None
+    refuse(cuts, "--length_curriculum", "it would cut documents in the middle of the infilling format")
     refuse(bool(own and script_args.tokenizer_name_or_path), "--tokenizer_name_or_path", "the model brings its own")
     refuse(
         training_args.max_steps > 0 and bool(script_args.batch_ramp or script_args.total_tokens),

@@ -282,11 +282,13 @@ def calibrate(ensemble: Any, trainer: Any, rows: list[dict]) -> None:
 
     from hfllm.data.formats import as_completion
 
+    size, texts = trainer.args.local_rollout_batch_size, []
     with torch.random.fork_rng():
         torch.manual_seed(trainer.args.seed)
-        ids = trainer.sample(rows)["response_ids"]
+        for first in range(0, len(rows), size):
+            ids = trainer.sample(rows[first : first + size])["response_ids"]
+            texts += trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
     prompts = [row["prompt"] for row in rows]
-    texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
     ensemble.calibrate(prompts, [as_completion(*pair) for pair in zip(prompts, texts, strict=True)])
 
 

@@ -43,8 +43,8 @@ def gzip_bits_per_byte(texts: Iterable[str]) -> float:
 
 
 def ngram_bits_per_byte(train_texts: Iterable[str], test_texts: Iterable[str], order: int = 5) -> float:
-    """What the held-out texts, with the end of each, cost under an `NgramModel` of the training texts."""
-    return NgramModel(train_texts, order).bits_per_byte(test_texts)
+    """What the held-out texts cost under an `NgramModel` of the training texts, their ends left out."""
+    return NgramModel(train_texts, order).bits_per_byte(test_texts, with_ends=False)
 
 
 class NgramModel:
@@ -86,12 +86,14 @@ class NgramModel:
         packed = sum(symbol << BITS * place for place, symbol in enumerate(reversed(window), start=1))
         return self._probabilities(np.int64(packed) + np.arange(SYMBOLS, dtype=np.int64))
 
-    def bits_per_byte(self, texts: Iterable[str]) -> float:
-        """What the texts, with the end of each, cost under the model, per byte of them."""
+    def bits_per_byte(self, texts: Iterable[str], with_ends: bool = True) -> float:
+        """What the texts cost under the model, per byte of them; the end of each too, or not."""
         encoded = [_encode(text) for text in texts]
         num_bytes = sum(map(len, encoded))
         _check_bytes(num_bytes)
         windows = _windows(encoded, self.order)
+        if not with_ends:
+            windows = windows[(windows & _mask(1)) != END]
         parts = (windows[at : at + CHUNK] for at in range(0, len(windows), CHUNK))
         return -float(sum(np.log2(self._probabilities(part)).sum() for part in parts)) / num_bytes
 

@@ -18,7 +18,7 @@ class Fit:
     Args:
         nats: minus the natural logarithm of the texts' probability.
         tokens: that were predicted.
-        bytes: of the texts in UTF-8.
+        bytes: of what was predicted, in UTF-8.
     """
 
     nats: float
@@ -46,6 +46,8 @@ def fit_of(
 ) -> Fit:
     """Predict every token of each text from those before it in the same text.
 
+    The first token follows the document token; with a tokenizer that has none it is not predicted, and not counted.
+
     Texts over `max_length` tokens are read in windows that overlap, and each token is counted once, in the first
     window that has it.
 
@@ -56,13 +58,14 @@ def fit_of(
         batch_tokens: tokens of one forward pass, padding included.
 
     Raises:
-        InputError: when there is no text, or none has a token to predict.
+        InputError: when there is no text, none has a token to predict, or the stride is no part of a window.
     """
     import torch
 
-    windows = sorted(
-        _windows(texts, tokenizer, max_length, stride or max(max_length // 2, 1)), key=lambda w: len(w[0])
-    )
+    stride = max(max_length // 2, 1) if stride is None else stride
+    if not 1 <= stride < max_length:
+        raise InputError(f"stride={stride} with max_length={max_length}: expected at least 1, and less than a window")
+    windows = sorted(_windows(texts, tokenizer, max_length, stride), key=lambda w: len(w[0]))
     nats, tokens, was_training = 0.0, 0, model.training
     model.eval()
     with torch.inference_mode():
@@ -79,7 +82,12 @@ def fit_of(
             nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
             tokens += int((targets != -100).sum())
     model.train(was_training)
-    size = sum(len(text.encode()) for text in texts)
+    size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    if tokenizer.bos_token_id is None:
+        size -= sum(
+            len(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][:1]).encode())
+            for text in texts
+        )
     if not tokens:
         raise InputError(f"{len(texts)} text(s) without a token to predict")
     return Fit(nats, tokens, size)

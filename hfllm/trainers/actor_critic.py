@@ -136,15 +136,19 @@ def head_on(model: PreTrainedModel, sequences: Sequences) -> Iterator[list[torch
 def last_mlp_on(trunk: PreTrainedModel, sequences: Sequences) -> Iterator[None]:
     """Within it the last layer's MLP computes the states of the response tokens alone, since nothing reads the others.
 
-    They get its output as zeros. Trunks that are built otherwise, or run layers again in the backward pass, are left
-    as they are.
+    They get its output as zeros. Trunks that this would change, or that run layers again in the backward pass, are
+    left as they are; each is tried once.
     """
-    mlp = getattr(getattr(trunk, "layers", [None])[-1], "mlp", None)
-    if mlp is None or trunk.is_gradient_checkpointing or not type(mlp).__name__.endswith("MLP"):
+    if not _may_skip_last_mlp(trunk):
         yield
         return
+    with _mlp_at(trunk.layers[-1].mlp, (sequences.rows, sequences.columns)):
+        yield
+
+
+@contextmanager
+def _mlp_at(mlp: nn.Module, places: tuple[torch.Tensor, torch.Tensor]) -> Iterator[None]:
     shapes: list[torch.Size] = []
-    places = (sequences.rows, sequences.columns)
 
     def select(module: nn.Module, args: tuple) -> tuple:
         shapes.append(args[0].shape)
@@ -159,6 +163,39 @@ def last_mlp_on(trunk: PreTrainedModel, sequences: Sequences) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _may_skip_last_mlp(trunk: PreTrainedModel) -> bool:
+    mlp = getattr(getattr(trunk, "layers", [None])[-1], "mlp", None)
+    if mlp is None or not type(mlp).__name__.endswith("MLP") or trunk.is_activation_checkpointing:
+        return False
+    if trunk.dtype != torch.float32 or any(hasattr(parameter, "ds_id") for parameter in mlp.parameters()):
+        return False
+    if not hasattr(trunk, "_hfllm_may_skip_last_mlp"):
+        trunk._hfllm_may_skip_last_mlp = _is_same_without(trunk, mlp)
+    return trunk._hfllm_may_skip_last_mlp
+
+
+@torch.no_grad()
+def _is_same_without(trunk: PreTrainedModel, mlp: nn.Module) -> bool:
+    """Whether the last states of a short sequence are the same when the MLP sees these alone.
+
+    It is not so where a layer is used more than once, or where the MLP returns more than a tensor.
+    """
+    modes = [(module, module.training) for module in trunk.modules()]
+    ids = torch.arange(8, device=trunk.device).unsqueeze(0) % trunk.config.get_text_config().vocab_size
+    rows, columns = torch.zeros(3, dtype=torch.long, device=ids.device), torch.tensor([-3, -2, -1], device=ids.device)
+    try:
+        trunk.eval()
+        whole = trunk(input_ids=ids, use_cache=False).last_hidden_state[rows, columns]
+        with _mlp_at(mlp, (rows, columns)):
+            part = trunk(input_ids=ids, use_cache=False).last_hidden_state[rows, columns]
+        return torch.allclose(part, whole, atol=1e-5, rtol=1e-5)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return False
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def response_logits(model: PreTrainedModel, sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor]:

@@ -106,6 +106,8 @@ class BatchPlan(TorchDataset):
         while total_rows - first >= processes:
             share = first / total_rows
             rows = min(batch_tokens.at(share) // row_length, total_rows - first)
+            # As many on each process, which have to make as many passes.
+            rows -= rows % processes
             self._steps.append((first, rows, lengths.at(share)))
             first += rows
 
@@ -117,10 +119,10 @@ class BatchPlan(TorchDataset):
             raise InputError(f"{len(weights)} weights for {len(sizes)} source(s); one above 0 for each is expected")
         shares = numpy.asarray(weights, dtype=float) / sum(weights)
         if len(sizes) == 1:
-            self._source = numpy.zeros(self.total_rows, dtype=numpy.int8)
+            self._source = numpy.zeros(self.total_rows, dtype=numpy.int16)
         else:
             rng = numpy.random.default_rng((self.seed, 1))
-            self._source = rng.choice(len(sizes), size=self.total_rows, p=shares).astype(numpy.int8)
+            self._source = rng.choice(len(sizes), size=self.total_rows, p=shares).astype(numpy.int16)
         # Which row of its source each row of the run is, counted from the source's first.
         self._number = numpy.zeros(self.total_rows, dtype=numpy.int64)
         for index in range(len(sizes)):
@@ -139,7 +141,8 @@ class BatchPlan(TorchDataset):
         batch = batch_of(rows, self.row_length, self.pad_token_id, cut)
         if self.transform is None:
             return batch
-        return self.transform(batch, [int(place) * cut + part for place in places for part in range(cut)])
+        starts = range(0, self.row_length, length)
+        return self.transform(batch, [int(place) * self.row_length + start for place in places for start in starts])
 
     def _row(self, place: int) -> dict:
         index, number = int(self._source[place]), int(self._number[place])

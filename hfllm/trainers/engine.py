@@ -42,7 +42,7 @@ class ActorCriticTrainer(Trainer):
     _rollout: Rollout | None
     _skipped_from: int | None
     _synced_at: int
-    _trusts_witness: bool | None
+    _trusted: dict[str, bool]
 
     @property
     def actor(self) -> ActorCritic:
@@ -97,7 +97,8 @@ class ActorCriticTrainer(Trainer):
     def _begin(self) -> None:
         """Forget what an earlier call of `train` was in the middle of."""
         self._rollout, self._skipped_from, self._micro_step, self._synced_at = None, None, 0, 0
-        self._trusts_witness = None
+        # Whether a witness may be believed, with padded prompts and without, as far as it was checked.
+        self._trusted: dict[str, bool] = {}
         self._sums: dict[str, torch.Tensor] = {}
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
 
@@ -116,8 +117,7 @@ class ActorCriticTrainer(Trainer):
         args, actor = self.args, self.actor
         is_exact = self.accelerator.mixed_precision == "no" and self.policy.dtype == torch.float32
         is_whole = self.accelerator.distributed_type != DistributedType.DEEPSPEED
-        is_sampled_here = not args.use_vllm and self._trusts_witness is not False
-        if not (is_exact and is_whole and is_sampled_here) or args.kl_estimator == "full":
+        if not (is_exact and is_whole) or args.use_vllm or args.kl_estimator == "full":
             return None
         value_head = actor.value_head if actor.value_model is None else None
         shape = (episodes, args.response_length)
@@ -128,23 +128,39 @@ class ActorCriticTrainer(Trainer):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Log-probabilities, entropies and values (B, R) of the policy and critic, and a log-distribution (N, V).
 
-        A witness is checked until it is trusted: `generate` does not treat the padding of every model rightly.
+        A witness is checked before it is trusted: `generate` does not treat the padding of every model rightly.
         """
         mask = chunk["response_mask"] > 0
-        if witness is not None and self._trusts_witness is not False:
+        if witness is not None:
             logprobs, entropy, values = (
                 part[rows, : mask.shape[1]].masked_fill(~mask, 0.0)
                 for part in (witness.logprobs, witness.entropy, witness.values)
             )
-            if self._trusts_witness is None and not torch.allclose(logprobs, self.actor(**chunk)[0], atol=1e-3):
-                self._trusts_witness = False
-            else:
+            if witness.is_checked or torch.allclose(logprobs, self.actor(**chunk)[0], atol=1e-3):
                 if self.actor.value_model is not None:
                     values = self.actor.estimate_values(**chunk)
                 return logprobs, entropy, values, None
+            witness.is_wrong = True
         logprobs, values, distribution = self.actor(**chunk, with_distribution=True)
         entropy = spread(entropy_of(distribution), mask)
         return logprobs, entropy, values, distribution if self.args.kl_estimator == "full" else None
+
+    def _believed(self, batch: dict[str, Any]) -> Witness | None:
+        """The batch's witness, if witnesses of its kind were not found wrong before."""
+        witness = batch.get("witness")
+        known = self._trusted.get(self._kind_of(batch))
+        if witness is None or known is False:
+            return None
+        witness.is_checked = bool(known)
+        return witness
+
+    def _remember(self, batch: dict[str, Any], witness: Witness | None) -> None:
+        if witness is not None:
+            self._trusted[self._kind_of(batch)] = not witness.is_wrong
+
+    @staticmethod
+    def _kind_of(batch: dict[str, Any]) -> str:
+        return "padded" if bool((batch["prompt_mask"] == 0).any()) else "unpadded"
 
     @torch.no_grad()
     def _reference(
@@ -197,7 +213,9 @@ class ActorCriticTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         Dataset.from_list(self.completions).to_parquet(folder / f"{name}_{self.args.process_index}.parquet")
         if self.is_world_process_zero():
-            table = f"{name.split('_')[0]}_completions" if name.startswith("eval") else "completions"
+            # An evaluation has a table for each of its batches.
+            parts = name.split("_")
+            table = f"{parts[0]}_completions_{parts[-1]}" if name.startswith("eval") else "completions"
             log_table(self.callback_handler.callbacks, table, self.completions, self.state.global_step)
 
     def _check_finite(self, loss: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
@@ -210,7 +228,7 @@ class ActorCriticTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float:
         norm = super()._get_grad_norm(model, grad_norm)
         # The loss scaling of fp16 meets such gradients in its course, and skips their step.
-        if self.args.fp16 or norm is None or math.isfinite(norm) or self._rollout is None:
+        if self.accelerator.scaler is not None or math.isfinite(norm) or self._rollout is None:
             return norm
         file = self._not_finite_file()
         self._rollout.save(file)
@@ -252,6 +270,7 @@ class ActorCriticTrainer(Trainer):
                 "reward_moments": asdict(self.reward_moments),
                 "skipped_from": self._skipped_from,
                 "synced_at": self._synced_at,
+                "trusted": self._trusted,
             }
             (Path(output_dir) / STATE_FILE).write_text(json.dumps(state))
             if self.args.sync_ref_model:
@@ -285,6 +304,7 @@ class ActorCriticTrainer(Trainer):
             self.kl_controller.coefficient = state["kl_controller"]["coefficient"]
             vars(self.reward_moments).update(state["reward_moments"])
             self._skipped_from, self._synced_at = state["skipped_from"], state["synced_at"]
+            self._trusted = state["trusted"]
         if self.args.sync_ref_model:
             load_weights(self.reference, folder / REFERENCE_FOLDER)
 

@@ -180,7 +180,8 @@ class LossSpikeGuard(TrainerCallback):
     A loss is too high when it is above the median of the last `window` ones by more than `threshold` robust deviations
     (1.4826 times the median absolute deviation, at least a hundredth of the median). Lower losses are never too far.
     What it knows comes from `state.log_history`, which each checkpoint holds, so that a resumed run goes on as if it
-    had not been interrupted. A run that it stops saves no further checkpoint: the last one is from before.
+    had not been interrupted. While the logged loss is too high nothing is saved; what was saved between the last good
+    log and the first bad one may hold the broken model.
 
     It turns `logging_nan_inf_filter` off, which would put earlier losses in the place of those that are not finite.
 
@@ -243,6 +244,8 @@ class LossSpikeGuard(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         complaint = self._judge(logs["loss"]) if "loss" in logs else None
+        if self._too_high and self.action == "stop":
+            control.should_save = False
         if complaint is None:
             return
         self.message = f"step {state.global_step}: {complaint}"

@@ -234,7 +234,7 @@ class PPOTrainer(ActorCriticTrainer):
         if self.vllm is not None:
             responses = self.vllm(prompts, self.state.global_step, prompt_ids.device)
         else:
-            with gathered(self.policy):
+            with gathered(self.policy), self.accelerator.autocast():
                 responses = sample_responses(
                     self.policy, prompt_ids, prompt_mask, self.sampling_config, self.processing_class, witness
                 )
@@ -256,12 +256,12 @@ class PPOTrainer(ActorCriticTrainer):
         actor, args = self.actor, self.args
         was_training = actor.training
         actor.eval()
-        inputs = {name: batch[name] for name in MODEL_INPUTS}
+        inputs, witness = {name: batch[name] for name in MODEL_INPUTS}, self._believed(batch)
         results = [torch.zeros(batch["response_mask"].shape, device=self.accelerator.device) for _ in Tokens._fields]
         for rows, chunk in self._passes(inputs, args.local_rollout_forward_batch_size):
             mask = chunk["response_mask"] > 0
-            with self.compute_loss_context_manager():
-                logprobs, entropy, values, distribution = self._own_view(chunk, rows, batch.get("witness"))
+            with self.accelerator.autocast():
+                logprobs, entropy, values, distribution = self._own_view(chunk, rows, witness)
                 ref_logprobs = logprobs
                 if self.has_reference:
                     ref_logprobs, ref_distribution = self._reference(chunk, args.kl_estimator == "full")
@@ -274,8 +274,7 @@ class PPOTrainer(ActorCriticTrainer):
             for result, part in zip(results, (logprobs, ref_logprobs, kl, entropy, values), strict=True):
                 result[rows, : part.shape[1]] = part
         actor.train(was_training)
-        if batch.get("witness") is not None and self._trusts_witness is None:
-            self._trusts_witness = True
+        self._remember(batch, witness)
         return Tokens(*results)
 
     def _steer_kl(self, kl: torch.Tensor) -> None:
@@ -343,7 +342,8 @@ class PPOTrainer(ActorCriticTrainer):
         loss = policy_sum
         if args.kl_penalty == "loss" and self.has_reference:
             if is_full:
-                kl = formulas.full_kl(distribution, self._reference(chunk, True)[1])
+                with self.accelerator.autocast():
+                    kl = formulas.full_kl(distribution, self._reference(chunk, True)[1])
             else:
                 kl = formulas.kl_estimate(logprobs, inputs["ref_logprobs"], args.kl_estimator) * mask
             loss = loss + self.kl_controller.coefficient * kl.sum()
@@ -373,7 +373,9 @@ class PPOTrainer(ActorCriticTrainer):
             counts = [self.ptx.targets(self.ptx.batch(first + at, *place)) for at in range(passes)]
             self._ptx_targets = self._sum_over_processes(torch.stack(counts).sum())
         batch = self.ptx.batch(first + self._micro_step, *place)
-        loss = self.policy(**batch, use_cache=False).loss * self.ptx.targets(batch) / self._ptx_targets * processes
+        with self.accelerator.autocast():
+            mean = self.policy(**batch, use_cache=False).loss
+        loss = mean * self.ptx.targets(batch) / self._ptx_targets * processes
         self._add(torch.ones((), device=loss.device), ptx_loss=loss)
         return self.args.ptx_coef * loss
 

@@ -8,11 +8,16 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
-from hfllm.data.packing import pieces_of
+from hfllm.data.packing import IGNORE, pieces_of
 from hfllm.errors import InputError
 from hfllm.trainers.batch_plan import BatchPlan
+
+
+def only(batches: list[Any]) -> Any:
+    """The one element of a list."""
+    return batches[0]
 
 
 class PretrainTrainer(Trainer):
@@ -30,7 +35,8 @@ class PretrainTrainer(Trainer):
         kwargs: Trainer's.
 
     Raises:
-        InputError: for accumulation that the plan knows nothing of, or a negative coefficient.
+        InputError: for accumulation that the plan knows nothing of, a negative coefficient, a model that takes no
+            `num_items_in_batch` or lets packed documents see each other, or an engine that splits parameters.
     """
 
     # The sum over a pass is divided by the tokens of the whole step.
@@ -45,13 +51,21 @@ class PretrainTrainer(Trainer):
             raise InputError("gradient_accumulation_steps must be 1: the plan's batches are whole optimiser steps")
         if z_loss_coef < 0:
             raise InputError(f"z_loss_coef must not be negative, got {z_loss_coef}")
+        family = self.model.config.model_type
+        if not self.model_accepts_loss_kwargs:
+            raise InputError(f"a model of type {family} takes no num_items_in_batch: its loss is a mean a pass")
+        engine = self.accelerator.distributed_type
+        if engine in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            raise InputError(f"packing does not work with {engine.value} yet: use DDP, or --packing false")
+        if not keeps_documents_apart(self.model):
+            raise InputError(f"in a model of type {family} packed documents see each other: use --packing false")
 
     def get_train_dataloader(self) -> DataLoader:
         """The plan's batches in order; each process has its own share already."""
         return DataLoader(
             self.plan,
             batch_size=1,
-            collate_fn=lambda batches: batches[0],
+            collate_fn=only,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
         )
@@ -71,8 +85,7 @@ class PretrainTrainer(Trainer):
     def _passes(self, inputs: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
         """The batch in parts that fit into memory; on a CPU, whose attention knows no packed rows, piece by piece."""
         tokens = self.args.per_device_train_batch_size * self.plan.row_length
-        is_plain = self.accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
-        if self.args.device.type == "cpu" and self._loss_shifts_labels and is_plain:
+        if self.args.device.type == "cpu" and self._loss_shifts_labels:
             yield from pieces_of(inputs, tokens)
             return
         rows = tokens // inputs["input_ids"].shape[1]
@@ -87,12 +100,44 @@ class PretrainTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Trainer's, plus the z-loss in training."""
-        if not self.z_loss_coef or not model.training:
+        if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = {**inputs, "loss_chunk_size": 0} if "loss_chunk_size" in inputs else inputs
-        kept = (inputs["labels"] != -100)[:, 1:]
+        if self.z_loss_coef and "loss_chunk_size" in inputs:
+            inputs = {**inputs, "loss_chunk_size": 0}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        partition = outputs.logits[:, :-1].float().logsumexp(-1)[kept]
-        share = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        loss = loss + self.z_loss_coef * partition.square().sum() / num_items_in_batch * share
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        kept = inputs["labels"] != IGNORE
+        kept = kept[:, 1:] if self._loss_shifts_labels else kept
+        if outputs.get("aux_loss") is not None:
+            # Whole in each pass's loss; a pass has but its share of the tokens.
+            share = kept.sum() / num_items_in_batch
+            loss = loss + self.model.config.router_aux_loss_coef * outputs.aux_loss * (share - 1) * processes
+        if self.z_loss_coef:
+            logits = outputs.logits[:, :-1] if self._loss_shifts_labels else outputs.logits
+            partition = logits.float().logsumexp(-1)[kept]
+            loss = loss + self.z_loss_coef * partition.square().sum() / num_items_in_batch * processes
         return (loss, outputs) if return_outputs else loss
+
+
+@torch.no_grad()
+def keeps_documents_apart(model: PreTrainedModel) -> bool:
+    """Whether what comes before a document in its packed row leaves its logits alone.
+
+    Many families do not read documents from restarting positions, and mix them without a word.
+    """
+    device = model.get_input_embeddings().weight.device
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = (torch.arange(16, device=device).view(2, 8) * 7 + 3) % vocabulary
+    other = ids.clone()
+    other[:, :4] = (ids[:, :4] + 1) % vocabulary
+    positions = torch.arange(4, device=device).repeat(2, 2)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        one, two = (
+            model(input_ids=each, position_ids=positions, use_cache=False).logits[:, 4:] for each in (ids, other)
+        )
+    finally:
+        for module, training in modes:
+            module.training = training
+    return torch.allclose(one.float(), two.float(), atol=1e-4, rtol=1e-3)

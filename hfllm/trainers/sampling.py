@@ -76,7 +76,11 @@ class Witness:
 
     Attributes:
         logprobs, entropy, values: (N, R), unspecified behind the end of a response.
+        is_checked: whether others of its kind were found right; if not, it is compared with a second pass.
+        is_wrong: whether it was found wrong.
     """
+
+    is_checked = is_wrong = False
 
     def __init__(
         self,

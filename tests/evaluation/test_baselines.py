@@ -67,14 +67,17 @@ class SlowKneserNey:
 
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
 def test_the_ngram_model_is_kneser_ney(order):
-    slow = SlowKneserNey(TRAIN, order)
-    bits = 0.0
+    slow, model = SlowKneserNey(TRAIN, order), NgramModel(TRAIN, order)
+    bits, ends = 0.0, 0.0
     for text in TEST:
         symbols = [END] * (order - 1) + list(text.encode()) + [END]
         for at in range(order - 1, len(symbols)):
-            bits -= math.log2(slow.probability(tuple(symbols[at - order + 1 : at]), symbols[at]))
-    expected = bits / sum(len(text.encode()) for text in TEST)
-    assert ngram_bits_per_byte(TRAIN, TEST, order) == pytest.approx(expected, rel=1e-12)
+            surprise = -math.log2(slow.probability(tuple(symbols[at - order + 1 : at]), symbols[at]))
+            bits += surprise
+            ends += surprise if symbols[at] == END else 0.0
+    size = sum(len(text.encode()) for text in TEST)
+    assert model.bits_per_byte(TEST) == pytest.approx(bits / size, rel=1e-12)
+    assert ngram_bits_per_byte(TRAIN, TEST, order) == pytest.approx((bits - ends) / size, rel=1e-12)
 
 
 @pytest.mark.parametrize("order", [1, 4, 7])

@@ -1,5 +1,6 @@
 """Every token of held-out text counts once, however it is cut and batched."""
 
+import copy
 import math
 
 import pytest
@@ -58,3 +59,18 @@ def test_a_fit_in_other_units():
 def test_no_text_is_no_fit(make_model, tokenizer):
     with pytest.raises(InputError, match="without a token to predict"):
         fit_of(make_model(), tokenizer, [""], 16)
+
+
+def test_without_a_document_token_the_first_token_does_not_count(make_model, tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.bos_token = None
+    fit, whole = (fit_of(make_model(), each, TEXTS, max_length=256) for each in (bare, tokenizer))
+    assert fit.tokens == whole.tokens - len(TEXTS)
+    first = [tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][:1]) for text in TEXTS]
+    assert fit.bytes == whole.bytes - sum(len(text.encode()) for text in first)
+
+
+@pytest.mark.parametrize(("max_length", "stride"), [(16, 16), (16, 0), (1, None)])
+def test_a_stride_is_a_part_of_a_window(make_model, tokenizer, max_length, stride):
+    with pytest.raises(InputError, match=f"max_length={max_length}: expected at least 1"):
+        fit_of(make_model(), tokenizer, TEXTS, max_length, stride)

@@ -37,7 +37,7 @@ def plain(actor, batch, temperature, never_sampled):
     logprobs, values = torch.zeros(batch["response_mask"].shape), torch.zeros(batch["response_mask"].shape)
     for row, (prompt, response) in enumerate(rows_of(batch)):
         ids = torch.cat((prompt, response)).unsqueeze(0)
-        output = actor.policy(input_ids=ids, output_hidden_states=True)
+        output = actor.policy(input_ids=ids, output_hidden_states=True, use_cache=False)
         logits = output.logits[0, len(prompt) - 1 : -1] / temperature
         logits[:, list(never_sampled)] = torch.finfo(torch.float32).min
         logprobs[row, : len(response)] = logits.log_softmax(-1).gather(1, response.unsqueeze(1)).squeeze(1)
@@ -112,6 +112,57 @@ def test_an_adapter_takes_part(make_model, batch):
     actor = ActorCritic(model, None, 0.7, (0,))
     torch.nn.init.normal_(actor.value_head.weight)
     check(actor, batch)
+
+
+def test_a_trunk_that_uses_its_last_layer_twice_keeps_its_whole_mlp(make_model, batch):
+    model = make_model()
+    layers = model.model.layers
+    layers.append(layers[-1])
+    model.config.num_hidden_layers = 3
+    actor = ActorCritic(model, None, 0.7, (0,))
+    torch.nn.init.normal_(actor.value_head.weight)
+    check(actor, batch)
+    assert not model.model._hfllm_may_skip_last_mlp
+
+
+def test_an_mlp_that_returns_more_than_a_tensor_is_left_alone(make_model, batch):
+    model = make_model()
+    plain = model.model.layers[-1].mlp
+
+    class PairMLP(torch.nn.Module):
+        def forward(self, states):
+            return plain(states), None
+
+    class Layer(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+            layer.mlp = First(PairMLP())
+
+        def forward(self, *args, **kwargs):
+            return self.layer(*args, **kwargs)
+
+    class First(torch.nn.Module):
+        def __init__(self, pair):
+            super().__init__()
+            self.pair = pair
+
+        def forward(self, states):
+            return self.pair(states)[0]
+
+    wrapped = Layer(model.model.layers[-1])
+    wrapped.mlp = wrapped.layer.mlp.pair
+    model.model.layers[-1] = wrapped
+    actor = ActorCritic(model, None, 0.7, (0,))
+    torch.nn.init.normal_(actor.value_head.weight)
+    check(actor, batch)
+    assert not model.model._hfllm_may_skip_last_mlp
+
+
+def test_a_plain_trunk_skips_it(make_model, batch):
+    model = make_model()
+    check(ActorCritic(model, None, 0.7, (0,)), batch)
+    assert model.model._hfllm_may_skip_last_mlp
 
 
 def test_the_value_heads_gradient_can_end_at_the_trunk(make_model, batch):

@@ -47,10 +47,17 @@ def test_a_step_is_known_without_the_steps_before():
 
 
 def test_processes_share_each_batch():
-    whole, parts = plan(), [plan(process=at, processes=3) for at in range(3)]
+    whole, parts = plan(), [plan(process=at, processes=2) for at in range(2)]
     for step in range(len(whole)):
         together = {name: torch.cat([part[step][name] for part in parts]) for name in whole[step]}
         torch.testing.assert_close(together, whole[step], rtol=0, atol=0)
+
+
+def test_each_process_has_as_many_rows():
+    parts = [plan(total_rows=17, process=at, processes=3) for at in range(3)]
+    assert len({len(part) for part in parts}) == 1
+    for step in range(len(parts[0])):
+        assert len({len(part[step]["input_ids"]) for part in parts}) == 1
 
 
 def test_batches_grow_and_rows_lengthen_by_schedule():

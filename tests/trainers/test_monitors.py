@@ -249,13 +249,20 @@ def test_a_warning_leaves_training_alone_and_comes_once_a_spike(make_trainer):
 
 def test_a_resumed_run_remembers_what_it_has_seen(make_trainer, tmp_path):
     losses = [*noise(20), 9.0, 9.0, 9.0, 9.0]
-    run_planted(make_trainer, losses[:22], LossSpikeGuard(), save_strategy="steps", save_steps=22)
+    # By a guard that only warns, since one that stops saves nothing meanwhile.
+    run_planted(make_trainer, losses[:22], LossSpikeGuard(action="warn"), save_strategy="steps", save_steps=22)
     guard = LossSpikeGuard()
     trainer = make_trainer(Planted, [guard], max_steps=24, logging_steps=1)
     trainer.losses = losses
     with pytest.warns(UserWarning, match="step 23: .* 3 log"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-22"))
     assert trainer.state.global_step == 23
+
+
+def test_nothing_is_saved_while_the_loss_is_too_high(make_trainer, tmp_path):
+    run_planted(make_trainer, [*noise(20), 9.0, 9.0], LossSpikeGuard(), save_strategy="steps", save_steps=1)
+    saved = {int(path.name.rpartition("-")[2]) for path in tmp_path.glob("checkpoint-*")}
+    assert saved == set(range(1, 21))
 
 
 @pytest.mark.parametrize("options", [{"window": 9}, {"patience": 0}, {"threshold": 0.0}, {"action": "pray"}])

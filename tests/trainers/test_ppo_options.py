@@ -550,7 +550,12 @@ def test_completions_are_kept_as_parquet_and_shown(make_trainer, prompts, tmp_pa
     trainer.train()
     trainer.evaluate()
     assert [(name, step) for name, _, step in shown][:2] == [("completions", 0), ("completions", 2)]
-    assert shown[-1][0] == "eval_completions" and set(shown[0][1][0]) == {"prompt", "completion", "letters", "reward"}
+    assert shown[-1][0].startswith("eval_completions_0") and set(shown[0][1][0]) == {
+        "prompt",
+        "completion",
+        "letters",
+        "reward",
+    }
     files = sorted((tmp_path / "ppo" / "completions").iterdir())
     assert [file.name for file in files][:2] == ["000000_0.parquet", "000002_0.parquet"]
     rows = Dataset.from_parquet(str(files[0]))

@@ -522,17 +522,30 @@ def test_what_sampling_saw_is_not_asked_again_unless_it_is_wrong(
     trainer = make_trainer(value_model=model)
     batch = trainer.sample(rows)
     plain = trainer.evaluate_tokens({**batch, "witness": None})
-    assert trainer._trusts_witness is None
+    assert trainer._trusted == {}
     torch.testing.assert_close(trainer.evaluate_tokens(batch), plain, atol=1e-5, rtol=1e-5)
-    assert trainer._trusts_witness is True
-    calls = []
-    monkeypatch.setattr(trainer.actor, "forward", lambda *args, **kwargs: calls.append(1))
+    assert trainer._trusted == {"padded": True}
+    calls, forward = [], trainer.actor.forward
+    monkeypatch.setattr(trainer.actor, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
     torch.testing.assert_close(trainer.evaluate_tokens(batch), plain, atol=1e-5, rtol=1e-5)
     assert not calls
+    # What was found right with padding says nothing of prompts without.
+    trainer.evaluate_tokens(trainer.sample([rows[0]] * 4))
+    assert calls and trainer._trusted == {"padded": True, "unpadded": True}
 
     liar = make_trainer(value_model=model)
     batch = liar.sample(rows)
     batch["witness"].logprobs += 0.1
     torch.testing.assert_close(liar.evaluate_tokens(batch), plain, atol=1e-5, rtol=1e-5)
-    assert liar._trusts_witness is False
-    assert liar.sample(rows)["witness"] is None
+    assert liar._trusted == {"padded": False}
+    again = liar.sample(rows)
+    again["witness"].logprobs += 0.1
+    expected = liar.evaluate_tokens({**again, "witness": None})
+    torch.testing.assert_close(liar.evaluate_tokens(again), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_in_bfloat16_the_policy_is_at_no_distance_from_itself(make_trainer, prompts):
+    trainer = make_trainer(bf16=True, learning_rate=0.0, kl_estimator="k1")
+    batch = trainer.sample([prompts[index] for index in range(8)])
+    tokens = trainer.evaluate_tokens(batch)
+    torch.testing.assert_close(tokens.ref_logprobs, tokens.logprobs, atol=2e-3, rtol=0)

@@ -16,7 +16,7 @@ LENGTH = 32
 def make_trainer(make_model, tokenizer, world, tmp_path):
     texts = world.documents(120, seed=1)
 
-    def make(folder="run", batch_tokens="0:64,0.4:192", lengths="0:8,0.3:32", z_loss_coef=0.0, **more):
+    def make(folder="run", batch_tokens="0:64,0.4:192", lengths="0:8,0.3:32", z_loss_coef=0.0, model=None, **more):
         rows = pack(texts, tokenizer, LENGTH)
         schedules = Schedule.parse(batch_tokens, "--batch_ramp"), Schedule.parse(lengths, "--length_curriculum")
         settings = {
@@ -32,7 +32,7 @@ def make_trainer(make_model, tokenizer, world, tmp_path):
         return PretrainTrainer(
             plan=BatchPlan([rows], LENGTH, 40, *schedules, pad_token_id=tokenizer.pad_token_id, seed=0),
             z_loss_coef=z_loss_coef,
-            model=make_model(),
+            model=model or make_model(),
             args=TrainingArguments(str(tmp_path / folder), **{**settings, **more}),
             processing_class=tokenizer,
         )
@@ -53,6 +53,37 @@ def test_the_split_into_passes_changes_nothing(make_trainer):
     assert trainer.state.global_step == len(trainer.plan)
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], atol=2e-5, rtol=1e-4)
+
+
+def test_the_routers_loss_is_weighed_by_tokens(make_trainer, make_model):
+    results = []
+    for size in (1, 2, 64):
+        model = make_model(num_local_experts=4, router_aux_loss_coef=0.1)
+        trainer = make_trainer(
+            per_device_train_batch_size=size, model=model, max_steps=1, lengths="32", batch_tokens="512"
+        )
+        trainer.train()
+        results.append(trainer.state.log_history[0])
+    # A mean over parts is not the whole batch's, but it does not grow with their number.
+    for name in ("loss", "grad_norm"):
+        assert max(row[name] for row in results) / min(row[name] for row in results) < 1.02
+
+
+def test_families_that_mix_packed_documents_are_refused(make_trainer, tokenizer):
+    from transformers import BloomConfig, BloomForCausalLM
+
+    model = BloomForCausalLM(BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4))
+    with pytest.raises(InputError, match="in a model of type bloom packed documents see each other"):
+        make_trainer(model=model)
+
+
+def test_a_model_without_loss_arguments_is_refused(make_trainer, make_model):
+    class Fixed(type(make_model())):
+        def forward(self, input_ids, position_ids=None, labels=None, use_cache=None):
+            return super().forward(input_ids=input_ids, position_ids=position_ids, labels=labels, use_cache=use_cache)
+
+    with pytest.raises(InputError, match="takes no num_items_in_batch"):
+        make_trainer(model=Fixed(make_model().config))
 
 
 def test_a_step_is_one_large_batch(make_trainer, tokenizer):
