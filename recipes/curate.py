@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def parse(argv: Sequence[str]) -> tuple:
     rest, files = take_configs(argv)
     names = [read_yaml(path).get("dataset_name") for path in files]
     names += [word.partition("=")[2] for word in rest if word.startswith("--dataset_name=")]
-    names += [after for word, after in zip(rest, rest[1:], strict=False) if word == "--dataset_name"]
+    names += [after for word, after in pairwise(rest) if word == "--dataset_name"]
     own_data = any(name not in (None, PYDOC) for name in names)
     return parse_recipe((CurateArguments,), argv, None if own_data else CONFIG, __doc__)
 

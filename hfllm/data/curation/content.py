@@ -17,12 +17,12 @@ Verdict = bool | tuple[bool, str]
 class LanguageFilter(BaseFilter):
     """Keeps documents in one of `languages` by fastText's lid.176 (Joulin et al. 2016), which is in the wheel.
 
-    Judged by the first and the last 1,000 characters together: a long document whose beginning is a foreign title or a
+    Judged by the first and the last 500 characters together: a long document whose beginning is a foreign title or a
     menu is not misjudged, and the time does not grow with the length.
     """
 
     name = "language"
-    WINDOW = 1000
+    WINDOW = 500
 
     def __init__(self, languages: Sequence[str] = ("en",), min_score: float = 0.65, exclusion_writer=None):
         super().__init__(exclusion_writer)

@@ -21,7 +21,7 @@ from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
 
 from hfllm.data.curation.options import CurationOptions
-from hfllm.data.curation.text import mix, ngram_hashes, word_hashes
+from hfllm.data.curation.text import hash_words, mix, ngram_hashes, word_hashes
 
 # datatrove stops reading a band at this hash (its `_mersenne_prime`).
 LARGEST = np.uint64((1 << 61) - 2)
@@ -63,11 +63,15 @@ class DuplicateSignature(MinhashDedupSignature):
         self._factors = rng.integers(0, 1 << 63, count, np.uint64) * np.uint64(2) + np.uint64(1)
 
     def get_shingles(self, text: str) -> np.ndarray:
-        """Hashes of the text's different shingles, after the hash of all its words in their order. (1 + shingles,)."""
+        """Hashes of the text's different shingles, after the hash of all its words in their order. (1 + shingles,).
+
+        A text of fewer words than two shingles is compared by its single words.
+        """
         self._began = time.perf_counter()
         hashes = word_hashes(text)
-        whole = ngram_hashes(hashes, max(1, len(hashes)))
-        size = max(1, min(self.config.n_grams, len(hashes)))
+        whole = hash_words(hashes)
+        # In a text of one or two shingles any change would leave nothing in common.
+        size = self.config.n_grams if len(hashes) >= 2 * self.config.n_grams else 1
         return np.concatenate([whole, np.unique(ngram_hashes(hashes, size))])
 
     def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
@@ -75,8 +79,7 @@ class DuplicateSignature(MinhashDedupSignature):
         least = np.full(len(self._factors), np.iinfo(np.uint64).max)
         # In blocks, or a long document would take a row of 112 hashes for each of its words at once.
         for start in range(1, len(shingles), ROWS):
-            block = shingles[start : start + ROWS, None] * self._factors
-            np.minimum(least, (block ^ (block >> np.uint64(32))).min(axis=0), out=least)
+            np.minimum(least, (shingles[start : start + ROWS, None] * self._factors).min(axis=0), out=least)
         bands = np.minimum(mix(least) >> np.uint64(3), LARGEST).reshape(self.config.num_buckets - 1, -1)
         exact = [int(min(shingles[0] >> np.uint64(3), LARGEST))] * self.config.hashes_per_bucket
         self.stat_update("seconds", value=time.perf_counter() - self._began)

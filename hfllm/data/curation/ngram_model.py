@@ -23,41 +23,42 @@ class ByteNgramModel:
 
     def __init__(self, texts: Iterable[str] = ()):
         data = np.frombuffer(b"\0".join(text.encode()[:LONGEST] for text in texts), np.uint8)
-        self.tables: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        codes = _codes(data)
+        self.counts: list[np.ndarray] = []  # of n-grams of each order
+        self.contexts: list[np.ndarray] = []  # of each context: how often it occurs, and in how many n-grams
         for order in range(1, ORDER + 1):
-            grams, contexts = _codes(data, order)
-            places = _places(contexts)
-            totals = np.bincount(places, minlength=1 << TABLE_BITS)
+            grams, before = codes[order], _places(codes[order - 1][: len(codes[order])])
             _, first = np.unique(grams, return_index=True)
-            kinds = np.bincount(places[first], minlength=1 << TABLE_BITS)
-            counts = np.bincount(_places(grams), minlength=1 << TABLE_BITS)
-            self.tables.append(tuple(table.astype(np.float32) for table in (counts, totals, kinds)))
+            totals, kinds = (np.bincount(places, minlength=1 << TABLE_BITS) for places in (before, before[first]))
+            self.counts.append(np.bincount(_places(grams), minlength=1 << TABLE_BITS).astype(np.float32))
+            self.contexts.append(np.stack([totals, kinds], axis=1).astype(np.float32))
 
     def bits_per_byte(self, text: str) -> float:
         """Mean surprise of a text's bytes, in bits; 2 to its power is the perplexity of a byte."""
-        data = np.frombuffer(b"\0" + text.encode()[:LONGEST], np.uint8)
-        if len(data) < 2:
+        data = np.frombuffer(text.encode()[:LONGEST], np.uint8)
+        if not len(data):
             return 0.0
-        chances = np.full(len(data) - 1, 1 / 256)
-        for order, (counts, totals, kinds) in enumerate(self.tables, 1):
-            grams, contexts = _codes(data, order)
-            grams, contexts = (codes[1:] if order == 1 else codes for codes in (grams, contexts))
-            total, kind = totals[_places(contexts)], kinds[_places(contexts)]
+        chances, codes = np.full(len(data), 1 / 256), _codes(data)
+        before = _places(codes[0])
+        for order in range(1, ORDER + 1):
+            places = _places(codes[order])
+            total, kinds = self.contexts[order - 1][before[: len(places)]].T
             # An order's n-grams end at bytes from its own length on; before, the lower order's chances stand.
-            tail = chances[len(chances) - len(grams) :]
-            known = total > 0
-            mixed = (counts[_places(grams)] + kind * tail) / np.maximum(total + kind, 1)
-            tail[known] = mixed[known]
+            tail = chances[len(chances) - len(places) :]
+            mixed = (self.counts[order - 1][places] + kinds * tail) / np.maximum(total + kinds, 1)
+            np.copyto(tail, mixed, where=total > 0)
+            before = places
         return float(-np.log2(np.maximum(chances, 1e-12)).mean())
 
 
-def _codes(data: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each n-gram and its context as a number; both of shape (bytes - order + 1,), uint64."""
-    count = max(0, len(data) - order + 1)
-    context = np.full(count, order, np.uint64)  # orders do not mix
-    for offset in range(order - 1):
-        context = (context << np.uint64(8)) | data[offset : offset + count]
-    return (context << np.uint64(8)) | data[order - 1 : order - 1 + count], context
+def _codes(data: np.ndarray) -> list[np.ndarray]:
+    """n-grams of orders 0 to `ORDER` as numbers; that of order n of shape (bytes - n + 1,), uint64."""
+    codes = [np.zeros(len(data) + 1, np.uint64)]
+    for order in range(1, ORDER + 1):
+        count = max(0, len(data) - order + 1)
+        codes.append((codes[-1][:count] << np.uint64(8)) | data[order - 1 : order - 1 + count])
+    # Orders do not share places: a byte of the order's number goes in front.
+    return [code | np.uint64((order + 1) << 48) for order, code in enumerate(codes)]
 
 
 def _places(codes: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ from hfllm.data.pydoc_corpus import pydoc_documents
 
 SAMPLE = 2048  # documents of all tasks
 EXCERPT = 2000  # characters of each
+JUDGED = 1000  # characters of a document that the n-gram model scores
 FEWEST = 100  # a quantile of fewer documents says nothing
 CONTEXT = 512  # tokens that a causal model sees
 
@@ -65,8 +66,7 @@ class CorpusJudge:
         self.models = [ByteNgramModel(half) for half in halves]
 
     def __call__(self, text: str) -> float:
-        text = text[:EXCERPT]
-        return self.models[1 - _half(text)].bits_per_byte(text)
+        return self.models[1 - _half(text)].bits_per_byte(text[:JUDGED])
 
 
 class CausalJudge:

@@ -101,8 +101,12 @@ class GopherRepetitionFilter(BaseFilter):
             if top_ngram_share(hashes, ends, n) > most:
                 return False, f"top_{n}gram"
         for n, most in self.REPEATED.items():
-            if repeated_ngram_share(hashes, ends, n) > most:
+            share = repeated_ngram_share(hashes, ends, n)
+            if share > most:
                 return False, f"repeated_{n}grams"
+            # What repeats as a longer n-gram repeats as a shorter one too: the share can only fall from here.
+            if share <= min(self.REPEATED.values()):
+                break
         return True
 
 

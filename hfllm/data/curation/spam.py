@@ -15,72 +15,81 @@ from pathlib import Path
 
 import numpy as np
 
+from hfllm.data.curation.text import words_of
 from hfllm.errors import InputError
 
 MESSAGE_WORDS = 25
-MOST = 3.0  # a rate above this says no more
-_FLAGS = re.IGNORECASE
+MOST = 2.0  # a rate above this says no more
 PATTERNS = {
     "long number": re.compile(r"(?<!\d)\+?\d[\d\s-]{6,}\d(?!\d)"),
-    "short code": re.compile(r"(?<![\d.,/:])\d{4,6}(?![\d.,/:])"),
-    "money": re.compile(r"[£$€]\s?\d|\d+\s?(?:pounds?|usd|eur|p(?:er|/)?\s?min|ppm)\b|\d+p\b", _FLAGS),
-    "link": re.compile(r"https?://|www\.|\b[\w-]+\.(?:com|net|co\.uk|biz|info|tv)\b", _FLAGS),
+    "short code": re.compile(r"(?<![\d.,/:-])(?!(?:1[5-9]|20)\d\d\b)\d{4,6}(?![\d.,/:-])"),  # and not a year
+    "money": re.compile(r"[£$€]\s?\d|\d(?:p\b|\s?(?:pounds?|usd|eur|p(?:er|/)?\s?min|ppm)\b)"),
+    "link": re.compile(r"https?://|www\.|\.(?:com|net|co\.uk|biz|info|tv)\b"),
     "exclamation": re.compile(r"!"),
     "capitals": re.compile(r"\b[A-Z]{3,}\b"),
-    "digits": re.compile(r"\b\w*\d\w*\b"),
-    "free": re.compile(r"\bfree\b", _FLAGS),
-    "win": re.compile(r"\b(?:win|won|winner|winning|prize|prizes|award|awarded|jackpot|lottery|voucher)\b", _FLAGS),
-    "claim": re.compile(r"\b(?:claim|collect|collection|redeem|guaranteed|selected|bonus)\b", _FLAGS),
-    "urgent": re.compile(r"\b(?:urgent|important|immediately|last chance|final|attempt|expires?|hurry|now)\b", _FLAGS),
-    "call": re.compile(r"\b(?:call|calls|dial|phone|ring)\b", _FLAGS),
-    "text": re.compile(r"\b(?:txt|text|reply|send|msg|sms|texts)\b", _FLAGS),
-    "stop": re.compile(r"\b(?:stop|unsubscribe|opt[ -]?out|t&cs?|terms|18\+?)\b", _FLAGS),
-    "offer": re.compile(
-        r"\b(?:offer|offers|deal|sale|discount|cheap|save|order|buy|subscribe|subscription)\b", _FLAGS
-    ),
-    "money word": re.compile(r"\b(?:cash|credit|loan|debt|money|cost|costs|rate|\d+%)\b", _FLAGS),
-    "phone goods": re.compile(r"\b(?:mobile|mobiles|ringtone|tone|tones|nokia|camera|video|network|mins?)\b", _FLAGS),
-    "customer": re.compile(r"\b(?:customer|customers|service|services|account|member|contact|details)\b", _FLAGS),
-    "chat": re.compile(r"\b(?:chat|date|dating|singles|sexy|sex|xxx|adult|hot|girls|babes?|horny|flirt)\b", _FLAGS),
-    "weekly": re.compile(r"\b(?:weekly|every week|wkly?|per week|daily)\b", _FLAGS),
-    "first person": re.compile(r"\b(?:i|i'm|i'll|me|my|we|he|she|im|ill)\b", _FLAGS),
-    "conversation": re.compile(r"\b(?:ok|lol|yeah|sorry|home|gonna|later|thanks|what|how|so|but|da|lor)\b", _FLAGS),
 }
-FEATURES = (*PATTERNS, "words")
+WORDS = {
+    "free": "free",
+    "win": "win won winner winning prize prizes award awarded jackpot lottery voucher",
+    "claim": "claim collect collection redeem guaranteed selected bonus",
+    "urgent": "urgent important immediately final attempt expires expire hurry now",
+    "call": "call calls dial phone ring",
+    "text": "txt text reply send msg sms texts",
+    "stop": "stop unsubscribe optout cs terms 18",
+    "offer": "offer offers deal sale discount cheap save order buy subscribe subscription",
+    "money word": "cash credit loan debt money cost costs rate",
+    "phone goods": "mobile mobiles ringtone tone tones nokia camera video network min mins",
+    "customer": "customer customers service services account member contact details",
+    "chat": "chat date dating singles sexy sex xxx adult hot girls babe babes horny flirt",
+    "weekly": "weekly week wkly wk daily",
+    "first person": "i i'm i'll me my we he she im ill",
+    "conversation": "ok lol yeah sorry home gonna later thanks what how so but da lor",
+}
+FEATURES = (*PATTERNS, *WORDS, "words")
+_PLACE = {word: len(PATTERNS) + place for place, words in enumerate(WORDS.values()) for word in words.split()}
 WEIGHTS: dict[str, float] = {
-    "long number": 3.1,
-    "short code": 1.4,
-    "money": 0.7,
-    "link": 2.4,
-    "exclamation": 0.5,
-    "capitals": 0.5,
-    "digits": 1.0,
-    "free": 1.2,
-    "win": 2.0,
-    "claim": 0.6,
-    "urgent": 1.0,
-    "call": 0.9,
+    "long number": 4.1,
+    "short code": 1.3,
+    "money": 1.9,
+    "link": 2.6,
+    "exclamation": 0.7,
+    "capitals": 0.9,
+    "free": 0.7,
+    "win": 2.3,
+    "claim": 0.7,
+    "urgent": 0.8,
+    "call": 1.0,
     "text": 1.6,
-    "stop": 1.3,
-    "offer": 0.7,
+    "stop": 1.2,
+    "offer": 0.9,
     "money word": 0.3,
     "phone goods": 2.3,
-    "customer": 0.8,
+    "customer": 1.2,
     "chat": 0.5,
-    "weekly": 0.3,
-    "first person": -0.9,
+    "weekly": 1.3,
+    "first person": -1.0,
     "conversation": -0.4,
-    "words": 0.8,
+    "words": 1.3,
 }
-BIAS = -5.6
+BIAS = -5.4
 
 
 def features_of(text: str) -> np.ndarray:
-    """Rates of `PATTERNS` to 25 words, at most 3, and the number of words, at most 25, over 25. (features,)."""
-    words = max(1, len(text.split()))
-    scale = MESSAGE_WORDS / max(MESSAGE_WORDS, words)
-    rates = [min(MOST, len(pattern.findall(text)) * scale) for pattern in PATTERNS.values()]
-    return np.array([*rates, min(1.0, words / MESSAGE_WORDS)])
+    """Rates of `PATTERNS` and `WORDS` to 25 words, at most 2, and the number of words, at most 25, over 25.
+
+    (features,), float64.
+    """
+    lowered = text.lower()
+    words = words_of(lowered)
+    counts = np.zeros(len(FEATURES))
+    for place, (name, pattern) in enumerate(PATTERNS.items()):
+        counts[place] = len(pattern.findall(text if name == "capitals" else lowered))
+    for word in words:
+        if word in _PLACE:
+            counts[_PLACE[word]] += 1
+    rates = np.minimum(MOST, counts * (MESSAGE_WORDS / max(MESSAGE_WORDS, len(words))))
+    rates[-1] = min(1.0, len(words) / MESSAGE_WORDS)
+    return rates
 
 
 @dataclass
