@@ -10,6 +10,7 @@ Writes shards with the columns text, id and source to <output_dir>/data, for rec
 `pip install 'hfllm[data]'`. docs/curation.md says what each filter does, and what it misses.
 """
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -55,6 +56,7 @@ def main(script_args: CurateArguments) -> dict[str, float]:
     began, folder = time.perf_counter(), Path(script_args.output_dir)
     # How many run at once does not change the result.
     arguments = {name: value for name, value in run_arguments(script_args).items() if name != "workers"}
+    arguments["files"] = fingerprint(script_args)
     done = finished_run(str(folder), arguments)
     if done is not None:
         print(f"curate: already done in {folder} (remove that folder to redo it)")
@@ -68,7 +70,11 @@ def main(script_args: CurateArguments) -> dict[str, float]:
     resume_or_clear(work, arguments)
     run_stages(stages, work, script_args.workers, lambda line: print(line, flush=True))
     statistics = list(read_statistics(stages, work))
-    report = make_report(script_args, arguments, statistics, read_examples(work / "examples"))
+    try:
+        report = make_report(script_args, arguments, statistics, read_examples(work / "examples"))
+    except InputError:
+        shutil.rmtree(work)
+        raise
     shutil.rmtree(folder / SHARDS, ignore_errors=True)
     os.replace(work / SHARDS, folder / SHARDS)
     report.wall_seconds = time.perf_counter() - began
@@ -78,6 +84,17 @@ def main(script_args: CurateArguments) -> dict[str, float]:
     report.tables = shown
     report.print()
     return report.metrics
+
+
+def fingerprint(script_args: CurateArguments) -> str:
+    """A hash of the names, sizes and times of all local files that decide the result: they may change in place."""
+    given = [script_args.dataset_name, script_args.spam_train_file or ""]
+    found = []
+    for name in (*given, *script_args.toxic_words, *script_args.decontaminate):
+        path = Path(name)
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path] if name and path.is_file() else []:
+            found.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 
 
 def resume_or_clear(work: Path, arguments: dict[str, Any]) -> None:
@@ -116,9 +133,7 @@ def make_report(
     examples = sorted(examples, key=lambda row: judged.index(row["step"]))
     kept, found = totals["kept"], int(totals["read"].get("total", 0))
     if not kept.get("documents"):
-        why = (
-            ", ".join(f"{row['step']}/{row['reason']} {row['documents']}" for row in reasons) or "all files are empty"
-        )
+        why = ", ".join(f"{row['step']}/{row['reason']} {row['documents']}" for row in reasons) or "empty files"
         raise InputError(f"dataset {script_args.dataset_name!r}: none of {found} documents is left: {why}")
     funnel, work = [], sum(spent for step, spent, _ in statistics)
     for step in judged:

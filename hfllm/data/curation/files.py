@@ -80,22 +80,27 @@ def _text(lines: Iterable[bytes | None], options: CurationOptions) -> Iterator[I
             if line is None:
                 yield f"line {number}", None, "too_long"
             elif line.strip():
-                yield decoded(f"line {number}", line)
+                yield decoded(f"line {number}", _trimmed([line]))
             continue
         full = size + len(line) > most or (size >= wanted and not line.strip())
         if full and buffer:
             if unit == "file":
                 yield "file", None, "too_long"
                 return
-            yield decoded(f"line {first}", b"".join(buffer))
+            yield decoded(f"line {first}", _trimmed(buffer))
             buffer, size = [], 0
         if not buffer:
             first = number
         if line.strip() or buffer:
             buffer.append(line)
             size += len(line)
-    if b"".join(buffer).strip():
-        yield decoded("file" if unit == "file" else f"line {first}", b"".join(buffer))
+    if buffer:
+        yield decoded("file" if unit == "file" else f"line {first}", _trimmed(buffer))
+
+
+def _trimmed(lines: list[bytes]) -> bytes:
+    """Lines as one text with plain line ends, and none at its own end."""
+    return b"".join(lines).replace(b"\r\n", b"\n").strip(b"\n")
 
 
 def _jsonl(lines: Iterable[bytes | None], options: CurationOptions) -> Iterator[Item]:
@@ -182,7 +187,8 @@ def _warc(item: Input, options: CurationOptions) -> Iterator[Item]:
 
     path = Path(item.path)
     try:
-        for document in WarcReader(str(path.parent)).read_file(path.name):
+        # Not decompressed by datatrove: warcio does so record by record, and a cut costs the last record only.
+        for document in WarcReader(str(path.parent), compression=None).read_file(path.name):
             text = document.text
             if len(text) > options.max_document_bytes:
                 yield document.id, None, "too_long"
