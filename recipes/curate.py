@@ -56,17 +56,21 @@ def main(script_args: CurateArguments) -> dict[str, float]:
     began, folder = time.perf_counter(), Path(script_args.output_dir)
     # How many run at once does not change the result.
     arguments = {name: value for name, value in run_arguments(script_args).items() if name != "workers"}
-    arguments["files"] = fingerprint(script_args)
+    arguments["state of the local files"] = fingerprint(script_args)
     done = finished_run(str(folder), arguments)
     if done is not None:
         print(f"curate: already done in {folder} (remove that folder to redo it)")
         return done["metrics"]
     print(f"\n=== curate {script_args.dataset_name} -> {folder}", flush=True)
     from hfllm.data.curation.examples import read_examples
+    from hfllm.data.curation.inputs import ignored_files
     from hfllm.data.curation.pipeline import SHARDS, curation_stages, read_statistics, run_stages
 
     work = folder / WORK
     stages = curation_stages(script_args, work)
+    ignored = ignored_files(script_args)
+    if ignored:
+        print(f"curate: {len(ignored)} files of other kinds are not read: {', '.join(ignored[:5])}", flush=True)
     resume_or_clear(work, arguments)
     run_stages(stages, work, script_args.workers, lambda line: print(line, flush=True))
     statistics = list(read_statistics(stages, work))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 LICENCE = "PSF-2.0"
 # Not documentation: tests, and code that other projects' installers carry in.
-LEFT_OUT = ("test", "tests", "idle_test", "site-packages", "__pycache__", "pydoc_data", "lib2to3", "__phello__")
+LEFT_OUT = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data")
 
 
 def pydoc_documents() -> Iterator[tuple[str, str]]:

@@ -96,7 +96,9 @@ def corpus(tmp_path):
 
 
 def test_every_drop_is_counted_and_the_rest_can_be_pretrained_on(corpus, capsys):
+    (corpus.folder / "in" / "d.zip").write_bytes(b"PK")
     metrics = run(*corpus.flags)
+    assert "1 files of other kinds are not read" in capsys.readouterr().out
     out = corpus.folder / "out"
     source = load_source(str(out / "data"))
     assert sorted(row["text"] for row in source.rows) == sorted(corpus.good)
@@ -123,6 +125,9 @@ def test_every_drop_is_counted_and_the_rest_can_be_pretrained_on(corpus, capsys)
     assert "already done" in capsys.readouterr().out
     with pytest.raises(InputError, match="holds a finished run with min_words=10"):
         run(*corpus.flags, "--min_words", 11)
+    (corpus.folder / "in" / "e.txt").write_text("more")
+    with pytest.raises(InputError, match="holds a finished run with state of the local files"):
+        run(*corpus.flags)
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(corpus, monkeypatch, capsys):
@@ -203,7 +208,8 @@ def test_nothing_left_is_one_line_with_the_reasons(tmp_path):
         (["--max_spam_score", "2"], "--max_spam_score must lie in [0, 1], got 2.0"),
         (["--min_word", "3"], "unknown flag 'min_word'; did you mean 'min_words'?"),
         (["--toxic_words", "nowhere.txt", "--filters", "toxicity"], "--toxic_words nowhere.txt"),
-        (["--decontaminate", "nowhere.jsonl"], "'nowhere.jsonl' does not exist"),
+        (["--decontaminate", "nowhere.jsonl", "--filters", "decontamination"], "'nowhere.jsonl' does not exist"),
+        (["--perplexity_model", "nowhere/at-all"], "--perplexity_model 'nowhere/at-all' could not be loaded"),
         (["--spam_train_file", "nowhere.csv", "--filters", "spam"], "--spam_train_file nowhere.csv"),
     ],
 )

@@ -69,6 +69,12 @@ def find_inputs(options: CurationOptions) -> list[Input]:
     return inputs
 
 
+def ignored_files(options: CurationOptions) -> list[str]:
+    """Files of the dataset's folder whose kind is not read, but for hidden ones."""
+    files = sorted(path for path in Path(options.dataset_name).rglob("*") if path.is_file() and not ending_of(path))
+    return [str(path) for path in files if not path.name.startswith(".")]
+
+
 def ending_of(path: Path) -> str:
     """The longest of `ENDINGS` that the file's name ends in, else an empty string."""
     return max((ending for ending in ENDINGS if path.name.lower().endswith(ending)), key=len, default="")

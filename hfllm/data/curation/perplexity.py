@@ -22,6 +22,7 @@ from hfllm.data.curation.ngram_model import ByteNgramModel
 from hfllm.data.curation.options import PYDOC, CurationOptions
 from hfllm.data.curation.text import hash_text
 from hfllm.data.pydoc_corpus import pydoc_documents
+from hfllm.errors import InputError
 
 SAMPLE = 2048  # documents of all tasks
 EXCERPT = 2000  # characters of each
@@ -128,6 +129,25 @@ class FitPerplexity(PipelineStep):
             found = {"threshold": threshold, "texts": texts}
             (Path(self.folder) / "threshold.json").write_text(json.dumps(found), encoding="utf-8")
         yield from ()
+
+
+def check_judge(model: str) -> None:
+    """Look for the model's config and tokenizer, before hours are spent on the stages before it.
+
+    Raises:
+        InputError: when either cannot be loaded.
+    """
+    if model in ("corpus", PYDOC):
+        return
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        AutoConfig.from_pretrained(model)
+        AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--perplexity_model {model!r} could not be loaded: {' '.join(str(error).split())[:200]}"
+        ) from None
 
 
 def make_judge(model: str, texts: list[str]) -> Any:

@@ -30,7 +30,7 @@ from hfllm.data.curation.dedup import DuplicateFilter, DuplicateSignature, MarkD
 from hfllm.data.curation.examples import Examples
 from hfllm.data.curation.inputs import find_inputs
 from hfllm.data.curation.options import CurationOptions
-from hfllm.data.curation.perplexity import FitPerplexity, PerplexityFilter, Sample
+from hfllm.data.curation.perplexity import FitPerplexity, PerplexityFilter, Sample, check_judge
 from hfllm.data.curation.reader import SOURCE, DocumentReader
 from hfllm.data.curation.spam import SpamModel, fit, read_labelled
 from hfllm.data.curation.text import words_of
@@ -105,6 +105,7 @@ def curation_stages(options: CurationOptions, folder: str | Path) -> list[Stage]
     last += [DuplicateFilter(path["marked"], "exact", examples("exact_duplicates"))] if exact else []
     last += [DuplicateFilter(path["marked"], "near", examples("near_duplicates"))] if near else []
     if perplexity:
+        check_judge(options.perplexity_model)
         last += [PerplexityFilter(path["sample"], options.perplexity_model, examples("perplexity"))]
     last += [Tally(), shard_writer(str(Path(folder) / SHARDS), options.output_format)]
     stages = [Stage("filter", first, options.tasks)]
