@@ -146,6 +146,13 @@ def test_c4_removes_lines_and_keeps_the_rest():
     assert page.text == PROSE
 
 
+def test_c4_cuts_the_tail_of_a_line_that_is_an_article():
+    article = " ".join(PROSE.split())
+    page = Document(f"{article} See also: Mills, Rivers", "id")
+    assert C4QualityFilter().filter(page) is True
+    assert page.text == article
+
+
 def test_c4_takes_the_paragraphs_of_wrapped_text_for_its_lines():
     book = (
         "The river had been low all summer, and the people of the village walked\n"

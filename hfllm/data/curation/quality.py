@@ -162,6 +162,9 @@ class C4QualityFilter(BaseFilter):
     Removes lines that do not end in a terminal mark, have fewer than `min_line_words` words or one of over 1,000
     characters, or speak of Javascript, cookies or terms of use; then drops a document with `lorem ipsum`, a curly
     bracket, or fewer than `min_sentences` sentences left. What remains of a kept document is its new text.
+
+    Unlike in C4, a line of more than `min_sentences` sentences loses what follows the last of them rather than all:
+    in much text a line is a whole article.
     """
 
     name = "c4_quality"
@@ -179,24 +182,25 @@ class C4QualityFilter(BaseFilter):
         if "{" in lowered:
             return False, "curly_bracket"
         lines = unwrapped(doc.text)
-        kept = [line for line in lines if self.keeps_line(line)]
+        kept = [part for part in map(self.kept_part, lines) if part]
         if sum(len(self.SENTENCE_END.findall(line)) for line in kept) < self.min_sentences:
             return False, "too_few_sentences"
-        if len(kept) < len(lines):
+        if kept != lines:
             self.stat_update("lines_removed", value=len(lines) - len(kept))
             doc.text = "\n".join(kept)
         return True
 
-    def keeps_line(self, line: str) -> bool:
+    def kept_part(self, line: str) -> str:
+        """What stays of a line, perhaps nothing."""
         words, lowered = line.split(), line.lower()
-        return (
-            line.endswith((".", "?", "!", '"', "”", "'", "’"))
-            and not line.endswith(ELLIPSES)
-            and len(words) >= self.min_line_words
-            and max(map(len, words)) <= 1000
-            and "javascript" not in lowered
-            and not any(phrase in lowered for phrase in self.POLICY)
-        )
+        if len(words) < self.min_line_words or max(map(len, words)) > 1000 or "javascript" in lowered:
+            return ""
+        if any(phrase in lowered for phrase in self.POLICY):
+            return ""
+        if line.endswith((".", "?", "!", '"', "”", "'", "’")) and not line.endswith(ELLIPSES):
+            return line
+        ends = [found.end() for found in self.SENTENCE_END.finditer(line)]
+        return line[: ends[-1]].rstrip() if len(ends) > self.min_sentences else ""
 
 
 def unwrapped(text: str) -> list[str]:
