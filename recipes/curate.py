@@ -30,6 +30,7 @@ CONFIG = Path(__file__).parent / "configs" / "curate" / "pydoc.yaml"
 WORK = "unfinished"
 LICENCES = {PYDOC: "PSF-2.0 (documentation of the Python standard library)"}
 MOST_SOURCES = 20
+EXAMPLES = "Examples of what was dropped"
 
 
 @dataclass
@@ -79,13 +80,13 @@ def main(script_args: CurateArguments) -> dict[str, float]:
     except InputError:
         shutil.rmtree(work)
         raise
-    shutil.rmtree(folder / SHARDS, ignore_errors=True)
-    os.replace(work / SHARDS, folder / SHARDS)
+    if (work / SHARDS).is_dir():  # else a run was interrupted after this line
+        shutil.rmtree(folder / SHARDS, ignore_errors=True)
+        os.replace(work / SHARDS, folder / SHARDS)
     report.wall_seconds = time.perf_counter() - began
     report.write(folder)
     shutil.rmtree(work)
-    shown = {name: rows for name, rows in report.tables.items() if name != "Examples of what was dropped"}
-    report.tables = shown
+    del report.tables[EXAMPLES]  # too wide for a terminal
     report.print()
     return report.metrics
 
@@ -126,44 +127,22 @@ def make_report(
     from hfllm.reporting import Bars, Report
 
     totals = {step: values for step, _, values in statistics}
-    seconds = {step: spent for step, spent, _ in statistics}
-    judged = [step for step, values in totals.items() if step in ("read", *FILTERS)]
-    reasons = [
-        {"step": step, "reason": name.removeprefix("dropped_"), "documents": int(count)}
-        for step in judged
-        for name, count in sorted(totals[step].items(), key=lambda item: -item[1])
-        if name.startswith("dropped_")
-    ]
-    examples = sorted(examples, key=lambda row: judged.index(row["step"]))
-    kept, found = totals["kept"], int(totals["read"].get("total", 0))
+    funnel, reasons, found = funnel_rows(statistics), reason_rows(totals), int(totals["read"].get("total", 0))
+    kept, work = totals["kept"], sum(seconds for _, seconds, _ in statistics)
     if not kept.get("documents"):
         why = ", ".join(f"{row['step']}/{row['reason']} {row['documents']}" for row in reasons) or "empty files"
         raise InputError(f"dataset {script_args.dataset_name!r}: none of {found} documents is left: {why}")
-    funnel, work = [], sum(spent for step, spent, _ in statistics)
-    for step in judged:
-        inside, left = int(totals[step].get("total", 0)), int(totals[step].get("forwarded", 0))
-        funnel.append(
-            {
-                "step": step,
-                "documents in": inside,
-                "dropped": inside - left,
-                "left": left,
-                "documents/s": inside / max(seconds[step], 1e-9),
-                "share of time": f"{seconds[step] / max(work, 1e-9):.1%}",
-            }
-        )
     metrics = {
         "documents_read": found,
         "documents_kept": int(kept["documents"]),
         "share_kept": kept["documents"] / found,
         **{f"dropped_{row['step']}": row["dropped"] for row in funnel},
-        "characters_kept": int(kept["characters"]),
-        "bytes_kept": int(kept["bytes"]),
-        "words_kept": int(kept["words"]),
+        **{f"{unit}_kept": int(kept[unit]) for unit in ("characters", "bytes", "words")},
         "documents_per_second_per_core": found / max(work, 1e-9),
     }
     left = {"found": found, **{row["step"]: row["left"] for row in funnel}}
     notes = {"found": str(found), **{row["step"]: f"{row['left']} (-{row['dropped']})" for row in funnel}}
+    order = [row["step"] for row in funnel]
     return Report(
         stage="curate",
         arguments=arguments,
@@ -172,14 +151,42 @@ def make_report(
             "Funnel": funnel,
             "Drops by reason": reasons,
             "Sources": source_rows(script_args, totals),
-            "Examples of what was dropped": examples,
+            EXAMPLES: sorted(examples, key=lambda row: order.index(row["step"])),
         },
         curves={"funnel": Bars("curate: documents left after each step", "documents", left, notes)},
         artifacts={"data": "data"},
-        next_steps=[
-            f"accelerate launch recipes/pretrain.py --dataset_name {Path(script_args.output_dir) / 'data'}",
-        ],
+        next_steps=[f"accelerate launch recipes/pretrain.py --dataset_name {Path(script_args.output_dir) / 'data'}"],
     )
+
+
+def funnel_rows(statistics: list[tuple[str, float, dict[str, float]]]) -> list[dict[str, Any]]:
+    """Documents into and out of each step that judges them, its speed, and its share of all steps' time."""
+    work = sum(seconds for _, seconds, _ in statistics)
+    rows = []
+    for step, seconds, values in statistics:
+        if step in ("read", *FILTERS):
+            inside, left = int(values.get("total", 0)), int(values.get("forwarded", 0))
+            rows.append(
+                {
+                    "step": step,
+                    "documents in": inside,
+                    "dropped": inside - left,
+                    "left": left,
+                    "documents/s": inside / max(seconds, 1e-9),
+                    "share of time": f"{seconds / max(work, 1e-9):.1%}",
+                }
+            )
+    return rows
+
+
+def reason_rows(totals: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """Dropped documents by step and reason, the most frequent reason of each step first."""
+    return [
+        {"step": step, "reason": name.removeprefix("dropped_"), "documents": int(count)}
+        for step, values in totals.items()
+        for name, count in sorted(values.items(), key=lambda item: -item[1])
+        if name.startswith("dropped_") and step in ("read", *FILTERS)
+    ]
 
 
 def source_rows(script_args: CurateArguments, totals: dict[str, dict[str, float]]) -> list[dict[str, Any]]:

@@ -62,7 +62,7 @@ def test_text_files_as_passages_lines_or_whole(tmp_path):
     assert [text.count("Paragraph") for text in texts] == [2, 2, 2]
     assert " ".join(texts).split() == " ".join(paragraphs).split()
     assert len(read(tmp_path, txt_documents="line")[0]) == 12
-    assert len(read(tmp_path, txt_documents="file")[0]) == 1
+    assert read(tmp_path, txt_documents="file")[0] == ["\n\n\n".join(paragraphs)]
     # A line that is long enough is a document, as where each line holds an article.
     (tmp_path / "a.txt").write_text("\n".join("word " * 40 for _ in range(3)))
     assert len(read(tmp_path, passage_bytes=50)[0]) == 3
@@ -140,6 +140,9 @@ def test_a_line_of_50_mb_is_dropped_without_being_held(tmp_path):
         tracemalloc.stop()
         assert found == (["fine"], {"too_long": 1})
         assert peak < 20e6, f"{name}: {peak / 1e6:.0f} MB"
+    for unit in ("passage", "file"):
+        expected = (["fine"] if unit == "passage" else [], {"too_long": 1})
+        assert read(tmp_path / "b.txt", max_document_bytes=2_000_000, txt_documents=unit) == expected
 
 
 def test_one_file_of_a_folder_may_be_damaged(tmp_path):

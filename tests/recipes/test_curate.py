@@ -157,6 +157,16 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(corpus, monkeypatch, capsy
     assert not (out / "unfinished").exists()
 
 
+def test_a_run_that_ended_before_its_report_is_completed(corpus, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("hfllm.reporting.Report.write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            run(*corpus.flags)
+    assert run(*corpus.flags)["documents_kept"] == 30
+    assert len(load_source(str(corpus.folder / "out" / "data"))) == 30
+    assert not (corpus.folder / "out" / "unfinished").exists()
+
+
 def test_an_interrupted_run_on_other_data_begins_anew(corpus, monkeypatch):
     from hfllm.data.curation import pipeline
 

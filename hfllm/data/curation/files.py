@@ -69,38 +69,39 @@ def decoded(place: str, raw: bytes) -> Item:
 
 def _text(lines: Iterable[bytes | None], options: CurationOptions) -> Iterator[Item]:
     """A .txt file as lines, as passages of whole paragraphs, or as one document."""
-    unit, buffer, size, first = options.txt_documents, [], 0, 1
-    # A file is one passage that never fills up.
-    wanted = options.max_document_bytes if unit == "file" else options.passage_bytes
-    most = options.max_document_bytes if unit == "file" else 2 * wanted
-    for number, line in enumerate(lines, 1):
-        if number == 1 and line is not None:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if line is None or unit == "line":
+    if options.txt_documents == "line":
+        for number, line in enumerate(lines, 1):
             if line is None:
                 yield f"line {number}", None, "too_long"
             elif line.strip():
                 yield decoded(f"line {number}", _trimmed([line]))
-            continue
-        full = size + len(line) > most or (size >= wanted and not line.strip())
-        if full and buffer:
-            if unit == "file":
-                yield "file", None, "too_long"
-                return
-            yield decoded(f"line {first}", _trimmed(buffer))
-            buffer, size = [], 0
-        if not buffer:
-            first = number
-        if line.strip() or buffer:
-            buffer.append(line)
+        return
+    whole = options.txt_documents == "file"
+    # A file is one passage that must not fill up.
+    least = options.max_document_bytes if whole else options.passage_bytes
+    most = least if whole else 2 * least
+    passage, size, first = [], 0, 1
+    for number, line in enumerate(lines, 1):
+        full = line is None or size + len(line) > most or (size >= least and not line.strip())
+        if full and whole:
+            yield "file", None, "too_long"
+            return
+        if full and passage:
+            yield decoded(f"line {first}", _trimmed(passage))
+            passage, size = [], 0
+        if line is None:
+            yield f"line {number}", None, "too_long"
+        elif line.strip() or passage:
+            first = first if passage else number
+            passage.append(line)
             size += len(line)
-    if buffer:
-        yield decoded("file" if unit == "file" else f"line {first}", _trimmed(buffer))
+    if passage:
+        yield decoded("file" if whole else f"line {first}", _trimmed(passage))
 
 
 def _trimmed(lines: list[bytes]) -> bytes:
-    """Lines as one text with plain line ends, and none at its own end."""
-    return b"".join(lines).replace(b"\r\n", b"\n").strip(b"\n")
+    """Lines as one text with plain line ends, without the mark that may begin a file, and no empty lines around it."""
+    return b"".join(lines).removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").strip(b"\n")
 
 
 def _jsonl(lines: Iterable[bytes | None], options: CurationOptions) -> Iterator[Item]:
