@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from hfllm.data.curation.options import CurationOptions
+from hfllm.data.curation.options import FILTERS, CurationOptions
 from hfllm.data.curation.pipeline import curation_stages, read_statistics, run_stages
 from hfllm.data.pydoc_corpus import pydoc_documents
 from hfllm.reporting import markdown_table, write_atomically
@@ -66,7 +66,7 @@ def generate(path: Path, megabytes: float, seed: int = 0) -> int:
     return count
 
 
-def measure(path: str) -> dict:
+def measure(path: str, filters: list[str]) -> dict:
     """Curate one file in this process."""
     with tempfile.TemporaryDirectory() as folder:
         words, tests = Path(folder) / "words.txt", Path(folder) / "tests.jsonl"
@@ -75,7 +75,8 @@ def measure(path: str) -> dict:
         with tests.open("w") as stream:
             for _ in range(7500):
                 stream.write(json.dumps({"text": " ".join(f"w{rng.randrange(9999)}" for _ in range(100))}) + "\n")
-        options = CurationOptions(dataset_name=path, toxic_words=[str(words)], decontaminate=[str(tests)])
+        lists = {"toxic_words": [str(words)], "decontaminate": [str(tests)]}
+        options = CurationOptions(dataset_name=path, filters=filters, **lists)
         began, cpu = time.perf_counter(), time.process_time()
         stages = curation_stages(options, folder)
         set_up = time.process_time() - cpu
@@ -91,18 +92,19 @@ def measure(path: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, nargs="+", default=[1, 10, 100])
+    parser.add_argument("--filters", nargs="+", default=list(FILTERS))
     parser.add_argument("--output", type=Path)
     parser.add_argument("--measure", help="(used by the script itself) curate this file and print figures as JSON")
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(arguments.measure)))
+        print(json.dumps(measure(arguments.measure, arguments.filters)))
         return
     sizes, shares = [], []
     for megabytes in arguments.megabytes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "input.jsonl"
             count = generate(path, megabytes)
-            command = [sys.executable, __file__, "--measure", str(path)]
+            command = [sys.executable, __file__, "--measure", str(path), "--filters", *arguments.filters]
             found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         kept = next(totals["documents"] for step, _, totals in found["steps"] if step == "kept")
         sizes.append(

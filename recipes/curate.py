@@ -190,13 +190,14 @@ def reason_rows(totals: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
 
 
 def source_rows(script_args: CurateArguments, totals: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
-    """Documents read and kept of each source; the largest twenty, and the rest together."""
+    """Documents read and documents, words and bytes kept of each source; the largest twenty, and the rest together."""
     rows = [
         {
             "source": name.removeprefix("source:"),
             "documents read": int(count),
             "documents kept": int(totals["kept"].get(name, 0)),
-            "bytes kept": int(totals["kept"].get(f"bytes:{name.removeprefix('source:')}", 0)),
+            "words kept": int(totals["kept"].get(name.replace("source:", "words:", 1), 0)),
+            "bytes kept": int(totals["kept"].get(name.replace("source:", "bytes:", 1), 0)),
         }
         for name, count in totals["read"].items()
         if name.startswith("source:")

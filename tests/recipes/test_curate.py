@@ -112,6 +112,9 @@ def test_every_drop_is_counted_and_the_rest_can_be_pretrained_on(corpus, capsys)
     report = json.loads((out / "report.json").read_text())
     assert report["metrics"] == metrics and report["stage"] == "curate"
     text = (out / "report.md").read_text()
+    (row,) = [line.split("|") for line in text.splitlines() if line.startswith("| b.txt ")]
+    words = sum(len(text.split()) for text in corpus.good[:10])
+    assert [int(cell) for cell in row[2:6]] == [10, 10, words, sum(len(text) for text in corpus.good[:10])]
     for example in ("c.jsonl:line 2", "is_de", "What a grump", "| b.txt ", "near_duplicate"):
         assert example in text, example
     assert (out / "funnel.png").read_bytes().startswith(b"\x89PNG")

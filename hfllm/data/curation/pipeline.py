@@ -158,7 +158,7 @@ class LeftReader(PipelineStep):
 
 
 class Tally(PipelineStep):
-    """Counts what is kept: documents, characters, UTF-8 bytes and words, and documents and bytes of each source."""
+    """Counts what is kept: documents, characters, UTF-8 bytes and words, and most of it for each source."""
 
     type = "📊 - STATS"
     name = "kept"
@@ -166,11 +166,11 @@ class Tally(PipelineStep):
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         for doc in data:
             with self.track_time():
-                size, source = len(doc.text.encode()), doc.metadata[SOURCE]
+                size, words, source = len(doc.text.encode()), len(words_of(doc.text)), doc.metadata[SOURCE]
                 self.stat_update("documents", f"{SOURCE}:{source}")
                 self.stat_update("characters", value=len(doc.text))
                 self.stat_update("bytes", f"bytes:{source}", value=size)
-                self.stat_update("words", value=len(words_of(doc.text)))
+                self.stat_update("words", f"words:{source}", value=words)
             yield doc
 
 
