@@ -21,7 +21,7 @@ class Report:
         arguments: the flags that it ran with.
         metrics: numbers by stable names (documented in docs/).
         tables: title -> rows, each a mapping of column to value.
-        curves: plot file stem -> its `Plot`.
+        curves: plot file stem -> its `Plot` or `Bars`.
         artifacts: what was saved, name -> path relative to the output folder.
         wall_seconds: how long the stage took.
         next_steps: lines that load or try the result.
@@ -31,7 +31,7 @@ class Report:
     arguments: Mapping[str, Any]
     metrics: dict[str, float]
     tables: dict[str, list[Mapping[str, Any]]] = field(default_factory=dict)
-    curves: dict[str, "Plot"] = field(default_factory=dict)
+    curves: dict[str, "Plot | Bars"] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
     wall_seconds: float = 0.0
     next_steps: Sequence[str] = ()
@@ -103,12 +103,7 @@ class Plot:
         lines = {label: (x, y) for label, (x, y) in self.lines.items() if len(x)}
         if not lines:
             return False
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=120)
+        figure, axes = _figure(4.2)
         for label, (x, y) in lines.items():
             marker = "o" if self.points_only or len(x) < 40 else None
             axes.plot(x, y, label=label, linewidth=0 if self.points_only else 1.6, marker=marker, markersize=3)
@@ -116,12 +111,53 @@ class Plot:
         axes.grid(alpha=0.3)
         if len(lines) > 1:
             axes.legend()
-        figure.tight_layout()
-        temporary = path.with_suffix(".tmp.png")
-        figure.savefig(temporary)
-        pyplot.close(figure)
-        os.replace(temporary, path)
+        _save(figure, path)
         return True
+
+
+@dataclass
+class Bars:
+    """Horizontal bars from the top down: `values` maps a label to its length, `notes` to what stands at its end."""
+
+    title: str
+    xlabel: str
+    values: Mapping[str, float]
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    def draw(self, path: Path) -> bool:
+        """Draw to a PNG; nothing is drawn, and False returned, when there is no bar."""
+        if not self.values:
+            return False
+        figure, axes = _figure(1.2 + 0.34 * len(self.values))
+        bars = axes.barh(list(self.values), list(self.values.values()), color="tab:blue")
+        axes.bar_label(bars, [self.notes.get(label, "") for label in self.values], padding=4, fontsize=8)
+        axes.invert_yaxis()
+        axes.margins(x=0.25)
+        axes.set(title=self.title, xlabel=self.xlabel)
+        axes.grid(alpha=0.3, axis="x")
+        axes.set_axisbelow(True)
+        _save(figure, path)
+        return True
+
+
+def _figure(height: float) -> tuple[Any, Any]:
+    """A figure of 7 by `height` inches and its axes, drawn without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(7, height), dpi=120)
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.tight_layout()
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary)
+    pyplot.close(figure)
+    os.replace(temporary, path)
 
 
 def plot_history(history: Sequence[Mapping[str, float]], keys: Mapping[str, str], **labels: str) -> Plot:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hfllm.reporting import Plot, Report, plot_history, read_report, write_atomically
+from hfllm.reporting import Bars, Plot, Report, plot_history, read_report, write_atomically
 
 
 def make(**overrides):
@@ -15,16 +15,24 @@ def make(**overrides):
 def test_report_files(tmp_path):
     plot = Plot("title", "x", "y", {"one": ([1, 2], [3.0, 4.0]), "none": ([], [])})
     rows = [{"prompt": "a | b\nc", "after": 0.5}]
-    make(curves={"loss": plot, "empty": Plot("t", "x", "y", {"none": ([], [])})}, tables={"Samples": rows}).write(
-        tmp_path
-    )
+    bars = Bars("title", "x", {"one": 3, "two": 1.5}, {"one": "three"})
+    make(
+        curves={
+            "loss": plot,
+            "bars": bars,
+            "no_bars": Bars("t", "x", {}),
+            "empty": Plot("t", "x", "y", {"none": ([], [])}),
+        },
+        tables={"Samples": rows},
+    ).write(tmp_path)
     report = read_report(tmp_path)
     assert report["metrics"] == {"loss": 1.5}
-    assert report["artifacts"] == {"loss": "loss.png"}
+    assert report["artifacts"] == {"loss": "loss.png", "bars": "bars.png"}
     assert report["environment"]["torch"]
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("loss.png", "bars.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "| a \\| b / c | 0.5   |" in (tmp_path / "report.md").read_text()
-    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "loss.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "loss.png", "bars.png"}
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

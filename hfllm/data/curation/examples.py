@@ -1,0 +1,48 @@
+"""A few of the documents that a step dropped, kept for the report."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from datatrove.data import Document
+
+EXCERPT = 300
+
+
+class Examples:
+    """Stands where datatrove's filters take a writer for what they drop, and keeps the first few of each reason.
+
+    Args:
+        folder: where `<step>-<rank>.json` goes when the step ends.
+        step: the step's name.
+        most: documents for each reason.
+    """
+
+    def __init__(self, folder: str, step: str, most: int):
+        self.folder, self.step, self.most = folder, step, most
+        self.rows: list[dict[str, str]] = []
+        self.counts: Counter[str] = Counter()
+        self.rank = 0
+
+    def __enter__(self) -> "Examples":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.rows:
+            Path(self.folder).mkdir(parents=True, exist_ok=True)
+            path = Path(self.folder) / f"{self.step}-{self.rank:05d}.json"
+            path.write_text(json.dumps(self.rows), encoding="utf-8")
+
+    def write(self, document: Document, rank: int = 0) -> None:
+        """Note a dropped document; its reason is in `metadata["filter_reason"]`."""
+        reason = document.metadata.get("filter_reason", self.step)
+        self.rank = rank
+        self.counts[reason] += 1
+        if self.counts[reason] <= self.most:
+            text = " ".join(document.text[: 2 * EXCERPT].split())[:EXCERPT]
+            self.rows.append({"step": self.step, "reason": reason, "document": document.id, "text": text})
+
+
+def read_examples(folder: str | Path) -> list[dict[str, str]]:
+    """All rows that were written to `folder`, in the order of step names and ranks."""
+    return [row for path in sorted(Path(folder).glob("*.json")) for row in json.loads(path.read_text("utf-8"))]

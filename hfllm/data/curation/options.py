@@ -1,0 +1,98 @@
+"""Every setting of curation. Importing this needs no extra."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hfllm.errors import InputError
+
+PYDOC = "pydoc"
+FILTERS = (
+    *("length", "language", "gopher_quality", "gopher_repetition", "c4_quality", "spam", "toxicity"),
+    *("decontamination", "exact_duplicates", "near_duplicates", "perplexity"),
+)
+TXT_DOCUMENTS = ("passage", "line", "file")
+OUTPUT_FORMATS = ("jsonl", "parquet")
+
+
+def _option(default, help: str):
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class CurationOptions:
+    """What is read, what is dropped, and how the work is cut up. The defaults suit English web text.
+
+    Raises:
+        InputError: for a value that makes no sense.
+    """
+
+    dataset_name: str = _option(
+        PYDOC, "'pydoc' (this Python's own documentation), a file, a folder, or a dataset id on the Hub."
+    )
+    dataset_train_split: str = _option("train", "Split of a Hub dataset to read.")
+    text_column: str | None = _option(None, "Column of the text; by default 'text', else 'content'.")
+    txt_documents: str = _option("passage", "What one document of a .txt file is: passage, line or file.")
+    passage_bytes: int = _option(4000, "Paragraphs of a .txt file are joined to passages of this many bytes or more.")
+    max_document_bytes: int = _option(5_000_000, "Longer lines, passages and cells are dropped, unread.")
+    max_samples: int | None = _option(None, "Read at most this many documents in each task.")
+
+    filters: list[str] = _option(FILTERS, f"Which filters run, in their own order: {', '.join(FILTERS)}.")
+    min_words: int = _option(10, "length: fewest words of a document.")
+    languages: list[str] = _option(("en",), "language: ISO 639 codes to keep.")
+    min_language_score: float = _option(0.65, "language: least probability of the language.")
+    min_quality_words: int = _option(50, "gopher_quality: fewest words.")
+    max_quality_words: int = _option(100_000, "gopher_quality: most words.")
+    min_stop_words: int = _option(2, "gopher_quality: fewest different English stop words.")
+    min_sentences: int = _option(3, "c4_quality: fewest sentences in the lines that remain.")
+    min_line_words: int = _option(5, "c4_quality: fewest words of a line that remains.")
+    max_spam_score: float = _option(0.5, "spam: highest probability of spam.")
+    spam_train_file: str | None = _option(
+        None, "spam: refit the weights on this file (columns label, spam or ham, and text)."
+    )
+    toxic_words: list[str] = _option((), "toxicity: files of words and phrases, one a line; without any it is off.")
+    max_toxic_matches: int = _option(0, "toxicity: most matches of the list in a document.")
+    decontaminate: list[str] = _option((), "decontamination: files, folders or Hub ids of evaluation sets.")
+    contamination_ngram: int = _option(13, "decontamination: words in a row that give a document away.")
+    minhash_ngram: int = _option(5, "near_duplicates: words in a shingle.")
+    minhash_buckets: int = _option(14, "near_duplicates: bands of the signature.")
+    minhash_hashes: int = _option(8, "near_duplicates: hashes in a band.")
+    max_perplexity_quantile: float = _option(0.98, "perplexity: share of the least surprising documents to keep.")
+    perplexity_model: str = _option(
+        "corpus", "perplexity: 'corpus' (byte 5-grams of a sample), 'pydoc' (of that corpus) or a causal LM."
+    )
+
+    output_format: str = _option("jsonl", "Shards as jsonl (gzipped) or parquet.")
+    tasks: int = _option(1, "Parts that the input files are dealt out to, and shards that come out.")
+    workers: int = _option(1, "Tasks that run at once on this machine.")
+    examples: int = _option(3, "Dropped documents to show for each reason and task.")
+    seed: int = _option(42, "Seed of the samples and the hashes.")
+
+    def __post_init__(self) -> None:
+        _one_of("--txt_documents", self.txt_documents, TXT_DOCUMENTS)
+        _one_of("--output_format", self.output_format, OUTPUT_FORMATS)
+        for name in self.filters:
+            _one_of("--filters", name, FILTERS)
+        for name in ("tasks", "workers", "minhash_ngram", "minhash_buckets", "minhash_hashes", "contamination_ngram"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("max_document_bytes", self.max_document_bytes, 1000)
+        _at_least("passage_bytes", self.passage_bytes, 1)
+        for name in ("min_language_score", "max_spam_score", "max_perplexity_quantile"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"--{name} must lie in [0, 1], got {getattr(self, name)}")
+
+    def uses(self, name: str) -> bool:
+        """Whether the filter `name` runs; those that work from a list need one."""
+        needs: dict[str, Sequence[str]] = {"toxicity": self.toxic_words, "decontamination": self.decontaminate}
+        return name in self.filters and bool(needs.get(name, (True,)))
+
+
+def _one_of(flag: str, value: str, accepted: Sequence[str]) -> None:
+    if value not in accepted:
+        raise InputError(f"{flag} {value!r}; accepted: {', '.join(accepted)}")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise InputError(f"--{name} must be at least {least}, got {value}")

@@ -1,0 +1,183 @@
+"""Documents that a reference model finds most surprising are dropped, as CCNet does (Wenzek et al. 2020).
+
+The threshold is a quantile of the surprise in a sample of the corpus. By default the model is counted on that sample
+too: the sample is cut in two by a hash of the text, and each document is judged by the model that did not see its
+half, so that a small corpus, which is all sample, is not judged by its own memory.
+"""
+
+import heapq
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.filters.base_filter import BaseFilter
+
+from hfllm.data.curation.dedup import marked
+from hfllm.data.curation.ngram_model import ByteNgramModel
+from hfllm.data.curation.options import PYDOC, CurationOptions
+from hfllm.data.curation.text import hash_text
+from hfllm.data.pydoc_corpus import pydoc_documents
+from hfllm.errors import InputError
+
+SAMPLE = 2048  # documents of all tasks
+EXCERPT = 2000  # characters of each
+JUDGED = 1000  # characters of a document that the n-gram model scores
+FEWEST = 100  # a quantile of fewer documents says nothing
+CONTEXT = 512  # tokens that a causal model sees
+
+
+class Sample(PipelineStep):
+    """Passes documents on, and writes those with the lowest hashes of `seed` and id as `<task>.json`."""
+
+    type = "🎲 - SAMPLE"
+    name = "sample"
+
+    def __init__(self, folder: str, seed: int = 42):
+        super().__init__()
+        self.folder, self.seed = folder, seed
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        size = max(64, SAMPLE // world_size)
+        lowest: list[tuple[int, int, str]] = []
+        for place, doc in enumerate(data):
+            with self.track_time():
+                item = (-hash_text(doc.id, self.seed), place, doc.text[:EXCERPT])
+                if len(lowest) < size:
+                    heapq.heappush(lowest, item)
+                elif item > lowest[0]:
+                    heapq.heapreplace(lowest, item)
+            yield doc
+        Path(self.folder).mkdir(parents=True, exist_ok=True)
+        rows = sorted((place, text) for _, place, text in lowest)
+        (Path(self.folder) / f"{rank:05d}.json").write_text(json.dumps(rows), encoding="utf-8")
+
+
+class CorpusJudge:
+    """Two byte n-gram models, each counted on one half of the sample."""
+
+    def __init__(self, texts: Iterable[str]):
+        halves: tuple[list[str], list[str]] = ([], [])
+        for text in texts:
+            halves[_half(text)].append(text)
+        self.models = [ByteNgramModel(half) for half in halves]
+
+    def __call__(self, text: str) -> float:
+        return self.models[1 - _half(text)].bits_per_byte(text[:JUDGED])
+
+
+class CausalJudge:
+    """A causal language model of transformers; judges the first 512 tokens, in bits a byte."""
+
+    def __init__(self, name: str):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.model = AutoModelForCausalLM.from_pretrained(name).eval()
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or CONTEXT
+        self.length = min(CONTEXT, context)
+
+    def __call__(self, text: str) -> float:
+        import torch
+
+        text = text[:EXCERPT]
+        start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        ids = start + self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([ids[: self.length]])
+        if ids.shape[1] < 2:
+            return 0.0
+        with torch.no_grad():
+            loss = self.model(input_ids=ids, labels=ids).loss.item()
+        scored = self.tokenizer.decode(ids[0, 1:], skip_special_tokens=True)
+        return loss * (ids.shape[1] - 1) / math.log(2) / max(1, len(scored.encode()))
+
+
+def _half(text: str) -> int:
+    return hash_text(text[:EXCERPT]) & 1
+
+
+class FitPerplexity(PipelineStep):
+    """Reads the sample, without its duplicates, and writes the threshold to `threshold.json`.
+
+    The models are counted anew from the sample by each task that uses them: that takes seconds, and no model file has
+    to be trusted.
+    """
+
+    type = "🎲 - SAMPLE"
+    name = "perplexity_threshold"
+
+    def __init__(self, folder: str, duplicates: str, options: CurationOptions):
+        super().__init__()
+        self.folder, self.duplicates, self.options = folder, duplicates, options
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        with self.track_time():
+            texts = []
+            for path in sorted(Path(self.folder).glob("[0-9]*.json")):
+                task = int(path.stem)
+                dropped = marked(self.duplicates, "exact", task) | marked(self.duplicates, "near", task)
+                rows = json.loads(path.read_text("utf-8"))
+                texts += [text for place, text in rows if place not in dropped]
+            threshold = None
+            if len(texts) >= FEWEST:
+                judge = make_judge(self.options.perplexity_model, texts)
+                threshold = float(np.quantile([judge(text) for text in texts], self.options.max_perplexity_quantile))
+            found = {"threshold": threshold, "texts": texts}
+            (Path(self.folder) / "threshold.json").write_text(json.dumps(found), encoding="utf-8")
+        yield from ()
+
+
+def check_judge(model: str) -> None:
+    """Look for the model's config and tokenizer, before hours are spent on the stages before it.
+
+    Raises:
+        InputError: when either cannot be loaded.
+    """
+    if model in ("corpus", PYDOC):
+        return
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        AutoConfig.from_pretrained(model)
+        AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--perplexity_model {model!r} could not be loaded: {' '.join(str(error).split())[:200]}"
+        ) from None
+
+
+def make_judge(model: str, texts: list[str]) -> Any:
+    """A function from a text to bits a byte; `model` as `CurationOptions.perplexity_model` says."""
+    if model == "corpus":
+        return CorpusJudge(texts)
+    if model == PYDOC:
+        return CorpusJudge(text for _, text in pydoc_documents())
+    return CausalJudge(model)
+
+
+class PerplexityFilter(BaseFilter):
+    """Drops documents above the threshold that `FitPerplexity` wrote; none where the sample was too small for one."""
+
+    name = "perplexity"
+
+    def __init__(self, folder: str, model: str, exclusion_writer=None):
+        super().__init__(exclusion_writer)
+        self.folder, self.model = folder, model
+        self._threshold, self._judge = None, None
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        fitted = json.loads((Path(self.folder) / "threshold.json").read_text("utf-8"))
+        self._threshold = fitted["threshold"]
+        if self._threshold is not None:
+            with self.track_time("task"):
+                self._judge = make_judge(self.model, fitted["texts"])
+        yield from super().run(data, rank, world_size)
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        if self._judge is None:
+            return True
+        return self._judge(doc.text) <= self._threshold or (False, "surprising")

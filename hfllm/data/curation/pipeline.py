@@ -1,0 +1,220 @@
+"""The stages of curation as datatrove pipelines, and running them on this machine.
+
+    filter       read | filters | decontamination | sample | write what is left | signatures      (tasks)
+    bands        pairs of documents that share a band of their signatures                        (bands)
+    duplicates   groups of pairs; the first of each group stays                                      (1)
+    perplexity   the threshold, from the sample without its duplicates                               (1)
+    write        read what was left | duplicates | perplexity | shards                           (tasks)
+
+Between stages everything is on disk, so each runs under any of datatrove's executors: see docs/curation.md.
+"""
+
+import gzip
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.executor.local import LocalPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.dedup.minhash import MinhashDedupBuckets
+from datatrove.pipeline.filters.base_filter import BaseFilter
+from datatrove.pipeline.writers import JsonlWriter, ParquetWriter
+from loguru import logger
+
+from hfllm.data.curation import content, quality
+from hfllm.data.curation.decontamination import DecontaminationFilter, evaluation_texts
+from hfllm.data.curation.dedup import DuplicateFilter, DuplicateSignature, MarkDuplicates, minhash_config
+from hfllm.data.curation.examples import Examples
+from hfllm.data.curation.inputs import find_inputs
+from hfllm.data.curation.options import CurationOptions
+from hfllm.data.curation.perplexity import FitPerplexity, PerplexityFilter, Sample, check_judge
+from hfllm.data.curation.reader import SOURCE, DocumentReader
+from hfllm.data.curation.spam import SpamModel, fit, read_labelled
+from hfllm.data.curation.text import words_of
+
+SHARDS = "data"
+
+
+@dataclass
+class Stage:
+    """One pipeline, and how many tasks it is dealt out to."""
+
+    name: str
+    pipeline: list[PipelineStep]
+    tasks: int
+
+
+def document_filters(options: CurationOptions, examples: Callable[[str], Examples | None]) -> list[BaseFilter]:
+    """The filters that judge a document by itself, in their order: the cheap and the harsh ones first.
+
+    Args:
+        examples: from a filter's name to what keeps examples of its drops.
+    """
+    kinds: dict[str, Callable[[], BaseFilter]] = {
+        "length": lambda: quality.LengthFilter(options.min_words),
+        "language": lambda: content.LanguageFilter(options.languages, options.min_language_score),
+        "gopher_quality": lambda: quality.GopherQualityFilter(
+            options.min_quality_words, options.max_quality_words, options.min_stop_words
+        ),
+        "gopher_repetition": lambda: quality.GopherRepetitionFilter(),
+        "c4_quality": lambda: quality.C4QualityFilter(options.min_sentences, options.min_line_words),
+        "spam": lambda: content.SpamFilter(_spam_model(options), options.max_spam_score),
+        "toxicity": lambda: content.ToxicityFilter(
+            content.read_phrases(options.toxic_words), options.max_toxic_matches
+        ),
+        "decontamination": lambda: DecontaminationFilter(
+            evaluation_texts(options.decontaminate), options.contamination_ngram
+        ),
+    }
+    filters = [make() for name, make in kinds.items() if options.uses(name)]
+    for step in filters:
+        step.exclusion_writer = examples(step.name)
+    return filters
+
+
+def _spam_model(options: CurationOptions) -> SpamModel:
+    return fit(*read_labelled(options.spam_train_file)) if options.spam_train_file else SpamModel()
+
+
+def curation_stages(options: CurationOptions, folder: str | Path) -> list[Stage]:
+    """All stages, to run one after the other.
+
+    Args:
+        folder: for what passes between stages, and for the shards in `data`; all tasks have to see it.
+
+    Raises:
+        InputError: when the dataset or a file that a filter needs cannot be read.
+    """
+    path = {name: str(Path(folder) / name) for name in ("left", "bands", "pairs", "marked", "sample", "examples")}
+    inputs, config = find_inputs(options), minhash_config(options)
+
+    def examples(step: str) -> Examples:
+        return Examples(path["examples"], step, options.examples)
+
+    exact, near = options.uses("exact_duplicates"), options.uses("near_duplicates")
+    perplexity, dedup = options.uses("perplexity"), exact or near
+    first: list[PipelineStep] = [DocumentReader(inputs, options, examples("read"))]
+    first += document_filters(options, examples)
+    first += [Sample(path["sample"], options.seed)] if perplexity else []
+    first += [ShardWriter(path["left"])]
+    first += [DuplicateSignature(path["bands"], config)] if dedup else []
+    last: list[PipelineStep] = [LeftReader(path["left"])]
+    last += [DuplicateFilter(path["marked"], "exact", examples("exact_duplicates"))] if exact else []
+    last += [DuplicateFilter(path["marked"], "near", examples("near_duplicates"))] if near else []
+    if perplexity:
+        check_judge(options.perplexity_model)
+        last += [PerplexityFilter(path["sample"], options.perplexity_model, examples("perplexity"))]
+    last += [Tally(), shard_writer(str(Path(folder) / SHARDS), options.output_format)]
+    stages = [Stage("filter", first, options.tasks)]
+    if dedup:
+        bands = MinhashDedupBuckets(path["bands"], path["pairs"], config=config, lines_to_buffer=4096)
+        stages += [Stage("bands", [bands], config.num_buckets)]
+        stages += [Stage("duplicates", [MarkDuplicates(path["pairs"], path["marked"], config, exact, near)], 1)]
+    if perplexity:
+        stages += [Stage("perplexity", [FitPerplexity(path["sample"], path["marked"], options)], 1)]
+    return [*stages, Stage("write", last, options.tasks)]
+
+
+class ShardWriter(PipelineStep):
+    """Writes what the first stage left as `<task>.jsonl.gz`, a file for every task, and passes it on."""
+
+    type = "💽 - WRITER"
+    name = "left"
+
+    def __init__(self, folder: str):
+        super().__init__()
+        self.folder = folder
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        Path(self.folder).mkdir(parents=True, exist_ok=True)
+        # Level 1: it is read once and removed.
+        with gzip.open(Path(self.folder) / f"{rank:05d}.jsonl.gz", "wb", compresslevel=1) as stream:
+            for doc in data:
+                with self.track_time():
+                    row = {"text": doc.text, "id": doc.id, SOURCE: doc.metadata[SOURCE]}
+                    stream.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+                yield doc
+
+
+class LeftReader(PipelineStep):
+    """Reads back what `ShardWriter` wrote in the same task, with each document's place in it."""
+
+    type = "📖 - READER"
+    name = "left_again"
+
+    def __init__(self, folder: str):
+        super().__init__()
+        self.folder = folder
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        with gzip.open(Path(self.folder) / f"{rank:05d}.jsonl.gz", "rb") as stream:
+            for place, line in enumerate(stream):
+                with self.track_time():
+                    row = orjson.loads(line)
+                yield Document(row["text"], row["id"], metadata={SOURCE: row[SOURCE], "place": place})
+
+
+class Tally(PipelineStep):
+    """Counts what is kept: documents, characters, UTF-8 bytes and words, and most of it for each source."""
+
+    type = "📊 - STATS"
+    name = "kept"
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        for doc in data:
+            with self.track_time():
+                size, words, source = len(doc.text.encode()), len(words_of(doc.text)), doc.metadata[SOURCE]
+                self.stat_update("documents", f"{SOURCE}:{source}")
+                self.stat_update("characters", value=len(doc.text))
+                self.stat_update("bytes", f"bytes:{source}", value=size)
+                self.stat_update("words", f"words:{source}", value=words)
+            yield doc
+
+
+def shard_writer(folder: str, output_format: str) -> JsonlWriter | ParquetWriter:
+    """datatrove's writer, for rows of `text`, `id` and `source`."""
+
+    def row(self, document: Document) -> dict[str, str]:
+        return {"text": document.text, "id": document.id, SOURCE: document.metadata[SOURCE]}
+
+    if output_format == "parquet":
+        return ParquetWriter(folder, "${rank}.parquet", adapter=row, max_file_size=-1)
+    return JsonlWriter(folder, "${rank}.jsonl.gz", adapter=row)
+
+
+class QuietExecutor(LocalPipelineExecutor):
+    """datatrove's local executor without its log lines: the recipe prints and reports by itself."""
+
+    def _run_for_rank(self, *args, **kwargs):
+        logger.disable("datatrove")
+        return super()._run_for_rank(*args, **kwargs)
+
+
+def run_stages(stages: list[Stage], folder: str | Path, workers: int, announce: Callable[[str], None] = print) -> None:
+    """Run all stages on this machine. A stage's tasks that have already finished in `folder` are not run again."""
+    logger.disable("datatrove")
+    for stage in stages:
+        announce(f"curate: {stage.name}")
+        tasks, logs = stage.tasks, str(Path(folder) / "logs" / stage.name)
+        QuietExecutor(stage.pipeline, tasks=tasks, workers=min(workers, tasks), logging_dir=logs).run()
+
+
+def read_statistics(stages: list[Stage], folder: str | Path) -> Iterator[tuple[str, float, dict[str, float]]]:
+    """(step, seconds, totals of its statistics) in the order of the pipelines, summed over tasks."""
+    for stage in stages:
+        files = [Path(folder) / "logs" / stage.name / "stats" / f"{task:05d}.json" for task in range(stage.tasks)]
+        by_task = [json.loads(path.read_text("utf-8")) for path in files]
+        for index, step in enumerate(stage.pipeline):
+            seconds, totals = 0.0, {}
+            for steps in by_task:
+                seconds += _total(steps[index]["time_stats"])
+                for name, value in steps[index]["stats"].items():
+                    totals[name] = totals.get(name, 0) + _total(value)
+            yield step.name, totals.pop("seconds", seconds), totals
+
+
+def _total(value: dict | float) -> float:
+    return value["total"] if isinstance(value, dict) else value

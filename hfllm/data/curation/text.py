@@ -1,0 +1,61 @@
+"""Words of a text and hashes of their n-grams: what several filters need of the same document."""
+
+import re
+from functools import lru_cache
+from hashlib import blake2b
+
+import numpy as np
+
+# Scripts without spaces, where each character counts as a word: kana, Han, Thai, Lao, Burmese, Khmer.
+UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+WORD = re.compile(rf"\d+(?:[.,]\d+)+|[{UNSPACED}]|[^\W{UNSPACED}]+(?:['’][^\W{UNSPACED}]+)*")
+_UNSAID = str.maketrans("", "", ".,'’")
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio
+_MIXER = np.uint64(0xFF51AFD7ED558CCD)  # of MurmurHash3's finalizer (Austin Appleby, public domain)
+
+
+# Filters run one after the other on one document, so a cache of two spares all but one of them the work.
+@lru_cache(maxsize=2)
+def words_of(text: str) -> tuple[str, ...]:
+    """The words of `text` as they stand: runs of letters and digits, with the apostrophes and number marks in them."""
+    return tuple(WORD.findall(text))
+
+
+@lru_cache(maxsize=2)
+def word_hashes(text: str) -> np.ndarray:
+    """64-bit hashes of the words, without case, so that `1,000` is `1000` and `don't` is `dont`.
+
+    uint64 of shape (words,). The same on every machine.
+    """
+    words = words_of(text.lower())
+    return np.fromiter(map(_hash_word, words), np.uint64, len(words))
+
+
+@lru_cache(maxsize=1 << 16)
+def _hash_word(word: str) -> int:
+    return int.from_bytes(blake2b(word.translate(_UNSAID).encode(), digest_size=8).digest(), "little")
+
+
+def hash_text(text: str, seed: int = 0) -> int:
+    """A 64-bit hash of a whole text."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(8, "little")).digest(), "little")
+
+
+def hash_words(hashes: np.ndarray) -> np.ndarray:
+    """One hash of all words in their order. (words,) -> (1,), or (0,) for no words."""
+    return np.frombuffer(blake2b(hashes.tobytes(), digest_size=8).digest(), "<u8")[: len(hashes)]
+
+
+def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
+    """Hashes of all runs of `n` words. (words,) -> (max(0, words - n + 1),), uint64."""
+    count = max(0, len(hashes) - n + 1)
+    combined = np.zeros(count, np.uint64)
+    for offset in range(n):
+        combined = combined * _MULTIPLIER + hashes[offset : offset + count]
+    return mix(combined)
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """Spread the bits of uint64 values, so that any of them is as good as another."""
+    values = (values ^ (values >> np.uint64(33))) * _MIXER
+    return values ^ (values >> np.uint64(33))

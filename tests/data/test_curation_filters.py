@@ -1,0 +1,269 @@
+"""What each filter keeps and drops, and why."""
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+pytest.importorskip("datatrove", reason="needs the extra 'data'")
+
+from datatrove.data import Document
+
+from hfllm.data.curation.content import LanguageFilter, SpamFilter, ToxicityFilter, read_phrases
+from hfllm.data.curation.decontamination import DecontaminationFilter, evaluation_texts
+from hfllm.data.curation.html_text import html_to_text
+from hfllm.data.curation.quality import (
+    C4QualityFilter,
+    GopherQualityFilter,
+    GopherRepetitionFilter,
+    LengthFilter,
+    repeated_ngram_share,
+    top_ngram_share,
+    unwrapped,
+)
+from hfllm.data.curation.spam import fit, read_labelled
+from hfllm.data.curation.text import word_hashes, words_of
+from hfllm.errors import InputError
+
+PROSE = (
+    "The river had been low all summer, and the people of the village walked across it to the market. "
+    "On the far bank stood a mill that nobody had used since the war, with its wheel still hanging in the air. "
+    "Children said that it turned at night, when the moon was full, though none of them had ever seen it. "
+    "My grandmother laughed at this and told us that she had once worked there, grinding barley for the brewers.\n"
+    "Later that year the rain came back. We had to take the long road over the bridge, and nobody spoke of the mill."
+)
+
+
+def verdict(step, text):
+    """`True`, or the reason."""
+    result = step.filter(Document(text, "id"))
+    return result if result is True else result[1]
+
+
+def test_prose_passes_every_rule():
+    for step in (
+        *(LengthFilter(), GopherQualityFilter(), GopherRepetitionFilter(), C4QualityFilter(), LanguageFilter()),
+        *(SpamFilter(), ToxicityFilter(["anything else"])),
+    ):
+        assert verdict(step, PROSE) is True, step.name
+
+
+def test_length():
+    assert verdict(LengthFilter(min_words=3), "one two three") is True
+    assert verdict(LengthFilter(min_words=3), "one two, - ...") == "too_short"
+    assert verdict(LengthFilter(), "token") == "too_short"
+
+
+def test_words_of_scripts_without_spaces_are_characters():
+    assert words_of("don't 1,000.5 x") == ("don't", "1,000.5", "x")
+    assert words_of("你好 ok 世界") == ("你", "好", "ok", "世", "界")
+    assert np.array_equal(word_hashes("Don’t pay 1,000"), word_hashes("don't PAY 1000"))
+    assert not np.array_equal(word_hashes("a b"), word_hashes("b a"))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("too few words of it", "too_few_words"),
+        (PROSE * 3, True),
+        (" ".join(["the", "of"] + ["a"] * 60), "mean_word_length"),
+        (" ".join(["the", "of"] + ["incomprehensibilities"] * 60), "mean_word_length"),
+        (PROSE + " #" * 12, "symbols"),
+        (PROSE + " well..." * 14, "symbols"),
+        ("\n".join(f"- {sentence}" for sentence in PROSE.replace("\n", " ").split(". ")), "bullet_lines"),
+        (PROSE.replace(". ", "...\n") + "...", "ellipsis_lines"),
+        (PROSE + " 123 456" * 20, "words_without_letters"),
+        (" ".join(f"{word}ish" for word in words_of(PROSE)), "stop_words"),
+    ],
+)
+def test_gopher_quality(text, reason):
+    assert verdict(GopherQualityFilter(max_words=500), text) == reason
+
+
+def test_gopher_quality_has_an_upper_length():
+    assert verdict(GopherQualityFilter(max_words=100), PROSE * 3) == "too_many_words"
+
+
+def shares_by_counting(words, n):
+    """Share of the top n-gram and of n-grams that repeat an earlier one, in the plain way."""
+    grams = [tuple(words[index : index + n]) for index in range(len(words) - n + 1)]
+    total, counts, seen, covered = sum(map(len, words)), Counter(grams), set(), set()
+    for index, gram in enumerate(grams):
+        if gram in seen:
+            covered |= set(range(index, index + n))
+        seen.add(gram)
+    top = max(counts.values(), default=0)
+    top_share = max((top * len("".join(gram)) for gram in counts if counts[gram] == top), default=0) / total
+    return min(1, top_share) if top > 1 else 0, sum(len(words[index]) for index in covered) / total
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ngram_shares_equal_those_of_plain_counting(seed):
+    rng = random.Random(seed)
+    words = [rng.choice(["red", "a", "house", "walks", "upon"][: seed + 2]) for _ in range(rng.randint(3, 80))]
+    hashes, ends = word_hashes(" ".join(words)), np.cumsum([0, *map(len, words)])
+    repeated = []
+    for n in range(2, 11):
+        top, again = shares_by_counting(words, n)
+        assert top_ngram_share(hashes, ends, n) == pytest.approx(top)
+        assert repeated_ngram_share(hashes, ends, n) == pytest.approx(again)
+        repeated.append(again)
+    # The filter stops at the first share that is low enough for all longer n-grams.
+    assert repeated == sorted(repeated, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("\n".join(["Click here to go on."] * 3 + ["Something else."]), "repeated_lines"),
+        ("\n\n".join(["A whole paragraph\nof two lines."] * 3), "repeated_paragraphs"),
+        (PROSE + " buy now" * 40, "top_2gram"),
+        (PROSE + " " + " ".join(PROSE.split()[:40]), "repeated_5grams"),
+        ("said twice, said twice", True),
+    ],
+)
+def test_gopher_repetition(text, reason):
+    assert verdict(GopherRepetitionFilter(), text) == reason
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (PROSE + "\nLorem ipsum dolor sit amet.", "lorem_ipsum"),
+        (PROSE + "\nint main() { return 0; }", "curly_bracket"),
+        ("Home\nAbout us\nContact\nOne sentence is all there is here.", "too_few_sentences"),
+    ],
+)
+def test_c4_drops_pages(text, reason):
+    assert verdict(C4QualityFilter(), text) == reason
+
+
+def test_c4_removes_lines_and_keeps_the_rest():
+    noise = ["Menu", "Too short.", "You must enable Javascript to see this page.", "We use cookies on this site now."]
+    page = Document("\n".join([noise[0], *PROSE.split("\n"), *noise[1:], "This line goes on and on and ..."]), "id")
+    assert C4QualityFilter().filter(page) is True
+    assert page.text == PROSE
+
+
+def test_c4_cuts_the_tail_of_a_line_that_is_an_article():
+    article = " ".join(PROSE.split())
+    page = Document(f"{article} See also: Mills, Rivers", "id")
+    assert C4QualityFilter().filter(page) is True
+    assert page.text == article
+
+
+def test_c4_takes_the_paragraphs_of_wrapped_text_for_its_lines():
+    book = (
+        "The river had been low all summer, and the people of the village walked\n"
+        "across it to the market, where they sold what little they had grown and\n"
+        "bought thread.\n\nNobody spoke of the mill, which had not been used since the war came to\n"
+        "that valley. It was still there. The wheel hung in the air."
+    )
+    assert len(unwrapped(book)) == 2
+    page = Document(book, "id")
+    assert C4QualityFilter().filter(page) is True
+    assert page.text == book
+
+
+def test_language():
+    step = LanguageFilter(["en"])
+    assert verdict(step, "Alle Menschen sind frei und gleich an Würde und Rechten geboren.") == "is_de"
+    assert verdict(step, "Tous les êtres humains naissent libres et égaux en dignité et en droits.") == "is_fr"
+    assert verdict(LanguageFilter(min_score=1.01), PROSE) == "uncertain"
+    assert verdict(LanguageFilter(["de", "fr"]), "Alle Menschen sind frei und gleich an Würde geboren.") is True
+    assert verdict(step, PROSE.upper()) is True
+    # A foreign title does not decide about a long text.
+    assert verdict(step, "Der Fluss und die alte Mühle\n" + PROSE) is True
+
+
+def test_spam():
+    spam = "WINNER!! You have won a £1000 prize. Call 09061701461 now to claim, or txt STOP to 80086."
+    assert verdict(SpamFilter(), spam) == "spam"
+    assert verdict(SpamFilter(max_score=1.0), spam) is True
+    assert verdict(SpamFilter(), "ok i'll call you later when i get home, what do you want for dinner?") is True
+    # One such word in a long text is no advertisement.
+    assert verdict(SpamFilter(), PROSE + " She won a prize and was free to call us.") is True
+
+
+def test_spam_weights_can_be_fitted_to_other_data(tmp_path):
+    rows = [(f"the camera and the video of day {day}", "spam") for day in range(20)]
+    rows += [(f"winner of a free prize on day {day}", "ham") for day in range(20)]
+    path = tmp_path / "mine.tsv"
+    path.write_text("Label\tSMS\n" + "\n".join(f"{label}\t{text}" for text, label in rows))
+    model = fit(*read_labelled(str(path)))
+    assert model.score("a video camera") > 0.5 > model.score("a free prize")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("a.txt", "x", "accepted are .jsonl, .csv and .tsv"),
+        ("a.tsv", "label\ttext\nmaybe\thello\n", "label 'maybe'"),
+        ("a.csv", "label,text\nham,hello\n", "needs both spam and ham"),
+        ("a.jsonl", "{", "a.jsonl"),
+    ],
+)
+def test_bad_spam_files(tmp_path, name, content, complaint):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match="--spam_train_file") as error:
+        read_labelled(str(tmp_path / name))
+    assert complaint in str(error.value)
+
+
+def test_toxic_words_match_whole_words_and_phrases(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text("# mine\nGrump\nold goat\n\n")
+    step = ToxicityFilter(read_phrases([str(path)]))
+    assert verdict(step, "You GRUMP!") == "toxic_words"
+    assert verdict(step, "that old\ngoat again") == "toxic_words"
+    assert verdict(step, "grumpy old people and a goat") is True
+    assert verdict(ToxicityFilter(["grump"], max_matches=1), "a grump") is True
+    assert verdict(ToxicityFilter(["grump"], max_matches=1), "a grump, a grump") == "toxic_words"
+    path.write_text("\n--\n")
+    for file in (path, tmp_path / "none.txt"):
+        with pytest.raises(InputError, match="--toxic_words"):
+            read_phrases([str(file)])
+
+
+QUESTION = "Natalia sold clips to 48 of her friends in April and then she sold half as many clips in May"
+WORDS = QUESTION.split()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (f"{PROSE} {' '.join(WORDS)} {PROSE}", "contaminated"),
+        (f"{PROSE} {' '.join(WORDS[2:15])} {PROSE}", "contaminated"),
+        (f"{PROSE} {' '.join(WORDS[2:14])} {PROSE}", True),
+        (PROSE + "\nNATALIA, sold: clips (to) 48 of\nher friends; in april - and THEN she sold", "contaminated"),
+        ("Is it true that cats like to sleep all day?", "contaminated"),
+        ("Is it true that cats like to sleep?", True),
+        ("What is love?", True),
+    ],
+)
+def test_decontamination_finds_thirteen_words_in_a_row(text, reason):
+    tests = [" ".join(WORDS), "True that cats like to sleep all day?", "What is love?"]
+    assert verdict(DecontaminationFilter(tests), text) == reason
+
+
+def test_evaluation_texts_are_all_strings_of_a_row_and_their_join(tmp_path):
+    path = tmp_path / "tests.jsonl"
+    path.write_text(
+        '{"question": "one two three four five", "choices": ["six seven", {"label": "eight nine"}], "n": 3}'
+    )
+    texts = evaluation_texts([str(path)])
+    assert "one two three four five six seven eight nine" in texts
+    path.write_text('{"question": "too short"}')
+    with pytest.raises(InputError, match="holds no text of 8 words"):
+        evaluation_texts([str(path)])
+
+
+def test_html_becomes_its_text():
+    html = (
+        "<!doctype html><html><head><title>T</title><style>p {}</style></head><body><nav>Home</nav><h1>Big&nbsp;news"
+        "</h1><p>One <b>bold</b>\nword.</p><script>var x = '</p>';</script><p>Two &amp; three<br>four</p>"
+        "<footer>Imprint</footer></body></html>"
+    )
+    assert html_to_text(html) == "Big news\n\nOne bold word.\n\nTwo & three\nfour"
+    assert html_to_text("<p>never closed <script>x") == "never closed"

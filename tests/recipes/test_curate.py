@@ -1,0 +1,300 @@
+"""recipes/curate.py: from files to shards that pretraining reads, with every drop accounted for."""
+
+import gzip
+import importlib.util
+import json
+import random
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import curate
+import pytest
+
+pytest.importorskip("datatrove", reason="needs the extra 'data'")
+
+from hfllm.data.curation.options import FILTERS, CurationOptions
+from hfllm.data.sources import load_source
+from hfllm.errors import InputError
+from hfllm.stages import load_texts
+
+ROOT = Path(__file__).parent.parent.parent
+WORDS = {
+    "adjective": "old quiet broken distant yellow patient narrow careful hungry bright wooden foreign early tired",
+    "noun": "river teacher bridge market garden soldier kitchen letter brewer winter harbour doctor village mirror",
+    "verb": "crossed found remembered painted carried watched repaired followed described forgot measured sold",
+    "adverb": "slowly yesterday twice alone gladly abroad later secretly quickly together again perhaps",
+}
+
+
+ADVERTISEMENT = (
+    "You have won the big prize of our weekly draw! Call 09061701461 now to claim your free cash with the code 80086. "
+    "Text STOP to 87121 if you do not want to be told of more offers that we have for your mobile. "
+    "Urgent: this is the last reminder, and the award expires on Sunday! "
+    "Reply to www.example.com or phone the customer service, which costs 150p a minute."
+)
+
+
+def prose(rng):
+    """Five lines of English that no other call gives."""
+
+    def pick(kind):
+        return rng.choice(WORDS[kind].split())
+
+    def sentence():
+        object = f"that {pick('adjective')} {pick('noun')}"
+        return (
+            f"The {pick('adjective')} {pick('noun')} {pick('verb')} {object} of the {pick('noun')} {pick('adverb')}."
+        )
+
+    return "\n".join(" ".join(sentence() for _ in range(3)) for _ in range(5))
+
+
+def run(*argv):
+    return curate.main(*curate.parse([str(word) for word in argv]))
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A folder of several kinds of files; what is in them that should go."""
+    rng, folder = random.Random(0), tmp_path / "in"
+    folder.mkdir()
+    good = [prose(rng) for _ in range(30)]
+    bad = {
+        "length": ["token"],
+        "language": [
+            "Alle Menschen sind frei und gleich an Würde und Rechten geboren und sollen einander helfen. " * 3
+        ],
+        "gopher_quality": ["This is a good English sentence of the kind that is kept, but it is alone."],
+        "gopher_repetition": ["\n".join([good[0].split("\n")[0]] * 5)],
+        "c4_quality": [prose(rng) + "\nint main() { }"],
+        "spam": [ADVERTISEMENT],
+        "toxicity": ["What a grump he was. " + prose(rng)],
+        "decontamination": [
+            prose(rng) + "\nNatalia sold clips to 48 of her friends in April, and then she sold half as many."
+        ],
+        "exact_duplicates": [good[1], good[2].upper()],
+        "near_duplicates": [good[3] + " And so on."],
+    }
+    rows = [{"text": text} for text in good[10:]]
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    (folder / "b.txt").write_text("\n\n\n".join(good[:10]))
+    late = [{"text": text} for texts in bad.values() for text in texts] + [{"no": "text"}]
+    (folder / "c.jsonl").write_text(
+        json.dumps({"text": good[0]}) + "\n" + "".join(json.dumps(row) + "\n" for row in late)
+    )
+    (tmp_path / "words.txt").write_text("grump\n")
+    (tmp_path / "tests.jsonl").write_text(
+        json.dumps({"question": "Natalia sold clips to 48 of her friends in April, and then she sold half as many."})
+    )
+    flags = ["--dataset_name", folder, "--toxic_words", tmp_path / "words.txt", "--passage_bytes", 800]
+    flags += ["--decontaminate", tmp_path / "tests.jsonl", "--output_dir", tmp_path / "out"]
+    return SimpleNamespace(flags=flags, good=good, bad=bad, folder=tmp_path)
+
+
+def test_every_drop_is_counted_and_the_rest_can_be_pretrained_on(corpus, capsys):
+    (corpus.folder / "in" / "d.zip").write_bytes(b"PK")
+    metrics = run(*corpus.flags)
+    assert "1 files of other kinds are not read" in capsys.readouterr().out
+    out = corpus.folder / "out"
+    source = load_source(str(out / "data"))
+    assert sorted(row["text"] for row in source.rows) == sorted(corpus.good)
+    assert {row["source"] for row in source.rows} == {"a.jsonl.gz", "b.txt"}
+    assert len({row["id"] for row in source.rows}) == 30
+    expected = {name: len(texts) for name, texts in corpus.bad.items()} | {"read": 1, "perplexity": 0}
+    expected["exact_duplicates"] += 1  # the repeat at the head of c.jsonl
+    assert {name.removeprefix("dropped_"): n for name, n in metrics.items() if name.startswith("dropped_")} == expected
+    assert metrics["documents_read"] == metrics["documents_kept"] + sum(expected.values())
+    assert metrics["bytes_kept"] == sum(len(text.encode()) for text in corpus.good)
+    report = json.loads((out / "report.json").read_text())
+    assert report["metrics"] == metrics and report["stage"] == "curate"
+    text = (out / "report.md").read_text()
+    (row,) = [line.split("|") for line in text.splitlines() if line.startswith("| b.txt ")]
+    words = sum(len(text.split()) for text in corpus.good[:10])
+    assert [int(cell) for cell in row[2:6]] == [10, 10, words, sum(len(text) for text in corpus.good[:10])]
+    for example in ("c.jsonl:line 2", "is_de", "What a grump", "| b.txt ", "near_duplicate"):
+        assert example in text, example
+    assert (out / "funnel.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in out.iterdir()) == ["data", "funnel.png", "report.json", "report.md"]
+    train, held_out = load_texts(
+        SimpleNamespace(dataset_name=str(out / "data"), dataset_train_split="train", max_samples=None), 0
+    )
+    assert sorted(train + held_out) == sorted(corpus.good)
+    capsys.readouterr()
+    assert run(*corpus.flags, "--workers", 2) == metrics
+    assert "already done" in capsys.readouterr().out
+    with pytest.raises(InputError, match="holds a finished run with min_words=10"):
+        run(*corpus.flags, "--min_words", 11)
+    (corpus.folder / "in" / "e.txt").write_text("more")
+    with pytest.raises(InputError, match="holds a finished run with state of the local files"):
+        run(*corpus.flags)
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(corpus, monkeypatch, capsys):
+    from hfllm.data.curation import pipeline
+
+    whole = pipeline.run_stages
+
+    def interrupted(stages, folder, workers, announce):
+        whole(stages[:2], folder, workers, announce)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run_stages", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(*corpus.flags)
+    out = corpus.folder / "out"
+    assert [path.name for path in out.iterdir()] == ["unfinished"]
+    monkeypatch.setattr(pipeline, "run_stages", whole)
+
+    def read_again(*args, **kwargs):
+        raise AssertionError("the first stage had ended")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.DocumentReader, "run", read_again)
+        run(*corpus.flags)
+    assert "going on with the unfinished run" in capsys.readouterr().out
+    assert sorted(row["text"] for row in load_source(str(out / "data")).rows) == sorted(corpus.good)
+    assert not (out / "unfinished").exists()
+
+
+def test_a_run_that_ended_before_its_report_is_completed(corpus, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("hfllm.reporting.Report.write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            run(*corpus.flags)
+    assert run(*corpus.flags)["documents_kept"] == 30
+    assert len(load_source(str(corpus.folder / "out" / "data"))) == 30
+    assert not (corpus.folder / "out" / "unfinished").exists()
+
+
+def test_an_interrupted_run_on_other_data_begins_anew(corpus, monkeypatch):
+    from hfllm.data.curation import pipeline
+
+    whole = pipeline.run_stages
+    monkeypatch.setattr(pipeline, "run_stages", lambda stages, *rest: whole(stages[:1], *rest))
+    with pytest.raises(FileNotFoundError):
+        run(*corpus.flags)
+    monkeypatch.setattr(pipeline, "run_stages", whole)
+    (corpus.folder / "in" / "a.jsonl.gz").unlink()
+    assert run(*corpus.flags)["documents_kept"] == 10
+
+
+def test_parquet_shards_of_the_default_corpus(tmp_path):
+    metrics = run("--max_samples", 150, "--output_format", "parquet", "--tasks", 2, "--output_dir", tmp_path / "out")
+    assert metrics["documents_read"] == 300
+    shards = sorted(path.name for path in (tmp_path / "out" / "data").iterdir())
+    assert shards == ["00000.parquet", "00001.parquet"]
+    rows = load_source(str(tmp_path / "out" / "data")).rows
+    assert len(rows) == metrics["documents_kept"] > 150
+    assert set(rows[0]) == {"text", "id", "source"}
+    assert "PSF" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_workers_at_once_change_nothing(corpus):
+    run(*corpus.flags, "--tasks", 3, "--workers", 1)
+    run(*corpus.flags, "--tasks", 3, "--workers", 2, "--output_dir", corpus.folder / "two")
+    texts = [[row["text"] for row in load_source(str(corpus.folder / name / "data")).rows] for name in ("out", "two")]
+    assert texts[0] == texts[1]
+
+
+def test_nothing_left_is_one_line_with_the_reasons(tmp_path):
+    path = tmp_path / "a.txt"
+    for content, message in (("token", "none of 1 documents is left: length/too_short 1"), ("", "read/empty_file 1")):
+        path.write_text(content)
+        with pytest.raises(InputError, match=message):
+            run("--dataset_name", path, "--output_dir", tmp_path / "out")
+        assert not (tmp_path / "out" / "data").exists()
+        assert not (tmp_path / "out" / "report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset_name", "nowhere.jsonl"], "does not exist"),
+        (["--filters", "length", "quality"], "--filters 'quality'; accepted: length, language"),
+        (["--output_format", "csv"], "--output_format 'csv'; accepted: jsonl, parquet"),
+        (["--tasks", "0"], "--tasks must be at least 1, got 0"),
+        (["--max_spam_score", "2"], "--max_spam_score must lie in [0, 1], got 2.0"),
+        (["--min_word", "3"], "unknown flag 'min_word'; did you mean 'min_words'?"),
+        (["--toxic_words", "nowhere.txt", "--filters", "toxicity"], "--toxic_words nowhere.txt"),
+        (["--decontaminate", "nowhere.jsonl", "--filters", "decontamination"], "'nowhere.jsonl' does not exist"),
+        (["--perplexity_model", "nowhere/at-all"], "--perplexity_model 'nowhere/at-all' could not be loaded"),
+        (["--spam_train_file", "nowhere.csv", "--filters", "spam"], "--spam_train_file nowhere.csv"),
+    ],
+)
+def test_bad_flags_end_before_anything_is_read(tmp_path, flags, message):
+    with pytest.raises(InputError) as error:
+        run(*flags, "--output_dir", tmp_path / "out")
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_extra_it_says_what_to_install(tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "datatrove" else found(name))
+    with pytest.raises(InputError, match=r"pip install 'hfllm\[data\]'"):
+        run("--output_dir", tmp_path / "out")
+
+
+def test_settings_of_the_default_corpus_are_for_it_alone():
+    (default,) = curate.parse([])
+    (named,) = curate.parse(["--dataset_name", "pydoc"])
+    (own,) = curate.parse(["--dataset_name", "mine.jsonl"])
+    assert default == named
+    assert "c4_quality" in own.filters and "c4_quality" not in default.filters
+
+
+DOCS = (ROOT / "docs" / "curation.md").read_text()
+
+
+def test_the_page_names_flags_and_metrics_that_exist(tmp_path):
+    flags = {flag for flag in re.findall(r"--([a-z_]+)", DOCS) if flag != "config"}
+    assert flags <= {item.name for item in fields(curate.CurateArguments)}
+    settings = {item.name for item in fields(CurationOptions)} - {"examples", "seed", "max_samples", "output_format"}
+    assert settings - {"dataset_train_split"} <= flags | {"tasks", "filters"}
+    metrics = run("--max_samples", 120, "--filters", "length", "--output_dir", tmp_path)
+    for name in metrics:
+        assert f"`{name}`" in DOCS or name.startswith("dropped_"), name
+    for name in FILTERS:
+        assert f"| `{name}` |" in DOCS
+
+
+def test_the_pages_code_hands_all_stages_to_slurm(corpus, monkeypatch):
+    import dill
+    from datatrove.executor import SlurmPipelineExecutor
+
+    from hfllm.data.curation.pipeline import QuietExecutor
+
+    code = re.search(r"```python\n(.*?)```", DOCS, re.DOTALL).group(1)
+    code = code.replace("/shared/crawl", str(corpus.folder / "in")).replace(
+        "/shared/curated", str(corpus.folder / "work")
+    )
+    code = code.replace("/shared/gsm8k_test.jsonl", str(corpus.folder / "tests.jsonl")).replace("200", "3")
+    launched = []
+    monkeypatch.setattr(SlurmPipelineExecutor, "run", lambda self: launched.append(self))
+    exec(code, {})
+    (last,) = launched
+    chain = [last]
+    while chain[-1].depends:
+        chain.append(chain[-1].depends)
+    chain.reverse()
+    assert [executor.job_name for executor in chain] == [
+        f"curate-{name}" for name in ("filter", "bands", "duplicates", "perplexity", "write")
+    ]
+    # What the nodes do: load the pickled steps and run the tasks; here one after the other.
+    for executor in chain:
+        steps = dill.loads(dill.dumps(executor.pipeline))
+        QuietExecutor(steps, tasks=executor.tasks, workers=1, logging_dir=executor.logging_dir).run()
+    kept = [row["text"] for row in load_source(str(corpus.folder / "work" / "data")).rows]
+    assert set(corpus.good[10:]) <= set(kept)
+
+
+def test_importing_the_options_needs_no_extra():
+    code = (
+        "import sys; sys.modules['datatrove'] = None; import hfllm.data.curation.options, hfllm.data.curation.inputs"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
