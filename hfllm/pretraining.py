@@ -277,10 +277,13 @@ def watch(
     )
     add_to_logs(trainer, throughput)
     trainer.add_callback(LossSpikeGuard(action=script_args.loss_spikes))
-    if script_args.objective == "masked" or script_args.sample_steps == 0:
+    is_split = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if script_args.objective == "masked" or script_args.sample_steps == 0 or is_split:
         return None
     steps = len(plan) if plan is not None else max(args.max_steps, 0) or len(trainer.get_train_dataloader())
     prompts = [" ".join(text.split()[:8]) for text in test_texts if len(text.split()) > 12][:3]
+    if not prompts:
+        return None
     every = script_args.sample_steps or max(steps // 4, 1)
     file = Path(args.output_dir) / "samples.jsonl"
     callback = SampleCallback(tokenizer, prompts, every, file, max_new_tokens=48, throughput=throughput)

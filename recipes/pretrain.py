@@ -70,7 +70,10 @@ class PretrainArguments(DataArguments):
         },
     )
     sample_steps: int | None = field(
-        default=None, metadata={"help": "Steps between samples of the model; by default four times a run, 0 is never."}
+        default=None,
+        metadata={
+            "help": "Steps between samples of the model; by default four times a run, 0 is never, as under DeepSpeed."
+        },
     )
     peak_flops: float | None = field(
         default=None, metadata={"help": "FLOP/s that one device could do; the share that is reached is logged as mfu."}
