@@ -1,4 +1,4 @@
-"""What `recipes/pretrain.py` is made of: sources, the run's length, objectives, trainers, what is watched, metrics."""
+"""What `recipes/pretrain.py` is made of: sources, the run's length, objectives, model, trainers, watching, metrics."""
 
 import random
 import statistics
@@ -162,6 +162,55 @@ def length_grouped(pieces: list[list[int]], batch_size: int, seed: int, window: 
         batches += [near[at : at + batch_size] for at in range(0, len(near), batch_size)]
     rng.shuffle(batches)
     return [piece for batch in batches for piece in batch]
+
+
+def load_or_make_base(
+    script_args: Any, model_args: Any, texts: Sequence[str], architecture: Sequence[str]
+) -> tuple[Any, Any]:
+    """The model to pretrain: the named one, or a new one with the named tokenizer or one trained on `texts`."""
+    from hfllm.stages import load_policy, load_tokenizer
+
+    if model_args.model_name_or_path:
+        return load_policy(model_args)
+    from hfllm.models.configuration_hfllm import HfllmConfig
+    from hfllm.models.modeling_hfllm import HfllmForCausalLM, HfllmForMaskedLM
+
+    if script_args.tokenizer_name_or_path:
+        tokenizer = load_tokenizer(script_args.tokenizer_name_or_path)
+    else:
+        tokenizer = make_tokenizer(script_args, texts)
+    is_masked = script_args.objective == "masked"
+    config = HfllmConfig(
+        **{name: getattr(script_args, name) for name in architecture},
+        vocab_size=len(tokenizer),
+        is_causal=not is_masked,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return (HfllmForMaskedLM if is_masked else HfllmForCausalLM)(config), tokenizer
+
+
+def make_tokenizer(script_args: Any, texts: Sequence[str]) -> Any:
+    """A tokenizer trained on `texts`, with the special tokens of the objective."""
+    from hfllm.data.demonstrators import instruction_rows
+    from hfllm.data.objectives import INFILLING_TOKENS
+    from hfllm.data.sources import WORLD
+    from hfllm.data.tokenizer import MASK, train_tokenizer
+    from hfllm.data.world import World
+
+    sample = list(texts[:20000])
+    if script_args.dataset_name == WORLD and not getattr(script_args, "dataset_mixture", None):
+        # The words of instructions are part of the language, though the base model is not taught to follow them.
+        rows = instruction_rows(World(script_args.world_seed), 3000)
+        sample = sample[:5000] + [f"{row['instruction']} {row['input']} {row['output']}" for row in rows]
+    return train_tokenizer(
+        sample,
+        script_args.vocab_size,
+        script_args.max_position_embeddings,
+        mask_token=MASK if script_args.objective == "masked" else None,
+        extra_special_tokens=INFILLING_TOKENS if script_args.objective == "infilling" else (),
+    )
 
 
 def packed_trainer(

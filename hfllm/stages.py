@@ -256,51 +256,6 @@ def load_rows(script_args: DataArguments, mapper: Any) -> list[dict[str, Any]]:
 # ---- models ----
 
 
-def load_or_make_base(
-    script_args: Any, model_args: Any, texts: Sequence[str], architecture: Sequence[str]
-) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """The model to pretrain: the named one, or a new one with the named tokenizer or one trained on `texts`."""
-    if model_args.model_name_or_path:
-        return load_policy(model_args)
-    from hfllm.models.configuration_hfllm import HfllmConfig
-    from hfllm.models.modeling_hfllm import HfllmForCausalLM, HfllmForMaskedLM
-
-    if script_args.tokenizer_name_or_path:
-        tokenizer = load_tokenizer(script_args.tokenizer_name_or_path)
-    else:
-        tokenizer = make_tokenizer(script_args, texts)
-    is_masked = script_args.objective == "masked"
-    config = HfllmConfig(
-        **{name: getattr(script_args, name) for name in architecture},
-        vocab_size=len(tokenizer),
-        is_causal=not is_masked,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return (HfllmForMaskedLM if is_masked else HfllmForCausalLM)(config), tokenizer
-
-
-def make_tokenizer(script_args: Any, texts: Sequence[str]) -> "PreTrainedTokenizerBase":
-    """A tokenizer trained on `texts`, with the special tokens of the objective."""
-    from hfllm.data.demonstrators import instruction_rows
-    from hfllm.data.objectives import INFILLING_TOKENS
-    from hfllm.data.tokenizer import MASK, train_tokenizer
-
-    sample = list(texts[:20000])
-    if script_args.dataset_name == WORLD and not getattr(script_args, "dataset_mixture", None):
-        # The words of instructions are part of the language, though the base model is not taught to follow them.
-        rows = instruction_rows(World(script_args.world_seed), 3000)
-        sample = sample[:5000] + [f"{row['instruction']} {row['input']} {row['output']}" for row in rows]
-    return train_tokenizer(
-        sample,
-        script_args.vocab_size,
-        script_args.max_position_embeddings,
-        mask_token=MASK if script_args.objective == "masked" else None,
-        extra_special_tokens=INFILLING_TOKENS if script_args.objective == "infilling" else (),
-    )
-
-
 def load_kwargs(model_args: Any) -> dict[str, Any]:
     """`from_pretrained` arguments that `ModelConfig`'s flags stand for."""
     from trl import get_quantization_config

@@ -133,7 +133,7 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     from transformers import set_seed
 
     from hfllm import pretraining
-    from hfllm.stages import Stage, fitting_length, load_or_make_base
+    from hfllm.stages import Stage, fitting_length
     from hfllm.trainers.callbacks import use_plain_lines
 
     check(script_args, training_args, model_args)
@@ -146,7 +146,7 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     if len(sources) > 1:
         # So that the first texts, which the tokenizer is trained on, are of all sources.
         random.Random(training_args.seed).shuffle(train_texts)
-    model, tokenizer = load_or_make_base(script_args, model_args, train_texts, ARCHITECTURE)
+    model, tokenizer = pretraining.load_or_make_base(script_args, model_args, train_texts, ARCHITECTURE)
     script_args.max_length = fitting_length(script_args.max_length, model)
     if script_args.objective == "infilling":
         sources = pretraining.infilled(sources, tokenizer, script_args.max_length, training_args.seed)

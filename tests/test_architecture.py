@@ -27,7 +27,7 @@ ALLOWED = {
     "hub_files": {"errors", "reporting"},
     "model_card": {"errors", "reporting", "hub_files"},
     "hub": {"errors", "reporting", "hub_files", "model_card"},
-    "pretraining": {"data", "errors", "evaluation", "stages", "trainers"},
+    "pretraining": {"data", "errors", "evaluation", "models", "stages", "trainers"},
     "stages": {
         *("models", "data", "errors", "reporting", "cli", "evaluation", "rewards", "trainers"),
         *("hub", "hub_files", "model_card"),
