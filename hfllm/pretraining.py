@@ -224,7 +224,7 @@ def packed_trainer(
     """A trainer on packed rows by plan, and a table of what each source gives."""
     from hfllm.data.packing import batch_of, pack
     from hfllm.trainers.batch_plan import BatchPlan, Schedule
-    from hfllm.trainers.pretrain_trainer import PretrainTrainer
+    from hfllm.trainers.pretrain_trainer import PretrainTrainer, has_flash_attention
 
     length, processes = script_args.max_length, training_args.world_size
     rows = [pack(texts, tokenizer, length) for texts in sources.values()]
@@ -252,8 +252,12 @@ def packed_trainer(
 
     def collate(packed: list[dict]) -> dict[str, Any]:
         batch = batch_of(packed, length, tokenizer.pad_token_id)
-        # Held-out rows are masked in the same places each time.
-        return {**(batch if transform is None else transform(batch, batch["input_ids"].sum(1).tolist())), **settings}
+        if transform is not None:
+            # Held-out rows are masked in the same places each time.
+            batch = transform(batch, batch["input_ids"].sum(1).tolist())
+        if has_flash_attention(model):
+            batch = {name: values.reshape(1, -1) for name, values in batch.items()}
+        return {**batch, **settings}
 
     trainer = PretrainTrainer(
         plan=plan,

@@ -88,8 +88,13 @@ class PretrainTrainer(Trainer):
         if self.args.device.type == "cpu" and self._loss_shifts_labels:
             yield from pieces_of(inputs, tokens)
             return
-        rows = tokens // inputs["input_ids"].shape[1]
-        parts = [values.split(rows) for values in inputs.values()]
+        if has_flash_attention(self.model):
+            # Its kernels find packed documents in one row alone.
+            inputs = {name: values.reshape(1, -1) for name, values in inputs.items()}
+            parts = [values.split(tokens, dim=1) for values in inputs.values()]
+        else:
+            rows = tokens // inputs["input_ids"].shape[1]
+            parts = [values.split(rows) for values in inputs.values()]
         yield from (dict(zip(inputs, values, strict=True)) for values in zip(*parts, strict=True))
 
     def compute_loss(
@@ -119,6 +124,11 @@ class PretrainTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
+def has_flash_attention(model: PreTrainedModel) -> bool:
+    """Whether the model's attention is one of the flash attention libraries'."""
+    return "flash" in (model.config._attn_implementation or "")
+
+
 @torch.no_grad()
 def keeps_documents_apart(model: PreTrainedModel) -> bool:
     """Whether what comes before a document in its packed row leaves its logits alone.
@@ -131,12 +141,16 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
     other = ids.clone()
     other[:, :4] = (ids[:, :4] + 1) % vocabulary
     positions = torch.arange(4, device=device).repeat(2, 2)
+    if has_flash_attention(model):
+        ids, other, positions = ids[:1], other[:1], positions[:1]
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         one, two = (
             model(input_ids=each, position_ids=positions, use_cache=False).logits[:, 4:] for each in (ids, other)
         )
+    except TypeError:
+        return False
     finally:
         for module, training in modes:
             module.training = training

@@ -55,6 +55,19 @@ def test_the_split_into_passes_changes_nothing(make_trainer):
         torch.testing.assert_close(other, results[0], atol=2e-5, rtol=1e-4)
 
 
+def test_flash_attention_gets_packed_rows_as_one(make_trainer, monkeypatch):
+    trainer = make_trainer(lengths="32", batch_tokens="256")
+    batch = trainer.plan[0]
+    expected = trainer.model(**batch, use_cache=False, num_items_in_batch=1).loss
+    # As it would be on a GPU: the model is asked for nothing but its implementation's name there.
+    monkeypatch.setattr("hfllm.trainers.pretrain_trainer.has_flash_attention", lambda model: True)
+    monkeypatch.setattr(trainer, "_loss_shifts_labels", False)
+    passes = list(trainer._passes(batch))
+    assert [part["input_ids"].shape for part in passes] == [(1, 64)] * 4
+    losses = [trainer.model(**part, use_cache=False, num_items_in_batch=1).loss for part in passes]
+    torch.testing.assert_close(sum(losses), expected, rtol=1e-5, atol=0)
+
+
 def test_the_routers_loss_is_weighed_by_tokens(make_trainer, make_model):
     results = []
     for size in (1, 2, 64):
