@@ -25,9 +25,9 @@ KILLS, STEPS = 10, 60
 
 
 def build(kind: str, output_dir: str):
-    settings = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "logging_strategy": "no"}
+    settings = {"save_steps": 1, "save_total_limit": 2, "logging_strategy": "no"}
     if kind == "pretrain":
-        return pretrain_run.build(output_dir, total_rows=4 * STEPS, **settings)
+        return pretrain_run.build(output_dir, total_rows=4 * STEPS, save_strategy="steps", **settings)
     return ddp_run.build(
         output_dir,
         **settings,
