@@ -1,0 +1,103 @@
+"""Muon for the matrices of a model's layers, AdamW for everything else."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfllm.errors import InputError
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) and AdamW as one optimiser, with one state and one list of parameter groups.
+
+    Muon's step is scaled to the size of AdamW's, 0.2 times the square root of the longer side (Liu et al. 2025,
+    arXiv:2502.16982, equation 4), so that one learning rate and weight decay serve both.
+
+    Args:
+        matrices: parameters of two dimensions for Muon.
+        others: groups of parameters for AdamW, as `torch.optim.AdamW` takes them.
+        lr: learning rate of both.
+        weight_decay: of the matrices, and of groups that name none.
+        betas: of AdamW.
+        eps: of AdamW.
+        momentum: of Muon.
+
+    Raises:
+        InputError: where torch has no Muon (before 2.9).
+    """
+
+    def __init__(
+        self,
+        matrices: Iterable[nn.Parameter],
+        others: list[dict[str, Any]],
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        momentum: float = 0.95,
+    ):
+        if not hasattr(torch.optim, "Muon"):
+            raise InputError(f"Muon needs torch 2.9 or later, this is {torch.__version__}: leave out --use_muon")
+        muon = torch.optim.Muon(
+            list(matrices), lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
+        )
+        adamw = torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        self._parts = muon, adamw
+        self._share()
+
+    def _share(self) -> None:
+        """Let both parts see this optimiser's groups, which schedulers write to, and its state, which is saved."""
+        for part, groups in zip(self._parts, (self.param_groups[:1], self.param_groups[1:]), strict=True):
+            part.param_groups, part.state = groups, self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As every optimiser's."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def step(self, closure: Any = None) -> Any:
+        """One step of both parts."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self._parts:
+            part.step()
+        return loss
+
+
+def muon_of(model: nn.Module, **settings: Any) -> MuonWithAdamW:
+    """The optimiser of a model's parameters; embeddings, the head, norms, biases and stacked experts are AdamW's.
+
+    Args:
+        model: a transformers model. Norms and biases, of one dimension, are not decayed.
+        settings: `MuonWithAdamW`'s.
+
+    Raises:
+        InputError: for a model without a matrix that Muon could take.
+    """
+    ends = {
+        id(module.weight)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        if module is not None
+    }
+    ends |= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim == 2 and id(parameter) not in ends]
+    if not matrices:
+        raise InputError(f"--use_muon: {type(model).__name__} has no matrix to learn besides its embeddings")
+    taken = set(map(id, matrices))
+    rest = [parameter for parameter in trained if id(parameter) not in taken]
+    others = [
+        {"params": [parameter for parameter in rest if parameter.ndim > 1]},
+        {"params": [parameter for parameter in rest if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return MuonWithAdamW(matrices, [group for group in others if group["params"]], **settings)
+
+
+def muon_factory() -> Any:
+    """What `Trainer` takes as the class of `optimizer_cls_and_kwargs`, to make the optimiser once it has the model."""
+    return muon_of

@@ -1,0 +1,97 @@
+"""Muon with AdamW: each parameter is learned by its own rule, and a saved state goes on as if nothing had happened."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import get_linear_schedule_with_warmup
+
+from hfllm.errors import InputError
+from hfllm.trainers.muon import MuonWithAdamW, muon_of
+
+pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
+
+
+def orthogonal(matrix):
+    """The nearest semi-orthogonal matrix, by singular values."""
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left @ right
+
+
+def step(model, optimizer, seed):
+    ids = torch.randint(5, 50, (2, 8), generator=torch.Generator().manual_seed(seed))
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_each_parameter_is_in_the_room_of_its_rule(make_model):
+    model = make_model()
+    optimizer = muon_of(model, lr=1e-2)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [{names[id(parameter)] for parameter in group["params"]} for group in optimizer.param_groups]
+    assert sum(map(len, groups)) == len(names)
+    assert all("layers" in name and "norm" not in name and "proj" in name for name in groups[0])
+    assert any("embed" in name for name in groups[1])
+    assert all("norm" in name for name in groups[2]) and optimizer.param_groups[2]["weight_decay"] == 0
+
+
+def test_a_first_step_is_the_nearest_orthogonal_matrix_at_adamws_size():
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(24, 48))
+    # Singular values of like size: five Newton-Schulz steps bring them to between 0.7 and 1.2.
+    gradient = orthogonal(torch.randn(24, 48)) * torch.linspace(0.6, 1.0, 24)[:, None]
+    optimizer = MuonWithAdamW([weight], [{"params": [nn.Parameter(torch.zeros(3))]}], lr=0.1, weight_decay=0.0)
+    weight.grad = gradient.clone()
+    optimizer.step()
+    expected = -0.1 * 0.2 * 48**0.5 * orthogonal(gradient)
+    assert torch.nn.functional.cosine_similarity(weight.flatten(), expected.flatten(), dim=0) > 0.98
+    assert 0.7 < weight.norm() / expected.norm() < 1.2
+
+
+def test_the_rest_is_adamws_to_the_bit(make_model):
+    ours, theirs = make_model(), make_model()
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = muon_of(ours, lr=1e-2, weight_decay=0.1)
+    for _, parameter in theirs.named_parameters():
+        parameter.requires_grad_(False)
+    pairs = dict(zip(ours.parameters(), theirs.parameters(), strict=True))
+    groups = [{**group, "params": [pairs[each] for each in group["params"]]} for group in optimizer.param_groups[1:]]
+    reference = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
+    for seed in range(3):
+        ids = torch.randint(5, 50, (2, 8), generator=torch.Generator().manual_seed(seed))
+        ours(input_ids=ids, labels=ids).loss.backward()
+        for group in optimizer.param_groups[1:]:
+            for parameter in group["params"]:
+                pairs[parameter].grad = parameter.grad.clone()
+        optimizer.step()
+        reference.step()
+        optimizer.zero_grad()
+    for group in optimizer.param_groups[1:]:
+        assert all(torch.equal(parameter, pairs[parameter]) for parameter in group["params"])
+
+
+def test_a_schedule_reaches_both_parts_and_a_saved_state_goes_on(make_model):
+    model = make_model()
+    optimizer = muon_of(model, lr=1e-2)
+    schedule = get_linear_schedule_with_warmup(optimizer, 2, 10)
+    for seed in range(3):
+        step(model, optimizer, seed)
+        schedule.step()
+    assert {group["lr"] for part in optimizer._parts for group in part.param_groups} == {schedule.get_last_lr()[0]}
+    other = copy.deepcopy(model)
+    resumed = muon_of(other, lr=1e-2)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for seed in range(3, 6):
+        step(model, optimizer, seed)
+        step(other, resumed, seed)
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_model_of_embeddings_alone_is_refused(make_model):
+    model = make_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("embed" in name)
+    with pytest.raises(InputError, match="--use_muon"):
+        muon_of(model)
