@@ -1,7 +1,7 @@
 """Pretraining against the stock Trainer: useful tokens a second, and seconds to the same held-out loss.
 
     python benchmarks/pretrain.py --dataset_name ../shared/data/pretrain/tinystories_shared.jsonl
-    python benchmarks/pretrain.py --dataset_name ... --variants plain curriculum ramp --seeds 1 2 3
+    python benchmarks/pretrain.py --dataset_name ... --variants plain curriculum ramp both muon --seeds 1 2 3
 
 The peer is `Trainer` with `LlamaForCausalLM` of the same size on the same documents, tokenizer and learning rate, with
 about as many tokens a step, each batch padded to its longest document. Sides take turns, each in a process of its own.
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +28,7 @@ VARIANTS = {
     "curriculum": {"lengths": "0:128,0.2:256,0.5:512"},
     "ramp": {"batch_tokens": "0:512,0.25:1024,0.5:2048"},
     "both": {"lengths": "0:128,0.2:256,0.5:512", "batch_tokens": "0:512,0.25:1024,0.5:2048"},
+    "muon": {"use_muon": True},
 }
 
 
@@ -37,6 +39,7 @@ def trainer_of(args: argparse.Namespace, texts: list[str], tokenizer: Any, folde
 
     import hfllm
     from hfllm.data.packing import IGNORE, pack, token_ids
+    from hfllm.pretraining import optimizer_of
     from hfllm.trainers.batch_plan import BatchPlan, Schedule
     from hfllm.trainers.pretrain_trainer import PretrainTrainer
 
@@ -84,7 +87,11 @@ def trainer_of(args: argparse.Namespace, texts: list[str], tokenizer: Any, folde
         seed=args.seed,
     )
     settings.num_train_epochs = 1
-    trainer = PretrainTrainer(plan=plan, settings={"loss_chunk_size": 1024}, model=model, args=settings)
+    optimizer = optimizer_of(SimpleNamespace(use_muon="use_muon" in variant), settings)
+    chunks = {"loss_chunk_size": 1024}
+    trainer = PretrainTrainer(
+        plan=plan, settings=chunks, model=model, args=settings, optimizer_cls_and_kwargs=optimizer
+    )
     return trainer, lambda batch: (batch["labels"][:, 1:] != IGNORE).sum()
 
 

@@ -35,7 +35,10 @@ class DataArguments:
 
     dataset_name: str = field(
         default=WORLD,
-        metadata={"help": "'world' (embedded), a local file or folder, or a dataset id on the Hub."},
+        metadata={
+            "help": "'world' (embedded), a local file or folder, or a dataset id on the Hub; for text also 'pydoc', "
+            "the documentation of this Python."
+        },
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split of a Hub dataset to train on."})
     max_samples: int | None = field(default=None, metadata={"help": "Use at most this many rows of the dataset."})

@@ -2,25 +2,43 @@
 
 import random
 import statistics
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate, takewhile
+from typing import TYPE_CHECKING, Any
 
+from hfllm.data.prepared import Prepared
 from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 CHINCHILLA = "chinchilla"
 OBJECTIVES = ("causal", "masked", "infilling")
+# What the n-gram model is trained on: it is kept in memory whole.
+MOST_NGRAM_BYTES = 1 << 24
 TOKENS_A_PARAMETER = 20
 
 
-def load_sources(script_args: Any, seed: int) -> tuple[dict[str, list[str]], list[str]]:
-    """Training texts by source, and held-out texts of all of them."""
+def load_sources(
+    script_args: Any, seed: int, prepared: Prepared
+) -> tuple[dict[str, "Dataset"], Sequence[str], list[str]]:
+    """Training texts by source, all of them in one, and held-out texts of all sources."""
     from dataclasses import replace
+
+    from datasets import concatenate_datasets
 
     from hfllm.stages import load_texts
 
-    names = [name for name, _ in mixture_of(script_args)]
-    parts = {name: load_texts(replace(script_args, dataset_name=name), seed) for name in names}
-    return {name: train for name, (train, _) in parts.items()}, [text for _, test in parts.values() for text in test]
+    sources, held_out = {}, []
+    for number, (name, _) in enumerate(mixture_of(script_args)):
+        args = replace(script_args, dataset_name=name)
+        sources[name], test = load_texts(args, seed, prepared, f"texts-{number}")
+        held_out += test
+    together = concatenate_datasets(list(sources.values()))
+    if len(sources) > 1:
+        # So that the first texts, which the tokenizer is trained on, are of all sources.
+        together = together.shuffle(seed)
+    return sources, together["text"], held_out
 
 
 def mixture_of(script_args: Any) -> list[tuple[str, float | None]]:
@@ -65,19 +83,19 @@ def masking(tokenizer: Any, seed: int) -> Callable[[dict, Sequence[int]], dict]:
     return mask
 
 
-def infilled(sources: dict[str, list[str]], tokenizer: Any, max_length: int, seed: int) -> dict[str, list[str]]:
+def infilled(texts: Iterable[str], tokenizer: Any, max_length: int, seed: int) -> Iterator[str]:
     """Documents that fit into a row in Code Llama's infilling format, nine of ten; the others as they are."""
     from hfllm.data.objectives import check_infilling_tokens, fill_in_the_middle
+    from hfllm.data.prepared import windows
 
     check_infilling_tokens(tokenizer)
-
-    def transformed(texts: list[str]) -> list[str]:
-        lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        # The document token, the four of the format, and what cutting words in two may add.
-        fits = [length + 12 <= max_length for length in lengths]
-        return [fill_in_the_middle(text, at, seed) if fits[at] else text for at, text in enumerate(texts)]
-
-    return {name: transformed(texts) for name, texts in sources.items()}
+    number = 0
+    for window in windows(texts, 1000, 1 << 24):
+        for text, ids in zip(window, tokenizer(window, add_special_tokens=False)["input_ids"], strict=True):
+            # The document token, the four of the format, and what cutting words in two may add.
+            fits = len(ids) + 12 <= max_length
+            yield fill_in_the_middle(text, number, seed) if fits else text
+            number += 1
 
 
 def rows_of_run(script_args: Any, training_args: Any, model: Any, rows: int, batch_rows: int) -> int:
@@ -122,7 +140,10 @@ def loss_settings(model: Any, loss_chunk_size: int | None) -> dict[str, int]:
 def held_out_metrics(
     script_args: Any, model: Any, tokenizer: Any, train_texts: Sequence[str], test_texts: Sequence[str]
 ) -> dict[str, float]:
-    """Bits a byte of held-out texts under the model, and under what it has to beat; none of a masked model."""
+    """Bits a byte of held-out texts under the model, and under what it has to beat; none of a masked model.
+
+    The 5-gram model learns from as many of the training texts as fit into `MOST_NGRAM_BYTES`.
+    """
     if script_args.objective == "masked":
         return {}
     from hfllm.evaluation.baselines import gzip_bits_per_byte, ngram_bits_per_byte
@@ -132,9 +153,16 @@ def held_out_metrics(
     return {
         "bits_per_byte": fit.bits_per_byte,
         "perplexity": fit.perplexity,
-        "bits_per_byte_5gram": ngram_bits_per_byte(train_texts, test_texts, order=5),
+        "bits_per_byte_5gram": ngram_bits_per_byte(beginning(train_texts, MOST_NGRAM_BYTES), test_texts, order=5),
         "bits_per_byte_gzip": gzip_bits_per_byte(test_texts),
     }
+
+
+def beginning(texts: Iterable[str], most_bytes: int) -> Iterator[str]:
+    """The first texts, up to so many bytes of UTF-8."""
+    sized = ((len(text.encode()), text) for text in texts)
+    counted = accumulate(sized, lambda before, own: (before[0] + own[0], own[1]))
+    return (text for _, text in takewhile(lambda pair: pair[0] <= most_bytes, counted))
 
 
 def pieces_of(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[int]]:
@@ -218,8 +246,9 @@ def packed_trainer(
     training_args: Any,
     model: Any,
     tokenizer: Any,
-    sources: dict[str, list[str]],
+    sources: dict[str, "Dataset"],
     test_texts: list[str],
+    prepared: Prepared,
 ) -> tuple[Any, list[dict]]:
     """A trainer on packed rows by plan, and a table of what each source gives."""
     from hfllm.data.packing import batch_of, pack
@@ -227,7 +256,7 @@ def packed_trainer(
     from hfllm.trainers.pretrain_trainer import PretrainTrainer, has_flash_attention
 
     length, processes = script_args.max_length, training_args.world_size
-    rows = [pack(texts, tokenizer, length) for texts in sources.values()]
+    rows = packed_rows(script_args, training_args, tokenizer, sources, prepared)
     batch_rows = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps * processes
     batch_tokens = Schedule.parse(script_args.batch_ramp or batch_rows * length, "--batch_ramp")
     weights = [weight for _, weight in mixture_of(script_args)]
@@ -268,6 +297,7 @@ def packed_trainer(
         eval_dataset=pack(test_texts, tokenizer, length),
         data_collator=collate,
         processing_class=tokenizer,
+        optimizer_cls_and_kwargs=optimizer_of(script_args, training_args),
     )
     table = [
         {"source": name, "documents": len(texts), "rows": len(packed), "tokens of the run": given * length}
@@ -276,19 +306,40 @@ def packed_trainer(
     return trainer, table
 
 
+def packed_rows(
+    script_args: Any, training_args: Any, tokenizer: Any, sources: dict[str, "Dataset"], prepared: Prepared
+) -> list["Dataset"]:
+    """The packed rows of each source, on disk; one process of each machine makes them."""
+    from hfllm.data.packing import packed_tables
+
+    def tables(source: "Dataset") -> Iterator[Any]:
+        texts: Iterable[str] = source["text"]
+        if script_args.objective == "infilling":
+            texts = infilled(texts, tokenizer, script_args.max_length, training_args.seed)
+        return packed_tables(texts, tokenizer, script_args.max_length)
+
+    with training_args.main_process_first(desc="packing"):
+        return [
+            prepared.table(f"rows-{number}", lambda source=source: tables(source))
+            for number, source in enumerate(sources.values())
+        ]
+
+
 def padded_trainer(
     script_args: Any,
     training_args: Any,
     model: Any,
     tokenizer: Any,
-    sources: dict[str, list[str]],
+    sources: dict[str, "Dataset"],
     test_texts: list[str],
+    prepared: Prepared,
 ) -> tuple[Any, list[dict]]:
     """The stock trainer on single documents, in batches of like length."""
     from datasets import Dataset
     from transformers import DataCollatorForLanguageModeling, Trainer
 
-    (texts,) = sources.values()
+    (source,) = sources.values()
+    texts = source["text"][:]
     batch = training_args.per_device_train_batch_size * training_args.world_size
     training_args.train_sampling_strategy = "sequential"
     train_pieces = length_grouped(pieces_of(texts, tokenizer, script_args.max_length), batch, training_args.seed)
@@ -301,8 +352,23 @@ def padded_trainer(
         eval_dataset=Dataset.from_dict({"input_ids": pieces_of(test_texts, tokenizer, script_args.max_length)}),
         data_collator=lambda rows: {**collate(rows), **settings},
         processing_class=tokenizer,
+        optimizer_cls_and_kwargs=optimizer_of(script_args, training_args),
     )
     return trainer, []
+
+
+def optimizer_of(script_args: Any, training_args: Any) -> tuple[Any, dict] | None:
+    """What `Trainer` makes Muon of; `None` is the optimiser of `--optim`."""
+    if not script_args.use_muon:
+        return None
+    from hfllm.trainers.muon import muon_factory
+
+    return muon_factory, {
+        "lr": training_args.learning_rate,
+        "weight_decay": training_args.weight_decay,
+        "betas": (training_args.adam_beta1, training_args.adam_beta2),
+        "eps": training_args.adam_epsilon,
+    }
 
 
 def watch(

@@ -1,17 +1,20 @@
 """Steps that several recipes share: begin and end a stage, run the stages before it, load data and models."""
 
+import hashlib
 import random
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from hfllm.cli import DataArguments, checkpoint_to_resume, finished_run, main_process, run_arguments
 from hfllm.data import formats
-from hfllm.data.sources import WORLD, load_source
+from hfllm.data.prepared import Prepared
+from hfllm.data.sources import WORLD, iterate_source, load_source
 from hfllm.data.world import World
 from hfllm.errors import InputError
 from hfllm.hub import take_repository
@@ -20,6 +23,7 @@ from hfllm.model_card import write_card
 from hfllm.reporting import Plot, Report, plot_history, read_report
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
@@ -145,9 +149,9 @@ class Stage:
             ) from None
 
 
-def stage_arguments(script_args: Any, training_args: Any, model_args: Any) -> dict[str, Any]:
+def stage_arguments(*parsed: Any) -> dict[str, Any]:
     """The flags that decide a stage's result, and when the local data and model they name were last changed."""
-    arguments = run_arguments(script_args, training_args, model_args)
+    arguments = run_arguments(*parsed)
     named = {
         flag: arguments.get(flag) or "" for flag in ("dataset_name", "model_name_or_path", "tokenizer_name_or_path")
     }
@@ -221,30 +225,64 @@ def split_rows(rows: list, seed: int, share: float = 0.05, most: int = 256) -> t
 
     Rows with the same prompt (or the same text) stay together, so that none is met on both sides.
     """
-    groups: dict[str, list] = {}
-    for row in rows:
-        groups.setdefault(str(row["prompt"] if isinstance(row, dict) else row), []).append(row)
+    keys = [str(row["prompt"] if isinstance(row, dict) else row) for row in rows]
+    train, held_out = split_places(keys, seed, share, most)
+    return [rows[place] for place in train], [rows[place] for place in held_out]
+
+
+def split_places(keys: Iterable, seed: int, share: float = 0.05, most: int = 256) -> tuple[list[int], list[int]]:
+    """`split_rows` by what stands for each row: the places of the training rows, and of those held out.
+
+    Raises:
+        InputError: when all rows are alike.
+    """
+    groups: dict[Any, list[int]] = {}
+    for place, key in enumerate(keys):
+        groups.setdefault(key, []).append(place)
     if len(groups) < 2:
         raise InputError(f"the dataset has {len(groups)} different prompt(s) or text(s); at least 2 are needed")
     order = list(groups.values())
     random.Random(seed).shuffle(order)
-    wanted, held_out = min(max(1, int(len(rows) * share)), most), []
+    wanted, held_out = min(max(1, int(sum(map(len, order)) * share)), most), []
     while not held_out or (len(order) > 1 and len(held_out) + len(order[0]) <= wanted):
         held_out += order.pop(0)
-    return [row for group in order for row in group], held_out
+    return [place for group in order for place in group], held_out
 
 
-def load_texts(script_args: Any, seed: int) -> tuple[list[str], list[str]]:
-    """Pretraining texts and held-out texts, of the world or of the user's dataset."""
+def load_texts(script_args: Any, seed: int, prepared: Prepared, name: str) -> tuple["Dataset", list[str]]:
+    """Pretraining texts (a `text` column) and held-out texts, of the world or of the user's dataset.
+
+    Args:
+        script_args: the recipe's.
+        seed: of the split, and of the world's texts.
+        prepared: where the user's texts are kept, so that they need not fit into memory.
+        name: of the table there.
+    """
+    from datasets import Dataset
+
     if script_args.dataset_name == WORLD:
         world = World(script_args.world_seed)
         texts = world.documents(script_args.num_documents, seed=seed)
         # A document of the world may be written twice; what is held out must be new.
         known = set(texts)
-        return texts, [text for text in world.documents(1000, seed=-1 - seed) if text not in known]
-    source = load_source(script_args.dataset_name, script_args.dataset_train_split)
-    texts = [formats.to_text(origin, row) for origin, row in source]
-    return split_rows([text for text in limited(texts, script_args) if text.strip()], seed)
+        held_out = [text for text in world.documents(1000, seed=-1 - seed) if text not in known]
+        return Dataset.from_dict({"text": texts}), held_out
+
+    def read() -> Iterator[str]:
+        rows = iterate_source(script_args.dataset_name, script_args.dataset_train_split)
+        for origin, row in islice(rows, script_args.max_samples):
+            text = formats.to_text(origin, row)
+            if text.strip():
+                yield text
+
+    stored = prepared.texts(name, read)
+    train, held_out = split_places((hash_of(text) for text in stored["text"]), seed)
+    return stored.select(train), stored.select(held_out)["text"][:]
+
+
+def hash_of(text: str) -> bytes:
+    """What two texts share only if they are the same, for all practical purposes."""
+    return hashlib.blake2b(text.encode(errors="replace"), digest_size=16).digest()
 
 
 def load_rows(script_args: DataArguments, mapper: Any) -> list[dict[str, Any]]:

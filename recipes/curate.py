@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from hfllm.cli import finished_run, parse_recipe, read_yaml, run, run_arguments, take_configs
-from hfllm.data.curation.options import FILTERS, PYDOC, CurationOptions
+from hfllm.data.curation.options import FILTERS, CurationOptions
+from hfllm.data.sources import PYDOC
 from hfllm.errors import InputError
 
 CONFIG = Path(__file__).parent / "configs" / "curate" / "pydoc.yaml"

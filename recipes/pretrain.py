@@ -2,6 +2,7 @@
 
     accelerate launch recipes/pretrain.py                                # the embedded world
     accelerate launch recipes/pretrain.py --dataset_name my_texts.jsonl  # a small model on your own text
+    accelerate launch recipes/pretrain.py --dataset_name pydoc           # on the documentation of this Python
     accelerate launch recipes/pretrain.py --dataset_mixture wiki.txt:0.7 books/:0.3 --total_tokens chinchilla
     accelerate launch recipes/pretrain.py --model_name_or_path NAME --dataset_name my_texts.jsonl
 
@@ -10,7 +11,6 @@ flags describe; the default settings are recipes/configs/pretrain/world.yaml for
 text of your own. The report compares the model with a 5-gram and gzip, in bits per byte of held-out documents.
 """
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +61,10 @@ class PretrainArguments(DataArguments):
     )
     z_loss_coef: float = field(
         default=0.0, metadata={"help": "Weight of the squared log-partition function (PaLM: 1e-4); needs packing."}
+    )
+    use_muon: bool = field(
+        default=False,
+        metadata={"help": "Learn the matrices of the layers by Muon, the rest by AdamW, at one learning rate."},
     )
     loss_spikes: str = field(
         default="stop",
@@ -133,6 +137,7 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     from transformers import set_seed
 
     from hfllm import pretraining
+    from hfllm.data.prepared import Prepared
     from hfllm.stages import Stage, fitting_length
     from hfllm.trainers.callbacks import use_plain_lines
 
@@ -141,17 +146,13 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     if stage.report is not None:
         return stage.report["metrics"]
     set_seed(training_args.seed)
-    sources, test_texts = pretraining.load_sources(script_args, training_args.seed)
-    train_texts = [text for texts in sources.values() for text in texts]
-    if len(sources) > 1:
-        # So that the first texts, which the tokenizer is trained on, are of all sources.
-        random.Random(training_args.seed).shuffle(train_texts)
+    with training_args.main_process_first(desc="reading texts"):
+        prepared = Prepared(Path(training_args.output_dir) / "prepared", stage.arguments)
+        sources, train_texts, test_texts = pretraining.load_sources(script_args, training_args.seed, prepared)
     model, tokenizer = pretraining.load_or_make_base(script_args, model_args, train_texts, ARCHITECTURE)
     script_args.max_length = fitting_length(script_args.max_length, model)
-    if script_args.objective == "infilling":
-        sources = pretraining.infilled(sources, tokenizer, script_args.max_length, training_args.seed)
     build = pretraining.packed_trainer if script_args.packing else pretraining.padded_trainer
-    trainer, mixed = build(script_args, training_args, model, tokenizer, sources, test_texts)
+    trainer, mixed = build(script_args, training_args, model, tokenizer, sources, test_texts, prepared)
     use_plain_lines(trainer)
     samples = pretraining.watch(trainer, script_args, tokenizer, train_texts, test_texts)
     trainer.train(resume_from_checkpoint=stage.checkpoint)
@@ -170,7 +171,10 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     if "bits_per_byte" in metrics:
         summary += f", {metrics['bits_per_byte']:.3f} bits a byte"
     tables = {"Sources": mixed, "Samples": samples() if samples else []}
-    return stage.finish(trainer, metrics, summary, tables={title: rows for title, rows in tables.items() if rows})
+    metrics = stage.finish(trainer, metrics, summary, tables={title: rows for title, rows in tables.items() if rows})
+    if trainer.is_local_process_zero():
+        prepared.remove()
+    return metrics
 
 
 def reads_world(script_args: PretrainArguments) -> bool:
@@ -211,6 +215,11 @@ def check(script_args: PretrainArguments, training_args: Any, model_args: Any) -
         training_args.max_steps > 0 and bool(script_args.batch_ramp or script_args.total_tokens),
         "--max_steps",
         "the run's length is --total_tokens or --num_train_epochs",
+    )
+    refuse(script_args.use_muon and bool(training_args.deepspeed), "--use_muon", "DeepSpeed has its own optimisers")
+    is_default = training_args.optim == type(training_args).__dataclass_fields__["optim"].default
+    refuse(
+        script_args.use_muon and not is_default, "--use_muon", f"--optim {training_args.optim.value} is asked for too"
     )
     tokens = script_args.total_tokens
     if tokens not in (None, CHINCHILLA) and not (tokens.isdecimal() and int(tokens) > 0):

@@ -7,23 +7,25 @@ begin at 0 again, which is how attention is told where one document ends (see `H
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hfllm.data.prepared import windows
 from hfllm.errors import InputError
 
 if TYPE_CHECKING:
+    import pyarrow
     import torch
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
-# Documents that are packed at a time: enough to fill rows to the brim, few enough to stay out of memory's way.
-WINDOW = 20_000
+# What is packed at a time: enough to fill rows to the brim, little enough to stay out of memory's way.
+MOST_DOCUMENTS, MOST_CHARACTERS = 20_000, 1 << 24
 
 
 def pack(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", length: int) -> "Dataset":
     """Rows of at most `length` tokens: best-fit decreasing, documents that are longer cut up, nothing lost.
 
     Each document begins with the tokenizer's document token (`bos_token`), if it has one. Packing is TRL's
-    `pack_dataset` (Ding et al. 2024, arXiv:2404.10830) on windows of `WINDOW` documents.
+    `pack_dataset` (Ding et al. 2024, arXiv:2404.10830) on windows of `MOST_DOCUMENTS` documents or `MOST_CHARACTERS`.
 
     Returns:
         A dataset with `input_ids` and `seq_lengths`, a list of lists each.
@@ -32,16 +34,25 @@ def pack(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", length: int
         InputError: when no document has two tokens, so that there is nothing to predict.
     """
     from datasets import Dataset, concatenate_datasets
+
+    return concatenate_datasets([Dataset(table) for table in packed_tables(texts, tokenizer, length)])
+
+
+def packed_tables(
+    texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", length: int
+) -> Iterator["pyarrow.Table"]:
+    """`pack`, window by window, for more text than fits into memory."""
+    from datasets import Dataset, Features, List, Value
     from trl import pack_dataset
 
-    parts = []
-    for window in _windows(texts, WINDOW):
+    features, is_empty = Features({"input_ids": List(Value("int32"))}), True
+    for window in windows(texts, MOST_DOCUMENTS, MOST_CHARACTERS):
         pieces = [ids for ids in token_ids(window, tokenizer) if len(ids) > 1]
         if pieces:
-            parts.append(pack_dataset(Dataset.from_dict({"input_ids": pieces}), length, "bfd_split"))
-    if not parts:
+            is_empty = False
+            yield pack_dataset(Dataset.from_dict({"input_ids": pieces}, features), length, "bfd_split").data.table
+    if is_empty:
         raise InputError("no document has two tokens: there is no next token to predict")
-    return concatenate_datasets(parts)
 
 
 def token_ids(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
@@ -126,14 +137,3 @@ def pieces_of(
         is_padding = places >= lengths[rows].unsqueeze(1)
         yield {"input_ids": ids[sources], "labels": labels[sources].masked_fill(is_padding, IGNORE)}
         first = end
-
-
-def _windows(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    window: list[str] = []
-    for text in texts:
-        window.append(text)
-        if len(window) == size:
-            yield window
-            window = []
-    if window:
-        yield window

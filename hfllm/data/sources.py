@@ -1,7 +1,8 @@
 """One resolver for data: a name is a local file or folder, or a dataset on the Hub.
 
 Rows keep where they came from, so that a complaint about one can say which file and line it stands in. The embedded
-world (`world`) is not a source of rows: each stage asks it for what that stage learns from.
+world (`world`) is not a source of rows: each stage asks it for what that stage learns from. `pydoc` is the
+documentation of the Python that runs this.
 """
 
 import csv
@@ -10,12 +11,14 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from hfllm.data.pydoc_corpus import pydoc_documents
 from hfllm.errors import InputError
 
-WORLD = "world"
+WORLD, PYDOC = "world", "pydoc"
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet", ".txt")
 LINES = (".jsonl", ".jsonl.gz")
 
@@ -44,36 +47,59 @@ def load_source(name: str, split: str = "train") -> Source:
 
     Args:
         name: a file (jsonl, jsonl.gz, json, csv, tsv, parquet, txt: one document a blank-line-separated paragraph), a
-            folder of such files, or the id of a dataset on the Hub.
+            folder of such files, `pydoc`, or the id of a dataset on the Hub.
         split: of a Hub dataset.
 
     Raises:
         InputError: when nothing is found, or a row cannot be read (file and line are named).
+    """
+    rows, origins = [], []
+    for origin, row in iterate_source(name, split):
+        rows.append(row)
+        origins.append(origin)
+    return Source(rows, origins)
+
+
+def iterate_source(name: str, split: str = "train") -> Iterator[tuple[str, dict[str, Any]]]:
+    """(origin, row) of the dataset called `name`, one by one: see `load_source`."""
+    if name == PYDOC:
+        yield from ((origin, {"text": text}) for origin, text in pydoc_documents())
+        return
+    files, count = source_files(name), 0
+    for file in files or ():
+        kind = "line" if file.name.endswith(LINES) else "row"
+        try:
+            for number, row in read_rows(file):
+                yield f"{file}, {kind} {number}", row
+                count += 1
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file}: not UTF-8 after row {count}: {error.reason}") from None
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise InputError(f"{file}: not gzip, or cut short after row {count}: {error}") from None
+    if files is None:
+        for number, row in enumerate(_load_from_hub(name, split), 1):
+            yield f"{name}, row {number}", row
+    elif not count:
+        raise InputError(f"dataset {name!r} is empty")
+
+
+def source_files(name: str) -> list[Path] | None:
+    """The local files of a dataset; `None` for one on the Hub.
+
+    Raises:
+        InputError: when there are none, and the name is not a Hub id.
     """
     path = Path(name)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.name.endswith(EXTENSIONS))
         if not files:
             raise InputError(f"dataset folder {name!r} holds no file that ends in {', '.join(EXTENSIONS)}")
-    elif path.is_file():
-        files = [path]
-    elif name.endswith(EXTENSIONS) or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return files
+    if path.is_file():
+        return [path]
+    if name.endswith(EXTENSIONS) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(f"dataset {name!r} does not exist: no such file or folder (and not a Hub id like user/name)")
-    else:
-        return _load_from_hub(name, split)
-    rows, origins = [], []
-    for file in files:
-        try:
-            for number, row in read_rows(file):
-                rows.append(row)
-                origins.append(f"{file}, {'line' if file.name.endswith(LINES) else 'row'} {number}")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{file}: not UTF-8 after row {len(rows)}: {error.reason}") from None
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise InputError(f"{file}: not gzip, or cut short after row {len(rows)}: {error}") from None
-    if not rows:
-        raise InputError(f"dataset {name!r} is empty")
-    return Source(rows, origins)
+    return None
 
 
 def read_rows(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
@@ -83,15 +109,11 @@ def read_rows(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     if file.suffix == ".json":
         return enumerate(_read_json(file), 1)
     if file.suffix in (".csv", ".tsv"):
-        with file.open(encoding="utf-8", newline="") as stream:
-            return enumerate(list(csv.DictReader(stream, delimiter="\t" if file.suffix == ".tsv" else ",")), 1)
+        return enumerate(_read_csv(file), 1)
     if file.suffix == ".parquet":
-        import pyarrow.parquet
-
-        return enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1)
+        return enumerate(_read_parquet(file), 1)
     if file.suffix == ".txt":
-        paragraphs = file.read_text(encoding="utf-8", errors="replace").split("\n\n")
-        return enumerate(({"text": text.strip()} for text in paragraphs if text.strip()), 1)
+        return enumerate(({"text": text} for text in _read_paragraphs(file)), 1)
     raise InputError(f"{file}: cannot read this kind of file; accepted: {', '.join(EXTENSIONS)}")
 
 
@@ -109,6 +131,32 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
+def _read_csv(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8", newline="") as stream:
+        yield from csv.DictReader(stream, delimiter="\t" if file.suffix == ".tsv" else ",")
+
+
+def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(file) as table:
+        for batch in table.iter_batches(1000):
+            yield from batch.to_pylist()
+
+
+def _read_paragraphs(file: Path) -> Iterator[str]:
+    """What empty lines separate."""
+    lines: list[str] = []
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        for line in chain(stream, ["\n"]):
+            lines.append(line)
+            if line == "\n":
+                text = "".join(lines).strip()
+                if text:
+                    yield text
+                lines = []
+
+
 def _read_json(file: Path) -> list[dict[str, Any]]:
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
@@ -119,7 +167,7 @@ def _read_json(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _load_from_hub(name: str, split: str) -> Source:
+def _load_from_hub(name: str, split: str) -> Iterable[dict[str, Any]]:
     from datasets import load_dataset
 
     try:
@@ -131,4 +179,4 @@ def _load_from_hub(name: str, split: str) -> Source:
         ) from error
     if len(rows) == 0:
         raise InputError(f"dataset {name!r}, split {split!r}, is empty")
-    return Source(rows, [f"{name}, row {number}" for number in range(1, len(rows) + 1)])
+    return rows

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from hfllm.errors import InputError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -37,7 +39,7 @@ def train_tokenizer(
         whose chat template is ours.
 
     Raises:
-        ValueError: when `vocab_size` has no room for the bytes and the special tokens.
+        InputError: when `vocab_size` has no room for the bytes and the special tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -45,7 +47,7 @@ def train_tokenizer(
     special_tokens = [*SPECIAL_TOKENS, *([mask_token] if mask_token else []), *extra_special_tokens]
     smallest = 256 + len(special_tokens)
     if vocab_size < smallest:
-        raise ValueError(f"vocab_size={vocab_size} is too small: bytes and special tokens alone take {smallest}")
+        raise InputError(f"vocab_size={vocab_size} is too small: bytes and special tokens alone take {smallest}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -67,6 +69,27 @@ def train_tokenizer(
         chat_template=chat_template(),
         clean_up_tokenization_spaces=False,
     )
+
+
+def truncated_tokenizer(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> "PreTrainedTokenizerFast":
+    """The tokenizer that training would have given with a smaller vocabulary: of a byte-level BPE, the first merges.
+
+    Args:
+        tokenizer: of `train_tokenizer`; it is not changed.
+        vocab_size: upper bound on the number of tokens, at most the tokenizer's.
+    """
+    import json
+
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, dropped = state["model"], len(tokenizer) - vocab_size
+    if dropped > 0:
+        # Each merge makes one token, and tokens are numbered in the order of the merges.
+        model["merges"] = model["merges"][: len(model["merges"]) - dropped]
+        model["vocab"] = {token: number for token, number in model["vocab"].items() if number < vocab_size}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
 
 
 def plain_chat_template() -> str:

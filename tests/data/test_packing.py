@@ -46,7 +46,7 @@ def test_rows_are_full(rows):
 
 
 def test_windows_do_not_change_what_is_packed(texts, tokenizer, rows, monkeypatch):
-    monkeypatch.setattr("hfllm.data.packing.WINDOW", 50)
+    monkeypatch.setattr("hfllm.data.packing.MOST_DOCUMENTS", 50)
     assert sorted(pieces_in(pack(iter(texts), tokenizer, LENGTH))) == sorted(pieces_in(rows))
 
 

@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("datatrove", reason="needs the extra 'data'")
 
 from hfllm.data.curation.options import FILTERS, CurationOptions
+from hfllm.data.prepared import Prepared
 from hfllm.data.sources import load_source
 from hfllm.errors import InputError
 from hfllm.stages import load_texts
@@ -119,10 +120,9 @@ def test_every_drop_is_counted_and_the_rest_can_be_pretrained_on(corpus, capsys)
         assert example in text, example
     assert (out / "funnel.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in out.iterdir()) == ["data", "funnel.png", "report.json", "report.md"]
-    train, held_out = load_texts(
-        SimpleNamespace(dataset_name=str(out / "data"), dataset_train_split="train", max_samples=None), 0
-    )
-    assert sorted(train + held_out) == sorted(corpus.good)
+    args = SimpleNamespace(dataset_name=str(out / "data"), dataset_train_split="train", max_samples=None)
+    train, held_out = load_texts(args, 0, Prepared(corpus.folder / "prepared", {}), "texts")
+    assert sorted([*train["text"], *held_out]) == sorted(corpus.good)
     capsys.readouterr()
     assert run(*corpus.flags, "--workers", 2) == metrics
     assert "already done" in capsys.readouterr().out

@@ -2,13 +2,16 @@
 
 import json
 import random
+import sys
 
 import pretrain
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from hfllm import pretraining
+from hfllm.data import packing
 from hfllm.errors import InputError
+from hfllm.stages import Stage
 
 WORDS = ["owl", "fox", "red", "blue", "house", "river", "walks", "sings", "the", "a", "old", "small"]
 
@@ -102,7 +105,7 @@ def test_the_infilling_objective_cuts_documents_in_three(run, corpus, tmp_path):
     run(dataset_name=corpus[0], objective="infilling", total_tokens=3200)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert len(tokenizer("<PRE> a <SUF>b <MID>")["input_ids"]) < 10
-    documents = pretraining.infilled({"one": texts(1)}, tokenizer, 512, seed=0)["one"]
+    documents = list(pretraining.infilled(texts(1), tokenizer, 512, seed=0))
     assert sum(document.startswith("<PRE>") for document in documents) == pytest.approx(108, abs=12)
 
 
@@ -117,8 +120,44 @@ def test_it_goes_on_where_it_was(run, corpus, tmp_path):
     whole = run(**settings)
     for path in ("report.json", "model.safetensors"):
         (tmp_path / "out" / path).unlink()
+    assert not (tmp_path / "out" / "prepared").exists()
     again = run(**settings, resume_from_checkpoint=tmp_path / "out" / "checkpoint-10")
     assert again["eval_loss"] == whole["eval_loss"]
+
+
+def test_a_run_that_goes_on_reads_no_text_again(run, corpus, tmp_path, monkeypatch):
+    settings = {"dataset_name": corpus[0], "total_tokens": 6400, "save_strategy": "steps", "save_steps": 10}
+    whole = run(**settings, output_dir=tmp_path / "whole")
+    finish = Stage.finish
+    monkeypatch.setattr(Stage, "finish", lambda *args, **kwargs: sys.exit("killed"))
+    with pytest.raises(SystemExit, match="killed"):
+        run(**settings)
+    monkeypatch.setattr(Stage, "finish", finish)
+    packed = []
+    monkeypatch.setattr("hfllm.stages.iterate_source", lambda *args: pytest.fail("read again"))
+    pack = packing.packed_tables
+    monkeypatch.setattr(packing, "packed_tables", lambda texts, *rest: packed.append(len(texts)) or pack(texts, *rest))
+    again = run(**settings, resume_from_checkpoint=tmp_path / "out" / "checkpoint-10")
+    assert again["eval_loss"] == whole["eval_loss"]
+    # Only what was held out.
+    assert packed == [6]
+
+
+def test_muon_learns_and_is_refused_where_it_cannot(run, corpus, tmp_path):
+    settings = {"dataset_name": corpus[0], "num_train_epochs": 2, "learning_rate": 3e-3}
+    plain = run(**settings, output_dir=tmp_path / "adamw")
+    muon = run(**settings, output_dir=tmp_path / "muon", use_muon=True)
+    assert muon["eval_loss"] != plain["eval_loss"]
+    padded = run(**settings, output_dir=tmp_path / "padded", use_muon=True, packing="false")
+    # A uniform guess over some 300 tokens loses 5.7.
+    assert max(muon["eval_loss"], padded["eval_loss"]) < 4
+    with pytest.raises(InputError, match="--use_muon cannot be used here: --optim sgd is asked for too"):
+        run(**settings, use_muon=True, optim="sgd")
+
+
+def test_text_of_less_than_one_row_is_one_row(run, tmp_path):
+    (tmp_path / "few.jsonl").write_text('{"text": "one two three"}\n{"text": "four five"}\n')
+    assert run(dataset_name=tmp_path / "few.jsonl")["documents"] == 1
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hfllm.data.curation.options import PYDOC, CurationOptions
+from hfllm.data.curation.options import CurationOptions
+from hfllm.data.sources import PYDOC
 from hfllm.errors import InputError
 
 ENDINGS = (

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from hfllm.data.sources import PYDOC
 from hfllm.errors import InputError
 
-PYDOC = "pydoc"
 FILTERS = (
     *("length", "language", "gopher_quality", "gopher_repetition", "c4_quality", "spam", "toxicity"),
     *("decontamination", "exact_duplicates", "near_duplicates", "perplexity"),

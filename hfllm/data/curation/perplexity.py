@@ -19,9 +19,10 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from hfllm.data.curation.dedup import marked
 from hfllm.data.curation.ngram_model import ByteNgramModel
-from hfllm.data.curation.options import PYDOC, CurationOptions
+from hfllm.data.curation.options import CurationOptions
 from hfllm.data.curation.text import hash_text
 from hfllm.data.pydoc_corpus import pydoc_documents
+from hfllm.data.sources import PYDOC
 from hfllm.errors import InputError
 
 SAMPLE = 2048  # documents of all tasks

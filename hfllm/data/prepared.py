@@ -1,0 +1,92 @@
+"""Texts and packed rows of a run on disk: made once, mapped into memory from then on, there again after a crash."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow
+    from datasets import Dataset
+
+NOTE = "made_from.json"
+# Characters of text that are written at a time.
+BATCH = 1 << 24
+
+
+class Prepared:
+    """A folder of tables for one run. What a run with another description left there is removed.
+
+    Args:
+        folder: where the tables are; made when the first is written.
+        description: JSON values that decide what is in them.
+    """
+
+    def __init__(self, folder: Path, description: Mapping[str, Any]):
+        self.folder = folder
+        written = json.dumps(description, sort_keys=True)
+        note = folder / NOTE
+        if note.is_file() and note.read_text(encoding="utf-8") == written:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        note.write_text(written, encoding="utf-8")
+
+    def texts(self, name: str, make: Callable[[], Iterable[str]]) -> "Dataset":
+        """A dataset with a `text` column of what `make` gives, which is asked only if the table is not there."""
+        return self.table(name, lambda: _text_tables(make()))
+
+    def table(self, name: str, make: Callable[[], Iterable["pyarrow.Table"]]) -> "Dataset":
+        """The tables that `make` gives, one after the other and all of one schema, as one dataset.
+
+        Raises:
+            ValueError: when there is none.
+        """
+        import pyarrow
+        from datasets import Dataset
+
+        path = self.folder / f"{name}.arrow"
+        if not path.is_file():
+            # A name of this process's own: on a shared disk others may write the same table.
+            unfinished, writer = path.with_suffix(f".{os.getpid()}"), None
+            try:
+                with pyarrow.OSFile(str(unfinished), "wb") as sink:
+                    for table in make():
+                        writer = writer or pyarrow.ipc.new_stream(sink, table.schema)
+                        writer.write_table(table)
+                    if writer is None:
+                        raise ValueError(f"{name}: nothing to write")
+                    writer.close()
+                os.replace(unfinished, path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+        return Dataset.from_file(str(path))
+
+    def remove(self) -> None:
+        """Delete the folder, once nothing of it is needed any more."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _text_tables(texts: Iterable[str]) -> Iterator["pyarrow.Table"]:
+    import pyarrow
+
+    # Offsets of 64 bits: a single document may be large.
+    schema = pyarrow.schema([("text", pyarrow.large_string())])
+    for batch in windows(texts, most_texts=100_000, most_characters=BATCH):
+        yield pyarrow.table({"text": batch}, schema=schema)
+
+
+def windows(texts: Iterable[str], most_texts: int, most_characters: int) -> Iterator[list[str]]:
+    """Lists of texts that follow each other, each list closed once it has so many texts or characters."""
+    window: list[str] = []
+    characters = 0
+    for text in texts:
+        window.append(text)
+        characters += len(text)
+        if len(window) >= most_texts or characters >= most_characters:
+            yield window
+            window, characters = [], 0
+    if window:
+        yield window

@@ -1,0 +1,46 @@
+"""Tables of a run on disk: made once, whole or not at all, and made anew when the run is another one."""
+
+import pyarrow
+import pytest
+
+from hfllm.data import prepared as module
+from hfllm.data.packing import pack, packed_tables
+from hfllm.data.prepared import Prepared, windows
+
+
+def test_texts_come_back_as_they_were_and_are_made_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BATCH", 10)
+    texts, made = ["one", "zwölf\n\n", "", "a long text of several words", "🦊"], []
+    for _ in range(2):
+        stored = Prepared(tmp_path / "it", {"seed": 1}).texts("texts", lambda: made.append(1) or iter(texts))
+        assert stored["text"][:] == texts and len(made) == 1
+    Prepared(tmp_path / "it", {"seed": 2}).texts("texts", lambda: made.append(1) or iter(texts))
+    assert len(made) == 2
+
+
+def test_what_is_interrupted_leaves_nothing_behind(tmp_path):
+    def broken():
+        yield pyarrow.table({"number": [1, 2]})
+        raise RuntimeError("cut")
+
+    prepared = Prepared(tmp_path / "it", {})
+    with pytest.raises(RuntimeError, match="cut"):
+        prepared.table("numbers", broken)
+    assert [path.name for path in prepared.folder.iterdir()] == [module.NOTE]
+    assert prepared.table("numbers", lambda: [pyarrow.table({"number": [3]})])["number"][:] == [3]
+    with pytest.raises(ValueError, match="nothing to write"):
+        prepared.table("empty", list)
+    prepared.remove()
+    assert not (tmp_path / "it").exists()
+
+
+def test_rows_on_disk_are_the_rows_in_memory(tmp_path, world, tokenizer):
+    texts = world.documents(300, seed=2)
+    stored = Prepared(tmp_path / "it", {}).table("rows", lambda: packed_tables(texts, tokenizer, 64))
+    assert stored[:] == pack(texts, tokenizer, 64)[:]
+
+
+def test_windows_close_at_either_limit():
+    assert list(windows(["aa"] * 5, 2, 100)) == [["aa"] * 2, ["aa"] * 2, ["aa"]]
+    assert list(windows(["aa", "b" * 9, "c"], 10, 8)) == [["aa", "b" * 9], ["c"]]
+    assert list(windows([], 2, 2)) == []

@@ -1,0 +1,63 @@
+"""recipes/tokenizer.py: a tokenizer on its own, what its size buys, and pretraining with it."""
+
+import json
+
+import pytest
+import tokenizer as recipe
+from transformers import AutoTokenizer
+
+from hfllm.data.sources import PYDOC, iterate_source
+from hfllm.data.tokenizer import train_tokenizer, truncated_tokenizer
+from hfllm.errors import InputError
+
+
+@pytest.fixture
+def corpus(tmp_path, world):
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in world.documents(400, seed=3)))
+    return file
+
+
+def run(*flags):
+    return recipe.main(*recipe.parse([str(flag) for flag in flags]))
+
+
+def test_it_trains_measures_and_saves(corpus, tmp_path, capsys):
+    flags = ["--dataset_name", corpus, "--vocab_size", 700, "--objective", "masked", "--output_dir", tmp_path / "out"]
+    metrics = run(*flags)
+    saved = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert len(saved) == metrics["vocab_size"] <= 700 and saved.mask_token == "<|mask|>"
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "Held-out text by size" in report and (tmp_path / "out" / "compression.png").is_file()
+    assert not (tmp_path / "out" / "prepared").exists()
+    capsys.readouterr()
+    assert run(*flags) == metrics and "already done" in capsys.readouterr().out
+    with pytest.raises(InputError, match="holds a finished run with vocab_size=700"):
+        run(*flags, "--vocab_size", 600)
+
+
+def test_larger_sizes_make_fewer_tokens(corpus, tmp_path):
+    texts = [row["text"] for _, row in iterate_source(str(corpus))]
+    rows = recipe.sizes(train_tokenizer(texts, 1400), texts)
+    assert [row["vocab_size"] for row in rows] == sorted(row["vocab_size"] for row in rows) and len(rows) > 1
+    assert rows[0]["bytes_per_token"] < rows[-1]["bytes_per_token"]
+    tokens = sum(len(ids) for ids in train_tokenizer(texts, 1400)(texts, add_special_tokens=False)["input_ids"])
+    assert rows[-1]["bytes_per_token"] == sum(len(text.encode()) for text in texts) / tokens
+
+
+def test_a_truncated_tokenizer_is_the_one_trained_smaller(corpus):
+    texts = [row["text"] for _, row in iterate_source(str(corpus))]
+    large, small = train_tokenizer(texts, 500), train_tokenizer(texts, 400)
+    cut = truncated_tokenizer(large, 400)
+    assert cut.get_vocab() == small.get_vocab() and len(large) == 500
+    assert cut(texts, add_special_tokens=False)["input_ids"] == small(texts, add_special_tokens=False)["input_ids"]
+
+
+def test_a_vocabulary_without_room_for_the_bytes_is_refused(corpus, tmp_path):
+    with pytest.raises(InputError, match="vocab_size=100 is too small"):
+        run("--dataset_name", corpus, "--vocab_size", 100, "--output_dir", tmp_path / "out")
+
+
+def test_the_documentation_of_this_python_is_a_dataset():
+    rows = dict(iterate_source(PYDOC))
+    assert len(rows) > 5000 and "option" in rows["argparse"]["text"]
