@@ -22,17 +22,31 @@ COMPARISONS = {"num_pairs": 400, "label_noise": 0.25, "num_train_epochs": 3}
 PPO = {"kl_coef": 0.05, "max_steps": 960, "logging_steps": 16, "lr_scheduler_type": "constant"}
 MEMBERS = 5
 SMOOTHING = 3
+# Square roots of the KL to the start, and gold rewards there.
+Curve = tuple[list[float], list[float]]
 
 
-def run(output_dir: Path, *flags: str) -> list[dict[str, Any]]:
-    """One run of the main job. Returns its log."""
+def run(output_dir: Path, *flags: str) -> Curve:
+    """One run of the main job. Returns what it went through."""
     command = [sys.executable, str(ROOT / "recipes" / "rlhf.py"), "--output_dir", str(output_dir), *flags]
     subprocess.run(command, check=True)
-    return json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+    log = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+    return curve(json.loads((output_dir / "report.json").read_text())["metrics"]["gold_reward_before"], log)
 
 
-def both(folder: Path, seed: int, model: Path | None) -> dict[str, list[dict[str, Any]]]:
-    """The logs of PPO against one reward model and against an ensemble.
+def curve(start: float, log: list[dict[str, Any]]) -> Curve:
+    """From the fine-tuned model's gold reward on unseen prompts, through means over a few entries of the log."""
+    entries = [entry for entry in log if "kl" in entry]
+    windows = [entries[at : at + SMOOTHING] for at in range(len(entries) - SMOOTHING + 1)]
+    kl, gold = (
+        [statistics.mean(entry[name] for entry in window) for window in windows]
+        for name in ("kl", "rewards/gold_reward")
+    )
+    return [0.0, *(max(value, 0.0) ** 0.5 for value in kl)], [start, *gold]
+
+
+def both(folder: Path, seed: int, model: Path | None) -> dict[str, Curve]:
+    """PPO against one reward model and against an ensemble.
 
     Args:
         folder: of the seed.
@@ -52,21 +66,9 @@ def both(folder: Path, seed: int, model: Path | None) -> dict[str, list[dict[str
     return {"one reward model": single, f"worst of {MEMBERS}": run(folder / "ensemble", *ppo)}
 
 
-def curve(log: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """Square root of the KL, and gold reward, both as means over a few neighbouring entries."""
-    entries = [entry for entry in log if "kl" in entry]
-    points = [
-        [
-            statistics.mean(entry[name] for entry in entries[at : at + SMOOTHING])
-            for name in ("kl", "rewards/gold_reward")
-        ]
-        for at in range(len(entries) - SMOOTHING + 1)
-    ]
-    return [max(kl, 0.0) ** 0.5 for kl, _ in points], [gold for _, gold in points]
-
-
-def table(curves: dict[int, dict[str, tuple[list[float], list[float]]]]) -> str:
-    lines = ["| | first | peak | at sqrt(KL) | end | at sqrt(KL) | lost |", "| - | - | - | - | - | - | - |"]
+def table(curves: dict[int, dict[str, Curve]]) -> str:
+    """Gold reward at the start, at its peak and at the end of each run."""
+    lines = ["| | start | peak | at sqrt(KL) | end | at sqrt(KL) | lost |", "| - | - | - | - | - | - | - |"]
     lost: dict[str, list[float]] = {}
     for seed, pair in curves.items():
         for name, (distance, gold) in pair.items():
@@ -79,7 +81,8 @@ def table(curves: dict[int, dict[str, tuple[list[float], list[float]]]]) -> str:
     return "\n".join(lines)
 
 
-def draw(curves: dict[int, dict[str, tuple[list[float], list[float]]]], path: Path) -> None:
+def draw(curves: dict[int, dict[str, Curve]], path: Path) -> None:
+    """A panel a seed, one scale for all."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -88,7 +91,7 @@ def draw(curves: dict[int, dict[str, tuple[list[float], list[float]]]], path: Pa
     figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 4), sharey=True, squeeze=False)
     for axis, (seed, pair) in zip(axes[0], curves.items(), strict=True):
         for name, (distance, gold) in pair.items():
-            axis.plot(distance, gold, label=name)
+            axis.plot(distance, gold, label=name, marker=".", markersize=4, linewidth=1)
         axis.set(title=f"seed {seed}", xlabel="square root of KL (nats a response)")
     axes[0][0].set_ylabel("gold reward of sampled responses")
     axes[0][0].legend()
@@ -102,12 +105,11 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", type=Path, help="The fine-tuned model, if there is one.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/overoptimisation"))
     args = parser.parse_args()
-    logs, model = {}, args.model_name_or_path
+    curves, model = {}, args.model_name_or_path
     for seed in args.seeds:
         folder = args.output_dir / f"seed-{seed}"
-        logs[seed] = both(folder, seed, model)
+        curves[seed] = both(folder, seed, model)
         model = model or folder / "single" / "sft"
-    curves = {seed: {name: curve(log) for name, log in pair.items()} for seed, pair in logs.items()}
     draw(curves, args.output_dir / "overoptimisation.png")
     text = table(curves)
     (args.output_dir / "overoptimisation.md").write_text(text + "\n")

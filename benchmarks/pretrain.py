@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SIZE = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "tie_word_embeddings": True}
-INTERMEDIATE, VOCABULARY, LENGTH, ROWS, EVALUATIONS = 688, 4096, 512, 4, 12
+INTERMEDIATE, VOCABULARY, LENGTH, ROWS, EVALUATIONS = 688, 4096, 512, 4, 8
 VARIANTS = {
     "plain": {},
     "curriculum": {"lengths": "0:128,0.2:256,0.5:512"},
@@ -105,7 +105,7 @@ def measure(args: argparse.Namespace) -> None:
     from hfllm.stages import split_rows
 
     logging.set_verbosity_error()
-    texts, held_out = split_rows(texts_of(args.dataset_name), seed=0, share=0.1, most=80)
+    texts, held_out = split_rows(texts_of(args.dataset_name), seed=0, share=0.05, most=40)
     tokenizer = train_tokenizer(texts, VOCABULARY, 1024)
     points, spent, useful = [], [0.0], [0]
     with tempfile.TemporaryDirectory() as folder:
@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--dataset_name", required=True, help="Documents: a file or folder.")
     parser.add_argument("--variants", nargs="+", default=["plain"], choices=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--documents", type=int, default=8, help="Documents of the stock trainer's batch.")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--output", type=Path)
