@@ -123,17 +123,22 @@ def rows_of_run(script_args: Any, training_args: Any, model: Any, rows: int, bat
 def loss_settings(model: Any, loss_chunk_size: int | None) -> dict[str, int]:
     """What asks an hfllm model, batch by batch, to compute its loss in chunks.
 
-    By the batch and not by the config, which would go on to every later use of the saved model.
+    By the batch and not by the config, which would go on to every later use of the saved model. Not in ZeRO-3, whose
+    processes gather the head together: they may differ in their number of chunks.
 
     Raises:
         InputError: for a negative size, or one given for a model of another family.
     """
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
     from hfllm.stages import refuse
 
     family = model.config.model_type
     refuse(loss_chunk_size and family != "hfllm", "--loss_chunk_size", f"a model of type {family} has no such loss")
     refuse((loss_chunk_size or 0) < 0, "--loss_chunk_size", f"{loss_chunk_size} is below 0")
-    size = 1024 if loss_chunk_size is None and family == "hfllm" else loss_chunk_size
+    is_split = is_deepspeed_zero3_enabled()
+    refuse(loss_chunk_size and is_split, "--loss_chunk_size", "ZeRO-3 needs the loss of a batch in one piece")
+    size = 1024 if loss_chunk_size is None and family == "hfllm" and not is_split else loss_chunk_size
     return {"loss_chunk_size": size} if size else {}
 
 

@@ -54,9 +54,8 @@ class PretrainTrainer(Trainer):
         family = self.model.config.model_type
         if not self.model_accepts_loss_kwargs:
             raise InputError(f"a model of type {family} takes no num_items_in_batch: its loss is a mean a pass")
-        engine = self.accelerator.distributed_type
-        if engine in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-            raise InputError(f"packing does not work with {engine.value} yet: use DDP, or --packing false")
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            raise InputError("packing does not work with FSDP yet: use DDP or DeepSpeed, or --packing false")
         if not keeps_documents_apart(self.model):
             raise InputError(f"in a model of type {family} packed documents see each other: use --packing false")
 
@@ -75,12 +74,26 @@ class PretrainTrainer(Trainer):
     ) -> torch.Tensor:
         """Forward and backward passes over one step's batch."""
         passes = list(self._passes(inputs))
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if is_deepspeed:
+            passes += self._passes_of_others(passes)
         total = torch.zeros((), device=self.args.device)
         for at, part in enumerate(passes):
+            is_last = at == len(passes) - 1
+            if is_deepspeed:
+                # Its engine steps within the backward pass, if told so.
+                self.accelerator.sync_gradients = is_last
             # Only the last pass lets DDP average the gradients.
-            with nullcontext() if at == len(passes) - 1 else self.accelerator.no_sync(model):
+            with nullcontext() if is_last or is_deepspeed else self.accelerator.no_sync(model):
                 total += super().training_step(model, {**part, **self.settings}, num_items_in_batch)
         return total
+
+    def _passes_of_others(self, passes: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+        """Passes without a target, as many as another process makes more: ZeRO's processes go in step."""
+        most = self.accelerator.gather(torch.tensor([len(passes)], device=self.args.device)).max()
+        nothing = {name: values[:1, :2] for name, values in passes[-1].items()}
+        nothing["labels"] = torch.full_like(nothing["labels"], IGNORE)
+        return [nothing] * (int(most) - len(passes))
 
     def _passes(self, inputs: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
         """The batch in parts that fit into memory; on a CPU, whose attention knows no packed rows, piece by piece."""

@@ -1,6 +1,6 @@
 """A tiny pretraining run for the tests with processes of their own.
 
-Usage: pretrain_run.py OUTPUT_DIR, under torchrun for several processes.
+Usage: pretrain_run.py OUTPUT_DIR [DEEPSPEED_CONFIG], under torchrun or accelerate launch for several processes.
 """
 
 import sys
@@ -40,7 +40,15 @@ def build(output_dir: str, total_rows: int = 60, **arguments) -> PretrainTrainer
         "per_device_train_batch_size": 1,
         "learning_rate": 3e-3,
         "weight_decay": 0.1,
+        # So that Adam does not blow up the rounding of gradients that are nearly zero.
+        "adam_epsilon": 1e-6,
     }
+    if arguments.get("deepspeed"):
+        import deepspeed
+
+        # Its compilation takes a minute, for the same losses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     args = TrainingArguments(output_dir, **{**settings, **arguments})
     return PretrainTrainer(
         plan=BatchPlan(
@@ -54,7 +62,7 @@ def build(output_dir: str, total_rows: int = 60, **arguments) -> PretrainTrainer
             process=args.process_index,
             processes=args.world_size,
         ),
-        settings={"loss_chunk_size": 50},
+        settings={} if "zero3" in str(arguments.get("deepspeed")) else {"loss_chunk_size": 50},
         model=hfllm.HfllmForCausalLM(config),
         args=args,
         processing_class=tokenizer,
@@ -62,7 +70,7 @@ def build(output_dir: str, total_rows: int = 60, **arguments) -> PretrainTrainer
 
 
 if __name__ == "__main__":
-    trainer = build(sys.argv[1], save_strategy="no")
+    trainer = build(sys.argv[1], save_strategy="no", deepspeed=sys.argv[2] if len(sys.argv) > 2 else None)
     trainer.train()
     trainer.save_model(sys.argv[1])
     trainer.accelerator.wait_for_everyone()

@@ -14,6 +14,8 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+DEEPSPEED = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", "2"]
+DEEPSPEED += ["--num_machines", "1", "--mixed_precision", "no"]
 
 
 def launch(launcher, *arguments):
@@ -53,18 +55,36 @@ def test_two_processes_equal_one_and_save(one, tmp_path):
     assert {"rollout_0.safetensors", "rollout_1.safetensors", "optimizer.pt"} <= files
 
 
-def test_two_processes_pretrain_what_one_does(tmp_path):
-    for processes in (1, 2):
-        script = [str(SCRIPT.parent / "pretrain_run.py"), str(tmp_path / str(processes))]
-        result = subprocess.run(
-            [*TORCHRUN, f"--nproc_per_node={processes}", *script],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
-    same_weights(tmp_path / "1", tmp_path / "2")
+def pretrain(launcher, folder, *arguments):
+    result = subprocess.run(
+        [*launcher, str(SCRIPT.parent / "pretrain_run.py"), str(folder), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """What a single process pretrains."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    pretrain([*TORCHRUN, "--nproc_per_node=1"], folder)
+    return folder
+
+
+def test_two_processes_pretrain_what_one_does(pretrained, tmp_path):
+    pretrain([*TORCHRUN, "--nproc_per_node=2"], tmp_path)
+    same_weights(pretrained, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_processes_pretrain_with_zero_what_one_does(pretrained, tmp_path, stage):
+    pytest.importorskip("deepspeed")
+    pretrain(DEEPSPEED, tmp_path, ROOT / "ds_configs" / f"zero{stage}.json")
+    same_weights(pretrained, tmp_path)
 
 
 @pytest.mark.slow
@@ -81,7 +101,7 @@ def test_two_processes_equal_one_with_every_term(one, tmp_path):
 def test_two_processes_with_zero_equal_one(one, tmp_path, stage):
     pytest.importorskip("deepspeed")
     folder, rewards = one
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", "2"]
-    launcher += ["--num_machines", "1", "--mixed_precision", "no"]
-    assert launch(launcher, tmp_path, 4, ROOT / "ds_configs" / f"zero{stage}.json") == pytest.approx(rewards, abs=1e-5)
+    assert launch(DEEPSPEED, tmp_path, 4, ROOT / "ds_configs" / f"zero{stage}.json") == pytest.approx(
+        rewards, abs=1e-5
+    )
     same_weights(folder, tmp_path)
