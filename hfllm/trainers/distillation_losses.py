@@ -1,0 +1,298 @@
+"""What a student pays for differing from its teacher and from the data, in nats, summed over tokens.
+
+With teacher `p` and student `q`, both softened by a temperature, the divergence of a token is (Agarwal et al. 2023,
+arXiv:2306.13649, equation 1)
+
+    beta = 0        KL(p || q)                                      forward: the student covers what the teacher does
+    beta = 1        KL(q || p)                                      reverse: the student keeps to the teacher's modes
+    between         beta KL(p || m) + (1 - beta) KL(q || m),  m = beta p + (1 - beta) q         Jensen-Shannon
+
+and the loss `soft_weight * T^2 * divergence + hard_weight * cross-entropy` (Hinton et al. 2015, arXiv:1503.02531,
+section 2: the soft targets' gradients shrink as 1 / T^2).
+
+Shapes: N tokens, V vocabulary, E hidden size, K kept outcomes, M compared outcomes.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What the loss consists of.
+
+    Args:
+        temperature: of both distributions in the divergence.
+        beta: which divergence, see above.
+        soft_weight, hard_weight: weights of the divergence, times the squared temperature, and of the cross-entropy.
+    """
+
+    temperature: float = 3.0
+    beta: float = 0.0
+    soft_weight: float = 0.7
+    hard_weight: float = 0.3
+
+
+class Teacher(Protocol):
+    """What a teacher says about N tokens."""
+
+    def take(self, rows: slice) -> "torch.Tensor | TopK":
+        """Its fp32 logits of some of them, or their `TopK`."""
+        ...
+
+
+@dataclass(frozen=True)
+class TeacherHead:
+    """A teacher that is there: its logits are made from its hidden states, as many at a time as are asked for.
+
+    Args:
+        hidden: (N, E) of the teacher.
+        head: its output embedding.
+        scale: factor on its logits.
+    """
+
+    hidden: torch.Tensor
+    head: nn.Module
+    scale: float = 1.0
+
+    @torch.no_grad()
+    def take(self, rows: slice) -> torch.Tensor:
+        return self.head(self.hidden[rows]).float() * self.scale
+
+
+@dataclass(frozen=True)
+class TeacherLogits:
+    """A teacher's logits, (N, V), all at once."""
+
+    logits: torch.Tensor
+
+    def take(self, rows: slice) -> torch.Tensor:
+        return self.logits[rows].float()
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The K likeliest tokens of a teacher at one temperature, and how likely all others are together.
+
+    The student is compared on K + 1 outcomes, the last being "any other token". That is a lower bound of the full
+    divergence which grows with K (the data-processing inequality), and is the full divergence once K is V.
+
+    Args:
+        log_probs: (N, K), log-probabilities.
+        indices: (N, K), the tokens.
+        rest: (N,), log-probability of all others; not used when K is V.
+    """
+
+    log_probs: torch.Tensor
+    indices: torch.Tensor
+    rest: torch.Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, logits: torch.Tensor, temperature: float, k: int) -> "TopK":
+        """The top `k` of logits (N, V); all of them if there are no more."""
+        log_probs = (logits.float() / temperature).log_softmax(-1)
+        kept = log_probs.topk(min(k, logits.shape[-1]), dim=-1)
+        rest = log_probs.scatter_(1, kept.indices, -math.inf).logsumexp(-1)
+        return cls(kept.values, kept.indices, rest)
+
+    def take(self, rows: slice) -> "TopK":
+        return TopK(self.log_probs[rows], self.indices[rows], self.rest[rows])
+
+    def outcomes(self, vocabulary: int) -> torch.Tensor:
+        """Log-probabilities of the outcomes that are compared, (N, M)."""
+        if self.log_probs.shape[-1] == vocabulary:
+            return self.log_probs
+        return torch.cat((self.log_probs, self.rest.unsqueeze(1)), 1)
+
+
+def divergence(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
+    """The divergence of each row of log-probabilities (N, M) of the teacher and the student, (N,)."""
+    return _divergence_and_slope(log_p, log_q, beta, needs_slope=False)[0]
+
+
+def _divergence_and_slope(
+    log_p: torch.Tensor, log_q: torch.Tensor, beta: float, needs_slope: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The divergence, and q times its derivative by q up to a multiple of q, which a softmax cancels."""
+    if beta == 0:
+        p = log_p.exp()
+        return (p * (log_p - log_q)).sum(-1), (-p if needs_slope else None)
+    q = log_q.exp()
+    if beta == 1:
+        slope = q * (log_q - log_p)
+        return slope.sum(-1), slope
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    slope = (1 - beta) * q * (log_q - log_m)
+    return slope.sum(-1) + beta * (log_p.exp() * (log_p - log_m)).sum(-1), slope
+
+
+def token_losses(
+    logits: torch.Tensor, targets: torch.Tensor, teacher: "torch.Tensor | TopK", settings: LossSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over tokens of the divergence and of the cross-entropy, by autograd on the student's logits (N, V).
+
+    Args:
+        targets: (N,), token ids.
+        teacher: its logits (N, V), or its `TopK` at the same temperature.
+    """
+    logits = logits.float()
+    hard = nn.functional.cross_entropy(logits, targets, reduction="sum")
+    log_q = (logits / settings.temperature).log_softmax(-1)
+    if isinstance(teacher, TopK):
+        log_p, kept = teacher.outcomes(logits.shape[-1]), log_q.gather(1, teacher.indices)
+        if log_p.shape[-1] > kept.shape[-1]:
+            rest = log_q.scatter(1, teacher.indices, -math.inf).logsumexp(-1, keepdim=True)
+            kept = torch.cat((kept, rest), 1)
+        log_q = kept
+    else:
+        log_p = (teacher / settings.temperature).log_softmax(-1)
+    return divergence(log_p, log_q, settings.beta).sum(), hard
+
+
+def combined(soft: torch.Tensor, hard: torch.Tensor, settings: LossSettings) -> torch.Tensor:
+    """The loss, from the divergence and the cross-entropy."""
+    return settings.soft_weight * settings.temperature**2 * soft + settings.hard_weight * hard
+
+
+def _losses_and_gradient(
+    scores: torch.Tensor,
+    targets: torch.Tensor,
+    teacher: "torch.Tensor | TopK",
+    settings: LossSettings,
+    needs_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """`token_losses` and the gradient of their combination by the logits `scores` (N, V), which are overwritten."""
+    column, grad = targets.unsqueeze(1), None
+    partition = scores.logsumexp(-1, keepdim=True)
+    hard = (partition - scores.gather(1, column)).sum()
+    if needs_gradient:
+        # Of the cross-entropy: probabilities minus targets.
+        grad = (scores - partition).exp_().mul_(settings.hard_weight)
+        grad.scatter_add_(1, column, grad.new_full((1, 1), -settings.hard_weight).expand_as(column))
+    log_q = scores.div_(settings.temperature).log_softmax(-1)
+    if isinstance(teacher, TopK):
+        soft, slope = _top_k_gradient(log_q, teacher, settings.beta, needs_gradient)
+    else:
+        log_p = (teacher / settings.temperature).log_softmax(-1)
+        soft, slope = _divergence_and_slope(log_p, log_q, settings.beta, needs_gradient)
+        del log_p
+        if needs_gradient:
+            slope = slope.addcmul_(log_q.exp_(), slope.sum(-1, keepdim=True), value=-1)
+    if needs_gradient:
+        # T^2 for the scale of the soft targets, 1 / T from the softened logits.
+        grad.add_(slope, alpha=settings.soft_weight * settings.temperature)
+    return soft.sum(), hard, grad
+
+
+def _top_k_gradient(
+    log_q: torch.Tensor, teacher: TopK, beta: float, needs_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The divergence of each row on the kept outcomes, and its gradient by the softened logits (N, V).
+
+    `log_q` (N, V) is overwritten.
+    """
+    log_p, kept = teacher.outcomes(log_q.shape[-1]), log_q.gather(1, teacher.indices)
+    has_rest, outcomes = log_p.shape[-1] > kept.shape[-1], kept
+    if has_rest:
+        rest = log_q.scatter_(1, teacher.indices, -math.inf).logsumexp(-1, keepdim=True)
+        outcomes = torch.cat((kept, rest), 1)
+    soft, slope = _divergence_and_slope(log_p, outcomes, beta, needs_gradient)
+    if not needs_gradient:
+        return soft, None
+    slope = slope - outcomes.exp() * slope.sum(-1, keepdim=True)
+    if has_rest:
+        # What "any other token" is moved by, its tokens share by their probabilities.
+        log_q.sub_(rest).exp_().mul_(slope[:, -1:])
+    return soft, log_q.scatter_(1, teacher.indices, slope[:, : kept.shape[-1]])
+
+
+class _LinearDistillation(torch.autograd.Function):
+    """The loss of a linear head a chunk of tokens at a time; the gradient is made in the same pass."""
+
+    @staticmethod
+    def forward(ctx, hidden_NE, weight_VE, targets_N, teacher, settings, chunk_size):
+        needs_grad, trains_head = any(ctx.needs_input_grad), ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden_NE) if needs_grad else None
+        grad_weight = None
+        soft, hard = torch.zeros((2,), dtype=torch.float32, device=hidden_NE.device)
+        for start in range(0, len(hidden_NE), chunk_size):
+            rows = slice(start, start + chunk_size)
+            scores = nn.functional.linear(hidden_NE[rows], weight_VE)
+            dtype = scores.dtype
+            terms = _losses_and_gradient(scores.float(), targets_N[rows], teacher.take(rows), settings, needs_grad)
+            soft, hard = soft + terms[0], hard + terms[1]
+            del scores
+            if not needs_grad:
+                continue
+            grad = terms[2].to(dtype)
+            grad_hidden[rows] = grad @ weight_VE
+            if not trains_head:
+                continue
+            hidden = hidden_NE[rows].to(grad.dtype)
+            if grad_weight is None:
+                grad_weight = (grad.t() @ hidden).float()
+            elif grad.dtype == grad_weight.dtype:
+                grad_weight.addmm_(grad.t(), hidden)
+            else:
+                grad_weight += grad.t() @ hidden
+        if trains_head and grad_weight is None:
+            grad_weight = torch.zeros_like(weight_VE, dtype=torch.float32)
+        ctx.gradients = grad_hidden, grad_weight, weight_VE.dtype
+        ctx.mark_non_differentiable(soft, hard)
+        return combined(soft, hard, settings), soft, hard
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output, *unused: Any):
+        # In place, since a copy of the head's gradient would be the largest tensor here: once only.
+        if ctx.gradients is None:
+            raise RuntimeError("the chunked loss has one backward pass only: use loss_chunk_size=0 to keep the graph")
+        (grad_hidden, grad_weight, dtype), ctx.gradients = ctx.gradients, None
+        grad_weight = grad_weight if grad_weight is None else grad_weight.mul_(grad_output).to(dtype)
+        return grad_hidden.mul_(grad_output), grad_weight, None, None, None, None
+
+
+def linear_distillation(
+    hidden: torch.Tensor,
+    head: nn.Module,
+    targets: torch.Tensor,
+    teacher: Teacher,
+    settings: LossSettings,
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss of `head(hidden)`, summed over tokens, without all logits of either model at once.
+
+    Args:
+        hidden: (N, E) of the student, times the factor on its logits if it has one.
+        head: its output embedding.
+        targets: (N,), token ids; tokens without a target are left out beforehand.
+        chunk_size: tokens at a time; peak memory is a few matrices of so many rows of logits, and one gradient of
+            the head.
+
+    Returns:
+        The loss; and without a gradient, the divergence and the cross-entropy that it is made of.
+    """
+    weight = head.weight
+    is_plain = type(head) is nn.Linear and head.bias is None and type(weight) is nn.Parameter
+    # A head that is wrapped (LoRA), hooked (offloading) or sharded (ZeRO-3) has to be called as a module.
+    if is_plain and "forward" not in vars(head) and weight.shape == (head.out_features, head.in_features):
+        return _LinearDistillation.apply(hidden, weight, targets, teacher, settings, chunk_size)
+
+    def chunk_losses(hidden: torch.Tensor, targets: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return token_losses(head(hidden), targets, teacher.take(slice(start, start + len(targets))), settings)
+
+    # With no tokens there is one empty chunk, so that the head's weights are part of the graph on every process.
+    parts = [
+        checkpoint(chunk_losses, hidden[start : start + chunk_size], targets[start : start + chunk_size], start,
+                   use_reentrant=False)
+        for start in range(0, max(len(targets), 1), chunk_size)
+    ]  # fmt: skip
+    soft, hard = (sum(part[index] for part in parts) for index in (0, 1))
+    return combined(soft, hard, settings), soft.detach(), hard.detach()
