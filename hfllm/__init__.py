@@ -12,6 +12,8 @@ from hfllm.registration import register_with_transformers
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "DistillationConfig": "hfllm.trainers.distillation_config",
+    "DistillationTrainer": "hfllm.trainers.distillation_trainer",
     "HfllmConfig": "hfllm.models.configuration_hfllm",
     "HfllmModel": "hfllm.models.modeling_hfllm",
     "HfllmForCausalLM": "hfllm.models.modeling_hfllm",
@@ -25,6 +27,7 @@ _PUBLIC = {
     "from_native": "hfllm.models.conversion_hfllm",
     "gold_reward": "hfllm.rewards",
     "list_presets": "hfllm.models.presets",
+    "student_from_layers": "hfllm.trainers.students",
     "to_native": "hfllm.models.conversion_hfllm",
     "train_tokenizer": "hfllm.data.tokenizer",
 }

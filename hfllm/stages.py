@@ -153,9 +153,17 @@ def stage_arguments(*parsed: Any) -> dict[str, Any]:
     """The flags that decide a stage's result, and when the local data and model they name were last changed."""
     arguments = run_arguments(*parsed)
     named = {
-        flag: arguments.get(flag) or "" for flag in ("dataset_name", "model_name_or_path", "tokenizer_name_or_path")
+        flag: arguments.get(flag) or ""
+        for flag in (
+            *("dataset_name", "model_name_or_path", "tokenizer_name_or_path"),
+            "teacher_model_name_or_path",
+        )
     }
-    files = {"model_name_or_path": "config.json", "tokenizer_name_or_path": "tokenizer.json"}
+    files = {
+        "model_name_or_path": "config.json",
+        "tokenizer_name_or_path": "tokenizer.json",
+        "teacher_model_name_or_path": "config.json",
+    }
     named |= {entry: entry.rpartition(":")[0] for entry in arguments.get("dataset_mixture") or []}
     for flag, name in named.items():
         path = Path(name) / files.get(flag, "")

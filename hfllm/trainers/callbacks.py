@@ -8,6 +8,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 SHOWN = {
     "loss": "loss",
     "eval_loss": "held-out loss",
+    "soft_loss": "divergence",
+    "hard_loss": "cross-entropy",
     "bits_per_byte": "bits/byte",
     "tokens_per_second": "tokens/s",
     "mfu": "mfu",

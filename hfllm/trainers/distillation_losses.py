@@ -134,16 +134,18 @@ def _divergence_and_slope(
 
 
 def token_losses(
-    logits: torch.Tensor, targets: torch.Tensor, teacher: "torch.Tensor | TopK", settings: LossSettings
+    logits: torch.Tensor, targets: torch.Tensor, teacher: "torch.Tensor | TopK | None", settings: LossSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over tokens of the divergence and of the cross-entropy, by autograd on the student's logits (N, V).
 
     Args:
         targets: (N,), token ids.
-        teacher: its logits (N, V), or its `TopK` at the same temperature.
+        teacher: its logits (N, V), or its `TopK` at the same temperature; without one the divergence is 0.
     """
     logits = logits.float()
     hard = nn.functional.cross_entropy(logits, targets, reduction="sum")
+    if teacher is None:
+        return torch.zeros_like(hard), hard
     log_q = (logits / settings.temperature).log_softmax(-1)
     if isinstance(teacher, TopK):
         log_p, kept = teacher.outcomes(logits.shape[-1]), log_q.gather(1, teacher.indices)
@@ -164,7 +166,7 @@ def combined(soft: torch.Tensor, hard: torch.Tensor, settings: LossSettings) -> 
 def _losses_and_gradient(
     scores: torch.Tensor,
     targets: torch.Tensor,
-    teacher: "torch.Tensor | TopK",
+    teacher: "torch.Tensor | TopK | None",
     settings: LossSettings,
     needs_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -176,6 +178,8 @@ def _losses_and_gradient(
         # Of the cross-entropy: probabilities minus targets.
         grad = (scores - partition).exp_().mul_(settings.hard_weight)
         grad.scatter_add_(1, column, grad.new_full((1, 1), -settings.hard_weight).expand_as(column))
+    if teacher is None:
+        return torch.zeros_like(hard), hard, grad
     log_q = scores.div_(settings.temperature).log_softmax(-1)
     if isinstance(teacher, TopK):
         soft, slope = _top_k_gradient(log_q, teacher, settings.beta, needs_gradient)
@@ -226,7 +230,9 @@ class _LinearDistillation(torch.autograd.Function):
             rows = slice(start, start + chunk_size)
             scores = nn.functional.linear(hidden_NE[rows], weight_VE)
             dtype = scores.dtype
-            terms = _losses_and_gradient(scores.float(), targets_N[rows], teacher.take(rows), settings, needs_grad)
+            terms = _losses_and_gradient(
+                scores.float(), targets_N[rows], teacher and teacher.take(rows), settings, needs_grad
+            )
             soft, hard = soft + terms[0], hard + terms[1]
             del scores
             if not needs_grad:
@@ -263,7 +269,7 @@ def linear_distillation(
     hidden: torch.Tensor,
     head: nn.Module,
     targets: torch.Tensor,
-    teacher: Teacher,
+    teacher: Teacher | None,
     settings: LossSettings,
     chunk_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -273,6 +279,7 @@ def linear_distillation(
         hidden: (N, E) of the student, times the factor on its logits if it has one.
         head: its output embedding.
         targets: (N,), token ids; tokens without a target are left out beforehand.
+        teacher: what the teacher says about the same tokens; without one the loss is the cross-entropy alone.
         chunk_size: tokens at a time; peak memory is a few matrices of so many rows of logits, and one gradient of
             the head.
 
@@ -286,7 +293,8 @@ def linear_distillation(
         return _LinearDistillation.apply(hidden, weight, targets, teacher, settings, chunk_size)
 
     def chunk_losses(hidden: torch.Tensor, targets: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return token_losses(head(hidden), targets, teacher.take(slice(start, start + len(targets))), settings)
+        said = teacher and teacher.take(slice(start, start + len(targets)))
+        return token_losses(head(hidden), targets, said, settings)
 
     # With no tokens there is one empty chunk, so that the head's weights are part of the graph on every process.
     parts = [

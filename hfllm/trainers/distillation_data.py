@@ -1,0 +1,154 @@
+"""Rows to distil on: their tokens, which of them count, and batches of them with what the teacher said."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hfllm.data.packing import IGNORE, token_ids
+from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+FORMATS = "input_ids (and labels); prompt and completion, text or messages; text"
+# Rows that are tokenized at a time.
+ROWS = 1000
+
+
+def tokenize_dataset(
+    dataset: "Iterable[dict[str, Any]]", tokenizer: "PreTrainedTokenizerBase", max_length: int | None
+) -> "Dataset":
+    """`input_ids` and `labels` of rows in any of `FORMATS`, which may be mixed.
+
+    All of a text counts but its first token, of a pair the completion and its end token, as in TRL's SFTTrainer.
+    Rows are cut to `max_length` tokens, and left out if nothing that counts remains.
+
+    Raises:
+        InputError: when a row cannot be read, or none remains.
+    """
+    from datasets import Dataset, Features, List, Value
+
+    rows: dict[str, list] = {"input_ids": [], "labels": []}
+    batch: list[tuple[int, dict]] = []
+
+    def flush() -> None:
+        for ids, first in _tokens(batch, tokenizer):
+            ids, labels = _labelled(ids, first)
+            ids, labels = ids[:max_length], labels[:max_length]
+            if any(label != IGNORE for label in labels[1:]):
+                rows["input_ids"].append(ids)
+                rows["labels"].append(labels)
+        batch.clear()
+
+    for number, row in enumerate(dataset):
+        batch.append((number, row))
+        if len(batch) == ROWS:
+            flush()
+    flush()
+    if not rows["input_ids"]:
+        raise InputError(f"no row has a token to learn within max_length={max_length}")
+    return Dataset.from_dict(rows, Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))}))
+
+
+def _labelled(ids: Sequence[int], first: int | Sequence[int]) -> tuple[list[int], list[int]]:
+    """Ids and labels, where `first` is the place of the first label or the labels themselves."""
+    ids = list(ids)
+    if not isinstance(first, int):
+        return ids, list(first)
+    return ids, [IGNORE] * first + ids[first:]
+
+
+def _tokens(
+    batch: Sequence[tuple[int, dict]], tokenizer: "PreTrainedTokenizerBase"
+) -> Iterable[tuple[Sequence[int], int | Sequence[int]]]:
+    """Ids of each row, and the place of its first label or its labels."""
+    texts = [row["text"] for _, row in batch if row.get("input_ids") is None and row.get("text") is not None]
+    written = iter(token_ids(texts, tokenizer) if texts else [])
+    pairs = iter(_pairs([entry for entry in batch if _is_pair(entry[1])], tokenizer))
+    for number, row in batch:
+        if row.get("input_ids") is not None:
+            labels = row.get("labels")
+            if labels is not None and len(labels) != len(row["input_ids"]):
+                raise InputError(f"row {number}: {len(row['input_ids'])} input_ids and {len(labels)} labels")
+            yield row["input_ids"], (1 if labels is None else labels)
+        elif row.get("text") is not None:
+            yield next(written), 1
+        elif _is_pair(row):
+            yield next(pairs)
+        else:
+            raise InputError(f"row {number}: columns {', '.join(row) or '(none)'}; expected one of: {FORMATS}")
+
+
+def _is_pair(row: dict) -> bool:
+    has_more = row.get("input_ids") is not None or row.get("text") is not None
+    return not has_more and row.get("prompt") is not None and row.get("completion") is not None
+
+
+def _pairs(batch: Sequence[tuple[int, dict]], tokenizer: "PreTrainedTokenizerBase") -> Iterable[tuple[list[int], int]]:
+    if not batch:
+        return
+    prompts, wholes = [], []
+    for number, row in batch:
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(prompt, str) != isinstance(completion, str):
+            raise InputError(f"row {number}: prompt and completion must both be text, or both lists of messages")
+        if isinstance(prompt, str):
+            prompts.append(prompt)
+            wholes.append(completion + (tokenizer.eos_token or ""))
+        else:
+            prompts.append(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
+            wholes.append(tokenizer.apply_chat_template([*prompt, *completion], tokenize=False))
+    # A chat template writes the special tokens itself; a text prompt gets those that the tokenizer adds.
+    is_text = [isinstance(row["prompt"], str) for _, row in batch]
+    with_special = tokenizer(prompts)["input_ids"]
+    without = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    rest = tokenizer(wholes, add_special_tokens=False)["input_ids"]
+    for (number, _), text, start, prompt, whole in zip(batch, is_text, with_special, without, rest, strict=True):
+        if text:
+            yield start + whole, len(start)
+        elif whole[: len(prompt)] != prompt:
+            raise InputError(
+                f"row {number}: with its completion, the prompt's tokens change; the chat template must write the "
+                "conversation after what it writes for the prompt"
+            )
+        else:
+            yield whole, len(prompt)
+
+
+def targets_of(labels: Sequence[int]) -> list[int]:
+    """What each place of a row is to predict, `IGNORE` at those that do not count."""
+    return [*labels[1:], IGNORE]
+
+
+@dataclass
+class DistillationCollator:
+    """Rows padded on the right, their targets in `shift_labels`, and what the teacher said where there is a target.
+
+    Args:
+        pad_token_id: of the tokenizer.
+        pad_to_multiple_of: pad to lengths of this multiple.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int = 1
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        length = max(len(row["input_ids"]) for row in rows)
+        length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+
+        def padded(values: list[list[int]], filler: int) -> torch.Tensor:
+            return torch.tensor([[*row, *[filler] * (length - len(row))] for row in values])
+
+        batch = {
+            "input_ids": padded([list(row["input_ids"]) for row in rows], self.pad_token_id),
+            "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
+            "labels": padded([list(row["labels"]) for row in rows], IGNORE),
+            "shift_labels": padded([targets_of(row["labels"]) for row in rows], IGNORE),
+        }
+        if "teacher_rest" in rows[0]:
+            for name in ("log_probs", "indices", "rest"):
+                batch[f"teacher_{name}"] = torch.cat([torch.as_tensor(row[f"teacher_{name}"]) for row in rows])
+        return batch

@@ -1,0 +1,339 @@
+"""However a batch is cut, padded, cached or interrupted, the student learns the same."""
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from hfllm.errors import InputError
+from hfllm.trainers.distillation_config import DistillationConfig
+from hfllm.trainers.distillation_data import DistillationCollator, tokenize_dataset
+from hfllm.trainers.distillation_trainer import DistillationTrainer
+from hfllm.trainers.students import check_fits_memory, layer_pairs, student_from_layers
+
+ROWS = [
+    {"prompt": "Say red.", "completion": " Red it is, and blue."},
+    {"text": "The fox is green and lives in a tree."},
+    {"prompt": [{"role": "user", "content": "Go"}], "completion": [{"role": "assistant", "content": "Where to?"}]},
+    {"text": "Go on."},
+    {"prompt": "What is 1 plus 2?", "completion": " 3"},
+    {"text": "Two owls sat on a wall in the rain and the third one flew away to the sea."},
+] * 2
+
+
+@pytest.fixture
+def make_trainer(make_model, tokenizer, tmp_path):
+    def make(folder="run", rows=ROWS, model=None, teacher=None, **more):
+        settings = {
+            "use_cpu": True,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 3e-3,
+            "num_train_epochs": 1,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "loss_chunk_size": 5,
+        }
+        names = {"eval_dataset", "peft_config", "teacher_processing_class", "callbacks"}
+        given = {name: more.pop(name) for name in names & more.keys()}
+        return DistillationTrainer(
+            model=model or make_model(),
+            teacher_model=teacher or make_model(seed=1, hidden_size=48, num_hidden_layers=3),
+            args=DistillationConfig(str(tmp_path / folder), **{**settings, **more}),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            **given,
+        )
+
+    return make
+
+
+def weights(trainer):
+    return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+
+
+def trained(make_trainer, *args, **kwargs):
+    trainer = make_trainer(*args, **kwargs)
+    trainer.train()
+    return trainer
+
+
+def test_the_first_loss_is_the_definition(make_trainer, make_model, tokenizer):
+    trainer = trained(make_trainer, per_device_train_batch_size=12, max_steps=1)
+    student, teacher = make_model(), make_model(seed=1, hidden_size=48, num_hidden_layers=3)
+    soft, hard, count = 0.0, 0.0, 0
+    for row in tokenize_dataset(ROWS, tokenizer, None):
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            q, p = (model(ids, use_cache=False).logits[0, :-1] for model in (student, teacher))
+        for place, label in enumerate(row["labels"][1:]):
+            if label != -100:
+                soft_p, soft_q = (p[place] / 3).log_softmax(-1), (q[place] / 3).log_softmax(-1)
+                soft += torch.nn.functional.kl_div(soft_q, soft_p, reduction="sum", log_target=True).item()
+                hard -= q[place].log_softmax(-1)[label].item()
+                count += 1
+    entry = trainer.state.log_history[0]
+    assert entry["loss"] == pytest.approx((0.7 * 9 * soft + 0.3 * hard) / count, rel=1e-4)
+    assert (entry["soft_loss"], entry["hard_loss"]) == pytest.approx((soft / count, hard / count), rel=1e-4)
+
+
+@pytest.mark.parametrize("more", [{}, {"hidden_weight": 0.5}, {"beta": 0.5, "teacher_top_k": 7}], ids=str)
+def test_accumulation_is_one_batch(make_trainer, more):
+    # Plain steps: Adam would blow rounding up where a gradient is nearly zero.
+    results, settings = [], {"optim": "sgd", "learning_rate": 0.1, "max_steps": 2, "max_grad_norm": 0.0, **more}
+    for size in (12, 4, 1):
+        torch.manual_seed(0)
+        trainer = make_trainer(
+            f"size{size}", per_device_train_batch_size=size, gradient_accumulation_steps=12 // size, **settings
+        )
+        trainer.train()
+        results.append((weights(trainer), [entry.get("loss", 0) for entry in trainer.state.log_history]))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 1000])
+def test_chunks_are_the_whole(make_trainer, chunk):
+    expected = weights(trained(make_trainer, optim="sgd", learning_rate=0.1))
+    actual = weights(trained(make_trainer, loss_chunk_size=chunk, optim="sgd", learning_rate=0.1))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_padding_changes_nothing(make_trainer, tokenizer):
+    trainer = make_trainer(beta=0.5, hidden_weight=0.3)
+    rows = list(trainer.train_dataset)[:4]
+    losses = []
+    for multiple in (1, 64):
+        trainer.model.zero_grad()
+        trainer.model.train()
+        batch = DistillationCollator(tokenizer.pad_token_id, multiple)(rows)
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        losses.append((loss.detach(), [p.grad.clone() for p in trainer.model.parameters()]))
+    assert batch["input_ids"].shape[1] == 64
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_cache_of_everything_is_the_teacher(make_trainer, tokenizer):
+    settings = {"optim": "sgd", "learning_rate": 0.1, "eval_dataset": ROWS[:5], "beta": 0.5}
+    live = trained(make_trainer, "live", **settings)
+    cached = trained(make_trainer, "cached", teacher_top_k=len(tokenizer), **settings)
+    assert cached.teacher is None
+    torch.testing.assert_close(weights(cached), weights(live), atol=1e-5, rtol=1e-4)
+    assert cached.evaluate()["eval_loss"] == pytest.approx(live.evaluate()["eval_loss"], rel=1e-4)
+    few = trained(make_trainer, "few", teacher_top_k=4, **settings)
+    assert few.state.log_history[0]["soft_loss"] < live.state.log_history[0]["soft_loss"]
+
+
+def test_the_teacher_is_asked_once_and_a_stale_cache_is_noticed(make_trainer, make_model, tmp_path):
+    asked = []
+
+    class Teacher(type(make_model())):
+        def get_output_embeddings(self):
+            asked.append(1)
+            return super().get_output_embeddings()
+
+    def teacher(seed=1):
+        return make_model(seed=seed, model_class=Teacher)
+
+    def calls(**more):
+        asked.clear()
+        make_trainer(teacher_top_k=3, **more)
+        return bool(asked)
+
+    assert calls(teacher=teacher())
+    assert not calls(teacher=teacher())
+    assert not calls(teacher=teacher(), beta=1.0)  # what is kept does not depend on the divergence
+    assert calls(teacher=teacher(seed=2))
+    assert calls(teacher=teacher(seed=2), temperature=2.0)
+    assert calls(teacher=teacher(seed=2), temperature=2.0, rows=ROWS[:7])
+    shared = str(tmp_path / "shared")
+    assert calls(teacher=teacher(), teacher_cache_dir=shared, folder="one")
+    assert not calls(teacher=teacher(), teacher_cache_dir=shared, folder="other")
+    unfinished = list((tmp_path / "shared").rglob("teacher.arrow"))
+    assert len(unfinished) == 1
+    unfinished[0].unlink()
+    assert calls(teacher=teacher(), teacher_cache_dir=shared, folder="other")
+
+
+def test_a_named_teacher_is_not_even_loaded_from_a_cache(make_trainer, saved, monkeypatch):
+    make_trainer(teacher=str(saved), teacher_top_k=3)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    trained(make_trainer, teacher=str(saved), teacher_top_k=3)
+
+
+@pytest.mark.parametrize("more", [{}, {"hidden_weight": 0.5}, {"teacher_top_k": 5}], ids=str)
+def test_it_goes_on_as_if_it_had_not_stopped(make_trainer, tmp_path, more):
+    settings = {"per_device_train_batch_size": 3, "num_train_epochs": 2, **more}
+    torch.manual_seed(0)
+    whole = trained(make_trainer, "whole", **settings)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    torch.manual_seed(0)
+    saving = {"save_strategy": "steps", "save_steps": 3, **settings}
+    trained(make_trainer, "half", callbacks=[Stop()], **saving)
+    torch.manual_seed(99)
+    again = make_trainer("half", **saving)
+    again.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-3"))
+    assert again.state.global_step == whole.state.global_step == 8
+    torch.testing.assert_close(weights(again), weights(whole), rtol=0, atol=0)
+
+
+def test_projections_are_learnt_and_not_saved(make_trainer, tmp_path):
+    trainer = make_trainer(hidden_weight=1.0, save_strategy="steps", save_steps=2)
+    before = [value.clone() for value in trainer._projection.parameters()]
+    trainer.train()
+    assert [value.shape for value in before] == [(48, 32)] * 2
+    assert all(not torch.equal(*pair) for pair in zip(before, trainer._projection.parameters(), strict=True))
+    trainer.save_model()
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "run", output_loading_info=True)
+    assert not info["unexpected_keys"] and not info["missing_keys"]
+    assert not list((tmp_path / "run").glob("distillation_projection*"))
+    assert (tmp_path / "run" / "checkpoint-2" / "distillation_projection.safetensors").is_file()
+    distances = [entry["hidden_loss"] for entry in trainer.state.log_history if "hidden_loss" in entry]
+    assert len(distances) == 3
+
+
+def test_layers_meet_evenly():
+    assert layer_pairs(2, 6) == [(1, 3), (2, 6)]
+    assert layer_pairs(3, 3) == [(1, 1), (2, 2), (3, 3)]
+    assert layer_pairs(4, 2)[-1] == (4, 2)
+
+
+def test_a_student_of_the_same_width_has_no_projection(make_trainer, make_model):
+    teacher = make_model(seed=1, num_hidden_layers=4)
+    trainer = make_trainer(model=student_from_layers(teacher, 2), teacher=teacher, hidden_weight=1.0)
+    assert not list(trainer._projection.parameters())
+    trainer.train()
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_a_students_layers_are_the_teachers(make_model, every):
+    teacher = make_model(num_hidden_layers=5)
+    student = student_from_layers(teacher, every)
+    kept = list(range(0, 5, every))
+    assert student.config.num_hidden_layers == len(kept)
+    for new, old in enumerate(kept):
+        ours, theirs = student.model.layers[new].state_dict(), teacher.model.layers[old].state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert torch.equal(student.lm_head.weight, teacher.lm_head.weight)
+    ids = torch.tensor([[5, 6, 7]])
+    teacher.model.layers = torch.nn.ModuleList(teacher.model.layers[layer] for layer in kept)
+    teacher.config.num_hidden_layers = len(kept)
+    torch.testing.assert_close(student(ids, use_cache=False).logits, teacher(ids, use_cache=False).logits)
+
+
+def test_a_native_student_of_a_gpt2(make_trainer, tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    teacher = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=4, n_head=2, n_positions=128))
+    student = student_from_layers(teacher, 2)
+    trainer = trained(make_trainer, model=student, teacher=teacher, hidden_weight=0.1)
+    assert trainer.state.global_step == 3
+
+
+def test_what_cannot_work_is_refused(make_trainer, make_model, tokenizer, saved):
+    from hfllm.data.tokenizer import train_tokenizer
+
+    with pytest.raises(InputError, match=r"the teacher has 300 tokens and the student \d+: .*--sequence_level"):
+        make_trainer(teacher=make_model(vocab_size=300))
+    other = train_tokenizer(["zebra zoo zip zap"] * 9, vocab_size=len(tokenizer))
+    with pytest.raises(InputError, match=r"token '.+' is number .* SFT on what the teacher writes"):
+        make_trainer(teacher_processing_class=other)
+    model = make_model()
+    with pytest.raises(InputError, match="the teacher is the student itself"):
+        make_trainer(model=model, teacher=model)
+    with pytest.raises(InputError, match="teacher 'nowhere' could not be loaded"):
+        make_trainer(teacher="nowhere")
+    with pytest.raises(InputError, match="no row has a token to learn within max_length=1"):
+        make_trainer(max_length=1)
+    with pytest.raises(InputError, match=r"row 1: columns words; expected one of: input_ids"):
+        make_trainer(rows=[ROWS[0], {"words": "x"}])
+    with pytest.raises(InputError, match="every 9th layer"):
+        student_from_layers(make_model(), 9)
+    with pytest.raises(InputError, match=r"takes 0\.0 GiB, and 0\.0 GiB are free: load it smaller"):
+        check_fits_memory(str(saved), bytes_free=1000)
+    check_fits_memory(str(saved))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"beta": 1.5}, r"beta must lie in \[0, 1\]"),
+        ({"soft_weight": -1.0}, "soft_weight must not be negative"),
+        ({"teacher_top_k": 0}, "teacher_top_k must be at least 1"),
+        ({"teacher_top_k": 4, "hidden_weight": 0.1}, "hidden_weight needs the teacher at every step"),
+        ({"teacher_top_k": 4, "soft_weight": 0.0}, "its soft_weight is 0"),
+        ({"teacher_cache_dir": "x"}, "teacher_cache_dir needs teacher_top_k"),
+        ({"soft_weight": 0.0, "hard_weight": 0.0}, "nothing to learn from"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DistillationConfig(str(tmp_path), use_cpu=True, **arguments)
+
+
+def test_capped_logits_are_refused_in_chunks(make_trainer, tokenizer):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    settings = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), head_dim=16, intermediate_size=32, final_logit_softcapping=0.5,
+        initializer_range=0.5, **settings,
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"the teacher is of type gemma2.*--loss_chunk_size 0"):
+        make_trainer(teacher=Gemma2ForCausalLM(config))
+    make_trainer(teacher=Gemma2ForCausalLM(config), loss_chunk_size=0)
+
+
+def test_a_student_without_a_teacher_is_plain_training(make_trainer, make_model, tokenizer):
+    settings = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 1, "per_device_train_batch_size": 12}
+    trainer = make_trainer(soft_weight=0.0, hard_weight=1.0, **settings)
+    assert trainer.teacher is None
+    trainer.train()
+    model = make_model()
+    batch = DistillationCollator(tokenizer.pad_token_id)(list(trainer.train_dataset))
+    batch.pop("shift_labels")
+    expected = model(**batch).loss
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_an_adapter_learns_alone(make_trainer, tmp_path):
+    from peft import LoraConfig
+
+    trainer = trained(make_trainer, peft_config=LoraConfig(target_modules=["q_proj", "lm_head"]))
+    moved = [name for name, value in trainer.model.named_parameters() if value.requires_grad]
+    assert moved and all("lora" in name for name in moved)
+    assert trainer.state.log_history[0]["grad_norm"] > 0
+    trainer.save_model()
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+def test_experts_stay_balanced(make_trainer, make_model):
+    losses = []
+    for coefficient in (0.0, 1.0):
+        model = make_model(num_local_experts=4, router_aux_loss_coef=coefficient)
+        trainer = trained(make_trainer, model=model, max_steps=1, per_device_train_batch_size=12)
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[1] > losses[0] + 0.5
+
+
+def test_tokens_and_labels_as_sft_makes_them(tokenizer):
+    rows = tokenize_dataset(ROWS[:3], tokenizer, None)
+    prompt, completion = tokenizer("Say red.")["input_ids"], tokenizer(" Red it is, and blue.")["input_ids"]
+    assert rows[0]["input_ids"] == [*prompt, *completion, tokenizer.eos_token_id]
+    assert rows[0]["labels"] == [-100] * len(prompt) + [*completion, tokenizer.eos_token_id]
+    assert rows[1]["labels"] == [-100, *rows[1]["input_ids"][1:]]
+    chat = ROWS[2]["prompt"] + ROWS[2]["completion"]
+    assert rows[2]["input_ids"] == tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
+    learnt = [token for token, label in zip(rows[2]["input_ids"], rows[2]["labels"], strict=True) if label != -100]
+    assert tokenizer.decode(learnt).startswith("Where to?<|end|>")
+    columns = {"prompt": ["Go", None], "completion": [" on", None], "text": [None, "The fox is green."]}
+    assert len(tokenize_dataset(Dataset.from_dict(columns), tokenizer, 9)) == 2
