@@ -72,7 +72,7 @@ def test_the_python_runs(make_model, tokenizer, tmp_path):
     assert names["trainer"].state.global_step > 0
 
 
-@pytest.mark.parametrize("stage", ["curate", "pretrain", "sft", "reward", "rlhf"])
+@pytest.mark.parametrize("stage", ["curate", "pretrain", "sft", "reward", "rlhf", "distill"])
 def test_every_shipped_config_parses(stage):
     import importlib
 

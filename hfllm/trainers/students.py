@@ -197,8 +197,8 @@ def check_fits_memory(name: str, bytes_free: int | None = None) -> None:
     if bytes_free and size > bytes_free:
         raise InputError(
             f"the teacher {name!r} takes {size / 2**30:.1f} GiB, and {bytes_free / 2**30:.1f} GiB are free: load it "
-            'smaller (--teacher_model_init_kwargs \'{"quantization_config": {"load_in_8bit": true}}\'), or make the '
-            "cache of --teacher_top_k on a larger machine and name it by --teacher_cache_dir"
+            'smaller (--teacher_model_init_kwargs \'{"quantization_config": {"load_in_8bit": true}}\'), or let it '
+            "write answers on a larger machine and train on those with recipes/sft.py"
         )
 
 

@@ -27,6 +27,20 @@ TINY = {
         "num_eval_prompts": 24,
         "logging_steps": 2,
     },
+    "distill": {
+        "student_hidden_size": 16,
+        "student_num_hidden_layers": 2,
+        "student_num_attention_heads": 2,
+        "num_examples": 60,
+        "num_documents": 40,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "response_length": 8,
+        "num_eval_prompts": 24,
+        "save_strategy": "no",
+        "learning_rate": 0.001,
+        "logging_steps": 1,
+    },
     "rlhf": {
         "max_steps": 4,
         "per_device_train_batch_size": 4,
@@ -49,6 +63,8 @@ def tiny(tmp_path_factory):
     for stage, values in TINY.items():
         if stage == "rlhf":
             values = {**values, **{f"{name}_config": paths[name] for name in ("pretrain", "sft", "reward")}}
+        if stage == "distill":
+            values = {**values, **{f"{name}_config": paths[name] for name in ("pretrain", "sft")}}
         paths[stage] = str(folder / f"{stage}.yaml")
         with open(paths[stage], "w") as stream:
             yaml.safe_dump(values, stream)

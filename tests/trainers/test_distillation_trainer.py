@@ -9,7 +9,7 @@ from hfllm.errors import InputError
 from hfllm.trainers.distillation_config import DistillationConfig
 from hfllm.trainers.distillation_data import DistillationCollator, tokenize_dataset
 from hfllm.trainers.distillation_trainer import DistillationTrainer
-from hfllm.trainers.students import check_fits_memory, layer_pairs, student_from_layers
+from hfllm.trainers.students import check_fits_memory, layer_pairs, smaller_student, student_from_layers
 
 ROWS = [
     {"prompt": "Say red.", "completion": " Red it is, and blue."},
@@ -225,6 +225,19 @@ def test_a_students_layers_are_the_teachers(make_model, every):
     teacher.model.layers = torch.nn.ModuleList(teacher.model.layers[layer] for layer in kept)
     teacher.config.num_hidden_layers = len(kept)
     torch.testing.assert_close(student(ids, use_cache=False).logits, teacher(ids, use_cache=False).logits)
+
+
+def test_a_smaller_student_keeps_the_teachers_proportions(make_model):
+    teacher = make_model(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=192)
+    student = smaller_student(teacher, hidden_size=32, num_hidden_layers=1, initializer_range=0.3)
+    config = student.config
+    assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (32, 1, 96)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 2, 8)
+    assert config.vocab_size == teacher.config.vocab_size
+    assert student.num_parameters() == config.num_parameters() < teacher.num_parameters()
+    assert student.lm_head.weight.std().item() == pytest.approx(0.3, rel=0.1)
+    with pytest.raises(InputError, match="width 30 with 4 attention heads"):
+        smaller_student(teacher, hidden_size=30)
 
 
 def test_a_native_student_of_a_gpt2(make_trainer, tokenizer):

@@ -1,0 +1,140 @@
+"""Did the student become its teacher? Both, and a student that had none, on the same held-out rows and prompts."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hfllm.data.world import World
+from hfllm.evaluation.responses import gold_by_group, judge_tasks, mean_gold, right_share
+from hfllm.reporting import Bars, Plot, plot_history
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SHOWN_SAMPLES = 12
+TEACHER, STUDENT, ALONE = "teacher", "student", "student_alone"
+
+
+@dataclass
+class Judged:
+    """Judged answers of one model to the world's evaluation prompts, and to one question about each fact."""
+
+    sampled: list[dict[str, Any]] = field(default_factory=list)
+    greedy: list[dict[str, Any]] = field(default_factory=list)
+    facts: list[dict[str, Any]] = field(default_factory=list)
+
+
+def judge_model(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    world: World,
+    num_eval_prompts: int,
+    response_length: int,
+    seed: int,
+) -> Judged:
+    """Answer the world's held-out prompts, at temperature 1 and greedy, and judge the answers by the gold rubric."""
+    tasks = world.evaluation_tasks(num_eval_prompts)
+    return Judged(
+        sampled=judge_tasks(model, tokenizer, tasks, response_length, do_sample=True, seed=seed),
+        greedy=judge_tasks(model, tokenizer, tasks, response_length, do_sample=False),
+        facts=judge_tasks(model, tokenizer, world.fact_tasks(), response_length, do_sample=False),
+    )
+
+
+def fit_metrics(
+    batches: Iterable[Mapping[str, "torch.Tensor"]], models: Mapping[str, "PreTrainedModel"]
+) -> dict[str, float]:
+    """Perplexity of each model on the targets of the same batches, and how often it agrees with the teacher.
+
+    Args:
+        batches: with `input_ids`, `attention_mask` and `shift_labels`.
+        models: by their names in the report; agreement is measured where one of them is `teacher`.
+
+    Returns:
+        `perplexity_NAME`, and `agreement_NAME`: the share of targets where its likeliest token is the teacher's.
+    """
+    import torch
+
+    sums, agreed, count = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0), 0
+    modes = {name: model.training for name, model in models.items()}
+    for model in models.values():
+        model.eval()
+    with torch.inference_mode():
+        for batch in batches:
+            kept, likeliest = batch["shift_labels"] != -100, {}
+            targets = batch["shift_labels"][kept]
+            count += len(targets)
+            for name, model in models.items():
+                read = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
+                logits = model(**read, use_cache=False).logits[kept.to(model.device)].float().cpu()
+                sums[name] += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+                likeliest[name] = logits.argmax(-1)
+            for name in models if TEACHER in models else ():
+                agreed[name] += (likeliest[name] == likeliest[TEACHER]).sum().item()
+    for name, model in models.items():
+        model.train(modes[name])
+    count = max(count, 1)
+    metrics = {f"perplexity_{name}": min(torch.tensor(sums[name] / count).exp().item(), 1e9) for name in models}
+    if TEACHER in models:
+        metrics |= {f"agreement_{name}": agreed[name] / count for name in models if name != TEACHER}
+    return metrics
+
+
+def gold_metrics(judged: Mapping[str, Judged]) -> dict[str, float]:
+    """Gold metrics of each model by its name, and what share of the teacher's reward the student keeps."""
+    metrics = {}
+    for name, one in judged.items():
+        metrics |= {
+            f"gold_reward_{name}": mean_gold(one.sampled),
+            f"gold_reward_greedy_{name}": mean_gold(one.greedy),
+            f"fact_accuracy_{name}": right_share(one.facts),
+        }
+    # A share of nothing, or of less, says nothing.
+    for kind in ("gold_reward", "gold_reward_greedy"):
+        if metrics[f"{kind}_{TEACHER}"] > 0:
+            metrics[f"{kind}_kept"] = metrics[f"{kind}_{STUDENT}"] / metrics[f"{kind}_{TEACHER}"]
+    return metrics
+
+
+def gold_tables(judged: Mapping[str, Judged]) -> dict[str, list[dict[str, Any]]]:
+    """Gold reward by task family of each model, and samples of teacher and student side by side."""
+    columns = {}
+    for name, one in judged.items():
+        title = name.replace("_", " ")
+        columns |= {f"{title}, sampled": gold_by_group(one.sampled), f"{title}, greedy": gold_by_group(one.greedy)}
+    families = gold_by_group(judged[TEACHER].sampled)
+    rows = list(zip(judged[TEACHER].sampled, judged[STUDENT].sampled, strict=True))
+    return {
+        "Gold reward by task family": [
+            {"prompts": group, **{title: f"{means[group]:.3f}" for title, means in columns.items()}}
+            for group in families
+        ],
+        "Samples": [
+            {"prompt": theirs["prompt"], "teacher": theirs["response"], "student": ours["response"]}
+            for theirs, ours in rows[:: max(1, len(rows) // SHOWN_SAMPLES)]
+        ],
+    }
+
+
+def distillation_plots(
+    history: Sequence[Mapping[str, float]], alone: Sequence[Mapping[str, float]], metrics: Mapping[str, float]
+) -> dict[str, Plot | Bars]:
+    """The parts of the loss over steps, with and without a teacher, and the gold rewards side by side."""
+    parts = plot_history(
+        history,
+        {"divergence from the teacher": "soft_loss", "cross-entropy": "hard_loss", "hidden states": "hidden_loss"},
+        title="What the student learns from",
+        xlabel="step",
+        ylabel="nats a token",
+    )
+    without = [entry for entry in alone if "hard_loss" in entry]
+    if without:
+        parts.lines = {
+            **parts.lines,
+            "cross-entropy, alone": ([e["step"] for e in without], [e["hard_loss"] for e in without]),
+        }
+    names = {name: f"gold_reward_{name}" for name in (TEACHER, STUDENT, ALONE)}
+    values = {name.replace("_", " "): metrics[key] for name, key in names.items() if key in metrics}
+    notes = {label: f"{value:.3f}" for label, value in values.items()}
+    return {"parts": parts, "gold": Bars("Gold reward on held-out prompts", "mean gold reward", values, notes)}

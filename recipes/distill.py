@@ -1,0 +1,336 @@
+"""Distil a language model into a smaller one. With no flags: from nothing to a student of the world's model.
+
+    accelerate launch recipes/distill.py
+    accelerate launch recipes/distill.py --teacher_model_name_or_path NAME --dataset_name alpaca.json \\
+        --student_layers_every 3
+    accelerate launch recipes/distill.py --teacher_model_name_or_path NAME --model_name_or_path STUDENT \\
+        --dataset_name alpaca.json --sequence_level
+
+The student is `--model_name_or_path`, or every n-th layer of the teacher, or a new model of the given sizes. It learns
+from the teacher's distributions, or with `--sequence_level` from answers that the teacher writes, for which the two
+need no common vocabulary. Without `--teacher_model_name_or_path` the embedded world's fine-tuned model is made first,
+under the output folder.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from hfllm.cli import DataArguments, parse_recipe, run
+
+CONFIG = Path(__file__).parent / "configs" / "distill" / "world.yaml"
+SIZES = ("student_hidden_size", "student_num_hidden_layers", "student_num_attention_heads")
+
+
+@dataclass
+class DistillArguments(DataArguments):
+    """The student, what it learns from, and the settings of the stages before."""
+
+    student_layers_every: int | None = field(
+        default=None, metadata={"help": "Make the student of every n-th layer of the teacher; 3 if nothing is said."}
+    )
+    student_hidden_size: int | None = field(default=None, metadata={"help": "Width of a new student."})
+    student_num_hidden_layers: int | None = field(default=None, metadata={"help": "Layers of a new student."})
+    student_num_attention_heads: int | None = field(default=None, metadata={"help": "Query heads of a new student."})
+    student_initializer_range: float | None = field(
+        default=None, metadata={"help": "Standard deviation of a new student's weights; the teacher's by default."}
+    )
+    sequence_level: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on answers that the teacher writes (greedy), as on data, in place of its distributions "
+            "(Kim & Rush 2016, arXiv:1606.07947, section 3.2)."
+        },
+    )
+    train_alone: bool = field(
+        default=True, metadata={"help": "Also train the same student without the teacher, for as many steps."}
+    )
+    num_examples: int = field(default=9600, metadata={"help": "Demonstrations of the embedded world to train on."})
+    num_documents: int = field(default=0, metadata={"help": "Documents of the embedded world to train on besides."})
+    num_eval_prompts: int = field(default=360, metadata={"help": "Held-out prompts of the world to answer."})
+    response_length: int = field(default=40, metadata={"help": "Longest answer, in tokens."})
+    pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's pretraining."})
+    sft_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's fine-tuning."})
+
+
+def parse(argv: Sequence[str]) -> tuple:
+    from trl import ModelConfig
+
+    from hfllm.trainers.distillation_config import DistillationConfig
+
+    kinds, argv = (DistillArguments, DistillationConfig, ModelConfig), ["--output_dir", "outputs/distill", *argv]
+    parsed = parse_recipe(kinds, argv, CONFIG, __doc__)
+    # The world's settings suit the small models made here; a teacher of the user's own gets the libraries'.
+    return parse_recipe(kinds, argv, None, __doc__) if parsed[1].teacher_model_name_or_path else parsed
+
+
+def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> dict[str, float]:
+    """Make what is missing, distil, compare, save, report. Returns the metrics."""
+    from hfllm.evaluation.distillation import distillation_plots, gold_tables
+    from hfllm.stages import Stage, world_of
+
+    check(script_args, training_args, model_args)
+    before = missing_stages(script_args, training_args)
+    stage = Stage("distill", script_args, training_args, model_args, before)
+    if stage.report is not None:
+        return stage.report["metrics"]
+    train_rows, eval_rows = rows_to_learn(script_args, training_args.seed)
+    run_missing_stages(before)
+    if before:
+        training_args.teacher_model_name_or_path = before["sft"][1].output_dir
+    teacher, teacher_tokenizer = load_teacher(training_args)
+    tokenizer = student_tokenizer(model_args, teacher_tokenizer)
+    if script_args.sequence_level:
+        train_rows = write_answers(teacher, teacher_tokenizer, train_rows, script_args.response_length)
+
+    def learn(args: Any, checkpoint: str | None = None) -> Any:
+        trainer = student_trainer(
+            script_args, args, model_args, (teacher, teacher_tokenizer), tokenizer, train_rows, eval_rows
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        return trainer
+
+    args = without_teacher(training_args) if script_args.sequence_level else training_args
+    trainer = learn(args, stage.checkpoint)
+    models, alone = {"teacher": (teacher, teacher_tokenizer), "student": (trainer.model, tokenizer)}, None
+    if script_args.train_alone:
+        train_rows, eval_rows = rows_to_learn(script_args, training_args.seed)
+        alone = learn(without_teacher(training_args, f"{training_args.output_dir}/alone"))
+        models["student_alone"] = (alone.model, tokenizer)
+    judged, metrics = compare(script_args, training_args, models, trainer)
+    history = alone.state.log_history if alone else []
+    return stage.finish(
+        trainer,
+        metrics,
+        tables=gold_tables(judged) if judged else None,
+        curves=distillation_plots(trainer.state.log_history, history, metrics),
+        next_steps=next_steps(training_args.output_dir, world_of(script_args) is not None),
+    )
+
+
+def check(script_args: DistillArguments, training_args: Any, model_args: Any) -> None:
+    """Refuse flags that contradict each other or would have no effect, before anything is trained.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    from hfllm.data.sources import WORLD
+    from hfllm.errors import InputError
+    from hfllm.stages import refuse
+
+    sizes = [name for name in (*SIZES, "student_initializer_range") if getattr(script_args, name) is not None]
+    every, named = script_args.student_layers_every, model_args.model_name_or_path
+    refuse(bool(named and (sizes or every)), f"--{(sizes or ['student_layers_every'])[0]}", "the student is named")
+    refuse(bool(sizes and every), "--student_layers_every", f"--{(sizes or [''])[0]} describes a new student")
+    refuse(every is not None and every < 2, "--student_layers_every", f"at least 2, got {every}")
+    is_world, has_teacher = script_args.dataset_name == WORLD, bool(training_args.teacher_model_name_or_path)
+    refuse(
+        bool(script_args.num_documents) and not is_world, "--num_documents", "only the embedded world has documents"
+    )
+    for name in ("pretrain_config", "sft_config"):
+        refuse(bool(getattr(script_args, name)) and has_teacher, f"--{name}", "the teacher is named")
+    if not is_world and not has_teacher:
+        raise InputError(f"--dataset_name {script_args.dataset_name} needs --teacher_model_name_or_path")
+    for name in ("teacher_top_k", "hidden_weight"):
+        given = bool(getattr(training_args, name))
+        refuse(script_args.sequence_level and given, f"--{name}", "--sequence_level learns from answers alone")
+    for name in ("num_examples", "num_eval_prompts", "response_length"):
+        if getattr(script_args, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(script_args, name)}")
+
+
+def missing_stages(script_args: DistillArguments, training_args: Any) -> dict[str, tuple]:
+    """The stages that make the teacher, in order, each with its parsed flags; none if it is named."""
+    stages: dict[str, tuple] = {}
+    if training_args.teacher_model_name_or_path:
+        return stages
+    folder = training_args.output_dir
+    for name, base in (("pretrain", None), ("sft", f"{folder}/pretrain")):
+        module = import_module(name)
+        flags = ["--config", getattr(script_args, f"{name}_config") or str(module.CONFIG)]
+        flags += ["--world_seed", str(script_args.world_seed), "--seed", str(training_args.seed)]
+        flags += ["--model_name_or_path", base] if base else []
+        stages[name] = module.parse([*flags, "--output_dir", f"{folder}/{name}"])
+    return stages
+
+
+def run_missing_stages(stages: dict[str, tuple]) -> None:
+    """Run or reuse the stages that make the teacher."""
+    from hfllm.stages import run_stage
+
+    folders = [arguments[1].output_dir for arguments in stages.values()]
+    for position, (name, arguments) in enumerate(stages.items()):
+        run_stage(import_module(name), arguments, later_folders=folders[position + 1 :])
+
+
+def rows_to_learn(script_args: DistillArguments, seed: int) -> tuple[list[dict], list[dict]]:
+    """Training rows, with the world's documents among them if asked for, and held-out ones with a prompt."""
+    from sft import instruction_data
+
+    from hfllm.data.world import World
+
+    train_rows, eval_rows = instruction_data(script_args, seed)
+    if script_args.num_documents:
+        texts = World(script_args.world_seed).documents(script_args.num_documents, seed=seed)
+        train_rows = [*train_rows, *({"text": text} for text in texts)]
+    return train_rows, eval_rows
+
+
+def load_teacher(training_args: Any) -> tuple[Any, Any]:
+    """The teacher, frozen, and its tokenizer.
+
+    Raises:
+        InputError: when either cannot be loaded, or the teacher is larger than memory.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from hfllm.errors import InputError
+    from hfllm.stages import load_tokenizer
+    from hfllm.trainers.students import check_fits_memory
+
+    name, revision = training_args.teacher_model_name_or_path, training_args.teacher_model_revision or "main"
+    tokenizer, settings = load_tokenizer(name, revision), training_args.teacher_model_init_kwargs or {}
+    if "quantization_config" not in settings:
+        check_fits_memory(name)
+    try:
+        teacher = AutoModelForCausalLM.from_pretrained(name, revision=revision, **settings)
+    except (OSError, ValueError) as error:
+        raise InputError(f"teacher {name!r} could not be loaded: {' '.join(str(error).split())[:200]}") from error
+    if not getattr(teacher, "is_quantized", False):
+        teacher = teacher.to(training_args.device)
+    return teacher.eval().requires_grad_(False), tokenizer
+
+
+def student_tokenizer(model_args: Any, teacher_tokenizer: Any) -> Any:
+    """The named student's own tokenizer, or the teacher's."""
+    from hfllm.stages import load_tokenizer
+
+    if model_args.model_name_or_path:
+        return load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+    return teacher_tokenizer
+
+
+def make_student(script_args: DistillArguments, training_args: Any, model_args: Any, teacher: Any) -> Any:
+    """The student before training: the same each time for the same seed."""
+    from transformers import set_seed
+
+    from hfllm.stages import load_policy
+    from hfllm.trainers.students import smaller_student, student_from_layers
+
+    set_seed(training_args.seed)
+    if model_args.model_name_or_path:
+        return load_policy(model_args)[0]
+    sizes = {name.removeprefix("student_"): getattr(script_args, name) for name in SIZES}
+    if any(sizes.values()) or script_args.student_initializer_range is not None:
+        return smaller_student(teacher, **sizes, initializer_range=script_args.student_initializer_range)
+    return student_from_layers(teacher, script_args.student_layers_every or 3)
+
+
+def student_trainer(
+    script_args: DistillArguments,
+    training_args: Any,
+    model_args: Any,
+    taught_by: tuple[Any, Any],
+    tokenizer: Any,
+    train_rows: list[dict],
+    eval_rows: list[dict],
+) -> Any:
+    """A trainer of a new copy of the student."""
+    from hfllm.stages import fitting_length, peft_config
+    from hfllm.trainers.callbacks import use_plain_lines
+    from hfllm.trainers.distillation_trainer import DistillationTrainer
+
+    teacher, teacher_tokenizer = taught_by
+    student = make_student(script_args, training_args, model_args, teacher)
+    training_args.max_length = fitting_length(training_args.max_length, student)
+    trainer = DistillationTrainer(
+        model=student,
+        teacher_model=teacher if training_args.needs_teacher else None,
+        args=training_args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        teacher_processing_class=teacher_tokenizer if training_args.needs_teacher else None,
+        peft_config=peft_config(model_args),
+    )
+    use_plain_lines(trainer)
+    return trainer
+
+
+def without_teacher(training_args: Any, output_dir: str | None = None) -> Any:
+    """The same training on the data alone, in a folder of its own if one is named."""
+    args = copy.copy(training_args)
+    args.soft_weight, args.hard_weight, args.hidden_weight = 0.0, 1.0, 0.0
+    args.teacher_top_k = args.teacher_cache_dir = None
+    if output_dir:
+        args.output_dir, args.push_to_hub = output_dir, False
+    return args
+
+
+def write_answers(teacher: Any, tokenizer: Any, rows: list[dict], response_length: int) -> list[dict]:
+    """The rows with the teacher's greedy answers in place of their completions; texts stay as they are."""
+    from hfllm.data.formats import as_completion
+    from hfllm.evaluation.responses import sample_responses
+
+    asked = [row for row in rows if "prompt" in row]
+    prompts = [row["prompt"] for row in asked]
+    answers = sample_responses(teacher, tokenizer, prompts, response_length, do_sample=False)
+    written = [
+        {"prompt": prompt, "completion": as_completion(prompt, answer)}
+        for prompt, (answer,) in zip(prompts, answers, strict=True)
+    ]
+    return [*written, *(row for row in rows if "prompt" not in row)]
+
+
+def compare(
+    script_args: DistillArguments, training_args: Any, models: dict[str, tuple[Any, Any]], trainer: Any
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Judged answers of each model where the data has a gold reward, and all metrics."""
+    from torch.utils.data import DataLoader
+
+    from hfllm.evaluation.distillation import fit_metrics, gold_metrics, judge_model
+    from hfllm.stages import world_of
+
+    judged, world = {}, world_of(script_args)
+    if world is not None:
+        judged = {
+            name: judge_model(
+                *(model, tokenizer, world, script_args.num_eval_prompts, script_args.response_length),
+                seed=training_args.seed,
+            )
+            for name, (model, tokenizer) in models.items()
+        }
+    metrics = gold_metrics(judged) if judged else {}
+    same = models["teacher"][1].get_vocab() == models["student"][1].get_vocab()
+    read_alike = {name: model for name, (model, _) in models.items() if same or name != "teacher"}
+    rows = getattr(trainer.eval_dataset, "rows", trainer.eval_dataset)
+    loader = DataLoader(rows, training_args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
+    metrics |= fit_metrics(loader, read_alike)
+    counts = {name: models[name][0].num_parameters() for name in ("teacher", "student")}
+    return judged, {
+        **metrics,
+        "train_loss": next(entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry),
+        **{f"parameters_{name}": count for name, count in counts.items()},
+        "share_of_parameters": counts["student"] / counts["teacher"],
+        "steps": trainer.state.global_step,
+    }
+
+
+def next_steps(output_dir: str, is_world: bool) -> list[str]:
+    """The lines that load and try the result."""
+    question = "What colour is the fox?" if is_world else "Hello!"
+    return [
+        "import hfllm",
+        "from transformers import pipeline",
+        f"student = pipeline('text-generation', {output_dir!r})",
+        f"messages = [{{'role': 'user', 'content': {question!r}}}]",
+        "print(student(messages, max_new_tokens=48)[0]['generated_text'][-1]['content'])",
+    ]
+
+
+if __name__ == "__main__":
+    run(main, parse)

@@ -1,0 +1,111 @@
+"""The distillation stage in miniature: from nothing, from layers, by answers, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import distill
+import pytest
+from transformers import AutoModelForCausalLM, pipeline
+
+from hfllm.data.tokenizer import train_tokenizer
+from hfllm.errors import InputError
+
+KEYS = {
+    *("gold_reward_teacher", "gold_reward_student", "gold_reward_student_alone", "fact_accuracy_student"),
+    *("gold_reward_greedy_teacher", "gold_reward_greedy_student", "perplexity_teacher", "perplexity_student"),
+    *("perplexity_student_alone", "agreement_student", "agreement_student_alone", "train_loss", "steps"),
+    *("parameters_teacher", "parameters_student", "share_of_parameters"),
+}
+
+
+@pytest.fixture(scope="session")
+def distilled(tiny, tmp_path_factory):
+    """The stage from nothing."""
+    folder = tmp_path_factory.mktemp("distill")
+    return folder, distill.main(*distill.parse(["--config", tiny["distill"], "--output_dir", str(folder)]))
+
+
+def test_it_leaves_a_report_and_a_student(distilled, tiny, capsys):
+    folder, metrics = distilled
+    report = json.loads((folder / "report.json").read_text())
+    assert set(metrics) >= KEYS
+    assert report["metrics"] == metrics
+    assert report["arguments"]["sft.max_steps"] == 4
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "sft")
+    assert metrics["parameters_student"] == student.num_parameters() < teacher.num_parameters()
+    assert metrics["share_of_parameters"] == student.num_parameters() / teacher.num_parameters()
+    assert metrics["steps"] == 4
+    for name in ("loss", "parts", "gold"):
+        assert (folder / report["artifacts"][name]).read_bytes().startswith(b"\x89PNG")
+    text = (folder / "report.md").read_text()
+    assert "student alone, greedy" in text and "## Samples" in text
+    chat = pipeline("text-generation", str(folder))([{"role": "user", "content": "Hi"}], max_new_tokens=3)
+    assert chat[0]["generated_text"][-1]["role"] == "assistant"
+    assert distill.main(*distill.parse(["--config", tiny["distill"], "--output_dir", str(folder)])) == metrics
+    assert "already done" in capsys.readouterr().out
+
+
+def options(distilled, tmp_path, *flags):
+    """Flags of a run on the teacher that the first one made."""
+    shared = ["--num_examples", "40", "--max_steps", "2", "--per_device_train_batch_size", "4", "--num_eval_prompts"]
+    shared += ["24", "--response_length", "6", "--save_strategy", "no", "--train_alone", "false"]
+    return [
+        *("--teacher_model_name_or_path", str(Path(distilled[0]) / "sft"), "--output_dir", str(tmp_path / "out")),
+        *shared,
+        *flags,
+    ]
+
+
+def test_a_students_layers_with_the_teachers_top_k(distilled, tmp_path):
+    arguments = options(distilled, tmp_path, "--student_layers_every", "2", "--teacher_top_k", "5")
+    metrics = distill.main(*distill.parse(arguments))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 1
+    assert "gold_reward_student_alone" not in metrics
+    assert len(list((tmp_path / "out" / "teacher_cache").rglob("teacher.arrow"))) == 2
+
+
+def test_another_vocabulary_needs_answers(distilled, make_model, world, tmp_path):
+    tokenizer = train_tokenizer(world.documents(50), vocab_size=300)
+    make_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    arguments = options(distilled, tmp_path, "--model_name_or_path", str(tmp_path / "student"))
+    with pytest.raises(InputError, match=r"sequence-level distillation: recipes/distill\.py --sequence_level"):
+        distill.main(*distill.parse(arguments))
+    metrics = distill.main(*distill.parse([*arguments, "--sequence_level"]))
+    assert metrics["parameters_student"] == make_model(vocab_size=len(tokenizer)).num_parameters()
+    assert "perplexity_student" in metrics and "agreement_student" not in metrics
+
+
+def test_the_teachers_answers_take_the_place_of_the_datas(saved, tokenizer, make_model, tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": "Go"}], "completion": [{"role": "assistant", "content": "No"}]}]
+    written = distill.write_answers(make_model(), tokenizer, [*rows, {"text": "The fox."}], 5)
+    prompt = tokenizer.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True, return_tensors="pt")
+    ids = make_model().generate(**prompt, do_sample=False, max_new_tokens=5)[0, prompt["input_ids"].shape[1] :]
+    assert written[0]["prompt"] == rows[0]["prompt"]
+    assert written[0]["completion"][0]["content"] == tokenizer.decode(ids, skip_special_tokens=True)
+    assert written[1] == {"text": "The fox."}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model_name_or_path", "x", "--student_layers_every", "2"], "--student_layers_every cannot be used here"),
+        (["--student_layers_every", "2"], "--student_layers_every cannot be used here: --student_hidden_size"),
+        (["--dataset_name", "x.jsonl", "--num_documents", "0"], "x.jsonl needs --teacher_model_name_or_path"),
+        (["--dataset_name", "x.jsonl"], "--num_documents cannot be used here"),
+        (["--sequence_level", "--hidden_weight", "1"], "--hidden_weight cannot be used here"),
+        (["--num_eval_prompts", "0"], "--num_eval_prompts must be at least 1"),
+        (["--teacher_model_name_or_path", "x", "--sft_config", "y"], "--sft_config cannot be used here"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        distill.main(*distill.parse(["--output_dir", str(tmp_path), *flags]))
+
+
+def test_a_named_teacher_gets_no_settings_of_the_worlds():
+    script_args, training_args, _ = distill.parse(["--teacher_model_name_or_path", "x"])
+    assert (script_args.student_hidden_size, script_args.num_documents) == (None, 0)
+    assert (training_args.temperature, training_args.soft_weight, training_args.hard_weight) == (3.0, 0.7, 0.3)
+    assert distill.parse([])[0].student_hidden_size == 64
