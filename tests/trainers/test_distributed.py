@@ -55,9 +55,9 @@ def test_two_processes_equal_one_and_save(one, tmp_path):
     assert {"rollout_0.safetensors", "rollout_1.safetensors", "optimizer.pt"} <= files
 
 
-def pretrain(launcher, folder, *arguments):
+def pretrain(launcher, folder, *arguments, script="pretrain_run.py"):
     result = subprocess.run(
-        [*launcher, str(SCRIPT.parent / "pretrain_run.py"), str(folder), *map(str, arguments)],
+        [*launcher, str(SCRIPT.parent / script), str(folder), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -105,3 +105,23 @@ def test_two_processes_with_zero_equal_one(one, tmp_path, stage):
         rewards, abs=1e-5
     )
     same_weights(folder, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    """What a single process distils."""
+    folder = tmp_path_factory.mktemp("distilled")
+    pretrain([*TORCHRUN, "--nproc_per_node=1"], folder, 4, script="distill_run.py")
+    return folder
+
+
+def test_two_processes_distil_what_one_does(distilled, tmp_path):
+    pretrain([*TORCHRUN, "--nproc_per_node=2"], tmp_path, 2, script="distill_run.py")
+    same_weights(distilled, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_distil_with_zero_what_one_does(distilled, tmp_path):
+    pytest.importorskip("deepspeed")
+    pretrain(DEEPSPEED, tmp_path, 2, ROOT / "ds_configs" / "zero2.json", script="distill_run.py")
+    same_weights(distilled, tmp_path)
