@@ -19,10 +19,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import DataArguments, parse_recipe, run
+from hfllm.cli import DataArguments, parse_recipe, read_yaml, run
 
 CONFIG = Path(__file__).parent / "configs" / "distill" / "world.yaml"
 SIZES = ("student_hidden_size", "student_num_hidden_layers", "student_num_attention_heads")
+NEW_STUDENT = (*SIZES, "student_initializer_range")
 
 
 @dataclass
@@ -64,7 +65,14 @@ def parse(argv: Sequence[str]) -> tuple:
     kinds, argv = (DistillArguments, DistillationConfig, ModelConfig), ["--output_dir", "outputs/distill", *argv]
     parsed = parse_recipe(kinds, argv, CONFIG, __doc__)
     # The world's settings suit the small models made here; a teacher of the user's own gets the libraries'.
-    return parse_recipe(kinds, argv, None, __doc__) if parsed[1].teacher_model_name_or_path else parsed
+    if parsed[1].teacher_model_name_or_path:
+        return parse_recipe(kinds, argv, None, __doc__)
+    if parsed[0].student_layers_every:
+        # The sizes of the world's config give way to the teacher's layers; others contradict them.
+        for name, value in read_yaml(CONFIG).items():
+            if name in NEW_STUDENT and getattr(parsed[0], name) == value:
+                setattr(parsed[0], name, None)
+    return parsed
 
 
 def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> dict[str, float]:
@@ -122,19 +130,19 @@ def check(script_args: DistillArguments, training_args: Any, model_args: Any) ->
     from hfllm.errors import InputError
     from hfllm.stages import refuse
 
-    sizes = [name for name in (*SIZES, "student_initializer_range") if getattr(script_args, name) is not None]
+    is_world, has_teacher = script_args.dataset_name == WORLD, bool(training_args.teacher_model_name_or_path)
+    if not is_world and not has_teacher:
+        raise InputError(f"--dataset_name {script_args.dataset_name} needs --teacher_model_name_or_path")
+    sizes = [name for name in NEW_STUDENT if getattr(script_args, name) is not None]
     every, named = script_args.student_layers_every, model_args.model_name_or_path
     refuse(bool(named and (sizes or every)), f"--{(sizes or ['student_layers_every'])[0]}", "the student is named")
     refuse(bool(sizes and every), "--student_layers_every", f"--{(sizes or [''])[0]} describes a new student")
     refuse(every is not None and every < 2, "--student_layers_every", f"at least 2, got {every}")
-    is_world, has_teacher = script_args.dataset_name == WORLD, bool(training_args.teacher_model_name_or_path)
     refuse(
         bool(script_args.num_documents) and not is_world, "--num_documents", "only the embedded world has documents"
     )
     for name in ("pretrain_config", "sft_config"):
         refuse(bool(getattr(script_args, name)) and has_teacher, f"--{name}", "the teacher is named")
-    if not is_world and not has_teacher:
-        raise InputError(f"--dataset_name {script_args.dataset_name} needs --teacher_model_name_or_path")
     for name in ("teacher_top_k", "hidden_weight"):
         given = bool(getattr(training_args, name))
         refuse(script_args.sequence_level and given, f"--{name}", "--sequence_level learns from answers alone")

@@ -76,6 +76,7 @@ def student_from_layers(teacher: "PreTrainedModel", every: int) -> "PreTrainedMo
             f"{prefix}{new}.{name[len(start) :]}": value for name, value in weights.items() if name.startswith(start)
         }
     student.load_state_dict(taken)
+    student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.to(teacher.device)
 
 
@@ -119,9 +120,11 @@ def smaller_student(
         ours.layer_types = ours.layer_types[: ours.num_hidden_layers]
     try:
         # Built anew, so that it is checked and what follows from the sizes is derived again.
-        return type(teacher)(type(config).from_dict(ours.to_dict()))
+        student = type(teacher)(type(config).from_dict(ours.to_dict()))
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise InputError(f"the student's sizes describe no model: {' '.join(str(error).split())[:200]}") from None
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student
 
 
 def _layers_name(model: "PreTrainedModel", count: int) -> str:

@@ -77,10 +77,11 @@ def test_another_vocabulary_needs_answers(distilled, make_model, world, tmp_path
     assert "perplexity_student" in metrics and "agreement_student" not in metrics
 
 
-def test_the_teachers_answers_take_the_place_of_the_datas(saved, tokenizer, make_model, tmp_path):
+def test_the_teachers_answers_take_the_place_of_the_datas(tokenizer, make_model):
     rows = [{"prompt": [{"role": "user", "content": "Go"}], "completion": [{"role": "assistant", "content": "No"}]}]
     written = distill.write_answers(make_model(), tokenizer, [*rows, {"text": "The fox."}], 5)
-    prompt = tokenizer.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True, return_tensors="pt")
+    settings = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    prompt = tokenizer.apply_chat_template(rows[0]["prompt"], **settings)
     ids = make_model().generate(**prompt, do_sample=False, max_new_tokens=5)[0, prompt["input_ids"].shape[1] :]
     assert written[0]["prompt"] == rows[0]["prompt"]
     assert written[0]["completion"][0]["content"] == tokenizer.decode(ids, skip_special_tokens=True)
@@ -91,9 +92,13 @@ def test_the_teachers_answers_take_the_place_of_the_datas(saved, tokenizer, make
     ("flags", "message"),
     [
         (["--model_name_or_path", "x", "--student_layers_every", "2"], "--student_layers_every cannot be used here"),
-        (["--student_layers_every", "2"], "--student_layers_every cannot be used here: --student_hidden_size"),
-        (["--dataset_name", "x.jsonl", "--num_documents", "0"], "x.jsonl needs --teacher_model_name_or_path"),
-        (["--dataset_name", "x.jsonl"], "--num_documents cannot be used here"),
+        (["--student_layers_every", "2", "--student_hidden_size", "32"], "here: --student_hidden_size describes"),
+        (["--student_layers_every", "1"], "--student_layers_every cannot be used here: at least 2, got 1"),
+        (["--dataset_name", "x.jsonl"], r"x\.jsonl needs --teacher_model_name_or_path"),
+        (
+            ["--dataset_name", "x.jsonl", "--teacher_model_name_or_path", "x", "--num_documents", "5"],
+            "--num_documents cannot be used here",
+        ),
         (["--sequence_level", "--hidden_weight", "1"], "--hidden_weight cannot be used here"),
         (["--num_eval_prompts", "0"], "--num_eval_prompts must be at least 1"),
         (["--teacher_model_name_or_path", "x", "--sft_config", "y"], "--sft_config cannot be used here"),
@@ -109,3 +114,4 @@ def test_a_named_teacher_gets_no_settings_of_the_worlds():
     assert (script_args.student_hidden_size, script_args.num_documents) == (None, 0)
     assert (training_args.temperature, training_args.soft_weight, training_args.hard_weight) == (3.0, 0.7, 0.3)
     assert distill.parse([])[0].student_hidden_size == 64
+    assert distill.parse(["--student_layers_every", "4"])[0].student_hidden_size is None
