@@ -141,6 +141,11 @@ def check(script_args: DistillArguments, training_args: Any, model_args: Any) ->
     refuse(
         bool(script_args.num_documents) and not is_world, "--num_documents", "only the embedded world has documents"
     )
+    for name in ("load_in_8bit", "load_in_4bit"):
+        learns = model_args.use_peft and named
+        reason = "it is the student's, who then needs --model_name_or_path and --use_peft; a teacher is loaded so by "
+        refuse(getattr(model_args, name) and not learns, f"--{name}", reason + "--teacher_model_init_kwargs")
+    refuse(bool(model_args.attn_implementation) and not named, "--attn_implementation", "the student is not named")
     for name in ("pretrain_config", "sft_config"):
         refuse(bool(getattr(script_args, name)) and has_teacher, f"--{name}", "the teacher is named")
     for name in ("teacher_top_k", "hidden_weight"):
@@ -235,7 +240,8 @@ def make_student(script_args: DistillArguments, training_args: Any, model_args: 
     sizes = {name.removeprefix("student_"): getattr(script_args, name) for name in SIZES}
     if any(sizes.values()) or script_args.student_initializer_range is not None:
         return smaller_student(teacher, **sizes, initializer_range=script_args.student_initializer_range)
-    return student_from_layers(teacher, script_args.student_layers_every or 3)
+    # A teacher in bf16 is none that can be trained so: small updates would be lost.
+    return student_from_layers(teacher, script_args.student_layers_every or 3).float()
 
 
 def student_trainer(

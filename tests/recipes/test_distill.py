@@ -100,6 +100,8 @@ def test_the_teachers_answers_take_the_place_of_the_datas(tokenizer, make_model)
             "--num_documents cannot be used here",
         ),
         (["--sequence_level", "--hidden_weight", "1"], "--hidden_weight cannot be used here"),
+        (["--load_in_8bit"], "--load_in_8bit cannot be used here"),
+        (["--attn_implementation", "eager"], "--attn_implementation cannot be used here"),
         (["--num_eval_prompts", "0"], "--num_eval_prompts must be at least 1"),
         (["--teacher_model_name_or_path", "x", "--sft_config", "y"], "--sft_config cannot be used here"),
     ],
