@@ -146,7 +146,7 @@ class DistillationTrainer(Trainer):
     def _with_cache(self, rows: "Dataset", folder: Path, name: str) -> WithTeacher:
         args = self.args
         made_from = description(
-            self._named_teacher, args.teacher_model_revision, rows, args.temperature, args.teacher_top_k
+            self._named_teacher, self._teacher_settings(), rows, args.temperature, args.teacher_top_k
         )
 
         def ask(batch: dict[str, torch.Tensor], kept: torch.Tensor) -> Teacher:
@@ -160,21 +160,27 @@ class DistillationTrainer(Trainer):
         with args.main_process_first(local=False, desc="asking the teacher"):
             return WithTeacher(rows, open_cache(folder, name, made_from, make))
 
+    def _teacher_settings(self) -> dict[str, Any]:
+        """What a teacher given by name is loaded with."""
+        return {
+            "revision": self.args.teacher_model_revision or "main",
+            **(self.args.teacher_model_init_kwargs or {}),
+        }
+
     def _loaded_teacher(self) -> PreTrainedModel:
         """The teacher, comparable to the student, frozen and on this process's device."""
         teacher, tokenizer = self._named_teacher, self._teacher_tokenizer
         if isinstance(teacher, str):
             if "quantization_config" not in (self.args.teacher_model_init_kwargs or {}):
                 check_fits_memory(teacher)
-            name, revision = teacher, self.args.teacher_model_revision or "main"
-            settings = {"revision": revision, **(self.args.teacher_model_init_kwargs or {})}
+            name, settings = teacher, self._teacher_settings()
             try:
                 teacher = AutoModelForCausalLM.from_pretrained(name, **settings)
             except (OSError, ValueError) as error:
                 raise InputError(
                     f"teacher {name!r} could not be loaded: {' '.join(str(error).split())[:200]}"
                 ) from error
-            tokenizer = tokenizer or _tokenizer_of(name, revision)
+            tokenizer = tokenizer or _tokenizer_of(name, settings["revision"])
         if teacher is self.model:
             raise InputError("the teacher is the student itself: load it once more")
         check_same_vocabulary(self._bare(self.model), teacher, self.processing_class, tokenizer)

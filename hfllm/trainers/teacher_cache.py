@@ -1,7 +1,7 @@
 """What a teacher says about each token of a dataset, asked once and kept on disk: its top k, and the rest as one."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,18 +22,23 @@ LAYOUT = 1
 
 
 def description(
-    teacher: "str | PreTrainedModel", revision: str | None, dataset: "Dataset", temperature: float, top_k: int
+    teacher: "str | PreTrainedModel",
+    settings: Mapping[str, Any],
+    dataset: "Dataset",
+    temperature: float,
+    top_k: int,
 ) -> dict[str, Any]:
     """What a cache's content depends on: a cache with another description is stale, and made anew.
 
     Args:
         teacher: the model, known by its weights, or its name, known by the state of its files where it is local.
+        settings: what a named teacher is loaded with, its revision and precision among them.
         dataset: tokenized rows.
     """
     return {
         "layout": LAYOUT,
         "teacher": teacher if isinstance(teacher, str) else weights_hash(teacher),
-        "revision": revision,
+        "settings": repr(sorted(settings.items())) if isinstance(teacher, str) else None,
         "files": files_state(teacher) if isinstance(teacher, str) else None,
         "rows": rows_hash(dataset),
         "temperature": temperature,
