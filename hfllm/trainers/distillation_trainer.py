@@ -141,13 +141,15 @@ class DistillationTrainer(Trainer):
             self.train_dataset = self._with_cache(self.train_dataset, folder, "train")
         if self.eval_dataset is not None:
             self.eval_dataset = self._with_cache(self.eval_dataset, folder, "eval")
-        self.teacher = None
+        self.teacher = self._named_teacher = None
 
     def _with_cache(self, rows: "Dataset", folder: Path, name: str) -> WithTeacher:
         args = self.args
         made_from = description(
             self._named_teacher, self._teacher_settings(), rows, args.temperature, args.teacher_top_k
         )
+        # With another vocabulary it is not reused, and the teacher is refused when it is loaded.
+        made_from["vocabulary"] = self._bare(self.model).config.get_text_config().vocab_size
 
         def ask(batch: dict[str, torch.Tensor], kept: torch.Tensor) -> Teacher:
             return self._teacher_of(self._teacher_pass(batch), kept.to(args.device))
