@@ -97,7 +97,7 @@ def _stage_parameters(shape: Shape, layout: Layout, stage: _Stage) -> tuple[floa
 
 def _buffers(shape: Shape, layout: Layout, precision: Precision, parameters: float) -> float:
     """What the engine of a layout holds besides: gradient buckets, and the weights that ZeRO-3 has gathered."""
-    layer = sum(shape.layer_parameters().values()) / layout.tensor
+    layer = _layer_size(shape) / layout.tensor
     if layout.engine == DDP:
         return parameters * precision.gradients
     if layout.engine == FSDP2:
@@ -155,18 +155,7 @@ def _stage_memory(
     ]
     weights, gradients, optimizer = (sum(share[part] for share in shares) for part in shares[0])
     tokens = layout.micro_batch * sequence_length
-    kept = tokens * stage.layers * layer_activations(shape, layout, precision, sequence_length, attention)
-    if stage.is_last:
-        kept += tokens * (
-            norm_bytes(shape, shape.hidden_size, precision.residual) + precision.compute * shape.hidden_size
-        )
-    if precision.is_autocast and layout.recompute != "full":
-        kept += (stage.layers * autocast_weights(shape) + 2 * shape.vocab_size * shape.hidden_size) / layout.tensor
-    at_work = tokens * layer_workspace(shape, layout, precision)
-    if layout.recompute != "none":
-        again = replace(layout, recompute="none")
-        at_work += tokens * layer_activations(shape, again, precision, sequence_length, attention)
-    kept *= stage.passes
+    kept, at_work = _activation_bytes(stage, shape, layout, precision, sequence_length, attention)
     logits = loss_bytes(shape, layout, precision, tokens) if stage.is_last else 0.0
     buffers = _buffers(shape, layout, precision, dense + experts)
     static = weights + optimizer + buffers
@@ -175,7 +164,28 @@ def _stage_memory(
         peak = static + gradients + kept + max(logits, at_work)
     else:
         # Gradients come from the last layer to the first, and the embeddings' at the very end.
-        table = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size * precision.gradients
-        layer = sum(shape.layer_parameters().values()) * precision.gradients
+        table = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
+        table, layer = (precision.gradients * count / layout.tensor for count in (table, _layer_size(shape)))
         peak = static + max(kept + logits, kept + at_work + table, gradients - table - layer + at_work, gradients)
     return Memory(weights, gradients, optimizer, kept + at_work, logits, buffers, peak)
+
+
+def _activation_bytes(
+    stage: _Stage, shape: Shape, layout: Layout, precision: Precision, sequence_length: int, attention: str
+) -> tuple[float, float]:
+    """What all micro-batches under way keep, and what the backward pass of one layer needs besides."""
+    tokens, hidden = layout.micro_batch * sequence_length, shape.hidden_size
+    kept = tokens * stage.layers * layer_activations(shape, layout, precision, sequence_length, attention)
+    if stage.is_last:
+        kept += tokens * (norm_bytes(shape, hidden, precision.residual) + precision.compute * hidden)
+    if precision.is_autocast and layout.recompute != "full":
+        kept += (stage.layers * autocast_weights(shape) + 2 * shape.vocab_size * hidden) / layout.tensor
+    at_work = tokens * layer_workspace(shape, layout, precision)
+    if layout.recompute != "none":
+        again = replace(layout, recompute="none")
+        at_work += tokens * layer_activations(shape, again, precision, sequence_length, attention)
+    return kept * stage.passes, at_work
+
+
+def _layer_size(shape: Shape) -> int:
+    return sum(shape.layer_parameters().values())
