@@ -55,10 +55,12 @@ class PlanArguments:
         default=None, metadata={"help": "Its peak in the precision, in TFLOP/s without sparsity, if it is another."}
     )
     devices_per_node: int | None = field(default=None, metadata={"help": "Devices of a machine, if not the usual."})
-    max_length: int = field(default=2048, metadata={"help": "Tokens of a row."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a row; by default 2048, or the model's positions if it has fewer."}
+    )
     global_batch_size: int = field(default=3072, metadata={"help": "Rows of a step, over all devices."})
     tokens: float | None = field(default=None, metadata={"help": "Tokens to train on; by default 20 a parameter."})
-    precision: str = field(default="bf16", metadata={"help": "bf16, fp16, fp32, or bf16_autocast (fp32 weights)."})
+    precision: str = field(default="bf16", metadata={"help": "bf16, fp16 or fp32."})
     attention: str = field(
         default="flash", metadata={"help": "flash keeps no scores, as SDPA's kernels; eager keeps all of them."}
     )
@@ -188,8 +190,10 @@ def make_request(script_args: PlanArguments, shape: Shape) -> Request:
         InputError: naming what is wrong.
     """
     held = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "zero_stage", "recompute", "micro_batch_size")
-    same = ("num_devices", "max_length", "global_batch_size", "tokens", "precision", "attention", "mfu", "efficiency")
+    same = ("num_devices", "global_batch_size", "tokens", "precision", "attention", "mfu", "efficiency")
     options = {flag: getattr(script_args, flag) for flag in (*held, *same, "interleave")}
+    length = script_args.max_length
+    options["max_length"] = min(2048, shape.max_position_embeddings) if length is None else length
     return Request(shape, make_device(script_args), usable=script_args.usable_memory, **options)
 
 

@@ -43,6 +43,7 @@ PRECISIONS = {
         Precision("fp16", 2, 2, 12, 2, 2),
         # Mixed precision of accelerate without DeepSpeed.
         Precision("bf16_autocast", 4, 4, 8, 2, 4, is_autocast=True),
+        Precision("fp16_autocast", 4, 4, 8, 2, 4, is_autocast=True),
     )
 }
 

@@ -17,7 +17,6 @@ ACCELERATE_FILE = "accelerate.yaml"
 DEEPSPEED_FILE = "ds_config.json"
 FLAGS_FILE = "flags.yaml"
 _TYPES = {SINGLE: "NO", DDP: "MULTI_GPU", TENSOR: "MULTI_GPU", DEEPSPEED: "DEEPSPEED", FSDP2: "FSDP"}
-_ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16", "bf16_autocast": "bf16"}
 
 
 def deepspeed_config(
@@ -69,7 +68,7 @@ def accelerate_config(layout: Layout, request: Request, folder: str = "") -> dic
         if machines > 1:
             config["deepspeed_config"]["deepspeed_multinode_launcher"] = "standard"
         return config
-    config["mixed_precision"] = _ACCELERATE_PRECISION[request.precision]
+    config["mixed_precision"] = "no" if request.precision == "fp32" else request.precision
     if layout.engine == FSDP2:
         config["fsdp_config"] = fsdp2_config(layout.recompute == "full")
         sizes = {"dp_replicate_size": 1, "dp_shard_size": layout.data, "tp_size": layout.tensor, "cp_size": 1}
@@ -116,7 +115,7 @@ def recipe_flags(plan: Plan, request: Request) -> dict[str, Any]:
         "gradient_accumulation_steps": plan.micro_batches,
         # FSDP2 does that by itself.
         "activation_checkpointing": layout.recompute == "full" and layout.engine != FSDP2,
-        "bf16": request.precision.startswith("bf16"),
+        "bf16": request.precision == "bf16",
         "max_length": request.max_length,
         "total_tokens": str(int(request.tokens)),
     }

@@ -14,7 +14,7 @@ from hfllm.errors import InputError
 from hfllm.scaling.activations import ATTENTION, PRECISIONS, Precision
 from hfllm.scaling.devices import GIB, Device
 from hfllm.scaling.flops import SECONDS_PER_DAY, pipeline_bubble
-from hfllm.scaling.layouts import RECIPES, RECOMPUTE, Layout
+from hfllm.scaling.layouts import DDP, RECIPES, RECOMPUTE, SINGLE, TENSOR, Layout
 from hfllm.scaling.memory import Memory, device_memory
 from hfllm.scaling.shapes import Shape
 from hfllm.scaling.speed import EFFICIENCY, Speed, estimate
@@ -34,7 +34,7 @@ class Request:
         max_length: tokens of a row.
         global_batch_size: sequences of a step, over all devices.
         tokens: to train on; `None` is 20 a parameter (Hoffmann et al. 2022, arXiv:2203.15556, approaches 1 and 2).
-        precision: a name of `PRECISIONS`.
+        precision: `"bf16"`, `"fp16"` or `"fp32"`; how weights are kept in the first two depends on who runs a layout.
         attention: `"flash"` or `"eager"`.
         efficiency: share of its peak that a device reaches in matrix products.
         mfu: share of the peak that was measured, bubble and communication included; takes the estimate's place in
@@ -76,7 +76,7 @@ class Request:
             self.tokens = 20.0 * self.shape.num_parameters()
         if self.tokens <= 0:
             raise InputError(f"tokens={self.tokens} must be above 0")
-        choices = {"precision": tuple(PRECISIONS), "attention": ATTENTION, "recompute": (None, *RECOMPUTE)}
+        choices = {"precision": ("bf16", "fp16", "fp32"), "attention": ATTENTION, "recompute": (None, *RECOMPUTE)}
         for name, allowed in {**choices, "zero_stage": (None, 0, 1, 2, 3)}.items():
             if getattr(self, name) not in allowed:
                 accepted = ", ".join(str(value) for value in allowed if value is not None)
@@ -94,9 +94,10 @@ class Request:
     def usable_bytes(self) -> float:
         return self.usable * self.device.memory
 
-    @property
-    def dtype(self) -> Precision:
-        return PRECISIONS[self.precision]
+    def dtype(self, layout: Layout) -> Precision:
+        """Mixed precision as a layout's engine has it: 16-bit weights with fp32 copies, or autocast of fp32 ones."""
+        is_autocast = layout.engine in (SINGLE, DDP, TENSOR) and self.precision != "fp32"
+        return PRECISIONS[f"{self.precision}_autocast" if is_autocast else self.precision]
 
 
 @dataclass(frozen=True)
@@ -169,12 +170,12 @@ def _order(one: Plan) -> tuple:
 
 def _memory(request: Request, layout: Layout) -> Memory:
     passes = layout.micro_batches(request.global_batch_size)
-    return device_memory(request.shape, layout, request.dtype, request.max_length, passes, request.attention)
+    return device_memory(request.shape, layout, request.dtype(layout), request.max_length, passes, request.attention)
 
 
 def _cost(request: Request, layout: Layout, memory: Memory) -> Plan:
     speed = estimate(
-        *(request.shape, layout, request.dtype, request.device, request.max_length),
+        *(request.shape, layout, request.dtype(layout), request.device, request.max_length),
         *(request.global_batch_size, request.attention, request.efficiency),
     )
     passes = layout.micro_batches(request.global_batch_size)

@@ -1,6 +1,7 @@
 """recipes/plan.py: what it prints and writes, without torch, and what it refuses."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,7 @@ def test_yaml_flags(tmp_path):
         (["--config_path", "missing"], "--config_path missing: no such file"),
         (["--device", "tpu"], "--device 'tpu' is not one of h100"),
         (["--device_memory_gb", "0"], "--device_memory_gb 0.0 must be above 0"),
+        (["--preset", "gpt2", "--max_length", "2048"], "max_length=2048 is more than the 1024 learned positions"),
         (["--top", "0"], "--top 0 must be at least 1"),
         (["--num_devices", "8"], "the model fits nowhere: of 72 GiB usable on each of 8 h100"),
         (["--tensor_parallel", "3", "--num_devices", "768"], "tensor 3 does not divide num_attention_heads=160"),
@@ -157,3 +159,17 @@ def test_from_the_command_line():
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     help_text = subprocess.run([*command[:2], "--help"], cwd=ROOT, capture_output=True, text=True).stdout
     assert "--global_batch_size" in help_text and "(default: 3072)" in help_text
+
+
+def test_the_page_names_every_metric_and_its_commands_parse(tmp_path):
+    page = (ROOT / "docs" / "planner.md").read_text()
+    for name in run(tmp_path, "--preset", "gpt2", "--num_devices", 1):
+        assert f"`{name}`" in page, name
+    commands = [
+        line.partition("recipes/plan.py")[2] for line in page.splitlines() if line.startswith("python recipes/")
+    ]
+    assert len(commands) == 4
+    for command in commands:
+        plan.parse(command.partition("#")[0].split())
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code, {})

@@ -42,7 +42,7 @@ def test_what_is_found_fits_and_can_run(fields):
         each.layout.check(one.shape, one.num_devices, one.global_batch_size)
         passes = one.global_batch_size // (each.layout.data * each.layout.micro_batch)
         assert each.micro_batches == passes
-        memory = device_memory(one.shape, each.layout, one.dtype, one.max_length, passes)
+        memory = device_memory(one.shape, each.layout, one.dtype(each.layout), one.max_length, passes)
         assert memory == each.memory and memory.peak <= one.usable_bytes
     spreads = {
         (p.layout.data, p.layout.tensor, p.layout.pipeline, p.layout.expert, p.layout.zero_stage) for p in plans
@@ -132,7 +132,7 @@ def test_who_runs_it(layout, engine):
         ),
         ({"recompute": "selective"}, "recompute='selective' drops scores"),
         ({"recompute": "half"}, "recompute='half' is not one of none, selective, full"),
-        ({"precision": "fp8"}, "precision='fp8' is not one of fp32, bf16, fp16, bf16_autocast"),
+        ({"precision": "fp8"}, "precision='fp8' is not one of bf16, fp16, fp32"),
         ({"zero_stage": 4}, "zero_stage=4 is not one of 0, 1, 2, 3"),
         ({"num_devices": 0}, "num_devices=0 must be at least 1"),
         ({"mfu": 1.5}, "mfu=1.5 must lie above 0 and be at most 1"),
@@ -157,6 +157,17 @@ def test_experts_must_divide():
     assert all(each.layout.expert == 8 for each in spread)
 
 
+def test_accelerate_casts_and_deepspeed_copies():
+    one = request()
+    assert one.dtype(Layout(8)) is PRECISIONS["bf16_autocast"]
+    assert one.dtype(Layout(8, zero_stage=1)) is PRECISIONS["bf16"]
+    assert request(precision="fp16").dtype(Layout()) is PRECISIONS["fp16_autocast"]
+    assert request(precision="fp32").dtype(Layout()) is PRECISIONS["fp32"]
+    # 16 bytes a parameter either way.
+    for precision in PRECISIONS.values():
+        assert precision.weights + precision.gradients + precision.optimizer == 16
+
+
 def test_devices():
     cpu = find_device("cpu")
     assert cpu.memory > 2**30 and cpu.peak("fp32") > 0
@@ -172,4 +183,3 @@ def test_precision_decides_the_fit():
         for name in ("fp32", "bf16")
     )
     assert wide[0].memory.activations > 1.6 * narrow[0].memory.activations
-    assert PRECISIONS["bf16_autocast"].weights == 4
