@@ -63,11 +63,14 @@ def check_plugins(environment):
         ValueError: for a value that accelerate's plugins refuse, or a warning of theirs.
     """
     from accelerate.parallelism_config import ParallelismConfig
-    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 
     with mock.patch.dict(os.environ, environment), mock.patch("accelerate.utils.dataclasses.logger") as logger:
         if environment.get("ACCELERATE_USE_FSDP") == "true":
             FullyShardedDataParallelPlugin()
+        if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            # Refuses fields that belong into DeepSpeed's own file.
+            DeepSpeedPlugin()
         sizes = ParallelismConfig() if environment.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true" else None
         if logger.warning.called:
             raise ValueError(str(logger.warning.call_args))

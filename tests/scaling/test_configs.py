@@ -21,10 +21,13 @@ DEEPSPEED = sorted((ROOT / "ds_configs").glob("*.json"))
 
 @pytest.fixture(autouse=True)
 def leave_the_environment_alone(monkeypatch):
-    """Launching and DeepSpeed's configuration set variables."""
+    """Launching sets variables, and DeepSpeed's configuration is noted for all models made later."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     before = dict(os.environ)
     monkeypatch.chdir(ROOT)
     yield
+    unset_hf_deepspeed_config()
     os.environ.clear()
     os.environ.update(before)
 
@@ -78,6 +81,14 @@ def test_a_wrong_accelerate_key_is_noticed(change, message, tmp_path):
     path.write_text(yaml.safe_dump(values | change))
     with pytest.raises(ValueError, match=message):
         check_accelerate(path)
+
+
+def test_a_field_that_deepspeeds_file_decides_is_noticed(tmp_path):
+    values = yaml.safe_load((ROOT / "accelerate_configs" / "zero3.yaml").read_text())
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(values | {"mixed_precision": "bf16"}))
+    with pytest.raises(ValueError, match="will be ignored"):
+        check_plugins(check_accelerate(path))
 
 
 @pytest.mark.parametrize(
