@@ -1,6 +1,8 @@
 """Bytes that training takes on one device: weights, gradients, optimiser states, activations.
 
-device_memory(shape, Layout(data=8, zero_stage=2), PRECISIONS["bf16"], sequence_length=4096).peak
+    device_memory(shape, Layout(data=8, zero_stage=2), PRECISIONS["bf16"], sequence_length=4096).peak
+
+The activations themselves are counted in activations.py.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,10 @@
 """Which layouts of a model over devices fit, ranked by how soon they would be done.
 
-request = Request(shape, find_device("h100"), num_devices=64, max_length=4096, global_batch_size=1024)
-best, *others = plan(request)
-best.layout, best.memory, best.days
+    request = Request(shape, find_device("h100"), num_devices=64, max_length=4096, global_batch_size=1024)
+    best, *others = plan(request)
+    best.layout, best.memory, best.days
+
+What fits is the matter of memory.py, how soon that of speed.py.
 """
 
 from collections.abc import Iterator
