@@ -105,11 +105,15 @@ def _buffers(shape: Shape, layout: Layout, precision: Precision, parameters: flo
     if layout.engine == FSDP2:
         # The layer at work and the one fetched ahead, and the gradient of one.
         return layer * (2 * precision.compute + precision.gradients)
-    if layout.engine == DEEPSPEED and layout.zero_stage == 3:
-        return min(MAX_LIVE_PARAMETERS, parameters) * precision.weights + layer * precision.gradients
     if layout.engine == DEEPSPEED:
-        copy = precision.weights / layout.data if precision.weights == 4 else 0
-        return min(REDUCE_BUCKET, parameters) * precision.gradients + copy * parameters
+        bucket = min(REDUCE_BUCKET, parameters) * precision.gradients
+        if layout.zero_stage == 3:
+            # A matrix is gathered, and its gradient made, in one piece.
+            largest = _largest_tensor(shape)
+            live = max(min(MAX_LIVE_PARAMETERS, parameters), largest) * precision.weights
+            return live + max(bucket, largest * precision.gradients)
+        # ZeRO-1 and 2 keep a copy of their share of the weights, also of fp32 ones.
+        return bucket + (parameters * precision.weights / layout.data if precision.weights == 4 else 0)
     return 0.0
 
 
@@ -161,8 +165,8 @@ def _stage_memory(
     logits = loss_bytes(shape, layout, precision, tokens) if stage.is_last else 0.0
     buffers = _buffers(shape, layout, precision, dense + experts)
     static = weights + optimizer + buffers
-    # DeepSpeed and Megatron-LM hold gradients in flat buffers, the others free them after each step.
-    if micro_batches > 1 or layout.engine in (DEEPSPEED, MEGATRON):
+    # Megatron-LM and ZeRO-3 hold gradients in flat buffers, the others free them after each step.
+    if micro_batches > 1 or layout.engine == MEGATRON or (layout.engine == DEEPSPEED and layout.zero_stage == 3):
         peak = static + gradients + kept + max(logits, at_work)
     else:
         # Gradients come from the last layer to the first, and the embeddings' at the very end.
@@ -187,6 +191,11 @@ def _activation_bytes(
         again = replace(layout, recompute="none")
         at_work += tokens * layer_activations(shape, again, precision, sequence_length, attention)
     return kept * stage.passes, at_work
+
+
+def _largest_tensor(shape: Shape) -> int:
+    width = shape.intermediate_size * (2 * shape.num_local_experts or 1)
+    return shape.hidden_size * max(width, shape.query_size, shape.vocab_size)
 
 
 def _layer_size(shape: Shape) -> int:

@@ -173,3 +173,13 @@ def test_the_page_names_every_metric_and_its_commands_parse(tmp_path):
         plan.parse(command.partition("#")[0].split())
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(code, {})
+
+
+def test_the_page_shows_what_is_printed(tmp_path, capsys):
+    page = (ROOT / "docs" / "planner.md").read_text()
+    run(tmp_path, "--num_devices", 3072, "--device", "a100-80gb", "--tokens", 450e9, "--top", 20)
+    printed = {tuple(cell.strip() for cell in line.split("|")) for line in capsys.readouterr().out.splitlines()}
+    rows = [line for line in page.splitlines() if re.match(r"\| (\* )?\| data \d", line)]
+    assert len(rows) == 4
+    for row in rows:
+        assert tuple(cell.strip() for cell in row.split("|")) in printed, row
