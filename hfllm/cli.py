@@ -43,19 +43,23 @@ class DataArguments:
 
 
 def parse_recipe(
-    dataclass_types: Sequence[type], argv: Sequence[str], world_config: Path | None, description: str | None = None
+    dataclass_types: Sequence[type],
+    argv: Sequence[str],
+    world_config: Path | Sequence[Path] | None,
+    description: str | None = None,
 ) -> tuple:
     """Parse a recipe's arguments.
 
-    Without `--model_name_or_path` the recipe works on the family's small model, and `world_config` (if there is one)
-    holds the settings that suit it; with a model of the user's own the defaults are those of transformers and TRL.
+    Without `--model_name_or_path` the recipe works on the family's small model, and `world_config` (a file, several of
+    which later ones win, or none) holds the settings that suit it; with a model of the user's own the defaults are
+    those of transformers and TRL.
     `--config` and flags come on top of either.
     """
     argv, config_files = take_configs(argv)
     own_model = any(word.split("=")[0] == "--model_name_or_path" for word in argv)
     own_model = own_model or any(read_yaml(path).get("model_name_or_path") for path in config_files)
     if world_config and not own_model:
-        config_files.insert(0, world_config)
+        config_files[:0] = [world_config] if isinstance(world_config, Path) else world_config
     from hfllm.parsers import RecipeParser
 
     return _parse(RecipeParser, dataclass_types, argv, config_files, machine_defaults(), description)
