@@ -94,7 +94,7 @@ def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)
 
 
-def expected_tokens(alpha: float, gamma: int) -> float:
+def expected_tokens(alpha: float, gamma: float) -> float:
     """Tokens that one run of the target yields: `(1 - alpha^(gamma + 1)) / (1 - alpha)` (equation 1).
 
     Args:
@@ -104,7 +104,7 @@ def expected_tokens(alpha: float, gamma: int) -> float:
     return float(gamma + 1) if alpha == 1 else (1 - alpha ** (gamma + 1)) / (1 - alpha)
 
 
-def speedup(alpha: float, gamma: int, c: float) -> float:
+def speedup(alpha: float, gamma: float, c: float) -> float:
     """Expected improvement in time over plain decoding, `expected_tokens / (gamma * c + 1)` (theorem 3.8).
 
     Args:
@@ -116,7 +116,7 @@ def speedup(alpha: float, gamma: int, c: float) -> float:
     return expected_tokens(alpha, gamma) / (gamma * c + 1)
 
 
-def operations(alpha: float, gamma: int, c_hat: float) -> float:
+def operations(alpha: float, gamma: float, c_hat: float) -> float:
     """Expected factor on the arithmetic operations, `(gamma * c_hat + gamma + 1) / expected_tokens` (theorem 3.11).
 
     Args:

@@ -25,15 +25,13 @@ class Rows:
         tokens: (B, C), each row from column 0 on; what stands behind its length means nothing.
         lengths: (B,), tokens of each row.
         last: (B,), the last position that each row may reach.
-        longest: the largest of `lengths`.
-        shortest: the smallest.
+        sizes: the same lengths as numbers.
     """
 
     tokens: torch.Tensor
     lengths: torch.Tensor
     last: torch.Tensor
-    longest: int
-    shortest: int
+    sizes: list[int]
 
 
 @dataclass
@@ -100,7 +98,7 @@ class ModelDraft:
         check_same_vocabulary(target.model, self.model)
         forward = compiled_forward(self.model) if compiled else None
         self.runner = RaggedModel(self.model, target.cache.capacity, forward)
-        self.runner.prefill(rows.tokens[:, : rows.longest - 1], rows.last)
+        self.runner.prefill(rows.tokens[:, : max(rows.sizes) - 1], rows.last)
 
     def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
         return draft_by(self.runner, rows, steps, sampler, catch_up=2)
@@ -150,12 +148,12 @@ def draft_by(runner: RaggedModel, rows: Rows, steps: int, sampler: Sampler, catc
             before when a whole draft was accepted, whose last token the draft model has not read. Reading a token
             again changes nothing.
     """
-    width = min(catch_up, rows.shortest)
+    width = min(catch_up, min(rows.sizes))
     offsets = torch.arange(-width, 0, device=rows.lengths.device)
     columns = rows.lengths.unsqueeze(1) + offsets
     tokens, drafted, distributions = rows.tokens.gather(1, columns), [], []
     for step in range(steps):
-        logits = runner(tokens, columns, rows.last, rows.longest + step, logits=1)[:, -1]
+        logits = runner(tokens, columns, rows.last, max(rows.sizes) + step, logits=1)[:, -1]
         token, probs = sampler.draft(logits)
         drafted.append(token)
         distributions.append(probs)
@@ -207,8 +205,8 @@ class PromptLookupDraft:
     def _read(self, rows: Rows) -> None:
         """Take in the tokens that have come since."""
         first = min(map(len, self.histories))
-        tokens = rows.tokens[:, first : rows.longest].tolist()
-        for history, seen, new, length in zip(self.histories, self.seen, tokens, rows.lengths.tolist(), strict=True):
+        tokens = rows.tokens[:, first : max(rows.sizes)].tolist()
+        for history, seen, new, length in zip(self.histories, self.seen, tokens, rows.sizes, strict=True):
             for token in new[len(history) - first : length - first]:
                 end = len(history)
                 for size in self.sizes:

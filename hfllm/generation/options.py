@@ -76,7 +76,13 @@ class Sampler:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Accepted counts and next tokens of each row; see `hfllm.generation.acceptance`."""
         if not self.do_sample:
-            return acceptance.accept_greedy(draft_tokens, self.greedy(logits), counts)
+            choice = self.greedy(logits)
+            # Plain decoding, which need not look for what was accepted.
+            return (
+                acceptance.accept_greedy(draft_tokens, choice, counts)
+                if draft_tokens.numel()
+                else (counts, choice[:, 0])
+            )
         probs = self.probabilities(logits)
         return acceptance.accept_sampled(draft_tokens, draft_probs, probs, counts, self.generator)
 
@@ -87,7 +93,7 @@ class Options:
 
     sampler: Sampler
     max_new_tokens: int
-    eos_token_ids: torch.Tensor
+    eos_token_ids: frozenset[int]
     pad_token_id: int
 
 
@@ -129,7 +135,7 @@ def read_options(
     return Options(
         sampler=Sampler(bool(config.do_sample), processors, generator),
         max_new_tokens=config.max_new_tokens,
-        eos_token_ids=torch.empty(0, dtype=torch.long, device=model.device) if eos is None else eos.view(-1),
+        eos_token_ids=frozenset() if eos is None else frozenset(eos.view(-1).tolist()),
         pad_token_id=0 if pad is None else int(pad.view(-1)[0]),
     )
 

@@ -6,6 +6,7 @@ output is the target's own, and samples follow the target's distribution.
     output = speculative_generate(model, ModelDraft(small), **tokenizer(texts, return_tensors="pt"), max_new_tokens=64)
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,14 @@ class Statistics:
     tested: int = 0
     accepted: int = 0
     steps: list[int] = field(default_factory=list)
+
+    def add(self, calls: int, drafted: int, tested: int, accepted: int) -> None:
+        """Count one run of the target with `calls` rows."""
+        self.target_calls += calls
+        self.drafted += drafted
+        self.tested += tested
+        self.accepted += accepted
+        self.steps.append(drafted // max(calls, 1))
 
     @property
     def acceptance_rate(self) -> float:
@@ -101,14 +110,25 @@ def speculative_generate(
     if draft is not None and not hasattr(draft, "propose"):
         draft = ModelDraft(draft)
     lookahead = FixedLookahead(0) if draft is None else as_lookahead(lookahead, draft.cost_ratio(model))
-    run = _Run(model, draft, options, lookahead, input_ids, attention_mask, compile)
-    while run.is_running():
-        run.step()
+    with _many_shapes() if compile else nullcontext():
+        run = _Run(model, draft, options, lookahead, input_ids, attention_mask, compile)
+        while run.is_running():
+            run.step()
     return SpeculativeOutput(run.sequences(input_ids), run.statistics)
 
 
+def _many_shapes() -> AbstractContextManager:
+    """Let one forward be compiled for more shapes than torch allows by default: batches, drafts, cache sizes."""
+    import torch._dynamo
+
+    return torch._dynamo.config.patch(recompile_limit=64)
+
+
 class _Run:
-    """The state of one call: rows that still run, and the place where all of them end up."""
+    """The state of one call: rows that still run, and what each row of the batch has got so far.
+
+    Lengths and ends are kept as Python numbers beside the tensors, so that a step waits for the device once.
+    """
 
     def __init__(
         self,
@@ -121,61 +141,51 @@ class _Run:
         compile: bool,
     ):
         self.draft, self.options, self.lookahead, self.compile = draft, options, lookahead, compile
-        prompt = attention_mask.sum(1)
-        capacity = int(prompt.max()) + options.max_new_tokens + lookahead.maximum + 1
-        check_context(model, capacity - lookahead.maximum - 1)
+        lengths = attention_mask.sum(1).tolist()
+        longest = max(lengths) + options.max_new_tokens
+        check_context(model, longest)
+        capacity = longest + lookahead.maximum + 1
         if compile:
             capacity = -(-capacity // COMPILED_BLOCK) * COMPILED_BLOCK
-        self.prompt, self.limits = prompt, prompt + options.max_new_tokens
-        self.results = padded_right(input_ids, attention_mask, capacity)
-        self.ends = prompt.clone()
-        # Rows that still run, by their number in the batch.
-        self.numbers = torch.arange(len(prompt), device=input_ids.device)
-        self.done = torch.zeros_like(prompt, dtype=torch.bool)
-        self.rows = self._rows(self.results.clone(), prompt.clone())
+        # New tokens of each row, and the rows that still run, by their number in the batch.
+        self.new: list[list[int]] = [[] for _ in lengths]
+        self.running = list(range(len(lengths)))
+        self.limits = [length + options.max_new_tokens for length in lengths]
+        self.rows = self._rows(padded_right(input_ids, attention_mask, capacity), lengths)
         self.target = RaggedModel(model, capacity, compiled_forward(model) if compile else None)
-        self.target.prefill(self.rows.tokens[:, : self.rows.longest - 1], self.rows.last)
+        self.target.prefill(self.rows.tokens[:, : max(lengths) - 1], self.rows.last)
         self.statistics = Statistics()
         if draft is not None and lookahead.maximum:
             draft.begin(self.target, self.rows, compile)
 
     def is_running(self) -> bool:
-        return len(self.numbers) > 0 and not bool(self.done.all())
+        return any(not self._has_ended(number) for number in self.running)
 
     def step(self) -> None:
         """Draft, judge, append; then let go of rows that have ended."""
         rows = self.rows
         proposal = self._proposal()
-        window = torch.cat((rows.tokens.gather(1, rows.lengths.unsqueeze(1) - 1), proposal.tokens), dim=1)
-        steps = torch.arange(window.shape[1], device=window.device)
-        columns = rows.lengths.unsqueeze(1) - 1 + steps
-        logits = self.target(window, columns, rows.last, rows.longest + len(steps) - 1)
+        drafted = proposal.tokens.shape[1]
+        end = rows.lengths.unsqueeze(1) - 1
+        window = torch.cat((rows.tokens.gather(1, end), proposal.tokens), dim=1)
+        columns = end + torch.arange(drafted + 1, device=end.device)
+        logits = self.target(window, columns, rows.last, max(rows.sizes) + drafted)
         accepted, following = self.options.sampler.accept(proposal.tokens, proposal.probs, logits, proposal.counts)
         # The accepted drafts and the token after them, which takes the place of the first rejected one.
         fresh = torch.cat((proposal.tokens, following.unsqueeze(1)), dim=1)
         fresh.scatter_(1, accepted.unsqueeze(1), following.unsqueeze(1))
         rows.tokens.scatter_(1, columns + 1, fresh)
-        is_eos = torch.isin(fresh, self.options.eos_token_ids) & (steps <= accepted.unsqueeze(1))
-        first_eos = torch.where(is_eos.any(1), is_eos.long().argmax(1), len(steps))
-        gained = torch.minimum(torch.minimum(accepted, first_eos) + 1, self.limits[self.numbers] - rows.lengths)
-        gained = gained.masked_fill(self.done, 0)
-        self._count(proposal, accepted, gained)
-        lengths = rows.lengths + gained
-        self.done |= (first_eos < gained) | (lengths >= self.limits[self.numbers])
-        self.rows = self._rows(rows.tokens, lengths)
-        if bool(self.done.any()):
-            self._let_go()
+        self._append(torch.cat((accepted.unsqueeze(1), proposal.counts.unsqueeze(1), fresh), dim=1).tolist())
 
     def _proposal(self) -> Proposal:
         """Drafted tokens, as many as the lookahead says and the rows have room for."""
         rows, steps = self.rows, self.lookahead.steps()
-        room = int((self.limits[self.numbers] - rows.lengths).masked_fill(self.done, 0).max()) - 1
-        steps = min(steps, room)
-        if steps > 0:
-            proposal = self.draft.propose(rows, steps, self.options.sampler)
+        # The target adds one token itself.
+        room = max(self.limits[number] - size for number, size in zip(self.running, rows.sizes, strict=True)) - 1
+        if min(steps, room) > 0:
+            proposal = self.draft.propose(rows, min(steps, room), self.options.sampler)
         else:
-            none = torch.zeros_like(rows.lengths)
-            proposal = Proposal(rows.tokens[:, :0], none)
+            proposal = Proposal(rows.tokens[:, :0], torch.zeros_like(rows.lengths))
         missing = self.lookahead.maximum - proposal.tokens.shape[1]
         if self.compile and missing:
             # One shape for every run of the target; the counts say that these are no drafts.
@@ -184,47 +194,49 @@ class _Run:
                 proposal.probs = torch.nn.functional.pad(proposal.probs, (0, 0, 0, missing))
         return proposal
 
-    def _count(self, proposal: Proposal, accepted: torch.Tensor, gained: torch.Tensor) -> None:
-        """Add to the statistics; tokens behind the end of a row were judged all the same."""
-        running = ~self.done
-        tested = torch.minimum(accepted + 1, proposal.counts)
-        sums = torch.stack((gained, running, proposal.counts * running, tested * running, accepted * running)).sum(1)
-        tokens, calls, drafted, tested, accepted = sums.tolist()
-        seen = self.statistics
-        seen.tokens, seen.target_calls = seen.tokens + tokens, seen.target_calls + calls
-        seen.drafted, seen.tested, seen.accepted = (
-            seen.drafted + drafted,
-            seen.tested + tested,
-            seen.accepted + accepted,
-        )
-        seen.steps.append(drafted // max(calls, 1))
+    def _append(self, outcome: list[list[int]]) -> None:
+        """Take in accepted and drafted counts and the fresh tokens of each row, up to its end."""
+        sizes, calls, drafted, tested, accepted = list(self.rows.sizes), 0, 0, 0, 0
+        for row, (number, (right, count, *tokens)) in enumerate(zip(self.running, outcome, strict=True)):
+            if self._has_ended(number):
+                continue
+            new = tokens[: min(right + 1, self.limits[number] - sizes[row])]
+            stop = next((at for at, token in enumerate(new) if token in self.options.eos_token_ids), len(new))
+            new = new[: stop + 1]
+            self.new[number] += new
+            sizes[row] += len(new)
+            calls, drafted = calls + 1, drafted + count
+            # Tokens behind the end of a row were judged all the same.
+            tested, accepted = tested + min(right + 1, count), accepted + right
+            self.statistics.tokens += len(new)
+        self.statistics.add(calls, drafted, tested, accepted)
         self.lookahead.update(accepted, tested)
-
-    def _rows(self, tokens: torch.Tensor, lengths: torch.Tensor) -> Rows:
-        shortest, longest = (int(value) for value in lengths.aminmax())
-        return Rows(tokens, lengths, self.limits[self.numbers] - 1, longest, shortest)
-
-    def _let_go(self) -> None:
-        """Note down rows that have ended and, unless shapes must stay, drop them."""
-        ended = self.numbers[self.done]
-        self.results[ended], self.ends[ended] = self.rows.tokens[self.done], self.rows.lengths[self.done]
-        if self.compile:
-            return
-        kept = (~self.done).nonzero().squeeze(1)
-        self.numbers, self.done = self.numbers[kept], self.done[kept]
-        if len(kept):
-            self.rows = self._rows(self.rows.tokens[kept], self.rows.lengths[kept])
-            self.target.cache.keep(kept)
+        kept = [row for row, number in enumerate(self.running) if self.compile or not self._has_ended(number)]
+        tokens = self.rows.tokens
+        if len(kept) < len(self.running):
+            index = torch.tensor(kept, device=tokens.device, dtype=torch.long)
+            tokens = tokens[index]
+            self.target.cache.keep(index)
             if self.draft is not None and self.lookahead.maximum:
-                self.draft.keep(kept)
+                self.draft.keep(index)
+            self.running = [self.running[row] for row in kept]
+        if kept:
+            self.rows = self._rows(tokens, [sizes[row] for row in kept])
+
+    def _has_ended(self, number: int) -> bool:
+        new = self.new[number]
+        return bool(new) and (len(new) >= self.options.max_new_tokens or new[-1] in self.options.eos_token_ids)
+
+    def _rows(self, tokens: torch.Tensor, sizes: list[int]) -> Rows:
+        make = {"device": tokens.device, "dtype": torch.long}
+        last = [self.limits[number] - 1 for number in self.running]
+        return Rows(tokens, torch.tensor(sizes, **make), torch.tensor(last, **make), sizes)
 
     def sequences(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(B, S): the prompts as they were given, then the new tokens, padded on the right."""
-        longest = int((self.ends - self.prompt).max())
-        columns = self.prompt.unsqueeze(1) + torch.arange(longest, device=input_ids.device)
-        new = self.results.gather(1, columns.clamp(max=self.results.shape[1] - 1))
-        new = new.masked_fill(columns >= self.ends.unsqueeze(1), self.options.pad_token_id)
-        return torch.cat((input_ids, new), dim=1)
+        longest = max(map(len, self.new))
+        padded = [new + [self.options.pad_token_id] * (longest - len(new)) for new in self.new]
+        return torch.cat((input_ids, input_ids.new_tensor(padded)), dim=1)
 
 
 def check_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:

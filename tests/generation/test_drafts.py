@@ -16,7 +16,7 @@ def rows_of(*sequences, capacity=32):
     tokens = torch.zeros(len(sequences), capacity, dtype=torch.long)
     for row, sequence in enumerate(sequences):
         tokens[row, : len(sequence)] = torch.tensor(sequence)
-    return Rows(tokens, lengths, lengths + 10, int(lengths.max()), int(lengths.min()))
+    return Rows(tokens, lengths, lengths + 10, lengths.tolist())
 
 
 def lookup(*sequences, steps=4, **settings):
