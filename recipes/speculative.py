@@ -5,8 +5,8 @@
     accelerate launch recipes/speculative.py --model_name_or_path NAME --draft prompt_lookup
 
 Drafts come from a smaller model with the same tokenizer, from what followed the same words in the prompt, or from the
-target's first layers. Without `--model_name_or_path` the world's fine-tuned model is made first, and a draft model a
-tenth its size, under the output folder. The output is the target's own, greedy or sampled; the report compares the
+target's first layers. Without `--model_name_or_path` the world's fine-tuned model is made first, and a draft model an
+eighth its size, under the output folder. The output is the target's own, greedy or sampled; the report compares the
 speed with transformers' `generate` and with the formula of Leviathan et al. 2023 (arXiv:2211.17192).
 """
 

@@ -252,3 +252,17 @@ def test_prompts_without_a_token_are_refused(make_target, prompts):
         speculative_generate(make_target(), None, ids, mask, max_new_tokens=2)
     with pytest.raises(InputError, match=r"shape \(9,\)"):
         speculative_generate(make_target(), None, ids[0], mask[0], max_new_tokens=2)
+
+
+@pytest.mark.slow
+def test_compiled_models_say_the_same(make_target, blurred, prompts):
+    """Rows that have ended stay in the batch; a deep copy does not run what was compiled for its original."""
+    import copy
+
+    target = make_target().float()
+    draft = ModelDraft(blurred(target))
+    for source in (draft, PromptLookupDraft()):
+        assert_same(target, source, *prompts(3), lookahead=2, compile=True)
+    other = copy.deepcopy(target)
+    other.lm_head.weight.data.neg_()
+    assert_same(other, PromptLookupDraft(), *prompts(3), lookahead=2, compile=True)

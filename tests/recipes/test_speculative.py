@@ -1,6 +1,7 @@
 """recipes/speculative.py: from nothing and on one's own model, with every draft; bad flags are refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import speculative
@@ -48,6 +49,12 @@ def test_from_nothing(made, capsys):
     capsys.readouterr()
     assert run(*flags) == metrics
     assert "already done" in capsys.readouterr().out
+
+
+def test_the_page_explains_every_metric(made):
+    page = (Path(__file__).parents[2] / "docs" / "generation.md").read_text()
+    for name in made[2]:
+        assert f"`{name}`" in page or f"`{name.removesuffix('_sampled')}`" in page, name
 
 
 @pytest.mark.parametrize(
