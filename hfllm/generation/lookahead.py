@@ -5,6 +5,11 @@ from typing import Protocol
 from hfllm.errors import InputError
 from hfllm.generation.acceptance import optimal_lookahead
 
+# What one more token costs to verify, in runs of the target for one, where nobody has measured it. The arithmetic of
+# an accelerator is idle at a few tokens, that of a CPU is not; `hfllm.generation.measure.measure_costs` knows better.
+VERIFICATION_GUESS = {"cpu": 0.1}
+VERIFICATION_GUESS_ELSEWHERE = 0.02
+
 
 class Lookahead(Protocol):
     """Chooses the number of drafted tokens from one run of the target to the next.
@@ -88,14 +93,18 @@ class AdaptiveLookahead:
             self.tested = self.decay * self.tested + tested
 
 
-def as_lookahead(lookahead: "int | str | Lookahead", cost_ratio: float) -> Lookahead:
+def as_lookahead(lookahead: "int | str | Lookahead", draft_cost: float, device: str = "cpu") -> Lookahead:
     """A number, `"adaptive"` or a `Lookahead` as a `Lookahead`.
+
+    Args:
+        draft_cost: time of a draft step in runs of the target; the verification's is guessed.
+        device: the type of device that the target is on.
 
     Raises:
         InputError: for anything else.
     """
     if lookahead == "adaptive":
-        return AdaptiveLookahead(cost_ratio)
+        return AdaptiveLookahead(draft_cost + VERIFICATION_GUESS.get(device, VERIFICATION_GUESS_ELSEWHERE))
     if isinstance(lookahead, int) and not isinstance(lookahead, bool):
         return FixedLookahead(lookahead)
     if isinstance(lookahead, str) or not hasattr(lookahead, "steps"):

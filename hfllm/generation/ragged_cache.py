@@ -43,7 +43,7 @@ class RaggedLayer(CacheLayerMixin):
         """Store (B, K, Q, D) in the columns that the cache names; return all (B, K, width, D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        cells, width = self.cache.cells, self.cache.width
+        cells, width = self.cache.cells.to(self.keys.device), self.cache.width
         self.keys.flatten(0, 1).index_copy_(0, cells, key_states.transpose(1, 2).flatten(0, 1))
         self.values.flatten(0, 1).index_copy_(0, cells, value_states.transpose(1, 2).flatten(0, 1))
         return self.keys[:, :width].transpose(1, 2), self.values[:, :width].transpose(1, 2)
@@ -179,6 +179,8 @@ def check_model(model: "PreTrainedModel", name: str = "the model") -> None:
             f"{kind} is an encoder-decoder: speculative decoding here takes causal language models; "
             "transformers' generate(assistant_model=...) takes yours"
         )
+    if hasattr(model, "get_base_model"):
+        raise InputError(f"{kind} is wrapped by PEFT: pass model.get_base_model(), whose layers keep the adapter")
     parameters = inspect.signature(type(model).forward).parameters
     if getattr(model, "_is_stateful", False) or not {"position_ids", "cache"} <= set(parameters):
         raise InputError(

@@ -109,7 +109,10 @@ def speculative_generate(
     options = read_options(model, generation_config, generator, input_ids.shape[1], **kwargs)
     if draft is not None and not hasattr(draft, "propose"):
         draft = ModelDraft(draft)
-    lookahead = FixedLookahead(0) if draft is None else as_lookahead(lookahead, draft.cost_ratio(model))
+    if draft is None:
+        lookahead = FixedLookahead(0)
+    else:
+        lookahead = as_lookahead(lookahead, draft.cost_ratio(model), model.device.type)
     with _many_shapes() if compile else nullcontext():
         run = _Run(model, draft, options, lookahead, input_ids, attention_mask, compile)
         while run.is_running():

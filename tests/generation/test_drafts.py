@@ -175,6 +175,20 @@ def test_models_without_positions_to_go_back_to_are_refused(make_target, prompts
         speculative_generate(target, None, *prompts(1), max_new_tokens=3)
 
 
+def test_an_adapter_counts_when_the_base_model_is_passed(make_target, blurred, prompts):
+    from peft import LoraConfig, get_peft_model
+
+    ids, mask = prompts(2)
+    plain = make_target().generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(make_target(), settings).double().eval()
+    with pytest.raises(InputError, match=r"wrapped by PEFT: pass model\.get_base_model\(\)"):
+        speculative_generate(model, None, ids, mask, max_new_tokens=8)
+    wanted = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    found = speculative_generate(model.get_base_model(), EarlyExitDraft(2), ids, mask, max_new_tokens=8).sequences
+    assert found.tolist() == wanted.tolist() != plain.tolist()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
