@@ -98,7 +98,7 @@ class ModelDraft:
         check_same_vocabulary(target.model, self.model)
         forward = compiled_forward(self.model) if compiled else None
         self.runner = RaggedModel(self.model, target.cache.capacity, forward)
-        self.runner.prefill(rows.tokens[:, : max(rows.sizes) - 1], rows.last)
+        self.runner.prefill(rows.tokens[:, : max(rows.sizes)], rows.lengths, rows.last, rows.sizes)
 
     def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
         return draft_by(self.runner, rows, steps, sampler, catch_up=2)

@@ -58,7 +58,7 @@ def measure_costs(
     rows = Rows(tokens, lengths, lengths + lookahead, lengths.tolist())
     options = read_options(model, None, None, tokens.shape[1], max_new_tokens=1, do_sample=False)
     target = RaggedModel(model, capacity, compiled_forward(model) if compile else None)
-    target.prefill(tokens[:, : max(rows.sizes) - 1], rows.last)
+    target.prefill(tokens[:, : max(rows.sizes)], rows.lengths, rows.last, rows.sizes)
     draft.begin(target, rows, compile)
 
     def run(count: int) -> None:

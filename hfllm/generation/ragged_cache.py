@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# Logits that a prompt's run may hold at once beyond those that are wanted: 256 MB in fp32.
+MOST_LOGITS = 2**26
+
+
 class RaggedLayer(CacheLayerMixin):
     """Keys and values of one layer, each (B, C, K, D); allocated at the first update, when their sizes are known."""
 
@@ -110,7 +114,7 @@ class RaggedModel:
         self.windows = attention_windows(config)
         self.is_eager = config._attn_implementation == "eager"
         self.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-        self.calls = 0
+        self.vocabulary = config.vocab_size
 
     def __call__(
         self, tokens: torch.Tensor, columns: torch.Tensor, last: torch.Tensor, longest: int, logits: int = 0
@@ -123,7 +127,6 @@ class RaggedModel:
             longest: columns in use after this call.
             logits: only those of that many last tokens; 0 is all.
         """
-        self.calls += 1
         width = self.cache.capacity if self.static else longest
         self.cache.place(columns, width)
         keep = {"logits_to_keep": logits} if self.keeps_logits else {}
@@ -137,13 +140,31 @@ class RaggedModel:
         )
         return output.logits
 
-    def prefill(self, tokens: torch.Tensor, last: torch.Tensor) -> None:
-        """Fill the cache with `tokens` (B, Q), padded on the right."""
-        if tokens.shape[1]:
-            columns = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
-            forward, self.forward = self.forward, self.model
-            self(tokens, columns, last, tokens.shape[1], logits=1)
-            self.forward = forward
+    def prefill(self, tokens: torch.Tensor, lengths: torch.Tensor, last: torch.Tensor, sizes: Sequence[int]) -> Any:
+        """Read prompts (B, S), padded on the right, into the cache; never compiled, since their lengths vary.
+
+        Args:
+            lengths: (B,), tokens of each prompt.
+            last: as for a call.
+            sizes: `lengths` as numbers.
+
+        Returns:
+            Logits (B, 1, V) behind each prompt.
+        """
+        spread = max(sizes) - min(sizes)
+        # The head runs on the columns where rows end. Far apart, those are too many: their last tokens go again.
+        together = len(sizes) * spread * self.vocabulary <= MOST_LOGITS or not self.keeps_logits
+        forward, self.forward = self.forward, self.model
+        columns = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        logits = self(tokens, columns, last, tokens.shape[1], logits=spread + 1 if together else 1)
+        at = lengths.unsqueeze(1) - 1
+        if not together:
+            logits = self(tokens.gather(1, at), at, last, tokens.shape[1])
+        elif spread:
+            index = at - (tokens.shape[1] - logits.shape[1])
+            logits = logits.gather(1, index.unsqueeze(-1).expand(-1, 1, logits.shape[-1]))
+        self.forward = forward
+        return logits[:, -1:]
 
     def _mask(self, columns: torch.Tensor, width: int) -> torch.Tensor | dict[str, torch.Tensor]:
         """Who sees whom, (B, 1, Q, width): columns up to one's own, and within the window where there is one."""

@@ -31,7 +31,7 @@ class Statistics:
 
     Attributes:
         tokens: generated tokens that were kept.
-        target_calls: runs of the target, each counted once for every row in it; the prompt's is left out.
+        target_calls: runs of the target, each counted once for every row in it, the prompt's included.
         drafted: drafted tokens.
         tested: drafted tokens that the target judged: up to the first rejected one of each draft.
         accepted: drafted tokens that were right.
@@ -144,6 +144,7 @@ class _Run:
         compile: bool,
     ):
         self.draft, self.options, self.lookahead, self.compile = draft, options, lookahead, compile
+        self.has_begun = False
         lengths = attention_mask.sum(1).tolist()
         longest = max(lengths) + options.max_new_tokens
         check_context(model, longest)
@@ -156,10 +157,17 @@ class _Run:
         self.limits = [length + options.max_new_tokens for length in lengths]
         self.rows = self._rows(padded_right(input_ids, attention_mask, capacity), lengths)
         self.target = RaggedModel(model, capacity, compiled_forward(model) if compile else None)
-        self.target.prefill(self.rows.tokens[:, : max(lengths) - 1], self.rows.last)
         self.statistics = Statistics()
-        if draft is not None and lookahead.maximum:
-            draft.begin(self.target, self.rows, compile)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Read the prompts, whose run yields the first token as it does in plain decoding; then let the draft."""
+        rows = self.rows
+        logits = self.target.prefill(rows.tokens[:, : max(rows.sizes)], rows.lengths, rows.last, rows.sizes)
+        self._judge(Proposal(rows.tokens[:, :0], torch.zeros_like(rows.lengths)), logits)
+        if self.draft is not None and self.lookahead.maximum and self.is_running():
+            self.draft.begin(self.target, self.rows, self.compile)
+            self.has_begun = True
 
     def is_running(self) -> bool:
         return any(not self._has_ended(number) for number in self.running)
@@ -172,12 +180,17 @@ class _Run:
         end = rows.lengths.unsqueeze(1) - 1
         window = torch.cat((rows.tokens.gather(1, end), proposal.tokens), dim=1)
         columns = end + torch.arange(drafted + 1, device=end.device)
-        logits = self.target(window, columns, rows.last, max(rows.sizes) + drafted)
+        self._judge(proposal, self.target(window, columns, rows.last, max(rows.sizes) + drafted))
+
+    def _judge(self, proposal: Proposal, logits: torch.Tensor) -> None:
+        """Accept what the logits (B, G + 1, V) allow, and append it."""
+        rows = self.rows
         accepted, following = self.options.sampler.accept(proposal.tokens, proposal.probs, logits, proposal.counts)
         # The accepted drafts and the token after them, which takes the place of the first rejected one.
         fresh = torch.cat((proposal.tokens, following.unsqueeze(1)), dim=1)
         fresh.scatter_(1, accepted.unsqueeze(1), following.unsqueeze(1))
-        rows.tokens.scatter_(1, columns + 1, fresh)
+        columns = rows.lengths.unsqueeze(1) + torch.arange(fresh.shape[1], device=fresh.device)
+        rows.tokens.scatter_(1, columns, fresh)
         self._append(torch.cat((accepted.unsqueeze(1), proposal.counts.unsqueeze(1), fresh), dim=1).tolist())
 
     def _proposal(self) -> Proposal:
@@ -220,7 +233,7 @@ class _Run:
             index = torch.tensor(kept, device=tokens.device, dtype=torch.long)
             tokens = tokens[index]
             self.target.cache.keep(index)
-            if self.draft is not None and self.lookahead.maximum:
+            if self.has_begun:
                 self.draft.keep(index)
             self.running = [self.running[row] for row in kept]
         if kept:

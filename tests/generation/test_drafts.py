@@ -112,7 +112,7 @@ def test_rolling_back_leaves_no_trace(make_target, prompts):
 
     def logits(spoil):
         runner = RaggedModel(model, 24)
-        runner.prefill(tokens[:, : int(lengths.max()) - 1], last)
+        runner.prefill(tokens[:, : int(lengths.max())], lengths, last, lengths.tolist())
         columns = lengths.unsqueeze(1) - 1 + torch.arange(3)
         if spoil:
             runner(torch.full_like(columns, 9), columns, last, int(lengths.max()) + 2)

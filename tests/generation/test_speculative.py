@@ -78,7 +78,9 @@ def test_every_lookahead_gives_the_same(lookahead, make_target, blurred, prompts
     bounds = {"adaptive": (0, 12)}.get(lookahead, (lookahead, lookahead) if isinstance(lookahead, int) else (2, 9))
     # At the end there is no room for a whole draft.
     assert bounds[0] <= max(statistics.steps) <= bounds[1]
-    assert min(statistics.steps[:3]) >= bounds[0]
+    # The prompt's run comes before any draft.
+    assert statistics.steps[0] == 0
+    assert min(statistics.steps[1:3]) >= bounds[0]
 
 
 def test_padding_on_either_side_and_one_token_prompts(make_target, blurred, prompts):
@@ -93,6 +95,17 @@ def test_padding_on_either_side_and_one_token_prompts(make_target, blurred, prom
     single = torch.tensor([[5], [9]])
     for draft in drafts_of(target, blurred).values():
         assert_same(target, draft, single, torch.ones_like(single), lookahead=3)
+
+
+def test_prompts_of_very_different_lengths(make_target, blurred, prompts, monkeypatch):
+    """Where the logits of all columns in which rows end would be too many."""
+    from hfllm.generation import ragged_cache
+
+    monkeypatch.setattr(ragged_cache, "MOST_LOGITS", 3 * 40)
+    target = make_target()
+    ids, mask = prompts(5)
+    assert_same(target, blurred(target), ids, mask, lookahead=3)
+    assert_same(target, None, ids, mask)
 
 
 def test_one_new_token(make_target, blurred, prompts):
@@ -141,9 +154,9 @@ def test_the_target_runs_as_often_as_the_statistics_say(make_target, blurred, pr
     target.register_forward_pre_hook(hook, with_kwargs=True)
     ids, mask = prompts(1)
     seen = speculative_generate(target, draft, ids, mask, max_new_tokens=NEW, lookahead=3).statistics
-    assert widths[0] == ids.shape[1] - 1  # the prompt but for its last token
-    assert len(widths) == seen.target_calls + 1
-    assert sum(widths[1:]) == seen.drafted + seen.target_calls
+    assert widths[0] == ids.shape[1]
+    assert len(widths) == seen.target_calls
+    assert sum(widths[1:]) == seen.drafted + seen.target_calls - 1
 
 
 def joint_distribution(target, prompt, **warp):
