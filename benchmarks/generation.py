@@ -92,7 +92,7 @@ class Ways:
             suffix = ", compiled" if compiled else ""
             self.runs[f"ours, plain{suffix}"] = self._speculate(ours, "plain", None, 0, compiled)
             for name, source in drafts.items():
-                costs = measure_costs(ours, source, self.batches[0], compile=compiled)
+                costs = measure_costs(ours, source, self.batches[0], compile=compiled, clock=time.process_time)
                 print(f"{name}{suffix}: draft {costs.draft:.2f}, verification {costs.verification:.2f}", flush=True)
                 # Compiled runs of the target are always as wide as the longest draft.
                 lookahead = 4 if compiled else AdaptiveLookahead(costs.per_draft)

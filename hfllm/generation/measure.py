@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from hfllm.generation.drafts import Draft, Rows
 from hfllm.generation.lookahead import Lookahead
 from hfllm.generation.options import read_options
 from hfllm.generation.ragged_cache import RaggedModel, compiled_forward, padded_right
-from hfllm.generation.speculative import Statistics, speculative_generate
+from hfllm.generation.speculative import Statistics, many_shapes, speculative_generate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +44,13 @@ class Costs:
 
 @torch.no_grad()
 def measure_costs(
-    model: "PreTrainedModel", draft: Draft, batch: Batch, lookahead: int = 4, rounds: int = 15, compile: bool = False
+    model: "PreTrainedModel",
+    draft: Draft,
+    batch: Batch,
+    lookahead: int = 4,
+    rounds: int = 15,
+    compile: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Costs:
     """Time single runs of the target, of the draft, and of the target over a draft, behind the prompts of `batch`.
 
@@ -51,6 +58,8 @@ def measure_costs(
         lookahead: tokens drafted at a time, at least 1.
         rounds: repetitions, of which the median counts.
         compile: measure compiled models, as `speculative_generate(compile=True)` runs them.
+        clock: what tells the seconds. On a busy machine the wall clock favours short runs, which end before they are
+            interrupted; `time.process_time` does not, and is right on one thread.
     """
     lengths = batch["attention_mask"].sum(1)
     capacity = -(-(int(lengths.max()) + lookahead + 2) // 128) * 128
@@ -65,14 +74,13 @@ def measure_costs(
         columns = lengths.unsqueeze(1) - 1 + torch.arange(count, device=tokens.device)
         target(tokens.gather(1, columns), columns, rows.last, max(rows.sizes) - 1 + count)
 
-    seconds = interleaved(
-        {
-            "one": lambda: run(1),
-            "several": lambda: run(lookahead + 1),
-            "draft": lambda: draft.propose(rows, lookahead, options.sampler),
-        },
-        rounds,
-    )
+    runs = {
+        "one": lambda: run(1),
+        "several": lambda: run(lookahead + 1),
+        "draft": lambda: draft.propose(rows, lookahead, options.sampler),
+    }
+    with many_shapes() if compile else nullcontext():
+        seconds = interleaved(runs, rounds, clock)
     one, several, drafting = (statistics.median(seconds[name]) for name in ("one", "several", "draft"))
     return Costs(one, drafting / lookahead / one, max(0.0, several / one - 1) / lookahead)
 

@@ -113,14 +113,14 @@ def speculative_generate(
         lookahead = FixedLookahead(0)
     else:
         lookahead = as_lookahead(lookahead, draft.cost_ratio(model), model.device.type)
-    with _many_shapes() if compile else nullcontext():
+    with many_shapes() if compile else nullcontext():
         run = _Run(model, draft, options, lookahead, input_ids, attention_mask, compile)
         while run.is_running():
             run.step()
     return SpeculativeOutput(run.sequences(input_ids), run.statistics)
 
 
-def _many_shapes() -> AbstractContextManager:
+def many_shapes() -> AbstractContextManager:
     """Let one forward be compiled for more shapes than torch allows by default: batches, drafts, cache sizes."""
     import torch._dynamo
 
