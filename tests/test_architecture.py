@@ -20,7 +20,7 @@ ALLOWED = {
     "reporting": set(),
     "trainers": {"models", "data", "rewards", "errors", "checkpoints"},
     "evaluation": {"models", "data", "rewards", "reporting", "errors"},
-    "generation": {"models", "data"},
+    "generation": {"models", "data", "errors"},
     "compression": {"models", "data"},
     "registration": {"models"},
     "flags": {"errors"},
