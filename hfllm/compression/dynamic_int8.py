@@ -36,7 +36,7 @@ class DynamicInt8Linear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         empty = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
         self.weight = nn.Parameter(empty, requires_grad=False)
-        self.scale = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False)
+        self.scale = nn.Parameter(torch.empty(out_features, dtype=torch.float32, device=device), requires_grad=False)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "DynamicInt8Linear":

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Where bitsandbytes has kernels, or plain torch code in their place.
 BITSANDBYTES_DEVICES = ("cpu", "cuda", "xpu", "hpu")
+# Its 4-bit kernel for CPUs with AVX512-BF16 lays out 32 rows at a time and wants whole blocks of 64 in each.
+NF4_CPU_MULTIPLES = (64, 32)
 
 
 @dataclass(frozen=True)
@@ -28,18 +30,21 @@ class Scheme:
     Args:
         name: as flags have it.
         description: one line.
-        make_config: dtype of the rest of the model -> `quantization_config` for `from_pretrained`.
+        make_config: dtype of the rest of the model, names of layers to leave (or `None` for the usual ones) ->
+            `quantization_config` for `from_pretrained`.
         convert: a linear layer -> the same layer, quantized.
         devices: types of device that it runs on.
         library: that it needs, with what installs it; `None` where torch is enough.
+        cpu_multiples: what a layer's inputs and outputs must be multiples of on a CPU.
     """
 
     name: str
     description: str
-    make_config: Callable[["torch.dtype"], Any]
+    make_config: Callable[["torch.dtype", list[str] | None], Any]
     convert: Callable[["nn.Linear"], "nn.Module"]
     devices: tuple[str, ...]
     library: tuple[str, str] | None = None
+    cpu_multiples: tuple[int, int] = (1, 1)
 
     def check(self, device: str | None = None) -> None:
         """Refuse the scheme where it cannot run.
@@ -59,6 +64,26 @@ class Scheme:
             instead = f"; on {device}: {', '.join(others)}" if others else ""
             raise InputError(f"scheme {self.name!r} runs on {', '.join(self.devices)}, not on {device}{instead}")
 
+    def fits(self, linear: "nn.Linear") -> bool:
+        """Whether the library can run this layer on the device that models are put on."""
+        inputs, outputs = self.cpu_multiples if default_device() == "cpu" else (1, 1)
+        return linear.in_features % inputs == 0 and linear.out_features % outputs == 0
+
+    def left(self, model: "PreTrainedModel") -> list[str]:
+        """Names of the linear layers that the scheme leaves as they are, since the library cannot run them.
+
+        Raises:
+            InputError: when those are all.
+        """
+        names = linear_names(model)
+        left = [name for name in names if not self.fits(model.get_submodule(name))]
+        if len(left) == len(names):
+            raise InputError(
+                f"scheme {self.name!r} needs layers with a multiple of {self.cpu_multiples[0]} inputs and "
+                f"{self.cpu_multiples[1]} outputs on a CPU; this model has none"
+            )
+        return left
+
     def load(self, name: str, **load_kwargs: Any) -> "PreTrainedModel":
         """Load a causal language model from full weights and quantize it on the way.
 
@@ -69,22 +94,33 @@ class Scheme:
         Raises:
             InputError: when the scheme cannot run here, or the model is quantized already or cannot be loaded.
         """
-        import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.check()
         try:
             config = AutoConfig.from_pretrained(name, revision=load_kwargs.get("revision"))
             refuse_quantized(config, name)
-            dtype = load_kwargs.get("dtype", config.dtype)
-            dtype = getattr(torch, dtype, config.dtype) if isinstance(dtype, str) else dtype
-            quantization = self.make_config(dtype or torch.float32)
+            quantization = self._config_for(config, load_kwargs.get("dtype", config.dtype))
             return AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, **load_kwargs).eval()
         except (OSError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"model {name!r} could not be loaded as {self.name}: {reason}") from error
+
+    def _config_for(self, config: Any, dtype: Any) -> Any:
+        """The `quantization_config` for a model of this config."""
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.quantizers.base import get_keys_to_not_convert
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        left = self.left(model)
+        if isinstance(dtype, str):
+            dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
+        # Names replace the usual ones, so that those have to be among them.
+        return self.make_config(dtype or torch.float32, [*get_keys_to_not_convert(model), *left] if left else None)
 
 
 def get_scheme(name: str) -> Scheme:
@@ -168,10 +204,10 @@ def linear_bytes(model: "PreTrainedModel", names: Sequence[str]) -> int:
 # ---- the schemes ----
 
 
-def _int8_config(dtype: "torch.dtype") -> Any:
+def _int8_config(dtype: "torch.dtype", skipped: list[str] | None) -> Any:
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=OUTLIER_THRESHOLD)
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=OUTLIER_THRESHOLD, llm_int8_skip_modules=skipped)
 
 
 def _int8_layer(linear: "nn.Linear") -> "nn.Module":
@@ -193,7 +229,7 @@ def _int8_layer(linear: "nn.Linear") -> "nn.Module":
 def _nf4(double: bool) -> tuple[Callable, Callable]:
     """Config and layer of NF4, whose block scales are quantized too if `double`."""
 
-    def config(dtype: "torch.dtype") -> Any:
+    def config(dtype: "torch.dtype", skipped: list[str] | None) -> Any:
         from transformers import BitsAndBytesConfig
 
         return BitsAndBytesConfig(
@@ -201,6 +237,7 @@ def _nf4(double: bool) -> tuple[Callable, Callable]:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=double,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=skipped,
         )
 
     def layer(linear: "nn.Linear") -> "nn.Module":
@@ -223,10 +260,10 @@ def _nf4(double: bool) -> tuple[Callable, Callable]:
     return config, layer
 
 
-def _dynamic_config(dtype: "torch.dtype") -> Any:
+def _dynamic_config(dtype: "torch.dtype", skipped: list[str] | None) -> Any:
     from hfllm.compression.dynamic_int8 import DynamicInt8Config
 
-    return DynamicInt8Config()
+    return DynamicInt8Config(modules_to_not_convert=skipped)
 
 
 def _dynamic_layer(linear: "nn.Linear") -> "nn.Module":
@@ -253,6 +290,7 @@ SCHEMES = {
             *_nf4(double=False),
             BITSANDBYTES_DEVICES,
             _BITSANDBYTES,
+            NF4_CPU_MULTIPLES,
         ),
         Scheme(
             "nf4_double",
@@ -260,6 +298,7 @@ SCHEMES = {
             *_nf4(double=True),
             BITSANDBYTES_DEVICES,
             _BITSANDBYTES,
+            NF4_CPU_MULTIPLES,
         ),
         Scheme(
             "dynamic",
