@@ -37,7 +37,6 @@ def test_the_layer_with_planted_outliers_is_the_worst(make_model):
     layers = dict(model.named_modules())
     for by, worst in (("linear", hurt), ("layer", "model.layers.1"), ("kind", "mlp.gate_proj")):
         rows = sensitivity(model, DYNAMIC, loss_of, by)
-        assert rows[0]["part"] == max(rows, key=lambda row: abs(row["loss_change"]))["part"] or by == "linear"
         largest = max(rows, key=lambda row: abs(row["loss_change"]))
         assert largest["part"] == worst
     assert dict(model.named_modules()) == layers
