@@ -114,6 +114,7 @@ def test_a_missing_library_and_a_wrong_device_are_refused_before_anything_is_mad
     monkeypatch.setattr(schemes, "default_device", lambda: "cuda")
     with pytest.raises(InputError, match="scheme 'dynamic' runs on cpu, not on cuda"):
         run("--schemes", "dynamic", *output)
+    monkeypatch.undo()
     monkeypatch.setattr(schemes, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"scheme 'int8' needs bitsandbytes: pip install"):
         run("--schemes", "dynamic", "--save_scheme", "int8", *output)
