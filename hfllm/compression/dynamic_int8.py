@@ -34,7 +34,8 @@ class DynamicInt8Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None):
         super().__init__(in_features, out_features, bias, device, dtype)
-        empty = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
+        # (1, out, in): a program without hfllm stops at the shape, where it would else read integers as the weight.
+        empty = torch.empty(1, out_features, in_features, dtype=torch.int8, device=device)
         self.weight = nn.Parameter(empty, requires_grad=False)
         self.scale = nn.Parameter(torch.empty(out_features, dtype=torch.float32, device=device), requires_grad=False)
 
@@ -43,7 +44,10 @@ class DynamicInt8Linear(nn.Linear):
         """Quantize a layer; its bias is shared."""
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, "meta", linear.weight.dtype)
         values, scale = quantize_rows(linear.weight.detach())
-        layer.weight, layer.scale = nn.Parameter(values, requires_grad=False), nn.Parameter(scale, requires_grad=False)
+        layer.weight, layer.scale = (
+            nn.Parameter(values[None], requires_grad=False),
+            nn.Parameter(scale, requires_grad=False),
+        )
         layer.bias = linear.bias
         return layer.train(linear.training)
 
@@ -56,7 +60,7 @@ class DynamicInt8Linear(nn.Linear):
         if self.training or passes_gradient or input.device.type != "cpu":
             return F.linear(input, self.dequantized().to(input.dtype), self.bias)
         values, steps = quantize_rows(input.reshape(-1, self.in_features))
-        product = torch._int_mm(values, self.weight.T).float()
+        product = torch._int_mm(values, self.weight[0].T).float()
         output = product.mul_(steps[:, None]).mul_(self.scale).to(input.dtype)
         if self.bias is not None:
             output += self.bias
@@ -64,7 +68,7 @@ class DynamicInt8Linear(nn.Linear):
 
     def dequantized(self) -> torch.Tensor:
         """The weight as it is read back, in float32."""
-        return self.weight.float() * self.scale[:, None]
+        return self.weight[0].float() * self.scale[:, None]
 
 
 def quantize_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,7 +101,7 @@ class _QuantizeRows(ConversionOps):
     def convert(self, input_dict: dict[str, Any], full_layer_name: str, **kwargs: Any) -> dict[str, torch.Tensor]:
         (weight,) = input_dict.values()
         values, scale = quantize_rows(weight[0] if isinstance(weight, list) else weight)
-        return {full_layer_name: values, f"{full_layer_name.removesuffix('weight')}scale": scale}
+        return {full_layer_name: values[None], f"{full_layer_name.removesuffix('weight')}scale": scale}
 
 
 @register_quantizer(METHOD)
