@@ -10,6 +10,7 @@ with the model in full precision: bytes, perplexity, gold reward (on the world),
 Without `--model_name_or_path` the world's fine-tuned model is made first.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -71,6 +72,8 @@ def main(script_args: QuantizeArguments, model_args: Any) -> dict[str, float]:
     if not main_process():
         return {}
     print(f"\n=== quantize -> {script_args.output_dir}", flush=True)
+    # Its int8 layers say at each run that they compute in float16, which is LLM.int8's way.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     metrics, tables, curves = compare(script_args, model_args)
     report = Report(
         stage="quantize",
@@ -272,7 +275,7 @@ def sensitivity_bars(by: str, rows: list[dict[str, Any]]) -> Any:
 
 def next_steps(script_args: QuantizeArguments) -> list[str]:
     """The lines that load the result."""
-    # Transformers knows bitsandbytes by itself; our own scheme and family it knows once hfllm is imported.
+    # transformers knows bitsandbytes by itself; our own scheme and family once hfllm is imported.
     return [
         "import hfllm",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

@@ -1,8 +1,10 @@
 """Every scheme: quantized layers against the reference, saved and reloaded, with an adapter, and refused."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,8 +72,10 @@ def test_the_dynamic_layer_is_the_reference(bias):
     linear = torch.nn.Linear(48, 24, bias=bias).eval()
     tokens = torch.randn(2, 7, 48) * torch.logspace(-2, 2, 7)[:, None]
     tokens[1, 3] = 0
+    layer = DynamicInt8Linear.from_linear(linear)
     with torch.no_grad():
-        output = DynamicInt8Linear.from_linear(linear)(tokens)
+        output = layer(tokens)
+    assert schemes.stored_bytes(layer) == affine.quantize(linear.weight.detach()).nbytes + 24 * 4 * bias
     expected = affine.vectorwise_linear(tokens.reshape(14, 48), linear.weight, linear.bias, threshold=0)
     torch.testing.assert_close(output, expected.detach().reshape(2, 7, 24), rtol=1e-5, atol=1e-5)
 
@@ -112,6 +116,18 @@ def test_importing_hfllm_is_enough_to_reload(folder, tmp_path):
     assert result.stdout.strip() == "DynamicInt8Linear", result.stderr[-1500:]
 
 
+def test_a_program_without_hfllm_stops_rather_than_read_integers_as_weights(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)).save_pretrained(tmp_path / "full")
+    schemes.get_scheme("dynamic").load(str(tmp_path / "full")).save_pretrained(tmp_path / "quantized")
+    code = "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained('quantized')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "ignore_mismatched_sizes" in result.stderr
+
+
 @pytest.mark.parametrize("name", schemes.SCHEMES)
 def test_an_adapter_learns_on_a_reloaded_model(name, folder, tmp_path):
     from peft import LoraConfig, get_peft_model
@@ -147,6 +163,25 @@ def test_layers_that_a_library_cannot_run_are_left_as_they_are(make_model, tmp_p
     make_model(hidden_size=32).save_pretrained(tmp_path / "narrow")
     with pytest.raises(InputError, match="needs layers with a multiple of 64 inputs and 32 outputs on a CPU"):
         load("nf4", tmp_path / "narrow")
+
+
+def test_adapters_are_not_merged_into_integers(folder):
+    from peft import LoraConfig, get_peft_model
+
+    adapter = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    with pytest.raises(RuntimeError, match="can't be cast"):
+        get_peft_model(load("dynamic", folder), adapter).merge_and_unload()
+
+
+def test_the_code_of_the_page_runs(saved, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    page = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names = {"name": str(saved), "loss_of": lambda model: model(input_ids=IDS, labels=IDS).loss.item()}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, names)
+    assert torch.equal(logits(names["again"].eval()), logits(names["model"]))
+    assert {"part", "loss_change"} <= set(names["rows"][0])
 
 
 # ---- refusals ----
