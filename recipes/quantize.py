@@ -45,6 +45,13 @@ class QuantizeArguments(DataArguments):
     rounds: int = field(default=5, metadata={"help": "Repetitions of the timing; the median counts, 0 is none."})
     pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the pretraining stage."})
     sft_config: str | None = field(default=None, metadata={"help": "YAML flags of the fine-tuning stage."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Publish the saved model at the end."})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Where: owner/name or name; by default the output folder's name."}
+    )
+    hub_private_repo: bool | None = field(default=None, metadata={"help": "Whether a new repository is private."})
+    hub_revision: str | None = field(default=None, metadata={"help": "Branch to publish on; made if missing."})
+    hub_token: str | None = field(default=None, metadata={"help": "Access token; better HF_TOKEN or hf auth login."})
 
 
 def parse(argv: Sequence[str]) -> tuple:
@@ -67,7 +74,11 @@ def main(script_args: QuantizeArguments, model_args: Any) -> dict[str, float]:
     if report is not None:
         if main_process():
             print(f"quantize: already done in {script_args.output_dir} (remove that folder to redo it)")
+            publish(script_args)
         return report["metrics"]
+    if main_process() and script_args.push_to_hub:
+        # A wrong token or name is found now, and not at the end.
+        repository(script_args).create()
     model_args = run_missing_stages(model_args, stages)
     if not main_process():
         return {}
@@ -88,7 +99,26 @@ def main(script_args: QuantizeArguments, model_args: Any) -> dict[str, float]:
     (Path(script_args.output_dir) / CARD).unlink(missing_ok=True)
     write_card(Path(script_args.output_dir))
     report.print()
+    publish(script_args)
     return metrics
+
+
+def repository(script_args: QuantizeArguments) -> Any:
+    """Where `--push_to_hub` publishes to."""
+    from hfllm.hub import Repository
+
+    name = script_args.hub_model_id or Path(script_args.output_dir).absolute().name
+    return Repository(name, script_args.hub_private_repo, script_args.hub_token, script_args.hub_revision)
+
+
+def publish(script_args: QuantizeArguments) -> None:
+    """Push the output folder if that was asked for; recipes/push.py does it later.
+
+    Raises:
+        InputError: when it fails.
+    """
+    if script_args.push_to_hub:
+        repository(script_args).push(script_args.output_dir)
 
 
 def checked_schemes(script_args: QuantizeArguments, model_args: Any) -> list[str]:
@@ -177,6 +207,7 @@ def compare(script_args: QuantizeArguments, model_args: Any) -> tuple[dict[str, 
     model, tokenizer = load_policy(model_args)
     model.to(schemes.default_device()).eval()
     names = schemes.linear_names(model)
+    check_context(script_args, fitting_length(None, model))
     texts = eval_texts(script_args)
     judge = Judge(
         tokenizer,
@@ -207,6 +238,22 @@ def compare(script_args: QuantizeArguments, model_args: Any) -> tuple[dict[str, 
     metrics = {**metrics_of(original, saved_row), "reload_difference": difference}
     tables = {"Schemes": rows, **{f"Change of loss by {by}": part for by, part in swept.items()}}
     return metrics, tables, {f"sensitivity_{by}": sensitivity_bars(by, part) for by, part in swept.items()}
+
+
+def check_context(script_args: QuantizeArguments, context: int | None) -> None:
+    """Refuse to time more tokens than the model is made for.
+
+    Raises:
+        InputError: if that is asked for.
+    """
+    from hfllm.errors import InputError
+
+    timed = script_args.prompt_tokens + script_args.new_tokens
+    if script_args.rounds and context is not None and timed > context:
+        raise InputError(
+            f"--prompt_tokens {script_args.prompt_tokens} and --new_tokens {script_args.new_tokens} are {timed} "
+            f"tokens, the model's context is {context}: choose fewer, or --rounds 0 for no timing"
+        )
 
 
 def eval_texts(script_args: QuantizeArguments) -> list[str]:

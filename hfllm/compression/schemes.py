@@ -170,6 +170,7 @@ def linear_names(model: "PreTrainedModel") -> list[str]:
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
+    # What transformers' quantizers leave: the output head, and what is tied to it.
     kept = get_keys_to_not_convert(model)
     names = [
         name
@@ -186,14 +187,10 @@ def linear_names(model: "PreTrainedModel") -> list[str]:
 
 def stored_bytes(*modules: "nn.Module") -> int:
     """Bytes of what the modules save: weights, scales and the rest; what is shared counts once."""
-    seen: set[int] = set()
-    size = 0
-    for module in modules:
-        for tensor in module.state_dict().values():
-            if tensor.data_ptr() not in seen:
-                seen.add(tensor.data_ptr())
-                size += tensor.numel() * tensor.element_size()
-    return size
+    # All at once: some are made for the occasion, and a later one could take the place in memory of one let go.
+    tensors = [tensor for module in modules for tensor in module.state_dict().values()]
+    distinct = {(tensor.device, tensor.data_ptr(), tensor.numel()): tensor for tensor in tensors}
+    return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
 
 
 def linear_bytes(model: "PreTrainedModel", names: Sequence[str]) -> int:

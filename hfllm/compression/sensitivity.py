@@ -62,7 +62,7 @@ def sensitivity(
     Args:
         model: in full precision; it is left as it was.
         scheme: of the quantized parts.
-        loss_of: the loss of a model, such as its nats a token on held-out text.
+        loss_of: the loss of a model in eval mode, such as its nats a token on held-out text; no gradient is kept.
         by: `linear`, `layer` or `kind`, see `group_linears`.
 
     Returns:
@@ -72,13 +72,17 @@ def sensitivity(
     Raises:
         InputError: when `by` is another word, or the scheme cannot run here.
     """
+    import torch
+
     scheme.check(model.device.type)
     left = set(scheme.left(model))
     groups = group_linears([name for name in linear_names(model) if name not in left], by)
-    reference, rows = loss_of(model), []
+    # Layers that have to pass gradients on read their weights back, and would not show what integers do.
+    with torch.no_grad():
+        reference, rows = loss_of(model), []
     for part, names in groups.items():
         weights = sum(model.get_submodule(name).weight.numel() for name in names)
-        with quantized_in_place(model, names, scheme):
+        with torch.no_grad(), quantized_in_place(model, names, scheme):
             change = loss_of(model) - reference
         rows.append(
             {
