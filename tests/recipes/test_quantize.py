@@ -102,7 +102,7 @@ def test_what_is_published_loads_and_learns_on(hub, saved, tmp_path):
     card = files["README.md"].content.decode()
     assert "import hfllm" in card
     assert "quantized (hfllm_int8)" in card
-    assert "trust_remote_code" not in card
+    assert "trust_remote_code=True" not in card
     (tmp_path / "copy").mkdir()
     for name, file in files.items():
         (tmp_path / "copy" / name).write_bytes(file.content)
