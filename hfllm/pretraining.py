@@ -218,16 +218,16 @@ def packed_trainer(
     training_args: Any,
     model: Any,
     tokenizer: Any,
-    sources: dict[str, list[str]],
+    sources: dict[str, Any],
     test_texts: list[str],
 ) -> tuple[Any, list[dict]]:
-    """A trainer on packed rows by plan, and a table of what each source gives."""
+    """A trainer on packed rows by plan, and a table of what each source gives: texts, or rows packed before."""
     from hfllm.data.packing import batch_of, pack
     from hfllm.trainers.batch_plan import BatchPlan, Schedule
     from hfllm.trainers.pretrain_trainer import PretrainTrainer, has_flash_attention
 
     length, processes = script_args.max_length, training_args.world_size
-    rows = [pack(texts, tokenizer, length) for texts in sources.values()]
+    rows = [pack(texts, tokenizer, length) if isinstance(texts, list) else texts for texts in sources.values()]
     batch_rows = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps * processes
     batch_tokens = Schedule.parse(script_args.batch_ramp or batch_rows * length, "--batch_ramp")
     weights = [weight for _, weight in mixture_of(script_args)]

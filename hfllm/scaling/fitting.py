@@ -100,12 +100,14 @@ class Fit:
         objective: the sum of Huber's losses at it.
         starts: how many starts there were, and how many of them ended within a thousandth of the best.
         runs: the table.
+        point: a, b, e, alpha and beta; where no floor is seen, e goes on falling while exp(e) is 0 already.
     """
 
     law: ParametricLaw
     objective: float
     starts: tuple[int, int]
     runs: Runs
+    point: numpy.ndarray
 
     def relative_errors(self, runs: Runs | None = None) -> numpy.ndarray:
         """Predicted over measured loss, less one, of other runs (or of those that were fitted), (R,)."""
@@ -147,13 +149,14 @@ def fit_law(runs: Runs, delta: float = DELTA) -> Fit:
     objective = HuberObjective(runs, delta)
     points, values = minimise(objective, objective.to_centred(grid()))
     best = int(values.argmin())
-    coefficients = coefficients_of(objective.from_centred(points[[best]]))[0]
+    point = objective.from_centred(points[[best]])
+    coefficients = coefficients_of(point)[0]
     for name, what in (("alpha", "N"), ("beta", "D")):
         if not coefficients[COEFFICIENTS.index(name)] > 0:
             value = coefficients[COEFFICIENTS.index(name)]
             raise InputError(f"the fit gives {name}={value:.3g}: the losses of these runs do not fall with {what}")
     at_best = int((values <= values[best] * 1.001).sum())
-    return Fit(ParametricLaw(*map(float, coefficients)), float(values[best]), (len(values), at_best), runs)
+    return Fit(ParametricLaw(*map(float, coefficients)), float(values[best]), (len(values), at_best), runs, point[0])
 
 
 def bootstrap(fit: Fit, resamples: int = 1000, seed: int = 0, delta: float = DELTA) -> Bootstrap:
@@ -168,9 +171,7 @@ def bootstrap(fit: Fit, resamples: int = 1000, seed: int = 0, delta: float = DEL
     each = HuberObjective(runs, delta)
     starts = each.to_centred(grid())
     best_starts = _best_starts(each, starts, weights, count=3)
-    whole = numpy.array([[fit.law.A, fit.law.B, fit.law.E]])
-    whole = numpy.concatenate([numpy.log(whole), [[fit.law.alpha, fit.law.beta]]], axis=1)
-    own = numpy.tile(each.to_centred(whole), (resamples, 1))
+    own = numpy.tile(each.to_centred(fit.point[None]), (resamples, 1))
     weighted = HuberObjective(runs, delta, numpy.tile(weights, (4, 1)))
     points, values = minimise(weighted, numpy.concatenate([own, *best_starts]))
     best = values.reshape(4, resamples).argmin(0) * resamples + numpy.arange(resamples)

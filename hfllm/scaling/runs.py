@@ -49,6 +49,11 @@ class Runs:
         return len(self.losses)
 
     @property
+    def columns(self) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+        """N, D and losses."""
+        return self.parameters, self.tokens, self.losses
+
+    @property
     def compute(self) -> numpy.ndarray:
         """6 N D of each run, in FLOPs."""
         return FLOPS_A_PARAMETER * self.parameters * self.tokens
