@@ -253,8 +253,21 @@ class SmallGrid:
         return [self.grid.rows[each.name] for each in (*self.runs, self.large)]
 
     def probe(self) -> Any:
-        """What each size can do at its longest run."""
-        raise NotImplementedError
+        """What each run can do (an `Emergence`)."""
+        from hfllm.data.world import World
+        from hfllm.evaluation.emergence import Emergence, ProbedRun
+        from hfllm.evaluation.probes import make_probes, run_probes
+        from hfllm.models.modeling_hfllm import HfllmForCausalLM
+        from hfllm.stages import load_tokenizer
+
+        args, probed = self.script_args, []
+        probes = make_probes(World(args.world_seed), args.probe_questions, args.probe_shots, args.seed)
+        for each in (*self.runs, self.large):
+            folder = str(self.grid.model_folder(each))
+            model, tokenizer = HfllmForCausalLM.from_pretrained(folder), load_tokenizer(folder)
+            row, rows = self.grid.rows[each.name], run_probes(model, tokenizer, probes)
+            probed.append(ProbedRun(each.name, row[self.column], row["compute"], row["loss"], rows))
+        return Emergence(probed)
 
     def _runs(self, rows: list[dict[str, Any]]) -> Any:
         from hfllm.scaling.runs import Runs
