@@ -70,7 +70,7 @@ class Study:
         """Titles and rows; `budgets` are FLOPs to divide, by default ten times the largest run's."""
         best, starts = self.whole.starts[1], self.whole.starts[0]
         return {
-            f"Coefficients ({best} of {starts} starts agree)": self._coefficients(),
+            f"Coefficients (of the best {starts} starts, {best} end here)": self._coefficients(),
             "Compute-optimal size by approach": self._approaches(),
             "Held-out runs": self._held_out(),
             "What a budget is best spent on": self._budgets(budgets or [10 * self.largest]),

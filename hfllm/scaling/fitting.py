@@ -27,6 +27,8 @@ GRID = (
     (0, 0.5, 1, 1.5, 2),
     (0, 0.5, 1, 1.5, 2),
 )
+# Of the starts, all go so many steps, and so many of the best ones to the end.
+FIRST_STEPS, FOLLOWED = 20, 400
 # Fewer runs than coefficients and one to spare determine nothing.
 FEWEST_RUNS = 6
 
@@ -98,7 +100,7 @@ class Fit:
     Args:
         law: its coefficients.
         objective: the sum of Huber's losses at it.
-        starts: how many starts there were, and how many of them ended within a thousandth of the best.
+        starts: how many starts were followed to the end, and how many of them ended within a thousandth of the best.
         runs: the table.
         point: a, b, e, alpha and beta; where no floor is seen, e goes on falling while exp(e) is 0 already.
     """
@@ -140,14 +142,17 @@ class Bootstrap:
 
 
 def fit_law(runs: Runs, delta: float = DELTA) -> Fit:
-    """The law of least Huber loss over `runs`, from all 4,500 starts of the papers' grid.
+    """The law of least Huber loss over `runs`, from the 4,500 starts of the papers' grid.
+
+    After a few steps only the best of them go on: on the runs of Hoffmann et al. nearly half end in the same minimum.
 
     Raises:
         InputError: for fewer than six runs, fewer than three different N or D, or losses that do not fall with them.
     """
     check_runs(runs)
     objective = HuberObjective(runs, delta)
-    points, values = minimise(objective, objective.to_centred(grid()))
+    points, values = minimise(objective, objective.to_centred(grid()), FIRST_STEPS)
+    points, values = minimise(objective, points[numpy.argsort(values, kind="stable")[:FOLLOWED]])
     best = int(values.argmin())
     point = objective.from_centred(points[[best]])
     coefficients = coefficients_of(point)[0]
