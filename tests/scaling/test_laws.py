@@ -1,6 +1,7 @@
 """Scaling laws against the numbers that their papers print."""
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,3 +134,17 @@ def test_scaling_needs_neither_torch_nor_transformers():
     code = "import sys\n" + "".join(f"import hfllm.scaling.{name}\n" for name in modules)
     code += "assert not {'torch', 'transformers', 'scipy', 'pandas'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_the_documentation_says_is_so():
+    text = (Path(__file__).parent.parent.parent / "docs" / "scaling_laws.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["laws"] is laws
+    expected = [laws.chinchilla_projection(approach).optimal(CHINCHILLA_BUDGET) for approach in (1, 2, 3)]
+    expected += [law.optimal(CHINCHILLA_BUDGET) for law in (laws.CHINCHILLA, laws.EPOCH, laws.KAPLAN)]
+    rows = text.split("| from | tokens a parameter |")[1].split("\n\n")[0].splitlines()[2:]
+    for row, spent in zip(rows, expected, strict=True):
+        shown = row.split("|")[2].strip()
+        assert f"{spent.tokens_per_parameter:.{len(shown.partition('.')[2])}f}" == shown
