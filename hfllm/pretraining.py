@@ -253,15 +253,18 @@ def packed_trainer(
     tokenizer: Any,
     sources: dict[str, "Dataset"],
     test_texts: list[str],
-    prepared: Prepared,
+    prepared: Prepared | None = None,
 ) -> tuple[Any, list[dict]]:
-    """A trainer on packed rows by plan, and a table of what each source gives."""
+    """A trainer on packed rows by plan, and a table of what each source gives: of texts, or, without `prepared`, of packed rows."""
     from hfllm.data.packing import batch_of, pack
     from hfllm.trainers.batch_plan import BatchPlan, Schedule
     from hfllm.trainers.pretrain_trainer import PretrainTrainer, has_flash_attention
 
     length, processes = script_args.max_length, training_args.world_size
-    rows = packed_rows(script_args, training_args, tokenizer, sources, prepared)
+    if prepared is None:
+        rows = list(sources.values())
+    else:
+        rows = packed_rows(script_args, training_args, tokenizer, sources, prepared)
     batch_rows = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps * processes
     batch_tokens = Schedule.parse(script_args.batch_ramp or batch_rows * length, "--batch_ramp")
     weights = [weight for _, weight in mixture_of(script_args)]

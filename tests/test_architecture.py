@@ -30,6 +30,8 @@ ALLOWED = {
     "model_card": {"errors", "reporting", "hub_files"},
     "hub": {"errors", "reporting", "hub_files", "model_card"},
     "pretraining": {"data", "errors", "evaluation", "models", "stages", "trainers"},
+    "scaling_runs": {"cli", "data", "errors", "evaluation", "pretraining", "reporting", "stages", "trainers"},
+    "scaling_report": {"errors", "reporting", "scaling"},
     "stages": {
         *("models", "data", "errors", "reporting", "cli", "evaluation", "rewards", "trainers"),
         *("hub", "hub_files", "model_card"),

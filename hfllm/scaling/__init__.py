@@ -1,1 +1,1 @@
-"""How big: what a model of a given shape costs to train and to serve. Plain Python; nothing here imports torch."""
+"""How big: memory, plans and scaling laws, in plain Python and numpy; nothing here imports torch."""
