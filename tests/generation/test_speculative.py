@@ -172,16 +172,16 @@ def joint_distribution(target, prompt, **warp):
 
 
 def sampled_surprise(target, draft, lookahead=2, draws=12_000, **warp):
-    """Of pairs of tokens sampled through the loop, in batches."""
+    """Of the first two tokens sampled through the loop, in batches: the first has no draft, the second has."""
     prompt, generator = torch.tensor([[4, 1, 2, 4, 1]]), torch.Generator().manual_seed(0)
     rows = prompt.expand(2_000, -1)
     counts = torch.zeros(target.config.vocab_size**2, dtype=torch.long)
     for _ in range(draws // len(rows)):
         output = speculative_generate(
             *(target, draft, rows, None),
-            **{"max_new_tokens": 2, "do_sample": True, "lookahead": lookahead, "generator": generator, **warp},
+            **{"max_new_tokens": 4, "do_sample": True, "lookahead": lookahead, "generator": generator, **warp},
         )
-        first, second = output.sequences[:, -2:].unbind(1)
+        first, second = output.sequences[:, prompt.shape[1] :][:, :2].unbind(1)
         counts += torch.bincount(first * target.config.vocab_size + second, minlength=len(counts))
     return surprise(counts, joint_distribution(target, prompt, **warp).flatten())
 
