@@ -4,9 +4,9 @@
 
 All seeds begin from one fine-tuned model, the first seed's. For each, reward models are trained on the same few
 comparisons of the embedded world with many wrong labels, and PPO maximises their score with a small KL penalty for
-long: once against one of them, once against the least score of several, itself among them. The gold reward is logged
-beside. Writes `overoptimisation.png`, gold reward against the square root of the KL, and `overoptimisation.md`, the
-peaks and ends. Finished runs are reused.
+long: against some of them, each alone, and against the least score of all. The gold reward is logged beside. Writes
+`overoptimisation.png`, gold reward against the square root of the KL, and `overoptimisation.md`, the peaks and ends.
+Finished runs are reused.
 """
 
 import argparse
@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 COMPARISONS = {"num_pairs": 400, "label_noise": 0.25, "num_train_epochs": 3}
 PPO = {"kl_coef": 0.05, "max_steps": 960, "logging_steps": 16, "lr_scheduler_type": "constant"}
 MEMBERS = 5
+WORST = f"worst of {MEMBERS}"
 SMOOTHING = 3
 # Square roots of the KL to the start, and gold rewards there.
 Curve = tuple[list[float], list[float]]
@@ -45,12 +46,13 @@ def curve(start: float, log: list[dict[str, Any]]) -> Curve:
     return [0.0, *(max(value, 0.0) ** 0.5 for value in kl)], [start, *gold]
 
 
-def both(folder: Path, seed: int, model: Path | None) -> dict[str, Curve]:
-    """PPO against one reward model and against an ensemble.
+def runs_of(folder: Path, seed: int, alone: int, model: Path | None) -> dict[str, Curve]:
+    """PPO against single reward models and against an ensemble of them.
 
     Args:
         folder: of the seed.
         seed: of comparisons, reward models and PPO.
+        alone: how many of the members are also maximised alone.
         model: the fine-tuned model; `None` makes it first, under `folder / "single"`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,26 +60,32 @@ def both(folder: Path, seed: int, model: Path | None) -> dict[str, Curve]:
     kept = [line for line in world if line.partition(":")[0] not in COMPARISONS]
     config = folder / "reward.yaml"
     config.write_text("\n".join([*kept, *(f"{name}: {value}" for name, value in COMPARISONS.items())]) + "\n")
-    ppo = ["--config", str(ROOT / "recipes" / "configs" / "rlhf" / "world.yaml"), "--reward_config", str(config)]
+    ppo = ["--config", str(ROOT / "recipes" / "configs" / "rlhf" / "world.yaml"), "--seed", str(seed)]
     ppo += [word for name, value in PPO.items() for word in (f"--{name}", str(value))]
-    ppo += ["--seed", str(seed)]
-    single = run(folder / "single", *ppo, *(["--model_name_or_path", str(model)] if model else []))
-    ppo += ["--model_name_or_path", str(model or folder / "single" / "sft"), "--num_reward_models", str(MEMBERS)]
-    return {"one reward model": single, f"worst of {MEMBERS}": run(folder / "ensemble", *ppo)}
+    trained = [*ppo, "--reward_config", str(config)]
+    first = run(folder / "single", *trained, *(["--model_name_or_path", str(model)] if model else []))
+    start = ["--model_name_or_path", str(model or folder / "single" / "sft")]
+    together = run(folder / "ensemble", *trained, *start, "--num_reward_models", str(MEMBERS))
+    curves = {"model 1 alone": first}
+    for number in range(2, alone + 1):
+        member = ["--reward_model_name_or_path", str(folder / "ensemble" / f"reward_{number}")]
+        curves[f"model {number} alone"] = run(folder / f"single-{number}", *ppo, *start, *member)
+    return {**curves, WORST: together}
 
 
 def table(curves: dict[int, dict[str, Curve]]) -> str:
-    """Gold reward at the start, at its peak and at the end of each run."""
+    """Gold reward at the start, at its peak and at the end of each run, and medians of both kinds."""
     lines = ["| | start | peak | at sqrt(KL) | end | at sqrt(KL) | lost |", "| - | - | - | - | - | - | - |"]
-    lost: dict[str, list[float]] = {}
-    for seed, pair in curves.items():
-        for name, (distance, gold) in pair.items():
+    kinds: dict[str, list[list[float]]] = {"models alone": [], WORST: []}
+    for seed, runs in curves.items():
+        for name, (distance, gold) in runs.items():
             top = max(range(len(gold)), key=gold.__getitem__)
             cells = [gold[0], gold[top], distance[top], gold[-1], distance[-1], gold[top] - gold[-1]]
-            lost.setdefault(name, []).append(cells[-1])
+            kinds[WORST if name == WORST else "models alone"].append(cells)
             lines.append(f"| seed {seed}, {name} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
-    for name, values in lost.items():
-        lines.append(f"| median, {name} | | | | | | {statistics.median(values):.3f} |")
+    for name, rows in kinds.items():
+        medians = [statistics.median(column) for column in zip(*rows, strict=True)]
+        lines.append(f"| median, {name} | " + " | ".join(f"{cell:.3f}" for cell in medians) + " |")
     return "\n".join(lines)
 
 
@@ -89,9 +97,10 @@ def draw(curves: dict[int, dict[str, Curve]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 4), sharey=True, squeeze=False)
-    for axis, (seed, pair) in zip(axes[0], curves.items(), strict=True):
-        for name, (distance, gold) in pair.items():
-            axis.plot(distance, gold, label=name, marker=".", markersize=4, linewidth=1)
+    for axis, (seed, runs) in zip(axes[0], curves.items(), strict=True):
+        for name, (distance, gold) in runs.items():
+            width = 2 if name == WORST else 1
+            axis.plot(distance, gold, label=name, marker=".", markersize=4, linewidth=width)
         axis.set(title=f"seed {seed}", xlabel="square root of KL (nats a response)")
     axes[0][0].set_ylabel("gold reward of sampled responses")
     axes[0][0].legend()
@@ -102,13 +111,14 @@ def draw(curves: dict[int, dict[str, Curve]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--alone", type=int, default=2, help="How many members are also maximised alone.")
     parser.add_argument("--model_name_or_path", type=Path, help="The fine-tuned model, if there is one.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/overoptimisation"))
     args = parser.parse_args()
     curves, model = {}, args.model_name_or_path
     for seed in args.seeds:
         folder = args.output_dir / f"seed-{seed}"
-        curves[seed] = both(folder, seed, model)
+        curves[seed] = runs_of(folder, seed, args.alone, model)
         model = model or folder / "single" / "sft"
     draw(curves, args.output_dir / "overoptimisation.png")
     text = table(curves)

@@ -28,7 +28,9 @@ VARIANTS = {
     "curriculum": {"lengths": "0:128,0.2:256,0.5:512"},
     "ramp": {"batch_tokens": "0:512,0.25:1024,0.5:2048"},
     "both": {"lengths": "0:128,0.2:256,0.5:512", "batch_tokens": "0:512,0.25:1024,0.5:2048"},
-    "muon": {"use_muon": True},
+    # At AdamW's rate it loses: its steps are a fifth of that rate in every direction.
+    "muon": {"use_muon": True, "learning_rate": 1e-2},
+    "adamw_fast": {"learning_rate": 5e-3},
 }
 
 
@@ -59,7 +61,7 @@ def trainer_of(args: argparse.Namespace, texts: list[str], tokenizer: Any, folde
         seed=args.seed,
         per_device_train_batch_size=ROWS if args.side == "ours" else args.documents,
         num_train_epochs=args.epochs,
-        learning_rate=args.learning_rate,
+        learning_rate=VARIANTS[args.variant].get("learning_rate", args.learning_rate),
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         warmup_steps=0.03,

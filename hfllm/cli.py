@@ -1,7 +1,5 @@
 """What every recipe does around its stage: parse, check, run, report, and turn bad input into one line."""
 
-import argparse
-import difflib
 import json
 import os
 import sys
@@ -10,11 +8,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from trl import TrlParser
-
 from hfllm.checkpoints import last_complete_checkpoint
 from hfllm.data.sources import WORLD
 from hfllm.errors import HIDDEN, InputError, redact
+from hfllm.flags import HelpFormatter, PlainParser, read_yaml
 from hfllm.reporting import read_report
 
 # Where a run is, where it reports to and how it is continued do not change its result.
@@ -45,108 +42,47 @@ class DataArguments:
     world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world's facts."})
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The recipe's docstring as it stands, and every flag with its default."""
-
-    def format_help(self) -> str:
-        # A token in a --config file becomes a default.
-        return redact(super().format_help())
-
-
-class RecipeParser(TrlParser):
-    """TrlParser whose complaints are one line and name the nearest valid flag or YAML key."""
-
-    def __init__(self, dataclass_types: Sequence[type], **kwargs: Any):
-        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
-
-    @property
-    def names(self) -> list[str]:
-        """Every flag, without its dashes."""
-        return [option[2:] for option in self._option_string_actions if option.startswith("--")] + ["config"]
-
-    def error(self, message: str) -> None:
-        raise InputError(message)
-
-    def unknown(self, kind: str, name: str) -> InputError:
-        nearest = difflib.get_close_matches(name, self.names, n=1, cutoff=0.0)
-        return InputError(f"unknown {kind} {name!r}; did you mean {nearest[0]!r}?")
-
-    def parse(self, argv: Sequence[str], config_files: Sequence[Path], defaults: Mapping[str, Any]) -> tuple:
-        """Parse `argv` over the YAML files over `defaults`; later files win.
-
-        Raises:
-            InputError: for a flag or key that does not exist, or a value of the wrong type.
-        """
-        self.set_defaults_with_config(**defaults)
-        for path in config_files:
-            values = read_yaml(path)
-            for key in values:
-                if key not in self.names:
-                    raise self.unknown(f"key in {path}:", key)
-            self.set_defaults_with_config(**{key: self._typed(path, key, value) for key, value in values.items()})
-        try:
-            *parsed, remaining = self.parse_args_into_dataclasses(args=list(argv), return_remaining_strings=True)
-        except argparse.ArgumentError as error:
-            raise InputError(str(error)) from None
-        if remaining:
-            flag = next((word for word in remaining if word.startswith("-")), None)
-            if flag is None:
-                raise InputError(f"unexpected argument {remaining[0]!r}")
-            raise self.unknown("flag", flag.lstrip("-").split("=")[0])
-        return tuple(parsed)
-
-    def _typed(self, path: Path, key: str, value: Any) -> Any:
-        """A YAML value as the flag `--key` would read it: of its type, and a list where the flag takes several."""
-        action = self._option_string_actions.get(f"--{key}")
-        if action is None or isinstance(value, dict):
-            return value
-        if action.nargs in ("+", "*"):
-            return value if isinstance(value, list) else [value]
-        if value is None or isinstance(value, str) or action.type is None:
-            return value
-        try:
-            return self._get_value(action, str(value))
-        except argparse.ArgumentError as error:
-            raise InputError(f"{path}: {error}") from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping.
-
-    Raises:
-        InputError: when the file is missing, is not YAML, or is not a mapping.
-    """
-    import yaml
-
-    if not path.is_file():
-        raise InputError(f"--config {path}: no such file")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected a mapping of flags to values, got {type(values).__name__}")
-    return values
-
-
 def parse_recipe(
-    dataclass_types: Sequence[type], argv: Sequence[str], world_config: Path | None, description: str | None = None
+    dataclass_types: Sequence[type],
+    argv: Sequence[str],
+    world_config: Path | Sequence[Path] | None,
+    description: str | None = None,
 ) -> tuple:
     """Parse a recipe's arguments.
 
-    Without `--model_name_or_path` the recipe works on the family's small model, and `world_config` (if there is one)
-    holds the settings that suit it; with a model of the user's own the defaults are those of transformers and TRL.
+    Without `--model_name_or_path` the recipe works on the family's small model, and `world_config` (a file, several of
+    which later ones win, or none) holds the settings that suit it; with a model of the user's own the defaults are
+    those of transformers and TRL.
     `--config` and flags come on top of either.
     """
     argv, config_files = take_configs(argv)
     own_model = any(word.split("=")[0] == "--model_name_or_path" for word in argv)
     own_model = own_model or any(read_yaml(path).get("model_name_or_path") for path in config_files)
     if world_config and not own_model:
-        config_files.insert(0, world_config)
-    parser = RecipeParser(dataclass_types, description=description, formatter_class=HelpFormatter)
+        config_files[:0] = [world_config] if isinstance(world_config, Path) else world_config
+    from hfllm.parsers import RecipeParser
+
+    return _parse(RecipeParser, dataclass_types, argv, config_files, machine_defaults(), description)
+
+
+def parse_plain(dataclass_types: Sequence[type], argv: Sequence[str], description: str | None = None) -> tuple:
+    """Parse the arguments of a recipe that needs no torch, and do not import it either."""
+    argv, config_files = take_configs(argv)
+    return _parse(PlainParser, dataclass_types, argv, config_files, {}, description)
+
+
+def _parse(
+    kind: type,
+    dataclass_types: Sequence[type],
+    argv: Sequence[str],
+    config_files: Sequence[Path],
+    defaults: Mapping[str, Any],
+    description: str | None,
+) -> tuple:
+    parser = kind(dataclass_types, description=description, formatter_class=HelpFormatter)
     parser.add_argument("--config", help="A YAML file of flags; flags on the command line win.")
     try:
-        return parser.parse(argv, config_files, machine_defaults())[: len(dataclass_types)]
+        return parser.parse(argv, config_files, defaults)[: len(dataclass_types)]
     except (TypeError, ValueError) as error:
         raise InputError(str(error).splitlines()[0] if not isinstance(error, InputError) else str(error)) from None
 

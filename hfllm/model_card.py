@@ -22,6 +22,7 @@ from hfllm.hub_files import (
 from hfllm.reporting import markdown_table, metric_rows, read_report, write_atomically
 
 WORLD = "world"  # the embedded dataset's name, as --dataset_name has it
+OUR_QUANTIZATION = "hfllm_int8"  # hfllm.compression.dynamic_int8
 MARKER = "<!-- Written by hfllm and written anew at each push. Remove this line to keep your own text. -->"
 PIPELINES = {
     "ForCausalLM": "text-generation",
@@ -162,7 +163,9 @@ def _architecture(folder: Path) -> str:
 
 def _introduction(folder: Path, report: Mapping[str, Any]) -> str:
     kind = f"A PEFT adapter of {adapter_base(folder)}" if is_adapter(folder) else f"`{_architecture(folder)}`"
-    text = f"{kind} with {count_parameters(folder):,} parameters"
+    # Packed numbers and their scales are no count of parameters.
+    method = _quantization(folder)
+    text = f"{kind}, quantized ({method})" if method else f"{kind} with {count_parameters(folder):,} parameters"
     if report.get("stage"):
         text += f", made by the {report['stage']} stage of hfllm {report.get('hfllm_version', '')}".rstrip()
         text += f" in {report.get('wall_seconds', 0):.0f} seconds"
@@ -182,15 +185,25 @@ def _usage(folder: Path, name: str) -> str:
         chat = any((folder / file).is_file() for file in ("chat_template.jinja", "chat_template.json"))
         prompt = '[{"role": "user", "content": "..."}]' if chat and pipeline == "text-generation" else '"..."'
         lines.append(f"print(model({prompt}))")
-    is_ours = read_json(folder / CONFIG).get("model_type") == "hfllm"
+    method = _quantization(folder)
+    is_ours = read_json(folder / CONFIG).get("model_type") == "hfllm" or method == OUR_QUANTIZATION
     lines = [*(["import hfllm"] if is_ours else []), *lines]
     text = "\n".join(["## Use", "", "```python", *lines, "```"])
-    if is_ours and read_json(folder / CONFIG).get("auto_map"):
+    if method == OUR_QUANTIZATION:
+        text += "\n\nThe weights are in a format of hfllm's, for CPUs: it has to be installed."
+    elif is_ours and read_json(folder / CONFIG).get("auto_map"):
         text += (
             "\n\nWithout hfllm installed, leave out `import hfllm` and pass `trust_remote_code=True`: the code beside "
             "the weights is used."
         )
+    if method == "bitsandbytes":
+        text += "\n\nThe weights are quantized: loading them needs `pip install bitsandbytes`."
     return text
+
+
+def _quantization(folder: Path) -> str | None:
+    """How the weights are quantized, if they are; an adapter's are not."""
+    return (read_json(folder / CONFIG).get("quantization_config") or {}).get("quant_method")
 
 
 def _data(arguments: Mapping[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """What `recipes/pretrain.py` is made of: sources, the run's length, objectives, model, trainers, watching, metrics."""
 
-import random
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, takewhile
@@ -170,33 +169,6 @@ def beginning(texts: Iterable[str], most_bytes: int) -> Iterator[str]:
     return (text for _, text in takewhile(lambda pair: pair[0] <= most_bytes, counted))
 
 
-def pieces_of(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[int]]:
-    """Token ids of each document, from the document token on; documents over `max_length` are cut up."""
-    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    pieces = []
-    for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
-        ids = start + ids
-        pieces += [ids[at : at + max_length] for at in range(0, len(ids), max_length)]
-    return pieces
-
-
-def length_grouped(pieces: list[list[int]], batch_size: int, seed: int, window: int = 20) -> list[list[int]]:
-    """An order in which a batch holds pieces of like length, while lengths come in random order.
-
-    Sorts within windows of `window` batches, then shuffles the batches: transformers' `group_by_length` saves as much
-    padding, but runs from long to short for fifty batches at a time, which this small model learns less from.
-    """
-    rng = random.Random(seed)
-    pieces = list(pieces)
-    rng.shuffle(pieces)
-    batches = []
-    for first in range(0, len(pieces), window * batch_size):
-        near = sorted(pieces[first : first + window * batch_size], key=len)
-        batches += [near[at : at + batch_size] for at in range(0, len(near), batch_size)]
-    rng.shuffle(batches)
-    return [piece for batch in batches for piece in batch]
-
-
 def load_or_make_base(
     script_args: Any, model_args: Any, texts: Sequence[str], architecture: Sequence[str]
 ) -> tuple[Any, Any]:
@@ -253,15 +225,18 @@ def packed_trainer(
     tokenizer: Any,
     sources: dict[str, "Dataset"],
     test_texts: list[str],
-    prepared: Prepared,
+    prepared: Prepared | None = None,
 ) -> tuple[Any, list[dict]]:
-    """A trainer on packed rows by plan, and a table of what each source gives."""
+    """A trainer on packed rows by plan, and a table of what each source gives: texts, or rows without `prepared`."""
     from hfllm.data.packing import batch_of, pack
     from hfllm.trainers.batch_plan import BatchPlan, Schedule
     from hfllm.trainers.pretrain_trainer import PretrainTrainer, has_flash_attention
 
     length, processes = script_args.max_length, training_args.world_size
-    rows = packed_rows(script_args, training_args, tokenizer, sources, prepared)
+    if prepared is None:
+        rows = list(sources.values())
+    else:
+        rows = packed_rows(script_args, training_args, tokenizer, sources, prepared)
     batch_rows = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps * processes
     batch_tokens = Schedule.parse(script_args.batch_ramp or batch_rows * length, "--batch_ramp")
     weights = [weight for _, weight in mixture_of(script_args)]
@@ -342,6 +317,8 @@ def padded_trainer(
     """The stock trainer on single documents, in batches of like length."""
     from datasets import Dataset
     from transformers import DataCollatorForLanguageModeling, Trainer
+
+    from hfllm.data.padding import length_grouped, pieces_of
 
     (source,) = sources.values()
     texts = source["text"][:]

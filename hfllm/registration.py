@@ -17,6 +17,8 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
+    # Registers its quantizer, as it is imported.
+    import hfllm.compression.dynamic_int8  # noqa: F401
     from hfllm.models import modeling_hfllm as models
     from hfllm.models.configuration_hfllm import AUTO_MAP, HfllmConfig
 

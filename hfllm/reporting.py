@@ -90,26 +90,37 @@ class Report:
 
 @dataclass
 class Plot:
-    """A plot: `lines` maps a label to its x and y values, which are joined unless `points_only`."""
+    """A plot: `lines` maps a label to its x and y values, which are joined unless `points_only`.
+
+    `points` are never joined, and share the colours of the lines one by one; `xscale` and `yscale` are `"linear"` or
+    `"log"`.
+    """
 
     title: str
     xlabel: str
     ylabel: str
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
     points_only: bool = False
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
+    xscale: str = "linear"
+    yscale: str = "linear"
 
     def draw(self, path: Path) -> bool:
         """Draw to a PNG; nothing is drawn, and False returned, when no line has a point."""
         lines = {label: (x, y) for label, (x, y) in self.lines.items() if len(x)}
-        if not lines:
+        points = {label: (x, y) for label, (x, y) in self.points.items() if len(x)}
+        if not lines and not points:
             return False
         figure, axes = _figure(4.2)
         for label, (x, y) in lines.items():
             marker = "o" if self.points_only or len(x) < 40 else None
             axes.plot(x, y, label=label, linewidth=0 if self.points_only else 1.6, marker=marker, markersize=3)
-        axes.set(title=self.title, xlabel=self.xlabel, ylabel=self.ylabel)
+        axes.set_prop_cycle(None)
+        for label, (x, y) in points.items():
+            axes.plot(x, y, label=label, linewidth=0, marker="o", markersize=4)
+        axes.set(title=self.title, xlabel=self.xlabel, ylabel=self.ylabel, xscale=self.xscale, yscale=self.yscale)
         axes.grid(alpha=0.3)
-        if len(lines) > 1:
+        if len(lines) + len(points) > 1:
             axes.legend()
         _save(figure, path)
         return True

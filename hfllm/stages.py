@@ -25,7 +25,7 @@ from hfllm.reporting import Plot, Report, plot_history, read_report
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 
 # ---- the frame of a stage ----
@@ -356,15 +356,23 @@ def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBas
     return tokenizer
 
 
-def model_context(name: str) -> int | None:
-    """The longest sequence that the named model is made for, in tokens, if its config tells."""
+def load_config(name: str, revision: str = "main") -> "PreTrainedConfig":
+    """The config of the named model.
+
+    Raises:
+        InputError: when it cannot be loaded.
+    """
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise _unloadable(name, error) from error
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def model_context(name: str) -> int | None:
+    """The longest sequence that the named model is made for, in tokens, if its config tells."""
+    return getattr(load_config(name).get_text_config(), "max_position_embeddings", None)
 
 
 def load_scorer(name: str, model_args: Any) -> "PreTrainedModel":

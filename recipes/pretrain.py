@@ -129,7 +129,10 @@ def parse(argv: Sequence[str]) -> tuple:
     parsed = parse_recipe(kinds, argv, CONFIG, __doc__)
     if reads_world(parsed[0]):
         return parsed
-    return parse_recipe(kinds, argv, CONFIGS / "text.yaml", __doc__)
+    configs = [CONFIGS / "text.yaml"]
+    if parsed[1].deepspeed_plugin is not None:
+        configs.append(CONFIGS / "text_deepspeed.yaml")
+    return parse_recipe(kinds, argv, configs, __doc__)
 
 
 def main(script_args: PretrainArguments, training_args: Any, model_args: Any) -> dict[str, float]:
@@ -216,7 +219,8 @@ def check(script_args: PretrainArguments, training_args: Any, model_args: Any) -
         "--max_steps",
         "the run's length is --total_tokens or --num_train_epochs",
     )
-    refuse(script_args.use_muon and bool(training_args.deepspeed), "--use_muon", "DeepSpeed has its own optimisers")
+    is_split = training_args.deepspeed_plugin is not None
+    refuse(script_args.use_muon and is_split, "--use_muon", "DeepSpeed cuts up the matrices that Muon needs whole")
     is_default = training_args.optim == type(training_args).__dataclass_fields__["optim"].default
     refuse(
         script_args.use_muon and not is_default, "--use_muon", f"--optim {training_args.optim.value} is asked for too"

@@ -67,3 +67,10 @@ def test_the_diff_leads_to_the_code():
     assert [line for line in kept if line.strip()] == [line for line in code.splitlines() if line.strip()]
     changed = [line for line in diff.splitlines() if line.startswith(("+", "-"))]
     assert len(changed) <= 12
+
+
+def test_the_decoding_code_runs(make_model, tokenizer):
+    code = re.search(r"```python\n(.*?)```", (DOCS / "generation.md").read_text(), re.DOTALL).group(1)
+    names = {"model": make_model(), "tokenizer": tokenizer}
+    exec(code, names)
+    assert len(names["output"].sequences) == 2

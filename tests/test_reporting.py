@@ -35,6 +35,25 @@ def test_report_files(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "loss.png", "bars.png"}
 
 
+def test_points_and_logarithmic_axes(tmp_path):
+    from matplotlib import pyplot
+
+    drawn = {}
+    plot = Plot("t", "x", "y", {"law": ([1, 10], [2.0, 1.0])}, points={"runs": ([1, 10], [2.1, 0.9])}, xscale="log")
+    close = pyplot.close
+    try:
+        pyplot.close = lambda figure: drawn.update(axes=figure.axes[0])
+        assert plot.draw(tmp_path / "plot.png")
+    finally:
+        pyplot.close = close
+    line, points = drawn["axes"].lines
+    assert drawn["axes"].get_xscale() == "log" and drawn["axes"].get_yscale() == "linear"
+    assert points.get_linewidth() == 0 and line.get_linewidth() > 0 and line.get_color() == points.get_color()
+    pyplot.close(drawn["axes"].figure)
+    assert Plot("t", "x", "y", {}, points={"runs": ([1], [2])}).draw(tmp_path / "points.png")
+    assert not Plot("t", "x", "y", {}, points={"runs": ([], [])}).draw(tmp_path / "none.png")
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "report.json"
     write_atomically(path, json.dumps({"old": 1}))

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +26,10 @@ class Prepared:
     """
 
     def __init__(self, folder: Path, description: Mapping[str, Any]):
-        self.folder = folder
-        written = json.dumps(description, sort_keys=True)
+        self.folder, self._written = folder, json.dumps(description, sort_keys=True)
         note = folder / NOTE
-        if note.is_file() and note.read_text(encoding="utf-8") == written:
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        note.write_text(written, encoding="utf-8")
+        if not note.is_file() or note.read_text(encoding="utf-8") != self._written:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def texts(self, name: str, make: Callable[[], Iterable[str]]) -> "Dataset":
         """A dataset with a `text` column of what `make` gives, which is asked only if the table is not there."""
@@ -49,16 +46,22 @@ class Prepared:
 
         path = self.folder / f"{name}.arrow"
         if not path.is_file():
+            tables = iter(make())
+            # Before there is a folder: most bad input shows here.
+            first = next(tables, None)
+            if first is None:
+                raise ValueError(f"{name}: nothing to write")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / NOTE).write_text(self._written, encoding="utf-8")
             # A name of this process's own: on a shared disk others may write the same table.
-            unfinished, writer = path.with_suffix(f".{os.getpid()}"), None
+            unfinished = path.with_suffix(f".{os.getpid()}")
             try:
-                with pyarrow.OSFile(str(unfinished), "wb") as sink:
-                    for table in make():
-                        writer = writer or pyarrow.ipc.new_stream(sink, table.schema)
+                with (
+                    pyarrow.OSFile(str(unfinished), "wb") as sink,
+                    pyarrow.ipc.new_stream(sink, first.schema) as writer,
+                ):
+                    for table in chain([first], tables):
                         writer.write_table(table)
-                    if writer is None:
-                        raise ValueError(f"{name}: nothing to write")
-                    writer.close()
                 os.replace(unfinished, path)
             finally:
                 unfinished.unlink(missing_ok=True)

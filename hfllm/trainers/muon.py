@@ -23,9 +23,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
         betas: of AdamW.
         eps: of AdamW.
         momentum: of Muon.
-
-    Raises:
-        InputError: where torch has no Muon (before 2.9).
     """
 
     def __init__(
@@ -38,8 +35,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         momentum: float = 0.95,
     ):
-        if not hasattr(torch.optim, "Muon"):
-            raise InputError(f"Muon needs torch 2.9 or later, this is {torch.__version__}: leave out --use_muon")
         muon = torch.optim.Muon(
             list(matrices), lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
         )

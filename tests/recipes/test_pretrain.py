@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from pathlib import Path
 
 import pretrain
 import pytest
@@ -13,6 +14,7 @@ from hfllm.data import packing
 from hfllm.errors import InputError
 from hfllm.stages import Stage
 
+ROOT = Path(__file__).parent.parent.parent
 WORDS = ["owl", "fox", "red", "blue", "house", "river", "walks", "sings", "the", "a", "old", "small"]
 
 
@@ -145,14 +147,26 @@ def test_a_run_that_goes_on_reads_no_text_again(run, corpus, tmp_path, monkeypat
 
 def test_muon_learns_and_is_refused_where_it_cannot(run, corpus, tmp_path):
     settings = {"dataset_name": corpus[0], "num_train_epochs": 2, "learning_rate": 3e-3}
-    plain = run(**settings, output_dir=tmp_path / "adamw")
-    muon = run(**settings, output_dir=tmp_path / "muon", use_muon=True)
+    plain = run(**settings, output_dir=tmp_path / "adamw", use_muon="false")
+    muon = run(**settings, output_dir=tmp_path / "muon")
     assert muon["eval_loss"] != plain["eval_loss"]
     padded = run(**settings, output_dir=tmp_path / "padded", use_muon=True, packing="false")
     # A uniform guess over some 300 tokens loses 5.7.
     assert max(muon["eval_loss"], padded["eval_loss"]) < 4
     with pytest.raises(InputError, match="--use_muon cannot be used here: --optim sgd is asked for too"):
         run(**settings, use_muon=True, optim="sgd")
+
+
+def test_under_deepspeed_the_default_is_adamw(corpus, tmp_path):
+    pytest.importorskip("deepspeed")
+    flags = ["--dataset_name", str(corpus[0]), "--output_dir", str(tmp_path)]
+    assert pretrain.parse(flags)[0].use_muon
+    flags += ["--deepspeed", str(ROOT / "ds_configs" / "zero2.json")]
+    script_args, training_args, model_args = pretrain.parse(flags)
+    assert not script_args.use_muon and training_args.learning_rate == 0.002
+    script_args.use_muon = True
+    with pytest.raises(InputError, match="--use_muon cannot be used here: DeepSpeed"):
+        pretrain.check(script_args, training_args, model_args)
 
 
 def test_text_of_less_than_one_row_is_one_row(run, tmp_path):

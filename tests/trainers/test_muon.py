@@ -10,8 +10,6 @@ from transformers import get_linear_schedule_with_warmup
 from hfllm.errors import InputError
 from hfllm.trainers.muon import MuonWithAdamW, muon_of
 
-pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
-
 
 def orthogonal(matrix):
     """The nearest semi-orthogonal matrix, by singular values."""

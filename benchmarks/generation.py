@@ -1,0 +1,203 @@
+"""Tokens a second of every way to decode, against transformers' `generate` on LlamaForCausalLM of the same weights.
+
+    OMP_NUM_THREADS=1 accelerate launch recipes/speculative.py       # makes outputs/speculative/sft and draft_sft
+    OMP_NUM_THREADS=1 python benchmarks/generation.py --output benchmarks/results/generation.md
+
+All ways run in one process, turn by turn, and the ratio to plain `generate` is the median of the ratios within a
+round; times are CPU-seconds. The output of each way is compared with the plain one's. What `torch.compile` takes is
+reported beside the table, not inside it.
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PLAIN = "Llama, generate"
+
+
+class Prompts:
+    """Batches of the world's held-out questions, or of texts in a file, one a line."""
+
+    def __init__(self, tokenizer: Any, count: int, batch_size: int, path: str | None):
+        from hfllm.data.tokenizer import tokenize_prompts
+        from hfllm.data.world import World
+
+        if path:
+            prompts: list = Path(path).read_text().splitlines()[:count]
+        else:
+            prompts = [task.prompt_row()["prompt"] for task in World(0).evaluation_tasks(count)]
+        ids = tokenize_prompts(prompts, tokenizer)
+        pad = {"padding_side": "left", "return_tensors": "pt"}
+        parts = [ids[at : at + batch_size] for at in range(0, len(ids), batch_size)]
+        self.batches = [tokenizer.pad({"input_ids": part}, **pad) for part in parts]
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
+    """The model as ours and as Llama, the draft model or `None`, and the tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import hfllm
+
+    if not Path(args.model_name_or_path).is_dir():
+        sys.exit(f"{args.model_name_or_path}: no such folder; recipes/speculative.py makes it")
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    ours = AutoModelForCausalLM.from_pretrained(args.model_name_or_path).eval()
+    if ours.config.model_type != "hfllm":
+        ours = hfllm.from_native(args.model_name_or_path).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        hfllm.to_native(ours, folder)
+        llama = AutoModelForCausalLM.from_pretrained(folder).eval()
+    named = args.assistant_model_name_or_path
+    draft = AutoModelForCausalLM.from_pretrained(named).eval() if named else None
+    if type(llama).__name__ != "LlamaForCausalLM":
+        sys.exit(f"{args.model_name_or_path} is a {type(llama).__name__} to transformers: this compares Llamas")
+    return ours, llama, draft, tokenizer
+
+
+class Ways:
+    """Every way to decode the batches: name -> a function that returns the new tokens of each row."""
+
+    def __init__(self, ours: Any, llama: Any, draft: Any, batches: list, options: dict[str, Any], compile: bool):
+        self.batches, self.options, self.found = batches, options, {}
+        single = len(batches[0]["input_ids"]) == 1
+        self.runs: dict[str, Callable[[], list[list[int]]]] = {
+            PLAIN: self._generate(llama),
+            "Llama, generate, static cache": self._generate(llama, cache_implementation="static"),
+            "Llama, generate, fp8 cache": self._generate(
+                llama, cache_implementation="quantized", cache_config={"backend": "fp8"}
+            ),
+            "hfllm, generate": self._generate(ours),
+        }
+        if single:
+            self.runs["Llama, assisted, prompt lookup"] = self._generate(llama, prompt_lookup_num_tokens=4)
+        if single and draft is not None:
+            self.runs["Llama, assisted, draft model"] = self._generate(llama, assistant_model=draft)
+        self._add_ours(ours, draft, compile)
+
+    def _add_ours(self, ours: Any, draft: Any, compile: bool) -> None:
+        from hfllm.generation.drafts import EarlyExitDraft, ModelDraft, PromptLookupDraft
+        from hfllm.generation.lookahead import AdaptiveLookahead
+        from hfllm.generation.measure import measure_costs
+
+        drafts = {"prompt lookup": PromptLookupDraft(), "early exit": EarlyExitDraft()}
+        if draft is not None:
+            drafts["draft model"] = ModelDraft(draft)
+        for compiled in (False, True) if compile else (False,):
+            suffix = ", compiled" if compiled else ""
+            self.runs[f"ours, plain{suffix}"] = self._speculate(ours, "plain", None, 0, compiled)
+            for name, source in drafts.items():
+                costs = measure_costs(ours, source, self.batches[0], compile=compiled, clock=time.process_time)
+                print(f"{name}{suffix}: draft {costs.draft:.2f}, verification {costs.verification:.2f}", flush=True)
+                # Compiled runs of the target are always as wide as the longest draft.
+                lookahead = 4 if compiled else AdaptiveLookahead(costs.per_draft)
+                label = f"ours, {name}{suffix}"
+                self.runs[label] = self._speculate(ours, label, source, lookahead, compiled)
+
+    def _generate(self, model: Any, **settings: Any) -> Callable[[], list[list[int]]]:
+        def run() -> list[list[int]]:
+            outputs = (model.generate(**batch, **self.options, **settings) for batch in self.batches)
+            return self._new(outputs)
+
+        return run
+
+    def _speculate(self, model: Any, name: str, draft: Any, lookahead: Any, compiled: bool) -> Callable:
+        from hfllm.generation.measure import speculative
+
+        def run() -> list[list[int]]:
+            settings = {**self.options, "lookahead": lookahead, "compile": compiled}
+            outputs, self.found[name] = speculative(model, draft, self.batches, **settings)
+            return self._new(outputs)
+
+        return run
+
+    def _new(self, outputs: Any) -> list[list[int]]:
+        """New tokens of each row without the padding behind them."""
+        rows, pad = [], self.options["pad_token_id"]
+        for batch, output in zip(self.batches, outputs, strict=True):
+            for row in output[:, batch["input_ids"].shape[1] :].tolist():
+                while row and row[-1] == pad:
+                    row.pop()
+                rows.append(row)
+        return rows
+
+
+def compare(ways: Ways, rounds: int) -> list[str]:
+    """Rows of the table; the first run of each is a warm-up, whose time is told apart."""
+    first, outputs, seconds = {}, {}, {name: [] for name in ways.runs}
+    for name, run in ways.runs.items():
+        began = time.process_time()
+        outputs[name] = run()
+        first[name] = time.process_time() - began
+    for number in range(rounds):
+        for name in list(ways.runs) if number % 2 else list(ways.runs)[::-1]:
+            began = time.process_time()
+            ways.runs[name]()
+            seconds[name].append(time.process_time() - began)
+    rows = []
+    for name in ways.runs:
+        amount = sum(map(len, outputs[name]))
+        pairs = zip(seconds[PLAIN], seconds[name], strict=True)
+        # Tokens a second, so that a cache that changes the output is not faster by saying less.
+        ratio = statistics.median(theirs / mine for theirs, mine in pairs) * amount / sum(map(len, outputs[PLAIN]))
+        same = sum(a == b for a, b in zip(outputs[name], outputs[PLAIN], strict=True)) / len(outputs[PLAIN])
+        seen = ways.found.get(name)
+        drafting = f"{seen.acceptance_rate:.2f} | {seen.tokens_per_target_call:.2f}" if seen else "| "
+        speed = amount / statistics.median(seconds[name])
+        rows.append(f"| {name} | {speed:.0f} | {ratio:.2f} | {same:.2f} | {drafting} | {first[name]:.1f} |")
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", default="outputs/speculative/sft")
+    parser.add_argument("--assistant_model_name_or_path", default="outputs/speculative/draft_sft")
+    parser.add_argument("--prompts", help="A file of prompts, one a line; by default the world's questions.")
+    parser.add_argument("--num_prompts", type=int, default=32)
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="Also measure compiled models.")
+    parser.add_argument("--output", help="A Markdown file to write.")
+    args = parser.parse_args()
+    import torch
+    import transformers
+
+    ours, llama, draft, tokenizer = load(args)
+    options = {
+        "max_new_tokens": args.max_new_tokens,
+        "do_sample": False,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    lines = [
+        "# Ways to decode, against transformers' `generate`",
+        "",
+        f"`{' '.join(['python', *sys.argv])}` on {platform.machine()}, {torch.get_num_threads()} thread(s), torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, {ours.num_parameters():,} parameters"
+        + (f", draft of {draft.num_parameters():,}." if draft is not None else "."),
+        "",
+    ]
+    for size in args.batch_sizes:
+        prompts = Prompts(tokenizer, args.num_prompts, size, args.prompts)
+        ways = Ways(ours, llama, draft, prompts.batches, options, args.compile)
+        lines += [f"## Batch {size}", ""]
+        lines += [
+            "| way | tokens/CPU-s | ratio | same | accepted | tokens a run | first time, CPU-s |",
+            "|" + " - |" * 7,
+        ]
+        lines += [*compare(ways, args.rounds), ""]
+    if args.output:
+        from hfllm.reporting import write_atomically
+
+        write_atomically(Path(args.output), "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""The ways to store a model's linear layers in fewer bits, behind one small interface.
+
+Each scheme is a `quantization_config` of transformers, so that its models are saved, loaded, pushed and given adapters
+as any others. Embeddings, norms and the output head stay as they are, as do experts of a mixture.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from hfllm.compression.affine import OUTLIER_THRESHOLD
+from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+# Where bitsandbytes has kernels, or plain torch code in their place.
+BITSANDBYTES_DEVICES = ("cpu", "cuda", "xpu", "hpu")
+# Its 4-bit kernel for CPUs with AVX512-BF16 lays out 32 rows at a time and wants whole blocks of 64 in each.
+NF4_CPU_MULTIPLES = (64, 32)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to quantize.
+
+    Args:
+        name: as flags have it.
+        description: one line.
+        make_config: dtype of the rest of the model, names of layers to leave (or `None` for the usual ones) ->
+            `quantization_config` for `from_pretrained`.
+        convert: a linear layer -> the same layer, quantized.
+        devices: types of device that it runs on.
+        library: that it needs, with what installs it; `None` where torch is enough.
+        cpu_multiples: what a layer's inputs and outputs must be multiples of on a CPU.
+    """
+
+    name: str
+    description: str
+    make_config: Callable[["torch.dtype", list[str] | None], Any]
+    convert: Callable[["nn.Linear"], "nn.Module"]
+    devices: tuple[str, ...]
+    library: tuple[str, str] | None = None
+    cpu_multiples: tuple[int, int] = (1, 1)
+
+    def check(self, device: str | None = None) -> None:
+        """Refuse the scheme where it cannot run.
+
+        Args:
+            device: type of device; by default the one that models are put on.
+
+        Raises:
+            InputError: when a library is missing, with the command that installs it, or the device is not one of the
+                scheme's.
+        """
+        device = default_device() if device is None else device
+        if self.library and find_spec(self.library[0]) is None:
+            raise InputError(f"scheme {self.name!r} needs {self.library[0]}: {self.library[1]}")
+        if device not in self.devices:
+            others = [scheme.name for scheme in SCHEMES.values() if device in scheme.devices]
+            instead = f"; on {device}: {', '.join(others)}" if others else ""
+            raise InputError(f"scheme {self.name!r} runs on {', '.join(self.devices)}, not on {device}{instead}")
+
+    def fits(self, linear: "nn.Linear") -> bool:
+        """Whether the library can run this layer on the device that models are put on."""
+        inputs, outputs = self.cpu_multiples if default_device() == "cpu" else (1, 1)
+        return linear.in_features % inputs == 0 and linear.out_features % outputs == 0
+
+    def left(self, model: "PreTrainedModel") -> list[str]:
+        """Names of the linear layers that the scheme leaves as they are, since the library cannot run them.
+
+        Raises:
+            InputError: when those are all.
+        """
+        names = linear_names(model)
+        left = [name for name in names if not self.fits(model.get_submodule(name))]
+        if len(left) == len(names):
+            raise InputError(
+                f"scheme {self.name!r} needs layers with a multiple of {self.cpu_multiples[0]} inputs and "
+                f"{self.cpu_multiples[1]} outputs on a CPU; this model has none"
+            )
+        return left
+
+    def load(self, name: str, **load_kwargs: Any) -> "PreTrainedModel":
+        """Load a causal language model from full weights and quantize it on the way.
+
+        Args:
+            name: folder or Hub id of the model.
+            load_kwargs: of `from_pretrained`.
+
+        Raises:
+            InputError: when the scheme cannot run here, or the model is quantized already or cannot be loaded.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.check()
+        try:
+            config = AutoConfig.from_pretrained(name, revision=load_kwargs.get("revision"))
+            refuse_quantized(config, name)
+            quantization = self._config_for(config, load_kwargs.get("dtype", config.dtype))
+            return AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, **load_kwargs).eval()
+        except (OSError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"model {name!r} could not be loaded as {self.name}: {reason}") from error
+
+    def _config_for(self, config: Any, dtype: Any) -> Any:
+        """The `quantization_config` for a model of this config."""
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.quantizers.base import get_keys_to_not_convert
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        left = self.left(model)
+        if isinstance(dtype, str):
+            dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
+        # Names replace the usual ones, so that those have to be among them.
+        return self.make_config(dtype or torch.float32, [*get_keys_to_not_convert(model), *left] if left else None)
+
+
+def get_scheme(name: str) -> Scheme:
+    """The scheme called `name`.
+
+    Raises:
+        InputError: when there is none.
+    """
+    if name not in SCHEMES:
+        raise InputError(f"scheme {name!r} is not one of {', '.join(SCHEMES)}")
+    return SCHEMES[name]
+
+
+def default_device() -> str:
+    """Type of the device that quantized models are put on: the accelerator if there is one, else the CPU."""
+    import torch
+
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+
+
+def refuse_quantized(config: Any, name: str) -> None:
+    """Refuse a model that is quantized already: its full weights are gone.
+
+    Raises:
+        InputError: if it is.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    quantization = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = getattr(quantization.get("quant_method"), "value", quantization.get("quant_method"))
+    raise InputError(
+        f"model {name!r} is quantized already ({method}): name the model in full precision that it was made from"
+    )
+
+
+# ---- what is quantized, and how large it is ----
+
+
+def linear_names(model: "PreTrainedModel") -> list[str]:
+    """Names of the linear layers of an unquantized model that the schemes quantize.
+
+    Raises:
+        InputError: when there is none.
+    """
+    from torch import nn
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    # What transformers' quantizers leave: the output head, and what is tied to it.
+    kept = get_keys_to_not_convert(model)
+    names = [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and should_convert_module(name, kept)
+    ]
+    if not names:
+        raise InputError(
+            f"a {type(model).__name__} has no linear layers to quantize; recipes/convert.py makes models of other "
+            "families into the hfllm family, whose layers are"
+        )
+    return names
+
+
+def stored_bytes(*modules: "nn.Module") -> int:
+    """Bytes of what the modules save: weights, scales and the rest; what is shared counts once."""
+    # All at once: some are made for the occasion, and a later one could take the place in memory of one let go.
+    tensors = [tensor for module in modules for tensor in module.state_dict().values()]
+    distinct = {(tensor.device, tensor.data_ptr(), tensor.numel()): tensor for tensor in tensors}
+    return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
+
+
+def linear_bytes(model: "PreTrainedModel", names: Sequence[str]) -> int:
+    """Bytes of the layers called `names`."""
+    return stored_bytes(*(model.get_submodule(name) for name in names))
+
+
+# ---- the schemes ----
+
+
+def _int8_config(dtype: "torch.dtype", skipped: list[str] | None) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=OUTLIER_THRESHOLD, llm_int8_skip_modules=skipped)
+
+
+def _int8_layer(linear: "nn.Linear") -> "nn.Module":
+    import bitsandbytes
+
+    layer = bitsandbytes.nn.Linear8bitLt(
+        linear.in_features,
+        linear.out_features,
+        linear.bias is not None,
+        has_fp16_weights=False,
+        threshold=OUTLIER_THRESHOLD,
+    )
+    weight = linear.weight.detach().cpu().clone()
+    layer.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    layer.bias = linear.bias
+    return layer.to(linear.weight.device).train(linear.training)
+
+
+def _nf4(double: bool) -> tuple[Callable, Callable]:
+    """Config and layer of NF4, whose block scales are quantized too if `double`."""
+
+    def config(dtype: "torch.dtype", skipped: list[str] | None) -> Any:
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=double,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=skipped,
+        )
+
+    def layer(linear: "nn.Linear") -> "nn.Module":
+        import bitsandbytes
+
+        quantized = bitsandbytes.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            compute_dtype=linear.weight.dtype,
+            compress_statistics=double,
+            quant_type="nf4",
+        )
+        quantized.weight = bitsandbytes.nn.Params4bit(
+            linear.weight.detach().cpu().clone(), requires_grad=False, compress_statistics=double, quant_type="nf4"
+        )
+        quantized.bias = linear.bias
+        return quantized.to(linear.weight.device).train(linear.training)
+
+    return config, layer
+
+
+def _dynamic_config(dtype: "torch.dtype", skipped: list[str] | None) -> Any:
+    from hfllm.compression.dynamic_int8 import DynamicInt8Config
+
+    return DynamicInt8Config(modules_to_not_convert=skipped)
+
+
+def _dynamic_layer(linear: "nn.Linear") -> "nn.Module":
+    from hfllm.compression.dynamic_int8 import DynamicInt8Linear
+
+    return DynamicInt8Linear.from_linear(linear)
+
+
+_BITSANDBYTES = ("bitsandbytes", "pip install 'hfllm[int8]'")
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme(
+            "int8",
+            "LLM.int8: a scale a row and token, outlier features apart (bitsandbytes)",
+            _int8_config,
+            _int8_layer,
+            BITSANDBYTES_DEVICES,
+            _BITSANDBYTES,
+        ),
+        Scheme(
+            "nf4",
+            "16 levels at a normal distribution's quantiles, a scale for 64 weights (bitsandbytes)",
+            *_nf4(double=False),
+            BITSANDBYTES_DEVICES,
+            _BITSANDBYTES,
+            NF4_CPU_MULTIPLES,
+        ),
+        Scheme(
+            "nf4_double",
+            "nf4 whose scales are in 8 bits themselves (bitsandbytes)",
+            *_nf4(double=True),
+            BITSANDBYTES_DEVICES,
+            _BITSANDBYTES,
+            NF4_CPU_MULTIPLES,
+        ),
+        Scheme(
+            "dynamic",
+            "int8 weights and inputs, a scale a row and token, for serving on a CPU",
+            _dynamic_config,
+            _dynamic_layer,
+            ("cpu",),
+        ),
+    )
+}

@@ -1,0 +1,101 @@
+"""Which layers hurt: quantize one part of a model at a time and see what its loss does."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from hfllm.compression.schemes import Scheme, linear_names
+from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PARTS = ("linear", "layer", "kind")
+
+
+def group_linears(names: Sequence[str], by: str) -> dict[str, list[str]]:
+    """Names of linear layers in the parts that are quantized together.
+
+    Args:
+        by: `linear` each alone; `layer` those of a decoder layer; `kind` those with the same place in their layer,
+            such as `mlp.down_proj`.
+
+    Raises:
+        InputError: for another word.
+    """
+    if by not in PARTS:
+        raise InputError(f"sensitivity by {by!r}: expected one of {', '.join(PARTS)}")
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        layer, kind = split_name(name)
+        groups.setdefault({"linear": name, "layer": layer, "kind": kind}[by], []).append(name)
+    return groups
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """`model.layers.3.mlp.down_proj` -> (`model.layers.3`, `mlp.down_proj`); a name without a number is both."""
+    words = name.split(".")
+    numbers = [place for place, word in enumerate(words) if word.isdecimal()]
+    if not numbers or numbers[0] == len(words) - 1:
+        return name, name
+    return ".".join(words[: numbers[0] + 1]), ".".join(words[numbers[0] + 1 :])
+
+
+@contextmanager
+def quantized_in_place(model: "PreTrainedModel", names: Sequence[str], scheme: Scheme) -> Iterator[None]:
+    """The model with these layers quantized, for as long as the context lasts; after it the very same model."""
+    originals = {name: model.get_submodule(name) for name in names}
+    try:
+        for name, layer in originals.items():
+            model.set_submodule(name, scheme.convert(layer))
+        yield
+    finally:
+        for name, layer in originals.items():
+            model.set_submodule(name, layer)
+
+
+def sensitivity(
+    model: "PreTrainedModel", scheme: Scheme, loss_of: Callable[["PreTrainedModel"], float], by: str = "layer"
+) -> list[dict[str, Any]]:
+    """The change of loss when one part of an unquantized model is quantized, and all others are not.
+
+    Args:
+        model: in full precision; it is left as it was.
+        scheme: of the quantized parts.
+        loss_of: the loss of a model in eval mode, such as its nats a token on held-out text; no gradient is kept.
+        by: `linear`, `layer` or `kind`, see `group_linears`.
+
+    Returns:
+        Rows, the worst first: `part`, `layers`, `weights`, `loss_change`, and `loss_change_per_million` weights, which
+        says where a byte spent on more bits helps most.
+
+    Raises:
+        InputError: when `by` is another word, or the scheme cannot run here.
+    """
+    import torch
+
+    scheme.check(model.device.type)
+    left = set(scheme.left(model))
+    groups = group_linears([name for name in linear_names(model) if name not in left], by)
+    # Layers that have to pass gradients on read their weights back, and would not show what integers do.
+    with torch.no_grad():
+        reference, rows = loss_of(model), []
+    for part, names in groups.items():
+        weights = sum(model.get_submodule(name).weight.numel() for name in names)
+        with torch.no_grad(), quantized_in_place(model, names, scheme):
+            change = loss_of(model) - reference
+        rows.append(
+            {
+                "part": part,
+                "layers": len(names),
+                "weights": weights,
+                "loss_change": change,
+                "loss_change_per_million": change / weights * 1e6,
+            }
+        )
+    return sorted(rows, key=lambda row: -row["loss_change"])
+
+
+def changes_by_part(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Part -> change of loss, for a plot."""
+    return {row["part"]: row["loss_change"] for row in rows}

@@ -1,0 +1,118 @@
+"""Whether an ability appears all at once, or only seems to: probes of many runs, by two metrics side by side.
+
+Wei et al. 2022, arXiv:2206.07682, call an ability emergent that smaller models lack; Schaeffer et al. 2023,
+arXiv:2304.15004, show that most such leaps are the metric's, which counts an answer only when every token is right.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from hfllm.evaluation.probes import KINDS, METRICS, mean_scores
+from hfllm.reporting import Plot
+
+NAMES = {"exact_match": "exact match", "token_match": "token match", "log_likelihood": "log-likelihood, nats a token"}
+
+
+@dataclass(frozen=True)
+class ProbedRun:
+    """A run and what it was found to do.
+
+    Args:
+        name: of the run.
+        parameters, compute, loss: its size, its training FLOPs, and its held-out loss.
+        rows: of `run_probes`.
+    """
+
+    name: str
+    parameters: float
+    compute: float
+    loss: float
+    rows: Sequence[Mapping[str, Any]]
+
+
+class Emergence:
+    """Probed runs in the order of their compute.
+
+    Args:
+        runs: at least one.
+    """
+
+    def __init__(self, runs: Sequence[ProbedRun]):
+        self.runs = sorted(runs, key=lambda run: run.compute)
+        self.by_kind = [mean_scores(run.rows) for run in self.runs]
+        self.by_family = [
+            mean_scores([row for row in run.rows if row["kind"] == KINDS[0]], by="family") for run in self.runs
+        ]
+
+    def metrics(self) -> dict[str, float]:
+        """The last run's scores, and how much of each metric's whole rise came in one step of compute."""
+        found = {}
+        for kind in KINDS:
+            name = kind.replace("-", "_")
+            for metric in METRICS:
+                values = [means[kind][metric] for means in self.by_kind]
+                found[f"{name}_{metric}"] = values[-1]
+                found[f"{name}_{metric}_sharpest_step"] = sharpest_step(values)
+        return found
+
+    def tables(self) -> dict[str, list[dict[str, Any]]]:
+        """Scores of each run by kind of prompt, and of the zero-shot questions by family."""
+        return {
+            "Probes by prompt": self._rows(self.by_kind, "prompt"),
+            "Zero-shot probes by family": self._rows(self.by_family, "family"),
+        }
+
+    def plots(self) -> dict[str, Plot]:
+        """Each metric over compute, by prompt and by family: the best of all runs up to each compute, and all runs."""
+        compute = [run.compute for run in self.runs]
+        drawn = {}
+        for title, means, stem in (
+            ("mean of all families", self.by_kind, "prompt"),
+            ("zero-shot", self.by_family, "family"),
+        ):
+            for metric in METRICS:
+                values = {label: [each[label][metric] for each in means] for label in means[0]}
+                drawn[f"probe_{metric}_by_{stem}"] = Plot(
+                    f"{NAMES[metric]} ({title})",
+                    "training FLOPs",
+                    NAMES[metric],
+                    {label: (compute, best_so_far(series)) for label, series in values.items()},
+                    points={f"_{label}": (compute, series) for label, series in values.items()},
+                    xscale="log",
+                )
+        return drawn
+
+    def _rows(self, means: Sequence[Mapping[str, Mapping[str, float]]], column: str) -> list[dict[str, Any]]:
+        return [
+            {
+                "run": run.name,
+                "N": f"{run.parameters:,.0f}",
+                "FLOPs": f"{run.compute:.3g}",
+                "loss": f"{run.loss:.4f}",
+                column: label,
+                **{name.replace("_", " "): f"{scores[name]:.3f}" for name in METRICS},
+            }
+            for run, each in zip(self.runs, means, strict=True)
+            for label, scores in each.items()
+        ]
+
+
+def best_so_far(values: Sequence[float]) -> list[float]:
+    """The running maximum."""
+    best = []
+    for value in values:
+        best.append(max(value, best[-1]) if best else value)
+    return best
+
+
+def sharpest_step(values: Sequence[float]) -> float:
+    """The largest step of the running maximum as a share of its whole rise; 0 where nothing rises.
+
+    1 is a leap, 1 / (runs - 1) a straight line.
+    """
+    best = best_so_far(values)
+    rise = best[-1] - best[0]
+    steps = [after - before for before, after in pairwise(best)]
+    return max(steps) / rise if rise > 0 else 0.0

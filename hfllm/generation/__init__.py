@@ -1,0 +1,1 @@
+"""How fast: speculative decoding, and the choice of a key-value cache."""

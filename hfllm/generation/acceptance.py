@@ -1,0 +1,135 @@
+"""The acceptance rule of speculative decoding, and what it is worth (Leviathan et al. 2023, arXiv:2211.17192).
+
+Shapes: B rows, G drafted tokens of each, V vocabulary size. Rows may have drafted fewer than G tokens; `counts` says
+how many, and what stands behind them is ignored.
+"""
+
+import torch
+
+
+def residual(target_probs: torch.Tensor, draft_probs: torch.Tensor) -> torch.Tensor:
+    """`norm(max(p - q, 0))`: what a rejected token is replaced from (section 2.3), shape (..., V) as the inputs.
+
+    Where p and q are equal nothing can be rejected but by rounding, and p itself is returned.
+    """
+    rest = (target_probs - draft_probs).clamp(min=0)
+    total = rest.sum(-1, keepdim=True)
+    return torch.where(total > 0, rest / total, target_probs)
+
+
+def acceptance_probability(target_probs: torch.Tensor, draft_probs: torch.Tensor) -> torch.Tensor:
+    """`min(1, p / q)` of drafted tokens, elementwise; a token that the draft cannot have drawn is never asked for."""
+    return (target_probs / draft_probs).clamp(max=1.0)
+
+
+def accept_sampled(
+    draft_tokens: torch.Tensor,
+    draft_probs: torch.Tensor | None,
+    target_probs: torch.Tensor,
+    counts: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Accept drafted tokens so that what comes out follows the target's distribution (algorithm 1 of the paper).
+
+    Args:
+        draft_tokens: (B, G), each drawn from the draft's distribution of its position.
+        draft_probs: (B, G, V), those distributions q; `None` when each token was certain (q is 1 there), as n-grams
+            of the prompt are.
+        target_probs: (B, G + 1, V), the target's distributions p after the same temperature, top-k and top-p.
+        counts: (B,) number of tokens that each row has drafted; by default G.
+        generator: the source of randomness.
+
+    Returns:
+        How many of each row's tokens are accepted, (B,), and the token that comes next, (B,): from the residual
+        distribution after a rejection, from the target's own after the last draft.
+    """
+    rows, drafted = draft_tokens.shape
+    device = target_probs.device
+    counts = torch.full((rows,), drafted, device=device) if counts is None else counts
+    chosen = draft_tokens.unsqueeze(-1)
+    p_chosen = target_probs[:, :drafted].gather(-1, chosen).squeeze(-1)
+    q_chosen = torch.ones_like(p_chosen) if draft_probs is None else draft_probs.gather(-1, chosen).squeeze(-1)
+    draws = torch.rand(rows, drafted, generator=generator, device=device, dtype=target_probs.dtype)
+    accepted = leading(draws < acceptance_probability(p_chosen, q_chosen), counts)
+    at = accepted.view(-1, 1, 1)
+    p = target_probs.gather(1, at.expand(-1, 1, target_probs.shape[-1])).squeeze(1)
+    if drafted == 0:
+        return accepted, draw(p, generator)
+    at = at.clamp(max=drafted - 1)
+    if draft_probs is None:
+        q = torch.zeros_like(p).scatter_(1, draft_tokens.gather(1, at.squeeze(-1)), 1.0)
+    else:
+        q = draft_probs.gather(1, at.expand(-1, 1, p.shape[-1])).squeeze(1)
+    rejected = (accepted < counts).unsqueeze(-1)
+    return accepted, draw(torch.where(rejected, residual(p, q), p), generator)
+
+
+def accept_greedy(
+    draft_tokens: torch.Tensor, target_tokens: torch.Tensor, counts: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Accept drafted tokens as long as they are the target's own choice.
+
+    Args:
+        draft_tokens: (B, G).
+        target_tokens: (B, G + 1), the most probable token at each position and after the last.
+        counts: (B,) number of tokens that each row has drafted; by default G.
+
+    Returns:
+        How many of each row's tokens are accepted, (B,), and the target's choice after them, (B,).
+    """
+    rows, drafted = draft_tokens.shape
+    counts = torch.full((rows,), drafted, device=target_tokens.device) if counts is None else counts
+    accepted = leading(draft_tokens == target_tokens[:, :drafted], counts)
+    return accepted, target_tokens.gather(1, accepted.unsqueeze(1)).squeeze(1)
+
+
+def leading(passes: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Number of leading `True` among the first `counts` of each row: (B, G) and (B,) to (B,)."""
+    within = torch.arange(passes.shape[1], device=passes.device) < counts.unsqueeze(1)
+    return (passes & within).long().cumprod(1).sum(1)
+
+
+def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """One token of each row's distribution: (B, V) to (B,)."""
+    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+
+
+def expected_tokens(alpha: float, gamma: float) -> float:
+    """Tokens that one run of the target yields: `(1 - alpha^(gamma + 1)) / (1 - alpha)` (equation 1).
+
+    Args:
+        alpha: probability that a drafted token is accepted, in [0, 1].
+        gamma: drafted tokens, at least 0.
+    """
+    return float(gamma + 1) if alpha == 1 else (1 - alpha ** (gamma + 1)) / (1 - alpha)
+
+
+def speedup(alpha: float, gamma: float, c: float) -> float:
+    """Expected improvement in time over plain decoding, `expected_tokens / (gamma * c + 1)` (theorem 3.8).
+
+    Args:
+        alpha: probability that a drafted token is accepted.
+        gamma: drafted tokens.
+        c: time of one draft step, in runs of the target. The theorem takes the target's time to be the same for
+            gamma + 1 tokens as for one; where each more costs a share v of a run, `c + v` accounts for it.
+    """
+    return expected_tokens(alpha, gamma) / (gamma * c + 1)
+
+
+def operations(alpha: float, gamma: float, c_hat: float) -> float:
+    """Expected factor on the arithmetic operations, `(gamma * c_hat + gamma + 1) / expected_tokens` (theorem 3.11).
+
+    Args:
+        alpha: probability that a drafted token is accepted.
+        gamma: drafted tokens.
+        c_hat: operations of one draft step, in those of the target for one token.
+    """
+    return (gamma * c_hat + gamma + 1) / expected_tokens(alpha, gamma)
+
+
+def optimal_lookahead(alpha: float, c: float, maximum: int = 32) -> int:
+    """The number of drafted tokens, from 0 to `maximum`, with the largest `speedup` (section 3.5).
+
+    0 says that drafting does not pay, which is so if and only if `alpha <= c` (corollary 3.9).
+    """
+    return max(range(maximum + 1), key=lambda gamma: speedup(alpha, gamma, c))

@@ -1,0 +1,155 @@
+"""The choices of a key-value cache, measured for the model at hand: memory a token, and speed.
+
+Speculative decoding brings a cache of its own (`hfllm.generation.ragged_cache`), which is measured beside them.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, QuantizedCache, StaticCache
+from transformers.utils import is_optimum_quanto_available
+
+from hfllm.errors import InputError
+from hfllm.generation.measure import interleaved
+from hfllm.generation.ragged_cache import attention_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# transformers' caches by the names used here. "sliding" is the dynamic one of a model whose layers have a window.
+KINDS = ("dynamic", "static", "sliding", "fp8", "int4", "offloaded")
+
+
+def make_cache(model: "PreTrainedModel", kind: str, max_length: int) -> Cache:
+    """An empty cache for `model.generate(cache=...)`.
+
+    Args:
+        model: a causal language model.
+        kind: `"dynamic"` grows with the text; `"static"` is allocated whole, for compilation; `"sliding"` keeps what
+            the model's window reaches; `"fp8"` and `"int4"` store fewer bits; `"offloaded"` keeps all layers but one
+            in the machine's memory.
+        max_length: longest sequence, in tokens; of the static cache alone.
+
+    Raises:
+        InputError: when the model or the machine cannot have it, saying what to do.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if kind == "dynamic":
+        return DynamicCache(config=config)
+    if kind == "static":
+        return StaticCache(config=config, max_cache_len=max_length)
+    if kind == "sliding":
+        if not any(attention_windows(config).values()):
+            raise InputError(
+                f"cache 'sliding': this {config.model_type} has no sliding_window, and to cut its memory would change "
+                "what it says; use 'dynamic', or a model with a window"
+            )
+        return DynamicCache(config=config)
+    if kind == "fp8":
+        return QuantizedCache(backend="fp8", config=config)
+    if kind == "int4":
+        if not is_optimum_quanto_available():
+            raise InputError("cache 'int4' needs optimum-quanto: pip install optimum-quanto, or use 'fp8'")
+        return QuantizedCache(backend="quanto", config=config)
+    if kind == "offloaded":
+        if model.device.type == "cpu":
+            raise InputError("cache 'offloaded' moves layers off an accelerator, and the model is on the CPU already")
+        return DynamicCache(config=config, offloading=True)
+    raise InputError(f"cache {kind!r} is not one of {', '.join(KINDS)}")
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of all tensors that a cache holds."""
+    seen: dict[int, int] = {}
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, (tuple, list)):
+            for part in value:
+                add(part)
+
+    for layer in cache.layers:
+        for name in ("keys", "values", "_quantized_keys", "_quantized_values"):
+            add(getattr(layer, name, None))
+    return sum(seen.values())
+
+
+def bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """Bytes that one token's keys and values take without quantization: 2 * layers * heads * head_dim * size.
+
+    Args:
+        config: of a decoder; its `num_key_value_heads` count, not its query heads.
+        dtype: of keys and values.
+    """
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * size * dtype.itemsize
+
+
+def measure_caches(
+    model: "PreTrainedModel",
+    batch: Mapping[str, torch.Tensor],
+    max_new_tokens: int,
+    kinds: Sequence[str] = KINDS,
+    rounds: int = 3,
+) -> list[dict[str, Any]]:
+    """Decode greedily with each cache, side by side.
+
+    Args:
+        batch: left-padded `input_ids` and `attention_mask` (B, S).
+        max_new_tokens: tokens to generate; rows do not end before.
+
+    Returns:
+        One row a kind: `cache`, `tokens_per_second`, `bytes_per_token` held at the end over the tokens seen,
+        `predicted_bytes_per_token` of the plain formula, `same_tokens` (the share that the dynamic cache also
+        generates), and `note`: why it could not be measured, if so.
+    """
+    rows, runs, outputs, caches = [], {}, {}, {}
+    length = batch["input_ids"].shape[1] + max_new_tokens
+    for kind in dict.fromkeys(("dynamic", *kinds)):
+        try:
+            make_cache(model, kind, length)
+        except InputError as error:
+            rows.append({"cache": kind, "note": str(error)})
+            continue
+        runs[kind] = _decoding(model, batch, kind, length, max_new_tokens, outputs, caches)
+    seconds = interleaved(runs, rounds)
+    expected = bytes_per_token(model.config.get_text_config(decoder=True), model.dtype)
+    # The last token was never read back.
+    held, new = len(batch["input_ids"]) * (length - 1), len(batch["input_ids"]) * max_new_tokens
+    measured = [
+        {
+            "cache": kind,
+            "tokens_per_second": new / statistics.median(seconds[kind]),
+            "bytes_per_token": cache_bytes(caches[kind]) / held,
+            "predicted_bytes_per_token": expected,
+            "same_tokens": float((outputs[kind] == outputs["dynamic"]).double().mean()),
+            "note": "",
+        }
+        for kind in runs
+    ]
+    return measured + rows
+
+
+def _decoding(
+    model: "PreTrainedModel",
+    batch: Mapping[str, torch.Tensor],
+    kind: str,
+    length: int,
+    max_new_tokens: int,
+    outputs: dict[str, torch.Tensor],
+    caches: dict[str, Cache],
+) -> Callable[[], None]:
+    """What decodes once with a new cache, and leaves both behind."""
+
+    def decode() -> None:
+        cache = make_cache(model, kind, length)
+        settings = {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens, "do_sample": False}
+        ids = model.generate(**batch, cache=cache, **settings)
+        outputs[kind], caches[kind] = ids[:, -max_new_tokens:], cache
+
+    return decode

@@ -1,0 +1,269 @@
+"""A key-value cache whose rows have lengths of their own, and a causal model that runs over it.
+
+A row's token at position t lies in column t. To roll a row back is then to count its length down: what lies behind is
+masked by the position of whoever asks, and overwritten when the row gets there again. Nothing is copied or moved,
+whatever the rows of a batch accept, and the memory is allocated once.
+
+Shapes: B rows, Q new tokens of each, K key-value heads, D head_dim, C columns, V vocabulary size.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+# Logits that a prompt's run may hold at once beyond those that are wanted: 256 MB in fp32.
+MOST_LOGITS = 2**26
+
+
+class RaggedLayer(CacheLayerMixin):
+    """Keys and values of one layer, each (B, C, K, D); allocated at the first update, when their sizes are known."""
+
+    is_sliding = False
+    is_compileable = True
+
+    def __init__(self, cache: "RaggedCache"):
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        shape = (key_states.shape[0], self.cache.capacity)
+        # Zeros: a masked column that held a NaN would still spoil the sum.
+        self.keys = key_states.new_zeros(*shape, key_states.shape[1], key_states.shape[3])
+        self.values = value_states.new_zeros(*shape, value_states.shape[1], value_states.shape[3])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store (B, K, Q, D) in the columns that the cache names; return all (B, K, width, D)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        cells, width = self.cache.cells.to(self.keys.device), self.cache.width
+        self.keys.flatten(0, 1).index_copy_(0, cells, key_states.transpose(1, 2).flatten(0, 1))
+        self.values.flatten(0, 1).index_copy_(0, cells, value_states.transpose(1, 2).flatten(0, 1))
+        return self.keys[:, :width].transpose(1, 2), self.values[:, :width].transpose(1, 2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.width, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.width
+
+    def get_max_length(self) -> int:
+        return self.cache.capacity
+
+
+class RaggedCache(Cache):
+    """One `RaggedLayer` for each layer of a model.
+
+    Args:
+        num_layers: layers of the model.
+        capacity: columns C, the longest sequence with its drafts.
+    """
+
+    def __init__(self, num_layers: int, capacity: int):
+        self.capacity, self.width = capacity, 0
+        self.cells: torch.Tensor | None = None
+        super().__init__(layers=[RaggedLayer(self) for _ in range(num_layers)])
+
+    def place(self, columns: torch.Tensor, width: int) -> None:
+        """Say where the next tokens go: `columns` (B, Q), and how many columns are looked at."""
+        rows = torch.arange(columns.shape[0], device=columns.device).unsqueeze(1)
+        self.cells, self.width = (rows * self.capacity + columns).flatten(), width
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drop all rows but these."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+
+
+class RaggedModel:
+    """A causal language model whose rows are each at a position of their own.
+
+    Args:
+        model: any causal language model of transformers that takes `position_ids` and four-dimensional masks.
+        capacity: columns of its cache.
+        compiled: what runs in place of the model, on shapes that do not change; see `compiled_forward`.
+        cache: the cache to use, by default a new one.
+
+    Raises:
+        InputError: for a model that this cannot work with.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        capacity: int,
+        compiled: Callable[..., Any] | None = None,
+        cache: RaggedCache | None = None,
+    ):
+        check_model(model)
+        config = model.config.get_text_config(decoder=True)
+        self.model, self.forward, self.static = model, compiled or model, compiled is not None
+        self.cache = cache or RaggedCache(config.num_hidden_layers, capacity)
+        self.windows = attention_windows(config)
+        self.is_eager = config._attn_implementation == "eager"
+        self.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        self.vocabulary = config.vocab_size
+
+    def __call__(
+        self, tokens: torch.Tensor, columns: torch.Tensor, last: torch.Tensor, longest: int, logits: int = 0
+    ) -> torch.Tensor:
+        """Logits (B, Q, V) of `tokens` (B, Q) that are written to `columns` (B, Q).
+
+        Args:
+            last: (B,), the last position that each row will ever need; drafts reach beyond it, whose positions may not
+                exist in the model.
+            longest: columns in use after this call.
+            logits: only those of that many last tokens; 0 is all.
+        """
+        width = self.cache.capacity if self.static else longest
+        self.cache.place(columns, width)
+        keep = {"logits_to_keep": logits} if self.keeps_logits else {}
+        output = self.forward(
+            input_ids=tokens,
+            attention_mask=self._mask(columns, width),
+            position_ids=columns.minimum(last.unsqueeze(1)),
+            cache=self.cache,
+            use_cache=True,
+            **keep,
+        )
+        return output.logits
+
+    def prefill(self, tokens: torch.Tensor, lengths: torch.Tensor, last: torch.Tensor, sizes: Sequence[int]) -> Any:
+        """Read prompts (B, S), padded on the right, into the cache; never compiled, since their lengths vary.
+
+        Args:
+            lengths: (B,), tokens of each prompt.
+            last: as for a call.
+            sizes: `lengths` as numbers.
+
+        Returns:
+            Logits (B, 1, V) behind each prompt.
+        """
+        spread = max(sizes) - min(sizes)
+        # The head runs on the columns where rows end. Far apart, those are too many: their last tokens go again.
+        together = len(sizes) * spread * self.vocabulary <= MOST_LOGITS or not self.keeps_logits
+        forward, self.forward = self.forward, self.model
+        columns = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        logits = self(tokens, columns, last, tokens.shape[1], logits=spread + 1 if together else 1)
+        at = lengths.unsqueeze(1) - 1
+        if not together:
+            logits = self(tokens.gather(1, at), at, last, tokens.shape[1])
+        elif spread:
+            index = at - (tokens.shape[1] - logits.shape[1])
+            logits = logits.gather(1, index.unsqueeze(-1).expand(-1, 1, logits.shape[-1]))
+        self.forward = forward
+        return logits[:, -1:]
+
+    def _mask(self, columns: torch.Tensor, width: int) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Who sees whom, (B, 1, Q, width): columns up to one's own, and within the window where there is one."""
+        behind = columns[:, None, :, None] - torch.arange(width, device=columns.device)
+        masks = {}
+        for kind, window in self.windows.items():
+            mask = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+            if self.is_eager:
+                dtype = self.model.dtype
+                mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+            masks[kind] = mask
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def attention_windows(config: Any) -> dict[str, int | None]:
+    """The window of each kind of layer that a model has, `None` for those without."""
+    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    if not kinds:
+        kinds = ["full_attention" if window is None else "sliding_attention"]
+    return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
+
+
+def check_model(model: "PreTrainedModel", name: str = "the model") -> None:
+    """Refuse a model that keeps another kind of state than keys and values by position.
+
+    Raises:
+        InputError: saying which kind, and what to use instead.
+    """
+    config = model.config
+    kind = f"{name} ({config.model_type})"
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"{kind} is an encoder-decoder: speculative decoding here takes causal language models; "
+            "transformers' generate(assistant_model=...) takes yours"
+        )
+    if hasattr(model, "get_base_model"):
+        raise InputError(f"{kind} is wrapped by PEFT: pass model.get_base_model(), whose layers keep the adapter")
+    parameters = inspect.signature(type(model).forward).parameters
+    if getattr(model, "_is_stateful", False) or not {"position_ids", "cache"} <= set(parameters):
+        raise InputError(
+            f"{kind} does not take positions and a key-value cache, so that drafts could not be undone: "
+            "use its own generate()"
+        )
+    others = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
+    others -= {"full_attention", "sliding_attention"}
+    if others:
+        raise InputError(f"{kind} has layers of type {', '.join(sorted(others))}: use its own generate()")
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise InputError(
+            f"{kind} runs attn_implementation={config._attn_implementation!r}, which takes no mask of one's own: "
+            "load it with attn_implementation='sdpa'"
+        )
+
+
+def padded_right(input_ids: torch.Tensor, attention_mask: torch.Tensor, columns: int) -> torch.Tensor:
+    """The tokens of each row that are not padding, from column 0 on, in a tensor of (B, `columns`) zeros."""
+    kept = attention_mask.bool()
+    tokens = input_ids.new_zeros(input_ids.shape[0], columns)
+    at = kept.long().cumsum(1) - 1
+    rows = torch.arange(input_ids.shape[0], device=input_ids.device).unsqueeze(1).expand_as(at)
+    tokens[rows[kept], at[kept]] = input_ids[kept]
+    return tokens
+
+
+def early_exit(model: "PreTrainedModel", layers: int) -> "PreTrainedModel":
+    """The same model with its first layers only, under its own final norm and head; no weight is copied.
+
+    Raises:
+        InputError: when the model has not more layers than that, or they cannot be found.
+    """
+    total = model.config.get_text_config(decoder=True).num_hidden_layers
+    if not 1 <= layers < total:
+        raise InputError(f"early exit after {layers} layer(s): expected 1 to {total - 1}, the model has {total}")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == total:
+            return _with_module(model, name.split("."), torch.nn.ModuleList(list(module)[:layers]))
+    raise InputError(f"early exit: {type(model).__name__} has no list of its {total} layers; use another draft")
+
+
+def _with_module(module: torch.nn.Module, path: Sequence[str], replacement: torch.nn.Module) -> Any:
+    """A copy of `module` that shares all its parts, except that `replacement` stands at `path`."""
+    if not path:
+        return replacement
+    copy = object.__new__(type(module))
+    # A trainer may have left a forward of its own on the original, which runs the original's layers.
+    copy.__dict__.update({name: value for name, value in vars(module).items() if name != "forward"})
+    copy._modules = dict(module._modules)
+    copy._modules[path[0]] = _with_module(module._modules[path[0]], path[1:], replacement)
+    return copy
+
+
+def compiled_forward(model: "PreTrainedModel") -> Callable[..., Any]:
+    """The model's forward through `torch.compile`, made once for each model.
+
+    The first call for each number of tokens takes seconds to minutes; a C++ compiler is needed on a CPU.
+    """
+    owner, compiled = vars(model).get("_hfllm_compiled", (None, None))
+    # A deep copy of a model carries this along, and must not run the weights of the original.
+    if owner != id(model):
+        compiled = torch.compile(model.forward, fullgraph=True, dynamic=False)
+        vars(model)["_hfllm_compiled"] = (id(model), compiled)
+    return compiled

@@ -1,0 +1,161 @@
+"""Bytes of activations: what the forward pass of this family's code keeps for the backward pass.
+
+`tests/scaling/test_memory.py` counts them with autograd's hooks. `korthikanti_activations` is the published formula
+for GPT-3's block, which keeps more: this family's attention keeps no scores, and its MLP computes its product again.
+"""
+
+from dataclasses import dataclass
+
+from hfllm.errors import InputError
+from hfllm.scaling.layouts import DEEPSPEED, MEGATRON, Layout
+from hfllm.scaling.shapes import Shape
+
+ATTENTION = ("flash", "eager")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes of each value.
+
+    Args:
+        weights, gradients: of a parameter.
+        optimizer: states of Adam for a parameter, with the fp32 copy of a 16-bit weight (K = 12 in the ZeRO paper).
+        compute: what matrix products read and write.
+        residual: the stream between layers.
+        is_autocast: weights stay in fp32, and a 16-bit copy of each lives from its use until its backward pass.
+    """
+
+    name: str
+    weights: int
+    gradients: int
+    optimizer: int
+    compute: int
+    residual: int
+    is_autocast: bool = False
+
+
+PRECISIONS = {
+    precision.name: precision
+    for precision in (
+        Precision("fp32", 4, 4, 8, 4, 4),
+        # Mixed precision of DeepSpeed and Megatron-LM.
+        Precision("bf16", 2, 2, 12, 2, 2),
+        Precision("fp16", 2, 2, 12, 2, 2),
+        # Mixed precision of accelerate without DeepSpeed.
+        Precision("bf16_autocast", 4, 4, 8, 2, 4, is_autocast=True),
+        Precision("fp16_autocast", 4, 4, 8, 2, 4, is_autocast=True),
+    )
+}
+
+
+def korthikanti_activations(
+    sequence_length: int,
+    micro_batch: int,
+    hidden_size: int,
+    heads: int,
+    tensor: int = 1,
+    sequence_parallel: bool = False,
+    recompute: str = "none",
+) -> float:
+    """Bytes of one layer of GPT-3's block in 16 bits with dropout (arXiv:2205.05198, equations 1 to 4 and 6).
+
+    s b h (34 + 5as/h), of which tensor parallelism splits all but 10, and with it sequence parallelism the rest;
+    selective recomputation drops 5as/h, full recomputation leaves 2.
+
+    Raises:
+        InputError: for another `recompute`.
+    """
+    if recompute not in ("none", "selective", "full"):
+        raise InputError(f"recompute={recompute!r} is not one of none, selective, full")
+    inputs = sequence_length * micro_batch * hidden_size
+    if recompute == "full":
+        return 2 * inputs
+    scores = 5 * heads * sequence_length / hidden_size if recompute == "none" else 0
+    return inputs * ((10 / tensor if sequence_parallel else 10) + (24 + scores) / tensor)
+
+
+def norm_bytes(shape: Shape, width: int, read: int) -> float:
+    """What a norm over `width` values of `read` bytes keeps of them; RMSNorm computes in fp32 and keeps that copy."""
+    if shape.norm_type == "layernorm":
+        return read * width + 8
+    # Of 16-bit values it keeps the normed ones too, for the gradient of its weight.
+    return 4 * width + (2 * width + 4 if read == 2 else 0)
+
+
+def _inputs(shape: Shape, precision: Precision) -> int:
+    """How often a layer keeps what its projections read: once a norm, but under autocast a copy for each."""
+    if not precision.is_autocast:
+        return shape.norms_per_layer
+    return 3 + (2 if shape.is_gated and not shape.num_local_experts else 1)
+
+
+def autocast_weights(shape: Shape) -> float:
+    """Bytes of the 16-bit copies of one layer's weights, without those of the MLP that are made again when needed."""
+    layer, projections = shape.layer_parameters(), 3 if shape.is_gated else 2
+    # Grouped products of experts are not cast.
+    return 2 * (layer["attention"] + layer["mlp"] * (projections - 1) / projections + layer["router"])
+
+
+def layer_activations(
+    shape: Shape, layout: Layout, precision: Precision, sequence_length: int, attention: str = "flash"
+) -> float:
+    """Bytes of one token in one layer that the forward pass keeps for the backward pass, on one device.
+
+    Args:
+        attention: `"flash"` keeps a number per query (also the CPU's kernel); `"eager"` all scores.
+    """
+    size, hidden = precision.compute, shape.hidden_size
+    if layout.recompute == "full":
+        return precision.residual * hidden / (layout.tensor if layout.sequence_parallel else 1)
+    # Two norms that read the same tensor keep it once, if they keep it as it is.
+    is_same = shape.parallel_block and (shape.norm_type == "layernorm" or precision.residual == 4)
+    whole = (1 if is_same else shape.norms_per_layer) * norm_bytes(shape, hidden, precision.residual)
+    whole += size * hidden * _inputs(shape, precision)
+    heads = size * (2 * shape.query_size + 2 * shape.key_size) + 4 * shape.num_attention_heads
+    if shape.qk_norm:
+        count = shape.num_attention_heads + shape.num_key_value_heads
+        heads += count * norm_bytes(shape, shape.head_dim, size)
+    if attention == "eager":
+        # The softmax in fp32 and, in 16 bits, a copy; keys and values repeated for each query head.
+        scores = (4 if size == 4 else 6) * shape.num_attention_heads * sequence_length
+        heads += size * 2 * (shape.query_size - shape.key_size) - 4 * shape.num_attention_heads
+        heads += scores if layout.recompute == "none" else 0
+    whole = whole / (layout.tensor if layout.sequence_parallel else 1)
+    mlp = _mlp_bytes(shape, layout, precision) / layout.tensor
+    return whole + heads / layout.attention_split(shape) + mlp
+
+
+def _mlp_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
+    width, hidden = shape.intermediate_size, shape.hidden_size
+    if shape.num_local_experts:
+        # Grouped products stay in fp32 under autocast. The tokens of each expert are copies.
+        size = 4 if precision.is_autocast else precision.compute
+        rows = shape.num_experts_per_tok * (size * (2 * hidden + 4 * width) + 28)
+        return rows + 3 * precision.residual * shape.num_local_experts
+    products = 2 if shape.is_gated else 1
+    # The dense MLP computes its inner activation again, except with weights that ZeRO-3 of DeepSpeed gathers.
+    is_gathered = layout.engine == DEEPSPEED and layout.zero_stage == 3
+    return precision.compute * width * products * (2 if is_gathered else 1)
+
+
+def layer_workspace(shape: Shape, layout: Layout, precision: Precision) -> float:
+    """Bytes of one token that the backward pass of one layer needs at once, besides what was kept.
+
+    The MLP's activation and its product, made again, and the gradients of these; of a mixture, of the token's experts.
+    """
+    rows = shape.num_experts_per_tok if shape.num_local_experts else 1
+    inner = (4 if shape.is_gated else 2) * shape.intermediate_size * rows / layout.tensor
+    return precision.compute * inner + precision.residual * shape.hidden_size
+
+
+def loss_bytes(shape: Shape, layout: Layout, precision: Precision, tokens: int) -> float:
+    """Bytes of the loss over `tokens` at its peak: log-probabilities and two gradients in fp32, 12 V a token.
+
+    With `shape.loss_chunk_size` only that many rows exist, but the head's gradient in fp32 and the hidden states' too.
+    """
+    split = layout.tensor if layout.engine == MEGATRON else 1
+    if not shape.loss_chunk_size:
+        return 12 * shape.vocab_size * tokens / split
+    rows = min(shape.loss_chunk_size, tokens)
+    head = 4 * shape.vocab_size * shape.hidden_size
+    return (12 * shape.vocab_size * rows + head) / split + precision.compute * shape.hidden_size * tokens

@@ -1,0 +1,149 @@
+"""Files that launch a layout: accelerate's and DeepSpeed's configurations, and the flags for a recipe.
+
+    for name, text in launch_files(plan, request).items(): ...
+
+The files in accelerate_configs/ and ds_configs/ are of the same makes, for any model.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from hfllm.scaling.layouts import DDP, DEEPSPEED, FSDP2, MEGATRON, SINGLE, TENSOR, Layout
+from hfllm.scaling.planner import Plan, Request
+
+ACCELERATE_FILE = "accelerate.yaml"
+DEEPSPEED_FILE = "ds_config.json"
+FLAGS_FILE = "flags.yaml"
+_TYPES = {SINGLE: "NO", DDP: "MULTI_GPU", TENSOR: "MULTI_GPU", DEEPSPEED: "DEEPSPEED", FSDP2: "FSDP"}
+
+
+def deepspeed_config(
+    zero_stage: int, offload: str | None = None, nvme_path: str = "/local_nvme", overlap: bool = False
+) -> dict[str, Any]:
+    """DeepSpeed's configuration of a ZeRO stage; `auto` is filled in from the recipe's flags.
+
+    Args:
+        offload: where weights and optimiser states go, `"cpu"` or `"nvme"` (ZeRO-Infinity, arXiv:2104.07857).
+        nvme_path: a folder on a local drive of each node.
+        overlap: communicate during the backward pass, for a second bucket of memory; nothing to gain on a CPU.
+    """
+    zero: dict[str, Any] = {"stage": zero_stage, "overlap_comm": overlap}
+    config: dict[str, Any] = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": zero,
+    }
+    if zero_stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    if offload is not None:
+        place = {"device": offload} | ({"nvme_path": nvme_path} if offload == "nvme" else {})
+        zero |= {"offload_optimizer": dict(place), "offload_param": dict(place)}
+    if offload == "nvme":
+        zero["offload_optimizer"] |= {"pipeline_read": True, "pipeline_write": True}
+        config["aio"] = {"block_size": 1048576, "queue_depth": 8, "single_submit": False, "overlap_events": True}
+    return config
+
+
+def accelerate_config(layout: Layout, request: Request, folder: str = "") -> dict[str, Any]:
+    """accelerate's configuration of a layout; `folder` holds DeepSpeed's."""
+    machines = -(-request.num_devices // request.device.per_node)
+    config: dict[str, Any] = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": _TYPES.get(layout.engine, "MEGATRON_LM"),
+        "machine_rank": 0,
+        "num_machines": machines,
+        "num_processes": request.num_devices,
+        # Several processes on a CPU are launched as if on GPUs; the flag --use_cpu keeps them there.
+        "use_cpu": request.device.name == "cpu" and layout.engine == SINGLE,
+    }
+    if layout.engine == DEEPSPEED:
+        # accelerate takes the precision, as all else, from DeepSpeed's own file.
+        file = str(PurePath(folder) / DEEPSPEED_FILE)
+        config["deepspeed_config"] = {"deepspeed_config_file": file, "zero3_init_flag": layout.zero_stage == 3}
+        if machines > 1:
+            config["deepspeed_config"]["deepspeed_multinode_launcher"] = "standard"
+        return config
+    config["mixed_precision"] = "no" if request.precision == "fp32" else request.precision
+    if layout.engine == FSDP2:
+        config["fsdp_config"] = fsdp2_config(layout.recompute == "full")
+        sizes = {"dp_replicate_size": 1, "dp_shard_size": layout.data, "tp_size": layout.tensor, "cp_size": 1}
+        config["parallelism_config"] = {f"parallelism_config_{name}": size for name, size in sizes.items()}
+    if layout.engine == MEGATRON:
+        config["megatron_lm_config"] = _megatron_config(layout, request)
+    return config
+
+
+def fsdp2_config(activation_checkpointing: bool = False) -> dict[str, Any]:
+    """FSDP2 over a transformer's layers, whose weights are gathered layer by layer."""
+    return {
+        "fsdp_version": 2,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_reshard_after_forward": True,
+        "fsdp_state_dict_type": "FULL_STATE_DICT",
+        "fsdp_cpu_ram_efficient_loading": True,
+        "fsdp_activation_checkpointing": activation_checkpointing,
+    }
+
+
+def _megatron_config(layout: Layout, request: Request) -> dict[str, Any]:
+    config = {
+        "megatron_lm_tp_degree": layout.tensor,
+        "megatron_lm_pp_degree": layout.pipeline,
+        "megatron_lm_num_micro_batches": layout.micro_batches(request.global_batch_size),
+        "megatron_lm_sequence_parallelism": layout.sequence_parallel,
+        "megatron_lm_use_distributed_optimizer": layout.zero_stage == 1,
+        "megatron_lm_expert_model_parallel_size": layout.expert,
+        "megatron_lm_gradient_clipping": 1.0,
+    }
+    if layout.recompute != "none":
+        config["megatron_lm_recompute_granularity"] = layout.recompute
+    if layout.recompute == "full":
+        config |= {"megatron_lm_recompute_method": "uniform", "megatron_lm_recompute_num_layers": 1}
+    return config
+
+
+def recipe_flags(plan: Plan, request: Request) -> dict[str, Any]:
+    """Flags of recipes/pretrain.py that make it do what was planned."""
+    layout = plan.layout
+    flags = {
+        "per_device_train_batch_size": layout.micro_batch,
+        "gradient_accumulation_steps": plan.micro_batches,
+        # FSDP2 does that by itself.
+        "activation_checkpointing": layout.recompute == "full" and layout.engine != FSDP2,
+        "bf16": request.precision == "bf16",
+        "max_length": request.max_length,
+        "total_tokens": str(int(request.tokens)),
+    }
+    flags |= {"fp16": True} if request.precision == "fp16" else {}
+    return flags | ({"use_cpu": True} if request.device.name == "cpu" else {})
+
+
+def launch_files(plan: Plan, request: Request, folder: str = "") -> dict[str, str]:
+    """File names and contents that launch a plan, made to lie in `folder`."""
+    text = _yaml(accelerate_config(plan.layout, request, folder))
+    if plan.layout.interleave > 1:
+        layers = request.shape.num_hidden_layers // (plan.layout.pipeline * plan.layout.interleave)
+        text = f"# accelerate has no key for MegatronLMPlugin(num_layers_per_virtual_pipeline_stage={layers})\n{text}"
+    files = {ACCELERATE_FILE: text}
+    if plan.layout.engine == DEEPSPEED:
+        config = deepspeed_config(plan.layout.zero_stage, overlap=request.device.name != "cpu")
+        if request.precision == "fp16":
+            config["fp16"] = {"enabled": "auto"}
+        files[DEEPSPEED_FILE] = json.dumps(config, indent=2) + "\n"
+    return files | {FLAGS_FILE: _yaml(recipe_flags(plan, request))}
+
+
+def _yaml(values: Mapping[str, Any], indent: str = "") -> str:
+    """YAML of nested mappings of plain values, each written as JSON, which YAML includes."""
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            lines.append(f"{indent}{name}:\n{_yaml(value, indent + '  ')}")
+        else:
+            lines.append(f"{indent}{name}: {json.dumps(value)}\n")
+    return "".join(lines)

@@ -1,0 +1,80 @@
+"""Accelerators: their memory, their peak, and how fast they reach each other. Numbers are their makers'."""
+
+import os
+from dataclasses import dataclass
+
+from hfllm.errors import InputError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """One kind of accelerator.
+
+    Args:
+        memory: bytes.
+        peak_16bit, peak_fp32: FLOP/s of dense matrix products, without sparsity.
+        bandwidth: bytes a second of its memory.
+        near: bytes a second to another device of the same node, in one direction.
+        far: bytes a second to a device of another node, in one direction.
+        per_node: devices of a node.
+        has_bf16: whether it computes in bf16.
+    """
+
+    name: str
+    memory: float
+    peak_16bit: float
+    peak_fp32: float
+    bandwidth: float
+    near: float
+    far: float
+    per_node: int = 8
+    has_bf16: bool = True
+
+    def peak(self, precision: str) -> float:
+        """Peak FLOP/s in a precision of `hfllm.scaling.memory.PRECISIONS`.
+
+        Raises:
+            InputError: when the device cannot compute in it.
+        """
+        if precision.startswith("bf16") and not self.has_bf16:
+            raise InputError(f"--precision {precision}: {self.name} has no bf16, use fp16 or fp32")
+        return self.peak_fp32 if precision == "fp32" else self.peak_16bit
+
+
+def _cpu() -> Device:
+    """This machine as one device: 32 single-precision FLOPs a cycle and core (two AVX2 units), at 2.5 GHz."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    peak = (os.cpu_count() or 1) * 32 * 2.5e9
+    return Device("cpu", memory, peak, peak, bandwidth=20e9, near=10e9, far=1e9, per_node=1)
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        # NVLink 4, and 400 Gb/s InfiniBand for each GPU, as in a DGX.
+        Device("h100", 80 * GIB, 989e12, 67e12, 3.35e12, near=450e9, far=50e9),
+        Device("h200", 141e9, 989e12, 67e12, 4.8e12, near=450e9, far=50e9),
+        # NVLink 3, and 200 Gb/s.
+        Device("a100-80gb", 80 * GIB, 312e12, 19.5e12, 2.04e12, near=300e9, far=25e9),
+        Device("a100-40gb", 40 * GIB, 312e12, 19.5e12, 1.56e12, near=300e9, far=25e9),
+        # NVLink 2, and 100 Gb/s for two GPUs.
+        Device("v100", 32 * GIB, 125e12, 15.7e12, 0.9e12, near=150e9, far=6.25e9, has_bf16=False),
+        # PCIe 4.0, and 100 Gb/s for a node.
+        Device("rtx4090", 24 * GIB, 165e12, 82.6e12, 1.01e12, near=32e9, far=1.5e9),
+    )
+}
+
+
+def find_device(name: str) -> Device:
+    """A device by its name; `cpu` is this machine.
+
+    Raises:
+        InputError: for a name that is not known.
+    """
+    if name == "cpu":
+        return _cpu()
+    if name not in DEVICES:
+        raise InputError(f"--device {name!r} is not one of {', '.join(DEVICES)}, cpu")
+    return DEVICES[name]

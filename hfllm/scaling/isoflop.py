@@ -1,0 +1,115 @@
+"""Chinchilla's approaches 1 and 2: the compute-optimal size read off the runs, without a formula for the loss.
+
+Hoffmann et al. 2022, arXiv:2203.15556, sections 3.1 and 3.2.
+"""
+
+from dataclasses import dataclass
+
+import numpy
+
+from hfllm.errors import InputError
+from hfllm.scaling.laws import PowerLaw
+from hfllm.scaling.runs import Runs
+
+FEWEST_SIZES = 4
+
+
+@dataclass(frozen=True)
+class IsoFlop:
+    """Runs of one compute budget, and the parabola of their loss over log N.
+
+    Args:
+        compute: the budget (the geometric mean of the runs'), in FLOPs.
+        runs: its runs.
+        coefficients: of (log N)^2, log N and 1, log N counted from `centre`.
+        centre: mean log N of the runs.
+    """
+
+    compute: float
+    runs: Runs
+    coefficients: tuple[float, float, float]
+    centre: float
+
+    @property
+    def parameters(self) -> float:
+        """The N of least loss."""
+        square, linear, _ = self.coefficients
+        return float(numpy.exp(self.centre - linear / (2 * square)))
+
+    @property
+    def least_loss(self) -> float:
+        return float(self.loss(self.parameters))
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the least loss lies between the smallest and the largest run: otherwise it is extrapolated."""
+        return bool(self.runs.parameters.min() <= self.parameters <= self.runs.parameters.max())
+
+    def loss(self, parameters: float | numpy.ndarray) -> float | numpy.ndarray:
+        """The parabola at N."""
+        return numpy.polyval(self.coefficients, numpy.log(parameters) - self.centre)
+
+
+def isoflops(runs: Runs, tolerance: float = 0.05) -> list[IsoFlop]:
+    """Budgets of which there are at least four different model sizes, each with its parabola, least compute first.
+
+    The budget with the most sizes is taken first, then that with the most of what is left. A parabola that bends the
+    other way has no least loss and is left out.
+
+    Args:
+        tolerance: how far the compute of a budget's runs may lie apart: a factor of 1 + tolerance up and down.
+    """
+    left, found = numpy.argsort(runs.compute, kind="stable"), []
+    width = 2 * numpy.log1p(tolerance)
+    while True:
+        budgets = numpy.log(runs.compute[left])
+        windows = [left[(budgets >= low) & (budgets <= low + width)] for low in budgets]
+        sizes = [len(numpy.unique(numpy.round(numpy.log(runs.parameters[rows]), 3))) for rows in windows]
+        if not sizes or max(sizes) < FEWEST_SIZES:
+            return sorted(found, key=lambda budget: budget.compute)
+        rows = windows[int(numpy.argmax(sizes))]
+        left = left[~numpy.isin(left, rows)]
+        budget = _parabola(runs.subset(rows))
+        if budget.coefficients[0] > 0:
+            found.append(budget)
+
+
+def isoflop_law(budgets: list[IsoFlop]) -> PowerLaw:
+    """N = G C^a through the least losses of budgets that lie inside their runs (approach 2).
+
+    Raises:
+        InputError: when there are fewer than two of them.
+    """
+    inside = [budget for budget in budgets if budget.is_inside]
+    if len(inside) < 2:
+        raise InputError(
+            f"{len(inside)} compute budget(s) with {FEWEST_SIZES} model sizes around the best one: an IsoFLOP law "
+            "needs at least 2"
+        )
+    return PowerLaw.through([budget.compute for budget in inside], [budget.parameters for budget in inside])
+
+
+def frontier(runs: Runs) -> Runs:
+    """Runs that none of as little compute beats, least compute first: approach 1 on final losses."""
+    # Rounded, since budgets that are meant to be one differ in their last digits.
+    order = numpy.lexsort((runs.losses, numpy.log(runs.compute).round(6)))
+    before = numpy.minimum.accumulate(runs.losses[order])
+    better = numpy.concatenate([[True], before[1:] < before[:-1]])
+    return runs.subset(order[better])
+
+
+def frontier_law(runs: Runs) -> PowerLaw:
+    """N = G C^a through the frontier (approach 1). A coarse grid of sizes makes it jump: prefer the others.
+
+    Raises:
+        InputError: when the frontier has fewer than two budgets.
+    """
+    best = frontier(runs)
+    return PowerLaw.through(best.compute, best.parameters)
+
+
+def _parabola(runs: Runs) -> IsoFlop:
+    logarithms = numpy.log(runs.parameters)
+    centre = float(logarithms.mean())
+    coefficients = numpy.polyfit(logarithms - centre, runs.losses, 2)
+    return IsoFlop(float(numpy.exp(numpy.log(runs.compute).mean())), runs, tuple(map(float, coefficients)), centre)

@@ -1,0 +1,121 @@
+"""How a model is spread over devices: the degrees of each kind of parallelism, what they must divide, who runs it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hfllm.errors import InputError
+from hfllm.scaling.shapes import Shape
+
+RECOMPUTE = ("none", "selective", "full")
+# Who runs a layout; accelerate launches all of them. The recipes run the first three as they are, the next two need a
+# model that is loaded for tensor parallelism, and Megatron-LM brings models of its own.
+SINGLE, DDP, DEEPSPEED, FSDP2, TENSOR, MEGATRON = "single", "ddp", "deepspeed", "fsdp2", "tensor", "megatron"
+RECIPES = (SINGLE, DDP, DEEPSPEED)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to train: `data * tensor * pipeline` devices.
+
+    Args:
+        data: replicas of the model, or of its pipeline (ZeRO shards over these).
+        tensor: devices over which each matrix is split (Shoeybi et al. 2019, arXiv:1909.08053).
+        pipeline: stages of layers (Narayanan et al. 2021, arXiv:2104.04473).
+        expert: devices, out of the `data` ones, over which experts are spread.
+        zero_stage: what is sharded over `data`: 1 optimiser states, 2 also gradients, 3 also weights (Rajbhandari et
+            al. 2019, arXiv:1910.02054); 0 nothing.
+        recompute: which activations are computed again in the backward pass: `"none"`, `"selective"` (attention
+            scores; Korthikanti et al. 2022, arXiv:2205.05198) or `"full"` (all but each layer's input).
+        micro_batch: sequences that a device passes through the model at once.
+        interleave: chunks of layers that each stage holds.
+    """
+
+    data: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    zero_stage: int = 0
+    recompute: str = "none"
+    micro_batch: int = 1
+    interleave: int = 1
+
+    @property
+    def devices(self) -> int:
+        return self.data * self.tensor * self.pipeline
+
+    @property
+    def engine(self) -> str:
+        """Who runs it: `single`, `ddp`, `deepspeed`, `fsdp2`, `tensor` or `megatron`."""
+        if self.pipeline > 1 or self.expert > 1 or self.recompute == "selective":
+            return MEGATRON
+        if self.tensor > 1:
+            # accelerate composes tensor parallelism with sharding, but not with replicas.
+            return FSDP2 if self.data > 1 and self.zero_stage == 3 else TENSOR if self.data == 1 else MEGATRON
+        if self.data == 1:
+            return SINGLE
+        return DEEPSPEED if self.zero_stage else DDP
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether what tensor parallelism leaves whole is split along the sequence, as Megatron-LM does."""
+        return self.engine == MEGATRON and self.tensor > 1
+
+    def micro_batches(self, global_batch_size: int) -> int:
+        """Passes of each replica in one step."""
+        return global_batch_size // (self.data * self.micro_batch)
+
+    def attention_split(self, shape: Shape) -> int:
+        """Over how many devices attention is split: a single key-value head keeps it whole."""
+        return self.tensor if shape.num_key_value_heads > 1 or self.tensor == 1 else 1
+
+    def check(self, shape: Shape, devices: int, global_batch_size: int) -> None:
+        """Refuse what cannot run.
+
+        Raises:
+            InputError: naming what does not divide what.
+        """
+        for problem in self.problems(shape, devices, global_batch_size):
+            raise InputError(problem)
+
+    def problems(self, shape: Shape, devices: int, global_batch_size: int) -> Iterator[str]:
+        """What keeps the layout from running, a sentence each."""
+        if self.devices != devices:
+            yield (
+                f"data {self.data} x tensor {self.tensor} x pipeline {self.pipeline} are {self.devices} devices, "
+                f"--num_devices is {devices}"
+            )
+        yield from self._indivisible(shape, global_batch_size)
+        if self.engine == MEGATRON and self.zero_stage > 1:
+            yield (
+                f"zero_stage={self.zero_stage} does not go with tensor {self.tensor}, pipeline {self.pipeline}, "
+                f"expert {self.expert} and recompute {self.recompute}: Megatron-LM, which runs that, shards the "
+                "optimiser only"
+            )
+        if self.zero_stage and self.data == 1:
+            yield f"zero_stage={self.zero_stage} has nothing to shard over with data=1"
+
+    def _indivisible(self, shape: Shape, global_batch_size: int) -> Iterator[str]:
+        divided = [
+            ("tensor", self.tensor, "num_attention_heads", shape.num_attention_heads),
+            ("tensor", self.tensor, "intermediate_size", shape.intermediate_size),
+            ("pipeline", self.pipeline, "num_hidden_layers", shape.num_hidden_layers),
+            ("pipeline x interleave", self.pipeline * self.interleave, "num_hidden_layers", shape.num_hidden_layers),
+            ("expert", self.expert, "num_local_experts", shape.num_local_experts),
+            ("expert", self.expert, "data", self.data),
+            ("data x micro_batch", self.data * self.micro_batch, "global_batch_size", global_batch_size),
+        ]
+        if shape.num_key_value_heads > 1:
+            divided.insert(1, ("tensor", self.tensor, "num_key_value_heads", shape.num_key_value_heads))
+        for name, degree, of, size in divided:
+            if size % degree:
+                yield f"{name} {degree} does not divide {of}={size}"
+        if self.expert > 1 and not shape.num_local_experts:
+            yield f"expert {self.expert}: the model has no experts"
+        if self.interleave > 1 and (self.pipeline == 1 or self.micro_batches(global_batch_size) % self.pipeline):
+            yield f"interleave {self.interleave} needs a pipeline, and micro-batches that are a multiple of its stages"
+
+    def __str__(self) -> str:
+        degrees = {"data": self.data, "tensor": self.tensor, "pipeline": self.pipeline, "expert": self.expert}
+        parts = [f"{name} {size}" for name, size in degrees.items() if size > 1]
+        parts += [f"ZeRO-{self.zero_stage}"] if self.zero_stage else []
+        return ", ".join(parts) or "one device"

@@ -1,0 +1,202 @@
+"""Bytes that training takes on one device: weights, gradients, optimiser states, activations.
+
+    device_memory(shape, Layout(data=8, zero_stage=2), PRECISIONS["bf16"], sequence_length=4096).peak
+
+The activations themselves are counted in activations.py.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from hfllm.errors import InputError
+from hfllm.scaling.activations import (
+    ATTENTION,
+    PRECISIONS,
+    Precision,
+    autocast_weights,
+    layer_activations,
+    layer_workspace,
+    loss_bytes,
+    norm_bytes,
+)
+from hfllm.scaling.layouts import DDP, DEEPSPEED, FSDP2, MEGATRON, Layout
+from hfllm.scaling.shapes import Shape
+
+# DeepSpeed's defaults, in elements: reduce_bucket_size of ZeRO-1 and 2, stage3_max_live_parameters.
+REDUCE_BUCKET = 500_000_000
+MAX_LIVE_PARAMETERS = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest device, by part.
+
+    Args:
+        activations: what the forward pass keeps, and what one layer's backward pass needs besides.
+        logits: scores of the vocabulary, their softmax and their gradient.
+        buffers: of communication, and weights that ZeRO-3 gathers.
+        peak: the most that exists at once. Less than the sum of the parts where gradients come as activations go.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    buffers: float
+    peak: float
+
+
+def zero_state_bytes(
+    num_parameters: float, data: int = 1, zero_stage: int = 0, precision: Precision = PRECISIONS["bf16"]
+) -> dict[str, float]:
+    """Weights, gradients and optimiser states of one device (ZeRO, arXiv:1910.02054, figure 1)."""
+    return {
+        "weights": num_parameters * precision.weights / (data if zero_stage >= 3 else 1),
+        "gradients": num_parameters * precision.gradients / (data if zero_stage >= 2 else 1),
+        "optimizer": num_parameters * precision.optimizer / (data if zero_stage >= 1 else 1),
+    }
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One device's part of a pipeline: its layers, its ends, and how many micro-batches are under way in it."""
+
+    layers: int
+    is_first: bool
+    is_last: bool
+    passes: float
+
+
+def _stages(shape: Shape, layout: Layout, micro_batches: int) -> Iterator[_Stage]:
+    """The fullest stages: the first, which holds most micro-batches, and the last, which holds the logits."""
+    if layout.pipeline == 1:
+        yield _Stage(shape.num_hidden_layers, True, True, 1)
+        return
+    layers, p = shape.num_hidden_layers // layout.pipeline, layout.pipeline
+    # Interleaving keeps 1 + (p-1)/(pv) times as much (arXiv:2205.05198, section 4.2.3).
+    passes = min(p if layout.interleave == 1 else p * (1 + (p - 1) / (p * layout.interleave)), micro_batches)
+    yield _Stage(layers, True, False, passes)
+    yield _Stage(layers, False, True, 1)
+
+
+def _stage_parameters(shape: Shape, layout: Layout, stage: _Stage) -> tuple[float, float]:
+    """Parameters on one device before any sharding over `data`: those of experts, and all others."""
+    layer = shape.layer_parameters()
+    attention = layer["attention"] / layout.attention_split(shape)
+    dense = stage.layers * (attention + layer["mlp"] / layout.tensor + layer["router"] + layer["norms"])
+    parts = shape.parameters()
+    # transformers' plans split the head alone, Megatron-LM both tables.
+    table_split = layout.tensor if layout.engine == MEGATRON else 1
+    if stage.is_first:
+        dense += parts["embeddings"] / table_split + parts["positions"]
+    if stage.is_last and not (stage.is_first and shape.tie_word_embeddings):
+        dense += shape.vocab_size * shape.hidden_size / layout.tensor
+    if stage.is_last:
+        dense += parts["norms"] - shape.num_hidden_layers * layer["norms"]
+    return stage.layers * layer["experts"] / (layout.tensor * layout.expert), dense
+
+
+def _buffers(shape: Shape, layout: Layout, precision: Precision, parameters: float) -> float:
+    """What the engine of a layout holds besides: gradient buckets, and the weights that ZeRO-3 has gathered."""
+    layer = _layer_size(shape) / layout.tensor
+    if layout.engine == DDP:
+        return parameters * precision.gradients
+    if layout.engine == FSDP2:
+        # The layer at work and the one fetched ahead, and the gradient of one.
+        return layer * (2 * precision.compute + precision.gradients)
+    if layout.engine == DEEPSPEED:
+        bucket = min(REDUCE_BUCKET, parameters) * precision.gradients
+        if layout.zero_stage == 3:
+            # A matrix is gathered, and its gradient made, in one piece.
+            largest = _largest_tensor(shape)
+            live = max(min(MAX_LIVE_PARAMETERS, parameters), largest) * precision.weights
+            return live + max(bucket, largest * precision.gradients)
+        # ZeRO-1 and 2 keep a copy of their share of the weights, also of fp32 ones.
+        return bucket + (parameters * precision.weights / layout.data if precision.weights == 4 else 0)
+    return 0.0
+
+
+def device_memory(
+    shape: Shape,
+    layout: Layout,
+    precision: Precision,
+    sequence_length: int,
+    micro_batches: int = 1,
+    attention: str = "flash",
+) -> Memory:
+    """Bytes on the fullest device of a layout.
+
+    Args:
+        sequence_length: tokens of a row.
+        micro_batches: passes of a replica in one step; with more than one, gradients stay between them.
+        attention: `"flash"` or `"eager"`, see `layer_activations`.
+
+    Raises:
+        InputError: for another `attention`.
+    """
+    if attention not in ATTENTION:
+        raise InputError(f"attention={attention!r} is not one of {', '.join(ATTENTION)}")
+    options = shape, layout, precision, sequence_length, micro_batches, attention
+    return max((_stage_memory(stage, *options) for stage in _stages(shape, layout, micro_batches)), key=_peak)
+
+
+def _peak(memory: Memory) -> float:
+    return memory.peak
+
+
+def _stage_memory(
+    stage: _Stage,
+    shape: Shape,
+    layout: Layout,
+    precision: Precision,
+    sequence_length: int,
+    micro_batches: int,
+    attention: str,
+) -> Memory:
+    experts, dense = _stage_parameters(shape, layout, stage)
+    shares = [
+        zero_state_bytes(dense, layout.data, layout.zero_stage, precision),
+        zero_state_bytes(experts, layout.data // layout.expert, layout.zero_stage, precision),
+    ]
+    weights, gradients, optimizer = (sum(share[part] for share in shares) for part in shares[0])
+    tokens = layout.micro_batch * sequence_length
+    kept, at_work = _activation_bytes(stage, shape, layout, precision, sequence_length, attention)
+    logits = loss_bytes(shape, layout, precision, tokens) if stage.is_last else 0.0
+    buffers = _buffers(shape, layout, precision, dense + experts)
+    static = weights + optimizer + buffers
+    # Megatron-LM and ZeRO-3 hold gradients in flat buffers, the others free them after each step.
+    if micro_batches > 1 or layout.engine == MEGATRON or (layout.engine == DEEPSPEED and layout.zero_stage == 3):
+        peak = static + gradients + kept + max(logits, at_work)
+    else:
+        # Gradients come from the last layer to the first, and the embeddings' at the very end.
+        table = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
+        table, layer = (precision.gradients * count / layout.tensor for count in (table, _layer_size(shape)))
+        peak = static + max(kept + logits, kept + at_work + table, gradients - table - layer + at_work, gradients)
+    return Memory(weights, gradients, optimizer, kept + at_work, logits, buffers, peak)
+
+
+def _activation_bytes(
+    stage: _Stage, shape: Shape, layout: Layout, precision: Precision, sequence_length: int, attention: str
+) -> tuple[float, float]:
+    """What all micro-batches under way keep, and what the backward pass of one layer needs besides."""
+    tokens, hidden = layout.micro_batch * sequence_length, shape.hidden_size
+    kept = tokens * stage.layers * layer_activations(shape, layout, precision, sequence_length, attention)
+    if stage.is_last:
+        kept += tokens * (norm_bytes(shape, hidden, precision.residual) + precision.compute * hidden)
+    if precision.is_autocast and layout.recompute != "full":
+        kept += (stage.layers * autocast_weights(shape) + 2 * shape.vocab_size * hidden) / layout.tensor
+    at_work = tokens * layer_workspace(shape, layout, precision)
+    if layout.recompute != "none":
+        again = replace(layout, recompute="none")
+        at_work += tokens * layer_activations(shape, again, precision, sequence_length, attention)
+    return kept * stage.passes, at_work
+
+
+def _largest_tensor(shape: Shape) -> int:
+    width = shape.intermediate_size * (2 * shape.num_local_experts or 1)
+    return shape.hidden_size * max(width, shape.query_size, shape.vocab_size)
+
+
+def _layer_size(shape: Shape) -> int:
+    return sum(shape.layer_parameters().values())

@@ -1,0 +1,246 @@
+"""Which layouts of a model over devices fit, ranked by how soon they would be done.
+
+    request = Request(shape, find_device("h100"), num_devices=64, max_length=4096, global_batch_size=1024)
+    best, *others = plan(request)
+    best.layout, best.memory, best.days
+
+What fits is the matter of memory.py, how soon that of speed.py.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from hfllm.errors import InputError
+from hfllm.scaling.activations import ATTENTION, PRECISIONS, Precision
+from hfllm.scaling.devices import GIB, Device
+from hfllm.scaling.flops import SECONDS_PER_DAY, pipeline_bubble
+from hfllm.scaling.layouts import DDP, RECIPES, RECOMPUTE, SINGLE, TENSOR, Layout
+from hfllm.scaling.memory import Memory, device_memory
+from hfllm.scaling.shapes import Shape
+from hfllm.scaling.speed import EFFICIENCY, Speed, estimate
+
+MOST_SEQUENCES = 64
+# The rest is for the driver's context, communication libraries and fragments.
+USABLE = 0.9
+
+
+@dataclass
+class Request:
+    """What is to be planned. Degrees that are `None` are searched; the others are held.
+
+    Args:
+        shape: of the model.
+        device: of which there are `num_devices`.
+        max_length: tokens of a row.
+        global_batch_size: sequences of a step, over all devices.
+        tokens: to train on; `None` is 20 a parameter (Hoffmann et al. 2022, arXiv:2203.15556, approaches 1 and 2).
+        precision: `"bf16"`, `"fp16"` or `"fp32"`; how weights are kept in the first two depends on who runs a layout.
+        attention: `"flash"` or `"eager"`.
+        efficiency: share of its peak that a device reaches in matrix products.
+        mfu: share of the peak that was measured, bubble and communication included; takes the estimate's place in
+            the days.
+        usable: share of a device's memory to fill.
+
+    Raises:
+        InputError: for a number that is not positive, a share that is none, or a name that is not known.
+    """
+
+    shape: Shape
+    device: Device
+    num_devices: int = 8
+    max_length: int = 2048
+    global_batch_size: int = 256
+    tokens: float | None = None
+    precision: str = "bf16"
+    attention: str = "flash"
+    efficiency: float = EFFICIENCY
+    mfu: float | None = None
+    usable: float = USABLE
+    tensor_parallel: int | None = None
+    pipeline_parallel: int | None = None
+    expert_parallel: int | None = None
+    zero_stage: int | None = None
+    recompute: str | None = None
+    micro_batch_size: int | None = None
+    interleave: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = ("num_devices", "max_length", "global_batch_size", "micro_batch_size", "interleave")
+        for name in (*sizes, "tensor_parallel", "pipeline_parallel", "expert_parallel"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("efficiency", "mfu", "usable"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
+                raise InputError(f"{name}={getattr(self, name)} must lie above 0 and be at most 1")
+        if self.tokens is None:
+            self.tokens = 20.0 * self.shape.num_parameters()
+        if self.tokens <= 0:
+            raise InputError(f"tokens={self.tokens} must be above 0")
+        choices = {"precision": ("bf16", "fp16", "fp32"), "attention": ATTENTION, "recompute": (None, *RECOMPUTE)}
+        for name, allowed in {**choices, "zero_stage": (None, 0, 1, 2, 3)}.items():
+            if getattr(self, name) not in allowed:
+                accepted = ", ".join(str(value) for value in allowed if value is not None)
+                raise InputError(f"{name}={getattr(self, name)!r} is not one of {accepted}")
+        if self.recompute == "selective" and self.attention != "eager":
+            raise InputError(f"recompute='selective' drops scores, which attention={self.attention!r} never keeps")
+        learned = self.shape.position_embedding_type == "learned"
+        if learned and self.max_length > self.shape.max_position_embeddings:
+            raise InputError(
+                f"max_length={self.max_length} is more than the {self.shape.max_position_embeddings} learned positions"
+            )
+        self.device.peak(self.precision)
+
+    @property
+    def usable_bytes(self) -> float:
+        return self.usable * self.device.memory
+
+    def dtype(self, layout: Layout) -> Precision:
+        """Mixed precision as a layout's engine has it: 16-bit weights with fp32 copies, or autocast of fp32 ones."""
+        is_autocast = layout.engine in (SINGLE, DDP, TENSOR) and self.precision != "fp32"
+        return PRECISIONS[f"{self.precision}_autocast" if is_autocast else self.precision]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout with its cost.
+
+    Args:
+        micro_batches: passes of each replica in a step.
+        bubble: idle time of the pipeline over the time of useful work.
+        mfu: the estimate's, or the one that was asked for.
+        days: to train on all tokens.
+    """
+
+    layout: Layout
+    memory: Memory
+    speed: Speed
+    micro_batches: int
+    bubble: float
+    mfu: float
+    days: float
+
+
+def plan(request: Request) -> list[Plan]:
+    """The layouts that fit, fastest first; one for each way to spread the model, with its best settings.
+
+    Raises:
+        InputError: when a held degree does not divide what it has to, or nothing fits; the message says what is
+            closest.
+    """
+    found: dict[tuple, Plan] = {}
+    problem, smallest = None, None
+    for group in _groups(request):
+        if isinstance(group, str):
+            problem = problem or group
+            continue
+        # Micro-batches grow, and with them the memory.
+        for layout in group:
+            memory = _memory(request, layout)
+            if smallest is None or memory.peak < smallest[0].peak:
+                smallest = memory, layout
+            if memory.peak > request.usable_bytes:
+                break
+            one = _cost(request, layout, memory)
+            spread = (layout.data, layout.tensor, layout.pipeline, layout.expert, layout.zero_stage)
+            if spread not in found or _order(one) < _order(found[spread]):
+                found[spread] = one
+    if found:
+        return sorted(found.values(), key=_order)
+    if smallest is None:
+        raise InputError(problem or "no layout is possible")
+    memory, layout = smallest
+    raise InputError(
+        f"the model fits nowhere: of {request.usable_bytes / GIB:.3g} GiB usable on each of {request.num_devices} "
+        f"{request.device.name}, the smallest layout ({layout}, recompute {layout.recompute}) needs "
+        f"{memory.peak / GIB:.3g}: use more or larger devices, a shorter --max_length, or offload "
+        "(accelerate_configs/zero3_offload_cpu.yaml)"
+    )
+
+
+def choose(plans: list[Plan]) -> Plan:
+    """The fastest of the layouts that the recipes run as they are, or the fastest of all if none is among them."""
+    return next((one for one in plans if one.layout.engine in RECIPES), plans[0])
+
+
+def _order(one: Plan) -> tuple:
+    # Of equally fast ones the simplest, which is the one that needs less of everything.
+    layout = one.layout
+    return (round(one.speed.seconds, 9), layout.zero_stage, layout.tensor * layout.pipeline, one.memory.peak)
+
+
+def _memory(request: Request, layout: Layout) -> Memory:
+    passes = layout.micro_batches(request.global_batch_size)
+    return device_memory(request.shape, layout, request.dtype(layout), request.max_length, passes, request.attention)
+
+
+def _cost(request: Request, layout: Layout, memory: Memory) -> Plan:
+    speed = estimate(
+        *(request.shape, layout, request.dtype(layout), request.device, request.max_length),
+        *(request.global_batch_size, request.attention, request.efficiency),
+    )
+    passes = layout.micro_batches(request.global_batch_size)
+    mfu = request.mfu or speed.mfu
+    # Time is inverse to MFU.
+    days = request.tokens / speed.tokens_per_second * speed.mfu / mfu / SECONDS_PER_DAY
+    bubble = pipeline_bubble(layout.pipeline, passes, layout.interleave)
+    return Plan(layout, memory, speed, passes, bubble, mfu, days)
+
+
+def _groups(request: Request) -> Iterator[list[Layout] | str]:
+    """Layouts that can run, those that differ in the micro-batch together, smallest first.
+
+    For each other combination of held and possible degrees a sentence that says what is wrong with it.
+    """
+    shape, devices = request.shape, request.num_devices
+    tensors = _held(request.tensor_parallel) or _powers(request.device.per_node)
+    pipelines = _held(request.pipeline_parallel) or _divisors(shape.num_hidden_layers)
+    experts = _held(request.expert_parallel) or _divisors(max(1, shape.num_local_experts))
+    for tensor, pipeline, expert in product(tensors, pipelines, experts):
+        data = max(1, devices // (tensor * pipeline))
+        for zero_stage in _held(request.zero_stage) or _zero_stages(data, tensor, pipeline, expert):
+            spread = Layout(data, tensor, pipeline, expert, zero_stage)
+            problem = next(spread.problems(shape, devices, request.global_batch_size), None)
+            if problem is None:
+                yield from _settings(request, spread)
+            else:
+                yield problem
+
+
+def _settings(request: Request, spread: Layout) -> Iterator[list[Layout] | str]:
+    """A way to spread the model, with each way to recompute and to interleave."""
+    recomputes = ["none", "selective", "full"] if request.attention == "eager" else ["none", "full"]
+    recomputes = _held(request.recompute) or recomputes
+    interleaves = _held(request.interleave) or ([1, 2, 4] if spread.pipeline > 1 else [1])
+    for recompute, interleave in product(recomputes, interleaves):
+        group = []
+        for micro_batch in _held(request.micro_batch_size) or _powers(MOST_SEQUENCES):
+            layout = replace(spread, recompute=recompute, interleave=interleave, micro_batch=micro_batch)
+            problem = next(layout.problems(request.shape, request.num_devices, request.global_batch_size), None)
+            if problem is not None:
+                yield problem
+                break
+            group.append(layout)
+        yield group
+
+
+def _held(value: Any) -> list | None:
+    return None if value is None else [value]
+
+
+def _zero_stages(data: int, tensor: int, pipeline: int, expert: int) -> list[int]:
+    if data == 1:
+        return [0]
+    # Megatron-LM's choices, of which sharding costs nothing, and FSDP2's beside tensor parallelism.
+    if pipeline > 1 or expert > 1:
+        return [1]
+    return [1, 3] if tensor > 1 else [0, 1, 2, 3]
+
+
+def _powers(most: int) -> list[int]:
+    return [2**exponent for exponent in range(most.bit_length())]
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

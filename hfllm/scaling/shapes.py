@@ -1,0 +1,228 @@
+"""A model's shape: the sizes that decide its parameters, its FLOPs and its memory.
+
+    shape = Shape.from_config(preset("llama-2-70b"))      # or the content of a config.json
+    shape.num_parameters(), shape.kv_bytes_per_token()
+
+Fields have the names of `HfllmConfig`, and the same defaults. Names in formulas: h hidden_size, l layers, a heads,
+s sequence length, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from hfllm.errors import InputError
+
+_GPT = {
+    "norm_type": "layernorm",
+    "mlp_type": "plain",
+    "position_embedding_type": "learned",
+    "attention_bias": True,
+    "mlp_bias": True,
+    "tie_word_embeddings": True,
+}
+_GPT_NAMES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_inner": "intermediate_size",
+    "n_positions": "max_position_embeddings",
+}
+# model_type of a config.json: what its sizes are called if not as here, and what the type says without a field.
+FAMILIES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "hfllm": ({}, {}),
+    "llama": ({}, {}),
+    "mistral": ({}, {}),
+    "mixtral": ({}, {"num_local_experts": 8}),
+    "qwen2": ({}, {"attention_bias": True, "attention_output_bias": False}),
+    "qwen3": ({}, {"qk_norm": True}),
+    "gemma": ({}, {"tie_word_embeddings": True}),
+    "gpt2": (_GPT_NAMES, _GPT),
+    "openai-gpt": (_GPT_NAMES, {**_GPT, "norm_placement": "post"}),
+}
+_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
+def _megatron(layers: int, hidden: int, heads: int) -> dict[str, Any]:
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
+    return {**_GPT, **sizes, "vocab_size": 51200, "max_position_embeddings": 2048}
+
+
+# Published shapes that are no preset of the family: the ten models of Narayanan et al. 2021 (arXiv:2104.04473,
+# table 1), the first of which are smaller versions of the last, and MT-NLG (arXiv:2201.11990).
+NAMED_SHAPES: dict[str, dict[str, Any]] = {
+    "megatron-1.7b": _megatron(24, 2304, 24),
+    "megatron-3.6b": _megatron(30, 3072, 32),
+    "megatron-7.5b": _megatron(36, 4096, 32),
+    "megatron-18b": _megatron(40, 6144, 48),
+    "megatron-39b": _megatron(48, 8192, 64),
+    "megatron-76b": _megatron(60, 10240, 80),
+    "megatron-145b": _megatron(80, 12288, 96),
+    "megatron-310b": _megatron(96, 16384, 128),
+    "megatron-530b": _megatron(105, 20480, 128),
+    "gpt3-1t": _megatron(128, 25600, 160),
+}
+
+
+@dataclass
+class Shape:
+    """Sizes of a decoder. Unset sizes follow from the others, as in `HfllmConfig`.
+
+    Raises:
+        InputError: when a size is missing, not positive, or does not divide another.
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    vocab_size: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    max_position_embeddings: int = 2048
+    norm_type: str = "rmsnorm"
+    norm_placement: str = "pre"
+    norm_bias: bool = True
+    qk_norm: bool = False
+    parallel_block: bool = False
+    shared_norm: bool = True
+    mlp_type: str = "gated"
+    position_embedding_type: str = "rope"
+    num_local_experts: int = 0
+    num_experts_per_tok: int = 2
+    attention_bias: bool = False
+    attention_output_bias: bool | None = None
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    loss_chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in _REQUIRED:
+            self._check_size(name)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.hidden_size < self.num_attention_heads:
+                raise InputError(
+                    f"hidden_size={self.hidden_size} is less than num_attention_heads={self.num_attention_heads}"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.intermediate_size is None:
+            wide = 4 * self.hidden_size
+            self.intermediate_size = wide if self.mlp_type == "plain" else -(-wide * 2 // 3 // 16) * 16
+        if self.attention_output_bias is None:
+            self.attention_output_bias = self.attention_bias
+        for name in ("num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings"):
+            self._check_size(name)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"num_key_value_heads={self.num_key_value_heads} must divide "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        if self.num_local_experts and not 1 <= self.num_experts_per_tok <= self.num_local_experts:
+            raise InputError(
+                f"num_experts_per_tok={self.num_experts_per_tok} must lie between 1 and "
+                f"num_local_experts={self.num_local_experts}"
+            )
+
+    def _check_size(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{name}={value!r} must be a whole number of at least 1")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], source: str = "config") -> "Shape":
+        """The shape that a configuration describes.
+
+        Args:
+            config: fields of `HfllmConfig`, or the content of a config.json of one of `FAMILIES`.
+            source: where it comes from, for messages.
+
+        Raises:
+            InputError: for another `model_type`, a missing or an impossible size.
+        """
+        kind = config.get("model_type", "hfllm")
+        if kind not in FAMILIES:
+            raise InputError(f"{source}: model_type {kind!r} is not one of {', '.join(FAMILIES)}")
+        names, implied = FAMILIES[kind]
+        values = {**implied, **{names.get(name, name): value for name, value in config.items()}}
+        # Qwen's switch for a window, and the other name of the number of experts.
+        values.setdefault("num_local_experts", values.get("num_experts", 0))
+        known = {item.name: values[item.name] for item in fields(cls) if values.get(item.name) is not None}
+        missing = [name for name in _REQUIRED if name not in known]
+        if missing:
+            raise InputError(f"{source}: {missing[0]} is missing")
+        try:
+            return cls(**known)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
+
+    @property
+    def query_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_size(self) -> int:
+        """Width of all key heads together, which is also that of the values."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def is_gated(self) -> bool:
+        return self.mlp_type == "gated"
+
+    @property
+    def norms_per_layer(self) -> int:
+        return 1 if self.parallel_block and self.shared_norm else 2
+
+    def layer_parameters(self) -> dict[str, int]:
+        """Parameters of one layer by part; `mlp` is the dense one, `experts` are all experts together."""
+        hidden, width = self.hidden_size, self.intermediate_size
+        norm = 2 if self.norm_type == "layernorm" and self.norm_bias else 1
+        attention = hidden * (self.query_size + 2 * self.key_size) + self.query_size * hidden
+        attention += (self.query_size + 2 * self.key_size) * self.attention_bias + hidden * self.attention_output_bias
+        projections = 3 if self.is_gated else 2
+        mlp = projections * hidden * width + ((projections - 1) * width + hidden) * self.mlp_bias
+        return {
+            "attention": attention,
+            "mlp": 0 if self.num_local_experts else mlp,
+            "experts": self.num_local_experts * mlp,
+            "router": self.num_local_experts * hidden,
+            "norms": norm * (self.norms_per_layer * hidden + 2 * self.head_dim * self.qk_norm),
+        }
+
+    def parameters(self) -> dict[str, int]:
+        """Parameters of the model by part. Tied embeddings are counted once, as embeddings."""
+        layers = {part: self.num_hidden_layers * count for part, count in self.layer_parameters().items()}
+        norm = 2 if self.norm_type == "layernorm" and self.norm_bias else 1
+        layers["norms"] += norm * self.hidden_size * (self.norm_placement == "pre")
+        positions = self.max_position_embeddings if self.position_embedding_type == "learned" else 0
+        table = self.vocab_size * self.hidden_size
+        return {
+            "embeddings": table,
+            "positions": positions * self.hidden_size,
+            **layers,
+            "head": 0 if self.tie_word_embeddings else table,
+        }
+
+    def num_parameters(self, active_only: bool = False) -> int:
+        """All parameters, tied ones once.
+
+        Args:
+            active_only: count only the experts that one token passes through.
+        """
+        parts = self.parameters()
+        if active_only and self.num_local_experts:
+            parts["experts"] = parts["experts"] * self.num_experts_per_tok // self.num_local_experts
+        return sum(parts.values())
+
+    def multiplied_parameters(self) -> int:
+        """Parameters that every token is multiplied with: neither tables that are looked up nor idle experts."""
+        active = self.num_parameters(active_only=True)
+        tables = self.parameters()
+        looked_up = tables["positions"] + (0 if self.tie_word_embeddings else tables["embeddings"])
+        return active - looked_up
+
+    def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
+        """Bytes of the key-value cache for one token of one sequence, all layers: 2 l K D values."""
+        return 2 * self.num_hidden_layers * self.key_size * bytes_per_value

@@ -1,0 +1,305 @@
+"""Fit a scaling law to runs, predict a larger one, say how to divide compute between model and data.
+
+    python recipes/scaling_laws.py --runs runs.csv                       # columns N, D, loss, under common names
+    accelerate launch recipes/scaling_laws.py                            # train a small grid on the embedded world
+    accelerate launch recipes/scaling_laws.py --dataset_name my_texts.jsonl
+    accelerate launch recipes/scaling_laws.py --probe                    # also: what the sizes can do, by two metrics
+
+Without `--runs` a grid of small models is trained (runs that runs.csv holds already are taken from there), the law is
+fitted, a larger run is predicted, and then trained. docs/scaling_laws.md explains the laws and the report.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hfllm.cli import DataArguments, finished_run, main_process, parse_recipe, run, run_arguments
+from hfllm.data.sources import WORLD
+from hfllm.errors import InputError
+
+PRETRAIN_CONFIG = Path(__file__).parent / "configs" / "pretrain" / "grid.yaml"
+COUNTS = {"total": "parameters", "non_embedding": "parameters_non_embedding"}
+TABLE_FLAGS = ("parameters_column", "tokens_column", "loss_column", "held_out_share")
+GRID_FLAGS = ("sizes", "tokens", "held_out_run", "count_parameters", "pretrain_config", "probe")
+GRID_FLAGS += tuple(item.name for item in fields(DataArguments))
+PROBE_FLAGS = ("probe", "probe_questions", "probe_shots")
+
+
+@dataclass
+class ScalingArguments(DataArguments):
+    """Runs to fit, or a grid of runs to train."""
+
+    runs: str | None = field(
+        default=None, metadata={"help": "CSV file of finished runs; without it a grid is trained."}
+    )
+    parameters_column: str | None = field(default=None, metadata={"help": "Its column of N, if not a common name."})
+    tokens_column: str | None = field(default=None, metadata={"help": "Its column of D, if not a common name."})
+    loss_column: str | None = field(default=None, metadata={"help": "Its column of losses, if not a common name."})
+    held_out_share: float = field(
+        default=0.1, metadata={"help": "Share of the file's runs, those of most compute, that are predicted."}
+    )
+    resamples: int = field(default=1000, metadata={"help": "Bootstrap resamples behind the 95% intervals."})
+    huber_delta: float = field(
+        default=1e-3, metadata={"help": "Error in log loss from which on Huber's loss is linear."}
+    )
+    isoflop_tolerance: float = field(
+        default=0.05, metadata={"help": "How far, up and down, the compute of one IsoFLOP budget's runs may differ."}
+    )
+    budgets: list[float] | None = field(
+        default=None,
+        metadata={"help": "FLOPs to divide between N and D in the report; by default ten times the largest run's."},
+    )
+    sizes: list[str] = field(
+        default_factory=lambda: ["32x2", "48x2", "64x3", "96x3"],
+        metadata={"help": "Models of the grid, WIDTHxLAYERS."},
+    )
+    tokens: list[int] = field(
+        default_factory=lambda: [250_000, 500_000, 1_000_000],
+        metadata={"help": "Tokens that each size is trained on."},
+    )
+    held_out_run: str = field(
+        default="128x4:2000000", metadata={"help": "The larger run that is predicted, WIDTHxLAYERS:TOKENS."}
+    )
+    count_parameters: str = field(
+        default="total",
+        metadata={
+            "help": "N of the grid: 'total', Chinchilla's, or 'non_embedding', Kaplan's. runs.csv has both.",
+            "choices": list(COUNTS),
+        },
+    )
+    pretrain_config: str | None = field(
+        default=None, metadata={"help": "YAML flags of recipes/pretrain.py for all runs of the grid."}
+    )
+    probe: bool = field(
+        default=False,
+        metadata={"help": "Ask each size the world's questions, and draw exact match beside log-likelihood."},
+    )
+    probe_questions: int = field(default=50, metadata={"help": "Questions of each task family."})
+    probe_shots: int = field(default=3, metadata={"help": "Solved examples before a few-shot question."})
+    seed: int = field(default=42, metadata={"help": "Of the grid's data and weights, and of the bootstrap."})
+    output_dir: str = field(default="outputs/scaling_laws", metadata={"help": "Where runs, models and report go."})
+
+
+def parse(argv: Sequence[str]) -> tuple:
+    return parse_recipe((ScalingArguments,), argv, None, __doc__)
+
+
+def main(script_args: ScalingArguments) -> dict[str, float]:
+    """Train the grid if there is no file of runs, fit, predict, write the report. Returns the metrics."""
+    check(script_args)
+    began, folder = time.perf_counter(), Path(script_args.output_dir)
+    arguments = run_arguments(script_args)
+    for flag in ("runs", "dataset_name", "pretrain_config"):
+        path = Path(getattr(script_args, flag) or "")
+        if path.is_file():
+            arguments[f"{flag} changed at"] = path.stat().st_mtime_ns
+    done = earlier_report(folder, arguments)
+    if done is not None:
+        if main_process():
+            print(f"scaling_laws: already done in {folder} (remove report.json there to redo it)", flush=True)
+        return done["metrics"]
+    grid = None if script_args.runs else SmallGrid(script_args)
+    study = study_of(script_args, grid)
+    metrics, tables, curves = study.metrics(), study.tables(script_args.budgets), study.plots()
+    if grid is not None:
+        tables["Runs"] = grid.table()
+    if script_args.probe:
+        probed = grid.probe()
+        metrics, tables, curves = metrics | probed.metrics(), tables | probed.tables(), curves | probed.plots()
+    if main_process():
+        write_report(script_args, arguments, metrics, tables, curves, time.perf_counter() - began)
+    return metrics
+
+
+def study_of(script_args: ScalingArguments, grid: "SmallGrid | None") -> Any:
+    """Fit the smaller runs, see how well they tell the losses of the larger, then fit all.
+
+    Raises:
+        InputError: for a table that cannot be fitted, naming its file.
+    """
+    from hfllm.scaling.fitting import bootstrap, fit_law
+    from hfllm.scaling.runs import Runs, read_runs
+    from hfllm.scaling_report import Study
+
+    delta, sampling = script_args.huber_delta, (script_args.resamples, script_args.seed, script_args.huber_delta)
+    if grid is not None:
+        small = fit_law(grid.small_runs(), delta)
+        resampled = bootstrap(small, *sampling)
+        held_out = grid.large_run(small, resampled)
+        both = zip(small.runs.columns, held_out.columns, strict=True)
+        runs = Runs(*([*fitted, *predicted] for fitted, predicted in both))
+    else:
+        columns = script_args.parameters_column, script_args.tokens_column, script_args.loss_column
+        runs = read_runs(script_args.runs, *columns)
+        fitted, held_out = runs.split_by_compute(script_args.held_out_share)
+        try:
+            small = fit_law(fitted, delta)
+        except InputError as error:
+            raise InputError(f"{script_args.runs}, without its {len(held_out)} largest run(s): {error}") from None
+        resampled = bootstrap(small, *sampling)
+    whole = fit_law(runs, delta)
+    return Study(small, resampled, held_out, whole, bootstrap(whole, *sampling), script_args.isoflop_tolerance)
+
+
+def check(script_args: ScalingArguments) -> None:
+    """Refuse flags that would have no effect, and numbers without meaning.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    from hfllm.stages import refuse
+
+    plain = ScalingArguments()
+    for flag in GRID_FLAGS if script_args.runs else TABLE_FLAGS:
+        changed = getattr(script_args, flag) != getattr(plain, flag)
+        refuse(
+            changed,
+            f"--{flag}",
+            "it is of the grid, and --runs takes its place" if script_args.runs else "it is of --runs",
+        )
+    for flag in ("probe_questions", "probe_shots"):
+        refuse(
+            not script_args.probe and getattr(script_args, flag) != getattr(plain, flag),
+            f"--{flag}",
+            "it needs --probe",
+        )
+    is_world = script_args.dataset_name == WORLD
+    refuse(script_args.probe and not is_world, "--probe", "its questions are the embedded world's")
+    refuse(is_world and script_args.max_samples is not None, "--max_samples", "the world is as large as the runs need")
+    for flag, least in (("resamples", 10), ("probe_questions", 1), ("probe_shots", 1)):
+        if getattr(script_args, flag) < least:
+            raise InputError(f"--{flag} must be at least {least}, got {getattr(script_args, flag)}")
+    for flag in ("huber_delta", "isoflop_tolerance"):
+        if not getattr(script_args, flag) > 0:
+            raise InputError(f"--{flag} must be above 0, got {getattr(script_args, flag)}")
+    if min(script_args.budgets or [1.0]) <= 0:
+        raise InputError(f"--budgets {script_args.budgets}: FLOPs must be above 0")
+
+
+def earlier_report(folder: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """The report of the same run, unless it lacks the probe that is asked for now: then only that is missing.
+
+    Raises:
+        InputError: when a run with other arguments has finished there.
+    """
+    from hfllm.reporting import read_report
+
+    report = read_report(folder)
+    if report is None:
+        return None
+    before = report["arguments"]
+    if arguments["probe"] and before.get("probe"):
+        return finished_run(str(folder), arguments)
+    done = finished_run(str(folder), arguments | {flag: before.get(flag) for flag in PROBE_FLAGS})
+    return None if arguments["probe"] else done
+
+
+# ---- the grid ----
+
+
+class SmallGrid:
+    """The recipe's grid of runs, and the larger run that it predicts."""
+
+    def __init__(self, script_args: ScalingArguments):
+        import pretrain
+
+        from hfllm.scaling_runs import Grid, GridRun, parse_size
+
+        self.script_args, self.column = script_args, COUNTS[script_args.count_parameters]
+        sizes = [parse_size(size, "--sizes") for size in script_args.sizes]
+        self.runs = [GridRun(*size, tokens) for tokens in sorted(script_args.tokens) for size in sizes]
+        self.large = GridRun.parse(script_args.held_out_run, "--held_out_run")
+        if len({each.name for each in self.runs}) < len(self.runs) or self.large in self.runs:
+            raise InputError("--sizes, --tokens, --held_out_run: a run comes twice")
+        flags = ["--seed", str(script_args.seed)]
+        for flag in ("dataset_name", "dataset_train_split", "max_samples", "world_seed"):
+            if (value := getattr(script_args, flag)) is not None:
+                flags += [f"--{flag}", str(value)]
+        own = ["--config", script_args.pretrain_config] if script_args.pretrain_config else []
+        flags = ["--config", str(PRETRAIN_CONFIG), *own, *flags]
+        longest = max(each.tokens for each in (*self.runs, self.large))
+        self.grid = Grid(script_args.output_dir, pretrain.parse, pretrain.ARCHITECTURE, flags, longest)
+
+    def small_runs(self) -> Any:
+        """The table of the grid's runs, those that are missing trained first.
+
+        Raises:
+            InputError: before any training, when the grid could not be fitted.
+        """
+        if len(self.script_args.sizes) < 3 or len(set(self.script_args.tokens)) < 3:
+            raise InputError("--sizes and --tokens need at least 3 values each, to see how loss falls with either")
+        return self._runs([self.grid.train(each) for each in self.runs])
+
+    def large_run(self, fit: Any, resampled: Any) -> Any:
+        """Say what the law expects of the larger run, then train it."""
+        from hfllm.scaling_report import formula
+
+        planned = self.grid.planned(self.large)
+        parameters, tokens = planned[self.column], planned["tokens"]
+        low, high = resampled.interval(lambda law: law.loss(parameters, tokens))
+        if main_process():
+            print(f"scaling_laws: L(N, D) = {formula(fit.law)}", flush=True)
+            print(
+                f"run {self.large.name}: {fit.law.loss(parameters, tokens):.4f} nats a token are expected "
+                f"(95% interval {low:.4f} to {high:.4f})",
+                flush=True,
+            )
+        return self._runs([self.grid.train(self.large)])
+
+    def table(self) -> list[dict[str, Any]]:
+        """All runs as rows of the report."""
+        return [self.grid.rows[each.name] for each in (*self.runs, self.large)]
+
+    def probe(self) -> Any:
+        """What each run can do (an `Emergence`)."""
+        from hfllm.data.world import World
+        from hfllm.evaluation.emergence import Emergence, ProbedRun
+        from hfllm.evaluation.probes import make_probes, run_probes
+        from hfllm.models.modeling_hfllm import HfllmForCausalLM
+        from hfllm.stages import load_tokenizer
+
+        args, probed = self.script_args, []
+        probes = make_probes(World(args.world_seed), args.probe_questions, args.probe_shots, args.seed)
+        for each in (*self.runs, self.large):
+            folder = str(self.grid.model_folder(each))
+            model, tokenizer = HfllmForCausalLM.from_pretrained(folder), load_tokenizer(folder)
+            row, rows = self.grid.rows[each.name], run_probes(model, tokenizer, probes)
+            probed.append(ProbedRun(each.name, row[self.column], row["compute"], row["loss"], rows))
+        return Emergence(probed)
+
+    def _runs(self, rows: list[dict[str, Any]]) -> Any:
+        from hfllm.scaling.runs import Runs
+
+        return Runs(*([row[name] for row in rows] for name in (self.column, "tokens", "loss")))
+
+
+def write_report(
+    script_args: ScalingArguments,
+    arguments: dict[str, Any],
+    metrics: dict[str, float],
+    tables: dict[str, list],
+    curves: dict[str, Any],
+    seconds: float,
+) -> None:
+    """Write report.json, report.md and the plots, and print what is short."""
+    from hfllm.reporting import Report
+
+    table = script_args.runs or str(Path(script_args.output_dir) / "runs.csv")
+    report = Report(
+        stage="scaling_laws",
+        arguments=arguments,
+        metrics=metrics,
+        tables=tables,
+        curves=curves,
+        artifacts={"runs": table},
+        wall_seconds=seconds,
+        next_steps=[f"python recipes/scaling_laws.py --runs {table} --output_dir outputs/refit"],
+    )
+    report.write(script_args.output_dir)
+    report.print()
+
+
+if __name__ == "__main__":
+    run(main, parse)

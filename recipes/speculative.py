@@ -1,0 +1,327 @@
+"""Measure speculative decoding of a model: how often drafts are right, how much faster it gets, and why.
+
+    accelerate launch recipes/speculative.py                             # the embedded world, from nothing
+    accelerate launch recipes/speculative.py --model_name_or_path NAME --assistant_model_name_or_path SMALLER
+    accelerate launch recipes/speculative.py --model_name_or_path NAME --draft prompt_lookup
+
+Drafts come from a smaller model with the same tokenizer, from what followed the same words in the prompt, or from the
+target's first layers. Without `--model_name_or_path` the world's fine-tuned model is made first, and a draft model an
+eighth its size, under the output folder. The output is the target's own, greedy or sampled; the report compares the
+speed with transformers' `generate` and with the formula of Leviathan et al. 2023 (arXiv:2211.17192).
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from hfllm.cli import DataArguments, finished_run, main_process, parse_recipe, run, run_arguments
+
+DRAFT_CONFIG = Path(__file__).parent / "configs" / "speculative" / "draft.yaml"
+DRAFTS = ("model", "prompt_lookup", "early_exit")
+
+
+@dataclass
+class SpeculativeArguments(DataArguments):
+    """The draft, the prompts, and what is measured."""
+
+    output_dir: str = field(default="outputs/speculative", metadata={"help": "Where the report goes."})
+    seed: int = field(default=42, metadata={"help": "Seed of the samples, and of the world's models."})
+    draft: str = field(default="model", metadata={"help": "Where drafted tokens come from.", "choices": list(DRAFTS)})
+    assistant_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The draft model: smaller, with the target's tokenizer."}
+    )
+    early_exit_layers: int | None = field(
+        default=None, metadata={"help": "Layers of the target that draft, with --draft early_exit; half by default."}
+    )
+    max_ngram: int | None = field(
+        default=None,
+        metadata={"help": "Longest sequence that --draft prompt_lookup looks for; by default 3 tokens."},
+    )
+    lookahead: str = field(
+        default="adaptive", metadata={"help": "Drafted tokens that the metrics are of: a number, or 'adaptive'."}
+    )
+    lookaheads: list[int] = field(
+        default_factory=lambda: [1, 2, 3, 4, 6, 8], metadata={"help": "Drafted tokens to measure for the plot."}
+    )
+    num_prompts: int = field(default=300, metadata={"help": "Prompts whose greedy answers are compared."})
+    num_timed_prompts: int = field(default=16, metadata={"help": "How many of them are timed."})
+    batch_size: int = field(default=1, metadata={"help": "Prompts answered at a time when timed."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the samples."})
+    rounds: int = field(default=5, metadata={"help": "Repetitions of each measurement; the median counts."})
+    compile: bool = field(default=False, metadata={"help": "Run the models through torch.compile."})
+    pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the target's pretraining."})
+    sft_config: str | None = field(default=None, metadata={"help": "YAML flags of the fine-tuning of both."})
+    draft_config: str | None = field(
+        default=None, metadata={"help": "YAML flags of the draft model's pretraining, over pretrain_config's."}
+    )
+
+
+def parse(argv: Sequence[str]) -> tuple:
+    from trl import ModelConfig
+
+    return parse_recipe((SpeculativeArguments, ModelConfig), argv, None, __doc__)
+
+
+def main(script_args: SpeculativeArguments, model_args: Any) -> dict[str, float]:
+    """Make what is missing, measure, write the report. Returns the metrics."""
+    from hfllm.reporting import Report
+
+    check(script_args, model_args)
+    began, arguments = time.perf_counter(), run_arguments(script_args, model_args)
+    stages = missing_stages(script_args, model_args)
+    for name, parsed in stages.items():
+        arguments |= {f"{name}.{flag}": value for flag, value in run_arguments(*parsed).items()}
+    report = finished_run(script_args.output_dir, arguments)
+    if report is not None:
+        if main_process():
+            print(f"speculative: already done in {script_args.output_dir} (remove that folder to redo it)")
+        return report["metrics"]
+    script_args, model_args = run_missing_stages(script_args, model_args, stages)
+    if not main_process():
+        return {}
+    print(f"\n=== speculative -> {script_args.output_dir}", flush=True)
+    metrics, rows = measure(script_args, model_args)
+    report = Report(
+        stage="speculative",
+        arguments=arguments,
+        metrics=metrics,
+        tables={"Speed by lookahead": rows},
+        curves={"speed": speed_plot(rows)},
+        wall_seconds=time.perf_counter() - began,
+        next_steps=next_steps(script_args, model_args),
+    )
+    report.write(script_args.output_dir)
+    report.print()
+    return metrics
+
+
+def check(script_args: SpeculativeArguments, model_args: Any) -> None:
+    """Refuse what would have no effect or no meaning.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    from hfllm.data.sources import WORLD
+    from hfllm.errors import InputError
+    from hfllm.stages import refuse
+
+    if script_args.draft not in DRAFTS:
+        raise InputError(f"--draft {script_args.draft!r} is not one of {', '.join(DRAFTS)}")
+    if not (script_args.lookahead == "adaptive" or script_args.lookahead.isdecimal()):
+        raise InputError(f"--lookahead {script_args.lookahead!r}: expected a number of tokens, or 'adaptive'")
+    for flag in ("num_prompts", "num_timed_prompts", "batch_size", "max_new_tokens", "rounds"):
+        if getattr(script_args, flag) < 1:
+            raise InputError(f"--{flag} {getattr(script_args, flag)}: expected at least 1")
+    if not script_args.lookaheads or min(script_args.lookaheads) < 1:
+        raise InputError(f"--lookaheads {script_args.lookaheads}: expected numbers of at least 1")
+    if script_args.temperature <= 0:
+        raise InputError(f"--temperature {script_args.temperature}: expected a number above 0")
+    assistant, own = script_args.assistant_model_name_or_path, model_args.model_name_or_path
+    for flag, draft in (
+        ("assistant_model_name_or_path", "model"),
+        ("early_exit_layers", "early_exit"),
+        ("max_ngram", "prompt_lookup"),
+    ):
+        given = getattr(script_args, flag) is not None
+        refuse(given and script_args.draft != draft, f"--{flag}", f"it is for --draft {draft}")
+    refuse(model_args.use_peft, "--use_peft", "nothing is trained")
+    is_world = script_args.dataset_name == WORLD
+    refuse(is_world and script_args.max_samples is not None, "--max_samples", "the world is sized by --num_prompts")
+    if own and script_args.draft == "model" and not assistant:
+        raise InputError(
+            f"--model_name_or_path {own} needs a draft: --assistant_model_name_or_path SMALLER with the same "
+            "tokenizer (recipes/pretrain.py --tokenizer_name_or_path trains one), --draft prompt_lookup or early_exit"
+        )
+
+
+def missing_stages(script_args: SpeculativeArguments, model_args: Any) -> dict[str, tuple]:
+    """The stages that make the world's target and draft, in order, each with its parsed flags."""
+    if model_args.model_name_or_path:
+        return {}
+    folder, stages = script_args.output_dir, {}
+    shared = ["--seed", str(script_args.seed), "--world_seed", str(script_args.world_seed)]
+    makes_draft = script_args.draft == "model" and not script_args.assistant_model_name_or_path
+    for prefix in ("", "draft_") if makes_draft else ("",):
+        base = f"{folder}/{prefix}pretrain"
+        configs = [script_args.pretrain_config, (script_args.draft_config or DRAFT_CONFIG) if prefix else None]
+        flags = [
+            *shared,
+            "--output_dir",
+            base,
+            *(word for path in configs if path for word in ("--config", str(path))),
+        ]
+        flags += ["--tokenizer_name_or_path", f"{folder}/pretrain"] if prefix else []
+        stages[f"{prefix}pretrain"] = import_module("pretrain").parse(flags)
+        sft = import_module("sft")
+        flags = [*shared, "--output_dir", f"{folder}/{prefix}sft", "--model_name_or_path", base]
+        stages[f"{prefix}sft"] = sft.parse([*flags, "--config", script_args.sft_config or str(sft.CONFIG)])
+    return stages
+
+
+def run_missing_stages(script_args: Any, model_args: Any, stages: dict[str, tuple]) -> tuple[Any, Any]:
+    """Run or reuse the stages. Returns the arguments with the models that they made."""
+    from hfllm.stages import run_stage
+
+    folders = [parsed[1].output_dir for parsed in stages.values()]
+    for position, (name, parsed) in enumerate(stages.items()):
+        run_stage(import_module(name.removeprefix("draft_")), parsed, later_folders=folders[position + 1 :])
+    if "sft" in stages:
+        model_args = replace(model_args, model_name_or_path=stages["sft"][1].output_dir)
+    if "draft_sft" in stages:
+        script_args = replace(script_args, assistant_model_name_or_path=stages["draft_sft"][1].output_dir)
+    return script_args, model_args
+
+
+def measure(script_args: SpeculativeArguments, model_args: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The metrics, and speed by lookahead."""
+    import torch
+
+    from hfllm.generation import measure as measuring
+    from hfllm.generation.lookahead import AdaptiveLookahead
+    from hfllm.stages import load_policy
+
+    model, tokenizer = load_policy(model_args)
+    model.eval()
+    draft = make_draft(script_args, model_args, model, tokenizer)
+    ids = prompt_ids(script_args, tokenizer)
+    eos = model.generation_config.eos_token_id
+    options = {
+        "max_new_tokens": script_args.max_new_tokens,
+        "eos_token_id": tokenizer.eos_token_id if eos is None else eos,
+        "pad_token_id": tokenizer.pad_token_id,
+        "compile": script_args.compile,
+    }
+    timed = batches(ids[: script_args.num_timed_prompts], script_args.batch_size, tokenizer, model)
+    costs = measuring.measure_costs(model, draft, timed[0], compile=script_args.compile)
+
+    def wanted() -> Any:
+        asked = script_args.lookahead
+        return AdaptiveLookahead(costs.per_draft) if asked == "adaptive" else int(asked)
+
+    share = measuring.identical_share(model, draft, batches(ids, 16, tokenizer, model), lookahead=wanted(), **options)
+    names = {str(steps): steps for steps in script_args.lookaheads}
+    asked = f"{script_args.lookahead} (asked for)"
+    lookaheads = {**names, asked: wanted()}
+    seconds, rows = measuring.speed_by_lookahead(model, draft, timed, lookaheads, costs, script_args.rounds, **options)
+    sampling = {
+        **options,
+        **{"do_sample": True, "temperature": script_args.temperature, "top_k": 0},
+        **{"lookahead": wanted(), "generator": torch.Generator(model.device).manual_seed(script_args.seed)},
+    }
+    sampled = measuring.speculative(model, draft, timed, **sampling)[1]
+    row = rows[-1]
+    metrics = {
+        "acceptance_rate": row["acceptance_rate"],
+        "tokens_per_target_call": row["tokens_per_target_call"],
+        "speedup": row["speedup"],
+        "speedup_predicted": row["predicted"],
+        "speedup_predicted_with_verification": row["predicted_with_verification"],
+        "speedup_best": max(each["speedup"] for each in rows),
+        "identical_share": share,
+        "acceptance_rate_sampled": sampled.acceptance_rate,
+        "tokens_per_target_call_sampled": sampled.tokens_per_target_call,
+        "draft_cost": costs.draft,
+        "verification_cost": costs.verification,
+        "break_even_acceptance": costs.per_draft,
+        "optimal_lookahead": measuring.best_lookahead(row["acceptance_rate"], costs),
+        "tokens_per_second_plain": row["tokens"] / seconds,
+        "tokens_per_second": row["tokens"] / row["seconds"],
+    }
+    return metrics, rows
+
+
+def make_draft(script_args: SpeculativeArguments, model_args: Any, model: Any, tokenizer: Any) -> Any:
+    """The draft that the flags describe.
+
+    Raises:
+        InputError: for a draft model with another tokenizer.
+    """
+    from hfllm.generation.drafts import EarlyExitDraft, ModelDraft, PromptLookupDraft
+    from hfllm.generation.options import check_same_vocabulary
+    from hfllm.stages import load_policy
+
+    if script_args.draft == "prompt_lookup":
+        return PromptLookupDraft(script_args.max_ngram or 3)
+    if script_args.draft == "early_exit":
+        return EarlyExitDraft(script_args.early_exit_layers)
+    name = script_args.assistant_model_name_or_path
+    assistant, theirs = load_policy(replace(model_args, model_name_or_path=name, model_revision="main"))
+    check_same_vocabulary(model, assistant, tokenizer, theirs)
+    return ModelDraft(assistant.to(model.device).eval())
+
+
+def prompt_ids(script_args: SpeculativeArguments, tokenizer: Any) -> list[list[int]]:
+    """Token ids of the prompts: the world's held-out questions, or the user's own.
+
+    Raises:
+        InputError: when the dataset has none.
+    """
+    from hfllm.data import formats
+    from hfllm.data.tokenizer import tokenize_prompts
+    from hfllm.errors import InputError
+    from hfllm.stages import load_rows, world_of
+
+    world = world_of(script_args)
+    rows = (
+        [task.prompt_row() for task in world.evaluation_tasks(script_args.num_prompts)]
+        if world
+        else load_rows(script_args, formats.to_prompt)[: script_args.num_prompts]
+    )
+    if not rows:
+        raise InputError(f"--dataset_name {script_args.dataset_name} has no prompts")
+    return tokenize_prompts([row["prompt"] for row in rows], tokenizer)
+
+
+def batches(ids: list[list[int]], size: int, tokenizer: Any, model: Any) -> list[Any]:
+    """Left-padded batches of `size` prompts on the model's device."""
+    return [
+        tokenizer.pad({"input_ids": ids[at : at + size]}, padding_side="left", return_tensors="pt").to(model.device)
+        for at in range(0, len(ids), size)
+    ]
+
+
+def speed_plot(rows: list[dict[str, Any]]) -> Any:
+    """Measured and predicted speed by the number of drafted tokens."""
+    from hfllm.reporting import Plot
+
+    numbered = [row for row in rows if row["lookahead"].isdecimal()]
+    labels = {
+        "measured": "speedup",
+        "predicted (Leviathan et al.)": "predicted",
+        "predicted, verification included": "predicted_with_verification",
+    }
+    steps = [int(row["lookahead"]) for row in numbered]
+    return Plot(
+        title="speculative: speed by lookahead",
+        xlabel="drafted tokens",
+        ylabel="times plain decoding",
+        lines={label: (steps, [row[column] for row in numbered]) for label, column in labels.items()},
+    )
+
+
+def next_steps(script_args: SpeculativeArguments, model_args: Any) -> list[str]:
+    """The lines that decode so in code of one's own."""
+    name = script_args.assistant_model_name_or_path
+    draft = {
+        "model": f"ModelDraft(AutoModelForCausalLM.from_pretrained({name!r}))",
+        "prompt_lookup": f"PromptLookupDraft({script_args.max_ngram or 3})",
+        "early_exit": f"EarlyExitDraft({script_args.early_exit_layers})",
+    }[script_args.draft]
+    return [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "import hfllm",
+        f"from hfllm.generation.drafts import {draft.partition('(')[0]}",
+        "from hfllm.generation.speculative import speculative_generate",
+        f"tokenizer = AutoTokenizer.from_pretrained({model_args.model_name_or_path!r})",
+        f"model = AutoModelForCausalLM.from_pretrained({model_args.model_name_or_path!r})",
+        f"draft = {draft}",
+        "output = speculative_generate(model, draft, **tokenizer('...', return_tensors='pt'), max_new_tokens=64)",
+    ]
+
+
+if __name__ == "__main__":
+    run(main, parse)

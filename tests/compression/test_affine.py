@@ -1,0 +1,186 @@
+"""The reference against naive loops, and bitsandbytes and torch against the reference."""
+
+import pytest
+import torch
+
+from hfllm.compression import affine
+from hfllm.errors import InputError
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def naive(rows, bits, symmetric):
+    """Quantize and read back lists of floats that share a scale each, in Python's arithmetic."""
+    top = 2 ** (bits - 1) - 1
+    for row in rows:
+        if symmetric:
+            scale, zero, low = max(map(abs, row)) / top, 0, -top
+        else:
+            least, most, low = min(0.0, *row), max(0.0, *row), -top - 1
+            scale = (most - least) / (top - low)
+            zero = round(low - least / scale)
+        yield [scale * (min(max(round(x / scale + zero), low), top) - zero) for x in row]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("granularity", affine.GRANULARITIES)
+def test_the_reference_is_what_loops_compute(granularity, bits, symmetric):
+    matrix = normal(6, 24) + 0.3
+    size = 8 if granularity == "group" else None
+    read_back = affine.quantize(matrix, bits, symmetric, granularity, size).dequantize()
+    shared = {"tensor": matrix.reshape(1, -1), "channel": matrix, "group": matrix.reshape(-1, 8)}[granularity]
+    expected = torch.tensor(list(naive(shared.tolist(), bits, symmetric))).reshape(6, 24)
+    torch.testing.assert_close(read_back, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("granularity", affine.GRANULARITIES)
+def test_no_entry_is_off_by_more_than_half_a_step(granularity, symmetric, seed):
+    matrix = normal(8, 32, seed=seed) * 10.0 ** normal(8, 1, seed=seed + 50)
+    matrix[2] = 0
+    matrix[3] = matrix[3].abs()
+    size = 16 if granularity == "group" else None
+    stored = affine.quantize(matrix, 8, symmetric, granularity, size)
+    off = (stored.dequantize() - matrix).abs()
+    # A rounded zero point moves the ends of an asymmetric range by up to half a step more.
+    slack = 1 if symmetric else 2
+    assert (off <= slack * stored.largest_error() * (1 + 1e-4)).all()
+    inside = (stored.values_OI > -128) & (stored.values_OI < 127)
+    assert (off <= stored.largest_error() * (1 + 1e-4))[inside].all()
+    assert (stored.dequantize()[2] == 0).all()
+
+
+def test_a_finer_scale_errs_less_and_costs_more():
+    matrix = normal(32, 128) * torch.logspace(-1, 1, 32)[:, None] * torch.logspace(-0.5, 0.5, 128)
+    ways = [("tensor", None), ("channel", None), ("group", 32)]
+    stored = [affine.quantize(matrix, 4, True, *way) for way in ways]
+    errors = [(each.dequantize() - matrix).norm().item() for each in stored]
+    assert errors == sorted(errors, reverse=True)
+    assert [each.nbytes for each in stored] == [2048 + 4 * scales for scales in (1, 32, 128)]
+
+
+def test_one_sided_ranges_gain_a_bit_by_a_zero_point():
+    matrix = normal(16, 64).abs()
+    errors = [(affine.quantize(matrix, 8, way).dequantize() - matrix).norm() for way in (True, False)]
+    assert errors[1] < 0.6 * errors[0]
+
+
+def test_kept_columns_come_back_as_they_were():
+    matrix = affine.plant_outliers(normal(16, 64), torch.tensor([5, 40]), sigmas=20)
+    stored = affine.quantize(matrix, keep_columns=affine.outlier_columns(matrix, 6))
+    assert stored.kept.tolist() == [5, 40]
+    assert torch.equal(stored.dequantize()[:, [5, 40]], matrix[:, [5, 40]])
+    assert (stored.dequantize() - matrix).norm() < 0.3 * (affine.quantize(matrix).dequantize() - matrix).norm()
+    assert stored.nbytes == 16 * 62 + 16 * 4 + 2 * (16 * 4 + 4)
+
+
+def test_the_integer_product_is_exact():
+    left = torch.full((3, 4096), -127, dtype=torch.int8)
+    assert torch.equal(affine.int8_matmul(left, left), torch.full((3, 3), 127 * 127 * 4096, dtype=torch.int32))
+    left, right = (torch.randint(-127, 128, (5, 64), dtype=torch.int8) for _ in range(2))
+    expected = [[sum(a * b for a, b in zip(x, y, strict=True)) for y in right.tolist()] for x in left.tolist()]
+    assert affine.int8_matmul(left, right).tolist() == expected
+
+
+def error_of(tokens, weight, **options):
+    exact = tokens @ weight.T
+    return ((affine.vectorwise_linear(tokens, weight, **options) - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("sigmas", [6, 12, 25, 60])
+@pytest.mark.parametrize("seed", range(3))
+def test_splitting_outliers_off_lowers_the_error(sigmas, seed):
+    """Of what the ordinary features say; the outliers themselves would drown it in the whole product's norm."""
+    columns = torch.tensor([3, 77])
+    tokens = affine.plant_outliers(normal(64, 256, seed=seed), columns, sigmas * 1.01)
+    weight = normal(32, 256, seed=seed + 9) * 0.05
+    weight[:, columns] = 0
+    split = error_of(tokens, weight, threshold=6)
+    assert split < 0.02
+    whole = error_of(tokens, weight, threshold=0)
+    # The scale of a token grows from about 2.8 sigma to the outlier's size, and the rounding error with it.
+    assert whole / split > 0.6 * sigmas / 2.8
+    assert affine.outlier_columns(tokens, 6).tolist() == columns.tolist()
+
+
+def test_without_outliers_splitting_changes_nothing():
+    tokens, weight = normal(16, 64).clamp(-5, 5), normal(8, 64)
+    assert torch.equal(
+        affine.vectorwise_linear(tokens, weight, threshold=6), affine.vectorwise_linear(tokens, weight, threshold=0)
+    )
+
+
+def test_the_exact_weights_of_the_paper_err_less_than_those_read_back():
+    tokens, weight = affine.plant_outliers(normal(64, 128), torch.tensor([7]), 60), normal(32, 128)
+    assert error_of(tokens, weight, exact_outlier_weights=True) < 0.5 * error_of(tokens, weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"bits": 9}, "bits=9: expected 2 to 8"),
+        ({"granularity": "row"}, "'row': expected one of tensor, channel, group"),
+        ({"granularity": "group"}, "group_size=None: expected a divisor of the 24 columns"),
+        ({"granularity": "group", "group_size": 7}, "group_size=7: expected a divisor"),
+        ({"group_size": 8}, "group_size=8 is for granularity='group'"),
+    ],
+)
+def test_settings_that_make_no_sense(options, expected):
+    with pytest.raises(InputError, match=expected):
+        affine.quantize(normal(4, 24), **options)
+    with pytest.raises(InputError, match="a matrix is quantized, got 1"):
+        affine.quantize(normal(4))
+
+
+# ---- the libraries ----
+
+
+def bitsandbytes_layer(weight, threshold):
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear8bitLt(weight.shape[1], weight.shape[0], False, has_fp16_weights=False, threshold=threshold)
+    layer.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
+    return layer.to("cpu").eval()
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("sigmas", [1, 8, 40])
+def test_bitsandbytes_int8_is_the_reference(threshold, sigmas):
+    # Halves: bitsandbytes rounds weights and inputs to float16 before it quantizes.
+    tokens = affine.plant_outliers(normal(12, 64), torch.tensor([9]), sigmas).half().float()
+    weight = (normal(16, 64, seed=1) * 0.1).half().float()
+    layer = bitsandbytes_layer(weight, threshold)
+    with torch.no_grad():
+        output = layer(tokens)
+    stored = affine.quantize(weight)
+    assert torch.equal(layer.state.CB, stored.values_OI)
+    torch.testing.assert_close(layer.state.SCB / 127, stored.scale.flatten())
+    expected = affine.vectorwise_linear(tokens, weight, threshold=threshold)
+    torch.testing.assert_close(output, expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-3)
+    if threshold and sigmas >= 8:
+        assert layer.state.idx.tolist() == affine.outlier_columns(tokens, threshold).tolist()
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.filterwarnings("ignore")
+def test_torch_dynamic_weights_are_the_reference(granularity):
+    from torch.ao.quantization import (
+        default_dynamic_qconfig,
+        per_channel_dynamic_qconfig,
+        quantize_dynamic,
+    )
+
+    layer = torch.nn.Linear(48, 20, bias=False)
+    qconfig = {"tensor": default_dynamic_qconfig, "channel": per_channel_dynamic_qconfig}[granularity]
+    stored = quantize_dynamic(torch.nn.Sequential(layer), {torch.nn.Linear: qconfig})[0].weight()
+    ours = affine.quantize(layer.weight.detach(), granularity=granularity)
+    # torch spreads the same magnitude over 127.5 steps to either side, so that -128 has a use.
+    scale = stored.q_scale() if granularity == "tensor" else stored.q_per_channel_scales().float()
+    torch.testing.assert_close(
+        torch.as_tensor(scale).float().flatten(), ours.scale.flatten() * 127 / 127.5, rtol=1e-5, atol=1e-9
+    )
+    off = (stored.dequantize() - ours.dequantize()).abs()
+    assert (off <= ours.largest_error() * 2).all()

@@ -1,0 +1,70 @@
+"""What is measured: agreement that can fail, costs that add up, rows that are consistent."""
+
+import pytest
+import torch
+
+from hfllm.generation import acceptance
+from hfllm.generation.acceptance import speedup
+from hfllm.generation.drafts import EarlyExitDraft, ModelDraft, PromptLookupDraft
+from hfllm.generation.measure import (
+    Costs,
+    best_lookahead,
+    identical_share,
+    interleaved,
+    measure_costs,
+    speculative,
+    speed_by_lookahead,
+)
+
+OPTIONS = {"max_new_tokens": 12, "eos_token_id": 3, "pad_token_id": 0}
+
+
+@pytest.fixture
+def batches(prompts):
+    return [dict(zip(("input_ids", "attention_mask"), prompts(3, seed=seed), strict=True)) for seed in range(2)]
+
+
+def test_agreement_is_complete_and_notices_a_wrong_rule(make_target, blurred, batches, monkeypatch):
+    target = make_target()
+    draft = ModelDraft(blurred(target))
+    assert identical_share(target, draft, batches, lookahead=3, **OPTIONS) == 1
+    rule = acceptance.leading
+    monkeypatch.setattr(acceptance, "leading", lambda passes, counts: rule(torch.ones_like(passes), counts))
+    assert identical_share(target, draft, batches, lookahead=3, **OPTIONS) < 1
+
+
+def test_costs_are_ratios_to_one_run_of_the_target(make_target, batches):
+    target = make_target()
+    costs = measure_costs(target, EarlyExitDraft(2), batches[0], rounds=3)
+    assert costs.target_seconds > 0
+    assert costs.draft > 0
+    assert costs.per_draft == costs.draft + costs.verification
+    assert measure_costs(target, PromptLookupDraft(), batches[0], rounds=3).draft >= 0
+
+
+def test_rows_hold_the_formula_and_the_statistics(make_target, blurred, batches):
+    target, costs = make_target(), Costs(0.01, 0.2, 0.05)
+    draft = ModelDraft(blurred(target))
+    seconds, rows = speed_by_lookahead(target, draft, batches, {"2": 2, "4": 4}, costs, rounds=1, **OPTIONS)
+    assert seconds > 0
+    for row, steps in zip(rows, (2, 4), strict=True):
+        seen = speculative(target, draft, batches, do_sample=False, lookahead=steps, **OPTIONS)[1]
+        assert row["acceptance_rate"] == seen.acceptance_rate == seen.accepted / seen.tested
+        assert row["tokens_per_target_call"] == seen.tokens / seen.target_calls
+        assert 0 < row["drafted"] <= steps
+        assert row["predicted"] == speedup(row["acceptance_rate"], row["drafted"], 0.2)
+        assert row["predicted_with_verification"] < row["predicted"]
+
+
+def test_the_best_lookahead_counts_verification():
+    costs = Costs(0.01, 0.3, 0.3)
+    assert best_lookahead(0.5, costs) == 0
+    assert best_lookahead(0.9, costs) > 0
+
+
+def test_runs_take_turns():
+    order, ticks = [], iter(range(100))
+    runs = {name: lambda name=name: order.append(name) for name in "abc"}
+    seconds = interleaved(runs, rounds=2, clock=lambda: next(ticks))
+    assert "".join(order) == "abc" + "cba" + "abc"
+    assert seconds == {name: [1, 1] for name in "abc"}

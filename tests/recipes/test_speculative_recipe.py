@@ -1,0 +1,114 @@
+"""recipes/speculative.py: from nothing and on one's own model, with every draft; bad flags are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import speculative
+import yaml
+
+from hfllm.errors import InputError
+
+METRICS = {
+    *("acceptance_rate", "tokens_per_target_call", "speedup", "speedup_predicted", "identical_share"),
+    *("speedup_predicted_with_verification", "draft_cost", "verification_cost", "break_even_acceptance"),
+    *("acceptance_rate_sampled", "tokens_per_target_call_sampled", "tokens_per_second", "tokens_per_second_plain"),
+}
+QUICK = ("--num_prompts", "12", "--num_timed_prompts", "2", "--max_new_tokens", "12", "--rounds", "1")
+
+
+def run(*argv):
+    return speculative.main(*speculative.parse([*QUICK, "--lookaheads", "1", "3", *map(str, argv)]))
+
+
+@pytest.fixture(scope="module")
+def made(tiny, tmp_path_factory):
+    """The recipe in miniature, from nothing."""
+    folder = tmp_path_factory.mktemp("speculative")
+    with open(folder / "draft.yaml", "w") as stream:
+        yaml.safe_dump({"hidden_size": 16, "num_hidden_layers": 1}, stream)
+    flags = ["--pretrain_config", tiny["pretrain"], "--sft_config", tiny["sft"]]
+    flags += ["--draft_config", folder / "draft.yaml", "--output_dir", folder / "out"]
+    return folder / "out", flags, run(*flags)
+
+
+def test_from_nothing(made, capsys):
+    folder, flags, metrics = made
+    report = json.loads((folder / "report.json").read_text())
+    assert set(metrics) >= METRICS
+    assert report["metrics"] == metrics
+    assert (folder / report["artifacts"]["speed"]).read_bytes().startswith(b"\x89PNG")
+    assert metrics["identical_share"] == 1
+    assert 1 <= metrics["tokens_per_target_call"] <= 13
+    assert 0 <= metrics["acceptance_rate"] <= 1
+    sizes = [json.loads((folder / name / "config.json").read_text())["hidden_size"] for name in ("sft", "draft_sft")]
+    assert sizes == [32, 16]
+    text = (folder / "report.md").read_text()
+    assert "Speed by lookahead" in text
+    assert "adaptive (asked for)" in text
+    capsys.readouterr()
+    assert run(*flags) == metrics
+    assert "already done" in capsys.readouterr().out
+
+
+def test_the_page_explains_every_metric(made):
+    page = (Path(__file__).parents[2] / "docs" / "generation.md").read_text()
+    for name in made[2]:
+        assert f"`{name}`" in page or f"`{name.removesuffix('_sampled')}`" in page, name
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--draft", "prompt_lookup", "--lookahead", "3"],
+        ["--draft", "early_exit", "--early_exit_layers", "1", "--batch_size", "2"],
+    ],
+)
+def test_on_a_model_of_ones_own(flags, made, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": f"The {word} cat, the"}) for word in "abcdef"))
+    data = ["--dataset_name", prompts, "--output_dir", tmp_path / "out"]
+    metrics = run("--model_name_or_path", made[0] / "sft", *flags, *data)
+    assert metrics["identical_share"] == 1
+    assert metrics["draft_cost"] >= 0
+
+
+def test_the_report_says_how_to_decode_so_oneself(made):
+    text = (made[0] / "report.md").read_text()
+    code = text.partition("## Next")[2].split("```")[1]
+    names = {}
+    exec(code, names)
+    assert names["output"].sequences.shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--draft", "oracle"], "oracle"),
+        (["--lookahead", "many"], "--lookahead 'many'"),
+        (["--lookaheads", "0"], r"--lookaheads \[0\]"),
+        (["--temperature", "0"], "--temperature 0"),
+        (["--rounds", "0"], "--rounds 0"),
+        (["--draft", "prompt_lookup", "--early_exit_layers", "2"], "--early_exit_layers cannot be used"),
+        (["--draft", "early_exit", "--max_ngram", "2"], "--max_ngram cannot be used"),
+        (["--draft", "early_exit", "--assistant_model_name_or_path", "x"], "--assistant_model_name_or_path cannot"),
+        (["--use_peft"], "--use_peft cannot be used"),
+        (["--max_samples", "3"], "--max_samples cannot be used"),
+        (["--model_name_or_path", "x"], "--model_name_or_path x needs a draft"),
+        (["--lookahed", "3"], "did you mean 'lookahead'"),
+    ],
+)
+def test_bad_flags_are_refused(flags, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        speculative.main(*speculative.parse([*flags, "--output_dir", str(tmp_path)]))
+
+
+def test_a_draft_with_another_tokenizer_is_refused(made, make_model, tmp_path):
+    from hfllm.data.tokenizer import train_tokenizer
+
+    other = train_tokenizer(["zebra quagga okapi " * 20], vocab_size=300, model_max_length=64)
+    make_model(vocab_size=400).save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    named = ["--model_name_or_path", made[0] / "sft", "--assistant_model_name_or_path", tmp_path / "other"]
+    with pytest.raises(InputError, match=r"vocab_size|another tokenizer"):
+        run(*named, "--output_dir", tmp_path / "out")

@@ -1,0 +1,200 @@
+"""What the planner says a layer keeps, against the tensors that autograd saves; phases and layouts by hand."""
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+import hfllm
+from hfllm.errors import InputError
+from hfllm.scaling.activations import (
+    PRECISIONS,
+    autocast_weights,
+    korthikanti_activations,
+    layer_activations,
+    loss_bytes,
+)
+from hfllm.scaling.layouts import Layout
+from hfllm.scaling.memory import device_memory, zero_state_bytes
+from hfllm.scaling.shapes import NAMED_SHAPES, Shape
+
+BATCH, LENGTH = 2, 64
+SIZES = {"vocab_size": 500, "hidden_size": 128, "num_attention_heads": 4, "max_position_embeddings": 256}
+ARCHITECTURES = {
+    "llama": {"num_key_value_heads": 2},
+    "gpt": {
+        **{"norm_type": "layernorm", "mlp_type": "plain", "hidden_act": "gelu_new", "mlp_bias": True},
+        **{"position_embedding_type": "learned", "attention_bias": True},
+    },
+    "palm": {"parallel_block": True, "num_key_value_heads": 1, "norm_type": "layernorm", "norm_bias": False},
+    "two norms": {"parallel_block": True, "shared_norm": False},
+    "post": {"norm_placement": "post"},
+    "qk_norm": {"qk_norm": True, "num_key_value_heads": 2},
+    "wide heads": {"head_dim": 64, "num_key_value_heads": 2, "intermediate_size": 208},
+    "mixture": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 208},
+}
+
+
+def saved_bytes(layers, precision, attention="sdpa", checkpointing=False, **fields):
+    """Bytes of all tensors that a forward pass of a model with so many layers saves, weights left out."""
+    torch.manual_seed(0)
+    config = hfllm.HfllmConfig(**{**SIZES, "num_hidden_layers": layers, **fields}, attn_implementation=attention)
+    model = hfllm.HfllmForCausalLM(config).to(torch.bfloat16 if precision == "bf16" else torch.float32).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    found, alive = {}, []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    ids = torch.randint(0, 500, (BATCH, LENGTH))
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16) if "autocast" in precision else contextlib.nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        outputs = model.model(ids, use_cache=False)
+        alive.append(outputs)
+    return sum(found.values()), Shape.from_config(config.to_dict())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_autocast"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_layer_keeps_what_autograd_saves(name, precision):
+    """The difference of three layers and two; 2%, for indices, masks and statistics that are not counted."""
+    (three, shape), (two, _) = (saved_bytes(layers, precision, **ARCHITECTURES[name]) for layers in (3, 2))
+    kept = BATCH * LENGTH * layer_activations(shape, Layout(), PRECISIONS[precision], LENGTH)
+    if precision == "bf16_autocast":
+        kept += autocast_weights(shape)
+    assert kept == pytest.approx(three - two, rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_eager_attention_keeps_its_scores(precision):
+    fields = ARCHITECTURES["llama"]
+    (three, shape), (two, _) = (saved_bytes(layers, precision, "eager", **fields) for layers in (3, 2))
+    kept = BATCH * LENGTH * layer_activations(shape, Layout(), PRECISIONS[precision], LENGTH, "eager")
+    assert kept == pytest.approx(three - two, rel=0.02)
+
+
+def test_checkpointing_keeps_a_layers_input():
+    (three, shape), (two, _) = (saved_bytes(layers, "fp32", checkpointing=True) for layers in (3, 2))
+    kept = layer_activations(shape, Layout(recompute="full"), PRECISIONS["fp32"], LENGTH)
+    assert BATCH * LENGTH * kept == three - two == BATCH * LENGTH * 4 * shape.hidden_size
+
+
+def peak_of_training(config, checkpointing, steps=2):
+    """Bytes of all allocations at the peak of a step of fp32 AdamW, as torch's profiler counts them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    model = hfllm.HfllmForCausalLM(config).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ids = torch.randint(0, config.vocab_size, (BATCH, LENGTH))
+
+    def step():
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    current = top = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        current += event.nbytes()
+        top = max(top, current)
+    return 12 * model.num_parameters() + top
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("chunk", [None, 32])
+@pytest.mark.parametrize("layers", [2, 8])
+def test_peak_of_a_step(layers, chunk, checkpointing):
+    """Against the allocator; 3%. benchmarks/planner.py does the same with models of 5 to 60 million parameters."""
+    sizes = {**SIZES, "vocab_size": 2000, "num_hidden_layers": layers, "loss_chunk_size": chunk}
+    config = hfllm.HfllmConfig(**sizes)
+    layout = Layout(micro_batch=BATCH, recompute="full" if checkpointing else "none")
+    planned = device_memory(Shape.from_config(config.to_dict()), layout, PRECISIONS["fp32"], LENGTH)
+    assert planned.peak == pytest.approx(peak_of_training(config, checkpointing), rel=0.03)
+
+
+GPT3 = Shape.from_config(NAMED_SHAPES["gpt3-1t"])
+BF16 = PRECISIONS["bf16"]
+
+
+def test_states_are_sharded_over_replicas():
+    whole = device_memory(GPT3, Layout(data=64), BF16, 2048)
+    for stage in (1, 2, 3):
+        part = device_memory(GPT3, Layout(data=64, zero_stage=stage), BF16, 2048)
+        expected = zero_state_bytes(GPT3.num_parameters(), 64, stage)
+        for name in ("weights", "gradients", "optimizer"):
+            assert getattr(part, name) == pytest.approx(expected[name])
+        assert part.activations >= whole.activations
+
+
+def test_tensor_and_pipeline_parallelism_split_the_weights():
+    """All stages together have the model's parameters; the norms and positions are whole on each device."""
+    layout = Layout(data=2, tensor=8, pipeline=64, zero_stage=1)
+    memory = device_memory(GPT3, layout, BF16, 2048, micro_batches=512)
+    layer = GPT3.layer_parameters()
+    shard = 2 * ((layer["attention"] + layer["mlp"]) / 8 + layer["norms"])
+    tables = 51200 * 25600 / 8 + 2048 * 25600
+    assert memory.weights == pytest.approx(2 * (shard + tables))
+    assert memory.optimizer == pytest.approx(12 * (shard + tables) / 2)
+
+
+def test_the_first_stage_holds_the_micro_batches_under_way():
+    layout = Layout(tensor=8, pipeline=64)
+    few, many = (device_memory(GPT3, layout, BF16, 2048, passes) for passes in (1, 512))
+    kept = 2048 * 2 * layer_activations(GPT3, layout, BF16, 2048)
+    assert many.activations - few.activations == pytest.approx(63 * kept)
+    # 1 + (p-1)/(pv) times as much when interleaved (arXiv:2205.05198, section 4.2.3).
+    wide = Layout(tensor=8, pipeline=32, interleave=2)
+    one, two = (device_memory(GPT3, replace(wide, interleave=v), BF16, 2048, 512) for v in (1, 2))
+    kept = 2048 * 4 * layer_activations(GPT3, wide, BF16, 2048)
+    assert two.activations - one.activations == pytest.approx(32 * kept * 31 / 64)
+
+
+def test_experts_are_spread():
+    shape = Shape(1024, 4, 8, 1000, num_local_experts=8, intermediate_size=2048)
+    spread, whole = (device_memory(shape, Layout(data=8, expert=size), BF16, 512) for size in (8, 1))
+    experts = shape.parameters()["experts"]
+    assert whole.weights - spread.weights == pytest.approx(2 * experts * 7 / 8)
+    # Optimiser states of experts have only the other replicas of the same experts to be sharded over.
+    sharded = device_memory(shape, Layout(data=8, expert=4, zero_stage=1), BF16, 512)
+    dense = shape.num_parameters() - experts
+    assert sharded.optimizer == pytest.approx(12 * (dense / 8 + experts / 4 / 2))
+
+
+def test_a_single_key_value_head_is_not_split():
+    palm = Shape(1024, 4, 8, 1000, num_key_value_heads=1)
+    layer = palm.layer_parameters()
+    memory = device_memory(palm, Layout(tensor=4), BF16, 512)
+    parts = 4 * (layer["attention"] + layer["mlp"] / 4 + layer["norms"]) + 1024 + 1000 * 1024 * 1.25
+    assert memory.weights == pytest.approx(2 * parts)
+
+
+def test_our_block_keeps_less_than_gpt3s():
+    ours = 2048 * layer_activations(GPT3, Layout(), BF16, 2048, "flash")
+    assert ours < korthikanti_activations(2048, 1, GPT3.hidden_size, GPT3.num_attention_heads, recompute="selective")
+
+
+def test_chunked_loss_needs_a_chunk_and_the_heads_gradient():
+    chunked = Shape(64, 2, 2, 10_000, loss_chunk_size=100)
+    assert loss_bytes(chunked, Layout(), PRECISIONS["fp32"], 5000) == (
+        12 * 10_000 * 100 + 4 * 10_000 * 64 + 4 * 64 * 5000
+    )
+    assert loss_bytes(replace(chunked, loss_chunk_size=None), Layout(), BF16, 5000) == 12 * 10_000 * 5000
+
+
+def test_names_are_checked():
+    with pytest.raises(InputError, match="attention='linear' is not one of flash, eager"):
+        device_memory(GPT3, Layout(), BF16, 2048, attention="linear")
+    with pytest.raises(InputError, match="recompute='some' is not one of none, selective, full"):
+        korthikanti_activations(2048, 1, 64, 2, recompute="some")

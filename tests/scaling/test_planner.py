@@ -1,0 +1,185 @@
+"""The search over layouts: what fits, in which order, and what is refused."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hfllm.errors import InputError
+from hfllm.models.presets import preset
+from hfllm.scaling.activations import PRECISIONS
+from hfllm.scaling.devices import find_device
+from hfllm.scaling.layouts import DDP, DEEPSPEED, FSDP2, MEGATRON, SINGLE, TENSOR, Layout
+from hfllm.scaling.memory import device_memory
+from hfllm.scaling.planner import Request, choose, plan
+from hfllm.scaling.shapes import NAMED_SHAPES, Shape
+
+ROOT = Path(__file__).parent.parent.parent
+LLAMA = Shape.from_config(preset("llama-2-7b"))
+TRILLION = Shape.from_config(NAMED_SHAPES["gpt3-1t"])
+
+
+def request(**fields):
+    return Request(**{"shape": LLAMA, "device": find_device("a100-80gb"), "max_length": 4096, **fields})
+
+
+@pytest.mark.parametrize("names", [("hfllm.scaling.planner", "hfllm.scaling.configs")])
+def test_planning_imports_neither_torch_nor_numpy(names):
+    code = (
+        f"import sys, {', '.join(names)}; assert not {{'torch', 'transformers', 'numpy', 'yaml'}} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("fields", [{}, {"shape": TRILLION, "num_devices": 1024, "max_length": 2048}])
+def test_what_is_found_fits_and_can_run(fields):
+    one = request(**fields)
+    plans = plan(one)
+    assert plans == sorted(plans, key=lambda each: each.speed.seconds)
+    for each in plans:
+        each.layout.check(one.shape, one.num_devices, one.global_batch_size)
+        passes = one.global_batch_size // (each.layout.data * each.layout.micro_batch)
+        assert each.micro_batches == passes
+        memory = device_memory(one.shape, each.layout, one.dtype(each.layout), one.max_length, passes)
+        assert memory == each.memory and memory.peak <= one.usable_bytes
+    spreads = {
+        (p.layout.data, p.layout.tensor, p.layout.pipeline, p.layout.expert, p.layout.zero_stage) for p in plans
+    }
+    assert len(spreads) == len(plans)
+
+
+def test_the_best_micro_batch_of_a_spread_is_chosen():
+    """No other micro-batch or recomputation of the fastest spread that fits is faster."""
+    one = request()
+    best = plan(one)[0]
+    for recompute in ("none", "full"):
+        for size in (1, 2, 4, 8, 16, 32):
+            held = replace(one, recompute=recompute, micro_batch_size=size, zero_stage=best.layout.zero_stage)
+            degrees = {"tensor_parallel": best.layout.tensor, "pipeline_parallel": best.layout.pipeline}
+            try:
+                others = plan(replace(held, **degrees))
+            except InputError:
+                continue
+            assert others[0].speed.seconds >= best.speed.seconds * (1 - 1e-9)
+
+
+def test_held_degrees_are_kept():
+    held = {"tensor_parallel": 2, "pipeline_parallel": 4, "micro_batch_size": 1, "interleave": 2, "recompute": "full"}
+    plans = plan(request(num_devices=16, zero_stage=1, **held))
+    assert [each.layout for each in plans] == [Layout(2, 2, 4, 1, 1, "full", 1, 2)]
+
+
+def test_seven_billion_do_not_fit_without_sharding():
+    """16 bytes a parameter are 108 GB."""
+    stages = {each.layout.zero_stage for each in plan(request(tensor_parallel=1, pipeline_parallel=1))}
+    assert stages == {1, 2, 3}
+
+
+def test_the_chosen_layout_is_one_that_the_recipes_run():
+    plans = plan(request(shape=TRILLION, num_devices=3072, max_length=2048, global_batch_size=3072))
+    assert plans[0].layout.engine == MEGATRON
+    assert choose(plans).layout.engine == DEEPSPEED
+    only = plan(request(num_devices=16, pipeline_parallel=4))
+    assert choose(only) is only[0]
+
+
+def test_days():
+    """At a given MFU, days are 6ND and the attention's FLOPs over the devices' peak; 20 tokens a parameter."""
+    one = request(mfu=0.4)
+    best = plan(one)[0]
+    n = LLAMA.num_parameters()
+    assert one.tokens == 20 * n
+    per_token = 6 * LLAMA.multiplied_parameters() + 12 * 32 * 4096 * 4096
+    assert best.days == pytest.approx(20 * n * per_token / (8 * 312e12 * 0.4) / 86400)
+    estimated = plan(request())[0]
+    assert estimated.days == pytest.approx(best.days * 0.4 / estimated.mfu)
+
+
+@pytest.mark.parametrize(
+    ("layout", "engine"),
+    [
+        (Layout(), SINGLE),
+        (Layout(4), DDP),
+        (Layout(4, zero_stage=2), DEEPSPEED),
+        (Layout(4, 2, zero_stage=3), FSDP2),
+        (Layout(1, 2), TENSOR),
+        (Layout(4, 2, zero_stage=1), MEGATRON),
+        (Layout(4, 1, 2), MEGATRON),
+        (Layout(4, expert=2), MEGATRON),
+        (Layout(4, recompute="selective"), MEGATRON),
+    ],
+)
+def test_who_runs_it(layout, engine):
+    assert layout.engine == engine
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_devices": 7}, "data x micro_batch 7 does not divide global_batch_size=256"),
+        ({"tensor_parallel": 3, "num_devices": 9}, "tensor 3 does not divide num_attention_heads=32"),
+        ({"tensor_parallel": 16}, "data 1 x tensor 16 x pipeline 1 are 16 devices, --num_devices is 8"),
+        ({"pipeline_parallel": 3, "num_devices": 6}, "pipeline 3 does not divide num_hidden_layers=32"),
+        ({"expert_parallel": 2}, "expert 2: the model has no experts"),
+        ({"pipeline_parallel": 2, "zero_stage": 3}, "zero_stage=3 does not go with tensor 1, pipeline 2"),
+        ({"num_devices": 1, "zero_stage": 2}, "zero_stage=2 has nothing to shard over with data=1"),
+        ({"interleave": 2, "pipeline_parallel": 1}, "interleave 2 needs a pipeline"),
+        (
+            {"micro_batch_size": 64, "tensor_parallel": 1, "pipeline_parallel": 1},
+            "data x micro_batch 512 does not divide global_batch_size=256",
+        ),
+        ({"recompute": "selective"}, "recompute='selective' drops scores"),
+        ({"recompute": "half"}, "recompute='half' is not one of none, selective, full"),
+        ({"precision": "fp8"}, "precision='fp8' is not one of bf16, fp16, fp32"),
+        ({"zero_stage": 4}, "zero_stage=4 is not one of 0, 1, 2, 3"),
+        ({"num_devices": 0}, "num_devices=0 must be at least 1"),
+        ({"mfu": 1.5}, "mfu=1.5 must lie above 0 and be at most 1"),
+        ({"tokens": 0}, "tokens=0 must be above 0"),
+        ({"shape": TRILLION}, "max_length=4096 is more than the 2048 learned positions"),
+        (
+            {"shape": TRILLION, "max_length": 2048},
+            "fits nowhere: of 72 GiB usable on each of 8 a100-80gb, the smallest",
+        ),
+    ],
+)
+def test_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        plan(request(**fields))
+
+
+def test_experts_must_divide():
+    mixture = Shape.from_config(preset("mixtral-8x7b"))
+    with pytest.raises(InputError, match="expert 3 does not divide num_local_experts=8"):
+        plan(request(shape=mixture, num_devices=64, expert_parallel=3))
+    spread = plan(request(shape=mixture, num_devices=64, expert_parallel=8))
+    assert all(each.layout.expert == 8 for each in spread)
+
+
+def test_accelerate_casts_and_deepspeed_copies():
+    one = request()
+    assert one.dtype(Layout(8)) is PRECISIONS["bf16_autocast"]
+    assert one.dtype(Layout(8, zero_stage=1)) is PRECISIONS["bf16"]
+    assert request(precision="fp16").dtype(Layout()) is PRECISIONS["fp16_autocast"]
+    assert request(precision="fp32").dtype(Layout()) is PRECISIONS["fp32"]
+    # 16 bytes a parameter either way.
+    for precision in PRECISIONS.values():
+        assert precision.weights + precision.gradients + precision.optimizer == 16
+
+
+def test_devices():
+    cpu = find_device("cpu")
+    assert cpu.memory > 2**30 and cpu.peak("fp32") > 0
+    with pytest.raises(InputError, match="--device 'tpu' is not one of h100, h200"):
+        find_device("tpu")
+    assert find_device("h100").peak("fp32") < find_device("h100").peak("bf16")
+
+
+def test_precision_decides_the_fit():
+    """In fp32 the states are as large, and the activations twice."""
+    wide, narrow = (
+        plan(request(precision=name, zero_stage=3, recompute="none", tensor_parallel=1, micro_batch_size=1))
+        for name in ("fp32", "bf16")
+    )
+    assert wide[0].memory.activations > 1.6 * narrow[0].memory.activations

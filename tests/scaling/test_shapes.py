@@ -1,0 +1,86 @@
+"""Shapes against the models themselves, and against the configs that transformers writes."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from parity.natives import NATIVES
+
+import hfllm
+from hfllm.errors import InputError
+from hfllm.models.presets import preset
+from hfllm.scaling.shapes import FAMILIES, NAMED_SHAPES, Shape
+
+
+@pytest.mark.parametrize("name", hfllm.list_presets())
+def test_presets_have_the_models_parameters(name):
+    config, shape = hfllm.HfllmConfig.from_preset(name), Shape.from_config(preset(name))
+    assert shape.num_parameters() == config.num_parameters()
+    assert shape.num_parameters(active_only=True) == config.num_parameters(active_only=True)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mlp_bias": True, "attention_bias": True},
+        {"norm_type": "layernorm", "norm_bias": False, "qk_norm": True},
+        {"norm_placement": "post", "mlp_type": "plain", "position_embedding_type": "learned"},
+        {"parallel_block": True, "shared_norm": False, "tie_word_embeddings": True, "num_key_value_heads": 1},
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 24},
+    ],
+)
+def test_every_axis_counts(fields):
+    config = hfllm.HfllmConfig(vocab_size=300, hidden_size=64, num_attention_heads=4, num_hidden_layers=3, **fields)
+    shape = Shape.from_config(config.to_dict())
+    with torch.device("meta"):
+        model = hfllm.HfllmForCausalLM(config)
+    assert shape.num_parameters() == model.num_parameters()
+    looked_up = [] if config.tie_word_embeddings else [model.get_input_embeddings().weight]
+    if config.position_embedding_type == "learned":
+        looked_up.append(model.model.embed_positions.weight)
+    active = config.num_parameters(active_only=True)
+    assert shape.multiplied_parameters() == active - sum(table.numel() for table in looked_up)
+
+
+@pytest.mark.parametrize("name", [name for name, (kind, _) in NATIVES.items() if kind in FAMILIES])
+def test_config_json_of_native_models(name, tmp_path):
+    kind, fields = NATIVES[name]
+    config = transformers.AutoConfig.for_model(kind, **fields)
+    config.save_pretrained(tmp_path)
+    shape = Shape.from_config(json.loads((tmp_path / "config.json").read_text()))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert shape.num_parameters() == model.num_parameters()
+
+
+def test_saved_config_of_the_family(make_config, tmp_path):
+    config = make_config(mlp_type="plain", tie_word_embeddings=True, num_key_value_heads=1)
+    config.save_pretrained(tmp_path)
+    assert Shape.from_config(json.loads((tmp_path / "config.json").read_text())).num_parameters() == (
+        config.num_parameters()
+    )
+
+
+def test_named_shapes_are_shapes_of_the_family():
+    for fields in NAMED_SHAPES.values():
+        assert Shape.from_config(fields).num_parameters() == hfllm.HfllmConfig(**fields).num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba' is not one of hfllm, llama"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": 0}, "hidden_size=0 must be a whole number"),
+        ({"vocab_size": "many"}, "vocab_size='many' must be"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=4"),
+        ({"num_attention_heads": 128, "head_dim": None}, "hidden_size=64 is less than num_attention_heads=128"),
+        ({"num_local_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok=3 must lie between"),
+    ],
+)
+def test_bad_configs(change, message):
+    config = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+    with pytest.raises(InputError, match=message) as caught:
+        Shape.from_config({**config, **change}, "my/config.json")
+    assert str(caught.value).startswith("my/config.json: ")

@@ -1,0 +1,117 @@
+"""The estimate of a step's time against 14 published runs, and its parts by hand."""
+
+import pytest
+
+from hfllm.errors import InputError
+from hfllm.scaling.activations import PRECISIONS
+from hfllm.scaling.devices import find_device
+from hfllm.scaling.flops import palm_flops_per_token
+from hfllm.scaling.layouts import Layout
+from hfllm.scaling.shapes import NAMED_SHAPES, Shape
+from hfllm.scaling.speed import estimate, flops_per_token
+
+A100, BF16 = find_device("a100-80gb"), PRECISIONS["bf16"]
+GPT22B = {**NAMED_SHAPES["megatron-18b"], "num_hidden_layers": 48, "num_attention_heads": 64}
+GPT3 = {**NAMED_SHAPES["megatron-145b"], "num_hidden_layers": 96}
+
+
+@pytest.mark.parametrize(
+    ("fields", "pipeline", "interleave", "batch", "micro_batch", "mfu"),
+    [
+        (GPT22B, 1, 1, 4, 4, 0.415),
+        (GPT3, 8, 3, 64, 1, 0.514),
+        (NAMED_SHAPES["megatron-530b"], 35, 3, 280, 1, 0.560),
+        (NAMED_SHAPES["gpt3-1t"], 64, 1, 512, 1, 0.563),
+    ],
+)
+def test_korthikanti_runs(fields, pipeline, interleave, batch, micro_batch, mfu):
+    """Korthikanti et al. 2022, arXiv:2205.05198, tables 3 and 5; 12%."""
+    layout = Layout(1, 8, pipeline, recompute="selective", micro_batch=micro_batch, interleave=interleave)
+    speed = estimate(Shape.from_config(fields), layout, BF16, A100, 2048, batch, "eager")
+    assert speed.mfu == pytest.approx(mfu, rel=0.12)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "pipeline", "devices", "batch", "micro_batch", "teraflops"),
+    [
+        ("megatron-1.7b", 1, 1, 32, 512, 16, 137),
+        ("megatron-3.6b", 2, 1, 64, 512, 16, 138),
+        ("megatron-7.5b", 4, 1, 128, 512, 16, 142),
+        ("megatron-18b", 8, 1, 256, 1024, 4, 135),
+        ("megatron-39b", 8, 2, 512, 1536, 4, 138),
+        ("megatron-76b", 8, 4, 1024, 1792, 2, 140),
+        ("megatron-145b", 8, 8, 1536, 2304, 2, 148),
+        ("megatron-310b", 8, 16, 1920, 2160, 1, 155),
+        ("megatron-530b", 8, 35, 2520, 2520, 1, 163),
+        ("gpt3-1t", 8, 64, 3072, 3072, 1, 163),
+    ],
+)
+def test_narayanan_runs(name, tensor, pipeline, devices, batch, micro_batch, teraflops):
+    """Narayanan et al. 2021, arXiv:2104.04473, table 1, recomputation counted; 12%.
+
+    The table has no micro-batches: these are assumed, smaller for larger models.
+    """
+    layout = Layout(devices // (tensor * pipeline), tensor, pipeline, recompute="full", micro_batch=micro_batch)
+    speed = estimate(Shape.from_config(NAMED_SHAPES[name]), layout, BF16, A100, 2048, batch, "eager")
+    assert speed.hfu * 312 == pytest.approx(teraflops, rel=0.12)
+
+
+def test_flops_are_palms():
+    """Six for each multiplied parameter, and 12 L H Q T; recomputation adds one of three passes."""
+    shape = Shape.from_config(NAMED_SHAPES["gpt3-1t"])
+    parts = flops_per_token(shape, 2048, "full")
+    model = parts["layers"] + parts["attention"] + parts["head"]
+    assert model == palm_flops_per_token(shape.multiplied_parameters(), 128, 160, 160, 2048)
+    assert parts["again"] == pytest.approx((model - parts["head"]) / 3)
+    assert flops_per_token(shape, 2048, "selective")["again"] == parts["attention"] / 3
+    assert flops_per_token(shape, 2048)["again"] == 0
+
+
+def test_only_active_experts_compute():
+    dense = Shape(512, 4, 8, 1000, intermediate_size=2 * 1024)
+    sparse = Shape(512, 4, 8, 1000, intermediate_size=1024, num_local_experts=8, num_experts_per_tok=2)
+    router = 6 * 4 * 8 * 512
+    assert flops_per_token(sparse, 128)["layers"] == flops_per_token(dense, 128)["layers"] + router
+
+
+SMALL = Shape(1024, 8, 16, 32000)
+
+
+def step(layout, batch=64, device=A100):
+    return estimate(SMALL, layout, BF16, device, 1024, batch)
+
+
+def test_parts_add_up():
+    speed = step(Layout(2, 2, 4, zero_stage=1, micro_batch=2))
+    assert speed.seconds == pytest.approx(speed.compute + speed.bubble + speed.communication)
+    assert speed.bubble == pytest.approx(speed.compute * 3 / 16)
+    assert speed.tokens_per_second == pytest.approx(64 * 1024 / speed.seconds)
+
+
+def test_more_replicas_take_less_time_and_more_communication_waits():
+    alone, four = step(Layout()), step(Layout(4))
+    assert four.compute == pytest.approx(alone.compute / 4)
+    assert alone.communication == 0
+    far = step(Layout(64))
+    assert far.communication > four.communication
+
+
+def test_gathering_weights_for_each_micro_batch_costs_most():
+    """Over a slow network: ZeRO-3 fetches weights twice a pass, ZeRO-2 reduces once a pass, ZeRO-1 once a step."""
+    desktop = find_device("rtx4090")
+    waits = [step(Layout(16, zero_stage=stage), device=desktop).communication for stage in (1, 2, 3)]
+    assert waits == sorted(waits) and waits[0] < waits[1] < waits[2]
+
+
+def test_recomputation_costs_a_third():
+    plain, full = step(Layout()), step(Layout(recompute="full"))
+    assert full.hfu / full.mfu == pytest.approx(
+        1 + flops_per_token(SMALL, 1024, "full")["again"] / sum(flops_per_token(SMALL, 1024).values())
+    )
+    assert 1.2 < full.seconds / plain.seconds < 1.4
+
+
+def test_v100_has_no_bf16():
+    with pytest.raises(InputError, match="v100 has no bf16, use fp16 or fp32"):
+        step(Layout(), device=find_device("v100"))
+    assert estimate(SMALL, Layout(), PRECISIONS["fp16"], find_device("v100"), 1024, 8).mfu > 0
