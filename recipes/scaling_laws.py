@@ -80,7 +80,7 @@ class ScalingArguments(DataArguments):
         metadata={"help": "Ask each size the world's questions, and draw exact match beside log-likelihood."},
     )
     probe_questions: int = field(default=50, metadata={"help": "Questions of each task family."})
-    probe_shots: int = field(default=3, metadata={"help": "Solved examples before a few-shot question."})
+    probe_shots: int = field(default=1, metadata={"help": "Solved examples before a few-shot question."})
     seed: int = field(default=42, metadata={"help": "Of the grid's data and weights, and of the bootstrap."})
     output_dir: str = field(default="outputs/scaling_laws", metadata={"help": "Where runs, models and report go."})
 

@@ -171,7 +171,7 @@ def test_a_probe_comes_on_top_without_training(trained, monkeypatch, tmp_path):
     folder, flags, _ = trained
     run(*flags)
     monkeypatch.setattr("transformers.Trainer.train", lambda *args, **kwargs: pytest.fail("training started"))
-    probe = ["--probe", "true", "--probe_questions", 2, "--probe_shots", 1]
+    probe = ["--probe", "true", "--probe_questions", 2, "--probe_shots", 2]
     metrics = run(*flags, *probe)
     for kind in ("zero_shot", "few_shot", "chain_of_thought"):
         assert 0 <= metrics[f"{kind}_exact_match"] <= metrics[f"{kind}_token_match"] <= 1
