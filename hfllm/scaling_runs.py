@@ -42,15 +42,22 @@ class GridRun:
         return f"{self.hidden_size}x{self.num_hidden_layers}-{self.tokens}"
 
     @classmethod
-    def parse(cls, text: str, flag: str) -> "GridRun":
-        """From `WIDTHxLAYERS:TOKENS`, such as 128x4:2000000.
+    def parse(cls, text: str, flag: str) -> list["GridRun"]:
+        """From `WIDTHxLAYERS:TOKENS,...`, such as 64x3:250000,500000.
+
+        Heads are 32 wide, so that a width is a multiple of 32, or an even number below 64 with a single head.
 
         Raises:
             InputError: naming the flag and what is accepted.
         """
-        size, _, tokens = text.partition(":")
-        width, layers = parse_size(size, flag)
-        return cls(width, layers, _whole(tokens, f"{flag} {text!r}", "WIDTHxLAYERS:TOKENS as in 128x4:2000000"))
+        size, _, lengths = text.partition(":")
+        try:
+            (width, layers), tokens = map(_whole, size.split("x")), [*map(_whole, lengths.split(","))]
+        except ValueError:
+            raise InputError(f"{flag} {text!r}: expected WIDTHxLAYERS:TOKENS,... as in 64x3:250000,500000") from None
+        if width % 2 or (width >= 2 * HEAD_WIDTH and width % HEAD_WIDTH):
+            raise InputError(f"{flag} {text!r}: a width must be a multiple of {HEAD_WIDTH}, or even and below 64")
+        return [cls(width, layers, each) for each in tokens]
 
     def flags(self, learning_rate: float) -> list[str]:
         """What recipes/pretrain.py calls it; `learning_rate` is that of a model of `REFERENCE_WIDTH`."""
@@ -63,21 +70,6 @@ class GridRun:
             "total_tokens": self.tokens,
         }
         return [word for name, value in values.items() for word in (f"--{name}", str(value))]
-
-
-def parse_size(text: str, flag: str) -> tuple[int, int]:
-    """Width and layers from `WIDTHxLAYERS`.
-
-    Raises:
-        InputError: naming the flag and what is accepted; heads are 32 wide, so that a width is a multiple of 32, or
-            an even number below 64 with a single head.
-    """
-    expected = "WIDTHxLAYERS as in 128x4"
-    width, _, layers = text.partition("x")
-    width, layers = _whole(width, f"{flag} {text!r}", expected), _whole(layers, f"{flag} {text!r}", expected)
-    if width % 2 or (width >= 2 * HEAD_WIDTH and width % HEAD_WIDTH):
-        raise InputError(f"{flag} {text!r}: a width must be a multiple of {HEAD_WIDTH}, or even and below 64")
-    return width, layers
 
 
 class Grid:
@@ -278,9 +270,9 @@ def disable_progress_bars() -> None:
     disable_progress_bar()
 
 
-def _whole(text: str, where: str, expected: str) -> int:
+def _whole(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise InputError(f"{where}: expected {expected}")
+        raise ValueError(text)
     return int(text)
 
 

@@ -20,9 +20,16 @@ from hfllm.data.sources import WORLD
 from hfllm.errors import InputError
 
 PRETRAIN_CONFIG = Path(__file__).parent / "configs" / "pretrain" / "grid.yaml"
+# Short runs of all sizes, and long ones of the smallest: without any the fit sees no floor that the loss tends to.
+GRID = (
+    "32x2:250000,500000,1000000,2000000",
+    "48x2:250000,500000,1000000,2000000",
+    "64x3:250000,500000,1000000",
+    "96x3:250000,500000,1000000",
+)
 COUNTS = {"total": "parameters", "non_embedding": "parameters_non_embedding"}
 TABLE_FLAGS = ("parameters_column", "tokens_column", "loss_column", "held_out_share")
-GRID_FLAGS = ("sizes", "tokens", "held_out_run", "count_parameters", "pretrain_config", "probe")
+GRID_FLAGS = ("grid", "held_out_run", "count_parameters", "pretrain_config", "probe")
 GRID_FLAGS += tuple(item.name for item in fields(DataArguments))
 PROBE_FLAGS = ("probe", "probe_questions", "probe_shots")
 
@@ -51,13 +58,9 @@ class ScalingArguments(DataArguments):
         default=None,
         metadata={"help": "FLOPs to divide between N and D in the report; by default ten times the largest run's."},
     )
-    sizes: list[str] = field(
-        default_factory=lambda: ["32x2", "48x2", "64x3", "96x3"],
-        metadata={"help": "Models of the grid, WIDTHxLAYERS."},
-    )
-    tokens: list[int] = field(
-        default_factory=lambda: [250_000, 500_000, 1_000_000],
-        metadata={"help": "Tokens that each size is trained on."},
+    grid: list[str] = field(
+        default_factory=lambda: [*GRID],
+        metadata={"help": "Models and the tokens that each is trained on, WIDTHxLAYERS:TOKENS,... once a model."},
     )
     held_out_run: str = field(
         default="128x4:2000000", metadata={"help": "The larger run that is predicted, WIDTHxLAYERS:TOKENS."}
@@ -77,7 +80,7 @@ class ScalingArguments(DataArguments):
         metadata={"help": "Ask each size the world's questions, and draw exact match beside log-likelihood."},
     )
     probe_questions: int = field(default=50, metadata={"help": "Questions of each task family."})
-    probe_shots: int = field(default=3, metadata={"help": "Solved examples before a few-shot question."})
+    probe_shots: int = field(default=1, metadata={"help": "Solved examples before a few-shot question."})
     seed: int = field(default=42, metadata={"help": "Of the grid's data and weights, and of the bootstrap."})
     output_dir: str = field(default="outputs/scaling_laws", metadata={"help": "Where runs, models and report go."})
 
@@ -205,14 +208,17 @@ class SmallGrid:
     def __init__(self, script_args: ScalingArguments):
         import pretrain
 
-        from hfllm.scaling_runs import Grid, GridRun, parse_size
+        from hfllm.scaling_runs import Grid, GridRun
 
         self.script_args, self.column = script_args, COUNTS[script_args.count_parameters]
-        sizes = [parse_size(size, "--sizes") for size in script_args.sizes]
-        self.runs = [GridRun(*size, tokens) for tokens in sorted(script_args.tokens) for size in sizes]
-        self.large = GridRun.parse(script_args.held_out_run, "--held_out_run")
-        if len({each.name for each in self.runs}) < len(self.runs) or self.large in self.runs:
-            raise InputError("--sizes, --tokens, --held_out_run: a run comes twice")
+        self.runs = [each for text in script_args.grid for each in GridRun.parse(text, "--grid")]
+        self.large, *others = GridRun.parse(script_args.held_out_run, "--held_out_run")
+        if others:
+            raise InputError(f"--held_out_run {script_args.held_out_run!r}: expected a single number of tokens")
+        # The cheapest first, so that what is wrong shows early.
+        self.runs.sort(key=lambda each: (each.tokens, each.hidden_size, each.num_hidden_layers))
+        if len({*self.runs, self.large}) <= len(self.runs):
+            raise InputError("--grid, --held_out_run: a run comes twice")
         flags = ["--seed", str(script_args.seed)]
         for flag in ("dataset_name", "dataset_train_split", "max_samples", "world_seed"):
             if (value := getattr(script_args, flag)) is not None:
@@ -228,8 +234,15 @@ class SmallGrid:
         Raises:
             InputError: before any training, when the grid could not be fitted.
         """
-        if len(self.script_args.sizes) < 3 or len(set(self.script_args.tokens)) < 3:
-            raise InputError("--sizes and --tokens need at least 3 values each, to see how loss falls with either")
+        from hfllm.scaling.fitting import FEWEST_RUNS
+
+        sizes = {(each.hidden_size, each.num_hidden_layers) for each in self.runs}
+        lengths = {each.tokens for each in self.runs}
+        if min(len(sizes), len(lengths)) < 3 or len(self.runs) < FEWEST_RUNS:
+            raise InputError(
+                f"--grid has {len(sizes)} size(s), {len(lengths)} length(s) and {len(self.runs)} run(s): a fit needs "
+                f"at least 3, 3 and {FEWEST_RUNS}"
+            )
         return self._runs([self.grid.train(each) for each in self.runs])
 
     def large_run(self, fit: Any, resampled: Any) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from hfllm.evaluation.probes import KINDS, METRICS, mean_scores
+from hfllm.evaluation.probes import KINDS, METRICS, NEVER_TOLD, ZERO_SHOT, mean_scores
 from hfllm.reporting import Plot
 
 NAMES = {"exact_match": "exact match", "token_match": "token match", "log_likelihood": "log-likelihood, nats a token"}
@@ -41,9 +41,11 @@ class Emergence:
 
     def __init__(self, runs: Sequence[ProbedRun]):
         self.runs = sorted(runs, key=lambda run: run.compute)
-        self.by_kind = [mean_scores(run.rows) for run in self.runs]
+        # What no document tells stays out of the means: the more a model has read, the less likely it becomes.
+        told = [[row for row in run.rows if row["family"] not in NEVER_TOLD] for run in self.runs]
+        self.by_kind = [mean_scores(rows) for rows in told]
         self.by_family = [
-            mean_scores([row for row in run.rows if row["kind"] == KINDS[0]], by="family") for run in self.runs
+            mean_scores([row for row in run.rows if row["kind"] == ZERO_SHOT], by="family") for run in self.runs
         ]
 
     def metrics(self) -> dict[str, float]:
@@ -58,22 +60,23 @@ class Emergence:
         return found
 
     def tables(self) -> dict[str, list[dict[str, Any]]]:
-        """Scores of each run by kind of prompt, and of the zero-shot questions by family."""
+        """How sharply each metric rises, and each run's scores by kind of prompt and (zero-shot) by family."""
         return {
+            "Share of a metric's rise in its sharpest step": self._steps(),
             "Probes by prompt": self._rows(self.by_kind, "prompt"),
             "Zero-shot probes by family": self._rows(self.by_family, "family"),
         }
 
     def plots(self) -> dict[str, Plot]:
         """Each metric over compute, by prompt and by family: the best of all runs up to each compute, and all runs."""
-        compute = [run.compute for run in self.runs]
-        drawn = {}
+        compute, drawn = [run.compute for run in self.runs], {}
         for title, means, stem in (
-            ("mean of all families", self.by_kind, "prompt"),
+            ("mean of the families that documents tell of", self.by_kind, "prompt"),
             ("zero-shot", self.by_family, "family"),
         ):
             for metric in METRICS:
-                values = {label: [each[label][metric] for each in means] for label in means[0]}
+                labels = [label for label in means[0] if label not in NEVER_TOLD]
+                values = {label: [each[label][metric] for each in means] for label in labels}
                 drawn[f"probe_{metric}_by_{stem}"] = Plot(
                     f"{NAMES[metric]} ({title})",
                     "training FLOPs",
@@ -83,6 +86,16 @@ class Emergence:
                     xscale="log",
                 )
         return drawn
+
+    def _steps(self) -> list[dict[str, Any]]:
+        rows = []
+        for title, means in (("", self.by_kind), (f"{ZERO_SHOT}, ", self.by_family)):
+            for label in means[0]:
+                series = {name: [each[label][name] for each in means] for name in METRICS}
+                shares = {name.replace("_", " "): f"{sharpest_step(series[name]):.2f}" for name in METRICS}
+                best = f"{max(series['exact_match']):.2f}"
+                rows.append({"questions": title + label, "best exact match": best, **shares})
+        return rows
 
     def _rows(self, means: Sequence[Mapping[str, Mapping[str, float]]], column: str) -> list[dict[str, Any]]:
         return [
@@ -108,11 +121,11 @@ def best_so_far(values: Sequence[float]) -> list[float]:
 
 
 def sharpest_step(values: Sequence[float]) -> float:
-    """The largest step of the running maximum as a share of its whole rise; 0 where nothing rises.
+    """The largest step of the running maximum as a share of its whole rise; 0 if the last is no better than the first.
 
     1 is a leap, 1 / (runs - 1) a straight line.
     """
     best = best_so_far(values)
     rise = best[-1] - best[0]
     steps = [after - before for before, after in pairwise(best)]
-    return max(steps) / rise if rise > 0 else 0.0
+    return max(steps) / rise if values[-1] > values[0] else 0.0

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 ZERO_SHOT, FEW_SHOT, CHAIN = "zero-shot", "few-shot", "chain-of-thought"
 KINDS = (ZERO_SHOT, FEW_SHOT, CHAIN)
 METRICS = ("exact_match", "token_match", "log_likelihood")
-# What is asked for in these has no steps: to say that one does not know, and to refuse.
-WITHOUT_CHAIN = ("unknown", "harm")
+# No document answers these, to say that one does not know and to refuse; and there are no steps to it.
+NEVER_TOLD = ("unknown", "harm")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def make_probes(world: World, count: int, shots: int, seed: int = 0) -> list[Pro
             solved = "".join(f"{_asked(each, rng)} {each.gold.accepted[0]}\n" for each in examples)
             probes.append(Probe(family, ZERO_SHOT, asked, answer))
             probes.append(Probe(family, FEW_SHOT, solved + asked, answer))
-            if family not in WITHOUT_CHAIN:
+            if family not in NEVER_TOLD:
                 said = (f"{thought_of(each, world)} {each.gold.accepted[0]}\n" for each in examples)
                 prompt = "".join(f"{_asked(each, rng)} {text}" for each, text in zip(examples, said, strict=True))
                 probes.append(Probe(family, CHAIN, prompt + asked, answer, thought_of(task, world)))

@@ -200,4 +200,4 @@ def test_a_smooth_rise_per_token_leaps_when_all_tokens_must_be_right():
 def test_the_sharpest_step():
     assert best_so_far([1, 3, 2, 5]) == [1, 3, 3, 5]
     assert sharpest_step([0, 0, 1, 1]) == 1 and sharpest_step([0, 1, 2, 3, 4]) == 0.25
-    assert sharpest_step([2, 1, 0]) == 0 == sharpest_step([1])
+    assert sharpest_step([2, 1, 0]) == 0 == sharpest_step([1]) == sharpest_step([1, 3, 1])

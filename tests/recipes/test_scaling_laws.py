@@ -73,7 +73,7 @@ def test_held_out_runs_do_not_enter_the_law_that_predicts_them(table, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--sizes", "32x1"], "--sizes cannot be used here: it is of the grid, and --runs takes its place"),
+        (["--grid", "32x1:1000"], "--grid cannot be used here: it is of the grid, and --runs takes its place"),
         (["--probe", "true"], "--probe cannot be used here: it is of the grid"),
         (["--dataset_name", "texts.jsonl"], "--dataset_name cannot be used here"),
         (["--held_out_share", "1.5"], "must lie between 0 and 1, got 1.5"),
@@ -104,11 +104,18 @@ def test_bad_tables_are_named(tmp_path):
     [
         (["--held_out_share", "0.2"], "--held_out_share cannot be used here: it is of --runs"),
         (["--probe_shots", "2"], "--probe_shots cannot be used here: it needs --probe"),
-        (["--sizes", "32x1", "32x2"], "need at least 3 values each"),
-        (["--sizes", "32", "48x1", "64x1"], "--sizes '32': expected WIDTHxLAYERS as in 128x4"),
-        (["--sizes", "33x1", "48x1", "64x1"], "a width must be a multiple of 32, or even and below 64"),
-        (["--sizes", "32x1", "32x1", "64x1"], "a run comes twice"),
-        (["--held_out_run", "64x2"], "--held_out_run '64x2': expected WIDTHxLAYERS:TOKENS as in 128x4:2000000"),
+        (
+            ["--grid", "32x1:1000,2000,3000", "32x2:1000,2000,3000"],
+            r"2 size\(s\), 3 length\(s\) and 6 run",
+        ),
+        (["--grid", "32x1:1000,2000,3000", "32x2:1000", "48x1:1000"], r"3 length\(s\) and 5 run\(s\)"),
+        (["--grid", "32"], "--grid '32': expected WIDTHxLAYERS:TOKENS,... as in 64x3:250000,500000"),
+        (["--grid", "32x1:many"], "--grid '32x1:many': expected WIDTHxLAYERS:TOKENS"),
+        (["--grid", "33x1:1000"], "a width must be a multiple of 32, or even and below 64"),
+        (["--grid", "72x1:1000"], "a width must be a multiple of 32, or even and below 64"),
+        (["--grid", "32x1:1000,1000"], "a run comes twice"),
+        (["--held_out_run", "96x3:1000000"], "a run comes twice"),
+        (["--held_out_run", "64x2:1,2"], "--held_out_run '64x2:1,2': expected a single number of tokens"),
         (["--max_samples", "10"], "--max_samples cannot be used here"),
         (["--probe", "true", "--dataset_name", "texts.jsonl"], "--probe cannot be used here: its questions are"),
     ],
@@ -123,8 +130,8 @@ def test_what_cannot_work_with_a_grid_is_refused_before_training(tmp_path, monke
 def trained(tmp_path_factory):
     """A grid of nine tiny runs and a larger one, from nothing."""
     folder = tmp_path_factory.mktemp("grid")
-    flags = ["--sizes", "32x1", "32x2", "48x2", "--tokens", 10000, 14000, 20000, "--held_out_run", "64x2:30000"]
-    flags += ["--resamples", 10, "--output_dir", folder]
+    flags = ["--grid", *(f"{size}:10000,14000,20000" for size in ("32x1", "32x2", "48x2"))]
+    flags += ["--held_out_run", "64x2:30000", "--resamples", 10, "--output_dir", folder]
     return folder, flags, run(*flags)
 
 
@@ -164,7 +171,7 @@ def test_a_probe_comes_on_top_without_training(trained, monkeypatch, tmp_path):
     folder, flags, _ = trained
     run(*flags)
     monkeypatch.setattr("transformers.Trainer.train", lambda *args, **kwargs: pytest.fail("training started"))
-    probe = ["--probe", "true", "--probe_questions", 2, "--probe_shots", 1]
+    probe = ["--probe", "true", "--probe_questions", 2, "--probe_shots", 2]
     metrics = run(*flags, *probe)
     for kind in ("zero_shot", "few_shot", "chain_of_thought"):
         assert 0 <= metrics[f"{kind}_exact_match"] <= metrics[f"{kind}_token_match"] <= 1
