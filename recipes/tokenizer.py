@@ -23,7 +23,8 @@ class TokenizerArguments(DataArguments):
 
     num_documents: int = field(default=40000, metadata={"help": "Documents of the embedded world to train on."})
     dataset_mixture: list[str] | None = field(
-        default=None, metadata={"help": "Several datasets in place of --dataset_name, each NAME:WEIGHT."}
+        default=None,
+        metadata={"help": "Several datasets in place of --dataset_name, each NAME:WEIGHT; documents count alike."},
     )
     vocab_size: int = field(default=8192, metadata={"help": "Upper bound on the number of tokens."})
     max_position_embeddings: int = field(default=2048, metadata={"help": "Context of the models it is for."})

@@ -8,6 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfllm.errors import InputError
+
 if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
@@ -39,7 +41,7 @@ class Prepared:
         """The tables that `make` gives, one after the other and all of one schema, as one dataset.
 
         Raises:
-            ValueError: when there is none.
+            InputError: when there is none.
         """
         import pyarrow
         from datasets import Dataset
@@ -50,7 +52,7 @@ class Prepared:
             # Before there is a folder: most bad input shows here.
             first = next(tables, None)
             if first is None:
-                raise ValueError(f"{name}: nothing to write")
+                raise InputError(f"{name}: nothing to write: no row has any text")
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / NOTE).write_text(self._written, encoding="utf-8")
             # A name of this process's own: on a shared disk others may write the same table.

@@ -132,6 +132,8 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _read_csv(file: Path) -> Iterator[dict[str, Any]]:
+    # The standard limit of 128 kB is less than a long document.
+    csv.field_size_limit(2**31 - 1)
     with file.open(encoding="utf-8", newline="") as stream:
         yield from csv.DictReader(stream, delimiter="\t" if file.suffix == ".tsv" else ",")
 
