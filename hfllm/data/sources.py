@@ -118,8 +118,10 @@ def read_rows(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
+    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+        for number, undecoded in enumerate(stream, 1):
+            # Line by line, so that the one which is not UTF-8 can be named; some editors begin with a mark.
+            line = undecoded.decode("utf-8-sig")
             if not line.strip():
                 continue
             try:

@@ -148,6 +148,12 @@ def test_code_llamas_infilling_prompts():
     assert formats.infilling_prompt("a = ", "\n", suffix_first=True) == "<PRE> <SUF>\n <MID> a = "
 
 
+def test_the_line_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n' + b'{"text": "two"}\n{"text": "\xff"}\n')
+    with pytest.raises(InputError, match=r"a\.jsonl: not UTF-8 after row 2"):
+        load_source(str(tmp_path / "a.jsonl"))
+
+
 def test_halves_of_surrogate_pairs_become_question_marks(tmp_path):
     whole = '{"text": "a \\ud83e\\udd8a fox"}'
     name = write(tmp_path / "a.jsonl", whole, '{"text": "half: \\ud83e", "more": ["\\uDD8A!"]}')
