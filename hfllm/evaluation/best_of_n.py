@@ -1,0 +1,32 @@
+"""Best of n: what keeping the one of n responses that a reward model likes most is worth by another measure."""
+
+import math
+from collections.abc import Sequence
+
+from hfllm.errors import InputError
+
+
+def best_of_n(scores: Sequence[Sequence[float]], values: Sequence[Sequence[float]], n: int) -> float:
+    """Mean value of the response with the highest score among n, over all choices of n from the samples of a prompt.
+
+    The unbiased estimator of Nakano et al. 2021 (WebGPT, arXiv:2112.09332, appendix I): of N samples the one with k
+    lower scores is the best of n in C(k, n - 1) of C(N, n) choices. Of equal scores the later one counts as higher.
+
+    Args:
+        scores: what decides, N numbers a prompt.
+        values: what counts, in the same places.
+        n: from 1 to N.
+
+    Raises:
+        InputError: when there are no prompts, the two do not match, or a prompt has fewer than n samples.
+    """
+    if not scores or [len(row) for row in scores] != [len(row) for row in values]:
+        raise InputError("best of n: there must be as many values as scores for each prompt, and at least one prompt")
+    if not 1 <= n <= min(map(len, scores)):
+        raise InputError(f"n={n}: expected at least 1 and at most {min(map(len, scores))}, the samples of a prompt")
+    means = []
+    for row, own in zip(scores, values, strict=True):
+        order = sorted(range(len(row)), key=row.__getitem__)
+        chosen = sum(math.comb(below, n - 1) * own[place] for below, place in enumerate(order))
+        means.append(chosen / math.comb(len(row), n))
+    return math.fsum(means) / len(means)
