@@ -26,7 +26,6 @@ def best_of_n(scores: Sequence[Sequence[float]], values: Sequence[Sequence[float
         raise InputError(f"n={n}: expected at least 1 and at most {min(map(len, scores))}, the samples of a prompt")
     means = []
     for row, own in zip(scores, values, strict=True):
-        order = sorted(range(len(row)), key=row.__getitem__)
-        chosen = sum(math.comb(below, n - 1) * own[place] for below, place in enumerate(order))
-        means.append(chosen / math.comb(len(row), n))
+        order, choices = sorted(range(len(row)), key=row.__getitem__), math.comb(len(row), n)
+        means.append(math.fsum(math.comb(below, n - 1) / choices * own[place] for below, place in enumerate(order)))
     return math.fsum(means) / len(means)
