@@ -79,6 +79,7 @@ def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> 
     """Make what is missing, distil, compare, save, report. Returns the metrics."""
     from hfllm.evaluation.distillation import distillation_plots, gold_tables
     from hfllm.stages import Stage, world_of
+    from hfllm.trainers.interruptions import train
 
     check(script_args, training_args, model_args)
     before = missing_stages(script_args, training_args)
@@ -98,7 +99,7 @@ def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> 
         trainer = student_trainer(
             script_args, args, model_args, (teacher, teacher_tokenizer), tokenizer, train_rows, eval_rows
         )
-        trainer.train(resume_from_checkpoint=checkpoint)
+        train(trainer, checkpoint)
         trainer.save_model()
         return trainer
 

@@ -143,6 +143,7 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     from hfllm.data.prepared import Prepared
     from hfllm.stages import Stage, fitting_length
     from hfllm.trainers.callbacks import use_plain_lines
+    from hfllm.trainers.interruptions import train
 
     check(script_args, training_args, model_args)
     stage = Stage("pretrain", script_args, training_args, model_args)
@@ -158,7 +159,7 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     trainer, mixed = build(script_args, training_args, model, tokenizer, sources, test_texts, prepared)
     use_plain_lines(trainer)
     samples = pretraining.watch(trainer, script_args, tokenizer, train_texts, test_texts)
-    trainer.train(resume_from_checkpoint=stage.checkpoint)
+    train(trainer, stage.checkpoint)
     pretraining.stop_if_broken(trainer)
     losses = trainer.evaluate()
     trainer.save_model()

@@ -68,6 +68,7 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
         with_model_from,
     )
     from hfllm.trainers.callbacks import use_plain_lines
+    from hfllm.trainers.interruptions import train
 
     stage = Stage("reward", script_args, training_args, model_args)
     if stage.report is not None:
@@ -102,7 +103,7 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
             f"no comparison in {script_args.dataset_name!r} fits into --max_length {training_args.max_length} tokens"
         )
     use_plain_lines(trainer)
-    trainer.train(resume_from_checkpoint=stage.checkpoint)
+    train(trainer, stage.checkpoint)
     evaluation = trainer.evaluate()
     trainer.save_model()
     metrics = {

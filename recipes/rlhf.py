@@ -81,6 +81,7 @@ def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dic
         world_of,
     )
     from hfllm.trainers.callbacks import use_plain_lines
+    from hfllm.trainers.interruptions import train
     from hfllm.trainers.ppo_trainer import PPOTrainer
 
     refuse(training_args.model_init_kwargs, "--model_init_kwargs", "use --dtype, --attn_implementation or the like")
@@ -120,7 +121,7 @@ def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dic
             calibrate(ensemble, trainer, train_rows[:CALIBRATION_PROMPTS])
     judged_on = ([row["prompt"] for row in eval_rows], world_of(script_args), script_args.num_eval_prompts)
     unaligned = judge_policy(trainer, *judged_on)
-    trainer.train(resume_from_checkpoint=stage.checkpoint)
+    train(trainer, stage.checkpoint)
     aligned = judge_policy(trainer, *judged_on)
     trainer.save_model()
     return stage.finish(

@@ -39,6 +39,7 @@ def main(script_args: SftArguments, training_args: Any, model_args: Any) -> dict
     """Fine-tune, save, write the report. Returns the metrics."""
     from hfllm.stages import Stage, fitting_length, load_policy, peft_config, with_model_from
     from hfllm.trainers.callbacks import use_plain_lines
+    from hfllm.trainers.interruptions import train
 
     stage = Stage("sft", script_args, training_args, model_args)
     if stage.report is not None:
@@ -63,7 +64,7 @@ def main(script_args: SftArguments, training_args: Any, model_args: Any) -> dict
         peft_config=peft_config(model_args),
     )
     use_plain_lines(trainer)
-    trainer.train(resume_from_checkpoint=stage.checkpoint)
+    train(trainer, stage.checkpoint)
     losses = trainer.evaluate()
     trainer.save_model()
     metrics = {

@@ -20,6 +20,7 @@ from hfllm.checkpoints import last_complete_checkpoint
 from hfllm.errors import InputError
 from hfllm.trainers.actor_critic import ActorCritic, entropy_of, spread
 from hfllm.trainers.controllers import KLController, RunningMoments
+from hfllm.trainers.interruptions import save_on_sigterm
 from hfllm.trainers.ppo_parts import load_weights
 from hfllm.trainers.rollout import Rollout, length_groups
 from hfllm.trainers.sampling import Witness
@@ -73,6 +74,7 @@ class ActorCriticTrainer(Trainer):
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise InputError(f"resume_from_checkpoint=True: no complete checkpoint in {self.args.output_dir}")
+        save_on_sigterm(self)
         self._begin()
         if resume_from_checkpoint and self.args.max_steps > 0:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
