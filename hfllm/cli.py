@@ -42,6 +42,24 @@ class DataArguments:
     world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world's facts."})
 
 
+@dataclass
+class BatchArguments:
+    """How the learning rate follows the batch."""
+
+    lr_scaling_rule: str = field(
+        default="none",
+        metadata={
+            "help": "What a larger global batch does to --learning_rate: 'sqrt' (for Adam, arXiv:2205.10287) or "
+            "'linear' (for SGD, arXiv:1706.02677) in its ratio to --lr_scaling_base_batch_size.",
+            "choices": ["none", "sqrt", "linear"],
+        },
+    )
+    lr_scaling_base_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Global batch that --learning_rate is for: sequences of an optimizer step, all processes."},
+    )
+
+
 def parse_recipe(
     dataclass_types: Sequence[type],
     argv: Sequence[str],

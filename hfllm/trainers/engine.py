@@ -24,6 +24,7 @@ from hfllm.trainers.interruptions import save_on_sigterm
 from hfllm.trainers.ppo_parts import load_weights
 from hfllm.trainers.rollout import Rollout, length_groups
 from hfllm.trainers.sampling import Witness
+from hfllm.trainers.sharding import gathered
 from hfllm.trainers.tables import log_table
 
 VALUE_MODEL_FOLDER, REFERENCE_FOLDER = "value_model", "reference"
@@ -85,6 +86,12 @@ class ActorCriticTrainer(Trainer):
                 self._load_progress(Path(resume_from_checkpoint))
                 return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer's; before training, ZeRO-3 has spread the policy, but gathers nothing yet."""
+        is_early = self.is_deepspeed_enabled and self.deepspeed is None
+        with gathered(self.actor) if is_early else nullcontext():
+            return super().evaluate(*args, **kwargs)
 
     def _check_engine(self) -> None:
         """Refuse FSDP, under which sampling has not been tried, and what needs gradients that DeepSpeed keeps."""

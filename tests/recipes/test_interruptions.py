@@ -34,14 +34,6 @@ class Terminate(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.fixture(scope="module")
-def base(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    pretrain = import_module("pretrain")
-    pretrain.main(*pretrain.parse(["--config", tiny["pretrain"], "--output_dir", str(folder)]))
-    return folder
-
-
 @pytest.fixture
 def run(tiny, base, tmp_path):
     def make(stage, folder, *flags):
