@@ -359,7 +359,8 @@ def watch(
     """Log throughput and bits a byte, guard against spikes, sample now and then. Returns what gives the samples."""
     from pathlib import Path
 
-    from hfllm.trainers.monitors import LossSpikeGuard, ThroughputCallback, add_to_logs, palm_flops_per_token
+    from hfllm.scaling.flops import palm_flops_per_token
+    from hfllm.trainers.monitors import LossSpikeGuard, ThroughputCallback, add_to_logs
     from hfllm.trainers.samples import SampleCallback
 
     model, args = trainer.model, trainer.args

@@ -23,9 +23,8 @@ STAGES = {
 def test_a_recipe_with_a_batch_four_times_the_base(tiny, base, tmp_path, stage):
     recipe = import_module(stage)
     # Without the settings of stages before it, which have made their model.
-    own = {
-        name: value for name, value in yaml.safe_load(Path(tiny[stage]).read_text()).items() if "_config" not in name
-    }
+    settings = yaml.safe_load(Path(tiny[stage]).read_text())
+    own = {name: value for name, value in settings.items() if not name.endswith("_config")}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({**own, "max_steps": 1}))
     words = ["--config", str(config), *STAGES[stage], "--output_dir", str(tmp_path)]
