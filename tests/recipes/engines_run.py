@@ -1,7 +1,7 @@
 """Recipes in turn, in the processes of one launch: what test_engines.py launches.
 
 Usage: engines_run.py FOLDER BASE [RECIPE[:CHECKPOINT_FOLDER]]..., under torchrun or accelerate launch. Each recipe
-makes four steps of eight rows, of which each process has its share, in FOLDER/RECIPE; with a checkpoint it goes on
+makes four steps of eight rows, however many processes share them, in FOLDER/RECIPE; with a checkpoint it goes on
 from that one's second step, in FOLDER/RECIPE-resumed. Models to begin with are those in BASE.
 """
 
@@ -58,11 +58,16 @@ def main(folder: str, base: str, *names: str) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     from accelerate.state import AcceleratorState
 
-    share = ROWS // int(os.environ.get("WORLD_SIZE", "1"))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    # One batch of eight, or its quarters in two passes on each of two processes.
+    batch = {
+        "per_device_train_batch_size": ROWS if processes == 1 else ROWS // (2 * processes),
+        "gradient_accumulation_steps": 1 if processes == 1 else 2,
+    }
     for name in names:
         name, _, checkpoint = name.partition(":")
         recipe = import_module(name)
-        flags = {**COMMON, "per_device_train_batch_size": share, **FLAGS[name], "output_dir": f"{folder}/{name}"}
+        flags = {**COMMON, **batch, **FLAGS[name], "output_dir": f"{folder}/{name}"}
         if name != "pretrain":
             flags["model_name_or_path"] = f"{base}/pretrain"
         if name == "rlhf":
