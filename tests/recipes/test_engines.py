@@ -1,6 +1,6 @@
 """Pretrain, sft, reward and rlhf on two processes of every engine that runs on a CPU: what one process learns.
 
-Losses and weights to 1e-5 on the same global batch in more passes, checkpoints that go on, models that are saved whole.
+Losses and weights to 1e-5 on the same global batch in more passes; checkpoints that go on; models saved whole.
 """
 
 import json
