@@ -1,6 +1,7 @@
 """Train the byte-level BPE tokenizer of a new model, with our chat template; and tokens of prompts for any model."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, DOCUMENT_END, TURN_END, MASK = "<|pad|>", "<|endoftext|>", "<|end|>", "<|mask|>"
+# Learning merges takes time with the square of a word's length: what is longer, such as data in base 64, is cut up.
+LONGEST_WORD = 1000
+TOO_LONG = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
 SPECIAL_TOKENS = (PAD, DOCUMENT_END, TURN_END, "<|system|>", "<|user|>", "<|assistant|>")
 
 
@@ -57,7 +61,7 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(_without_long_words(texts), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -69,6 +73,14 @@ def train_tokenizer(
         chat_template=chat_template(),
         clean_up_tokenization_spaces=False,
     )
+
+
+def _without_long_words(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        if TOO_LONG.search(text):
+            yield from (text[at : at + LONGEST_WORD] for at in range(0, len(text), LONGEST_WORD))
+        else:
+            yield text
 
 
 def truncated_tokenizer(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> "PreTrainedTokenizerFast":

@@ -44,3 +44,10 @@ def test_it_survives_saving(tokenizer, tmp_path):
 def test_a_vocabulary_without_room_is_refused():
     with pytest.raises(ValueError, match="vocab_size=100 is too small"):
         train_tokenizer(["text"], vocab_size=100)
+
+
+@pytest.mark.parametrize("run", ["x", "\n"])
+def test_no_merge_is_learned_across_a_cut_of_a_word_without_end(run):
+    tokenizer = train_tokenizer(["the fox " * 20, run * 20_000], 300)
+    assert max(map(len, tokenizer.get_vocab())) <= 1000
+    assert tokenizer.decode(tokenizer(run * 20_000)["input_ids"]) == run * 20_000
