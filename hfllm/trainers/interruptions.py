@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,10 +36,12 @@ def train(trainer: Trainer, checkpoint: str | None = None) -> None:
     Trainer itself takes one more step from a checkpoint of the last one, if that is not the end of an epoch.
 
     Raises:
-        InputError: when SIGTERM is to save what nothing can go on from.
+        InputError: when SIGTERM is to save what nothing can go on from, or DeepSpeed cannot go on from `checkpoint`.
         SystemExit: with 143, once SIGTERM has saved.
     """
     save_on_sigterm(trainer)
+    if trainer.is_deepspeed_enabled and checkpoint is not None:
+        check_shards(checkpoint, trainer.args)
     look = _LookBeforeTheFirstStep()
     trainer.add_callback(look)
     try:
@@ -47,6 +50,22 @@ def train(trainer: Trainer, checkpoint: str | None = None) -> None:
         trainer._finalize_training(None, 0, time.time())
     finally:
         trainer.remove_callback(look)
+
+
+def check_shards(checkpoint: str, args: TrainingArguments) -> None:
+    """Refuse a DeepSpeed checkpoint of another number of processes, unless DeepSpeed is told that it is universal.
+
+    Raises:
+        InputError: with both numbers; a checkpoint without DeepSpeed's files is one of none.
+    """
+    if args.deepspeed_plugin.deepspeed_config.get("checkpoint", {}).get("load_universal"):
+        return
+    saved = len(list(Path(checkpoint).glob("global_step*/*_optim_states.pt")))
+    if saved != args.world_size:
+        raise InputError(
+            f"{checkpoint} was saved by {saved} processes of DeepSpeed and goes on with as many; this run has "
+            f"{args.world_size}"
+        )
 
 
 def save_on_sigterm(trainer: Trainer) -> None:

@@ -3,6 +3,7 @@
 import os
 import signal
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers.trainer import DEFAULT_CALLBACKS
 
 from hfllm.checkpoints import last_complete_checkpoint
 from hfllm.errors import InputError
-from hfllm.trainers.interruptions import TERMINATED
+from hfllm.trainers.interruptions import TERMINATED, check_shards
 
 FLAGS = {
     "pretrain": [],
@@ -101,3 +102,18 @@ def test_what_is_terminated_in_its_last_step_is_not_trained_further(run, tmp_pat
 def test_a_checkpoint_of_weights_alone_is_refused(run):
     with pytest.raises(InputError, match="enable_jit_checkpoint with save_only_model"):
         run("sft", "out", "--enable_jit_checkpoint", "true", "--save_only_model", "true")
+
+
+def test_deepspeed_goes_on_with_as_many_processes(tmp_path):
+    shards = tmp_path / "global_step4"
+    shards.mkdir()
+    for rank in range(2):
+        (shards / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    plugin = SimpleNamespace(deepspeed_config={})
+    check_shards(str(tmp_path), SimpleNamespace(deepspeed_plugin=plugin, world_size=2))
+    with pytest.raises(InputError, match=r"was saved by 2 processes of DeepSpeed .* this run has 4"):
+        check_shards(str(tmp_path), SimpleNamespace(deepspeed_plugin=plugin, world_size=4))
+    with pytest.raises(InputError, match="was saved by 0 processes"):
+        check_shards(str(shards), SimpleNamespace(deepspeed_plugin=plugin, world_size=1))
+    plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
+    check_shards(str(tmp_path), SimpleNamespace(deepspeed_plugin=plugin, world_size=4))
