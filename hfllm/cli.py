@@ -20,7 +20,7 @@ NOT_PART_OF_THE_RUN = frozenset(
         *("output_dir", "report_to", "run_name", "project", "trackio_space_id", "disable_tqdm", "log_level"),
         *("log_level_replica", "logging_first_step", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy"),
         *("hub_private_repo", "hub_always_push", "hub_revision", "resume_from_checkpoint", "local_rank"),
-        *("deepspeed_plugin", "distributed_state", "ddp_timeout", "save_total_limit"),
+        *("deepspeed_plugin", "distributed_state", "ddp_timeout", "save_total_limit", "enable_jit_checkpoint"),
     )
 )
 CREDENTIALS = frozenset(("token", "hub_token", "use_auth_token", "api_key", "password"))
@@ -40,6 +40,24 @@ class DataArguments:
     dataset_train_split: str = field(default="train", metadata={"help": "Split of a Hub dataset to train on."})
     max_samples: int | None = field(default=None, metadata={"help": "Use at most this many rows of a dataset."})
     world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world's facts."})
+
+
+@dataclass
+class BatchArguments:
+    """How the learning rate follows the batch."""
+
+    lr_scaling_rule: str = field(
+        default="none",
+        metadata={
+            "help": "What a larger global batch does to --learning_rate: 'sqrt' (for Adam, arXiv:2205.10287) or "
+            "'linear' (for SGD, arXiv:1706.02677) in its ratio to --lr_scaling_base_batch_size.",
+            "choices": ["none", "sqrt", "linear"],
+        },
+    )
+    lr_scaling_base_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Global batch that --learning_rate is for: sequences of an optimizer step, all processes."},
+    )
 
 
 def parse_recipe(
@@ -157,16 +175,22 @@ def finished_run(output_dir: str, arguments: Mapping[str, Any]) -> dict[str, Any
 def checkpoint_to_resume(training_args: Any) -> str | bool | None:
     """What `--resume_from_checkpoint` asks for: a checkpoint folder, the last one of the output folder, or none.
 
+    `true` is the last complete checkpoint. `auto` is that too, or the beginning where there is none yet: one command
+    for the first launch and for every restart.
+
     Raises:
         InputError: when there is no such checkpoint.
     """
     wanted = training_args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() in ("false", "none", ""):
         return None
-    if str(wanted).lower() == "true":
+    if str(wanted).lower() in ("true", "auto"):
         folder = training_args.output_dir
+        is_needed = str(wanted).lower() == "true"
         wanted = last_complete_checkpoint(folder)
         if wanted is None:
+            if not is_needed:
+                return None
             raise InputError(f"--resume_from_checkpoint true: no complete checkpoint in {folder}")
     if not (Path(wanted) / "trainer_state.json").is_file():
         raise InputError(f"--resume_from_checkpoint {wanted}: not a checkpoint folder (no trainer_state.json)")

@@ -134,6 +134,8 @@ def load_or_make_base(
 
     if model_args.model_name_or_path:
         return load_policy(model_args)
+    import torch
+
     from hfllm.models.configuration_hfllm import HfllmConfig
     from hfllm.models.modeling_hfllm import HfllmForCausalLM, HfllmForMaskedLM
 
@@ -141,6 +143,7 @@ def load_or_make_base(
         tokenizer = load_tokenizer(script_args.tokenizer_name_or_path)
     else:
         tokenizer = make_tokenizer(script_args, texts)
+    refuse(model_args.load_in_4bit or model_args.load_in_8bit, "--load_in_4bit/8bit", "a new model learns all weights")
     is_masked = script_args.objective == "masked"
     config = HfllmConfig(
         **{name: getattr(script_args, name) for name in architecture},
@@ -149,16 +152,16 @@ def load_or_make_base(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        attn_implementation=model_args.attn_implementation,
     )
-    refuse(model_args.load_in_4bit or model_args.load_in_8bit, "--load_in_4bit/8bit", "a new model learns all weights")
-    dtype = "float32" if model_args.dtype == "auto" else model_args.dtype
-    kwargs = {"dtype": dtype, "attn_implementation": model_args.attn_implementation}
     try:
-        model = (HfllmForMaskedLM if is_masked else HfllmForCausalLM)._from_config(config, **kwargs)
+        # Not `_from_config`, which spreads the weights under ZeRO-3 before they are there.
+        model = (HfllmForMaskedLM if is_masked else HfllmForCausalLM)(config)
     except (ImportError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--attn_implementation {model_args.attn_implementation}: {reason}") from None
-    return model, tokenizer
+    dtype = "float32" if model_args.dtype == "auto" else model_args.dtype
+    return model.to(getattr(torch, dtype)), tokenizer
 
 
 def make_tokenizer(script_args: Any, texts: Sequence[str]) -> Any:
@@ -325,7 +328,8 @@ def watch(
     """Log throughput and bits a byte, guard against spikes, sample now and then. Returns what gives the samples."""
     from pathlib import Path
 
-    from hfllm.trainers.monitors import LossSpikeGuard, ThroughputCallback, add_to_logs, palm_flops_per_token
+    from hfllm.scaling.flops import palm_flops_per_token
+    from hfllm.trainers.monitors import LossSpikeGuard, ThroughputCallback, add_to_logs
     from hfllm.trainers.samples import SampleCallback
 
     model, args = trainer.model, trainer.args

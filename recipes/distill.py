@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import DataArguments, parse_recipe, read_yaml, run
+from hfllm.cli import BatchArguments, DataArguments, parse_recipe, read_yaml, run
 
 CONFIG = Path(__file__).parent / "configs" / "distill" / "world.yaml"
 SIZES = ("student_hidden_size", "student_num_hidden_layers", "student_num_attention_heads")
@@ -27,7 +27,7 @@ NEW_STUDENT = (*SIZES, "student_initializer_range")
 
 
 @dataclass
-class DistillArguments(DataArguments):
+class DistillArguments(DataArguments, BatchArguments):
     """The student, what it learns from, and the settings of the stages before."""
 
     student_layers_every: int | None = field(
@@ -79,12 +79,15 @@ def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> 
     """Make what is missing, distil, compare, save, report. Returns the metrics."""
     from hfllm.evaluation.distillation import distillation_plots, gold_tables
     from hfllm.stages import Stage, world_of
+    from hfllm.trainers.interruptions import train
+    from hfllm.trainers.learning_rate import scale_learning_rate
 
     check(script_args, training_args, model_args)
     before = missing_stages(script_args, training_args)
     stage = Stage("distill", script_args, training_args, model_args, before)
     if stage.report is not None:
         return stage.report["metrics"]
+    used = scale_learning_rate(script_args, training_args)
     train_rows, eval_rows = rows_to_learn(script_args, training_args.seed)
     run_missing_stages(before)
     if before:
@@ -98,7 +101,7 @@ def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> 
         trainer = student_trainer(
             script_args, args, model_args, (teacher, teacher_tokenizer), tokenizer, train_rows, eval_rows
         )
-        trainer.train(resume_from_checkpoint=checkpoint)
+        train(trainer, checkpoint)
         trainer.save_model()
         return trainer
 
@@ -113,7 +116,7 @@ def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> 
     history = alone.state.log_history if alone else []
     return stage.finish(
         trainer,
-        metrics,
+        {**metrics, **used},
         tables=gold_tables(judged) if judged else None,
         curves=distillation_plots(trainer.state.log_history, history, metrics),
         next_steps=next_steps(training_args.output_dir, world_of(script_args) is not None),

@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import DataArguments, parse_recipe, run
+from hfllm.cli import BatchArguments, DataArguments, parse_recipe, run
 
 CONFIGS = Path(__file__).parent / "configs" / "pretrain"
 CONFIG = CONFIGS / "world.yaml"
 
 
 @dataclass
-class PretrainArguments(DataArguments):
+class PretrainArguments(DataArguments, BatchArguments):
     """Data, schedule and architecture of the model to pretrain."""
 
     num_documents: int = field(default=40000, metadata={"help": "Documents of the embedded world to train on."})
@@ -145,11 +145,14 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     from hfllm.mixtures import load_sources
     from hfllm.stages import Stage, fitting_length
     from hfllm.trainers.callbacks import use_plain_lines
+    from hfllm.trainers.interruptions import train
+    from hfllm.trainers.learning_rate import scale_learning_rate
 
     check(script_args, training_args, model_args)
     stage = Stage("pretrain", script_args, training_args, model_args)
     if stage.report is not None:
         return stage.report["metrics"]
+    used = scale_learning_rate(script_args, training_args)
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="reading texts"):
         prepared = Prepared(Path(training_args.output_dir) / "prepared", stage.arguments)
@@ -160,7 +163,7 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     trainer, mixed = build(script_args, training_args, model, tokenizer, sources, test_texts, prepared)
     use_plain_lines(trainer)
     samples = pretraining.watch(trainer, script_args, tokenizer, train_texts, test_texts)
-    trainer.train(resume_from_checkpoint=stage.checkpoint)
+    train(trainer, stage.checkpoint)
     pretraining.stop_if_broken(trainer)
     losses = trainer.evaluate()
     trainer.save_model()
@@ -171,6 +174,7 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
         "parameters": model.num_parameters(),
         "documents": len(train_texts),
         "tokens_per_second": pretraining.mean_speed(trainer.state.log_history),
+        **used,
     }
     summary = f"{metrics['parameters']:,} parameters, held-out loss {metrics['eval_loss']:.3f} nats a token"
     if "bits_per_byte" in metrics:
@@ -210,6 +214,8 @@ def check(script_args: PretrainArguments, training_args: Any, model_args: Any) -
     refuse(model_args.use_peft, "--use_peft", "pretraining trains all weights")
     strategy = training_args.train_sampling_strategy
     refuse(strategy != "random", "--train_sampling_strategy", "the order of documents is this recipe's own")
+    is_scaled = script_args.lr_scaling_rule != "none"
+    refuse(is_scaled and script_args.batch_ramp is not None, "--lr_scaling_rule", "--batch_ramp changes the batch")
     for flag in ("length_curriculum", "batch_ramp", "z_loss_coef", "total_tokens", "dataset_mixture"):
         refuse(not script_args.packing and bool(getattr(script_args, flag)), f"--{flag}", "it needs --packing true")
     own = model_args.model_name_or_path

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import DataArguments, parse_recipe, run
+from hfllm.cli import BatchArguments, DataArguments, parse_recipe, run
 
 CONFIG = Path(__file__).parent / "configs" / "reward" / "world.yaml"
 
 
 @dataclass
-class RewardArguments(DataArguments):
+class RewardArguments(DataArguments, BatchArguments):
     """Comparisons."""
 
     num_pairs: int = field(default=6000, metadata={"help": "Prompts of the embedded world to compare responses to."})
@@ -68,10 +68,13 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
         with_model_from,
     )
     from hfllm.trainers.callbacks import use_plain_lines
+    from hfllm.trainers.interruptions import train
+    from hfllm.trainers.learning_rate import scale_learning_rate
 
     stage = Stage("reward", script_args, training_args, model_args)
     if stage.report is not None:
         return stage.report["metrics"]
+    used = scale_learning_rate(script_args, training_args)
     is_world = script_args.dataset_name == WORLD
     refuse(not is_world and script_args.comparison_seed is not None, "--comparison_seed", "it is for the world")
     rows = None if is_world else user_comparisons(script_args, training_args.seed)
@@ -102,13 +105,14 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
             f"no comparison in {script_args.dataset_name!r} fits into --max_length {training_args.max_length} tokens"
         )
     use_plain_lines(trainer)
-    trainer.train(resume_from_checkpoint=stage.checkpoint)
+    train(trainer, stage.checkpoint)
     evaluation = trainer.evaluate()
     trainer.save_model()
     metrics = {
         "reward_model_accuracy": evaluation["eval_accuracy"],
         "eval_loss": evaluation["eval_loss"],
         **kept,
+        **used,
     }
     labels = " with noise-free labels" if is_world else ""
     summary = (
@@ -139,11 +143,12 @@ def world_comparisons(
     from hfllm.data.world import World
     from hfllm.evaluation.responses import sample_responses
     from hfllm.stages import load_policy
+    from hfllm.trainers.sharding import make_whole
 
     world, seed = World(script_args.world_seed), script_args.comparison_seed
     seed = training_args.seed if seed is None else seed
     model, tokenizer = load_policy(model_args)
-    model.to(training_args.device)
+    make_whole(model).to(training_args.device)
 
     def compare(tasks: list, noise: float) -> list[dict]:
         on_policy = round(script_args.on_policy_fraction * len(tasks))

@@ -14,14 +14,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import DataArguments, parse_recipe, run
+from hfllm.cli import BatchArguments, DataArguments, parse_recipe, run
 
 CONFIG = Path(__file__).parent / "configs" / "rlhf" / "world.yaml"
 CALIBRATION_PROMPTS = 256
 
 
 @dataclass
-class RlhfArguments(DataArguments):
+class RlhfArguments(DataArguments, BatchArguments):
     """Prompts, rewards, and the settings of the stages before."""
 
     reward_model_name_or_path: list[str] | None = field(
@@ -81,13 +81,17 @@ def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dic
         world_of,
     )
     from hfllm.trainers.callbacks import use_plain_lines
+    from hfllm.trainers.interruptions import train
+    from hfllm.trainers.learning_rate import scale_learning_rate
     from hfllm.trainers.ppo_trainer import PPOTrainer
+    from hfllm.trainers.sharding import gathered
 
     refuse(training_args.model_init_kwargs, "--model_init_kwargs", "use --dtype, --attn_implementation or the like")
     before = missing_stages(script_args, training_args, model_args)
     stage = Stage("rlhf", script_args, training_args, model_args, before)
     if stage.report is not None:
         return stage.report["metrics"]
+    used = scale_learning_rate(script_args, training_args)
     functions = checked_functions(script_args)
     train_rows, eval_rows = prompt_data(script_args, training_args.seed, functions)
     check_before_training(script_args, training_args, model_args, [*train_rows, *eval_rows], len(functions))
@@ -119,13 +123,15 @@ def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dic
         if isinstance(ensemble, RewardEnsemble):
             calibrate(ensemble, trainer, train_rows[:CALIBRATION_PROMPTS])
     judged_on = ([row["prompt"] for row in eval_rows], world_of(script_args), script_args.num_eval_prompts)
-    unaligned = judge_policy(trainer, *judged_on)
-    trainer.train(resume_from_checkpoint=stage.checkpoint)
-    aligned = judge_policy(trainer, *judged_on)
+    with gathered(trainer.actor):
+        unaligned = judge_policy(trainer, *judged_on)
+    train(trainer, stage.checkpoint)
+    with gathered(trainer.actor):
+        aligned = judge_policy(trainer, *judged_on)
     trainer.save_model()
     return stage.finish(
         trainer,
-        {**alignment_metrics(unaligned, aligned), **stage_metrics},
+        {**alignment_metrics(unaligned, aligned), **stage_metrics, **used},
         tables=alignment_tables(unaligned, aligned),
         curves=alignment_plots(trainer.state.log_history),
         next_steps=next_steps(training_args.output_dir, eval_rows[0]["prompt"]),

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import DataArguments, parse_recipe, run
+from hfllm.cli import BatchArguments, DataArguments, parse_recipe, run
 
 CONFIG = Path(__file__).parent / "configs" / "sft" / "world.yaml"
 
 
 @dataclass
-class SftArguments(DataArguments):
+class SftArguments(DataArguments, BatchArguments):
     """Instruction data."""
 
     num_examples: int = field(default=9600, metadata={"help": "Demonstrations of the embedded world to train on."})
@@ -39,10 +39,13 @@ def main(script_args: SftArguments, training_args: Any, model_args: Any) -> dict
     """Fine-tune, save, write the report. Returns the metrics."""
     from hfllm.stages import Stage, fitting_length, load_policy, peft_config, with_model_from
     from hfllm.trainers.callbacks import use_plain_lines
+    from hfllm.trainers.interruptions import train
+    from hfllm.trainers.learning_rate import scale_learning_rate
 
     stage = Stage("sft", script_args, training_args, model_args)
     if stage.report is not None:
         return stage.report["metrics"]
+    used = scale_learning_rate(script_args, training_args)
     train_rows, test_rows = instruction_data(script_args, training_args.seed)
     if not model_args.model_name_or_path:
         import pretrain
@@ -63,13 +66,14 @@ def main(script_args: SftArguments, training_args: Any, model_args: Any) -> dict
         peft_config=peft_config(model_args),
     )
     use_plain_lines(trainer)
-    trainer.train(resume_from_checkpoint=stage.checkpoint)
+    train(trainer, stage.checkpoint)
     losses = trainer.evaluate()
     trainer.save_model()
     metrics = {
         "train_loss": next(entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry),
         "eval_loss": losses["eval_loss"],
         "examples": len(train_rows),
+        **used,
     }
     summary = f"{len(train_rows):,} responses, held-out loss {losses['eval_loss']:.3f} nats a token"
     return stage.finish(trainer, metrics, summary)

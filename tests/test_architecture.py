@@ -30,7 +30,7 @@ ALLOWED = {
     "model_card": {"errors", "reporting", "hub_files"},
     "hub": {"errors", "reporting", "hub_files", "model_card"},
     "mixtures": {"data", "errors", "stages"},
-    "pretraining": {"data", "errors", "evaluation", "mixtures", "models", "stages", "trainers"},
+    "pretraining": {"data", "errors", "evaluation", "mixtures", "models", "scaling", "stages", "trainers"},
     "scaling_runs": {"cli", "data", "errors", "evaluation", "pretraining", "reporting", "stages", "trainers"},
     "scaling_report": {"errors", "reporting", "scaling"},
     "stages": {

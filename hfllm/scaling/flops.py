@@ -46,7 +46,15 @@ def megatron_flops_per_batch(
 def palm_flops_per_token(
     num_parameters: float, layers: int, heads: int, head_dim: int, sequence_length: int, attention: bool = True
 ) -> float:
-    """6N + 12 L H Q T (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, appendix B); without `attention` 6N."""
+    """Matrix-multiplication FLOPs of training on one token: 6N + 12 L H Q T, without `attention` 6N.
+
+    PaLM, Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
+
+    Args:
+        num_parameters: N, those that multiply each token: of experts only the active ones; an embedding table that is
+            not also the head is looked up, not multiplied with.
+        sequence_length: T, tokens of a sequence, all of which attend to each other in this count.
+    """
     return 6 * num_parameters + 12 * layers * heads * head_dim * sequence_length * attention
 
 

@@ -20,9 +20,11 @@ from hfllm.checkpoints import last_complete_checkpoint
 from hfllm.errors import InputError
 from hfllm.trainers.actor_critic import ActorCritic, entropy_of, spread
 from hfllm.trainers.controllers import KLController, RunningMoments
+from hfllm.trainers.interruptions import save_on_sigterm
 from hfllm.trainers.ppo_parts import load_weights
 from hfllm.trainers.rollout import Rollout, length_groups
 from hfllm.trainers.sampling import Witness
+from hfllm.trainers.sharding import gathered
 from hfllm.trainers.tables import log_table
 
 VALUE_MODEL_FOLDER, REFERENCE_FOLDER = "value_model", "reference"
@@ -73,6 +75,7 @@ class ActorCriticTrainer(Trainer):
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise InputError(f"resume_from_checkpoint=True: no complete checkpoint in {self.args.output_dir}")
+        save_on_sigterm(self)
         self._begin()
         if resume_from_checkpoint and self.args.max_steps > 0:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
@@ -83,6 +86,12 @@ class ActorCriticTrainer(Trainer):
                 self._load_progress(Path(resume_from_checkpoint))
                 return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer's; before training, ZeRO-3 has spread the policy, but gathers nothing yet."""
+        is_early = self.is_deepspeed_enabled and self.deepspeed is None
+        with gathered(self.actor) if is_early else nullcontext():
+            return super().evaluate(*args, **kwargs)
 
     def _check_engine(self) -> None:
         """Refuse FSDP, under which sampling has not been tried, and what needs gradients that DeepSpeed keeps."""

@@ -39,19 +39,6 @@ def add_to_logs(trainer: Trainer, callback: TrainerCallback) -> None:
     callbacks.insert(deciding[0] + 1 if deciding else 0, callback)
 
 
-def palm_flops_per_token(
-    num_parameters: int, num_hidden_layers: int, num_attention_heads: int, head_dim: int, sequence_length: int
-) -> int:
-    """Matrix-multiplication FLOPs of training on one token, 6N + 12LHQT (PaLM, arXiv:2204.02311, appendix B).
-
-    Args:
-        num_parameters: those that multiply each token: of experts only the active ones; an embedding table that is
-            not also the head is looked up, not multiplied with.
-        sequence_length: T, tokens of a sequence, all of which attend to each other in this count.
-    """
-    return 6 * num_parameters + 12 * num_hidden_layers * num_attention_heads * head_dim * sequence_length
-
-
 class ThroughputCallback(TrainerCallback):
     """Adds to each training log, since the one before: `tokens_per_second`, `mfu` and `bits_per_byte`.
 
@@ -63,8 +50,8 @@ class ThroughputCallback(TrainerCallback):
         tokens_per_step: tokens that all processes together train on in an optimizer step, or a function from the
             number of the step, from 1, to that. By default they are counted by the trainer, which has to have
             `include_num_input_tokens_seen` on (`non_padding` for useful tokens alone).
-        flops_per_token: for example `palm_flops_per_token(...)`. With `peak_flops`, gives `mfu`: the share of the
-            peak that training reaches.
+        flops_per_token: for example `hfllm.scaling.flops.palm_flops_per_token(...)`. With `peak_flops`, gives `mfu`:
+            the share of the peak that training reaches.
         peak_flops: FLOP/s that one device could do.
         bytes_per_token: UTF-8 bytes of the training text for each predicted token; gives `bits_per_byte`, from `loss`.
         eval_bytes_per_token: of the held-out text; gives `eval_bits_per_byte` in the evaluation's logs and metrics.

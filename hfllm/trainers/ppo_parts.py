@@ -1,7 +1,6 @@
 """What a `PPOTrainer` is made of: reference, rewards, special tokens, sampling settings."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from transformers import (
 from hfllm.errors import InputError
 from hfllm.rewards import RewardModel, TokenRewardModel, scores_tokens
 from hfllm.trainers.ppo_config import PPOConfig
+from hfllm.trainers.sharding import gathered, make_whole
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -31,18 +31,6 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Copy a saved model's weights into `model`, whatever number of files they lie in."""
     saved = type(model).from_pretrained(folder, dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
-
-
-@contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """Within it a model that ZeRO-3 has spread over processes is whole."""
-    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        yield
 
 
 def load_scorer(name: str, load_kwargs: dict[str, Any]) -> PreTrainedModel:
@@ -84,6 +72,13 @@ def split_reference(
     with gathered(model):
         reference.load_state_dict(model.state_dict())
     return reference.eval().requires_grad_(False), model
+
+
+def place_frozen(models: Iterable[PreTrainedModel | None], device: torch.device) -> None:
+    """Move models that are not trained to where the policy is, whole on each process."""
+    for model in models:
+        if model is not None:
+            make_whole(model).to(device)
 
 
 def check_value_model(value_model: PreTrainedModel | None, rewards: Sequence[RewardModel]) -> None:

@@ -39,8 +39,8 @@ from hfllm.trainers.ppo_parts import (
     build_rewards,
     check_value_model,
     disable_dropout,
-    gathered,
     load_scorer,
+    place_frozen,
     reward_models,
     reward_weights,
     sampling_config,
@@ -52,6 +52,7 @@ from hfllm.trainers.ptx import PretrainingBatches
 from hfllm.trainers.rollout import Rollout, pad_prompts
 from hfllm.trainers.sampling import sample_responses
 from hfllm.trainers.scoring import Scorer, Scores
+from hfllm.trainers.sharding import gathered
 from hfllm.trainers.vllm_sampling import VllmSampler
 
 if TYPE_CHECKING:
@@ -152,9 +153,7 @@ class PPOTrainer(ActorCriticTrainer):
         self._check_engine()
         # Each process samples with its own noise, as in GRPOTrainer.
         seed_process(args.seed, device_specific=True)
-        for frozen in (self.reference, *(reward.model for reward in reward_models(rewards))):
-            if frozen is not None:
-                frozen.to(self.accelerator.device)
+        place_frozen((self.reference, *(reward.model for reward in reward_models(rewards))), self.accelerator.device)
         self.sampling_config = sampling_config(args, tokenizer, self.eos_token_ids, never_sampled)
         parts = (self.policy, self.accelerator, tokenizer, self.sampling_config, args.local_rollout_batch_size)
         self.vllm = VllmSampler(args, *parts) if args.use_vllm else None

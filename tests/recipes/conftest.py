@@ -69,3 +69,13 @@ def tiny(tmp_path_factory):
         with open(paths[stage], "w") as stream:
             yaml.safe_dump(values, stream)
     return paths
+
+
+@pytest.fixture(scope="session")
+def base(tiny, tmp_path_factory):
+    """The folder of a tiny pretrained model."""
+    import pretrain
+
+    folder = tmp_path_factory.mktemp("base")
+    pretrain.main(*pretrain.parse(["--config", tiny["pretrain"], "--output_dir", str(folder)]))
+    return folder

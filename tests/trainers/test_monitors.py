@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
 
 from hfllm.errors import InputError
-from hfllm.trainers.monitors import LossSpikeGuard, ThroughputCallback, add_to_logs, palm_flops_per_token
+from hfllm.trainers.monitors import LossSpikeGuard, ThroughputCallback, add_to_logs
 
 SEQUENCE = 8
 BATCH = 2
@@ -182,11 +182,6 @@ def test_options_that_could_do_nothing_are_refused(options):
 def test_tokens_that_nobody_counts_are_refused(make_trainer):
     with pytest.raises(InputError, match="include_num_input_tokens_seen"):
         make_trainer(callbacks=[ThroughputCallback()]).train()
-
-
-def test_palms_count():
-    # Llama-7B's shape: 32 layers of 32 heads of 128.
-    assert palm_flops_per_token(7_000_000_000, 32, 32, 128, 2048) == 42_000_000_000 + 12 * 32 * 4096 * 2048
 
 
 class Planted(Trainer):

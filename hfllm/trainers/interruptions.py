@@ -1,0 +1,142 @@
+"""Runs that are interrupted: saved when they are asked to end, and not trained further once they are done.
+
+train(trainer, checkpoint)  # in place of trainer.train(resume_from_checkpoint=checkpoint)
+"""
+
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+
+from hfllm.errors import InputError
+
+# What a shell reports of a process that SIGTERM has ended.
+TERMINATED = 128 + signal.SIGTERM
+
+
+class _AlreadyDone(Exception):
+    """The checkpoint that a run goes on from is that of its last step."""
+
+
+class _LookBeforeTheFirstStep(TrainerCallback):
+    def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise _AlreadyDone
+
+
+def train(trainer: Trainer, checkpoint: str | None = None) -> None:
+    """Train, from a checkpoint if given; with `enable_jit_checkpoint` SIGTERM saves, see `SaveOnSigterm`.
+
+    Trainer itself takes one more step from a checkpoint of the last one, if that is not the end of an epoch.
+
+    Raises:
+        InputError: when SIGTERM is to save what nothing can go on from, or DeepSpeed cannot go on from `checkpoint`.
+        SystemExit: with 143, once SIGTERM has saved.
+    """
+    save_on_sigterm(trainer)
+    if trainer.is_deepspeed_enabled and checkpoint is not None:
+        check_shards(checkpoint, trainer.args)
+    look = _LookBeforeTheFirstStep()
+    trainer.add_callback(look)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except _AlreadyDone:
+        trainer._finalize_training(None, 0, time.time())
+    finally:
+        trainer.remove_callback(look)
+
+
+def check_shards(checkpoint: str, args: TrainingArguments) -> None:
+    """Refuse a DeepSpeed checkpoint of another number of processes, unless DeepSpeed is told that it is universal.
+
+    Raises:
+        InputError: with both numbers; a checkpoint without DeepSpeed's files is one of none.
+    """
+    if args.deepspeed_plugin.deepspeed_config.get("checkpoint", {}).get("load_universal"):
+        return
+    saved = len(list(Path(checkpoint).glob("global_step*/*_optim_states.pt")))
+    if saved != args.world_size:
+        raise InputError(
+            f"{checkpoint} was saved by {saved} processes of DeepSpeed and goes on with as many; this run has "
+            f"{args.world_size}"
+        )
+
+
+def save_on_sigterm(trainer: Trainer) -> None:
+    """Put `SaveOnSigterm` in the place of what transformers does for `enable_jit_checkpoint`, if that is asked for.
+
+    transformers saves at the beginning of a step or within one, makes that step, and lets the script go on as if the
+    run had come to its end; its processes, which do not ask each other, wait for each other for ever if they notice
+    the signal at different steps.
+    """
+    if not trainer.args.enable_jit_checkpoint:
+        return
+    if trainer.args.save_only_model:
+        raise InputError("enable_jit_checkpoint with save_only_model: nothing could go on from what is saved")
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, JITCheckpointCallback):
+            signal.signal(signal.SIGTERM, callback.jit_manager._original_sigterm_handler)
+    trainer.remove_callback(JITCheckpointCallback)
+    if not any(isinstance(each, SaveOnSigterm) for each in trainer.callback_handler.callbacks):
+        trainer.add_callback(SaveOnSigterm(trainer))
+
+
+class SaveOnSigterm(TrainerCallback):
+    """SIGTERM ends training after the step in progress with a checkpoint and exit code 143.
+
+    The checkpoint is an ordinary one between two steps, so that the run that goes on from it ends with the bits of one
+    that was not interrupted. Processes agree after each step whether any of them was asked. While the loss guard
+    forbids saving, training goes on until it does not. Before and after training SIGTERM ends the process at once.
+
+    Raises:
+        InputError: when training does not begin in the main thread, the only one that signals reach.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self._previous: Any = None
+        self._is_asked, self._is_agreed = False, False
+
+    def _note(self, number: int, frame: Any) -> None:
+        # Schedulers and launchers both send it: the second one asks for nothing else.
+        self._is_asked = True
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise InputError("enable_jit_checkpoint: training has to begin in the main thread")
+        self._is_asked, self._is_agreed = False, False
+        self._previous = signal.signal(signal.SIGTERM, self._note)
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._is_agreed:
+            asked = torch.tensor(float(self._is_asked), device=args.device)
+            self._is_agreed = bool(self.trainer.accelerator.reduce(asked, "sum") > 0)
+        if self._is_agreed:
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._is_agreed:
+            self._leave(f"saved step {state.global_step} in {args.output_dir}; --resume_from_checkpoint auto goes on")
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._is_agreed:
+            self._leave("nothing was saved since")
+        self._restore()
+
+    def _restore(self) -> None:
+        signal.signal(signal.SIGTERM, self._previous if self._previous is not None else signal.SIG_DFL)
+
+    def _leave(self, what: str) -> None:
+        # A process that leaves while another still writes would take it along.
+        self.trainer.accelerator.wait_for_everyone()
+        self._restore()
+        if self.trainer.is_world_process_zero():
+            print(f"SIGTERM: {what}", file=sys.stderr, flush=True)
+        self.trainer.accelerator.end_training()
+        sys.exit(TERMINATED)

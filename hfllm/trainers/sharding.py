@@ -1,0 +1,41 @@
+"""Models that DeepSpeed's ZeRO-3 has spread over processes, where they are used outside of its engine."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Within it a model that ZeRO-3 has spread over processes is whole; every process has to enter."""
+    spread = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    if not spread:
+        yield
+        return
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    if all(parameter.ds_status == ZeroParamStatus.AVAILABLE for parameter in spread):
+        # Whoever gathered it would find it spread again.
+        yield
+        return
+    with deepspeed.zero.GatheredParameters(spread):
+        yield
+
+
+def make_whole(model: nn.Module) -> nn.Module:
+    """Undo what ZeRO-3 does to every model that is loaded, for one that its engine does not train, in place.
+
+    Returns:
+        The model, whole on each process; every process has to call this.
+    """
+    whole: dict[int, nn.Parameter] = {}
+    with gathered(model):
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if hasattr(parameter, "ds_id"):
+                    # Tied weights stay tied.
+                    copy = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+                    module._parameters[name] = whole.setdefault(parameter.ds_id, copy)
+    return model

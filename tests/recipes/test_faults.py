@@ -1,0 +1,83 @@
+"""Two processes of which one is lost, or that the scheduler ends: the run ends too, goes on, and learns the same."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from hfllm.checkpoints import last_complete_checkpoint
+
+ROOT = Path(__file__).parent.parent.parent
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/ddp.yaml", "--num_processes=2"]
+ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no", "--rdzv_backend=c10d", "--max_restarts=1"]
+# Else the processes that are started again may meet at the addresses of those that were lost.
+RESTARTABLE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+# 50 steps of 8 rows.
+SETTINGS = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 256,
+    "vocab_size": 400,
+    "num_documents": 300,
+    "packing": True,
+    "max_length": 64,
+    "per_device_train_batch_size": 4,
+    "total_tokens": "25600",
+    "sample_steps": 0,
+    "logging_steps": 10,
+    "save_strategy": "steps",
+    "save_steps": 10,
+    "resume_from_checkpoint": "auto",
+    "enable_jit_checkpoint": True,
+}
+
+
+@pytest.mark.slow
+def test_lost_and_terminated_processes_change_nothing(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(SETTINGS))
+
+    def launch(launcher, fault, step, folder):
+        words = ["tests/recipes/fault_run.py", fault, str(step), "pretrain", "--config", str(config)]
+        return subprocess.run(
+            [sys.executable, *launcher, *words, "--output_dir", str(tmp_path / folder)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            # A run that hangs instead of ending fails here.
+            timeout=400,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **RESTARTABLE},
+        )
+
+    def last_step():
+        return int(last_complete_checkpoint(tmp_path / "cut").rpartition("-")[2])
+
+    whole = launch(TORCHRUN, "kill", -1, "whole")
+    assert whole.returncode == 0, whole.stderr[-3000:]
+
+    lost = launch(TORCHRUN, "kill", 25, "cut")
+    assert lost.returncode != 0
+    cause = lost.stderr.partition("Root Cause (first observed failure):")[2]
+    assert "rank      : 1 " in cause and "Signal 9 (SIGKILL) received" in cause
+    assert last_step() == 20
+
+    ended = launch(TORCHRUN, "terminate", 33, "cut")
+    assert ended.returncode != 0
+    assert f"SIGTERM: saved step {last_step()} in" in ended.stderr
+    assert 33 < last_step() < 40
+
+    again = launch(ACCELERATE, "kill", 45, "cut")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "exitcode: -9" in again.stderr
+    assert again.stdout.count("=== pretrain") == 2
+    one, other = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "cut"))
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name

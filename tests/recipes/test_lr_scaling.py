@@ -1,0 +1,49 @@
+"""--lr_scaling_rule reaches the optimizer of every recipe that trains, and the report."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import pretrain
+import pytest
+import yaml
+
+from hfllm.errors import InputError
+
+STAGES = {
+    "pretrain": [],
+    "sft": [],
+    "reward": ["--on_policy_fraction", "0"],
+    "rlhf": ["--reward_funcs", "gold"],
+    "distill": [],
+}
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_a_recipe_with_a_batch_four_times_the_base(tiny, base, tmp_path, stage):
+    recipe = import_module(stage)
+    # Without the settings of stages before it, which have made their model.
+    settings = yaml.safe_load(Path(tiny[stage]).read_text())
+    own = {name: value for name, value in settings.items() if not name.endswith("_config")}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({**own, "max_steps": 1}))
+    words = ["--config", str(config), *STAGES[stage], "--output_dir", str(tmp_path)]
+    if stage != "pretrain":
+        words += ["--teacher_model_name_or_path" if stage == "distill" else "--model_name_or_path", str(base)]
+    words += ["--learning_rate", "0.001", "--warmup_steps", "0", "--logging_steps", "1"]
+    words += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    metrics = recipe.main(*recipe.parse([*words, "--lr_scaling_rule", "sqrt", "--lr_scaling_base_batch_size", "2"]))
+    assert metrics["learning_rate"] == pytest.approx(0.002) and metrics["global_batch_size"] == 8
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["metrics"]["learning_rate"] == pytest.approx(0.002)
+    # What was asked for, by which the run is known again.
+    assert report["arguments"]["learning_rate"] == 0.001
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [entry["learning_rate"] for entry in history if "loss" in entry] == pytest.approx([0.002])
+
+
+def test_a_batch_that_grows_has_no_one_rate(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--packing", "true", "--batch_ramp", "0:128,0.5:256"]
+    words += ["--lr_scaling_rule", "sqrt", "--lr_scaling_base_batch_size", "2"]
+    with pytest.raises(InputError, match="--lr_scaling_rule cannot be used here: --batch_ramp changes the batch"):
+        pretrain.main(*pretrain.parse(words))
