@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 accelerate launch recipes/speculative.py       # makes outputs/speculative/sft and draft_sft
     OMP_NUM_THREADS=1 python benchmarks/generation.py --output benchmarks/results/generation.md
 
+`--random_weights 10M` measures a model of that size that nobody trained, on random prompts, whose answers never end.
 All ways run in one process, turn by turn, and the ratio to plain `generate` is the median of the ratios within a
 round; times are CPU-seconds. The output of each way is compared with the plain one's. What `torch.compile` takes is
 reported beside the table, not inside it.
@@ -19,12 +20,47 @@ from pathlib import Path
 from typing import Any
 
 PLAIN = "Llama, generate"
+# hidden_size, intermediate_size, layers, heads, key-value heads, vocab_size
+SHAPES = {
+    "1M": (128, 384, 4, 4, 4, 2048),
+    "10M": (288, 768, 8, 6, 2, 8192),
+    "60M": (640, 1728, 12, 10, 5, 8192),
+}
+RANDOM_PROMPT = 32
+
+
+def random_llama(size: str) -> Any:
+    """A Llama of a size in `SHAPES` with the weights that it begins training with."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, inner, layers, heads, key_heads, vocabulary = SHAPES[size]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        tie_word_embeddings=True,
+        **{"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None},
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 class Prompts:
     """Batches of the world's held-out questions, or of texts in a file, one a line."""
 
     def __init__(self, tokenizer: Any, count: int, batch_size: int, path: str | None):
+        if tokenizer is None:
+            import torch
+
+            ids = torch.randint(4, 2000, (count, RANDOM_PROMPT), generator=torch.Generator().manual_seed(batch_size))
+            self.batches = [
+                {"input_ids": part, "attention_mask": part.ne(-1).long()} for part in ids.split(batch_size)
+            ]
+            return
         from hfllm.data.tokenizer import tokenize_prompts
         from hfllm.data.world import World
 
@@ -44,6 +80,11 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
 
     import hfllm
 
+    if args.random_weights:
+        llama = random_llama(args.random_weights)
+        with tempfile.TemporaryDirectory() as folder:
+            llama.save_pretrained(folder)
+            return hfllm.from_native(folder).eval(), llama, None, None
     if not Path(args.model_name_or_path).is_dir():
         sys.exit(f"{args.model_name_or_path}: no such folder; recipes/speculative.py makes it")
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
@@ -81,17 +122,23 @@ class Ways:
         self._add_ours(ours, draft, compile)
 
     def _add_ours(self, ours: Any, draft: Any, compile: bool) -> None:
-        from hfllm.generation.drafts import EarlyExitDraft, ModelDraft, PromptLookupDraft
+        from hfllm.generation import fast_generate
+        from hfllm.generation.drafts import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft
+        from hfllm.generation.fast import recommended_draft
         from hfllm.generation.lookahead import AdaptiveLookahead
         from hfllm.generation.measure import measure_costs
 
-        drafts = {"prompt lookup": PromptLookupDraft(), "early exit": EarlyExitDraft()}
+        chosen = "int8 draft" if recommended_draft(ours) else "no draft"
+        self.runs[f"ours, recommended ({chosen})"] = self._generate(ours, custom_generate=fast_generate)
+        drafts = {"prompt lookup": PromptLookupDraft(), "early exit": EarlyExitDraft(), "int8": Int8Draft()}
         if draft is not None:
             drafts["draft model"] = ModelDraft(draft)
         for compiled in (False, True) if compile else (False,):
             suffix = ", compiled" if compiled else ""
             self.runs[f"ours, plain{suffix}"] = self._speculate(ours, "plain", None, 0, compiled)
             for name, source in drafts.items():
+                if compiled and name == "int8":
+                    continue
                 costs = measure_costs(ours, source, self.batches[0], compile=compiled, clock=time.process_time)
                 print(f"{name}{suffix}: draft {costs.draft:.2f}, verification {costs.verification:.2f}", flush=True)
                 # Compiled runs of the target are always as wide as the longest draft.
@@ -158,6 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", default="outputs/speculative/sft")
     parser.add_argument("--assistant_model_name_or_path", default="outputs/speculative/draft_sft")
+    parser.add_argument("--random_weights", choices=list(SHAPES), help="Measure an untrained model of this size.")
     parser.add_argument("--prompts", help="A file of prompts, one a line; by default the world's questions.")
     parser.add_argument("--num_prompts", type=int, default=32)
     parser.add_argument("--max_new_tokens", type=int, default=64)
@@ -173,8 +221,8 @@ def main() -> None:
     options = {
         "max_new_tokens": args.max_new_tokens,
         "do_sample": False,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id if tokenizer else None,
+        "pad_token_id": tokenizer.pad_token_id if tokenizer else 0,
     }
     lines = [
         "# Ways to decode, against transformers' `generate`",

@@ -2,6 +2,7 @@
 
 import importlib.abc
 import importlib.machinery
+import inspect
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -33,6 +34,8 @@ def _register() -> None:
         getattr(transformers, auto_name).register(HfllmConfig, model_class, exist_ok=True)
         # Writes auto_map and the code beside saved weights, for those who load them without hfllm.
         model_class.register_for_auto_class(auto_name)
+        # `generate` asks for the signature at every token of a class that travels with its code.
+        model_class.forward.__signature__ = inspect.signature(model_class.forward)
         # `transformers serve`, behind `transformers chat`, looks the class up by its name there.
         setattr(transformers, model_class.__name__, model_class)
 

@@ -1,1 +1,14 @@
-"""How fast: speculative decoding, and the choice of a key-value cache."""
+"""How fast: `fast_generate`, speculative decoding, and the choice of a key-value cache."""
+
+from typing import Any
+
+__all__ = ["fast_generate"]
+
+
+def __getattr__(name: str) -> Any:
+    # On demand, so that the formulas can be had without the models.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from hfllm.generation.fast import fast_generate
+
+    return fast_generate

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from hfllm.errors import InputError
+from hfllm.generation.lean import lean_model, why_not
 from hfllm.generation.options import Sampler, check_same_vocabulary
-from hfllm.generation.ragged_cache import RaggedModel, check_model, compiled_forward, early_exit
+from hfllm.generation.ragged_cache import RaggedModel, check_model, compiled_forward, early_exit, ragged_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,8 +97,9 @@ class ModelDraft:
 
     def begin(self, target: RaggedModel, rows: Rows, compiled: bool) -> None:
         check_same_vocabulary(target.model, self.model)
-        forward = compiled_forward(self.model) if compiled else None
-        self.runner = RaggedModel(self.model, target.cache.capacity, forward)
+        # A target that was told not to run lean has a draft that does not either.
+        lean = target.lean is not None and why_not(self.model) is None
+        self.runner = ragged_model(self.model, target.cache.capacity, compiled, lean)
         self.runner.prefill(rows.tokens[:, : max(rows.sizes)], rows.lengths, rows.last, rows.sizes)
 
     def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
@@ -124,7 +126,10 @@ class EarlyExitDraft:
 
     def begin(self, target: RaggedModel, rows: Rows, compiled: bool) -> None:
         model = self._shortened(target.model)
-        self.runner = RaggedModel(model, 0, compiled_forward(model) if compiled else None, target.cache)
+        forward = compiled_forward(model) if compiled else None
+        if target.lean:
+            forward = target.lean.first(self._count(target.model))
+        self.runner = RaggedModel(model, 0, forward, target.cache, compiled)
 
     def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
         return draft_by(self.runner, rows, steps, sampler, catch_up=1)
@@ -133,11 +138,36 @@ class EarlyExitDraft:
         """Nothing: the rows are the target's to drop."""
 
     def _shortened(self, target: "PreTrainedModel") -> "PreTrainedModel":
-        layers = self.layers or max(1, target.config.get_text_config(decoder=True).num_hidden_layers // 2)
         # The same object again, so that what was compiled for it is found.
         if getattr(self, "_made_from", None) is not target:
-            self._made_from, self._made = target, early_exit(target, layers)
+            self._made_from, self._made = target, early_exit(target, self._count(target))
         return self._made
+
+    def _count(self, target: "PreTrainedModel") -> int:
+        return self.layers or max(1, target.config.get_text_config(decoder=True).num_hidden_layers // 2)
+
+
+class Int8Draft:
+    """Self-speculation: the target itself with its weights rounded to int8, a quarter of the memory to read a token.
+
+    As `EarlyExitDraft` it shares the target's cache, so that the prompt is read once. It needs no training, and is
+    right nearly always; the target has to be a model of the family in float32 on an x86 processor, and large enough
+    that decoding waits for its weights.
+    """
+
+    def cost_ratio(self, target: "PreTrainedModel") -> float:
+        return 0.3
+
+    def begin(self, target: RaggedModel, rows: Rows, compiled: bool) -> None:
+        if compiled:
+            raise InputError("the int8 draft does not go with compile=True: leave that out")
+        self.runner = RaggedModel(target.model, 0, lean_model(target.model, "int8"), target.cache)
+
+    def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
+        return draft_by(self.runner, rows, steps, sampler, catch_up=1)
+
+    def keep(self, kept: torch.Tensor) -> None:
+        """Nothing: the rows are the target's to drop."""
 
 
 def draft_by(runner: RaggedModel, rows: Rows, steps: int, sampler: Sampler, catch_up: int) -> Proposal:

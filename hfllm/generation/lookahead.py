@@ -9,6 +9,8 @@ from hfllm.generation.acceptance import optimal_lookahead
 # an accelerator is idle at a few tokens, that of a CPU is not; `hfllm.generation.measure.measure_costs` knows better.
 VERIFICATION_GUESS = {"cpu": 0.1}
 VERIFICATION_GUESS_ELSEWHERE = 0.02
+# The same over packed weights (`hfllm.generation.lean`), for each row of the batch.
+VERIFICATION_GUESS_PACKED = 0.04
 
 
 class Lookahead(Protocol):
@@ -93,18 +95,24 @@ class AdaptiveLookahead:
             self.tested = self.decay * self.tested + tested
 
 
-def as_lookahead(lookahead: "int | str | Lookahead", draft_cost: float, device: str = "cpu") -> Lookahead:
+def as_lookahead(
+    lookahead: "int | str | Lookahead", draft_cost: float, device: str = "cpu", packed_rows: int | None = None
+) -> Lookahead:
     """A number, `"adaptive"` or a `Lookahead` as a `Lookahead`.
 
     Args:
         draft_cost: time of a draft step in runs of the target; the verification's is guessed.
         device: the type of device that the target is on.
+        packed_rows: rows of the batch, where the target's weights are packed.
 
     Raises:
         InputError: for anything else.
     """
     if lookahead == "adaptive":
-        return AdaptiveLookahead(draft_cost + VERIFICATION_GUESS.get(device, VERIFICATION_GUESS_ELSEWHERE))
+        verification = VERIFICATION_GUESS.get(device, VERIFICATION_GUESS_ELSEWHERE)
+        if packed_rows is not None and device == "cpu":
+            verification = VERIFICATION_GUESS_PACKED * packed_rows
+        return AdaptiveLookahead(draft_cost + verification)
     if isinstance(lookahead, int) and not isinstance(lookahead, bool):
         return FixedLookahead(lookahead)
     if isinstance(lookahead, str) or not hasattr(lookahead, "steps"):

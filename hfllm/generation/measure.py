@@ -11,9 +11,10 @@ import torch
 
 from hfllm.generation.acceptance import optimal_lookahead, speedup
 from hfllm.generation.drafts import Draft, Rows
+from hfllm.generation.lean import why_not
 from hfllm.generation.lookahead import Lookahead
 from hfllm.generation.options import read_options
-from hfllm.generation.ragged_cache import RaggedModel, compiled_forward, padded_right
+from hfllm.generation.ragged_cache import padded_right, ragged_model
 from hfllm.generation.speculative import Statistics, many_shapes, speculative_generate
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def measure_costs(
     rounds: int = 15,
     compile: bool = False,
     clock: Callable[[], float] = time.perf_counter,
+    lean: bool | None = None,
 ) -> Costs:
     """Time single runs of the target, of the draft, and of the target over a draft, behind the prompts of `batch`.
 
@@ -60,13 +62,16 @@ def measure_costs(
         compile: measure compiled models, as `speculative_generate(compile=True)` runs them.
         clock: what tells the seconds. On a busy machine the wall clock favours short runs, which end before they are
             interrupted; `time.process_time` does not, and is right on one thread.
+        lean: as of `speculative_generate`.
     """
     lengths = batch["attention_mask"].sum(1)
     capacity = -(-(int(lengths.max()) + lookahead + 2) // 128) * 128
     tokens = padded_right(batch["input_ids"], batch["attention_mask"], capacity)
     rows = Rows(tokens, lengths, lengths + lookahead, lengths.tolist())
     options = read_options(model, None, None, tokens.shape[1], max_new_tokens=1, do_sample=False)
-    target = RaggedModel(model, capacity, compiled_forward(model) if compile else None)
+    if lean is None:
+        lean = not compile and why_not(model) is None
+    target = ragged_model(model, capacity, compile, lean)
     target.prefill(tokens[:, : max(rows.sizes)], rows.lengths, rows.last, rows.sizes)
     draft.begin(target, rows, compile)
 

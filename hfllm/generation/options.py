@@ -1,5 +1,6 @@
 """What may be asked of speculative decoding, read from the options of transformers' `generate`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -112,19 +113,39 @@ def read_options(
     config, unknown = model._prepare_generation_config(generation_config, **kwargs)
     if unknown:
         raise InputError(f"speculative decoding takes no argument {', '.join(sorted(unknown))}")
-    for option, harmless in REFUSED.items():
-        value = getattr(config, option, None)
-        if value not in harmless:
-            raise InputError(
-                f"{option}={value!r} cannot be combined with speculative decoding, which follows one sequence a row: "
-                f"leave it out, or use model.generate"
-            )
+    check_config(config)
     if "cache_implementation" in kwargs:
         raise InputError("cache_implementation: speculative decoding keeps a cache of its own; leave it out")
     if config.max_new_tokens is None or config.max_new_tokens < 1:
         raise InputError(f"max_new_tokens={config.max_new_tokens}: give the most tokens to generate, at least 1")
     model._prepare_special_tokens(config, True, device=model.device)
     processors = model._get_logits_processor(config, input_ids_seq_length=prompt_length, device=model.device)
+    return make_options(config, processors, config.max_new_tokens, generator)
+
+
+def check_config(config: "GenerationConfig", honoured: Sequence[str] = ()) -> None:
+    """Refuse options that would have no effect here, but for those that the caller sees to.
+
+    Raises:
+        InputError: naming the option.
+    """
+    for option, harmless in REFUSED.items():
+        value = getattr(config, option, None)
+        if value not in harmless and option not in honoured:
+            raise InputError(
+                f"{option}={value!r} cannot be combined with speculative decoding, which follows one sequence a row: "
+                f"leave it out, or use model.generate"
+            )
+
+
+def make_options(
+    config: "GenerationConfig", processors: Any, max_new_tokens: int, generator: torch.Generator | None
+) -> Options:
+    """Options from a prepared `generation_config` and its logits processors.
+
+    Raises:
+        InputError: for a processor that looks at the tokens before.
+    """
     for processor in processors:
         if type(processor).__name__ not in STATELESS:
             raise InputError(
@@ -134,7 +155,7 @@ def read_options(
     eos, pad = config._eos_token_tensor, config._pad_token_tensor
     return Options(
         sampler=Sampler(bool(config.do_sample), processors, generator),
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         eos_token_ids=frozenset() if eos is None else frozenset(eos.view(-1).tolist()),
         pad_token_id=0 if pad is None else int(pad.view(-1)[0]),
     )

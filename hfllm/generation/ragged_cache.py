@@ -15,6 +15,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hfllm.errors import InputError
+from hfllm.generation.lean import LeanModel, lean_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,23 +35,38 @@ class RaggedLayer(CacheLayerMixin):
         super().__init__()
         self.cache = cache
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        shape = (key_states.shape[0], self.cache.capacity)
+    def lazy_initialization(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Allocate for what comes as (B, Q, K, D)."""
         # Zeros: a masked column that held a NaN would still spoil the sum.
-        self.keys = key_states.new_zeros(*shape, key_states.shape[1], key_states.shape[3])
-        self.values = value_states.new_zeros(*shape, value_states.shape[1], value_states.shape[3])
+        self.keys = keys.new_zeros(len(keys), self.cache.capacity, *keys.shape[2:])
+        self.values = values.new_zeros(len(values), self.cache.capacity, *values.shape[2:])
+        self._look()
         self.is_initialized = True
+
+    def _look(self) -> None:
+        """Make the views that are written to, cell by cell, and read from, (B, K, C, D): once, not at every token."""
+        self.key_cells, self.value_cells = self.keys.flatten(0, 1), self.values.flatten(0, 1)
+        self.key_heads, self.value_heads = self.keys.transpose(1, 2), self.values.transpose(1, 2)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drop all rows but these."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+        self._look()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store (B, K, Q, D) in the columns that the cache names; return all (B, K, width, D)."""
+        return self.store(key_states.transpose(1, 2), value_states.transpose(1, 2))
+
+    def store(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same with new keys and values as (B, Q, K, D)."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            self.lazy_initialization(keys, values)
         cells, width = self.cache.cells.to(self.keys.device), self.cache.width
-        self.keys.flatten(0, 1).index_copy_(0, cells, key_states.transpose(1, 2).flatten(0, 1))
-        self.values.flatten(0, 1).index_copy_(0, cells, value_states.transpose(1, 2).flatten(0, 1))
-        return self.keys[:, :width].transpose(1, 2), self.values[:, :width].transpose(1, 2)
+        self.key_cells.index_copy_(0, cells, keys.flatten(0, 1))
+        self.value_cells.index_copy_(0, cells, values.flatten(0, 1))
+        return self.key_heads[:, :, :width], self.value_heads[:, :, :width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.width, 0
@@ -77,14 +93,16 @@ class RaggedCache(Cache):
 
     def place(self, columns: torch.Tensor, width: int) -> None:
         """Say where the next tokens go: `columns` (B, Q), and how many columns are looked at."""
-        rows = torch.arange(columns.shape[0], device=columns.device).unsqueeze(1)
-        self.cells, self.width = (rows * self.capacity + columns).flatten(), width
+        cells = columns
+        if len(columns) > 1:
+            cells = torch.arange(len(columns), device=columns.device).unsqueeze(1) * self.capacity + columns
+        self.cells, self.width = cells.flatten(), width
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop all rows but these."""
         for layer in self.layers:
             if layer.is_initialized:
-                layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+                layer.keep(rows)
 
 
 class RaggedModel:
@@ -93,8 +111,9 @@ class RaggedModel:
     Args:
         model: any causal language model of transformers that takes `position_ids` and four-dimensional masks.
         capacity: columns of its cache.
-        compiled: what runs in place of the model, on shapes that do not change; see `compiled_forward`.
+        forward: what runs in place of the model: a `LeanModel`, or what `compiled_forward` returns.
         cache: the cache to use, by default a new one.
+        static: `forward` is compiled for shapes that do not change; prompts are read by the model itself.
 
     Raises:
         InputError: for a model that this cannot work with.
@@ -104,12 +123,14 @@ class RaggedModel:
         self,
         model: "PreTrainedModel",
         capacity: int,
-        compiled: Callable[..., Any] | None = None,
+        forward: Callable[..., Any] | None = None,
         cache: RaggedCache | None = None,
+        static: bool = False,
     ):
         check_model(model)
         config = model.config.get_text_config(decoder=True)
-        self.model, self.forward, self.static = model, compiled or model, compiled is not None
+        self.model, self.forward, self.static = model, forward or model, static
+        self.lean = forward if isinstance(forward, LeanModel) else None
         self.cache = cache or RaggedCache(config.num_hidden_layers, capacity)
         self.windows = attention_windows(config)
         self.is_eager = config._attn_implementation == "eager"
@@ -154,7 +175,7 @@ class RaggedModel:
         spread = max(sizes) - min(sizes)
         # The head runs on the columns where rows end. Far apart, those are too many: their last tokens go again.
         together = len(sizes) * spread * self.vocabulary <= MOST_LOGITS or not self.keeps_logits
-        forward, self.forward = self.forward, self.model
+        forward, self.forward = self.forward, self.model if self.static else self.forward
         columns = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
         logits = self(tokens, columns, last, tokens.shape[1], logits=spread + 1 if together else 1)
         at = lengths.unsqueeze(1) - 1
@@ -166,8 +187,10 @@ class RaggedModel:
         self.forward = forward
         return logits[:, -1:]
 
-    def _mask(self, columns: torch.Tensor, width: int) -> torch.Tensor | dict[str, torch.Tensor]:
+    def _mask(self, columns: torch.Tensor, width: int) -> torch.Tensor | dict[str, torch.Tensor] | None:
         """Who sees whom, (B, 1, Q, width): columns up to one's own, and within the window where there is one."""
+        if self.lean and columns.numel() == 1 and set(self.windows.values()) == {None}:
+            return None
         behind = columns[:, None, :, None] - torch.arange(width, device=columns.device)
         masks = {}
         for kind, window in self.windows.items():
@@ -177,6 +200,22 @@ class RaggedModel:
                 mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
             masks[kind] = mask
         return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def ragged_model(model: "PreTrainedModel", capacity: int, compile: bool = False, lean: bool = False) -> RaggedModel:
+    """A model over a cache of that many columns.
+
+    Args:
+        compile: run it through `torch.compile`.
+        lean: run it as a `LeanModel`.
+
+    Raises:
+        InputError: for `lean` where it does not work, saying why.
+    """
+    check_model(model)
+    if compile:
+        return RaggedModel(model, capacity, compiled_forward(model), static=True)
+    return RaggedModel(model, capacity, lean_model(model) if lean else None)
 
 
 def attention_windows(config: Any) -> dict[str, int | None]:

@@ -14,9 +14,10 @@ import torch
 
 from hfllm.errors import InputError
 from hfllm.generation.drafts import Draft, ModelDraft, Proposal, Rows
+from hfllm.generation.lean import why_not
 from hfllm.generation.lookahead import FixedLookahead, Lookahead, as_lookahead
 from hfllm.generation.options import Options, read_options
-from hfllm.generation.ragged_cache import RaggedModel, check_model, compiled_forward, padded_right
+from hfllm.generation.ragged_cache import check_model, padded_right, ragged_model
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -83,6 +84,7 @@ def speculative_generate(
     lookahead: int | str | Lookahead = "adaptive",
     generator: torch.Generator | None = None,
     compile: bool = False,
+    lean: bool | None = None,
     **kwargs: Any,
 ) -> SpeculativeOutput:
     """Continue prompts as `model.generate` would, with fewer runs of the model.
@@ -98,6 +100,8 @@ def speculative_generate(
         generator: the source of randomness; by default torch's own.
         compile: run the models through `torch.compile` on fixed shapes. The first calls take long; rows that have
             ended stay in the batch.
+        lean: call kernels alone, over packed copies of the weights on a CPU (see `hfllm.generation.lean`); by default
+            for models of the family in evaluation, whose weights the first call copies.
         kwargs: single options over `generation_config`, as `generate` takes them.
 
     Raises:
@@ -107,16 +111,38 @@ def speculative_generate(
     check_prompts(input_ids, attention_mask)
     check_model(model)
     options = read_options(model, generation_config, generator, input_ids.shape[1], **kwargs)
+    return decode(model, draft, input_ids, attention_mask, options, lookahead, compile, lean)
+
+
+def decode(
+    model: "PreTrainedModel",
+    draft: "Draft | PreTrainedModel | None",
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    options: Options,
+    lookahead: int | str | Lookahead = "adaptive",
+    compile: bool = False,
+    lean: bool | None = None,
+) -> SpeculativeOutput:
+    """`speculative_generate` once the options are read."""
     if draft is not None and not hasattr(draft, "propose"):
         draft = ModelDraft(draft)
+    if compile and lean:
+        raise InputError("lean=True and compile=True exclude each other: leave one out")
+    if lean is None:
+        lean = not compile and why_not(model) is None
     if draft is None:
         lookahead = FixedLookahead(0)
     else:
-        lookahead = as_lookahead(lookahead, draft.cost_ratio(model), model.device.type)
+        rows = len(input_ids) if lean else None
+        lookahead = as_lookahead(lookahead, draft.cost_ratio(model), model.device.type, rows)
     with many_shapes() if compile else nullcontext():
-        run = _Run(model, draft, options, lookahead, input_ids, attention_mask, compile)
-        while run.is_running():
-            run.step()
+        run = _Run(model, draft, options, lookahead, input_ids, attention_mask, compile, lean)
+        if lookahead.maximum:
+            while run.is_running():
+                run.step()
+        else:
+            run.decode()
     return SpeculativeOutput(run.sequences(input_ids), run.statistics)
 
 
@@ -142,6 +168,7 @@ class _Run:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         compile: bool,
+        lean: bool,
     ):
         self.draft, self.options, self.lookahead, self.compile = draft, options, lookahead, compile
         self.has_begun = False
@@ -156,7 +183,7 @@ class _Run:
         self.running = list(range(len(lengths)))
         self.limits = [length + options.max_new_tokens for length in lengths]
         self.rows = self._rows(padded_right(input_ids, attention_mask, capacity), lengths)
-        self.target = RaggedModel(model, capacity, compiled_forward(model) if compile else None)
+        self.target = ragged_model(model, capacity, compile, lean)
         self.statistics = Statistics()
         self._begin()
 
@@ -171,6 +198,33 @@ class _Run:
 
     def is_running(self) -> bool:
         return any(not self._has_ended(number) for number in self.running)
+
+    def decode(self) -> None:
+        """Go on without drafts: a run, a token of each row, and as little as can be between them."""
+        rows = self.rows
+        columns, last, longest = rows.lengths.unsqueeze(1) - 1, rows.last, max(rows.sizes)
+        tokens = rows.tokens.gather(1, columns)
+        while self.is_running():
+            logits = self.target(tokens, columns, last, longest)
+            tokens, columns, longest = (
+                self.options.sampler.draft(logits[:, -1])[0].unsqueeze(1),
+                columns + 1,
+                longest + 1,
+            )
+            running = 0
+            for number, (token,) in zip(self.running, tokens.tolist(), strict=True):
+                if not self._has_ended(number):
+                    self.new[number].append(token)
+                    running += 1
+            self.statistics.tokens += running
+            self.statistics.add(running, 0, 0, 0)
+            kept = [row for row, number in enumerate(self.running) if not self._has_ended(number)]
+            if kept and len(kept) < len(self.running) and not self.compile:
+                index = torch.tensor(kept, device=tokens.device)
+                tokens, columns, last = tokens[index], columns[index], last[index]
+                self.target.cache.keep(index)
+                self.running = [self.running[row] for row in kept]
+                longest = int(columns.max()) + 1
 
     def step(self) -> None:
         """Draft, judge, append; then let go of rows that have ended."""

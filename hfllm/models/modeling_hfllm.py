@@ -213,9 +213,9 @@ class HfllmMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         inner = [self.up_proj(hidden_states), *([self.gate_proj(hidden_states)] if self.is_gated else [])]
-        # Not a layer with a dropout of its own (LoRA), nor hooks that gather weights (ZeRO-3): both count calls.
-        is_plain = type(self.down_proj) is nn.Linear and not hasattr(self.down_proj.weight, "ds_id")
-        if not (self.training and saves_memory() and is_plain):
+        keeps_all = not (self.training and saves_memory())
+        # Nor a layer with a dropout of its own (LoRA), nor hooks that gather weights (ZeRO-3): both count calls.
+        if keeps_all or type(self.down_proj) is not nn.Linear or hasattr(self.down_proj.weight, "ds_id"):
             return self._down(*inner)
         # Keep the large products for the backward pass and do the rest again, which ends before `down_proj`'s own.
         return torch.utils.checkpoint.checkpoint(self._down, *inner, use_reentrant=False, preserve_rng_state=False)
@@ -428,7 +428,8 @@ class HfllmModel(HfllmPreTrainedModel):
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
         mask = self._mask(inputs_embeds, attention_mask, position_ids, cache, packed)
         hidden_states, position_embeddings = self._embed(inputs_embeds, position_ids)
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        # Not a slice, which would be a new ModuleList for each token that is generated.
+        for layer, _ in zip(self.layers, range(self.config.num_hidden_layers), strict=False):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
@@ -468,7 +469,7 @@ class HfllmModel(HfllmPreTrainedModel):
             hidden_states = hidden_states + self.embed_positions(position_ids)
         elif self.config.position_embedding_type == "rope":
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        return self.dropout(hidden_states), position_embeddings
+        return self.dropout(hidden_states) if self.training else hidden_states, position_embeddings
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -7,11 +7,13 @@ from test_acceptance import LIMIT, surprise
 
 from hfllm.errors import InputError
 from hfllm.generation import acceptance
-from hfllm.generation.drafts import EarlyExitDraft, ModelDraft, PromptLookupDraft
+from hfllm.generation.drafts import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft
 from hfllm.generation.lookahead import AdaptiveLookahead
+from hfllm.generation.projections import has_int8
 from hfllm.generation.speculative import speculative_generate
 
 NEW = 24
+needs_int8 = pytest.mark.skipif(not has_int8(torch.float32, torch.device("cpu")), reason="no int8 kernels here")
 WARPED = {"temperature": 0.6, "top_k": 4, "top_p": 0.9}
 
 
@@ -193,10 +195,11 @@ def small_vocabulary(make_target, blurred):
         "model": ModelDraft(blurred(target, 0.1)),
         "lookup": PromptLookupDraft(),
         "early exit": EarlyExitDraft(1),
+        "int8": Int8Draft(),
     }
 
 
-@pytest.mark.parametrize("name", ["model", "lookup", "early exit"])
+@pytest.mark.parametrize("name", ["model", "lookup", "early exit", pytest.param("int8", marks=needs_int8)])
 @pytest.mark.parametrize(
     "warp", [{"top_k": 0}, {"temperature": 0.6, "top_k": 4, "top_p": 0.9}], ids=["plain", "warped"]
 )

@@ -1,0 +1,77 @@
+"""Faster decoding behind transformers' own `generate`, with the settings that were found best.
+
+    model.generate(**batch, max_new_tokens=64, custom_generate=fast_generate)
+
+The tokens are those of `generate` without it, or samples of the same distribution.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hfllm.errors import InputError
+from hfllm.generation.drafts import Draft, Int8Draft, weights_read
+from hfllm.generation.lean import why_not
+from hfllm.generation.lookahead import Lookahead
+from hfllm.generation.options import check_config, make_options
+from hfllm.generation.projections import has_int8
+from hfllm.generation.speculative import decode
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+
+# Below this many weights a token waits for Python rather than for memory, and a draft of the same depth costs as much.
+INT8_FROM = 4_000_000
+CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
+
+
+def recommended_draft(model: "PreTrainedModel") -> Draft | None:
+    """The draft that needs no second model: the int8 one for models that wait for their weights, else none."""
+    if why_not(model) is None and has_int8(model.dtype, model.device) and weights_read(model) >= INT8_FROM:
+        return Int8Draft()
+    return None
+
+
+def fast_generate(
+    model: "PreTrainedModel",
+    input_ids: torch.Tensor,
+    logits_processor: "LogitsProcessorList",
+    stopping_criteria: "StoppingCriteriaList",
+    generation_config: "GenerationConfig",
+    draft: "Draft | PreTrainedModel | str | None" = "auto",
+    lookahead: int | str | Lookahead = "adaptive",
+    generator: torch.Generator | None = None,
+    **model_kwargs: Any,
+) -> torch.Tensor:
+    """To be given to `model.generate` as `custom_generate`, which calls it; its own arguments go to `generate` too.
+
+    Args:
+        draft: `"auto"` is `recommended_draft(model)`, `None` no draft; else a `Draft`, or a smaller model with the
+            same tokenizer.
+        lookahead, generator: as of `hfllm.generation.speculative.speculative_generate`.
+
+    Returns:
+        (B, S) token ids as `generate` returns them. There is no streamer, and `return_dict_in_generate` is refused.
+
+    Raises:
+        InputError: for a model or an option that this cannot work with.
+    """
+    # `generate` has repeated the prompts already.
+    check_config(generation_config, honoured=("num_return_sequences",))
+    for criterion in stopping_criteria:
+        if type(criterion).__name__ not in CRITERIA:
+            raise InputError(f"{type(criterion).__name__} cannot be combined with fast_generate: leave it out")
+    if model_kwargs.get("inputs_embeds") is not None:
+        raise InputError("inputs_embeds: fast_generate starts from input_ids")
+    cache = model_kwargs.get("cache")
+    if generation_config.cache_implementation is not None or (cache is not None and cache.get_seq_length()):
+        raise InputError("cache, cache_implementation: fast_generate keeps a cache of its own; leave them out")
+    if draft == "auto":
+        draft = recommended_draft(model)
+    elif isinstance(draft, str):
+        raise InputError(f"draft {draft!r}: expected 'auto', None, a Draft or a model")
+    new = generation_config.max_length - input_ids.shape[1]
+    options = make_options(generation_config, logits_processor, new, generator)
+    mask = model_kwargs.get("attention_mask")
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    return decode(model, draft, input_ids, mask, options, lookahead).sequences

@@ -1,0 +1,301 @@
+"""The forward of a decoder without what training needs, over weights laid out for a few tokens at a time.
+
+`generate` spends most of a small model's time between kernels: decorators, masks, modules, hooks. A larger one's goes
+into reading weights, and there torch's default layout makes a run over two to sixteen tokens half again as slow as a
+run over one. `LeanModel` calls kernels alone, projections that read the same states are one, and on a CPU weights are
+packed for oneDNN, or rounded to int8 for drafts. Models of the family, in evaluation.
+
+Shapes: B rows, Q new tokens of each, N = B * Q tokens, H query heads, K key-value heads, D head_dim, E hidden_size,
+W columns of the cache that are looked at, V vocabulary size.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import SiLUActivation
+
+from hfllm.errors import InputError
+from hfllm.generation.projections import Function, has_int8, joined
+from hfllm.models.modeling_hfllm import (
+    HfllmDecoderLayer,
+    HfllmForCausalLM,
+    HfllmMLP,
+    HfllmRMSNorm,
+    apply_rotary_pos_emb,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hfllm.generation.ragged_cache import RaggedCache, RaggedLayer
+
+# Elements of each weight that are compared to see whether it has changed since it was copied.
+SAMPLE = 64
+SCHEMES = ("exact", "int8")
+# Scale types of rotary angles that do not depend on the length of the text.
+FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
+
+
+class Output(NamedTuple):
+    """What the loop reads of a model's output."""
+
+    logits: torch.Tensor
+
+
+def why_not(model: "PreTrainedModel") -> str | None:
+    """Why a model cannot run lean, or `None` if it can."""
+    if not isinstance(model, HfllmForCausalLM):
+        return f"{type(model).__name__} is not of the family (hfllm.from_native converts it)"
+    if model.training:
+        return "the model is in training mode (call eval())"
+    if torch.is_autocast_enabled(model.device.type):
+        return "autocast is on"
+    if model.config._attn_implementation != "sdpa":
+        return f"attn_implementation={model.config._attn_implementation!r} is not 'sdpa'"
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name or 'the model'} has hooks"
+        if name.rpartition(".")[2].endswith(("_proj", "lm_head")) and type(module) is not nn.Linear:
+            return f"{name} is a {type(module).__name__}, not a plain linear layer"
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "its weights are on several devices"
+    return None
+
+
+_MADE: "WeakKeyDictionary[nn.Module, dict[str, LeanModel]]" = WeakKeyDictionary()
+
+
+def lean_model(model: "PreTrainedModel", scheme: str = "exact") -> "LeanModel":
+    """The model's lean form, made at the first call and again when its weights have changed.
+
+    Args:
+        model: of the family, in evaluation.
+        scheme: `"exact"`, the model's own weights, or `"int8"`, rounded for drafts.
+
+    Raises:
+        InputError: where `why_not` names a reason.
+    """
+    reason = why_not(model)
+    if reason:
+        raise InputError(f"this model cannot decode over packed weights: {reason}")
+    made = _MADE.setdefault(model, {})
+    if scheme not in made or not made[scheme].is_current(model):
+        # An older copy goes first, so that memory never holds both.
+        made.pop(scheme, None)
+        made[scheme] = LeanModel(model, scheme)
+    return made[scheme]
+
+
+class LeanModel:
+    """A model of the family for decoding over a `RaggedCache`; called as the model is.
+
+    Args:
+        model: of the family, in evaluation.
+        scheme: see `lean_model`. The copies take the weights' memory once more on a CPU, a quarter of it in int8, and
+            nothing elsewhere, where the weights are used as they are.
+    """
+
+    def __init__(self, model: HfllmForCausalLM, scheme: str = "exact"):
+        if scheme not in SCHEMES:
+            raise InputError(f"scheme {scheme!r} is not one of {', '.join(SCHEMES)}")
+        if scheme == "int8" and not has_int8(model.dtype, model.device):
+            raise InputError("int8 drafts need a float32 model on an x86 processor; use another draft")
+        # Never the model itself, which would then be kept by its own entry in `_MADE`.
+        self.trunk, config, self.logit_scale = model.model, model.config, model.config.logit_scale
+        self.sources = [(each, _version(each), each.data_ptr(), _sample(each)) for each in model.parameters()]
+
+        def make(linears: Sequence[nn.Linear]) -> Function:
+            return joined(linears, int8=scheme == "int8")
+
+        with torch.inference_mode(False), torch.no_grad():
+            layers = model.model.layers[: config.num_hidden_layers]
+            self.layers = [LeanLayer(layer, config, make) for layer in layers]
+            self.head = make([model.lm_head])
+        self.norm, self.groups = norm_of(model.model.norm), config.num_attention_heads // config.num_key_value_heads
+        self.tables: tuple[torch.Tensor, ...] | None = None
+
+    def is_current(self, model: HfllmForCausalLM) -> bool:
+        """Whether the weights are those that were copied.
+
+        A change by `parameter.data` leaves no trace but the values: some of each are compared.
+        """
+        now = list(model.parameters())
+        return len(now) == len(self.sources) and all(
+            each is parameter
+            and each.data_ptr() == pointer
+            and _version(each) == version
+            and torch.equal(_sample(each), sample)
+            for each, (parameter, version, pointer, sample) in zip(now, self.sources, strict=True)
+        )
+
+    def first(self, layers: int) -> "LeanModel":
+        """The same with its first layers only; nothing is copied."""
+        shorter = object.__new__(LeanModel)
+        shorter.__dict__.update(vars(self))
+        shorter.layers = self.layers[:layers]
+        return shorter
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        cache: "RaggedCache",
+        logits_to_keep: int = 0,
+        **unused: Any,
+    ) -> Output:
+        """Logits (B, Q, V), or those of the last `logits_to_keep` tokens.
+
+        Args:
+            input_ids: (B, Q).
+            attention_mask: (B, 1, Q, W), true where a token is seen; `None` where all are.
+            position_ids: (B, Q).
+            cache: knows where the tokens go.
+        """
+        rows, length = input_ids.shape
+        states, rotation = self._embed(input_ids, position_ids, cache)
+        states = states.flatten(0, 1)
+        if attention_mask is not None:
+            attention_mask = additive(attention_mask, self.groups, states.dtype)
+        for layer, kept in zip(self.layers, cache.layers, strict=False):
+            states = layer(states, rows, rotation, attention_mask, kept)
+        if logits_to_keep and logits_to_keep < length:
+            states = states.view(rows, length, -1)[:, -logits_to_keep:].flatten(0, 1)
+        logits = self.head(self.norm(states))
+        if self.logit_scale != 1:
+            logits = logits * self.logit_scale
+        return Output(logits.view(rows, -1, logits.shape[-1]))
+
+    def _embed(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: "RaggedCache"
+    ) -> tuple[torch.Tensor, Any]:
+        """The first layer's input (B, Q, E), and cosines and sines, each (B, Q, 1, R), where there are any."""
+        rotary = getattr(self.trunk, "rotary_emb", None)
+        if rotary is None or rotary.rope_type not in FIXED_ROTARY:
+            states, rotation = self.trunk._embed(self.trunk.embed_tokens(input_ids), position_ids)
+            return states, None if rotation is None else tuple(part.transpose(1, 2) for part in rotation)
+        states = self.trunk.embed_tokens(input_ids)
+        tables = self._rotary_tables(states, rotary, cache.capacity)
+        return states, tuple(F.embedding(position_ids, table).unsqueeze(2) for table in tables)
+
+    def _rotary_tables(self, states: torch.Tensor, rotary: nn.Module, positions: int) -> tuple[torch.Tensor, ...]:
+        """Cosines and sines of that many positions at least, each (positions, R)."""
+        if self.tables is None or len(self.tables[0]) < positions:
+            every = torch.arange(2 ** (positions - 1).bit_length(), device=states.device).unsqueeze(0)
+            self.tables = tuple(part[0, 0].contiguous() for part in rotary(states, every))
+        return self.tables
+
+
+class LeanLayer:
+    """`HfllmDecoderLayer.forward` over tokens (N, E), for every axis of the family.
+
+    Args:
+        layer: the layer.
+        config: the model's.
+        make: joins linear layers into a function.
+    """
+
+    def __init__(self, layer: HfllmDecoderLayer, config: Any, make: Callable[[Sequence[nn.Linear]], Function]):
+        attention = layer.self_attn
+        self.is_post, self.is_parallel = layer.norm_placement == "post", layer.parallel_block
+        self.input_norm = norm_of(layer.input_layernorm)
+        self.mlp_norm = None
+        if not (layer.parallel_block and layer.shared_norm):
+            self.mlp_norm = norm_of(layer.post_attention_layernorm)
+        self.heads, self.key_heads, self.size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.scaling = attention.scaling
+        self.qkv = make([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.o_proj = make([attention.o_proj])
+        self.q_norm = None if attention.q_norm is None else norm_of(attention.q_norm)
+        self.k_norm = None if attention.k_norm is None else norm_of(attention.k_norm)
+        self.mlp = mlp_of(layer.mlp, make)
+
+    def __call__(
+        self,
+        states: torch.Tensor,
+        rows: int,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+        mask: torch.Tensor | None,
+        kept: "RaggedLayer",
+    ) -> torch.Tensor:
+        if self.is_post:
+            states = self.input_norm(states + self._attention(states, rows, rotation, mask, kept))
+            return self.mlp_norm(states + self.mlp(states))
+        normed = self.input_norm(states)
+        attended = states + self._attention(normed, rows, rotation, mask, kept)
+        if self.is_parallel:
+            return attended + self.mlp(normed if self.mlp_norm is None else self.mlp_norm(states))
+        return attended + self.mlp(self.mlp_norm(attended))
+
+    def _attention(
+        self,
+        states: torch.Tensor,
+        rows: int,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+        mask: torch.Tensor | None,
+        kept: "RaggedLayer",
+    ) -> torch.Tensor:
+        heads, key_heads, size = self.heads, self.key_heads, self.size
+        # (B, Q, H + 2K, D)
+        qkv = self.qkv(states).view(rows, -1, heads + 2 * key_heads, size)
+        qk, value = qkv[:, :, : heads + key_heads], qkv[:, :, heads + key_heads :]
+        if self.q_norm is not None:
+            qk = torch.cat((self.q_norm(qk[:, :, :heads]), self.k_norm(qk[:, :, heads:])), dim=2)
+        if rotation is not None:
+            qk = apply_rotary_pos_emb(qk, *rotation)
+        key, value = kept.store(qk[:, :, heads:], value)
+        # The queries of the heads that share keys stand below each other: (B, K, H / K * Q, D).
+        query, length, groups = qk[:, :, :heads], qk.shape[1], heads // key_heads
+        if length == 1:
+            query = query.reshape(rows, key_heads, groups, size)
+        else:
+            query = query.unflatten(2, (key_heads, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scaling)
+        if length > 1:
+            output = output.unflatten(2, (groups, length)).permute(0, 3, 1, 2, 4)
+        return self.o_proj(output.reshape(rows * length, heads * size))
+
+
+def norm_of(norm: nn.Module) -> Function:
+    """A norm as a function of its input alone."""
+    if type(norm) is HfllmRMSNorm and not norm.unit_offset and norm.weight.dtype == torch.float32:
+        shape, eps = norm.weight.shape, norm.eps
+        return lambda states: torch.rms_norm(states, shape, norm.weight, eps)
+    return norm
+
+
+def mlp_of(mlp: nn.Module, make: Callable[[Sequence[nn.Linear]], Function]) -> Function:
+    """An MLP as a function (N, E) to (N, E); a mixture of experts stays what it is."""
+    if type(mlp) is not HfllmMLP:
+        return mlp
+    activate = F.silu if isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation)) else mlp.act_fn
+    down = make([mlp.down_proj])
+    if not mlp.is_gated:
+        up = make([mlp.up_proj])
+        return lambda states: down(activate(up(states)))
+    both, width = make([mlp.gate_proj, mlp.up_proj]), mlp.gate_proj.out_features
+
+    def gated(states: torch.Tensor) -> torch.Tensor:
+        gate, up = both(states).split(width, dim=-1)
+        return down(activate(gate).mul_(up))
+
+    return gated
+
+
+def additive(mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to the scores of queries that stand below each other: (B, 1, Q, W) to (B, 1, groups * Q, W)."""
+    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    return added.repeat(1, 1, groups, 1) if groups > 1 else added
+
+
+def _version(parameter: nn.Parameter) -> int:
+    return 0 if parameter.is_inference() else parameter._version
+
+
+def _sample(parameter: nn.Parameter) -> torch.Tensor:
+    flat = parameter.detach().flatten()
+    return flat[:: max(1, len(flat) // SAMPLE)].clone()

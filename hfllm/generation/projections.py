@@ -1,0 +1,109 @@
+"""Linear layers as plain functions over weights laid out for a few tokens at a time.
+
+Shapes: N tokens, I inputs, O outputs of all the layers that are joined.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+Function = Callable[[torch.Tensor], torch.Tensor]
+
+# Weights below this size stay in the processor's cache, where the plain product has the smaller overhead.
+PACKED_FROM = 2**18
+# The number of tokens that oneDNN lays weights out for; others work too.
+PACKED_TOKENS = 8
+LARGEST_INT8 = 127
+FBGEMM = "fbgemm_linear_int8_weight_fp32_activation"
+
+
+def joined(linears: Sequence[nn.Linear], int8: bool = False) -> Function:
+    """Layers that read the same input as one function, (N, I) to (N, O), their outputs side by side.
+
+    On a CPU the weights are copied: joined, packed for oneDNN where they are large, or rounded to int8 with a scale
+    for each row. Elsewhere the layers run one after the other on the weights as they are.
+    """
+    weights = [linear.weight.detach() for linear in linears]
+    if weights[0].device.type != "cpu":
+        return _one_by_one(linears)
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+    bias = _joined_bias(linears)
+    if int8:
+        return _int8(weight, bias)
+    if weight.numel() >= PACKED_FROM and packs(weight.dtype):
+        return _packed(weight, bias)
+    return lambda states: F.linear(states, weight, bias)
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs weights of that type here."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
+
+
+def has_int8(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there are int8 kernels for a small number of tokens: on x86, in float32."""
+    return device.type == "cpu" and dtype == torch.float32 and "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def _one_by_one(linears: Sequence[nn.Linear]) -> Function:
+    if len(linears) == 1:
+        only = linears[0]
+        return lambda states: F.linear(states, only.weight, only.bias)
+    return lambda states: torch.cat([F.linear(states, each.weight, each.bias) for each in linears], dim=-1)
+
+
+def _joined_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
+    biases = [linear.bias for linear in linears]
+    if all(bias is None for bias in biases):
+        return None
+    pairs = zip(linears, biases, strict=True)
+    return torch.cat([each.weight.new_zeros(each.out_features) if bias is None else bias for each, bias in pairs])
+
+
+def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Function:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_TOKENS)
+    multiply = torch.ops.mkldnn._linear_pointwise.default
+    return lambda states: multiply(states, packed, bias, "none", [], "")
+
+
+def _int8(weight: torch.Tensor, bias: torch.Tensor | None) -> Function:
+    """Weights in int8 with a scale for each row; inputs are quantized as they come."""
+    scale = weight.abs().amax(dim=1) / LARGEST_INT8
+    # A row of zeros has no magnitude, and any scale stores it.
+    scale = scale.masked_fill(scale == 0, 1.0)
+    product = _fbgemm(weight / scale[:, None]) if hasattr(torch, FBGEMM) else _int_mm(weight / scale[:, None])
+
+    def function(states: torch.Tensor) -> torch.Tensor:
+        output = product(states).mul_(scale)
+        return output if bias is None else output.add_(bias)
+
+    return function
+
+
+def _fbgemm(weight: torch.Tensor) -> Function:
+    """The faster kernels, one scale for all inputs; torch means to remove them, and says so at each first use."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fbgemm.* is deprecated", UserWarning)
+        values, offsets, step, zero = torch.fbgemm_linear_quantize_weight(weight)
+        packed, nothing = torch.fbgemm_pack_quantized_matrix(values), torch.zeros(len(weight))
+        multiply = getattr(torch, FBGEMM)
+        multiply(torch.zeros(1, weight.shape[1]), values, packed, offsets, step, zero, nothing)
+    return lambda states: multiply(states, values, packed, offsets, step, zero, nothing)
+
+
+def _int_mm(weight: torch.Tensor) -> Function:
+    """The plain product of integers, a scale for each token: half as fast, and here to stay."""
+    values = weight.round().to(torch.int8).t()
+
+    def product(states: torch.Tensor) -> torch.Tensor:
+        step = states.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / LARGEST_INT8
+        return torch._int_mm((states / step).round_().to(torch.int8), values).float().mul_(step)
+
+    return product

@@ -1,0 +1,82 @@
+"""`generate(custom_generate=fast_generate)` is `generate`."""
+
+import pytest
+import torch
+
+from hfllm.errors import InputError
+from hfllm.generation import fast, fast_generate
+from hfllm.generation.drafts import Int8Draft, PromptLookupDraft
+from hfllm.generation.projections import has_int8
+
+needs_int8 = pytest.mark.skipif(not has_int8(torch.float32, torch.device("cpu")), reason="no fbgemm here")
+FAST = {"custom_generate": fast_generate}
+
+
+@pytest.mark.parametrize("kind", ["ours", "llama", "gpt2"])
+def test_greedy(kind, make_target, prompts, blurred):
+    """Left padding, batches, rows that end at different times, without a draft and with each."""
+    target = make_target(initializer_range=0.3) if kind == "ours" else make_target.native(kind)
+    target.generation_config.eos_token_id = [3, 7, 20, 31]
+    for rows in (1, 6):
+        ids, mask = prompts(rows)
+        options = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
+        wanted = target.generate(ids, **options)
+        for draft in ({}, {"draft": None}, {"draft": PromptLookupDraft()}, {"draft": blurred(target), "lookahead": 3}):
+            assert torch.equal(target.generate(ids, **options, **draft, **FAST), wanted), draft
+
+
+@needs_int8
+def test_greedy_with_the_int8_draft(make_target, prompts, monkeypatch):
+    """300 prompts in fp32, as the recommended settings decode them."""
+    monkeypatch.setattr(fast, "INT8_FROM", 0)
+    target = make_target(num_key_value_heads=2, initializer_range=0.3).float()
+    target.generation_config.eos_token_id = [3, 7, 20, 31]
+    assert isinstance(fast.recommended_draft(target), Int8Draft)
+    same = 0
+    for seed in range(30):
+        ids, mask = prompts(10, length=4 + seed % 7, seed=seed)
+        options = {"attention_mask": mask, "max_new_tokens": 16, "do_sample": False}
+        wanted = target.generate(ids, **options)
+        found = target.generate(ids, **options, **FAST)
+        assert found.shape == wanted.shape
+        same += int((found == wanted).all(1).sum())
+    assert same == 300
+
+
+def test_samples_are_those_of_generate_without_a_draft(make_target, prompts):
+    """The same draws in the same order, after the same processors."""
+    target = make_target()
+    target.generation_config.eos_token_id = None
+    ids, mask = prompts(4)
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": True, "temperature": 0.7, "top_k": 9}
+    options |= {"suppress_tokens": [5, 6], "num_return_sequences": 2}
+    torch.manual_seed(3)
+    wanted = target.generate(ids, **options)
+    torch.manual_seed(3)
+    assert torch.equal(target.generate(ids, **options, draft=None, **FAST), wanted)
+
+
+def test_what_is_recommended(make_target, monkeypatch):
+    small = make_target().float()
+    assert fast.recommended_draft(small) is None
+    monkeypatch.setattr(fast, "INT8_FROM", 0)
+    assert fast.recommended_draft(make_target()) is None
+    assert fast.recommended_draft(make_target.native("llama").float()) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 2}, "num_beams=2"),
+        ({"repetition_penalty": 1.3}, "RepetitionPenaltyLogitsProcessor looks at the tokens before"),
+        ({"max_time": 3.0}, "max_time=3.0"),
+        ({"stopping_criteria": [lambda *_, **__: False]}, "cannot be combined with fast_generate"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate=True"),
+        ({"cache_implementation": "static"}, "keeps a cache of its own"),
+        ({"draft": "int9"}, "draft 'int9'"),
+    ],
+)
+def test_options_that_cannot_be_honoured_are_refused(options, message, make_target, prompts):
+    ids, mask = prompts(1)
+    with pytest.raises(InputError, match=message):
+        make_target().generate(ids, attention_mask=mask, max_new_tokens=4, **options, **FAST)

@@ -1,0 +1,148 @@
+"""The lean form of a model says what the model says, and follows its weights."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from families import FAMILIES
+from torch import nn
+
+from hfllm.errors import InputError
+from hfllm.generation import projections
+from hfllm.generation.lean import LeanModel, lean_model, why_not
+from hfllm.generation.projections import has_int8, joined, packs
+from hfllm.generation.ragged_cache import RaggedModel
+
+needs_int8 = pytest.mark.skipif(not has_int8(torch.float32, torch.device("cpu")), reason="no fbgemm here")
+
+
+def ragged_logits(model, lean, ids, mask):
+    """Logits behind prompts (B, 1, V), and of three further tokens of each row, (B, 3, V)."""
+    lengths, runner = mask.sum(1), RaggedModel(model, 24, lean)
+    right = torch.zeros_like(ids)
+    for row, length in enumerate(lengths.tolist()):
+        right[row, :length] = ids[row, -length:]
+    last = lengths + 10
+    with torch.no_grad():
+        first = runner.prefill(right, lengths, last, lengths.tolist())
+        tokens = torch.tensor([[5, 6, 7]]).expand(len(ids), -1)
+        columns = lengths.unsqueeze(1) + torch.arange(3)
+        return first, runner(tokens, columns, last, int(lengths.max()) + 3)
+
+
+@pytest.mark.parametrize("kind", list(FAMILIES))
+def test_every_axis_in_fp64(kind, make_target, prompts):
+    model = make_target(**FAMILIES[kind])
+    wanted = ragged_logits(model, None, *prompts(4))
+    torch.testing.assert_close(ragged_logits(model, LeanModel(model), *prompts(4)), wanted, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights(dtype, rows, make_target, prompts, monkeypatch):
+    monkeypatch.setattr(projections, "PACKED_FROM", 0)
+    if not packs(dtype):
+        pytest.skip(f"oneDNN packs no {dtype} here")
+    model = make_target(num_key_value_heads=2, attention_bias=True, mlp_bias=True).to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    wanted = ragged_logits(model, None, *prompts(rows))
+    tolerance = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.05}
+    torch.testing.assert_close(ragged_logits(model, lean_model(model), *prompts(rows)), wanted, **tolerance)
+
+
+@needs_int8
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kernel", ["fbgemm", "int_mm"])
+def test_int8_is_off_by_half_a_step_at_most(kernel, bias, monkeypatch):
+    """Rows a thousand times apart keep their own scale; a row of zeros stays zero."""
+    if kernel == "int_mm":
+        monkeypatch.setattr(projections, "FBGEMM", "kernels that torch has removed")
+    torch.manual_seed(0)
+    first, second = nn.Linear(64, 8, bias=bias), nn.Linear(64, 5, bias=False)
+    first.weight.data *= torch.logspace(-2, 1, 8).unsqueeze(1)
+    first.weight.data[3] = 0
+    states = torch.randn(6, 64)
+    with torch.no_grad():
+        wanted = torch.cat((first(states), second(states)), dim=-1)
+        found = joined([first, second], int8=True)(states)
+        # Half a step of each weight, and a quarter of a percent of the inputs' range each.
+        weights = torch.cat((first.weight, second.weight)).abs()
+        bound = weights.amax(1) / 254 * states.abs().sum(1, keepdim=True) + states.abs().max() / 127 * weights.sum(1)
+    assert ((found - wanted).abs() <= bound + 1e-6).all()
+    assert (found - wanted).norm() < 0.02 * wanted.norm()
+
+
+def changed_in_place(model):
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+
+
+def changed_behind_the_back(model):
+    model.model.layers[0].mlp.down_proj.weight.data.neg_()
+
+
+def loaded(model):
+    model.load_state_dict({name: -tensor for name, tensor in model.state_dict().items()})
+
+
+def replaced(model):
+    model.model.layers[1].self_attn.q_proj.weight = nn.Parameter(-model.model.layers[1].self_attn.q_proj.weight)
+
+
+@pytest.mark.parametrize("change", [changed_in_place, changed_behind_the_back, loaded, replaced])
+def test_new_weights_are_copied_again(change, make_target, prompts):
+    model = make_target(tie_word_embeddings=False)
+    before = lean_model(model)
+    assert lean_model(model) is before
+    change(model)
+    assert lean_model(model) is not before
+    wanted = ragged_logits(model, None, *prompts(2))
+    torch.testing.assert_close(ragged_logits(model, lean_model(model), *prompts(2)), wanted, atol=1e-9, rtol=1e-9)
+
+
+def test_copies_go_with_their_model(make_target):
+    model = make_target().float()
+    lean_model(model)
+    twin = copy.deepcopy(model)
+    assert lean_model(twin) is not lean_model(model)
+    seen = weakref.ref(lean_model(model))
+    del model
+    gc.collect()
+    assert seen() is None
+
+
+def test_why_not(make_target):
+    assert why_not(make_target()) is None
+    assert "not of the family" in why_not(make_target.native("llama"))
+    assert "training mode" in why_not(make_target().train())
+    eager = make_target()
+    eager.set_attn_implementation("eager")
+    assert "not 'sdpa'" in why_not(eager)
+    hooked = make_target()
+    hooked.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    assert "model.layers.0.mlp has hooks" in why_not(hooked)
+    wrapped = make_target()
+    wrapped.model.layers[0].mlp.down_proj = nn.Sequential(wrapped.model.layers[0].mlp.down_proj)
+    assert "down_proj is a Sequential" in why_not(wrapped)
+    with pytest.raises(InputError, match=r"cannot decode over packed weights: .*Sequential"):
+        lean_model(wrapped)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast" in why_not(make_target())
+
+
+def test_int8_needs_fp32(make_target):
+    with pytest.raises(InputError, match="int8 drafts need a float32 model"):
+        lean_model(make_target(), "int8")
+
+
+def test_a_table_of_angles_grows_with_the_text(make_target, prompts):
+    """Positions beyond the context that the config names go on as the model's own do."""
+    model = make_target(max_position_embeddings=8)
+    lean = LeanModel(model)
+    for rows in (1, 4):
+        wanted = ragged_logits(model, None, *prompts(rows, length=6))
+        torch.testing.assert_close(ragged_logits(model, lean, *prompts(rows, length=6)), wanted, atol=1e-9, rtol=1e-9)
