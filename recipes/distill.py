@@ -51,7 +51,8 @@ class DistillArguments(DataArguments):
     )
     num_examples: int = field(default=9600, metadata={"help": "Demonstrations of the embedded world to train on."})
     num_documents: int = field(default=0, metadata={"help": "Documents of the embedded world to train on besides."})
-    num_eval_prompts: int = field(default=360, metadata={"help": "Held-out prompts of the world to answer."})
+    num_eval_prompts: int = field(default=600, metadata={"help": "Held-out prompts of the world to answer."})
+    num_samples: int = field(default=4, metadata={"help": "Answers to each that are sampled at temperature 1."})
     response_length: int = field(default=40, metadata={"help": "Longest answer, in tokens."})
     pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's pretraining."})
     sft_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's fine-tuning."})
@@ -151,7 +152,7 @@ def check(script_args: DistillArguments, training_args: Any, model_args: Any) ->
     for name in ("teacher_top_k", "hidden_weight"):
         given = bool(getattr(training_args, name))
         refuse(script_args.sequence_level and given, f"--{name}", "--sequence_level learns from answers alone")
-    for name in ("num_examples", "num_eval_prompts", "response_length"):
+    for name in ("num_examples", "num_eval_prompts", "num_samples", "response_length"):
         if getattr(script_args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(script_args, name)}")
 
@@ -315,6 +316,7 @@ def compare(
             name: judge_model(
                 *(model, tokenizer, world, script_args.num_eval_prompts, script_args.response_length),
                 seed=training_args.seed,
+                num_samples=script_args.num_samples,
             )
             for name, (model, tokenizer) in models.items()
         }
