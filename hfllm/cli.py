@@ -38,7 +38,7 @@ class DataArguments:
         },
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split of a Hub dataset to train on."})
-    max_samples: int | None = field(default=None, metadata={"help": "Use at most this many rows of the dataset."})
+    max_samples: int | None = field(default=None, metadata={"help": "Use at most this many rows of a dataset."})
     world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world's facts."})
 
 

@@ -15,51 +15,8 @@ CHINCHILLA = "chinchilla"
 OBJECTIVES = ("causal", "masked", "infilling")
 # What the n-gram model is trained on: it is kept in memory whole.
 MOST_NGRAM_BYTES = 1 << 24
+MOST_TOKENIZER_TEXTS = 20_000
 TOKENS_A_PARAMETER = 20
-
-
-def load_sources(
-    script_args: Any, seed: int, prepared: Prepared
-) -> tuple[dict[str, "Dataset"], Sequence[str], list[str]]:
-    """Training texts by source, all of them in one, and held-out texts of all sources."""
-    from dataclasses import replace
-
-    from datasets import concatenate_datasets
-
-    from hfllm.stages import load_texts
-
-    sources, held_out = {}, []
-    for number, (name, _) in enumerate(mixture_of(script_args)):
-        args = replace(script_args, dataset_name=name)
-        sources[name], test = load_texts(args, seed, prepared, f"texts-{number}")
-        held_out += test
-    together = concatenate_datasets(list(sources.values()))
-    if len(sources) > 1:
-        # So that the first texts, which the tokenizer is trained on, are of all sources.
-        together = together.shuffle(seed)
-    return sources, together["text"], held_out
-
-
-def mixture_of(script_args: Any) -> list[tuple[str, float | None]]:
-    """The datasets and their weights; one without a mixture has no weight.
-
-    Raises:
-        InputError: for an entry that is not NAME:WEIGHT, or a name that comes twice.
-    """
-    if not script_args.dataset_mixture:
-        return [(script_args.dataset_name, None)]
-    pairs = []
-    for entry in script_args.dataset_mixture:
-        name, _, weight = entry.rpartition(":")
-        try:
-            pairs.append((name, float(weight)))
-        except ValueError:
-            pairs.append(("", 0.0))
-        if not name or not pairs[-1][1] > 0:
-            raise InputError(f"--dataset_mixture {entry!r}: expected NAME:WEIGHT with a weight above 0")
-    if len({name for name, _ in pairs}) < len(pairs):
-        raise InputError(f"--dataset_mixture {' '.join(script_args.dataset_mixture)}: a dataset comes twice")
-    return pairs
 
 
 def masking(tokenizer: Any, seed: int) -> Callable[[dict, Sequence[int]], dict]:
@@ -173,7 +130,7 @@ def load_or_make_base(
     script_args: Any, model_args: Any, texts: Sequence[str], architecture: Sequence[str]
 ) -> tuple[Any, Any]:
     """The model to pretrain: the named one, or a new one with the named tokenizer or one trained on `texts`."""
-    from hfllm.stages import load_policy, load_tokenizer
+    from hfllm.stages import load_policy, load_tokenizer, refuse
 
     if model_args.model_name_or_path:
         return load_policy(model_args)
@@ -193,7 +150,15 @@ def load_or_make_base(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return (HfllmForMaskedLM if is_masked else HfllmForCausalLM)(config), tokenizer
+    refuse(model_args.load_in_4bit or model_args.load_in_8bit, "--load_in_4bit/8bit", "a new model learns all weights")
+    dtype = "float32" if model_args.dtype == "auto" else model_args.dtype
+    kwargs = {"dtype": dtype, "attn_implementation": model_args.attn_implementation}
+    try:
+        model = (HfllmForMaskedLM if is_masked else HfllmForCausalLM)._from_config(config, **kwargs)
+    except (ImportError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--attn_implementation {model_args.attn_implementation}: {reason}") from None
+    return model, tokenizer
 
 
 def make_tokenizer(script_args: Any, texts: Sequence[str]) -> Any:
@@ -204,7 +169,7 @@ def make_tokenizer(script_args: Any, texts: Sequence[str]) -> Any:
     from hfllm.data.tokenizer import MASK, train_tokenizer
     from hfllm.data.world import World
 
-    sample = list(texts[:20000])
+    sample = list(texts[:MOST_TOKENIZER_TEXTS])
     if script_args.dataset_name == WORLD and not getattr(script_args, "dataset_mixture", None):
         # The words of instructions are part of the language, though the base model is not taught to follow them.
         rows = instruction_rows(World(script_args.world_seed), 3000)
@@ -229,6 +194,7 @@ def packed_trainer(
 ) -> tuple[Any, list[dict]]:
     """A trainer on packed rows by plan, and a table of what each source gives: texts, or rows without `prepared`."""
     from hfllm.data.packing import batch_of, pack
+    from hfllm.mixtures import mixture_of
     from hfllm.trainers.batch_plan import BatchPlan, Schedule
     from hfllm.trainers.pretrain_trainer import PretrainTrainer, has_flash_attention
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -111,16 +112,17 @@ class Grid:
         self._data: tuple | None = None
 
     def _read(self, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Finished runs by name."""
+        """Finished runs by name. Without any, what runs with other settings left of a tokenizer is removed."""
         note, table = self.folder / SETTINGS_FILE, self.folder / RUNS_FILE
+        before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
         if not table.is_file():
-            if self.is_main:
+            if self.is_main and before != settings:
                 from hfllm.reporting import write_atomically
 
+                shutil.rmtree(self.folder / "tokenizer", ignore_errors=True)
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(note, json.dumps(settings, indent=2) + "\n")
             return {}
-        before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
         for name in sorted({*before, *settings}):
             if before.get(name) != settings.get(name):
                 raise InputError(
@@ -221,7 +223,8 @@ class Grid:
         if is_world:
             script_args = replace(script_args, num_documents=5000)
         with training_args.main_process_first(desc="reading texts"):
-            prepared = Prepared(self.folder / "prepared", stage_arguments(script_args, training_args))
+            settings = {**stage_arguments(script_args, training_args), "longest run": self.longest}
+            prepared = Prepared(self.folder / "prepared", settings)
             texts, test_texts = load_texts(script_args, training_args.seed, prepared, "texts")
         if self.is_main and not (place / "tokenizer.json").is_file():
             if script_args.tokenizer_name_or_path:

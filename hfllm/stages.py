@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hfllm.cli import DataArguments, checkpoint_to_resume, finished_run, main_process, run_arguments
 from hfllm.data import formats
 from hfllm.data.prepared import Prepared
-from hfllm.data.sources import WORLD, iterate_source, load_source
+from hfllm.data.sources import PYDOC, WORLD, iterate_source, load_source, source_files
 from hfllm.data.world import World
 from hfllm.errors import InputError
 from hfllm.hub import take_repository
@@ -59,8 +59,7 @@ class Stage:
     ):
         if getattr(training_args, "fp16", False) and training_args.device.type == "cpu":
             raise InputError("--fp16 does nothing on a CPU: use --bf16 or neither")
-        is_world = script_args.dataset_name == WORLD
-        refuse(is_world and script_args.max_samples is not None, "--max_samples", "the world is sized by --num_...")
+        check_source(script_args)
         self.name, self.training_args, self.began = name, training_args, time.perf_counter()
         self.arguments = stage_arguments(script_args, training_args, model_args)
         for stage, arguments in (before or {}).items():
@@ -167,8 +166,12 @@ def stage_arguments(*parsed: Any) -> dict[str, Any]:
     named |= {entry: entry.rpartition(":")[0] for entry in arguments.get("dataset_mixture") or []}
     for flag, name in named.items():
         path = Path(name) / files.get(flag, "")
-        if name and path.exists():
-            arguments[f"{flag} changed at"] = path.stat().st_mtime_ns
+        if not name or name in (WORLD, PYDOC) or not path.exists():
+            continue
+        files_read = [path] if path.is_file() else source_files(name)
+        # A file that is edited leaves its folder's time alone, one that is removed does not.
+        read = {path, *files_read, *(file.parent for file in files_read if path.is_dir())}
+        arguments[f"{flag} changed at"] = max(each.stat().st_mtime_ns for each in read)
     return arguments
 
 
@@ -216,6 +219,18 @@ def with_model_from(
 
 
 # ---- data ----
+
+
+def check_source(script_args: Any) -> None:
+    """Refuse flags of the data that would have no effect.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    is_world, is_mixed = script_args.dataset_name == WORLD, bool(getattr(script_args, "dataset_mixture", None))
+    refuse(is_mixed and not is_world, "--dataset_name", "--dataset_mixture takes its place")
+    is_sized = is_world and not is_mixed
+    refuse(is_sized and script_args.max_samples is not None, "--max_samples", "the world is sized by --num_...")
 
 
 def world_of(script_args: DataArguments) -> World | None:

@@ -11,6 +11,7 @@ flags describe; the default settings are recipes/configs/pretrain/world.yaml for
 text of your own. The report compares the model with a 5-gram and gzip, in bits per byte of held-out documents.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,8 +131,8 @@ def parse(argv: Sequence[str]) -> tuple:
     if reads_world(parsed[0]):
         return parsed
     configs = [CONFIGS / "text.yaml"]
-    if parsed[1].deepspeed_plugin is not None:
-        configs.append(CONFIGS / "text_deepspeed.yaml")
+    if cuts_up_matrices(parsed[1]):
+        configs.append(CONFIGS / "text_sharded.yaml")
     return parse_recipe(kinds, argv, configs, __doc__)
 
 
@@ -141,6 +142,7 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
 
     from hfllm import pretraining
     from hfllm.data.prepared import Prepared
+    from hfllm.mixtures import load_sources
     from hfllm.stages import Stage, fitting_length
     from hfllm.trainers.callbacks import use_plain_lines
 
@@ -151,7 +153,7 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="reading texts"):
         prepared = Prepared(Path(training_args.output_dir) / "prepared", stage.arguments)
-        sources, train_texts, test_texts = pretraining.load_sources(script_args, training_args.seed, prepared)
+        sources, train_texts, test_texts = load_sources(script_args, training_args.seed, prepared)
     model, tokenizer = pretraining.load_or_make_base(script_args, model_args, train_texts, ARCHITECTURE)
     script_args.max_length = fitting_length(script_args.max_length, model)
     build = pretraining.packed_trainer if script_args.packing else pretraining.padded_trainer
@@ -187,27 +189,35 @@ def reads_world(script_args: PretrainArguments) -> bool:
     return script_args.dataset_name == WORLD and not script_args.dataset_mixture
 
 
+def cuts_up_matrices(training_args: Any) -> bool:
+    """Whether the launch has each process hold a part of each weight, or of its optimiser's state."""
+    is_fsdp = bool(training_args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return is_fsdp or training_args.deepspeed_plugin is not None
+
+
 def check(script_args: PretrainArguments, training_args: Any, model_args: Any) -> None:
     """Refuse what would have no effect, or could only fail later.
 
     Raises:
         InputError: naming the flag.
     """
-    from hfllm.data.sources import WORLD
     from hfllm.errors import InputError
     from hfllm.pretraining import CHINCHILLA, OBJECTIVES
-    from hfllm.stages import refuse
+    from hfllm.stages import check_source, refuse
+
+    check_source(script_args)
 
     refuse(model_args.use_peft, "--use_peft", "pretraining trains all weights")
     strategy = training_args.train_sampling_strategy
     refuse(strategy != "random", "--train_sampling_strategy", "the order of documents is this recipe's own")
-    mixture = script_args.dataset_mixture is not None
-    refuse(mixture and script_args.dataset_name != WORLD, "--dataset_name", "--dataset_mixture takes its place")
     for flag in ("length_curriculum", "batch_ramp", "z_loss_coef", "total_tokens", "dataset_mixture"):
         refuse(not script_args.packing and bool(getattr(script_args, flag)), f"--{flag}", "it needs --packing true")
     own = model_args.model_name_or_path
     is_masked = script_args.objective == "masked"
     refuse(is_masked and bool(own), "--objective masked", "it makes a new model, without --model_name_or_path")
+    for flag in (*ARCHITECTURE, "vocab_size"):
+        is_default = getattr(script_args, flag) == PretrainArguments.__dataclass_fields__[flag].default
+        refuse(bool(own) and not is_default, f"--{flag}", "it is for a new model, without --model_name_or_path")
     refuse(not script_args.packing and script_args.objective != "causal", "--objective", "it needs --packing true")
     if script_args.objective not in OBJECTIVES:
         raise InputError(f"--objective {script_args.objective!r} is not one of {', '.join(OBJECTIVES)}")
@@ -219,8 +229,10 @@ def check(script_args: PretrainArguments, training_args: Any, model_args: Any) -
         "--max_steps",
         "the run's length is --total_tokens or --num_train_epochs",
     )
-    is_split = training_args.deepspeed_plugin is not None
-    refuse(script_args.use_muon and is_split, "--use_muon", "DeepSpeed cuts up the matrices that Muon needs whole")
+    is_split = cuts_up_matrices(training_args)
+    refuse(
+        script_args.use_muon and is_split, "--use_muon", "DeepSpeed and FSDP cut up the matrices that it needs whole"
+    )
     is_default = training_args.optim == type(training_args).__dataclass_fields__["optim"].default
     refuse(
         script_args.use_muon and not is_default, "--use_muon", f"--optim {training_args.optim.value} is asked for too"

@@ -24,7 +24,9 @@ class TokenizerArguments(DataArguments):
     num_documents: int = field(default=40000, metadata={"help": "Documents of the embedded world to train on."})
     dataset_mixture: list[str] | None = field(
         default=None,
-        metadata={"help": "Several datasets in place of --dataset_name, each NAME:WEIGHT; documents count alike."},
+        metadata={
+            "help": "Several datasets in place of --dataset_name, each NAME:WEIGHT; weights are shares of the bytes."
+        },
     )
     vocab_size: int = field(default=8192, metadata={"help": "Upper bound on the number of tokens."})
     max_position_embeddings: int = field(default=2048, metadata={"help": "Context of the models it is for."})
@@ -46,10 +48,12 @@ def parse(argv: Sequence[str]) -> tuple:
 def main(script_args: TokenizerArguments) -> dict[str, float]:
     """Train, measure, save the tokenizer and the report. Returns the metrics."""
     from hfllm.data.prepared import Prepared
-    from hfllm.pretraining import load_sources, make_tokenizer
+    from hfllm.mixtures import load_sources
+    from hfllm.pretraining import make_tokenizer
     from hfllm.reporting import Plot, Report
-    from hfllm.stages import stage_arguments
+    from hfllm.stages import check_source, stage_arguments
 
+    check_source(script_args)
     began, folder = time.perf_counter(), Path(script_args.output_dir)
     arguments = stage_arguments(script_args)
     done = finished_run(str(folder), arguments)

@@ -29,7 +29,8 @@ ALLOWED = {
     "hub_files": {"errors", "reporting"},
     "model_card": {"errors", "reporting", "hub_files"},
     "hub": {"errors", "reporting", "hub_files", "model_card"},
-    "pretraining": {"data", "errors", "evaluation", "models", "stages", "trainers"},
+    "mixtures": {"data", "errors", "stages"},
+    "pretraining": {"data", "errors", "evaluation", "mixtures", "models", "stages", "trainers"},
     "scaling_runs": {"cli", "data", "errors", "evaluation", "pretraining", "reporting", "stages", "trainers"},
     "scaling_report": {"errors", "reporting", "scaling"},
     "stages": {

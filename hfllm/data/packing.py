@@ -46,11 +46,14 @@ def packed_tables(
     from trl import pack_dataset
 
     features, is_empty = Features({"input_ids": List(Value("int32"))}), True
+    # It would pack a thousand pieces at a time otherwise.
+    whole_window = {"batch_size": MOST_DOCUMENTS}
     for window in windows(texts, MOST_DOCUMENTS, MOST_CHARACTERS):
         pieces = [ids for ids in token_ids(window, tokenizer) if len(ids) > 1]
         if pieces:
             is_empty = False
-            yield pack_dataset(Dataset.from_dict({"input_ids": pieces}, features), length, "bfd_split").data.table
+            documents = Dataset.from_dict({"input_ids": pieces}, features)
+            yield pack_dataset(documents, length, "bfd_split", whole_window).data.table
     if is_empty:
         raise InputError("no document has two tokens: there is no next token to predict")
 

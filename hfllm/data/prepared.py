@@ -1,8 +1,10 @@
 """Texts and packed rows of a run on disk: made once, mapped into memory from then on, there again after a crash."""
 
+import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -14,24 +16,26 @@ if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
 
-NOTE = "made_from.json"
 # Characters of text that are written at a time.
 BATCH = 1 << 24
 
 
 class Prepared:
-    """A folder of tables for one run. What a run with another description left there is removed.
+    """Tables of one run, in a folder of their own. What runs with other descriptions left beside it is removed.
+
+    Machines that share a disk may make the same table at once: each writes a file of its own, and renames it.
 
     Args:
-        folder: where the tables are; made when the first is written.
+        folder: holds the folder of the tables, which is made when the first is written.
         description: JSON values that decide what is in them.
     """
 
     def __init__(self, folder: Path, description: Mapping[str, Any]):
-        self.folder, self._written = folder, json.dumps(description, sort_keys=True)
-        note = folder / NOTE
-        if not note.is_file() or note.read_text(encoding="utf-8") != self._written:
-            shutil.rmtree(folder, ignore_errors=True)
+        written = json.dumps(description, sort_keys=True).encode()
+        self.folder = folder / hashlib.blake2b(written, digest_size=8).hexdigest()
+        for other in folder.glob("*"):
+            if other != self.folder:
+                shutil.rmtree(other, ignore_errors=True)
 
     def texts(self, name: str, make: Callable[[], Iterable[str]]) -> "Dataset":
         """A dataset with a `text` column of what `make` gives, which is asked only if the table is not there."""
@@ -54,9 +58,7 @@ class Prepared:
             if first is None:
                 raise InputError(f"{name}: nothing to write: no row has any text")
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / NOTE).write_text(self._written, encoding="utf-8")
-            # A name of this process's own: on a shared disk others may write the same table.
-            unfinished = path.with_suffix(f".{os.getpid()}")
+            unfinished = path.with_suffix(f".{uuid.uuid4().hex}")
             try:
                 with (
                     pyarrow.OSFile(str(unfinished), "wb") as sink,
@@ -70,8 +72,8 @@ class Prepared:
         return Dataset.from_file(str(path))
 
     def remove(self) -> None:
-        """Delete the folder, once nothing of it is needed any more."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete all of it, once nothing is needed any more."""
+        shutil.rmtree(self.folder.parent, ignore_errors=True)
 
 
 def _text_tables(texts: Iterable[str]) -> Iterator["pyarrow.Table"]:

@@ -118,17 +118,27 @@ def read_rows(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
+    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+        for number, undecoded in enumerate(stream, 1):
+            # Line by line, so that the one which is not UTF-8 can be named; some editors begin with a mark.
+            line = undecoded.decode("utf-8-sig")
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = _parsed(line)
             except json.JSONDecodeError as error:
                 raise InputError(f"{file}, line {number}: not JSON ({error}): {line.strip()[:80]!r}") from None
             if not isinstance(row, dict):
                 raise InputError(f"{file}, line {number}: a row must be a JSON object, got {type(row).__name__}")
             yield number, row
+
+
+def _parsed(text: str) -> Any:
+    """The JSON value, with "?" for halves of surrogate pairs, which no UTF-8 can hold."""
+    value = json.loads(text)
+    if "\\ud" in text.lower():
+        value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
+    return value
 
 
 def _read_csv(file: Path) -> Iterator[dict[str, Any]]:
@@ -141,9 +151,12 @@ def _read_csv(file: Path) -> Iterator[dict[str, Any]]:
 def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(file) as table:
-        for batch in table.iter_batches(1000):
-            yield from batch.to_pylist()
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(1000):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{file}: not parquet, or damaged: {str(error).splitlines()[0]}") from None
 
 
 def _read_paragraphs(file: Path) -> Iterator[str]:
@@ -161,7 +174,7 @@ def _read_paragraphs(file: Path) -> Iterator[str]:
 
 def _read_json(file: Path) -> list[dict[str, Any]]:
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
+        rows = _parsed(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise InputError(f"{file}: not JSON ({error}); for one object a line name it .jsonl") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):

@@ -73,7 +73,8 @@ class PretrainTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Forward and backward passes over one step's batch."""
-        passes = list(self._passes(inputs))
+        # Without a target in its share, a process still has to go along with the others.
+        passes = list(self._passes(inputs)) or [nothing_of(inputs)]
         is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         if is_deepspeed:
             passes += self._passes_of_others(passes)
@@ -91,9 +92,7 @@ class PretrainTrainer(Trainer):
     def _passes_of_others(self, passes: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
         """Passes without a target, as many as another process makes more: ZeRO's processes go in step."""
         most = self.accelerator.gather(torch.tensor([len(passes)], device=self.args.device)).max()
-        nothing = {name: values[:1, :2] for name, values in passes[-1].items()}
-        nothing["labels"] = torch.full_like(nothing["labels"], IGNORE)
-        return [nothing] * (int(most) - len(passes))
+        return [nothing_of(passes[-1])] * (int(most) - len(passes))
 
     def _passes(self, inputs: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
         """The batch in parts that fit into memory; on a CPU, whose attention knows no packed rows, piece by piece."""
@@ -135,6 +134,12 @@ class PretrainTrainer(Trainer):
             partition = logits.float().logsumexp(-1)[kept]
             loss = loss + self.z_loss_coef * partition.square().sum() / num_items_in_batch * processes
         return (loss, outputs) if return_outputs else loss
+
+
+def nothing_of(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A pass of two tokens without a target."""
+    nothing = {name: values[:1, :2] for name, values in inputs.items() if name != "position_ids"}
+    return {**nothing, "labels": torch.full_like(nothing["labels"], IGNORE)}
 
 
 def has_flash_attention(model: PreTrainedModel) -> bool:

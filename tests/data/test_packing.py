@@ -50,6 +50,14 @@ def test_windows_do_not_change_what_is_packed(texts, tokenizer, rows, monkeypatc
     assert sorted(pieces_in(pack(iter(texts), tokenizer, LENGTH))) == sorted(pieces_in(rows))
 
 
+def test_a_window_is_packed_as_a_whole(tokenizer):
+    # A thousand halves of a row and then their other halves: full rows only if both are seen together.
+    long, short = ["the " * 40] * 1000, ["a"] * 1000
+    lengths = [len(ids) for ids in token_ids([long[0], short[0]], tokenizer)]
+    rows = pack([*long, *short], tokenizer, sum(lengths))
+    assert len(rows) == 1000 and {tuple(row) for row in rows["seq_lengths"]} == {tuple(lengths)}
+
+
 def test_positions_and_labels_restart_with_each_piece():
     row = {"input_ids": [5, 6, 7, 8, 9], "seq_lengths": [3, 2]}
     batch = batch_of([row], 8, pad_token_id=0)

@@ -146,3 +146,23 @@ def test_code_llamas_infilling_prompts():
         == "<PRE> def f(x):\n     <SUF>\n    return y <MID>"
     )
     assert formats.infilling_prompt("a = ", "\n", suffix_first=True) == "<PRE> <SUF>\n <MID> a = "
+
+
+def test_the_line_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n' + b'{"text": "two"}\n{"text": "\xff"}\n')
+    with pytest.raises(InputError, match=r"a\.jsonl: not UTF-8 after row 2"):
+        load_source(str(tmp_path / "a.jsonl"))
+
+
+def test_halves_of_surrogate_pairs_become_question_marks(tmp_path):
+    whole = '{"text": "a \\ud83e\\udd8a fox"}'
+    name = write(tmp_path / "a.jsonl", whole, '{"text": "half: \\ud83e", "more": ["\\uDD8A!"]}')
+    assert list(load_source(name).rows) == [{"text": "a 🦊 fox"}, {"text": "half: ?", "more": ["?!"]}]
+    (tmp_path / "a.json").write_text('[{"text": "half: \\ud83e"}]')
+    assert load_source(str(tmp_path / "a.json")).rows == [{"text": "half: ?"}]
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 no table")
+    with pytest.raises(InputError, match=r"a\.parquet: not parquet, or damaged: "):
+        load_source(str(tmp_path / "a.parquet"))

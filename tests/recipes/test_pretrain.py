@@ -1,17 +1,21 @@
 """recipes/pretrain.py on text of one's own: packed, mixed, scheduled, watched, in three objectives."""
 
 import json
+import os
 import random
 import sys
 from pathlib import Path
 
 import pretrain
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from hfllm import pretraining
 from hfllm.data import packing
+from hfllm.data.prepared import Prepared
 from hfllm.errors import InputError
+from hfllm.mixtures import load_sources
 from hfllm.stages import Stage
 
 ROOT = Path(__file__).parent.parent.parent
@@ -82,6 +86,60 @@ def test_it_packs_mixes_schedules_and_reports(run, corpus, tmp_path):
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert {row["step"] for row in samples} == {10, 20, 30, 32}
     AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_max_samples_is_of_each_dataset_of_a_mixture(run, corpus):
+    mixture = ("--dataset_mixture", f"{corpus[0]}:1", f"{corpus[1]}:1")
+    assert run(*mixture, max_samples=40, total_tokens=640)["documents"] == 2 * 38
+
+
+def test_all_texts_of_a_mixture_are_ordered_by_weight(corpus, tmp_path):
+    flags = ["--dataset_mixture", f"{corpus[0]}:3", f"{corpus[1]}:1", "--output_dir", str(tmp_path)]
+    sources, together, held_out = load_sources(pretrain.parse(flags)[0], 0, Prepared(tmp_path / "it", {}))
+    assert sorted(together) == sorted(text for source in sources.values() for text in source["text"])
+    first, second = (set(source["text"]) for source in sources.values())
+    for count in (40, 80, 120):
+        sizes = [sum(len(text) for text in together[:count] if text in source) for source in (first, second)]
+        assert sizes[0] / sum(sizes) == pytest.approx(0.75, abs=0.03)
+    assert len(held_out) == 12
+
+
+def test_nothing_is_held_out_of_one_dataset_that_another_trains_on(corpus, tmp_path):
+    copied = tmp_path / "copied.jsonl"
+    copied.write_text("".join(corpus[0].read_text().splitlines(keepends=True)[:60]))
+    flags = ["--dataset_mixture", f"{corpus[0]}:1", f"{copied}:1", "--output_dir", str(tmp_path)]
+    _, together, held_out = load_sources(pretrain.parse(flags)[0], 0, Prepared(tmp_path / "it", {}))
+    # Six of the whole and three of its half were taken.
+    assert 0 < len(held_out) < 9 and not set(held_out) & set(together)
+
+
+def test_flags_reach_a_new_model(run, corpus, tmp_path, monkeypatch):
+    made = []
+    build = pretraining.packed_trainer
+    monkeypatch.setattr(pretraining, "packed_trainer", lambda *args: made.append(args[2]) or build(*args))
+    run(dataset_name=corpus[0], attn_implementation="eager", dtype="bfloat16", total_tokens=640)
+    assert made[0].config._attn_implementation == "eager" and made[0].dtype == torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    with pytest.raises(InputError, match="--attn_implementation fast: "):
+        run(dataset_name=corpus[0], output_dir=tmp_path / "other", attn_implementation="fast")
+
+
+def test_half_a_surrogate_pair_stops_nothing(run, corpus):
+    with corpus[0].open("a") as file:
+        file.write('{"text": "the old \\ud83e fox walks"}\n')
+    assert run(dataset_name=corpus[0], total_tokens=640)["documents"] == 115
+
+
+def test_files_that_are_edited_make_another_run(run, corpus, tmp_path):
+    folder = corpus[0].parent / "texts" / "deeper"
+    folder.mkdir(parents=True)
+    for file in corpus:
+        file.rename(folder / file.name)
+    settings = {"dataset_name": folder.parent, "total_tokens": 640}
+    assert run(**settings) == run(**settings)
+    os.utime(folder / "one.jsonl", (2e9, 2e9))
+    with pytest.raises(InputError, match="holds a finished run with dataset_name changed at="):
+        run(**settings)
 
 
 def test_chinchilla_is_twenty_tokens_a_parameter(corpus, tmp_path):
@@ -165,8 +223,13 @@ def test_under_deepspeed_the_default_is_adamw(corpus, tmp_path):
     script_args, training_args, model_args = pretrain.parse(flags)
     assert not script_args.use_muon and training_args.learning_rate == 0.002
     script_args.use_muon = True
-    with pytest.raises(InputError, match="--use_muon cannot be used here: DeepSpeed"):
+    with pytest.raises(InputError, match="--use_muon cannot be used here: DeepSpeed and FSDP"):
         pretrain.check(script_args, training_args, model_args)
+
+
+def test_under_fsdp_the_default_is_adamw(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert not pretrain.parse(["--dataset_name", str(corpus[0]), "--output_dir", str(tmp_path)])[0].use_muon
 
 
 def test_text_of_less_than_one_row_is_one_row(run, tmp_path):
@@ -187,6 +250,8 @@ def test_text_of_less_than_one_row_is_one_row(run, tmp_path):
         ({"total_tokens": "640", "max_steps": 3}, "--max_steps cannot be used here"),
         ({"objective": "masked", "model_name_or_path": "nowhere"}, "--objective masked cannot be used here"),
         ({"z_loss_coef": "-1"}, "z_loss_coef must not be negative"),
+        ({"model_name_or_path": "nowhere"}, "--hidden_size cannot be used here: it is for a new model"),
+        ({"load_in_4bit": "true"}, "--load_in_4bit/8bit cannot be used here"),
     ],
 )
 def test_what_cannot_work_is_refused(run, corpus, flags, message):

@@ -194,6 +194,19 @@ def test_text_of_ones_own_is_repeated_when_it_is_short(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out" / "models" / "32x1-8192").vocab_size <= 320
 
 
+def test_what_other_flags_left_before_the_first_run_is_made_anew(tmp_path):
+    flags = ["--config", str(scaling_laws.PRETRAIN_CONFIG)]
+
+    def prepared(longest, *more):
+        return Grid(tmp_path / "out", pretrain.parse, pretrain.ARCHITECTURE, [*flags, *more], longest)._prepared()
+
+    small, rows, _ = prepared(2048, "--vocab_size", "400")
+    larger, _, _ = prepared(2048, "--vocab_size", "500")
+    assert len(small) == 400 and len(larger) == 500
+    _, more, _ = prepared(8192, "--vocab_size", "400")
+    assert len(rows) >= 8 and len(more) >= 32
+
+
 def test_embedding_parameters_are_the_tables_and_an_untied_head(make_model):
     tied, untied = make_model(tie_word_embeddings=True), make_model(tie_word_embeddings=False)
     table = tied.get_input_embeddings().weight.numel()

@@ -1,11 +1,13 @@
 """recipes/tokenizer.py: a tokenizer on its own, what its size buys, and pretraining with it."""
 
 import json
+import random
 
 import pytest
 import tokenizer as recipe
 from transformers import AutoTokenizer
 
+from hfllm import pretraining
 from hfllm.data.sources import PYDOC, iterate_source
 from hfllm.data.tokenizer import train_tokenizer, truncated_tokenizer
 from hfllm.errors import InputError
@@ -34,6 +36,25 @@ def test_it_trains_measures_and_saves(corpus, tmp_path, capsys):
     assert run(*flags) == metrics and "already done" in capsys.readouterr().out
     with pytest.raises(InputError, match="holds a finished run with vocab_size=700"):
         run(*flags, "--vocab_size", 600)
+
+
+def test_the_weights_of_a_mixture_decide_what_it_learns(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretraining, "MOST_TOKENIZER_TEXTS", 200)
+    words = {"a": "owl river house", "b": "zygote quixotic jazz"}
+    for name, text in words.items():
+        rng, file = random.Random(name), tmp_path / f"{name}.jsonl"
+        rows = (" ".join(rng.choices(text.split(), k=20)) + f" {rng.random()}" for _ in range(300))
+        file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    known = {}
+    for weights in ("1 1", "100 1"):
+        entries = [f"{tmp_path / name}.jsonl:{weight}" for name, weight in zip("ab", weights.split(), strict=True)]
+        run("--dataset_mixture", *entries, "--vocab_size", 300, "--output_dir", tmp_path / weights)
+        known[weights] = AutoTokenizer.from_pretrained(tmp_path / weights).get_vocab().keys()
+    assert known["1 1"] != known["100 1"]
+    with pytest.raises(InputError, match="--dataset_name cannot be used here"):
+        run("--dataset_mixture", *entries, "--dataset_name", "pydoc", "--output_dir", tmp_path / "out")
+    with pytest.raises(InputError, match="--max_samples cannot be used here"):
+        run("--max_samples", 10, "--output_dir", tmp_path / "out")
 
 
 def test_larger_sizes_make_fewer_tokens(corpus, tmp_path):

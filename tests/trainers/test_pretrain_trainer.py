@@ -55,6 +55,15 @@ def test_the_split_into_passes_changes_nothing(make_trainer):
         torch.testing.assert_close(other, results[0], atol=2e-5, rtol=1e-4)
 
 
+def test_a_share_without_a_target_is_one_pass_that_teaches_nothing(make_trainer):
+    trainer = make_trainer(lengths="32", batch_tokens="256")
+    batch = trainer.plan[0]
+    empty = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    assert trainer.training_step(trainer.model, empty, num_items_in_batch=torch.tensor(7)) == 0
+    assert all((weight.grad == 0).all() for weight in trainer.model.parameters() if weight.grad is not None)
+    assert any(weight.grad is not None for weight in trainer.model.parameters())
+
+
 def test_flash_attention_gets_packed_rows_as_one(make_trainer, monkeypatch):
     trainer = make_trainer(lengths="32", batch_tokens="256")
     batch = trainer.plan[0]
