@@ -78,16 +78,20 @@ def parse(argv: Sequence[str]) -> tuple:
 
 def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> dict[str, float]:
     """Make what is missing, distil, compare, save, report. Returns the metrics."""
+    from sft import world_model_stages
+
     from hfllm.evaluation.distillation import distillation_plots, gold_tables
-    from hfllm.stages import Stage, world_of
+    from hfllm.stages import Stage, run_stages, world_of
 
     check(script_args, training_args, model_args)
-    before = missing_stages(script_args, training_args)
+    before = {}
+    if not training_args.teacher_model_name_or_path:
+        before = world_model_stages(script_args, training_args.seed, training_args.output_dir)
     stage = Stage("distill", script_args, training_args, model_args, before)
     if stage.report is not None:
         return stage.report["metrics"]
     train_rows, eval_rows = rows_to_learn(script_args, training_args.seed)
-    run_missing_stages(before)
+    run_stages([import_module(name) for name in before], [*before.values()])
     if before:
         training_args.teacher_model_name_or_path = before["sft"][1].output_dir
     teacher, teacher_tokenizer = load_teacher(training_args)
@@ -155,30 +159,6 @@ def check(script_args: DistillArguments, training_args: Any, model_args: Any) ->
     for name in ("num_examples", "num_eval_prompts", "num_samples", "response_length"):
         if getattr(script_args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(script_args, name)}")
-
-
-def missing_stages(script_args: DistillArguments, training_args: Any) -> dict[str, tuple]:
-    """The stages that make the teacher, in order, each with its parsed flags; none if it is named."""
-    stages: dict[str, tuple] = {}
-    if training_args.teacher_model_name_or_path:
-        return stages
-    folder = training_args.output_dir
-    for name, base in (("pretrain", None), ("sft", f"{folder}/pretrain")):
-        module = import_module(name)
-        flags = ["--config", getattr(script_args, f"{name}_config") or str(module.CONFIG)]
-        flags += ["--world_seed", str(script_args.world_seed), "--seed", str(training_args.seed)]
-        flags += ["--model_name_or_path", base] if base else []
-        stages[name] = module.parse([*flags, "--output_dir", f"{folder}/{name}"])
-    return stages
-
-
-def run_missing_stages(stages: dict[str, tuple]) -> None:
-    """Run or reuse the stages that make the teacher."""
-    from hfllm.stages import run_stage
-
-    folders = [arguments[1].output_dir for arguments in stages.values()]
-    for position, (name, arguments) in enumerate(stages.items()):
-        run_stage(import_module(name), arguments, later_folders=folders[position + 1 :])
 
 
 def rows_to_learn(script_args: DistillArguments, seed: int) -> tuple[list[dict], list[dict]]:
