@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from hfllm.errors import HIDDEN, InputError, redact
 from hfllm.hub_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, WEIGHTS, model_files
-from hfllm.model_card import check_adapter, public_report, write_card
+from hfllm.model_card import check_adapter, check_base, public_report, write_card
 from hfllm.reporting import REPORT_FILE
 
 # Seconds before each new attempt. Each request in an attempt is also retried by huggingface_hub.
@@ -69,10 +69,11 @@ def upload_list(folder: str | Path, repo_id: str | None = None) -> dict[str, Pat
     Writes the card.
 
     Raises:
-        InputError: when the folder holds no whole model.
+        InputError: when the folder holds no whole model, or an adapter of one that only this machine has.
     """
     folder = Path(folder)
     names = model_files(folder)
+    check_base(folder)
     write_card(folder, repo_id)
     reports = (REPORT_FILE, "report.md")
     return {name: public_report(folder, name) if name in reports else folder / name for name in sorted({*names, CARD})}

@@ -51,17 +51,18 @@ def model_card(folder: str | Path, repo_id: str | None = None) -> str:
         repo_id: where it will be; the folder's name stands for it when not given.
 
     Raises:
-        InputError: when the folder holds no whole model, or an adapter of a model that only this machine has.
+        InputError: when the folder holds no whole model.
     """
     folder = Path(folder)
     report = read_report(folder) or {}
     arguments = report.get("arguments", {})
     name = (repo_id or folder.resolve().name).split("/")[-1]
+    base = adapter_base(folder) if is_adapter(folder) else None
     sections = [
-        _front_matter(folder, report),
+        _front_matter(folder, report, base),
         MARKER,
         f"# {name}",
-        _introduction(folder, report),
+        _introduction(folder, report, base),
         _usage(folder, repo_id or name),
     ]
     if arguments:
@@ -77,20 +78,24 @@ def model_card(folder: str | Path, repo_id: str | None = None) -> str:
     return redact("\n\n".join(sections)) + "\n"
 
 
-def adapter_base(folder: Path) -> str:
-    """The Hub id of the model that an adapter belongs to.
+def adapter_base(folder: Path) -> str | None:
+    """The Hub id of the model that an adapter belongs to; `None` if it is a folder of this machine."""
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
+    return hub_id({"base": base, **_changed_at(folder, base)}, "base")
+
+
+def check_base(folder: Path) -> None:
+    """Refuse to publish an adapter of a model that nobody else could load.
 
     Raises:
-        InputError: when it is a folder of this machine, where nobody else could load it from.
+        InputError: when its base is a folder of this machine.
     """
-    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
-    arguments = {"base": base, **_changed_at(folder, base)}
-    if hub_id(arguments, "base") is None:
+    if is_adapter(folder) and adapter_base(folder) is None:
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
         raise InputError(
             f"{folder} holds a PEFT adapter of {base!r}, which is not on the Hub: merge it into its base "
             "(PeftModel.merge_and_unload, then save_pretrained) or train it on a model of the Hub"
         )
-    return base
 
 
 def hub_id(arguments: Mapping[str, Any], flag: str) -> str | None:
@@ -133,7 +138,7 @@ def _changed_at(folder: Path, base: str) -> dict[str, Any]:
     return {"base changed at": arguments[f"{flag} changed at"]} if known else {}
 
 
-def _front_matter(folder: Path, report: Mapping[str, Any]) -> str:
+def _front_matter(folder: Path, report: Mapping[str, Any], base: str | None) -> str:
     import yaml
 
     arguments = report.get("arguments", {})
@@ -142,7 +147,7 @@ def _front_matter(folder: Path, report: Mapping[str, Any]) -> str:
     if pipeline := _pipeline(folder):
         metadata["pipeline_tag"] = pipeline
     metadata["tags"] = ["hfllm", *([report["stage"]] if report.get("stage") else [])]
-    if base := adapter_base(folder) if adapter else hub_id(arguments, "model_name_or_path"):
+    if base := base if adapter else hub_id(arguments, "model_name_or_path"):
         metadata["base_model"] = base
     if dataset := hub_id(arguments, "dataset_name"):
         metadata["datasets"] = [dataset]
@@ -161,8 +166,8 @@ def _architecture(folder: Path) -> str:
     return next(iter(read_json(folder / CONFIG).get("architectures") or []), "")
 
 
-def _introduction(folder: Path, report: Mapping[str, Any]) -> str:
-    kind = f"A PEFT adapter of {adapter_base(folder)}" if is_adapter(folder) else f"`{_architecture(folder)}`"
+def _introduction(folder: Path, report: Mapping[str, Any], base: str | None) -> str:
+    kind = f"A PEFT adapter of {base or 'a local model'}" if is_adapter(folder) else f"`{_architecture(folder)}`"
     # Packed numbers and their scales are no count of parameters.
     method = _quantization(folder)
     text = f"{kind}, quantized ({method})" if method else f"{kind} with {count_parameters(folder):,} parameters"

@@ -204,6 +204,13 @@ def run_stage(recipe: ModuleType, arguments: tuple, later_folders: Sequence[str]
     return metrics
 
 
+def run_stages(recipes: Sequence[ModuleType], arguments: Sequence[tuple]) -> list[dict[str, float]]:
+    """Run or reuse stages, each of which may build on those before it. Returns their metrics; see `run_stage`."""
+    folders = [parsed[1].output_dir for parsed in arguments]
+    pairs = enumerate(zip(recipes, arguments, strict=True), 1)
+    return [run_stage(recipe, parsed, later_folders=folders[position:]) for position, (recipe, parsed) in pairs]
+
+
 def with_model_from(
     recipe: ModuleType, config: str | None, script_args: Any, training_args: Any, model_args: Any
 ) -> Any:

@@ -51,7 +51,8 @@ class DistillArguments(DataArguments, BatchArguments):
     )
     num_examples: int = field(default=9600, metadata={"help": "Demonstrations of the embedded world to train on."})
     num_documents: int = field(default=0, metadata={"help": "Documents of the embedded world to train on besides."})
-    num_eval_prompts: int = field(default=360, metadata={"help": "Held-out prompts of the world to answer."})
+    num_eval_prompts: int = field(default=600, metadata={"help": "Held-out prompts of the world to answer."})
+    num_samples: int = field(default=4, metadata={"help": "Answers to each that are sampled at temperature 1."})
     response_length: int = field(default=40, metadata={"help": "Longest answer, in tokens."})
     pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's pretraining."})
     sft_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's fine-tuning."})
@@ -77,19 +78,23 @@ def parse(argv: Sequence[str]) -> tuple:
 
 def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> dict[str, float]:
     """Make what is missing, distil, compare, save, report. Returns the metrics."""
+    from sft import world_model_stages
+
     from hfllm.evaluation.distillation import distillation_plots, gold_tables
-    from hfllm.stages import Stage, world_of
+    from hfllm.stages import Stage, run_stages, world_of
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scale_learning_rate
 
     check(script_args, training_args, model_args)
-    before = missing_stages(script_args, training_args)
+    before = {}
+    if not training_args.teacher_model_name_or_path:
+        before = world_model_stages(script_args, training_args.seed, training_args.output_dir)
     stage = Stage("distill", script_args, training_args, model_args, before)
     if stage.report is not None:
         return stage.report["metrics"]
     used = scale_learning_rate(script_args, training_args)
     train_rows, eval_rows = rows_to_learn(script_args, training_args.seed)
-    run_missing_stages(before)
+    run_stages([import_module(name) for name in before], [*before.values()])
     if before:
         training_args.teacher_model_name_or_path = before["sft"][1].output_dir
     teacher, teacher_tokenizer = load_teacher(training_args)
@@ -154,33 +159,9 @@ def check(script_args: DistillArguments, training_args: Any, model_args: Any) ->
     for name in ("teacher_top_k", "hidden_weight"):
         given = bool(getattr(training_args, name))
         refuse(script_args.sequence_level and given, f"--{name}", "--sequence_level learns from answers alone")
-    for name in ("num_examples", "num_eval_prompts", "response_length"):
+    for name in ("num_examples", "num_eval_prompts", "num_samples", "response_length"):
         if getattr(script_args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(script_args, name)}")
-
-
-def missing_stages(script_args: DistillArguments, training_args: Any) -> dict[str, tuple]:
-    """The stages that make the teacher, in order, each with its parsed flags; none if it is named."""
-    stages: dict[str, tuple] = {}
-    if training_args.teacher_model_name_or_path:
-        return stages
-    folder = training_args.output_dir
-    for name, base in (("pretrain", None), ("sft", f"{folder}/pretrain")):
-        module = import_module(name)
-        flags = ["--config", getattr(script_args, f"{name}_config") or str(module.CONFIG)]
-        flags += ["--world_seed", str(script_args.world_seed), "--seed", str(training_args.seed)]
-        flags += ["--model_name_or_path", base] if base else []
-        stages[name] = module.parse([*flags, "--output_dir", f"{folder}/{name}"])
-    return stages
-
-
-def run_missing_stages(stages: dict[str, tuple]) -> None:
-    """Run or reuse the stages that make the teacher."""
-    from hfllm.stages import run_stage
-
-    folders = [arguments[1].output_dir for arguments in stages.values()]
-    for position, (name, arguments) in enumerate(stages.items()):
-        run_stage(import_module(name), arguments, later_folders=folders[position + 1 :])
 
 
 def rows_to_learn(script_args: DistillArguments, seed: int) -> tuple[list[dict], list[dict]]:
@@ -318,6 +299,7 @@ def compare(
             name: judge_model(
                 *(model, tokenizer, world, script_args.num_eval_prompts, script_args.response_length),
                 seed=training_args.seed,
+                num_samples=script_args.num_samples,
             )
             for name, (model, tokenizer) in models.items()
         }

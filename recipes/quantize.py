@@ -62,13 +62,18 @@ def parse(argv: Sequence[str]) -> tuple:
 
 def main(script_args: QuantizeArguments, model_args: Any) -> dict[str, float]:
     """Make what is missing, quantize, measure, save, report. Returns the metrics."""
+    from sft import world_model_stages
+
     from hfllm.hub_files import CARD
     from hfllm.model_card import write_card
     from hfllm.reporting import Report
+    from hfllm.stages import run_stages
 
     script_args = replace(script_args, schemes=checked_schemes(script_args, model_args))
     began = time.perf_counter()
-    stages = missing_stages(script_args, model_args)
+    stages = {}
+    if not model_args.model_name_or_path:
+        stages = world_model_stages(script_args, script_args.seed, script_args.output_dir)
     arguments = all_arguments(script_args, model_args, stages)
     report = finished_run(script_args.output_dir, arguments)
     if report is not None:
@@ -76,16 +81,19 @@ def main(script_args: QuantizeArguments, model_args: Any) -> dict[str, float]:
             print(f"quantize: already done in {script_args.output_dir} (remove that folder to redo it)")
             publish(script_args)
         return report["metrics"]
+    texts = eval_texts(script_args)
     if main_process() and script_args.push_to_hub:
         # A wrong token or name is found now, and not at the end.
         repository(script_args).create()
-    model_args = run_missing_stages(model_args, stages)
+    run_stages([import_module(name) for name in stages], [*stages.values()])
+    if stages:
+        model_args = replace(model_args, model_name_or_path=stages["sft"][1].output_dir)
     if not main_process():
         return {}
     print(f"\n=== quantize -> {script_args.output_dir}", flush=True)
     # Its int8 layers say at each run that they compute in float16, which is LLM.int8's way.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    metrics, tables, curves = compare(script_args, model_args)
+    metrics, tables, curves = compare(script_args, model_args, texts)
     report = Report(
         stage="quantize",
         arguments=arguments,
@@ -174,31 +182,9 @@ def all_arguments(script_args: QuantizeArguments, model_args: Any, stages: dict[
     return arguments
 
 
-def missing_stages(script_args: QuantizeArguments, model_args: Any) -> dict[str, tuple]:
-    """The stages that make the world's model, in order, each with its parsed flags; none with a model of one's own."""
-    if model_args.model_name_or_path:
-        return {}
-    folder, stages = script_args.output_dir, {}
-    shared = ["--seed", str(script_args.seed), "--world_seed", str(script_args.world_seed)]
-    for name, base in (("pretrain", None), ("sft", f"{folder}/pretrain")):
-        module = import_module(name)
-        config = getattr(script_args, f"{name}_config") or str(module.CONFIG)
-        flags = [*shared, "--output_dir", f"{folder}/{name}", "--config", config]
-        stages[name] = module.parse([*flags, *(["--model_name_or_path", base] if base else [])])
-    return stages
-
-
-def run_missing_stages(model_args: Any, stages: dict[str, tuple]) -> Any:
-    """Run or reuse the stages. Returns the arguments with the model that they made."""
-    from hfllm.stages import run_stage
-
-    folders = [parsed[1].output_dir for parsed in stages.values()]
-    for position, (name, parsed) in enumerate(stages.items()):
-        run_stage(import_module(name), parsed, later_folders=folders[position + 1 :])
-    return replace(model_args, model_name_or_path=folders[-1]) if folders else model_args
-
-
-def compare(script_args: QuantizeArguments, model_args: Any) -> tuple[dict[str, float], dict[str, list], dict]:
+def compare(
+    script_args: QuantizeArguments, model_args: Any, texts: list[str]
+) -> tuple[dict[str, float], dict[str, list], dict]:
     """Metrics, tables and plots of the model and its quantized forms; the wanted one is saved."""
     from hfllm.compression import schemes
     from hfllm.compression.judge import Judge
@@ -208,7 +194,6 @@ def compare(script_args: QuantizeArguments, model_args: Any) -> tuple[dict[str, 
     model.to(schemes.default_device()).eval()
     names = schemes.linear_names(model)
     check_context(script_args, fitting_length(None, model))
-    texts = eval_texts(script_args)
     judge = Judge(
         tokenizer,
         texts,

@@ -213,15 +213,12 @@ def run_missing_stages(
     script_args: Any, model_args: Any, stages: dict[str, tuple]
 ) -> tuple[Any, list[str], dict[str, float]]:
     """Run or reuse the stages. Returns the policy's arguments, the reward models and the metrics to report."""
-    from hfllm.stages import run_stage
+    from hfllm.stages import run_stages
 
-    metrics: dict[str, float] = {}
     folders = {name: arguments[1].output_dir for name, arguments in stages.items()}
-    for position, (name, arguments) in enumerate(stages.items()):
-        module = import_module(name.partition("_")[0])
-        done = run_stage(module, arguments, later_folders=list(folders.values())[position + 1 :])
-        if name == "reward":
-            metrics["reward_model_accuracy"] = done["reward_model_accuracy"]
+    done = run_stages([import_module(name.partition("_")[0]) for name in stages], [*stages.values()])
+    of_reward = dict(zip(stages, done, strict=True)).get("reward")
+    metrics = {"reward_model_accuracy": of_reward["reward_model_accuracy"]} if of_reward else {}
     if "sft" in folders:
         model_args = replace(model_args, model_name_or_path=folders["sft"])
     trained = [folder for name, folder in folders.items() if name.startswith("reward")]

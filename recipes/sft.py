@@ -79,6 +79,24 @@ def main(script_args: SftArguments, training_args: Any, model_args: Any) -> dict
     return stage.finish(trainer, metrics, summary)
 
 
+def world_model_stages(script_args: DataArguments, seed: int, folder: str) -> dict[str, tuple]:
+    """The stages that make the embedded world's fine-tuned model for another recipe, each with its parsed flags.
+
+    Args:
+        script_args: with the YAML files `pretrain_config` and `sft_config`, if not the world's own.
+        folder: of the other recipe; each stage has one in it.
+    """
+    import pretrain
+
+    shared = ["--seed", str(seed), "--world_seed", str(script_args.world_seed)]
+    base = ["--output_dir", f"{folder}/pretrain", "--config", script_args.pretrain_config or str(pretrain.CONFIG)]
+    tuned = ["--output_dir", f"{folder}/sft", "--config", script_args.sft_config or str(CONFIG)]
+    return {
+        "pretrain": pretrain.parse([*shared, *base]),
+        "sft": parse([*shared, *tuned, "--model_name_or_path", f"{folder}/pretrain"]),
+    }
+
+
 def instruction_data(script_args: SftArguments, seed: int) -> tuple[list[dict], list[dict]]:
     """Training and held-out rows with `prompt` and `completion` messages."""
     from hfllm.data import formats

@@ -140,35 +140,30 @@ def check(script_args: SpeculativeArguments, model_args: Any) -> None:
 
 def missing_stages(script_args: SpeculativeArguments, model_args: Any) -> dict[str, tuple]:
     """The stages that make the world's target and draft, in order, each with its parsed flags."""
+    import pretrain
+    import sft
+
     if model_args.model_name_or_path:
         return {}
-    folder, stages = script_args.output_dir, {}
+    folder = script_args.output_dir
+    stages = sft.world_model_stages(script_args, script_args.seed, folder)
+    if script_args.draft != "model" or script_args.assistant_model_name_or_path:
+        return stages
     shared = ["--seed", str(script_args.seed), "--world_seed", str(script_args.world_seed)]
-    makes_draft = script_args.draft == "model" and not script_args.assistant_model_name_or_path
-    for prefix in ("", "draft_") if makes_draft else ("",):
-        base = f"{folder}/{prefix}pretrain"
-        configs = [script_args.pretrain_config, (script_args.draft_config or DRAFT_CONFIG) if prefix else None]
-        flags = [
-            *shared,
-            "--output_dir",
-            base,
-            *(word for path in configs if path for word in ("--config", str(path))),
-        ]
-        flags += ["--tokenizer_name_or_path", f"{folder}/pretrain"] if prefix else []
-        stages[f"{prefix}pretrain"] = import_module("pretrain").parse(flags)
-        sft = import_module("sft")
-        flags = [*shared, "--output_dir", f"{folder}/{prefix}sft", "--model_name_or_path", base]
-        stages[f"{prefix}sft"] = sft.parse([*flags, "--config", script_args.sft_config or str(sft.CONFIG)])
-    return stages
+    base = ["--output_dir", f"{folder}/draft_pretrain", "--tokenizer_name_or_path", f"{folder}/pretrain"]
+    configs = (script_args.pretrain_config, script_args.draft_config or DRAFT_CONFIG)
+    base += [word for path in configs if path for word in ("--config", str(path))]
+    tuned = ["--output_dir", f"{folder}/draft_sft", "--model_name_or_path", f"{folder}/draft_pretrain"]
+    tuned += ["--config", script_args.sft_config or str(sft.CONFIG)]
+    stages["draft_pretrain"] = pretrain.parse([*shared, *base])
+    return {**stages, "draft_sft": sft.parse([*shared, *tuned])}
 
 
 def run_missing_stages(script_args: Any, model_args: Any, stages: dict[str, tuple]) -> tuple[Any, Any]:
     """Run or reuse the stages. Returns the arguments with the models that they made."""
-    from hfllm.stages import run_stage
+    from hfllm.stages import run_stages
 
-    folders = [parsed[1].output_dir for parsed in stages.values()]
-    for position, (name, parsed) in enumerate(stages.items()):
-        run_stage(import_module(name.removeprefix("draft_")), parsed, later_folders=folders[position + 1 :])
+    run_stages([import_module(name.removeprefix("draft_")) for name in stages], [*stages.values()])
     if "sft" in stages:
         model_args = replace(model_args, model_name_or_path=stages["sft"][1].output_dir)
     if "draft_sft" in stages:

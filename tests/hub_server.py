@@ -61,6 +61,13 @@ class Repo:
     def files(self, revision="main"):
         return self.commits[self.branches.get(revision, revision)]
 
+    def download(self, folder):
+        """The files of `main` in a new folder, which is returned."""
+        for name, file in self.files().items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(file.content)
+        return folder
+
 
 @dataclass
 class Fault:

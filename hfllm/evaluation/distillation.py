@@ -32,11 +32,16 @@ def judge_model(
     num_eval_prompts: int,
     response_length: int,
     seed: int,
+    num_samples: int = 1,
 ) -> Judged:
-    """Answer the world's held-out prompts, at temperature 1 and greedy, and judge the answers by the gold rubric."""
+    """Answer the world's held-out prompts and judge the answers by the gold rubric.
+
+    Args:
+        num_eval_prompts: answered `num_samples` times at temperature 1, and once greedily.
+    """
     tasks = world.evaluation_tasks(num_eval_prompts)
     return Judged(
-        sampled=judge_tasks(model, tokenizer, tasks, response_length, do_sample=True, seed=seed),
+        sampled=judge_tasks(model, tokenizer, tasks, response_length, True, seed, num_samples),
         greedy=judge_tasks(model, tokenizer, tasks, response_length, do_sample=False),
         facts=judge_tasks(model, tokenizer, world.fact_tasks(), response_length, do_sample=False),
     )

@@ -68,10 +68,15 @@ def judge_tasks(
     max_new_tokens: int,
     do_sample: bool,
     seed: int = 0,
+    num_return_sequences: int = 1,
 ) -> list[dict[str, Any]]:
-    """Answer world tasks and judge the answers. Rows: `family`, `is_new_phrasing`, `prompt`, `response`, `gold`."""
+    """Answer world tasks and judge the answers.
+
+    Returns:
+        `num_return_sequences` rows a task: `family`, `is_new_phrasing`, `prompt`, `response`, `gold`.
+    """
     prompts = [task.prompt_row()["prompt"] for task in tasks]
-    responses = sample_responses(model, tokenizer, prompts, max_new_tokens, do_sample, seed=seed)
+    answers = sample_responses(model, tokenizer, prompts, max_new_tokens, do_sample, num_return_sequences, seed=seed)
     return [
         {
             "family": task.family,
@@ -80,7 +85,8 @@ def judge_tasks(
             "response": response,
             "gold": gold_reward(response, task.gold),
         }
-        for task, (response,) in zip(tasks, responses, strict=True)
+        for task, responses in zip(tasks, answers, strict=True)
+        for response in responses
     ]
 
 

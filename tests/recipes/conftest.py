@@ -1,7 +1,9 @@
 """Recipes in miniature: the same code on a world of a few hundred rows."""
 
 import pytest
+import sft
 import yaml
+from peft import AutoPeftModelForCausalLM
 
 TINY = {
     "pretrain": {
@@ -79,3 +81,18 @@ def base(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     pretrain.main(*pretrain.parse(["--config", tiny["pretrain"], "--output_dir", str(folder)]))
     return folder
+
+
+@pytest.fixture
+def learns_on(tmp_path):
+    """Fine-tune an adapter on a saved model by the recipe; it is loaded again, on the model, and has learnt."""
+
+    def check(folder):
+        flags = ["--model_name_or_path", str(folder), "--num_examples", "40", "--use_peft", "--max_steps", "2"]
+        flags += ["--save_strategy", "no", "--output_dir", str(tmp_path / "adapter")]
+        sft.main(*sft.parse(flags))
+        weights = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").state_dict()
+        learnt = [value for name, value in weights.items() if "lora_B" in name]
+        assert learnt and all(value.abs().max() > 0 for value in learnt)
+
+    return check

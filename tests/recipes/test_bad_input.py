@@ -5,16 +5,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import distill
 import pretrain
 import pytest
+import quantize
 import reward
 import rlhf
 import sft
+import speculative
 
 from hfllm.errors import InputError
 
 ROOT = Path(__file__).parent.parent.parent
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "rlhf": rlhf}
+# With the nearest flag to a misspelt one.
+OTHERS = {
+    "distill": (distill, "learning_rat", "learning_rate"),
+    "quantize": (quantize, "save_schem", "save_scheme"),
+    "speculative": (speculative, "max_new_token", "max_new_tokens"),
+}
+ALL = {**{name: (module, "learning_rat", "learning_rate") for name, module in STAGES.items()}, **OTHERS}
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +37,7 @@ def no_training(monkeypatch):
 
 def complaint(stage, *argv):
     with pytest.raises(InputError) as error:
-        STAGES[stage].main(*STAGES[stage].parse([str(word) for word in argv]))
+        ALL[stage][0].main(*ALL[stage][0].parse([str(word) for word in argv]))
     message = str(error.value)
     assert "\n" not in message
     return message
@@ -38,24 +48,24 @@ def jsonl(path, *rows):
     return path
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ALL)
 def test_unknown_flags_and_keys_name_the_nearest(stage, tmp_path):
-    assert complaint(stage, "--learning_rat", "1") == "unknown flag 'learning_rat'; did you mean 'learning_rate'?"
+    _, misspelt, meant = ALL[stage]
+    assert complaint(stage, f"--{misspelt}", "1") == f"unknown flag '{misspelt}'; did you mean '{meant}'?"
     config = tmp_path / "config.yaml"
-    config.write_text("learing_rate: 0.1\n")
-    assert complaint(stage, "--config", config) == (
-        f"unknown key in {config}: 'learing_rate'; did you mean 'learning_rate'?"
-    )
+    config.write_text(f"{misspelt}: 0.1\n")
+    assert complaint(stage, "--config", config) == f"unknown key in {config}: '{misspelt}'; did you mean '{meant}'?"
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ALL)
 def test_help_shows_how_to_launch(stage, capsys):
+    module, _, flag = ALL[stage]
     with pytest.raises(SystemExit) as stop:
-        STAGES[stage].parse(["--help"])
+        module.parse(["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert f"    accelerate launch recipes/{stage}.py" in shown
-    assert "--learning_rate" in shown
+    assert f"--{flag}" in shown
 
 
 def test_bad_values_and_configs(tmp_path):
@@ -70,9 +80,13 @@ def test_bad_values_and_configs(tmp_path):
     assert "--fp16 does nothing on a CPU" in complaint("sft", "--fp16", "true", "--output_dir", tmp_path / "o")
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_datasets(stage, tmp_path):
+@pytest.mark.parametrize("stage", [*STAGES, "distill", "quantize"])
+def test_datasets(stage, saved_model, tmp_path):
     output = ("--output_dir", tmp_path / "out")
+    if stage == "distill":
+        output += ("--teacher_model_name_or_path", saved_model, "--student_layers_every", 2)
+    if stage == "quantize":
+        output += ("--schemes", "dynamic", "--save_scheme", "dynamic")
     assert "does not exist" in complaint(stage, "--dataset_name", tmp_path / "no.jsonl", *output)
     empty = jsonl(tmp_path / "empty.jsonl")
     assert f"dataset '{empty}' is empty" in complaint(stage, "--dataset_name", empty, *output)

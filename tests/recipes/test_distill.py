@@ -65,6 +65,15 @@ def test_a_students_layers_with_the_teachers_top_k(distilled, tmp_path):
     assert len(list((tmp_path / "out" / "teacher_cache").rglob("teacher.arrow"))) == 2
 
 
+def test_what_is_published_loads_and_learns_on(hub, distilled, learns_on, tmp_path):
+    flags = ["--student_layers_every", "2", "--push_to_hub", "--hub_model_id", "me/student"]
+    distill.main(*distill.parse(options(distilled, tmp_path, *flags)))
+    folder = hub.repos["me/student"].download(tmp_path / "copy")
+    assert not (folder / "alone").exists()
+    assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 1
+    learns_on(folder)
+
+
 def test_another_vocabulary_needs_answers(distilled, make_model, world, tmp_path):
     tokenizer = train_tokenizer(world.documents(50), vocab_size=300)
     make_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "student")
