@@ -147,6 +147,7 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scale_learning_rate
+    from hfllm.trainers.sharding import gathered
 
     check(script_args, training_args, model_args)
     stage = Stage("pretrain", script_args, training_args, model_args)
@@ -160,7 +161,9 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     model, tokenizer = pretraining.load_or_make_base(script_args, model_args, train_texts, ARCHITECTURE)
     script_args.max_length = fitting_length(script_args.max_length, model)
     build = pretraining.packed_trainer if script_args.packing else pretraining.padded_trainer
-    trainer, mixed = build(script_args, training_args, model, tokenizer, sources, test_texts, prepared)
+    # The trainer counts the model's parameters and looks whether it keeps packed documents apart.
+    with gathered(model):
+        trainer, mixed = build(script_args, training_args, model, tokenizer, sources, test_texts, prepared)
     use_plain_lines(trainer)
     samples = pretraining.watch(trainer, script_args, tokenizer, train_texts, test_texts)
     train(trainer, stage.checkpoint)

@@ -36,6 +36,15 @@ FLAGS = {
         "total_tokens": 4 * ROWS * 64,
         "sample_steps": 0,
     },
+    # pretrain.py with a model that exists.
+    "continue": {
+        "num_documents": 200,
+        "packing": True,
+        "max_length": 64,
+        "max_steps": -1,
+        "total_tokens": 4 * ROWS * 64,
+        "sample_steps": 0,
+    },
     "sft": {"num_examples": 100, "max_length": 128},
     "reward": {"num_pairs": 40, "num_samples": 2, "num_eval_prompts": 24, "response_length": 8},
     "rlhf": {
@@ -66,7 +75,7 @@ def main(folder: str, base: str, *names: str) -> None:
     }
     for name in names:
         name, _, checkpoint = name.partition(":")
-        recipe = import_module(name)
+        recipe = import_module("pretrain" if name == "continue" else name)
         flags = {**COMMON, **batch, **FLAGS[name], "output_dir": f"{folder}/{name}"}
         if name != "pretrain":
             flags["model_name_or_path"] = f"{base}/pretrain"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 ROOT = Path(__file__).parent.parent.parent
-RECIPES = ["pretrain", "sft", "reward", "rlhf"]
+RECIPES = ["pretrain", "continue", "sft", "reward", "rlhf"]
 # accelerate's files, and what goes on from a checkpoint: of the same engine, or of a single process.
 ENGINES = {
     "ddp": {"pretrain": "one", "sft": "one", "reward": "one", "rlhf": "own"},
@@ -24,8 +24,10 @@ ENGINES = {
     "zero2": {"pretrain": "own", "reward": "own"},
     "zero3": {"sft": "own", "rlhf": "own"},
     # A minute of compilation on a machine that has not run it.
-    "zero3_offload_cpu": {"pretrain": "own"},
+    "zero3_offload_cpu": {"continue": "own"},
 }
+# ZeRO-3 draws the weights of a new model in another order; of the others, one is enough that has pretrained twice.
+LEFT_OUT = {"zero3": "pretrain", "zero3_offload_cpu": "pretrain", "zero1": "continue", "zero2": "continue"}
 
 
 def launch(launcher, *arguments):
@@ -79,8 +81,9 @@ def test_two_processes_learn_what_one_does(one, tmp_path, engine):
     resumed = [f"{recipe}:{folders[whose] / recipe}" for recipe, whose in ENGINES[engine].items()]
     launcher = ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{engine}.yaml"]
     launcher += ["--num_processes=2", "--mixed_precision=no", "--dynamo_backend=no"]
-    launch(launcher, tmp_path, one, *RECIPES, *resumed)
-    for recipe in RECIPES:
+    recipes = [recipe for recipe in RECIPES if recipe != LEFT_OUT.get(engine)]
+    launch(launcher, tmp_path, one, *recipes, *resumed)
+    for recipe in recipes:
         assert_same(one / recipe, tmp_path / recipe)
     for recipe in ENGINES[engine]:
         assert_same(one / recipe, tmp_path / f"{recipe}-resumed")
