@@ -1,0 +1,185 @@
+"""Over-optimisation without PPO: best of n (Gao et al. 2022, arXiv:2210.10760), and what ensembles do to it.
+
+    python benchmarks/best_of_n.py --seeds 1 2 3 --output_dir outputs/best_of_n
+
+For each seed, five reward models are trained on a few comparisons of the embedded world each, a quarter of them with
+the wrong label, and one on as many as the five have together. Of n samples of one fine-tuned model the one is kept
+that one of the five likes most, or that the least or the mean of their five scores likes most; the gold reward of what
+is kept is written beside. Writes `best_of_n.png`, gold reward against the square root of the KL, and `best_of_n.md`,
+the peaks and ends. Finished parts are reused.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "recipes" / "configs"
+COMPARISONS = {"num_pairs": 200, "label_noise": 0.25, "num_train_epochs": 3}
+MEMBERS, PROMPTS, SAMPLES, RESPONSE_LENGTH = 5, 120, 128, 40
+ALONE, WORST, MEAN = "one alone", f"worst of {MEMBERS}", f"mean of {MEMBERS}"
+ALL = f"one with the comparisons of {MEMBERS}"
+# Square roots of the KL to the start, and gold rewards there.
+Curve = tuple[list[float], list[float]]
+
+
+def recipe(name: str, output_dir: Path, *flags: Any) -> Path:
+    """Run a recipe. Returns its folder; if it has finished there before, nothing is done."""
+    command = [sys.executable, str(ROOT / "recipes" / f"{name}.py"), "--output_dir", str(output_dir), *map(str, flags)]
+    subprocess.run(command, check=True)
+    return output_dir
+
+
+def reward_models(folder: Path, seed: int, model: Path) -> list[Path]:
+    """Five models on comparisons of their own, and one on as many as the five have together."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = (CONFIGS / "reward" / "world.yaml").read_text().splitlines()
+    kept = [line for line in kept if line.partition(":")[0] not in COMPARISONS]
+    config = folder / "reward.yaml"
+    config.write_text("\n".join([*kept, *(f"{name}: {value}" for name, value in COMPARISONS.items())]) + "\n")
+    flags = ["--config", config, "--model_name_or_path", model, "--num_eval_prompts", PROMPTS]
+    folders = [
+        recipe("reward", folder / f"reward_{number}", *flags, "--seed", 100 * seed + number)
+        for number in range(1, MEMBERS + 1)
+    ]
+    all_pairs = MEMBERS * COMPARISONS["num_pairs"]
+    return [*folders, recipe("reward", folder / "reward_all", *flags, "--seed", 100 * seed, "--num_pairs", all_pairs)]
+
+
+def draw_samples(model: Path, file: Path) -> dict[str, list]:
+    """Held-out prompts, samples of the fine-tuned model for each, and their gold rewards; kept in a file."""
+    if file.is_file():
+        return json.loads(file.read_text())
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hfllm.data.rubric import gold_reward
+    from hfllm.data.world import World
+    from hfllm.evaluation.responses import sample_responses
+
+    tasks = World(0).evaluation_tasks(3 * PROMPTS)
+    random.Random(0).shuffle(tasks)
+    tasks = tasks[:PROMPTS]
+    prompts = [task.prompt_row()["prompt"] for task in tasks]
+    policy, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    responses = sample_responses(
+        policy, tokenizer, prompts, RESPONSE_LENGTH, num_return_sequences=SAMPLES, batch_size=4
+    )
+    gold = [[gold_reward(text, task.gold) for text in texts] for task, texts in zip(tasks, responses, strict=True)]
+    drawn = {"prompts": prompts, "responses": responses, "gold": gold}
+    file.write_text(json.dumps(drawn))
+    return drawn
+
+
+def scores_of(path: Path, drawn: dict[str, list]) -> list[list[float]]:
+    """A reward model's scores of all samples."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from hfllm.data.formats import as_completion
+    from hfllm.rewards import RewardModel
+
+    reward = RewardModel(AutoModelForSequenceClassification.from_pretrained(path), AutoTokenizer.from_pretrained(path))
+    return [
+        reward([prompt] * len(texts), [as_completion(prompt, text) for text in texts])
+        for prompt, texts in zip(drawn["prompts"], drawn["responses"], strict=True)
+    ]
+
+
+def standardised(scores: list[list[float]]) -> list[list[float]]:
+    """With mean 0 and spread 1 over all samples, as `RewardEnsemble.calibrate` has it on the starting model's."""
+    values = [score for row in scores for score in row]
+    mean, spread = statistics.fmean(values), statistics.pstdev(values)
+    return [[(score - mean) / spread for score in row] for row in scores]
+
+
+def curves_of(scores: list[list[list[float]]], gold: list[list[float]]) -> dict[str, list[Curve]]:
+    """Gold reward of the best of 1, 2, 4 ... samples by each of five, by their least, their mean, and by `ALL`."""
+    from hfllm.evaluation.best_of_n import best_of_n
+    from hfllm.scaling.laws import best_of_n_kl
+
+    sizes = [2**power for power in range(SAMPLES.bit_length())]
+    *alone, together = scores
+    calibrated = [*zip(*map(standardised, alone), strict=True)]
+
+    def curve(own: list[list[float]]) -> Curve:
+        return [best_of_n_kl(n) ** 0.5 for n in sizes], [best_of_n(own, gold, n) for n in sizes]
+
+    worst, mean = (
+        [[aggregate(each) for each in zip(*rows, strict=True)] for rows in calibrated]
+        for aggregate in (min, statistics.fmean)
+    )
+    return {ALONE: list(map(curve, alone)), WORST: [curve(worst)], MEAN: [curve(mean)], ALL: [curve(together)]}
+
+
+def table(by_seed: dict[int, dict[str, list[Curve]]]) -> str:
+    """Gold reward at the start, at its peak and at the end; means over the models alone of a seed, and over seeds."""
+    lines = ["| | start | peak | at sqrt(KL) | end | at sqrt(KL) | lost |", "| - | - | - | - | - | - | - |"]
+    kinds: dict[str, list[list[float]]] = {}
+
+    def cells(curve: Curve) -> list[float]:
+        distance, gold = curve
+        top = max(range(len(gold)), key=gold.__getitem__)
+        return [gold[0], gold[top], distance[top], gold[-1], distance[-1], gold[top] - gold[-1]]
+
+    def line(name: str, rows: list[list[float]]) -> list[float]:
+        means = [statistics.mean(column) for column in zip(*rows, strict=True)]
+        lines.append(f"| {name} | " + " | ".join(f"{cell:.3f}" for cell in means) + " |")
+        return means
+
+    for seed, runs in by_seed.items():
+        for name, curves in runs.items():
+            count = f", mean over {len(curves)}" if len(curves) > 1 else ""
+            kinds.setdefault(name, []).append(line(f"seed {seed}, {name}{count}", list(map(cells, curves))))
+    for name, rows in kinds.items():
+        line(f"mean over seeds, {name}", rows)
+    return "\n".join(lines)
+
+
+def draw(by_seed: dict[int, dict[str, list[Curve]]], path: Path) -> None:
+    """A panel a seed, one scale for all."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colors = {ALONE: "tab:gray", WORST: "tab:blue", MEAN: "tab:green", ALL: "tab:orange"}
+    figure, axes = pyplot.subplots(1, len(by_seed), figsize=(4.5 * len(by_seed), 3.8), sharey=True, squeeze=False)
+    for axis, (seed, runs) in zip(axes[0], by_seed.items(), strict=True):
+        for name, curves in runs.items():
+            for number, (distance, gold) in enumerate(curves):
+                style = {"linewidth": 1, "alpha": 0.6} if name == ALONE else {"linewidth": 2}
+                axis.plot(*(distance, gold), color=colors[name], marker=".", label=None if number else name, **style)
+        axis.set(title=f"seed {seed}", xlabel="square root of KL (nats a response)")
+    axes[0][0].set_ylabel("gold reward of the best of n")
+    axes[0][0].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--model_name_or_path", type=Path, help="The fine-tuned model, if there is one.")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/best_of_n"))
+    args = parser.parse_args()
+    folder, by_seed = args.output_dir, {}
+    model = args.model_name_or_path or recipe("sft", folder / "sft", "--seed", args.seeds[0])
+    for seed in args.seeds:
+        own = folder / f"seed-{seed}"
+        models = reward_models(own, seed, model)
+        drawn, file = draw_samples(model, folder / "samples.json"), own / "scores.json"
+        if not file.is_file():
+            file.write_text(json.dumps([scores_of(path, drawn) for path in models]))
+        by_seed[seed] = curves_of(json.loads(file.read_text()), drawn["gold"])
+    draw(by_seed, folder / "best_of_n.png")
+    text = table(by_seed)
+    (folder / "best_of_n.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
