@@ -70,7 +70,7 @@ def test_the_diff_leads_to_the_code():
 
 
 def test_the_decoding_code_runs(make_model, tokenizer):
-    code = re.search(r"```python\n(.*?)```", (DOCS / "generation.md").read_text(), re.DOTALL).group(1)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "generation.md").read_text(), re.DOTALL)
     names = {"model": make_model(), "tokenizer": tokenizer}
-    exec(code, names)
-    assert len(names["output"].sequences) == 2
+    exec("\n".join(blocks), names)
+    assert len(names["output"].sequences) == len(names["tokens"]) == 2
