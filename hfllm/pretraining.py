@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.prepared import Prepared
@@ -120,10 +119,13 @@ def held_out_metrics(
 
 
 def beginning(texts: Iterable[str], most_bytes: int) -> Iterator[str]:
-    """The first texts, up to so many bytes of UTF-8."""
-    sized = ((len(text.encode()), text) for text in texts)
-    counted = accumulate(sized, lambda before, own: (before[0] + own[0], own[1]))
-    return (text for _, text in takewhile(lambda pair: pair[0] <= most_bytes, counted))
+    """The first texts, up to so many bytes of UTF-8; the one that goes beyond them is cut."""
+    for text in texts:
+        kept = text.encode(errors="replace")[:most_bytes]
+        yield kept.decode(errors="ignore")
+        most_bytes -= len(kept)
+        if most_bytes <= 0:
+            return
 
 
 def load_or_make_base(

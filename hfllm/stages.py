@@ -288,7 +288,7 @@ def load_texts(script_args: Any, seed: int, prepared: Prepared, name: str) -> tu
         prepared: where the user's texts are kept, so that they need not fit into memory.
         name: of the table there.
     """
-    from datasets import Dataset
+    from datasets import Dataset, Features, Value
 
     if script_args.dataset_name == WORLD:
         world = World(script_args.world_seed)
@@ -296,7 +296,8 @@ def load_texts(script_args: Any, seed: int, prepared: Prepared, name: str) -> tu
         # A document of the world may be written twice; what is held out must be new.
         known = set(texts)
         held_out = [text for text in world.documents(1000, seed=-1 - seed) if text not in known]
-        return Dataset.from_dict({"text": texts}), held_out
+        # Of the type that `prepared` stores, so that both can be parts of one mixture.
+        return Dataset.from_dict({"text": texts}, Features({"text": Value("large_string")})), held_out
 
     def read() -> Iterator[str]:
         rows = iterate_source(script_args.dataset_name, script_args.dataset_train_split)

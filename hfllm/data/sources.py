@@ -65,13 +65,13 @@ def iterate_source(name: str, split: str = "train") -> Iterator[tuple[str, dict[
     if name == PYDOC:
         yield from ((origin, {"text": text}) for origin, text in pydoc_documents())
         return
-    files, count = source_files(name), 0
+    files, is_empty = source_files(name), True
     for file in files or ():
-        kind = "line" if file.name.endswith(LINES) else "row"
+        kind, count = "line" if file.name.endswith(LINES) else "row", 0
         try:
             for number, row in read_rows(file):
                 yield f"{file}, {kind} {number}", row
-                count += 1
+                count, is_empty = count + 1, False
         except UnicodeDecodeError as error:
             raise InputError(f"{file}: not UTF-8 after row {count}: {error.reason}") from None
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -79,7 +79,7 @@ def iterate_source(name: str, split: str = "train") -> Iterator[tuple[str, dict[
     if files is None:
         for number, row in enumerate(_load_from_hub(name, split), 1):
             yield f"{name}, row {number}", row
-    elif not count:
+    elif is_empty:
         raise InputError(f"dataset {name!r} is empty")
 
 
@@ -144,7 +144,7 @@ def _parsed(text: str) -> Any:
 def _read_csv(file: Path) -> Iterator[dict[str, Any]]:
     # The standard limit of 128 kB is less than a long document.
     csv.field_size_limit(2**31 - 1)
-    with file.open(encoding="utf-8", newline="") as stream:
+    with file.open(encoding="utf-8-sig", newline="") as stream:
         yield from csv.DictReader(stream, delimiter="\t" if file.suffix == ".tsv" else ",")
 
 
@@ -162,7 +162,7 @@ def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:
 def _read_paragraphs(file: Path) -> Iterator[str]:
     """What empty lines separate."""
     lines: list[str] = []
-    with file.open(encoding="utf-8", errors="replace") as stream:
+    with file.open(encoding="utf-8-sig", errors="replace") as stream:
         for line in chain(stream, ["\n"]):
             lines.append(line)
             if line == "\n":
@@ -174,7 +174,7 @@ def _read_paragraphs(file: Path) -> Iterator[str]:
 
 def _read_json(file: Path) -> list[dict[str, Any]]:
     try:
-        rows = _parsed(file.read_text(encoding="utf-8"))
+        rows = _parsed(file.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise InputError(f"{file}: not JSON ({error}); for one object a line name it .jsonl") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):

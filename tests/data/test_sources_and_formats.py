@@ -154,6 +154,21 @@ def test_the_line_that_is_not_utf8_is_named(tmp_path):
         load_source(str(tmp_path / "a.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.csv", "text\none\n"), ("a.json", '[{"text": "one"}]'), ("a.txt", "one\n")]
+)
+def test_the_mark_that_some_editors_begin_with_is_no_text(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert load_source(str(tmp_path / name)).rows == [{"text": "one"}]
+
+
+def test_rows_are_counted_file_by_file(tmp_path):
+    write(tmp_path / "a.jsonl", {"text": "one"}, {"text": "two"})
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "three"}\n{"text": "\xff"}\n')
+    with pytest.raises(InputError, match=r"b\.jsonl: not UTF-8 after row 1"):
+        load_source(str(tmp_path))
+
+
 def test_halves_of_surrogate_pairs_become_question_marks(tmp_path):
     whole = '{"text": "a \\ud83e\\udd8a fox"}'
     name = write(tmp_path / "a.jsonl", whole, '{"text": "half: \\ud83e", "more": ["\\uDD8A!"]}')

@@ -93,6 +93,15 @@ def test_max_samples_is_of_each_dataset_of_a_mixture(run, corpus):
     assert run(*mixture, max_samples=40, total_tokens=640)["documents"] == 2 * 38
 
 
+def test_the_world_may_be_a_part_of_a_mixture(run, corpus):
+    run("--dataset_mixture", f"{corpus[0]}:1", "world:1", num_documents=200, total_tokens=640)
+
+
+def test_a_baseline_learns_from_the_beginning_of_a_long_text():
+    assert list(pretraining.beginning(["ab", "cé", "d"], 4)) == ["ab", "c"]
+    assert list(pretraining.beginning(["long"], 3)) == ["lon"] and list(pretraining.beginning(["ab"], 9)) == ["ab"]
+
+
 def test_all_texts_of_a_mixture_are_ordered_by_weight(corpus, tmp_path):
     flags = ["--dataset_mixture", f"{corpus[0]}:3", f"{corpus[1]}:1", "--output_dir", str(tmp_path)]
     sources, together, held_out = load_sources(pretrain.parse(flags)[0], 0, Prepared(tmp_path / "it", {}))
