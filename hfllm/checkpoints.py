@@ -2,14 +2,16 @@
 
 import json
 import warnings
+import zipfile
 from pathlib import Path
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
     """The newest checkpoint of an output folder that was written to its end, or `None`.
 
-    Trainer writes `trainer_state.json` last: where it is missing or cut off, the run was killed while saving. Such
-    checkpoints are skipped with a warning, and an older one is still there, since it is removed only afterwards.
+    Trainer writes `trainer_state.json` last: where it is missing or cut off, the run was killed while saving. Weights
+    or the optimiser's file may have been cut off since, as by a full disk. Such checkpoints are skipped with a warning,
+    and an older one is still there, since it is removed only afterwards.
     """
     numbered = sorted(
         (path for path in Path(folder).glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()),
@@ -18,8 +20,26 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
     for path in reversed(numbered):
         try:
             json.loads((path / "trainer_state.json").read_text())
+            is_whole = all(map(_is_whole, path.iterdir()))
         except (OSError, ValueError):
+            is_whole = False
+        if not is_whole:
             warnings.warn(f"{path} was not written to its end: trying the checkpoint before it", stacklevel=2)
             continue
         return str(path)
     return None
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file ends where its format says; `True` of formats that do not tell."""
+    if file.suffix in (".pt", ".pth"):
+        return zipfile.is_zipfile(file)
+    if file.suffix != ".safetensors":
+        return True
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        if size > file.stat().st_size:
+            return False
+        header = json.loads(stream.read(size))
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return file.stat().st_size == 8 + size + max(ends, default=0)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
+from hfllm.checkpoints import last_complete_checkpoint
 from hfllm.data.packing import batch_of, pack
 from hfllm.errors import InputError
 from hfllm.trainers.batch_plan import BatchPlan, Schedule
@@ -140,6 +141,17 @@ def test_it_goes_on_as_if_it_had_not_stopped(make_trainer, tmp_path):
     torch.testing.assert_close(weights(again), weights(whole), rtol=0, atol=0)
     losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
     assert [entry["loss"] for entry in again.state.log_history if "loss" in entry] == losses
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_checkpoint_with_a_file_cut_off_is_passed_over(make_trainer, tmp_path, name):
+    make_trainer("damaged", save_strategy="steps", save_steps=5).train()
+    numbers = sorted(int(path.name.rpartition("-")[2]) for path in (tmp_path / "damaged").glob("checkpoint-*"))
+    before, last = (tmp_path / "damaged" / f"checkpoint-{number}" for number in numbers[-2:])
+    assert last_complete_checkpoint(tmp_path / "damaged") == str(last)
+    (last / name).write_bytes((last / name).read_bytes()[:-20])
+    with pytest.warns(UserWarning, match="was not written to its end"):
+        assert last_complete_checkpoint(tmp_path / "damaged") == str(before)
 
 
 def test_the_z_loss_is_the_mean_squared_partition(make_trainer):
