@@ -7,15 +7,14 @@
         --dataset_name alpaca.json --sequence_level
 
 The student is `--model_name_or_path`, or every n-th layer of the teacher, or a new model of the given sizes. It learns
-from the teacher's distributions, or with `--sequence_level` from answers that the teacher writes, for which the two
-need no common vocabulary. Without `--teacher_model_name_or_path` the embedded world's fine-tuned model is made first,
-under the output folder.
+from the teacher's distributions, on the data's answers or on the teacher's own (`--answers sampled`), or with
+`--sequence_level` from such answers alone, for which the two need no common vocabulary. Without
+`--teacher_model_name_or_path` the embedded world's aligned model is made first, by rlhf.py under the output folder.
 """
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +38,18 @@ class DistillArguments(DataArguments, BatchArguments):
     student_initializer_range: float | None = field(
         default=None, metadata={"help": "Standard deviation of a new student's weights; the teacher's by default."}
     )
+    answers: str | None = field(
+        default=None,
+        metadata={
+            "help": "Whose answers the student reads: the data's, or the teacher's, sampled at temperature 1 or greedy. "
+            "By default the data's, and greedy ones with --sequence_level.",
+            "choices": ["data", "sampled", "greedy"],
+        },
+    )
     sequence_level: bool = field(
         default=False,
         metadata={
-            "help": "Train on answers that the teacher writes (greedy), as on data, in place of its distributions "
+            "help": "Train on answers that the teacher writes, as on data, in place of its distributions "
             "(Kim & Rush 2016, arXiv:1606.07947, section 3.2)."
         },
     )
@@ -56,6 +63,8 @@ class DistillArguments(DataArguments, BatchArguments):
     response_length: int = field(default=40, metadata={"help": "Longest answer, in tokens."})
     pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's pretraining."})
     sft_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's fine-tuning."})
+    reward_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's reward model."})
+    rlhf_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's alignment."})
 
 
 def parse(argv: Sequence[str]) -> tuple:
@@ -78,7 +87,7 @@ def parse(argv: Sequence[str]) -> tuple:
 
 def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> dict[str, float]:
     """Make what is missing, distil, compare, save, report. Returns the metrics."""
-    from sft import world_model_stages
+    import rlhf
 
     from hfllm.evaluation.distillation import distillation_plots, gold_tables
     from hfllm.stages import Stage, run_stages, world_of
@@ -86,21 +95,22 @@ def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> 
     from hfllm.trainers.learning_rate import scale_learning_rate
 
     check(script_args, training_args, model_args)
-    before = {}
-    if not training_args.teacher_model_name_or_path:
-        before = world_model_stages(script_args, training_args.seed, training_args.output_dir)
+    before = {} if training_args.teacher_model_name_or_path else teacher_stages(script_args, training_args)
     stage = Stage("distill", script_args, training_args, model_args, before)
     if stage.report is not None:
         return stage.report["metrics"]
     used = scale_learning_rate(script_args, training_args)
     train_rows, eval_rows = rows_to_learn(script_args, training_args.seed)
-    run_stages([import_module(name) for name in before], [*before.values()])
     if before:
-        training_args.teacher_model_name_or_path = before["sft"][1].output_dir
+        # It runs the others, which are before it.
+        run_stages([rlhf], [before["rlhf"]])
+        training_args.teacher_model_name_or_path = before["rlhf"][1].output_dir
     teacher, teacher_tokenizer = load_teacher(training_args)
     tokenizer = student_tokenizer(model_args, teacher_tokenizer)
-    if script_args.sequence_level:
-        train_rows = write_answers(teacher, teacher_tokenizer, train_rows, script_args.response_length)
+    answers = script_args.answers or ("greedy" if script_args.sequence_level else "data")
+    if answers != "data":
+        settings = (script_args.response_length, answers == "sampled", training_args.seed)
+        train_rows = write_answers(teacher, teacher_tokenizer, train_rows, *settings)
 
     def learn(args: Any, checkpoint: str | None = None) -> Any:
         trainer = student_trainer(
@@ -154,14 +164,30 @@ def check(script_args: DistillArguments, training_args: Any, model_args: Any) ->
         reason = "it is the student's, who then needs --model_name_or_path and --use_peft; a teacher is loaded so by "
         refuse(getattr(model_args, name) and not learns, f"--{name}", reason + "--teacher_model_init_kwargs")
     refuse(bool(model_args.attn_implementation) and not named, "--attn_implementation", "the student is not named")
-    for name in ("pretrain_config", "sft_config"):
+    for name in ("pretrain_config", "sft_config", "reward_config", "rlhf_config"):
         refuse(bool(getattr(script_args, name)) and has_teacher, f"--{name}", "the teacher is named")
+    is_from_data = script_args.sequence_level and script_args.answers == "data"
+    refuse(is_from_data, "--answers data", "--sequence_level learns from the teacher's answers")
     for name in ("teacher_top_k", "hidden_weight"):
         given = bool(getattr(training_args, name))
         refuse(script_args.sequence_level and given, f"--{name}", "--sequence_level learns from answers alone")
     for name in ("num_examples", "num_eval_prompts", "num_samples", "response_length"):
         if getattr(script_args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(script_args, name)}")
+
+
+def teacher_stages(script_args: DistillArguments, training_args: Any) -> dict[str, tuple]:
+    """The stages that make the world's aligned model, each with its parsed flags; the last one runs the others."""
+    import rlhf
+
+    flags = ["--seed", str(training_args.seed), "--world_seed", str(script_args.world_seed)]
+    flags += ["--output_dir", f"{training_args.output_dir}/rlhf"]
+    flags += ["--config", script_args.rlhf_config or str(rlhf.CONFIG)]
+    for name in ("pretrain_config", "sft_config", "reward_config"):
+        given = getattr(script_args, name)
+        flags += [f"--{name}", given] if given else []
+    aligned = rlhf.parse(flags)
+    return {**rlhf.missing_stages(*aligned), "rlhf": aligned}
 
 
 def rows_to_learn(script_args: DistillArguments, seed: int) -> tuple[list[dict], list[dict]]:
@@ -269,14 +295,16 @@ def without_teacher(training_args: Any, output_dir: str | None = None) -> Any:
     return args
 
 
-def write_answers(teacher: Any, tokenizer: Any, rows: list[dict], response_length: int) -> list[dict]:
-    """The rows with the teacher's greedy answers in place of their completions; texts stay as they are."""
+def write_answers(
+    teacher: Any, tokenizer: Any, rows: list[dict], response_length: int, do_sample: bool, seed: int
+) -> list[dict]:
+    """The rows with the teacher's answers in place of their completions; texts stay as they are."""
     from hfllm.data.formats import as_completion
     from hfllm.evaluation.responses import sample_responses
 
     asked = [row for row in rows if "prompt" in row]
     prompts = [row["prompt"] for row in asked]
-    answers = sample_responses(teacher, tokenizer, prompts, response_length, do_sample=False)
+    answers = sample_responses(teacher, tokenizer, prompts, response_length, do_sample, seed=seed)
     written = [
         {"prompt": prompt, "completion": as_completion(prompt, answer)}
         for prompt, (answer,) in zip(prompts, answers, strict=True)

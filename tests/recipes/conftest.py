@@ -29,7 +29,19 @@ TINY = {
         "num_eval_prompts": 24,
         "logging_steps": 2,
     },
+    "rlhf": {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "num_ppo_epochs": 1,
+        "response_length": 8,
+        "num_prompts": 40,
+        "num_eval_prompts": 24,
+        "save_strategy": "no",
+        "learning_rate": 0.0005,
+        "logging_steps": 1,
+    },
     "distill": {
+        "answers": "sampled",
         "student_hidden_size": 16,
         "student_num_hidden_layers": 2,
         "student_num_attention_heads": 2,
@@ -41,17 +53,6 @@ TINY = {
         "num_eval_prompts": 24,
         "save_strategy": "no",
         "learning_rate": 0.001,
-        "logging_steps": 1,
-    },
-    "rlhf": {
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "num_ppo_epochs": 1,
-        "response_length": 8,
-        "num_prompts": 40,
-        "num_eval_prompts": 24,
-        "save_strategy": "no",
-        "learning_rate": 0.0005,
         "logging_steps": 1,
     },
 }
@@ -66,7 +67,8 @@ def tiny(tmp_path_factory):
         if stage == "rlhf":
             values = {**values, **{f"{name}_config": paths[name] for name in ("pretrain", "sft", "reward")}}
         if stage == "distill":
-            values = {**values, **{f"{name}_config": paths[name] for name in ("pretrain", "sft")}}
+            stages = ("pretrain", "sft", "reward", "rlhf")
+            values = {**values, **{f"{name}_config": paths[name] for name in stages}}
         paths[stage] = str(folder / f"{stage}.yaml")
         with open(paths[stage], "w") as stream:
             yaml.safe_dump(values, stream)

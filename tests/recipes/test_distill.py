@@ -30,9 +30,9 @@ def test_it_leaves_a_report_and_a_student(distilled, tiny, capsys):
     report = json.loads((folder / "report.json").read_text())
     assert set(metrics) >= KEYS
     assert report["metrics"] == metrics
-    assert report["arguments"]["sft.max_steps"] == 4
+    assert (report["arguments"]["sft.max_steps"], report["arguments"]["rlhf.max_steps"]) == (4, 4)
     student = AutoModelForCausalLM.from_pretrained(folder)
-    teacher = AutoModelForCausalLM.from_pretrained(folder / "sft")
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "rlhf")
     assert metrics["parameters_student"] == student.num_parameters() < teacher.num_parameters()
     assert metrics["share_of_parameters"] == student.num_parameters() / teacher.num_parameters()
     assert metrics["steps"] == 4
@@ -51,7 +51,7 @@ def options(distilled, tmp_path, *flags):
     shared = ["--num_examples", "40", "--max_steps", "2", "--per_device_train_batch_size", "4", "--num_eval_prompts"]
     shared += ["24", "--response_length", "6", "--save_strategy", "no", "--train_alone", "false"]
     return [
-        *("--teacher_model_name_or_path", str(Path(distilled[0]) / "sft"), "--output_dir", str(tmp_path / "out")),
+        *("--teacher_model_name_or_path", str(Path(distilled[0]) / "rlhf"), "--output_dir", str(tmp_path / "out")),
         *shared,
         *flags,
     ]
@@ -88,13 +88,16 @@ def test_another_vocabulary_needs_answers(distilled, make_model, world, tmp_path
 
 def test_the_teachers_answers_take_the_place_of_the_datas(tokenizer, make_model):
     rows = [{"prompt": [{"role": "user", "content": "Go"}], "completion": [{"role": "assistant", "content": "No"}]}]
-    written = distill.write_answers(make_model(), tokenizer, [*rows, {"text": "The fox."}], 5)
+    rows += [{"text": "The fox."}]
+    written = distill.write_answers(make_model(), tokenizer, rows, 5, do_sample=False, seed=0)
     settings = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
     prompt = tokenizer.apply_chat_template(rows[0]["prompt"], **settings)
     ids = make_model().generate(**prompt, do_sample=False, max_new_tokens=5)[0, prompt["input_ids"].shape[1] :]
     assert written[0]["prompt"] == rows[0]["prompt"]
     assert written[0]["completion"][0]["content"] == tokenizer.decode(ids, skip_special_tokens=True)
     assert written[1] == {"text": "The fox."}
+    first, again, other = (distill.write_answers(make_model(), tokenizer, rows, 5, True, seed) for seed in (1, 1, 2))
+    assert first == again != other
 
 
 @pytest.mark.parametrize(
@@ -109,6 +112,7 @@ def test_the_teachers_answers_take_the_place_of_the_datas(tokenizer, make_model)
             "--num_documents cannot be used here",
         ),
         (["--sequence_level", "--hidden_weight", "1"], "--hidden_weight cannot be used here"),
+        (["--sequence_level", "--answers", "data"], "--answers data cannot be used here"),
         (["--load_in_8bit"], "--load_in_8bit cannot be used here"),
         (["--attn_implementation", "eager"], "--attn_implementation cannot be used here"),
         (["--num_eval_prompts", "0"], "--num_eval_prompts must be at least 1"),
