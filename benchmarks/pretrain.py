@@ -104,7 +104,7 @@ def measure(args: argparse.Namespace) -> None:
 
     from hfllm.data.tokenizer import train_tokenizer
     from hfllm.evaluation.perplexity import fit_of
-    from hfllm.stages import split_rows
+    from hfllm.stage_data import split_rows
 
     logging.set_verbosity_error()
     texts, held_out = split_rows(texts_of(args.dataset_name), seed=0, share=0.05, most=40)

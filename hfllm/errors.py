@@ -21,6 +21,16 @@ class InputError(ValueError):
         super().__init__(redact(message))
 
 
+def refuse(condition: bool, flag: str, reason: str) -> None:
+    """Refuse a flag that would have no effect, rather than ignore it.
+
+    Raises:
+        InputError: if `condition` holds.
+    """
+    if condition:
+        raise InputError(f"{flag} cannot be used here: {reason}")
+
+
 def redact(text: str, *secrets: str | None) -> str:
     """`text` without `secrets`, the tokens that the environment holds, and whatever looks like one."""
     for secret in (*secrets, *map(os.environ.get, TOKEN_VARIABLES)):

@@ -47,7 +47,7 @@ def load_sources(
     """
     from datasets import concatenate_datasets
 
-    from hfllm.stages import hash_of, load_texts
+    from hfllm.stage_data import hash_of, load_texts
 
     sources, held_out, mixture = {}, [], mixture_of(script_args)
     for number, (name, _) in enumerate(mixture):

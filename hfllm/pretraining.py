@@ -86,7 +86,7 @@ def loss_settings(model: Any, loss_chunk_size: int | None) -> dict[str, int]:
     """
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    from hfllm.stages import refuse
+    from hfllm.errors import refuse
 
     family = model.config.model_type
     refuse(loss_chunk_size and family != "hfllm", "--loss_chunk_size", f"a model of type {family} has no such loss")
@@ -132,7 +132,8 @@ def load_or_make_base(
     script_args: Any, model_args: Any, texts: Sequence[str], architecture: Sequence[str]
 ) -> tuple[Any, Any]:
     """The model to pretrain: the named one, or a new one with the named tokenizer or one trained on `texts`."""
-    from hfllm.stages import load_policy, load_tokenizer, refuse
+    from hfllm.errors import refuse
+    from hfllm.stage_models import load_policy, load_tokenizer
 
     if model_args.model_name_or_path:
         return load_policy(model_args)

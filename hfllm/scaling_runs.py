@@ -96,7 +96,8 @@ class Grid:
         longest: int,
     ):
         from hfllm.cli import main_process
-        from hfllm.stages import refuse, stage_arguments
+        from hfllm.errors import refuse
+        from hfllm.stages import stage_arguments
 
         self.folder, self.parse, self.architecture, self.longest = Path(folder), parse, architecture, longest
         self.flags = [*flags, "--output_dir", str(folder)]
@@ -216,7 +217,9 @@ class Grid:
         from hfllm.data.packing import packed_tables
         from hfllm.data.prepared import Prepared
         from hfllm.data.sources import WORLD
-        from hfllm.stages import load_texts, load_tokenizer, stage_arguments
+        from hfllm.stage_data import load_texts
+        from hfllm.stage_models import load_tokenizer
+        from hfllm.stages import stage_arguments
 
         script_args, training_args, _ = self.parse(self.flags)
         is_world, place = script_args.dataset_name == WORLD, self.folder / "tokenizer"

@@ -1,34 +1,24 @@
-"""Steps that several recipes share: begin and end a stage, run the stages before it, load data and models."""
+"""What a recipe is one stage of: begin and end it, and run those before it."""
 
-import hashlib
-import random
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from hfllm.cli import DataArguments, checkpoint_to_resume, finished_run, main_process, run_arguments
-from hfllm.data import formats
-from hfllm.data.prepared import Prepared
-from hfllm.data.sources import PYDOC, WORLD, iterate_source, load_source, source_files
-from hfllm.data.world import World
+from hfllm.cli import checkpoint_to_resume, finished_run, main_process, run_arguments
+from hfllm.data.sources import PYDOC, WORLD, source_files
 from hfllm.errors import InputError
 from hfllm.hub import take_repository
 from hfllm.hub_files import CARD
 from hfllm.model_card import write_card
 from hfllm.reporting import Plot, Report, plot_history, read_report
+from hfllm.stage_data import check_source
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-    from peft import PeftConfig
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
-
-
-# ---- the frame of a stage ----
+    from transformers import Trainer
 
 
 class Stage:
@@ -223,215 +213,3 @@ def with_model_from(
     flags = ["--seed", str(training_args.seed), "--world_seed", str(script_args.world_seed), "--output_dir", folder]
     run_stage(recipe, recipe.parse([*flags, *(["--config", config] if config else [])]))
     return replace(model_args, model_name_or_path=folder)
-
-
-# ---- data ----
-
-
-def check_source(script_args: Any) -> None:
-    """Refuse flags of the data that would have no effect.
-
-    Raises:
-        InputError: naming the flag.
-    """
-    is_world, is_mixed = script_args.dataset_name == WORLD, bool(getattr(script_args, "dataset_mixture", None))
-    refuse(is_mixed and not is_world, "--dataset_name", "--dataset_mixture takes its place")
-    is_sized = is_world and not is_mixed
-    refuse(is_sized and script_args.max_samples is not None, "--max_samples", "the world is sized by --num_...")
-
-
-def world_of(script_args: DataArguments) -> World | None:
-    """The embedded world, if that is where the data comes from."""
-    return World(script_args.world_seed) if script_args.dataset_name == WORLD else None
-
-
-def limited(rows: list, script_args: DataArguments) -> list:
-    """The first `--max_samples` rows."""
-    return rows if script_args.max_samples is None else rows[: script_args.max_samples]
-
-
-def split_rows(rows: list, seed: int, share: float = 0.05, most: int = 256) -> tuple[list, list]:
-    """Shuffle rows by `seed` and set about `share` of them, at most `most`, aside for evaluation.
-
-    Rows with the same prompt (or the same text) stay together, so that none is met on both sides.
-    """
-    keys = [str(row["prompt"] if isinstance(row, dict) else row) for row in rows]
-    train, held_out = split_places(keys, seed, share, most)
-    return [rows[place] for place in train], [rows[place] for place in held_out]
-
-
-def split_places(keys: Iterable, seed: int, share: float = 0.05, most: int = 256) -> tuple[list[int], list[int]]:
-    """`split_rows` by what stands for each row: the places of the training rows, and of those held out.
-
-    Raises:
-        InputError: when all rows are alike.
-    """
-    groups: dict[Any, list[int]] = {}
-    for place, key in enumerate(keys):
-        groups.setdefault(key, []).append(place)
-    if len(groups) < 2:
-        raise InputError(f"the dataset has {len(groups)} different prompt(s) or text(s); at least 2 are needed")
-    order = list(groups.values())
-    random.Random(seed).shuffle(order)
-    wanted, held_out = min(max(1, int(sum(map(len, order)) * share)), most), []
-    while not held_out or (len(order) > 1 and len(held_out) + len(order[0]) <= wanted):
-        held_out += order.pop(0)
-    return [place for group in order for place in group], held_out
-
-
-def load_texts(script_args: Any, seed: int, prepared: Prepared, name: str) -> tuple["Dataset", list[str]]:
-    """Pretraining texts (a `text` column) and held-out texts, of the world or of the user's dataset.
-
-    Args:
-        script_args: the recipe's.
-        seed: of the split, and of the world's texts.
-        prepared: where the user's texts are kept, so that they need not fit into memory.
-        name: of the table there.
-    """
-    from datasets import Dataset, Features, Value
-
-    if script_args.dataset_name == WORLD:
-        world = World(script_args.world_seed)
-        texts = world.documents(script_args.num_documents, seed=seed)
-        # A document of the world may be written twice; what is held out must be new.
-        known = set(texts)
-        held_out = [text for text in world.documents(1000, seed=-1 - seed) if text not in known]
-        # Of the type that `prepared` stores, so that both can be parts of one mixture.
-        return Dataset.from_dict({"text": texts}, Features({"text": Value("large_string")})), held_out
-
-    def read() -> Iterator[str]:
-        rows = iterate_source(script_args.dataset_name, script_args.dataset_train_split)
-        for origin, row in islice(rows, script_args.max_samples):
-            text = formats.to_text(origin, row)
-            if text.strip():
-                yield text
-
-    stored = prepared.texts(name, read)
-    train, held_out = split_places((hash_of(text) for text in stored["text"]), seed)
-    return stored.select(train), stored.select(held_out)["text"][:]
-
-
-def hash_of(text: str) -> bytes:
-    """What two texts share only if they are the same, for all practical purposes."""
-    return hashlib.blake2b(text.encode(errors="replace"), digest_size=16).digest()
-
-
-def load_rows(script_args: DataArguments, mapper: Any) -> list[dict[str, Any]]:
-    """The user's dataset in the columns that `mapper` makes."""
-    source = load_source(script_args.dataset_name, script_args.dataset_train_split)
-    return limited(formats.convert(source, mapper), script_args)
-
-
-# ---- models ----
-
-
-def load_kwargs(model_args: Any) -> dict[str, Any]:
-    """`from_pretrained` arguments that `ModelConfig`'s flags stand for."""
-    from trl import get_quantization_config
-
-    kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        "quantization_config": get_quantization_config(model_args),
-    }
-    return {name: value for name, value in kwargs.items() if value is not None}
-
-
-def load_policy(model_args: Any) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """A causal language model and its tokenizer.
-
-    Raises:
-        InputError: when either cannot be loaded, or the tokenizer has no padding or end token.
-    """
-    from transformers import AutoModelForCausalLM
-
-    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **load_kwargs(model_args))
-    except (OSError, ValueError) as error:
-        raise _unloadable(model_args.model_name_or_path, error) from error
-    return model, tokenizer
-
-
-def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBase":
-    """The tokenizer of a model; without a chat template of its own it gets a plain one.
-
-    Raises:
-        InputError: when it cannot be loaded, or has no padding or end token.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise _unloadable(name, error) from error
-    for token in ("eos_token", "pad_token"):
-        if getattr(tokenizer, token) is None:
-            raise InputError(
-                f"the tokenizer of {name!r} has no {token}: set one and save it, "
-                f"for example tokenizer.{token} = ...; tokenizer.save_pretrained(...)"
-            )
-    if tokenizer.chat_template is None:
-        from hfllm.data.tokenizer import plain_chat_template
-
-        tokenizer.chat_template = plain_chat_template()
-    return tokenizer
-
-
-def load_config(name: str, revision: str = "main") -> "PreTrainedConfig":
-    """The config of the named model.
-
-    Raises:
-        InputError: when it cannot be loaded.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise _unloadable(name, error) from error
-
-
-def model_context(name: str) -> int | None:
-    """The longest sequence that the named model is made for, in tokens, if its config tells."""
-    return getattr(load_config(name).get_text_config(), "max_position_embeddings", None)
-
-
-def load_scorer(name: str, model_args: Any) -> "PreTrainedModel":
-    """A sequence-classification model with one label, its head new if `name` is a language model."""
-    from transformers import AutoModelForSequenceClassification
-
-    try:
-        return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **load_kwargs(model_args))
-    except (OSError, ValueError) as error:
-        raise _unloadable(name, error) from error
-
-
-def peft_config(model_args: Any, task_type: str = "CAUSAL_LM") -> "PeftConfig | None":
-    """The adapter that `--use_peft` and `--lora_*` describe, or `None`."""
-    from trl import get_peft_config
-
-    model_args.lora_task_type = task_type
-    return get_peft_config(model_args)
-
-
-def _unloadable(name: str, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:200]
-    return InputError(f"model {name!r} could not be loaded: {reason}")
-
-
-def fitting_length(max_length: int | None, model: Any) -> int | None:
-    """`max_length`, but no more than the model's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(filter(None, (max_length, context)), default=None)
-
-
-def refuse(condition: bool, flag: str, reason: str) -> None:
-    """Refuse a flag that would have no effect, rather than ignore it.
-
-    Raises:
-        InputError: if `condition` holds.
-    """
-    if condition:
-        raise InputError(f"{flag} cannot be used here: {reason}")

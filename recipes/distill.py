@@ -41,8 +41,8 @@ class DistillArguments(DataArguments, BatchArguments):
     answers: str | None = field(
         default=None,
         metadata={
-            "help": "Whose answers the student reads: the data's, or the teacher's, sampled at temperature 1 or greedy. "
-            "By default the data's, and greedy ones with --sequence_level.",
+            "help": "Whose answers the student reads: the data's, or the teacher's, sampled at temperature 1 or "
+            "greedy. By default the data's, and greedy ones with --sequence_level.",
             "choices": ["data", "sampled", "greedy"],
         },
     )
@@ -90,7 +90,8 @@ def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> 
     import rlhf
 
     from hfllm.evaluation.distillation import distillation_plots, gold_tables
-    from hfllm.stages import Stage, run_stages, world_of
+    from hfllm.stage_data import world_of
+    from hfllm.stages import Stage, run_stages
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scale_learning_rate
 
@@ -145,8 +146,7 @@ def check(script_args: DistillArguments, training_args: Any, model_args: Any) ->
         InputError: naming the flag.
     """
     from hfllm.data.sources import WORLD
-    from hfllm.errors import InputError
-    from hfllm.stages import refuse
+    from hfllm.errors import InputError, refuse
 
     is_world, has_teacher = script_args.dataset_name == WORLD, bool(training_args.teacher_model_name_or_path)
     if not is_world and not has_teacher:
@@ -212,7 +212,7 @@ def load_teacher(training_args: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     from hfllm.errors import InputError
-    from hfllm.stages import load_tokenizer
+    from hfllm.stage_models import load_tokenizer
     from hfllm.trainers.students import check_fits_memory
 
     name, revision = training_args.teacher_model_name_or_path, training_args.teacher_model_revision or "main"
@@ -230,7 +230,7 @@ def load_teacher(training_args: Any) -> tuple[Any, Any]:
 
 def student_tokenizer(model_args: Any, teacher_tokenizer: Any) -> Any:
     """The named student's own tokenizer, or the teacher's."""
-    from hfllm.stages import load_tokenizer
+    from hfllm.stage_models import load_tokenizer
 
     if model_args.model_name_or_path:
         return load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
@@ -241,7 +241,7 @@ def make_student(script_args: DistillArguments, training_args: Any, model_args: 
     """The student before training: the same each time for the same seed."""
     from transformers import set_seed
 
-    from hfllm.stages import load_policy
+    from hfllm.stage_models import load_policy
     from hfllm.trainers.students import smaller_student, student_from_layers
 
     set_seed(training_args.seed)
@@ -264,7 +264,7 @@ def student_trainer(
     eval_rows: list[dict],
 ) -> Any:
     """A trainer of a new copy of the student."""
-    from hfllm.stages import fitting_length, peft_config
+    from hfllm.stage_models import fitting_length, peft_config
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.distillation_trainer import DistillationTrainer
 
@@ -319,7 +319,7 @@ def compare(
     from torch.utils.data import DataLoader
 
     from hfllm.evaluation.distillation import fit_metrics, gold_metrics, judge_model
-    from hfllm.stages import world_of
+    from hfllm.stage_data import world_of
 
     judged, world = {}, world_of(script_args)
     if world is not None:

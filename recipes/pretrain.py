@@ -143,7 +143,8 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     from hfllm import pretraining
     from hfllm.data.prepared import Prepared
     from hfllm.mixtures import load_sources
-    from hfllm.stages import Stage, fitting_length
+    from hfllm.stage_models import fitting_length
+    from hfllm.stages import Stage
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scale_learning_rate
@@ -208,9 +209,9 @@ def check(script_args: PretrainArguments, training_args: Any, model_args: Any) -
     Raises:
         InputError: naming the flag.
     """
-    from hfllm.errors import InputError
+    from hfllm.errors import InputError, refuse
     from hfllm.pretraining import CHINCHILLA, OBJECTIVES
-    from hfllm.stages import check_source, refuse
+    from hfllm.stage_data import check_source
 
     check_source(script_args)
 

@@ -138,8 +138,7 @@ def checked_schemes(script_args: QuantizeArguments, model_args: Any) -> list[str
     from hfllm.compression.schemes import SCHEMES, default_device, get_scheme
     from hfllm.compression.sensitivity import PARTS
     from hfllm.data.sources import WORLD
-    from hfllm.errors import InputError
-    from hfllm.stages import refuse
+    from hfllm.errors import InputError, refuse
 
     for flag in ("num_eval_texts", "num_eval_prompts", "response_length", "num_sensitivity_texts", "prompt_tokens"):
         if getattr(script_args, flag) < 1:
@@ -171,7 +170,8 @@ def all_arguments(script_args: QuantizeArguments, model_args: Any, stages: dict[
         InputError: when the named model is quantized already.
     """
     from hfllm.compression.schemes import refuse_quantized
-    from hfllm.stages import load_config, stage_arguments
+    from hfllm.stage_models import load_config
+    from hfllm.stages import stage_arguments
 
     if model_args.model_name_or_path:
         name = model_args.model_name_or_path
@@ -188,7 +188,8 @@ def compare(
     """Metrics, tables and plots of the model and its quantized forms; the wanted one is saved."""
     from hfllm.compression import schemes
     from hfllm.compression.judge import Judge
-    from hfllm.stages import fitting_length, load_kwargs, load_policy, world_of
+    from hfllm.stage_data import world_of
+    from hfllm.stage_models import fitting_length, load_kwargs, load_policy
 
     model, tokenizer = load_policy(model_args)
     model.to(schemes.default_device()).eval()
@@ -249,7 +250,7 @@ def eval_texts(script_args: QuantizeArguments) -> list[str]:
     """
     from hfllm.data import formats
     from hfllm.errors import InputError
-    from hfllm.stages import load_rows, world_of
+    from hfllm.stage_data import load_rows, world_of
 
     world = world_of(script_args)
     texts = (

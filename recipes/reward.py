@@ -57,16 +57,9 @@ def parse(argv: Sequence[str]) -> tuple:
 def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> dict[str, float]:
     """Train, save, write the report. Returns the metrics."""
     from hfllm.data.sources import WORLD
-    from hfllm.errors import InputError
-    from hfllm.stages import (
-        Stage,
-        fitting_length,
-        load_scorer,
-        load_tokenizer,
-        peft_config,
-        refuse,
-        with_model_from,
-    )
+    from hfllm.errors import InputError, refuse
+    from hfllm.stage_models import fitting_length, load_scorer, load_tokenizer, peft_config
+    from hfllm.stages import Stage, with_model_from
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scale_learning_rate
@@ -124,7 +117,7 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
 def user_comparisons(script_args: RewardArguments, seed: int) -> tuple[list[dict], list[dict]]:
     """Training and held-out rows with `prompt`, `chosen` and `rejected` messages."""
     from hfllm.data import formats
-    from hfllm.stages import load_rows, split_rows
+    from hfllm.stage_data import load_rows, split_rows
 
     return split_rows(load_rows(script_args, formats.to_preference), seed)
 
@@ -142,7 +135,7 @@ def world_comparisons(
     from hfllm.data.sources import Source
     from hfllm.data.world import World
     from hfllm.evaluation.responses import sample_responses
-    from hfllm.stages import load_policy
+    from hfllm.stage_models import load_policy
     from hfllm.trainers.sharding import make_whole
 
     world, seed = World(script_args.world_seed), script_args.comparison_seed

@@ -69,17 +69,12 @@ def parse(argv: Sequence[str]) -> tuple:
 
 def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dict[str, float]:
     """Make what is missing, align, compare before and after, save, report. Returns the metrics."""
+    from hfllm.errors import refuse
     from hfllm.evaluation.alignment import alignment_metrics, alignment_plots, alignment_tables, judge_policy
     from hfllm.rewards import RewardEnsemble, RewardModel
-    from hfllm.stages import (
-        Stage,
-        load_policy,
-        load_scorer,
-        load_tokenizer,
-        peft_config,
-        refuse,
-        world_of,
-    )
+    from hfllm.stage_data import world_of
+    from hfllm.stage_models import load_policy, load_scorer, load_tokenizer, peft_config
+    from hfllm.stages import Stage
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scale_learning_rate
@@ -160,7 +155,7 @@ def prompt_data(script_args: RlhfArguments, seed: int, functions: Sequence[Calla
     from hfllm.data.sources import WORLD
     from hfllm.data.world import World
     from hfllm.rewards import checked_rewards
-    from hfllm.stages import load_rows, split_rows
+    from hfllm.stage_data import load_rows, split_rows
 
     if script_args.dataset_name == WORLD:
         world = World(script_args.world_seed)
@@ -237,7 +232,7 @@ def check_before_training(
     from hfllm.data.sources import WORLD
     from hfllm.errors import InputError
     from hfllm.rewards import RewardEnsemble
-    from hfllm.stages import load_tokenizer, model_context
+    from hfllm.stage_models import load_tokenizer, model_context
     from hfllm.trainers.prompts import check_prompts
 
     named = script_args.reward_model_name_or_path
@@ -297,7 +292,7 @@ def calibrate(ensemble: Any, trainer: Any, rows: list[dict]) -> None:
 
 def value_model(script_args: Any, model_args: Any, reward_models: list[str]) -> Any:
     """The model that estimates values, or `None` for a head on the policy's trunk."""
-    from hfllm.stages import load_scorer
+    from hfllm.stage_models import load_scorer
 
     if script_args.value_model == "head":
         return None

@@ -152,7 +152,7 @@ def check(script_args: ScalingArguments) -> None:
     Raises:
         InputError: naming the flag.
     """
-    from hfllm.stages import refuse
+    from hfllm.errors import refuse
 
     plain = ScalingArguments()
     for flag in GRID_FLAGS if script_args.runs else TABLE_FLAGS:
@@ -271,7 +271,7 @@ class SmallGrid:
         from hfllm.evaluation.emergence import Emergence, ProbedRun
         from hfllm.evaluation.probes import make_probes, run_probes
         from hfllm.models.modeling_hfllm import HfllmForCausalLM
-        from hfllm.stages import load_tokenizer
+        from hfllm.stage_models import load_tokenizer
 
         args, probed = self.script_args, []
         probes = make_probes(World(args.world_seed), args.probe_questions, args.probe_shots, args.seed)

@@ -37,7 +37,8 @@ def parse(argv: Sequence[str]) -> tuple:
 
 def main(script_args: SftArguments, training_args: Any, model_args: Any) -> dict[str, float]:
     """Fine-tune, save, write the report. Returns the metrics."""
-    from hfllm.stages import Stage, fitting_length, load_policy, peft_config, with_model_from
+    from hfllm.stage_models import fitting_length, load_policy, peft_config
+    from hfllm.stages import Stage, with_model_from
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scale_learning_rate
@@ -103,7 +104,7 @@ def instruction_data(script_args: SftArguments, seed: int) -> tuple[list[dict], 
     from hfllm.data.demonstrators import instruction_rows
     from hfllm.data.sources import WORLD, Source
     from hfllm.data.world import World
-    from hfllm.stages import load_rows, split_rows
+    from hfllm.stage_data import load_rows, split_rows
 
     if script_args.dataset_name != WORLD:
         return split_rows(load_rows(script_args, formats.to_sft), seed)

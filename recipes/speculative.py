@@ -106,8 +106,7 @@ def check(script_args: SpeculativeArguments, model_args: Any) -> None:
         InputError: naming the flag.
     """
     from hfllm.data.sources import WORLD
-    from hfllm.errors import InputError
-    from hfllm.stages import refuse
+    from hfllm.errors import InputError, refuse
 
     if script_args.draft not in DRAFTS:
         raise InputError(f"--draft {script_args.draft!r} is not one of {', '.join(DRAFTS)}")
@@ -177,7 +176,7 @@ def measure(script_args: SpeculativeArguments, model_args: Any) -> tuple[dict[st
 
     from hfllm.generation import measure as measuring
     from hfllm.generation.lookahead import AdaptiveLookahead
-    from hfllm.stages import load_policy
+    from hfllm.stage_models import load_policy
 
     model, tokenizer = load_policy(model_args)
     model.eval()
@@ -237,7 +236,7 @@ def make_draft(script_args: SpeculativeArguments, model_args: Any, model: Any, t
     """
     from hfllm.generation.drafts import EarlyExitDraft, ModelDraft, PromptLookupDraft
     from hfllm.generation.options import check_same_vocabulary
-    from hfllm.stages import load_policy
+    from hfllm.stage_models import load_policy
 
     if script_args.draft == "prompt_lookup":
         return PromptLookupDraft(script_args.max_ngram or 3)
@@ -258,7 +257,7 @@ def prompt_ids(script_args: SpeculativeArguments, tokenizer: Any) -> list[list[i
     from hfllm.data import formats
     from hfllm.data.tokenizer import tokenize_prompts
     from hfllm.errors import InputError
-    from hfllm.stages import load_rows, world_of
+    from hfllm.stage_data import load_rows, world_of
 
     world = world_of(script_args)
     rows = (

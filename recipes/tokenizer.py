@@ -51,7 +51,8 @@ def main(script_args: TokenizerArguments) -> dict[str, float]:
     from hfllm.mixtures import load_sources
     from hfllm.pretraining import make_tokenizer
     from hfllm.reporting import Plot, Report
-    from hfllm.stages import check_source, stage_arguments
+    from hfllm.stage_data import check_source
+    from hfllm.stages import stage_arguments
 
     check_source(script_args)
     began, folder = time.perf_counter(), Path(script_args.output_dir)

@@ -29,14 +29,19 @@ ALLOWED = {
     "hub_files": {"errors", "reporting"},
     "model_card": {"errors", "reporting", "hub_files"},
     "hub": {"errors", "reporting", "hub_files", "model_card"},
-    "mixtures": {"data", "errors", "stages"},
-    "pretraining": {"data", "errors", "evaluation", "mixtures", "models", "scaling", "stages", "trainers"},
-    "scaling_runs": {"cli", "data", "errors", "evaluation", "pretraining", "reporting", "stages", "trainers"},
-    "scaling_report": {"errors", "reporting", "scaling"},
-    "stages": {
-        *("models", "data", "errors", "reporting", "cli", "evaluation", "rewards", "trainers"),
-        *("hub", "hub_files", "model_card"),
+    "stage_data": {"cli", "data", "errors"},
+    "stage_models": {"data", "errors"},
+    "stages": {"cli", "data", "errors", "hub", "hub_files", "model_card", "reporting", "stage_data"},
+    "mixtures": {"data", "errors", "stage_data"},
+    "pretraining": {
+        *("data", "errors", "evaluation", "mixtures", "models", "scaling", "trainers"),
+        *("stage_data", "stage_models", "stages"),
     },
+    "scaling_runs": {
+        *("cli", "data", "errors", "evaluation", "pretraining", "reporting", "trainers"),
+        *("stage_data", "stage_models", "stages"),
+    },
+    "scaling_report": {"errors", "reporting", "scaling"},
 }
 MAX_LINES = 450
 

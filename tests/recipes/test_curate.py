@@ -20,7 +20,7 @@ from hfllm.data.curation.options import FILTERS, CurationOptions
 from hfllm.data.prepared import Prepared
 from hfllm.data.sources import load_source
 from hfllm.errors import InputError
-from hfllm.stages import load_texts
+from hfllm.stage_data import load_texts
 
 ROOT = Path(__file__).parent.parent.parent
 WORDS = {

@@ -203,7 +203,7 @@ def test_a_run_that_goes_on_reads_no_text_again(run, corpus, tmp_path, monkeypat
         run(**settings)
     monkeypatch.setattr(Stage, "finish", finish)
     packed = []
-    monkeypatch.setattr("hfllm.stages.iterate_source", lambda *args: pytest.fail("read again"))
+    monkeypatch.setattr("hfllm.stage_data.iterate_source", lambda *args: pytest.fail("read again"))
     pack = packing.packed_tables
     monkeypatch.setattr(packing, "packed_tables", lambda texts, *rest: packed.append(len(texts)) or pack(texts, *rest))
     again = run(**settings, resume_from_checkpoint=tmp_path / "out" / "checkpoint-10")

@@ -1,0 +1,111 @@
+"""The models and tokenizers of a stage, as its flags name them."""
+
+from typing import TYPE_CHECKING, Any
+
+from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_kwargs(model_args: Any) -> dict[str, Any]:
+    """`from_pretrained` arguments that `ModelConfig`'s flags stand for."""
+    from trl import get_quantization_config
+
+    kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        "quantization_config": get_quantization_config(model_args),
+    }
+    return {name: value for name, value in kwargs.items() if value is not None}
+
+
+def load_policy(model_args: Any) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """A causal language model and its tokenizer.
+
+    Raises:
+        InputError: when either cannot be loaded, or the tokenizer has no padding or end token.
+    """
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **load_kwargs(model_args))
+    except (OSError, ValueError) as error:
+        raise _unloadable(model_args.model_name_or_path, error) from error
+    return model, tokenizer
+
+
+def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model; without a chat template of its own it gets a plain one.
+
+    Raises:
+        InputError: when it cannot be loaded, or has no padding or end token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise _unloadable(name, error) from error
+    for token in ("eos_token", "pad_token"):
+        if getattr(tokenizer, token) is None:
+            raise InputError(
+                f"the tokenizer of {name!r} has no {token}: set one and save it, "
+                f"for example tokenizer.{token} = ...; tokenizer.save_pretrained(...)"
+            )
+    if tokenizer.chat_template is None:
+        from hfllm.data.tokenizer import plain_chat_template
+
+        tokenizer.chat_template = plain_chat_template()
+    return tokenizer
+
+
+def load_config(name: str, revision: str = "main") -> "PreTrainedConfig":
+    """The config of the named model.
+
+    Raises:
+        InputError: when it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise _unloadable(name, error) from error
+
+
+def model_context(name: str) -> int | None:
+    """The longest sequence that the named model is made for, in tokens, if its config tells."""
+    return getattr(load_config(name).get_text_config(), "max_position_embeddings", None)
+
+
+def load_scorer(name: str, model_args: Any) -> "PreTrainedModel":
+    """A sequence-classification model with one label, its head new if `name` is a language model."""
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **load_kwargs(model_args))
+    except (OSError, ValueError) as error:
+        raise _unloadable(name, error) from error
+
+
+def peft_config(model_args: Any, task_type: str = "CAUSAL_LM") -> "PeftConfig | None":
+    """The adapter that `--use_peft` and `--lora_*` describe, or `None`."""
+    from trl import get_peft_config
+
+    model_args.lora_task_type = task_type
+    return get_peft_config(model_args)
+
+
+def _unloadable(name: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200]
+    return InputError(f"model {name!r} could not be loaded: {reason}")
+
+
+def fitting_length(max_length: int | None, model: Any) -> int | None:
+    """`max_length`, but no more than the model's context."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(filter(None, (max_length, context)), default=None)
