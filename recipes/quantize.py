@@ -31,6 +31,17 @@ class QuantizeArguments(DataArguments):
         default=None, metadata={"help": "Schemes to compare; by default all that run on this machine."}
     )
     save_scheme: str = field(default="int8", metadata={"help": "Scheme that is saved, and that the metrics are of."})
+    skip_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Linear layers to leave as they are: ends or beginnings of names, such as v_proj."},
+    )
+    llm_int8_threshold: float = field(
+        default=6.0,
+        metadata={
+            "help": "Magnitude from which int8 multiplies a feature of the input in floating point; 0 is never. "
+            "A lower one costs time and loses less."
+        },
+    )
     num_eval_texts: int = field(default=256, metadata={"help": "Texts for the perplexity, at most this many."})
     max_length: int = field(default=512, metadata={"help": "Tokens of a window that perplexity is measured in."})
     num_eval_prompts: int = field(default=600, metadata={"help": "Questions of the world for the gold reward."})
@@ -135,7 +146,7 @@ def checked_schemes(script_args: QuantizeArguments, model_args: Any) -> list[str
     Raises:
         InputError: naming the flag, when one has no effect or no meaning, or a scheme cannot run here.
     """
-    from hfllm.compression.schemes import SCHEMES, default_device, get_scheme
+    from hfllm.compression.schemes import SCHEMES, default_device
     from hfllm.compression.sensitivity import PARTS
     from hfllm.data.sources import WORLD
     from hfllm.errors import InputError, refuse
@@ -158,9 +169,17 @@ def checked_schemes(script_args: QuantizeArguments, model_args: Any) -> list[str
     if not names:
         names = [name for name, scheme in SCHEMES.items() if default_device() in scheme.devices]
     names += [script_args.save_scheme] * (script_args.save_scheme not in names)
+    refuse("int8" not in names and script_args.llm_int8_threshold != 6.0, "--llm_int8_threshold", "no scheme is int8")
     for name in names:
-        get_scheme(name).check()
+        scheme_of(script_args, name).check()
     return names
+
+
+def scheme_of(script_args: QuantizeArguments, name: str) -> Any:
+    """The scheme called `name` as the flags have it."""
+    from hfllm.compression.schemes import get_scheme
+
+    return get_scheme(name, script_args.skip_modules or (), script_args.llm_int8_threshold)
 
 
 def all_arguments(script_args: QuantizeArguments, model_args: Any, stages: dict[str, tuple]) -> dict[str, Any]:
@@ -210,7 +229,7 @@ def compare(
     for name in script_args.schemes:
         print(f"quantize: {name}", flush=True)
         kwargs = load_kwargs(model_args)
-        quantized = schemes.get_scheme(name).load(model_args.model_name_or_path, **kwargs)
+        quantized = scheme_of(script_args, name).load(model_args.model_name_or_path, **kwargs)
         if name == script_args.save_scheme:
             # Before it runs: bitsandbytes lays 4-bit weights out anew for some CPUs then.
             quantized.save_pretrained(script_args.output_dir)
@@ -278,7 +297,6 @@ def metrics_of(original: dict[str, Any], saved: dict[str, Any]) -> dict[str, flo
 
 def sweep(script_args: QuantizeArguments, model: Any, judge: Any) -> dict[str, list[dict[str, Any]]]:
     """Change of loss by each part of the model, for each way to part it."""
-    from hfllm.compression.schemes import get_scheme
     from hfllm.compression.sensitivity import sensitivity
 
     if script_args.sensitivity == ["none"]:
@@ -288,7 +306,7 @@ def sweep(script_args: QuantizeArguments, model: Any, judge: Any) -> dict[str, l
     def loss_of(model: Any) -> float:
         return judge.loss(model, script_args.num_sensitivity_texts)
 
-    scheme = get_scheme(script_args.save_scheme)
+    scheme = scheme_of(script_args, script_args.save_scheme)
     return {by: sensitivity(model, scheme, loss_of, by) for by in script_args.sensitivity}
 
 

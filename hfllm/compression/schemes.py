@@ -5,7 +5,7 @@ as any others. Embeddings, norms and the output head stay as they are, as do exp
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,8 @@ class Scheme:
         devices: types of device that it runs on.
         library: that it needs, with what installs it; `None` where torch is enough.
         cpu_multiples: what a layer's inputs and outputs must be multiples of on a CPU.
+        skipped: layers to leave as they are, by the patterns of transformers' `llm_int8_skip_modules`: the end of a
+            name, or a regular expression for its beginning.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Scheme:
     devices: tuple[str, ...]
     library: tuple[str, str] | None = None
     cpu_multiples: tuple[int, int] = (1, 1)
+    skipped: tuple[str, ...] = ()
 
     def check(self, device: str | None = None) -> None:
         """Refuse the scheme where it cannot run.
@@ -70,19 +73,27 @@ class Scheme:
         return linear.in_features % inputs == 0 and linear.out_features % outputs == 0
 
     def left(self, model: "PreTrainedModel") -> list[str]:
-        """Names of the linear layers that the scheme leaves as they are, since the library cannot run them.
+        """Names of the linear layers that the scheme leaves as they are: `skipped`, and what the library cannot run.
 
         Raises:
-            InputError: when those are all.
+            InputError: when those are all, or a pattern names none.
         """
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
         names = linear_names(model)
-        left = [name for name in names if not self.fits(model.get_submodule(name))]
-        if len(left) == len(names):
+        for pattern in self.skipped:
+            if all(should_convert_module(name, [pattern]) for name in names):
+                raise InputError(f"skipped layers: {pattern!r} names none of {', '.join(sorted(_kinds(names)))}")
+        wanted = [name for name in names if should_convert_module(name, list(self.skipped))]
+        if not wanted:
+            raise InputError(f"skipped layers: {', '.join(self.skipped)} are all; nothing is left to quantize")
+        quantized = {name for name in wanted if self.fits(model.get_submodule(name))}
+        if not quantized:
             raise InputError(
                 f"scheme {self.name!r} needs layers with a multiple of {self.cpu_multiples[0]} inputs and "
                 f"{self.cpu_multiples[1]} outputs on a CPU; this model has none"
             )
-        return left
+        return [name for name in names if name not in quantized]
 
     def load(self, name: str, **load_kwargs: Any) -> "PreTrainedModel":
         """Load a causal language model from full weights and quantize it on the way.
@@ -123,15 +134,26 @@ class Scheme:
         return self.make_config(dtype or torch.float32, [*get_keys_to_not_convert(model), *left] if left else None)
 
 
-def get_scheme(name: str) -> Scheme:
+def get_scheme(name: str, skipped: Sequence[str] = (), llm_int8_threshold: float = OUTLIER_THRESHOLD) -> Scheme:
     """The scheme called `name`.
 
+    Args:
+        skipped: layers to leave as they are, see `Scheme`.
+        llm_int8_threshold: magnitude from which `int8` multiplies a feature of the input in floating point. A lower
+            one rounds less of the input, and takes longer; 0 splits nothing off. Other schemes have none.
+
     Raises:
-        InputError: when there is none.
+        InputError: when there is none, or the threshold is negative.
     """
     if name not in SCHEMES:
         raise InputError(f"scheme {name!r} is not one of {', '.join(SCHEMES)}")
-    return SCHEMES[name]
+    if not llm_int8_threshold >= 0:
+        raise InputError(f"llm_int8_threshold={llm_int8_threshold}: expected a number of at least 0")
+    scheme = replace(SCHEMES[name], skipped=tuple(skipped))
+    if name == "int8":
+        make_config, convert = _int8(llm_int8_threshold)
+        scheme = replace(scheme, make_config=make_config, convert=convert)
+    return scheme
 
 
 def default_device() -> str:
@@ -185,6 +207,11 @@ def linear_names(model: "PreTrainedModel") -> list[str]:
     return names
 
 
+def _kinds(names: Sequence[str]) -> set[str]:
+    """The last words of names of layers."""
+    return {name.rpartition(".")[2] for name in names}
+
+
 def stored_bytes(*modules: "nn.Module") -> int:
     """Bytes of what the modules save: weights, scales and the rest; what is shared counts once."""
     # All at once: some are made for the occasion, and a later one could take the place in memory of one let go.
@@ -201,26 +228,30 @@ def linear_bytes(model: "PreTrainedModel", names: Sequence[str]) -> int:
 # ---- the schemes ----
 
 
-def _int8_config(dtype: "torch.dtype", skipped: list[str] | None) -> Any:
-    from transformers import BitsAndBytesConfig
+def _int8(threshold: float) -> tuple[Callable, Callable]:
+    """Config and layer of LLM.int8, with the magnitude that makes a feature of the input an outlier."""
 
-    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=OUTLIER_THRESHOLD, llm_int8_skip_modules=skipped)
+    def config(dtype: "torch.dtype", skipped: list[str] | None) -> Any:
+        from transformers import BitsAndBytesConfig
 
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold, llm_int8_skip_modules=skipped)
 
-def _int8_layer(linear: "nn.Linear") -> "nn.Module":
-    import bitsandbytes
+    def layer(linear: "nn.Linear") -> "nn.Module":
+        import bitsandbytes
 
-    layer = bitsandbytes.nn.Linear8bitLt(
-        linear.in_features,
-        linear.out_features,
-        linear.bias is not None,
-        has_fp16_weights=False,
-        threshold=OUTLIER_THRESHOLD,
-    )
-    weight = linear.weight.detach().cpu().clone()
-    layer.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-    layer.bias = linear.bias
-    return layer.to(linear.weight.device).train(linear.training)
+        quantized = bitsandbytes.nn.Linear8bitLt(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            has_fp16_weights=False,
+            threshold=threshold,
+        )
+        weight = linear.weight.detach().cpu().clone()
+        quantized.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        quantized.bias = linear.bias
+        return quantized.to(linear.weight.device).train(linear.training)
+
+    return config, layer
 
 
 def _nf4(double: bool) -> tuple[Callable, Callable]:
@@ -276,8 +307,7 @@ SCHEMES = {
         Scheme(
             "int8",
             "LLM.int8: a scale a row and token, outlier features apart (bitsandbytes)",
-            _int8_config,
-            _int8_layer,
+            *_int8(OUTLIER_THRESHOLD),
             BITSANDBYTES_DEVICES,
             _BITSANDBYTES,
         ),

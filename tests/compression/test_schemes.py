@@ -66,6 +66,48 @@ def test_one_layer_converts_to_what_a_whole_model_gets(name, folder):
         assert torch.equal(converted, model.get_submodule(layer)(inputs))
 
 
+@pytest.mark.parametrize("name", schemes.SCHEMES)
+def test_skipped_layers_stay_as_they_were_also_after_reloading(name, folder, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    full = AutoModelForCausalLM.from_pretrained(folder)
+    scheme = schemes.get_scheme(name, ["v_proj", "model.layers.1"])
+    scheme.load(str(folder)).save_pretrained(tmp_path / "quantized")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
+    kept = {layer for layer in schemes.linear_names(full) if type(again.get_submodule(layer)) is torch.nn.Linear}
+    assert kept == {layer for layer in schemes.linear_names(full) if "v_proj" in layer or "layers.1." in layer}
+    assert kept == set(scheme.left(full))
+    for layer in kept:
+        assert torch.equal(again.get_submodule(layer).weight, full.get_submodule(layer).weight)
+
+
+@pytest.mark.parametrize(
+    ("skipped", "message"),
+    [
+        (["v_proj", "w_proj"], "'w_proj' names none of down_proj, gate_proj"),
+        (["model.layers"], "nothing is left to quantize"),
+    ],
+)
+def test_skipped_layers_must_exist_and_leave_some(skipped, message, make_model):
+    with pytest.raises(InputError, match=message):
+        schemes.get_scheme("dynamic", skipped).left(make_model())
+
+
+def test_a_lower_threshold_rounds_less_of_the_input_and_stores_the_same(folder):
+    pytest.importorskip("bitsandbytes")
+    full = AutoModelForCausalLM.from_pretrained(folder).eval()
+    errors, sizes = [], []
+    for threshold in (0.0, 1.0, 0.01):
+        model = schemes.get_scheme("int8", llm_int8_threshold=threshold).load(str(folder))
+        assert model.config.quantization_config.llm_int8_threshold == threshold
+        errors.append((logits(model) - logits(full)).norm().item())
+        sizes.append(schemes.stored_bytes(model))
+    # What is left at the end is the rounding of the weights.
+    assert errors[0] > errors[1] > errors[2] > 0
+    assert len(set(sizes)) == 1
+    with pytest.raises(InputError, match="llm_int8_threshold=-1: expected a number of at least 0"):
+        schemes.get_scheme("int8", llm_int8_threshold=-1)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_dynamic_layer_is_the_reference(bias):
     torch.manual_seed(0)

@@ -96,7 +96,7 @@ def test_what_is_published_loads_and_learns_on(hub, saved, learns_on, tmp_path, 
     if scheme == "int8":
         pytest.importorskip("bitsandbytes")
     quick = ["--schemes", scheme, "--save_scheme", scheme, "--sensitivity", "none", "--rounds", "0"]
-    flags = ["--model_name_or_path", saved, "--output_dir", tmp_path / "out", *quick]
+    flags = ["--model_name_or_path", saved, "--output_dir", tmp_path / "out", *quick, "--skip_modules", "v_proj"]
     run(*flags, "--push_to_hub", "--hub_model_id", "me/small")
     folder = hub.repos["me/small"].download(tmp_path / "copy")
     assert {"config.json", "model.safetensors", "report.json"} <= {path.name for path in folder.iterdir()}
@@ -105,7 +105,8 @@ def test_what_is_published_loads_and_learns_on(hub, saved, learns_on, tmp_path, 
     assert f"quantized ({'hfllm_int8' if scheme == 'dynamic' else 'bitsandbytes'})" in card
     # The family's code can travel; the scheme of ours is known to hfllm alone.
     assert ("trust_remote_code=True" in card) == (scheme == "int8")
-    assert AutoModelForCausalLM.from_pretrained(folder).is_quantized
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.is_quantized and type(model.model.layers[0].self_attn.v_proj) is torch.nn.Linear
     learns_on(folder)
     run(*flags, "--push_to_hub", "--hub_model_id", "me/small")
     assert len(hub.repos["me/small"].messages) == 2  # made, and pushed once
@@ -123,6 +124,11 @@ def test_what_is_published_loads_and_learns_on(hub, saved, learns_on, tmp_path, 
         (["--use_peft"], "--use_peft cannot be used"),
         (["--load_in_8bit"], "--load_in_8bit cannot be used"),
         (["--max_samples", "3"], "--max_samples cannot be used"),
+        (["--llm_int8_threshold", "-1"], "llm_int8_threshold=-1.0: expected a number of at least 0"),
+        (
+            ["--schemes", "dynamic", "--save_scheme", "dynamic", "--llm_int8_threshold", "2"],
+            "--llm_int8_threshold cannot be used here: no scheme is int8",
+        ),
         (["--scheme", "int8"], "did you mean 'schemes'"),
         (["--model_name_or_path", "nowhere/at-all"], "could not be loaded"),
     ],
