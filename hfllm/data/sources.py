@@ -160,12 +160,12 @@ def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_paragraphs(file: Path) -> Iterator[str]:
-    """What empty lines separate."""
+    """What lines that are empty, or hold nothing but spaces, separate."""
     lines: list[str] = []
     with file.open(encoding="utf-8-sig", errors="replace") as stream:
         for line in chain(stream, ["\n"]):
             lines.append(line)
-            if line == "\n":
+            if not line.strip():
                 text = "".join(lines).strip()
                 if text:
                     yield text

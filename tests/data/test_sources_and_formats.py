@@ -20,7 +20,7 @@ def test_every_local_format_gives_its_rows(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps(rows))
     (tmp_path / "c.csv").write_text("text\none\ntwo\n")
     (tmp_path / "d.tsv").write_text("text\tmore\none\t1\n")
-    (tmp_path / "e.txt").write_text("one\nstill one\n\n\ntwo\n")
+    (tmp_path / "e.txt").write_text("one\nstill one\n \t\n\ntwo\n")
     import pyarrow
     import pyarrow.parquet
 
