@@ -2,12 +2,13 @@
 
     accelerate launch recipes/speculative.py                             # the embedded world, from nothing
     accelerate launch recipes/speculative.py --model_name_or_path NAME --assistant_model_name_or_path SMALLER
-    accelerate launch recipes/speculative.py --model_name_or_path NAME --draft prompt_lookup
+    accelerate launch recipes/speculative.py --model_name_or_path NAME --draft int8
 
-Drafts come from a smaller model with the same tokenizer, from what followed the same words in the prompt, or from the
-target's first layers. Without `--model_name_or_path` the world's fine-tuned model is made first, and a draft model an
-eighth its size, under the output folder. The output is the target's own, greedy or sampled; the report compares the
-speed with transformers' `generate` and with the formula of Leviathan et al. 2023 (arXiv:2211.17192).
+Drafts come from a smaller model with the same tokenizer, from the target rounded to int8, from what followed the same
+words in the prompt, or from the target's first layers. Without `--model_name_or_path` the world's fine-tuned model is
+made first, and a draft model an eighth its size, under the output folder. The output is the target's own, greedy or
+sampled; the report compares the speed with transformers' `generate` and with the formula of Leviathan et al. 2023
+(arXiv:2211.17192).
 """
 
 import time
@@ -20,7 +21,7 @@ from typing import Any
 from hfllm.cli import DataArguments, finished_run, main_process, parse_recipe, run, run_arguments
 
 DRAFT_CONFIG = Path(__file__).parent / "configs" / "speculative" / "draft.yaml"
-DRAFTS = ("model", "prompt_lookup", "early_exit")
+DRAFTS = ("model", "int8", "prompt_lookup", "early_exit")
 
 
 @dataclass
@@ -128,12 +129,15 @@ def check(script_args: SpeculativeArguments, model_args: Any) -> None:
         given = getattr(script_args, flag) is not None
         refuse(given and script_args.draft != draft, f"--{flag}", f"it is for --draft {draft}")
     refuse(model_args.use_peft, "--use_peft", "nothing is trained")
+    compiled_int8 = script_args.compile and script_args.draft == "int8"
+    refuse(compiled_int8, "--compile", "the int8 draft runs over packed weights, which are not compiled")
     is_world = script_args.dataset_name == WORLD
     refuse(is_world and script_args.max_samples is not None, "--max_samples", "the world is sized by --num_prompts")
     if own and script_args.draft == "model" and not assistant:
         raise InputError(
             f"--model_name_or_path {own} needs a draft: --assistant_model_name_or_path SMALLER with the same "
-            "tokenizer (recipes/pretrain.py --tokenizer_name_or_path trains one), --draft prompt_lookup or early_exit"
+            "tokenizer (recipes/pretrain.py --tokenizer_name_or_path trains one), or --draft int8, prompt_lookup or "
+            "early_exit"
         )
 
 
@@ -234,14 +238,23 @@ def make_draft(script_args: SpeculativeArguments, model_args: Any, model: Any, t
     Raises:
         InputError: for a draft model with another tokenizer.
     """
-    from hfllm.generation.drafts import EarlyExitDraft, ModelDraft, PromptLookupDraft
+    from hfllm.errors import refuse
+    from hfllm.generation.drafts import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft
+    from hfllm.generation.lean import why_not
     from hfllm.generation.options import check_same_vocabulary
+    from hfllm.generation.projections import has_int8
     from hfllm.stage_models import load_policy
 
     if script_args.draft == "prompt_lookup":
         return PromptLookupDraft(script_args.max_ngram or 3)
     if script_args.draft == "early_exit":
         return EarlyExitDraft(script_args.early_exit_layers)
+    if script_args.draft == "int8":
+        reason = why_not(model) or (
+            "" if has_int8(model.dtype, model.device) else "it is not in float32 on an x86 CPU"
+        )
+        refuse(bool(reason), "--draft int8", reason)
+        return Int8Draft()
     name = script_args.assistant_model_name_or_path
     assistant, theirs = load_policy(replace(model_args, model_name_or_path=name, model_revision="main"))
     check_same_vocabulary(model, assistant, tokenizer, theirs)
@@ -304,6 +317,7 @@ def next_steps(script_args: SpeculativeArguments, model_args: Any) -> list[str]:
         "model": f"ModelDraft(AutoModelForCausalLM.from_pretrained({name!r}))",
         "prompt_lookup": f"PromptLookupDraft({script_args.max_ngram or 3})",
         "early_exit": f"EarlyExitDraft({script_args.early_exit_layers})",
+        "int8": "Int8Draft()",
     }[script_args.draft]
     return [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

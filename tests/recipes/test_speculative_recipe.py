@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import speculative
+import torch
 import yaml
 
 from hfllm.errors import InputError
+from hfllm.generation.projections import has_int8
 
 METRICS = {
     *("acceptance_rate", "tokens_per_target_call", "speedup", "speedup_predicted", "identical_share"),
@@ -15,6 +17,8 @@ METRICS = {
     *("acceptance_rate_sampled", "tokens_per_target_call_sampled", "tokens_per_second", "tokens_per_second_plain"),
 }
 QUICK = ("--num_prompts", "12", "--num_timed_prompts", "2", "--max_new_tokens", "12", "--rounds", "1")
+
+needs_int8 = pytest.mark.skipif(not has_int8(torch.float32, torch.device("cpu")), reason="no int8 kernels here")
 
 
 def run(*argv):
@@ -62,6 +66,7 @@ def test_the_page_explains_every_metric(made):
     [
         ["--draft", "prompt_lookup", "--lookahead", "3"],
         ["--draft", "early_exit", "--early_exit_layers", "1", "--batch_size", "2"],
+        pytest.param(["--draft", "int8"], marks=needs_int8),
     ],
 )
 def test_on_a_model_of_ones_own(flags, made, tmp_path):
@@ -93,6 +98,7 @@ def test_the_report_says_how_to_decode_so_oneself(made):
         (["--draft", "early_exit", "--max_ngram", "2"], "--max_ngram cannot be used"),
         (["--draft", "early_exit", "--assistant_model_name_or_path", "x"], "--assistant_model_name_or_path cannot"),
         (["--use_peft"], "--use_peft cannot be used"),
+        (["--draft", "int8", "--compile", "true"], "--compile cannot be used"),
         (["--max_samples", "3"], "--max_samples cannot be used"),
         (["--model_name_or_path", "x"], "--model_name_or_path x needs a draft"),
         (["--lookahed", "3"], "did you mean 'lookahead'"),
@@ -101,6 +107,12 @@ def test_the_report_says_how_to_decode_so_oneself(made):
 def test_bad_flags_are_refused(flags, message, tmp_path):
     with pytest.raises(InputError, match=message):
         speculative.main(*speculative.parse([*flags, "--output_dir", str(tmp_path)]))
+
+
+def test_a_model_that_cannot_be_its_own_int8_draft_is_refused(made, tmp_path):
+    flags = ["--model_name_or_path", made[0] / "sft", "--draft", "int8", "--attn_implementation", "eager"]
+    with pytest.raises(InputError, match="--draft int8 cannot be used here: attn_implementation='eager'"):
+        run(*flags, "--output_dir", tmp_path / "out")
 
 
 def test_a_draft_with_another_tokenizer_is_refused(made, make_model, tmp_path):
