@@ -128,8 +128,10 @@ class Ways:
         from hfllm.generation.lookahead import AdaptiveLookahead
         from hfllm.generation.measure import measure_costs
 
-        chosen = "int8 draft" if recommended_draft(ours) else "no draft"
-        self.runs[f"ours, recommended ({chosen})"] = self._generate(ours, custom_generate=fast_generate)
+        # docs/generation.md: a trained draft where there is one, else what fast_generate chooses.
+        chosen = "draft model" if draft is not None else "int8 draft" if recommended_draft(ours) else "no draft"
+        fast = {"custom_generate": fast_generate, "draft": "auto" if draft is None else draft}
+        self.runs[f"ours, recommended ({chosen})"] = self._generate(ours, **fast)
         drafts = {"prompt lookup": PromptLookupDraft(), "early exit": EarlyExitDraft(), "int8": Int8Draft()}
         if draft is not None:
             drafts["draft model"] = ModelDraft(draft)
