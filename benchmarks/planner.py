@@ -128,7 +128,7 @@ def planned(case: dict[str, Any]) -> Any:
     layout = Layout(case["processes"], zero_stage=case["zero_stage"], recompute=recompute, micro_batch=ROWS)
     hidden, layers, heads = SIZES[case["size"]]
     shape = Shape(hidden, layers, heads, VOCABULARY, loss_chunk_size=case["chunk"])
-    return device_memory(shape, layout, PRECISIONS["fp32"], LENGTH)
+    return device_memory(shape, layout, PRECISIONS["fp32"], LENGTH, reserved=False)
 
 
 def main() -> None:

@@ -106,7 +106,7 @@ def _buffers(shape: Shape, layout: Layout, precision: Precision, parameters: flo
         # The layer at work and the one fetched ahead, and the gradient of one.
         return layer * (2 * precision.compute + precision.gradients)
     if layout.engine == DEEPSPEED:
-        bucket = min(REDUCE_BUCKET, parameters) * precision.gradients
+        bucket = _bucket(precision, parameters)
         if layout.zero_stage == 3:
             # A matrix is gathered, and its gradient made, in one piece.
             largest = _largest_tensor(shape)
@@ -117,6 +117,11 @@ def _buffers(shape: Shape, layout: Layout, precision: Precision, parameters: flo
     return 0.0
 
 
+def _bucket(precision: Precision, parameters: float) -> float:
+    """What DeepSpeed collects gradients in before it reduces them."""
+    return min(REDUCE_BUCKET, parameters) * precision.gradients
+
+
 def device_memory(
     shape: Shape,
     layout: Layout,
@@ -124,6 +129,7 @@ def device_memory(
     sequence_length: int,
     micro_batches: int = 1,
     attention: str = "flash",
+    reserved: bool = True,
 ) -> Memory:
     """Bytes on the fullest device of a layout.
 
@@ -131,13 +137,15 @@ def device_memory(
         sequence_length: tokens of a row.
         micro_batches: passes of a replica in one step; with more than one, gradients stay between them.
         attention: `"flash"` or `"eager"`, see `layer_activations`.
+        reserved: whether `peak` counts the bucket of ZeRO-1 and 2 from the beginning, as an accelerator's memory does.
+            A CPU's is taken when it is written to, and the bucket fills while activations go.
 
     Raises:
         InputError: for another `attention`.
     """
     if attention not in ATTENTION:
         raise InputError(f"attention={attention!r} is not one of {', '.join(ATTENTION)}")
-    options = shape, layout, precision, sequence_length, micro_batches, attention
+    options = shape, layout, precision, sequence_length, micro_batches, attention, reserved
     return max((_stage_memory(stage, *options) for stage in _stages(shape, layout, micro_batches)), key=_peak)
 
 
@@ -153,6 +161,7 @@ def _stage_memory(
     sequence_length: int,
     micro_batches: int,
     attention: str,
+    reserved: bool,
 ) -> Memory:
     experts, dense = _stage_parameters(shape, layout, stage)
     shares = [
@@ -164,7 +173,9 @@ def _stage_memory(
     kept, at_work = _activation_bytes(stage, shape, layout, precision, sequence_length, attention)
     logits = loss_bytes(shape, layout, precision, tokens) if stage.is_last else 0.0
     buffers = _buffers(shape, layout, precision, dense + experts)
-    static = weights + optimizer + buffers
+    fills = not reserved and layout.engine == DEEPSPEED and layout.zero_stage < 3
+    bucket = _bucket(precision, dense + experts) if fills else 0.0
+    static = weights + optimizer + buffers - bucket
     # Megatron-LM and ZeRO-3 hold gradients in flat buffers, the others free them after each step.
     if micro_batches > 1 or layout.engine == MEGATRON or (layout.engine == DEEPSPEED and layout.zero_stage == 3):
         peak = static + gradients + kept + max(logits, at_work)
@@ -172,7 +183,8 @@ def _stage_memory(
         # Gradients come from the last layer to the first, and the embeddings' at the very end.
         table = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
         table, layer = (precision.gradients * count / layout.tensor for count in (table, _layer_size(shape)))
-        peak = static + max(kept + logits, kept + at_work + table, gradients - table - layer + at_work, gradients)
+        begin = max(kept + logits, kept + at_work + table + min(bucket, table))
+        peak = static + max(begin, gradients - table - layer + at_work + bucket, gradients + bucket)
     return Memory(weights, gradients, optimizer, kept + at_work, logits, buffers, peak)
 
 

@@ -143,6 +143,16 @@ def test_balance_does_not_count_padding(make_model, batch):
     torch.testing.assert_close(got, expected)
 
 
+def test_evenly_used_experts_cost_the_number_of_experts_a_token(make_model, batch):
+    """Switch Transformer's loss with top-k, as Mixtral has it: N * sum of (k / N) * (1 / N) over N experts is k."""
+    model = make_model(**FAMILIES["mixtral"], output_router_logits=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("mlp.gate.weight"):
+                parameter.zero_()
+    assert model(**batch).aux_loss.item() == pytest.approx(model.config.num_experts_per_tok, rel=1e-6)
+
+
 def test_training_balances_the_experts_and_evaluation_is_the_language_model_alone(make_model, batch):
     model = make_model(**FAMILIES["mixtral"], router_aux_loss_coef=0.5)
     evaluated = model(**batch)

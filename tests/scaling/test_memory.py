@@ -124,6 +124,21 @@ def test_peak_of_a_step(layers, chunk, checkpointing):
     assert planned.peak == pytest.approx(peak_of_training(config, checkpointing), rel=0.03)
 
 
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_bucket_that_fills_as_activations_go_saves_at_most_itself(zero_stage):
+    """DeepSpeed's bucket of gradients, whose memory a CPU gives when it is written to."""
+    small = Shape(256, 8, 4, 1000, tie_word_embeddings=True)
+    layout = Layout(data=2, zero_stage=zero_stage, micro_batch=BATCH)
+    long, short = (
+        [device_memory(small, layout, PRECISIONS["fp32"], tokens, reserved=way).peak for way in (True, False)]
+        for tokens in (4096, 1)
+    )
+    bucket = 4 * small.num_parameters() if zero_stage in (1, 2) else 0
+    # With many activations the bucket is empty at the peak; with few the peak is when it is full.
+    assert long[0] - long[1] == pytest.approx(bucket)
+    assert short[0] == short[1]
+
+
 GPT3 = Shape.from_config(NAMED_SHAPES["gpt3-1t"])
 BF16 = PRECISIONS["bf16"]
 
