@@ -177,7 +177,10 @@ def _stage_memory(
     bucket = _bucket(precision, dense + experts) if fills else 0.0
     static = weights + optimizer + buffers - bucket
     # Megatron-LM and ZeRO-3 hold gradients in flat buffers, the others free them after each step.
-    if micro_batches > 1 or layout.engine == MEGATRON or (layout.engine == DEEPSPEED and layout.zero_stage == 3):
+    if layout.engine == DEEPSPEED and layout.zero_stage == 3:
+        # Its reduction copies the bucket, which is full when the activations are gone.
+        peak = static + gradients + max(kept + max(logits, at_work), _bucket(precision, dense + experts))
+    elif micro_batches > 1 or layout.engine == MEGATRON:
         peak = static + gradients + kept + max(logits, at_work)
     else:
         # Gradients come from the last layer to the first, and the embeddings' at the very end.
