@@ -51,9 +51,7 @@ class Stage:
             raise InputError("--fp16 does nothing on a CPU: use --bf16 or neither")
         check_source(script_args)
         self.name, self.training_args, self.began = name, training_args, time.perf_counter()
-        self.arguments = stage_arguments(script_args, training_args, model_args)
-        for stage, arguments in (before or {}).items():
-            self.arguments |= {f"{stage}.{flag}": value for flag, value in run_arguments(*arguments).items()}
+        self.arguments = stage_arguments(script_args, training_args, model_args, before=before)
         self.checkpoint = checkpoint_to_resume(training_args)
         self.report = finished_run(training_args.output_dir, self.arguments)
         self.repository = take_repository(training_args, model_args)
@@ -138,8 +136,12 @@ class Stage:
             ) from None
 
 
-def stage_arguments(*parsed: Any) -> dict[str, Any]:
-    """The flags that decide a stage's result, and when the local data and model they name were last changed."""
+def stage_arguments(*parsed: Any, before: Mapping[str, Sequence[Any]] | None = None) -> dict[str, Any]:
+    """The flags that decide a stage's result, and when the local data and model they name were last changed.
+
+    Args:
+        before: the parsed flags of the stages that it runs first, by name.
+    """
     arguments = run_arguments(*parsed)
     named = {
         flag: arguments.get(flag) or ""
@@ -162,20 +164,28 @@ def stage_arguments(*parsed: Any) -> dict[str, Any]:
         # A file that is edited leaves its folder's time alone, one that is removed does not.
         read = {path, *files_read, *(file.parent for file in files_read if path.is_dir())}
         arguments[f"{flag} changed at"] = max(each.stat().st_mtime_ns for each in read)
+    for stage, flags in (before or {}).items():
+        arguments |= {f"{stage}.{flag}": value for flag, value in run_arguments(*flags).items()}
     return arguments
 
 
-def run_stage(recipe: ModuleType, arguments: tuple, later_folders: Sequence[str] = ()) -> dict[str, float]:
+def run_stage(
+    recipe: ModuleType,
+    arguments: tuple,
+    later_folders: Sequence[str] = (),
+    before: Mapping[str, Sequence[Any]] | None = None,
+) -> dict[str, float]:
     """Run a stage that another one needs, in a folder of that one's own, or reuse it when nothing changed.
 
     Args:
         recipe: the stage's module, with `parse` and `main`.
         arguments: its parsed flags.
         later_folders: stages that build on it; they are removed when it has to run (again).
+        before: the parsed flags of the stages that it runs first itself, if it does.
     """
     output_dir = arguments[1].output_dir
     try:
-        done = finished_run(output_dir, stage_arguments(*arguments)) is not None
+        done = finished_run(output_dir, stage_arguments(*arguments, before=before)) is not None
     except InputError:
         done = False
     from accelerate import PartialState
@@ -186,12 +196,21 @@ def run_stage(recipe: ModuleType, arguments: tuple, later_folders: Sequence[str]
         if main_process():
             for folder in (output_dir, *later_folders):
                 if read_report(folder) is not None:
-                    shutil.rmtree(folder)
+                    _remove(Path(folder))
         PartialState().wait_for_everyone()
     metrics = recipe.main(*arguments)
     # The next trainer may use another precision: accelerate keeps the first one for the whole process otherwise.
     AcceleratorState._reset_state()
     return metrics
+
+
+def _remove(folder: Path) -> None:
+    """Remove a stage that has finished, but not the stages inside it, which may be as they should be."""
+    for path in folder.iterdir():
+        if not path.is_dir():
+            path.unlink()
+        elif read_report(path) is None:
+            shutil.rmtree(path)
 
 
 def run_stages(recipes: Sequence[ModuleType], arguments: Sequence[tuple]) -> list[dict[str, float]]:

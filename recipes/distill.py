@@ -91,7 +91,7 @@ def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> 
 
     from hfllm.evaluation.distillation import distillation_plots, gold_tables
     from hfllm.stage_data import world_of
-    from hfllm.stages import Stage, run_stages
+    from hfllm.stages import Stage, run_stage
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scale_learning_rate
 
@@ -103,9 +103,9 @@ def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> 
     used = scale_learning_rate(script_args, training_args)
     train_rows, eval_rows = rows_to_learn(script_args, training_args.seed)
     if before:
-        # It runs the others, which are before it.
-        run_stages([rlhf], [before["rlhf"]])
-        training_args.teacher_model_name_or_path = before["rlhf"][1].output_dir
+        *others, aligned = before
+        run_stage(rlhf, before[aligned], before={name: before[name] for name in others})
+        training_args.teacher_model_name_or_path = before[aligned][1].output_dir
     teacher, teacher_tokenizer = load_teacher(training_args)
     tokenizer = student_tokenizer(model_args, teacher_tokenizer)
     answers = script_args.answers or ("greedy" if script_args.sequence_level else "data")

@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import DataArguments, finished_run, main_process, parse_recipe, run, run_arguments
+from hfllm.cli import DataArguments, finished_run, main_process, parse_recipe, run
 
 
 @dataclass
@@ -195,10 +195,7 @@ def all_arguments(script_args: QuantizeArguments, model_args: Any, stages: dict[
     if model_args.model_name_or_path:
         name = model_args.model_name_or_path
         refuse_quantized(load_config(name, model_args.model_revision), name)
-    arguments = stage_arguments(script_args, model_args)
-    for name, parsed in stages.items():
-        arguments |= {f"{name}.{flag}": value for flag, value in run_arguments(*parsed).items()}
-    return arguments
+    return stage_arguments(script_args, model_args, before=stages)
 
 
 def compare(

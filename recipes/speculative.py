@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import DataArguments, finished_run, main_process, parse_recipe, run, run_arguments
+from hfllm.cli import DataArguments, finished_run, main_process, parse_recipe, run
 
 DRAFT_CONFIG = Path(__file__).parent / "configs" / "speculative" / "draft.yaml"
 DRAFTS = ("model", "int8", "prompt_lookup", "early_exit")
@@ -70,12 +70,11 @@ def parse(argv: Sequence[str]) -> tuple:
 def main(script_args: SpeculativeArguments, model_args: Any) -> dict[str, float]:
     """Make what is missing, measure, write the report. Returns the metrics."""
     from hfllm.reporting import Report
+    from hfllm.stages import stage_arguments
 
     check(script_args, model_args)
-    began, arguments = time.perf_counter(), run_arguments(script_args, model_args)
-    stages = missing_stages(script_args, model_args)
-    for name, parsed in stages.items():
-        arguments |= {f"{name}.{flag}": value for flag, value in run_arguments(*parsed).items()}
+    began, stages = time.perf_counter(), missing_stages(script_args, model_args)
+    arguments = stage_arguments(script_args, model_args, before=stages)
     report = finished_run(script_args.output_dir, arguments)
     if report is not None:
         if main_process():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import distill
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM, pipeline
 
 from hfllm.data.tokenizer import train_tokenizer
@@ -44,6 +45,27 @@ def test_it_leaves_a_report_and_a_student(distilled, tiny, capsys):
     assert chat[0]["generated_text"][-1]["role"] == "assistant"
     assert distill.main(*distill.parse(["--config", tiny["distill"], "--output_dir", str(folder)])) == metrics
     assert "already done" in capsys.readouterr().out
+
+
+def test_it_begins_again_from_the_teacher_that_is_there(distilled, tiny, capsys):
+    folder, metrics = distilled
+    (folder / "report.json").unlink()
+    assert distill.main(*distill.parse(["--config", tiny["distill"], "--output_dir", str(folder)])) == metrics
+    said = capsys.readouterr().out
+    assert "rlhf: already done" in said and "=== rlhf" not in said
+    # With another last step of the teacher's making, what it was made from stays.
+    (folder / "report.json").unlink()
+    made = (folder / "rlhf" / "sft" / "report.json").stat().st_mtime_ns
+    with open(tiny["rlhf"]) as stream:
+        other = {**yaml.safe_load(stream), "kl_coef": 0.3}
+    (folder / "other.yaml").write_text(yaml.safe_dump(other))
+    distill.main(
+        *distill.parse(
+            ["--config", tiny["distill"], "--output_dir", str(folder), "--rlhf_config", f"{folder}/other.yaml"]
+        )
+    )
+    assert (folder / "rlhf" / "sft" / "report.json").stat().st_mtime_ns == made
+    assert json.loads((folder / "report.json").read_text())["arguments"]["rlhf.kl_coef"] == 0.3
 
 
 def options(distilled, tmp_path, *flags):
