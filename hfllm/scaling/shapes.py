@@ -9,6 +9,7 @@ s sequence length, V vocabulary.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from hfllm.errors import InputError
@@ -206,6 +207,11 @@ class Shape:
 
     def layer_parameters(self) -> dict[str, int]:
         """Parameters of one layer by part; `mlp` is the dense one, `experts` are all experts together."""
+        return dict(self._layer)
+
+    @cached_property
+    def _layer(self) -> dict[str, int]:
+        # A search over layouts asks for these thousands of times.
         hidden, width = self.hidden_size, self.intermediate_size
         norm = 2 if self.norm_type == "layernorm" and self.norm_bias else 1
         attention = hidden * (self.query_size + 2 * self.key_size) + self.query_size * hidden
@@ -222,6 +228,10 @@ class Shape:
 
     def parameters(self) -> dict[str, int]:
         """Parameters of the model by part. Tied embeddings are counted once, as embeddings."""
+        return dict(self._model)
+
+    @cached_property
+    def _model(self) -> dict[str, int]:
         layers = {part: self.num_hidden_layers * count for part, count in self.layer_parameters().items()}
         norm = 2 if self.norm_type == "layernorm" and self.norm_bias else 1
         layers["norms"] += norm * self.hidden_size * (self.norm_placement == "pre")
