@@ -100,9 +100,10 @@ def read_runs(
             for line, row in rows:
                 # Cells beyond the header; empty ones are a spreadsheet's trailing commas.
                 if any(row.get(None, ())):
+                    cells = len(header) + len(row[None])
                     raise InputError(
-                        f"{file}, line {line}: {len(header) + len(row[None])} cells under {len(header)} columns; decimals "
-                        "need a point, and text with a comma quotes"
+                        f"{file}, line {line}: {cells} cells under {len(header)} columns; decimals need a point, and "
+                        "text with a comma quotes"
                     )
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{file}: not a CSV file: {error}") from None

@@ -78,7 +78,7 @@ def test_held_out_runs_do_not_enter_the_law_that_predicts_them(table, tmp_path):
         (["--dataset_name", "texts.jsonl"], "--dataset_name cannot be used here"),
         (["--held_out_share", "1.5"], "must lie between 0 and 1, got 1.5"),
         (["--resamples", "2"], "--resamples must be at least 10, got 2"),
-        (["--huber_delta", "0"], "--huber_delta must be above 0, got 0"),
+        (["--huber_delta", "0"], "--huber_delta must be above 0 and finite, got 0"),
         (["--held_out_share", "nan"], "--held_out_share must lie between 0 and 1, got nan"),
         (["--huber_delta", "inf"], "--huber_delta must be above 0 and finite, got inf"),
         (["--isoflop_tolerance", "nan"], "--isoflop_tolerance must be above 0 and finite, got nan"),
