@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.prepared import Prepared
@@ -131,9 +132,12 @@ def beginning(texts: Iterable[str], most_bytes: int) -> Iterator[str]:
 def load_or_make_base(
     script_args: Any, model_args: Any, texts: Sequence[str], architecture: Sequence[str]
 ) -> tuple[Any, Any]:
-    """The model to pretrain: the named one, or a new one with the named tokenizer or one trained on `texts`."""
+    """The model to pretrain: the named one, or a new one with the named tokenizer or one trained on `texts`.
+
+    A new one has the architecture of `--config_name_or_path`, or the flags' and as many tokens as the tokenizer.
+    """
     from hfllm.errors import refuse
-    from hfllm.stage_models import load_policy, load_tokenizer
+    from hfllm.stage_models import load_policy, load_tokenizer, named_fields
 
     if model_args.model_name_or_path:
         return load_policy(model_args)
@@ -142,21 +146,31 @@ def load_or_make_base(
     from hfllm.models.configuration_hfllm import HfllmConfig
     from hfllm.models.modeling_hfllm import HfllmForCausalLM, HfllmForMaskedLM
 
+    fields, size = {name: getattr(script_args, name) for name in architecture}, None
+    if script_args.config_name_or_path:
+        fields = named_fields(script_args.config_name_or_path)
+        size = fields["vocab_size"]
+        script_args = replace(script_args, vocab_size=size, max_position_embeddings=fields["max_position_embeddings"])
     if script_args.tokenizer_name_or_path:
         tokenizer = load_tokenizer(script_args.tokenizer_name_or_path)
     else:
         tokenizer = make_tokenizer(script_args, texts)
+    if size is not None and len(tokenizer) > size:
+        raise InputError(
+            f"--config_name_or_path {script_args.config_name_or_path}: vocab_size={size} is less than the "
+            f"{len(tokenizer)} tokens of the tokenizer"
+        )
     refuse(model_args.load_in_4bit or model_args.load_in_8bit, "--load_in_4bit/8bit", "a new model learns all weights")
     is_masked = script_args.objective == "masked"
-    config = HfllmConfig(
-        **{name: getattr(script_args, name) for name in architecture},
-        vocab_size=len(tokenizer),
-        is_causal=not is_masked,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        attn_implementation=model_args.attn_implementation,
-    )
+    of_the_run = {
+        # A named architecture keeps rows of its tables that no token has.
+        "vocab_size": size or len(tokenizer),
+        "is_causal": not is_masked,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = HfllmConfig(**{**fields, **of_the_run}, attn_implementation=model_args.attn_implementation)
     try:
         # Not `_from_config`, which spreads the weights under ZeRO-3 before they are there.
         model = (HfllmForMaskedLM if is_masked else HfllmForCausalLM)(config)

@@ -105,6 +105,7 @@ class Grid:
         refuse(not script_args.packing, "--packing false", "a run's tokens are counted in packed rows")
         refuse(script_args.objective != "causal", "--objective", "the law is that of next tokens")
         refuse(bool(model_args.model_name_or_path), "--model_name_or_path", "the runs start from nothing")
+        refuse(bool(script_args.config_name_or_path), "--config_name_or_path", "each run has a size of its own")
         settings = {**stage_arguments(script_args, training_args, model_args), "longest run": longest}
         self.learning_rate, self.is_main = training_args.learning_rate, main_process()
         if not sys.stderr.isatty():

@@ -77,6 +77,32 @@ def load_config(name: str, revision: str = "main") -> "PreTrainedConfig":
         raise _unloadable(name, error) from error
 
 
+def named_fields(name: str) -> dict[str, Any]:
+    """Fields of the architecture that `--config_name_or_path` names: a preset, or a config.json, also a native one.
+
+    Raises:
+        InputError: for a name that is neither, or a config that describes no model of this family.
+    """
+    from pathlib import Path
+
+    from hfllm.models.configuration_hfllm import HfllmConfig
+    from hfllm.models.native_families import config_from_native
+
+    if Path(name).exists():
+        try:
+            config = load_config(name)
+            config = config if isinstance(config, HfllmConfig) else config_from_native(config)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"--config_name_or_path {name}: {' '.join(str(error).split())[:200]}") from None
+    else:
+        try:
+            config = HfllmConfig.from_preset(name)
+        except ValueError as error:
+            raise InputError(f"--config_name_or_path {name}: no such file or folder, and {error}") from None
+    # How the loss is computed is a flag of the run.
+    return {field: getattr(config, field) for field in HfllmConfig.__annotations__ if field != "loss_chunk_size"}
+
+
 def model_context(name: str) -> int | None:
     """The longest sequence that the named model is made for, in tokens, if its config tells."""
     return getattr(load_config(name).get_text_config(), "max_position_embeddings", None)

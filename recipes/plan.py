@@ -25,7 +25,7 @@ from hfllm.scaling.configs import ACCELERATE_FILE, FLAGS_FILE, launch_files
 from hfllm.scaling.devices import GIB, Device, find_device
 from hfllm.scaling.layouts import RECIPES
 from hfllm.scaling.planner import Plan, Request, choose, plan
-from hfllm.scaling.shapes import NAMED_SHAPES, Shape
+from hfllm.scaling.shapes import LARGEST, NAMED_SHAPES, Shape
 from hfllm.scaling.speed import EFFICIENCY, flops_per_token
 
 ENGINES = {
@@ -54,7 +54,9 @@ class PlanArguments:
     device_peak_tflops: float | None = field(
         default=None, metadata={"help": "Its peak in the precision, in TFLOP/s without sparsity, if it is another."}
     )
-    devices_per_node: int | None = field(default=None, metadata={"help": "Devices of a machine, if not the usual."})
+    devices_per_node: int | None = field(
+        default=None, metadata={"help": "Devices of a machine, if not the usual; of a CPU, processes that share it."}
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens of a row; by default 2048, or the model's positions if it has fewer."}
     )
@@ -65,7 +67,11 @@ class PlanArguments:
         default="flash", metadata={"help": "flash keeps no scores, as SDPA's kernels; eager keeps all of them."}
     )
     loss_chunk_size: int | None = field(
-        default=None, metadata={"help": "Tokens whose logits exist at a time; by default those of a micro-batch."}
+        default=None,
+        metadata={
+            "help": "Tokens whose logits exist at a time, 0 is those of a micro-batch; by default the 1024 of "
+            "recipes/pretrain.py. DeepSpeed's ZeRO-3 and Megatron-LM have them all at once."
+        },
     )
     mfu: float | None = field(
         default=None, metadata={"help": "Share of the peak that was measured; by default each layout's estimate."}
@@ -97,11 +103,13 @@ def main(script_args: PlanArguments) -> dict[str, float]:
     began, folder = time.perf_counter(), Path(script_args.output_dir)
     if script_args.top < 1:
         raise InputError(f"--top {script_args.top} must be at least 1")
-    name, shape = model_shape(script_args)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir {folder}: a file is there; expected a folder, or a name that is free")
+    name, shape, fields = model_shape(script_args)
     request = make_request(script_args, shape)
     plans = plan(request)
     chosen = choose(plans)
-    files = launch_files(chosen, request, script_args.output_dir)
+    files = launch_files(chosen, request, script_args.output_dir, fields)
     report = Report(
         stage="plan",
         arguments=run_arguments(script_args),
@@ -123,7 +131,10 @@ def main(script_args: PlanArguments) -> dict[str, float]:
     )
     report.wall_seconds = time.perf_counter() - began
     if main_process():
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--output_dir {folder}: cannot be made: {error.strerror}") from None
         for file, text in files.items():
             write_atomically(folder / file, text)
         report.write(folder)
@@ -131,8 +142,8 @@ def main(script_args: PlanArguments) -> dict[str, float]:
     return report.metrics
 
 
-def model_shape(script_args: PlanArguments) -> tuple[str, Shape]:
-    """The model's name and shape, from `--config_path` or `--preset`.
+def model_shape(script_args: PlanArguments) -> tuple[str, Shape, Mapping[str, Any]]:
+    """The model's name, shape and fields of a config.json, from `--config_path` or `--preset`.
 
     Raises:
         InputError: when both are given, or one cannot be read.
@@ -147,8 +158,10 @@ def model_shape(script_args: PlanArguments) -> tuple[str, Shape]:
     else:
         file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
         name, source, fields = str(path), f"--config_path {file}", read_json(file)
-    chunk = {} if script_args.loss_chunk_size is None else {"loss_chunk_size": script_args.loss_chunk_size}
-    return name, Shape.from_config({**fields, **chunk}, source)
+    shape, chunk = Shape.from_config(fields, source), script_args.loss_chunk_size
+    if chunk is not None and chunk < 0:
+        raise InputError(f"--loss_chunk_size {chunk} must be at least 0, which is all at once")
+    return name, shape if chunk is None else replace(shape, loss_chunk_size=chunk), fields
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -201,7 +214,7 @@ def make_device(script_args: PlanArguments) -> Device:
     """The device that was named, with what was given of another.
 
     Raises:
-        InputError: for a name that is not known, or a number that is not positive.
+        InputError: for a name that is not known, or a number that is not positive and finite.
     """
     given = {
         "memory": ("device_memory_gb", GIB),
@@ -212,11 +225,13 @@ def make_device(script_args: PlanArguments) -> Device:
     changes = {}
     for name, (flag, unit) in given.items():
         value = getattr(script_args, flag)
-        if value is not None and value <= 0:
-            raise InputError(f"--{flag} {value} must be above 0")
+        if value is not None and not 0 < value <= LARGEST:
+            raise InputError(f"--{flag} {value} must be above 0, and at most {LARGEST:,}")
         if value is not None:
             changes[name] = value * unit
-    return replace(find_device(script_args.device), **changes)
+    # Devices are each one's own, but the processes of a CPU share the machine.
+    processes = max(1, min(script_args.devices_per_node or 1, script_args.num_devices))
+    return replace(find_device(script_args.device, processes), **changes)
 
 
 def listed(plans: Sequence[Plan], chosen: Plan, top: int) -> list[Plan]:

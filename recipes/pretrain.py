@@ -86,6 +86,13 @@ class PretrainArguments(DataArguments, BatchArguments):
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "Tokenizer of the new model; by default one is trained on the texts."}
     )
+    config_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Architecture of the new model, in place of the flags below: a preset (gpt2, llama-2-7b, ...), a "
+            "config.json, or the folder that holds one. All other defaults are then those of transformers."
+        },
+    )
     vocab_size: int = field(default=8192, metadata={"help": "Upper bound on the new tokenizer's vocabulary."})
     hidden_size: int = field(default=512, metadata={"help": "Width of the new model."})
     num_hidden_layers: int = field(default=8, metadata={"help": "Layers of the new model."})
@@ -128,6 +135,9 @@ def parse(argv: Sequence[str]) -> tuple:
     kinds = (PretrainArguments, TrainingArguments, ModelConfig)
     argv = ["--output_dir", "outputs/pretrain", *argv]
     parsed = parse_recipe(kinds, argv, CONFIG, __doc__)
+    if parsed[0].config_name_or_path:
+        # The settings of world.yaml and text.yaml are those of their small models.
+        return parse_recipe(kinds, argv, None, __doc__)
     if reads_world(parsed[0]):
         return parsed
     configs = [CONFIGS / "text.yaml"]
@@ -212,6 +222,7 @@ def check(script_args: PretrainArguments, training_args: Any, model_args: Any) -
     from hfllm.errors import InputError, refuse
     from hfllm.pretraining import CHINCHILLA, OBJECTIVES
     from hfllm.stage_data import check_source
+    from hfllm.stage_models import named_fields
 
     check_source(script_args)
 
@@ -222,12 +233,16 @@ def check(script_args: PretrainArguments, training_args: Any, model_args: Any) -
     refuse(is_scaled and script_args.batch_ramp is not None, "--lr_scaling_rule", "--batch_ramp changes the batch")
     for flag in ("length_curriculum", "batch_ramp", "z_loss_coef", "total_tokens", "dataset_mixture"):
         refuse(not script_args.packing and bool(getattr(script_args, flag)), f"--{flag}", "it needs --packing true")
-    own = model_args.model_name_or_path
+    own, named = model_args.model_name_or_path, script_args.config_name_or_path
     is_masked = script_args.objective == "masked"
     refuse(is_masked and bool(own), "--objective masked", "it makes a new model, without --model_name_or_path")
     for flag in (*ARCHITECTURE, "vocab_size"):
         is_default = getattr(script_args, flag) == PretrainArguments.__dataclass_fields__[flag].default
         refuse(bool(own) and not is_default, f"--{flag}", "it is for a new model, without --model_name_or_path")
+        refuse(bool(named) and not is_default, f"--{flag}", "--config_name_or_path has it")
+    refuse(bool(own and named), "--config_name_or_path", "it is for a new model, without --model_name_or_path")
+    if named:
+        named_fields(named)
     refuse(not script_args.packing and script_args.objective != "causal", "--objective", "it needs --packing true")
     if script_args.objective not in OBJECTIVES:
         raise InputError(f"--objective {script_args.objective!r} is not one of {', '.join(OBJECTIVES)}")

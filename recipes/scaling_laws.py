@@ -31,6 +31,7 @@ COUNTS = {"total": "parameters", "non_embedding": "parameters_non_embedding"}
 TABLE_FLAGS = ("parameters_column", "tokens_column", "loss_column", "held_out_share")
 GRID_FLAGS = ("grid", "held_out_run", "count_parameters", "pretrain_config", "probe")
 GRID_FLAGS += tuple(item.name for item in fields(DataArguments))
+LARGEST_SEED = 2**32 - 1  # numpy's, which transformers seeds
 PROBE_FLAGS = ("probe", "probe_questions", "probe_shots")
 
 
@@ -63,7 +64,8 @@ class ScalingArguments(DataArguments):
         metadata={"help": "Models and the tokens that each is trained on, WIDTHxLAYERS:TOKENS,... once a model."},
     )
     held_out_run: str = field(
-        default="128x4:2000000", metadata={"help": "The larger run that is predicted, WIDTHxLAYERS:TOKENS."}
+        default="128x4:2000000",
+        metadata={"help": "The run that is predicted, WIDTHxLAYERS:TOKENS; of more compute than all of the grid."},
     )
     count_parameters: str = field(
         default="total",
@@ -142,7 +144,10 @@ def study_of(script_args: ScalingArguments, grid: "SmallGrid | None") -> Any:
         except InputError as error:
             raise InputError(f"{script_args.runs}, without its {len(held_out)} largest run(s): {error}") from None
         resampled = bootstrap(small, *sampling)
-    whole = fit_law(runs, delta)
+    try:
+        whole = fit_law(runs, delta)
+    except InputError as error:
+        raise InputError(f"{script_args.runs or Path(script_args.output_dir) / 'runs.csv'}: {error}") from None
     return Study(small, resampled, held_out, whole, bootstrap(whole, *sampling), script_args.isoflop_tolerance)
 
 
@@ -175,10 +180,15 @@ def check(script_args: ScalingArguments) -> None:
         if getattr(script_args, flag) < least:
             raise InputError(f"--{flag} must be at least {least}, got {getattr(script_args, flag)}")
     for flag in ("huber_delta", "isoflop_tolerance"):
-        if not getattr(script_args, flag) > 0:
-            raise InputError(f"--{flag} must be above 0, got {getattr(script_args, flag)}")
-    if min(script_args.budgets or [1.0]) <= 0:
-        raise InputError(f"--budgets {script_args.budgets}: FLOPs must be above 0")
+        if not 0 < getattr(script_args, flag) < float("inf"):
+            raise InputError(f"--{flag} must be above 0 and finite, got {getattr(script_args, flag)}")
+    if not 0 < script_args.held_out_share < 1:
+        raise InputError(f"--held_out_share must lie between 0 and 1, got {script_args.held_out_share}")
+    for budget in script_args.budgets or []:
+        if not 0 < budget < float("inf"):
+            raise InputError(f"--budgets {budget}: FLOPs must be above 0 and finite")
+    if not 0 <= script_args.seed <= LARGEST_SEED:
+        raise InputError(f"--seed must lie between 0 and {LARGEST_SEED}, got {script_args.seed}")
 
 
 def earlier_report(folder: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
@@ -243,7 +253,22 @@ class SmallGrid:
                 f"--grid has {len(sizes)} size(s), {len(lengths)} length(s) and {len(self.runs)} run(s): a fit needs "
                 f"at least 3, 3 and {FEWEST_RUNS}"
             )
+        self._check_held_out()
         return self._runs([self.grid.train(each) for each in self.runs])
+
+    def _check_held_out(self) -> None:
+        """Refuse to call a run that lies within the grid predicted: that is interpolation.
+
+        Raises:
+            InputError: when a run of the grid takes as much compute.
+        """
+        largest = max((self.grid.planned(each)["compute"], each.name) for each in self.runs)
+        compute = self.grid.planned(self.large)["compute"]
+        if compute <= largest[0]:
+            raise InputError(
+                f"--held_out_run {self.script_args.held_out_run} takes {compute:.3g} FLOPs, no more than the grid's "
+                f"{largest[1]} with {largest[0]:.3g}: the run to predict must be larger than all of --grid"
+            )
 
     def large_run(self, fit: Any, resampled: Any) -> Any:
         """Say what the law expects of the larger run, then train it."""

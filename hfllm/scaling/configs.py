@@ -1,21 +1,23 @@
 """Files that launch a layout: accelerate's and DeepSpeed's configurations, and the flags for a recipe.
 
-    for name, text in launch_files(plan, request).items(): ...
+    for name, text in launch_files(plan, request, folder).items(): ...
 
 The files in accelerate_configs/ and ds_configs/ are of the same makes, for any model.
 """
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import PurePath
 from typing import Any
 
-from hfllm.scaling.layouts import DDP, DEEPSPEED, FSDP2, MEGATRON, SINGLE, TENSOR, Layout
+from hfllm.scaling.layouts import DDP, DEEPSPEED, FSDP2, MEGATRON, RECIPES, SINGLE, TENSOR, Layout
 from hfllm.scaling.planner import Plan, Request
 
 ACCELERATE_FILE = "accelerate.yaml"
 DEEPSPEED_FILE = "ds_config.json"
 FLAGS_FILE = "flags.yaml"
+MODEL_FILE = "architecture.json"
 _TYPES = {SINGLE: "NO", DDP: "MULTI_GPU", TENSOR: "MULTI_GPU", DEEPSPEED: "DEEPSPEED", FSDP2: "FSDP"}
 
 
@@ -107,24 +109,42 @@ def _megatron_config(layout: Layout, request: Request) -> dict[str, Any]:
     return config
 
 
-def recipe_flags(plan: Plan, request: Request) -> dict[str, Any]:
-    """Flags of recipes/pretrain.py that make it do what was planned."""
+def recipe_flags(plan: Plan, request: Request, folder: str = "") -> dict[str, Any]:
+    """Flags of recipes/pretrain.py that make it do what was planned; `folder` holds the architecture."""
     layout = plan.layout
     flags = {
+        "config_name_or_path": str(PurePath(folder) / MODEL_FILE),
+        "packing": True,
+        "max_length": request.max_length,
+        "total_tokens": str(int(request.tokens)),
         "per_device_train_batch_size": layout.micro_batch,
         "gradient_accumulation_steps": plan.micro_batches,
         # FSDP2 does that by itself.
         "activation_checkpointing": layout.recompute == "full" and layout.engine != FSDP2,
+        "attn_implementation": "eager" if request.attention == "eager" else "sdpa",
+        "loss_chunk_size": request.loss_chunk_size(layout),
         "bf16": request.precision == "bf16",
-        "max_length": request.max_length,
-        "total_tokens": str(int(request.tokens)),
+        "fp16": request.precision == "fp16",
     }
-    flags |= {"fp16": True} if request.precision == "fp16" else {}
     return flags | ({"use_cpu": True} if request.device.name == "cpu" else {})
 
 
-def launch_files(plan: Plan, request: Request, folder: str = "") -> dict[str, str]:
-    """File names and contents that launch a plan, made to lie in `folder`."""
+def architecture(request: Request, model: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A config.json of the planned model: `model`'s own fields, by default the shape's, which count the same."""
+    fields = {"model_type": "hfllm", **(asdict(request.shape) if model is None else model)}
+    # A flag of the run, which a saved model should not go on with.
+    fields.pop("loss_chunk_size", None)
+    return fields
+
+
+def launch_files(
+    plan: Plan, request: Request, folder: str = "", model: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """File names and contents that launch a plan, made to lie in `folder`.
+
+    Args:
+        model: fields of a config.json that say more of the model than its shape does.
+    """
     text = _yaml(accelerate_config(plan.layout, request, folder))
     if plan.layout.interleave > 1:
         layers = request.shape.num_hidden_layers // (plan.layout.pipeline * plan.layout.interleave)
@@ -135,7 +155,12 @@ def launch_files(plan: Plan, request: Request, folder: str = "") -> dict[str, st
         if request.precision == "fp16":
             config["fp16"] = {"enabled": "auto"}
         files[DEEPSPEED_FILE] = json.dumps(config, indent=2) + "\n"
-    return files | {FLAGS_FILE: _yaml(recipe_flags(plan, request))}
+    if plan.layout.engine in RECIPES:
+        note = "# For recipes/pretrain.py. Data, learning rate and schedule are yours to add.\n"
+    else:
+        note = f"# recipes/pretrain.py does not run this layout ({plan.layout.engine}); what a script would set:\n"
+    flags = note + _yaml(recipe_flags(plan, request, folder))
+    return files | {FLAGS_FILE: flags, MODEL_FILE: json.dumps(architecture(request, model), indent=2) + "\n"}
 
 
 def _yaml(values: Mapping[str, Any], indent: str = "") -> str:

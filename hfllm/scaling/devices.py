@@ -43,11 +43,11 @@ class Device:
         return self.peak_fp32 if precision == "fp32" else self.peak_16bit
 
 
-def _cpu() -> Device:
-    """This machine as one device: 32 single-precision FLOPs a cycle and core (two AVX2 units), at 2.5 GHz."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    peak = (os.cpu_count() or 1) * 32 * 2.5e9
-    return Device("cpu", memory, peak, peak, bandwidth=20e9, near=10e9, far=1e9, per_node=1)
+def _cpu(processes: int) -> Device:
+    """This machine, or the share of each process: 32 fp32 FLOPs a cycle and core (two AVX2 units), at 2.5 GHz."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
+    peak = (os.cpu_count() or 1) * 32 * 2.5e9 / processes
+    return Device("cpu", memory, peak, peak, bandwidth=20e9 / processes, near=10e9, far=1e9, per_node=processes)
 
 
 DEVICES = {
@@ -67,14 +67,14 @@ DEVICES = {
 }
 
 
-def find_device(name: str) -> Device:
-    """A device by its name; `cpu` is this machine.
+def find_device(name: str, processes: int = 1) -> Device:
+    """A device by its name; `cpu` is this machine, which so many processes share.
 
     Raises:
         InputError: for a name that is not known.
     """
     if name == "cpu":
-        return _cpu()
+        return _cpu(processes)
     if name not in DEVICES:
         raise InputError(f"--device {name!r} is not one of {', '.join(DEVICES)}, cpu")
     return DEVICES[name]

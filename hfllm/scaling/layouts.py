@@ -80,39 +80,50 @@ class Layout:
     def problems(self, shape: Shape, devices: int, global_batch_size: int) -> Iterator[str]:
         """What keeps the layout from running, a sentence each."""
         if self.devices != devices:
-            yield (
-                f"data {self.data} x tensor {self.tensor} x pipeline {self.pipeline} are {self.devices} devices, "
-                f"--num_devices is {devices}"
-            )
-        yield from self._indivisible(shape, global_batch_size)
+            multiple = self.tensor * self.pipeline
+            yield f"{self._degrees()} need a multiple of {multiple} devices, --num_devices is {devices}"
+        yield from self._indivisible(shape, devices, global_batch_size)
         if self.engine == MEGATRON and self.zero_stage > 1:
             yield (
-                f"zero_stage={self.zero_stage} does not go with tensor {self.tensor}, pipeline {self.pipeline}, "
-                f"expert {self.expert} and recompute {self.recompute}: Megatron-LM, which runs that, shards the "
-                "optimiser only"
+                f"--zero_stage {self.zero_stage} does not go with {self._degrees()}, --expert_parallel {self.expert} "
+                f"and --recompute {self.recompute}: Megatron-LM, which runs that, shards the optimiser only"
             )
         if self.zero_stage and self.data == 1:
-            yield f"zero_stage={self.zero_stage} has nothing to shard over with data=1"
+            yield f"--zero_stage {self.zero_stage} has nothing to shard over: there is one replica"
 
-    def _indivisible(self, shape: Shape, global_batch_size: int) -> Iterator[str]:
+    def _degrees(self) -> str:
+        return f"--tensor_parallel {self.tensor} and --pipeline_parallel {self.pipeline}"
+
+    def _indivisible(self, shape: Shape, devices: int, global_batch_size: int) -> Iterator[str]:
         divided = [
-            ("tensor", self.tensor, "num_attention_heads", shape.num_attention_heads),
-            ("tensor", self.tensor, "intermediate_size", shape.intermediate_size),
-            ("pipeline", self.pipeline, "num_hidden_layers", shape.num_hidden_layers),
-            ("pipeline x interleave", self.pipeline * self.interleave, "num_hidden_layers", shape.num_hidden_layers),
-            ("expert", self.expert, "num_local_experts", shape.num_local_experts),
-            ("expert", self.expert, "data", self.data),
-            ("data x micro_batch", self.data * self.micro_batch, "global_batch_size", global_batch_size),
+            ("--tensor_parallel", self.tensor, "num_attention_heads", shape.num_attention_heads),
+            ("--tensor_parallel", self.tensor, "intermediate_size", shape.intermediate_size),
+            ("--pipeline_parallel", self.pipeline, "num_hidden_layers", shape.num_hidden_layers),
+            ("--expert_parallel", self.expert, "num_local_experts", shape.num_local_experts),
         ]
         if shape.num_key_value_heads > 1:
-            divided.insert(1, ("tensor", self.tensor, "num_key_value_heads", shape.num_key_value_heads))
+            divided.insert(1, ("--tensor_parallel", self.tensor, "num_key_value_heads", shape.num_key_value_heads))
         for name, degree, of, size in divided:
             if size % degree:
                 yield f"{name} {degree} does not divide {of}={size}"
+        if shape.num_hidden_layers % (self.pipeline * self.interleave):
+            yield (
+                f"--pipeline_parallel {self.pipeline} times --interleave {self.interleave} does not divide "
+                f"num_hidden_layers={shape.num_hidden_layers}"
+            )
         if self.expert > 1 and not shape.num_local_experts:
-            yield f"expert {self.expert}: the model has no experts"
-        if self.interleave > 1 and (self.pipeline == 1 or self.micro_batches(global_batch_size) % self.pipeline):
-            yield f"interleave {self.interleave} needs a pipeline, and micro-batches that are a multiple of its stages"
+            yield f"--expert_parallel {self.expert}: the model has no experts"
+        if self.data % self.expert:
+            yield f"--expert_parallel {self.expert} does not divide the {self.data} replicas of {self._degrees()}"
+        if global_batch_size % (self.data * self.micro_batch):
+            yield (
+                f"--global_batch_size {global_batch_size} is no multiple of --micro_batch_size {self.micro_batch} "
+                f"times {self.data} replicas (--num_devices {devices}, {self._degrees()})"
+            )
+        elif self.interleave > 1 and (self.pipeline == 1 or self.micro_batches(global_batch_size) % self.pipeline):
+            yield (
+                f"--interleave {self.interleave} needs a pipeline, and micro-batches that are a multiple of its stages"
+            )
 
     def __str__(self) -> str:
         degrees = {"data": self.data, "tensor": self.tensor, "pipeline": self.pipeline, "expert": self.expert}

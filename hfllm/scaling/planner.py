@@ -7,21 +7,27 @@
 What fits is the matter of memory.py, how soon that of speed.py.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
 from hfllm.errors import InputError
 from hfllm.scaling.activations import ATTENTION, PRECISIONS, Precision
-from hfllm.scaling.devices import GIB, Device
+from hfllm.scaling.devices import Device
 from hfllm.scaling.flops import SECONDS_PER_DAY, pipeline_bubble
-from hfllm.scaling.layouts import DDP, RECIPES, RECOMPUTE, SINGLE, TENSOR, Layout
+from hfllm.scaling.layouts import DDP, DEEPSPEED, MEGATRON, RECIPES, RECOMPUTE, SINGLE, TENSOR, Layout
 from hfllm.scaling.memory import Memory, device_memory
-from hfllm.scaling.shapes import Shape
+from hfllm.scaling.shapes import LARGEST, Shape
 from hfllm.scaling.speed import EFFICIENCY, Speed, estimate
 
-MOST_SEQUENCES = 64
+# What recipes/pretrain.py does without --loss_chunk_size, and what it cannot do under DeepSpeed's ZeRO-3.
+LOSS_CHUNK_SIZE = 1024
+# A smaller share is a slip, and would make numbers that are none.
+LEAST_SHARE = 1e-6
+MOST_TOKENS = 1e20
 # The rest is for the driver's context, communication libraries and fragments.
 USABLE = 0.9
 
@@ -31,7 +37,7 @@ class Request:
     """What is to be planned. Degrees that are `None` are searched; the others are held.
 
     Args:
-        shape: of the model.
+        shape: of the model. Its `loss_chunk_size` holds for whoever can compute the loss so (`loss_chunk_size`).
         device: of which there are `num_devices`.
         max_length: tokens of a row.
         global_batch_size: sequences of a step, over all devices.
@@ -44,7 +50,8 @@ class Request:
         usable: share of a device's memory to fill.
 
     Raises:
-        InputError: for a number that is not positive, a share that is none, or a name that is not known.
+        InputError: naming recipes/plan.py's flag, for a number that is not finite or out of range, or a name that is
+            not known.
     """
 
     shape: Shape
@@ -69,32 +76,50 @@ class Request:
     def __post_init__(self) -> None:
         sizes = ("num_devices", "max_length", "global_batch_size", "micro_batch_size", "interleave")
         for name in (*sizes, "tensor_parallel", "pipeline_parallel", "expert_parallel"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("efficiency", "mfu", "usable"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
-                raise InputError(f"{name}={getattr(self, name)} must lie above 0 and be at most 1")
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= LARGEST:
+                raise InputError(f"--{name} {value} must be at least 1, and at most {LARGEST:,}")
+        for name, flag in {"efficiency": "efficiency", "mfu": "mfu", "usable": "usable_memory"}.items():
+            value = getattr(self, name)
+            if value is not None and not LEAST_SHARE <= value <= 1:
+                raise InputError(f"--{flag} {value} must lie between {LEAST_SHARE} and 1")
         if self.tokens is None:
             self.tokens = 20.0 * self.shape.num_parameters()
-        if self.tokens <= 0:
-            raise InputError(f"tokens={self.tokens} must be above 0")
+        elif not 1 <= self.tokens <= MOST_TOKENS:
+            raise InputError(f"--tokens {self.tokens} must be at least 1, and at most {MOST_TOKENS:g}")
         choices = {"precision": ("bf16", "fp16", "fp32"), "attention": ATTENTION, "recompute": (None, *RECOMPUTE)}
         for name, allowed in {**choices, "zero_stage": (None, 0, 1, 2, 3)}.items():
             if getattr(self, name) not in allowed:
                 accepted = ", ".join(str(value) for value in allowed if value is not None)
-                raise InputError(f"{name}={getattr(self, name)!r} is not one of {accepted}")
+                raise InputError(f"--{name} {getattr(self, name)} is not one of {accepted}")
         if self.recompute == "selective" and self.attention != "eager":
-            raise InputError(f"recompute='selective' drops scores, which attention={self.attention!r} never keeps")
+            raise InputError(f"--recompute selective drops scores, which --attention {self.attention} never keeps")
         learned = self.shape.position_embedding_type == "learned"
         if learned and self.max_length > self.shape.max_position_embeddings:
-            raise InputError(
-                f"max_length={self.max_length} is more than the {self.shape.max_position_embeddings} learned positions"
-            )
+            positions = self.shape.max_position_embeddings
+            raise InputError(f"--max_length {self.max_length} is more than the {positions} learned positions")
+        self._shapes = {size: replace(self.shape, loss_chunk_size=size) for size in {0, self._chunk(LOSS_CHUNK_SIZE)}}
         self.device.peak(self.precision)
 
     @property
     def usable_bytes(self) -> float:
         return self.usable * self.device.memory
+
+    def _chunk(self, default: int) -> int:
+        return default if self.shape.loss_chunk_size is None else self.shape.loss_chunk_size
+
+    def loss_chunk_size(self, layout: Layout) -> int:
+        """Tokens whose logits exist at a time: the shape's, where a layout's engine can do that; 0 is all at once.
+
+        Without the shape's it is the default of recipes/pretrain.py, for layouts that the recipes run.
+        """
+        if layout.engine == MEGATRON or (layout.engine == DEEPSPEED and layout.zero_stage == 3):
+            return 0
+        return self._chunk(LOSS_CHUNK_SIZE if layout.engine in RECIPES else 0)
+
+    def shape_of(self, layout: Layout) -> Shape:
+        """The model with the `loss_chunk_size` of a layout."""
+        return self._shapes[self.loss_chunk_size(layout)]
 
     def dtype(self, layout: Layout) -> Precision:
         """Mixed precision as a layout's engine has it: 16-bit weights with fp32 copies, or autocast of fp32 ones."""
@@ -135,28 +160,45 @@ def plan(request: Request) -> list[Plan]:
         if isinstance(group, str):
             problem = problem or group
             continue
-        # Micro-batches grow, and with them the memory.
-        for layout in group:
+        layout, sizes = group
+        before, is_full = math.inf, False
+        for size in sizes:
+            # Memory grows with the micro-batch, but gradients do not wait for a second one if there is none.
+            if is_full and size != sizes[-1]:
+                continue
+            layout = replace(layout, micro_batch=size)
             memory = _memory(request, layout)
             if smallest is None or memory.peak < smallest[0].peak:
                 smallest = memory, layout
-            if memory.peak > request.usable_bytes:
-                break
+            is_full = memory.peak > request.usable_bytes
+            if is_full:
+                continue
             one = _cost(request, layout, memory)
             spread = (layout.data, layout.tensor, layout.pipeline, layout.expert, layout.zero_stage)
             if spread not in found or _order(one) < _order(found[spread]):
                 found[spread] = one
+            # Each part of the time is convex in the micro-batch: from where it falls no more, it does not fall again.
+            if one.speed.seconds > before * (1 - 1e-9):
+                break
+            before = one.speed.seconds
     if found:
         return sorted(found.values(), key=_order)
     if smallest is None:
         raise InputError(problem or "no layout is possible")
     memory, layout = smallest
     raise InputError(
-        f"the model fits nowhere: of {request.usable_bytes / GIB:.3g} GiB usable on each of {request.num_devices} "
-        f"{request.device.name}, the smallest layout ({layout}, recompute {layout.recompute}) needs "
-        f"{memory.peak / GIB:.3g}: use more or larger devices, a shorter --max_length, or offload "
-        "(accelerate_configs/zero3_offload_cpu.yaml)"
+        f"the model fits nowhere: of {size_text(request.usable_bytes)} usable on each of {request.num_devices} "
+        f"{request.device.name}, the smallest layout ({layout}, recompute {layout.recompute}, micro-batch "
+        f"{layout.micro_batch}) needs {size_text(memory.peak)}: use more or larger devices, a shorter --max_length, "
+        "or offload (accelerate_configs/zero3_offload_cpu.yaml)"
     )
+
+
+def size_text(size: float) -> str:
+    """Bytes in a unit that makes them readable, such as 1.84 TiB."""
+    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
+    power = min(int(math.log2(max(size, 1)) // 10), len(units) - 1)
+    return f"{size / 2 ** (10 * power):,.{1 if power and size < 100 * 2 ** (10 * power) else 0}f} {units[power]}"
 
 
 def choose(plans: list[Plan]) -> Plan:
@@ -172,7 +214,8 @@ def _order(one: Plan) -> tuple:
 
 def _memory(request: Request, layout: Layout) -> Memory:
     passes = layout.micro_batches(request.global_batch_size)
-    return device_memory(request.shape, layout, request.dtype(layout), request.max_length, passes, request.attention)
+    shape = request.shape_of(layout)
+    return device_memory(shape, layout, request.dtype(layout), request.max_length, passes, request.attention)
 
 
 def _cost(request: Request, layout: Layout, memory: Memory) -> Plan:
@@ -188,8 +231,8 @@ def _cost(request: Request, layout: Layout, memory: Memory) -> Plan:
     return Plan(layout, memory, speed, passes, bubble, mfu, days)
 
 
-def _groups(request: Request) -> Iterator[list[Layout] | str]:
-    """Layouts that can run, those that differ in the micro-batch together, smallest first.
+def _groups(request: Request) -> Iterator[tuple[Layout, list[int]] | str]:
+    """Layouts that can run, each with the micro-batches that it can have, smallest first.
 
     For each other combination of held and possible degrees a sentence that says what is wrong with it.
     """
@@ -208,21 +251,21 @@ def _groups(request: Request) -> Iterator[list[Layout] | str]:
                 yield problem
 
 
-def _settings(request: Request, spread: Layout) -> Iterator[list[Layout] | str]:
+def _settings(request: Request, spread: Layout) -> Iterator[tuple[Layout, list[int]] | str]:
     """A way to spread the model, with each way to recompute and to interleave."""
     recomputes = ["none", "selective", "full"] if request.attention == "eager" else ["none", "full"]
     recomputes = _held(request.recompute) or recomputes
     interleaves = _held(request.interleave) or ([1, 2, 4] if spread.pipeline > 1 else [1])
+    rows = request.global_batch_size // spread.data
+    micro_batches = _divisors(rows)
     for recompute, interleave in product(recomputes, interleaves):
-        group = []
-        for micro_batch in _held(request.micro_batch_size) or _powers(MOST_SEQUENCES):
-            layout = replace(spread, recompute=recompute, interleave=interleave, micro_batch=micro_batch)
-            problem = next(layout.problems(request.shape, request.num_devices, request.global_batch_size), None)
-            if problem is not None:
-                yield problem
-                break
-            group.append(layout)
-        yield group
+        layout = replace(spread, recompute=recompute, interleave=interleave)
+        # Those that leave a pipeline whole rounds of its stages, as interleaving needs.
+        sizes = [size for size in micro_batches if interleave == 1 or rows // size % spread.pipeline == 0]
+        sizes = _held(request.micro_batch_size) or sizes or [1]
+        layout = replace(layout, micro_batch=sizes[0])
+        problem = next(layout.problems(request.shape, request.num_devices, request.global_batch_size), None)
+        yield (layout, sizes) if problem is None else problem
 
 
 def _held(value: Any) -> list | None:
@@ -242,5 +285,7 @@ def _powers(most: int) -> list[int]:
     return [2**exponent for exponent in range(most.bit_length())]
 
 
+@lru_cache
 def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})

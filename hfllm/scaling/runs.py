@@ -97,6 +97,14 @@ def read_runs(
             reader = csv.DictReader(stream)
             header = list(reader.fieldnames or [])
             rows = [(reader.line_num, row) for row in reader]
+            for line, row in rows:
+                # Cells beyond the header; empty ones are a spreadsheet's trailing commas.
+                if any(row.get(None, ())):
+                    cells = len(header) + len(row[None])
+                    raise InputError(
+                        f"{file}, line {line}: {cells} cells under {len(header)} columns; decimals need a point, and "
+                        "text with a comma quotes"
+                    )
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{file}: not a CSV file: {error}") from None
     columns = [
@@ -127,9 +135,16 @@ def _column(
     if given is not None:
         if given not in header:
             raise InputError(f"{file}: no column {given!r} for {what}; it has {', '.join(map(repr, header))}")
+        if header.count(given) > 1:
+            raise InputError(f"{file}: column {given!r} for {what} comes {header.count(given)} times")
         return given
-    plain = {"".join(character for character in name.lower() if character.isalnum()): name for name in header if name}
-    found = next((plain[name] for name in known if name in plain), None)
+    plain: dict[str, list[str]] = {}
+    for name in filter(None, header):
+        plain.setdefault("".join(character for character in name.lower() if character.isalnum()), []).append(name)
+    found, *others_found = next((plain[name] for name in known if name in plain), [None])
+    if others_found:
+        twice = ", ".join(map(repr, (found, *others_found)))
+        raise InputError(f"{file}: several columns for {what}: {twice}; keep one, or give them names of their own")
     if found is None and not optional:
         accepted = ", ".join((*others, *known))
         seen = ", ".join(map(repr, header)) or "no header"

@@ -9,6 +9,7 @@ s sequence length, V vocabulary.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from hfllm.errors import InputError
@@ -40,6 +41,15 @@ FAMILIES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "gpt2": (_GPT_NAMES, _GPT),
     "openai-gpt": (_GPT_NAMES, {**_GPT, "norm_placement": "post"}),
 }
+# What `HfllmConfig` accepts; it cannot be asked without importing transformers.
+CHOICES = {
+    "norm_type": ("rmsnorm", "layernorm"),
+    "norm_placement": ("pre", "post"),
+    "mlp_type": ("gated", "plain"),
+    "position_embedding_type": ("rope", "learned", "none"),
+}
+# Larger is a slip of the keyboard, and more than a float may hold.
+LARGEST = 10**9
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -68,8 +78,11 @@ NAMED_SHAPES: dict[str, dict[str, Any]] = {
 class Shape:
     """Sizes of a decoder. Unset sizes follow from the others, as in `HfllmConfig`.
 
+    Args:
+        loss_chunk_size: tokens whose logits exist at a time; 0 is all at once, and `None` says nothing of it.
+
     Raises:
-        InputError: when a size is missing, not positive, or does not divide another.
+        InputError: when a size is missing, not positive, or does not divide another, or a value is of another type.
     """
 
     hidden_size: int
@@ -97,8 +110,7 @@ class Shape:
     loss_chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in _REQUIRED:
-            self._check_size(name)
+        self._check_kinds()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -125,10 +137,26 @@ class Shape:
                 f"num_local_experts={self.num_local_experts}"
             )
 
-    def _check_size(self, name: str) -> None:
+    def _check_kinds(self) -> None:
+        """Refuse what is of another type than `HfllmConfig` takes: it would be counted as something else."""
+        for name in (*_REQUIRED, "num_experts_per_tok"):
+            self._check_size(name)
+        self._check_size("num_local_experts", 0)
+        if self.loss_chunk_size is not None:
+            self._check_size("loss_chunk_size", 0)
+        for name, accepted in CHOICES.items():
+            if getattr(self, name) not in accepted:
+                raise InputError(f"{name}={getattr(self, name)!r} is not one of {', '.join(accepted)}")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            is_unset = value is None and item.default is None
+            if "bool" in str(item.type) and not (isinstance(value, bool) or is_unset):
+                raise InputError(f"{item.name}={value!r} must be true or false")
+
+    def _check_size(self, name: str, least: int = 1) -> None:
         value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{name}={value!r} must be a whole number of at least 1")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST:
+            raise InputError(f"{name}={value!r} must be a whole number of at least {least}, and at most {LARGEST:,}")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str = "config") -> "Shape":
@@ -142,7 +170,7 @@ class Shape:
             InputError: for another `model_type`, a missing or an impossible size.
         """
         kind = config.get("model_type", "hfllm")
-        if kind not in FAMILIES:
+        if not isinstance(kind, str) or kind not in FAMILIES:
             raise InputError(f"{source}: model_type {kind!r} is not one of {', '.join(FAMILIES)}")
         names, implied = FAMILIES[kind]
         values = {**implied, **{names.get(name, name): value for name, value in config.items()}}
@@ -150,12 +178,14 @@ class Shape:
         values.setdefault("num_local_experts", values.get("num_experts", 0))
         known = {item.name: values[item.name] for item in fields(cls) if values.get(item.name) is not None}
         missing = [name for name in _REQUIRED if name not in known]
+        theirs = {ours: name for name, ours in names.items()}
         if missing:
-            raise InputError(f"{source}: {missing[0]} is missing")
+            raise InputError(f"{source}: {theirs.get(missing[0], missing[0])} is missing")
         try:
             return cls(**known)
         except InputError as error:
-            raise InputError(f"{source}: {error}") from None
+            field, equals, rest = str(error).partition("=")
+            raise InputError(f"{source}: {theirs.get(field, field)}{equals}{rest}") from None
 
     @property
     def query_size(self) -> int:
@@ -177,6 +207,11 @@ class Shape:
 
     def layer_parameters(self) -> dict[str, int]:
         """Parameters of one layer by part; `mlp` is the dense one, `experts` are all experts together."""
+        return dict(self._layer)
+
+    @cached_property
+    def _layer(self) -> dict[str, int]:
+        # A search over layouts asks for these thousands of times.
         hidden, width = self.hidden_size, self.intermediate_size
         norm = 2 if self.norm_type == "layernorm" and self.norm_bias else 1
         attention = hidden * (self.query_size + 2 * self.key_size) + self.query_size * hidden
@@ -193,6 +228,10 @@ class Shape:
 
     def parameters(self) -> dict[str, int]:
         """Parameters of the model by part. Tied embeddings are counted once, as embeddings."""
+        return dict(self._model)
+
+    @cached_property
+    def _model(self) -> dict[str, int]:
         layers = {part: self.num_hidden_layers * count for part, count in self.layer_parameters().items()}
         norm = 2 if self.norm_type == "layernorm" and self.norm_bias else 1
         layers["norms"] += norm * self.hidden_size * (self.norm_placement == "pre")

@@ -33,7 +33,8 @@ def test_the_trillion_without_torch(tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["metrics"]["parameters"] == 1_008_038_758_400
     assert report["artifacts"] == {"accelerate.yaml": "accelerate.yaml", "ds_config.json": "ds_config.json"} | {
-        "flags.yaml": "flags.yaml"
+        "flags.yaml": "flags.yaml",
+        "architecture.json": "architecture.json",
     }
     for file in report["artifacts"].values():
         assert (tmp_path / file).is_file()
@@ -116,11 +117,25 @@ def test_yaml_flags(tmp_path):
         (["--config_path", "missing"], "--config_path missing: no such file"),
         (["--device", "tpu"], "--device 'tpu' is not one of h100"),
         (["--device_memory_gb", "0"], "--device_memory_gb 0.0 must be above 0"),
-        (["--preset", "gpt2", "--max_length", "2048"], "max_length=2048 is more than the 1024 learned positions"),
+        (["--device_memory_gb", "nan"], "--device_memory_gb nan must be above 0, and at most"),
+        (["--device_peak_tflops", "nan"], "--device_peak_tflops nan must be above 0, and at most"),
+        (["--device_peak_tflops", "inf"], "--device_peak_tflops inf must be above 0, and at most"),
+        (["--devices_per_node", "0"], "--devices_per_node 0 must be above 0"),
+        (["--tokens", "nan"], "--tokens nan must be at least 1"),
+        (["--tokens", "inf"], "--tokens inf must be at least 1"),
+        (["--mfu", "nan"], "--mfu nan must lie between"),
+        (["--loss_chunk_size", "-4"], "--loss_chunk_size -4 must be at least 0"),
+        (["--preset", "gpt2", "--max_length", "2048"], "--max_length 2048 is more than the 1024 learned positions"),
         (["--top", "0"], "--top 0 must be at least 1"),
-        (["--num_devices", "8"], "the model fits nowhere: of 72 GiB usable on each of 8 h100"),
-        (["--tensor_parallel", "3", "--num_devices", "768"], "tensor 3 does not divide num_attention_heads=160"),
-        (["--pipeline_parallel", "5", "--num_devices", "640"], "pipeline 5 does not divide num_hidden_layers=128"),
+        (["--num_devices", "8"], "the model fits nowhere: of 72.0 GiB usable on each of 8 h100"),
+        (
+            ["--tensor_parallel", "3", "--num_devices", "768"],
+            "--tensor_parallel 3 does not divide num_attention_heads=160",
+        ),
+        (
+            ["--pipeline_parallel", "5", "--num_devices", "640"],
+            "--pipeline_parallel 5 does not divide num_hidden_layers=128",
+        ),
         (["--device", "v100"], "--precision bf16: v100 has no bf16"),
     ],
 )
@@ -136,6 +151,10 @@ def test_bad_input(flags, message, tmp_path):
     [
         ("[1, 2]", "expected an object, got list"),
         ("{", "not JSON"),
+        (
+            '{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 9, "mlp_type": "x"}',
+            "config.json: mlp_type='x' is not one of gated, plain",
+        ),
         ('{"model_type": "rwkv"}', "model_type 'rwkv' is not one of"),
         ('{"model_type": "llama", "hidden_size": 64}', "num_hidden_layers is missing"),
     ],
@@ -144,6 +163,82 @@ def test_bad_config_json(text, message, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match=message):
         run(tmp_path / "out", "--config_path", tmp_path)
+
+
+CPU = ("--device", "cpu", "--precision", "fp32", "--global_batch_size", 8)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--preset", "gpt2", *CPU, "--num_devices", 1, "--tokens", "1e6"),
+        ("--preset", "palm-8b", "--num_devices", 8, "--tensor_parallel", 1, "--loss_chunk_size", 256),
+        ("--preset", "megatron-7.5b", "--num_devices", 64, "--attention", "eager"),
+        ("--preset", "mixtral-8x7b", "--num_devices", 256, "--tensor_parallel", 1),
+    ],
+)
+def test_the_printed_command_makes_the_planned_model(flags, tmp_path, capsys):
+    import pretrain
+    import torch
+
+    from hfllm import pretraining
+
+    metrics = run(tmp_path, *flags)
+    command = capsys.readouterr().out.splitlines()[-1]
+    _, _, given = command.partition("recipes/pretrain.py ")
+    script_args, training_args, model_args = pretrain.parse([*given.split(), "--output_dir", str(tmp_path / "x")])
+    pretrain.check(script_args, training_args, model_args)
+    with torch.device("meta"):
+        texts = ["the old owl walks by a red house", "a small fox sings"] * 20
+        model, _ = pretraining.load_or_make_base(script_args, model_args, texts, pretrain.ARCHITECTURE)
+    assert model.num_parameters() == metrics["parameters"]
+    assert model.config._attn_implementation == ("eager" if "eager" in flags else "sdpa")
+    assert int(script_args.total_tokens) == int(metrics["training_tokens"])
+    accelerate = yaml.safe_load((tmp_path / "accelerate.yaml").read_text())
+    rows = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    # The chosen layouts are all replicas.
+    assert rows * accelerate["num_processes"] == (8 if "cpu" in flags else 3072)
+    is_whole = accelerate.get("deepspeed_config", {}).get("zero3_init_flag", False)
+    assert script_args.loss_chunk_size == (0 if is_whole else 256 if "--loss_chunk_size" in flags else 1024)
+
+
+def test_a_native_config_and_one_of_the_family_are_launched_as_they_are(make_config, tmp_path):
+    from transformers import LlamaConfig
+
+    from hfllm.stage_models import named_fields
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 100}
+    LlamaConfig(**sizes, vocab_size=300, rms_norm_eps=1e-3).save_pretrained(tmp_path / "llama")
+    make_config(hidden_act="relu", loss_chunk_size=16).save_pretrained(tmp_path / "own")
+    for name, field, value in (("llama", "norm_eps", 1e-3), ("own", "hidden_act", "relu")):
+        run(tmp_path / "out", "--config_path", tmp_path / name, *CPU, "--num_devices", 1, "--max_length", 32)
+        fields = named_fields(str(tmp_path / "out" / "architecture.json"))
+        assert fields[field] == value
+    assert yaml.safe_load((tmp_path / "out" / "flags.yaml").read_text())["loss_chunk_size"] == 16
+    with pytest.raises(InputError, match="--config_name_or_path gpt-x: no such file or folder, and unknown preset"):
+        named_fields("gpt-x")
+
+
+def test_a_layout_of_others_says_so(tmp_path):
+    run(tmp_path, "--pipeline_parallel", 16)
+    assert (
+        (tmp_path / "flags.yaml").read_text().startswith("# recipes/pretrain.py does not run this layout (megatron)")
+    )
+
+
+def test_processes_of_a_cpu_share_it(tmp_path):
+    flags = ("--preset", "gpt2", *CPU, "--tensor_parallel", 1, "--zero_stage", 0)
+    one = run(tmp_path, *flags, "--num_devices", 1, "--devices_per_node", 2)
+    two = run(tmp_path, *flags, "--num_devices", 2, "--devices_per_node", 2)
+    assert two["usable_gib"] == one["usable_gib"] / 2
+    assert two["days"] >= one["days"]
+
+
+def test_an_output_folder_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/below"):
+        with pytest.raises(InputError, match=f"--output_dir .*{name}: "):
+            run(tmp_path / name, "--preset", "gpt2", *CPU, "--num_devices", 1)
 
 
 def test_a_misspelt_yaml_key(tmp_path):

@@ -78,13 +78,20 @@ def test_held_out_runs_do_not_enter_the_law_that_predicts_them(table, tmp_path):
         (["--dataset_name", "texts.jsonl"], "--dataset_name cannot be used here"),
         (["--held_out_share", "1.5"], "must lie between 0 and 1, got 1.5"),
         (["--resamples", "2"], "--resamples must be at least 10, got 2"),
-        (["--huber_delta", "0"], "--huber_delta must be above 0, got 0"),
-        (["--budgets", "-1"], "FLOPs must be above 0"),
+        (["--huber_delta", "0"], "--huber_delta must be above 0 and finite, got 0"),
+        (["--held_out_share", "nan"], "--held_out_share must lie between 0 and 1, got nan"),
+        (["--huber_delta", "inf"], "--huber_delta must be above 0 and finite, got inf"),
+        (["--isoflop_tolerance", "nan"], "--isoflop_tolerance must be above 0 and finite, got nan"),
+        (["--budgets", "-1"], "--budgets -1.0: FLOPs must be above 0 and finite"),
+        (["--budgets", "1e20", "nan"], "--budgets nan: FLOPs must be above 0 and finite"),
+        (["--budgets", "inf"], "--budgets inf: FLOPs must be above 0 and finite"),
+        (["--seed", "-1"], "--seed must lie between 0 and 4294967295, got -1"),
         (["--loss_column", "final"], "no column 'final' for losses; it has 'N', 'D', 'loss'"),
         (["--run", "x"], "unknown flag 'run'; did you mean 'runs'"),
     ],
 )
-def test_what_cannot_work_with_a_table_is_refused(table, tmp_path, flags, message):
+def test_what_cannot_work_with_a_table_is_refused(table, tmp_path, monkeypatch, flags, message):
+    monkeypatch.setattr("hfllm.scaling.fitting.fit_law", lambda *args: pytest.fail("fitted first"))
     with pytest.raises(InputError, match=message):
         run("--runs", table, "--output_dir", tmp_path / "out", *flags)
 
@@ -94,9 +101,37 @@ def test_bad_tables_are_named(tmp_path):
     path.write_text("N,D,loss\n" + "".join(f"{n}e6,{n}e8,{4 - n / 10}\n" for n in range(1, 7)))
     with pytest.raises(InputError, match=r"bad\.csv, without its 1 largest run\(s\): 5 run\(s\): a law of 5 coeff"):
         run("--runs", path, "--output_dir", tmp_path / "out")
+    path.write_text("N,D,loss,loss\n1e6,1e8,3,2\n")
+    with pytest.raises(InputError, match=r"bad\.csv: several columns for losses: 'loss', 'loss'; keep one"):
+        run("--runs", path, "--output_dir", tmp_path / "out")
+    with pytest.raises(InputError, match=r"bad\.csv: column 'loss' for losses comes 2 times"):
+        run("--runs", path, "--output_dir", tmp_path / "out", "--loss_column", "loss")
+    path.write_text("N,d,loss,D\n1e6,1e8,3,2\n")
+    with pytest.raises(InputError, match=r"bad\.csv: several columns for tokens: 'd', 'D'"):
+        run("--runs", path, "--output_dir", tmp_path / "out")
+    path.write_text("N,D,loss\n1e6,1e8,3.5,\n1e6,1e8,3,21\n")
+    with pytest.raises(InputError, match=r"bad\.csv, line 3: 4 cells under 3 columns; decimals need a point"):
+        run("--runs", path, "--output_dir", tmp_path / "out")
     path.write_text("N,D,loss\n1e6,1e8,-3\n")
     with pytest.raises(InputError, match=r"bad\.csv, line 2, column 'loss': '-3'"):
         run("--runs", path, "--output_dir", tmp_path / "out")
+
+
+def test_a_fit_to_all_runs_that_is_refused_names_the_file(table, tmp_path, monkeypatch):
+    from hfllm.scaling import fitting
+
+    fit_law, fits = fitting.fit_law, []
+
+    def refused(runs, delta):
+        fits.append(len(runs))
+        if len(fits) == 2:
+            raise InputError("no law")
+        return fit_law(runs, delta)
+
+    monkeypatch.setattr(fitting, "fit_law", refused)
+    with pytest.raises(InputError, match=r"runs\.csv: no law"):
+        run("--runs", table, "--resamples", 10, "--output_dir", tmp_path / "out")
+    assert fits == [36, 40]
 
 
 @pytest.mark.parametrize(
@@ -116,6 +151,15 @@ def test_bad_tables_are_named(tmp_path):
         (["--grid", "32x1:1000,1000"], "a run comes twice"),
         (["--held_out_run", "96x3:1000000"], "a run comes twice"),
         (["--held_out_run", "64x2:1,2"], "--held_out_run '64x2:1,2': expected a single number of tokens"),
+        (
+            [
+                "--grid",
+                *(f"{size}:1000,2000,4000" for size in ("32x1", "32x2", "48x2")),
+                "--held_out_run",
+                "32x1:3000",
+            ],
+            r"--held_out_run 32x1:3000 takes \S+ FLOPs, no more than the grid's 48x2-4000 with",
+        ),
         (["--max_samples", "10"], "--max_samples cannot be used here"),
         (["--probe", "true", "--dataset_name", "texts.jsonl"], "--probe cannot be used here: its questions are"),
     ],

@@ -13,9 +13,10 @@ from hfllm.scaling.activations import PRECISIONS
 from hfllm.scaling.devices import find_device
 from hfllm.scaling.layouts import DDP, DEEPSPEED, FSDP2, MEGATRON, SINGLE, TENSOR, Layout
 from hfllm.scaling.memory import device_memory
-from hfllm.scaling.planner import Request, choose, plan
+from hfllm.scaling.planner import Request, choose, plan, size_text
 from hfllm.scaling.shapes import NAMED_SHAPES, Shape
 
+NAN = float("nan")
 ROOT = Path(__file__).parent.parent.parent
 LLAMA = Shape.from_config(preset("llama-2-7b"))
 TRILLION = Shape.from_config(NAMED_SHAPES["gpt3-1t"])
@@ -42,7 +43,7 @@ def test_what_is_found_fits_and_can_run(fields):
         each.layout.check(one.shape, one.num_devices, one.global_batch_size)
         passes = one.global_batch_size // (each.layout.data * each.layout.micro_batch)
         assert each.micro_batches == passes
-        memory = device_memory(one.shape, each.layout, one.dtype(each.layout), one.max_length, passes)
+        memory = device_memory(one.shape_of(each.layout), each.layout, one.dtype(each.layout), one.max_length, passes)
         assert memory == each.memory and memory.peak <= one.usable_bytes
     spreads = {
         (p.layout.data, p.layout.tensor, p.layout.pipeline, p.layout.expert, p.layout.zero_stage) for p in plans
@@ -63,6 +64,62 @@ def test_the_best_micro_batch_of_a_spread_is_chosen():
             except InputError:
                 continue
             assert others[0].speed.seconds >= best.speed.seconds * (1 - 1e-9)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"zero_stage": 3, "tensor_parallel": 1, "global_batch_size": 240},
+        {"zero_stage": 2, "tensor_parallel": 1, "global_batch_size": 480, "max_length": 512},
+        {"tensor_parallel": 2, "pipeline_parallel": 2, "interleave": 2, "global_batch_size": 96, "num_devices": 16},
+        {"shape": Shape(1024, 8, 8, 1000), "global_batch_size": 72, "max_length": 128, "zero_stage": 3},
+    ],
+)
+def test_every_divisor_of_a_replicas_batch_is_a_micro_batch(fields):
+    """The search stops where the time falls no more, and finds what trying each finds."""
+    one = request(**fields)
+    best, tried = plan(one)[0], []
+    for size in range(1, one.global_batch_size + 1):
+        try:
+            tried += plan(replace(one, micro_batch_size=size))[:1]
+        except InputError:
+            continue
+    assert best.speed.seconds == pytest.approx(min(each.speed.seconds for each in tried), rel=1e-8)
+    assert any(each.layout.micro_batch not in (1, 2, 4, 8, 16, 32, 64) for each in tried)
+
+
+def test_a_batch_of_three_rows_is_taken_at_once():
+    """3,072 rows on 1,024 devices under ZeRO-3: three passes fetch all weights three times."""
+    trillion = {"shape": TRILLION, "device": find_device("h100"), "num_devices": 1024, "max_length": 2048}
+    best = choose(plan(request(**trillion, global_batch_size=3072)))
+    assert (best.layout.micro_batch, best.micro_batches) == (3, 1)
+
+
+def test_the_loss_is_that_of_the_recipe():
+    """In chunks of 1,024 tokens, but whole under DeepSpeed's ZeRO-3 and where the recipes do not run."""
+    one, chunked, whole = (request(shape=replace(LLAMA, loss_chunk_size=size)) for size in (None, 256, 0))
+    layouts = {
+        Layout(8): 1024,
+        Layout(8, zero_stage=2): 1024,
+        Layout(8, zero_stage=3): 0,
+        Layout(4, 2, zero_stage=3): 0,
+        Layout(4, 2, zero_stage=1): 0,
+    }
+    assert {layout: one.loss_chunk_size(layout) for layout in layouts} == layouts
+    assert {whole.loss_chunk_size(layout) for layout in layouts} == {0}
+    assert [chunked.loss_chunk_size(layout) for layout in layouts] == [256, 256, 0, 256, 0]
+    held = {"zero_stage": 3, "tensor_parallel": 1, "pipeline_parallel": 1, "micro_batch_size": 8}
+    sizes = {plan(replace(each, **held))[0].memory.logits for each in (one, chunked, whole)}
+    assert sizes == {12 * 32000 * 8 * 4096}
+    held["zero_stage"] = 2
+    small, large = (plan(replace(each, **held))[0].memory.logits for each in (one, whole))
+    assert small < large == 12 * 32000 * 8 * 4096
+
+
+def test_sizes_are_readable():
+    assert [size_text(size) for size in (0, 512, 3 * 2**20, 1883 * 2**30, 5000 * 2**40)] == [
+        *("0 bytes", "512 bytes", "3.0 MiB", "1.8 TiB", "5,000 TiB")
+    ]
 
 
 def test_held_degrees_are_kept():
@@ -118,29 +175,50 @@ def test_who_runs_it(layout, engine):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_devices": 7}, "data x micro_batch 7 does not divide global_batch_size=256"),
-        ({"tensor_parallel": 3, "num_devices": 9}, "tensor 3 does not divide num_attention_heads=32"),
-        ({"tensor_parallel": 16}, "data 1 x tensor 16 x pipeline 1 are 16 devices, --num_devices is 8"),
-        ({"pipeline_parallel": 3, "num_devices": 6}, "pipeline 3 does not divide num_hidden_layers=32"),
-        ({"expert_parallel": 2}, "expert 2: the model has no experts"),
-        ({"pipeline_parallel": 2, "zero_stage": 3}, "zero_stage=3 does not go with tensor 1, pipeline 2"),
-        ({"num_devices": 1, "zero_stage": 2}, "zero_stage=2 has nothing to shard over with data=1"),
-        ({"interleave": 2, "pipeline_parallel": 1}, "interleave 2 needs a pipeline"),
+        (
+            {"num_devices": 7},
+            r"--global_batch_size 256 is no multiple of --micro_batch_size 1 times 7 replicas \(--num_devices 7, "
+            r"--tensor_parallel 1 and --pipeline_parallel 1\)",
+        ),
+        ({"tensor_parallel": 3, "num_devices": 9}, "--tensor_parallel 3 does not divide num_attention_heads=32"),
+        (
+            {"tensor_parallel": 16},
+            "--tensor_parallel 16 and --pipeline_parallel 1 need a multiple of 16 devices, --num_devices is 8",
+        ),
+        ({"pipeline_parallel": 3, "num_devices": 6}, "--pipeline_parallel 3 does not divide num_hidden_layers=32"),
+        (
+            {"pipeline_parallel": 8, "interleave": 8},
+            "--pipeline_parallel 8 times --interleave 8 does not divide num_hidden_layers=32",
+        ),
+        ({"expert_parallel": 2}, "--expert_parallel 2: the model has no experts"),
+        (
+            {"pipeline_parallel": 2, "zero_stage": 3},
+            "--zero_stage 3 does not go with --tensor_parallel 1 and --pipeline_parallel 2",
+        ),
+        ({"num_devices": 1, "zero_stage": 2}, "--zero_stage 2 has nothing to shard over: there is one replica"),
+        ({"interleave": 2, "pipeline_parallel": 1}, "--interleave 2 needs a pipeline"),
         (
             {"micro_batch_size": 64, "tensor_parallel": 1, "pipeline_parallel": 1},
-            "data x micro_batch 512 does not divide global_batch_size=256",
+            "--global_batch_size 256 is no multiple of --micro_batch_size 64 times 8 replicas",
         ),
-        ({"recompute": "selective"}, "recompute='selective' drops scores"),
-        ({"recompute": "half"}, "recompute='half' is not one of none, selective, full"),
-        ({"precision": "fp8"}, "precision='fp8' is not one of bf16, fp16, fp32"),
-        ({"zero_stage": 4}, "zero_stage=4 is not one of 0, 1, 2, 3"),
-        ({"num_devices": 0}, "num_devices=0 must be at least 1"),
-        ({"mfu": 1.5}, "mfu=1.5 must lie above 0 and be at most 1"),
-        ({"tokens": 0}, "tokens=0 must be above 0"),
-        ({"shape": TRILLION}, "max_length=4096 is more than the 2048 learned positions"),
+        ({"recompute": "selective"}, "--recompute selective drops scores, which --attention flash never keeps"),
+        ({"recompute": "half"}, "--recompute half is not one of none, selective, full"),
+        ({"precision": "fp8"}, "--precision fp8 is not one of bf16, fp16, fp32"),
+        ({"zero_stage": 4}, "--zero_stage 4 is not one of 0, 1, 2, 3"),
+        ({"num_devices": 0}, "--num_devices 0 must be at least 1"),
+        ({"max_length": 10**400}, "--max_length 10+ must be at least 1, and at most 1,000,000,000"),
+        ({"mfu": 1.5}, "--mfu 1.5 must lie between 1e-06 and 1"),
+        ({"mfu": NAN}, "--mfu nan must lie"),
+        ({"efficiency": NAN}, "--efficiency nan must lie"),
+        ({"usable": NAN}, "--usable_memory nan must lie"),
+        ({"tokens": 0}, "--tokens 0 must be at least 1"),
+        ({"tokens": NAN}, "--tokens nan must be at least 1, and at most"),
+        ({"tokens": float("inf")}, "--tokens inf must be at least 1, and at most"),
+        ({"shape": TRILLION}, "--max_length 4096 is more than the 2048 learned positions"),
         (
             {"shape": TRILLION, "max_length": 2048},
-            "fits nowhere: of 72 GiB usable on each of 8 a100-80gb, the smallest",
+            r"fits nowhere: of 72.0 GiB usable on each of 8 a100-80gb, the smallest layout \(tensor 4, pipeline 2, "
+            r"recompute full, micro-batch 1\) needs 1.8 TiB: use more",
         ),
     ],
 )
@@ -151,7 +229,7 @@ def test_refused(fields, message):
 
 def test_experts_must_divide():
     mixture = Shape.from_config(preset("mixtral-8x7b"))
-    with pytest.raises(InputError, match="expert 3 does not divide num_local_experts=8"):
+    with pytest.raises(InputError, match="--expert_parallel 3 does not divide num_local_experts=8"):
         plan(request(shape=mixture, num_devices=64, expert_parallel=3))
     spread = plan(request(shape=mixture, num_devices=64, expert_parallel=8))
     assert all(each.layout.expert == 8 for each in spread)
@@ -171,6 +249,13 @@ def test_accelerate_casts_and_deepspeed_copies():
 def test_devices():
     cpu = find_device("cpu")
     assert cpu.memory > 2**30 and cpu.peak("fp32") > 0
+    half = find_device("cpu", processes=2)
+    assert (2 * half.memory, 2 * half.peak("fp32"), 2 * half.bandwidth) == (
+        cpu.memory,
+        cpu.peak("fp32"),
+        cpu.bandwidth,
+    )
+    assert half.per_node == 2
     with pytest.raises(InputError, match="--device 'tpu' is not one of h100, h200"):
         find_device("tpu")
     assert find_device("h100").peak("fp32") < find_device("h100").peak("bf16")

@@ -77,6 +77,20 @@ def test_named_shapes_are_shapes_of_the_family():
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=4"),
         ({"num_attention_heads": 128, "head_dim": None}, "hidden_size=64 is less than num_attention_heads=128"),
         ({"num_local_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok=3 must lie between"),
+        ({"num_local_experts": "8"}, "num_local_experts='8' must be a whole number of at least 0"),
+        ({"num_local_experts": -1}, "num_local_experts=-1 must be"),
+        ({"num_experts_per_tok": 1.5}, "num_experts_per_tok=1.5 must be a whole number of at least 1"),
+        ({"loss_chunk_size": "x"}, "loss_chunk_size='x' must be a whole number of at least 0"),
+        ({"loss_chunk_size": -4}, "loss_chunk_size=-4 must be"),
+        ({"attention_bias": "yes"}, "attention_bias='yes' must be true or false"),
+        ({"attention_output_bias": 1}, "attention_output_bias=1 must be true or false"),
+        ({"tie_word_embeddings": 0}, "tie_word_embeddings=0 must be true or false"),
+        ({"mlp_type": "foo"}, "mlp_type='foo' is not one of gated, plain"),
+        ({"mlp_type": ["gated"]}, r"mlp_type=\['gated'\] is not one of gated, plain"),
+        ({"position_embedding_type": "learnt"}, "position_embedding_type='learnt' is not one of rope, learned, none"),
+        ({"norm_type": "batchnorm"}, "norm_type='batchnorm' is not one of rmsnorm, layernorm"),
+        ({"hidden_size": 10**400}, "hidden_size=10+ must be a whole number of at least 1, and at most 1,000,000,000"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\] is not one of hfllm, llama"),
     ],
 )
 def test_bad_configs(change, message):
@@ -84,3 +98,18 @@ def test_bad_configs(change, message):
     with pytest.raises(InputError, match=message) as caught:
         Shape.from_config({**config, **change}, "my/config.json")
     assert str(caught.value).startswith("my/config.json: ")
+
+
+def test_a_bad_field_has_the_name_that_the_file_gives_it():
+    config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100}
+    with pytest.raises(InputError, match=r"^config: n_embd='64' must be"):
+        Shape.from_config({**config, "n_embd": "64"})
+    with pytest.raises(InputError, match=r"^config: n_layer is missing"):
+        Shape.from_config({**config, "n_layer": None})
+
+
+def test_choices_are_those_of_the_config():
+    from hfllm.models import configuration_hfllm
+    from hfllm.scaling.shapes import CHOICES
+
+    assert {name: configuration_hfllm.CHOICES[name] for name in CHOICES} == CHOICES
