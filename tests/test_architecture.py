@@ -30,7 +30,7 @@ ALLOWED = {
     "model_card": {"errors", "reporting", "hub_files"},
     "hub": {"errors", "reporting", "hub_files", "model_card"},
     "stage_data": {"cli", "data", "errors"},
-    "stage_models": {"data", "errors"},
+    "stage_models": {"data", "errors", "models"},
     "stages": {"cli", "data", "errors", "hub", "hub_files", "model_card", "reporting", "stage_data"},
     "mixtures": {"data", "errors", "stage_data"},
     "pretraining": {
