@@ -279,3 +279,20 @@ def test_what_cannot_work_is_refused(run, corpus, flags, message):
 def test_bad_mixtures_are_refused(run, corpus, mixture, message):
     with pytest.raises(InputError, match=message):
         run("--dataset_mixture", *(entry.format(corpus[0]) for entry in mixture))
+
+
+def test_a_new_model_has_the_named_architecture(corpus, tmp_path, make_config):
+    """And rows of the vocabulary's tables that no token has."""
+    make_config(vocab_size=512, hidden_size=32, norm_type="layernorm").save_pretrained(tmp_path / "config")
+    flags = ["--dataset_name", str(corpus[0]), "--config_name_or_path", str(tmp_path / "config")]
+    flags += ["--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--save_strategy", "no"]
+    pretrain.main(*pretrain.parse([*flags, "--max_length", "32"]))
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
+    assert (config.vocab_size, config.hidden_size, config.norm_type) == (512, 32, "layernorm")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) <= 512
+    with pytest.raises(InputError, match="--hidden_size cannot be used here: --config_name_or_path has it"):
+        pretrain.main(*pretrain.parse([*flags, "--hidden_size", "64", "--output_dir", str(tmp_path / "other")]))
+    too_small = ["--config_name_or_path", str(tmp_path / "small"), "--tokenizer_name_or_path", str(tmp_path / "out")]
+    make_config(vocab_size=40, hidden_size=32).save_pretrained(tmp_path / "small")
+    with pytest.raises(InputError, match=r"vocab_size=40 is less than the \d+ tokens of the tokenizer"):
+        pretrain.main(*pretrain.parse([*flags, *too_small, "--output_dir", str(tmp_path / "third")]))
