@@ -162,10 +162,11 @@ def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:
 def _read_paragraphs(file: Path) -> Iterator[str]:
     """What lines that are empty, or hold nothing but spaces, separate."""
     lines: list[str] = []
-    with file.open(encoding="utf-8-sig", errors="replace") as stream:
-        for line in chain(stream, ["\n"]):
-            lines.append(line)
-            if not line.strip():
+    with file.open("rb") as stream:
+        for undecoded in chain(stream, [b"\n"]):
+            # Line by line, so that what comes before one that is not UTF-8 is counted right.
+            lines.append(undecoded.decode("utf-8-sig").replace("\r\n", "\n"))
+            if not lines[-1].strip():
                 text = "".join(lines).strip()
                 if text:
                     yield text

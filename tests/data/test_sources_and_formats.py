@@ -152,6 +152,11 @@ def test_the_line_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n' + b'{"text": "two"}\n{"text": "\xff"}\n')
     with pytest.raises(InputError, match=r"a\.jsonl: not UTF-8 after row 2"):
         load_source(str(tmp_path / "a.jsonl"))
+    (tmp_path / "b.txt").write_bytes(b"one\r\nstill one\r\n\r\ntwo\n\nthree \xff\n")
+    with pytest.raises(InputError, match=r"b\.txt: not UTF-8 after row 2"):
+        load_source(str(tmp_path / "b.txt"))
+    (tmp_path / "b.txt").write_bytes(b"one\r\nstill one\r\n\r\ntwo\n")
+    assert [row["text"] for row in load_source(str(tmp_path / "b.txt")).rows] == ["one\nstill one", "two"]
 
 
 @pytest.mark.parametrize(
