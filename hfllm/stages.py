@@ -143,21 +143,19 @@ def stage_arguments(*parsed: Any, before: Mapping[str, Sequence[Any]] | None = N
         before: the parsed flags of the stages that it runs first, by name.
     """
     arguments = run_arguments(*parsed)
-    named = {
-        flag: arguments.get(flag) or ""
-        for flag in (
-            *("dataset_name", "model_name_or_path", "tokenizer_name_or_path"),
-            "teacher_model_name_or_path",
-        )
-    }
+    # What tells of a model's folder that it was written again.
     files = {
         "model_name_or_path": "config.json",
+        "config_name_or_path": "config.json",
         "tokenizer_name_or_path": "tokenizer.json",
         "teacher_model_name_or_path": "config.json",
+        "assistant_model_name_or_path": "config.json",
     }
+    named = {flag: arguments.get(flag) or "" for flag in ("dataset_name", *files)}
     named |= {entry: entry.rpartition(":")[0] for entry in arguments.get("dataset_mixture") or []}
     for flag, name in named.items():
-        path = Path(name) / files.get(flag, "")
+        path = Path(name)
+        path = path / files[flag] if flag in files and path.is_dir() else path
         if not name or name in (WORLD, PYDOC) or not path.exists():
             continue
         files_read = [path] if path.is_file() else source_files(name)

@@ -290,6 +290,9 @@ def test_a_new_model_has_the_named_architecture(corpus, tmp_path, make_config):
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
     assert (config.vocab_size, config.hidden_size, config.norm_type) == (512, 32, "layernorm")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) <= 512
+    make_config(vocab_size=512, hidden_size=32).save_pretrained(tmp_path / "config")
+    with pytest.raises(InputError, match="finished run with config_name_or_path changed at"):
+        pretrain.main(*pretrain.parse([*flags, "--max_length", "32"]))
     with pytest.raises(InputError, match="--hidden_size cannot be used here: --config_name_or_path has it"):
         pretrain.main(*pretrain.parse([*flags, "--hidden_size", "64", "--output_dir", str(tmp_path / "other")]))
     too_small = ["--config_name_or_path", str(tmp_path / "small"), "--tokenizer_name_or_path", str(tmp_path / "out")]
