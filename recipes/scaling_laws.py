@@ -48,7 +48,7 @@ class ScalingArguments(DataArguments):
     held_out_share: float = field(
         default=0.1, metadata={"help": "Share of the file's runs, those of most compute, that are predicted."}
     )
-    resamples: int = field(default=1000, metadata={"help": "Bootstrap resamples behind the 95% intervals."})
+    resamples: int = field(default=1000, metadata={"help": "Bootstrap resamples behind the 95%% intervals."})
     huber_delta: float = field(
         default=1e-3, metadata={"help": "Error in log loss from which on Huber's loss is linear."}
     )
