@@ -70,7 +70,7 @@ class ParametricLaw:
 
     def loss(self, parameters: float, tokens: float) -> float:
         """Nats a token of a model of `parameters` trained once on `tokens` (numbers, or arrays of them)."""
-        return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
+        return self.E + self.A * parameters**-self.alpha + self.B * tokens**-self.beta
 
     @property
     def exponents(self) -> tuple[float, float]:
