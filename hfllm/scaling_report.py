@@ -11,6 +11,7 @@ from hfllm.errors import InputError
 from hfllm.reporting import Plot
 from hfllm.scaling import laws
 from hfllm.scaling.fitting import COEFFICIENTS, Bootstrap, Fit
+from hfllm.scaling.forecast import CHINCHILLA, KAPLAN, Forecast
 from hfllm.scaling.isoflop import IsoFlop, frontier_law, isoflop_law, isoflops
 from hfllm.scaling.runs import Runs
 
@@ -22,18 +23,22 @@ class Study:
     """A law that was tested before it is used.
 
     Args:
-        small, small_resampled: fitted without the held-out runs; what their losses are predicted by.
+        forecast: fitted without the held-out runs; what their losses are predicted by.
         held_out: runs of more compute.
         whole, whole_resampled: fitted to all runs.
         tolerance: see `isoflops`.
     """
 
-    small: Fit
-    small_resampled: Bootstrap
+    forecast: Forecast
     held_out: Runs
     whole: Fit
     whole_resampled: Bootstrap
     tolerance: float
+
+    @property
+    def small(self) -> Fit:
+        """Chinchilla's law without the held-out runs."""
+        return self.forecast.fit
 
     @cached_property
     def budgets(self) -> list[IsoFlop]:
@@ -47,7 +52,11 @@ class Study:
 
     def metrics(self) -> dict[str, float]:
         """Numbers by the names that docs/scaling_laws.md explains."""
-        errors = self.small.relative_errors(self.held_out)
+        errors = self.forecast.errors(self.held_out)
+        by_form = {
+            f"held_out_error_{form}": float(abs(self.forecast.errors(self.held_out, form)).mean())
+            for form in (CHINCHILLA, KAPLAN)
+        }
         metrics = {
             **vars(self.whole.law),
             "objective": self.whole.objective,
@@ -58,6 +67,9 @@ class Study:
             "held_out_runs": len(self.held_out),
             "held_out_error": float(abs(errors).mean()),
             "held_out_error_max": float(abs(errors).max()),
+            **by_form,
+            "objective_without_held_out_chinchilla": self.small.objective,
+            "objective_without_held_out_kaplan": self.forecast.kaplan.objective,
             "held_out_compute_factor": self.largest / float(self.small.runs.compute.max()),
         }
         fall = float(self.small.runs.losses.min() - self.held_out.losses.min())
@@ -72,7 +84,7 @@ class Study:
         return {
             f"Coefficients (of the best {starts} starts, {best} end here)": self._coefficients(),
             "Compute-optimal size by approach": self._approaches(),
-            "Held-out runs": self._held_out(),
+            f"Held-out runs, by the form of law that fits the others better ({self.forecast.form})": self._held_out(),
             "What a budget is best spent on": self._budgets(budgets or [10 * self.largest]),
         }
 
@@ -117,8 +129,8 @@ class Study:
         for row in self.held_out.compute.argsort()[-MOST_HELD_OUT:]:
             columns = self.held_out.parameters, self.held_out.tokens, self.held_out.losses
             parameters, tokens, loss = (float(values[row]) for values in columns)
-            expected = self.small.law.loss(parameters, tokens)
-            low, high = self.small_resampled.interval(lambda law, at=(parameters, tokens): law.loss(*at))
+            expected, (low, high) = self.forecast.loss(parameters, tokens), self.forecast.interval(parameters, tokens)
+            other = CHINCHILLA if self.forecast.form == KAPLAN else KAPLAN
             rows.append(
                 {
                     "N": f"{parameters:.4g}",
@@ -129,6 +141,7 @@ class Study:
                     "to": f"{high:.4f}",
                     "measured": f"{loss:.4f}",
                     "error": f"{expected / loss - 1:+.2%}",
+                    f"by {other}": f"{self.forecast.loss(parameters, tokens, other):.4f}",
                 }
             )
         return rows
@@ -179,7 +192,7 @@ class Study:
                 "expected loss",
                 {"as expected": (ends, ends)},
                 points={
-                    label: (runs.losses, self.small.law.loss(runs.parameters, runs.tokens))
+                    label: (runs.losses, runs.losses * (1 + self.forecast.errors(runs)))
                     for label, runs in groups.items()
                 },
             ),
@@ -213,6 +226,9 @@ def expected_loss(law: laws.ParametricLaw, spent: laws.Allocation) -> float:
     return law.loss(spent.parameters, spent.tokens)
 
 
-def formula(law: laws.ParametricLaw) -> str:
+def formula(law: laws.ParametricLaw | laws.KaplanLaw) -> str:
     """The law as it is written down."""
+    if isinstance(law, laws.KaplanLaw):
+        power = law.alpha_N / law.alpha_D
+        return f"(({law.N_c:.4g} / N)^{power:.4g} + {law.D_c:.4g} / D)^{law.alpha_D:.4g}"
     return f"{law.E:.4g} + {law.A:.4g} / N^{law.alpha:.4g} + {law.B:.4g} / D^{law.beta:.4g}"

@@ -1,12 +1,12 @@
 """Fit a scaling law to runs, predict a larger one, say how to divide compute between model and data.
 
     python recipes/scaling_laws.py --runs runs.csv                       # columns N, D, loss, under common names
-    accelerate launch recipes/scaling_laws.py                            # train a small grid on the embedded world
+    accelerate launch recipes/scaling_laws.py                            # train a small grid on Python's documentation
     accelerate launch recipes/scaling_laws.py --dataset_name my_texts.jsonl
-    accelerate launch recipes/scaling_laws.py --probe                    # also: what the sizes can do, by two metrics
+    accelerate launch recipes/scaling_laws.py --dataset_name world --probe true   # also: what the sizes can do
 
-Without `--runs` a grid of small models is trained (runs that runs.csv holds already are taken from there), the law is
-fitted, a larger run is predicted, and then trained. docs/scaling_laws.md explains the laws and the report.
+Without `--runs` a grid of small models is trained (runs that runs.csv holds already are taken from there), two laws
+are fitted, a larger run is predicted by the better one, and then trained. docs/scaling_laws.md explains all of it.
 """
 
 import time
@@ -20,13 +20,7 @@ from hfllm.data.sources import WORLD
 from hfllm.errors import InputError
 
 PRETRAIN_CONFIG = Path(__file__).parent / "configs" / "pretrain" / "grid.yaml"
-# Short runs of all sizes, and long ones of the smallest: without any the fit sees no floor that the loss tends to.
-GRID = (
-    "32x2:250000,500000,1000000,2000000",
-    "48x2:250000,500000,1000000,2000000",
-    "64x3:250000,500000,1000000",
-    "96x3:250000,500000,1000000",
-)
+GRID = tuple(f"{width}x2:400000,800000,1600000" for width in (16, 24, 32, 48))
 COUNTS = {"total": "parameters", "non_embedding": "parameters_non_embedding"}
 TABLE_FLAGS = ("parameters_column", "tokens_column", "loss_column", "held_out_share")
 GRID_FLAGS = ("grid", "held_out_run", "count_parameters", "pretrain_config", "probe")
@@ -39,6 +33,13 @@ PROBE_FLAGS = ("probe", "probe_questions", "probe_shots")
 class ScalingArguments(DataArguments):
     """Runs to fit, or a grid of runs to train."""
 
+    dataset_name: str = field(
+        default="pydoc",
+        metadata={
+            "help": "Texts of the grid: 'pydoc', the documentation of this Python, 'world' (embedded), a local file "
+            "or folder, or a dataset id on the Hub."
+        },
+    )
     runs: str | None = field(
         default=None, metadata={"help": "CSV file of finished runs; without it a grid is trained."}
     )
@@ -64,7 +65,7 @@ class ScalingArguments(DataArguments):
         metadata={"help": "Models and the tokens that each is trained on, WIDTHxLAYERS:TOKENS,... once a model."},
     )
     held_out_run: str = field(
-        default="128x4:2000000",
+        default="64x3:2400000",
         metadata={"help": "The run that is predicted, WIDTHxLAYERS:TOKENS; of more compute than all of the grid."},
     )
     count_parameters: str = field(
@@ -130,25 +131,32 @@ def study_of(script_args: ScalingArguments, grid: "SmallGrid | None") -> Any:
 
     delta, sampling = script_args.huber_delta, (script_args.resamples, script_args.seed, script_args.huber_delta)
     if grid is not None:
-        small = fit_law(grid.small_runs(), delta)
-        resampled = bootstrap(small, *sampling)
-        held_out = grid.large_run(small, resampled)
-        both = zip(small.runs.columns, held_out.columns, strict=True)
+        forecast = forecast_of(grid.small_runs(), delta, sampling)
+        held_out = grid.large_run(forecast)
+        both = zip(forecast.fit.runs.columns, held_out.columns, strict=True)
         runs = Runs(*([*fitted, *predicted] for fitted, predicted in both))
     else:
         columns = script_args.parameters_column, script_args.tokens_column, script_args.loss_column
         runs = read_runs(script_args.runs, *columns)
         fitted, held_out = runs.split_by_compute(script_args.held_out_share)
         try:
-            small = fit_law(fitted, delta)
+            forecast = forecast_of(fitted, delta, sampling)
         except InputError as error:
             raise InputError(f"{script_args.runs}, without its {len(held_out)} largest run(s): {error}") from None
-        resampled = bootstrap(small, *sampling)
     try:
         whole = fit_law(runs, delta)
     except InputError as error:
         raise InputError(f"{script_args.runs or Path(script_args.output_dir) / 'runs.csv'}: {error}") from None
-    return Study(small, resampled, held_out, whole, bootstrap(whole, *sampling), script_args.isoflop_tolerance)
+    return Study(forecast, held_out, whole, bootstrap(whole, *sampling), script_args.isoflop_tolerance)
+
+
+def forecast_of(runs: Any, delta: float, sampling: tuple) -> Any:
+    """Both laws, fitted to the runs that nothing is held out of."""
+    from hfllm.scaling.fitting import bootstrap, fit_law
+    from hfllm.scaling.forecast import Forecast, fit_kaplan
+
+    fit = fit_law(runs, delta)
+    return Forecast(fit, bootstrap(fit, *sampling), fit_kaplan(runs, *sampling))
 
 
 def check(script_args: ScalingArguments) -> None:
@@ -174,7 +182,7 @@ def check(script_args: ScalingArguments) -> None:
             "it needs --probe",
         )
     is_world = script_args.dataset_name == WORLD
-    refuse(script_args.probe and not is_world, "--probe", "its questions are the embedded world's")
+    refuse(script_args.probe and not is_world, "--probe", "its questions are those of --dataset_name world")
     refuse(is_world and script_args.max_samples is not None, "--max_samples", "the world is as large as the runs need")
     for flag, least in (("resamples", 10), ("probe_questions", 1), ("probe_shots", 1)):
         if getattr(script_args, flag) < least:
@@ -270,17 +278,19 @@ class SmallGrid:
                 f"{largest[1]} with {largest[0]:.3g}: the run to predict must be larger than all of --grid"
             )
 
-    def large_run(self, fit: Any, resampled: Any) -> Any:
-        """Say what the law expects of the larger run, then train it."""
+    def large_run(self, forecast: Any) -> Any:
+        """Say what is expected of the larger run, then train it."""
         from hfllm.scaling_report import formula
 
         planned = self.grid.planned(self.large)
         parameters, tokens = planned[self.column], planned["tokens"]
-        low, high = resampled.interval(lambda law: law.loss(parameters, tokens))
+        low, high = forecast.interval(parameters, tokens)
         if main_process():
-            print(f"scaling_laws: L(N, D) = {formula(fit.law)}", flush=True)
+            for form, fit in (("chinchilla", forecast.fit), ("kaplan", forecast.kaplan)):
+                better = "fits better" if form == forecast.form else "fits worse"
+                print(f"scaling_laws: {form}, {better}: L(N, D) = {formula(fit.law)}", flush=True)
             print(
-                f"run {self.large.name}: {fit.law.loss(parameters, tokens):.4f} nats a token are expected "
+                f"run {self.large.name}: {forecast.loss(parameters, tokens):.4f} nats a token are expected "
                 f"(95% interval {low:.4f} to {high:.4f})",
                 flush=True,
             )

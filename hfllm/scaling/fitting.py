@@ -171,8 +171,7 @@ def bootstrap(fit: Fit, resamples: int = 1000, seed: int = 0, delta: float = DEL
     with fewer than six different runs, or without three different N and D, is drawn anew; of the others, those whose
     losses do not fall are left out.
     """
-    rng, runs = numpy.random.default_rng(seed), fit.runs
-    weights = numpy.array([_resample(rng, runs) for _ in range(resamples)], dtype=float)
+    runs, weights = fit.runs, resampled_weights(fit.runs, resamples, seed)
     each = HuberObjective(runs, delta)
     starts = each.to_centred(grid())
     best_starts = _best_starts(each, starts, weights, count=3)
@@ -212,6 +211,12 @@ def coefficients_of(points: numpy.ndarray) -> numpy.ndarray:
     with numpy.errstate(over="ignore"):
         a, b, e = numpy.exp(points[:, :3]).T
     return numpy.stack([e, a, b, points[:, 3], points[:, 4]], axis=1)
+
+
+def resampled_weights(runs: Runs, resamples: int, seed: int) -> numpy.ndarray:
+    """How often each run is drawn in each of the tables drawn with replacement, (S, R)."""
+    rng = numpy.random.default_rng(seed)
+    return numpy.array([_resample(rng, runs) for _ in range(resamples)], dtype=float)
 
 
 def _resample(rng: numpy.random.Generator, runs: Runs) -> numpy.ndarray:

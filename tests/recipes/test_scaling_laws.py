@@ -15,7 +15,14 @@ from hfllm.scaling_runs import COLUMNS, Grid, GridRun, embedding_parameters
 
 METRICS = {
     *("E", "A", "B", "alpha", "beta", "objective", "runs", "fit_error", "parameters_exponent"),
-    *("tokens_per_parameter", "held_out_runs", "held_out_error", "held_out_error_max", "held_out_compute_factor"),
+    *(
+        "tokens_per_parameter",
+        "held_out_runs",
+        "held_out_error",
+        "held_out_error_max",
+        "held_out_compute_factor",
+        "held_out_error_kaplan",
+    ),
 }
 
 
@@ -149,7 +156,7 @@ def test_a_fit_to_all_runs_that_is_refused_names_the_file(table, tmp_path, monke
         (["--grid", "33x1:1000"], "a width must be a multiple of 32, or even and below 64"),
         (["--grid", "72x1:1000"], "a width must be a multiple of 32, or even and below 64"),
         (["--grid", "32x1:1000,1000"], "a run comes twice"),
-        (["--held_out_run", "96x3:1000000"], "a run comes twice"),
+        (["--held_out_run", "48x2:1600000"], "a run comes twice"),
         (["--held_out_run", "64x2:1,2"], "--held_out_run '64x2:1,2': expected a single number of tokens"),
         (
             [
@@ -160,8 +167,8 @@ def test_a_fit_to_all_runs_that_is_refused_names_the_file(table, tmp_path, monke
             ],
             r"--held_out_run 32x1:3000 takes \S+ FLOPs, no more than the grid's 48x2-4000 with",
         ),
-        (["--max_samples", "10"], "--max_samples cannot be used here"),
-        (["--probe", "true", "--dataset_name", "texts.jsonl"], "--probe cannot be used here: its questions are"),
+        (["--max_samples", "10", "--dataset_name", "world"], "--max_samples cannot be used here"),
+        (["--probe", "true"], "--probe cannot be used here: its questions are those of --dataset_name world"),
     ],
 )
 def test_what_cannot_work_with_a_grid_is_refused_before_training(tmp_path, monkeypatch, flags, message):
@@ -175,7 +182,7 @@ def trained(tmp_path_factory):
     """A grid of nine tiny runs and a larger one, from nothing."""
     folder = tmp_path_factory.mktemp("grid")
     flags = ["--grid", *(f"{size}:10000,14000,20000" for size in ("32x1", "32x2", "48x2"))]
-    flags += ["--held_out_run", "64x2:30000", "--resamples", 10, "--output_dir", folder]
+    flags += ["--held_out_run", "64x2:30000", "--dataset_name", "world", "--resamples", 10, "--output_dir", folder]
     return folder, flags, run(*flags)
 
 

@@ -1,0 +1,138 @@
+"""What finished runs let a larger one expect, by whichever of two laws fits them better.
+
+Chinchilla's law adds what is lost by size and by data. Where a model is so small that more text no longer helps it,
+the loss is nearer to the larger of the two terms, as in Kaplan et al. 2020, arXiv:2001.08361, equation 1.5:
+L = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D. Both are fitted in the same way, to the same runs; the one of
+less Huber loss is believed. Kaplan's has four coefficients, Chinchilla's five.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy
+
+from hfllm.scaling.fitting import DELTA, Bootstrap, Fit, resampled_weights
+from hfllm.scaling.laws import KaplanLaw
+from hfllm.scaling.minimise import minimise
+from hfllm.scaling.runs import Runs
+
+CHINCHILLA, KAPLAN = "chinchilla", "kaplan"
+# Starts of a = alpha_N log N_c and b = alpha_D log D_c, N and D in units of the runs' means, of alpha_N and alpha_D.
+GRID = ((0, 0.5, 1, 1.5), (0, 0.5, 1, 1.5), (0.05, 0.1, 0.2, 0.4, 0.8), (0.05, 0.1, 0.2, 0.4, 0.8))
+
+
+class KaplanObjective:
+    """Huber's loss of log L and its gradient, at many points (a, b, alpha_N, alpha_D) at once.
+
+    Args:
+        runs: the table.
+        delta: where Huber's loss turns from square to linear.
+        weights: how often each run counts in each problem, (P, runs); each once by default.
+    """
+
+    def __init__(self, runs: Runs, delta: float = DELTA, weights: numpy.ndarray | None = None):
+        size, data = numpy.log(runs.parameters), numpy.log(runs.tokens)
+        self.centres = float(size.mean()), float(data.mean())
+        self.size, self.data, self.target = size - self.centres[0], data - self.centres[1], numpy.log(runs.losses)
+        self.delta, self.weights = delta, weights
+
+    def __call__(self, points: numpy.ndarray, problems: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """Values (P,) and gradients (P, 4) at points (P, 4); infinite where an exponent is not positive."""
+        with numpy.errstate(all="ignore"):
+            logs, slopes = log_losses(points, self.size, self.data)
+            residual = logs - self.target
+            inside = numpy.clip(residual, -self.delta, self.delta)
+            value = inside * (residual - inside / 2)
+            if self.weights is not None:
+                value, inside = value * self.weights[problems], inside * self.weights[problems]
+            gradient = numpy.stack([(inside * slope).sum(1) for slope in slopes], axis=1)
+            value = value.sum(1)
+        return numpy.where((points[:, 2:] > 0).all(1), value, numpy.inf), gradient
+
+
+def log_losses(
+    points: numpy.ndarray, size: numpy.ndarray, data: numpy.ndarray
+) -> tuple[numpy.ndarray, tuple[numpy.ndarray, ...]]:
+    """log L (P, R) at points (P, 4), and its derivatives by a, b, alpha_N and alpha_D."""
+    a, b, of_size, of_data = points.T[:, :, None]
+    size_term, data_term = (a - of_size * size) / of_data, (b - of_data * data) / of_data
+    total = numpy.logaddexp(size_term, data_term)
+    share = numpy.exp(size_term - total)
+    by_data_exponent = total - share * size_term - (1 - share) * (data + data_term)
+    return of_data * total, (share, 1 - share, -share * size, by_data_exponent)
+
+
+@dataclass(frozen=True)
+class KaplanFit:
+    """Kaplan's law, fitted.
+
+    Args:
+        point: a, b, alpha_N and alpha_D, (4,).
+        resampled: the same of tables drawn with replacement, (S, 4).
+        objective: the sum of Huber's losses at `point`.
+        centres: means of log N and log D.
+    """
+
+    point: numpy.ndarray
+    resampled: numpy.ndarray
+    objective: float
+    centres: tuple[float, float]
+
+    @property
+    def law(self) -> KaplanLaw:
+        """Its coefficients; the optimal size in there is the paper's, not that of these runs."""
+        a, b, of_size, of_data = map(float, self.point)
+        critical = numpy.exp(a / of_size + self.centres[0]), numpy.exp(b / of_data + self.centres[1])
+        return KaplanLaw(*map(float, critical), of_size, of_data)
+
+    def losses(self, parameters: float, tokens: float) -> numpy.ndarray:
+        """The loss by the fit and by each resample, (1 + S,)."""
+        at = numpy.array([numpy.log(parameters) - self.centres[0]]), numpy.array([numpy.log(tokens) - self.centres[1]])
+        return numpy.exp(log_losses(numpy.concatenate([self.point[None], self.resampled]), *at)[0][:, 0])
+
+
+def fit_kaplan(runs: Runs, resamples: int = 1000, seed: int = 0, delta: float = DELTA) -> KaplanFit:
+    """Kaplan's law of least Huber loss over `runs`, from a grid of starts, and fits to resamples that begin there."""
+    objective = KaplanObjective(runs, delta)
+    points, values = minimise(objective, numpy.array(list(itertools.product(*GRID)), dtype=float))
+    best = points[int(values.argmin())]
+    weighted = KaplanObjective(runs, delta, resampled_weights(runs, resamples, seed))
+    resampled, _ = minimise(weighted, numpy.tile(best, (resamples, 1)))
+    return KaplanFit(best, resampled, float(values.min()), objective.centres)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Two laws fitted to the same runs.
+
+    Args:
+        fit, resampled: Chinchilla's.
+        kaplan: Kaplan's.
+    """
+
+    fit: Fit
+    resampled: Bootstrap
+    kaplan: KaplanFit
+
+    @property
+    def form(self) -> str:
+        """The law that fits better."""
+        return KAPLAN if self.kaplan.objective < self.fit.objective else CHINCHILLA
+
+    def loss(self, parameters: float, tokens: float, form: str | None = None) -> float:
+        """The expected loss, in nats a token, by the better law or by `form`."""
+        if (form or self.form) == KAPLAN:
+            return float(self.kaplan.losses(parameters, tokens)[0])
+        return float(self.fit.law.loss(parameters, tokens))
+
+    def interval(self, parameters: float, tokens: float, level: float = 0.95) -> tuple[float, float]:
+        """The range of the better law's resamples."""
+        if self.form == CHINCHILLA:
+            return self.resampled.interval(lambda law: law.loss(parameters, tokens), level)
+        low, high = numpy.quantile(self.kaplan.losses(parameters, tokens)[1:], [(1 - level) / 2, (1 + level) / 2])
+        return float(low), float(high)
+
+    def errors(self, runs: Runs, form: str | None = None) -> numpy.ndarray:
+        """Expected over measured loss, less one, of each run (R,)."""
+        rows = zip(runs.parameters, runs.tokens, strict=True)
+        return numpy.array([self.loss(*row, form) for row in rows]) / runs.losses - 1
