@@ -82,10 +82,10 @@ class Study:
         """Titles and rows; `budgets` are FLOPs to divide, by default ten times the largest run's."""
         best, starts = self.whole.starts[1], self.whole.starts[0]
         return {
-            f"Coefficients (of the best {starts} starts, {best} end here)": self._coefficients(),
-            "Compute-optimal size by approach": self._approaches(),
-            f"Held-out runs, by the form of law that fits the others better ({self.forecast.form})": self._held_out(),
-            "What a budget is best spent on": self._budgets(budgets or [10 * self.largest]),
+            f"Coefficients of Chinchilla's law (of the best {starts} starts, {best} end here)": self._coefficients(),
+            "Compute-optimal size by approach, of Chinchilla's law": self._approaches(),
+            f"Held-out runs, predicted by the better law ({self.forecast.form})": self._held_out(),
+            "What a budget is best spent on, by Chinchilla's law": self._budgets(budgets or [10 * self.largest]),
         }
 
     def _coefficients(self) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hfllm.cli import DataArguments, finished_run, main_process, parse_recipe, run, run_arguments
-from hfllm.data.sources import WORLD
+from hfllm.data.sources import PYDOC, WORLD
 from hfllm.errors import InputError
 
 PRETRAIN_CONFIG = Path(__file__).parent / "configs" / "pretrain" / "grid.yaml"
@@ -34,7 +34,7 @@ class ScalingArguments(DataArguments):
     """Runs to fit, or a grid of runs to train."""
 
     dataset_name: str = field(
-        default="pydoc",
+        default=PYDOC,
         metadata={
             "help": "Texts of the grid: 'pydoc', the documentation of this Python, 'world' (embedded), a local file "
             "or folder, or a dataset id on the Hub."
@@ -151,7 +151,7 @@ def study_of(script_args: ScalingArguments, grid: "SmallGrid | None") -> Any:
 
 
 def forecast_of(runs: Any, delta: float, sampling: tuple) -> Any:
-    """Both laws, fitted to the runs that nothing is held out of."""
+    """Both laws, fitted to the runs that are not held out."""
     from hfllm.scaling.fitting import bootstrap, fit_law
     from hfllm.scaling.forecast import Forecast, fit_kaplan
 
@@ -183,6 +183,8 @@ def check(script_args: ScalingArguments) -> None:
         )
     is_world = script_args.dataset_name == WORLD
     refuse(script_args.probe and not is_world, "--probe", "its questions are those of --dataset_name world")
+    is_other = not is_world and not script_args.runs and script_args.world_seed != plain.world_seed
+    refuse(is_other, "--world_seed", "it is of --dataset_name world")
     refuse(is_world and script_args.max_samples is not None, "--max_samples", "the world is as large as the runs need")
     for flag, least in (("resamples", 10), ("probe_questions", 1), ("probe_shots", 1)):
         if getattr(script_args, flag) < least:
@@ -280,13 +282,14 @@ class SmallGrid:
 
     def large_run(self, forecast: Any) -> Any:
         """Say what is expected of the larger run, then train it."""
+        from hfllm.scaling.forecast import CHINCHILLA, KAPLAN
         from hfllm.scaling_report import formula
 
         planned = self.grid.planned(self.large)
         parameters, tokens = planned[self.column], planned["tokens"]
         low, high = forecast.interval(parameters, tokens)
         if main_process():
-            for form, fit in (("chinchilla", forecast.fit), ("kaplan", forecast.kaplan)):
+            for form, fit in ((CHINCHILLA, forecast.fit), (KAPLAN, forecast.kaplan)):
                 better = "fits better" if form == forecast.form else "fits worse"
                 print(f"scaling_laws: {form}, {better}: L(N, D) = {formula(fit.law)}", flush=True)
             print(

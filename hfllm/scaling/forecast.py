@@ -2,8 +2,8 @@
 
 Chinchilla's law adds what is lost by size and by data. Where a model is so small that more text no longer helps it,
 the loss is nearer to the larger of the two terms, as in Kaplan et al. 2020, arXiv:2001.08361, equation 1.5:
-L = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D. Both are fitted in the same way, to the same runs; the one of
-less Huber loss is believed. Kaplan's has four coefficients, Chinchilla's five.
+L = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D. Both are fitted by the same Huber loss, to
+the same runs; the one of less is believed. Kaplan's has four coefficients, Chinchilla's five.
 """
 
 import itertools
@@ -17,8 +17,10 @@ from hfllm.scaling.minimise import minimise
 from hfllm.scaling.runs import Runs
 
 CHINCHILLA, KAPLAN = "chinchilla", "kaplan"
-# Starts of a = alpha_N log N_c and b = alpha_D log D_c, N and D in units of the runs' means, of alpha_N and alpha_D.
+# Starts of a = alpha_N log N_c and b = alpha_D log D_c, N and D in units of the runs' geometric means, of alpha_N and
+# alpha_D; and how many of the points that they lead to each resample begins at.
 GRID = ((0, 0.5, 1, 1.5), (0, 0.5, 1, 1.5), (0.05, 0.1, 0.2, 0.4, 0.8), (0.05, 0.1, 0.2, 0.4, 0.8))
+FOLLOWED = 4
 
 
 class KaplanObjective:
@@ -80,25 +82,37 @@ class KaplanFit:
 
     @property
     def law(self) -> KaplanLaw:
-        """Its coefficients; the optimal size in there is the paper's, not that of these runs."""
+        """Its coefficients, to be shown; `losses` predicts.
+
+        A term that the runs do not have makes N_c or D_c zero or infinite. The optimal size in there is the paper's.
+        """
         a, b, of_size, of_data = map(float, self.point)
-        critical = numpy.exp(a / of_size + self.centres[0]), numpy.exp(b / of_data + self.centres[1])
+        with numpy.errstate(over="ignore"):
+            critical = numpy.exp(a / of_size + self.centres[0]), numpy.exp(b / of_data + self.centres[1])
         return KaplanLaw(*map(float, critical), of_size, of_data)
 
     def losses(self, parameters: float, tokens: float) -> numpy.ndarray:
         """The loss by the fit and by each resample, (1 + S,)."""
         at = numpy.array([numpy.log(parameters) - self.centres[0]]), numpy.array([numpy.log(tokens) - self.centres[1]])
-        return numpy.exp(log_losses(numpy.concatenate([self.point[None], self.resampled]), *at)[0][:, 0])
+        with numpy.errstate(all="ignore"):
+            return numpy.exp(log_losses(numpy.concatenate([self.point[None], self.resampled]), *at)[0][:, 0])
 
 
 def fit_kaplan(runs: Runs, resamples: int = 1000, seed: int = 0, delta: float = DELTA) -> KaplanFit:
-    """Kaplan's law of least Huber loss over `runs`, from a grid of starts, and fits to resamples that begin there."""
+    """Kaplan's law of least Huber loss over `runs`, from a grid of starts.
+
+    Resamples begin at the best of the points found, and at some of the others, each of another value.
+    """
     objective = KaplanObjective(runs, delta)
     points, values = minimise(objective, numpy.array(list(itertools.product(*GRID)), dtype=float))
-    best = points[int(values.argmin())]
-    weighted = KaplanObjective(runs, delta, resampled_weights(runs, resamples, seed))
-    resampled, _ = minimise(weighted, numpy.tile(best, (resamples, 1)))
-    return KaplanFit(best, resampled, float(values.min()), objective.centres)
+    order = numpy.argsort(values, kind="stable")
+    _, different = numpy.unique(values[order].round(9), return_index=True)
+    starts = points[order[different[:FOLLOWED]]]
+    weights = resampled_weights(runs, resamples, seed)
+    weighted = KaplanObjective(runs, delta, numpy.tile(weights, (len(starts), 1)))
+    found, losses = minimise(weighted, starts.repeat(resamples, axis=0))
+    best = losses.reshape(len(starts), resamples).argmin(0) * resamples + numpy.arange(resamples)
+    return KaplanFit(starts[0], found[best], float(values[order[0]]), objective.centres)
 
 
 @dataclass(frozen=True)
@@ -129,7 +143,8 @@ class Forecast:
         """The range of the better law's resamples."""
         if self.form == CHINCHILLA:
             return self.resampled.interval(lambda law: law.loss(parameters, tokens), level)
-        low, high = numpy.quantile(self.kaplan.losses(parameters, tokens)[1:], [(1 - level) / 2, (1 + level) / 2])
+        values = self.kaplan.losses(parameters, tokens)[1:]
+        low, high = numpy.quantile(values[numpy.isfinite(values)], [(1 - level) / 2, (1 + level) / 2])
         return float(low), float(high)
 
     def errors(self, runs: Runs, form: str | None = None) -> numpy.ndarray:

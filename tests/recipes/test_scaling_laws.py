@@ -15,14 +15,9 @@ from hfllm.scaling_runs import COLUMNS, Grid, GridRun, embedding_parameters
 
 METRICS = {
     *("E", "A", "B", "alpha", "beta", "objective", "runs", "fit_error", "parameters_exponent"),
-    *(
-        "tokens_per_parameter",
-        "held_out_runs",
-        "held_out_error",
-        "held_out_error_max",
-        "held_out_compute_factor",
-        "held_out_error_kaplan",
-    ),
+    *("tokens_per_parameter", "held_out_runs", "held_out_error", "held_out_error_max", "held_out_compute_factor"),
+    *("held_out_error_chinchilla", "held_out_error_kaplan"),
+    *("objective_without_held_out_chinchilla", "objective_without_held_out_kaplan"),
 }
 
 
@@ -73,6 +68,9 @@ def test_held_out_runs_do_not_enter_the_law_that_predicts_them(table, tmp_path):
     with table.open("w", newline="") as stream:
         csv.writer(stream).writerows(rows)
     shifted = run(*flags, tmp_path / "two")
+    for form in ("chinchilla", "kaplan"):
+        name = f"objective_without_held_out_{form}"
+        assert shifted[name] == honest[name]
     # What is expected stays the same: the error is that of losses a tenth higher.
     assert shifted["held_out_error"] == pytest.approx(1 - (1 + 0) / 1.1, abs=honest["held_out_error"] + 1e-6)
 
@@ -168,6 +166,7 @@ def test_a_fit_to_all_runs_that_is_refused_names_the_file(table, tmp_path, monke
             r"--held_out_run 32x1:3000 takes \S+ FLOPs, no more than the grid's 48x2-4000 with",
         ),
         (["--max_samples", "10", "--dataset_name", "world"], "--max_samples cannot be used here"),
+        (["--world_seed", "3"], "--world_seed cannot be used here: it is of --dataset_name world"),
         (["--probe", "true"], "--probe cannot be used here: its questions are those of --dataset_name world"),
     ],
 )
@@ -212,6 +211,8 @@ def test_finished_runs_are_not_trained_again(trained, capsys):
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("run ")]
     assert [line.split(":")[0] for line in printed] == ["run 32x2-14000", "run 64x2-30000"]
     assert "are expected (95% interval" in printed[1]
+    better = min("chinchilla", "kaplan", key=lambda form: metrics[f"objective_without_held_out_{form}"])
+    assert metrics["held_out_error"] == metrics[f"held_out_error_{better}"]
     assert again == pytest.approx(metrics, rel=1e-6)
     with pytest.raises(InputError, match="holds runs with"):
         (folder / "report.json").unlink()
