@@ -35,20 +35,27 @@ def recipe(name: str, output_dir: Path, *flags: Any) -> Path:
     return output_dir
 
 
-def reward_models(folder: Path, seed: int, model: Path) -> list[Path]:
-    """Five models on comparisons of their own, and one on as many as the five have together."""
+def reward_models(folder: Path, seed: int, model: Path, starts: list[Path]) -> list[Path]:
+    """Five models on comparisons of their own, and one on as many as the five have together.
+
+    Args:
+        folder: of the seed.
+        seed: of comparisons and heads.
+        model: the fine-tuned model, which the last one begins with.
+        starts: what each of the five begins with.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     kept = (CONFIGS / "reward" / "world.yaml").read_text().splitlines()
     kept = [line for line in kept if line.partition(":")[0] not in COMPARISONS]
     config = folder / "reward.yaml"
     config.write_text("\n".join([*kept, *(f"{name}: {value}" for name, value in COMPARISONS.items())]) + "\n")
-    flags = ["--config", config, "--model_name_or_path", model, "--num_eval_prompts", PROMPTS]
-    folders = [
-        recipe("reward", folder / f"reward_{number}", *flags, "--seed", 100 * seed + number)
-        for number in range(1, MEMBERS + 1)
-    ]
-    all_pairs = MEMBERS * COMPARISONS["num_pairs"]
-    return [*folders, recipe("reward", folder / "reward_all", *flags, "--seed", 100 * seed, "--num_pairs", all_pairs)]
+
+    def train(name: str, number: int, start: Path, *flags: Any) -> Path:
+        flags = ("--config", config, "--model_name_or_path", start, "--num_eval_prompts", PROMPTS, *flags)
+        return recipe("reward", folder / name, *flags, "--seed", 100 * seed + number)
+
+    members = [train(f"reward_{number}", number, start) for number, start in enumerate(starts, 1)]
+    return [*members, train("reward_all", 0, model, "--num_pairs", MEMBERS * COMPARISONS["num_pairs"])]
 
 
 def draw_samples(model: Path, file: Path) -> dict[str, list]:
@@ -164,13 +171,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--model_name_or_path", type=Path, help="The fine-tuned model, if there is one.")
+    parser.add_argument(
+        "--pretraining_seeds", type=int, nargs=MEMBERS, help="Pretrain and fine-tune a model for each of the five."
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/best_of_n"))
     args = parser.parse_args()
     folder, by_seed = args.output_dir, {}
     model = args.model_name_or_path or recipe("sft", folder / "sft", "--seed", args.seeds[0])
+    starts = [recipe("sft", folder / f"sft-{each}", "--seed", each) for each in args.pretraining_seeds or []]
     for seed in args.seeds:
         own = folder / f"seed-{seed}"
-        models = reward_models(own, seed, model)
+        models = reward_models(own, seed, model, starts or [model] * MEMBERS)
         drawn, file = draw_samples(model, folder / "samples.json"), own / "scores.json"
         if not file.is_file():
             file.write_text(json.dumps([scores_of(path, drawn) for path in models]))
