@@ -33,11 +33,8 @@ FIRST_STEPS, FOLLOWED = 20, 400
 FEWEST_RUNS = 6
 
 
-class HuberObjective:
-    """The objective of a fit and its gradient, for many points and weights of the runs at once.
-
-    N and D are centred in logarithms, so that a and alpha (b and beta) hardly depend on each other; `to_centred` and
-    `from_centred` go between the papers' (a, b, e, alpha, beta) and what is minimised.
+class CentredRuns:
+    """What every objective knows: logarithms of N and D less their means, of the losses, and how runs count.
 
     Args:
         runs: the table.
@@ -50,6 +47,16 @@ class HuberObjective:
         self.centres = float(size.mean()), float(data.mean())
         self.size, self.data, self.target = size - self.centres[0], data - self.centres[1], numpy.log(runs.losses)
         self.delta, self.weights = delta, weights
+
+
+class HuberObjective(CentredRuns):
+    """The objective of a fit and its gradient, for many points and weights of the runs at once.
+
+    N and D are centred in logarithms, so that a and alpha (b and beta) hardly depend on each other; `to_centred` and
+    `from_centred` go between the papers' (a, b, e, alpha, beta) and what is minimised.
+
+    Args: those of `CentredRuns`.
+    """
 
     def __call__(self, points: numpy.ndarray, problems: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
         """Values (P,) and gradients (P, 5) at centred points (P, 5) of the problems with these numbers (P,)."""

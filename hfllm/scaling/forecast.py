@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from hfllm.scaling.fitting import DELTA, Bootstrap, Fit, resampled_weights
+from hfllm.scaling.fitting import DELTA, Bootstrap, CentredRuns, Fit, resampled_weights
 from hfllm.scaling.laws import KaplanLaw
 from hfllm.scaling.minimise import minimise
 from hfllm.scaling.runs import Runs
@@ -23,20 +23,11 @@ GRID = ((0, 0.5, 1, 1.5), (0, 0.5, 1, 1.5), (0.05, 0.1, 0.2, 0.4, 0.8), (0.05, 0
 FOLLOWED = 4
 
 
-class KaplanObjective:
+class KaplanObjective(CentredRuns):
     """Huber's loss of log L and its gradient, at many points (a, b, alpha_N, alpha_D) at once.
 
-    Args:
-        runs: the table.
-        delta: where Huber's loss turns from square to linear.
-        weights: how often each run counts in each problem, (P, runs); each once by default.
+    Args: those of `CentredRuns`.
     """
-
-    def __init__(self, runs: Runs, delta: float = DELTA, weights: numpy.ndarray | None = None):
-        size, data = numpy.log(runs.parameters), numpy.log(runs.tokens)
-        self.centres = float(size.mean()), float(data.mean())
-        self.size, self.data, self.target = size - self.centres[0], data - self.centres[1], numpy.log(runs.losses)
-        self.delta, self.weights = delta, weights
 
     def __call__(self, points: numpy.ndarray, problems: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
         """Values (P,) and gradients (P, 4) at points (P, 4); infinite where an exponent is not positive."""
