@@ -34,6 +34,11 @@ class Rows:
     last: torch.Tensor
     sizes: list[int]
 
+    @property
+    def are_level(self) -> bool:
+        """Whether all rows have the same length."""
+        return min(self.sizes) == max(self.sizes)
+
 
 @dataclass
 class Proposal:
@@ -183,7 +188,8 @@ def draft_by(runner: RaggedModel, rows: Rows, steps: int, sampler: Sampler, catc
     columns = rows.lengths.unsqueeze(1) + offsets
     tokens, drafted, distributions = rows.tokens.gather(1, columns), [], []
     for step in range(steps):
-        logits = runner(tokens, columns, rows.last, max(rows.sizes) + step, logits=1)[:, -1]
+        level = rows.are_level and tokens.shape[1] == 1
+        logits = runner(tokens, columns, rows.last, max(rows.sizes) + step, logits=1, level=level)[:, -1]
         token, probs = sampler.draft(logits)
         drafted.append(token)
         distributions.append(probs)

@@ -9,29 +9,23 @@ Shapes: B rows, Q new tokens of each, N = B * Q tokens, H query heads, K key-val
 W columns of the cache that are looked at, V vocabulary size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.activations import SiLUActivation
 
 from hfllm.errors import InputError
-from hfllm.generation.projections import Function, has_int8, joined
-from hfllm.models.modeling_hfllm import (
-    HfllmDecoderLayer,
-    HfllmForCausalLM,
-    HfllmMLP,
-    HfllmRMSNorm,
-    apply_rotary_pos_emb,
-)
+from hfllm.generation.lean_layer import LeanLayer, Rotation, additive, norm_of, turns_pairs
+from hfllm.generation.projections import Projection, has_int8, joined
+from hfllm.models.modeling_hfllm import HfllmForCausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hfllm.generation.ragged_cache import RaggedCache, RaggedLayer
+    from hfllm.generation.ragged_cache import RaggedCache
 
 # Elements of each weight that are compared to see whether it has changed since it was copied.
 SAMPLE = 64
@@ -108,14 +102,16 @@ class LeanModel:
         self.trunk, config, self.logit_scale = model.model, model.config, model.config.logit_scale
         self.sources = [(each, _version(each), each.data_ptr(), _sample(each)) for each in model.parameters()]
 
-        def make(linears: Sequence[nn.Linear]) -> Function:
+        def make(linears: Sequence[nn.Linear]) -> Projection:
             return joined(linears, int8=scheme == "int8")
 
+        self.turns = turns_pairs(model)
         with torch.inference_mode(False), torch.no_grad():
             layers = model.model.layers[: config.num_hidden_layers]
-            self.layers = [LeanLayer(layer, config, make) for layer in layers]
+            self.layers = [LeanLayer(layer, config, make, self.turns) for layer in layers]
             self.head = make([model.lm_head])
-        self.norm, self.groups = norm_of(model.model.norm), config.num_attention_heads // config.num_key_value_heads
+            self.norm = norm_of(model.model.norm)
+        self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
         self.tables: tuple[torch.Tensor, ...] | None = None
 
     def is_current(self, model: HfllmForCausalLM) -> bool:
@@ -160,7 +156,7 @@ class LeanModel:
         states, rotation = self._embed(input_ids, position_ids, cache)
         states = states.flatten(0, 1)
         if attention_mask is not None:
-            attention_mask = additive(attention_mask, self.groups, states.dtype)
+            attention_mask = additive(attention_mask, self.heads // self.key_heads, states.dtype)
         for layer, kept in zip(self.layers, cache.layers, strict=False):
             states = layer(states, rows, rotation, attention_mask, kept)
         if logits_to_keep and logits_to_keep < length:
@@ -172,15 +168,18 @@ class LeanModel:
 
     def _embed(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: "RaggedCache"
-    ) -> tuple[torch.Tensor, Any]:
-        """The first layer's input (B, Q, E), and cosines and sines, each (B, Q, 1, R), where there are any."""
-        rotary = getattr(self.trunk, "rotary_emb", None)
-        if rotary is None or rotary.rope_type not in FIXED_ROTARY:
-            states, rotation = self.trunk._embed(self.trunk.embed_tokens(input_ids), position_ids)
-            return states, None if rotation is None else tuple(part.transpose(1, 2) for part in rotation)
+    ) -> tuple[torch.Tensor, Rotation | None]:
+        """The first layer's input (B, Q, E), and how its heads are turned, if they are."""
         states = self.trunk.embed_tokens(input_ids)
-        tables = self._rotary_tables(states, rotary, cache.capacity)
-        return states, tuple(F.embedding(position_ids, table).unsqueeze(2) for table in tables)
+        rotary = getattr(self.trunk, "rotary_emb", None)
+        if rotary is None:
+            return self.trunk._embed(states, position_ids)
+        if rotary.rope_type not in FIXED_ROTARY:
+            cosines, sines = (part.transpose(1, 2) for part in rotary(states, position_ids))
+        else:
+            tables = self._rotary_tables(states, rotary, cache.capacity)
+            cosines, sines = (F.embedding(position_ids, table).unsqueeze(2) for table in tables)
+        return states, self._turn(cosines, sines) if self.turns else (cosines, sines)
 
     def _rotary_tables(self, states: torch.Tensor, rotary: nn.Module, positions: int) -> tuple[torch.Tensor, ...]:
         """Cosines and sines of that many positions at least, each (positions, R)."""
@@ -189,107 +188,14 @@ class LeanModel:
             self.tables = tuple(part[0, 0].contiguous() for part in rotary(states, every))
         return self.tables
 
-
-class LeanLayer:
-    """`HfllmDecoderLayer.forward` over tokens (N, E), for every axis of the family.
-
-    Args:
-        layer: the layer.
-        config: the model's.
-        make: joins linear layers into a function.
-    """
-
-    def __init__(self, layer: HfllmDecoderLayer, config: Any, make: Callable[[Sequence[nn.Linear]], Function]):
-        attention = layer.self_attn
-        self.is_post, self.is_parallel = layer.norm_placement == "post", layer.parallel_block
-        self.input_norm = norm_of(layer.input_layernorm)
-        self.mlp_norm = None
-        if not (layer.parallel_block and layer.shared_norm):
-            self.mlp_norm = norm_of(layer.post_attention_layernorm)
-        self.heads, self.key_heads, self.size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.scaling = attention.scaling
-        self.qkv = make([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.o_proj = make([attention.o_proj])
-        self.q_norm = None if attention.q_norm is None else norm_of(attention.q_norm)
-        self.k_norm = None if attention.k_norm is None else norm_of(attention.k_norm)
-        self.mlp = mlp_of(layer.mlp, make)
-
-    def __call__(
-        self,
-        states: torch.Tensor,
-        rows: int,
-        rotation: tuple[torch.Tensor, torch.Tensor] | None,
-        mask: torch.Tensor | None,
-        kept: "RaggedLayer",
-    ) -> torch.Tensor:
-        if self.is_post:
-            states = self.input_norm(states + self._attention(states, rows, rotation, mask, kept))
-            return self.mlp_norm(states + self.mlp(states))
-        normed = self.input_norm(states)
-        attended = states + self._attention(normed, rows, rotation, mask, kept)
-        if self.is_parallel:
-            return attended + self.mlp(normed if self.mlp_norm is None else self.mlp_norm(states))
-        return attended + self.mlp(self.mlp_norm(attended))
-
-    def _attention(
-        self,
-        states: torch.Tensor,
-        rows: int,
-        rotation: tuple[torch.Tensor, torch.Tensor] | None,
-        mask: torch.Tensor | None,
-        kept: "RaggedLayer",
-    ) -> torch.Tensor:
-        heads, key_heads, size = self.heads, self.key_heads, self.size
-        # (B, Q, H + 2K, D)
-        qkv = self.qkv(states).view(rows, -1, heads + 2 * key_heads, size)
-        qk, value = qkv[:, :, : heads + key_heads], qkv[:, :, heads + key_heads :]
-        if self.q_norm is not None:
-            qk = torch.cat((self.q_norm(qk[:, :, :heads]), self.k_norm(qk[:, :, heads:])), dim=2)
-        if rotation is not None:
-            qk = apply_rotary_pos_emb(qk, *rotation)
-        key, value = kept.store(qk[:, :, heads:], value)
-        # The queries of the heads that share keys stand below each other: (B, K, H / K * Q, D).
-        query, length, groups = qk[:, :, :heads], qk.shape[1], heads // key_heads
-        if length == 1:
-            query = query.reshape(rows, key_heads, groups, size)
-        else:
-            query = query.unflatten(2, (key_heads, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scaling)
-        if length > 1:
-            output = output.unflatten(2, (groups, length)).permute(0, 3, 1, 2, 4)
-        return self.o_proj(output.reshape(rows * length, heads * size))
-
-
-def norm_of(norm: nn.Module) -> Function:
-    """A norm as a function of its input alone."""
-    if type(norm) is HfllmRMSNorm and not norm.unit_offset and norm.weight.dtype == torch.float32:
-        shape, eps = norm.weight.shape, norm.eps
-        return lambda states: torch.rms_norm(states, shape, norm.weight, eps)
-    return norm
-
-
-def mlp_of(mlp: nn.Module, make: Callable[[Sequence[nn.Linear]], Function]) -> Function:
-    """An MLP as a function (N, E) to (N, E); a mixture of experts stays what it is."""
-    if type(mlp) is not HfllmMLP:
-        return mlp
-    activate = F.silu if isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation)) else mlp.act_fn
-    down = make([mlp.down_proj])
-    if not mlp.is_gated:
-        up = make([mlp.up_proj])
-        return lambda states: down(activate(up(states)))
-    both, width = make([mlp.gate_proj, mlp.up_proj]), mlp.gate_proj.out_features
-
-    def gated(states: torch.Tensor) -> torch.Tensor:
-        gate, up = both(states).split(width, dim=-1)
-        return down(activate(gate).mul_(up))
-
-    return gated
-
-
-def additive(mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to the scores of queries that stand below each other: (B, 1, Q, W) to (B, 1, groups * Q, W)."""
-    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-    return added.repeat(1, 1, groups, 1) if groups > 1 else added
+    def _turn(self, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+        """As complex numbers (B * Q, H + 2K, D / 2), 1 for the values: all heads are turned by one product."""
+        half = cosines.shape[-1] // 2
+        # The second halves: the sines of the first ones are negated (`HfllmRotaryEmbedding`).
+        turns = torch.complex(cosines[..., half:], sines[..., half:]).flatten(0, 1)
+        stay = torch.ones_like(turns[:, :, :1])
+        turned = self.heads + self.key_heads
+        return torch.cat((turns.expand(-1, turned, -1), stay.expand(-1, self.key_heads, half)), dim=1)
 
 
 def _version(parameter: nn.Parameter) -> int:

@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 Function = Callable[[torch.Tensor], torch.Tensor]
+# (N, I) and, to be added to the result, (N, O) or nothing.
+Projection = Callable[..., torch.Tensor]
 
 # Weights below this size stay in the processor's cache, where the plain product has the smaller overhead.
 PACKED_FROM = 2**18
@@ -20,11 +22,12 @@ LARGEST_INT8 = 127
 FBGEMM = "fbgemm_linear_int8_weight_fp32_activation"
 
 
-def joined(linears: Sequence[nn.Linear], int8: bool = False) -> Function:
+def joined(linears: Sequence[nn.Linear], int8: bool = False) -> Projection:
     """Layers that read the same input as one function, (N, I) to (N, O), their outputs side by side.
 
-    On a CPU the weights are copied: joined, packed for oneDNN where they are large, or rounded to int8 with a scale
-    for each row. Elsewhere the layers run one after the other on the weights as they are.
+    Its second argument, (N, O) if it is given, is added to the result: some kernels do that on the way. On a CPU the
+    weights are copied: joined, packed for oneDNN where they are large, or rounded to int8 with a scale for each row.
+    Elsewhere the layers run one after the other on the weights as they are.
     """
     weights = [linear.weight.detach() for linear in linears]
     if weights[0].device.type != "cpu":
@@ -35,7 +38,7 @@ def joined(linears: Sequence[nn.Linear], int8: bool = False) -> Function:
         return _int8(weight, bias)
     if weight.numel() >= PACKED_FROM and packs(weight.dtype):
         return _packed(weight, bias)
-    return lambda states: F.linear(states, weight, bias)
+    return _plain(weight, bias)
 
 
 def packs(dtype: torch.dtype) -> bool:
@@ -52,11 +55,27 @@ def has_int8(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype == torch.float32 and "fbgemm" in torch.backends.quantized.supported_engines
 
 
-def _one_by_one(linears: Sequence[nn.Linear]) -> Function:
+def _one_by_one(linears: Sequence[nn.Linear]) -> Projection:
     if len(linears) == 1:
         only = linears[0]
-        return lambda states: F.linear(states, only.weight, only.bias)
-    return lambda states: torch.cat([F.linear(states, each.weight, each.bias) for each in linears], dim=-1)
+        return added(lambda states: F.linear(states, only.weight, only.bias))
+    return added(lambda states: torch.cat([F.linear(states, each.weight, each.bias) for each in linears], dim=-1))
+
+
+def added(function: Function) -> Projection:
+    """A function with the second argument of a projection."""
+    return lambda states, onto=None: function(states) if onto is None else onto + function(states)
+
+
+def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
+    if bias is not None:
+        return added(lambda states: F.linear(states, weight, bias))
+    transposed = weight.t()
+
+    def function(states: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.mm(states, transposed) if onto is None else torch.addmm(onto, states, transposed)
+
+    return function
 
 
 def _joined_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
@@ -67,13 +86,13 @@ def _joined_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
     return torch.cat([each.weight.new_zeros(each.out_features) if bias is None else bias for each, bias in pairs])
 
 
-def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Function:
+def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_TOKENS)
     multiply = torch.ops.mkldnn._linear_pointwise.default
-    return lambda states: multiply(states, packed, bias, "none", [], "")
+    return added(lambda states: multiply(states, packed, bias, "none", [], ""))
 
 
-def _int8(weight: torch.Tensor, bias: torch.Tensor | None) -> Function:
+def _int8(weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
     """Weights in int8 with a scale for each row; inputs are quantized as they come."""
     scale = weight.abs().amax(dim=1) / LARGEST_INT8
     # A row of zeros has no magnitude, and any scale stores it.
@@ -84,7 +103,7 @@ def _int8(weight: torch.Tensor, bias: torch.Tensor | None) -> Function:
         output = product(states).mul_(scale)
         return output if bias is None else output.add_(bias)
 
-    return function
+    return added(function)
 
 
 def _fbgemm(weight: torch.Tensor) -> Function:

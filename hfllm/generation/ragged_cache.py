@@ -26,7 +26,7 @@ MOST_LOGITS = 2**26
 
 
 class RaggedLayer(CacheLayerMixin):
-    """Keys and values of one layer, each (B, C, K, D); allocated at the first update, when their sizes are known."""
+    """Keys and values of one layer side by side, (B, C, F); allocated at the first update, when sizes are known."""
 
     is_sliding = False
     is_compileable = True
@@ -36,37 +36,52 @@ class RaggedLayer(CacheLayerMixin):
         self.cache = cache
 
     def lazy_initialization(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Allocate for what comes as (B, Q, K, D)."""
+        """Allocate for what comes as (B, K, Q, D)."""
+        self.allocate(keys, len(keys), *((part.shape[1], part.shape[3]) for part in (keys, values)))
+
+    def allocate(
+        self, like: torch.Tensor, rows: int, key_sizes: tuple[int, int], value_sizes: tuple[int, int]
+    ) -> None:
+        """Allocate for heads of these numbers and sizes, on the device and in the type of `like`."""
+        self.sizes = key_sizes, value_sizes
         # Zeros: a masked column that held a NaN would still spoil the sum.
-        self.keys = keys.new_zeros(len(keys), self.cache.capacity, *keys.shape[2:])
-        self.values = values.new_zeros(len(values), self.cache.capacity, *values.shape[2:])
-        self._look()
+        self._look(like.new_zeros(rows, self.cache.capacity, sum(heads * size for heads, size in self.sizes)))
         self.is_initialized = True
 
-    def _look(self) -> None:
+    def _look(self, states: torch.Tensor) -> None:
         """Make the views that are written to, cell by cell, and read from, (B, K, C, D): once, not at every token."""
-        self.key_cells, self.value_cells = self.keys.flatten(0, 1), self.values.flatten(0, 1)
-        self.key_heads, self.value_heads = self.keys.transpose(1, 2), self.values.transpose(1, 2)
+        self.states, self.cells = states, states.flatten(0, 1)
+        parts = [heads * size for heads, size in self.sizes]
+        self.key_cells, self.value_cells = self.cells.split(parts, dim=-1)
+        self.keys, self.values = (
+            part.unflatten(-1, sizes).transpose(1, 2)
+            for part, sizes in zip(states.split(parts, dim=-1), self.sizes, strict=True)
+        )
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop all rows but these."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
-        self._look()
+        self._look(self.states[rows])
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store (B, K, Q, D) in the columns that the cache names; return all (B, K, width, D)."""
-        return self.store(key_states.transpose(1, 2), value_states.transpose(1, 2))
-
-    def store(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same with new keys and values as (B, Q, K, D)."""
         if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-        cells, width = self.cache.cells.to(self.keys.device), self.cache.width
-        self.key_cells.index_copy_(0, cells, keys.flatten(0, 1))
-        self.value_cells.index_copy_(0, cells, values.flatten(0, 1))
-        return self.key_heads[:, :, :width], self.value_heads[:, :, :width]
+            self.lazy_initialization(key_states, value_states)
+        at = self.cache.cells.to(self.states.device)
+        self.key_cells.index_copy_(0, at, key_states.transpose(1, 2).flatten(2).flatten(0, 1))
+        self.value_cells.index_copy_(0, at, value_states.transpose(1, 2).flatten(2).flatten(0, 1))
+        return self.seen()
+
+    def store(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for keys and values that lie side by side, (B * Q, F), once there is room."""
+        self.cells.index_copy_(0, self.cache.cells, states)
+        return self.seen()
+
+    def seen(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the columns that are looked at, (B, K, width, D)."""
+        width = self.cache.width
+        return self.keys.narrow(2, 0, width), self.values.narrow(2, 0, width)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.width, 0
@@ -133,12 +148,20 @@ class RaggedModel:
         self.lean = forward if isinstance(forward, LeanModel) else None
         self.cache = cache or RaggedCache(config.num_hidden_layers, capacity)
         self.windows = attention_windows(config)
+        # Of a model that takes no mask for one, and has no layer that looks back a window only.
+        self.sees_all = self.lean is not None and set(self.windows.values()) == {None}
         self.is_eager = config._attn_implementation == "eager"
         self.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self.vocabulary = config.vocab_size
 
     def __call__(
-        self, tokens: torch.Tensor, columns: torch.Tensor, last: torch.Tensor, longest: int, logits: int = 0
+        self,
+        tokens: torch.Tensor,
+        columns: torch.Tensor,
+        last: torch.Tensor,
+        longest: int,
+        logits: int = 0,
+        level: bool = False,
     ) -> torch.Tensor:
         """Logits (B, Q, V) of `tokens` (B, Q) that are written to `columns` (B, Q).
 
@@ -147,13 +170,14 @@ class RaggedModel:
                 exist in the model.
             longest: columns in use after this call.
             logits: only those of that many last tokens; 0 is all.
+            level: whether there is one token of each row, and all in the same column.
         """
         width = self.cache.capacity if self.static else longest
         self.cache.place(columns, width)
         keep = {"logits_to_keep": logits} if self.keeps_logits else {}
         output = self.forward(
             input_ids=tokens,
-            attention_mask=self._mask(columns, width),
+            attention_mask=None if level and self.sees_all else self._mask(columns, width),
             position_ids=columns.minimum(last.unsqueeze(1)),
             cache=self.cache,
             use_cache=True,
@@ -187,10 +211,8 @@ class RaggedModel:
         self.forward = forward
         return logits[:, -1:]
 
-    def _mask(self, columns: torch.Tensor, width: int) -> torch.Tensor | dict[str, torch.Tensor] | None:
+    def _mask(self, columns: torch.Tensor, width: int) -> torch.Tensor | dict[str, torch.Tensor]:
         """Who sees whom, (B, 1, Q, width): columns up to one's own, and within the window where there is one."""
-        if self.lean and columns.numel() == 1 and set(self.windows.values()) == {None}:
-            return None
         behind = columns[:, None, :, None] - torch.arange(width, device=columns.device)
         masks = {}
         for kind, window in self.windows.items():

@@ -203,9 +203,9 @@ class _Run:
         """Go on without drafts: a run, a token of each row, and as little as can be between them."""
         rows = self.rows
         columns, last, longest = rows.lengths.unsqueeze(1) - 1, rows.last, max(rows.sizes)
-        tokens = rows.tokens.gather(1, columns)
+        tokens, level = rows.tokens.gather(1, columns), rows.are_level
         while self.is_running():
-            logits = self.target(tokens, columns, last, longest)
+            logits = self.target(tokens, columns, last, longest, level=level)
             tokens, columns, longest = (
                 self.options.sampler.draft(logits[:, -1])[0].unsqueeze(1),
                 columns + 1,
@@ -225,6 +225,7 @@ class _Run:
                 self.target.cache.keep(index)
                 self.running = [self.running[row] for row in kept]
                 longest = int(columns.max()) + 1
+                level = longest == int(columns.min()) + 1
 
     def step(self) -> None:
         """Draft, judge, append; then let go of rows that have ended."""
@@ -234,7 +235,8 @@ class _Run:
         end = rows.lengths.unsqueeze(1) - 1
         window = torch.cat((rows.tokens.gather(1, end), proposal.tokens), dim=1)
         columns = end + torch.arange(drafted + 1, device=end.device)
-        self._judge(proposal, self.target(window, columns, rows.last, max(rows.sizes) + drafted))
+        level = rows.are_level and drafted == 0
+        self._judge(proposal, self.target(window, columns, rows.last, max(rows.sizes) + drafted, level=level))
 
     def _judge(self, proposal: Proposal, logits: torch.Tensor) -> None:
         """Accept what the logits (B, G + 1, V) allow, and append it."""
