@@ -188,6 +188,7 @@ class Grid:
 
         from hfllm import pretraining
         from hfllm.evaluation.perplexity import fit_of
+        from hfllm.pretraining_watch import stop_if_broken
         from hfllm.trainers.monitors import LossSpikeGuard
 
         began, planned = time.perf_counter(), self.planned(run)
@@ -202,7 +203,7 @@ class Grid:
             trainer.remove_callback(callback)
         trainer.add_callback(LossSpikeGuard(action=script_args.loss_spikes))
         trainer.train()
-        pretraining.stop_if_broken(trainer)
+        stop_if_broken(trainer)
         loss = fit_of(trainer.model, tokenizer, test_texts, script_args.max_length)
         trainer.save_model(str(self.model_folder(run)))
         seconds = round(time.perf_counter() - began, 1)

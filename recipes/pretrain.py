@@ -150,7 +150,7 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     """Pretrain, save model and tokenizer, write the report. Returns the metrics."""
     from transformers import set_seed
 
-    from hfllm import pretraining
+    from hfllm import pretraining, pretraining_watch
     from hfllm.data.prepared import Prepared
     from hfllm.mixtures import load_sources
     from hfllm.stage_models import fitting_length
@@ -176,18 +176,18 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     with gathered(model):
         trainer, mixed = build(script_args, training_args, model, tokenizer, sources, test_texts, prepared)
     use_plain_lines(trainer)
-    samples = pretraining.watch(trainer, script_args, tokenizer, train_texts, test_texts)
+    samples = pretraining_watch.watch(trainer, script_args, tokenizer, train_texts, test_texts)
     train(trainer, stage.checkpoint)
-    pretraining.stop_if_broken(trainer)
+    pretraining_watch.stop_if_broken(trainer)
     losses = trainer.evaluate()
     trainer.save_model()
     metrics = {
         "train_loss": next(entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry),
         "eval_loss": losses["eval_loss"],
-        **pretraining.held_out_metrics(script_args, trainer.model, tokenizer, train_texts, test_texts),
+        **pretraining_watch.held_out_metrics(script_args, trainer.model, tokenizer, train_texts, test_texts),
         "parameters": model.num_parameters(),
         "documents": len(train_texts),
-        "tokens_per_second": pretraining.mean_speed(trainer.state.log_history),
+        "tokens_per_second": pretraining_watch.mean_speed(trainer.state.log_history),
         **used,
     }
     summary = f"{metrics['parameters']:,} parameters, held-out loss {metrics['eval_loss']:.3f} nats a token"

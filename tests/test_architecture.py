@@ -34,11 +34,12 @@ ALLOWED = {
     "stages": {"cli", "data", "errors", "hub", "hub_files", "model_card", "reporting", "stage_data"},
     "mixtures": {"data", "errors", "stage_data"},
     "pretraining": {
-        *("data", "errors", "evaluation", "mixtures", "models", "scaling", "trainers"),
+        *("data", "errors", "mixtures", "models", "trainers"),
         *("stage_data", "stage_models", "stages"),
     },
+    "pretraining_watch": {"errors", "evaluation", "scaling", "trainers"},
     "scaling_runs": {
-        *("cli", "data", "errors", "evaluation", "pretraining", "reporting", "trainers"),
+        *("cli", "data", "errors", "evaluation", "pretraining", "pretraining_watch", "reporting", "trainers"),
         *("stage_data", "stage_models", "stages"),
     },
     "scaling_report": {"errors", "reporting", "scaling"},

@@ -1,0 +1,114 @@
+"""Watching a pretraining run and judging what it made: speed, samples, a guard against spikes, held-out metrics."""
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from hfllm.errors import InputError
+
+# What the n-gram model is trained on: it is kept in memory whole.
+MOST_NGRAM_BYTES = 1 << 24
+
+
+def watch(
+    trainer: Any, script_args: Any, tokenizer: Any, train_texts: Sequence[str], test_texts: Sequence[str]
+) -> Callable[[], list[dict]] | None:
+    """Log throughput and bits a byte, guard against spikes, sample now and then. Returns what gives the samples."""
+    from pathlib import Path
+
+    from hfllm.scaling.flops import palm_flops_per_token
+    from hfllm.trainers.monitors import LossSpikeGuard, ThroughputCallback, add_to_logs
+    from hfllm.trainers.samples import SampleCallback
+
+    model, args = trainer.model, trainer.args
+    plan = getattr(trainer, "plan", None)
+    if plan is None:
+        args.include_num_input_tokens_seen = "non_padding"
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    shape = (config.num_hidden_layers, heads, config.hidden_size // heads, script_args.max_length)
+    flops = palm_flops_per_token(multiplied_parameters(model), *shape) if script_args.peak_flops else None
+    throughput = ThroughputCallback(
+        tokens_per_step=None if plan is None else lambda step: plan.tokens_at(step) - plan.tokens_at(step - 1),
+        flops_per_token=flops,
+        peak_flops=script_args.peak_flops,
+        **({} if script_args.objective == "masked" else {"bytes_per_token": bytes_per_token(train_texts, tokenizer)}),
+    )
+    add_to_logs(trainer, throughput)
+    trainer.add_callback(LossSpikeGuard(action=script_args.loss_spikes))
+    is_split = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if script_args.objective == "masked" or script_args.sample_steps == 0 or is_split:
+        return None
+    steps = len(plan) if plan is not None else max(args.max_steps, 0) or len(trainer.get_train_dataloader())
+    prompts = [" ".join(text.split()[:8]) for text in test_texts if len(text.split()) > 12][:3]
+    if not prompts:
+        return None
+    every = script_args.sample_steps or max(steps // 4, 1)
+    file = Path(args.output_dir) / "samples.jsonl"
+    callback = SampleCallback(tokenizer, prompts, every, file, max_new_tokens=48, throughput=throughput)
+    trainer.add_callback(callback)
+    return lambda: callback.samples
+
+
+def multiplied_parameters(model: Any) -> int:
+    """Parameters that each token is multiplied with: without a table that is only looked up."""
+    looked_up = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    return model.num_parameters() - (0 if looked_up is head else looked_up.numel())
+
+
+def bytes_per_token(texts: Sequence[str], tokenizer: Any, most: int = 2000) -> float:
+    """UTF-8 bytes of text for each token that is predicted, over the first texts."""
+    sample = list(texts[:most])
+    tokens = sum(map(len, tokenizer(sample, add_special_tokens=False)["input_ids"]))
+    return sum(len(text.encode()) for text in sample) / max(tokens, 1)
+
+
+def stop_if_broken(trainer: Any) -> None:
+    """Refuse to go on with a model whose loss has broken away.
+
+    Raises:
+        InputError: with what the guard found.
+    """
+    from hfllm.trainers.monitors import LossSpikeGuard
+
+    for guard in trainer.callback_handler.callbacks:
+        if isinstance(guard, LossSpikeGuard) and guard.action == "stop" and guard.message:
+            raise InputError(f"{guard.message}. The model was not saved; --loss_spikes warn goes on regardless")
+
+
+def mean_speed(log_history: Sequence[dict]) -> float:
+    """Median of the logged tokens a second; 0 when none was logged."""
+    speeds = [entry["tokens_per_second"] for entry in log_history if "tokens_per_second" in entry]
+    return statistics.median(speeds) if speeds else 0.0
+
+
+def held_out_metrics(
+    script_args: Any, model: Any, tokenizer: Any, train_texts: Sequence[str], test_texts: Sequence[str]
+) -> dict[str, float]:
+    """Bits a byte of held-out texts under the model, and under what it has to beat; none of a masked model.
+
+    The 5-gram model learns from as many of the training texts as fit into `MOST_NGRAM_BYTES`.
+    """
+    if script_args.objective == "masked":
+        return {}
+    from hfllm.evaluation.baselines import gzip_bits_per_byte, ngram_bits_per_byte
+    from hfllm.evaluation.perplexity import fit_of
+
+    fit = fit_of(model, tokenizer, test_texts, script_args.max_length)
+    return {
+        "bits_per_byte": fit.bits_per_byte,
+        "perplexity": fit.perplexity,
+        "bits_per_byte_5gram": ngram_bits_per_byte(beginning(train_texts, MOST_NGRAM_BYTES), test_texts, order=5),
+        "bits_per_byte_gzip": gzip_bits_per_byte(test_texts),
+    }
+
+
+def beginning(texts: Iterable[str], most_bytes: int) -> Iterator[str]:
+    """The first texts, up to so many bytes of UTF-8; the one that goes beyond them is cut."""
+    for text in texts:
+        kept = text.encode(errors="replace")[:most_bytes]
+        yield kept.decode(errors="ignore")
+        most_bytes -= len(kept)
+        if most_bytes <= 0:
+            return
