@@ -6,7 +6,8 @@ For each seed, five reward models are trained on a few comparisons of the embedd
 the wrong label, and one on as many as the five have together. Of n samples of one fine-tuned model the one is kept
 that one of the five likes most, or that the least or the mean of their five scores likes most; the gold reward of what
 is kept is written beside. Writes `best_of_n.png`, gold reward against the square root of the KL, and `best_of_n.md`,
-the peaks and ends. Finished parts are reused.
+the peaks and ends, and how much less the ensembles lose from their peaks than their members do, with intervals from
+resampled prompts. Finished parts are reused.
 """
 
 import argparse
@@ -21,11 +22,12 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "recipes" / "configs"
 COMPARISONS = {"num_pairs": 200, "label_noise": 0.25, "num_train_epochs": 3}
-MEMBERS, PROMPTS, SAMPLES, RESPONSE_LENGTH = 5, 120, 128, 40
+MEMBERS, PROMPTS, SAMPLES, RESPONSE_LENGTH, RESAMPLES = 5, 180, 512, 40, 1000
 ALONE, WORST, MEAN = "one alone", f"worst of {MEMBERS}", f"mean of {MEMBERS}"
 ALL = f"one with the comparisons of {MEMBERS}"
-# Square roots of the KL to the start, and gold rewards there.
-Curve = tuple[list[float], list[float]]
+# Gold reward of the best of 1, 2, 4 ... samples, and of each prompt.
+Curve = list[list[float]]
+SIZES = [2**power for power in range(SAMPLES.bit_length())]
 
 
 def recipe(name: str, output_dir: Path, *flags: Any) -> Path:
@@ -90,10 +92,13 @@ def scores_of(path: Path, drawn: dict[str, list]) -> list[list[float]]:
     from hfllm.rewards import RewardModel
 
     reward = RewardModel(AutoModelForSequenceClassification.from_pretrained(path), AutoTokenizer.from_pretrained(path))
-    return [
-        reward([prompt] * len(texts), [as_completion(prompt, text) for text in texts])
-        for prompt, texts in zip(drawn["prompts"], drawn["responses"], strict=True)
-    ]
+    scores = []
+    for prompt, texts in zip(drawn["prompts"], drawn["responses"], strict=True):
+        different = list(dict.fromkeys(texts))
+        found = reward([prompt] * len(different), [as_completion(prompt, text) for text in different])
+        score = dict(zip(different, found, strict=True))
+        scores.append([score[text] for text in texts])
+    return scores
 
 
 def standardised(scores: list[list[float]]) -> list[list[float]]:
@@ -104,16 +109,14 @@ def standardised(scores: list[list[float]]) -> list[list[float]]:
 
 
 def curves_of(scores: list[list[list[float]]], gold: list[list[float]]) -> dict[str, list[Curve]]:
-    """Gold reward of the best of 1, 2, 4 ... samples by each of five, by their least, their mean, and by `ALL`."""
-    from hfllm.evaluation.best_of_n import best_of_n
-    from hfllm.scaling.laws import best_of_n_kl
+    """The best of 1, 2, 4 ... samples by each of five, by their least, their mean, and by `ALL`."""
+    from hfllm.evaluation.best_of_n import best_of_n_each
 
-    sizes = [2**power for power in range(SAMPLES.bit_length())]
     *alone, together = scores
     calibrated = [*zip(*map(standardised, alone), strict=True)]
 
     def curve(own: list[list[float]]) -> Curve:
-        return [best_of_n_kl(n) ** 0.5 for n in sizes], [best_of_n(own, gold, n) for n in sizes]
+        return [best_of_n_each(own, gold, n) for n in SIZES]
 
     worst, mean = (
         [[aggregate(each) for each in zip(*rows, strict=True)] for rows in calibrated]
@@ -122,13 +125,20 @@ def curves_of(scores: list[list[list[float]]], gold: list[list[float]]) -> dict[
     return {ALONE: list(map(curve, alone)), WORST: [curve(worst)], MEAN: [curve(mean)], ALL: [curve(together)]}
 
 
+def distances() -> list[float]:
+    """Square roots of the KL to the fine-tuned model, in the order of `SIZES`."""
+    from hfllm.scaling.laws import best_of_n_kl
+
+    return [best_of_n_kl(n) ** 0.5 for n in SIZES]
+
+
 def table(by_seed: dict[int, dict[str, list[Curve]]]) -> str:
     """Gold reward at the start, at its peak and at the end; means over the models alone of a seed, and over seeds."""
     lines = ["| | start | peak | at sqrt(KL) | end | at sqrt(KL) | lost |", "| - | - | - | - | - | - | - |"]
     kinds: dict[str, list[list[float]]] = {}
 
     def cells(curve: Curve) -> list[float]:
-        distance, gold = curve
+        distance, gold = distances(), list(map(statistics.fmean, curve))
         top = max(range(len(gold)), key=gold.__getitem__)
         return [gold[0], gold[top], distance[top], gold[-1], distance[-1], gold[top] - gold[-1]]
 
@@ -146,6 +156,30 @@ def table(by_seed: dict[int, dict[str, list[Curve]]]) -> str:
     return "\n".join(lines)
 
 
+def spared(by_seed: dict[int, dict[str, list[Curve]]]) -> str:
+    """What the ensembles lose less than their members alone, with 95% intervals over resampled prompts."""
+    import numpy
+
+    generator = numpy.random.default_rng(0)
+    picks = [numpy.arange(PROMPTS), *generator.integers(0, PROMPTS, (RESAMPLES, PROMPTS))]
+
+    def lost(curves: list[Curve]) -> "numpy.ndarray":
+        """(1 + RESAMPLES,), the mean over these curves."""
+        gold = numpy.stack([numpy.array(curves)[:, :, pick].mean(-1) for pick in picks])
+        return (gold.max(-1) - gold[..., -1]).mean(-1)
+
+    lines = ["| lost less than one alone | " + " | ".join(f"seed {seed}" for seed in by_seed) + " | mean of seeds |"]
+    lines.append("|" + " - |" * (len(by_seed) + 2))
+    for name in (WORST, MEAN):
+        gains = [lost(runs[ALONE]) - lost(runs[name]) for runs in by_seed.values()]
+        cells = []
+        for gain in (*gains, numpy.mean(gains, axis=0)):
+            low, high = numpy.quantile(gain[1:], (0.025, 0.975))
+            cells.append(f"{gain[0]:.3f} ({low:.3f} to {high:.3f})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def draw(by_seed: dict[int, dict[str, list[Curve]]], path: Path) -> None:
     """A panel a seed, one scale for all."""
     import matplotlib
@@ -157,9 +191,10 @@ def draw(by_seed: dict[int, dict[str, list[Curve]]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(by_seed), figsize=(4.5 * len(by_seed), 3.8), sharey=True, squeeze=False)
     for axis, (seed, runs) in zip(axes[0], by_seed.items(), strict=True):
         for name, curves in runs.items():
-            for number, (distance, gold) in enumerate(curves):
+            for number, curve in enumerate(curves):
                 style = {"linewidth": 1, "alpha": 0.6} if name == ALONE else {"linewidth": 2}
-                axis.plot(*(distance, gold), color=colors[name], marker=".", label=None if number else name, **style)
+                style |= {"color": colors[name], "marker": ".", "label": None if number else name}
+                axis.plot(distances(), list(map(statistics.fmean, curve)), **style)
         axis.set(title=f"seed {seed}", xlabel="square root of KL (nats a response)")
     axes[0][0].set_ylabel("gold reward of the best of n")
     axes[0][0].legend(fontsize="small")
@@ -187,7 +222,7 @@ def main() -> None:
             file.write_text(json.dumps([scores_of(path, drawn) for path in models]))
         by_seed[seed] = curves_of(json.loads(file.read_text()), drawn["gold"])
     draw(by_seed, folder / "best_of_n.png")
-    text = table(by_seed)
+    text = f"{table(by_seed)}\n\n{spared(by_seed)}"
     (folder / "best_of_n.md").write_text(text + "\n")
     print(text)
 

@@ -2,12 +2,19 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 from hfllm.errors import InputError
 
 
 def best_of_n(scores: Sequence[Sequence[float]], values: Sequence[Sequence[float]], n: int) -> float:
-    """Mean value of the response with the highest score among n, over all choices of n from the samples of a prompt.
+    """Mean over prompts of `best_of_n_each`."""
+    means = best_of_n_each(scores, values, n)
+    return math.fsum(means) / len(means)
+
+
+def best_of_n_each(scores: Sequence[Sequence[float]], values: Sequence[Sequence[float]], n: int) -> list[float]:
+    """Mean value of the response with the highest score among n, over all choices of n from each prompt's samples.
 
     The unbiased estimator of Nakano et al. 2021 (WebGPT, arXiv:2112.09332, appendix I): of N samples the one with k
     lower scores is the best of n in C(k, n - 1) of C(N, n) choices. Of equal scores the later one counts as higher.
@@ -26,6 +33,13 @@ def best_of_n(scores: Sequence[Sequence[float]], values: Sequence[Sequence[float
         raise InputError(f"n={n}: expected at least 1 and at most {min(map(len, scores))}, the samples of a prompt")
     means = []
     for row, own in zip(scores, values, strict=True):
-        order, choices = sorted(range(len(row)), key=row.__getitem__), math.comb(len(row), n)
-        means.append(math.fsum(math.comb(below, n - 1) / choices * own[place] for below, place in enumerate(order)))
-    return math.fsum(means) / len(means)
+        order = sorted(range(len(row)), key=row.__getitem__)
+        means.append(math.fsum(share * own[place] for share, place in zip(_shares(len(row), n), order, strict=True)))
+    return means
+
+
+@cache
+def _shares(samples: int, n: int) -> tuple[float, ...]:
+    """Share of all choices of n in which the sample with 0, 1, 2 ... lower scores is the best."""
+    choices = math.comb(samples, n)
+    return tuple(math.comb(below, n - 1) / choices for below in range(samples))

@@ -166,6 +166,9 @@ class Int8Draft:
     def begin(self, target: RaggedModel, rows: Rows, compiled: bool) -> None:
         if compiled:
             raise InputError("the int8 draft does not go with compile=True: leave that out")
+        if target.lean is None:
+            # It reads the target's cache, where a lean target keeps the halves of keys in another order.
+            raise InputError("the int8 draft does not go with lean=False: leave that out")
         self.runner = RaggedModel(target.model, 0, lean_model(target.model, "int8"), target.cache)
 
     def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:

@@ -6,7 +6,7 @@ run over one. `LeanModel` calls kernels alone, projections that read the same st
 packed for oneDNN, or rounded to int8 for drafts. Models of the family, in evaluation.
 
 Shapes: B rows, Q new tokens of each, N = B * Q tokens, H query heads, K key-value heads, D head_dim, E hidden_size,
-W columns of the cache that are looked at, V vocabulary size.
+W columns of the cache that are looked at, R dimensions of a head that are turned, V vocabulary size.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from hfllm.generation.ragged_cache import RaggedCache
 
-# Elements of each weight that are compared to see whether it has changed since it was copied.
+# Elements of each matrix that are compared to see whether it has changed since it was copied; vectors are as a whole.
 SAMPLE = 64
 SCHEMES = ("exact", "int8")
 # Scale types of rotary angles that do not depend on the length of the text.
@@ -189,10 +189,15 @@ class LeanModel:
         return self.tables
 
     def _turn(self, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-        """As complex numbers (B * Q, H + 2K, D / 2), 1 for the values: all heads are turned by one product."""
+        """As complex numbers (B * Q, H + 2K, D / 2), 1 for the values: one product turns all that there is.
+
+        Of prompts (B * Q, 1, D / 2), which take no more memory for more heads.
+        """
         half = cosines.shape[-1] // 2
         # The second halves: the sines of the first ones are negated (`HfllmRotaryEmbedding`).
         turns = torch.complex(cosines[..., half:], sines[..., half:]).flatten(0, 1)
+        if cosines.shape[1] > 1:
+            return turns
         stay = torch.ones_like(turns[:, :, :1])
         turned = self.heads + self.key_heads
         return torch.cat((turns.expand(-1, turned, -1), stay.expand(-1, self.key_heads, half)), dim=1)
@@ -204,4 +209,6 @@ def _version(parameter: nn.Parameter) -> int:
 
 def _sample(parameter: nn.Parameter) -> torch.Tensor:
     flat = parameter.detach().flatten()
+    if parameter.dim() == 1:
+        return flat.clone()
     return flat[:: max(1, len(flat) // SAMPLE)].clone()

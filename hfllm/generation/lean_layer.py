@@ -105,7 +105,8 @@ class LeanLayer:
         """Norm and turn queries and keys, in place."""
         heads, key_heads, size = self.heads, self.key_heads, self.size
         if isinstance(rotation, torch.Tensor):
-            torch.view_as_complex(qkv.view(*rotation.shape, 2)).mul_(rotation)
+            pairs = torch.view_as_complex(qkv.view(len(qkv), heads + 2 * key_heads, size // 2, 2))
+            (pairs[:, : heads + key_heads] if rotation.shape[1] == 1 else pairs).mul_(rotation)
             return
         qk = qkv.view(rows, -1, heads + 2 * key_heads, size)[:, :, : heads + key_heads]
         if self.q_norm is not None:
@@ -147,7 +148,7 @@ def norm_of(norm: nn.Module) -> Function:
     if norm.weight.device.type != "cpu":
         return lambda states: torch.rms_norm(states, shape, norm.weight, eps)
     # On a CPU `rms_norm` is eight kernels. x w sqrt(E) / sqrt(sum(x^2) + E eps) is the same in four.
-    weight, floor = norm.weight.detach() * shape[0] ** 0.5, torch.tensor((shape[0] * eps) ** 0.5)
+    weight, floor = norm.weight.detach() * shape[0] ** 0.5, norm.weight.new_tensor((shape[0] * eps) ** 0.5)
     length = torch.linalg.vector_norm
     return lambda states: (states * weight).div_(torch.hypot(length(states, dim=-1, keepdim=True), floor))
 
@@ -172,5 +173,5 @@ def mlp_of(mlp: nn.Module, make: Callable[[Sequence[nn.Linear]], Projection]) ->
 
 def additive(mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
     """What is added to the scores of queries that stand below each other: (B, 1, Q, W) to (B, 1, groups * Q, W)."""
-    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-    return added.repeat(1, 1, groups, 1) if groups > 1 else added
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    return bias.repeat(1, 1, groups, 1) if groups > 1 else bias

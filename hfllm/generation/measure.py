@@ -77,7 +77,8 @@ def measure_costs(
 
     def run(count: int) -> None:
         columns = lengths.unsqueeze(1) - 1 + torch.arange(count, device=tokens.device)
-        target(tokens.gather(1, columns), columns, rows.last, max(rows.sizes) - 1 + count)
+        level = rows.are_level and count == 1
+        target(tokens.gather(1, columns), columns, rows.last, max(rows.sizes) - 1 + count, level=level)
 
     runs = {
         "one": lambda: run(1),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 Function = Callable[[torch.Tensor], torch.Tensor]
-# (N, I) and, to be added to the result, (N, O) or nothing.
+# Takes (N, I) and, to be added to the result, (N, O).
 Projection = Callable[..., torch.Tensor]
 
 # Weights below this size stay in the processor's cache, where the plain product has the smaller overhead.

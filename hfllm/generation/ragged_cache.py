@@ -4,7 +4,8 @@ A row's token at position t lies in column t. To roll a row back is then to coun
 masked by the position of whoever asks, and overwritten when the row gets there again. Nothing is copied or moved,
 whatever the rows of a batch accept, and the memory is allocated once.
 
-Shapes: B rows, Q new tokens of each, K key-value heads, D head_dim, C columns, V vocabulary size.
+Shapes: B rows, Q new tokens of each, K key-value heads, D head_dim, F numbers of a token's keys and values, C columns,
+V vocabulary size.
 """
 
 import inspect
@@ -26,7 +27,7 @@ MOST_LOGITS = 2**26
 
 
 class RaggedLayer(CacheLayerMixin):
-    """Keys and values of one layer side by side, (B, C, F); allocated at the first update, when sizes are known."""
+    """Keys and values of one layer, side by side; allocated at the first update, when their sizes are known."""
 
     is_sliding = False
     is_compileable = True
@@ -51,12 +52,10 @@ class RaggedLayer(CacheLayerMixin):
     def _look(self, states: torch.Tensor) -> None:
         """Make the views that are written to, cell by cell, and read from, (B, K, C, D): once, not at every token."""
         self.states, self.cells = states, states.flatten(0, 1)
-        parts = [heads * size for heads, size in self.sizes]
-        self.key_cells, self.value_cells = self.cells.split(parts, dim=-1)
-        self.keys, self.values = (
-            part.unflatten(-1, sizes).transpose(1, 2)
-            for part, sizes in zip(states.split(parts, dim=-1), self.sizes, strict=True)
-        )
+        keys, values = (heads * size for heads, size in self.sizes)
+        self.key_cells, self.value_cells = self.cells.narrow(1, 0, keys), self.cells.narrow(1, keys, values)
+        self.keys = states.narrow(2, 0, keys).unflatten(-1, self.sizes[0]).transpose(1, 2)
+        self.values = states.narrow(2, keys, values).unflatten(-1, self.sizes[1]).transpose(1, 2)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop all rows but these."""

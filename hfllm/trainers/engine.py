@@ -27,6 +27,8 @@ from hfllm.trainers.sampling import Witness
 from hfllm.trainers.sharding import gathered
 from hfllm.trainers.tables import log_table
 
+# Tokens of a pass on a CPU, where larger ones save no time, and logits of one where the vocabulary is large: 16 MB.
+MOST_CPU_TOKENS, LEAST_CPU_TOKENS, MOST_CPU_LOGITS = 768, 256, 2**22
 VALUE_MODEL_FOLDER, REFERENCE_FOLDER = "value_model", "reference"
 VALUE_HEAD_FILE, STATE_FILE = "value_head.safetensors", "ppo_state.json"
 
@@ -117,9 +119,11 @@ class ActorCriticTrainer(Trainer):
         """Groups of like length. Engines that count or synchronise passes take each micro-batch whole."""
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             return length_groups(batch, None, most_rows=most_rows)
-        is_cpu = self.accelerator.device.type == "cpu"
-        bucket = self.args.length_bucket_size or (8 if is_cpu else 256)
-        return length_groups(batch, bucket, self.args.max_tokens_per_pass or (768 if is_cpu else None), most_rows)
+        is_cpu, most_tokens = self.accelerator.device.type == "cpu", self.args.max_tokens_per_pass
+        if most_tokens is None and is_cpu:
+            within = MOST_CPU_LOGITS // self.policy.config.get_text_config().vocab_size
+            most_tokens = min(MOST_CPU_TOKENS, max(within, LEAST_CPU_TOKENS))
+        return length_groups(batch, self.args.length_bucket_size or (8 if is_cpu else 256), most_tokens, most_rows)
 
     def _witness(self, episodes: int) -> Witness | None:
         """Notes what the policy says while it samples, where that is as exact as asking it again."""

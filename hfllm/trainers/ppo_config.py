@@ -65,7 +65,8 @@ class PPOConfig(TrainingArguments):
     max_tokens_per_pass: int | None = _option(
         None,
         "Tokens that one forward and backward pass takes at most; larger micro-batches are split. By default 768 on "
-        "a CPU, where larger passes take memory and save no time, and no bound elsewhere.",
+        "a CPU, where larger passes take memory and save no time (fewer with vocabularies above 5,000), and no "
+        "bound elsewhere.",
     )
 
     # Sampling

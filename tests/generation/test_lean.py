@@ -39,6 +39,23 @@ def test_every_axis_in_fp64(kind, make_target, prompts):
     torch.testing.assert_close(ragged_logits(model, LeanModel(model), *prompts(4)), wanted, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("kind", list(FAMILIES))
+def test_rows_of_one_length_in_fp32(kind, make_target, prompts):
+    """Without a mask, against the whole sequence at once; norms have a formula of their own in this type."""
+    model = make_target(**FAMILIES[kind]).float()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.normal_(parameter, mean=1.0, std=0.3)
+    ids = prompts(1, length=12)[0].expand(3, -1) + torch.arange(3).unsqueeze(1)
+    runner, last = RaggedModel(model, 12, LeanModel(model)), torch.full((3,), 11)
+    with torch.no_grad():
+        runner.prefill(ids[:, :9], torch.full((3,), 9), last, [9, 9, 9])
+        columns = [torch.full((3, 1), column) for column in range(9, 12)]
+        found = [runner(ids[:, at : at + 1], columns[at - 9], last, at + 1, level=True) for at in range(9, 12)]
+        wanted = model(input_ids=ids).logits[:, 9:]
+    torch.testing.assert_close(torch.cat(found, dim=1), wanted, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights(dtype, rows, make_target, prompts, monkeypatch):

@@ -261,6 +261,16 @@ def test_options_that_cannot_be_honoured_are_refused(options, message, make_targ
         speculative_generate(make_target(), PromptLookupDraft(), *prompts(1), **{"max_new_tokens": 4, **options})
 
 
+@needs_int8
+@pytest.mark.parametrize("setting", ["lean=False", "compile=True"])
+def test_the_int8_draft_needs_a_lean_target(setting, make_target, prompts):
+    name, _, value = setting.partition("=")
+    with pytest.raises(InputError, match=f"the int8 draft does not go with {setting}"):
+        speculative_generate(
+            make_target().float(), Int8Draft(), *prompts(1), max_new_tokens=4, **{name: value == "True"}
+        )
+
+
 def test_prompts_without_a_token_are_refused(make_target, prompts):
     ids, mask = prompts(3)
     mask[1] = 0
