@@ -165,7 +165,8 @@ def spared(by_seed: dict[int, dict[str, list[Curve]]]) -> str:
 
     def lost(curves: list[Curve]) -> "numpy.ndarray":
         """(1 + RESAMPLES,), the mean over these curves."""
-        gold = numpy.stack([numpy.array(curves)[:, :, pick].mean(-1) for pick in picks])
+        each = numpy.array(curves)
+        gold = numpy.stack([each[:, :, pick].mean(-1) for pick in picks])
         return (gold.max(-1) - gold[..., -1]).mean(-1)
 
     lines = ["| lost less than one alone | " + " | ".join(f"seed {seed}" for seed in by_seed) + " | mean of seeds |"]
