@@ -100,6 +100,18 @@ def test_no_split_changes_the_gradient(
     tokenizer.padding_side = "right"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the bound is that of a CPU")
+@pytest.mark.parametrize(("tokens", "asked_for", "bound"), [(16, None, 2), (2, None, 1), (16, 3, 3)])
+def test_a_large_vocabulary_makes_passes_small_on_a_cpu(tokens, asked_for, bound, make_trainer, prompts, monkeypatch):
+    """Rows of 8 tokens: as many as the logits of so many tokens allow, at least one, or what is asked for."""
+    trainer = make_trainer(max_tokens_per_pass=asked_for and 8 * asked_for, length_bucket_size=64)
+    monkeypatch.setattr(engine, "LEAST_CPU_TOKENS", 8)
+    monkeypatch.setattr(engine, "MOST_CPU_LOGITS", tokens * trainer.policy.config.vocab_size)
+    ones = torch.ones(6, 4, dtype=torch.long)
+    batch = {name: ones for name in ("prompt_ids", "prompt_mask", "response_ids", "response_mask")}
+    assert max(len(group["prompt_ids"]) for _, group in trainer._passes(batch)) == bound
+
+
 # ---- the reference and its KL ----
 
 
