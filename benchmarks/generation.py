@@ -121,6 +121,15 @@ class Ways:
             self.runs["Llama, assisted, draft model"] = self._generate(llama, assistant_model=draft)
         self._add_ours(ours, draft, compile)
 
+    def keep(self, wanted: list[str]) -> None:
+        """Leave the ways with one of these words in their names, and plain `generate`."""
+        for word in wanted:
+            if not any(word in name for name in self.runs):
+                sys.exit(f"--ways {word}: no such way; there are {', '.join(self.runs)}")
+        self.runs = {
+            name: run for name, run in self.runs.items() if name == PLAIN or any(word in name for word in wanted)
+        }
+
     def _add_ours(self, ours: Any, draft: Any, compile: bool) -> None:
         from hfllm.generation import fast_generate
         from hfllm.generation.drafts import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft
@@ -213,6 +222,7 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", help="Words of the ways to measure, as 'recommended' 'plain'; else all.")
     parser.add_argument("--compile", action="store_true", help="Also measure compiled models.")
     parser.add_argument("--output", help="A Markdown file to write.")
     args = parser.parse_args()
@@ -237,6 +247,8 @@ def main() -> None:
     for size in args.batch_sizes:
         prompts = Prompts(tokenizer, args.num_prompts, size, args.prompts)
         ways = Ways(ours, llama, draft, prompts.batches, options, args.compile)
+        if args.ways:
+            ways.keep(args.ways)
         lines += [f"## Batch {size}", ""]
         lines += [
             "| way | tokens/CPU-s | ratio | same | accepted | tokens a run | first time, CPU-s |",
