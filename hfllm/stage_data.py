@@ -63,6 +63,8 @@ def split_places(keys: Iterable, seed: int, share: float = 0.05, most: int = 256
     order = list(groups.values())
     random.Random(seed).shuffle(order)
     wanted, held_out = min(max(1, int(sum(map(len, order)) * share)), most), []
+    # Groups that are too large come last, by size: what fills half of the data must not be all that is held out.
+    order.sort(key=lambda group: max(len(group), wanted))
     while not held_out or (len(order) > 1 and len(held_out) + len(order[0]) <= wanted):
         held_out += order.pop(0)
     return [place for group in order for place in group], held_out
