@@ -46,6 +46,8 @@ def why_not(model: "PreTrainedModel") -> str | None:
         return f"{type(model).__name__} is not of the family (hfllm.from_native converts it)"
     if model.training:
         return "the model is in training mode (call eval())"
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return "some of its weights are offloaded"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast is on"
     if model.config._attn_implementation != "sdpa":

@@ -68,7 +68,8 @@ def added(function: Function) -> Projection:
 
 
 def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
-    if bias is not None:
+    # In half precision `addmm` would round once where the model rounds the product and then the sum.
+    if bias is not None or weight.dtype not in (torch.float32, torch.float64):
         return added(lambda states: F.linear(states, weight, bias))
     transposed = weight.t()
 

@@ -71,6 +71,14 @@ def test_packed_weights(dtype, rows, make_target, prompts, monkeypatch):
     torch.testing.assert_close(ragged_logits(model, lean_model(model), *prompts(rows)), wanted, **tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_as_the_model_does(dtype, make_target, prompts):
+    model = make_target(initializer_range=0.3).to(dtype)
+    wanted = ragged_logits(model, None, *prompts(4))
+    found = ragged_logits(model, LeanModel(model), *prompts(4))
+    assert all(map(torch.equal, found, wanted))
+
+
 @needs_int8
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kernel", ["fbgemm", "int_mm"])
@@ -149,6 +157,9 @@ def test_why_not(make_target):
         lean_model(wrapped)
     with torch.autocast("cpu", torch.bfloat16):
         assert "autocast" in why_not(make_target())
+    offloaded = make_target()
+    offloaded.model.layers[1].to("meta")
+    assert "offloaded" in why_not(offloaded)
 
 
 def test_int8_needs_fp32(make_target):
