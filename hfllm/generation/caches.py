@@ -47,6 +47,8 @@ def make_cache(model: "PreTrainedModel", kind: str, max_length: int) -> Cache:
                 "what it says; use 'dynamic', or a model with a window"
             )
         return DynamicCache(config=config)
+    if kind in ("fp8", "int4") and any(attention_windows(config).values()):
+        raise InputError(f"cache {kind!r}: transformers quantizes no layer with a sliding_window; use 'sliding'")
     if kind == "fp8":
         return QuantizedCache(backend="fp8", config=config)
     if kind == "int4":

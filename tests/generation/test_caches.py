@@ -5,6 +5,7 @@ import torch
 
 from hfllm.errors import InputError
 from hfllm.generation.caches import KINDS, bytes_per_token, cache_bytes, make_cache, measure_caches
+from hfllm.scaling.shapes import Shape
 
 
 @pytest.fixture
@@ -35,6 +36,13 @@ def test_memory_is_what_the_formula_says(make_target, batch):
     assert "on the CPU already" in rows["offloaded"]["note"]
 
 
+@pytest.mark.parametrize("axes", [{}, {"num_key_value_heads": 1}, {"head_dim": 16}, {"num_hidden_layers": 2}])
+def test_the_planner_says_the_same(axes, make_target):
+    config = make_target(**axes).config
+    shape = Shape.from_config(config.to_dict())
+    assert shape.kv_bytes_per_token(bytes_per_value=2) == bytes_per_token(config, torch.bfloat16)
+
+
 def test_a_sliding_cache_stops_growing(make_target, batch):
     model = make_target(sliding_window=5).float()
     rows = by_kind(measure_caches(model, batch, max_new_tokens=20, kinds=["sliding"], rounds=1))
@@ -43,6 +51,8 @@ def test_a_sliding_cache_stops_growing(make_target, batch):
     model.generate(**batch, cache=cache, max_new_tokens=20, min_new_tokens=20, do_sample=False)
     states = cache.layers[0].keys
     assert states.shape[-2] == 4
+    rows = by_kind(measure_caches(model, batch, max_new_tokens=2, rounds=1))
+    assert "quantizes no layer with a sliding_window" in rows["fp8"]["note"]
     assert cache_bytes(cache) >= 4 * bytes_per_token(model.config, torch.float32) * 3
 
 
