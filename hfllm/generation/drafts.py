@@ -12,7 +12,14 @@ import torch
 from hfllm.errors import InputError
 from hfllm.generation.lean import lean_model, why_not
 from hfllm.generation.options import Sampler, check_same_vocabulary
-from hfllm.generation.ragged_cache import RaggedModel, check_model, compiled_forward, early_exit, ragged_model
+from hfllm.generation.ragged_cache import (
+    RaggedModel,
+    check_context,
+    check_model,
+    compiled_forward,
+    early_exit,
+    ragged_model,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,7 +97,7 @@ class ModelDraft:
         model: the draft model.
 
     Raises:
-        InputError: when it is no causal model with a key-value cache.
+        InputError: when it is no causal model with a key-value cache, or at `begin` when its positions do not suffice.
     """
 
     def __init__(self, model: "PreTrainedModel"):
@@ -102,6 +109,7 @@ class ModelDraft:
 
     def begin(self, target: RaggedModel, rows: Rows, compiled: bool) -> None:
         check_same_vocabulary(target.model, self.model)
+        check_context(self.model, int(rows.last.max()) + 1, "the draft model")
         # A target that was told not to run lean has a draft that does not either.
         lean = target.lean is not None and why_not(self.model) is None
         self.runner = ragged_model(self.model, target.cache.capacity, compiled, lean)
@@ -149,7 +157,8 @@ class EarlyExitDraft:
         return self._made
 
     def _count(self, target: "PreTrainedModel") -> int:
-        return self.layers or max(1, target.config.get_text_config(decoder=True).num_hidden_layers // 2)
+        total = target.config.get_text_config(decoder=True).num_hidden_layers
+        return max(1, total // 2) if self.layers is None else self.layers
 
 
 class Int8Draft:

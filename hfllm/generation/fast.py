@@ -15,7 +15,7 @@ from hfllm.generation.lean import why_not
 from hfllm.generation.lookahead import Lookahead
 from hfllm.generation.options import check_config, make_options
 from hfllm.generation.projections import has_int8
-from hfllm.generation.speculative import decode
+from hfllm.generation.speculative import check_prompts, decode
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -74,4 +74,5 @@ def fast_generate(
     options = make_options(generation_config, logits_processor, new, generator)
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
+    check_prompts(input_ids, mask)
     return decode(model, draft, input_ids, mask, options, lookahead).sequences

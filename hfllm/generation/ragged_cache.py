@@ -289,6 +289,21 @@ def padded_right(input_ids: torch.Tensor, attention_mask: torch.Tensor, columns:
     return tokens
 
 
+def check_context(model: "PreTrainedModel", length: int, name: str = "the model") -> None:
+    """Refuse sequences that a table of learned positions does not reach.
+
+    Raises:
+        InputError: naming both lengths.
+    """
+    config = model.config.get_text_config(decoder=True)
+    context, rotary = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None)
+    if context is not None and rotary is None and length > context:
+        raise InputError(
+            f"prompt and max_new_tokens make {length} tokens, but {name}, a {config.model_type}, has "
+            f"positions for {context}: shorten the prompt or max_new_tokens"
+        )
+
+
 def early_exit(model: "PreTrainedModel", layers: int) -> "PreTrainedModel":
     """The same model with its first layers only, under its own final norm and head; no weight is copied.
 

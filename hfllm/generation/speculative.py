@@ -17,7 +17,7 @@ from hfllm.generation.drafts import Draft, ModelDraft, Proposal, Rows
 from hfllm.generation.lean import why_not
 from hfllm.generation.lookahead import FixedLookahead, Lookahead, as_lookahead
 from hfllm.generation.options import Options, read_options
-from hfllm.generation.ragged_cache import check_model, padded_right, ragged_model
+from hfllm.generation.ragged_cache import check_context, check_model, padded_right, ragged_model
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -325,18 +325,3 @@ def check_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None
     empty = (attention_mask.sum(1) == 0).nonzero().flatten().tolist()
     if empty or not len(input_ids):
         raise InputError(f"row {empty[0] if empty else 0} of input_ids has no token: give at least one, such as bos")
-
-
-def check_context(model: "PreTrainedModel", length: int) -> None:
-    """Refuse sequences that a table of learned positions does not reach.
-
-    Raises:
-        InputError: naming both lengths.
-    """
-    config = model.config.get_text_config(decoder=True)
-    context, rotary = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None)
-    if context is not None and rotary is None and length > context:
-        raise InputError(
-            f"prompt and max_new_tokens make {length} tokens, but {config.model_type} has positions for {context}: "
-            "shorten the prompt or max_new_tokens"
-        )

@@ -155,6 +155,14 @@ def test_a_draft_with_another_tokenizer_is_refused(make_target, tokenizer):
         check_same_vocabulary(target, other, tokenizer, second)
 
 
+def test_a_draft_with_fewer_positions_than_the_text_takes_is_refused(make_target, prompts):
+    shorter = make_target(position_embedding_type="learned", max_position_embeddings=12)
+    settings = {"position_embedding_type": "learned"}
+    with pytest.raises(InputError, match="make 13 tokens, but the draft model, a hfllm, has positions for 12"):
+        speculative_generate(make_target(**settings), shorter, *prompts(1), max_new_tokens=4)
+    speculative_generate(make_target(**settings), shorter, *prompts(1), max_new_tokens=3)
+
+
 def test_models_without_positions_to_go_back_to_are_refused(make_target, prompts):
     sizes = {"vocab_size": 40, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
@@ -201,7 +209,7 @@ def test_nonsense_is_refused(make, message):
         make()
 
 
-@pytest.mark.parametrize("layers", [4, 5, -1])
+@pytest.mark.parametrize("layers", [4, 5, 0, -1])
 def test_early_exit_needs_fewer_layers_than_the_model_has(layers, make_target, prompts):
     with pytest.raises(InputError, match=rf"early exit after {layers} layer\(s\): expected 1 to 3"):
         speculative_generate(make_target(), EarlyExitDraft(layers), *prompts(1), max_new_tokens=3)

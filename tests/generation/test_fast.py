@@ -64,6 +64,12 @@ def test_what_is_recommended(make_target, monkeypatch):
     assert fast.recommended_draft(make_target.native("llama").float()) is None
 
 
+def test_a_row_of_padding_is_refused(make_target):
+    ids = torch.tensor([[0, 0], [0, 7]])
+    with pytest.raises(InputError, match="row 0 of input_ids has no token"):
+        make_target().generate(ids, attention_mask=(ids > 0).long(), max_new_tokens=4, **FAST)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

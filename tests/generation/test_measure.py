@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from hfllm.generation import acceptance
+from hfllm.generation import acceptance, measure
 from hfllm.generation.acceptance import speedup
-from hfllm.generation.drafts import EarlyExitDraft, ModelDraft, PromptLookupDraft
+from hfllm.generation.drafts import EarlyExitDraft, ModelDraft
 from hfllm.generation.measure import (
     Costs,
     best_lookahead,
@@ -33,13 +33,21 @@ def test_agreement_is_complete_and_notices_a_wrong_rule(make_target, blurred, ba
     assert identical_share(target, draft, batches, lookahead=3, **OPTIONS) < 1
 
 
-def test_costs_are_ratios_to_one_run_of_the_target(make_target, batches):
-    target = make_target()
-    costs = measure_costs(target, EarlyExitDraft(2), batches[0], rounds=3)
-    assert costs.target_seconds > 0
-    assert costs.draft > 0
-    assert costs.per_draft == costs.draft + costs.verification
-    assert measure_costs(target, PromptLookupDraft(), batches[0], rounds=3).draft >= 0
+def test_costs_are_ratios_to_one_run_of_the_target(make_target, batches, monkeypatch):
+    counted = {}
+
+    def interleaved(runs, rounds, clock):
+        for name, run in runs.items():
+            run()
+            counted[name] = counted.get(name, 0) + 1
+        return {"one": [2.0, 9.0, 1.0], "several": [3.0] * rounds, "draft": [4.0] * rounds}
+
+    monkeypatch.setattr(measure, "interleaved", interleaved)
+    costs = measure_costs(make_target(), EarlyExitDraft(2), batches[0], lookahead=4, rounds=3)
+    assert counted == {"one": 1, "several": 1, "draft": 1}
+    # Four drafted tokens take 4 where the target takes 2 for one, and a run over five takes half as long again.
+    assert costs == Costs(target_seconds=2.0, draft=0.5, verification=0.125)
+    assert costs.per_draft == 0.625
 
 
 def test_rows_hold_the_formula_and_the_statistics(make_target, blurred, batches):

@@ -131,7 +131,7 @@ def test_learned_positions_are_used_to_the_last(make_target, blurred, prompts):
     ids, mask = prompts(5, length=10)
     for draft in drafts_of(target, blurred).values():
         assert_same(target, draft, ids, mask, new=30, lookahead=6)
-    with pytest.raises(InputError, match=r"41 tokens, but hfllm has positions for 40"):
+    with pytest.raises(InputError, match=r"41 tokens, but the model, a hfllm, has positions for 40"):
         speculative_generate(target, None, ids, mask, max_new_tokens=31)
 
 
