@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+WORLD_MODEL, WORLD_DRAFT = "outputs/speculative/sft", "outputs/speculative/draft_sft"
 PLAIN = "Llama, generate"
 # hidden_size, intermediate_size, layers, heads, key-value heads, vocab_size
 SHAPES = {
@@ -94,7 +95,9 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     with tempfile.TemporaryDirectory() as folder:
         hfllm.to_native(ours, folder)
         llama = AutoModelForCausalLM.from_pretrained(folder).eval()
-    named = args.assistant_model_name_or_path
+    named = args.assistant_model_name_or_path or (WORLD_DRAFT if args.model_name_or_path == WORLD_MODEL else None)
+    if named and not Path(named).is_dir():
+        sys.exit(f"{named}: no such folder; recipes/speculative.py makes the world's")
     draft = AutoModelForCausalLM.from_pretrained(named).eval() if named else None
     if type(llama).__name__ != "LlamaForCausalLM":
         sys.exit(f"{args.model_name_or_path} is a {type(llama).__name__} to transformers: this compares Llamas")
@@ -214,8 +217,8 @@ def compare(ways: Ways, rounds: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", default="outputs/speculative/sft")
-    parser.add_argument("--assistant_model_name_or_path", default="outputs/speculative/draft_sft")
+    parser.add_argument("--model_name_or_path", default=WORLD_MODEL)
+    parser.add_argument("--assistant_model_name_or_path", help="A draft model; the world's with the world's model.")
     parser.add_argument("--random_weights", choices=list(SHAPES), help="Measure an untrained model of this size.")
     parser.add_argument("--prompts", help="A file of prompts, one a line; by default the world's questions.")
     parser.add_argument("--num_prompts", type=int, default=32)

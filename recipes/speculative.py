@@ -130,6 +130,8 @@ def check(script_args: SpeculativeArguments, model_args: Any) -> None:
     refuse(model_args.use_peft, "--use_peft", "nothing is trained")
     compiled_int8 = script_args.compile and script_args.draft == "int8"
     refuse(compiled_int8, "--compile", "the int8 draft runs over packed weights, which are not compiled")
+    for name in ("pretrain_config", "sft_config", "draft_config"):
+        refuse(bool(own and getattr(script_args, name)), f"--{name}", "the model is named")
     is_world = script_args.dataset_name == WORLD
     refuse(is_world and script_args.max_samples is not None, "--max_samples", "the world is sized by --num_prompts")
     if own and script_args.draft == "model" and not assistant:
@@ -177,12 +179,19 @@ def measure(script_args: SpeculativeArguments, model_args: Any) -> tuple[dict[st
     """The metrics, and speed by lookahead."""
     import torch
 
+    from hfllm.compression.schemes import default_device
     from hfllm.generation import measure as measuring
     from hfllm.generation.lookahead import AdaptiveLookahead
     from hfllm.stage_models import load_policy
 
     model, tokenizer = load_policy(model_args)
+    # What is quantized was put where it runs as it was loaded.
+    if not getattr(model, "is_quantized", False):
+        model.to(default_device())
     model.eval()
+    left_out = use_plain_generation(model)
+    if left_out:
+        print(f"speculative: left out of the model's generation_config.json, on both sides: {left_out}", flush=True)
     draft = make_draft(script_args, model_args, model, tokenizer)
     ids = prompt_ids(script_args, tokenizer)
     eos = model.generation_config.eos_token_id
@@ -231,6 +240,21 @@ def measure(script_args: SpeculativeArguments, model_args: Any) -> tuple[dict[st
     return metrics, rows
 
 
+def use_plain_generation(model: Any) -> str:
+    """Keep the special tokens alone of a checkpoint's generation options. Returns the others, which are gone.
+
+    Its penalties look at the tokens before, which drafts make conditional; its top-p would hide what sampling costs.
+    """
+    from transformers import GenerationConfig
+
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+    theirs = model.generation_config.to_diff_dict()
+    model.generation_config = GenerationConfig(**{name: theirs.get(name) for name in tokens})
+    said = {name: value for name, value in theirs.items() if value and not name.startswith("_")}
+    others = sorted(said.keys() - {*tokens, "use_cache", "transformers_version"})
+    return ", ".join(f"{name}={said[name]}" for name in others)
+
+
 def make_draft(script_args: SpeculativeArguments, model_args: Any, model: Any, tokenizer: Any) -> Any:
     """The draft that the flags describe.
 
@@ -245,7 +269,7 @@ def make_draft(script_args: SpeculativeArguments, model_args: Any, model: Any, t
     from hfllm.stage_models import load_policy
 
     if script_args.draft == "prompt_lookup":
-        return PromptLookupDraft(script_args.max_ngram or 3)
+        return PromptLookupDraft() if script_args.max_ngram is None else PromptLookupDraft(script_args.max_ngram)
     if script_args.draft == "early_exit":
         return EarlyExitDraft(script_args.early_exit_layers)
     if script_args.draft == "int8":

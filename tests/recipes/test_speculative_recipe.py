@@ -73,9 +73,15 @@ def test_on_a_model_of_ones_own(flags, made, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join(json.dumps({"prompt": f"The {word} cat, the"}) for word in "abcdef"))
     data = ["--dataset_name", prompts, "--output_dir", tmp_path / "out"]
-    metrics = run("--model_name_or_path", made[0] / "sft", *flags, *data)
-    assert metrics["identical_share"] == 1
-    assert metrics["draft_cost"] >= 0
+    assert run("--model_name_or_path", made[0] / "sft", *flags, *data)["identical_share"] == 1
+
+
+def test_options_of_a_checkpoint_are_left_out_on_both_sides(make_model):
+    target = make_model(eos_token_id=3)
+    target.generation_config.update(repetition_penalty=1.3, top_p=0.8)
+    assert speculative.use_plain_generation(target) == "repetition_penalty=1.3, top_p=0.8"
+    assert target.generation_config.repetition_penalty is None and target.generation_config.eos_token_id == 3
+    assert speculative.use_plain_generation(target) == ""
 
 
 def test_the_report_says_how_to_decode_so_oneself(made):
@@ -98,6 +104,7 @@ def test_the_report_says_how_to_decode_so_oneself(made):
         (["--draft", "early_exit", "--max_ngram", "2"], "--max_ngram cannot be used"),
         (["--draft", "early_exit", "--assistant_model_name_or_path", "x"], "--assistant_model_name_or_path cannot"),
         (["--use_peft"], "--use_peft cannot be used"),
+        (["--model_name_or_path", "x", "--draft", "int8", "--sft_config", "y"], "--sft_config cannot be used here"),
         (["--draft", "int8", "--compile", "true"], "--compile cannot be used"),
         (["--max_samples", "3"], "--max_samples cannot be used"),
         (["--model_name_or_path", "x"], "--model_name_or_path x needs a draft"),
