@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import BatchArguments, DataArguments, parse_recipe, read_yaml, run
+from hfllm.cli import BatchArguments, DataArguments, main_process, parse_recipe, read_yaml, run
 
 CONFIG = Path(__file__).parent / "configs" / "distill" / "world.yaml"
 SIZES = ("student_hidden_size", "student_num_hidden_layers", "student_num_attention_heads")
@@ -60,7 +60,10 @@ class DistillArguments(DataArguments, BatchArguments):
     num_documents: int = field(default=0, metadata={"help": "Documents of the embedded world to train on besides."})
     num_eval_prompts: int = field(default=600, metadata={"help": "Held-out prompts of the world to answer."})
     num_samples: int = field(default=4, metadata={"help": "Answers to each that are sampled at temperature 1."})
-    response_length: int = field(default=40, metadata={"help": "Longest answer, in tokens."})
+    response_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest answer, in tokens: by default 40 on the embedded world, else 256."},
+    )
     pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's pretraining."})
     sft_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's fine-tuning."})
     reward_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's reward model."})
@@ -101,6 +104,8 @@ def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> 
     if stage.report is not None:
         return stage.report["metrics"]
     used = scale_learning_rate(script_args, training_args)
+    if script_args.response_length is None:
+        script_args.response_length = 256 if world_of(script_args) is None else 40
     train_rows, eval_rows = rows_to_learn(script_args, training_args.seed)
     if before:
         *others, aligned = before
@@ -172,8 +177,9 @@ def check(script_args: DistillArguments, training_args: Any, model_args: Any) ->
         given = bool(getattr(training_args, name))
         refuse(script_args.sequence_level and given, f"--{name}", "--sequence_level learns from answers alone")
     for name in ("num_examples", "num_eval_prompts", "num_samples", "response_length"):
-        if getattr(script_args, name) < 1:
-            raise InputError(f"--{name} must be at least 1, got {getattr(script_args, name)}")
+        value = getattr(script_args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} must be at least 1, got {value}")
 
 
 def teacher_stages(script_args: DistillArguments, training_args: Any) -> dict[str, tuple]:
@@ -298,17 +304,30 @@ def without_teacher(training_args: Any, output_dir: str | None = None) -> Any:
 def write_answers(
     teacher: Any, tokenizer: Any, rows: list[dict], response_length: int, do_sample: bool, seed: int
 ) -> list[dict]:
-    """The rows with the teacher's answers in place of their completions; texts stay as they are."""
+    """The rows with the teacher's answers in place of their completions; texts stay as they are.
+
+    Rows whose answer is cut off are left out: a student would learn to stop in the middle.
+
+    Raises:
+        InputError: when no answer ends.
+    """
     from hfllm.data.formats import as_completion
+    from hfllm.errors import InputError
     from hfllm.evaluation.responses import sample_responses
 
     asked = [row for row in rows if "prompt" in row]
     prompts = [row["prompt"] for row in asked]
-    answers = sample_responses(teacher, tokenizer, prompts, response_length, do_sample, seed=seed)
+    answers = sample_responses(teacher, tokenizer, prompts, response_length, do_sample, seed=seed, only_ended=True)
     written = [
         {"prompt": prompt, "completion": as_completion(prompt, answer)}
-        for prompt, (answer,) in zip(prompts, answers, strict=True)
+        for prompt, ended in zip(prompts, answers, strict=True)
+        for answer in ended
     ]
+    cut = len(asked) - len(written)
+    if cut and not written:
+        raise InputError(f"none of the teacher's answers ends within --response_length {response_length}: allow more")
+    if cut and main_process():
+        print(f"distill: {cut} of {len(asked)} answers of the teacher are left out: longer than {response_length}")
     return [*written, *(row for row in rows if "prompt" not in row)]
 
 

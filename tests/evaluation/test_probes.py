@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from hfllm.data.vocabulary import is_held_out
 from hfllm.data.world import World
@@ -133,6 +134,7 @@ def test_a_chain_is_scored_after_what_the_model_thought(make_model, tokenizer):
             super().__init__()
             self.config, self.device, self.training = None, torch.device("cpu"), False
             self.script = tokenizer(" 1 plus 2 is 3. The sum 1 plus 2 is 3.")["input_ids"]
+            self.generation_config = GenerationConfig()
             self.says = tokenizer("says:")["input_ids"][-1]
 
         def next_token(self, ids):

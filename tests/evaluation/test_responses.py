@@ -2,6 +2,7 @@
 
 import torch
 
+from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.evaluation.responses import gold_by_group, judge_tasks, mean_gold, right_share, sample_responses
 
 
@@ -22,6 +23,19 @@ def test_sampling_is_seeded_and_leaves_the_random_state(make_model, tokenizer):
     assert first == sample_responses(model, tokenizer, ["Go"] * 4, 8, num_return_sequences=2, seed=3)
     assert first != sample_responses(model, tokenizer, ["Go"] * 4, 8, num_return_sequences=2, seed=4)
     assert [len(responses) for responses in first] == [2] * 4
+
+
+def test_what_was_cut_off_may_be_left_out(make_model, tokenizer):
+    model = make_model()
+    prompt = torch.tensor(tokenize_prompts(["Go"], tokenizer))
+    said = model.generate(prompt, do_sample=False, max_new_tokens=6)[0, prompt.shape[1] :].tolist()
+    model.generation_config.eos_token_id = [said[-1]]
+    length = said.index(said[-1]) + 1
+    settings = {"do_sample": False, "only_ended": True}
+    expected = tokenizer.decode(said[:length], skip_special_tokens=True)
+    assert sample_responses(model, tokenizer, ["Go"], length, **settings) == [[expected]]
+    assert sample_responses(model, tokenizer, ["Go"], length - 1, **settings) == [[]]
+    assert sample_responses(model, tokenizer, ["Go"], length - 1, do_sample=False) != [[]]
 
 
 def test_judging_gives_each_task_its_gold(make_model, tokenizer, world):

@@ -49,7 +49,7 @@ TINY = {
         "num_documents": 40,
         "max_steps": 4,
         "per_device_train_batch_size": 4,
-        "response_length": 8,
+        "response_length": 40,
         "num_eval_prompts": 24,
         "save_strategy": "no",
         "learning_rate": 0.001,

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, pipeline
 
 from hfllm.data.tokenizer import train_tokenizer
 from hfllm.errors import InputError
+from hfllm.evaluation import responses
 
 KEYS = {
     *("gold_reward_teacher", "gold_reward_student", "gold_reward_student_alone", "fact_accuracy_student"),
@@ -103,7 +104,8 @@ def test_another_vocabulary_needs_answers(distilled, make_model, world, tmp_path
     arguments = options(distilled, tmp_path, "--model_name_or_path", str(tmp_path / "student"))
     with pytest.raises(InputError, match=r"sequence-level distillation: recipes/distill\.py --sequence_level"):
         distill.main(*distill.parse(arguments))
-    metrics = distill.main(*distill.parse([*arguments, "--sequence_level"]))
+    flags = ["--sequence_level", "--answers", "sampled", "--response_length", "64"]
+    metrics = distill.main(*distill.parse([*arguments, *flags]))
     assert metrics["parameters_student"] == make_model(vocab_size=len(tokenizer)).num_parameters()
     assert "perplexity_student" in metrics and "agreement_student" not in metrics
 
@@ -111,15 +113,30 @@ def test_another_vocabulary_needs_answers(distilled, make_model, world, tmp_path
 def test_the_teachers_answers_take_the_place_of_the_datas(tokenizer, make_model):
     rows = [{"prompt": [{"role": "user", "content": "Go"}], "completion": [{"role": "assistant", "content": "No"}]}]
     rows += [{"text": "The fox."}]
-    written = distill.write_answers(make_model(), tokenizer, rows, 5, do_sample=False, seed=0)
     settings = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
     prompt = tokenizer.apply_chat_template(rows[0]["prompt"], **settings)
-    ids = make_model().generate(**prompt, do_sample=False, max_new_tokens=5)[0, prompt["input_ids"].shape[1] :]
-    assert written[0]["prompt"] == rows[0]["prompt"]
-    assert written[0]["completion"][0]["content"] == tokenizer.decode(ids, skip_special_tokens=True)
-    assert written[1] == {"text": "The fox."}
-    first, again, other = (distill.write_answers(make_model(), tokenizer, rows, 5, True, seed) for seed in (1, 1, 2))
+    model = make_model()
+    ids = model.generate(**prompt, do_sample=False, max_new_tokens=5)[0, prompt["input_ids"].shape[1] :].tolist()
+    # What ends an answer may be known to the model's generation config alone.
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, ids[-1]]
+    written = distill.write_answers(model, tokenizer, rows, 5, do_sample=False, seed=0)
+    said = tokenizer.decode(ids[: ids.index(ids[-1]) + 1], skip_special_tokens=True)
+    assert written == [{**rows[0], "completion": [{"role": "assistant", "content": said}]}, rows[1]]
+    model.generation_config.eos_token_id = list(range(len(tokenizer)))[::3]
+    first, again, other = (distill.write_answers(model, tokenizer, rows, 20, True, seed) for seed in (1, 1, 2))
     assert first == again != other
+
+
+def test_answers_that_are_cut_off_are_left_out(monkeypatch, capsys):
+    rows = [{"prompt": word, "completion": "No"} for word in "abc"]
+    answers = [["Yes"], [], ["Perhaps"]]
+    monkeypatch.setattr(responses, "sample_responses", lambda *_, only_ended, **__: answers)
+    written = distill.write_answers(None, None, rows, 4, do_sample=True, seed=0)
+    assert written == [{"prompt": "a", "completion": "Yes"}, {"prompt": "c", "completion": "Perhaps"}]
+    assert "1 of 3 answers of the teacher are left out: longer than 4" in capsys.readouterr().out
+    answers = [[], [], []]
+    with pytest.raises(InputError, match="none of the teacher's answers ends within --response_length 4"):
+        distill.write_answers(None, None, rows, 4, do_sample=True, seed=0)
 
 
 @pytest.mark.parametrize(
