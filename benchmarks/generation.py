@@ -6,7 +6,7 @@
 `--random_weights 10M` measures a model of that size that nobody trained, on random prompts, whose answers never end.
 All ways run in one process, turn by turn, and the ratio to plain `generate` is the median of the ratios within a
 round; times are CPU-seconds. The output of each way is compared with the plain one's. What `torch.compile` takes is
-reported beside the table, not inside it.
+reported beside the table, not inside it. A second table has what a token takes in each of transformers' caches.
 """
 
 import argparse
@@ -215,6 +215,20 @@ def compare(ways: Ways, rounds: int) -> list[str]:
     return rows
 
 
+def caches(model: Any, batch: Any, max_new_tokens: int, rounds: int) -> list[str]:
+    """Rows of transformers' caches under `generate`: what a token takes, beside the planner's figure."""
+    from hfllm.generation.caches import measure_caches
+    from hfllm.scaling.shapes import Shape
+
+    planned = Shape.from_config(model.config.to_dict()).kv_bytes_per_token(model.dtype.itemsize)
+    rows = []
+    for row in measure_caches(model, batch, max_new_tokens, rounds=rounds):
+        cells = "| | " if row["note"] else f"{row['bytes_per_token']:.0f} | {planned} | {row['same_tokens']:.2f} "
+        rows.append(f"| {row['cache']} | {cells}| {row['note']} |")
+        print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", default=WORLD_MODEL)
@@ -258,6 +272,9 @@ def main() -> None:
             "|" + " - |" * 7,
         ]
         lines += [*compare(ways, args.rounds), ""]
+        if not args.ways:
+            lines += ["| cache | bytes a token | planned | same tokens | why not |", "|" + " - |" * 5]
+            lines += [*caches(ours, prompts.batches[0], args.max_new_tokens, args.rounds), ""]
     if args.output:
         from hfllm.reporting import write_atomically
 
