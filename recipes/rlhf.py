@@ -154,7 +154,6 @@ def prompt_data(script_args: RlhfArguments, seed: int, functions: Sequence[Calla
     from hfllm.data import formats
     from hfllm.data.sources import WORLD
     from hfllm.data.world import World
-    from hfllm.rewards import checked_rewards
     from hfllm.stage_data import load_rows, split_rows
 
     if script_args.dataset_name == WORLD:
@@ -167,13 +166,21 @@ def prompt_data(script_args: RlhfArguments, seed: int, functions: Sequence[Calla
         if script_args.chat_prompts:
             rows = [{**row, "prompt": formats.as_messages(row["prompt"])} for row in rows]
         train_rows, eval_rows = split_rows(rows, seed, share=0.1, most=script_args.num_eval_prompts)
-    trial = train_rows[:2]
-    columns = {name: [row[name] for row in trial] for name in trial[0] if name != "prompt"}
-    prompts = [row["prompt"] for row in trial]
-    trials = [formats.as_completion(prompt, "This is a trial response.") for prompt in prompts]
-    for function in functions:
-        checked_rewards(function, prompts, trials, **columns)
+    try_functions(functions, train_rows[:2])
     return train_rows, eval_rows
+
+
+def try_functions(functions: Sequence[Callable], rows: list[dict]) -> None:
+    """Call the reward functions as the trainer does: with the dataset's other columns and the ids of a response."""
+    from hfllm.data.formats import as_completion
+    from hfllm.rewards import checked_rewards
+
+    prompts = [row["prompt"] for row in rows]
+    completions = [as_completion(prompt, "This is a trial response.") for prompt in prompts]
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+    columns["completion_ids"] = [[0, 1, 2, 3, 4]] * len(rows)
+    for function in functions:
+        checked_rewards(function, prompts, completions, **columns)
 
 
 def missing_stages(script_args: Any, training_args: Any, model_args: Any) -> dict[str, tuple]:

@@ -167,7 +167,7 @@ def test_reward_functions(saved_model, tmp_path):
     file.write_text("def fine(answer, **columns): return answer")
     message = complaint("rlhf", *flags, "--reward_funcs", f"{file}:fine")
     assert "'fine' failed with TypeError" in message
-    assert "columns given: (none)" in message
+    assert "columns given: completion_ids" in message
     file.write_text("import not_installed_anywhere")
     assert "does not run: ModuleNotFoundError" in complaint("rlhf", *flags, "--reward_funcs", f"{file}:fine")
 

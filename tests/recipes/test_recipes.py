@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from hfllm.errors import InputError
+from hfllm.rewards import length_penalty
 
 RLHF_METRICS = {
     "gold_reward_before",
@@ -200,6 +201,15 @@ def test_text_prompts_become_a_users_turn_on_demand(tmp_path):
         train_rows, eval_rows = rlhf.prompt_data(script_args, 0, [])
         assert {type(row["prompt"]) for row in [*train_rows, *eval_rows]} == {kind}
         assert not {str(row["prompt"]) for row in train_rows} & {str(row["prompt"]) for row in eval_rows}
+
+
+def test_reward_functions_are_tried_with_what_the_trainer_gives_them():
+    def each_token(prompts, completions, completion_ids, **columns):
+        assert set(columns) == {"answer"}
+        return [[1.0] * len(ids) for ids in completion_ids]
+
+    rows = [{"prompt": text, "completion": "c", "answer": "a"} for text in ("one", "two")]
+    rlhf.try_functions([each_token, length_penalty(0.01)], rows)
 
 
 def test_no_stage_is_trained_on_evaluation_rows(tiny, world):
