@@ -137,7 +137,7 @@ class Stage:
 
 
 def stage_arguments(*parsed: Any, before: Mapping[str, Sequence[Any]] | None = None) -> dict[str, Any]:
-    """The flags that decide a stage's result, and when the local data and model they name were last changed.
+    """The flags that decide a stage's result, and when the local data, models and reward functions they name changed.
 
     Args:
         before: the parsed flags of the stages that it runs first, by name.
@@ -162,9 +162,23 @@ def stage_arguments(*parsed: Any, before: Mapping[str, Sequence[Any]] | None = N
         # A file that is edited leaves its folder's time alone, one that is removed does not.
         read = {path, *files_read, *(file.parent for file in files_read if path.is_dir())}
         arguments[f"{flag} changed at"] = max(each.stat().st_mtime_ns for each in read)
+    for flag, paths in _reward_files(arguments).items():
+        if written := [path.stat().st_mtime_ns for path in paths if path.is_file()]:
+            arguments[f"{flag} changed at"] = max(written)
     for stage, flags in (before or {}).items():
         arguments |= {f"{stage}.{flag}": value for flag, value in run_arguments(*flags).items()}
     return arguments
+
+
+def _reward_files(arguments: Mapping[str, Any]) -> dict[str, list[Path]]:
+    """What tells that a reward or a critic was written again, by the flag that names it; it need not exist."""
+    critic = arguments.get("value_model")
+    models = {
+        "reward_model_name_or_path": arguments.get("reward_model_name_or_path") or [],
+        "value_model": [critic] if critic not in (None, "head", "reward") else [],
+    }
+    files = {flag: [Path(name, "config.json") for name in names] for flag, names in models.items()}
+    return {**files, "reward_funcs": [Path(name.rpartition(":")[0]) for name in arguments.get("reward_funcs") or []]}
 
 
 def run_stage(

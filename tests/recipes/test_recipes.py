@@ -153,6 +153,28 @@ def test_a_changed_config_file_is_noticed(aligned, tiny, tmp_path):
         rlhf.main(*rlhf.parse(arguments))
 
 
+def test_a_changed_reward_is_noticed(tmp_path):
+    from hfllm.stages import stage_arguments
+
+    def noted(*flags):
+        arguments = stage_arguments(*rlhf.parse(["--output_dir", str(tmp_path / "out"), *flags]))
+        return {name: value for name, value in arguments.items() if name.endswith(" changed at")}
+
+    file, model = tmp_path / "mine.py", tmp_path / "model" / "config.json"
+    model.parent.mkdir()
+    flags = {
+        "reward_funcs": (file, [f"{file}:score", "gold"]),
+        "reward_model_name_or_path": (model, ["on/the-hub", str(model.parent)]),
+        "value_model": (model, [str(model.parent)]),
+    }
+    for flag, (path, named) in flags.items():
+        path.write_text("{}")
+        for time in (1, 2):
+            os.utime(path, ns=(time, time))
+            assert noted(f"--{flag}", *named) == {f"{flag} changed at": time}
+    assert noted() == noted("--reward_funcs", "gold", "--value_model", "head") == {}
+
+
 def test_a_users_reward_and_prompts(aligned, tiny, tmp_path):
     """A text-only model and prompts, with a reward from a file, as `--model_name_or_path ... --reward_funcs`."""
     folder, _ = aligned
