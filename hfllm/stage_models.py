@@ -109,12 +109,16 @@ def model_context(name: str) -> int | None:
 
 
 def load_scorer(name: str, model_args: Any) -> "PreTrainedModel":
-    """A sequence-classification model with one label, its head new if `name` is a language model."""
+    """A sequence-classification model with one label, its head new if `name` is a language model.
+
+    Raises:
+        InputError: when it cannot be loaded.
+    """
     from transformers import AutoModelForSequenceClassification
 
     try:
         return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **load_kwargs(model_args))
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise _unloadable(name, error) from error
 
 
@@ -124,6 +128,24 @@ def peft_config(model_args: Any, task_type: str = "CAUSAL_LM") -> "PeftConfig | 
 
     model_args.lora_task_type = task_type
     return get_peft_config(model_args)
+
+
+def try_adapter(config: "PreTrainedConfig", adapter: "PeftConfig") -> None:
+    """Put an adapter on a language model that has no weights.
+
+    Raises:
+        InputError: when it does not fit, such as for target modules that the model does not have.
+    """
+    import torch
+    from peft import get_peft_model
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        with torch.device("meta"):
+            # By the constructor, which DeepSpeed leaves alone.
+            get_peft_model(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config), adapter)
+    except (KeyError, ValueError) as error:
+        raise InputError(f"--use_peft on a model of type {config.model_type}: {str(error).splitlines()[0]}") from None
 
 
 def _unloadable(name: str, error: Exception) -> InputError:

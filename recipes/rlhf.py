@@ -89,7 +89,8 @@ def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dic
     used = scale_learning_rate(script_args, training_args)
     functions = checked_functions(script_args)
     train_rows, eval_rows = prompt_data(script_args, training_args.seed, functions)
-    check_before_training(script_args, training_args, model_args, [*train_rows, *eval_rows], len(functions))
+    check_rewards(script_args, training_args, len(functions))
+    check_models(script_args, training_args, model_args, before, [*train_rows, *eval_rows])
     model_args, reward_models, stage_metrics = run_missing_stages(script_args, model_args, before)
 
     policy, tokenizer = load_policy(model_args)
@@ -227,20 +228,15 @@ def run_missing_stages(
     return model_args, trained or script_args.reward_model_name_or_path or [], metrics
 
 
-def check_before_training(
-    script_args: Any, training_args: Any, model_args: Any, rows: list[dict], function_count: int
-) -> None:
-    """Refuse what could only fail after the stages before have been trained.
+def check_rewards(script_args: Any, training_args: Any, function_count: int) -> None:
+    """Refuse settings of the rewards that could only fail after the stages before have been trained.
 
     Raises:
-        InputError: for a missing reward, a bad `--value_model` or `--reward_weights`, a reward model that cannot be
-            loaded, or prompts that do not fit the named model.
+        InputError: for a missing reward, a bad `--value_model` or `--reward_weights`, or a bad ensemble.
     """
     from hfllm.data.sources import WORLD
     from hfllm.errors import InputError
     from hfllm.rewards import RewardEnsemble
-    from hfllm.stage_models import load_tokenizer, model_context
-    from hfllm.trainers.prompts import check_prompts
 
     named = script_args.reward_model_name_or_path
     if not named and not function_count and script_args.dataset_name != WORLD:
@@ -254,8 +250,6 @@ def check_before_training(
     weights = training_args.reward_weights
     if weights is not None and len(weights) != rewards:
         raise InputError(f"--reward_weights has {len(weights)} values for {rewards} reward(s)")
-    for name in named or []:
-        load_tokenizer(name)
     if script_args.reward_aggregation not in RewardEnsemble.AGGREGATIONS:
         raise InputError(
             f"--reward_aggregation {script_args.reward_aggregation!r} is not one of "
@@ -265,9 +259,53 @@ def check_before_training(
         raise InputError(
             f"--num_reward_models {script_args.num_reward_models}: at least 1, and more only where none is named"
         )
+
+
+def check_models(
+    script_args: Any, training_args: Any, model_args: Any, before: dict[str, tuple], rows: list[dict]
+) -> None:
+    """Refuse what could only fail with the models, after the stages before have been trained.
+
+    Raises:
+        InputError: for a reward or value model that cannot be loaded, prompts that do not fit the named model, an
+            adapter that does not, or `--use_vllm` without vLLM.
+    """
+    import torch
+
+    from hfllm.stage_models import load_scorer, load_tokenizer, model_context, peft_config, try_adapter
+    from hfllm.trainers.prompts import check_prompts
+    from hfllm.trainers.vllm_sampling import check_vllm
+
+    if training_args.use_vllm:
+        check_vllm()
+    named = script_args.reward_model_name_or_path or []
+    for name in named:
+        load_tokenizer(name)
+    # A new head must not change the numbers that are drawn later.
+    with torch.random.fork_rng():
+        # Where no stage comes before, they are loaded right away.
+        for name in [*named, script_args.value_model] if before else ():
+            if name not in ("head", "reward"):
+                load_scorer(name, model_args)
+        if model_args.use_peft:
+            try_adapter(policy_config(model_args, before), peft_config(model_args))
     if model_args.model_name_or_path:
         tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
         check_prompts(rows, tokenizer, training_args.response_length, model_context(model_args.model_name_or_path))
+
+
+def policy_config(model_args: Any, before: dict[str, tuple]) -> Any:
+    """The config of the policy, of the model that `pretrain` is to make if that comes before."""
+    from hfllm.models.configuration_hfllm import HfllmConfig
+    from hfllm.stage_models import load_config, named_fields
+
+    made = before.get("pretrain")
+    start = made[2] if made else model_args
+    if start.model_name_or_path:
+        return load_config(start.model_name_or_path, start.model_revision)
+    if made[0].config_name_or_path:
+        return HfllmConfig(**named_fields(made[0].config_name_or_path))
+    return HfllmConfig(**{name: getattr(made[0], name) for name in import_module("pretrain").ARCHITECTURE})
 
 
 def with_gold_beside(script_args: Any, training_args: Any, rewards: list, tokenizers: list) -> tuple[Any, list, list]:

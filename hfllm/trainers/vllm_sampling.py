@@ -23,6 +23,18 @@ UNDERSTOOD = {
 NEVER = -100.0
 
 
+def check_vllm() -> None:
+    """Refuse `use_vllm` where vLLM is not installed.
+
+    Raises:
+        InputError: telling how to install it.
+    """
+    from trl.import_utils import is_vllm_available
+
+    if not is_vllm_available():
+        raise InputError("use_vllm=True: vLLM is not installed; pip install 'trl[vllm]'")
+
+
 class VllmSampler:
     """A vLLM engine, in this process or a server, that follows the policy's weights.
 
@@ -45,10 +57,7 @@ class VllmSampler:
         generation_config: "GenerationConfig",
         episodes: int,
     ):
-        from trl.import_utils import is_vllm_available
-
-        if not is_vllm_available():
-            raise InputError("use_vllm=True: vLLM is not installed; pip install 'trl[vllm]'")
+        check_vllm()
         settings = generation_config.to_diff_dict()
         if unknown := sorted(settings.keys() - UNDERSTOOD):
             raise InputError(f"use_vllm=True does not go with {', '.join(unknown)} of generation_kwargs")

@@ -14,6 +14,7 @@ import reward
 import rlhf
 import sft
 import speculative
+from trl import import_utils
 
 from hfllm.errors import InputError
 
@@ -170,6 +171,26 @@ def test_reward_functions(saved_model, tmp_path):
     assert "columns given: completion_ids" in message
     file.write_text("import not_installed_anywhere")
     assert "does not run: ModuleNotFoundError" in complaint("rlhf", *flags, "--reward_funcs", f"{file}:fine")
+
+
+def test_what_needs_no_trained_stage_is_refused_before_one(saved_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(import_utils, "is_vllm_available", lambda: False)
+    (tmp_path / "reward").mkdir()
+    for path in saved_model.iterdir():
+        if path.name != "model.safetensors":
+            (tmp_path / "reward" / path.name).write_bytes(path.read_bytes())
+    lora = ("--use_peft", "--lora_target_modules", "nowhere")
+    no_such = "--use_peft on a model of type hfllm: Target modules nowhere not found"
+    for flags, expected in (
+        (("--value_model", "no/such-model"), "model 'no/such-model' could not be loaded"),
+        (("--reward_model_name_or_path", tmp_path / "reward"), "reward' could not be loaded: Error no file named"),
+        (("--use_vllm",), "vLLM is not installed"),
+        (lora, no_such),
+        ((*lora, "--model_name_or_path", saved_model), no_such),
+    ):
+        message = complaint("rlhf", "--num_prompts", 8, "--output_dir", tmp_path / "out", *flags)
+        assert expected in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_prompts_longer_than_the_context(saved_model, tmp_path):
