@@ -90,16 +90,18 @@ def load_texts(script_args: Any, seed: int, prepared: Prepared, name: str) -> tu
         # Of the type that `prepared` stores, so that both can be parts of one mixture.
         return Dataset.from_dict({"text": texts}, Features({"text": Value("large_string")})), held_out
 
-    def read() -> Iterator[str]:
-        rows = iterate_source(script_args.dataset_name, script_args.dataset_train_split)
-        for origin, row in islice(rows, script_args.max_samples):
-            text = formats.to_text(origin, row)
-            if text.strip():
-                yield text
-
-    stored = prepared.texts(name, read)
+    source = (script_args.dataset_name, script_args.dataset_train_split, script_args.max_samples)
+    stored = prepared.texts(name, lambda: texts_of(*source))
     train, held_out = split_places((hash_of(text) for text in stored["text"]), seed)
     return stored.select(train), stored.select(held_out)["text"][:]
+
+
+def texts_of(name: str, split: str = "train", most: int | None = None) -> Iterator[str]:
+    """The texts of the first `most` rows of a user's dataset, one by one, without blank ones."""
+    for origin, row in islice(iterate_source(name, split), most):
+        text = formats.to_text(origin, row)
+        if text.strip():
+            yield text
 
 
 def hash_of(text: str) -> bytes:

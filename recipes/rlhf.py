@@ -46,6 +46,12 @@ class RlhfArguments(DataArguments, BatchArguments):
         default="head",
         metadata={"help": "'head' on the policy's trunk, 'reward' (starts as the reward model), or a model's name."},
     )
+    ptx_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Texts for --ptx_coef, as pretrain.py takes them; of 'world' as many documents as --num_prompts."
+        },
+    )
     chat_prompts: bool = field(
         default=False,
         metadata={"help": "Put text prompts to the model as a user's turn of its chat template, as sft.py does."},
@@ -91,6 +97,7 @@ def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dic
     train_rows, eval_rows = prompt_data(script_args, training_args.seed, functions)
     check_rewards(script_args, training_args, len(functions))
     check_models(script_args, training_args, model_args, before, [*train_rows, *eval_rows])
+    ptx_dataset = ptx_texts(script_args, training_args)
     model_args, reward_models, stage_metrics = run_missing_stages(script_args, model_args, before)
 
     policy, tokenizer = load_policy(model_args)
@@ -113,6 +120,7 @@ def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dic
         reward_processing_classes=tokenizers,
         value_model=value_model(script_args, model_args, reward_models),
         peft_config=peft_config(model_args),
+        ptx_dataset=ptx_dataset,
     )
     use_plain_lines(trainer)
     for ensemble in rewards:
@@ -226,6 +234,31 @@ def run_missing_stages(
         model_args = replace(model_args, model_name_or_path=folders["sft"])
     trained = [folder for name, folder in folders.items() if name.startswith("reward")]
     return model_args, trained or script_args.reward_model_name_or_path or [], metrics
+
+
+def ptx_texts(script_args: Any, training_args: Any) -> Any:
+    """The pretraining texts beside the rollouts, or `None`.
+
+    Raises:
+        InputError: for texts without `--ptx_coef`, or the reverse.
+    """
+    from datasets import Dataset
+
+    from hfllm.data.sources import WORLD
+    from hfllm.data.world import World
+    from hfllm.errors import InputError
+    from hfllm.stage_data import texts_of
+
+    name, coefficient = script_args.ptx_dataset_name, training_args.ptx_coef
+    if (name is None) != (coefficient == 0):
+        raise InputError(f"--ptx_coef {coefficient} and --ptx_dataset_name {name}: give both, or neither")
+    if name is None:
+        return None
+    if name == WORLD:
+        texts = World(script_args.world_seed).documents(script_args.num_prompts, training_args.seed)
+    else:
+        texts = list(texts_of(name))
+    return Dataset.from_dict({"text": texts})
 
 
 def check_rewards(script_args: Any, training_args: Any, function_count: int) -> None:

@@ -179,6 +179,7 @@ def test_what_needs_no_trained_stage_is_refused_before_one(saved_model, tmp_path
     for path in saved_model.iterdir():
         if path.name != "model.safetensors":
             (tmp_path / "reward" / path.name).write_bytes(path.read_bytes())
+    texts = jsonl(tmp_path / "texts.jsonl", {"words": "red"})
     lora = ("--use_peft", "--lora_target_modules", "nowhere")
     no_such = "--use_peft on a model of type hfllm: Target modules nowhere not found"
     for flags, expected in (
@@ -187,6 +188,8 @@ def test_what_needs_no_trained_stage_is_refused_before_one(saved_model, tmp_path
         (("--use_vllm",), "vLLM is not installed"),
         (lora, no_such),
         ((*lora, "--model_name_or_path", saved_model), no_such),
+        (("--ptx_coef", 0.1), "--ptx_coef 0.1 and --ptx_dataset_name None: give both, or neither"),
+        (("--ptx_coef", 0.1, "--ptx_dataset_name", texts), "texts.jsonl, line 1: columns words"),
     ):
         message = complaint("rlhf", "--num_prompts", 8, "--output_dir", tmp_path / "out", *flags)
         assert expected in message

@@ -234,6 +234,23 @@ def test_reward_functions_are_tried_with_what_the_trainer_gives_them():
     rlhf.try_functions([each_token, length_penalty(0.01)], rows)
 
 
+@pytest.mark.parametrize("name", ["world", "texts.jsonl"])
+def test_pretraining_texts_reach_the_trainer(name, saved, world, tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def trainer(ptx_dataset, **kwargs):
+        raise Seen(ptx_dataset["text"][:])
+
+    monkeypatch.setattr("hfllm.trainers.ppo_trainer.PPOTrainer", trainer)
+    monkeypatch.chdir(tmp_path)
+    Path("texts.jsonl").write_text('{"text": "red"}\n{"text": " "}\n{"text": "blue"}\n')
+    flags = ["--model_name_or_path", str(saved), "--reward_funcs", "gold", "--num_prompts", "8", "--output_dir", "out"]
+    with pytest.raises(Seen) as seen:
+        rlhf.main(*rlhf.parse([*flags, "--ptx_coef", "0.1", "--ptx_dataset_name", name, "--seed", "3"]))
+    assert seen.value.args[0] == (world.documents(8, seed=3) if name == "world" else ["red", "blue"])
+
+
 def test_no_stage_is_trained_on_evaluation_rows(tiny, world):
     evaluation = {task.question for task in world.evaluation_tasks(360)}
     script_args, training_args, _ = rlhf.parse(["--config", tiny["rlhf"], "--num_prompts", "3000"])
