@@ -310,7 +310,7 @@ def check_models(
     from hfllm.trainers.vllm_sampling import check_vllm
 
     if training_args.use_vllm:
-        check_vllm()
+        check_vllm(training_args)
     named = script_args.reward_model_name_or_path or []
     for name in named:
         load_tokenizer(name)

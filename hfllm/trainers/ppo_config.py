@@ -1,9 +1,10 @@
 """Arguments of `PPOTrainer`."""
 
+import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import GenerationConfig, TrainingArguments
 
 from hfllm.trainers.advantages import KL_ESTIMATORS
 
@@ -145,6 +146,7 @@ class PPOConfig(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         self._check_ranges()
+        self._check_generation_kwargs()
         if self.total_episodes is not None and self.max_steps > 0:
             raise ValueError(f"total_episodes={self.total_episodes} and max_steps={self.max_steps}: give one of them")
         if self.total_episodes is not None and self.total_episodes < 1:
@@ -182,6 +184,14 @@ class PPOConfig(TrainingArguments):
                 value = getattr(self, name)
                 if value is not None and not is_good(value):
                     raise ValueError(f"{name} must {accepted}, got {value}")
+
+    def _check_generation_kwargs(self) -> None:
+        known = GenerationConfig().to_dict()
+        for name in self.generation_kwargs or {}:
+            if name not in known:
+                # A GenerationConfig takes any name, and ignores it.
+                (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+                raise ValueError(f"generation_kwargs has an unknown {name!r}; did you mean {nearest!r}?")
 
     @property
     def steps_per_rollout(self) -> int:

@@ -25,6 +25,18 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 RewardFunc = str | PreTrainedModel | Callable[..., list[float]]
+# Every field that would bend the distribution is set: generate() fills what is unset from the model's own generation
+# config, and the ratio is only right for the distribution that token_logprobs computes.
+UNBENT = {
+    "do_sample": True,
+    "top_k": 0,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "use_cache": True,
+}
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
@@ -179,19 +191,10 @@ def sampling_config(
     args: PPOConfig, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int], never_sampled: Sequence[int]
 ) -> GenerationConfig:
     """How responses are sampled: from the policy's own distribution, unless `generation_kwargs` bend it."""
-    # Every field that would bend the distribution is set: generate() fills what is unset from the model's own
-    # generation config, and the ratio is only right for the distribution that token_logprobs computes.
     settings = {
+        **UNBENT,
         "max_new_tokens": args.response_length,
-        "do_sample": True,
         "temperature": args.temperature,
-        "top_k": 0,
-        "top_p": 1.0,
-        "typical_p": 1.0,
-        "repetition_penalty": 1.0,
-        "no_repeat_ngram_size": 0,
-        "num_beams": 1,
-        "use_cache": True,
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": list(eos_token_ids),
         "bos_token_id": tokenizer.bos_token_id,

@@ -7,32 +7,32 @@ import torch
 
 from hfllm.errors import InputError
 from hfllm.trainers.ppo_config import PPOConfig
+from hfllm.trainers.ppo_parts import UNBENT
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# The back end gives these by arguments of its own; what else there is in a GenerationConfig, vLLM does not know.
+# The back end gives these by arguments of its own; what else there is in a GenerationConfig, vLLM does not hear of.
 SHAPING = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p")
-UNDERSTOOD = {
-    *SHAPING,
-    *("max_new_tokens", "do_sample", "num_beams", "use_cache", "typical_p", "no_repeat_ngram_size"),
-    *("pad_token_id", "eos_token_id", "bos_token_id", "suppress_tokens", "stop_strings", "transformers_version"),
-}
+HEARD = {*SHAPING, "pad_token_id", "eos_token_id", "bos_token_id", "suppress_tokens", "stop_strings"}
 # Added to the logit of what must not be sampled: as far as vLLM lets one go.
 NEVER = -100.0
 
 
-def check_vllm() -> None:
-    """Refuse `use_vllm` where vLLM is not installed.
+def check_vllm(args: PPOConfig) -> None:
+    """Refuse `use_vllm` where vLLM is not installed, or would not hear of what is asked of sampling.
 
     Raises:
-        InputError: telling how to install it.
+        InputError: telling how to install it, or naming the settings.
     """
     from trl.import_utils import is_vllm_available
 
     if not is_vllm_available():
         raise InputError("use_vllm=True: vLLM is not installed; pip install 'trl[vllm]'")
+    asked = (args.generation_kwargs or {}).items()
+    if unheard := sorted(name for name, value in asked if name not in HEARD and value != UNBENT.get(name)):
+        raise InputError(f"use_vllm=True does not go with {', '.join(unheard)} of generation_kwargs")
 
 
 class VllmSampler:
@@ -57,10 +57,7 @@ class VllmSampler:
         generation_config: "GenerationConfig",
         episodes: int,
     ):
-        check_vllm()
-        settings = generation_config.to_diff_dict()
-        if unknown := sorted(settings.keys() - UNDERSTOOD):
-            raise InputError(f"use_vllm=True does not go with {', '.join(unknown)} of generation_kwargs")
+        check_vllm(args)
         from trl.generation.vllm_generation import VLLMGeneration
 
         self.config, self.tokenizer = generation_config, tokenizer

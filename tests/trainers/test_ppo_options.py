@@ -589,6 +589,7 @@ def test_completions_are_kept_as_parquet_and_shown(make_trainer, prompts, tmp_pa
         ({"max_tokens_per_pass": 0}, "max_tokens_per_pass must be at least 1"),
         ({"kl_coef": 0.0, "kl_target": 6.0}, "kl_target=6.0 steers kl_coef, which is 0"),
         ({"cliprange_value": -0.1}, "cliprange_value must not be negative"),
+        ({"generation_kwargs": {"topk": 5}}, "generation_kwargs has an unknown 'topk'; did you mean 'top_k'"),
     ],
 )
 def test_bad_options_are_refused_by_name(make_args, values, message):

@@ -68,8 +68,15 @@ def test_stop_strings_reach_the_engine_and_end_responses(make_trainer, with_engi
 
 
 def test_what_vllm_does_not_know_is_refused(make_trainer, with_engine):
-    with pytest.raises(InputError, match="use_vllm=True does not go with renormalize_logits"):
-        make_trainer(use_vllm=True, generation_kwargs={"renormalize_logits": True})
+    for name, value in (
+        ("renormalize_logits", True),
+        ("do_sample", False),
+        ("typical_p", 0.5),
+        ("no_repeat_ngram_size", 2),
+    ):
+        with pytest.raises(InputError, match=f"use_vllm=True does not go with {name} of generation_kwargs"):
+            make_trainer(use_vllm=True, generation_kwargs={name: value, "top_p": 0.9})
+    make_trainer(use_vllm=True, generation_kwargs={"do_sample": True, "typical_p": 1.0})
 
 
 def test_without_vllm_it_says_how_to_install_it(make_trainer, monkeypatch):
