@@ -103,9 +103,9 @@ def named_fields(name: str) -> dict[str, Any]:
     return {field: getattr(config, field) for field in HfllmConfig.__annotations__ if field != "loss_chunk_size"}
 
 
-def model_context(name: str) -> int | None:
+def model_context(name: str, revision: str = "main") -> int | None:
     """The longest sequence that the named model is made for, in tokens, if its config tells."""
-    return getattr(load_config(name).get_text_config(), "max_position_embeddings", None)
+    return getattr(load_config(name, revision).get_text_config(), "max_position_embeddings", None)
 
 
 def load_scorer(name: str, model_args: Any) -> "PreTrainedModel":

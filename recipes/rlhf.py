@@ -79,7 +79,7 @@ def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dic
     from hfllm.evaluation.alignment import alignment_metrics, alignment_plots, alignment_tables, judge_policy
     from hfllm.rewards import RewardEnsemble, RewardModel
     from hfllm.stage_data import world_of
-    from hfllm.stage_models import load_policy, load_scorer, load_tokenizer, peft_config
+    from hfllm.stage_models import load_policy, load_tokenizer, peft_config
     from hfllm.stages import Stage
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
@@ -103,7 +103,7 @@ def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dic
     policy, tokenizer = load_policy(model_args)
     rewards, tokenizers = list(functions), [None] * len(functions)
     if reward_models:
-        members = [RewardModel(load_scorer(name, model_args), load_tokenizer(name)) for name in reward_models]
+        members = [RewardModel(scorer(name, model_args), load_tokenizer(name)) for name in reward_models]
         aggregation = (script_args.reward_aggregation, script_args.uncertainty_coef)
         rewards.append(members[0] if len(members) == 1 else RewardEnsemble(members, *aggregation))
         tokenizers.append(None)
@@ -212,6 +212,7 @@ def missing_stages(script_args: Any, training_args: Any, model_args: Any) -> dic
         flags = ["--world_seed", str(script_args.world_seed)]
         flags += ["--config", config] if config else []
         flags += ["--model_name_or_path", based_on[name]] if based_on[name] else []
+        flags += ["--model_revision", model_args.model_revision] if own_model else []
         for number in range(script_args.num_reward_models if name == "reward" else 1):
             stage = f"{name}_{number + 1}" if number else name
             own = ["--output_dir", f"{folder}/{stage}", "--seed", str(seed + number)]
@@ -301,14 +302,18 @@ def check_models(
 
     Raises:
         InputError: for a reward or value model that cannot be loaded, prompts that do not fit the named model, an
-            adapter that does not, or `--use_vllm` without vLLM.
+            adapter that does not, weights that cannot be trained, or `--use_vllm` without vLLM.
     """
     import torch
 
-    from hfllm.stage_models import load_scorer, load_tokenizer, model_context, peft_config, try_adapter
+    from hfllm.errors import refuse
+    from hfllm.stage_models import load_tokenizer, model_context, peft_config, try_adapter
     from hfllm.trainers.prompts import check_prompts
     from hfllm.trainers.vllm_sampling import check_vllm
 
+    for flag in ("load_in_8bit", "load_in_4bit"):
+        is_frozen = getattr(model_args, flag) and not model_args.use_peft
+        refuse(is_frozen, f"--{flag}", "such weights cannot be trained; --use_peft trains an adapter on them")
     if training_args.use_vllm:
         check_vllm(training_args)
     named = script_args.reward_model_name_or_path or []
@@ -317,14 +322,16 @@ def check_models(
     # A new head must not change the numbers that are drawn later.
     with torch.random.fork_rng():
         # Where no stage comes before, they are loaded right away.
-        for name in [*named, script_args.value_model] if before else ():
-            if name not in ("head", "reward"):
-                load_scorer(name, model_args)
+        if before:
+            for name in named:
+                scorer(name, model_args)
+            if script_args.value_model != "reward":
+                value_model(script_args, model_args, named)
         if model_args.use_peft:
             try_adapter(policy_config(model_args, before), peft_config(model_args))
     if model_args.model_name_or_path:
-        tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
-        check_prompts(rows, tokenizer, training_args.response_length, model_context(model_args.model_name_or_path))
+        policy = (model_args.model_name_or_path, model_args.model_revision)
+        check_prompts(rows, load_tokenizer(*policy), training_args.response_length, model_context(*policy))
 
 
 def policy_config(model_args: Any, before: dict[str, tuple]) -> Any:
@@ -369,14 +376,18 @@ def calibrate(ensemble: Any, trainer: Any, rows: list[dict]) -> None:
 
 
 def value_model(script_args: Any, model_args: Any, reward_models: list[str]) -> Any:
-    """The model that estimates values, or `None` for a head on the policy's trunk."""
-    from hfllm.stage_models import load_scorer
-
+    """The model that estimates values, or `None` for a head on the policy's trunk. All of its weights are trained."""
     if script_args.value_model == "head":
         return None
-    return load_scorer(
-        reward_models[0] if script_args.value_model == "reward" else script_args.value_model, model_args
-    )
+    name = reward_models[0] if script_args.value_model == "reward" else script_args.value_model
+    return scorer(name, replace(model_args, load_in_8bit=False, load_in_4bit=False))
+
+
+def scorer(name: str, model_args: Any) -> Any:
+    """A reward or value model, loaded as the policy is, whose own `--model_revision` it does not have."""
+    from hfllm.stage_models import load_scorer
+
+    return load_scorer(name, replace(model_args, model_revision="main"))
 
 
 def next_steps(output_dir: str, prompt: str | list) -> list[str]:

@@ -186,6 +186,7 @@ def test_what_needs_no_trained_stage_is_refused_before_one(saved_model, tmp_path
         (("--value_model", "no/such-model"), "model 'no/such-model' could not be loaded"),
         (("--reward_model_name_or_path", tmp_path / "reward"), "reward' could not be loaded: Error no file named"),
         (("--use_vllm",), "vLLM is not installed"),
+        (("--load_in_8bit",), "--load_in_8bit cannot be used here: such weights cannot be trained; --use_peft"),
         (lora, no_such),
         ((*lora, "--model_name_or_path", saved_model), no_such),
         (("--ptx_coef", 0.1), "--ptx_coef 0.1 and --ptx_dataset_name None: give both, or neither"),

@@ -234,6 +234,20 @@ def test_reward_functions_are_tried_with_what_the_trainer_gives_them():
     rlhf.try_functions([each_token, length_penalty(0.01)], rows)
 
 
+def test_what_the_policy_is_loaded_by_stays_with_it(monkeypatch):
+    loaded = {}
+    place = "transformers.AutoModelForSequenceClassification.from_pretrained"
+    monkeypatch.setattr(place, lambda name, **kwargs: loaded.update({name: kwargs}))
+    flags = ["--model_name_or_path", "my/policy", "--model_revision", "v2", "--use_peft", "--load_in_8bit"]
+    script_args, training_args, model_args = rlhf.parse([*flags, "--value_model", "my/critic"])
+    rlhf.scorer("my/reward", model_args)
+    rlhf.value_model(script_args, model_args, ["my/reward"])
+    assert {name: kwargs["revision"] for name, kwargs in loaded.items()} == {"my/reward": "main", "my/critic": "main"}
+    assert "quantization_config" in loaded["my/reward"] and "quantization_config" not in loaded["my/critic"]
+    (reward,) = rlhf.missing_stages(script_args, training_args, model_args).values()
+    assert reward[2].model_name_or_path == "my/policy" and reward[2].model_revision == "v2"
+
+
 @pytest.mark.parametrize("name", ["world", "texts.jsonl"])
 def test_pretraining_texts_reach_the_trainer(name, saved, world, tmp_path, monkeypatch):
     class Seen(Exception):
