@@ -56,6 +56,8 @@ def parse(argv: Sequence[str]) -> tuple:
 
 def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> dict[str, float]:
     """Train, save, write the report. Returns the metrics."""
+    from transformers import set_seed
+
     from hfllm.data.sources import WORLD
     from hfllm.errors import InputError, refuse
     from hfllm.stage_models import fitting_length, load_scorer, load_tokenizer, peft_config
@@ -77,6 +79,8 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
         model_args = with_model_from(sft, script_args.sft_config, script_args, training_args, model_args)
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     train_rows, test_rows = rows or world_comparisons(script_args, training_args, model_args)
+    # The head is new, and so are the weights of an adapter.
+    set_seed(training_args.seed)
     model = load_scorer(model_args.model_name_or_path, model_args)
     model.config.pad_token_id = tokenizer.pad_token_id
 

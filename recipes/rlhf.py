@@ -75,6 +75,8 @@ def parse(argv: Sequence[str]) -> tuple:
 
 def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dict[str, float]:
     """Make what is missing, align, compare before and after, save, report. Returns the metrics."""
+    from transformers import set_seed
+
     from hfllm.errors import refuse
     from hfllm.evaluation.alignment import alignment_metrics, alignment_plots, alignment_tables, judge_policy
     from hfllm.rewards import RewardEnsemble, RewardModel
@@ -100,6 +102,8 @@ def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dic
     ptx_dataset = ptx_texts(script_args, training_args)
     model_args, reward_models, stage_metrics = run_missing_stages(script_args, model_args, before)
 
+    # The weights of an adapter are new, and so is the head of a critic that is a language model.
+    set_seed(training_args.seed)
     policy, tokenizer = load_policy(model_args)
     rewards, tokenizers = list(functions), [None] * len(functions)
     if reward_models:

@@ -277,6 +277,20 @@ def test_no_stage_is_trained_on_evaluation_rows(tiny, world):
     assert {row["prompt"][0]["content"] for row in eval_rows} <= evaluation
 
 
+def test_a_new_head_is_that_of_the_seed(aligned, tiny, tmp_path):
+    """Whatever was drawn before in the same process, or was not."""
+    import reward
+
+    weights = []
+    for number, seed in enumerate(("5", "5", "6")):
+        folder = tmp_path / str(number)
+        torch.manual_seed(number)
+        shared = ["--model_name_or_path", f"{aligned[0]}/sft", "--seed", seed, "--max_steps", "1"]
+        reward.main(*reward.parse(["--config", tiny["reward"], *shared, "--output_dir", str(folder)]))
+        weights.append((folder / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+
+
 def test_the_same_seed_gives_the_same_model(tiny, tmp_path):
     import pretrain
 
