@@ -6,6 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,22 +19,25 @@ if TYPE_CHECKING:
 
 # Characters of text that are written at a time.
 BATCH = 1 << 24
+# The names of the folders that are made here; nothing else is ever removed.
+OURS = "[0-9a-f]" * 16
 
 
 class Prepared:
-    """Tables of one run, in a folder of their own. What runs with other descriptions left beside it is removed.
+    """Tables of one run, in a folder of their own.
 
     Machines that share a disk may make the same table at once: each writes a file of its own, and renames it.
 
     Args:
         folder: holds the folder of the tables, which is made when the first is written.
         description: JSON values that decide what is in them.
+        is_shared: leave what runs with other descriptions made beside it, which is removed otherwise.
     """
 
-    def __init__(self, folder: Path, description: Mapping[str, Any]):
+    def __init__(self, folder: Path, description: Mapping[str, Any], is_shared: bool = False):
         written = json.dumps(description, sort_keys=True).encode()
         self.folder = folder / hashlib.blake2b(written, digest_size=8).hexdigest()
-        for other in folder.glob("*"):
+        for other in () if is_shared else folder.glob(OURS):
             if other != self.folder:
                 shutil.rmtree(other, ignore_errors=True)
 
@@ -72,8 +76,10 @@ class Prepared:
         return Dataset.from_file(str(path))
 
     def remove(self) -> None:
-        """Delete all of it, once nothing is needed any more."""
-        shutil.rmtree(self.folder.parent, ignore_errors=True)
+        """Delete all of it, once nothing is needed any more, and the folder that holds it if nothing else is there."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            self.folder.parent.rmdir()
 
 
 def _text_tables(texts: Iterable[str]) -> Iterator["pyarrow.Table"]:

@@ -36,7 +36,9 @@ class DistillationConfig(TrainingArguments):
         "default it is asked at every step and compared on the whole vocabulary.",
     )
     teacher_cache_dir: str | None = _option(
-        None, "Folder of what was kept; by default teacher_cache in the output folder."
+        None,
+        "Folder of what was kept, which several runs may share: nothing in it is removed. By default teacher_cache in "
+        "the output folder, without what is stale.",
     )
 
     # The loss

@@ -160,7 +160,7 @@ class DistillationTrainer(Trainer):
             yield from teacher_tables(loader, ask, args.temperature, args.teacher_top_k, args.loss_chunk_size)
 
         with args.main_process_first(local=False, desc="asking the teacher"):
-            return WithTeacher(rows, open_cache(folder, name, made_from, make))
+            return WithTeacher(rows, open_cache(folder, name, made_from, make, bool(args.teacher_cache_dir)))
 
     def _teacher_settings(self) -> dict[str, Any]:
         """What a teacher given by name is loaded with."""

@@ -69,7 +69,9 @@ def rows_hash(dataset: "Dataset") -> str:
     return digest.hexdigest()
 
 
-def open_cache(folder: Path, name: str, made_from: dict[str, Any], make: Callable[[], Iterator[Any]]) -> "Dataset":
+def open_cache(
+    folder: Path, name: str, made_from: dict[str, Any], make: Callable[[], Iterator[Any]], is_shared: bool
+) -> "Dataset":
     """The cache of one dataset: as it is on disk, or made now if it is not there, not finished or stale.
 
     Args:
@@ -77,8 +79,9 @@ def open_cache(folder: Path, name: str, made_from: dict[str, Any], make: Callabl
         name: of this one's dataset.
         made_from: see `description`.
         make: gives the tables.
+        is_shared: whether the folder is no run's own, so that stale caches stay.
     """
-    return Prepared(folder / name, made_from).table("teacher", make)
+    return Prepared(folder / name, made_from, is_shared).table("teacher", make)
 
 
 def teacher_tables(

@@ -18,6 +18,23 @@ def test_texts_come_back_as_they_were_and_are_made_once(tmp_path, monkeypatch):
     assert len(made) == 2
 
 
+def test_only_folders_made_here_are_removed_and_none_where_runs_share(tmp_path):
+    def write(seed, **more):
+        prepared = Prepared(tmp_path / "it", {"seed": seed}, **more)
+        prepared.table("numbers", lambda: [pyarrow.table({"number": [seed]})])
+        return prepared
+
+    photos = tmp_path / "it" / "photos" / "one.png"
+    photos.parent.mkdir(parents=True)
+    photos.touch()
+    first, second = write(1, is_shared=True), write(2, is_shared=True)
+    assert first.folder.is_dir() and second.folder.is_dir()
+    third = write(3)
+    assert sorted(path.name for path in (tmp_path / "it").iterdir()) == sorted([third.folder.name, "photos"])
+    third.remove()
+    assert photos.is_file() and not third.folder.exists()
+
+
 def test_what_is_interrupted_leaves_nothing_behind(tmp_path):
     def broken():
         yield pyarrow.table({"number": [1, 2]})

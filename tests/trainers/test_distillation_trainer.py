@@ -155,6 +155,11 @@ def test_the_teacher_is_asked_once_and_a_stale_cache_is_noticed(make_trainer, ma
     assert len(unfinished) == 1
     unfinished[0].unlink()
     assert calls(teacher=teacher(), teacher_cache_dir=shared, folder="other")
+    # A folder that the user names may hold other things, and the caches of other runs.
+    (tmp_path / "shared" / "train" / "photos").mkdir()
+    assert calls(teacher=teacher(), teacher_cache_dir=shared, temperature=2.0)
+    assert not calls(teacher=teacher(), teacher_cache_dir=shared)
+    assert (tmp_path / "shared" / "train" / "photos").is_dir()
 
 
 def test_a_named_teacher_is_not_even_loaded_from_a_cache(make_trainer, saved, monkeypatch):
