@@ -118,9 +118,12 @@ def smaller_student(
         ours.head_dim = width // heads
     if getattr(ours, "layer_types", None):
         ours.layer_types = ours.layer_types[: ours.num_hidden_layers]
+    fields = ours.to_dict()
+    # Of the teacher's weights; the student's are new ones, in floating point.
+    fields.pop("quantization_config", None)
     try:
         # Built anew, so that it is checked and what follows from the sizes is derived again.
-        student = type(teacher)(type(config).from_dict(ours.to_dict()))
+        student = type(teacher)(type(config).from_dict(fields))
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise InputError(f"the student's sizes describe no model: {' '.join(str(error).split())[:200]}") from None
     student.generation_config = copy.deepcopy(teacher.generation_config)

@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from hfllm.compression.schemes import get_scheme
 from hfllm.errors import InputError
 from hfllm.trainers.distillation_config import DistillationConfig
 from hfllm.trainers.distillation_data import DistillationCollator, tokenize_dataset
@@ -243,6 +244,14 @@ def test_a_smaller_student_keeps_the_teachers_proportions(make_model):
     assert student.lm_head.weight.std().item() == pytest.approx(0.3, rel=0.1)
     with pytest.raises(InputError, match="width 30 with 4 attention heads"):
         smaller_student(teacher, hidden_size=30)
+
+
+def test_a_smaller_student_of_a_quantized_teacher_has_float_weights(saved, tmp_path):
+    student = smaller_student(get_scheme("dynamic").load(str(saved)), num_hidden_layers=1)
+    student.save_pretrained(tmp_path / "student")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert not hasattr(again.config, "quantization_config")
+    torch.testing.assert_close(again.state_dict(), student.state_dict(), rtol=0, atol=0)
 
 
 def test_a_native_student_of_a_gpt2(make_trainer, tokenizer):
