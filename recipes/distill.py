@@ -168,6 +168,8 @@ def check(script_args: DistillArguments, training_args: Any, model_args: Any) ->
         learns = model_args.use_peft and named
         reason = "it is the student's, who then needs --model_name_or_path and --use_peft; a teacher is loaded so by "
         refuse(getattr(model_args, name) and not learns, f"--{name}", reason + "--teacher_model_init_kwargs")
+    reason = "the adapter's base, a new student, would be saved nowhere: name a student by --model_name_or_path"
+    refuse(model_args.use_peft and not named, "--use_peft", reason)
     refuse(bool(model_args.attn_implementation) and not named, "--attn_implementation", "the student is not named")
     for name in ("pretrain_config", "sft_config", "reward_config", "rlhf_config"):
         refuse(bool(getattr(script_args, name)) and has_teacher, f"--{name}", "the teacher is named")

@@ -63,7 +63,8 @@ class DistillationTrainer(Trainer):
             messages), or `text`; they may be mixed.
         processing_class: the student's tokenizer.
         teacher_processing_class: the teacher's, to be compared with the student's; taken from a teacher given by name.
-        peft_config: adapter to train in place of the student's weights.
+        peft_config: adapter to train in place of the student's weights. It alone is saved: a student that is not
+            loaded from a name, which an adapter records, has to be saved by its maker before.
         kwargs: Trainer's.
 
     Raises:

@@ -50,7 +50,8 @@ def check_same_vocabulary(
 def student_from_layers(teacher: "PreTrainedModel", every: int) -> "PreTrainedModel":
     """A student that is every `every`-th layer of its teacher, from the first on, under the teacher's embeddings.
 
-    It starts from the teacher's weights, as DistilBERT's does (Sanh et al. 2019, arXiv:1910.01108, section 3).
+    It starts from the teacher's weights, as DistilBERT's does (Sanh et al. 2019, arXiv:1910.01108, section 3). It has
+    no name, so that an adapter on it does not name the teacher as its base.
 
     Raises:
         InputError: when that is not at least one layer less, or the teacher's weights cannot be copied.
@@ -63,6 +64,7 @@ def student_from_layers(teacher: "PreTrainedModel", every: int) -> "PreTrainedMo
         raise InputError("a student cannot be cut out of a quantized teacher: load the teacher unquantized")
     kept = range(0, total, every)
     smaller = copy.deepcopy(config)
+    smaller.name_or_path = ""
     smaller.num_hidden_layers = len(kept)
     if getattr(smaller, "layer_types", None):
         smaller.layer_types = [config.layer_types[layer] for layer in kept]
@@ -87,7 +89,7 @@ def smaller_student(
     num_attention_heads: int | None = None,
     initializer_range: float | None = None,
 ) -> "PreTrainedModel":
-    """A student of the teacher's architecture with new weights.
+    """A student of the teacher's architecture with new weights, and no name, as in `student_from_layers`.
 
     Args:
         hidden_size, num_hidden_layers, num_attention_heads, initializer_range: as in the teacher unless given. The
@@ -121,6 +123,7 @@ def smaller_student(
     fields = ours.to_dict()
     # Of the teacher's weights; the student's are new ones, in floating point.
     fields.pop("quantization_config", None)
+    fields.pop("_name_or_path", None)
     try:
         # Built anew, so that it is checked and what follows from the sizes is derived again.
         student = type(teacher)(type(config).from_dict(fields))

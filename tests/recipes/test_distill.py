@@ -152,6 +152,7 @@ def test_answers_that_are_cut_off_are_left_out(monkeypatch, capsys):
         ),
         (["--sequence_level", "--hidden_weight", "1"], "--hidden_weight cannot be used here"),
         (["--sequence_level", "--answers", "data"], "--answers data cannot be used here"),
+        (["--teacher_model_name_or_path", "x", "--use_peft"], "--use_peft cannot be used here: the adapter's base"),
         (["--load_in_8bit"], "--load_in_8bit cannot be used here"),
         (["--attn_implementation", "eager"], "--attn_implementation cannot be used here"),
         (["--num_eval_prompts", "0"], "--num_eval_prompts must be at least 1"),

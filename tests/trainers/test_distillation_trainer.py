@@ -343,6 +343,15 @@ def test_an_adapter_learns_alone(make_trainer, tmp_path):
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
 
+def test_an_adapter_of_a_new_student_does_not_name_the_teacher(saved):
+    from peft import LoraConfig, get_peft_model
+
+    teacher = AutoModelForCausalLM.from_pretrained(saved)
+    for student in (student_from_layers(teacher, 2), smaller_student(teacher, num_hidden_layers=1)):
+        adapter = get_peft_model(student, LoraConfig(target_modules=["q_proj"])).peft_config["default"]
+        assert not adapter.base_model_name_or_path
+
+
 def test_experts_stay_balanced(make_trainer, make_model):
     losses = []
     for coefficient in (0.0, 1.0):
