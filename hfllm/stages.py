@@ -36,7 +36,8 @@ class Stage:
         repository: where to publish the result, or `None`. A run that has already finished is published right away.
 
     Raises:
-        InputError: when another run has finished there, a flag cannot work on this machine, or the Hub refuses.
+        InputError: when another run has finished there, it is a folder of a model that is read, a flag cannot work on
+            this machine, or the Hub refuses.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Stage:
         if getattr(training_args, "fp16", False) and training_args.device.type == "cpu":
             raise InputError("--fp16 does nothing on a CPU: use --bf16 or neither")
         check_source(script_args)
+        refuse_own_input(training_args.output_dir, script_args, training_args, model_args)
         self.name, self.training_args, self.began = name, training_args, time.perf_counter()
         self.arguments = stage_arguments(script_args, training_args, model_args, before=before)
         self.checkpoint = checkpoint_to_resume(training_args)
@@ -134,6 +136,23 @@ class Stage:
                 f"{error}. The run itself has finished; publish it by recipes/push.py --model_name_or_path "
                 f"{self.training_args.output_dir} --hub_model_id {self.repository.repo_id}"
             ) from None
+
+
+def refuse_own_input(output_dir: str, *parsed: Any) -> None:
+    """Refuse to write a model over one that is read.
+
+    Args:
+        parsed: the flags that may name it.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    arguments = run_arguments(*parsed)
+    for flag in ("model_name_or_path", "teacher_model_name_or_path", "reward_model_name_or_path", "value_model"):
+        named = arguments.get(flag) or []
+        for name in [named] if isinstance(named, str) else named:
+            if Path(name).is_dir() and Path(name).resolve() == Path(output_dir).resolve():
+                raise InputError(f"--output_dir {output_dir} is --{flag}, which it would overwrite: choose another")
 
 
 def stage_arguments(*parsed: Any, before: Mapping[str, Sequence[Any]] | None = None) -> dict[str, Any]:

@@ -150,7 +150,9 @@ def checked_schemes(script_args: QuantizeArguments, model_args: Any) -> list[str
     from hfllm.compression.sensitivity import PARTS
     from hfllm.data.sources import WORLD
     from hfllm.errors import InputError, refuse
+    from hfllm.stages import refuse_own_input
 
+    refuse_own_input(script_args.output_dir, model_args)
     for flag in ("num_eval_texts", "num_eval_prompts", "response_length", "num_sensitivity_texts", "prompt_tokens"):
         if getattr(script_args, flag) < 1:
             raise InputError(f"--{flag} {getattr(script_args, flag)}: expected at least 1")

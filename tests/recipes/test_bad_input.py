@@ -225,6 +225,16 @@ def test_a_model_that_is_not_there(tmp_path):
     assert "no-model' could not be loaded" in complaint("sft", *flags)
 
 
+def test_no_model_is_written_over_one_that_is_read(saved_model, tmp_path):
+    for stage, flag, more in (
+        ("sft", "--model_name_or_path", ()),
+        ("distill", "--teacher_model_name_or_path", ()),
+        ("rlhf", "--reward_model_name_or_path", ("--model_name_or_path", tmp_path / "other")),
+    ):
+        message = complaint(stage, flag, saved_model, *more, "--output_dir", saved_model)
+        assert message.endswith(f"model is {flag}, which it would overwrite: choose another")
+
+
 def test_the_command_line_prints_one_line_and_exits_with_2():
     result = subprocess.run(
         [sys.executable, "recipes/rlhf.py", "--kl_coeff", "0.1"], cwd=ROOT, capture_output=True, text=True

@@ -85,6 +85,12 @@ def test_on_a_model_of_ones_own(saved, tmp_path):
         run("--model_name_or_path", tmp_path / "out", "--output_dir", tmp_path / "twice")
 
 
+def test_a_model_is_not_written_over_itself(saved, tmp_path):
+    (tmp_path / "link").symlink_to(saved)
+    with pytest.raises(InputError, match=r"link is --model_name_or_path, which it would overwrite"):
+        run("--model_name_or_path", saved, "--output_dir", tmp_path / "link", "--schemes", "dynamic", "nf4")
+
+
 def test_more_tokens_than_the_context_are_not_timed(saved, tmp_path):
     flags = ["--model_name_or_path", saved, "--output_dir", tmp_path / "out", "--schemes", "dynamic"]
     with pytest.raises(InputError, match=r"are 302 tokens, the model's context is 256: choose fewer, or --rounds 0"):
