@@ -32,6 +32,7 @@ from hfllm.trainers.distillation_losses import (
     linear_distillation,
     token_losses,
 )
+from hfllm.trainers.ppo_parts import disable_dropout
 from hfllm.trainers.students import (
     check_fits_memory,
     check_linear_head,
@@ -374,13 +375,6 @@ class DistillationTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if projection is not None:
             projection.load_state_dict(load_file(os.path.join(resume_from_checkpoint, PROJECTION_FILE)))
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout layer's probability to 0."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
 
 
 def is_mixture(model: PreTrainedModel) -> bool:

@@ -352,6 +352,15 @@ def test_an_adapter_of_a_new_student_does_not_name_the_teacher(saved):
         assert not adapter.base_model_name_or_path
 
 
+def test_dropout_is_switched_off_wherever_it_is_kept(make_trainer, make_model):
+    model = make_model(attention_dropout=0.5, hidden_dropout=0.5)
+    make_trainer(model=model, disable_dropout=True)
+    ids = torch.arange(4, 20).unsqueeze(0)
+    with torch.no_grad():
+        first, second = (model.train()(ids).logits for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
 def test_experts_stay_balanced(make_trainer, make_model):
     losses = []
     for coefficient in (0.0, 1.0):
