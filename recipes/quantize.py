@@ -20,6 +20,15 @@ from typing import Any
 
 from hfllm.cli import DataArguments, finished_run, main_process, parse_recipe, run
 
+# Flags of ModelConfig that say how a model is quantized as it is loaded.
+LOADING = (
+    "load_in_8bit",
+    "load_in_4bit",
+    "bnb_4bit_quant_type",
+    "use_bnb_nested_quant",
+    "bnb_4bit_quant_storage",
+)
+
 
 @dataclass
 class QuantizeArguments(DataArguments):
@@ -163,8 +172,12 @@ def checked_schemes(script_args: QuantizeArguments, model_args: Any) -> list[str
         if word not in PARTS and script_args.sensitivity != ["none"]:
             raise InputError(f"--sensitivity {word!r}: expected some of {', '.join(PARTS)}, or none")
     refuse(model_args.use_peft, "--use_peft", "nothing is trained; adapters go onto the saved model")
-    for flag in ("load_in_8bit", "load_in_4bit"):
-        refuse(getattr(model_args, flag), f"--{flag}", "--schemes says how to quantize")
+    for flag in LOADING:
+        is_given = getattr(model_args, flag) != getattr(type(model_args), flag)
+        refuse(is_given, f"--{flag}", "--schemes says how to quantize")
+    for flag in ("pretrain_config", "sft_config"):
+        is_given = bool(getattr(script_args, flag))
+        refuse(is_given and bool(model_args.model_name_or_path), f"--{flag}", "the model is named")
     is_world = script_args.dataset_name == WORLD
     refuse(is_world and script_args.max_samples is not None, "--max_samples", "use --num_eval_texts")
     names = list(dict.fromkeys(script_args.schemes or ()))

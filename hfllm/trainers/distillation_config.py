@@ -78,6 +78,8 @@ class DistillationConfig(TrainingArguments):
             raise ValueError("teacher_cache_dir needs teacher_top_k: without it nothing is kept")
         if self.teacher_top_k and self.hidden_weight:
             raise ValueError("hidden_weight needs the teacher at every step: it does not go with teacher_top_k")
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor changes no part of the loss: the teacher smooths the targets")
         if self.use_cpu and self.fp16:
             raise ValueError("fp16 does nothing on a CPU: use --bf16 or neither")
 

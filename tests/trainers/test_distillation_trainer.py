@@ -299,6 +299,7 @@ def test_what_cannot_work_is_refused(make_trainer, make_model, tokenizer, saved)
         ({"teacher_top_k": 4, "soft_weight": 0.0}, "its soft_weight is 0"),
         ({"teacher_cache_dir": "x"}, "teacher_cache_dir needs teacher_top_k"),
         ({"soft_weight": 0.0, "hard_weight": 0.0}, "nothing to learn from"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor changes no part of the loss"),
     ],
 )
 def test_arguments_that_mean_nothing_are_refused(tmp_path, arguments, message):
