@@ -217,20 +217,12 @@ def load_teacher(training_args: Any) -> tuple[Any, Any]:
     Raises:
         InputError: when either cannot be loaded, or the teacher is larger than memory.
     """
-    from transformers import AutoModelForCausalLM
-
-    from hfllm.errors import InputError
     from hfllm.stage_models import load_tokenizer
-    from hfllm.trainers.students import check_fits_memory
+    from hfllm.trainers import students
 
-    name, revision = training_args.teacher_model_name_or_path, training_args.teacher_model_revision or "main"
-    tokenizer, settings = load_tokenizer(name, revision), training_args.teacher_model_init_kwargs or {}
-    if "quantization_config" not in settings:
-        check_fits_memory(name)
-    try:
-        teacher = AutoModelForCausalLM.from_pretrained(name, revision=revision, **settings)
-    except (OSError, ValueError) as error:
-        raise InputError(f"teacher {name!r} could not be loaded: {' '.join(str(error).split())[:200]}") from error
+    name, settings = training_args.teacher_model_name_or_path, training_args.teacher_settings
+    tokenizer = load_tokenizer(name, settings["revision"])
+    teacher = students.load_teacher(name, settings)
     if not getattr(teacher, "is_quantized", False):
         teacher = teacher.to(training_args.device)
     return teacher.eval().requires_grad_(False), tokenizer

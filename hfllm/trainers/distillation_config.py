@@ -78,6 +78,11 @@ class DistillationConfig(TrainingArguments):
             raise ValueError("teacher_cache_dir needs teacher_top_k: without it nothing is kept")
         if self.teacher_top_k and self.hidden_weight:
             raise ValueError("hidden_weight needs the teacher at every step: it does not go with teacher_top_k")
+        given = self.teacher_model_init_kwargs or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"teacher_model_init_kwargs must be a JSON object, got {given!r}")
+        if self.teacher_model_revision and "revision" in given:
+            raise ValueError("teacher_model_revision is given, and a revision in teacher_model_init_kwargs as well")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor changes no part of the loss: the teacher smooths the targets")
         if self.use_cpu and self.fp16:
@@ -87,6 +92,11 @@ class DistillationConfig(TrainingArguments):
     def needs_teacher(self) -> bool:
         """Whether any part of the loss comes from the teacher."""
         return bool(self.soft_weight or self.hidden_weight)
+
+    @property
+    def teacher_settings(self) -> dict[str, Any]:
+        """What a teacher given by name is loaded with."""
+        return {"revision": self.teacher_model_revision or "main", **(self.teacher_model_init_kwargs or {})}
 
     @property
     def loss_settings(self) -> LossSettings:

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hfllm.data.packing import IGNORE
@@ -34,10 +34,10 @@ from hfllm.trainers.distillation_losses import (
 )
 from hfllm.trainers.ppo_parts import disable_dropout
 from hfllm.trainers.students import (
-    check_fits_memory,
     check_linear_head,
     check_same_vocabulary,
     layer_pairs,
+    load_teacher,
     logit_scale,
 )
 from hfllm.trainers.teacher_cache import WithTeacher, description, open_cache, teacher_tables
@@ -147,9 +147,7 @@ class DistillationTrainer(Trainer):
 
     def _with_cache(self, rows: "Dataset", folder: Path, name: str) -> WithTeacher:
         args = self.args
-        made_from = description(
-            self._named_teacher, self._teacher_settings(), rows, args.temperature, args.teacher_top_k
-        )
+        made_from = description(self._named_teacher, args.teacher_settings, rows, args.temperature, args.teacher_top_k)
         # With another vocabulary it is not reused, and the teacher is refused when it is loaded.
         made_from["vocabulary"] = self._bare(self.model).config.get_text_config().vocab_size
 
@@ -164,26 +162,12 @@ class DistillationTrainer(Trainer):
         with args.main_process_first(local=False, desc="asking the teacher"):
             return WithTeacher(rows, open_cache(folder, name, made_from, make, bool(args.teacher_cache_dir)))
 
-    def _teacher_settings(self) -> dict[str, Any]:
-        """What a teacher given by name is loaded with."""
-        return {
-            "revision": self.args.teacher_model_revision or "main",
-            **(self.args.teacher_model_init_kwargs or {}),
-        }
-
     def _loaded_teacher(self) -> PreTrainedModel:
         """The teacher, comparable to the student, frozen and on this process's device."""
         teacher, tokenizer = self._named_teacher, self._teacher_tokenizer
         if isinstance(teacher, str):
-            if "quantization_config" not in (self.args.teacher_model_init_kwargs or {}):
-                check_fits_memory(teacher)
-            name, settings = teacher, self._teacher_settings()
-            try:
-                teacher = AutoModelForCausalLM.from_pretrained(name, **settings)
-            except (OSError, ValueError) as error:
-                raise InputError(
-                    f"teacher {name!r} could not be loaded: {' '.join(str(error).split())[:200]}"
-                ) from error
+            name, settings = teacher, self.args.teacher_settings
+            teacher = load_teacher(name, settings)
             tokenizer = tokenizer or _tokenizer_of(name, settings["revision"])
         if teacher is self.model:
             raise InputError("the teacher is the student itself: load it once more")

@@ -3,9 +3,9 @@
 import copy
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -186,6 +186,26 @@ def check_linear_head(model: "PreTrainedModel", whose: str) -> None:
             f"the {whose} is of type {model.config.model_type}, whose logits are not a linear head's: use "
             "--loss_chunk_size 0"
         )
+
+
+def load_teacher(name: str, settings: Mapping[str, Any]) -> "PreTrainedModel":
+    """The teacher called `name`.
+
+    Args:
+        settings: of `from_pretrained`.
+
+    Raises:
+        InputError: when it cannot be loaded so, or is larger than memory.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if "quantization_config" not in settings:
+        check_fits_memory(name)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **settings)
+    # The first two are for names of settings and of dtypes that do not exist.
+    except (TypeError, AttributeError, OSError, ValueError) as error:
+        raise InputError(f"teacher {name!r} could not be loaded: {' '.join(str(error).split())[:200]}") from error
 
 
 def check_fits_memory(name: str, bytes_free: int | None = None) -> None:

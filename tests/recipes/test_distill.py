@@ -5,6 +5,7 @@ from pathlib import Path
 
 import distill
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForCausalLM, pipeline
 
@@ -162,6 +163,21 @@ def test_answers_that_are_cut_off_are_left_out(monkeypatch, capsys):
 def test_flags_that_contradict_each_other_are_refused(flags, message, tmp_path):
     with pytest.raises(InputError, match=message):
         distill.main(*distill.parse(["--output_dir", str(tmp_path), *flags]))
+
+
+def test_a_teachers_settings_are_of_its_loading(saved):
+    def load(settings):
+        flags = ["--teacher_model_name_or_path", str(saved), "--teacher_model_init_kwargs", json.dumps(settings)]
+        return distill.load_teacher(distill.parse(flags)[1])[0]
+
+    assert load({"revision": "main", "dtype": "bfloat16"}).dtype == torch.bfloat16
+    for settings, message in (
+        ({"foo": 1}, "could not be loaded: .* unexpected keyword argument 'foo'"),
+        ({"dtype": "flaot16"}, "could not be loaded: .* no attribute 'flaot16'"),
+        ([1], r"teacher_model_init_kwargs must be a JSON object, got '\[1\]'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load(settings)
 
 
 def test_a_named_teacher_gets_no_settings_of_the_worlds():

@@ -277,6 +277,8 @@ def test_what_cannot_work_is_refused(make_trainer, make_model, tokenizer, saved)
         make_trainer(model=model, teacher=model)
     with pytest.raises(InputError, match="teacher 'nowhere' could not be loaded"):
         make_trainer(teacher="nowhere")
+    with pytest.raises(InputError, match=r"could not be loaded: .* unexpected keyword argument 'foo'"):
+        make_trainer(teacher=str(saved), teacher_model_init_kwargs={"foo": 1})
     with pytest.raises(InputError, match="no row has a token to learn within max_length=1"):
         make_trainer(max_length=1)
     with pytest.raises(InputError, match=r"row 1: columns words; expected one of: input_ids"):
@@ -299,6 +301,7 @@ def test_what_cannot_work_is_refused(make_trainer, make_model, tokenizer, saved)
         ({"teacher_top_k": 4, "soft_weight": 0.0}, "its soft_weight is 0"),
         ({"teacher_cache_dir": "x"}, "teacher_cache_dir needs teacher_top_k"),
         ({"soft_weight": 0.0, "hard_weight": 0.0}, "nothing to learn from"),
+        ({"teacher_model_revision": "a", "teacher_model_init_kwargs": {"revision": "b"}}, "a revision in teacher"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor changes no part of the loss"),
     ],
 )
