@@ -287,7 +287,21 @@ def test_what_cannot_work_is_refused(make_trainer, make_model, tokenizer, saved)
         student_from_layers(make_model(), 9)
     with pytest.raises(InputError, match=r"takes 0\.0 GiB, and 0\.0 GiB are free: load it smaller"):
         check_fits_memory(str(saved), bytes_free=1000)
+
+
+def test_a_teachers_bytes_are_those_that_are_loaded(saved):
+    size = (saved / "model.safetensors").stat().st_size
+    (saved / "pytorch_model.bin").write_bytes(b"x" * size)
     check_fits_memory(str(saved))
+    check_fits_memory(str(saved), bytes_free=size)
+    check_fits_memory(str(saved), "bfloat16", bytes_free=size * 6 // 10)
+    for dtype, free in ((None, size - 1), ("auto", size - 1), (torch.bfloat16, size // 2), ("float64", size)):
+        with pytest.raises(InputError, match="are free: load it smaller"):
+            check_fits_memory(str(saved), dtype, bytes_free=free)
+    # Of .bin files only the size is known.
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="are free: load it smaller"):
+        check_fits_memory(str(saved), "bfloat16", bytes_free=size - 1)
 
 
 @pytest.mark.parametrize(
