@@ -111,6 +111,7 @@ def load_or_make_base(
 
     from hfllm.models.configuration_hfllm import HfllmConfig
     from hfllm.models.modeling_hfllm import HfllmForCausalLM, HfllmForMaskedLM
+    from hfllm.models.precision import cast_weights
 
     fields, size = {name: getattr(script_args, name) for name in architecture}, None
     if script_args.config_name_or_path:
@@ -144,7 +145,7 @@ def load_or_make_base(
         reason = str(error).splitlines()[0]
         raise InputError(f"--attn_implementation {model_args.attn_implementation}: {reason}") from None
     dtype = "float32" if model_args.dtype == "auto" else model_args.dtype
-    return model.to(getattr(torch, dtype)), tokenizer
+    return cast_weights(model, getattr(torch, dtype)), tokenizer
 
 
 def make_tokenizer(script_args: Any, texts: Sequence[str]) -> Any:

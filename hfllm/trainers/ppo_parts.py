@@ -83,6 +83,9 @@ def split_reference(
     reference = type(model)(model.config).to(model.dtype)
     with gathered(model):
         reference.load_state_dict(model.state_dict())
+    # Those that are in no state, such as rotary frequencies, may have another precision than the weights.
+    for own, given in zip(reference.buffers(), model.buffers(), strict=True):
+        own.data = given.detach().clone()
     return reference.eval().requires_grad_(False), model
 
 

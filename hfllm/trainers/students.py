@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from hfllm.errors import InputError
+from hfllm.models.precision import cast_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,7 +73,7 @@ def student_from_layers(teacher: "PreTrainedModel", every: int) -> "PreTrainedMo
     smaller.num_hidden_layers = len(kept)
     if getattr(smaller, "layer_types", None):
         smaller.layer_types = [config.layer_types[layer] for layer in kept]
-    student = type(teacher)(smaller).to(teacher.dtype)
+    student = cast_weights(type(teacher)(smaller), teacher.dtype)
     prefix = _layers_name(teacher, total)
     weights = teacher.state_dict()
     taken = {name: value for name, value in weights.items() if not name.startswith(prefix)}

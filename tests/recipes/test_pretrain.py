@@ -130,7 +130,10 @@ def test_flags_reach_a_new_model(run, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(pretraining, "packed_trainer", lambda *args: made.append(args[2]) or build(*args))
     run(dataset_name=corpus[0], attn_implementation="eager", dtype="bfloat16", total_tokens=640)
     assert made[0].config._attn_implementation == "eager" and made[0].dtype == torch.bfloat16
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == torch.bfloat16
+    # What is not saved is what a loaded model has, such as the frequencies of rotary positions.
+    assert all(map(torch.equal, made[0].buffers(), loaded.buffers()))
     with pytest.raises(InputError, match="--attn_implementation fast: "):
         run(dataset_name=corpus[0], output_dir=tmp_path / "other", attn_implementation="fast")
 

@@ -233,6 +233,15 @@ def test_a_students_layers_are_the_teachers(make_model, every):
     torch.testing.assert_close(student(ids, use_cache=False).logits, teacher(ids, use_cache=False).logits)
 
 
+def test_a_student_in_bfloat16_turns_positions_as_its_teacher_does(make_model, tmp_path):
+    make_model(num_hidden_layers=2).save_pretrained(tmp_path)
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    student = student_from_layers(teacher, 2)
+    assert student.dtype == torch.bfloat16
+    for (name, own), given in zip(student.named_buffers(), teacher.buffers(), strict=True):
+        assert own.dtype == given.dtype and torch.equal(own, given), name
+
+
 def test_a_smaller_student_keeps_the_teachers_proportions(make_model):
     teacher = make_model(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=192)
     student = smaller_student(teacher, hidden_size=32, num_hidden_layers=1, initializer_range=0.3)

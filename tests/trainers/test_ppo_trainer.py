@@ -549,3 +549,14 @@ def test_in_bfloat16_the_policy_is_at_no_distance_from_itself(make_trainer, prom
     batch = trainer.sample([prompts[index] for index in range(8)])
     tokens = trainer.evaluate_tokens(batch)
     torch.testing.assert_close(tokens.ref_logprobs, tokens.logprobs, atol=2e-3, rtol=0)
+
+
+def test_a_policy_loaded_in_bfloat16_is_at_no_distance_from_its_reference(make_trainer, make_model, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    trainer = make_trainer(str(tmp_path), model_init_kwargs={"dtype": "bfloat16"}, kl_estimator="k1")
+    ids = torch.randint(10, 300, (4, 250), generator=torch.Generator().manual_seed(0))
+    parts = {"prompt_ids": ids[:, :10], "response_ids": ids[:, 10:]}
+    masks = {name.replace("ids", "mask"): torch.ones_like(part) for name, part in parts.items()}
+    tokens = trainer.evaluate_tokens({**parts, **masks})
+    assert trainer.reference.dtype == torch.bfloat16
+    assert tokens.logprobs.any() and not tokens.kl.any()
