@@ -20,7 +20,7 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
     for path in reversed(numbered):
         try:
             json.loads((path / "trainer_state.json").read_text())
-            is_whole = all(map(_is_whole, path.iterdir()))
+            is_whole = all(map(_is_whole, filter(Path.is_file, path.rglob("*"))))
         except (OSError, ValueError):
             is_whole = False
         if not is_whole:

@@ -13,14 +13,13 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerState
-from transformers.trainer_utils import TrainOutput
+from transformers import PreTrainedModel, Trainer
 
 from hfllm.checkpoints import last_complete_checkpoint
 from hfllm.errors import InputError
 from hfllm.trainers.actor_critic import ActorCritic, entropy_of, spread
 from hfllm.trainers.controllers import KLController, RunningMoments
-from hfllm.trainers.interruptions import save_on_sigterm
+from hfllm.trainers.interruptions import no_further_than_done, save_on_sigterm
 from hfllm.trainers.ppo_parts import load_weights
 from hfllm.trainers.rollout import Rollout, length_groups
 from hfllm.trainers.sampling import Witness
@@ -79,15 +78,7 @@ class ActorCriticTrainer(Trainer):
                 raise InputError(f"resume_from_checkpoint=True: no complete checkpoint in {self.args.output_dir}")
         save_on_sigterm(self)
         self._begin()
-        if resume_from_checkpoint and self.args.max_steps > 0:
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
-            if state.global_step >= self.args.max_steps:
-                # Trainer would take one more step before it looks.
-                self.state = state
-                self._load_from_checkpoint(str(resume_from_checkpoint))
-                self._load_progress(Path(resume_from_checkpoint))
-                return TrainOutput(state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return no_further_than_done(self, super().train, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer's; before training, ZeRO-3 has spread the policy, but gathers nothing yet."""
@@ -299,9 +290,9 @@ class ActorCriticTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_actor(Path(resume_from_checkpoint))
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # Called for every engine, also for those that load the weights themselves.
-        super()._load_rng_state(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._load_progress(Path(checkpoint))
 

@@ -7,12 +7,14 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.trainer_utils import TrainOutput
 
 from hfllm.errors import InputError
 
@@ -42,12 +44,20 @@ def train(trainer: Trainer, checkpoint: str | None = None) -> None:
     save_on_sigterm(trainer)
     if trainer.is_deepspeed_enabled and checkpoint is not None:
         check_shards(checkpoint, trainer.args)
+    no_further_than_done(trainer, trainer.train, resume_from_checkpoint=checkpoint)
+
+
+def no_further_than_done(trainer: Trainer, train: Callable[..., TrainOutput], **kwargs: Any) -> TrainOutput:
+    """What `train(**kwargs)` gives, a way to train `trainer`; from a checkpoint of the last step, only how it ends."""
+    if any(isinstance(each, _LookBeforeTheFirstStep) for each in trainer.callback_handler.callbacks):
+        # Whoever called this one looks.
+        return train(**kwargs)
     look = _LookBeforeTheFirstStep()
     trainer.add_callback(look)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        return train(**kwargs)
     except _AlreadyDone:
-        trainer._finalize_training(None, 0, time.time())
+        return trainer._finalize_training(None, 0, time.time())
     finally:
         trainer.remove_callback(look)
 

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from hfllm.checkpoints import last_complete_checkpoint
 
@@ -33,14 +35,21 @@ def test_ten_kills_change_nothing(tmp_path, kind):
     assert seen["different"] == 0
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut off"])
+@pytest.mark.parametrize("damage", ["missing", "cut off", "critic cut off"])
 def test_a_checkpoint_that_was_not_finished_is_skipped_with_a_warning(tmp_path, damage):
     for step in (9, 10, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     (tmp_path / "checkpoint-notes").mkdir()
     state = tmp_path / "checkpoint-100" / "trainer_state.json"
-    state.unlink() if damage == "missing" else state.write_text('{"epoch": 0.')
+    if damage == "critic cut off":
+        critic = tmp_path / "checkpoint-100" / "value_model" / "model.safetensors"
+        critic.parent.mkdir()
+        save_file({"weight": torch.zeros(9)}, critic)
+        assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+        os.truncate(critic, critic.stat().st_size - 4)
+    else:
+        state.unlink() if damage == "missing" else state.write_text('{"epoch": 0.')
     with pytest.warns(UserWarning, match="checkpoint-100 was not written to its end"):
         assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert last_complete_checkpoint(tmp_path / "nothing") is None

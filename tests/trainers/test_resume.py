@@ -32,14 +32,41 @@ def test_resumed_equals_uninterrupted(make_trainer, make_model, tmp_path, interr
 
 
 def test_a_finished_run_is_not_trained_further(make_trainer, tmp_path):
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "constant"}
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
     whole = make_trainer(**settings)
     whole.train()
     again = make_trainer(**settings)
     again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 4
+    assert again.state.global_step == 2
     for name, value in again.model.state_dict().items():
         assert torch.equal(value, whole.model.state_dict()[name]), name
+
+
+def test_a_finished_run_ends_with_its_best_model_again(make_trainer, prompts):
+    calls = []
+
+    def worse_each_time(completions, **columns):
+        calls.append(1)
+        return [-float(len(calls))] * len(completions)
+
+    settings = {
+        **{"max_steps": 2, "response_length": 2},
+        "kl_target": 0.1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "reward",
+        **{"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1},
+    }
+    data = {"train_dataset": prompts.select(range(8)), "eval_dataset": prompts.select(range(2))}
+    whole = make_trainer(reward_funcs=worse_each_time, **settings, **data)
+    whole.train()
+    again = make_trainer(reward_funcs=worse_each_time, **settings, **data)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+    assert again.state.best_model_checkpoint.endswith("checkpoint-1")
+    assert again.kl_controller == whole.kl_controller
+    for name, value in again.model.state_dict().items():
+        assert torch.equal(value, whole.model.state_dict()[name]), name
+    assert not torch.equal(whole.policy.lm_head.weight, make_trainer().policy.lm_head.weight)
 
 
 def test_a_second_call_of_train_begins_anew(make_trainer):
