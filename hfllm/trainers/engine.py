@@ -4,7 +4,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -228,6 +228,18 @@ class ActorCriticTrainer(Trainer):
         file = self._not_finite_file()
         save_file({name: value.contiguous() for name, value in inputs.items() if torch.is_tensor(value)}, file)
         raise FloatingPointError(f"the loss is {loss.item()} at step {self.state.global_step}; its batch is in {file}")
+
+    @contextmanager
+    def _sampling_from(self, **prompts: torch.Tensor) -> Iterator[None]:
+        """Within it the policy is whole; logits that are not finite stop the run, and the prompts are kept."""
+        try:
+            with gathered(self.policy), self.accelerator.autocast():
+                yield
+        except FloatingPointError as error:
+            file = self._not_finite_file()
+            save_file({name: value.contiguous() for name, value in prompts.items()}, file)
+            step = self.state.global_step
+            raise FloatingPointError(f"{error} at step {step}; the prompts are in {file}") from error
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float:
         norm = super()._get_grad_norm(model, grad_norm)

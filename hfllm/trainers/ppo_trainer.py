@@ -52,7 +52,6 @@ from hfllm.trainers.ptx import PretrainingBatches
 from hfllm.trainers.rollout import Rollout, pad_prompts
 from hfllm.trainers.sampling import sample_responses
 from hfllm.trainers.scoring import Scorer, Scores
-from hfllm.trainers.sharding import gathered
 from hfllm.trainers.vllm_sampling import VllmSampler
 
 if TYPE_CHECKING:
@@ -233,7 +232,7 @@ class PPOTrainer(ActorCriticTrainer):
         if self.vllm is not None:
             responses = self.vllm(prompts, self.state.global_step, prompt_ids.device)
         else:
-            with gathered(self.policy), self.accelerator.autocast():
+            with self._sampling_from(prompt_ids=prompt_ids, prompt_mask=prompt_mask):
                 responses = sample_responses(
                     self.policy, prompt_ids, prompt_mask, self.sampling_config, self.processing_class, witness
                 )

@@ -10,6 +10,8 @@ from torch import nn
 from transformers import (
     DynamicCache,
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -64,6 +66,19 @@ class Ended(StoppingCriteria):
             self.has_split = True
             return torch.ones_like(ended)
         return self.has_ended
+
+
+class OnlyFinite(LogitsProcessor):
+    """Stops sampling before it draws from logits that give no distribution; it changes none.
+
+    Raises:
+        FloatingPointError: when those of a row hold NaN, or their largest is infinite.
+    """
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if not bool(scores.amax(-1).isfinite().all()):
+            raise FloatingPointError("the logits that responses are sampled from are not finite")
+        return scores
 
 
 class Witness:
@@ -152,6 +167,9 @@ def sample_responses(
     Returns:
         `response_ids` and `response_mask`, (N, R): the token or text that ends a response is its last, then comes the
         padding token. And `is_ended`, (N,): whether it has ended by itself.
+
+    Raises:
+        FloatingPointError: see `OnlyFinite`.
     """
     was_training, own_config = policy.training, policy.generation_config
     policy.eval()
@@ -176,6 +194,7 @@ def sample_responses(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=_rest_of(generation_config, ids.shape[1] - start),
+                logits_processor=LogitsProcessorList([OnlyFinite()]),
                 stopping_criteria=StoppingCriteriaList([ended]),
                 return_dict_in_generate=True,
                 **({"tokenizer": tokenizer} if stop_strings is not None else {}),

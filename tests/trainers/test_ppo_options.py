@@ -310,6 +310,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_batch(make_traine
     assert {"prompt_ids", "response_ids", "advantages"} <= set(batch)
 
 
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_stop_the_run_and_keep_the_prompts(make_trainer, prompts, tmp_path, weight):
+    from safetensors.torch import load_file
+
+    trainer = make_trainer()
+    trainer.state.global_step = 3
+    with torch.no_grad():
+        trainer.policy.lm_head.weight[7] = weight
+    with pytest.raises(FloatingPointError, match=r"sampled from are not finite at step 3; the prompts .*_finite_3_0"):
+        trainer.collect_rollout(rows_of(prompts, 4))
+    kept = load_file(tmp_path / "ppo" / "not_finite_3_0.safetensors")
+    first = kept["prompt_ids"][0][kept["prompt_mask"][0] > 0]
+    assert trainer.processing_class.decode(first) == prompts[0]["prompt"]
+
+
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
 def test_a_gradient_that_is_not_finite_stops_the_run_before_its_step(make_trainer, tmp_path, max_grad_norm):
     from hfllm.trainers.rollout import Rollout
