@@ -198,6 +198,23 @@ def _is_same_without(trunk: PreTrainedModel, mlp: nn.Module) -> bool:
             module.training = training
 
 
+@torch.no_grad()
+def looks_ahead(model: PreTrainedModel) -> bool:
+    """Whether what a model with a head says of a token depends on the tokens behind it."""
+    trunk = getattr(model, model.base_model_prefix)
+    modes = [(module, module.training) for module in trunk.modules()]
+    ids = torch.arange(16, device=trunk.device).view(2, 8) % trunk.config.get_text_config().vocab_size
+    ids[1, :2] = ids[0, :2]
+    trunk.eval()
+    one, other = trunk(input_ids=ids, use_cache=False).last_hidden_state[:, :2]
+    for module, training in modes:
+        module.training = training
+    # In low precision a row may be rounded by what is beside it.
+    is_exact = trunk.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+    tolerance = 1e-3 if is_exact else 5e-2
+    return not torch.allclose(one, other, atol=tolerance, rtol=tolerance)
+
+
 def response_logits(model: PreTrainedModel, sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (N, V) of the response tokens, and the states (N, E) that they are made from."""
     with head_on(model, sequences) as states, last_mlp_on(model.get_decoder(), sequences):

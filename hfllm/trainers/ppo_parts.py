@@ -18,6 +18,7 @@ from transformers import (
 
 from hfllm.errors import InputError
 from hfllm.rewards import RewardModel, TokenRewardModel, scores_tokens
+from hfllm.trainers.actor_critic import looks_ahead
 from hfllm.trainers.ppo_config import PPOConfig
 from hfllm.trainers.sharding import gathered, make_whole
 
@@ -96,16 +97,35 @@ def place_frozen(models: Iterable[PreTrainedModel | None], device: torch.device)
             make_whole(model).to(device)
 
 
-def check_value_model(value_model: PreTrainedModel | None, rewards: Sequence[RewardModel]) -> None:
-    """Refuse a value model that gives more than one number, or that is frozen as a reward model."""
+def check_value_model(
+    value_model: PreTrainedModel | None, policy: PreTrainedModel, rewards: Sequence[RewardModel]
+) -> None:
+    """Refuse a value model that cannot be the policy's critic: all of it is trained, on the policy's own tokens."""
     if value_model is None:
         return
     if value_model.config.num_labels != 1:
         raise InputError(f"value_model has num_labels={value_model.config.num_labels}; expected 1")
+    if hasattr(value_model, "peft_config") or getattr(value_model, "_hf_peft_config_loaded", False):
+        raise InputError("value_model has an adapter, and its critic would not learn as a whole: merge the adapter")
+    sizes = [model.config.get_text_config().vocab_size for model in (value_model, policy)]
+    if sizes[0] != sizes[1]:
+        raise InputError(f"value_model has {sizes[0]} tokens and the policy {sizes[1]}: it reads the policy's tokens")
+    with gathered(value_model):
+        if looks_ahead(value_model):
+            raise InputError(
+                f"value_model of type {value_model.config.model_type} looks at later tokens, so its values would "
+                "depend on what is not sampled yet: use a causal model"
+            )
     if any(reward.model is value_model for reward in rewards):
         raise InputError(
             "value_model is one of the reward models, which are frozen: load it a second time, or by name"
         )
+
+
+def shortest_context(*models: PreTrainedModel | None) -> int | None:
+    """The longest sequence that all of the models are made for, if their configs tell."""
+    configs = [model.config.get_text_config() for model in models if model is not None]
+    return min(filter(None, (getattr(one, "max_position_embeddings", None) for one in configs)), default=None)
 
 
 def special_tokens(

@@ -44,6 +44,7 @@ from hfllm.trainers.ppo_parts import (
     reward_models,
     reward_weights,
     sampling_config,
+    shortest_context,
     special_tokens,
     split_reference,
 )
@@ -131,13 +132,13 @@ class PPOTrainer(ActorCriticTrainer):
         if args.disable_dropout:
             disable_dropout(policy, value_model)
         rewards = build_rewards(reward_funcs, reward_processing_classes, load_kwargs, tokenizer, args)
-        check_value_model(value_model, reward_models(rewards))
+        check_value_model(value_model, policy, reward_models(rewards))
         self.scorer = Scorer(rewards, reward_weights(args.reward_weights, len(rewards)), tokenizer, args)
-        context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+        context = shortest_context(policy, value_model)
         for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
             if dataset is not None:
                 check_prompts(dataset, tokenizer, args.response_length, context)
-        self.ptx = PretrainingBatches.build(ptx_dataset, tokenizer, context, args)
+        self.ptx = PretrainingBatches.build(ptx_dataset, tokenizer, shortest_context(policy), args)
         self._set_total_steps(args)
         super().__init__(
             model=ActorCritic(policy, value_model, args.temperature, never_sampled),

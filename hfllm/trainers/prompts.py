@@ -86,7 +86,7 @@ def check_prompts(
             if limit is not None and len(ids) > limit:
                 raise InputError(
                     f"prompt {row} of the dataset has {len(ids)} tokens; with response_length={response_length} the "
-                    f"model's context of {context} leaves room for {limit}"
+                    f"model's context of {context} leaves room for {limit}; a value model's counts too"
                 )
 
 

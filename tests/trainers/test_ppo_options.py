@@ -525,6 +525,39 @@ def test_a_value_model_has_one_number_and_learns(make_trainer, make_model, token
         make_trainer(reward_funcs=shared, reward_processing_classes=tokenizer, value_model=shared)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vocab_size": 64}, r"value_model has 64 tokens and the policy \d+"),
+        ({"vocab_size": 1000}, r"value_model has 1000 tokens and the policy \d+"),
+        ({"is_causal": False}, "value_model of type hfllm looks at later tokens"),
+        (
+            {"position_embedding_type": "learned", "max_position_embeddings": 8},
+            "context of 8 leaves room for 2; a value",
+        ),
+    ],
+)
+def test_a_value_model_that_cannot_read_as_the_policy_does_is_refused(make_trainer, make_model, fields, message):
+    critic = make_model(model_class=hfllm.HfllmForSequenceClassification, num_labels=1, **fields)
+    with pytest.raises(InputError, match=message):
+        make_trainer(value_model=critic)
+
+
+@pytest.mark.parametrize("is_wrapped", [True, False])
+def test_a_value_model_with_an_adapter_is_refused(make_trainer, make_model, tmp_path, is_wrapped):
+    from peft import LoraConfig, get_peft_model
+
+    head = hfllm.HfllmForSequenceClassification
+    value_model_of(make_model, "sequence").save_pretrained(tmp_path / "base")
+    base = head.from_pretrained(tmp_path / "base")
+    critic = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    if not is_wrapped:
+        critic.save_pretrained(tmp_path / "adapter")
+        critic = head.from_pretrained(tmp_path / "adapter")
+    with pytest.raises(InputError, match="value_model has an adapter"):
+        make_trainer(value_model=critic)
+
+
 # ---- sampling ----
 
 
