@@ -197,13 +197,19 @@ class RewardModel:
         batch_size: sequences in one forward pass.
 
     Raises:
-        InputError: when the model has more than one label, or its tokenizer no padding token.
+        InputError: when the model has more than one label or a head that was never trained, or its tokenizer has no
+            padding token.
     """
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int = 64):
         if model.config.num_labels != 1:
             raise InputError(
                 f"the reward model has {model.config.num_labels} labels; expected a model trained with num_labels=1"
+            )
+        if getattr(model, "has_new_head", False):
+            raise InputError(
+                f"the reward model {model.config._name_or_path!r} has no head for scores, as a language model: train "
+                "it on comparisons first (recipes/reward.py)"
             )
         if tokenizer.pad_token_id is None:
             raise InputError("the reward model's tokenizer has no padding token")

@@ -112,12 +112,14 @@ def load_scorer(name: str, model_args: Any) -> "PreTrainedModel":
     """A sequence-classification model with one label, its head new if `name` is a language model.
 
     Raises:
-        InputError: when it cannot be loaded.
+        InputError: when it cannot be loaded, or has another number of labels.
     """
-    from transformers import AutoModelForSequenceClassification
+    from hfllm.models import scorers
 
     try:
-        return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **load_kwargs(model_args))
+        return scorers.load_scorer(name, **load_kwargs(model_args))
+    except InputError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:
         raise _unloadable(name, error) from error
 

@@ -6,17 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hfllm.errors import InputError
+from hfllm.models import scorers
 from hfllm.rewards import RewardModel, TokenRewardModel, scores_tokens
 from hfllm.trainers.actor_critic import looks_ahead
 from hfllm.trainers.ppo_config import PPOConfig
@@ -48,10 +41,7 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
 
 def load_scorer(name: str, load_kwargs: dict[str, Any]) -> PreTrainedModel:
     """A model with one score a sequence, or a token if it was saved as a model for tokens, from a name or folder."""
-    architecture = (AutoConfig.from_pretrained(name).architectures or [""])[0]
-    is_for_tokens = architecture.endswith("ForTokenClassification")
-    auto_class = AutoModelForTokenClassification if is_for_tokens else AutoModelForSequenceClassification
-    return auto_class.from_pretrained(name, num_labels=1, **{"dtype": torch.float32, **load_kwargs})
+    return scorers.load_scorer(name, scorers.scorer_class(name), **{"dtype": torch.float32, **load_kwargs})
 
 
 def split_reference(
@@ -183,6 +173,7 @@ def build_rewards(
     rewards = []
     for func, tokenizer in zip(funcs, tokenizers, strict=True):
         if isinstance(func, str):
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(func)
             func = load_scorer(func, load_kwargs)
         if isinstance(func, nn.Module):
             kind = TokenRewardModel if scores_tokens(func) else RewardModel

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import hfllm
 from hfllm.errors import InputError
-from hfllm.rewards import RewardEnsemble, length_penalty
+from hfllm.rewards import RewardEnsemble, RewardModel, TokenRewardModel, length_penalty
 from hfllm.trainers import engine
 from hfllm.trainers.controllers import KLController, RunningMoments
 
@@ -395,6 +395,52 @@ def test_a_model_may_reward_each_token(make_trainer, make_model, prompts, tokeni
     trainer.train()
 
 
+def test_a_reward_model_by_name_has_a_trained_head_with_one_label(
+    make_trainer, make_model, tokenizer, tmp_path, saved
+):
+    from types import SimpleNamespace
+
+    from hfllm.stage_models import load_scorer
+
+    with pytest.raises(InputError, match=r"the reward model '.*model' has no head for scores"):
+        make_trainer(reward_funcs=str(saved))
+    # The recipes' way; where training starts from a language model the head is new.
+    plain = dict.fromkeys(("attn_implementation", "load_in_4bit", "load_in_8bit"))
+    flags = SimpleNamespace(model_revision="main", dtype="float32", **plain)
+    with pytest.raises(InputError, match="has no head for scores"):
+        RewardModel(load_scorer(str(saved), flags), tokenizer)
+    assert make_trainer(value_model=str(saved)).actor.value_model.has_new_head
+    make_model(model_class=hfllm.HfllmForSequenceClassification, num_labels=2).save_pretrained(tmp_path / "two")
+    tokenizer.save_pretrained(tmp_path / "two")
+    for load in (lambda name: make_trainer(reward_funcs=name), lambda name: load_scorer(name, flags)):
+        with pytest.raises(InputError, match=r"two': score.weight is of the shape \(2, 32\); expected one label"):
+            load(str(tmp_path / "two"))
+
+
+def test_an_adapter_by_name_is_a_reward(make_trainer, prompts, tokenizer, tmp_path, saved):
+    from peft import LoraConfig, get_peft_model
+
+    def adapter(model_class, task):
+        model = model_class.from_pretrained(saved, **({} if task == "CAUSAL_LM" else {"num_labels": 1}))
+        lora = LoraConfig(r=2, target_modules=["q_proj"], task_type=task, init_lora_weights=False)
+        model = get_peft_model(model, lora).eval()
+        model.save_pretrained(tmp_path / task)
+        tokenizer.save_pretrained(tmp_path / task)
+        return model
+
+    scorer = adapter(hfllm.HfllmForSequenceClassification, "SEQ_CLS")
+    texts = ["Say red.", "Go"], ["Red.", "Away"]
+    expected = RewardModel(scorer, tokenizer)(*texts)
+    given = make_trainer(reward_funcs=str(tmp_path / "SEQ_CLS")).scorer.rewards[0]
+    assert given(*texts) == pytest.approx(expected) and abs(expected[0] - expected[1]) > 1e-4
+    adapter(hfllm.HfllmForTokenClassification, "TOKEN_CLS")
+    rewards = make_trainer(reward_funcs=str(tmp_path / "TOKEN_CLS")).scorer.rewards
+    assert isinstance(rewards[0], TokenRewardModel)
+    adapter(hfllm.HfllmForCausalLM, "CAUSAL_LM")
+    with pytest.raises(InputError, match="has no head for scores"):
+        make_trainer(reward_funcs=str(tmp_path / "CAUSAL_LM"))
+
+
 def test_a_model_for_tokens_must_have_the_policys(make_trainer, make_model, tokenizer):
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["another"])
@@ -451,8 +497,6 @@ def test_calibrated_members_weigh_the_same_whatever_their_scale():
 
 
 def test_an_ensemble_of_models_trains(make_trainer, make_model, tokenizer):
-    from hfllm.rewards import RewardModel
-
     head = hfllm.HfllmForSequenceClassification
     members = [RewardModel(make_model(seed=at, model_class=head, num_labels=1), tokenizer) for at in (7, 8, 9)]
     trainer = make_trainer(reward_funcs=RewardEnsemble(members, "uncertainty"), max_steps=1)

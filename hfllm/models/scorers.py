@@ -1,0 +1,52 @@
+"""Models that give one number a sequence or a token, loaded from a name or folder: for rewards and values."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import find_adapter_config_file
+
+from hfllm.errors import InputError
+
+
+def load_scorer(name: str, auto_class: Any = AutoModelForSequenceClassification, **kwargs: Any) -> PreTrainedModel:
+    """A model with one label. `has_new_head` of it tells whether its head is random, as that of a language model is.
+
+    Args:
+        name: of a model, or of an adapter, which is loaded into its base model.
+        kwargs: of `from_pretrained`.
+
+    Raises:
+        InputError: when its head has another number of labels.
+    """
+    # Whatever does not fit would be an error of more lines that does not name the model.
+    kwargs = {"num_labels": 1, "output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
+    model, info = auto_class.from_pretrained(name, **kwargs)
+    for key, saved, _ in sorted(info["mismatched_keys"]):
+        raise InputError(f"model {name!r}: {key} is of the shape {tuple(saved)}; expected one label (num_labels=1)")
+    model.has_new_head = _has_new_head(model, info["missing_keys"])
+    return model
+
+
+def scorer_class(name: str, **kwargs: Any) -> Any:
+    """The auto class for a saved model or adapter: that for tokens if it was saved as one, else that for sequences."""
+    if (adapter := find_adapter_config_file(name, **kwargs)) is not None:
+        is_for_tokens = json.loads(Path(adapter).read_text()).get("task_type") == "TOKEN_CLS"
+    else:
+        fields, _ = PreTrainedConfig.get_config_dict(name, **kwargs)
+        is_for_tokens = (fields.get("architectures") or [""])[0].endswith("ForTokenClassification")
+    return AutoModelForTokenClassification if is_for_tokens else AutoModelForSequenceClassification
+
+
+def _has_new_head(model: PreTrainedModel, missing: set[str]) -> bool:
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        return any(not name.startswith(f"{model.base_model_prefix}.") for name in missing)
+    # What was missing of the base model is not told: the head comes with the adapter, or the base was saved with one.
+    is_saved = any(".modules_to_save." in name for name, _ in model.named_parameters())
+    return not is_saved and not (model.config.architectures or [""])[0].endswith("Classification")
