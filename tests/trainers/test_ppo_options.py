@@ -180,7 +180,7 @@ def test_a_penalty_in_the_loss_pulls_to_the_reference(make_trainer, prompts, est
 
 def test_the_reference_moves_as_often_and_far_as_asked(make_trainer):
     trainer = make_trainer(
-        sync_ref_model=True, ref_model_sync_steps=4, ref_model_mixup_alpha=1.0, max_steps=6, learning_rate=1e-2
+        sync_ref_model=True, ref_model_sync_steps=4, ref_model_mixup_alpha=0.25, max_steps=6, learning_rate=1e-2
     )
     before = trainer.reference.lm_head.weight.clone()
     seen = []
@@ -191,7 +191,8 @@ def test_the_reference_moves_as_often_and_far_as_asked(make_trainer):
     trainer.train()
     # Rollouts begin at steps 0, 2 and 4.
     assert torch.equal(seen[0][0], before) and torch.equal(seen[1][0], before)
-    assert torch.equal(seen[2][0], seen[2][1]) and not torch.equal(seen[2][0], before)
+    torch.testing.assert_close(seen[2][0], 0.75 * before + 0.25 * seen[2][1])
+    assert (seen[2][1] - before).abs().max() > 1e-3
     with pytest.raises(InputError, match="sync_ref_model"):
         make_trainer(sync_ref_model=True, kl_coef=0.0)
 
@@ -267,9 +268,24 @@ def test_an_entropy_bonus_keeps_the_policy_open(make_trainer, prompts):
 def test_the_pretraining_term_is_the_language_modelling_loss(make_trainer, prompts, tokenizer):
     texts = Dataset.from_dict({"text": ["The fox is red.", "Say it.", "A blue hat and a red fox"]})
     trainer = make_trainer(ptx_coef=2.0, ptx_dataset=texts, max_steps=2)
+    batches = [trainer.ptx.batch(at, 0, 1, torch.device("cpu")) for at in range(2)]
+    tokens = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+    losses = [trainer.policy(**batch).loss * count / sum(tokens) for batch, count in zip(batches, tokens, strict=True)]
+    expected = torch.autograd.grad(2.0 * sum(losses), list(trainer.policy.parameters()))
+    micro = trainer.collect_rollout(rows_of(prompts, 4)).micro_batch(0, 0, 2)
+
+    def gradient_of(**inputs):
+        trainer.model.zero_grad()
+        for trainer._micro_step in range(2):
+            trainer.compute_loss(trainer.model, {**micro, **inputs}).backward()
+        return [parameter.grad.clone() for parameter in trainer.policy.parameters()]
+
+    for added, plain, own in zip(gradient_of(adds_ptx=True), gradient_of(), expected, strict=True):
+        torch.testing.assert_close(added - plain, own, atol=1e-5, rtol=1e-4)
     trainer.train()
     assert len(logged(trainer, "ptx_loss")) == 2
-    batch = trainer.ptx.batch(0, 0, 1, torch.device("cpu"))
+    assert logged(trainer, "ptx_loss")[0] == pytest.approx(sum(losses).item(), rel=1e-5)
+    batch = batches[0]
     again = trainer.ptx.batch(0, 0, 1, torch.device("cpu"))
     assert torch.equal(batch["input_ids"], again["input_ids"])
     assert (batch["labels"] == -100).equal(batch["attention_mask"] == 0)
@@ -279,6 +295,43 @@ def test_the_pretraining_term_is_the_language_modelling_loss(make_trainer, promp
         make_trainer(ptx_coef=2.0)
     with pytest.raises(InputError, match="column 'text'; it has: words"):
         make_trainer(ptx_coef=2.0, ptx_dataset=Dataset.from_dict({"words": ["a"]}))
+
+
+def test_the_loss_is_its_formula(make_trainer, prompts):
+    trainer = make_trainer(vf_coef=0.3, dual_clip=1.5, cliprange=0.2, cliprange_value=0.1)
+    torch.nn.init.normal_(trainer.actor.value_head.weight)
+    batch = trainer.collect_rollout(rows_of(prompts, 4)).micro_batch(0, 0, 4)
+    # As if by another policy and critic: further than all three clips.
+    batch["logprobs"] -= torch.linspace(-1, 1, 6)
+    batch["values"] -= torch.linspace(-0.3, 0.3, 6)
+    inputs = {name: batch[name] for name in ("prompt_ids", "prompt_mask", "response_ids", "response_mask")}
+    logprobs, values, _ = trainer.actor(**inputs)
+    loss, bounded = 0.0, 0
+    for row, step in batch["response_mask"].nonzero().tolist():
+        ratio = (logprobs - batch["logprobs"])[row, step].exp().item()
+        advantage, value = batch["advantages"][row, step].item(), values[row, step].item()
+        old, target = batch["values"][row, step].item(), batch["returns"][row, step].item()
+        gain = min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
+        bounded += advantage < 0 and gain < 1.5 * advantage
+        gain = max(gain, 1.5 * advantage) if advantage < 0 else gain
+        error = max((value - target) ** 2, (min(max(value, old - 0.1), old + 0.1) - target) ** 2)
+        loss += (0.3 * error / 2 - gain) / batch["mini_batch_tokens"].item()
+    assert bounded
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(loss, rel=1e-4)
+
+
+def test_whitened_rewards_have_unit_variance_and_keep_their_mean(make_trainer, prompts):
+    def rewards_of(**kwargs):
+        # Of values that are 0, without discount, returns are the rewards that are still to come.
+        trainer = make_trainer(kl_coef=0.0, lam=1.0, gamma=1.0, **kwargs)
+        rollout = trainer.collect_rollout(rows_of(prompts, 4))
+        after = torch.nn.functional.pad(rollout.returns[:, 1:], (0, 1))
+        return (rollout.returns - after)[rollout.response_mask > 0]
+
+    plain = rewards_of()
+    expected = (plain - plain.mean()) / plain.std() + plain.mean()
+    torch.testing.assert_close(rewards_of(whiten_rewards=True), expected, atol=1e-4, rtol=1e-4)
+    assert (expected - plain).abs().max() > 0.1
 
 
 def test_the_dual_clip_bounds_what_a_bad_token_can_do():
