@@ -81,6 +81,28 @@ class OnlyFinite(LogitsProcessor):
         return scores
 
 
+def below_adapter(policy: PreTrainedModel) -> PreTrainedModel:
+    """The model that `generate` calls: of one with an adapter that below it."""
+    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+
+
+@contextmanager
+def plainly(policy: PreTrainedModel) -> Iterator[None]:
+    """Within it the policy evaluates, and its own generation config, which fills what is unset, says nothing."""
+    was_training = policy.training
+    # One with an adapter gives its config to the model below it.
+    configs = [(model, model.generation_config) for model in (policy, below_adapter(policy))]
+    policy.eval()
+    for model, _ in configs:
+        model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        policy.train(was_training)
+        for model, config in configs:
+            model.generation_config = config
+
+
 class Witness:
     """What the policy says of each token when it samples it, so that no second pass has to ask.
 
@@ -119,8 +141,7 @@ class Witness:
         def keep_logits(module: nn.Module, args: tuple, output: Any) -> None:
             self._logits = output.logits[:, -1]
 
-        # `generate` of a model with an adapter calls the model below it.
-        model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+        model = below_adapter(policy)
         handles = [model.register_forward_hook(keep_logits)]
         if self.value_head is not None:
             handles.append(model.get_output_embeddings().register_forward_pre_hook(keep_states))
@@ -171,10 +192,6 @@ def sample_responses(
     Raises:
         FloatingPointError: see `OnlyFinite`.
     """
-    was_training, own_config = policy.training, policy.generation_config
-    policy.eval()
-    # generate() fills what is unset from it.
-    policy.generation_config = GenerationConfig()
     start, longest = prompt_ids.shape[1], generation_config.max_new_tokens
     responses = prompt_ids.new_full((len(prompt_ids), longest), generation_config.pad_token_id)
     lengths = torch.zeros(len(prompt_ids), dtype=torch.long, device=prompt_ids.device)
@@ -189,7 +206,7 @@ def sample_responses(
     while len(rows):
         observe = None if witness is None else witness.of(rows, ids.shape[1] - start)
         ended = Ended(generation_config.eos_token_id, stop_strings, may_split, observe)
-        with nullcontext() if witness is None else witness.watching(policy):
+        with plainly(policy), nullcontext() if witness is None else witness.watching(policy):
             output = policy.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -214,8 +231,6 @@ def sample_responses(
             cache.batch_select_indices(kept)
         new = mask.new_ones(len(kept), ids.shape[1] - mask.shape[1])
         rows, ids, mask = rows[kept], ids[kept], torch.cat((mask[kept], new), dim=1)
-    policy.train(was_training)
-    policy.generation_config = own_config
     width = max(int(lengths.max()), 1)
     mask = (torch.arange(width, device=lengths.device) < lengths.unsqueeze(1)).long()
     response_ids = responses[:, :width].masked_fill(mask == 0, generation_config.pad_token_id)

@@ -1,5 +1,7 @@
 """Rows that leave the batch when they have ended change nothing but the time."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from families import FAMILIES
@@ -117,3 +119,26 @@ def test_a_witness_says_what_a_second_pass_says(model, ids, tokenizer, adapter):
     entropy = -(distribution.exp() * distribution).sum(-1)
     torch.testing.assert_close(witness.entropy[:, :width][mask], entropy, atol=1e-5, rtol=1e-5)
     assert not model._forward_hooks and not model.get_output_embeddings()._forward_pre_hooks
+
+
+@pytest.mark.parametrize("kind", ["none", "lora", "prompt"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_policy_keeps_its_own_settings(make_model, ids, tokenizer, kind, fails):
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+    base = model = make_model()
+    base.generation_config.min_p = 0.999
+    if kind == "lora":
+        model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    elif kind == "prompt":
+        model = get_peft_model(base, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    seen, generate = [], base.generate
+    base.generate = lambda **kwargs: seen.append(base.generation_config.min_p) or generate(**kwargs)
+    model.train()
+    if fails:
+        with torch.no_grad():
+            base.lm_head.weight[7] = float("nan")
+    with pytest.raises(FloatingPointError) if fails else nullcontext():
+        sample_responses(model, *ids, config(), tokenizer)
+    assert seen and not any(seen)
+    assert model.training and model.generation_config.min_p == base.generation_config.min_p == 0.999
