@@ -57,15 +57,17 @@ def split_reference(
     if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
         # Sampling makes it repack its weights for a kernel without gradients, and the adapter would never learn.
         raise InputError("load_in_4bit: bitsandbytes cannot train on a CPU what it has sampled from; use load_in_8bit")
-    if peft_config is not None:
-        from peft import get_peft_model
-
-        return None, get_peft_model(model, peft_config)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise InputError(
             f"model {model.config._name_or_path!r} is a base model with an adapter loaded into it: merge the adapter, "
             "or load it as a peft.PeftModel"
         )
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        if hasattr(model, "peft_config"):
+            raise InputError("model has an adapter already: leave peft_config out, or merge the adapter first")
+        return None, get_peft_model(model, peft_config)
     if hasattr(model, "peft_config"):
         return None, model
     if not keep:

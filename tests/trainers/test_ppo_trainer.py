@@ -513,6 +513,14 @@ def test_lora_trains_the_adapter_against_the_model_without_it(make_trainer, tmp_
     assert isinstance(trainer.policy, PeftModel)
 
 
+def test_a_model_with_an_adapter_gets_no_second_one(make_trainer, make_model):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(InputError, match="model has an adapter already: leave peft_config out"):
+        make_trainer(model=get_peft_model(make_model(), config), peft_config=config)
+
+
 @pytest.mark.parametrize("value", [None, "separate"])
 def test_what_sampling_saw_is_not_asked_again_unless_it_is_wrong(
     make_trainer, make_model, prompts, value, monkeypatch
