@@ -96,6 +96,20 @@ class ActorCriticTrainer(Trainer):
             if getattr(self.args, name):
                 raise InputError(f"{name}={getattr(self.args, name)} does not work with DeepSpeed: leave it out")
 
+    def _check_optimizer(self) -> None:
+        """Refuse an optimiser of the caller's that would leave weights as they are, such as the new value head's."""
+        if self.optimizer is None:
+            return
+        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        missing = [name for name, each in self.actor.named_parameters() if each.requires_grad and id(each) not in held]
+        if missing:
+            raise InputError(
+                f"optimizers: {len(missing)} weights would not be trained, the first {missing[0]}: set "
+                "trainer.optimizer = ...(trainer.model.parameters()) once the trainer is built, or choose one by optim"
+            )
+        if self.args.value_learning_rate is not None:
+            raise InputError("optimizers: value_learning_rate has no effect on it; give the critic a group of its own")
+
     def _begin(self) -> None:
         """Forget what an earlier call of `train` was in the middle of."""
         self._rollout, self._skipped_from, self._micro_step, self._synced_at = None, None, 0, 0

@@ -151,6 +151,7 @@ class PPOTrainer(ActorCriticTrainer):
             optimizers=optimizers,
         )
         self._check_engine()
+        self._check_optimizer()
         # Each process samples with its own noise, as in GRPOTrainer.
         seed_process(args.seed, device_specific=True)
         place_frozen((self.reference, *(reward.model for reward in reward_models(rewards))), self.accelerator.device)

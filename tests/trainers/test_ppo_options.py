@@ -15,6 +15,7 @@ from hfllm.errors import InputError
 from hfllm.rewards import RewardEnsemble, RewardModel, TokenRewardModel, length_penalty
 from hfllm.trainers import engine
 from hfllm.trainers.controllers import KLController, RunningMoments
+from hfllm.trainers.ppo_trainer import PPOTrainer
 
 
 def rows_of(dataset, count):
@@ -248,6 +249,28 @@ def test_the_critic_has_a_learning_rate_of_its_own(make_trainer, make_model, val
     assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(
         list(trainer.model.parameters())
     )
+
+
+def test_an_optimizer_that_lacks_weights_is_refused(make_model, make_args, tokenizer, prompts):
+    def build(groups, value_model=None, **kwargs):
+        optimizer = torch.optim.SGD(groups, lr=1e-3)
+        return PPOTrainer(
+            policy,
+            lambda completions, **_: [0.0] * len(completions),
+            make_args(**kwargs),
+            prompts,
+            processing_class=tokenizer,
+            value_model=value_model,
+            optimizers=(optimizer, None),
+        )
+
+    policy, critic = make_model(), value_model_of(make_model, "sequence")
+    with pytest.raises(InputError, match=r"optimizers: 1 weights would not be trained, the first value_head.weight"):
+        build(policy.parameters())
+    groups = [{"params": list(model.parameters())} for model in (policy, critic)]
+    assert len(build(groups, critic).optimizer.param_groups) == 2
+    with pytest.raises(InputError, match="optimizers: value_learning_rate has no effect"):
+        build(groups, critic, value_learning_rate=0.1)
 
 
 def test_an_entropy_bonus_keeps_the_policy_open(make_trainer, prompts):
