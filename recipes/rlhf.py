@@ -311,6 +311,7 @@ def check_models(
     import torch
 
     from hfllm.errors import refuse
+    from hfllm.rewards import RewardModel
     from hfllm.stage_models import load_tokenizer, model_context, peft_config, try_adapter
     from hfllm.trainers.prompts import check_prompts
     from hfllm.trainers.vllm_sampling import check_vllm
@@ -328,7 +329,7 @@ def check_models(
         # Where no stage comes before, they are loaded right away.
         if before:
             for name in named:
-                scorer(name, model_args)
+                RewardModel(scorer(name, model_args), load_tokenizer(name))
             if script_args.value_model != "reward":
                 value_model(script_args, model_args, named)
         if model_args.use_peft:
