@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hfllm.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, DOCUMENT_END, TURN_END, MASK = "<|pad|>", "<|endoftext|>", "<|end|>", "<|mask|>"
 # Learning merges takes time with the square of a word's length: what is longer, such as data in base 64, is cut up.
@@ -102,6 +102,12 @@ def truncated_tokenizer(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -
         model["merges"] = model["merges"][: len(model["merges"]) - dropped]
         model["vocab"] = {token: number for token, number in model["vocab"].items() if number < vocab_size}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+
+
+def end_tokens(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> set[int]:
+    """Ids that end what a model says: the tokenizer's end token, and those of the model's generation config."""
+    configured = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
 
 
 def plain_chat_template() -> str:

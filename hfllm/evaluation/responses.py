@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.rubric import RIGHT, gold_reward
-from hfllm.data.tokenizer import tokenize_prompts
+from hfllm.data.tokenizer import end_tokens, tokenize_prompts
 from hfllm.data.world import Task
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ def sample_responses(
     was_training = model.training
     model.eval()
     settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {"do_sample": False}
-    configured = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
+    ends = sorted(end_tokens(tokenizer, model))
     texts: list[list[str]] = []
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
@@ -55,11 +54,11 @@ def sample_responses(
                 max_new_tokens=max_new_tokens,
                 num_return_sequences=num_return_sequences,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=sorted(ends),
+                eos_token_id=ends,
                 use_cache=True,
             )
             tokens = output[:, batch["input_ids"].shape[1] :]
-            has_ended = torch.isin(tokens, tokens.new_tensor(sorted(ends))).any(1).tolist()
+            has_ended = torch.isin(tokens, tokens.new_tensor(ends)).any(1).tolist()
             responses = [*zip(tokenizer.batch_decode(tokens, skip_special_tokens=True), has_ended, strict=True)]
             texts += [
                 [text for text, ended in responses[index : index + num_return_sequences] if ended or not only_ended]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hfllm.data.tokenizer import end_tokens
 from hfllm.errors import InputError
 from hfllm.models import scorers
 from hfllm.rewards import RewardModel, TokenRewardModel, scores_tokens
@@ -135,8 +136,7 @@ def special_tokens(
             f"{tokenizer.eos_token!r}"
         )
     asked = args.generation_kwargs or {}
-    configured = policy.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
+    ends = end_tokens(tokenizer, policy)
     if asked.get("eos_token_id") is not None:
         ends = set(asked["eos_token_id"]) if isinstance(asked["eos_token_id"], list) else {asked["eos_token_id"]}
     padding = set() if tokenizer.pad_token_id in ends else {tokenizer.pad_token_id}
