@@ -66,6 +66,8 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scale_learning_rate
 
+    given = bool(script_args.sft_config and model_args.model_name_or_path)
+    refuse(given, "--sft_config", "the model is named")
     stage = Stage("reward", script_args, training_args, model_args)
     if stage.report is not None:
         return stage.report["metrics"]

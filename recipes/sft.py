@@ -37,12 +37,15 @@ def parse(argv: Sequence[str]) -> tuple:
 
 def main(script_args: SftArguments, training_args: Any, model_args: Any) -> dict[str, float]:
     """Fine-tune, save, write the report. Returns the metrics."""
+    from hfllm.errors import refuse
     from hfllm.stage_models import fitting_length, load_policy, peft_config
     from hfllm.stages import Stage, with_model_from
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scale_learning_rate
 
+    given = bool(script_args.pretrain_config and model_args.model_name_or_path)
+    refuse(given, "--pretrain_config", "the model is named")
     stage = Stage("sft", script_args, training_args, model_args)
     if stage.report is not None:
         return stage.report["metrics"]

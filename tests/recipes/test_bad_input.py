@@ -70,6 +70,13 @@ def test_help_shows_how_to_launch(name, capsys):
     assert f"--{flag}" in shown
 
 
+@pytest.mark.parametrize(("stage", "flag"), [(sft, "--pretrain_config"), (reward, "--sft_config")])
+def test_the_config_of_a_stage_that_does_not_run_is_refused(stage, flag, tmp_path):
+    flags = ["--model_name_or_path", "x", flag, "y.yaml", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(InputError, match=f"{flag} cannot be used here: the model is named"):
+        stage.main(*stage.parse(flags))
+
+
 def test_bad_values_and_configs(tmp_path):
     assert "invalid float value: 'fast'" in complaint("sft", "--learning_rate", "fast")
     assert "unexpected argument 'stray'" in complaint("sft", "stray")
