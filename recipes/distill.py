@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import BatchArguments, DataArguments, main_process, parse_recipe, read_yaml, run
+from hfllm.cli import BatchArguments, DataArguments, parse_recipe, read_yaml, run
 
 CONFIG = Path(__file__).parent / "configs" / "distill" / "world.yaml"
 SIZES = ("student_hidden_size", "student_num_hidden_layers", "student_num_attention_heads")
@@ -44,6 +44,13 @@ class DistillArguments(DataArguments, BatchArguments):
             "help": "Whose answers the student reads: the data's, or the teacher's, sampled at temperature 1 or "
             "greedy. By default the data's, and greedy ones with --sequence_level.",
             "choices": ["data", "sampled", "greedy"],
+        },
+    )
+    mixed_prompts: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the prompts that go on, from some word, as another one ends. The teacher answers what "
+            "no data asks, and the student learns more of what it would say (Beyer et al. 2022, arXiv:2106.05237)."
         },
     )
     sequence_level: bool = field(
@@ -80,11 +87,13 @@ def parse(argv: Sequence[str]) -> tuple:
     # The world's settings suit the small models made here; a teacher of the user's own gets the libraries'.
     if parsed[1].teacher_model_name_or_path:
         return parse_recipe(kinds, argv, None, __doc__)
-    if parsed[0].student_layers_every:
-        # The sizes of the world's config give way to the teacher's layers; others contradict them.
-        for name, value in read_yaml(CONFIG).items():
-            if name in NEW_STUDENT and getattr(parsed[0], name) == value:
-                setattr(parsed[0], name, None)
+    # What the world's config says gives way to flags that it contradicts; other values are refused beside them.
+    idle = {name: None for name in NEW_STUDENT if parsed[0].student_layers_every}
+    idle |= {"mixed_prompts": 0.0} if parsed[0].answers == "data" else {}
+    usual = read_yaml(CONFIG) if idle else {}
+    for name, nothing in idle.items():
+        if getattr(parsed[0], name) == usual[name]:
+            setattr(parsed[0], name, nothing)
     return parsed
 
 
@@ -92,9 +101,11 @@ def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> 
     """Make what is missing, distil, compare, save, report. Returns the metrics."""
     import rlhf
 
+    from hfllm.data.prompt_mixing import mix_prompts
     from hfllm.evaluation.distillation import distillation_plots, gold_tables
     from hfllm.stage_data import world_of
     from hfllm.stages import Stage, run_stage
+    from hfllm.teacher_answers import write_answers
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scale_learning_rate
 
@@ -113,8 +124,9 @@ def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> 
         training_args.teacher_model_name_or_path = before[aligned][1].output_dir
     teacher, teacher_tokenizer = load_teacher(training_args)
     tokenizer = student_tokenizer(model_args, teacher_tokenizer)
-    answers = script_args.answers or ("greedy" if script_args.sequence_level else "data")
+    answers = whose_answers(script_args)
     if answers != "data":
+        train_rows = mix_prompts(train_rows, script_args.mixed_prompts, training_args.seed)
         settings = (script_args.response_length, answers == "sampled", training_args.seed)
         train_rows = write_answers(teacher, teacher_tokenizer, train_rows, *settings)
 
@@ -142,6 +154,11 @@ def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> 
         curves=distillation_plots(trainer.state.log_history, history, metrics),
         next_steps=next_steps(training_args.output_dir, world_of(script_args) is not None),
     )
+
+
+def whose_answers(script_args: DistillArguments) -> str:
+    """`data`, `sampled` or `greedy`."""
+    return script_args.answers or ("greedy" if script_args.sequence_level else "data")
 
 
 def check(script_args: DistillArguments, training_args: Any, model_args: Any) -> None:
@@ -175,6 +192,10 @@ def check(script_args: DistillArguments, training_args: Any, model_args: Any) ->
         refuse(bool(getattr(script_args, name)) and has_teacher, f"--{name}", "the teacher is named")
     is_from_data = script_args.sequence_level and script_args.answers == "data"
     refuse(is_from_data, "--answers data", "--sequence_level learns from the teacher's answers")
+    if not 0 <= script_args.mixed_prompts <= 1:
+        raise InputError(f"--mixed_prompts must be from 0 to 1, got {script_args.mixed_prompts}")
+    is_unanswered = bool(script_args.mixed_prompts) and whose_answers(script_args) == "data"
+    refuse(is_unanswered, "--mixed_prompts", "no data answers such prompts; --answers sampled lets the teacher do it")
     for name in ("teacher_top_k", "hidden_weight"):
         given = bool(getattr(training_args, name))
         refuse(script_args.sequence_level and given, f"--{name}", "--sequence_level learns from answers alone")
@@ -293,36 +314,6 @@ def without_teacher(training_args: Any, output_dir: str | None = None) -> Any:
     if output_dir:
         args.output_dir, args.push_to_hub = output_dir, False
     return args
-
-
-def write_answers(
-    teacher: Any, tokenizer: Any, rows: list[dict], response_length: int, do_sample: bool, seed: int
-) -> list[dict]:
-    """The rows with the teacher's answers in place of their completions; texts stay as they are.
-
-    Rows whose answer is cut off are left out: a student would learn to stop in the middle.
-
-    Raises:
-        InputError: when no answer ends.
-    """
-    from hfllm.data.formats import as_completion
-    from hfllm.errors import InputError
-    from hfllm.evaluation.responses import sample_responses
-
-    asked = [row for row in rows if "prompt" in row]
-    prompts = [row["prompt"] for row in asked]
-    answers = sample_responses(teacher, tokenizer, prompts, response_length, do_sample, seed=seed, only_ended=True)
-    written = [
-        {"prompt": prompt, "completion": as_completion(prompt, answer)}
-        for prompt, ended in zip(prompts, answers, strict=True)
-        for answer in ended
-    ]
-    cut = len(asked) - len(written)
-    if cut and not written:
-        raise InputError(f"none of the teacher's answers ends within --response_length {response_length}: allow more")
-    if cut and main_process():
-        print(f"distill: {cut} of {len(asked)} answers of the teacher are left out: longer than {response_length}")
-    return [*written, *(row for row in rows if "prompt" not in row)]
 
 
 def compare(

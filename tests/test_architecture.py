@@ -43,6 +43,7 @@ ALLOWED = {
         *("stage_data", "stage_models", "stages"),
     },
     "scaling_report": {"errors", "reporting", "scaling"},
+    "teacher_answers": {"cli", "data", "errors", "evaluation"},
 }
 MAX_LINES = 450
 

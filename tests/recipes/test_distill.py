@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, pipeline
 
 from hfllm.data.tokenizer import train_tokenizer
 from hfllm.errors import InputError
-from hfllm.evaluation import responses
 
 KEYS = {
     *("gold_reward_teacher", "gold_reward_student", "gold_reward_student_alone", "fact_accuracy_student"),
@@ -111,35 +110,6 @@ def test_another_vocabulary_needs_answers(distilled, make_model, world, tmp_path
     assert "perplexity_student" in metrics and "agreement_student" not in metrics
 
 
-def test_the_teachers_answers_take_the_place_of_the_datas(tokenizer, make_model):
-    rows = [{"prompt": [{"role": "user", "content": "Go"}], "completion": [{"role": "assistant", "content": "No"}]}]
-    rows += [{"text": "The fox."}]
-    settings = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-    prompt = tokenizer.apply_chat_template(rows[0]["prompt"], **settings)
-    model = make_model()
-    ids = model.generate(**prompt, do_sample=False, max_new_tokens=5)[0, prompt["input_ids"].shape[1] :].tolist()
-    # What ends an answer may be known to the model's generation config alone.
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, ids[-1]]
-    written = distill.write_answers(model, tokenizer, rows, 5, do_sample=False, seed=0)
-    said = tokenizer.decode(ids[: ids.index(ids[-1]) + 1], skip_special_tokens=True)
-    assert written == [{**rows[0], "completion": [{"role": "assistant", "content": said}]}, rows[1]]
-    model.generation_config.eos_token_id = list(range(len(tokenizer)))[::3]
-    first, again, other = (distill.write_answers(model, tokenizer, rows, 20, True, seed) for seed in (1, 1, 2))
-    assert first == again != other
-
-
-def test_answers_that_are_cut_off_are_left_out(monkeypatch, capsys):
-    rows = [{"prompt": word, "completion": "No"} for word in "abc"]
-    answers = [["Yes"], [], ["Perhaps"]]
-    monkeypatch.setattr(responses, "sample_responses", lambda *_, only_ended, **__: answers)
-    written = distill.write_answers(None, None, rows, 4, do_sample=True, seed=0)
-    assert written == [{"prompt": "a", "completion": "Yes"}, {"prompt": "c", "completion": "Perhaps"}]
-    assert "1 of 3 answers of the teacher are left out: longer than 4" in capsys.readouterr().out
-    answers = [[], [], []]
-    with pytest.raises(InputError, match="none of the teacher's answers ends within --response_length 4"):
-        distill.write_answers(None, None, rows, 4, do_sample=True, seed=0)
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -155,6 +125,8 @@ def test_answers_that_are_cut_off_are_left_out(monkeypatch, capsys):
         (["--sequence_level", "--answers", "data"], "--answers data cannot be used here"),
         (["--teacher_model_name_or_path", "x", "--use_peft"], "--use_peft cannot be used here: the adapter's base"),
         (["--load_in_8bit"], "--load_in_8bit cannot be used here"),
+        (["--answers", "data", "--mixed_prompts", "0.5"], "--mixed_prompts cannot be used here: no data answers"),
+        (["--mixed_prompts", "1.5"], r"--mixed_prompts must be from 0 to 1, got 1\.5"),
         (["--attn_implementation", "eager"], "--attn_implementation cannot be used here"),
         (["--num_eval_prompts", "0"], "--num_eval_prompts must be at least 1"),
         (["--teacher_model_name_or_path", "x", "--sft_config", "y"], "--sft_config cannot be used here"),
@@ -186,3 +158,4 @@ def test_a_named_teacher_gets_no_settings_of_the_worlds():
     assert (training_args.temperature, training_args.soft_weight, training_args.hard_weight) == (3.0, 0.7, 0.3)
     assert distill.parse([])[0].student_hidden_size == 64
     assert distill.parse(["--student_layers_every", "4"])[0].student_hidden_size is None
+    assert [distill.parse(flags)[0].mixed_prompts for flags in ([], ["--answers", "data"])] == [0.3, 0.0]
