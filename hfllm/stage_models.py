@@ -1,5 +1,7 @@
 """The models and tokenizers of a stage, as its flags name them."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError
@@ -103,13 +105,16 @@ def named_fields(name: str) -> dict[str, Any]:
     return {field: getattr(config, field) for field in HfllmConfig.__annotations__ if field != "loss_chunk_size"}
 
 
-def model_context(name: str, revision: str = "main") -> int | None:
-    """The longest sequence that the named model is made for, in tokens, if its config tells."""
-    return getattr(load_config(name, revision).get_text_config(), "max_position_embeddings", None)
+def context_of(config: "PreTrainedConfig") -> int | None:
+    """The longest sequence that a model is made for, in tokens, if its config tells."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def load_scorer(name: str, model_args: Any) -> "PreTrainedModel":
+def load_scorer(name: str, model_args: Any, revision: str = "main") -> "PreTrainedModel":
     """A sequence-classification model with one label, its head new if `name` is a language model.
+
+    Args:
+        model_args: how to load it, but for `--model_revision`, which is that of the model that they name.
 
     Raises:
         InputError: when it cannot be loaded, or has another number of labels.
@@ -117,11 +122,25 @@ def load_scorer(name: str, model_args: Any) -> "PreTrainedModel":
     from hfllm.models import scorers
 
     try:
-        return scorers.load_scorer(name, **load_kwargs(model_args))
+        return scorers.load_scorer(name, **{**load_kwargs(model_args), "revision": revision})
     except InputError:
         raise
     except (OSError, RuntimeError, ValueError) as error:
         raise _unloadable(name, error) from error
+
+
+def load_value_model(value_model: str, model_args: Any, reward_models: Sequence[str]) -> "PreTrainedModel | None":
+    """The critic that `--value_model` names, or `None` for a head on the policy's trunk.
+
+    All of its weights are trained, so that it is never quantized. `reward` stands for the first of the reward models.
+
+    Raises:
+        InputError: when it cannot be loaded, or has another number of labels.
+    """
+    if value_model == "head":
+        return None
+    name = reward_models[0] if value_model == "reward" else value_model
+    return load_scorer(name, replace(model_args, load_in_8bit=False, load_in_4bit=False))
 
 
 def peft_config(model_args: Any, task_type: str = "CAUSAL_LM") -> "PeftConfig | None":
@@ -157,5 +176,4 @@ def _unloadable(name: str, error: Exception) -> InputError:
 
 def fitting_length(max_length: int | None, model: Any) -> int | None:
     """`max_length`, but no more than the model's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(filter(None, (max_length, context)), default=None)
+    return min(filter(None, (max_length, context_of(model.config))), default=None)

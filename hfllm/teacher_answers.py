@@ -8,6 +8,7 @@ from hfllm.data.formats import as_completion
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.evaluation import responses
+from hfllm.stage_models import context_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,7 +60,7 @@ def _with_room(
     teacher: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: list, response_length: int
 ) -> list:
     """The prompts after which `response_length` tokens fit in the teacher's context."""
-    context = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(teacher.config)
     if context is None or not prompts:
         return prompts
     limit, kept = context - response_length, []

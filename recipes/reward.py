@@ -83,7 +83,7 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
     train_rows, test_rows = rows or world_comparisons(script_args, training_args, model_args)
     # The head is new, and so are the weights of an adapter.
     set_seed(training_args.seed)
-    model = load_scorer(model_args.model_name_or_path, model_args)
+    model = load_scorer(model_args.model_name_or_path, model_args, model_args.model_revision)
     model.config.pad_token_id = tokenizer.pad_token_id
 
     from datasets import Dataset

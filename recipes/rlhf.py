@@ -77,11 +77,12 @@ def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dic
     """Make what is missing, align, compare before and after, save, report. Returns the metrics."""
     from transformers import set_seed
 
+    from hfllm.alignment_checks import check_models, check_rewards
     from hfllm.errors import refuse
     from hfllm.evaluation.alignment import alignment_metrics, alignment_plots, alignment_tables, judge_policy
     from hfllm.rewards import RewardEnsemble, RewardModel
     from hfllm.stage_data import world_of
-    from hfllm.stage_models import load_policy, load_tokenizer, peft_config
+    from hfllm.stage_models import load_policy, load_scorer, load_tokenizer, load_value_model, peft_config
     from hfllm.stages import Stage
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
@@ -98,7 +99,11 @@ def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dic
     functions = checked_functions(script_args)
     train_rows, eval_rows = prompt_data(script_args, training_args.seed, functions)
     check_rewards(script_args, training_args, len(functions))
-    check_models(script_args, training_args, model_args, before, [*train_rows, *eval_rows])
+    check_models(
+        *(script_args, training_args, model_args, [*train_rows, *eval_rows]),
+        policy_config=policy_config(model_args, before),
+        trains_first=bool(before),
+    )
     ptx_dataset = ptx_texts(script_args, training_args)
     model_args, reward_models, stage_metrics = run_missing_stages(script_args, model_args, before)
 
@@ -107,7 +112,7 @@ def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dic
     policy, tokenizer = load_policy(model_args)
     rewards, tokenizers = list(functions), [None] * len(functions)
     if reward_models:
-        members = [RewardModel(scorer(name, model_args), load_tokenizer(name)) for name in reward_models]
+        members = [RewardModel(load_scorer(name, model_args), load_tokenizer(name)) for name in reward_models]
         aggregation = (script_args.reward_aggregation, script_args.uncertainty_coef)
         rewards.append(members[0] if len(members) == 1 else RewardEnsemble(members, *aggregation))
         tokenizers.append(None)
@@ -122,7 +127,7 @@ def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dic
         eval_dataset=Dataset.from_list(eval_rows),
         processing_class=tokenizer,
         reward_processing_classes=tokenizers,
-        value_model=value_model(script_args, model_args, reward_models),
+        value_model=load_value_model(script_args.value_model, model_args, reward_models),
         peft_config=peft_config(model_args),
         ptx_dataset=ptx_dataset,
     )
@@ -266,79 +271,6 @@ def ptx_texts(script_args: Any, training_args: Any) -> Any:
     return Dataset.from_dict({"text": texts})
 
 
-def check_rewards(script_args: Any, training_args: Any, function_count: int) -> None:
-    """Refuse settings of the rewards that could only fail after the stages before have been trained.
-
-    Raises:
-        InputError: for a missing reward, a bad `--value_model` or `--reward_weights`, or a bad ensemble.
-    """
-    from hfllm.data.sources import WORLD
-    from hfllm.errors import InputError
-    from hfllm.rewards import RewardEnsemble
-
-    named = script_args.reward_model_name_or_path
-    if not named and not function_count and script_args.dataset_name != WORLD:
-        raise InputError(
-            f"--dataset_name {script_args.dataset_name} needs a reward: --reward_model_name_or_path (train one with "
-            "recipes/reward.py) or --reward_funcs path/to/file.py:function"
-        )
-    if script_args.value_model == "reward" and script_args.reward_funcs and not named:
-        raise InputError("--value_model reward needs a reward model; with --reward_funcs use 'head' or a model's name")
-    rewards = function_count + bool(named or not function_count)
-    weights = training_args.reward_weights
-    if weights is not None and len(weights) != rewards:
-        raise InputError(f"--reward_weights has {len(weights)} values for {rewards} reward(s)")
-    if script_args.reward_aggregation not in RewardEnsemble.AGGREGATIONS:
-        raise InputError(
-            f"--reward_aggregation {script_args.reward_aggregation!r} is not one of "
-            f"{', '.join(RewardEnsemble.AGGREGATIONS)}"
-        )
-    if script_args.num_reward_models < 1 or (script_args.num_reward_models > 1 and (named or function_count)):
-        raise InputError(
-            f"--num_reward_models {script_args.num_reward_models}: at least 1, and more only where none is named"
-        )
-
-
-def check_models(
-    script_args: Any, training_args: Any, model_args: Any, before: dict[str, tuple], rows: list[dict]
-) -> None:
-    """Refuse what could only fail with the models, after the stages before have been trained.
-
-    Raises:
-        InputError: for a reward or value model that cannot be loaded, prompts that do not fit the named model, an
-            adapter that does not, weights that cannot be trained, or `--use_vllm` without vLLM.
-    """
-    import torch
-
-    from hfllm.errors import refuse
-    from hfllm.rewards import RewardModel
-    from hfllm.stage_models import load_tokenizer, model_context, peft_config, try_adapter
-    from hfllm.trainers.prompts import check_prompts
-    from hfllm.trainers.vllm_sampling import check_vllm
-
-    for flag in ("load_in_8bit", "load_in_4bit"):
-        is_frozen = getattr(model_args, flag) and not model_args.use_peft
-        refuse(is_frozen, f"--{flag}", "such weights cannot be trained; --use_peft trains an adapter on them")
-    if training_args.use_vllm:
-        check_vllm(training_args)
-    named = script_args.reward_model_name_or_path or []
-    for name in named:
-        load_tokenizer(name)
-    # A new head must not change the numbers that are drawn later.
-    with torch.random.fork_rng():
-        # Where no stage comes before, they are loaded right away.
-        if before:
-            for name in named:
-                RewardModel(scorer(name, model_args), load_tokenizer(name))
-            if script_args.value_model != "reward":
-                value_model(script_args, model_args, named)
-        if model_args.use_peft:
-            try_adapter(policy_config(model_args, before), peft_config(model_args))
-    if model_args.model_name_or_path:
-        policy = (model_args.model_name_or_path, model_args.model_revision)
-        check_prompts(rows, load_tokenizer(*policy), training_args.response_length, model_context(*policy))
-
-
 def policy_config(model_args: Any, before: dict[str, tuple]) -> Any:
     """The config of the policy, of the model that `pretrain` is to make if that comes before."""
     from hfllm.models.configuration_hfllm import HfllmConfig
@@ -378,21 +310,6 @@ def calibrate(ensemble: Any, trainer: Any, rows: list[dict]) -> None:
             texts += trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
     prompts = [row["prompt"] for row in rows]
     ensemble.calibrate(prompts, [as_completion(*pair) for pair in zip(prompts, texts, strict=True)])
-
-
-def value_model(script_args: Any, model_args: Any, reward_models: list[str]) -> Any:
-    """The model that estimates values, or `None` for a head on the policy's trunk. All of its weights are trained."""
-    if script_args.value_model == "head":
-        return None
-    name = reward_models[0] if script_args.value_model == "reward" else script_args.value_model
-    return scorer(name, replace(model_args, load_in_8bit=False, load_in_4bit=False))
-
-
-def scorer(name: str, model_args: Any) -> Any:
-    """A reward or value model, loaded as the policy is, whose own `--model_revision` it does not have."""
-    from hfllm.stage_models import load_scorer
-
-    return load_scorer(name, replace(model_args, model_revision="main"))
 
 
 def next_steps(output_dir: str, prompt: str | list) -> list[str]:

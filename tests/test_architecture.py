@@ -43,7 +43,8 @@ ALLOWED = {
         *("stage_data", "stage_models", "stages"),
     },
     "scaling_report": {"errors", "reporting", "scaling"},
-    "teacher_answers": {"cli", "data", "errors", "evaluation"},
+    "alignment_checks": {"data", "errors", "rewards", "stage_models", "trainers"},
+    "teacher_answers": {"cli", "data", "errors", "evaluation", "stage_models"},
 }
 MAX_LINES = 450
 

@@ -90,25 +90,32 @@ def place_frozen(models: Iterable[PreTrainedModel | None], device: torch.device)
             make_whole(model).to(device)
 
 
-def check_value_model(
-    value_model: PreTrainedModel | None, policy: PreTrainedModel, rewards: Sequence[RewardModel]
-) -> None:
-    """Refuse a value model that cannot be the policy's critic: all of it is trained, on the policy's own tokens."""
+def check_critic(value_model: PreTrainedModel | None) -> None:
+    """Refuse a value model that cannot be any policy's critic: all of it is trained, and it judges what is sampled."""
     if value_model is None:
         return
     if value_model.config.num_labels != 1:
         raise InputError(f"value_model has num_labels={value_model.config.num_labels}; expected 1")
     if hasattr(value_model, "peft_config") or getattr(value_model, "_hf_peft_config_loaded", False):
         raise InputError("value_model has an adapter, and its critic would not learn as a whole: merge the adapter")
-    sizes = [model.config.get_text_config().vocab_size for model in (value_model, policy)]
-    if sizes[0] != sizes[1]:
-        raise InputError(f"value_model has {sizes[0]} tokens and the policy {sizes[1]}: it reads the policy's tokens")
     with gathered(value_model):
         if looks_ahead(value_model):
             raise InputError(
                 f"value_model of type {value_model.config.model_type} looks at later tokens, so its values would "
                 "depend on what is not sampled yet: use a causal model"
             )
+
+
+def check_value_model(
+    value_model: PreTrainedModel | None, policy: PreTrainedModel, rewards: Sequence[RewardModel]
+) -> None:
+    """Refuse a value model that cannot be this policy's critic, who reads the policy's own tokens."""
+    check_critic(value_model)
+    if value_model is None:
+        return
+    sizes = [model.config.get_text_config().vocab_size for model in (value_model, policy)]
+    if sizes[0] != sizes[1]:
+        raise InputError(f"value_model has {sizes[0]} tokens and the policy {sizes[1]}: it reads the policy's tokens")
     if any(reward.model is value_model for reward in rewards):
         raise InputError(
             "value_model is one of the reward models, which are frozen: load it a second time, or by name"

@@ -14,8 +14,11 @@ import reward
 import rlhf
 import sft
 import speculative
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer
 from trl import import_utils
 
+from hfllm import HfllmForSequenceClassification
 from hfllm.errors import InputError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -187,10 +190,21 @@ def test_what_needs_no_trained_stage_is_refused_before_one(saved_model, tmp_path
         if path.name != "model.safetensors":
             (tmp_path / "reward" / path.name).write_bytes(path.read_bytes())
     texts = jsonl(tmp_path / "texts.jsonl", {"words": "red"})
+    critic = HfllmForSequenceClassification.from_pretrained(saved_model, num_labels=1)
+    critic.save_pretrained(tmp_path / "critic")
+    adapter = get_peft_model(critic, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    for part in (adapter, AutoTokenizer.from_pretrained(saved_model)):
+        part.save_pretrained(tmp_path / "adapter")
+    edit = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    edit["base_model_name_or_path"] = str(tmp_path / "critic")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(edit))
+    is_reward = ("--reward_model_name_or_path", tmp_path / "adapter", "--value_model", "reward")
     lora = ("--use_peft", "--lora_target_modules", "nowhere")
     no_such = "--use_peft on a model of type hfllm: Target modules nowhere not found"
     for flags, expected in (
         (("--value_model", "no/such-model"), "model 'no/such-model' could not be loaded"),
+        (("--value_model", tmp_path / "adapter"), "value_model has an adapter"),
+        (is_reward, "value_model has an adapter"),
         (("--reward_model_name_or_path", tmp_path / "reward"), "reward' could not be loaded: Error no file named"),
         (("--use_vllm",), "vLLM is not installed"),
         (("--load_in_8bit",), "--load_in_8bit cannot be used here: such weights cannot be trained; --use_peft"),

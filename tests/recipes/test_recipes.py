@@ -11,6 +11,7 @@ import sft
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from hfllm import stage_models
 from hfllm.errors import InputError
 from hfllm.rewards import length_penalty
 
@@ -239,8 +240,8 @@ def test_what_the_policy_is_loaded_by_stays_with_it(monkeypatch):
     monkeypatch.setattr("hfllm.models.scorers.load_scorer", lambda name, **kwargs: loaded.update({name: kwargs}))
     flags = ["--model_name_or_path", "my/policy", "--model_revision", "v2", "--use_peft", "--load_in_8bit"]
     script_args, training_args, model_args = rlhf.parse([*flags, "--value_model", "my/critic"])
-    rlhf.scorer("my/reward", model_args)
-    rlhf.value_model(script_args, model_args, ["my/reward"])
+    stage_models.load_scorer("my/reward", model_args)
+    stage_models.load_value_model(script_args.value_model, model_args, ["my/reward"])
     assert {name: kwargs["revision"] for name, kwargs in loaded.items()} == {"my/reward": "main", "my/critic": "main"}
     assert "quantization_config" in loaded["my/reward"] and "quantization_config" not in loaded["my/critic"]
     (reward,) = rlhf.missing_stages(script_args, training_args, model_args).values()
