@@ -107,7 +107,9 @@ def named_fields(name: str) -> dict[str, Any]:
 
 def context_of(config: "PreTrainedConfig") -> int | None:
     """The longest sequence that a model is made for, in tokens, if its config tells."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    # XLNet's config says -1: no limit.
+    return context if context and context > 0 else None
 
 
 def load_scorer(name: str, model_args: Any, revision: str = "main") -> "PreTrainedModel":

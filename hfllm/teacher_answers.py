@@ -25,13 +25,13 @@ def write_answers(
     do_sample: bool,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """The rows with the teacher's answers in place of their completions; texts stay as they are, at the end.
+    """Prompts with the teacher's answers in place of the completions, then the texts as they are.
 
     Rows whose prompt leaves no room for an answer are left out, and those whose answer is cut off: a student would
     learn to stop in the middle. Their numbers are printed.
 
     Args:
-        rows: with `prompt`, text or messages, or with `text`.
+        rows: with `prompt`, all text or all messages, whose other columns are dropped; or with `text`.
         response_length: longest answer in tokens.
         do_sample: at temperature 1; greedy if false.
         seed: of the sampling; the caller's random state is left as it was.
@@ -63,14 +63,16 @@ def _with_room(
     context = context_of(teacher.config)
     if context is None or not prompts:
         return prompts
-    limit, kept = context - response_length, []
+    limit, shortest, kept = context - response_length, context, []
     for start in range(0, len(prompts), ROWS):
         some = prompts[start : start + ROWS]
         tokens = tokenize_prompts(some, tokenizer)
+        shortest = min(shortest, *map(len, tokens))
         kept += [prompt for prompt, ids in zip(some, tokens, strict=True) if len(ids) <= limit]
     if not kept:
         raise InputError(
-            f"no prompt has room for --response_length {response_length} in the teacher's context of {context} tokens"
+            f"no prompt has room for --response_length {response_length} in the teacher's context of {context} "
+            f"tokens: the shortest leaves {context - shortest}"
         )
     if len(kept) < len(prompts) and main_process():
         left_out = len(prompts) - len(kept)

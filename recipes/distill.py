@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import BatchArguments, DataArguments, parse_recipe, read_yaml, run
+from hfllm.cli import BatchArguments, DataArguments, parse_recipe, run
 
 CONFIG = Path(__file__).parent / "configs" / "distill" / "world.yaml"
 SIZES = ("student_hidden_size", "student_num_hidden_layers", "student_num_attention_heads")
@@ -42,7 +42,7 @@ class DistillArguments(DataArguments, BatchArguments):
         default=None,
         metadata={
             "help": "Whose answers the student reads: the data's, or the teacher's, sampled at temperature 1 or "
-            "greedy. By default the data's, and greedy ones with --sequence_level.",
+            "greedy. By default the data's, and greedy ones with --sequence_level; the world's settings: sampled.",
             "choices": ["data", "sampled", "greedy"],
         },
     )
@@ -87,13 +87,12 @@ def parse(argv: Sequence[str]) -> tuple:
     # The world's settings suit the small models made here; a teacher of the user's own gets the libraries'.
     if parsed[1].teacher_model_name_or_path:
         return parse_recipe(kinds, argv, None, __doc__)
-    # What the world's config says gives way to flags that it contradicts; other values are refused beside them.
-    idle = {name: None for name in NEW_STUDENT if parsed[0].student_layers_every}
-    idle |= {"mixed_prompts": 0.0} if parsed[0].answers == "data" else {}
-    usual = read_yaml(CONFIG) if idle else {}
-    for name, nothing in idle.items():
-        if getattr(parsed[0], name) == usual[name]:
-            setattr(parsed[0], name, nothing)
+    # What the world's config says gives way to flags that it contradicts; what the user says is refused beside them.
+    idle = list(NEW_STUDENT) if parsed[0].student_layers_every else []
+    idle += ["mixed_prompts"] if whose_answers(parsed[0]) == "data" else []
+    said = parse_recipe(kinds, argv, None, __doc__)[0] if idle else parsed[0]
+    for name in idle:
+        setattr(parsed[0], name, getattr(said, name))
     return parsed
 
 
@@ -143,7 +142,10 @@ def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> 
     models, alone = {"teacher": (teacher, teacher_tokenizer), "student": (trainer.model, tokenizer)}, None
     if script_args.train_alone:
         train_rows, eval_rows = rows_to_learn(script_args, training_args.seed)
-        alone = learn(without_teacher(training_args, f"{training_args.output_dir}/alone"))
+        alone_args = without_teacher(training_args, f"{training_args.output_dir}/alone")
+        # Without the rows that were left out, the student has had fewer steps than epochs of the data are.
+        alone_args.max_steps = trainer.state.max_steps
+        alone = learn(alone_args)
         models["student_alone"] = (alone.model, tokenizer)
     judged, metrics = compare(script_args, training_args, models, trainer)
     history = alone.state.log_history if alone else []

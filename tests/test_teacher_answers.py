@@ -39,11 +39,13 @@ def test_answers_that_are_cut_off_are_left_out(tokenizer, make_model, monkeypatc
 
 def test_prompts_that_leave_no_room_are_left_out(tokenizer, make_model, capsys):
     rows = [{"prompt": "a " * count, "completion": "No"} for count in (50, 5, 40)]
-    longest = len(tokenizer(rows[2]["prompt"])["input_ids"])
+    shortest, longest = (len(tokenizer(rows[index]["prompt"])["input_ids"]) for index in (1, 2))
     model = make_model(max_position_embeddings=longest + 4)
     model.generation_config.eos_token_id = list(range(len(tokenizer)))
     written = write_answers(model, tokenizer, rows, 4, do_sample=True, seed=0)
     assert [row["prompt"] for row in written] == [rows[1]["prompt"], rows[2]["prompt"]]
     assert f"1 of 3 prompts are left out: longer than {longest} tokens" in capsys.readouterr().out
-    with pytest.raises(InputError, match=f"no prompt has room for --response_length {longest + 4} in the teacher's"):
+    left = longest + 4 - shortest
+    message = f"no prompt has room for --response_length {longest + 4} in .*: the shortest leaves {left}$"
+    with pytest.raises(InputError, match=message):
         write_answers(model, tokenizer, rows, longest + 4, do_sample=True, seed=0)

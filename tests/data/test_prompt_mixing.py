@@ -19,9 +19,10 @@ def test_prompts_are_a_beginning_and_an_end():
     mixed = mix_prompts(rows, 1.0, seed=3)
     assert all(prefixes_and_suffixes(row["prompt"], old["prompt"]) for row, old in zip(mixed, rows, strict=True))
     assert all({**row, "prompt": 0} == {**old, "prompt": 0} for row, old in zip(mixed, rows, strict=True))
-    # Some are one whole, some join two, and some are an end alone.
-    kinds = {len({word[0] for word in row["prompt"].split(" ")}) for row in mixed}
-    assert kinds == {1, 2}
+    # Some join two, some are an end alone, and some a beginning.
+    words = [row["prompt"].split(" ") for row in mixed]
+    assert {len({word[0] for word in some}) for some in words} == {1, 2}
+    assert any(some[0][1] != "0" for some in words) and any(some[-1][1] != "5" for some in words)
     lengths = {len(row["prompt"].split(" ")) for row in mixed}
     assert lengths == set(range(1, 13))
 

@@ -110,6 +110,33 @@ def test_another_vocabulary_needs_answers(distilled, make_model, world, tmp_path
     assert "perplexity_student" in metrics and "agreement_student" not in metrics
 
 
+def test_a_share_of_the_prompts_is_mixed(distilled, tmp_path, monkeypatch):
+    asked = []
+
+    def write_answers(teacher, tokenizer, rows, *settings):
+        asked.append([row["prompt"] for row in rows])
+        raise InputError("seen")
+
+    monkeypatch.setattr("hfllm.teacher_answers.write_answers", write_answers)
+    for share in ("0", "0.5"):
+        flags = options(distilled, tmp_path, "--answers", "sampled", "--mixed_prompts", share)
+        with pytest.raises(InputError, match="seen"):
+            distill.main(*distill.parse(flags))
+    usual, mixed = asked
+    changed = sum(one != other for one, other in zip(usual, mixed, strict=True)) / len(usual)
+    assert 0.2 < changed < 0.8
+
+
+def test_the_student_alone_has_as_many_steps(distilled, tmp_path, monkeypatch):
+    made, make = [], distill.student_trainer
+    monkeypatch.setattr(distill, "student_trainer", lambda *args: made.append(make(*args)) or made[-1])
+    monkeypatch.setattr("hfllm.teacher_answers.write_answers", lambda teacher, tokenizer, rows, *settings: rows[::4])
+    flags = options(distilled, tmp_path, "--answers", "sampled", "--num_train_epochs", "1", "--max_steps", "-1")
+    distill.main(*distill.parse([*flags, "--student_layers_every", "2", "--train_alone", "true"]))
+    student, alone = (trainer.state.global_step for trainer in made)
+    assert student == alone == -(-len(made[0].train_dataset) // 4) < len(made[1].train_dataset) // 4
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -126,6 +153,8 @@ def test_another_vocabulary_needs_answers(distilled, make_model, world, tmp_path
         (["--teacher_model_name_or_path", "x", "--use_peft"], "--use_peft cannot be used here: the adapter's base"),
         (["--load_in_8bit"], "--load_in_8bit cannot be used here"),
         (["--answers", "data", "--mixed_prompts", "0.5"], "--mixed_prompts cannot be used here: no data answers"),
+        (["--answers", "data", "--mixed_prompts", "0.3"], "--mixed_prompts cannot be used here"),
+        (["--student_layers_every", "2", "--student_hidden_size", "64"], "here: --student_hidden_size describes"),
         (["--mixed_prompts", "1.5"], r"--mixed_prompts must be from 0 to 1, got 1\.5"),
         (["--attn_implementation", "eager"], "--attn_implementation cannot be used here"),
         (["--num_eval_prompts", "0"], "--num_eval_prompts must be at least 1"),
