@@ -33,6 +33,9 @@ REFUSED = {
     "return_dict_in_generate": (None, False),
     "prompt_lookup_num_tokens": (None,),
     "use_mtp": (None, False),
+    # Those that compare with the prompt, whose processors are made only when the prompt is given.
+    "encoder_repetition_penalty": (None, 1.0),
+    "encoder_no_repeat_ngram_size": (None, 0),
 }
 
 

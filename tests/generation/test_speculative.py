@@ -248,6 +248,8 @@ def test_options_come_from_where_generate_takes_them(make_target, prompts):
         ({"repetition_penalty": 1.3}, "RepetitionPenaltyLogitsProcessor looks at the tokens before"),
         ({"min_new_tokens": 3}, "MinNewTokensLengthLogitsProcessor"),
         ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor"),
+        ({"encoder_repetition_penalty": 50.0}, r"encoder_repetition_penalty=50\.0"),
+        ({"encoder_no_repeat_ngram_size": 1}, "encoder_no_repeat_ngram_size=1"),
         ({"stop_strings": ["x"]}, "stop_strings"),
         ({"output_scores": True}, "output_scores=True"),
         ({"cache_implementation": "static"}, "cache_implementation"),
