@@ -290,6 +290,9 @@ def linear_distillation(
     is_plain = type(head) is nn.Linear and head.bias is None and type(weight) is nn.Parameter
     # A head that is wrapped (LoRA), hooked (offloading) or sharded (ZeRO-3) has to be called as a module.
     if is_plain and "forward" not in vars(head) and weight.shape == (head.out_features, head.in_features):
+        if not torch.is_grad_enabled():
+            # The function is not told so, and would make gradients that nobody takes, one of them of the head's size.
+            hidden, weight = hidden.detach(), weight.detach()
         return _LinearDistillation.apply(hidden, weight, targets, teacher, settings, chunk_size)
 
     def chunk_losses(hidden: torch.Tensor, targets: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:

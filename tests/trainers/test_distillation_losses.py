@@ -6,6 +6,7 @@ import pytest
 import torch
 from scipy.special import logsumexp, rel_entr
 
+from hfllm.trainers import distillation_losses
 from hfllm.trainers.distillation_losses import (
     LossSettings,
     TeacherHead,
@@ -163,14 +164,31 @@ def test_a_frozen_head_no_gradient_and_no_tokens(case):
     case["hidden"].grad = None
     loss.backward()
     torch.testing.assert_close(case["hidden"].grad, expected, rtol=1e-4, atol=1e-5)
-    with torch.no_grad():
-        value, *_ = linear_distillation(case["hidden"], case["head"], *arguments, settings, 4)
-    torch.testing.assert_close(value, loss.detach())
     case["head"].requires_grad_(True)
     nothing = TeacherLogits(torch.zeros(0, V))
     loss, *_ = linear_distillation(case["hidden"][:0], case["head"], case["targets"][:0], nothing, settings, 4)
     assert loss.item() == 0
     assert not any(gradient.any() for gradient in gradients(loss, case))
+
+
+def test_without_a_gradient_none_is_made(case, monkeypatch):
+    arguments, asked = (case["hidden"], case["head"], case["targets"], case["teacher"], LossSettings(), 4), []
+    expected = linear_distillation(*arguments)
+    original = distillation_losses._losses_and_gradient
+
+    def asking(*args):
+        asked.append(args[-1])
+        return original(*args)
+
+    monkeypatch.setattr(distillation_losses, "_losses_and_gradient", asking)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(linear_distillation(*arguments), tuple(value.detach() for value in expected))
+    assert asked and not any(asked)
+    # Recomputed, the states have a gradient after a first pass without one.
+    loss, *_ = torch.utils.checkpoint.checkpoint(linear_distillation, *arguments, use_reentrant=True)
+    plain_loss = plain(case, LossSettings())
+    torch.testing.assert_close(gradients(loss, case), gradients(plain_loss, case), rtol=1e-4, atol=1e-5)
 
 
 def test_it_is_differentiated_once(case):
