@@ -1,6 +1,6 @@
 """Did the student become its teacher? Both, and a student that had none, on the same held-out rows and prompts."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHOWN_SAMPLES = 12
+# Tokens whose logits exist at a time.
+CHUNK = 256
 TEACHER, STUDENT, ALONE = "teacher", "student", "student_alone"
 
 
@@ -67,14 +69,14 @@ def fit_metrics(
         model.eval()
     with torch.inference_mode():
         for batch in batches:
-            kept, likeliest = batch["shift_labels"] != -100, {}
-            targets = batch["shift_labels"][kept]
-            count += len(targets)
+            likeliest = {}
+            count += (batch["shift_labels"] != -100).sum().item()
             for name, model in models.items():
-                read = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
-                logits = model(**read, use_cache=False).logits[kept.to(model.device)].float().cpu()
-                sums[name] += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-                likeliest[name] = logits.argmax(-1)
+                chosen = []
+                for logits, targets in _target_logits(model, batch):
+                    sums[name] += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+                    chosen.append(logits.argmax(-1).cpu())
+                likeliest[name] = torch.cat(chosen)
             for name in models if TEACHER in models else ():
                 agreed[name] += (likeliest[name] == likeliest[TEACHER]).sum().item()
     for name, model in models.items():
@@ -84,6 +86,39 @@ def fit_metrics(
     if TEACHER in models:
         metrics |= {f"agreement_{name}": agreed[name] / count for name in models if name != TEACHER}
     return metrics
+
+
+def _target_logits(
+    model: "PreTrainedModel", batch: Mapping[str, "torch.Tensor"]
+) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
+    """fp32 logits and targets of the places that have a target, `CHUNK` of them at a time.
+
+    The trunk reads the batch once. The model's own forward pass makes the logits, since it may cap or scale them or
+    set a precision: a hook hands it the trunk's states, first one place of each row and then the chunks. A model that
+    does not call its trunk as a whole (OPT) makes all logits of the batch.
+    """
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    read, states = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}, []
+
+    def logits_of(read: Mapping[str, Any], replace: Any) -> "torch.Tensor":
+        def hook(module: Any, args: Any, output: Any) -> None:
+            if getattr(output, "last_hidden_state", None) is not None:
+                output["last_hidden_state"] = replace(output.last_hidden_state)
+
+        with bare.base_model.register_forward_hook(hook):
+            return model(**read, use_cache=False).logits
+
+    def first_places(whole: "torch.Tensor") -> "torch.Tensor":
+        states.append(whole)
+        return whole[:, :1]
+
+    logits = logits_of(read, first_places)
+    found, places = states[0] if states else logits, batch["shift_labels"] != -100
+    chunks = found[places.to(found.device)].split(CHUNK)
+    one_token = {key: value[:1, :1] for key, value in read.items()}
+    for chunk, targets in zip(chunks, batch["shift_labels"][places].split(CHUNK), strict=True):
+        logits = logits_of(one_token, lambda _, chunk=chunk: chunk.unsqueeze(0))[0] if states else chunk
+        yield logits.float(), targets.to(logits.device)
 
 
 def gold_metrics(judged: Mapping[str, Judged]) -> dict[str, float]:

@@ -1,0 +1,76 @@
+"""The figures of a teacher and its student are their definitions, and need no more memory than the trainer's loss."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Gemma2Config, Gemma2ForCausalLM, OPTConfig, OPTForCausalLM
+
+from hfllm.evaluation import distillation
+from hfllm.evaluation.distillation import fit_metrics
+
+VOCABULARY, ROWS, LENGTH, CHUNK = 200, 6, 12, 5
+
+
+class Largest(TorchDispatchMode):
+    """The most rows of logits that any operation returns."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, torch.Tensor) and value.shape[-1:] == (VOCABULARY,):
+                self.rows = max(self.rows, value.numel() // VOCABULARY)
+        return result
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, VOCABULARY, (ROWS, LENGTH), generator=generator)
+    lengths = LENGTH - torch.arange(ROWS).unsqueeze(1)
+    mask = (torch.arange(LENGTH) < lengths).long()
+    is_target = (torch.arange(LENGTH) >= 3) & (torch.arange(LENGTH) < lengths - 1)
+    targets = torch.where(is_target, ids.roll(-1, 1), torch.tensor(-100))
+    return {"input_ids": ids * mask, "attention_mask": mask, "shift_labels": targets}
+
+
+def capped(make_model):
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "final_logit_softcapping": 0.5}
+    return Gemma2ForCausalLM(Gemma2Config(vocab_size=VOCABULARY, initializer_range=0.5, **sizes, **heads))
+
+
+def with_adapter(make_model):
+    from peft import LoraConfig, get_peft_model
+
+    model = make_model(seed=1, vocab_size=VOCABULARY, logit_scale=0.3)
+    return get_peft_model(model, LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+
+
+def without_a_whole_trunk(make_model):
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "init_std": 0.5}
+    return OPTForCausalLM(OPTConfig(vocab_size=VOCABULARY, word_embed_proj_dim=32, **sizes))
+
+
+@pytest.mark.parametrize("make_teacher", [capped, with_adapter, without_a_whole_trunk])
+def test_the_figures_are_their_definitions_and_made_in_chunks(make_teacher, make_model, batch, monkeypatch):
+    monkeypatch.setattr(distillation, "CHUNK", CHUNK)
+    teacher, student = make_teacher(make_model).train(), make_model(vocab_size=VOCABULARY)
+    with Largest() as seen:
+        metrics = fit_metrics([batch, batch], {"teacher": teacher, "student": student})
+    assert teacher.training and not student.training
+    chosen, kept = {}, batch["shift_labels"] != -100
+    for name, model in (("teacher", teacher.eval()), ("student", student)):
+        with torch.no_grad():
+            read = {key: batch[key] for key in ("input_ids", "attention_mask")}
+            logits = model(**read, use_cache=False).logits[kept]
+        surprise = torch.nn.functional.cross_entropy(logits, batch["shift_labels"][kept])
+        assert metrics[f"perplexity_{name}"] == pytest.approx(surprise.exp().item(), rel=1e-5)
+        chosen[name] = logits.argmax(-1)
+    assert metrics["agreement_student"] == (chosen["teacher"] == chosen["student"]).float().mean().item()
+    if make_teacher is not without_a_whole_trunk:
+        # The first place of each row comes with the states.
+        assert seen.rows == max(CHUNK, ROWS) < kept.sum()
