@@ -5,11 +5,12 @@ has a target the two are compared, a chunk of tokens at a time (`distillation_lo
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import torch
 from accelerate.utils import DistributedType
@@ -61,7 +62,7 @@ class DistillationTrainer(Trainer):
             `args.teacher_top_k` it is loaded only if its cache has to be made, and let go afterwards.
         args: see `DistillationConfig`.
         train_dataset, eval_dataset: rows with `input_ids` (and `labels`), `prompt` and `completion` (text or
-            messages), or `text`; they may be mixed.
+            messages), or `text`; they may be mixed. For evaluation, also a dict of such by name.
         processing_class: the student's tokenizer.
         teacher_processing_class: the teacher's, to be compared with the student's; taken from a teacher given by name.
         peft_config: adapter to train in place of the student's weights. It alone is saved: a student that is not
@@ -81,7 +82,7 @@ class DistillationTrainer(Trainer):
         teacher_model: "PreTrainedModel | str | None" = None,
         args: DistillationConfig | None = None,
         train_dataset: "Dataset | None" = None,
-        eval_dataset: "Dataset | None" = None,
+        eval_dataset: "Dataset | dict[str, Dataset] | None" = None,
         processing_class: "PreTrainedTokenizerBase | None" = None,
         teacher_processing_class: "PreTrainedTokenizerBase | None" = None,
         peft_config: "PeftConfig | None" = None,
@@ -102,15 +103,15 @@ class DistillationTrainer(Trainer):
         teacher_model = teacher_model or args.teacher_model_name_or_path
         if teacher_model is None and args.needs_teacher:
             raise InputError("a teacher is needed: --teacher_model_name_or_path, or soft_weight and hidden_weight 0")
-        tokenize = partial(tokenize_dataset, tokenizer=processing_class, max_length=args.max_length)
+        self._tokenize = partial(tokenize_dataset, tokenizer=processing_class, max_length=args.max_length)
         self._named_teacher, self.teacher = teacher_model, None
         self._teacher_tokenizer, self._projection = teacher_processing_class, None
         self._sums = torch.zeros(len(LOGGED) + 1)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=tokenize(train_dataset) if train_dataset is not None else None,
-            eval_dataset=tokenize(eval_dataset) if eval_dataset is not None else None,
+            train_dataset=self._tokenize(train_dataset) if train_dataset is not None else None,
+            eval_dataset=_each(eval_dataset, lambda rows, name: self._tokenize(rows)),
             processing_class=processing_class,
             data_collator=DistillationCollator(processing_class.pad_token_id),
             **kwargs,
@@ -141,8 +142,7 @@ class DistillationTrainer(Trainer):
         folder = Path(self.args.teacher_cache_dir or Path(self.args.output_dir) / "teacher_cache")
         if self.train_dataset is not None:
             self.train_dataset = self._with_cache(self.train_dataset, folder, "train")
-        if self.eval_dataset is not None:
-            self.eval_dataset = self._with_cache(self.eval_dataset, folder, "eval")
+        self.eval_dataset = _each(self.eval_dataset, lambda rows, name: self._with_cache(rows, folder, name))
         self.teacher = self._named_teacher = None
 
     def _with_cache(self, rows: "Dataset", folder: Path, name: str) -> WithTeacher:
@@ -294,6 +294,36 @@ class DistillationTrainer(Trainer):
         )
         return soft, hard, loss
 
+    # ---- evaluation ----
+
+    def get_eval_dataloader(self, eval_dataset: "str | Iterable[dict[str, Any]] | None" = None) -> DataLoader:
+        """Trainer's, of rows as `__init__` takes them, or of those of that name; so are `evaluate`'s.
+
+        Raises:
+            InputError: when there is no such name, the rows cannot be read, or the teacher has been let go.
+        """
+        if isinstance(eval_dataset, str):
+            names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
+            if eval_dataset not in names:
+                raise InputError(f"eval_dataset {eval_dataset!r}: expected one of {', '.join(names) or '(no names)'}")
+        elif eval_dataset is not None:
+            eval_dataset = self._readable(eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: "Iterable[dict[str, Any]]") -> DataLoader:
+        """As `get_eval_dataloader`."""
+        return super().get_test_dataloader(self._readable(test_dataset))
+
+    def _readable(self, rows: "Iterable[dict[str, Any]]") -> "Dataset | WithTeacher":
+        if isinstance(rows, WithTeacher):
+            return rows
+        if self.args.needs_teacher and self.args.teacher_top_k is not None:
+            raise InputError(
+                f"these rows were not given with the trainer: with teacher_top_k={self.args.teacher_top_k} its "
+                "teacher was asked then, and let go; give DistillationTrainer all rows, as eval_dataset={name: rows}"
+            )
+        return self._tokenize(rows)
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -359,6 +389,13 @@ class DistillationTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if projection is not None:
             projection.load_state_dict(load_file(os.path.join(resume_from_checkpoint, PROJECTION_FILE)))
+
+
+def _each(rows: Any, change: Callable[[Any, str], Any]) -> Any:
+    """`change` of a dataset for evaluation, or of each in a dict of them, and the name of a file for each."""
+    if isinstance(rows, dict):
+        return {name: change(part, f"eval_{quote(name, safe='')}") for name, part in rows.items()}
+    return None if rows is None else change(rows, "eval")
 
 
 def is_mixture(model: PreTrainedModel) -> bool:

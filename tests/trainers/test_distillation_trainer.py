@@ -127,6 +127,28 @@ def test_a_cache_of_everything_is_the_teacher(make_trainer, tokenizer):
     assert few.state.log_history[0]["soft_loss"] < live.state.log_history[0]["soft_loss"]
 
 
+@pytest.mark.parametrize("k", [None, 7])
+def test_rows_to_evaluate_on_have_names_or_come_later(make_trainer, k):
+    trainer = make_trainer(eval_dataset={"a/b": ROWS[:3], "other": ROWS[3:6]}, teacher_top_k=k)
+    metrics = trainer.evaluate()
+    alone = [
+        make_trainer(f"run{start}", eval_dataset=ROWS[start : start + 3], teacher_top_k=k).evaluate()["eval_loss"]
+        for start in (0, 3)
+    ]
+    assert [metrics["eval_a/b_loss"], metrics["eval_other_loss"]] == pytest.approx(alone, rel=1e-5)
+    assert trainer.evaluate("other")["eval_loss"] == pytest.approx(alone[1], rel=1e-5)
+    assert trainer.evaluate(trainer.eval_dataset["other"])["eval_loss"] == pytest.approx(alone[1], rel=1e-5)
+    with pytest.raises(InputError, match="eval_dataset 'third': expected one of a/b, other"):
+        trainer.evaluate("third")
+    if k is None:
+        assert trainer.evaluate(ROWS[3:6])["eval_loss"] == pytest.approx(alone[1], rel=1e-5)
+        assert trainer.evaluate({"x": ROWS[3:6]})["eval_x_loss"] == pytest.approx(alone[1], rel=1e-5)
+        assert trainer.predict(ROWS[3:6]).metrics["test_loss"] == pytest.approx(alone[1], rel=1e-5)
+    else:
+        with pytest.raises(InputError, match=r"with teacher_top_k=7 its teacher was asked then"):
+            trainer.evaluate(ROWS[3:6])
+
+
 def test_the_teacher_is_asked_once_and_a_stale_cache_is_noticed(make_trainer, make_model, tmp_path):
     asked = []
 
