@@ -532,6 +532,9 @@ def linear_cross_entropy(
     is_plain = type(head) is nn.Linear and head.bias is None and type(weight) is nn.Parameter
     # A head that is wrapped (LoRA), hooked (offloading) or sharded (ZeRO-3) has to be called as a module.
     if is_plain and "forward" not in vars(head) and weight.shape == (head.out_features, head.in_features):
+        if not torch.is_grad_enabled():
+            # The function is not told so, and would make gradients that nobody takes.
+            hidden_NE, weight = hidden_NE.detach(), weight.detach()
         return _LinearCrossEntropy.apply(hidden_NE, weight, targets_N, chunk_size, label_smoothing)
 
     def chunk_loss(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from families import FAMILIES
+from torch.utils.flop_counter import FlopCounterMode
 
 
 @pytest.fixture
@@ -124,6 +125,16 @@ def test_a_frozen_head_gets_no_gradient(make_model, batch):
     _, expected = loss_and_gradients_of_trained(model, **batch)
     _, gradients = loss_and_gradients_of_trained(model, **batch, loss_chunk_size=4)
     torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_gradient_no_more_is_computed_than_logits(make_model, batch):
+    model, counted = make_model(), []
+    for chunk in (0, 4):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(**batch, loss_chunk_size=chunk)
+        counted.append(counter.get_total_flops())
+    # Chunks leave out the last token of each row, which has no target.
+    assert 0 < counted[1] <= counted[0]
 
 
 def loss_and_gradients_of_trained(model, **inputs):
