@@ -1,6 +1,6 @@
 """Tokens a second of every way to decode, against transformers' `generate` on LlamaForCausalLM of the same weights.
 
-    OMP_NUM_THREADS=1 accelerate launch recipes/speculative.py       # makes outputs/speculative/sft and draft_sft
+    OMP_NUM_THREADS=1 accelerate launch recipes/speculative.py       # makes outputs/speculative/sft and draft
     OMP_NUM_THREADS=1 python benchmarks/generation.py --output benchmarks/results/generation.md
 
 `--random_weights 10M` measures a model of that size that nobody trained, on random prompts, whose answers never end.
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WORLD_MODEL, WORLD_DRAFT = "outputs/speculative/sft", "outputs/speculative/draft_sft"
+WORLD_MODEL, WORLD_DRAFT = "outputs/speculative/sft", "outputs/speculative/draft"
 PLAIN = "Llama, generate"
 # hidden_size, intermediate_size, layers, heads, key-value heads, vocab_size
 SHAPES = {

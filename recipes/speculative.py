@@ -6,11 +6,12 @@
 
 Drafts come from a smaller model with the same tokenizer, from the target rounded to int8, from what followed the same
 words in the prompt, or from the target's first layers. Without `--model_name_or_path` the world's fine-tuned model is
-made first, and a draft model an eighth its size, under the output folder. The output is the target's own, greedy or
-sampled; the report compares the speed with transformers' `generate` and with the formula of Leviathan et al. 2023
-(arXiv:2211.17192).
+made first, and a draft model an eighth its size is distilled from it, under the output folder. The output is the
+target's own, greedy or sampled; the report compares the speed with transformers' `generate` and with the formula of
+Leviathan et al. 2023 (arXiv:2211.17192).
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -55,9 +56,9 @@ class SpeculativeArguments(DataArguments):
     rounds: int = field(default=5, metadata={"help": "Repetitions of each measurement; the median counts."})
     compile: bool = field(default=False, metadata={"help": "Run the models through torch.compile."})
     pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the target's pretraining."})
-    sft_config: str | None = field(default=None, metadata={"help": "YAML flags of the fine-tuning of both."})
+    sft_config: str | None = field(default=None, metadata={"help": "YAML flags of the target's fine-tuning."})
     draft_config: str | None = field(
-        default=None, metadata={"help": "YAML flags of the draft model's pretraining, over pretrain_config's."}
+        default=None, metadata={"help": "YAML flags of distill.py, which makes the draft model of the target."}
     )
 
 
@@ -74,6 +75,8 @@ def main(script_args: SpeculativeArguments, model_args: Any) -> dict[str, float]
 
     check(script_args, model_args)
     began, stages = time.perf_counter(), missing_stages(script_args, model_args)
+    check_draft(script_args, model_args, stages)
+    rows = prompt_rows(script_args)
     arguments = stage_arguments(script_args, model_args, before=stages)
     report = finished_run(script_args.output_dir, arguments)
     if report is not None:
@@ -84,13 +87,15 @@ def main(script_args: SpeculativeArguments, model_args: Any) -> dict[str, float]
     if not main_process():
         return {}
     print(f"\n=== speculative -> {script_args.output_dir}", flush=True)
-    metrics, rows = measure(script_args, model_args)
+    # Layers that bitsandbytes holds in int8 say at each run that they compute in float16, which is LLM.int8's way.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    metrics, speeds = measure(script_args, model_args, rows)
     report = Report(
         stage="speculative",
         arguments=arguments,
         metrics=metrics,
-        tables={"Speed by lookahead": rows},
-        curves={"speed": speed_plot(rows)},
+        tables={"Speed by lookahead": speeds},
+        curves={"speed": speed_plot(speeds)},
         wall_seconds=time.perf_counter() - began,
         next_steps=next_steps(script_args, model_args),
     )
@@ -124,6 +129,7 @@ def check(script_args: SpeculativeArguments, model_args: Any) -> None:
         ("assistant_model_name_or_path", "model"),
         ("early_exit_layers", "early_exit"),
         ("max_ngram", "prompt_lookup"),
+        ("draft_config", "model"),
     ):
         given = getattr(script_args, flag) is not None
         refuse(given and script_args.draft != draft, f"--{flag}", f"it is for --draft {draft}")
@@ -132,19 +138,54 @@ def check(script_args: SpeculativeArguments, model_args: Any) -> None:
     refuse(compiled_int8, "--compile", "the int8 draft runs over packed weights, which are not compiled")
     for name in ("pretrain_config", "sft_config", "draft_config"):
         refuse(bool(own and getattr(script_args, name)), f"--{name}", "the model is named")
+    refuse(bool(assistant and script_args.draft_config), "--draft_config", "the draft model is named")
     is_world = script_args.dataset_name == WORLD
     refuse(is_world and script_args.max_samples is not None, "--max_samples", "the world is sized by --num_prompts")
     if own and script_args.draft == "model" and not assistant:
         raise InputError(
             f"--model_name_or_path {own} needs a draft: --assistant_model_name_or_path SMALLER with the same "
-            "tokenizer (recipes/pretrain.py --tokenizer_name_or_path trains one), or --draft int8, prompt_lookup or "
-            "early_exit"
+            f"tokenizer (recipes/distill.py --teacher_model_name_or_path {own} makes one), or --draft int8, "
+            "prompt_lookup or early_exit"
         )
+
+
+def check_draft(script_args: SpeculativeArguments, model_args: Any, stages: dict[str, tuple]) -> None:
+    """Refuse a draft that the target cannot have, before the stages are trained.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    from hfllm.errors import InputError, refuse
+    from hfllm.generation.drafts import PromptLookupDraft
+    from hfllm.stage_models import load_config, load_tokenizer
+
+    if script_args.max_ngram is not None:
+        PromptLookupDraft(script_args.max_ngram)
+    if script_args.assistant_model_name_or_path:
+        load_config(script_args.assistant_model_name_or_path)
+        load_tokenizer(script_args.assistant_model_name_or_path)
+    attention = model_args.attn_implementation
+    if script_args.draft == "int8":
+        is_other = attention not in (None, "sdpa")
+        refuse(is_other, "--draft int8", f"attn_implementation={attention!r} is not 'sdpa'")
+        is_rounded = model_args.load_in_8bit or model_args.load_in_4bit
+        refuse(is_rounded, "--draft int8", "it rounds plain weights: leave --load_in_8bit and --load_in_4bit out")
+    if script_args.early_exit_layers is not None:
+        target = (model_args.model_name_or_path, model_args.model_revision)
+        layers = (
+            stages["pretrain"][0].num_hidden_layers
+            if stages
+            else load_config(*target).get_text_config(decoder=True).num_hidden_layers
+        )
+        if not 0 < script_args.early_exit_layers < layers:
+            raise InputError(
+                f"--early_exit_layers {script_args.early_exit_layers}: the target has {layers}, so 1 to {layers - 1}"
+            )
 
 
 def missing_stages(script_args: SpeculativeArguments, model_args: Any) -> dict[str, tuple]:
     """The stages that make the world's target and draft, in order, each with its parsed flags."""
-    import pretrain
+    import distill
     import sft
 
     if model_args.model_name_or_path:
@@ -153,33 +194,33 @@ def missing_stages(script_args: SpeculativeArguments, model_args: Any) -> dict[s
     stages = sft.world_model_stages(script_args, script_args.seed, folder)
     if script_args.draft != "model" or script_args.assistant_model_name_or_path:
         return stages
-    shared = ["--seed", str(script_args.seed), "--world_seed", str(script_args.world_seed)]
-    base = ["--output_dir", f"{folder}/draft_pretrain", "--tokenizer_name_or_path", f"{folder}/pretrain"]
-    configs = (script_args.pretrain_config, script_args.draft_config or DRAFT_CONFIG)
-    base += [word for path in configs if path for word in ("--config", str(path))]
-    tuned = ["--output_dir", f"{folder}/draft_sft", "--model_name_or_path", f"{folder}/draft_pretrain"]
-    tuned += ["--config", script_args.sft_config or str(sft.CONFIG)]
-    stages["draft_pretrain"] = pretrain.parse([*shared, *base])
-    return {**stages, "draft_sft": sft.parse([*shared, *tuned])}
+    flags = ["--seed", str(script_args.seed), "--world_seed", str(script_args.world_seed)]
+    flags += ["--output_dir", f"{folder}/draft", "--teacher_model_name_or_path", f"{folder}/sft"]
+    flags += ["--config", script_args.draft_config or str(DRAFT_CONFIG)]
+    return {**stages, "draft": distill.parse(flags)}
 
 
 def run_missing_stages(script_args: Any, model_args: Any, stages: dict[str, tuple]) -> tuple[Any, Any]:
     """Run or reuse the stages. Returns the arguments with the models that they made."""
     from hfllm.stages import run_stages
 
-    run_stages([import_module(name.removeprefix("draft_")) for name in stages], [*stages.values()])
+    recipes = {"draft": "distill"}
+    run_stages([import_module(recipes.get(name, name)) for name in stages], [*stages.values()])
     if "sft" in stages:
         model_args = replace(model_args, model_name_or_path=stages["sft"][1].output_dir)
-    if "draft_sft" in stages:
-        script_args = replace(script_args, assistant_model_name_or_path=stages["draft_sft"][1].output_dir)
+    if "draft" in stages:
+        script_args = replace(script_args, assistant_model_name_or_path=stages["draft"][1].output_dir)
     return script_args, model_args
 
 
-def measure(script_args: SpeculativeArguments, model_args: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def measure(
+    script_args: SpeculativeArguments, model_args: Any, rows: list[dict]
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The metrics, and speed by lookahead."""
     import torch
 
     from hfllm.compression.schemes import default_device
+    from hfllm.data.tokenizer import tokenize_prompts
     from hfllm.generation import measure as measuring
     from hfllm.generation.lookahead import AdaptiveLookahead
     from hfllm.stage_models import load_policy
@@ -193,7 +234,7 @@ def measure(script_args: SpeculativeArguments, model_args: Any) -> tuple[dict[st
     if left_out:
         print(f"speculative: left out of the model's generation_config.json, on both sides: {left_out}", flush=True)
     draft = make_draft(script_args, model_args, model, tokenizer)
-    ids = prompt_ids(script_args, tokenizer)
+    ids = tokenize_prompts([row["prompt"] for row in rows], tokenizer)
     eos = model.generation_config.eos_token_id
     options = {
         "max_new_tokens": script_args.max_new_tokens,
@@ -212,21 +253,23 @@ def measure(script_args: SpeculativeArguments, model_args: Any) -> tuple[dict[st
     names = {str(steps): steps for steps in script_args.lookaheads}
     asked = f"{script_args.lookahead} (asked for)"
     lookaheads = {**names, asked: wanted()}
-    seconds, rows = measuring.speed_by_lookahead(model, draft, timed, lookaheads, costs, script_args.rounds, **options)
+    seconds, speeds = measuring.speed_by_lookahead(
+        model, draft, timed, lookaheads, costs, script_args.rounds, **options
+    )
     sampling = {
         **options,
         **{"do_sample": True, "temperature": script_args.temperature, "top_k": 0},
         **{"lookahead": wanted(), "generator": torch.Generator(model.device).manual_seed(script_args.seed)},
     }
     sampled = measuring.speculative(model, draft, timed, **sampling)[1]
-    row = rows[-1]
+    row = speeds[-1]
     metrics = {
         "acceptance_rate": row["acceptance_rate"],
         "tokens_per_target_call": row["tokens_per_target_call"],
         "speedup": row["speedup"],
         "speedup_predicted": row["predicted"],
         "speedup_predicted_with_verification": row["predicted_with_verification"],
-        "speedup_best": max(each["speedup"] for each in rows),
+        "speedup_best": max(each["speedup"] for each in speeds),
         "identical_share": share,
         "acceptance_rate_sampled": sampled.acceptance_rate,
         "tokens_per_target_call_sampled": sampled.tokens_per_target_call,
@@ -237,7 +280,7 @@ def measure(script_args: SpeculativeArguments, model_args: Any) -> tuple[dict[st
         "tokens_per_second_plain": row["tokens"] / seconds,
         "tokens_per_second": row["tokens"] / row["seconds"],
     }
-    return metrics, rows
+    return metrics, speeds
 
 
 def use_plain_generation(model: Any) -> str:
@@ -284,26 +327,23 @@ def make_draft(script_args: SpeculativeArguments, model_args: Any, model: Any, t
     return ModelDraft(assistant.to(model.device).eval())
 
 
-def prompt_ids(script_args: SpeculativeArguments, tokenizer: Any) -> list[list[int]]:
-    """Token ids of the prompts: the world's held-out questions, or the user's own.
+def prompt_rows(script_args: SpeculativeArguments) -> list[dict]:
+    """The world's held-out questions, or the user's own prompts.
 
     Raises:
-        InputError: when the dataset has none.
+        InputError: when the dataset cannot be read, or has none.
     """
     from hfllm.data import formats
-    from hfllm.data.tokenizer import tokenize_prompts
     from hfllm.errors import InputError
     from hfllm.stage_data import load_rows, world_of
 
     world = world_of(script_args)
-    rows = (
-        [task.prompt_row() for task in world.evaluation_tasks(script_args.num_prompts)]
-        if world
-        else load_rows(script_args, formats.to_prompt)[: script_args.num_prompts]
-    )
+    if world:
+        return [task.prompt_row() for task in world.evaluation_tasks(script_args.num_prompts)]
+    rows = load_rows(script_args, formats.to_prompt)[: script_args.num_prompts]
     if not rows:
         raise InputError(f"--dataset_name {script_args.dataset_name} has no prompts")
-    return tokenize_prompts([row["prompt"] for row in rows], tokenizer)
+    return rows
 
 
 def batches(ids: list[list[int]], size: int, tokenizer: Any, model: Any) -> list[Any]:

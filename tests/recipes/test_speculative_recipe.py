@@ -16,6 +16,7 @@ METRICS = {
     *("speedup_predicted_with_verification", "draft_cost", "verification_cost", "break_even_acceptance"),
     *("acceptance_rate_sampled", "tokens_per_target_call_sampled", "tokens_per_second", "tokens_per_second_plain"),
 }
+SHORT = {"train_alone": False, "per_device_train_batch_size": 4, "save_strategy": "no", "num_samples": 1}
 QUICK = ("--num_prompts", "12", "--num_timed_prompts", "2", "--max_new_tokens", "12", "--rounds", "1")
 
 needs_int8 = pytest.mark.skipif(not has_int8(torch.float32, torch.device("cpu")), reason="no int8 kernels here")
@@ -30,7 +31,8 @@ def made(tiny, tmp_path_factory):
     """The recipe in miniature, from nothing."""
     folder = tmp_path_factory.mktemp("speculative")
     with open(folder / "draft.yaml", "w") as stream:
-        yaml.safe_dump({"hidden_size": 16, "num_hidden_layers": 1}, stream)
+        sizes = {"student_hidden_size": 16, "student_num_hidden_layers": 1, "student_num_attention_heads": 2}
+        yaml.safe_dump({**sizes, "num_examples": 40, "max_steps": 2, "num_eval_prompts": 12, **SHORT}, stream)
     flags = ["--pretrain_config", tiny["pretrain"], "--sft_config", tiny["sft"]]
     flags += ["--draft_config", folder / "draft.yaml", "--output_dir", folder / "out"]
     return folder / "out", flags, run(*flags)
@@ -45,8 +47,9 @@ def test_from_nothing(made, capsys):
     assert metrics["identical_share"] == 1
     assert 1 <= metrics["tokens_per_target_call"] <= 13
     assert 0 <= metrics["acceptance_rate"] <= 1
-    sizes = [json.loads((folder / name / "config.json").read_text())["hidden_size"] for name in ("sft", "draft_sft")]
+    sizes = [json.loads((folder / name / "config.json").read_text())["hidden_size"] for name in ("sft", "draft")]
     assert sizes == [32, 16]
+    assert report["arguments"]["draft.teacher_model_name_or_path"] == str(folder / "sft")
     text = (folder / "report.md").read_text()
     assert "Speed by lookahead" in text
     assert "adaptive (asked for)" in text
@@ -105,13 +108,28 @@ def test_the_report_says_how_to_decode_so_oneself(made):
         (["--draft", "early_exit", "--assistant_model_name_or_path", "x"], "--assistant_model_name_or_path cannot"),
         (["--use_peft"], "--use_peft cannot be used"),
         (["--model_name_or_path", "x", "--draft", "int8", "--sft_config", "y"], "--sft_config cannot be used here"),
+        (
+            ["--draft", "int8", "--draft_config", "x.yaml"],
+            "--draft_config cannot be used here: it is for",
+        ),
+        (
+            ["--assistant_model_name_or_path", "x", "--draft_config", "x"],
+            "--draft_config cannot be used here: the",
+        ),
+        (["--assistant_model_name_or_path", "no/such"], "no/such' could not be loaded"),
+        (["--draft", "prompt_lookup", "--max_ngram", "0"], "n-grams of 1 to 0"),
+        (["--draft", "early_exit", "--early_exit_layers", "4"], "--early_exit_layers 4: the target has 4, so 1 to 3"),
+        (["--draft", "int8", "--attn_implementation", "eager"], "attn_implementation='eager' is not 'sdpa'"),
+        (["--draft", "int8", "--load_in_8bit"], "--draft int8 cannot be used here: it rounds plain"),
+        (["--dataset_name", "nowhere.jsonl"], r"nowhere\.jsonl"),
         (["--draft", "int8", "--compile", "true"], "--compile cannot be used"),
         (["--max_samples", "3"], "--max_samples cannot be used"),
         (["--model_name_or_path", "x"], "--model_name_or_path x needs a draft"),
         (["--lookahed", "3"], "did you mean 'lookahead'"),
     ],
 )
-def test_bad_flags_are_refused(flags, message, tmp_path):
+def test_bad_flags_are_refused(flags, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(speculative, "run_missing_stages", None)
     with pytest.raises(InputError, match=message):
         speculative.main(*speculative.parse([*flags, "--output_dir", str(tmp_path)]))
 
