@@ -203,7 +203,7 @@ def all_arguments(script_args: QuantizeArguments, model_args: Any, stages: dict[
     Raises:
         InputError: when the named model is quantized already.
     """
-    from hfllm.compression.schemes import refuse_quantized
+    from hfllm.models.stored import refuse_quantized
     from hfllm.stage_models import load_config
     from hfllm.stages import stage_arguments
 
