@@ -17,14 +17,17 @@ def location_of(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def adapter_base(name: str, **location: Any) -> str | None:
-    """The model that an adapter is on, which is loaded in its place; `None` if `name` is no adapter.
+    """The model that an adapter is on, which is loaded in its place; `None` if `name` is no adapter, or not there.
 
     Args:
         location: of `name`, as `from_pretrained` takes it.
     """
     from transformers.utils import find_adapter_config_file
 
-    found = find_adapter_config_file(name, **location)
+    try:
+        found = find_adapter_config_file(name, **location)
+    except OSError:
+        return None
     # A folder that has both is a whole model.
     if found is None or Path(name, "config.json").exists():
         return None
