@@ -204,6 +204,24 @@ def peft_config(model_args: Any, task_type: str = "CAUSAL_LM") -> "PeftConfig | 
     return get_peft_config(model_args)
 
 
+def empty_model(config: "PreTrainedConfig") -> "PreTrainedModel":
+    """A causal language model that has no weights.
+
+    Raises:
+        InputError: when transformers has none of this config.
+    """
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        with torch.device("meta"):
+            # By the constructor, which DeepSpeed leaves alone.
+            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    except (KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"a causal language model of type {config.model_type} cannot be made: {reason}") from None
+
+
 def try_adapter(config: "PreTrainedConfig", adapter: "PeftConfig") -> None:
     """Put an adapter on a language model that has no weights.
 
@@ -212,12 +230,11 @@ def try_adapter(config: "PreTrainedConfig", adapter: "PeftConfig") -> None:
     """
     import torch
     from peft import get_peft_model
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    model = empty_model(config)
     try:
         with torch.device("meta"):
-            # By the constructor, which DeepSpeed leaves alone.
-            get_peft_model(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config), adapter)
+            get_peft_model(model, adapter)
     except (KeyError, ValueError) as error:
         raise InputError(f"--use_peft on a model of type {config.model_type}: {str(error).splitlines()[0]}") from None
 

@@ -101,6 +101,7 @@ def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> 
     import rlhf
 
     from hfllm.data.prompt_mixing import mix_prompts
+    from hfllm.distillation_checks import check_student
     from hfllm.evaluation.distillation import distillation_plots, gold_tables
     from hfllm.stage_data import world_of
     from hfllm.stages import Stage, run_stage
@@ -113,6 +114,8 @@ def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> 
     stage = Stage("distill", script_args, training_args, model_args, before)
     if stage.report is not None:
         return stage.report["metrics"]
+    teacher_config = rlhf.policy_config(before["rlhf"][2], before) if before else None
+    check_student(model_args, teacher_config, lambda teacher: new_student(script_args, teacher))
     used = scale_learning_rate(script_args, training_args)
     if script_args.response_length is None:
         script_args.response_length = 256 if world_of(script_args) is None else 40
@@ -265,11 +268,17 @@ def make_student(script_args: DistillArguments, training_args: Any, model_args: 
     from transformers import set_seed
 
     from hfllm.stage_models import load_policy
-    from hfllm.trainers.students import smaller_student, student_from_layers
 
     set_seed(training_args.seed)
     if model_args.model_name_or_path:
         return load_policy(model_args)[0]
+    return new_student(script_args, teacher)
+
+
+def new_student(script_args: DistillArguments, teacher: Any) -> Any:
+    """The student that no flag names, as the flags describe it."""
+    from hfllm.trainers.students import smaller_student, student_from_layers
+
     sizes = {name.removeprefix("student_"): getattr(script_args, name) for name in SIZES}
     if any(sizes.values()) or script_args.student_initializer_range is not None:
         return smaller_student(teacher, **sizes, initializer_range=script_args.student_initializer_range)

@@ -226,7 +226,7 @@ def test_prompts_longer_than_the_context(saved_model, tmp_path):
     assert "model's context of 256 leaves room for 203" in complaint("rlhf", *flags, "--reward_funcs", f"{file}:fine")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, "distill"])
 def test_quantized_weights_are_not_trained(saved_model, tmp_path, stage):
     config = json.loads((saved_model / "config.json").read_text())
     quantized = {"quant_method": "bitsandbytes", "load_in_8bit": True}
@@ -239,7 +239,7 @@ def test_quantized_weights_are_not_trained(saved_model, tmp_path, stage):
 
 def test_sizes_that_describe_no_model(tmp_path):
     (tmp_path / "base.yaml").write_text("hidden_size: 63\nnum_attention_heads: 8\n")
-    for stage, flag in (("pretrain", "--config"), ("rlhf", "--pretrain_config")):
+    for stage, flag in (("pretrain", "--config"), ("rlhf", "--pretrain_config"), ("distill", "--pretrain_config")):
         message = complaint(stage, flag, tmp_path / "base.yaml", "--output_dir", tmp_path / "out")
         assert message.startswith("hidden_size 63, num_attention_heads 8 and the other fields describe no model")
 

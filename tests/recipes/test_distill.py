@@ -159,11 +159,21 @@ def test_the_student_alone_has_as_many_steps(distilled, tmp_path, monkeypatch):
         (["--attn_implementation", "eager"], "--attn_implementation cannot be used here"),
         (["--num_eval_prompts", "0"], "--num_eval_prompts must be at least 1"),
         (["--teacher_model_name_or_path", "x", "--sft_config", "y"], "--sft_config cannot be used here"),
+        # What needs the models is refused before any is trained.
+        (["--model_name_or_path", "nowhere/x"], "model 'nowhere/x' could not be loaded"),
+        (["--student_hidden_size", "63"], "a student of width 63 with 4 attention heads: the heads must divide"),
+        (["--student_layers_every", "99"], "every 99th layer: the teacher has 4, so 2 to 4 are possible"),
+        (
+            ["--model_name_or_path", "{saved}", "--use_peft", "--lora_target_modules", "nowhere"],
+            "--use_peft on a model of type hfllm: Target modules nowhere not found",
+        ),
     ],
 )
-def test_flags_that_contradict_each_other_are_refused(flags, message, tmp_path):
+def test_flags_that_contradict_each_other_are_refused(flags, message, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr("hfllm.stages.run_stage", lambda *args, **kwargs: pytest.fail("a stage was run"))
+    flags = [flag.format(saved=saved) for flag in flags]
     with pytest.raises(InputError, match=message):
-        distill.main(*distill.parse(["--output_dir", str(tmp_path), *flags]))
+        distill.main(*distill.parse(["--output_dir", str(tmp_path / "out"), *flags]))
 
 
 def test_a_teachers_settings_are_of_its_loading(saved):
