@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hfllm.errors import InputError, refuse
+from hfllm.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -64,14 +64,20 @@ def check_models(
     import torch
 
     from hfllm.rewards import RewardModel
-    from hfllm.stage_models import context_of, load_scorer, load_tokenizer, load_value_model, peft_config, try_adapter
+    from hfllm.stage_models import (
+        check_trainable,
+        context_of,
+        load_scorer,
+        load_tokenizer,
+        load_value_model,
+        peft_config,
+        try_adapter,
+    )
     from hfllm.trainers.ppo_parts import check_critic
     from hfllm.trainers.prompts import check_prompts
     from hfllm.trainers.vllm_sampling import check_vllm
 
-    for flag in ("load_in_8bit", "load_in_4bit"):
-        is_frozen = getattr(model_args, flag) and not model_args.use_peft
-        refuse(is_frozen, f"--{flag}", "such weights cannot be trained; --use_peft trains an adapter on them")
+    check_trainable(model_args)
     if training_args.use_vllm:
         check_vllm(training_args)
     named = script_args.reward_model_name_or_path or []

@@ -118,6 +118,13 @@ def take_configs(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
     return rest, files
 
 
+def given_flags(argv: Sequence[str]) -> set[str]:
+    """Names of the flags that the user gives, on the command line or in a `--config` file."""
+    argv, config_files = take_configs(argv)
+    words = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    return words.union(*(read_yaml(path) for path in config_files))
+
+
 def machine_defaults() -> dict[str, Any]:
     """Progress bars on a terminal only; without an accelerator no mixed precision, recomputation or pinned memory."""
     import torch

@@ -103,13 +103,12 @@ def load_or_make_base(
     A new one has the architecture of `--config_name_or_path`, or the flags' and as many tokens as the tokenizer.
     """
     from hfllm.errors import refuse
-    from hfllm.stage_models import load_policy, load_tokenizer, named_fields
+    from hfllm.stage_models import load_policy, load_tokenizer, named_fields, new_config
 
     if model_args.model_name_or_path:
         return load_policy(model_args)
     import torch
 
-    from hfllm.models.configuration_hfllm import HfllmConfig
     from hfllm.models.modeling_hfllm import HfllmForCausalLM, HfllmForMaskedLM
     from hfllm.models.precision import cast_weights
 
@@ -137,7 +136,7 @@ def load_or_make_base(
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    config = HfllmConfig(**{**fields, **of_the_run}, attn_implementation=model_args.attn_implementation)
+    config = new_config({**fields, **of_the_run, "attn_implementation": model_args.attn_implementation})
     try:
         # Not `_from_config`, which spreads the weights under ZeRO-3 before they are there.
         model = (HfllmForMaskedLM if is_masked else HfllmForCausalLM)(config)

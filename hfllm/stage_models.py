@@ -4,11 +4,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from hfllm.models.configuration_hfllm import HfllmConfig
+
+# Ways to quantize whose weights transformers may train; it says so itself where it does not.
+TRAINED_QUANTIZED = ("bitnet", "compressed-tensors", "fp_quant")
 
 
 def load_kwargs(model_args: Any) -> dict[str, Any]:
@@ -79,6 +84,52 @@ def load_config(name: str, revision: str = "main") -> "PreTrainedConfig":
         raise _unloadable(name, error) from error
 
 
+def check_trainable(model_args: Any, adapters: bool = True) -> None:
+    """Refuse weights that cannot be trained: quantized ones, with no adapter on them.
+
+    Args:
+        model_args: with the model's name, if it has one.
+        adapters: whether the stage can train one.
+
+    Raises:
+        InputError: naming the flag or the model, or when the model's config cannot be loaded.
+    """
+    from hfllm.models.stored import adapter_base, quantization_method
+
+    way_out = "--use_peft trains an adapter on them" if adapters else "this stage trains all of a model"
+    for flag in ("load_in_8bit", "load_in_4bit"):
+        is_frozen = getattr(model_args, flag) and not model_args.use_peft
+        refuse(is_frozen, f"--{flag}", f"such weights cannot be trained; {way_out}")
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    # What is loaded as an adapter goes on being trained as one.
+    if not name or model_args.use_peft or adapter_base(name, revision=revision) is not None:
+        return
+    method = quantization_method(load_config(name, revision))
+    if method is not None and method not in TRAINED_QUANTIZED:
+        raise InputError(
+            f"model {name!r} is quantized ({method}), and such weights cannot be trained: name the model in full "
+            f"precision that it was made from; {way_out}"
+        )
+
+
+def new_config(fields: dict[str, Any]) -> "HfllmConfig":
+    """The config of a new model of the family.
+
+    Raises:
+        InputError: when the fields describe no model.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    from hfllm.models.configuration_hfllm import HfllmConfig
+
+    try:
+        return HfllmConfig(**fields)
+    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
+        sizes = ", ".join(f"{name} {fields.get(name)}" for name in ("hidden_size", "num_attention_heads"))
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{sizes} and the other fields describe no model: {reason}") from None
+
+
 def named_fields(name: str) -> dict[str, Any]:
     """Fields of the architecture that `--config_name_or_path` names: a preset, or a config.json, also a native one.
 
@@ -88,13 +139,13 @@ def named_fields(name: str) -> dict[str, Any]:
     from pathlib import Path
 
     from hfllm.models.configuration_hfllm import HfllmConfig
-    from hfllm.models.native_families import config_from_native
+    from hfllm.models.native_families import BAD_CONFIG, config_from_native
 
     if Path(name).exists():
         try:
             config = load_config(name)
             config = config if isinstance(config, HfllmConfig) else config_from_native(config)
-        except (KeyError, TypeError, ValueError) as error:
+        except (TypeError, *BAD_CONFIG) as error:
             raise InputError(f"--config_name_or_path {name}: {' '.join(str(error).split())[:200]}") from None
     else:
         try:
@@ -153,6 +204,24 @@ def peft_config(model_args: Any, task_type: str = "CAUSAL_LM") -> "PeftConfig | 
     return get_peft_config(model_args)
 
 
+def empty_model(config: "PreTrainedConfig") -> "PreTrainedModel":
+    """A causal language model that has no weights.
+
+    Raises:
+        InputError: when transformers has none of this config.
+    """
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        with torch.device("meta"):
+            # By the constructor, which DeepSpeed leaves alone.
+            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    except (KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"a causal language model of type {config.model_type} cannot be made: {reason}") from None
+
+
 def try_adapter(config: "PreTrainedConfig", adapter: "PeftConfig") -> None:
     """Put an adapter on a language model that has no weights.
 
@@ -161,12 +230,11 @@ def try_adapter(config: "PreTrainedConfig", adapter: "PeftConfig") -> None:
     """
     import torch
     from peft import get_peft_model
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    model = empty_model(config)
     try:
         with torch.device("meta"):
-            # By the constructor, which DeepSpeed leaves alone.
-            get_peft_model(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config), adapter)
+            get_peft_model(model, adapter)
     except (KeyError, ValueError) as error:
         raise InputError(f"--use_peft on a model of type {config.model_type}: {str(error).splitlines()[0]}") from None
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import BatchArguments, DataArguments, parse_recipe, run
+from hfllm.cli import BatchArguments, DataArguments, given_flags, parse_recipe, run
 
 CONFIG = Path(__file__).parent / "configs" / "distill" / "world.yaml"
 SIZES = ("student_hidden_size", "student_num_hidden_layers", "student_num_attention_heads")
@@ -86,7 +86,8 @@ def parse(argv: Sequence[str]) -> tuple:
     parsed = parse_recipe(kinds, argv, CONFIG, __doc__)
     # The world's settings suit the small models made here; a teacher of the user's own gets the libraries'.
     if parsed[1].teacher_model_name_or_path:
-        return parse_recipe(kinds, argv, None, __doc__)
+        parsed = parse_recipe(kinds, argv, None, __doc__)
+    check_given(parsed[0], given_flags(argv))
     # What the world's config says gives way to flags that it contradicts; what the user says is refused beside them.
     idle = list(NEW_STUDENT) if parsed[0].student_layers_every else []
     idle += ["mixed_prompts"] if whose_answers(parsed[0]) == "data" else []
@@ -96,11 +97,29 @@ def parse(argv: Sequence[str]) -> tuple:
     return parsed
 
 
+def check_given(script_args: DistillArguments, given: set[str]) -> None:
+    """Refuse flags without effect that the world's settings have too, if it is the user who gives them.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    from hfllm.data.sources import WORLD
+    from hfllm.errors import refuse
+
+    for name in ("temperature", "beta", "soft_weight", "hard_weight") if script_args.sequence_level else ():
+        refuse(name in given, f"--{name}", "--sequence_level learns from answers alone")
+    is_world, is_data = script_args.dataset_name == WORLD, whose_answers(script_args) == "data"
+    refuse("num_examples" in given and not is_world, "--num_examples", "it is for the world; use --max_samples")
+    is_idle = "response_length" in given and not is_world and is_data
+    refuse(is_idle, "--response_length", "the answers are the data's; --answers sampled lets the teacher write them")
+
+
 def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> dict[str, float]:
     """Make what is missing, distil, compare, save, report. Returns the metrics."""
     import rlhf
 
     from hfllm.data.prompt_mixing import mix_prompts
+    from hfllm.distillation_checks import check_student
     from hfllm.evaluation.distillation import distillation_plots, gold_tables
     from hfllm.stage_data import world_of
     from hfllm.stages import Stage, run_stage
@@ -113,6 +132,8 @@ def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> 
     stage = Stage("distill", script_args, training_args, model_args, before)
     if stage.report is not None:
         return stage.report["metrics"]
+    teacher_config = rlhf.policy_config(before["rlhf"][2], before) if before else None
+    check_student(model_args, teacher_config, lambda teacher: new_student(script_args, teacher))
     used = scale_learning_rate(script_args, training_args)
     if script_args.response_length is None:
         script_args.response_length = 256 if world_of(script_args) is None else 40
@@ -192,6 +213,8 @@ def check(script_args: DistillArguments, training_args: Any, model_args: Any) ->
     refuse(bool(model_args.attn_implementation) and not named, "--attn_implementation", "the student is not named")
     for name in ("pretrain_config", "sft_config", "reward_config", "rlhf_config"):
         refuse(bool(getattr(script_args, name)) and has_teacher, f"--{name}", "the teacher is named")
+    is_idle = bool(training_args.teacher_model_revision) and not has_teacher
+    refuse(is_idle, "--teacher_model_revision", "the teacher is not named")
     is_from_data = script_args.sequence_level and script_args.answers == "data"
     refuse(is_from_data, "--answers data", "--sequence_level learns from the teacher's answers")
     if not 0 <= script_args.mixed_prompts <= 1:
@@ -265,11 +288,17 @@ def make_student(script_args: DistillArguments, training_args: Any, model_args: 
     from transformers import set_seed
 
     from hfllm.stage_models import load_policy
-    from hfllm.trainers.students import smaller_student, student_from_layers
 
     set_seed(training_args.seed)
     if model_args.model_name_or_path:
         return load_policy(model_args)[0]
+    return new_student(script_args, teacher)
+
+
+def new_student(script_args: DistillArguments, teacher: Any) -> Any:
+    """The student that no flag names, as the flags describe it."""
+    from hfllm.trainers.students import smaller_student, student_from_layers
+
     sizes = {name.removeprefix("student_"): getattr(script_args, name) for name in SIZES}
     if any(sizes.values()) or script_args.student_initializer_range is not None:
         return smaller_student(teacher, **sizes, initializer_range=script_args.student_initializer_range)

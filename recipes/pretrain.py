@@ -222,7 +222,7 @@ def check(script_args: PretrainArguments, training_args: Any, model_args: Any) -
     from hfllm.errors import InputError, refuse
     from hfllm.pretraining import CHINCHILLA, OBJECTIVES
     from hfllm.stage_data import check_source
-    from hfllm.stage_models import named_fields
+    from hfllm.stage_models import check_trainable, named_fields, new_config
 
     check_source(script_args)
 
@@ -241,8 +241,9 @@ def check(script_args: PretrainArguments, training_args: Any, model_args: Any) -
         refuse(bool(own) and not is_default, f"--{flag}", "it is for a new model, without --model_name_or_path")
         refuse(bool(named) and not is_default, f"--{flag}", "--config_name_or_path has it")
     refuse(bool(own and named), "--config_name_or_path", "it is for a new model, without --model_name_or_path")
-    if named:
-        named_fields(named)
+    if not own:
+        fields = named_fields(named) if named else {flag: getattr(script_args, flag) for flag in ARCHITECTURE}
+        new_config({**fields, "is_causal": not is_masked})
     refuse(not script_args.packing and script_args.objective != "causal", "--objective", "it needs --packing true")
     if script_args.objective not in OBJECTIVES:
         raise InputError(f"--objective {script_args.objective!r} is not one of {', '.join(OBJECTIVES)}")
@@ -265,6 +266,7 @@ def check(script_args: PretrainArguments, training_args: Any, model_args: Any) -
     tokens = script_args.total_tokens
     if tokens not in (None, CHINCHILLA) and not (tokens.isdecimal() and int(tokens) > 0):
         raise InputError(f"--total_tokens {tokens!r}: expected a number of tokens, or {CHINCHILLA!r}")
+    check_trainable(model_args, adapters=False)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ def parse(argv: Sequence[str]) -> tuple:
 
 def main(script_args: QuantizeArguments, model_args: Any) -> dict[str, float]:
     """Make what is missing, quantize, measure, save, report. Returns the metrics."""
+    from rlhf import policy_config
     from sft import world_model_stages
 
     from hfllm.hub_files import CARD
@@ -101,6 +102,7 @@ def main(script_args: QuantizeArguments, model_args: Any) -> dict[str, float]:
             print(f"quantize: already done in {script_args.output_dir} (remove that folder to redo it)")
             publish(script_args)
         return report["metrics"]
+    check_model(script_args, policy_config(model_args, stages))
     texts = eval_texts(script_args)
     if main_process() and script_args.push_to_hub:
         # A wrong token or name is found now, and not at the end.
@@ -203,7 +205,7 @@ def all_arguments(script_args: QuantizeArguments, model_args: Any, stages: dict[
     Raises:
         InputError: when the named model is quantized already.
     """
-    from hfllm.compression.schemes import refuse_quantized
+    from hfllm.models.stored import refuse_quantized
     from hfllm.stage_models import load_config
     from hfllm.stages import stage_arguments
 
@@ -225,7 +227,6 @@ def compare(
     model, tokenizer = load_policy(model_args)
     model.to(schemes.default_device()).eval()
     names = schemes.linear_names(model)
-    check_context(script_args, fitting_length(None, model))
     judge = Judge(
         tokenizer,
         texts,
@@ -257,20 +258,25 @@ def compare(
     return metrics, tables, {f"sensitivity_{by}": sensitivity_bars(by, part) for by, part in swept.items()}
 
 
-def check_context(script_args: QuantizeArguments, context: int | None) -> None:
-    """Refuse to time more tokens than the model is made for.
+def check_model(script_args: QuantizeArguments, config: Any) -> None:
+    """Refuse what does not go with the model, be it named or still to be made: layers to leave, and prompts to time.
 
     Raises:
-        InputError: if that is asked for.
+        InputError: when a scheme has nothing to quantize, a name of --skip_modules is no layer's, or more tokens are
+            to be timed than the model is made for.
     """
     from hfllm.errors import InputError
+    from hfllm.stage_models import context_of, empty_model
 
-    timed = script_args.prompt_tokens + script_args.new_tokens
+    context, timed = context_of(config), script_args.prompt_tokens + script_args.new_tokens
     if script_args.rounds and context is not None and timed > context:
         raise InputError(
             f"--prompt_tokens {script_args.prompt_tokens} and --new_tokens {script_args.new_tokens} are {timed} "
             f"tokens, the model's context is {context}: choose fewer, or --rounds 0 for no timing"
         )
+    model = empty_model(config)
+    for name in script_args.schemes:
+        scheme_of(script_args, name).left(model)
 
 
 def eval_texts(script_args: QuantizeArguments) -> list[str]:

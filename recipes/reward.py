@@ -60,7 +60,7 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
 
     from hfllm.data.sources import WORLD
     from hfllm.errors import InputError, refuse
-    from hfllm.stage_models import fitting_length, load_scorer, load_tokenizer, peft_config
+    from hfllm.stage_models import check_trainable, fitting_length, load_scorer, load_tokenizer, peft_config
     from hfllm.stages import Stage, with_model_from
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
@@ -71,6 +71,7 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
     stage = Stage("reward", script_args, training_args, model_args)
     if stage.report is not None:
         return stage.report["metrics"]
+    check_trainable(model_args)
     used = scale_learning_rate(script_args, training_args)
     is_world = script_args.dataset_name == WORLD
     refuse(not is_world and script_args.comparison_seed is not None, "--comparison_seed", "it is for the world")

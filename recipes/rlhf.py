@@ -273,16 +273,15 @@ def ptx_texts(script_args: Any, training_args: Any) -> Any:
 
 def policy_config(model_args: Any, before: dict[str, tuple]) -> Any:
     """The config of the policy, of the model that `pretrain` is to make if that comes before."""
-    from hfllm.models.configuration_hfllm import HfllmConfig
-    from hfllm.stage_models import load_config, named_fields
+    from hfllm.stage_models import load_config, named_fields, new_config
 
     made = before.get("pretrain")
     start = made[2] if made else model_args
     if start.model_name_or_path:
         return load_config(start.model_name_or_path, start.model_revision)
     if made[0].config_name_or_path:
-        return HfllmConfig(**named_fields(made[0].config_name_or_path))
-    return HfllmConfig(**{name: getattr(made[0], name) for name in import_module("pretrain").ARCHITECTURE})
+        return new_config(named_fields(made[0].config_name_or_path))
+    return new_config({name: getattr(made[0], name) for name in import_module("pretrain").ARCHITECTURE})
 
 
 def with_gold_beside(script_args: Any, training_args: Any, rewards: list, tokenizers: list) -> tuple[Any, list, list]:

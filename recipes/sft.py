@@ -38,7 +38,7 @@ def parse(argv: Sequence[str]) -> tuple:
 def main(script_args: SftArguments, training_args: Any, model_args: Any) -> dict[str, float]:
     """Fine-tune, save, write the report. Returns the metrics."""
     from hfllm.errors import refuse
-    from hfllm.stage_models import fitting_length, load_policy, peft_config
+    from hfllm.stage_models import check_trainable, fitting_length, load_policy, peft_config
     from hfllm.stages import Stage, with_model_from
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
@@ -49,6 +49,7 @@ def main(script_args: SftArguments, training_args: Any, model_args: Any) -> dict
     stage = Stage("sft", script_args, training_args, model_args)
     if stage.report is not None:
         return stage.report["metrics"]
+    check_trainable(model_args)
     used = scale_learning_rate(script_args, training_args)
     train_rows, test_rows = instruction_data(script_args, training_args.seed)
     if not model_args.model_name_or_path:

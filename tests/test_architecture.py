@@ -44,6 +44,7 @@ ALLOWED = {
     },
     "scaling_report": {"errors", "reporting", "scaling"},
     "alignment_checks": {"data", "errors", "rewards", "stage_models", "trainers"},
+    "distillation_checks": {"models", "stage_models"},
     "teacher_answers": {"cli", "data", "errors", "evaluation", "stage_models"},
 }
 MAX_LINES = 450

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.compression.affine import OUTLIER_THRESHOLD
 from hfllm.errors import InputError
+from hfllm.models.stored import refuse_quantized
 
 if TYPE_CHECKING:
     import torch
@@ -161,22 +162,6 @@ def default_device() -> str:
     import torch
 
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-
-
-def refuse_quantized(config: Any, name: str) -> None:
-    """Refuse a model that is quantized already: its full weights are gone.
-
-    Raises:
-        InputError: if it is.
-    """
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return
-    quantization = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    method = getattr(quantization.get("quant_method"), "value", quantization.get("quant_method"))
-    raise InputError(
-        f"model {name!r} is quantized already ({method}): name the model in full precision that it was made from"
-    )
 
 
 # ---- what is quantized, and how large it is ----

@@ -16,6 +16,7 @@ from hfllm.errors import InputError
 from hfllm.models import tensor_layouts as layouts
 from hfllm.models.configuration_hfllm import HfllmConfig
 from hfllm.models.native_families import BAD_CONFIG, FAMILIES, config_from_native, config_to_native
+from hfllm.models.stored import refuse_quantized
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,8 @@ def from_native(
         The model with the head that the checkpoint's `architectures` names, else a causal language model.
 
     Raises:
-        InputError: for a family or field that cannot be expressed, or a checkpoint that is broken; it is named.
+        InputError: for a family or field that cannot be expressed, or a checkpoint that is broken or quantized; it is
+            named.
     """
     name = os.fspath(path_or_id)
     kwargs |= {"revision": revision, **({"gguf_file": gguf_file} if gguf_file else {})}
@@ -75,7 +77,8 @@ def to_native(
         kwargs: further arguments of `save_pretrained`, such as `max_shard_size`.
 
     Raises:
-        InputError: when no native class can say the model (its fields are named), or `path` holds something.
+        InputError: when no native class can say the model (its fields are named), it is quantized, or `path` holds
+            something.
     """
     target = Path(path)
     check_empty(target)
@@ -83,6 +86,7 @@ def to_native(
         model = load_checked(os.fspath(model))
     if not isinstance(model.config, HfllmConfig):
         raise InputError(f"expected an hfllm model, got a {type(model).__name__}")
+    refuse_quantized(model.config, model.config.name_or_path)
     native_config = config_to_native(model.config, native_type)
     suffix = type(model).__name__.removeprefix("Hfllm")
     if suffix not in HEADS:
@@ -134,12 +138,14 @@ def read_config(name: str, **location: Any) -> "PreTrainedConfig":
     """The config of a local folder or Hub id.
 
     Raises:
-        InputError: when it cannot be read.
+        InputError: when it cannot be read, or is that of a quantized model, whose weights mean nothing elsewhere.
     """
     try:
-        return transformers.AutoConfig.from_pretrained(name, **location)
+        config = transformers.AutoConfig.from_pretrained(name, **location)
     except (OSError, *BAD_CONFIG) as error:
         raise InputError(f"{name}: {_one_line(error)}") from error
+    refuse_quantized(config, name)
+    return config
 
 
 def load_checked(name: str, **kwargs: Any) -> "PreTrainedModel":

@@ -2,19 +2,16 @@
 
 import copy
 import inspect
-import math
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
 from torch import nn
 
 from hfllm.errors import InputError
 from hfllm.models.precision import cast_weights
+from hfllm.trainers.teacher_memory import check_fits_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,8 +20,6 @@ ALTERNATIVE = (
     "their logits cannot be compared. Train on the teacher's answers instead, which needs no common vocabulary "
     "(sequence-level distillation: recipes/distill.py --sequence_level, or SFT on what the teacher writes)"
 )
-# Bytes of a number, by safetensors' names of the types that are loaded as another one if asked.
-FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 def check_same_vocabulary(
@@ -204,69 +199,9 @@ def load_teacher(name: str, settings: Mapping[str, Any]) -> "PreTrainedModel":
     """
     from transformers import AutoModelForCausalLM
 
-    if "quantization_config" not in settings:
-        check_fits_memory(name, settings.get("dtype", settings.get("torch_dtype")))
+    check_fits_memory(name, settings)
     try:
         return AutoModelForCausalLM.from_pretrained(name, **settings)
     # The first two are for names of settings and of dtypes that do not exist.
     except (TypeError, AttributeError, OSError, ValueError) as error:
         raise InputError(f"teacher {name!r} could not be loaded: {' '.join(str(error).split())[:200]}") from error
-
-
-def check_fits_memory(name: str, dtype: Any = None, bytes_free: int | None = None) -> None:
-    """Refuse a local model that is larger than memory, before it is loaded.
-
-    Args:
-        name: a folder; anything else passes, since its size is not known.
-        dtype: as `from_pretrained` takes it, of what is loaded; by default as stored.
-        bytes_free: of memory; by default what this machine has for new programs.
-
-    Raises:
-        InputError: with both sizes and what to do.
-    """
-    size = _loaded_bytes(Path(name), dtype)
-    if torch.accelerator.is_available() and bytes_free is None:
-        bytes_free = torch.accelerator.get_memory_info()[0] if hasattr(torch.accelerator, "get_memory_info") else None
-    bytes_free = _available_memory() if bytes_free is None else bytes_free
-    if bytes_free and size > bytes_free:
-        raise InputError(
-            f"the teacher {name!r} takes {size / 2**30:.1f} GiB, and {bytes_free / 2**30:.1f} GiB are free: load it "
-            'smaller (--teacher_model_init_kwargs \'{"quantization_config": {"load_in_8bit": true}}\'), or let it '
-            "write answers on a larger machine and train on those with recipes/sft.py"
-        )
-
-
-def _loaded_bytes(folder: Path, dtype: Any) -> int:
-    """Bytes of a model's weights, those in floating point as `dtype`; .bin files count as they are stored."""
-    # Where there are both, they hold the same weights, and the former are read.
-    files = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
-    size = sum(path.stat().st_size for path in files)
-    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    for path in files if isinstance(dtype, torch.dtype) else ():
-        if path.suffix == ".safetensors":
-            size += _change_of_bytes(path, dtype)
-    return size
-
-
-def _change_of_bytes(path: Path, dtype: torch.dtype) -> int:
-    """How many bytes more the weights of a file take when those in floating point become `dtype`."""
-    change = 0
-    with safe_open(path, "pt") as weights:
-        for name in weights.keys():  # noqa: SIM118
-            stored = weights.get_slice(name)
-            if stored.get_dtype() in FLOATS:
-                change += math.prod(stored.get_shape()) * (dtype.itemsize - FLOATS[stored.get_dtype()])
-    return change
-
-
-def _available_memory() -> int | None:
-    """Bytes of memory for new programs, if the system tells."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):
-        return None

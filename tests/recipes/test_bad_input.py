@@ -226,6 +226,24 @@ def test_prompts_longer_than_the_context(saved_model, tmp_path):
     assert "model's context of 256 leaves room for 203" in complaint("rlhf", *flags, "--reward_funcs", f"{file}:fine")
 
 
+@pytest.mark.parametrize("stage", [*STAGES, "distill"])
+def test_quantized_weights_are_not_trained(saved_model, tmp_path, stage):
+    config = json.loads((saved_model / "config.json").read_text())
+    quantized = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (saved_model / "config.json").write_text(json.dumps({**config, "quantization_config": quantized}))
+    flags = ("--model_name_or_path", saved_model, "--output_dir", tmp_path / "out")
+    message = complaint(stage, *flags, *(("--reward_funcs", "gold") if stage == "rlhf" else ()))
+    assert f"model '{saved_model}' is quantized (bitsandbytes), and such weights cannot be trained" in message
+    assert ("--use_peft trains an adapter" in message) == (stage != "pretrain")
+
+
+def test_sizes_that_describe_no_model(tmp_path):
+    (tmp_path / "base.yaml").write_text("hidden_size: 63\nnum_attention_heads: 8\n")
+    for stage, flag in (("pretrain", "--config"), ("rlhf", "--pretrain_config"), ("distill", "--pretrain_config")):
+        message = complaint(stage, flag, tmp_path / "base.yaml", "--output_dir", tmp_path / "out")
+        assert message.startswith("hidden_size 63, num_attention_heads 8 and the other fields describe no model")
+
+
 @pytest.mark.parametrize("token", ["eos_token", "pad_token"])
 @pytest.mark.parametrize("stage", ["sft", "reward", "rlhf"])
 def test_tokenizers_without_padding_or_end_token(saved_model, tmp_path, stage, token):

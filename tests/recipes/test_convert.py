@@ -12,6 +12,13 @@ from hfllm.errors import InputError
 
 
 @pytest.fixture
+def int8(saved):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "hfllm_int8"}}))
+    return saved
+
+
+@pytest.fixture
 def llama(tokenizer, tmp_path):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -54,11 +61,12 @@ def test_the_worlds_base_model_becomes_a_llama(tiny, tmp_path):
     [
         (["--model_name_or_path", "no/such/folder"], "no/such/folder"),
         (["--model_name_or_path", "{llama}", "--native_type", "llama"], "is native and becomes hfllm"),
+        (["--model_name_or_path", "{int8}"], "is quantized already (hfllm_int8): name the model in full precision"),
         (["--model_name_or_path", "{llama}", "--nativ_type", "x"], "did you mean 'native_type'"),
     ],
 )
-def test_bad_input(llama, tmp_path, flags, message):
-    flags = [flag.replace("{llama}", str(llama)) for flag in flags]
+def test_bad_input(llama, int8, tmp_path, flags, message):
+    flags = [flag.format(llama=llama, int8=int8) for flag in flags]
     with pytest.raises(InputError) as error:
         run(*flags, "--output_dir", tmp_path / "out")
     assert message in str(error.value) and "\n" not in str(error.value)

@@ -18,6 +18,8 @@ KEYS = {
     *("perplexity_student_alone", "agreement_student", "agreement_student_alone", "train_loss", "steps"),
     *("parameters_teacher", "parameters_student", "share_of_parameters"),
 }
+# On data of the user's own.
+OWN = ("--dataset_name", "x.jsonl", "--teacher_model_name_or_path", "x")
 
 
 @pytest.fixture(scope="session")
@@ -159,11 +161,29 @@ def test_the_student_alone_has_as_many_steps(distilled, tmp_path, monkeypatch):
         (["--attn_implementation", "eager"], "--attn_implementation cannot be used here"),
         (["--num_eval_prompts", "0"], "--num_eval_prompts must be at least 1"),
         (["--teacher_model_name_or_path", "x", "--sft_config", "y"], "--sft_config cannot be used here"),
+        (["--teacher_model_revision", "v2"], "--teacher_model_revision cannot be used here: the teacher is not named"),
+        (["--sequence_level", "--temperature", "3"], "--temperature cannot be used here: --sequence_level learns"),
+        (["--sequence_level", "--beta=1"], "--beta cannot be used here: --sequence_level learns from answers alone"),
+        (["--sequence_level", "--soft-weight", "1"], "--soft_weight cannot be used here"),
+        (["--config", "{hard}"], "--hard_weight cannot be used here"),
+        ([*OWN, "--num_examples", "5"], "--num_examples cannot be used here: it is for the world; use --max_samples"),
+        ([*OWN, "--response_length", "9"], "--response_length cannot be used here: the answers are the data's"),
+        # What needs the models is refused before any is trained.
+        (["--model_name_or_path", "nowhere/x"], "model 'nowhere/x' could not be loaded"),
+        (["--student_hidden_size", "63"], "a student of width 63 with 4 attention heads: the heads must divide"),
+        (["--student_layers_every", "99"], "every 99th layer: the teacher has 4, so 2 to 4 are possible"),
+        (
+            ["--model_name_or_path", "{saved}", "--use_peft", "--lora_target_modules", "nowhere"],
+            "--use_peft on a model of type hfllm: Target modules nowhere not found",
+        ),
     ],
 )
-def test_flags_that_contradict_each_other_are_refused(flags, message, tmp_path):
+def test_flags_that_contradict_each_other_are_refused(flags, message, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr("hfllm.stages.run_stage", lambda *args, **kwargs: pytest.fail("a stage was run"))
+    (tmp_path / "hard.yaml").write_text("sequence_level: true\nhard_weight: 0.5\n")
+    flags = [flag.format(saved=saved, hard=tmp_path / "hard.yaml") for flag in flags]
     with pytest.raises(InputError, match=message):
-        distill.main(*distill.parse(["--output_dir", str(tmp_path), *flags]))
+        distill.main(*distill.parse(["--output_dir", str(tmp_path / "out"), *flags]))
 
 
 def test_a_teachers_settings_are_of_its_loading(saved):
@@ -187,4 +207,5 @@ def test_a_named_teacher_gets_no_settings_of_the_worlds():
     assert (training_args.temperature, training_args.soft_weight, training_args.hard_weight) == (3.0, 0.7, 0.3)
     assert distill.parse([])[0].student_hidden_size == 64
     assert distill.parse(["--student_layers_every", "4"])[0].student_hidden_size is None
+    assert distill.parse(["--sequence_level"])[1].temperature == 1.0
     assert [distill.parse(flags)[0].mixed_prompts for flags in ([], ["--answers", "data"])] == [0.3, 0.0]

@@ -265,7 +265,7 @@ def test_text_of_less_than_one_row_is_one_row(run, tmp_path):
         ({"objective": "masked", "model_name_or_path": "nowhere"}, "--objective masked cannot be used here"),
         ({"z_loss_coef": "-1"}, "z_loss_coef must not be negative"),
         ({"model_name_or_path": "nowhere"}, "--hidden_size cannot be used here: it is for a new model"),
-        ({"load_in_4bit": "true"}, "--load_in_4bit/8bit cannot be used here"),
+        ({"load_in_4bit": "true"}, "--load_in_4bit cannot be used here: such weights cannot be trained"),
     ],
 )
 def test_what_cannot_work_is_refused(run, corpus, flags, message):

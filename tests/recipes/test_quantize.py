@@ -19,6 +19,7 @@ QUICK = (
     *("--num_eval_texts", "8", "--num_eval_prompts", "12", "--response_length", "4", "--num_sensitivity_texts", "2"),
     *("--prompt_tokens", "8", "--new_tokens", "2", "--rounds", "1"),
 )
+DYNAMIC = ("--schemes", "dynamic", "--save_scheme", "dynamic")
 
 
 def run(*argv):
@@ -142,9 +143,13 @@ def test_what_is_published_loads_and_learns_on(hub, saved, learns_on, tmp_path, 
         ),
         (["--scheme", "int8"], "did you mean 'schemes'"),
         (["--model_name_or_path", "nowhere/at-all"], "could not be loaded"),
+        # Of the model that the stages before are to make.
+        ([*DYNAMIC, "--skip_modules", "w_proj"], "skipped layers: 'w_proj' names none of down_proj"),
+        ([*DYNAMIC, "--prompt_tokens", "5000"], "are 5032 tokens, the model's context is 512"),
     ],
 )
-def test_bad_flags_are_refused(flags, message, tmp_path):
+def test_bad_flags_are_refused(flags, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("hfllm.stages.run_stages", lambda *args: pytest.fail("a stage was run"))
     with pytest.raises(InputError, match=message):
         quantize.main(*quantize.parse([*flags, "--output_dir", str(tmp_path / "out")]))
     assert not (tmp_path / "out").exists()

@@ -3,14 +3,16 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, TrainerCallback
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from hfllm.compression.schemes import get_scheme
 from hfllm.errors import InputError
+from hfllm.trainers import teacher_memory
 from hfllm.trainers.distillation_config import DistillationConfig
 from hfllm.trainers.distillation_data import DistillationCollator, tokenize_dataset
 from hfllm.trainers.distillation_trainer import DistillationTrainer
-from hfllm.trainers.students import check_fits_memory, layer_pairs, smaller_student, student_from_layers
+from hfllm.trainers.students import layer_pairs, load_teacher, smaller_student, student_from_layers
 
 ROWS = [
     {"prompt": "Say red.", "completion": " Red it is, and blue."},
@@ -316,23 +318,56 @@ def test_what_cannot_work_is_refused(make_trainer, make_model, tokenizer, saved)
         make_trainer(rows=[ROWS[0], {"words": "x"}])
     with pytest.raises(InputError, match="every 9th layer"):
         student_from_layers(make_model(), 9)
-    with pytest.raises(InputError, match=r"takes 0\.0 GiB, and 0\.0 GiB are free: load it smaller"):
-        check_fits_memory(str(saved), bytes_free=1000)
 
 
-def test_a_teachers_bytes_are_those_that_are_loaded(saved):
-    size = (saved / "model.safetensors").stat().st_size
-    (saved / "pytorch_model.bin").write_bytes(b"x" * size)
-    check_fits_memory(str(saved))
-    check_fits_memory(str(saved), bytes_free=size)
-    check_fits_memory(str(saved), "bfloat16", bytes_free=size * 6 // 10)
-    for dtype, free in ((None, size - 1), ("auto", size - 1), (torch.bfloat16, size // 2), ("float64", size)):
-        with pytest.raises(InputError, match="are free: load it smaller"):
-            check_fits_memory(str(saved), dtype, bytes_free=free)
-    # Of .bin files only the size is known.
-    (saved / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="are free: load it smaller"):
-        check_fits_memory(str(saved), "bfloat16", bytes_free=size - 1)
+def test_a_teacher_that_does_not_fit_is_refused_before_it_is_loaded(saved, make_model, tmp_path, monkeypatch):
+    model, free = make_model(), []
+    monkeypatch.setattr(teacher_memory, "available_memory", lambda: free[0])
+    tables = 4 * model.model.embed_tokens.weight.numel()
+    size, hub_id = 4 * model.num_parameters(), "someone/teacher"
+    rest = size - tables
+    adapter = get_peft_model(model, LoraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapter.peft_config["default"].base_model_name_or_path = str(saved)
+    adapter.save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, **settings: "loaded")
+    known = AutoConfig.from_pretrained
+    monkeypatch.setattr(
+        AutoConfig, "from_pretrained", lambda name, **at: known(str(saved) if name == hub_id else name, **at)
+    )
+    for name, settings, needed in (
+        (str(saved), {}, size),
+        (str(saved), {"dtype": "auto"}, size),
+        (str(saved), {"dtype": torch.bfloat16}, size // 2),
+        (str(saved), {"torch_dtype": "float64"}, size * 2),
+        (str(tmp_path / "adapter"), {}, size),
+        (hub_id, {"revision": "main"}, size),
+        (str(saved), {"dtype": "float32", "quantization_config": {"load_in_8bit": True}}, tables + rest // 4),
+        (str(saved), {"dtype": "float32", "quantization_config": {"load_in_4bit": True}}, tables + rest // 8),
+    ):
+        free[:] = [needed + needed // 20]
+        assert load_teacher(name, settings) == "loaded"
+        free[:] = [needed - needed // 20]
+        with pytest.raises(InputError, match=r"takes 0\.0 GiB, and 0\.0 GiB are free: "):
+            load_teacher(name, settings)
+    # It may be spread.
+    assert load_teacher(str(saved), {"device_map": "auto"}) == "loaded"
+
+
+def test_a_containers_limit_counts(tmp_path, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 5000 kB\n")
+    monkeypatch.setattr(teacher_memory, "PROC_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    one, two = teacher_memory.CGROUPS
+    monkeypatch.setattr(teacher_memory, "CGROUPS", [(tmp_path, *one[1:]), (tmp_path, *two[1:])])
+    assert teacher_memory.available_memory() == 5000 * 1024
+    for (_, limit, use, prefix), most in zip(teacher_memory.CGROUPS, (4000, 3000), strict=True):
+        (tmp_path / limit).write_text("max\n")
+        (tmp_path / use).write_text("1500\n")
+        (tmp_path / "memory.stat").write_text(f"anon 9\n{prefix}inactive_file 300\n{prefix}active_file 200\n")
+        assert teacher_memory.available_memory() == 5000 * 1024
+        (tmp_path / limit).write_text(f"{most}\n")
+        assert teacher_memory.available_memory() == most - 1000
+        (tmp_path / limit).unlink()
 
 
 @pytest.mark.parametrize(

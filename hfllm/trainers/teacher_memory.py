@@ -1,0 +1,140 @@
+"""Whether a teacher fits into memory, asked before it is loaded: its architecture tells, without weights."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfllm.errors import InputError
+from hfllm.models.stored import adapter_base, location_of, quantization_of
+
+PROC_MEMORY = Path("/proc/meminfo")
+# Folder, limit, use, and the beginning of the names in memory.stat, of version 2 and of version 1.
+CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", ""),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+)
+# Where neither the settings nor the config say: what would fit is not to be refused.
+UNKNOWN_DTYPE_BYTES = 2
+
+
+def check_fits_memory(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuse a model that is larger than memory, before it is loaded.
+
+    Args:
+        name: a folder or a Hub id; one whose architecture transformers does not have passes, its size is not known.
+        settings: of `from_pretrained`. With a `device_map` the model passes, since it may be spread, also onto the
+            disk, and so it does under ZeRO-3, whose processes hold a part each.
+
+    Raises:
+        InputError: with both sizes and what to do.
+    """
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if settings.get("device_map") is not None or is_deepspeed_zero3_enabled():
+        return
+    config = _config_of(name, settings)
+    size = None if config is None else loaded_bytes(config, settings)
+    bytes_free = available_memory()
+    if size is None or bytes_free is None or size <= bytes_free:
+        return
+    quantization = settings.get("quantization_config") or quantization_of(config)
+    smaller = 'load it smaller (--teacher_model_init_kwargs \'{"quantization_config": {"load_in_8bit": true}}\'), or '
+    raise InputError(
+        f"the teacher {name!r} takes {size / 2**30:.1f} GiB, and {bytes_free / 2**30:.1f} GiB are free: "
+        f"{'' if quantization else smaller}let it write answers on a larger machine and train on those with "
+        "recipes/sft.py"
+    )
+
+
+def _config_of(name: str, settings: Mapping[str, Any]) -> Any:
+    """The config of what is loaded, of an adapter the one of its base; `None` if it cannot be read."""
+    from transformers import AutoConfig
+
+    location = location_of(settings)
+    try:
+        return AutoConfig.from_pretrained(adapter_base(name, **location) or name, **location)
+    except (OSError, TypeError, ValueError, KeyError):
+        # Loading says what is wrong, or has ways of its own.
+        return None
+
+
+def loaded_bytes(config: Any, settings: Mapping[str, Any]) -> int | None:
+    """Bytes of a causal language model's weights once loaded; of a quantized one they are a lower bound.
+
+    Args:
+        settings: of `from_pretrained`.
+
+    Returns:
+        `None` for an architecture that transformers does not have.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        with torch.device("meta"):
+            # By the constructor, which DeepSpeed leaves alone.
+            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    except (KeyError, ValueError, ImportError):
+        return None
+    model.tie_weights()
+    given = settings.get("dtype", settings.get("torch_dtype"))
+    size = _itemsize(given, config)
+    quantization = settings.get("quantization_config") or quantization_of(config)
+    share = _quantized_bytes(quantization)
+    if quantization and not isinstance(given, torch.dtype | str):
+        size = min(size, UNKNOWN_DTYPE_BYTES)
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    total = 0.0
+    for parameter in model.parameters():
+        is_matrix = parameter.ndim > 1 and id(parameter) not in tables
+        total += parameter.numel() * (min(share, size) if quantization and is_matrix else size)
+    return int(total)
+
+
+def _itemsize(dtype: Any, config: Any) -> int:
+    """Bytes of a weight that is loaded with this `dtype` of `from_pretrained`."""
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    dtype = dtype if isinstance(dtype, torch.dtype) else getattr(config, "dtype", None)
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else UNKNOWN_DTYPE_BYTES
+
+
+def _quantized_bytes(quantization: Any) -> float:
+    """Bytes of a weight of a quantized matrix: an estimate, nothing for a way that is not known."""
+    values = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    if values.get("load_in_8bit") or values.get("quant_method") == "hfllm_int8":
+        return 1.0
+    return 0.5 if values.get("load_in_4bit") else 0.0
+
+
+def available_memory() -> int | None:
+    """Bytes of the accelerator's memory, else of this machine's and container's, for new programs, if they tell."""
+    if torch.accelerator.is_available() and hasattr(torch.accelerator, "get_memory_info"):
+        return torch.accelerator.get_memory_info()[0]
+    return min([*_of_machine(), *(free for group in CGROUPS for free in _of_cgroup(*group))], default=None)
+
+
+def _of_machine() -> list[int]:
+    try:
+        lines = PROC_MEMORY.read_text().splitlines()
+        return [next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))]
+    except (OSError, StopIteration):
+        pass
+    try:
+        return [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    except (OSError, ValueError, AttributeError):
+        return []
+
+
+def _of_cgroup(folder: Path, limit: str, use: str, prefix: str) -> list[int]:
+    """What a container's limit leaves; files that were read count as used, and are given up when memory is needed."""
+    try:
+        most, used = (int((folder / name).read_text()) for name in (limit, use))
+        lines = [line.split() for line in (folder / "memory.stat").read_text().splitlines()]
+    except (OSError, ValueError):
+        # No such group, or "max": no limit.
+        return []
+    kept = sum(int(line[1]) for line in lines if line[0] in (f"{prefix}inactive_file", f"{prefix}active_file"))
+    return [max(0, most - used + kept)]
