@@ -476,8 +476,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of a linear head, a chunk of tokens at a time; the gradient is made in the same pass."""
 
     @staticmethod
-    def forward(ctx, hidden_NE, weight_VE, targets_N, chunk_size, label_smoothing):
-        needs_grad, trains_head = any(ctx.needs_input_grad), ctx.needs_input_grad[1]
+    def forward(ctx, hidden_NE, weight_VE, targets_N, chunk_size, label_smoothing, has_grad):
+        needs_grad, trains_head = has_grad and any(ctx.needs_input_grad), ctx.needs_input_grad[1]
         grad_hidden, grad_weight = torch.empty_like(hidden_NE), None
         total = torch.zeros((), dtype=torch.float32, device=hidden_NE.device)
         for start in range(0, len(hidden_NE), chunk_size):
@@ -518,7 +518,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the chunked loss has one backward pass only: use loss_chunk_size=0 to keep the graph")
         (grad_hidden, grad_weight, dtype), ctx.gradients = ctx.gradients, None
         grad_weight = grad_weight if grad_weight is None else grad_weight.mul_(grad_output).to(dtype)
-        return grad_hidden.mul_(grad_output), grad_weight, None, None, None
+        return grad_hidden.mul_(grad_output), grad_weight, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -528,18 +528,15 @@ def linear_cross_entropy(
 
     Targets of -100 are left out. Peak memory is that of `chunk_size` rows of logits and one gradient of the head.
     """
-    weight = head.weight
+    weight, settings = head.weight, (chunk_size, label_smoothing, torch.is_grad_enabled())
     is_plain = type(head) is nn.Linear and head.bias is None and type(weight) is nn.Parameter
     # A head that is wrapped (LoRA), hooked (offloading) or sharded (ZeRO-3) has to be called as a module.
     if is_plain and "forward" not in vars(head) and weight.shape == (head.out_features, head.in_features):
-        if not torch.is_grad_enabled():
-            # The function is not told so, and would make gradients that nobody takes.
-            hidden_NE, weight = hidden_NE.detach(), weight.detach()
-        return _LinearCrossEntropy.apply(hidden_NE, weight, targets_N, chunk_size, label_smoothing)
+        return _LinearCrossEntropy.apply(hidden_NE, weight, targets_N, *settings)
 
     def chunk_loss(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        options = {"reduction": "sum", "label_smoothing": label_smoothing}
-        return nn.functional.cross_entropy(head(hidden).float(), targets, **options)
+        logits = head(hidden).float()
+        return nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
     chunks = zip(hidden_NE.split(chunk_size), targets_N.split(chunk_size), strict=True)
     return sum(torch.utils.checkpoint.checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
