@@ -25,10 +25,9 @@ def check_student(
     """
     import torch
 
-    from hfllm.models.stored import adapter_base
+    from hfllm.models.stored import adapter_base, empty_model
     from hfllm.stage_models import (
         check_trainable,
-        empty_model,
         load_config,
         load_tokenizer,
         peft_config,

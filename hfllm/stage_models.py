@@ -204,24 +204,6 @@ def peft_config(model_args: Any, task_type: str = "CAUSAL_LM") -> "PeftConfig | 
     return get_peft_config(model_args)
 
 
-def empty_model(config: "PreTrainedConfig") -> "PreTrainedModel":
-    """A causal language model that has no weights.
-
-    Raises:
-        InputError: when transformers has none of this config.
-    """
-    import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    try:
-        with torch.device("meta"):
-            # By the constructor, which DeepSpeed leaves alone.
-            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    except (KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"a causal language model of type {config.model_type} cannot be made: {reason}") from None
-
-
 def try_adapter(config: "PreTrainedConfig", adapter: "PeftConfig") -> None:
     """Put an adapter on a language model that has no weights.
 
@@ -230,6 +212,8 @@ def try_adapter(config: "PreTrainedConfig", adapter: "PeftConfig") -> None:
     """
     import torch
     from peft import get_peft_model
+
+    from hfllm.models.stored import empty_model
 
     model = empty_model(config)
     try:

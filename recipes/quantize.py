@@ -266,7 +266,8 @@ def check_model(script_args: QuantizeArguments, config: Any) -> None:
             to be timed than the model is made for.
     """
     from hfllm.errors import InputError
-    from hfllm.stage_models import context_of, empty_model
+    from hfllm.models.stored import empty_model
+    from hfllm.stage_models import context_of
 
     context, timed = context_of(config), script_args.prompt_tokens + script_args.new_tokens
     if script_args.rounds and context is not None and timed > context:

@@ -1,11 +1,14 @@
-"""What a saved model is, told before its weights are read: quantized, or an adapter on another model."""
+"""What a saved model is, told before its weights are read: quantized, an adapter on another model, its modules."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Arguments of `from_pretrained` that say where a model lies, for its config and for an adapter's.
 LOCATION = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download", "proxies")
@@ -60,3 +63,21 @@ def refuse_quantized(config: Any, name: str) -> None:
         raise InputError(
             f"model {name!r} is quantized already ({method}): name the model in full precision that it was made from"
         )
+
+
+def empty_model(config: "PreTrainedConfig") -> "PreTrainedModel":
+    """A causal language model that has no weights.
+
+    Raises:
+        InputError: when transformers has none of this config.
+    """
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        with torch.device("meta"):
+            # By the constructor, which DeepSpeed leaves alone.
+            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    except (KeyError, ValueError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"a causal language model of type {config.model_type} cannot be made: {reason}") from None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hfllm.errors import InputError
-from hfllm.models.stored import adapter_base, location_of, quantization_of
+from hfllm.models.stored import adapter_base, empty_model, location_of, quantization_of
 
 PROC_MEMORY = Path("/proc/meminfo")
 # Folder, limit, use, and the beginning of the names in memory.stat, of version 2 and of version 1.
@@ -71,13 +71,9 @@ def loaded_bytes(config: Any, settings: Mapping[str, Any]) -> int | None:
     Returns:
         `None` for an architecture that transformers does not have.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
     try:
-        with torch.device("meta"):
-            # By the constructor, which DeepSpeed leaves alone.
-            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    except (KeyError, ValueError, ImportError):
+        model = empty_model(config)
+    except InputError:
         return None
     model.tie_weights()
     given = settings.get("dtype", settings.get("torch_dtype"))
