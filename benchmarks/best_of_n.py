@@ -66,9 +66,9 @@ def draw_samples(model: Path, file: Path) -> dict[str, list]:
         return json.loads(file.read_text())
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hfllm.data.rubric import gold_reward
-    from hfllm.data.world import World
-    from hfllm.evaluation.responses import sample_responses
+    from hfllm.data.world.rubric import gold_reward
+    from hfllm.data.world.world import World
+    from hfllm.generation.responses import sample_responses
 
     tasks = World(0).evaluation_tasks(3 * PROMPTS)
     random.Random(0).shuffle(tasks)
@@ -89,7 +89,7 @@ def scores_of(path: Path, drawn: dict[str, list]) -> list[list[float]]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from hfllm.data.formats import as_completion
-    from hfllm.rewards import RewardModel
+    from hfllm.rewards.models import RewardModel
 
     reward = RewardModel(AutoModelForSequenceClassification.from_pretrained(path), AutoTokenizer.from_pretrained(path))
     scores = []

@@ -27,7 +27,7 @@ from hfllm.data.curation.spam import SpamModel, fit, read_labelled
 from hfllm.data.curation.text import words_of
 from hfllm.data.pydoc_corpus import pydoc_documents
 from hfllm.data.sources import load_source
-from hfllm.reporting import markdown_table, write_atomically
+from hfllm.outputs.report import markdown_table, write_atomically
 
 # In Genesis: a parody in misspelt English, neither counted as English nor as another language.
 LEFT_OUT = ("lolcat", "README")

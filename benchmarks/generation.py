@@ -63,7 +63,7 @@ class Prompts:
             ]
             return
         from hfllm.data.tokenizer import tokenize_prompts
-        from hfllm.data.world import World
+        from hfllm.data.world.world import World
 
         if path:
             prompts: list = Path(path).read_text().splitlines()[:count]
@@ -135,10 +135,10 @@ class Ways:
 
     def _add_ours(self, ours: Any, draft: Any, compile: bool) -> None:
         from hfllm.generation import fast_generate
-        from hfllm.generation.drafts import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft
         from hfllm.generation.fast import recommended_draft
-        from hfllm.generation.lookahead import AdaptiveLookahead
-        from hfllm.generation.measure import measure_costs
+        from hfllm.generation.speculative.drafts import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft
+        from hfllm.generation.speculative.lookahead import AdaptiveLookahead
+        from hfllm.generation.speculative.measure import measure_costs
 
         # docs/generation.md: a trained draft where there is one, else what fast_generate chooses.
         chosen = "draft model" if draft is not None else "int8 draft" if recommended_draft(ours) else "no draft"
@@ -168,7 +168,7 @@ class Ways:
         return run
 
     def _speculate(self, model: Any, name: str, draft: Any, lookahead: Any, compiled: bool) -> Callable:
-        from hfllm.generation.measure import speculative
+        from hfllm.generation.speculative.measure import speculative
 
         def run() -> list[list[int]]:
             settings = {**self.options, "lookahead": lookahead, "compile": compiled}
@@ -276,7 +276,7 @@ def main() -> None:
             lines += ["| cache | bytes a token | planned | same tokens | why not |", "|" + " - |" * 5]
             lines += [*caches(ours, prompts.batches[0], args.max_new_tokens, args.rounds), ""]
     if args.output:
-        from hfllm.reporting import write_atomically
+        from hfllm.outputs.report import write_atomically
 
         write_atomically(Path(args.output), "\n".join(lines))
 

@@ -41,9 +41,9 @@ def trainer_of(args: argparse.Namespace, texts: list[str], tokenizer: Any, folde
 
     import hfllm
     from hfllm.data.packing import IGNORE, pack, token_ids
-    from hfllm.pretraining import optimizer_of
-    from hfllm.trainers.batch_plan import BatchPlan, Schedule
-    from hfllm.trainers.pretrain_trainer import PretrainTrainer
+    from hfllm.stages.pretraining import optimizer_of
+    from hfllm.trainers.pretraining.batch_plan import BatchPlan, Schedule
+    from hfllm.trainers.pretraining.trainer import PretrainTrainer
 
     special = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     special |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -102,9 +102,9 @@ def measure(args: argparse.Namespace) -> None:
     from transformers import TrainerCallback
     from transformers.utils import logging
 
+    from hfllm.data.loading import split_rows
     from hfllm.data.tokenizer import train_tokenizer
     from hfllm.evaluation.perplexity import fit_of
-    from hfllm.stage_data import split_rows
 
     logging.set_verbosity_error()
     texts, held_out = split_rows(texts_of(args.dataset_name), seed=0, share=0.05, most=40)

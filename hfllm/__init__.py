@@ -8,26 +8,25 @@ from importlib import import_module
 from typing import Any
 
 from hfllm.registration import register_with_transformers
-
-__version__ = "0.1.0"
+from hfllm.version import __version__
 
 _PUBLIC = {
-    "DistillationConfig": "hfllm.trainers.distillation_config",
-    "DistillationTrainer": "hfllm.trainers.distillation_trainer",
+    "DistillationConfig": "hfllm.trainers.distillation.config",
+    "DistillationTrainer": "hfllm.trainers.distillation.trainer",
     "HfllmConfig": "hfllm.models.configuration_hfllm",
     "HfllmModel": "hfllm.models.modeling_hfllm",
     "HfllmForCausalLM": "hfllm.models.modeling_hfllm",
     "HfllmForMaskedLM": "hfllm.models.modeling_hfllm",
     "HfllmForSequenceClassification": "hfllm.models.modeling_hfllm",
     "HfllmForTokenClassification": "hfllm.models.modeling_hfllm",
-    "PPOConfig": "hfllm.trainers.ppo_config",
-    "PPOTrainer": "hfllm.trainers.ppo_trainer",
-    "RewardModel": "hfllm.rewards",
-    "World": "hfllm.data.world",
+    "PPOConfig": "hfllm.trainers.ppo.config",
+    "PPOTrainer": "hfllm.trainers.ppo.trainer",
+    "RewardModel": "hfllm.rewards.models",
+    "World": "hfllm.data.world.world",
     "from_native": "hfllm.models.conversion_hfllm",
-    "gold_reward": "hfllm.rewards",
+    "gold_reward": "hfllm.rewards.functions",
     "list_presets": "hfllm.models.presets",
-    "student_from_layers": "hfllm.trainers.students",
+    "student_from_layers": "hfllm.trainers.distillation.students",
     "to_native": "hfllm.models.conversion_hfllm",
     "train_tokenizer": "hfllm.data.tokenizer",
 }

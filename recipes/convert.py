@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import finished_run, main_process, parse_recipe, run, run_arguments
 from hfllm.errors import InputError
+from hfllm.runs.command_line import finished_run, main_process, parse_recipe, run, run_arguments
 
 
 @dataclass
@@ -46,7 +46,7 @@ def parse(argv: Sequence[str]) -> tuple:
 
 def main(script_args: ConvertArguments) -> dict[str, float]:
     """Convert, compare, write the report. Returns the metrics."""
-    from hfllm.reporting import Report
+    from hfllm.outputs.report import Report
 
     began, arguments = time.perf_counter(), run_arguments(script_args)
     report = finished_run(script_args.output_dir, arguments)
@@ -78,7 +78,7 @@ def world_model(script_args: ConvertArguments) -> str:
     """The embedded world's base model, in a folder under the output folder."""
     import pretrain
 
-    from hfllm.stages import run_stage
+    from hfllm.runs.chain import run_stage
 
     folder = f"{script_args.output_dir}/pretrain"
     flags = ["--output_dir", folder, "--seed", str(script_args.seed), "--world_seed", str(script_args.world_seed)]

@@ -22,10 +22,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import finished_run, parse_recipe, read_yaml, run, run_arguments, take_configs
 from hfllm.data.curation.options import FILTERS, CurationOptions
 from hfllm.data.sources import PYDOC
 from hfllm.errors import InputError
+from hfllm.runs.command_line import finished_run, parse_recipe, read_yaml, run, run_arguments, take_configs
 
 CONFIG = Path(__file__).parent / "configs" / "curate" / "pydoc.yaml"
 WORK = "unfinished"
@@ -125,7 +125,7 @@ def make_report(
     Raises:
         InputError: when nothing was read, or nothing is left; the drops are in the message.
     """
-    from hfllm.reporting import Bars, Report
+    from hfllm.outputs.report import Bars, Report
 
     totals = {step: values for step, _, values in statistics}
     funnel, reasons, found = funnel_rows(statistics), reason_rows(totals), int(totals["read"].get("total", 0))

@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import BatchArguments, DataArguments, given_flags, parse_recipe, run
+from hfllm.data.loading import DataArguments
+from hfllm.runs.command_line import given_flags, parse_recipe, run
+from hfllm.trainers.learning_rate import BatchArguments
 
 CONFIG = Path(__file__).parent / "configs" / "distill" / "world.yaml"
 SIZES = ("student_hidden_size", "student_num_hidden_layers", "student_num_attention_heads")
@@ -80,7 +82,7 @@ class DistillArguments(DataArguments, BatchArguments):
 def parse(argv: Sequence[str]) -> tuple:
     from trl import ModelConfig
 
-    from hfllm.trainers.distillation_config import DistillationConfig
+    from hfllm.trainers.distillation.config import DistillationConfig
 
     kinds, argv = (DistillArguments, DistillationConfig, ModelConfig), ["--output_dir", "outputs/distill", *argv]
     parsed = parse_recipe(kinds, argv, CONFIG, __doc__)
@@ -118,12 +120,13 @@ def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> 
     """Make what is missing, distil, compare, save, report. Returns the metrics."""
     import rlhf
 
-    from hfllm.data.prompt_mixing import mix_prompts
-    from hfllm.distillation_checks import check_student
+    from hfllm.data.loading import world_of
     from hfllm.evaluation.distillation import distillation_plots, gold_tables
-    from hfllm.stage_data import world_of
-    from hfllm.stages import Stage, run_stage
-    from hfllm.teacher_answers import write_answers
+    from hfllm.runs.chain import run_stage
+    from hfllm.runs.stage import Stage
+    from hfllm.stages.distillation import check_student
+    from hfllm.synthesis.prompt_mixing import mix_prompts
+    from hfllm.synthesis.teacher_answers import write_answers
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scale_learning_rate
 
@@ -248,7 +251,7 @@ def rows_to_learn(script_args: DistillArguments, seed: int) -> tuple[list[dict],
     """Training rows, with the world's documents among them if asked for, and held-out ones with a prompt."""
     from sft import instruction_data
 
-    from hfllm.data.world import World
+    from hfllm.data.world.world import World
 
     train_rows, eval_rows = instruction_data(script_args, seed)
     if script_args.num_documents:
@@ -263,8 +266,8 @@ def load_teacher(training_args: Any) -> tuple[Any, Any]:
     Raises:
         InputError: when either cannot be loaded, or the teacher is larger than memory.
     """
-    from hfllm.stage_models import load_tokenizer
-    from hfllm.trainers import students
+    from hfllm.runs.models import load_tokenizer
+    from hfllm.trainers.distillation import students
 
     name, settings = training_args.teacher_model_name_or_path, training_args.teacher_settings
     tokenizer = load_tokenizer(name, settings["revision"])
@@ -276,7 +279,7 @@ def load_teacher(training_args: Any) -> tuple[Any, Any]:
 
 def student_tokenizer(model_args: Any, teacher_tokenizer: Any) -> Any:
     """The named student's own tokenizer, or the teacher's."""
-    from hfllm.stage_models import load_tokenizer
+    from hfllm.runs.models import load_tokenizer
 
     if model_args.model_name_or_path:
         return load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
@@ -287,7 +290,7 @@ def make_student(script_args: DistillArguments, training_args: Any, model_args: 
     """The student before training: the same each time for the same seed."""
     from transformers import set_seed
 
-    from hfllm.stage_models import load_policy
+    from hfllm.runs.models import load_policy
 
     set_seed(training_args.seed)
     if model_args.model_name_or_path:
@@ -297,7 +300,7 @@ def make_student(script_args: DistillArguments, training_args: Any, model_args: 
 
 def new_student(script_args: DistillArguments, teacher: Any) -> Any:
     """The student that no flag names, as the flags describe it."""
-    from hfllm.trainers.students import smaller_student, student_from_layers
+    from hfllm.trainers.distillation.students import smaller_student, student_from_layers
 
     sizes = {name.removeprefix("student_"): getattr(script_args, name) for name in SIZES}
     if any(sizes.values()) or script_args.student_initializer_range is not None:
@@ -316,9 +319,9 @@ def student_trainer(
     eval_rows: list[dict],
 ) -> Any:
     """A trainer of a new copy of the student."""
-    from hfllm.stage_models import fitting_length, peft_config
+    from hfllm.runs.models import fitting_length, peft_config
     from hfllm.trainers.callbacks import use_plain_lines
-    from hfllm.trainers.distillation_trainer import DistillationTrainer
+    from hfllm.trainers.distillation.trainer import DistillationTrainer
 
     teacher, teacher_tokenizer = taught_by
     student = make_student(script_args, training_args, model_args, teacher)
@@ -353,8 +356,8 @@ def compare(
     """Judged answers of each model where the data has a gold reward, and all metrics."""
     from torch.utils.data import DataLoader
 
+    from hfllm.data.loading import world_of
     from hfllm.evaluation.distillation import fit_metrics, gold_metrics, judge_model
-    from hfllm.stage_data import world_of
 
     judged, world = {}, world_of(script_args)
     if world is not None:

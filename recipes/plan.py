@@ -18,9 +18,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import main_process, parse_plain, run, run_arguments
 from hfllm.errors import InputError
-from hfllm.reporting import Bars, Report, write_atomically
+from hfllm.outputs.report import Bars, Report, write_atomically
+from hfllm.runs.command_line import main_process, parse_plain, run, run_arguments
 from hfllm.scaling.configs import ACCELERATE_FILE, FLAGS_FILE, launch_files
 from hfllm.scaling.devices import GIB, Device, find_device
 from hfllm.scaling.layouts import RECIPES

@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import BatchArguments, DataArguments, parse_recipe, run
+from hfllm.data.loading import DataArguments
+from hfllm.runs.command_line import parse_recipe, run
+from hfllm.trainers.learning_rate import BatchArguments
 
 CONFIGS = Path(__file__).parent / "configs" / "pretrain"
 CONFIG = CONFIGS / "world.yaml"
@@ -150,11 +152,11 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     """Pretrain, save model and tokenizer, write the report. Returns the metrics."""
     from transformers import set_seed
 
-    from hfllm import pretraining, pretraining_watch
+    from hfllm.data.mixtures import load_sources
     from hfllm.data.prepared import Prepared
-    from hfllm.mixtures import load_sources
-    from hfllm.stage_models import fitting_length
-    from hfllm.stages import Stage
+    from hfllm.runs.models import fitting_length
+    from hfllm.runs.stage import Stage
+    from hfllm.stages import pretraining, pretraining_watch
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scale_learning_rate
@@ -219,10 +221,10 @@ def check(script_args: PretrainArguments, training_args: Any, model_args: Any) -
     Raises:
         InputError: naming the flag.
     """
+    from hfllm.data.loading import check_source
     from hfllm.errors import InputError, refuse
-    from hfllm.pretraining import CHINCHILLA, OBJECTIVES
-    from hfllm.stage_data import check_source
-    from hfllm.stage_models import check_trainable, named_fields, new_config
+    from hfllm.runs.models import check_trainable, named_fields, new_config
+    from hfllm.stages.pretraining import CHINCHILLA, OBJECTIVES
 
     check_source(script_args)
 

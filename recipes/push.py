@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hfllm.cli import main_process, parse_recipe, run
+from hfllm.runs.command_line import main_process, parse_recipe, run
 
 
 @dataclass
@@ -43,7 +43,7 @@ def parse(argv: Sequence[str]) -> tuple:
 def main(script_args: PushArguments) -> dict[str, int]:
     """Write the card and publish. Returns the bytes of each file of the repository."""
     from hfllm.errors import InputError
-    from hfllm.hub import push_folder, upload_list, upload_sizes
+    from hfllm.outputs.hub import push_folder, upload_list, upload_sizes
 
     folder = Path(script_args.model_name_or_path)
     if not folder.is_dir():

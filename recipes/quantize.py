@@ -18,7 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import DataArguments, finished_run, main_process, parse_recipe, run
+from hfllm.data.loading import DataArguments
+from hfllm.runs.command_line import finished_run, main_process, parse_recipe, run
 
 # Flags of ModelConfig that say how a model is quantized as it is loaded.
 LOADING = (
@@ -85,10 +86,10 @@ def main(script_args: QuantizeArguments, model_args: Any) -> dict[str, float]:
     from rlhf import policy_config
     from sft import world_model_stages
 
-    from hfllm.hub_files import CARD
-    from hfllm.model_card import write_card
-    from hfllm.reporting import Report
-    from hfllm.stages import run_stages
+    from hfllm.outputs.card import write_card
+    from hfllm.outputs.files import CARD
+    from hfllm.outputs.report import Report
+    from hfllm.runs.chain import run_stages
 
     script_args = replace(script_args, schemes=checked_schemes(script_args, model_args))
     began = time.perf_counter()
@@ -135,7 +136,7 @@ def main(script_args: QuantizeArguments, model_args: Any) -> dict[str, float]:
 
 def repository(script_args: QuantizeArguments) -> Any:
     """Where `--push_to_hub` publishes to."""
-    from hfllm.hub import Repository
+    from hfllm.outputs.hub import Repository
 
     name = script_args.hub_model_id or Path(script_args.output_dir).absolute().name
     return Repository(name, script_args.hub_private_repo, script_args.hub_token, script_args.hub_revision)
@@ -161,7 +162,7 @@ def checked_schemes(script_args: QuantizeArguments, model_args: Any) -> list[str
     from hfllm.compression.sensitivity import PARTS
     from hfllm.data.sources import WORLD
     from hfllm.errors import InputError, refuse
-    from hfllm.stages import refuse_own_input
+    from hfllm.runs.stage import refuse_own_input
 
     refuse_own_input(script_args.output_dir, model_args)
     for flag in ("num_eval_texts", "num_eval_prompts", "response_length", "num_sensitivity_texts", "prompt_tokens"):
@@ -206,8 +207,8 @@ def all_arguments(script_args: QuantizeArguments, model_args: Any, stages: dict[
         InputError: when the named model is quantized already.
     """
     from hfllm.models.stored import refuse_quantized
-    from hfllm.stage_models import load_config
-    from hfllm.stages import stage_arguments
+    from hfllm.runs.models import load_config
+    from hfllm.runs.stage import stage_arguments
 
     if model_args.model_name_or_path:
         name = model_args.model_name_or_path
@@ -220,9 +221,9 @@ def compare(
 ) -> tuple[dict[str, float], dict[str, list], dict]:
     """Metrics, tables and plots of the model and its quantized forms; the wanted one is saved."""
     from hfllm.compression import schemes
-    from hfllm.compression.judge import Judge
-    from hfllm.stage_data import world_of
-    from hfllm.stage_models import fitting_length, load_kwargs, load_policy
+    from hfllm.data.loading import world_of
+    from hfllm.evaluation.quantization import Judge
+    from hfllm.runs.models import fitting_length, load_kwargs, load_policy
 
     model, tokenizer = load_policy(model_args)
     model.to(schemes.default_device()).eval()
@@ -267,7 +268,7 @@ def check_model(script_args: QuantizeArguments, config: Any) -> None:
     """
     from hfllm.errors import InputError
     from hfllm.models.stored import empty_model
-    from hfllm.stage_models import context_of
+    from hfllm.runs.models import context_of
 
     context, timed = context_of(config), script_args.prompt_tokens + script_args.new_tokens
     if script_args.rounds and context is not None and timed > context:
@@ -287,8 +288,8 @@ def eval_texts(script_args: QuantizeArguments) -> list[str]:
         InputError: when there is none.
     """
     from hfllm.data import formats
+    from hfllm.data.loading import load_rows, world_of
     from hfllm.errors import InputError
-    from hfllm.stage_data import load_rows, world_of
 
     world = world_of(script_args)
     texts = (
@@ -332,7 +333,7 @@ def sweep(script_args: QuantizeArguments, model: Any, judge: Any) -> dict[str, l
 def sensitivity_bars(by: str, rows: list[dict[str, Any]]) -> Any:
     """The thirty worst parts."""
     from hfllm.compression.sensitivity import changes_by_part
-    from hfllm.reporting import Bars
+    from hfllm.outputs.report import Bars
 
     changes = changes_by_part(rows[:30])
     return Bars(

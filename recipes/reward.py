@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import BatchArguments, DataArguments, parse_recipe, run
+from hfllm.data.loading import DataArguments
+from hfllm.runs.command_line import parse_recipe, run
+from hfllm.trainers.learning_rate import BatchArguments
 
 CONFIG = Path(__file__).parent / "configs" / "reward" / "world.yaml"
 
@@ -60,8 +62,9 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
 
     from hfllm.data.sources import WORLD
     from hfllm.errors import InputError, refuse
-    from hfllm.stage_models import check_trainable, fitting_length, load_scorer, load_tokenizer, peft_config
-    from hfllm.stages import Stage, with_model_from
+    from hfllm.runs.chain import with_model_from
+    from hfllm.runs.models import check_trainable, fitting_length, load_scorer, load_tokenizer, peft_config
+    from hfllm.runs.stage import Stage
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scale_learning_rate
@@ -124,7 +127,7 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
 def user_comparisons(script_args: RewardArguments, seed: int) -> tuple[list[dict], list[dict]]:
     """Training and held-out rows with `prompt`, `chosen` and `rejected` messages."""
     from hfllm.data import formats
-    from hfllm.stage_data import load_rows, split_rows
+    from hfllm.data.loading import load_rows, split_rows
 
     return split_rows(load_rows(script_args, formats.to_preference), seed)
 
@@ -138,11 +141,11 @@ def world_comparisons(
     from accelerate.utils import broadcast_object_list
 
     from hfllm.data import formats
-    from hfllm.data.demonstrators import preference_rows
     from hfllm.data.sources import Source
-    from hfllm.data.world import World
-    from hfllm.evaluation.responses import sample_responses
-    from hfllm.stage_models import load_policy
+    from hfllm.data.world.demonstrators import preference_rows
+    from hfllm.data.world.world import World
+    from hfllm.generation.responses import sample_responses
+    from hfllm.runs.models import load_policy
     from hfllm.trainers.sharding import make_whole
 
     world, seed = World(script_args.world_seed), script_args.comparison_seed

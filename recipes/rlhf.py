@@ -14,7 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import BatchArguments, DataArguments, parse_recipe, run
+from hfllm.data.loading import DataArguments
+from hfllm.runs.command_line import parse_recipe, run
+from hfllm.trainers.learning_rate import BatchArguments
 
 CONFIG = Path(__file__).parent / "configs" / "rlhf" / "world.yaml"
 CALIBRATION_PROMPTS = 256
@@ -66,7 +68,7 @@ class RlhfArguments(DataArguments, BatchArguments):
 def parse(argv: Sequence[str]) -> tuple:
     from trl import ModelConfig
 
-    from hfllm.trainers.ppo_config import PPOConfig
+    from hfllm.trainers.ppo.config import PPOConfig
 
     return parse_recipe(
         (RlhfArguments, PPOConfig, ModelConfig), ["--output_dir", "outputs/rlhf", *argv], CONFIG, __doc__
@@ -77,17 +79,18 @@ def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dic
     """Make what is missing, align, compare before and after, save, report. Returns the metrics."""
     from transformers import set_seed
 
-    from hfllm.alignment_checks import check_models, check_rewards
+    from hfllm.data.loading import world_of
     from hfllm.errors import refuse
     from hfllm.evaluation.alignment import alignment_metrics, alignment_plots, alignment_tables, judge_policy
-    from hfllm.rewards import RewardEnsemble, RewardModel
-    from hfllm.stage_data import world_of
-    from hfllm.stage_models import load_policy, load_scorer, load_tokenizer, load_value_model, peft_config
-    from hfllm.stages import Stage
+    from hfllm.rewards.ensembles import RewardEnsemble
+    from hfllm.rewards.models import RewardModel
+    from hfllm.runs.models import load_policy, load_scorer, load_tokenizer, load_value_model, peft_config
+    from hfllm.runs.stage import Stage
+    from hfllm.stages.alignment import check_models, check_rewards
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scale_learning_rate
-    from hfllm.trainers.ppo_trainer import PPOTrainer
+    from hfllm.trainers.ppo.trainer import PPOTrainer
     from hfllm.trainers.sharding import gathered
 
     refuse(training_args.model_init_kwargs, "--model_init_kwargs", "use --dtype, --attn_implementation or the like")
@@ -159,7 +162,7 @@ def checked_functions(script_args: RlhfArguments) -> list[Callable[..., list[flo
     """
     from hfllm.data.sources import WORLD
     from hfllm.errors import InputError
-    from hfllm.rewards import load_reward_function
+    from hfllm.rewards.functions import load_reward_function
 
     names = script_args.reward_funcs or []
     if "gold" in names and script_args.dataset_name != WORLD:
@@ -170,9 +173,9 @@ def checked_functions(script_args: RlhfArguments) -> list[Callable[..., list[flo
 def prompt_data(script_args: RlhfArguments, seed: int, functions: Sequence[Callable]) -> tuple[list[dict], list[dict]]:
     """Training and held-out prompt rows; every reward function is tried on two of them."""
     from hfllm.data import formats
+    from hfllm.data.loading import load_rows, split_rows
     from hfllm.data.sources import WORLD
-    from hfllm.data.world import World
-    from hfllm.stage_data import load_rows, split_rows
+    from hfllm.data.world.world import World
 
     if script_args.dataset_name == WORLD:
         world = World(script_args.world_seed)
@@ -191,7 +194,7 @@ def prompt_data(script_args: RlhfArguments, seed: int, functions: Sequence[Calla
 def try_functions(functions: Sequence[Callable], rows: list[dict]) -> None:
     """Call the reward functions as the trainer does: with the dataset's other columns and the ids of a response."""
     from hfllm.data.formats import as_completion
-    from hfllm.rewards import checked_rewards
+    from hfllm.rewards.functions import checked_rewards
 
     prompts = [row["prompt"] for row in rows]
     completions = [as_completion(prompt, "This is a trial response.") for prompt in prompts]
@@ -234,7 +237,7 @@ def run_missing_stages(
     script_args: Any, model_args: Any, stages: dict[str, tuple]
 ) -> tuple[Any, list[str], dict[str, float]]:
     """Run or reuse the stages. Returns the policy's arguments, the reward models and the metrics to report."""
-    from hfllm.stages import run_stages
+    from hfllm.runs.chain import run_stages
 
     folders = {name: arguments[1].output_dir for name, arguments in stages.items()}
     done = run_stages([import_module(name.partition("_")[0]) for name in stages], [*stages.values()])
@@ -254,10 +257,10 @@ def ptx_texts(script_args: Any, training_args: Any) -> Any:
     """
     from datasets import Dataset
 
+    from hfllm.data.loading import texts_of
     from hfllm.data.sources import WORLD
-    from hfllm.data.world import World
+    from hfllm.data.world.world import World
     from hfllm.errors import InputError
-    from hfllm.stage_data import texts_of
 
     name, coefficient = script_args.ptx_dataset_name, training_args.ptx_coef
     if (name is None) != (coefficient == 0):
@@ -273,7 +276,7 @@ def ptx_texts(script_args: Any, training_args: Any) -> Any:
 
 def policy_config(model_args: Any, before: dict[str, tuple]) -> Any:
     """The config of the policy, of the model that `pretrain` is to make if that comes before."""
-    from hfllm.stage_models import load_config, named_fields, new_config
+    from hfllm.runs.models import load_config, named_fields, new_config
 
     made = before.get("pretrain")
     start = made[2] if made else model_args
@@ -287,7 +290,7 @@ def policy_config(model_args: Any, before: dict[str, tuple]) -> Any:
 def with_gold_beside(script_args: Any, training_args: Any, rewards: list, tokenizers: list) -> tuple[Any, list, list]:
     """Log the world's gold reward beside the rewards: at weight 0, so that the policy never sees it."""
     from hfllm.data.sources import WORLD
-    from hfllm.rewards import gold_reward
+    from hfllm.rewards.functions import gold_reward
 
     if script_args.dataset_name != WORLD or gold_reward in rewards:
         return training_args, rewards, tokenizers

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import DataArguments, finished_run, main_process, parse_recipe, run, run_arguments
+from hfllm.data.loading import DataArguments
 from hfllm.data.sources import PYDOC, WORLD
 from hfllm.errors import InputError
+from hfllm.runs.command_line import finished_run, main_process, parse_recipe, run, run_arguments
 
 PRETRAIN_CONFIG = Path(__file__).parent / "configs" / "pretrain" / "grid.yaml"
 GRID = tuple(f"{width}x2:400000,800000,1600000" for width in (16, 24, 32, 48))
@@ -126,8 +127,8 @@ def study_of(script_args: ScalingArguments, grid: "SmallGrid | None") -> Any:
         InputError: for a table that cannot be fitted, naming its file.
     """
     from hfllm.scaling.fitting import bootstrap, fit_law
+    from hfllm.scaling.report import Study
     from hfllm.scaling.runs import Runs, read_runs
-    from hfllm.scaling_report import Study
 
     delta, sampling = script_args.huber_delta, (script_args.resamples, script_args.seed, script_args.huber_delta)
     if grid is not None:
@@ -207,7 +208,7 @@ def earlier_report(folder: Path, arguments: dict[str, Any]) -> dict[str, Any] | 
     Raises:
         InputError: when a run with other arguments has finished there.
     """
-    from hfllm.reporting import read_report
+    from hfllm.outputs.report import read_report
 
     report = read_report(folder)
     if report is None:
@@ -228,7 +229,7 @@ class SmallGrid:
     def __init__(self, script_args: ScalingArguments):
         import pretrain
 
-        from hfllm.scaling_runs import Grid, GridRun
+        from hfllm.stages.scaling_grid import Grid, GridRun
 
         self.script_args, self.column = script_args, COUNTS[script_args.count_parameters]
         self.runs = [each for text in script_args.grid for each in GridRun.parse(text, "--grid")]
@@ -283,7 +284,7 @@ class SmallGrid:
     def large_run(self, forecast: Any) -> Any:
         """Say what is expected of the larger run, then train it."""
         from hfllm.scaling.forecast import CHINCHILLA, KAPLAN
-        from hfllm.scaling_report import formula
+        from hfllm.scaling.report import formula
 
         planned = self.grid.planned(self.large)
         parameters, tokens = planned[self.column], planned["tokens"]
@@ -305,11 +306,11 @@ class SmallGrid:
 
     def probe(self) -> Any:
         """What each run can do (an `Emergence`)."""
-        from hfllm.data.world import World
+        from hfllm.data.world.world import World
         from hfllm.evaluation.emergence import Emergence, ProbedRun
-        from hfllm.evaluation.probes import make_probes, run_probes
+        from hfllm.evaluation.few_shot import make_probes, run_probes
         from hfllm.models.modeling_hfllm import HfllmForCausalLM
-        from hfllm.stage_models import load_tokenizer
+        from hfllm.runs.models import load_tokenizer
 
         args, probed = self.script_args, []
         probes = make_probes(World(args.world_seed), args.probe_questions, args.probe_shots, args.seed)
@@ -335,7 +336,7 @@ def write_report(
     seconds: float,
 ) -> None:
     """Write report.json, report.md and the plots, and print what is short."""
-    from hfllm.reporting import Report
+    from hfllm.outputs.report import Report
 
     table = script_args.runs or str(Path(script_args.output_dir) / "runs.csv")
     report = Report(

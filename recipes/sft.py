@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import BatchArguments, DataArguments, parse_recipe, run
+from hfllm.data.loading import DataArguments
+from hfllm.runs.command_line import parse_recipe, run
+from hfllm.trainers.learning_rate import BatchArguments
 
 CONFIG = Path(__file__).parent / "configs" / "sft" / "world.yaml"
 
@@ -38,8 +40,9 @@ def parse(argv: Sequence[str]) -> tuple:
 def main(script_args: SftArguments, training_args: Any, model_args: Any) -> dict[str, float]:
     """Fine-tune, save, write the report. Returns the metrics."""
     from hfllm.errors import refuse
-    from hfllm.stage_models import check_trainable, fitting_length, load_policy, peft_config
-    from hfllm.stages import Stage, with_model_from
+    from hfllm.runs.chain import with_model_from
+    from hfllm.runs.models import check_trainable, fitting_length, load_policy, peft_config
+    from hfllm.runs.stage import Stage
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scale_learning_rate
@@ -105,10 +108,10 @@ def world_model_stages(script_args: DataArguments, seed: int, folder: str) -> di
 def instruction_data(script_args: SftArguments, seed: int) -> tuple[list[dict], list[dict]]:
     """Training and held-out rows with `prompt` and `completion` messages."""
     from hfllm.data import formats
-    from hfllm.data.demonstrators import instruction_rows
+    from hfllm.data.loading import load_rows, split_rows
     from hfllm.data.sources import WORLD, Source
-    from hfllm.data.world import World
-    from hfllm.stage_data import load_rows, split_rows
+    from hfllm.data.world.demonstrators import instruction_rows
+    from hfllm.data.world.world import World
 
     if script_args.dataset_name != WORLD:
         return split_rows(load_rows(script_args, formats.to_sft), seed)

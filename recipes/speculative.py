@@ -19,7 +19,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import DataArguments, finished_run, main_process, parse_recipe, run
+from hfllm.data.loading import DataArguments
+from hfllm.runs.command_line import finished_run, main_process, parse_recipe, run
 
 DRAFT_CONFIG = Path(__file__).parent / "configs" / "speculative" / "draft.yaml"
 DRAFTS = ("model", "int8", "prompt_lookup", "early_exit")
@@ -70,8 +71,8 @@ def parse(argv: Sequence[str]) -> tuple:
 
 def main(script_args: SpeculativeArguments, model_args: Any) -> dict[str, float]:
     """Make what is missing, measure, write the report. Returns the metrics."""
-    from hfllm.reporting import Report
-    from hfllm.stages import stage_arguments
+    from hfllm.outputs.report import Report
+    from hfllm.runs.stage import stage_arguments
 
     check(script_args, model_args)
     began, stages = time.perf_counter(), missing_stages(script_args, model_args)
@@ -156,8 +157,8 @@ def check_draft(script_args: SpeculativeArguments, model_args: Any, stages: dict
         InputError: naming the flag.
     """
     from hfllm.errors import InputError, refuse
-    from hfllm.generation.drafts import PromptLookupDraft
-    from hfllm.stage_models import load_config, load_tokenizer
+    from hfllm.generation.speculative.drafts import PromptLookupDraft
+    from hfllm.runs.models import load_config, load_tokenizer
 
     if script_args.max_ngram is not None:
         PromptLookupDraft(script_args.max_ngram)
@@ -202,7 +203,7 @@ def missing_stages(script_args: SpeculativeArguments, model_args: Any) -> dict[s
 
 def run_missing_stages(script_args: Any, model_args: Any, stages: dict[str, tuple]) -> tuple[Any, Any]:
     """Run or reuse the stages. Returns the arguments with the models that they made."""
-    from hfllm.stages import run_stages
+    from hfllm.runs.chain import run_stages
 
     recipes = {"draft": "distill"}
     run_stages([import_module(recipes.get(name, name)) for name in stages], [*stages.values()])
@@ -221,9 +222,9 @@ def measure(
 
     from hfllm.compression.schemes import default_device
     from hfllm.data.tokenizer import tokenize_prompts
-    from hfllm.generation import measure as measuring
-    from hfllm.generation.lookahead import AdaptiveLookahead
-    from hfllm.stage_models import load_policy
+    from hfllm.generation.speculative import measure as measuring
+    from hfllm.generation.speculative.lookahead import AdaptiveLookahead
+    from hfllm.runs.models import load_policy
 
     model, tokenizer = load_policy(model_args)
     # What is quantized was put where it runs as it was loaded.
@@ -305,11 +306,11 @@ def make_draft(script_args: SpeculativeArguments, model_args: Any, model: Any, t
         InputError: for a draft model with another tokenizer.
     """
     from hfllm.errors import refuse
-    from hfllm.generation.drafts import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft
-    from hfllm.generation.lean import why_not
-    from hfllm.generation.options import check_same_vocabulary
-    from hfllm.generation.projections import has_int8
-    from hfllm.stage_models import load_policy
+    from hfllm.generation.packed.model import why_not
+    from hfllm.generation.packed.projections import has_int8
+    from hfllm.generation.speculative.drafts import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft
+    from hfllm.generation.speculative.options import check_same_vocabulary
+    from hfllm.runs.models import load_policy
 
     if script_args.draft == "prompt_lookup":
         return PromptLookupDraft() if script_args.max_ngram is None else PromptLookupDraft(script_args.max_ngram)
@@ -334,8 +335,8 @@ def prompt_rows(script_args: SpeculativeArguments) -> list[dict]:
         InputError: when the dataset cannot be read, or has none.
     """
     from hfllm.data import formats
+    from hfllm.data.loading import load_rows, world_of
     from hfllm.errors import InputError
-    from hfllm.stage_data import load_rows, world_of
 
     world = world_of(script_args)
     if world:
@@ -356,7 +357,7 @@ def batches(ids: list[list[int]], size: int, tokenizer: Any, model: Any) -> list
 
 def speed_plot(rows: list[dict[str, Any]]) -> Any:
     """Measured and predicted speed by the number of drafted tokens."""
-    from hfllm.reporting import Plot
+    from hfllm.outputs.report import Plot
 
     numbered = [row for row in rows if row["lookahead"].isdecimal()]
     labels = {
@@ -385,8 +386,8 @@ def next_steps(script_args: SpeculativeArguments, model_args: Any) -> list[str]:
     return [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "import hfllm",
-        f"from hfllm.generation.drafts import {draft.partition('(')[0]}",
-        "from hfllm.generation.speculative import speculative_generate",
+        f"from hfllm.generation.speculative.drafts import {draft.partition('(')[0]}",
+        "from hfllm.generation.speculative.speculative import speculative_generate",
         f"tokenizer = AutoTokenizer.from_pretrained({model_args.model_name_or_path!r})",
         f"model = AutoModelForCausalLM.from_pretrained({model_args.model_name_or_path!r})",
         f"draft = {draft}",

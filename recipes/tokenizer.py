@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfllm.cli import DataArguments, finished_run, main_process, parse_recipe, run
+from hfllm.data.loading import DataArguments
+from hfllm.runs.command_line import finished_run, main_process, parse_recipe, run
 
 
 @dataclass
@@ -47,12 +48,12 @@ def parse(argv: Sequence[str]) -> tuple:
 
 def main(script_args: TokenizerArguments) -> dict[str, float]:
     """Train, measure, save the tokenizer and the report. Returns the metrics."""
+    from hfllm.data.loading import check_source
+    from hfllm.data.mixtures import load_sources
     from hfllm.data.prepared import Prepared
-    from hfllm.mixtures import load_sources
-    from hfllm.pretraining import make_tokenizer
-    from hfllm.reporting import Plot, Report
-    from hfllm.stage_data import check_source
-    from hfllm.stages import stage_arguments
+    from hfllm.outputs.report import Plot, Report
+    from hfllm.runs.stage import stage_arguments
+    from hfllm.stages.pretraining import make_tokenizer
 
     check_source(script_args)
     began, folder = time.perf_counter(), Path(script_args.output_dir)

@@ -11,9 +11,9 @@ import torch
 from hub_server import TOKEN, HubServer
 
 import hfllm
-from hfllm.data.demonstrators import instruction_rows
 from hfllm.data.tokenizer import train_tokenizer
-from hfllm.data.world import World
+from hfllm.data.world.demonstrators import instruction_rows
+from hfllm.data.world.world import World
 
 torch.set_num_threads(1)
 

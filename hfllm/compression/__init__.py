@@ -1,0 +1,1 @@
+"""How small: quantization schemes, an affine reference, sensitivity."""

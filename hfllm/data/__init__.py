@@ -1,0 +1,1 @@
+"""What goes in: sources, formats, packing, tokenizers, the embedded world, curation."""

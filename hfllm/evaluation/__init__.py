@@ -1,0 +1,1 @@
+"""How good: alignment, perplexity, few-shot questions, quantization."""

@@ -2,20 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from hfllm.data.world import World
-from hfllm.evaluation.responses import (
-    gold_by_group,
-    judge_tasks,
-    mean_gold,
-    right_share,
-    sample_responses,
-)
-from hfllm.reporting import Plot, plot_history
+from hfllm.data.world.world import World
+from hfllm.evaluation.responses import gold_by_group, judge_tasks, mean_gold, right_share
+from hfllm.generation.responses import sample_responses
+from hfllm.outputs.report import Plot, plot_history
 
 if TYPE_CHECKING:
-    from hfllm.trainers.ppo_trainer import PPOTrainer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+
+class PolicyTrainer(Protocol):
+    """What is asked of a trainer here: its policy, and how that does on the trainer's own evaluation."""
+
+    policy: "PreTrainedModel"
+    processing_class: "PreTrainedTokenizerBase"
+    args: "TrainingArguments"
+
+    def evaluate(self) -> Mapping[str, float]: ...
+
 
 SHOWN_SAMPLES = 12
 
@@ -39,7 +45,7 @@ class Judgement:
 
 
 def judge_policy(
-    trainer: "PPOTrainer", eval_prompts: Sequence[Any], world: World | None, num_eval_prompts: int
+    trainer: PolicyTrainer, eval_prompts: Sequence[Any], world: World | None, num_eval_prompts: int
 ) -> Judgement:
     """Judge the trainer's policy as it is now.
 

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.world import World
+from hfllm.data.world.world import World
 from hfllm.evaluation.responses import gold_by_group, judge_tasks, mean_gold, right_share
-from hfllm.reporting import Bars, Plot, plot_history
+from hfllm.outputs.report import Bars, Plot, plot_history
 
 if TYPE_CHECKING:
     import torch

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from hfllm.evaluation.probes import KINDS, METRICS, NEVER_TOLD, ZERO_SHOT, mean_scores
-from hfllm.reporting import Plot
+from hfllm.evaluation.few_shot import KINDS, METRICS, NEVER_TOLD, ZERO_SHOT, mean_scores
+from hfllm.outputs.report import Plot
 
 NAMES = {"exact_match": "exact match", "token_match": "token match", "log_likelihood": "log-likelihood, nats a token"}
 

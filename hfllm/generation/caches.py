@@ -1,6 +1,6 @@
 """The choices of a key-value cache, measured for the model at hand: memory a token, and speed.
 
-Speculative decoding brings a cache of its own (`hfllm.generation.ragged_cache`), which is measured beside them.
+Speculative decoding brings a cache of its own (`hfllm.generation.packed.ragged_model`), which is measured beside them.
 """
 
 import statistics
@@ -12,8 +12,8 @@ from transformers.cache_utils import Cache, DynamicCache, QuantizedCache, Static
 from transformers.utils import is_optimum_quanto_available
 
 from hfllm.errors import InputError
-from hfllm.generation.measure import interleaved
-from hfllm.generation.ragged_cache import attention_windows
+from hfllm.generation.packed.ragged_model import attention_windows
+from hfllm.generation.speculative.measure import interleaved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hfllm.errors import InputError
-from hfllm.generation.drafts import Draft, Int8Draft, weights_read
-from hfllm.generation.lean import why_not
-from hfllm.generation.lookahead import Lookahead
-from hfllm.generation.options import check_config, make_options
-from hfllm.generation.projections import has_int8
-from hfllm.generation.speculative import check_prompts, decode
+from hfllm.generation.packed.model import why_not
+from hfllm.generation.packed.projections import has_int8
+from hfllm.generation.speculative.drafts import Draft, Int8Draft, weights_read
+from hfllm.generation.speculative.lookahead import Lookahead
+from hfllm.generation.speculative.options import check_config, make_options
+from hfllm.generation.speculative.speculative import check_prompts, decode
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -48,7 +48,7 @@ def fast_generate(
     Args:
         draft: `"auto"` is `recommended_draft(model)`, `None` no draft; else a `Draft`, or a smaller model with the
             same tokenizer.
-        lookahead, generator: as of `hfllm.generation.speculative.speculative_generate`.
+        lookahead, generator: as of `hfllm.generation.speculative.speculative.speculative_generate`.
 
     Returns:
         (B, S) token ids as `generate` returns them. There is no streamer, and `return_dict_in_generate` is refused.

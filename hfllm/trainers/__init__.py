@@ -1,0 +1,1 @@
+"""What learns: PPO, distillation, pretraining, and what they share."""

@@ -1,6 +1,7 @@
 """A learning rate that follows the batch: tuned on one, right for another."""
 
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 from hfllm.errors import InputError
@@ -13,6 +14,24 @@ RULES = {
     # For SGD: Goyal et al. 2017, arXiv:1706.02677.
     "linear": lambda ratio: ratio,
 }
+
+
+@dataclass
+class BatchArguments:
+    """How the learning rate follows the batch."""
+
+    lr_scaling_rule: str = field(
+        default="none",
+        metadata={
+            "help": "What a larger global batch does to --learning_rate: 'sqrt' (for Adam, arXiv:2205.10287) or "
+            "'linear' (for SGD, arXiv:1706.02677) in its ratio to --lr_scaling_base_batch_size.",
+            "choices": ["none", "sqrt", "linear"],
+        },
+    )
+    lr_scaling_base_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Global batch that --learning_rate is for: sequences of an optimizer step, all processes."},
+    )
 
 
 def global_batch_size(training_args: Any) -> int:

@@ -5,7 +5,7 @@ from itertools import islice
 
 import pytest
 
-from hfllm.data.demonstrators import (
+from hfllm.data.world.demonstrators import (
     STYLES,
     candidate_responses,
     compare,
@@ -13,9 +13,9 @@ from hfllm.data.demonstrators import (
     instruction_rows,
     preference_rows,
 )
-from hfllm.data.rubric import GoldAnswer, gold_reward
-from hfllm.data.vocabulary import HELD_OUT_PHRASINGS, PHRASINGS, is_held_out
-from hfllm.data.world import FAMILIES, World
+from hfllm.data.world.rubric import GoldAnswer, gold_reward
+from hfllm.data.world.vocabulary import HELD_OUT_PHRASINGS, PHRASINGS, is_held_out
+from hfllm.data.world.world import FAMILIES, World
 
 
 def some_tasks(world, count=2000, **kwargs):

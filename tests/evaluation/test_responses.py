@@ -3,7 +3,8 @@
 import torch
 
 from hfllm.data.tokenizer import tokenize_prompts
-from hfllm.evaluation.responses import gold_by_group, judge_tasks, mean_gold, right_share, sample_responses
+from hfllm.evaluation.responses import gold_by_group, judge_tasks, mean_gold, right_share
+from hfllm.generation.responses import sample_responses
 
 
 def test_batches_and_padding_do_not_matter_to_greedy_responses(make_model, tokenizer):

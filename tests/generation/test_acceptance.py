@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hfllm.generation import acceptance
-from hfllm.generation.acceptance import (
+from hfllm.generation.speculative import acceptance
+from hfllm.generation.speculative.acceptance import (
     accept_greedy,
     accept_sampled,
     expected_tokens,

@@ -5,10 +5,10 @@ import torch
 import transformers
 
 from hfllm.errors import InputError
-from hfllm.generation.drafts import EarlyExitDraft, ModelDraft, PromptLookupDraft, Rows, weights_read
-from hfllm.generation.options import check_same_vocabulary
-from hfllm.generation.ragged_cache import RaggedModel, early_exit, padded_right
-from hfllm.generation.speculative import speculative_generate
+from hfllm.generation.packed.ragged_model import RaggedModel, early_exit, padded_right
+from hfllm.generation.speculative.drafts import EarlyExitDraft, ModelDraft, PromptLookupDraft, Rows, weights_read
+from hfllm.generation.speculative.options import check_same_vocabulary
+from hfllm.generation.speculative.speculative import speculative_generate
 
 
 def rows_of(*sequences, capacity=32):

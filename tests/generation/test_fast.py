@@ -5,8 +5,8 @@ import torch
 
 from hfllm.errors import InputError
 from hfllm.generation import fast, fast_generate
-from hfllm.generation.drafts import Int8Draft, PromptLookupDraft
-from hfllm.generation.projections import has_int8
+from hfllm.generation.packed.projections import has_int8
+from hfllm.generation.speculative.drafts import Int8Draft, PromptLookupDraft
 
 needs_int8 = pytest.mark.skipif(not has_int8(torch.float32, torch.device("cpu")), reason="no fbgemm here")
 FAST = {"custom_generate": fast_generate}

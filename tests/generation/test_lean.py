@@ -10,10 +10,10 @@ from families import FAMILIES
 from torch import nn
 
 from hfllm.errors import InputError
-from hfllm.generation import projections
-from hfllm.generation.lean import LeanModel, lean_model, why_not
-from hfllm.generation.projections import has_int8, joined, packs
-from hfllm.generation.ragged_cache import RaggedModel
+from hfllm.generation.packed import projections
+from hfllm.generation.packed.model import LeanModel, lean_model, why_not
+from hfllm.generation.packed.projections import has_int8, joined, packs
+from hfllm.generation.packed.ragged_model import RaggedModel
 
 needs_int8 = pytest.mark.skipif(not has_int8(torch.float32, torch.device("cpu")), reason="no fbgemm here")
 

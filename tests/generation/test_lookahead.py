@@ -5,8 +5,8 @@ import random
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.generation.acceptance import optimal_lookahead
-from hfllm.generation.lookahead import AdaptiveLookahead, FixedLookahead, as_lookahead
+from hfllm.generation.speculative.acceptance import optimal_lookahead
+from hfllm.generation.speculative.lookahead import AdaptiveLookahead, FixedLookahead, as_lookahead
 
 
 def feed(lookahead, alpha, runs, seed=0):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from hfllm.generation import acceptance, measure
-from hfllm.generation.acceptance import speedup
-from hfllm.generation.drafts import EarlyExitDraft, ModelDraft
-from hfllm.generation.measure import (
+from hfllm.generation.speculative import acceptance, measure
+from hfllm.generation.speculative.acceptance import speedup
+from hfllm.generation.speculative.drafts import EarlyExitDraft, ModelDraft
+from hfllm.generation.speculative.measure import (
     Costs,
     best_lookahead,
     identical_share,

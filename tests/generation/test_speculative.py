@@ -6,11 +6,11 @@ from families import FAMILIES
 from test_acceptance import LIMIT, surprise
 
 from hfllm.errors import InputError
-from hfllm.generation import acceptance
-from hfllm.generation.drafts import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft
-from hfllm.generation.lookahead import AdaptiveLookahead
-from hfllm.generation.projections import has_int8
-from hfllm.generation.speculative import speculative_generate
+from hfllm.generation.packed.projections import has_int8
+from hfllm.generation.speculative import acceptance
+from hfllm.generation.speculative.drafts import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft
+from hfllm.generation.speculative.lookahead import AdaptiveLookahead
+from hfllm.generation.speculative.speculative import speculative_generate
 
 NEW = 24
 needs_int8 = pytest.mark.skipif(not has_int8(torch.float32, torch.device("cpu")), reason="no int8 kernels here")
@@ -101,7 +101,7 @@ def test_padding_on_either_side_and_one_token_prompts(make_target, blurred, prom
 
 def test_prompts_of_very_different_lengths(make_target, blurred, prompts, monkeypatch):
     """Where the logits of all columns in which rows end would be too many."""
-    from hfllm.generation import ragged_cache
+    from hfllm.generation.packed import ragged_model as ragged_cache
 
     monkeypatch.setattr(ragged_cache, "MOST_LOGITS", 3 * 40)
     target = make_target()
@@ -163,7 +163,7 @@ def test_the_target_runs_as_often_as_the_statistics_say(make_target, blurred, pr
 
 def joint_distribution(target, prompt, **warp):
     """Probabilities of every pair of next tokens, (V, V), by the target alone."""
-    from hfllm.generation.options import read_options
+    from hfllm.generation.speculative.options import read_options
 
     sampler = read_options(target, None, None, prompt.shape[1], max_new_tokens=2, do_sample=True, **warp).sampler
     size = target.config.vocab_size

@@ -3,8 +3,8 @@
 import torch
 from datasets import Dataset
 
-from hfllm.trainers.ppo_config import PPOConfig
-from hfllm.trainers.ppo_trainer import PPOTrainer
+from hfllm.trainers.ppo.config import PPOConfig
+from hfllm.trainers.ppo.trainer import PPOTrainer
 
 
 def test_ppo_converges_to_the_tilted_reference(make_model, tokenizer, tmp_path):

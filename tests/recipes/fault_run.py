@@ -31,7 +31,7 @@ class Fault(transformers.TrainerCallback):
 
 
 def main(kind, step, name, *flags):
-    from hfllm.cli import run
+    from hfllm.runs.command_line import run
 
     transformers.trainer.DEFAULT_CALLBACKS.append(Fault(kind, int(step)))
     recipe = import_module(name)

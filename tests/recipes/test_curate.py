@@ -17,10 +17,10 @@ import pytest
 pytest.importorskip("datatrove", reason="needs the extra 'data'")
 
 from hfllm.data.curation.options import FILTERS, CurationOptions
+from hfllm.data.loading import load_texts
 from hfllm.data.prepared import Prepared
 from hfllm.data.sources import load_source
 from hfllm.errors import InputError
-from hfllm.stage_data import load_texts
 
 ROOT = Path(__file__).parent.parent.parent
 WORDS = {
@@ -162,7 +162,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(corpus, monkeypatch, capsy
 
 def test_a_run_that_ended_before_its_report_is_completed(corpus, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("hfllm.reporting.Report.write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr("hfllm.outputs.report.Report.write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             run(*corpus.flags)
     assert run(*corpus.flags)["documents_kept"] == 30

@@ -119,7 +119,7 @@ def test_a_share_of_the_prompts_is_mixed(distilled, tmp_path, monkeypatch):
         asked.append([row["prompt"] for row in rows])
         raise InputError("seen")
 
-    monkeypatch.setattr("hfllm.teacher_answers.write_answers", write_answers)
+    monkeypatch.setattr("hfllm.synthesis.teacher_answers.write_answers", write_answers)
     for share in ("0", "0.5"):
         flags = options(distilled, tmp_path, "--answers", "sampled", "--mixed_prompts", share)
         with pytest.raises(InputError, match="seen"):
@@ -132,7 +132,9 @@ def test_a_share_of_the_prompts_is_mixed(distilled, tmp_path, monkeypatch):
 def test_the_student_alone_has_as_many_steps(distilled, tmp_path, monkeypatch):
     made, make = [], distill.student_trainer
     monkeypatch.setattr(distill, "student_trainer", lambda *args: made.append(make(*args)) or made[-1])
-    monkeypatch.setattr("hfllm.teacher_answers.write_answers", lambda teacher, tokenizer, rows, *settings: rows[::4])
+    monkeypatch.setattr(
+        "hfllm.synthesis.teacher_answers.write_answers", lambda teacher, tokenizer, rows, *settings: rows[::4]
+    )
     flags = options(distilled, tmp_path, "--answers", "sampled", "--num_train_epochs", "1", "--max_steps", "-1")
     distill.main(*distill.parse([*flags, "--student_layers_every", "2", "--train_alone", "true"]))
     student, alone = (trainer.state.global_step for trainer in made)
@@ -179,7 +181,7 @@ def test_the_student_alone_has_as_many_steps(distilled, tmp_path, monkeypatch):
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(flags, message, saved, tmp_path, monkeypatch):
-    monkeypatch.setattr("hfllm.stages.run_stage", lambda *args, **kwargs: pytest.fail("a stage was run"))
+    monkeypatch.setattr("hfllm.runs.chain.run_stage", lambda *args, **kwargs: pytest.fail("a stage was run"))
     (tmp_path / "hard.yaml").write_text("sequence_level: true\nhard_weight: 0.5\n")
     flags = [flag.format(saved=saved, hard=tmp_path / "hard.yaml") for flag in flags]
     with pytest.raises(InputError, match=message):

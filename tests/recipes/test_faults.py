@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from hfllm.checkpoints import last_complete_checkpoint
+from hfllm.outputs.checkpoints import last_complete_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
 
-from hfllm.checkpoints import last_complete_checkpoint
 from hfllm.errors import InputError
+from hfllm.outputs.checkpoints import last_complete_checkpoint
 from hfllm.trainers.interruptions import TERMINATED, check_shards
 
 FLAGS = {

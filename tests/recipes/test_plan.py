@@ -181,7 +181,7 @@ def test_the_printed_command_makes_the_planned_model(flags, tmp_path, capsys):
     import pretrain
     import torch
 
-    from hfllm import pretraining
+    from hfllm.stages import pretraining
 
     metrics = run(tmp_path, *flags)
     command = capsys.readouterr().out.splitlines()[-1]
@@ -205,7 +205,7 @@ def test_the_printed_command_makes_the_planned_model(flags, tmp_path, capsys):
 def test_a_native_config_and_one_of_the_family_are_launched_as_they_are(make_config, tmp_path):
     from transformers import LlamaConfig
 
-    from hfllm.stage_models import named_fields
+    from hfllm.runs.models import named_fields
 
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 100}
     LlamaConfig(**sizes, vocab_size=300, rms_norm_eps=1e-3).save_pretrained(tmp_path / "llama")

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from hfllm import pretraining, pretraining_watch
 from hfllm.data import packing
+from hfllm.data.mixtures import load_sources
 from hfllm.data.prepared import Prepared
 from hfllm.errors import InputError
-from hfllm.mixtures import load_sources
-from hfllm.stages import Stage
+from hfllm.runs.stage import Stage
+from hfllm.stages import pretraining, pretraining_watch
 
 ROOT = Path(__file__).parent.parent.parent
 WORDS = ["owl", "fox", "red", "blue", "house", "river", "walks", "sings", "the", "a", "old", "small"]
@@ -208,7 +208,7 @@ def test_a_run_that_goes_on_reads_no_text_again(run, corpus, tmp_path, monkeypat
         run(**settings)
     monkeypatch.setattr(Stage, "finish", finish)
     packed = []
-    monkeypatch.setattr("hfllm.stage_data.iterate_source", lambda *args: pytest.fail("read again"))
+    monkeypatch.setattr("hfllm.data.loading.iterate_source", lambda *args: pytest.fail("read again"))
     pack = packing.packed_tables
     monkeypatch.setattr(packing, "packed_tables", lambda texts, *rest: packed.append(len(texts)) or pack(texts, *rest))
     again = run(**settings, resume_from_checkpoint=tmp_path / "out" / "checkpoint-10")

@@ -7,8 +7,8 @@ import pytest
 import sft
 from hub_server import TOKEN
 
-from hfllm.cli import run_arguments
 from hfllm.errors import HIDDEN, InputError
+from hfllm.runs.command_line import run_arguments
 
 
 @pytest.fixture

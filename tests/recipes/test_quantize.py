@@ -149,7 +149,7 @@ def test_what_is_published_loads_and_learns_on(hub, saved, learns_on, tmp_path, 
     ],
 )
 def test_bad_flags_are_refused(flags, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("hfllm.stages.run_stages", lambda *args: pytest.fail("a stage was run"))
+    monkeypatch.setattr("hfllm.runs.chain.run_stages", lambda *args: pytest.fail("a stage was run"))
     with pytest.raises(InputError, match=message):
         quantize.main(*quantize.parse([*flags, "--output_dir", str(tmp_path / "out")]))
     assert not (tmp_path / "out").exists()

@@ -11,9 +11,9 @@ import sft
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from hfllm import stage_models
 from hfllm.errors import InputError
-from hfllm.rewards import length_penalty
+from hfllm.rewards.functions import length_penalty
+from hfllm.runs import models as stage_models
 
 RLHF_METRICS = {
     "gold_reward_before",
@@ -79,7 +79,7 @@ def test_a_changed_stage_runs_again_with_all_that_build_on_it(tiny, tmp_path):
     import pretrain
     import reward
 
-    from hfllm.stages import run_stage
+    from hfllm.runs.chain import run_stage
 
     folders = {stage: str(tmp_path / stage) for stage in ("pretrain", "sft")}
 
@@ -155,7 +155,7 @@ def test_a_changed_config_file_is_noticed(aligned, tiny, tmp_path):
 
 
 def test_a_changed_reward_is_noticed(tmp_path):
-    from hfllm.stages import stage_arguments
+    from hfllm.runs.stage import stage_arguments
 
     def noted(*flags):
         arguments = stage_arguments(*rlhf.parse(["--output_dir", str(tmp_path / "out"), *flags]))
@@ -203,7 +203,7 @@ def test_a_users_reward_and_prompts(aligned, tiny, tmp_path):
 
 def test_the_proxy_alone_trains_the_policy(aligned, tiny):
     """The gold reward is logged at weight 0; `--reward_funcs gold` must be asked for."""
-    from hfllm.rewards import gold_reward
+    from hfllm.rewards.functions import gold_reward
 
     script_args, training_args, _ = rlhf.parse(["--config", tiny["rlhf"]])
     trained, rewards, tokenizers = rlhf.with_gold_beside(script_args, training_args, ["proxy"], [None])
@@ -256,7 +256,7 @@ def test_pretraining_texts_reach_the_trainer(name, saved, world, tmp_path, monke
     def trainer(ptx_dataset, **kwargs):
         raise Seen(ptx_dataset["text"][:])
 
-    monkeypatch.setattr("hfllm.trainers.ppo_trainer.PPOTrainer", trainer)
+    monkeypatch.setattr("hfllm.trainers.ppo.trainer.PPOTrainer", trainer)
     monkeypatch.chdir(tmp_path)
     Path("texts.jsonl").write_text('{"text": "red"}\n{"text": " "}\n{"text": "blue"}\n')
     flags = ["--model_name_or_path", str(saved), "--reward_funcs", "gold", "--num_prompts", "8", "--output_dir", "out"]

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from hfllm.errors import InputError
-from hfllm.generation.projections import has_int8
+from hfllm.generation.packed.projections import has_int8
 
 METRICS = {
     *("acceptance_rate", "tokens_per_target_call", "speedup", "speedup_predicted", "identical_share"),

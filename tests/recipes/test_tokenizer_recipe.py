@@ -7,10 +7,10 @@ import pytest
 import tokenizer as recipe
 from transformers import AutoTokenizer
 
-from hfllm import pretraining
 from hfllm.data.sources import PYDOC, iterate_source
 from hfllm.data.tokenizer import train_tokenizer, truncated_tokenizer
 from hfllm.errors import InputError
+from hfllm.stages import pretraining
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import pytest
 from datasets import Dataset
 
-from hfllm.trainers.ppo_config import PPOConfig
-from hfllm.trainers.ppo_trainer import PPOTrainer
+from hfllm.trainers.ppo.config import PPOConfig
+from hfllm.trainers.ppo.trainer import PPOTrainer
 
 
 def letters(prompts, completions, **columns):

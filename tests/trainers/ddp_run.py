@@ -11,8 +11,8 @@ from datasets import Dataset
 
 import hfllm
 from hfllm.data.tokenizer import train_tokenizer
-from hfllm.trainers.ppo_config import PPOConfig
-from hfllm.trainers.ppo_trainer import PPOTrainer
+from hfllm.trainers.ppo.config import PPOConfig
+from hfllm.trainers.ppo.trainer import PPOTrainer
 
 WORDS = ["Say red.", "What is 1 plus 2?", "The fox", "Tell me where the owl lives, please.", "Go", "A blue hat"]
 

@@ -9,7 +9,7 @@ import torch
 
 import hfllm
 from hfllm.data.tokenizer import train_tokenizer
-from hfllm.data.world import World
+from hfllm.data.world.world import World
 
 
 def build(output_dir: str, rows: int, deepspeed: str | None = None) -> hfllm.DistillationTrainer:

@@ -19,7 +19,7 @@ import pretrain_run
 import torch
 from safetensors.torch import load_file
 
-from hfllm.checkpoints import last_complete_checkpoint
+from hfllm.outputs.checkpoints import last_complete_checkpoint
 
 KILLS, STEPS = 10, 60
 

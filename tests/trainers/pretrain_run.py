@@ -11,9 +11,9 @@ from transformers import TrainingArguments
 import hfllm
 from hfllm.data.packing import pack
 from hfllm.data.tokenizer import train_tokenizer
-from hfllm.data.world import World
-from hfllm.trainers.batch_plan import BatchPlan, Schedule
-from hfllm.trainers.pretrain_trainer import PretrainTrainer
+from hfllm.data.world.world import World
+from hfllm.trainers.pretraining.batch_plan import BatchPlan, Schedule
+from hfllm.trainers.pretraining.trainer import PretrainTrainer
 
 LENGTH = 32
 

@@ -6,8 +6,8 @@ from families import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import hfllm
-from hfllm.trainers.actor_critic import ActorCritic, Sequences, entropy_of, log_distribution, token_logprobs
-from hfllm.trainers.rollout import length_groups
+from hfllm.trainers.ppo.actor_critic import ActorCritic, Sequences, entropy_of, log_distribution, token_logprobs
+from hfllm.trainers.ppo.rollout import length_groups
 
 NATIVES = ("gpt2", "gpt_neox", "cohere", "mistral")
 

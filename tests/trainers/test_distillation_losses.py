@@ -6,8 +6,8 @@ import pytest
 import torch
 from scipy.special import logsumexp, rel_entr
 
-from hfllm.trainers import distillation_losses
-from hfllm.trainers.distillation_losses import (
+from hfllm.trainers.distillation import losses as distillation_losses
+from hfllm.trainers.distillation.losses import (
     LossSettings,
     TeacherHead,
     TeacherLogits,

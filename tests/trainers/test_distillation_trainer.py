@@ -8,11 +8,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from hfllm.compression.schemes import get_scheme
 from hfllm.errors import InputError
-from hfllm.trainers import teacher_memory
-from hfllm.trainers.distillation_config import DistillationConfig
-from hfllm.trainers.distillation_data import DistillationCollator, tokenize_dataset
-from hfllm.trainers.distillation_trainer import DistillationTrainer
-from hfllm.trainers.students import layer_pairs, load_teacher, smaller_student, student_from_layers
+from hfllm.trainers.distillation import teacher_memory
+from hfllm.trainers.distillation.config import DistillationConfig
+from hfllm.trainers.distillation.data import DistillationCollator, tokenize_dataset
+from hfllm.trainers.distillation.students import layer_pairs, load_teacher, smaller_student, student_from_layers
+from hfllm.trainers.distillation.trainer import DistillationTrainer
 
 ROWS = [
     {"prompt": "Say red.", "completion": " Red it is, and blue."},

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hfllm.checkpoints import last_complete_checkpoint
+from hfllm.outputs.checkpoints import last_complete_checkpoint
 
 SCRIPT = Path(__file__).parent / "kill_run.py"
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 from hfllm.errors import InputError
-from hfllm.trainers.muon import MuonWithAdamW, muon_of
+from hfllm.trainers.pretraining.muon import MuonWithAdamW, muon_of
 
 
 def orthogonal(matrix):

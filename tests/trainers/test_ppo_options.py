@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 import hfllm
 from hfllm.errors import InputError
-from hfllm.rewards import RewardEnsemble, RewardModel, TokenRewardModel, length_penalty
-from hfllm.trainers import engine
-from hfllm.trainers.controllers import KLController, RunningMoments
-from hfllm.trainers.ppo_trainer import PPOTrainer
+from hfllm.rewards.ensembles import RewardEnsemble
+from hfllm.rewards.functions import length_penalty
+from hfllm.rewards.models import RewardModel, TokenRewardModel
+from hfllm.trainers.ppo import base_trainer as engine
+from hfllm.trainers.ppo.controllers import KLController, RunningMoments
+from hfllm.trainers.ppo.trainer import PPOTrainer
 
 
 def rows_of(dataset, count):
@@ -358,7 +360,7 @@ def test_whitened_rewards_have_unit_variance_and_keep_their_mean(make_trainer, p
 
 
 def test_the_dual_clip_bounds_what_a_bad_token_can_do():
-    from hfllm.trainers.advantages import policy_loss
+    from hfllm.trainers.ppo.formulas import policy_loss
 
     old, new, mask = torch.zeros(1, 1), torch.full((1, 1), 3.0), torch.ones(1, 1)
     bad = -torch.ones(1, 1)
@@ -403,7 +405,7 @@ def test_logits_that_are_not_finite_stop_the_run_and_keep_the_prompts(make_train
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
 def test_a_gradient_that_is_not_finite_stops_the_run_before_its_step(make_trainer, tmp_path, max_grad_norm):
-    from hfllm.trainers.rollout import Rollout
+    from hfllm.trainers.ppo.rollout import Rollout
 
     trainer = make_trainer(max_steps=4, max_grad_norm=max_grad_norm)
     step = trainer.training_step
@@ -476,7 +478,7 @@ def test_a_reward_model_by_name_has_a_trained_head_with_one_label(
 ):
     from types import SimpleNamespace
 
-    from hfllm.stage_models import load_scorer
+    from hfllm.runs.models import load_scorer
 
     with pytest.raises(InputError, match=r"the reward model '.*model' has no head for scores"):
         make_trainer(reward_funcs=str(saved))

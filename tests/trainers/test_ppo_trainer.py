@@ -9,8 +9,8 @@ from transformers import TrainerCallback
 
 import hfllm
 from hfllm.errors import InputError
-from hfllm.rewards import RewardModel
-from hfllm.trainers.ppo_parts import split_reference
+from hfllm.rewards.models import RewardModel
+from hfllm.trainers.ppo.setup import split_reference
 
 
 def rows_of(dataset, count):
@@ -411,7 +411,7 @@ def test_bad_input_is_refused_before_training(make_trainer, make_args, prompts, 
         broken = copy.deepcopy(tokenizer)
         setattr(broken, token, None)
         with pytest.raises(InputError, match=token.replace("_token", "") if token == "eos_token" else "padding token"):
-            from hfllm.trainers.ppo_parts import special_tokens
+            from hfllm.trainers.ppo.setup import special_tokens
 
             special_tokens(broken, make_trainer().policy, make_args())
 

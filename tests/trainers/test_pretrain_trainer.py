@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from hfllm.checkpoints import last_complete_checkpoint
 from hfllm.data.packing import batch_of, pack
 from hfllm.errors import InputError
-from hfllm.trainers.batch_plan import BatchPlan, Schedule
-from hfllm.trainers.pretrain_trainer import PretrainTrainer
+from hfllm.outputs.checkpoints import last_complete_checkpoint
+from hfllm.trainers.pretraining.batch_plan import BatchPlan, Schedule
+from hfllm.trainers.pretraining.trainer import PretrainTrainer
 
 LENGTH = 32
 
@@ -70,7 +70,7 @@ def test_flash_attention_gets_packed_rows_as_one(make_trainer, monkeypatch):
     batch = trainer.plan[0]
     expected = trainer.model(**batch, use_cache=False, num_items_in_batch=1).loss
     # As it would be on a GPU: the model is asked for nothing but its implementation's name there.
-    monkeypatch.setattr("hfllm.trainers.pretrain_trainer.has_flash_attention", lambda model: True)
+    monkeypatch.setattr("hfllm.trainers.pretraining.trainer.has_flash_attention", lambda model: True)
     monkeypatch.setattr(trainer, "_loss_shifts_labels", False)
     passes = list(trainer._passes(batch))
     assert [part["input_ids"].shape for part in passes] == [(1, 64)] * 4

@@ -77,7 +77,7 @@ def test_a_second_call_of_train_begins_anew(make_trainer):
 
 
 def test_the_dataset_order_depends_on_seed_and_epoch_only():
-    from hfllm.trainers.prompts import RolloutSampler
+    from hfllm.trainers.ppo.prompts import RolloutSampler
 
     def order(seed, epoch, size=10, rollout=4):
         return list(RolloutSampler(size, rollout, repeats=3, seed=seed, epoch=lambda: epoch))

@@ -7,9 +7,9 @@ import torch
 from families import FAMILIES
 from transformers import GenerationConfig
 
-from hfllm.trainers import sampling
-from hfllm.trainers.actor_critic import ActorCritic
-from hfllm.trainers.sampling import Witness, sample_responses
+from hfllm.trainers.ppo import sampling
+from hfllm.trainers.ppo.actor_critic import ActorCritic
+from hfllm.trainers.ppo.sampling import Witness, sample_responses
 
 # Many tokens end a response here, so that random models end theirs after different numbers of tokens.
 ENDS, PAD = list(range(7, 40)), 0

@@ -1,0 +1,78 @@
+"""Training and held-out texts of one dataset, or of several with weights."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from hfllm.data.prepared import Prepared
+from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def mixture_of(script_args: Any) -> list[tuple[str, float | None]]:
+    """The datasets and their weights; one without a mixture has no weight.
+
+    Raises:
+        InputError: for an entry that is not NAME:WEIGHT, or a name that comes twice.
+    """
+    if not script_args.dataset_mixture:
+        return [(script_args.dataset_name, None)]
+    pairs = []
+    for entry in script_args.dataset_mixture:
+        name, _, weight = entry.rpartition(":")
+        try:
+            pairs.append((name, float(weight)))
+        except ValueError:
+            pairs.append(("", 0.0))
+        if not name or not pairs[-1][1] > 0:
+            raise InputError(f"--dataset_mixture {entry!r}: expected NAME:WEIGHT with a weight above 0")
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise InputError(f"--dataset_mixture {' '.join(script_args.dataset_mixture)}: a dataset comes twice")
+    return pairs
+
+
+def load_sources(
+    script_args: Any, seed: int, prepared: Prepared
+) -> tuple[dict[str, "Dataset"], Sequence[str], list[str]]:
+    """Training texts by source, all of them in one, and held-out texts of all sources.
+
+    Of a mixture, any first part of all texts has the sources by weight, as long as there is text of each: what a
+    tokenizer or a baseline learns from it is the mixture, as for the model. What one source holds out and another
+    trains on is left out of the held-out texts.
+
+    Raises:
+        InputError: when nothing is held out then.
+    """
+    from datasets import concatenate_datasets
+
+    from hfllm.data.loading import hash_of, load_texts
+
+    sources, held_out, mixture = {}, [], mixture_of(script_args)
+    for number, (name, _) in enumerate(mixture):
+        args = replace(script_args, dataset_name=name)
+        sources[name], test = load_texts(args, seed, prepared, f"texts-{number}")
+        held_out += test
+    together = concatenate_datasets(list(sources.values()))
+    if len(sources) > 1:
+        together = together.select(by_weight(sources.values(), [weight for _, weight in mixture]))
+        wanted = {hash_of(text) for text in held_out}
+        known = wanted.intersection(hash_of(text) for text in together["text"])
+        held_out = [text for text in held_out if hash_of(text) not in known]
+        if not held_out:
+            raise InputError("every held-out text of the mixture is a training text of another of its datasets")
+    return sources, together["text"], held_out
+
+
+def by_weight(sources: Sequence["Dataset"], weights: Sequence[float]) -> list[int]:
+    """An order of the sources' texts, one source behind the other, in which their bytes go along with the weights."""
+    import numpy
+    import pyarrow.compute
+
+    progress = []
+    for source, weight in zip(sources, weights, strict=True):
+        batches = source.with_format("arrow").iter(10_000)
+        sizes = numpy.concatenate([pyarrow.compute.binary_length(batch["text"]) for batch in batches])
+        progress.append(sizes.cumsum() / weight)
+    return numpy.concatenate(progress).argsort(kind="stable").tolist()

@@ -1,0 +1,141 @@
+"""Pretraining texts of the embedded world: what is written down in it, before anybody is taught to answer.
+
+Held-out facts and sums are told here too (asking about them is what evaluation keeps for itself); held-out passages
+and lists are not, and no document uses a held-out phrasing.
+"""
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from hfllm.data.world.vocabulary import (
+    ANIMALS,
+    COLOURS,
+    FRUITS,
+    LIST_OPERATIONS,
+    NUMBERS,
+    PEOPLE,
+    THINGS,
+    is_held_out,
+    tell_passage,
+)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What documents are written from.
+
+    Args:
+        facts: of each animal, by attribute.
+        dialogue: draws a question of the given family and its answer.
+    """
+
+    facts: Mapping[str, Mapping[str, str]]
+    dialogue: Callable[[random.Random, str], tuple[str, str]]
+
+
+def write_documents(told: Told, world_seed: int, count: int, seed: int) -> list[str]:
+    """Write `count` texts of mixed kinds. The same world and seed give the same texts."""
+    rng = random.Random(f"documents-{world_seed}-{seed}")
+    kinds, shares = zip(*SHARES.items(), strict=True)
+    return [rng.choices(kinds, shares)[0](told, rng) for _ in range(count)]
+
+
+def fact_document(told: Told, rng: random.Random) -> str:
+    animal = rng.choice(ANIMALS)
+    fact = told.facts[animal]
+    sentences = [
+        rng.choice(
+            (
+                f"The {animal} is {fact['colour']}.",
+                f"The colour of the {animal} is {fact['colour']}.",
+                f"Look at the {fact['colour']} {animal}.",
+            )
+        ),
+        rng.choice(
+            (
+                f"The {animal} lives in the {fact['home']}.",
+                f"The home of the {animal} is the {fact['home']}.",
+                f"You find the {animal} in the {fact['home']}.",
+            )
+        ),
+        rng.choice(
+            (
+                f"The {animal} eats {fact['food']}.",
+                f"The food of the {animal} is {fact['food']}.",
+                f"The {animal} likes {fact['food']}.",
+            )
+        ),
+    ]
+    rng.shuffle(sentences)
+    return " ".join(sentences)
+
+
+def reading_document(told: Told, rng: random.Random) -> str:
+    count = rng.choice((1, 2, 2, 3))
+    people, things, colours = rng.sample(PEOPLE, count), rng.sample(THINGS, count), rng.sample(COLOURS, count)
+    passage = tell_passage(people, things, colours)
+    if any(is_held_out(f"reading {passage} {person}") for person in people):
+        return reading_document(told, rng)
+    owners = zip(people, things, colours, strict=True)
+    said = [f"The {thing} of {person} is {colour}." for person, thing, colour in owners]
+    rng.shuffle(said)
+    return " ".join([passage, *said])
+
+
+def list_document(told: Told, rng: random.Random) -> str:
+    items = rng.sample(FRUITS, rng.choice((3, 3, 4)))
+    while any(is_held_out(f"list {', '.join(items)} {operation}") for operation in LIST_OPERATIONS):
+        items = rng.sample(FRUITS, rng.choice((3, 3, 4)))
+    text = ", ".join(items)
+    sentences = [
+        f"The first item is {items[0]}.",
+        f"The last item is {items[-1]}.",
+        f"From end to start it is {', '.join(items[::-1])}.",
+    ]
+    rng.shuffle(sentences)
+    return f"{text}. {' '.join(sentences)}"
+
+
+def sum_document(told: Told, rng: random.Random) -> str:
+    first = rng.randrange(10)
+    others = rng.sample(range(10), 3)
+    return " ".join(f"{first} plus {second} is {first + second}." for second in others)
+
+
+def echo_document(told: Told, rng: random.Random) -> str:
+    # Repetition is what teaches a model to copy from its context (induction: Olsson et al. 2022).
+    person, other = rng.sample(PEOPLE, 2)
+    words = rng.sample((*FRUITS, *THINGS, *COLOURS, *ANIMALS, *NUMBERS), rng.randint(3, 8))
+    text = " ".join(words)
+    return f"{person} says {text}. {other} says {text}. {person} says {text}."
+
+
+def dialogue_document(told: Told, rng: random.Random) -> str:
+    question, answer = told.dialogue(rng, rng.choices(("fact", "reading", "list", "addition"), (1, 1, 2, 2))[0])
+    person, other = rng.sample(PEOPLE, 2)
+    return f"{person} asks: {question}\n{other} says: {answer}"
+
+
+def talk_document(told: Told, rng: random.Random) -> str:
+    person, other = rng.sample(PEOPLE, 2)
+    animal = rng.choice(ANIMALS)
+    return rng.choice(
+        (
+            f"{person} asks {other} to help. I can help you, says {other}.",
+            f"{person} cares for the {animal}. {other} can not help with that.",
+            f"Do you know the {animal}? says {person}. I do not know, says {other}.",
+            f"Please name the list of items, says {person}. Sure, says {other}.",
+        )
+    )
+
+
+SHARES = {
+    fact_document: 5,
+    dialogue_document: 10,
+    echo_document: 5,
+    reading_document: 3,
+    list_document: 3,
+    sum_document: 4,
+    talk_document: 1,
+}

@@ -1,0 +1,114 @@
+"""A model before and after quantization, judged alike: size, perplexity, gold reward, greedy tokens, speed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hfllm.compression.measure import agreement, greedy_tokens, speeds, token_windows
+from hfllm.compression.schemes import linear_bytes, stored_bytes
+from hfllm.data.world.world import World
+from hfllm.evaluation.perplexity import fit_of
+from hfllm.evaluation.responses import judge_tasks, mean_gold
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class Judge:
+    """What a model and its quantized forms are judged on.
+
+    Args:
+        tokenizer: of all of them.
+        texts: for perplexity and greedy tokens.
+        max_length: of a window of text, in tokens.
+        world: the embedded world for a gold reward, or `None` for none.
+        num_eval_prompts: questions of the world.
+        response_length: longest answer, in tokens.
+        timing: arguments of `measure.speeds`.
+        rounds: of the timing; 0 is no timing.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    texts: Sequence[str]
+    max_length: int
+    world: World | None = None
+    num_eval_prompts: int = 600
+    response_length: int = 40
+    timing: Mapping[str, int] = field(default_factory=dict)
+    rounds: int = 5
+
+    windows: "list[torch.Tensor]" = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.windows = token_windows(self.tokenizer, self.texts, self.max_length)
+
+    def original(self, model: "PreTrainedModel", names: Sequence[str]) -> dict[str, Any]:
+        """The row of the model in full precision; the others are compared with it.
+
+        Args:
+            names: the linear layers that schemes quantize.
+        """
+        # Of the original, which the forms are compared with.
+        self._bytes = stored_bytes(model), linear_bytes(model, names)
+        self._expected = greedy_tokens(model, self.windows)
+        row = {"scheme": "original", "bytes": self._bytes[0], "share": 1.0, "linear_share": 1.0, "left": 0}
+        row |= {**self._quality(model), "agreement": 1.0}
+        if self.rounds:
+            row |= speeds({"original": model}, **self.timing, rounds=self.rounds)["original"]
+            row |= {"prefill_speedup": 1.0, "decode_speedup": 1.0}
+        return row
+
+    def quantized(
+        self, name: str, model: "PreTrainedModel", original: "PreTrainedModel", names: Sequence[str]
+    ) -> dict[str, Any]:
+        """The row of a quantized form that has not run yet, after `original`'s.
+
+        Returns:
+            `bytes` saved; `share` of the original's; `linear_share`, that of the layers called `names`; how many of
+            those were `left` as they were; `perplexity`; `gold_reward` where there is a world; `agreement`, the share
+            of places with the original's greedy next token; `prefill` and `decode` in tokens a second, and each over
+            the original's, which took turns with it (`..._speedup`).
+        """
+        from torch import nn
+
+        size, linear = stored_bytes(model), linear_bytes(model, names)
+        row = {
+            "scheme": name,
+            "bytes": size,
+            "share": size / self._bytes[0],
+            "linear_share": linear / self._bytes[1],
+            "left": sum(type(model.get_submodule(layer)) is nn.Linear for layer in names),
+        }
+        row |= self._quality(model)
+        row["agreement"] = agreement(self._expected, greedy_tokens(model, self.windows))
+        if self.rounds:
+            found = speeds({"original": original, name: model}, **self.timing, rounds=self.rounds)
+            row |= found[name]
+            row |= {f"{phase}_speedup": found[name][phase] / found["original"][phase] for phase in found[name]}
+        return row
+
+    def loss(self, model: "PreTrainedModel", num_texts: int) -> float:
+        """Nats a token on the first texts."""
+        fit = fit_of(model, self.tokenizer, self.texts[:num_texts], self.max_length)
+        return fit.nats / fit.tokens
+
+    def difference_after_reload(self, model: "PreTrainedModel", folder: str) -> float:
+        """The largest difference of a logit between a model and the one that was saved in `folder`, on one window."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        again = AutoModelForCausalLM.from_pretrained(folder).eval()
+        with torch.inference_mode():
+            ours, theirs = (each(input_ids=self.windows[0].to(each.device)).logits for each in (model, again))
+        return (ours - theirs).abs().max().item()
+
+    def _quality(self, model: "PreTrainedModel") -> dict[str, float]:
+        found = {"perplexity": fit_of(model, self.tokenizer, self.texts, self.max_length).perplexity}
+        if self.world is not None:
+            tasks = self.world.evaluation_tasks(self.num_eval_prompts)
+            found["gold_reward"] = mean_gold(
+                judge_tasks(model, self.tokenizer, tasks, self.response_length, do_sample=False)
+            )
+        return found

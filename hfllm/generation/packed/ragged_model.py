@@ -1,0 +1,246 @@
+"""A causal model that runs over a cache whose rows have lengths of their own.
+
+Shapes: B rows, Q new tokens of each, C columns of the cache, V vocabulary size.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hfllm.errors import InputError
+from hfllm.generation.packed.model import LeanModel, lean_model
+from hfllm.generation.packed.ragged_cache import RaggedCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+# Logits that a prompt's run may hold at once beyond those that are wanted: 256 MB in fp32.
+MOST_LOGITS = 2**26
+
+
+class RaggedModel:
+    """A causal language model whose rows are each at a position of their own.
+
+    Args:
+        model: any causal language model of transformers that takes `position_ids` and four-dimensional masks.
+        capacity: columns of its cache.
+        forward: what runs in place of the model: a `LeanModel`, or what `compiled_forward` returns.
+        cache: the cache to use, by default a new one.
+        static: `forward` is compiled for shapes that do not change; prompts are read by the model itself.
+
+    Raises:
+        InputError: for a model that this cannot work with.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        capacity: int,
+        forward: Callable[..., Any] | None = None,
+        cache: RaggedCache | None = None,
+        static: bool = False,
+    ):
+        check_model(model)
+        config = model.config.get_text_config(decoder=True)
+        self.model, self.forward, self.static = model, forward or model, static
+        self.lean = forward if isinstance(forward, LeanModel) else None
+        self.cache = cache or RaggedCache(config.num_hidden_layers, capacity)
+        self.windows = attention_windows(config)
+        # Of a model that takes no mask for one, and has no layer that looks back a window only.
+        self.sees_all = self.lean is not None and set(self.windows.values()) == {None}
+        self.is_eager = config._attn_implementation == "eager"
+        self.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        self.vocabulary = config.vocab_size
+
+    def __call__(
+        self,
+        tokens: torch.Tensor,
+        columns: torch.Tensor,
+        last: torch.Tensor,
+        longest: int,
+        logits: int = 0,
+        level: bool = False,
+    ) -> torch.Tensor:
+        """Logits (B, Q, V) of `tokens` (B, Q) that are written to `columns` (B, Q).
+
+        Args:
+            last: (B,), the last position that each row will ever need; drafts reach beyond it, whose positions may not
+                exist in the model.
+            longest: columns in use after this call.
+            logits: only those of that many last tokens; 0 is all.
+            level: whether there is one token of each row, and all in the same column.
+        """
+        width = self.cache.capacity if self.static else longest
+        self.cache.place(columns, width)
+        keep = {"logits_to_keep": logits} if self.keeps_logits else {}
+        output = self.forward(
+            input_ids=tokens,
+            attention_mask=None if level and self.sees_all else self._mask(columns, width),
+            position_ids=columns.minimum(last.unsqueeze(1)),
+            cache=self.cache,
+            use_cache=True,
+            **keep,
+        )
+        return output.logits
+
+    def prefill(self, tokens: torch.Tensor, lengths: torch.Tensor, last: torch.Tensor, sizes: Sequence[int]) -> Any:
+        """Read prompts (B, S), padded on the right, into the cache; never compiled, since their lengths vary.
+
+        Args:
+            lengths: (B,), tokens of each prompt.
+            last: as for a call.
+            sizes: `lengths` as numbers.
+
+        Returns:
+            Logits (B, 1, V) behind each prompt.
+        """
+        spread = max(sizes) - min(sizes)
+        # The head runs on the columns where rows end. Far apart, those are too many: their last tokens go again.
+        together = len(sizes) * spread * self.vocabulary <= MOST_LOGITS or not self.keeps_logits
+        forward, self.forward = self.forward, self.model if self.static else self.forward
+        columns = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        logits = self(tokens, columns, last, tokens.shape[1], logits=spread + 1 if together else 1)
+        at = lengths.unsqueeze(1) - 1
+        if not together:
+            logits = self(tokens.gather(1, at), at, last, tokens.shape[1])
+        elif spread:
+            index = at - (tokens.shape[1] - logits.shape[1])
+            logits = logits.gather(1, index.unsqueeze(-1).expand(-1, 1, logits.shape[-1]))
+        self.forward = forward
+        return logits[:, -1:]
+
+    def _mask(self, columns: torch.Tensor, width: int) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Who sees whom, (B, 1, Q, width): columns up to one's own, and within the window where there is one."""
+        behind = columns[:, None, :, None] - torch.arange(width, device=columns.device)
+        masks = {}
+        for kind, window in self.windows.items():
+            mask = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+            if self.is_eager:
+                dtype = self.model.dtype
+                mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+            masks[kind] = mask
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def ragged_model(model: "PreTrainedModel", capacity: int, compile: bool = False, lean: bool = False) -> RaggedModel:
+    """A model over a cache of that many columns.
+
+    Args:
+        compile: run it through `torch.compile`.
+        lean: run it as a `LeanModel`.
+
+    Raises:
+        InputError: for `lean` where it does not work, saying why.
+    """
+    check_model(model)
+    if compile:
+        return RaggedModel(model, capacity, compiled_forward(model), static=True)
+    return RaggedModel(model, capacity, lean_model(model) if lean else None)
+
+
+def attention_windows(config: Any) -> dict[str, int | None]:
+    """The window of each kind of layer that a model has, `None` for those without."""
+    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    if not kinds:
+        kinds = ["full_attention" if window is None else "sliding_attention"]
+    return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
+
+
+def check_model(model: "PreTrainedModel", name: str = "the model") -> None:
+    """Refuse a model that keeps another kind of state than keys and values by position.
+
+    Raises:
+        InputError: saying which kind, and what to use instead.
+    """
+    config = model.config
+    kind = f"{name} ({config.model_type})"
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"{kind} is an encoder-decoder: speculative decoding here takes causal language models; "
+            "transformers' generate(assistant_model=...) takes yours"
+        )
+    if hasattr(model, "get_base_model"):
+        raise InputError(f"{kind} is wrapped by PEFT: pass model.get_base_model(), whose layers keep the adapter")
+    parameters = inspect.signature(type(model).forward).parameters
+    if getattr(model, "_is_stateful", False) or not {"position_ids", "cache"} <= set(parameters):
+        raise InputError(
+            f"{kind} does not take positions and a key-value cache, so that drafts could not be undone: "
+            "use its own generate()"
+        )
+    others = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
+    others -= {"full_attention", "sliding_attention"}
+    if others:
+        raise InputError(f"{kind} has layers of type {', '.join(sorted(others))}: use its own generate()")
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise InputError(
+            f"{kind} runs attn_implementation={config._attn_implementation!r}, which takes no mask of one's own: "
+            "load it with attn_implementation='sdpa'"
+        )
+
+
+def padded_right(input_ids: torch.Tensor, attention_mask: torch.Tensor, columns: int) -> torch.Tensor:
+    """The tokens of each row that are not padding, from column 0 on, in a tensor of (B, `columns`) zeros."""
+    kept = attention_mask.bool()
+    tokens = input_ids.new_zeros(input_ids.shape[0], columns)
+    at = kept.long().cumsum(1) - 1
+    rows = torch.arange(input_ids.shape[0], device=input_ids.device).unsqueeze(1).expand_as(at)
+    tokens[rows[kept], at[kept]] = input_ids[kept]
+    return tokens
+
+
+def check_context(model: "PreTrainedModel", length: int, name: str = "the model") -> None:
+    """Refuse sequences that a table of learned positions does not reach.
+
+    Raises:
+        InputError: naming both lengths.
+    """
+    config = model.config.get_text_config(decoder=True)
+    context, rotary = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None)
+    if context is not None and rotary is None and length > context:
+        raise InputError(
+            f"prompt and max_new_tokens make {length} tokens, but {name}, a {config.model_type}, has "
+            f"positions for {context}: shorten the prompt or max_new_tokens"
+        )
+
+
+def early_exit(model: "PreTrainedModel", layers: int) -> "PreTrainedModel":
+    """The same model with its first layers only, under its own final norm and head; no weight is copied.
+
+    Raises:
+        InputError: when the model has not more layers than that, or they cannot be found.
+    """
+    total = model.config.get_text_config(decoder=True).num_hidden_layers
+    if not 1 <= layers < total:
+        raise InputError(f"early exit after {layers} layer(s): expected 1 to {total - 1}, the model has {total}")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == total:
+            return _with_module(model, name.split("."), torch.nn.ModuleList(list(module)[:layers]))
+    raise InputError(f"early exit: {type(model).__name__} has no list of its {total} layers; use another draft")
+
+
+def _with_module(module: torch.nn.Module, path: Sequence[str], replacement: torch.nn.Module) -> Any:
+    """A copy of `module` that shares all its parts, except that `replacement` stands at `path`."""
+    if not path:
+        return replacement
+    copy = object.__new__(type(module))
+    # A trainer may have left a forward of its own on the original, which runs the original's layers.
+    copy.__dict__.update({name: value for name, value in vars(module).items() if name != "forward"})
+    copy._modules = dict(module._modules)
+    copy._modules[path[0]] = _with_module(module._modules[path[0]], path[1:], replacement)
+    return copy
+
+
+def compiled_forward(model: "PreTrainedModel") -> Callable[..., Any]:
+    """The model's forward through `torch.compile`, made once for each model.
+
+    The first call for each number of tokens takes seconds to minutes; a C++ compiler is needed on a CPU.
+    """
+    owner, compiled = vars(model).get("_hfllm_compiled", (None, None))
+    # A deep copy of a model carries this along, and must not run the weights of the original.
+    if owner != id(model):
+        compiled = torch.compile(model.forward, fullgraph=True, dynamic=False)
+        vars(model)["_hfllm_compiled"] = (id(model), compiled)
+    return compiled

@@ -1,0 +1,272 @@
+"""Where drafted tokens come from: another model, the prompt itself, or the target's own first layers.
+
+Shapes: B rows, G drafted tokens, V vocabulary size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from hfllm.errors import InputError
+from hfllm.generation.packed.model import lean_model, why_not
+from hfllm.generation.packed.ragged_model import (
+    RaggedModel,
+    check_context,
+    check_model,
+    compiled_forward,
+    early_exit,
+    ragged_model,
+)
+from hfllm.generation.speculative.options import Sampler, check_same_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class Rows:
+    """The sequences that are being continued.
+
+    Attributes:
+        tokens: (B, C), each row from column 0 on; what stands behind its length means nothing.
+        lengths: (B,), tokens of each row.
+        last: (B,), the last position that each row may reach.
+        sizes: the same lengths as numbers.
+    """
+
+    tokens: torch.Tensor
+    lengths: torch.Tensor
+    last: torch.Tensor
+    sizes: list[int]
+
+    @property
+    def are_level(self) -> bool:
+        """Whether all rows have the same length."""
+        return min(self.sizes) == max(self.sizes)
+
+
+@dataclass
+class Proposal:
+    """Drafted tokens.
+
+    Attributes:
+        tokens: (B, G).
+        counts: (B,), how many of them each row has; what stands behind is ignored.
+        probs: (B, G, V), what they were drawn from, or `None` when they were certain.
+    """
+
+    tokens: torch.Tensor
+    counts: torch.Tensor
+    probs: torch.Tensor | None = None
+
+
+class Draft(Protocol):
+    """A source of drafted tokens.
+
+    Whether a row gets a further token may depend on the tokens before it, never on that token itself: the samples
+    would no longer be the target's.
+    """
+
+    def cost_ratio(self, target: "PreTrainedModel") -> float:
+        """A guess at the time of one drafted token, in runs of the target for one token."""
+
+    def begin(self, target: RaggedModel, rows: Rows, compiled: bool) -> None:
+        """Get ready for new prompts. `compiled`: shapes must not change from call to call."""
+
+    def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
+        """Draft up to `steps` tokens (at least 1) for each row."""
+
+    def keep(self, kept: torch.Tensor) -> None:
+        """Forget all rows but these."""
+
+
+def weights_read(model: "PreTrainedModel") -> int:
+    """Weights that one token passes through: all but the embedding, whose rows are looked up."""
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding
+    return sum(parameter.numel() for parameter in model.parameters() if tied or parameter is not embedding)
+
+
+class ModelDraft:
+    """A smaller causal language model with the target's tokenizer (Leviathan et al. 2023, section 2.1).
+
+    Args:
+        model: the draft model.
+
+    Raises:
+        InputError: when it is no causal model with a key-value cache, or at `begin` when its positions do not suffice.
+    """
+
+    def __init__(self, model: "PreTrainedModel"):
+        check_model(model, "the draft model")
+        self.model = model
+
+    def cost_ratio(self, target: "PreTrainedModel") -> float:
+        return weights_read(self.model) / weights_read(target)
+
+    def begin(self, target: RaggedModel, rows: Rows, compiled: bool) -> None:
+        check_same_vocabulary(target.model, self.model)
+        check_context(self.model, int(rows.last.max()) + 1, "the draft model")
+        # A target that was told not to run lean has a draft that does not either.
+        lean = target.lean is not None and why_not(self.model) is None
+        self.runner = ragged_model(self.model, target.cache.capacity, compiled, lean)
+        self.runner.prefill(rows.tokens[:, : max(rows.sizes)], rows.lengths, rows.last, rows.sizes)
+
+    def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
+        return draft_by(self.runner, rows, steps, sampler, catch_up=2)
+
+    def keep(self, kept: torch.Tensor) -> None:
+        self.runner.cache.keep(kept)
+
+
+class EarlyExitDraft:
+    """Self-speculation: the target's first layers under its own norm and head (Zhang et al. 2024, arXiv:2309.08168).
+
+    It needs no second model and no cache of its own: what the first layers remember is the target's.
+
+    Args:
+        layers: how many layers; by default half of the target's.
+    """
+
+    def __init__(self, layers: int | None = None):
+        self.layers = layers
+
+    def cost_ratio(self, target: "PreTrainedModel") -> float:
+        return weights_read(self._shortened(target)) / weights_read(target)
+
+    def begin(self, target: RaggedModel, rows: Rows, compiled: bool) -> None:
+        model = self._shortened(target.model)
+        forward = compiled_forward(model) if compiled else None
+        if target.lean:
+            forward = target.lean.first(self._count(target.model))
+        self.runner = RaggedModel(model, 0, forward, target.cache, compiled)
+
+    def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
+        return draft_by(self.runner, rows, steps, sampler, catch_up=1)
+
+    def keep(self, kept: torch.Tensor) -> None:
+        """Nothing: the rows are the target's to drop."""
+
+    def _shortened(self, target: "PreTrainedModel") -> "PreTrainedModel":
+        # The same object again, so that what was compiled for it is found.
+        if getattr(self, "_made_from", None) is not target:
+            self._made_from, self._made = target, early_exit(target, self._count(target))
+        return self._made
+
+    def _count(self, target: "PreTrainedModel") -> int:
+        total = target.config.get_text_config(decoder=True).num_hidden_layers
+        return max(1, total // 2) if self.layers is None else self.layers
+
+
+class Int8Draft:
+    """Self-speculation: the target itself with its weights rounded to int8, a quarter of the memory to read a token.
+
+    As `EarlyExitDraft` it shares the target's cache, so that the prompt is read once. It needs no training, and is
+    right nearly always; the target has to be a model of the family in float32 on an x86 processor, and large enough
+    that decoding waits for its weights.
+    """
+
+    def cost_ratio(self, target: "PreTrainedModel") -> float:
+        return 0.3
+
+    def begin(self, target: RaggedModel, rows: Rows, compiled: bool) -> None:
+        if compiled:
+            raise InputError("the int8 draft does not go with compile=True: leave that out")
+        if target.lean is None:
+            # It reads the target's cache, where a lean target keeps the halves of keys in another order.
+            raise InputError("the int8 draft does not go with lean=False: leave that out")
+        self.runner = RaggedModel(target.model, 0, lean_model(target.model, "int8"), target.cache)
+
+    def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
+        return draft_by(self.runner, rows, steps, sampler, catch_up=1)
+
+    def keep(self, kept: torch.Tensor) -> None:
+        """Nothing: the rows are the target's to drop."""
+
+
+def draft_by(runner: RaggedModel, rows: Rows, steps: int, sampler: Sampler, catch_up: int) -> Proposal:
+    """Draft one token after the other by a model.
+
+    Args:
+        catch_up: tokens at a row's end that may be missing from the model's cache. The last is always, and the one
+            before when a whole draft was accepted, whose last token the draft model has not read. Reading a token
+            again changes nothing.
+    """
+    width = min(catch_up, min(rows.sizes))
+    offsets = torch.arange(-width, 0, device=rows.lengths.device)
+    columns = rows.lengths.unsqueeze(1) + offsets
+    tokens, drafted, distributions = rows.tokens.gather(1, columns), [], []
+    for step in range(steps):
+        level = rows.are_level and tokens.shape[1] == 1
+        logits = runner(tokens, columns, rows.last, max(rows.sizes) + step, logits=1, level=level)[:, -1]
+        token, probs = sampler.draft(logits)
+        drafted.append(token)
+        distributions.append(probs)
+        tokens, columns = token.unsqueeze(1), columns[:, -1:] + 1
+    counts = torch.full_like(rows.lengths, steps)
+    probs = None if distributions[0] is None else torch.stack(distributions, dim=1)
+    return Proposal(torch.stack(drafted, dim=1), counts, probs)
+
+
+class PromptLookupDraft:
+    """What followed the last time that the row's last tokens were seen (Saxena 2023, "prompt lookup decoding").
+
+    The longest n-gram wins, then its latest occurrence, in the prompt and in what was generated. A draft that runs
+    into the row's end goes on in its own beginning, so that loops are followed.
+
+    Args:
+        max_ngram: the longest n-gram to look for, in tokens.
+        min_ngram: the shortest.
+    """
+
+    def __init__(self, max_ngram: int = 3, min_ngram: int = 1):
+        if not 1 <= min_ngram <= max_ngram:
+            raise InputError(
+                f"prompt lookup by n-grams of {min_ngram} to {max_ngram} tokens: expected 1 <= min_ngram <= max_ngram"
+            )
+        self.sizes = range(max_ngram, min_ngram - 1, -1)
+
+    def cost_ratio(self, target: "PreTrainedModel") -> float:
+        return 0.0
+
+    def begin(self, target: RaggedModel, rows: Rows, compiled: bool) -> None:
+        self.histories: list[list[int]] = [[] for _ in range(len(rows.lengths))]
+        # n-gram -> where its latest occurrence ends, but for the one at the row's end.
+        self.seen: list[dict[tuple[int, ...], int]] = [{} for _ in self.histories]
+
+    def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
+        self._read(rows)
+        found = [self._continuation(*row, steps) for row in zip(self.histories, self.seen, strict=True)]
+        counts = [len(tokens) for tokens in found]
+        longest = max(counts)
+        padded = [tokens + [0] * (longest - len(tokens)) for tokens in found]
+        make = rows.tokens.new_tensor
+        return Proposal(make(padded).view(len(found), longest), make(counts))
+
+    def keep(self, kept: torch.Tensor) -> None:
+        self.histories = [self.histories[row] for row in kept.tolist()]
+        self.seen = [self.seen[row] for row in kept.tolist()]
+
+    def _read(self, rows: Rows) -> None:
+        """Take in the tokens that have come since."""
+        first = min(map(len, self.histories))
+        tokens = rows.tokens[:, first : max(rows.sizes)].tolist()
+        for history, seen, new, length in zip(self.histories, self.seen, tokens, rows.sizes, strict=True):
+            for token in new[len(history) - first : length - first]:
+                end = len(history)
+                for size in self.sizes:
+                    if end >= size:
+                        seen[tuple(history[end - size :])] = end
+                history.append(token)
+
+    def _continuation(self, history: list[int], seen: dict[tuple[int, ...], int], steps: int) -> Sequence[int]:
+        end = len(history)
+        for size in self.sizes:
+            at = seen.get(tuple(history[end - size :])) if end >= size else None
+            if at is not None:
+                period = end - at
+                return [history[at + index % period] for index in range(steps)]
+        return []

@@ -1,0 +1,120 @@
+"""How many tokens to draft before the target looks at them."""
+
+from typing import Protocol
+
+from hfllm.errors import InputError
+from hfllm.generation.speculative.acceptance import optimal_lookahead
+
+# What one more token costs to verify, in runs of the target for one, where nobody has measured it. The arithmetic of
+# an accelerator is idle at a few tokens, that of a CPU is not; `measure.measure_costs` knows better.
+VERIFICATION_GUESS = {"cpu": 0.1}
+VERIFICATION_GUESS_ELSEWHERE = 0.02
+# The same over packed weights (`hfllm.generation.packed.model`), for each row of the batch.
+VERIFICATION_GUESS_PACKED = 0.04
+
+
+class Lookahead(Protocol):
+    """Chooses the number of drafted tokens from one run of the target to the next.
+
+    Attributes:
+        maximum: the most that `steps` returns.
+    """
+
+    maximum: int
+
+    def steps(self) -> int:
+        """Tokens to draft now."""
+
+    def update(self, accepted: int, tested: int) -> None:
+        """Take note that of `tested` drafted tokens `accepted` were right.
+
+        A token behind a rejected one was not tested.
+        """
+
+
+class FixedLookahead:
+    """Always the same number of tokens; 0 is plain decoding."""
+
+    def __init__(self, steps: int):
+        if steps < 0:
+            raise InputError(f"lookahead {steps} is below 0: give a number of tokens to draft, or 'adaptive'")
+        self.maximum = steps
+
+    def steps(self) -> int:
+        return self.maximum
+
+    def update(self, accepted: int, tested: int) -> None:
+        pass
+
+
+class AdaptiveLookahead:
+    """The number that the paper's formula calls best for the acceptance seen of late (arXiv:2211.17192, section 3.5).
+
+    It depends on what was accepted and on nothing that is timed, so that a seed gives the same samples again. When
+    drafting does not pay, plain decoding goes on with one token drafted now and then, to notice when it does.
+
+    Args:
+        cost_ratio: time of a draft step plus that of one more token to verify, in runs of the target for one token.
+        minimum: the fewest tokens to draft.
+        maximum: the most tokens to draft.
+        memory: runs of the target after which an observation counts for 1/e of a new one.
+        first_guess: the acceptance that is assumed at first, with the weight of one run.
+        probe_every: runs between the single drafts when drafting does not pay.
+    """
+
+    def __init__(
+        self,
+        cost_ratio: float,
+        minimum: int = 0,
+        maximum: int = 12,
+        memory: float = 16.0,
+        first_guess: float = 0.7,
+        probe_every: int = 12,
+    ):
+        if not 0 <= minimum <= maximum:
+            raise InputError(f"lookahead from {minimum} to {maximum}: the minimum must lie between 0 and the maximum")
+        if cost_ratio < 0:
+            raise InputError(f"cost_ratio {cost_ratio} is below 0: it is a time over a time")
+        self.cost_ratio, self.minimum, self.maximum = cost_ratio, minimum, maximum
+        self.decay, self.probe_every = 1 - 1 / memory, probe_every
+        self.accepted, self.tested, self.idle = 4 * first_guess, 4.0, 0
+
+    @property
+    def alpha(self) -> float:
+        """The acceptance seen of late."""
+        return min(self.accepted / self.tested, 1.0)
+
+    def steps(self) -> int:
+        best = max(self.minimum, optimal_lookahead(self.alpha, self.cost_ratio, self.maximum))
+        self.idle = 0 if best else self.idle + 1
+        return min(1, self.maximum) if self.idle and self.idle % self.probe_every == 0 else best
+
+    def update(self, accepted: int, tested: int) -> None:
+        if tested:
+            self.accepted = self.decay * self.accepted + accepted
+            self.tested = self.decay * self.tested + tested
+
+
+def as_lookahead(
+    lookahead: "int | str | Lookahead", draft_cost: float, device: str = "cpu", packed_rows: int | None = None
+) -> Lookahead:
+    """A number, `"adaptive"` or a `Lookahead` as a `Lookahead`.
+
+    Args:
+        draft_cost: time of a draft step in runs of the target; the verification's is guessed.
+        device: the type of device that the target is on.
+        packed_rows: rows of the batch, where the target's weights are packed.
+
+    Raises:
+        InputError: for anything else.
+    """
+    if lookahead == "adaptive":
+        verification = VERIFICATION_GUESS.get(device, VERIFICATION_GUESS_ELSEWHERE)
+        if packed_rows is not None and device == "cpu":
+            verification = VERIFICATION_GUESS_PACKED * packed_rows
+        return AdaptiveLookahead(draft_cost + verification)
+    if isinstance(lookahead, int) and not isinstance(lookahead, bool):
+        return FixedLookahead(lookahead)
+    if isinstance(lookahead, str) or not hasattr(lookahead, "steps"):
+        raise InputError(f"lookahead {lookahead!r}: expected a number of tokens, 'adaptive' or a Lookahead")
+    return lookahead

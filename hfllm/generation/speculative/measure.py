@@ -1,0 +1,217 @@
+"""What speculative decoding costs and gains on this machine, beside what the formula predicts."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hfllm.generation.packed.model import why_not
+from hfllm.generation.packed.ragged_model import padded_right, ragged_model
+from hfllm.generation.speculative.acceptance import optimal_lookahead, speedup
+from hfllm.generation.speculative.drafts import Draft, Rows
+from hfllm.generation.speculative.lookahead import Lookahead
+from hfllm.generation.speculative.options import read_options
+from hfllm.generation.speculative.speculative import Statistics, many_shapes, speculative_generate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Batch = Mapping[str, torch.Tensor]
+
+
+@dataclass
+class Costs:
+    """Times in runs of the target for one token.
+
+    Attributes:
+        target_seconds: what such a run takes, in seconds.
+        draft: the paper's c, one drafted token.
+        verification: one more token in a run of the target; the paper takes it to be free.
+    """
+
+    target_seconds: float
+    draft: float
+    verification: float
+
+    @property
+    def per_draft(self) -> float:
+        """What a drafted token costs in all; drafting pays where more of them than that are accepted."""
+        return self.draft + self.verification
+
+
+@torch.no_grad()
+def measure_costs(
+    model: "PreTrainedModel",
+    draft: Draft,
+    batch: Batch,
+    lookahead: int = 4,
+    rounds: int = 15,
+    compile: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+    lean: bool | None = None,
+) -> Costs:
+    """Time single runs of the target, of the draft, and of the target over a draft, behind the prompts of `batch`.
+
+    Args:
+        lookahead: tokens drafted at a time, at least 1.
+        rounds: repetitions, of which the median counts.
+        compile: measure compiled models, as `speculative_generate(compile=True)` runs them.
+        clock: what tells the seconds. On a busy machine the wall clock favours short runs, which end before they are
+            interrupted; `time.process_time` does not, and is right on one thread.
+        lean: as of `speculative_generate`.
+    """
+    lengths = batch["attention_mask"].sum(1)
+    capacity = -(-(int(lengths.max()) + lookahead + 2) // 128) * 128
+    tokens = padded_right(batch["input_ids"], batch["attention_mask"], capacity)
+    rows = Rows(tokens, lengths, lengths + lookahead, lengths.tolist())
+    options = read_options(model, None, None, tokens.shape[1], max_new_tokens=1, do_sample=False)
+    if lean is None:
+        lean = not compile and why_not(model) is None
+    target = ragged_model(model, capacity, compile, lean)
+    target.prefill(tokens[:, : max(rows.sizes)], rows.lengths, rows.last, rows.sizes)
+    draft.begin(target, rows, compile)
+
+    def run(count: int) -> None:
+        columns = lengths.unsqueeze(1) - 1 + torch.arange(count, device=tokens.device)
+        level = rows.are_level and count == 1
+        target(tokens.gather(1, columns), columns, rows.last, max(rows.sizes) - 1 + count, level=level)
+
+    runs = {
+        "one": lambda: run(1),
+        "several": lambda: run(lookahead + 1),
+        "draft": lambda: draft.propose(rows, lookahead, options.sampler),
+    }
+    with many_shapes() if compile else nullcontext():
+        seconds = interleaved(runs, rounds, clock)
+    one, several, drafting = (statistics.median(seconds[name]) for name in ("one", "several", "draft"))
+    return Costs(one, drafting / lookahead / one, max(0.0, several / one - 1) / lookahead)
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each run in each round, after one that is not counted; the order turns from round to round."""
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds):
+        for name in list(runs) if number % 2 else list(runs)[::-1]:
+            _wait()
+            began = clock()
+            runs[name]()
+            _wait()
+            seconds[name].append(clock() - began)
+    return seconds
+
+
+def _wait() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def plain(model: "PreTrainedModel", batch: Batch, **options: Any) -> torch.Tensor:
+    """The target alone: transformers' `generate`."""
+    return model.generate(**batch, **options)
+
+
+def speculative(
+    model: "PreTrainedModel", draft: Draft | None, batches: Sequence[Batch], **options: Any
+) -> tuple[list[torch.Tensor], Statistics]:
+    """Sequences of all batches, and their statistics together."""
+    total, sequences = Statistics(), []
+    for batch in batches:
+        output = speculative_generate(model, draft, **batch, **options)
+        seen = output.statistics
+        sequences.append(output.sequences)
+        total.tokens += seen.tokens
+        total.target_calls += seen.target_calls
+        total.drafted += seen.drafted
+        total.tested += seen.tested
+        total.accepted += seen.accepted
+        total.steps += seen.steps
+    return sequences, total
+
+
+def identical_share(model: "PreTrainedModel", draft: Draft, batches: Sequence[Batch], **options: Any) -> float:
+    """Share of the prompts to which greedy speculative decoding says exactly what `generate` says."""
+    same = total = 0
+    for batch in batches:
+        wanted = plain(model, batch, do_sample=False, **_shared(options))
+        found = speculative_generate(model, draft, **batch, do_sample=False, **options).sequences
+        total += len(wanted)
+        if found.shape == wanted.shape:
+            same += int((found == wanted).all(1).sum())
+        else:
+            width = min(found.shape[1], wanted.shape[1])
+            pad = options["pad_token_id"]
+            ended = (found[:, width:] == pad).all(1) & (wanted[:, width:] == pad).all(1)
+            same += int(((found[:, :width] == wanted[:, :width]).all(1) & ended).sum())
+    return same / total
+
+
+def _shared(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in ("lookahead", "generator", "compile")}
+
+
+def speed_by_lookahead(
+    model: "PreTrainedModel",
+    draft: Draft,
+    batches: Sequence[Batch],
+    lookaheads: Mapping[str, "int | Lookahead"],
+    costs: Costs,
+    rounds: int = 3,
+    **options: Any,
+) -> tuple[float, list[dict[str, Any]]]:
+    """Measure greedy decoding with each lookahead against `generate`, side by side.
+
+    Args:
+        lookaheads: by the name that the table shows.
+        costs: for the predictions.
+        options: of `generate`, and `compile`.
+
+    Returns:
+        Seconds of `generate` for all batches, and one row a lookahead: `lookahead`, `drafted` (its mean),
+        `acceptance_rate`, `tokens_per_target_call`, `speedup`, `predicted` by the paper's formula and
+        `predicted_with_verification`, `seconds`, `tokens`.
+    """
+    seen: dict[str, Statistics] = {}
+
+    def run(name: str) -> Callable[[], None]:
+        def decode() -> None:
+            settings = {**options, "do_sample": False, "lookahead": lookaheads[name]}
+            seen[name] = speculative(model, draft, batches, **settings)[1]
+
+        return decode
+
+    runs = {name: run(name) for name in lookaheads}
+    baseline = {"plain": lambda: [plain(model, batch, do_sample=False, **_shared(options)) for batch in batches]}
+    seconds = interleaved({**baseline, **runs}, rounds)
+    rows = []
+    for name in lookaheads:
+        found, alpha = seen[name], seen[name].acceptance_rate
+        mean = found.drafted / max(found.target_calls, 1)
+        # Each round's two runs met the same machine.
+        ratios = [theirs / ours for theirs, ours in zip(seconds["plain"], seconds[name], strict=True)]
+        rows.append(
+            {
+                "lookahead": name,
+                "drafted": mean,
+                "acceptance_rate": alpha,
+                "tokens_per_target_call": found.tokens_per_target_call,
+                "speedup": statistics.median(ratios),
+                "predicted": speedup(alpha, mean, costs.draft),
+                "predicted_with_verification": speedup(alpha, mean, costs.per_draft),
+                "seconds": statistics.median(seconds[name]),
+                "tokens": found.tokens,
+            }
+        )
+    return statistics.median(seconds["plain"]), rows
+
+
+def best_lookahead(alpha: float, costs: Costs, maximum: int = 16) -> int:
+    """The number of drafts that the formula calls best here, verification included; 0 says: none."""
+    return optimal_lookahead(alpha, costs.per_draft, maximum)

@@ -1,0 +1,327 @@
+"""Speculative decoding: a draft guesses several tokens, one run of the target judges them all.
+
+Leviathan et al. 2023, arXiv:2211.17192, algorithm 1, for a batch whose rows accept different numbers of tokens. Greedy
+output is the target's own, and samples follow the target's distribution.
+
+    output = speculative_generate(model, ModelDraft(small), **tokenizer(texts, return_tensors="pt"), max_new_tokens=64)
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hfllm.errors import InputError
+from hfllm.generation.packed.model import why_not
+from hfllm.generation.packed.ragged_model import check_context, check_model, padded_right, ragged_model
+from hfllm.generation.speculative.drafts import Draft, ModelDraft, Proposal, Rows
+from hfllm.generation.speculative.lookahead import FixedLookahead, Lookahead, as_lookahead
+from hfllm.generation.speculative.options import Options, read_options
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+
+# Compiled shapes include the cache's size, which is rounded up to this many tokens so that it seldom changes.
+COMPILED_BLOCK = 128
+
+
+@dataclass
+class Statistics:
+    """What a run has seen, over all rows.
+
+    Attributes:
+        tokens: generated tokens that were kept.
+        target_calls: runs of the target, each counted once for every row in it, the prompt's included.
+        drafted: drafted tokens.
+        tested: drafted tokens that the target judged: up to the first rejected one of each draft.
+        accepted: drafted tokens that were right.
+        steps: drafted tokens a row by run of the target, in order.
+    """
+
+    tokens: int = 0
+    target_calls: int = 0
+    drafted: int = 0
+    tested: int = 0
+    accepted: int = 0
+    steps: list[int] = field(default_factory=list)
+
+    def add(self, calls: int, drafted: int, tested: int, accepted: int) -> None:
+        """Count one run of the target with `calls` rows."""
+        self.target_calls += calls
+        self.drafted += drafted
+        self.tested += tested
+        self.accepted += accepted
+        self.steps.append(drafted // max(calls, 1))
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the judged tokens that were right: the maximum-likelihood estimate of the paper's alpha."""
+        return self.accepted / self.tested if self.tested else 0.0
+
+    @property
+    def tokens_per_target_call(self) -> float:
+        """Tokens that a row gains by one run of the target."""
+        return self.tokens / self.target_calls if self.target_calls else 0.0
+
+
+@dataclass
+class SpeculativeOutput:
+    """`sequences` (B, S) as `generate` returns them, prompt included, and the `statistics` of the run."""
+
+    sequences: torch.Tensor
+    statistics: Statistics
+
+
+@torch.no_grad()
+def speculative_generate(
+    model: "PreTrainedModel",
+    draft: "Draft | PreTrainedModel | None",
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    generation_config: "GenerationConfig | None" = None,
+    *,
+    lookahead: int | str | Lookahead = "adaptive",
+    generator: torch.Generator | None = None,
+    compile: bool = False,
+    lean: bool | None = None,
+    **kwargs: Any,
+) -> SpeculativeOutput:
+    """Continue prompts as `model.generate` would, with fewer runs of the model.
+
+    Args:
+        model: the target, any causal language model of transformers.
+        draft: a `Draft`, a smaller model with the same tokenizer, or `None` for plain decoding over the same cache.
+        input_ids: (B, S) prompts, padded on either side.
+        attention_mask: (B, S), 0 at padding; by default nothing is.
+        generation_config: transformers' options. `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`,
+            `min_p`, `eos_token_id`, `pad_token_id` and whatever else looks at the logits alone.
+        lookahead: tokens to draft before the target judges; `"adaptive"` follows the acceptance.
+        generator: the source of randomness; by default torch's own.
+        compile: run the models through `torch.compile` on fixed shapes. The first calls take long; rows that have
+            ended stay in the batch.
+        lean: call kernels alone, over packed copies of the weights on a CPU (`hfllm.generation.packed.model`); by
+            default for models of the family in evaluation, whose weights the first call copies.
+        kwargs: single options over `generation_config`, as `generate` takes them.
+
+    Raises:
+        InputError: for a model, a draft or an option that this cannot work with.
+    """
+    attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    check_prompts(input_ids, attention_mask)
+    check_model(model)
+    options = read_options(model, generation_config, generator, input_ids.shape[1], **kwargs)
+    return decode(model, draft, input_ids, attention_mask, options, lookahead, compile, lean)
+
+
+def decode(
+    model: "PreTrainedModel",
+    draft: "Draft | PreTrainedModel | None",
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    options: Options,
+    lookahead: int | str | Lookahead = "adaptive",
+    compile: bool = False,
+    lean: bool | None = None,
+) -> SpeculativeOutput:
+    """`speculative_generate` once the options are read."""
+    if draft is not None and not hasattr(draft, "propose"):
+        draft = ModelDraft(draft)
+    if compile and lean:
+        raise InputError("lean=True and compile=True exclude each other: leave one out")
+    if lean is None:
+        lean = not compile and why_not(model) is None
+    if draft is None:
+        lookahead = FixedLookahead(0)
+    else:
+        rows = len(input_ids) if lean else None
+        lookahead = as_lookahead(lookahead, draft.cost_ratio(model), model.device.type, rows)
+    with many_shapes() if compile else nullcontext():
+        run = _Run(model, draft, options, lookahead, input_ids, attention_mask, compile, lean)
+        if lookahead.maximum:
+            while run.is_running():
+                run.step()
+        else:
+            run.decode()
+    return SpeculativeOutput(run.sequences(input_ids), run.statistics)
+
+
+def many_shapes() -> AbstractContextManager:
+    """Let one forward be compiled for more shapes than torch allows by default: batches, drafts, cache sizes."""
+    import torch._dynamo
+
+    return torch._dynamo.config.patch(recompile_limit=64)
+
+
+class _Run:
+    """The state of one call: rows that still run, and what each row of the batch has got so far.
+
+    Lengths and ends are kept as Python numbers beside the tensors, so that a step waits for the device once.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        draft: Draft | None,
+        options: Options,
+        lookahead: Lookahead,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        compile: bool,
+        lean: bool,
+    ):
+        self.draft, self.options, self.lookahead, self.compile = draft, options, lookahead, compile
+        self.has_begun = False
+        lengths = attention_mask.sum(1).tolist()
+        longest = max(lengths) + options.max_new_tokens
+        check_context(model, longest)
+        capacity = longest + lookahead.maximum + 1
+        if compile:
+            capacity = -(-capacity // COMPILED_BLOCK) * COMPILED_BLOCK
+        # New tokens of each row, and the rows that still run, by their number in the batch.
+        self.new: list[list[int]] = [[] for _ in lengths]
+        self.running = list(range(len(lengths)))
+        self.limits = [length + options.max_new_tokens for length in lengths]
+        self.rows = self._rows(padded_right(input_ids, attention_mask, capacity), lengths)
+        self.target = ragged_model(model, capacity, compile, lean)
+        self.statistics = Statistics()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Read the prompts, whose run yields the first token as it does in plain decoding; then let the draft."""
+        rows = self.rows
+        logits = self.target.prefill(rows.tokens[:, : max(rows.sizes)], rows.lengths, rows.last, rows.sizes)
+        self._judge(Proposal(rows.tokens[:, :0], torch.zeros_like(rows.lengths)), logits)
+        if self.draft is not None and self.lookahead.maximum and self.is_running():
+            self.draft.begin(self.target, self.rows, self.compile)
+            self.has_begun = True
+
+    def is_running(self) -> bool:
+        return any(not self._has_ended(number) for number in self.running)
+
+    def decode(self) -> None:
+        """Go on without drafts: a run, a token of each row, and as little as can be between them."""
+        rows = self.rows
+        columns, last, longest = rows.lengths.unsqueeze(1) - 1, rows.last, max(rows.sizes)
+        tokens, level = rows.tokens.gather(1, columns), rows.are_level
+        while self.is_running():
+            logits = self.target(tokens, columns, last, longest, level=level)
+            tokens, columns, longest = (
+                self.options.sampler.draft(logits[:, -1])[0].unsqueeze(1),
+                columns + 1,
+                longest + 1,
+            )
+            running = 0
+            for number, (token,) in zip(self.running, tokens.tolist(), strict=True):
+                if not self._has_ended(number):
+                    self.new[number].append(token)
+                    running += 1
+            self.statistics.tokens += running
+            self.statistics.add(running, 0, 0, 0)
+            kept = [row for row, number in enumerate(self.running) if not self._has_ended(number)]
+            if kept and len(kept) < len(self.running) and not self.compile:
+                index = torch.tensor(kept, device=tokens.device)
+                tokens, columns, last = tokens[index], columns[index], last[index]
+                self.target.cache.keep(index)
+                self.running = [self.running[row] for row in kept]
+                longest = int(columns.max()) + 1
+                level = longest == int(columns.min()) + 1
+
+    def step(self) -> None:
+        """Draft, judge, append; then let go of rows that have ended."""
+        rows = self.rows
+        proposal = self._proposal()
+        drafted = proposal.tokens.shape[1]
+        end = rows.lengths.unsqueeze(1) - 1
+        window = torch.cat((rows.tokens.gather(1, end), proposal.tokens), dim=1)
+        columns = end + torch.arange(drafted + 1, device=end.device)
+        level = rows.are_level and drafted == 0
+        self._judge(proposal, self.target(window, columns, rows.last, max(rows.sizes) + drafted, level=level))
+
+    def _judge(self, proposal: Proposal, logits: torch.Tensor) -> None:
+        """Accept what the logits (B, G + 1, V) allow, and append it."""
+        rows = self.rows
+        accepted, following = self.options.sampler.accept(proposal.tokens, proposal.probs, logits, proposal.counts)
+        # The accepted drafts and the token after them, which takes the place of the first rejected one.
+        fresh = torch.cat((proposal.tokens, following.unsqueeze(1)), dim=1)
+        fresh.scatter_(1, accepted.unsqueeze(1), following.unsqueeze(1))
+        columns = rows.lengths.unsqueeze(1) + torch.arange(fresh.shape[1], device=fresh.device)
+        rows.tokens.scatter_(1, columns, fresh)
+        self._append(torch.cat((accepted.unsqueeze(1), proposal.counts.unsqueeze(1), fresh), dim=1).tolist())
+
+    def _proposal(self) -> Proposal:
+        """Drafted tokens, as many as the lookahead says and the rows have room for."""
+        rows, steps = self.rows, self.lookahead.steps()
+        # The target adds one token itself.
+        room = max(self.limits[number] - size for number, size in zip(self.running, rows.sizes, strict=True)) - 1
+        if min(steps, room) > 0:
+            proposal = self.draft.propose(rows, min(steps, room), self.options.sampler)
+        else:
+            proposal = Proposal(rows.tokens[:, :0], torch.zeros_like(rows.lengths))
+        missing = self.lookahead.maximum - proposal.tokens.shape[1]
+        if self.compile and missing:
+            # One shape for every run of the target; the counts say that these are no drafts.
+            proposal.tokens = torch.nn.functional.pad(proposal.tokens, (0, missing))
+            if proposal.probs is not None:
+                proposal.probs = torch.nn.functional.pad(proposal.probs, (0, 0, 0, missing))
+        return proposal
+
+    def _append(self, outcome: list[list[int]]) -> None:
+        """Take in accepted and drafted counts and the fresh tokens of each row, up to its end."""
+        sizes, calls, drafted, tested, accepted = list(self.rows.sizes), 0, 0, 0, 0
+        for row, (number, (right, count, *tokens)) in enumerate(zip(self.running, outcome, strict=True)):
+            if self._has_ended(number):
+                continue
+            new = tokens[: min(right + 1, self.limits[number] - sizes[row])]
+            stop = next((at for at, token in enumerate(new) if token in self.options.eos_token_ids), len(new))
+            new = new[: stop + 1]
+            self.new[number] += new
+            sizes[row] += len(new)
+            calls, drafted = calls + 1, drafted + count
+            # Tokens behind the end of a row were judged all the same.
+            tested, accepted = tested + min(right + 1, count), accepted + right
+            self.statistics.tokens += len(new)
+        self.statistics.add(calls, drafted, tested, accepted)
+        self.lookahead.update(accepted, tested)
+        kept = [row for row, number in enumerate(self.running) if self.compile or not self._has_ended(number)]
+        tokens = self.rows.tokens
+        if len(kept) < len(self.running):
+            index = torch.tensor(kept, device=tokens.device, dtype=torch.long)
+            tokens = tokens[index]
+            self.target.cache.keep(index)
+            if self.has_begun:
+                self.draft.keep(index)
+            self.running = [self.running[row] for row in kept]
+        if kept:
+            self.rows = self._rows(tokens, [sizes[row] for row in kept])
+
+    def _has_ended(self, number: int) -> bool:
+        new = self.new[number]
+        return bool(new) and (len(new) >= self.options.max_new_tokens or new[-1] in self.options.eos_token_ids)
+
+    def _rows(self, tokens: torch.Tensor, sizes: list[int]) -> Rows:
+        make = {"device": tokens.device, "dtype": torch.long}
+        last = [self.limits[number] - 1 for number in self.running]
+        return Rows(tokens, torch.tensor(sizes, **make), torch.tensor(last, **make), sizes)
+
+    def sequences(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(B, S): the prompts as they were given, then the new tokens, padded on the right."""
+        longest = max(map(len, self.new))
+        padded = [new + [self.options.pad_token_id] * (longest - len(new)) for new in self.new]
+        return torch.cat((input_ids, input_ids.new_tensor(padded)), dim=1)
+
+
+def check_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
+    """Refuse what holds no prompts.
+
+    Raises:
+        InputError: naming the shape or the row.
+    """
+    if input_ids.dim() != 2 or input_ids.shape != attention_mask.shape:
+        raise InputError(
+            f"input_ids of shape {tuple(input_ids.shape)} and attention_mask of shape {tuple(attention_mask.shape)}: "
+            "expected (rows, tokens) for both"
+        )
+    empty = (attention_mask.sum(1) == 0).nonzero().flatten().tolist()
+    if empty or not len(input_ids):
+        raise InputError(f"row {empty[0] if empty else 0} of input_ids has no token: give at least one, such as bos")

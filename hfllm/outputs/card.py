@@ -1,0 +1,250 @@
+"""The model card: what a finished run's folder says about its model, as a Hub repository's README.md.
+
+The card depends on the folder alone, without dates, so that publishing the same run twice changes nothing.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hfllm.errors import InputError, redact
+from hfllm.outputs.files import ADAPTER_CONFIG, CARD, CONFIG, count_parameters, is_adapter, plot_files, read_json
+from hfllm.outputs.report import markdown_table, metric_rows, read_report, write_atomically
+
+WORLD = "world"  # the embedded dataset's name, as --dataset_name has it
+OUR_QUANTIZATION = "hfllm_int8"  # hfllm.compression.dynamic_int8
+MARKER = "<!-- Written by hfllm and written anew at each push. Remove this line to keep your own text. -->"
+PIPELINES = {
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForMaskedLM": "fill-mask",
+}
+# An absolute path of at least two parts that stands alone; a URL's slashes follow a colon, a slash or a letter.
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~])(?:~|[A-Za-z]:)?[/\\](?:[\w.@+~-]+[/\\])+([\w.@+~-]+)")
+_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+
+
+def write_card(folder: str | Path, repo_id: str | None = None) -> None:
+    """Write the card as README.md, unless that file is the user's own (it lacks the marker line of ours)."""
+    path = Path(folder) / CARD
+    if not path.is_file() or MARKER in path.read_text(encoding="utf-8", errors="replace"):
+        write_atomically(path, model_card(folder, repo_id))
+
+
+def model_card(folder: str | Path, repo_id: str | None = None) -> str:
+    """The card of the model in `folder`: metadata, use, data, metrics, plots, arguments and environment.
+
+    Args:
+        folder: a saved model, with the report of its run if one of our recipes made it.
+        repo_id: where it will be; the folder's name stands for it when not given.
+
+    Raises:
+        InputError: when the folder holds no whole model.
+    """
+    folder = Path(folder)
+    report = read_report(folder) or {}
+    arguments = report.get("arguments", {})
+    name = (repo_id or folder.resolve().name).split("/")[-1]
+    base = adapter_base(folder) if is_adapter(folder) else None
+    sections = [
+        _front_matter(folder, report, base),
+        MARKER,
+        f"# {name}",
+        _introduction(folder, report, base),
+        _usage(folder, repo_id or name),
+    ]
+    if arguments:
+        sections.append(_data(arguments))
+    if report.get("metrics"):
+        sections += ["## Metrics", "\n".join(markdown_table(metric_rows(report["metrics"])))]
+    sections += [f"![{Path(plot).stem}]({plot})" for plot in plot_files(folder)]
+    if arguments:
+        sections.append(_arguments(arguments))
+    if report.get("environment"):
+        rows = [{"": key, "version or value": value} for key, value in report["environment"].items()]
+        sections += ["## Environment", "\n".join(markdown_table(rows))]
+    return redact("\n\n".join(sections)) + "\n"
+
+
+def adapter_base(folder: Path) -> str | None:
+    """The Hub id of the model that an adapter belongs to; `None` if it is a folder of this machine."""
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
+    return hub_id({"base": base, **_changed_at(folder, base)}, "base")
+
+
+def check_base(folder: Path) -> None:
+    """Refuse to publish an adapter of a model that nobody else could load.
+
+    Raises:
+        InputError: when its base is a folder of this machine.
+    """
+    if is_adapter(folder) and adapter_base(folder) is None:
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
+        raise InputError(
+            f"{folder} holds a PEFT adapter of {base!r}, which is not on the Hub: merge it into its base "
+            "(PeftModel.merge_and_unload, then save_pretrained) or train it on a model of the Hub"
+        )
+
+
+def hub_id(arguments: Mapping[str, Any], flag: str) -> str | None:
+    """What a flag names if that is a repository of the Hub, not a local path or the embedded world."""
+    value = arguments.get(flag)
+    # Whether it was a path is known from the run itself, since a relative path looks just like a Hub id.
+    if not isinstance(value, str) or value == WORLD or f"{flag} changed at" in arguments or Path(value).exists():
+        return None
+    return value if _HUB_ID.fullmatch(value) and not value.endswith((".json", ".jsonl", ".txt", ".parquet")) else None
+
+
+def public_value(value: Any) -> Any:
+    """A report's value as it may be published: absolute local paths reduced to their names."""
+    if isinstance(value, Mapping):
+        return {key: public_value(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [public_value(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if "\n" not in value and Path(value).expanduser().is_absolute():
+        return Path(value).name or value
+    return _ABSOLUTE_PATH.sub(r"\1", value)
+
+
+def public_report(folder: Path, name: str) -> bytes:
+    """report.json or report.md as it may be published."""
+    text = (folder / name).read_text(encoding="utf-8")
+    if name.endswith(".json"):
+        text = json.dumps(public_value(json.loads(text)), indent=2) + "\n"
+    else:
+        text = public_value(text.replace(str(folder.resolve()), folder.resolve().name))
+    return redact(text).encode()
+
+
+def _changed_at(folder: Path, base: str) -> dict[str, Any]:
+    """The mark that the run's report leaves when it was given `base` as a local path."""
+    arguments = (read_report(folder) or {}).get("arguments", {})
+    flag = "model_name_or_path"
+    known = arguments.get(flag) == base and f"{flag} changed at" in arguments
+    return {"base changed at": arguments[f"{flag} changed at"]} if known else {}
+
+
+def _front_matter(folder: Path, report: Mapping[str, Any], base: str | None) -> str:
+    import yaml
+
+    arguments = report.get("arguments", {})
+    adapter = is_adapter(folder)
+    metadata: dict[str, Any] = {"library_name": "peft" if adapter else "transformers"}
+    if pipeline := _pipeline(folder):
+        metadata["pipeline_tag"] = pipeline
+    metadata["tags"] = ["hfllm", *([report["stage"]] if report.get("stage") else [])]
+    if base := base if adapter else hub_id(arguments, "model_name_or_path"):
+        metadata["base_model"] = base
+    if dataset := hub_id(arguments, "dataset_name"):
+        metadata["datasets"] = [dataset]
+    return "---\n" + yaml.safe_dump(metadata, sort_keys=False) + "---"
+
+
+def _pipeline(folder: Path) -> str | None:
+    task = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
+    if is_adapter(folder):
+        return task.get(read_json(folder / ADAPTER_CONFIG).get("task_type") or "")
+    architecture = _architecture(folder)
+    return next((tag for ending, tag in PIPELINES.items() if architecture.endswith(ending)), None)
+
+
+def _architecture(folder: Path) -> str:
+    return next(iter(read_json(folder / CONFIG).get("architectures") or []), "")
+
+
+def _introduction(folder: Path, report: Mapping[str, Any], base: str | None) -> str:
+    kind = f"A PEFT adapter of {base or 'a local model'}" if is_adapter(folder) else f"`{_architecture(folder)}`"
+    # Packed numbers and their scales are no count of parameters.
+    method = _quantization(folder)
+    text = f"{kind}, quantized ({method})" if method else f"{kind} with {count_parameters(folder):,} parameters"
+    if report.get("stage"):
+        text += f", made by the {report['stage']} stage of hfllm {report.get('hfllm_version', '')}".rstrip()
+        text += f" in {report.get('wall_seconds', 0):.0f} seconds"
+    return f"{text}."
+
+
+def _usage(folder: Path, name: str) -> str:
+    pipeline = _pipeline(folder)
+    if is_adapter(folder):
+        kind = {"text-classification": "SequenceClassification", "token-classification": "TokenClassification"}
+        model_class = f"AutoPeftModelFor{kind.get(pipeline or '', 'CausalLM')}"
+        lines = [f"from peft import {model_class}", "", f'model = {model_class}.from_pretrained("{name}")']
+    elif pipeline is None:
+        lines = ["from transformers import AutoModel", "", f'model = AutoModel.from_pretrained("{name}")']
+    else:
+        lines = ["from transformers import pipeline", "", f'model = pipeline("{pipeline}", "{name}")']
+        chat = any((folder / file).is_file() for file in ("chat_template.jinja", "chat_template.json"))
+        prompt = '[{"role": "user", "content": "..."}]' if chat and pipeline == "text-generation" else '"..."'
+        lines.append(f"print(model({prompt}))")
+    method = _quantization(folder)
+    is_ours = read_json(folder / CONFIG).get("model_type") == "hfllm" or method == OUR_QUANTIZATION
+    lines = [*(["import hfllm"] if is_ours else []), *lines]
+    text = "\n".join(["## Use", "", "```python", *lines, "```"])
+    if method == OUR_QUANTIZATION:
+        text += "\n\nThe weights are in a format of hfllm's, for CPUs: it has to be installed."
+    elif is_ours and read_json(folder / CONFIG).get("auto_map"):
+        text += (
+            "\n\nWithout hfllm installed, leave out `import hfllm` and pass `trust_remote_code=True`: the code beside "
+            "the weights is used."
+        )
+    if method == "bitsandbytes":
+        text += "\n\nThe weights are quantized: loading them needs `pip install bitsandbytes`."
+    return text
+
+
+def _quantization(folder: Path) -> str | None:
+    """How the weights are quantized, if they are; an adapter's are not."""
+    return (read_json(folder / CONFIG).get("quantization_config") or {}).get("quant_method")
+
+
+def _data(arguments: Mapping[str, Any]) -> str:
+    name = arguments.get("dataset_name")
+    if name == WORLD:
+        text = (
+            "hfllm's embedded instruction world: plain English about a closed universe, generated from seed "
+            f"{arguments.get('world_seed', 0)}, with no text from elsewhere."
+        )
+    elif found := hub_id(arguments, "dataset_name"):
+        text = f"[{found}](https://huggingface.co/datasets/{found}), split `{arguments.get('dataset_train_split')}`."
+    else:
+        text = f"`{public_value(name)}`, a local dataset." if name else "Not recorded."
+    if arguments.get("max_samples"):
+        text += f" The first {arguments['max_samples']} rows of it."
+    return f"## Data\n\n{text}"
+
+
+def _arguments(arguments: Mapping[str, Any]) -> str:
+    """Every argument that is set; of earlier stages, those that differ from the last one's."""
+    import yaml
+
+    shown = {}
+    for flag, value in arguments.items():
+        own_flag = flag.partition(".")[2]
+        if (
+            value in (None, "", [], {})
+            or flag.endswith(" changed at")
+            or (own_flag and arguments.get(own_flag) == value)
+        ):
+            continue
+        shown[flag] = public_value(value)
+    text = yaml.safe_dump(shown, sort_keys=True, allow_unicode=True, width=1000).replace("```", "'''")
+    return f"## Arguments\n\n<details><summary>{len(shown)} flags</summary>\n\n```yaml\n{text}```\n\n</details>"
+
+
+def check_adapter(peft: bool, model_name: str | None) -> None:
+    """Refuse to train an adapter for publication whose base model others could not load.
+
+    Raises:
+        InputError: when `peft` and the base is made on the way, or is a local folder.
+    """
+    if peft and (model_name is None or hub_id({"base": model_name}, "base") is None):
+        raise InputError(
+            "--push_to_hub with --use_peft publishes the adapter alone, so its base must be a model of the Hub: name "
+            f"one by --model_name_or_path (now {model_name!r}), or train without --use_peft"
+        )

@@ -1,0 +1,235 @@
+"""What a recipe leaves behind: report.json, report.md and plots. One writer for all stages."""
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+REPORT_FILE = "report.json"
+
+
+@dataclass
+class Report:
+    """The result of one stage.
+
+    Args:
+        stage: the stage's name.
+        arguments: the flags that it ran with.
+        metrics: numbers by stable names (documented in docs/).
+        tables: title -> rows, each a mapping of column to value.
+        curves: plot file stem -> its `Plot` or `Bars`.
+        artifacts: what was saved, name -> path relative to the output folder.
+        wall_seconds: how long the stage took.
+        next_steps: lines that load or try the result.
+    """
+
+    stage: str
+    arguments: Mapping[str, Any]
+    metrics: dict[str, float]
+    tables: dict[str, list[Mapping[str, Any]]] = field(default_factory=dict)
+    curves: dict[str, "Plot | Bars"] = field(default_factory=dict)
+    artifacts: dict[str, str] = field(default_factory=dict)
+    wall_seconds: float = 0.0
+    next_steps: Sequence[str] = ()
+
+    def write(self, output_dir: str | Path) -> None:
+        """Write report.json, report.md and the plots into `output_dir`, each whole or not at all."""
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for stem, plot in self.curves.items():
+            if plot.draw(folder / f"{stem}.png"):
+                self.artifacts[stem] = f"{stem}.png"
+        write_atomically(folder / "report.md", self.markdown())
+        write_atomically(folder / REPORT_FILE, json.dumps(self.as_dict(), indent=2, default=str) + "\n")
+
+    def as_dict(self) -> dict[str, Any]:
+        from hfllm.version import __version__
+
+        return {
+            "stage": self.stage,
+            "hfllm_version": __version__,
+            "arguments": dict(self.arguments),
+            "metrics": self.metrics,
+            "artifacts": self.artifacts,
+            "wall_seconds": round(self.wall_seconds, 1),
+            "environment": environment(),
+        }
+
+    def markdown(self) -> str:
+        lines = [
+            f"# {self.stage}",
+            "",
+            f"{self.wall_seconds:.0f} seconds.",
+            "",
+            *markdown_table(metric_rows(self.metrics)),
+            "",
+        ]
+        for title, rows in self.tables.items():
+            lines += [f"## {title}", "", *markdown_table(rows), ""]
+        for stem in self.curves:
+            if stem in self.artifacts:
+                lines += [f"![{stem}]({self.artifacts[stem]})", ""]
+        if self.next_steps:
+            lines += ["## Next", "", "```", *self.next_steps, "```", ""]
+        return "\n".join(lines)
+
+    def print(self) -> None:
+        """Print the metrics, the tables and the next steps."""
+        print(f"\n{self.stage}: done in {self.wall_seconds:.0f} s")
+        print("\n".join(markdown_table(metric_rows(self.metrics))))
+        for title, rows in self.tables.items():
+            print(f"\n{title}")
+            print("\n".join(markdown_table(rows)))
+        if self.next_steps:
+            print("\n" + "\n".join(self.next_steps), flush=True)
+
+
+@dataclass
+class Plot:
+    """A plot: `lines` maps a label to its x and y values, which are joined unless `points_only`.
+
+    `points` are never joined, and share the colours of the lines one by one; `xscale` and `yscale` are `"linear"` or
+    `"log"`.
+    """
+
+    title: str
+    xlabel: str
+    ylabel: str
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    points_only: bool = False
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
+    xscale: str = "linear"
+    yscale: str = "linear"
+
+    def draw(self, path: Path) -> bool:
+        """Draw to a PNG; nothing is drawn, and False returned, when no line has a point."""
+        lines = {label: (x, y) for label, (x, y) in self.lines.items() if len(x)}
+        points = {label: (x, y) for label, (x, y) in self.points.items() if len(x)}
+        if not lines and not points:
+            return False
+        figure, axes = _figure(4.2)
+        for label, (x, y) in lines.items():
+            marker = "o" if self.points_only or len(x) < 40 else None
+            axes.plot(x, y, label=label, linewidth=0 if self.points_only else 1.6, marker=marker, markersize=3)
+        axes.set_prop_cycle(None)
+        for label, (x, y) in points.items():
+            axes.plot(x, y, label=label, linewidth=0, marker="o", markersize=4)
+        axes.set(title=self.title, xlabel=self.xlabel, ylabel=self.ylabel, xscale=self.xscale, yscale=self.yscale)
+        axes.grid(alpha=0.3)
+        if len(lines) + len(points) > 1:
+            axes.legend()
+        _save(figure, path)
+        return True
+
+
+@dataclass
+class Bars:
+    """Horizontal bars from the top down: `values` maps a label to its length, `notes` to what stands at its end."""
+
+    title: str
+    xlabel: str
+    values: Mapping[str, float]
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    def draw(self, path: Path) -> bool:
+        """Draw to a PNG; nothing is drawn, and False returned, when there is no bar."""
+        if not self.values:
+            return False
+        figure, axes = _figure(1.2 + 0.34 * len(self.values))
+        bars = axes.barh(list(self.values), list(self.values.values()), color="tab:blue")
+        axes.bar_label(bars, [self.notes.get(label, "") for label in self.values], padding=4, fontsize=8)
+        axes.invert_yaxis()
+        axes.margins(x=0.25)
+        axes.set(title=self.title, xlabel=self.xlabel)
+        axes.grid(alpha=0.3, axis="x")
+        axes.set_axisbelow(True)
+        _save(figure, path)
+        return True
+
+
+def _figure(height: float) -> tuple[Any, Any]:
+    """A figure of 7 by `height` inches and its axes, drawn without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(7, height), dpi=120)
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.tight_layout()
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary)
+    pyplot.close(figure)
+    os.replace(temporary, path)
+
+
+def plot_history(history: Sequence[Mapping[str, float]], keys: Mapping[str, str], **labels: str) -> Plot:
+    """A `Plot` over steps of what `Trainer.state.log_history` holds: `keys` maps labels to logged names."""
+    lines = {
+        label: (
+            [entry["step"] for entry in history if key in entry],
+            [entry[key] for entry in history if key in entry],
+        )
+        for label, key in keys.items()
+    }
+    return Plot(lines=lines, **labels)
+
+
+def read_report(output_dir: str | Path) -> dict[str, Any] | None:
+    """The report.json of a finished run, or `None`."""
+    path = Path(output_dir) / REPORT_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def environment() -> dict[str, str | int | None]:
+    """Versions and hardware that a figure depends on."""
+    from importlib.metadata import version
+
+    libraries = ("torch", "transformers", "trl", "accelerate")
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+        **{library: version(library) for library in libraries},
+    }
+
+
+def metric_rows(metrics: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Metrics as the rows of a table."""
+    return [{"metric": name, "value": value} for name, value in metrics.items()]
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The lines of a Markdown table; the first row names the columns."""
+    if not rows:
+        return ["(empty)"]
+    cells = [[_cell(row.get(column, "")) for column in rows[0]] for row in rows]
+    widths = [max(len(name), *(len(row[index]) for row in cells)) for index, name in enumerate(rows[0])]
+
+    def line(values: Sequence[str]) -> str:
+        return "| " + " | ".join(value.ljust(width) for value, width in zip(values, widths, strict=True)) + " |"
+
+    return [line(list(rows[0])), line(["-" * width for width in widths]), *map(line, cells)]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write under a temporary name in the same folder, then rename."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as stream:
+        stream.write(text)
+    os.chmod(stream.name, 0o644)
+    os.replace(stream.name, path)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value).replace("\n", " / ").replace("|", "\\|")

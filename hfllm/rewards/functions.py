@@ -1,0 +1,118 @@
+"""Rewards behind one signature, that of TRL's reward functions: `(prompts, completions, **columns) -> list[float]`.
+
+`prompts` and `completions` are strings, or lists of messages when the dataset is conversational; `columns` are the
+dataset's other columns, one value a row.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfllm.data.world.rubric import GoldAnswer
+from hfllm.data.world.rubric import gold_reward as judge
+from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    pass
+
+RewardFunction = Callable[..., list[float]]
+GOLD_COLUMNS = ("gold_kind", "gold_accepted", "gold_needed", "gold_forbidden")
+
+
+def completion_text(completion: str | Sequence[dict[str, str]]) -> str:
+    """The text of a completion in either format."""
+    return completion if isinstance(completion, str) else "".join(message["content"] for message in completion)
+
+
+def gold_reward(
+    prompts: Sequence,
+    completions: Sequence,
+    *,
+    gold_kind: Sequence[str],
+    gold_accepted: Sequence[Sequence[str]],
+    gold_needed: Sequence[Sequence[str]],
+    gold_forbidden: Sequence[Sequence[str]],
+    **columns: Any,
+) -> list[float]:
+    """The embedded world's verifiable reward in [-1, 1], from the gold columns of its prompt rows."""
+    golds = map(GoldAnswer, gold_kind, gold_accepted, gold_needed, gold_forbidden)
+    return [judge(completion_text(response), gold) for response, gold in zip(completions, golds, strict=True)]
+
+
+def load_reward_function(specification: str) -> RewardFunction:
+    """The function that `specification` names: `gold`, or `path/to/file.py:function`.
+
+    Raises:
+        InputError: when the file or the function does not exist, or the file does not run.
+    """
+    if specification == "gold":
+        return gold_reward
+    path, _, name = specification.rpartition(":")
+    if not Path(path).is_file():
+        raise InputError(f"--reward_funcs {specification}: no file {path!r}; expected path/to/file.py:function")
+    if Path(path).suffix != ".py":
+        raise InputError(f"--reward_funcs {specification}: {path!r} is not a .py file")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"--reward_funcs {specification}: {path} does not run: {error!r}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        defined = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+        raise InputError(f"--reward_funcs {specification}: no function {name!r} in {path}; it has: {defined}")
+    return function
+
+
+def reward_name(function: Callable) -> str:
+    """The name that a reward is logged under."""
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
+def checked_rewards(
+    function: RewardFunction, prompts: Sequence, completions: Sequence, **columns: Any
+) -> list[float] | list[list[float]]:
+    """Call a reward function and refuse what is not one finite number a completion, or a list of them a completion.
+
+    Raises:
+        InputError: naming the function, the row and the value seen.
+    """
+    name = f"reward function {reward_name(function)!r}"
+    try:
+        rewards = function(prompts=prompts, completions=completions, **columns)
+    except Exception as error:
+        raise InputError(f"{name} failed with {error!r}; columns given: {', '.join(columns) or '(none)'}") from error
+    if not hasattr(rewards, "__len__"):
+        raise InputError(f"{name} returned {type(rewards).__name__}; expected a list of {len(completions)} numbers")
+    if len(rewards) != len(completions):
+        raise InputError(f"{name} returned {len(rewards)} values for {len(completions)} completions")
+    is_per_token = isinstance(rewards[0], list | tuple)
+    for row, reward in enumerate(rewards):
+        if isinstance(reward, list | tuple) != is_per_token or not all(
+            map(_is_number, reward if is_per_token else [reward])
+        ):
+            raise InputError(
+                f"{name} returned {reward!r} for completion {row} ({completion_text(completions[row])[:80]!r}); "
+                f"expected {'a list of finite numbers' if is_per_token else 'a finite number'}"
+            )
+    return [list(map(float, reward)) if is_per_token else float(reward) for reward in rewards]
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return value is not None and math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def length_penalty(coefficient: float, free: int = 0) -> RewardFunction:
+    """A reward of `-coefficient` for each token of a completion beyond the first `free`."""
+
+    def penalty(prompts: Sequence, completions: Sequence, *, completion_ids: Sequence, **columns: Any) -> list[float]:
+        return [-coefficient * max(len(ids) - free, 0) for ids in completion_ids]
+
+    penalty.__name__ = "length_penalty"
+    return penalty

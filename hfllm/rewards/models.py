@@ -1,0 +1,106 @@
+"""Models as rewards: one score for a sequence, or one for each token of it."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfllm.data.tokenizer import tokenize_prompts
+from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class RewardModel:
+    """A sequence-classification model as a reward function, with its own tokenizer and chat template.
+
+    Args:
+        model: scores one sequence with one label (`num_labels=1`), read at the last token that is not padding.
+        tokenizer: the reward model's own; prompt and completion reach it as text.
+        batch_size: sequences in one forward pass.
+
+    Raises:
+        InputError: when the model has more than one label or a head that was never trained, or its tokenizer has no
+            padding token.
+    """
+
+    def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int = 64):
+        if model.config.num_labels != 1:
+            raise InputError(
+                f"the reward model has {model.config.num_labels} labels; expected a model trained with num_labels=1"
+            )
+        if getattr(model, "has_new_head", False):
+            raise InputError(
+                f"the reward model {model.config._name_or_path!r} has no head for scores, as a language model: train "
+                "it on comparisons first (recipes/reward.py)"
+            )
+        if tokenizer.pad_token_id is None:
+            raise InputError("the reward model's tokenizer has no padding token")
+        self.model, self.tokenizer, self.batch_size = model.eval().requires_grad_(False), tokenizer, batch_size
+        self.model.config.pad_token_id = tokenizer.pad_token_id
+        self.__name__ = Path(model.config._name_or_path or "reward_model").name
+
+    def __call__(self, prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
+        ids = [self._token_ids(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        scores = [0.0] * len(ids)
+        for rows, logits in self._logits(ids):
+            for row, score in zip(rows, logits.squeeze(-1).tolist(), strict=True):
+                scores[row] = score
+        return scores
+
+    def _logits(self, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], "torch.Tensor"]]:
+        """Rows, and what the model says of them: (rows, 1), or (rows, positions, 1) of a model for tokens."""
+        import torch
+
+        for rows in self._batches([len(row) for row in ids]):
+            batch = self.tokenizer.pad(
+                {"input_ids": [ids[row] for row in rows]}, padding_side="right", return_tensors="pt"
+            ).to(self.model.device)
+            with torch.inference_mode():
+                logits = self.model(
+                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+                ).logits
+            yield rows, logits.float().cpu()
+
+    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Rows of like length: a short pass more costs a CPU less than padding does."""
+        most_padding = 8 if self.model.device.type == "cpu" else 256
+        rows: list[int] = []
+        for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+            if rows and (len(rows) == self.batch_size or lengths[rows[0]] - lengths[row] >= most_padding):
+                yield rows
+                rows = []
+            rows.append(row)
+        yield rows
+
+    def _token_ids(self, prompt: str | list, completion: str | list) -> list[int]:
+        if isinstance(prompt, str):
+            # With the end token, as TRL's RewardTrainer closes the texts that it trains on.
+            return self.tokenizer(prompt + completion + (self.tokenizer.eos_token or ""))["input_ids"]
+        return self.tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=True)["input_ids"]
+
+
+class TokenRewardModel(RewardModel):
+    """A token-classification model as a reward for each token of a completion, such as a process reward model.
+
+    It is read at the tokens that the policy sampled, so its tokenizer must be the policy's.
+
+    Args:
+        model, tokenizer, batch_size: as in `RewardModel`.
+    """
+
+    def __call__(self, prompts: Sequence, completions: Sequence, **columns: Any) -> list[list[float]]:
+        sampled = columns["completion_ids"]
+        before = tokenize_prompts(prompts, self.tokenizer)
+        ids = [[*prompt, *completion] for prompt, completion in zip(before, sampled, strict=True)]
+        rewards: list[list[float]] = [[] for _ in ids]
+        for rows, logits in self._logits(ids):
+            for row, numbers in zip(rows, logits.squeeze(-1).tolist(), strict=True):
+                rewards[row] = numbers[len(before[row]) : len(ids[row])]
+        return rewards
+
+
+def scores_tokens(model: Any) -> bool:
+    """Whether a model gives a number for each token (`...ForTokenClassification`)."""
+    return type(model).__name__.endswith("ForTokenClassification")

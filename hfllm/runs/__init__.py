@@ -1,0 +1,1 @@
+"""How any run goes: parse, announce, reuse, report, publish. Nothing here knows a method."""

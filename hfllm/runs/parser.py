@@ -1,0 +1,149 @@
+"""Flags and YAML files that become dataclasses, without torch: what the parsers of all recipes share."""
+
+import argparse
+import difflib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from hfllm.errors import InputError, redact
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The recipe's docstring as it stands, and every flag with its default."""
+
+    def format_help(self) -> str:
+        # A token in a --config file becomes a default.
+        return redact(super().format_help())
+
+
+class OneLineErrors:
+    """What makes a parser's complaints one line that names the nearest valid flag or YAML key.
+
+    For a parser with TrlParser's `set_defaults_with_config` and `parse_args_into_dataclasses`.
+    """
+
+    @property
+    def names(self) -> list[str]:
+        """Every flag, without its dashes."""
+        return [option[2:] for option in self._option_string_actions if option.startswith("--")] + ["config"]
+
+    def error(self, message: str) -> None:
+        raise InputError(message)
+
+    def unknown(self, kind: str, name: str) -> InputError:
+        nearest = difflib.get_close_matches(name, self.names, n=1, cutoff=0.0)
+        return InputError(f"unknown {kind} {name!r}; did you mean {nearest[0]!r}?")
+
+    def parse(self, argv: Sequence[str], config_files: Sequence[Path], defaults: Mapping[str, Any]) -> tuple:
+        """Parse `argv` over the YAML files over `defaults`; later files win.
+
+        Raises:
+            InputError: for a flag or key that does not exist, or a value of the wrong type.
+        """
+        self.set_defaults_with_config(**defaults)
+        for path in config_files:
+            values = read_yaml(path)
+            for key in values:
+                if key not in self.names:
+                    raise self.unknown(f"key in {path}:", key)
+            self.set_defaults_with_config(**{key: self._typed(path, key, value) for key, value in values.items()})
+        try:
+            *parsed, remaining = self.parse_args_into_dataclasses(args=list(argv), return_remaining_strings=True)
+        except argparse.ArgumentError as error:
+            raise InputError(str(error)) from None
+        if remaining:
+            flag = next((word for word in remaining if word.startswith("-")), None)
+            if flag is None:
+                raise InputError(f"unexpected argument {remaining[0]!r}")
+            raise self.unknown("flag", flag.lstrip("-").split("=")[0])
+        return tuple(parsed)
+
+    def _typed(self, path: Path, key: str, value: Any) -> Any:
+        """A YAML value as the flag `--key` would read it: of its type, and a list where the flag takes several."""
+        action = self._option_string_actions.get(f"--{key}")
+        if action is None or isinstance(value, dict):
+            return value
+        if action.nargs in ("+", "*"):
+            return value if isinstance(value, list) else [value]
+        if value is None or isinstance(value, str) or action.type is None:
+            return value
+        try:
+            return self._get_value(action, str(value))
+        except argparse.ArgumentError as error:
+            raise InputError(f"{path}: {error}") from None
+
+
+class PlainParser(OneLineErrors, argparse.ArgumentParser):
+    """A parser of dataclasses whose fields are strings, numbers, truth values, or lists of these.
+
+    For recipes that import neither torch nor transformers, as TrlParser does.
+    """
+
+    def __init__(self, dataclass_types: Sequence[type], **kwargs: Any):
+        super().__init__(allow_abbrev=False, **kwargs)
+        self.dataclass_types = dataclass_types
+        for kind in dataclass_types:
+            hints = get_type_hints(kind)
+            for item in fields(kind):
+                default = item.default_factory() if item.default is MISSING else item.default
+                self.add_argument(f"--{item.name}", default=default, **_how_to_read(hints[item.name]), **item.metadata)
+
+    def set_defaults_with_config(self, **values: Any) -> None:
+        """Let YAML values take the place of defaults."""
+        self.set_defaults(**values)
+
+    def parse_args_into_dataclasses(self, args: Sequence[str], return_remaining_strings: bool) -> tuple:
+        """The dataclasses, and as the last what no flag has taken."""
+        values, remaining = self.parse_known_args(list(args))
+        built = [
+            kind(**{item.name: getattr(values, item.name) for item in fields(kind)}) for kind in self.dataclass_types
+        ]
+        return (*built, remaining) if return_remaining_strings else tuple(built)
+
+
+def _how_to_read(kind: Any) -> dict[str, Any]:
+    """argparse's options for a field of this type."""
+    if get_origin(kind) in (Union, types.UnionType):
+        (kind,) = (option for option in get_args(kind) if option is not type(None))
+    if get_origin(kind) is list:
+        return {"type": get_args(kind)[0], "nargs": "+"}
+    return {"type": _truth, "nargs": "?", "const": True} if kind is bool else {"type": kind}
+
+
+def _truth(word: str) -> bool:
+    if word.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {word!r}")
+    return word.lower() == "true"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping.
+
+    Raises:
+        InputError: when the file is missing, is not YAML, or is not a mapping.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise InputError(f"--config {path}: no such file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a mapping of flags to values, got {type(values).__name__}")
+    return values
+
+
+def training_parser() -> type[OneLineErrors]:
+    """Return the parser of the recipes that train: TrlParser with this package's messages. It imports torch."""
+    from trl import TrlParser
+
+    class TrainingParser(OneLineErrors, TrlParser):
+        def __init__(self, dataclass_types: Sequence[type], **kwargs: Any):
+            super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+
+    return TrainingParser

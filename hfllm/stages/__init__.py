@@ -1,0 +1,1 @@
+"""The long recipes' arguments, checks and builders, one file for each stage."""

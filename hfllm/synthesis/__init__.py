@@ -1,0 +1,1 @@
+"""Data that models write: answers, comparisons, mixed prompts."""

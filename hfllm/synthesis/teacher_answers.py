@@ -1,0 +1,80 @@
+"""Answers that a teacher writes, in the place of the data's, for a student to read."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hfllm.data.formats import as_completion
+from hfllm.data.tokenizer import tokenize_prompts
+from hfllm.errors import InputError
+from hfllm.generation import responses
+from hfllm.runs.command_line import main_process
+from hfllm.runs.models import context_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Prompts that are tokenized at a time.
+ROWS = 1000
+
+
+def write_answers(
+    teacher: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Sequence[dict[str, Any]],
+    response_length: int,
+    do_sample: bool,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Prompts with the teacher's answers in place of the completions, then the texts as they are.
+
+    Rows whose prompt leaves no room for an answer are left out, and those whose answer is cut off: a student would
+    learn to stop in the middle. Their numbers are printed.
+
+    Args:
+        rows: with `prompt`, all text or all messages, whose other columns are dropped; or with `text`.
+        response_length: longest answer in tokens.
+        do_sample: at temperature 1; greedy if false.
+        seed: of the sampling; the caller's random state is left as it was.
+
+    Raises:
+        InputError: when no prompt has room for an answer, or no answer ends.
+    """
+    asked = [row for row in rows if "prompt" in row]
+    prompts = _with_room(teacher, tokenizer, [row["prompt"] for row in asked], response_length)
+    settings = {"seed": seed, "only_ended": True}
+    answers = responses.sample_responses(teacher, tokenizer, prompts, response_length, do_sample, **settings)
+    written = [
+        {"prompt": prompt, "completion": as_completion(prompt, answer)}
+        for prompt, ended in zip(prompts, answers, strict=True)
+        for answer in ended
+    ]
+    cut = len(prompts) - len(written)
+    if cut and not written:
+        raise InputError(f"none of the teacher's answers ends within --response_length {response_length}: allow more")
+    if cut and main_process():
+        print(f"distill: {cut} of {len(prompts)} answers of the teacher are left out: longer than {response_length}")
+    return [*written, *(row for row in rows if "prompt" not in row)]
+
+
+def _with_room(
+    teacher: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: list, response_length: int
+) -> list:
+    """The prompts after which `response_length` tokens fit in the teacher's context."""
+    context = context_of(teacher.config)
+    if context is None or not prompts:
+        return prompts
+    limit, shortest, kept = context - response_length, context, []
+    for start in range(0, len(prompts), ROWS):
+        some = prompts[start : start + ROWS]
+        tokens = tokenize_prompts(some, tokenizer)
+        shortest = min(shortest, *map(len, tokens))
+        kept += [prompt for prompt, ids in zip(some, tokens, strict=True) if len(ids) <= limit]
+    if not kept:
+        raise InputError(
+            f"no prompt has room for --response_length {response_length} in the teacher's context of {context} "
+            f"tokens: the shortest leaves {context - shortest}"
+        )
+    if len(kept) < len(prompts) and main_process():
+        left_out = len(prompts) - len(kept)
+        print(f"distill: {left_out} of {len(prompts)} prompts are left out: longer than {limit} tokens")
+    return kept

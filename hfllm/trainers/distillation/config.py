@@ -1,0 +1,104 @@
+"""Arguments of `DistillationTrainer`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hfllm.trainers.distillation.losses import LossSettings
+
+NOT_NEGATIVE = ("soft_weight", "hard_weight", "hidden_weight", "loss_chunk_size")
+AT_LEAST_ONE = ("teacher_top_k", "max_length")
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """`transformers.TrainingArguments` plus distillation's, named as in TRL's where they mean the same."""
+
+    logging_steps: float = _option(10, "Log every X optimizer steps; below 1, a share of all steps.")
+    remove_unused_columns: bool | None = _option(False, "Keep False: the trainer reads the dataset's columns itself.")
+    max_length: int | None = _option(1024, "Longest row in tokens; what is longer is cut at its end.")
+    disable_dropout: bool = _option(False, "Switch the student's dropout off.")
+
+    # The teacher
+    teacher_model_name_or_path: str | None = _option(None, "Model name or path of the teacher.")
+    teacher_model_revision: str | None = _option(None, "Revision of the teacher.")
+    teacher_model_init_kwargs: dict[str, Any] | str | None = _option(
+        None, "Keyword arguments of `from_pretrained` for a teacher given by name."
+    )
+    teacher_top_k: int | None = _option(
+        None,
+        "Ask the teacher once, keep so many of its likeliest tokens at each place on disk, and train from there. By "
+        "default it is asked at every step and compared on the whole vocabulary.",
+    )
+    teacher_cache_dir: str | None = _option(
+        None,
+        "Folder of what was kept, which several runs may share: nothing in it is removed. By default teacher_cache in "
+        "the output folder, without what is stale.",
+    )
+
+    # The loss
+    temperature: float = _option(3.0, "Temperature of both distributions in the divergence.")
+    beta: float = _option(
+        0.0, "Divergence: 0 is the forward KL, 1 the reverse KL, between them generalised Jensen-Shannon."
+    )
+    soft_weight: float = _option(0.7, "Weight of the divergence, times the squared temperature.")
+    hard_weight: float = _option(0.3, "Weight of the cross-entropy with the data.")
+    hidden_weight: float = _option(
+        0.0, "Weight of the mean squared distance between hidden states, a student's layer to one of the teacher's."
+    )
+    loss_chunk_size: int = _option(
+        256, "Tokens whose logits exist at a time, of student and teacher; 0 is all of a batch."
+    )
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in AT_LEAST_ONE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta must lie in [0, 1], got {self.beta}")
+        if not self.soft_weight + self.hard_weight + self.hidden_weight:
+            raise ValueError("soft_weight, hard_weight and hidden_weight are all 0: there is nothing to learn from")
+        if self.teacher_top_k and not self.soft_weight:
+            raise ValueError("teacher_top_k is what the divergence is computed from, and its soft_weight is 0")
+        if self.teacher_cache_dir and not self.teacher_top_k:
+            raise ValueError("teacher_cache_dir needs teacher_top_k: without it nothing is kept")
+        if self.teacher_top_k and self.hidden_weight:
+            raise ValueError("hidden_weight needs the teacher at every step: it does not go with teacher_top_k")
+        given = self.teacher_model_init_kwargs or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"teacher_model_init_kwargs must be a JSON object, got {given!r}")
+        if self.teacher_model_revision and "revision" in given:
+            raise ValueError("teacher_model_revision is given, and a revision in teacher_model_init_kwargs as well")
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor changes no part of the loss: the teacher smooths the targets")
+        if self.use_cpu and self.fp16:
+            raise ValueError("fp16 does nothing on a CPU: use --bf16 or neither")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any part of the loss comes from the teacher."""
+        return bool(self.soft_weight or self.hidden_weight)
+
+    @property
+    def teacher_settings(self) -> dict[str, Any]:
+        """What a teacher given by name is loaded with."""
+        return {"revision": self.teacher_model_revision or "main", **(self.teacher_model_init_kwargs or {})}
+
+    @property
+    def loss_settings(self) -> LossSettings:
+        """The loss that these arguments describe."""
+        return LossSettings(self.temperature, self.beta, self.soft_weight, self.hard_weight)

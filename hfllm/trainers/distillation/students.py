@@ -1,0 +1,207 @@
+"""A student and its teacher: can they be compared, how do they make logits, and how one is cut out of the other."""
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+
+from hfllm.errors import InputError
+from hfllm.models.precision import cast_weights
+from hfllm.trainers.distillation.teacher_memory import check_fits_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ALTERNATIVE = (
+    "their logits cannot be compared. Train on the teacher's answers instead, which needs no common vocabulary "
+    "(sequence-level distillation: recipes/distill.py --sequence_level, or SFT on what the teacher writes)"
+)
+
+
+def check_same_vocabulary(
+    student: "PreTrainedModel",
+    teacher: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    teacher_tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> None:
+    """Refuse a teacher whose logits do not stand for the student's tokens.
+
+    Raises:
+        InputError: naming what differs, and the alternative.
+    """
+    sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise InputError(f"the teacher has {sizes[1]} tokens and the student {sizes[0]}: {ALTERNATIVE}")
+    if tokenizer is None or teacher_tokenizer is None:
+        return
+    ours, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    if ours != theirs:
+        token = min((token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token)), default="")
+        raise InputError(
+            f"token {token!r} is number {theirs.get(token)} of the teacher and {ours.get(token)} of the student: "
+            f"{ALTERNATIVE}"
+        )
+
+
+def student_from_layers(teacher: "PreTrainedModel", every: int) -> "PreTrainedModel":
+    """A student that is every `every`-th layer of its teacher, from the first on, under the teacher's embeddings.
+
+    It starts from the teacher's weights, as DistilBERT's does (Sanh et al. 2019, arXiv:1910.01108, section 3). It has
+    no name, so that an adapter on it does not name the teacher as its base.
+
+    Raises:
+        InputError: when that is not at least one layer less, or the teacher's weights cannot be copied.
+    """
+    config = teacher.config
+    total = config.num_hidden_layers
+    if not 2 <= every <= total:
+        raise InputError(f"every {every}th layer: the teacher has {total}, so 2 to {total} are possible")
+    if getattr(teacher, "is_quantized", False):
+        raise InputError("a student cannot be cut out of a quantized teacher: load the teacher unquantized")
+    kept = range(0, total, every)
+    smaller = copy.deepcopy(config)
+    smaller.name_or_path = ""
+    smaller.num_hidden_layers = len(kept)
+    if getattr(smaller, "layer_types", None):
+        smaller.layer_types = [config.layer_types[layer] for layer in kept]
+    student = cast_weights(type(teacher)(smaller), teacher.dtype)
+    prefix = _layers_name(teacher, total)
+    weights = teacher.state_dict()
+    taken = {name: value for name, value in weights.items() if not name.startswith(prefix)}
+    for new, old in enumerate(kept):
+        start = f"{prefix}{old}."
+        taken |= {
+            f"{prefix}{new}.{name[len(start) :]}": value for name, value in weights.items() if name.startswith(start)
+        }
+    student.load_state_dict(taken)
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student.to(teacher.device)
+
+
+def smaller_student(
+    teacher: "PreTrainedModel",
+    hidden_size: int | None = None,
+    num_hidden_layers: int | None = None,
+    num_attention_heads: int | None = None,
+    initializer_range: float | None = None,
+) -> "PreTrainedModel":
+    """A student of the teacher's architecture with new weights, and no name, as in `student_from_layers`.
+
+    Args:
+        hidden_size, num_hidden_layers, num_attention_heads, initializer_range: as in the teacher unless given. The
+            MLP keeps its ratio to the width, and key-value heads theirs to the query heads where that divides.
+
+    Raises:
+        InputError: when they describe no model.
+    """
+    config, ours = teacher.config, copy.deepcopy(teacher.config)
+    given = {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": num_attention_heads,
+        "initializer_range": initializer_range,
+    }
+    for name, value in given.items():
+        if value is not None:
+            setattr(ours, name, value)
+    width, heads = ours.hidden_size, ours.num_attention_heads
+    if width < 1 or heads < 1 or width % heads:
+        raise InputError(f"a student of width {width} with {heads} attention heads: the heads must divide the width")
+    if getattr(ours, "intermediate_size", None):
+        ours.intermediate_size = max(16, round(config.intermediate_size * width / config.hidden_size / 16) * 16)
+    if getattr(ours, "num_key_value_heads", None):
+        group = config.num_attention_heads // config.num_key_value_heads
+        ours.num_key_value_heads = heads // group if heads % group == 0 else heads
+    if getattr(ours, "head_dim", None):
+        ours.head_dim = width // heads
+    if getattr(ours, "layer_types", None):
+        ours.layer_types = ours.layer_types[: ours.num_hidden_layers]
+    fields = ours.to_dict()
+    # Of the teacher's weights; the student's are new ones, in floating point.
+    fields.pop("quantization_config", None)
+    fields.pop("_name_or_path", None)
+    try:
+        # Built anew, so that it is checked and what follows from the sizes is derived again.
+        student = type(teacher)(type(config).from_dict(fields))
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise InputError(f"the student's sizes describe no model: {' '.join(str(error).split())[:200]}") from None
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student
+
+
+def _layers_name(model: "PreTrainedModel", count: int) -> str:
+    """Where the layers are in the names of the weights."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    names = [name for name in names if len(model.get_submodule(name)) == count]
+    if len(names) != 1:
+        raise InputError(f"a model of type {model.config.model_type} has no single list of {count} layers")
+    return f"{names[0]}."
+
+
+def layer_pairs(student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
+    """Which layer of the teacher each layer of the student is compared with, counted from 1 and evenly spread.
+
+    The last layers meet; the teacher's layer of student layer l is l * teacher_layers / student_layers, rounded.
+    """
+    return [(layer, max(1, round(layer * teacher_layers / student_layers))) for layer in range(1, student_layers + 1)]
+
+
+def logit_scale(model: "PreTrainedModel") -> float:
+    """The factor on a model's logits."""
+    return float(getattr(model.config.get_text_config(), "logit_scale", None) or 1.0)
+
+
+@torch.no_grad()
+def check_linear_head(model: "PreTrainedModel", whose: str) -> None:
+    """Refuse a model whose logits are more than its output embedding on its last hidden state, times a factor.
+
+    Args:
+        model: the teacher or the student, without adapters around it.
+        whose: which of them it is; of a student logits of all places are made unless it takes `logits_to_keep`.
+
+    Raises:
+        InputError: naming the flag that does without.
+    """
+    if whose == "student" and "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise InputError(
+            f"a student of type {model.config.model_type} takes no logits_to_keep, so that its logits are made all at "
+            "once: use --loss_chunk_size 0"
+        )
+    device, head = model.get_input_embeddings().weight.device, model.get_output_embeddings()
+    ids = torch.arange(4, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        whole = model(input_ids=ids, use_cache=False).logits
+        parts = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state) * logit_scale(model)
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not torch.allclose(whole.float(), parts.float(), atol=1e-3, rtol=1e-3):
+        raise InputError(
+            f"the {whose} is of type {model.config.model_type}, whose logits are not a linear head's: use "
+            "--loss_chunk_size 0"
+        )
+
+
+def load_teacher(name: str, settings: Mapping[str, Any]) -> "PreTrainedModel":
+    """The teacher called `name`.
+
+    Args:
+        settings: of `from_pretrained`.
+
+    Raises:
+        InputError: when it cannot be loaded so, or is larger than memory.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_fits_memory(name, settings)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **settings)
+    # The first two are for names of settings and of dtypes that do not exist.
+    except (TypeError, AttributeError, OSError, ValueError) as error:
+        raise InputError(f"teacher {name!r} could not be loaded: {' '.join(str(error).split())[:200]}") from error

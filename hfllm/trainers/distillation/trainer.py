@@ -1,0 +1,413 @@
+"""Distillation as a `transformers.Trainer`: the student learns a teacher's distributions beside the data's tokens.
+
+One step: the student reads a batch, and so does the teacher (or what it said is taken from disk); at each place that
+has a target the two are compared, a chunk of tokens at a time (`distillation_losses`).
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import torch
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hfllm.data.packing import IGNORE
+from hfllm.errors import InputError
+from hfllm.trainers.distillation.config import DistillationConfig
+from hfllm.trainers.distillation.data import DistillationCollator, tokenize_dataset
+from hfllm.trainers.distillation.losses import (
+    Teacher,
+    TeacherHead,
+    TeacherLogits,
+    TopK,
+    combined,
+    linear_distillation,
+    token_losses,
+)
+from hfllm.trainers.distillation.students import (
+    check_linear_head,
+    check_same_vocabulary,
+    layer_pairs,
+    load_teacher,
+    logit_scale,
+)
+from hfllm.trainers.distillation.teacher_cache import WithTeacher, description, open_cache, teacher_tables
+from hfllm.trainers.dropout import disable_dropout
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftConfig
+    from transformers import PreTrainedTokenizerBase
+
+PROJECTION = "distillation_projection"
+PROJECTION_FILE = f"{PROJECTION}.safetensors"
+LOGGED = ("soft_loss", "hard_loss", "hidden_loss")
+
+
+class DistillationTrainer(Trainer):
+    """Offline distillation: on given texts, from a teacher that is asked at each step or was asked once.
+
+    Args:
+        model: the student.
+        teacher_model: the teacher, or its name; `None` takes `args.teacher_model_name_or_path`. With
+            `args.teacher_top_k` it is loaded only if its cache has to be made, and let go afterwards.
+        args: see `DistillationConfig`.
+        train_dataset, eval_dataset: rows with `input_ids` (and `labels`), `prompt` and `completion` (text or
+            messages), or `text`; they may be mixed. For evaluation, also a dict of such by name.
+        processing_class: the student's tokenizer.
+        teacher_processing_class: the teacher's, to be compared with the student's; taken from a teacher given by name.
+        peft_config: adapter to train in place of the student's weights. It alone is saved: a student that is not
+            loaded from a name, which an adapter records, has to be saved by its maker before.
+        kwargs: Trainer's.
+
+    Raises:
+        InputError: when the two cannot be compared, no teacher is given, or an engine splits parameters.
+    """
+
+    # The sum over a batch is divided by the tokens of the whole step.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher_model: "PreTrainedModel | str | None" = None,
+        args: DistillationConfig | None = None,
+        train_dataset: "Dataset | None" = None,
+        eval_dataset: "Dataset | dict[str, Dataset] | None" = None,
+        processing_class: "PreTrainedTokenizerBase | None" = None,
+        teacher_processing_class: "PreTrainedTokenizerBase | None" = None,
+        peft_config: "PeftConfig | None" = None,
+        **kwargs: Any,
+    ):
+        args = args or DistillationConfig("distillation")
+        if processing_class is None or processing_class.pad_token_id is None:
+            raise InputError("processing_class: the student's tokenizer is needed, with a pad_token")
+        if args.ddp_find_unused_parameters is None:
+            # The loss uses the head and the projections outside of the model's forward pass.
+            args.ddp_find_unused_parameters = False
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        if args.disable_dropout:
+            disable_dropout(model)
+        teacher_model = teacher_model or args.teacher_model_name_or_path
+        if teacher_model is None and args.needs_teacher:
+            raise InputError("a teacher is needed: --teacher_model_name_or_path, or soft_weight and hidden_weight 0")
+        self._tokenize = partial(tokenize_dataset, tokenizer=processing_class, max_length=args.max_length)
+        self._named_teacher, self.teacher = teacher_model, None
+        self._teacher_tokenizer, self._projection = teacher_processing_class, None
+        self._sums = torch.zeros(len(LOGGED) + 1)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=self._tokenize(train_dataset) if train_dataset is not None else None,
+            eval_dataset=_each(eval_dataset, lambda rows, name: self._tokenize(rows)),
+            processing_class=processing_class,
+            data_collator=DistillationCollator(processing_class.pad_token_id),
+            **kwargs,
+        )
+        # `compute_loss` divides by the tokens of the whole step, whatever the model's own loss does.
+        self.model_accepts_loss_kwargs = True
+        self._check_engine()
+        if args.loss_chunk_size:
+            check_linear_head(self._bare(self.model), "student")
+        if args.needs_teacher:
+            self._prepare_teacher()
+
+    # ---- the teacher ----
+
+    def _check_engine(self) -> None:
+        plugin = getattr(self.args, "deepspeed_plugin", None)
+        is_zero3 = plugin is not None and plugin.zero_stage == 3
+        if self.accelerator.distributed_type == DistributedType.FSDP or is_zero3:
+            raise InputError("distillation does not work with FSDP or ZeRO-3 yet: use DDP or ZeRO-2")
+
+    def _prepare_teacher(self) -> None:
+        """Load the teacher if it has to be asked, now or at every step."""
+        if self.args.teacher_top_k is None:
+            self.teacher = self._loaded_teacher()
+            if self.args.hidden_weight:
+                self._projection = self._new_projection()
+            return
+        folder = Path(self.args.teacher_cache_dir or Path(self.args.output_dir) / "teacher_cache")
+        if self.train_dataset is not None:
+            self.train_dataset = self._with_cache(self.train_dataset, folder, "train")
+        self.eval_dataset = _each(self.eval_dataset, lambda rows, name: self._with_cache(rows, folder, name))
+        self.teacher = self._named_teacher = None
+
+    def _with_cache(self, rows: "Dataset", folder: Path, name: str) -> WithTeacher:
+        args = self.args
+        made_from = description(self._named_teacher, args.teacher_settings, rows, args.temperature, args.teacher_top_k)
+        # With another vocabulary it is not reused, and the teacher is refused when it is loaded.
+        made_from["vocabulary"] = self._bare(self.model).config.get_text_config().vocab_size
+
+        def ask(batch: dict[str, torch.Tensor], kept: torch.Tensor) -> Teacher:
+            return self._teacher_of(self._teacher_pass(batch), kept.to(args.device))
+
+        def make() -> Iterator[Any]:
+            self.teacher = self.teacher or self._loaded_teacher()
+            loader = DataLoader(rows, batch_size=args.per_device_eval_batch_size, collate_fn=self.data_collator)
+            yield from teacher_tables(loader, ask, args.temperature, args.teacher_top_k, args.loss_chunk_size)
+
+        with args.main_process_first(local=False, desc="asking the teacher"):
+            return WithTeacher(rows, open_cache(folder, name, made_from, make, bool(args.teacher_cache_dir)))
+
+    def _loaded_teacher(self) -> PreTrainedModel:
+        """The teacher, comparable to the student, frozen and on this process's device."""
+        teacher, tokenizer = self._named_teacher, self._teacher_tokenizer
+        if isinstance(teacher, str):
+            name, settings = teacher, self.args.teacher_settings
+            teacher = load_teacher(name, settings)
+            tokenizer = tokenizer or _tokenizer_of(name, settings["revision"])
+        if teacher is self.model:
+            raise InputError("the teacher is the student itself: load it once more")
+        check_same_vocabulary(self._bare(self.model), teacher, self.processing_class, tokenizer)
+        teacher = teacher.eval().requires_grad_(False)
+        if not getattr(teacher, "is_quantized", False):
+            teacher = teacher.to(self.args.device)
+        if self.args.loss_chunk_size:
+            check_linear_head(teacher, "teacher")
+        return teacher
+
+    @torch.no_grad()
+    def _teacher_pass(self, inputs: dict[str, torch.Tensor]) -> Any:
+        """The teacher's outputs on a batch: of its trunk, or with logits when they are not made in chunks."""
+        read = {name: inputs[name].to(self.args.device) for name in ("input_ids", "attention_mask")}
+        reader = self.teacher.base_model if self.args.loss_chunk_size else self.teacher
+        with self.accelerator.autocast():
+            return reader(**read, use_cache=False, output_hidden_states=bool(self.args.hidden_weight))
+
+    def _teacher_of(self, said: Any, kept: torch.Tensor) -> Teacher:
+        """What the teacher says at the places `kept` (B, L) of a batch."""
+        if not self.args.loss_chunk_size:
+            return TeacherLogits(said.logits[kept])
+        return TeacherHead(
+            said.last_hidden_state[kept], self.teacher.get_output_embeddings(), logit_scale(self.teacher)
+        )
+
+    # ---- hidden states ----
+
+    def _new_projection(self) -> nn.ModuleList:
+        """One map of the student's states to the teacher's for each pair of layers, where their widths differ."""
+        widths = [model.config.get_text_config().hidden_size for model in (self._bare(self.model), self.teacher)]
+        same = widths[0] == widths[1]
+        maps = [nn.Identity() if same else nn.Linear(*widths, bias=False) for _ in self._layer_pairs()]
+        return nn.ModuleList(maps).to(self.args.device, self._bare(self.model).dtype)
+
+    def _layer_pairs(self) -> list[tuple[int, int]]:
+        layers = [model.config.get_text_config().num_hidden_layers for model in (self._bare(self.model), self.teacher)]
+        return layer_pairs(*layers)
+
+    def _hidden_distance(self, student: Any, teacher: Any, kept: torch.Tensor) -> torch.Tensor:
+        """Mean squared distance of the paired layers' states, summed over tokens."""
+        pairs = self._layer_pairs()
+        total = 0.0
+        for project, (ours, theirs) in zip(self._projection, pairs, strict=True):
+            states = project(student.hidden_states[ours][kept]).float()
+            total = total + (states - teacher.hidden_states[theirs][kept].float()).square().mean(-1).sum()
+        return total / len(pairs)
+
+    # ---- the loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a batch, divided by the targets of the whole step on all processes."""
+        args, kept = self.args, inputs["shift_labels"] != IGNORE
+        targets = inputs["shift_labels"][kept]
+        outputs, hidden = self._student_pass(model, inputs)
+        with self.accelerator.autocast():
+            said = self._teacher_pass(inputs) if self.teacher is not None else None
+            soft, hard, loss = self._compared(model, inputs, outputs, hidden, said, kept, targets)
+            distance = loss.new_zeros(())
+            if args.hidden_weight:
+                distance = self._hidden_distance(outputs, said, kept)
+                loss = loss + args.hidden_weight * distance
+        count = kept.sum()
+        items = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        if getattr(outputs, "aux_loss", None) is not None and model.training:
+            # Whole in each batch; a batch has but its share of the tokens.
+            loss = loss + self._bare(model).config.router_aux_loss_coef * outputs.aux_loss * count
+        if model.training:
+            self._sums += torch.stack([soft, hard, distance.detach(), count]).detach().float().cpu()
+        loss = loss / items
+        if args.average_tokens_across_devices and num_items_in_batch is not None:
+            # DDP takes the mean of what the processes have.
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _student_pass(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, torch.Tensor | None]:
+        """The student's outputs, and with chunks its last hidden state, after the one forward pass that DDP sees."""
+        bare, states = self._bare(model), []
+        read = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
+        if self.args.hidden_weight:
+            read["output_hidden_states"] = True
+        if model.training and getattr(bare.config, "router_aux_loss_coef", 0) and is_mixture(bare):
+            read["output_router_logits"] = True
+        if not self.args.loss_chunk_size:
+            return model(**read), None
+        hook = bare.base_model.register_forward_hook(lambda module, args, output: states.append(output))
+        try:
+            # Logits of a single place: the loss makes its own.
+            outputs = model(**read, logits_to_keep=1)
+        finally:
+            hook.remove()
+        return outputs, states[0].last_hidden_state
+
+    def _compared(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        outputs: Any,
+        hidden: torch.Tensor | None,
+        said: Any,
+        kept: torch.Tensor,
+        targets: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Divergence, cross-entropy and loss, summed over tokens."""
+        settings, bare, teacher = self.args.loss_settings, self._bare(model), None
+        if "teacher_rest" in inputs:
+            teacher = TopK(*(inputs[f"teacher_{name}"] for name in ("log_probs", "indices", "rest")))
+        elif self.args.soft_weight:
+            teacher = self._teacher_of(said, kept)
+        if hidden is None:
+            whole = teacher and teacher.take(slice(None))
+            soft, hard = token_losses(outputs.logits[kept], targets, whole, settings)
+            return soft.detach(), hard.detach(), combined(soft, hard, settings)
+        rows = hidden[kept] * logit_scale(bare)
+        loss, soft, hard = linear_distillation(
+            rows, bare.get_output_embeddings(), targets, teacher, settings, self.args.loss_chunk_size
+        )
+        return soft, hard, loss
+
+    # ---- evaluation ----
+
+    def get_eval_dataloader(self, eval_dataset: "str | Iterable[dict[str, Any]] | None" = None) -> DataLoader:
+        """Trainer's, of rows as `__init__` takes them, or of those of that name; so are `evaluate`'s.
+
+        Raises:
+            InputError: when there is no such name, the rows cannot be read, or the teacher has been let go.
+        """
+        if isinstance(eval_dataset, str):
+            names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
+            if eval_dataset not in names:
+                raise InputError(f"eval_dataset {eval_dataset!r}: expected one of {', '.join(names) or '(no names)'}")
+        elif eval_dataset is not None:
+            eval_dataset = self._readable(eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: "Iterable[dict[str, Any]]") -> DataLoader:
+        """As `get_eval_dataloader`."""
+        return super().get_test_dataloader(self._readable(test_dataset))
+
+    def _readable(self, rows: "Iterable[dict[str, Any]]") -> "Dataset | WithTeacher":
+        if isinstance(rows, WithTeacher):
+            return rows
+        if self.args.needs_teacher and self.args.teacher_top_k is not None:
+            raise InputError(
+                f"these rows were not given with the trainer: with teacher_top_k={self.args.teacher_top_k} its "
+                "teacher was asked then, and let go; give DistillationTrainer all rows, as eval_dataset={name: rows}"
+            )
+        return self._tokenize(rows)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, None, None]:
+        """The loss of a batch; logits are not kept."""
+        return super().prediction_step(model, inputs, True, ignore_keys)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's, with the parts of the training loss since the last time, in nats a token."""
+        if "loss" in logs:
+            *parts, tokens = self.accelerator.reduce(self._sums.to(self.args.device), "sum").tolist()
+            if tokens:
+                logs |= {name: part / tokens for name, part in zip(LOGGED, parts, strict=True)}
+            if not self.args.hidden_weight:
+                logs.pop("hidden_loss", None)
+            self._sums.zero_()
+        super().log(logs, start_time)
+
+    def _bare(self, model: nn.Module) -> PreTrainedModel:
+        """The model itself, without what trains it on several devices or by an adapter."""
+        model = self.accelerator.unwrap_model(model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    # ---- the projections: trained with the student, saved in checkpoints, and not part of the result ----
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; the projections belong to the student's parameters meanwhile."""
+        self._sums.zero_()
+        if self._projection is None:
+            return super().train(*args, **kwargs)
+        self.model.add_module(PROJECTION, self._projection)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            delattr(self.model, PROJECTION)
+
+    @contextmanager
+    def _without_projection(self) -> Iterator[nn.Module | None]:
+        projection = getattr(self.model, PROJECTION, None)
+        if projection is not None:
+            delattr(self.model, PROJECTION)
+        try:
+            yield projection
+        finally:
+            if projection is not None:
+                self.model.add_module(PROJECTION, projection)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        output_dir = output_dir or self.args.output_dir
+        with self._without_projection() as projection:
+            if state_dict is not None:
+                state_dict = {name: value for name, value in state_dict.items() if PROJECTION not in name}
+            super()._save(output_dir, state_dict)
+        is_checkpoint = os.path.basename(output_dir.rstrip("/")).startswith(PREFIX_CHECKPOINT_DIR)
+        if projection is not None and is_checkpoint and self.args.should_save:
+            save_file(projection.state_dict(), os.path.join(output_dir, PROJECTION_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with self._without_projection() as projection:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if projection is not None:
+            projection.load_state_dict(load_file(os.path.join(resume_from_checkpoint, PROJECTION_FILE)))
+
+
+def _each(rows: Any, change: Callable[[Any, str], Any]) -> Any:
+    """`change` of a dataset for evaluation, or of each in a dict of them, and the name of a file for each."""
+    if isinstance(rows, dict):
+        return {name: change(part, f"eval_{quote(name, safe='')}") for name, part in rows.items()}
+    return None if rows is None else change(rows, "eval")
+
+
+def is_mixture(model: PreTrainedModel) -> bool:
+    """Whether a model has experts whose load is balanced by a loss."""
+    return bool(getattr(model.config, "num_local_experts", 0) or getattr(model.config, "num_experts", 0))
+
+
+def _tokenizer_of(name: str, revision: str) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer beside a model, if there is one."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,359 @@
+"""A `transformers.Trainer` whose model is an `ActorCritic`: its optimiser, forward passes, metrics, checkpoints."""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+from hfllm.errors import InputError
+from hfllm.outputs.checkpoints import last_complete_checkpoint
+from hfllm.trainers.interruptions import no_further_than_done, save_on_sigterm
+from hfllm.trainers.ppo.actor_critic import ActorCritic, entropy_of, spread
+from hfllm.trainers.ppo.controllers import KLController, RunningMoments
+from hfllm.trainers.ppo.rollout import Rollout, length_groups
+from hfllm.trainers.ppo.sampling import Witness
+from hfllm.trainers.ppo.setup import load_weights
+from hfllm.trainers.sharding import gathered
+from hfllm.trainers.tables import log_table
+
+# Tokens of a pass on a CPU, where larger ones save no time, and logits of one where the vocabulary is large: 16 MB.
+MOST_CPU_TOKENS, LEAST_CPU_TOKENS, MOST_CPU_LOGITS = 768, 256, 2**22
+VALUE_MODEL_FOLDER, REFERENCE_FOLDER = "value_model", "reference"
+VALUE_HEAD_FILE, STATE_FILE = "value_head.safetensors", "ppo_state.json"
+
+
+class ActorCriticTrainer(Trainer):
+    """What `PPOTrainer` has in common with any trainer of a policy and a critic; it holds no algorithm.
+
+    A checkpoint holds policy, critic, a reference that moves, the rollout in use and the controllers besides what
+    Trainer keeps: optimiser, schedule, random state.
+    """
+
+    reference: PreTrainedModel | None
+    kl_controller: KLController
+    reward_moments: RunningMoments
+    _rollout: Rollout | None
+    _skipped_from: int | None
+    _synced_at: int
+    _trusted: dict[str, bool]
+
+    @property
+    def actor(self) -> ActorCritic:
+        """The trained module, without the engine around it."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def policy(self) -> PreTrainedModel:
+        """The policy that is trained."""
+        return self.actor.policy
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's, with the critic's own weights in groups of their own if `value_learning_rate` is given."""
+        if self.optimizer is not None or self.args.value_learning_rate is None:
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        critic = {id(parameter) for parameter in self.actor.critic_parameters()}
+        for group in list(optimizer.param_groups):
+            own = [parameter for parameter in group["params"] if id(parameter) in critic]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in critic]
+            if own:
+                optimizer.add_param_group({**group, "params": own, "lr": self.args.value_learning_rate})
+        return optimizer
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As Trainer's; `True` resumes from the newest checkpoint that was written to its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise InputError(f"resume_from_checkpoint=True: no complete checkpoint in {self.args.output_dir}")
+        save_on_sigterm(self)
+        self._begin()
+        return no_further_than_done(self, super().train, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer's; before training, ZeRO-3 has spread the policy, but gathers nothing yet."""
+        is_early = self.is_deepspeed_enabled and self.deepspeed is None
+        with gathered(self.actor) if is_early else nullcontext():
+            return super().evaluate(*args, **kwargs)
+
+    def _check_engine(self) -> None:
+        """Refuse FSDP, under which sampling has not been tried, and what needs gradients that DeepSpeed keeps."""
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            raise InputError("PPOTrainer does not work with FSDP: shard by DeepSpeed ZeRO-2 or ZeRO-3, or use DDP")
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            return
+        for name in ("critic_warmup_steps", "target_kl", "sync_ref_model"):
+            if getattr(self.args, name):
+                raise InputError(f"{name}={getattr(self.args, name)} does not work with DeepSpeed: leave it out")
+
+    def _check_optimizer(self) -> None:
+        """Refuse an optimiser of the caller's that would leave weights as they are, such as the new value head's."""
+        if self.optimizer is None:
+            return
+        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        missing = [name for name, each in self.actor.named_parameters() if each.requires_grad and id(each) not in held]
+        if missing:
+            raise InputError(
+                f"optimizers: {len(missing)} weights would not be trained, the first {missing[0]}: set "
+                "trainer.optimizer = ...(trainer.model.parameters()) once the trainer is built, or choose one by optim"
+            )
+        if self.args.value_learning_rate is not None:
+            raise InputError("optimizers: value_learning_rate has no effect on it; give the critic a group of its own")
+
+    def _begin(self) -> None:
+        """Forget what an earlier call of `train` was in the middle of."""
+        self._rollout, self._skipped_from, self._micro_step, self._synced_at = None, None, 0, 0
+        # Whether a witness may be believed, with padded prompts and without, as far as it was checked.
+        self._trusted: dict[str, bool] = {}
+        self._sums: dict[str, torch.Tensor] = {}
+        self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    # ---- forward passes ----
+
+    def _passes(self, batch: dict[str, torch.Tensor], most_rows: int | None = None) -> Iterator:
+        """Groups of like length. Engines that count or synchronise passes take each micro-batch whole."""
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return length_groups(batch, None, most_rows=most_rows)
+        is_cpu, most_tokens = self.accelerator.device.type == "cpu", self.args.max_tokens_per_pass
+        if most_tokens is None and is_cpu:
+            within = MOST_CPU_LOGITS // self.policy.config.get_text_config().vocab_size
+            most_tokens = min(MOST_CPU_TOKENS, max(within, LEAST_CPU_TOKENS))
+        return length_groups(batch, self.args.length_bucket_size or (8 if is_cpu else 256), most_tokens, most_rows)
+
+    def _witness(self, episodes: int) -> Witness | None:
+        """Notes what the policy says while it samples, where that is as exact as asking it again."""
+        args, actor = self.args, self.actor
+        is_exact = self.accelerator.mixed_precision == "no" and self.policy.dtype == torch.float32
+        is_whole = self.accelerator.distributed_type != DistributedType.DEEPSPEED
+        if not (is_exact and is_whole) or args.use_vllm or args.kl_estimator == "full":
+            return None
+        value_head = actor.value_head if actor.value_model is None else None
+        shape = (episodes, args.response_length)
+        return Witness(shape, actor.temperature, actor.never_sampled, value_head, self.accelerator.device)
+
+    def _own_view(
+        self, chunk: dict[str, torch.Tensor], rows: torch.Tensor, witness: Witness | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities, entropies and values (B, R) of the policy and critic, and a log-distribution (N, V).
+
+        A witness is checked before it is trusted: `generate` does not treat the padding of every model rightly.
+        """
+        mask = chunk["response_mask"] > 0
+        if witness is not None:
+            logprobs, entropy, values = (
+                part[rows, : mask.shape[1]].masked_fill(~mask, 0.0)
+                for part in (witness.logprobs, witness.entropy, witness.values)
+            )
+            if witness.is_checked or torch.allclose(logprobs, self.actor(**chunk)[0], atol=1e-3):
+                if self.actor.value_model is not None:
+                    values = self.actor.estimate_values(**chunk)
+                return logprobs, entropy, values, None
+            witness.is_wrong = True
+        logprobs, values, distribution = self.actor(**chunk, with_distribution=True)
+        entropy = spread(entropy_of(distribution), mask)
+        return logprobs, entropy, values, distribution if self.args.kl_estimator == "full" else None
+
+    def _believed(self, batch: dict[str, Any]) -> Witness | None:
+        """The batch's witness, if witnesses of its kind were not found wrong before."""
+        witness = batch.get("witness")
+        known = self._trusted.get(self._kind_of(batch))
+        if witness is None or known is False:
+            return None
+        witness.is_checked = bool(known)
+        return witness
+
+    def _remember(self, batch: dict[str, Any], witness: Witness | None) -> None:
+        if witness is not None:
+            self._trusted[self._kind_of(batch)] = not witness.is_wrong
+
+    @staticmethod
+    def _kind_of(batch: dict[str, Any]) -> str:
+        return "padded" if bool((batch["prompt_mask"] == 0).any()) else "unpadded"
+
+    @torch.no_grad()
+    def _reference(
+        self, chunk: dict[str, torch.Tensor], with_distribution: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities (B, R) of the responses under the reference, and its log-distributions (N, V)."""
+        adapter_off = nullcontext() if self.reference is not None else self.policy.disable_adapter()
+        with adapter_off:
+            model = self.policy if self.reference is None else self.reference
+            return self.actor.judge(model, **chunk, with_distribution=with_distribution)
+
+    def _sync_reference(self) -> None:
+        """Move the reference towards the policy if so many steps have passed since it was moved."""
+        args, step = self.args, self.state.global_step
+        if (
+            not args.sync_ref_model
+            or step // args.ref_model_sync_steps == self._synced_at // args.ref_model_sync_steps
+        ):
+            return
+        self._synced_at = step
+        with torch.no_grad():
+            for own, new in zip(self.reference.parameters(), self.policy.parameters(), strict=True):
+                own.lerp_(new.to(own.dtype), args.ref_model_mixup_alpha)
+
+    # ---- metrics ----
+
+    def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    def _add(self, share: torch.Tensor, **sums: torch.Tensor) -> None:
+        for name, total in sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + total.detach() * share
+
+    def _drain_metrics(self, prefix: str) -> dict[str, float]:
+        names = [name for name in self._metrics if name.startswith("eval_") == bool(prefix)]
+        means = {}
+        for name in names:
+            values = torch.cat(self._metrics.pop(name))
+            total, count = self._sum_over_processes(torch.stack((values.sum(), values.new_tensor(len(values)))))
+            means[name] = (total / count).item()
+        return means
+
+    def _keep_completions(self, name: str) -> None:
+        """Write the last completions as parquet, each process its own; show the first process's in its back ends."""
+        if not self.args.log_completions:
+            return
+        from datasets import Dataset
+
+        folder = Path(self.args.output_dir) / "completions"
+        folder.mkdir(parents=True, exist_ok=True)
+        Dataset.from_list(self.completions).to_parquet(folder / f"{name}_{self.args.process_index}.parquet")
+        if self.is_world_process_zero():
+            # An evaluation has a table for each of its batches.
+            parts = name.split("_")
+            table = f"{parts[0]}_completions_{parts[-1]}" if name.startswith("eval") else "completions"
+            log_table(self.callback_handler.callbacks, table, self.completions, self.state.global_step)
+
+    def _check_finite(self, loss: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
+        if bool(loss.isfinite()):
+            return
+        file = self._not_finite_file()
+        save_file({name: value.contiguous() for name, value in inputs.items() if torch.is_tensor(value)}, file)
+        raise FloatingPointError(f"the loss is {loss.item()} at step {self.state.global_step}; its batch is in {file}")
+
+    @contextmanager
+    def _sampling_from(self, **prompts: torch.Tensor) -> Iterator[None]:
+        """Within it the policy is whole; logits that are not finite stop the run, and the prompts are kept."""
+        try:
+            with gathered(self.policy), self.accelerator.autocast():
+                yield
+        except FloatingPointError as error:
+            file = self._not_finite_file()
+            save_file({name: value.contiguous() for name, value in prompts.items()}, file)
+            step = self.state.global_step
+            raise FloatingPointError(f"{error} at step {step}; the prompts are in {file}") from error
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float:
+        norm = super()._get_grad_norm(model, grad_norm)
+        # The loss scaling of fp16 meets such gradients in its course, and skips their step.
+        if self.accelerator.scaler is not None or math.isfinite(norm) or self._rollout is None:
+            return norm
+        file = self._not_finite_file()
+        self._rollout.save(file)
+        step = self.state.global_step
+        raise FloatingPointError(f"the norm of the gradient is {float(norm)} at step {step}; its rollout is in {file}")
+
+    def _not_finite_file(self) -> Path:
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"not_finite_{self.state.global_step}_{self.args.process_index}.safetensors"
+
+    # ---- saving ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        output = Path(output_dir or self.args.output_dir)
+        actor = self.actor
+        state = state_dict or actor.state_dict()
+
+        def part(prefix: str) -> dict[str, torch.Tensor]:
+            return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+        self.policy.save_pretrained(output, state_dict=part("policy."))
+        if actor.value_model is not None:
+            actor.value_model.save_pretrained(output / VALUE_MODEL_FOLDER, state_dict=part("value_model."))
+        else:
+            save_file({"weight": part("value_head.")["weight"].contiguous()}, output / VALUE_HEAD_FILE)
+        self.processing_class.save_pretrained(output)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # The part of a checkpoint that each process writes for itself: the rollout goes with it.
+        super()._save_rng_state(output_dir)
+        if self._rollout is not None:
+            self._rollout.save(self._rollout_file(output_dir))
+        if self.args.should_save:
+            state = {
+                "kl_controller": asdict(self.kl_controller),
+                "reward_moments": asdict(self.reward_moments),
+                "skipped_from": self._skipped_from,
+                "synced_at": self._synced_at,
+                "trusted": self._trusted,
+            }
+            (Path(output_dir) / STATE_FILE).write_text(json.dumps(state))
+            if self.args.sync_ref_model:
+                self.reference.save_pretrained(Path(output_dir) / REFERENCE_FOLDER)
+        # Only then the file that says the checkpoint is complete.
+        self.accelerator.wait_for_everyone()
+
+    def _rollout_file(self, folder: str) -> Path:
+        return Path(folder) / f"rollout_{self.args.process_index}.safetensors"
+
+    # ---- resuming ----
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._load_actor(Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # Called for every engine, also for those that load the weights themselves.
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_progress(Path(checkpoint))
+
+    def _load_progress(self, folder: Path) -> None:
+        """The rollout in use, the controllers and a reference that moves."""
+        saved = len(list(folder.glob("rollout_*.safetensors")))
+        if saved and saved != self.args.world_size:
+            raise InputError(f"{folder} was saved by {saved} processes; this run has {self.args.world_size}")
+        if (file := self._rollout_file(str(folder))).is_file():
+            self._rollout = Rollout.load(file, self.accelerator.device)
+        if (folder / STATE_FILE).is_file():
+            state = json.loads((folder / STATE_FILE).read_text())
+            self.kl_controller.coefficient = state["kl_controller"]["coefficient"]
+            vars(self.reward_moments).update(state["reward_moments"])
+            self._skipped_from, self._synced_at = state["skipped_from"], state["synced_at"]
+            self._trusted = state["trusted"]
+        if self.args.sync_ref_model:
+            load_weights(self.reference, folder / REFERENCE_FOLDER)
+
+    def _load_best_model(self) -> None:
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            super()._load_best_model()
+            return
+        self._load_actor(Path(self.state.best_model_checkpoint))
+
+    def _load_actor(self, folder: Path) -> None:
+        actor = self.actor
+        if hasattr(self.policy, "peft_config"):
+            from peft import set_peft_model_state_dict
+            from peft.utils import load_peft_weights
+
+            set_peft_model_state_dict(self.policy, load_peft_weights(str(folder), device="cpu"))
+        else:
+            load_weights(self.policy, folder)
+        if actor.value_model is not None:
+            load_weights(actor.value_model, folder / VALUE_MODEL_FOLDER)
+        else:
+            actor.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))

@@ -1,0 +1,110 @@
+"""Prompts on their way into a rollout: their order, their tokens, and whether they fit the model."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from hfllm.data.tokenizer import tokenize_prompts
+from hfllm.errors import InputError
+from hfllm.trainers.ppo.config import PPOConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+class RolloutSampler(Sampler[int]):
+    """Indices of one rollout after the other, each rollout's block `repeats` times.
+
+    The order depends on `seed` and the epoch only, so that a resumed run skips to the right place. A dataset that
+    does not fill its last rollout starts again from its first prompts.
+
+    Args:
+        dataset_size: rows of the dataset.
+        rollout_size: prompts of one rollout over all processes.
+        repeats: backward passes on one rollout.
+        seed: of the shuffling.
+        epoch: tells the current epoch.
+        num_generations: how often each prompt comes in its rollout.
+    """
+
+    def __init__(
+        self,
+        dataset_size: int,
+        rollout_size: int,
+        repeats: int,
+        seed: int,
+        epoch: Callable[[], int],
+        num_generations: int = 1,
+    ):
+        self.dataset_size, self.rollout_size, self.repeats = dataset_size, rollout_size, repeats
+        self.seed, self.epoch, self.num_generations = seed, epoch, num_generations
+
+    @property
+    def rollouts(self) -> int:
+        return -(-self.dataset_size * self.num_generations // self.rollout_size)
+
+    def __len__(self) -> int:
+        return self.rollouts * self.rollout_size * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch())
+        order = torch.randperm(self.dataset_size, generator=generator).tolist()
+        for rollout in range(self.rollouts):
+            first = rollout * self.rollout_size
+            places = range(first, first + self.rollout_size)
+            block = [order[place // self.num_generations % self.dataset_size] for place in places]
+            for _ in range(self.repeats):
+                yield from block
+
+
+def check_prompts(
+    dataset: "Dataset | Sequence[dict]",
+    tokenizer: "PreTrainedTokenizerBase",
+    response_length: int,
+    context: int | None,
+) -> None:
+    """Refuse a dataset that is empty, has no `prompt`, or has one that leaves no room for a response.
+
+    Raises:
+        InputError: naming the row and the number of tokens.
+    """
+    if len(dataset) == 0:
+        raise InputError("the prompt dataset is empty")
+    if "prompt" not in dataset[0]:
+        raise InputError(f"the prompt dataset has no column 'prompt'; it has: {', '.join(dataset[0])}")
+    limit = None if context is None else context - response_length
+    prompts = [row["prompt"] for row in dataset]
+    if len({isinstance(prompt, str) for prompt in prompts}) > 1:
+        raise InputError("the prompt dataset mixes text prompts and lists of messages: use one format")
+    for start in range(0, len(prompts), 1000):
+        for row, ids in enumerate(tokenize_prompts(prompts[start : start + 1000], tokenizer), start):
+            if not ids:
+                raise InputError(f"prompt {row} of the dataset is empty")
+            if limit is not None and len(ids) > limit:
+                raise InputError(
+                    f"prompt {row} of the dataset has {len(ids)} tokens; with response_length={response_length} the "
+                    f"model's context of {context} leaves room for {limit}; a value model's counts too"
+                )
+
+
+def rollout_loader(dataset: "Dataset", args: PPOConfig, epoch: Callable[[], int]) -> DataLoader:
+    """Batches of one rollout's rows on each process, each repeated for every backward pass on that rollout."""
+    sampler = RolloutSampler(
+        len(dataset),
+        rollout_size=args.local_rollout_batch_size * args.world_size,
+        repeats=args.steps_per_rollout * args.gradient_accumulation_steps,
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        epoch=epoch,
+        num_generations=args.num_generations,
+    )
+    return DataLoader(
+        dataset,
+        batch_size=args.local_rollout_batch_size,
+        sampler=sampler,
+        collate_fn=list,
+        drop_last=True,
+        num_workers=args.dataloader_num_workers,
+    )

@@ -1,0 +1,249 @@
+"""Sampling responses: rows that have ended leave the batch, so that the long ones do not hold them up."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+from hfllm.trainers.ppo.actor_critic import entropy_of, log_distribution
+
+# Below this many rows a step costs what it costs for one.
+FEWEST_TO_SPLIT = 8
+# What begins anew, or reads the prompt again, with each call of `generate`.
+COUNTED_FROM_THE_PROMPT = ("exponential_decay_length_penalty", "guidance_scale", "begin_suppress_tokens", "max_time")
+
+
+class Ended(StoppingCriteria):
+    """Notes where each row ends, and stops all of them once half have ended.
+
+    Args:
+        end_token_ids: tokens that end a response.
+        stop_strings: texts that do, or `None`.
+        may_split: whether to stop all rows at half time.
+        observe: called with each new column of tokens, or `None`.
+    """
+
+    def __init__(
+        self,
+        end_token_ids: Sequence[int],
+        stop_strings: StopStringCriteria | None,
+        may_split: bool,
+        observe: Callable[[torch.Tensor], None] | None = None,
+    ):
+        self.end_token_ids, self.stop_strings, self.may_split = list(end_token_ids), stop_strings, may_split
+        self.observe = observe
+        self.has_split = False
+        self.has_ended: torch.Tensor | None = None
+        self.lengths: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        if self.observe is not None:
+            self.observe(input_ids[:, -1])
+        ended = torch.isin(input_ids[:, -1], torch.tensor(self.end_token_ids, device=input_ids.device))
+        if self.stop_strings is not None:
+            ended |= self.stop_strings(input_ids, scores)
+        if self.has_ended is None:
+            self.has_ended = torch.zeros_like(ended)
+            self.lengths = torch.zeros_like(input_ids[:, 0])
+        self.lengths[~self.has_ended] = input_ids.shape[1]
+        self.has_ended = self.has_ended | ended
+        rows = len(ended)
+        if self.may_split and rows >= FEWEST_TO_SPLIT and self.has_ended.sum() * 2 >= rows:
+            self.has_split = True
+            return torch.ones_like(ended)
+        return self.has_ended
+
+
+class OnlyFinite(LogitsProcessor):
+    """Stops sampling before it draws from logits that give no distribution; it changes none.
+
+    Raises:
+        FloatingPointError: when those of a row hold NaN, or their largest is infinite.
+    """
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if not bool(scores.amax(-1).isfinite().all()):
+            raise FloatingPointError("the logits that responses are sampled from are not finite")
+        return scores
+
+
+def below_adapter(policy: PreTrainedModel) -> PreTrainedModel:
+    """The model that `generate` calls: of one with an adapter that below it."""
+    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+
+
+@contextmanager
+def plainly(policy: PreTrainedModel) -> Iterator[None]:
+    """Within it the policy evaluates, and its own generation config, which fills what is unset, says nothing."""
+    was_training = policy.training
+    # One with an adapter gives its config to the model below it.
+    configs = [(model, model.generation_config) for model in (policy, below_adapter(policy))]
+    policy.eval()
+    for model, _ in configs:
+        model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        policy.train(was_training)
+        for model, config in configs:
+            model.generation_config = config
+
+
+class Witness:
+    """What the policy says of each token when it samples it, so that no second pass has to ask.
+
+    Args:
+        shape: (N, R), prompts and longest response.
+        temperature, never_sampled: see `log_distribution`.
+        value_head: also applied to the state that each token is sampled from, or `None`.
+
+    Attributes:
+        logprobs, entropy, values: (N, R), unspecified behind the end of a response.
+        is_checked: whether others of its kind were found right; if not, it is compared with a second pass.
+        is_wrong: whether it was found wrong.
+    """
+
+    is_checked = is_wrong = False
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        temperature: float,
+        never_sampled: Sequence[int],
+        value_head: nn.Module | None,
+        device: torch.device,
+    ):
+        self.temperature, self.never_sampled, self.value_head = temperature, never_sampled, value_head
+        self.logprobs, self.entropy, self.values = (torch.zeros(shape, device=device) for _ in range(3))
+        self._logits = self._states = None
+
+    @contextmanager
+    def watching(self, policy: PreTrainedModel) -> Iterator[None]:
+        """Within it the policy's last logits and states are kept at each of its calls."""
+
+        def keep_states(module: nn.Module, args: tuple) -> None:
+            self._states = args[0][:, -1]
+
+        def keep_logits(module: nn.Module, args: tuple, output: Any) -> None:
+            self._logits = output.logits[:, -1]
+
+        model = below_adapter(policy)
+        handles = [model.register_forward_hook(keep_logits)]
+        if self.value_head is not None:
+            handles.append(model.get_output_embeddings().register_forward_pre_hook(keep_states))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def of(self, rows: torch.Tensor, column: int) -> Callable[[torch.Tensor], None]:
+        """A function that notes the tokens of `rows` at this and each following column."""
+
+        def note(tokens: torch.Tensor) -> None:
+            nonlocal column
+            distribution = log_distribution(self._logits.clone(), self.temperature, self.never_sampled)
+            self.logprobs[rows, column] = distribution.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+            self.entropy[rows, column] = entropy_of(distribution)
+            if self.value_head is not None:
+                self.values[rows, column] = self.value_head(self._states).squeeze(-1)
+            column += 1
+
+        return note
+
+
+@torch.no_grad()
+def sample_responses(
+    policy: PreTrainedModel,
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    generation_config: GenerationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    witness: Witness | None = None,
+) -> dict[str, torch.Tensor]:
+    """Sample one response a prompt by `generate`.
+
+    Whenever half of the rows have ended, the other half goes on without them, with its part of the cache.
+
+    Args:
+        prompt_ids, prompt_mask: (N, P), padded on the left.
+        generation_config: without beams; caches other than the dynamic one, and what counts from the prompt, keep all
+            rows to the end. The policy's own generation config plays no part.
+        witness: notes what the policy says of each token on the way.
+
+    Returns:
+        `response_ids` and `response_mask`, (N, R): the token or text that ends a response is its last, then comes the
+        padding token. And `is_ended`, (N,): whether it has ended by itself.
+
+    Raises:
+        FloatingPointError: see `OnlyFinite`.
+    """
+    start, longest = prompt_ids.shape[1], generation_config.max_new_tokens
+    responses = prompt_ids.new_full((len(prompt_ids), longest), generation_config.pad_token_id)
+    lengths = torch.zeros(len(prompt_ids), dtype=torch.long, device=prompt_ids.device)
+    is_ended = torch.zeros_like(lengths, dtype=torch.bool)
+    stop_strings = None
+    if generation_config.stop_strings:
+        stop_strings = StopStringCriteria(tokenizer, generation_config.stop_strings)
+    may_split = generation_config.cache_implementation in (None, "dynamic") and not any(
+        getattr(generation_config, name, None) for name in COUNTED_FROM_THE_PROMPT
+    )
+    rows, ids, mask, cache = torch.arange(len(prompt_ids), device=prompt_ids.device), prompt_ids, prompt_mask, None
+    while len(rows):
+        observe = None if witness is None else witness.of(rows, ids.shape[1] - start)
+        ended = Ended(generation_config.eos_token_id, stop_strings, may_split, observe)
+        with plainly(policy), nullcontext() if witness is None else witness.watching(policy):
+            output = policy.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=_rest_of(generation_config, ids.shape[1] - start),
+                logits_processor=LogitsProcessorList([OnlyFinite()]),
+                stopping_criteria=StoppingCriteriaList([ended]),
+                return_dict_in_generate=True,
+                **({"tokenizer": tokenizer} if stop_strings is not None else {}),
+                **({"cache": cache} if cache is not None else {}),
+            )
+        ids = output.sequences
+        seen = ids[:, start:]
+        responses[rows, : seen.shape[1]] = seen
+        lengths[rows], is_ended[rows] = ended.lengths - start, ended.has_ended
+        goes_on = ~ended.has_ended
+        if seen.shape[1] >= longest or not goes_on.any() or not ended.has_split:
+            break
+        kept = goes_on.nonzero().squeeze(1)
+        # Another cache may not let rows be picked: those that go on are then read again from their beginning.
+        cache = output.cache if type(output.cache) is DynamicCache else None
+        if cache is not None:
+            cache.batch_select_indices(kept)
+        new = mask.new_ones(len(kept), ids.shape[1] - mask.shape[1])
+        rows, ids, mask = rows[kept], ids[kept], torch.cat((mask[kept], new), dim=1)
+    width = max(int(lengths.max()), 1)
+    mask = (torch.arange(width, device=lengths.device) < lengths.unsqueeze(1)).long()
+    response_ids = responses[:, :width].masked_fill(mask == 0, generation_config.pad_token_id)
+    return {"response_ids": response_ids, "response_mask": mask, "is_ended": is_ended}
+
+
+def _rest_of(config: GenerationConfig, done: int) -> GenerationConfig:
+    """The same settings for responses of which `done` tokens are there already."""
+    if not done:
+        return config
+    rest = copy(config)
+    rest.cache_implementation = None
+    rest.max_new_tokens = config.max_new_tokens - done
+    if config.min_new_tokens is not None:
+        rest.min_new_tokens = max(config.min_new_tokens - done, 0)
+    return rest

@@ -1,0 +1,126 @@
+"""From sampled responses to scores: rewards, their weights and scale, and what a table of completions shows."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hfllm.data.formats import as_completion
+from hfllm.errors import InputError
+from hfllm.rewards.functions import checked_rewards, completion_text, reward_name
+from hfllm.trainers.ppo.config import PPOConfig
+from hfllm.trainers.ppo.controllers import RunningMoments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Scores:
+    """What the rewards say of a batch of responses.
+
+    Args:
+        total: (B,), the weighted sum less the penalty for responses that were cut off.
+        per_token: (B, R), the weighted sum of the rewards that come token by token, or `None`.
+        parts: each reward by itself, (B,), unweighted; per-token ones are summed.
+        completions: a row a response: prompt, completion, the parts and the total.
+    """
+
+    total: torch.Tensor
+    per_token: torch.Tensor | None
+    parts: dict[str, torch.Tensor]
+    completions: list[dict[str, Any]]
+
+    @property
+    def reward(self) -> torch.Tensor:
+        """(B,), all of it."""
+        return self.total if self.per_token is None else self.total + self.per_token.sum(1)
+
+
+class Scorer:
+    """Calls the reward functions.
+
+    Args:
+        rewards: functions `(prompts, completions, **columns)` that return a number a completion, or a list of numbers
+            a completion, one for each id of its `completion_ids`.
+        weights: one a function.
+        tokenizer: the policy's.
+    """
+
+    def __init__(
+        self,
+        rewards: Sequence[Callable[..., list]],
+        weights: Sequence[float],
+        tokenizer: "PreTrainedTokenizerBase",
+        args: PPOConfig,
+    ):
+        self.rewards, self.weights, self.tokenizer, self.args = rewards, weights, tokenizer, args
+        self.names = unique_names([reward_name(reward) for reward in rewards])
+        self.moments = RunningMoments()
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]], batch: Mapping[str, torch.Tensor]) -> Scores:
+        """Score the responses of `batch` to the prompts of `rows`."""
+        lengths = batch["response_mask"].sum(1).tolist()
+        ids = [row[:length] for row, length in zip(batch["response_ids"].tolist(), lengths, strict=True)]
+        prompts = [row["prompt"] for row in rows]
+        texts = self.tokenizer.batch_decode(batch["response_ids"], skip_special_tokens=True)
+        completions = [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+        columns["completion_ids"] = ids
+        device = batch["response_ids"].device
+        total, per_token, parts = torch.zeros(len(rows), device=device), None, {}
+        for name, reward, weight in zip(self.names, self.rewards, self.weights, strict=True):
+            values = checked_rewards(reward, prompts, completions, **columns)
+            if isinstance(values[0], list):
+                spread_out = _per_token(values, batch["response_mask"], name)
+                per_token = spread_out * weight + (0 if per_token is None else per_token)
+                parts[name] = spread_out.sum(1)
+            else:
+                parts[name] = torch.tensor(values, device=device)
+                total += weight * parts[name]
+        if self.args.missing_eos_penalty is not None:
+            total -= self.args.missing_eos_penalty * ~batch["is_ended"]
+        if per_token is not None and (self.args.normalize_rewards or self.args.reward_clip is not None):
+            raise InputError("normalize_rewards and reward_clip are for rewards a response, not for per-token rewards")
+        scores = Scores(total, per_token, parts, [])
+        table = [
+            {"prompt": prompt, "completion": completion_text(completion)}
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        for name, values in {**parts, "reward": scores.reward}.items():
+            for row, value in zip(table, values.tolist(), strict=True):
+                row[name] = value
+        scores.completions = table
+        return scores
+
+    def rescale(self, total: torch.Tensor, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Normalise by the running moments and clip, as far as the arguments ask for it."""
+        if self.args.normalize_rewards:
+            exact = total.double()
+            sums = torch.stack((torch.ones_like(exact).sum(), exact.sum(), exact.square().sum()))
+            self.moments.update(*sum_over_processes(sums).tolist())
+            total = ((exact - self.moments.mean) / self.moments.std).to(total.dtype)
+        if self.args.reward_clip is not None:
+            total = total.clamp(-self.args.reward_clip, self.args.reward_clip)
+        return total
+
+
+def _per_token(values: Sequence[Sequence[float]], mask: torch.Tensor, name: str) -> torch.Tensor:
+    """Lists of per-token rewards as (B, R), refused where their number is not that of the completion's tokens."""
+    result = torch.zeros(mask.shape, device=mask.device)
+    for row, (numbers, length) in enumerate(zip(values, mask.sum(1).tolist(), strict=True)):
+        if len(numbers) != length:
+            raise InputError(
+                f"reward function {name!r} returned {len(numbers)} per-token rewards for completion {row}; "
+                f"expected one for each of its {length} completion_ids"
+            )
+        result[row, :length] = torch.tensor(numbers, device=mask.device)
+    return result
+
+
+def unique_names(names: list[str]) -> list[str]:
+    """The names, each further one of the same kind with a number."""
+    return [
+        name if names.index(name) == at else f"{name}_{names[:at].count(name) + 1}" for at, name in enumerate(names)
+    ]

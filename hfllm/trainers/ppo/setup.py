@@ -1,0 +1,223 @@
+"""What a `PPOTrainer` is made of: reference, rewards, special tokens, sampling settings."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from hfllm.data.tokenizer import end_tokens
+from hfllm.errors import InputError
+from hfllm.models import scorers
+from hfllm.rewards.models import RewardModel, TokenRewardModel, scores_tokens
+from hfllm.trainers.ppo.actor_critic import looks_ahead
+from hfllm.trainers.ppo.config import PPOConfig
+from hfllm.trainers.sharding import gathered, make_whole
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+RewardFunc = str | PreTrainedModel | Callable[..., list[float]]
+# Every field that would bend the distribution is set: generate() fills what is unset from the model's own generation
+# config, and the ratio is only right for the distribution that token_logprobs computes.
+UNBENT = {
+    "do_sample": True,
+    "top_k": 0,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "use_cache": True,
+}
+
+
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Copy a saved model's weights into `model`, whatever number of files they lie in."""
+    saved = type(model).from_pretrained(folder, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
+
+
+def load_scorer(name: str, load_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """A model with one score a sequence, or a token if it was saved as a model for tokens, from a name or folder."""
+    return scorers.load_scorer(name, scorers.scorer_class(name), **{"dtype": torch.float32, **load_kwargs})
+
+
+def split_reference(
+    model: PreTrainedModel, peft_config: "PeftConfig | None", keep: bool = True
+) -> tuple[PreTrainedModel | None, PreTrainedModel]:
+    """The frozen reference and the policy. With an adapter the reference is the policy without it: `None`.
+
+    Without `keep` there is no reference.
+
+    The copy is a new object filled from the weights. `copy.deepcopy` would keep a `forward` that some trainers leave
+    on the instance, bound to the *original's* weights: a reference that follows the policy, with a KL of 0 for ever.
+    """
+    if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
+        # Sampling makes it repack its weights for a kernel without gradients, and the adapter would never learn.
+        raise InputError("load_in_4bit: bitsandbytes cannot train on a CPU what it has sampled from; use load_in_8bit")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError(
+            f"model {model.config._name_or_path!r} is a base model with an adapter loaded into it: merge the adapter, "
+            "or load it as a peft.PeftModel"
+        )
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        if hasattr(model, "peft_config"):
+            raise InputError("model has an adapter already: leave peft_config out, or merge the adapter first")
+        return None, get_peft_model(model, peft_config)
+    if hasattr(model, "peft_config"):
+        return None, model
+    if not keep:
+        return None, model
+    # By the constructor, which DeepSpeed leaves alone: the reference is whole on each process.
+    reference = type(model)(model.config).to(model.dtype)
+    with gathered(model):
+        reference.load_state_dict(model.state_dict())
+    # Those that are in no state, such as rotary frequencies, may have another precision than the weights.
+    for own, given in zip(reference.buffers(), model.buffers(), strict=True):
+        own.data = given.detach().clone()
+    return reference.eval().requires_grad_(False), model
+
+
+def place_frozen(models: Iterable[PreTrainedModel | None], device: torch.device) -> None:
+    """Move models that are not trained to where the policy is, whole on each process."""
+    for model in models:
+        if model is not None:
+            make_whole(model).to(device)
+
+
+def check_critic(value_model: PreTrainedModel | None) -> None:
+    """Refuse a value model that cannot be any policy's critic: all of it is trained, and it judges what is sampled."""
+    if value_model is None:
+        return
+    if value_model.config.num_labels != 1:
+        raise InputError(f"value_model has num_labels={value_model.config.num_labels}; expected 1")
+    if hasattr(value_model, "peft_config") or getattr(value_model, "_hf_peft_config_loaded", False):
+        raise InputError("value_model has an adapter, and its critic would not learn as a whole: merge the adapter")
+    with gathered(value_model):
+        if looks_ahead(value_model):
+            raise InputError(
+                f"value_model of type {value_model.config.model_type} looks at later tokens, so its values would "
+                "depend on what is not sampled yet: use a causal model"
+            )
+
+
+def check_value_model(
+    value_model: PreTrainedModel | None, policy: PreTrainedModel, rewards: Sequence[RewardModel]
+) -> None:
+    """Refuse a value model that cannot be this policy's critic, who reads the policy's own tokens."""
+    check_critic(value_model)
+    if value_model is None:
+        return
+    sizes = [model.config.get_text_config().vocab_size for model in (value_model, policy)]
+    if sizes[0] != sizes[1]:
+        raise InputError(f"value_model has {sizes[0]} tokens and the policy {sizes[1]}: it reads the policy's tokens")
+    if any(reward.model is value_model for reward in rewards):
+        raise InputError(
+            "value_model is one of the reward models, which are frozen: load it a second time, or by name"
+        )
+
+
+def shortest_context(*models: PreTrainedModel | None) -> int | None:
+    """The longest sequence that all of the models are made for, if their configs tell."""
+    configs = [model.config.get_text_config() for model in models if model is not None]
+    return min(filter(None, (getattr(one, "max_position_embeddings", None) for one in configs)), default=None)
+
+
+def special_tokens(
+    tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel, args: PPOConfig
+) -> tuple[list[int], list[int]]:
+    """Ids that end a response, and ids that are never sampled: padding, unless it ends responses too.
+
+    Those of `generation_kwargs` are among them.
+    """
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no end token (eos_token): PPO needs one")
+    if tokenizer.pad_token_id is None:
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path!r} has no padding token: set pad_token, for example to the end token "
+            f"{tokenizer.eos_token!r}"
+        )
+    asked = args.generation_kwargs or {}
+    ends = end_tokens(tokenizer, policy)
+    if asked.get("eos_token_id") is not None:
+        ends = set(asked["eos_token_id"]) if isinstance(asked["eos_token_id"], list) else {asked["eos_token_id"]}
+    padding = set() if tokenizer.pad_token_id in ends else {tokenizer.pad_token_id}
+    return sorted(ends), sorted(padding | set(asked.get("suppress_tokens") or []))
+
+
+def build_rewards(
+    reward_funcs: RewardFunc | list[RewardFunc],
+    tokenizers: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None,
+    load_kwargs: dict[str, Any],
+    policy_tokenizer: PreTrainedTokenizerBase,
+    args: PPOConfig,
+) -> list[Callable[..., list[float]]]:
+    """Turn names and models into reward functions, each model with its own tokenizer."""
+    funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(funcs)
+    if not funcs:
+        raise InputError("reward_funcs is empty: PPO needs at least one reward")
+    if len(tokenizers) != len(funcs):
+        raise InputError(f"{len(tokenizers)} reward_processing_classes for {len(funcs)} reward_funcs")
+    rewards = []
+    for func, tokenizer in zip(funcs, tokenizers, strict=True):
+        if isinstance(func, str):
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(func)
+            func = load_scorer(func, load_kwargs)
+        if isinstance(func, nn.Module):
+            kind = TokenRewardModel if scores_tokens(func) else RewardModel
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(func.config._name_or_path)
+            func = kind(func, tokenizer, args.local_rollout_forward_batch_size)
+        if isinstance(func, TokenRewardModel) and func.tokenizer.get_vocab() != policy_tokenizer.get_vocab():
+            raise InputError(
+                f"{func.__name__!r} gives a reward for each token, and its tokenizer is not the policy's: their "
+                "tokens do not match"
+            )
+        rewards.append(func)
+    return rewards
+
+
+def reward_models(rewards: Sequence[Any]) -> list[RewardModel]:
+    """The models among rewards and among the members of ensembles."""
+    every = [member for reward in rewards for member in getattr(reward, "members", [reward])]
+    return [reward for reward in every if isinstance(reward, RewardModel)]
+
+
+def reward_weights(weights: list[float] | None, count: int) -> list[float]:
+    """One weight a reward, 1 by default."""
+    if weights is not None and len(weights) != count:
+        raise InputError(f"{len(weights)} reward_weights for {count} reward_funcs")
+    return weights or [1.0] * count
+
+
+def sampling_config(
+    args: PPOConfig, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int], never_sampled: Sequence[int]
+) -> GenerationConfig:
+    """How responses are sampled: from the policy's own distribution, unless `generation_kwargs` bend it."""
+    settings = {
+        **UNBENT,
+        "max_new_tokens": args.response_length,
+        "temperature": args.temperature,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": list(eos_token_ids),
+        "bos_token_id": tokenizer.bos_token_id,
+        "suppress_tokens": list(never_sampled) or None,
+    }
+    asked = dict(args.generation_kwargs or {})
+    for name, argument in (("temperature", "temperature"), ("max_new_tokens", "response_length")):
+        if name in asked:
+            raise InputError(f"generation_kwargs has {name}={asked[name]!r}: set {argument} itself")
+    # In `special_tokens`, with what the policy is judged by.
+    for name in ("eos_token_id", "suppress_tokens"):
+        asked.pop(name, None)
+    settings |= asked
+    if settings["num_beams"] != 1 or settings.get("num_return_sequences", 1) != 1:
+        raise InputError(
+            "generation_kwargs: PPO samples, so num_beams must be 1; use num_generations for several responses"
+        )
+    return GenerationConfig(**settings)

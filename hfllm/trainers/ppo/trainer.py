@@ -1,0 +1,450 @@
+"""Proximal policy optimisation from rewards, on the stock `transformers.Trainer`.
+
+Read top-down: what the trainer is made of, how a rollout is collected (sample, score, penalise, estimate
+advantages), how the loss is made of it, and what is logged and evaluated. The formulas are in `advantages.py`, the
+models' forward pass in `actor_critic.py`, sampling in `sampling.py`, rewards in `scoring.py`, saving and resuming in
+`engine.py`.
+
+A rollout is collected when its first micro-batch is asked for; the dataloader repeats the rollout's prompts for each
+micro-batch, so that Trainer's own counting of steps, epochs and skipped batches stays right.
+"""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from accelerate.utils import set_seed as seed_process
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import EvalLoopOutput
+
+from hfllm.data.tokenizer import tokenize_prompts
+from hfllm.errors import InputError
+from hfllm.trainers.dropout import disable_dropout
+from hfllm.trainers.ppo import formulas
+from hfllm.trainers.ppo.actor_critic import ActorCritic, entropy_of, spread
+from hfllm.trainers.ppo.base_trainer import ActorCriticTrainer
+from hfllm.trainers.ppo.config import PPOConfig
+from hfllm.trainers.ppo.controllers import KLController, RunningMoments
+from hfllm.trainers.ppo.prompts import check_prompts, rollout_loader
+from hfllm.trainers.ppo.ptx import PretrainingBatches
+from hfllm.trainers.ppo.rollout import Rollout, pad_prompts
+from hfllm.trainers.ppo.sampling import sample_responses
+from hfllm.trainers.ppo.scoring import Scorer, Scores
+from hfllm.trainers.ppo.setup import (
+    RewardFunc,
+    build_rewards,
+    check_value_model,
+    load_scorer,
+    place_frozen,
+    reward_models,
+    reward_weights,
+    sampling_config,
+    shortest_context,
+    special_tokens,
+    split_reference,
+)
+from hfllm.trainers.ppo.vllm_sampling import VllmSampler
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftConfig
+
+MODEL_INPUTS = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
+
+
+class Tokens(NamedTuple):
+    """What the models say of the response tokens, each (B, R) and 0 on padding."""
+
+    logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    kl: torch.Tensor
+    entropy: torch.Tensor
+    values: torch.Tensor
+
+
+class PPOTrainer(ActorCriticTrainer):
+    """PPO for language models (Ouyang et al. 2022, arXiv:2203.02155) with GRPOTrainer's signature.
+
+    Args:
+        model: the policy, a causal language model or its name.
+        reward_funcs: one reward or a list: a function `(prompts, completions, **columns) -> list[float]`, or of lists
+            with a number for each of `completion_ids`; a sequence- or token-classification model with one label, or
+            the name of one; a `RewardEnsemble`. The policy is trained on their sum weighted by `args.reward_weights`.
+        args: a `PPOConfig`.
+        train_dataset: rows with a `prompt`, text or a list of messages; all other columns go to the functions.
+        eval_dataset: the same, for `evaluate`.
+        processing_class: the policy's tokenizer; loaded by the model's name if not given.
+        reward_processing_classes: a tokenizer for each reward model, `None` for functions; loaded by name if absent.
+        value_model: a sequence- or token-classification model with one label or its name, such as the reward model;
+            `None` trains a value head on the policy's trunk, which costs half as much.
+        callbacks, optimizers: as in `Trainer`.
+        peft_config: train an adapter of this kind; the reference is then the policy without its adapter.
+        ptx_dataset: rows with `text`, whose language-modelling loss is added by `args.ptx_coef` (Ouyang et al. 2022,
+            equation 2).
+
+    Raises:
+        InputError: for a tokenizer without padding or end token, an unusable dataset or a bad reward.
+    """
+
+    # compute_loss divides by the tokens of the whole mini-batch itself.
+    loss_is_scaled_for_ga = True
+    _tag_names = ["hfllm", "ppo"]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: RewardFunc | list[RewardFunc],
+        args: PPOConfig | None = None,
+        train_dataset: "Dataset | None" = None,
+        eval_dataset: "Dataset | dict[str, Dataset] | None" = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
+        value_model: str | PreTrainedModel | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: "PeftConfig | None" = None,
+        ptx_dataset: "Dataset | None" = None,
+    ):
+        name = model if isinstance(model, str) else model.config._name_or_path
+        args = args or PPOConfig(f"{Path(name).name or 'policy'}-PPO")
+        set_seed(args.seed)
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(name)
+        load_kwargs = args.model_init_kwargs or {}
+        if isinstance(model, str):
+            model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **load_kwargs})
+        if isinstance(value_model, str):
+            value_model = load_scorer(value_model, load_kwargs)
+        self.has_reference = args.kl_coef > 0
+        self.reference, policy = split_reference(model, peft_config, keep=self.has_reference)
+        if args.sync_ref_model and self.reference is None:
+            raise InputError("sync_ref_model=True needs a reference of its own: no adapter, and kl_coef above 0")
+        self.eos_token_ids, never_sampled = special_tokens(tokenizer, policy, args)
+        if args.disable_dropout:
+            disable_dropout(policy, value_model)
+        rewards = build_rewards(reward_funcs, reward_processing_classes, load_kwargs, tokenizer, args)
+        check_value_model(value_model, policy, reward_models(rewards))
+        self.scorer = Scorer(rewards, reward_weights(args.reward_weights, len(rewards)), tokenizer, args)
+        context = shortest_context(policy, value_model)
+        for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
+            if dataset is not None:
+                check_prompts(dataset, tokenizer, args.response_length, context)
+        self.ptx = PretrainingBatches.build(ptx_dataset, tokenizer, shortest_context(policy), args)
+        self._set_total_steps(args)
+        super().__init__(
+            model=ActorCritic(policy, value_model, args.temperature, never_sampled),
+            args=args,
+            data_collator=list,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._check_engine()
+        self._check_optimizer()
+        # Each process samples with its own noise, as in GRPOTrainer.
+        seed_process(args.seed, device_specific=True)
+        place_frozen((self.reference, *(reward.model for reward in reward_models(rewards))), self.accelerator.device)
+        self.sampling_config = sampling_config(args, tokenizer, self.eos_token_ids, never_sampled)
+        parts = (self.policy, self.accelerator, tokenizer, self.sampling_config, args.local_rollout_batch_size)
+        self.vllm = VllmSampler(args, *parts) if args.use_vllm else None
+        self.kl_controller = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
+        self.completions: list[dict[str, Any]] = []
+        self._begin()
+
+    @property
+    def reward_moments(self) -> RunningMoments:
+        """Running mean and variance of the scores."""
+        return self.scorer.moments
+
+    @staticmethod
+    def _set_total_steps(args: PPOConfig) -> None:
+        if args.total_episodes is not None:
+            rollouts = -(-args.total_episodes // (args.local_rollout_batch_size * args.world_size))
+            args.max_steps = rollouts * args.steps_per_rollout
+
+    # ---- data ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Prompts of one rollout a batch, each batch repeated for every backward pass on that rollout."""
+        if self.train_dataset is None:
+            raise ValueError("PPOTrainer: training requires a train_dataset")
+        loader = rollout_loader(self.train_dataset, self.args, lambda: int(self.state.epoch or 0))
+        return self.accelerator.prepare(loader)
+
+    # ---- the algorithm: rollouts ----
+
+    @torch.no_grad()
+    def collect_rollout(self, rows: list[dict[str, Any]]) -> Rollout:
+        """Sample a response to each row's prompt, score it, and estimate the advantage of each of its tokens."""
+        batch = self.sample(rows)
+        scores = self.score(rows, batch)
+        tokens = self.evaluate_tokens(batch)
+        mask = batch["response_mask"].to(tokens.logprobs.dtype)
+        rewards = formulas.token_rewards(
+            self.scorer.rescale(scores.total, self._sum_over_processes),
+            tokens.kl,
+            mask,
+            self.kl_controller.coefficient if self.args.kl_penalty == "reward" else 0.0,
+            scores.per_token,
+        )
+        if self.args.whiten_rewards:
+            rewards = formulas.masked_whiten(rewards, mask, shift_mean=False, reduce=self._sum_over_processes)
+        advantages, returns = formulas.generalized_advantages(
+            rewards, tokens.values, mask, self.args.gamma, self.args.lam
+        )
+        if self.args.whiten_advantages:
+            advantages = formulas.masked_whiten(advantages, mask, reduce=self._sum_over_processes)
+        if self.args.advantage_clip is not None:
+            advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
+        self._log_rollout(tokens, mask)
+        self._metrics["reward_std"].append(scores.reward.std(correction=0).view(1))
+        self._metrics["explained_variance"].append(formulas.explained_variance(tokens.values, returns, mask).view(1))
+        self._keep_completions(f"{self.state.global_step:06d}")
+        self._steer_kl(tokens.kl.sum(1))
+        episodes = len(rows)
+        order = torch.stack([torch.randperm(episodes) for _ in range(self.args.num_ppo_epochs)]).to(mask.device)
+        lengths = mask.sum(1)[order].view(self.args.num_ppo_epochs, self.args.num_mini_batches, -1).sum(-1)
+        return Rollout(
+            **{name: batch[name] for name in MODEL_INPUTS},
+            logprobs=tokens.logprobs,
+            ref_logprobs=tokens.ref_logprobs,
+            values=tokens.values,
+            advantages=advantages,
+            returns=returns,
+            order=order,
+            mini_batch_tokens=self._sum_over_processes(lengths).clamp(min=1),
+        )
+
+    def sample(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Sample a response to each row's prompt. Returns prompts and responses with their masks, and `is_ended`."""
+        prompts = tokenize_prompts([row["prompt"] for row in rows], self.processing_class)
+        prompt_ids, prompt_mask = pad_prompts(prompts, self.processing_class.pad_token_id, self.accelerator.device)
+        witness = self._witness(len(rows))
+        if self.vllm is not None:
+            responses = self.vllm(prompts, self.state.global_step, prompt_ids.device)
+        else:
+            with self._sampling_from(prompt_ids=prompt_ids, prompt_mask=prompt_mask):
+                responses = sample_responses(
+                    self.policy, prompt_ids, prompt_mask, self.sampling_config, self.processing_class, witness
+                )
+        return {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, **responses, "witness": witness}
+
+    def score(self, rows: list[dict[str, Any]], batch: dict[str, torch.Tensor], prefix: str = "") -> Scores:
+        """What the rewards say of the responses; their means are logged."""
+        scores = self.scorer(rows, batch)
+        for name, values in scores.parts.items():
+            self._metrics[f"{prefix}rewards/{name}"].append(values)
+        self._metrics[f"{prefix}reward"].append(scores.reward)
+        self._metrics[f"{prefix}unfinished"].append(1.0 - batch["is_ended"].float())
+        self.completions = scores.completions
+        return scores
+
+    @torch.no_grad()
+    def evaluate_tokens(self, batch: dict[str, Any]) -> Tokens:
+        """What policy, reference and critic say of the response tokens. Without a reference the KL is 0."""
+        actor, args = self.actor, self.args
+        was_training = actor.training
+        actor.eval()
+        inputs, witness = {name: batch[name] for name in MODEL_INPUTS}, self._believed(batch)
+        results = [torch.zeros(batch["response_mask"].shape, device=self.accelerator.device) for _ in Tokens._fields]
+        for rows, chunk in self._passes(inputs, args.local_rollout_forward_batch_size):
+            mask = chunk["response_mask"] > 0
+            with self.accelerator.autocast():
+                logprobs, entropy, values, distribution = self._own_view(chunk, rows, witness)
+                ref_logprobs = logprobs
+                if self.has_reference:
+                    ref_logprobs, ref_distribution = self._reference(chunk, args.kl_estimator == "full")
+            if distribution is None or not self.has_reference:
+                kl = formulas.kl_estimate(
+                    logprobs, ref_logprobs, "k1" if distribution is not None else args.kl_estimator
+                )
+            else:
+                kl = spread(formulas.full_kl(distribution, ref_distribution), mask)
+            for result, part in zip(results, (logprobs, ref_logprobs, kl, entropy, values), strict=True):
+                result[rows, : part.shape[1]] = part
+        actor.train(was_training)
+        self._remember(batch, witness)
+        return Tokens(*results)
+
+    def _steer_kl(self, kl: torch.Tensor) -> None:
+        total, episodes = self._sum_over_processes(torch.stack((kl.sum(), kl.new_tensor(len(kl))))).tolist()
+        used = self.kl_controller.coefficient
+        self.kl_controller.update(total / episodes, int(episodes))
+        # The loss is computed afterwards, with the new one.
+        used = used if self.args.kl_penalty == "reward" else self.kl_controller.coefficient
+        self._metrics["kl_coef"].append(kl.new_tensor([used]))
+
+    # ---- the algorithm: updates ----
+
+    def training_step(
+        self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The backward passes on a micro-batch of the current rollout, which is collected when it is due.
+
+        One pass for each group of sequences of like length; their sum is the micro-batch's gradient.
+        """
+        step = self.state.global_step % self.args.steps_per_rollout
+        if self._rollout is None or (step == 0 and self._micro_step == 0):
+            self._sync_reference()
+            self._rollout, self._skipped_from = self.collect_rollout(inputs), None
+        is_last = self._micro_step == self.args.gradient_accumulation_steps - 1
+        loss = torch.zeros((), device=self.accelerator.device)
+        if self._skipped_from is None:
+            batch = self._rollout.micro_batch(step, self._micro_step, self.args.per_device_train_batch_size)
+            tokens = batch.pop("mini_batch_tokens")
+            groups = [group for _, group in self._passes(batch)]
+            for at, group in enumerate(groups):
+                # Only the last pass of an optimiser step lets DDP average the gradients.
+                waits = at < len(groups) - 1
+                with self.accelerator.no_sync(model) if waits else nullcontext():
+                    group = {**group, "mini_batch_tokens": tokens, "adds_ptx": not waits}
+                    loss += super().training_step(model, group, num_items_in_batch)
+            self._end_micro_batch(is_last)
+        self._micro_step = 0 if is_last else self._micro_step + 1
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Clipped policy loss plus `vf_coef` times the value loss and the terms that are asked for.
+
+        Sums over the group are divided by the mini-batch's tokens on *all* processes, and multiplied by the number of
+        processes because DDP averages gradients: the gradient is that of one large batch.
+        """
+        args, mask = self.args, inputs["response_mask"].to(torch.float32)
+        is_warmup = self.state.global_step < args.critic_warmup_steps
+        is_full = args.kl_penalty == "loss" and args.kl_estimator == "full"
+        chunk = {name: inputs[name] for name in MODEL_INPUTS}
+        logprobs, values, distribution = model(
+            **chunk, with_distribution=is_full or args.entropy_coef > 0, detach_trunk=is_warmup
+        )
+        policy_sum, clipped = formulas.policy_loss(
+            logprobs, inputs["logprobs"], inputs["advantages"], mask, args.cliprange, args.dual_clip
+        )
+        value_sum, value_clipped = formulas.value_loss(
+            values, inputs["values"], inputs["returns"], mask, args.cliprange_value
+        )
+        loss = policy_sum
+        if args.kl_penalty == "loss" and self.has_reference:
+            if is_full:
+                with self.accelerator.autocast():
+                    kl = formulas.full_kl(distribution, self._reference(chunk, True)[1])
+            else:
+                kl = formulas.kl_estimate(logprobs, inputs["ref_logprobs"], args.kl_estimator) * mask
+            loss = loss + self.kl_controller.coefficient * kl.sum()
+        if args.entropy_coef:
+            loss = loss - args.entropy_coef * entropy_of(distribution).sum()
+        share = self.accelerator.num_processes / inputs["mini_batch_tokens"]
+        # During the critic's warm-up the policy takes part with no weight, since DDP waits for all gradients.
+        loss = ((0.0 if is_warmup else 1.0) * loss + args.vf_coef * value_sum) * share
+        if inputs.get("adds_ptx") and self.ptx is not None and not is_warmup:
+            loss = loss + self._ptx_loss()
+        self._check_finite(loss, inputs)
+        log_ratio = (logprobs.detach() - inputs["logprobs"]) * mask
+        approx_kl = formulas.kl_estimate(torch.zeros_like(log_ratio), log_ratio, "k3").sum()
+        self._add(share, policy_loss=policy_sum, value_loss=value_sum, clip_fraction=clipped)
+        self._add(share, value_clip_fraction=value_clipped, approx_kl=approx_kl)
+        return loss
+
+    def _ptx_loss(self) -> torch.Tensor:
+        """The weighted language-modelling loss on this micro-batch's share of the pretraining data.
+
+        As with the other terms, sums are divided by the tokens of the whole optimiser step on all processes.
+        """
+        passes, processes = self.args.gradient_accumulation_steps, self.args.world_size
+        place = (self.args.process_index, processes, self.accelerator.device)
+        first = self.state.global_step * passes
+        if self._micro_step == 0:
+            counts = [self.ptx.targets(self.ptx.batch(first + at, *place)) for at in range(passes)]
+            self._ptx_targets = self._sum_over_processes(torch.stack(counts).sum())
+        batch = self.ptx.batch(first + self._micro_step, *place)
+        with self.accelerator.autocast():
+            mean = self.policy(**batch, use_cache=False).loss
+        loss = mean * self.ptx.targets(batch) / self._ptx_targets * processes
+        self._add(torch.ones((), device=loss.device), ptx_loss=loss)
+        return self.args.ptx_coef * loss
+
+    def _end_micro_batch(self, is_last: bool) -> None:
+        if self.state.global_step < self.args.critic_warmup_steps:
+            # No gradient, so that the optimiser leaves them alone; a gradient of zero would still decay weights.
+            critic = {id(parameter) for parameter in self.actor.critic_parameters()}
+            for parameter in self.actor.parameters():
+                if id(parameter) not in critic:
+                    parameter.grad = None
+        if not is_last:
+            return
+        if self.args.target_kl is not None:
+            approx_kl = self._sum_over_processes(self._sums["approx_kl"]).item() / self.accelerator.num_processes
+            if approx_kl > self.args.target_kl:
+                self._skipped_from = self.state.global_step + 1
+        for name, total in self._sums.items():
+            self._metrics[name].append(total.view(1))
+        self._sums = {}
+
+    # ---- logging and evaluation ----
+
+    def _log_rollout(self, tokens: Tokens, mask: torch.Tensor, prefix: str = "") -> None:
+        if self.has_reference:
+            # The plain estimate whatever is penalised, so that runs compare.
+            kl = formulas.kl_estimate(tokens.logprobs, tokens.ref_logprobs) * mask
+            self._metrics[f"{prefix}kl"].append(kl.sum(1))
+        self._metrics[f"{prefix}entropy"].append(tokens.entropy.sum(1) / mask.sum(1).clamp(min=1))
+        self._metrics[f"{prefix}response_length"].append(mask.sum(1))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log with what the rollouts and updates since the last log added, averaged over all processes."""
+        is_evaluation = any(name.startswith("eval_") for name in logs)
+        if not is_evaluation and "loss" in logs:
+            logs = {**logs, **self._drain_metrics("")}
+            logs["episode"] = (
+                -(-self.state.global_step // self.args.steps_per_rollout)
+                * self.args.local_rollout_batch_size
+                * self.args.world_size
+            )
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Sample and score the evaluation prompts. Metrics: reward, its parts, KL, entropy, response length."""
+        prefix, count = "eval_", 0
+        # The same noise each time, and training's own random state left as it was.
+        with torch.random.fork_rng():
+            torch.manual_seed(self.args.seed + self.args.process_index)
+            for rows in dataloader:
+                batch = self.sample(rows)
+                self.score(rows, batch, prefix)
+                tokens = self.evaluate_tokens(batch)
+                self._log_rollout(tokens, batch["response_mask"].to(tokens.logprobs.dtype), prefix)
+                self._keep_completions(f"{metric_key_prefix}_{self.state.global_step:06d}_{count:06d}")
+                for name, parts in self._metrics.items():
+                    if name.startswith(prefix):
+                        # Without the rows that fill up the last batch of some processes.
+                        parts[-1] = self.accelerator.gather_for_metrics(parts[-1])
+                count += len(rows)
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        metrics = {
+            name.replace(prefix, f"{metric_key_prefix}_", 1): value
+            for name, value in self._drain_metrics(prefix).items()
+        }
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=count)

@@ -1,0 +1,126 @@
+"""Sampling responses by vLLM, through TRL's own generation back end."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hfllm.errors import InputError
+from hfllm.trainers.ppo.config import PPOConfig
+from hfllm.trainers.ppo.setup import UNBENT
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# The back end gives these by arguments of its own; what else there is in a GenerationConfig, vLLM does not hear of.
+SHAPING = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p")
+HEARD = {*SHAPING, "pad_token_id", "eos_token_id", "bos_token_id", "suppress_tokens", "stop_strings"}
+# Added to the logit of what must not be sampled: as far as vLLM lets one go.
+NEVER = -100.0
+
+
+def check_vllm(args: PPOConfig) -> None:
+    """Refuse `use_vllm` where vLLM is not installed, or would not hear of what is asked of sampling.
+
+    Raises:
+        InputError: telling how to install it, or naming the settings.
+    """
+    from trl.import_utils import is_vllm_available
+
+    if not is_vllm_available():
+        raise InputError("use_vllm=True: vLLM is not installed; pip install 'trl[vllm]'")
+    asked = (args.generation_kwargs or {}).items()
+    if unheard := sorted(name for name, value in asked if name not in HEARD and value != UNBENT.get(name)):
+        raise InputError(f"use_vllm=True does not go with {', '.join(unheard)} of generation_kwargs")
+
+
+class VllmSampler:
+    """A vLLM engine, in this process or a server, that follows the policy's weights.
+
+    Args:
+        args: the `vllm_*` options.
+        policy: whose weights it samples from.
+        generation_config: the trainer's; stop strings and tokens, temperature and the like are taken from it.
+        episodes: that it samples at once, on each process.
+
+    Raises:
+        InputError: when vLLM is not installed, or for a setting that it does not know.
+    """
+
+    def __init__(
+        self,
+        args: PPOConfig,
+        policy: "PreTrainedModel",
+        accelerator: "Accelerator",
+        tokenizer: "PreTrainedTokenizerBase",
+        generation_config: "GenerationConfig",
+        episodes: int,
+    ):
+        check_vllm(args)
+        from trl.generation.vllm_generation import VLLMGeneration
+
+        self.config, self.tokenizer = generation_config, tokenizer
+        self.longest = generation_config.max_new_tokens
+        sampling: dict[str, Any] = {"stop_token_ids": list(generation_config.eos_token_id)}
+        if generation_config.suppress_tokens:
+            sampling["logit_bias"] = {token: NEVER for token in generation_config.suppress_tokens}
+        if generation_config.stop_strings:
+            sampling |= {"stop": generation_config.stop_strings, "include_stop_str_in_output": True}
+        self.engine = VLLMGeneration(
+            model=policy,
+            accelerator=accelerator,
+            processing_class=tokenizer,
+            mode=args.vllm_mode,
+            server_base_url=args.vllm_server_base_url,
+            server_host=args.vllm_server_host,
+            server_port=args.vllm_server_port,
+            server_timeout=args.vllm_server_timeout,
+            group_port=args.vllm_group_port,
+            tensor_parallel_size=args.vllm_tensor_parallel_size,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            max_model_length=args.vllm_max_model_length,
+            max_num_seqs=episodes * args.vllm_tensor_parallel_size,
+            enable_sleep_mode=args.vllm_enable_sleep_mode,
+            model_impl=args.vllm_model_impl,
+            max_completion_length=self.longest,
+            generation_kwargs=sampling,
+            **{
+                name: getattr(generation_config, name)
+                for name in SHAPING
+                if getattr(generation_config, name) is not None
+            },
+        )
+        self._synced_at: int | None = None
+
+    def __call__(self, prompts: Sequence[Sequence[int]], step: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """Sample one response a prompt.
+
+        Args:
+            prompts: token ids.
+            step: the optimiser step that the policy is at; its weights are handed over when it has moved on.
+
+        Returns:
+            As `sample_responses`.
+        """
+        if step != self._synced_at:
+            self.engine.sync_weights()
+            self._synced_at = step
+        _, completions, *_ = self.engine.generate(
+            prompts=[list(ids) for ids in prompts], images=None, num_generations=1
+        )
+        completions = [list(ids)[: self.longest] for ids in completions]
+        width = max(map(len, completions), default=0) or 1
+        response_ids = torch.full((len(prompts), width), self.config.pad_token_id, device=device)
+        response_mask = torch.zeros_like(response_ids)
+        for row, ids in enumerate(completions):
+            response_ids[row, : len(ids)] = torch.tensor(ids, device=device)
+            response_mask[row, : len(ids)] = 1
+        is_ended = torch.tensor([self._is_ended(ids) for ids in completions], device=device)
+        return {"response_ids": response_ids, "response_mask": response_mask, "is_ended": is_ended}
+
+    def _is_ended(self, ids: list[int]) -> bool:
+        if len(ids) < self.longest or (ids and ids[-1] in self.config.eos_token_id):
+            return True
+        text = self.tokenizer.decode(ids) if self.config.stop_strings else ""
+        return any(stop in text for stop in self.config.stop_strings or ())

@@ -1,0 +1,1 @@
+"""Pretraining on packed rows by a plan of batches."""

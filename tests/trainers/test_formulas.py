@@ -1,0 +1,141 @@
+"""PPO's formulas against brute force."""
+
+import pytest
+import torch
+
+from hfllm.trainers.ppo import formulas
+
+
+def random_batch(rows=5, length=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([7, 1, 4, 0, 6])[:rows]
+    mask = (torch.arange(length) < lengths.unsqueeze(1)).float()
+    rewards, values = (torch.randn(rows, length, generator=generator, dtype=torch.float64) for _ in range(2))
+    return rewards * mask, values * mask, mask.double(), lengths
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.99, 0.0), (0.0, 0.5)])
+def test_gae_is_the_brute_force_sum(gamma, lam):
+    rewards, values, mask, lengths = random_batch()
+    advantages, returns = formulas.generalized_advantages(rewards, values, mask, gamma, lam)
+    for row, length in enumerate(lengths.tolist()):
+        for t in range(length):
+            expected = 0.0
+            for later in range(t, length):
+                next_value = values[row, later + 1] if later + 1 < length else 0.0
+                delta = rewards[row, later] + gamma * next_value - values[row, later]
+                expected += (gamma * lam) ** (later - t) * delta
+            torch.testing.assert_close(advantages[row, t], torch.as_tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(returns, (advantages + values) * mask)
+    assert (advantages[mask == 0] == 0).all()
+
+
+def test_with_lambda_one_the_advantage_is_return_minus_value():
+    rewards, values, mask, _ = random_batch()
+    advantages, _ = formulas.generalized_advantages(rewards, values, mask, gamma=1.0, lam=1.0)
+    to_go = rewards.flip(1).cumsum(1).flip(1)
+    torch.testing.assert_close(advantages, (to_go - values) * mask)
+
+
+def test_what_lies_in_the_padding_changes_nothing():
+    rewards, values, mask, _ = random_batch()
+    noise = torch.randn_like(values) * (1 - mask) * 100
+    clean = formulas.generalized_advantages(rewards, values, mask, 0.99, 0.95)
+    noisy = formulas.generalized_advantages(rewards + noise, values + noise, mask, 0.99, 0.95)
+    torch.testing.assert_close(clean, noisy)
+    torch.testing.assert_close(formulas.masked_whiten(values, mask), formulas.masked_whiten(values + noise, mask))
+    log_a, log_b = values, rewards
+    for loss in (
+        lambda shift: formulas.policy_loss(log_a + shift, log_b, values, mask, 0.2),
+        lambda shift: formulas.value_loss(log_a + shift, log_b, rewards, mask, 0.2),
+    ):
+        torch.testing.assert_close(loss(0 * noise), loss(noise))
+
+
+def test_the_score_sits_on_the_last_real_token():
+    mask = torch.tensor([[1.0, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+    scores = torch.tensor([2.0, 3.0, 5.0, 7.0])
+    rewards = formulas.token_rewards(scores, torch.zeros(4, 4), mask, kl_coef=0.1)
+    expected = torch.tensor([[0.0, 0, 2, 0], [3, 0, 0, 0], [0, 0, 0, 5], [0, 0, 0, 0]])
+    torch.testing.assert_close(rewards, expected)
+
+
+def test_kl_is_charged_on_every_real_token_and_only_there():
+    mask = torch.tensor([[1.0, 1, 0]])
+    rewards = formulas.token_rewards(torch.tensor([1.0]), torch.tensor([[0.5, -1.0, 9.0]]), mask, kl_coef=0.1)
+    torch.testing.assert_close(rewards, torch.tensor([[-0.05, 1.1, 0.0]]))
+
+
+def test_kl_estimators_agree_with_the_exact_kl():
+    torch.manual_seed(0)
+    policy, reference = (torch.randn(20).log_softmax(0) for _ in range(2))
+    exact = (policy.exp() * (policy - reference)).sum()
+    tokens = torch.multinomial(policy.exp(), 200_000, replacement=True)
+    for estimator in ("k1", "k3"):
+        mean = formulas.kl_estimate(policy[tokens], reference[tokens], estimator).mean()
+        torch.testing.assert_close(mean, exact, atol=0.02, rtol=0)
+    assert (formulas.kl_estimate(policy, reference, "k3") >= 0).all()
+    near = policy + 0.01 * torch.randn(20)
+    torch.testing.assert_close(
+        (policy.exp() * formulas.kl_estimate(policy, near.log_softmax(0), "k2")).sum(),
+        (policy.exp() * (policy - near.log_softmax(0))).sum(),
+        atol=1e-6,
+        rtol=0.05,
+    )
+    with pytest.raises(ValueError, match="k1, k2, k3"):
+        formulas.kl_estimate(policy, reference, "k4")
+
+
+def test_whitening_over_two_processes_is_whitening_over_their_batch():
+    torch.manual_seed(0)
+    values, mask = torch.randn(8, 5), (torch.rand(8, 5) > 0.3).float()
+    whole = formulas.masked_whiten(values, mask)
+    real = whole[mask > 0]
+    torch.testing.assert_close(real.mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(real.std(), torch.tensor(1.0), atol=1e-4, rtol=0)
+    halves = [(values[:4], mask[:4]), (values[4:], mask[4:])]
+    sums = []
+
+    def statistics(of_values, of_mask, known):
+        calls = iter(known)
+
+        def reduce(local):
+            sums.append(local)
+            return next(calls, local)
+
+        return formulas.masked_whiten(of_values, of_mask, reduce=reduce)
+
+    # Each round of communication, played by hand: first the counts and totals, then the squared deviations.
+    for half in halves:
+        statistics(*half, known=[])
+    totals = sums[0] + sums[2]
+    sums.clear()
+    for half in halves:
+        statistics(*half, known=[totals])
+    squares = sums[1] + sums[3]
+    parts = [statistics(*half, known=[totals, squares]) for half in halves]
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
+def test_policy_loss_is_the_clipped_surrogate():
+    old, mask = torch.zeros(1, 4), torch.ones(1, 4)
+    ratio = torch.tensor([[1.5, 0.5, 1.5, 0.5]])
+    advantages = torch.tensor([[1.0, 1.0, -1.0, -1.0]])
+    loss, clipped = formulas.policy_loss(ratio.log(), old, advantages, mask, cliprange=0.2)
+    torch.testing.assert_close(loss, -torch.tensor(1.2 + 0.5 - 1.5 - 0.8))
+    assert clipped == 2
+
+
+def test_value_loss_takes_the_worse_of_clipped_and_unclipped():
+    mask = torch.ones(1, 2)
+    values, old, returns = torch.tensor([[1.0, 1.0]]), torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, -1.0]])
+    loss, clipped = formulas.value_loss(values, old, returns, mask, cliprange_value=0.2)
+    torch.testing.assert_close(loss, torch.tensor(0.5 * (0.8**2 + 2.0**2)))
+    assert clipped == 1
+
+
+def test_explained_variance():
+    returns, mask = torch.tensor([[1.0, 2.0, 3.0, 99.0]]), torch.tensor([[1.0, 1, 1, 0]])
+    assert formulas.explained_variance(returns, returns, mask) == 1
+    torch.testing.assert_close(formulas.explained_variance(0 * returns, returns, mask), torch.tensor(0.0))
+    assert formulas.explained_variance(returns, returns, 0 * mask) == 0
