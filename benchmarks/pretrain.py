@@ -104,7 +104,7 @@ def measure(args: argparse.Namespace) -> None:
 
     from hfllm.data.loading import split_rows
     from hfllm.data.tokenizer import train_tokenizer
-    from hfllm.evaluation.perplexity import fit_of
+    from hfllm.evaluation.perplexity import text_likelihood
 
     logging.set_verbosity_error()
     texts, held_out = split_rows(texts_of(args.dataset_name), seed=0, share=0.05, most=40)
@@ -127,7 +127,7 @@ def measure(args: argparse.Namespace) -> None:
             def on_step_end(self, arguments, state, control, **kwargs):
                 spent[0] += time.process_time() - self.began
                 if state.global_step % every == 0 or state.global_step == state.max_steps:
-                    fit = fit_of(trainer.model, tokenizer, held_out, LENGTH)
+                    fit = text_likelihood(trainer.model, tokenizer, held_out, LENGTH)
                     points.append((spent[0], fit.nats / fit.bytes))
 
         trainer.training_step = counted

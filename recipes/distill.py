@@ -62,7 +62,7 @@ class DistillArguments(DataArguments, BatchArguments):
             "(Kim & Rush 2016, arXiv:1606.07947, section 3.2)."
         },
     )
-    train_alone: bool = field(
+    train_baseline: bool = field(
         default=True, metadata={"help": "Also train the same student without the teacher, for as many steps."}
     )
     num_examples: int = field(default=9600, metadata={"help": "Demonstrations of the embedded world to train on."})
@@ -164,7 +164,7 @@ def main(script_args: DistillArguments, training_args: Any, model_args: Any) -> 
     args = without_teacher(training_args) if script_args.sequence_level else training_args
     trainer = learn(args, stage.checkpoint)
     models, alone = {"teacher": (teacher, teacher_tokenizer), "student": (trainer.model, tokenizer)}, None
-    if script_args.train_alone:
+    if script_args.train_baseline:
         train_rows, eval_rows = rows_to_learn(script_args, training_args.seed)
         alone_args = without_teacher(training_args, f"{training_args.output_dir}/alone")
         # Without the rows that were left out, the student has had fewer steps than epochs of the data are.

@@ -143,7 +143,7 @@ def parse(argv: Sequence[str]) -> tuple:
     if reads_world(parsed[0]):
         return parsed
     configs = [CONFIGS / "text.yaml"]
-    if cuts_up_matrices(parsed[1]):
+    if shards_parameters(parsed[1]):
         configs.append(CONFIGS / "text_sharded.yaml")
     return parse_recipe(kinds, argv, configs, __doc__)
 
@@ -160,7 +160,7 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scale_learning_rate
-    from hfllm.trainers.sharding import gathered
+    from hfllm.trainers.sharding import gather_parameters
 
     check(script_args, training_args, model_args)
     stage = Stage("pretrain", script_args, training_args, model_args)
@@ -175,7 +175,7 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     script_args.max_length = fitting_length(script_args.max_length, model)
     build = pretraining.packed_trainer if script_args.packing else pretraining.padded_trainer
     # The trainer counts the model's parameters and looks whether it keeps packed documents apart.
-    with gathered(model):
+    with gather_parameters(model):
         trainer, mixed = build(script_args, training_args, model, tokenizer, sources, test_texts, prepared)
     use_plain_lines(trainer)
     samples = pretraining_watch.watch(trainer, script_args, tokenizer, train_texts, test_texts)
@@ -209,7 +209,7 @@ def reads_world(script_args: PretrainArguments) -> bool:
     return script_args.dataset_name == WORLD and not script_args.dataset_mixture
 
 
-def cuts_up_matrices(training_args: Any) -> bool:
+def shards_parameters(training_args: Any) -> bool:
     """Whether the launch has each process hold a part of each weight, or of its optimiser's state."""
     is_fsdp = bool(training_args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return is_fsdp or training_args.deepspeed_plugin is not None
@@ -257,7 +257,7 @@ def check(script_args: PretrainArguments, training_args: Any, model_args: Any) -
         "--max_steps",
         "the run's length is --total_tokens or --num_train_epochs",
     )
-    is_split = cuts_up_matrices(training_args)
+    is_split = shards_parameters(training_args)
     refuse(
         script_args.use_muon and is_split, "--use_muon", "DeepSpeed and FSDP cut up the matrices that it needs whole"
     )

@@ -222,13 +222,13 @@ def compare(
     """Metrics, tables and plots of the model and its quantized forms; the wanted one is saved."""
     from hfllm.compression import schemes
     from hfllm.data.loading import world_of
-    from hfllm.evaluation.quantization import Judge
+    from hfllm.evaluation.quantization import QuantizationEvaluation
     from hfllm.runs.models import fitting_length, load_kwargs, load_policy
 
     model, tokenizer = load_policy(model_args)
     model.to(schemes.default_device()).eval()
     names = schemes.linear_names(model)
-    judge = Judge(
+    judge = QuantizationEvaluation(
         tokenizer,
         texts,
         fitting_length(script_args.max_length, model),
@@ -268,9 +268,9 @@ def check_model(script_args: QuantizeArguments, config: Any) -> None:
     """
     from hfllm.errors import InputError
     from hfllm.models.stored import empty_model
-    from hfllm.runs.models import context_of
+    from hfllm.runs.models import max_length_of
 
-    context, timed = context_of(config), script_args.prompt_tokens + script_args.new_tokens
+    context, timed = max_length_of(config), script_args.prompt_tokens + script_args.new_tokens
     if script_args.rounds and context is not None and timed > context:
         raise InputError(
             f"--prompt_tokens {script_args.prompt_tokens} and --new_tokens {script_args.new_tokens} are {timed} "

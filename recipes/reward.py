@@ -63,7 +63,7 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
     from hfllm.data.sources import WORLD
     from hfllm.errors import InputError, refuse
     from hfllm.runs.chain import with_model_from
-    from hfllm.runs.models import check_trainable, fitting_length, load_scorer, load_tokenizer, peft_config
+    from hfllm.runs.models import check_trainable, fitting_length, load_reward_model, load_tokenizer, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
@@ -87,7 +87,7 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
     train_rows, test_rows = rows or world_comparisons(script_args, training_args, model_args)
     # The head is new, and so are the weights of an adapter.
     set_seed(training_args.seed)
-    model = load_scorer(model_args.model_name_or_path, model_args, model_args.model_revision)
+    model = load_reward_model(model_args.model_name_or_path, model_args, model_args.model_revision)
     model.config.pad_token_id = tokenizer.pad_token_id
 
     from datasets import Dataset
@@ -146,12 +146,12 @@ def world_comparisons(
     from hfllm.data.world.world import World
     from hfllm.generation.responses import sample_responses
     from hfllm.runs.models import load_policy
-    from hfllm.trainers.sharding import make_whole
+    from hfllm.trainers.sharding import unshard
 
     world, seed = World(script_args.world_seed), script_args.comparison_seed
     seed = training_args.seed if seed is None else seed
     model, tokenizer = load_policy(model_args)
-    make_whole(model).to(training_args.device)
+    unshard(model).to(training_args.device)
 
     def compare(tasks: list, noise: float) -> list[dict]:
         on_policy = round(script_args.on_policy_fraction * len(tasks))

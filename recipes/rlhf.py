@@ -54,7 +54,7 @@ class RlhfArguments(DataArguments, BatchArguments):
             "help": "Texts for --ptx_coef, as pretrain.py takes them; of 'world' as many documents as --num_prompts."
         },
     )
-    chat_prompts: bool = field(
+    apply_chat_template: bool = field(
         default=False,
         metadata={"help": "Put text prompts to the model as a user's turn of its chat template, as sft.py does."},
     )
@@ -81,17 +81,17 @@ def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dic
 
     from hfllm.data.loading import world_of
     from hfllm.errors import refuse
-    from hfllm.evaluation.alignment import alignment_metrics, alignment_plots, alignment_tables, judge_policy
+    from hfllm.evaluation.alignment import alignment_metrics, alignment_plots, alignment_tables, evaluate_policy
     from hfllm.rewards.ensembles import RewardEnsemble
     from hfllm.rewards.models import RewardModel
-    from hfllm.runs.models import load_policy, load_scorer, load_tokenizer, load_value_model, peft_config
+    from hfllm.runs.models import load_policy, load_reward_model, load_tokenizer, load_value_model, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.stages.alignment import check_models, check_rewards
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scale_learning_rate
     from hfllm.trainers.ppo.trainer import PPOTrainer
-    from hfllm.trainers.sharding import gathered
+    from hfllm.trainers.sharding import gather_parameters
 
     refuse(training_args.model_init_kwargs, "--model_init_kwargs", "use --dtype, --attn_implementation or the like")
     before = missing_stages(script_args, training_args, model_args)
@@ -115,7 +115,7 @@ def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dic
     policy, tokenizer = load_policy(model_args)
     rewards, tokenizers = list(functions), [None] * len(functions)
     if reward_models:
-        members = [RewardModel(load_scorer(name, model_args), load_tokenizer(name)) for name in reward_models]
+        members = [RewardModel(load_reward_model(name, model_args), load_tokenizer(name)) for name in reward_models]
         aggregation = (script_args.reward_aggregation, script_args.uncertainty_coef)
         rewards.append(members[0] if len(members) == 1 else RewardEnsemble(members, *aggregation))
         tokenizers.append(None)
@@ -139,11 +139,11 @@ def main(script_args: RlhfArguments, training_args: Any, model_args: Any) -> dic
         if isinstance(ensemble, RewardEnsemble):
             calibrate(ensemble, trainer, train_rows[:CALIBRATION_PROMPTS])
     judged_on = ([row["prompt"] for row in eval_rows], world_of(script_args), script_args.num_eval_prompts)
-    with gathered(trainer.actor):
-        unaligned = judge_policy(trainer, *judged_on)
+    with gather_parameters(trainer.actor):
+        unaligned = evaluate_policy(trainer, *judged_on)
     train(trainer, stage.checkpoint)
-    with gathered(trainer.actor):
-        aligned = judge_policy(trainer, *judged_on)
+    with gather_parameters(trainer.actor):
+        aligned = evaluate_policy(trainer, *judged_on)
     trainer.save_model()
     return stage.finish(
         trainer,
@@ -184,7 +184,7 @@ def prompt_data(script_args: RlhfArguments, seed: int, functions: Sequence[Calla
         eval_rows = [task.prompt_row() for task in world.evaluation_tasks(script_args.num_eval_prompts)]
     else:
         rows = load_rows(script_args, formats.to_prompt)
-        if script_args.chat_prompts:
+        if script_args.apply_chat_template:
             rows = [{**row, "prompt": formats.as_messages(row["prompt"])} for row in rows]
         train_rows, eval_rows = split_rows(rows, seed, share=0.1, most=script_args.num_eval_prompts)
     try_functions(functions, train_rows[:2])

@@ -306,7 +306,7 @@ def make_draft(script_args: SpeculativeArguments, model_args: Any, model: Any, t
         InputError: for a draft model with another tokenizer.
     """
     from hfllm.errors import refuse
-    from hfllm.generation.packed.model import why_not
+    from hfllm.generation.packed.model import unsupported_reason
     from hfllm.generation.packed.projections import has_int8
     from hfllm.generation.speculative.drafts import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft
     from hfllm.generation.speculative.options import check_same_vocabulary
@@ -317,7 +317,7 @@ def make_draft(script_args: SpeculativeArguments, model_args: Any, model: Any, t
     if script_args.draft == "early_exit":
         return EarlyExitDraft(script_args.early_exit_layers)
     if script_args.draft == "int8":
-        reason = why_not(model) or (
+        reason = unsupported_reason(model) or (
             "" if has_int8(model.dtype, model.device) else "it is not in float32 on an x86 CPU"
         )
         refuse(bool(reason), "--draft int8", reason)

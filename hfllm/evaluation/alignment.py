@@ -27,7 +27,7 @@ SHOWN_SAMPLES = 12
 
 
 @dataclass
-class Judgement:
+class PolicyEvaluation:
     """What was seen of one policy.
 
     Args:
@@ -44,9 +44,9 @@ class Judgement:
     facts: list[dict[str, Any]] = field(default_factory=list)
 
 
-def judge_policy(
+def evaluate_policy(
     trainer: PolicyTrainer, eval_prompts: Sequence[Any], world: World | None, num_eval_prompts: int
-) -> Judgement:
+) -> PolicyEvaluation:
     """Judge the trainer's policy as it is now.
 
     Args:
@@ -59,12 +59,12 @@ def judge_policy(
     if world is None:
         shown = list(eval_prompts[:SHOWN_SAMPLES])
         texts = sample_responses(policy, tokenizer, shown, length, seed=trainer.args.seed)
-        return Judgement(
+        return PolicyEvaluation(
             proxy, [{"prompt": _text(prompt), "response": text} for prompt, (text,) in zip(shown, texts, strict=True)]
         )
     tasks, seed = world.evaluation_tasks(num_eval_prompts), trainer.args.seed
     sampled = judge_tasks(policy, tokenizer, tasks, length, do_sample=True, seed=seed)
-    return Judgement(
+    return PolicyEvaluation(
         proxy,
         samples=sampled[:: max(1, len(sampled) // SHOWN_SAMPLES)],
         sampled=sampled,
@@ -77,7 +77,7 @@ def _text(prompt: str | Sequence[Mapping[str, str]]) -> str:
     return prompt if isinstance(prompt, str) else " / ".join(message["content"] for message in prompt)
 
 
-def alignment_metrics(before: Judgement, after: Judgement) -> dict[str, float]:
+def alignment_metrics(before: PolicyEvaluation, after: PolicyEvaluation) -> dict[str, float]:
     """The report's metrics; those with `gold` and `fact` only where the data has a gold reward."""
     metrics: dict[str, float] = {}
     if after.sampled:
@@ -99,7 +99,7 @@ def alignment_metrics(before: Judgement, after: Judgement) -> dict[str, float]:
     }
 
 
-def alignment_tables(before: Judgement, after: Judgement) -> dict[str, list[dict[str, Any]]]:
+def alignment_tables(before: PolicyEvaluation, after: PolicyEvaluation) -> dict[str, list[dict[str, Any]]]:
     """Gold reward by family, sampled and greedy, and samples side by side."""
     tables: dict[str, list[dict[str, Any]]] = {}
     if after.sampled:

@@ -19,7 +19,7 @@ TEACHER, STUDENT, ALONE = "teacher", "student", "student_alone"
 
 
 @dataclass
-class Judged:
+class GoldEvaluation:
     """Judged answers of one model to the world's evaluation prompts, and to one question about each fact."""
 
     sampled: list[dict[str, Any]] = field(default_factory=list)
@@ -35,14 +35,14 @@ def judge_model(
     response_length: int,
     seed: int,
     num_samples: int = 1,
-) -> Judged:
+) -> GoldEvaluation:
     """Answer the world's held-out prompts and judge the answers by the gold rubric.
 
     Args:
         num_eval_prompts: answered `num_samples` times at temperature 1, and once greedily.
     """
     tasks = world.evaluation_tasks(num_eval_prompts)
-    return Judged(
+    return GoldEvaluation(
         sampled=judge_tasks(model, tokenizer, tasks, response_length, True, seed, num_samples),
         greedy=judge_tasks(model, tokenizer, tasks, response_length, do_sample=False),
         facts=judge_tasks(model, tokenizer, world.fact_tasks(), response_length, do_sample=False),
@@ -121,7 +121,7 @@ def _target_logits(
         yield logits.float(), targets.to(logits.device)
 
 
-def gold_metrics(judged: Mapping[str, Judged]) -> dict[str, float]:
+def gold_metrics(judged: Mapping[str, GoldEvaluation]) -> dict[str, float]:
     """Gold metrics of each model by its name, and what share of the teacher's reward the student keeps."""
     metrics = {}
     for name, one in judged.items():
@@ -137,7 +137,7 @@ def gold_metrics(judged: Mapping[str, Judged]) -> dict[str, float]:
     return metrics
 
 
-def gold_tables(judged: Mapping[str, Judged]) -> dict[str, list[dict[str, Any]]]:
+def gold_tables(judged: Mapping[str, GoldEvaluation]) -> dict[str, list[dict[str, Any]]]:
     """Gold reward by task family of each model, and samples of teacher and student side by side."""
     columns = {}
     for name, one in judged.items():

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Fit:
+class TextLikelihood:
     """The sum of a model's surprise over texts.
 
     Args:
@@ -36,14 +36,14 @@ class Fit:
         return math.exp(self.nats / self.tokens)
 
 
-def fit_of(
+def text_likelihood(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     texts: Sequence[str],
     max_length: int,
     stride: int | None = None,
     batch_tokens: int = 4096,
-) -> Fit:
+) -> TextLikelihood:
     """Predict every token of each text from those before it in the same text.
 
     The first token follows the document token; with a tokenizer that has none it is not predicted, and not counted.
@@ -90,7 +90,7 @@ def fit_of(
         )
     if not tokens:
         raise InputError(f"{len(texts)} text(s) without a token to predict")
-    return Fit(nats, tokens, size)
+    return TextLikelihood(nats, tokens, size)
 
 
 def _windows(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from hfllm.compression.measure import agreement, greedy_tokens, speeds, token_windows
 from hfllm.compression.schemes import linear_bytes, stored_bytes
 from hfllm.data.world.world import World
-from hfllm.evaluation.perplexity import fit_of
+from hfllm.evaluation.perplexity import text_likelihood
 from hfllm.evaluation.responses import judge_tasks, mean_gold
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Judge:
+class QuantizationEvaluation:
     """What a model and its quantized forms are judged on.
 
     Args:
@@ -91,7 +91,7 @@ class Judge:
 
     def loss(self, model: "PreTrainedModel", num_texts: int) -> float:
         """Nats a token on the first texts."""
-        fit = fit_of(model, self.tokenizer, self.texts[:num_texts], self.max_length)
+        fit = text_likelihood(model, self.tokenizer, self.texts[:num_texts], self.max_length)
         return fit.nats / fit.tokens
 
     def difference_after_reload(self, model: "PreTrainedModel", folder: str) -> float:
@@ -105,7 +105,7 @@ class Judge:
         return (ours - theirs).abs().max().item()
 
     def _quality(self, model: "PreTrainedModel") -> dict[str, float]:
-        found = {"perplexity": fit_of(model, self.tokenizer, self.texts, self.max_length).perplexity}
+        found = {"perplexity": text_likelihood(model, self.tokenizer, self.texts, self.max_length).perplexity}
         if self.world is not None:
             tasks = self.world.evaluation_tasks(self.num_eval_prompts)
             found["gold_reward"] = mean_gold(

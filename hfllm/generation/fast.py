@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hfllm.errors import InputError
-from hfllm.generation.packed.model import why_not
+from hfllm.generation.packed.model import unsupported_reason
 from hfllm.generation.packed.projections import has_int8
 from hfllm.generation.speculative.drafts import Draft, Int8Draft, weights_read
 from hfllm.generation.speculative.lookahead import Lookahead
@@ -27,7 +27,7 @@ CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
 
 def recommended_draft(model: "PreTrainedModel") -> Draft | None:
     """The draft that needs no second model: the int8 one for models that wait for their weights, else none."""
-    if why_not(model) is None and has_int8(model.dtype, model.device) and weights_read(model) >= INT8_FROM:
+    if unsupported_reason(model) is None and has_int8(model.dtype, model.device) and weights_read(model) >= INT8_FROM:
         return Int8Draft()
     return None
 

@@ -156,14 +156,14 @@ def named_fields(name: str) -> dict[str, Any]:
     return {field: getattr(config, field) for field in HfllmConfig.__annotations__ if field != "loss_chunk_size"}
 
 
-def context_of(config: "PreTrainedConfig") -> int | None:
+def max_length_of(config: "PreTrainedConfig") -> int | None:
     """The longest sequence that a model is made for, in tokens, if its config tells."""
     context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     # XLNet's config says -1: no limit.
     return context if context and context > 0 else None
 
 
-def load_scorer(name: str, model_args: Any, revision: str = "main") -> "PreTrainedModel":
+def load_reward_model(name: str, model_args: Any, revision: str = "main") -> "PreTrainedModel":
     """A sequence-classification model with one label, its head new if `name` is a language model.
 
     Args:
@@ -193,7 +193,7 @@ def load_value_model(value_model: str, model_args: Any, reward_models: Sequence[
     if value_model == "head":
         return None
     name = reward_models[0] if value_model == "reward" else value_model
-    return load_scorer(name, replace(model_args, load_in_8bit=False, load_in_4bit=False))
+    return load_reward_model(name, replace(model_args, load_in_8bit=False, load_in_4bit=False))
 
 
 def peft_config(model_args: Any, task_type: str = "CAUSAL_LM") -> "PeftConfig | None":
@@ -230,4 +230,4 @@ def _unloadable(name: str, error: Exception) -> InputError:
 
 def fitting_length(max_length: int | None, model: Any) -> int | None:
     """`max_length`, but no more than the model's context."""
-    return min(filter(None, (max_length, context_of(model.config))), default=None)
+    return min(filter(None, (max_length, max_length_of(model.config))), default=None)

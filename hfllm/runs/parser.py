@@ -19,7 +19,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return redact(super().format_help())
 
 
-class OneLineErrors:
+class NearestNameErrors:
     """What makes a parser's complaints one line that names the nearest valid flag or YAML key.
 
     For a parser with TrlParser's `set_defaults_with_config` and `parse_args_into_dataclasses`.
@@ -76,7 +76,7 @@ class OneLineErrors:
             raise InputError(f"{path}: {error}") from None
 
 
-class PlainParser(OneLineErrors, argparse.ArgumentParser):
+class PlainParser(NearestNameErrors, argparse.ArgumentParser):
     """A parser of dataclasses whose fields are strings, numbers, truth values, or lists of these.
 
     For recipes that import neither torch nor transformers, as TrlParser does.
@@ -138,11 +138,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def training_parser() -> type[OneLineErrors]:
+def training_parser() -> type[NearestNameErrors]:
     """Return the parser of the recipes that train: TrlParser with this package's messages. It imports torch."""
     from trl import TrlParser
 
-    class TrainingParser(OneLineErrors, TrlParser):
+    class TrainingParser(NearestNameErrors, TrlParser):
         def __init__(self, dataclass_types: Sequence[type], **kwargs: Any):
             super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
 

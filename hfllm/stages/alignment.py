@@ -66,10 +66,10 @@ def check_models(
     from hfllm.rewards.models import RewardModel
     from hfllm.runs.models import (
         check_trainable,
-        context_of,
-        load_scorer,
+        load_reward_model,
         load_tokenizer,
         load_value_model,
+        max_length_of,
         peft_config,
         try_adapter,
     )
@@ -87,11 +87,11 @@ def check_models(
     with torch.random.fork_rng():
         if trains_first:
             for name in named:
-                RewardModel(load_scorer(name, model_args), load_tokenizer(name))
+                RewardModel(load_reward_model(name, model_args), load_tokenizer(name))
             if named or script_args.value_model != "reward":
                 check_critic(load_value_model(script_args.value_model, model_args, named))
         if model_args.use_peft:
             try_adapter(policy_config, peft_config(model_args))
     if model_args.model_name_or_path:
         tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
-        check_prompts(rows, tokenizer, training_args.response_length, context_of(policy_config))
+        check_prompts(rows, tokenizer, training_args.response_length, max_length_of(policy_config))

@@ -93,9 +93,9 @@ def held_out_metrics(
     if script_args.objective == "masked":
         return {}
     from hfllm.evaluation.baselines import gzip_bits_per_byte, ngram_bits_per_byte
-    from hfllm.evaluation.perplexity import fit_of
+    from hfllm.evaluation.perplexity import text_likelihood
 
-    fit = fit_of(model, tokenizer, test_texts, script_args.max_length)
+    fit = text_likelihood(model, tokenizer, test_texts, script_args.max_length)
     return {
         "bits_per_byte": fit.bits_per_byte,
         "perplexity": fit.perplexity,

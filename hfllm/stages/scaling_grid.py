@@ -186,7 +186,7 @@ class Grid:
         from transformers import set_seed
         from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-        from hfllm.evaluation.perplexity import fit_of
+        from hfllm.evaluation.perplexity import text_likelihood
         from hfllm.stages import pretraining
         from hfllm.stages.pretraining_watch import stop_if_broken
         from hfllm.trainers.monitors import LossSpikeGuard
@@ -204,7 +204,7 @@ class Grid:
         trainer.add_callback(LossSpikeGuard(action=script_args.loss_spikes))
         trainer.train()
         stop_if_broken(trainer)
-        loss = fit_of(trainer.model, tokenizer, test_texts, script_args.max_length)
+        loss = text_likelihood(trainer.model, tokenizer, test_texts, script_args.max_length)
         trainer.save_model(str(self.model_folder(run)))
         seconds = round(time.perf_counter() - began, 1)
         return {**planned, "loss": round(loss.nats / loss.tokens, 6), "seconds": seconds}

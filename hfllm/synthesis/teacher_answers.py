@@ -8,7 +8,7 @@ from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.generation import responses
 from hfllm.runs.command_line import main_process
-from hfllm.runs.models import context_of
+from hfllm.runs.models import max_length_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,7 +60,7 @@ def _with_room(
     teacher: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: list, response_length: int
 ) -> list:
     """The prompts after which `response_length` tokens fit in the teacher's context."""
-    context = context_of(teacher.config)
+    context = max_length_of(teacher.config)
     if context is None or not prompts:
         return prompts
     limit, shortest, kept = context - response_length, context, []

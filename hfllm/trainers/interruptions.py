@@ -44,10 +44,10 @@ def train(trainer: Trainer, checkpoint: str | None = None) -> None:
     save_on_sigterm(trainer)
     if trainer.is_deepspeed_enabled and checkpoint is not None:
         check_shards(checkpoint, trainer.args)
-    no_further_than_done(trainer, trainer.train, resume_from_checkpoint=checkpoint)
+    train_unless_done(trainer, trainer.train, resume_from_checkpoint=checkpoint)
 
 
-def no_further_than_done(trainer: Trainer, train: Callable[..., TrainOutput], **kwargs: Any) -> TrainOutput:
+def train_unless_done(trainer: Trainer, train: Callable[..., TrainOutput], **kwargs: Any) -> TrainOutput:
     """What `train(**kwargs)` gives, a way to train `trainer`; from a checkpoint of the last step, only how it ends."""
     if any(isinstance(each, _LookBeforeTheFirstStep) for each in trainer.callback_handler.callbacks):
         # Whoever called this one looks.

@@ -74,7 +74,7 @@ class SampleCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if is_split(model):
             raise InputError("SampleCallback needs the whole model in one process: not FSDP, ZeRO-3 or DTensors")
-        context = context_of(model)
+        context = max_length_of(model)
         for prompt in self.prompts:
             length = len(self._encode(prompt))
             if not 0 < length < context:
@@ -106,7 +106,7 @@ class SampleCallback(TrainerCallback):
                 ids = torch.tensor([self._encode(prompt)], device=model.device)
                 length = ids.shape[1]
                 config = GenerationConfig(
-                    max_new_tokens=min(self.max_new_tokens, context_of(model) - length),
+                    max_new_tokens=min(self.max_new_tokens, max_length_of(model) - length),
                     do_sample=self.temperature > 0,
                     use_cache=True,
                     # A document's start token is what ends the one before it.
@@ -140,7 +140,7 @@ def is_split(model: nn.Module) -> bool:
     return spread or any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
 
 
-def context_of(model: PreTrainedModel) -> float:
+def max_length_of(model: PreTrainedModel) -> float:
     """The most tokens that the model's positions reach, infinite if its config does not tell."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 

@@ -7,7 +7,7 @@ from torch import nn
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
+def gather_parameters(model: nn.Module) -> Iterator[None]:
     """Within it a model that ZeRO-3 has spread over processes is whole; every process has to enter."""
     spread = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
     if not spread:
@@ -24,14 +24,14 @@ def gathered(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def make_whole(model: nn.Module) -> nn.Module:
+def unshard(model: nn.Module) -> nn.Module:
     """Undo what ZeRO-3 does to every model that is loaded, for one that its engine does not train, in place.
 
     Returns:
         The model, whole on each process; every process has to call this.
     """
     whole: dict[int, nn.Parameter] = {}
-    with gathered(model):
+    with gather_parameters(model):
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if hasattr(parameter, "ds_id"):

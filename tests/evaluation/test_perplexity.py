@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hfllm.errors import InputError
-from hfllm.evaluation.perplexity import Fit, fit_of
+from hfllm.evaluation.perplexity import TextLikelihood, text_likelihood
 
 TEXTS = [
     "The owl lives in a red house.",
@@ -31,7 +31,7 @@ def one_by_one(model, tokenizer, texts):
 @pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
 def test_texts_that_fit_are_predicted_as_they_are(make_model, tokenizer, batch_tokens):
     model = make_model()
-    fit = fit_of(model, tokenizer, TEXTS, max_length=256, batch_tokens=batch_tokens)
+    fit = text_likelihood(model, tokenizer, TEXTS, max_length=256, batch_tokens=batch_tokens)
     nats, tokens = one_by_one(model, tokenizer, TEXTS)
     assert fit.nats == pytest.approx(nats, rel=1e-5) and fit.tokens == tokens
     assert fit.bytes == sum(len(text.encode()) for text in TEXTS) == sum(map(len, TEXTS)) + 1
@@ -39,32 +39,32 @@ def test_texts_that_fit_are_predicted_as_they_are(make_model, tokenizer, batch_t
 
 @pytest.mark.parametrize(("max_length", "stride"), [(16, None), (16, 15), (10, 3), (2, 1)])
 def test_each_token_of_a_long_text_counts_once(make_model, tokenizer, max_length, stride):
-    fit = fit_of(make_model(), tokenizer, TEXTS, max_length, stride)
+    fit = text_likelihood(make_model(), tokenizer, TEXTS, max_length, stride)
     assert fit.tokens == sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in TEXTS)
 
 
 def test_more_context_is_what_a_longer_window_gives(make_model, tokenizer):
     # A model that attends to two tokens at most sees no more in a long window than in a short one.
     model = make_model(sliding_window=2, num_hidden_layers=1)
-    fits = [fit_of(model, tokenizer, TEXTS, max_length=length, stride=4) for length in (8, 256)]
+    fits = [text_likelihood(model, tokenizer, TEXTS, max_length=length, stride=4) for length in (8, 256)]
     assert fits[0].nats == pytest.approx(fits[1].nats, rel=1e-5)
 
 
 def test_a_fit_in_other_units():
-    fit = Fit(nats=math.log(2) * 80, tokens=40, bytes=100)
+    fit = TextLikelihood(nats=math.log(2) * 80, tokens=40, bytes=100)
     assert fit.bits_per_byte == pytest.approx(0.8)
     assert fit.perplexity == pytest.approx(4.0)
 
 
 def test_no_text_is_no_fit(make_model, tokenizer):
     with pytest.raises(InputError, match="without a token to predict"):
-        fit_of(make_model(), tokenizer, [""], 16)
+        text_likelihood(make_model(), tokenizer, [""], 16)
 
 
 def test_without_a_document_token_the_first_token_does_not_count(make_model, tokenizer):
     bare = copy.deepcopy(tokenizer)
     bare.bos_token = None
-    fit, whole = (fit_of(make_model(), each, TEXTS, max_length=256) for each in (bare, tokenizer))
+    fit, whole = (text_likelihood(make_model(), each, TEXTS, max_length=256) for each in (bare, tokenizer))
     assert fit.tokens == whole.tokens - len(TEXTS)
     first = [tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][:1]) for text in TEXTS]
     assert fit.bytes == whole.bytes - sum(len(text.encode()) for text in first)
@@ -73,4 +73,4 @@ def test_without_a_document_token_the_first_token_does_not_count(make_model, tok
 @pytest.mark.parametrize(("max_length", "stride"), [(16, 16), (16, 0), (1, None)])
 def test_a_stride_is_a_part_of_a_window(make_model, tokenizer, max_length, stride):
     with pytest.raises(InputError, match=f"max_length={max_length}: expected at least 1"):
-        fit_of(make_model(), tokenizer, TEXTS, max_length, stride)
+        text_likelihood(make_model(), tokenizer, TEXTS, max_length, stride)

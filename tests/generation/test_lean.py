@@ -11,7 +11,7 @@ from torch import nn
 
 from hfllm.errors import InputError
 from hfllm.generation.packed import projections
-from hfllm.generation.packed.model import LeanModel, lean_model, why_not
+from hfllm.generation.packed.model import PackedModel, packed_model, unsupported_reason
 from hfllm.generation.packed.projections import has_int8, joined, packs
 from hfllm.generation.packed.ragged_model import RaggedModel
 
@@ -36,7 +36,7 @@ def ragged_logits(model, lean, ids, mask):
 def test_every_axis_in_fp64(kind, make_target, prompts):
     model = make_target(**FAMILIES[kind])
     wanted = ragged_logits(model, None, *prompts(4))
-    torch.testing.assert_close(ragged_logits(model, LeanModel(model), *prompts(4)), wanted, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(ragged_logits(model, PackedModel(model), *prompts(4)), wanted, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("kind", list(FAMILIES))
@@ -47,7 +47,7 @@ def test_rows_of_one_length_in_fp32(kind, make_target, prompts):
         if "norm" in name:
             nn.init.normal_(parameter, mean=1.0, std=0.3)
     ids = prompts(1, length=12)[0].expand(3, -1) + torch.arange(3).unsqueeze(1)
-    runner, last = RaggedModel(model, 12, LeanModel(model)), torch.full((3,), 11)
+    runner, last = RaggedModel(model, 12, PackedModel(model)), torch.full((3,), 11)
     with torch.no_grad():
         runner.prefill(ids[:, :9], torch.full((3,), 9), last, [9, 9, 9])
         columns = [torch.full((3, 1), column) for column in range(9, 12)]
@@ -68,14 +68,14 @@ def test_packed_weights(dtype, rows, make_target, prompts, monkeypatch):
             nn.init.normal_(parameter, std=0.1)
     wanted = ragged_logits(model, None, *prompts(rows))
     tolerance = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.05}
-    torch.testing.assert_close(ragged_logits(model, lean_model(model), *prompts(rows)), wanted, **tolerance)
+    torch.testing.assert_close(ragged_logits(model, packed_model(model), *prompts(rows)), wanted, **tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_as_the_model_does(dtype, make_target, prompts):
     model = make_target(initializer_range=0.3).to(dtype)
     wanted = ragged_logits(model, None, *prompts(4))
-    found = ragged_logits(model, LeanModel(model), *prompts(4))
+    found = ragged_logits(model, PackedModel(model), *prompts(4))
     assert all(map(torch.equal, found, wanted))
 
 
@@ -121,56 +121,56 @@ def replaced(model):
 @pytest.mark.parametrize("change", [changed_in_place, changed_behind_the_back, loaded, replaced])
 def test_new_weights_are_copied_again(change, make_target, prompts):
     model = make_target(tie_word_embeddings=False)
-    before = lean_model(model)
-    assert lean_model(model) is before
+    before = packed_model(model)
+    assert packed_model(model) is before
     change(model)
-    assert lean_model(model) is not before
+    assert packed_model(model) is not before
     wanted = ragged_logits(model, None, *prompts(2))
-    torch.testing.assert_close(ragged_logits(model, lean_model(model), *prompts(2)), wanted, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(ragged_logits(model, packed_model(model), *prompts(2)), wanted, atol=1e-9, rtol=1e-9)
 
 
 def test_copies_go_with_their_model(make_target):
     model = make_target().float()
-    lean_model(model)
+    packed_model(model)
     twin = copy.deepcopy(model)
-    assert lean_model(twin) is not lean_model(model)
-    seen = weakref.ref(lean_model(model))
+    assert packed_model(twin) is not packed_model(model)
+    seen = weakref.ref(packed_model(model))
     del model
     gc.collect()
     assert seen() is None
 
 
 def test_why_not(make_target):
-    assert why_not(make_target()) is None
-    assert "not of the family" in why_not(make_target.native("llama"))
-    assert "training mode" in why_not(make_target().train())
+    assert unsupported_reason(make_target()) is None
+    assert "not of the family" in unsupported_reason(make_target.native("llama"))
+    assert "training mode" in unsupported_reason(make_target().train())
     eager = make_target()
     eager.set_attn_implementation("eager")
-    assert "not 'sdpa'" in why_not(eager)
+    assert "not 'sdpa'" in unsupported_reason(eager)
     hooked = make_target()
     hooked.model.layers[0].mlp.register_forward_hook(lambda *_: None)
-    assert "model.layers.0.mlp has hooks" in why_not(hooked)
+    assert "model.layers.0.mlp has hooks" in unsupported_reason(hooked)
     wrapped = make_target()
     wrapped.model.layers[0].mlp.down_proj = nn.Sequential(wrapped.model.layers[0].mlp.down_proj)
-    assert "down_proj is a Sequential" in why_not(wrapped)
+    assert "down_proj is a Sequential" in unsupported_reason(wrapped)
     with pytest.raises(InputError, match=r"cannot decode over packed weights: .*Sequential"):
-        lean_model(wrapped)
+        packed_model(wrapped)
     with torch.autocast("cpu", torch.bfloat16):
-        assert "autocast" in why_not(make_target())
+        assert "autocast" in unsupported_reason(make_target())
     offloaded = make_target()
     offloaded.model.layers[1].to("meta")
-    assert "offloaded" in why_not(offloaded)
+    assert "offloaded" in unsupported_reason(offloaded)
 
 
 def test_int8_needs_fp32(make_target):
     with pytest.raises(InputError, match="int8 drafts need a float32 model"):
-        lean_model(make_target(), "int8")
+        packed_model(make_target(), "int8")
 
 
 def test_a_table_of_angles_grows_with_the_text(make_target, prompts):
     """Positions beyond the context that the config names go on as the model's own do."""
     model = make_target(max_position_embeddings=8)
-    lean = LeanModel(model)
+    lean = PackedModel(model)
     for rows in (1, 4):
         wanted = ragged_logits(model, None, *prompts(rows, length=6))
         torch.testing.assert_close(ragged_logits(model, lean, *prompts(rows, length=6)), wanted, atol=1e-9, rtol=1e-9)

@@ -74,7 +74,7 @@ def test_it_begins_again_from_the_teacher_that_is_there(distilled, tiny, capsys)
 def options(distilled, tmp_path, *flags):
     """Flags of a run on the teacher that the first one made."""
     shared = ["--num_examples", "40", "--max_steps", "2", "--per_device_train_batch_size", "4", "--num_eval_prompts"]
-    shared += ["24", "--response_length", "6", "--save_strategy", "no", "--train_alone", "false"]
+    shared += ["24", "--response_length", "6", "--save_strategy", "no", "--train_baseline", "false"]
     return [
         *("--teacher_model_name_or_path", str(Path(distilled[0]) / "rlhf"), "--output_dir", str(tmp_path / "out")),
         *shared,
@@ -136,7 +136,7 @@ def test_the_student_alone_has_as_many_steps(distilled, tmp_path, monkeypatch):
         "hfllm.synthesis.teacher_answers.write_answers", lambda teacher, tokenizer, rows, *settings: rows[::4]
     )
     flags = options(distilled, tmp_path, "--answers", "sampled", "--num_train_epochs", "1", "--max_steps", "-1")
-    distill.main(*distill.parse([*flags, "--student_layers_every", "2", "--train_alone", "true"]))
+    distill.main(*distill.parse([*flags, "--student_layers_every", "2", "--train_baseline", "true"]))
     student, alone = (trainer.state.global_step for trainer in made)
     assert student == alone == -(-len(made[0].train_dataset) // 4) < len(made[1].train_dataset) // 4
 

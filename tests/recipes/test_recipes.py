@@ -219,7 +219,7 @@ def test_the_proxy_alone_trains_the_policy(aligned, tiny):
 def test_text_prompts_become_a_users_turn_on_demand(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"number {index}"}) for index in range(9)))
-    for flags, kind in (([], str), (["--chat_prompts"], list)):
+    for flags, kind in (([], str), (["--apply_chat_template"], list)):
         script_args, _, _ = rlhf.parse(["--model_name_or_path", "any", "--dataset_name", str(path), *flags])
         train_rows, eval_rows = rlhf.prompt_data(script_args, 0, [])
         assert {type(row["prompt"]) for row in [*train_rows, *eval_rows]} == {kind}
@@ -240,7 +240,7 @@ def test_what_the_policy_is_loaded_by_stays_with_it(monkeypatch):
     monkeypatch.setattr("hfllm.models.scorers.load_scorer", lambda name, **kwargs: loaded.update({name: kwargs}))
     flags = ["--model_name_or_path", "my/policy", "--model_revision", "v2", "--use_peft", "--load_in_8bit"]
     script_args, training_args, model_args = rlhf.parse([*flags, "--value_model", "my/critic"])
-    stage_models.load_scorer("my/reward", model_args)
+    stage_models.load_reward_model("my/reward", model_args)
     stage_models.load_value_model(script_args.value_model, model_args, ["my/reward"])
     assert {name: kwargs["revision"] for name, kwargs in loaded.items()} == {"my/reward": "main", "my/critic": "main"}
     assert "quantization_config" in loaded["my/reward"] and "quantization_config" not in loaded["my/critic"]

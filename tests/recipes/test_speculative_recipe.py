@@ -16,7 +16,7 @@ METRICS = {
     *("speedup_predicted_with_verification", "draft_cost", "verification_cost", "break_even_acceptance"),
     *("acceptance_rate_sampled", "tokens_per_target_call_sampled", "tokens_per_second", "tokens_per_second_plain"),
 }
-SHORT = {"train_alone": False, "per_device_train_batch_size": 4, "save_strategy": "no", "num_samples": 1}
+SHORT = {"train_baseline": False, "per_device_train_batch_size": 4, "save_strategy": "no", "num_samples": 1}
 QUICK = ("--num_prompts", "12", "--num_timed_prompts", "2", "--max_new_tokens", "12", "--rounds", "1")
 
 needs_int8 = pytest.mark.skipif(not has_int8(torch.float32, torch.device("cpu")), reason="no int8 kernels here")

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from hfllm.trainers.ppo import sampling
 from hfllm.trainers.ppo.actor_critic import ActorCritic
-from hfllm.trainers.ppo.sampling import Witness, sample_responses
+from hfllm.trainers.ppo.sampling import SampledLogprobs, generate_responses
 
 # Many tokens end a response here, so that random models end theirs after different numbers of tokens.
 ENDS, PAD = list(range(7, 40)), 0
@@ -39,7 +39,7 @@ def test_greedy_responses_are_those_of_generate(model, ids, tokenizer, monkeypat
     monkeypatch.setattr(
         type(model), "generate", lambda *a, **k: calls.append(len(k["input_ids"])) or generate(*a, **k)
     )
-    got = sample_responses(model, *ids, config(), tokenizer)
+    got = generate_responses(model, *ids, config(), tokenizer)
     split_at = list(calls)
     expected = generate(model, input_ids=ids[0], attention_mask=ids[1], generation_config=config())[:, 6:]
     for row in range(24):
@@ -56,9 +56,9 @@ def test_greedy_responses_are_those_of_generate(model, ids, tokenizer, monkeypat
 
 def test_a_cache_whose_rows_cannot_be_picked_is_built_again(make_model, ids, tokenizer, monkeypatch):
     model = make_model()
-    expected = sample_responses(model, *ids, config(), tokenizer)
+    expected = generate_responses(model, *ids, config(), tokenizer)
     monkeypatch.setattr(sampling, "DynamicCache", int)
-    got = sample_responses(model, *ids, config(), tokenizer)
+    got = generate_responses(model, *ids, config(), tokenizer)
     assert torch.equal(got["response_ids"], expected["response_ids"])
 
 
@@ -76,7 +76,7 @@ def test_a_cache_whose_rows_cannot_be_picked_is_built_again(make_model, ids, tok
 def test_other_settings_work(make_model, ids, tokenizer, more):
     model = make_model()
     settings = config(**more)
-    got = sample_responses(model, *ids, settings, tokenizer)
+    got = generate_responses(model, *ids, settings, tokenizer)
     whole = model.generate(input_ids=ids[0], attention_mask=ids[1], generation_config=settings)[:, 6:]
     width = got["response_ids"].shape[1]
     mask = got["response_mask"] > 0
@@ -86,10 +86,10 @@ def test_other_settings_work(make_model, ids, tokenizer, more):
 
 def test_stop_strings_end_responses(make_model, ids, tokenizer):
     model = make_model()
-    free = sample_responses(model, *ids, config(eos_token_id=[-1]), tokenizer)
+    free = generate_responses(model, *ids, config(eos_token_id=[-1]), tokenizer)
     text = tokenizer.decode(free["response_ids"][0])
     stop = next(letter for letter in text if letter.isascii() and letter.isalnum())
-    got = sample_responses(model, *ids, config(eos_token_id=[-1], stop_strings=[stop]), tokenizer)
+    got = generate_responses(model, *ids, config(eos_token_id=[-1], stop_strings=[stop]), tokenizer)
     assert bool(got["is_ended"][0])
     assert got["response_mask"].sum(1).min() < 24
     for ids_of, mask, is_ended in zip(got["response_ids"], got["response_mask"], got["is_ended"], strict=True):
@@ -106,9 +106,9 @@ def test_a_witness_says_what_a_second_pass_says(model, ids, tokenizer, adapter):
         model = get_peft_model(model, LoraConfig(init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
     actor = ActorCritic(model, None, 0.7, (PAD,)).eval()
     torch.nn.init.normal_(actor.value_head.weight)
-    witness = Witness((24, 24), 0.7, (PAD,), actor.value_head, torch.device("cpu"))
+    witness = SampledLogprobs((24, 24), 0.7, (PAD,), actor.value_head, torch.device("cpu"))
     settings = config(do_sample=True, temperature=0.7, top_k=0, suppress_tokens=[PAD])
-    got = sample_responses(model, *ids, settings, tokenizer, witness)
+    got = generate_responses(model, *ids, settings, tokenizer, witness)
     mask = got["response_mask"] > 0
     assert len(mask.sum(1).unique()) > 1
     with torch.no_grad():
@@ -139,6 +139,6 @@ def test_the_policy_keeps_its_own_settings(make_model, ids, tokenizer, kind, fai
         with torch.no_grad():
             base.lm_head.weight[7] = float("nan")
     with pytest.raises(FloatingPointError) if fails else nullcontext():
-        sample_responses(model, *ids, config(), tokenizer)
+        generate_responses(model, *ids, config(), tokenizer)
     assert seen and not any(seen)
     assert model.training and model.generation_config.min_p == base.generation_config.min_p == 0.999

@@ -35,7 +35,7 @@ class LeanLayer:
         layer: the layer.
         config: the model's.
         make: joins linear layers into a function.
-        turns: see `turns_pairs`.
+        turns: see `interleaved_rotary`.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class LeanLayer:
             qk.copy_(apply_rotary_pos_emb(qk, *rotation))
 
 
-def turns_pairs(model: HfllmForCausalLM) -> bool:
+def interleaved_rotary(model: HfllmForCausalLM) -> bool:
     """Whether a head's halves are kept as real and imaginary parts that lie beside each other.
 
     Turning them is then one product of complex numbers. It takes copies of the weights in that order, as there are on

@@ -2,8 +2,8 @@
 
 `generate` spends most of a small model's time between kernels: decorators, masks, modules, hooks. A larger one's goes
 into reading weights, and there torch's default layout makes a run over two to sixteen tokens half again as slow as a
-run over one. `LeanModel` calls kernels alone, projections that read the same states are one, and on a CPU weights are
-packed for oneDNN, or rounded to int8 for drafts. Models of the family, in evaluation.
+run over one. `PackedModel` calls kernels alone, projections that read the same states are one, and on a CPU weights
+are packed for oneDNN, or rounded to int8 for drafts. Models of the family, in evaluation.
 
 Shapes: B rows, Q new tokens of each, N = B * Q tokens, H query heads, K key-value heads, D head_dim, E hidden_size,
 W columns of the cache that are looked at, R dimensions of a head that are turned, V vocabulary size.
@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hfllm.errors import InputError
-from hfllm.generation.packed.layer import LeanLayer, Rotation, additive, norm_of, turns_pairs
+from hfllm.generation.packed.layer import LeanLayer, Rotation, additive, interleaved_rotary, norm_of
 from hfllm.generation.packed.projections import Projection, has_int8, joined
 from hfllm.models.modeling_hfllm import HfllmForCausalLM
 
@@ -40,7 +40,7 @@ class Output(NamedTuple):
     logits: torch.Tensor
 
 
-def why_not(model: "PreTrainedModel") -> str | None:
+def unsupported_reason(model: "PreTrainedModel") -> str | None:
     """Why a model cannot run lean, or `None` if it can."""
     if not isinstance(model, HfllmForCausalLM):
         return f"{type(model).__name__} is not of the family (hfllm.from_native converts it)"
@@ -62,10 +62,10 @@ def why_not(model: "PreTrainedModel") -> str | None:
     return None
 
 
-_MADE: "WeakKeyDictionary[nn.Module, dict[str, LeanModel]]" = WeakKeyDictionary()
+_MADE: "WeakKeyDictionary[nn.Module, dict[str, PackedModel]]" = WeakKeyDictionary()
 
 
-def lean_model(model: "PreTrainedModel", scheme: str = "exact") -> "LeanModel":
+def packed_model(model: "PreTrainedModel", scheme: str = "exact") -> "PackedModel":
     """The model's lean form, made at the first call and again when its weights have changed.
 
     Args:
@@ -73,26 +73,26 @@ def lean_model(model: "PreTrainedModel", scheme: str = "exact") -> "LeanModel":
         scheme: `"exact"`, the model's own weights, or `"int8"`, rounded for drafts.
 
     Raises:
-        InputError: where `why_not` names a reason.
+        InputError: where `unsupported_reason` names a reason.
     """
-    reason = why_not(model)
+    reason = unsupported_reason(model)
     if reason:
         raise InputError(f"this model cannot decode over packed weights: {reason}")
     made = _MADE.setdefault(model, {})
     if scheme not in made or not made[scheme].is_current(model):
         # An older copy goes first, so that memory never holds both.
         made.pop(scheme, None)
-        made[scheme] = LeanModel(model, scheme)
+        made[scheme] = PackedModel(model, scheme)
     return made[scheme]
 
 
-class LeanModel:
+class PackedModel:
     """A model of the family for decoding over a `RaggedCache`; called as the model is.
 
     Args:
         model: of the family, in evaluation.
-        scheme: see `lean_model`. The copies take the weights' memory once more on a CPU, a quarter of it in int8, and
-            nothing elsewhere, where the weights are used as they are.
+        scheme: see `packed_model`. The copies take the weights' memory once more on a CPU, a quarter of it in int8,
+            and nothing elsewhere, where the weights are used as they are.
     """
 
     def __init__(self, model: HfllmForCausalLM, scheme: str = "exact"):
@@ -107,7 +107,7 @@ class LeanModel:
         def make(linears: Sequence[nn.Linear]) -> Projection:
             return joined(linears, int8=scheme == "int8")
 
-        self.turns = turns_pairs(model)
+        self.turns = interleaved_rotary(model)
         with torch.inference_mode(False), torch.no_grad():
             layers = model.model.layers[: config.num_hidden_layers]
             self.layers = [LeanLayer(layer, config, make, self.turns) for layer in layers]
@@ -130,9 +130,9 @@ class LeanModel:
             for each, (parameter, version, pointer, sample) in zip(now, self.sources, strict=True)
         )
 
-    def first(self, layers: int) -> "LeanModel":
+    def first(self, layers: int) -> "PackedModel":
         """The same with its first layers only; nothing is copied."""
-        shorter = object.__new__(LeanModel)
+        shorter = object.__new__(PackedModel)
         shorter.__dict__.update(vars(self))
         shorter.layers = self.layers[:layers]
         return shorter

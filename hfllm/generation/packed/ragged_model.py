@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hfllm.errors import InputError
-from hfllm.generation.packed.model import LeanModel, lean_model
+from hfllm.generation.packed.model import PackedModel, packed_model
 from hfllm.generation.packed.ragged_cache import RaggedCache
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class RaggedModel:
     Args:
         model: any causal language model of transformers that takes `position_ids` and four-dimensional masks.
         capacity: columns of its cache.
-        forward: what runs in place of the model: a `LeanModel`, or what `compiled_forward` returns.
+        forward: what runs in place of the model: a `PackedModel`, or what `compiled_forward` returns.
         cache: the cache to use, by default a new one.
         static: `forward` is compiled for shapes that do not change; prompts are read by the model itself.
 
@@ -46,7 +46,7 @@ class RaggedModel:
         check_model(model)
         config = model.config.get_text_config(decoder=True)
         self.model, self.forward, self.static = model, forward or model, static
-        self.lean = forward if isinstance(forward, LeanModel) else None
+        self.lean = forward if isinstance(forward, PackedModel) else None
         self.cache = cache or RaggedCache(config.num_hidden_layers, capacity)
         self.windows = attention_windows(config)
         # Of a model that takes no mask for one, and has no layer that looks back a window only.
@@ -130,7 +130,7 @@ def ragged_model(model: "PreTrainedModel", capacity: int, compile: bool = False,
 
     Args:
         compile: run it through `torch.compile`.
-        lean: run it as a `LeanModel`.
+        lean: run it as a `PackedModel`.
 
     Raises:
         InputError: for `lean` where it does not work, saying why.
@@ -138,7 +138,7 @@ def ragged_model(model: "PreTrainedModel", capacity: int, compile: bool = False,
     check_model(model)
     if compile:
         return RaggedModel(model, capacity, compiled_forward(model), static=True)
-    return RaggedModel(model, capacity, lean_model(model) if lean else None)
+    return RaggedModel(model, capacity, packed_model(model) if lean else None)
 
 
 def attention_windows(config: Any) -> dict[str, int | None]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from hfllm.errors import InputError
-from hfllm.generation.packed.model import lean_model, why_not
+from hfllm.generation.packed.model import packed_model, unsupported_reason
 from hfllm.generation.packed.ragged_model import (
     RaggedModel,
     check_context,
@@ -111,7 +111,7 @@ class ModelDraft:
         check_same_vocabulary(target.model, self.model)
         check_context(self.model, int(rows.last.max()) + 1, "the draft model")
         # A target that was told not to run lean has a draft that does not either.
-        lean = target.lean is not None and why_not(self.model) is None
+        lean = target.lean is not None and unsupported_reason(self.model) is None
         self.runner = ragged_model(self.model, target.cache.capacity, compiled, lean)
         self.runner.prefill(rows.tokens[:, : max(rows.sizes)], rows.lengths, rows.last, rows.sizes)
 
@@ -178,7 +178,7 @@ class Int8Draft:
         if target.lean is None:
             # It reads the target's cache, where a lean target keeps the halves of keys in another order.
             raise InputError("the int8 draft does not go with lean=False: leave that out")
-        self.runner = RaggedModel(target.model, 0, lean_model(target.model, "int8"), target.cache)
+        self.runner = RaggedModel(target.model, 0, packed_model(target.model, "int8"), target.cache)
 
     def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
         return draft_by(self.runner, rows, steps, sampler, catch_up=1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfllm.generation.packed.model import why_not
+from hfllm.generation.packed.model import unsupported_reason
 from hfllm.generation.packed.ragged_model import padded_right, ragged_model
 from hfllm.generation.speculative.acceptance import optimal_lookahead, speedup
 from hfllm.generation.speculative.drafts import Draft, Rows
@@ -70,7 +70,7 @@ def measure_costs(
     rows = Rows(tokens, lengths, lengths + lookahead, lengths.tolist())
     options = read_options(model, None, None, tokens.shape[1], max_new_tokens=1, do_sample=False)
     if lean is None:
-        lean = not compile and why_not(model) is None
+        lean = not compile and unsupported_reason(model) is None
     target = ragged_model(model, capacity, compile, lean)
     target.prefill(tokens[:, : max(rows.sizes)], rows.lengths, rows.last, rows.sizes)
     draft.begin(target, rows, compile)

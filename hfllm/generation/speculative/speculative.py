@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hfllm.errors import InputError
-from hfllm.generation.packed.model import why_not
+from hfllm.generation.packed.model import unsupported_reason
 from hfllm.generation.packed.ragged_model import check_context, check_model, padded_right, ragged_model
 from hfllm.generation.speculative.drafts import Draft, ModelDraft, Proposal, Rows
 from hfllm.generation.speculative.lookahead import FixedLookahead, Lookahead, as_lookahead
@@ -130,7 +130,7 @@ def decode(
     if compile and lean:
         raise InputError("lean=True and compile=True exclude each other: leave one out")
     if lean is None:
-        lean = not compile and why_not(model) is None
+        lean = not compile and unsupported_reason(model) is None
     if draft is None:
         lookahead = FixedLookahead(0)
     else:

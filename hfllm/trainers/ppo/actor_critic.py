@@ -297,7 +297,7 @@ class ActorCritic(nn.Module):
         mask = response_mask > 0
         logprobs, distribution, states = self._judge(self.policy, sequences, with_distribution)
         values = self._values(sequences, states.detach() if detach_trunk else states)
-        return spread(logprobs, mask), spread(values.squeeze(-1).float(), mask), distribution
+        return scatter_to_mask(logprobs, mask), scatter_to_mask(values.squeeze(-1).float(), mask), distribution
 
     def judge(
         self,
@@ -311,7 +311,7 @@ class ActorCritic(nn.Module):
         """Log-probabilities (B, R) and log-distribution of the same responses under another model, the reference."""
         sequences = Sequences.join(prompt_ids, prompt_mask, response_ids, response_mask)
         logprobs, distribution, _ = self._judge(model, sequences, with_distribution)
-        return spread(logprobs, response_mask > 0), distribution
+        return scatter_to_mask(logprobs, response_mask > 0), distribution
 
     def estimate_values(
         self,
@@ -322,7 +322,7 @@ class ActorCritic(nn.Module):
     ) -> torch.Tensor:
         """Values (B, R) as `forward` gives them, of a critic with a model of its own."""
         sequences = Sequences.join(prompt_ids, prompt_mask, response_ids, response_mask)
-        return spread(self._values(sequences, None).squeeze(-1).float(), response_mask > 0)
+        return scatter_to_mask(self._values(sequences, None).squeeze(-1).float(), response_mask > 0)
 
     def _judge(self, model, sequences, with_distribution):
         logits, states = response_logits(model, sequences)
@@ -341,6 +341,6 @@ class ActorCritic(nn.Module):
         return value_head_of(self.value_model)(hidden_states[sequences.rows, sequences.columns])
 
 
-def spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def scatter_to_mask(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(N,) values, row by row, at the places of a (B, R) mask; 0 elsewhere."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values)

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel, Trainer
 
 from hfllm.errors import InputError
 from hfllm.outputs.checkpoints import last_complete_checkpoint
-from hfllm.trainers.interruptions import no_further_than_done, save_on_sigterm
-from hfllm.trainers.ppo.actor_critic import ActorCritic, entropy_of, spread
+from hfllm.trainers.interruptions import save_on_sigterm, train_unless_done
+from hfllm.trainers.ppo.actor_critic import ActorCritic, entropy_of, scatter_to_mask
 from hfllm.trainers.ppo.controllers import KLController, RunningMoments
 from hfllm.trainers.ppo.rollout import Rollout, length_groups
-from hfllm.trainers.ppo.sampling import Witness
+from hfllm.trainers.ppo.sampling import SampledLogprobs
 from hfllm.trainers.ppo.setup import load_weights
-from hfllm.trainers.sharding import gathered
+from hfllm.trainers.sharding import gather_parameters
 from hfllm.trainers.tables import log_table
 
 # Tokens of a pass on a CPU, where larger ones save no time, and logits of one where the vocabulary is large: 16 MB.
@@ -78,12 +78,12 @@ class ActorCriticTrainer(Trainer):
                 raise InputError(f"resume_from_checkpoint=True: no complete checkpoint in {self.args.output_dir}")
         save_on_sigterm(self)
         self._begin()
-        return no_further_than_done(self, super().train, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return train_unless_done(self, super().train, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer's; before training, ZeRO-3 has spread the policy, but gathers nothing yet."""
         is_early = self.is_deepspeed_enabled and self.deepspeed is None
-        with gathered(self.actor) if is_early else nullcontext():
+        with gather_parameters(self.actor) if is_early else nullcontext():
             return super().evaluate(*args, **kwargs)
 
     def _check_engine(self) -> None:
@@ -130,7 +130,7 @@ class ActorCriticTrainer(Trainer):
             most_tokens = min(MOST_CPU_TOKENS, max(within, LEAST_CPU_TOKENS))
         return length_groups(batch, self.args.length_bucket_size or (8 if is_cpu else 256), most_tokens, most_rows)
 
-    def _witness(self, episodes: int) -> Witness | None:
+    def _witness(self, episodes: int) -> SampledLogprobs | None:
         """Notes what the policy says while it samples, where that is as exact as asking it again."""
         args, actor = self.args, self.actor
         is_exact = self.accelerator.mixed_precision == "no" and self.policy.dtype == torch.float32
@@ -139,10 +139,10 @@ class ActorCriticTrainer(Trainer):
             return None
         value_head = actor.value_head if actor.value_model is None else None
         shape = (episodes, args.response_length)
-        return Witness(shape, actor.temperature, actor.never_sampled, value_head, self.accelerator.device)
+        return SampledLogprobs(shape, actor.temperature, actor.never_sampled, value_head, self.accelerator.device)
 
     def _own_view(
-        self, chunk: dict[str, torch.Tensor], rows: torch.Tensor, witness: Witness | None
+        self, chunk: dict[str, torch.Tensor], rows: torch.Tensor, witness: SampledLogprobs | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Log-probabilities, entropies and values (B, R) of the policy and critic, and a log-distribution (N, V).
 
@@ -160,10 +160,10 @@ class ActorCriticTrainer(Trainer):
                 return logprobs, entropy, values, None
             witness.is_wrong = True
         logprobs, values, distribution = self.actor(**chunk, with_distribution=True)
-        entropy = spread(entropy_of(distribution), mask)
+        entropy = scatter_to_mask(entropy_of(distribution), mask)
         return logprobs, entropy, values, distribution if self.args.kl_estimator == "full" else None
 
-    def _believed(self, batch: dict[str, Any]) -> Witness | None:
+    def _believed(self, batch: dict[str, Any]) -> SampledLogprobs | None:
         """The batch's witness, if witnesses of its kind were not found wrong before."""
         witness = batch.get("witness")
         known = self._trusted.get(self._kind_of(batch))
@@ -172,7 +172,7 @@ class ActorCriticTrainer(Trainer):
         witness.is_checked = bool(known)
         return witness
 
-    def _remember(self, batch: dict[str, Any], witness: Witness | None) -> None:
+    def _remember(self, batch: dict[str, Any], witness: SampledLogprobs | None) -> None:
         if witness is not None:
             self._trusted[self._kind_of(batch)] = not witness.is_wrong
 
@@ -247,7 +247,7 @@ class ActorCriticTrainer(Trainer):
     def _sampling_from(self, **prompts: torch.Tensor) -> Iterator[None]:
         """Within it the policy is whole; logits that are not finite stop the run, and the prompts are kept."""
         try:
-            with gathered(self.policy), self.accelerator.autocast():
+            with gather_parameters(self.policy), self.accelerator.autocast():
                 yield
         except FloatingPointError as error:
             file = self._not_finite_file()

@@ -103,7 +103,7 @@ def plainly(policy: PreTrainedModel) -> Iterator[None]:
             model.generation_config = config
 
 
-class Witness:
+class SampledLogprobs:
     """What the policy says of each token when it samples it, so that no second pass has to ask.
 
     Args:
@@ -167,13 +167,13 @@ class Witness:
 
 
 @torch.no_grad()
-def sample_responses(
+def generate_responses(
     policy: PreTrainedModel,
     prompt_ids: torch.Tensor,
     prompt_mask: torch.Tensor,
     generation_config: GenerationConfig,
     tokenizer: PreTrainedTokenizerBase,
-    witness: Witness | None = None,
+    witness: SampledLogprobs | None = None,
 ) -> dict[str, torch.Tensor]:
     """Sample one response a prompt by `generate`.
 

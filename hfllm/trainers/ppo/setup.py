@@ -14,7 +14,7 @@ from hfllm.models import scorers
 from hfllm.rewards.models import RewardModel, TokenRewardModel, scores_tokens
 from hfllm.trainers.ppo.actor_critic import looks_ahead
 from hfllm.trainers.ppo.config import PPOConfig
-from hfllm.trainers.sharding import gathered, make_whole
+from hfllm.trainers.sharding import gather_parameters, unshard
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 RewardFunc = str | PreTrainedModel | Callable[..., list[float]]
 # Every field that would bend the distribution is set: generate() fills what is unset from the model's own generation
 # config, and the ratio is only right for the distribution that token_logprobs computes.
-UNBENT = {
+UNMODIFIED_SAMPLING = {
     "do_sample": True,
     "top_k": 0,
     "top_p": 1.0,
@@ -40,8 +40,8 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
     model.load_state_dict(saved.state_dict())
 
 
-def load_scorer(name: str, load_kwargs: dict[str, Any]) -> PreTrainedModel:
-    """A model with one score a sequence, or a token if it was saved as a model for tokens, from a name or folder."""
+def scorer_from_name(name: str, load_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Load a model with one score per sequence, or per token if it was saved as a model for tokens."""
     return scorers.load_scorer(name, scorers.scorer_class(name), **{"dtype": torch.float32, **load_kwargs})
 
 
@@ -75,7 +75,7 @@ def split_reference(
         return None, model
     # By the constructor, which DeepSpeed leaves alone: the reference is whole on each process.
     reference = type(model)(model.config).to(model.dtype)
-    with gathered(model):
+    with gather_parameters(model):
         reference.load_state_dict(model.state_dict())
     # Those that are in no state, such as rotary frequencies, may have another precision than the weights.
     for own, given in zip(reference.buffers(), model.buffers(), strict=True):
@@ -87,7 +87,7 @@ def place_frozen(models: Iterable[PreTrainedModel | None], device: torch.device)
     """Move models that are not trained to where the policy is, whole on each process."""
     for model in models:
         if model is not None:
-            make_whole(model).to(device)
+            unshard(model).to(device)
 
 
 def check_critic(value_model: PreTrainedModel | None) -> None:
@@ -98,7 +98,7 @@ def check_critic(value_model: PreTrainedModel | None) -> None:
         raise InputError(f"value_model has num_labels={value_model.config.num_labels}; expected 1")
     if hasattr(value_model, "peft_config") or getattr(value_model, "_hf_peft_config_loaded", False):
         raise InputError("value_model has an adapter, and its critic would not learn as a whole: merge the adapter")
-    with gathered(value_model):
+    with gather_parameters(value_model):
         if looks_ahead(value_model):
             raise InputError(
                 f"value_model of type {value_model.config.model_type} looks at later tokens, so its values would "
@@ -168,7 +168,7 @@ def build_rewards(
     for func, tokenizer in zip(funcs, tokenizers, strict=True):
         if isinstance(func, str):
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(func)
-            func = load_scorer(func, load_kwargs)
+            func = scorer_from_name(func, load_kwargs)
         if isinstance(func, nn.Module):
             kind = TokenRewardModel if scores_tokens(func) else RewardModel
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(func.config._name_or_path)
@@ -200,7 +200,7 @@ def sampling_config(
 ) -> GenerationConfig:
     """How responses are sampled: from the policy's own distribution, unless `generation_kwargs` bend it."""
     settings = {
-        **UNBENT,
+        **UNMODIFIED_SAMPLING,
         "max_new_tokens": args.response_length,
         "temperature": args.temperature,
         "pad_token_id": tokenizer.pad_token_id,

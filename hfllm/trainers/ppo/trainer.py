@@ -31,24 +31,24 @@ from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.trainers.dropout import disable_dropout
 from hfllm.trainers.ppo import formulas
-from hfllm.trainers.ppo.actor_critic import ActorCritic, entropy_of, spread
+from hfllm.trainers.ppo.actor_critic import ActorCritic, entropy_of, scatter_to_mask
 from hfllm.trainers.ppo.base_trainer import ActorCriticTrainer
 from hfllm.trainers.ppo.config import PPOConfig
 from hfllm.trainers.ppo.controllers import KLController, RunningMoments
 from hfllm.trainers.ppo.prompts import check_prompts, rollout_loader
 from hfllm.trainers.ppo.ptx import PretrainingBatches
 from hfllm.trainers.ppo.rollout import Rollout, pad_prompts
-from hfllm.trainers.ppo.sampling import sample_responses
+from hfllm.trainers.ppo.sampling import generate_responses
 from hfllm.trainers.ppo.scoring import Scorer, Scores
 from hfllm.trainers.ppo.setup import (
     RewardFunc,
     build_rewards,
     check_value_model,
-    load_scorer,
     place_frozen,
     reward_models,
     reward_weights,
     sampling_config,
+    scorer_from_name,
     shortest_context,
     special_tokens,
     split_reference,
@@ -123,7 +123,7 @@ class PPOTrainer(ActorCriticTrainer):
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **load_kwargs})
         if isinstance(value_model, str):
-            value_model = load_scorer(value_model, load_kwargs)
+            value_model = scorer_from_name(value_model, load_kwargs)
         self.has_reference = args.kl_coef > 0
         self.reference, policy = split_reference(model, peft_config, keep=self.has_reference)
         if args.sync_ref_model and self.reference is None:
@@ -235,7 +235,7 @@ class PPOTrainer(ActorCriticTrainer):
             responses = self.vllm(prompts, self.state.global_step, prompt_ids.device)
         else:
             with self._sampling_from(prompt_ids=prompt_ids, prompt_mask=prompt_mask):
-                responses = sample_responses(
+                responses = generate_responses(
                     self.policy, prompt_ids, prompt_mask, self.sampling_config, self.processing_class, witness
                 )
         return {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, **responses, "witness": witness}
@@ -270,7 +270,7 @@ class PPOTrainer(ActorCriticTrainer):
                     logprobs, ref_logprobs, "k1" if distribution is not None else args.kl_estimator
                 )
             else:
-                kl = spread(formulas.full_kl(distribution, ref_distribution), mask)
+                kl = scatter_to_mask(formulas.full_kl(distribution, ref_distribution), mask)
             for result, part in zip(results, (logprobs, ref_logprobs, kl, entropy, values), strict=True):
                 result[rows, : part.shape[1]] = part
         actor.train(was_training)

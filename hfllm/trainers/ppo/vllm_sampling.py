@@ -7,7 +7,7 @@ import torch
 
 from hfllm.errors import InputError
 from hfllm.trainers.ppo.config import PPOConfig
-from hfllm.trainers.ppo.setup import UNBENT
+from hfllm.trainers.ppo.setup import UNMODIFIED_SAMPLING
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,7 +31,9 @@ def check_vllm(args: PPOConfig) -> None:
     if not is_vllm_available():
         raise InputError("use_vllm=True: vLLM is not installed; pip install 'trl[vllm]'")
     asked = (args.generation_kwargs or {}).items()
-    if unheard := sorted(name for name, value in asked if name not in HEARD and value != UNBENT.get(name)):
+    if unheard := sorted(
+        name for name, value in asked if name not in HEARD and value != UNMODIFIED_SAMPLING.get(name)
+    ):
         raise InputError(f"use_vllm=True does not go with {', '.join(unheard)} of generation_kwargs")
 
 
@@ -101,7 +103,7 @@ class VllmSampler:
             step: the optimiser step that the policy is at; its weights are handed over when it has moved on.
 
         Returns:
-            As `sample_responses`.
+            As `generate_responses`.
         """
         if step != self._synced_at:
             self.engine.sync_weights()
