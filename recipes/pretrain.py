@@ -12,21 +12,25 @@ text of your own. The report compares the model with a 5-gram and gzip, in bits 
 """
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hfllm.data.loading import DataArguments
+from hfllm.data.sources import WORLD
 from hfllm.runs.command_line import parse_recipe, run
+from hfllm.runs.recipes import settings_file
+from hfllm.stages.architecture import ARCHITECTURE, ArchitectureArguments
 from hfllm.trainers.learning_rate import BatchArguments
 
-CONFIGS = Path(__file__).parent / "configs" / "pretrain"
-CONFIG = CONFIGS / "world.yaml"
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+    from trl import ModelConfig
 
 
-@dataclass
-class PretrainArguments(DataArguments, BatchArguments):
+@dataclass(frozen=True)
+class PretrainArguments(DataArguments, BatchArguments, ArchitectureArguments):
     """Data, schedule and architecture of the model to pretrain."""
 
     num_documents: int = field(default=40000, metadata={"help": "Documents of the embedded world to train on."})
@@ -95,24 +99,6 @@ class PretrainArguments(DataArguments, BatchArguments):
             "config.json, or the folder that holds one. All other defaults are then those of transformers."
         },
     )
-    vocab_size: int = field(default=8192, metadata={"help": "Upper bound on the new tokenizer's vocabulary."})
-    hidden_size: int = field(default=512, metadata={"help": "Width of the new model."})
-    num_hidden_layers: int = field(default=8, metadata={"help": "Layers of the new model."})
-    num_attention_heads: int = field(default=8, metadata={"help": "Query heads of the new model."})
-    num_key_value_heads: int | None = field(default=None, metadata={"help": "Key-value heads of the new model."})
-    max_position_embeddings: int = field(default=2048, metadata={"help": "Context of the new model."})
-    initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the new weights."})
-    tie_word_embeddings: bool = field(default=False, metadata={"help": "Share embeddings and head."})
-    norm_type: str = field(default="rmsnorm", metadata={"help": "rmsnorm or layernorm."})
-    norm_placement: str = field(default="pre", metadata={"help": "pre or post."})
-    mlp_type: str = field(default="gated", metadata={"help": "gated or plain."})
-    hidden_act: str = field(default="silu", metadata={"help": "Activation of the MLP."})
-    position_embedding_type: str = field(default="rope", metadata={"help": "rope, learned or none."})
-    parallel_block: bool = field(default=False, metadata={"help": "Attention and MLP side by side, as in PaLM."})
-    sliding_window: int | None = field(default=None, metadata={"help": "Tokens that each token attends to at most."})
-    num_local_experts: int = field(default=0, metadata={"help": "Experts of each layer; 0 is one dense MLP."})
-    num_experts_per_tok: int = field(default=2, metadata={"help": "Experts that each token passes through."})
-    residual_init: str = field(default="plain", metadata={"help": "plain, gpt2 or depth: scale of the residual init."})
     loss_chunk_size: int | None = field(
         default=None,
         metadata={
@@ -122,30 +108,23 @@ class PretrainArguments(DataArguments, BatchArguments):
     )
 
 
-ARCHITECTURE = (
-    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
-    *("initializer_range", "tie_word_embeddings", "norm_type", "norm_placement", "mlp_type", "hidden_act"),
-    *("position_embedding_type", "parallel_block", "sliding_window", "num_local_experts", "num_experts_per_tok"),
-    "residual_init",
-)
+def parse(argv: Sequence[str]) -> tuple[PretrainArguments, "TrainingArguments", "ModelConfig"]:
+    """Read the flags, over the settings of the small model that suits the data."""
+    library = ("transformers.TrainingArguments", "trl.ModelConfig")
+    return parse_recipe(argv, __doc__, PretrainArguments, library, "outputs/pretrain", default_settings)
 
 
-def parse(argv: Sequence[str]) -> tuple:
-    from transformers import TrainingArguments
-    from trl import ModelConfig
-
-    kinds = (PretrainArguments, TrainingArguments, ModelConfig)
-    argv = ["--output_dir", "outputs/pretrain", *argv]
-    parsed = parse_recipe(kinds, argv, CONFIG, __doc__)
-    if parsed[0].config_name_or_path:
-        # The settings of world.yaml and text.yaml are those of their small models.
-        return parse_recipe(kinds, argv, None, __doc__)
-    if reads_world(parsed[0]):
-        return parsed
-    configs = [CONFIGS / "text.yaml"]
-    if shards_parameters(parsed[1]):
-        configs.append(CONFIGS / "text_sharded.yaml")
-    return parse_recipe(kinds, argv, configs, __doc__)
+def default_settings(given: Mapping[str, object]) -> list[Path]:
+    """Return the settings of the small models made here; none for a named model or architecture."""
+    if given.get("model_name_or_path") or given.get("config_name_or_path"):
+        return []
+    if given.get("dataset_name", WORLD) == WORLD and not given.get("dataset_mixture"):
+        return [settings_file("pretrain/world.yaml")]
+    # DeepSpeed and FSDP cut up the matrices that Muon needs whole.
+    engines = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    is_sharded = any(os.environ.get(name, "false").lower() == "true" for name in engines)
+    is_sharded = is_sharded or bool(given.get("fsdp") or given.get("deepspeed"))
+    return [settings_file("pretrain/text.yaml"), *([settings_file("pretrain/text_sharded.yaml")] * is_sharded)]
 
 
 def main(script_args: PretrainArguments, training_args: Any, model_args: Any) -> dict[str, float]:
@@ -159,20 +138,22 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     from hfllm.stages import pretraining, pretraining_watch
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
-    from hfllm.trainers.learning_rate import scale_learning_rate
+    from hfllm.trainers.learning_rate import scaled_learning_rate
     from hfllm.trainers.sharding import gather_parameters
 
     check(script_args, training_args, model_args)
     stage = Stage("pretrain", script_args, training_args, model_args)
-    if stage.report is not None:
-        return stage.report["metrics"]
-    used = scale_learning_rate(script_args, training_args)
+    stage.check()
+    if stage.is_finished:
+        return stage.reuse()
+    stage.announce()
+    training_args, used = scaled_learning_rate(script_args, stage.training_args)
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="reading texts"):
         prepared = Prepared(Path(training_args.output_dir) / "prepared", stage.arguments)
         sources, train_texts, test_texts = load_sources(script_args, training_args.seed, prepared)
     model, tokenizer = pretraining.load_or_make_base(script_args, model_args, train_texts, ARCHITECTURE)
-    script_args.max_length = fitting_length(script_args.max_length, model)
+    script_args = replace(script_args, max_length=fitting_length(script_args.max_length, model))
     build = pretraining.packed_trainer if script_args.packing else pretraining.padded_trainer
     # The trainer counts the model's parameters and looks whether it keeps packed documents apart.
     with gather_parameters(model):
@@ -196,17 +177,10 @@ def main(script_args: PretrainArguments, training_args: Any, model_args: Any) ->
     if "bits_per_byte" in metrics:
         summary += f", {metrics['bits_per_byte']:.3f} bits a byte"
     tables = {"Sources": mixed, "Samples": samples() if samples else []}
-    metrics = stage.finish(trainer, metrics, summary, tables={title: rows for title, rows in tables.items() if rows})
+    metrics = stage.finish(metrics, trainer, summary, tables={title: rows for title, rows in tables.items() if rows})
     if trainer.is_local_process_zero():
         prepared.remove()
     return metrics
-
-
-def reads_world(script_args: PretrainArguments) -> bool:
-    """Whether the embedded world is the text."""
-    from hfllm.data.sources import WORLD
-
-    return script_args.dataset_name == WORLD and not script_args.dataset_mixture
 
 
 def shards_parameters(training_args: Any) -> bool:

@@ -10,18 +10,19 @@ rubric with label noise. Without `--model_name_or_path` the stages before this o
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from hfllm.data.loading import DataArguments
-from hfllm.runs.command_line import parse_recipe, run
+from hfllm.runs.chain import Chain, chain_before
+from hfllm.runs.command_line import parse_recipe, run, world_settings
 from hfllm.trainers.learning_rate import BatchArguments
 
-CONFIG = Path(__file__).parent / "configs" / "reward" / "world.yaml"
+if TYPE_CHECKING:
+    from trl import ModelConfig, RewardConfig
 
 
-@dataclass
+@dataclass(frozen=True)
 class RewardArguments(DataArguments, BatchArguments):
     """Comparisons."""
 
@@ -48,12 +49,10 @@ class RewardArguments(DataArguments, BatchArguments):
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
 
 
-def parse(argv: Sequence[str]) -> tuple:
-    from trl import ModelConfig, RewardConfig
-
-    return parse_recipe(
-        (RewardArguments, RewardConfig, ModelConfig), ["--output_dir", "outputs/reward", *argv], CONFIG, __doc__
-    )
+def parse(argv: Sequence[str]) -> tuple[RewardArguments, "RewardConfig", "ModelConfig"]:
+    """Read the flags; without a model of your own they begin from the settings of the embedded world."""
+    library = ("trl.RewardConfig", "trl.ModelConfig")
+    return parse_recipe(argv, __doc__, RewardArguments, library, "outputs/reward", world_settings("reward"))
 
 
 def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> dict[str, float]:
@@ -62,27 +61,28 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
 
     from hfllm.data.sources import WORLD
     from hfllm.errors import InputError, refuse
-    from hfllm.runs.chain import with_model_from
+    from hfllm.runs.arguments import changed
     from hfllm.runs.models import check_trainable, fitting_length, load_reward_model, load_tokenizer, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
-    from hfllm.trainers.learning_rate import scale_learning_rate
+    from hfllm.trainers.learning_rate import scaled_learning_rate
 
     given = bool(script_args.sft_config and model_args.model_name_or_path)
     refuse(given, "--sft_config", "the model is named")
     stage = Stage("reward", script_args, training_args, model_args)
-    if stage.report is not None:
-        return stage.report["metrics"]
+    stage.check()
+    if stage.is_finished:
+        return stage.reuse()
+    stage.announce()
     check_trainable(model_args)
-    used = scale_learning_rate(script_args, training_args)
+    trainer_args, used = scaled_learning_rate(script_args, stage.training_args)
     is_world = script_args.dataset_name == WORLD
     refuse(not is_world and script_args.comparison_seed is not None, "--comparison_seed", "it is for the world")
     rows = None if is_world else user_comparisons(script_args, training_args.seed)
-    if not model_args.model_name_or_path:
-        import sft
-
-        model_args = with_model_from(sft, script_args.sft_config, script_args, training_args, model_args)
+    before = stages_before(script_args, training_args, model_args)
+    before.run()
+    model_args = replace(model_args, model_name_or_path=before.model("sft") or model_args.model_name_or_path)
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     train_rows, test_rows = rows or world_comparisons(script_args, training_args, model_args)
     # The head is new, and so are the weights of an adapter.
@@ -93,10 +93,9 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
     from datasets import Dataset
     from trl import RewardTrainer
 
-    training_args.max_length = fitting_length(training_args.max_length, model)
     trainer = RewardTrainer(
         model=model,
-        args=training_args,
+        args=changed(trainer_args, max_length=fitting_length(training_args.max_length, model)),
         train_dataset=Dataset.from_list(train_rows),
         eval_dataset=Dataset.from_list(test_rows),
         processing_class=tokenizer,
@@ -105,7 +104,7 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
     kept = {"train_comparisons": trainer.train_dataset.num_rows, "eval_comparisons": trainer.eval_dataset.num_rows}
     if 0 in kept.values():
         raise InputError(
-            f"no comparison in {script_args.dataset_name!r} fits into --max_length {training_args.max_length} tokens"
+            f"no comparison in {script_args.dataset_name!r} fits into --max_length {trainer.args.max_length} tokens"
         )
     use_plain_lines(trainer)
     train(trainer, stage.checkpoint)
@@ -121,7 +120,19 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
     summary = (
         f"accuracy {metrics['reward_model_accuracy']:.3f} on {kept['eval_comparisons']} held-out comparisons{labels}"
     )
-    return stage.finish(trainer, metrics, summary)
+    return stage.finish(metrics, trainer, summary)
+
+
+def stages_before(script_args: RewardArguments, training_args: "RewardConfig", model_args: "ModelConfig") -> Chain:
+    """Return the stages that make the fine-tuned model, if none is named."""
+    return chain_before(
+        "reward",
+        training_args.output_dir,
+        training_args.seed,
+        script_args.world_seed,
+        named={"sft": model_args.model_name_or_path},
+        configs={"sft": script_args.sft_config},
+    )
 
 
 def user_comparisons(script_args: RewardArguments, seed: int) -> tuple[list[dict], list[dict]]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataArguments:
     """Where the data comes from."""
 

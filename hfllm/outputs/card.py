@@ -5,7 +5,7 @@ The card depends on the folder alone, without dates, so that publishing the same
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +248,13 @@ def check_adapter(peft: bool, model_name: str | None) -> None:
             "--push_to_hub with --use_peft publishes the adapter alone, so its base must be a model of the Hub: name "
             f"one by --model_name_or_path (now {model_name!r}), or train without --use_peft"
         )
+
+
+def chat_lines(folder: str, prompt: str | Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the lines of Python that load the model in `folder` and try it on `prompt`."""
+    return [
+        "import hfllm",
+        "from transformers import pipeline",
+        f"assistant = pipeline('text-generation', {folder!r})",
+        f"print(assistant({prompt!r}, max_new_tokens=48)[0]['generated_text'])",
+    ]

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from json import JSONDecodeError
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hfllm.errors import HIDDEN, InputError, redact
-from hfllm.outputs.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, WEIGHTS, model_files
 from hfllm.outputs.card import check_adapter, check_base, public_report, write_card
+from hfllm.outputs.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, WEIGHTS, model_files
 from hfllm.outputs.report import REPORT_FILE
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # Seconds before each new attempt. Each request in an attempt is also retried by huggingface_hub.
 WAITS = (2, 8, 30)
@@ -208,27 +211,31 @@ class Repository:
         return f"cannot push to {self.repo_id}: {reason}"
 
 
-def take_repository(training_args: Any, model_args: Any) -> Repository | None:
-    """Where `--push_to_hub` and the `--hub_...` flags publish to, taken over from the Trainer; `None` if nowhere.
+def repository_of(*parsed: "DataclassInstance") -> Repository | None:
+    """Return where `--push_to_hub` and the `--hub_...` flags publish to; `None` if nowhere.
 
-    The Trainer's own pushes upload whatever is in the output folder, at each save, with a draft of a card: it is
-    told not to push, and the finished model is pushed once. Nor does it keep the token, which would end up in
-    training_args.bin.
+    A Trainer's own pushes would upload whatever is in the output folder, at each save, with a draft of a card: it is
+    not told of them, and the finished model is pushed once.
+
+    Args:
+        parsed: the flags of a run, a dataclass each; one of them has the flags of the Hub.
 
     Raises:
         InputError: when a flag asks for what is not published, or others could not load the result.
     """
-    token, training_args.hub_token = training_args.hub_token, None
-    if not training_args.push_to_hub:
+    flags = next((group for group in parsed if getattr(group, "push_to_hub", False)), None)
+    if flags is None:
         return None
-    training_args.push_to_hub = False
-    strategy = str(getattr(training_args.hub_strategy, "value", training_args.hub_strategy))
-    if strategy in ("checkpoint", "all_checkpoints") or training_args.hub_always_push:
-        flag = "--hub_always_push" if training_args.hub_always_push else f"--hub_strategy {strategy}"
+    strategy = getattr(flags, "hub_strategy", "")
+    strategy, is_always = str(getattr(strategy, "value", strategy)), getattr(flags, "hub_always_push", False)
+    if strategy in ("checkpoint", "all_checkpoints") or is_always:
+        flag = "--hub_always_push" if is_always else f"--hub_strategy {strategy}"
         raise InputError(f"{flag} cannot be used here: the finished model is pushed once, and no checkpoints")
-    check_adapter(getattr(model_args, "use_peft", False), model_args.model_name_or_path)
-    name = training_args.hub_model_id or Path(training_args.output_dir).absolute().name
-    return Repository(name, training_args.hub_private_repo, token, training_args.hub_revision)
+    for group in parsed:
+        if hasattr(group, "use_peft"):
+            check_adapter(group.use_peft, group.model_name_or_path)
+    name = flags.hub_model_id or Path(flags.output_dir).absolute().name
+    return Repository(name, flags.hub_private_repo, flags.hub_token, flags.hub_revision)
 
 
 def _is_weights(name: str) -> bool:

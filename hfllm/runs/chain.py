@@ -1,35 +1,220 @@
-"""The stages that another one needs: which they are, and running those that are missing."""
+"""The stages of a model's life: what each needs and makes, and one way to run those that are missing.
+
+`STAGES` is the table. A recipe asks for the stages before it with `chain_before`, describes itself with their flags
+(they decide its result too), and runs them:
+
+    before = chain_before("sft", script_args, training_args.output_dir, training_args.seed, named={})
+    stage = Stage("sft", script_args, training_args, model_args, before=before.parsed)
+    ...
+    before.run()
+    model = before.model("pretrain")
+"""
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError
 from hfllm.outputs.report import read_report
 from hfllm.runs.command_line import finished_run, main_process
+from hfllm.runs.recipes import load_recipe, settings_file
 from hfllm.runs.stage import stage_arguments
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Parsed = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class StageEntry:
+    """One row of the table.
+
+    Args:
+        makes: what is there when it has run.
+        recipe: its script's name.
+        settings: the YAML file of its settings on the embedded world, under recipes/configs.
+        needs: the flags that name models which another stage makes, and which stage that is.
+        runs_needs: whether its recipe runs what it needs by itself, in its own folder, as one job.
+        minutes: about how long it takes on two cores with these settings.
+    """
+
+    makes: str
+    recipe: str
+    settings: str
+    needs: Mapping[str, str] = field(default_factory=dict)
+    runs_needs: bool = False
+    minutes: float | None = None
+
+
+STAGES: Mapping[str, StageEntry] = {
+    "pretrain": StageEntry("a base model", "pretrain", "pretrain/world.yaml", minutes=1.5),
+    "sft": StageEntry(
+        "a model that answers", "sft", "sft/world.yaml", {"model_name_or_path": "pretrain"}, minutes=0.5
+    ),
+    "reward": StageEntry("a reward model", "reward", "reward/world.yaml", {"model_name_or_path": "sft"}, minutes=2),
+    "rlhf": StageEntry(
+        "an aligned model",
+        "rlhf",
+        "rlhf/world.yaml",
+        {"model_name_or_path": "sft", "reward_model_name_or_path": "reward"},
+        runs_needs=True,
+        minutes=2.5,
+    ),
+    "draft": StageEntry(
+        "a draft model", "distill", "speculative/draft.yaml", {"teacher_model_name_or_path": "sft"}, minutes=2
+    ),
+    "distill": StageEntry(
+        "a student", "distill", "distill/world.yaml", {"teacher_model_name_or_path": "rlhf"}, minutes=15
+    ),
+    "quantize": StageEntry("a model in 8 or 4 bits", "quantize", "", {"model_name_or_path": "sft"}),
+    "speculative": StageEntry(
+        "a report on decoding",
+        "speculative",
+        "",
+        {"model_name_or_path": "sft", "assistant_model_name_or_path": "draft"},
+    ),
+    "convert": StageEntry("a model in another layout", "convert", "", {"model_name_or_path": "pretrain"}),
+}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The stages that another one needs and nobody has named, in order.
+
+    Args:
+        stage: whose chain it is.
+        runs: the parsed flags of each, by name; copies of a stage are called reward_2, reward_3 and so on.
+        nested: the chains of those that run what they need by themselves.
+    """
+
+    stage: str
+    runs: Mapping[str, Parsed]
+    nested: Mapping[str, "Chain"] = field(default_factory=dict)
+
+    @property
+    def parsed(self) -> dict[str, Parsed]:
+        """The flags of all stages that will run, nested ones before those that run them."""
+        flat: dict[str, Parsed] = {}
+        for name, flags in self.runs.items():
+            flat |= self.nested[name].parsed if name in self.nested else {}
+            flat[name] = flags
+        return flat
+
+    def model(self, name: str) -> str | None:
+        """The folder of the model that the stage makes, or `None` if it is not of this chain."""
+        return output_dir_of(self.runs[name]) if name in self.runs else None
+
+    def models(self, name: str) -> list[str]:
+        """The folders of the models that the stage and its copies make."""
+        return [output_dir_of(flags) for each, flags in self.runs.items() if entry_name(each) == name]
+
+    def run(self) -> dict[str, dict[str, float]]:
+        """Run what is missing, reuse the rest. Returns the metrics of each stage, by its name."""
+        folders = {name: output_dir_of(flags) for name, flags in self.runs.items()}
+        metrics = {}
+        for place, (name, flags) in enumerate(self.runs.items()):
+            nested = self.nested[name].parsed if name in self.nested else None
+            later = [folders[each] for each in list(folders)[place + 1 :]]
+            metrics[name] = run_stage(STAGES[entry_name(name)].recipe, flags, later, before=nested)
+        return metrics
+
+
+def entry_name(run: str) -> str:
+    """The name in the table of a stage's run: `reward` of `reward_2`."""
+    base, _, number = run.rpartition("_")
+    return base if number.isdecimal() else run
+
+
+def output_dir_of(parsed: "Sequence[DataclassInstance]") -> str:
+    """The output folder that a stage's parsed flags name."""
+    return next(group.output_dir for group in parsed if hasattr(group, "output_dir"))
+
+
+def chain_before(
+    stage: str,
+    output_dir: str,
+    seed: int,
+    world_seed: int = 0,
+    named: Mapping[str, str | None] | None = None,
+    configs: Mapping[str, str | None] | None = None,
+    more_flags: Mapping[str, Sequence[str]] | None = None,
+    copies: Mapping[str, Sequence[Sequence[str]]] | None = None,
+    without: Sequence[str] = (),
+) -> Chain:
+    """Return the stages that `stage` needs, each with its parsed flags, for a folder of its own under `output_dir`.
+
+    Args:
+        output_dir: of `stage`.
+        seed: of all of them.
+        world_seed: of the embedded world.
+        named: models that the user names, by the stage that would make them; `None` is not named.
+        configs: YAML files of flags, by stage, in place of the settings for the world.
+        more_flags: flags for a stage beyond those.
+        copies: further runs of a stage, the flags in which each differs.
+        without: stages whose models are not needed.
+
+    Raises:
+        InputError: when one of the configs is wrong.
+    """
+    given = {name: model for name, model in (named or {}).items() if model}
+    configs, more_flags = configs or {}, more_flags or {}
+    runs: dict[str, Parsed] = {}
+
+    def visit(name: str) -> None:
+        for need in STAGES[name].needs.values():
+            if need in given or need in without or need in runs:
+                continue
+            if not STAGES[need].runs_needs:
+                visit(need)
+            entry = STAGES[need]
+            flags = ["--seed", str(seed), "--world_seed", str(world_seed)]
+            # The world's settings suit the small models made here; a model of the user's own gets the libraries'.
+            is_own = any(each in given for each in entry.needs.values())
+            config = configs.get(need) or (None if is_own else str(settings_file(entry.settings)))
+            flags += ["--config", config] if config else []
+            if entry.runs_needs:
+                passed = {f"--{name}_config": configs.get(name) for name in _all_needs(need)}
+                flags += [word for flag, path in passed.items() if path for word in (flag, path)]
+            else:
+                for flag, made_by in entry.needs.items():
+                    flags += [f"--{flag}", given.get(made_by) or f"{output_dir}/{made_by}"]
+            flags += more_flags.get(need, ())
+            for number, differs in enumerate([(), *(copies or {}).get(need, ())], 1):
+                run = need if number == 1 else f"{need}_{number}"
+                runs[run] = load_recipe(entry.recipe).parse([*flags, "--output_dir", f"{output_dir}/{run}", *differs])
+
+    visit(stage)
+    return Chain(stage, runs)
+
+
+def _all_needs(stage: str) -> list[str]:
+    """The stages that a stage needs, and those that these need, in order."""
+    found: list[str] = []
+    for need in STAGES[stage].needs.values():
+        found += [name for name in (*_all_needs(need), need) if name not in found]
+    return found
 
 
 def run_stage(
-    recipe: ModuleType,
-    arguments: tuple,
+    recipe: str,
+    parsed: Parsed,
     later_folders: Sequence[str] = (),
-    before: Mapping[str, Sequence[Any]] | None = None,
+    before: "Mapping[str, Sequence[DataclassInstance]] | None" = None,
 ) -> dict[str, float]:
     """Run a stage that another one needs, in a folder of that one's own, or reuse it when nothing changed.
 
     Args:
-        recipe: the stage's module, with `parse` and `main`.
-        arguments: its parsed flags.
+        recipe: the name of its script.
+        parsed: its parsed flags.
         later_folders: stages that build on it; they are removed when it has to run (again).
         before: the parsed flags of the stages that it runs first itself, if it does.
     """
-    output_dir = arguments[1].output_dir
+    output_dir = output_dir_of(parsed)
     try:
-        done = finished_run(output_dir, stage_arguments(*arguments, before=before)) is not None
+        done = finished_run(output_dir, stage_arguments(*parsed, before=before)) is not None
     except InputError:
         done = False
     from accelerate import PartialState
@@ -42,7 +227,7 @@ def run_stage(
                 if read_report(folder) is not None:
                     _remove(Path(folder))
         PartialState().wait_for_everyone()
-    metrics = recipe.main(*arguments)
+    metrics = load_recipe(recipe).main(*parsed)
     # The next trainer may use another precision: accelerate keeps the first one for the whole process otherwise.
     AcceleratorState._reset_state()
     return metrics
@@ -55,24 +240,3 @@ def _remove(folder: Path) -> None:
             path.unlink()
         elif read_report(path) is None:
             shutil.rmtree(path)
-
-
-def run_stages(recipes: Sequence[ModuleType], arguments: Sequence[tuple]) -> list[dict[str, float]]:
-    """Run or reuse stages, each of which may build on those before it. Returns their metrics; see `run_stage`."""
-    folders = [parsed[1].output_dir for parsed in arguments]
-    pairs = enumerate(zip(recipes, arguments, strict=True), 1)
-    return [run_stage(recipe, parsed, later_folders=folders[position:]) for position, (recipe, parsed) in pairs]
-
-
-def with_model_from(
-    recipe: ModuleType, config: str | None, script_args: Any, training_args: Any, model_args: Any
-) -> Any:
-    """`model_args` with the model that `recipe` makes on the embedded world, in a folder under the output folder.
-
-    Args:
-        config: a YAML file of the recipe's flags, if not its own for the world.
-    """
-    folder = f"{training_args.output_dir}/{recipe.__name__}"
-    flags = ["--seed", str(training_args.seed), "--world_seed", str(script_args.world_seed), "--output_dir", folder]
-    run_stage(recipe, recipe.parse([*flags, *(["--config", config] if config else [])]))
-    return replace(model_args, model_name_or_path=folder)

@@ -1,17 +1,24 @@
-"""What every recipe does around its stage: parse, check, run, report, and turn bad input into one line."""
+"""The command line of a recipe: read its flags, compare them with those of a finished run, end bad input in a line."""
 
+import argparse
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import HIDDEN, InputError, redact
 from hfllm.outputs.checkpoints import last_complete_checkpoint
 from hfllm.outputs.report import read_report
-from hfllm.runs.parser import HelpFormatter, PlainParser, read_yaml, training_parser
+from hfllm.runs.parser import HelpFormatter, PlainParser, ShortHelpFormatter, add_fields, read_yaml, training_parser
+from hfllm.runs.recipes import settings_file
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from transformers import TrainingArguments
 
 # Where a run is, where it reports to and how it is continued do not change its result.
 NOT_PART_OF_THE_RUN = frozenset(
@@ -22,50 +29,103 @@ NOT_PART_OF_THE_RUN = frozenset(
         *("deepspeed_plugin", "distributed_state", "ddp_timeout", "save_total_limit", "enable_jit_checkpoint"),
     )
 )
+# What --help says of flags that are the libraries' own.
+ALWAYS = {
+    "--config": "A YAML file of flags, or settings that came with hfllm, such as curate/books; flags win over it.",
+    "--help_all": "Every flag there is, those of transformers and TRL included.",
+}
+OF_TRAINING = {
+    "--output_dir": "Where the model, its report and plots go.",
+    "--model_name_or_path": "A model of your own: a folder or a Hub id.",
+    "--learning_rate": "The highest learning rate.",
+    "--num_train_epochs": "Passes over the data.",
+    "--max_steps": "Optimizer steps, in place of passes.",
+    "--per_device_train_batch_size": "Rows that a device takes at once.",
+    "--gradient_accumulation_steps": "Such batches to an optimizer step.",
+    "--bf16": "Compute in bfloat16.",
+    "--use_peft": "Train an adapter (LoRA) in place of all weights; --lora_r, --lora_alpha, --lora_target_modules.",
+    "--seed": "Of data and weights: the same seed, the same result.",
+    "--resume_from_checkpoint": "A checkpoint folder, or auto: the last one, if there is one.",
+    "--report_to": "wandb, tensorboard, trackio, ...",
+    "--push_to_hub": "Publish the result; --hub_model_id, --hub_private_repo.",
+}
 CREDENTIALS = frozenset(("token", "hub_token", "use_auth_token", "api_key", "password"))
 
 
 def parse_recipe(
-    dataclass_types: Sequence[type],
     argv: Sequence[str],
-    world_config: Path | Sequence[Path] | None,
-    description: str | None = None,
+    description: str,
+    own: "type[DataclassInstance]",
+    library: Sequence[str] = (),
+    output_dir: str | None = None,
+    settings: Callable[[Mapping[str, Any]], Sequence[Path]] | None = None,
+    shown: "Sequence[type[DataclassInstance]]" = (),
 ) -> tuple:
-    """Parse a recipe's arguments.
+    """Parse a recipe's flags: over `--config` files, over default settings, over the defaults of the classes.
 
-    Without `--model_name_or_path` the recipe works on the family's small model, and `world_config` (a file, several of
-    which later ones win, or none) holds the settings that suit it; with a model of the user's own the defaults are
-    those of transformers and TRL.
-    `--config` and flags come on top of either.
+    `--help` prints the recipe's own flags, without importing torch, and `--help_all` those of the libraries too; both
+    end the process.
+
+    Args:
+        argv: the words of the command line.
+        description: the recipe's docstring.
+        own: the dataclass of the recipe's own flags.
+        library: the dataclasses whose flags the recipe takes besides, by dotted name, such as `trl.SFTConfig`: they
+            are imported when there is something to parse.
+        output_dir: the default of `--output_dir`, where `library` has that flag.
+        settings: the YAML files of default settings, by what the user gives; later ones win.
+        shown: dataclasses with flags of `library` that `--help` lists too.
+
+    Returns:
+        An instance of `own` and of each class of `library`.
+
+    Raises:
+        InputError: for a flag or key that does not exist, or a value that is none.
     """
+    if {"--help", "-h"} & set(argv):
+        print(short_help(description, own, bool(library), shown))
+        raise SystemExit(0)
+    given = given_values(argv)
     argv, config_files = take_configs(argv)
-    own_model = any(word.split("=")[0] == "--model_name_or_path" for word in argv)
-    own_model = own_model or any(read_yaml(path).get("model_name_or_path") for path in config_files)
-    if world_config and not own_model:
-        config_files[:0] = [world_config] if isinstance(world_config, Path) else world_config
-    return _parse(training_parser(), dataclass_types, argv, config_files, machine_defaults(), description)
-
-
-def parse_plain(dataclass_types: Sequence[type], argv: Sequence[str], description: str | None = None) -> tuple:
-    """Parse the arguments of a recipe that needs no torch, and do not import it either."""
-    argv, config_files = take_configs(argv)
-    return _parse(PlainParser, dataclass_types, argv, config_files, {}, description)
-
-
-def _parse(
-    kind: type,
-    dataclass_types: Sequence[type],
-    argv: Sequence[str],
-    config_files: Sequence[Path],
-    defaults: Mapping[str, Any],
-    description: str | None,
-) -> tuple:
-    parser = kind(dataclass_types, description=description, formatter_class=HelpFormatter)
+    files = [*(settings(given) if settings else ()), *config_files]
+    if output_dir is not None:
+        argv = ["--output_dir", output_dir, *argv]
+    kinds = [own, *map(_imported, library)]
+    parser_class, defaults = (training_parser(), machine_defaults()) if library else (PlainParser, {})
+    parser = parser_class(kinds, description=description, formatter_class=HelpFormatter)
     parser.add_argument("--config", help="A YAML file of flags; flags on the command line win.")
+    if "--help_all" in argv:
+        parser.print_help()
+        raise SystemExit(0)
     try:
-        return parser.parse(argv, config_files, defaults)[: len(dataclass_types)]
+        return parser.parse(argv, files, defaults)[: len(kinds)]
     except (TypeError, ValueError) as error:
         raise InputError(str(error).splitlines()[0] if not isinstance(error, InputError) else str(error)) from None
+
+
+def _imported(dotted: str) -> type:
+    module, _, name = dotted.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def short_help(
+    description: str, own: "type[DataclassInstance]", trains: bool, shown: "Sequence[type[DataclassInstance]]" = ()
+) -> str:
+    """Return the help of a recipe's own flags in groups, and of those of the libraries that are used most."""
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=description, formatter_class=ShortHelpFormatter, add_help=False
+    )
+    for kind in (own, *shown):
+        add_fields(parser, kind, short=True)
+    group = parser.add_argument_group("Common flags")
+    for flag, text in {**ALWAYS, **(OF_TRAINING if trains else {})}.items():
+        group.add_argument(flag, metavar="", default=None, help=text)
+    return parser.format_help()
+
+
+def world_settings(name: str) -> Callable[[Mapping[str, Any]], list[Path]]:
+    """Return what picks a recipe's default settings: those of the embedded world's model, unless a model is named."""
+    return lambda given: [] if given.get("model_name_or_path") else [settings_file(f"{name}/world.yaml")]
 
 
 def take_configs(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
@@ -73,19 +133,33 @@ def take_configs(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
     rest, files, words = [], [], iter(argv)
     for word in words:
         if word == "--config":
-            files.append(Path(next(words, "")))
+            files.append(config_file(next(words, "")))
         elif word.startswith("--config="):
-            files.append(Path(word.partition("=")[2]))
+            files.append(config_file(word.partition("=")[2]))
         else:
             rest.append(word)
     return rest, files
 
 
-def given_flags(argv: Sequence[str]) -> set[str]:
-    """Names of the flags that the user gives, on the command line or in a `--config` file."""
-    argv, config_files = take_configs(argv)
-    words = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
-    return words.union(*(read_yaml(path) for path in config_files))
+def config_file(name: str) -> Path:
+    """Return the file that `--config` names: one of the user's, or one that came with hfllm, such as curate/books."""
+    shipped = settings_file(name if name.endswith(".yaml") else f"{name}.yaml")
+    return shipped if name and not Path(name).is_file() and shipped.is_file() else Path(name)
+
+
+def given_values(argv: Sequence[str]) -> dict[str, Any]:
+    """Return what the user gives, by flag: the words of the command line, over the values of `--config` files."""
+    words, files = take_configs(argv)
+    values: dict[str, Any] = {}
+    for path in files:
+        values |= read_yaml(path)
+    for place, word in enumerate(words):
+        if word.startswith("--"):
+            name, _, value = word[2:].partition("=")
+            following = words[place + 1] if place + 1 < len(words) else "--"
+            stated = "=" in word or following.startswith("--")
+            values[name.replace("-", "_")] = (value or True) if stated else following
+    return values
 
 
 def machine_defaults() -> dict[str, Any]:
@@ -105,7 +179,7 @@ def machine_defaults() -> dict[str, Any]:
     }
 
 
-def run_arguments(*arguments: Any) -> dict[str, Any]:
+def run_arguments(*arguments: "DataclassInstance") -> dict[str, Any]:
     """The flags that decide a run's result, as JSON values: what is compared when a folder is used again.
 
     They go into reports and cards, so secrets in them are hidden.
@@ -119,7 +193,7 @@ def run_arguments(*arguments: Any) -> dict[str, Any]:
 
 
 def _without_credentials(values: dict[str, Any]) -> dict[str, Any]:
-    """A dictionary as it may be shown: flags such as --model_init_kwargs may carry a token for a Hub of one's own."""
+    """A dictionary as it may be shown: flags such as --model_init_kwargs may carry a token for your own Hub."""
     return {name: HIDDEN if name in CREDENTIALS and value else value for name, value in values.items()}
 
 
@@ -142,7 +216,7 @@ def finished_run(output_dir: str, arguments: Mapping[str, Any]) -> dict[str, Any
     return report
 
 
-def checkpoint_to_resume(training_args: Any) -> str | bool | None:
+def checkpoint_to_resume(training_args: "TrainingArguments") -> str | None:
     """What `--resume_from_checkpoint` asks for: a checkpoint folder, the last one of the output folder, or none.
 
     `true` is the last complete checkpoint. `auto` is that too, or the beginning where there is none yet: one command
@@ -172,7 +246,7 @@ def main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def run(main: Callable[..., Any], parse: Callable[[Sequence[str]], tuple]) -> None:
+def run(main: Callable[..., object], parse: Callable[[Sequence[str]], tuple]) -> None:
     """Run a recipe from the command line; bad input ends it with one line and exit code 2."""
     try:
         main(*parse(sys.argv[1:]))

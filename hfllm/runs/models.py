@@ -5,10 +5,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError, refuse
+from hfllm.runs.arguments import changed
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from trl import ModelConfig
 
     from hfllm.models.configuration_hfllm import HfllmConfig
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 TRAINED_QUANTIZED = ("bitnet", "compressed-tensors", "fp_quant")
 
 
-def load_kwargs(model_args: Any) -> dict[str, Any]:
+def load_kwargs(model_args: "ModelConfig") -> dict[str, Any]:
     """`from_pretrained` arguments that `ModelConfig`'s flags stand for."""
     from trl import get_quantization_config
 
@@ -29,7 +31,7 @@ def load_kwargs(model_args: Any) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if value is not None}
 
 
-def load_policy(model_args: Any) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+def load_policy(model_args: "ModelConfig") -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """A causal language model and its tokenizer.
 
     Raises:
@@ -84,7 +86,7 @@ def load_config(name: str, revision: str = "main") -> "PreTrainedConfig":
         raise _unloadable(name, error) from error
 
 
-def check_trainable(model_args: Any, adapters: bool = True) -> None:
+def check_trainable(model_args: "ModelConfig", adapters: bool = True) -> None:
     """Refuse weights that cannot be trained: quantized ones, with no adapter on them.
 
     Args:
@@ -163,7 +165,7 @@ def max_length_of(config: "PreTrainedConfig") -> int | None:
     return context if context and context > 0 else None
 
 
-def load_reward_model(name: str, model_args: Any, revision: str = "main") -> "PreTrainedModel":
+def load_reward_model(name: str, model_args: "ModelConfig", revision: str = "main") -> "PreTrainedModel":
     """A sequence-classification model with one label, its head new if `name` is a language model.
 
     Args:
@@ -182,7 +184,9 @@ def load_reward_model(name: str, model_args: Any, revision: str = "main") -> "Pr
         raise _unloadable(name, error) from error
 
 
-def load_value_model(value_model: str, model_args: Any, reward_models: Sequence[str]) -> "PreTrainedModel | None":
+def load_value_model(
+    value_model: str, model_args: "ModelConfig", reward_models: Sequence[str]
+) -> "PreTrainedModel | None":
     """The critic that `--value_model` names, or `None` for a head on the policy's trunk.
 
     All of its weights are trained, so that it is never quantized. `reward` stands for the first of the reward models.
@@ -196,12 +200,11 @@ def load_value_model(value_model: str, model_args: Any, reward_models: Sequence[
     return load_reward_model(name, replace(model_args, load_in_8bit=False, load_in_4bit=False))
 
 
-def peft_config(model_args: Any, task_type: str = "CAUSAL_LM") -> "PeftConfig | None":
+def peft_config(model_args: "ModelConfig", task_type: str = "CAUSAL_LM") -> "PeftConfig | None":
     """The adapter that `--use_peft` and `--lora_*` describe, or `None`."""
     from trl import get_peft_config
 
-    model_args.lora_task_type = task_type
-    return get_peft_config(model_args)
+    return get_peft_config(changed(model_args, lora_task_type=task_type))
 
 
 def try_adapter(config: "PreTrainedConfig", adapter: "PeftConfig") -> None:
@@ -228,6 +231,6 @@ def _unloadable(name: str, error: Exception) -> InputError:
     return InputError(f"model {name!r} could not be loaded: {reason}")
 
 
-def fitting_length(max_length: int | None, model: Any) -> int | None:
+def fitting_length(max_length: int | None, model: "PreTrainedModel") -> int | None:
     """`max_length`, but no more than the model's context."""
     return min(filter(None, (max_length, max_length_of(model.config))), default=None)

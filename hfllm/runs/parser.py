@@ -6,9 +6,19 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from hfllm.errors import InputError, redact
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+# Flags that had another name, and a value that it stood for where it is not the same.
+RENAMED = {
+    "chat_prompts": "apply_chat_template",
+    "train_alone": "train_baseline",
+}
+TRUE, FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -17,6 +27,17 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     def format_help(self) -> str:
         # A token in a --config file becomes a default.
         return redact(super().format_help())
+
+
+class ShortHelpFormatter(HelpFormatter):
+    """Two wide columns, and no default where that is nothing."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=118)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        is_nothing = action.default is None or action.default == ""
+        return action.help if is_nothing else super()._get_help_string(action)
 
 
 class NearestNameErrors:
@@ -34,6 +55,8 @@ class NearestNameErrors:
         raise InputError(message)
 
     def unknown(self, kind: str, name: str) -> InputError:
+        if RENAMED.get(name) in self.names:
+            return InputError(f"unknown {kind} {name!r}: its name is {RENAMED[name]!r} now")
         nearest = difflib.get_close_matches(name, self.names, n=1, cutoff=0.0)
         return InputError(f"unknown {kind} {name!r}; did you mean {nearest[0]!r}?")
 
@@ -79,17 +102,14 @@ class NearestNameErrors:
 class PlainParser(NearestNameErrors, argparse.ArgumentParser):
     """A parser of dataclasses whose fields are strings, numbers, truth values, or lists of these.
 
-    For recipes that import neither torch nor transformers, as TrlParser does.
+    It reads them as transformers' parser does, and imports neither torch nor transformers.
     """
 
-    def __init__(self, dataclass_types: Sequence[type], **kwargs: Any):
+    def __init__(self, dataclass_types: "Sequence[type[DataclassInstance]]", **kwargs: Any):
         super().__init__(allow_abbrev=False, **kwargs)
         self.dataclass_types = dataclass_types
         for kind in dataclass_types:
-            hints = get_type_hints(kind)
-            for item in fields(kind):
-                default = item.default_factory() if item.default is MISSING else item.default
-                self.add_argument(f"--{item.name}", default=default, **_how_to_read(hints[item.name]), **item.metadata)
+            add_fields(self, kind)
 
     def set_defaults_with_config(self, **values: Any) -> None:
         """Let YAML values take the place of defaults."""
@@ -104,19 +124,59 @@ class PlainParser(NearestNameErrors, argparse.ArgumentParser):
         return (*built, remaining) if return_remaining_strings else tuple(built)
 
 
+def add_fields(parser: argparse.ArgumentParser, kind: "type[DataclassInstance]", short: bool = False) -> None:
+    """Add a flag for each field, in a group for each class that declares some, the class itself first.
+
+    Args:
+        short: for help alone: one name a flag, and no word for its value but the choices.
+    """
+    hints, left = get_type_hints(kind), {item.name: item for item in fields(kind)}
+    for owner in kind.__mro__:
+        own = [left.pop(name) for name in vars(owner).get("__annotations__", {}) if name in left]
+        if not own:
+            continue
+        group = parser.add_argument_group((owner.__doc__ or owner.__name__).splitlines()[0].rstrip("."))
+        for item in own:
+            default = item.default_factory() if item.default is MISSING else item.default
+            options = {"default": default, "dest": item.name, **_how_to_read(hints[item.name]), **item.metadata}
+            names = dict.fromkeys((f"--{item.name}", f"--{item.name.replace('_', '-')}"))
+            if short:
+                names = (f"--{item.name}",)
+                options |= {} if "choices" in options else {"metavar": ""}
+            group.add_argument(*names, **options)
+            if hints[item.name] is bool and default is True:
+                names = (f"--no_{item.name}", f"--no-{item.name.replace('_', '-')}")
+                group.add_argument(*names, dest=item.name, action="store_false", help=argparse.SUPPRESS)
+
+
+def training_parser() -> type[NearestNameErrors]:
+    """Return the parser of the recipes that train: TrlParser with this package's messages. It imports torch."""
+    from trl import TrlParser
+
+    class TrainingParser(NearestNameErrors, TrlParser):
+        def __init__(self, dataclass_types: "Sequence[type[DataclassInstance]]", **kwargs: Any):
+            super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+
+    return TrainingParser
+
+
 def _how_to_read(kind: Any) -> dict[str, Any]:
     """argparse's options for a field of this type."""
     if get_origin(kind) in (Union, types.UnionType):
-        (kind,) = (option for option in get_args(kind) if option is not type(None))
+        options = [option for option in get_args(kind) if option is not type(None)]
+        # A library's field that takes several types is read by the library; here it is only shown.
+        kind = options[0] if len(options) == 1 else str
     if get_origin(kind) is list:
         return {"type": get_args(kind)[0], "nargs": "+"}
-    return {"type": _truth, "nargs": "?", "const": True} if kind is bool else {"type": kind}
+    if kind is bool:
+        return {"type": _truth, "nargs": "?", "const": True}
+    return {"type": kind if kind in (int, float) else str}
 
 
 def _truth(word: str) -> bool:
-    if word.lower() not in ("true", "false"):
+    if word.lower() not in (*TRUE, *FALSE):
         raise argparse.ArgumentTypeError(f"expected true or false, got {word!r}")
-    return word.lower() == "true"
+    return word.lower() in TRUE
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -136,14 +196,3 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a mapping of flags to values, got {type(values).__name__}")
     return values
-
-
-def training_parser() -> type[NearestNameErrors]:
-    """Return the parser of the recipes that train: TrlParser with this package's messages. It imports torch."""
-    from trl import TrlParser
-
-    class TrainingParser(NearestNameErrors, TrlParser):
-        def __init__(self, dataclass_types: Sequence[type], **kwargs: Any):
-            super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
-
-    return TrainingParser

@@ -1,7 +1,8 @@
-"""What a recipe is one stage of: begin and end it, and run those before it."""
+"""One run of a recipe: describe it, then refuse, reuse, announce, finish and publish it."""
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,68 +11,127 @@ from hfllm.data.sources import PYDOC, WORLD, source_files
 from hfllm.errors import InputError
 from hfllm.outputs.card import write_card
 from hfllm.outputs.files import CARD
-from hfllm.outputs.hub import take_repository
-from hfllm.outputs.report import Plot, Report, plot_history
+from hfllm.outputs.hub import Repository, repository_of
+from hfllm.outputs.report import Bars, Plot, Report, plot_history
+from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import checkpoint_to_resume, finished_run, main_process, run_arguments
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from _typeshed import DataclassInstance
+    from transformers import Trainer, TrainingArguments
 
 
 class Stage:
-    """One run of a recipe, from its announcement to its report.
+    """One run of a recipe, from its announcement to its report. Making one has no effect.
+
+        stage = Stage("sft", script_args, training_args, model_args)
+        stage.check()
+        if stage.is_finished:
+            return stage.reuse()
+        stage.announce()
+        ...  # train with stage.training_args, from stage.checkpoint
+        return stage.finish(metrics, trainer)
 
     Args:
         name: the stage's name.
-        script_args, training_args, model_args: its flags as they were given; trainers change some of them later, so
-            what decides the result is noted down here.
+        parsed: its flags as they were given, a dataclass each; one has `output_dir`.
         before: the parsed flags of the stages that it runs first, by name; they decide its result too.
+        also: what else decides the result, by a name of its own.
+        without: flags that do not decide it.
 
     Attributes:
-        checkpoint: the checkpoint to resume from, or `None`.
-        report: the report of the same run if it has already finished in the output folder, else `None`.
-        repository: where to publish the result, or `None`. A run that has already finished is published right away.
-
-    Raises:
-        InputError: when another run has finished there, it is a folder of a model that is read, a flag cannot work on
-            this machine, or the Hub refuses.
+        arguments: all that decides the result, as JSON values.
+        output_dir: its folder.
     """
 
     def __init__(
         self,
         name: str,
-        script_args: Any,
-        training_args: Any,
-        model_args: Any,
-        before: Mapping[str, Sequence[Any]] | None = None,
+        *parsed: "DataclassInstance",
+        before: "Mapping[str, Sequence[DataclassInstance]] | None" = None,
+        also: Mapping[str, Any] | None = None,
+        without: Sequence[str] = (),
     ):
-        if getattr(training_args, "fp16", False) and training_args.device.type == "cpu":
-            raise InputError("--fp16 does nothing on a CPU: use --bf16 or neither")
-        check_source(script_args)
-        refuse_own_input(training_args.output_dir, script_args, training_args, model_args)
-        self.name, self.training_args, self.began = name, training_args, time.perf_counter()
-        self.arguments = stage_arguments(script_args, training_args, model_args, before=before)
-        self.checkpoint = checkpoint_to_resume(training_args)
-        self.report = finished_run(training_args.output_dir, self.arguments)
-        self.repository = take_repository(training_args, model_args)
-        if main_process() and self.report is not None:
-            print(f"{name}: already done in {training_args.output_dir} (remove that folder to redo it)", flush=True)
-            self.publish()
-        elif main_process():
-            print(f"\n=== {name} -> {training_args.output_dir}", flush=True)
+        self.name, self.parsed, self.began = name, parsed, time.perf_counter()
+        self.output_dir: str = _with_field(parsed, "output_dir").output_dir
+        decided = stage_arguments(*parsed, before=before) | dict(also or {})
+        self.arguments = {flag: value for flag, value in decided.items() if flag not in without}
+
+    @cached_property
+    def training_args(self) -> "TrainingArguments":
+        """The trainer's arguments, without the pushes of its own and the token: the finished model is pushed once."""
+        return changed(_with_field(self.parsed, "per_device_train_batch_size"), push_to_hub=False, hub_token=None)
+
+    @cached_property
+    def checkpoint(self) -> str | None:
+        """The checkpoint to resume from, or `None`."""
+        return checkpoint_to_resume(self.training_args)
+
+    @cached_property
+    def repository(self) -> Repository | None:
+        """Where to publish the result, or `None`."""
+        return repository_of(*self.parsed)
+
+    @cached_property
+    def report(self) -> dict[str, Any] | None:
+        """The report of the same run if it has already finished in the output folder, else `None`."""
+        return finished_run(self.output_dir, self.arguments)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the same run has already finished in the output folder."""
+        return self.report is not None
+
+    def check(self) -> None:
+        """Refuse what no stage can do, before anything is made.
+
+        Raises:
+            InputError: when another run has finished there, it is a folder of a model that is read, a flag cannot work
+                on this machine or would have no effect, there is no such checkpoint, or the Hub could not be used.
+        """
+        for group in self.parsed:
+            if getattr(group, "fp16", False) and group.device.type == "cpu":
+                raise InputError("--fp16 does nothing on a CPU: use --bf16 or neither")
+            if hasattr(group, "resume_from_checkpoint"):
+                _ = self.checkpoint
+            if hasattr(group, "dataset_name"):
+                check_source(group)
+        refuse_own_input(self.output_dir, *self.parsed)
+        _ = self.report, self.repository
+
+    def announce(self, arrow: str | None = None) -> None:
+        """Say what begins, and make the repository that will be published to: a wrong name or token is found now.
+
+        Args:
+            arrow: what is said in place of the output folder.
+        """
+        if main_process():
+            print(f"\n=== {self.name} -> {arrow or self.output_dir}", flush=True)
             if self.repository is not None:
                 self.repository.create()
 
+    def reuse(self) -> dict[str, float]:
+        """Say that the same run has finished, and publish it if asked. Returns its metrics."""
+        if main_process():
+            print(f"{self.name}: already done in {self.output_dir} (remove that folder to redo it)", flush=True)
+            self.publish()
+        return self.report["metrics"]
+
     def finish(
         self,
-        trainer: "Trainer",
         metrics: Mapping[str, float],
+        trainer: "Trainer | None" = None,
         summary: str = "",
         tables: Mapping[str, list] | None = None,
-        curves: Mapping[str, Plot] | None = None,
+        curves: Mapping[str, Plot | Bars] | None = None,
+        artifacts: Mapping[str, str] | None = None,
         next_steps: Sequence[str] = (),
     ) -> dict[str, float]:
         """Write the report, print it (or `summary` instead), publish if asked, wait for all processes.
+
+        Args:
+            trainer: what trained, for the loss curve; `None` where nothing was trained and one process has worked.
+            artifacts: what lies where in the output folder; by default the model, which then gets its card.
 
         Returns:
             The metrics.
@@ -79,32 +139,29 @@ class Stage:
         Raises:
             InputError: when publishing fails; the model and its report are there by then.
         """
-        loss = plot_history(
-            trainer.state.log_history,
-            {"training": "loss", "evaluation": "eval_loss"},
-            title=f"{self.name}: loss",
-            xlabel="step",
-            ylabel="loss",
-        )
+        artifacts = {"model": "."} if artifacts is None else dict(artifacts)
+        if trainer is not None:
+            curves = {"loss": loss_curve(self.name, trainer), **(curves or {})}
+            # The whole history of the logs, for plots of your own.
+            trainer.save_state()
         report = Report(
             stage=self.name,
             arguments=self.arguments,
             metrics=dict(metrics),
             tables=dict(tables or {}),
-            curves={"loss": loss, **(curves or {})},
-            artifacts={"model": "."},
+            curves=dict(curves or {}),
+            artifacts=artifacts,
             wall_seconds=time.perf_counter() - self.began,
             next_steps=next_steps,
         )
         failure = None
-        # The whole history of the logs, for plots of one's own.
-        trainer.save_state()
         if main_process():
-            folder = Path(self.training_args.output_dir)
+            folder = Path(self.output_dir)
             report.write(folder)
-            # Trainers leave drafts of a card; this is the one that is published, and the user's to edit.
-            (folder / CARD).unlink(missing_ok=True)
-            write_card(folder)
+            if artifacts.get("model") == ".":
+                # Trainers leave drafts of a card; this is the one that is published, and the user's to edit.
+                (folder / CARD).unlink(missing_ok=True)
+                write_card(folder)
             if summary:
                 print(f"{self.name}: {summary} ({report.wall_seconds:.0f} s)", flush=True)
             else:
@@ -113,7 +170,8 @@ class Stage:
                 self.publish()
             except InputError as error:
                 failure = error
-        trainer.accelerator.wait_for_everyone()
+        if trainer is not None:
+            trainer.accelerator.wait_for_everyone()
         if failure is not None:
             raise failure
         return dict(metrics)
@@ -127,15 +185,31 @@ class Stage:
         if self.repository is None:
             return
         try:
-            self.repository.push(self.training_args.output_dir)
+            self.repository.push(self.output_dir)
         except InputError as error:
             raise InputError(
-                f"{error}. The run itself has finished; publish it by recipes/push.py --model_name_or_path "
-                f"{self.training_args.output_dir} --hub_model_id {self.repository.repo_id}"
+                f"{error}. The run itself has finished; publish it by hfllm push --model_name_or_path "
+                f"{self.output_dir} --hub_model_id {self.repository.repo_id}"
             ) from None
 
 
-def refuse_own_input(output_dir: str, *parsed: Any) -> None:
+def loss_curve(name: str, trainer: "Trainer") -> Plot:
+    """The plot of a trainer's losses over its steps."""
+    return plot_history(
+        trainer.state.log_history,
+        {"training": "loss", "evaluation": "eval_loss"},
+        title=f"{name}: loss",
+        xlabel="step",
+        ylabel="loss",
+    )
+
+
+def _with_field(parsed: "Sequence[DataclassInstance]", name: str) -> Any:
+    """The first of the dataclasses that has the field `name`."""
+    return next(group for group in parsed if hasattr(group, name))
+
+
+def refuse_own_input(output_dir: str, *parsed: "DataclassInstance") -> None:
     """Refuse to write a model over one that is read.
 
     Args:
@@ -152,7 +226,9 @@ def refuse_own_input(output_dir: str, *parsed: Any) -> None:
                 raise InputError(f"--output_dir {output_dir} is --{flag}, which it would overwrite: choose another")
 
 
-def stage_arguments(*parsed: Any, before: Mapping[str, Sequence[Any]] | None = None) -> dict[str, Any]:
+def stage_arguments(
+    *parsed: "DataclassInstance", before: "Mapping[str, Sequence[DataclassInstance]] | None" = None
+) -> dict[str, Any]:
     """The flags that decide a stage's result, and when the local data, models and reward functions they name changed.
 
     Args:

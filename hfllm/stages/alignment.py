@@ -1,15 +1,88 @@
-"""What alignment refuses before the stages that it needs are trained."""
+"""Alignment by PPO: its flags, what it refuses, the stages before it, and what its trainer is built from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from hfllm.errors import InputError
+from hfllm.data.loading import DataArguments
+from hfllm.errors import InputError, refuse
+from hfllm.runs.arguments import changed
+from hfllm.runs.chain import Chain, chain_before
+from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedConfig
+    from trl import ModelConfig
+
+    from hfllm.rewards.ensembles import RewardEnsemble
+    from hfllm.rewards.functions import RewardFunction
+    from hfllm.trainers.ppo.config import PPOConfig
+    from hfllm.trainers.ppo.trainer import PPOTrainer
+
+Row = Mapping[str, Any]
+CALIBRATION_PROMPTS = 256
 
 
-def check_rewards(script_args: Any, training_args: Any, function_count: int) -> None:
+@dataclass(frozen=True)
+class RlhfArguments(DataArguments, BatchArguments):
+    """Prompts, rewards, and the settings of the stages before."""
+
+    reward_model_name_or_path: list[str] | None = field(
+        default=None,
+        metadata={"help": "A sequence-classification model with one label as the reward; several are an ensemble."},
+    )
+    num_reward_models: int = field(
+        default=1, metadata={"help": "Reward models to train on the same comparisons, when none is named."}
+    )
+    reward_aggregation: str = field(
+        default="worst",
+        metadata={"help": "How an ensemble's scores become one.", "choices": ["mean", "worst", "uncertainty"]},
+    )
+    uncertainty_coef: float = field(
+        default=1.0, metadata={"help": "Weight of the ensemble's variance with --reward_aggregation uncertainty."}
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Reward functions: path/to/file.py:function, or 'gold' (the embedded world's)."},
+    )
+    value_model: str = field(
+        default="head",
+        metadata={"help": "'head' on the policy's trunk, 'reward' (starts as the reward model), or a model's name."},
+    )
+    ptx_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Texts for --ptx_coef, as pretrain.py takes them; of 'world' as many documents as --num_prompts."
+        },
+    )
+    apply_chat_template: bool = field(
+        default=False,
+        metadata={"help": "Put text prompts to the model as a user's turn of its chat template, as sft.py does."},
+    )
+    num_prompts: int = field(default=8192, metadata={"help": "Prompts of the embedded world to sample from."})
+    num_eval_prompts: int = field(default=360, metadata={"help": "Held-out prompts, at most this many."})
+    pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the pretraining stage."})
+    sft_config: str | None = field(default=None, metadata={"help": "YAML flags of the fine-tuning stage."})
+    reward_config: str | None = field(default=None, metadata={"help": "YAML flags of the reward-model stage."})
+
+
+# ---- what is refused ----
+
+
+def check(training_args: "PPOConfig") -> None:
+    """Refuse flags that have no effect.
+
+    The YAML flags of stages that do not run have none either, but one file may serve with and without a model.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    refuse(training_args.model_init_kwargs, "--model_init_kwargs", "use --dtype, --attn_implementation or the like")
+
+
+def check_rewards(script_args: RlhfArguments, training_args: "PPOConfig", function_count: int) -> None:
     """Refuse settings of the rewards that could only fail after the stages before have been trained.
 
     Raises:
@@ -22,7 +95,7 @@ def check_rewards(script_args: Any, training_args: Any, function_count: int) -> 
     if not named and not function_count and script_args.dataset_name != WORLD:
         raise InputError(
             f"--dataset_name {script_args.dataset_name} needs a reward: --reward_model_name_or_path (train one with "
-            "recipes/reward.py) or --reward_funcs path/to/file.py:function"
+            "hfllm reward) or --reward_funcs path/to/file.py:function"
         )
     if script_args.value_model == "reward" and script_args.reward_funcs and not named:
         raise InputError("--value_model reward needs a reward model; with --reward_funcs use 'head' or a model's name")
@@ -42,10 +115,10 @@ def check_rewards(script_args: Any, training_args: Any, function_count: int) -> 
 
 
 def check_models(
-    script_args: Any,
-    training_args: Any,
-    model_args: Any,
-    rows: Sequence[dict],
+    script_args: RlhfArguments,
+    training_args: "PPOConfig",
+    model_args: "ModelConfig",
+    rows: Sequence[Row],
     policy_config: "PreTrainedConfig",
     trains_first: bool,
 ) -> None:
@@ -95,3 +168,156 @@ def check_models(
     if model_args.model_name_or_path:
         tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
         check_prompts(rows, tokenizer, training_args.response_length, max_length_of(policy_config))
+
+
+# ---- the stages before ----
+
+
+def stages_before(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "ModelConfig") -> Chain:
+    """Return the stages whose models are not named: pretraining, fine-tuning and reward models.
+
+    Raises:
+        InputError: when one of their configs is wrong.
+    """
+    own_model, seed = model_args.model_name_or_path, training_args.seed
+    has_reward = script_args.reward_model_name_or_path or script_args.reward_funcs
+    further = range(1, script_args.num_reward_models)
+    return chain_before(
+        "rlhf",
+        training_args.output_dir,
+        seed,
+        script_args.world_seed,
+        named={"sft": own_model},
+        configs={
+            "pretrain": script_args.pretrain_config,
+            "sft": script_args.sft_config,
+            "reward": script_args.reward_config,
+        },
+        more_flags={"reward": ["--model_revision", model_args.model_revision]} if own_model else {},
+        # Members of an ensemble see the same comparisons.
+        copies={"reward": [["--seed", str(seed + each), "--comparison_seed", str(seed)] for each in further]},
+        without=["reward"] if has_reward else [],
+    )
+
+
+# ---- what the trainer is built from ----
+
+
+def checked_functions(script_args: RlhfArguments) -> "list[RewardFunction]":
+    """Return the reward functions that `--reward_funcs` names.
+
+    Raises:
+        InputError: when one does not exist, or `gold` is asked for on data that has no gold reward.
+    """
+    from hfllm.data.sources import WORLD
+    from hfllm.errors import InputError
+    from hfllm.rewards.functions import load_reward_function
+
+    names = script_args.reward_funcs or []
+    if "gold" in names and script_args.dataset_name != WORLD:
+        raise InputError(f"--reward_funcs gold: only the embedded world has it, not {script_args.dataset_name!r}")
+    return [load_reward_function(name) for name in names]
+
+
+def prompt_data(
+    script_args: RlhfArguments, seed: int, functions: "Sequence[RewardFunction]"
+) -> tuple[list[Row], list[Row]]:
+    """Return training and held-out prompt rows; every reward function is tried on two of them."""
+    from hfllm.data import formats
+    from hfllm.data.loading import load_rows, split_rows
+    from hfllm.data.sources import WORLD
+    from hfllm.data.world.world import World
+
+    if script_args.dataset_name == WORLD:
+        world = World(script_args.world_seed)
+        tasks = islice(world.tasks(seed + 2_000_000), script_args.num_prompts)
+        train_rows = [task.prompt_row() for task in tasks]
+        eval_rows = [task.prompt_row() for task in world.evaluation_tasks(script_args.num_eval_prompts)]
+    else:
+        rows = load_rows(script_args, formats.to_prompt)
+        if script_args.apply_chat_template:
+            rows = [{**row, "prompt": formats.as_messages(row["prompt"])} for row in rows]
+        train_rows, eval_rows = split_rows(rows, seed, share=0.1, most=script_args.num_eval_prompts)
+    _try_functions(functions, train_rows[:2])
+    return train_rows, eval_rows
+
+
+def _try_functions(functions: "Sequence[RewardFunction]", rows: Sequence[Row]) -> None:
+    """Call the reward functions as the trainer does: with the dataset's other columns and the ids of a response."""
+    from hfllm.data.formats import as_completion
+    from hfllm.rewards.functions import checked_rewards
+
+    prompts = [row["prompt"] for row in rows]
+    completions = [as_completion(prompt, "This is a trial response.") for prompt in prompts]
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+    columns["completion_ids"] = [[0, 1, 2, 3, 4]] * len(rows)
+    for function in functions:
+        checked_rewards(function, prompts, completions, **columns)
+
+
+def ptx_texts(script_args: RlhfArguments, training_args: "PPOConfig") -> "Dataset | None":
+    """Return the pretraining texts beside the rollouts, or `None`.
+
+    Raises:
+        InputError: for texts without `--ptx_coef`, or the reverse.
+    """
+    from datasets import Dataset
+
+    from hfllm.data.loading import texts_of
+    from hfllm.data.sources import WORLD
+    from hfllm.data.world.world import World
+    from hfllm.errors import InputError
+
+    name, coefficient = script_args.ptx_dataset_name, training_args.ptx_coef
+    if (name is None) != (coefficient == 0):
+        raise InputError(f"--ptx_coef {coefficient} and --ptx_dataset_name {name}: give both, or neither")
+    if name is None:
+        return None
+    if name == WORLD:
+        texts = World(script_args.world_seed).documents(script_args.num_prompts, training_args.seed)
+    else:
+        texts = list(texts_of(name))
+    return Dataset.from_dict({"text": texts})
+
+
+def build_rewards(
+    functions: "Sequence[RewardFunction]", names: Sequence[str], script_args: RlhfArguments, model_args: "ModelConfig"
+) -> "list[RewardFunction]":
+    """Return the functions, and behind them the named reward models as one reward, several as an ensemble."""
+    from hfllm.rewards.ensembles import RewardEnsemble
+    from hfllm.rewards.models import RewardModel
+    from hfllm.runs.models import load_reward_model, load_tokenizer
+
+    members = [RewardModel(load_reward_model(name, model_args), load_tokenizer(name)) for name in names]
+    if len(members) < 2:
+        return [*functions, *members]
+    return [*functions, RewardEnsemble(members, script_args.reward_aggregation, script_args.uncertainty_coef)]
+
+
+def with_gold_beside(
+    script_args: RlhfArguments, training_args: "PPOConfig", rewards: "Sequence[RewardFunction]"
+) -> "tuple[PPOConfig, list[RewardFunction]]":
+    """Add the world's gold reward at weight 0: logged beside the others, and never seen by the policy."""
+    from hfllm.data.sources import WORLD
+    from hfllm.rewards.functions import gold_reward
+
+    if script_args.dataset_name != WORLD or gold_reward in rewards:
+        return training_args, list(rewards)
+    weights = [*(training_args.reward_weights or [1.0] * len(rewards)), 0.0]
+    return changed(training_args, reward_weights=weights), [*rewards, gold_reward]
+
+
+def calibrate(ensemble: "RewardEnsemble", trainer: "PPOTrainer", rows: Sequence[Row]) -> None:
+    """Bring the members of an ensemble to one scale on responses of the model that training starts from."""
+    import torch
+
+    from hfllm.data.formats import as_completion
+
+    size, texts = trainer.args.local_rollout_batch_size, []
+    with torch.random.fork_rng():
+        torch.manual_seed(trainer.args.seed)
+        for first in range(0, len(rows), size):
+            ids = trainer.sample(rows[first : first + size])["response_ids"]
+            texts += trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
+    prompts = [row["prompt"] for row in rows]
+    ensemble.calibrate(prompts, [as_completion(*pair) for pair in zip(prompts, texts, strict=True)])

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.data.prepared import Prepared
 from hfllm.errors import InputError
+from hfllm.runs.arguments import changed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -206,9 +207,14 @@ def packed_trainer(
         processes=processes,
         transform=transform,
     )
-    training_args.gradient_accumulation_steps, training_args.num_train_epochs, training_args.max_steps = 1, 1, -1
-    # The collator reads `seq_lengths`, which no model takes.
-    training_args.remove_unused_columns = False
+    training_args = changed(
+        training_args,
+        gradient_accumulation_steps=1,
+        num_train_epochs=1,
+        max_steps=-1,
+        # The collator reads `seq_lengths`, which no model takes.
+        remove_unused_columns=False,
+    )
     settings = loss_settings(model, script_args.loss_chunk_size)
 
     def collate(packed: list[dict]) -> dict[str, Any]:
@@ -275,7 +281,7 @@ def padded_trainer(
     (source,) = sources.values()
     texts = source["text"][:]
     batch = training_args.per_device_train_batch_size * training_args.world_size
-    training_args.train_sampling_strategy = "sequential"
+    training_args = changed(training_args, train_sampling_strategy="sequential")
     train_pieces = length_grouped(pieces_of(texts, tokenizer, script_args.max_length), batch, training_args.seed)
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     settings = loss_settings(model, script_args.loss_chunk_size)

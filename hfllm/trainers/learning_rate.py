@@ -2,9 +2,15 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from hfllm.errors import InputError
+from hfllm.runs.arguments import changed
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+Trained = TypeVar("Trained", bound="TrainingArguments")
 
 # What a batch that is `ratio` times as large multiplies the learning rate by.
 RULES = {
@@ -16,7 +22,7 @@ RULES = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class BatchArguments:
     """How the learning rate follows the batch."""
 
@@ -34,7 +40,7 @@ class BatchArguments:
     )
 
 
-def global_batch_size(training_args: Any) -> int:
+def global_batch_size(training_args: "TrainingArguments") -> int:
     """Sequences (rows, pairs, episodes) that one optimiser step learns from, on all processes."""
     return (
         training_args.per_device_train_batch_size
@@ -43,13 +49,11 @@ def global_batch_size(training_args: Any) -> int:
     )
 
 
-def scale_learning_rate(script_args: Any, training_args: Any) -> dict[str, float]:
-    """Multiply the learning rates of `training_args`, in place, by what `--lr_scaling_rule` says of its batch.
-
-    Call it once, before the trainer is built.
+def scaled_learning_rate(script_args: BatchArguments, training_args: Trained) -> tuple[Trained, dict[str, float]]:
+    """Return `training_args` with learning rates as `--lr_scaling_rule` has them for its batch, and what to report.
 
     Returns:
-        What the report should show: `learning_rate` as it is used and `global_batch_size`; nothing without a rule.
+        The arguments, the same without a rule; and `learning_rate` as used with `global_batch_size`, or nothing.
 
     Raises:
         InputError: for a rule without a base batch size, or the other way round, a size that is not positive, or a
@@ -61,7 +65,7 @@ def scale_learning_rate(script_args: Any, training_args: Any) -> dict[str, float
     if rule == "none":
         if base is not None:
             raise InputError(f"--lr_scaling_base_batch_size {base} needs --lr_scaling_rule sqrt or linear")
-        return {}
+        return training_args, {}
     if base is None:
         raise InputError(
             f"--lr_scaling_rule {rule} needs --lr_scaling_base_batch_size: the global batch --learning_rate is for"
@@ -73,8 +77,10 @@ def scale_learning_rate(script_args: Any, training_args: Any) -> dict[str, float
         raise InputError(f"--lr_scaling_rule {rule}: DeepSpeed's file has an optimizer section, and a rate of its own")
     batch = global_batch_size(training_args)
     factor = RULES[rule](batch / base)
-    training_args.learning_rate *= factor
-    # PPO's critic may have one of its own.
-    if getattr(training_args, "value_learning_rate", None) is not None:
-        training_args.value_learning_rate *= factor
-    return {"learning_rate": training_args.learning_rate, "global_batch_size": batch}
+    # PPO's critic may have a rate of its own.
+    rates = {
+        name: rate * factor
+        for name in ("learning_rate", "value_learning_rate")
+        if (rate := getattr(training_args, name, None)) is not None
+    }
+    return changed(training_args, **rates), {"learning_rate": rates["learning_rate"], "global_batch_size": batch}

@@ -1,0 +1,63 @@
+"""The architecture of a new model, as flags; and the config of a model that is named or still to be made."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from hfllm.runs.chain import Chain
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from trl import ModelConfig
+
+
+@dataclass(frozen=True)
+class ArchitectureArguments:
+    """Architecture of a new model."""
+
+    vocab_size: int = field(default=8192, metadata={"help": "Upper bound on the new tokenizer's vocabulary."})
+    hidden_size: int = field(default=512, metadata={"help": "Width of the new model."})
+    num_hidden_layers: int = field(default=8, metadata={"help": "Layers of the new model."})
+    num_attention_heads: int = field(default=8, metadata={"help": "Query heads of the new model."})
+    num_key_value_heads: int | None = field(default=None, metadata={"help": "Key-value heads of the new model."})
+    max_position_embeddings: int = field(default=2048, metadata={"help": "Context of the new model."})
+    initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the new weights."})
+    tie_word_embeddings: bool = field(default=False, metadata={"help": "Share embeddings and head."})
+    norm_type: str = field(default="rmsnorm", metadata={"help": "rmsnorm or layernorm."})
+    norm_placement: str = field(default="pre", metadata={"help": "pre or post."})
+    mlp_type: str = field(default="gated", metadata={"help": "gated or plain."})
+    hidden_act: str = field(default="silu", metadata={"help": "Activation of the MLP."})
+    position_embedding_type: str = field(default="rope", metadata={"help": "rope, learned or none."})
+    parallel_block: bool = field(default=False, metadata={"help": "Attention and MLP side by side, as in PaLM."})
+    sliding_window: int | None = field(default=None, metadata={"help": "Tokens that each token attends to at most."})
+    num_local_experts: int = field(default=0, metadata={"help": "Experts of each layer; 0 is one dense MLP."})
+    num_experts_per_tok: int = field(default=2, metadata={"help": "Experts that each token passes through."})
+    residual_init: str = field(default="plain", metadata={"help": "plain, gpt2 or depth: scale of the residual init."})
+
+
+# The flags that are fields of `HfllmConfig`; a tokenizer decides about the vocabulary.
+ARCHITECTURE = tuple(name for name in ArchitectureArguments.__dataclass_fields__ if name != "vocab_size")
+
+
+def architecture_of(script_args: ArchitectureArguments) -> dict[str, object]:
+    """Return the fields of `HfllmConfig` that the flags describe."""
+    return {name: getattr(script_args, name) for name in ARCHITECTURE}
+
+
+def config_to_train(model_args: "ModelConfig", before: Chain) -> "PreTrainedConfig":
+    """Return the config of the model that a stage begins from: the named one, or what pretraining is to make.
+
+    Args:
+        model_args: with the model's name, if it has one.
+        before: the stages that run first.
+
+    Raises:
+        InputError: when it cannot be loaded, or describes no model.
+    """
+    from hfllm.runs.models import load_config, named_fields, new_config
+
+    made = before.parsed.get("pretrain")
+    start = made[2] if made else model_args
+    if start.model_name_or_path:
+        return load_config(start.model_name_or_path, start.model_revision)
+    named = made[0].config_name_or_path
+    return new_config(named_fields(named) if named else architecture_of(made[0]))
