@@ -101,6 +101,8 @@ def test_a_default_that_is_changed_is_no_default_of_the_next_run(parse):
         ("words: red fox", ["--words", "red fox"]),
         ("words: [red fox, owl]", ["--words", "red fox", "owl"]),
         ("kind: b\ncount: 1", ["--kind", "b", "--count", "1"]),
+        ("sizes: ['3', 4]", ["--sizes", "3", "4"]),
+        ("words: [1, two]", ["--words", "1", "two"]),
     ],
 )
 def test_yaml_says_what_flags_say(parse, config, yaml, argv):
@@ -161,6 +163,8 @@ def test_a_value_of_another_type_is_refused_by_its_flag(parse, argv, words):
         ("count: true", ["--count", "int", "'True'"]),
         ("count: [1]", ["--count", "int", "'[1]'"]),
         ("count: .nan", ["--count", "int", "'nan'"]),
+        ("kind: c", ["--kind", "'c'", "'a', 'b'"]),
+        ("sizes: [3, x]", ["--sizes", "int", "'x'"]),
         ("", ["expected a mapping of flags to values, got NoneType"]),
     ],
 )
