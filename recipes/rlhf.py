@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run, world_settings
 from hfllm.stages.alignment import RlhfArguments
+from hfllm.trainers.ppo.options import PPOOptions
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 def parse(argv: Sequence[str]) -> tuple[RlhfArguments, "PPOConfig", "ModelConfig"]:
     """Read the flags; without a model of your own they begin from the settings of the embedded world."""
     library = ("hfllm.trainers.ppo.config.PPOConfig", "trl.ModelConfig")
-    return parse_recipe(argv, __doc__, RlhfArguments, library, "outputs/rlhf", world_settings("rlhf"))
+    settings = world_settings("rlhf")
+    return parse_recipe(argv, __doc__, RlhfArguments, library, "outputs/rlhf", settings, shown=(PPOOptions,))
 
 
 def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "ModelConfig") -> dict[str, float]:

@@ -1,30 +1,33 @@
 """Did the student become its teacher? Both, and a student that had none, on the same held-out rows and prompts."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from hfllm.data.world.world import World
-from hfllm.evaluation.responses import gold_by_group, judge_tasks, mean_gold, right_share
+from hfllm.evaluation.responses import JudgedAnswer, gold_by_group, judge_tasks, mean_gold, right_share
 from hfllm.outputs.report import Bars, Plot, plot_history
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.utils import ModelOutput
 
+# What `Trainer` keeps of its logs.
+History = Sequence[Mapping[str, float]]
 SHOWN_SAMPLES = 12
 # Tokens whose logits exist at a time.
 CHUNK = 256
 TEACHER, STUDENT, ALONE = "teacher", "student", "student_alone"
 
 
-@dataclass
+@dataclass(frozen=True)
 class GoldEvaluation:
     """Judged answers of one model to the world's evaluation prompts, and to one question about each fact."""
 
-    sampled: list[dict[str, Any]] = field(default_factory=list)
-    greedy: list[dict[str, Any]] = field(default_factory=list)
-    facts: list[dict[str, Any]] = field(default_factory=list)
+    sampled: list[JudgedAnswer] = field(default_factory=list)
+    greedy: list[JudgedAnswer] = field(default_factory=list)
+    facts: list[JudgedAnswer] = field(default_factory=list)
 
 
 def judge_model(
@@ -100,10 +103,12 @@ def _target_logits(
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
     read, states = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}, []
 
-    def logits_of(read: Mapping[str, Any], replace: Any) -> "torch.Tensor":
-        def hook(module: Any, args: Any, output: Any) -> None:
+    def logits_of(
+        read: "Mapping[str, torch.Tensor]", substitute: "Callable[[torch.Tensor], torch.Tensor]"
+    ) -> "torch.Tensor":
+        def hook(module: "torch.nn.Module", args: tuple[object, ...], output: "ModelOutput") -> None:
             if getattr(output, "last_hidden_state", None) is not None:
-                output["last_hidden_state"] = replace(output.last_hidden_state)
+                output["last_hidden_state"] = substitute(output.last_hidden_state)
 
         with bare.base_model.register_forward_hook(hook):
             return model(**read, use_cache=False).logits
@@ -137,7 +142,7 @@ def gold_metrics(judged: Mapping[str, GoldEvaluation]) -> dict[str, float]:
     return metrics
 
 
-def gold_tables(judged: Mapping[str, GoldEvaluation]) -> dict[str, list[dict[str, Any]]]:
+def gold_tables(judged: Mapping[str, GoldEvaluation]) -> dict[str, list[dict[str, str]]]:
     """Gold reward by task family of each model, and samples of teacher and student side by side."""
     columns = {}
     for name, one in judged.items():
@@ -157,23 +162,24 @@ def gold_tables(judged: Mapping[str, GoldEvaluation]) -> dict[str, list[dict[str
     }
 
 
-def distillation_plots(
-    history: Sequence[Mapping[str, float]], alone: Sequence[Mapping[str, float]], metrics: Mapping[str, float]
-) -> dict[str, Plot | Bars]:
-    """The parts of the loss over steps, with and without a teacher, and the gold rewards side by side."""
+def distillation_plots(histories: Mapping[str, History], metrics: Mapping[str, float]) -> dict[str, Plot | Bars]:
+    """Return the plots of the loss's parts over steps, with and without a teacher, and of the gold rewards.
+
+    Args:
+        histories: of the students' training, by their names in the report.
+        metrics: of the report.
+    """
     parts = plot_history(
-        history,
+        histories[STUDENT],
         {"divergence from the teacher": "soft_loss", "cross-entropy": "hard_loss", "hidden states": "hidden_loss"},
         title="What the student learns from",
         xlabel="step",
-        ylabel="nats a token",
+        ylabel="nats per token",
     )
-    without = [entry for entry in alone if "hard_loss" in entry]
+    without = [entry for entry in histories.get(ALONE, ()) if "hard_loss" in entry]
     if without:
-        parts.lines = {
-            **parts.lines,
-            "cross-entropy, alone": ([e["step"] for e in without], [e["hard_loss"] for e in without]),
-        }
+        line = [entry["step"] for entry in without], [entry["hard_loss"] for entry in without]
+        parts = replace(parts, lines={**parts.lines, "cross-entropy, alone": line})
     names = {name: f"gold_reward_{name}" for name in (TEACHER, STUDENT, ALONE)}
     values = {name.replace("_", " "): metrics[key] for name, key in names.items() if key in metrics}
     notes = {label: f"{value:.3f}" for label, value in values.items()}

@@ -1,8 +1,8 @@
 """Responses to the world's tasks, judged by its gold rubric, family by family."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypedDict
 
 from hfllm.data.world.rubric import RIGHT, gold_reward
 from hfllm.data.world.world import Task
@@ -10,6 +10,16 @@ from hfllm.generation.responses import sample_responses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class JudgedAnswer(TypedDict):
+    """An answer to a task of the world, and its gold reward."""
+
+    family: str
+    is_new_phrasing: bool
+    prompt: str
+    response: str
+    gold: float
 
 
 def judge_tasks(
@@ -20,12 +30,8 @@ def judge_tasks(
     do_sample: bool,
     seed: int = 0,
     num_return_sequences: int = 1,
-) -> list[dict[str, Any]]:
-    """Answer world tasks and judge the answers.
-
-    Returns:
-        `num_return_sequences` rows a task: `family`, `is_new_phrasing`, `prompt`, `response`, `gold`.
-    """
+) -> list[JudgedAnswer]:
+    """Answer world tasks and judge the answers: `num_return_sequences` answers to each task, in the tasks' order."""
     prompts = [task.prompt_row()["prompt"] for task in tasks]
     answers = sample_responses(model, tokenizer, prompts, max_new_tokens, do_sample, num_return_sequences, seed=seed)
     return [
@@ -41,17 +47,17 @@ def judge_tasks(
     ]
 
 
-def mean_gold(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Mean gold reward of judged rows; 0 for none."""
+def mean_gold(rows: Sequence[JudgedAnswer]) -> float:
+    """Mean gold reward of judged answers; 0 for none."""
     return sum(row["gold"] for row in rows) / max(len(rows), 1)
 
 
-def right_share(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Share of judged rows whose answer is right, however it is put."""
+def right_share(rows: Sequence[JudgedAnswer]) -> float:
+    """Share of judged answers that are right, however they are put."""
     return sum(row["gold"] >= RIGHT for row in rows) / max(len(rows), 1)
 
 
-def gold_by_group(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def gold_by_group(rows: Sequence[JudgedAnswer]) -> dict[str, float]:
     """Mean gold reward in all, on known and held-out phrasings, and of each family."""
     groups: dict[str, list] = defaultdict(list)
     for row in rows:

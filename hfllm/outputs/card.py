@@ -251,10 +251,11 @@ def check_adapter(peft: bool, model_name: str | None) -> None:
 
 
 def chat_lines(folder: str, prompt: str | Sequence[Mapping[str, str]]) -> list[str]:
-    """Return the lines of Python that load the model in `folder` and try it on `prompt`."""
+    """Return the lines of Python that load the model in `folder` and print its answer to `prompt`."""
+    answer = "[0]['generated_text']" + ("" if isinstance(prompt, str) else "[-1]['content']")
     return [
         "import hfllm",
         "from transformers import pipeline",
         f"assistant = pipeline('text-generation', {folder!r})",
-        f"print(assistant({prompt!r}, max_new_tokens=48)[0]['generated_text'])",
+        f"print(assistant({prompt!r}, max_new_tokens=48){answer})",
     ]

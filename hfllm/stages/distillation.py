@@ -1,23 +1,213 @@
-"""What distillation refuses before the stages that make its teacher are trained."""
+"""Distillation: its flags, what it refuses, and the stages before it."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hfllm.data.loading import DataArguments
+from hfllm.data.sources import WORLD
+from hfllm.errors import InputError, refuse
+from hfllm.runs.chain import Chain, chain_before
+from hfllm.runs.recipes import settings_file
+from hfllm.stages import alignment
+from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
+    from trl import ModelConfig
+
+    from hfllm.trainers.distillation.config import DistillationConfig
+
+SIZES = ("student_hidden_size", "student_num_hidden_layers", "student_num_attention_heads")
+NEW_STUDENT = (*SIZES, "student_initializer_range")
+# The stages whose settings `--NAME_config` names.
+OF_TEACHER = ("pretrain", "sft", "reward", "rlhf")
+# Whether a flag is refused, the flag, and why.
+Refusal = tuple[object, str, str]
 
 
-def check_student(
-    model_args: Any,
-    teacher_config: "PreTrainedConfig | None",
-    make_student: "Callable[[PreTrainedModel], PreTrainedModel]",
-) -> None:
+@dataclass(frozen=True)
+class DistillArguments(DataArguments, BatchArguments):
+    """The student, what it learns from, and the settings of the stages before."""
+
+    student_layers_every: int | None = field(
+        default=None, metadata={"help": "Make the student of every n-th layer of the teacher; 3 if nothing is said."}
+    )
+    student_hidden_size: int | None = field(default=None, metadata={"help": "Width of a new student."})
+    student_num_hidden_layers: int | None = field(default=None, metadata={"help": "Layers of a new student."})
+    student_num_attention_heads: int | None = field(default=None, metadata={"help": "Query heads of a new student."})
+    student_initializer_range: float | None = field(
+        default=None, metadata={"help": "Standard deviation of a new student's weights; the teacher's by default."}
+    )
+    answers: str | None = field(
+        default=None,
+        metadata={
+            "help": "Whose answers the student reads: the data's, or the teacher's, sampled at temperature 1 or "
+            "greedy. By default the data's, and greedy ones with --sequence_level; the world's settings: sampled.",
+            "choices": ["data", "sampled", "greedy"],
+        },
+    )
+    mixed_prompts: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the prompts that go on, from some word, as another one ends. The teacher answers what "
+            "no data asks, and the student learns more of what it would say (Beyer et al. 2022, arXiv:2106.05237)."
+        },
+    )
+    sequence_level: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on answers that the teacher writes, as on data, in place of its distributions "
+            "(Kim & Rush 2016, arXiv:1606.07947, section 3.2)."
+        },
+    )
+    train_baseline: bool = field(
+        default=True, metadata={"help": "Also train the same student without the teacher, for as many steps."}
+    )
+    num_examples: int = field(default=9600, metadata={"help": "Demonstrations of the embedded world to train on."})
+    num_documents: int = field(default=0, metadata={"help": "Documents of the embedded world to train on besides."})
+    num_eval_prompts: int = field(default=600, metadata={"help": "Held-out prompts of the world to answer."})
+    num_samples: int = field(default=4, metadata={"help": "Answers to each that are sampled at temperature 1."})
+    response_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest answer, in tokens: by default 40 on the embedded world, else 256."},
+    )
+    pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's pretraining."})
+    sft_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's fine-tuning."})
+    reward_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's reward model."})
+    rlhf_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's alignment."})
+
+
+def world_settings(given: Mapping[str, object]) -> list[Path]:
+    """Return the settings of the world's student, unless the user names a student or a teacher."""
+    is_own = given.get("model_name_or_path") or given.get("teacher_model_name_or_path")
+    return [] if is_own else [settings_file("distill/world.yaml")]
+
+
+def without_contradicted(script_args: DistillArguments, given: Mapping[str, object]) -> DistillArguments:
+    """Return the flags, without those of the world's settings that other flags contradict.
+
+    Args:
+        script_args: as parsed.
+        given: what the user gives, by flag.
+
+    Raises:
+        InputError: when what the user gives is without effect, see `check_given`.
+    """
+    check_given(script_args, given)
+    contradicted = [
+        *(NEW_STUDENT if script_args.student_layers_every else ()),
+        *(("mixed_prompts",) if whose_answers(script_args) == "data" else ()),
+    ]
+    defaults = DistillArguments()
+    return replace(script_args, **{name: getattr(defaults, name) for name in contradicted if name not in given})
+
+
+def whose_answers(script_args: DistillArguments) -> str:
+    """Return `data`, `sampled` or `greedy`."""
+    return script_args.answers or ("greedy" if script_args.sequence_level else "data")
+
+
+def longest_answer(script_args: DistillArguments) -> int:
+    """Return the tokens that an answer may have."""
+    if script_args.response_length is not None:
+        return script_args.response_length
+    return 40 if script_args.dataset_name == WORLD else 256
+
+
+def new_student(script_args: DistillArguments, teacher: "PreTrainedModel") -> "PreTrainedModel":
+    """Return the student that is not named, as the flags describe it."""
+    from hfllm.trainers.distillation.students import smaller_student, student_from_layers
+
+    sizes = {name.removeprefix("student_"): getattr(script_args, name) for name in SIZES}
+    if any(sizes.values()) or script_args.student_initializer_range is not None:
+        return smaller_student(teacher, **sizes, initializer_range=script_args.student_initializer_range)
+    # A teacher in bf16 is none that can be trained so: small updates would be lost.
+    return student_from_layers(teacher, script_args.student_layers_every or 3).float()
+
+
+# ---- what is refused ----
+
+
+def check_given(script_args: DistillArguments, given: Mapping[str, object]) -> None:
+    """Refuse flags without effect that the world's settings have too, if it is the user who gives them.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    for name in ("temperature", "beta", "soft_weight", "hard_weight") if script_args.sequence_level else ():
+        refuse(name in given, f"--{name}", "--sequence_level learns from answers alone")
+    is_world, is_data = script_args.dataset_name == WORLD, whose_answers(script_args) == "data"
+    refuse("num_examples" in given and not is_world, "--num_examples", "it is for the world; use --max_samples")
+    is_idle = "response_length" in given and not is_world and is_data
+    refuse(is_idle, "--response_length", "the answers are the data's; --answers sampled lets the teacher write them")
+
+
+def check(script_args: DistillArguments, training_args: "DistillationConfig", model_args: "ModelConfig") -> None:
+    """Refuse flags that contradict each other or would have no effect, before anything is trained.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    if script_args.dataset_name != WORLD and not training_args.teacher_model_name_or_path:
+        raise InputError(f"--dataset_name {script_args.dataset_name} needs --teacher_model_name_or_path")
+    if not 0 <= script_args.mixed_prompts <= 1:
+        raise InputError(f"--mixed_prompts must be from 0 to 1, got {script_args.mixed_prompts}")
+    for is_refused, flag, reason in (
+        *_refused_of_the_student(script_args, model_args),
+        *_refused_of_the_teacher(script_args, training_args),
+        *_refused_of_the_answers(script_args, training_args),
+    ):
+        refuse(bool(is_refused), f"--{flag}", reason)
+    for name in ("num_examples", "num_eval_prompts", "num_samples", "response_length"):
+        value = getattr(script_args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} must be at least 1, got {value}")
+
+
+def _refused_of_the_student(script_args: DistillArguments, model_args: "ModelConfig") -> Iterator[Refusal]:
+    named, every = model_args.model_name_or_path, script_args.student_layers_every
+    sizes = [name for name in NEW_STUDENT if getattr(script_args, name) is not None]
+    first = sizes[0] if sizes else "student_layers_every"
+    yield named and (sizes or every), first, "the student is named"
+    yield sizes and every, "student_layers_every", f"--{first} describes a new student"
+    yield every is not None and every < 2, "student_layers_every", f"at least 2, got {every}"
+    reason = "it is the student's, who then needs --model_name_or_path and --use_peft; a teacher is loaded so by "
+    for name in ("load_in_8bit", "load_in_4bit"):
+        is_idle = getattr(model_args, name) and not (model_args.use_peft and named)
+        yield is_idle, name, reason + "--teacher_model_init_kwargs"
+    reason = "the adapter's base, a new student, would be saved nowhere: name a student by --model_name_or_path"
+    yield model_args.use_peft and not named, "use_peft", reason
+    yield model_args.attn_implementation and not named, "attn_implementation", "the student is not named"
+
+
+def _refused_of_the_teacher(script_args: DistillArguments, training_args: "DistillationConfig") -> Iterator[Refusal]:
+    named = training_args.teacher_model_name_or_path
+    for name in OF_TEACHER:
+        yield named and getattr(script_args, f"{name}_config"), f"{name}_config", "the teacher is named"
+    yield training_args.teacher_model_revision and not named, "teacher_model_revision", "the teacher is not named"
+
+
+def _refused_of_the_answers(script_args: DistillArguments, training_args: "DistillationConfig") -> Iterator[Refusal]:
+    is_sequence_level, is_world = script_args.sequence_level, script_args.dataset_name == WORLD
+    yield script_args.num_documents and not is_world, "num_documents", "only the embedded world has documents"
+    is_from_data = is_sequence_level and script_args.answers == "data"
+    yield is_from_data, "answers data", "--sequence_level learns from the teacher's answers"
+    is_unanswered = script_args.mixed_prompts and whose_answers(script_args) == "data"
+    reason = "no data answers such prompts; --answers sampled lets the teacher do it"
+    yield is_unanswered, "mixed_prompts", reason
+    for name in ("teacher_top_k", "hidden_weight"):
+        is_idle = is_sequence_level and getattr(training_args, name)
+        yield is_idle, name, "--sequence_level learns from answers alone"
+
+
+def check_student(script_args: DistillArguments, model_args: "ModelConfig", before: Chain) -> None:
     """Refuse a student that could only fail with the teacher, after the stages before have been trained.
 
     Args:
         model_args: with the student's name, if it has one.
-        teacher_config: of the teacher that the stages are to make; `None` if it is named, and loaded right away.
-        make_student: makes a new student for that teacher.
+        before: the stages that are to make the teacher; none if it is named, and loaded right away.
 
     Raises:
         InputError: for a named student that cannot be loaded or trained, an adapter that does not fit it, or a new
@@ -27,7 +217,9 @@ def check_student(
 
     from hfllm.models.stored import adapter_base, empty_model
     from hfllm.runs.models import check_trainable, load_config, load_tokenizer, peft_config, try_adapter
+    from hfllm.stages.architecture import config_to_train
 
+    teacher_config = config_to_train(before.runs["rlhf"][2], before.nested["rlhf"]) if before.runs else None
     name, revision = model_args.model_name_or_path, model_args.model_revision
     # New weights of an adapter or a student must not change the numbers that are drawn later.
     with torch.random.fork_rng():
@@ -39,4 +231,24 @@ def check_student(
                 try_adapter(load_config(base, revision), peft_config(model_args))
         elif teacher_config is not None:
             with torch.device("meta"):
-                make_student(empty_model(teacher_config))
+                new_student(script_args, empty_model(teacher_config))
+
+
+# ---- the stages before ----
+
+
+def stages_before(script_args: DistillArguments, training_args: "DistillationConfig") -> Chain:
+    """Return the alignment that makes the world's teacher, with the stages that it runs itself, if none is named.
+
+    Raises:
+        InputError: when one of their configs is wrong.
+    """
+    before = chain_before(
+        "distill",
+        training_args.output_dir,
+        training_args.seed,
+        script_args.world_seed,
+        named={"rlhf": training_args.teacher_model_name_or_path},
+        configs={name: getattr(script_args, f"{name}_config") for name in OF_TEACHER},
+    )
+    return replace(before, nested={name: alignment.stages_before(*parsed) for name, parsed in before.runs.items()})

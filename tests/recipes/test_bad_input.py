@@ -73,6 +73,19 @@ def test_help_shows_how_to_launch(name, capsys):
     assert f"--{flag}" in shown
 
 
+@pytest.mark.parametrize(("name", "flag"), [("rlhf", "--kl_coef"), ("distill", "--teacher_top_k")])
+def test_help_lists_the_trainers_own_flags_without_torch(name, flag):
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['{name}', '--help']\n"
+        f"try: runpy.run_path('recipes/{name}.py', run_name='__main__')\n"
+        "finally: assert not {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"\n  {flag} " in done.stdout
+
+
 @pytest.mark.parametrize(("stage", "flag"), [(sft, "--pretrain_config"), (reward, "--sft_config")])
 def test_the_config_of_a_stage_that_does_not_run_is_refused(stage, flag, tmp_path):
     flags = ["--model_name_or_path", "x", flag, "y.yaml", "--output_dir", str(tmp_path / "out")]

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, pipeline
 
 from hfllm.data.tokenizer import train_tokenizer
 from hfllm.errors import InputError
+from hfllm.stages import distillation_trainers
 
 KEYS = {
     *("gold_reward_teacher", "gold_reward_student", "gold_reward_student_alone", "fact_accuracy_student"),
@@ -104,7 +105,7 @@ def test_another_vocabulary_needs_answers(distilled, make_model, world, tmp_path
     make_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
     arguments = options(distilled, tmp_path, "--model_name_or_path", str(tmp_path / "student"))
-    with pytest.raises(InputError, match=r"sequence-level distillation: recipes/distill\.py --sequence_level"):
+    with pytest.raises(InputError, match="sequence-level distillation: hfllm distill --sequence_level"):
         distill.main(*distill.parse(arguments))
     flags = ["--sequence_level", "--answers", "sampled", "--response_length", "64"]
     metrics = distill.main(*distill.parse([*arguments, *flags]))
@@ -130,8 +131,8 @@ def test_a_share_of_the_prompts_is_mixed(distilled, tmp_path, monkeypatch):
 
 
 def test_the_student_alone_has_as_many_steps(distilled, tmp_path, monkeypatch):
-    made, make = [], distill.student_trainer
-    monkeypatch.setattr(distill, "student_trainer", lambda *args: made.append(make(*args)) or made[-1])
+    made, make = [], distillation_trainers.student_trainer
+    monkeypatch.setattr(distillation_trainers, "student_trainer", lambda *args: made.append(make(*args)) or made[-1])
     monkeypatch.setattr(
         "hfllm.synthesis.teacher_answers.write_answers", lambda teacher, tokenizer, rows, *settings: rows[::4]
     )
@@ -191,7 +192,7 @@ def test_flags_that_contradict_each_other_are_refused(flags, message, saved, tmp
 def test_a_teachers_settings_are_of_its_loading(saved):
     def load(settings):
         flags = ["--teacher_model_name_or_path", str(saved), "--teacher_model_init_kwargs", json.dumps(settings)]
-        return distill.load_teacher(distill.parse(flags)[1])[0]
+        return distillation_trainers.load_teacher(distill.parse(flags)[1])[0]
 
     assert load({"revision": "main", "dtype": "bfloat16"}).dtype == torch.bfloat16
     for settings, message in (

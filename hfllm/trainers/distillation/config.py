@@ -1,59 +1,26 @@
 """Arguments of `DistillationTrainer`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainingArguments
 
 from hfllm.trainers.distillation.losses import LossSettings
+from hfllm.trainers.distillation.options import DistillationOptions, option
 
 NOT_NEGATIVE = ("soft_weight", "hard_weight", "hidden_weight", "loss_chunk_size")
 AT_LEAST_ONE = ("teacher_top_k", "max_length")
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
-class DistillationConfig(TrainingArguments):
-    """`transformers.TrainingArguments` plus distillation's, named as in TRL's where they mean the same."""
+class DistillationConfig(DistillationOptions, TrainingArguments):
+    """`transformers.TrainingArguments` plus distillation's, named as in TRL's where they mean the same.
 
-    logging_steps: float = _option(10, "Log every X optimizer steps; below 1, a share of all steps.")
-    remove_unused_columns: bool | None = _option(False, "Keep False: the trainer reads the dataset's columns itself.")
-    max_length: int | None = _option(1024, "Longest row in tokens; what is longer is cut at its end.")
-    disable_dropout: bool = _option(False, "Switch the student's dropout off.")
+    Distillation's own are in `hfllm/trainers/distillation/options.py`.
+    """
 
-    # The teacher
-    teacher_model_name_or_path: str | None = _option(None, "Model name or path of the teacher.")
-    teacher_model_revision: str | None = _option(None, "Revision of the teacher.")
-    teacher_model_init_kwargs: dict[str, Any] | str | None = _option(
-        None, "Keyword arguments of `from_pretrained` for a teacher given by name."
-    )
-    teacher_top_k: int | None = _option(
-        None,
-        "Ask the teacher once, keep so many of its likeliest tokens at each place on disk, and train from there. By "
-        "default it is asked at every step and compared on the whole vocabulary.",
-    )
-    teacher_cache_dir: str | None = _option(
-        None,
-        "Folder of what was kept, which several runs may share: nothing in it is removed. By default teacher_cache in "
-        "the output folder, without what is stale.",
-    )
-
-    # The loss
-    temperature: float = _option(3.0, "Temperature of both distributions in the divergence.")
-    beta: float = _option(
-        0.0, "Divergence: 0 is the forward KL, 1 the reverse KL, between them generalised Jensen-Shannon."
-    )
-    soft_weight: float = _option(0.7, "Weight of the divergence, times the squared temperature.")
-    hard_weight: float = _option(0.3, "Weight of the cross-entropy with the data.")
-    hidden_weight: float = _option(
-        0.0, "Weight of the mean squared distance between hidden states, a student's layer to one of the teacher's."
-    )
-    loss_chunk_size: int = _option(
-        256, "Tokens whose logits exist at a time, of student and teacher; 0 is all of a batch."
-    )
+    logging_steps: float = option(10, "Log every X optimizer steps; below 1, a share of all steps.")
+    remove_unused_columns: bool | None = option(False, "Keep False: the trainer reads the dataset's columns itself.")
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 

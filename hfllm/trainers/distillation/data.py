@@ -1,6 +1,6 @@
-"""Rows to distil on: their tokens, which of them count, and batches of them with what the teacher said."""
+"""Rows to distill on: their tokens, which of them count, and batches of them with what the teacher said."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+# A row of a dataset, in one of `FORMATS`.
+Row = Mapping[str, Any]
 FORMATS = "input_ids (and labels); prompt and completion, text or messages; text"
 # Rows that are tokenized at a time.
 ROWS = 1000
 
 
 def tokenize_dataset(
-    dataset: "Iterable[dict[str, Any]]", tokenizer: "PreTrainedTokenizerBase", max_length: int | None
+    dataset: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", max_length: int | None
 ) -> "Dataset":
     """`input_ids` and `labels` of rows in any of `FORMATS`, which may be mixed.
 
@@ -32,7 +34,7 @@ def tokenize_dataset(
     from datasets import Dataset, Features, List, Value
 
     rows: dict[str, list] = {"input_ids": [], "labels": []}
-    batch: list[tuple[int, dict]] = []
+    batch: list[tuple[int, Row]] = []
 
     def flush() -> None:
         for ids, first in _tokens(batch, tokenizer):
@@ -62,7 +64,7 @@ def _labelled(ids: Sequence[int], first: int | Sequence[int]) -> tuple[list[int]
 
 
 def _tokens(
-    batch: Sequence[tuple[int, dict]], tokenizer: "PreTrainedTokenizerBase"
+    batch: Sequence[tuple[int, Row]], tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterable[tuple[Sequence[int], int | Sequence[int]]]:
     """Ids of each row, and the place of its first label or its labels."""
     texts = [row["text"] for _, row in batch if row.get("input_ids") is None and row.get("text") is not None]
@@ -82,12 +84,12 @@ def _tokens(
             raise InputError(f"row {number}: columns {', '.join(row) or '(none)'}; expected one of: {FORMATS}")
 
 
-def _is_pair(row: dict) -> bool:
+def _is_pair(row: Row) -> bool:
     has_more = row.get("input_ids") is not None or row.get("text") is not None
     return not has_more and row.get("prompt") is not None and row.get("completion") is not None
 
 
-def _pairs(batch: Sequence[tuple[int, dict]], tokenizer: "PreTrainedTokenizerBase") -> Iterable[tuple[list[int], int]]:
+def _pairs(batch: Sequence[tuple[int, Row]], tokenizer: "PreTrainedTokenizerBase") -> Iterable[tuple[list[int], int]]:
     if not batch:
         return
     prompts, wholes = [], []
@@ -135,7 +137,7 @@ class DistillationCollator:
     pad_token_id: int
     pad_to_multiple_of: int = 1
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         length = max(len(row["input_ids"]) for row in rows)
         length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
 

@@ -1,6 +1,6 @@
 """What a student pays for differing from its teacher and from the data, in nats, summed over tokens.
 
-With teacher `p` and student `q`, both softened by a temperature, the divergence of a token is (Agarwal et al. 2023,
+With teacher `p` and student `q`, both softened by a temperature, the divergence at a token is (Agarwal et al. 2023,
 arXiv:2306.13649, equation 1)
 
     beta = 0        KL(p || q)                                      forward: the student covers what the teacher does
@@ -15,7 +15,7 @@ Shapes: N tokens, V vocabulary, E hidden size, K kept outcomes, M compared outco
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -256,7 +256,7 @@ class _LinearDistillation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output, *unused: Any):
+    def backward(ctx, grad_output, *unused: torch.Tensor | None):
         # In place, since a copy of the head's gradient would be the largest tensor here: once only.
         if ctx.gradients is None:
             raise RuntimeError("the chunked loss has one backward pass only: use loss_chunk_size=0 to keep the graph")

@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ALTERNATIVE = (
     "their logits cannot be compared. Train on the teacher's answers instead, which needs no common vocabulary "
-    "(sequence-level distillation: recipes/distill.py --sequence_level, or SFT on what the teacher writes)"
+    "(sequence-level distillation: hfllm distill --sequence_level, or SFT on what the teacher writes)"
 )
 
 
@@ -188,7 +188,7 @@ def check_linear_head(model: "PreTrainedModel", whose: str) -> None:
         )
 
 
-def load_teacher(name: str, settings: Mapping[str, Any]) -> "PreTrainedModel":
+def load_teacher(name: str, settings: Mapping[str, object]) -> "PreTrainedModel":
     """The teacher called `name`.
 
     Args:

@@ -3,12 +3,13 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from hfllm.data.packing import IGNORE
 from hfllm.data.prepared import Prepared
+from hfllm.trainers.distillation.data import Row
 from hfllm.trainers.distillation.losses import Teacher, TopK
 
 if TYPE_CHECKING:
@@ -23,11 +24,11 @@ LAYOUT = 1
 
 def description(
     teacher: "str | PreTrainedModel",
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     dataset: "Dataset",
     temperature: float,
     top_k: int,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """What a cache's content depends on: a cache with another description is stale, and made anew.
 
     Args:
@@ -46,7 +47,7 @@ def description(
     }
 
 
-def files_state(name: str) -> list[list[Any]]:
+def files_state(name: str) -> list[list[str | int]]:
     """Name, size and time of change of a local model's config and weights."""
     paths = [path for pattern in ("*.safetensors", "*.bin", "config.json") for path in Path(name).glob(pattern)]
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(paths)]
@@ -70,7 +71,11 @@ def rows_hash(dataset: "Dataset") -> str:
 
 
 def open_cache(
-    folder: Path, name: str, made_from: dict[str, Any], make: Callable[[], Iterator[Any]], is_shared: bool
+    folder: Path,
+    name: str,
+    made_from: Mapping[str, object],
+    make: "Callable[[], Iterator[pyarrow.Table]]",
+    is_shared: bool,
 ) -> "Dataset":
     """The cache of one dataset: as it is on disk, or made now if it is not there, not finished or stale.
 
@@ -127,7 +132,7 @@ class WithTeacher(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Row:
         said = self.cache[index]
         places = len(said["rest"])
         return {

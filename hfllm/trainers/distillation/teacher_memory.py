@@ -3,13 +3,17 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from hfllm.errors import InputError
 from hfllm.models.stored import adapter_base, empty_model, location_of, quantization_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 PROC_MEMORY = Path("/proc/meminfo")
 # Folder, limit, use, and the beginning of the names in memory.stat, of version 2 and of version 1.
@@ -21,7 +25,7 @@ CGROUPS = (
 UNKNOWN_DTYPE_BYTES = 2
 
 
-def check_fits_memory(name: str, settings: Mapping[str, Any]) -> None:
+def check_fits_memory(name: str, settings: Mapping[str, object]) -> None:
     """Refuse a model that is larger than memory, before it is loaded.
 
     Args:
@@ -46,11 +50,11 @@ def check_fits_memory(name: str, settings: Mapping[str, Any]) -> None:
     raise InputError(
         f"the teacher {name!r} takes {size / 2**30:.1f} GiB, and {bytes_free / 2**30:.1f} GiB are free: "
         f"{'' if quantization else smaller}let it write answers on a larger machine and train on those with "
-        "recipes/sft.py"
+        "hfllm sft"
     )
 
 
-def _config_of(name: str, settings: Mapping[str, Any]) -> Any:
+def _config_of(name: str, settings: Mapping[str, object]) -> "PreTrainedConfig | None":
     """The config of what is loaded, of an adapter the one of its base; `None` if it cannot be read."""
     from transformers import AutoConfig
 
@@ -62,7 +66,7 @@ def _config_of(name: str, settings: Mapping[str, Any]) -> Any:
         return None
 
 
-def loaded_bytes(config: Any, settings: Mapping[str, Any]) -> int | None:
+def loaded_bytes(config: "PreTrainedConfig", settings: Mapping[str, object]) -> int | None:
     """Bytes of a causal language model's weights once loaded; of a quantized one they are a lower bound.
 
     Args:
@@ -90,14 +94,14 @@ def loaded_bytes(config: Any, settings: Mapping[str, Any]) -> int | None:
     return int(total)
 
 
-def _itemsize(dtype: Any, config: Any) -> int:
+def _itemsize(dtype: object, config: "PreTrainedConfig") -> int:
     """Bytes of a weight that is loaded with this `dtype` of `from_pretrained`."""
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     dtype = dtype if isinstance(dtype, torch.dtype) else getattr(config, "dtype", None)
     return dtype.itemsize if isinstance(dtype, torch.dtype) else UNKNOWN_DTYPE_BYTES
 
 
-def _quantized_bytes(quantization: Any) -> float:
+def _quantized_bytes(quantization: "QuantizationConfigMixin | dict[str, Any]") -> float:
     """Bytes of a weight of a quantized matrix: an estimate, nothing for a way that is not known."""
     values = quantization if isinstance(quantization, dict) else quantization.to_dict()
     if values.get("load_in_8bit") or values.get("quant_method") == "hfllm_int8":

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 import torch
@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.utils import ModelOutput
 
 from hfllm.data.packing import IGNORE
 from hfllm.errors import InputError
 from hfllm.trainers.distillation.config import DistillationConfig
-from hfllm.trainers.distillation.data import DistillationCollator, tokenize_dataset
+from hfllm.trainers.distillation.data import DistillationCollator, Row, tokenize_dataset
 from hfllm.trainers.distillation.losses import (
     Teacher,
     TeacherHead,
@@ -44,9 +45,12 @@ from hfllm.trainers.distillation.teacher_cache import WithTeacher, description, 
 from hfllm.trainers.dropout import disable_dropout
 
 if TYPE_CHECKING:
+    import pyarrow
     from datasets import Dataset
     from peft import PeftConfig
     from transformers import PreTrainedTokenizerBase
+
+Rows, Changed = TypeVar("Rows"), TypeVar("Changed")
 
 PROJECTION = "distillation_projection"
 PROJECTION_FILE = f"{PROJECTION}.safetensors"
@@ -81,8 +85,8 @@ class DistillationTrainer(Trainer):
         model: PreTrainedModel,
         teacher_model: "PreTrainedModel | str | None" = None,
         args: DistillationConfig | None = None,
-        train_dataset: "Dataset | None" = None,
-        eval_dataset: "Dataset | dict[str, Dataset] | None" = None,
+        train_dataset: Iterable[Row] | None = None,
+        eval_dataset: Iterable[Row] | dict[str, Iterable[Row]] | None = None,
         processing_class: "PreTrainedTokenizerBase | None" = None,
         teacher_processing_class: "PreTrainedTokenizerBase | None" = None,
         peft_config: "PeftConfig | None" = None,
@@ -154,7 +158,7 @@ class DistillationTrainer(Trainer):
         def ask(batch: dict[str, torch.Tensor], kept: torch.Tensor) -> Teacher:
             return self._teacher_of(self._teacher_pass(batch), kept.to(args.device))
 
-        def make() -> Iterator[Any]:
+        def make() -> "Iterator[pyarrow.Table]":
             self.teacher = self.teacher or self._loaded_teacher()
             loader = DataLoader(rows, batch_size=args.per_device_eval_batch_size, collate_fn=self.data_collator)
             yield from teacher_tables(loader, ask, args.temperature, args.teacher_top_k, args.loss_chunk_size)
@@ -180,14 +184,14 @@ class DistillationTrainer(Trainer):
         return teacher
 
     @torch.no_grad()
-    def _teacher_pass(self, inputs: dict[str, torch.Tensor]) -> Any:
+    def _teacher_pass(self, inputs: dict[str, torch.Tensor]) -> ModelOutput:
         """The teacher's outputs on a batch: of its trunk, or with logits when they are not made in chunks."""
         read = {name: inputs[name].to(self.args.device) for name in ("input_ids", "attention_mask")}
         reader = self.teacher.base_model if self.args.loss_chunk_size else self.teacher
         with self.accelerator.autocast():
             return reader(**read, use_cache=False, output_hidden_states=bool(self.args.hidden_weight))
 
-    def _teacher_of(self, said: Any, kept: torch.Tensor) -> Teacher:
+    def _teacher_of(self, said: ModelOutput, kept: torch.Tensor) -> Teacher:
         """What the teacher says at the places `kept` (B, L) of a batch."""
         if not self.args.loss_chunk_size:
             return TeacherLogits(said.logits[kept])
@@ -208,7 +212,7 @@ class DistillationTrainer(Trainer):
         layers = [model.config.get_text_config().num_hidden_layers for model in (self._bare(self.model), self.teacher)]
         return layer_pairs(*layers)
 
-    def _hidden_distance(self, student: Any, teacher: Any, kept: torch.Tensor) -> torch.Tensor:
+    def _hidden_distance(self, student: ModelOutput, teacher: ModelOutput, kept: torch.Tensor) -> torch.Tensor:
         """Mean squared distance of the paired layers' states, summed over tokens."""
         pairs = self._layer_pairs()
         total = 0.0
@@ -222,10 +226,10 @@ class DistillationTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
+    ) -> torch.Tensor | tuple[torch.Tensor, ModelOutput]:
         """The loss of a batch, divided by the targets of the whole step on all processes."""
         args, kept = self.args, inputs["shift_labels"] != IGNORE
         targets = inputs["shift_labels"][kept]
@@ -250,7 +254,9 @@ class DistillationTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _student_pass(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, torch.Tensor | None]:
+    def _student_pass(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor]
+    ) -> tuple[ModelOutput, torch.Tensor | None]:
         """The student's outputs, and with chunks its last hidden state, after the one forward pass that DDP sees."""
         bare, states = self._bare(model), []
         read = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
@@ -271,10 +277,10 @@ class DistillationTrainer(Trainer):
     def _compared(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
-        outputs: Any,
+        inputs: dict[str, torch.Tensor],
+        outputs: ModelOutput,
         hidden: torch.Tensor | None,
-        said: Any,
+        said: ModelOutput | None,
         kept: torch.Tensor,
         targets: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -296,7 +302,7 @@ class DistillationTrainer(Trainer):
 
     # ---- evaluation ----
 
-    def get_eval_dataloader(self, eval_dataset: "str | Iterable[dict[str, Any]] | None" = None) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: str | Iterable[Row] | None = None) -> DataLoader:
         """Trainer's, of rows as `__init__` takes them, or of those of that name; so are `evaluate`'s.
 
         Raises:
@@ -310,11 +316,11 @@ class DistillationTrainer(Trainer):
             eval_dataset = self._readable(eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
-    def get_test_dataloader(self, test_dataset: "Iterable[dict[str, Any]]") -> DataLoader:
+    def get_test_dataloader(self, test_dataset: Iterable[Row]) -> DataLoader:
         """As `get_eval_dataloader`."""
         return super().get_test_dataloader(self._readable(test_dataset))
 
-    def _readable(self, rows: "Iterable[dict[str, Any]]") -> "Dataset | WithTeacher":
+    def _readable(self, rows: Iterable[Row]) -> "Dataset | WithTeacher":
         if isinstance(rows, WithTeacher):
             return rows
         if self.args.needs_teacher and self.args.teacher_top_k is not None:
@@ -327,7 +333,7 @@ class DistillationTrainer(Trainer):
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: dict[str, torch.Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
@@ -335,7 +341,7 @@ class DistillationTrainer(Trainer):
         return super().prediction_step(model, inputs, True, ignore_keys)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's, with the parts of the training loss since the last time, in nats a token."""
+        """Trainer's, with the parts of the training loss since the last time, in nats per token."""
         if "loss" in logs:
             *parts, tokens = self.accelerator.reduce(self._sums.to(self.args.device), "sum").tolist()
             if tokens:
@@ -352,7 +358,7 @@ class DistillationTrainer(Trainer):
 
     # ---- the projections: trained with the student, saved in checkpoints, and not part of the result ----
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trainer's; the projections belong to the student's parameters meanwhile."""
         self._sums.zero_()
         if self._projection is None:
@@ -374,7 +380,7 @@ class DistillationTrainer(Trainer):
             if projection is not None:
                 self.model.add_module(PROJECTION, projection)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         output_dir = output_dir or self.args.output_dir
         with self._without_projection() as projection:
             if state_dict is not None:
@@ -391,7 +397,9 @@ class DistillationTrainer(Trainer):
             projection.load_state_dict(load_file(os.path.join(resume_from_checkpoint, PROJECTION_FILE)))
 
 
-def _each(rows: Any, change: Callable[[Any, str], Any]) -> Any:
+def _each(
+    rows: Rows | dict[str, Rows] | None, change: Callable[[Rows, str], Changed]
+) -> Changed | dict[str, Changed] | None:
     """`change` of a dataset for evaluation, or of each in a dict of them, and the name of a file for each."""
     if isinstance(rows, dict):
         return {name: change(part, f"eval_{quote(name, safe='')}") for name, part in rows.items()}

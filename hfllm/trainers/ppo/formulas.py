@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-KL_ESTIMATORS = ("k1", "k2", "k3")
+from hfllm.trainers.ppo.options import KL_ESTIMATORS
 
 
 def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str = "k1") -> torch.Tensor:

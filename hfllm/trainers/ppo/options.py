@@ -1,0 +1,138 @@
+"""The options of PPO's own, by purpose. No torch here: `hfllm rlhf --help` shows them at once.
+
+They are not frozen, as transformers' `TrainingArguments` are not, which `PPOConfig` is together with them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# See hfllm/trainers/ppo/formulas.py.
+KL_ESTIMATORS = ("k1", "k2", "k3")
+KL_PLACES = ("reward", "loss")
+VLLM_MODES = ("colocate", "server")
+
+
+def option(default: Any, text: str, **metadata: Any) -> Any:
+    """Return a dataclass field with its help; `metadata` goes to the parser's flag."""
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass
+class RolloutOptions:
+    """Rollouts, and how often each is learned from."""
+
+    total_episodes: int | None = option(None, "Number of responses to sample in all; sets `max_steps` when given.")
+    num_ppo_epochs: int = option(4, "Passes over each rollout.")
+    num_mini_batches: int = option(1, "Optimizer steps in each pass over a rollout.")
+    num_generations: int = option(1, "Responses sampled to each prompt of a rollout.")
+    disable_dropout: bool = option(True, "Switch dropout off, so that the ratio is 1 before the first update.")
+    local_rollout_forward_batch_size: int = option(
+        64, "Sequences a forward pass without gradient takes at once, on each process."
+    )
+    length_bucket_size: int | None = option(
+        None,
+        "No sequence is padded by this many tokens or more: the passes of a micro-batch are split. By default "
+        "8 on a CPU and 256 elsewhere; with DeepSpeed micro-batches stay whole.",
+    )
+    max_tokens_per_pass: int | None = option(
+        None,
+        "Tokens that one forward and backward pass takes at most; larger micro-batches are split. By default 768 on "
+        "a CPU, where larger passes take memory and save no time (fewer with vocabularies above 5,000), and no "
+        "bound elsewhere.",
+    )
+
+
+@dataclass
+class SamplingOptions:
+    """Sampling."""
+
+    response_length: int = option(53, "Longest response to sample, in tokens.")
+    temperature: float = option(1.0, "Sampling temperature.")
+    generation_kwargs: dict[str, Any] | str | None = option(
+        None, "More arguments for `GenerationConfig`, such as top_k, top_p or stop_strings."
+    )
+    log_completions: bool = option(
+        False, "Keep prompts, completions and rewards as parquet, a file for each rollout and process."
+    )
+
+
+@dataclass
+class RewardOptions:
+    """Rewards and advantages."""
+
+    reward_weights: list[float] | None = option(
+        None, "One weight for each reward function; 0 logs a reward without training on it."
+    )
+    missing_eos_penalty: float | None = option(
+        None, "Subtracted from the score of a response that was cut off at `response_length`."
+    )
+    normalize_rewards: bool = option(False, "Divide scores by the running standard deviation, less the running mean.")
+    reward_clip: float | None = option(None, "Clip scores to this size, after normalization.")
+    whiten_rewards: bool = option(False, "Scale rewards to unit variance.")
+    whiten_advantages: bool = option(True, "Scale advantages to zero mean, unit variance.")
+    advantage_clip: float | None = option(None, "Clip advantages to this size, after whitening.")
+    gamma: float = option(1.0, "Discount factor.")
+    lam: float = option(0.95, "Lambda of generalized advantage estimation.")
+
+
+@dataclass
+class ReferenceOptions:
+    """The reference, which the policy is kept near."""
+
+    kl_coef: float = option(0.05, "Weight of the KL penalty to the reference; 0 keeps no reference at all.")
+    kl_estimator: str = option(
+        "k1", "Estimator of the per-token KL; 'full' sums over the vocabulary.", choices=[*KL_ESTIMATORS, "full"]
+    )
+    kl_penalty: str = option("reward", "Where the KL is penalized.", choices=list(KL_PLACES))
+    kl_target: float | None = option(
+        None, "Steer `kl_coef` towards this KL, in nats per response (Ziegler et al. 2019, section 2.2)."
+    )
+    kl_horizon: int = option(10_000, "Episodes over which a steered `kl_coef` may change by a fifth.")
+    sync_ref_model: bool = option(False, "Move the reference towards the policy now and then.")
+    ref_model_sync_steps: int = option(512, "Optimizer steps between two such moves.")
+    ref_model_mixup_alpha: float = option(0.6, "Share of the policy in such a move; 1 copies it.")
+
+
+@dataclass
+class LossOptions:
+    """The loss."""
+
+    cliprange: float = option(0.2, "Clip range of the policy's probability ratio.")
+    dual_clip: float | None = option(
+        None, "Bound, above 1, on the ratio's effect where the advantage is negative (arXiv:1912.09729)."
+    )
+    target_kl: float | None = option(
+        None,
+        "Skip the rest of a rollout's optimizer steps once the KL to its sampling policy, per token, exceeds this.",
+    )
+    entropy_coef: float = option(0.0, "Weight of an entropy bonus, per token.")
+    ptx_coef: float = option(0.0, "Weight of the language-modeling loss on the trainer's `ptx_dataset`.")
+    vf_coef: float = option(0.1, "Weight of the value loss.")
+    cliprange_value: float | None = option(0.2, "Clip range of the values; None for no clipping.")
+    value_learning_rate: float | None = option(None, "Learning rate of the critic's own weights.")
+    critic_warmup_steps: int = option(0, "Optimizer steps at the beginning that train the critic alone.")
+
+
+@dataclass
+class VllmOptions:
+    """Sampling by vLLM."""
+
+    use_vllm: bool = option(False, "Sample by vLLM, through TRL's back end; needs `pip install 'trl[vllm]'`.")
+    vllm_mode: str = option(
+        "colocate", "vLLM in this process, or a server started by `vllm serve`.", choices=list(VLLM_MODES)
+    )
+    vllm_model_impl: str = option("vllm", "Whose model code vLLM runs: 'vllm' or 'transformers'.")
+    vllm_enable_sleep_mode: bool = option(False, "Let vLLM leave the accelerator's memory during the updates.")
+    vllm_server_base_url: str | None = option(None, "URL of the server, in place of host and port.")
+    vllm_server_host: str = option("0.0.0.0", "Host of the server.")
+    vllm_server_port: int = option(8000, "Port of the server.")
+    vllm_server_timeout: float = option(240.0, "Seconds to wait for the server.")
+    vllm_group_port: int = option(51216, "Port that weights are handed to the server over.")
+    vllm_gpu_memory_utilization: float = option(0.3, "Share of the accelerator's memory for vLLM in this process.")
+    vllm_max_model_length: int | None = option(None, "Longest prompt and response; by default the model's context.")
+    vllm_tensor_parallel_size: int = option(1, "Accelerators that one vLLM in this process is spread over.")
+
+
+@dataclass
+class PPOOptions(RolloutOptions, SamplingOptions, RewardOptions, ReferenceOptions, LossOptions, VllmOptions):
+    """All options of PPO's own."""
