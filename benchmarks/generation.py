@@ -136,8 +136,8 @@ class Ways:
     def _add_ours(self, ours: Any, draft: Any, compile: bool) -> None:
         from hfllm.generation import fast_generate
         from hfllm.generation.fast import recommended_draft
+        from hfllm.generation.speculative.draft_length import AdaptiveDraftLength
         from hfllm.generation.speculative.drafts import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft
-        from hfllm.generation.speculative.lookahead import AdaptiveLookahead
         from hfllm.generation.speculative.measure import measure_costs
 
         # docs/generation.md: a trained draft where there is one, else what fast_generate chooses.
@@ -156,9 +156,9 @@ class Ways:
                 costs = measure_costs(ours, source, self.batches[0], compile=compiled, clock=time.process_time)
                 print(f"{name}{suffix}: draft {costs.draft:.2f}, verification {costs.verification:.2f}", flush=True)
                 # Compiled runs of the target are always as wide as the longest draft.
-                lookahead = 4 if compiled else AdaptiveLookahead(costs.per_draft)
+                num_draft_tokens = 4 if compiled else AdaptiveDraftLength(costs.per_draft)
                 label = f"ours, {name}{suffix}"
-                self.runs[label] = self._speculate(ours, label, source, lookahead, compiled)
+                self.runs[label] = self._speculate(ours, label, source, num_draft_tokens, compiled)
 
     def _generate(self, model: Any, **settings: Any) -> Callable[[], list[list[int]]]:
         def run() -> list[list[int]]:
@@ -167,11 +167,11 @@ class Ways:
 
         return run
 
-    def _speculate(self, model: Any, name: str, draft: Any, lookahead: Any, compiled: bool) -> Callable:
+    def _speculate(self, model: Any, name: str, draft: Any, num_draft_tokens: Any, compiled: bool) -> Callable:
         from hfllm.generation.speculative.measure import speculative
 
         def run() -> list[list[int]]:
-            settings = {**self.options, "lookahead": lookahead, "compile": compiled}
+            settings = {**self.options, "num_draft_tokens": num_draft_tokens, "compile": compiled}
             outputs, self.found[name] = speculative(model, draft, self.batches, **settings)
             return self._new(outputs)
 

@@ -21,7 +21,12 @@ def test_greedy(kind, make_target, prompts, blurred):
         ids, mask = prompts(rows)
         options = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
         wanted = target.generate(ids, **options)
-        for draft in ({}, {"draft": None}, {"draft": PromptLookupDraft()}, {"draft": blurred(target), "lookahead": 3}):
+        for draft in (
+            {},
+            {"draft": None},
+            {"draft": PromptLookupDraft()},
+            {"draft": blurred(target), "num_draft_tokens": 3},
+        ):
             assert torch.equal(target.generate(ids, **options, **draft, **FAST), wanted), draft
 
 

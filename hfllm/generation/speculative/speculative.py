@@ -15,8 +15,8 @@ import torch
 from hfllm.errors import InputError
 from hfllm.generation.packed.model import unsupported_reason
 from hfllm.generation.packed.ragged_model import check_context, check_model, padded_right, ragged_model
+from hfllm.generation.speculative.draft_length import DraftLength, FixedDraftLength, as_draft_length
 from hfllm.generation.speculative.drafts import Draft, ModelDraft, Proposal, Rows
-from hfllm.generation.speculative.lookahead import FixedLookahead, Lookahead, as_lookahead
 from hfllm.generation.speculative.options import Options, read_options
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def speculative_generate(
     attention_mask: torch.Tensor | None = None,
     generation_config: "GenerationConfig | None" = None,
     *,
-    lookahead: int | str | Lookahead = "adaptive",
+    num_draft_tokens: int | str | DraftLength = "adaptive",
     generator: torch.Generator | None = None,
     compile: bool = False,
     lean: bool | None = None,
@@ -96,7 +96,7 @@ def speculative_generate(
         attention_mask: (B, S), 0 at padding; by default nothing is.
         generation_config: transformers' options. `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`,
             `min_p`, `eos_token_id`, `pad_token_id` and whatever else looks at the logits alone.
-        lookahead: tokens to draft before the target judges; `"adaptive"` follows the acceptance.
+        num_draft_tokens: tokens to draft before the target judges; `"adaptive"` follows the acceptance.
         generator: the source of randomness; by default torch's own.
         compile: run the models through `torch.compile` on fixed shapes. The first calls take long; rows that have
             ended stay in the batch.
@@ -111,7 +111,7 @@ def speculative_generate(
     check_prompts(input_ids, attention_mask)
     check_model(model)
     options = read_options(model, generation_config, generator, input_ids.shape[1], **kwargs)
-    return decode(model, draft, input_ids, attention_mask, options, lookahead, compile, lean)
+    return decode(model, draft, input_ids, attention_mask, options, num_draft_tokens, compile, lean)
 
 
 def decode(
@@ -120,7 +120,7 @@ def decode(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     options: Options,
-    lookahead: int | str | Lookahead = "adaptive",
+    num_draft_tokens: int | str | DraftLength = "adaptive",
     compile: bool = False,
     lean: bool | None = None,
 ) -> SpeculativeOutput:
@@ -132,13 +132,13 @@ def decode(
     if lean is None:
         lean = not compile and unsupported_reason(model) is None
     if draft is None:
-        lookahead = FixedLookahead(0)
+        draft_length: DraftLength = FixedDraftLength(0)
     else:
         rows = len(input_ids) if lean else None
-        lookahead = as_lookahead(lookahead, draft.cost_ratio(model), model.device.type, rows)
+        draft_length = as_draft_length(num_draft_tokens, draft.cost_ratio(model), model.device.type, rows)
     with many_shapes() if compile else nullcontext():
-        run = _Run(model, draft, options, lookahead, input_ids, attention_mask, compile, lean)
-        if lookahead.maximum:
+        run = _Run(model, draft, options, draft_length, input_ids, attention_mask, compile, lean)
+        if draft_length.maximum:
             while run.is_running():
                 run.step()
         else:
@@ -164,18 +164,18 @@ class _Run:
         model: "PreTrainedModel",
         draft: Draft | None,
         options: Options,
-        lookahead: Lookahead,
+        draft_length: DraftLength,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         compile: bool,
         lean: bool,
     ):
-        self.draft, self.options, self.lookahead, self.compile = draft, options, lookahead, compile
+        self.draft, self.options, self.draft_length, self.compile = draft, options, draft_length, compile
         self.has_begun = False
         lengths = attention_mask.sum(1).tolist()
         longest = max(lengths) + options.max_new_tokens
         check_context(model, longest)
-        capacity = longest + lookahead.maximum + 1
+        capacity = longest + draft_length.maximum + 1
         if compile:
             capacity = -(-capacity // COMPILED_BLOCK) * COMPILED_BLOCK
         # New tokens of each row, and the rows that still run, by their number in the batch.
@@ -192,7 +192,7 @@ class _Run:
         rows = self.rows
         logits = self.target.prefill(rows.tokens[:, : max(rows.sizes)], rows.lengths, rows.last, rows.sizes)
         self._judge(Proposal(rows.tokens[:, :0], torch.zeros_like(rows.lengths)), logits)
-        if self.draft is not None and self.lookahead.maximum and self.is_running():
+        if self.draft is not None and self.draft_length.maximum and self.is_running():
             self.draft.begin(self.target, self.rows, self.compile)
             self.has_begun = True
 
@@ -250,15 +250,15 @@ class _Run:
         self._append(torch.cat((accepted.unsqueeze(1), proposal.counts.unsqueeze(1), fresh), dim=1).tolist())
 
     def _proposal(self) -> Proposal:
-        """Drafted tokens, as many as the lookahead says and the rows have room for."""
-        rows, steps = self.rows, self.lookahead.steps()
+        """Drafted tokens, as many as the draft length says and the rows have room for."""
+        rows, steps = self.rows, self.draft_length.steps()
         # The target adds one token itself.
         room = max(self.limits[number] - size for number, size in zip(self.running, rows.sizes, strict=True)) - 1
         if min(steps, room) > 0:
             proposal = self.draft.propose(rows, min(steps, room), self.options.sampler)
         else:
             proposal = Proposal(rows.tokens[:, :0], torch.zeros_like(rows.lengths))
-        missing = self.lookahead.maximum - proposal.tokens.shape[1]
+        missing = self.draft_length.maximum - proposal.tokens.shape[1]
         if self.compile and missing:
             # One shape for every run of the target; the counts say that these are no drafts.
             proposal.tokens = torch.nn.functional.pad(proposal.tokens, (0, missing))
@@ -282,7 +282,7 @@ class _Run:
             tested, accepted = tested + min(right + 1, count), accepted + right
             self.statistics.tokens += len(new)
         self.statistics.add(calls, drafted, tested, accepted)
-        self.lookahead.update(accepted, tested)
+        self.draft_length.update(accepted, tested)
         kept = [row for row, number in enumerate(self.running) if self.compile or not self._has_ended(number)]
         tokens = self.rows.tokens
         if len(kept) < len(self.running):
