@@ -271,8 +271,8 @@ def test_options_that_cannot_be_honoured_are_refused(options, message, make_targ
 
 
 @needs_int8
-@pytest.mark.parametrize("setting", ["lean=False", "compile=True"])
-def test_the_int8_draft_needs_a_lean_target(setting, make_target, prompts):
+@pytest.mark.parametrize("setting", ["packed=False", "compile=True"])
+def test_the_int8_draft_needs_a_packed_target(setting, make_target, prompts):
     name, _, value = setting.partition("=")
     with pytest.raises(InputError, match=f"the int8 draft does not go with {setting}"):
         speculative_generate(

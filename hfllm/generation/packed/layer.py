@@ -1,4 +1,4 @@
-"""One layer of a lean model: kernels alone, over weights that are joined and laid out for them.
+"""One layer of a packed model: kernels alone, over weights that are joined and laid out for them.
 
 Shapes: B rows, Q new tokens of each, N = B * Q tokens, H query heads, K key-value heads, D head_dim, E hidden_size,
 W columns of the cache that are looked at, R dimensions of a head that are turned.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Rotation = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
-class LeanLayer:
+class PackedLayer:
     """`HfllmDecoderLayer.forward` over tokens (N, E), for every axis of the family.
 
     Args:

@@ -46,11 +46,11 @@ class RaggedModel:
         check_model(model)
         config = model.config.get_text_config(decoder=True)
         self.model, self.forward, self.static = model, forward or model, static
-        self.lean = forward if isinstance(forward, PackedModel) else None
+        self.packed = forward if isinstance(forward, PackedModel) else None
         self.cache = cache or RaggedCache(config.num_hidden_layers, capacity)
         self.windows = attention_windows(config)
         # Of a model that takes no mask for one, and has no layer that looks back a window only.
-        self.sees_all = self.lean is not None and set(self.windows.values()) == {None}
+        self.sees_all = self.packed is not None and set(self.windows.values()) == {None}
         self.is_eager = config._attn_implementation == "eager"
         self.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self.vocabulary = config.vocab_size
@@ -125,20 +125,20 @@ class RaggedModel:
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
-def ragged_model(model: "PreTrainedModel", capacity: int, compile: bool = False, lean: bool = False) -> RaggedModel:
+def ragged_model(model: "PreTrainedModel", capacity: int, compile: bool = False, packed: bool = False) -> RaggedModel:
     """A model over a cache of that many columns.
 
     Args:
         compile: run it through `torch.compile`.
-        lean: run it as a `PackedModel`.
+        packed: run it as a `PackedModel`.
 
     Raises:
-        InputError: for `lean` where it does not work, saying why.
+        InputError: for `packed` where it does not work, saying why.
     """
     check_model(model)
     if compile:
         return RaggedModel(model, capacity, compiled_forward(model), static=True)
-    return RaggedModel(model, capacity, packed_model(model) if lean else None)
+    return RaggedModel(model, capacity, packed_model(model) if packed else None)
 
 
 def attention_windows(config: Any) -> dict[str, int | None]:

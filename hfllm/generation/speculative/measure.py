@@ -52,7 +52,7 @@ def measure_costs(
     rounds: int = 15,
     compile: bool = False,
     clock: Callable[[], float] = time.perf_counter,
-    lean: bool | None = None,
+    packed: bool | None = None,
 ) -> Costs:
     """Time single runs of the target, of the draft, and of the target over a draft, behind the prompts of `batch`.
 
@@ -62,16 +62,16 @@ def measure_costs(
         compile: measure compiled models, as `speculative_generate(compile=True)` runs them.
         clock: what tells the seconds. On a busy machine the wall clock favours short runs, which end before they are
             interrupted; `time.process_time` does not, and is right on one thread.
-        lean: as of `speculative_generate`.
+        packed: as of `speculative_generate`.
     """
     lengths = batch["attention_mask"].sum(1)
     capacity = -(-(int(lengths.max()) + num_draft_tokens + 2) // 128) * 128
     tokens = padded_right(batch["input_ids"], batch["attention_mask"], capacity)
     rows = Rows(tokens, lengths, lengths + num_draft_tokens, lengths.tolist())
     options = read_options(model, None, None, tokens.shape[1], max_new_tokens=1, do_sample=False)
-    if lean is None:
-        lean = not compile and unsupported_reason(model) is None
-    target = ragged_model(model, capacity, compile, lean)
+    if packed is None:
+        packed = not compile and unsupported_reason(model) is None
+    target = ragged_model(model, capacity, compile, packed)
     target.prefill(tokens[:, : max(rows.sizes)], rows.lengths, rows.last, rows.sizes)
     draft.begin(target, rows, compile)
 

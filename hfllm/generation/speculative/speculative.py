@@ -84,7 +84,7 @@ def speculative_generate(
     num_draft_tokens: int | str | DraftLength = "adaptive",
     generator: torch.Generator | None = None,
     compile: bool = False,
-    lean: bool | None = None,
+    packed: bool | None = None,
     **kwargs: Any,
 ) -> SpeculativeOutput:
     """Continue prompts as `model.generate` would, with fewer runs of the model.
@@ -100,7 +100,7 @@ def speculative_generate(
         generator: the source of randomness; by default torch's own.
         compile: run the models through `torch.compile` on fixed shapes. The first calls take long; rows that have
             ended stay in the batch.
-        lean: call kernels alone, over packed copies of the weights on a CPU (`hfllm.generation.packed.model`); by
+        packed: call kernels alone, over packed copies of the weights on a CPU (`hfllm.generation.packed.model`); by
             default for models of the family in evaluation, whose weights the first call copies.
         kwargs: single options over `generation_config`, as `generate` takes them.
 
@@ -111,7 +111,7 @@ def speculative_generate(
     check_prompts(input_ids, attention_mask)
     check_model(model)
     options = read_options(model, generation_config, generator, input_ids.shape[1], **kwargs)
-    return decode(model, draft, input_ids, attention_mask, options, num_draft_tokens, compile, lean)
+    return decode(model, draft, input_ids, attention_mask, options, num_draft_tokens, compile, packed)
 
 
 def decode(
@@ -122,22 +122,22 @@ def decode(
     options: Options,
     num_draft_tokens: int | str | DraftLength = "adaptive",
     compile: bool = False,
-    lean: bool | None = None,
+    packed: bool | None = None,
 ) -> SpeculativeOutput:
     """`speculative_generate` once the options are read."""
     if draft is not None and not hasattr(draft, "propose"):
         draft = ModelDraft(draft)
-    if compile and lean:
-        raise InputError("lean=True and compile=True exclude each other: leave one out")
-    if lean is None:
-        lean = not compile and unsupported_reason(model) is None
+    if compile and packed:
+        raise InputError("packed=True and compile=True exclude each other: leave one out")
+    if packed is None:
+        packed = not compile and unsupported_reason(model) is None
     if draft is None:
         draft_length: DraftLength = FixedDraftLength(0)
     else:
-        rows = len(input_ids) if lean else None
+        rows = len(input_ids) if packed else None
         draft_length = as_draft_length(num_draft_tokens, draft.cost_ratio(model), model.device.type, rows)
     with many_shapes() if compile else nullcontext():
-        run = _Run(model, draft, options, draft_length, input_ids, attention_mask, compile, lean)
+        run = _Run(model, draft, options, draft_length, input_ids, attention_mask, compile, packed)
         if draft_length.maximum:
             while run.is_running():
                 run.step()
@@ -168,7 +168,7 @@ class _Run:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         compile: bool,
-        lean: bool,
+        packed: bool,
     ):
         self.draft, self.options, self.draft_length, self.compile = draft, options, draft_length, compile
         self.has_begun = False
@@ -183,7 +183,7 @@ class _Run:
         self.running = list(range(len(lengths)))
         self.limits = [length + options.max_new_tokens for length in lengths]
         self.rows = self._rows(padded_right(input_ids, attention_mask, capacity), lengths)
-        self.target = ragged_model(model, capacity, compile, lean)
+        self.target = ragged_model(model, capacity, compile, packed)
         self.statistics = Statistics()
         self._begin()
 
