@@ -5,7 +5,7 @@ W columns of the cache that are looked at, R dimensions of a head that are turne
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from hfllm.models.modeling_hfllm import (
 
 if TYPE_CHECKING:
     from hfllm.generation.packed.ragged_cache import RaggedLayer
+    from hfllm.models.configuration_hfllm import HfllmConfig
 
 # Of all tokens: what complex pairs are multiplied by, or cosines and sines, each (B, Q, 1, R).
 Rotation = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -39,7 +40,11 @@ class PackedLayer:
     """
 
     def __init__(
-        self, layer: HfllmDecoderLayer, config: Any, make: Callable[[Sequence[nn.Linear]], Projection], turns: bool
+        self,
+        layer: HfllmDecoderLayer,
+        config: "HfllmConfig",
+        make: Callable[[Sequence[nn.Linear]], Projection],
+        turns: bool,
     ):
         attention = layer.self_attn
         self.is_post, self.is_parallel = layer.norm_placement == "post", layer.parallel_block

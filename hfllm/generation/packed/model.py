@@ -10,7 +10,7 @@ W columns of the cache that are looked at, R dimensions of a head that are turne
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -144,7 +144,7 @@ class PackedModel:
         position_ids: torch.Tensor,
         cache: "RaggedCache",
         logits_to_keep: int = 0,
-        **unused: Any,
+        **unused: object,
     ) -> Output:
         """Logits (B, Q, V), or those of the last `logits_to_keep` tokens.
 

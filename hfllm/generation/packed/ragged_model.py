@@ -5,17 +5,20 @@ Shapes: B rows, Q new tokens of each, C columns of the cache, V vocabulary size.
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from hfllm.errors import InputError
-from hfllm.generation.packed.model import PackedModel, packed_model
+from hfllm.generation.packed.model import Output, PackedModel, packed_model
 from hfllm.generation.packed.ragged_cache import RaggedCache
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.utils import ModelOutput
 
+# What runs a model: the model itself, its compiled forward, or its packed form.
+Forward = Callable[..., "ModelOutput | Output"]
 
 # Logits that a prompt's run may hold at once beyond those that are wanted: 256 MB in fp32.
 MOST_LOGITS = 2**26
@@ -39,7 +42,7 @@ class RaggedModel:
         self,
         model: "PreTrainedModel",
         capacity: int,
-        forward: Callable[..., Any] | None = None,
+        forward: "Forward | None" = None,
         cache: RaggedCache | None = None,
         static: bool = False,
     ):
@@ -86,7 +89,9 @@ class RaggedModel:
         )
         return output.logits
 
-    def prefill(self, tokens: torch.Tensor, lengths: torch.Tensor, last: torch.Tensor, sizes: Sequence[int]) -> Any:
+    def prefill(
+        self, tokens: torch.Tensor, lengths: torch.Tensor, last: torch.Tensor, sizes: Sequence[int]
+    ) -> torch.Tensor:
         """Read prompts (B, S), padded on the right, into the cache; never compiled, since their lengths vary.
 
         Args:
@@ -141,7 +146,7 @@ def ragged_model(model: "PreTrainedModel", capacity: int, compile: bool = False,
     return RaggedModel(model, capacity, packed_model(model) if packed else None)
 
 
-def attention_windows(config: Any) -> dict[str, int | None]:
+def attention_windows(config: "PreTrainedConfig") -> dict[str, int | None]:
     """The window of each kind of layer that a model has, `None` for those without."""
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     if not kinds:
@@ -221,7 +226,7 @@ def early_exit(model: "PreTrainedModel", layers: int) -> "PreTrainedModel":
     raise InputError(f"early exit: {type(model).__name__} has no list of its {total} layers; use another draft")
 
 
-def _with_module(module: torch.nn.Module, path: Sequence[str], replacement: torch.nn.Module) -> Any:
+def _with_module(module: torch.nn.Module, path: Sequence[str], replacement: torch.nn.Module) -> torch.nn.Module:
     """A copy of `module` that shares all its parts, except that `replacement` stands at `path`."""
     if not path:
         return replacement
@@ -233,7 +238,7 @@ def _with_module(module: torch.nn.Module, path: Sequence[str], replacement: torc
     return copy
 
 
-def compiled_forward(model: "PreTrainedModel") -> Callable[..., Any]:
+def compiled_forward(model: "PreTrainedModel") -> "Forward":
     """The model's forward through `torch.compile`, made once for each model.
 
     The first call for each number of tokens takes seconds to minutes; a C++ compiler is needed on a CPU.

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
@@ -41,6 +41,31 @@ class Costs:
     def per_draft(self) -> float:
         """What a drafted token costs in all; drafting pays where more of them than that are accepted."""
         return self.draft + self.verification
+
+
+class SpeedRow(TypedDict):
+    """Greedy decoding with one draft length, beside `generate`.
+
+    Attributes:
+        num_draft_tokens: the name of the draft length.
+        drafted: its mean, in tokens.
+        acceptance_rate, tokens_per_target_call: see `Statistics`.
+        speedup: the seconds of `generate` over ours, the median of all rounds.
+        predicted: the same by the paper's formula.
+        predicted_with_verification: the same where a token more to verify is not free.
+        seconds: of all batches.
+        tokens: that were generated.
+    """
+
+    num_draft_tokens: str
+    drafted: float
+    acceptance_rate: float
+    tokens_per_target_call: float
+    speedup: float
+    predicted: float
+    predicted_with_verification: float
+    seconds: float
+    tokens: int
 
 
 @torch.no_grad()
@@ -92,7 +117,7 @@ def measure_costs(
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
+    runs: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
     """Seconds of each run in each round, after one that is not counted; the order turns from round to round."""
     for run in runs.values():
@@ -165,7 +190,7 @@ def speed_by_num_draft_tokens(
     costs: Costs,
     rounds: int = 3,
     **options: Any,
-) -> tuple[float, list[dict[str, Any]]]:
+) -> tuple[float, list[SpeedRow]]:
     """Measure greedy decoding with each number of draft tokens against `generate`, side by side.
 
     Args:
@@ -174,9 +199,7 @@ def speed_by_num_draft_tokens(
         options: of `generate`, and `compile`.
 
     Returns:
-        Seconds of `generate` for all batches, and one row for each draft length: `num_draft_tokens` (its name),
-        `drafted` (the mean), `acceptance_rate`, `tokens_per_target_call`, `speedup`, `predicted` by the paper's
-        formula and `predicted_with_verification`, `seconds`, `tokens`.
+        Seconds of `generate` for all batches, and one row for each draft length.
     """
     seen: dict[str, Statistics] = {}
 

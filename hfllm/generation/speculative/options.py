@@ -10,7 +10,7 @@ from hfllm.errors import InputError
 from hfllm.generation.speculative import acceptance
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 # Those that look at the logits alone. Others look at the tokens before, which drafts make conditional.
 STATELESS = (
@@ -50,7 +50,7 @@ class Sampler:
     """
 
     do_sample: bool
-    processors: Any
+    processors: "LogitsProcessorList"
     generator: torch.Generator | None = None
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
@@ -142,7 +142,10 @@ def check_config(config: "GenerationConfig", honoured: Sequence[str] = ()) -> No
 
 
 def make_options(
-    config: "GenerationConfig", processors: Any, max_new_tokens: int, generator: torch.Generator | None
+    config: "GenerationConfig",
+    processors: "LogitsProcessorList",
+    max_new_tokens: int,
+    generator: torch.Generator | None,
 ) -> Options:
     """Options from a prepared `generation_config` and its logits processors.
 
@@ -177,7 +180,7 @@ def check_same_vocabulary(
     """
     instead = (
         "use prompt lookup or early exit as the draft, or train one with the target's tokenizer "
-        "(recipes/pretrain.py --tokenizer_name_or_path)"
+        "(hfllm pretrain --tokenizer_name_or_path)"
     )
     sizes = [model.config.get_text_config(decoder=True).vocab_size for model in (target, draft)]
     if sizes[0] != sizes[1]:
