@@ -301,7 +301,7 @@ SCHEMES = {
     for scheme in (
         Scheme(
             "int8",
-            "LLM.int8: a scale a row and token, outlier features apart (bitsandbytes)",
+            "LLM.int8: a scale per row and token, outlier features apart (bitsandbytes)",
             *_int8(OUTLIER_THRESHOLD),
             BITSANDBYTES_DEVICES,
             _BITSANDBYTES,
@@ -324,7 +324,7 @@ SCHEMES = {
         ),
         Scheme(
             "dynamic",
-            "int8 weights and inputs, a scale a row and token, for serving on a CPU",
+            "int8 weights and inputs, a scale per row and token, for serving on a CPU",
             _dynamic_config,
             _dynamic_layer,
             ("cpu",),

@@ -1,4 +1,4 @@
-"""A model before and after quantization, judged alike: size, perplexity, gold reward, greedy tokens, speed."""
+"""A model before and after quantization, evaluated alike: size, perplexity, gold reward, greedy tokens, speed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +47,7 @@ class SchemeRow(TypedDict, total=False):
 
 @dataclass
 class QuantizationEvaluation:
-    """What a model and its quantized forms are judged on.
+    """What a model and its quantized forms are evaluated on.
 
     Args:
         tokenizer: of all of them.

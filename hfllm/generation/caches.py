@@ -1,4 +1,4 @@
-"""The choices of a key-value cache, measured for the model at hand: memory a token, and speed.
+"""The choices of a key-value cache, measured for the model at hand: memory per token, and speed.
 
 Speculative decoding brings a cache of its own (`hfllm.generation.packed.ragged_model`), which is measured beside them.
 """

@@ -57,7 +57,7 @@ def fast_generate(
         InputError: for a model or an option that this cannot work with.
     """
     # `generate` has repeated the prompts already.
-    check_config(generation_config, honoured=("num_return_sequences",))
+    check_config(generation_config, handled=("num_return_sequences",))
     for criterion in stopping_criteria:
         if type(criterion).__name__ not in CRITERIA:
             raise InputError(f"{type(criterion).__name__} cannot be combined with fast_generate: leave it out")

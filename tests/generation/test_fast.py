@@ -87,7 +87,7 @@ def test_a_row_of_padding_is_refused(make_target):
         ({"draft": "int9"}, "draft 'int9'"),
     ],
 )
-def test_options_that_cannot_be_honoured_are_refused(options, message, make_target, prompts):
+def test_options_that_cannot_be_respected_are_refused(options, message, make_target, prompts):
     ids, mask = prompts(1)
     with pytest.raises(InputError, match=message):
         make_target().generate(ids, attention_mask=mask, max_new_tokens=4, **options, **FAST)

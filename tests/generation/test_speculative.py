@@ -265,7 +265,7 @@ def test_options_come_from_where_generate_takes_them(make_target, prompts):
         ({"num_draft_tokens": -2}, "num_draft_tokens -2"),
     ],
 )
-def test_options_that_cannot_be_honoured_are_refused(options, message, make_target, prompts):
+def test_options_that_cannot_be_respected_are_refused(options, message, make_target, prompts):
     with pytest.raises(InputError, match=message):
         speculative_generate(make_target(), PromptLookupDraft(), *prompts(1), **{"max_new_tokens": 4, **options})
 

@@ -118,7 +118,7 @@ class RaggedModel:
         return logits[:, -1:]
 
     def _mask(self, columns: torch.Tensor, width: int) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Who sees whom, (B, 1, Q, width): columns up to one's own, and within the window where there is one."""
+        """Who sees whom, (B, 1, Q, width): columns up to the token's own, and within the window where there is one."""
         behind = columns[:, None, :, None] - torch.arange(width, device=columns.device)
         masks = {}
         for kind, window in self.windows.items():
@@ -181,7 +181,7 @@ def check_model(model: "PreTrainedModel", name: str = "the model") -> None:
         raise InputError(f"{kind} has layers of type {', '.join(sorted(others))}: use its own generate()")
     if config._attn_implementation not in ("sdpa", "eager"):
         raise InputError(
-            f"{kind} runs attn_implementation={config._attn_implementation!r}, which takes no mask of one's own: "
+            f"{kind} runs attn_implementation={config._attn_implementation!r}, which takes no custom mask: "
             "load it with attn_implementation='sdpa'"
         )
 

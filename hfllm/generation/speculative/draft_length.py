@@ -51,7 +51,7 @@ class AdaptiveDraftLength:
     """The number that the paper's formula calls best for the acceptance seen of late (arXiv:2211.17192, section 3.5).
 
     It depends on what was accepted and on nothing that is timed, so that a seed gives the same samples again. When
-    drafting does not pay, plain decoding goes on with one token drafted now and then, to notice when it does.
+    drafting does not pay, plain decoding continues with one token drafted now and then, to notice when it does.
 
     Args:
         cost_ratio: time of a draft step plus that of one more token to verify, in runs of the target for one token.

@@ -85,7 +85,7 @@ def measure_costs(
         num_draft_tokens: tokens drafted at a time, at least 1.
         rounds: repetitions, of which the median counts.
         compile: measure compiled models, as `speculative_generate(compile=True)` runs them.
-        clock: what tells the seconds. On a busy machine the wall clock favours short runs, which end before they are
+        clock: what tells the seconds. On a busy machine the wall clock favors short runs, which end before they are
             interrupted; `time.process_time` does not, and is right on one thread.
         packed: as of `speculative_generate`.
     """

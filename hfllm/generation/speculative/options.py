@@ -111,7 +111,7 @@ def read_options(
     """Options as `model.generate` would read them: arguments over `generation_config` over the model's own.
 
     Raises:
-        InputError: for an option that has no effect here or that drafts cannot honour.
+        InputError: for an option that has no effect here or that drafts cannot respect.
     """
     config, unknown = model._prepare_generation_config(generation_config, **kwargs)
     if unknown:
@@ -126,7 +126,7 @@ def read_options(
     return make_options(config, processors, config.max_new_tokens, generator)
 
 
-def check_config(config: "GenerationConfig", honoured: Sequence[str] = ()) -> None:
+def check_config(config: "GenerationConfig", handled: Sequence[str] = ()) -> None:
     """Refuse options that would have no effect here, but for those that the caller sees to.
 
     Raises:
@@ -134,10 +134,10 @@ def check_config(config: "GenerationConfig", honoured: Sequence[str] = ()) -> No
     """
     for option, harmless in REFUSED.items():
         value = getattr(config, option, None)
-        if value not in harmless and option not in honoured:
+        if value not in harmless and option not in handled:
             raise InputError(
-                f"{option}={value!r} cannot be combined with speculative decoding, which follows one sequence a row: "
-                f"leave it out, or use model.generate"
+                f"{option}={value!r} cannot be combined with speculative decoding, which follows one sequence per "
+                "row: leave it out, or use model.generate"
             )
 
 

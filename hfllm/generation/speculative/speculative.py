@@ -1,4 +1,4 @@
-"""Speculative decoding: a draft guesses several tokens, one run of the target judges them all.
+"""Speculative decoding: a draft proposes several tokens, one run of the target verifies them all.
 
 Leviathan et al. 2023, arXiv:2211.17192, algorithm 1, for a batch whose rows accept different numbers of tokens. Greedy
 output is the target's own, and samples follow the target's distribution.
@@ -34,9 +34,9 @@ class Statistics:
         tokens: generated tokens that were kept.
         target_calls: runs of the target, each counted once for every row in it, the prompt's included.
         drafted: drafted tokens.
-        tested: drafted tokens that the target judged: up to the first rejected one of each draft.
+        tested: drafted tokens that the target verified: up to the first rejected one of each draft.
         accepted: drafted tokens that were right.
-        steps: drafted tokens a row by run of the target, in order.
+        steps: drafted tokens per row by run of the target, in order.
     """
 
     tokens: int = 0
@@ -56,7 +56,7 @@ class Statistics:
 
     @property
     def acceptance_rate(self) -> float:
-        """Share of the judged tokens that were right: the maximum-likelihood estimate of the paper's alpha."""
+        """Share of the verified tokens that were right: the maximum-likelihood estimate of the paper's alpha."""
         return self.accepted / self.tested if self.tested else 0.0
 
     @property
@@ -96,7 +96,7 @@ def speculative_generate(
         attention_mask: (B, S), 0 at padding; by default nothing is.
         generation_config: transformers' options. `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`,
             `min_p`, `eos_token_id`, `pad_token_id` and whatever else looks at the logits alone.
-        num_draft_tokens: tokens to draft before the target judges; `"adaptive"` follows the acceptance.
+        num_draft_tokens: tokens to draft before the target verifies them; `"adaptive"` follows the acceptance.
         generator: the source of randomness; by default torch's own.
         compile: run the models through `torch.compile` on fixed shapes. The first calls take long; rows that have
             ended stay in the batch.
@@ -191,7 +191,7 @@ class _Run:
         """Read the prompts, whose run yields the first token as it does in plain decoding; then let the draft."""
         rows = self.rows
         logits = self.target.prefill(rows.tokens[:, : max(rows.sizes)], rows.lengths, rows.last, rows.sizes)
-        self._judge(Proposal(rows.tokens[:, :0], torch.zeros_like(rows.lengths)), logits)
+        self._verify(Proposal(rows.tokens[:, :0], torch.zeros_like(rows.lengths)), logits)
         if self.draft is not None and self.draft_length.maximum and self.is_running():
             self.draft.begin(self.target, self.rows, self.compile)
             self.has_begun = True
@@ -200,7 +200,7 @@ class _Run:
         return any(not self._has_ended(number) for number in self.running)
 
     def decode(self) -> None:
-        """Go on without drafts: a run, a token of each row, and as little as can be between them."""
+        """Continue without drafts: a run, a token of each row, and as little as can be between them."""
         rows = self.rows
         columns, last, longest = rows.lengths.unsqueeze(1) - 1, rows.last, max(rows.sizes)
         tokens, level = rows.tokens.gather(1, columns), rows.are_level
@@ -228,7 +228,7 @@ class _Run:
                 level = longest == int(columns.min()) + 1
 
     def step(self) -> None:
-        """Draft, judge, append; then let go of rows that have ended."""
+        """Draft, verify, append; then let go of rows that have ended."""
         rows = self.rows
         proposal = self._proposal()
         drafted = proposal.tokens.shape[1]
@@ -236,9 +236,9 @@ class _Run:
         window = torch.cat((rows.tokens.gather(1, end), proposal.tokens), dim=1)
         columns = end + torch.arange(drafted + 1, device=end.device)
         level = rows.are_level and drafted == 0
-        self._judge(proposal, self.target(window, columns, rows.last, max(rows.sizes) + drafted, level=level))
+        self._verify(proposal, self.target(window, columns, rows.last, max(rows.sizes) + drafted, level=level))
 
-    def _judge(self, proposal: Proposal, logits: torch.Tensor) -> None:
+    def _verify(self, proposal: Proposal, logits: torch.Tensor) -> None:
         """Accept what the logits (B, G + 1, V) allow, and append it."""
         rows = self.rows
         accepted, following = self.options.sampler.accept(proposal.tokens, proposal.probs, logits, proposal.counts)
@@ -278,7 +278,7 @@ class _Run:
             self.new[number] += new
             sizes[row] += len(new)
             calls, drafted = calls + 1, drafted + count
-            # Tokens behind the end of a row were judged all the same.
+            # Tokens behind the end of a row were verified all the same.
             tested, accepted = tested + min(right + 1, count), accepted + right
             self.statistics.tokens += len(new)
         self.statistics.add(calls, drafted, tested, accepted)
