@@ -1,6 +1,6 @@
-"""Tokens a second of every way to decode, against transformers' `generate` on LlamaForCausalLM of the same weights.
+"""Tokens per second of every way to decode, against transformers' `generate` on LlamaForCausalLM of the same weights.
 
-    OMP_NUM_THREADS=1 accelerate launch recipes/speculative.py       # makes outputs/speculative/sft and draft
+    OMP_NUM_THREADS=1 hfllm speculative                  # makes outputs/speculative/sft and draft
     OMP_NUM_THREADS=1 python benchmarks/generation.py --output benchmarks/results/generation.md
 
 `--random_weights 10M` measures a model of that size that nobody trained, on random prompts, whose answers never end.
@@ -87,7 +87,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
             llama.save_pretrained(folder)
             return hfllm.from_native(folder).eval(), llama, None, None
     if not Path(args.model_name_or_path).is_dir():
-        sys.exit(f"{args.model_name_or_path}: no such folder; recipes/speculative.py makes it")
+        sys.exit(f"{args.model_name_or_path}: no such folder; hfllm speculative makes it")
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     ours = AutoModelForCausalLM.from_pretrained(args.model_name_or_path).eval()
     if ours.config.model_type != "hfllm":
@@ -97,7 +97,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
         llama = AutoModelForCausalLM.from_pretrained(folder).eval()
     named = args.assistant_model_name_or_path or (WORLD_DRAFT if args.model_name_or_path == WORLD_MODEL else None)
     if named and not Path(named).is_dir():
-        sys.exit(f"{named}: no such folder; recipes/speculative.py makes the world's")
+        sys.exit(f"{named}: no such folder; hfllm speculative makes the world's")
     draft = AutoModelForCausalLM.from_pretrained(named).eval() if named else None
     if type(llama).__name__ != "LlamaForCausalLM":
         sys.exit(f"{args.model_name_or_path} is a {type(llama).__name__} to transformers: this compares Llamas")
@@ -136,8 +136,8 @@ class Ways:
     def _add_ours(self, ours: Any, draft: Any, compile: bool) -> None:
         from hfllm.generation import fast_generate
         from hfllm.generation.fast import recommended_draft
-        from hfllm.generation.speculative.drafts import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft
-        from hfllm.generation.speculative.lookahead import AdaptiveLookahead
+        from hfllm.generation.speculative import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft
+        from hfllm.generation.speculative.draft_length import AdaptiveDraftLength
         from hfllm.generation.speculative.measure import measure_costs
 
         # docs/generation.md: a trained draft where there is one, else what fast_generate chooses.
@@ -156,9 +156,9 @@ class Ways:
                 costs = measure_costs(ours, source, self.batches[0], compile=compiled, clock=time.process_time)
                 print(f"{name}{suffix}: draft {costs.draft:.2f}, verification {costs.verification:.2f}", flush=True)
                 # Compiled runs of the target are always as wide as the longest draft.
-                lookahead = 4 if compiled else AdaptiveLookahead(costs.per_draft)
+                num_draft_tokens = 4 if compiled else AdaptiveDraftLength(costs.per_draft)
                 label = f"ours, {name}{suffix}"
-                self.runs[label] = self._speculate(ours, label, source, lookahead, compiled)
+                self.runs[label] = self._speculate(ours, label, source, num_draft_tokens, compiled)
 
     def _generate(self, model: Any, **settings: Any) -> Callable[[], list[list[int]]]:
         def run() -> list[list[int]]:
@@ -167,11 +167,11 @@ class Ways:
 
         return run
 
-    def _speculate(self, model: Any, name: str, draft: Any, lookahead: Any, compiled: bool) -> Callable:
+    def _speculate(self, model: Any, name: str, draft: Any, num_draft_tokens: Any, compiled: bool) -> Callable:
         from hfllm.generation.speculative.measure import speculative
 
         def run() -> list[list[int]]:
-            settings = {**self.options, "lookahead": lookahead, "compile": compiled}
+            settings = {**self.options, "num_draft_tokens": num_draft_tokens, "compile": compiled}
             outputs, self.found[name] = speculative(model, draft, self.batches, **settings)
             return self._new(outputs)
 

@@ -83,7 +83,7 @@ def quantize(
     span [min x, max x], widened to hold 0, so that a one-sided range wastes no bit.
 
     Args:
-        matrix_OI: float matrix, one row an output feature (or a token).
+        matrix_OI: float matrix, one row per output feature (or per token).
         bits: from 2 to 8.
         symmetric: whether the zero point is 0.
         granularity: what shares a scale: the whole `tensor`, each row (`channel`), or runs of `group_size` entries of

@@ -7,8 +7,6 @@ of one for all. It plugs into transformers by the registries that are there for 
 `AutoModelForCausalLM.from_pretrained` loads what was saved.
 """
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -32,7 +30,14 @@ class DynamicInt8Linear(nn.Linear):
         in_features, out_features, bias, device, dtype: as of `nn.Linear`; `dtype` is the bias's.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__(in_features, out_features, bias, device, dtype)
         # (1, out, in): a program without hfllm stops at the shape, where it would else read integers as the weight.
         empty = torch.empty(1, out_features, in_features, dtype=torch.int8, device=device)
@@ -87,7 +92,7 @@ class DynamicInt8Config(QuantizationConfigMixin):
         modules_to_not_convert: names of layers to leave as they are; by default the head, and what is tied to it.
     """
 
-    def __init__(self, modules_to_not_convert: list[str] | None = None, **kwargs: Any):
+    def __init__(self, modules_to_not_convert: list[str] | None = None, **kwargs: object):
         self.quant_method = METHOD
         self.modules_to_not_convert = modules_to_not_convert
 
@@ -98,7 +103,9 @@ class _QuantizeRows(ConversionOps):
     def __init__(self, hf_quantizer: HfQuantizer):
         self.hf_quantizer = hf_quantizer
 
-    def convert(self, input_dict: dict[str, Any], full_layer_name: str, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def convert(
+        self, input_dict: dict[str, torch.Tensor | list[torch.Tensor]], full_layer_name: str, **kwargs: object
+    ) -> dict[str, torch.Tensor]:
         (weight,) = input_dict.values()
         values, scale = quantize_rows(weight[0] if isinstance(weight, list) else weight)
         return {full_layer_name: values[None], f"{full_layer_name.removesuffix('weight')}scale": scale}
@@ -113,11 +120,11 @@ class DynamicInt8Quantizer(HfQuantizer):
     is_trainable = True
     is_compileable = True
 
-    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: object) -> bool:
         module, name = get_module_from_name(model, param_name)
         return isinstance(module, DynamicInt8Linear) and name == "weight" and not self.pre_quantized
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: object) -> None:
         kept = self.get_modules_to_not_convert(
             model, self.quantization_config.modules_to_not_convert, model._keep_in_fp32_modules
         )

@@ -50,7 +50,7 @@ def speeds(
     new_tokens: int = 32,
     rounds: int = 5,
 ) -> dict[str, dict[str, float]]:
-    """Tokens a second of reading a prompt and of writing, for each model.
+    """Tokens per second of reading a prompt and of writing, for each model.
 
     The models take turns within each round, so that a busy machine slows them alike; the median round counts.
 
@@ -60,7 +60,7 @@ def speeds(
         new_tokens: that one sequence writes after one of them, each in a run of its own.
 
     Returns:
-        Label -> `prefill` (batch_size prompts at once) and `decode` (one sequence), in tokens a second.
+        Label -> `prefill` (batch_size prompts at once) and `decode` (one sequence), in tokens per second.
     """
     import torch
 

@@ -4,6 +4,7 @@ Each scheme is a `quantization_config` of transformers, so that its models are s
 as any others. Embeddings, norms and the output head stay as they are, as do experts of a mixture.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -16,7 +17,11 @@ from hfllm.models.stored import refuse_quantized
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    MakeConfig = Callable[[torch.dtype, list[str] | None], QuantizationConfigMixin]
+    ConvertLinear = Callable[[nn.Linear], nn.Module]
 
 # Where bitsandbytes has kernels, or plain torch code in their place.
 BITSANDBYTES_DEVICES = ("cpu", "cuda", "xpu", "hpu")
@@ -43,8 +48,8 @@ class Scheme:
 
     name: str
     description: str
-    make_config: Callable[["torch.dtype", list[str] | None], Any]
-    convert: Callable[["nn.Linear"], "nn.Module"]
+    make_config: "MakeConfig"
+    convert: "ConvertLinear"
     devices: tuple[str, ...]
     library: tuple[str, str] | None = None
     cpu_multiples: tuple[int, int] = (1, 1)
@@ -120,7 +125,7 @@ class Scheme:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"model {name!r} could not be loaded as {self.name}: {reason}") from error
 
-    def _config_for(self, config: Any, dtype: Any) -> Any:
+    def _config_for(self, config: "PreTrainedConfig", dtype: "torch.dtype | str | None") -> "QuantizationConfigMixin":
         """The `quantization_config` for a model of this config."""
         import torch
         from transformers import AutoModelForCausalLM
@@ -164,6 +169,11 @@ def default_device() -> str:
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
 
 
+def quiet_bitsandbytes() -> None:
+    """Silence its int8 layers, which say at each run that they compute in float16: that is LLM.int8's way."""
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
 # ---- what is quantized, and how large it is ----
 
 
@@ -186,7 +196,7 @@ def linear_names(model: "PreTrainedModel") -> list[str]:
     ]
     if not names:
         raise InputError(
-            f"a {type(model).__name__} has no linear layers to quantize; recipes/convert.py makes models of other "
+            f"a {type(model).__name__} has no linear layers to quantize; hfllm convert makes models of other "
             "families into the hfllm family, whose layers are"
         )
     return names
@@ -213,10 +223,10 @@ def linear_bytes(model: "PreTrainedModel", names: Sequence[str]) -> int:
 # ---- the schemes ----
 
 
-def _int8(threshold: float) -> tuple[Callable, Callable]:
+def _int8(threshold: float) -> "tuple[MakeConfig, ConvertLinear]":
     """Config and layer of LLM.int8, with the magnitude that makes a feature of the input an outlier."""
 
-    def config(dtype: "torch.dtype", skipped: list[str] | None) -> Any:
+    def config(dtype: "torch.dtype", skipped: list[str] | None) -> "QuantizationConfigMixin":
         from transformers import BitsAndBytesConfig
 
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold, llm_int8_skip_modules=skipped)
@@ -239,10 +249,10 @@ def _int8(threshold: float) -> tuple[Callable, Callable]:
     return config, layer
 
 
-def _nf4(double: bool) -> tuple[Callable, Callable]:
+def _nf4(double: bool) -> "tuple[MakeConfig, ConvertLinear]":
     """Config and layer of NF4, whose block scales are quantized too if `double`."""
 
-    def config(dtype: "torch.dtype", skipped: list[str] | None) -> Any:
+    def config(dtype: "torch.dtype", skipped: list[str] | None) -> "QuantizationConfigMixin":
         from transformers import BitsAndBytesConfig
 
         return BitsAndBytesConfig(
@@ -273,7 +283,7 @@ def _nf4(double: bool) -> tuple[Callable, Callable]:
     return config, layer
 
 
-def _dynamic_config(dtype: "torch.dtype", skipped: list[str] | None) -> Any:
+def _dynamic_config(dtype: "torch.dtype", skipped: list[str] | None) -> "QuantizationConfigMixin":
     from hfllm.compression.dynamic_int8 import DynamicInt8Config
 
     return DynamicInt8Config(modules_to_not_convert=skipped)
@@ -291,7 +301,7 @@ SCHEMES = {
     for scheme in (
         Scheme(
             "int8",
-            "LLM.int8: a scale a row and token, outlier features apart (bitsandbytes)",
+            "LLM.int8: a scale per row and token, outlier features apart (bitsandbytes)",
             *_int8(OUTLIER_THRESHOLD),
             BITSANDBYTES_DEVICES,
             _BITSANDBYTES,
@@ -314,7 +324,7 @@ SCHEMES = {
         ),
         Scheme(
             "dynamic",
-            "int8 weights and inputs, a scale a row and token, for serving on a CPU",
+            "int8 weights and inputs, a scale per row and token, for serving on a CPU",
             _dynamic_config,
             _dynamic_layer,
             ("cpu",),

@@ -1,8 +1,8 @@
 """Which layers hurt: quantize one part of a model at a time and see what its loss does."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from hfllm.compression.schemes import Scheme, linear_names
 from hfllm.errors import InputError
@@ -11,6 +11,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PARTS = ("linear", "layer", "kind")
+
+
+class PartRow(TypedDict):
+    """What happens when one part of a model is quantized alone.
+
+    Attributes:
+        part: its name.
+        layers: linear layers in it.
+        weights: of these.
+        loss_change: in the unit of the loss.
+        loss_change_per_million: weights; it says where a byte spent on more bits helps most.
+    """
+
+    part: str
+    layers: int
+    weights: int
+    loss_change: float
+    loss_change_per_million: float
 
 
 def group_linears(names: Sequence[str], by: str) -> dict[str, list[str]]:
@@ -56,18 +74,17 @@ def quantized_in_place(model: "PreTrainedModel", names: Sequence[str], scheme: S
 
 def sensitivity(
     model: "PreTrainedModel", scheme: Scheme, loss_of: Callable[["PreTrainedModel"], float], by: str = "layer"
-) -> list[dict[str, Any]]:
+) -> list[PartRow]:
     """The change of loss when one part of an unquantized model is quantized, and all others are not.
 
     Args:
         model: in full precision; it is left as it was.
         scheme: of the quantized parts.
-        loss_of: the loss of a model in eval mode, such as its nats a token on held-out text; no gradient is kept.
+        loss_of: the loss of a model in eval mode, such as its nats per token on held-out text; no gradient is kept.
         by: `linear`, `layer` or `kind`, see `group_linears`.
 
     Returns:
-        Rows, the worst first: `part`, `layers`, `weights`, `loss_change`, and `loss_change_per_million` weights, which
-        says where a byte spent on more bits helps most.
+        One row for each part, the worst first.
 
     Raises:
         InputError: when `by` is another word, or the scheme cannot run here.
@@ -96,6 +113,6 @@ def sensitivity(
     return sorted(rows, key=lambda row: -row["loss_change"])
 
 
-def changes_by_part(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def changes_by_part(rows: Sequence[PartRow]) -> dict[str, float]:
     """Part -> change of loss, for a plot."""
     return {row["part"]: row["loss_change"] for row in rows}

@@ -1,8 +1,8 @@
-"""A model before and after quantization, judged alike: size, perplexity, gold reward, greedy tokens, speed."""
+"""A model before and after quantization, evaluated alike: size, perplexity, gold reward, greedy tokens, speed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from hfllm.compression.measure import agreement, greedy_tokens, speeds, token_windows
 from hfllm.compression.schemes import linear_bytes, stored_bytes
@@ -15,9 +15,39 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+class SchemeRow(TypedDict, total=False):
+    """One form of a model, beside the original.
+
+    Attributes:
+        scheme: its name, or `original`.
+        bytes: of all that is saved.
+        share: of the original's bytes.
+        linear_share: the same of the linear layers alone.
+        left: linear layers that were left as they were.
+        perplexity: on the texts.
+        gold_reward: where there is a world.
+        agreement: share of places with the original's greedy next token.
+        prefill, decode: tokens per second, if they were timed.
+        prefill_speedup, decode_speedup: over the original's, which took turns with it.
+    """
+
+    scheme: str
+    bytes: int
+    share: float
+    linear_share: float
+    left: int
+    perplexity: float
+    gold_reward: float
+    agreement: float
+    prefill: float
+    decode: float
+    prefill_speedup: float
+    decode_speedup: float
+
+
 @dataclass
 class QuantizationEvaluation:
-    """What a model and its quantized forms are judged on.
+    """What a model and its quantized forms are evaluated on.
 
     Args:
         tokenizer: of all of them.
@@ -44,7 +74,7 @@ class QuantizationEvaluation:
     def __post_init__(self) -> None:
         self.windows = token_windows(self.tokenizer, self.texts, self.max_length)
 
-    def original(self, model: "PreTrainedModel", names: Sequence[str]) -> dict[str, Any]:
+    def original(self, model: "PreTrainedModel", names: Sequence[str]) -> SchemeRow:
         """The row of the model in full precision; the others are compared with it.
 
         Args:
@@ -53,7 +83,7 @@ class QuantizationEvaluation:
         # Of the original, which the forms are compared with.
         self._bytes = stored_bytes(model), linear_bytes(model, names)
         self._expected = greedy_tokens(model, self.windows)
-        row = {"scheme": "original", "bytes": self._bytes[0], "share": 1.0, "linear_share": 1.0, "left": 0}
+        row: SchemeRow = {"scheme": "original", "bytes": self._bytes[0], "share": 1.0, "linear_share": 1.0, "left": 0}
         row |= {**self._quality(model), "agreement": 1.0}
         if self.rounds:
             row |= speeds({"original": model}, **self.timing, rounds=self.rounds)["original"]
@@ -62,19 +92,12 @@ class QuantizationEvaluation:
 
     def quantized(
         self, name: str, model: "PreTrainedModel", original: "PreTrainedModel", names: Sequence[str]
-    ) -> dict[str, Any]:
-        """The row of a quantized form that has not run yet, after `original`'s.
-
-        Returns:
-            `bytes` saved; `share` of the original's; `linear_share`, that of the layers called `names`; how many of
-            those were `left` as they were; `perplexity`; `gold_reward` where there is a world; `agreement`, the share
-            of places with the original's greedy next token; `prefill` and `decode` in tokens a second, and each over
-            the original's, which took turns with it (`..._speedup`).
-        """
+    ) -> SchemeRow:
+        """The row of a quantized form that has not run yet, after `original`'s; `names` are as there."""
         from torch import nn
 
         size, linear = stored_bytes(model), linear_bytes(model, names)
-        row = {
+        row: SchemeRow = {
             "scheme": name,
             "bytes": size,
             "share": size / self._bytes[0],
@@ -90,7 +113,7 @@ class QuantizationEvaluation:
         return row
 
     def loss(self, model: "PreTrainedModel", num_texts: int) -> float:
-        """Nats a token on the first texts."""
+        """Nats per token on the first texts."""
         fit = text_likelihood(model, self.tokenizer, self.texts[:num_texts], self.max_length)
         return fit.nats / fit.tokens
 

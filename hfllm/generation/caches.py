@@ -1,11 +1,11 @@
-"""The choices of a key-value cache, measured for the model at hand: memory a token, and speed.
+"""The choices of a key-value cache, measured for the model at hand: memory per token, and speed.
 
 Speculative decoding brings a cache of its own (`hfllm.generation.packed.ragged_model`), which is measured beside them.
 """
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache, StaticCache
@@ -16,7 +16,7 @@ from hfllm.generation.packed.ragged_model import attention_windows
 from hfllm.generation.speculative.measure import interleaved
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # transformers' caches by the names used here. "sliding" is the dynamic one of a model whose layers have a window.
 KINDS = ("dynamic", "static", "sliding", "fp8", "int4", "offloaded")
@@ -66,7 +66,7 @@ def cache_bytes(cache: Cache) -> int:
     """Bytes of all tensors that a cache holds."""
     seen: dict[int, int] = {}
 
-    def add(value: Any) -> None:
+    def add(value: object) -> None:
         if isinstance(value, torch.Tensor):
             storage = value.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
@@ -80,7 +80,7 @@ def cache_bytes(cache: Cache) -> int:
     return sum(seen.values())
 
 
-def bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+def bytes_per_token(config: "PreTrainedConfig", dtype: torch.dtype) -> int:
     """Bytes that one token's keys and values take without quantization: 2 * layers * heads * head_dim * size.
 
     Args:
@@ -98,7 +98,7 @@ def measure_caches(
     max_new_tokens: int,
     kinds: Sequence[str] = KINDS,
     rounds: int = 3,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, str | float]]:
     """Decode greedily with each cache, side by side.
 
     Args:

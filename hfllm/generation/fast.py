@@ -12,8 +12,8 @@ import torch
 from hfllm.errors import InputError
 from hfllm.generation.packed.model import unsupported_reason
 from hfllm.generation.packed.projections import has_int8
+from hfllm.generation.speculative.draft_length import DraftLength
 from hfllm.generation.speculative.drafts import Draft, Int8Draft, weights_read
-from hfllm.generation.speculative.lookahead import Lookahead
 from hfllm.generation.speculative.options import check_config, make_options
 from hfllm.generation.speculative.speculative import check_prompts, decode
 
@@ -39,7 +39,7 @@ def fast_generate(
     stopping_criteria: "StoppingCriteriaList",
     generation_config: "GenerationConfig",
     draft: "Draft | PreTrainedModel | str | None" = "auto",
-    lookahead: int | str | Lookahead = "adaptive",
+    num_draft_tokens: int | str | DraftLength = "adaptive",
     generator: torch.Generator | None = None,
     **model_kwargs: Any,
 ) -> torch.Tensor:
@@ -48,7 +48,7 @@ def fast_generate(
     Args:
         draft: `"auto"` is `recommended_draft(model)`, `None` no draft; else a `Draft`, or a smaller model with the
             same tokenizer.
-        lookahead, generator: as of `hfllm.generation.speculative.speculative.speculative_generate`.
+        num_draft_tokens, generator: as of `hfllm.generation.speculative.speculative_generate`.
 
     Returns:
         (B, S) token ids as `generate` returns them. There is no streamer, and `return_dict_in_generate` is refused.
@@ -57,7 +57,7 @@ def fast_generate(
         InputError: for a model or an option that this cannot work with.
     """
     # `generate` has repeated the prompts already.
-    check_config(generation_config, honoured=("num_return_sequences",))
+    check_config(generation_config, handled=("num_return_sequences",))
     for criterion in stopping_criteria:
         if type(criterion).__name__ not in CRITERIA:
             raise InputError(f"{type(criterion).__name__} cannot be combined with fast_generate: leave it out")
@@ -75,4 +75,4 @@ def fast_generate(
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
     check_prompts(input_ids, mask)
-    return decode(model, draft, input_ids, mask, options, lookahead).sequences
+    return decode(model, draft, input_ids, mask, options, num_draft_tokens).sequences

@@ -26,12 +26,12 @@ def sample_responses(
 
     Args:
         prompts: text, or lists of messages for the tokenizer's chat template.
-        num_return_sequences: responses a prompt.
+        num_return_sequences: responses per prompt.
         seed: of the sampling; the caller's random state is left as it was.
         only_ended: leave out the responses that `max_new_tokens` cut off.
 
     Returns:
-        One list of `num_return_sequences` texts a prompt, or fewer with `only_ended`, without special tokens.
+        One list of `num_return_sequences` texts per prompt, or fewer with `only_ended`, without special tokens.
     """
     import torch
 

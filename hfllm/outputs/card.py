@@ -259,3 +259,32 @@ def chat_lines(folder: str, prompt: str | Sequence[Mapping[str, str]]) -> list[s
         f"assistant = pipeline('text-generation', {folder!r})",
         f"print(assistant({prompt!r}, max_new_tokens=48){answer})",
     ]
+
+
+def loading_lines(folder: str) -> list[str]:
+    """Return the lines of Python that load the model in `folder` and its tokenizer."""
+    # transformers knows bitsandbytes by itself; our own scheme and family once hfllm is imported.
+    return [
+        "import hfllm",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"model = AutoModelForCausalLM.from_pretrained({folder!r})",
+        f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
+    ]
+
+
+def speculative_lines(model: str, draft: str) -> list[str]:
+    """Return the lines of Python that decode a model speculatively.
+
+    Args:
+        model: its folder or Hub id.
+        draft: the expression that makes the draft, such as `Int8Draft()`.
+    """
+    return [
+        "import hfllm",
+        f"from hfllm.generation.speculative import {draft.partition('(')[0]}, speculative_generate",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"tokenizer = AutoTokenizer.from_pretrained({model!r})",
+        f"model = AutoModelForCausalLM.from_pretrained({model!r})",
+        f"draft = {draft}",
+        "output = speculative_generate(model, draft, **tokenizer('...', return_tensors='pt'), max_new_tokens=64)",
+    ]

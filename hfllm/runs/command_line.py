@@ -49,6 +49,13 @@ OF_TRAINING = {
     "--report_to": "wandb, tensorboard, trackio, ...",
     "--push_to_hub": "Publish the result; --hub_model_id, --hub_private_repo.",
 }
+# The same of recipes that load a model and train none.
+OF_MODEL = {
+    "--model_name_or_path": OF_TRAINING["--model_name_or_path"],
+    "--model_revision": "Its branch, tag or commit.",
+    "--dtype": "The type that it is loaded in, such as bfloat16.",
+    "--attn_implementation": "eager, sdpa, flash_attention_2, ...",
+}
 CREDENTIALS = frozenset(("token", "hub_token", "use_auth_token", "api_key", "password"))
 
 
@@ -83,7 +90,7 @@ def parse_recipe(
         InputError: for a flag or key that does not exist, or a value that is none.
     """
     if {"--help", "-h"} & set(argv):
-        print(short_help(description, own, bool(library), shown))
+        print(short_help(description, own, library, shown))
         raise SystemExit(0)
     given = given_values(argv)
     argv, config_files = take_configs(argv)
@@ -109,7 +116,10 @@ def _imported(dotted: str) -> type:
 
 
 def short_help(
-    description: str, own: "type[DataclassInstance]", trains: bool, shown: "Sequence[type[DataclassInstance]]" = ()
+    description: str,
+    own: "type[DataclassInstance]",
+    library: Sequence[str],
+    shown: "Sequence[type[DataclassInstance]]" = (),
 ) -> str:
     """Return the help of a recipe's own flags in groups, and of those of the libraries that are used most."""
     parser = argparse.ArgumentParser(
@@ -118,8 +128,11 @@ def short_help(
     for kind in (own, *shown):
         add_fields(parser, kind, short=True)
     group = parser.add_argument_group("Common flags")
-    for flag, text in {**ALWAYS, **(OF_TRAINING if trains else {})}.items():
-        group.add_argument(flag, metavar="", default=None, help=text)
+    trains = any(not name.endswith(".ModelConfig") for name in library)
+    for flag, text in {**ALWAYS, **(OF_TRAINING if trains else OF_MODEL if library else {})}.items():
+        # Some recipes have a default of their own for one of them.
+        if flag not in parser._option_string_actions:
+            group.add_argument(flag, metavar="", default=None, help=text)
     return parser.format_help()
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 # Flags that had another name, and a value that it stood for where it is not the same.
 RENAMED = {
     "chat_prompts": "apply_chat_template",
+    "lookahead": "num_draft_tokens",
+    "lookaheads": "num_draft_tokens_compared",
     "train_alone": "train_baseline",
 }
 TRUE, FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")

@@ -67,7 +67,7 @@ def test_an_error_within_leaves_the_model_whole(make_model):
 
 
 def test_agreement_counts_places(make_model, tokenizer):
-    windows = measure.token_windows(tokenizer, ["Red is a colour.", "", "Blue " * 50], max_length=16)
+    windows = measure.token_windows(tokenizer, ["Red is a color.", "", "Blue " * 50], max_length=16)
     assert [window.shape[1] <= 16 for window in windows] == [True, True]
     assert windows[0][0, 0] == tokenizer.bos_token_id
     model = make_model()

@@ -9,7 +9,7 @@ from hfllm.generation.speculative.acceptance import (
     accept_sampled,
     expected_tokens,
     operations,
-    optimal_lookahead,
+    optimal_num_draft_tokens,
     residual,
     speedup,
 )
@@ -164,7 +164,7 @@ def test_the_formulas_agree_with_a_simulation():
 
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 0.5, 0.8, 0.95, 1.0])
 @pytest.mark.parametrize("c", [0.0, 0.05, 0.2, 0.5, 0.9])
-def test_the_optimal_lookahead_is_the_best_and_pays_only_above_c(alpha, c):
-    best = optimal_lookahead(alpha, c, maximum=20)
+def test_the_optimal_draft_length_is_the_best_and_pays_only_above_c(alpha, c):
+    best = optimal_num_draft_tokens(alpha, c, maximum=20)
     assert all(speedup(alpha, best, c) >= speedup(alpha, gamma, c) for gamma in range(21))
     assert (best > 0) == (alpha > c)

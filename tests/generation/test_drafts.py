@@ -74,7 +74,7 @@ def test_early_exit_ignores_a_forward_that_was_put_on_the_instance(make_target):
 def test_a_perfect_draft_is_never_wrong(make_target, prompts):
     """The draft's cache keeps up when whole drafts are accepted, whose last token it has not read."""
     target = make_target()
-    options = {"max_new_tokens": 24, "lookahead": 4}
+    options = {"max_new_tokens": 24, "num_draft_tokens": 4}
     seen = speculative_generate(target, ModelDraft(target), *prompts(5), **options).statistics
     assert seen.acceptance_rate == 1
     sampled = {**options, "do_sample": True, "generator": torch.Generator().manual_seed(0)}
@@ -97,7 +97,7 @@ def test_a_draft_remembers_what_was_accepted_and_nothing_else(kind, make_target,
     target = make_target()
     model = blurred(target) if kind == "model" else early_exit(target, 3)
     draft = ModelDraft(model) if kind == "model" else EarlyExitDraft(3)
-    options = {"max_new_tokens": 24, "lookahead": 4}
+    options = {"max_new_tokens": 24, "num_draft_tokens": 4}
     remembered, anew = (speculative_generate(target, each, *prompts(5), **options) for each in (draft, Anew(model)))
     assert remembered.statistics == anew.statistics
     assert 0 < anew.statistics.acceptance_rate < 1

@@ -21,7 +21,12 @@ def test_greedy(kind, make_target, prompts, blurred):
         ids, mask = prompts(rows)
         options = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
         wanted = target.generate(ids, **options)
-        for draft in ({}, {"draft": None}, {"draft": PromptLookupDraft()}, {"draft": blurred(target), "lookahead": 3}):
+        for draft in (
+            {},
+            {"draft": None},
+            {"draft": PromptLookupDraft()},
+            {"draft": blurred(target), "num_draft_tokens": 3},
+        ):
             assert torch.equal(target.generate(ids, **options, **draft, **FAST), wanted), draft
 
 
@@ -82,7 +87,7 @@ def test_a_row_of_padding_is_refused(make_target):
         ({"draft": "int9"}, "draft 'int9'"),
     ],
 )
-def test_options_that_cannot_be_honoured_are_refused(options, message, make_target, prompts):
+def test_options_that_cannot_be_respected_are_refused(options, message, make_target, prompts):
     ids, mask = prompts(1)
     with pytest.raises(InputError, match=message):
         make_target().generate(ids, attention_mask=mask, max_new_tokens=4, **options, **FAST)

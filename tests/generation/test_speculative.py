@@ -8,8 +8,8 @@ from test_acceptance import LIMIT, surprise
 from hfllm.errors import InputError
 from hfllm.generation.packed.projections import has_int8
 from hfllm.generation.speculative import acceptance
+from hfllm.generation.speculative.draft_length import AdaptiveDraftLength
 from hfllm.generation.speculative.drafts import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft
-from hfllm.generation.speculative.lookahead import AdaptiveLookahead
 from hfllm.generation.speculative.speculative import speculative_generate
 
 NEW = 24
@@ -49,8 +49,8 @@ def test_greedy_is_the_targets_own(kind, make_target, blurred, prompts):
     found, one, five = {}, prompts(1, seed=1), prompts(5)
     wanted = greedy(target, *one), greedy(target, *five)
     for name, draft in drafts_of(target, blurred).items():
-        assert_same(target, draft, *one, wanted=wanted[0], lookahead=3)
-        found[name] = assert_same(target, draft, *five, wanted=wanted[1], lookahead=4)
+        assert_same(target, draft, *one, wanted=wanted[0], num_draft_tokens=3)
+        found[name] = assert_same(target, draft, *five, wanted=wanted[1], num_draft_tokens=4)
     assert found["model"].tokens_per_target_call > 1.2
     assert 0 < found["model"].acceptance_rate < 1
     assert found["none"].tokens_per_target_call == 1
@@ -66,18 +66,19 @@ def test_many_prompts_end_at_different_times(make_target, blurred, prompts):
         ids, mask = prompts(5, length=5 + seed, seed=seed)
         wanted = greedy(target, ids, mask)
         for draft in drafts.values():
-            assert_same(target, draft, ids, mask, wanted=wanted, lookahead="adaptive")
+            assert_same(target, draft, ids, mask, wanted=wanted, num_draft_tokens="adaptive")
         ends |= {sum(token != 0 for token in row[ids.shape[1] :]) for row in wanted}
     assert len(ends) > 5
     assert min(ends) < 5
     assert max(ends) > 20
 
 
-@pytest.mark.parametrize("lookahead", [0, 1, 7, "adaptive", AdaptiveLookahead(0.0, minimum=2, maximum=9)])
-def test_every_lookahead_gives_the_same(lookahead, make_target, blurred, prompts):
+@pytest.mark.parametrize("num_draft_tokens", [0, 1, 7, "adaptive", AdaptiveDraftLength(0.0, minimum=2, maximum=9)])
+def test_every_draft_length_gives_the_same(num_draft_tokens, make_target, blurred, prompts):
     target = make_target()
-    statistics = assert_same(target, blurred(target), *prompts(5), lookahead=lookahead)
-    bounds = {"adaptive": (0, 12)}.get(lookahead, (lookahead, lookahead) if isinstance(lookahead, int) else (2, 9))
+    statistics = assert_same(target, blurred(target), *prompts(5), num_draft_tokens=num_draft_tokens)
+    fixed = (num_draft_tokens, num_draft_tokens)
+    bounds = {"adaptive": (0, 12)}.get(num_draft_tokens, fixed if isinstance(num_draft_tokens, int) else (2, 9))
     # At the end there is no room for a whole draft.
     assert bounds[0] <= max(statistics.steps) <= bounds[1]
     # The prompt's run comes before any draft.
@@ -96,7 +97,7 @@ def test_padding_on_either_side_and_one_token_prompts(make_target, blurred, prom
     assert torch.equal(right.sequences[:, ids.shape[1] :], left)
     single = torch.tensor([[5], [9]])
     for draft in drafts_of(target, blurred).values():
-        assert_same(target, draft, single, torch.ones_like(single), lookahead=3)
+        assert_same(target, draft, single, torch.ones_like(single), num_draft_tokens=3)
 
 
 def test_prompts_of_very_different_lengths(make_target, blurred, prompts, monkeypatch):
@@ -106,13 +107,13 @@ def test_prompts_of_very_different_lengths(make_target, blurred, prompts, monkey
     monkeypatch.setattr(ragged_cache, "MOST_LOGITS", 3 * 40)
     target = make_target()
     ids, mask = prompts(5)
-    assert_same(target, blurred(target), ids, mask, lookahead=3)
+    assert_same(target, blurred(target), ids, mask, num_draft_tokens=3)
     assert_same(target, None, ids, mask)
 
 
 def test_one_new_token(make_target, blurred, prompts):
     target = make_target()
-    assert_same(target, blurred(target), *prompts(5), new=1, lookahead=4)
+    assert_same(target, blurred(target), *prompts(5), new=1, num_draft_tokens=4)
 
 
 @pytest.mark.parametrize("axes", [{}, {"sliding_window": 5}], ids=["full", "window"])
@@ -121,7 +122,7 @@ def test_eager_attention(axes, make_target, blurred, prompts):
     target = make_target(**axes)
     target.set_attn_implementation("eager")
     ids, _ = prompts(3, length=17)
-    assert_same(target, blurred(target), ids[:, -8:], torch.ones(3, 8, dtype=torch.long), lookahead=4)
+    assert_same(target, blurred(target), ids[:, -8:], torch.ones(3, 8, dtype=torch.long), num_draft_tokens=4)
 
 
 def test_learned_positions_are_used_to_the_last(make_target, blurred, prompts):
@@ -130,7 +131,7 @@ def test_learned_positions_are_used_to_the_last(make_target, blurred, prompts):
     target.generation_config.eos_token_id = None
     ids, mask = prompts(5, length=10)
     for draft in drafts_of(target, blurred).values():
-        assert_same(target, draft, ids, mask, new=30, lookahead=6)
+        assert_same(target, draft, ids, mask, new=30, num_draft_tokens=6)
     with pytest.raises(InputError, match=r"41 tokens, but the model, a hfllm, has positions for 40"):
         speculative_generate(target, None, ids, mask, max_new_tokens=31)
 
@@ -139,7 +140,7 @@ def test_statistics_add_up(make_target, blurred, prompts):
     target = make_target()
     target.generation_config.eos_token_id = None
     ids, mask = prompts(1)
-    seen = speculative_generate(target, blurred(target), ids, mask, max_new_tokens=NEW, lookahead=3).statistics
+    seen = speculative_generate(target, blurred(target), ids, mask, max_new_tokens=NEW, num_draft_tokens=3).statistics
     assert seen.tokens == NEW
     assert seen.target_calls == len(seen.steps)
     assert seen.drafted == sum(seen.steps)
@@ -155,7 +156,7 @@ def test_the_target_runs_as_often_as_the_statistics_say(make_target, blurred, pr
     hook = lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1])  # noqa: E731
     target.register_forward_pre_hook(hook, with_kwargs=True)
     ids, mask = prompts(1)
-    seen = speculative_generate(target, draft, ids, mask, max_new_tokens=NEW, lookahead=3).statistics
+    seen = speculative_generate(target, draft, ids, mask, max_new_tokens=NEW, num_draft_tokens=3).statistics
     assert widths[0] == ids.shape[1]
     assert len(widths) == seen.target_calls
     assert sum(widths[1:]) == seen.drafted + seen.target_calls - 1
@@ -173,7 +174,7 @@ def joint_distribution(target, prompt, **warp):
     return probs[0, 0].unsqueeze(1) * probs[:, 1]
 
 
-def sampled_surprise(target, draft, lookahead=2, draws=12_000, **warp):
+def sampled_surprise(target, draft, num_draft_tokens=2, draws=12_000, **warp):
     """Of the first two tokens sampled through the loop, in batches: the first has no draft, the second has."""
     prompt, generator = torch.tensor([[4, 1, 2, 4, 1]]), torch.Generator().manual_seed(0)
     rows = prompt.expand(2_000, -1)
@@ -181,7 +182,13 @@ def sampled_surprise(target, draft, lookahead=2, draws=12_000, **warp):
     for _ in range(draws // len(rows)):
         output = speculative_generate(
             *(target, draft, rows, None),
-            **{"max_new_tokens": 4, "do_sample": True, "lookahead": lookahead, "generator": generator, **warp},
+            **{
+                "max_new_tokens": 4,
+                "do_sample": True,
+                "num_draft_tokens": num_draft_tokens,
+                "generator": generator,
+                **warp,
+            },
         )
         first, second = output.sequences[:, prompt.shape[1] :][:, :2].unbind(1)
         counts += torch.bincount(first * target.config.vocab_size + second, minlength=len(counts))
@@ -255,17 +262,17 @@ def test_options_come_from_where_generate_takes_them(make_target, prompts):
         ({"cache_implementation": "static"}, "cache_implementation"),
         ({"max_new_tokens": None}, "max_new_tokens=None"),
         ({"max_newtokens": 3}, "takes no argument max_newtokens"),
-        ({"lookahead": -2}, "lookahead -2"),
+        ({"num_draft_tokens": -2}, "num_draft_tokens -2"),
     ],
 )
-def test_options_that_cannot_be_honoured_are_refused(options, message, make_target, prompts):
+def test_options_that_cannot_be_respected_are_refused(options, message, make_target, prompts):
     with pytest.raises(InputError, match=message):
         speculative_generate(make_target(), PromptLookupDraft(), *prompts(1), **{"max_new_tokens": 4, **options})
 
 
 @needs_int8
-@pytest.mark.parametrize("setting", ["lean=False", "compile=True"])
-def test_the_int8_draft_needs_a_lean_target(setting, make_target, prompts):
+@pytest.mark.parametrize("setting", ["packed=False", "compile=True"])
+def test_the_int8_draft_needs_a_packed_target(setting, make_target, prompts):
     name, _, value = setting.partition("=")
     with pytest.raises(InputError, match=f"the int8 draft does not go with {setting}"):
         speculative_generate(
@@ -290,7 +297,7 @@ def test_compiled_models_say_the_same(make_target, blurred, prompts):
     target = make_target().float()
     draft = ModelDraft(blurred(target))
     for source in (draft, PromptLookupDraft()):
-        assert_same(target, source, *prompts(3), lookahead=2, compile=True)
+        assert_same(target, source, *prompts(3), num_draft_tokens=2, compile=True)
     other = copy.deepcopy(target)
     other.lm_head.weight.data.neg_()
-    assert_same(other, PromptLookupDraft(), *prompts(3), lookahead=2, compile=True)
+    assert_same(other, PromptLookupDraft(), *prompts(3), num_draft_tokens=2, compile=True)

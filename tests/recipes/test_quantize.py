@@ -1,4 +1,4 @@
-"""recipes/quantize.py: from nothing and on one's own model; the saved model reloads; bad flags are refused."""
+"""hfllm quantize: from nothing and on your own model; the saved model reloads; bad flags are refused."""
 
 import json
 from pathlib import Path
@@ -52,6 +52,8 @@ def test_from_nothing(made, capsys):
     text = (folder / "report.md").read_text()
     assert all(f"| {name} " in text for name in ("original", "int8", "dynamic", "model.layers.1", "mlp.down_proj"))
     assert (folder / "README.md").is_file()
+    assert report["artifacts"]["model"] == "."
+    assert report["arguments"]["schemes"] == ["int8", "dynamic"]
     capsys.readouterr()
     assert run(*flags) == metrics
     assert "already done" in capsys.readouterr().out
@@ -74,7 +76,7 @@ def test_the_page_explains_every_metric(made):
         assert f"`{name}`" in page, name
 
 
-def test_on_a_model_of_ones_own(saved, tmp_path):
+def test_on_a_model_of_your_own(saved, tmp_path):
     texts = tmp_path / "texts.txt"
     texts.write_text("The fox runs.\n\nThe fox sleeps in the day.\n\nThe bird sings.")
     flags = ["--model_name_or_path", saved, "--dataset_name", texts, "--output_dir", tmp_path / "out"]
@@ -89,7 +91,7 @@ def test_on_a_model_of_ones_own(saved, tmp_path):
 def test_a_model_is_not_written_over_itself(saved, tmp_path):
     (tmp_path / "link").symlink_to(saved)
     with pytest.raises(InputError, match=r"link is --model_name_or_path, which it would overwrite"):
-        run("--model_name_or_path", saved, "--output_dir", tmp_path / "link", "--schemes", "dynamic", "nf4")
+        run("--model_name_or_path", saved, "--output_dir", tmp_path / "link", *DYNAMIC)
 
 
 def test_more_tokens_than_the_context_are_not_timed(saved, tmp_path):
@@ -117,6 +119,15 @@ def test_what_is_published_loads_and_learns_on(hub, saved, learns_on, tmp_path, 
     learns_on(folder)
     run(*flags, "--push_to_hub", "--hub_model_id", "me/small")
     assert len(hub.repos["me/small"].messages) == 2  # made, and pushed once
+
+
+def test_help_lists_each_flag_once_and_none_of_training(capsys):
+    with pytest.raises(SystemExit):
+        quantize.parse(["--help"])
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    assert {"--output_dir", "--seed", "--model_name_or_path", "--save_scheme"} <= set(listed)
+    assert len(listed) == len(set(listed))
+    assert "--learning_rate" not in listed
 
 
 @pytest.mark.parametrize(
@@ -149,7 +160,7 @@ def test_what_is_published_loads_and_learns_on(hub, saved, learns_on, tmp_path, 
     ],
 )
 def test_bad_flags_are_refused(flags, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("hfllm.runs.chain.run_stages", lambda *args: pytest.fail("a stage was run"))
+    monkeypatch.setattr("hfllm.runs.chain.run_stage", lambda *args, **kwargs: pytest.fail("a stage was run"))
     with pytest.raises(InputError, match=message):
         quantize.main(*quantize.parse([*flags, "--output_dir", str(tmp_path / "out")]))
     assert not (tmp_path / "out").exists()

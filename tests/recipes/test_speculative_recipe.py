@@ -1,4 +1,4 @@
-"""recipes/speculative.py: from nothing and on one's own model, with every draft; bad flags are refused."""
+"""hfllm speculative: from nothing and on your own model, with every draft; bad flags are refused."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,7 @@ import yaml
 
 from hfllm.errors import InputError
 from hfllm.generation.packed.projections import has_int8
+from hfllm.stages.speculation import use_plain_generation
 
 METRICS = {
     *("acceptance_rate", "tokens_per_target_call", "speedup", "speedup_predicted", "identical_share"),
@@ -23,7 +24,7 @@ needs_int8 = pytest.mark.skipif(not has_int8(torch.float32, torch.device("cpu"))
 
 
 def run(*argv):
-    return speculative.main(*speculative.parse([*QUICK, "--lookaheads", "1", "3", *map(str, argv)]))
+    return speculative.main(*speculative.parse([*QUICK, "--num_draft_tokens_compared", "1", "3", *map(str, argv)]))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,10 @@ def test_from_nothing(made, capsys):
     report = json.loads((folder / "report.json").read_text())
     assert set(metrics) >= METRICS
     assert report["metrics"] == metrics
-    assert (folder / report["artifacts"]["speed"]).read_bytes().startswith(b"\x89PNG")
+    # There is no model in the folder, and so no card.
+    assert report["artifacts"] == {"speed": "speed.png"}
+    assert (folder / "speed.png").read_bytes().startswith(b"\x89PNG")
+    assert not (folder / "README.md").exists()
     assert metrics["identical_share"] == 1
     assert 1 <= metrics["tokens_per_target_call"] <= 13
     assert 0 <= metrics["acceptance_rate"] <= 1
@@ -51,7 +55,7 @@ def test_from_nothing(made, capsys):
     assert sizes == [32, 16]
     assert report["arguments"]["draft.teacher_model_name_or_path"] == str(folder / "sft")
     text = (folder / "report.md").read_text()
-    assert "Speed by lookahead" in text
+    assert "Speed by number of draft tokens" in text
     assert "adaptive (asked for)" in text
     capsys.readouterr()
     assert run(*flags) == metrics
@@ -67,12 +71,12 @@ def test_the_page_explains_every_metric(made):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--draft", "prompt_lookup", "--lookahead", "3"],
+        ["--draft", "prompt_lookup", "--num_draft_tokens", "3"],
         ["--draft", "early_exit", "--early_exit_layers", "1", "--batch_size", "2"],
         pytest.param(["--draft", "int8"], marks=needs_int8),
     ],
 )
-def test_on_a_model_of_ones_own(flags, made, tmp_path):
+def test_on_a_model_of_your_own(flags, made, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join(json.dumps({"prompt": f"The {word} cat, the"}) for word in "abcdef"))
     data = ["--dataset_name", prompts, "--output_dir", tmp_path / "out"]
@@ -82,12 +86,12 @@ def test_on_a_model_of_ones_own(flags, made, tmp_path):
 def test_options_of_a_checkpoint_are_left_out_on_both_sides(make_model):
     target = make_model(eos_token_id=3)
     target.generation_config.update(repetition_penalty=1.3, top_p=0.8)
-    assert speculative.use_plain_generation(target) == "repetition_penalty=1.3, top_p=0.8"
+    assert use_plain_generation(target) == "repetition_penalty=1.3, top_p=0.8"
     assert target.generation_config.repetition_penalty is None and target.generation_config.eos_token_id == 3
-    assert speculative.use_plain_generation(target) == ""
+    assert use_plain_generation(target) == ""
 
 
-def test_the_report_says_how_to_decode_so_oneself(made):
+def test_the_report_says_how_to_decode_in_code_of_your_own(made):
     text = (made[0] / "report.md").read_text()
     code = text.partition("## Next")[2].split("```")[1]
     names = {}
@@ -99,8 +103,8 @@ def test_the_report_says_how_to_decode_so_oneself(made):
     ("flags", "message"),
     [
         (["--draft", "oracle"], "oracle"),
-        (["--lookahead", "many"], "--lookahead 'many'"),
-        (["--lookaheads", "0"], r"--lookaheads \[0\]"),
+        (["--num_draft_tokens", "many"], "--num_draft_tokens 'many'"),
+        (["--num_draft_tokens_compared", "0"], r"--num_draft_tokens_compared \[0\]"),
         (["--temperature", "0"], "--temperature 0"),
         (["--rounds", "0"], "--rounds 0"),
         (["--draft", "prompt_lookup", "--early_exit_layers", "2"], "--early_exit_layers cannot be used"),
@@ -125,11 +129,13 @@ def test_the_report_says_how_to_decode_so_oneself(made):
         (["--draft", "int8", "--compile", "true"], "--compile cannot be used"),
         (["--max_samples", "3"], "--max_samples cannot be used"),
         (["--model_name_or_path", "x"], "--model_name_or_path x needs a draft"),
-        (["--lookahed", "3"], "did you mean 'lookahead'"),
+        (["--num_draft_token", "3"], "did you mean 'num_draft_tokens'"),
+        (["--lookahead", "3"], "unknown flag 'lookahead': its name is 'num_draft_tokens' now"),
+        (["--lookaheads", "3"], "unknown flag 'lookaheads': its name is 'num_draft_tokens_compared' now"),
     ],
 )
 def test_bad_flags_are_refused(flags, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(speculative, "run_missing_stages", None)
+    monkeypatch.setattr("hfllm.runs.chain.run_stage", lambda *args, **kwargs: pytest.fail("a stage was run"))
     with pytest.raises(InputError, match=message):
         speculative.main(*speculative.parse([*flags, "--output_dir", str(tmp_path)]))
 

@@ -1,11 +1,11 @@
-"""One layer of a lean model: kernels alone, over weights that are joined and laid out for them.
+"""One layer of a packed model: kernels alone, over weights that are joined and laid out for them.
 
 Shapes: B rows, Q new tokens of each, N = B * Q tokens, H query heads, K key-value heads, D head_dim, E hidden_size,
 W columns of the cache that are looked at, R dimensions of a head that are turned.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -23,12 +23,13 @@ from hfllm.models.modeling_hfllm import (
 
 if TYPE_CHECKING:
     from hfllm.generation.packed.ragged_cache import RaggedLayer
+    from hfllm.models.configuration_hfllm import HfllmConfig
 
 # Of all tokens: what complex pairs are multiplied by, or cosines and sines, each (B, Q, 1, R).
 Rotation = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
-class LeanLayer:
+class PackedLayer:
     """`HfllmDecoderLayer.forward` over tokens (N, E), for every axis of the family.
 
     Args:
@@ -39,7 +40,11 @@ class LeanLayer:
     """
 
     def __init__(
-        self, layer: HfllmDecoderLayer, config: Any, make: Callable[[Sequence[nn.Linear]], Projection], turns: bool
+        self,
+        layer: HfllmDecoderLayer,
+        config: "HfllmConfig",
+        make: Callable[[Sequence[nn.Linear]], Projection],
+        turns: bool,
     ):
         attention = layer.self_attn
         self.is_post, self.is_parallel = layer.norm_placement == "post", layer.parallel_block

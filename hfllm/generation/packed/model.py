@@ -10,7 +10,7 @@ W columns of the cache that are looked at, R dimensions of a head that are turne
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hfllm.errors import InputError
-from hfllm.generation.packed.layer import LeanLayer, Rotation, additive, interleaved_rotary, norm_of
+from hfllm.generation.packed.layer import PackedLayer, Rotation, additive, interleaved_rotary, norm_of
 from hfllm.generation.packed.projections import Projection, has_int8, joined
 from hfllm.models.modeling_hfllm import HfllmForCausalLM
 
@@ -41,7 +41,7 @@ class Output(NamedTuple):
 
 
 def unsupported_reason(model: "PreTrainedModel") -> str | None:
-    """Why a model cannot run lean, or `None` if it can."""
+    """Why a model cannot run over packed weights, or `None` if it can."""
     if not isinstance(model, HfllmForCausalLM):
         return f"{type(model).__name__} is not of the family (hfllm.from_native converts it)"
     if model.training:
@@ -66,7 +66,7 @@ _MADE: "WeakKeyDictionary[nn.Module, dict[str, PackedModel]]" = WeakKeyDictionar
 
 
 def packed_model(model: "PreTrainedModel", scheme: str = "exact") -> "PackedModel":
-    """The model's lean form, made at the first call and again when its weights have changed.
+    """The model's packed form, made at the first call and again when its weights have changed.
 
     Args:
         model: of the family, in evaluation.
@@ -110,7 +110,7 @@ class PackedModel:
         self.turns = interleaved_rotary(model)
         with torch.inference_mode(False), torch.no_grad():
             layers = model.model.layers[: config.num_hidden_layers]
-            self.layers = [LeanLayer(layer, config, make, self.turns) for layer in layers]
+            self.layers = [PackedLayer(layer, config, make, self.turns) for layer in layers]
             self.head = make([model.lm_head])
             self.norm = norm_of(model.model.norm)
         self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
@@ -144,7 +144,7 @@ class PackedModel:
         position_ids: torch.Tensor,
         cache: "RaggedCache",
         logits_to_keep: int = 0,
-        **unused: Any,
+        **unused: object,
     ) -> Output:
         """Logits (B, Q, V), or those of the last `logits_to_keep` tokens.
 

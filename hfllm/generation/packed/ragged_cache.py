@@ -7,8 +7,6 @@ whatever the rows of a batch accept, and the memory is allocated once.
 Shapes: B rows, Q new tokens of each, K key-value heads, D head_dim, F numbers of a token's keys and values, C columns.
 """
 
-from typing import Any
-
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -49,7 +47,7 @@ class RaggedLayer(CacheLayerMixin):
         self._look(self.states[rows])
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store (B, K, Q, D) in the columns that the cache names; return all (B, K, width, D)."""
         if not self.is_initialized:

@@ -5,17 +5,20 @@ Shapes: B rows, Q new tokens of each, C columns of the cache, V vocabulary size.
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from hfllm.errors import InputError
-from hfllm.generation.packed.model import PackedModel, packed_model
+from hfllm.generation.packed.model import Output, PackedModel, packed_model
 from hfllm.generation.packed.ragged_cache import RaggedCache
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.utils import ModelOutput
 
+# What runs a model: the model itself, its compiled forward, or its packed form.
+Forward = Callable[..., "ModelOutput | Output"]
 
 # Logits that a prompt's run may hold at once beyond those that are wanted: 256 MB in fp32.
 MOST_LOGITS = 2**26
@@ -39,18 +42,18 @@ class RaggedModel:
         self,
         model: "PreTrainedModel",
         capacity: int,
-        forward: Callable[..., Any] | None = None,
+        forward: "Forward | None" = None,
         cache: RaggedCache | None = None,
         static: bool = False,
     ):
         check_model(model)
         config = model.config.get_text_config(decoder=True)
         self.model, self.forward, self.static = model, forward or model, static
-        self.lean = forward if isinstance(forward, PackedModel) else None
+        self.packed = forward if isinstance(forward, PackedModel) else None
         self.cache = cache or RaggedCache(config.num_hidden_layers, capacity)
         self.windows = attention_windows(config)
         # Of a model that takes no mask for one, and has no layer that looks back a window only.
-        self.sees_all = self.lean is not None and set(self.windows.values()) == {None}
+        self.sees_all = self.packed is not None and set(self.windows.values()) == {None}
         self.is_eager = config._attn_implementation == "eager"
         self.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self.vocabulary = config.vocab_size
@@ -86,7 +89,9 @@ class RaggedModel:
         )
         return output.logits
 
-    def prefill(self, tokens: torch.Tensor, lengths: torch.Tensor, last: torch.Tensor, sizes: Sequence[int]) -> Any:
+    def prefill(
+        self, tokens: torch.Tensor, lengths: torch.Tensor, last: torch.Tensor, sizes: Sequence[int]
+    ) -> torch.Tensor:
         """Read prompts (B, S), padded on the right, into the cache; never compiled, since their lengths vary.
 
         Args:
@@ -113,7 +118,7 @@ class RaggedModel:
         return logits[:, -1:]
 
     def _mask(self, columns: torch.Tensor, width: int) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Who sees whom, (B, 1, Q, width): columns up to one's own, and within the window where there is one."""
+        """Who sees whom, (B, 1, Q, width): columns up to the token's own, and within the window where there is one."""
         behind = columns[:, None, :, None] - torch.arange(width, device=columns.device)
         masks = {}
         for kind, window in self.windows.items():
@@ -125,23 +130,23 @@ class RaggedModel:
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
-def ragged_model(model: "PreTrainedModel", capacity: int, compile: bool = False, lean: bool = False) -> RaggedModel:
+def ragged_model(model: "PreTrainedModel", capacity: int, compile: bool = False, packed: bool = False) -> RaggedModel:
     """A model over a cache of that many columns.
 
     Args:
         compile: run it through `torch.compile`.
-        lean: run it as a `PackedModel`.
+        packed: run it as a `PackedModel`.
 
     Raises:
-        InputError: for `lean` where it does not work, saying why.
+        InputError: for `packed` where it does not work, saying why.
     """
     check_model(model)
     if compile:
         return RaggedModel(model, capacity, compiled_forward(model), static=True)
-    return RaggedModel(model, capacity, packed_model(model) if lean else None)
+    return RaggedModel(model, capacity, packed_model(model) if packed else None)
 
 
-def attention_windows(config: Any) -> dict[str, int | None]:
+def attention_windows(config: "PreTrainedConfig") -> dict[str, int | None]:
     """The window of each kind of layer that a model has, `None` for those without."""
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     if not kinds:
@@ -176,7 +181,7 @@ def check_model(model: "PreTrainedModel", name: str = "the model") -> None:
         raise InputError(f"{kind} has layers of type {', '.join(sorted(others))}: use its own generate()")
     if config._attn_implementation not in ("sdpa", "eager"):
         raise InputError(
-            f"{kind} runs attn_implementation={config._attn_implementation!r}, which takes no mask of one's own: "
+            f"{kind} runs attn_implementation={config._attn_implementation!r}, which takes no custom mask: "
             "load it with attn_implementation='sdpa'"
         )
 
@@ -221,7 +226,7 @@ def early_exit(model: "PreTrainedModel", layers: int) -> "PreTrainedModel":
     raise InputError(f"early exit: {type(model).__name__} has no list of its {total} layers; use another draft")
 
 
-def _with_module(module: torch.nn.Module, path: Sequence[str], replacement: torch.nn.Module) -> Any:
+def _with_module(module: torch.nn.Module, path: Sequence[str], replacement: torch.nn.Module) -> torch.nn.Module:
     """A copy of `module` that shares all its parts, except that `replacement` stands at `path`."""
     if not path:
         return replacement
@@ -233,7 +238,7 @@ def _with_module(module: torch.nn.Module, path: Sequence[str], replacement: torc
     return copy
 
 
-def compiled_forward(model: "PreTrainedModel") -> Callable[..., Any]:
+def compiled_forward(model: "PreTrainedModel") -> "Forward":
     """The model's forward through `torch.compile`, made once for each model.
 
     The first call for each number of tokens takes seconds to minutes; a C++ compiler is needed on a CPU.

@@ -127,7 +127,7 @@ def operations(alpha: float, gamma: float, c_hat: float) -> float:
     return (gamma * c_hat + gamma + 1) / expected_tokens(alpha, gamma)
 
 
-def optimal_lookahead(alpha: float, c: float, maximum: int = 32) -> int:
+def optimal_num_draft_tokens(alpha: float, c: float, maximum: int = 32) -> int:
     """The number of drafted tokens, from 0 to `maximum`, with the largest `speedup` (section 3.5).
 
     0 says that drafting does not pay, which is so if and only if `alpha <= c` (corollary 3.9).

@@ -110,9 +110,9 @@ class ModelDraft:
     def begin(self, target: RaggedModel, rows: Rows, compiled: bool) -> None:
         check_same_vocabulary(target.model, self.model)
         check_context(self.model, int(rows.last.max()) + 1, "the draft model")
-        # A target that was told not to run lean has a draft that does not either.
-        lean = target.lean is not None and unsupported_reason(self.model) is None
-        self.runner = ragged_model(self.model, target.cache.capacity, compiled, lean)
+        # A target that was told not to pack its weights has a draft that does not either.
+        packed = target.packed is not None and unsupported_reason(self.model) is None
+        self.runner = ragged_model(self.model, target.cache.capacity, compiled, packed)
         self.runner.prefill(rows.tokens[:, : max(rows.sizes)], rows.lengths, rows.last, rows.sizes)
 
     def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
@@ -140,8 +140,8 @@ class EarlyExitDraft:
     def begin(self, target: RaggedModel, rows: Rows, compiled: bool) -> None:
         model = self._shortened(target.model)
         forward = compiled_forward(model) if compiled else None
-        if target.lean:
-            forward = target.lean.first(self._count(target.model))
+        if target.packed:
+            forward = target.packed.first(self._count(target.model))
         self.runner = RaggedModel(model, 0, forward, target.cache, compiled)
 
     def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
@@ -175,9 +175,9 @@ class Int8Draft:
     def begin(self, target: RaggedModel, rows: Rows, compiled: bool) -> None:
         if compiled:
             raise InputError("the int8 draft does not go with compile=True: leave that out")
-        if target.lean is None:
-            # It reads the target's cache, where a lean target keeps the halves of keys in another order.
-            raise InputError("the int8 draft does not go with lean=False: leave that out")
+        if target.packed is None:
+            # It reads the target's cache, where a packed target keeps the halves of keys in another order.
+            raise InputError("the int8 draft does not go with packed=False: leave that out")
         self.runner = RaggedModel(target.model, 0, packed_model(target.model, "int8"), target.cache)
 
     def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:

@@ -5,15 +5,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
 from hfllm.generation.packed.model import unsupported_reason
 from hfllm.generation.packed.ragged_model import padded_right, ragged_model
-from hfllm.generation.speculative.acceptance import optimal_lookahead, speedup
+from hfllm.generation.speculative.acceptance import optimal_num_draft_tokens, speedup
+from hfllm.generation.speculative.draft_length import DraftLength
 from hfllm.generation.speculative.drafts import Draft, Rows
-from hfllm.generation.speculative.lookahead import Lookahead
 from hfllm.generation.speculative.options import read_options
 from hfllm.generation.speculative.speculative import Statistics, many_shapes, speculative_generate
 
@@ -43,35 +43,60 @@ class Costs:
         return self.draft + self.verification
 
 
+class SpeedRow(TypedDict):
+    """Greedy decoding with one draft length, beside `generate`.
+
+    Attributes:
+        num_draft_tokens: the name of the draft length.
+        drafted: its mean, in tokens.
+        acceptance_rate, tokens_per_target_call: see `Statistics`.
+        speedup: the seconds of `generate` over ours, the median of all rounds.
+        predicted: the same by the paper's formula.
+        predicted_with_verification: the same where a token more to verify is not free.
+        seconds: of all batches.
+        tokens: that were generated.
+    """
+
+    num_draft_tokens: str
+    drafted: float
+    acceptance_rate: float
+    tokens_per_target_call: float
+    speedup: float
+    predicted: float
+    predicted_with_verification: float
+    seconds: float
+    tokens: int
+
+
 @torch.no_grad()
 def measure_costs(
     model: "PreTrainedModel",
     draft: Draft,
     batch: Batch,
-    lookahead: int = 4,
+    num_draft_tokens: int = 4,
     rounds: int = 15,
     compile: bool = False,
     clock: Callable[[], float] = time.perf_counter,
-    lean: bool | None = None,
+    packed: bool | None = None,
 ) -> Costs:
     """Time single runs of the target, of the draft, and of the target over a draft, behind the prompts of `batch`.
 
     Args:
-        lookahead: tokens drafted at a time, at least 1.
+        num_draft_tokens: tokens drafted at a time, at least 1.
         rounds: repetitions, of which the median counts.
         compile: measure compiled models, as `speculative_generate(compile=True)` runs them.
-        clock: what tells the seconds. On a busy machine the wall clock favours short runs, which end before they are
+        clock: what tells the seconds. On a busy machine the wall clock favors short runs, which end before they are
             interrupted; `time.process_time` does not, and is right on one thread.
-        lean: as of `speculative_generate`.
+        packed: as of `speculative_generate`.
     """
     lengths = batch["attention_mask"].sum(1)
-    capacity = -(-(int(lengths.max()) + lookahead + 2) // 128) * 128
+    capacity = -(-(int(lengths.max()) + num_draft_tokens + 2) // 128) * 128
     tokens = padded_right(batch["input_ids"], batch["attention_mask"], capacity)
-    rows = Rows(tokens, lengths, lengths + lookahead, lengths.tolist())
+    rows = Rows(tokens, lengths, lengths + num_draft_tokens, lengths.tolist())
     options = read_options(model, None, None, tokens.shape[1], max_new_tokens=1, do_sample=False)
-    if lean is None:
-        lean = not compile and unsupported_reason(model) is None
-    target = ragged_model(model, capacity, compile, lean)
+    if packed is None:
+        packed = not compile and unsupported_reason(model) is None
+    target = ragged_model(model, capacity, compile, packed)
     target.prefill(tokens[:, : max(rows.sizes)], rows.lengths, rows.last, rows.sizes)
     draft.begin(target, rows, compile)
 
@@ -82,17 +107,17 @@ def measure_costs(
 
     runs = {
         "one": lambda: run(1),
-        "several": lambda: run(lookahead + 1),
-        "draft": lambda: draft.propose(rows, lookahead, options.sampler),
+        "several": lambda: run(num_draft_tokens + 1),
+        "draft": lambda: draft.propose(rows, num_draft_tokens, options.sampler),
     }
     with many_shapes() if compile else nullcontext():
         seconds = interleaved(runs, rounds, clock)
     one, several, drafting = (statistics.median(seconds[name]) for name in ("one", "several", "draft"))
-    return Costs(one, drafting / lookahead / one, max(0.0, several / one - 1) / lookahead)
+    return Costs(one, drafting / num_draft_tokens / one, max(0.0, several / one - 1) / num_draft_tokens)
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
+    runs: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
     """Seconds of each run in each round, after one that is not counted; the order turns from round to round."""
     for run in runs.values():
@@ -154,51 +179,49 @@ def identical_share(model: "PreTrainedModel", draft: Draft, batches: Sequence[Ba
 
 
 def _shared(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name not in ("lookahead", "generator", "compile")}
+    return {name: value for name, value in options.items() if name not in ("num_draft_tokens", "generator", "compile")}
 
 
-def speed_by_lookahead(
+def speed_by_num_draft_tokens(
     model: "PreTrainedModel",
     draft: Draft,
     batches: Sequence[Batch],
-    lookaheads: Mapping[str, "int | Lookahead"],
+    draft_lengths: Mapping[str, "int | DraftLength"],
     costs: Costs,
     rounds: int = 3,
     **options: Any,
-) -> tuple[float, list[dict[str, Any]]]:
-    """Measure greedy decoding with each lookahead against `generate`, side by side.
+) -> tuple[float, list[SpeedRow]]:
+    """Measure greedy decoding with each number of draft tokens against `generate`, side by side.
 
     Args:
-        lookaheads: by the name that the table shows.
+        draft_lengths: numbers of draft tokens, or what chooses them, by the name that the table shows.
         costs: for the predictions.
         options: of `generate`, and `compile`.
 
     Returns:
-        Seconds of `generate` for all batches, and one row a lookahead: `lookahead`, `drafted` (its mean),
-        `acceptance_rate`, `tokens_per_target_call`, `speedup`, `predicted` by the paper's formula and
-        `predicted_with_verification`, `seconds`, `tokens`.
+        Seconds of `generate` for all batches, and one row for each draft length.
     """
     seen: dict[str, Statistics] = {}
 
     def run(name: str) -> Callable[[], None]:
         def decode() -> None:
-            settings = {**options, "do_sample": False, "lookahead": lookaheads[name]}
+            settings = {**options, "do_sample": False, "num_draft_tokens": draft_lengths[name]}
             seen[name] = speculative(model, draft, batches, **settings)[1]
 
         return decode
 
-    runs = {name: run(name) for name in lookaheads}
+    runs = {name: run(name) for name in draft_lengths}
     baseline = {"plain": lambda: [plain(model, batch, do_sample=False, **_shared(options)) for batch in batches]}
     seconds = interleaved({**baseline, **runs}, rounds)
     rows = []
-    for name in lookaheads:
+    for name in draft_lengths:
         found, alpha = seen[name], seen[name].acceptance_rate
         mean = found.drafted / max(found.target_calls, 1)
         # Each round's two runs met the same machine.
         ratios = [theirs / ours for theirs, ours in zip(seconds["plain"], seconds[name], strict=True)]
         rows.append(
             {
-                "lookahead": name,
+                "num_draft_tokens": name,
                 "drafted": mean,
                 "acceptance_rate": alpha,
                 "tokens_per_target_call": found.tokens_per_target_call,
@@ -212,6 +235,6 @@ def speed_by_lookahead(
     return statistics.median(seconds["plain"]), rows
 
 
-def best_lookahead(alpha: float, costs: Costs, maximum: int = 16) -> int:
+def best_num_draft_tokens(alpha: float, costs: Costs, maximum: int = 16) -> int:
     """The number of drafts that the formula calls best here, verification included; 0 says: none."""
-    return optimal_lookahead(alpha, costs.per_draft, maximum)
+    return optimal_num_draft_tokens(alpha, costs.per_draft, maximum)

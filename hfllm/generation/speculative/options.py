@@ -10,7 +10,7 @@ from hfllm.errors import InputError
 from hfllm.generation.speculative import acceptance
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 # Those that look at the logits alone. Others look at the tokens before, which drafts make conditional.
 STATELESS = (
@@ -50,7 +50,7 @@ class Sampler:
     """
 
     do_sample: bool
-    processors: Any
+    processors: "LogitsProcessorList"
     generator: torch.Generator | None = None
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
@@ -111,7 +111,7 @@ def read_options(
     """Options as `model.generate` would read them: arguments over `generation_config` over the model's own.
 
     Raises:
-        InputError: for an option that has no effect here or that drafts cannot honour.
+        InputError: for an option that has no effect here or that drafts cannot respect.
     """
     config, unknown = model._prepare_generation_config(generation_config, **kwargs)
     if unknown:
@@ -126,7 +126,7 @@ def read_options(
     return make_options(config, processors, config.max_new_tokens, generator)
 
 
-def check_config(config: "GenerationConfig", honoured: Sequence[str] = ()) -> None:
+def check_config(config: "GenerationConfig", handled: Sequence[str] = ()) -> None:
     """Refuse options that would have no effect here, but for those that the caller sees to.
 
     Raises:
@@ -134,15 +134,18 @@ def check_config(config: "GenerationConfig", honoured: Sequence[str] = ()) -> No
     """
     for option, harmless in REFUSED.items():
         value = getattr(config, option, None)
-        if value not in harmless and option not in honoured:
+        if value not in harmless and option not in handled:
             raise InputError(
-                f"{option}={value!r} cannot be combined with speculative decoding, which follows one sequence a row: "
-                f"leave it out, or use model.generate"
+                f"{option}={value!r} cannot be combined with speculative decoding, which follows one sequence per "
+                "row: leave it out, or use model.generate"
             )
 
 
 def make_options(
-    config: "GenerationConfig", processors: Any, max_new_tokens: int, generator: torch.Generator | None
+    config: "GenerationConfig",
+    processors: "LogitsProcessorList",
+    max_new_tokens: int,
+    generator: torch.Generator | None,
 ) -> Options:
     """Options from a prepared `generation_config` and its logits processors.
 
@@ -177,7 +180,7 @@ def check_same_vocabulary(
     """
     instead = (
         "use prompt lookup or early exit as the draft, or train one with the target's tokenizer "
-        "(recipes/pretrain.py --tokenizer_name_or_path)"
+        "(hfllm pretrain --tokenizer_name_or_path)"
     )
     sizes = [model.config.get_text_config(decoder=True).vocab_size for model in (target, draft)]
     if sizes[0] != sizes[1]:

@@ -1,4 +1,4 @@
-"""Speculative decoding: a draft guesses several tokens, one run of the target judges them all.
+"""Speculative decoding: a draft proposes several tokens, one run of the target verifies them all.
 
 Leviathan et al. 2023, arXiv:2211.17192, algorithm 1, for a batch whose rows accept different numbers of tokens. Greedy
 output is the target's own, and samples follow the target's distribution.
@@ -15,8 +15,8 @@ import torch
 from hfllm.errors import InputError
 from hfllm.generation.packed.model import unsupported_reason
 from hfllm.generation.packed.ragged_model import check_context, check_model, padded_right, ragged_model
+from hfllm.generation.speculative.draft_length import DraftLength, FixedDraftLength, as_draft_length
 from hfllm.generation.speculative.drafts import Draft, ModelDraft, Proposal, Rows
-from hfllm.generation.speculative.lookahead import FixedLookahead, Lookahead, as_lookahead
 from hfllm.generation.speculative.options import Options, read_options
 
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ class Statistics:
         tokens: generated tokens that were kept.
         target_calls: runs of the target, each counted once for every row in it, the prompt's included.
         drafted: drafted tokens.
-        tested: drafted tokens that the target judged: up to the first rejected one of each draft.
+        tested: drafted tokens that the target verified: up to the first rejected one of each draft.
         accepted: drafted tokens that were right.
-        steps: drafted tokens a row by run of the target, in order.
+        steps: drafted tokens per row by run of the target, in order.
     """
 
     tokens: int = 0
@@ -56,7 +56,7 @@ class Statistics:
 
     @property
     def acceptance_rate(self) -> float:
-        """Share of the judged tokens that were right: the maximum-likelihood estimate of the paper's alpha."""
+        """Share of the verified tokens that were right: the maximum-likelihood estimate of the paper's alpha."""
         return self.accepted / self.tested if self.tested else 0.0
 
     @property
@@ -81,10 +81,10 @@ def speculative_generate(
     attention_mask: torch.Tensor | None = None,
     generation_config: "GenerationConfig | None" = None,
     *,
-    lookahead: int | str | Lookahead = "adaptive",
+    num_draft_tokens: int | str | DraftLength = "adaptive",
     generator: torch.Generator | None = None,
     compile: bool = False,
-    lean: bool | None = None,
+    packed: bool | None = None,
     **kwargs: Any,
 ) -> SpeculativeOutput:
     """Continue prompts as `model.generate` would, with fewer runs of the model.
@@ -96,11 +96,11 @@ def speculative_generate(
         attention_mask: (B, S), 0 at padding; by default nothing is.
         generation_config: transformers' options. `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`,
             `min_p`, `eos_token_id`, `pad_token_id` and whatever else looks at the logits alone.
-        lookahead: tokens to draft before the target judges; `"adaptive"` follows the acceptance.
+        num_draft_tokens: tokens to draft before the target verifies them; `"adaptive"` follows the acceptance.
         generator: the source of randomness; by default torch's own.
         compile: run the models through `torch.compile` on fixed shapes. The first calls take long; rows that have
             ended stay in the batch.
-        lean: call kernels alone, over packed copies of the weights on a CPU (`hfllm.generation.packed.model`); by
+        packed: call kernels alone, over packed copies of the weights on a CPU (`hfllm.generation.packed.model`); by
             default for models of the family in evaluation, whose weights the first call copies.
         kwargs: single options over `generation_config`, as `generate` takes them.
 
@@ -111,7 +111,7 @@ def speculative_generate(
     check_prompts(input_ids, attention_mask)
     check_model(model)
     options = read_options(model, generation_config, generator, input_ids.shape[1], **kwargs)
-    return decode(model, draft, input_ids, attention_mask, options, lookahead, compile, lean)
+    return decode(model, draft, input_ids, attention_mask, options, num_draft_tokens, compile, packed)
 
 
 def decode(
@@ -120,25 +120,25 @@ def decode(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     options: Options,
-    lookahead: int | str | Lookahead = "adaptive",
+    num_draft_tokens: int | str | DraftLength = "adaptive",
     compile: bool = False,
-    lean: bool | None = None,
+    packed: bool | None = None,
 ) -> SpeculativeOutput:
     """`speculative_generate` once the options are read."""
     if draft is not None and not hasattr(draft, "propose"):
         draft = ModelDraft(draft)
-    if compile and lean:
-        raise InputError("lean=True and compile=True exclude each other: leave one out")
-    if lean is None:
-        lean = not compile and unsupported_reason(model) is None
+    if compile and packed:
+        raise InputError("packed=True and compile=True exclude each other: leave one out")
+    if packed is None:
+        packed = not compile and unsupported_reason(model) is None
     if draft is None:
-        lookahead = FixedLookahead(0)
+        draft_length: DraftLength = FixedDraftLength(0)
     else:
-        rows = len(input_ids) if lean else None
-        lookahead = as_lookahead(lookahead, draft.cost_ratio(model), model.device.type, rows)
+        rows = len(input_ids) if packed else None
+        draft_length = as_draft_length(num_draft_tokens, draft.cost_ratio(model), model.device.type, rows)
     with many_shapes() if compile else nullcontext():
-        run = _Run(model, draft, options, lookahead, input_ids, attention_mask, compile, lean)
-        if lookahead.maximum:
+        run = _Run(model, draft, options, draft_length, input_ids, attention_mask, compile, packed)
+        if draft_length.maximum:
             while run.is_running():
                 run.step()
         else:
@@ -164,18 +164,18 @@ class _Run:
         model: "PreTrainedModel",
         draft: Draft | None,
         options: Options,
-        lookahead: Lookahead,
+        draft_length: DraftLength,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         compile: bool,
-        lean: bool,
+        packed: bool,
     ):
-        self.draft, self.options, self.lookahead, self.compile = draft, options, lookahead, compile
+        self.draft, self.options, self.draft_length, self.compile = draft, options, draft_length, compile
         self.has_begun = False
         lengths = attention_mask.sum(1).tolist()
         longest = max(lengths) + options.max_new_tokens
         check_context(model, longest)
-        capacity = longest + lookahead.maximum + 1
+        capacity = longest + draft_length.maximum + 1
         if compile:
             capacity = -(-capacity // COMPILED_BLOCK) * COMPILED_BLOCK
         # New tokens of each row, and the rows that still run, by their number in the batch.
@@ -183,7 +183,7 @@ class _Run:
         self.running = list(range(len(lengths)))
         self.limits = [length + options.max_new_tokens for length in lengths]
         self.rows = self._rows(padded_right(input_ids, attention_mask, capacity), lengths)
-        self.target = ragged_model(model, capacity, compile, lean)
+        self.target = ragged_model(model, capacity, compile, packed)
         self.statistics = Statistics()
         self._begin()
 
@@ -191,8 +191,8 @@ class _Run:
         """Read the prompts, whose run yields the first token as it does in plain decoding; then let the draft."""
         rows = self.rows
         logits = self.target.prefill(rows.tokens[:, : max(rows.sizes)], rows.lengths, rows.last, rows.sizes)
-        self._judge(Proposal(rows.tokens[:, :0], torch.zeros_like(rows.lengths)), logits)
-        if self.draft is not None and self.lookahead.maximum and self.is_running():
+        self._verify(Proposal(rows.tokens[:, :0], torch.zeros_like(rows.lengths)), logits)
+        if self.draft is not None and self.draft_length.maximum and self.is_running():
             self.draft.begin(self.target, self.rows, self.compile)
             self.has_begun = True
 
@@ -200,7 +200,7 @@ class _Run:
         return any(not self._has_ended(number) for number in self.running)
 
     def decode(self) -> None:
-        """Go on without drafts: a run, a token of each row, and as little as can be between them."""
+        """Continue without drafts: a run, a token of each row, and as little as can be between them."""
         rows = self.rows
         columns, last, longest = rows.lengths.unsqueeze(1) - 1, rows.last, max(rows.sizes)
         tokens, level = rows.tokens.gather(1, columns), rows.are_level
@@ -228,7 +228,7 @@ class _Run:
                 level = longest == int(columns.min()) + 1
 
     def step(self) -> None:
-        """Draft, judge, append; then let go of rows that have ended."""
+        """Draft, verify, append; then let go of rows that have ended."""
         rows = self.rows
         proposal = self._proposal()
         drafted = proposal.tokens.shape[1]
@@ -236,9 +236,9 @@ class _Run:
         window = torch.cat((rows.tokens.gather(1, end), proposal.tokens), dim=1)
         columns = end + torch.arange(drafted + 1, device=end.device)
         level = rows.are_level and drafted == 0
-        self._judge(proposal, self.target(window, columns, rows.last, max(rows.sizes) + drafted, level=level))
+        self._verify(proposal, self.target(window, columns, rows.last, max(rows.sizes) + drafted, level=level))
 
-    def _judge(self, proposal: Proposal, logits: torch.Tensor) -> None:
+    def _verify(self, proposal: Proposal, logits: torch.Tensor) -> None:
         """Accept what the logits (B, G + 1, V) allow, and append it."""
         rows = self.rows
         accepted, following = self.options.sampler.accept(proposal.tokens, proposal.probs, logits, proposal.counts)
@@ -250,15 +250,15 @@ class _Run:
         self._append(torch.cat((accepted.unsqueeze(1), proposal.counts.unsqueeze(1), fresh), dim=1).tolist())
 
     def _proposal(self) -> Proposal:
-        """Drafted tokens, as many as the lookahead says and the rows have room for."""
-        rows, steps = self.rows, self.lookahead.steps()
+        """Drafted tokens, as many as the draft length says and the rows have room for."""
+        rows, steps = self.rows, self.draft_length.steps()
         # The target adds one token itself.
         room = max(self.limits[number] - size for number, size in zip(self.running, rows.sizes, strict=True)) - 1
         if min(steps, room) > 0:
             proposal = self.draft.propose(rows, min(steps, room), self.options.sampler)
         else:
             proposal = Proposal(rows.tokens[:, :0], torch.zeros_like(rows.lengths))
-        missing = self.lookahead.maximum - proposal.tokens.shape[1]
+        missing = self.draft_length.maximum - proposal.tokens.shape[1]
         if self.compile and missing:
             # One shape for every run of the target; the counts say that these are no drafts.
             proposal.tokens = torch.nn.functional.pad(proposal.tokens, (0, missing))
@@ -278,11 +278,11 @@ class _Run:
             self.new[number] += new
             sizes[row] += len(new)
             calls, drafted = calls + 1, drafted + count
-            # Tokens behind the end of a row were judged all the same.
+            # Tokens behind the end of a row were verified all the same.
             tested, accepted = tested + min(right + 1, count), accepted + right
             self.statistics.tokens += len(new)
         self.statistics.add(calls, drafted, tested, accepted)
-        self.lookahead.update(accepted, tested)
+        self.draft_length.update(accepted, tested)
         kept = [row for row, number in enumerate(self.running) if self.compile or not self._has_ended(number)]
         tokens = self.rows.tokens
         if len(kept) < len(self.running):

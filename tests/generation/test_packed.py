@@ -1,4 +1,4 @@
-"""The lean form of a model says what the model says, and follows its weights."""
+"""The packed form of a model says what the model says, and follows its weights."""
 
 import copy
 import gc
@@ -18,9 +18,9 @@ from hfllm.generation.packed.ragged_model import RaggedModel
 needs_int8 = pytest.mark.skipif(not has_int8(torch.float32, torch.device("cpu")), reason="no fbgemm here")
 
 
-def ragged_logits(model, lean, ids, mask):
+def ragged_logits(model, forward, ids, mask):
     """Logits behind prompts (B, 1, V), and of three further tokens of each row, (B, 3, V)."""
-    lengths, runner = mask.sum(1), RaggedModel(model, 24, lean)
+    lengths, runner = mask.sum(1), RaggedModel(model, 24, forward)
     right = torch.zeros_like(ids)
     for row, length in enumerate(lengths.tolist()):
         right[row, :length] = ids[row, -length:]
@@ -154,7 +154,7 @@ def test_copies_go_with_their_model(make_target):
     assert seen() is None
 
 
-def test_why_not(make_target):
+def test_reasons_against_it(make_target):
     assert unsupported_reason(make_target()) is None
     assert "not of the family" in unsupported_reason(make_target.native("llama"))
     assert "training mode" in unsupported_reason(make_target().train())
@@ -184,7 +184,9 @@ def test_int8_needs_fp32(make_target):
 def test_a_table_of_angles_grows_with_the_text(make_target, prompts):
     """Positions beyond the context that the config names go on as the model's own do."""
     model = make_target(max_position_embeddings=8)
-    lean = PackedModel(model)
+    packed = PackedModel(model)
     for rows in (1, 4):
         wanted = ragged_logits(model, None, *prompts(rows, length=6))
-        torch.testing.assert_close(ragged_logits(model, lean, *prompts(rows, length=6)), wanted, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(
+            ragged_logits(model, packed, *prompts(rows, length=6)), wanted, atol=1e-9, rtol=1e-9
+        )

@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from hfllm.errors import InputError
-from hfllm.generation.speculative.acceptance import optimal_lookahead
+from hfllm.generation.speculative.acceptance import optimal_num_draft_tokens
 
 # What one more token costs to verify, in runs of the target for one, where nobody has measured it. The arithmetic of
 # an accelerator is idle at a few tokens, that of a CPU is not; `measure.measure_costs` knows better.
@@ -13,7 +13,7 @@ VERIFICATION_GUESS_ELSEWHERE = 0.02
 VERIFICATION_GUESS_PACKED = 0.04
 
 
-class Lookahead(Protocol):
+class DraftLength(Protocol):
     """Chooses the number of drafted tokens from one run of the target to the next.
 
     Attributes:
@@ -32,12 +32,12 @@ class Lookahead(Protocol):
         """
 
 
-class FixedLookahead:
+class FixedDraftLength:
     """Always the same number of tokens; 0 is plain decoding."""
 
     def __init__(self, steps: int):
         if steps < 0:
-            raise InputError(f"lookahead {steps} is below 0: give a number of tokens to draft, or 'adaptive'")
+            raise InputError(f"num_draft_tokens {steps} is below 0: give a number of tokens to draft, or 'adaptive'")
         self.maximum = steps
 
     def steps(self) -> int:
@@ -47,11 +47,11 @@ class FixedLookahead:
         pass
 
 
-class AdaptiveLookahead:
+class AdaptiveDraftLength:
     """The number that the paper's formula calls best for the acceptance seen of late (arXiv:2211.17192, section 3.5).
 
     It depends on what was accepted and on nothing that is timed, so that a seed gives the same samples again. When
-    drafting does not pay, plain decoding goes on with one token drafted now and then, to notice when it does.
+    drafting does not pay, plain decoding continues with one token drafted now and then, to notice when it does.
 
     Args:
         cost_ratio: time of a draft step plus that of one more token to verify, in runs of the target for one token.
@@ -72,7 +72,9 @@ class AdaptiveLookahead:
         probe_every: int = 12,
     ):
         if not 0 <= minimum <= maximum:
-            raise InputError(f"lookahead from {minimum} to {maximum}: the minimum must lie between 0 and the maximum")
+            raise InputError(
+                f"draft tokens from {minimum} to {maximum}: the minimum must lie between 0 and the maximum"
+            )
         if cost_ratio < 0:
             raise InputError(f"cost_ratio {cost_ratio} is below 0: it is a time over a time")
         self.cost_ratio, self.minimum, self.maximum = cost_ratio, minimum, maximum
@@ -85,7 +87,7 @@ class AdaptiveLookahead:
         return min(self.accepted / self.tested, 1.0)
 
     def steps(self) -> int:
-        best = max(self.minimum, optimal_lookahead(self.alpha, self.cost_ratio, self.maximum))
+        best = max(self.minimum, optimal_num_draft_tokens(self.alpha, self.cost_ratio, self.maximum))
         self.idle = 0 if best else self.idle + 1
         return min(1, self.maximum) if self.idle and self.idle % self.probe_every == 0 else best
 
@@ -95,10 +97,10 @@ class AdaptiveLookahead:
             self.tested = self.decay * self.tested + tested
 
 
-def as_lookahead(
-    lookahead: "int | str | Lookahead", draft_cost: float, device: str = "cpu", packed_rows: int | None = None
-) -> Lookahead:
-    """A number, `"adaptive"` or a `Lookahead` as a `Lookahead`.
+def as_draft_length(
+    num_draft_tokens: "int | str | DraftLength", draft_cost: float, device: str = "cpu", packed_rows: int | None = None
+) -> DraftLength:
+    """A number, `"adaptive"` or a `DraftLength` as a `DraftLength`.
 
     Args:
         draft_cost: time of a draft step in runs of the target; the verification's is guessed.
@@ -108,13 +110,15 @@ def as_lookahead(
     Raises:
         InputError: for anything else.
     """
-    if lookahead == "adaptive":
+    if num_draft_tokens == "adaptive":
         verification = VERIFICATION_GUESS.get(device, VERIFICATION_GUESS_ELSEWHERE)
         if packed_rows is not None and device == "cpu":
             verification = VERIFICATION_GUESS_PACKED * packed_rows
-        return AdaptiveLookahead(draft_cost + verification)
-    if isinstance(lookahead, int) and not isinstance(lookahead, bool):
-        return FixedLookahead(lookahead)
-    if isinstance(lookahead, str) or not hasattr(lookahead, "steps"):
-        raise InputError(f"lookahead {lookahead!r}: expected a number of tokens, 'adaptive' or a Lookahead")
-    return lookahead
+        return AdaptiveDraftLength(draft_cost + verification)
+    if isinstance(num_draft_tokens, int) and not isinstance(num_draft_tokens, bool):
+        return FixedDraftLength(num_draft_tokens)
+    if isinstance(num_draft_tokens, str) or not hasattr(num_draft_tokens, "steps"):
+        raise InputError(
+            f"num_draft_tokens {num_draft_tokens!r}: expected a number of tokens, 'adaptive' or a DraftLength"
+        )
+    return num_draft_tokens

@@ -1,0 +1,314 @@
+"""Quantization: its flags, what it refuses, the stages before it, and the comparison of its schemes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from hfllm.data.loading import DataArguments
+from hfllm.errors import InputError, refuse
+from hfllm.outputs.report import Bars
+from hfllm.runs.chain import Chain, chain_before
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from trl import ModelConfig
+
+    from hfllm.compression.schemes import Scheme
+    from hfllm.compression.sensitivity import PartRow
+    from hfllm.evaluation.quantization import QuantizationEvaluation, SchemeRow
+
+# Flags of ModelConfig that say how a model is quantized as it is loaded.
+LOADING = (
+    "load_in_8bit",
+    "load_in_4bit",
+    "bnb_4bit_quant_type",
+    "use_bnb_nested_quant",
+    "bnb_4bit_quant_storage",
+)
+AT_LEAST = {
+    "num_eval_texts": 1,
+    "max_length": 2,
+    "num_eval_prompts": 1,
+    "response_length": 1,
+    "num_sensitivity_texts": 1,
+    "prompt_tokens": 1,
+    "new_tokens": 1,
+    "rounds": 0,
+}
+SHOWN_PARTS = 30
+
+
+@dataclass(frozen=True)
+class QuantizeArguments(DataArguments):
+    """The schemes, the texts that they are evaluated on, and how."""
+
+    output_dir: str = field(default="outputs/quantize", metadata={"help": "Where the model and the report go."})
+    seed: int = field(default=42, metadata={"help": "Seed of the texts of the world, and of its models."})
+    schemes: list[str] | None = field(
+        default=None, metadata={"help": "Schemes to compare; by default all that run on this machine."}
+    )
+    save_scheme: str = field(default="int8", metadata={"help": "Scheme that is saved, and that the metrics are of."})
+    skip_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Linear layers to leave as they are: ends or beginnings of names, such as v_proj."},
+    )
+    llm_int8_threshold: float = field(
+        default=6.0,
+        metadata={
+            "help": "Magnitude from which int8 multiplies a feature of the input in floating point; 0 is never. "
+            "A lower one costs time and loses less."
+        },
+    )
+    num_eval_texts: int = field(default=256, metadata={"help": "Texts for the perplexity, at most this many."})
+    max_length: int = field(default=512, metadata={"help": "Tokens of a window that perplexity is measured in."})
+    num_eval_prompts: int = field(default=600, metadata={"help": "Questions of the world for the gold reward."})
+    response_length: int = field(default=40, metadata={"help": "Longest answer to them, in tokens."})
+    sensitivity: list[str] = field(
+        default_factory=lambda: ["layer", "kind"],
+        metadata={"help": "Parts that are quantized alone: each linear, layer or kind of layer; or none."},
+    )
+    num_sensitivity_texts: int = field(default=32, metadata={"help": "Texts for the loss of each such part."})
+    prompt_tokens: int = field(default=128, metadata={"help": "Tokens of each of four prompts that are timed."})
+    new_tokens: int = field(default=32, metadata={"help": "Tokens that are written when timed."})
+    rounds: int = field(default=5, metadata={"help": "Repetitions of the timing; the median counts, 0 is none."})
+    pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the pretraining stage."})
+    sft_config: str | None = field(default=None, metadata={"help": "YAML flags of the fine-tuning stage."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Publish the saved model at the end."})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Where: owner/name or name; by default the output folder's name."}
+    )
+    hub_private_repo: bool | None = field(default=None, metadata={"help": "Whether a new repository is private."})
+    hub_revision: str | None = field(default=None, metadata={"help": "Branch to publish on; made if missing."})
+    hub_token: str | None = field(default=None, metadata={"help": "Access token; better HF_TOKEN or hf auth login."})
+
+
+# ---- what is refused ----
+
+
+def check(script_args: QuantizeArguments, model_args: "ModelConfig") -> None:
+    """Refuse flags that have no effect or no meaning, and schemes that cannot run here.
+
+    Raises:
+        InputError: naming the flag or the scheme.
+    """
+    from hfllm.compression.affine import OUTLIER_THRESHOLD
+    from hfllm.compression.sensitivity import PARTS
+
+    for flag, least in AT_LEAST.items():
+        value = getattr(script_args, flag)
+        if value < least:
+            raise InputError(f"--{flag} {value}: expected at least {least}")
+    for word in script_args.sensitivity:
+        if word not in PARTS and script_args.sensitivity != ["none"]:
+            raise InputError(f"--sensitivity {word!r}: expected some of {', '.join(PARTS)}, or none")
+    refuse(model_args.use_peft, "--use_peft", "nothing is trained; adapters go onto the saved model")
+    for flag in LOADING:
+        is_given = getattr(model_args, flag) != getattr(type(model_args), flag)
+        refuse(is_given, f"--{flag}", "--schemes says how to quantize")
+    is_named = bool(model_args.model_name_or_path)
+    for flag in ("pretrain_config", "sft_config"):
+        refuse(is_named and bool(getattr(script_args, flag)), f"--{flag}", "the model is named")
+    schemes = schemes_to_compare(script_args)
+    is_idle = "int8" not in schemes and script_args.llm_int8_threshold != OUTLIER_THRESHOLD
+    refuse(is_idle, "--llm_int8_threshold", "no scheme is int8")
+    for name in schemes:
+        scheme_of(script_args, name).check()
+
+
+def check_model(script_args: QuantizeArguments, model_args: "ModelConfig", config: "PreTrainedConfig") -> None:
+    """Refuse what does not go with the model, be it named or still to be made.
+
+    Args:
+        config: of that model.
+
+    Raises:
+        InputError: when it is quantized already, a scheme has nothing to quantize, a name of --skip_modules is no
+            layer's, or more tokens are to be timed than the model is made for.
+    """
+    from hfllm.models.stored import empty_model, refuse_quantized
+    from hfllm.runs.models import max_length_of
+
+    if model_args.model_name_or_path:
+        refuse_quantized(config, model_args.model_name_or_path)
+    context, timed = max_length_of(config), script_args.prompt_tokens + script_args.new_tokens
+    if script_args.rounds and context is not None and timed > context:
+        raise InputError(
+            f"--prompt_tokens {script_args.prompt_tokens} and --new_tokens {script_args.new_tokens} are {timed} "
+            f"tokens, the model's context is {context}: choose fewer, or --rounds 0 for no timing"
+        )
+    model = empty_model(config)
+    for name in schemes_to_compare(script_args):
+        scheme_of(script_args, name).left(model)
+
+
+# ---- the stages before, the schemes and the texts ----
+
+
+def stages_before(script_args: QuantizeArguments, model_args: "ModelConfig") -> Chain:
+    """Return the pretraining and the fine-tuning that make the model, if none is named.
+
+    Raises:
+        InputError: when one of their configs is wrong.
+    """
+    return chain_before(
+        "quantize",
+        script_args.output_dir,
+        script_args.seed,
+        script_args.world_seed,
+        named={"sft": model_args.model_name_or_path},
+        configs={"pretrain": script_args.pretrain_config, "sft": script_args.sft_config},
+    )
+
+
+def schemes_to_compare(script_args: QuantizeArguments) -> list[str]:
+    """Return the names of the schemes, each once, with the one that is saved among them."""
+    from hfllm.compression.schemes import SCHEMES, default_device
+
+    names = list(dict.fromkeys(script_args.schemes or ()))
+    if not names:
+        names = [name for name, scheme in SCHEMES.items() if default_device() in scheme.devices]
+    return names if script_args.save_scheme in names else [*names, script_args.save_scheme]
+
+
+def scheme_of(script_args: QuantizeArguments, name: str) -> "Scheme":
+    """Return the scheme called `name` as the flags have it."""
+    from hfllm.compression.schemes import get_scheme
+
+    return get_scheme(name, script_args.skip_modules or (), script_args.llm_int8_threshold)
+
+
+def eval_texts(script_args: QuantizeArguments) -> list[str]:
+    """Return held-out documents of the world, or the user's texts.
+
+    Raises:
+        InputError: when there is none.
+    """
+    from hfllm.data import formats
+    from hfllm.data.loading import load_rows, world_of
+
+    world = world_of(script_args)
+    if world is not None:
+        texts = world.documents(script_args.num_eval_texts, seed=-1 - script_args.seed)
+    else:
+        texts = [text for text in load_rows(script_args, formats.to_text) if text.strip()]
+    if not texts:
+        raise InputError(f"--dataset_name {script_args.dataset_name} has no text")
+    return texts[: script_args.num_eval_texts]
+
+
+# ---- the comparison ----
+
+
+def make_evaluation(
+    script_args: QuantizeArguments,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Sequence[str],
+) -> "QuantizationEvaluation":
+    """Return what the model and its quantized forms are evaluated on."""
+    from hfllm.data.loading import world_of
+    from hfllm.evaluation.quantization import QuantizationEvaluation
+    from hfllm.runs.models import fitting_length
+
+    return QuantizationEvaluation(
+        tokenizer,
+        texts,
+        fitting_length(script_args.max_length, model),
+        world=world_of(script_args),
+        num_eval_prompts=script_args.num_eval_prompts,
+        response_length=script_args.response_length,
+        timing={"prompt_tokens": script_args.prompt_tokens, "new_tokens": script_args.new_tokens},
+        rounds=script_args.rounds,
+    )
+
+
+def compare_schemes(
+    script_args: QuantizeArguments,
+    model_args: "ModelConfig",
+    model: "PreTrainedModel",
+    evaluation: "QuantizationEvaluation",
+) -> "tuple[list[SchemeRow], float]":
+    """Evaluate the model and its quantized forms, and save the wanted one in the output folder.
+
+    Args:
+        model_args: with the model's name, and how to load it.
+        model: in full precision.
+
+    Returns:
+        One row for the model and one for each scheme, and the largest difference of a logit between the saved form
+        and the same one loaded again.
+    """
+    from hfllm.compression.schemes import linear_names
+    from hfllm.runs.models import load_kwargs
+
+    names = linear_names(model)
+    rows, difference = [evaluation.original(model, names)], 0.0
+    for name in schemes_to_compare(script_args):
+        print(f"quantize: {name}", flush=True)
+        quantized = scheme_of(script_args, name).load(model_args.model_name_or_path, **load_kwargs(model_args))
+        is_saved = name == script_args.save_scheme
+        if is_saved:
+            # Before it runs: bitsandbytes lays 4-bit weights out anew for some CPUs then.
+            quantized.save_pretrained(script_args.output_dir)
+            evaluation.tokenizer.save_pretrained(script_args.output_dir)
+        rows.append(evaluation.quantized(name, quantized, model, names))
+        if is_saved:
+            difference = evaluation.difference_after_reload(quantized, script_args.output_dir)
+        del quantized
+    return rows, difference
+
+
+def sensitivity_by_part(
+    script_args: QuantizeArguments, model: "PreTrainedModel", evaluation: "QuantizationEvaluation"
+) -> "dict[str, list[PartRow]]":
+    """Return the change of loss by each part of the model, for each way to part it."""
+    from hfllm.compression.sensitivity import sensitivity
+
+    if script_args.sensitivity == ["none"]:
+        return {}
+    print("quantize: sensitivity", flush=True)
+
+    def loss_of(model: "PreTrainedModel") -> float:
+        return evaluation.loss(model, script_args.num_sensitivity_texts)
+
+    scheme = scheme_of(script_args, script_args.save_scheme)
+    return {by: sensitivity(model, scheme, loss_of, by) for by in script_args.sensitivity}
+
+
+# ---- the report ----
+
+
+def quantization_metrics(rows: "Sequence[SchemeRow]", save_scheme: str) -> dict[str, float]:
+    """Return the report's metrics: the original, and the scheme that is saved."""
+    original, saved = rows[0], next(row for row in rows if row["scheme"] == save_scheme)
+    metrics = {
+        f"{name}_{when}": row[name]
+        for name in ("bytes", "perplexity", "gold_reward")
+        if name in original
+        for when, row in (("before", original), ("after", saved))
+    }
+    metrics |= {"linear_bytes_share": saved["linear_share"], "agreement": saved["agreement"]}
+    return metrics | {name: saved[name] for name in ("prefill_speedup", "decode_speedup") if name in saved}
+
+
+def quantization_tables(
+    rows: "list[SchemeRow]", swept: "Mapping[str, list[PartRow]]"
+) -> "dict[str, list[SchemeRow] | list[PartRow]]":
+    """Return the report's tables: the schemes, and the parts of the model."""
+    return {"Schemes": rows, **{f"Change of loss by {by}": parts for by, parts in swept.items()}}
+
+
+def sensitivity_bars(swept: "Mapping[str, list[PartRow]]") -> dict[str, Bars]:
+    """Return the plots of the worst parts, for each way to part the model."""
+    from hfllm.compression.sensitivity import changes_by_part
+
+    changes = {by: changes_by_part(parts[:SHOWN_PARTS]) for by, parts in swept.items()}
+    return {
+        f"sensitivity_{by}": Bars(
+            title=f"quantize: what each {by} costs alone",
+            xlabel="change of loss (nats per token)",
+            values=values,
+            notes={part: f"{change:+.2g}" for part, change in values.items()},
+        )
+        for by, values in changes.items()
+    }

@@ -1,0 +1,363 @@
+"""Speculative decoding: its flags, what it refuses, the stages before it, its draft, and what is measured."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from hfllm.data.loading import DataArguments
+from hfllm.errors import InputError, refuse
+from hfllm.outputs.report import Plot
+from hfllm.runs.chain import Chain, chain_before
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+    from trl import ModelConfig
+
+    from hfllm.generation.speculative.draft_length import DraftLength
+    from hfllm.generation.speculative.drafts import Draft
+    from hfllm.generation.speculative.measure import Costs, SpeedRow
+    from hfllm.generation.speculative.speculative import Statistics
+
+Row = Mapping[str, Any]
+DRAFTS = ("model", "int8", "prompt_lookup", "early_exit")
+# Flags that describe a draft, and which.
+OF_DRAFT = {
+    "assistant_model_name_or_path": "model",
+    "draft_config": "model",
+    "early_exit_layers": "early_exit",
+    "max_ngram": "prompt_lookup",
+}
+POSITIVE = ("num_prompts", "num_timed_prompts", "batch_size", "max_new_tokens", "rounds")
+# Prompts that are answered at a time to see whether the answers are the same.
+COMPARED_BATCH = 16
+
+
+@dataclass(frozen=True)
+class SpeculativeArguments(DataArguments):
+    """The draft, the prompts, and what is measured."""
+
+    output_dir: str = field(default="outputs/speculative", metadata={"help": "Where the report goes."})
+    seed: int = field(default=42, metadata={"help": "Seed of the samples, and of the world's models."})
+    draft: str = field(default="model", metadata={"help": "Where draft tokens come from.", "choices": list(DRAFTS)})
+    assistant_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The draft model: smaller, with the target's tokenizer."}
+    )
+    early_exit_layers: int | None = field(
+        default=None, metadata={"help": "Layers of the target that draft, with --draft early_exit; half by default."}
+    )
+    max_ngram: int | None = field(
+        default=None,
+        metadata={"help": "Longest sequence that --draft prompt_lookup looks for; by default 3 tokens."},
+    )
+    num_draft_tokens: str = field(
+        default="adaptive", metadata={"help": "Draft tokens that the metrics are of: a number, or 'adaptive'."}
+    )
+    num_draft_tokens_compared: list[int] = field(
+        default_factory=lambda: [1, 2, 3, 4, 6, 8], metadata={"help": "Numbers of draft tokens for the plot."}
+    )
+    num_prompts: int = field(default=300, metadata={"help": "Prompts whose greedy answers are compared."})
+    num_timed_prompts: int = field(default=16, metadata={"help": "How many of them are timed."})
+    batch_size: int = field(default=1, metadata={"help": "Prompts answered at a time when timed."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the samples."})
+    rounds: int = field(default=5, metadata={"help": "Repetitions of each measurement; the median counts."})
+    compile: bool = field(default=False, metadata={"help": "Run the models through torch.compile."})
+    pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the target's pretraining."})
+    sft_config: str | None = field(default=None, metadata={"help": "YAML flags of the target's fine-tuning."})
+    draft_config: str | None = field(
+        default=None, metadata={"help": "YAML flags of the distillation that makes the draft model of the target."}
+    )
+
+
+# ---- what is refused ----
+
+
+def check(script_args: SpeculativeArguments, model_args: "ModelConfig") -> None:
+    """Refuse flags that would have no effect or no meaning.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    draft, own = script_args.draft, model_args.model_name_or_path
+    if draft not in DRAFTS:
+        raise InputError(f"--draft {draft!r} is not one of {', '.join(DRAFTS)}")
+    asked, compared = script_args.num_draft_tokens, script_args.num_draft_tokens_compared
+    if not (asked == "adaptive" or asked.isdecimal()):
+        raise InputError(f"--num_draft_tokens {asked!r}: expected a number of tokens, or 'adaptive'")
+    if not compared or min(compared) < 1:
+        raise InputError(f"--num_draft_tokens_compared {compared}: expected numbers of at least 1")
+    for flag in POSITIVE:
+        if getattr(script_args, flag) < 1:
+            raise InputError(f"--{flag} {getattr(script_args, flag)}: expected at least 1")
+    if script_args.temperature <= 0:
+        raise InputError(f"--temperature {script_args.temperature}: expected a number above 0")
+    for flag, needed in OF_DRAFT.items():
+        is_given = getattr(script_args, flag) is not None
+        refuse(is_given and draft != needed, f"--{flag}", f"it is for --draft {needed}")
+    for flag in ("pretrain_config", "sft_config", "draft_config"):
+        refuse(bool(own and getattr(script_args, flag)), f"--{flag}", "the model is named")
+    is_named = bool(script_args.assistant_model_name_or_path)
+    refuse(bool(is_named and script_args.draft_config), "--draft_config", "the draft model is named")
+    refuse(model_args.use_peft, "--use_peft", "nothing is trained")
+    is_compiled = script_args.compile and draft == "int8"
+    refuse(is_compiled, "--compile", "the int8 draft runs over packed weights, which are not compiled")
+    if own and draft == "model" and not is_named:
+        raise InputError(
+            f"--model_name_or_path {own} needs a draft: --assistant_model_name_or_path SMALLER with the same "
+            f"tokenizer (hfllm distill --teacher_model_name_or_path {own} makes one), or --draft int8, prompt_lookup "
+            "or early_exit"
+        )
+
+
+def check_draft(script_args: SpeculativeArguments, model_args: "ModelConfig", before: Chain) -> None:
+    """Refuse a draft that the target cannot have, be that named or still to be made.
+
+    Raises:
+        InputError: naming the flag, or the model when it cannot be loaded.
+    """
+    from hfllm.generation.speculative import PromptLookupDraft
+    from hfllm.runs.models import load_config, load_tokenizer
+    from hfllm.stages.architecture import config_to_train
+
+    if script_args.max_ngram is not None:
+        PromptLookupDraft(script_args.max_ngram)
+    if script_args.assistant_model_name_or_path:
+        load_config(script_args.assistant_model_name_or_path)
+        load_tokenizer(script_args.assistant_model_name_or_path)
+    if script_args.draft == "int8":
+        attention = model_args.attn_implementation
+        is_other = attention not in (None, "sdpa")
+        refuse(is_other, "--draft int8", f"attn_implementation={attention!r} is not 'sdpa'")
+        is_rounded = model_args.load_in_8bit or model_args.load_in_4bit
+        refuse(is_rounded, "--draft int8", "it rounds plain weights: leave --load_in_8bit and --load_in_4bit out")
+    wanted = script_args.early_exit_layers
+    if wanted is not None:
+        layers = config_to_train(model_args, before).get_text_config(decoder=True).num_hidden_layers
+        if not 0 < wanted < layers:
+            raise InputError(f"--early_exit_layers {wanted}: the target has {layers}, so 1 to {layers - 1}")
+
+
+# ---- the stages before, the prompts, the target and the draft ----
+
+
+def stages_before(script_args: SpeculativeArguments, model_args: "ModelConfig") -> Chain:
+    """Return the stages that make the target and its draft model, where they are needed and not named.
+
+    Raises:
+        InputError: when one of their configs is wrong.
+    """
+    return chain_before(
+        "speculative",
+        script_args.output_dir,
+        script_args.seed,
+        script_args.world_seed,
+        named={"sft": model_args.model_name_or_path, "draft": script_args.assistant_model_name_or_path},
+        configs={
+            "pretrain": script_args.pretrain_config,
+            "sft": script_args.sft_config,
+            "draft": script_args.draft_config,
+        },
+        without=[] if script_args.draft == "model" else ["draft"],
+    )
+
+
+def prompt_rows(script_args: SpeculativeArguments) -> list[Row]:
+    """Return the world's held-out questions, or the user's own prompts.
+
+    Raises:
+        InputError: when the dataset cannot be read, or has none.
+    """
+    from hfllm.data import formats
+    from hfllm.data.loading import load_rows, world_of
+
+    world = world_of(script_args)
+    if world is not None:
+        return [task.prompt_row() for task in world.evaluation_tasks(script_args.num_prompts)]
+    rows = load_rows(script_args, formats.to_prompt)[: script_args.num_prompts]
+    if not rows:
+        raise InputError(f"--dataset_name {script_args.dataset_name} has no prompts")
+    return rows
+
+
+def load_target(model_args: "ModelConfig") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Return the target, where and as it decodes, and its tokenizer; say which of its options are left out."""
+    from hfllm.compression.schemes import default_device
+    from hfllm.runs.models import load_policy
+
+    model, tokenizer = load_policy(model_args)
+    # What is quantized was put where it runs as it was loaded.
+    if not getattr(model, "is_quantized", False):
+        model.to(default_device())
+    model.eval()
+    left_out = use_plain_generation(model)
+    if left_out:
+        print(f"speculative: left out of the model's generation_config.json, on both sides: {left_out}", flush=True)
+    return model, tokenizer
+
+
+def use_plain_generation(model: "PreTrainedModel") -> str:
+    """Keep the special tokens alone of a checkpoint's generation options. Returns the others, which are gone.
+
+    Its penalties look at the tokens before, which drafts make conditional; its top-p would hide what sampling costs.
+    """
+    from transformers import GenerationConfig
+
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+    theirs = model.generation_config.to_diff_dict()
+    model.generation_config = GenerationConfig(**{name: theirs.get(name) for name in tokens})
+    said = {name: value for name, value in theirs.items() if value and not name.startswith("_")}
+    others = sorted(said.keys() - {*tokens, "use_cache", "transformers_version"})
+    return ", ".join(f"{name}={said[name]}" for name in others)
+
+
+def make_draft(
+    script_args: SpeculativeArguments,
+    model_args: "ModelConfig",
+    assistant: str | None,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+) -> "Draft":
+    """Return the draft that the flags describe.
+
+    Args:
+        model_args: how the target was loaded, and so the draft model.
+        assistant: the draft model, named or made; used with `--draft model` alone.
+        model: the target.
+
+    Raises:
+        InputError: for a draft model with another tokenizer, or a target that cannot be its own int8 draft.
+    """
+    from hfllm.generation.packed.model import unsupported_reason
+    from hfllm.generation.packed.projections import has_int8
+    from hfllm.generation.speculative import EarlyExitDraft, Int8Draft, ModelDraft, PromptLookupDraft
+    from hfllm.generation.speculative.options import check_same_vocabulary
+    from hfllm.runs.models import load_policy
+
+    if script_args.draft == "prompt_lookup":
+        return PromptLookupDraft() if script_args.max_ngram is None else PromptLookupDraft(script_args.max_ngram)
+    if script_args.draft == "early_exit":
+        return EarlyExitDraft(script_args.early_exit_layers)
+    if script_args.draft == "int8":
+        without_kernels = "" if has_int8(model.dtype, model.device) else "it is not in float32 on an x86 CPU"
+        reason = unsupported_reason(model) or without_kernels
+        refuse(bool(reason), "--draft int8", reason)
+        return Int8Draft()
+    small, theirs = load_policy(replace(model_args, model_name_or_path=assistant, model_revision="main"))
+    check_same_vocabulary(model, small, tokenizer, theirs)
+    return ModelDraft(small.to(model.device).eval())
+
+
+def draft_expression(script_args: SpeculativeArguments, assistant: str | None) -> str:
+    """Return the Python that makes the same draft in code of your own."""
+    return {
+        "model": f"ModelDraft(AutoModelForCausalLM.from_pretrained({assistant!r}))",
+        "prompt_lookup": f"PromptLookupDraft({script_args.max_ngram or 3})",
+        "early_exit": f"EarlyExitDraft({script_args.early_exit_layers})",
+        "int8": "Int8Draft()",
+    }[script_args.draft]
+
+
+# ---- what is measured ----
+
+
+def measure(
+    script_args: SpeculativeArguments,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    draft: "Draft",
+    rows: Sequence[Row],
+) -> "tuple[dict[str, float], list[SpeedRow]]":
+    """Return the metrics, and the speed with each number of draft tokens, the one that was asked for last."""
+    import torch
+
+    from hfllm.data.tokenizer import tokenize_prompts
+    from hfllm.generation.speculative import measure as measuring
+    from hfllm.generation.speculative.draft_length import AdaptiveDraftLength
+
+    ids = tokenize_prompts([row["prompt"] for row in rows], tokenizer)
+    eos = model.generation_config.eos_token_id
+    options = {
+        "max_new_tokens": script_args.max_new_tokens,
+        "eos_token_id": tokenizer.eos_token_id if eos is None else eos,
+        "pad_token_id": tokenizer.pad_token_id,
+        "compile": script_args.compile,
+    }
+    timed = batches(ids[: script_args.num_timed_prompts], script_args.batch_size, tokenizer, model)
+    costs = measuring.measure_costs(model, draft, timed[0], compile=script_args.compile)
+
+    def asked() -> "int | DraftLength":
+        # A new one each time: it follows what it has seen.
+        number = script_args.num_draft_tokens
+        return AdaptiveDraftLength(costs.per_draft) if number == "adaptive" else int(number)
+
+    compared = batches(ids, COMPARED_BATCH, tokenizer, model)
+    share = measuring.identical_share(model, draft, compared, num_draft_tokens=asked(), **options)
+    lengths = {str(number): number for number in script_args.num_draft_tokens_compared}
+    lengths[f"{script_args.num_draft_tokens} (asked for)"] = asked()
+    seconds, speeds = measuring.speed_by_num_draft_tokens(
+        model, draft, timed, lengths, costs, script_args.rounds, **options
+    )
+    sampling = {"do_sample": True, "temperature": script_args.temperature, "top_k": 0, "num_draft_tokens": asked()}
+    generator = torch.Generator(model.device).manual_seed(script_args.seed)
+    sampled = measuring.speculative(model, draft, timed, **options, **sampling, generator=generator)[1]
+    return speculation_metrics(share, costs, seconds, speeds, sampled), speeds
+
+
+def speculation_metrics(
+    share: float, costs: "Costs", seconds: float, speeds: "Sequence[SpeedRow]", sampled: "Statistics"
+) -> dict[str, float]:
+    """Return the report's metrics.
+
+    Args:
+        share: of the prompts with the very tokens of transformers' `generate`.
+        seconds: of `generate` for the timed prompts.
+        speeds: with each number of draft tokens, the one that was asked for last.
+        sampled: of the samples.
+    """
+    from hfllm.generation.speculative.measure import best_num_draft_tokens
+
+    row = speeds[-1]
+    return {
+        "acceptance_rate": row["acceptance_rate"],
+        "tokens_per_target_call": row["tokens_per_target_call"],
+        "speedup": row["speedup"],
+        "speedup_predicted": row["predicted"],
+        "speedup_predicted_with_verification": row["predicted_with_verification"],
+        "speedup_best": max(each["speedup"] for each in speeds),
+        "identical_share": share,
+        "acceptance_rate_sampled": sampled.acceptance_rate,
+        "tokens_per_target_call_sampled": sampled.tokens_per_target_call,
+        "draft_cost": costs.draft,
+        "verification_cost": costs.verification,
+        "break_even_acceptance": costs.per_draft,
+        "optimal_num_draft_tokens": best_num_draft_tokens(row["acceptance_rate"], costs),
+        "tokens_per_second_plain": row["tokens"] / seconds,
+        "tokens_per_second": row["tokens"] / row["seconds"],
+    }
+
+
+def batches(
+    ids: Sequence[Sequence[int]], size: int, tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel"
+) -> "list[BatchEncoding]":
+    """Return left-padded batches of `size` prompts on the model's device."""
+    return [
+        tokenizer.pad({"input_ids": ids[at : at + size]}, padding_side="left", return_tensors="pt").to(model.device)
+        for at in range(0, len(ids), size)
+    ]
+
+
+def speed_plot(rows: "Sequence[SpeedRow]") -> Plot:
+    """Return measured and predicted speed by the number of draft tokens."""
+    numbered = [row for row in rows if row["num_draft_tokens"].isdecimal()]
+    labels = {
+        "measured": "speedup",
+        "predicted (Leviathan et al.)": "predicted",
+        "predicted, verification included": "predicted_with_verification",
+    }
+    numbers = [int(row["num_draft_tokens"]) for row in numbered]
+    return Plot(
+        title="speculative: speed by the number of draft tokens",
+        xlabel="draft tokens",
+        ylabel="times plain decoding",
+        lines={label: (numbers, [row[column] for row in numbered]) for label, column in labels.items()},
+    )
