@@ -104,7 +104,7 @@ class SaveOnSigterm(TrainerCallback):
 
     The checkpoint is an ordinary one between two steps, so that the run that resumes from it ends with the bits of
     one that was not interrupted. Processes agree after each step whether any of them was asked. While the loss guard
-    forbids saving, training goes on until it does not. Before and after training SIGTERM ends the process at once.
+    forbids saving, training continues until it does not. Before and after training SIGTERM ends the process at once.
 
     Raises:
         InputError: when training does not begin in the main thread, the only one that signals reach.
