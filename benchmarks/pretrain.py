@@ -1,11 +1,11 @@
-"""Pretraining against the stock Trainer: useful tokens a second, and seconds to the same held-out loss.
+"""Pretraining against the stock Trainer: useful tokens per second, and seconds to the same held-out loss.
 
     python benchmarks/pretrain.py --dataset_name ../shared/data/pretrain/tinystories_shared.jsonl
     python benchmarks/pretrain.py --dataset_name ... --variants plain curriculum ramp both muon --seeds 1 2 3
 
 The peer is `Trainer` with `LlamaForCausalLM` of the same size on the same documents, tokenizer and learning rate, with
-about as many tokens a step, each batch padded to its longest document. Sides take turns, each in a process of its own.
-Seconds are CPU-seconds of training alone; the held-out loss, in nats a byte, is taken in the same way on both sides.
+about as many tokens per step, each batch padded to its longest document. Sides take turns, each in its own process.
+Seconds are CPU-seconds of training alone; the held-out loss, in nats per byte, is taken in the same way on both sides.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +40,8 @@ def trainer_of(args: argparse.Namespace, texts: list[str], tokenizer: Any, folde
 
     import hfllm
     from hfllm.data.packing import IGNORE, pack, token_ids
-    from hfllm.stages.pretraining import optimizer_of
+    from hfllm.runs.arguments import changed
+    from hfllm.stages.pretraining_trainers import optimizer_of
     from hfllm.trainers.pretraining.batch_plan import BatchPlan, Schedule
     from hfllm.trainers.pretraining.trainer import PretrainTrainer
 
@@ -88,11 +88,11 @@ def trainer_of(args: argparse.Namespace, texts: list[str], tokenizer: Any, folde
         pad_token_id=tokenizer.pad_token_id,
         seed=args.seed,
     )
-    settings.num_train_epochs = 1
-    optimizer = optimizer_of(SimpleNamespace(use_muon="use_muon" in variant), settings)
+    plan_settings = changed(settings, num_train_epochs=1)
+    optimizer = optimizer_of("use_muon" in variant, plan_settings)
     chunks = {"loss_chunk_size": 1024}
     trainer = PretrainTrainer(
-        plan=plan, settings=chunks, model=model, args=settings, optimizer_cls_and_kwargs=optimizer
+        plan=plan, settings=chunks, model=model, args=plan_settings, optimizer_cls_and_kwargs=optimizer
     )
     return trainer, lambda batch: (batch["labels"][:, 1:] != IGNORE).sum()
 
@@ -171,7 +171,7 @@ def seconds_to(points: list[tuple[float, float]], loss: float) -> float | None:
 
 
 def compare(args: argparse.Namespace) -> list[str]:
-    """A row a variant: medians over seeds of speed, final loss, and seconds to the stock trainer's final loss."""
+    """A row per variant: medians over seeds of speed, final loss, and seconds to the stock trainer's final loss."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("stock", *args.variants)}
     for seed in args.seeds:
         for name in runs:

@@ -5,13 +5,14 @@ Every function maps one row, and refuses a row that it cannot read by naming its
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from hfllm.data.sources import Source
 from hfllm.errors import InputError
 
 Row = dict[str, Any]
 Message = dict[str, str]
+Converted = TypeVar("Converted")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 SFT_FORMATS = (
     "instruction+output (Alpaca)",
@@ -31,7 +32,7 @@ PROMPT_FORMATS = ("prompt", "instruction", "messages", "text")
 HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 
 
-def convert(source: Source, mapper: Callable[[str, Row], Row]) -> list[Row]:
+def convert(source: Source, mapper: Callable[[str, Row], Converted]) -> list[Converted]:
     """Map every row of `source` with `mapper(origin, row)`."""
     return [mapper(origin, row) for origin, row in source]
 

@@ -2,10 +2,10 @@
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hfllm.data import formats
 from hfllm.data.prepared import Prepared
@@ -33,7 +33,18 @@ class DataArguments:
     world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world's facts."})
 
 
-def check_source(script_args: Any) -> None:
+@dataclass(frozen=True)
+class TextArguments(DataArguments):
+    """Which texts, and how many."""
+
+    num_documents: int = field(default=40000, metadata={"help": "Documents of the embedded world to train on."})
+    dataset_mixture: list[str] | None = field(
+        default=None,
+        metadata={"help": "Several datasets in place of --dataset_name, each NAME:WEIGHT, their share of the text."},
+    )
+
+
+def check_source(script_args: DataArguments) -> None:
     """Refuse flags of the data that would have no effect.
 
     Raises:
@@ -65,13 +76,15 @@ def split_rows(rows: list, seed: int, share: float = 0.05, most: int = 256) -> t
     return [rows[place] for place in train], [rows[place] for place in held_out]
 
 
-def split_places(keys: Iterable, seed: int, share: float = 0.05, most: int = 256) -> tuple[list[int], list[int]]:
+def split_places(
+    keys: Iterable[Hashable], seed: int, share: float = 0.05, most: int = 256
+) -> tuple[list[int], list[int]]:
     """`split_rows` by what stands for each row: the places of the training rows, and of those held out.
 
     Raises:
         InputError: when all rows are alike.
     """
-    groups: dict[Any, list[int]] = {}
+    groups: dict[Hashable, list[int]] = {}
     for place, key in enumerate(keys):
         groups.setdefault(key, []).append(place)
     if len(groups) < 2:
@@ -86,11 +99,11 @@ def split_places(keys: Iterable, seed: int, share: float = 0.05, most: int = 256
     return [place for group in order for place in group], held_out
 
 
-def load_texts(script_args: Any, seed: int, prepared: Prepared, name: str) -> tuple["Dataset", list[str]]:
+def load_texts(script_args: TextArguments, seed: int, prepared: Prepared, name: str) -> tuple["Dataset", list[str]]:
     """Pretraining texts (a `text` column) and held-out texts, of the world or of the user's dataset.
 
     Args:
-        script_args: the recipe's.
+        script_args: the flags of the data, but for a mixture's.
         seed: of the split, and of the world's texts.
         prepared: where the user's texts are kept, so that they need not fit into memory.
         name: of the table there.
@@ -125,7 +138,9 @@ def hash_of(text: str) -> bytes:
     return hashlib.blake2b(text.encode(errors="replace"), digest_size=16).digest()
 
 
-def load_rows(script_args: DataArguments, mapper: Any) -> list[dict[str, Any]]:
-    """The user's dataset in the columns that `mapper` makes."""
+def load_rows(
+    script_args: DataArguments, mapper: Callable[[str, formats.Row], formats.Converted]
+) -> list[formats.Converted]:
+    """The user's dataset, each row as `mapper(origin, row)` makes it."""
     source = load_source(script_args.dataset_name, script_args.dataset_train_split)
     return limited(formats.convert(source, mapper), script_args)

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from hfllm.data.loading import TextArguments, hash_of, load_texts
 from hfllm.data.prepared import Prepared
 from hfllm.errors import InputError
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def mixture_of(script_args: Any) -> list[tuple[str, float | None]]:
+def mixture_of(script_args: TextArguments) -> list[tuple[str, float | None]]:
     """The datasets and their weights; one without a mixture has no weight.
 
     Raises:
@@ -34,7 +35,7 @@ def mixture_of(script_args: Any) -> list[tuple[str, float | None]]:
 
 
 def load_sources(
-    script_args: Any, seed: int, prepared: Prepared
+    script_args: TextArguments, seed: int, prepared: Prepared
 ) -> tuple[dict[str, "Dataset"], Sequence[str], list[str]]:
     """Training texts by source, all of them in one, and held-out texts of all sources.
 
@@ -47,12 +48,10 @@ def load_sources(
     """
     from datasets import concatenate_datasets
 
-    from hfllm.data.loading import hash_of, load_texts
-
     sources, held_out, mixture = {}, [], mixture_of(script_args)
     for number, (name, _) in enumerate(mixture):
-        args = replace(script_args, dataset_name=name)
-        sources[name], test = load_texts(args, seed, prepared, f"texts-{number}")
+        of_source = replace(script_args, dataset_name=name)
+        sources[name], test = load_texts(of_source, seed, prepared, f"texts-{number}")
         held_out += test
     together = concatenate_datasets(list(sources.values()))
     if len(sources) > 1:

@@ -2,10 +2,13 @@
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-def pieces_of(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[int]]:
+def pieces_of(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[list[int]]:
     """Token ids of each document, from the document token on; documents over `max_length` are cut up."""
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     pieces = []

@@ -12,7 +12,11 @@ from typing import Any
 from hfllm.evaluation.few_shot import KINDS, METRICS, NEVER_TOLD, ZERO_SHOT, mean_scores
 from hfllm.outputs.report import Plot
 
-NAMES = {"exact_match": "exact match", "token_match": "token match", "log_likelihood": "log-likelihood, nats a token"}
+NAMES = {
+    "exact_match": "exact match",
+    "token_match": "token match",
+    "log_likelihood": "log-likelihood, nats per token",
+}
 
 
 @dataclass(frozen=True)

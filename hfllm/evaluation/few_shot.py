@@ -1,7 +1,7 @@
 """What a base model can do without being taught to answer, by a metric that jumps and by two that do not.
 
 Questions of the embedded world stand in the form that its documents have (`Mia asks: ...`, `Tom says: ...`), so that a
-model that has only read can go on. Each is scored three ways on the same tokens of the true answer:
+model that has only read can continue. Each is scored three ways on the same tokens of the true answer:
 
     exact match      1 if greedy decoding gives all of them
     token match      the share of them that are the most likely token given those before
@@ -34,7 +34,7 @@ NEVER_TOLD = ("unknown", "harm")
 
 @dataclass(frozen=True)
 class Probe:
-    """A question as text to go on from.
+    """A question as text to continue.
 
     Args:
         family: of the world's task.

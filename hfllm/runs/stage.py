@@ -42,7 +42,10 @@ class Stage:
     Attributes:
         arguments: all that decides the result, as JSON values.
         output_dir: its folder.
+        redo: what has to be done before a finished run can be made again.
     """
+
+    redo = "remove that folder to redo it"
 
     def __init__(
         self,
@@ -113,7 +116,7 @@ class Stage:
     def reuse(self) -> dict[str, float]:
         """Say that the same run has finished, and publish it if asked. Returns its metrics."""
         if main_process():
-            print(f"{self.name}: already done in {self.output_dir} (remove that folder to redo it)", flush=True)
+            print(f"{self.name}: already done in {self.output_dir} ({self.redo})", flush=True)
             self.publish()
         return self.report["metrics"]
 

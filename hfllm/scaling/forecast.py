@@ -125,7 +125,7 @@ class Forecast:
         return KAPLAN if self.kaplan.objective < self.fit.objective else CHINCHILLA
 
     def loss(self, parameters: float, tokens: float, form: str | None = None) -> float:
-        """The expected loss, in nats a token, by the better law or by `form`."""
+        """The expected loss, in nats per token, by the better law or by `form`."""
         if (form or self.form) == KAPLAN:
             return float(self.kaplan.losses(parameters, tokens)[0])
         return float(self.fit.law.loss(parameters, tokens))

@@ -1,4 +1,4 @@
-"""What recipes/scaling_laws.py reports of a fit: metrics, tables, plots."""
+"""What `hfllm scaling_laws` reports of a fit: metrics, tables, plots."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -91,7 +91,7 @@ class Study:
     def _coefficients(self) -> list[dict[str, Any]]:
         of: dict[str, Callable] = {name: (lambda law, name=name: getattr(law, name)) for name in COEFFICIENTS}
         of["exponent of N"] = lambda law: law.exponents[0]
-        ratio = f"tokens a parameter at {self.largest:.3g} FLOPs"
+        ratio = f"tokens per parameter at {self.largest:.3g} FLOPs"
         of[ratio] = lambda law: law.optimal(self.largest).tokens_per_parameter
         rows = []
         for name, function in of.items():
@@ -119,9 +119,9 @@ class Study:
                 law = law_of()
                 exponent = law.exponents[0] if isinstance(law, laws.ParametricLaw) else law.exponent
                 ratio = law.optimal(self.largest).tokens_per_parameter
-                rows.append({**row, "exponent of N": exponent, "tokens a parameter": ratio})
+                rows.append({**row, "exponent of N": exponent, "tokens per parameter": ratio})
             except InputError as error:
-                rows.append({**row, "exponent of N": "none", "tokens a parameter": str(error)})
+                rows.append({**row, "exponent of N": "none", "tokens per parameter": str(error)})
         return rows
 
     def _held_out(self) -> list[dict[str, Any]]:
@@ -160,7 +160,7 @@ class Study:
                 "Kaplan et al. 2020": laws.KAPLAN.optimal(compute),
             }
             for name, each in spent.items():
-                numbers = {"N": each.parameters, "D": each.tokens, "tokens a parameter": each.tokens_per_parameter}
+                numbers = {"N": each.parameters, "D": each.tokens, "tokens per parameter": each.tokens_per_parameter}
                 shown = {label: f"{number:.3g}" for label, number in numbers.items()}
                 rows.append({"FLOPs": f"{compute:.3g}", "law": name, **shown})
         return rows
@@ -181,14 +181,14 @@ class Study:
             "loss_by_compute": Plot(
                 "Loss over compute",
                 "FLOPs",
-                "held-out loss, nats a token",
+                "held-out loss, nats per token",
                 {"the fit at its best N and D": (compute, [expected_loss(self.whole.law, each) for each in spent])},
                 points={label: (runs.compute, runs.losses) for label, runs in groups.items()},
                 xscale="log",
             ),
             "expected_and_measured": Plot(
                 "What the fit without the held-out runs expects",
-                "measured loss, nats a token",
+                "measured loss, nats per token",
                 "expected loss",
                 {"as expected": (ends, ends)},
                 points={
@@ -217,7 +217,7 @@ class Study:
             # A label that begins with an underscore stays out of the legend.
             points[f"_{budget.compute}"] = budget.runs.parameters, budget.runs.losses
         return Plot(
-            "IsoFLOP parabolas", "parameters", "held-out loss, nats a token", lines, points=points, xscale="log"
+            "IsoFLOP parabolas", "parameters", "held-out loss, nats per token", lines, points=points, xscale="log"
         )
 
 

@@ -25,7 +25,7 @@ class Runs:
     Args:
         parameters: N.
         tokens: D, of the whole run.
-        losses: nats a token of held-out text at its end.
+        losses: nats per token of held-out text at its end.
 
     Raises:
         InputError: for columns of different length, or a value that is not a finite number above 0.

@@ -1,311 +1,204 @@
-"""What `recipes/pretrain.py` is made of: the run's length, objectives, model, tokenizer and trainers."""
+"""Pretraining: its flags, the settings that they begin from, and what it refuses."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hfllm.data.prepared import Prepared
-from hfllm.errors import InputError
-from hfllm.runs.arguments import changed
+from hfllm.data.loading import TextArguments
+from hfllm.data.sources import WORLD
+from hfllm.errors import InputError, refuse
+from hfllm.runs.recipes import settings_file
+from hfllm.stages.architecture import ARCHITECTURE, ArchitectureArguments, architecture_of
+from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from transformers import TrainingArguments
+    from trl import ModelConfig
 
-CHINCHILLA = "chinchilla"
+# The dataclasses of the libraries' flags that pretraining takes besides its own.
+LIBRARY = ("transformers.TrainingArguments", "trl.ModelConfig")
 OBJECTIVES = ("causal", "masked", "infilling")
-MOST_TOKENIZER_TEXTS = 20_000
-TOKENS_A_PARAMETER = 20
+CHINCHILLA = "chinchilla"
+NEED_PACKING = ("length_curriculum", "batch_ramp", "z_loss_coef", "total_tokens", "dataset_mixture")
 
 
-def masking(tokenizer: Any, seed: int) -> Callable[[dict, Sequence[int]], dict]:
-    """What masks packed rows, given the number of each: the same tokens of a row whoever has it, and when."""
-    import torch
+@dataclass(frozen=True)
+class PretrainArguments(TextArguments, BatchArguments, ArchitectureArguments):
+    """Objective, length and schedule of the run, and where a new model comes from."""
 
-    from hfllm.data.objectives import masked_tokens, seeded_generator
+    total_tokens: str | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens to train on, in place of --num_train_epochs; 'chinchilla' is 20 per parameter "
+            "(Hoffmann et al. 2022, arXiv:2203.15556)."
+        },
+    )
+    objective: str = field(
+        default="causal",
+        metadata={
+            "help": "'causal' predicts the next token; 'masked' predicts masked ones, in a new bidirectional model; "
+            "'infilling' is causal on documents cut in three, Code Llama's format.",
+            "choices": [*OBJECTIVES],
+        },
+    )
+    packing: bool = field(
+        default=True,
+        metadata={"help": "Fill rows of --max_length with documents that do not see each other; else pad them."},
+    )
+    max_length: int = field(default=512, metadata={"help": "Tokens of a row; longer documents are cut up."})
+    length_curriculum: str | None = field(
+        default=None,
+        metadata={"help": "Row lengths by share of the run's tokens, such as 0:128,0.2:256,0.5:512; needs packing."},
+    )
+    batch_ramp: str | None = field(
+        default=None,
+        metadata={"help": "Tokens of a batch by share of the run's tokens, such as 0:4096,0.3:16384; needs packing."},
+    )
+    z_loss_coef: float = field(
+        default=0.0, metadata={"help": "Weight of the squared log-partition function (PaLM: 1e-4); needs packing."}
+    )
+    use_muon: bool = field(
+        default=False,
+        metadata={"help": "Learn the matrices of the layers by Muon, the rest by AdamW, at one learning rate."},
+    )
+    loss_spikes: str = field(
+        default="stop",
+        metadata={
+            "help": "What a loss far above its running median does: stop the run, or warn.",
+            "choices": ["stop", "warn"],
+        },
+    )
+    sample_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps between samples of the model; by default four times a run, 0 is never, as under DeepSpeed."
+        },
+    )
+    peak_flops: float | None = field(
+        default=None, metadata={"help": "FLOP/s that one device could do; the share that is reached is logged as mfu."}
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer of the new model; by default one is trained on the texts."}
+    )
+    config_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Architecture of the new model, in place of its flags: a preset (gpt2, llama-2-7b, ...), a "
+            "config.json, or the folder that holds one. All other defaults are then those of transformers."
+        },
+    )
+    loss_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens whose loss an hfllm model computes at a time, so that the logits of a batch never exist; "
+            "1024 by default, 0 is all at once."
+        },
+    )
 
-    if tokenizer.mask_token_id is None:
-        raise InputError(f"--objective masked: the tokenizer {tokenizer.name_or_path!r} has no mask_token")
 
-    settings = tokenizer.all_special_ids, tokenizer.mask_token_id, len(tokenizer)
-
-    def mask(batch: dict, numbers: Sequence[int]) -> dict:
-        rows = zip(batch["input_ids"].split(1), numbers, strict=True)
-        masked = [masked_tokens(row, *settings, seeded_generator(seed, number)) for row, number in rows]
-        ids, labels = map(torch.cat, zip(*masked, strict=True))
-        return {**batch, "input_ids": ids, "labels": labels}
-
-    return mask
-
-
-def infilled(texts: Iterable[str], tokenizer: Any, max_length: int, seed: int) -> Iterator[str]:
-    """Documents that fit into a row in Code Llama's infilling format, nine of ten; the others as they are."""
-    from hfllm.data.objectives import check_infilling_tokens, fill_in_the_middle
-    from hfllm.data.prepared import windows
-
-    check_infilling_tokens(tokenizer)
-    number = 0
-    for window in windows(texts, 1000, 1 << 24):
-        for text, ids in zip(window, tokenizer(window, add_special_tokens=False)["input_ids"], strict=True):
-            # The document token, the four of the format, and what cutting words in two may add.
-            fits = len(ids) + 12 <= max_length
-            yield fill_in_the_middle(text, number, seed) if fits else text
-            number += 1
+def default_settings(given: Mapping[str, object]) -> list[Path]:
+    """Return the settings of the small models made here; none for a named model or architecture."""
+    if given.get("model_name_or_path") or given.get("config_name_or_path"):
+        return []
+    if given.get("dataset_name", WORLD) == WORLD and not given.get("dataset_mixture"):
+        return [settings_file("pretrain/world.yaml")]
+    # DeepSpeed and FSDP cut up the matrices that Muon needs whole.
+    engines = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    is_sharded = any(os.environ.get(name, "false").lower() == "true" for name in engines)
+    is_sharded = is_sharded or bool(given.get("fsdp") or given.get("deepspeed"))
+    return [settings_file("pretrain/text.yaml"), *([settings_file("pretrain/text_sharded.yaml")] * is_sharded)]
 
 
-def rows_of_run(script_args: Any, training_args: Any, model: Any, rows: int, batch_rows: int) -> int:
-    """How many rows the whole run takes.
+# ---- what is refused ----
+
+
+def check(script_args: PretrainArguments, training_args: "TrainingArguments", model_args: "ModelConfig") -> None:
+    """Refuse what would have no effect, or could only fail later.
 
     Raises:
-        InputError: when there is not one batch of them.
+        InputError: naming the flag.
     """
-    if script_args.total_tokens == CHINCHILLA:
-        wanted = TOKENS_A_PARAMETER * model.num_parameters() // script_args.max_length
-    elif script_args.total_tokens is not None:
-        wanted = int(script_args.total_tokens) // script_args.max_length
-    elif training_args.max_steps > 0:
-        wanted = training_args.max_steps * batch_rows
-    else:
-        wanted = int(training_args.num_train_epochs * rows)
-    if wanted < training_args.world_size:
-        raise InputError(
-            f"the run has {wanted} row(s) of {script_args.max_length} tokens, fewer than {training_args.world_size} "
-            "process(es): more text, --total_tokens or --num_train_epochs, or a smaller --max_length"
-        )
-    return wanted
+    from hfllm.runs.models import check_trainable, named_fields, new_config
+
+    own, named = model_args.model_name_or_path, script_args.config_name_or_path
+    for is_refused, flag, reason in (
+        *refusals_of_the_run(script_args, training_args, model_args),
+        *refusals_of_the_model(script_args, is_named=bool(own)),
+    ):
+        refuse(is_refused, flag, reason)
+    if script_args.objective not in OBJECTIVES:
+        raise InputError(f"--objective {script_args.objective!r} is not one of {', '.join(OBJECTIVES)}")
+    tokens = script_args.total_tokens
+    if tokens not in (None, CHINCHILLA) and not (tokens.isdecimal() and int(tokens) > 0):
+        raise InputError(f"--total_tokens {tokens!r}: expected a number of tokens, or {CHINCHILLA!r}")
+    if not own:
+        fields = named_fields(named) if named else architecture_of(script_args)
+        new_config({**fields, "is_causal": script_args.objective != "masked"})
+    check_trainable(model_args, adapters=False)
 
 
-def loss_settings(model: Any, loss_chunk_size: int | None) -> dict[str, int]:
-    """What asks an hfllm model, batch by batch, to compute its loss in chunks.
-
-    By the batch and not by the config, which would go on to every later use of the saved model. Not in ZeRO-3, whose
-    processes gather the head together: they may differ in their number of chunks.
-
-    Raises:
-        InputError: for a negative size, or one given for a model of another family.
-    """
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    from hfllm.errors import refuse
-
-    family = model.config.model_type
-    refuse(loss_chunk_size and family != "hfllm", "--loss_chunk_size", f"a model of type {family} has no such loss")
-    refuse((loss_chunk_size or 0) < 0, "--loss_chunk_size", f"{loss_chunk_size} is below 0")
-    is_split = is_deepspeed_zero3_enabled()
-    refuse(loss_chunk_size and is_split, "--loss_chunk_size", "ZeRO-3 needs the loss of a batch in one piece")
-    size = 1024 if loss_chunk_size is None and family == "hfllm" and not is_split else loss_chunk_size
-    return {"loss_chunk_size": size} if size else {}
-
-
-def load_or_make_base(
-    script_args: Any, model_args: Any, texts: Sequence[str], architecture: Sequence[str]
-) -> tuple[Any, Any]:
-    """The model to pretrain: the named one, or a new one with the named tokenizer or one trained on `texts`.
-
-    A new one has the architecture of `--config_name_or_path`, or the flags' and as many tokens as the tokenizer.
-    """
-    from hfllm.errors import refuse
-    from hfllm.runs.models import load_policy, load_tokenizer, named_fields, new_config
-
-    if model_args.model_name_or_path:
-        return load_policy(model_args)
-    import torch
-
-    from hfllm.models.modeling_hfllm import HfllmForCausalLM, HfllmForMaskedLM
-    from hfllm.models.precision import cast_weights
-
-    fields, size = {name: getattr(script_args, name) for name in architecture}, None
-    if script_args.config_name_or_path:
-        fields = named_fields(script_args.config_name_or_path)
-        size = fields["vocab_size"]
-        script_args = replace(script_args, vocab_size=size, max_position_embeddings=fields["max_position_embeddings"])
-    if script_args.tokenizer_name_or_path:
-        tokenizer = load_tokenizer(script_args.tokenizer_name_or_path)
-    else:
-        tokenizer = make_tokenizer(script_args, texts)
-    if size is not None and len(tokenizer) > size:
-        raise InputError(
-            f"--config_name_or_path {script_args.config_name_or_path}: vocab_size={size} is less than the "
-            f"{len(tokenizer)} tokens of the tokenizer"
-        )
-    refuse(model_args.load_in_4bit or model_args.load_in_8bit, "--load_in_4bit/8bit", "a new model learns all weights")
-    is_masked = script_args.objective == "masked"
-    of_the_run = {
-        # A named architecture keeps rows of its tables that no token has.
-        "vocab_size": size or len(tokenizer),
-        "is_causal": not is_masked,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    config = new_config({**fields, **of_the_run, "attn_implementation": model_args.attn_implementation})
-    try:
-        # Not `_from_config`, which spreads the weights under ZeRO-3 before they are there.
-        model = (HfllmForMaskedLM if is_masked else HfllmForCausalLM)(config)
-    except (ImportError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--attn_implementation {model_args.attn_implementation}: {reason}") from None
-    dtype = "float32" if model_args.dtype == "auto" else model_args.dtype
-    return cast_weights(model, getattr(torch, dtype)), tokenizer
-
-
-def make_tokenizer(script_args: Any, texts: Sequence[str]) -> Any:
-    """A tokenizer trained on `texts`, with the special tokens of the objective."""
-    from hfllm.data.objectives import INFILLING_TOKENS
-    from hfllm.data.sources import WORLD
-    from hfllm.data.tokenizer import MASK, train_tokenizer
-    from hfllm.data.world.demonstrators import instruction_rows
-    from hfllm.data.world.world import World
-
-    sample = list(texts[:MOST_TOKENIZER_TEXTS])
-    if script_args.dataset_name == WORLD and not getattr(script_args, "dataset_mixture", None):
-        # The words of instructions are part of the language, though the base model is not taught to follow them.
-        rows = instruction_rows(World(script_args.world_seed), 3000)
-        sample = sample[:5000] + [f"{row['instruction']} {row['input']} {row['output']}" for row in rows]
-    return train_tokenizer(
-        sample,
-        script_args.vocab_size,
-        script_args.max_position_embeddings,
-        mask_token=MASK if script_args.objective == "masked" else None,
-        extra_special_tokens=INFILLING_TOKENS if script_args.objective == "infilling" else (),
-    )
-
-
-def packed_trainer(
-    script_args: Any,
-    training_args: Any,
-    model: Any,
-    tokenizer: Any,
-    sources: dict[str, "Dataset"],
-    test_texts: list[str],
-    prepared: Prepared | None = None,
-) -> tuple[Any, list[dict]]:
-    """A trainer on packed rows by plan, and a table of what each source gives: texts, or rows without `prepared`."""
-    from hfllm.data.mixtures import mixture_of
-    from hfllm.data.packing import batch_of, pack
-    from hfllm.trainers.pretraining.batch_plan import BatchPlan, Schedule
-    from hfllm.trainers.pretraining.trainer import PretrainTrainer, has_flash_attention
-
-    length, processes = script_args.max_length, training_args.world_size
-    if prepared is None:
-        rows = list(sources.values())
-    else:
-        rows = packed_rows(script_args, training_args, tokenizer, sources, prepared)
-    batch_rows = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps * processes
-    batch_tokens = Schedule.parse(script_args.batch_ramp or batch_rows * length, "--batch_ramp")
-    weights = [weight for _, weight in mixture_of(script_args)]
-    transform = masking(tokenizer, training_args.seed) if script_args.objective == "masked" else None
-    plan = BatchPlan(
-        rows,
-        length,
-        rows_of_run(script_args, training_args, model, sum(map(len, rows)), batch_rows),
-        batch_tokens,
-        Schedule.parse(script_args.length_curriculum or length, "--length_curriculum"),
-        pad_token_id=tokenizer.pad_token_id,
-        seed=training_args.seed if training_args.data_seed is None else training_args.data_seed,
-        weights=None if None in weights else weights,
-        process=training_args.process_index,
-        processes=processes,
-        transform=transform,
-    )
-    training_args = changed(
-        training_args,
-        gradient_accumulation_steps=1,
-        num_train_epochs=1,
-        max_steps=-1,
-        # The collator reads `seq_lengths`, which no model takes.
-        remove_unused_columns=False,
-    )
-    settings = loss_settings(model, script_args.loss_chunk_size)
-
-    def collate(packed: list[dict]) -> dict[str, Any]:
-        batch = batch_of(packed, length, tokenizer.pad_token_id)
-        if transform is not None:
-            # Held-out rows are masked in the same places each time.
-            batch = transform(batch, batch["input_ids"].sum(1).tolist())
-        if has_flash_attention(model):
-            batch = {name: values.reshape(1, -1) for name, values in batch.items()}
-        return {**batch, **settings}
-
-    trainer = PretrainTrainer(
-        plan=plan,
-        settings=settings,
-        z_loss_coef=script_args.z_loss_coef,
-        model=model,
-        args=training_args,
-        eval_dataset=pack(test_texts, tokenizer, length),
-        data_collator=collate,
-        processing_class=tokenizer,
-        optimizer_cls_and_kwargs=optimizer_of(script_args, training_args),
-    )
-    table = [
-        {"source": name, "documents": len(texts), "rows": len(packed), "tokens of the run": given * length}
-        for (name, texts), packed, given in zip(sources.items(), rows, plan.rows_by_source(), strict=True)
+def refusals_of_the_run(
+    script_args: PretrainArguments, training_args: "TrainingArguments", model_args: "ModelConfig"
+) -> list[tuple[bool, str, str]]:
+    """Return what the run cannot do: whether that is asked for, the flag, and the reason."""
+    ramp, curriculum, tokens = script_args.batch_ramp, script_args.length_curriculum, script_args.total_tokens
+    is_packed, uses_muon = script_args.packing, script_args.use_muon
+    is_scaled, is_timed = script_args.lr_scaling_rule != "none", training_args.max_steps > 0
+    optimizer, default_optimizer = training_args.optim, type(training_args).__dataclass_fields__["optim"].default
+    is_ordered = training_args.train_sampling_strategy != "random"
+    is_infilling = script_args.objective == "infilling"
+    is_sharded = shards_parameters(training_args)
+    return [
+        (model_args.use_peft, "--use_peft", "pretraining trains all weights"),
+        (is_ordered, "--train_sampling_strategy", "the order of documents is this recipe's own"),
+        (is_scaled and ramp is not None, "--lr_scaling_rule", "--batch_ramp changes the batch"),
+        *(
+            (not is_packed and bool(getattr(script_args, flag)), f"--{flag}", "it needs --packing true")
+            for flag in NEED_PACKING
+        ),
+        (not is_packed and script_args.objective != "causal", "--objective", "it needs --packing true"),
+        (
+            is_infilling and curriculum is not None,
+            "--length_curriculum",
+            "it would cut documents in the middle of the infilling format",
+        ),
+        (
+            is_timed and bool(ramp or tokens),
+            "--max_steps",
+            "the run's length is --total_tokens or --num_train_epochs",
+        ),
+        (uses_muon and is_sharded, "--use_muon", "DeepSpeed and FSDP cut up the matrices that it needs whole"),
+        (uses_muon and optimizer != default_optimizer, "--use_muon", f"--optim {optimizer.value} is asked for too"),
     ]
-    return trainer, table
 
 
-def packed_rows(
-    script_args: Any, training_args: Any, tokenizer: Any, sources: dict[str, "Dataset"], prepared: Prepared
-) -> list["Dataset"]:
-    """The packed rows of each source, on disk; one process of each machine makes them."""
-    from hfllm.data.packing import packed_tables
+def refusals_of_the_model(script_args: PretrainArguments, is_named: bool) -> list[tuple[bool, str, str]]:
+    """Return the flags of a new model that have no effect: whether each is given, the flag, and the reason.
 
-    def tables(source: "Dataset") -> Iterator[Any]:
-        texts: Iterable[str] = source["text"]
-        if script_args.objective == "infilling":
-            texts = infilled(texts, tokenizer, script_args.max_length, training_args.seed)
-        return packed_tables(texts, tokenizer, script_args.max_length)
-
-    with training_args.main_process_first(desc="packing"):
-        return [
-            prepared.table(f"rows-{number}", lambda source=source: tables(source))
-            for number, source in enumerate(sources.values())
-        ]
-
-
-def padded_trainer(
-    script_args: Any,
-    training_args: Any,
-    model: Any,
-    tokenizer: Any,
-    sources: dict[str, "Dataset"],
-    test_texts: list[str],
-    prepared: Prepared,
-) -> tuple[Any, list[dict]]:
-    """The stock trainer on single documents, in batches of like length."""
-    from datasets import Dataset
-    from transformers import DataCollatorForLanguageModeling, Trainer
-
-    from hfllm.data.padding import length_grouped, pieces_of
-
-    (source,) = sources.values()
-    texts = source["text"][:]
-    batch = training_args.per_device_train_batch_size * training_args.world_size
-    training_args = changed(training_args, train_sampling_strategy="sequential")
-    train_pieces = length_grouped(pieces_of(texts, tokenizer, script_args.max_length), batch, training_args.seed)
-    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    settings = loss_settings(model, script_args.loss_chunk_size)
-    trainer = Trainer(
-        model=model,
-        args=training_args,
-        train_dataset=Dataset.from_dict({"input_ids": train_pieces}),
-        eval_dataset=Dataset.from_dict({"input_ids": pieces_of(test_texts, tokenizer, script_args.max_length)}),
-        data_collator=lambda rows: {**collate(rows), **settings},
-        processing_class=tokenizer,
-        optimizer_cls_and_kwargs=optimizer_of(script_args, training_args),
-    )
-    return trainer, []
+    Args:
+        is_named: whether training starts from a model that is there.
+    """
+    has_config = bool(script_args.config_name_or_path)
+    for_a_new_one = "it is for a new model, without --model_name_or_path"
+    given = [
+        f"--{flag}"
+        for flag in (*ARCHITECTURE, "vocab_size")
+        if getattr(script_args, flag) != PretrainArguments.__dataclass_fields__[flag].default
+    ]
+    is_masked = script_args.objective == "masked"
+    has_tokenizer = bool(script_args.tokenizer_name_or_path)
+    return [
+        (is_named and is_masked, "--objective masked", "it makes a new model, without --model_name_or_path"),
+        *((is_named, flag, for_a_new_one) for flag in given),
+        *((has_config, flag, "--config_name_or_path has it") for flag in given),
+        (is_named and has_config, "--config_name_or_path", for_a_new_one),
+        (is_named and has_tokenizer, "--tokenizer_name_or_path", "the model brings its own"),
+    ]
 
 
-def optimizer_of(script_args: Any, training_args: Any) -> tuple[Any, dict] | None:
-    """What `Trainer` makes Muon of; `None` is the optimiser of `--optim`."""
-    if not script_args.use_muon:
-        return None
-    from hfllm.trainers.pretraining.muon import muon_factory
-
-    return muon_factory, {
-        "lr": training_args.learning_rate,
-        "weight_decay": training_args.weight_decay,
-        "betas": (training_args.adam_beta1, training_args.adam_beta2),
-        "eps": training_args.adam_epsilon,
-    }
+def shards_parameters(training_args: "TrainingArguments") -> bool:
+    """Return whether the launch has each process hold a part of each weight, or of its optimizer's state."""
+    is_fsdp = bool(training_args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return is_fsdp or training_args.deepspeed_plugin is not None

@@ -2,18 +2,35 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+    from hfllm.stages.pretraining import PretrainArguments
 
 # What the n-gram model is trained on: it is kept in memory whole.
 MOST_NGRAM_BYTES = 1 << 24
 
 
 def watch(
-    trainer: Any, script_args: Any, tokenizer: Any, train_texts: Sequence[str], test_texts: Sequence[str]
-) -> Callable[[], list[dict]] | None:
-    """Log throughput and bits a byte, guard against spikes, sample now and then. Returns what gives the samples."""
+    trainer: "Trainer",
+    script_args: "PretrainArguments",
+    tokenizer: "PreTrainedTokenizerBase",
+    train_texts: Sequence[str],
+    test_texts: Sequence[str],
+) -> Callable[[], list[dict[str, int | str]]]:
+    """Log throughput and bits per byte, guard against spikes, sample now and then.
+
+    Args:
+        trainer: that of packed rows, or the stock one, which then has to count tokens
+            (`include_num_input_tokens_seen`).
+
+    Returns:
+        A function that gives the samples.
+    """
     from pathlib import Path
 
     from hfllm.scaling.flops import palm_flops_per_token
@@ -22,8 +39,6 @@ def watch(
 
     model, args = trainer.model, trainer.args
     plan = getattr(trainer, "plan", None)
-    if plan is None:
-        args.include_num_input_tokens_seen = "non_padding"
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     shape = (config.num_hidden_layers, heads, config.hidden_size // heads, script_args.max_length)
@@ -38,11 +53,11 @@ def watch(
     trainer.add_callback(LossSpikeGuard(action=script_args.loss_spikes))
     is_split = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     if script_args.objective == "masked" or script_args.sample_steps == 0 or is_split:
-        return None
+        return lambda: []
     steps = len(plan) if plan is not None else max(args.max_steps, 0) or len(trainer.get_train_dataloader())
     prompts = [" ".join(text.split()[:8]) for text in test_texts if len(text.split()) > 12][:3]
     if not prompts:
-        return None
+        return lambda: []
     every = script_args.sample_steps or max(steps // 4, 1)
     file = Path(args.output_dir) / "samples.jsonl"
     callback = SampleCallback(tokenizer, prompts, every, file, max_new_tokens=48, throughput=throughput)
@@ -50,22 +65,22 @@ def watch(
     return lambda: callback.samples
 
 
-def multiplied_parameters(model: Any) -> int:
+def multiplied_parameters(model: "PreTrainedModel") -> int:
     """Parameters that each token is multiplied with: without a table that is only looked up."""
     looked_up = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
     return model.num_parameters() - (0 if looked_up is head else looked_up.numel())
 
 
-def bytes_per_token(texts: Sequence[str], tokenizer: Any, most: int = 2000) -> float:
+def bytes_per_token(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", most: int = 2000) -> float:
     """UTF-8 bytes of text for each token that is predicted, over the first texts."""
     sample = list(texts[:most])
     tokens = sum(map(len, tokenizer(sample, add_special_tokens=False)["input_ids"]))
     return sum(len(text.encode()) for text in sample) / max(tokens, 1)
 
 
-def stop_if_broken(trainer: Any) -> None:
-    """Refuse to go on with a model whose loss has broken away.
+def stop_if_broken(trainer: "Trainer") -> None:
+    """Refuse to proceed with a model whose loss has broken away.
 
     Raises:
         InputError: with what the guard found.
@@ -74,19 +89,23 @@ def stop_if_broken(trainer: Any) -> None:
 
     for guard in trainer.callback_handler.callbacks:
         if isinstance(guard, LossSpikeGuard) and guard.action == "stop" and guard.message:
-            raise InputError(f"{guard.message}. The model was not saved; --loss_spikes warn goes on regardless")
+            raise InputError(f"{guard.message}. The model was not saved; --loss_spikes warn continues regardless")
 
 
 def mean_speed(log_history: Sequence[dict]) -> float:
-    """Median of the logged tokens a second; 0 when none was logged."""
+    """Median of the logged tokens per second; 0 when none was logged."""
     speeds = [entry["tokens_per_second"] for entry in log_history if "tokens_per_second" in entry]
     return statistics.median(speeds) if speeds else 0.0
 
 
 def held_out_metrics(
-    script_args: Any, model: Any, tokenizer: Any, train_texts: Sequence[str], test_texts: Sequence[str]
+    script_args: "PretrainArguments",
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    train_texts: Sequence[str],
+    test_texts: Sequence[str],
 ) -> dict[str, float]:
-    """Bits a byte of held-out texts under the model, and under what it has to beat; none of a masked model.
+    """Bits per byte of held-out texts under the model, and under what it has to beat; none of a masked model.
 
     The 5-gram model learns from as many of the training texts as fit into `MOST_NGRAM_BYTES`.
     """

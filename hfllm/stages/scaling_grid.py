@@ -1,4 +1,4 @@
-"""Train a grid of small models of different size and length, one row of runs.csv a run, for a scaling law."""
+"""Train a grid of small models of different size and length, one row of runs.csv per run, for a scaling law."""
 
 import csv
 import io
@@ -7,12 +7,22 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse
+from hfllm.runs.command_line import main_process, parse_recipe
+from hfllm.runs.stage import stage_arguments
+from hfllm.stages.pretraining import LIBRARY, PretrainArguments, default_settings
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from trl import ModelConfig
+
+Row = dict[str, int | float | str]
 
 COLUMNS = (
     *("name", "hidden_size", "num_hidden_layers", "parameters", "parameters_non_embedding", "tokens", "epochs"),
@@ -61,7 +71,7 @@ class GridRun:
         return [cls(width, layers, each) for each in tokens]
 
     def flags(self, learning_rate: float) -> list[str]:
-        """What recipes/pretrain.py calls it; `learning_rate` is that of a model of `REFERENCE_WIDTH`."""
+        """Return the flags of `hfllm pretrain` for it; `learning_rate` is that of a model of `REFERENCE_WIDTH`."""
         values = {
             "hidden_size": self.hidden_size,
             "num_hidden_layers": self.num_hidden_layers,
@@ -78,42 +88,33 @@ class Grid:
 
     Args:
         folder: where runs.csv, the tokenizer and the models go.
-        parse: recipes/pretrain.py's `parse`.
-        architecture: its `ARCHITECTURE`.
-        flags: its flags for all runs.
+        flags: of `hfllm pretrain`, for all runs.
         longest: tokens of the longest run, which decides how many documents of the world are written.
 
     Raises:
         InputError: when the folder holds runs with other settings, or a flag cannot be had by all runs.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        parse: Callable[[Sequence[str]], tuple],
-        architecture: Sequence[str],
-        flags: Sequence[str],
-        longest: int,
-    ):
-        from hfllm.errors import refuse
-        from hfllm.runs.command_line import main_process
-        from hfllm.runs.stage import stage_arguments
-
-        self.folder, self.parse, self.architecture, self.longest = Path(folder), parse, architecture, longest
+    def __init__(self, folder: str | Path, flags: Sequence[str], longest: int):
+        self.folder, self.longest = Path(folder), longest
         self.flags = [*flags, "--output_dir", str(folder)]
-        script_args, training_args, model_args = parse(self.flags)
-        refuse(not script_args.packing, "--packing false", "a run's tokens are counted in packed rows")
-        refuse(script_args.objective != "causal", "--objective", "the law is that of next tokens")
-        refuse(bool(model_args.model_name_or_path), "--model_name_or_path", "the runs start from nothing")
-        refuse(bool(script_args.config_name_or_path), "--config_name_or_path", "each run has a size of its own")
+        script_args, training_args, model_args = parse_run(self.flags)
+        for is_refused, flag, reason in (
+            (not script_args.packing, "--packing false", "a run's tokens are counted in packed rows"),
+            (script_args.objective != "causal", "--objective", "the law is that of next tokens"),
+            (bool(script_args.dataset_mixture), "--dataset_mixture", "the runs read one dataset"),
+            (bool(model_args.model_name_or_path), "--model_name_or_path", "the runs start from nothing"),
+            (bool(script_args.config_name_or_path), "--config_name_or_path", "each run has its own size"),
+        ):
+            refuse(is_refused, flag, reason)
         settings = {**stage_arguments(script_args, training_args, model_args), "longest run": longest}
         self.learning_rate, self.is_main = training_args.learning_rate, main_process()
         if not sys.stderr.isatty():
             disable_progress_bars()
         self.rows = self._read(json.loads(json.dumps(settings, default=str)))
-        self._data: tuple | None = None
+        self._data: tuple[PreTrainedTokenizerBase, Dataset, list[str]] | None = None
 
-    def _read(self, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    def _read(self, settings: dict[str, Any]) -> dict[str, Row]:
         """Finished runs by name. Without any, what runs with other settings left of a tokenizer is removed."""
         note, table = self.folder / SETTINGS_FILE, self.folder / RUNS_FILE
         before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
@@ -135,8 +136,8 @@ class Grid:
             rows = list(csv.DictReader(stream))
         return {row["name"]: {name: _value(row[name]) for name in COLUMNS} for row in rows}
 
-    def train(self, run: GridRun) -> dict[str, Any]:
-        """The row of a run, trained now unless it is done."""
+    def train(self, run: GridRun) -> Row:
+        """Return the row of a run, trained now unless it is done."""
         if run.name not in self.rows:
             self.rows[run.name] = self._trained(run)
             if self.is_main:
@@ -144,25 +145,25 @@ class Grid:
                 row = self.rows[run.name]
                 print(
                     f"run {run.name}: {row['parameters']:,} parameters, {row['tokens']:,} tokens, held-out loss "
-                    f"{row['loss']:.4f} nats a token ({row['seconds']:.0f} s)",
+                    f"{row['loss']:.4f} nats per token ({row['seconds']:.0f} s)",
                     flush=True,
                 )
         return self.rows[run.name]
 
     def model_folder(self, run: GridRun) -> Path:
-        """Where the model and the tokenizer of a finished run are."""
+        """Return where the model and the tokenizer of a finished run are."""
         return self.folder / "models" / run.name
 
-    def planned(self, run: GridRun) -> dict[str, Any]:
-        """The row of a run without what only training tells, `loss` and `seconds`."""
+    def planned(self, run: GridRun) -> Row:
+        """Return the row of a run without what only training tells, `loss` and `seconds`."""
         import torch
 
-        from hfllm.stages import pretraining
+        from hfllm.stages.pretraining_models import load_or_make_base
 
         script_args, _, model_args = self._arguments(run)
         _, packed, _ = self._prepared()
         with torch.device("meta"):
-            model, _ = pretraining.load_or_make_base(script_args, model_args, [], self.architecture)
+            model, _ = load_or_make_base(script_args, model_args, [])
         rows, filled = run.tokens // script_args.max_length, sum(map(len, packed["input_ids"])) / len(packed)
         parameters, tokens = model.num_parameters(), round(rows * filled)
         return {
@@ -176,18 +177,19 @@ class Grid:
             "compute": 6 * parameters * tokens,
         }
 
-    def _arguments(self, run: GridRun) -> tuple[Any, Any, Any]:
+    def _arguments(self, run: GridRun) -> "tuple[PretrainArguments, TrainingArguments, ModelConfig]":
         """Parsed flags of a run, with the tokenizer of all runs."""
         self._prepared()
-        script_args, training_args, model_args = self.parse([*self.flags, *run.flags(self.learning_rate)])
+        script_args, training_args, model_args = parse_run([*self.flags, *run.flags(self.learning_rate)])
         return replace(script_args, tokenizer_name_or_path=str(self.folder / "tokenizer")), training_args, model_args
 
-    def _trained(self, run: GridRun) -> dict[str, Any]:
+    def _trained(self, run: GridRun) -> Row:
         from transformers import set_seed
         from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
         from hfllm.evaluation.perplexity import text_likelihood
-        from hfllm.stages import pretraining
+        from hfllm.stages.pretraining_models import load_or_make_base
+        from hfllm.stages.pretraining_trainers import trainer_of_rows
         from hfllm.stages.pretraining_watch import stop_if_broken
         from hfllm.trainers.monitors import LossSpikeGuard
 
@@ -195,10 +197,8 @@ class Grid:
         script_args, training_args, model_args = self._arguments(run)
         tokenizer, packed, test_texts = self._prepared()
         set_seed(training_args.seed)
-        model, _ = pretraining.load_or_make_base(script_args, model_args, [], self.architecture)
-        trainer, _ = pretraining.packed_trainer(
-            script_args, training_args, model, tokenizer, {script_args.dataset_name: packed}, test_texts
-        )
+        model, _ = load_or_make_base(script_args, model_args, [])
+        trainer = trainer_of_rows(script_args, training_args, model, tokenizer, [packed], test_texts)
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(LossSpikeGuard(action=script_args.loss_spikes))
@@ -209,7 +209,7 @@ class Grid:
         seconds = round(time.perf_counter() - began, 1)
         return {**planned, "loss": round(loss.nats / loss.tokens, 6), "seconds": seconds}
 
-    def _prepared(self) -> tuple[Any, Any, list[str]]:
+    def _prepared(self) -> "tuple[PreTrainedTokenizerBase, Dataset, list[str]]":
         """The tokenizer, the packed rows and the held-out texts of all runs, made on first use."""
         if self._data is not None:
             return self._data
@@ -220,22 +220,20 @@ class Grid:
         from hfllm.data.prepared import Prepared
         from hfllm.data.sources import WORLD
         from hfllm.runs.models import load_tokenizer
-        from hfllm.runs.stage import stage_arguments
-        from hfllm.stages import pretraining
+        from hfllm.stages.tokenizer import make_tokenizer
 
-        script_args, training_args, _ = self.parse(self.flags)
+        script_args, training_args, _ = parse_run(self.flags)
         is_world, place = script_args.dataset_name == WORLD, self.folder / "tokenizer"
-        if is_world:
-            script_args = replace(script_args, num_documents=5000)
+        text_args = replace(script_args, num_documents=5000) if is_world else script_args
         with training_args.main_process_first(desc="reading texts"):
-            settings = {**stage_arguments(script_args, training_args), "longest run": self.longest}
+            settings = {**stage_arguments(text_args, training_args), "longest run": self.longest}
             prepared = Prepared(self.folder / "prepared", settings)
-            texts, test_texts = load_texts(script_args, training_args.seed, prepared, "texts")
+            texts, test_texts = load_texts(text_args, training_args.seed, prepared, "texts")
         if self.is_main and not (place / "tokenizer.json").is_file():
             if script_args.tokenizer_name_or_path:
                 load_tokenizer(script_args.tokenizer_name_or_path).save_pretrained(place)
             else:
-                pretraining.make_tokenizer(script_args, texts["text"]).save_pretrained(place)
+                make_tokenizer(script_args, texts["text"]).save_pretrained(place)
         PartialState().wait_for_everyone()
         tokenizer = load_tokenizer(str(place))
         if is_world:
@@ -259,8 +257,13 @@ class Grid:
         write_atomically(self.folder / RUNS_FILE, stream.getvalue())
 
 
-def embedding_parameters(model: Any) -> int:
-    """Parameters of embedding tables, positions among them, and of a head of its own: what Kaplan et al. leave out."""
+def parse_run(flags: Sequence[str]) -> "tuple[PretrainArguments, TrainingArguments, ModelConfig]":
+    """Read flags as `hfllm pretrain` reads them."""
+    return parse_recipe(flags, "", PretrainArguments, LIBRARY, settings=default_settings)
+
+
+def embedding_parameters(model: "PreTrainedModel") -> int:
+    """Return the parameters of embeddings, also of positions, and of an untied head, which Kaplan et al. leave out."""
     import torch
 
     tables = {id(module.weight): module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
@@ -270,7 +273,7 @@ def embedding_parameters(model: Any) -> int:
 
 
 def disable_progress_bars() -> None:
-    """Leave one line a run, and no bars of what each run maps and writes."""
+    """Leave one line per run, and no bars of what each run maps and writes."""
     import datasets
     from transformers.utils.logging import disable_progress_bar
 
@@ -284,7 +287,7 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> int | float | str:
     try:
         return int(text)
     except ValueError:

@@ -1,8 +1,6 @@
 """Callbacks of our trainers and recipes."""
 
-from typing import Any
-
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 SHOWN = {
@@ -25,7 +23,7 @@ SHOWN = {
 }
 
 
-def plain_line(state: Any, logs: dict[str, Any]) -> str | None:
+def plain_line(state: TrainerState, logs: dict[str, float]) -> str | None:
     """The metrics that matter of one log entry as a line, or `None` if it holds none of them."""
     shown = [f"{label} {float(logs[name]):.3g}" for name, label in SHOWN.items() if name in logs]
     return f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}" if shown else None
@@ -34,7 +32,14 @@ def plain_line(state: Any, logs: dict[str, Any]) -> str | None:
 class PlainPrinter(TrainerCallback):
     """Print one plain line at each logging step."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         if state.is_world_process_zero and logs and (line := plain_line(state, logs)):
             print(line, flush=True)
 
@@ -42,7 +47,14 @@ class PlainPrinter(TrainerCallback):
 class PlainProgress(ProgressCallback):
     """The stock progress bar, with a plain line at each logging step instead of the whole dictionary."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         if self.training_bar is not None and logs and (line := plain_line(state, logs)):
             self.training_bar.write(line)
 

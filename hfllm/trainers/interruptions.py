@@ -9,10 +9,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -23,11 +23,13 @@ TERMINATED = 128 + signal.SIGTERM
 
 
 class _AlreadyDone(Exception):
-    """The checkpoint that a run goes on from is that of its last step."""
+    """The checkpoint that a run resumes from is that of its last step."""
 
 
 class _LookBeforeTheFirstStep(TrainerCallback):
-    def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if state.global_step >= state.max_steps:
             raise _AlreadyDone
 
@@ -38,7 +40,7 @@ def train(trainer: Trainer, checkpoint: str | None = None) -> None:
     Trainer itself takes one more step from a checkpoint of the last one, if that is not the end of an epoch.
 
     Raises:
-        InputError: when SIGTERM is to save what nothing can go on from, or DeepSpeed cannot go on from `checkpoint`.
+        InputError: when SIGTERM is to save what nothing can resume from, or DeepSpeed cannot resume from `checkpoint`.
         SystemExit: with 143, once SIGTERM has saved.
     """
     save_on_sigterm(trainer)
@@ -47,7 +49,7 @@ def train(trainer: Trainer, checkpoint: str | None = None) -> None:
     train_unless_done(trainer, trainer.train, resume_from_checkpoint=checkpoint)
 
 
-def train_unless_done(trainer: Trainer, train: Callable[..., TrainOutput], **kwargs: Any) -> TrainOutput:
+def train_unless_done(trainer: Trainer, train: Callable[..., TrainOutput], **kwargs: object) -> TrainOutput:
     """What `train(**kwargs)` gives, a way to train `trainer`; from a checkpoint of the last step, only how it ends."""
     if any(isinstance(each, _LookBeforeTheFirstStep) for each in trainer.callback_handler.callbacks):
         # Whoever called this one looks.
@@ -73,7 +75,7 @@ def check_shards(checkpoint: str, args: TrainingArguments) -> None:
     saved = len(list(Path(checkpoint).glob("global_step*/*_optim_states.pt")))
     if saved != args.world_size:
         raise InputError(
-            f"{checkpoint} was saved by {saved} processes of DeepSpeed and goes on with as many; this run has "
+            f"{checkpoint} was saved by {saved} processes of DeepSpeed and resumes with as many; this run has "
             f"{args.world_size}"
         )
 
@@ -81,14 +83,14 @@ def check_shards(checkpoint: str, args: TrainingArguments) -> None:
 def save_on_sigterm(trainer: Trainer) -> None:
     """Put `SaveOnSigterm` in the place of what transformers does for `enable_jit_checkpoint`, if that is asked for.
 
-    transformers saves at the beginning of a step or within one, makes that step, and lets the script go on as if the
-    run had come to its end; its processes, which do not ask each other, wait for each other for ever if they notice
+    transformers saves at the beginning of a step or within one, makes that step, and lets the script continue as if
+    the run had come to its end. Its processes do not ask each other, and wait for each other for ever if they notice
     the signal at different steps.
     """
     if not trainer.args.enable_jit_checkpoint:
         return
     if trainer.args.save_only_model:
-        raise InputError("enable_jit_checkpoint with save_only_model: nothing could go on from what is saved")
+        raise InputError("enable_jit_checkpoint with save_only_model: nothing could resume from what is saved")
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, JITCheckpointCallback):
             signal.signal(signal.SIGTERM, callback.jit_manager._original_sigterm_handler)
@@ -100,9 +102,9 @@ def save_on_sigterm(trainer: Trainer) -> None:
 class SaveOnSigterm(TrainerCallback):
     """SIGTERM ends training after the step in progress with a checkpoint and exit code 143.
 
-    The checkpoint is an ordinary one between two steps, so that the run that goes on from it ends with the bits of one
-    that was not interrupted. Processes agree after each step whether any of them was asked. While the loss guard
-    forbids saving, training goes on until it does not. Before and after training SIGTERM ends the process at once.
+    The checkpoint is an ordinary one between two steps, so that the run that resumes from it ends with the bits of
+    one that was not interrupted. Processes agree after each step whether any of them was asked. While the loss guard
+    forbids saving, training continues until it does not. Before and after training SIGTERM ends the process at once.
 
     Raises:
         InputError: when training does not begin in the main thread, the only one that signals reach.
@@ -110,31 +112,37 @@ class SaveOnSigterm(TrainerCallback):
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
-        self._previous: Any = None
+        self._previous: Callable[[int, FrameType | None], object] | int | None = None
         self._is_asked, self._is_agreed = False, False
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         # Schedulers and launchers both send it: the second one asks for nothing else.
         self._is_asked = True
 
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if threading.current_thread() is not threading.main_thread():
             raise InputError("enable_jit_checkpoint: training has to begin in the main thread")
         self._is_asked, self._is_agreed = False, False
         self._previous = signal.signal(signal.SIGTERM, self._note)
 
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if not self._is_agreed:
             asked = torch.tensor(float(self._is_asked), device=args.device)
             self._is_agreed = bool(self.trainer.accelerator.reduce(asked, "sum") > 0)
         if self._is_agreed:
             control.should_save = True
 
-    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         if self._is_agreed:
-            self._leave(f"saved step {state.global_step} in {args.output_dir}; --resume_from_checkpoint auto goes on")
+            self._leave(f"saved step {state.global_step} in {args.output_dir}; --resume_from_checkpoint auto resumes")
 
-    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self._is_agreed:
             self._leave("nothing was saved since")
         self._restore()

@@ -41,7 +41,7 @@ class BatchArguments:
 
 
 def global_batch_size(training_args: "TrainingArguments") -> int:
-    """Sequences (rows, pairs, episodes) that one optimiser step learns from, on all processes."""
+    """Sequences (rows, pairs, episodes) that one optimizer step learns from, on all processes."""
     return (
         training_args.per_device_train_batch_size
         * training_args.gradient_accumulation_steps

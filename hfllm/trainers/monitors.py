@@ -14,10 +14,9 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 
 from hfllm.errors import InputError
@@ -115,7 +114,9 @@ class ThroughputCallback(TrainerCallback):
         finally:
             self._leave_out_time()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self.tokens_per_step is None and args.include_num_input_tokens_seen == "no":
             raise InputError(
                 "tokens cannot be counted: set include_num_input_tokens_seen to 'all' or 'non_padding', or give "
@@ -124,11 +125,15 @@ class ThroughputCallback(TrainerCallback):
         self._device = args.device
         self._begin(state.num_input_tokens_seen)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self._since is None:
             self._since = self.clock()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if callable(self.tokens_per_step):
             self._tokens += self.tokens_per_step(state.global_step)
         else:
@@ -137,7 +142,14 @@ class ThroughputCallback(TrainerCallback):
         # A device is waited for only where the step is followed by what is left out.
         self._count_time(wait=control.should_log or control.should_evaluate or control.should_save)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         added = {
             f"{split}bits_per_byte": logs[f"{split}loss"] / math.log(2) / size
             for split, size in self.bytes_per_token.items()
@@ -154,10 +166,12 @@ class ThroughputCallback(TrainerCallback):
             entry.update(added)
         self._leave_out_time()
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self._leave_out_time()
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         self._leave_out_time()
 
 
@@ -166,9 +180,9 @@ class LossSpikeGuard(TrainerCallback):
 
     A loss is too high when it is above the median of the last `window` ones by more than `threshold` robust deviations
     (1.4826 times the median absolute deviation, at least a hundredth of the median). Lower losses are never too far.
-    What it knows comes from `state.log_history`, which each checkpoint holds, so that a resumed run goes on as if it
-    had not been interrupted. While the logged loss is too high nothing is saved; what was saved between the last good
-    log and the first bad one may hold the broken model.
+    What it knows comes from `state.log_history`, which each checkpoint holds, so that a resumed run stops where one
+    that was not interrupted would. While the logged loss is too high nothing is saved; what was saved between the last
+    good log and the first bad one may hold the broken model.
 
     It turns `logging_nan_inf_filter` off, which would put earlier losses in the place of those that are not finite.
 
@@ -222,14 +236,23 @@ class LossSpikeGuard(TrainerCallback):
         self._losses.append(loss)
         return complaint
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         args.logging_nan_inf_filter = False
         self._begin()
         for entry in state.log_history:
             if "loss" in entry:
                 self._judge(entry["loss"])
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         complaint = self._judge(logs["loss"]) if "loss" in logs else None
         if self._too_high and self.action == "stop":
             control.should_save = False
@@ -243,6 +266,8 @@ class LossSpikeGuard(TrainerCallback):
         if state.is_world_process_zero:
             warnings.warn(self.message, stacklevel=2)
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self._has_stopped:
             control.should_save = False

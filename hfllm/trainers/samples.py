@@ -11,25 +11,32 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from hfllm.errors import InputError
 from hfllm.trainers.monitors import ThroughputCallback
 
 
 class SampleCallback(TrainerCallback):
-    """Lets the model go on from each prompt every so many steps and at the last one, in the main process.
+    """Lets the model continue each prompt every so many steps and at the last one, in the main process.
 
-    Training goes on exactly as it would without: its random state and the modules' training flags are put back. A run
+    Training proceeds exactly as it would without: its random state and the modules' training flags are put back. A run
     that begins or resumes first drops what the file holds of later steps, since it comes to them again.
 
     Args:
         tokenizer: encodes prompts and decodes what is generated.
-        prompts: texts to go on from, each after the tokenizer's start token if it has one.
+        prompts: texts to continue, each after the tokenizer's start token if it has one.
         every_steps: optimizer steps between samples.
         output_file: JSON lines to append to: `step`, `prompt`, `completion`.
         max_new_tokens: most tokens of a completion, less where the model's context ends before.
@@ -65,13 +72,20 @@ class SampleCallback(TrainerCallback):
         self.output_file = Path(output_file)
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
         self.throughput = throughput
-        self.samples: list[dict[str, Any]] = []
+        self.samples: list[dict[str, int | str]] = []
 
     def _encode(self, prompt: str) -> list[int]:
         start = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
         return start + self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs: object,
+    ) -> None:
         if is_split(model):
             raise InputError("SampleCallback needs the whole model in one process: not FSDP, ZeRO-3 or DTensors")
         context = max_length_of(model)
@@ -86,7 +100,14 @@ class SampleCallback(TrainerCallback):
             draft.write_text("".join(map(_line, self.samples)), encoding="utf-8")
             draft.replace(self.output_file)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs: object,
+    ) -> None:
         is_due = state.global_step % self.every_steps == 0 or state.global_step == state.max_steps
         if not is_due or not state.is_world_process_zero:
             return
@@ -96,7 +117,7 @@ class SampleCallback(TrainerCallback):
         with self.output_file.open("a", encoding="utf-8") as file:
             file.writelines(map(_line, rows))
 
-    def _sample(self, model: PreTrainedModel, step: int) -> list[dict[str, Any]]:
+    def _sample(self, model: PreTrainedModel, step: int) -> list[dict[str, int | str]]:
         ends = {self.tokenizer.eos_token_id, self.tokenizer.bos_token_id} - {None}
         drawn = {"temperature": self.temperature, "top_k": 0, "top_p": 1.0} if self.temperature > 0 else {}
         rows = []
@@ -145,11 +166,11 @@ def max_length_of(model: PreTrainedModel) -> float:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: dict[str, int | str]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _read_rows(file: Path, last_step: int) -> list[dict[str, Any]]:
+def _read_rows(file: Path, last_step: int) -> list[dict[str, int | str]]:
     """The rows of a file up to a step, without a last line that was being written when a run was killed.
 
     Raises:

@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("datatrove", reason="needs the extra 'data'")
 
 from hfllm.data.curation.options import FILTERS, CurationOptions
-from hfllm.data.loading import load_texts
+from hfllm.data.loading import TextArguments, load_texts
 from hfllm.data.prepared import Prepared
 from hfllm.data.sources import load_source
 from hfllm.errors import InputError
@@ -120,7 +120,7 @@ def test_every_drop_is_counted_and_the_rest_can_be_pretrained_on(corpus, capsys)
         assert example in text, example
     assert (out / "funnel.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in out.iterdir()) == ["data", "funnel.png", "report.json", "report.md"]
-    args = SimpleNamespace(dataset_name=str(out / "data"), dataset_train_split="train", max_samples=None)
+    args = TextArguments(dataset_name=str(out / "data"))
     train, held_out = load_texts(args, 0, Prepared(corpus.folder / "prepared", {}), "texts")
     assert sorted([*train["text"], *held_out]) == sorted(corpus.good)
     capsys.readouterr()

@@ -181,16 +181,17 @@ def test_the_printed_command_makes_the_planned_model(flags, tmp_path, capsys):
     import pretrain
     import torch
 
-    from hfllm.stages import pretraining
+    from hfllm.stages.pretraining import check
+    from hfllm.stages.pretraining_models import load_or_make_base
 
     metrics = run(tmp_path, *flags)
     command = capsys.readouterr().out.splitlines()[-1]
     _, _, given = command.partition("recipes/pretrain.py ")
     script_args, training_args, model_args = pretrain.parse([*given.split(), "--output_dir", str(tmp_path / "x")])
-    pretrain.check(script_args, training_args, model_args)
+    check(script_args, training_args, model_args)
     with torch.device("meta"):
         texts = ["the old owl walks by a red house", "a small fox sings"] * 20
-        model, _ = pretraining.load_or_make_base(script_args, model_args, texts, pretrain.ARCHITECTURE)
+        model, _ = load_or_make_base(script_args, model_args, texts)
     assert model.num_parameters() == metrics["parameters"]
     assert model.config._attn_implementation == ("eager" if "eager" in flags else "sdpa")
     assert int(script_args.total_tokens) == int(metrics["training_tokens"])

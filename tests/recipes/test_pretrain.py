@@ -1,9 +1,10 @@
-"""recipes/pretrain.py on text of one's own: packed, mixed, scheduled, watched, in three objectives."""
+"""recipes/pretrain.py on your own text: packed, mixed, scheduled, watched, in three objectives."""
 
 import json
 import os
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pretrain
@@ -16,7 +17,9 @@ from hfllm.data.mixtures import load_sources
 from hfllm.data.prepared import Prepared
 from hfllm.errors import InputError
 from hfllm.runs.stage import Stage
-from hfllm.stages import pretraining, pretraining_watch
+from hfllm.stages import pretraining_trainers, pretraining_watch
+from hfllm.stages.pretraining import check
+from hfllm.stages.pretraining_data import infilled, rows_of_run
 
 ROOT = Path(__file__).parent.parent.parent
 WORDS = ["owl", "fox", "red", "blue", "house", "river", "walks", "sings", "the", "a", "old", "small"]
@@ -126,8 +129,8 @@ def test_nothing_is_held_out_of_one_dataset_that_another_trains_on(corpus, tmp_p
 
 def test_flags_reach_a_new_model(run, corpus, tmp_path, monkeypatch):
     made = []
-    build = pretraining.packed_trainer
-    monkeypatch.setattr(pretraining, "packed_trainer", lambda *args: made.append(args[2]) or build(*args))
+    build = pretraining_trainers.packed_trainer
+    monkeypatch.setattr(pretraining_trainers, "packed_trainer", lambda *args: made.append(args[2]) or build(*args))
     run(dataset_name=corpus[0], attn_implementation="eager", dtype="bfloat16", total_tokens=640)
     assert made[0].config._attn_implementation == "eager" and made[0].dtype == torch.bfloat16
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -156,7 +159,7 @@ def test_files_that_are_edited_make_another_run(run, corpus, tmp_path):
         run(**settings)
 
 
-def test_chinchilla_is_twenty_tokens_a_parameter(corpus, tmp_path):
+def test_chinchilla_is_twenty_tokens_per_parameter(corpus, tmp_path):
     flags = ["--dataset_name", str(corpus[0]), "--total_tokens", "chinchilla", "--output_dir", str(tmp_path)]
     script_args, training_args, _ = pretrain.parse(flags)
 
@@ -164,7 +167,7 @@ def test_chinchilla_is_twenty_tokens_a_parameter(corpus, tmp_path):
         def num_parameters(self):
             return 1000
 
-    assert pretraining.rows_of_run(script_args, training_args, Model(), 7, 8) == 20_000 // 512
+    assert rows_of_run(script_args, training_args, Model(), 7, 8) == 20_000 // 512
 
 
 def test_the_masked_objective_makes_a_bidirectional_model(run, corpus, tmp_path):
@@ -179,7 +182,7 @@ def test_the_infilling_objective_cuts_documents_in_three(run, corpus, tmp_path):
     run(dataset_name=corpus[0], objective="infilling", total_tokens=3200)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert len(tokenizer("<PRE> a <SUF>b <MID>")["input_ids"]) < 10
-    documents = list(pretraining.infilled(texts(1), tokenizer, 512, seed=0))
+    documents = list(infilled(texts(1), tokenizer, 512, seed=0))
     assert sum(document.startswith("<PRE>") for document in documents) == pytest.approx(108, abs=12)
 
 
@@ -189,7 +192,7 @@ def test_a_tokenizer_may_be_named(run, corpus, tokenizer, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
 
 
-def test_it_goes_on_where_it_was(run, corpus, tmp_path):
+def test_it_resumes_where_it_was(run, corpus, tmp_path):
     settings = {"dataset_name": corpus[0], "total_tokens": 6400, "save_strategy": "steps", "save_steps": 10}
     whole = run(**settings)
     for path in ("report.json", "model.safetensors"):
@@ -199,7 +202,7 @@ def test_it_goes_on_where_it_was(run, corpus, tmp_path):
     assert again["eval_loss"] == whole["eval_loss"]
 
 
-def test_a_run_that_goes_on_reads_no_text_again(run, corpus, tmp_path, monkeypatch):
+def test_a_resumed_run_reads_no_text_again(run, corpus, tmp_path, monkeypatch):
     settings = {"dataset_name": corpus[0], "total_tokens": 6400, "save_strategy": "steps", "save_steps": 10}
     whole = run(**settings, output_dir=tmp_path / "whole")
     finish = Stage.finish
@@ -236,9 +239,8 @@ def test_under_deepspeed_the_default_is_adamw(corpus, tmp_path):
     flags += ["--deepspeed", str(ROOT / "ds_configs" / "zero2.json")]
     script_args, training_args, model_args = pretrain.parse(flags)
     assert not script_args.use_muon and training_args.learning_rate == 0.002
-    script_args.use_muon = True
     with pytest.raises(InputError, match="--use_muon cannot be used here: DeepSpeed and FSDP"):
-        pretrain.check(script_args, training_args, model_args)
+        check(replace(script_args, use_muon=True), training_args, model_args)
 
 
 def test_under_fsdp_the_default_is_adamw(corpus, tmp_path, monkeypatch):

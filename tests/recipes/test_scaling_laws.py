@@ -4,12 +4,12 @@ import csv
 import json
 
 import numpy
-import pretrain
 import pytest
 import scaling_laws
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfllm.errors import InputError
+from hfllm.runs.recipes import settings_file
 from hfllm.scaling.laws import EPOCH
 from hfllm.stages.scaling_grid import COLUMNS, Grid, GridRun, embedding_parameters
 
@@ -53,7 +53,7 @@ def test_a_table_becomes_a_report(table, tmp_path, capsys):
         assert (tmp_path / "out" / report["artifacts"][name]).read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
     assert run(*flags, tmp_path / "out") == metrics
-    assert "already done" in capsys.readouterr().out
+    assert "already done" in (printed := capsys.readouterr().out) and "remove report.json there" in printed
     with pytest.raises(InputError, match=r"finished run with resamples=30, this one has resamples=20"):
         run(*flags, tmp_path / "out", "--resamples", 20)
 
@@ -233,13 +233,13 @@ def test_a_probe_comes_on_top_without_training(trained, monkeypatch, tmp_path):
     assert run(*flags, *probe) == run(*flags) == metrics
 
 
-def test_text_of_ones_own_is_repeated_when_it_is_short(tmp_path):
+def test_your_own_text_is_repeated_when_it_is_short(tmp_path):
     texts = tmp_path / "texts.jsonl"
     words = ["the", "old", "owl", "walks", "by", "a", "red", "house", "and", "the", "small", "fox", "sings"]
     rng = numpy.random.default_rng(0)
     texts.write_text("".join(json.dumps({"text": " ".join(rng.choice(words, 30))}) + "\n" for _ in range(80)))
-    flags = ["--config", str(scaling_laws.PRETRAIN_CONFIG), "--dataset_name", str(texts), "--vocab_size", "320"]
-    grid = Grid(tmp_path / "out", pretrain.parse, pretrain.ARCHITECTURE, flags, longest=8192)
+    flags = ["--config", str(settings_file("pretrain/grid.yaml")), "--dataset_name", str(texts), "--vocab_size", "320"]
+    grid = Grid(tmp_path / "out", flags, longest=8192)
     row = grid.train(GridRun(32, 1, 8192))
     packed = grid._prepared()[1]
     assert row["epochs"] == pytest.approx(32 / len(packed), abs=1e-3) and row["epochs"] > 2
@@ -247,10 +247,10 @@ def test_text_of_ones_own_is_repeated_when_it_is_short(tmp_path):
 
 
 def test_what_other_flags_left_before_the_first_run_is_made_anew(tmp_path):
-    flags = ["--config", str(scaling_laws.PRETRAIN_CONFIG)]
+    flags = ["--config", str(settings_file("pretrain/grid.yaml"))]
 
     def prepared(longest, *more):
-        return Grid(tmp_path / "out", pretrain.parse, pretrain.ARCHITECTURE, [*flags, *more], longest)._prepared()
+        return Grid(tmp_path / "out", [*flags, *more], longest)._prepared()
 
     small, rows, _ = prepared(2048, "--vocab_size", "400")
     larger, _, _ = prepared(2048, "--vocab_size", "500")

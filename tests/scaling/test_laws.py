@@ -144,7 +144,7 @@ def test_what_the_documentation_says_is_so():
     assert names["laws"] is laws
     expected = [laws.chinchilla_projection(approach).optimal(CHINCHILLA_BUDGET) for approach in (1, 2, 3)]
     expected += [law.optimal(CHINCHILLA_BUDGET) for law in (laws.CHINCHILLA, laws.EPOCH, laws.KAPLAN)]
-    rows = text.split("| from | tokens a parameter |")[1].split("\n\n")[0].splitlines()[2:]
+    rows = text.split("| from | tokens per parameter |")[1].split("\n\n")[0].splitlines()[2:]
     for row, spent in zip(rows, expected, strict=True):
         shown = row.split("|")[2].strip()
         assert f"{spent.tokens_per_parameter:.{len(shown.partition('.')[2])}f}" == shown

@@ -1,6 +1,6 @@
-"""Which rows each optimiser step of a pretraining run learns from, known from the first step to the last.
+"""Which rows each optimizer step of a pretraining run learns from, known from the first step to the last.
 
-A step's batch is a function of the step alone, so that a run which goes on after an interruption gets the next one
+A step's batch is a function of the step alone, so that a run which resumes after an interruption gets the next one
 without looking at those before. Length curriculum and batch ramp are part of the plan: a callback could not change
 either exactly, since the dataloader is a batch ahead of the trainer.
 """
@@ -53,7 +53,7 @@ class Schedule:
 
 
 class BatchPlan(TorchDataset):
-    """The batches of a run, one an optimiser step; as a dataset its length is the number of steps.
+    """The batches of a run, one per optimizer step; as a dataset its length is the number of steps.
 
     Args:
         sources: packed rows (`hfllm.data.packing.pack`), one dataset a source.

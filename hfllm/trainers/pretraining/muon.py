@@ -10,7 +10,7 @@ from hfllm.errors import InputError
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) and AdamW as one optimiser, with one state and one list of parameter groups.
+    """Muon (Jordan et al. 2024) and AdamW as one optimizer, with one state and one list of parameter groups.
 
     Muon's step is scaled to the size of AdamW's, 0.2 times the square root of the longer side (Liu et al. 2025,
     arXiv:2502.16982, equation 4), so that one learning rate and weight decay serve both.
@@ -44,12 +44,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Let both parts see this optimiser's groups, which schedulers write to, and its state, which is saved."""
+        """Let both parts see this optimizer's groups, which schedulers write to, and its state, which is saved."""
         for part, groups in zip(self._parts, (self.param_groups[:1], self.param_groups[1:]), strict=True):
             part.param_groups, part.state = groups, self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every optimiser's."""
+        """As every optimizer's."""
         super().load_state_dict(state_dict)
         self._share()
 
@@ -65,7 +65,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def muon_of(model: nn.Module, **settings: Any) -> MuonWithAdamW:
-    """The optimiser of a model's parameters; embeddings, the head, norms, biases and stacked experts are AdamW's.
+    """The optimizer of a model's parameters; embeddings, the head, norms, biases and stacked experts are AdamW's.
 
     Args:
         model: a transformers model. Norms and biases, of one dimension, are not decayed.
@@ -94,5 +94,5 @@ def muon_of(model: nn.Module, **settings: Any) -> MuonWithAdamW:
 
 
 def muon_factory() -> Any:
-    """What `Trainer` takes as the class of `optimizer_cls_and_kwargs`, to make the optimiser once it has the model."""
+    """What `Trainer` takes as the class of `optimizer_cls_and_kwargs`, to make the optimizer once it has the model."""
     return muon_of

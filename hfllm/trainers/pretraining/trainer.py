@@ -1,4 +1,4 @@
-"""A `transformers.Trainer` that learns from a `BatchPlan`: each optimiser step has the batch the plan gives it."""
+"""A `transformers.Trainer` that learns from a `BatchPlan`: each optimizer step has the batch the plan gives it."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -48,7 +48,7 @@ class PretrainTrainer(Trainer):
         self.plan, self.settings, self.z_loss_coef = plan, dict(settings or {}), z_loss_coef
         super().__init__(train_dataset=plan, **kwargs)
         if self.args.gradient_accumulation_steps != 1:
-            raise InputError("gradient_accumulation_steps must be 1: the plan's batches are whole optimiser steps")
+            raise InputError("gradient_accumulation_steps must be 1: the plan's batches are whole optimizer steps")
         if z_loss_coef < 0:
             raise InputError(f"z_loss_coef must not be negative, got {z_loss_coef}")
         family = self.model.config.model_type

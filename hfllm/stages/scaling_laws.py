@@ -1,0 +1,313 @@
+"""Scaling laws: flags, what is refused, the grid of small runs, and the study of a table of runs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfllm.data.loading import DataArguments
+from hfllm.data.sources import PYDOC, WORLD
+from hfllm.errors import InputError, refuse
+from hfllm.outputs.report import read_report
+from hfllm.runs.command_line import finished_run, main_process
+from hfllm.runs.recipes import settings_file
+from hfllm.runs.stage import Stage
+
+if TYPE_CHECKING:
+    from hfllm.evaluation.emergence import Emergence
+    from hfllm.scaling.forecast import Forecast
+    from hfllm.scaling.report import Study
+    from hfllm.scaling.runs import Runs
+    from hfllm.stages.scaling_grid import Row
+
+GRID = tuple(f"{width}x2:400000,800000,1600000" for width in (16, 24, 32, 48))
+COUNTS = {"total": "parameters", "non_embedding": "parameters_non_embedding"}
+TABLE_FLAGS = ("parameters_column", "tokens_column", "loss_column", "held_out_share")
+GRID_FLAGS = ("grid", "held_out_run", "count_parameters", "pretrain_config", "probe")
+GRID_FLAGS += tuple(item.name for item in fields(DataArguments))
+PROBE_FLAGS = ("probe", "probe_questions", "probe_shots")
+LARGEST_SEED = 2**32 - 1  # numpy's, which transformers seeds
+
+
+@dataclass(frozen=True)
+class ScalingArguments(DataArguments):
+    """Runs to fit, or a grid of runs to train."""
+
+    dataset_name: str = field(
+        default=PYDOC,
+        metadata={
+            "help": "Texts of the grid: 'pydoc', the documentation of this Python, 'world' (embedded), a local file "
+            "or folder, or a dataset id on the Hub."
+        },
+    )
+    runs: str | None = field(
+        default=None, metadata={"help": "CSV file of finished runs; without it a grid is trained."}
+    )
+    parameters_column: str | None = field(default=None, metadata={"help": "Its column of N, if not a common name."})
+    tokens_column: str | None = field(default=None, metadata={"help": "Its column of D, if not a common name."})
+    loss_column: str | None = field(default=None, metadata={"help": "Its column of losses, if not a common name."})
+    held_out_share: float = field(
+        default=0.1, metadata={"help": "Share of the file's runs, those of most compute, that are predicted."}
+    )
+    resamples: int = field(default=1000, metadata={"help": "Bootstrap resamples behind the 95%% intervals."})
+    huber_delta: float = field(
+        default=1e-3, metadata={"help": "Error in log loss from which on Huber's loss is linear."}
+    )
+    isoflop_tolerance: float = field(
+        default=0.05, metadata={"help": "How far, up and down, the compute of one IsoFLOP budget's runs may differ."}
+    )
+    budgets: list[float] | None = field(
+        default=None,
+        metadata={"help": "FLOPs to divide between N and D in the report; by default ten times the largest run's."},
+    )
+    grid: list[str] = field(
+        default_factory=lambda: [*GRID],
+        metadata={"help": "Models and the tokens that each is trained on, WIDTHxLAYERS:TOKENS,... once per model."},
+    )
+    held_out_run: str = field(
+        default="64x3:2400000",
+        metadata={"help": "The run that is predicted, WIDTHxLAYERS:TOKENS; of more compute than all of the grid."},
+    )
+    count_parameters: str = field(
+        default="total",
+        metadata={
+            "help": "N of the grid: 'total', Chinchilla's, or 'non_embedding', Kaplan's. runs.csv has both.",
+            "choices": list(COUNTS),
+        },
+    )
+    pretrain_config: str | None = field(
+        default=None, metadata={"help": "YAML flags of `hfllm pretrain` for all runs of the grid."}
+    )
+    probe: bool = field(
+        default=False,
+        metadata={"help": "Ask each size the world's questions, and draw exact match beside log-likelihood."},
+    )
+    probe_questions: int = field(default=50, metadata={"help": "Questions of each task family."})
+    probe_shots: int = field(default=1, metadata={"help": "Solved examples before a few-shot question."})
+    seed: int = field(default=42, metadata={"help": "Of the grid's data and weights, and of the bootstrap."})
+    output_dir: str = field(default="outputs/scaling_laws", metadata={"help": "Where runs, models and report go."})
+
+
+# ---- what is refused ----
+
+
+def check(script_args: ScalingArguments) -> None:
+    """Refuse flags that would have no effect, and numbers without meaning.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    for is_refused, flag, reason in refusals(script_args):
+        refuse(is_refused, f"--{flag}", reason)
+    for flag, is_right, expected in (
+        ("resamples", script_args.resamples >= 10, "be at least 10"),
+        ("probe_questions", script_args.probe_questions >= 1, "be at least 1"),
+        ("probe_shots", script_args.probe_shots >= 1, "be at least 1"),
+        ("huber_delta", 0 < script_args.huber_delta < float("inf"), "be above 0 and finite"),
+        ("isoflop_tolerance", 0 < script_args.isoflop_tolerance < float("inf"), "be above 0 and finite"),
+        ("held_out_share", 0 < script_args.held_out_share < 1, "lie between 0 and 1"),
+        ("seed", 0 <= script_args.seed <= LARGEST_SEED, f"lie between 0 and {LARGEST_SEED}"),
+    ):
+        if not is_right:
+            raise InputError(f"--{flag} must {expected}, got {getattr(script_args, flag)}")
+    for budget in script_args.budgets or []:
+        if not 0 < budget < float("inf"):
+            raise InputError(f"--budgets {budget}: FLOPs must be above 0 and finite")
+
+
+def refusals(script_args: ScalingArguments) -> Iterator[tuple[bool, str, str]]:
+    """Yield what would have no effect: whether it is asked for, the flag, and the reason."""
+    plain = ScalingArguments()
+    given = {item.name for item in fields(plain) if getattr(script_args, item.name) != getattr(plain, item.name)}
+    is_table, is_world = bool(script_args.runs), script_args.dataset_name == WORLD
+    yield from (
+        (is_table and flag in given, flag, "it is of the grid, and --runs takes its place") for flag in GRID_FLAGS
+    )
+    yield from ((not is_table and flag in given, flag, "it is of --runs") for flag in TABLE_FLAGS)
+    yield from ((not script_args.probe and flag in given, flag, "it needs --probe") for flag in PROBE_FLAGS)
+    yield script_args.probe and not is_world, "probe", "its questions are those of --dataset_name world"
+    yield not is_world and "world_seed" in given, "world_seed", "it is of --dataset_name world"
+    yield is_world and "max_samples" in given, "max_samples", "the world is as large as the runs need"
+
+
+# ---- the run ----
+
+
+class ScalingStage(Stage):
+    """A stage whose runs are kept: without its report only what is missing is made.
+
+    A finished run that lacks the probe which is asked for now is not finished: then only that is missing. One that has
+    it stands also for a run without.
+    """
+
+    redo = "remove report.json there to redo it"
+
+    def __init__(self, script_args: ScalingArguments):
+        named = {flag: Path(getattr(script_args, flag) or "") for flag in ("runs", "pretrain_config")}
+        written = {f"{flag} changed at": path.stat().st_mtime_ns for flag, path in named.items() if path.is_file()}
+        super().__init__("scaling_laws", script_args, also=written)
+
+    @cached_property
+    def report(self) -> dict[str, Any] | None:
+        """The report of the same run if it has already finished in the output folder, else `None`."""
+        report = read_report(self.output_dir)
+        if report is None:
+            return None
+        before = report["arguments"]
+        if self.arguments["probe"] and before.get("probe"):
+            return finished_run(self.output_dir, self.arguments)
+        apart_from_probe = self.arguments | {flag: before.get(flag) for flag in PROBE_FLAGS}
+        done = finished_run(self.output_dir, apart_from_probe)
+        return None if self.arguments["probe"] else done
+
+
+def study_of(script_args: ScalingArguments, grid: "SmallGrid | None") -> "Study":
+    """Fit the smaller runs, see how well they tell the losses of the larger, then fit all.
+
+    Raises:
+        InputError: for a table that cannot be fitted, naming its file.
+    """
+    from hfllm.scaling.fitting import bootstrap, fit_law
+    from hfllm.scaling.report import Study
+    from hfllm.scaling.runs import Runs, read_runs
+
+    delta, sampling = script_args.huber_delta, (script_args.resamples, script_args.seed, script_args.huber_delta)
+    if grid is not None:
+        forecast = forecast_of(grid.small_runs(), delta, sampling)
+        held_out = grid.large_run(forecast)
+        both = zip(forecast.fit.runs.columns, held_out.columns, strict=True)
+        runs = Runs(*([*fitted, *predicted] for fitted, predicted in both))
+    else:
+        columns = script_args.parameters_column, script_args.tokens_column, script_args.loss_column
+        runs = read_runs(script_args.runs, *columns)
+        fitted, held_out = runs.split_by_compute(script_args.held_out_share)
+        try:
+            forecast = forecast_of(fitted, delta, sampling)
+        except InputError as error:
+            raise InputError(f"{script_args.runs}, without its {len(held_out)} largest run(s): {error}") from None
+    try:
+        whole = fit_law(runs, delta)
+    except InputError as error:
+        raise InputError(f"{script_args.runs or Path(script_args.output_dir) / 'runs.csv'}: {error}") from None
+    return Study(forecast, held_out, whole, bootstrap(whole, *sampling), script_args.isoflop_tolerance)
+
+
+def forecast_of(runs: "Runs", delta: float, sampling: tuple[int, int, float]) -> "Forecast":
+    """Return both laws, fitted to the runs that are not held out.
+
+    Args:
+        delta: where Huber's loss turns linear.
+        sampling: resamples of the bootstrap, their seed, and `delta`.
+    """
+    from hfllm.scaling.fitting import bootstrap, fit_law
+    from hfllm.scaling.forecast import Forecast, fit_kaplan
+
+    fit = fit_law(runs, delta)
+    return Forecast(fit, bootstrap(fit, *sampling), fit_kaplan(runs, *sampling))
+
+
+class SmallGrid:
+    """The grid of small runs, and the larger run that it predicts.
+
+    Raises:
+        InputError: for a run that cannot be read or comes twice, or settings that a grid cannot have.
+    """
+
+    def __init__(self, script_args: ScalingArguments):
+        from hfllm.stages.scaling_grid import Grid, GridRun
+
+        self.script_args, self.column = script_args, COUNTS[script_args.count_parameters]
+        self.runs = [each for text in script_args.grid for each in GridRun.parse(text, "--grid")]
+        self.large, *others = GridRun.parse(script_args.held_out_run, "--held_out_run")
+        if others:
+            raise InputError(f"--held_out_run {script_args.held_out_run!r}: expected a single number of tokens")
+        # The cheapest first, so that what is wrong shows early.
+        self.runs.sort(key=lambda each: (each.tokens, each.hidden_size, each.num_hidden_layers))
+        if len({*self.runs, self.large}) <= len(self.runs):
+            raise InputError("--grid, --held_out_run: a run comes twice")
+        flags = ["--seed", str(script_args.seed)]
+        for flag in ("dataset_name", "dataset_train_split", "max_samples", "world_seed"):
+            if (value := getattr(script_args, flag)) is not None:
+                flags += [f"--{flag}", str(value)]
+        own = ["--config", script_args.pretrain_config] if script_args.pretrain_config else []
+        flags = ["--config", str(settings_file("pretrain/grid.yaml")), *own, *flags]
+        longest = max(each.tokens for each in (*self.runs, self.large))
+        self.grid = Grid(script_args.output_dir, flags, longest)
+
+    def small_runs(self) -> "Runs":
+        """Return the table of the grid's runs, those that are missing trained first.
+
+        Raises:
+            InputError: before any training, when the grid could not be fitted.
+        """
+        from hfllm.scaling.fitting import FEWEST_RUNS
+
+        sizes = {(each.hidden_size, each.num_hidden_layers) for each in self.runs}
+        lengths = {each.tokens for each in self.runs}
+        if min(len(sizes), len(lengths)) < 3 or len(self.runs) < FEWEST_RUNS:
+            raise InputError(
+                f"--grid has {len(sizes)} size(s), {len(lengths)} length(s) and {len(self.runs)} run(s): a fit needs "
+                f"at least 3, 3 and {FEWEST_RUNS}"
+            )
+        self._check_held_out()
+        return self._runs([self.grid.train(each) for each in self.runs])
+
+    def _check_held_out(self) -> None:
+        """Refuse to call a run that lies within the grid predicted: that is interpolation.
+
+        Raises:
+            InputError: when a run of the grid takes as much compute.
+        """
+        largest = max((self.grid.planned(each)["compute"], each.name) for each in self.runs)
+        compute = self.grid.planned(self.large)["compute"]
+        if compute <= largest[0]:
+            raise InputError(
+                f"--held_out_run {self.script_args.held_out_run} takes {compute:.3g} FLOPs, no more than the grid's "
+                f"{largest[1]} with {largest[0]:.3g}: the run to predict must be larger than all of --grid"
+            )
+
+    def large_run(self, forecast: "Forecast") -> "Runs":
+        """Say what is expected of the larger run, then train it. Returns it as a table."""
+        from hfllm.scaling.forecast import CHINCHILLA, KAPLAN
+        from hfllm.scaling.report import formula
+
+        planned = self.grid.planned(self.large)
+        parameters, tokens = planned[self.column], planned["tokens"]
+        low, high = forecast.interval(parameters, tokens)
+        if main_process():
+            for form, fit in ((CHINCHILLA, forecast.fit), (KAPLAN, forecast.kaplan)):
+                better = "fits better" if form == forecast.form else "fits worse"
+                print(f"scaling_laws: {form}, {better}: L(N, D) = {formula(fit.law)}", flush=True)
+            print(
+                f"run {self.large.name}: {forecast.loss(parameters, tokens):.4f} nats per token are expected "
+                f"(95% interval {low:.4f} to {high:.4f})",
+                flush=True,
+            )
+        return self._runs([self.grid.train(self.large)])
+
+    def table(self) -> "list[Row]":
+        """Return all runs as rows of the report."""
+        return [self.grid.rows[each.name] for each in (*self.runs, self.large)]
+
+    def probe(self) -> "Emergence":
+        """Ask each run the questions of the world. Returns what it can do."""
+        from hfllm.data.world.world import World
+        from hfllm.evaluation.emergence import Emergence, ProbedRun
+        from hfllm.evaluation.few_shot import make_probes, run_probes
+        from hfllm.models.modeling_hfllm import HfllmForCausalLM
+        from hfllm.runs.models import load_tokenizer
+
+        args, probed = self.script_args, []
+        probes = make_probes(World(args.world_seed), args.probe_questions, args.probe_shots, args.seed)
+        for each in (*self.runs, self.large):
+            folder = str(self.grid.model_folder(each))
+            model, tokenizer = HfllmForCausalLM.from_pretrained(folder), load_tokenizer(folder)
+            row, rows = self.grid.rows[each.name], run_probes(model, tokenizer, probes)
+            probed.append(ProbedRun(each.name, row[self.column], row["compute"], row["loss"], rows))
+        return Emergence(probed)
+
+    def _runs(self, rows: "list[Row]") -> "Runs":
+        from hfllm.scaling.runs import Runs
+
+        return Runs(*([row[name] for row in rows] for name in (self.column, "tokens", "loss")))

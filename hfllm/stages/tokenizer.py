@@ -1,0 +1,84 @@
+"""Tokenizers of new models: the flags of one that is trained by itself, how it is trained, and what its size buys."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from hfllm.data.loading import TextArguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from hfllm.stages.pretraining import PretrainArguments
+
+MOST_TOKENIZER_TEXTS = 20_000
+# Bytes and special tokens alone are some 270.
+SMALLEST_SIZE = 300
+
+
+@dataclass(frozen=True)
+class TokenizerArguments(TextArguments):
+    """How large, and what for."""
+
+    vocab_size: int = field(default=8192, metadata={"help": "Upper bound on the number of tokens."})
+    max_position_embeddings: int = field(default=2048, metadata={"help": "Context of the models it is for."})
+    objective: str = field(
+        default="causal",
+        metadata={
+            "help": "What pretraining will predict: 'masked' and 'infilling' have special tokens of their own.",
+            "choices": ["causal", "masked", "infilling"],
+        },
+    )
+    seed: int = field(default=42, metadata={"help": "Seed of the held-out split, and of the world's documents."})
+    output_dir: str = field(default="outputs/tokenizer", metadata={"help": "Where the tokenizer goes."})
+
+
+def make_tokenizer(
+    script_args: "TokenizerArguments | PretrainArguments", texts: Sequence[str]
+) -> "PreTrainedTokenizerFast":
+    """Return a tokenizer trained on `texts`, with the special tokens of the objective."""
+    from hfllm.data.objectives import INFILLING_TOKENS
+    from hfllm.data.sources import WORLD
+    from hfllm.data.tokenizer import MASK, train_tokenizer
+    from hfllm.data.world.demonstrators import instruction_rows
+    from hfllm.data.world.world import World
+
+    sample = list(texts[:MOST_TOKENIZER_TEXTS])
+    if script_args.dataset_name == WORLD and not script_args.dataset_mixture:
+        # The words of instructions are part of the language, though the base model is not taught to follow them.
+        rows = instruction_rows(World(script_args.world_seed), 3000)
+        sample = sample[:5000] + [f"{row['instruction']} {row['input']} {row['output']}" for row in rows]
+    return train_tokenizer(
+        sample,
+        script_args.vocab_size,
+        script_args.max_position_embeddings,
+        mask_token=MASK if script_args.objective == "masked" else None,
+        extra_special_tokens=INFILLING_TOKENS if script_args.objective == "infilling" else (),
+    )
+
+
+def compression_by_size(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[dict[str, float]]:
+    """Return what texts cost under the tokenizer, and under its own beginnings, each half as large as the next.
+
+    Returns:
+        Rows, the smallest size first: `vocab_size`, `bytes_per_token`, `tokens_per_word`, `share_of_vocabulary_used`.
+    """
+    from hfllm.data.tokenizer import truncated_tokenizer
+
+    wanted = [len(tokenizer)]
+    while wanted[0] // 2 > SMALLEST_SIZE:
+        wanted.insert(0, wanted[0] // 2)
+    num_bytes, words = sum(len(text.encode()) for text in texts), sum(len(text.split()) for text in texts)
+    rows = []
+    for size in wanted:
+        encoded = truncated_tokenizer(tokenizer, size)(list(texts), add_special_tokens=False)["input_ids"]
+        tokens = sum(map(len, encoded))
+        rows.append(
+            {
+                "vocab_size": size,
+                "bytes_per_token": num_bytes / max(tokens, 1),
+                "tokens_per_word": tokens / max(words, 1),
+                "share_of_vocabulary_used": len({token for ids in encoded for token in ids}) / size,
+            }
+        )
+    return rows
