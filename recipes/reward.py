@@ -1,6 +1,7 @@
 """Train a reward model on comparisons (TRL's RewardTrainer; Bradley-Terry, Ouyang et al. 2022, equation 1).
 
-    accelerate launch recipes/reward.py                                  # the embedded world, from nothing
+    hfllm reward                                                         # the embedded world, from nothing
+    hfllm reward --model_name_or_path NAME --dataset_name pairs.jsonl
     accelerate launch recipes/reward.py --model_name_or_path NAME --dataset_name pairs.jsonl
 
 Comparisons may be `prompt`/`response_a`/`response_b`/`preference`, `prompt`/`chosen`/`rejected`, or transcripts as in
@@ -8,45 +9,15 @@ Anthropic's HH. On the embedded world two thirds of them are between the model's
 rubric with label noise. Without `--model_name_or_path` the stages before this one run first, under the output folder.
 """
 
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from hfllm.data.loading import DataArguments
-from hfllm.runs.chain import Chain, chain_before
 from hfllm.runs.command_line import parse_recipe, run, world_settings
-from hfllm.trainers.learning_rate import BatchArguments
+from hfllm.stages.reward_modeling import RewardArguments
 
 if TYPE_CHECKING:
     from trl import ModelConfig, RewardConfig
-
-
-@dataclass(frozen=True)
-class RewardArguments(DataArguments, BatchArguments):
-    """Comparisons."""
-
-    num_pairs: int = field(default=6000, metadata={"help": "Prompts of the embedded world to compare responses to."})
-    on_policy_fraction: float = field(
-        default=2 / 3, metadata={"help": "Share of the world's comparisons between the model's own samples."}
-    )
-    num_samples: int = field(default=3, metadata={"help": "Samples of the model for each prompt of that share."})
-    label_noise: float = field(
-        default=0.1, metadata={"help": "Share of wrong labels in the world's comparisons; 0.5 makes them worthless."}
-    )
-    comparison_seed: int | None = field(
-        default=None, metadata={"help": "Seed of the world's comparisons, if not --seed: for models on the same ones."}
-    )
-    response_length: int = field(default=40, metadata={"help": "Longest response sampled for comparison, in tokens."})
-    num_eval_prompts: int = field(default=360, metadata={"help": "Held-out prompts of the world to compare on."})
-    sft_config: str | None = field(
-        default=None, metadata={"help": "YAML flags of the fine-tuning that makes the model, if none is named."}
-    )
-
-    def __post_init__(self):
-        for name in ("on_policy_fraction", "label_noise"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
 
 
 def parse(argv: Sequence[str]) -> tuple[RewardArguments, "RewardConfig", "ModelConfig"]:
@@ -55,43 +26,40 @@ def parse(argv: Sequence[str]) -> tuple[RewardArguments, "RewardConfig", "ModelC
     return parse_recipe(argv, __doc__, RewardArguments, library, "outputs/reward", world_settings("reward"))
 
 
-def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> dict[str, float]:
+def main(script_args: RewardArguments, training_args: "RewardConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Train, save, write the report. Returns the metrics."""
+    from datasets import Dataset
     from transformers import set_seed
+    from trl import RewardTrainer
 
-    from hfllm.data.sources import WORLD
-    from hfllm.errors import InputError, refuse
+    from hfllm.data.loading import world_of
+    from hfllm.errors import InputError
     from hfllm.runs.arguments import changed
-    from hfllm.runs.models import check_trainable, fitting_length, load_reward_model, load_tokenizer, peft_config
+    from hfllm.runs.models import fitting_length, load_reward_model, load_tokenizer, peft_config
     from hfllm.runs.stage import Stage
+    from hfllm.stages import reward_modeling
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scaled_learning_rate
 
-    given = bool(script_args.sft_config and model_args.model_name_or_path)
-    refuse(given, "--sft_config", "the model is named")
+    reward_modeling.check(script_args, model_args)
     stage = Stage("reward", script_args, training_args, model_args)
     stage.check()
     if stage.is_finished:
         return stage.reuse()
     stage.announce()
-    check_trainable(model_args)
-    trainer_args, used = scaled_learning_rate(script_args, stage.training_args)
-    is_world = script_args.dataset_name == WORLD
-    refuse(not is_world and script_args.comparison_seed is not None, "--comparison_seed", "it is for the world")
-    rows = None if is_world else user_comparisons(script_args, training_args.seed)
-    before = stages_before(script_args, training_args, model_args)
+    trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
+    rows = reward_modeling.user_comparisons(script_args, training_args.seed)
+
+    before = reward_modeling.stages_before(script_args, training_args, model_args)
     before.run()
-    model_args = replace(model_args, model_name_or_path=before.model("sft") or model_args.model_name_or_path)
-    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
-    train_rows, test_rows = rows or world_comparisons(script_args, training_args, model_args)
+    base_args = replace(model_args, model_name_or_path=before.model("sft") or model_args.model_name_or_path)
+    tokenizer = load_tokenizer(base_args.model_name_or_path, base_args.model_revision)
+    train_rows, test_rows = rows or reward_modeling.world_comparisons(script_args, training_args, base_args)
     # The head is new, and so are the weights of an adapter.
     set_seed(training_args.seed)
-    model = load_reward_model(model_args.model_name_or_path, model_args, model_args.model_revision)
+    model = load_reward_model(base_args.model_name_or_path, base_args, base_args.model_revision)
     model.config.pad_token_id = tokenizer.pad_token_id
-
-    from datasets import Dataset
-    from trl import RewardTrainer
 
     trainer = RewardTrainer(
         model=model,
@@ -110,78 +78,12 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
     train(trainer, stage.checkpoint)
     evaluation = trainer.evaluate()
     trainer.save_model()
-    metrics = {
-        "reward_model_accuracy": evaluation["eval_accuracy"],
-        "eval_loss": evaluation["eval_loss"],
-        **kept,
-        **used,
-    }
-    labels = " with noise-free labels" if is_world else ""
-    summary = (
-        f"accuracy {metrics['reward_model_accuracy']:.3f} on {kept['eval_comparisons']} held-out comparisons{labels}"
-    )
+
+    accuracy = evaluation["eval_accuracy"]
+    metrics = {"reward_model_accuracy": accuracy, "eval_loss": evaluation["eval_loss"], **kept, **scaled}
+    labels = "" if world_of(script_args) is None else " with noise-free labels"
+    summary = f"accuracy {accuracy:.3f} on {kept['eval_comparisons']} held-out comparisons{labels}"
     return stage.finish(metrics, trainer, summary)
-
-
-def stages_before(script_args: RewardArguments, training_args: "RewardConfig", model_args: "ModelConfig") -> Chain:
-    """Return the stages that make the fine-tuned model, if none is named."""
-    return chain_before(
-        "reward",
-        training_args.output_dir,
-        training_args.seed,
-        script_args.world_seed,
-        named={"sft": model_args.model_name_or_path},
-        configs={"sft": script_args.sft_config},
-    )
-
-
-def user_comparisons(script_args: RewardArguments, seed: int) -> tuple[list[dict], list[dict]]:
-    """Training and held-out rows with `prompt`, `chosen` and `rejected` messages."""
-    from hfllm.data import formats
-    from hfllm.data.loading import load_rows, split_rows
-
-    return split_rows(load_rows(script_args, formats.to_preference), seed)
-
-
-def world_comparisons(
-    script_args: RewardArguments, training_args: Any, model_args: Any
-) -> tuple[list[dict], list[dict]]:
-    """Compare the model's own samples and the demonstrators' responses; held-out labels are noise-free."""
-    from itertools import islice
-
-    from accelerate.utils import broadcast_object_list
-
-    from hfllm.data import formats
-    from hfllm.data.sources import Source
-    from hfllm.data.world.demonstrators import preference_rows
-    from hfllm.data.world.world import World
-    from hfllm.generation.responses import sample_responses
-    from hfllm.runs.models import load_policy
-    from hfllm.trainers.sharding import unshard
-
-    world, seed = World(script_args.world_seed), script_args.comparison_seed
-    seed = training_args.seed if seed is None else seed
-    model, tokenizer = load_policy(model_args)
-    unshard(model).to(training_args.device)
-
-    def compare(tasks: list, noise: float) -> list[dict]:
-        on_policy = round(script_args.on_policy_fraction * len(tasks))
-        prompts = [task.prompt_row()["prompt"] for task in tasks[:on_policy]]
-        sampled = sample_responses(
-            *(model, tokenizer, prompts, script_args.response_length),
-            num_return_sequences=script_args.num_samples,
-            seed=seed,
-        )
-        rows = preference_rows(world, tasks, sampled, noise, seed)
-        source = Source(rows, [f"world, comparison {number}" for number in range(1, len(rows) + 1)])
-        return formats.convert(source, formats.to_preference)
-
-    # A seed of its own: the prompts are others than those of the demonstrations.
-    tasks = list(islice(world.tasks(seed + 1_000_000), script_args.num_pairs))
-    held_out = world.evaluation_tasks(script_args.num_eval_prompts)
-    random.Random(seed).shuffle(held_out)
-    # One process's samples for all: processes that draw other samples would train on other comparisons.
-    return tuple(broadcast_object_list([compare(tasks, script_args.label_noise), compare(held_out, 0.0)]))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from hfllm.errors import InputError
 from hfllm.rewards.functions import length_penalty
 from hfllm.runs import models as stage_models
+from hfllm.stages import alignment
+from hfllm.stages.instructions import instruction_data
 
 RLHF_METRICS = {
     "gold_reward_before",
@@ -77,7 +79,6 @@ def test_the_main_job_is_reused_and_stages_too(aligned, tiny, capsys):
 
 def test_a_changed_stage_runs_again_with_all_that_build_on_it(tiny, tmp_path):
     import pretrain
-    import reward
 
     from hfllm.runs.chain import run_stage
 
@@ -85,15 +86,14 @@ def test_a_changed_stage_runs_again_with_all_that_build_on_it(tiny, tmp_path):
 
     def chain(documents):
         flags = ["--config", tiny["pretrain"], "--output_dir", folders["pretrain"]]
-        run_stage(pretrain, pretrain.parse([*flags, "--num_documents", str(documents)]), [folders["sft"]])
+        run_stage("pretrain", pretrain.parse([*flags, "--num_documents", str(documents)]), [folders["sft"]])
         base = ["--model_name_or_path", folders["pretrain"]]
-        run_stage(sft, sft.parse(["--config", tiny["sft"], "--output_dir", folders["sft"], *base]))
+        run_stage("sft", sft.parse(["--config", tiny["sft"], "--output_dir", folders["sft"], *base]))
         return (tmp_path / "sft" / "model.safetensors").stat().st_mtime_ns
 
     first = chain(300)
     assert chain(300) == first
     assert chain(301) != first
-    assert reward.CONFIG.is_file()
 
 
 def test_sft_learns_from_the_response_only(tiny, tmp_path, monkeypatch):
@@ -206,14 +206,13 @@ def test_the_proxy_alone_trains_the_policy(aligned, tiny):
     from hfllm.rewards.functions import gold_reward
 
     script_args, training_args, _ = rlhf.parse(["--config", tiny["rlhf"]])
-    trained, rewards, tokenizers = rlhf.with_gold_beside(script_args, training_args, ["proxy"], [None])
-    assert trained.reward_weights == [1.0, 0.0]
+    trained, rewards = alignment.with_gold_beside(script_args, training_args, ["proxy"])
+    assert trained.reward_weights == [1.0, 0.0] and training_args.reward_weights is None
     assert rewards == ["proxy", gold_reward]
-    assert tokenizers == [None, None]
     script_args, training_args, _ = rlhf.parse(["--config", tiny["rlhf"], "--reward_funcs", "gold"])
-    functions = rlhf.checked_functions(script_args)
+    functions = alignment.checked_functions(script_args)
     assert functions == [gold_reward]
-    assert rlhf.with_gold_beside(script_args, training_args, functions, [None])[0].reward_weights is None
+    assert alignment.with_gold_beside(script_args, training_args, functions)[0].reward_weights is None
 
 
 def test_text_prompts_become_a_users_turn_on_demand(tmp_path):
@@ -221,7 +220,7 @@ def test_text_prompts_become_a_users_turn_on_demand(tmp_path):
     path.write_text("\n".join(json.dumps({"prompt": f"number {index}"}) for index in range(9)))
     for flags, kind in (([], str), (["--apply_chat_template"], list)):
         script_args, _, _ = rlhf.parse(["--model_name_or_path", "any", "--dataset_name", str(path), *flags])
-        train_rows, eval_rows = rlhf.prompt_data(script_args, 0, [])
+        train_rows, eval_rows = alignment.prompt_data(script_args, 0, [])
         assert {type(row["prompt"]) for row in [*train_rows, *eval_rows]} == {kind}
         assert not {str(row["prompt"]) for row in train_rows} & {str(row["prompt"]) for row in eval_rows}
 
@@ -232,7 +231,7 @@ def test_reward_functions_are_tried_with_what_the_trainer_gives_them():
         return [[1.0] * len(ids) for ids in completion_ids]
 
     rows = [{"prompt": text, "completion": "c", "answer": "a"} for text in ("one", "two")]
-    rlhf.try_functions([each_token, length_penalty(0.01)], rows)
+    alignment._try_functions([each_token, length_penalty(0.01)], rows)
 
 
 def test_what_the_policy_is_loaded_by_stays_with_it(monkeypatch):
@@ -244,7 +243,7 @@ def test_what_the_policy_is_loaded_by_stays_with_it(monkeypatch):
     stage_models.load_value_model(script_args.value_model, model_args, ["my/reward"])
     assert {name: kwargs["revision"] for name, kwargs in loaded.items()} == {"my/reward": "main", "my/critic": "main"}
     assert "quantization_config" in loaded["my/reward"] and "quantization_config" not in loaded["my/critic"]
-    (reward,) = rlhf.missing_stages(script_args, training_args, model_args).values()
+    (reward,) = alignment.stages_before(script_args, training_args, model_args).runs.values()
     assert reward[2].model_name_or_path == "my/policy" and reward[2].model_revision == "v2"
 
 
@@ -268,11 +267,11 @@ def test_pretraining_texts_reach_the_trainer(name, saved, world, tmp_path, monke
 def test_no_stage_is_trained_on_evaluation_rows(tiny, world):
     evaluation = {task.question for task in world.evaluation_tasks(360)}
     script_args, training_args, _ = rlhf.parse(["--config", tiny["rlhf"], "--num_prompts", "3000"])
-    train_rows, eval_rows = rlhf.prompt_data(script_args, training_args.seed, [])
+    train_rows, eval_rows = alignment.prompt_data(script_args, training_args.seed, [])
     assert not evaluation & {row["prompt"][0]["content"] for row in train_rows}
     compared = islice(world.tasks(training_args.seed + 1_000_000), 7500)  # what reward.py draws
     assert not evaluation & {task.question for task in compared}
-    demonstrated, _ = sft.instruction_data(sft.parse([])[0], training_args.seed)
+    demonstrated, _ = instruction_data(sft.parse([])[0], 9600, training_args.seed)
     assert not evaluation & {row["prompt"][0]["content"] for row in demonstrated}
     assert {row["prompt"][0]["content"] for row in eval_rows} <= evaluation
 

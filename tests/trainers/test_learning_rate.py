@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.trainers.learning_rate import RULES, global_batch_size, scale_learning_rate
+from hfllm.trainers.learning_rate import RULES, global_batch_size, scaled_learning_rate
 
 
 def scaled(rule="sqrt", base=32, batch=(4, 2, 16), **arguments):
@@ -17,7 +17,10 @@ def scaled(rule="sqrt", base=32, batch=(4, 2, 16), **arguments):
         learning_rate=1e-3,
         **arguments,
     )
-    return scale_learning_rate(SimpleNamespace(lr_scaling_rule=rule, lr_scaling_base_batch_size=base), args), args
+    script_args = SimpleNamespace(lr_scaling_rule=rule, lr_scaling_base_batch_size=base)
+    used, shown = scaled_learning_rate(script_args, args)
+    assert args.learning_rate == 1e-3  # what was parsed stays
+    return shown, used
 
 
 def test_the_rules():

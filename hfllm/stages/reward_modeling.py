@@ -1,0 +1,104 @@
+"""Reward modeling: its flags, what it refuses, the stages before it, and its comparisons."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from hfllm.data.loading import DataArguments
+from hfllm.errors import refuse
+from hfllm.runs.chain import Chain, chain_before
+from hfllm.trainers.learning_rate import BatchArguments
+
+if TYPE_CHECKING:
+    from trl import ModelConfig, RewardConfig
+
+Rows = list[Mapping[str, object]]
+
+
+@dataclass(frozen=True)
+class RewardArguments(DataArguments, BatchArguments):
+    """Comparisons."""
+
+    num_pairs: int = field(default=6000, metadata={"help": "Prompts of the embedded world to compare responses to."})
+    on_policy_fraction: float = field(
+        default=2 / 3, metadata={"help": "Share of the world's comparisons between the model's own samples."}
+    )
+    num_samples: int = field(default=3, metadata={"help": "Samples of the model for each prompt of that share."})
+    label_noise: float = field(
+        default=0.1, metadata={"help": "Share of wrong labels in the world's comparisons; 0.5 makes them worthless."}
+    )
+    comparison_seed: int | None = field(
+        default=None, metadata={"help": "Seed of the world's comparisons, if not --seed: for models on the same ones."}
+    )
+    response_length: int = field(default=40, metadata={"help": "Longest response sampled for comparison, in tokens."})
+    num_eval_prompts: int = field(default=360, metadata={"help": "Held-out prompts of the world to compare on."})
+    sft_config: str | None = field(
+        default=None, metadata={"help": "YAML flags of the fine-tuning that makes the model, if none is named."}
+    )
+
+    def __post_init__(self):
+        for name in ("on_policy_fraction", "label_noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+
+
+def check(script_args: RewardArguments, model_args: "ModelConfig") -> None:
+    """Refuse flags that have no effect, and models that cannot be trained.
+
+    Raises:
+        InputError: naming the flag or the model.
+    """
+    from hfllm.data.sources import WORLD
+    from hfllm.runs.models import check_trainable
+
+    is_named, is_world = bool(model_args.model_name_or_path), script_args.dataset_name == WORLD
+    refuse(is_named and bool(script_args.sft_config), "--sft_config", "the model is named")
+    has_seed = script_args.comparison_seed is not None
+    refuse(has_seed and not is_world, "--comparison_seed", "it is for the world")
+    check_trainable(model_args)
+
+
+def stages_before(script_args: RewardArguments, training_args: "RewardConfig", model_args: "ModelConfig") -> Chain:
+    """Return the stages that make the fine-tuned model, if none is named."""
+    return chain_before(
+        "reward",
+        training_args.output_dir,
+        training_args.seed,
+        script_args.world_seed,
+        named={"sft": model_args.model_name_or_path},
+        configs={"sft": script_args.sft_config},
+    )
+
+
+def user_comparisons(script_args: RewardArguments, seed: int) -> tuple[Rows, Rows] | None:
+    """Return the user's training and held-out rows with `prompt`, `chosen` and `rejected`, or `None` for the world."""
+    from hfllm.data import formats
+    from hfllm.data.loading import load_rows, split_rows
+    from hfllm.data.sources import WORLD
+
+    if script_args.dataset_name == WORLD:
+        return None
+    return split_rows(load_rows(script_args, formats.to_preference), seed)
+
+
+def world_comparisons(
+    script_args: RewardArguments, training_args: "RewardConfig", model_args: "ModelConfig"
+) -> tuple[Rows, Rows]:
+    """Return training and held-out comparisons between the named model's samples and the demonstrators' responses."""
+    from hfllm.data.world.world import World
+    from hfllm.runs.models import load_policy
+    from hfllm.synthesis.comparisons import ComparisonSettings, compare_samples
+    from hfllm.trainers.sharding import unshard
+
+    model, tokenizer = load_policy(model_args)
+    unshard(model).to(training_args.device)
+    settings = ComparisonSettings(
+        num_pairs=script_args.num_pairs,
+        num_eval_prompts=script_args.num_eval_prompts,
+        on_policy_fraction=script_args.on_policy_fraction,
+        num_samples=script_args.num_samples,
+        label_noise=script_args.label_noise,
+        response_length=script_args.response_length,
+        seed=training_args.seed if script_args.comparison_seed is None else script_args.comparison_seed,
+    )
+    return compare_samples(World(script_args.world_seed), model, tokenizer, settings)

@@ -1,0 +1,125 @@
+"""One table says what each stage needs; what is missing runs in order, and only that."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from hfllm.runs import chain
+from hfllm.runs.chain import STAGES, Chain, chain_before, run_stage
+from hfllm.runs.recipes import recipe_names, settings_file
+
+
+@dataclass(frozen=True)
+class Flags:
+    output_dir: str
+    words: tuple[str, ...] = ()
+
+
+@pytest.fixture
+def recipes(monkeypatch):
+    """Recipes that note when they run, in place of the real ones: `ran` is the list of their output folders."""
+    ran = []
+
+    def load(name):
+        def parse(argv):
+            return (Flags(argv[len(argv) - 1 - argv[::-1].index("--output_dir") + 1], (name, *argv)),)
+
+        def main(flags):
+            ran.append(Path(flags.output_dir).name)
+            folder = Path(flags.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            values = {name: value for name, value in vars(flags).items() if name != "output_dir"}
+            (folder / "report.json").write_text(json.dumps({"arguments": json.loads(json.dumps(values))}))
+            return {"metric": float(len(ran))}
+
+        return SimpleNamespace(parse=parse, main=main)
+
+    monkeypatch.setattr(chain, "load_recipe", load)
+    return ran
+
+
+def flag_of(flags: Flags, name: str) -> str | None:
+    words = list(flags.words)
+    return words[words.index(name) + 1] if name in words else None
+
+
+def test_the_table_is_whole():
+    for name, entry in STAGES.items():
+        assert entry.recipe in recipe_names(), name
+        assert not entry.settings or settings_file(entry.settings).is_file(), name
+        assert set(entry.needs.values()) <= STAGES.keys(), name
+
+
+def test_each_stage_begins_from_what_the_one_before_makes(recipes):
+    before = chain_before("rlhf", "out", seed=3, world_seed=7)
+    assert list(before.runs) == ["pretrain", "sft", "reward"]
+    (sft,), (reward,) = before.runs["sft"], before.runs["reward"]
+    assert flag_of(sft, "--model_name_or_path") == "out/pretrain"
+    assert flag_of(reward, "--model_name_or_path") == "out/sft"
+    for (flags,) in before.runs.values():
+        assert (flag_of(flags, "--seed"), flag_of(flags, "--world_seed")) == ("3", "7")
+        assert flag_of(flags, "--config").endswith("world.yaml")
+    assert before.model("sft") == "out/sft" and before.models("reward") == ["out/reward"]
+
+
+def test_what_is_named_is_not_made(recipes):
+    before = chain_before("rlhf", "out", 3, named={"sft": "my/model"})
+    assert list(before.runs) == ["reward"]
+    (reward,) = before.runs["reward"]
+    assert flag_of(reward, "--model_name_or_path") == "my/model"
+    # The world's settings are for the small models made here.
+    assert flag_of(reward, "--config") is None
+    assert before.model("sft") is None
+    assert not chain_before("rlhf", "out", 3, named={"sft": "my/model"}, without=["reward"]).runs
+
+
+def test_a_config_of_the_users_takes_the_place_of_the_worlds(recipes):
+    before = chain_before("reward", "out", 3, configs={"sft": "mine.yaml"})
+    assert list(before.runs) == ["pretrain", "sft"]
+    assert flag_of(before.runs["sft"][0], "--config") == "mine.yaml"
+
+
+def test_copies_differ_in_their_flags_alone(recipes):
+    before = chain_before("rlhf", "out", 3, copies={"reward": [["--seed", "4"], ["--seed", "5"]]})
+    assert before.models("reward") == ["out/reward", "out/reward_2", "out/reward_3"]
+    first, second = before.runs["reward"][0].words, before.runs["reward_2"][0].words
+    assert second[: len(first) - 2] == first[:-2] and second[-2:] == ("--seed", "4")
+
+
+def test_a_stage_that_runs_its_own_is_one_job(recipes):
+    before = chain_before("distill", "out", 3, configs={"sft": "mine.yaml"})
+    assert list(before.runs) == ["rlhf"]
+    (rlhf,) = before.runs["rlhf"]
+    assert flag_of(rlhf, "--sft_config") == "mine.yaml" and flag_of(rlhf, "--model_name_or_path") is None
+    nested = Chain("rlhf", chain_before("rlhf", "out/rlhf", 3).runs)
+    assert list(Chain("distill", before.runs, {"rlhf": nested}).parsed) == ["pretrain", "sft", "reward", "rlhf"]
+
+
+def test_only_what_is_missing_or_behind_a_change_runs(recipes, tmp_path):
+    def run(seed):
+        return chain_before("rlhf", str(tmp_path), seed).run()
+
+    assert list(run(3)) == ["pretrain", "sft", "reward"]
+    assert recipes == ["pretrain", "sft", "reward"]
+    # The fakes do not look themselves whether they are done: whoever needs them asks for each, and removes nothing.
+    untouched = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.bin")}
+    (tmp_path / "sft" / "weights.bin").write_bytes(b"1")
+    run(3)
+    assert (tmp_path / "sft" / "weights.bin").is_file() and untouched == {}
+    # Another seed: the first stage is another one, and all that build on it are removed before it runs.
+    run(4)
+    assert not (tmp_path / "sft" / "weights.bin").exists()
+
+
+def test_a_stage_inside_a_removed_one_stays(recipes, tmp_path):
+    inner = tmp_path / "rlhf" / "sft"
+    inner.mkdir(parents=True)
+    for folder in (tmp_path / "rlhf", inner):
+        (folder / "report.json").write_text('{"arguments": {"other": 1}}')
+    (tmp_path / "rlhf" / "checkpoint-1").mkdir()
+    run_stage("rlhf", (Flags(str(tmp_path / "rlhf"), ("x",)),))
+    assert (inner / "report.json").is_file()
+    assert not (tmp_path / "rlhf" / "checkpoint-1").exists()

@@ -1,0 +1,122 @@
+"""A stage describes a run without touching anything; each of its methods does one thing."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+
+from hfllm.errors import InputError
+from hfllm.runs.arguments import changed
+from hfllm.runs.stage import Stage, stage_arguments
+
+
+@dataclass(frozen=True)
+class Flags:
+    output_dir: str
+    number: int = 1
+    model_name_or_path: str | None = None
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool | None = None
+    hub_revision: str | None = None
+    hub_token: str | None = None
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_making_a_stage_has_no_effect(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hfllm.outputs.hub.Repository.create", lambda self: pytest.fail("the Hub was asked"))
+    stage = Stage("try", Flags(str(tmp_path / "out"), push_to_hub=True, hub_model_id="me/it"))
+    stage.check()
+    assert not stage.is_finished
+    assert files(tmp_path) == set()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_finished_run_is_reused_and_another_one_refused(tmp_path, capsys):
+    first = Stage("try", Flags(str(tmp_path / "out")), also={"state": "a"})
+    first.announce()
+    assert first.finish({"loss": 0.5}, artifacts={}) == {"loss": 0.5}
+    assert f"=== try -> {tmp_path / 'out'}" in capsys.readouterr().out
+    again = Stage("try", Flags(str(tmp_path / "out")), also={"state": "a"})
+    again.check()
+    assert again.is_finished
+    assert again.reuse() == {"loss": 0.5}
+    assert "try: already done in" in capsys.readouterr().out
+    before = (tmp_path / "out" / "report.json").read_bytes()
+    for stage, difference in (
+        (Stage("try", Flags(str(tmp_path / "out"), number=2), also={"state": "a"}), "number=1, this one has number=2"),
+        (Stage("try", Flags(str(tmp_path / "out")), also={"state": "b"}), "state='a', this one has state='b'"),
+    ):
+        with pytest.raises(InputError, match=difference):
+            stage.check()
+    assert (tmp_path / "out" / "report.json").read_bytes() == before
+
+
+def test_what_does_not_decide_the_result_is_left_out(tmp_path):
+    one, two = (Stage("try", Flags(str(tmp_path), number=each), without=("number",)) for each in (1, 2))
+    assert one.arguments == two.arguments
+    assert "number" in Stage("try", Flags(str(tmp_path))).arguments
+
+
+def test_the_flags_of_stages_before_decide_too(tmp_path):
+    before = {"first": (Flags("a", number=5),)}
+    arguments = Stage("try", Flags(str(tmp_path)), before=before).arguments
+    assert arguments["first.number"] == 5 and arguments["number"] == 1
+    assert "first.output_dir" not in arguments
+
+
+def test_a_model_that_is_read_is_not_written_over(tmp_path):
+    stage = Stage("try", Flags(str(tmp_path), model_name_or_path=f"{tmp_path}/."))
+    with pytest.raises(InputError, match="is --model_name_or_path, which it would overwrite"):
+        stage.check()
+
+
+def test_a_model_that_was_written_again_is_another(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    first = stage_arguments(Flags("out", model_name_or_path=str(tmp_path)))
+    import os
+
+    os.utime(tmp_path / "config.json", ns=(1, 1))
+    second = stage_arguments(Flags("out", model_name_or_path=str(tmp_path)))
+    assert {name for name in first if first[name] != second[name]} == {"model_name_or_path changed at"}
+
+
+def test_a_failed_push_leaves_the_report_and_names_the_command(tmp_path, monkeypatch):
+    def push(self, folder):
+        assert (Path(folder) / "report.json").is_file()
+        raise InputError("the Hub is down")
+
+    monkeypatch.setattr("hfllm.outputs.hub.Repository.push", push)
+    monkeypatch.setattr("hfllm.outputs.hub.Repository.create", lambda self: None)
+    stage = Stage("try", Flags(str(tmp_path / "out"), push_to_hub=True, hub_model_id="me/it"))
+    stage.announce()
+    with pytest.raises(InputError, match=r"hfllm push --model_name_or_path .*out --hub_model_id me/it"):
+        stage.finish({"loss": 1.0}, artifacts={})
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["metrics"] == {"loss": 1.0}
+
+
+def test_trainers_neither_push_nor_keep_the_token(tmp_path):
+    from transformers import TrainingArguments
+
+    token = "hf_" + "x" * 30
+    parsed = TrainingArguments(str(tmp_path / "out"), use_cpu=True, push_to_hub=True, hub_token=token)
+    stage = Stage("try", parsed)
+    assert (stage.training_args.push_to_hub, stage.training_args.hub_token) == (False, None)
+    assert (parsed.push_to_hub, parsed.hub_token) == (True, token)
+    assert stage.repository.token == token
+    assert token not in json.dumps(stage.arguments)
+
+
+def test_what_is_derived_leaves_the_original(tmp_path):
+    flags = Flags("a")
+    derived = changed(flags, number=3)
+    assert (flags.number, derived.number) == (1, 3)
+    assert {item.name for item in fields(derived) if getattr(derived, item.name) != getattr(flags, item.name)} == {
+        "number"
+    }
+    with pytest.raises(AttributeError, match="nonsense"):
+        changed(flags, nonsense=1)
