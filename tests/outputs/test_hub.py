@@ -11,8 +11,8 @@ import yaml
 from hub_server import TOKEN, HubServer
 
 from hfllm.errors import HIDDEN, InputError, redact
-from hfllm.outputs.hub import WAITS, push_folder
 from hfllm.outputs.card import MARKER, model_card
+from hfllm.outputs.hub import WAITS, push_folder
 from hfllm.outputs.report import Plot, Report
 
 ROOT = Path(__file__).parent.parent.parent
