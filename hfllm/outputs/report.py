@@ -77,13 +77,14 @@ class Report:
             lines += ["## Next", "", "```", *self.next_steps, "```", ""]
         return "\n".join(lines)
 
-    def print(self) -> None:
-        """Print the metrics, the tables and the next steps."""
+    def print(self, without: Sequence[str] = ()) -> None:
+        """Print the metrics, the tables but those of these titles, and the next steps."""
         print(f"\n{self.stage}: done in {self.wall_seconds:.0f} s")
         print("\n".join(markdown_table(metric_rows(self.metrics))))
         for title, rows in self.tables.items():
-            print(f"\n{title}")
-            print("\n".join(markdown_table(rows)))
+            if title not in without:
+                print(f"\n{title}")
+                print("\n".join(markdown_table(rows)))
         if self.next_steps:
             print("\n" + "\n".join(self.next_steps), flush=True)
 
