@@ -33,7 +33,7 @@ class RewardModel:
         if getattr(model, "has_new_head", False):
             raise InputError(
                 f"the reward model {model.config._name_or_path!r} has no head for scores, as a language model: train "
-                "it on comparisons first (recipes/reward.py)"
+                "it on comparisons first (hfllm reward)"
             )
         if tokenizer.pad_token_id is None:
             raise InputError("the reward model's tokenizer has no padding token")

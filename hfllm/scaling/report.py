@@ -1,4 +1,4 @@
-"""What recipes/scaling_laws.py reports of a fit: metrics, tables, plots."""
+"""What `hfllm scaling_laws` reports of a fit: metrics, tables, plots."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

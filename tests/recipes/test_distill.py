@@ -104,7 +104,7 @@ def test_another_vocabulary_needs_answers(distilled, make_model, world, tmp_path
     make_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
     arguments = options(distilled, tmp_path, "--model_name_or_path", str(tmp_path / "student"))
-    with pytest.raises(InputError, match=r"sequence-level distillation: recipes/distill\.py --sequence_level"):
+    with pytest.raises(InputError, match=r"sequence-level distillation: hfllm distill --sequence_level"):
         distill.main(*distill.parse(arguments))
     flags = ["--sequence_level", "--answers", "sampled", "--response_length", "64"]
     metrics = distill.main(*distill.parse([*arguments, *flags]))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ALTERNATIVE = (
     "their logits cannot be compared. Train on the teacher's answers instead, which needs no common vocabulary "
-    "(sequence-level distillation: recipes/distill.py --sequence_level, or SFT on what the teacher writes)"
+    "(sequence-level distillation: hfllm distill --sequence_level, or SFT on what the teacher writes)"
 )
 
 

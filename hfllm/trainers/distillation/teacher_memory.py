@@ -46,7 +46,7 @@ def check_fits_memory(name: str, settings: Mapping[str, Any]) -> None:
     raise InputError(
         f"the teacher {name!r} takes {size / 2**30:.1f} GiB, and {bytes_free / 2**30:.1f} GiB are free: "
         f"{'' if quantization else smaller}let it write answers on a larger machine and train on those with "
-        "recipes/sft.py"
+        "hfllm sft"
     )
 
 
