@@ -121,10 +121,10 @@ def test_files_stay_small():
 def test_the_files_of_a_model_travel_together():
     """What lies beside the weights on the Hub imports nothing of hfllm that does not lie there too."""
     beside = {
-        "configuration_hfllm": {"transformers", "huggingface_hub", "typing"},
+        "configuration_hfllm": {"transformers", "huggingface_hub", "os"},
         "modeling_hfllm": {"torch", "transformers"},
         "loss_hfllm": {"torch"},
-        "presets": {"copy", "difflib", "typing"},
+        "presets": {"collections", "copy", "difflib", "typing"},
     }
     for name, libraries in beside.items():
         names = imports(PACKAGE / "models" / f"{name}.py")

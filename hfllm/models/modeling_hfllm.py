@@ -228,7 +228,7 @@ class HfllmMLP(nn.Module):
 
 
 class HfllmRouter(nn.Module):
-    """Picks the experts of each token: softmax over all of them, the best k, renormalised (Mixtral, section 2.1)."""
+    """Picks the experts of each token: softmax over all of them, the best k, renormalized (Mixtral, section 2.1)."""
 
     def __init__(self, config: HfllmConfig):
         super().__init__()

@@ -27,7 +27,7 @@ def deepspeed_config(
     """DeepSpeed's configuration of a ZeRO stage; `auto` is filled in from the recipe's flags.
 
     Args:
-        offload: where weights and optimiser states go, `"cpu"` or `"nvme"` (ZeRO-Infinity, arXiv:2104.07857).
+        offload: where weights and optimizer states go, `"cpu"` or `"nvme"` (ZeRO-Infinity, arXiv:2104.07857).
         nvme_path: a folder on a local drive of each node.
         overlap: communicate during the backward pass, for a second bucket of memory; nothing to gain on a CPU.
     """

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
-from typing import Any
 
 from hfllm.errors import InputError
 from hfllm.scaling.activations import ATTENTION, PRECISIONS, Precision
@@ -268,7 +267,7 @@ def _settings(request: Request, spread: Layout) -> Iterator[tuple[Layout, list[i
         yield (layout, sizes) if problem is None else problem
 
 
-def _held(value: Any) -> list | None:
+def _held(value: object) -> list | None:
     return None if value is None else [value]
 
 
