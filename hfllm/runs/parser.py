@@ -88,16 +88,22 @@ class NearestNameErrors:
     def _typed(self, path: Path, key: str, value: Any) -> Any:
         """A YAML value as the flag `--key` would read it: of its type, and a list where the flag takes several."""
         action = self._option_string_actions.get(f"--{key}")
-        if action is None or isinstance(value, dict):
+        if action is None or value is None or isinstance(value, dict):
             return value
         if action.nargs in ("+", "*"):
-            return value if isinstance(value, list) else [value]
-        if value is None or isinstance(value, str) or action.type is None:
+            return [self._read(path, action, each) for each in (value if isinstance(value, list) else [value])]
+        return self._read(path, action, value)
+
+    def _read(self, path: Path, action: argparse.Action, value: Any) -> Any:
+        if value is None or action.type is None:
             return value
         try:
-            return self._get_value(action, str(value))
+            # A truth value is written True by Python, true by YAML.
+            read = self._get_value(action, str(value))
+            self._check_value(action, read)
         except argparse.ArgumentError as error:
             raise InputError(f"{path}: {_one_name(str(error))}") from None
+        return read
 
 
 class PlainParser(NearestNameErrors, argparse.ArgumentParser):

@@ -54,6 +54,31 @@ def test_no_entry_is_off_by_more_than_half_a_step(granularity, symmetric, seed):
     assert (stored.dequantize()[2] == 0).all()
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("granularity", affine.GRANULARITIES)
+def test_the_bound_on_errors_is_half_a_step_and_is_reached(granularity, symmetric, bits):
+    # Values close together from end to end of a range around 0, another range for each group.
+    matrix = torch.linspace(-1, 1, 250).repeat(4, 2) * torch.logspace(-1, 1, 8).repeat_interleave(250).view(4, 500)
+    stored = affine.quantize(matrix, bits, symmetric, granularity, 250 if granularity == "group" else None)
+    parts = matrix, stored.largest_error(), (stored.dequantize() - matrix).abs(), stored.values_OI
+    groups = {"tensor": 1, "channel": 4, "group": 8}[granularity]
+    values, bound, off, integers = (part.reshape(groups, -1) for part in parts)
+    # All integers but one span a symmetric range, all of them an asymmetric one.
+    step = (values.amax(1, keepdim=True) - values.amin(1, keepdim=True)) / (2**bits - (2 if symmetric else 1))
+    torch.testing.assert_close(bound, (step / 2).expand(bound.shape))
+    # At the ends of an asymmetric range values may be clipped.
+    is_inside = (integers > symmetric - 2 ** (bits - 1)) & (integers < 2 ** (bits - 1) - 1)
+    largest = off.masked_fill(~is_inside, 0).amax(1, keepdim=True)
+    assert (largest > 0.9 * step / 2).all() and (largest <= (1 + 1e-4) * step / 2).all()
+
+
+def test_kept_columns_have_no_error_to_bound():
+    kept = torch.tensor([1, 6])
+    bound = affine.quantize(normal(4, 8), keep_columns=kept).largest_error()
+    assert bound[:, kept].eq(0).all() and (bound.gt(0).sum() == 4 * 6)
+
+
 def test_a_finer_scale_errs_less_and_costs_more():
     matrix = normal(32, 128) * torch.logspace(-1, 1, 32)[:, None] * torch.logspace(-0.5, 0.5, 128)
     ways = [("tensor", None), ("channel", None), ("group", 32)]
@@ -86,6 +111,17 @@ def test_the_integer_product_is_exact():
     assert affine.int8_matmul(left, right).tolist() == expected
 
 
+def test_no_sum_of_the_integer_product_is_rounded():
+    """Sums from 2^24 on, which float32 holds no longer to the unit."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randint(90, 128, (8, 4096), dtype=torch.int8, generator=generator) for _ in range(2))
+    product = affine.int8_matmul(left, right)
+    assert product.dtype == torch.int32 and product.min() > 2**24
+    assert torch.equal(product.long(), (left.long().unsqueeze(1) * right.long()).sum(-1))
+    # A product in float32 would have lost some of them.
+    assert not torch.equal(product.float().int(), product)
+
+
 def error_of(tokens, weight, **options):
     exact = tokens @ weight.T
     return ((affine.vectorwise_linear(tokens, weight, **options) - exact).norm() / exact.norm()).item()
@@ -105,6 +141,24 @@ def test_splitting_outliers_off_lowers_the_error(sigmas, seed):
     # The scale of a token grows from about 2.8 sigma to the outlier's size, and the rounding error with it.
     assert whole / split > 0.6 * sigmas / 2.8
     assert affine.outlier_columns(tokens, 6).tolist() == columns.tolist()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_feature_that_just_reaches_the_threshold_is_an_outlier(sign):
+    """Split off, it takes no step from the other features of its token."""
+    tokens, weight = normal(4, 32).clamp(-2, 2), normal(8, 32)
+    tokens[1, 5] = sign * 6.0
+    tokens[2, 9] = torch.nextafter(torch.tensor(sign * 6.0), torch.tensor(0.0))
+    assert affine.outlier_columns(tokens, 6).tolist() == [5]
+    ordinary = tokens.clone()
+    ordinary[:, 5] = 0
+    weight_read = affine.quantize(weight).dequantize()
+    # Column by column as the others; the ordinary entries of an outlier's column count in their tokens' scales.
+    scale = tokens.abs().amax(1, keepdim=True)
+    scale[1] = ordinary[1].abs().max()
+    read = (ordinary * 127 / scale).round() * scale / 127
+    expected = read @ weight_read.T + tokens[:, [5]] * weight_read[:, 5]
+    torch.testing.assert_close(affine.vectorwise_linear(tokens, weight, threshold=6), expected, atol=1e-4, rtol=1e-5)
 
 
 def test_without_outliers_splitting_changes_nothing():
@@ -162,6 +216,17 @@ def test_bitsandbytes_int8_is_the_reference(threshold, sigmas):
     torch.testing.assert_close(output, expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-3)
     if threshold and sigmas >= 8:
         assert layer.state.idx.tolist() == affine.outlier_columns(tokens, threshold).tolist()
+
+
+def test_bitsandbytes_splits_off_what_just_reaches_the_threshold():
+    tokens, weight = normal(5, 64).clamp(-2, 2).half().float(), (normal(16, 64, seed=1) * 0.1).half().float()
+    tokens[0, 9], tokens[3, 40], tokens[4, 41] = 6.0, -6.0, 5.996  # the last is the half below
+    layer = bitsandbytes_layer(weight, 6.0)
+    with torch.no_grad():
+        output = layer(tokens)
+    assert layer.state.idx.tolist() == affine.outlier_columns(tokens, 6).tolist() == [9, 40]
+    expected = affine.vectorwise_linear(tokens, weight, threshold=6)
+    torch.testing.assert_close(output, expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-3)
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])

@@ -122,6 +122,20 @@ def test_the_dynamic_layer_is_the_reference(bias):
     torch.testing.assert_close(output, expected.detach().reshape(2, 7, 24), rtol=1e-5, atol=1e-5)
 
 
+def test_the_dynamic_layer_multiplies_integers():
+    """Weights and tokens that are int8 already, with sums that a product in float32 would round on the way."""
+    generator = torch.Generator().manual_seed(0)
+    weight, tokens = (torch.randint(90, 128, (16, 8192), generator=generator).float() for _ in range(2))
+    # Each row's largest is 127: its scale is 1, and nothing is rounded before the product.
+    weight[:, 0], tokens[:, 1] = 127, 127
+    linear = torch.nn.Linear(8192, 16, bias=False).eval()
+    linear.weight = torch.nn.Parameter(weight)
+    exact = (tokens.long().unsqueeze(1) * weight.long()).sum(-1)
+    assert exact.min() > 2**25
+    with torch.no_grad():
+        assert torch.equal(DynamicInt8Linear.from_linear(linear)(tokens), exact.float())
+
+
 def test_the_dynamic_layer_lets_gradients_through_and_says_so_in_training():
     torch.manual_seed(0)
     linear = torch.nn.Linear(16, 8).eval()

@@ -95,7 +95,8 @@ def test_the_loss_is_that_of_the_documents_one_by_one(make_model, tokenizer, tex
 @pytest.mark.parametrize("cut", [1, 2])
 @pytest.mark.parametrize("most_tokens", [1, 100, 10_000])
 def test_pieces_side_by_side_are_the_packed_batch(make_model, tokenizer, texts, rows, most_tokens, cut):
-    batch = batch_of(list(rows)[:20], LENGTH, tokenizer.pad_token_id, cut)
+    # Best fit comes to the short pieces last: the first rows are one piece each.
+    batch = batch_of(list(rows)[-20:], LENGTH, tokenizer.pad_token_id, cut)
     model = make_model()
     groups = list(pieces_of(batch, most_tokens, most_padding=8))
     with torch.no_grad():
@@ -109,6 +110,31 @@ def test_pieces_side_by_side_are_the_packed_batch(make_model, tokenizer, texts, 
         lengths = (group["labels"] != IGNORE).sum(1)
         assert lengths.max() - lengths.min() < 8
         assert group["input_ids"].numel() <= most_tokens or len(group["input_ids"]) == 1
+
+
+@pytest.mark.parametrize("most_tokens", [1, 90, 10_000])
+@pytest.mark.parametrize("most_padding", [1, 2, 8, 64])
+def test_a_group_is_as_large_as_tokens_and_padding_allow(most_padding, most_tokens):
+    lengths = [2, 33, 40, 8, 64, 39, 16, 8, 32, 7, 63, 32, 9, 2, 56]
+    tokens = iter(range(1, 1 + sum(lengths)))
+    pieces = [[next(tokens) for _ in range(length)] for length in lengths]
+    row = {"input_ids": [token for piece in pieces for token in piece], "seq_lengths": lengths}
+    batch = batch_of([row], sum(lengths) + 5, pad_token_id=0)
+    expected = []
+    for length in sorted(lengths, reverse=True):
+        longest, size = (expected[-1][0], len(expected[-1]) + 1) if expected else (0, 0)
+        if expected and longest - length < most_padding and size * longest <= most_tokens:
+            expected[-1].append(length)
+        else:
+            expected.append([length])
+    groups = list(pieces_of(batch, most_tokens, most_padding))
+    assert [((group["labels"] != IGNORE).sum(1) + 1).tolist() for group in groups] == expected
+    found = [
+        ids[: length + 1].tolist()
+        for group in groups
+        for ids, length in zip(group["input_ids"], (group["labels"] != IGNORE).sum(1).tolist(), strict=True)
+    ]
+    assert sorted(found) == sorted(pieces)
 
 
 def test_native_models_take_packed_rows_too(tokenizer, texts):

@@ -101,6 +101,20 @@ def test_int8_is_off_by_half_a_step_at_most(kernel, bias, monkeypatch):
     assert (found - wanted).norm() < 0.02 * wanted.norm()
 
 
+def test_the_plain_int8_product_is_of_integers(monkeypatch):
+    """Weights and states that are int8 already, with sums that a product in float32 would round on the way."""
+    monkeypatch.setattr(projections, "FBGEMM", "kernels that torch has removed")
+    generator = torch.Generator().manual_seed(0)
+    weight, states = (torch.randint(90, 128, (16, 8192), generator=generator).float() for _ in range(2))
+    # Each row's largest is 127: its scale is 1, and nothing is rounded before the product.
+    weight[:, 0], states[:, 1] = 127, 127
+    linear = nn.Linear(8192, 16, bias=False)
+    linear.weight = nn.Parameter(weight)
+    exact = (states.long().unsqueeze(1) * weight.long()).sum(-1)
+    assert exact.min() > 2**25
+    assert torch.equal(joined([linear], int8=True)(states), exact.float())
+
+
 def changed_in_place(model):
     with torch.no_grad():
         model.lm_head.weight.neg_()

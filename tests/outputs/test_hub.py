@@ -15,7 +15,7 @@ from hfllm.outputs.card import MARKER, model_card
 from hfllm.outputs.hub import WAITS, push_folder
 from hfllm.outputs.report import Plot, Report
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 MODEL = {"config.json", "generation_config.json", "model.safetensors"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 LOAD = """

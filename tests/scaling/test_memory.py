@@ -36,7 +36,7 @@ ARCHITECTURES = {
 }
 
 
-def saved_bytes(layers, precision, attention="sdpa", checkpointing=False, **fields):
+def saved_bytes(layers, precision, attention="sdpa", checkpointing=False, head=False, **fields):
     """Bytes of all tensors that a forward pass of a model with so many layers saves, weights left out."""
     torch.manual_seed(0)
     config = hfllm.HfllmConfig(**{**SIZES, "num_hidden_layers": layers, **fields}, attn_implementation=attention)
@@ -56,7 +56,7 @@ def saved_bytes(layers, precision, attention="sdpa", checkpointing=False, **fiel
     ids = torch.randint(0, 500, (BATCH, LENGTH))
     autocast = torch.autocast("cpu", dtype=torch.bfloat16) if "autocast" in precision else contextlib.nullcontext()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-        outputs = model.model(ids, use_cache=False)
+        outputs = (model if head else model.model)(ids, use_cache=False)
         alive.append(outputs)
     return sum(found.values()), Shape.from_config(config.to_dict())
 
@@ -84,6 +84,17 @@ def test_checkpointing_keeps_a_layers_input():
     (three, shape), (two, _) = (saved_bytes(layers, "fp32", checkpointing=True) for layers in (3, 2))
     kept = layer_activations(shape, Layout(recompute="full"), PRECISIONS["fp32"], LENGTH)
     assert BATCH * LENGTH * kept == three - two == BATCH * LENGTH * 4 * shape.hidden_size
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16_autocast"])
+def test_the_head_is_read_in_the_precision_of_products(precision, tied):
+    """What a larger vocabulary adds: under autocast a 16-bit copy of one table, since embeddings are looked up."""
+    sizes = {"head": True, "tie_word_embeddings": tied}
+    (large, big), (small, little) = (saved_bytes(2, precision, **sizes, vocab_size=size) for size in (1500, 500))
+    layout = Layout(micro_batch=BATCH)
+    kept = [device_memory(shape, layout, PRECISIONS[precision], LENGTH).activations for shape in (big, little)]
+    assert kept[0] - kept[1] == large - small == 2 * 1000 * SIZES["hidden_size"] * ("autocast" in precision)
 
 
 def peak_of_training(config, checkpointing, steps=2):
@@ -162,6 +173,19 @@ def test_tensor_and_pipeline_parallelism_split_the_weights():
     tables = 51200 * 25600 / 8 + 2048 * 25600
     assert memory.weights == pytest.approx(2 * (shard + tables))
     assert memory.optimizer == pytest.approx(12 * (shard + tables) / 2)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("pipeline", [1, 2, 4])
+def test_each_end_of_a_pipeline_has_a_table(pipeline, tied):
+    """Also of a tied one: its stages cannot share a tensor. With one micro-batch the last stage is the fullest."""
+    shape = Shape(128, 4, 8, 50_000, tie_word_embeddings=tied)
+    memory = device_memory(shape, Layout(tensor=2, pipeline=pipeline, data=2), BF16, 512)
+    layer, tables = shape.layer_parameters(), 1 if tied or pipeline > 1 else 2
+    parts = 4 // pipeline * ((layer["attention"] + layer["mlp"]) / 2 + layer["norms"])
+    parts += tables * 50_000 * 128 / 2 + 128  # and the norm before the head
+    assert memory.logits == 12 * 50_000 * 512 / 2
+    assert (memory.weights, memory.gradients, memory.optimizer) == (2 * parts, 2 * parts, 12 * parts)
 
 
 def test_the_first_stage_holds_the_micro_batches_under_way():

@@ -81,6 +81,24 @@ def test_sources_are_mixed_by_weight():
     assert by_size.rows_by_source()[0] == pytest.approx(100, abs=30)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_each_row_of_a_run_has_a_number_of_its_own(processes):
+    """Masks are drawn by it: in no step, length, pass over the data or process may it come again."""
+
+    def numbered(batch, numbers):
+        return {**batch, "numbers": torch.tensor(numbers)}
+
+    schedule = {"total_rows": 40, "batch_tokens": "0:16,0.5:64", "lengths": "0:2,0.25:4,0.75:8"}
+    parts = [plan(**schedule, process=at, processes=processes, transform=numbered) for at in range(processes)]
+    batches = [part[step] for step in range(len(parts[0])) for part in parts]
+    assert all(len(batch["numbers"]) == len(batch["input_ids"]) for batch in batches)
+    numbers = [number for batch in batches for number in batch["numbers"].tolist()]
+    # Rows 0 to 9 are cut in four. Steps of 8 rows begin at row 20: the last that begins before 0.75 ends with row 35.
+    assert len(set(numbers)) == len(numbers) == 10 * 4 + 26 * 2 + 4
+    alone = plan(**schedule, transform=numbered)
+    assert numbers == [number for step in range(len(alone)) for number in alone[step]["numbers"].tolist()]
+
+
 @pytest.mark.parametrize(
     "text", ["", "0.1:8", "0:8,0:4", "0:8,0.5:4,0.4:2", "0:8,1:4", "0:0", "a:8", "8.5", "0:8;0.5:4"]
 )

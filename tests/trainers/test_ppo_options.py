@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 import hfllm
 from hfllm.errors import InputError
 from hfllm.rewards.ensembles import RewardEnsemble
-from hfllm.rewards.functions import length_penalty
 from hfllm.rewards.models import RewardModel, TokenRewardModel
 from hfllm.trainers.ppo import base_trainer as engine
 from hfllm.trainers.ppo.controllers import KLController, RunningMoments
@@ -527,64 +526,12 @@ def test_a_model_for_tokens_must_have_the_policys(make_trainer, make_model, toke
         make_trainer(reward_funcs=scorer, reward_processing_classes=other)
 
 
-def test_ensembles_aggregate():
-    def one(completions, **_):
-        return [1.0, 4.0]
-
-    def other(completions, **_):
-        return [3.0, 0.0]
-
-    def ask(*settings):
-        return RewardEnsemble([one, other], *settings)(["a", "b"], ["c", "d"])
-
-    assert ask("mean") == [2.0, 2.0]
-    assert ask() == ask("worst") == [1.0, 0.0]
-    assert ask("uncertainty", 0.5) == [2.0 - 0.5 * 1.0, 2.0 - 0.5 * 4.0]
-    with pytest.raises(InputError, match="aggregation 'best' is not one of mean, worst, uncertainty"):
-        RewardEnsemble([one, other], "best")
-    with pytest.raises(InputError, match="at least 2"):
-        RewardEnsemble([one])
-
-
-def test_calibrated_members_weigh_the_same_whatever_their_scale():
-    def one(completions, **_):
-        return [float(len(text)) for text in completions]
-
-    def same_elsewhere(completions, **_):
-        return [100.0 * len(text) - 5000.0 for text in completions]
-
-    def reverse(completions, **_):
-        return [3.0 - len(text) for text in completions]
-
-    texts = ["a", "aa", "aaa", "aaaa"]
-    pair = RewardEnsemble([one, same_elsewhere])
-    pair.calibrate(texts, texts)
-    scores = pair(texts, texts)
-    assert sum(scores) == pytest.approx(0.0, abs=1e-9)
-    # The mean of the two spreads.
-    assert scores[3] - scores[2] == pytest.approx((1 + 100) / 2)
-    opposed = RewardEnsemble([one, reverse])
-    opposed.calibrate(texts, texts)
-    assert opposed(texts, texts) == pytest.approx([-1.5, -0.5, -0.5, -1.5])
-
-    def constant(completions, **_):
-        return [1.0] * len(completions)
-
-    with pytest.raises(InputError, match="'constant' gives all 4 completions the same score"):
-        RewardEnsemble([one, constant]).calibrate(texts, texts)
-
-
 def test_an_ensemble_of_models_trains(make_trainer, make_model, tokenizer):
     head = hfllm.HfllmForSequenceClassification
     members = [RewardModel(make_model(seed=at, model_class=head, num_labels=1), tokenizer) for at in (7, 8, 9)]
     trainer = make_trainer(reward_funcs=RewardEnsemble(members, "uncertainty"), max_steps=1)
     trainer.train()
     assert logged(trainer, "rewards/uncertainty_of_3")
-
-
-def test_the_length_penalty_counts_tokens():
-    penalty = length_penalty(0.5, free=2)
-    assert penalty(["a", "b"], ["c", "d"], completion_ids=[[1], [1, 2, 3, 4]]) == [0.0, -1.0]
 
 
 def test_running_moments_are_those_of_all_numbers():

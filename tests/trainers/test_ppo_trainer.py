@@ -9,7 +9,6 @@ from transformers import TrainerCallback
 
 import hfllm
 from hfllm.errors import InputError
-from hfllm.rewards.models import RewardModel
 from hfllm.trainers.ppo.setup import split_reference
 
 
@@ -331,21 +330,6 @@ def test_a_reward_of_weight_zero_is_logged_and_not_trained_on(make_trainer):
     beside = train([proxy, gold], reward_weights=[1.0, 0.0])
     assert torch.equal(alone.policy.lm_head.weight, beside.policy.lm_head.weight)
     assert any("rewards/gold" in entry for entry in beside.state.log_history)
-
-
-def test_a_reward_model_reads_text_with_its_own_tokenizer_at_the_last_real_token(make_model, tokenizer, world):
-    from hfllm.data.tokenizer import train_tokenizer
-
-    other = train_tokenizer(["some other words"] * 9, vocab_size=300)
-    model = make_model(model_class=hfllm.HfllmForSequenceClassification, num_labels=1)
-    reward = RewardModel(model, other, batch_size=2)
-    prompts = [[{"role": "user", "content": text}] for text in ("What is 1 plus 2?", "Hi", "Where is the red fox?")]
-    answers = [[{"role": "assistant", "content": text}] for text in ("Three.", "A much longer answer, friend.", "No")]
-    together = reward(prompts, answers)
-    for prompt, answer, score in zip(prompts, answers, together, strict=True):
-        ids = other.apply_chat_template(prompt + answer, tokenize=True, return_dict=True, return_tensors="pt")
-        hidden = model.model(ids["input_ids"]).last_hidden_state[0, -1]
-        assert model.score(hidden).item() == pytest.approx(score, abs=1e-5)
 
 
 def test_conversational_prompts_use_the_chat_template(make_trainer, tokenizer):

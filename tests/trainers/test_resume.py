@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
 import hfllm
+from hfllm.trainers.interruptions import train
 
 
 @pytest.mark.parametrize("interrupted_at", [2, 3, 6])  # between rollouts, within one, at the end of an epoch
@@ -40,6 +42,34 @@ def test_a_finished_run_is_not_trained_further(make_trainer, tmp_path):
     assert again.state.global_step == 2
     for name, value in again.model.state_dict().items():
         assert torch.equal(value, whole.model.state_dict()[name]), name
+
+
+class Line(torch.nn.Linear):
+    """The smallest model that a Trainer takes."""
+
+    def forward(self, inputs, labels):
+        outputs = super().forward(inputs)
+        return {"loss": (outputs - labels).square().mean(), "logits": outputs}
+
+
+def test_training_from_a_checkpoint_of_the_last_step_changes_nothing(tmp_path):
+    """Trainer itself takes a step more where the run has ended within an epoch, which here has four steps."""
+    rows = [{"inputs": torch.tensor([float(x)]), "labels": torch.tensor([2.0 * x])} for x in range(8)]
+    settings = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_strategy": "no"}
+    settings |= {"per_device_train_batch_size": 2, "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+
+    def trained(steps, checkpoint=None, **more):
+        torch.manual_seed(0)
+        args = TrainingArguments(str(tmp_path), max_steps=steps, **settings, **more)
+        trainer = Trainer(model=Line(1, 1), args=args, train_dataset=rows)
+        train(trainer, checkpoint)
+        return trainer
+
+    whole = trained(3, save_strategy="steps", save_steps=3)
+    resumed = trained(3, str(tmp_path / "checkpoint-3"), save_strategy="no")
+    assert resumed.state.global_step == 3
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
 def test_a_finished_run_ends_with_its_best_model_again(make_trainer, prompts):

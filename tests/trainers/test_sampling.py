@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from hfllm.trainers.ppo import sampling
 from hfllm.trainers.ppo.actor_critic import ActorCritic
-from hfllm.trainers.ppo.sampling import SampledLogprobs, generate_responses
+from hfllm.trainers.ppo.sampling import OnlyFinite, SampledLogprobs, generate_responses
 
 # Many tokens end a response here, so that random models end theirs after different numbers of tokens.
 ENDS, PAD = list(range(7, 40)), 0
@@ -142,3 +142,27 @@ def test_the_policy_keeps_its_own_settings(make_model, ids, tokenizer, kind, fai
         generate_responses(model, *ids, config(), tokenizer)
     assert seen and not any(seen)
     assert model.training and model.generation_config.min_p == base.generation_config.min_p == 0.999
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+@pytest.mark.parametrize(("at", "value"), [(3, float("nan")), (3, float("inf")), (slice(None), -float("inf"))])
+def test_one_row_without_a_distribution_stops_sampling(row, at, value):
+    scores = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    # What is never sampled gives no cause.
+    scores[:, 1] = -float("inf")
+    assert not scores.softmax(-1).isnan().any()
+    assert torch.equal(OnlyFinite()(None, scores), scores)
+    scores[row, at] = value
+    assert scores.softmax(-1).isnan().any(-1).nonzero().tolist() == [[row]]
+    with pytest.raises(FloatingPointError, match="are not finite"):
+        OnlyFinite()(None, scores)
+
+
+def test_a_single_prompt_that_the_policy_cannot_read_stops_sampling(make_model, ids, tokenizer):
+    model, (prompts, mask) = make_model(tie_word_embeddings=False), ids
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] = float("nan")
+    prompts[-1, -1] = 5
+    with pytest.raises(FloatingPointError):
+        generate_responses(model, prompts, mask, config(), tokenizer)
+    generate_responses(model, prompts[:-1], mask[:-1], config(suppress_tokens=[5]), tokenizer)

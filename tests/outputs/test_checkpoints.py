@@ -1,0 +1,63 @@
+"""Which checkpoints are whole, as the libraries that read their files see it."""
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from hfllm.outputs.checkpoints import last_complete_checkpoint
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An output folder with two whole checkpoints."""
+    for step in (1, 2):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        save_file({"weight": torch.arange(9.0), "bias": torch.ones(1)}, checkpoint / "model.safetensors")
+        torch.save({"step": step}, checkpoint / "optimizer.pt")
+        (checkpoint / "trainer_state.json").write_text("{}")
+    return tmp_path
+
+
+WHOLE = {"as it was": lambda written: written}
+DAMAGED = {
+    "empty": lambda written: b"",
+    "within the size of its header": lambda written: written[:5],
+    "within its header": lambda written: written[:20],
+    "behind its header": lambda written: written[:-20],
+    "by a byte": lambda written: written[:-1],
+    "too long by a byte": lambda written: written + b"\0",
+    "written twice": lambda written: written + written,
+    "no header": lambda written: written[:8] + b"\0" * (len(written) - 8),
+}
+
+
+@pytest.mark.parametrize("change", [*WHOLE, *DAMAGED])
+def test_weights_are_whole_if_safetensors_reads_them(folder, change):
+    file = folder / "checkpoint-2" / "model.safetensors"
+    file.write_bytes({**WHOLE, **DAMAGED}[change](file.read_bytes()))
+    if change in WHOLE:
+        load_file(file)
+        assert last_complete_checkpoint(folder) == str(folder / "checkpoint-2")
+        return
+    with pytest.raises(SafetensorError):
+        load_file(file)
+    with pytest.warns(UserWarning, match="checkpoint-2 was not written to its end"):
+        assert last_complete_checkpoint(folder) == str(folder / "checkpoint-1")
+
+
+def test_tensors_and_metadata_that_take_no_room_are_whole(folder):
+    file = folder / "checkpoint-2" / "model.safetensors"
+    for tensors in ({}, {"none": torch.zeros(0)}):
+        save_file(tensors, file, metadata={"format": "pt"})
+        assert last_complete_checkpoint(folder) == str(folder / "checkpoint-2")
+
+
+def test_an_optimizer_file_that_was_cut_off_is_seen(folder):
+    file = folder / "checkpoint-2" / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(RuntimeError):
+        torch.load(file)
+    with pytest.warns(UserWarning, match="checkpoint-2 was not written to its end"):
+        assert last_complete_checkpoint(folder) == str(folder / "checkpoint-1")

@@ -1,0 +1,216 @@
+"""Around a stage: what was given, what decides a result, what is done already, and where to resume."""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hfllm.errors import HIDDEN, InputError
+from hfllm.runs.command_line import (
+    checkpoint_to_resume,
+    finished_run,
+    given_values,
+    main_process,
+    parse_recipe,
+    run,
+    run_arguments,
+    take_configs,
+    world_settings,
+)
+
+TOKEN = "hf_" + "Abc123" * 6
+
+
+def test_what_is_given_is_what_files_and_over_them_flags_say(tmp_path):
+    one, other = tmp_path / "one.yaml", tmp_path / "other.yaml"
+    one.write_text("warmup_steps: 3\nsizes: [1, 2]\nseed: 1\n")
+    other.write_text("seed: 2\nbeta: 0.5\nname: null\n")
+    argv = ["--learning-rate", "1e-3", "--use_peft", "--beta=-5", "--count", "-1", "--config", str(one), "--last"]
+    argv += [f"--config={other}"]
+    flags = {"learning_rate": "1e-3", "use_peft": True, "beta": "-5", "count": "-1", "last": True}
+    assert given_values(argv) == {"warmup_steps": 3, "sizes": [1, 2], "seed": 2, "name": None, **flags}
+    assert take_configs(argv) == ([*argv[:6], "--last"], [one, other])
+    assert given_values([]) == {}
+
+
+@dataclass
+class Arguments:
+    model_name_or_path: str | None = None
+    seed: int = 1
+    epochs: int = 2
+    rate: float = 3.0
+
+
+@pytest.mark.parametrize(
+    ("argv", "yaml", "expected"),
+    [
+        ([], "seed: 10", (10, 20, 300.0)),
+        (["--rate", "9"], "seed: 10\nmodel_name_or_path: null", (10, 20, 9.0)),
+        (["--model_name_or_path", "mine"], "seed: 10", (10, 2, 3.0)),
+        (["--model-name-or-path=mine"], "seed: 10", (10, 2, 3.0)),
+        (["--epochs", "9"], "seed: 10\nmodel_name_or_path: mine", (10, 9, 3.0)),
+    ],
+)
+def test_settings_for_the_small_model_do_not_reach_a_model_of_the_users_own(tmp_path, argv, yaml, expected):
+    files = [tmp_path / name for name in ("world.yaml", "larger.yaml", "mine.yaml")]
+    for file, text in zip(files, ("seed: 100\nepochs: 20\nrate: 30", "rate: 300", yaml), strict=True):
+        file.write_text(text)
+
+    def settings(given):
+        return files[:2] if world_settings("sft")(given) else []
+
+    (parsed,) = parse_recipe([*argv, "--config", str(files[2])], "", Arguments, settings=settings)
+    assert (parsed.seed, parsed.epochs, parsed.rate) == expected
+    assert all(path.is_file() for path in world_settings("sft")({}))
+
+
+# ---- what decides a result ----
+
+
+@dataclass
+class Settings:
+    dataset_name: str = "world"
+    output_dir: str = "somewhere"
+    hub_token: str | None = None
+    report_to: str = "none"
+    resume_from_checkpoint: str | None = "auto"
+    model_init_kwargs: dict[str, Any] = field(default_factory=dict)
+    betas: tuple[float, float] = (0.9, 0.95)
+    folder: Path = Path("a/b")
+    computed: int = field(default=3, init=False)
+
+
+@dataclass
+class Others:
+    seed: int = 5
+    note: str = ""
+
+
+def test_arguments_that_decide_a_result():
+    found = run_arguments(Settings(), Others())
+    expected = {"dataset_name": "world", "model_init_kwargs": {}, "betas": [0.9, 0.95], "folder": "a/b"}
+    assert found == {**expected, "seed": 5, "note": ""}
+    elsewhere = Settings(output_dir="b", hub_token=TOKEN, report_to="all", resume_from_checkpoint=None)
+    assert run_arguments(elsewhere, Others()) == found != run_arguments(Settings(), Others(seed=6))
+
+
+def test_secrets_are_hidden_wherever_they_are(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "a secret of an unusual look")
+    nested = {"token": "mine", "password": "", "api_key": None, "revision": "v1", "deeper": [{"use_auth_token": True}]}
+    settings = Settings(dataset_name=f"me/{TOKEN}", model_init_kwargs=nested)
+    found = run_arguments(settings, Others(note='"a secret of an unusual look" at https://me:pass@hub/x'))
+    assert found["dataset_name"] == f"me/{HIDDEN}" and found["note"] == f'"{HIDDEN}" at https://{HIDDEN}@hub/x'
+    shown = {
+        "token": HIDDEN,
+        "password": "",
+        "api_key": None,
+        "revision": "v1",
+        "deeper": [{"use_auth_token": HIDDEN}],
+    }
+    assert found["model_init_kwargs"] == shown
+    written = json.dumps(found)
+    assert TOKEN not in written and "unusual" not in written and "mine" not in written and "me:pass" not in written
+
+
+# ---- what is done already ----
+
+
+def report(folder, arguments):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps({"stage": "sft", "arguments": arguments}))
+    return str(folder)
+
+
+def test_a_finished_run_with_the_same_arguments_is_found(tmp_path):
+    assert finished_run(str(tmp_path), {}) is None
+    arguments = run_arguments(Settings(model_init_kwargs={"revision": "v1"}), Others(note="naïve"))
+    folder = report(tmp_path / "out", arguments)
+    assert finished_run(folder, arguments) == {"stage": "sft", "arguments": arguments}
+    assert finished_run(folder, run_arguments(Settings(model_init_kwargs={"revision": "v1"}), Others(note="naïve")))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "name", "was", "is_now"),
+    [
+        ({"b": 1, "a": 2}, {"b": 2, "a": 2}, "b", 1, 2),
+        ({"c": 1, "b": 1, "a": 1}, {"a": 1, "b": 5, "c": 6}, "b", 1, 5),
+        ({"a": 1}, {"a": 1, "new": "x"}, "new", None, "x"),
+        ({"a": 1, "old": [1]}, {"a": 1}, "old", [1], None),
+        ({"a": 1, "old": 3}, {"a": 1, "new": 4}, "new", None, 4),
+        ({"a": {"x": 1}}, {"a": {"x": 2}}, "a", {"x": 1}, {"x": 2}),
+        ({"a": "1"}, {"a": 1}, "a", "1", 1),
+    ],
+)
+def test_a_finished_run_with_others_is_refused_by_the_first_that_differs(tmp_path, before, now, name, was, is_now):
+    folder = report(tmp_path, before)
+    with pytest.raises(InputError) as error:
+        finished_run(folder, now)
+    expected = f"--output_dir {folder} holds a finished run with {name}={was!r}, this one has {name}={is_now!r}: "
+    assert str(error.value).startswith(expected)
+
+
+# ---- where to resume ----
+
+
+def wanted(folder, value):
+    return checkpoint_to_resume(SimpleNamespace(output_dir=str(folder), resume_from_checkpoint=value))
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Checkpoints 9 and 10 of a run, the latter cut off, and one elsewhere."""
+    for name in ("out/checkpoint-8", "out/checkpoint-9", "out/checkpoint-10", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+        if not name.endswith("10"):
+            (tmp_path / name / "trainer_state.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("value", [None, False, "false", "False", "none", ""])
+def test_nothing_is_resumed_unless_asked(checkpoints, value):
+    assert wanted(checkpoints / "out", value) is None
+
+
+@pytest.mark.parametrize("value", [True, "true", "True", "auto", "Auto"])
+def test_the_last_complete_checkpoint_is_resumed(checkpoints, value):
+    with pytest.warns(UserWarning, match="checkpoint-10 was not written to its end"):
+        assert wanted(checkpoints / "out", value) == str(checkpoints / "out" / "checkpoint-9")
+    if str(value).lower() == "auto":
+        assert wanted(checkpoints / "new", value) is None
+    else:
+        with pytest.raises(InputError, match=r"--resume_from_checkpoint true: no complete checkpoint in .*new"):
+            wanted(checkpoints / "new", value)
+
+
+def test_a_named_checkpoint_is_resumed_wherever_it_is(checkpoints):
+    assert wanted(checkpoints / "out", str(checkpoints / "elsewhere")) == str(checkpoints / "elsewhere")
+    assert wanted(checkpoints / "out", checkpoints / "elsewhere") == str(checkpoints / "elsewhere")
+    with pytest.raises(InputError, match=r"checkpoint-10: not a checkpoint folder \(no trainer_state.json\)"):
+        wanted(checkpoints / "out", str(checkpoints / "out" / "checkpoint-10"))
+
+
+# ---- the end ----
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_bad_input_is_one_line_of_the_main_process(monkeypatch, capsys, rank):
+    def main(argv):
+        raise InputError(f"--name {argv[0]}: {TOKEN} is not accepted")
+
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "x"])
+    monkeypatch.setenv("RANK", rank)
+    assert main_process() == (rank == "0")
+    with pytest.raises(SystemExit) as ended:
+        run(main, lambda argv: (argv,))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (f"error: --name x: {HIDDEN} is not accepted\n" if rank == "0" else "")
+
+
+def test_a_defect_is_not_taken_for_bad_input(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipe.py"])
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: 1 / 0, lambda argv: ())
