@@ -1,306 +1,57 @@
 """What a model would take to train: parameters, FLOPs, memory on each device, the layouts that fit, and days.
 
-    python recipes/plan.py                                               # a trillion parameters on 1,024 H100
-    python recipes/plan.py --preset llama-2-7b --num_devices 8 --device a100-80gb --max_length 4096
-    python recipes/plan.py --config_path model/config.json --device cpu --num_devices 1 --precision fp32
+    hfllm plan                                                           # a trillion parameters on 1,024 H100
+    hfllm plan --preset llama-2-7b --num_devices 8 --device a100-80gb --max_length 4096
+    hfllm plan --config_path model/config.json --device cpu --num_devices 1 --precision fp32
     python recipes/plan.py --preset gpt3-175b --num_devices 1024 --tensor_parallel 8 --pipeline_parallel 16
 
 Answers at once, from arithmetic alone: nothing is allocated, and neither torch nor transformers is imported. Writes
 the files that launch the chosen layout beside its report. docs/planner.md explains every column and formula.
 """
 
-import importlib.util
-import json
-import runpy
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-from hfllm.errors import InputError
-from hfllm.outputs.report import Bars, Report, write_atomically
-from hfllm.runs.command_line import main_process, parse_plain, run, run_arguments
-from hfllm.scaling.configs import ACCELERATE_FILE, FLAGS_FILE, launch_files
-from hfllm.scaling.devices import GIB, Device, find_device
-from hfllm.scaling.layouts import RECIPES
-from hfllm.scaling.planner import Plan, Request, choose, plan
-from hfllm.scaling.shapes import LARGEST, NAMED_SHAPES, Shape
-from hfllm.scaling.speed import EFFICIENCY, flops_per_token
-
-ENGINES = {
-    "single": "accelerate",
-    "ddp": "accelerate (DDP)",
-    "deepspeed": "accelerate (DeepSpeed)",
-    "fsdp2": "accelerate (FSDP2 and TP), own script",
-    "tensor": "transformers (TP), own script",
-    "megatron": "Megatron-LM",
-}
+from hfllm.runs.command_line import main_process, parse_recipe, run
+from hfllm.scaling.requests import PlanArguments
 
 
-@dataclass
-class PlanArguments:
-    """The model, the devices, and the run."""
-
-    preset: str | None = field(
-        default=None, metadata={"help": "A published model; gpt3-1t unless --config_path is given."}
-    )
-    config_path: str | None = field(default=None, metadata={"help": "A config.json, or the folder that holds one."})
-    num_devices: int = field(default=1024, metadata={"help": "Accelerators, of all machines together."})
-    device: str = field(
-        default="h100", metadata={"help": "h100, h200, a100-80gb, a100-40gb, v100, rtx4090, or cpu: this machine."}
-    )
-    device_memory_gb: float | None = field(default=None, metadata={"help": "Its memory, in GiB, if it is another."})
-    device_peak_tflops: float | None = field(
-        default=None, metadata={"help": "Its peak in the precision, in TFLOP/s without sparsity, if it is another."}
-    )
-    devices_per_node: int | None = field(
-        default=None, metadata={"help": "Devices of a machine, if not the usual; of a CPU, processes that share it."}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a row; by default 2048, or the model's positions if it has fewer."}
-    )
-    global_batch_size: int = field(default=3072, metadata={"help": "Rows of a step, over all devices."})
-    tokens: float | None = field(default=None, metadata={"help": "Tokens to train on; by default 20 a parameter."})
-    precision: str = field(default="bf16", metadata={"help": "bf16, fp16 or fp32."})
-    attention: str = field(
-        default="flash", metadata={"help": "flash keeps no scores, as SDPA's kernels; eager keeps all of them."}
-    )
-    loss_chunk_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens whose logits exist at a time, 0 is those of a micro-batch; by default the 1024 of "
-            "recipes/pretrain.py. DeepSpeed's ZeRO-3 and Megatron-LM have them all at once."
-        },
-    )
-    mfu: float | None = field(
-        default=None, metadata={"help": "Share of the peak that was measured; by default each layout's estimate."}
-    )
-    efficiency: float = field(
-        default=EFFICIENCY, metadata={"help": "Share of the peak that matrix products reach, for the estimate."}
-    )
-    usable_memory: float = field(
-        default=0.9, metadata={"help": "Share of the memory to fill; the rest is the driver's and for fragments."}
-    )
-    tensor_parallel: int | None = field(default=None, metadata={"help": "Hold this degree instead of searching it."})
-    pipeline_parallel: int | None = field(default=None, metadata={"help": "Likewise: stages."})
-    expert_parallel: int | None = field(default=None, metadata={"help": "Likewise: devices that share the experts."})
-    zero_stage: int | None = field(default=None, metadata={"help": "Likewise: 0, 1, 2 or 3."})
-    recompute: str | None = field(default=None, metadata={"help": "Likewise: none, selective or full."})
-    micro_batch_size: int | None = field(default=None, metadata={"help": "Likewise: rows a device takes at once."})
-    interleave: int | None = field(default=None, metadata={"help": "Likewise: chunks of layers on each stage."})
-    top: int = field(default=10, metadata={"help": "Layouts to list."})
-    plot: bool = field(default=False, metadata={"help": "Draw the chosen layout's memory; takes a second."})
-    output_dir: str = field(default="outputs/plan", metadata={"help": "Where the report and the launch files go."})
-
-
-def parse(argv: Sequence[str]) -> tuple:
-    return parse_plain((PlanArguments,), argv, __doc__)
+def parse(argv: Sequence[str]) -> tuple[PlanArguments]:
+    """Read the flags."""
+    return parse_recipe(argv, __doc__, PlanArguments)
 
 
 def main(script_args: PlanArguments) -> dict[str, float]:
     """Plan, write report and launch files. Returns the metrics."""
-    began, folder = time.perf_counter(), Path(script_args.output_dir)
-    if script_args.top < 1:
-        raise InputError(f"--top {script_args.top} must be at least 1")
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output_dir {folder}: a file is there; expected a folder, or a name that is free")
+    from hfllm.runs.stage import Stage
+    from hfllm.scaling import plan_report
+    from hfllm.scaling.configs import launch_files
+    from hfllm.scaling.planner import choose, plan
+    from hfllm.scaling.requests import check, make_request, model_shape
+
+    # Another question may be asked in the same folder: what is there is written over.
+    stage = Stage("plan", script_args)
+    check(script_args)
     name, shape, fields = model_shape(script_args)
     request = make_request(script_args, shape)
     plans = plan(request)
     chosen = choose(plans)
     files = launch_files(chosen, request, script_args.output_dir, fields)
-    report = Report(
-        stage="plan",
-        arguments=run_arguments(script_args),
-        metrics=metrics(request, plans, chosen),
-        tables={
-            f"{name}: parameters": [
-                {"part": part, "parameters": f"{count:,}", "share": f"{count / shape.num_parameters():.1%}"}
-                for part, count in shape.parameters().items()
-                if count
-            ],
-            f"Layouts on {request.num_devices} {request.device.name} (* chosen)": [
-                layout_row(one, one is chosen) for one in listed(plans, chosen, script_args.top)
-            ],
-            "Memory of each device, GiB": [memory_row(one) for one in listed(plans, chosen, script_args.top)],
-        },
-        curves={"memory": memory_bars(chosen)} if script_args.plot else {},
-        artifacts={file: file for file in files},
-        next_steps=next_steps(chosen, request, folder),
-    )
-    report.wall_seconds = time.perf_counter() - began
     if main_process():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--output_dir {folder}: cannot be made: {error.strerror}") from None
-        for file, text in files.items():
-            write_atomically(folder / file, text)
-        report.write(folder)
-        report.print()
-    return report.metrics
+        plan_report.write_files(script_args.output_dir, files)
 
-
-def model_shape(script_args: PlanArguments) -> tuple[str, Shape, Mapping[str, Any]]:
-    """The model's name, shape and fields of a config.json, from `--config_path` or `--preset`.
-
-    Raises:
-        InputError: when both are given, or one cannot be read.
-    """
-    path, name = script_args.config_path, script_args.preset
-    if path is not None and name is not None:
-        raise InputError(f"--preset {name} and --config_path {path}: give one of them")
-    if path is None:
-        name = name or "gpt3-1t"
-        fields = NAMED_SHAPES[name] if name in NAMED_SHAPES else preset_fields(name)
-        source = f"--preset {name}"
-    else:
-        file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
-        name, source, fields = str(path), f"--config_path {file}", read_json(file)
-    shape, chunk = Shape.from_config(fields, source), script_args.loss_chunk_size
-    if chunk is not None and chunk < 0:
-        raise InputError(f"--loss_chunk_size {chunk} must be at least 0, which is all at once")
-    return name, shape if chunk is None else replace(shape, loss_chunk_size=chunk), fields
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A config.json's mapping.
-
-    Raises:
-        InputError: when the file is missing or holds something else.
-    """
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(f"--config_path {file}: no such file") from None
-    except ValueError as error:
-        raise InputError(f"--config_path {file}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"--config_path {file}: expected an object, got {type(values).__name__}")
-    return values
-
-
-def preset_fields(name: str) -> Mapping[str, Any]:
-    """The fields of a preset of the family.
-
-    Raises:
-        InputError: for an unknown name, with the nearest known ones.
-    """
-    # Run by itself: to import it from hfllm.models is to import transformers.
-    folder = importlib.util.find_spec("hfllm.models").submodule_search_locations[0]
-    presets = runpy.run_path(f"{folder}/presets.py")
-    try:
-        return presets["preset"](name)
-    except ValueError as error:
-        raise InputError(f"--preset: {error}; beside these there are {', '.join(NAMED_SHAPES)}") from None
-
-
-def make_request(script_args: PlanArguments, shape: Shape) -> Request:
-    """What to plan.
-
-    Raises:
-        InputError: naming what is wrong.
-    """
-    held = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "zero_stage", "recompute", "micro_batch_size")
-    same = ("num_devices", "global_batch_size", "tokens", "precision", "attention", "mfu", "efficiency")
-    options = {flag: getattr(script_args, flag) for flag in (*held, *same, "interleave")}
-    length = script_args.max_length
-    options["max_length"] = min(2048, shape.max_position_embeddings) if length is None else length
-    return Request(shape, make_device(script_args), usable=script_args.usable_memory, **options)
-
-
-def make_device(script_args: PlanArguments) -> Device:
-    """The device that was named, with what was given of another.
-
-    Raises:
-        InputError: for a name that is not known, or a number that is not positive and finite.
-    """
-    given = {
-        "memory": ("device_memory_gb", GIB),
-        "peak_16bit": ("device_peak_tflops", 1e12),
-        "peak_fp32": ("device_peak_tflops", 1e12),
-        "per_node": ("devices_per_node", 1),
-    }
-    changes = {}
-    for name, (flag, unit) in given.items():
-        value = getattr(script_args, flag)
-        if value is not None and not 0 < value <= LARGEST:
-            raise InputError(f"--{flag} {value} must be above 0, and at most {LARGEST:,}")
-        if value is not None:
-            changes[name] = value * unit
-    # Devices are each one's own, but the processes of a CPU share the machine.
-    processes = max(1, min(script_args.devices_per_node or 1, script_args.num_devices))
-    return replace(find_device(script_args.device, processes), **changes)
-
-
-def listed(plans: Sequence[Plan], chosen: Plan, top: int) -> list[Plan]:
-    """The fastest, and the chosen one even if it is not among them."""
-    first = list(plans[:top])
-    return first if any(one is chosen for one in first) else [*first, chosen]
-
-
-def layout_row(one: Plan, is_chosen: bool) -> dict[str, Any]:
-    layout = one.layout
-    return {
-        "": "*" if is_chosen else "",
-        "layout": str(layout),
-        "interleave": layout.interleave,
-        "recompute": layout.recompute,
-        "micro-batch": f"{layout.micro_batch} x {one.micro_batches}",
-        "GiB": f"{one.memory.peak / GIB:.1f}",
-        "bubble": f"{one.bubble:.1%}",
-        "waiting": f"{one.speed.communication / one.speed.seconds:.1%}",
-        "MFU": f"{one.mfu:.1%}",
-        "HFU": f"{one.mfu * one.speed.hfu / one.speed.mfu:.1%}",
-        "days": f"{one.days:,.1f}",
-        "runs on": ENGINES[layout.engine],
-    }
-
-
-def memory_row(one: Plan) -> dict[str, Any]:
-    parts = {name: f"{size / GIB:.2f}" for name, size in vars(one.memory).items()}
-    return {"layout": str(one.layout), "recompute": one.layout.recompute, **parts}
-
-
-def memory_bars(chosen: Plan) -> Bars:
-    """The chosen layout's memory by part."""
-    sizes = {name: size / GIB for name, size in vars(chosen.memory).items()}
-    notes = {name: f"{size:.3g}" for name, size in sizes.items()}
-    return Bars(f"plan: {chosen.layout}", "GiB on each device", sizes, notes)
-
-
-def metrics(request: Request, plans: Sequence[Plan], chosen: Plan) -> dict[str, float]:
-    """Numbers by the names that docs/planner.md documents."""
-    shape, flops = request.shape, flops_per_token(request.shape, request.max_length)
-    per_token, cache = sum(flops.values()), shape.kv_bytes_per_token()
-    return {
-        "parameters": shape.num_parameters(),
-        "active_parameters": shape.num_parameters(active_only=True),
-        "flops_per_token": per_token,
-        "training_tokens": request.tokens,
-        "training_flops": per_token * request.tokens,
-        "kv_bytes_per_token": cache,
-        "kv_gib_per_sequence": cache * request.max_length / GIB,
-        "layouts_that_fit": len(plans),
-        "fastest_days": plans[0].days,
-        "memory_gib": chosen.memory.peak / GIB,
-        "usable_gib": request.usable_bytes / GIB,
-        "bubble": chosen.bubble,
-        "mfu": chosen.mfu,
-        "tokens_per_second": request.tokens / (chosen.days * 86400),
-        "days": chosen.days,
-    }
-
-
-def next_steps(chosen: Plan, request: Request, folder: Path) -> list[str]:
-    """How to launch the chosen layout."""
-    machines = -(-request.num_devices // request.device.per_node)
-    among = " --machine_rank N --main_process_ip FIRST_MACHINE --main_process_port 29500" if machines > 1 else ""
-    command = f"accelerate launch --config_file {folder / ACCELERATE_FILE}{among}"
-    if chosen.layout.engine not in RECIPES:
-        return [f"{command} YOUR_SCRIPT  # {ENGINES[chosen.layout.engine]}: the recipes do not run this layout"]
-    return [f"{command} recipes/pretrain.py --config {folder / FLAGS_FILE}"]
+    rows = plan_report.listed(plans, chosen, script_args.top)
+    devices = f"{request.num_devices} {request.device.name}"
+    return stage.finish(
+        plan_report.metrics(request, plans, chosen),
+        tables={
+            f"{name}: parameters": plan_report.parameter_rows(shape),
+            f"Layouts on {devices} (* chosen)": [plan_report.layout_row(one, one is chosen) for one in rows],
+            "Memory of each device, GiB": [plan_report.memory_row(one) for one in rows],
+        },
+        curves={"memory": plan_report.memory_bars(chosen)} if script_args.plot else {},
+        artifacts={file: file for file in files},
+        next_steps=plan_report.next_steps(chosen, request, script_args.output_dir),
+    )
 
 
 if __name__ == "__main__":

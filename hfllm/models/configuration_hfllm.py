@@ -1,6 +1,6 @@
 """Configuration of the hfllm family: every family member is this class with other values."""
 
-from typing import Any
+import os
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -59,11 +59,11 @@ class HfllmConfig(PreTrainedConfig):
 
     Args:
         norm_type: `"rmsnorm"` (Zhang & Sennrich 2019, arXiv:1910.07467) or `"layernorm"` (arXiv:1607.06450).
-        norm_placement: `"pre"` normalises the input of each block and ends with a final norm (GPT-2, LLaMA);
-            `"post"` normalises the residual sum after each block and has no final norm (GPT-1, BERT).
+        norm_placement: `"pre"` normalizes the input of each block and ends with a final norm (GPT-2, LLaMA);
+            `"post"` normalizes the residual sum after each block and has no final norm (GPT-1, BERT).
         norm_bias: whether a LayerNorm has a bias (PaLM's and Cohere's have none); RMSNorm never has one.
         norm_unit_offset: store norm weights minus one, as Gemma does.
-        qk_norm: normalise each query and key head before the rotary embedding (Qwen3).
+        qk_norm: normalize each query and key head before the rotary embedding (Qwen3).
         parallel_block: attention and MLP read the same input and are added together (GPT-J, PaLM;
             Chowdhery et al. 2022, arXiv:2204.02311, section 2).
         shared_norm: in a parallel block, one norm feeds both (PaLM, Cohere) or each has its own (GPT-NeoX).
@@ -74,7 +74,7 @@ class HfllmConfig(PreTrainedConfig):
         sliding_window: attend to this many tokens at most, the current one included (Mistral, arXiv:2310.06825);
             `None` is no limit. Causal models only, since attention kernels disagree about the other side.
         num_local_experts: gated experts per layer (Mixtral, arXiv:2401.04088); 0 is one dense MLP.
-        num_experts_per_tok: experts that a router picks for each token; their softmax weights are renormalised.
+        num_experts_per_tok: experts that a router picks for each token; their softmax weights are renormalized.
         router_aux_loss_coef: weight of the load-balancing loss (arXiv:2101.03961, equations 4 to 6), which is added
             to the loss in training; `None` is 0.001 with experts.
         output_router_logits: return the routers' logits and the auxiliary loss also outside training.
@@ -95,7 +95,7 @@ class HfllmConfig(PreTrainedConfig):
         initializer_range: standard deviation of the initial weights.
         residual_init: how the initial weights of the projections into the residual stream are scaled: `"plain"` not
             at all, `"gpt2"` by 1/sqrt(2 * num_hidden_layers) (Radford et al. 2019, section 2.3), `"depth"` by
-            1/sqrt(2 * l) in layer l = 1, 2, ... (depth-scaled initialisation, arXiv:1908.11365, section 4.1).
+            1/sqrt(2 * l) in layer l = 1, 2, ... (depth-scaled initialization, arXiv:1908.11365, section 4.1).
         loss_chunk_size: compute the language-modelling loss over this many tokens at a time, so that the logits of
             the whole batch never exist; with labels the output then has no logits. `None` is all at once.
 
@@ -155,7 +155,7 @@ class HfllmConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> "HfllmConfig":
+    def from_preset(cls, name: str, **overrides: object) -> "HfllmConfig":
         """The configuration of a published model, with fields changed by `overrides`.
 
         Raises:
@@ -198,11 +198,11 @@ class HfllmConfig(PreTrainedConfig):
         # Later stages would add learned positions again.
         self.base_model_pp_plan = None if self.position_embedding_type == "learned" else dict(PIPELINE_PLAN)
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: object) -> None:
         """As the base class does; when code travels with the weights, `auto_map` names all classes of the family."""
         if self._auto_class is not None:
             self.auto_map = dict(AUTO_MAP)
-        return super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, **kwargs)
 
     def num_parameters(self, active_only: bool = False) -> int:
         """Number of weights of the language model, tied ones counted once, without allocating any.

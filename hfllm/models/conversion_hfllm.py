@@ -21,6 +21,7 @@ from hfllm.models.stored import refuse_quantized
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 HEADS = {
     "ForCausalLM": "AutoModelForCausalLM",
@@ -31,7 +32,7 @@ HEADS = {
 
 
 def from_native(
-    path_or_id: str | os.PathLike, *, revision: str = "main", gguf_file: str | None = None, **kwargs: Any
+    path_or_id: str | os.PathLike, *, revision: str = "main", gguf_file: str | None = None, **kwargs: object
 ) -> "PreTrainedModel":
     """An hfllm model with the weights of a native checkpoint, in the checkpoint's precision.
 
@@ -65,7 +66,7 @@ def to_native(
     path: str | os.PathLike,
     native_type: str | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Path:
     """Write an hfllm model as the native class that means the same, readable without hfllm.
 
@@ -124,7 +125,7 @@ class whole_folder:
         self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
         return self.temporary
 
-    def __exit__(self, kind: type | None, *_: Any) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is not None:
             shutil.rmtree(self.temporary)
             return
@@ -134,7 +135,7 @@ class whole_folder:
         os.replace(self.temporary, self.path)
 
 
-def read_config(name: str, **location: Any) -> "PreTrainedConfig":
+def read_config(name: str, **location: object) -> "PreTrainedConfig":
     """The config of a local folder or Hub id.
 
     Raises:
@@ -148,7 +149,7 @@ def read_config(name: str, **location: Any) -> "PreTrainedConfig":
     return config
 
 
-def load_checked(name: str, **kwargs: Any) -> "PreTrainedModel":
+def load_checked(name: str, **kwargs: object) -> "PreTrainedModel":
     """The model of a local folder or Hub id, in its own precision and with the head that its config names.
 
     A checkpoint that does not fit its config is an error here and not a warning.
@@ -180,7 +181,9 @@ def _location(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in names if name in kwargs}
 
 
-def _build(model_class: type["PreTrainedModel"], config: Any, state: dict[str, "torch.Tensor"]) -> "PreTrainedModel":
+def _build(
+    model_class: type["PreTrainedModel"], config: "PreTrainedConfig", state: dict[str, "torch.Tensor"]
+) -> "PreTrainedModel":
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     model, report = model_class.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
@@ -201,7 +204,7 @@ def _check_report(name: str, report: Mapping[str, Any]) -> None:
             raise InputError(f"{name}: {len(keys)} {problem}: {shown}{', ...' if len(keys) > 3 else ''}")
 
 
-def _auto_class(config: "PreTrainedConfig") -> Any:
+def _auto_class(config: "PreTrainedConfig") -> "type[_BaseAutoModelClass]":
     architecture = (config.architectures or ["ForCausalLM"])[0]
     for suffix, name in HEADS.items():
         if architecture.endswith(suffix):

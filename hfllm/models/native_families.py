@@ -53,7 +53,7 @@ class Family:
     """
 
     names: Mapping[str, str]
-    read: Callable[[Any], dict[str, Any]] = lambda config: {}
+    read: Callable[["PreTrainedConfig"], dict[str, Any]] = lambda config: {}
     write: Callable[[HfllmConfig], dict[str, Any]] = lambda config: {}
     rules: Callable[[HfllmConfig], Iterator[layouts.Rule]] = lambda config: iter(())
     has_partial_rope: bool = False
@@ -105,7 +105,7 @@ _GPT_FIELDS = {
 _OPENAI_ACTIVATIONS = {"gelu": "gelu_new", "swish": "silu"}
 
 
-def _window(native: Any) -> int | None:
+def _window(native: "PreTrainedConfig") -> int | None:
     """The sliding window of Qwen's configs, where all layers have the same one."""
     kinds = set(native.layer_types)
     if len(kinds) > 1:
@@ -121,7 +121,7 @@ def _qwen_window(config: HfllmConfig) -> dict[str, Any]:
     }
 
 
-def _falcon_fields(native: Any) -> dict[str, Any]:
+def _falcon_fields(native: "PreTrainedConfig") -> dict[str, Any]:
     is_new = native.new_decoder_architecture
     norms = 1 if not is_new else native.num_ln_in_parallel_attn or 2
     key_heads = native.num_kv_heads if is_new else 1 if native.multi_query else native.num_attention_heads
@@ -289,7 +289,7 @@ def config_to_native(config: HfllmConfig, native_type: str | None = None) -> "Pr
     raise InputError(f"{subject} no place for {fields}")
 
 
-def _say(config: HfllmConfig, native_type: str) -> tuple[Any, list[str]]:
+def _say(config: HfllmConfig, native_type: str) -> "tuple[PreTrainedConfig | None, list[str]]":
     """The native config, and our fields that it does not give back."""
     family, native_class = FAMILIES[native_type], type(transformers.AutoConfig.for_model(native_type))
     try:
@@ -309,7 +309,7 @@ def _say(config: HfllmConfig, native_type: str) -> tuple[Any, list[str]]:
     return native, [name for name in names if not _same(getattr(config, name), getattr(back, name))]
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: object, other: object) -> bool:
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return _plain_rope(one) == _plain_rope(other)
     return one == other

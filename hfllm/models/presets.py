@@ -5,6 +5,7 @@ table 2.1), LLaMA (arXiv:2302.13971), Llama 2 (arXiv:2307.09288), Code Llama (ar
 (arXiv:2204.02311, table 1), Mistral (arXiv:2310.06825), Mixtral (arXiv:2401.04088).
 """
 
+from collections.abc import Mapping
 from copy import deepcopy
 from difflib import get_close_matches
 from typing import Any
@@ -55,7 +56,9 @@ _MIXTRAL = {
 }
 
 
-def _sized(shared: dict, layers: int, hidden: int, heads: int, mlp: int | None = None, **more: Any) -> dict:
+def _sized(
+    shared: Mapping[str, Any], layers: int, hidden: int, heads: int, mlp: int | None = None, **more: object
+) -> dict[str, Any]:
     sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
     return {**shared, **sizes, "intermediate_size": mlp or shared.get("intermediate_size") or 4 * hidden, **more}
 

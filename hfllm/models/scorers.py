@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from transformers import (
     AutoModelForSequenceClassification,
@@ -14,8 +13,12 @@ from transformers.utils import find_adapter_config_file
 
 from hfllm.errors import InputError
 
+AutoClass = type[AutoModelForSequenceClassification] | type[AutoModelForTokenClassification]
 
-def load_scorer(name: str, auto_class: Any = AutoModelForSequenceClassification, **kwargs: Any) -> PreTrainedModel:
+
+def load_scorer(
+    name: str, auto_class: AutoClass = AutoModelForSequenceClassification, **kwargs: object
+) -> PreTrainedModel:
     """A model with one label. `has_new_head` of it tells whether its head is random, as that of a language model is.
 
     Args:
@@ -34,7 +37,7 @@ def load_scorer(name: str, auto_class: Any = AutoModelForSequenceClassification,
     return model
 
 
-def scorer_class(name: str, **kwargs: Any) -> Any:
+def scorer_class(name: str, **kwargs: object) -> AutoClass:
     """The auto class for a saved model or adapter: that for tokens if it was saved as one, else that for sequences."""
     if (adapter := find_adapter_config_file(name, **kwargs)) is not None:
         is_for_tokens = json.loads(Path(adapter).read_text()).get("task_type") == "TOKEN_CLS"

@@ -19,7 +19,7 @@ def location_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: settings[name] for name in LOCATION if settings.get(name) is not None}
 
 
-def adapter_base(name: str, **location: Any) -> str | None:
+def adapter_base(name: str, **location: object) -> str | None:
     """The model that an adapter is on, which is loaded in its place; `None` if `name` is no adapter, or not there.
 
     Args:
@@ -37,7 +37,7 @@ def adapter_base(name: str, **location: Any) -> str | None:
     return json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
 
 
-def quantization_of(config: Any) -> dict[str, Any]:
+def quantization_of(config: "PreTrainedConfig") -> dict[str, Any]:
     """The `quantization_config` of a model's config as a dictionary, empty if the model is in full precision."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is None or isinstance(quantization, dict):
@@ -45,14 +45,14 @@ def quantization_of(config: Any) -> dict[str, Any]:
     return quantization.to_dict()
 
 
-def quantization_method(config: Any) -> str | None:
+def quantization_method(config: "PreTrainedConfig") -> str | None:
     """How a model is quantized, such as `bitsandbytes`; `None` if it is in full precision."""
     quantization = quantization_of(config)
     method = quantization.get("quant_method") or ("unknown" if quantization else None)
     return getattr(method, "value", method)
 
 
-def refuse_quantized(config: Any, name: str) -> None:
+def refuse_quantized(config: "PreTrainedConfig", name: str) -> None:
     """Refuse a model that is quantized already: its full weights are gone.
 
     Raises:

@@ -88,7 +88,7 @@ def _grouped(theirs: str, ours: tuple[str, ...], config: HfllmConfig) -> Rule:
 
 
 def _rotary_pairs(name: str, config: HfllmConfig) -> Rule:
-    """Their rotary pairs are neighbours (0, 1), (2, 3), ...; ours lie half a head apart."""
+    """Their rotary pairs are neighbors (0, 1), (2, 3), ...; ours lie half a head apart."""
 
     def join(parts: Sequence["Tensor"]) -> "Tensor":
         by_head = parts[0].reshape(-1, 2, config.head_dim // 2, *parts[0].shape[1:])

@@ -99,7 +99,7 @@ def hub_id(arguments: Mapping[str, Any], flag: str) -> str | None:
     return value if _HUB_ID.fullmatch(value) and not value.endswith((".json", ".jsonl", ".txt", ".parquet")) else None
 
 
-def public_value(value: Any) -> Any:
+def public_value(value: object) -> object:
     """A report's value as it may be published: absolute local paths reduced to their names."""
     if isinstance(value, Mapping):
         return {key: public_value(item) for key, item in value.items()}

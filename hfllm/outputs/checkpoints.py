@@ -10,7 +10,7 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
     """The newest checkpoint of an output folder that was written to its end, or `None`.
 
     Trainer writes `trainer_state.json` last: where it is missing or cut off, the run was killed while saving. Weights
-    or the optimiser's file may have been cut off since, as by a full disk. Such checkpoints are skipped with a
+    or the optimizer's file may have been cut off since, as by a full disk. Such checkpoints are skipped with a
     warning, and an older one is still there, since it is removed only afterwards.
     """
     numbered = sorted(

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "*.pt", "*.pth", "*.ckpt")
 def model_files(folder: str | Path) -> list[str]:
     """The files of a saved model that are published, relative to its folder, sorted; the card is not among them.
 
-    Left out are checkpoints, optimiser and trainer state, training_args.bin, other stages' folders and value heads.
+    Left out are checkpoints, optimizer and trainer state, training_args.bin, other stages' folders and value heads.
 
     Raises:
         InputError: when the folder holds no whole model in safetensors format, with its config and code.
@@ -142,7 +143,7 @@ def code_files(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def flat(values: Any) -> list[Any]:
+def flat(values: Iterable[object]) -> list[object]:
     """The values, and those in lists among them: a tokenizer's auto_map entry is a pair."""
     return [item for value in values for item in (value if isinstance(value, list) else [value])]
 

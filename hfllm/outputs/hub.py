@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from json import JSONDecodeError
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from hfllm.errors import HIDDEN, InputError, redact
 from hfllm.outputs.card import check_adapter, check_base, public_report, write_card
@@ -16,6 +16,7 @@ from hfllm.outputs.report import REPORT_FILE
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+    from huggingface_hub import HfApi
 
 # Seconds before each new attempt. Each request in an attempt is also retried by huggingface_hub.
 WAITS = (2, 8, 30)
@@ -139,7 +140,7 @@ class Repository:
                 f"the access token for {self.repo_id} has spaces or characters that no token has: {LOG_IN}"
             )
 
-    def _api(self) -> Any:
+    def _api(self) -> "HfApi":
         from huggingface_hub import HfApi
 
         from hfllm.version import __version__

@@ -7,7 +7,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 REPORT_FILE = "report.json"
 
@@ -77,13 +81,14 @@ class Report:
             lines += ["## Next", "", "```", *self.next_steps, "```", ""]
         return "\n".join(lines)
 
-    def print(self) -> None:
-        """Print the metrics, the tables and the next steps."""
+    def print(self, without: Sequence[str] = ()) -> None:
+        """Print the metrics, the tables but those of these titles, and the next steps."""
         print(f"\n{self.stage}: done in {self.wall_seconds:.0f} s")
         print("\n".join(markdown_table(metric_rows(self.metrics))))
         for title, rows in self.tables.items():
-            print(f"\n{title}")
-            print("\n".join(markdown_table(rows)))
+            if title not in without:
+                print(f"\n{title}")
+                print("\n".join(markdown_table(rows)))
         if self.next_steps:
             print("\n" + "\n".join(self.next_steps), flush=True)
 
@@ -92,7 +97,7 @@ class Report:
 class Plot:
     """A plot: `lines` maps a label to its x and y values, which are joined unless `points_only`.
 
-    `points` are never joined, and share the colours of the lines one by one; `xscale` and `yscale` are `"linear"` or
+    `points` are never joined, and share the colors of the lines one by one; `xscale` and `yscale` are `"linear"` or
     `"log"`.
     """
 
@@ -151,7 +156,7 @@ class Bars:
         return True
 
 
-def _figure(height: float) -> tuple[Any, Any]:
+def _figure(height: float) -> "tuple[Figure, Axes]":
     """A figure of 7 by `height` inches and its axes, drawn without a display."""
     import matplotlib
 
@@ -161,7 +166,7 @@ def _figure(height: float) -> tuple[Any, Any]:
     return pyplot.subplots(figsize=(7, height), dpi=120)
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: "Figure", path: Path) -> None:
     from matplotlib import pyplot
 
     figure.tight_layout()
@@ -229,7 +234,7 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(stream.name, path)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value).replace("\n", " / ").replace("|", "\\|")

@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 from hfllm.errors import InputError
 from hfllm.rewards.functions import RewardFunction, checked_rewards, reward_name
@@ -16,7 +15,7 @@ class RewardEnsemble:
 
     Args:
         members: reward functions or `RewardModel`s, at least two.
-        aggregation: `"mean"`; `"worst"`, the least of them (worst-case optimisation, equation 2); or `"uncertainty"`,
+        aggregation: `"mean"`; `"worst"`, the least of them (worst-case optimization, equation 2); or `"uncertainty"`,
             the mean less `coefficient` times their variance (equation 3).
         coefficient: see `aggregation`.
 
@@ -35,7 +34,7 @@ class RewardEnsemble:
         self.offsets, self.scales = [0.0] * len(members), [1.0] * len(members)
         self.__name__ = f"{aggregation}_of_{len(members)}"
 
-    def calibrate(self, prompts: Sequence, completions: Sequence, **columns: Any) -> None:
+    def calibrate(self, prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> None:
         """Bring the members to one scale: that on these responses each has mean 0 and their common spread.
 
         Args:
@@ -52,7 +51,7 @@ class RewardEnsemble:
         self.offsets = [statistics.fmean(values) for values in scores]
         self.scales = [statistics.fmean(spreads) / spread for spread in spreads]
 
-    def __call__(self, prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
+    def __call__(self, prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> list[float]:
         scores = [
             [(value - offset) * scale for value in self._scores_of(member, prompts, completions, **columns)]
             for member, offset, scale in zip(self.members, self.offsets, self.scales, strict=True)
@@ -60,7 +59,9 @@ class RewardEnsemble:
         return [self._aggregate(numbers) for numbers in zip(*scores, strict=True)]
 
     @staticmethod
-    def _scores_of(member: RewardFunction, prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
+    def _scores_of(
+        member: RewardFunction, prompts: Sequence, completions: Sequence, **columns: Sequence[object]
+    ) -> list[float]:
         values = checked_rewards(member, prompts, completions, **columns)
         if isinstance(values[0], list):
             raise InputError(f"an ensemble takes one number a completion; {reward_name(member)!r} gives lists")

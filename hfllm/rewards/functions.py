@@ -8,14 +8,10 @@ import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from hfllm.data.world.rubric import GoldAnswer
 from hfllm.data.world.rubric import gold_reward as judge
 from hfllm.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 RewardFunction = Callable[..., list[float]]
 GOLD_COLUMNS = ("gold_kind", "gold_accepted", "gold_needed", "gold_forbidden")
@@ -34,7 +30,7 @@ def gold_reward(
     gold_accepted: Sequence[Sequence[str]],
     gold_needed: Sequence[Sequence[str]],
     gold_forbidden: Sequence[Sequence[str]],
-    **columns: Any,
+    **columns: Sequence[object],
 ) -> list[float]:
     """The embedded world's verifiable reward in [-1, 1], from the gold columns of its prompt rows."""
     golds = map(GoldAnswer, gold_kind, gold_accepted, gold_needed, gold_forbidden)
@@ -73,7 +69,7 @@ def reward_name(function: Callable) -> str:
 
 
 def checked_rewards(
-    function: RewardFunction, prompts: Sequence, completions: Sequence, **columns: Any
+    function: RewardFunction, prompts: Sequence, completions: Sequence, **columns: Sequence[object]
 ) -> list[float] | list[list[float]]:
     """Call a reward function and refuse what is not one finite number a completion, or a list of them a completion.
 
@@ -101,7 +97,7 @@ def checked_rewards(
     return [list(map(float, reward)) if is_per_token else float(reward) for reward in rewards]
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     try:
         return value is not None and math.isfinite(float(value))
     except (TypeError, ValueError):
@@ -111,7 +107,9 @@ def _is_number(value: Any) -> bool:
 def length_penalty(coefficient: float, free: int = 0) -> RewardFunction:
     """A reward of `-coefficient` for each token of a completion beyond the first `free`."""
 
-    def penalty(prompts: Sequence, completions: Sequence, *, completion_ids: Sequence, **columns: Any) -> list[float]:
+    def penalty(
+        prompts: Sequence, completions: Sequence, *, completion_ids: Sequence, **columns: Sequence[object]
+    ) -> list[float]:
         return [-coefficient * max(len(ids) - free, 0) for ids in completion_ids]
 
     penalty.__name__ = "length_penalty"

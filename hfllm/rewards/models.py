@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
@@ -33,7 +33,7 @@ class RewardModel:
         if getattr(model, "has_new_head", False):
             raise InputError(
                 f"the reward model {model.config._name_or_path!r} has no head for scores, as a language model: train "
-                "it on comparisons first (recipes/reward.py)"
+                "it on comparisons first (hfllm reward)"
             )
         if tokenizer.pad_token_id is None:
             raise InputError("the reward model's tokenizer has no padding token")
@@ -41,7 +41,7 @@ class RewardModel:
         self.model.config.pad_token_id = tokenizer.pad_token_id
         self.__name__ = Path(model.config._name_or_path or "reward_model").name
 
-    def __call__(self, prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
+    def __call__(self, prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> list[float]:
         ids = [self._token_ids(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         scores = [0.0] * len(ids)
         for rows, logits in self._logits(ids):
@@ -90,7 +90,7 @@ class TokenRewardModel(RewardModel):
         model, tokenizer, batch_size: as in `RewardModel`.
     """
 
-    def __call__(self, prompts: Sequence, completions: Sequence, **columns: Any) -> list[list[float]]:
+    def __call__(self, prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> list[list[float]]:
         sampled = columns["completion_ids"]
         before = tokenize_prompts(prompts, self.tokenizer)
         ids = [[*prompt, *completion] for prompt, completion in zip(before, sampled, strict=True)]
@@ -101,6 +101,6 @@ class TokenRewardModel(RewardModel):
         return rewards
 
 
-def scores_tokens(model: Any) -> bool:
+def scores_tokens(model: "PreTrainedModel") -> bool:
     """Whether a model gives a number for each token (`...ForTokenClassification`)."""
     return type(model).__name__.endswith("ForTokenClassification")

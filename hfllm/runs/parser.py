@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -54,7 +55,7 @@ class NearestNameErrors:
         return [option[2:] for option in self._option_string_actions if option.startswith("--")] + ["config"]
 
     def error(self, message: str) -> None:
-        raise InputError(message)
+        raise InputError(_one_name(message))
 
     def unknown(self, kind: str, name: str) -> InputError:
         if RENAMED.get(name) in self.names:
@@ -103,7 +104,7 @@ class NearestNameErrors:
             read = self._get_value(action, str(value))
             self._check_value(action, read)
         except argparse.ArgumentError as error:
-            raise InputError(f"{path}: {error}") from None
+            raise InputError(f"{path}: {_one_name(str(error))}") from None
         return read
 
 
@@ -179,6 +180,11 @@ def _how_to_read(kind: Any) -> dict[str, Any]:
     if kind is bool:
         return {"type": _truth, "nargs": "?", "const": True}
     return {"type": kind if kind in (int, float) else str}
+
+
+def _one_name(message: str) -> str:
+    """argparse's message without the second spelling of a flag, the one with hyphens."""
+    return re.sub(r"^(argument --\w+)/[^:]+:", r"\1:", message)
 
 
 def _truth(word: str) -> bool:

@@ -37,7 +37,7 @@ class Stage:
         parsed: its flags as they were given, a dataclass each; one has `output_dir`.
         before: the parsed flags of the stages that it runs first, by name; they decide its result too.
         also: what else decides the result, by a name of its own.
-        without: flags that do not decide it.
+        without: flags that do not decide it, or `dataset_name changed at` where `also` tells of the files.
 
     Attributes:
         arguments: all that decides the result, as JSON values.
@@ -57,8 +57,7 @@ class Stage:
     ):
         self.name, self.parsed, self.began = name, parsed, time.perf_counter()
         self.output_dir: str = _with_field(parsed, "output_dir").output_dir
-        decided = stage_arguments(*parsed, before=before) | dict(also or {})
-        self.arguments = {flag: value for flag, value in decided.items() if flag not in without}
+        self.arguments = stage_arguments(*parsed, before=before, without=without) | dict(also or {})
 
     @cached_property
     def training_args(self) -> "TrainingArguments":
@@ -102,14 +101,14 @@ class Stage:
         refuse_own_input(self.output_dir, *self.parsed)
         _ = self.report, self.repository
 
-    def announce(self, arrow: str | None = None) -> None:
+    def announce(self, what: str | None = None) -> None:
         """Say what begins, and make the repository that will be published to: a wrong name or token is found now.
 
         Args:
-            arrow: what is said in place of the output folder.
+            what: what is said in place of an arrow to the output folder.
         """
         if main_process():
-            print(f"\n=== {self.name} -> {arrow or self.output_dir}", flush=True)
+            print(f"\n=== {self.name} {what or f'-> {self.output_dir}'}", flush=True)
             if self.repository is not None:
                 self.repository.create()
 
@@ -129,12 +128,14 @@ class Stage:
         curves: Mapping[str, Plot | Bars] | None = None,
         artifacts: Mapping[str, str] | None = None,
         next_steps: Sequence[str] = (),
+        too_wide: Sequence[str] = (),
     ) -> dict[str, float]:
         """Write the report, print it (or `summary` instead), publish if asked, wait for all processes.
 
         Args:
             trainer: what trained, for the loss curve; `None` where nothing was trained and one process has worked.
             artifacts: what lies where in the output folder; by default the model, which then gets its card.
+            too_wide: titles of tables that are written and not printed.
 
         Returns:
             The metrics.
@@ -168,7 +169,7 @@ class Stage:
             if summary:
                 print(f"{self.name}: {summary} ({report.wall_seconds:.0f} s)", flush=True)
             else:
-                report.print()
+                report.print(too_wide)
             try:
                 self.publish()
             except InputError as error:
@@ -230,12 +231,15 @@ def refuse_own_input(output_dir: str, *parsed: "DataclassInstance") -> None:
 
 
 def stage_arguments(
-    *parsed: "DataclassInstance", before: "Mapping[str, Sequence[DataclassInstance]] | None" = None
+    *parsed: "DataclassInstance",
+    before: "Mapping[str, Sequence[DataclassInstance]] | None" = None,
+    without: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The flags that decide a stage's result, and when the local data, models and reward functions they name changed.
 
     Args:
         before: the parsed flags of the stages that it runs first, by name.
+        without: what does not decide it.
     """
     arguments = run_arguments(*parsed)
     # What tells of a model's folder that it was written again.
@@ -251,7 +255,7 @@ def stage_arguments(
     for flag, name in named.items():
         path = Path(name)
         path = path / files[flag] if flag in files and path.is_dir() else path
-        if not name or name in (WORLD, PYDOC) or not path.exists():
+        if not name or name in (WORLD, PYDOC) or not path.exists() or f"{flag} changed at" in without:
             continue
         files_read = [path] if path.is_file() else source_files(name)
         # A file that is edited leaves its folder's time alone, one that is removed does not.
@@ -262,7 +266,7 @@ def stage_arguments(
             arguments[f"{flag} changed at"] = max(written)
     for stage, flags in (before or {}).items():
         arguments |= {f"{stage}.{flag}": value for flag, value in run_arguments(*flags).items()}
-    return arguments
+    return {flag: value for flag, value in arguments.items() if flag not in without}
 
 
 def _reward_files(arguments: Mapping[str, Any]) -> dict[str, list[Path]]:

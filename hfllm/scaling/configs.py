@@ -27,7 +27,7 @@ def deepspeed_config(
     """DeepSpeed's configuration of a ZeRO stage; `auto` is filled in from the recipe's flags.
 
     Args:
-        offload: where weights and optimiser states go, `"cpu"` or `"nvme"` (ZeRO-Infinity, arXiv:2104.07857).
+        offload: where weights and optimizer states go, `"cpu"` or `"nvme"` (ZeRO-Infinity, arXiv:2104.07857).
         nvme_path: a folder on a local drive of each node.
         overlap: communicate during the backward pass, for a second bucket of memory; nothing to gain on a CPU.
     """
@@ -110,7 +110,7 @@ def _megatron_config(layout: Layout, request: Request) -> dict[str, Any]:
 
 
 def recipe_flags(plan: Plan, request: Request, folder: str = "") -> dict[str, Any]:
-    """Flags of recipes/pretrain.py that make it do what was planned; `folder` holds the architecture."""
+    """Flags of `hfllm pretrain` that make it do what was planned; `folder` holds the architecture."""
     layout = plan.layout
     flags = {
         "config_name_or_path": str(PurePath(folder) / MODEL_FILE),
@@ -156,9 +156,9 @@ def launch_files(
             config["fp16"] = {"enabled": "auto"}
         files[DEEPSPEED_FILE] = json.dumps(config, indent=2) + "\n"
     if plan.layout.engine in RECIPES:
-        note = "# For recipes/pretrain.py. Data, learning rate and schedule are yours to add.\n"
+        note = "# For hfllm pretrain --config. Data, learning rate and schedule are yours to add.\n"
     else:
-        note = f"# recipes/pretrain.py does not run this layout ({plan.layout.engine}); what a script would set:\n"
+        note = f"# hfllm pretrain does not run this layout ({plan.layout.engine}); what a script would set:\n"
     flags = note + _yaml(recipe_flags(plan, request, folder))
     return files | {FLAGS_FILE: flags, MODEL_FILE: json.dumps(architecture(request, model), indent=2) + "\n"}
 

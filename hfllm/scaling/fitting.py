@@ -1,8 +1,8 @@
 """Fit L(N, D) = E + A / N^alpha + B / D^beta to a table of runs, as Chinchilla's approach 3 does.
 
-The procedure is Hoffmann et al. 2022, arXiv:2203.15556, section 3.3 and appendix D.2: minimise the sum over runs of
+The procedure is Hoffmann et al. 2022, arXiv:2203.15556, section 3.3 and appendix D.2: minimize the sum over runs of
 Huber_delta(LSE(a - alpha log N, b - beta log D, e) - log L) from a grid of starts, with A = exp(a), B = exp(b),
-E = exp(e). The sum, not the mean, is minimised until nothing moves: stopping early is what Besiroglu et al. 2024,
+E = exp(e). The sum, not the mean, is minimized until nothing moves: stopping early is what Besiroglu et al. 2024,
 arXiv:2404.10102, found wrong with the published coefficients.
 """
 
@@ -14,7 +14,7 @@ import numpy
 
 from hfllm.errors import InputError
 from hfllm.scaling.laws import ParametricLaw
-from hfllm.scaling.minimise import minimise
+from hfllm.scaling.minimize import minimize
 from hfllm.scaling.runs import Runs
 
 DELTA = 1e-3
@@ -52,14 +52,14 @@ class CentredRuns:
 class HuberObjective(CentredRuns):
     """The objective of a fit and its gradient, for many points and weights of the runs at once.
 
-    N and D are centred in logarithms, so that a and alpha (b and beta) hardly depend on each other; `to_centred` and
-    `from_centred` go between the papers' (a, b, e, alpha, beta) and what is minimised.
+    N and D are centered in logarithms, so that a and alpha (b and beta) hardly depend on each other; `to_centered` and
+    `from_centered` go between the papers' (a, b, e, alpha, beta) and what is minimized.
 
     Args: those of `CentredRuns`.
     """
 
     def __call__(self, points: numpy.ndarray, problems: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Values (P,) and gradients (P, 5) at centred points (P, 5) of the problems with these numbers (P,)."""
+        """Values (P,) and gradients (P, 5) at centered points (P, 5) of the problems with these numbers (P,)."""
         with numpy.errstate(over="ignore", under="ignore", invalid="ignore"):
             value, slope, shares = self._terms(points)
             if self.weights is not None:
@@ -69,7 +69,7 @@ class HuberObjective(CentredRuns):
         return value.sum(1), numpy.stack(columns, axis=1)
 
     def of_each_run(self, points: numpy.ndarray) -> numpy.ndarray:
-        """Huber's loss of each run at centred points, (P, R)."""
+        """Huber's loss of each run at centered points, (P, R)."""
         return self._terms(points)[0]
 
     def _terms(self, points: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray, list[numpy.ndarray]]:
@@ -85,14 +85,14 @@ class HuberObjective(CentredRuns):
         inside = numpy.clip(residual, -self.delta, self.delta)
         return inside * (residual - inside / 2), inside / total, shares
 
-    def to_centred(self, points: numpy.ndarray) -> numpy.ndarray:
+    def to_centered(self, points: numpy.ndarray) -> numpy.ndarray:
         """From the papers' coordinates, (P, 5)."""
         moved = numpy.array(points, dtype=float)
         moved[:, 0] -= moved[:, 3] * self.centres[0]
         moved[:, 1] -= moved[:, 4] * self.centres[1]
         return moved
 
-    def from_centred(self, points: numpy.ndarray) -> numpy.ndarray:
+    def from_centered(self, points: numpy.ndarray) -> numpy.ndarray:
         """To the papers' coordinates, (P, 5)."""
         moved = numpy.array(points, dtype=float)
         moved[:, 0] += moved[:, 3] * self.centres[0]
@@ -158,10 +158,10 @@ def fit_law(runs: Runs, delta: float = DELTA) -> Fit:
     """
     check_runs(runs)
     objective = HuberObjective(runs, delta)
-    points, values = minimise(objective, objective.to_centred(grid()), FIRST_STEPS)
-    points, values = minimise(objective, points[numpy.argsort(values, kind="stable")[:FOLLOWED]])
+    points, values = minimize(objective, objective.to_centered(grid()), FIRST_STEPS)
+    points, values = minimize(objective, points[numpy.argsort(values, kind="stable")[:FOLLOWED]])
     best = int(values.argmin())
-    point = objective.from_centred(points[[best]])
+    point = objective.from_centered(points[[best]])
     coefficients = coefficients_of(point)[0]
     for name, what in (("alpha", "N"), ("beta", "D")):
         if not coefficients[COEFFICIENTS.index(name)] > 0:
@@ -180,13 +180,13 @@ def bootstrap(fit: Fit, resamples: int = 1000, seed: int = 0, delta: float = DEL
     """
     runs, weights = fit.runs, resampled_weights(fit.runs, resamples, seed)
     each = HuberObjective(runs, delta)
-    starts = each.to_centred(grid())
+    starts = each.to_centered(grid())
     best_starts = _best_starts(each, starts, weights, count=3)
-    own = numpy.tile(each.to_centred(fit.point[None]), (resamples, 1))
+    own = numpy.tile(each.to_centered(fit.point[None]), (resamples, 1))
     weighted = HuberObjective(runs, delta, numpy.tile(weights, (4, 1)))
-    points, values = minimise(weighted, numpy.concatenate([own, *best_starts]))
+    points, values = minimize(weighted, numpy.concatenate([own, *best_starts]))
     best = values.reshape(4, resamples).argmin(0) * resamples + numpy.arange(resamples)
-    coefficients = coefficients_of(each.from_centred(points[best]))
+    coefficients = coefficients_of(each.from_centered(points[best]))
     with numpy.errstate(invalid="ignore"):
         falls = numpy.isfinite(coefficients).all(1) & (coefficients[:, 1:] > 0).all(1)
     if not falls.any():

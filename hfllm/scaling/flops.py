@@ -1,4 +1,4 @@
-"""Published arithmetic of training: FLOPs, utilisation, pipeline bubbles and days.
+"""Published arithmetic of training: FLOPs, utilization, pipeline bubbles and days.
 
 Symbols are the papers': P or N parameters, D or T tokens, l layers, h hidden size, a heads, s sequence length,
 V vocabulary, B sequences in a global batch, n devices, X FLOP/s that one device achieves.
@@ -63,7 +63,7 @@ def training_flops(num_parameters: float, tokens: float) -> float:
     return 6 * num_parameters * tokens
 
 
-def utilisation(tokens_per_second: float, flops_per_token: float, devices: int, peak_flops: float) -> float:
+def utilization(tokens_per_second: float, flops_per_token: float, devices: int, peak_flops: float) -> float:
     """Share of the devices' peak that is reached.
 
     MFU with the model's FLOPs per token, HFU with those that the hardware does, recomputation included.

@@ -13,7 +13,7 @@ import numpy
 
 from hfllm.scaling.fitting import DELTA, Bootstrap, CentredRuns, Fit, resampled_weights
 from hfllm.scaling.laws import KaplanLaw
-from hfllm.scaling.minimise import minimise
+from hfllm.scaling.minimize import minimize
 from hfllm.scaling.runs import Runs
 
 CHINCHILLA, KAPLAN = "chinchilla", "kaplan"
@@ -95,13 +95,13 @@ def fit_kaplan(runs: Runs, resamples: int = 1000, seed: int = 0, delta: float = 
     Resamples begin at the best of the points found, and at some of the others, each of another value.
     """
     objective = KaplanObjective(runs, delta)
-    points, values = minimise(objective, numpy.array(list(itertools.product(*GRID)), dtype=float))
+    points, values = minimize(objective, numpy.array(list(itertools.product(*GRID)), dtype=float))
     order = numpy.argsort(values, kind="stable")
     _, different = numpy.unique(values[order].round(9), return_index=True)
     starts = points[order[different[:FOLLOWED]]]
     weights = resampled_weights(runs, resamples, seed)
     weighted = KaplanObjective(runs, delta, numpy.tile(weights, (len(starts), 1)))
-    found, losses = minimise(weighted, starts.repeat(resamples, axis=0))
+    found, losses = minimize(weighted, starts.repeat(resamples, axis=0))
     best = losses.reshape(len(starts), resamples).argmin(0) * resamples + numpy.arange(resamples)
     return KaplanFit(starts[0], found[best], float(values[order[0]]), objective.centres)
 

@@ -22,7 +22,7 @@ class Layout:
         tensor: devices over which each matrix is split (Shoeybi et al. 2019, arXiv:1909.08053).
         pipeline: stages of layers (Narayanan et al. 2021, arXiv:2104.04473).
         expert: devices, out of the `data` ones, over which experts are spread.
-        zero_stage: what is sharded over `data`: 1 optimiser states, 2 also gradients, 3 also weights (Rajbhandari et
+        zero_stage: what is sharded over `data`: 1 optimizer states, 2 also gradients, 3 also weights (Rajbhandari et
             al. 2019, arXiv:1910.02054); 0 nothing.
         recompute: which activations are computed again in the backward pass: `"none"`, `"selective"` (attention
             scores; Korthikanti et al. 2022, arXiv:2205.05198) or `"full"` (all but each layer's input).
@@ -86,7 +86,7 @@ class Layout:
         if self.engine == MEGATRON and self.zero_stage > 1:
             yield (
                 f"--zero_stage {self.zero_stage} does not go with {self._degrees()}, --expert_parallel {self.expert} "
-                f"and --recompute {self.recompute}: Megatron-LM, which runs that, shards the optimiser only"
+                f"and --recompute {self.recompute}: Megatron-LM, which runs that, shards the optimizer only"
             )
         if self.zero_stage and self.data == 1:
             yield f"--zero_stage {self.zero_stage} has nothing to shard over: there is one replica"

@@ -1,4 +1,4 @@
-"""Bytes that training takes on one device: weights, gradients, optimiser states, activations.
+"""Bytes that training takes on one device: weights, gradients, optimizer states, activations.
 
     device_memory(shape, Layout(data=8, zero_stage=2), PRECISIONS["bf16"], sequence_length=4096).peak
 
@@ -50,7 +50,7 @@ class Memory:
 def zero_state_bytes(
     num_parameters: float, data: int = 1, zero_stage: int = 0, precision: Precision = PRECISIONS["bf16"]
 ) -> dict[str, float]:
-    """Weights, gradients and optimiser states of one device (ZeRO, arXiv:1910.02054, figure 1)."""
+    """Weights, gradients and optimizer states of one device (ZeRO, arXiv:1910.02054, figure 1)."""
     return {
         "weights": num_parameters * precision.weights / (data if zero_stage >= 3 else 1),
         "gradients": num_parameters * precision.gradients / (data if zero_stage >= 2 else 1),

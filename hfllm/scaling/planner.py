@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
-from typing import Any
 
 from hfllm.errors import InputError
 from hfllm.scaling.activations import ATTENTION, PRECISIONS, Precision
@@ -23,7 +22,7 @@ from hfllm.scaling.memory import Memory, device_memory
 from hfllm.scaling.shapes import LARGEST, Shape
 from hfllm.scaling.speed import EFFICIENCY, Speed, estimate
 
-# What recipes/pretrain.py does without --loss_chunk_size, and what it cannot do under DeepSpeed's ZeRO-3.
+# What `hfllm pretrain` does without --loss_chunk_size, and what it cannot do under DeepSpeed's ZeRO-3.
 LOSS_CHUNK_SIZE = 1024
 # A smaller share is a slip, and would make numbers that are none.
 LEAST_SHARE = 1e-6
@@ -50,7 +49,7 @@ class Request:
         usable: share of a device's memory to fill.
 
     Raises:
-        InputError: naming recipes/plan.py's flag, for a number that is not finite or out of range, or a name that is
+        InputError: naming the flag of `hfllm plan`, for a number that is not finite or out of range, or a name that is
             not known.
     """
 
@@ -111,7 +110,7 @@ class Request:
     def loss_chunk_size(self, layout: Layout) -> int:
         """Tokens whose logits exist at a time: the shape's, where a layout's engine can do that; 0 is all at once.
 
-        Without the shape's it is the default of recipes/pretrain.py, for layouts that the recipes run.
+        Without the shape's it is the default of `hfllm pretrain`, for layouts that the recipes run.
         """
         if layout.engine == MEGATRON or (layout.engine == DEEPSPEED and layout.zero_stage == 3):
             return 0
@@ -190,7 +189,7 @@ def plan(request: Request) -> list[Plan]:
         f"the model fits nowhere: of {size_text(request.usable_bytes)} usable on each of {request.num_devices} "
         f"{request.device.name}, the smallest layout ({layout}, recompute {layout.recompute}, micro-batch "
         f"{layout.micro_batch}) needs {size_text(memory.peak)}: use more or larger devices, a shorter --max_length, "
-        "or offload (accelerate_configs/zero3_offload_cpu.yaml)"
+        "or offload (hfllm pretrain --config_file zero3_offload_cpu)"
     )
 
 
@@ -268,7 +267,7 @@ def _settings(request: Request, spread: Layout) -> Iterator[tuple[Layout, list[i
         yield (layout, sizes) if problem is None else problem
 
 
-def _held(value: Any) -> list | None:
+def _held(value: object) -> list | None:
     return None if value is None else [value]
 
 

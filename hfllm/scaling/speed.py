@@ -104,7 +104,7 @@ def _memory_traffic(shape: Shape, layout: Layout, precision: Precision, sequence
 
 
 def _bandwidth(device: Device, group: int) -> float:
-    """Bytes a second between neighbours in a group of so many devices that stand side by side."""
+    """Bytes a second between neighbors in a group of so many devices that stand side by side."""
     return device.near if group <= device.per_node else device.far
 
 

@@ -54,12 +54,12 @@ class RlhfArguments(DataArguments, BatchArguments):
     ptx_dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Texts for --ptx_coef, as pretrain.py takes them; of 'world' as many documents as --num_prompts."
+            "help": "Texts for --ptx_coef, as pretrain takes them; of 'world' as many documents as --num_prompts."
         },
     )
     apply_chat_template: bool = field(
         default=False,
-        metadata={"help": "Put text prompts to the model as a user's turn of its chat template, as sft.py does."},
+        metadata={"help": "Put text prompts to the model as a user's turn of its chat template, as sft does."},
     )
     num_prompts: int = field(default=8192, metadata={"help": "Prompts of the embedded world to sample from."})
     num_eval_prompts: int = field(default=360, metadata={"help": "Held-out prompts, at most this many."})

@@ -1,4 +1,4 @@
-"""recipes/convert.py: both directions, checked by logits, refusing clearly and leaving nothing behind."""
+"""`hfllm convert`: both directions, checked by logits, refusing clearly and leaving nothing behind."""
 
 import json
 
@@ -54,6 +54,18 @@ def test_the_worlds_base_model_becomes_a_llama(tiny, tmp_path):
     assert metrics["max_logit_difference"] < 1e-5
     native = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "native")
     assert type(native) is transformers.LlamaForCausalLM
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["artifacts"] == {"model": "native"}
+    # What the base model was made with decides the result too.
+    assert report["arguments"]["pretrain.max_steps"] == 6
+
+
+@pytest.mark.parametrize("word", ["--no_verify", "--no-verify", "--verify=false"])
+def test_outputs_are_not_compared_if_not_wanted(llama, tmp_path, word, monkeypatch):
+    monkeypatch.setattr("hfllm.stages.conversion.logit_difference", None)
+    metrics = run("--model_name_or_path", llama, "--output_dir", tmp_path / "ours", word)
+    assert metrics.keys() == {"parameters", "tensors"}
+    assert (tmp_path / "ours" / "loss_hfllm.py").is_file()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""recipes/curate.py: from files to shards that pretraining reads, with every drop accounted for."""
+"""`hfllm curate`: from files to shards that pretraining reads, with every drop accounted for."""
 
 import gzip
 import importlib.util
@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import curate
 import pytest
+import yaml
 
 pytest.importorskip("datatrove", reason="needs the extra 'data'")
 
@@ -21,6 +22,7 @@ from hfllm.data.loading import TextArguments, load_texts
 from hfllm.data.prepared import Prepared
 from hfllm.data.sources import load_source
 from hfllm.errors import InputError
+from hfllm.stages.curation import CurateArguments, fingerprint
 
 ROOT = Path(__file__).parent.parent.parent
 WORDS = {
@@ -99,7 +101,11 @@ def corpus(tmp_path):
 def test_every_drop_is_counted_and_the_rest_can_be_pretrained_on(corpus, capsys):
     (corpus.folder / "in" / "d.zip").write_bytes(b"PK")
     metrics = run(*corpus.flags)
-    assert "1 files of other kinds are not read" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"=== curate {corpus.folder / 'in'} -> {corpus.folder / 'out'}" in printed
+    assert "1 files of other kinds are not read" in printed
+    assert "Drops by reason" in printed and "Examples of what was dropped" not in printed
+    assert printed.endswith(f"hfllm pretrain --dataset_name {corpus.folder / 'out' / 'data'}\n")
     out = corpus.folder / "out"
     source = load_source(str(out / "data"))
     assert sorted(row["text"] for row in source.rows) == sorted(corpus.good)
@@ -133,7 +139,7 @@ def test_every_drop_is_counted_and_the_rest_can_be_pretrained_on(corpus, capsys)
         run(*corpus.flags)
 
 
-def test_an_interrupted_run_goes_on_and_ends_the_same(corpus, monkeypatch, capsys):
+def test_an_interrupted_run_resumes_and_ends_the_same(corpus, monkeypatch, capsys):
     from hfllm.data.curation import pipeline
 
     whole = pipeline.run_stages
@@ -155,7 +161,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(corpus, monkeypatch, capsy
     with monkeypatch.context() as patch:
         patch.setattr(pipeline.DocumentReader, "run", read_again)
         run(*corpus.flags)
-    assert "going on with the unfinished run" in capsys.readouterr().out
+    assert "resuming the unfinished run" in capsys.readouterr().out
     assert sorted(row["text"] for row in load_source(str(out / "data")).rows) == sorted(corpus.good)
     assert not (out / "unfinished").exists()
 
@@ -240,12 +246,36 @@ def test_without_the_extra_it_says_what_to_install(tmp_path, monkeypatch):
         run("--output_dir", tmp_path / "out")
 
 
-def test_settings_of_the_default_corpus_are_for_it_alone():
+def test_settings_of_the_default_corpus_are_for_it_alone(tmp_path):
     (default,) = curate.parse([])
     (named,) = curate.parse(["--dataset_name", "pydoc"])
-    (own,) = curate.parse(["--dataset_name", "mine.jsonl"])
+    (own,) = curate.parse(["--dataset_name=mine.jsonl"])
+    (tmp_path / "own.yaml").write_text("dataset_name: mine.jsonl\n")
+    (listed,) = curate.parse(["--config", str(tmp_path / "own.yaml")])
     assert default == named
+    assert own == listed
     assert "c4_quality" in own.filters and "c4_quality" not in default.filters
+
+
+def test_settings_that_came_with_hfllm_by_name(tmp_path, monkeypatch):
+    file = ROOT / "recipes" / "configs" / "curate" / "books.yaml"
+    monkeypatch.chdir(tmp_path)
+    (by_name,) = curate.parse(["--dataset_name", "books", "--config", "curate/books"])
+    (by_path,) = curate.parse(["--dataset_name", "books", "--config", str(file)])
+    assert by_name == by_path
+    assert by_name.filters == yaml.safe_load(file.read_text())["filters"]
+
+
+def test_a_folder_of_files_that_training_does_not_read(tmp_path):
+    """A WARC file among them: the fingerprint looks at it, and no list of formats of the other recipes is asked."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.warc").write_bytes(b"")
+    (script_args,) = curate.parse(["--dataset_name", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out")])
+    before = fingerprint(script_args)
+    with pytest.raises(InputError, match="none of 1 documents is left: read/empty_file 1"):
+        curate.main(script_args)
+    (tmp_path / "in" / "a.warc").write_bytes(b"x")
+    assert fingerprint(script_args) != before
 
 
 DOCS = (ROOT / "docs" / "curation.md").read_text()
@@ -253,7 +283,7 @@ DOCS = (ROOT / "docs" / "curation.md").read_text()
 
 def test_the_page_names_flags_and_metrics_that_exist(tmp_path):
     flags = {flag for flag in re.findall(r"--([a-z_]+)", DOCS) if flag != "config"}
-    assert flags <= {item.name for item in fields(curate.CurateArguments)}
+    assert flags <= {item.name for item in fields(CurateArguments)}
     settings = {item.name for item in fields(CurationOptions)} - {"examples", "seed", "max_samples", "output_format"}
     assert settings - {"dataset_train_split"} <= flags | {"tasks", "filters"}
     metrics = run("--max_samples", 120, "--filters", "length", "--output_dir", tmp_path)

@@ -1,4 +1,4 @@
-"""recipes/plan.py: what it prints and writes, without torch, and what it refuses."""
+"""`hfllm plan`: what it prints and writes, without torch, and what it refuses."""
 
 import json
 import re
@@ -22,10 +22,11 @@ def run(tmp_path, *flags):
 
 
 def test_the_trillion_without_torch(tmp_path):
+    heavy = {"torch", "transformers", "trl", "numpy", "matplotlib", "yaml"}
     code = (
         "import sys; sys.path.insert(0, 'recipes'); import plan\n"
         f"plan.main(*plan.parse(['--output_dir', {str(tmp_path)!r}]))\n"
-        "assert not {'torch', 'transformers', 'trl', 'numpy', 'matplotlib', 'yaml'} & set(sys.modules)"
+        f"assert not {heavy} & set(sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -95,7 +96,8 @@ def test_the_chosen_layout_is_listed_and_its_memory_drawn(tmp_path, capsys):
     printed = capsys.readouterr().out
     rows = [line for line in printed.splitlines() if line.startswith("| * ")]
     assert len(rows) == 1 and "DeepSpeed" in rows[0]
-    assert "recipes/pretrain.py --config" in printed
+    assert f"hfllm pretrain --config_file {tmp_path / 'accelerate.yaml'} --machine_rank N " in printed
+    assert f"--main_process_port 29500 --config {tmp_path / 'flags.yaml'}\n" in printed
     assert (tmp_path / "memory.png").stat().st_size > 1000
 
 
@@ -186,8 +188,10 @@ def test_the_printed_command_makes_the_planned_model(flags, tmp_path, capsys):
 
     metrics = run(tmp_path, *flags)
     command = capsys.readouterr().out.splitlines()[-1]
-    _, _, given = command.partition("recipes/pretrain.py ")
-    script_args, training_args, model_args = pretrain.parse([*given.split(), "--output_dir", str(tmp_path / "x")])
+    words = command.split()
+    assert words[:2] == ["hfllm", "pretrain"]
+    given = words[words.index("--config") :]
+    script_args, training_args, model_args = pretrain.parse([*given, "--output_dir", str(tmp_path / "x")])
     check(script_args, training_args, model_args)
     with torch.device("meta"):
         texts = ["the old owl walks by a red house", "a small fox sings"] * 20
@@ -220,11 +224,11 @@ def test_a_native_config_and_one_of_the_family_are_launched_as_they_are(make_con
         named_fields("gpt-x")
 
 
-def test_a_layout_of_others_says_so(tmp_path):
+def test_a_layout_of_others_says_so(tmp_path, capsys):
     run(tmp_path, "--pipeline_parallel", 16)
-    assert (
-        (tmp_path / "flags.yaml").read_text().startswith("# recipes/pretrain.py does not run this layout (megatron)")
-    )
+    text = (tmp_path / "flags.yaml").read_text()
+    assert text.startswith("# hfllm pretrain does not run this layout (megatron)")
+    assert "accelerate launch --config_file" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_processes_of_a_cpu_share_it(tmp_path):
@@ -261,12 +265,10 @@ def test_the_page_names_every_metric_and_its_commands_parse(tmp_path):
     page = (ROOT / "docs" / "planner.md").read_text()
     for name in run(tmp_path, "--preset", "gpt2", "--num_devices", 1):
         assert f"`{name}`" in page, name
-    commands = [
-        line.partition("recipes/plan.py")[2] for line in page.splitlines() if line.startswith("python recipes/")
-    ]
+    commands = re.findall(r"^(?:hfllm plan|python recipes/plan.py)\b([^#\n]*)", page, re.MULTILINE)
     assert len(commands) == 4
     for command in commands:
-        plan.parse(command.partition("#")[0].split())
+        plan.parse(command.split())
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(code, {})
 

@@ -1,4 +1,4 @@
-"""recipes/push.py, and --push_to_hub of the stages: one push of the finished model, and no secret left anywhere."""
+"""`hfllm push`, and --push_to_hub of the stages: one push of the finished model, and no secret left anywhere."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_a_stage_publishes_its_result_once(hub, command, tmp_path, capfd, monkey
     assert repo.messages == ["initial commit", "Upload model"]
     files = repo.files("trial")
     assert {"model.safetensors", "generation_config.json", "chat_template.jinja", "modeling_hfllm.py"} <= set(files)
-    assert {"report.json", "report.md", "loss.png"} <= set(files)
+    assert {"report.json", "report.md", "loss.png", "loss_hfllm.py"} <= set(files)
     assert not any("checkpoint" in name or name.endswith(".bin") for name in files)
     card = files["README.md"].content.decode()
     assert "| eval_loss" in card
@@ -70,7 +70,7 @@ def test_a_failed_push_loses_nothing(hub, command, tmp_path, capfd):
     hub.fail("/commit/", 503, times=1000)
     message = complaint(sft, *command)
     folder = tmp_path / "my-model"
-    assert f"recipes/push.py --model_name_or_path {folder} --hub_model_id me/my-model" in message
+    assert f"hfllm push --model_name_or_path {folder} --hub_model_id me/my-model" in message
     assert (folder / "report.json").is_file()
     assert hub.repos["me/my-model"].messages == ["initial commit"]
     hub.faults.clear()
@@ -90,7 +90,7 @@ def test_what_cannot_be_published_stops_before_training(hub, command, monkeypatc
 
 def test_push_says_what_it_needs(hub, saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "outputs/rlhf: no such folder; run recipes/rlhf.py first" in complaint(push)
+    assert "outputs/rlhf: no such folder; run hfllm rlhf first" in complaint(push)
     assert "for example --hub_model_id me/my-model" in complaint(push, "--model_name_or_path", saved)
     assert complaint(push, "--hub_model", "x") == "unknown flag 'hub_model'; did you mean 'hub_model_id'?"
     (tmp_path / "push.yaml").write_text("privat: true\n")
@@ -104,13 +104,24 @@ def test_credentials_among_the_arguments_are_not_reported(tmp_path):
     assert TOKEN not in str(reported)
 
 
-def test_help_does_not_show_a_token_of_a_config_file(tmp_path, capsys):
+@pytest.mark.parametrize("word", ["--help", "--help_all"])
+def test_help_does_not_show_a_token_of_a_config_file(word, tmp_path, capsys):
     (tmp_path / "push.yaml").write_text(f"hub_token: {TOKEN}\n")
     with pytest.raises(SystemExit):
-        push.parse(["--config", str(tmp_path / "push.yaml"), "--help"])
+        push.parse(["--config", str(tmp_path / "push.yaml"), word])
     shown = capsys.readouterr().out
-    assert "    python recipes/push.py --model_name_or_path" in shown
+    assert "    hfllm push --hub_model_id" in shown
+    assert "--hub_token" in shown
     assert TOKEN not in shown
+
+
+def test_flags_as_they_may_be_written(tmp_path):
+    (tmp_path / "push.yaml").write_text("private: yes\ndry_run: 0\nrevision: trial\n")
+    (parsed,) = push.parse(["--config", str(tmp_path / "push.yaml"), "--dry-run", "--commit-message", "Two words"])
+    assert (parsed.private, parsed.dry_run, parsed.revision) == (True, True, "trial")
+    assert (parsed.commit_message, parsed.model_name_or_path) == ("Two words", "outputs/rlhf")
+    for words in (["--private", "false"], ["--private=no"]):
+        assert not push.parse(["--config", str(tmp_path / "push.yaml"), *words])[0].private
 
 
 def test_a_dry_run_needs_no_network(hub, saved, capsys):

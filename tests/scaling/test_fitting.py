@@ -10,7 +10,7 @@ from hfllm.errors import InputError
 from hfllm.scaling.fitting import COEFFICIENTS, DELTA, HuberObjective, bootstrap, fit_law, grid
 from hfllm.scaling.isoflop import frontier, frontier_law, isoflop_law, isoflops
 from hfllm.scaling.laws import CHINCHILLA, EPOCH, ParametricLaw
-from hfllm.scaling.minimise import minimise
+from hfllm.scaling.minimize import minimize
 from hfllm.scaling.runs import Runs, read_runs
 
 
@@ -34,7 +34,7 @@ def papers_objective(point, runs, delta=DELTA):
 
 
 def nelder_mead(function, start, steps=1500):
-    """A minimiser without gradients (Nelder and Mead 1965), to check the one with them."""
+    """A minimizer without gradients (Nelder and Mead 1965), to check the one with them."""
     simplex = [numpy.array(start)] + [numpy.array(start) + 0.05 * row for row in numpy.eye(len(start))]
     values = [function(point) for point in simplex]
     for _ in range(steps):
@@ -65,7 +65,7 @@ def test_the_starts_that_are_given_up_early_would_not_have_been_better():
     for seed, count, noise in ((0, 14, 0.01), (1, 30, 0.003)):
         runs = made_runs(EPOCH, count, noise, seed=seed)
         objective = HuberObjective(runs)
-        _, values = minimise(objective, objective.to_centred(grid()))
+        _, values = minimize(objective, objective.to_centered(grid()))
         assert fit_law(runs).objective == pytest.approx(values.min(), rel=1e-4)
 
 
@@ -77,9 +77,9 @@ def test_the_objective_is_the_papers():
     runs = made_runs(EPOCH, 20, 3e-3)
     objective = HuberObjective(runs)
     points = numpy.array([logarithms(EPOCH), logarithms(CHINCHILLA), grid()[1234]])
-    values, _ = objective(objective.to_centred(points), numpy.arange(3))
+    values, _ = objective(objective.to_centered(points), numpy.arange(3))
     assert values == pytest.approx([papers_objective(point, runs) for point in points], rel=1e-9)
-    assert objective.from_centred(objective.to_centred(points)) == pytest.approx(points)
+    assert objective.from_centered(objective.to_centered(points)) == pytest.approx(points)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -87,7 +87,7 @@ def test_the_gradient_is_that_of_the_value(weighted):
     runs, rng = made_runs(EPOCH, 12, 3e-3), numpy.random.default_rng(1)
     weights = rng.integers(0, 3, (6, 12)).astype(float) if weighted else None
     objective = HuberObjective(runs, 0.05, weights)
-    points = objective.to_centred(logarithms(EPOCH) + 0.05 * rng.standard_normal((6, 5)))
+    points = objective.to_centered(logarithms(EPOCH) + 0.05 * rng.standard_normal((6, 5)))
     problems = numpy.arange(6)
     _, gradient = objective(points, problems)
     for column, step in enumerate(1e-6 * numpy.eye(5)):
@@ -99,11 +99,11 @@ def test_the_gradient_is_that_of_the_value(weighted):
 def test_far_starts_neither_overflow_nor_end_in_nothing():
     runs = made_runs(EPOCH, 12, 0)
     objective = HuberObjective(runs)
-    values, gradients = objective(objective.to_centred(grid()), numpy.arange(4500))
+    values, gradients = objective(objective.to_centered(grid()), numpy.arange(4500))
     assert numpy.isfinite(values).all() and numpy.isfinite(gradients).all()
 
 
-def test_many_problems_are_minimised_at_once():
+def test_many_problems_are_minimized_at_once():
     def rosenbrock_and_kink(points, problems):
         x, y = points.T
         smooth = 100 * (y - x * x) ** 2 + (1 - x) ** 2
@@ -114,24 +114,24 @@ def test_many_problems_are_minimised_at_once():
         return numpy.where(odd, kinked, smooth), numpy.where(odd[:, None], kinked_slope, smooth_slope)
 
     starts = numpy.random.default_rng(0).uniform(-3, 3, (40, 2))
-    points, values = minimise(rosenbrock_and_kink, starts)
+    points, values = minimize(rosenbrock_and_kink, starts)
     assert points[::2] == pytest.approx(numpy.ones((20, 2)), abs=1e-5)
     assert points[1::2] == pytest.approx(numpy.tile([3.0, -1.0], (20, 1)), abs=1e-3)
     assert values.shape == (40,)
 
 
-def test_the_fit_is_a_minimum_that_another_minimiser_does_not_beat():
+def test_the_fit_is_a_minimum_that_another_minimizer_does_not_beat():
     runs = made_runs(EPOCH, 40, 5e-3)
     fit = fit_law(runs)
     found = logarithms(fit.law)
     assert fit.objective == pytest.approx(papers_objective(found, runs), rel=1e-6)
     objective = HuberObjective(runs)
-    centred = objective.to_centred(found[None])[0]
+    centered = objective.to_centered(found[None])[0]
 
     def value(point):
         return objective(point[None], numpy.zeros(1, dtype=int))[0][0]
 
-    for start in (centred, objective.to_centred(logarithms(EPOCH)[None])[0], centred + 0.2):
+    for start in (centered, objective.to_centered(logarithms(EPOCH)[None])[0], centered + 0.2):
         assert nelder_mead(value, start) >= fit.objective * (1 - 1e-6)
     assert fit.objective <= papers_objective(logarithms(EPOCH), runs)
 

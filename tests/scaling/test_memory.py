@@ -205,7 +205,7 @@ def test_experts_are_spread():
     spread, whole = (device_memory(shape, Layout(data=8, expert=size), BF16, 512) for size in (8, 1))
     experts = shape.parameters()["experts"]
     assert whole.weights - spread.weights == pytest.approx(2 * experts * 7 / 8)
-    # Optimiser states of experts have only the other replicas of the same experts to be sharded over.
+    # Optimizer states of experts have only the other replicas of the same experts to be sharded over.
     sharded = device_memory(shape, Layout(data=8, expert=4, zero_stage=1), BF16, 512)
     dense = shape.num_parameters() - experts
     assert sharded.optimizer == pytest.approx(12 * (dense / 8 + experts / 4 / 2))

@@ -78,11 +78,11 @@ def test_pipeline_bubble():
         (530e9, (105, 128, 160), 65.43e3, 2240, A100, 29.7, 30.2),
     ],
 )
-def test_palm_utilisation(parameters, sizes, speed, chips, peak, without, whole):
+def test_palm_utilization(parameters, sizes, speed, chips, peak, without, whole):
     """Chowdhery et al. 2022, arXiv:2204.02311, table 3 and appendix B: PaLM 540B and MT-NLG 530B; 0.1 points."""
     for attention, percent in ((False, without), (True, whole)):
         per_token = flops.palm_flops_per_token(parameters, *sizes, 2048, attention)
-        assert 100 * flops.utilisation(speed, per_token, chips, peak) == pytest.approx(percent, abs=0.1)
+        assert 100 * flops.utilization(speed, per_token, chips, peak) == pytest.approx(percent, abs=0.1)
 
 
 def test_palm_preset_has_those_sizes():
@@ -124,12 +124,12 @@ def test_korthikanti_overhead(name, percent):
         (128, 25600, 512, 512, 71.49, 56.3, 57.0),
     ],
 )
-def test_korthikanti_utilisation(layers, hidden, batch, devices, seconds, mfu, hfu):
+def test_korthikanti_utilization(layers, hidden, batch, devices, seconds, mfu, hfu):
     """arXiv:2205.05198, table 5, from its times of a step; 0.2 points, since 1.10 s has three digits."""
     for recompute, percent in (("none", mfu), ("selective", hfu)):
         work = flops.megatron_flops_per_batch(layers, hidden, 51200, 2048, batch, recompute)
         per_token = work / (batch * 2048)
-        reached = flops.utilisation(batch * 2048 / seconds, per_token, devices, A100)
+        reached = flops.utilization(batch * 2048 / seconds, per_token, devices, A100)
         assert 100 * reached == pytest.approx(percent, abs=0.2)
 
 

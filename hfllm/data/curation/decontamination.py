@@ -6,7 +6,6 @@ their own length; shorter ones are too common to tell anything, and are left out
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 from datatrove.data import Document
@@ -88,7 +87,7 @@ def evaluation_texts(names: Sequence[str]) -> list[str]:
     return texts
 
 
-def _strings(value: Any) -> Iterable[str]:
+def _strings(value: object) -> Iterable[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

@@ -20,7 +20,7 @@ def _option(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
-@dataclass
+@dataclass(frozen=True)
 class CurationOptions:
     """What is read, what is dropped, and how the work is cut up. The defaults suit English web text.
 

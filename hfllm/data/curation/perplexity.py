@@ -8,9 +8,8 @@ half, so that a small corpus, which is all sample, is not judged by its own memo
 import heapq
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datatrove.data import Document, DocumentsPipeline
@@ -151,8 +150,8 @@ def check_judge(model: str) -> None:
         ) from None
 
 
-def make_judge(model: str, texts: list[str]) -> Any:
-    """A function from a text to bits a byte; `model` as `CurationOptions.perplexity_model` says."""
+def make_judge(model: str, texts: list[str]) -> Callable[[str], float]:
+    """Return a function from a text to bits per byte; `model` as `CurationOptions.perplexity_model` says."""
     if model == "corpus":
         return CorpusJudge(texts)
     if model == PYDOC:

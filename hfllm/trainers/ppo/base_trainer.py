@@ -1,4 +1,4 @@
-"""A `transformers.Trainer` whose model is an `ActorCritic`: its optimiser, forward passes, metrics, checkpoints."""
+"""A `transformers.Trainer` whose model is an `ActorCritic`: its optimizer, forward passes, metrics, checkpoints."""
 
 import json
 import math
@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import TrainOutput
 
 from hfllm.errors import InputError
 from hfllm.outputs.checkpoints import last_complete_checkpoint
@@ -36,7 +37,7 @@ class ActorCriticTrainer(Trainer):
     """What `PPOTrainer` has in common with any trainer of a policy and a critic; it holds no algorithm.
 
     A checkpoint holds policy, critic, a reference that moves, the rollout in use and the controllers besides what
-    Trainer keeps: optimiser, schedule, random state.
+    Trainer keeps: optimizer, schedule, random state.
     """
 
     reference: PreTrainedModel | None
@@ -70,7 +71,7 @@ class ActorCriticTrainer(Trainer):
                 optimizer.add_param_group({**group, "params": own, "lr": self.args.value_learning_rate})
         return optimizer
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: object) -> TrainOutput:
         """As Trainer's; `True` resumes from the newest checkpoint that was written to its end."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
@@ -80,7 +81,7 @@ class ActorCriticTrainer(Trainer):
         self._begin()
         return train_unless_done(self, super().train, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, *args: object, **kwargs: object) -> dict[str, float]:
         """As Trainer's; before training, ZeRO-3 has spread the policy, but gathers nothing yet."""
         is_early = self.is_deepspeed_enabled and self.deepspeed is None
         with gather_parameters(self.actor) if is_early else nullcontext():
@@ -97,7 +98,7 @@ class ActorCriticTrainer(Trainer):
                 raise InputError(f"{name}={getattr(self.args, name)} does not work with DeepSpeed: leave it out")
 
     def _check_optimizer(self) -> None:
-        """Refuse an optimiser of the caller's that would leave weights as they are, such as the new value head's."""
+        """Refuse an optimizer of the caller's that would leave weights as they are, such as the new value head's."""
         if self.optimizer is None:
             return
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}

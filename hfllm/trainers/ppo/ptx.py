@@ -1,7 +1,7 @@
 """Pretraining data beside the rollouts: the PTX term of PPO (Ouyang et al. 2022, arXiv:2203.02155, equation 2)."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -38,7 +38,11 @@ class PretrainingBatches:
 
     @classmethod
     def build(
-        cls, dataset: Any, tokenizer: "PreTrainedTokenizerBase", context: int | None, args: PPOConfig
+        cls,
+        dataset: "Dataset | Sequence[dict] | None",
+        tokenizer: "PreTrainedTokenizerBase",
+        context: int | None,
+        args: PPOConfig,
     ) -> "PretrainingBatches | None":
         """The batches that `args.ptx_coef` asks for, or `None`.
 

@@ -44,8 +44,8 @@ class Rollout:
         """The tensors of one backward pass.
 
         Args:
-            step: optimiser step within the rollout, epoch by epoch, mini-batch by mini-batch.
-            micro_step: backward pass within the optimiser step.
+            step: optimizer step within the rollout, epoch by epoch, mini-batch by mini-batch.
+            micro_step: backward pass within the optimizer step.
             micro_batch_size: episodes in a backward pass.
         """
         mini_batches = self.mini_batch_tokens.shape[1]

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
+from transformers.utils import ModelOutput
 
 from hfllm.trainers.ppo.actor_critic import entropy_of, log_distribution
 
@@ -138,7 +138,7 @@ class SampledLogprobs:
         def keep_states(module: nn.Module, args: tuple) -> None:
             self._states = args[0][:, -1]
 
-        def keep_logits(module: nn.Module, args: tuple, output: Any) -> None:
+        def keep_logits(module: nn.Module, args: tuple, output: ModelOutput) -> None:
             self._logits = output.logits[:, -1]
 
         model = below_adapter(policy)

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from hfllm.data.tokenizer import end_tokens
 from hfllm.errors import InputError
 from hfllm.models import scorers
+from hfllm.rewards.functions import RewardFunction
 from hfllm.rewards.models import RewardModel, TokenRewardModel, scores_tokens
 from hfllm.trainers.ppo.actor_critic import looks_ahead
 from hfllm.trainers.ppo.config import PPOConfig
@@ -182,7 +183,7 @@ def build_rewards(
     return rewards
 
 
-def reward_models(rewards: Sequence[Any]) -> list[RewardModel]:
+def reward_models(rewards: Sequence[RewardFunction]) -> list[RewardModel]:
     """The models among rewards and among the members of ensembles."""
     every = [member for reward in rewards for member in getattr(reward, "members", [reward])]
     return [reward for reward in every if isinstance(reward, RewardModel)]

@@ -1,6 +1,6 @@
-"""Proximal policy optimisation from rewards, on the stock `transformers.Trainer`.
+"""Proximal policy optimization from rewards, on the stock `transformers.Trainer`.
 
-Read top-down: what the trainer is made of, how a rollout is collected (sample, score, penalise, estimate
+Read top-down: what the trainer is made of, how a rollout is collected (sample, score, penalize, estimate
 advantages), how the loss is made of it, and what is logged and evaluated. The formulas are in `advantages.py`, the
 models' forward pass in `actor_critic.py`, sampling in `sampling.py`, rewards in `scoring.py`, saving and resuming in
 `engine.py`.
@@ -305,7 +305,7 @@ class PPOTrainer(ActorCriticTrainer):
             tokens = batch.pop("mini_batch_tokens")
             groups = [group for _, group in self._passes(batch)]
             for at, group in enumerate(groups):
-                # Only the last pass of an optimiser step lets DDP average the gradients.
+                # Only the last pass of an optimizer step lets DDP average the gradients.
                 waits = at < len(groups) - 1
                 with self.accelerator.no_sync(model) if waits else nullcontext():
                     group = {**group, "mini_batch_tokens": tokens, "adds_ptx": not waits}
@@ -364,7 +364,7 @@ class PPOTrainer(ActorCriticTrainer):
     def _ptx_loss(self) -> torch.Tensor:
         """The weighted language-modelling loss on this micro-batch's share of the pretraining data.
 
-        As with the other terms, sums are divided by the tokens of the whole optimiser step on all processes.
+        As with the other terms, sums are divided by the tokens of the whole optimizer step on all processes.
         """
         passes, processes = self.args.gradient_accumulation_steps, self.args.world_size
         place = (self.args.process_index, processes, self.accelerator.device)
@@ -381,7 +381,7 @@ class PPOTrainer(ActorCriticTrainer):
 
     def _end_micro_batch(self, is_last: bool) -> None:
         if self.state.global_step < self.args.critic_warmup_steps:
-            # No gradient, so that the optimiser leaves them alone; a gradient of zero would still decay weights.
+            # No gradient, so that the optimizer leaves them alone; a gradient of zero would still decay weights.
             critic = {id(parameter) for parameter in self.actor.critic_parameters()}
             for parameter in self.actor.parameters():
                 if id(parameter) not in critic:
@@ -400,7 +400,7 @@ class PPOTrainer(ActorCriticTrainer):
 
     def _log_rollout(self, tokens: Tokens, mask: torch.Tensor, prefix: str = "") -> None:
         if self.has_reference:
-            # The plain estimate whatever is penalised, so that runs compare.
+            # The plain estimate whatever is penalized, so that runs compare.
             kl = formulas.kl_estimate(tokens.logprobs, tokens.ref_logprobs) * mask
             self._metrics[f"{prefix}kl"].append(kl.sum(1))
         self._metrics[f"{prefix}entropy"].append(tokens.entropy.sum(1) / mask.sum(1).clamp(min=1))

@@ -100,7 +100,7 @@ class VllmSampler:
 
         Args:
             prompts: token ids.
-            step: the optimiser step that the policy is at; its weights are handed over when it has moved on.
+            step: the optimizer step that the policy is at; its weights are handed over when it has moved on.
 
         Returns:
             As `generate_responses`.

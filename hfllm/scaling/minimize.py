@@ -10,10 +10,10 @@ DECREASE, CURVATURE = 1e-4, 0.9
 Objective = Callable[[numpy.ndarray, numpy.ndarray], tuple[numpy.ndarray, numpy.ndarray]]
 
 
-def minimise(
+def minimize(
     objective: Objective, starts: numpy.ndarray, steps: int = 500, tolerance: float = 1e-9
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Minimise by BFGS with a line search by bisection, which also copes with kinks (Lewis and Overton 2013).
+    """Minimize by BFGS with a line search by bisection, which also copes with kinks (Lewis and Overton 2013).
 
     Args:
         objective: takes points (P, K) and the numbers (P,) of the problems that they belong to; returns values (P,)

@@ -1,0 +1,80 @@
+"""The cross-entropy of a language model's head over a chunk of tokens at a time, without all logits at once.
+
+This file imports only torch, and travels to the Hub with modeling_hfllm.py. Shapes: N tokens, E hidden_size,
+V vocab_size.
+"""
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of a linear head, a chunk of tokens at a time; the gradient is made in the same pass."""
+
+    @staticmethod
+    def forward(ctx, hidden_NE, weight_VE, targets_N, chunk_size, label_smoothing, has_grad):
+        needs_grad, trains_head = has_grad and any(ctx.needs_input_grad), ctx.needs_input_grad[1]
+        grad_hidden, grad_weight = torch.empty_like(hidden_NE), None
+        total = torch.zeros((), dtype=torch.float32, device=hidden_NE.device)
+        for start in range(0, len(hidden_NE), chunk_size):
+            rows = slice(start, start + chunk_size)
+            kept, column = (targets_N[rows] != -100).unsqueeze(1), targets_N[rows].clamp(min=0).unsqueeze(1)
+            scores = nn.functional.linear(hidden_NE[rows], weight_VE)
+            dtype, scores = scores.dtype, nn.functional.log_softmax(scores, dim=-1, dtype=torch.float32)
+            score = scores.gather(1, column)
+            if label_smoothing:
+                score = (1 - label_smoothing) * score + label_smoothing * scores.mean(-1, keepdim=True)
+            total -= (score * kept).sum()
+            if not needs_grad:
+                continue
+            # The gradient by the logits: probabilities minus targets.
+            grad = scores.exp_()
+            if label_smoothing:
+                grad -= label_smoothing / len(weight_VE)
+            grad.scatter_add_(1, column, grad.new_full((1, 1), label_smoothing - 1).expand_as(column))
+            grad = grad.to(dtype)
+            grad_hidden[rows] = (grad @ weight_VE) * kept
+            if not trains_head:
+                continue
+            hidden = (hidden_NE[rows] * kept).to(grad.dtype)
+            if grad_weight is None:
+                grad_weight = (grad.t() @ hidden).float()
+            elif grad.dtype == grad_weight.dtype:
+                grad_weight.addmm_(grad.t(), hidden)
+            else:
+                grad_weight += grad.t() @ hidden
+        ctx.gradients = grad_hidden, grad_weight, weight_VE.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        # In place, since a copy of the head's gradient would be the largest tensor here: once only.
+        if ctx.gradients is None:
+            raise RuntimeError("the chunked loss has one backward pass only: use loss_chunk_size=0 to keep the graph")
+        (grad_hidden, grad_weight, dtype), ctx.gradients = ctx.gradients, None
+        grad_weight = grad_weight if grad_weight is None else grad_weight.mul_(grad_output).to(dtype)
+        return grad_hidden.mul_(grad_output), grad_weight, None, None, None, None
+
+
+def linear_cross_entropy(
+    hidden_NE: torch.Tensor, head: nn.Linear, targets_N: torch.Tensor, chunk_size: int, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """Sum over tokens of the cross-entropy of `head(hidden)`, without all logits at once.
+
+    Targets of -100 are left out. Peak memory is that of `chunk_size` rows of logits and one gradient of the head.
+    """
+    weight, settings = head.weight, (chunk_size, label_smoothing, torch.is_grad_enabled())
+    is_plain = type(head) is nn.Linear and head.bias is None and type(weight) is nn.Parameter
+    # A head that is wrapped (LoRA), hooked (offloading) or sharded (ZeRO-3) has to be called as a module.
+    if is_plain and "forward" not in vars(head) and weight.shape == (head.out_features, head.in_features):
+        return _LinearCrossEntropy.apply(hidden_NE, weight, targets_N, *settings)
+
+    def chunk_loss(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = head(hidden).float()
+        return nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+
+    chunks = zip(hidden_NE.split(chunk_size), targets_N.split(chunk_size), strict=True)
+    return sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)

@@ -1,0 +1,122 @@
+"""Conversion between hfllm and the native classes: its flags, the stage before it, and the conversion itself."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hfllm.errors import InputError
+from hfllm.runs.chain import Chain, chain_before
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ConvertArguments:
+    """What to convert, and into what."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A local folder or a Hub id; without it the world's base model is made first."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a Hub id."})
+    gguf_file: str | None = field(default=None, metadata={"help": "A GGUF file of the source, to dequantize."})
+    output_dir: str = field(default="outputs/convert", metadata={"help": "Where the converted model goes."})
+    native_type: str | None = field(
+        default=None, metadata={"help": "Native family to write, such as llama; by default the first that fits."}
+    )
+    max_shard_size: str = field(default="50GB", metadata={"help": "Largest weight file to write."})
+    verify: bool = field(default=True, metadata={"help": "Compare both models' logits on random tokens."})
+    pretrain_config: str | None = field(
+        default=None, metadata={"help": "YAML flags of the pretraining that makes the model, if none is named."}
+    )
+    world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world's facts."})
+    seed: int = field(default=42, metadata={"help": "Seed of the pretraining and of the random tokens."})
+
+
+def stages_before(script_args: ConvertArguments) -> Chain:
+    """Return the pretraining that makes the world's base model, if no model is named.
+
+    Raises:
+        InputError: when its config is wrong.
+    """
+    return chain_before(
+        "convert",
+        script_args.output_dir,
+        script_args.seed,
+        script_args.world_seed,
+        named={"pretrain": script_args.model_name_or_path},
+        configs={"pretrain": script_args.pretrain_config},
+    )
+
+
+def convert(source: str, target: Path, script_args: ConvertArguments) -> dict[str, float]:
+    """Write the converted model and its tokenizer to `target`, whole or not at all. Returns the metrics.
+
+    Raises:
+        InputError: for what cannot be read or converted, a `--native_type` of no use, or outputs that differ.
+    """
+    from hfllm.models.configuration_hfllm import HfllmConfig
+    from hfllm.models.conversion_hfllm import (
+        check_empty,
+        from_native,
+        load_checked,
+        read_config,
+        to_native,
+        whole_folder,
+    )
+
+    check_empty(target)
+    options = {"revision": script_args.model_revision}
+    if script_args.gguf_file:
+        options["gguf_file"] = script_args.gguf_file
+    tokenizer = find_tokenizer(source, options)
+    with whole_folder(target) as folder:
+        if isinstance(read_config(source, **options), HfllmConfig):
+            model = load_checked(source, **options)
+            to_native(model, folder, script_args.native_type, tokenizer, max_shard_size=script_args.max_shard_size)
+        else:
+            if script_args.native_type is not None:
+                raise InputError(f"--native_type {script_args.native_type}: {source} is native and becomes hfllm")
+            model = from_native(source, **options)
+            model.save_pretrained(folder, max_shard_size=script_args.max_shard_size)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        metrics = {"parameters": model.num_parameters(), "tensors": len(model.state_dict())}
+        if script_args.verify:
+            metrics["max_logit_difference"] = logit_difference(
+                load_checked(source, **options), load_checked(str(folder)), script_args.seed
+            )
+    return metrics
+
+
+def find_tokenizer(source: str, options: Mapping[str, str]) -> "PreTrainedTokenizerBase | None":
+    """Return the source's tokenizer, or `None` with a line that says so: weights are worth converting without one."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        print(f"convert: no tokenizer in {source} ({' '.join(str(error).split())[:120]})", flush=True)
+        return None
+
+
+def logit_difference(one: "PreTrainedModel", other: "PreTrainedModel", seed: int) -> float:
+    """Return the largest difference of two models' outputs on 64 random tokens.
+
+    Raises:
+        InputError: when it is more than the precision explains.
+    """
+    import torch
+
+    length = min(64, one.config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(seed)
+    # From 3 on: the special tokens of most vocabularies come first, and padding would be left out by a scorer.
+    ids = torch.randint(min(3, one.config.vocab_size - 1), one.config.vocab_size, (1, length), generator=generator)
+    with torch.no_grad():
+        first, second = (model.eval()(ids).logits.float() for model in (one, other))
+    difference = (first - second).abs().max().item()
+    tolerance = 1e-4 if one.dtype == torch.float32 else 5e-2
+    if not difference <= tolerance * first.abs().max().item():
+        raise InputError(f"the converted model's outputs differ by {difference:.3g}: do not use it, and report this")
+    return difference

