@@ -2,7 +2,7 @@
 
     python benchmarks/alignment.py --seeds 1 2 42 --output_dir outputs/alignment
 
-Runs `recipes/rlhf.py` once a seed and once more on the first seed's fine-tuned model with `label_noise: 0.5`, and
+Runs `recipes/rlhf.py` once per seed and once more on the first seed's fine-tuned model with `label_noise: 0.5`, and
 writes `alignment.md` with the medians into the output folder. Finished runs are reused.
 """
 
@@ -22,7 +22,7 @@ ROWS = {
     "on held-out phrasings, SFT": "gold_reward_new_phrasings_before",
     "on held-out phrasings, PPO": "gold_reward_new_phrasings_after",
     "reward model accuracy": "reward_model_accuracy",
-    "KL to the reference (nats a response)": "kl_to_reference",
+    "KL to the reference (nats per response)": "kl_to_reference",
     "greedy fact accuracy, SFT": "fact_accuracy_before",
     "greedy fact accuracy, PPO": "fact_accuracy_after",
 }
@@ -46,7 +46,7 @@ def control(output_dir: Path, first: Path, seed: int) -> dict:
 
 
 def table(reports: dict[str, dict], control_report: dict) -> str:
-    """Markdown: a row a metric, a column a seed, the median, the control."""
+    """Markdown: a row a metric, a column per seed, the median, the control."""
     head = ["", *reports, "median", "control"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for label, name in ROWS.items():

@@ -1,4 +1,4 @@
-"""Over-optimisation without PPO: best of n (Gao et al. 2022, arXiv:2210.10760), and what ensembles do to it.
+"""Over-optimization without PPO: best of n (Gao et al. 2022, arXiv:2210.10760), and what ensembles do to it.
 
     python benchmarks/best_of_n.py --seeds 1 2 3 --output_dir outputs/best_of_n
 
@@ -101,7 +101,7 @@ def scores_of(path: Path, drawn: dict[str, list]) -> list[list[float]]:
     return scores
 
 
-def standardised(scores: list[list[float]]) -> list[list[float]]:
+def standardized(scores: list[list[float]]) -> list[list[float]]:
     """With mean 0 and spread 1 over all samples, as `RewardEnsemble.calibrate` has it on the starting model's."""
     values = [score for row in scores for score in row]
     mean, spread = statistics.fmean(values), statistics.pstdev(values)
@@ -113,7 +113,7 @@ def curves_of(scores: list[list[list[float]]], gold: list[list[float]]) -> dict[
     from hfllm.evaluation.best_of_n import best_of_n_each
 
     *alone, together = scores
-    calibrated = [*zip(*map(standardised, alone), strict=True)]
+    calibrated = [*zip(*map(standardized, alone), strict=True)]
 
     def curve(own: list[list[float]]) -> Curve:
         return [best_of_n_each(own, gold, n) for n in SIZES]
@@ -196,7 +196,7 @@ def draw(by_seed: dict[int, dict[str, list[Curve]]], path: Path) -> None:
                 style = {"linewidth": 1, "alpha": 0.6} if name == ALONE else {"linewidth": 2}
                 style |= {"color": colors[name], "marker": ".", "label": None if number else name}
                 axis.plot(distances(), list(map(statistics.fmean, curve)), **style)
-        axis.set(title=f"seed {seed}", xlabel="square root of KL (nats a response)")
+        axis.set(title=f"seed {seed}", xlabel="square root of KL (nats per response)")
     axes[0][0].set_ylabel("gold reward of the best of n")
     axes[0][0].legend(fontsize="small")
     figure.tight_layout()

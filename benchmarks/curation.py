@@ -1,4 +1,4 @@
-"""Speed and memory of curation: documents a second and core, each step's share, peak memory from 1 MB to 1 GB.
+"""Speed and memory of curation: documents per second and core, each step's share, peak memory from 1 MB to 1 GB.
 
     OMP_NUM_THREADS=1 python benchmarks/curation.py --megabytes 1 10 100 --output benchmarks/results/curation.md
 

@@ -3,7 +3,7 @@
     python benchmarks/curation_quality.py --data DATA --output benchmarks/results/curation_quality.md
 
 DATA holds `pretrain/` (NLTK's udhr2 and genesis as zip files, Gutenberg books and other texts), `webnoise/` (the SMS
-Spam Collection, data-juicer's duplicates, three licence texts) and `eval/` (gsm8k and others); see the results for the
+Spam Collection, data-juicer's duplicates, three license texts) and `eval/` (gsm8k and others); see the results for the
 files. Nothing of it is part of this repository.
 """
 
@@ -23,13 +23,13 @@ from hfllm.data.curation.decontamination import DecontaminationFilter, evaluatio
 from hfllm.data.curation.options import CurationOptions
 from hfllm.data.curation.pipeline import SHARDS, curation_stages, run_stages
 from hfllm.data.curation.quality import C4QualityFilter, GopherQualityFilter, GopherRepetitionFilter
-from hfllm.data.curation.spam import SpamModel, fit, read_labelled
+from hfllm.data.curation.spam import SpamModel, fit, read_labeled
 from hfllm.data.curation.text import words_of
 from hfllm.data.pydoc_corpus import pydoc_documents
 from hfllm.data.sources import load_source
 from hfllm.outputs.report import markdown_table, write_atomically
 
-# In Genesis: a parody in misspelt English, neither counted as English nor as another language.
+# In Genesis: a parody in misspelled English, neither counted as English nor as another language.
 LEFT_OUT = ("lolcat", "README")
 
 
@@ -58,8 +58,8 @@ def language(data: Path) -> list[dict]:
                 if name.endswith(".txt") and Path(name).stem not in LEFT_OUT:
                     texts[Path(name).stem] = stream.read(name).decode("utf-8", errors="replace")
         for unit, cut in (("file", lambda text: [text]), ("passage of 1,000 characters", passages)):
-            labelled = [(name in english, part, name) for name, text in texts.items() for part in cut(text)]
-            judged = [(label, keeps(step, part), name) for label, part, name in labelled if part.strip()]
+            labeled = [(name in english, part, name) for name, text in texts.items() for part in cut(text)]
+            judged = [(label, keeps(step, part), name) for label, part, name in labeled if part.strip()]
             right = sum(label == kept for label, kept, _ in judged)
             found = [kept for label, kept, _ in judged if label]
             wrong = sorted({name for label, kept, name in judged if kept and not label})
@@ -78,7 +78,7 @@ def language(data: Path) -> list[dict]:
 
 
 def spam(data: Path) -> list[dict]:
-    texts, labels = read_labelled(str(data / "webnoise" / "SMSSpamCollection.tsv"))
+    texts, labels = read_labeled(str(data / "webnoise" / "SMSSpamCollection.tsv"))
     refitted, known = fit(texts[::2], labels[::2]), set(texts[::2])
     held_out = list(zip(texts[1::2], labels[1::2], strict=True))
     rows = []
@@ -144,12 +144,12 @@ def duplicates(data: Path) -> list[dict]:
     others = [name for name, _ in demo if name not in left and name not in ("dj 5", "dj 11", "dj 8", "dj 10", "dj 13")]
     rows.append({"documents": "dj_dedup_demo.jsonl, the others", "expected": "all kept"})
     rows[-1]["found"] = f"dropped: {others}" if others else "all kept"
-    licences = [(path.stem, path.read_text()) for path in sorted(noise.glob("fuzzydup_*.txt"))]
-    left = deduplicated(licences, both)
+    licenses = [(path.stem, path.read_text()) for path in sorted(noise.glob("fuzzydup_*.txt"))]
+    left = deduplicated(licenses, both)
     mit = {"fuzzydup_rails_mit_license", "fuzzydup_react_mit_license"}
-    rows.append({"documents": "MIT licences of rails and react", "expected": "duplicates"})
+    rows.append({"documents": "MIT licenses of rails and react", "expected": "duplicates"})
     rows[-1]["found"] = "duplicates" if len(left & mit) == 1 else "different"
-    rows.append({"documents": "pytorch's BSD licence", "expected": "kept"})
+    rows.append({"documents": "pytorch's BSD license", "expected": "kept"})
     rows[-1]["found"] = "kept" if "fuzzydup_pytorch_license" in left else "dropped"
     books = chapters(data)
     dropped = sorted({name for name, _ in books} - deduplicated(books, both))

@@ -203,7 +203,7 @@ def row(side: str, results: list[dict[str, float]], peer: list[dict[str, float]]
 
 
 def compare(args: argparse.Namespace) -> list[str]:
-    head = ["", "steps a CPU-second", "steps a second", "MB at most", "MB added by training", "first loss"]
+    head = ["", "steps per CPU-second", "steps per second", "MB at most", "MB added by training", "first loss"]
     head += ["speed, times TRL", "memory, share of TRL", "added memory, share of TRL"]
     runs: dict[str, list[dict[str, float]]] = defaultdict(list)
     for _ in range(args.rounds):

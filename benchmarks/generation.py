@@ -51,7 +51,7 @@ def random_llama(size: str) -> Any:
 
 
 class Prompts:
-    """Batches of the world's held-out questions, or of texts in a file, one a line."""
+    """Batches of the world's held-out questions, or of texts in a file, one per line."""
 
     def __init__(self, tokenizer: Any, count: int, batch_size: int, path: str | None):
         if tokenizer is None:
@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", default=WORLD_MODEL)
     parser.add_argument("--assistant_model_name_or_path", help="A draft model; the world's with the world's model.")
     parser.add_argument("--random_weights", choices=list(SHAPES), help="Measure an untrained model of this size.")
-    parser.add_argument("--prompts", help="A file of prompts, one a line; by default the world's questions.")
+    parser.add_argument("--prompts", help="A file of prompts, one per line; by default the world's questions.")
     parser.add_argument("--num_prompts", type=int, default=32)
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
@@ -268,12 +268,12 @@ def main() -> None:
             ways.keep(args.ways)
         lines += [f"## Batch {size}", ""]
         lines += [
-            "| way | tokens/CPU-s | ratio | same | accepted | tokens a run | first time, CPU-s |",
+            "| way | tokens/CPU-s | ratio | same | accepted | tokens per run | first time, CPU-s |",
             "|" + " - |" * 7,
         ]
         lines += [*compare(ways, args.rounds), ""]
         if not args.ways:
-            lines += ["| cache | bytes a token | planned | same tokens | why not |", "|" + " - |" * 5]
+            lines += ["| cache | bytes per token | planned | same tokens | why not |", "|" + " - |" * 5]
             lines += [*caches(ours, prompts.batches[0], args.max_new_tokens, args.rounds), ""]
     if args.output:
         from hfllm.outputs.report import write_atomically

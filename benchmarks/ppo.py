@@ -1,4 +1,4 @@
-"""PPO against the trainer that TRL removed: the same random models, prompts, batch and optimiser steps, in turn.
+"""PPO against the trainer that TRL removed: the same random models, prompts, batch and optimizer steps, in turn.
 
     python -m venv trl112 && trl112/bin/pip install 'trl==1.12.*' torch
     OMP_NUM_THREADS=1 python benchmarks/ppo.py --trl_python trl112/bin/python --output benchmarks/results/ppo.md
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PHASES = ("generate", "score", "optimise")
+PHASES = ("generate", "score", "optimize")
 EPISODES, PROMPT, EPOCHS = 32, 32, 4
 PAD, EOS, FIRST_WORD = 0, 1, 2
 
@@ -86,7 +86,7 @@ def prompts(args: argparse.Namespace) -> list[list[int]]:
 
 
 class Clock:
-    """CPU- and wall-seconds by phase, one entry a rollout; what no phase claims is optimisation."""
+    """CPU- and wall-seconds by phase, one entry a rollout; what no phase claims is optimization."""
 
     def __init__(self) -> None:
         self.rollouts: list[dict[str, tuple[float, float]]] = []
@@ -116,7 +116,7 @@ class Clock:
         cpu, wall = self.now()
         total = cpu - self.began[0], wall - self.began[1]
         phases = {name: tuple(self.current[name]) for name in ("generate", "score")}
-        phases["optimise"] = tuple(total[at] - sum(phase[at] for phase in phases.values()) for at in (0, 1))
+        phases["optimize"] = tuple(total[at] - sum(phase[at] for phase in phases.values()) for at in (0, 1))
         self.rollouts.append(phases)
         self.current.clear()
         self.began = self.now()

@@ -1,4 +1,4 @@
-"""Training objectives as functions of the data: fill-in-the-middle and masked language modelling.
+"""Training objectives as functions of the data: fill-in-the-middle and masked language modeling.
 
 What is drawn depends on `(seed, index)` alone, never on what was drawn before: a run that resumes, or that another
 number of workers feeds, sees exactly the examples that it would have seen.
@@ -39,7 +39,7 @@ def fill_in_the_middle(text: str, index: int, seed: int = 0, rate: float = 0.9, 
     """
     _check_probability("rate", rate)
     _check_probability("spm_rate", spm_rate)
-    # Seeding by a string hashes it (SHA-512): neighbouring seeds and indices give unrelated draws, on every machine.
+    # Seeding by a string hashes it (SHA-512): neighboring seeds and indices give unrelated draws, on every machine.
     rng = random.Random(f"fill-in-the-middle {seed} {index}")
     if rng.random() >= rate or not text or any(token in text for token in INFILLING_TOKENS):
         return text

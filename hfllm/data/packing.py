@@ -1,4 +1,4 @@
-"""Documents packed into rows of one length, best fit, none of them aware of its neighbours.
+"""Documents packed into rows of one length, best fit, none of them aware of its neighbors.
 
 A packed row is its tokens and the lengths of the pieces that lie in it, one after the other. Piece by piece positions
 begin at 0 again, which is how attention is told where one document ends (see `HfllmModel.forward`).

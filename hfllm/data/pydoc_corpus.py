@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-LICENCE = "PSF-2.0"
+LICENSE = "PSF-2.0"
 # Not documentation: tests, and code that other projects' installers carry in.
 LEFT_OUT = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data")
 

@@ -81,13 +81,13 @@ def alignment_metrics(before: PolicyEvaluation, after: PolicyEvaluation) -> dict
     """The report's metrics; those with `gold` and `fact` only where the data has a gold reward."""
     metrics: dict[str, float] = {}
     if after.sampled:
-        for name, judgement in (("before", before), ("after", after)):
-            groups = gold_by_group(judgement.sampled)
+        for name, judgment in (("before", before), ("after", after)):
+            groups = gold_by_group(judgment.sampled)
             metrics |= {
-                f"gold_reward_{name}": mean_gold(judgement.sampled),
-                f"gold_reward_greedy_{name}": mean_gold(judgement.greedy),
+                f"gold_reward_{name}": mean_gold(judgment.sampled),
+                f"gold_reward_greedy_{name}": mean_gold(judgment.greedy),
                 f"gold_reward_new_phrasings_{name}": groups["held-out phrasings"],
-                f"fact_accuracy_{name}": right_share(judgement.facts),
+                f"fact_accuracy_{name}": right_share(judgment.facts),
             }
     return {
         **metrics,
@@ -132,9 +132,9 @@ def alignment_plots(history: Sequence[Mapping[str, float]]) -> dict[str, Plot]:
     }
     return {
         "rewards": plot_history(training, names, title="Rewards of sampled responses", xlabel="step", ylabel="reward"),
-        "overoptimisation": Plot(
+        "overoptimization": Plot(
             title="Reward against distance from the reference",
-            xlabel="square root of KL (nats a response)",
+            xlabel="square root of KL (nats per response)",
             ylabel="reward",
             lines=against_distance,
             points_only=True,

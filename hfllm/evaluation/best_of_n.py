@@ -20,7 +20,7 @@ def best_of_n_each(scores: Sequence[Sequence[float]], values: Sequence[Sequence[
     lower scores is the best of n in C(k, n - 1) of C(N, n) choices. Of equal scores the later one counts as higher.
 
     Args:
-        scores: what decides, N numbers a prompt.
+        scores: what decides, N numbers per prompt.
         values: what counts, in the same places.
         n: from 1 to N.
 

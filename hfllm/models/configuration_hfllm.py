@@ -70,7 +70,7 @@ class HfllmConfig(PreTrainedConfig):
         mlp_type: `"gated"` is `down(act(gate(x)) * up(x))` (GLU variants, Shazeer 2020, arXiv:2002.05202: with
             `hidden_act="silu"` SwiGLU, with `"gelu"` GeGLU); `"plain"` is `down(act(up(x)))`.
         position_embedding_type: `"rope"` (arXiv:2104.09864), `"learned"` absolute positions, or `"none"`.
-        is_causal: `False` lets every token attend to all others, for masked language modelling.
+        is_causal: `False` lets every token attend to all others, for masked language modeling.
         sliding_window: attend to this many tokens at most, the current one included (Mistral, arXiv:2310.06825);
             `None` is no limit. Causal models only, since attention kernels disagree about the other side.
         num_local_experts: gated experts per layer (Mixtral, arXiv:2401.04088); 0 is one dense MLP.
@@ -96,7 +96,7 @@ class HfllmConfig(PreTrainedConfig):
         residual_init: how the initial weights of the projections into the residual stream are scaled: `"plain"` not
             at all, `"gpt2"` by 1/sqrt(2 * num_hidden_layers) (Radford et al. 2019, section 2.3), `"depth"` by
             1/sqrt(2 * l) in layer l = 1, 2, ... (depth-scaled initialization, arXiv:1908.11365, section 4.1).
-        loss_chunk_size: compute the language-modelling loss over this many tokens at a time, so that the logits of
+        loss_chunk_size: compute the language-modeling loss over this many tokens at a time, so that the logits of
             the whole batch never exist; with labels the output then has no logits. `None` is all at once.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Models that give one number a sequence or a token, loaded from a name or folder: for rewards and values."""
+"""Models that give one number per sequence or a token, loaded from a name or folder: for rewards and values."""
 
 import json
 from pathlib import Path

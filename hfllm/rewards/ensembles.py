@@ -64,7 +64,7 @@ class RewardEnsemble:
     ) -> list[float]:
         values = checked_rewards(member, prompts, completions, **columns)
         if isinstance(values[0], list):
-            raise InputError(f"an ensemble takes one number a completion; {reward_name(member)!r} gives lists")
+            raise InputError(f"an ensemble takes one number per completion; {reward_name(member)!r} gives lists")
         return values
 
     def _aggregate(self, numbers: Sequence[float]) -> float:

@@ -1,7 +1,7 @@
 """Rewards behind one signature, that of TRL's reward functions: `(prompts, completions, **columns) -> list[float]`.
 
 `prompts` and `completions` are strings, or lists of messages when the dataset is conversational; `columns` are the
-dataset's other columns, one value a row.
+dataset's other columns, one value per row.
 """
 
 import importlib.util
@@ -71,7 +71,7 @@ def reward_name(function: Callable) -> str:
 def checked_rewards(
     function: RewardFunction, prompts: Sequence, completions: Sequence, **columns: Sequence[object]
 ) -> list[float] | list[list[float]]:
-    """Call a reward function and refuse what is not one finite number a completion, or a list of them a completion.
+    """Call a reward function and refuse what is not one finite number per completion, or a list of them a completion.
 
     Raises:
         InputError: naming the function, the row and the value seen.

@@ -15,9 +15,9 @@ class Device:
     Args:
         memory: bytes.
         peak_16bit, peak_fp32: FLOP/s of dense matrix products, without sparsity.
-        bandwidth: bytes a second of its memory.
-        near: bytes a second to another device of the same node, in one direction.
-        far: bytes a second to a device of another node, in one direction.
+        bandwidth: bytes per second of its memory.
+        near: bytes per second to another device of the same node, in one direction.
+        far: bytes per second to a device of another node, in one direction.
         per_node: devices of a node.
         has_bf16: whether it computes in bf16.
     """

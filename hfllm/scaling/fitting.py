@@ -33,7 +33,7 @@ FIRST_STEPS, FOLLOWED = 20, 400
 FEWEST_RUNS = 6
 
 
-class CentredRuns:
+class CenteredRuns:
     """What every objective knows: logarithms of N and D less their means, of the losses, and how runs count.
 
     Args:
@@ -44,18 +44,18 @@ class CentredRuns:
 
     def __init__(self, runs: Runs, delta: float = DELTA, weights: numpy.ndarray | None = None):
         size, data = numpy.log(runs.parameters), numpy.log(runs.tokens)
-        self.centres = float(size.mean()), float(data.mean())
-        self.size, self.data, self.target = size - self.centres[0], data - self.centres[1], numpy.log(runs.losses)
+        self.centers = float(size.mean()), float(data.mean())
+        self.size, self.data, self.target = size - self.centers[0], data - self.centers[1], numpy.log(runs.losses)
         self.delta, self.weights = delta, weights
 
 
-class HuberObjective(CentredRuns):
+class HuberObjective(CenteredRuns):
     """The objective of a fit and its gradient, for many points and weights of the runs at once.
 
     N and D are centered in logarithms, so that a and alpha (b and beta) hardly depend on each other; `to_centered` and
     `from_centered` go between the papers' (a, b, e, alpha, beta) and what is minimized.
 
-    Args: those of `CentredRuns`.
+    Args: those of `CenteredRuns`.
     """
 
     def __call__(self, points: numpy.ndarray, problems: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -88,15 +88,15 @@ class HuberObjective(CentredRuns):
     def to_centered(self, points: numpy.ndarray) -> numpy.ndarray:
         """From the papers' coordinates, (P, 5)."""
         moved = numpy.array(points, dtype=float)
-        moved[:, 0] -= moved[:, 3] * self.centres[0]
-        moved[:, 1] -= moved[:, 4] * self.centres[1]
+        moved[:, 0] -= moved[:, 3] * self.centers[0]
+        moved[:, 1] -= moved[:, 4] * self.centers[1]
         return moved
 
     def from_centered(self, points: numpy.ndarray) -> numpy.ndarray:
         """To the papers' coordinates, (P, 5)."""
         moved = numpy.array(points, dtype=float)
-        moved[:, 0] += moved[:, 3] * self.centres[0]
-        moved[:, 1] += moved[:, 4] * self.centres[1]
+        moved[:, 0] += moved[:, 3] * self.centers[0]
+        moved[:, 1] += moved[:, 4] * self.centers[1]
         return moved
 
 

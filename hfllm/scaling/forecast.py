@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from hfllm.scaling.fitting import DELTA, Bootstrap, CentredRuns, Fit, resampled_weights
+from hfllm.scaling.fitting import DELTA, Bootstrap, CenteredRuns, Fit, resampled_weights
 from hfllm.scaling.laws import KaplanLaw
 from hfllm.scaling.minimize import minimize
 from hfllm.scaling.runs import Runs
@@ -23,10 +23,10 @@ GRID = ((0, 0.5, 1, 1.5), (0, 0.5, 1, 1.5), (0.05, 0.1, 0.2, 0.4, 0.8), (0.05, 0
 FOLLOWED = 4
 
 
-class KaplanObjective(CentredRuns):
+class KaplanObjective(CenteredRuns):
     """Huber's loss of log L and its gradient, at many points (a, b, alpha_N, alpha_D) at once.
 
-    Args: those of `CentredRuns`.
+    Args: those of `CenteredRuns`.
     """
 
     def __call__(self, points: numpy.ndarray, problems: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -63,13 +63,13 @@ class KaplanFit:
         point: a, b, alpha_N and alpha_D, (4,).
         resampled: the same of tables drawn with replacement, (S, 4).
         objective: the sum of Huber's losses at `point`.
-        centres: means of log N and log D.
+        centers: means of log N and log D.
     """
 
     point: numpy.ndarray
     resampled: numpy.ndarray
     objective: float
-    centres: tuple[float, float]
+    centers: tuple[float, float]
 
     @property
     def law(self) -> KaplanLaw:
@@ -79,12 +79,12 @@ class KaplanFit:
         """
         a, b, of_size, of_data = map(float, self.point)
         with numpy.errstate(over="ignore"):
-            critical = numpy.exp(a / of_size + self.centres[0]), numpy.exp(b / of_data + self.centres[1])
+            critical = numpy.exp(a / of_size + self.centers[0]), numpy.exp(b / of_data + self.centers[1])
         return KaplanLaw(*map(float, critical), of_size, of_data)
 
     def losses(self, parameters: float, tokens: float) -> numpy.ndarray:
         """The loss by the fit and by each resample, (1 + S,)."""
-        at = numpy.array([numpy.log(parameters) - self.centres[0]]), numpy.array([numpy.log(tokens) - self.centres[1]])
+        at = numpy.array([numpy.log(parameters) - self.centers[0]]), numpy.array([numpy.log(tokens) - self.centers[1]])
         with numpy.errstate(all="ignore"):
             return numpy.exp(log_losses(numpy.concatenate([self.point[None], self.resampled]), *at)[0][:, 0])
 
@@ -103,7 +103,7 @@ def fit_kaplan(runs: Runs, resamples: int = 1000, seed: int = 0, delta: float = 
     weighted = KaplanObjective(runs, delta, numpy.tile(weights, (len(starts), 1)))
     found, losses = minimize(weighted, starts.repeat(resamples, axis=0))
     best = losses.reshape(len(starts), resamples).argmin(0) * resamples + numpy.arange(resamples)
-    return KaplanFit(starts[0], found[best], float(values[order[0]]), objective.centres)
+    return KaplanFit(starts[0], found[best], float(values[order[0]]), objective.centers)
 
 
 @dataclass(frozen=True)

@@ -21,20 +21,20 @@ class IsoFlop:
     Args:
         compute: the budget (the geometric mean of the runs'), in FLOPs.
         runs: its runs.
-        coefficients: of (log N)^2, log N and 1, log N counted from `centre`.
-        centre: mean log N of the runs.
+        coefficients: of (log N)^2, log N and 1, log N counted from `center`.
+        center: mean log N of the runs.
     """
 
     compute: float
     runs: Runs
     coefficients: tuple[float, float, float]
-    centre: float
+    center: float
 
     @property
     def parameters(self) -> float:
         """The N of least loss."""
         square, linear, _ = self.coefficients
-        return float(numpy.exp(self.centre - linear / (2 * square)))
+        return float(numpy.exp(self.center - linear / (2 * square)))
 
     @property
     def least_loss(self) -> float:
@@ -47,7 +47,7 @@ class IsoFlop:
 
     def loss(self, parameters: float | numpy.ndarray) -> float | numpy.ndarray:
         """The parabola at N."""
-        return numpy.polyval(self.coefficients, numpy.log(parameters) - self.centre)
+        return numpy.polyval(self.coefficients, numpy.log(parameters) - self.center)
 
 
 def isoflops(runs: Runs, tolerance: float = 0.05) -> list[IsoFlop]:
@@ -110,6 +110,6 @@ def frontier_law(runs: Runs) -> PowerLaw:
 
 def _parabola(runs: Runs) -> IsoFlop:
     logarithms = numpy.log(runs.parameters)
-    centre = float(logarithms.mean())
-    coefficients = numpy.polyfit(logarithms - centre, runs.losses, 2)
-    return IsoFlop(float(numpy.exp(numpy.log(runs.compute).mean())), runs, tuple(map(float, coefficients)), centre)
+    center = float(logarithms.mean())
+    coefficients = numpy.polyfit(logarithms - center, runs.losses, 2)
+    return IsoFlop(float(numpy.exp(numpy.log(runs.compute).mean())), runs, tuple(map(float, coefficients)), center)

@@ -1,7 +1,7 @@
 """Scaling laws: how loss falls with parameters N, tokens D and compute C, and how to divide C between N and D.
 
 All laws take C = 6 N D in FLOPs (Kaplan et al. 2020, arXiv:2001.08361, section 2.1), D in tokens and N in parameters:
-all of them in Hoffmann et al. (Chinchilla), without embeddings in Kaplan et al. Losses are nats a token. They were
+all of them in Hoffmann et al. (Chinchilla), without embeddings in Kaplan et al. Losses are nats per token. They were
 fitted on other data and tokenizers than yours: the exponents carry over better than the losses.
 """
 

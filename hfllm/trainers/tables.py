@@ -22,7 +22,7 @@ def log_table(callbacks: Sequence[TrainerCallback], name: str, rows: Rows, step:
         callbacks: the trainer's; those that are no back ends, or have not begun, are passed over.
         name: of the table.
         rows: with the same columns each.
-        step: the optimiser step.
+        step: the optimizer step.
     """
     for callback in callbacks:
         for kind, log in BACK_ENDS.items():

@@ -22,7 +22,7 @@ from hfllm.data.curation.quality import (
     top_ngram_share,
     unwrapped,
 )
-from hfllm.data.curation.spam import fit, read_labelled
+from hfllm.data.curation.spam import fit, read_labeled
 from hfllm.data.curation.text import word_hashes, words_of
 from hfllm.errors import InputError
 
@@ -191,7 +191,7 @@ def test_spam_weights_can_be_fitted_to_other_data(tmp_path):
     rows += [(f"winner of a free prize on day {day}", "ham") for day in range(20)]
     path = tmp_path / "mine.tsv"
     path.write_text("Label\tSMS\n" + "\n".join(f"{label}\t{text}" for text, label in rows))
-    model = fit(*read_labelled(str(path)))
+    model = fit(*read_labeled(str(path)))
     assert model.score("a video camera") > 0.5 > model.score("a free prize")
 
 
@@ -207,7 +207,7 @@ def test_spam_weights_can_be_fitted_to_other_data(tmp_path):
 def test_bad_spam_files(tmp_path, name, content, complaint):
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match="--spam_train_file") as error:
-        read_labelled(str(tmp_path / name))
+        read_labeled(str(tmp_path / name))
     assert complaint in str(error.value)
 
 

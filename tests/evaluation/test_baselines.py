@@ -125,7 +125,7 @@ def test_gzip_is_what_gzip_takes():
 
 
 def test_a_loss_in_bits_per_byte():
-    # A uniform guess among 256 tokens of two bytes each is four bits a byte.
+    # A uniform guess among 256 tokens of two bytes each is four bits per byte.
     assert bits_per_byte(math.log(256), num_tokens=50, num_bytes=100) == pytest.approx(4)
 
 

@@ -1,4 +1,4 @@
-"""On a bandit PPO finds the known optimum of a KL-regularised reward: pi(a) ~ pi_ref(a) exp(r(a) / beta)."""
+"""On a bandit PPO finds the known optimum of a KL-regularized reward: pi(a) ~ pi_ref(a) exp(r(a) / beta)."""
 
 import torch
 from datasets import Dataset

@@ -125,8 +125,8 @@ def test_lm_eval_runs_a_local_task(folder, tmp_path):
 
     rows = [{"question": f"Say {word}.", "choices": ["red", "blue"], "label": 0} for word in ("red", "sky", "fox")]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    (tmp_path / "colours.yaml").write_text(
-        "task: colours\n"
+    (tmp_path / "colors.yaml").write_text(
+        "task: colors\n"
         "dataset_path: json\n"
         f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\n"
         "output_type: multiple_choice\n"
@@ -138,6 +138,6 @@ def test_lm_eval_runs_a_local_task(folder, tmp_path):
     )
     tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
     result = lm_eval.simple_evaluate(
-        model="hf", model_args=f"pretrained={folder}", tasks=["colours"], task_manager=tasks, device="cpu"
+        model="hf", model_args=f"pretrained={folder}", tasks=["colors"], task_manager=tasks, device="cpu"
     )
-    assert 0 <= result["results"]["colours"]["acc,none"] <= 1
+    assert 0 <= result["results"]["colors"]["acc,none"] <= 1

@@ -87,14 +87,14 @@ def base(tiny, tmp_path_factory):
 
 @pytest.fixture
 def learns_on(tmp_path):
-    """Fine-tune an adapter on a saved model by the recipe; it is loaded again, on the model, and has learnt."""
+    """Fine-tune an adapter on a saved model by the recipe; it is loaded again, on the model, and has learned."""
 
     def check(folder):
         flags = ["--model_name_or_path", str(folder), "--num_examples", "40", "--use_peft", "--max_steps", "2"]
         flags += ["--save_strategy", "no", "--output_dir", str(tmp_path / "adapter")]
         sft.main(*sft.parse(flags))
         weights = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").state_dict()
-        learnt = [value for name, value in weights.items() if "lora_B" in name]
-        assert learnt and all(value.abs().max() > 0 for value in learnt)
+        learned = [value for name, value in weights.items() if "lora_B" in name]
+        assert learned and all(value.abs().max() > 0 for value in learned)
 
     return check

@@ -23,7 +23,7 @@ from hfllm.errors import InputError
 
 ROOT = Path(__file__).parent.parent.parent
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "rlhf": rlhf}
-# With the nearest flag to a misspelt one.
+# With the nearest flag to a misspelled one.
 OTHERS = {
     "distill": (distill, "learning_rat", "learning_rate"),
     "quantize": (quantize, "save_schem", "save_scheme"),
@@ -55,11 +55,11 @@ def jsonl(path, *rows):
 
 @pytest.mark.parametrize("stage", ALL)
 def test_unknown_flags_and_keys_name_the_nearest(stage, tmp_path):
-    _, misspelt, meant = ALL[stage]
-    assert complaint(stage, f"--{misspelt}", "1") == f"unknown flag '{misspelt}'; did you mean '{meant}'?"
+    _, misspelled, meant = ALL[stage]
+    assert complaint(stage, f"--{misspelled}", "1") == f"unknown flag '{misspelled}'; did you mean '{meant}'?"
     config = tmp_path / "config.yaml"
-    config.write_text(f"{misspelt}: 0.1\n")
-    assert complaint(stage, "--config", config) == f"unknown key in {config}: '{misspelt}'; did you mean '{meant}'?"
+    config.write_text(f"{misspelled}: 0.1\n")
+    assert complaint(stage, "--config", config) == f"unknown key in {config}: '{misspelled}'; did you mean '{meant}'?"
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "recipes").glob("*.py")))

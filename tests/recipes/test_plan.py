@@ -246,7 +246,7 @@ def test_an_output_folder_that_is_a_file(tmp_path):
             run(tmp_path / name, "--preset", "gpt2", *CPU, "--num_devices", 1)
 
 
-def test_a_misspelt_yaml_key(tmp_path):
+def test_a_misspelled_yaml_key(tmp_path):
     (tmp_path / "plan.yaml").write_text("num_devises: 4\n")
     with pytest.raises(InputError, match="num_devises'; did you mean 'num_devices'"):
         plan.parse(["--config", str(tmp_path / "plan.yaml")])

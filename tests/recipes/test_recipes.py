@@ -50,7 +50,7 @@ def test_the_main_job_leaves_a_report_and_a_model(aligned):
         "wall_seconds",
         "environment",
     }
-    for name in ("loss", "rewards", "overoptimisation"):
+    for name in ("loss", "rewards", "overoptimization"):
         assert (folder / report["artifacts"][name]).read_bytes().startswith(b"\x89PNG")
     text = (folder / "report.md").read_text()
     assert "Gold reward by task family" in text

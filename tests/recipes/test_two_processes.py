@@ -32,7 +32,7 @@ def launch(recipe, *flags):
 def test_the_main_job_under_two_processes(tiny, tmp_path):
     output = launch("rlhf", "--config", tiny["rlhf"], "--output_dir", tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
-    # Four optimiser steps, one a rollout, of 4 episodes on each of two processes.
+    # Four optimizer steps, one per rollout, of 4 episodes on each of two processes.
     state = [line for line in output.splitlines() if line.startswith("step 4/4")]
     assert state
     assert report["metrics"]["kl_to_reference"] is not None

@@ -92,7 +92,7 @@ def test_what_members_give_is_checked():
         return [[1.0]] * len(completions)
 
     texts = ["a", "b"]
-    with pytest.raises(InputError, match="an ensemble takes one number a completion; 'lists' gives lists"):
+    with pytest.raises(InputError, match="an ensemble takes one number per completion; 'lists' gives lists"):
         RewardEnsemble([lists, column_of("one")])(texts, texts, one=[0.0, 1.0])
     with pytest.raises(InputError, match="'one' returned nan for completion 1"):
         RewardEnsemble([column_of("two"), column_of("one")])(texts, texts, one=[0.0, float("nan")], two=[0.0, 1.0])

@@ -1,4 +1,4 @@
-"""Launch files, shipped or written by the planner, as the installed libraries read them; misspelt ones are noticed."""
+"""Launch files, shipped or written by the planner, as the installed libraries read them; misspelled ones are seen."""
 
 import json
 import os

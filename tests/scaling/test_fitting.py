@@ -40,18 +40,18 @@ def nelder_mead(function, start, steps=1500):
     for _ in range(steps):
         order = numpy.argsort(values)
         simplex, values = [simplex[i] for i in order], [values[i] for i in order]
-        centre, worst = numpy.mean(simplex[:-1], axis=0), simplex[-1]
-        reflected = centre + (centre - worst)
+        center, worst = numpy.mean(simplex[:-1], axis=0), simplex[-1]
+        reflected = center + (center - worst)
         at_reflected = function(reflected)
         if at_reflected < values[0]:
-            expanded = centre + 2 * (centre - worst)
+            expanded = center + 2 * (center - worst)
             at_expanded = function(expanded)
             better = at_expanded < at_reflected
             simplex[-1], values[-1] = (expanded, at_expanded) if better else (reflected, at_reflected)
         elif at_reflected < values[-2]:
             simplex[-1], values[-1] = reflected, at_reflected
         else:
-            contracted = centre + (worst - centre) / 2
+            contracted = center + (worst - center) / 2
             at_contracted = function(contracted)
             if at_contracted < values[-1]:
                 simplex[-1], values[-1] = contracted, at_contracted

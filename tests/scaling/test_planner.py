@@ -129,7 +129,7 @@ def test_held_degrees_are_kept():
 
 
 def test_seven_billion_do_not_fit_without_sharding():
-    """16 bytes a parameter are 108 GB."""
+    """16 bytes per parameter are 108 GB."""
     stages = {each.layout.zero_stage for each in plan(request(tensor_parallel=1, pipeline_parallel=1))}
     assert stages == {1, 2, 3}
 
@@ -143,7 +143,7 @@ def test_the_chosen_layout_is_one_that_the_recipes_run():
 
 
 def test_days():
-    """At a given MFU, days are 6ND and the attention's FLOPs over the devices' peak; 20 tokens a parameter."""
+    """At a given MFU, days are 6ND and the attention's FLOPs over the devices' peak; 20 tokens per parameter."""
     one = request(mfu=0.4)
     best = plan(one)[0]
     n = LLAMA.num_parameters()
@@ -241,7 +241,7 @@ def test_accelerate_casts_and_deepspeed_copies():
     assert one.dtype(Layout(8, zero_stage=1)) is PRECISIONS["bf16"]
     assert request(precision="fp16").dtype(Layout()) is PRECISIONS["fp16_autocast"]
     assert request(precision="fp32").dtype(Layout()) is PRECISIONS["fp32"]
-    # 16 bytes a parameter either way.
+    # 16 bytes per parameter either way.
     for precision in PRECISIONS.values():
         assert precision.weights + precision.gradients + precision.optimizer == 16
 

@@ -97,7 +97,7 @@ def test_more_replicas_take_less_time_and_more_communication_waits():
 
 
 def test_gathering_weights_for_each_micro_batch_costs_most():
-    """Over a slow network: ZeRO-3 fetches weights twice a pass, ZeRO-2 reduces once a pass, ZeRO-1 once a step."""
+    """Over a slow network: ZeRO-3 fetches weights twice per pass, ZeRO-2 reduces once, ZeRO-1 once per step."""
     desktop = find_device("rtx4090")
     waits = [step(Layout(16, zero_stage=stage), device=desktop).communication for stage in (1, 2, 3)]
     assert waits == sorted(waits) and waits[0] < waits[1] < waits[2]

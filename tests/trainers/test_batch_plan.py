@@ -25,7 +25,7 @@ def plan(sources=None, total_rows=40, batch_tokens="32", lengths="8", **more):
 
 
 def rows_of(batches):
-    """Row numbers in the order that they are learnt from."""
+    """Row numbers in the order that they are learned from."""
     return [row for batch in batches for row in batch["input_ids"].view(-1, LENGTH)[:, 0].tolist()]
 
 

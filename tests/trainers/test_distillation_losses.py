@@ -133,8 +133,8 @@ def test_a_squared_temperature_keeps_the_size_of_the_gradient(case):
         for temperature in (1.0, 3.0, 30.0)
     ]
     student, teacher = small["head"](small["hidden"]).detach(), small["teacher"].take(slice(None))
-    centred = (student - student.mean(1, True)) - (teacher - teacher.mean(1, True))
-    limit = centred @ small["head"].weight.detach() / V
+    centered = (student - student.mean(1, True)) - (teacher - teacher.mean(1, True))
+    limit = centered @ small["head"].weight.detach() / V
     torch.testing.assert_close(results[2], limit, rtol=1e-2, atol=1e-6)
     for result in results[:2]:
         assert (result - limit).norm() < 0.1 * limit.norm()

@@ -213,7 +213,7 @@ def test_it_goes_on_as_if_it_had_not_stopped(make_trainer, tmp_path, more):
     torch.testing.assert_close(weights(again), weights(whole), rtol=0, atol=0)
 
 
-def test_projections_are_learnt_and_not_saved(make_trainer, tmp_path):
+def test_projections_are_learned_and_not_saved(make_trainer, tmp_path):
     trainer = make_trainer(hidden_weight=1.0, save_strategy="steps", save_steps=2)
     before = [value.clone() for value in trainer._projection.parameters()]
     trainer.train()
@@ -462,7 +462,7 @@ def test_tokens_and_labels_as_sft_makes_them(tokenizer):
     assert rows[1]["labels"] == [-100, *rows[1]["input_ids"][1:]]
     chat = ROWS[2]["prompt"] + ROWS[2]["completion"]
     assert rows[2]["input_ids"] == tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
-    learnt = [token for token, label in zip(rows[2]["input_ids"], rows[2]["labels"], strict=True) if label != -100]
-    assert tokenizer.decode(learnt).startswith("Where to?<|end|>")
+    learned = [token for token, label in zip(rows[2]["input_ids"], rows[2]["labels"], strict=True) if label != -100]
+    assert tokenizer.decode(learned).startswith("Where to?<|end|>")
     columns = {"prompt": ["Go", None], "completion": [" on", None], "text": [None, "The fox is green."]}
     assert len(tokenize_dataset(Dataset.from_dict(columns), tokenizer, 9)) == 2

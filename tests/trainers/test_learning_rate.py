@@ -66,6 +66,6 @@ def test_bad_input(arguments, message):
 
 
 def test_trainers_see_the_same_batch(make_args):
-    # As PPO counts its optimiser steps: a rollout is num_mini_batches of them.
+    # As PPO counts its optimizer steps: a rollout is num_mini_batches of them.
     args = make_args(num_mini_batches=3)
     assert global_batch_size(args) * args.num_mini_batches == args.local_rollout_batch_size * args.world_size

@@ -289,7 +289,7 @@ def test_an_entropy_bonus_keeps_the_policy_open(make_trainer, prompts):
     assert entropy(1.0) > entropy(0.0) + 0.05
 
 
-def test_the_pretraining_term_is_the_language_modelling_loss(make_trainer, prompts, tokenizer):
+def test_the_pretraining_term_is_the_language_modeling_loss(make_trainer, prompts, tokenizer):
     texts = Dataset.from_dict({"text": ["The fox is red.", "Say it.", "A blue hat and a red fox"]})
     trainer = make_trainer(ptx_coef=2.0, ptx_dataset=texts, max_steps=2)
     batches = [trainer.ptx.batch(at, 0, 1, torch.device("cpu")) for at in range(2)]
@@ -543,7 +543,7 @@ def test_running_moments_are_those_of_all_numbers():
     assert RunningMoments().std == 1.0
 
 
-def test_scores_are_normalised_and_clipped_for_training_and_logged_as_they_are(make_trainer, prompts):
+def test_scores_are_normalized_and_clipped_for_training_and_logged_as_they_are(make_trainer, prompts):
     def huge(completions, **_):
         return [1000.0 + 10 * at for at in range(len(completions))]
 
@@ -576,7 +576,7 @@ def test_per_token_rewards_are_part_of_the_logged_reward_and_are_not_rescaled(ma
         RewardEnsemble([two_a_token, two_a_token])(["a"], ["b"], completion_ids=[[1, 2]])
 
 
-def test_a_small_spread_around_a_large_mean_is_normalised(make_trainer, prompts):
+def test_a_small_spread_around_a_large_mean_is_normalized(make_trainer, prompts):
     def high(completions, **_):
         return [1000.0 + 0.1 * at for at in range(len(completions))]
 

@@ -29,7 +29,7 @@ class StepCounter(TrainerCallback):
         self.learning_rates.append(optimizer.param_groups[0]["lr"])
 
 
-# ---- optimiser steps ----
+# ---- optimizer steps ----
 
 
 @pytest.mark.parametrize(("epochs", "mini_batches", "accumulation"), [(1, 1, 1), (2, 3, 1), (3, 2, 2)])
@@ -269,7 +269,7 @@ def test_padding_is_never_sampled_and_has_no_probability(make_trainer, make_mode
 
 
 @pytest.mark.parametrize("always_end", [True, False])
-def test_empty_and_unfinished_responses_are_finite_and_penalised(
+def test_empty_and_unfinished_responses_are_finite_and_penalized(
     make_trainer, make_model, prompts, tokenizer, always_end
 ):
     class Forced(torch.nn.Module):

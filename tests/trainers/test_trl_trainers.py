@@ -7,7 +7,7 @@ from families import FAMILIES
 
 import hfllm
 
-PROMPTS = ["Say red.", "Name a colour.", "What is two plus two?", "Who are you?"]
+PROMPTS = ["Say red.", "Name a color.", "What is two plus two?", "Who are you?"]
 
 
 @pytest.fixture(params=["llama", "mixtral", "gpt2"])

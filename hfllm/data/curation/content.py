@@ -101,7 +101,7 @@ class ToxicityFilter(BaseFilter):
 
 
 def read_phrases(files: Sequence[str]) -> list[str]:
-    """Words and phrases, one a line; lines that begin with `#` are comments.
+    """Words and phrases, one per line; lines that begin with `#` are comments.
 
     Raises:
         InputError: when a file is missing, is not UTF-8, or holds none.

@@ -51,7 +51,7 @@ class CurationOptions:
     spam_train_file: str | None = _option(
         None, "spam: refit the weights on this file (columns label, spam or ham, and text)."
     )
-    toxic_words: list[str] = _option((), "toxicity: files of words and phrases, one a line; without any it is off.")
+    toxic_words: list[str] = _option((), "toxicity: files of words and phrases, one per line; without any it is off.")
     max_toxic_matches: int = _option(0, "toxicity: most matches of the list in a document.")
     decontaminate: list[str] = _option((), "decontamination: files, folders or Hub ids of evaluation sets.")
     contamination_ngram: int = _option(13, "decontamination: words in a row that give a document away.")

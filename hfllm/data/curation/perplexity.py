@@ -71,7 +71,7 @@ class CorpusJudge:
 
 
 class CausalJudge:
-    """A causal language model of transformers; judges the first 512 tokens, in bits a byte."""
+    """A causal language model of transformers; judges the first 512 tokens, in bits per byte."""
 
     def __init__(self, name: str):
         from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -32,7 +32,7 @@ from hfllm.data.curation.inputs import find_inputs
 from hfllm.data.curation.options import CurationOptions
 from hfllm.data.curation.perplexity import FitPerplexity, PerplexityFilter, Sample, check_judge
 from hfllm.data.curation.reader import SOURCE, DocumentReader
-from hfllm.data.curation.spam import SpamModel, fit, read_labelled
+from hfllm.data.curation.spam import SpamModel, fit, read_labeled
 from hfllm.data.curation.text import words_of
 
 SHARDS = "data"
@@ -76,7 +76,7 @@ def document_filters(options: CurationOptions, examples: Callable[[str], Example
 
 
 def _spam_model(options: CurationOptions) -> SpamModel:
-    return fit(*read_labelled(options.spam_train_file)) if options.spam_train_file else SpamModel()
+    return fit(*read_labeled(options.spam_train_file)) if options.spam_train_file else SpamModel()
 
 
 def curation_stages(options: CurationOptions, folder: str | Path) -> list[Stage]:

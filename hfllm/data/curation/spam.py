@@ -120,7 +120,7 @@ def fit(texts: Sequence[str], is_spam: Sequence[bool], penalty: float = 1.0, ste
     return SpamModel(dict(zip(FEATURES, map(float, beta[:-1]), strict=True)), float(beta[-1]))
 
 
-def read_labelled(file: str) -> tuple[list[str], list[bool]]:
+def read_labeled(file: str) -> tuple[list[str], list[bool]]:
     """Texts and whether each is spam, from a .jsonl, .csv or .tsv file.
 
     Columns are `label` (spam or ham) and `text`, in any case; `SMS`, `message` and `content` mean `text` too.

@@ -1,7 +1,7 @@
 """The imperfect people of the world: they write its instruction data, and an annotator compares responses.
 
 Demonstrators are what web-scale instruction data is: often right, but also curt, rambling, rude or wrong, and they
-comply with harm. The annotator prefers by the gold rubric and errs at a given rate, as InstructGPT's labellers
+comply with harm. The annotator prefers by the gold rubric and errs at a given rate, as InstructGPT's labelers
 agreed with each other on 73% of pairs (Ouyang et al. 2022, arXiv:2203.02155, section 3.4).
 """
 
@@ -74,7 +74,7 @@ def compare(
         by_reward.setdefault(gold_reward(response, task.gold), []).append(response)
     if len(by_reward) < 2:
         return None
-    # Two grades first, then a response of each: neighbouring grades are compared as often as distant ones, however
+    # Two grades first, then a response of each: neighboring grades are compared as often as distant ones, however
     # rare a grade is, so that a right answer that rambles does not pass for the best one.
     first, second = rng.sample(sorted(by_reward), 2)
     first_is_better = first > second
@@ -101,7 +101,7 @@ def preference_rows(
         world: the world.
         tasks: the questions.
         sampled: the policy's responses to the first of the tasks (InstructGPT collected its comparisons so; a reward
-            model that knows demonstrators only is soon over-optimised).
+            model that knows demonstrators only is soon over-optimized).
         label_noise: see `compare`.
         seed: of all choices.
     """

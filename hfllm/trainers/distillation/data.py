@@ -38,7 +38,7 @@ def tokenize_dataset(
 
     def flush() -> None:
         for ids, first in _tokens(batch, tokenizer):
-            ids, labels = _labelled(ids, first)
+            ids, labels = _labeled(ids, first)
             ids, labels = ids[:max_length], labels[:max_length]
             if any(label != IGNORE for label in labels[1:]):
                 rows["input_ids"].append(ids)
@@ -55,7 +55,7 @@ def tokenize_dataset(
     return Dataset.from_dict(rows, Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))}))
 
 
-def _labelled(ids: Sequence[int], first: int | Sequence[int]) -> tuple[list[int], list[int]]:
+def _labeled(ids: Sequence[int], first: int | Sequence[int]) -> tuple[list[int], list[int]]:
     """Ids and labels, where `first` is the place of the first label or the labels themselves."""
     ids = list(ids)
     if not isinstance(first, int):

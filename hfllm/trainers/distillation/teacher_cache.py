@@ -96,7 +96,7 @@ def teacher_tables(
     top_k: int,
     chunk_size: int,
 ) -> Iterator["pyarrow.Table"]:
-    """One row a row of the dataset: the `TopK` of each place that has a target, flat.
+    """One row per row of the dataset: the `TopK` of each place that has a target, flat.
 
     Args:
         loader: batches of the dataset in its order.

@@ -122,7 +122,7 @@ class ActorCriticTrainer(Trainer):
     # ---- forward passes ----
 
     def _passes(self, batch: dict[str, torch.Tensor], most_rows: int | None = None) -> Iterator:
-        """Groups of like length. Engines that count or synchronise passes take each micro-batch whole."""
+        """Groups of like length. Engines that count or synchronize passes take each micro-batch whole."""
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             return length_groups(batch, None, most_rows=most_rows)
         is_cpu, most_tokens = self.accelerator.device.type == "cpu", self.args.max_tokens_per_pass

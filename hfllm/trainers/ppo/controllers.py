@@ -10,7 +10,7 @@ class KLController:
 
     Args:
         coefficient: the weight now.
-        target: KL in nats a response to steer to; `None` keeps the weight.
+        target: KL in nats per response to steer to; `None` keeps the weight.
         horizon: episodes over which it may change by a fifth.
     """
 

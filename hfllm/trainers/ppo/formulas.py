@@ -55,7 +55,7 @@ def token_rewards(
     """Reward (B, T) of each token: `-kl_coef * kl`, and the score on the last real token ([RLHF] equation 2).
 
     Args:
-        scores: (B,), one a response.
+        scores: (B,), one per response.
         kl: (B, T), from `kl_estimate` or `full_kl`.
         token_scores: (B, T), rewards that stay where they are.
     """

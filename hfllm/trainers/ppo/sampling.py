@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 
 from hfllm.trainers.ppo.actor_critic import entropy_of, log_distribution
 
-# Below this many rows a step costs what it costs for one.
+# Below this many rows per step costs what it costs for one.
 FEWEST_TO_SPLIT = 8
 # What begins anew, or reads the prompt again, with each call of `generate`.
 COUNTED_FROM_THE_PROMPT = ("exponential_decay_length_penalty", "guidance_scale", "begin_suppress_tokens", "max_time")

@@ -24,7 +24,7 @@ class Scores:
         total: (B,), the weighted sum less the penalty for responses that were cut off.
         per_token: (B, R), the weighted sum of the rewards that come token by token, or `None`.
         parts: each reward by itself, (B,), unweighted; per-token ones are summed.
-        completions: a row a response: prompt, completion, the parts and the total.
+        completions: a row per response: prompt, completion, the parts and the total.
     """
 
     total: torch.Tensor
@@ -42,8 +42,8 @@ class Scorer:
     """Calls the reward functions.
 
     Args:
-        rewards: functions `(prompts, completions, **columns)` that return a number a completion, or a list of numbers
-            a completion, one for each id of its `completion_ids`.
+        rewards: functions `(prompts, completions, **columns)` that return a number per completion, or a list of
+            numbers per completion, one for each id of its `completion_ids`.
         weights: one a function.
         tokenizer: the policy's.
     """
@@ -95,7 +95,7 @@ class Scorer:
         return scores
 
     def rescale(self, total: torch.Tensor, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Normalise by the running moments and clip, as far as the arguments ask for it."""
+        """Normalize by the running moments and clip, as far as the arguments ask for it."""
         if self.args.normalize_rewards:
             exact = total.double()
             sums = torch.stack((torch.ones_like(exact).sum(), exact.sum(), exact.square().sum()))

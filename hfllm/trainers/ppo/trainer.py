@@ -89,7 +89,7 @@ class PPOTrainer(ActorCriticTrainer):
             `None` trains a value head on the policy's trunk, which costs half as much.
         callbacks, optimizers: as in `Trainer`.
         peft_config: train an adapter of this kind; the reference is then the policy without its adapter.
-        ptx_dataset: rows with `text`, whose language-modelling loss is added by `args.ptx_coef` (Ouyang et al. 2022,
+        ptx_dataset: rows with `text`, whose language-modeling loss is added by `args.ptx_coef` (Ouyang et al. 2022,
             equation 2).
 
     Raises:
@@ -362,7 +362,7 @@ class PPOTrainer(ActorCriticTrainer):
         return loss
 
     def _ptx_loss(self) -> torch.Tensor:
-        """The weighted language-modelling loss on this micro-batch's share of the pretraining data.
+        """The weighted language-modeling loss on this micro-batch's share of the pretraining data.
 
         As with the other terms, sums are divided by the tokens of the whole optimizer step on all processes.
         """

@@ -1,11 +1,11 @@
-"""Reward-model over-optimisation in miniature (Gao et al. 2022, arXiv:2210.10760), and what an ensemble does to it.
+"""Reward-model over-optimization in miniature (Gao et al. 2022, arXiv:2210.10760), and what an ensemble does to it.
 
-    python benchmarks/overoptimisation.py --seeds 1 2 3 --output_dir outputs/overoptimisation
+    python benchmarks/overoptimization.py --seeds 1 2 3 --output_dir outputs/overoptimization
 
 All seeds begin from one fine-tuned model, the first seed's. For each, reward models are trained on the same few
-comparisons of the embedded world with many wrong labels, and PPO maximises their score with a small KL penalty for
+comparisons of the embedded world with many wrong labels, and PPO maximizes their score with a small KL penalty for
 long: against some of them, each alone, and against the least score of all. The gold reward is logged beside. Writes
-`overoptimisation.png`, gold reward against the square root of the KL, and `overoptimisation.md`, the peaks and ends.
+`overoptimization.png`, gold reward against the square root of the KL, and `overoptimization.md`, the peaks and ends.
 Finished runs are reused.
 """
 
@@ -52,7 +52,7 @@ def runs_of(folder: Path, seed: int, alone: int, model: Path | None) -> dict[str
     Args:
         folder: of the seed.
         seed: of comparisons, reward models and PPO.
-        alone: how many of the members are also maximised alone.
+        alone: how many of the members are also maximized alone.
         model: the fine-tuned model; `None` makes it first, under `folder / "single"`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def draw(curves: dict[int, dict[str, Curve]], path: Path) -> None:
         for name, (distance, gold) in runs.items():
             width = 2 if name == WORST else 1
             axis.plot(distance, gold, label=name, marker=".", markersize=4, linewidth=width)
-        axis.set(title=f"seed {seed}", xlabel="square root of KL (nats a response)")
+        axis.set(title=f"seed {seed}", xlabel="square root of KL (nats per response)")
     axes[0][0].set_ylabel("gold reward of sampled responses")
     axes[0][0].legend()
     figure.tight_layout()
@@ -111,18 +111,18 @@ def draw(curves: dict[int, dict[str, Curve]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--alone", type=int, default=2, help="How many members are also maximised alone.")
+    parser.add_argument("--alone", type=int, default=2, help="How many members are also maximized alone.")
     parser.add_argument("--model_name_or_path", type=Path, help="The fine-tuned model, if there is one.")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/overoptimisation"))
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/overoptimization"))
     args = parser.parse_args()
     curves, model = {}, args.model_name_or_path
     for seed in args.seeds:
         folder = args.output_dir / f"seed-{seed}"
         curves[seed] = runs_of(folder, seed, args.alone, model)
         model = model or folder / "single" / "sft"
-    draw(curves, args.output_dir / "overoptimisation.png")
+    draw(curves, args.output_dir / "overoptimization.png")
     text = table(curves)
-    (args.output_dir / "overoptimisation.md").write_text(text + "\n")
+    (args.output_dir / "overoptimization.md").write_text(text + "\n")
     print(text)
 
 
