@@ -82,6 +82,8 @@ def main(script_args: RewardArguments, training_args: Any, model_args: Any) -> d
         model_args = with_model_from(sft, script_args.sft_config, script_args, training_args, model_args)
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     train_rows, test_rows = rows or world_comparisons(script_args, training_args, model_args)
+    if is_world:
+        train_rows = in_batches_of_like_length(train_rows, training_args)
     # The head is new, and so are the weights of an adapter.
     set_seed(training_args.seed)
     model = load_scorer(model_args.model_name_or_path, model_args, model_args.model_revision)
@@ -157,6 +159,7 @@ def world_comparisons(
             *(model, tokenizer, prompts, script_args.response_length),
             num_return_sequences=script_args.num_samples,
             seed=seed,
+            fast=True,
         )
         rows = preference_rows(world, tasks, sampled, noise, seed)
         source = Source(rows, [f"world, comparison {number}" for number in range(1, len(rows) + 1)])
@@ -168,6 +171,18 @@ def world_comparisons(
     random.Random(seed).shuffle(held_out)
     # One process's samples for all: processes that draw other samples would train on other comparisons.
     return tuple(broadcast_object_list([compare(tasks, script_args.label_noise), compare(held_out, 0.0)]))
+
+
+def in_batches_of_like_length(rows: list[dict], training_args: Any) -> list[dict]:
+    """The order for `train_sampling_strategy: sequential`: padding would add two fifths to the tokens otherwise."""
+    from hfllm.data.padding import length_grouped
+
+    def length(row: dict) -> int:
+        said = max(len(row[side][0]["content"]) for side in ("chosen", "rejected"))
+        return said + sum(len(message["content"]) for message in row["prompt"])
+
+    steps = training_args.gradient_accumulation_steps * training_args.world_size
+    return length_grouped(rows, training_args.per_device_train_batch_size * steps, training_args.seed, length=length)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ ALLOWED = {
     "rewards": {"data", "errors"},
     "reporting": set(),
     "trainers": {"models", "data", "rewards", "errors", "checkpoints"},
-    "evaluation": {"models", "data", "rewards", "reporting", "errors"},
+    "evaluation": {"models", "data", "rewards", "reporting", "generation", "errors"},
     "generation": {"models", "data", "errors"},
     "compression": {"models", "data", "errors", "evaluation"},
     "registration": {"models", "compression"},
