@@ -55,7 +55,11 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     before.run()
     base_args = replace(model_args, model_name_or_path=before.model("sft") or model_args.model_name_or_path)
     tokenizer = load_tokenizer(base_args.model_name_or_path, base_args.model_revision)
-    train_rows, test_rows = rows or reward_modeling.world_comparisons(script_args, training_args, base_args)
+    if rows is None:
+        train_rows, test_rows = reward_modeling.world_comparisons(script_args, training_args, base_args)
+        train_rows = reward_modeling.in_batches_of_like_length(train_rows, training_args)
+    else:
+        train_rows, test_rows = rows
     # The head is new, and so are the weights of an adapter.
     set_seed(training_args.seed)
     model = load_reward_model(base_args.model_name_or_path, base_args, base_args.model_revision)

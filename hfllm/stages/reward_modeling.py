@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hfllm.data.loading import DataArguments
 from hfllm.errors import refuse
@@ -12,7 +12,7 @@ from hfllm.trainers.learning_rate import BatchArguments
 if TYPE_CHECKING:
     from trl import ModelConfig, RewardConfig
 
-Rows = list[Mapping[str, object]]
+Rows = list[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -102,3 +102,15 @@ def world_comparisons(
         seed=training_args.seed if script_args.comparison_seed is None else script_args.comparison_seed,
     )
     return compare_samples(World(script_args.world_seed), model, tokenizer, settings)
+
+
+def in_batches_of_like_length(rows: Rows, training_args: "RewardConfig") -> Rows:
+    """Return the order for `train_sampling_strategy: sequential`: a random one would add two fifths of padding."""
+    from hfllm.data.padding import length_grouped
+
+    def length(row: Mapping[str, Any]) -> int:
+        said = max(len(row[side][0]["content"]) for side in ("chosen", "rejected"))
+        return said + sum(len(message["content"]) for message in row["prompt"])
+
+    steps = training_args.gradient_accumulation_steps * training_args.world_size
+    return length_grouped(rows, training_args.per_device_train_batch_size * steps, training_args.seed, length=length)

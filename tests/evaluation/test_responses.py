@@ -15,6 +15,22 @@ def test_batches_and_padding_do_not_matter_to_greedy_responses(make_model, token
     assert together == alone
 
 
+def test_fast_responses_are_those_of_generate_in_the_order_of_the_prompts(make_model, tokenizer):
+    model = make_model()
+    prompts = ["What is 1 plus 2? Please tell me.", "Go", "Say red.", "Is the fox red or blue?"]
+    plain = sample_responses(model, tokenizer, prompts, 6, do_sample=False)
+    assert sample_responses(model, tokenizer, prompts, 6, do_sample=False, fast=True, batch_size=2) == plain
+    assert len({responses[0] for responses in plain}) > 1
+    sampled = sample_responses(model, tokenizer, prompts, 6, num_return_sequences=3, seed=1, fast=True)
+    assert sampled == sample_responses(model, tokenizer, prompts, 6, num_return_sequences=3, seed=1, fast=True)
+    assert [len(responses) for responses in sampled] == [3] * 4
+    assert sample_responses(model, tokenizer, [], 6, fast=True) == []
+    # Options that the fast way does not know are the model's own: it is asked the plain way.
+    model.generation_config.repetition_penalty = 5.0
+    bent = sample_responses(model, tokenizer, prompts, 6, do_sample=False)
+    assert sample_responses(model, tokenizer, prompts, 6, do_sample=False, fast=True) == bent != plain
+
+
 def test_sampling_is_seeded_and_leaves_the_random_state(make_model, tokenizer):
     model = make_model()
     torch.manual_seed(1)

@@ -265,11 +265,11 @@ def test_pretraining_texts_reach_the_trainer(name, saved, world, tmp_path, monke
 
 
 def test_no_stage_is_trained_on_evaluation_rows(tiny, world):
-    evaluation = {task.question for task in world.evaluation_tasks(360)}
+    evaluation = {task.question for count in (360, 1440) for task in world.evaluation_tasks(count)}  # rlhf, reward
     script_args, training_args, _ = rlhf.parse(["--config", tiny["rlhf"], "--num_prompts", "3000"])
     train_rows, eval_rows = alignment.prompt_data(script_args, training_args.seed, [])
     assert not evaluation & {row["prompt"][0]["content"] for row in train_rows}
-    compared = islice(world.tasks(training_args.seed + 1_000_000), 7500)  # what reward.py draws
+    compared = islice(world.tasks(training_args.seed + 1_000_000), 15_000)  # what reward.py draws
     assert not evaluation & {task.question for task in compared}
     demonstrated, _ = instruction_data(sft.parse([])[0], 9600, training_args.seed)
     assert not evaluation & {row["prompt"][0]["content"] for row in demonstrated}

@@ -70,6 +70,8 @@ def build(
         "num_ppo_epochs": 3,
         "response_length": 6,
         "learning_rate": 1e-3,
+        # So that Adam does not blow up the rounding of gradients that are nearly zero.
+        "adam_epsilon": 1e-6,
     }
     return PPOTrainer(
         model=hfllm.HfllmForCausalLM(config),

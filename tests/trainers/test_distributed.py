@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from pretrain_run import build
+from tolerances import assert_same_learning
 from transformers import AutoModelForCausalLM
 
 SCRIPT = Path(__file__).parent / "ddp_run.py"
@@ -32,12 +33,13 @@ def launch(launcher, *arguments):
     return [float(value) for value in line.split()[1:]]
 
 
-def same_weights(one, other):
-    expected = AutoModelForCausalLM.from_pretrained(one).state_dict()
-    actual = AutoModelForCausalLM.from_pretrained(other).state_dict()
-    assert expected.keys() == actual.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, atol=1e-5, rtol=0, msg=name)
+# Learning rate and optimizer steps of ddp_run.py, pretrain_run.py and distill_run.py.
+PPO, PRETRAINING, DISTILLATION = (1e-3, 6), (3e-3, 20), (3e-3, 4)
+
+
+def same_weights(one, other, learning_rate, steps):
+    models = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (other, one)]
+    assert_same_learning(*models, learning_rate, steps)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def one(tmp_path_factory):
 def test_two_processes_equal_one_and_save(one, tmp_path):
     folder, rewards = one
     assert launch([*TORCHRUN, "--nproc_per_node=2"], tmp_path, 4) == pytest.approx(rewards, abs=1e-5)
-    same_weights(folder, tmp_path)
+    same_weights(folder, tmp_path, *PPO)
     files = set(os.listdir(tmp_path / "checkpoint-6"))
     assert {"rollout_0.safetensors", "rollout_1.safetensors", "optimizer.pt"} <= files
 
@@ -76,7 +78,35 @@ def pretrained(tmp_path_factory):
 
 def test_two_processes_pretrain_what_one_does(pretrained, tmp_path):
     pretrain([*TORCHRUN, "--nproc_per_node=2"], tmp_path)
-    same_weights(pretrained, tmp_path)
+    same_weights(pretrained, tmp_path, *PRETRAINING)
+
+
+def a_row_lost(batch):
+    batch["labels"][0] = -100
+
+
+def a_row_seen_twice(batch):
+    for values in batch.values():
+        values[-1] = values[0]
+
+
+@pytest.mark.parametrize("fault", [a_row_lost, a_row_seen_twice])
+def test_a_wrong_batch_is_more_than_rounding(tmp_path, monkeypatch, fault):
+    whole, faulty = (build(str(tmp_path), save_strategy="no") for _ in range(2))
+    whole.train()
+    take = type(faulty.plan).__getitem__
+
+    def batch_of_step(plan, step):
+        batch = take(plan, step)
+        if step == 15:
+            fault(batch)
+        return batch
+
+    monkeypatch.setattr(type(faulty.plan), "__getitem__", batch_of_step)
+    faulty.train()
+    assert whole.state.global_step == faulty.state.global_step == PRETRAINING[1]
+    with pytest.raises(AssertionError):
+        assert_same_learning(faulty.model.state_dict(), whole.model.state_dict(), *PRETRAINING)
 
 
 @pytest.mark.slow
@@ -84,16 +114,16 @@ def test_two_processes_pretrain_what_one_does(pretrained, tmp_path):
 def test_two_processes_pretrain_with_zero_what_one_does(pretrained, tmp_path, stage):
     pytest.importorskip("deepspeed")
     pretrain(DEEPSPEED, tmp_path, ROOT / "ds_configs" / f"zero{stage}.json")
-    same_weights(pretrained, tmp_path)
+    same_weights(pretrained, tmp_path, *PRETRAINING)
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one_with_every_term(one, tmp_path):
     rewards = launch([*TORCHRUN, "--nproc_per_node=1"], tmp_path / "one", 8, "terms")
     assert launch([*TORCHRUN, "--nproc_per_node=2"], tmp_path / "two", 4, "terms") == pytest.approx(rewards, abs=1e-5)
-    same_weights(tmp_path / "one", tmp_path / "two")
+    same_weights(tmp_path / "one", tmp_path / "two", *PPO)
     with pytest.raises(AssertionError):
-        same_weights(tmp_path / "one", one[0])
+        same_weights(tmp_path / "one", one[0], *PPO)
 
 
 @pytest.mark.slow
@@ -104,7 +134,7 @@ def test_two_processes_with_zero_equal_one(one, tmp_path, stage):
     assert launch(DEEPSPEED, tmp_path, 4, ROOT / "ds_configs" / f"zero{stage}.json") == pytest.approx(
         rewards, abs=1e-5
     )
-    same_weights(folder, tmp_path)
+    same_weights(folder, tmp_path, *PPO)
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +147,11 @@ def distilled(tmp_path_factory):
 
 def test_two_processes_distil_what_one_does(distilled, tmp_path):
     pretrain([*TORCHRUN, "--nproc_per_node=2"], tmp_path, 2, script="distill_run.py")
-    same_weights(distilled, tmp_path)
+    same_weights(distilled, tmp_path, *DISTILLATION)
 
 
 @pytest.mark.slow
 def test_two_processes_distil_with_zero_what_one_does(distilled, tmp_path):
     pytest.importorskip("deepspeed")
     pretrain(DEEPSPEED, tmp_path, 2, ROOT / "ds_configs" / "zero2.json", script="distill_run.py")
-    same_weights(distilled, tmp_path)
+    same_weights(distilled, tmp_path, *DISTILLATION)
