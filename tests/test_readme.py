@@ -23,10 +23,12 @@ def test_it_is_short():
 def test_make_targets_and_recipes_exist():
     makefile = (ROOT / "Makefile").read_text()
     targets = re.findall(r"^make (\w+)", "\n".join(blocks("bash")), re.MULTILINE)
-    assert {"rlhf", "test"} <= set(targets)
+    assert targets == ["rlhf", "test"]
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
-    for path in re.findall(r"(?:recipes|docs)/\w+\.(?:py|md)", README):
-        assert (ROOT / path).is_file(), path
+    for path in re.findall(r"(?:recipes|docs)/\w+\.(?:py|md|png)", README):
+        assert (ROOT / path).is_file() or "NAME" in path, path
+    for name in set(re.findall(r"`hfllm (\w+)", README)) - {"NAME"}:
+        assert (ROOT / "recipes" / f"{name}.py").is_file(), name
 
 
 def test_flags_exist():
@@ -57,19 +59,35 @@ def test_the_tree_is_there():
         assert (ROOT / name).is_file(), name
 
 
-def test_the_python_runs(make_model, tokenizer, tmp_path):
-    from datasets import Dataset
+def test_the_python_runs(make_model, tokenizer, tmp_path, monkeypatch):
+    """As it stands, but for the names of what would be downloaded, and a small budget."""
+    import datasets
 
-    make_model().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    load, train = blocks("python")
-    exec(load.replace("outputs/rlhf", str(tmp_path / "model")), {})
-    small = "total_episodes=16, response_length=4, use_cpu=True, bf16=False, save_strategy='no', report_to='none'"
-    train = train.replace('"my-model"', repr(str(tmp_path / "model"))).replace("total_episodes=10_000", small)
-    train = train.replace('"outputs/ppo"', repr(str(tmp_path / "ppo")))
-    names = {"prompts": Dataset.from_dict({"prompt": ["Say red.", "Go"] * 8})}
+    import hfllm
+
+    heads = {"policy": hfllm.HfllmForCausalLM, "reward": hfllm.HfllmForSequenceClassification}
+    for name, kind in heads.items():
+        make_model(model_class=kind, **({"num_labels": 1} if name == "reward" else {})).save_pretrained(
+            tmp_path / name
+        )
+        tokenizer.save_pretrained(tmp_path / name)
+    train, load = blocks("python")
+    assert len([line for line in train.splitlines() if line.strip()]) == 5
+    small = f"PPOConfig({str(tmp_path / 'ppo')!r}, total_episodes=16, response_length=4, use_cpu=True, bf16=False, "
+    small += "save_strategy='no', report_to='none')"
+    for written, ours in (
+        (r'PPOConfig\("outputs/ppo"\)', small),
+        (r'"Qwen/[^"]+"', repr(str(tmp_path / "policy"))),
+        (r'"Skywork/[^"]+"', repr(str(tmp_path / "reward"))),
+    ):
+        train, count = re.subn(written, lambda _, ours=ours: ours, train)
+        assert count == 1, written
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in ("Say red.", "Go") * 8]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(rows))
+    names = {}
     exec(train, names)
     assert names["trainer"].state.global_step > 0
+    exec(load.replace("outputs/rlhf", str(tmp_path / "policy")), {})
 
 
 @pytest.mark.parametrize("stage", ["curate", "pretrain", "sft", "reward", "rlhf", "distill"])
