@@ -96,7 +96,7 @@ def test_families_that_mix_packed_documents_are_refused(make_trainer, tokenizer)
     from transformers import BloomConfig, BloomForCausalLM
 
     model = BloomForCausalLM(BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4))
-    with pytest.raises(InputError, match="in a model of type bloom packed documents see each other"):
+    with pytest.raises(InputError, match="in a model of type bloom packed documents attend to each other"):
         make_trainer(model=model)
 
 
