@@ -1,4 +1,4 @@
-"""Single documents in batches of like length, for training that pads instead of packing."""
+"""Batches of single documents of similar length, for training with padding instead of packing."""
 
 import random
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def pieces_of(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[list[int]]:
-    """Token ids of each document, from the document token on; documents over `max_length` are cut up."""
+    """Return the token ids of each document, from the document token on; documents over `max_length` are split."""
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     pieces = []
     for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
@@ -19,10 +19,10 @@ def pieces_of(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_le
 
 
 def length_grouped(pieces: list[list[int]], batch_size: int, seed: int, window: int = 20) -> list[list[int]]:
-    """An order in which a batch holds pieces of like length, while lengths come in random order.
+    """Return an order in which each batch has pieces of similar length, and batches come in random order.
 
     Sorts within windows of `window` batches, then shuffles the batches: transformers' `group_by_length` saves as much
-    padding, but runs from long to short for fifty batches at a time, which this small model learns less from.
+    padding, but goes from long to short over fifty batches at a time, from which a small model learns less.
     """
     rng = random.Random(seed)
     pieces = list(pieces)
