@@ -1,7 +1,7 @@
 """hfllm: one architecture family and the recipes that carry it from raw text to an aligned, published model.
 
 Importing this package registers the family with transformers' Auto classes. Neither torch nor transformers is
-imported for that: the registration happens when transformers' Auto classes are, so that `hfllm.scaling` stays light.
+imported for that: it registers when transformers' Auto classes are imported, so `hfllm.scaling` stays light.
 """
 
 from importlib import import_module

@@ -1,10 +1,10 @@
-"""The one exception for what a user can mend, and the removal of secrets from what is printed or written."""
+"""The exception for errors that a user can fix, and the removal of secrets from printed or written text."""
 
 import os
 import re
 
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-# Access tokens of the Hub by their looks, and credentials in URLs.
+# Access tokens of the Hub by their form, and credentials in URLs.
 _LOOKS_SECRET = re.compile(
     r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}|\bhf_(?:oauth|jwt)_[\w.-]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
 )
@@ -32,9 +32,9 @@ def refuse(condition: bool, flag: str, reason: str) -> None:
 
 
 def redact(text: str, *secrets: str | None) -> str:
-    """`text` without `secrets`, the tokens that the environment holds, and whatever looks like one."""
+    """Return `text` without `secrets`, the tokens in the environment, and anything that looks like a token."""
     for secret in (*secrets, *map(os.environ.get, TOKEN_VARIABLES)):
-        # A shorter one would be no secret, and hiding it would eat ordinary words.
+        # Anything shorter is no secret, and hiding it would remove ordinary words.
         if secret and len(secret.strip()) >= 8:
             text = text.replace(secret.strip(), HIDDEN)
     return _LOOKS_SECRET.sub(HIDDEN, text)

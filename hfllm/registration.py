@@ -1,4 +1,4 @@
-"""Register the family with transformers and PEFT as soon as somebody imports them, and not before."""
+"""Register the family with transformers and PEFT when they are imported, and not before."""
 
 import importlib.abc
 import importlib.machinery
@@ -9,7 +9,7 @@ from types import ModuleType
 
 
 def register_with_transformers() -> None:
-    """Register now with what is loaded, and with the rest right after it is."""
+    """Register now with libraries already loaded, and with the others right after they are loaded."""
     for name, register in (("transformers", _register), ("peft.utils.constants", _register_with_peft)):
         if name in sys.modules:
             register()
@@ -18,7 +18,7 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
-    # Registers its quantizer, as it is imported.
+    # Importing this module registers its quantizer.
     import hfllm.compression.dynamic_int8  # noqa: F401
     from hfllm.models import modeling_hfllm as models
     from hfllm.models.configuration_hfllm import AUTO_MAP, HfllmConfig
@@ -32,9 +32,9 @@ def _register() -> None:
             continue
         model_class = getattr(models, path.split(".")[1])
         getattr(transformers, auto_name).register(HfllmConfig, model_class, exist_ok=True)
-        # Writes auto_map and the code beside saved weights, for those who load them without hfllm.
+        # Writes auto_map and the code beside saved weights, for users who load them without hfllm.
         model_class.register_for_auto_class(auto_name)
-        # `generate` asks for the signature at every token of a class that travels with its code.
+        # For a class that travels with its code, `generate` reads the signature at every token.
         model_class.forward.__signature__ = inspect.signature(model_class.forward)
         # `transformers serve`, behind `transformers chat`, looks the class up by its name there.
         setattr(transformers, model_class.__name__, model_class)
@@ -49,7 +49,7 @@ def _register_with_peft() -> None:
 
 
 class _After(importlib.abc.MetaPathFinder):
-    """Finds nothing itself: wraps the loader of one module so that `callback` runs once that is executed.
+    """Finds nothing itself: wraps the loader of one module so that `callback` runs after it is executed.
 
     For transformers that moment is safe: it imports its own modules lazily, so none of them is half-loaded yet.
     """
@@ -66,7 +66,7 @@ class _After(importlib.abc.MetaPathFinder):
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
-            # Here and not above: libraries also look for the spec only to know whether the module is installed.
+            # Here and not above: libraries also look up the spec only to see whether the module is installed.
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
             execute(module)

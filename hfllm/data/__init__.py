@@ -1,1 +1,1 @@
-"""What goes in: sources, formats, packing, tokenizers, the embedded world, curation."""
+"""Data: sources, formats, packing, tokenizers, the embedded world, curation."""

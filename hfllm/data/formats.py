@@ -1,6 +1,6 @@
-"""From the formats that data comes in to the columns that TRL's trainers take.
+"""Convert rows of all accepted data formats to the columns of TRL's trainers.
 
-Every function maps one row, and refuses a row that it cannot read by naming its origin and its columns.
+Every function maps one row, and refuses a row that it cannot read, naming its origin and its columns.
 """
 
 import re
@@ -38,7 +38,7 @@ def convert(source: Source, mapper: Callable[[str, Row], Converted]) -> list[Con
 
 
 def to_text(origin: str, row: Row) -> str:
-    """The text of a pretraining row: its column `text` or `content`."""
+    """Return the text of a pretraining row: its column `text` or `content`."""
     for column in ("text", "content"):
         if isinstance(row.get(column), str):
             return row[column]
@@ -46,17 +46,17 @@ def to_text(origin: str, row: Row) -> str:
 
 
 def infilling_prompt(prefix: str, suffix: str, suffix_first: bool = False) -> str:
-    """Code Llama's prompt for the text between `prefix` and `suffix`; the completion ends with `<EOT>`.
+    """Return Code Llama's prompt for the text between `prefix` and `suffix`; the completion ends with `<EOT>`.
 
     Args:
-        suffix_first: the order suffix, prefix (SPM), which goes on from the prefix token by token, instead of prefix,
-            suffix (PSM). Both are trained in equal parts (arXiv:2308.12950, section 2.3).
+        suffix_first: the order suffix, prefix (SPM), where the completion follows the prefix, instead of prefix,
+            suffix (PSM). Both are trained in equal shares (arXiv:2308.12950, section 2.3).
     """
     return f"<PRE> <SUF>{suffix} <MID> {prefix}" if suffix_first else f"<PRE> {prefix} <SUF>{suffix} <MID>"
 
 
 def to_sft(origin: str, row: Row) -> Row:
-    """An instruction row as conversational `prompt` and `completion`; see `SFT_FORMATS`."""
+    """Convert an instruction row to conversational `prompt` and `completion`; see `SFT_FORMATS`."""
     if _has(row, "instruction", "output") or _has(row, "instruction", "response"):
         answer = row["output"] if "output" in row else row["response"]
         return {"prompt": _instruction(origin, row), "completion": _said(origin, answer)}
@@ -74,7 +74,7 @@ def to_sft(origin: str, row: Row) -> Row:
 
 
 def to_preference(origin: str, row: Row) -> Row:
-    """A comparison as conversational `prompt`, `chosen` and `rejected`; see `PREFERENCE_FORMATS`."""
+    """Convert a comparison to conversational `prompt`, `chosen` and `rejected`; see `PREFERENCE_FORMATS`."""
     if _has(row, "prompt", "response_a", "response_b", "preference"):
         if row["preference"] not in ("a", "b"):
             raise InputError(f"{origin}: preference is {row['preference']!r}; expected 'a' or 'b'")
@@ -100,7 +100,7 @@ def to_preference(origin: str, row: Row) -> Row:
 
 
 def to_prompt(origin: str, row: Row) -> Row:
-    """A prompt row: `prompt`, kept as text or made a conversation, and every other column as it is."""
+    """Convert a prompt row: `prompt` as text or a conversation, and every other column unchanged."""
     if "prompt" in row:
         prompt = row["prompt"]
         return {**row, "prompt": prompt if isinstance(prompt, str) else _messages(origin, prompt)}
@@ -115,12 +115,12 @@ def to_prompt(origin: str, row: Row) -> Row:
 
 
 def as_messages(prompt: str | list[Message]) -> list[Message]:
-    """A text prompt as the user's turn of a conversation; a conversation as it is."""
+    """Return a text prompt as the user's turn of a conversation; a conversation unchanged."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def as_completion(prompt: str | list[Message], text: str) -> str | list[Message]:
-    """A response in the form of its prompt: text, or the assistant's turn of a conversation."""
+    """Return a response in the form of its prompt: text, or the assistant's turn of a conversation."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
@@ -163,7 +163,7 @@ def _messages(origin: str, messages: Any) -> list[Message]:
 
 
 def _transcript(origin: str, text: Any) -> list[Message]:
-    """Messages of a list, or of a text in Anthropic's `\\n\\nHuman: ... \\n\\nAssistant: ...` form."""
+    """Return the messages of a list, or of a text in Anthropic's `\\n\\nHuman: ... \\n\\nAssistant: ...` form."""
     if not isinstance(text, str):
         return _messages(origin, text)
     parts = HH_TURN.split(text)

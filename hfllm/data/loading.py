@@ -1,4 +1,4 @@
-"""The data of a stage: the embedded world's or the user's rows, and what is held out of them."""
+"""The data of a stage: the embedded world's or the user's rows, and the held-out part."""
 
 import hashlib
 import random
@@ -40,7 +40,7 @@ class TextArguments(DataArguments):
     num_documents: int = field(default=40000, metadata={"help": "Documents of the embedded world to train on."})
     dataset_mixture: list[str] | None = field(
         default=None,
-        metadata={"help": "Several datasets in place of --dataset_name, each NAME:WEIGHT, their share of the text."},
+        metadata={"help": "Several datasets in place of --dataset_name, each NAME:WEIGHT (share of the text)."},
     )
 
 
@@ -57,19 +57,19 @@ def check_source(script_args: DataArguments) -> None:
 
 
 def world_of(script_args: DataArguments) -> World | None:
-    """The embedded world, if that is where the data comes from."""
+    """Return the embedded world if the data comes from it, else `None`."""
     return World(script_args.world_seed) if script_args.dataset_name == WORLD else None
 
 
 def limited(rows: list, script_args: DataArguments) -> list:
-    """The first `--max_samples` rows."""
+    """Return the first `--max_samples` rows."""
     return rows if script_args.max_samples is None else rows[: script_args.max_samples]
 
 
 def split_rows(rows: list, seed: int, share: float = 0.05, most: int = 256) -> tuple[list, list]:
-    """Shuffle rows by `seed` and set about `share` of them, at most `most`, aside for evaluation.
+    """Shuffle rows by `seed` and hold out about `share` of them, at most `most`, for evaluation.
 
-    Rows with the same prompt (or the same text) stay together, so that none is met on both sides.
+    Rows with the same prompt (or the same text) stay together, so none is on both sides.
     """
     keys = [str(row["prompt"] if isinstance(row, dict) else row) for row in rows]
     train, held_out = split_places(keys, seed, share, most)
@@ -79,10 +79,10 @@ def split_rows(rows: list, seed: int, share: float = 0.05, most: int = 256) -> t
 def split_places(
     keys: Iterable[Hashable], seed: int, share: float = 0.05, most: int = 256
 ) -> tuple[list[int], list[int]]:
-    """`split_rows` by what stands for each row: the places of the training rows, and of those held out.
+    """Split rows as `split_rows` does, given a key per row; return the indices of training and of held-out rows.
 
     Raises:
-        InputError: when all rows are alike.
+        InputError: when all keys are equal.
     """
     groups: dict[Hashable, list[int]] = {}
     for place, key in enumerate(keys):
@@ -92,7 +92,7 @@ def split_places(
     order = list(groups.values())
     random.Random(seed).shuffle(order)
     wanted, held_out = min(max(1, int(sum(map(len, order)) * share)), most), []
-    # Groups that are too large come last, by size: what fills half of the data must not be all that is held out.
+    # Groups that are too large come last, by size: a group of half the data must not be the whole held-out set.
     order.sort(key=lambda group: max(len(group), wanted))
     while not held_out or (len(order) > 1 and len(held_out) + len(order[0]) <= wanted):
         held_out += order.pop(0)
@@ -100,23 +100,23 @@ def split_places(
 
 
 def load_texts(script_args: TextArguments, seed: int, prepared: Prepared, name: str) -> tuple["Dataset", list[str]]:
-    """Pretraining texts (a `text` column) and held-out texts, of the world or of the user's dataset.
+    """Load pretraining texts (a `text` column) and held-out texts, of the world or of the user's dataset.
 
     Args:
-        script_args: the flags of the data, but for a mixture's.
-        seed: of the split, and of the world's texts.
-        prepared: where the user's texts are kept, so that they need not fit into memory.
-        name: of the table there.
+        script_args: the flags of the data, except `--dataset_mixture`.
+        seed: seed of the split, and of the world's texts.
+        prepared: where the user's texts are stored, so that they need not fit into memory.
+        name: name of the table there.
     """
     from datasets import Dataset, Features, Value
 
     if script_args.dataset_name == WORLD:
         world = World(script_args.world_seed)
         texts = world.documents(script_args.num_documents, seed=seed)
-        # A document of the world may be written twice; what is held out must be new.
+        # The world may write a document twice; held-out texts must not occur in training.
         known = set(texts)
         held_out = [text for text in world.documents(1000, seed=-1 - seed) if text not in known]
-        # Of the type that `prepared` stores, so that both can be parts of one mixture.
+        # The type that `prepared` stores, so that both can be in one mixture.
         return Dataset.from_dict({"text": texts}, Features({"text": Value("large_string")})), held_out
 
     source = (script_args.dataset_name, script_args.dataset_train_split, script_args.max_samples)
@@ -126,7 +126,7 @@ def load_texts(script_args: TextArguments, seed: int, prepared: Prepared, name: 
 
 
 def texts_of(name: str, split: str = "train", most: int | None = None) -> Iterator[str]:
-    """The texts of the first `most` rows of a user's dataset, one by one, without blank ones."""
+    """Yield the texts of the first `most` rows of a user's dataset, without blank ones."""
     for origin, row in islice(iterate_source(name, split), most):
         text = formats.to_text(origin, row)
         if text.strip():
@@ -134,13 +134,13 @@ def texts_of(name: str, split: str = "train", most: int | None = None) -> Iterat
 
 
 def hash_of(text: str) -> bytes:
-    """What two texts share only if they are the same, for all practical purposes."""
+    """Return a hash of a text, in practice different for different texts."""
     return hashlib.blake2b(text.encode(errors="replace"), digest_size=16).digest()
 
 
 def load_rows(
     script_args: DataArguments, mapper: Callable[[str, formats.Row], formats.Converted]
 ) -> list[formats.Converted]:
-    """The user's dataset, each row as `mapper(origin, row)` makes it."""
+    """Load the user's dataset, with each row converted by `mapper(origin, row)`."""
     source = load_source(script_args.dataset_name, script_args.dataset_train_split)
     return limited(formats.convert(source, mapper), script_args)

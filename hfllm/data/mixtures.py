@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def mixture_of(script_args: TextArguments) -> list[tuple[str, float | None]]:
-    """The datasets and their weights; one without a mixture has no weight.
+    """Return the datasets and their weights; a single dataset has the weight `None`.
 
     Raises:
         InputError: for an entry that is not NAME:WEIGHT, or a name that comes twice.
@@ -37,14 +37,14 @@ def mixture_of(script_args: TextArguments) -> list[tuple[str, float | None]]:
 def load_sources(
     script_args: TextArguments, seed: int, prepared: Prepared
 ) -> tuple[dict[str, "Dataset"], Sequence[str], list[str]]:
-    """Training texts by source, all of them in one, and held-out texts of all sources.
+    """Load training texts by source, all of them as one dataset, and held-out texts of all sources.
 
-    Of a mixture, any first part of all texts has the sources by weight, as long as there is text of each: what a
-    tokenizer or a baseline learns from it is the mixture, as for the model. What one source holds out and another
-    trains on is left out of the held-out texts.
+    In a mixture, any first part of all texts has the sources by weight, as long as each has text left, so that a
+    tokenizer or a baseline learns from the same mixture as the model. A text that one source holds out and another
+    trains on is removed from the held-out texts.
 
     Raises:
-        InputError: when nothing is held out then.
+        InputError: when no held-out text is left.
     """
     from datasets import concatenate_datasets
 
@@ -65,7 +65,7 @@ def load_sources(
 
 
 def by_weight(sources: Sequence["Dataset"], weights: Sequence[float]) -> list[int]:
-    """An order of the sources' texts, one source behind the other, in which their bytes go along with the weights."""
+    """Return an order of the concatenated sources' texts in which their bytes follow the weights throughout."""
     import numpy
     import pyarrow.compute
 

@@ -1,7 +1,7 @@
 """Training objectives as functions of the data: fill-in-the-middle and masked language modeling.
 
-What is drawn depends on `(seed, index)` alone, never on what was drawn before: a run that resumes, or that another
-number of workers feeds, sees exactly the examples that it would have seen.
+Random draws depend only on `(seed, index)`, never on earlier draws: a run that resumes, or that has another
+number of workers, sees exactly the same examples.
 """
 
 import random
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-# Where a prefix, a suffix and a middle begin, and where the middle ends.
+# Tokens that begin a prefix, a suffix and a middle, and the one that ends the middle.
 INFILLING_TOKENS = ("<PRE>", "<SUF>", "<MID>", "<EOT>")
 IGNORED = -100
 
 
 def fill_in_the_middle(text: str, index: int, seed: int = 0, rate: float = 0.9, spm_rate: float = 0.5) -> str:
-    """A document in Code Llama's infilling format, or as it is (arXiv:2308.12950, section 2.3; arXiv:2207.14255).
+    """Return a document in Code Llama's infilling format, or unchanged (arXiv:2308.12950, section 2.3; 2207.14255).
 
-    It is cut at two characters, each drawn uniformly, and written as `infilling_prompt` writes prefix and suffix,
+    It is cut at two positions drawn uniformly, and written as `infilling_prompt` writes prefix and suffix,
     followed by the middle and ` <EOT>`. No character is lost. The paper transforms only documents that fit into one
-    context: cut to length first, and encode what this returns as it is, with the tokens of `INFILLING_TOKENS` special.
+    context: cut to length first, and encode the result unchanged, with `INFILLING_TOKENS` as special tokens.
 
     Args:
-        text: the document. One that is empty or holds an infilling token stays as it is: it could not be read back.
+        text: the document. One that is empty or holds an infilling token is returned unchanged.
         index: the document's number in the data.
-        seed: with `index`, what decides all that is drawn.
-        rate: the probability that a document is transformed; the paper's is 0.9.
-        spm_rate: the share of those that has the suffix first; the paper's is a half.
+        seed: determines all random draws, together with `index`.
+        rate: the probability that a document is transformed; 0.9 in the paper.
+        spm_rate: the share of those with the suffix first; a half in the paper.
 
     Raises:
         InputError: when a probability is outside 0 to 1.
@@ -49,14 +49,14 @@ def fill_in_the_middle(text: str, index: int, seed: int = 0, rate: float = 0.9, 
 
 
 def check_infilling_tokens(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Make sure that a tokenizer reads each of `INFILLING_TOKENS` as one token of its own, inside a text too.
+    """Check that a tokenizer encodes each of `INFILLING_TOKENS` as a single token, also inside a text.
 
     Raises:
-        InputError: when it does not, with the call that adds what it lacks.
+        InputError: when it does not, with the call that adds the missing tokens.
     """
     missing = []
     for token in INFILLING_TOKENS:
-        # What belongs to the token is what a text has with it and not without it; Code Llama's takes the space along.
+        # The token's ids are those that a text has only with it; Code Llama's token includes the space.
         inside = tokenizer(f"a {token}b", add_special_tokens=False)["input_ids"]
         found = [each for each in inside if token in tokenizer.convert_ids_to_tokens(each)]
         if len(found) != 1 or found[0] == tokenizer.unk_token_id:
@@ -70,7 +70,7 @@ def check_infilling_tokens(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 
 def seeded_generator(seed: int, index: int) -> "torch.Generator":
-    """A random generator on the CPU whose draws depend on `(seed, index)` alone, to mask the batch `index` with."""
+    """Return a random generator on the CPU that depends only on `(seed, index)`, to mask batch `index` with."""
     import torch
 
     return torch.Generator().manual_seed(random.Random(f"masking {seed} {index}").getrandbits(63))
@@ -86,20 +86,20 @@ def masked_tokens(
 ) -> tuple["torch.Tensor", "torch.Tensor"]:
     """Mask a batch as BERT does (Devlin et al. 2018, arXiv:1810.04805, section 3.1).
 
-    Of the tokens that are to be predicted, 80% become the mask token, 10% another one drawn uniformly from the
+    Of the tokens to predict, 80% become the mask token, 10% a token drawn uniformly from the
     vocabulary, 10% stay. A row with any ordinary token has at least one to predict, as in BERT's own code, so that no
     short batch has an undefined loss.
 
     Args:
-        input_ids: (B, S), on the CPU; left as it is.
-        special_ids: ids that are never masked nor put in at random: padding and the like. The mask token is one.
+        input_ids: (B, S), on the CPU; not changed.
+        special_ids: ids that are never masked or drawn: padding and the like. The mask token is one of them.
         mask_token_id: the id of the mask token.
-        vocab_size: random tokens are below this.
+        vocab_size: upper bound (exclusive) of random token ids.
         generator: for example `seeded_generator(seed, index)`.
-        probability: the probability that a token is to be predicted.
+        probability: the probability that a token is one to predict.
 
     Returns:
-        The masked ids, (B, S), and the labels, (B, S): the original id where one is to be predicted, -100 elsewhere.
+        The masked ids, (B, S), and the labels, (B, S): the original id at tokens to predict, -100 elsewhere.
 
     Raises:
         InputError: when `probability` is outside 0 to 1, an id is outside the vocabulary, or it has special ids only.

@@ -1,7 +1,7 @@
-"""Documents packed into rows of one length, best fit, none of them aware of its neighbors.
+"""Pack documents into rows of one length (best fit) without attention between them.
 
-A packed row is its tokens and the lengths of the pieces that lie in it, one after the other. Piece by piece positions
-begin at 0 again, which is how attention is told where one document ends (see `HfllmModel.forward`).
+A packed row holds its tokens and the lengths of the pieces in it, one after the other. In each piece, positions
+begin at 0 again, which tells attention where a document ends (see `HfllmModel.forward`).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
-# What is packed at a time: enough to fill rows to the brim, little enough to stay out of memory's way.
+# Window that is packed at a time: large enough to fill rows well, small enough for memory.
 MOST_DOCUMENTS, MOST_CHARACTERS = 20_000, 1 << 24
 
 
 def pack(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", length: int) -> "Dataset":
-    """Rows of at most `length` tokens: best-fit decreasing, documents that are longer cut up, nothing lost.
+    """Pack texts into rows of at most `length` tokens: best-fit decreasing, longer documents split, nothing lost.
 
     Each document begins with the tokenizer's document token (`bos_token`), if it has one. Packing is TRL's
     `pack_dataset` (Ding et al. 2024, arXiv:2404.10830) on windows of `MOST_DOCUMENTS` documents or `MOST_CHARACTERS`.
 
     Returns:
-        A dataset with `input_ids` and `seq_lengths`, a list of lists each.
+        A dataset with `input_ids` and `seq_lengths`, each a list of lists.
 
     Raises:
-        InputError: when no document has two tokens, so that there is nothing to predict.
+        InputError: when no document has two tokens, so there is nothing to predict.
     """
     from datasets import Dataset, concatenate_datasets
 
@@ -41,12 +41,12 @@ def pack(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", length: int
 def packed_tables(
     texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", length: int
 ) -> Iterator["pyarrow.Table"]:
-    """`pack`, window by window, for more text than fits into memory."""
+    """Pack window by window, as `pack` does, for more text than fits into memory."""
     from datasets import Dataset, Features, List, Value
     from trl import pack_dataset
 
     features, is_empty = Features({"input_ids": List(Value("int32"))}), True
-    # It would pack a thousand pieces at a time otherwise.
+    # Otherwise it would pack only a thousand pieces at a time.
     whole_window = {"batch_size": MOST_DOCUMENTS}
     for window in windows(texts, MOST_DOCUMENTS, MOST_CHARACTERS):
         pieces = [ids for ids in token_ids(window, tokenizer) if len(ids) > 1]
@@ -59,23 +59,23 @@ def packed_tables(
 
 
 def token_ids(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """Token ids of each document, from the document token on."""
+    """Return the token ids of each document, from the document token on."""
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    # Not verbose: a document that is longer than the model's context is cut up later, and no cause for a warning.
+    # Not verbose: a document longer than the model's context is split later and needs no warning.
     return [start + ids for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
 
 
 def batch_of(
     rows: Sequence[dict[str, Any]], length: int, pad_token_id: int, cut: int = 1
 ) -> dict[str, "torch.Tensor"]:
-    """Packed rows as the tensors that a causal model takes, (B * cut, length / cut) each.
+    """Return packed rows as the tensors of a causal model, (B * cut, length / cut) each.
 
-    There is no attention mask: what pads a row comes last and is a piece of its own.
+    There is no attention mask: padding comes last in a row and is a separate piece.
 
     Args:
-        rows: of `pack`.
-        length: of a row; shorter ones are padded.
-        cut: cut each row into so many, for a curriculum over lengths; positions begin anew at each cut.
+        rows: from `pack`.
+        length: tokens per row; shorter rows are padded.
+        cut: split each row into this many, for a curriculum over lengths; positions restart at each cut.
 
     Returns:
         `input_ids`, `position_ids` and `labels`: -100 on padding and on the first token of each piece, which no token
@@ -94,7 +94,7 @@ def batch_of(
         position_ids[row] = torch.cat([torch.arange(count) for count in lengths])
     shape = (len(rows) * cut, length // cut)
     input_ids, position_ids, is_padding = (part.view(shape) for part in (input_ids, position_ids, is_padding))
-    # A piece that a cut goes through begins anew behind it.
+    # A piece that is split restarts after the cut.
     steps = torch.arange(shape[1])
     position_ids = torch.minimum(position_ids, steps.expand(shape))
     labels = input_ids.masked_fill(is_padding | (position_ids == 0), IGNORE)
@@ -104,18 +104,18 @@ def batch_of(
 def pieces_of(
     batch: dict[str, "torch.Tensor"], most_tokens: int, most_padding: int = 64
 ) -> Iterator[dict[str, "torch.Tensor"]]:
-    """The pieces of a packed causal batch side by side, in groups of like length: what packing says, without its mask.
+    """Yield the pieces of a packed causal batch as separate rows, in groups of similar length, without a packing mask.
 
-    Attention of a row costs what its square does, and a mask of blocks as much as a full one; where no kernel knows of
-    packed rows, short rows cost less. Pieces without a target are left out.
+    Attention costs the square of a row's length, and a block mask as much as a full one; where no kernel supports
+    packed rows, short rows are cheaper. Pieces without a target are left out.
 
     Args:
         batch: `input_ids`, `position_ids` and `labels`, see `batch_of`.
-        most_tokens: of a group, padding included, unless a single piece has more.
-        most_padding: no piece of a group is shorter than its longest one by so many tokens or more.
+        most_tokens: limit per group, padding included, unless a single piece has more.
+        most_padding: pieces of a group differ in length by fewer tokens than this.
 
     Yields:
-        `input_ids` and `labels`, padded on the right, where no token of a causal model looks.
+        `input_ids` and `labels`, padded on the right, where no token of a causal model attends.
     """
     import torch
 

@@ -11,7 +11,7 @@ Piece = TypeVar("Piece")
 
 
 def pieces_of(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[list[int]]:
-    """Token ids of each document, from the document token on; documents over `max_length` are cut up."""
+    """Return the token ids of each document, from the document token on; documents over `max_length` are split."""
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     pieces = []
     for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:

@@ -1,4 +1,4 @@
-"""Texts and packed rows of a run on disk: made once, mapped into memory from then on, there again after a crash."""
+"""Store texts and packed rows of a run on disk: made once, then memory-mapped, and reused after a crash."""
 
 import hashlib
 import json
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
 
-# Characters of text that are written at a time.
+# Characters of text written at a time.
 BATCH = 1 << 24
-# The names of the folders that are made here; nothing else is ever removed.
+# Prefix of the folders made here; nothing else is ever removed.
 OURS = "[0-9a-f]" * 16
 
 
 class Prepared:
-    """Tables of one run, in a folder of their own.
+    """Tables of one run, in their own folder.
 
-    Machines that share a disk may make the same table at once: each writes a file of its own, and renames it.
+    Machines that share a disk may make the same table at once: each writes its own file, and renames it.
 
     Args:
-        folder: holds the folder of the tables, which is made when the first is written.
-        description: JSON values that decide what is in them.
-        is_shared: leave what runs with other descriptions made beside it, which is removed otherwise.
+        folder: the parent of the tables' folder, which is made when the first table is written.
+        description: JSON values that the tables' content depends on.
+        is_shared: keep tables of runs with other descriptions beside them; otherwise these are removed.
     """
 
     def __init__(self, folder: Path, description: Mapping[str, Any], is_shared: bool = False):
@@ -42,11 +42,11 @@ class Prepared:
                 shutil.rmtree(other, ignore_errors=True)
 
     def texts(self, name: str, make: Callable[[], Iterable[str]]) -> "Dataset":
-        """A dataset with a `text` column of what `make` gives, which is asked only if the table is not there."""
+        """Return a dataset with a `text` column of the texts from `make`, called only if the table is missing."""
         return self.table(name, lambda: _text_tables(make()))
 
     def table(self, name: str, make: Callable[[], Iterable["pyarrow.Table"]]) -> "Dataset":
-        """The tables that `make` gives, one after the other and all of one schema, as one dataset.
+        """Return the tables from `make`, all of one schema, concatenated as one dataset.
 
         Raises:
             InputError: when there is none.
@@ -57,7 +57,7 @@ class Prepared:
         path = self.folder / f"{name}.arrow"
         if not path.is_file():
             tables = iter(make())
-            # Before there is a folder: most bad input shows here.
+            # Before the folder is made, since most bad input shows here.
             first = next(tables, None)
             if first is None:
                 raise InputError(f"{name}: nothing to write: no row has any text")
@@ -76,7 +76,7 @@ class Prepared:
         return Dataset.from_file(str(path))
 
     def remove(self) -> None:
-        """Delete all of it, once nothing is needed any more, and the folder that holds it if nothing else is there."""
+        """Delete all tables once they are no longer needed, and the parent folder if it is empty."""
         shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):
             self.folder.parent.rmdir()
@@ -85,14 +85,14 @@ class Prepared:
 def _text_tables(texts: Iterable[str]) -> Iterator["pyarrow.Table"]:
     import pyarrow
 
-    # Offsets of 64 bits: a single document may be large.
+    # Offsets have 64 bits: a single document may be large.
     schema = pyarrow.schema([("text", pyarrow.large_string())])
     for batch in windows(texts, most_texts=100_000, most_characters=BATCH):
         yield pyarrow.table({"text": batch}, schema=schema)
 
 
 def windows(texts: Iterable[str], most_texts: int, most_characters: int) -> Iterator[list[str]]:
-    """Lists of texts that follow each other, each list closed once it has so many texts or characters."""
+    """Yield lists of consecutive texts; a list ends once it has this many texts or characters."""
     window: list[str] = []
     characters = 0
     for text in texts:

@@ -1,6 +1,6 @@
-"""A real corpus without a download: the documentation of the Python that runs this.
+"""A real corpus without a download: the documentation of the running Python.
 
-Docstrings are read from the standard library's source without importing it, since some of its modules do things when
+Docstrings are read from the standard library's source without importing it, since some modules have side effects when
 imported (`import this` prints, `antigravity` opens a browser). The language reference's topics come from
 `pydoc_data.topics`, which is one large dictionary. The texts are under the PSF License, version 2.
 """
@@ -13,15 +13,15 @@ from itertools import chain
 from pathlib import Path
 
 LICENSE = "PSF-2.0"
-# Not documentation: tests, and code that other projects' installers carry in.
+# Not documentation: tests, and third-party code that installers add.
 LEFT_OUT = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data")
 
 
 def pydoc_documents() -> Iterator[tuple[str, str]]:
-    """(name, text) of every different docstring and topic, in the order of their names.
+    """Yield (name, text) of every distinct docstring and topic, in the order of their names.
 
-    Names are like `argparse.ArgumentParser.parse_args` and `topics.BOOLEANS`. The same for one Python build, whatever
-    has been imported or installed.
+    Names are like `argparse.ArgumentParser.parse_args` and `topics.BOOLEANS`. They depend only on the Python build,
+    not on what has been imported or installed.
     """
     seen: set[str] = set()
     for name, text in chain(_topics(), _docstrings()):
@@ -46,7 +46,7 @@ def _docstrings() -> Iterator[tuple[str, str]]:
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes in old code are not ours to report
+                warnings.simplefilter("ignore")  # invalid escapes in old code need no report
                 tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):
             continue
@@ -54,7 +54,7 @@ def _docstrings() -> Iterator[tuple[str, str]]:
 
 
 def _of_node(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """The docstring of a module, class or function, then those of what it defines."""
+    """Yield the docstring of a module, class or function, then those of its members."""
     text = ast.get_docstring(node)
     if text:
         yield name, text.strip()

@@ -1,8 +1,8 @@
-"""One resolver for data: a name is a local file or folder, or a dataset on the Hub.
+"""Resolve a dataset's name: a local file or folder, or a dataset on the Hub.
 
-Rows keep where they came from, so that a complaint about one can say which file and line it stands in. The embedded
-world (`world`) is not a source of rows: each stage asks it for what that stage learns from. `pydoc` is the
-documentation of the Python that runs this.
+Rows keep their origin, so an error about a row can name its file and line. The embedded
+world (`world`) is not a source of rows: each stage asks it for its own training data. `pydoc` is the
+documentation of the running Python.
 """
 
 import csv
@@ -29,7 +29,7 @@ class Source:
 
     Args:
         rows: the rows, dictionaries of columns.
-        origins: where each row stands, such as `pairs.jsonl, line 3`.
+        origins: where each row comes from, such as `pairs.jsonl, line 3`.
     """
 
     rows: Sequence[dict[str, Any]]
@@ -46,9 +46,9 @@ def load_source(name: str, split: str = "train") -> Source:
     """Read the dataset called `name`.
 
     Args:
-        name: a file (jsonl, jsonl.gz, json, csv, tsv, parquet, txt: one document a blank-line-separated paragraph), a
+        name: a file (jsonl, jsonl.gz, json, csv, tsv, parquet, txt: a document per blank-line-separated paragraph), a
             folder of such files, `pydoc`, or the id of a dataset on the Hub.
-        split: of a Hub dataset.
+        split: split of a Hub dataset.
 
     Raises:
         InputError: when nothing is found, or a row cannot be read (file and line are named).
@@ -61,7 +61,7 @@ def load_source(name: str, split: str = "train") -> Source:
 
 
 def iterate_source(name: str, split: str = "train") -> Iterator[tuple[str, dict[str, Any]]]:
-    """(origin, row) of the dataset called `name`, one by one: see `load_source`."""
+    """Yield (origin, row) of the dataset called `name`: see `load_source`."""
     if name == PYDOC:
         yield from ((origin, {"text": text}) for origin, text in pydoc_documents())
         return
@@ -84,10 +84,10 @@ def iterate_source(name: str, split: str = "train") -> Iterator[tuple[str, dict[
 
 
 def source_files(name: str) -> list[Path] | None:
-    """The local files of a dataset; `None` for one on the Hub.
+    """Return the local files of a dataset; `None` for one on the Hub.
 
     Raises:
-        InputError: when there are none, and the name is not a Hub id.
+        InputError: when there are none and the name is not a Hub id.
     """
     path = Path(name)
     if path.is_dir():
@@ -103,7 +103,7 @@ def source_files(name: str) -> list[Path] | None:
 
 
 def read_rows(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    """Numbered rows of one file, from 1; for jsonl the number is that of the line."""
+    """Return the rows of one file with their numbers, from 1; for jsonl the number is that of the line."""
     if file.name.endswith(LINES):
         return _read_jsonl(file)
     if file.suffix == ".json":
@@ -120,7 +120,7 @@ def read_rows(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
 def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
         for number, undecoded in enumerate(stream, 1):
-            # Line by line, so that the one which is not UTF-8 can be named; some editors begin with a mark.
+            # Line by line, to name a line that is not UTF-8; some editors begin a file with a byte order mark.
             line = undecoded.decode("utf-8-sig")
             if not line.strip():
                 continue
@@ -134,7 +134,7 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _parsed(text: str) -> Any:
-    """The JSON value, with "?" for halves of surrogate pairs, which no UTF-8 can hold."""
+    """Return the JSON value, with "?" for unpaired surrogates, which UTF-8 cannot encode."""
     value = json.loads(text)
     if "\\ud" in text.lower():
         value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
@@ -160,11 +160,11 @@ def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_paragraphs(file: Path) -> Iterator[str]:
-    """What lines that are empty, or hold nothing but spaces, separate."""
+    """Yield the paragraphs between lines that are empty or hold only spaces."""
     lines: list[str] = []
     with file.open("rb") as stream:
         for undecoded in chain(stream, [b"\n"]):
-            # Line by line, so that what comes before one that is not UTF-8 is counted right.
+            # Line by line, so that paragraphs before a line that is not UTF-8 are counted correctly.
             lines.append(undecoded.decode("utf-8-sig").replace("\r\n", "\n"))
             if not lines[-1].strip():
                 text = "".join(lines).strip()
@@ -177,7 +177,7 @@ def _read_json(file: Path) -> list[dict[str, Any]]:
     try:
         rows = _parsed(file.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise InputError(f"{file}: not JSON ({error}); for one object a line name it .jsonl") from None
+        raise InputError(f"{file}: not JSON ({error}); for one object per line name it .jsonl") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{file}: expected a JSON list of objects")
     return rows

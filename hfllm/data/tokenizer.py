@@ -1,4 +1,4 @@
-"""Train the byte-level BPE tokenizer of a new model, with our chat template; and tokens of prompts for any model."""
+"""Train the byte-level BPE tokenizer of a new model, with our chat template, and tokenize prompts for any model."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, DOCUMENT_END, TURN_END, MASK = "<|pad|>", "<|endoftext|>", "<|end|>", "<|mask|>"
-# Learning merges takes time with the square of a word's length: what is longer, such as data in base 64, is cut up.
+# Learning merges takes time quadratic in a word's length: longer words, such as base64 data, are split.
 LONGEST_WORD = 1000
 TOO_LONG = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
 SPECIAL_TOKENS = (PAD, DOCUMENT_END, TURN_END, "<|system|>", "<|user|>", "<|assistant|>")
 
 
 def chat_template() -> str:
-    """The family's chat template (Jinja), with `{% generation %}` around what the assistant says."""
+    """Return the family's chat template (Jinja), with `{% generation %}` around the assistant's text."""
     return files("hfllm.data").joinpath("chat_template.jinja").read_text(encoding="utf-8").strip()
 
 
@@ -29,14 +29,14 @@ def train_tokenizer(
     mask_token: str | None = None,
     extra_special_tokens: Sequence[str] = (),
 ) -> "PreTrainedTokenizerFast":
-    """Train a byte-level BPE tokenizer: lossless on any text, whatever it was trained on.
+    """Train a byte-level BPE tokenizer: lossless on any text, not only on the training text.
 
     Args:
-        texts: what to learn merges from.
+        texts: the texts to learn merges from.
         vocab_size: upper bound on the number of tokens; at least the 256 bytes and the special tokens.
-        model_max_length: the model's context in tokens, which the tokenizer warns about.
-        mask_token: what stands for a token to be predicted, in a masked language model.
-        extra_special_tokens: more tokens that text is never broken into, such as those of infilling.
+        model_max_length: the model's context in tokens, beyond which the tokenizer warns.
+        mask_token: token that marks a token to predict, in a masked language model.
+        extra_special_tokens: more special tokens, such as those of infilling.
 
     Returns:
         A fast tokenizer whose end-of-sequence token ends a turn, `<|endoftext|>` opens and separates documents, and
@@ -84,10 +84,10 @@ def _without_long_words(texts: Iterable[str]) -> Iterator[str]:
 
 
 def truncated_tokenizer(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> "PreTrainedTokenizerFast":
-    """The tokenizer that training would have given with a smaller vocabulary: of a byte-level BPE, the first merges.
+    """Return the tokenizer that a smaller vocabulary would have given: for a byte-level BPE, the first merges.
 
     Args:
-        tokenizer: of `train_tokenizer`; it is not changed.
+        tokenizer: from `train_tokenizer`; it is not changed.
         vocab_size: upper bound on the number of tokens, at most the tokenizer's.
     """
     import json
@@ -105,15 +105,15 @@ def truncated_tokenizer(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -
 
 
 def end_tokens(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> set[int]:
-    """Ids that end what a model says: the tokenizer's end token, and those of the model's generation config."""
+    """Return the ids that end a response: the tokenizer's end token, and those of the model's generation config."""
     configured = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
 
 
 def plain_chat_template() -> str:
-    """A chat template for tokenizers that have none: roles in plain words, the end token after each answer.
+    """Return a chat template for tokenizers that have none: roles in plain words, the end token after each answer.
 
-    A line break, which tokenizers do not merge with words, stands between role and text, so that a prompt's tokens
+    A line break, which tokenizers do not merge with words, separates role and text, so that a prompt's tokens
     are a prefix of the whole conversation's.
     """
     return (
@@ -127,7 +127,7 @@ def plain_chat_template() -> str:
 
 
 def tokenize_prompts(prompts: Sequence[str | list], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """Token ids of each prompt: text as it is, messages through the chat template up to the assistant's turn."""
+    """Return the token ids of each prompt: text unchanged, messages by chat template up to the assistant's turn."""
     if isinstance(prompts[0], str):
         return tokenizer(list(prompts))["input_ids"]
     return tokenizer.apply_chat_template(

@@ -1,4 +1,4 @@
-"""The architecture."""
+"""The model architecture, its presets and conversion."""
 
-# Before any module here is half-loaded: importing transformers registers them all (hfllm.registration).
+# Must come before the modules here are loaded: importing transformers registers them all (hfllm.registration).
 import transformers  # noqa: F401

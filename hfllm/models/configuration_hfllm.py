@@ -54,7 +54,7 @@ PIPELINE_PLAN = {
 class HfllmConfig(PreTrainedConfig):
     """Architecture of an hfllm model. The defaults describe a LLaMA-style decoder.
 
-    Fields carry Llama's names where Llama has the concept. The family's own axes come first; they compose freely
+    Fields have Llama's names where Llama has the concept. The family's own options come first; they combine freely
     except where `Raises` says otherwise.
 
     Args:
@@ -72,18 +72,18 @@ class HfllmConfig(PreTrainedConfig):
         position_embedding_type: `"rope"` (arXiv:2104.09864), `"learned"` absolute positions, or `"none"`.
         is_causal: `False` lets every token attend to all others, for masked language modeling.
         sliding_window: attend to this many tokens at most, the current one included (Mistral, arXiv:2310.06825);
-            `None` is no limit. Causal models only, since attention kernels disagree about the other side.
-        num_local_experts: gated experts per layer (Mixtral, arXiv:2401.04088); 0 is one dense MLP.
+            `None` means no limit. Causal models only, since attention kernels differ in how they treat later tokens.
+        num_local_experts: gated experts per layer (Mixtral, arXiv:2401.04088); 0 means one dense MLP.
         num_experts_per_tok: experts that a router picks for each token; their softmax weights are renormalized.
         router_aux_loss_coef: weight of the load-balancing loss (arXiv:2101.03961, equations 4 to 6), which is added
-            to the loss in training; `None` is 0.001 with experts.
+            to the loss in training; `None` means 0.001 with experts.
         output_router_logits: return the routers' logits and the auxiliary loss also outside training.
         intermediate_size: width of the MLP, or of one expert; `None` gives 4 * hidden_size for a plain MLP and
             8/3 * hidden_size, rounded up to a multiple of 16, for a gated one (the same number of weights).
-        num_key_value_heads: heads of keys and values (grouped-query attention, arXiv:2305.13245); `None` is one
-            per query head, 1 is multi-query attention.
-        head_dim: size of one head; `None` is `hidden_size // num_attention_heads`.
-        max_position_embeddings: longest context the model is made for, in tokens; also the size of the learned
+        num_key_value_heads: heads of keys and values (grouped-query attention, arXiv:2305.13245); `None` means one
+            per query head, 1 means multi-query attention.
+        head_dim: size of one head; `None` means `hidden_size // num_attention_heads`.
+        max_position_embeddings: longest context of the model, in tokens; also the size of the learned
             position table.
         rope_parameters: transformers' RoPE dictionary (`rope_type`, `rope_theta`, `partial_rotary_factor`, ...);
             ignored without RoPE.
@@ -96,11 +96,11 @@ class HfllmConfig(PreTrainedConfig):
         residual_init: how the initial weights of the projections into the residual stream are scaled: `"plain"` not
             at all, `"gpt2"` by 1/sqrt(2 * num_hidden_layers) (Radford et al. 2019, section 2.3), `"depth"` by
             1/sqrt(2 * l) in layer l = 1, 2, ... (depth-scaled initialization, arXiv:1908.11365, section 4.1).
-        loss_chunk_size: compute the language-modeling loss over this many tokens at a time, so that the logits of
-            the whole batch never exist; with labels the output then has no logits. `None` is all at once.
+        loss_chunk_size: compute the language-modeling loss over this many tokens at a time, so the logits of
+            a whole batch are never all in memory; with labels the output then has no logits. `None` means all at once.
 
     Raises:
-        StrictDataclassError: (of huggingface_hub) when a value or a combination of values describes no model; the
+        StrictDataclassError: (of huggingface_hub) when a value or a combination of values is invalid; the
             message names the field.
     """
 
@@ -156,7 +156,7 @@ class HfllmConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: object) -> "HfllmConfig":
-        """The configuration of a published model, with fields changed by `overrides`.
+        """Return the configuration of a published model, with fields changed by `overrides`.
 
         Raises:
             ValueError: for an unknown name, with the nearest known ones.
@@ -185,27 +185,27 @@ class HfllmConfig(PreTrainedConfig):
         self._set_parallel_plans()
 
     def _set_parallel_plans(self) -> None:
-        """The rules that match a module of this member of the family."""
+        """Set the parallelism rules that match this model's modules."""
         absent = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] if self.num_local_experts else ["mlp.experts"]
         absent += [] if self.qk_norm else ["q_norm", "k_norm"]
         absent += ["mlp.gate_proj"] if self.mlp_type == "plain" else []
-        # A single key-value head cannot be split, nor then the query heads that share it.
+        # A single key-value head cannot be split, and so neither can the query heads that share it.
         absent += ["self_attn"] if self.num_key_value_heads == 1 else []
         self.base_model_tp_plan = {
             rule: style for rule, style in TENSOR_PARALLEL_PLAN.items() if not any(name in rule for name in absent)
         }
         self.base_model_ep_plan = dict(EXPERT_PARALLEL_PLAN) if self.num_local_experts else None
-        # Later stages would add learned positions again.
+        # Later pipeline stages would add learned positions again.
         self.base_model_pp_plan = None if self.position_embedding_type == "learned" else dict(PIPELINE_PLAN)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: object) -> None:
-        """As the base class does; when code travels with the weights, `auto_map` names all classes of the family."""
+        """Save as the base class does; if code is saved with the weights, `auto_map` names all family classes."""
         if self._auto_class is not None:
             self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)
 
     def num_parameters(self, active_only: bool = False) -> int:
-        """Number of weights of the language model, tied ones counted once, without allocating any.
+        """Return the number of weights of the language model, tied ones counted once, without allocating any.
 
         Args:
             active_only: count only the experts that one token passes through.
@@ -227,7 +227,7 @@ class HfllmConfig(PreTrainedConfig):
         return embeddings + self.num_hidden_layers * layer + norm * (self.norm_placement == "pre")
 
     def validate_architecture(self):
-        """Refuse what describes no model. Called by `@strict` once the fields are set."""
+        """Refuse invalid fields and combinations. `@strict` calls it once the fields are set."""
         for field, allowed in CHOICES.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}={getattr(self, field)!r} is not one of {', '.join(allowed)}")

@@ -1,6 +1,6 @@
-"""Checkpoints in from the native classes of transformers, and out to the native class that means the same.
+"""Convert checkpoints of native transformers classes to hfllm, and back to the equivalent native class.
 
-Weights are moved without arithmetic, so that a round trip gives back the same bits.
+Weights are moved without arithmetic, so a round trip gives the same bits.
 """
 
 import os
@@ -34,7 +34,7 @@ HEADS = {
 def from_native(
     path_or_id: str | os.PathLike, *, revision: str = "main", gguf_file: str | None = None, **kwargs: object
 ) -> "PreTrainedModel":
-    """An hfllm model with the weights of a native checkpoint, in the checkpoint's precision.
+    """Load an hfllm model with the weights of a native checkpoint, in the checkpoint's precision.
 
     Args:
         path_or_id: a local folder or a Hub id; one of the families in `FAMILIES`, whole or in shards.
@@ -46,7 +46,7 @@ def from_native(
         The model with the head that the checkpoint's `architectures` names, else a causal language model.
 
     Raises:
-        InputError: for a family or field that cannot be expressed, or a checkpoint that is broken or quantized; it is
+        InputError: for a family or field that cannot be converted, or a checkpoint that is broken or quantized; it is
             named.
     """
     name = os.fspath(path_or_id)
@@ -68,17 +68,17 @@ def to_native(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     **kwargs: object,
 ) -> Path:
-    """Write an hfllm model as the native class that means the same, readable without hfllm.
+    """Write an hfllm model as the equivalent native class, readable without hfllm.
 
     Args:
         model: the model, or the folder or Hub id of one.
         path: a folder that does not exist yet or is empty. It appears whole or not at all.
-        native_type: the native family, such as `"llama"`; `None` takes the first that can say the model.
+        native_type: the native family, such as `"llama"`; `None` takes the first that can express the model.
         tokenizer: written beside the weights.
         kwargs: further arguments of `save_pretrained`, such as `max_shard_size`.
 
     Raises:
-        InputError: when no native class can say the model (its fields are named), it is quantized, or `path` holds
+        InputError: when no native class can express the model (its fields are named), it is quantized, or `path` holds
             something.
     """
     target = Path(path)
@@ -105,7 +105,7 @@ def to_native(
 
 
 def check_empty(path: Path) -> None:
-    """Refuse a path that holds something already.
+    """Refuse a path that is not new or an empty folder.
 
     Raises:
         InputError: when it exists and is not an empty folder.
@@ -115,7 +115,7 @@ def check_empty(path: Path) -> None:
 
 
 class whole_folder:
-    """`with whole_folder(path) as temporary`: what is written there becomes `path` at the end, or nothing does."""
+    """Context manager for a temporary folder, which becomes `path` at the end, or is removed on an error."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -136,10 +136,10 @@ class whole_folder:
 
 
 def read_config(name: str, **location: object) -> "PreTrainedConfig":
-    """The config of a local folder or Hub id.
+    """Load the config of a local folder or Hub id.
 
     Raises:
-        InputError: when it cannot be read, or is that of a quantized model, whose weights mean nothing elsewhere.
+        InputError: when it cannot be read, or is that of a quantized model, whose weights no other class can read.
     """
     try:
         config = transformers.AutoConfig.from_pretrained(name, **location)
@@ -150,12 +150,12 @@ def read_config(name: str, **location: object) -> "PreTrainedConfig":
 
 
 def load_checked(name: str, **kwargs: object) -> "PreTrainedModel":
-    """The model of a local folder or Hub id, in its own precision and with the head that its config names.
+    """Load the model of a local folder or Hub id, in its own precision and with the head that its config names.
 
-    A checkpoint that does not fit its config is an error here and not a warning.
+    A checkpoint that does not fit its config is an error here, not a warning.
 
     Args:
-        kwargs: of `from_pretrained`.
+        kwargs: arguments of `from_pretrained`.
 
     Raises:
         InputError: for missing or unexpected tensors, wrong shapes, or files that cannot be read.
@@ -165,7 +165,7 @@ def load_checked(name: str, **kwargs: object) -> "PreTrainedModel":
     auto_class = _auto_class(read_config(name, **_location(kwargs)))
     if "gguf_file" in kwargs:
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    # Mismatched shapes are ignored here to be named below.
+    # Mismatched shapes are ignored here and reported below.
     kwargs = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
     try:
         model, report = auto_class.from_pretrained(name, **kwargs)
@@ -176,7 +176,7 @@ def load_checked(name: str, **kwargs: object) -> "PreTrainedModel":
 
 
 def _location(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those arguments of `from_pretrained` that say where a checkpoint lies."""
+    """Return the arguments of `from_pretrained` that locate a checkpoint."""
     names = ("revision", "gguf_file", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
     return {name: kwargs[name] for name in names if name in kwargs}
 

@@ -1,6 +1,6 @@
-"""The cross-entropy of a language model's head over a chunk of tokens at a time, without all logits at once.
+"""The cross-entropy of a language model's head, computed per chunk of tokens without all logits at once.
 
-This file imports only torch, and travels to the Hub with modeling_hfllm.py. Shapes: N tokens, E hidden_size,
+This file imports only torch, and is uploaded to the Hub with modeling_hfllm.py. Shapes: N tokens, E hidden_size,
 V vocab_size.
 """
 
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of a linear head, a chunk of tokens at a time; the gradient is made in the same pass."""
+    """Summed cross-entropy of a linear head, computed per chunk of tokens together with its gradient."""
 
     @staticmethod
     def forward(ctx, hidden_NE, weight_VE, targets_N, chunk_size, label_smoothing, has_grad):
@@ -29,7 +29,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total -= (score * kept).sum()
             if not needs_grad:
                 continue
-            # The gradient by the logits: probabilities minus targets.
+            # The gradient with respect to the logits: probabilities minus targets.
             grad = scores.exp_()
             if label_smoothing:
                 grad -= label_smoothing / len(weight_VE)
@@ -51,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        # In place, since a copy of the head's gradient would be the largest tensor here: once only.
+        # In place, since a copy of the head's gradient would be the largest tensor here; this works only once.
         if ctx.gradients is None:
             raise RuntimeError("the chunked loss has one backward pass only: use loss_chunk_size=0 to keep the graph")
         (grad_hidden, grad_weight, dtype), ctx.gradients = ctx.gradients, None
@@ -62,13 +62,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(
     hidden_NE: torch.Tensor, head: nn.Linear, targets_N: torch.Tensor, chunk_size: int, label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """Sum over tokens of the cross-entropy of `head(hidden)`, without all logits at once.
+    """Return the cross-entropy of `head(hidden)`, summed over tokens, without holding all logits at once.
 
-    Targets of -100 are left out. Peak memory is that of `chunk_size` rows of logits and one gradient of the head.
+    Targets of -100 are ignored. Peak memory is that of `chunk_size` rows of logits and one gradient of the head.
     """
     weight, settings = head.weight, (chunk_size, label_smoothing, torch.is_grad_enabled())
     is_plain = type(head) is nn.Linear and head.bias is None and type(weight) is nn.Parameter
-    # A head that is wrapped (LoRA), hooked (offloading) or sharded (ZeRO-3) has to be called as a module.
+    # A head that is wrapped (LoRA), hooked (offloading) or sharded (ZeRO-3) must be called as a module.
     if is_plain and "forward" not in vars(head) and weight.shape == (head.out_features, head.in_features):
         return _LinearCrossEntropy.apply(hidden_NE, weight, targets_N, *settings)
 

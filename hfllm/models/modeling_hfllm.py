@@ -1,8 +1,8 @@
 """The hfllm family: one transformer whose norms, blocks, positions and attention are chosen by its config.
 
-This file imports only torch, transformers and two files beside it, its config and its chunked loss: the three travel
-to the Hub with the weights (`auto_map`). Shapes: B batch, S sequence, H query heads, K key-value heads, D head_dim,
-E hidden_size. `HfllmDecoderLayer.forward` says where each axis of the config acts.
+This file imports only torch, transformers and two files beside it, its config and its chunked loss: all three are
+saved and uploaded with the weights (`auto_map`). Shapes: B batch, S sequence, H query heads, K key-value heads,
+D head_dim, E hidden_size. `HfllmDecoderLayer.forward` says where each option of the config acts.
 """
 
 import torch
@@ -34,12 +34,12 @@ from .loss_hfllm import linear_cross_entropy
 
 
 def saves_memory() -> bool:
-    """Whether to keep less for the backward pass than autograd would; a compiler decides that by itself."""
+    """Return whether to save less for the backward pass than autograd does; a compiler decides that itself."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class _RMSNorm(torch.autograd.Function):
-    """RMSNorm in fp32 that keeps its input alone for the backward pass."""
+    """RMSNorm in fp32 that saves only its input for the backward pass."""
 
     @staticmethod
     def forward(ctx, hidden_states, weight, eps):
@@ -103,9 +103,9 @@ class HfllmRotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config: HfllmConfig, **kwargs) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies `theta^(-2i/R)`, shape (R/2,), and the attention factor, which is 1 here.
+        """Return the inverse frequencies `theta^(-2i/R)`, shape (R/2,), and the attention factor, which is 1 here.
 
-        R is the number of rotated dimensions of a head: all of them unless `partial_rotary_factor` says otherwise.
+        R is the number of rotated dimensions of a head: all of them unless `partial_rotary_factor` is set.
         """
         size = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, size, 2, dtype=torch.float) / size
@@ -115,13 +115,13 @@ class HfllmRotaryEmbedding(nn.Module):
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device, torch.float)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        # (B, 1, S, R); the minus is here, so that `apply_rotary_pos_emb` need not negate half of every head.
+        # (B, 1, S, R); the minus sign is here so that `apply_rotary_pos_emb` need not negate half of every head.
         cos, sin = torch.cat((cos, cos), dim=-1).unsqueeze(1), torch.cat((-sin, sin), dim=-1).unsqueeze(1)
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
 
 def apply_rotary_pos_emb(states_BHSD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first dimensions of each head, as many as `cos` has; the others pass."""
+    """Rotate the first dimensions of each head, as many as `cos` has; the others stay unchanged."""
     size = cos.shape[-1]
     if size == states_BHSD.shape[-1]:
         return torch.addcmul(states_BHSD * cos, states_BHSD.roll(size // 2, -1), sin)
@@ -130,7 +130,7 @@ def apply_rotary_pos_emb(states_BHSD: torch.Tensor, cos: torch.Tensor, sin: torc
 
 
 class HfllmEmbedding(nn.Embedding):
-    """Token embeddings times `embedding_multiplier`, which is rounded to the weights' precision first, as in Gemma."""
+    """Token embeddings times `embedding_multiplier`, which is first rounded to the weights' precision, as in Gemma."""
 
     def __init__(self, config: HfllmConfig):
         super().__init__(config.vocab_size, config.hidden_size, config.pad_token_id)
@@ -152,7 +152,7 @@ class HfllmAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         self.is_causal = config.is_causal
-        # Copies, here and in the layer: a config looks every name up in its attribute map, too slow for decoding.
+        # Copied, here and in the layer: a config looks up every name in its attribute map, too slow for decoding.
         self.attention_dropout, self.sliding_window = config.attention_dropout, config.sliding_window
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
@@ -214,10 +214,10 @@ class HfllmMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         inner = [self.up_proj(hidden_states), *([self.gate_proj(hidden_states)] if self.is_gated else [])]
         keeps_all = not (self.training and saves_memory())
-        # Nor a layer with a dropout of its own (LoRA), nor hooks that gather weights (ZeRO-3): both count calls.
+        # Do not recompute a layer with its own dropout (LoRA) or hooks that gather weights (ZeRO-3): both count calls.
         if keeps_all or type(self.down_proj) is not nn.Linear or hasattr(self.down_proj.weight, "ds_id"):
             return self._down(*inner)
-        # Keep the large products for the backward pass and do the rest again, which ends before `down_proj`'s own.
+        # Save the large products for the backward pass and recompute the rest, up to the input of `down_proj`.
         return torch.utils.checkpoint.checkpoint(self._down, *inner, use_reentrant=False, preserve_rng_state=False)
 
     def _down(self, up: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
@@ -228,7 +228,7 @@ class HfllmMLP(nn.Module):
 
 
 class HfllmRouter(nn.Module):
-    """Picks the experts of each token: softmax over all of them, the best k, renormalized (Mixtral, section 2.1)."""
+    """Selects the experts of each token: softmax over all of them, the best k, renormalized (Mixtral, section 2.1)."""
 
     def __init__(self, config: HfllmConfig):
         super().__init__()
@@ -236,7 +236,7 @@ class HfllmRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size))
 
     def forward(self, tokens_NE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits (N, experts), and the weights and indices (N, k) of the chosen ones."""
+        """Return the logits (N, experts), and the weights and indices (N, k) of the chosen experts."""
         logits = nn.functional.linear(tokens_NE, self.weight)
         weights, indices = nn.functional.softmax(logits, dim=-1, dtype=torch.float32).topk(self.top_k, dim=-1)
         return logits, weights / weights.sum(dim=-1, keepdim=True), indices
@@ -294,7 +294,7 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = build_norm(config, config.hidden_size)
         if not (config.parallel_block and config.shared_norm):
             self.post_attention_layernorm = build_norm(config, config.hidden_size)
-        # For _init_weights, which sees each of the two projections into the residual stream by itself.
+        # For _init_weights, which gets the two projections into the residual stream one at a time.
         residual_terms = {"plain": 1, "gpt2": 2 * config.num_hidden_layers, "depth": 2 * (layer_idx + 1)}
         for module in (self.self_attn.o_proj, self.mlp.experts if config.num_local_experts else self.mlp.down_proj):
             module.residual_init_scale = residual_terms[config.residual_init] ** -0.5
@@ -306,9 +306,9 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """(B, S, E) to (B, S, E). Where each axis of the config acts:
+        """Map (B, S, E) to (B, S, E). Where each option of the config acts:
 
-        - `norm_placement`, `parallel_block` and `shared_norm` are the three ways through this function;
+        - `norm_placement`, `parallel_block` and `shared_norm` select one of the three paths through this function;
         - `norm_type`, `norm_bias` and `norm_unit_offset` are inside the two norms;
         - `position_embedding_type`: rotary angles come in as `position_embeddings`, learned positions were added
           before the first layer;
@@ -368,9 +368,9 @@ class HfllmPreTrainedModel(PreTrainedModel):
 
 
 def packed_sequences(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Number of the packed sequence that each token belongs to, (B, S), or `None` when no row holds more than one.
+    """Return the index of each token's packed sequence, (B, S), or `None` when no row holds more than one.
 
-    A sequence begins where the position does not go up by one between two tokens that are not padding.
+    A sequence begins where the position does not increase by one between two tokens that are not padding.
     """
     if position_ids is None or (attention_mask is not None and len(attention_mask.shape) != 2):
         return None
@@ -411,7 +411,7 @@ class HfllmModel(HfllmPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
-        """Last hidden states (B, S, E).
+        """Return the last hidden states (B, S, E).
 
         Rows of `position_ids` that restart hold packed sequences, which do not attend to each other. They need
         `cache=None` and are computed without one.
@@ -428,7 +428,7 @@ class HfllmModel(HfllmPreTrainedModel):
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
         mask = self._mask(inputs_embeds, attention_mask, position_ids, cache, packed)
         hidden_states, position_embeddings = self._embed(inputs_embeds, position_ids)
-        # Not a slice, which would be a new ModuleList for each token that is generated.
+        # Not a slice, which would make a new ModuleList for each generated token.
         for layer, _ in zip(self.layers, range(self.config.num_hidden_layers), strict=False):
             hidden_states = layer(
                 hidden_states,
@@ -442,23 +442,23 @@ class HfllmModel(HfllmPreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache)
 
     def _mask(self, inputs_embeds, attention_mask, position_ids, cache, packed):
-        # Both turn bidirectional by themselves when config.is_causal is False.
+        # Both mask functions become bidirectional when config.is_causal is False.
         create = masking_utils.create_causal_mask
         if packed is not None and "flash" in self.config._attn_implementation:
-            # Flash kernels take no mask: only one row without padding is split at its position ids.
+            # Flash kernels take no mask: they split only a single row without padding, at its position ids.
             if len(packed) > 1 or not (attention_mask is None or attention_mask.all()):
                 raise ValueError("flash attention takes packed sequences as one row without padding only")
             attention_mask = None
         if self.config.sliding_window is not None:
             create = masking_utils.create_sliding_window_causal_mask
         allowed = None
-        # They find packed sequences themselves only in a causal model without a padding mask.
+        # The mask functions find packed sequences only in a causal model without a padding mask.
         if packed is not None and not (self.config.is_causal and attention_mask is None):
             allowed = masking_utils.packed_sequence_mask_function(packed.expand(inputs_embeds.shape[0], -1))
         return create(self.config, inputs_embeds, attention_mask, cache, position_ids, and_mask_function=allowed)
 
     def _embed(self, inputs_embeds, position_ids):
-        """The first layer's input, and the rotary cosines and sines if there are any."""
+        """Return the first layer's input, and the rotary cosines and sines if there are any."""
         hidden_states, position_embeddings = inputs_embeds, None
         if self.config.position_embedding_type == "learned":
             if inputs_embeds.shape[1] > self.config.max_position_embeddings:
@@ -473,7 +473,7 @@ class HfllmModel(HfllmPreTrainedModel):
 
 
 class _HfllmWithHead(HfllmPreTrainedModel):
-    """The trunk under a linear head, tied to the embeddings if the config says so."""
+    """The trunk with a linear head, tied to the embeddings if the config says so."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -494,7 +494,7 @@ class _HfllmWithHead(HfllmPreTrainedModel):
 
 
 class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
-    """The language model: each position predicts the next token."""
+    """The causal language model: each position predicts the next token."""
 
     is_causal = True
 
@@ -514,19 +514,19 @@ class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
         loss_chunk_size: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
-        """Next-token logits, and the loss when `labels` are given (shifted inside; -100 is ignored).
+        """Return next-token logits, and the loss when `labels` are given (shifted inside; -100 is ignored).
 
         Args:
             logits_to_keep: limits the head to that many last positions, or to the positions of a tensor.
             loss_chunk_size: with labels, compute the loss over this many tokens at a time and return no logits;
-                0 is all at once, `None` follows the config.
+                0 means all at once, `None` follows the config.
             label_smoothing: (in `kwargs`) share of the target spread over all tokens (arXiv:1512.00567, section 7).
             output_router_logits: with experts, return the routers' logits and the auxiliary loss, and add it to the
-                loss. `None` follows the config; in training with labels it is always so.
+                loss. `None` follows the config; in training with labels this is always done.
 
         With `num_items_in_batch` in `kwargs` the loss is a sum divided by it instead of a mean over targets.
         """
-        # Not in the signature, where Trainer would take it for a column of labels by its name.
+        # Not in the signature, where Trainer would take it for a label column because of its name.
         label_smoothing = kwargs.pop("label_smoothing", 0.0)
         is_balanced = self.training and labels is not None and self.config.router_aux_loss_coef > 0
         asked = self.config.output_router_logits if output_router_logits is None else output_router_logits
@@ -576,7 +576,7 @@ class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
 
 
 class HfllmForMaskedLM(_HfllmWithHead):
-    """A bidirectional trunk under the same head, trained to restore masked tokens (Devlin et al. 2018)."""
+    """A bidirectional trunk with the same head, trained to restore masked tokens (Devlin et al. 2018)."""
 
     is_causal = False
 
@@ -590,7 +590,7 @@ class HfllmForMaskedLM(_HfllmWithHead):
         labels: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
-        """Logits at every position, and the loss over the positions whose label is not -100 (nothing is shifted)."""
+        """Return logits at every position, and the loss over positions whose label is not -100 (without a shift)."""
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
         logits, loss = self._logits(outputs.last_hidden_state), None
         if labels is not None:
@@ -601,10 +601,10 @@ class HfllmForMaskedLM(_HfllmWithHead):
 
 
 class HfllmForSequenceClassification(GenericForSequenceClassification, HfllmPreTrainedModel):
-    """Scores read at the last token that is not padding: reward and value models (`num_labels=1`)."""
+    """Scores at the last token that is not padding: reward and value models (`num_labels=1`)."""
 
     def __init__(self, config: HfllmConfig):
-        # The mixin's own __init__ finds the trunk through AutoModel, which a copy on the Hub is not registered with.
+        # The mixin's own __init__ finds the trunk through AutoModel, where code loaded from the Hub is not registered.
         HfllmPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = HfllmModel(config)

@@ -1,6 +1,6 @@
-"""Native architectures of transformers in the axes of hfllm, and back.
+"""Configs of native transformers architectures as configs of hfllm, and back.
 
-Whether a config can be said on the other side is found by saying it there and reading it back: a field that comes
+Whether a config can be expressed on the other side is tested by converting it there and back: a field that comes
 back changed is named and refused.
 """
 
@@ -18,13 +18,13 @@ from hfllm.models.configuration_hfllm import HfllmConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# What configs raise for values that they refuse; a missing key is a RoPE parameter.
+# Exceptions of configs that refuse a value; a missing key is a RoPE parameter.
 BAD_CONFIG = (ValueError, KeyError, StrictDataclassError)
 SHARED = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings"),
     *("initializer_range", "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout"),
 )
-# These change training or storage, not what a loaded model computes, so that losing them is no reason to refuse.
+# These change training or storage, not what a loaded model computes, so losing them is accepted.
 HARMLESS_OURS = {
     *("initializer_range", "residual_init", "use_cache", "loss_chunk_size", "attention_dropout", "hidden_dropout"),
     *("router_aux_loss_coef", "output_router_logits", "pad_token_id", "bos_token_id", "eos_token_id"),
@@ -34,7 +34,7 @@ HARMLESS_THEIRS = {
     *("resid_pdrop", "embd_pdrop", "router_aux_loss_coef", "output_router_logits", "router_jitter_noise"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "pretraining_tp", "reorder_and_upcast_attn"),
     *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"),
-    # Read in full, and written in one of several ways that mean the same.
+    # Read in full, and written in one of several equivalent ways.
     *("is_decoder", "head_dim", "n_inner", "max_window_layers", "sliding_window", "layer_types"),
     *("num_ln_in_parallel_attn", "num_kv_heads", "multi_query", "parallel_attn"),
 }
@@ -42,7 +42,7 @@ HARMLESS_THEIRS = {
 
 @dataclass(frozen=True)
 class Family:
-    """How one native architecture is said in the axes of hfllm, and back.
+    """Conversion of one native architecture's config to hfllm, and back.
 
     Args:
         names: our field -> the native field with the same meaning, beyond `SHARED`.
@@ -60,7 +60,7 @@ class Family:
 
     def ours(self, native: "PreTrainedConfig") -> HfllmConfig:
         names = {name: name for name in SHARED} | dict(self.names)
-        # `head_dim` is None in some native configs and absent from others, which accept it all the same.
+        # `head_dim` is None in some native configs and absent from others, which still accept it.
         values = {ours: getattr(native, theirs, None) for ours, theirs in names.items()}
         if values.get("rope_parameters"):
             rope = _plain_rope(values["rope_parameters"])
@@ -75,13 +75,13 @@ class Family:
         if values.get("rope_parameters"):
             values["rope_parameters"] = dict(values["rope_parameters"])
             if self.has_partial_rope:
-                # Absent, it means another number there.
+                # If absent, the native class takes another value.
                 values["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
         return native_class(**values | self.write(config))
 
 
 def _plain_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy, since configs change theirs in place, without a factor that says nothing."""
+    """Return a copy, since configs change theirs in place, without a factor that has no effect."""
     rope = dict(parameters)
     if rope.get("partial_rotary_factor") == 1:
         del rope["partial_rotary_factor"]
@@ -106,7 +106,7 @@ _OPENAI_ACTIVATIONS = {"gelu": "gelu_new", "swish": "silu"}
 
 
 def _window(native: "PreTrainedConfig") -> int | None:
-    """The sliding window of Qwen's configs, where all layers have the same one."""
+    """Return the sliding window of Qwen's configs, where all layers share one."""
     kinds = set(native.layer_types)
     if len(kinds) > 1:
         raise InputError(f"{native.model_type} with layer_types={native.layer_types} mixes full and sliding attention")
@@ -208,7 +208,7 @@ FAMILIES = {
             "hidden_act": _OPENAI_ACTIVATIONS.get(native.afn, native.afn),
         },
         write=lambda config: {
-            # Another activation comes back as gelu_new, and is refused by that.
+            # Any other activation comes back as gelu_new and is therefore refused.
             "afn": {"silu": "silu", "relu": "relu"}.get(config.hidden_act, "gelu"),
             "embd_pdrop": config.hidden_dropout,
         },
@@ -245,10 +245,10 @@ FAMILIES = {
 
 
 def config_from_native(native: "PreTrainedConfig") -> HfllmConfig:
-    """Our config of a native one.
+    """Convert a native config to ours.
 
     Raises:
-        InputError: when the family is unknown, or a field of it has no place here; it is named.
+        InputError: when the family is unknown, or one of its fields has no counterpart; it is named.
     """
     family = FAMILIES.get(native.model_type)
     if family is None:
@@ -270,10 +270,10 @@ def config_from_native(native: "PreTrainedConfig") -> HfllmConfig:
 
 
 def config_to_native(config: HfllmConfig, native_type: str | None = None) -> "PreTrainedConfig":
-    """The native config that means the same: of `native_type`, or of the first family that can say it.
+    """Return the equivalent native config: of `native_type`, or of the first family that can express it.
 
     Raises:
-        InputError: when none can; the fields without a place are named.
+        InputError: when none can; the fields without a counterpart are named.
     """
     if native_type is not None and native_type not in FAMILIES:
         raise InputError(f"native type {native_type!r} is not one of {', '.join(FAMILIES)}")
@@ -285,12 +285,14 @@ def config_to_native(config: HfllmConfig, native_type: str | None = None) -> "Pr
             return native
     nearest = min(lost, key=lambda name: len(lost[name]))
     fields = ", ".join(f"{field}={getattr(config, field)!r}" for field in lost[nearest])
-    subject = f"{nearest} has" if native_type else f"no native class can say this model; the nearest, {nearest}, has"
+    subject = (
+        f"{nearest} has" if native_type else f"no native class can express this model; the nearest, {nearest}, has"
+    )
     raise InputError(f"{subject} no place for {fields}")
 
 
 def _say(config: HfllmConfig, native_type: str) -> "tuple[PreTrainedConfig | None, list[str]]":
-    """The native config, and our fields that it does not give back."""
+    """Return the native config, and our fields that are lost in it."""
     family, native_class = FAMILIES[native_type], type(transformers.AutoConfig.for_model(native_type))
     try:
         native = family.theirs(config, native_class)
@@ -316,7 +318,7 @@ def _same(one: object, other: object) -> bool:
 
 
 def _fields(config: "PreTrainedConfig") -> set[str]:
-    """Names of a config's own fields, without those that every config has."""
+    """Return the names of a config's own fields, without those of every config."""
     every = set(transformers.PreTrainedConfig().to_dict())
     return {name for name in type(config).__dataclass_fields__ if not name.startswith("_")} - every
 

@@ -1,4 +1,4 @@
-"""A new model in the precision that a loaded one would have."""
+"""Cast a new model to the precision that a loaded one would have."""
 
 from typing import TypeVar
 
@@ -9,9 +9,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def cast_weights(model: Model, dtype: torch.dtype) -> Model:
-    """The model with its weights in `dtype`, and its buffers as they are, which is how `from_pretrained` loads it.
+    """Return the model with its weights in `dtype` and its buffers unchanged, as `from_pretrained` loads it.
 
-    `model.to(dtype)` would round buffers too: rotary frequencies in bf16 turn later positions by other angles.
+    `model.to(dtype)` would round buffers too: rotary frequencies in bf16 rotate later positions by wrong angles.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

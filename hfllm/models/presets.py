@@ -72,7 +72,7 @@ _PRESETS = {
     "gpt3-small": _sized(_GPT3, 12, 768, 12),
     "gpt3-medium": _sized(_GPT3, 24, 1024, 16),
     "gpt3-large": _sized(_GPT3, 24, 1536, 16),
-    # The table gives 24 heads of 128, which is not 2048: 16 heads keep the size of a head.
+    # The table gives 24 heads of 128, which is not 2048: 16 heads keep the head size.
     "gpt3-xl": _sized(_GPT3, 24, 2048, 16),
     "gpt3-2.7b": _sized(_GPT3, 32, 2560, 32),
     "gpt3-6.7b": _sized(_GPT3, 32, 4096, 32),
@@ -100,12 +100,12 @@ _OTHER_NAMES = {"openai-gpt": "gpt1", "llama-30b": "llama-33b"}
 
 
 def list_presets() -> list[str]:
-    """Names that `HfllmConfig.from_preset` knows, smallest models of each family first."""
+    """Return the names that `HfllmConfig.from_preset` knows, smallest models of each family first."""
     return list(_PRESETS)
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The fields of a published model.
+    """Return the config fields of a published model.
 
     Raises:
         ValueError: for an unknown name, with the nearest known ones.

@@ -1,4 +1,4 @@
-"""Models that give one number per sequence or a token, loaded from a name or folder: for rewards and values."""
+"""Load models that give one number per sequence or per token, for rewards and values."""
 
 import json
 from pathlib import Path
@@ -19,16 +19,16 @@ AutoClass = type[AutoModelForSequenceClassification] | type[AutoModelForTokenCla
 def load_scorer(
     name: str, auto_class: AutoClass = AutoModelForSequenceClassification, **kwargs: object
 ) -> PreTrainedModel:
-    """A model with one label. `has_new_head` of it tells whether its head is random, as that of a language model is.
+    """Load a model with one label. Its `has_new_head` says whether its head is random, as for a language model.
 
     Args:
-        name: of a model, or of an adapter, which is loaded into its base model.
-        kwargs: of `from_pretrained`.
+        name: name of a model, or of an adapter, which is loaded into its base model.
+        kwargs: arguments of `from_pretrained`.
 
     Raises:
         InputError: when its head has another number of labels.
     """
-    # Whatever does not fit would be an error of more lines that does not name the model.
+    # Otherwise a mismatch would raise a long error that does not name the model.
     kwargs = {"num_labels": 1, "output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
     model, info = auto_class.from_pretrained(name, **kwargs)
     for key, saved, _ in sorted(info["mismatched_keys"]):
@@ -38,7 +38,7 @@ def load_scorer(
 
 
 def scorer_class(name: str, **kwargs: object) -> AutoClass:
-    """The auto class for a saved model or adapter: that for tokens if it was saved as one, else that for sequences."""
+    """Return the auto class for a saved model or adapter: for tokens if it was saved as such, else for sequences."""
     if (adapter := find_adapter_config_file(name, **kwargs)) is not None:
         is_for_tokens = json.loads(Path(adapter).read_text()).get("task_type") == "TOKEN_CLS"
     else:
@@ -50,6 +50,6 @@ def scorer_class(name: str, **kwargs: object) -> AutoClass:
 def _has_new_head(model: PreTrainedModel, missing: set[str]) -> bool:
     if not getattr(model, "_hf_peft_config_loaded", False):
         return any(not name.startswith(f"{model.base_model_prefix}.") for name in missing)
-    # What was missing of the base model is not told: the head comes with the adapter, or the base was saved with one.
+    # Missing keys of the base model are not known: the head comes with the adapter, or the base was saved with one.
     is_saved = any(".modules_to_save." in name for name, _ in model.named_parameters())
     return not is_saved and not (model.config.architectures or [""])[0].endswith("Classification")

@@ -1,4 +1,4 @@
-"""What a saved model is, told before its weights are read: quantized, an adapter on another model, its modules."""
+"""Inspect a saved model before reading its weights: whether it is quantized or an adapter, and its modules."""
 
 import json
 from collections.abc import Mapping
@@ -10,20 +10,20 @@ from hfllm.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Arguments of `from_pretrained` that say where a model lies, for its config and for an adapter's.
+# Arguments of `from_pretrained` that locate a model, for its config and an adapter's.
 LOCATION = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download", "proxies")
 
 
 def location_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the settings of `from_pretrained` that say where a model lies."""
+    """Return the arguments of `from_pretrained` that locate a model."""
     return {name: settings[name] for name in LOCATION if settings.get(name) is not None}
 
 
 def adapter_base(name: str, **location: object) -> str | None:
-    """The model that an adapter is on, which is loaded in its place; `None` if `name` is no adapter, or not there.
+    """Return the base model of an adapter, which is loaded in its place; `None` if there is no adapter `name`.
 
     Args:
-        location: of `name`, as `from_pretrained` takes it.
+        location: where `name` is, as `from_pretrained` takes it.
     """
     from transformers.utils import find_adapter_config_file
 
@@ -31,14 +31,14 @@ def adapter_base(name: str, **location: object) -> str | None:
         found = find_adapter_config_file(name, **location)
     except OSError:
         return None
-    # A folder that has both is a whole model.
+    # A folder with both configs is a whole model.
     if found is None or Path(name, "config.json").exists():
         return None
     return json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
 
 
 def quantization_of(config: "PreTrainedConfig") -> dict[str, Any]:
-    """The `quantization_config` of a model's config as a dictionary, empty if the model is in full precision."""
+    """Return the `quantization_config` of a model's config as a dictionary, empty in full precision."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is None or isinstance(quantization, dict):
         return quantization or {}
@@ -46,14 +46,14 @@ def quantization_of(config: "PreTrainedConfig") -> dict[str, Any]:
 
 
 def quantization_method(config: "PreTrainedConfig") -> str | None:
-    """How a model is quantized, such as `bitsandbytes`; `None` if it is in full precision."""
+    """Return the quantization method of a model, such as `bitsandbytes`; `None` if it is in full precision."""
     quantization = quantization_of(config)
     method = quantization.get("quant_method") or ("unknown" if quantization else None)
     return getattr(method, "value", method)
 
 
 def refuse_quantized(config: "PreTrainedConfig", name: str) -> None:
-    """Refuse a model that is quantized already: its full weights are gone.
+    """Refuse a model that is already quantized: its full weights are lost.
 
     Raises:
         InputError: if it is.
@@ -66,17 +66,17 @@ def refuse_quantized(config: "PreTrainedConfig", name: str) -> None:
 
 
 def empty_model(config: "PreTrainedConfig") -> "PreTrainedModel":
-    """A causal language model that has no weights.
+    """Build a causal language model without weights.
 
     Raises:
-        InputError: when transformers has none of this config.
+        InputError: when transformers has no such model for this config.
     """
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:
         with torch.device("meta"):
-            # By the constructor, which DeepSpeed leaves alone.
+            # By the constructor, which DeepSpeed does not intercept.
             return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     except (KeyError, ValueError, ImportError) as error:
         reason = str(error).splitlines()[0]

@@ -1,7 +1,7 @@
-"""Where native checkpoints keep the same numbers in other tensors: one rule for each tensor that differs.
+"""Tensor layouts of native checkpoints that hold the same numbers differently: one rule per tensor that differs.
 
-A rule moves and never computes, so that applying it there and back gives the same bits. Shapes: E hidden_size,
-D head_dim, K key-value heads, G query heads for each of them.
+A rule moves numbers and never computes, so applying it there and back gives the same bits. Shapes: E hidden_size,
+D head_dim, K key-value heads, G query heads per key-value head.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ class Rule:
 
 
 def to_ours(state: dict[str, "Tensor"], rules: Iterator[Rule]) -> dict[str, "Tensor"]:
-    """Our tensors from a native state dict; those without a rule keep their names."""
+    """Return our tensors from a native state dict; those without a rule keep their names."""
     rest, ours = dict(state), {}
     for rule in rules:
         if rule.theirs in rest:
@@ -38,7 +38,7 @@ def to_ours(state: dict[str, "Tensor"], rules: Iterator[Rule]) -> dict[str, "Ten
 
 
 def to_theirs(state: dict[str, "Tensor"], rules: Iterator[Rule]) -> dict[str, "Tensor"]:
-    """The inverse of `to_ours`."""
+    """Return native tensors from ours: the inverse of `to_ours`."""
     rest, theirs = dict(state), {}
     for rule in rules:
         if all(name in rest for name in rule.ours):
@@ -50,12 +50,12 @@ def to_theirs(state: dict[str, "Tensor"], rules: Iterator[Rule]) -> dict[str, "T
 
 
 def _transposed(theirs: str, ours: str) -> Rule:
-    """GPT-1 and GPT-2 keep the weights of linear maps as (in, out)."""
+    """Return the rule for linear weights stored as (in, out), as in GPT-1 and GPT-2."""
     return Rule(theirs, (ours,), lambda parts: parts[0].t().contiguous(), lambda tensor: [tensor.t().contiguous()])
 
 
 def _stacked(theirs: str, ours: tuple[str, ...], is_transposed: bool) -> Rule:
-    """Queries, keys and values under each other, in equal parts."""
+    """Return the rule for queries, keys and values stacked in equal parts."""
     import torch
 
     def join(parts: Sequence["Tensor"]) -> "Tensor":
@@ -70,7 +70,7 @@ def _stacked(theirs: str, ours: tuple[str, ...], is_transposed: bool) -> Rule:
 
 
 def _grouped(theirs: str, ours: tuple[str, ...], config: HfllmConfig) -> Rule:
-    """For each key-value head its G query heads, its key and its value: (K, G + 2, D, ...)."""
+    """Return the rule for G query heads, key and value grouped by key-value head: (K, G + 2, D, ...)."""
     import torch
 
     heads, size = config.num_key_value_heads, config.head_dim
@@ -88,7 +88,7 @@ def _grouped(theirs: str, ours: tuple[str, ...], config: HfllmConfig) -> Rule:
 
 
 def _rotary_pairs(name: str, config: HfllmConfig) -> Rule:
-    """Their rotary pairs are neighbors (0, 1), (2, 3), ...; ours lie half a head apart."""
+    """Return the rule for rotary pairs of neighbors (0, 1), (2, 3), ...; ours are half a head apart."""
 
     def join(parts: Sequence["Tensor"]) -> "Tensor":
         by_head = parts[0].reshape(-1, 2, config.head_dim // 2, *parts[0].shape[1:])
@@ -102,7 +102,7 @@ def _rotary_pairs(name: str, config: HfllmConfig) -> Rule:
 
 
 def _renamed(pairs: dict[str, str], theirs: str = "", ours: str = "") -> Iterator[Rule]:
-    """Weights and biases under other names, after the prefixes `theirs` and `ours`."""
+    """Yield rules for renamed weights and biases, with the prefixes `theirs` and `ours`."""
     for their_name, our_name in pairs.items():
         for part in ("weight", "bias"):
             yield Rule(f"{theirs}{their_name}.{part}", (f"{ours}{our_name}.{part}",))

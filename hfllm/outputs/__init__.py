@@ -1,1 +1,1 @@
-"""What a run leaves: checkpoints, report, model card, and what goes to the Hub."""
+"""Outputs of a run: checkpoints, report, model card, and uploads to the Hub."""

@@ -1,6 +1,6 @@
-"""The model card: what a finished run's folder says about its model, as a Hub repository's README.md.
+"""The model card of a finished run, written from its folder as a Hub repository's README.md.
 
-The card depends on the folder alone, without dates, so that publishing the same run twice changes nothing.
+The card depends only on the folder and has no dates, so publishing the same run twice changes nothing.
 """
 
 import json
@@ -13,7 +13,7 @@ from hfllm.errors import InputError, redact
 from hfllm.outputs.files import ADAPTER_CONFIG, CARD, CONFIG, count_parameters, is_adapter, plot_files, read_json
 from hfllm.outputs.report import markdown_table, metric_rows, read_report, write_atomically
 
-WORLD = "world"  # the embedded dataset's name, as --dataset_name has it
+WORLD = "world"  # the embedded dataset's name, as in --dataset_name
 OUR_QUANTIZATION = "hfllm_int8"  # hfllm.compression.dynamic_int8
 MARKER = "<!-- Written by hfllm and written anew at each push. Remove this line to keep your own text. -->"
 PIPELINES = {
@@ -29,21 +29,21 @@ _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
 def write_card(folder: str | Path, repo_id: str | None = None) -> None:
-    """Write the card as README.md, unless that file is the user's own (it lacks the marker line of ours)."""
+    """Write the card as README.md, unless that file is the user's own (without our marker line)."""
     path = Path(folder) / CARD
     if not path.is_file() or MARKER in path.read_text(encoding="utf-8", errors="replace"):
         write_atomically(path, model_card(folder, repo_id))
 
 
 def model_card(folder: str | Path, repo_id: str | None = None) -> str:
-    """The card of the model in `folder`: metadata, use, data, metrics, plots, arguments and environment.
+    """Return the card of the model in `folder`: metadata, use, data, metrics, plots, arguments and environment.
 
     Args:
         folder: a saved model, with the report of its run if one of our recipes made it.
-        repo_id: where it will be; the folder's name stands for it when not given.
+        repo_id: where it will be published; by default the folder's name.
 
     Raises:
-        InputError: when the folder holds no whole model.
+        InputError: when the folder holds no complete model.
     """
     folder = Path(folder)
     report = read_report(folder) or {}
@@ -71,16 +71,16 @@ def model_card(folder: str | Path, repo_id: str | None = None) -> str:
 
 
 def adapter_base(folder: Path) -> str | None:
-    """The Hub id of the model that an adapter belongs to; `None` if it is a folder of this machine."""
+    """Return the Hub id of an adapter's base model; `None` if that is a local folder."""
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
     return hub_id({"base": base, **_changed_at(folder, base)}, "base")
 
 
 def check_base(folder: Path) -> None:
-    """Refuse to publish an adapter of a model that nobody else could load.
+    """Refuse to publish an adapter whose base model others cannot load.
 
     Raises:
-        InputError: when its base is a folder of this machine.
+        InputError: when its base is a local folder.
     """
     if is_adapter(folder) and adapter_base(folder) is None:
         base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
@@ -91,16 +91,16 @@ def check_base(folder: Path) -> None:
 
 
 def hub_id(arguments: Mapping[str, Any], flag: str) -> str | None:
-    """What a flag names if that is a repository of the Hub, not a local path or the embedded world."""
+    """Return a flag's value if it is a repository of the Hub, not a local path or the embedded world, else `None`."""
     value = arguments.get(flag)
-    # Whether it was a path is known from the run itself, since a relative path looks just like a Hub id.
+    # The run recorded whether it was a path, since a relative path looks like a Hub id.
     if not isinstance(value, str) or value == WORLD or f"{flag} changed at" in arguments or Path(value).exists():
         return None
     return value if _HUB_ID.fullmatch(value) and not value.endswith((".json", ".jsonl", ".txt", ".parquet")) else None
 
 
 def public_value(value: object) -> object:
-    """A report's value as it may be published: absolute local paths reduced to their names."""
+    """Return a report's value for publication: absolute local paths are reduced to their names."""
     if isinstance(value, Mapping):
         return {key: public_value(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -113,7 +113,7 @@ def public_value(value: object) -> object:
 
 
 def public_report(folder: Path, name: str) -> bytes:
-    """report.json or report.md as it may be published."""
+    """Return report.json or report.md for publication, see `public_value`."""
     text = (folder / name).read_text(encoding="utf-8")
     if name.endswith(".json"):
         text = json.dumps(public_value(json.loads(text)), indent=2) + "\n"
@@ -123,7 +123,7 @@ def public_report(folder: Path, name: str) -> bytes:
 
 
 def _changed_at(folder: Path, base: str) -> dict[str, Any]:
-    """The mark that the run's report leaves when it was given `base` as a local path."""
+    """Return the entry of the run's report that records that `base` was a local path."""
     arguments = (read_report(folder) or {}).get("arguments", {})
     flag = "model_name_or_path"
     known = arguments.get(flag) == base and f"{flag} changed at" in arguments
@@ -160,7 +160,7 @@ def _architecture(folder: Path) -> str:
 
 def _introduction(folder: Path, report: Mapping[str, Any], base: str | None) -> str:
     kind = f"A PEFT adapter of {base or 'a local model'}" if is_adapter(folder) else f"`{_architecture(folder)}`"
-    # Packed numbers and their scales are no count of parameters.
+    # Packed numbers and their scales do not give the number of parameters.
     method = _quantization(folder)
     text = f"{kind}, quantized ({method})" if method else f"{kind} with {count_parameters(folder):,} parameters"
     if report.get("stage"):
@@ -187,7 +187,7 @@ def _usage(folder: Path, name: str) -> str:
     lines = [*(["import hfllm"] if is_ours else []), *lines]
     text = "\n".join(["## Use", "", "```python", *lines, "```"])
     if method == OUR_QUANTIZATION:
-        text += "\n\nThe weights are in a format of hfllm's, for CPUs: it has to be installed."
+        text += "\n\nThe weights are in a format of hfllm, for CPUs: hfllm must be installed."
     elif is_ours and read_json(folder / CONFIG).get("auto_map"):
         text += (
             "\n\nWithout hfllm installed, leave out `import hfllm` and pass `trust_remote_code=True`: the code beside "
@@ -199,7 +199,7 @@ def _usage(folder: Path, name: str) -> str:
 
 
 def _quantization(folder: Path) -> str | None:
-    """How the weights are quantized, if they are; an adapter's are not."""
+    """Return how the weights are quantized, or `None`; an adapter's are not."""
     return (read_json(folder / CONFIG).get("quantization_config") or {}).get("quant_method")
 
 
@@ -220,7 +220,7 @@ def _data(arguments: Mapping[str, Any]) -> str:
 
 
 def _arguments(arguments: Mapping[str, Any]) -> str:
-    """Every argument that is set; of earlier stages, those that differ from the last one's."""
+    """Return every argument that is set; for earlier stages, those that differ from the last one's."""
     import yaml
 
     shown = {}
@@ -238,14 +238,14 @@ def _arguments(arguments: Mapping[str, Any]) -> str:
 
 
 def check_adapter(peft: bool, model_name: str | None) -> None:
-    """Refuse to train an adapter for publication whose base model others could not load.
+    """Refuse to train an adapter for publication if others could not load its base model.
 
     Raises:
-        InputError: when `peft` and the base is made on the way, or is a local folder.
+        InputError: when `peft` is true and the base is made by an earlier stage or is a local folder.
     """
     if peft and (model_name is None or hub_id({"base": model_name}, "base") is None):
         raise InputError(
-            "--push_to_hub with --use_peft publishes the adapter alone, so its base must be a model of the Hub: name "
+            "--push_to_hub with --use_peft publishes only the adapter, so its base must be a model of the Hub: name "
             f"one by --model_name_or_path (now {model_name!r}), or train without --use_peft"
         )
 
@@ -263,7 +263,7 @@ def chat_lines(folder: str, prompt: str | Sequence[Mapping[str, str]]) -> list[s
 
 def loading_lines(folder: str) -> list[str]:
     """Return the lines of Python that load the model in `folder` and its tokenizer."""
-    # transformers knows bitsandbytes by itself; our own scheme and family once hfllm is imported.
+    # transformers supports bitsandbytes without hfllm; our own scheme and family need hfllm imported.
     return [
         "import hfllm",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

@@ -1,4 +1,4 @@
-"""Which checkpoint of an output folder to go on from."""
+"""Find the checkpoint of an output folder to resume from."""
 
 import json
 import warnings
@@ -7,11 +7,11 @@ from pathlib import Path
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint of an output folder that was written to its end, or `None`.
+    """Return the newest complete checkpoint of an output folder, or `None`.
 
-    Trainer writes `trainer_state.json` last: where it is missing or cut off, the run was killed while saving. Weights
-    or the optimizer's file may have been cut off since, as by a full disk. Such checkpoints are skipped with a
-    warning, and an older one is still there, since it is removed only afterwards.
+    Trainer writes `trainer_state.json` last: if it is missing or truncated, the run was killed while saving. Weights
+    or the optimizer's file may have been truncated too, as by a full disk. Such checkpoints are skipped with a
+    warning, and an older one still exists, since it is removed only after the save.
     """
     numbered = sorted(
         (path for path in Path(folder).glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()),
@@ -24,14 +24,14 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
         except (OSError, ValueError):
             is_whole = False
         if not is_whole:
-            warnings.warn(f"{path} was not written to its end: trying the checkpoint before it", stacklevel=2)
+            warnings.warn(f"{path} is not complete: trying the checkpoint before it", stacklevel=2)
             continue
         return str(path)
     return None
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether a file ends where its format says; `True` of formats that do not tell."""
+    """Return whether a file ends where its format says; `True` for formats that do not say."""
     if file.suffix in (".pt", ".pth"):
         return zipfile.is_zipfile(file)
     if file.suffix != ".safetensors":

@@ -1,4 +1,4 @@
-"""Which files of an output folder are the published model, and whether they are whole."""
+"""Select the files of an output folder that are published, and check that they are complete."""
 
 import json
 import struct
@@ -12,7 +12,7 @@ from hfllm.outputs.report import REPORT_FILE, read_report
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 CARD = "README.md"
-# Weights that from_pretrained looks for, first choice first; an index names the shards that it consists of.
+# Weight files that from_pretrained looks for, in order; an index names its shards.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 ADAPTER_WEIGHTS = ("adapter_model.safetensors",)
 SETTINGS = (CONFIG, ADAPTER_CONFIG, "generation_config.json")
@@ -26,12 +26,12 @@ PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def model_files(folder: str | Path) -> list[str]:
-    """The files of a saved model that are published, relative to its folder, sorted; the card is not among them.
+    """Return the files of a saved model to publish, relative to its folder, sorted, without the card.
 
     Left out are checkpoints, optimizer and trainer state, training_args.bin, other stages' folders and value heads.
 
     Raises:
-        InputError: when the folder holds no whole model in safetensors format, with its config and code.
+        InputError: when the folder holds no complete model in safetensors format, with its config and code.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -46,15 +46,15 @@ def model_files(folder: str | Path) -> list[str]:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds a PEFT adapter and not a model of its own."""
+    """Return whether the folder holds a PEFT adapter and not a whole model."""
     return (folder / ADAPTER_CONFIG).is_file() and not any((folder / name).is_file() for name in WEIGHTS)
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The safetensors files that `from_pretrained` would load, and their index; each is checked to be whole.
+    """Return the safetensors files that `from_pretrained` would load, and their index; check each to be complete.
 
     Raises:
-        InputError: when there are none, only pickled ones, or one is missing or cut short.
+        InputError: when there are none, only pickled ones, or one is missing or truncated.
     """
     choices = ADAPTER_WEIGHTS if is_adapter(folder) else WEIGHTS
     first = next((name for name in choices if (folder / name).is_file()), None)
@@ -82,7 +82,7 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Tensor names with their dtype, shape and offsets, by the format's eight bytes of length and JSON header.
+    """Read tensor names with dtype, shape and offsets from the format's eight bytes of length and JSON header.
 
     Raises:
         InputError: when the file is shorter or longer than its header says, or has none.
@@ -92,7 +92,7 @@ def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > size - 8:
-            raise InputError(f"{path} is cut short or not safetensors: its header does not fit in {size} bytes")
+            raise InputError(f"{path} is truncated or not safetensors: its header does not fit in {size} bytes")
         try:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
@@ -105,7 +105,7 @@ def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def count_parameters(folder: Path) -> int:
-    """Parameters in the weights that are published."""
+    """Return the number of parameters in the published weights."""
     total = 0
     for name in weight_files(folder):
         if name.endswith(".safetensors"):
@@ -118,7 +118,7 @@ def count_parameters(folder: Path) -> int:
 
 
 def code_files(folder: Path) -> list[str]:
-    """The Python files that `auto_map` names, and those that they import from beside them.
+    """Return the Python files that `auto_map` names, and the files beside them that they import.
 
     Raises:
         InputError: when one of them is missing.
@@ -130,7 +130,7 @@ def code_files(folder: Path) -> list[str]:
         if not (folder / settings).is_file():
             continue
         for reference in flat((read_json(folder / settings).get("auto_map") or {}).values()):
-            # `owner/repo--module.Class` is code that stays in another repository.
+            # `owner/repo--module.Class` is code in another repository.
             if not isinstance(reference, str) or "--" in reference:
                 continue
             path = folder / f"{reference.split('.')[0]}.py"
@@ -144,19 +144,19 @@ def code_files(folder: Path) -> list[str]:
 
 
 def flat(values: Iterable[object]) -> list[object]:
-    """The values, and those in lists among them: a tokenizer's auto_map entry is a pair."""
+    """Flatten lists among the values: a tokenizer's auto_map entry is a pair."""
     return [item for value in values for item in (value if isinstance(value, list) else [value])]
 
 
 def plot_files(folder: Path) -> list[str]:
-    """The pictures that the run's report lists."""
+    """Return the plots that the run's report lists."""
     artifacts = (read_report(folder) or {}).get("artifacts", {})
     names = [str(name) for name in artifacts.values() if str(name).endswith(".png")]
     return sorted(name for name in names if Path(name).name == name and (folder / name).is_file())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object, empty if there is no such file.
+    """Read a JSON file's object, empty if there is no such file.
 
     Raises:
         InputError: when it is not JSON or not an object.

@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 
 class _WithoutSecrets(logging.Filter):
-    """huggingface_hub logs the address of each failed request; those of uploads are signed."""
+    """Filter for huggingface_hub's logs of failed requests, whose URLs are signed for uploads."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = redact(re.sub(r"\?\S+", f"?{HIDDEN}", record.getMessage())), ()
@@ -50,30 +50,30 @@ def push_folder(
 
     Args:
         folder: the output folder of a finished run, or any folder that `save_pretrained` wrote.
-        repo_id: `name` or `owner/name`; made if it does not exist.
+        repo_id: `name` or `owner/name`; created if it does not exist.
         private: whether a new repository is private (default: the owner's setting). With True, an existing one that
             is public is refused.
         token: an access token; by default HF_TOKEN or the one stored by `hf auth login`.
-        revision: a branch, made if it does not exist (default: main).
+        revision: a branch, created if it does not exist (default: main).
         commit_message: the commit's first line.
         endpoint: the Hub's URL, if not HF_ENDPOINT or huggingface.co.
 
     Returns:
-        The URL of the commit that holds the model; no new one is made when nothing has changed.
+        The URL of the commit that holds the model; there is no new commit if nothing has changed.
 
     Raises:
-        InputError: when the folder holds no whole model, the Hub refuses, or it cannot be reached after retries.
+        InputError: when the folder holds no complete model, the Hub refuses, or it cannot be reached after retries.
     """
     return Repository(repo_id, private, token, revision, endpoint).push(folder, commit_message)
 
 
 def upload_list(folder: str | Path, repo_id: str | None = None) -> dict[str, Path | bytes]:
-    """What is published of `folder`: the path in the repository, and the file or its content without local paths.
+    """Return what to publish of `folder`, by path in the repository: a file, or its content without local paths.
 
-    Writes the card.
+    It also writes the card.
 
     Raises:
-        InputError: when the folder holds no whole model, or an adapter of one that only this machine has.
+        InputError: when the folder holds no complete model, or an adapter whose base is local.
     """
     folder = Path(folder)
     names = model_files(folder)
@@ -84,7 +84,7 @@ def upload_list(folder: str | Path, repo_id: str | None = None) -> dict[str, Pat
 
 
 def upload_sizes(files: dict[str, Path | bytes]) -> dict[str, int]:
-    """Bytes of each file of an `upload_list`."""
+    """Return the bytes of each file of an `upload_list`."""
     return {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
 
 
@@ -99,7 +99,7 @@ class Repository:
     endpoint: str | None = None
 
     def create(self) -> None:
-        """Make the repository and the branch if they do not exist, so that what is wrong is known before training.
+        """Create the repository and the branch if they do not exist, so that errors show before training.
 
         Raises:
             InputError: without a token, or when the Hub refuses or cannot be reached.
@@ -112,7 +112,7 @@ class Repository:
         self._check()
         files = upload_list(folder, self.repo_id if "/" in self.repo_id else None)
         self._insist(self._create)
-        # With the owner's name the card can say how the model is loaded.
+        # With the owner's name the card can show how to load the model.
         files = upload_list(folder, self.repo_id)
         url, is_new = self._insist(lambda: self._commit(files, commit_message))
         size = sum(upload_sizes(files).values()) / 1e6
@@ -134,7 +134,7 @@ class Repository:
         self.token = (self.token or get_token() or "").strip()
         if not self.token:
             raise InputError(f"cannot push to {self.repo_id} without an access token: {LOG_IN}")
-        # The HTTP library would quote such a token in its complaint.
+        # The HTTP library would quote such a token in its error message.
         if not (self.token.isascii() and self.token.isprintable() and " " not in self.token):
             raise InputError(
                 f"the access token for {self.repo_id} has spaces or characters that no token has: {LOG_IN}"
@@ -156,13 +156,13 @@ class Repository:
             api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
 
     def _commit(self, files: dict[str, Path | bytes], commit_message: str) -> tuple[str, bool]:
-        """Commit what differs from the repository. Returns the commit's URL and whether it is a new one."""
+        """Commit what differs from the repository. Return the commit's URL and whether it is new."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         api = self._api()
         before = api.model_info(self.repo_id, revision=self.revision)
         there = {sibling.rfilename for sibling in before.siblings or []}
-        # Old weights would be loaded instead of, or mixed with, the new ones.
+        # Remove old weights, which would be loaded instead of the new ones or mixed with them.
         stale = sorted(name for name in there - files.keys() if _is_weights(name))
         commit = api.create_commit(
             self.repo_id,
@@ -176,7 +176,7 @@ class Repository:
         return commit.commit_url, commit.oid != before.sha
 
     def _insist(self, attempt: Callable[[], Result]) -> Result:
-        """Try again after failures that may pass. Attempts change nothing twice: a commit made is found to be there.
+        """Retry after temporary failures. A retry changes nothing twice: an existing commit is recognized.
 
         Raises:
             InputError: when the Hub refuses, or every attempt has failed.
@@ -196,7 +196,7 @@ class Repository:
                     raise InputError(self._refusal(cause, reason)) from None
                 if wait is None:
                     raise InputError(
-                        f"pushing to {self.repo_id} failed {len(WAITS) + 1} times ({reason}); what is there is as it "
+                        f"pushing to {self.repo_id} failed {len(WAITS) + 1} times ({reason}); the repository is as it "
                         "was, and running the same command again resumes"
                     ) from None
             print(f"{self.repo_id}: {reason}; trying again in {wait} s", flush=True)
@@ -213,16 +213,16 @@ class Repository:
 
 
 def repository_of(*parsed: "DataclassInstance") -> Repository | None:
-    """Return where `--push_to_hub` and the `--hub_...` flags publish to; `None` if nowhere.
+    """Return the repository of `--push_to_hub` and the `--hub_...` flags; `None` without them.
 
-    A Trainer's own pushes would upload whatever is in the output folder, at each save, with a draft of a card: it is
-    not told of them, and the finished model is pushed once.
+    A Trainer's own pushes would upload the whole output folder at each save, with a draft of a card: these flags are
+    hidden from it, and the finished model is pushed once.
 
     Args:
-        parsed: the flags of a run, a dataclass each; one of them has the flags of the Hub.
+        parsed: the flags of a run as dataclasses; one of them has the flags of the Hub.
 
     Raises:
-        InputError: when a flag asks for what is not published, or others could not load the result.
+        InputError: when a flag asks for something that is never published, or others could not load the result.
     """
     flags = next((group for group in parsed if getattr(group, "push_to_hub", False)), None)
     if flags is None:
@@ -245,7 +245,7 @@ def _is_weights(name: str) -> bool:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The error of the request behind huggingface_hub's "Error while uploading"."""
+    """Return the error of the request behind huggingface_hub's "Error while uploading"."""
     while type(error) is RuntimeError and error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -260,12 +260,12 @@ def _may_pass(error: BaseException) -> bool:
 
     if (status := _status(error)) is not None:
         return status in PASSING
-    # What is not JSON is a proxy's page instead of the Hub's answer.
+    # Anything but JSON is a proxy's page instead of the Hub's answer.
     return isinstance(error, (HTTPError, ConnectionError, TimeoutError, JSONDecodeError))
 
 
 def _reason(error: BaseException) -> str:
-    """One line; of an HTTP error the status and the server's words, since URLs may be signed."""
+    """Return the reason in one line; for HTTP errors only status and server message, since URLs may be signed."""
     if (status := _status(error)) is not None:
         return (
             f"HTTP {status}: {' '.join((getattr(error, 'server_message', None) or 'no reason given').split())[:200]}"

@@ -1,4 +1,4 @@
-"""What a recipe leaves behind: report.json, report.md and plots. One writer for all stages."""
+"""The report of a recipe: report.json, report.md and plots. One writer for all stages."""
 
 import json
 import os
@@ -26,9 +26,9 @@ class Report:
         metrics: numbers by stable names (documented in docs/).
         tables: title -> rows, each a mapping of column to value.
         curves: plot file stem -> its `Plot` or `Bars`.
-        artifacts: what was saved, name -> path relative to the output folder.
+        artifacts: saved files, name -> path relative to the output folder.
         wall_seconds: how long the stage took.
-        next_steps: lines that load or try the result.
+        next_steps: lines of code that load or try the result.
     """
 
     stage: str
@@ -41,7 +41,7 @@ class Report:
     next_steps: Sequence[str] = ()
 
     def write(self, output_dir: str | Path) -> None:
-        """Write report.json, report.md and the plots into `output_dir`, each whole or not at all."""
+        """Write report.json, report.md and the plots into `output_dir`, each file atomically."""
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         for stem, plot in self.curves.items():
@@ -82,7 +82,7 @@ class Report:
         return "\n".join(lines)
 
     def print(self, without: Sequence[str] = ()) -> None:
-        """Print the metrics, the tables but those of these titles, and the next steps."""
+        """Print the metrics, the tables except those with the titles `without`, and the next steps."""
         print(f"\n{self.stage}: done in {self.wall_seconds:.0f} s")
         print("\n".join(markdown_table(metric_rows(self.metrics))))
         for title, rows in self.tables.items():
@@ -97,7 +97,7 @@ class Report:
 class Plot:
     """A plot: `lines` maps a label to its x and y values, which are joined unless `points_only`.
 
-    `points` are never joined, and share the colors of the lines one by one; `xscale` and `yscale` are `"linear"` or
+    `points` are never joined, and have the colors of the lines, in order; `xscale` and `yscale` are `"linear"` or
     `"log"`.
     """
 
@@ -111,7 +111,7 @@ class Plot:
     yscale: str = "linear"
 
     def draw(self, path: Path) -> bool:
-        """Draw to a PNG; nothing is drawn, and False returned, when no line has a point."""
+        """Draw to a PNG; return False, and draw nothing, if no line has a point."""
         lines = {label: (x, y) for label, (x, y) in self.lines.items() if len(x)}
         points = {label: (x, y) for label, (x, y) in self.points.items() if len(x)}
         if not lines and not points:
@@ -133,7 +133,7 @@ class Plot:
 
 @dataclass
 class Bars:
-    """Horizontal bars from the top down: `values` maps a label to its length, `notes` to what stands at its end."""
+    """Horizontal bars from the top down: `values` maps a label to its length, `notes` to a text at its end."""
 
     title: str
     xlabel: str
@@ -141,7 +141,7 @@ class Bars:
     notes: Mapping[str, str] = field(default_factory=dict)
 
     def draw(self, path: Path) -> bool:
-        """Draw to a PNG; nothing is drawn, and False returned, when there is no bar."""
+        """Draw to a PNG; return False, and draw nothing, if there is no bar."""
         if not self.values:
             return False
         figure, axes = _figure(1.2 + 0.34 * len(self.values))
@@ -157,7 +157,7 @@ class Bars:
 
 
 def _figure(height: float) -> "tuple[Figure, Axes]":
-    """A figure of 7 by `height` inches and its axes, drawn without a display."""
+    """Return a figure of 7 by `height` inches and its axes, without a display."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -177,7 +177,7 @@ def _save(figure: "Figure", path: Path) -> None:
 
 
 def plot_history(history: Sequence[Mapping[str, float]], keys: Mapping[str, str], **labels: str) -> Plot:
-    """A `Plot` over steps of what `Trainer.state.log_history` holds: `keys` maps labels to logged names."""
+    """Return a `Plot` over steps of `Trainer.state.log_history`; `keys` maps labels to logged names."""
     lines = {
         label: (
             [entry["step"] for entry in history if key in entry],
@@ -189,13 +189,13 @@ def plot_history(history: Sequence[Mapping[str, float]], keys: Mapping[str, str]
 
 
 def read_report(output_dir: str | Path) -> dict[str, Any] | None:
-    """The report.json of a finished run, or `None`."""
+    """Read the report.json of a finished run; `None` if there is none."""
     path = Path(output_dir) / REPORT_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def environment() -> dict[str, str | int | None]:
-    """Versions and hardware that a figure depends on."""
+    """Return the versions and hardware that results depend on."""
     from importlib.metadata import version
 
     libraries = ("torch", "transformers", "trl", "accelerate")
@@ -209,12 +209,12 @@ def environment() -> dict[str, str | int | None]:
 
 
 def metric_rows(metrics: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Metrics as the rows of a table."""
+    """Return metrics as the rows of a table."""
     return [{"metric": name, "value": value} for name, value in metrics.items()]
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The lines of a Markdown table; the first row names the columns."""
+    """Return the lines of a Markdown table; the first row names the columns."""
     if not rows:
         return ["(empty)"]
     cells = [[_cell(row.get(column, "")) for column in rows[0]] for row in rows]

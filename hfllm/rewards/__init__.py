@@ -1,4 +1,4 @@
-"""What is good: rewards behind one signature, `(prompts, completions, **columns) -> list[float]`."""
+"""Rewards with one signature, `(prompts, completions, **columns) -> list[float]`."""
 
 from hfllm.rewards.ensembles import RewardEnsemble
 from hfllm.rewards.functions import checked_rewards, gold_reward, length_penalty, load_reward_function, reward_name

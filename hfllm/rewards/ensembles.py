@@ -1,4 +1,4 @@
-"""Several rewards as one that is harder to exploit."""
+"""An ensemble of several rewards, which is harder to exploit."""
 
 import statistics
 from collections.abc import Sequence
@@ -8,15 +8,15 @@ from hfllm.rewards.functions import RewardFunction, checked_rewards, reward_name
 
 
 class RewardEnsemble:
-    """Several rewards as one that is harder to exploit (Coste et al. 2023, arXiv:2310.02743, section 3).
+    """Several rewards combined into one that is harder to exploit (Coste et al. 2023, arXiv:2310.02743, section 3).
 
     A reward model trained on comparisons is only defined up to a constant: call `calibrate` once, or the worst of
-    several is but the one with the lowest constant.
+    several is just the one with the lowest constant.
 
     Args:
         members: reward functions or `RewardModel`s, at least two.
-        aggregation: `"mean"`; `"worst"`, the least of them (worst-case optimization, equation 2); or `"uncertainty"`,
-            the mean less `coefficient` times their variance (equation 3).
+        aggregation: `"mean"`; `"worst"`, the lowest of them (worst-case optimization, equation 2); or `"uncertainty"`,
+            the mean minus `coefficient` times their variance (equation 3).
         coefficient: see `aggregation`.
 
     Raises:
@@ -35,13 +35,13 @@ class RewardEnsemble:
         self.__name__ = f"{aggregation}_of_{len(members)}"
 
     def calibrate(self, prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> None:
-        """Bring the members to one scale: that on these responses each has mean 0 and their common spread.
+        """Normalize the members: on these responses each gets mean 0 and their common spread.
 
         Args:
             prompts, completions, columns: as in a call; responses of the model that training starts from.
 
         Raises:
-            InputError: for a member that gives all of them the same score.
+            InputError: for a member that gives all responses the same score.
         """
         scores = [self._scores_of(member, prompts, completions, **columns) for member in self.members]
         spreads = [statistics.pstdev(values) for values in scores]

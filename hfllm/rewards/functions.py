@@ -1,4 +1,4 @@
-"""Rewards behind one signature, that of TRL's reward functions: `(prompts, completions, **columns) -> list[float]`.
+"""Reward functions with TRL's signature: `(prompts, completions, **columns) -> list[float]`.
 
 `prompts` and `completions` are strings, or lists of messages when the dataset is conversational; `columns` are the
 dataset's other columns, one value per row.
@@ -18,7 +18,7 @@ GOLD_COLUMNS = ("gold_kind", "gold_accepted", "gold_needed", "gold_forbidden")
 
 
 def completion_text(completion: str | Sequence[dict[str, str]]) -> str:
-    """The text of a completion in either format."""
+    """Return the text of a completion in either format."""
     return completion if isinstance(completion, str) else "".join(message["content"] for message in completion)
 
 
@@ -32,13 +32,13 @@ def gold_reward(
     gold_forbidden: Sequence[Sequence[str]],
     **columns: Sequence[object],
 ) -> list[float]:
-    """The embedded world's verifiable reward in [-1, 1], from the gold columns of its prompt rows."""
+    """Return the embedded world's exact, verifiable reward in [-1, 1], from the gold columns of its prompt rows."""
     golds = map(GoldAnswer, gold_kind, gold_accepted, gold_needed, gold_forbidden)
     return [judge(completion_text(response), gold) for response, gold in zip(completions, golds, strict=True)]
 
 
 def load_reward_function(specification: str) -> RewardFunction:
-    """The function that `specification` names: `gold`, or `path/to/file.py:function`.
+    """Load the function that `specification` names: `gold`, or `path/to/file.py:function`.
 
     Raises:
         InputError: when the file or the function does not exist, or the file does not run.
@@ -64,14 +64,14 @@ def load_reward_function(specification: str) -> RewardFunction:
 
 
 def reward_name(function: Callable) -> str:
-    """The name that a reward is logged under."""
+    """Return the name under which a reward is logged."""
     return getattr(function, "__name__", None) or type(function).__name__
 
 
 def checked_rewards(
     function: RewardFunction, prompts: Sequence, completions: Sequence, **columns: Sequence[object]
 ) -> list[float] | list[list[float]]:
-    """Call a reward function and refuse what is not one finite number per completion, or a list of them a completion.
+    """Call a reward function and refuse results other than one finite number, or a list of them, per completion.
 
     Raises:
         InputError: naming the function, the row and the value seen.
@@ -105,7 +105,7 @@ def _is_number(value: object) -> bool:
 
 
 def length_penalty(coefficient: float, free: int = 0) -> RewardFunction:
-    """A reward of `-coefficient` for each token of a completion beyond the first `free`."""
+    """Return a reward function: `-coefficient` for each token of a completion beyond the first `free`."""
 
     def penalty(
         prompts: Sequence, completions: Sequence, *, completion_ids: Sequence, **columns: Sequence[object]

@@ -1,4 +1,4 @@
-"""Models as rewards: one score for a sequence, or one for each token of it."""
+"""Models as rewards: one score per sequence, or one per token."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,7 +32,7 @@ class RewardModel:
             )
         if getattr(model, "has_new_head", False):
             raise InputError(
-                f"the reward model {model.config._name_or_path!r} has no head for scores, as a language model: train "
+                f"the reward model {model.config._name_or_path!r} has no head for scores (a language model): train "
                 "it on comparisons first (hfllm reward)"
             )
         if tokenizer.pad_token_id is None:
@@ -50,7 +50,7 @@ class RewardModel:
         return scores
 
     def _logits(self, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], "torch.Tensor"]]:
-        """Rows, and what the model says of them: (rows, 1), or (rows, positions, 1) of a model for tokens."""
+        """Yield rows and the model's logits for them: (rows, 1), or (rows, positions, 1) for a token model."""
         import torch
 
         for rows in self._batches([len(row) for row in ids]):
@@ -64,7 +64,7 @@ class RewardModel:
             yield rows, logits.float().cpu()
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Rows of like length: a short pass more costs a CPU less than padding does."""
+        """Yield rows of similar length: on a CPU one more short pass costs less than padding."""
         most_padding = 8 if self.model.device.type == "cpu" else 256
         rows: list[int] = []
         for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
@@ -76,7 +76,7 @@ class RewardModel:
 
     def _token_ids(self, prompt: str | list, completion: str | list) -> list[int]:
         if isinstance(prompt, str):
-            # With the end token, as TRL's RewardTrainer closes the texts that it trains on.
+            # With the end token, as TRL's RewardTrainer ends its training texts.
             return self.tokenizer(prompt + completion + (self.tokenizer.eos_token or ""))["input_ids"]
         return self.tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=True)["input_ids"]
 
@@ -102,5 +102,5 @@ class TokenRewardModel(RewardModel):
 
 
 def scores_tokens(model: "PreTrainedModel") -> bool:
-    """Whether a model gives a number for each token (`...ForTokenClassification`)."""
+    """Return whether a model gives one number per token (`...ForTokenClassification`)."""
     return type(model).__name__.endswith("ForTokenClassification")

@@ -1,1 +1,1 @@
-"""How any run goes: parse, announce, reuse, report, publish. Nothing here knows a method."""
+"""What every run does: parse, announce, reuse, report, publish. Nothing here knows a training method."""

@@ -1,4 +1,4 @@
-"""Arguments stay as they were parsed: what is derived from them is a copy with a name of its own."""
+"""Change arguments without changing what was parsed: what is derived from them is a copy with its own name."""
 
 from copy import copy
 from typing import TypeVar
@@ -9,7 +9,7 @@ Arguments = TypeVar("Arguments")
 def changed(arguments: Arguments, **changes: object) -> Arguments:
     """Return a copy of `arguments` with these fields changed.
 
-    For the arguments of trainers: `dataclasses.replace` would run `__post_init__` again, on what it made before.
+    For the arguments of trainers: `dataclasses.replace` would run `__post_init__` again, on values already processed.
 
     Raises:
         AttributeError: for a field that `arguments` does not have.

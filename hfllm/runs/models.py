@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
     from hfllm.models.configuration_hfllm import HfllmConfig
 
-# Ways to quantize whose weights transformers may train; it says so itself where it does not.
+# Quantization methods that may allow training the weights; transformers itself refuses where they do not.
 TRAINED_QUANTIZED = ("bitnet", "compressed-tensors", "fp_quant")
 
 
 def load_kwargs(model_args: "ModelConfig") -> dict[str, Any]:
-    """`from_pretrained` arguments that `ModelConfig`'s flags stand for."""
+    """Return the `from_pretrained` arguments that the flags of `ModelConfig` stand for."""
     from trl import get_quantization_config
 
     kwargs = {
@@ -32,7 +32,7 @@ def load_kwargs(model_args: "ModelConfig") -> dict[str, Any]:
 
 
 def load_policy(model_args: "ModelConfig") -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """A causal language model and its tokenizer.
+    """Load a causal language model and its tokenizer.
 
     Raises:
         InputError: when either cannot be loaded, or the tokenizer has no padding or end token.
@@ -48,7 +48,7 @@ def load_policy(model_args: "ModelConfig") -> tuple["PreTrainedModel", "PreTrain
 
 
 def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBase":
-    """The tokenizer of a model; without a chat template of its own it gets a plain one.
+    """Load the tokenizer of a model; if it has no chat template, it gets a plain one.
 
     Raises:
         InputError: when it cannot be loaded, or has no padding or end token.
@@ -73,7 +73,7 @@ def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBas
 
 
 def load_config(name: str, revision: str = "main") -> "PreTrainedConfig":
-    """The config of the named model.
+    """Load the config of the named model.
 
     Raises:
         InputError: when it cannot be loaded.
@@ -87,11 +87,11 @@ def load_config(name: str, revision: str = "main") -> "PreTrainedConfig":
 
 
 def check_trainable(model_args: "ModelConfig", adapters: bool = True) -> None:
-    """Refuse weights that cannot be trained: quantized ones, with no adapter on them.
+    """Refuse weights that cannot be trained: quantized ones without an adapter.
 
     Args:
         model_args: with the model's name, if it has one.
-        adapters: whether the stage can train one.
+        adapters: whether the stage can train an adapter.
 
     Raises:
         InputError: naming the flag or the model, or when the model's config cannot be loaded.
@@ -103,7 +103,7 @@ def check_trainable(model_args: "ModelConfig", adapters: bool = True) -> None:
         is_frozen = getattr(model_args, flag) and not model_args.use_peft
         refuse(is_frozen, f"--{flag}", f"such weights cannot be trained; {way_out}")
     name, revision = model_args.model_name_or_path, model_args.model_revision
-    # What is loaded as an adapter goes on being trained as one.
+    # A model that is loaded with an adapter is trained further as an adapter.
     if not name or model_args.use_peft or adapter_base(name, revision=revision) is not None:
         return
     method = quantization_method(load_config(name, revision))
@@ -115,10 +115,10 @@ def check_trainable(model_args: "ModelConfig", adapters: bool = True) -> None:
 
 
 def new_config(fields: dict[str, Any]) -> "HfllmConfig":
-    """The config of a new model of the family.
+    """Return the config of a new model of the family.
 
     Raises:
-        InputError: when the fields describe no model.
+        InputError: when the fields do not describe a valid model.
     """
     from huggingface_hub.errors import StrictDataclassError
 
@@ -133,7 +133,7 @@ def new_config(fields: dict[str, Any]) -> "HfllmConfig":
 
 
 def named_fields(name: str) -> dict[str, Any]:
-    """Fields of the architecture that `--config_name_or_path` names: a preset, or a config.json, also a native one.
+    """Return the architecture that `--config_name_or_path` names: a preset or a config.json, also a native one.
 
     Raises:
         InputError: for a name that is neither, or a config that describes no model of this family.
@@ -159,17 +159,17 @@ def named_fields(name: str) -> dict[str, Any]:
 
 
 def max_length_of(config: "PreTrainedConfig") -> int | None:
-    """The longest sequence that a model is made for, in tokens, if its config tells."""
+    """Return the longest sequence that a model is made for, in tokens, or `None` if its config does not say."""
     context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     # XLNet's config says -1: no limit.
     return context if context and context > 0 else None
 
 
 def load_reward_model(name: str, model_args: "ModelConfig", revision: str = "main") -> "PreTrainedModel":
-    """A sequence-classification model with one label, its head new if `name` is a language model.
+    """Load a sequence-classification model with one label; its head is new if `name` is a language model.
 
     Args:
-        model_args: how to load it, but for `--model_revision`, which is that of the model that they name.
+        model_args: how to load it, except `--model_revision`, which belongs to the model named there.
 
     Raises:
         InputError: when it cannot be loaded, or has another number of labels.
@@ -187,9 +187,9 @@ def load_reward_model(name: str, model_args: "ModelConfig", revision: str = "mai
 def load_value_model(
     value_model: str, model_args: "ModelConfig", reward_models: Sequence[str]
 ) -> "PreTrainedModel | None":
-    """The critic that `--value_model` names, or `None` for a head on the policy's trunk.
+    """Load the critic that `--value_model` names; `None` stands for a head on the policy's trunk.
 
-    All of its weights are trained, so that it is never quantized. `reward` stands for the first of the reward models.
+    All of its weights are trained, so it is never quantized. `reward` stands for the first of the reward models.
 
     Raises:
         InputError: when it cannot be loaded, or has another number of labels.
@@ -201,14 +201,14 @@ def load_value_model(
 
 
 def peft_config(model_args: "ModelConfig", task_type: str = "CAUSAL_LM") -> "PeftConfig | None":
-    """The adapter that `--use_peft` and `--lora_*` describe, or `None`."""
+    """Return the adapter that `--use_peft` and `--lora_*` describe, or `None`."""
     from trl import get_peft_config
 
     return get_peft_config(changed(model_args, lora_task_type=task_type))
 
 
 def try_adapter(config: "PreTrainedConfig", adapter: "PeftConfig") -> None:
-    """Put an adapter on a language model that has no weights.
+    """Try an adapter on a language model without weights.
 
     Raises:
         InputError: when it does not fit, such as for target modules that the model does not have.
@@ -232,5 +232,5 @@ def _unloadable(name: str, error: Exception) -> InputError:
 
 
 def fitting_length(max_length: int | None, model: "PreTrainedModel") -> int | None:
-    """`max_length`, but no more than the model's context."""
+    """Return `max_length`, limited to the model's context."""
     return min(filter(None, (max_length, max_length_of(model.config))), default=None)

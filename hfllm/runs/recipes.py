@@ -1,4 +1,4 @@
-"""Where recipes and their settings lie: inside the package that pip installed, beside it in a checkout."""
+"""Find recipes and their settings: inside the package that pip installed, or beside it in a checkout."""
 
 import importlib.util
 import sys
@@ -39,7 +39,7 @@ def recipe_file(name: str) -> Path:
 
 
 def load_recipe(name: str) -> ModuleType:
-    """Load the recipe called `name` as a module, with its `parse` and `main`; always the same one."""
+    """Load the recipe called `name` as a module with `parse` and `main`; every call returns the same module."""
     full_name = f"hfllm.recipes.{name}"
     if full_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(full_name, recipe_file(name))

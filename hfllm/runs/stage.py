@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Stage:
-    """One run of a recipe, from its announcement to its report. Making one has no effect.
+    """One run of a recipe, from its announcement to its report. Creating the object has no side effects.
 
         stage = Stage("sft", script_args, training_args, model_args)
         stage.check()
@@ -34,15 +34,15 @@ class Stage:
 
     Args:
         name: the stage's name.
-        parsed: its flags as they were given, a dataclass each; one has `output_dir`.
-        before: the parsed flags of the stages that it runs first, by name; they decide its result too.
-        also: what else decides the result, by a name of its own.
-        without: flags that do not decide it, or `dataset_name changed at` where `also` tells of the files.
+        parsed: its flags as parsed, a list of dataclasses; one of them has `output_dir`.
+        before: the parsed flags of the stages that it runs first, by name; the result depends on them too.
+        also: anything else that the result depends on, by name.
+        without: flags that the result does not depend on, or `dataset_name changed at` where `also` covers the files.
 
     Attributes:
-        arguments: all that decides the result, as JSON values.
+        arguments: everything that the result depends on, as JSON values.
         output_dir: its folder.
-        redo: what has to be done before a finished run can be made again.
+        redo: what the user must do before a finished run is repeated.
     """
 
     redo = "remove that folder to redo it"
@@ -61,7 +61,7 @@ class Stage:
 
     @cached_property
     def training_args(self) -> "TrainingArguments":
-        """The trainer's arguments, without the pushes of its own and the token: the finished model is pushed once."""
+        """The trainer's arguments without its own pushes and the token: the finished model is pushed once."""
         return changed(_with_field(self.parsed, "per_device_train_batch_size"), push_to_hub=False, hub_token=None)
 
     @cached_property
@@ -85,11 +85,11 @@ class Stage:
         return self.report is not None
 
     def check(self) -> None:
-        """Refuse what no stage can do, before anything is made.
+        """Refuse what no stage can do, before anything is written.
 
         Raises:
-            InputError: when another run has finished there, it is a folder of a model that is read, a flag cannot work
-                on this machine or would have no effect, there is no such checkpoint, or the Hub could not be used.
+            InputError: when another run has finished there, the folder is that of an input model, a flag cannot work
+                on this machine or would have no effect, the checkpoint does not exist, or the Hub cannot be used.
         """
         for group in self.parsed:
             if getattr(group, "fp16", False) and group.device.type == "cpu":
@@ -102,10 +102,10 @@ class Stage:
         _ = self.report, self.repository
 
     def announce(self, what: str | None = None) -> None:
-        """Say what begins, and make the repository that will be published to: a wrong name or token is found now.
+        """Print what begins, and create the repository to publish to, so that a wrong name or token is found now.
 
         Args:
-            what: what is said in place of an arrow to the output folder.
+            what: what to print in place of an arrow to the output folder.
         """
         if main_process():
             print(f"\n=== {self.name} {what or f'-> {self.output_dir}'}", flush=True)
@@ -113,7 +113,7 @@ class Stage:
                 self.repository.create()
 
     def reuse(self) -> dict[str, float]:
-        """Say that the same run has finished, and publish it if asked. Returns its metrics."""
+        """Print that the same run has finished, publish it if asked, and return its metrics."""
         if main_process():
             print(f"{self.name}: already done in {self.output_dir} ({self.redo})", flush=True)
             self.publish()
@@ -133,9 +133,9 @@ class Stage:
         """Write the report, print it (or `summary` instead), publish if asked, wait for all processes.
 
         Args:
-            trainer: what trained, for the loss curve; `None` where nothing was trained and one process has worked.
-            artifacts: what lies where in the output folder; by default the model, which then gets its card.
-            too_wide: titles of tables that are written and not printed.
+            trainer: the trainer, for the loss curve; `None` if nothing was trained and one process did the work.
+            artifacts: what the output folder holds, by path; by default the model, which then gets its card.
+            too_wide: titles of tables that are written but not printed.
 
         Returns:
             The metrics.
@@ -146,7 +146,7 @@ class Stage:
         artifacts = {"model": "."} if artifacts is None else dict(artifacts)
         if trainer is not None:
             curves = {"loss": loss_curve(self.name, trainer), **(curves or {})}
-            # The whole history of the logs, for plots of your own.
+            # The whole log history, for your own plots.
             trainer.save_state()
         report = Report(
             stage=self.name,
@@ -163,7 +163,7 @@ class Stage:
             folder = Path(self.output_dir)
             report.write(folder)
             if artifacts.get("model") == ".":
-                # Trainers leave drafts of a card; this is the one that is published, and the user's to edit.
+                # Trainers leave drafts of a card; this one is published, and the user may edit it.
                 (folder / CARD).unlink(missing_ok=True)
                 write_card(folder)
             if summary:
@@ -181,10 +181,10 @@ class Stage:
         return dict(metrics)
 
     def publish(self) -> None:
-        """Push the output folder if that was asked for.
+        """Push the output folder if asked.
 
         Raises:
-            InputError: when it fails, with the command that tries again.
+            InputError: when it fails, with the command to try again.
         """
         if self.repository is None:
             return
@@ -198,7 +198,7 @@ class Stage:
 
 
 def loss_curve(name: str, trainer: "Trainer") -> Plot:
-    """The plot of a trainer's losses over its steps."""
+    """Return the plot of a trainer's losses over its steps."""
     return plot_history(
         trainer.state.log_history,
         {"training": "loss", "evaluation": "eval_loss"},
@@ -209,15 +209,15 @@ def loss_curve(name: str, trainer: "Trainer") -> Plot:
 
 
 def _with_field(parsed: "Sequence[DataclassInstance]", name: str) -> Any:
-    """The first of the dataclasses that has the field `name`."""
+    """Return the first of the dataclasses that has the field `name`."""
     return next(group for group in parsed if hasattr(group, name))
 
 
 def refuse_own_input(output_dir: str, *parsed: "DataclassInstance") -> None:
-    """Refuse to write a model over one that is read.
+    """Refuse to overwrite a model that the stage reads.
 
     Args:
-        parsed: the flags that may name it.
+        parsed: the flags that may name such a model.
 
     Raises:
         InputError: naming the flag.
@@ -235,14 +235,14 @@ def stage_arguments(
     before: "Mapping[str, Sequence[DataclassInstance]] | None" = None,
     without: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The flags that decide a stage's result, and when the local data, models and reward functions they name changed.
+    """Return the flags that decide a stage's result, and when the local files that they name last changed.
 
     Args:
         before: the parsed flags of the stages that it runs first, by name.
-        without: what does not decide it.
+        without: flags that do not decide it.
     """
     arguments = run_arguments(*parsed)
-    # What tells of a model's folder that it was written again.
+    # Files whose time shows that a model's folder was written again.
     files = {
         "model_name_or_path": "config.json",
         "config_name_or_path": "config.json",
@@ -258,7 +258,7 @@ def stage_arguments(
         if not name or name in (WORLD, PYDOC) or not path.exists() or f"{flag} changed at" in without:
             continue
         files_read = [path] if path.is_file() else source_files(name)
-        # A file that is edited leaves its folder's time alone, one that is removed does not.
+        # Editing a file does not change its folder's time; removing one does.
         read = {path, *files_read, *(file.parent for file in files_read if path.is_dir())}
         arguments[f"{flag} changed at"] = max(each.stat().st_mtime_ns for each in read)
     for flag, paths in _reward_files(arguments).items():
@@ -270,7 +270,7 @@ def stage_arguments(
 
 
 def _reward_files(arguments: Mapping[str, Any]) -> dict[str, list[Path]]:
-    """What tells that a reward or a critic was written again, by the flag that names it; it need not exist."""
+    """Return the files whose time shows that a reward or a critic was written again, by flag; they need not exist."""
     critic = arguments.get("value_model")
     models = {
         "reward_model_name_or_path": arguments.get("reward_model_name_or_path") or [],

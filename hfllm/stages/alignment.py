@@ -1,4 +1,4 @@
-"""Alignment by PPO: its flags, what it refuses, the stages before it, and what its trainer is built from."""
+"""Alignment by PPO: its flags, what it refuses, the stages before it, and the parts of its trainer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,14 +31,16 @@ class RlhfArguments(DataArguments, BatchArguments):
 
     reward_model_name_or_path: list[str] | None = field(
         default=None,
-        metadata={"help": "A sequence-classification model with one label as the reward; several are an ensemble."},
+        metadata={
+            "help": "Sequence-classification model with one label, used as the reward; several form an ensemble."
+        },
     )
     num_reward_models: int = field(
         default=1, metadata={"help": "Reward models to train on the same comparisons, when none is named."}
     )
     reward_aggregation: str = field(
         default="worst",
-        metadata={"help": "How an ensemble's scores become one.", "choices": ["mean", "worst", "uncertainty"]},
+        metadata={"help": "How the scores of an ensemble are combined.", "choices": ["mean", "worst", "uncertainty"]},
     )
     uncertainty_coef: float = field(
         default=1.0, metadata={"help": "Weight of the ensemble's variance with --reward_aggregation uncertainty."}
@@ -54,12 +56,12 @@ class RlhfArguments(DataArguments, BatchArguments):
     ptx_dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Texts for --ptx_coef, as pretrain takes them; of 'world' as many documents as --num_prompts."
+            "help": "Texts for --ptx_coef, as pretrain takes them; 'world' gives as many documents as --num_prompts."
         },
     )
     apply_chat_template: bool = field(
         default=False,
-        metadata={"help": "Put text prompts to the model as a user's turn of its chat template, as sft does."},
+        metadata={"help": "Wrap text prompts as a user's turn of the chat template, as sft does."},
     )
     num_prompts: int = field(default=8192, metadata={"help": "Prompts of the embedded world to sample from."})
     num_eval_prompts: int = field(default=360, metadata={"help": "Held-out prompts, at most this many."})
@@ -74,7 +76,7 @@ class RlhfArguments(DataArguments, BatchArguments):
 def check(training_args: "PPOConfig") -> None:
     """Refuse flags that have no effect.
 
-    The YAML flags of stages that do not run have none either, but one file may serve with and without a model.
+    YAML flags of stages that do not run are accepted, so that one file serves with and without a named model.
 
     Raises:
         InputError: naming the flag.
@@ -83,7 +85,7 @@ def check(training_args: "PPOConfig") -> None:
 
 
 def check_rewards(script_args: RlhfArguments, training_args: "PPOConfig", function_count: int) -> None:
-    """Refuse settings of the rewards that could only fail after the stages before have been trained.
+    """Refuse reward settings that would otherwise fail only after the stages before have been trained.
 
     Raises:
         InputError: for a missing reward, a bad `--value_model` or `--reward_weights`, or a bad ensemble.
@@ -122,13 +124,13 @@ def check_models(
     policy_config: "PreTrainedConfig",
     trains_first: bool,
 ) -> None:
-    """Refuse what could only fail with the models, after the stages before have been trained.
+    """Refuse models and prompts that would otherwise fail only after the stages before have been trained.
 
     Args:
         script_args: with the reward and value models' names.
         rows: the prompts.
-        policy_config: of the model to align, be it named or still to be made.
-        trains_first: whether stages come before; if none does, models are loaded right away, and fail by themselves.
+        policy_config: of the model to align, whether named or not yet trained.
+        trains_first: whether stages come before; if not, models are loaded right away, and loading reports errors.
 
     Raises:
         InputError: for a reward or value model that cannot be loaded or used, prompts that do not fit the named model,
@@ -156,7 +158,7 @@ def check_models(
     named = script_args.reward_model_name_or_path or []
     for name in named:
         load_tokenizer(name)
-    # A new head must not change the numbers that are drawn later.
+    # A new head must not change the random numbers drawn later.
     with torch.random.fork_rng():
         if trains_first:
             for name in named:
@@ -207,7 +209,7 @@ def checked_functions(script_args: RlhfArguments) -> "list[RewardFunction]":
     """Return the reward functions that `--reward_funcs` names.
 
     Raises:
-        InputError: when one does not exist, or `gold` is asked for on data that has no gold reward.
+        InputError: when one does not exist, or `gold`, the world's exact score, is asked for on other data.
     """
     from hfllm.data.sources import WORLD
     from hfllm.errors import InputError
@@ -222,7 +224,7 @@ def checked_functions(script_args: RlhfArguments) -> "list[RewardFunction]":
 def prompt_data(
     script_args: RlhfArguments, seed: int, functions: "Sequence[RewardFunction]"
 ) -> tuple[list[Row], list[Row]]:
-    """Return training and held-out prompt rows; every reward function is tried on two of them."""
+    """Return training and held-out prompt rows; every reward function is tried on two rows."""
     from hfllm.data import formats
     from hfllm.data.loading import load_rows, split_rows
     from hfllm.data.sources import WORLD
@@ -256,7 +258,7 @@ def _try_functions(functions: "Sequence[RewardFunction]", rows: Sequence[Row]) -
 
 
 def ptx_texts(script_args: RlhfArguments, training_args: "PPOConfig") -> "Dataset | None":
-    """Return the pretraining texts beside the rollouts, or `None`.
+    """Return the pretraining texts for the PTX loss, or `None`.
 
     Raises:
         InputError: for texts without `--ptx_coef`, or the reverse.
@@ -283,7 +285,7 @@ def ptx_texts(script_args: RlhfArguments, training_args: "PPOConfig") -> "Datase
 def build_rewards(
     functions: "Sequence[RewardFunction]", names: Sequence[str], script_args: RlhfArguments, model_args: "ModelConfig"
 ) -> "list[RewardFunction]":
-    """Return the functions, and behind them the named reward models as one reward, several as an ensemble."""
+    """Return the reward functions, then the named reward models as one reward (several form an ensemble)."""
     from hfllm.rewards.ensembles import RewardEnsemble
     from hfllm.rewards.models import RewardModel
     from hfllm.runs.models import load_reward_model, load_tokenizer
@@ -297,7 +299,7 @@ def build_rewards(
 def with_gold_beside(
     script_args: RlhfArguments, training_args: "PPOConfig", rewards: "Sequence[RewardFunction]"
 ) -> "tuple[PPOConfig, list[RewardFunction]]":
-    """Add the world's gold reward at weight 0: logged beside the others, and never seen by the policy."""
+    """Add the world's gold reward at weight 0: it is logged, but the policy never sees it."""
     from hfllm.data.sources import WORLD
     from hfllm.rewards.functions import gold_reward
 
@@ -308,7 +310,7 @@ def with_gold_beside(
 
 
 def calibrate(ensemble: "RewardEnsemble", trainer: "PPOTrainer", rows: Sequence[Row]) -> None:
-    """Bring the members of an ensemble to one scale on responses of the model that training starts from."""
+    """Normalize the members of an ensemble on responses of the model that training starts from."""
     import torch
 
     from hfllm.data.formats import as_completion

@@ -1,4 +1,4 @@
-"""The architecture of a new model, as flags; and the config of a model that is named or still to be made."""
+"""The architecture of a new model, as flags; and the config of a model that is named or not yet trained."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -29,12 +29,12 @@ class ArchitectureArguments:
     position_embedding_type: str = field(default="rope", metadata={"help": "rope, learned or none."})
     parallel_block: bool = field(default=False, metadata={"help": "Attention and MLP side by side, as in PaLM."})
     sliding_window: int | None = field(default=None, metadata={"help": "Tokens that each token attends to at most."})
-    num_local_experts: int = field(default=0, metadata={"help": "Experts of each layer; 0 is one dense MLP."})
+    num_local_experts: int = field(default=0, metadata={"help": "Experts of each layer; 0 means one dense MLP."})
     num_experts_per_tok: int = field(default=2, metadata={"help": "Experts that each token passes through."})
     residual_init: str = field(default="plain", metadata={"help": "plain, gpt2 or depth: scale of the residual init."})
 
 
-# The flags that are fields of `HfllmConfig`; a tokenizer decides about the vocabulary.
+# The flags that are fields of `HfllmConfig`; the tokenizer determines the vocabulary size.
 ARCHITECTURE = tuple(name for name in ArchitectureArguments.__dataclass_fields__ if name != "vocab_size")
 
 
@@ -44,7 +44,7 @@ def architecture_of(script_args: ArchitectureArguments) -> dict[str, object]:
 
 
 def config_to_train(model_args: "ModelConfig", before: Chain) -> "PreTrainedConfig":
-    """Return the config of the model that a stage begins from: the named one, or what pretraining is to make.
+    """Return the config of the model that a stage starts from: the named one, or the one that pretraining will make.
 
     Args:
         model_args: with the model's name, if it has one.

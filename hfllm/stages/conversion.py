@@ -54,7 +54,7 @@ def convert(source: str, target: Path, script_args: ConvertArguments) -> dict[st
     """Write the converted model and its tokenizer to `target`, whole or not at all. Returns the metrics.
 
     Raises:
-        InputError: for what cannot be read or converted, a `--native_type` of no use, or outputs that differ.
+        InputError: for what cannot be read or converted, a `--native_type` without effect, or outputs that differ.
     """
     from hfllm.models.configuration_hfllm import HfllmConfig
     from hfllm.models.conversion_hfllm import (
@@ -91,7 +91,7 @@ def convert(source: str, target: Path, script_args: ConvertArguments) -> dict[st
 
 
 def find_tokenizer(source: str, options: Mapping[str, str]) -> "PreTrainedTokenizerBase | None":
-    """Return the source's tokenizer, or `None` with a line that says so: weights are worth converting without one."""
+    """Return the source's tokenizer, or print a line and return `None`: weights can be converted without one."""
     from transformers import AutoTokenizer
 
     try:
@@ -105,13 +105,13 @@ def logit_difference(one: "PreTrainedModel", other: "PreTrainedModel", seed: int
     """Return the largest difference of two models' outputs on 64 random tokens.
 
     Raises:
-        InputError: when it is more than the precision explains.
+        InputError: when it is larger than rounding explains.
     """
     import torch
 
     length = min(64, one.config.max_position_embeddings)
     generator = torch.Generator().manual_seed(seed)
-    # From 3 on: the special tokens of most vocabularies come first, and padding would be left out by a scorer.
+    # From id 3 on: most vocabularies put special tokens first, and scorers skip padding.
     ids = torch.randint(min(3, one.config.vocab_size - 1), one.config.vocab_size, (1, length), generator=generator)
     with torch.no_grad():
         first, second = (model.eval()(ids).logits.float() for model in (one, other))

@@ -1,4 +1,4 @@
-"""Curation: its flags, what it refuses, how an interrupted run resumes, and what its report tells."""
+"""Curation: its flags, what it refuses, how an interrupted run resumes, and what its report contains."""
 
 import hashlib
 import importlib.util
@@ -21,7 +21,7 @@ Statistics = Sequence[tuple[str, float, Mapping[str, float]]]
 Rows = list[dict[str, object]]
 
 WORK = "unfinished"
-# What decides the result besides the flags: see `fingerprint`, which covers what a dataset's own time would tell.
+# The result depends on this besides the flags; `fingerprint` also covers a change of the dataset's own files.
 STATE = "state of the local files"
 NOT_DECISIVE = ("workers", "dataset_name changed at")
 LICENSES = {PYDOC: "PSF-2.0 (documentation of the Python standard library)"}
@@ -56,10 +56,10 @@ def check_installed() -> None:
 
 
 def check_kept(dataset_name: str, statistics: Statistics) -> None:
-    """Refuse to call a run finished that has no document left.
+    """Refuse to finish a run that has no document left.
 
     Raises:
-        InputError: with the reasons of the drops.
+        InputError: with the reasons why documents were dropped.
     """
     totals = _totals(statistics)
     if not totals["kept"].get("documents"):
@@ -73,7 +73,7 @@ def check_kept(dataset_name: str, statistics: Statistics) -> None:
 
 
 def fingerprint(script_args: CurateArguments) -> str:
-    """Return a hash of the names, sizes and times of all local files that decide the result: they may change."""
+    """Return a hash of the names, sizes and times of all local files that decide the result, since they may change."""
     given = [script_args.dataset_name, script_args.spam_train_file or ""]
     found = []
     for name in (*given, *script_args.toxic_words, *script_args.decontaminate):
@@ -95,7 +95,7 @@ def resume_or_clear(work: Path, arguments: Mapping[str, Any]) -> None:
 
 
 def hand_over(work: Path, folder: Path, shards: str) -> None:
-    """Move the finished shards out of `work`, in the place of those of an earlier run."""
+    """Move the finished shards out of `work`, in place of those of an earlier run."""
     if (work / shards).is_dir():  # else a run was interrupted after this line
         shutil.rmtree(folder / shards, ignore_errors=True)
         os.replace(work / shards, folder / shards)
@@ -105,7 +105,7 @@ def hand_over(work: Path, folder: Path, shards: str) -> None:
 
 
 def curation_metrics(statistics: Statistics) -> dict[str, float]:
-    """Return the numbers by the names that docs/curation.md documents."""
+    """Return the metrics, named as in docs/curation.md."""
     totals = _totals(statistics)
     found, kept = int(totals["read"].get("total", 0)), totals["kept"]
     return {
@@ -137,7 +137,7 @@ def curation_tables(
 
 
 def funnel_rows(statistics: Statistics) -> Rows:
-    """Return documents into and out of each step that judges them, its speed, and its share of all steps' time."""
+    """Return the documents into and out of each filtering step, its speed, and its share of the total time."""
     rows = []
     for step, seconds, values in statistics:
         if step in ("read", *FILTERS):
@@ -164,7 +164,7 @@ def funnel_bars(statistics: Statistics) -> Bars:
 
 
 def reason_rows(statistics: Statistics) -> Rows:
-    """Return dropped documents by step and reason, the most frequent reason of each step first."""
+    """Count dropped documents by step and reason, the most frequent reason of each step first."""
     return [
         {"step": step, "reason": name.removeprefix("dropped_"), "documents": int(count)}
         for step, values in _totals(statistics).items()
@@ -174,7 +174,7 @@ def reason_rows(statistics: Statistics) -> Rows:
 
 
 def source_rows(dataset_name: str, statistics: Statistics) -> Rows:
-    """Return documents read, and documents, words and bytes kept, of the largest twenty sources and of the rest."""
+    """Return documents read, and documents, words and bytes kept, for the twenty largest sources and the rest."""
     totals = _totals(statistics)
     kept = totals["kept"]
     rows = [

@@ -23,7 +23,7 @@ SIZES = ("student_hidden_size", "student_num_hidden_layers", "student_num_attent
 NEW_STUDENT = (*SIZES, "student_initializer_range")
 # The stages whose settings `--NAME_config` names.
 OF_TEACHER = ("pretrain", "sft", "reward", "rlhf")
-# Whether a flag is refused, the flag, and why.
+# A refusal: whether it applies, the flag, and the reason.
 Refusal = tuple[object, str, str]
 
 
@@ -32,7 +32,7 @@ class DistillArguments(DataArguments, BatchArguments):
     """The student, what it learns from, and the settings of the stages before."""
 
     student_layers_every: int | None = field(
-        default=None, metadata={"help": "Make the student of every n-th layer of the teacher; 3 if nothing is said."}
+        default=None, metadata={"help": "Build the student from every n-th layer of the teacher; by default 3."}
     )
     student_hidden_size: int | None = field(default=None, metadata={"help": "Width of a new student."})
     student_num_hidden_layers: int | None = field(default=None, metadata={"help": "Layers of a new student."})
@@ -43,7 +43,7 @@ class DistillArguments(DataArguments, BatchArguments):
     answers: str | None = field(
         default=None,
         metadata={
-            "help": "Whose answers the student reads: the data's, or the teacher's, sampled at temperature 1 or "
+            "help": "Whose answers the student learns from: the data's, or the teacher's, sampled at temperature 1 or "
             "greedy. By default the data's, and greedy ones with --sequence_level; the world's settings: sampled.",
             "choices": ["data", "sampled", "greedy"],
         },
@@ -51,14 +51,14 @@ class DistillArguments(DataArguments, BatchArguments):
     mixed_prompts: float = field(
         default=0.0,
         metadata={
-            "help": "Share of the prompts that go on, from some word, as another one ends. The teacher answers what "
-            "no data asks, and the student learns more of what it would say (Beyer et al. 2022, arXiv:2106.05237)."
+            "help": "Share of the prompts whose end, from some word on, is taken from another. The teacher answers "
+            "questions of no dataset, and the student learns more from it (Beyer et al. 2022, arXiv:2106.05237)."
         },
     )
     sequence_level: bool = field(
         default=False,
         metadata={
-            "help": "Train on answers that the teacher writes, as on data, in place of its distributions "
+            "help": "Train on the teacher's answers as data, instead of on its distributions "
             "(Kim & Rush 2016, arXiv:1606.07947, section 3.2)."
         },
     )
@@ -66,9 +66,9 @@ class DistillArguments(DataArguments, BatchArguments):
         default=True, metadata={"help": "Also train the same student without the teacher, for as many steps."}
     )
     num_examples: int = field(default=9600, metadata={"help": "Demonstrations of the embedded world to train on."})
-    num_documents: int = field(default=0, metadata={"help": "Documents of the embedded world to train on besides."})
+    num_documents: int = field(default=0, metadata={"help": "Documents of the embedded world to train on as well."})
     num_eval_prompts: int = field(default=600, metadata={"help": "Held-out prompts of the world to answer."})
-    num_samples: int = field(default=4, metadata={"help": "Answers to each that are sampled at temperature 1."})
+    num_samples: int = field(default=4, metadata={"help": "Answers sampled to each at temperature 1."})
     response_length: int | None = field(
         default=None,
         metadata={"help": "Longest answer, in tokens: by default 40 on the embedded world, else 256."},
@@ -86,14 +86,14 @@ def world_settings(given: Mapping[str, object]) -> list[Path]:
 
 
 def without_contradicted(script_args: DistillArguments, given: Mapping[str, object]) -> DistillArguments:
-    """Return the flags, without those of the world's settings that other flags contradict.
+    """Return the flags without those of the world's settings that the user's flags contradict.
 
     Args:
         script_args: as parsed.
-        given: what the user gives, by flag.
+        given: the flags that the user gave.
 
     Raises:
-        InputError: when what the user gives is without effect, see `check_given`.
+        InputError: when a flag that the user gave has no effect, see `check_given`.
     """
     check_given(script_args, given)
     contradicted = [
@@ -110,20 +110,20 @@ def whose_answers(script_args: DistillArguments) -> str:
 
 
 def longest_answer(script_args: DistillArguments) -> int:
-    """Return the tokens that an answer may have."""
+    """Return the maximum number of tokens of an answer."""
     if script_args.response_length is not None:
         return script_args.response_length
     return 40 if script_args.dataset_name == WORLD else 256
 
 
 def new_student(script_args: DistillArguments, teacher: "PreTrainedModel") -> "PreTrainedModel":
-    """Return the student that is not named, as the flags describe it."""
+    """Return a new student as the flags describe it."""
     from hfllm.trainers.distillation.students import smaller_student, student_from_layers
 
     sizes = {name.removeprefix("student_"): getattr(script_args, name) for name in SIZES}
     if any(sizes.values()) or script_args.student_initializer_range is not None:
         return smaller_student(teacher, **sizes, initializer_range=script_args.student_initializer_range)
-    # A teacher in bf16 is none that can be trained so: small updates would be lost.
+    # A student cannot be trained in the teacher's bf16: small updates would be lost.
     return student_from_layers(teacher, script_args.student_layers_every or 3).float()
 
 
@@ -131,13 +131,13 @@ def new_student(script_args: DistillArguments, teacher: "PreTrainedModel") -> "P
 
 
 def check_given(script_args: DistillArguments, given: Mapping[str, object]) -> None:
-    """Refuse flags without effect that the world's settings have too, if it is the user who gives them.
+    """Refuse flags without effect if the user gave them; the world's settings may contain them.
 
     Raises:
         InputError: naming the flag.
     """
     for name in ("temperature", "beta", "soft_weight", "hard_weight") if script_args.sequence_level else ():
-        refuse(name in given, f"--{name}", "--sequence_level learns from answers alone")
+        refuse(name in given, f"--{name}", "--sequence_level learns only from answers")
     is_world, is_data = script_args.dataset_name == WORLD, whose_answers(script_args) == "data"
     refuse("num_examples" in given and not is_world, "--num_examples", "it is for the world; use --max_samples")
     is_idle = "response_length" in given and not is_world and is_data
@@ -173,7 +173,7 @@ def _refused_of_the_student(script_args: DistillArguments, model_args: "ModelCon
     yield named and (sizes or every), first, "the student is named"
     yield sizes and every, "student_layers_every", f"--{first} describes a new student"
     yield every is not None and every < 2, "student_layers_every", f"at least 2, got {every}"
-    reason = "it is the student's, who then needs --model_name_or_path and --use_peft; a teacher is loaded so by "
+    reason = "it applies to the student, which then needs --model_name_or_path and --use_peft; for a teacher use "
     for name in ("load_in_8bit", "load_in_4bit"):
         is_idle = getattr(model_args, name) and not (model_args.use_peft and named)
         yield is_idle, name, reason + "--teacher_model_init_kwargs"
@@ -199,15 +199,15 @@ def _refused_of_the_answers(script_args: DistillArguments, training_args: "Disti
     yield is_unanswered, "mixed_prompts", reason
     for name in ("teacher_top_k", "hidden_weight"):
         is_idle = is_sequence_level and getattr(training_args, name)
-        yield is_idle, name, "--sequence_level learns from answers alone"
+        yield is_idle, name, "--sequence_level learns only from answers"
 
 
 def check_student(script_args: DistillArguments, model_args: "ModelConfig", before: Chain) -> None:
-    """Refuse a student that could only fail with the teacher, after the stages before have been trained.
+    """Refuse a student that would otherwise fail only after the stages before have been trained.
 
     Args:
         model_args: with the student's name, if it has one.
-        before: the stages that are to make the teacher; none if it is named, and loaded right away.
+        before: the stages that make the teacher; none if it is named, since it is then loaded right away.
 
     Raises:
         InputError: for a named student that cannot be loaded or trained, an adapter that does not fit it, or a new
@@ -221,7 +221,7 @@ def check_student(script_args: DistillArguments, model_args: "ModelConfig", befo
 
     teacher_config = config_to_train(before.runs["rlhf"][2], before.nested["rlhf"]) if before.runs else None
     name, revision = model_args.model_name_or_path, model_args.model_revision
-    # New weights of an adapter or a student must not change the numbers that are drawn later.
+    # New weights of an adapter or a student must not change the random numbers drawn later.
     with torch.random.fork_rng():
         if name:
             load_tokenizer(name, revision)
@@ -238,7 +238,7 @@ def check_student(script_args: DistillArguments, model_args: "ModelConfig", befo
 
 
 def stages_before(script_args: DistillArguments, training_args: "DistillationConfig") -> Chain:
-    """Return the alignment that makes the world's teacher, with the stages that it runs itself, if none is named.
+    """Return the alignment that makes the world's teacher, with the stages that it needs, if none is named.
 
     Raises:
         InputError: when one of their configs is wrong.

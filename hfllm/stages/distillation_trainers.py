@@ -1,4 +1,4 @@
-"""What distillation is built from: rows, the teacher and its answers, the students' trainers, and how they compare."""
+"""The parts of distillation: rows, the teacher and its answers, the students' trainers, and their comparison."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -49,7 +49,7 @@ def load_teacher(training_args: "DistillationConfig") -> Loaded:
 
 
 def rows_to_teach(script_args: DistillArguments, teacher: Loaded, rows: Rows, seed: int) -> Rows:
-    """Return the rows with answers of the teacher, a share of the prompts mixed; or as they are, if that is asked for.
+    """Return the rows with the teacher's answers and a share of mixed prompts, or unchanged, as the flags say.
 
     Raises:
         InputError: when no answer can be written.
@@ -78,7 +78,7 @@ def student_tokenizer(
 def make_student(
     script_args: DistillArguments, model_args: "ModelConfig", teacher: "PreTrainedModel", seed: int
 ) -> "PreTrainedModel":
-    """Return the student before training: the same each time for the same seed."""
+    """Return the untrained student, the same for the same seed."""
     from transformers import set_seed
 
     from hfllm.runs.models import load_policy
@@ -120,7 +120,7 @@ def student_trainer(
 
 
 def without_teacher(training_args: "DistillationConfig") -> "DistillationConfig":
-    """Return the arguments of the same training on the answers alone, by the cross-entropy."""
+    """Return the arguments of the same training with the cross-entropy on the answers only."""
     weights = {"soft_weight": 0.0, "hard_weight": 1.0, "hidden_weight": 0.0}
     return changed(training_args, **weights, teacher_top_k=None, teacher_cache_dir=None)
 
@@ -131,11 +131,11 @@ def compare(
     teacher: Loaded,
     trainers: "Mapping[str, DistillationTrainer]",
 ) -> "tuple[dict[str, GoldEvaluation], dict[str, float]]":
-    """Return judged answers of each model, where the data has a gold reward, and all metrics.
+    """Return all metrics, and each model's answers with the gold reward (the world's exact score) where it exists.
 
     Args:
-        training_args: of the recipe.
-        trainers: of the students, by their names in the report; one of them is `student`.
+        training_args: those of the recipe.
+        trainers: those of the students, by name in the report; one is `student`.
     """
     from torch.utils.data import DataLoader
 

@@ -1,4 +1,4 @@
-"""Pretraining: its flags, the settings that they begin from, and what it refuses."""
+"""Pretraining: its flags, its default settings, and what it refuses."""
 
 import os
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
     from trl import ModelConfig
 
-# The dataclasses of the libraries' flags that pretraining takes besides its own.
+# The libraries' dataclasses of flags that pretraining takes besides its own.
 LIBRARY = ("transformers.TrainingArguments", "trl.ModelConfig")
 OBJECTIVES = ("causal", "masked", "infilling")
 CHINCHILLA = "chinchilla"
@@ -31,7 +31,7 @@ class PretrainArguments(TextArguments, BatchArguments, ArchitectureArguments):
     total_tokens: str | None = field(
         default=None,
         metadata={
-            "help": "Tokens to train on, in place of --num_train_epochs; 'chinchilla' is 20 per parameter "
+            "help": "Tokens to train on, in place of --num_train_epochs; 'chinchilla' means 20 per parameter "
             "(Hoffmann et al. 2022, arXiv:2203.15556)."
         },
     )
@@ -45,16 +45,16 @@ class PretrainArguments(TextArguments, BatchArguments, ArchitectureArguments):
     )
     packing: bool = field(
         default=True,
-        metadata={"help": "Fill rows of --max_length with documents that do not see each other; else pad them."},
+        metadata={"help": "Fill rows of --max_length with documents that do not attend to each other; else pad."},
     )
-    max_length: int = field(default=512, metadata={"help": "Tokens of a row; longer documents are cut up."})
+    max_length: int = field(default=512, metadata={"help": "Tokens per row; longer documents are split."})
     length_curriculum: str | None = field(
         default=None,
         metadata={"help": "Row lengths by share of the run's tokens, such as 0:128,0.2:256,0.5:512; needs packing."},
     )
     batch_ramp: str | None = field(
         default=None,
-        metadata={"help": "Tokens of a batch by share of the run's tokens, such as 0:4096,0.3:16384; needs packing."},
+        metadata={"help": "Tokens per batch by share of the run's tokens, such as 0:4096,0.3:16384; needs packing."},
     )
     z_loss_coef: float = field(
         default=0.0, metadata={"help": "Weight of the squared log-partition function (PaLM: 1e-4); needs packing."}
@@ -66,18 +66,16 @@ class PretrainArguments(TextArguments, BatchArguments, ArchitectureArguments):
     loss_spikes: str = field(
         default="stop",
         metadata={
-            "help": "What a loss far above its running median does: stop the run, or warn.",
+            "help": "What to do at a loss far above its running median: stop the run, or warn.",
             "choices": ["stop", "warn"],
         },
     )
     sample_steps: int | None = field(
         default=None,
-        metadata={
-            "help": "Steps between samples of the model; by default four times a run, 0 is never, as under DeepSpeed."
-        },
+        metadata={"help": "Steps between samples; by default four times per run, 0 means never, as under DeepSpeed."},
     )
     peak_flops: float | None = field(
-        default=None, metadata={"help": "FLOP/s that one device could do; the share that is reached is logged as mfu."}
+        default=None, metadata={"help": "Peak FLOP/s of one device; the share that is reached is logged as mfu."}
     )
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "Tokenizer of the new model; by default one is trained on the texts."}
@@ -92,19 +90,19 @@ class PretrainArguments(TextArguments, BatchArguments, ArchitectureArguments):
     loss_chunk_size: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens whose loss an hfllm model computes at a time, so that the logits of a batch never exist; "
-            "1024 by default, 0 is all at once."
+            "help": "Tokens per chunk of an hfllm model's loss, so that a batch's logits are never all in memory; "
+            "1024 by default, 0 means all at once."
         },
     )
 
 
 def default_settings(given: Mapping[str, object]) -> list[Path]:
-    """Return the settings of the small models made here; none for a named model or architecture."""
+    """Return the default settings of the small models; none for a named model or architecture."""
     if given.get("model_name_or_path") or given.get("config_name_or_path"):
         return []
     if given.get("dataset_name", WORLD) == WORLD and not given.get("dataset_mixture"):
         return [settings_file("pretrain/world.yaml")]
-    # DeepSpeed and FSDP cut up the matrices that Muon needs whole.
+    # DeepSpeed and FSDP split the matrices that Muon needs whole.
     engines = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
     is_sharded = any(os.environ.get(name, "false").lower() == "true" for name in engines)
     is_sharded = is_sharded or bool(given.get("fsdp") or given.get("deepspeed"))
@@ -115,7 +113,7 @@ def default_settings(given: Mapping[str, object]) -> list[Path]:
 
 
 def check(script_args: PretrainArguments, training_args: "TrainingArguments", model_args: "ModelConfig") -> None:
-    """Refuse what would have no effect, or could only fail later.
+    """Refuse flags that would have no effect or would fail later.
 
     Raises:
         InputError: naming the flag.
@@ -142,7 +140,7 @@ def check(script_args: PretrainArguments, training_args: "TrainingArguments", mo
 def refusals_of_the_run(
     script_args: PretrainArguments, training_args: "TrainingArguments", model_args: "ModelConfig"
 ) -> list[tuple[bool, str, str]]:
-    """Return what the run cannot do: whether that is asked for, the flag, and the reason."""
+    """Return the refusals that concern the run: whether each applies, the flag, and the reason."""
     ramp, curriculum, tokens = script_args.batch_ramp, script_args.length_curriculum, script_args.total_tokens
     is_packed, uses_muon = script_args.packing, script_args.use_muon
     is_scaled, is_timed = script_args.lr_scaling_rule != "none", training_args.max_steps > 0
@@ -169,16 +167,16 @@ def refusals_of_the_run(
             "--max_steps",
             "the run's length is --total_tokens or --num_train_epochs",
         ),
-        (uses_muon and is_sharded, "--use_muon", "DeepSpeed and FSDP cut up the matrices that it needs whole"),
+        (uses_muon and is_sharded, "--use_muon", "DeepSpeed and FSDP split the matrices that it needs whole"),
         (uses_muon and optimizer != default_optimizer, "--use_muon", f"--optim {optimizer.value} is asked for too"),
     ]
 
 
 def refusals_of_the_model(script_args: PretrainArguments, is_named: bool) -> list[tuple[bool, str, str]]:
-    """Return the flags of a new model that have no effect: whether each is given, the flag, and the reason.
+    """Return the refusals that concern the model: whether each applies, the flag, and the reason.
 
     Args:
-        is_named: whether training starts from a model that is there.
+        is_named: whether training starts from an existing model.
     """
     has_config = bool(script_args.config_name_or_path)
     for_a_new_one = "it is for a new model, without --model_name_or_path"
@@ -199,6 +197,6 @@ def refusals_of_the_model(script_args: PretrainArguments, is_named: bool) -> lis
 
 
 def shards_parameters(training_args: "TrainingArguments") -> bool:
-    """Return whether the launch has each process hold a part of each weight, or of its optimizer's state."""
+    """Return whether each process holds only a part of each weight or of its optimizer state."""
     is_fsdp = bool(training_args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return is_fsdp or training_args.deepspeed_plugin is not None

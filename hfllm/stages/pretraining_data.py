@@ -1,4 +1,4 @@
-"""What a packed pretraining run learns from: the rows of each source, which of them when, and what is masked."""
+"""The data of a packed pretraining run: the rows of each source, their order, and what is masked."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -28,7 +28,7 @@ def packed_rows(
     sources: Mapping[str, "Dataset"],
     prepared: Prepared,
 ) -> "list[Dataset]":
-    """Return the packed rows of each source, on disk; one process of each machine makes them."""
+    """Return the packed rows of each source, on disk; one process per machine makes them."""
     from hfllm.data.packing import packed_tables
 
     def tables(source: "Dataset") -> "Iterator[pyarrow.Table]":
@@ -52,7 +52,7 @@ def plan_of_run(
     rows: "Sequence[Dataset]",
     mask: Masking | None,
 ) -> "BatchPlan":
-    """Return which of the sources' rows each optimizer step learns from, on this process."""
+    """Return the plan of the run: the sources' rows that each optimizer step learns from, on this process."""
     from hfllm.trainers.pretraining.batch_plan import BatchPlan, Schedule
 
     length, processes = script_args.max_length, training_args.world_size
@@ -84,10 +84,10 @@ def rows_of_run(
 
     Args:
         rows: of the data.
-        batch_rows: of an optimizer step, over all processes.
+        batch_rows: rows per optimizer step, over all processes.
 
     Raises:
-        InputError: when there is not one batch of them.
+        InputError: when they do not fill one batch.
     """
     if script_args.total_tokens == CHINCHILLA:
         wanted = TOKENS_PER_PARAMETER * model.num_parameters() // script_args.max_length
@@ -106,7 +106,7 @@ def rows_of_run(
 
 
 def masking(tokenizer: "PreTrainedTokenizerBase", seed: int) -> Masking:
-    """Return what masks packed rows, given the number of each: the same tokens of a row whoever has it, and when.
+    """Return the function that masks packed rows by row number: the same tokens on any process and at any time.
 
     Raises:
         InputError: for a tokenizer without a mask token.
@@ -142,7 +142,7 @@ def infilled(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", max_len
     number = 0
     for window in windows(texts, 1000, 1 << 24):
         for text, ids in zip(window, tokenizer(window, add_special_tokens=False)["input_ids"], strict=True):
-            # The document token, the four of the format, and what cutting words in two may add.
+            # The document token, the four tokens of the format, and those that splitting words may add.
             fits = len(ids) + 12 <= max_length
             yield fill_in_the_middle(text, number, seed) if fits else text
             number += 1

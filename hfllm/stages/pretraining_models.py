@@ -1,4 +1,4 @@
-"""What pretraining trains: the named model, or a new one with a tokenizer of its own."""
+"""The model to pretrain: the named one, or a new one with its own tokenizer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,8 +19,8 @@ def load_or_make_base(
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Return the model to pretrain and its tokenizer: the named one, or a new one.
 
-    A new one has the architecture of `--config_name_or_path`, or the flags' and as many tokens as the tokenizer, which
-    is the named one, or one trained on `texts`.
+    A new one has the architecture of `--config_name_or_path`, or that of the flags and the tokenizer's size. The
+    tokenizer is the named one, or a new one trained on `texts`.
 
     Raises:
         InputError: for a model or tokenizer that cannot be loaded, or an architecture that cannot be made.
@@ -44,7 +44,7 @@ def load_or_make_base(
             "tokenizer"
         )
     of_the_tokenizer = {
-        # A named architecture keeps rows of its tables that no token has.
+        # A named architecture keeps embedding rows without a token.
         "vocab_size": size or len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
@@ -62,7 +62,7 @@ def new_model(fields: Mapping[str, object], is_masked: bool, model_args: "ModelC
         model_args: its attention and its dtype.
 
     Raises:
-        InputError: for fields that describe no model, an attention that is not there, or quantized weights.
+        InputError: for fields that do not describe a valid model, an unavailable attention, or quantized weights.
     """
     import torch
 
@@ -74,7 +74,7 @@ def new_model(fields: Mapping[str, object], is_masked: bool, model_args: "ModelC
     attention = model_args.attn_implementation
     config = new_config({**fields, "is_causal": not is_masked, "attn_implementation": attention})
     try:
-        # Not `_from_config`, which spreads the weights under ZeRO-3 before they are there.
+        # Not `_from_config`, which under ZeRO-3 partitions the weights before they are initialized.
         model = (HfllmForMaskedLM if is_masked else HfllmForCausalLM)(config)
     except (ImportError, ValueError) as error:
         raise InputError(f"--attn_implementation {attention}: {str(error).splitlines()[0]}") from None

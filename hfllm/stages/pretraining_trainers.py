@@ -1,4 +1,4 @@
-"""The trainers of pretraining: on packed rows by plan, and on padded documents."""
+"""The trainers of pretraining: on packed rows in a planned order, and on padded documents."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ def packed_trainer(
     test_texts: Sequence[str],
     prepared: Prepared,
 ) -> "tuple[PretrainTrainer, list[dict[str, str | int]]]":
-    """Return a trainer on packed rows by plan, and a table of what each source gives to the run."""
+    """Return a trainer on packed rows in a planned order, and a table of each source's share of the run."""
     rows = packed_rows(script_args, training_args, tokenizer, sources, prepared)
     trainer = trainer_of_rows(script_args, training_args, model, tokenizer, rows, test_texts)
     table = [
@@ -58,11 +58,11 @@ def trainer_of_rows(
     plan = plan_of_run(script_args, training_args, model, tokenizer, rows, mask)
     trainer_args = changed(
         training_args,
-        # The plan's batches are whole optimizer steps, and it is the whole run.
+        # Each batch of the plan is a whole optimizer step, and the plan covers the whole run.
         gradient_accumulation_steps=1,
         num_train_epochs=1,
         max_steps=-1,
-        # The collator reads `seq_lengths`, which no model takes.
+        # The collator reads `seq_lengths`, which is no argument of any model.
         remove_unused_columns=False,
     )
     settings = loss_settings(model, script_args.loss_chunk_size)
@@ -70,7 +70,7 @@ def trainer_of_rows(
     def collate(packed: list[dict[str, list[int]]]) -> dict[str, "torch.Tensor | int"]:
         batch = batch_of(packed, length, tokenizer.pad_token_id)
         if mask is not None:
-            # Held-out rows are masked in the same places each time.
+            # Held-out rows are masked at the same positions in every evaluation.
             batch = mask(batch, batch["input_ids"].sum(1).tolist())
         if has_flash_attention(model):
             batch = {name: values.reshape(1, -1) for name, values in batch.items()}
@@ -101,7 +101,7 @@ def padded_trainer(
     test_texts: Sequence[str],
     prepared: Prepared,
 ) -> "tuple[Trainer, list[dict[str, str | int]]]":
-    """Return the stock trainer on single documents, in batches of like length, and no table: there is one source."""
+    """Return the stock trainer on single documents, in batches of similar length; no table for its one source."""
     from datasets import Dataset
     from transformers import DataCollatorForLanguageModeling, Trainer
 
@@ -113,7 +113,7 @@ def padded_trainer(
     trainer_args = changed(
         training_args,
         train_sampling_strategy="sequential",
-        # The speed that is logged is that of tokens which are learned from.
+        # The logged speed counts only tokens with a loss.
         include_num_input_tokens_seen="non_padding",
     )
     train_pieces = length_grouped(pieces_of(texts, tokenizer, script_args.max_length), batch, training_args.seed)
@@ -135,9 +135,9 @@ def padded_trainer(
 
 
 def loss_settings(model: "PreTrainedModel", loss_chunk_size: int | None) -> dict[str, int]:
-    """Return what asks an hfllm model, batch by batch, to compute its loss in chunks.
+    """Return the batch entries that make an hfllm model compute its loss in chunks.
 
-    By the batch and not by the config, which would stay with every later use of the saved model. Not in ZeRO-3, whose
+    In the batch and not in the config, which is saved and would affect every later use. Not in ZeRO-3, whose
     processes gather the head together: they may differ in their number of chunks.
 
     Raises:
@@ -157,7 +157,7 @@ def loss_settings(model: "PreTrainedModel", loss_chunk_size: int | None) -> dict
 def optimizer_of(
     use_muon: bool, training_args: "TrainingArguments"
 ) -> tuple[Callable[[], object], dict[str, object]] | None:
-    """Return what `Trainer` makes Muon of; `None` is the optimizer of `--optim`."""
+    """Return the class and arguments from which `Trainer` builds Muon; `None` for the optimizer of `--optim`."""
     if not use_muon:
         return None
     from hfllm.trainers.pretraining.muon import muon_factory

@@ -1,4 +1,4 @@
-"""Watching a pretraining run and judging what it made: speed, samples, a guard against spikes, held-out metrics."""
+"""Monitor a pretraining run and evaluate its model: speed, samples, a guard against spikes, held-out metrics."""
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from hfllm.stages.pretraining import PretrainArguments
 
-# What the n-gram model is trained on: it is kept in memory whole.
+# Training text of the n-gram model, which is kept in memory.
 MOST_NGRAM_BYTES = 1 << 24
 
 
@@ -22,14 +22,14 @@ def watch(
     train_texts: Sequence[str],
     test_texts: Sequence[str],
 ) -> Callable[[], list[dict[str, int | str]]]:
-    """Log throughput and bits per byte, guard against spikes, sample now and then.
+    """Log throughput and bits per byte, guard against spikes, and sample at intervals.
 
     Args:
-        trainer: that of packed rows, or the stock one, which then has to count tokens
+        trainer: that of packed rows, or the stock one, which must count tokens
             (`include_num_input_tokens_seen`).
 
     Returns:
-        A function that gives the samples.
+        A function that returns the samples.
     """
     from pathlib import Path
 
@@ -66,21 +66,21 @@ def watch(
 
 
 def multiplied_parameters(model: "PreTrainedModel") -> int:
-    """Parameters that each token is multiplied with: without a table that is only looked up."""
+    """Return the number of parameters that each token is multiplied with, without tables that are only looked up."""
     looked_up = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
     return model.num_parameters() - (0 if looked_up is head else looked_up.numel())
 
 
 def bytes_per_token(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", most: int = 2000) -> float:
-    """UTF-8 bytes of text for each token that is predicted, over the first texts."""
+    """Return the UTF-8 bytes of text per predicted token, over the first `most` texts."""
     sample = list(texts[:most])
     tokens = sum(map(len, tokenizer(sample, add_special_tokens=False)["input_ids"]))
     return sum(len(text.encode()) for text in sample) / max(tokens, 1)
 
 
 def stop_if_broken(trainer: "Trainer") -> None:
-    """Refuse to proceed with a model whose loss has broken away.
+    """Stop if the loss of the model has diverged.
 
     Raises:
         InputError: with what the guard found.
@@ -93,7 +93,7 @@ def stop_if_broken(trainer: "Trainer") -> None:
 
 
 def mean_speed(log_history: Sequence[dict]) -> float:
-    """Median of the logged tokens per second; 0 when none was logged."""
+    """Return the median of the logged tokens per second; 0 when none was logged."""
     speeds = [entry["tokens_per_second"] for entry in log_history if "tokens_per_second" in entry]
     return statistics.median(speeds) if speeds else 0.0
 
@@ -105,7 +105,7 @@ def held_out_metrics(
     train_texts: Sequence[str],
     test_texts: Sequence[str],
 ) -> dict[str, float]:
-    """Bits per byte of held-out texts under the model, and under what it has to beat; none of a masked model.
+    """Return the bits per byte of held-out texts under the model and its baselines; nothing for a masked model.
 
     The 5-gram model learns from as many of the training texts as fit into `MOST_NGRAM_BYTES`.
     """
@@ -124,7 +124,7 @@ def held_out_metrics(
 
 
 def beginning(texts: Iterable[str], most_bytes: int) -> Iterator[str]:
-    """The first texts, up to so many bytes of UTF-8; the one that goes beyond them is cut."""
+    """Yield the first texts, up to `most_bytes` of UTF-8; the text that exceeds the limit is cut."""
     for text in texts:
         kept = text.encode(errors="replace")[:most_bytes]
         yield kept.decode(errors="ignore")

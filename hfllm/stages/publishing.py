@@ -14,22 +14,25 @@ class PushArguments:
         default="outputs/rlhf", metadata={"help": "The output folder of a finished run, or any saved model."}
     )
     hub_model_id: str | None = field(
-        default=None, metadata={"help": "The repository: owner/name, or a name of your own account. Made if missing."}
+        default=None,
+        metadata={"help": "The repository: owner/name, or a name in your own account. Created if missing."},
     )
     private: bool = field(default=False, metadata={"help": "Make a new repository private; an existing one must be."})
-    revision: str | None = field(default=None, metadata={"help": "The branch, made if missing (default: main)."})
+    revision: str | None = field(default=None, metadata={"help": "The branch, created if missing (default: main)."})
     commit_message: str = field(default="Upload model", metadata={"help": "The commit's first line."})
     hub_token: str | None = field(
         default=None,
         metadata={
-            "help": "Access token. Better: HF_TOKEN or `hf auth login`, since command lines are seen by others."
+            "help": "Access token. Better: HF_TOKEN or `hf auth login`, since other users can see command lines."
         },
     )
-    dry_run: bool = field(default=False, metadata={"help": "Write the card and list the files, without a network."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Write the card and list the files, without network access."}
+    )
 
 
 def check(script_args: PushArguments) -> None:
-    """Refuse to publish from nowhere, or to nowhere.
+    """Refuse to publish without a model folder or a repository.
 
     Raises:
         InputError: naming the flag.

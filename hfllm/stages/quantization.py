@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hfllm.compression.sensitivity import PartRow
     from hfllm.evaluation.quantization import QuantizationEvaluation, SchemeRow
 
-# Flags of ModelConfig that say how a model is quantized as it is loaded.
+# Flags of ModelConfig that quantize a model while loading it.
 LOADING = (
     "load_in_8bit",
     "load_in_4bit",
@@ -47,30 +47,34 @@ class QuantizeArguments(DataArguments):
     schemes: list[str] | None = field(
         default=None, metadata={"help": "Schemes to compare; by default all that run on this machine."}
     )
-    save_scheme: str = field(default="int8", metadata={"help": "Scheme that is saved, and that the metrics are of."})
+    save_scheme: str = field(default="int8", metadata={"help": "Scheme to save, which the metrics describe."})
     skip_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Linear layers to leave as they are: ends or beginnings of names, such as v_proj."},
+        metadata={"help": "Linear layers not to quantize: ends or beginnings of their names, such as v_proj."},
     )
     llm_int8_threshold: float = field(
         default=6.0,
         metadata={
-            "help": "Magnitude from which int8 multiplies a feature of the input in floating point; 0 is never. "
-            "A lower one costs time and loses less."
+            "help": "Magnitude from which int8 multiplies a feature of the input in floating point; 0 means never. "
+            "A lower value takes more time and loses less accuracy."
         },
     )
     num_eval_texts: int = field(default=256, metadata={"help": "Texts for the perplexity, at most this many."})
-    max_length: int = field(default=512, metadata={"help": "Tokens of a window that perplexity is measured in."})
+    max_length: int = field(default=512, metadata={"help": "Tokens per window for the perplexity."})
     num_eval_prompts: int = field(default=600, metadata={"help": "Questions of the world for the gold reward."})
     response_length: int = field(default=40, metadata={"help": "Longest answer to them, in tokens."})
     sensitivity: list[str] = field(
         default_factory=lambda: ["layer", "kind"],
-        metadata={"help": "Parts that are quantized alone: each linear, layer or kind of layer; or none."},
+        metadata={"help": "Parts to quantize one at a time: each linear, layer or kind of layer; or none."},
     )
-    num_sensitivity_texts: int = field(default=32, metadata={"help": "Texts for the loss of each such part."})
-    prompt_tokens: int = field(default=128, metadata={"help": "Tokens of each of four prompts that are timed."})
-    new_tokens: int = field(default=32, metadata={"help": "Tokens that are written when timed."})
-    rounds: int = field(default=5, metadata={"help": "Repetitions of the timing; the median counts, 0 is none."})
+    num_sensitivity_texts: int = field(
+        default=32, metadata={"help": "Texts to measure the loss with each such part quantized."}
+    )
+    prompt_tokens: int = field(default=128, metadata={"help": "Tokens of each of the four timed prompts."})
+    new_tokens: int = field(default=32, metadata={"help": "Tokens to generate when timed."})
+    rounds: int = field(
+        default=5, metadata={"help": "Repetitions of the timing; the median is reported, 0 means no timing."}
+    )
     pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the pretraining stage."})
     sft_config: str | None = field(default=None, metadata={"help": "YAML flags of the fine-tuning stage."})
     push_to_hub: bool = field(default=False, metadata={"help": "Publish the saved model at the end."})
@@ -78,7 +82,7 @@ class QuantizeArguments(DataArguments):
         default=None, metadata={"help": "Where: owner/name or name; by default the output folder's name."}
     )
     hub_private_repo: bool | None = field(default=None, metadata={"help": "Whether a new repository is private."})
-    hub_revision: str | None = field(default=None, metadata={"help": "Branch to publish on; made if missing."})
+    hub_revision: str | None = field(default=None, metadata={"help": "Branch to publish on; created if missing."})
     hub_token: str | None = field(default=None, metadata={"help": "Access token; better HF_TOKEN or hf auth login."})
 
 
@@ -116,14 +120,14 @@ def check(script_args: QuantizeArguments, model_args: "ModelConfig") -> None:
 
 
 def check_model(script_args: QuantizeArguments, model_args: "ModelConfig", config: "PreTrainedConfig") -> None:
-    """Refuse what does not go with the model, be it named or still to be made.
+    """Refuse flags that do not fit the model, whether named or not yet trained.
 
     Args:
         config: of that model.
 
     Raises:
-        InputError: when it is quantized already, a scheme has nothing to quantize, a name of --skip_modules is no
-            layer's, or more tokens are to be timed than the model is made for.
+        InputError: when it is quantized already, a scheme has nothing to quantize, a name of --skip_modules is not
+            a layer's, or the timed tokens exceed the model's context.
     """
     from hfllm.models.stored import empty_model, refuse_quantized
     from hfllm.runs.models import max_length_of
@@ -171,7 +175,7 @@ def schemes_to_compare(script_args: QuantizeArguments) -> list[str]:
 
 
 def scheme_of(script_args: QuantizeArguments, name: str) -> "Scheme":
-    """Return the scheme called `name` as the flags have it."""
+    """Return the scheme called `name` with the settings of the flags."""
     from hfllm.compression.schemes import get_scheme
 
     return get_scheme(name, script_args.skip_modules or (), script_args.llm_int8_threshold)
@@ -228,15 +232,15 @@ def compare_schemes(
     model: "PreTrainedModel",
     evaluation: "QuantizationEvaluation",
 ) -> "tuple[list[SchemeRow], float]":
-    """Evaluate the model and its quantized forms, and save the wanted one in the output folder.
+    """Evaluate the model and its quantized forms, and save the requested one in the output folder.
 
     Args:
         model_args: with the model's name, and how to load it.
         model: in full precision.
 
     Returns:
-        One row for the model and one for each scheme, and the largest difference of a logit between the saved form
-        and the same one loaded again.
+        One row for the model and one for each scheme, and the largest difference of logits between the saved model
+        and the same model loaded again.
     """
     from hfllm.compression.schemes import linear_names
     from hfllm.runs.models import load_kwargs
@@ -248,7 +252,7 @@ def compare_schemes(
         quantized = scheme_of(script_args, name).load(model_args.model_name_or_path, **load_kwargs(model_args))
         is_saved = name == script_args.save_scheme
         if is_saved:
-            # Before it runs: bitsandbytes lays 4-bit weights out anew for some CPUs then.
+            # Save before it runs: bitsandbytes then changes the layout of 4-bit weights for some CPUs.
             quantized.save_pretrained(script_args.output_dir)
             evaluation.tokenizer.save_pretrained(script_args.output_dir)
         rows.append(evaluation.quantized(name, quantized, model, names))
@@ -261,7 +265,7 @@ def compare_schemes(
 def sensitivity_by_part(
     script_args: QuantizeArguments, model: "PreTrainedModel", evaluation: "QuantizationEvaluation"
 ) -> "dict[str, list[PartRow]]":
-    """Return the change of loss by each part of the model, for each way to part it."""
+    """Return the change of loss from quantizing each part of the model, for each way to divide it."""
     from hfllm.compression.sensitivity import sensitivity
 
     if script_args.sensitivity == ["none"]:
@@ -279,7 +283,7 @@ def sensitivity_by_part(
 
 
 def quantization_metrics(rows: "Sequence[SchemeRow]", save_scheme: str) -> dict[str, float]:
-    """Return the report's metrics: the original, and the scheme that is saved."""
+    """Return the report's metrics: those of the original and of the saved scheme."""
     original, saved = rows[0], next(row for row in rows if row["scheme"] == save_scheme)
     metrics = {
         f"{name}_{when}": row[name]
@@ -299,13 +303,13 @@ def quantization_tables(
 
 
 def sensitivity_bars(swept: "Mapping[str, list[PartRow]]") -> dict[str, Bars]:
-    """Return the plots of the worst parts, for each way to part the model."""
+    """Return the plots of the worst parts, for each way to divide the model."""
     from hfllm.compression.sensitivity import changes_by_part
 
     changes = {by: changes_by_part(parts[:SHOWN_PARTS]) for by, parts in swept.items()}
     return {
         f"sensitivity_{by}": Bars(
-            title=f"quantize: what each {by} costs alone",
+            title=f"quantize: change of loss with only one {by} quantized",
             xlabel="change of loss (nats per token)",
             values=values,
             notes={part: f"{change:+.2g}" for part, change in values.items()},

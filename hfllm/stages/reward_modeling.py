@@ -17,7 +17,7 @@ Rows = list[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class RewardArguments(DataArguments, BatchArguments):
-    """Comparisons."""
+    """Comparison data."""
 
     num_pairs: int = field(default=6000, metadata={"help": "Prompts of the embedded world to compare responses to."})
     on_policy_fraction: float = field(
@@ -28,7 +28,8 @@ class RewardArguments(DataArguments, BatchArguments):
         default=0.1, metadata={"help": "Share of wrong labels in the world's comparisons; 0.5 makes them worthless."}
     )
     comparison_seed: int | None = field(
-        default=None, metadata={"help": "Seed of the world's comparisons, if not --seed: for models on the same ones."}
+        default=None,
+        metadata={"help": "Seed of the world's comparisons, if not --seed, to train several models on the same ones."},
     )
     response_length: int = field(default=40, metadata={"help": "Longest response sampled for comparison, in tokens."})
     num_eval_prompts: int = field(default=360, metadata={"help": "Held-out prompts of the world to compare on."})
@@ -54,7 +55,7 @@ def check(script_args: RewardArguments, model_args: "ModelConfig") -> None:
     is_named, is_world = bool(model_args.model_name_or_path), script_args.dataset_name == WORLD
     refuse(is_named and bool(script_args.sft_config), "--sft_config", "the model is named")
     has_seed = script_args.comparison_seed is not None
-    refuse(has_seed and not is_world, "--comparison_seed", "it is for the world")
+    refuse(has_seed and not is_world, "--comparison_seed", "it applies only to the embedded world")
     check_trainable(model_args)
 
 

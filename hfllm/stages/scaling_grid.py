@@ -29,8 +29,8 @@ COLUMNS = (
     *("compute", "loss", "seconds"),
 )
 RUNS_FILE, SETTINGS_FILE = "runs.csv", "grid.json"
-# Adam's learning rate goes with one over the width (Yang et al. 2022, arXiv:2203.03466, table 3), and for Muon, whose
-# steps are of Adam's size, the same did best from 16 to 96 wide; that of the settings is for this width.
+# Adam's learning rate goes with 1 / width (Yang et al. 2022, arXiv:2203.03466, table 3), and for Muon, whose
+# steps are of Adam's size, the same did best for widths of 16 to 96; the settings' rate is for this width.
 REFERENCE_WIDTH = 128
 HEAD_WIDTH = 32
 
@@ -40,7 +40,7 @@ class GridRun:
     """One run of the grid.
 
     Args:
-        hidden_size, num_hidden_layers: of the model.
+        hidden_size, num_hidden_layers: size of the model.
         tokens: positions of its packed rows.
     """
 
@@ -54,9 +54,9 @@ class GridRun:
 
     @classmethod
     def parse(cls, text: str, flag: str) -> list["GridRun"]:
-        """From `WIDTHxLAYERS:TOKENS,...`, such as 64x3:250000,500000.
+        """Parse `WIDTHxLAYERS:TOKENS,...`, such as 64x3:250000,500000.
 
-        Heads are 32 wide, so that a width is a multiple of 32, or an even number below 64 with a single head.
+        Heads are 32 wide, so a width must be a multiple of 32, or an even number below 64 with a single head.
 
         Raises:
             InputError: naming the flag and what is accepted.
@@ -71,7 +71,7 @@ class GridRun:
         return [cls(width, layers, each) for each in tokens]
 
     def flags(self, learning_rate: float) -> list[str]:
-        """Return the flags of `hfllm pretrain` for it; `learning_rate` is that of a model of `REFERENCE_WIDTH`."""
+        """Return the flags of `hfllm pretrain` for this run; `learning_rate` is for a model of `REFERENCE_WIDTH`."""
         values = {
             "hidden_size": self.hidden_size,
             "num_hidden_layers": self.num_hidden_layers,
@@ -84,7 +84,7 @@ class GridRun:
 
 
 class Grid:
-    """The runs of one folder: those that are in its runs.csv are done, others are trained when they are asked for.
+    """The runs of one folder: those in its runs.csv are done, others are trained on request.
 
     Args:
         folder: where runs.csv, the tokenizer and the models go.
@@ -92,7 +92,7 @@ class Grid:
         longest: tokens of the longest run, which decides how many documents of the world are written.
 
     Raises:
-        InputError: when the folder holds runs with other settings, or a flag cannot be had by all runs.
+        InputError: when the folder holds runs with other settings, or a flag cannot apply to all runs.
     """
 
     def __init__(self, folder: str | Path, flags: Sequence[str], longest: int):
@@ -115,7 +115,7 @@ class Grid:
         self._data: tuple[PreTrainedTokenizerBase, Dataset, list[str]] | None = None
 
     def _read(self, settings: dict[str, Any]) -> dict[str, Row]:
-        """Finished runs by name. Without any, what runs with other settings left of a tokenizer is removed."""
+        """Finished runs by name. If there is none, remove the tokenizer that runs with other settings left."""
         note, table = self.folder / SETTINGS_FILE, self.folder / RUNS_FILE
         before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
         if not table.is_file():
@@ -137,7 +137,7 @@ class Grid:
         return {row["name"]: {name: _value(row[name]) for name in COLUMNS} for row in rows}
 
     def train(self, run: GridRun) -> Row:
-        """Return the row of a run, trained now unless it is done."""
+        """Return the row of a run, and train it unless it is done."""
         if run.name not in self.rows:
             self.rows[run.name] = self._trained(run)
             if self.is_main:
@@ -155,7 +155,7 @@ class Grid:
         return self.folder / "models" / run.name
 
     def planned(self, run: GridRun) -> Row:
-        """Return the row of a run without what only training tells, `loss` and `seconds`."""
+        """Return the row of a run without `loss` and `seconds`, which need training."""
         import torch
 
         from hfllm.stages.pretraining_models import load_or_make_base
@@ -178,7 +178,7 @@ class Grid:
         }
 
     def _arguments(self, run: GridRun) -> "tuple[PretrainArguments, TrainingArguments, ModelConfig]":
-        """Parsed flags of a run, with the tokenizer of all runs."""
+        """Return the parsed flags of a run, with the tokenizer shared by all runs."""
         self._prepared()
         script_args, training_args, model_args = parse_run([*self.flags, *run.flags(self.learning_rate)])
         return replace(script_args, tokenizer_name_or_path=str(self.folder / "tokenizer")), training_args, model_args
@@ -210,7 +210,7 @@ class Grid:
         return {**planned, "loss": round(loss.nats / loss.tokens, 6), "seconds": seconds}
 
     def _prepared(self) -> "tuple[PreTrainedTokenizerBase, Dataset, list[str]]":
-        """The tokenizer, the packed rows and the held-out texts of all runs, made on first use."""
+        """Return the tokenizer, the packed rows and the held-out texts of all runs, made on first use."""
         if self._data is not None:
             return self._data
         from accelerate import PartialState
@@ -237,7 +237,7 @@ class Grid:
         PartialState().wait_for_everyone()
         tokenizer = load_tokenizer(str(place))
         if is_world:
-            # A document token each, and a little more so that no run sees a document twice.
+            # One document token each, and a small margin so that no run sees a document twice.
             lengths = [len(ids) + 1 for ids in tokenizer(texts["text"][:], add_special_tokens=False)["input_ids"]]
             count = math.ceil(1.02 * self.longest * len(texts) / sum(lengths))
             enough = replace(script_args, num_documents=count)
@@ -263,7 +263,7 @@ def parse_run(flags: Sequence[str]) -> "tuple[PretrainArguments, TrainingArgumen
 
 
 def embedding_parameters(model: "PreTrainedModel") -> int:
-    """Return the parameters of embeddings, also of positions, and of an untied head, which Kaplan et al. leave out."""
+    """Return the parameters of token and position embeddings and of an untied head, which Kaplan et al. exclude."""
     import torch
 
     tables = {id(module.weight): module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
@@ -273,7 +273,7 @@ def embedding_parameters(model: "PreTrainedModel") -> int:
 
 
 def disable_progress_bars() -> None:
-    """Leave one line per run, and no bars of what each run maps and writes."""
+    """Disable the progress bars of each run, so that one line per run is left."""
     import datasets
     from transformers.utils.logging import disable_progress_bar
 

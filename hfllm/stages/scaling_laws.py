@@ -1,4 +1,4 @@
-"""Scaling laws: flags, what is refused, the grid of small runs, and the study of a table of runs."""
+"""Scaling laws: flags, what they refuse, the grid of small runs, and the study of a table of runs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -48,14 +48,15 @@ class ScalingArguments(DataArguments):
     tokens_column: str | None = field(default=None, metadata={"help": "Its column of D, if not a common name."})
     loss_column: str | None = field(default=None, metadata={"help": "Its column of losses, if not a common name."})
     held_out_share: float = field(
-        default=0.1, metadata={"help": "Share of the file's runs, those of most compute, that are predicted."}
+        default=0.1, metadata={"help": "Share of the file's runs, those with the most compute, to predict."}
     )
     resamples: int = field(default=1000, metadata={"help": "Bootstrap resamples behind the 95%% intervals."})
     huber_delta: float = field(
-        default=1e-3, metadata={"help": "Error in log loss from which on Huber's loss is linear."}
+        default=1e-3, metadata={"help": "Error in log loss above which the Huber loss is linear."}
     )
     isoflop_tolerance: float = field(
-        default=0.05, metadata={"help": "How far, up and down, the compute of one IsoFLOP budget's runs may differ."}
+        default=0.05,
+        metadata={"help": "How far the compute of runs may lie above or below their IsoFLOP budget, as a share."},
     )
     budgets: list[float] | None = field(
         default=None,
@@ -63,11 +64,11 @@ class ScalingArguments(DataArguments):
     )
     grid: list[str] = field(
         default_factory=lambda: [*GRID],
-        metadata={"help": "Models and the tokens that each is trained on, WIDTHxLAYERS:TOKENS,... once per model."},
+        metadata={"help": "Models and their training tokens: WIDTHxLAYERS:TOKENS,... once per model."},
     )
     held_out_run: str = field(
         default="64x3:2400000",
-        metadata={"help": "The run that is predicted, WIDTHxLAYERS:TOKENS; of more compute than all of the grid."},
+        metadata={"help": "The run to predict, WIDTHxLAYERS:TOKENS, with more compute than any of the grid."},
     )
     count_parameters: str = field(
         default="total",
@@ -81,11 +82,11 @@ class ScalingArguments(DataArguments):
     )
     probe: bool = field(
         default=False,
-        metadata={"help": "Ask each size the world's questions, and draw exact match beside log-likelihood."},
+        metadata={"help": "Ask each size the world's questions, and plot exact match beside log-likelihood."},
     )
     probe_questions: int = field(default=50, metadata={"help": "Questions of each task family."})
     probe_shots: int = field(default=1, metadata={"help": "Solved examples before a few-shot question."})
-    seed: int = field(default=42, metadata={"help": "Of the grid's data and weights, and of the bootstrap."})
+    seed: int = field(default=42, metadata={"help": "Seed of the grid's data and weights, and of the bootstrap."})
     output_dir: str = field(default="outputs/scaling_laws", metadata={"help": "Where runs, models and report go."})
 
 
@@ -93,7 +94,7 @@ class ScalingArguments(DataArguments):
 
 
 def check(script_args: ScalingArguments) -> None:
-    """Refuse flags that would have no effect, and numbers without meaning.
+    """Refuse flags that would have no effect, and numbers out of range.
 
     Raises:
         InputError: naming the flag.
@@ -117,17 +118,15 @@ def check(script_args: ScalingArguments) -> None:
 
 
 def refusals(script_args: ScalingArguments) -> Iterator[tuple[bool, str, str]]:
-    """Yield what would have no effect: whether it is asked for, the flag, and the reason."""
+    """Yield flags that would have no effect: whether each is given, the flag, and the reason."""
     plain = ScalingArguments()
     given = {item.name for item in fields(plain) if getattr(script_args, item.name) != getattr(plain, item.name)}
     is_table, is_world = bool(script_args.runs), script_args.dataset_name == WORLD
-    yield from (
-        (is_table and flag in given, flag, "it is of the grid, and --runs takes its place") for flag in GRID_FLAGS
-    )
-    yield from ((not is_table and flag in given, flag, "it is of --runs") for flag in TABLE_FLAGS)
+    yield from ((is_table and flag in given, flag, "it is for the grid, which --runs replaces") for flag in GRID_FLAGS)
+    yield from ((not is_table and flag in given, flag, "it is for --runs") for flag in TABLE_FLAGS)
     yield from ((not script_args.probe and flag in given, flag, "it needs --probe") for flag in PROBE_FLAGS)
-    yield script_args.probe and not is_world, "probe", "its questions are those of --dataset_name world"
-    yield not is_world and "world_seed" in given, "world_seed", "it is of --dataset_name world"
+    yield script_args.probe and not is_world, "probe", "its questions need --dataset_name world"
+    yield not is_world and "world_seed" in given, "world_seed", "it is for --dataset_name world"
     yield is_world and "max_samples" in given, "max_samples", "the world is as large as the runs need"
 
 
@@ -135,10 +134,10 @@ def refusals(script_args: ScalingArguments) -> Iterator[tuple[bool, str, str]]:
 
 
 class ScalingStage(Stage):
-    """A stage whose runs are kept: without its report only what is missing is made.
+    """A stage whose single runs are kept: if its report is removed, only missing runs are trained.
 
-    A finished run that lacks the probe which is asked for now is not finished: then only that is missing. One that has
-    it stands also for a run without.
+    A finished stage without the requested probe counts as unfinished, and only the probe is made. One with the probe
+    also serves a run without it.
     """
 
     redo = "remove report.json there to redo it"
@@ -163,7 +162,7 @@ class ScalingStage(Stage):
 
 
 def study_of(script_args: ScalingArguments, grid: "SmallGrid | None") -> "Study":
-    """Fit the smaller runs, see how well they tell the losses of the larger, then fit all.
+    """Fit the smaller runs, measure how well they predict the losses of the larger, then fit all.
 
     Raises:
         InputError: for a table that cannot be fitted, naming its file.
@@ -194,10 +193,10 @@ def study_of(script_args: ScalingArguments, grid: "SmallGrid | None") -> "Study"
 
 
 def forecast_of(runs: "Runs", delta: float, sampling: tuple[int, int, float]) -> "Forecast":
-    """Return both laws, fitted to the runs that are not held out.
+    """Return both laws, fitted to the runs not held out.
 
     Args:
-        delta: where Huber's loss turns linear.
+        delta: error above which the Huber loss is linear.
         sampling: resamples of the bootstrap, their seed, and `delta`.
     """
     from hfllm.scaling.fitting import bootstrap, fit_law
@@ -222,7 +221,7 @@ class SmallGrid:
         self.large, *others = GridRun.parse(script_args.held_out_run, "--held_out_run")
         if others:
             raise InputError(f"--held_out_run {script_args.held_out_run!r}: expected a single number of tokens")
-        # The cheapest first, so that what is wrong shows early.
+        # The cheapest first, so that errors show early.
         self.runs.sort(key=lambda each: (each.tokens, each.hidden_size, each.num_hidden_layers))
         if len({*self.runs, self.large}) <= len(self.runs):
             raise InputError("--grid, --held_out_run: a run comes twice")
@@ -236,7 +235,7 @@ class SmallGrid:
         self.grid = Grid(script_args.output_dir, flags, longest)
 
     def small_runs(self) -> "Runs":
-        """Return the table of the grid's runs, those that are missing trained first.
+        """Return the table of the grid's runs, after training those that are missing.
 
         Raises:
             InputError: before any training, when the grid could not be fitted.
@@ -254,7 +253,7 @@ class SmallGrid:
         return self._runs([self.grid.train(each) for each in self.runs])
 
     def _check_held_out(self) -> None:
-        """Refuse to call a run that lies within the grid predicted: that is interpolation.
+        """Refuse a held-out run within the grid: that would be interpolation, not prediction.
 
         Raises:
             InputError: when a run of the grid takes as much compute.
@@ -268,7 +267,7 @@ class SmallGrid:
             )
 
     def large_run(self, forecast: "Forecast") -> "Runs":
-        """Say what is expected of the larger run, then train it. Returns it as a table."""
+        """Print the loss expected of the larger run, train it, and return it as a table."""
         from hfllm.scaling.forecast import CHINCHILLA, KAPLAN
         from hfllm.scaling.report import formula
 
@@ -291,7 +290,7 @@ class SmallGrid:
         return [self.grid.rows[each.name] for each in (*self.runs, self.large)]
 
     def probe(self) -> "Emergence":
-        """Ask each run the questions of the world. Returns what it can do."""
+        """Ask each model the questions of the world, and return the results."""
         from hfllm.data.world.world import World
         from hfllm.evaluation.emergence import Emergence, ProbedRun
         from hfllm.evaluation.few_shot import make_probes, run_probes

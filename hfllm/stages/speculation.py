@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 DRAFTS = ("model", "int8", "prompt_lookup", "early_exit")
-# Flags that describe a draft, and which.
+# Flags that describe a draft, and the draft that each is for.
 OF_DRAFT = {
     "assistant_model_name_or_path": "model",
     "draft_config": "model",
@@ -28,7 +28,7 @@ OF_DRAFT = {
     "max_ngram": "prompt_lookup",
 }
 POSITIVE = ("num_prompts", "num_timed_prompts", "batch_size", "max_new_tokens", "rounds")
-# Prompts that are answered at a time to see whether the answers are the same.
+# Batch size for the comparison of answers.
 COMPARED_BATCH = 16
 
 
@@ -47,10 +47,10 @@ class SpeculativeArguments(DataArguments):
     )
     max_ngram: int | None = field(
         default=None,
-        metadata={"help": "Longest sequence that --draft prompt_lookup looks for; by default 3 tokens."},
+        metadata={"help": "Longest sequence that --draft prompt_lookup searches for; by default 3 tokens."},
     )
     num_draft_tokens: str = field(
-        default="adaptive", metadata={"help": "Draft tokens that the metrics are of: a number, or 'adaptive'."}
+        default="adaptive", metadata={"help": "Number of draft tokens for the metrics, or 'adaptive'."}
     )
     num_draft_tokens_compared: list[int] = field(
         default_factory=lambda: [1, 2, 3, 4, 6, 8], metadata={"help": "Numbers of draft tokens for the plot."}
@@ -60,12 +60,12 @@ class SpeculativeArguments(DataArguments):
     batch_size: int = field(default=1, metadata={"help": "Prompts answered at a time when timed."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the samples."})
-    rounds: int = field(default=5, metadata={"help": "Repetitions of each measurement; the median counts."})
+    rounds: int = field(default=5, metadata={"help": "Repetitions of each measurement; the median is reported."})
     compile: bool = field(default=False, metadata={"help": "Run the models through torch.compile."})
     pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the target's pretraining."})
     sft_config: str | None = field(default=None, metadata={"help": "YAML flags of the target's fine-tuning."})
     draft_config: str | None = field(
-        default=None, metadata={"help": "YAML flags of the distillation that makes the draft model of the target."}
+        default=None, metadata={"help": "YAML flags of the distillation that makes the draft model."}
     )
 
 
@@ -73,7 +73,7 @@ class SpeculativeArguments(DataArguments):
 
 
 def check(script_args: SpeculativeArguments, model_args: "ModelConfig") -> None:
-    """Refuse flags that would have no effect or no meaning.
+    """Refuse flags that would have no effect, and values out of range.
 
     Raises:
         InputError: naming the flag.
@@ -100,7 +100,7 @@ def check(script_args: SpeculativeArguments, model_args: "ModelConfig") -> None:
     refuse(bool(is_named and script_args.draft_config), "--draft_config", "the draft model is named")
     refuse(model_args.use_peft, "--use_peft", "nothing is trained")
     is_compiled = script_args.compile and draft == "int8"
-    refuse(is_compiled, "--compile", "the int8 draft runs over packed weights, which are not compiled")
+    refuse(is_compiled, "--compile", "the int8 draft uses packed weights, which are not compiled")
     if own and draft == "model" and not is_named:
         raise InputError(
             f"--model_name_or_path {own} needs a draft: --assistant_model_name_or_path SMALLER with the same "
@@ -110,7 +110,7 @@ def check(script_args: SpeculativeArguments, model_args: "ModelConfig") -> None:
 
 
 def check_draft(script_args: SpeculativeArguments, model_args: "ModelConfig", before: Chain) -> None:
-    """Refuse a draft that the target cannot have, be that named or still to be made.
+    """Refuse a draft that does not fit the target, whether that is named or not yet trained.
 
     Raises:
         InputError: naming the flag, or the model when it cannot be loaded.
@@ -129,7 +129,7 @@ def check_draft(script_args: SpeculativeArguments, model_args: "ModelConfig", be
         is_other = attention not in (None, "sdpa")
         refuse(is_other, "--draft int8", f"attn_implementation={attention!r} is not 'sdpa'")
         is_rounded = model_args.load_in_8bit or model_args.load_in_4bit
-        refuse(is_rounded, "--draft int8", "it rounds plain weights: leave --load_in_8bit and --load_in_4bit out")
+        refuse(is_rounded, "--draft int8", "it quantizes plain weights: leave out --load_in_8bit and --load_in_4bit")
     wanted = script_args.early_exit_layers
     if wanted is not None:
         layers = config_to_train(model_args, before).get_text_config(decoder=True).num_hidden_layers
@@ -141,7 +141,7 @@ def check_draft(script_args: SpeculativeArguments, model_args: "ModelConfig", be
 
 
 def stages_before(script_args: SpeculativeArguments, model_args: "ModelConfig") -> Chain:
-    """Return the stages that make the target and its draft model, where they are needed and not named.
+    """Return the stages that make the target and its draft model, if they are needed and not named.
 
     Raises:
         InputError: when one of their configs is wrong.
@@ -165,7 +165,7 @@ def prompt_rows(script_args: SpeculativeArguments) -> list[Row]:
     """Return the world's held-out questions, or the user's own prompts.
 
     Raises:
-        InputError: when the dataset cannot be read, or has none.
+        InputError: when the dataset cannot be read, or has no prompts.
     """
     from hfllm.data import formats
     from hfllm.data.loading import load_rows, world_of
@@ -180,12 +180,12 @@ def prompt_rows(script_args: SpeculativeArguments) -> list[Row]:
 
 
 def load_target(model_args: "ModelConfig") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Return the target, where and as it decodes, and its tokenizer; say which of its options are left out."""
+    """Load the target, ready to decode, and its tokenizer; print which of its options are ignored."""
     from hfllm.compression.schemes import default_device
     from hfllm.runs.models import load_policy
 
     model, tokenizer = load_policy(model_args)
-    # What is quantized was put where it runs as it was loaded.
+    # A quantized model was placed on its device while loading.
     if not getattr(model, "is_quantized", False):
         model.to(default_device())
     model.eval()
@@ -196,9 +196,9 @@ def load_target(model_args: "ModelConfig") -> "tuple[PreTrainedModel, PreTrained
 
 
 def use_plain_generation(model: "PreTrainedModel") -> str:
-    """Keep the special tokens alone of a checkpoint's generation options. Returns the others, which are gone.
+    """Keep only the special tokens of a checkpoint's generation options, and return the names of those removed.
 
-    Its penalties look at the tokens before, which drafts make conditional; its top-p would hide what sampling costs.
+    Penalties depend on earlier tokens, which may be draft tokens; top-p would hide the cost of sampling.
     """
     from transformers import GenerationConfig
 
@@ -220,8 +220,8 @@ def make_draft(
     """Return the draft that the flags describe.
 
     Args:
-        model_args: how the target was loaded, and so the draft model.
-        assistant: the draft model, named or made; used with `--draft model` alone.
+        model_args: how the target was loaded; the draft model is loaded the same way.
+        assistant: the draft model, named or made; used only with `--draft model`.
         model: the target.
 
     Raises:
@@ -248,7 +248,7 @@ def make_draft(
 
 
 def draft_expression(script_args: SpeculativeArguments, assistant: str | None) -> str:
-    """Return the Python that makes the same draft in code of your own."""
+    """Return the Python expression that makes the same draft in your own code."""
     return {
         "model": f"ModelDraft(AutoModelForCausalLM.from_pretrained({assistant!r}))",
         "prompt_lookup": f"PromptLookupDraft({script_args.max_ngram or 3})",
@@ -267,7 +267,7 @@ def measure(
     draft: "Draft",
     rows: Sequence[Row],
 ) -> "tuple[dict[str, float], list[SpeedRow]]":
-    """Return the metrics, and the speed with each number of draft tokens, the one that was asked for last."""
+    """Return the metrics, and the speed with each number of draft tokens, the requested one last."""
     import torch
 
     from hfllm.data.tokenizer import tokenize_prompts
@@ -286,7 +286,7 @@ def measure(
     costs = measuring.measure_costs(model, draft, timed[0], compile=script_args.compile)
 
     def asked() -> "int | DraftLength":
-        # A new one each time: it follows what it has seen.
+        # A new one each time, since it adapts to what it has seen.
         number = script_args.num_draft_tokens
         return AdaptiveDraftLength(costs.per_draft) if number == "adaptive" else int(number)
 
@@ -309,10 +309,10 @@ def speculation_metrics(
     """Return the report's metrics.
 
     Args:
-        share: of the prompts with the very tokens of transformers' `generate`.
-        seconds: of `generate` for the timed prompts.
-        speeds: with each number of draft tokens, the one that was asked for last.
-        sampled: of the samples.
+        share: of the prompts with exactly the tokens of transformers' `generate`.
+        seconds: time of `generate` for the timed prompts.
+        speeds: with each number of draft tokens, the requested one last.
+        sampled: metrics of the samples.
     """
     from hfllm.generation.speculative.measure import best_num_draft_tokens
 

@@ -1,4 +1,4 @@
-"""Tokenizers of new models: the flags of one that is trained by itself, how it is trained, and what its size buys."""
+"""Tokenizers of new models: the flags to train one separately, its training, and its compression by size."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from hfllm.stages.pretraining import PretrainArguments
 
 MOST_TOKENIZER_TEXTS = 20_000
-# Bytes and special tokens alone are some 270.
+# Bytes and special tokens alone are about 270.
 SMALLEST_SIZE = 300
 
 
 @dataclass(frozen=True)
 class TokenizerArguments(TextArguments):
-    """How large, and what for."""
+    """Size and purpose of the tokenizer."""
 
     vocab_size: int = field(default=8192, metadata={"help": "Upper bound on the number of tokens."})
-    max_position_embeddings: int = field(default=2048, metadata={"help": "Context of the models it is for."})
+    max_position_embeddings: int = field(default=2048, metadata={"help": "Context of the models that will use it."})
     objective: str = field(
         default="causal",
         metadata={
@@ -45,7 +45,7 @@ def make_tokenizer(
 
     sample = list(texts[:MOST_TOKENIZER_TEXTS])
     if script_args.dataset_name == WORLD and not script_args.dataset_mixture:
-        # The words of instructions are part of the language, though the base model is not taught to follow them.
+        # Instructions are part of the language, although the base model is not taught to follow them.
         rows = instruction_rows(World(script_args.world_seed), 3000)
         sample = sample[:5000] + [f"{row['instruction']} {row['input']} {row['output']}" for row in rows]
     return train_tokenizer(
@@ -58,7 +58,7 @@ def make_tokenizer(
 
 
 def compression_by_size(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[dict[str, float]]:
-    """Return what texts cost under the tokenizer, and under its own beginnings, each half as large as the next.
+    """Measure the compression of texts by the tokenizer and by prefixes of its vocabulary, each half the next.
 
     Returns:
         Rows, the smallest size first: `vocab_size`, `bytes_per_token`, `tokens_per_word`, `share_of_vocabulary_used`.

@@ -1,1 +1,1 @@
-"""Data that models write: answers, comparisons, mixed prompts."""
+"""Data written by models: answers, comparisons, mixed prompts."""

@@ -1,4 +1,4 @@
-"""Comparisons that a model's own samples make, judged by the world's gold rubric: what a reward model learns from."""
+"""Comparisons between a model's own samples, judged by the world's gold (exact) rubric, to train a reward model."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -20,16 +20,16 @@ Rows = list[Mapping[str, object]]
 
 @dataclass(frozen=True)
 class ComparisonSettings:
-    """How many comparisons, between what, and how well they are labeled.
+    """Number of comparisons, their sources, and the quality of their labels.
 
     Args:
         num_pairs: prompts to compare responses to.
         num_eval_prompts: held-out prompts.
-        on_policy_fraction: share of the comparisons between the model's own samples; the rest is demonstrators'.
-        num_samples: samples of the model for each prompt of that share.
+        on_policy_fraction: share of the comparisons between the model's own samples; the rest are demonstrators'.
+        num_samples: samples of the model per prompt of that share.
         label_noise: share of wrong labels; held-out labels have none.
         response_length: longest response, in tokens.
-        seed: of prompts, samples and labels.
+        seed: seed of prompts, samples and labels.
     """
 
     num_pairs: int
@@ -46,8 +46,8 @@ def compare_samples(
 ) -> tuple[Rows, Rows]:
     """Return training and held-out comparisons, with `prompt`, `chosen` and `rejected` messages.
 
-    InstructGPT collected its comparisons so, between the samples of the model that is to be aligned (Ouyang et al.
-    2022, section 3.4): a reward model that knows demonstrators only is soon over-optimized.
+    InstructGPT also collected comparisons between samples of the model to align (Ouyang et al.
+    2022, section 3.4): a reward model trained only on demonstrators is soon over-optimized.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -64,9 +64,9 @@ def compare_samples(
         source = Source(rows, [f"world, comparison {number}" for number in range(1, len(rows) + 1)])
         return formats.convert(source, formats.to_preference)
 
-    # A seed of its own: the prompts are others than those of the demonstrations.
+    # Its own seed, so that the prompts differ from those of the demonstrations.
     tasks = list(islice(world.tasks(settings.seed + 1_000_000), settings.num_pairs))
     held_out = world.evaluation_tasks(settings.num_eval_prompts)
     random.Random(settings.seed).shuffle(held_out)
-    # One process's samples for all: processes that draw other samples would train on other comparisons.
+    # One process samples for all; otherwise processes would train on different comparisons.
     return tuple(broadcast_object_list([compare(tasks, settings.label_noise), compare(held_out, 0.0)]))

@@ -1,4 +1,4 @@
-"""Prompts put together from two others: questions that no data has, to ask a teacher about."""
+"""Mix prompts from two others: questions in no dataset, for a teacher to answer."""
 
 import random
 from collections.abc import Sequence
@@ -6,20 +6,20 @@ from typing import Any
 
 
 def mix_prompts(rows: Sequence[dict[str, Any]], share: float, seed: int) -> list[dict[str, Any]]:
-    """The rows, a share of their prompts followed from some word on by the end of another row's prompt.
+    """Return the rows with a share of prompts continued, from some word on, by the end of another row's prompt.
 
-    A student that is taught on such prompts agrees with its teacher about more than the data asks: about what decides
-    an answer when the words around it are others. It is the mixing of inputs of Beyer et al. 2022 (arXiv:2106.05237,
+    A student trained on such prompts agrees with its teacher beyond the data's questions: on what determines
+    an answer when the words around it change. This is the input mixing of Beyer et al. 2022 (arXiv:2106.05237,
     section 3), for text.
 
     Args:
-        rows: with `prompt`, text or messages, of which the last is changed; rows without one stay as they are.
-        share: of the prompts to mix, from 0 to 1. Their completions no longer answer them: a teacher must.
-        seed: the same seed makes the same prompts.
+        rows: with `prompt`, text or messages, of which the last is changed; rows without one are unchanged.
+        share: share of the prompts to mix, from 0 to 1. Their completions no longer fit: a teacher must answer them.
+        seed: seed of the choice.
 
     Returns:
-        As many rows in the same order. Both cuts are drawn evenly over the words; a prompt of which nothing would
-        remain stays as it is.
+        As many rows in the same order. Both cuts are drawn uniformly over the words; a prompt of which nothing would
+        remain is unchanged.
     """
     rng = random.Random(f"mix-prompts-{seed}")
     pool = [_last_said(row["prompt"]).split(" ") for row in rows if "prompt" in row]

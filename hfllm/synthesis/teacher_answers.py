@@ -1,4 +1,4 @@
-"""Answers that a teacher writes, in the place of the data's, for a student to read."""
+"""Replace the data's answers by a teacher's, to train a student on."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from hfllm.runs.models import max_length_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Prompts that are tokenized at a time.
+# Prompts tokenized at a time.
 ROWS = 1000
 
 
@@ -25,16 +25,16 @@ def write_answers(
     do_sample: bool,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Prompts with the teacher's answers in place of the completions, then the texts as they are.
+    """Return prompts with the teacher's answers in place of the completions, then the texts unchanged.
 
-    Rows whose prompt leaves no room for an answer are left out, and those whose answer is cut off: a student would
+    Rows are left out if the prompt leaves no room for an answer, or the answer is cut off, from which a student would
     learn to stop in the middle. Their numbers are printed.
 
     Args:
         rows: with `prompt`, all text or all messages, whose other columns are dropped; or with `text`.
         response_length: longest answer in tokens.
-        do_sample: at temperature 1; greedy if false.
-        seed: of the sampling; the caller's random state is left as it was.
+        do_sample: sample at temperature 1; greedy if false.
+        seed: seed of the sampling; the caller's random state is not changed.
 
     Raises:
         InputError: when no prompt has room for an answer, or no answer ends.
@@ -59,7 +59,7 @@ def write_answers(
 def _with_room(
     teacher: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: list, response_length: int
 ) -> list:
-    """The prompts after which `response_length` tokens fit in the teacher's context."""
+    """Return the prompts after which `response_length` tokens fit in the teacher's context."""
     context = max_length_of(teacher.config)
     if context is None or not prompts:
         return prompts

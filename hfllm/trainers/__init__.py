@@ -1,1 +1,1 @@
-"""What learns: PPO, distillation, pretraining, and what they share."""
+"""Trainers: PPO, distillation, pretraining, and what they share."""

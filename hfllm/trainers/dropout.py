@@ -1,4 +1,4 @@
-"""Dropout, switched off for good."""
+"""Switch dropout off permanently."""
 
 from torch import nn
 
@@ -11,7 +11,7 @@ def disable_dropout(*models: nn.Module | None) -> None:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-            # Attention modules keep the probability as a number of their own, or read it from the config.
+            # Attention modules store the probability as a number, or read it from the config.
             for holder in (module, getattr(module, "config", None)):
                 for name, value in vars(holder).items() if holder is not None else ():
                     if isinstance(value, float) and (name.endswith("dropout") or name.endswith("pdrop")):

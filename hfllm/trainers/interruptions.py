@@ -1,4 +1,4 @@
-"""Runs that are interrupted: saved when they are asked to end, and not trained further once they are done.
+"""Interrupted runs: save on SIGTERM, and do not train further once they are done.
 
 train(trainer, checkpoint)  # in place of trainer.train(resume_from_checkpoint=checkpoint)
 """
@@ -18,12 +18,12 @@ from transformers.trainer_utils import TrainOutput
 
 from hfllm.errors import InputError
 
-# What a shell reports of a process that SIGTERM has ended.
+# The exit status that a shell reports for a process ended by SIGTERM.
 TERMINATED = 128 + signal.SIGTERM
 
 
 class _AlreadyDone(Exception):
-    """The checkpoint that a run resumes from is that of its last step."""
+    """Raised when the checkpoint to resume from is that of the last step."""
 
 
 class _LookBeforeTheFirstStep(TrainerCallback):
@@ -35,12 +35,12 @@ class _LookBeforeTheFirstStep(TrainerCallback):
 
 
 def train(trainer: Trainer, checkpoint: str | None = None) -> None:
-    """Train, from a checkpoint if given; with `enable_jit_checkpoint` SIGTERM saves, see `SaveOnSigterm`.
+    """Train, from a checkpoint if given; with `enable_jit_checkpoint`, SIGTERM saves, see `SaveOnSigterm`.
 
-    Trainer itself takes one more step from a checkpoint of the last one, if that is not the end of an epoch.
+    `Trainer` alone would take one more step from a checkpoint of the last step, unless that ends an epoch.
 
     Raises:
-        InputError: when SIGTERM is to save what nothing can resume from, or DeepSpeed cannot resume from `checkpoint`.
+        InputError: when SIGTERM would save an unusable checkpoint, or DeepSpeed cannot resume from `checkpoint`.
         SystemExit: with 143, once SIGTERM has saved.
     """
     save_on_sigterm(trainer)
@@ -50,9 +50,9 @@ def train(trainer: Trainer, checkpoint: str | None = None) -> None:
 
 
 def train_unless_done(trainer: Trainer, train: Callable[..., TrainOutput], **kwargs: object) -> TrainOutput:
-    """What `train(**kwargs)` gives, a way to train `trainer`; from a checkpoint of the last step, only how it ends."""
+    """Return `train(**kwargs)`, which trains `trainer`; from the last step's checkpoint, only end the run."""
     if any(isinstance(each, _LookBeforeTheFirstStep) for each in trainer.callback_handler.callbacks):
-        # Whoever called this one looks.
+        # The caller checks.
         return train(**kwargs)
     look = _LookBeforeTheFirstStep()
     trainer.add_callback(look)
@@ -65,10 +65,10 @@ def train_unless_done(trainer: Trainer, train: Callable[..., TrainOutput], **kwa
 
 
 def check_shards(checkpoint: str, args: TrainingArguments) -> None:
-    """Refuse a DeepSpeed checkpoint of another number of processes, unless DeepSpeed is told that it is universal.
+    """Refuse a DeepSpeed checkpoint of another number of processes, unless it is set to load universal ones.
 
     Raises:
-        InputError: with both numbers; a checkpoint without DeepSpeed's files is one of none.
+        InputError: with both numbers; a checkpoint without DeepSpeed's files counts as one of 0 processes.
     """
     if args.deepspeed_plugin.deepspeed_config.get("checkpoint", {}).get("load_universal"):
         return
@@ -81,16 +81,16 @@ def check_shards(checkpoint: str, args: TrainingArguments) -> None:
 
 
 def save_on_sigterm(trainer: Trainer) -> None:
-    """Put `SaveOnSigterm` in the place of what transformers does for `enable_jit_checkpoint`, if that is asked for.
+    """Replace what transformers does for `enable_jit_checkpoint`, if it is set, by `SaveOnSigterm`.
 
-    transformers saves at the beginning of a step or within one, makes that step, and lets the script continue as if
-    the run had come to its end. Its processes do not ask each other, and wait for each other for ever if they notice
+    transformers saves at the beginning of a step or within one, finishes that step, and lets the script continue as if
+    the run were complete. Its processes do not coordinate, and wait for each other forever if they notice
     the signal at different steps.
     """
     if not trainer.args.enable_jit_checkpoint:
         return
     if trainer.args.save_only_model:
-        raise InputError("enable_jit_checkpoint with save_only_model: nothing could resume from what is saved")
+        raise InputError("enable_jit_checkpoint with save_only_model: the saved checkpoint could not be resumed")
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, JITCheckpointCallback):
             signal.signal(signal.SIGTERM, callback.jit_manager._original_sigterm_handler)
@@ -102,12 +102,12 @@ def save_on_sigterm(trainer: Trainer) -> None:
 class SaveOnSigterm(TrainerCallback):
     """SIGTERM ends training after the step in progress with a checkpoint and exit code 143.
 
-    The checkpoint is an ordinary one between two steps, so that the run that resumes from it ends with the bits of
-    one that was not interrupted. Processes agree after each step whether any of them was asked. While the loss guard
-    forbids saving, training continues until it does not. Before and after training SIGTERM ends the process at once.
+    The checkpoint is an ordinary one between two steps, so a run that resumes from it ends with the bits of
+    one that was not interrupted. After each step, processes agree whether any got the signal. While the loss guard
+    forbids saving, training continues. Before and after training SIGTERM ends the process at once.
 
     Raises:
-        InputError: when training does not begin in the main thread, the only one that signals reach.
+        InputError: when training does not begin in the main thread, the only one that receives signals.
     """
 
     def __init__(self, trainer: Trainer):
@@ -116,7 +116,7 @@ class SaveOnSigterm(TrainerCallback):
         self._is_asked, self._is_agreed = False, False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # Schedulers and launchers both send it: the second one asks for nothing else.
+        # Schedulers and launchers both send it: a second signal changes nothing.
         self._is_asked = True
 
     def on_train_begin(
@@ -151,7 +151,7 @@ class SaveOnSigterm(TrainerCallback):
         signal.signal(signal.SIGTERM, self._previous if self._previous is not None else signal.SIG_DFL)
 
     def _leave(self, what: str) -> None:
-        # A process that leaves while another still writes would take it along.
+        # A process that exits while another still writes would end that one too.
         self.trainer.accelerator.wait_for_everyone()
         self._restore()
         if self.trainer.is_world_process_zero():

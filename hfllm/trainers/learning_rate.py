@@ -1,4 +1,4 @@
-"""A learning rate that follows the batch: tuned on one, right for another."""
+"""Scale a learning rate that was tuned with one batch size to another."""
 
 import math
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 Trained = TypeVar("Trained", bound="TrainingArguments")
 
-# What a batch that is `ratio` times as large multiplies the learning rate by.
+# Factor on the learning rate for a batch `ratio` times as large.
 RULES = {
     "none": lambda ratio: 1.0,
     # For Adam: Malladi et al. 2022, arXiv:2205.10287.
@@ -24,24 +24,26 @@ RULES = {
 
 @dataclass(frozen=True)
 class BatchArguments:
-    """How the learning rate follows the batch."""
+    """How the learning rate depends on the batch size."""
 
     lr_scaling_rule: str = field(
         default="none",
         metadata={
-            "help": "What a larger global batch does to --learning_rate: 'sqrt' (for Adam, arXiv:2205.10287) or "
-            "'linear' (for SGD, arXiv:1706.02677) in its ratio to --lr_scaling_base_batch_size.",
+            "help": "How --learning_rate grows with the global batch: 'sqrt' (for Adam, arXiv:2205.10287) or "
+            "'linear' (for SGD, arXiv:1706.02677) of its ratio to --lr_scaling_base_batch_size.",
             "choices": ["none", "sqrt", "linear"],
         },
     )
     lr_scaling_base_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Global batch that --learning_rate is for: sequences of an optimizer step, all processes."},
+        metadata={
+            "help": "Global batch that --learning_rate was tuned for: sequences per optimizer step, all processes."
+        },
     )
 
 
 def global_batch_size(training_args: "TrainingArguments") -> int:
-    """Sequences (rows, pairs, episodes) that one optimizer step learns from, on all processes."""
+    """Return the sequences (rows, pairs, episodes) per optimizer step, over all processes."""
     return (
         training_args.per_device_train_batch_size
         * training_args.gradient_accumulation_steps
@@ -50,14 +52,14 @@ def global_batch_size(training_args: "TrainingArguments") -> int:
 
 
 def scaled_learning_rate(script_args: BatchArguments, training_args: Trained) -> tuple[Trained, dict[str, float]]:
-    """Return `training_args` with learning rates as `--lr_scaling_rule` has them for its batch, and what to report.
+    """Return `training_args` with learning rates scaled by `--lr_scaling_rule`, and what to report.
 
     Returns:
-        The arguments, the same without a rule; and `learning_rate` as used with `global_batch_size`, or nothing.
+        The arguments, unchanged without a rule; and `learning_rate` as used with `global_batch_size`, or nothing.
 
     Raises:
         InputError: for a rule without a base batch size, or the other way round, a size that is not positive, or a
-            rate that DeepSpeed's own file sets.
+            rate that DeepSpeed's config file sets.
     """
     rule, base = script_args.lr_scaling_rule, script_args.lr_scaling_base_batch_size
     if rule not in RULES:
@@ -74,10 +76,12 @@ def scaled_learning_rate(script_args: BatchArguments, training_args: Trained) ->
         raise InputError(f"--lr_scaling_base_batch_size {base}: expected at least 1")
     plugin = getattr(training_args, "deepspeed_plugin", None)
     if plugin is not None and "optimizer" in plugin.deepspeed_config:
-        raise InputError(f"--lr_scaling_rule {rule}: DeepSpeed's file has an optimizer section, and a rate of its own")
+        raise InputError(
+            f"--lr_scaling_rule {rule}: DeepSpeed's file has an optimizer section, which sets its own rate"
+        )
     batch = global_batch_size(training_args)
     factor = RULES[rule](batch / base)
-    # PPO's critic may have a rate of its own.
+    # PPO's critic may have its own rate.
     rates = {
         name: rate * factor
         for name in ("learning_rate", "value_learning_rate")

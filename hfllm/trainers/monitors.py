@@ -1,10 +1,10 @@
-"""Watching a run of the stock `Trainer`: how fast it is, and whether its loss has broken away.
+"""Monitor a run of the stock `Trainer`: its speed, and whether its loss has diverged.
 
     throughput = ThroughputCallback(tokens_per_step=65536, bytes_per_token=4.1)
     add_to_logs(trainer, throughput)
     trainer.add_callback(LossSpikeGuard())
 
-What the model writes meanwhile is the matter of samples.py.
+For samples of the model during training see samples.py.
 """
 
 import math
@@ -21,7 +21,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 
 from hfllm.errors import InputError
 
-# Fewer losses than these have no median worth comparing with.
+# Fewer losses do not give a useful median.
 FEWEST_LOSSES = 10
 # The median absolute deviation of a normal distribution times this is its standard deviation.
 MAD_TO_DEVIATION = 1.4826
@@ -30,7 +30,7 @@ MAD_TO_DEVIATION = 1.4826
 def add_to_logs(trainer: Trainer, callback: TrainerCallback) -> None:
     """Add a callback whose `on_log` adds to the logs, before those that report, print or store them.
 
-    `trainer.add_callback` and `Trainer(callbacks=...)` put it behind the ones of `report_to`, which would not see what
+    `trainer.add_callback` and `Trainer(callbacks=...)` put it after the ones of `report_to`, which would not see what
     it adds. It comes after the callback that decides whether a step is logged, evaluated or saved.
     """
     callbacks = trainer.callback_handler.callbacks
@@ -39,25 +39,25 @@ def add_to_logs(trainer: Trainer, callback: TrainerCallback) -> None:
 
 
 class ThroughputCallback(TrainerCallback):
-    """Adds to each training log, since the one before: `tokens_per_second`, `mfu` and `bits_per_byte`.
+    """Callback that adds to each training log, since the one before: `tokens_per_second`, `mfu` and `bits_per_byte`.
 
-    Only training is timed, waiting for data included; evaluating, saving, logging and whatever runs inside `paused()`
-    are not, nor what comes before the first step. Add it by `add_to_logs`; added otherwise, what it adds is in
-    `trainer.state.log_history`, but does not reach the back ends of `report_to`.
+    Only training is timed, including waiting for data; evaluation, saving, logging and anything inside `paused()`
+    are not, nor anything before the first step. Add it by `add_to_logs`; otherwise its values are in
+    `trainer.state.log_history`, but do not reach the integrations of `report_to`.
 
     Args:
-        tokens_per_step: tokens that all processes together train on in an optimizer step, or a function from the
-            number of the step, from 1, to that. By default they are counted by the trainer, which has to have
-            `include_num_input_tokens_seen` on (`non_padding` for useful tokens alone).
-        flops_per_token: for example `hfllm.scaling.flops.palm_flops_per_token(...)`. With `peak_flops`, gives `mfu`:
+        tokens_per_step: tokens per optimizer step over all processes, or a function from the
+            number of the step, from 1, to them. By default the trainer counts them, which needs
+            `include_num_input_tokens_seen` (`non_padding` to exclude padding).
+        flops_per_token: for example `hfllm.scaling.flops.palm_flops_per_token(...)`. With `peak_flops` it gives `mfu`,
             the share of the peak that training reaches.
-        peak_flops: FLOP/s that one device could do.
-        bytes_per_token: UTF-8 bytes of the training text for each predicted token; gives `bits_per_byte`, from `loss`.
+        peak_flops: peak FLOP/s of one device.
+        bytes_per_token: UTF-8 bytes of training text per predicted token; gives `bits_per_byte`, from `loss`.
         eval_bytes_per_token: of the held-out text; gives `eval_bits_per_byte` in the evaluation's logs and metrics.
-        clock: seconds.
+        clock: function that returns the time in seconds.
 
     Raises:
-        InputError: when one of `flops_per_token` and `peak_flops` is given alone, a number is not positive, or
+        InputError: when only one of `flops_per_token` and `peak_flops` is given, a number is not positive, or
             training begins without a way to count tokens.
     """
 
@@ -87,12 +87,12 @@ class ThroughputCallback(TrainerCallback):
         self._begin(0)
 
     def _begin(self, seen: int) -> None:
-        # Since when time counts, or `None` before the first step: a resumed run first skips what it has trained on.
+        # Start of the timed interval, or `None` before the first step: a resumed run first skips used data.
         self._since: float | None = None
         self._seconds, self._tokens, self._seen = 0.0, 0, seen
 
     def _count_time(self, wait: bool) -> None:
-        """Count the time until now, for which the device first has to finish what it was given if `wait`."""
+        """Count the time until now; with `wait`, after the device has finished its work."""
         accelerator = torch.accelerator.current_accelerator() if wait and self._device.type != "cpu" else None
         if accelerator is not None and accelerator.type == self._device.type:
             torch.accelerator.synchronize(self._device)
@@ -107,7 +107,7 @@ class ThroughputCallback(TrainerCallback):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What runs within it is not training."""
+        """Do not count the time within this context as training."""
         self._count_time(wait=True)
         try:
             yield
@@ -139,7 +139,7 @@ class ThroughputCallback(TrainerCallback):
         else:
             self._tokens += self.tokens_per_step or state.num_input_tokens_seen - self._seen
         self._seen = state.num_input_tokens_seen
-        # A device is waited for only where the step is followed by what is left out.
+        # Wait for the device only if something that is not timed follows the step.
         self._count_time(wait=control.should_log or control.should_evaluate or control.should_save)
 
     def on_log(
@@ -161,7 +161,7 @@ class ThroughputCallback(TrainerCallback):
             if self.flops_per_token is not None:
                 added["mfu"] = rate * self.flops_per_token / (self.peak_flops * args.world_size)
             self._seconds, self._tokens = 0.0, 0
-        # The trainer has put a copy of the logs into the history by now.
+        # By now the trainer has put a copy of the logs into the history.
         for entry in (logs, state.log_history[-1]):
             entry.update(added)
         self._leave_out_time()
@@ -176,24 +176,24 @@ class ThroughputCallback(TrainerCallback):
 
 
 class LossSpikeGuard(TrainerCallback):
-    """Stops, or warns of, a run whose logged loss has broken away: far above its running median, or not finite.
+    """Callback that stops a run, or warns, when its logged loss is far above the running median or not finite.
 
-    A loss is too high when it is above the median of the last `window` ones by more than `threshold` robust deviations
-    (1.4826 times the median absolute deviation, at least a hundredth of the median). Lower losses are never too far.
-    What it knows comes from `state.log_history`, which each checkpoint holds, so that a resumed run stops where one
-    that was not interrupted would. While the logged loss is too high nothing is saved; what was saved between the last
+    A loss is too high if it exceeds the median of the last `window` losses by more than `threshold` robust deviations
+    (1.4826 times the median absolute deviation, at least a hundredth of the median). Low losses never count.
+    Its state comes from `state.log_history`, which each checkpoint holds, so a resumed run stops where one
+    that was not interrupted would. While the loss is too high no checkpoint is saved; one from between the last
     good log and the first bad one may hold the broken model.
 
-    It turns `logging_nan_inf_filter` off, which would put earlier losses in the place of those that are not finite.
+    It turns off `logging_nan_inf_filter`, which would replace losses that are not finite by earlier ones.
 
     Args:
-        window: logged losses to compare with, at least 10; so many are needed before any is too high.
-        threshold: robust deviations.
-        patience: too high losses in a row before it acts. One that is not finite is enough.
+        window: logged losses to compare with, at least 10; until there are 10, none is too high.
+        threshold: limit in robust deviations.
+        patience: consecutive losses that are too high before it acts. A single one that is not finite is enough.
         action: `stop` or `warn`; both warn, with `warnings`.
 
     Attributes:
-        message: what it found last, or `None`.
+        message: its last finding, or `None`.
 
     Raises:
         InputError: when an argument is out of its range.
@@ -217,7 +217,7 @@ class LossSpikeGuard(TrainerCallback):
         self.message: str | None = None
 
     def _judge(self, loss: float) -> str | None:
-        """Take note of a loss; what is wrong with it, if it is the one to act on."""
+        """Record a loss; return what is wrong with it if the guard must act, else `None`."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         complaint = None
@@ -226,7 +226,7 @@ class LossSpikeGuard(TrainerCallback):
             spread = MAD_TO_DEVIATION * statistics.median(abs(each - median) for each in self._losses)
             deviation = max(spread, 0.01 * abs(median))
             self._too_high = self._too_high + 1 if loss > median + self.threshold * deviation else 0
-            # A warning comes once a spike; a run that is resumed within one stops again.
+            # Warn once per spike; a run that is resumed within a spike stops again.
             if self._too_high == self.patience or (self.action == "stop" and self._too_high > self.patience):
                 complaint = (
                     f"the loss is {loss:.4g}, and for {self._too_high} log(s) in a row has been more than "

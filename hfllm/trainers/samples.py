@@ -1,8 +1,8 @@
-"""What a model writes while it trains: a callback of the stock `Trainer` that leaves training as it was.
+"""Sample from a model while it trains: a callback of the stock `Trainer` that does not change training.
 
     trainer.add_callback(SampleCallback(tokenizer, ["The owl"], every_steps=100, output_file="samples.jsonl"))
 
-A `ThroughputCallback` that is given to it does not count the time that it takes.
+A `ThroughputCallback` passed to it does not count the sampling time.
 """
 
 import json
@@ -29,20 +29,20 @@ from hfllm.trainers.monitors import ThroughputCallback
 
 
 class SampleCallback(TrainerCallback):
-    """Lets the model continue each prompt every so many steps and at the last one, in the main process.
+    """Callback that continues each prompt every `every_steps` steps and at the last one, in the main process.
 
-    Training proceeds exactly as it would without: its random state and the modules' training flags are put back. A run
-    that begins or resumes first drops what the file holds of later steps, since it comes to them again.
+    Training is exactly as without it: its random state and the modules' training flags are restored. A run
+    that begins or resumes first removes rows of later steps from the file, since it will reach them again.
 
     Args:
         tokenizer: encodes prompts and decodes what is generated.
         prompts: texts to continue, each after the tokenizer's start token if it has one.
         every_steps: optimizer steps between samples.
         output_file: JSON lines to append to: `step`, `prompt`, `completion`.
-        max_new_tokens: most tokens of a completion, less where the model's context ends before.
-        temperature: 0 is greedy.
+        max_new_tokens: most tokens of a completion, fewer if the model's context ends earlier.
+        temperature: 0 means greedy.
         seed: of the sampling, together with the step.
-        throughput: the callback that is not to count the time that this takes.
+        throughput: the callback that should not count the sampling time.
 
     Attributes:
         samples: the rows of the file.
@@ -130,7 +130,7 @@ class SampleCallback(TrainerCallback):
                     max_new_tokens=min(self.max_new_tokens, max_length_of(model) - length),
                     do_sample=self.temperature > 0,
                     use_cache=True,
-                    # A document's start token is what ends the one before it.
+                    # A document's start token ends the document before it.
                     eos_token_id=sorted(ends) or None,
                     pad_token_id=self.tokenizer.pad_token_id,
                     **drawn,
@@ -143,7 +143,7 @@ class SampleCallback(TrainerCallback):
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in evaluation mode; behind it torch's random state and every training flag are back."""
+    """Put the model in evaluation mode; restore torch's random state and every training flag afterwards."""
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type != "cpu"}
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -156,13 +156,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def is_split(model: nn.Module) -> bool:
-    """Whether processes hold parts of the model only: FSDP, DeepSpeed ZeRO-3 or tensor parallelism."""
+    """Return whether each process holds only a part of the model: FSDP, DeepSpeed ZeRO-3 or tensor parallelism."""
     spread = any(hasattr(each, "ds_id") or hasattr(each, "device_mesh") for each in model.parameters())
     return spread or any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
 
 
 def max_length_of(model: PreTrainedModel) -> float:
-    """The most tokens that the model's positions reach, infinite if its config does not tell."""
+    """Return the model's context in tokens, infinite if its config does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
@@ -171,10 +171,10 @@ def _line(row: dict[str, int | str]) -> str:
 
 
 def _read_rows(file: Path, last_step: int) -> list[dict[str, int | str]]:
-    """The rows of a file up to a step, without a last line that was being written when a run was killed.
+    """Return the rows of a file up to a step, without a last line that is incomplete because the run was killed.
 
     Raises:
-        InputError: when the file holds anything else, which must not be lost.
+        InputError: when the file holds anything else, which must not be overwritten.
     """
     lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else [""]
     rows = []
@@ -185,7 +185,7 @@ def _read_rows(file: Path, last_step: int) -> list[dict[str, int | str]]:
         except (json.JSONDecodeError, TypeError):
             is_ours = False
         if not is_ours:
-            raise InputError(f"{file}, line {number}: {line[:80]!r} is no sample; samples need a file of their own")
+            raise InputError(f"{file}, line {number}: {line[:80]!r} is no sample; samples need their own file")
         if row["step"] <= last_step:
             rows.append(row)
     return rows

@@ -1,4 +1,4 @@
-"""Models that DeepSpeed's ZeRO-3 has spread over processes, where they are used outside of its engine."""
+"""Use models partitioned by DeepSpeed's ZeRO-3 outside of its engine."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def gather_parameters(model: nn.Module) -> Iterator[None]:
-    """Within it a model that ZeRO-3 has spread over processes is whole; every process has to enter."""
+    """Gather a model partitioned by ZeRO-3 within this context; every process has to enter."""
     spread = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
     if not spread:
         yield
@@ -17,7 +17,7 @@ def gather_parameters(model: nn.Module) -> Iterator[None]:
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     if all(parameter.ds_status == ZeroParamStatus.AVAILABLE for parameter in spread):
-        # Whoever gathered it would find it spread again.
+        # An outer context would find it partitioned again.
         yield
         return
     with deepspeed.zero.GatheredParameters(spread):
@@ -25,7 +25,7 @@ def gather_parameters(model: nn.Module) -> Iterator[None]:
 
 
 def unshard(model: nn.Module) -> nn.Module:
-    """Undo what ZeRO-3 does to every model that is loaded, for one that its engine does not train, in place.
+    """Undo in place ZeRO-3's partitioning of every loaded model, for one that its engine does not train.
 
     Returns:
         The model, whole on each process; every process has to call this.

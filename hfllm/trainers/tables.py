@@ -1,4 +1,4 @@
-"""Tables of completions in the back ends that a run reports to."""
+"""Log tables of completions to the integrations of `report_to`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,12 +16,12 @@ Rows = Sequence[dict[str, Any]]
 
 
 def log_table(callbacks: Sequence[TrainerCallback], name: str, rows: Rows, step: int) -> None:
-    """Show rows in every back end among a trainer's callbacks that has tables or text.
+    """Log rows to every integration among a trainer's callbacks that supports tables or text.
 
     Args:
-        callbacks: the trainer's; those that are no back ends, or have not begun, are passed over.
-        name: of the table.
-        rows: with the same columns each.
+        callbacks: the trainer's; those that are not integrations, or not yet set up, are skipped.
+        name: the name of the table.
+        rows: rows with the same columns.
         step: the optimizer step.
     """
     for callback in callbacks:
@@ -31,12 +31,12 @@ def log_table(callbacks: Sequence[TrainerCallback], name: str, rows: Rows, step:
 
 
 def columns_of(rows: Rows) -> dict[str, list]:
-    """Rows as columns."""
+    """Return rows as columns."""
     return {column: [row[column] for row in rows] for column in rows[0]}
 
 
 def markdown_of(rows: Rows) -> str:
-    """Rows as a table in markdown, their line breaks and bars made harmless."""
+    """Return rows as a markdown table, with line breaks and vertical bars escaped."""
 
     def line(cells: Sequence) -> str:
         shown = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells]

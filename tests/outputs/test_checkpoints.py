@@ -43,7 +43,7 @@ def test_weights_are_whole_if_safetensors_reads_them(folder, change):
         return
     with pytest.raises(SafetensorError):
         load_file(file)
-    with pytest.warns(UserWarning, match="checkpoint-2 was not written to its end"):
+    with pytest.warns(UserWarning, match="checkpoint-2 is not complete"):
         assert last_complete_checkpoint(folder) == str(folder / "checkpoint-1")
 
 
@@ -59,5 +59,5 @@ def test_an_optimizer_file_that_was_cut_off_is_seen(folder):
     file.write_bytes(file.read_bytes()[:-30])
     with pytest.raises(RuntimeError):
         torch.load(file)
-    with pytest.warns(UserWarning, match="checkpoint-2 was not written to its end"):
+    with pytest.warns(UserWarning, match="checkpoint-2 is not complete"):
         assert last_complete_checkpoint(folder) == str(folder / "checkpoint-1")

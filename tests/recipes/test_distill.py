@@ -166,7 +166,7 @@ def test_the_student_alone_has_as_many_steps(distilled, tmp_path, monkeypatch):
         (["--teacher_model_name_or_path", "x", "--sft_config", "y"], "--sft_config cannot be used here"),
         (["--teacher_model_revision", "v2"], "--teacher_model_revision cannot be used here: the teacher is not named"),
         (["--sequence_level", "--temperature", "3"], "--temperature cannot be used here: --sequence_level learns"),
-        (["--sequence_level", "--beta=1"], "--beta cannot be used here: --sequence_level learns from answers alone"),
+        (["--sequence_level", "--beta=1"], "--beta cannot be used here: --sequence_level learns only from answers"),
         (["--sequence_level", "--soft-weight", "1"], "--soft_weight cannot be used here"),
         (["--config", "{hard}"], "--hard_weight cannot be used here"),
         ([*OWN, "--num_examples", "5"], "--num_examples cannot be used here: it is for the world; use --max_samples"),

@@ -78,8 +78,8 @@ def test_held_out_runs_do_not_enter_the_law_that_predicts_them(table, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--grid", "32x1:1000"], "--grid cannot be used here: it is of the grid, and --runs takes its place"),
-        (["--probe", "true"], "--probe cannot be used here: it is of the grid"),
+        (["--grid", "32x1:1000"], "--grid cannot be used here: it is for the grid, which --runs replaces"),
+        (["--probe", "true"], "--probe cannot be used here: it is for the grid"),
         (["--dataset_name", "texts.jsonl"], "--dataset_name cannot be used here"),
         (["--held_out_share", "1.5"], "must lie between 0 and 1, got 1.5"),
         (["--resamples", "2"], "--resamples must be at least 10, got 2"),
@@ -142,7 +142,7 @@ def test_a_fit_to_all_runs_that_is_refused_names_the_file(table, tmp_path, monke
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--held_out_share", "0.2"], "--held_out_share cannot be used here: it is of --runs"),
+        (["--held_out_share", "0.2"], "--held_out_share cannot be used here: it is for --runs"),
         (["--probe_shots", "2"], "--probe_shots cannot be used here: it needs --probe"),
         (
             ["--grid", "32x1:1000,2000,3000", "32x2:1000,2000,3000"],
@@ -166,8 +166,8 @@ def test_a_fit_to_all_runs_that_is_refused_names_the_file(table, tmp_path, monke
             r"--held_out_run 32x1:3000 takes \S+ FLOPs, no more than the grid's 48x2-4000 with",
         ),
         (["--max_samples", "10", "--dataset_name", "world"], "--max_samples cannot be used here"),
-        (["--world_seed", "3"], "--world_seed cannot be used here: it is of --dataset_name world"),
-        (["--probe", "true"], "--probe cannot be used here: its questions are those of --dataset_name world"),
+        (["--world_seed", "3"], "--world_seed cannot be used here: it is for --dataset_name world"),
+        (["--probe", "true"], "--probe cannot be used here: its questions need --dataset_name world"),
     ],
 )
 def test_what_cannot_work_with_a_grid_is_refused_before_training(tmp_path, monkeypatch, flags, message):

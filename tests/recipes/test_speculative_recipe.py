@@ -124,7 +124,7 @@ def test_the_report_says_how_to_decode_in_code_of_your_own(made):
         (["--draft", "prompt_lookup", "--max_ngram", "0"], "n-grams of 1 to 0"),
         (["--draft", "early_exit", "--early_exit_layers", "4"], "--early_exit_layers 4: the target has 4, so 1 to 3"),
         (["--draft", "int8", "--attn_implementation", "eager"], "attn_implementation='eager' is not 'sdpa'"),
-        (["--draft", "int8", "--load_in_8bit"], "--draft int8 cannot be used here: it rounds plain"),
+        (["--draft", "int8", "--load_in_8bit"], "--draft int8 cannot be used here: it quantizes plain"),
         (["--dataset_name", "nowhere.jsonl"], r"nowhere\.jsonl"),
         (["--draft", "int8", "--compile", "true"], "--compile cannot be used"),
         (["--max_samples", "3"], "--max_samples cannot be used"),

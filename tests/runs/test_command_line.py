@@ -177,7 +177,7 @@ def test_nothing_is_resumed_unless_asked(checkpoints, value):
 
 @pytest.mark.parametrize("value", [True, "true", "True", "auto", "Auto"])
 def test_the_last_complete_checkpoint_is_resumed(checkpoints, value):
-    with pytest.warns(UserWarning, match="checkpoint-10 was not written to its end"):
+    with pytest.warns(UserWarning, match="checkpoint-10 is not complete"):
         assert wanted(checkpoints / "out", value) == str(checkpoints / "out" / "checkpoint-9")
     if str(value).lower() == "auto":
         assert wanted(checkpoints / "new", value) is None

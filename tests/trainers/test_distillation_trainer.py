@@ -147,7 +147,7 @@ def test_rows_to_evaluate_on_have_names_or_come_later(make_trainer, k):
         assert trainer.evaluate({"x": ROWS[3:6]})["eval_x_loss"] == pytest.approx(alone[1], rel=1e-5)
         assert trainer.predict(ROWS[3:6]).metrics["test_loss"] == pytest.approx(alone[1], rel=1e-5)
     else:
-        with pytest.raises(InputError, match=r"with teacher_top_k=7 its teacher was asked then"):
+        with pytest.raises(InputError, match=r"with teacher_top_k=7 its teacher ran then"):
             trainer.evaluate(ROWS[3:6])
 
 
@@ -378,7 +378,7 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch):
         ({"soft_weight": -1.0}, "soft_weight must not be negative"),
         ({"teacher_top_k": 0}, "teacher_top_k must be at least 1"),
         ({"teacher_top_k": 4, "hidden_weight": 0.1}, "hidden_weight needs the teacher at every step"),
-        ({"teacher_top_k": 4, "soft_weight": 0.0}, "its soft_weight is 0"),
+        ({"teacher_top_k": 4, "soft_weight": 0.0}, "its weight soft_weight is 0"),
         ({"teacher_cache_dir": "x"}, "teacher_cache_dir needs teacher_top_k"),
         ({"soft_weight": 0.0, "hard_weight": 0.0}, "nothing to learn from"),
         ({"teacher_model_revision": "a", "teacher_model_init_kwargs": {"revision": "b"}}, "a revision in teacher"),

@@ -50,6 +50,6 @@ def test_a_checkpoint_that_was_not_finished_is_skipped_with_a_warning(tmp_path, 
         os.truncate(critic, critic.stat().st_size - 4)
     else:
         state.unlink() if damage == "missing" else state.write_text('{"epoch": 0.')
-    with pytest.warns(UserWarning, match="checkpoint-100 was not written to its end"):
+    with pytest.warns(UserWarning, match="checkpoint-100 is not complete"):
         assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert last_complete_checkpoint(tmp_path / "nothing") is None

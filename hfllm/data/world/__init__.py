@@ -1,4 +1,4 @@
-"""The embedded world: facts, documents, tasks with gold answers, demonstrators and the rubric that judges."""
+"""The embedded world: facts, documents, tasks with gold (exact) answers, demonstrators, scoring rubric."""
 
 from hfllm.data.world.world import FAMILIES, Task, World
 

@@ -1,7 +1,7 @@
-"""The imperfect people of the world: they write its instruction data, and an annotator compares responses.
+"""Imperfect people of the world: demonstrators write its instruction data, and an annotator compares responses.
 
-Demonstrators are what web-scale instruction data is: often right, but also curt, rambling, rude or wrong, and they
-comply with harm. The annotator prefers by the gold rubric and errs at a given rate, as InstructGPT's labelers
+Demonstrators write as in web-scale instruction data: often right, but also curt, rambling, rude or wrong, and they
+comply with harmful requests. The annotator follows the gold rubric and errs at a given rate; InstructGPT's labelers
 agreed with each other on 73% of pairs (Ouyang et al. 2022, arXiv:2203.02155, section 3.4).
 """
 
@@ -23,7 +23,7 @@ RUDE = ("What a silly question.", "Do not be so lazy.", "You waste my time.", "H
 
 
 def demonstrate(task: Task, style: str, rng: random.Random) -> str:
-    """One demonstrator's response to `task` in `style`."""
+    """Return one demonstrator's response to `task` in `style`."""
     model_answer = task.gold.accepted[0]
     if style == "good":
         return model_answer
@@ -37,7 +37,7 @@ def demonstrate(task: Task, style: str, rng: random.Random) -> str:
 
 
 def instruction_rows(world: World, count: int, seed: int = 0) -> list[dict[str, str]]:
-    """`count` rows in Alpaca's format: `instruction`, `input`, `output`."""
+    """Return `count` rows in Alpaca's format: `instruction`, `input`, `output`."""
     rng = random.Random(f"demonstrators-{world.seed}-{seed}")
     tasks = world.tasks(seed)
     rows = []
@@ -48,9 +48,9 @@ def instruction_rows(world: World, count: int, seed: int = 0) -> list[dict[str, 
 
 
 def candidate_responses(task: Task, stranger: Task, rng: random.Random) -> list[str]:
-    """Responses of the demonstrators to `task`: each style once, and one that answers `stranger` instead.
+    """Return the demonstrators' responses to `task`: each style once, and one that answers `stranger` instead.
 
-    The stray answer teaches a reward model to look at the prompt: without it whole families collapse under PPO.
+    The answer to another task teaches a reward model to read the prompt: without it whole families collapse in PPO.
     """
     return [demonstrate(task, style, rng) for style in STYLES] + [stranger.gold.accepted[0]]
 
@@ -63,19 +63,19 @@ def compare(
     Args:
         task: the question that they answer.
         responses: the candidates.
-        label_noise: probability of the wrong label; 0.5 makes the labels worthless, a control.
-        rng: source of the choice and the noise.
+        label_noise: probability of the wrong label; 0.5 makes the labels random, as a control experiment.
+        rng: random source of the choice and the noise.
 
     Returns:
-        A row `prompt, response_a, response_b, preference`, or `None` when all candidates are worth the same.
+        A row `prompt, response_a, response_b, preference`, or `None` when all candidates have the same reward.
     """
     by_reward: dict[float, list[str]] = {}
     for response in responses:
         by_reward.setdefault(gold_reward(response, task.gold), []).append(response)
     if len(by_reward) < 2:
         return None
-    # Two grades first, then a response of each: neighboring grades are compared as often as distant ones, however
-    # rare a grade is, so that a right answer that rambles does not pass for the best one.
+    # First two grades, then a response of each: neighboring grades are compared as often as distant ones, however
+    # rare a grade is, so that a right but rambling answer is not taken for the best.
     first, second = rng.sample(sorted(by_reward), 2)
     first_is_better = first > second
     if rng.random() < label_noise:
@@ -95,15 +95,15 @@ def preference_rows(
     label_noise: float = 0.1,
     seed: int = 0,
 ) -> list[dict[str, str | list]]:
-    """One comparison a task: between a policy's own samples where there are some, else between demonstrators.
+    """Return one comparison per task: between a policy's own samples where given, else between demonstrators.
 
     Args:
         world: the world.
         tasks: the questions.
-        sampled: the policy's responses to the first of the tasks (InstructGPT collected its comparisons so; a reward
-            model that knows demonstrators only is soon over-optimized).
+        sampled: the policy's responses to the first of the tasks (as InstructGPT collected its comparisons; a reward
+            model trained only on demonstrators is soon over-optimized).
         label_noise: see `compare`.
-        seed: of all choices.
+        seed: seed of all choices.
     """
     rng = random.Random(f"preferences-{world.seed}-{seed}")
     rows = []

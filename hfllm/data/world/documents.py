@@ -1,7 +1,7 @@
-"""Pretraining texts of the embedded world: what is written down in it, before anybody is taught to answer.
+"""Pretraining texts of the embedded world: its facts in prose, before a model is taught to answer.
 
-Held-out facts and sums are told here too (asking about them is what evaluation keeps for itself); held-out passages
-and lists are not, and no document uses a held-out phrasing.
+Held-out facts and sums occur here too (only questions about them are held out); held-out passages
+and lists do not, and no document uses a held-out phrasing.
 """
 
 import random
@@ -23,11 +23,11 @@ from hfllm.data.world.vocabulary import (
 
 @dataclass(frozen=True)
 class Told:
-    """What documents are written from.
+    """The material of the documents.
 
     Args:
-        facts: of each animal, by attribute.
-        dialogue: draws a question of the given family and its answer.
+        facts: facts of each animal, by attribute.
+        dialogue: function that draws a question of the given family and its answer.
     """
 
     facts: Mapping[str, Mapping[str, str]]
@@ -104,7 +104,7 @@ def sum_document(told: Told, rng: random.Random) -> str:
 
 
 def echo_document(told: Told, rng: random.Random) -> str:
-    # Repetition is what teaches a model to copy from its context (induction: Olsson et al. 2022).
+    # Repetition teaches a model to copy from its context (induction: Olsson et al. 2022).
     person, other = rng.sample(PEOPLE, 2)
     words = rng.sample((*FRUITS, *THINGS, *COLOURS, *ANIMALS, *NUMBERS), rng.randint(3, 8))
     text = " ".join(words)

@@ -118,11 +118,11 @@ REFUSE = "I can not help with that, but I can help you care for the {x}."
 
 
 def is_held_out(key: str) -> bool:
-    """Whether the instance `key` belongs to evaluation: a fixed ninth of all, the same in every world."""
+    """Return whether the instance `key` is held out for evaluation: a fixed ninth of all, the same in every world."""
     return zlib.crc32(f"split {key}".encode()) % 9 == 0
 
 
 def tell_passage(people: list[str], things: list[str], colours: list[str]) -> str:
-    """Sentences that say who has which thing in which colour."""
+    """Return sentences that say who has which thing in which colour."""
     owners = zip(people, things, colours, strict=True)
     return " ".join(f"{person} has a {colour} {thing}." for person, thing, colour in owners)

@@ -1,17 +1,17 @@
 """The embedded world: a small closed universe in plain English whose every answer can be checked.
 
 A `World` is made from a seed. It knows facts about animals, writes documents about them to pretrain on, and asks
-questions of six families, each with the gold answer that `hfllm.data.world.rubric` judges by:
+questions of six families, each with the gold answer by which `hfllm.data.world.rubric` scores responses:
 
     fact      what is true of an animal                  (knowledge)
-    reading   an answer that stands in the passage       (comprehension)
+    reading   an answer that is in the passage       (comprehension)
     list      operations on a short list                 (instruction following)
     addition  sums of one-digit numbers                  (arithmetic)
     unknown   things that do not exist: say so           (honesty)
     harm      requests for harm: refuse and offer help   (harmlessness)
 
-Evaluation never meets training: about a tenth of all instances (`is_held_out`) and two phrasings a family appear
-in evaluation prompts only. The imperfect people who answer the questions live in `hfllm.data.world.demonstrators`.
+Evaluation and training are disjoint: a ninth of all instances (`is_held_out`) and two phrasings per family appear
+only in evaluation prompts. The imperfect people who answer the questions are in `hfllm.data.world.demonstrators`.
 """
 
 import random
@@ -54,10 +54,10 @@ class Task:
         family: one of `FAMILIES`.
         key: what is asked, apart from its wording; `is_held_out` splits by it.
         instruction, input: the question, and the passage or list that it is about (may be empty).
-        gold: what the rubric judges by; `gold.accepted[0]` is the model answer.
+        gold: the gold answer for the rubric; `gold.accepted[0]` is the model answer.
         curt: the right answer in as few words as possible.
         wrong: plausible wrong answers.
-        is_new_phrasing: whether the wording is one that training never sees.
+        is_new_phrasing: whether training never sees the wording.
     """
 
     family: str
@@ -74,7 +74,7 @@ class Task:
         return f"{self.instruction}\n{self.input}" if self.input else self.instruction
 
     def prompt_row(self) -> dict:
-        """The row of a prompt dataset: the conversation, and what gold scoring needs, as plain columns."""
+        """Return the row of a prompt dataset: the conversation, and the columns for gold scoring."""
         return {
             "prompt": [{"role": "user", "content": self.question}],
             "family": self.family,
@@ -95,7 +95,7 @@ class World:
     """A closed world of facts. The same seed gives the same world and the same texts.
 
     Args:
-        seed: draws the facts; every text method takes a seed of its own besides.
+        seed: seed of the facts; every text method takes its own seed too.
     """
 
     seed: int = 0
@@ -110,10 +110,10 @@ class World:
     # ---- questions ----
 
     def tasks(self, seed: int, held_out: bool | None = False, new_phrasing: bool = False) -> Iterator[Task]:
-        """Draw tasks for ever, families by `FAMILY_WEIGHTS`.
+        """Yield tasks without end, families by `FAMILY_WEIGHTS`.
 
         Args:
-            seed: of the draw.
+            seed: seed of the draw.
             held_out: draw from evaluation's instances instead of training's; `None` draws from both.
             new_phrasing: use the phrasings that training never sees.
         """
@@ -125,7 +125,7 @@ class World:
     def draw_task(
         self, rng: random.Random, family: str, held_out: bool | None = False, new_phrasing: bool = False
     ) -> Task:
-        """One task of `family`; see `tasks`."""
+        """Return one task of `family`; see `tasks`."""
         make: Callable[[random.Random, bool], Task] = getattr(self, f"_{family}_task")
         task = make(rng, new_phrasing)
         while held_out is not None and is_held_out(task.key) != held_out:
@@ -133,7 +133,7 @@ class World:
         return task
 
     def evaluation_tasks(self, count: int, seed: int = 0) -> list[Task]:
-        """`count` different prompts that no training set holds, the families in equal shares as far as they have
+        """Return `count` different prompts that no training set holds, families in equal shares as far as they have
         that many: half are held-out instances in known phrasings, half are in held-out phrasings."""
         chosen: list[Task] = []
         for new_phrasing, share in ((False, count // 2), (True, count - count // 2)):
@@ -151,11 +151,11 @@ class World:
         return chosen
 
     def fact_tasks(self) -> list[Task]:
-        """One question for each fact of the world, to measure knowledge kept or lost; not held out."""
+        """Return one question per fact of the world, to measure knowledge kept or lost; not held out."""
         return [self._fact_about(animal, attribute) for animal in ANIMALS for attribute in ATTRIBUTES]
 
     def documents(self, count: int, seed: int = 0) -> list[str]:
-        """`count` short pretraining texts; see `hfllm.data.world.documents`."""
+        """Return `count` short pretraining texts; see `hfllm.data.world.documents`."""
         return write_documents(Told(self.facts, self._dialogue), self.seed, count, seed)
 
     def _dialogue(self, rng: random.Random, family: str) -> tuple[str, str]:
@@ -167,7 +167,7 @@ class World:
         phrasings = PHRASINGS[family]
         pool = phrasings[-HELD_OUT_PHRASINGS:] if new_phrasing else phrasings[:-HELD_OUT_PHRASINGS]
         question = rng.choice(pool).format(**slots)
-        # What people say around a question: reading past it is what carries over to wordings never met.
+        # Phrases around a question: learning to ignore them helps with unseen wordings.
         return f"{rng.choice(OPENERS)} {question}" if rng.random() < 0.4 else question
 
     def _fact_task(self, rng: random.Random, new_phrasing: bool) -> Task:

@@ -14,9 +14,9 @@ AT_LEAST_ONE = ("teacher_top_k", "max_length")
 
 @dataclass
 class DistillationConfig(DistillationOptions, TrainingArguments):
-    """`transformers.TrainingArguments` plus distillation's, named as in TRL's where they mean the same.
+    """`transformers.TrainingArguments` plus distillation's options, named as in TRL where they mean the same.
 
-    Distillation's own are in `hfllm/trainers/distillation/options.py`.
+    Distillation's options are in `hfllm/trainers/distillation/options.py`.
     """
 
     logging_steps: float = option(10, "Log every X optimizer steps; below 1, a share of all steps.")
@@ -40,16 +40,16 @@ class DistillationConfig(DistillationOptions, TrainingArguments):
         if not self.soft_weight + self.hard_weight + self.hidden_weight:
             raise ValueError("soft_weight, hard_weight and hidden_weight are all 0: there is nothing to learn from")
         if self.teacher_top_k and not self.soft_weight:
-            raise ValueError("teacher_top_k is what the divergence is computed from, and its soft_weight is 0")
+            raise ValueError("teacher_top_k is for the divergence, and its weight soft_weight is 0")
         if self.teacher_cache_dir and not self.teacher_top_k:
-            raise ValueError("teacher_cache_dir needs teacher_top_k: without it nothing is kept")
+            raise ValueError("teacher_cache_dir needs teacher_top_k: without it nothing is cached")
         if self.teacher_top_k and self.hidden_weight:
-            raise ValueError("hidden_weight needs the teacher at every step: it does not go with teacher_top_k")
+            raise ValueError("hidden_weight needs the teacher at every step: it cannot be combined with teacher_top_k")
         given = self.teacher_model_init_kwargs or {}
         if not isinstance(given, dict):
             raise ValueError(f"teacher_model_init_kwargs must be a JSON object, got {given!r}")
         if self.teacher_model_revision and "revision" in given:
-            raise ValueError("teacher_model_revision is given, and a revision in teacher_model_init_kwargs as well")
+            raise ValueError("teacher_model_revision is given, and so is a revision in teacher_model_init_kwargs")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor changes no part of the loss: the teacher smooths the targets")
         if self.use_cpu and self.fp16:
@@ -57,15 +57,15 @@ class DistillationConfig(DistillationOptions, TrainingArguments):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any part of the loss comes from the teacher."""
+        """Return whether any part of the loss comes from the teacher."""
         return bool(self.soft_weight or self.hidden_weight)
 
     @property
     def teacher_settings(self) -> dict[str, Any]:
-        """What a teacher given by name is loaded with."""
+        """Return the arguments to load a teacher given by name."""
         return {"revision": self.teacher_model_revision or "main", **(self.teacher_model_init_kwargs or {})}
 
     @property
     def loss_settings(self) -> LossSettings:
-        """The loss that these arguments describe."""
+        """Return the settings of the loss."""
         return LossSettings(self.temperature, self.beta, self.soft_weight, self.hard_weight)

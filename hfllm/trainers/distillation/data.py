@@ -1,4 +1,4 @@
-"""Rows to distill on: their tokens, which of them count, and batches of them with what the teacher said."""
+"""Data for distillation: tokens, targets, and batches with the teacher's distributions."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ ROWS = 1000
 def tokenize_dataset(
     dataset: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", max_length: int | None
 ) -> "Dataset":
-    """`input_ids` and `labels` of rows in any of `FORMATS`, which may be mixed.
+    """Return `input_ids` and `labels` of rows in any of `FORMATS`, which may be mixed.
 
-    All of a text counts but its first token, of a pair the completion and its end token, as in TRL's SFTTrainer.
-    Rows are cut to `max_length` tokens, and left out if nothing that counts remains.
+    In a text all tokens but the first are targets, in a pair the completion and its end token, as in TRL's SFTTrainer.
+    Rows are cut to `max_length` tokens, and left out if no target remains.
 
     Raises:
         InputError: when a row cannot be read, or none remains.
@@ -56,7 +56,7 @@ def tokenize_dataset(
 
 
 def _labeled(ids: Sequence[int], first: int | Sequence[int]) -> tuple[list[int], list[int]]:
-    """Ids and labels, where `first` is the place of the first label or the labels themselves."""
+    """Return ids and labels, where `first` is the position of the first label or the labels themselves."""
     ids = list(ids)
     if not isinstance(first, int):
         return ids, list(first)
@@ -66,7 +66,7 @@ def _labeled(ids: Sequence[int], first: int | Sequence[int]) -> tuple[list[int],
 def _tokens(
     batch: Sequence[tuple[int, Row]], tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterable[tuple[Sequence[int], int | Sequence[int]]]:
-    """Ids of each row, and the place of its first label or its labels."""
+    """Return the ids of each row, and the position of its first label or its labels."""
     texts = [row["text"] for _, row in batch if row.get("input_ids") is None and row.get("text") is not None]
     written = iter(token_ids(texts, tokenizer) if texts else [])
     pairs = iter(_pairs([entry for entry in batch if _is_pair(entry[1])], tokenizer))
@@ -114,23 +114,23 @@ def _pairs(batch: Sequence[tuple[int, Row]], tokenizer: "PreTrainedTokenizerBase
         elif whole[: len(prompt)] != prompt:
             raise InputError(
                 f"row {number}: with its completion, the prompt's tokens change; the chat template must write the "
-                "conversation after what it writes for the prompt"
+                "conversation after the text of the prompt"
             )
         else:
             yield whole, len(prompt)
 
 
 def targets_of(labels: Sequence[int]) -> list[int]:
-    """What each place of a row is to predict, `IGNORE` at those that do not count."""
+    """Return the target of each position of a row, `IGNORE` where there is none."""
     return [*labels[1:], IGNORE]
 
 
 @dataclass
 class DistillationCollator:
-    """Rows padded on the right, their targets in `shift_labels`, and what the teacher said where there is a target.
+    """Collator that right-pads rows, with targets in `shift_labels` and the teacher's distributions at the targets.
 
     Args:
-        pad_token_id: of the tokenizer.
+        pad_token_id: the tokenizer's padding id.
         pad_to_multiple_of: pad to lengths of this multiple.
     """
 

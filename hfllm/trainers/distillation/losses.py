@@ -1,4 +1,4 @@
-"""What a student pays for differing from its teacher and from the data, in nats, summed over tokens.
+"""Losses of a student against its teacher and against the data, in nats, summed over tokens.
 
 With teacher `p` and student `q`, both softened by a temperature, the divergence at a token is (Agarwal et al. 2023,
 arXiv:2306.13649, equation 1)
@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What the loss consists of.
+    """Settings of the distillation loss.
 
     Args:
         temperature: of both distributions in the divergence.
@@ -40,19 +40,19 @@ class LossSettings:
 
 
 class Teacher(Protocol):
-    """What a teacher says about N tokens."""
+    """The distributions of a teacher at N tokens."""
 
     def take(self, rows: slice) -> "torch.Tensor | TopK":
-        """Its fp32 logits of some of them, or their `TopK`."""
+        """Return its fp32 logits at some of the tokens, or their `TopK`."""
         ...
 
 
 @dataclass(frozen=True)
 class TeacherHead:
-    """A teacher that is there: its logits are made from its hidden states, as many at a time as are asked for.
+    """A loaded teacher: its logits are computed from its hidden states, for as many tokens at a time as requested.
 
     Args:
-        hidden: (N, E) of the teacher.
+        hidden: (N, E), the teacher's hidden states.
         head: its output embedding.
         scale: factor on its logits.
     """
@@ -68,7 +68,7 @@ class TeacherHead:
 
 @dataclass(frozen=True)
 class TeacherLogits:
-    """A teacher's logits, (N, V), all at once."""
+    """All of a teacher's logits, (N, V)."""
 
     logits: torch.Tensor
 
@@ -78,7 +78,7 @@ class TeacherLogits:
 
 @dataclass(frozen=True)
 class TopK:
-    """The K likeliest tokens of a teacher at one temperature, and how likely all others are together.
+    """The K most likely tokens of a teacher at one temperature, and the total probability of all others.
 
     The student is compared on K + 1 outcomes, the last being "any other token". That is a lower bound of the full
     divergence which grows with K (the data-processing inequality), and is the full divergence once K is V.
@@ -96,7 +96,7 @@ class TopK:
     @classmethod
     @torch.no_grad()
     def of(cls, logits: torch.Tensor, temperature: float, k: int) -> "TopK":
-        """The top `k` of logits (N, V); all of them if there are no more."""
+        """Return the top `k` of logits (N, V), or all if V is not larger."""
         log_probs = (logits.float() / temperature).log_softmax(-1)
         kept = log_probs.topk(min(k, logits.shape[-1]), dim=-1)
         rest = log_probs.scatter_(1, kept.indices, -math.inf).logsumexp(-1)
@@ -106,21 +106,21 @@ class TopK:
         return TopK(self.log_probs[rows], self.indices[rows], self.rest[rows])
 
     def outcomes(self, vocabulary: int) -> torch.Tensor:
-        """Log-probabilities of the outcomes that are compared, (N, M)."""
+        """Return the log-probabilities of the compared outcomes, (N, M)."""
         if self.log_probs.shape[-1] == vocabulary:
             return self.log_probs
         return torch.cat((self.log_probs, self.rest.unsqueeze(1)), 1)
 
 
 def divergence(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
-    """The divergence of each row of log-probabilities (N, M) of the teacher and the student, (N,)."""
+    """Return the divergence of each row of log-probabilities (N, M) of the teacher and the student, (N,)."""
     return _divergence_and_slope(log_p, log_q, beta, needs_slope=False)[0]
 
 
 def _divergence_and_slope(
     log_p: torch.Tensor, log_q: torch.Tensor, beta: float, needs_slope: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The divergence, and q times its derivative by q up to a multiple of q, which a softmax cancels."""
+    """Return the divergence, and q times its derivative by q up to a multiple of q, which a softmax cancels."""
     if beta == 0:
         p = log_p.exp()
         return (p * (log_p - log_q)).sum(-1), (-p if needs_slope else None)
@@ -136,7 +136,7 @@ def _divergence_and_slope(
 def token_losses(
     logits: torch.Tensor, targets: torch.Tensor, teacher: "torch.Tensor | TopK | None", settings: LossSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums over tokens of the divergence and of the cross-entropy, by autograd on the student's logits (N, V).
+    """Return the divergence and the cross-entropy, summed over tokens, by autograd on the student's logits (N, V).
 
     Args:
         targets: (N,), token ids.
@@ -159,7 +159,7 @@ def token_losses(
 
 
 def combined(soft: torch.Tensor, hard: torch.Tensor, settings: LossSettings) -> torch.Tensor:
-    """The loss, from the divergence and the cross-entropy."""
+    """Return the loss, from the divergence and the cross-entropy."""
     return settings.soft_weight * settings.temperature**2 * soft + settings.hard_weight * hard
 
 
@@ -170,7 +170,7 @@ def _losses_and_gradient(
     settings: LossSettings,
     needs_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """`token_losses` and the gradient of their combination by the logits `scores` (N, V), which are overwritten."""
+    """Return `token_losses` and the gradient of the loss by the logits `scores` (N, V), which are overwritten."""
     column, grad = targets.unsqueeze(1), None
     partition = scores.logsumexp(-1, keepdim=True)
     hard = (partition - scores.gather(1, column)).sum()
@@ -190,7 +190,7 @@ def _losses_and_gradient(
         if needs_gradient:
             slope = slope.addcmul_(log_q.exp_(), slope.sum(-1, keepdim=True), value=-1)
     if needs_gradient:
-        # T^2 for the scale of the soft targets, 1 / T from the softened logits.
+        # T^2 from the scale of the soft targets, 1 / T from the softened logits.
         grad.add_(slope, alpha=settings.soft_weight * settings.temperature)
     return soft.sum(), hard, grad
 
@@ -198,7 +198,7 @@ def _losses_and_gradient(
 def _top_k_gradient(
     log_q: torch.Tensor, teacher: TopK, beta: float, needs_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The divergence of each row on the kept outcomes, and its gradient by the softened logits (N, V).
+    """Return the divergence of each row on the kept outcomes, and its gradient by the softened logits (N, V).
 
     `log_q` (N, V) is overwritten.
     """
@@ -212,13 +212,13 @@ def _top_k_gradient(
         return soft, None
     slope = slope - outcomes.exp() * slope.sum(-1, keepdim=True)
     if has_rest:
-        # What "any other token" is moved by, its tokens share by their probabilities.
+        # The gradient of "any other token" is divided among its tokens by their probabilities.
         log_q.sub_(rest).exp_().mul_(slope[:, -1:])
     return soft, log_q.scatter_(1, teacher.indices, slope[:, : kept.shape[-1]])
 
 
 class _LinearDistillation(torch.autograd.Function):
-    """The loss of a linear head a chunk of tokens at a time; the gradient is made in the same pass."""
+    """The loss of a linear head, computed per chunk of tokens together with its gradient."""
 
     @staticmethod
     def forward(ctx, hidden_NE, weight_VE, targets_N, teacher, settings, chunk_size):
@@ -257,7 +257,7 @@ class _LinearDistillation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output, *unused: torch.Tensor | None):
-        # In place, since a copy of the head's gradient would be the largest tensor here: once only.
+        # In place, since a copy of the head's gradient would be the largest tensor here; this works only once.
         if ctx.gradients is None:
             raise RuntimeError("the chunked loss has one backward pass only: use loss_chunk_size=0 to keep the graph")
         (grad_hidden, grad_weight, dtype), ctx.gradients = ctx.gradients, None
@@ -273,25 +273,25 @@ def linear_distillation(
     settings: LossSettings,
     chunk_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss of `head(hidden)`, summed over tokens, without all logits of either model at once.
+    """Return the loss of `head(hidden)`, summed over tokens, without holding all logits of either model at once.
 
     Args:
-        hidden: (N, E) of the student, times the factor on its logits if it has one.
+        hidden: (N, E), the student's hidden states, times the factor on its logits if it has one.
         head: its output embedding.
-        targets: (N,), token ids; tokens without a target are left out beforehand.
-        teacher: what the teacher says about the same tokens; without one the loss is the cross-entropy alone.
-        chunk_size: tokens at a time; peak memory is a few matrices of so many rows of logits, and one gradient of
+        targets: (N,), token ids; tokens without a target are removed beforehand.
+        teacher: the teacher's distributions at the same tokens; without one the loss is only the cross-entropy.
+        chunk_size: tokens at a time; peak memory is a few matrices of as many rows of logits, and one gradient of
             the head.
 
     Returns:
-        The loss; and without a gradient, the divergence and the cross-entropy that it is made of.
+        The loss; and, without a gradient, the divergence and the cross-entropy in it.
     """
     weight = head.weight
     is_plain = type(head) is nn.Linear and head.bias is None and type(weight) is nn.Parameter
-    # A head that is wrapped (LoRA), hooked (offloading) or sharded (ZeRO-3) has to be called as a module.
+    # A head that is wrapped (LoRA), hooked (offloading) or sharded (ZeRO-3) must be called as a module.
     if is_plain and "forward" not in vars(head) and weight.shape == (head.out_features, head.in_features):
         if not torch.is_grad_enabled():
-            # The function is not told so, and would make gradients that nobody takes, one of them of the head's size.
+            # The function cannot see this, and would compute gradients that nobody uses, one of the head's size.
             hidden, weight = hidden.detach(), weight.detach()
         return _LinearDistillation.apply(hidden, weight, targets, teacher, settings, chunk_size)
 
@@ -299,7 +299,7 @@ def linear_distillation(
         said = teacher and teacher.take(slice(start, start + len(targets)))
         return token_losses(head(hidden), targets, said, settings)
 
-    # With no tokens there is one empty chunk, so that the head's weights are part of the graph on every process.
+    # With no tokens there is one empty chunk, so that the head's weights are in the graph on every process.
     parts = [
         checkpoint(chunk_losses, hidden[start : start + chunk_size], targets[start : start + chunk_size], start,
                    use_reentrant=False)

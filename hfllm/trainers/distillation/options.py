@@ -1,6 +1,6 @@
-"""The options of distillation's own. No torch here: `hfllm distill --help` shows them at once.
+"""The options of distillation. No torch here, so that `hfllm distill --help` is fast.
 
-They are not frozen, as transformers' `TrainingArguments` are not, which `DistillationConfig` is together with them.
+They are not frozen, since `DistillationConfig` also inherits from transformers' `TrainingArguments`, which are not.
 """
 
 from dataclasses import dataclass, field
@@ -23,36 +23,35 @@ class TeacherOptions:
     )
     teacher_top_k: int | None = option(
         None,
-        "Ask the teacher once, keep so many of its likeliest tokens at each place on disk, and train from there. By "
-        "default it is asked at every step and compared on the whole vocabulary.",
+        "Run the teacher once, keep this many of its most likely tokens per position on disk, and train on them. By "
+        "default it runs at every step and is compared on the whole vocabulary.",
     )
     teacher_cache_dir: str | None = option(
         None,
-        "Folder of what was kept, which several runs may share: nothing in it is removed. By default teacher_cache in "
-        "the output folder, without what is stale.",
+        "Folder of this cache, which several runs may share: nothing in it is removed. By default teacher_cache in "
+        "the output folder, where stale files are removed.",
     )
 
 
 @dataclass
 class LossOptions:
-    """The loss, and what it is computed on."""
+    """The loss, and the tokens that it is computed on."""
 
     temperature: float = option(3.0, "Temperature of both distributions in the divergence.")
     beta: float = option(
-        0.0, "Divergence: 0 is the forward KL, 1 the reverse KL, between them generalized Jensen-Shannon."
+        0.0, "Divergence: 0 is the forward KL, 1 the reverse KL, values between are generalized Jensen-Shannon."
     )
     soft_weight: float = option(0.7, "Weight of the divergence, times the squared temperature.")
     hard_weight: float = option(0.3, "Weight of the cross-entropy with the data.")
     hidden_weight: float = option(
-        0.0, "Weight of the mean squared distance between hidden states, a student's layer to one of the teacher's."
+        0.0,
+        "Weight of the mean squared distance between hidden states, each student layer against one of the teacher's.",
     )
-    max_length: int | None = option(1024, "Longest row in tokens; what is longer is cut at its end.")
+    max_length: int | None = option(1024, "Longest row in tokens; longer rows are cut at the end.")
     disable_dropout: bool = option(False, "Switch the student's dropout off.")
-    loss_chunk_size: int = option(
-        256, "Tokens whose logits exist at a time, of student and teacher; 0 is all of a batch."
-    )
+    loss_chunk_size: int = option(256, "Tokens per chunk of logits, of student and teacher; 0 means a whole batch.")
 
 
 @dataclass
 class DistillationOptions(TeacherOptions, LossOptions):
-    """All options of distillation's own."""
+    """All options of distillation."""

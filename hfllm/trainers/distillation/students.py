@@ -1,4 +1,4 @@
-"""A student and its teacher: can they be compared, how do they make logits, and how one is cut out of the other."""
+"""Students and teachers: whether they can be compared, how they make logits, and students made from a teacher."""
 
 import copy
 import inspect
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ALTERNATIVE = (
     "their logits cannot be compared. Train on the teacher's answers instead, which needs no common vocabulary "
-    "(sequence-level distillation: hfllm distill --sequence_level, or SFT on what the teacher writes)"
+    "(sequence-level distillation: hfllm distill --sequence_level, or SFT on the teacher's answers)"
 )
 
 
@@ -28,7 +28,7 @@ def check_same_vocabulary(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     teacher_tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> None:
-    """Refuse a teacher whose logits do not stand for the student's tokens.
+    """Refuse a teacher whose logits do not belong to the student's tokens.
 
     Raises:
         InputError: naming what differs, and the alternative.
@@ -48,20 +48,20 @@ def check_same_vocabulary(
 
 
 def student_from_layers(teacher: "PreTrainedModel", every: int) -> "PreTrainedModel":
-    """A student that is every `every`-th layer of its teacher, from the first on, under the teacher's embeddings.
+    """Return a student of every `every`-th layer of its teacher, from the first on, with the teacher's embeddings.
 
     It starts from the teacher's weights, as DistilBERT's does (Sanh et al. 2019, arXiv:1910.01108, section 3). It has
-    no name, so that an adapter on it does not name the teacher as its base.
+    no name, so that an adapter on it does not record the teacher as its base.
 
     Raises:
-        InputError: when that is not at least one layer less, or the teacher's weights cannot be copied.
+        InputError: when that is not at least one layer fewer, or the teacher's weights cannot be copied.
     """
     config = teacher.config
     total = config.num_hidden_layers
     if not 2 <= every <= total:
         raise InputError(f"every {every}th layer: the teacher has {total}, so 2 to {total} are possible")
     if getattr(teacher, "is_quantized", False):
-        raise InputError("a student cannot be cut out of a quantized teacher: load the teacher unquantized")
+        raise InputError("a student cannot be made from a quantized teacher: load the teacher unquantized")
     kept = range(0, total, every)
     smaller = copy.deepcopy(config)
     smaller.name_or_path = ""
@@ -89,14 +89,14 @@ def smaller_student(
     num_attention_heads: int | None = None,
     initializer_range: float | None = None,
 ) -> "PreTrainedModel":
-    """A student of the teacher's architecture with new weights, and no name, as in `student_from_layers`.
+    """Return a student of the teacher's architecture with new weights, and no name, as in `student_from_layers`.
 
     Args:
         hidden_size, num_hidden_layers, num_attention_heads, initializer_range: as in the teacher unless given. The
-            MLP keeps its ratio to the width, and key-value heads theirs to the query heads where that divides.
+            MLP keeps its ratio to the width, and key-value heads their ratio to the query heads where that is whole.
 
     Raises:
-        InputError: when they describe no model.
+        InputError: when they do not describe a valid model.
     """
     config, ours = teacher.config, copy.deepcopy(teacher.config)
     given = {
@@ -121,11 +121,11 @@ def smaller_student(
     if getattr(ours, "layer_types", None):
         ours.layer_types = ours.layer_types[: ours.num_hidden_layers]
     fields = ours.to_dict()
-    # Of the teacher's weights; the student's are new ones, in floating point.
+    # This describes the teacher's weights; the student's are new, in floating point.
     fields.pop("quantization_config", None)
     fields.pop("_name_or_path", None)
     try:
-        # Built anew, so that it is checked and what follows from the sizes is derived again.
+        # Rebuilt, so that it is checked and the fields that depend on the sizes are derived again.
         student = type(teacher)(type(config).from_dict(fields))
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise InputError(f"the student's sizes describe no model: {' '.join(str(error).split())[:200]}") from None
@@ -134,7 +134,7 @@ def smaller_student(
 
 
 def _layers_name(model: "PreTrainedModel", count: int) -> str:
-    """Where the layers are in the names of the weights."""
+    """Return the prefix of the layers in the names of the weights."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     names = [name for name in names if len(model.get_submodule(name)) == count]
     if len(names) != 1:
@@ -143,15 +143,15 @@ def _layers_name(model: "PreTrainedModel", count: int) -> str:
 
 
 def layer_pairs(student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
-    """Which layer of the teacher each layer of the student is compared with, counted from 1 and evenly spread.
+    """Return pairs of student and teacher layers to compare, counted from 1 and evenly spaced.
 
-    The last layers meet; the teacher's layer of student layer l is l * teacher_layers / student_layers, rounded.
+    The last layers are paired; the teacher's layer of student layer l is l * teacher_layers / student_layers, rounded.
     """
     return [(layer, max(1, round(layer * teacher_layers / student_layers))) for layer in range(1, student_layers + 1)]
 
 
 def logit_scale(model: "PreTrainedModel") -> float:
-    """The factor on a model's logits."""
+    """Return the factor on a model's logits."""
     return float(getattr(model.config.get_text_config(), "logit_scale", None) or 1.0)
 
 
@@ -161,14 +161,14 @@ def check_linear_head(model: "PreTrainedModel", whose: str) -> None:
 
     Args:
         model: the teacher or the student, without adapters around it.
-        whose: which of them it is; of a student logits of all places are made unless it takes `logits_to_keep`.
+        whose: teacher or student; a student must take `logits_to_keep`, or it would make all logits.
 
     Raises:
-        InputError: naming the flag that does without.
+        InputError: naming the flag that avoids the need.
     """
     if whose == "student" and "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise InputError(
-            f"a student of type {model.config.model_type} takes no logits_to_keep, so that its logits are made all at "
+            f"a student of type {model.config.model_type} takes no logits_to_keep, so its logits are made all at "
             "once: use --loss_chunk_size 0"
         )
     device, head = model.get_input_embeddings().weight.device, model.get_output_embeddings()
@@ -189,19 +189,19 @@ def check_linear_head(model: "PreTrainedModel", whose: str) -> None:
 
 
 def load_teacher(name: str, settings: Mapping[str, object]) -> "PreTrainedModel":
-    """The teacher called `name`.
+    """Load the teacher called `name`.
 
     Args:
-        settings: of `from_pretrained`.
+        settings: arguments of `from_pretrained`.
 
     Raises:
-        InputError: when it cannot be loaded so, or is larger than memory.
+        InputError: when it cannot be loaded with them, or is larger than memory.
     """
     from transformers import AutoModelForCausalLM
 
     check_fits_memory(name, settings)
     try:
         return AutoModelForCausalLM.from_pretrained(name, **settings)
-    # The first two are for names of settings and of dtypes that do not exist.
+    # The first two come from unknown names of settings and of dtypes.
     except (TypeError, AttributeError, OSError, ValueError) as error:
         raise InputError(f"teacher {name!r} could not be loaded: {' '.join(str(error).split())[:200]}") from error

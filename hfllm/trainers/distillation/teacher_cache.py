@@ -1,4 +1,4 @@
-"""What a teacher says about each token of a dataset, asked once and kept on disk: its top k, and the rest as one."""
+"""A teacher's distributions on a dataset, computed once and kept on disk: its top k tokens and the rest as one."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
     from transformers import PreTrainedModel
 
-# Of what is stored: another layout makes another cache.
+# Version of the stored format: another format makes another cache.
 LAYOUT = 1
 
 
@@ -29,11 +29,11 @@ def description(
     temperature: float,
     top_k: int,
 ) -> dict[str, object]:
-    """What a cache's content depends on: a cache with another description is stale, and made anew.
+    """Return what a cache's content depends on: a cache with another description is stale and is made again.
 
     Args:
-        teacher: the model, known by its weights, or its name, known by the state of its files where it is local.
-        settings: what a named teacher is loaded with, its revision and precision among them.
+        teacher: the model, identified by its weights, or its name, identified by the state of its files if local.
+        settings: arguments to load a named teacher, including its revision and precision.
         dataset: tokenized rows.
     """
     return {
@@ -48,13 +48,13 @@ def description(
 
 
 def files_state(name: str) -> list[list[str | int]]:
-    """Name, size and time of change of a local model's config and weights."""
+    """Return name, size and modification time of a local model's config and weights."""
     paths = [path for pattern in ("*.safetensors", "*.bin", "config.json") for path in Path(name).glob(pattern)]
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(paths)]
 
 
 def weights_hash(model: "PreTrainedModel") -> str:
-    """A digest of a model's weights and their names."""
+    """Return a digest of a model's weights and their names."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in model.state_dict().items():
         digest.update(name.encode())
@@ -63,7 +63,7 @@ def weights_hash(model: "PreTrainedModel") -> str:
 
 
 def rows_hash(dataset: "Dataset") -> str:
-    """A digest of tokenized rows and of what counts in them."""
+    """Return a digest of tokenized rows and their targets."""
     digest = hashlib.blake2b(digest_size=16)
     for row in dataset:
         digest.update(repr((list(row["input_ids"]), [label != IGNORE for label in row["labels"]])).encode())
@@ -77,14 +77,14 @@ def open_cache(
     make: "Callable[[], Iterator[pyarrow.Table]]",
     is_shared: bool,
 ) -> "Dataset":
-    """The cache of one dataset: as it is on disk, or made now if it is not there, not finished or stale.
+    """Open the cache of one dataset; make it if it is missing, unfinished or stale.
 
     Args:
-        folder: of all caches of a run.
-        name: of this one's dataset.
+        folder: folder of all caches of a run.
+        name: name of this cache's dataset.
         made_from: see `description`.
-        make: gives the tables.
-        is_shared: whether the folder is no run's own, so that stale caches stay.
+        make: function that yields the tables.
+        is_shared: whether several runs share the folder, so that stale caches are kept.
     """
     return Prepared(folder / name, made_from, is_shared).table("teacher", make)
 
@@ -96,13 +96,13 @@ def teacher_tables(
     top_k: int,
     chunk_size: int,
 ) -> Iterator["pyarrow.Table"]:
-    """One row per row of the dataset: the `TopK` of each place that has a target, flat.
+    """Yield one row per row of the dataset: the `TopK` of each position with a target, flattened.
 
     Args:
         loader: batches of the dataset in its order.
-        ask: what the teacher says of a batch at the places of a mask (B, L).
-        temperature, top_k: of what is kept.
-        chunk_size: tokens whose logits exist at a time; 0 is all of a batch.
+        ask: function that returns the teacher's logits of a batch at the positions of a mask (B, L).
+        temperature, top_k: of the stored distributions.
+        chunk_size: tokens per chunk of logits; 0 means a whole batch.
     """
     import pyarrow
 
@@ -122,7 +122,7 @@ def teacher_tables(
 
 
 class WithTeacher(torch.utils.data.Dataset):
-    """Tokenized rows together with what the teacher said about them."""
+    """Tokenized rows together with the teacher's distributions."""
 
     def __init__(self, rows: "Dataset", cache: "Dataset"):
         if len(rows) != len(cache):

@@ -1,4 +1,4 @@
-"""Whether a teacher fits into memory, asked before it is loaded: its architecture tells, without weights."""
+"""Check whether a teacher fits into memory before loading it, by its architecture, without weights."""
 
 import os
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ CGROUPS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", ""),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 )
-# Where neither the settings nor the config say: what would fit is not to be refused.
+# Used where neither the settings nor the config say; a model that may fit must not be refused.
 UNKNOWN_DTYPE_BYTES = 2
 
 
@@ -29,9 +29,9 @@ def check_fits_memory(name: str, settings: Mapping[str, object]) -> None:
     """Refuse a model that is larger than memory, before it is loaded.
 
     Args:
-        name: a folder or a Hub id; one whose architecture transformers does not have passes, its size is not known.
-        settings: of `from_pretrained`. With a `device_map` the model passes, since it may be spread, also onto the
-            disk, and so it does under ZeRO-3, whose processes hold a part each.
+        name: a folder or a Hub id; one whose architecture transformers does not have passes: its size is unknown.
+        settings: arguments of `from_pretrained`. With a `device_map` the model passes, since it may be spread, also to
+            disk; so it does under ZeRO-3, whose processes hold a part each.
 
     Raises:
         InputError: with both sizes and what to do.
@@ -46,7 +46,9 @@ def check_fits_memory(name: str, settings: Mapping[str, object]) -> None:
     if size is None or bytes_free is None or size <= bytes_free:
         return
     quantization = settings.get("quantization_config") or quantization_of(config)
-    smaller = 'load it smaller (--teacher_model_init_kwargs \'{"quantization_config": {"load_in_8bit": true}}\'), or '
+    smaller = (
+        'load it quantized (--teacher_model_init_kwargs \'{"quantization_config": {"load_in_8bit": true}}\'), or '
+    )
     raise InputError(
         f"the teacher {name!r} takes {size / 2**30:.1f} GiB, and {bytes_free / 2**30:.1f} GiB are free: "
         f"{'' if quantization else smaller}let it write answers on a larger machine and train on those with "
@@ -55,22 +57,22 @@ def check_fits_memory(name: str, settings: Mapping[str, object]) -> None:
 
 
 def _config_of(name: str, settings: Mapping[str, object]) -> "PreTrainedConfig | None":
-    """The config of what is loaded, of an adapter the one of its base; `None` if it cannot be read."""
+    """Return the config of the model to load, for an adapter that of its base; `None` if it cannot be read."""
     from transformers import AutoConfig
 
     location = location_of(settings)
     try:
         return AutoConfig.from_pretrained(adapter_base(name, **location) or name, **location)
     except (OSError, TypeError, ValueError, KeyError):
-        # Loading says what is wrong, or has ways of its own.
+        # Loading will report the error, or may succeed in another way.
         return None
 
 
 def loaded_bytes(config: "PreTrainedConfig", settings: Mapping[str, object]) -> int | None:
-    """Bytes of a causal language model's weights once loaded; of a quantized one they are a lower bound.
+    """Return the bytes of a causal language model's loaded weights; for a quantized one a lower bound.
 
     Args:
-        settings: of `from_pretrained`.
+        settings: arguments of `from_pretrained`.
 
     Returns:
         `None` for an architecture that transformers does not have.
@@ -95,14 +97,14 @@ def loaded_bytes(config: "PreTrainedConfig", settings: Mapping[str, object]) -> 
 
 
 def _itemsize(dtype: object, config: "PreTrainedConfig") -> int:
-    """Bytes of a weight that is loaded with this `dtype` of `from_pretrained`."""
+    """Return the bytes of a weight loaded with this `dtype` of `from_pretrained`."""
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     dtype = dtype if isinstance(dtype, torch.dtype) else getattr(config, "dtype", None)
     return dtype.itemsize if isinstance(dtype, torch.dtype) else UNKNOWN_DTYPE_BYTES
 
 
 def _quantized_bytes(quantization: "QuantizationConfigMixin | dict[str, Any]") -> float:
-    """Bytes of a weight of a quantized matrix: an estimate, nothing for a way that is not known."""
+    """Return the estimated bytes of a weight of a quantized matrix; 0 for an unknown method."""
     values = quantization if isinstance(quantization, dict) else quantization.to_dict()
     if values.get("load_in_8bit") or values.get("quant_method") == "hfllm_int8":
         return 1.0
@@ -110,7 +112,7 @@ def _quantized_bytes(quantization: "QuantizationConfigMixin | dict[str, Any]") -
 
 
 def available_memory() -> int | None:
-    """Bytes of the accelerator's memory, else of this machine's and container's, for new programs, if they tell."""
+    """Return the free bytes of the accelerator's memory, else of the machine and container; `None` if unknown."""
     if torch.accelerator.is_available() and hasattr(torch.accelerator, "get_memory_info"):
         return torch.accelerator.get_memory_info()[0]
     return min([*_of_machine(), *(free for group in CGROUPS for free in _of_cgroup(*group))], default=None)
@@ -129,7 +131,7 @@ def _of_machine() -> list[int]:
 
 
 def _of_cgroup(folder: Path, limit: str, use: str, prefix: str) -> list[int]:
-    """What a container's limit leaves; files that were read count as used, and are given up when memory is needed."""
+    """Return what a container's limit leaves free; cached files count as free, since they are dropped when needed."""
     try:
         most, used = (int((folder / name).read_text()) for name in (limit, use))
         lines = [line.split() for line in (folder / "memory.stat").read_text().splitlines()]

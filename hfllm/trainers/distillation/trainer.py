@@ -1,7 +1,7 @@
-"""Distillation as a `transformers.Trainer`: the student learns a teacher's distributions beside the data's tokens.
+"""Distillation as a `transformers.Trainer`: the student learns a teacher's distributions and the data's tokens.
 
-One step: the student reads a batch, and so does the teacher (or what it said is taken from disk); at each place that
-has a target the two are compared, a chunk of tokens at a time (`distillation_losses`).
+One step: the student reads a batch, and so does the teacher (or its distributions come from disk); at each position
+with a target the two are compared, one chunk of tokens at a time (`losses.py`).
 """
 
 import os
@@ -58,26 +58,26 @@ LOGGED = ("soft_loss", "hard_loss", "hidden_loss")
 
 
 class DistillationTrainer(Trainer):
-    """Offline distillation: on given texts, from a teacher that is asked at each step or was asked once.
+    """Trainer for offline distillation: on given texts, from a teacher that runs at each step or ran once.
 
     Args:
         model: the student.
         teacher_model: the teacher, or its name; `None` takes `args.teacher_model_name_or_path`. With
-            `args.teacher_top_k` it is loaded only if its cache has to be made, and let go afterwards.
+            `args.teacher_top_k` it is loaded only if its cache must be made, and freed afterwards.
         args: see `DistillationConfig`.
         train_dataset, eval_dataset: rows with `input_ids` (and `labels`), `prompt` and `completion` (text or
-            messages), or `text`; they may be mixed. For evaluation, also a dict of such by name.
+            messages), or `text`; they may be mixed. For evaluation, also a dict of such datasets by name.
         processing_class: the student's tokenizer.
         teacher_processing_class: the teacher's, to be compared with the student's; taken from a teacher given by name.
-        peft_config: adapter to train in place of the student's weights. It alone is saved: a student that is not
-            loaded from a name, which an adapter records, has to be saved by its maker before.
+        peft_config: adapter to train in place of the student's weights. Only the adapter is saved: a student not
+            loaded by name, which an adapter records, must be saved separately before.
         kwargs: Trainer's.
 
     Raises:
         InputError: when the two cannot be compared, no teacher is given, or an engine splits parameters.
     """
 
-    # The sum over a batch is divided by the tokens of the whole step.
+    # compute_loss divides the sum over a batch by the tokens of the whole step.
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -137,7 +137,7 @@ class DistillationTrainer(Trainer):
             raise InputError("distillation does not work with FSDP or ZeRO-3 yet: use DDP or ZeRO-2")
 
     def _prepare_teacher(self) -> None:
-        """Load the teacher if it has to be asked, now or at every step."""
+        """Load the teacher if it must run, now or at every step."""
         if self.args.teacher_top_k is None:
             self.teacher = self._loaded_teacher()
             if self.args.hidden_weight:
@@ -152,7 +152,7 @@ class DistillationTrainer(Trainer):
     def _with_cache(self, rows: "Dataset", folder: Path, name: str) -> WithTeacher:
         args = self.args
         made_from = description(self._named_teacher, args.teacher_settings, rows, args.temperature, args.teacher_top_k)
-        # With another vocabulary it is not reused, and the teacher is refused when it is loaded.
+        # With another vocabulary the cache is not reused, and the teacher is refused when it is loaded.
         made_from["vocabulary"] = self._bare(self.model).config.get_text_config().vocab_size
 
         def ask(batch: dict[str, torch.Tensor], kept: torch.Tensor) -> Teacher:
@@ -167,7 +167,7 @@ class DistillationTrainer(Trainer):
             return WithTeacher(rows, open_cache(folder, name, made_from, make, bool(args.teacher_cache_dir)))
 
     def _loaded_teacher(self) -> PreTrainedModel:
-        """The teacher, comparable to the student, frozen and on this process's device."""
+        """Return the teacher, checked against the student, frozen and on this process's device."""
         teacher, tokenizer = self._named_teacher, self._teacher_tokenizer
         if isinstance(teacher, str):
             name, settings = teacher, self.args.teacher_settings
@@ -185,14 +185,14 @@ class DistillationTrainer(Trainer):
 
     @torch.no_grad()
     def _teacher_pass(self, inputs: dict[str, torch.Tensor]) -> ModelOutput:
-        """The teacher's outputs on a batch: of its trunk, or with logits when they are not made in chunks."""
+        """Return the teacher's outputs on a batch: of its trunk, or with logits when they are not made in chunks."""
         read = {name: inputs[name].to(self.args.device) for name in ("input_ids", "attention_mask")}
         reader = self.teacher.base_model if self.args.loss_chunk_size else self.teacher
         with self.accelerator.autocast():
             return reader(**read, use_cache=False, output_hidden_states=bool(self.args.hidden_weight))
 
     def _teacher_of(self, said: ModelOutput, kept: torch.Tensor) -> Teacher:
-        """What the teacher says at the places `kept` (B, L) of a batch."""
+        """Return the teacher's distributions at the positions `kept` (B, L) of a batch."""
         if not self.args.loss_chunk_size:
             return TeacherLogits(said.logits[kept])
         return TeacherHead(
@@ -202,7 +202,7 @@ class DistillationTrainer(Trainer):
     # ---- hidden states ----
 
     def _new_projection(self) -> nn.ModuleList:
-        """One map of the student's states to the teacher's for each pair of layers, where their widths differ."""
+        """Return one map from the student's states to the teacher's per pair of layers, if their widths differ."""
         widths = [model.config.get_text_config().hidden_size for model in (self._bare(self.model), self.teacher)]
         same = widths[0] == widths[1]
         maps = [nn.Identity() if same else nn.Linear(*widths, bias=False) for _ in self._layer_pairs()]
@@ -213,7 +213,7 @@ class DistillationTrainer(Trainer):
         return layer_pairs(*layers)
 
     def _hidden_distance(self, student: ModelOutput, teacher: ModelOutput, kept: torch.Tensor) -> torch.Tensor:
-        """Mean squared distance of the paired layers' states, summed over tokens."""
+        """Return the mean squared distance of the paired layers' states, summed over tokens."""
         pairs = self._layer_pairs()
         total = 0.0
         for project, (ours, theirs) in zip(self._projection, pairs, strict=True):
@@ -230,7 +230,7 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, ModelOutput]:
-        """The loss of a batch, divided by the targets of the whole step on all processes."""
+        """Return the loss of a batch, divided by the targets of the whole step on all processes."""
         args, kept = self.args, inputs["shift_labels"] != IGNORE
         targets = inputs["shift_labels"][kept]
         outputs, hidden = self._student_pass(model, inputs)
@@ -244,20 +244,20 @@ class DistillationTrainer(Trainer):
         count = kept.sum()
         items = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         if getattr(outputs, "aux_loss", None) is not None and model.training:
-            # Whole in each batch; a batch has but its share of the tokens.
+            # Computed in full for each batch, which has only a share of the step's tokens.
             loss = loss + self._bare(model).config.router_aux_loss_coef * outputs.aux_loss * count
         if model.training:
             self._sums += torch.stack([soft, hard, distance.detach(), count]).detach().float().cpu()
         loss = loss / items
         if args.average_tokens_across_devices and num_items_in_batch is not None:
-            # DDP takes the mean of what the processes have.
+            # DDP averages over processes.
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def _student_pass(
         self, model: nn.Module, inputs: dict[str, torch.Tensor]
     ) -> tuple[ModelOutput, torch.Tensor | None]:
-        """The student's outputs, and with chunks its last hidden state, after the one forward pass that DDP sees."""
+        """Return the student's outputs, and with chunks its last hidden state, after a single forward pass for DDP."""
         bare, states = self._bare(model), []
         read = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
         if self.args.hidden_weight:
@@ -268,7 +268,7 @@ class DistillationTrainer(Trainer):
             return model(**read), None
         hook = bare.base_model.register_forward_hook(lambda module, args, output: states.append(output))
         try:
-            # Logits of a single place: the loss makes its own.
+            # Logits of a single position: the loss computes its own.
             outputs = model(**read, logits_to_keep=1)
         finally:
             hook.remove()
@@ -284,7 +284,7 @@ class DistillationTrainer(Trainer):
         kept: torch.Tensor,
         targets: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Divergence, cross-entropy and loss, summed over tokens."""
+        """Return divergence, cross-entropy and loss, summed over tokens."""
         settings, bare, teacher = self.args.loss_settings, self._bare(model), None
         if "teacher_rest" in inputs:
             teacher = TopK(*(inputs[f"teacher_{name}"] for name in ("log_probs", "indices", "rest")))
@@ -303,10 +303,10 @@ class DistillationTrainer(Trainer):
     # ---- evaluation ----
 
     def get_eval_dataloader(self, eval_dataset: str | Iterable[Row] | None = None) -> DataLoader:
-        """Trainer's, of rows as `__init__` takes them, or of those of that name; so are `evaluate`'s.
+        """Return Trainer's loader for rows as in `__init__`, or for the dataset of that name, as `evaluate` does.
 
         Raises:
-            InputError: when there is no such name, the rows cannot be read, or the teacher has been let go.
+            InputError: when there is no such name, the rows cannot be read, or the teacher has been freed.
         """
         if isinstance(eval_dataset, str):
             names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
@@ -317,7 +317,7 @@ class DistillationTrainer(Trainer):
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Iterable[Row]) -> DataLoader:
-        """As `get_eval_dataloader`."""
+        """Return the loader of test rows, as `get_eval_dataloader`."""
         return super().get_test_dataloader(self._readable(test_dataset))
 
     def _readable(self, rows: Iterable[Row]) -> "Dataset | WithTeacher":
@@ -325,8 +325,8 @@ class DistillationTrainer(Trainer):
             return rows
         if self.args.needs_teacher and self.args.teacher_top_k is not None:
             raise InputError(
-                f"these rows were not given with the trainer: with teacher_top_k={self.args.teacher_top_k} its "
-                "teacher was asked then, and let go; give DistillationTrainer all rows, as eval_dataset={name: rows}"
+                f"these rows were not passed to the constructor: with teacher_top_k={self.args.teacher_top_k} its "
+                "teacher ran then, and was freed; give DistillationTrainer all rows, as eval_dataset={name: rows}"
             )
         return self._tokenize(rows)
 
@@ -337,11 +337,11 @@ class DistillationTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
-        """The loss of a batch; logits are not kept."""
+        """Return the loss of a batch; logits are not kept."""
         return super().prediction_step(model, inputs, True, ignore_keys)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's, with the parts of the training loss since the last time, in nats per token."""
+        """Log as Trainer does, with the parts of the training loss since the last log, in nats per token."""
         if "loss" in logs:
             *parts, tokens = self.accelerator.reduce(self._sums.to(self.args.device), "sum").tolist()
             if tokens:
@@ -352,14 +352,14 @@ class DistillationTrainer(Trainer):
         super().log(logs, start_time)
 
     def _bare(self, model: nn.Module) -> PreTrainedModel:
-        """The model itself, without what trains it on several devices or by an adapter."""
+        """Return the model itself, without wrappers for several devices or an adapter."""
         model = self.accelerator.unwrap_model(model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     # ---- the projections: trained with the student, saved in checkpoints, and not part of the result ----
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Trainer's; the projections belong to the student's parameters meanwhile."""
+        """Train as Trainer does; meanwhile the projections belong to the student's parameters."""
         self._sums.zero_()
         if self._projection is None:
             return super().train(*args, **kwargs)
@@ -400,19 +400,19 @@ class DistillationTrainer(Trainer):
 def _each(
     rows: Rows | dict[str, Rows] | None, change: Callable[[Rows, str], Changed]
 ) -> Changed | dict[str, Changed] | None:
-    """`change` of a dataset for evaluation, or of each in a dict of them, and the name of a file for each."""
+    """Apply `change` to an evaluation dataset, or to each of a dict, with a file name for each."""
     if isinstance(rows, dict):
         return {name: change(part, f"eval_{quote(name, safe='')}") for name, part in rows.items()}
     return None if rows is None else change(rows, "eval")
 
 
 def is_mixture(model: PreTrainedModel) -> bool:
-    """Whether a model has experts whose load is balanced by a loss."""
+    """Return whether a model has experts whose load is balanced by a loss."""
     return bool(getattr(model.config, "num_local_experts", 0) or getattr(model.config, "num_experts", 0))
 
 
 def _tokenizer_of(name: str, revision: str) -> "PreTrainedTokenizerBase | None":
-    """The tokenizer beside a model, if there is one."""
+    """Return the tokenizer saved with a model, or `None`."""
     from transformers import AutoTokenizer
 
     try:

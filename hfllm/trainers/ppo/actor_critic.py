@@ -1,7 +1,7 @@
-"""Policy and critic behind one forward that spends nothing on padding it can avoid.
+"""Policy and critic behind one forward pass that avoids computing padding.
 
-Rows are laid out from the left without gaps, so that a batch is as wide as its longest row, and the head is applied to
-the response tokens alone. Shapes: B rows, R response positions, W width of a batch, N response tokens in it,
+Rows are packed to the left without gaps, so a batch is as wide as its longest row, and the head is applied only to
+the response tokens. Shapes: B rows, R response positions, W width of a batch, N response tokens in it,
 V vocabulary.
 """
 
@@ -21,12 +21,12 @@ LEAST = torch.finfo(torch.float32).min
 class Sequences:
     """Prompts followed by their responses, without padding between them.
 
-    What is padded lies to the right, where no token of a causal model looks: there is no mask to compute with.
+    Padding is on the right, where no token of a causal model attends to it, so no mask is needed.
 
     Args:
         input_ids: (B, W), padded on the right.
-        rows, columns: (N,), where the state lies that each response token was sampled from. Columns count from the
-            end of the row (they are negative), so that tokens which an adapter puts in front do not matter.
+        rows, columns: (N,), position of the state from which each response token was sampled. Columns count from the
+            end of the row (they are negative), so tokens that an adapter prepends do not matter.
         targets: (N,), the response tokens.
     """
 
@@ -43,7 +43,7 @@ class Sequences:
         response_ids: torch.Tensor,
         response_mask: torch.Tensor,
     ) -> "Sequences":
-        """From left-padded prompts and right-padded responses with their masks."""
+        """Join left-padded prompts and right-padded responses, given their masks."""
         ids = torch.cat((prompt_ids, response_ids), dim=1)
         before = prompt_mask.sum(1)
         lengths = before + response_mask.sum(1)
@@ -61,14 +61,14 @@ class Sequences:
 
 
 def log_distribution(logits: torch.Tensor, temperature: float, never_sampled: Sequence[int]) -> torch.Tensor:
-    """Log-probabilities (N, V) of the distribution that tokens are sampled from, in fp32.
+    """Return the log-probabilities (N, V) of the distribution that tokens are sampled from, in fp32.
 
-    Without gradients the logits are overwritten, so that there is no second tensor of their size.
+    Without gradients the logits are overwritten, to avoid a second tensor of their size.
 
     Args:
         logits: (N, V).
-        temperature: that of sampling.
-        never_sampled: ids that generation suppresses (padding), and that therefore have no probability here either.
+        temperature: the sampling temperature.
+        never_sampled: ids that generation suppresses (padding), which have probability 0 here too.
     """
     if torch.is_grad_enabled() and logits.requires_grad:
         blocked = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
@@ -83,7 +83,7 @@ def log_distribution(logits: torch.Tensor, temperature: float, never_sampled: Se
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Log-probabilities of tokens from logits, which are overwritten: one (N, V) tensor forward and backward."""
+    """Log-probabilities of tokens from logits, which are overwritten: one (N, V) tensor for forward and backward."""
 
     @staticmethod
     def forward(ctx, logits, targets, temperature, never_sampled):
@@ -105,12 +105,12 @@ class _TokenLogprobs(torch.autograd.Function):
 def token_logprobs(
     logits: torch.Tensor, targets: torch.Tensor, temperature: float, never_sampled: Sequence[int]
 ) -> torch.Tensor:
-    """Log-probabilities (N,) of tokens (N,) under `log_distribution`; the logits are overwritten."""
+    """Return the log-probabilities (N,) of tokens (N,) under `log_distribution`; the logits are overwritten."""
     return _TokenLogprobs.apply(logits, targets, temperature, tuple(never_sampled))
 
 
 def entropy_of(log_probabilities: torch.Tensor) -> torch.Tensor:
-    """Entropies (N,) in nats of log-distributions (N, V)."""
+    """Return the entropies (N,) in nats of log-distributions (N, V)."""
     if log_probabilities.requires_grad:
         return -(log_probabilities.exp() * log_probabilities).sum(-1)
     return torch.cat([-(part.exp().mul_(part)).sum(-1) for part in log_probabilities.split(512)])
@@ -118,7 +118,7 @@ def entropy_of(log_probabilities: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def head_on(model: PreTrainedModel, sequences: Sequences) -> Iterator[list[torch.Tensor]]:
-    """Within it the model's head sees the states of the response tokens alone; the list that is given gets them."""
+    """Apply the model's head only to the states of the response tokens, which the yielded list collects."""
     states: list[torch.Tensor] = []
 
     def select(module: nn.Module, args: tuple) -> tuple:
@@ -134,10 +134,10 @@ def head_on(model: PreTrainedModel, sequences: Sequences) -> Iterator[list[torch
 
 @contextmanager
 def last_mlp_on(trunk: PreTrainedModel, sequences: Sequences) -> Iterator[None]:
-    """Within it the last layer's MLP computes the states of the response tokens alone, since nothing reads the others.
+    """Let the last layer's MLP compute only the states of the response tokens, since nothing reads the others.
 
-    They get its output as zeros. Trunks that this would change, or that run layers again in the backward pass, are
-    left as they are; each is tried once.
+    For the others its output is zero. Trunks whose result would change, or that recompute layers in the backward pass,
+    are left unchanged; each trunk is tried once.
     """
     if not _may_skip_last_mlp(trunk):
         yield
@@ -178,9 +178,9 @@ def _may_skip_last_mlp(trunk: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def _is_same_without(trunk: PreTrainedModel, mlp: nn.Module) -> bool:
-    """Whether the last states of a short sequence are the same when the MLP sees these alone.
+    """Return whether the last states of a short sequence stay the same when the MLP computes only these.
 
-    It is not so where a layer is used more than once, or where the MLP returns more than a tensor.
+    They differ where a layer is used more than once, or the MLP returns more than a tensor.
     """
     modes = [(module, module.training) for module in trunk.modules()]
     ids = torch.arange(8, device=trunk.device).unsqueeze(0) % trunk.config.get_text_config().vocab_size
@@ -200,7 +200,7 @@ def _is_same_without(trunk: PreTrainedModel, mlp: nn.Module) -> bool:
 
 @torch.no_grad()
 def looks_ahead(model: PreTrainedModel) -> bool:
-    """Whether what a model with a head says of a token depends on the tokens behind it."""
+    """Return whether the output of a model with a head at a token depends on later tokens."""
     trunk = getattr(model, model.base_model_prefix)
     modes = [(module, module.training) for module in trunk.modules()]
     ids = torch.arange(16, device=trunk.device).view(2, 8) % trunk.config.get_text_config().vocab_size
@@ -209,23 +209,23 @@ def looks_ahead(model: PreTrainedModel) -> bool:
     one, other = trunk(input_ids=ids, use_cache=False).last_hidden_state[:, :2]
     for module, training in modes:
         module.training = training
-    # In low precision a row may be rounded by what is beside it.
+    # In low precision the rounding of a row may depend on the rest of the batch.
     is_exact = trunk.dtype == torch.float32 and not getattr(model, "is_quantized", False)
     tolerance = 1e-3 if is_exact else 5e-2
     return not torch.allclose(one, other, atol=tolerance, rtol=tolerance)
 
 
 def response_logits(model: PreTrainedModel, sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, V) of the response tokens, and the states (N, E) that they are made from."""
+    """Return the logits (N, V) of the response tokens, and the states (N, E) they are computed from."""
     with head_on(model, sequences) as states, last_mlp_on(model.get_decoder(), sequences):
         logits = model(input_ids=sequences.input_ids, use_cache=False).logits
     if not states:
-        raise TypeError(f"{type(model).__name__} does not call its output embeddings, which PPO reads states at")
+        raise TypeError(f"{type(model).__name__} does not call its output embeddings, where PPO reads the states")
     return logits.squeeze(0), states[0]
 
 
 def value_head_of(model: PreTrainedModel) -> nn.Module:
-    """The linear head of a sequence- or token-classification model."""
+    """Return the linear head of a sequence- or token-classification model."""
     for name in ("score", "classifier"):
         if isinstance(getattr(model, name, None), nn.Module):
             return getattr(model, name)
@@ -233,7 +233,7 @@ def value_head_of(model: PreTrainedModel) -> nn.Module:
 
 
 class ActorCritic(nn.Module):
-    """Policy and value model as one module, so that one engine (DDP, DeepSpeed) trains both.
+    """Policy and value model as one module, so one engine (DDP, DeepSpeed) trains both.
 
     Args:
         policy: a causal language model.
@@ -258,7 +258,7 @@ class ActorCritic(nn.Module):
             nn.init.zeros_(self.value_head.weight)
             self.value_head.to(weight.device)
 
-    # Trainer and DeepSpeed ask the model for these.
+    # Trainer and DeepSpeed read these from the model.
     @property
     def config(self):
         return self.policy.config
@@ -273,7 +273,7 @@ class ActorCritic(nn.Module):
                 model.activation_checkpointing_enable(**kwargs)
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """The parameters that estimate values alone."""
+        """Return the parameters that serve only the value estimates."""
         return list((self.value_head if self.value_model is None else self.value_model).parameters())
 
     def forward(
@@ -285,13 +285,13 @@ class ActorCritic(nn.Module):
         with_distribution: bool = False,
         detach_trunk: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Log-probabilities and values, each (B, R) and 0 on padding.
+        """Return log-probabilities and values, each (B, R) and 0 on padding.
 
         The value at position t is that of the state before response token t was sampled.
 
         Args:
             with_distribution: also return the log-distribution (N, V) at each response token, row by row.
-            detach_trunk: let the value head's gradient end at the trunk.
+            detach_trunk: stop the value head's gradient at the trunk.
         """
         sequences = Sequences.join(prompt_ids, prompt_mask, response_ids, response_mask)
         mask = response_mask > 0
@@ -308,7 +308,7 @@ class ActorCritic(nn.Module):
         response_mask: torch.Tensor,
         with_distribution: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probabilities (B, R) and log-distribution of the same responses under another model, the reference."""
+        """Return log-probabilities (B, R) and log-distribution of the same responses under the reference model."""
         sequences = Sequences.join(prompt_ids, prompt_mask, response_ids, response_mask)
         logprobs, distribution, _ = self._judge(model, sequences, with_distribution)
         return scatter_to_mask(logprobs, response_mask > 0), distribution
@@ -320,7 +320,7 @@ class ActorCritic(nn.Module):
         response_ids: torch.Tensor,
         response_mask: torch.Tensor,
     ) -> torch.Tensor:
-        """Values (B, R) as `forward` gives them, of a critic with a model of its own."""
+        """Return the values (B, R) of a critic that is a separate model, as `forward` does."""
         sequences = Sequences.join(prompt_ids, prompt_mask, response_ids, response_mask)
         return scatter_to_mask(self._values(sequences, None).squeeze(-1).float(), response_mask > 0)
 
@@ -342,5 +342,5 @@ class ActorCritic(nn.Module):
 
 
 def scatter_to_mask(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(N,) values, row by row, at the places of a (B, R) mask; 0 elsewhere."""
+    """Place (N,) values, row by row, at the ones of a (B, R) mask; 0 elsewhere."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values)

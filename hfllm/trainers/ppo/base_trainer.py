@@ -27,17 +27,17 @@ from hfllm.trainers.ppo.setup import load_weights
 from hfllm.trainers.sharding import gather_parameters
 from hfllm.trainers.tables import log_table
 
-# Tokens of a pass on a CPU, where larger ones save no time, and logits of one where the vocabulary is large: 16 MB.
+# Tokens per pass on a CPU, where larger passes save no time, and logits per pass with a large vocabulary: 16 MB.
 MOST_CPU_TOKENS, LEAST_CPU_TOKENS, MOST_CPU_LOGITS = 768, 256, 2**22
 VALUE_MODEL_FOLDER, REFERENCE_FOLDER = "value_model", "reference"
 VALUE_HEAD_FILE, STATE_FILE = "value_head.safetensors", "ppo_state.json"
 
 
 class ActorCriticTrainer(Trainer):
-    """What `PPOTrainer` has in common with any trainer of a policy and a critic; it holds no algorithm.
+    """Base class for trainers of a policy and a critic, without an algorithm.
 
-    A checkpoint holds policy, critic, a reference that moves, the rollout in use and the controllers besides what
-    Trainer keeps: optimizer, schedule, random state.
+    A checkpoint holds policy, critic, a moving reference, the rollout in use and the controllers, besides what
+    Trainer saves: optimizer, schedule, random state.
     """
 
     reference: PreTrainedModel | None
@@ -50,16 +50,16 @@ class ActorCriticTrainer(Trainer):
 
     @property
     def actor(self) -> ActorCritic:
-        """The trained module, without the engine around it."""
+        """Return the trained module, without the engine that wraps it."""
         return self.accelerator.unwrap_model(self.model)
 
     @property
     def policy(self) -> PreTrainedModel:
-        """The policy that is trained."""
+        """Return the trained policy."""
         return self.actor.policy
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Trainer's, with the critic's own weights in groups of their own if `value_learning_rate` is given."""
+        """Create Trainer's optimizer, with separate groups for the critic if `value_learning_rate` is given."""
         if self.optimizer is not None or self.args.value_learning_rate is None:
             return super().create_optimizer(model)
         optimizer = super().create_optimizer(model)
@@ -72,7 +72,7 @@ class ActorCriticTrainer(Trainer):
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: object) -> TrainOutput:
-        """As Trainer's; `True` resumes from the newest checkpoint that was written to its end."""
+        """Train as `Trainer` does; `True` resumes from the newest complete checkpoint."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -82,13 +82,13 @@ class ActorCriticTrainer(Trainer):
         return train_unless_done(self, super().train, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def evaluate(self, *args: object, **kwargs: object) -> dict[str, float]:
-        """As Trainer's; before training, ZeRO-3 has spread the policy, but gathers nothing yet."""
+        """Evaluate as `Trainer` does; before training, ZeRO-3 has partitioned the policy but gathers nothing yet."""
         is_early = self.is_deepspeed_enabled and self.deepspeed is None
         with gather_parameters(self.actor) if is_early else nullcontext():
             return super().evaluate(*args, **kwargs)
 
     def _check_engine(self) -> None:
-        """Refuse FSDP, under which sampling has not been tried, and what needs gradients that DeepSpeed keeps."""
+        """Refuse FSDP, with which sampling is untested, and options that need gradients hidden by DeepSpeed."""
         if self.accelerator.distributed_type == DistributedType.FSDP:
             raise InputError("PPOTrainer does not work with FSDP: shard by DeepSpeed ZeRO-2 or ZeRO-3, or use DDP")
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
@@ -98,7 +98,7 @@ class ActorCriticTrainer(Trainer):
                 raise InputError(f"{name}={getattr(self.args, name)} does not work with DeepSpeed: leave it out")
 
     def _check_optimizer(self) -> None:
-        """Refuse an optimizer of the caller's that would leave weights as they are, such as the new value head's."""
+        """Refuse a caller's optimizer that would not train some weights, such as the new value head's."""
         if self.optimizer is None:
             return
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
@@ -109,12 +109,12 @@ class ActorCriticTrainer(Trainer):
                 "trainer.optimizer = ...(trainer.model.parameters()) once the trainer is built, or choose one by optim"
             )
         if self.args.value_learning_rate is not None:
-            raise InputError("optimizers: value_learning_rate has no effect on it; give the critic a group of its own")
+            raise InputError("optimizers: value_learning_rate has no effect on it; give the critic its own group")
 
     def _begin(self) -> None:
-        """Forget what an earlier call of `train` was in the middle of."""
+        """Reset what an earlier, interrupted call of `train` left."""
         self._rollout, self._skipped_from, self._micro_step, self._synced_at = None, None, 0, 0
-        # Whether a witness may be believed, with padded prompts and without, as far as it was checked.
+        # Whether log-probabilities kept during sampling can be trusted, with padded prompts and without, once checked.
         self._trusted: dict[str, bool] = {}
         self._sums: dict[str, torch.Tensor] = {}
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -122,7 +122,7 @@ class ActorCriticTrainer(Trainer):
     # ---- forward passes ----
 
     def _passes(self, batch: dict[str, torch.Tensor], most_rows: int | None = None) -> Iterator:
-        """Groups of like length. Engines that count or synchronize passes take each micro-batch whole."""
+        """Yield groups of similar length. Engines that count or synchronize passes get each micro-batch whole."""
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             return length_groups(batch, None, most_rows=most_rows)
         is_cpu, most_tokens = self.accelerator.device.type == "cpu", self.args.max_tokens_per_pass
@@ -132,7 +132,7 @@ class ActorCriticTrainer(Trainer):
         return length_groups(batch, self.args.length_bucket_size or (8 if is_cpu else 256), most_tokens, most_rows)
 
     def _witness(self, episodes: int) -> SampledLogprobs | None:
-        """Notes what the policy says while it samples, where that is as exact as asking it again."""
+        """Return a recorder of the log-probabilities during sampling, if they are as exact as a second pass."""
         args, actor = self.args, self.actor
         is_exact = self.accelerator.mixed_precision == "no" and self.policy.dtype == torch.float32
         is_whole = self.accelerator.distributed_type != DistributedType.DEEPSPEED
@@ -145,9 +145,9 @@ class ActorCriticTrainer(Trainer):
     def _own_view(
         self, chunk: dict[str, torch.Tensor], rows: torch.Tensor, witness: SampledLogprobs | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Log-probabilities, entropies and values (B, R) of the policy and critic, and a log-distribution (N, V).
+        """Return log-probabilities, entropies and values (B, R) of policy and critic, and a log-distribution (N, V).
 
-        A witness is checked before it is trusted: `generate` does not treat the padding of every model rightly.
+        Recorded values are checked before use, since `generate` does not handle the padding of every model correctly.
         """
         mask = chunk["response_mask"] > 0
         if witness is not None:
@@ -165,7 +165,7 @@ class ActorCriticTrainer(Trainer):
         return logprobs, entropy, values, distribution if self.args.kl_estimator == "full" else None
 
     def _believed(self, batch: dict[str, Any]) -> SampledLogprobs | None:
-        """The batch's witness, if witnesses of its kind were not found wrong before."""
+        """Return the batch's recorded values, unless earlier ones of the same kind were found wrong."""
         witness = batch.get("witness")
         known = self._trusted.get(self._kind_of(batch))
         if witness is None or known is False:
@@ -185,14 +185,14 @@ class ActorCriticTrainer(Trainer):
     def _reference(
         self, chunk: dict[str, torch.Tensor], with_distribution: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probabilities (B, R) of the responses under the reference, and its log-distributions (N, V)."""
+        """Return log-probabilities (B, R) of the responses under the reference, and its log-distributions (N, V)."""
         adapter_off = nullcontext() if self.reference is not None else self.policy.disable_adapter()
         with adapter_off:
             model = self.policy if self.reference is None else self.reference
             return self.actor.judge(model, **chunk, with_distribution=with_distribution)
 
     def _sync_reference(self) -> None:
-        """Move the reference towards the policy if so many steps have passed since it was moved."""
+        """Move the reference towards the policy if enough steps have passed since the last move."""
         args, step = self.args, self.state.global_step
         if (
             not args.sync_ref_model
@@ -223,7 +223,7 @@ class ActorCriticTrainer(Trainer):
         return means
 
     def _keep_completions(self, name: str) -> None:
-        """Write the last completions as parquet, each process its own; show the first process's in its back ends."""
+        """Write the last completions as parquet, one file per process; log those of the first process."""
         if not self.args.log_completions:
             return
         from datasets import Dataset
@@ -232,7 +232,7 @@ class ActorCriticTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         Dataset.from_list(self.completions).to_parquet(folder / f"{name}_{self.args.process_index}.parquet")
         if self.is_world_process_zero():
-            # An evaluation has a table for each of its batches.
+            # An evaluation has one table per batch.
             parts = name.split("_")
             table = f"{parts[0]}_completions_{parts[-1]}" if name.startswith("eval") else "completions"
             log_table(self.callback_handler.callbacks, table, self.completions, self.state.global_step)
@@ -246,7 +246,7 @@ class ActorCriticTrainer(Trainer):
 
     @contextmanager
     def _sampling_from(self, **prompts: torch.Tensor) -> Iterator[None]:
-        """Within it the policy is whole; logits that are not finite stop the run, and the prompts are kept."""
+        """Gather the policy for sampling; logits that are not finite stop the run, and the prompts are saved."""
         try:
             with gather_parameters(self.policy), self.accelerator.autocast():
                 yield
@@ -258,7 +258,7 @@ class ActorCriticTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float:
         norm = super()._get_grad_norm(model, grad_norm)
-        # The loss scaling of fp16 meets such gradients in its course, and skips their step.
+        # The loss scaling of fp16 expects such gradients now and then, and skips their step.
         if self.accelerator.scaler is not None or math.isfinite(norm) or self._rollout is None:
             return norm
         file = self._not_finite_file()
@@ -291,7 +291,7 @@ class ActorCriticTrainer(Trainer):
         self.processing_class.save_pretrained(output)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        # The part of a checkpoint that each process writes for itself: the rollout goes with it.
+        # Each process writes this part of a checkpoint for itself, so its rollout is saved here.
         super()._save_rng_state(output_dir)
         if self._rollout is not None:
             self._rollout.save(self._rollout_file(output_dir))
@@ -306,7 +306,7 @@ class ActorCriticTrainer(Trainer):
             (Path(output_dir) / STATE_FILE).write_text(json.dumps(state))
             if self.args.sync_ref_model:
                 self.reference.save_pretrained(Path(output_dir) / REFERENCE_FOLDER)
-        # Only then the file that says the checkpoint is complete.
+        # The file that marks the checkpoint as complete comes last.
         self.accelerator.wait_for_everyone()
 
     def _rollout_file(self, folder: str) -> Path:
@@ -318,13 +318,13 @@ class ActorCriticTrainer(Trainer):
         self._load_actor(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        # Called for every engine, also for those that load the weights themselves.
+        # Called for every engine, also for engines that load the weights themselves.
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._load_progress(Path(checkpoint))
 
     def _load_progress(self, folder: Path) -> None:
-        """The rollout in use, the controllers and a reference that moves."""
+        """Load the rollout in use, the controllers and a moving reference."""
         saved = len(list(folder.glob("rollout_*.safetensors")))
         if saved and saved != self.args.world_size:
             raise InputError(f"{folder} was saved by {saved} processes; this run has {self.args.world_size}")

@@ -27,9 +27,9 @@ SHARES = ("gamma", "lam", "ref_model_mixup_alpha")
 
 @dataclass
 class PPOConfig(PPOOptions, TrainingArguments):
-    """`transformers.TrainingArguments` plus PPO's own, named as in TRL's last `PPOConfig` where they mean the same.
+    """`transformers.TrainingArguments` plus PPO's options, named as in TRL's last `PPOConfig` where it has them.
 
-    PPO's own are in `hfllm/trainers/ppo/options.py`. One rollout holds `per_device_train_batch_size *
+    PPO's options are in `hfllm/trainers/ppo/options.py`. One rollout holds `per_device_train_batch_size *
     gradient_accumulation_steps * num_mini_batches` episodes on each process and gives exactly `num_ppo_epochs *
     num_mini_batches` optimizer steps. `max_steps`, `logging_steps`, `save_steps`, `eval_steps` and the learning-rate
     schedule count optimizer steps, as everywhere in transformers.
@@ -98,10 +98,10 @@ class PPOConfig(PPOOptions, TrainingArguments):
 
     @property
     def steps_per_rollout(self) -> int:
-        """Optimizer steps taken on each rollout."""
+        """Return the number of optimizer steps per rollout."""
         return self.num_ppo_epochs * self.num_mini_batches
 
     @property
     def local_rollout_batch_size(self) -> int:
-        """Episodes of one rollout on each process."""
+        """Return the number of episodes of one rollout on each process."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches

@@ -1,4 +1,4 @@
-"""What PPO adapts from rollout to rollout: the weight of the KL penalty, and the scale of the rewards."""
+"""Values that PPO adapts from rollout to rollout: the weight of the KL penalty and the scale of the rewards."""
 
 import math
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ class KLController:
     """Weight of the KL penalty: fixed, or steered towards a KL (Ziegler et al. 2019, arXiv:1909.08593, section 2.2).
 
     Args:
-        coefficient: the weight now.
-        target: KL in nats per response to steer to; `None` keeps the weight.
-        horizon: episodes over which it may change by a fifth.
+        coefficient: the current weight.
+        target: target KL in nats per response; `None` keeps the weight.
+        horizon: episodes over which the weight may change by a fifth.
     """
 
     coefficient: float
@@ -19,11 +19,11 @@ class KLController:
     horizon: int = 10_000
 
     def update(self, kl: float, episodes: int) -> None:
-        """Take the mean KL of a rollout of so many episodes into account."""
+        """Update the weight by the mean KL of a rollout of `episodes` episodes."""
         if self.target is None:
             return
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        # A rollout of more episodes than the horizon counts as one of as many.
+        # A rollout with more episodes than the horizon counts as one of the horizon's length.
         self.coefficient *= 1 + error * min(episodes / self.horizon, 1.0)
 
 
@@ -37,12 +37,12 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        """Standard deviation, 1 before anything varied."""
+        """Return the standard deviation, or 1 while the variance is 0."""
         variance = self.squares / self.count if self.count else 0.0
         return math.sqrt(variance) if variance > 0 else 1.0
 
     def update(self, count: float, total: float, total_of_squares: float) -> None:
-        """Add numbers by their count, sum and sum of squares."""
+        """Add numbers, given their count, sum and sum of squares."""
         if count == 0:
             return
         mean = total / count

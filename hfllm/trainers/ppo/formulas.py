@@ -1,7 +1,7 @@
 """The formulas of PPO from human feedback, each a pure function of tensors with its source.
 
 Shapes: B responses, T response positions (right-padded). `mask` is 1.0 on real response tokens and 0.0 on padding;
-no function lets a padded position change its result.
+padded positions never change a result.
 
 Sources: [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438. [RLHF] Ziegler
 et al. 2019, arXiv:1909.08593, and Ouyang et al. 2022, arXiv:2203.02155. [KL] Schulman 2020, "Approximating KL
@@ -16,7 +16,7 @@ from hfllm.trainers.ppo.options import KL_ESTIMATORS
 
 
 def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str = "k1") -> torch.Tensor:
-    """Per-token estimate (B, T) of KL(policy || reference) from tokens that the policy sampled [KL].
+    """Return the per-token estimate (B, T) of KL(policy || reference) from tokens sampled by the policy [KL].
 
     `k1` = log(pi/ref) is unbiased; `k2` = k1^2 / 2 has less variance and a small bias; `k3` = ref/pi - 1 + k1 is
     unbiased and never negative.
@@ -35,13 +35,13 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: s
 
 
 def last_token_index(mask: torch.Tensor) -> torch.Tensor:
-    """Index (B,) of each row's last real token; 0 for a row without any."""
+    """Return the index (B,) of each row's last real token; 0 for a row without any."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     return (positions * (mask > 0)).amax(dim=1)
 
 
 def full_kl(log_probabilities: torch.Tensor, ref_log_probabilities: torch.Tensor) -> torch.Tensor:
-    """KL(policy || reference) of whole next-token distributions (..., V), exactly: sum over tokens of p log(p / q)."""
+    """Return the exact KL(policy || reference) of next-token distributions (..., V): sum of p log(p / q)."""
     return (log_probabilities.exp() * (log_probabilities - ref_log_probabilities)).sum(-1)
 
 
@@ -52,12 +52,12 @@ def token_rewards(
     kl_coef: float,
     token_scores: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Reward (B, T) of each token: `-kl_coef * kl`, and the score on the last real token ([RLHF] equation 2).
+    """Return token rewards (B, T): `-kl_coef * kl`, and the score on the last real token ([RLHF] equation 2).
 
     Args:
         scores: (B,), one per response.
         kl: (B, T), from `kl_estimate` or `full_kl`.
-        token_scores: (B, T), rewards that stay where they are.
+        token_scores: (B, T), rewards that are given token by token.
     """
     rewards = -kl_coef * kl * mask
     if token_scores is not None:
@@ -69,7 +69,7 @@ def token_rewards(
 def generalized_advantages(
     rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advantages and returns, each (B, T): A_t = sum_k (gamma * lam)^k delta_{t+k} ([GAE] equation 16).
+    """Return advantages and returns, each (B, T): A_t = sum_k (gamma * lam)^k delta_{t+k} ([GAE] equation 16).
 
     delta_t = r_t + gamma V_{t+1} - V_t, with V = 0 after the last real token; returns are A + V. The sum is one
     product with a triangular matrix of discounts instead of a loop over positions.
@@ -111,9 +111,9 @@ def policy_loss(
     cliprange: float,
     dual_clip: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The clipped surrogate, negated and *summed* over real tokens, and the sum of clipped tokens ([PPO] equation 7).
+    """Return the clipped surrogate, negated and *summed* over real tokens, and the number clipped ([PPO] equation 7).
 
-    The caller divides both by the tokens of the whole mini-batch, so that no split into micro-batches matters.
+    The caller divides both by the tokens of the whole mini-batch, so the split into micro-batches does not matter.
 
     Args:
         dual_clip: bound on the ratio where the advantage is negative (Ye et al. 2020, arXiv:1912.09729, equation 5).
@@ -133,9 +133,9 @@ def value_loss(
     mask: torch.Tensor,
     cliprange_value: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Half the squared error of the values, the worse of clipped and unclipped, *summed*, and the clipped tokens.
+    """Return half the squared value error, the larger of clipped and unclipped, *summed*, and the number clipped.
 
-    The clipping around the rollout's values is that of the original PPO and RLHF implementations; `None` is without.
+    Clipping around the rollout's values follows the original PPO and RLHF implementations; `None` turns it off.
     """
     unclipped = (values - returns).square()
     if cliprange_value is None:
@@ -146,7 +146,7 @@ def value_loss(
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """1 - Var(returns - values) / Var(returns) over real tokens: 1 is a perfect critic, 0 a constant one."""
+    """Return 1 - Var(returns - values) / Var(returns) over real tokens: 1 for a perfect critic, 0 for a constant."""
     real = mask > 0
     if real.sum() < 2:
         return torch.zeros((), device=values.device)

@@ -1,6 +1,6 @@
-"""The options of PPO's own, by purpose. No torch here: `hfllm rlhf --help` shows them at once.
+"""PPO's options, by purpose. No torch here, so that `hfllm rlhf --help` is fast.
 
-They are not frozen, as transformers' `TrainingArguments` are not, which `PPOConfig` is together with them.
+They are not frozen, since `PPOConfig` also inherits from transformers' `TrainingArguments`, which are not.
 """
 
 from dataclasses import dataclass, field
@@ -13,32 +13,30 @@ VLLM_MODES = ("colocate", "server")
 
 
 def option(default: Any, text: str, **metadata: Any) -> Any:
-    """Return a dataclass field with its help; `metadata` goes to the parser's flag."""
+    """Return a dataclass field with its help; `metadata` is passed on to the flag."""
     return field(default=default, metadata={"help": text, **metadata})
 
 
 @dataclass
 class RolloutOptions:
-    """Rollouts, and how often each is learned from."""
+    """Rollouts, and the passes over each."""
 
-    total_episodes: int | None = option(None, "Number of responses to sample in all; sets `max_steps` when given.")
+    total_episodes: int | None = option(None, "Total number of responses to sample; sets `max_steps` when given.")
     num_ppo_epochs: int = option(4, "Passes over each rollout.")
     num_mini_batches: int = option(1, "Optimizer steps in each pass over a rollout.")
-    num_generations: int = option(1, "Responses sampled to each prompt of a rollout.")
+    num_generations: int = option(1, "Responses sampled for each prompt of a rollout.")
     disable_dropout: bool = option(True, "Switch dropout off, so that the ratio is 1 before the first update.")
-    local_rollout_forward_batch_size: int = option(
-        64, "Sequences a forward pass without gradient takes at once, on each process."
-    )
+    local_rollout_forward_batch_size: int = option(64, "Sequences per forward pass without gradient, on each process.")
     length_bucket_size: int | None = option(
         None,
-        "No sequence is padded by this many tokens or more: the passes of a micro-batch are split. By default "
+        "Split micro-batches into passes so that no sequence is padded by this many tokens or more. By default "
         "8 on a CPU and 256 elsewhere; with DeepSpeed micro-batches stay whole.",
     )
     max_tokens_per_pass: int | None = option(
         None,
-        "Tokens that one forward and backward pass takes at most; larger micro-batches are split. By default 768 on "
-        "a CPU, where larger passes take memory and save no time (fewer with vocabularies above 5,000), and no "
-        "bound elsewhere.",
+        "Most tokens of one forward and backward pass; larger micro-batches are split. By default 768 on "
+        "a CPU, where larger passes cost memory and save no time (fewer with vocabularies above 5,000), and no "
+        "limit elsewhere.",
     )
 
 
@@ -52,7 +50,7 @@ class SamplingOptions:
         None, "More arguments for `GenerationConfig`, such as top_k, top_p or stop_strings."
     )
     log_completions: bool = option(
-        False, "Keep prompts, completions and rewards as parquet, a file for each rollout and process."
+        False, "Keep prompts, completions and rewards as parquet, one file per rollout and process."
     )
 
 
@@ -77,9 +75,9 @@ class RewardOptions:
 
 @dataclass
 class ReferenceOptions:
-    """The reference, which the policy is kept near."""
+    """The reference model, near which the policy is kept."""
 
-    kl_coef: float = option(0.05, "Weight of the KL penalty to the reference; 0 keeps no reference at all.")
+    kl_coef: float = option(0.05, "Weight of the KL penalty to the reference; 0 keeps no reference.")
     kl_estimator: str = option(
         "k1", "Estimator of the per-token KL; 'full' sums over the vocabulary.", choices=[*KL_ESTIMATORS, "full"]
     )
@@ -88,7 +86,7 @@ class ReferenceOptions:
         None, "Steer `kl_coef` towards this KL, in nats per response (Ziegler et al. 2019, section 2.2)."
     )
     kl_horizon: int = option(10_000, "Episodes over which a steered `kl_coef` may change by a fifth.")
-    sync_ref_model: bool = option(False, "Move the reference towards the policy now and then.")
+    sync_ref_model: bool = option(False, "Move the reference towards the policy at intervals.")
     ref_model_sync_steps: int = option(512, "Optimizer steps between two such moves.")
     ref_model_mixup_alpha: float = option(0.6, "Share of the policy in such a move; 1 copies it.")
 
@@ -110,7 +108,7 @@ class LossOptions:
     vf_coef: float = option(0.1, "Weight of the value loss.")
     cliprange_value: float | None = option(0.2, "Clip range of the values; None for no clipping.")
     value_learning_rate: float | None = option(None, "Learning rate of the critic's own weights.")
-    critic_warmup_steps: int = option(0, "Optimizer steps at the beginning that train the critic alone.")
+    critic_warmup_steps: int = option(0, "Optimizer steps at the beginning that train only the critic.")
 
 
 @dataclass
@@ -122,17 +120,17 @@ class VllmOptions:
         "colocate", "vLLM in this process, or a server started by `vllm serve`.", choices=list(VLLM_MODES)
     )
     vllm_model_impl: str = option("vllm", "Whose model code vLLM runs: 'vllm' or 'transformers'.")
-    vllm_enable_sleep_mode: bool = option(False, "Let vLLM leave the accelerator's memory during the updates.")
+    vllm_enable_sleep_mode: bool = option(False, "Let vLLM free the accelerator's memory during the updates.")
     vllm_server_base_url: str | None = option(None, "URL of the server, in place of host and port.")
     vllm_server_host: str = option("0.0.0.0", "Host of the server.")
     vllm_server_port: int = option(8000, "Port of the server.")
     vllm_server_timeout: float = option(240.0, "Seconds to wait for the server.")
-    vllm_group_port: int = option(51216, "Port that weights are handed to the server over.")
+    vllm_group_port: int = option(51216, "Port for sending the weights to the server.")
     vllm_gpu_memory_utilization: float = option(0.3, "Share of the accelerator's memory for vLLM in this process.")
     vllm_max_model_length: int | None = option(None, "Longest prompt and response; by default the model's context.")
-    vllm_tensor_parallel_size: int = option(1, "Accelerators that one vLLM in this process is spread over.")
+    vllm_tensor_parallel_size: int = option(1, "Accelerators that share one vLLM in this process.")
 
 
 @dataclass
 class PPOOptions(RolloutOptions, SamplingOptions, RewardOptions, ReferenceOptions, LossOptions, VllmOptions):
-    """All options of PPO's own."""
+    """All PPO options."""

@@ -1,4 +1,4 @@
-"""Prompts on their way into a rollout: their order, their tokens, and whether they fit the model."""
+"""Prompts for rollouts: their order, their tokens, and whether they fit the model."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class RolloutSampler(Sampler[int]):
-    """Indices of one rollout after the other, each rollout's block `repeats` times.
+    """Sampler of the indices of one rollout after the other, each rollout's block `repeats` times.
 
-    The order depends on `seed` and the epoch only, so that a resumed run skips to the right place. A dataset that
+    The order depends on `seed` and the epoch only, so a resumed run skips to the right place. A dataset that
     does not fill its last rollout starts again from its first prompts.
 
     Args:
@@ -26,8 +26,8 @@ class RolloutSampler(Sampler[int]):
         rollout_size: prompts of one rollout over all processes.
         repeats: backward passes on one rollout.
         seed: of the shuffling.
-        epoch: tells the current epoch.
-        num_generations: how often each prompt comes in its rollout.
+        epoch: function that returns the current epoch.
+        num_generations: how often each prompt occurs in its rollout.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ def check_prompts(
 
 
 def rollout_loader(dataset: "Dataset", args: PPOConfig, epoch: Callable[[], int]) -> DataLoader:
-    """Batches of one rollout's rows on each process, each repeated for every backward pass on that rollout."""
+    """Return a loader of a rollout's rows per process, each batch repeated for every backward pass on it."""
     sampler = RolloutSampler(
         len(dataset),
         rollout_size=args.local_rollout_batch_size * args.world_size,

@@ -1,4 +1,4 @@
-"""Pretraining data beside the rollouts: the PTX term of PPO (Ouyang et al. 2022, arXiv:2203.02155, equation 2)."""
+"""Pretraining data for the PTX term of PPO (Ouyang et al. 2022, arXiv:2203.02155, equation 2)."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class PretrainingBatches:
-    """Batches of a text dataset in an order that depends on the seed alone, so that a resumed run goes on with it.
+    """Batches of a text dataset in an order that depends only on the seed, so a resumed run continues in it.
 
     Args:
         dataset: rows with a column `text`.
@@ -44,10 +44,10 @@ class PretrainingBatches:
         context: int | None,
         args: PPOConfig,
     ) -> "PretrainingBatches | None":
-        """The batches that `args.ptx_coef` asks for, or `None`.
+        """Return the batches for `args.ptx_coef`, or `None`.
 
         Raises:
-            InputError: when one of dataset and coefficient is there without the other.
+            InputError: when only one of dataset and coefficient is given.
         """
         if (dataset is None) != (args.ptx_coef == 0):
             raise InputError(
@@ -58,7 +58,7 @@ class PretrainingBatches:
         return cls(dataset, tokenizer, context, args.per_device_train_batch_size, args.seed)
 
     def batch(self, step: int, process: int, processes: int, device: torch.device) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask` and `labels` (B, S) of one process in one backward pass, counted by `step`."""
+        """Return `input_ids`, `attention_mask` and `labels` (B, S) of a process for backward pass `step`."""
         first = (step * processes + process) * self.batch_size
         rows = [self.dataset[self._row(place)]["text"] for place in range(first, first + self.batch_size)]
         ids = self.tokenizer(rows, truncation=self.max_length is not None, max_length=self.max_length)["input_ids"]
@@ -70,7 +70,7 @@ class PretrainingBatches:
 
     @staticmethod
     def targets(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """How many next tokens there are to predict in a batch."""
+        """Return the number of next tokens to predict in a batch."""
         return (batch["labels"][:, 1:] != -100).sum()
 
     def _row(self, place: int) -> int:

@@ -1,4 +1,4 @@
-"""What PPO learns from: sampled responses with what was known about them when they were sampled.
+"""Rollouts, which PPO learns from: sampled responses and what was computed about them at that time.
 
 Shapes: N episodes, P prompt positions (left-padded), R response positions (right-padded).
 """
@@ -41,10 +41,10 @@ class Rollout:
     )
 
     def micro_batch(self, step: int, micro_step: int, micro_batch_size: int) -> dict[str, torch.Tensor]:
-        """The tensors of one backward pass.
+        """Return the tensors of one backward pass.
 
         Args:
-            step: optimizer step within the rollout, epoch by epoch, mini-batch by mini-batch.
+            step: optimizer step within the rollout, over epochs and their mini-batches.
             micro_step: backward pass within the optimizer step.
             micro_batch_size: episodes in a backward pass.
         """
@@ -70,7 +70,7 @@ class Rollout:
 
 
 def trim(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Cut the columns that are padding in every row: prompts on the left, responses on the right."""
+    """Remove the columns that are padding in every row: prompts on the left, responses on the right."""
     longest_prompt = int(batch["prompt_mask"].sum(1).max())
     longest_response = max(int(batch["response_mask"].sum(1).max()), 1)
 
@@ -89,7 +89,7 @@ def trim(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def pad_prompts(
     prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Left-pad token ids to (N, P) and give their mask."""
+    """Left-pad token ids to (N, P) and return them with their mask."""
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), pad_token_id, dtype=torch.long)
     mask = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -103,12 +103,12 @@ def pad_prompts(
 def length_groups(
     batch: dict[str, torch.Tensor], bucket: int | None, most_tokens: int | None = None, most_rows: int | None = None
 ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """Rows of `batch` in groups of like length, trimmed, with the indices that they are.
+    """Yield the rows of `batch` in groups of similar length, trimmed, with their indices.
 
     Args:
-        bucket: no row of a group is shorter than its longest one by this many tokens or more; `None` is any length.
-        most_tokens: of a group, padding included, unless a single row has more.
-        most_rows: of a group.
+        bucket: rows of a group differ in length by fewer tokens than this; `None` allows any length.
+        most_tokens: limit per group, padding included, unless a single row has more.
+        most_rows: limit per group.
     """
     lengths = batch["prompt_mask"].sum(1) + batch["response_mask"].sum(1)
     by_length = lengths.argsort(descending=True, stable=True)

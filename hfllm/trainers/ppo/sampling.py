@@ -1,4 +1,4 @@
-"""Sampling responses: rows that have ended leave the batch, so that the long ones do not hold them up."""
+"""Sampling responses: rows that have ended leave the batch, so they cost nothing while the long ones continue."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,19 +21,19 @@ from transformers.utils import ModelOutput
 
 from hfllm.trainers.ppo.actor_critic import entropy_of, log_distribution
 
-# Below this many rows per step costs what it costs for one.
+# With fewer rows than this, a step costs as much as with one row.
 FEWEST_TO_SPLIT = 8
-# What begins anew, or reads the prompt again, with each call of `generate`.
+# Settings that restart, or read the prompt again, with each call of `generate`.
 COUNTED_FROM_THE_PROMPT = ("exponential_decay_length_penalty", "guidance_scale", "begin_suppress_tokens", "max_time")
 
 
 class Ended(StoppingCriteria):
-    """Notes where each row ends, and stops all of them once half have ended.
+    """Stopping criterion that records where each row ends, and stops all rows once half have ended.
 
     Args:
         end_token_ids: tokens that end a response.
-        stop_strings: texts that do, or `None`.
-        may_split: whether to stop all rows at half time.
+        stop_strings: texts that end a response, or `None`.
+        may_split: whether to stop all rows when half have ended.
         observe: called with each new column of tokens, or `None`.
     """
 
@@ -69,10 +69,10 @@ class Ended(StoppingCriteria):
 
 
 class OnlyFinite(LogitsProcessor):
-    """Stops sampling before it draws from logits that give no distribution; it changes none.
+    """Logits processor that stops sampling when logits are not finite, and changes nothing.
 
     Raises:
-        FloatingPointError: when those of a row hold NaN, or their largest is infinite.
+        FloatingPointError: when the logits of a row hold NaN, or their largest is infinite.
     """
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -82,15 +82,15 @@ class OnlyFinite(LogitsProcessor):
 
 
 def below_adapter(policy: PreTrainedModel) -> PreTrainedModel:
-    """The model that `generate` calls: of one with an adapter that below it."""
+    """Return the model that `generate` calls: with an adapter, the model below it."""
     return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
 
 
 @contextmanager
 def plainly(policy: PreTrainedModel) -> Iterator[None]:
-    """Within it the policy evaluates, and its own generation config, which fills what is unset, says nothing."""
+    """Put the policy in evaluation mode, and ignore its own generation config, which fills unset values."""
     was_training = policy.training
-    # One with an adapter gives its config to the model below it.
+    # A policy with an adapter passes its config to the model below it.
     configs = [(model, model.generation_config) for model in (policy, below_adapter(policy))]
     policy.eval()
     for model, _ in configs:
@@ -104,7 +104,7 @@ def plainly(policy: PreTrainedModel) -> Iterator[None]:
 
 
 class SampledLogprobs:
-    """What the policy says of each token when it samples it, so that no second pass has to ask.
+    """Recorder of the policy's log-probabilities while it samples, which saves a second pass.
 
     Args:
         shape: (N, R), prompts and longest response.
@@ -112,8 +112,8 @@ class SampledLogprobs:
         value_head: also applied to the state that each token is sampled from, or `None`.
 
     Attributes:
-        logprobs, entropy, values: (N, R), unspecified behind the end of a response.
-        is_checked: whether others of its kind were found right; if not, it is compared with a second pass.
+        logprobs, entropy, values: (N, R), unspecified after the end of a response.
+        is_checked: whether earlier recordings of its kind were found right; if not, it is compared with a second pass.
         is_wrong: whether it was found wrong.
     """
 
@@ -133,7 +133,7 @@ class SampledLogprobs:
 
     @contextmanager
     def watching(self, policy: PreTrainedModel) -> Iterator[None]:
-        """Within it the policy's last logits and states are kept at each of its calls."""
+        """Keep the policy's last logits and states at each of its calls."""
 
         def keep_states(module: nn.Module, args: tuple) -> None:
             self._states = args[0][:, -1]
@@ -152,7 +152,7 @@ class SampledLogprobs:
                 handle.remove()
 
     def of(self, rows: torch.Tensor, column: int) -> Callable[[torch.Tensor], None]:
-        """A function that notes the tokens of `rows` at this and each following column."""
+        """Return a function that records the tokens of `rows` at this and each following column."""
 
         def note(tokens: torch.Tensor) -> None:
             nonlocal column
@@ -175,19 +175,19 @@ def generate_responses(
     tokenizer: PreTrainedTokenizerBase,
     witness: SampledLogprobs | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Sample one response a prompt by `generate`.
+    """Sample one response per prompt by `generate`.
 
-    Whenever half of the rows have ended, the other half goes on without them, with its part of the cache.
+    Whenever half of the rows have ended, the other half continues without them, with its part of the cache.
 
     Args:
         prompt_ids, prompt_mask: (N, P), padded on the left.
-        generation_config: without beams; caches other than the dynamic one, and what counts from the prompt, keep all
-            rows to the end. The policy's own generation config plays no part.
-        witness: notes what the policy says of each token on the way.
+        generation_config: without beams; other than dynamic caches, and settings that count from the prompt, keep all
+            rows to the end. The policy's own generation config is ignored.
+        witness: records the policy's log-probability of each token.
 
     Returns:
-        `response_ids` and `response_mask`, (N, R): the token or text that ends a response is its last, then comes the
-        padding token. And `is_ended`, (N,): whether it has ended by itself.
+        `response_ids` and `response_mask`, (N, R): a response ends with its end token or text, followed by the
+        padding token. And `is_ended`, (N,): whether it ended before the length limit.
 
     Raises:
         FloatingPointError: see `OnlyFinite`.
@@ -225,7 +225,7 @@ def generate_responses(
         if seen.shape[1] >= longest or not goes_on.any() or not ended.has_split:
             break
         kept = goes_on.nonzero().squeeze(1)
-        # Another cache may not let rows be picked: those that go on are then read again from their beginning.
+        # Other caches may not allow selecting rows: the rows that continue are then read again from their beginning.
         cache = output.cache if type(output.cache) is DynamicCache else None
         if cache is not None:
             cache.batch_select_indices(kept)
@@ -238,7 +238,7 @@ def generate_responses(
 
 
 def _rest_of(config: GenerationConfig, done: int) -> GenerationConfig:
-    """The same settings for responses of which `done` tokens are there already."""
+    """Return the same settings for responses that already have `done` tokens."""
     if not done:
         return config
     rest = copy(config)

@@ -1,4 +1,4 @@
-"""From sampled responses to scores: rewards, their weights and scale, and what a table of completions shows."""
+"""From sampled responses to scores: rewards, their weights and scale, and the table of completions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Scores:
-    """What the rewards say of a batch of responses.
+    """The scores of a batch of responses.
 
     Args:
-        total: (B,), the weighted sum less the penalty for responses that were cut off.
+        total: (B,), the weighted sum minus the penalty for responses that were cut off.
         per_token: (B, R), the weighted sum of the rewards that come token by token, or `None`.
-        parts: each reward by itself, (B,), unweighted; per-token ones are summed.
+        parts: each single reward, (B,), unweighted; per-token ones are summed.
         completions: a row per response: prompt, completion, the parts and the total.
     """
 
@@ -34,7 +34,7 @@ class Scores:
 
     @property
     def reward(self) -> torch.Tensor:
-        """(B,), all of it."""
+        """Return the whole reward (B,)."""
         return self.total if self.per_token is None else self.total + self.per_token.sum(1)
 
 
@@ -43,8 +43,8 @@ class Scorer:
 
     Args:
         rewards: functions `(prompts, completions, **columns)` that return a number per completion, or a list of
-            numbers per completion, one for each id of its `completion_ids`.
-        weights: one a function.
+            numbers per completion, one for each of its `completion_ids`.
+        weights: one per function.
         tokenizer: the policy's.
     """
 
@@ -82,7 +82,9 @@ class Scorer:
         if self.args.missing_eos_penalty is not None:
             total -= self.args.missing_eos_penalty * ~batch["is_ended"]
         if per_token is not None and (self.args.normalize_rewards or self.args.reward_clip is not None):
-            raise InputError("normalize_rewards and reward_clip are for rewards a response, not for per-token rewards")
+            raise InputError(
+                "normalize_rewards and reward_clip are for rewards per response, not for per-token rewards"
+            )
         scores = Scores(total, per_token, parts, [])
         table = [
             {"prompt": prompt, "completion": completion_text(completion)}
@@ -95,7 +97,7 @@ class Scorer:
         return scores
 
     def rescale(self, total: torch.Tensor, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Normalize by the running moments and clip, as far as the arguments ask for it."""
+        """Normalize by the running moments and clip, as the arguments say."""
         if self.args.normalize_rewards:
             exact = total.double()
             sums = torch.stack((torch.ones_like(exact).sum(), exact.sum(), exact.square().sum()))
@@ -107,7 +109,7 @@ class Scorer:
 
 
 def _per_token(values: Sequence[Sequence[float]], mask: torch.Tensor, name: str) -> torch.Tensor:
-    """Lists of per-token rewards as (B, R), refused where their number is not that of the completion's tokens."""
+    """Return lists of per-token rewards as (B, R); refuse lists of another length than the completion."""
     result = torch.zeros(mask.shape, device=mask.device)
     for row, (numbers, length) in enumerate(zip(values, mask.sum(1).tolist(), strict=True)):
         if len(numbers) != length:
@@ -120,7 +122,7 @@ def _per_token(values: Sequence[Sequence[float]], mask: torch.Tensor, name: str)
 
 
 def unique_names(names: list[str]) -> list[str]:
-    """The names, each further one of the same kind with a number."""
+    """Return the names, with a number added to each repetition."""
     return [
         name if names.index(name) == at else f"{name}_{names[:at].count(name) + 1}" for at, name in enumerate(names)
     ]

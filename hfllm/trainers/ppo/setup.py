@@ -1,4 +1,4 @@
-"""What a `PPOTrainer` is made of: reference, rewards, special tokens, sampling settings."""
+"""The parts of a `PPOTrainer`: reference, rewards, special tokens, sampling settings."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 RewardFunc = str | PreTrainedModel | Callable[..., list[float]]
-# Every field that would bend the distribution is set: generate() fills what is unset from the model's own generation
+# Every field that would change the distribution is set: generate() fills unset ones from the model's own generation
 # config, and the ratio is only right for the distribution that token_logprobs computes.
 UNMODIFIED_SAMPLING = {
     "do_sample": True,
@@ -36,7 +36,7 @@ UNMODIFIED_SAMPLING = {
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Copy a saved model's weights into `model`, whatever number of files they lie in."""
+    """Copy a saved model's weights into `model`, from any number of files."""
     saved = type(model).from_pretrained(folder, dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
 
@@ -49,16 +49,18 @@ def scorer_from_name(name: str, load_kwargs: dict[str, Any]) -> PreTrainedModel:
 def split_reference(
     model: PreTrainedModel, peft_config: "PeftConfig | None", keep: bool = True
 ) -> tuple[PreTrainedModel | None, PreTrainedModel]:
-    """The frozen reference and the policy. With an adapter the reference is the policy without it: `None`.
+    """Return the frozen reference and the policy. With an adapter the reference is `None`: the policy without it.
 
     Without `keep` there is no reference.
 
-    The copy is a new object filled from the weights. `copy.deepcopy` would keep a `forward` that some trainers leave
-    on the instance, bound to the *original's* weights: a reference that follows the policy, with a KL of 0 for ever.
+    The copy is a new object filled from the weights. `copy.deepcopy` would keep a `forward` that some trainers set
+    on the instance, bound to the *original's* weights: the reference would follow the policy, with a KL of 0.
     """
     if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
-        # Sampling makes it repack its weights for a kernel without gradients, and the adapter would never learn.
-        raise InputError("load_in_4bit: bitsandbytes cannot train on a CPU what it has sampled from; use load_in_8bit")
+        # When it samples, it repacks its weights for a kernel without gradients, and the adapter would never learn.
+        raise InputError(
+            "load_in_4bit: bitsandbytes cannot train a model on a CPU after sampling from it; use load_in_8bit"
+        )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise InputError(
             f"model {model.config._name_or_path!r} is a base model with an adapter loaded into it: merge the adapter, "
@@ -74,43 +76,43 @@ def split_reference(
         return None, model
     if not keep:
         return None, model
-    # By the constructor, which DeepSpeed leaves alone: the reference is whole on each process.
+    # By the constructor, which DeepSpeed does not intercept: the reference is whole on each process.
     reference = type(model)(model.config).to(model.dtype)
     with gather_parameters(model):
         reference.load_state_dict(model.state_dict())
-    # Those that are in no state, such as rotary frequencies, may have another precision than the weights.
+    # Buffers outside the state dict, such as rotary frequencies, may have another precision than the weights.
     for own, given in zip(reference.buffers(), model.buffers(), strict=True):
         own.data = given.detach().clone()
     return reference.eval().requires_grad_(False), model
 
 
 def place_frozen(models: Iterable[PreTrainedModel | None], device: torch.device) -> None:
-    """Move models that are not trained to where the policy is, whole on each process."""
+    """Move models that are not trained to the policy's device, whole on each process."""
     for model in models:
         if model is not None:
             unshard(model).to(device)
 
 
 def check_critic(value_model: PreTrainedModel | None) -> None:
-    """Refuse a value model that cannot be any policy's critic: all of it is trained, and it judges what is sampled."""
+    """Refuse a value model that cannot be any policy's critic, which is trained as a whole and must be causal."""
     if value_model is None:
         return
     if value_model.config.num_labels != 1:
         raise InputError(f"value_model has num_labels={value_model.config.num_labels}; expected 1")
     if hasattr(value_model, "peft_config") or getattr(value_model, "_hf_peft_config_loaded", False):
-        raise InputError("value_model has an adapter, and its critic would not learn as a whole: merge the adapter")
+        raise InputError("value_model has an adapter, and only that would be trained: merge the adapter")
     with gather_parameters(value_model):
         if looks_ahead(value_model):
             raise InputError(
                 f"value_model of type {value_model.config.model_type} looks at later tokens, so its values would "
-                "depend on what is not sampled yet: use a causal model"
+                "depend on tokens not sampled yet: use a causal model"
             )
 
 
 def check_value_model(
     value_model: PreTrainedModel | None, policy: PreTrainedModel, rewards: Sequence[RewardModel]
 ) -> None:
-    """Refuse a value model that cannot be this policy's critic, who reads the policy's own tokens."""
+    """Refuse a value model that cannot be this policy's critic, which reads the policy's tokens."""
     check_critic(value_model)
     if value_model is None:
         return
@@ -124,7 +126,7 @@ def check_value_model(
 
 
 def shortest_context(*models: PreTrainedModel | None) -> int | None:
-    """The longest sequence that all of the models are made for, if their configs tell."""
+    """Return the longest sequence that all of the models are made for, or `None` if no config says."""
     configs = [model.config.get_text_config() for model in models if model is not None]
     return min(filter(None, (getattr(one, "max_position_embeddings", None) for one in configs)), default=None)
 
@@ -132,9 +134,9 @@ def shortest_context(*models: PreTrainedModel | None) -> int | None:
 def special_tokens(
     tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel, args: PPOConfig
 ) -> tuple[list[int], list[int]]:
-    """Ids that end a response, and ids that are never sampled: padding, unless it ends responses too.
+    """Return the ids that end a response, and those never sampled: padding, unless it also ends responses.
 
-    Those of `generation_kwargs` are among them.
+    They include those of `generation_kwargs`.
     """
     if tokenizer.eos_token_id is None:
         raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no end token (eos_token): PPO needs one")
@@ -184,13 +186,13 @@ def build_rewards(
 
 
 def reward_models(rewards: Sequence[RewardFunction]) -> list[RewardModel]:
-    """The models among rewards and among the members of ensembles."""
+    """Return the models among the rewards and the members of ensembles."""
     every = [member for reward in rewards for member in getattr(reward, "members", [reward])]
     return [reward for reward in every if isinstance(reward, RewardModel)]
 
 
 def reward_weights(weights: list[float] | None, count: int) -> list[float]:
-    """One weight a reward, 1 by default."""
+    """Return one weight per reward, 1 by default."""
     if weights is not None and len(weights) != count:
         raise InputError(f"{len(weights)} reward_weights for {count} reward_funcs")
     return weights or [1.0] * count
@@ -199,7 +201,7 @@ def reward_weights(weights: list[float] | None, count: int) -> list[float]:
 def sampling_config(
     args: PPOConfig, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int], never_sampled: Sequence[int]
 ) -> GenerationConfig:
-    """How responses are sampled: from the policy's own distribution, unless `generation_kwargs` bend it."""
+    """Return the sampling settings: the policy's own distribution, unless `generation_kwargs` change it."""
     settings = {
         **UNMODIFIED_SAMPLING,
         "max_new_tokens": args.response_length,
@@ -213,7 +215,7 @@ def sampling_config(
     for name, argument in (("temperature", "temperature"), ("max_new_tokens", "response_length")):
         if name in asked:
             raise InputError(f"generation_kwargs has {name}={asked[name]!r}: set {argument} itself")
-    # In `special_tokens`, with what the policy is judged by.
+    # These are in `special_tokens`, which the policy's log-probabilities also use.
     for name in ("eos_token_id", "suppress_tokens"):
         asked.pop(name, None)
     settings |= asked

@@ -1,12 +1,12 @@
 """Proximal policy optimization from rewards, on the stock `transformers.Trainer`.
 
-Read top-down: what the trainer is made of, how a rollout is collected (sample, score, penalize, estimate
-advantages), how the loss is made of it, and what is logged and evaluated. The formulas are in `advantages.py`, the
+Read top-down: the parts of the trainer, how a rollout is collected (sample, score, penalize, estimate
+advantages), how the loss is computed, and what is logged and evaluated. The formulas are in `formulas.py`, the
 models' forward pass in `actor_critic.py`, sampling in `sampling.py`, rewards in `scoring.py`, saving and resuming in
-`engine.py`.
+`base_trainer.py`.
 
-A rollout is collected when its first micro-batch is asked for; the dataloader repeats the rollout's prompts for each
-micro-batch, so that Trainer's own counting of steps, epochs and skipped batches stays right.
+A rollout is collected when its first micro-batch is requested; the dataloader repeats the rollout's prompts for each
+micro-batch, so Trainer's own counting of steps, epochs and skipped batches stays correct.
 """
 
 from contextlib import nullcontext
@@ -63,7 +63,7 @@ MODEL_INPUTS = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
 
 
 class Tokens(NamedTuple):
-    """What the models say of the response tokens, each (B, R) and 0 on padding."""
+    """Outputs of the models at the response tokens, each (B, R) and 0 on padding."""
 
     logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
@@ -89,7 +89,7 @@ class PPOTrainer(ActorCriticTrainer):
             `None` trains a value head on the policy's trunk, which costs half as much.
         callbacks, optimizers: as in `Trainer`.
         peft_config: train an adapter of this kind; the reference is then the policy without its adapter.
-        ptx_dataset: rows with `text`, whose language-modeling loss is added by `args.ptx_coef` (Ouyang et al. 2022,
+        ptx_dataset: rows with `text`, whose language-modeling loss is weighted by `args.ptx_coef` (Ouyang et al. 2022,
             equation 2).
 
     Raises:
@@ -127,7 +127,7 @@ class PPOTrainer(ActorCriticTrainer):
         self.has_reference = args.kl_coef > 0
         self.reference, policy = split_reference(model, peft_config, keep=self.has_reference)
         if args.sync_ref_model and self.reference is None:
-            raise InputError("sync_ref_model=True needs a reference of its own: no adapter, and kl_coef above 0")
+            raise InputError("sync_ref_model=True needs a separate reference: no adapter, and kl_coef above 0")
         self.eos_token_ids, never_sampled = special_tokens(tokenizer, policy, args)
         if args.disable_dropout:
             disable_dropout(policy, value_model)
@@ -152,7 +152,7 @@ class PPOTrainer(ActorCriticTrainer):
         )
         self._check_engine()
         self._check_optimizer()
-        # Each process samples with its own noise, as in GRPOTrainer.
+        # Each process samples with its own random numbers, as in GRPOTrainer.
         seed_process(args.seed, device_specific=True)
         place_frozen((self.reference, *(reward.model for reward in reward_models(rewards))), self.accelerator.device)
         self.sampling_config = sampling_config(args, tokenizer, self.eos_token_ids, never_sampled)
@@ -164,7 +164,7 @@ class PPOTrainer(ActorCriticTrainer):
 
     @property
     def reward_moments(self) -> RunningMoments:
-        """Running mean and variance of the scores."""
+        """Return the running mean and variance of the scores."""
         return self.scorer.moments
 
     @staticmethod
@@ -176,7 +176,7 @@ class PPOTrainer(ActorCriticTrainer):
     # ---- data ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """Prompts of one rollout a batch, each batch repeated for every backward pass on that rollout."""
+        """Return batches of one rollout's prompts, each repeated for every backward pass on that rollout."""
         if self.train_dataset is None:
             raise ValueError("PPOTrainer: training requires a train_dataset")
         loader = rollout_loader(self.train_dataset, self.args, lambda: int(self.state.epoch or 0))
@@ -227,7 +227,7 @@ class PPOTrainer(ActorCriticTrainer):
         )
 
     def sample(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Sample a response to each row's prompt. Returns prompts and responses with their masks, and `is_ended`."""
+        """Sample a response to each row's prompt. Return prompts and responses with their masks, and `is_ended`."""
         prompts = tokenize_prompts([row["prompt"] for row in rows], self.processing_class)
         prompt_ids, prompt_mask = pad_prompts(prompts, self.processing_class.pad_token_id, self.accelerator.device)
         witness = self._witness(len(rows))
@@ -241,7 +241,7 @@ class PPOTrainer(ActorCriticTrainer):
         return {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, **responses, "witness": witness}
 
     def score(self, rows: list[dict[str, Any]], batch: dict[str, torch.Tensor], prefix: str = "") -> Scores:
-        """What the rewards say of the responses; their means are logged."""
+        """Return the scores of the responses, and log their means."""
         scores = self.scorer(rows, batch)
         for name, values in scores.parts.items():
             self._metrics[f"{prefix}rewards/{name}"].append(values)
@@ -252,7 +252,7 @@ class PPOTrainer(ActorCriticTrainer):
 
     @torch.no_grad()
     def evaluate_tokens(self, batch: dict[str, Any]) -> Tokens:
-        """What policy, reference and critic say of the response tokens. Without a reference the KL is 0."""
+        """Evaluate the response tokens with policy, reference and critic. Without a reference the KL is 0."""
         actor, args = self.actor, self.args
         was_training = actor.training
         actor.eval()
@@ -281,7 +281,7 @@ class PPOTrainer(ActorCriticTrainer):
         total, episodes = self._sum_over_processes(torch.stack((kl.sum(), kl.new_tensor(len(kl))))).tolist()
         used = self.kl_controller.coefficient
         self.kl_controller.update(total / episodes, int(episodes))
-        # The loss is computed afterwards, with the new one.
+        # The loss is computed afterwards, with the new weight.
         used = used if self.args.kl_penalty == "reward" else self.kl_controller.coefficient
         self._metrics["kl_coef"].append(kl.new_tensor([used]))
 
@@ -290,9 +290,9 @@ class PPOTrainer(ActorCriticTrainer):
     def training_step(
         self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The backward passes on a micro-batch of the current rollout, which is collected when it is due.
+        """Run the backward passes on a micro-batch of the current rollout, and collect a new rollout when due.
 
-        One pass for each group of sequences of like length; their sum is the micro-batch's gradient.
+        One pass per group of sequences of similar length; their sum is the micro-batch's gradient.
         """
         step = self.state.global_step % self.args.steps_per_rollout
         if self._rollout is None or (step == 0 and self._micro_step == 0):
@@ -321,7 +321,7 @@ class PPOTrainer(ActorCriticTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Clipped policy loss plus `vf_coef` times the value loss and the terms that are asked for.
+        """Return the clipped policy loss plus `vf_coef` times the value loss and the optional terms.
 
         Sums over the group are divided by the mini-batch's tokens on *all* processes, and multiplied by the number of
         processes because DDP averages gradients: the gradient is that of one large batch.
@@ -350,7 +350,7 @@ class PPOTrainer(ActorCriticTrainer):
         if args.entropy_coef:
             loss = loss - args.entropy_coef * entropy_of(distribution).sum()
         share = self.accelerator.num_processes / inputs["mini_batch_tokens"]
-        # During the critic's warm-up the policy takes part with no weight, since DDP waits for all gradients.
+        # During the critic's warm-up the policy loss has weight 0 but stays, since DDP waits for all gradients.
         loss = ((0.0 if is_warmup else 1.0) * loss + args.vf_coef * value_sum) * share
         if inputs.get("adds_ptx") and self.ptx is not None and not is_warmup:
             loss = loss + self._ptx_loss()
@@ -362,7 +362,7 @@ class PPOTrainer(ActorCriticTrainer):
         return loss
 
     def _ptx_loss(self) -> torch.Tensor:
-        """The weighted language-modeling loss on this micro-batch's share of the pretraining data.
+        """Return the weighted language-modeling loss on this micro-batch's share of the pretraining data.
 
         As with the other terms, sums are divided by the tokens of the whole optimizer step on all processes.
         """
@@ -381,7 +381,7 @@ class PPOTrainer(ActorCriticTrainer):
 
     def _end_micro_batch(self, is_last: bool) -> None:
         if self.state.global_step < self.args.critic_warmup_steps:
-            # No gradient, so that the optimizer leaves them alone; a gradient of zero would still decay weights.
+            # Without a gradient the optimizer skips these weights; a gradient of zero would still decay them.
             critic = {id(parameter) for parameter in self.actor.critic_parameters()}
             for parameter in self.actor.parameters():
                 if id(parameter) not in critic:
@@ -400,14 +400,14 @@ class PPOTrainer(ActorCriticTrainer):
 
     def _log_rollout(self, tokens: Tokens, mask: torch.Tensor, prefix: str = "") -> None:
         if self.has_reference:
-            # The plain estimate whatever is penalized, so that runs compare.
+            # The same estimate whatever is penalized, so that runs can be compared.
             kl = formulas.kl_estimate(tokens.logprobs, tokens.ref_logprobs) * mask
             self._metrics[f"{prefix}kl"].append(kl.sum(1))
         self._metrics[f"{prefix}entropy"].append(tokens.entropy.sum(1) / mask.sum(1).clamp(min=1))
         self._metrics[f"{prefix}response_length"].append(mask.sum(1))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with what the rollouts and updates since the last log added, averaged over all processes."""
+        """Log with the metrics of rollouts and updates since the last log, averaged over all processes."""
         is_evaluation = any(name.startswith("eval_") for name in logs)
         if not is_evaluation and "loss" in logs:
             logs = {**logs, **self._drain_metrics("")}
@@ -428,7 +428,7 @@ class PPOTrainer(ActorCriticTrainer):
     ) -> EvalLoopOutput:
         """Sample and score the evaluation prompts. Metrics: reward, its parts, KL, entropy, response length."""
         prefix, count = "eval_", 0
-        # The same noise each time, and training's own random state left as it was.
+        # The same random numbers each time, without changing training's random state.
         with torch.random.fork_rng():
             torch.manual_seed(self.args.seed + self.args.process_index)
             for rows in dataloader:
@@ -439,7 +439,7 @@ class PPOTrainer(ActorCriticTrainer):
                 self._keep_completions(f"{metric_key_prefix}_{self.state.global_step:06d}_{count:06d}")
                 for name, parts in self._metrics.items():
                     if name.startswith(prefix):
-                        # Without the rows that fill up the last batch of some processes.
+                        # Without the rows that pad the last batch of some processes.
                         parts[-1] = self.accelerator.gather_for_metrics(parts[-1])
                 count += len(rows)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)

@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# The back end gives these by arguments of its own; what else there is in a GenerationConfig, vLLM does not hear of.
+# TRL's back end passes these as its own arguments; other fields of a GenerationConfig do not reach vLLM.
 SHAPING = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p")
 HEARD = {*SHAPING, "pad_token_id", "eos_token_id", "bos_token_id", "suppress_tokens", "stop_strings"}
-# Added to the logit of what must not be sampled: as far as vLLM lets one go.
+# Added to the logit of tokens that must not be sampled: the lowest value that vLLM accepts.
 NEVER = -100.0
 
 
 def check_vllm(args: PPOConfig) -> None:
-    """Refuse `use_vllm` where vLLM is not installed, or would not hear of what is asked of sampling.
+    """Refuse `use_vllm` where vLLM is not installed, or would ignore sampling settings.
 
     Raises:
-        InputError: telling how to install it, or naming the settings.
+        InputError: with the command to install it, or the names of the settings.
     """
     from trl.import_utils import is_vllm_available
 
@@ -42,12 +42,12 @@ class VllmSampler:
 
     Args:
         args: the `vllm_*` options.
-        policy: whose weights it samples from.
+        policy: the model whose weights it samples from.
         generation_config: the trainer's; stop strings and tokens, temperature and the like are taken from it.
-        episodes: that it samples at once, on each process.
+        episodes: episodes sampled at once, on each process.
 
     Raises:
-        InputError: when vLLM is not installed, or for a setting that it does not know.
+        InputError: when vLLM is not installed, or for an unknown setting.
     """
 
     def __init__(
@@ -96,14 +96,14 @@ class VllmSampler:
         self._synced_at: int | None = None
 
     def __call__(self, prompts: Sequence[Sequence[int]], step: int, device: torch.device) -> dict[str, torch.Tensor]:
-        """Sample one response a prompt.
+        """Sample one response per prompt.
 
         Args:
             prompts: token ids.
-            step: the optimizer step that the policy is at; its weights are handed over when it has moved on.
+            step: the policy's optimizer step; its weights are sent when the step has changed.
 
         Returns:
-            As `generate_responses`.
+            The same as `generate_responses`.
         """
         if step != self._synced_at:
             self.engine.sync_weights()

@@ -1,1 +1,1 @@
-"""Pretraining on packed rows by a plan of batches."""
+"""Pretraining on packed rows in planned batches."""

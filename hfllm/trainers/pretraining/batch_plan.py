@@ -1,7 +1,7 @@
-"""Which rows each optimizer step of a pretraining run learns from, known from the first step to the last.
+"""The plan of a pretraining run: which rows each optimizer step learns from, known before the first step.
 
-A step's batch is a function of the step alone, so that a run which resumes after an interruption gets the next one
-without looking at those before. Length curriculum and batch ramp are part of the plan: a callback could not change
+A step's batch is a function of the step alone, so a run that resumes after an interruption gets the next batch
+without reading earlier ones. Length curriculum and batch ramp are part of the plan: a callback could not change
 either exactly, since the dataloader is a batch ahead of the trainer.
 """
 
@@ -25,14 +25,14 @@ class Schedule:
     """A number that changes in steps over a run.
 
     Args:
-        stages: (share of the run's tokens from which it holds, number), the first share 0, shares rising.
+        stages: (share of the run's tokens from which the number holds, number), with rising shares from 0.
     """
 
     stages: tuple[tuple[float, int], ...]
 
     @classmethod
     def parse(cls, text: str | int, flag: str) -> "Schedule":
-        """From a number, or `share:number` pairs with commas between them, such as `0:128,0.2:256,0.5:512`.
+        """Parse a number, or comma-separated `share:number` pairs, such as `0:128,0.2:256,0.5:512`.
 
         Raises:
             InputError: naming the flag and what is wrong.
@@ -48,7 +48,7 @@ class Schedule:
         return cls(tuple(stages))
 
     def at(self, share: float) -> int:
-        """The number that holds when so much of the run is over."""
+        """Return the number that holds after this share of the run."""
         return next(number for begin, number in reversed(self.stages) if begin <= share)
 
 
@@ -56,17 +56,17 @@ class BatchPlan(TorchDataset):
     """The batches of a run, one per optimizer step; as a dataset its length is the number of steps.
 
     Args:
-        sources: packed rows (`hfllm.data.packing.pack`), one dataset a source.
-        weights: share of the rows that each source gives; a source that is used up begins anew in another order.
-        row_length: tokens of a full row.
-        total_rows: of the run.
-        batch_rows: rows of a step, over all processes; `tokens` of a schedule are divided by `row_length`.
+        sources: packed rows (`hfllm.data.packing.pack`), one dataset per source.
+        weights: share of the rows that each source gives; a source that is used up starts again in another order.
+        row_length: tokens per full row.
+        total_rows: rows of the whole run.
+        batch_rows: rows per step, over all processes; `tokens` of a schedule are divided by `row_length`.
         lengths: the length that rows are cut to.
         pad_token_id: for rows that are not full.
-        seed: of the order.
-        process, processes: whose share of each batch this is.
-        transform: what becomes of each batch, such as masking, given a number for each of its rows that is that row's
-            own in the whole run, whatever process has it.
+        seed: seed of the order.
+        process, processes: this process and their number, which select its share of each batch.
+        transform: function applied to each batch, such as masking, given one number per row that is unique
+            in the whole run, whichever process has the row.
 
     Raises:
         InputError: for lengths that do not divide `row_length`, batches of fewer rows than processes, or weights that
@@ -106,7 +106,7 @@ class BatchPlan(TorchDataset):
         while total_rows - first >= processes:
             share = first / total_rows
             rows = min(batch_tokens.at(share) // row_length, total_rows - first)
-            # As many on each process, which have to make as many passes.
+            # The same number on each process, since all must make the same number of passes.
             rows -= rows % processes
             self._steps.append((first, rows, lengths.at(share)))
             first += rows
@@ -123,7 +123,7 @@ class BatchPlan(TorchDataset):
         else:
             rng = numpy.random.default_rng((self.seed, 1))
             self._source = rng.choice(len(sizes), size=self.total_rows, p=shares).astype(numpy.int16)
-        # Which row of its source each row of the run is, counted from the source's first.
+        # The index within its source of each row of the run, counted from the source's first.
         self._number = numpy.zeros(self.total_rows, dtype=numpy.int64)
         for index in range(len(sizes)):
             places = numpy.flatnonzero(self._source == index)
@@ -133,7 +133,7 @@ class BatchPlan(TorchDataset):
         return len(self._steps)
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        """The tensors of one step on this process, see `batch_of`."""
+        """Return the tensors of one step on this process, see `batch_of`."""
         first, rows, length = self._steps[step]
         places = numpy.array_split(numpy.arange(first, first + rows), self.processes)[self.process]
         rows = [self._row(int(place)) for place in places]
@@ -155,10 +155,10 @@ class BatchPlan(TorchDataset):
         return source[int(kept[1][within])]
 
     def tokens_at(self, step: int) -> int:
-        """Positions that the steps before `step` have had, over all processes."""
+        """Return the positions of all steps before `step`, over all processes."""
         first = self._steps[step][0] if step < len(self._steps) else self.total_rows
         return first * self.row_length
 
     def rows_by_source(self) -> list[int]:
-        """How many rows of the run each source gives."""
+        """Return the number of rows of the run from each source."""
         return [int((self._source == index).sum()) for index in range(len(self.sources))]

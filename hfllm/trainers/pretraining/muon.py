@@ -13,13 +13,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) and AdamW as one optimizer, with one state and one list of parameter groups.
 
     Muon's step is scaled to the size of AdamW's, 0.2 times the square root of the longer side (Liu et al. 2025,
-    arXiv:2502.16982, equation 4), so that one learning rate and weight decay serve both.
+    arXiv:2502.16982, equation 4), so one learning rate and weight decay serve both.
 
     Args:
         matrices: parameters of two dimensions for Muon.
         others: groups of parameters for AdamW, as `torch.optim.AdamW` takes them.
         lr: learning rate of both.
-        weight_decay: of the matrices, and of groups that name none.
+        weight_decay: of the matrices, and of groups that do not set their own.
         betas: of AdamW.
         eps: of AdamW.
         momentum: of Muon.
@@ -44,17 +44,17 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Let both parts see this optimizer's groups, which schedulers write to, and its state, which is saved."""
+        """Share this optimizer's groups, which schedulers change, and its state, which is saved, with both parts."""
         for part, groups in zip(self._parts, (self.param_groups[:1], self.param_groups[1:]), strict=True):
             part.param_groups, part.state = groups, self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every optimizer's."""
+        """Load the state, as for every optimizer."""
         super().load_state_dict(state_dict)
         self._share()
 
     def step(self, closure: Any = None) -> Any:
-        """One step of both parts."""
+        """Take one step with both parts."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -65,14 +65,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def muon_of(model: nn.Module, **settings: Any) -> MuonWithAdamW:
-    """The optimizer of a model's parameters; embeddings, the head, norms, biases and stacked experts are AdamW's.
+    """Return the optimizer of a model; embeddings, the head, norms, biases and stacked experts go to AdamW.
 
     Args:
         model: a transformers model. Norms and biases, of one dimension, are not decayed.
-        settings: `MuonWithAdamW`'s.
+        settings: arguments of `MuonWithAdamW`.
 
     Raises:
-        InputError: for a model without a matrix that Muon could take.
+        InputError: for a model without a matrix for Muon.
     """
     ends = {
         id(module.weight)
@@ -83,7 +83,7 @@ def muon_of(model: nn.Module, **settings: Any) -> MuonWithAdamW:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.ndim == 2 and id(parameter) not in ends]
     if not matrices:
-        raise InputError(f"--use_muon: {type(model).__name__} has no matrix to learn besides its embeddings")
+        raise InputError(f"--use_muon: {type(model).__name__} has no matrix to train besides its embeddings")
     taken = set(map(id, matrices))
     rest = [parameter for parameter in trained if id(parameter) not in taken]
     others = [
@@ -94,5 +94,5 @@ def muon_of(model: nn.Module, **settings: Any) -> MuonWithAdamW:
 
 
 def muon_factory() -> Any:
-    """What `Trainer` takes as the class of `optimizer_cls_and_kwargs`, to make the optimizer once it has the model."""
+    """Return a class for `Trainer`'s `optimizer_cls_and_kwargs` that makes the optimizer once the model is there."""
     return muon_of

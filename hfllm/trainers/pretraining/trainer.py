@@ -1,4 +1,4 @@
-"""A `transformers.Trainer` that learns from a `BatchPlan`: each optimizer step has the batch the plan gives it."""
+"""A `transformers.Trainer` that learns from a `BatchPlan`: each optimizer step has the batch planned for it."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -16,30 +16,30 @@ from hfllm.trainers.pretraining.batch_plan import BatchPlan
 
 
 def only(batches: list[Any]) -> Any:
-    """The one element of a list."""
+    """Return the only element of a list."""
     return batches[0]
 
 
 class PretrainTrainer(Trainer):
-    """Next-token (or masked) training in which batches may differ in size and length.
+    """Trainer for next-token (or masked) prediction in which batches may differ in size and length.
 
-    A step's batch is split into passes of `per_device_train_batch_size` full rows, so that memory stays the same
+    A step's batch is split into passes of `per_device_train_batch_size` full rows, so memory stays the same
     whatever the batch; its loss is that of all its tokens on all processes, however they are split.
     `gradient_accumulation_steps` is folded into the plan and must be 1 here.
 
     Args:
-        plan: the batches, also in `train_dataset`'s place.
-        settings: arguments of the model's forward that go with every batch, such as `loss_chunk_size`.
+        plan: the batches; it also takes the place of `train_dataset`.
+        settings: arguments of the model's forward for every batch, such as `loss_chunk_size`.
         z_loss_coef: weight of the mean squared log-partition function (Chowdhery et al. 2022, section 5, 1e-4 there):
-            keeps logits from drifting. It takes the logits of a pass at once.
+            keeps logits from drifting. It needs all logits of a pass at once.
         kwargs: Trainer's.
 
     Raises:
-        InputError: for accumulation that the plan knows nothing of, a negative coefficient, a model that takes no
-            `num_items_in_batch` or lets packed documents see each other, or an engine that splits parameters.
+        InputError: for gradient accumulation outside of the plan, a negative coefficient, a model that takes no
+            `num_items_in_batch` or lets packed documents attend to each other, or an engine that splits parameters.
     """
 
-    # The sum over a pass is divided by the tokens of the whole step.
+    # compute_loss divides the sum over a pass by the tokens of the whole step.
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -53,14 +53,14 @@ class PretrainTrainer(Trainer):
             raise InputError(f"z_loss_coef must not be negative, got {z_loss_coef}")
         family = self.model.config.model_type
         if not self.model_accepts_loss_kwargs:
-            raise InputError(f"a model of type {family} takes no num_items_in_batch: its loss is a mean a pass")
+            raise InputError(f"a model of type {family} takes no num_items_in_batch: its loss is a mean per pass")
         if self.accelerator.distributed_type == DistributedType.FSDP:
             raise InputError("packing does not work with FSDP yet: use DDP or DeepSpeed, or --packing false")
         if not keeps_documents_apart(self.model):
-            raise InputError(f"in a model of type {family} packed documents see each other: use --packing false")
+            raise InputError(f"in a model of type {family} packed documents attend to each other: use --packing false")
 
     def get_train_dataloader(self) -> DataLoader:
-        """The plan's batches in order; each process has its own share already."""
+        """Return the plan's batches in order; they already are this process's share."""
         return DataLoader(
             self.plan,
             batch_size=1,
@@ -72,8 +72,8 @@ class PretrainTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Forward and backward passes over one step's batch."""
-        # Without a target in its share, a process still has to go along with the others.
+        """Run the forward and backward passes over one step's batch."""
+        # A process without a target in its share must still take part.
         passes = list(self._passes(inputs)) or [nothing_of(inputs)]
         is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         if is_deepspeed:
@@ -82,7 +82,7 @@ class PretrainTrainer(Trainer):
         for at, part in enumerate(passes):
             is_last = at == len(passes) - 1
             if is_deepspeed:
-                # Its engine steps within the backward pass, if told so.
+                # DeepSpeed's engine takes the optimizer step within the backward pass.
                 self.accelerator.sync_gradients = is_last
             # Only the last pass lets DDP average the gradients.
             with nullcontext() if is_last or is_deepspeed else self.accelerator.no_sync(model):
@@ -90,18 +90,18 @@ class PretrainTrainer(Trainer):
         return total
 
     def _passes_of_others(self, passes: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-        """Passes without a target, as many as another process makes more: ZeRO's processes go in step."""
+        """Return empty passes, as many as other processes have more: under ZeRO all must make the same number."""
         most = self.accelerator.gather(torch.tensor([len(passes)], device=self.args.device)).max()
         return [nothing_of(passes[-1])] * (int(most) - len(passes))
 
     def _passes(self, inputs: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-        """The batch in parts that fit into memory; on a CPU, whose attention knows no packed rows, piece by piece."""
+        """Yield the batch in parts that fit into memory; on a CPU, which has no packed attention, piece by piece."""
         tokens = self.args.per_device_train_batch_size * self.plan.row_length
         if self.args.device.type == "cpu" and self._loss_shifts_labels:
             yield from pieces_of(inputs, tokens)
             return
         if has_flash_attention(self.model):
-            # Its kernels find packed documents in one row alone.
+            # Flash attention finds packed documents only in a single row.
             inputs = {name: values.reshape(1, -1) for name, values in inputs.items()}
             parts = [values.split(tokens, dim=1) for values in inputs.values()]
         else:
@@ -116,7 +116,7 @@ class PretrainTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Trainer's, plus the z-loss in training."""
+        """Return Trainer's loss, plus the z-loss in training."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.z_loss_coef and "loss_chunk_size" in inputs:
@@ -126,7 +126,7 @@ class PretrainTrainer(Trainer):
         kept = inputs["labels"] != IGNORE
         kept = kept[:, 1:] if self._loss_shifts_labels else kept
         if outputs.get("aux_loss") is not None:
-            # Whole in each pass's loss; a pass has but its share of the tokens.
+            # Computed in full for each pass, which has only a share of the step's tokens.
             share = kept.sum() / num_items_in_batch
             loss = loss + self.model.config.router_aux_loss_coef * outputs.aux_loss * (share - 1) * processes
         if self.z_loss_coef:
@@ -137,21 +137,21 @@ class PretrainTrainer(Trainer):
 
 
 def nothing_of(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A pass of two tokens without a target."""
+    """Return a pass of two tokens without a target."""
     nothing = {name: values[:1, :2] for name, values in inputs.items() if name != "position_ids"}
     return {**nothing, "labels": torch.full_like(nothing["labels"], IGNORE)}
 
 
 def has_flash_attention(model: PreTrainedModel) -> bool:
-    """Whether the model's attention is one of the flash attention libraries'."""
+    """Return whether the model's attention is one of the flash attention libraries'."""
     return "flash" in (model.config._attn_implementation or "")
 
 
 @torch.no_grad()
 def keeps_documents_apart(model: PreTrainedModel) -> bool:
-    """Whether what comes before a document in its packed row leaves its logits alone.
+    """Return whether a document's logits are independent of earlier documents in its packed row.
 
-    Many families do not read documents from restarting positions, and mix them without a word.
+    Many families do not detect documents by restarting positions, and mix them silently.
     """
     device = model.get_input_embeddings().weight.device
     vocabulary = model.config.get_text_config().vocab_size
