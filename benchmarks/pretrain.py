@@ -41,7 +41,7 @@ def trainer_of(args: argparse.Namespace, texts: list[str], tokenizer: Any, folde
     import hfllm
     from hfllm.data.packing import IGNORE, pack, token_ids
     from hfllm.runs.arguments import changed
-    from hfllm.stages.pretraining_trainers import optimizer_of
+    from hfllm.stages.pretrain_trainers import optimizer_of
     from hfllm.trainers.pretraining.batch_plan import BatchPlan, Schedule
     from hfllm.trainers.pretraining.trainer import PretrainTrainer
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hfllm.runs.command_line import main_process, parse_recipe, run
-from hfllm.stages.conversion import ConvertArguments
+from hfllm.stages.convert import ConvertArguments
 
 
 def parse(argv: Sequence[str]) -> tuple[ConvertArguments]:
@@ -23,7 +23,7 @@ def parse(argv: Sequence[str]) -> tuple[ConvertArguments]:
 def main(script_args: ConvertArguments) -> dict[str, float]:
     """Convert, compare, write the report. Returns the metrics."""
     from hfllm.runs.stage import Stage
-    from hfllm.stages.conversion import convert, stages_before
+    from hfllm.stages.convert import convert, stages_before
 
     before = stages_before(script_args)
     stage = Stage("convert", script_args, before=before.parsed)

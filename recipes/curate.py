@@ -17,23 +17,23 @@ from pathlib import Path
 
 from hfllm.errors import InputError
 from hfllm.runs.command_line import parse_recipe, run
-from hfllm.stages import curation
-from hfllm.stages.curation import CurateArguments
+from hfllm.stages import curate
+from hfllm.stages.curate import CurateArguments
 
 
 def parse(argv: Sequence[str]) -> tuple[CurateArguments]:
     """Read the flags; without data of your own they begin from the settings of Python's documentation."""
-    return parse_recipe(argv, __doc__, CurateArguments, settings=curation.settings)
+    return parse_recipe(argv, __doc__, CurateArguments, settings=curate.settings)
 
 
 def main(script_args: CurateArguments) -> dict[str, float]:
     """Curate, write shards and report. Returns the metrics."""
     from hfllm.runs.stage import Stage
 
-    curation.check_installed()
+    curate.check_installed()
     # How many tasks run at once does not change the result; an edited file does.
-    state = {curation.STATE: curation.fingerprint(script_args)}
-    stage = Stage("curate", script_args, also=state, without=curation.NOT_DECISIVE)
+    state = {curate.STATE: curate.fingerprint(script_args)}
+    stage = Stage("curate", script_args, also=state, without=curate.NOT_DECISIVE)
     if stage.is_finished:
         return stage.reuse()
     stage.announce(f"{script_args.dataset_name} -> {script_args.output_dir}")
@@ -44,29 +44,29 @@ def main(script_args: CurateArguments) -> dict[str, float]:
     from hfllm.data.curation.pipeline import SHARDS, curation_stages, read_statistics, run_stages
 
     folder = Path(script_args.output_dir)
-    work = folder / curation.WORK
+    work = folder / curate.WORK
     steps = curation_stages(script_args, work)
     ignored = ignored_files(script_args)
     if ignored:
         print(f"curate: {len(ignored)} files of other kinds are not read: {', '.join(ignored[:5])}", flush=True)
-    curation.resume_or_clear(work, stage.arguments)
+    curate.resume_or_clear(work, stage.arguments)
     run_stages(steps, work, script_args.workers, lambda line: print(line, flush=True))
 
     statistics = list(read_statistics(steps, work))
     try:
-        curation.check_kept(script_args.dataset_name, statistics)
+        curate.check_kept(script_args.dataset_name, statistics)
     except InputError:
         shutil.rmtree(work)
         raise
     examples = read_examples(work / "examples")
-    curation.hand_over(work, folder, SHARDS)
+    curate.hand_over(work, folder, SHARDS)
     metrics = stage.finish(
-        curation.curation_metrics(statistics),
-        tables=curation.curation_tables(script_args.dataset_name, statistics, examples),
-        curves={"funnel": curation.funnel_bars(statistics)},
+        curate.curation_metrics(statistics),
+        tables=curate.curation_tables(script_args.dataset_name, statistics, examples),
+        curves={"funnel": curate.funnel_bars(statistics)},
         artifacts={"data": SHARDS},
         next_steps=[f"hfllm pretrain --dataset_name {folder / SHARDS}"],
-        too_wide=[curation.EXAMPLES],
+        too_wide=[curate.EXAMPLES],
     )
     shutil.rmtree(work)
     return metrics

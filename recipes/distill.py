@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import given_values, parse_recipe, run
-from hfllm.stages.distillation import DistillArguments, without_contradicted, world_settings
+from hfllm.stages.distill import DistillArguments, without_contradicted, world_settings
 from hfllm.trainers.distillation.options import DistillationOptions
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def main(
     from hfllm.outputs.card import chat_lines
     from hfllm.runs.arguments import changed
     from hfllm.runs.stage import Stage
-    from hfllm.stages.distillation import check, check_student, stages_before
-    from hfllm.stages.distillation_trainers import (
+    from hfllm.stages.distill import check, check_student, stages_before
+    from hfllm.stages.distill_trainers import (
         compare,
         load_teacher,
         rows_to_learn,

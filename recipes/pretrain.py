@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run
-from hfllm.stages.pretraining import LIBRARY, PretrainArguments, default_settings
+from hfllm.stages.pretrain import LIBRARY, PretrainArguments, default_settings
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -41,9 +41,9 @@ def main(
     from hfllm.data.prepared import Prepared
     from hfllm.runs.models import fitting_length
     from hfllm.runs.stage import Stage
-    from hfllm.stages import pretraining_trainers, pretraining_watch
-    from hfllm.stages.pretraining import check
-    from hfllm.stages.pretraining_models import load_or_make_base
+    from hfllm.stages import pretrain_trainers, pretrain_watch
+    from hfllm.stages.pretrain import check
+    from hfllm.stages.pretrain_models import load_or_make_base
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scaled_learning_rate
@@ -66,24 +66,24 @@ def main(
     fitted_args = replace(script_args, max_length=fitting_length(script_args.max_length, model))
 
     # Packed rows by plan, or padded documents.
-    build = pretraining_trainers.packed_trainer if script_args.packing else pretraining_trainers.padded_trainer
+    build = pretrain_trainers.packed_trainer if script_args.packing else pretrain_trainers.padded_trainer
     # The trainer counts the model's parameters and looks whether it keeps packed documents apart.
     with gather_parameters(model):
         trainer, mixed = build(fitted_args, trainer_args, model, tokenizer, sources, test_texts, prepared)
     use_plain_lines(trainer)
-    samples = pretraining_watch.watch(trainer, fitted_args, tokenizer, train_texts, test_texts)
+    samples = pretrain_watch.watch(trainer, fitted_args, tokenizer, train_texts, test_texts)
     train(trainer, stage.checkpoint)
-    pretraining_watch.stop_if_broken(trainer)
+    pretrain_watch.stop_if_broken(trainer)
     held_out_loss = trainer.evaluate()["eval_loss"]
     trainer.save_model()
 
     metrics = {
         "train_loss": next(entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry),
         "eval_loss": held_out_loss,
-        **pretraining_watch.held_out_metrics(fitted_args, trainer.model, tokenizer, train_texts, test_texts),
+        **pretrain_watch.held_out_metrics(fitted_args, trainer.model, tokenizer, train_texts, test_texts),
         "parameters": model.num_parameters(),
         "documents": len(train_texts),
-        "tokens_per_second": pretraining_watch.mean_speed(trainer.state.log_history),
+        "tokens_per_second": pretrain_watch.mean_speed(trainer.state.log_history),
         **scaled,
     }
     summary = f"{metrics['parameters']:,} parameters, held-out loss {held_out_loss:.3f} nats per token"

@@ -10,7 +10,7 @@ Log in first by `hf auth login`, or set HF_TOKEN. Running it again resumes a fai
 from collections.abc import Sequence
 
 from hfllm.runs.command_line import main_process, parse_recipe, run
-from hfllm.stages.publishing import PushArguments, check
+from hfllm.stages.push import PushArguments, check
 
 
 def parse(argv: Sequence[str]) -> tuple[PushArguments]:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run
-from hfllm.stages.quantization import QuantizeArguments
+from hfllm.stages.quantize import QuantizeArguments
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -33,19 +33,19 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
     from hfllm.runs.command_line import main_process
     from hfllm.runs.models import load_policy
     from hfllm.runs.stage import Stage
-    from hfllm.stages import quantization
+    from hfllm.stages import quantize
     from hfllm.stages.architecture import config_to_train
 
     # What cannot work is refused before anything is trained.
-    quantization.check(script_args, model_args)
-    chosen_args = replace(script_args, schemes=quantization.schemes_to_compare(script_args))
-    before = quantization.stages_before(script_args, model_args)
+    quantize.check(script_args, model_args)
+    chosen_args = replace(script_args, schemes=quantize.schemes_to_compare(script_args))
+    before = quantize.stages_before(script_args, model_args)
     stage = Stage("quantize", chosen_args, model_args, before=before.parsed)
     stage.check()
     if stage.is_finished:
         return stage.reuse()
-    quantization.check_model(chosen_args, model_args, config_to_train(model_args, before))
-    texts = quantization.eval_texts(chosen_args)
+    quantize.check_model(chosen_args, model_args, config_to_train(model_args, before))
+    texts = quantize.eval_texts(chosen_args)
     stage.announce()
 
     # The stages before: a model in full precision.
@@ -58,14 +58,14 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
     quiet_bitsandbytes()
     model, tokenizer = load_policy(source_args)
     model.to(default_device()).eval()
-    evaluation = quantization.make_evaluation(chosen_args, model, tokenizer, texts)
-    rows, difference = quantization.compare_schemes(chosen_args, source_args, model, evaluation)
-    swept = quantization.sensitivity_by_part(chosen_args, model, evaluation)
+    evaluation = quantize.make_evaluation(chosen_args, model, tokenizer, texts)
+    rows, difference = quantize.compare_schemes(chosen_args, source_args, model, evaluation)
+    swept = quantize.sensitivity_by_part(chosen_args, model, evaluation)
 
     return stage.finish(
-        {**quantization.quantization_metrics(rows, chosen_args.save_scheme), "reload_difference": difference},
-        tables=quantization.quantization_tables(rows, swept),
-        curves=quantization.sensitivity_bars(swept),
+        {**quantize.quantization_metrics(rows, chosen_args.save_scheme), "reload_difference": difference},
+        tables=quantize.quantization_tables(rows, swept),
+        curves=quantize.sensitivity_bars(swept),
         next_steps=loading_lines(stage.output_dir),
     )
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run, world_settings
-from hfllm.stages.reward_modeling import RewardArguments
+from hfllm.stages.reward import RewardArguments
 
 if TYPE_CHECKING:
     from trl import ModelConfig, RewardConfig
@@ -37,27 +37,27 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     from hfllm.runs.arguments import changed
     from hfllm.runs.models import fitting_length, load_reward_model, load_tokenizer, peft_config
     from hfllm.runs.stage import Stage
-    from hfllm.stages import reward_modeling
+    from hfllm.stages import reward
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scaled_learning_rate
 
-    reward_modeling.check(script_args, model_args)
+    reward.check(script_args, model_args)
     stage = Stage("reward", script_args, training_args, model_args)
     stage.check()
     if stage.is_finished:
         return stage.reuse()
     stage.announce()
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
-    rows = reward_modeling.user_comparisons(script_args, training_args.seed)
+    rows = reward.user_comparisons(script_args, training_args.seed)
 
-    before = reward_modeling.stages_before(script_args, training_args, model_args)
+    before = reward.stages_before(script_args, training_args, model_args)
     before.run()
     base_args = replace(model_args, model_name_or_path=before.model("sft") or model_args.model_name_or_path)
     tokenizer = load_tokenizer(base_args.model_name_or_path, base_args.model_revision)
     if rows is None:
-        train_rows, test_rows = reward_modeling.world_comparisons(script_args, training_args, base_args)
-        train_rows = reward_modeling.in_batches_of_like_length(train_rows, training_args)
+        train_rows, test_rows = reward.world_comparisons(script_args, training_args, base_args)
+        train_rows = reward.in_batches_of_like_length(train_rows, training_args)
     else:
         train_rows, test_rows = rows
     # The head is new, and so are the weights of an adapter.

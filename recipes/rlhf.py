@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run, world_settings
-from hfllm.stages.alignment import RlhfArguments
+from hfllm.stages.rlhf import RlhfArguments
 from hfllm.trainers.ppo.options import PPOOptions
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     from hfllm.rewards.ensembles import RewardEnsemble
     from hfllm.runs.models import load_policy, load_value_model, peft_config
     from hfllm.runs.stage import Stage
-    from hfllm.stages import alignment
+    from hfllm.stages import rlhf
     from hfllm.stages.architecture import config_to_train
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
@@ -49,21 +49,21 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     from hfllm.trainers.sharding import gather_parameters
 
     # What cannot work is refused before anything is trained.
-    alignment.check(training_args)
-    before = alignment.stages_before(script_args, training_args, model_args)
+    rlhf.check(training_args)
+    before = rlhf.stages_before(script_args, training_args, model_args)
     stage = Stage("rlhf", script_args, training_args, model_args, before=before.parsed)
     stage.check()
     if stage.is_finished:
         return stage.reuse()
     stage.announce()
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
-    functions = alignment.checked_functions(script_args)
-    train_rows, eval_rows = alignment.prompt_data(script_args, training_args.seed, functions)
-    alignment.check_rewards(script_args, training_args, len(functions))
+    functions = rlhf.checked_functions(script_args)
+    train_rows, eval_rows = rlhf.prompt_data(script_args, training_args.seed, functions)
+    rlhf.check_rewards(script_args, training_args, len(functions))
     policy_config = config_to_train(model_args, before)
     rows = [*train_rows, *eval_rows]
-    alignment.check_models(script_args, training_args, model_args, rows, policy_config, trains_first=bool(before.runs))
-    ptx_dataset = alignment.ptx_texts(script_args, training_args)
+    rlhf.check_models(script_args, training_args, model_args, rows, policy_config, trains_first=bool(before.runs))
+    ptx_dataset = rlhf.ptx_texts(script_args, training_args)
 
     # The stages before: a policy to start from, and reward models.
     metrics_before = before.run()
@@ -73,8 +73,8 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     # The weights of an adapter are new, and so is the head of a critic that is a language model.
     set_seed(training_args.seed)
     policy, tokenizer = load_policy(policy_args)
-    rewards = alignment.build_rewards(functions, reward_models, script_args, policy_args)
-    trainer_args, rewards = alignment.with_gold_beside(script_args, trainer_args, rewards)
+    rewards = rlhf.build_rewards(functions, reward_models, script_args, policy_args)
+    trainer_args, rewards = rlhf.with_gold_beside(script_args, trainer_args, rewards)
     trainer = PPOTrainer(
         model=policy,
         reward_funcs=rewards,
@@ -89,7 +89,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     use_plain_lines(trainer)
     for reward in rewards:
         if isinstance(reward, RewardEnsemble):
-            alignment.calibrate(reward, trainer, train_rows[: alignment.CALIBRATION_PROMPTS])
+            rlhf.calibrate(reward, trainer, train_rows[: rlhf.CALIBRATION_PROMPTS])
 
     # The policy on held-out prompts before, PPO, and the policy after.
     held_out = ([row["prompt"] for row in eval_rows], world_of(script_args), script_args.num_eval_prompts)

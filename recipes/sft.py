@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run, world_settings
-from hfllm.stages.instructions import SftArguments
+from hfllm.stages.sft import SftArguments
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
@@ -33,7 +33,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     from hfllm.runs.arguments import changed
     from hfllm.runs.models import fitting_length, load_policy, peft_config
     from hfllm.runs.stage import Stage
-    from hfllm.stages.instructions import check, instruction_data, stages_before
+    from hfllm.stages.sft import check, instruction_data, stages_before
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scaled_learning_rate

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run
-from hfllm.stages.speculation import SpeculativeArguments
+from hfllm.stages.speculative import SpeculativeArguments
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -33,17 +33,17 @@ def main(script_args: SpeculativeArguments, model_args: "ModelConfig") -> dict[s
     from hfllm.outputs.card import speculative_lines
     from hfllm.runs.command_line import main_process
     from hfllm.runs.stage import Stage
-    from hfllm.stages import speculation
+    from hfllm.stages import speculative
 
     # What cannot work is refused before anything is trained.
-    speculation.check(script_args, model_args)
-    before = speculation.stages_before(script_args, model_args)
+    speculative.check(script_args, model_args)
+    before = speculative.stages_before(script_args, model_args)
     stage = Stage("speculative", script_args, model_args, before=before.parsed)
     stage.check()
     if stage.is_finished:
         return stage.reuse()
-    speculation.check_draft(script_args, model_args, before)
-    rows = speculation.prompt_rows(script_args)
+    speculative.check_draft(script_args, model_args, before)
+    rows = speculative.prompt_rows(script_args)
     stage.announce()
 
     # The stages before: a target, and a draft model distilled from it.
@@ -55,17 +55,17 @@ def main(script_args: SpeculativeArguments, model_args: "ModelConfig") -> dict[s
 
     # The same answers sooner: how often drafts are accepted, what they cost, and what is gained.
     quiet_bitsandbytes()
-    model, tokenizer = speculation.load_target(target_args)
-    draft = speculation.make_draft(script_args, target_args, assistant, model, tokenizer)
-    metrics, speeds = speculation.measure(script_args, model, tokenizer, draft, rows)
+    model, tokenizer = speculative.load_target(target_args)
+    draft = speculative.make_draft(script_args, target_args, assistant, model, tokenizer)
+    metrics, speeds = speculative.measure(script_args, model, tokenizer, draft, rows)
 
     return stage.finish(
         metrics,
         tables={"Speed by number of draft tokens": speeds},
-        curves={"speed": speculation.speed_plot(speeds)},
+        curves={"speed": speculative.speed_plot(speeds)},
         artifacts={},
         next_steps=speculative_lines(
-            target_args.model_name_or_path, speculation.draft_expression(script_args, assistant)
+            target_args.model_name_or_path, speculative.draft_expression(script_args, assistant)
         ),
     )
 

@@ -72,7 +72,7 @@ def test_the_commands_parse(page):
                 del words[place : place + 2]
         parsed = load_recipe(name).parse(words)
         if name == "pretrain":
-            from hfllm.stages.pretraining import check
+            from hfllm.stages.pretrain import check
 
             check(*parsed)
 

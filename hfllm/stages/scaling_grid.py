@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hfllm.errors import InputError, refuse
 from hfllm.runs.command_line import main_process, parse_recipe
 from hfllm.runs.stage import stage_arguments
-from hfllm.stages.pretraining import LIBRARY, PretrainArguments, default_settings
+from hfllm.stages.pretrain import LIBRARY, PretrainArguments, default_settings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -158,7 +158,7 @@ class Grid:
         """Return the row of a run without `loss` and `seconds`, which need training."""
         import torch
 
-        from hfllm.stages.pretraining_models import load_or_make_base
+        from hfllm.stages.pretrain_models import load_or_make_base
 
         script_args, _, model_args = self._arguments(run)
         _, packed, _ = self._prepared()
@@ -188,9 +188,9 @@ class Grid:
         from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
         from hfllm.evaluation.perplexity import text_likelihood
-        from hfllm.stages.pretraining_models import load_or_make_base
-        from hfllm.stages.pretraining_trainers import trainer_of_rows
-        from hfllm.stages.pretraining_watch import stop_if_broken
+        from hfllm.stages.pretrain_models import load_or_make_base
+        from hfllm.stages.pretrain_trainers import trainer_of_rows
+        from hfllm.stages.pretrain_watch import stop_if_broken
         from hfllm.trainers.monitors import LossSpikeGuard
 
         began, planned = time.perf_counter(), self.planned(run)

@@ -9,7 +9,7 @@ from hfllm.data.loading import TextArguments
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from hfllm.stages.pretraining import PretrainArguments
+    from hfllm.stages.pretrain import PretrainArguments
 
 MOST_TOKENIZER_TEXTS = 20_000
 # Bytes and special tokens alone are about 270.

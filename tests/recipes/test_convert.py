@@ -62,7 +62,7 @@ def test_the_worlds_base_model_becomes_a_llama(tiny, tmp_path):
 
 @pytest.mark.parametrize("word", ["--no_verify", "--no-verify", "--verify=false"])
 def test_outputs_are_not_compared_if_not_wanted(llama, tmp_path, word, monkeypatch):
-    monkeypatch.setattr("hfllm.stages.conversion.logit_difference", None)
+    monkeypatch.setattr("hfllm.stages.convert.logit_difference", None)
     metrics = run("--model_name_or_path", llama, "--output_dir", tmp_path / "ours", word)
     assert metrics.keys() == {"parameters", "tensors"}
     assert (tmp_path / "ours" / "loss_hfllm.py").is_file()

@@ -22,7 +22,7 @@ from hfllm.data.loading import TextArguments, load_texts
 from hfllm.data.prepared import Prepared
 from hfllm.data.sources import load_source
 from hfllm.errors import InputError
-from hfllm.stages.curation import CurateArguments, fingerprint
+from hfllm.stages.curate import CurateArguments, fingerprint
 
 ROOT = Path(__file__).parent.parent.parent
 WORDS = {

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from hfllm.errors import InputError
 from hfllm.rewards.functions import length_penalty
 from hfllm.runs import models as stage_models
-from hfllm.stages import alignment
-from hfllm.stages.instructions import instruction_data
+from hfllm.stages import rlhf as rlhf_stage
+from hfllm.stages.sft import instruction_data
 
 RLHF_METRICS = {
     "gold_reward_before",
@@ -206,13 +206,13 @@ def test_the_proxy_alone_trains_the_policy(aligned, tiny):
     from hfllm.rewards.functions import gold_reward
 
     script_args, training_args, _ = rlhf.parse(["--config", tiny["rlhf"]])
-    trained, rewards = alignment.with_gold_beside(script_args, training_args, ["proxy"])
+    trained, rewards = rlhf_stage.with_gold_beside(script_args, training_args, ["proxy"])
     assert trained.reward_weights == [1.0, 0.0] and training_args.reward_weights is None
     assert rewards == ["proxy", gold_reward]
     script_args, training_args, _ = rlhf.parse(["--config", tiny["rlhf"], "--reward_funcs", "gold"])
-    functions = alignment.checked_functions(script_args)
+    functions = rlhf_stage.checked_functions(script_args)
     assert functions == [gold_reward]
-    assert alignment.with_gold_beside(script_args, training_args, functions)[0].reward_weights is None
+    assert rlhf_stage.with_gold_beside(script_args, training_args, functions)[0].reward_weights is None
 
 
 def test_text_prompts_become_a_users_turn_on_demand(tmp_path):
@@ -220,7 +220,7 @@ def test_text_prompts_become_a_users_turn_on_demand(tmp_path):
     path.write_text("\n".join(json.dumps({"prompt": f"number {index}"}) for index in range(9)))
     for flags, kind in (([], str), (["--apply_chat_template"], list)):
         script_args, _, _ = rlhf.parse(["--model_name_or_path", "any", "--dataset_name", str(path), *flags])
-        train_rows, eval_rows = alignment.prompt_data(script_args, 0, [])
+        train_rows, eval_rows = rlhf_stage.prompt_data(script_args, 0, [])
         assert {type(row["prompt"]) for row in [*train_rows, *eval_rows]} == {kind}
         assert not {str(row["prompt"]) for row in train_rows} & {str(row["prompt"]) for row in eval_rows}
 
@@ -231,7 +231,7 @@ def test_reward_functions_are_tried_with_what_the_trainer_gives_them():
         return [[1.0] * len(ids) for ids in completion_ids]
 
     rows = [{"prompt": text, "completion": "c", "answer": "a"} for text in ("one", "two")]
-    alignment._try_functions([each_token, length_penalty(0.01)], rows)
+    rlhf_stage._try_functions([each_token, length_penalty(0.01)], rows)
 
 
 def test_what_the_policy_is_loaded_by_stays_with_it(monkeypatch):
@@ -243,7 +243,7 @@ def test_what_the_policy_is_loaded_by_stays_with_it(monkeypatch):
     stage_models.load_value_model(script_args.value_model, model_args, ["my/reward"])
     assert {name: kwargs["revision"] for name, kwargs in loaded.items()} == {"my/reward": "main", "my/critic": "main"}
     assert "quantization_config" in loaded["my/reward"] and "quantization_config" not in loaded["my/critic"]
-    (reward,) = alignment.stages_before(script_args, training_args, model_args).runs.values()
+    (reward,) = rlhf_stage.stages_before(script_args, training_args, model_args).runs.values()
     assert reward[2].model_name_or_path == "my/policy" and reward[2].model_revision == "v2"
 
 
@@ -267,7 +267,7 @@ def test_pretraining_texts_reach_the_trainer(name, saved, world, tmp_path, monke
 def test_no_stage_is_trained_on_evaluation_rows(tiny, world):
     evaluation = {task.question for count in (360, 1440) for task in world.evaluation_tasks(count)}  # rlhf, reward
     script_args, training_args, _ = rlhf.parse(["--config", tiny["rlhf"], "--num_prompts", "3000"])
-    train_rows, eval_rows = alignment.prompt_data(script_args, training_args.seed, [])
+    train_rows, eval_rows = rlhf_stage.prompt_data(script_args, training_args.seed, [])
     assert not evaluation & {row["prompt"][0]["content"] for row in train_rows}
     compared = islice(world.tasks(training_args.seed + 1_000_000), 15_000)  # what reward.py draws
     assert not evaluation & {task.question for task in compared}

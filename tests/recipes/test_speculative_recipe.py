@@ -10,7 +10,7 @@ import yaml
 
 from hfllm.errors import InputError
 from hfllm.generation.packed.projections import has_int8
-from hfllm.stages.speculation import use_plain_generation
+from hfllm.stages.speculative import use_plain_generation
 
 METRICS = {
     *("acceptance_rate", "tokens_per_target_call", "speedup", "speedup_predicted", "identical_share"),

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from hfllm.data.sources import PYDOC, iterate_source
 from hfllm.data.tokenizer import train_tokenizer, truncated_tokenizer
 from hfllm.errors import InputError
-from hfllm.stages import tokenizer as stage
+from hfllm.stages import tokenizer as tokenizer_stage
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_it_trains_measures_and_saves(corpus, tmp_path, capsys):
 
 
 def test_the_weights_of_a_mixture_decide_what_it_learns(tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "MOST_TOKENIZER_TEXTS", 200)
+    monkeypatch.setattr(tokenizer_stage, "MOST_TOKENIZER_TEXTS", 200)
     words = {"a": "owl river house", "b": "zygote quixotic jazz"}
     for name, text in words.items():
         rng, file = random.Random(name), tmp_path / f"{name}.jsonl"
@@ -59,7 +59,7 @@ def test_the_weights_of_a_mixture_decide_what_it_learns(tmp_path, monkeypatch):
 
 def test_larger_sizes_make_fewer_tokens(corpus, tmp_path):
     texts = [row["text"] for _, row in iterate_source(str(corpus))]
-    rows = stage.compression_by_size(train_tokenizer(texts, 1400), texts)
+    rows = tokenizer_stage.compression_by_size(train_tokenizer(texts, 1400), texts)
     assert [row["vocab_size"] for row in rows] == sorted(row["vocab_size"] for row in rows) and len(rows) > 1
     assert rows[0]["bytes_per_token"] < rows[-1]["bytes_per_token"]
     tokens = sum(len(ids) for ids in train_tokenizer(texts, 1400)(texts, add_special_tokens=False)["input_ids"])

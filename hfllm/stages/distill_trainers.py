@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from hfllm.runs.arguments import changed
-from hfllm.stages.distillation import DistillArguments, longest_answer, new_student, whose_answers
+from hfllm.stages.distill import DistillArguments, longest_answer, new_student, whose_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +22,7 @@ Loaded = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 def rows_to_learn(script_args: DistillArguments, seed: int) -> tuple[Rows, Rows]:
     """Return training rows, with the world's documents among them if asked for, and held-out ones with a prompt."""
     from hfllm.data.world.world import World
-    from hfllm.stages.instructions import instruction_data
+    from hfllm.stages.sft import instruction_data
 
     train_rows, eval_rows = instruction_data(script_args, script_args.num_examples, seed)
     if script_args.num_documents:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from hfllm.data.mixtures import mixture_of
 from hfllm.data.prepared import Prepared
 from hfllm.errors import InputError
-from hfllm.stages.pretraining import CHINCHILLA, PretrainArguments
+from hfllm.stages.pretrain import CHINCHILLA, PretrainArguments
 
 if TYPE_CHECKING:
     import pyarrow

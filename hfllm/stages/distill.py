@@ -10,7 +10,7 @@ from hfllm.data.sources import WORLD
 from hfllm.errors import InputError, refuse
 from hfllm.runs.chain import Chain, chain_before
 from hfllm.runs.recipes import settings_file
-from hfllm.stages import alignment
+from hfllm.stages import rlhf
 from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class DistillArguments(DataArguments, BatchArguments):
     pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's pretraining."})
     sft_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's fine-tuning."})
     reward_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's reward model."})
-    rlhf_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's alignment."})
+    rlhf_config: str | None = field(default=None, metadata={"help": "YAML flags of the teacher's rlhf."})
 
 
 def world_settings(given: Mapping[str, object]) -> list[Path]:
@@ -251,4 +251,4 @@ def stages_before(script_args: DistillArguments, training_args: "DistillationCon
         named={"rlhf": training_args.teacher_model_name_or_path},
         configs={name: getattr(script_args, f"{name}_config") for name in OF_TEACHER},
     )
-    return replace(before, nested={name: alignment.stages_before(*parsed) for name, parsed in before.runs.items()})
+    return replace(before, nested={name: rlhf.stages_before(*parsed) for name, parsed in before.runs.items()})

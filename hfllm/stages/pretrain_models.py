@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError, refuse
 from hfllm.stages.architecture import architecture_of
-from hfllm.stages.pretraining import PretrainArguments
+from hfllm.stages.pretrain import PretrainArguments
 from hfllm.stages.tokenizer import make_tokenizer
 
 if TYPE_CHECKING:

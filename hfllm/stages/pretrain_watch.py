@@ -9,7 +9,7 @@ from hfllm.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-    from hfllm.stages.pretraining import PretrainArguments
+    from hfllm.stages.pretrain import PretrainArguments
 
 # Training text of the n-gram model, which is kept in memory.
 MOST_NGRAM_BYTES = 1 << 24

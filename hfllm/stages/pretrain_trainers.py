@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from hfllm.data.prepared import Prepared
 from hfllm.errors import refuse
 from hfllm.runs.arguments import changed
-from hfllm.stages.pretraining import PretrainArguments
-from hfllm.stages.pretraining_data import masking, packed_rows, plan_of_run
+from hfllm.stages.pretrain import PretrainArguments
+from hfllm.stages.pretrain_data import masking, packed_rows, plan_of_run
 
 if TYPE_CHECKING:
     import torch
