@@ -1,4 +1,4 @@
-"""What `pip install hfllm` brings: every recipe and config, and the command."""
+"""What `pip install hfllm` brings: every recipe and config, and the command. And what `make` installs it with."""
 
 import os
 import re
@@ -88,3 +88,43 @@ except SystemExit as stop:
     )
     assert run.returncode == 0, run.stderr
     assert "curate/books" in run.stdout and "zero3_offload_nvme" in run.stdout and "--reward_funcs" in run.stdout
+
+
+@pytest.fixture
+def make(tmp_path):
+    """What `make rlhf` would do where Pythons of these names are on the path, by whether torch runs on them."""
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+
+    def run(pythons, *words):
+        for name, is_suitable in pythons.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\nexit {0 if is_suitable else 1}\n")
+            (tmp_path / name).chmod(0o755)
+        path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.run(
+            ["make", f"VENV={tmp_path / 'venv'}", f"PYTHONS={' '.join(pythons)}", *words, "rlhf"],
+            cwd=ROOT,
+            env={**{name: value for name, value in os.environ.items() if name != "PYTHON"}, "PATH": path},
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+def test_make_takes_the_first_python_that_torch_runs_on(make):
+    plan = make({"python-a": False, "python-b": True, "python-c": True}, "-n").stdout
+    assert "python-b -m venv" in plan
+    assert "python-a -m venv" not in plan and "python-c -m venv" not in plan
+    assert "--editable ." in plan and "[dev]" not in plan
+    assert "python-c -m venv" in make({"python-b": True, "python-c": True}, "-n", "PYTHON=python-c").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [((), "none of python-a is"), (("PYTHON=python-a",), "python-a is not")]
+)
+def test_make_says_that_there_is_no_such_python(make, words, expected, tmp_path):
+    run = make({"python-a": False}, *words)
+    assert run.returncode != 0
+    assert f"error: {expected} a 64-bit Python from 3.11 on" in run.stderr
+    assert not (tmp_path / "venv").exists()
