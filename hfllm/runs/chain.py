@@ -10,15 +10,19 @@
     model = before.model("pretrain")
 """
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfllm.data.sources import WORLD
 from hfllm.errors import InputError
 from hfllm.outputs.report import read_report
+from hfllm.runs import schedule
 from hfllm.runs.command_line import finished_run, main_process
+from hfllm.runs.parser import read_yaml
 from hfllm.runs.recipes import load_recipe, settings_file
 from hfllm.runs.stage import stage_arguments
 
@@ -79,6 +83,9 @@ STAGES: Mapping[str, StageEntry] = {
     "convert": StageEntry("a model in another layout", "convert", "", {"model_name_or_path": "pretrain"}),
 }
 
+# How these flags stood when the minutes were taken, where the settings do not say.
+AS_TIMED = {"max_steps": -1, "dataset_name": WORLD, "max_samples": None, "use_peft": False, "use_cpu": True}
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -111,14 +118,39 @@ class Chain:
         """The folders of the models that the stage and its copies make."""
         return [output_dir_of(flags) for each, flags in self.runs.items() if entry_name(each) == name]
 
+    def missing(self) -> dict[str, Parsed]:
+        """The flags of the stages that have not finished, nested ones before those that run them.
+
+        What comes after one that has not finished is made again.
+        """
+        missing: dict[str, Parsed] = {}
+        for name, flags in self.runs.items():
+            nested = self.nested.get(name)
+            if missing or not has_finished(flags, nested.parsed if nested else None):
+                missing |= {**(nested.missing() if nested else {}), name: flags}
+        return missing
+
+    def announce(self) -> None:
+        """Say which stages come and about how long each takes, unless the stage that runs this one has said so."""
+        before = [
+            schedule.Planned(name, output_dir_of(flags), usual_minutes(name, flags))
+            for name, flags in self.missing().items()
+        ]
+        job = schedule.current_job()
+        minutes = usual_minutes(self.stage, job.stages[-1].parsed) if job else None
+        if schedule.plan(self.stage, before, minutes) and main_process():
+            print(f"{self.stage}: {schedule.described(schedule.current_job())}", flush=True)
+
     def run(self) -> dict[str, dict[str, float]]:
         """Run what is missing, reuse the rest. Returns the metrics of each stage, by its name."""
+        self.announce()
         folders = {name: output_dir_of(flags) for name, flags in self.runs.items()}
         metrics = {}
         for place, (name, flags) in enumerate(self.runs.items()):
             nested = self.nested[name].parsed if name in self.nested else None
             later = [folders[each] for each in list(folders)[place + 1 :]]
             metrics[name] = run_stage(STAGES[entry_name(name)].recipe, flags, later, before=nested)
+        schedule.come_back(self.stage)
         return metrics
 
 
@@ -198,6 +230,36 @@ def _all_needs(stage: str) -> list[str]:
     return found
 
 
+def has_finished(parsed: Parsed, before: "Mapping[str, Sequence[DataclassInstance]] | None" = None) -> bool:
+    """Return whether the same run has finished in the stage's folder.
+
+    Args:
+        parsed: the stage's flags.
+        before: the flags of the stages that it runs first itself, if it does.
+    """
+    try:
+        return finished_run(output_dir_of(parsed), stage_arguments(*parsed, before=before)) is not None
+    except InputError:
+        return False
+
+
+def usual_minutes(run: str, parsed: Parsed) -> float | None:
+    """About how long a stage takes on two cores; `None` with other settings than those that were timed, or on a GPU.
+
+    Args:
+        run: its name, which may be that of a copy.
+        parsed: its flags.
+    """
+    entry = STAGES.get(entry_name(run))
+    if entry is None or entry.minutes is None:
+        return None
+    timed = {**AS_TIMED, **read_yaml(settings_file(entry.settings))}
+    given = {name: value for group in parsed for name, value in vars(group).items()}
+    numbers = {name: value for name, value in timed.items() if not isinstance(value, str) or name in AS_TIMED}
+    is_usual = all(name in given and given[name] == value for name, value in numbers.items())
+    return entry.minutes if is_usual and int(os.environ.get("WORLD_SIZE", "1")) == 1 else None
+
+
 def run_stage(
     recipe: str,
     parsed: Parsed,
@@ -213,14 +275,10 @@ def run_stage(
         before: the parsed flags of the stages that it runs first itself, if it does.
     """
     output_dir = output_dir_of(parsed)
-    try:
-        done = finished_run(output_dir, stage_arguments(*parsed, before=before)) is not None
-    except InputError:
-        done = False
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
 
-    if not done:
+    if not has_finished(parsed, before):
         PartialState().wait_for_everyone()
         if main_process():
             for folder in (output_dir, *later_folders):

@@ -14,6 +14,7 @@ from hfllm.errors import HIDDEN, InputError, redact
 from hfllm.outputs.checkpoints import last_complete_checkpoint
 from hfllm.outputs.report import read_report
 from hfllm.runs.parser import HelpFormatter, PlainParser, ShortHelpFormatter, add_fields, read_yaml, training_parser
+from hfllm.runs.quiet import hide_unhelpful_output
 from hfllm.runs.recipes import settings_file
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ NOT_PART_OF_THE_RUN = frozenset(
         *("deepspeed_plugin", "distributed_state", "ddp_timeout", "save_total_limit", "enable_jit_checkpoint"),
     )
 )
+ASKS_FOR_HELP = frozenset(("--help", "-h"))
 # What --help says of flags that are the libraries' own.
 ALWAYS = {
     "--config": "A YAML file of flags, or settings that came with hfllm, such as curate/books; flags win over it.",
@@ -89,7 +91,7 @@ def parse_recipe(
     Raises:
         InputError: for a flag or key that does not exist, or a value that is none.
     """
-    if {"--help", "-h"} & set(argv):
+    if ASKS_FOR_HELP & set(argv):
         print(short_help(description, own, library, shown))
         raise SystemExit(0)
     given = given_values(argv)
@@ -261,6 +263,8 @@ def main_process() -> bool:
 
 def run(main: Callable[..., object], parse: Callable[[Sequence[str]], tuple]) -> None:
     """Run a recipe from the command line; bad input ends it with one line and exit code 2."""
+    if not ASKS_FOR_HELP & set(sys.argv):
+        hide_unhelpful_output()
     try:
         main(*parse(sys.argv[1:]))
     except InputError as error:

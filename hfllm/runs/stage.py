@@ -13,6 +13,7 @@ from hfllm.outputs.card import write_card
 from hfllm.outputs.files import CARD
 from hfllm.outputs.hub import Repository, repository_of
 from hfllm.outputs.report import Bars, Plot, Report, plot_history
+from hfllm.runs import schedule
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import checkpoint_to_resume, finished_run, main_process, run_arguments
 
@@ -107,6 +108,7 @@ class Stage:
         Args:
             what: what to print in place of an arrow to the output folder.
         """
+        schedule.enter(schedule.Planned(self.name, self.output_dir, parsed=self.parsed))
         if main_process():
             print(f"\n=== {self.name} {what or f'-> {self.output_dir}'}", flush=True)
             if self.repository is not None:

@@ -213,7 +213,6 @@ def generate_responses(
                 generation_config=_rest_of(generation_config, ids.shape[1] - start),
                 logits_processor=LogitsProcessorList([OnlyFinite()]),
                 stopping_criteria=StoppingCriteriaList([ended]),
-                return_dict_in_generate=True,
                 **({"tokenizer": tokenizer} if stop_strings is not None else {}),
                 **({"cache": cache} if cache is not None else {}),
             )
@@ -238,10 +237,11 @@ def generate_responses(
 
 
 def _rest_of(config: GenerationConfig, done: int) -> GenerationConfig:
-    """Return the same settings for responses that already have `done` tokens."""
-    if not done:
-        return config
+    """Return the same settings for responses that already have `done` tokens; `generate` returns its cache too."""
     rest = copy(config)
+    rest.return_dict_in_generate = True
+    if not done:
+        return rest
     rest.cache_implementation = None
     rest.max_new_tokens = config.max_new_tokens - done
     if config.min_new_tokens is not None:

@@ -1,0 +1,181 @@
+"""The command `hfllm`: every recipe by its name, in this process or, where there are several, by `accelerate launch`.
+
+    hfllm list
+    hfllm rlhf --seed 1
+    hfllm sft --num_processes 4 --config_file zero2 --model_name_or_path NAME
+
+The last is `accelerate launch --num_processes 4 --config_file accelerate_configs/zero2.yaml recipes/sft.py
+--model_name_or_path NAME`.
+"""
+
+import ast
+import difflib
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from hfllm.errors import InputError
+from hfllm.runs.accelerate_flags import split_flags, value_of, with_shipped_configs
+from hfllm.runs.command_line import ASKS_FOR_HELP, run
+from hfllm.runs.quiet import hide_unhelpful_output
+from hfllm.runs.recipes import installed, load_recipe, recipe_file, recipe_names
+from hfllm.version import __version__
+
+# What one process does, however many devices there are.
+IN_ONE_PROCESS = frozenset(("convert", "curate", "plan", "push", "tokenizer"))
+# What `accelerate launch` warns of when it is not said.
+ACCELERATE_DEFAULTS = {"num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command `hfllm` with the words of its command line. Returns its exit code, 2 for bad input."""
+    command, *words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        if command in (*ASKS_FOR_HELP, "help"):
+            print(overview())
+        elif command == "--version":
+            print(f"hfllm {__version__}")
+        elif command == "list":
+            print(listing())
+        else:
+            return run_recipe(command, words)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def run_recipe(name: str, words: Sequence[str]) -> int:
+    """Run a recipe in this process, or by `accelerate launch` where that was asked for or there are several devices.
+
+    Raises:
+        InputError: when there is no such recipe, or a flag of accelerate's is wrong.
+        SystemExit: with the recipe's own exit code where it is not 0.
+    """
+    if name not in recipe_names():
+        nearest = difflib.get_close_matches(name, [*recipe_names(), "list"], n=1, cutoff=0.0)
+        raise InputError(f"unknown recipe {name!r}; did you mean {nearest[0]!r}?")
+    is_help = bool({*ASKS_FOR_HELP, "--help_all"} & set(words))
+    # Whoever has launched several processes already, such as torchrun, has said all that accelerate would.
+    if name not in IN_ONE_PROCESS and not is_help and "LOCAL_RANK" not in os.environ:
+        for_accelerate, words = split_flags(words)
+        for_accelerate = with_shipped_configs(for_accelerate)
+        if for_accelerate or default_accelerate_config().is_file() or has_several_devices():
+            return launch(name, for_accelerate, words)
+    recipe = load_recipe(name)
+    sys.argv = [str(recipe_file(name)), *words]
+    run(recipe.main, recipe.parse)
+    return 0
+
+
+def launch(name: str, for_accelerate: Sequence[str], words: Sequence[str]) -> int:
+    """Run a recipe as `accelerate launch` does. Returns the exit code of the first process that failed, or 0."""
+    from subprocess import CalledProcessError
+
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    hide_unhelpful_output()
+    for_accelerate = with_defaults(for_accelerate)
+    if value_of("num_processes", for_accelerate) == "1":
+        use_all_cores()
+    parsed = launch_command_parser().parse_args([*for_accelerate, str(recipe_file(name)), *words])
+    try:
+        launch_command(parsed)
+    except CalledProcessError as error:
+        code = error.returncode
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+    else:
+        return 0
+    # The processes have said what was wrong. A negative code is the signal that ended one.
+    return code if code >= 0 else 128 - code
+
+
+def with_defaults(for_accelerate: Sequence[str]) -> list[str]:
+    """Return accelerate's words with the values that it warns of when nobody gives them.
+
+    How many processes there are is left to it where there are several devices or machines.
+    """
+    if value_of("config_file", for_accelerate) or default_accelerate_config().is_file():
+        return list(for_accelerate)
+    defaults = dict(ACCELERATE_DEFAULTS)
+    if num_devices() <= 1 and value_of("num_machines", for_accelerate) in (None, "1"):
+        defaults["num_processes"] = "1"
+    missing = [flag for flag in defaults if value_of(flag, for_accelerate) is None]
+    return [*(word for flag in missing for word in (f"--{flag}", defaults[flag])), *for_accelerate]
+
+
+def use_all_cores() -> None:
+    """Give a single process every core, if OMP_NUM_THREADS does not say otherwise: accelerate would give it one."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    os.environ.setdefault("OMP_NUM_THREADS", str(count or 1))
+
+
+def has_several_devices() -> bool:
+    """Return whether one process would leave accelerators idle; if not, this process has every core from now on."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    # Before torch is imported, which reads it once.
+    use_all_cores()
+    if num_devices() <= 1:
+        return False
+    if threads is None:
+        del os.environ["OMP_NUM_THREADS"]
+    return True
+
+
+def num_devices() -> int:
+    """Return how many accelerators this machine has. It imports torch."""
+    import torch
+
+    return torch.accelerator.device_count()
+
+
+def default_accelerate_config() -> Path:
+    """Return where `accelerate config` writes."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.environ.get("HF_HOME", f"{cache}/huggingface")).expanduser() / "accelerate" / "default_config.yaml"
+
+
+def overview() -> str:
+    """Return what `hfllm --help` prints."""
+    return f"""hfllm {__version__}: one language-model family, from raw text to an aligned, published model
+
+    hfllm RECIPE [flags]      run a recipe; hfllm RECIPE --help shows its flags
+    hfllm list                the recipes, and the settings that came with them
+    hfllm --version
+
+{recipes_table()}
+
+Flags of accelerate launch, such as --num_processes 4 or --config_file zero2, are handed to it: hfllm sft
+--num_processes 4 is accelerate launch --num_processes 4 recipes/sft.py."""
+
+
+def listing() -> str:
+    """Return what `hfllm list` prints."""
+    configs = installed("recipes") / "configs"
+    settings = sorted(str(path.relative_to(configs).with_suffix("")) for path in configs.rglob("*.yaml"))
+    engines = sorted(path.stem for path in installed("accelerate_configs").glob("*.yaml"))
+    return f"""{recipes_table()}
+
+For --config: {", ".join(settings)}
+For --config_file: {", ".join(engines)}
+Recipes are in {installed("recipes")}"""
+
+
+def recipes_table() -> str:
+    """Return the recipes, each with what its docstring says of it first."""
+    rows = []
+    for name in recipe_names():
+        description = ast.get_docstring(ast.parse(recipe_file(name).read_text(encoding="utf-8"))) or ""
+        # Its first sentence, without what stands in brackets.
+        what = re.split(r" \(|\. |\.?\n", description, maxsplit=1)[0]
+        rows.append(textwrap.fill(what, 100, initial_indent=f"    {name:<14}", subsequent_indent=" " * 18))
+    return "\n".join(rows)

@@ -1,0 +1,96 @@
+"""The job of this process: its stages in order, about how long each takes, and which of them runs now.
+
+A stage that is announced enters the job; a chain that is run plans the stages before it. Nothing here changes what a
+stage makes: it is what the user is told.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage of the job.
+
+    Args:
+        name: the stage's.
+        output_dir: its folder, which tells it from others of its name.
+        minutes: about how long it takes, or `None` where nobody knows.
+        parsed: its flags.
+    """
+
+    name: str
+    output_dir: str
+    minutes: float | None = None
+    parsed: "Sequence[DataclassInstance]" = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class Job:
+    """The stages of a job in order, the one that was asked for last, and the place of the one that runs."""
+
+    stages: tuple[Planned, ...]
+    place: int = 0
+
+    @property
+    def minutes_after(self) -> float | None:
+        """About how long the stages after this one take together; `None` where that is not known."""
+        later = [stage.minutes for stage in self.stages[self.place + 1 :]]
+        return None if None in later else sum(later)
+
+
+_job: Job | None = None
+
+
+def current_job() -> Job | None:
+    """Return the job of this process, `None` before any stage has been announced."""
+    return _job
+
+
+def enter(stage: Planned) -> None:
+    """Note that a stage begins: one that the job plans, or else the only one of a new job."""
+    global _job
+    planned = [each.output_dir for each in _job.stages[:-1]] if _job else []
+    if stage.output_dir in planned:
+        _job = replace(_job, place=planned.index(stage.output_dir))
+    else:
+        _job = Job((stage,))
+
+
+def plan(name: str, before: Sequence[Planned], minutes: float | None) -> bool:
+    """Put stages before the one that the job was for, if that is `name` and nothing has been planned yet.
+
+    Args:
+        minutes: about how long the one that the job was for takes.
+
+    Returns:
+        Whether they were put there: a stage of a job that is planned already plans nothing.
+    """
+    global _job
+    if _job is None or len(_job.stages) > 1 or _job.stages[0].name != name or not before:
+        return False
+    _job = Job((*before, replace(_job.stages[0], minutes=minutes)))
+    return True
+
+
+def come_back(name: str) -> None:
+    """Note that the stages before `name` have run, and that it goes on itself."""
+    global _job
+    places = [place for place, stage in enumerate(_job.stages) if stage.name == name] if _job else []
+    if places:
+        _job = replace(_job, place=places[-1])
+
+
+def described(job: Job) -> str:
+    """Return the stages of a job and about how long they take, as a line."""
+    minutes = [stage.minutes for stage in job.stages]
+    words, about = [], "about "
+    for stage in job.stages:
+        words.append(stage.name if stage.minutes is None else f"{stage.name} ({about}{stage.minutes:g} min)")
+        about = about if stage.minutes is None else ""
+    line = f"{len(words)} stages: {', '.join(words)}"
+    return line if None in minutes else f"{line}; in all about {sum(minutes):g} min on two cores"
