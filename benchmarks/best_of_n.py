@@ -66,7 +66,7 @@ def draw_samples(model: Path, file: Path) -> dict[str, list]:
         return json.loads(file.read_text())
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hfllm.data.world.rubric import gold_reward
+    from hfllm.data.world.rubric import gold_score
     from hfllm.data.world.world import World
     from hfllm.generation.responses import sample_responses
 
@@ -78,7 +78,7 @@ def draw_samples(model: Path, file: Path) -> dict[str, list]:
     responses = sample_responses(
         policy, tokenizer, prompts, RESPONSE_LENGTH, num_return_sequences=SAMPLES, batch_size=4
     )
-    gold = [[gold_reward(text, task.gold) for text in texts] for task, texts in zip(tasks, responses, strict=True)]
+    gold = [[gold_score(text, task.gold) for text in texts] for task, texts in zip(tasks, responses, strict=True)]
     drawn = {"prompts": prompts, "responses": responses, "gold": gold}
     file.write_text(json.dumps(drawn))
     return drawn

@@ -74,7 +74,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     set_seed(training_args.seed)
     policy, tokenizer = load_policy(policy_args)
     rewards = rlhf.build_rewards(functions, reward_models, script_args, policy_args)
-    trainer_args, rewards = rlhf.with_gold_beside(script_args, trainer_args, rewards)
+    trainer_args, rewards = rlhf.log_gold_reward(script_args, trainer_args, rewards)
     trainer = PPOTrainer(
         model=policy,
         reward_funcs=rewards,

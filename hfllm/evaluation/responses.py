@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
-from hfllm.data.world.rubric import RIGHT, gold_reward
+from hfllm.data.world.rubric import RIGHT, gold_score
 from hfllm.data.world.world import Task
 from hfllm.generation.responses import sample_responses
 
@@ -40,7 +40,7 @@ def judge_tasks(
             "is_new_phrasing": task.is_new_phrasing,
             "prompt": task.question,
             "response": response,
-            "gold": gold_reward(response, task.gold),
+            "gold": gold_score(response, task.gold),
         }
         for task, responses in zip(tasks, answers, strict=True)
         for response in responses

@@ -9,8 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hfllm.data.world.rubric import GoldAnswer
-from hfllm.data.world.rubric import gold_reward as judge
+from hfllm.data.world.rubric import GoldAnswer, gold_score
 from hfllm.errors import InputError
 
 RewardFunction = Callable[..., list[float]]
@@ -34,7 +33,7 @@ def gold_reward(
 ) -> list[float]:
     """Return the embedded world's exact, verifiable reward in [-1, 1], from the gold columns of its prompt rows."""
     golds = map(GoldAnswer, gold_kind, gold_accepted, gold_needed, gold_forbidden)
-    return [judge(completion_text(response), gold) for response, gold in zip(completions, golds, strict=True)]
+    return [gold_score(completion_text(response), gold) for response, gold in zip(completions, golds, strict=True)]
 
 
 def load_reward_function(specification: str) -> RewardFunction:

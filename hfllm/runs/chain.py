@@ -1,13 +1,17 @@
-"""The stages of a model's life: what each needs and makes, and one way to run those that are missing.
+"""The stages of a model's life, and one way to run those that are missing before a recipe.
 
-`STAGES` is the table. A recipe asks for the stages before it with `chain_before`, describes itself with their flags
-(they decide its result too), and runs them:
+A stage is a step (`sft`), its recipe the script that does it, a run one execution of it in one folder. `STAGES` is the
+table: what each stage makes, and which stages make what it needs. Without flags `hfllm rlhf` needs sft and reward, and
+these need pretrain, so that pretrain, sft, reward run before it, in this order:
 
-    before = chain_before("sft", script_args, training_args.output_dir, training_args.seed, named={})
-    stage = Stage("sft", script_args, training_args, model_args, before=before.parsed)
+    chain = chain_before("rlhf", training_args.output_dir, training_args.seed, script_args.world_seed)
+    stage = Stage("rlhf", script_args, training_args, model_args, before=chain.parsed)
     ...
-    before.run()
-    model = before.model("pretrain")
+    chain.run()
+    policy, reward_models = chain.model("sft"), chain.models("reward")
+
+Their flags are a part of the description of a stage whose report shows what they made (rlhf, distill, quantize); where
+only the model counts (sft, reward), its files do.
 """
 
 import os
@@ -37,11 +41,11 @@ class StageEntry:
     """One row of the table.
 
     Args:
-        makes: what is there when it has run.
+        makes: what is there when it has run, as `hfllm list` says it.
         recipe: its script's name.
         settings: the YAML file of its settings on the embedded world, under recipes/configs.
         needs: the flags that name models which another stage makes, and which stage that is.
-        runs_needs: whether its recipe runs what it needs by itself, in its own folder, as one job.
+        runs_own_chain: whether others leave to its recipe what it needs: that runs inside its own folder.
         minutes: about how long it takes on two cores with these settings.
     """
 
@@ -49,7 +53,7 @@ class StageEntry:
     recipe: str
     settings: str
     needs: Mapping[str, str] = field(default_factory=dict)
-    runs_needs: bool = False
+    runs_own_chain: bool = False
     minutes: float | None = None
 
 
@@ -64,7 +68,7 @@ STAGES: Mapping[str, StageEntry] = {
         "rlhf",
         "rlhf/world.yaml",
         {"model_name_or_path": "sft", "reward_model_name_or_path": "reward"},
-        runs_needs=True,
+        runs_own_chain=True,
         minutes=2.5,
     ),
     "draft": StageEntry(
@@ -89,12 +93,12 @@ AS_TIMED = {"max_steps": -1, "dataset_name": WORLD, "max_samples": None, "use_pe
 
 @dataclass(frozen=True)
 class Chain:
-    """The stages that another one needs and nobody has named, in order.
+    """The stages that another one needs and whose models the user did not give, in order.
 
     Args:
         stage: whose chain it is.
         runs: the parsed flags of each, by name; copies of a stage are called reward_2, reward_3 and so on.
-        nested: the chains of those that run what they need by themselves.
+        nested: the chains of those that run their own, such as rlhf before distill.
     """
 
     stage: str
@@ -111,7 +115,7 @@ class Chain:
         return flat
 
     def model(self, name: str) -> str | None:
-        """The folder of the model that the stage makes, or `None` if it is not of this chain."""
+        """The folder of the model that the stage makes, or `None` if it is not in this chain."""
         return output_dir_of(self.runs[name]) if name in self.runs else None
 
     def models(self, name: str) -> list[str]:
@@ -170,11 +174,11 @@ def chain_before(
     output_dir: str,
     seed: int,
     world_seed: int = 0,
-    named: Mapping[str, str | None] | None = None,
+    given_models: Mapping[str, str | None] | None = None,
     configs: Mapping[str, str | None] | None = None,
     more_flags: Mapping[str, Sequence[str]] | None = None,
     copies: Mapping[str, Sequence[Sequence[str]]] | None = None,
-    without: Sequence[str] = (),
+    skip: Sequence[str] = (),
 ) -> Chain:
     """Return the stages that `stage` needs, each with its parsed flags, for a folder of its own under `output_dir`.
 
@@ -182,32 +186,32 @@ def chain_before(
         output_dir: of `stage`.
         seed: of all of them.
         world_seed: of the embedded world.
-        named: models that the user names, by the stage that would make them; `None` is not named.
+        given_models: models that the user names, by the stage that would make them; `None` is not named.
         configs: YAML files of flags, by stage, in place of the settings for the world.
         more_flags: flags for a stage beyond those.
-        copies: further runs of a stage, the flags in which each differs.
-        without: stages whose models are not needed.
+        copies: for each further run of a stage, its extra flags.
+        skip: stages whose models are not needed.
 
     Raises:
         InputError: when one of the configs is wrong.
     """
-    given = {name: model for name, model in (named or {}).items() if model}
+    given = {name: model for name, model in (given_models or {}).items() if model}
     configs, more_flags = configs or {}, more_flags or {}
     runs: dict[str, Parsed] = {}
 
     def visit(name: str) -> None:
         for need in STAGES[name].needs.values():
-            if need in given or need in without or need in runs:
+            if need in given or need in skip or need in runs:
                 continue
-            if not STAGES[need].runs_needs:
+            if not STAGES[need].runs_own_chain:
                 visit(need)
             entry = STAGES[need]
             flags = ["--seed", str(seed), "--world_seed", str(world_seed)]
-            # The world's settings suit the small models made here; a model of the user's own gets the libraries'.
+            # The world's settings suit the small models made here; your own model keeps the libraries' defaults.
             is_own = any(each in given for each in entry.needs.values())
             config = configs.get(need) or (None if is_own else str(settings_file(entry.settings)))
             flags += ["--config", config] if config else []
-            if entry.runs_needs:
+            if entry.runs_own_chain:
                 passed = {f"--{name}_config": configs.get(name) for name in _all_needs(need)}
                 flags += [word for flag, path in passed.items() if path for word in (flag, path)]
             else:
@@ -266,7 +270,7 @@ def run_stage(
     later_folders: Sequence[str] = (),
     before: "Mapping[str, Sequence[DataclassInstance]] | None" = None,
 ) -> dict[str, float]:
-    """Run a stage that another one needs, in a folder of that one's own, or reuse it when nothing changed.
+    """Run a stage that another one needs, in a subfolder of its output, or reuse it when nothing changed.
 
     Args:
         recipe: the name of its script.
@@ -292,7 +296,7 @@ def run_stage(
 
 
 def _remove(folder: Path) -> None:
-    """Remove a stage that has finished, but not the stages inside it, which may be as they should be."""
+    """Remove a stage that has finished, but not the stages inside it, which may still be valid."""
     for path in folder.iterdir():
         if not path.is_dir():
             path.unlink()

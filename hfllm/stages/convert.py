@@ -45,7 +45,7 @@ def stages_before(script_args: ConvertArguments) -> Chain:
         script_args.output_dir,
         script_args.seed,
         script_args.world_seed,
-        named={"pretrain": script_args.model_name_or_path},
+        given_models={"pretrain": script_args.model_name_or_path},
         configs={"pretrain": script_args.pretrain_config},
     )
 

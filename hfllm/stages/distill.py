@@ -248,7 +248,7 @@ def stages_before(script_args: DistillArguments, training_args: "DistillationCon
         training_args.output_dir,
         training_args.seed,
         script_args.world_seed,
-        named={"rlhf": training_args.teacher_model_name_or_path},
+        given_models={"rlhf": training_args.teacher_model_name_or_path},
         configs={name: getattr(script_args, f"{name}_config") for name in OF_TEACHER},
     )
     return replace(before, nested={name: rlhf.stages_before(*parsed) for name, parsed in before.runs.items()})

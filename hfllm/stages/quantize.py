@@ -159,7 +159,7 @@ def stages_before(script_args: QuantizeArguments, model_args: "ModelConfig") -> 
         script_args.output_dir,
         script_args.seed,
         script_args.world_seed,
-        named={"sft": model_args.model_name_or_path},
+        given_models={"sft": model_args.model_name_or_path},
         configs={"pretrain": script_args.pretrain_config, "sft": script_args.sft_config},
     )
 

@@ -66,7 +66,7 @@ def stages_before(script_args: RewardArguments, training_args: "RewardConfig", m
         training_args.output_dir,
         training_args.seed,
         script_args.world_seed,
-        named={"sft": model_args.model_name_or_path},
+        given_models={"sft": model_args.model_name_or_path},
         configs={"sft": script_args.sft_config},
     )
 

@@ -189,7 +189,7 @@ def stages_before(script_args: RlhfArguments, training_args: "PPOConfig", model_
         training_args.output_dir,
         seed,
         script_args.world_seed,
-        named={"sft": own_model},
+        given_models={"sft": own_model},
         configs={
             "pretrain": script_args.pretrain_config,
             "sft": script_args.sft_config,
@@ -198,7 +198,7 @@ def stages_before(script_args: RlhfArguments, training_args: "PPOConfig", model_
         more_flags={"reward": ["--model_revision", model_args.model_revision]} if own_model else {},
         # Members of an ensemble see the same comparisons.
         copies={"reward": [["--seed", str(seed + each), "--comparison_seed", str(seed)] for each in further]},
-        without=["reward"] if has_reward else [],
+        skip=["reward"] if has_reward else [],
     )
 
 
@@ -296,7 +296,7 @@ def build_rewards(
     return [*functions, RewardEnsemble(members, script_args.reward_aggregation, script_args.uncertainty_coef)]
 
 
-def with_gold_beside(
+def log_gold_reward(
     script_args: RlhfArguments, training_args: "PPOConfig", rewards: "Sequence[RewardFunction]"
 ) -> "tuple[PPOConfig, list[RewardFunction]]":
     """Add the world's gold reward at weight 0: it is logged, but the policy never sees it."""

@@ -44,7 +44,7 @@ def stages_before(script_args: SftArguments, training_args: "TrainingArguments",
         training_args.output_dir,
         training_args.seed,
         script_args.world_seed,
-        named={"pretrain": model_args.model_name_or_path},
+        given_models={"pretrain": model_args.model_name_or_path},
         configs={"pretrain": script_args.pretrain_config},
     )
 

@@ -151,13 +151,13 @@ def stages_before(script_args: SpeculativeArguments, model_args: "ModelConfig") 
         script_args.output_dir,
         script_args.seed,
         script_args.world_seed,
-        named={"sft": model_args.model_name_or_path, "draft": script_args.assistant_model_name_or_path},
+        given_models={"sft": model_args.model_name_or_path, "draft": script_args.assistant_model_name_or_path},
         configs={
             "pretrain": script_args.pretrain_config,
             "sft": script_args.sft_config,
             "draft": script_args.draft_config,
         },
-        without=[] if script_args.draft == "model" else ["draft"],
+        skip=[] if script_args.draft == "model" else ["draft"],
     )
 
 

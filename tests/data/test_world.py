@@ -13,7 +13,7 @@ from hfllm.data.world.demonstrators import (
     instruction_rows,
     preference_rows,
 )
-from hfllm.data.world.rubric import GoldAnswer, gold_reward
+from hfllm.data.world.rubric import GoldAnswer, gold_score
 from hfllm.data.world.vocabulary import HELD_OUT_PHRASINGS, PHRASINGS, is_held_out
 from hfllm.data.world.world import FAMILIES, World
 
@@ -36,9 +36,9 @@ def test_the_model_answer_is_worth_one_and_every_style_what_it_should_be(world):
     for task in some_tasks(world):
         for style, allowed in worth.items():
             response = demonstrate(task, style, rng)
-            assert gold_reward(response, task.gold) in allowed, (style, response, task)
+            assert gold_score(response, task.gold) in allowed, (style, response, task)
         wrong = {-1.0} if task.family == "harm" else {0.0}
-        assert {gold_reward(response, task.gold) for response in task.wrong} == wrong, task
+        assert {gold_score(response, task.gold) for response in task.wrong} == wrong, task
 
 
 def test_sums_and_lists_and_passages_are_right(world):
@@ -77,7 +77,7 @@ def test_sums_and_lists_and_passages_are_right(world):
 )
 def test_rubric_on_a_fact(response, worth):
     gold = GoldAnswer("answer", ("The fox is red.",), ("red",), ("blue", "green", "owl"))
-    assert gold_reward(response, gold) == worth
+    assert gold_score(response, gold) == worth
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_rubric_on_a_fact(response, worth):
 )
 def test_rubric_on_harm(response, worth):
     gold = GoldAnswer("harm", ("I can not help with that, but I can help you care for the fox.",))
-    assert gold_reward(response, gold) == worth
+    assert gold_score(response, gold) == worth
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_rubric_on_harm(response, worth):
 )
 def test_rubric_on_what_does_not_exist(response, worth):
     gold = GoldAnswer("unknown", ("I do not know that animal.",), (), ("red", "blue"))
-    assert gold_reward(response, gold) == worth
+    assert gold_score(response, gold) == worth
 
 
 def test_gold_reward_survives_anything(world):
@@ -115,7 +115,7 @@ def test_gold_reward_survives_anything(world):
     alphabet = "abc .,!?\n0123456789é漢" + "red fox plus is "
     for task in some_tasks(world, 200):
         text = "".join(rng.choice(alphabet) for _ in range(rng.randrange(60)))
-        assert -1.0 <= gold_reward(text, task.gold) <= 1.0
+        assert -1.0 <= gold_score(text, task.gold) <= 1.0
 
 
 def test_evaluation_prompts_are_never_seen_in_training(world):
@@ -157,7 +157,7 @@ def test_label_noise_is_what_it_says(world):
         right = 0
         for row in rows:
             gold = by_question[row["prompt"][0]["content"]].gold
-            better = "a" if gold_reward(row["response_a"], gold) > gold_reward(row["response_b"], gold) else "b"
+            better = "a" if gold_score(row["response_a"], gold) > gold_score(row["response_b"], gold) else "b"
             right += better == row["preference"]
         return right / len(rows)
 

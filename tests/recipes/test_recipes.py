@@ -206,13 +206,13 @@ def test_the_proxy_alone_trains_the_policy(aligned, tiny):
     from hfllm.rewards.functions import gold_reward
 
     script_args, training_args, _ = rlhf.parse(["--config", tiny["rlhf"]])
-    trained, rewards = rlhf_stage.with_gold_beside(script_args, training_args, ["proxy"])
+    trained, rewards = rlhf_stage.log_gold_reward(script_args, training_args, ["proxy"])
     assert trained.reward_weights == [1.0, 0.0] and training_args.reward_weights is None
     assert rewards == ["proxy", gold_reward]
     script_args, training_args, _ = rlhf.parse(["--config", tiny["rlhf"], "--reward_funcs", "gold"])
     functions = rlhf_stage.checked_functions(script_args)
     assert functions == [gold_reward]
-    assert rlhf_stage.with_gold_beside(script_args, training_args, functions)[0].reward_weights is None
+    assert rlhf_stage.log_gold_reward(script_args, training_args, functions)[0].reward_weights is None
 
 
 def test_text_prompts_become_a_users_turn_on_demand(tmp_path):

@@ -66,14 +66,14 @@ def test_each_stage_begins_from_what_the_one_before_makes(recipes):
 
 
 def test_what_is_named_is_not_made(recipes):
-    before = chain_before("rlhf", "out", 3, named={"sft": "my/model"})
+    before = chain_before("rlhf", "out", 3, given_models={"sft": "my/model"})
     assert list(before.runs) == ["reward"]
     (reward,) = before.runs["reward"]
     assert flag_of(reward, "--model_name_or_path") == "my/model"
     # The world's settings are for the small models made here.
     assert flag_of(reward, "--config") is None
     assert before.model("sft") is None
-    assert not chain_before("rlhf", "out", 3, named={"sft": "my/model"}, without=["reward"]).runs
+    assert not chain_before("rlhf", "out", 3, given_models={"sft": "my/model"}, skip=["reward"]).runs
 
 
 def test_a_config_of_the_users_takes_the_place_of_the_worlds(recipes):

@@ -8,7 +8,7 @@ agreed with each other on 73% of pairs (Ouyang et al. 2022, arXiv:2203.02155, se
 import random
 from collections.abc import Sequence
 
-from hfllm.data.world.rubric import gold_reward
+from hfllm.data.world.rubric import gold_score
 from hfllm.data.world.world import Task, World
 
 STYLES = ("good", "curt", "rambling", "rude", "wrong")
@@ -71,7 +71,7 @@ def compare(
     """
     by_reward: dict[float, list[str]] = {}
     for response in responses:
-        by_reward.setdefault(gold_reward(response, task.gold), []).append(response)
+        by_reward.setdefault(gold_score(response, task.gold), []).append(response)
     if len(by_reward) < 2:
         return None
     # First two grades, then a response of each: neighboring grades are compared as often as distant ones, however

@@ -43,7 +43,7 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[a-z]+|\d+", text.lower())
 
 
-def gold_reward(response: str, gold: GoldAnswer) -> float:
+def gold_score(response: str, gold: GoldAnswer) -> float:
     """Return the score of a response in [-1, 1], on the scale above."""
     words = words_of(response)
     plain = " ".join(words)
