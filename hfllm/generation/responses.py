@@ -20,14 +20,14 @@ def sample_responses(
     seed: int = 0,
     only_ended: bool = False,
 ) -> list[list[str]]:
-    """Responses of `model` to each prompt: at temperature 1, or greedy.
+    """Sample responses of `model` to each prompt at temperature 1, or decode greedily.
 
-    They end at the tokenizer's end token, and at those that the model's generation config names.
+    They end at the tokenizer's end token, and at those of the model's generation config.
 
     Args:
         prompts: text, or lists of messages for the tokenizer's chat template.
         num_return_sequences: responses per prompt.
-        seed: of the sampling; the caller's random state is left as it was.
+        seed: seed of the sampling; the caller's random state is not changed.
         only_ended: leave out the responses that `max_new_tokens` cut off.
 
     Returns:
