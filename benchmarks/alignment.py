@@ -1,4 +1,4 @@
-"""The main job over several seeds, and a control whose reward model learned from worthless labels.
+"""The main job over several seeds, and a control run whose reward model learned from random labels.
 
     python benchmarks/alignment.py --seeds 1 2 42 --output_dir outputs/alignment
 
@@ -29,14 +29,14 @@ ROWS = {
 
 
 def run(output_dir: Path, *flags: str) -> dict:
-    """One run of the main job. Returns its report."""
+    """Run the main job once, and return its report."""
     command = [sys.executable, str(ROOT / "recipes" / "rlhf.py"), "--output_dir", str(output_dir), *flags]
     subprocess.run(command, check=True)
     return json.loads((output_dir / "report.json").read_text())
 
 
 def control(output_dir: Path, first: Path, seed: int) -> dict:
-    """The same PPO against a reward model whose labels are coin flips."""
+    """Run the same PPO against a reward model trained on random labels."""
     output_dir.mkdir(parents=True, exist_ok=True)
     world = (ROOT / "recipes" / "configs" / "reward" / "world.yaml").read_text()
     noisy = output_dir / "reward_noise.yaml"
@@ -46,7 +46,7 @@ def control(output_dir: Path, first: Path, seed: int) -> dict:
 
 
 def table(reports: dict[str, dict], control_report: dict) -> str:
-    """Markdown: a row a metric, a column per seed, the median, the control."""
+    """Return a Markdown table: a row per metric, a column per seed, the median, the control."""
     head = ["", *reports, "median", "control"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for label, name in ROWS.items():

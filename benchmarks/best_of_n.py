@@ -1,12 +1,13 @@
-"""Over-optimization without PPO: best of n (Gao et al. 2022, arXiv:2210.10760), and what ensembles do to it.
+"""Over-optimization without PPO: best of n (Gao et al. 2022, arXiv:2210.10760), and the effect of ensembles.
 
     python benchmarks/best_of_n.py --seeds 1 2 3 --output_dir outputs/best_of_n
 
 For each seed, five reward models are trained on a few comparisons of the embedded world each, a quarter of them with
-the wrong label, and one on as many as the five have together. Of n samples of one fine-tuned model the one is kept
-that one of the five likes most, or that the least or the mean of their five scores likes most; the gold reward of what
-is kept is written beside. Writes `best_of_n.png`, gold reward against the square root of the KL, and `best_of_n.md`,
-the peaks and ends, and how much less the ensembles lose from their peaks than their members do, with intervals from
+the wrong label, and one on as many as the five have together. Of n samples of one fine-tuned model, the one is kept
+with the highest score by one of the five, or by the lowest or the mean of the five; the gold reward of the
+kept ones, the world's exact score, is reported. Writes `best_of_n.png`, gold reward against the square root of the
+KL, and `best_of_n.md`,
+the peaks and ends, and how much less the ensembles lose from their peaks than their members, with intervals from
 resampled prompts. Finished parts are reused.
 """
 
@@ -31,20 +32,20 @@ SIZES = [2**power for power in range(SAMPLES.bit_length())]
 
 
 def recipe(name: str, output_dir: Path, *flags: Any) -> Path:
-    """Run a recipe. Returns its folder; if it has finished there before, nothing is done."""
+    """Run a recipe unless it has finished before, and return its folder."""
     command = [sys.executable, str(ROOT / "recipes" / f"{name}.py"), "--output_dir", str(output_dir), *map(str, flags)]
     subprocess.run(command, check=True)
     return output_dir
 
 
 def reward_models(folder: Path, seed: int, model: Path, starts: list[Path]) -> list[Path]:
-    """Five models on comparisons of their own, and one on as many as the five have together.
+    """Train five models on separate comparisons, and one on as many as the five have together.
 
     Args:
-        folder: of the seed.
-        seed: of comparisons and heads.
-        model: the fine-tuned model, which the last one begins with.
-        starts: what each of the five begins with.
+        folder: the seed's folder.
+        seed: seed of comparisons and heads.
+        model: the fine-tuned model, from which the last one starts.
+        starts: the models from which the five start.
     """
     folder.mkdir(parents=True, exist_ok=True)
     kept = (CONFIGS / "reward" / "world.yaml").read_text().splitlines()
@@ -61,7 +62,7 @@ def reward_models(folder: Path, seed: int, model: Path, starts: list[Path]) -> l
 
 
 def draw_samples(model: Path, file: Path) -> dict[str, list]:
-    """Held-out prompts, samples of the fine-tuned model for each, and their gold rewards; kept in a file."""
+    """Draw samples of the fine-tuned model for held-out prompts, with gold rewards; store them in a file."""
     if file.is_file():
         return json.loads(file.read_text())
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -85,7 +86,7 @@ def draw_samples(model: Path, file: Path) -> dict[str, list]:
 
 
 def scores_of(path: Path, drawn: dict[str, list]) -> list[list[float]]:
-    """A reward model's scores of all samples."""
+    """Return a reward model's scores of all samples."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from hfllm.data.formats import as_completion
@@ -102,14 +103,14 @@ def scores_of(path: Path, drawn: dict[str, list]) -> list[list[float]]:
 
 
 def standardized(scores: list[list[float]]) -> list[list[float]]:
-    """With mean 0 and spread 1 over all samples, as `RewardEnsemble.calibrate` has it on the starting model's."""
+    """Scale scores to mean 0 and spread 1 over all samples, as `RewardEnsemble.calibrate` does."""
     values = [score for row in scores for score in row]
     mean, spread = statistics.fmean(values), statistics.pstdev(values)
     return [[(score - mean) / spread for score in row] for row in scores]
 
 
 def curves_of(scores: list[list[list[float]]], gold: list[list[float]]) -> dict[str, list[Curve]]:
-    """The best of 1, 2, 4 ... samples by each of five, by their least, their mean, and by `ALL`."""
+    """Return the best of 1, 2, 4 ... samples by each of five, by their minimum, their mean, and by `ALL`."""
     from hfllm.evaluation.best_of_n import best_of_n_each
 
     *alone, together = scores
@@ -126,14 +127,14 @@ def curves_of(scores: list[list[list[float]]], gold: list[list[float]]) -> dict[
 
 
 def distances() -> list[float]:
-    """Square roots of the KL to the fine-tuned model, in the order of `SIZES`."""
+    """Return the square roots of the KL to the fine-tuned model, in the order of `SIZES`."""
     from hfllm.scaling.laws import best_of_n_kl
 
     return [best_of_n_kl(n) ** 0.5 for n in SIZES]
 
 
 def table(by_seed: dict[int, dict[str, list[Curve]]]) -> str:
-    """Gold reward at the start, at its peak and at the end; means over the models alone of a seed, and over seeds."""
+    """Return a table of gold reward at start, peak and end; means over the single models of a seed, and over seeds."""
     lines = ["| | start | peak | at sqrt(KL) | end | at sqrt(KL) | lost |", "| - | - | - | - | - | - | - |"]
     kinds: dict[str, list[list[float]]] = {}
 
@@ -157,14 +158,14 @@ def table(by_seed: dict[int, dict[str, list[Curve]]]) -> str:
 
 
 def spared(by_seed: dict[int, dict[str, list[Curve]]]) -> str:
-    """What the ensembles lose less than their members alone, with 95% intervals over resampled prompts."""
+    """Return how much less the ensembles lose than single members, with 95% intervals over resampled prompts."""
     import numpy
 
     generator = numpy.random.default_rng(0)
     picks = [numpy.arange(PROMPTS), *generator.integers(0, PROMPTS, (RESAMPLES, PROMPTS))]
 
     def lost(curves: list[Curve]) -> "numpy.ndarray":
-        """(1 + RESAMPLES,), the mean over these curves."""
+        """Return the mean over these curves, (1 + RESAMPLES,)."""
         each = numpy.array(curves)
         gold = numpy.stack([each[:, :, pick].mean(-1) for pick in picks])
         return (gold.max(-1) - gold[..., -1]).mean(-1)
@@ -182,7 +183,7 @@ def spared(by_seed: dict[int, dict[str, list[Curve]]]) -> str:
 
 
 def draw(by_seed: dict[int, dict[str, list[Curve]]], path: Path) -> None:
-    """A panel a seed, one scale for all."""
+    """Draw a panel per seed, with one scale for all."""
     import matplotlib
 
     matplotlib.use("Agg")

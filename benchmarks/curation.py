@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/curation.py --megabytes 1 10 100 --output benchmarks/results/curation.md
 
-Input is generated from a seed: documents of about 1.5 kB in sentences of this Python's documentation, in a new order
-each, and among them too short ones, advertisements, other languages, exact and near copies. All filters run, with a
+Input is generated from a seed: documents of about 1.5 kB from sentences of this Python's documentation, in a new order
+each, mixed with too short ones, advertisements, other languages, exact and near copies. All filters run, with a
 word list and gsm8k-sized evaluation texts. Each size runs in a fresh process with one worker; memory is its largest
 resident size, speed is documents read over the CPU-seconds of all steps.
 """
@@ -42,7 +42,7 @@ def sentences() -> list[str]:
 
 
 def generate(path: Path, megabytes: float, seed: int = 0) -> int:
-    """Write jsonl of about this size. Returns the number of documents."""
+    """Write jsonl of about this size. Return the number of documents."""
     pool, rng, size, count, recent = sentences(), random.Random(seed), 0, 0, []
     with path.open("w", encoding="utf-8") as stream:
         while size < megabytes * 1e6:

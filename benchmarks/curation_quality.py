@@ -1,10 +1,10 @@
-"""How well the filters of curation do on real text: language, spam, duplicates, decontamination, false alarms.
+"""Quality of the curation filters on real text: language, spam, duplicates, decontamination, false alarms.
 
     python benchmarks/curation_quality.py --data DATA --output benchmarks/results/curation_quality.md
 
 DATA holds `pretrain/` (NLTK's udhr2 and genesis as zip files, Gutenberg books and other texts), `webnoise/` (the SMS
 Spam Collection, data-juicer's duplicates, three license texts) and `eval/` (gsm8k and others); see the results for the
-files. Nothing of it is part of this repository.
+files. This data is not part of the repository.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def keeps(step, text: str) -> bool:
 
 
 def passages(text: str, size: int = 1000) -> list[str]:
-    """Whole lines joined to passages of `size` characters or more that end where a paragraph does."""
+    """Join whole lines to passages of at least `size` characters that end at a paragraph."""
     parts, part = [], ""
     for line in text.splitlines():
         part += f"{line.strip()}\n"
@@ -104,7 +104,7 @@ def spam(data: Path) -> list[dict]:
 
 
 def chapters(data: Path) -> list[tuple[str, str]]:
-    """(name, text) of the Gutenberg books' chapters, without what Project Gutenberg adds."""
+    """Return (name, text) of the Gutenberg books' chapters, without Project Gutenberg's additions."""
     heading = re.compile(r"^(?:CHAPTER|Chapter|Letter|ADVENTURE) [IVXLC\d]+\b.*$", re.MULTILINE)
     found = []
     for path in sorted((data / "pretrain").glob("gutenberg_*.txt")):
@@ -117,7 +117,7 @@ def chapters(data: Path) -> list[tuple[str, str]]:
 
 
 def deduplicated(documents: Iterable[tuple[str, str]], kinds: Sequence[str]) -> set[str]:
-    """Names of the documents that are left by the duplicate filters alone."""
+    """Return the names of the documents that the duplicate filters keep."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "in.jsonl"
         names = []
@@ -192,7 +192,7 @@ def decontamination(data: Path) -> list[dict]:
 
 
 def clean_texts(data: Path) -> dict[str, list[str]]:
-    """Texts that people would keep for the most part, by name."""
+    """Return texts that people would mostly keep, by name."""
     folder = data / "pretrain"
     wiki = [line for line in (folder / "wiki_demo.txt").read_text("utf-8").splitlines() if line.strip()]
     books = [part for _, text in chapters(data) for part in passages(text, 4000)]

@@ -2,15 +2,15 @@
 
     OMP_NUM_THREADS=1 python benchmarks/distillation.py --output benchmarks/results/distillation.md
 
-TRL's trainer lets the student write; here it is given the same completions instead of generating them, so that what is
-compared is a step on them: both forward passes, the divergence (forward KL at temperature 3, no cross-entropy), the
-backward pass and AdamW. Each measurement is a process of its own; the two sides take turns. Seconds are CPU-seconds of
-the median step after the first; memory is the largest resident size, and what of it training added to the loaded
+TRL's trainer lets the student generate; here it gets the same completions instead, so that the measured
+step is the same: both forward passes, the divergence (forward KL at temperature 3, no cross-entropy), the
+backward pass and AdamW. Each measurement is a separate process; the two sides take turns. Seconds are CPU-seconds of
+the median step after the first; memory is the largest resident size, and the part that training added to the loaded
 models and libraries. The loss of the first step is printed to show that both compute the same (ours over the squared
 temperature, which TRL leaves out).
 
 Sides: `trl`; `ours`, logits in chunks of `--loss_chunk_size` tokens; `whole`, ours without chunks; `cached`, ours from
-the teacher's top 32 on disk, which is another divergence and spares the teacher's pass.
+the teacher's top 32 on disk, which is another divergence and saves the teacher's pass.
 """
 
 import argparse
@@ -33,7 +33,7 @@ LABELS = {"trl": "TRL 1.16", "ours": "hfllm", "whole": "hfllm, no chunks", "cach
 
 
 def build_model(args: argparse.Namespace, hidden: int, layers: int, seed: int) -> Any:
-    """A random Llama."""
+    """Build a random Llama."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -55,7 +55,7 @@ def build_model(args: argparse.Namespace, hidden: int, layers: int, seed: int) -
 
 
 def build_tokenizer(vocab_size: int) -> Any:
-    """Words w2, w3, ... as tokens 2, 3, ..."""
+    """Build a tokenizer with words w2, w3, ... as tokens 2, 3, ..."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -68,7 +68,7 @@ def build_tokenizer(vocab_size: int) -> Any:
 
 
 def pairs(args: argparse.Namespace) -> list[tuple[list[int], list[int]]]:
-    """Random prompts and completions, one batch of them; a step is always on all."""
+    """Return random prompts and completions for one batch, which every step uses."""
     rng = random.Random(0)
 
     def draw(count: int) -> list[int]:
@@ -123,7 +123,7 @@ def build_trl(args: argparse.Namespace, output_dir: str) -> Any:
     tokenizer, written = build_tokenizer(args.vocab_size), {tuple(prompt): answer for prompt, answer in pairs(args)}
 
     class GivenCompletions(DistillationTrainer):
-        """The student's part in generation is played by the data."""
+        """TRL's trainer with the data's completions in place of the student's."""
 
         def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **kwargs: Any) -> list[list[int]]:
             return [written[tuple(ids)] for ids in prompt_ids]
@@ -142,7 +142,7 @@ def build_trl(args: argparse.Namespace, output_dir: str) -> Any:
 
 
 def memory(field: str) -> float:
-    """Of this process, in MB: `VmRSS` now, `VmHWM` at most."""
+    """Return this process's memory in MB: `VmRSS` now, `VmHWM` at its peak."""
     return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1024
 
 
@@ -177,7 +177,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def launch(side: str, args: argparse.Namespace) -> dict[str, float]:
-    """One measurement in a process of its own."""
+    """Run one measurement in a separate process."""
     command = [sys.executable, __file__, "--side", side]
     for name in ("vocab_size", "batch_size", "completion_length", "steps", "loss_chunk_size", *SIZES):
         command += [f"--{name}", str(getattr(args, name))]
@@ -189,7 +189,7 @@ def launch(side: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def row(side: str, results: list[dict[str, float]], peer: list[dict[str, float]] | None) -> str:
-    """A line of the table; ratios are medians over the rounds, in each of which the sides took turns."""
+    """Return a line of the table; ratios are medians over rounds, in each of which the sides took turns."""
     median = {name: statistics.median(result[name] for result in results) for name in results[0]}
     cells = [LABELS[side], f"{1 / median['cpu']:.2f}", f"{1 / median['wall']:.2f}", f"{median['peak']:.0f}"]
     cells += [f"{median['added']:.0f}", f"{median['loss']:.5f}"]

@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 hfllm speculative                  # makes outputs/speculative/sft and draft
     OMP_NUM_THREADS=1 python benchmarks/generation.py --output benchmarks/results/generation.md
 
-`--random_weights 10M` measures a model of that size that nobody trained, on random prompts, whose answers never end.
-All ways run in one process, turn by turn, and the ratio to plain `generate` is the median of the ratios within a
-round; times are CPU-seconds. The output of each way is compared with the plain one's. What `torch.compile` takes is
-reported beside the table, not inside it. A second table has what a token takes in each of transformers' caches.
+`--random_weights 10M` measures an untrained model of that size on random prompts, whose answers never end.
+All methods run in one process in alternation, and the ratio to plain `generate` is the median of the ratios within a
+round; times are CPU-seconds. The output of each is compared with the plain one's. The time of `torch.compile` is
+reported beside the table, not inside it. A second table has the bytes per token of each of transformers' caches.
 """
 
 import argparse
@@ -31,7 +31,7 @@ RANDOM_PROMPT = 32
 
 
 def random_llama(size: str) -> Any:
-    """A Llama of a size in `SHAPES` with the weights that it begins training with."""
+    """Return a Llama of a size in `SHAPES` with its initial weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -76,7 +76,7 @@ class Prompts:
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
-    """The model as ours and as Llama, the draft model or `None`, and the tokenizer."""
+    """Return the model as ours and as Llama, the draft model or `None`, and the tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import hfllm
@@ -125,7 +125,7 @@ class Ways:
         self._add_ours(ours, draft, compile)
 
     def keep(self, wanted: list[str]) -> None:
-        """Leave the ways with one of these words in their names, and plain `generate`."""
+        """Keep the methods with one of these words in their names, and plain `generate`."""
         for word in wanted:
             if not any(word in name for name in self.runs):
                 sys.exit(f"--ways {word}: no such way; there are {', '.join(self.runs)}")
@@ -178,7 +178,7 @@ class Ways:
         return run
 
     def _new(self, outputs: Any) -> list[list[int]]:
-        """New tokens of each row without the padding behind them."""
+        """Return the new tokens of each row without the padding after them."""
         rows, pad = [], self.options["pad_token_id"]
         for batch, output in zip(self.batches, outputs, strict=True):
             for row in output[:, batch["input_ids"].shape[1] :].tolist():
@@ -189,7 +189,7 @@ class Ways:
 
 
 def compare(ways: Ways, rounds: int) -> list[str]:
-    """Rows of the table; the first run of each is a warm-up, whose time is told apart."""
+    """Return the rows of the table; the first run of each is a warm-up, whose time is reported separately."""
     first, outputs, seconds = {}, {}, {name: [] for name in ways.runs}
     for name, run in ways.runs.items():
         began = time.process_time()
@@ -204,7 +204,7 @@ def compare(ways: Ways, rounds: int) -> list[str]:
     for name in ways.runs:
         amount = sum(map(len, outputs[name]))
         pairs = zip(seconds[PLAIN], seconds[name], strict=True)
-        # Tokens a second, so that a cache that changes the output is not faster by saying less.
+        # Tokens per second, so that a cache that changes the output is not faster by generating less.
         ratio = statistics.median(theirs / mine for theirs, mine in pairs) * amount / sum(map(len, outputs[PLAIN]))
         same = sum(a == b for a, b in zip(outputs[name], outputs[PLAIN], strict=True)) / len(outputs[PLAIN])
         seen = ways.found.get(name)
@@ -216,7 +216,7 @@ def compare(ways: Ways, rounds: int) -> list[str]:
 
 
 def caches(model: Any, batch: Any, max_new_tokens: int, rounds: int) -> list[str]:
-    """Rows of transformers' caches under `generate`: what a token takes, beside the planner's figure."""
+    """Return the rows of transformers' caches with `generate`: bytes per token, beside the planner's figure."""
     from hfllm.generation.caches import measure_caches
     from hfllm.scaling.shapes import Shape
 

@@ -36,7 +36,7 @@ def sizes(body: str, vocab_size: int) -> dict:
 
 
 def build(kind: str, body: str, vocab_size: int):
-    """`ours`, `chunked` (ours with the chunked loss) or `llama`, with the same weights."""
+    """Build `ours`, `chunked` (ours with the chunked loss) or `llama`, with the same weights."""
     import torch
     import transformers
 
@@ -92,7 +92,7 @@ def decode(model, ids, new_tokens: int = 48) -> Callable[[], None]:
 
 
 def interleaved(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """CPU-seconds of each run in each round; the order changes from round to round."""
+    """Return the CPU-seconds of each run in each round; the order changes between rounds."""
     seconds = {name: [] for name in runs}
     for run in runs.values():
         run()
@@ -106,7 +106,7 @@ def interleaved(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, l
 
 
 def compare(body: str, vocab_size: int, rounds: int) -> list[str]:
-    """Rows of the table for one size."""
+    """Return the rows of the table for one size."""
     models = {kind: build(kind, body, vocab_size) for kind in ("llama", "ours", "chunked")}
     batch, length = (4, 256) if body == "10M" else (2, 256)
     ids, one = tokens(vocab_size, batch, length), tokens(vocab_size, 1, 32)
@@ -127,7 +127,7 @@ def compare(body: str, vocab_size: int, rounds: int) -> list[str]:
         seconds = interleaved(runs, rounds)
         peer = seconds.pop("llama")
         for name, ours in seconds.items():
-            # Each round's two runs met the same machine, so that the ratio is taken within a round.
+            # The two runs of a round had the same machine load, so the ratio is taken within a round.
             ratio = statistics.median(theirs / mine for theirs, mine in zip(peer, ours, strict=True))
             speeds = [amount[task] / statistics.median(values) for values in (peer, ours)]
             label = f"{task}, chunked loss" if name == "chunked" else task
@@ -137,7 +137,7 @@ def compare(body: str, vocab_size: int, rounds: int) -> list[str]:
 
 
 def peak_memory(kind: str, body: str, vocab_size: int, batch: int) -> float:
-    """Megabytes at the peak of a fresh process."""
+    """Return the peak memory of a fresh process, in MB."""
     command = [sys.executable, __file__, "--peak", kind, body, str(vocab_size), str(batch)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 

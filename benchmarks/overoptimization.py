@@ -1,10 +1,10 @@
-"""Reward-model over-optimization in miniature (Gao et al. 2022, arXiv:2210.10760), and what an ensemble does to it.
+"""Reward-model over-optimization in miniature (Gao et al. 2022, arXiv:2210.10760), and the effect of an ensemble.
 
     python benchmarks/overoptimization.py --seeds 1 2 3 --output_dir outputs/overoptimization
 
 All seeds begin from one fine-tuned model, the first seed's. For each, reward models are trained on the same few
-comparisons of the embedded world with many wrong labels, and PPO maximizes their score with a small KL penalty for
-long: against some of them, each alone, and against the least score of all. The gold reward is logged beside. Writes
+comparisons of the embedded world with many wrong labels, and PPO maximizes their score with a small KL penalty for a
+long time: of some of them, each alone, and of the lowest score of all. The gold (exact) reward is logged. Writes
 `overoptimization.png`, gold reward against the square root of the KL, and `overoptimization.md`, the peaks and ends.
 Finished runs are reused.
 """
@@ -28,7 +28,7 @@ Curve = tuple[list[float], list[float]]
 
 
 def run(output_dir: Path, *flags: str) -> Curve:
-    """One run of the main job. Returns what it went through."""
+    """Run the main job once, and return its curve."""
     command = [sys.executable, str(ROOT / "recipes" / "rlhf.py"), "--output_dir", str(output_dir), *flags]
     subprocess.run(command, check=True)
     log = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
@@ -36,7 +36,7 @@ def run(output_dir: Path, *flags: str) -> Curve:
 
 
 def curve(start: float, log: list[dict[str, Any]]) -> Curve:
-    """From the fine-tuned model's gold reward on unseen prompts, through means over a few entries of the log."""
+    """Return the curve from the fine-tuned model's gold reward on unseen prompts, through means of log entries."""
     entries = [entry for entry in log if "kl" in entry]
     windows = [entries[at : at + SMOOTHING] for at in range(len(entries) - SMOOTHING + 1)]
     kl, gold = (
@@ -47,12 +47,12 @@ def curve(start: float, log: list[dict[str, Any]]) -> Curve:
 
 
 def runs_of(folder: Path, seed: int, alone: int, model: Path | None) -> dict[str, Curve]:
-    """PPO against single reward models and against an ensemble of them.
+    """Run PPO against single reward models and against an ensemble of them.
 
     Args:
-        folder: of the seed.
-        seed: of comparisons, reward models and PPO.
-        alone: how many of the members are also maximized alone.
+        folder: the seed's folder.
+        seed: seed of comparisons, reward models and PPO.
+        alone: number of members that are also maximized alone.
         model: the fine-tuned model; `None` makes it first, under `folder / "single"`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def runs_of(folder: Path, seed: int, alone: int, model: Path | None) -> dict[str
 
 
 def table(curves: dict[int, dict[str, Curve]]) -> str:
-    """Gold reward at the start, at its peak and at the end of each run, and medians of both kinds."""
+    """Return a table of gold reward at the start, peak and end of each run, and medians of both kinds."""
     lines = ["| | start | peak | at sqrt(KL) | end | at sqrt(KL) | lost |", "| - | - | - | - | - | - | - |"]
     kinds: dict[str, list[list[float]]] = {"models alone": [], WORST: []}
     for seed, runs in curves.items():
@@ -90,7 +90,7 @@ def table(curves: dict[int, dict[str, Curve]]) -> str:
 
 
 def draw(curves: dict[int, dict[str, Curve]], path: Path) -> None:
-    """A panel a seed, one scale for all."""
+    """Draw a panel per seed, with one scale for all."""
     import matplotlib
 
     matplotlib.use("Agg")

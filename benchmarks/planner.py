@@ -1,12 +1,12 @@
-"""The planner's peak memory against the memory that training takes here, in processes of their own.
+"""The planner's peak memory against the measured memory of training, in separate processes.
 
     OMP_NUM_THREADS=1 python benchmarks/planner.py --output benchmarks/results/planner.md
     OMP_NUM_THREADS=1 python benchmarks/planner.py --sizes 5M --processes 2 --zero_stages 0 1 2 3
 
 Each case is the stock `Trainer` with fp32 AdamW on a CPU, on one process or several (DDP, or DeepSpeed's ZeRO stages).
-Measured is how far the resident memory of a process grows from before its model is made to its peak in the steps
-after the first, with libraries and kernels loaded by a small model's run before. glibc is told to give freed blocks
-back, since the fragments that it would keep belong to no part of the plan.
+The measure is the growth of a process's resident memory from before its model is made to its peak in the steps
+after the first, with libraries and kernels loaded by an earlier run of a small model. glibc must return freed blocks,
+since fragments are not part of the plan.
 """
 
 import argparse
@@ -27,7 +27,7 @@ MIB = 2**20
 
 
 def resident(key: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes."""
+    """Return VmRSS or VmHWM of this process, in bytes."""
     return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024
 
 
@@ -40,7 +40,7 @@ def make_config(size: str, chunk: int | None) -> Any:
 
 
 def train(model: Any, case: dict[str, Any], steps: int, folder: str) -> Any:
-    """Train for so many steps; the peak of memory begins anew after the first. Returns the arguments."""
+    """Train for `steps` steps; reset the peak of memory after the first. Return the arguments."""
     import torch
     from transformers import Trainer, TrainerCallback
 
@@ -87,7 +87,7 @@ def measure(case: dict[str, Any]) -> None:
             # Its kernels for shared memory take a minute to compile, and change nothing here.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-        # DeepSpeed has one engine a process, so that there the small model trains without it.
+        # DeepSpeed has one engine per process, so the small model trains without it.
         train(hfllm.HfllmForCausalLM(small), {**case, "zero_stage": 0}, 1, folder)
         gc.collect()
         before = resident("VmRSS")
@@ -104,7 +104,7 @@ def measure(case: dict[str, Any]) -> None:
 
 
 def run(case: dict[str, Any]) -> float:
-    """Bytes that a case takes."""
+    """Return the bytes of a case."""
     launcher = [sys.executable]
     if case["processes"] > 1 or case["zero_stage"]:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case['processes']}"]
@@ -118,7 +118,7 @@ def run(case: dict[str, Any]) -> float:
 
 
 def planned(case: dict[str, Any]) -> Any:
-    """What the planner says of a case."""
+    """Return the planner's answer for a case."""
     from hfllm.scaling.activations import PRECISIONS
     from hfllm.scaling.layouts import Layout
     from hfllm.scaling.memory import device_memory

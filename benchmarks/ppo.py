@@ -3,7 +3,7 @@
     python -m venv trl112 && trl112/bin/pip install 'trl==1.12.*' torch
     OMP_NUM_THREADS=1 python benchmarks/ppo.py --trl_python trl112/bin/python --output benchmarks/results/ppo.md
 
-Without `--trl_python` only ours runs. Each measurement is a process of its own that takes a few rollouts after one to
+Without `--trl_python` only ours runs. Each measurement is a separate process with a few rollouts after one to
 warm up; the two sides take turns. Seconds are CPU-seconds of the median rollout, and memory is the largest resident
 size. Two cases: every response has `--response_length` tokens and every prompt 32; or prompts have 8 to 32 tokens and
 responses end after 20 on average.
@@ -31,7 +31,7 @@ PAD, EOS, FIRST_WORD = 0, 1, 2
 
 
 def build_model(args: argparse.Namespace, kind: str) -> Any:
-    """A random Llama whose end token has the same probability everywhere: 1/20 if lengths vary, else 0."""
+    """Build a random Llama whose end token has the same probability everywhere: 1/20 if lengths vary, else 0."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
@@ -52,14 +52,14 @@ def build_model(args: argparse.Namespace, kind: str) -> Any:
         return LlamaForSequenceClassification(config)
     model = LlamaForCausalLM(config)
     with torch.no_grad():
-        # One direction that all hidden states share stands in for a bias of the head.
+        # One direction that all hidden states share replaces a bias of the head.
         model.model.embed_tokens.weight[:, 0] = 1.0
         shared = model.model(torch.tensor([[5, 6, 7]])).last_hidden_state[..., 0].mean()
         model.lm_head.weight[:, 0] = 0.0
         logit = torch.tensor((args.vocab_size - 1) / 19.0).log() if args.case == "variable" else -30.0
         model.lm_head.weight[EOS] = 0.0
         model.lm_head.weight[EOS, 0] = logit / shared
-        # No response of either side holds padding.
+        # Responses of both sides never contain padding.
         model.lm_head.weight[PAD] = 0.0
         model.lm_head.weight[PAD, 0] = -30.0 / shared
     return model
@@ -86,7 +86,7 @@ def prompts(args: argparse.Namespace) -> list[list[int]]:
 
 
 class Clock:
-    """CPU- and wall-seconds by phase, one entry a rollout; what no phase claims is optimization."""
+    """CPU- and wall-seconds by phase, one entry per rollout; time outside of all phases is optimization."""
 
     def __init__(self) -> None:
         self.rollouts: list[dict[str, tuple[float, float]]] = []
@@ -102,7 +102,7 @@ class Clock:
             cpu, wall = self.now()
             claimed = [list(value) for name, value in self.current.items() if name != phase]
             result = function(*args, **kwargs)
-            # Without what an inner phase has claimed meanwhile.
+            # Without the time of inner phases.
             inner = [list(value) for name, value in self.current.items() if name != phase]
             nested = [sum(entry[at] for entry in inner) - sum(entry[at] for entry in claimed) for at in (0, 1)]
             cpu_end, wall_end = self.now()
@@ -122,7 +122,7 @@ class Clock:
         self.began = self.now()
 
     def medians(self) -> dict[str, list[float]]:
-        """Per phase the CPU- and wall-seconds of the median rollout, the first one left out."""
+        """Return per phase the CPU- and wall-seconds of the median rollout, without the first one."""
         kept = self.rollouts[1:]
         return {name: [statistics.median(rollout[name][at] for rollout in kept) for at in (0, 1)] for name in PHASES}
 

@@ -1,11 +1,11 @@
 """Pretraining against the stock Trainer: useful tokens per second, and seconds to the same held-out loss.
 
-    python benchmarks/pretrain.py --dataset_name ../shared/data/pretrain/tinystories_shared.jsonl
+    python benchmarks/pretrain.py --dataset_name tinystories.jsonl
     python benchmarks/pretrain.py --dataset_name ... --variants plain curriculum ramp both muon --seeds 1 2 3
 
 The peer is `Trainer` with `LlamaForCausalLM` of the same size on the same documents, tokenizer and learning rate, with
 about as many tokens per step, each batch padded to its longest document. Sides take turns, each in its own process.
-Seconds are CPU-seconds of training alone; the held-out loss, in nats per byte, is taken in the same way on both sides.
+Seconds are CPU-seconds of training; the held-out loss, in nats per byte, is taken in the same way on both sides.
 """
 
 import argparse
@@ -27,14 +27,14 @@ VARIANTS = {
     "curriculum": {"lengths": "0:128,0.2:256,0.5:512"},
     "ramp": {"batch_tokens": "0:512,0.25:1024,0.5:2048"},
     "both": {"lengths": "0:128,0.2:256,0.5:512", "batch_tokens": "0:512,0.25:1024,0.5:2048"},
-    # At AdamW's rate it loses: its steps are a fifth of that rate in every direction.
+    # At AdamW's rate it does worse: its steps are a fifth of that rate in every direction.
     "muon": {"use_muon": True, "learning_rate": 1e-2},
     "adamw_fast": {"learning_rate": 5e-3},
 }
 
 
 def trainer_of(args: argparse.Namespace, texts: list[str], tokenizer: Any, folder: str) -> tuple[Any, Any]:
-    """The trainer of one side, and what tells the tokens of a step that are predicted."""
+    """Return the trainer of one side, and a function for the predicted tokens of a step."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -158,7 +158,7 @@ def launch(args: argparse.Namespace, side: str, seed: int, variant: str = "plain
 
 
 def seconds_to(points: list[tuple[float, float]], loss: float) -> float | None:
-    """Seconds of training until the held-out loss was so low, on the line between two measurements."""
+    """Return the seconds of training to a held-out loss, interpolated between two measurements."""
     before = None
     for seconds, value in points:
         if value <= loss:
@@ -171,7 +171,7 @@ def seconds_to(points: list[tuple[float, float]], loss: float) -> float | None:
 
 
 def compare(args: argparse.Namespace) -> list[str]:
-    """A row per variant: medians over seeds of speed, final loss, and seconds to the stock trainer's final loss."""
+    """Return a row per variant: medians over seeds of speed, final loss, time to the stock trainer's final loss."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("stock", *args.variants)}
     for seed in args.seeds:
         for name in runs:

@@ -4,8 +4,8 @@
         --output benchmarks/results/sample_efficiency.md
 
 The reward is the share of a response's 32 tokens that belong to `--targets` of the 256 words. Both sides sample 32
-episodes a rollout from the same random models and pass over them four times; what counts is the first of three
-rollouts in a row whose mean reward is 0.9 or more. Both have a value model of their own. Ours runs with one setting on
+episodes per rollout from the same random models and pass over them four times; the result is the first of three
+rollouts in a row whose mean reward is 0.9 or more. Both have a separate value model. Ours runs with one setting on
 all seeds; TRL's learning rate is the best of `--trl_learning_rates` by the median.
 """
 
@@ -111,7 +111,7 @@ def run_trl(args: argparse.Namespace, output_dir: str) -> list[float]:
     policy, prompts = policy_and_prompts(args.seed)
 
     class Share(torch.nn.Module):
-        """Looks to TRL like a classifier: its trunk gives the ids, its head the share of targets so far."""
+        """A classifier for TRL: its trunk returns the ids, its head the share of targets so far."""
 
         base_model_prefix = "trunk"
 
@@ -156,7 +156,7 @@ def run_trl(args: argparse.Namespace, output_dir: str) -> list[float]:
 
 
 def steps_to_goal(rewards: list[float]) -> int | None:
-    """The first of three rollouts in a row at the goal, counted from 1, or `None`."""
+    """Return the first of three consecutive rollouts at the goal, counted from 1, or `None`."""
     for at in range(len(rewards) - 2):
         if min(rewards[at : at + 3]) >= GOAL:
             return at + 1
@@ -193,7 +193,7 @@ def compare(args: argparse.Namespace) -> list[str]:
     for label, side, python, options in sides:
         runs = [launch(python, side, args, "--seed", str(seed), *options) for seed in args.seeds]
         steps = [steps_to_goal(rewards) for rewards in runs]
-        # A run that never gets there counts as longer than all.
+        # A run that never reaches the goal counts as longer than all.
         median = statistics.median(args.rollouts + 1 if step is None else step for step in steps)
         shown = [str(step or f"over {args.rollouts}") for step in steps]
         shown.append(f"over {args.rollouts}" if median > args.rollouts else f"{median:g}")

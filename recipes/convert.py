@@ -1,11 +1,11 @@
-"""Convert a checkpoint: a native one of transformers into hfllm, or an hfllm model into the native class it equals.
+"""Convert a checkpoint: a native one of transformers into hfllm, or an hfllm model into the equivalent native class.
 
     hfllm convert --model_name_or_path meta-llama/Llama-3.2-1B --output_dir llama
     hfllm convert --model_name_or_path outputs/rlhf --output_dir native
     accelerate launch recipes/convert.py                                  # the world's base model, to Llama
 
-Weights keep their bits. Native models are read by vLLM, llama.cpp and everything else that knows the class. What the
-other side cannot say is refused by name, and a failed conversion leaves no folder.
+Weights keep their bits. Native models can be read by vLLM, llama.cpp and all that supports the class. What the
+other side cannot express is refused by name, and a failed conversion leaves no folder.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def parse(argv: Sequence[str]) -> tuple[ConvertArguments]:
 
 
 def main(script_args: ConvertArguments) -> dict[str, float]:
-    """Convert, compare, write the report. Returns the metrics."""
+    """Convert, compare, write the report. Return the metrics."""
     from hfllm.runs.stage import Stage
     from hfllm.stages.convert import convert, stages_before
 

@@ -7,7 +7,7 @@
 
 Reads txt, jsonl, csv and tsv (each also gzipped), parquet and WARC files, folders of them, and datasets on the Hub.
 Writes shards with the columns text, id and source to <output_dir>/data, for `hfllm pretrain --dataset_name`. Needs
-`pip install 'hfllm[data]'`. --config takes a YAML file of your own, or curate/books, curate/pydoc or curate/web.
+`pip install 'hfllm[data]'`. --config takes your own YAML file, or curate/books, curate/pydoc or curate/web.
 docs/curation.md says what each filter does, and what it misses.
 """
 
@@ -22,12 +22,12 @@ from hfllm.stages.curate import CurateArguments
 
 
 def parse(argv: Sequence[str]) -> tuple[CurateArguments]:
-    """Read the flags; without data of your own they begin from the settings of Python's documentation."""
+    """Read the flags; without your own data the defaults are the settings for Python's documentation."""
     return parse_recipe(argv, __doc__, CurateArguments, settings=curate.settings)
 
 
 def main(script_args: CurateArguments) -> dict[str, float]:
-    """Curate, write shards and report. Returns the metrics."""
+    """Curate, write shards and report. Return the metrics."""
     from hfllm.runs.stage import Stage
 
     curate.check_installed()

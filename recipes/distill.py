@@ -8,7 +8,7 @@
 
 The student is `--model_name_or_path`, or every n-th layer of the teacher, or a new model of the given sizes. It learns
 from the teacher's distributions, on the data's answers or on the teacher's own (`--answers sampled`), or with
-`--sequence_level` from such answers alone, for which the two need no common vocabulary. Without
+`--sequence_level` from such answers only, so that the two need no common vocabulary. Without
 `--teacher_model_name_or_path` the embedded world's aligned model is made first, by `hfllm rlhf`, under the output
 folder.
 """
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 def parse(argv: Sequence[str]) -> tuple[DistillArguments, "DistillationConfig", "ModelConfig"]:
-    """Read the flags; without a student or teacher of your own they begin from the settings of the embedded world.
+    """Read the flags; without your own student or teacher the defaults are the embedded world's settings.
 
-    What those settings say gives way to flags that contradict it; what the user says is refused beside them.
+    The user's flags override settings that contradict them; two contradictory flags of the user are refused.
     """
     library = ("hfllm.trainers.distillation.config.DistillationConfig", "trl.ModelConfig")
     script_args, training_args, model_args = parse_recipe(
@@ -41,7 +41,7 @@ def parse(argv: Sequence[str]) -> tuple[DistillArguments, "DistillationConfig", 
 def main(
     script_args: DistillArguments, training_args: "DistillationConfig", model_args: "ModelConfig"
 ) -> dict[str, float]:
-    """Make what is missing, distill, compare, save, report. Returns the metrics."""
+    """Make what is missing, distill, compare, save, report. Return the metrics."""
     from hfllm.data.loading import world_of
     from hfllm.evaluation.distillation import distillation_plots, gold_tables
     from hfllm.outputs.card import chat_lines
@@ -59,7 +59,7 @@ def main(
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scaled_learning_rate
 
-    # What cannot work is refused before anything is trained.
+    # Refuse what cannot work before anything is trained.
     check(script_args, training_args, model_args)
     before = stages_before(script_args, training_args)
     stage = Stage("distill", script_args, training_args, model_args, before=before.parsed)
@@ -85,7 +85,7 @@ def main(
     trainer.save_model()
     trainers = {"student": trainer}
 
-    # The same student without the teacher. Rows may have been left out above, so that epochs would be more steps.
+    # The same student without the teacher. Rows may have been left out above, so the same epochs would be more steps.
     if script_args.train_baseline:
         folder, steps = f"{training_args.output_dir}/alone", trainer.state.max_steps
         alone_args = changed(without_teacher(trainer_args), output_dir=folder, max_steps=steps)

@@ -1,11 +1,11 @@
-"""What a model would take to train: parameters, FLOPs, memory on each device, the layouts that fit, and days.
+"""Plan the training of a model: parameters, FLOPs, memory on each device, the layouts that fit, and days.
 
     hfllm plan                                                           # a trillion parameters on 1,024 H100
     hfllm plan --preset llama-2-7b --num_devices 8 --device a100-80gb --max_length 4096
     hfllm plan --config_path model/config.json --device cpu --num_devices 1 --precision fp32
     python recipes/plan.py --preset gpt3-175b --num_devices 1024 --tensor_parallel 8 --pipeline_parallel 16
 
-Answers at once, from arithmetic alone: nothing is allocated, and neither torch nor transformers is imported. Writes
+Answers at once, by arithmetic only: nothing is allocated, and neither torch nor transformers is imported. Writes
 the files that launch the chosen layout beside its report. docs/planner.md explains every column and formula.
 """
 
@@ -21,14 +21,14 @@ def parse(argv: Sequence[str]) -> tuple[PlanArguments]:
 
 
 def main(script_args: PlanArguments) -> dict[str, float]:
-    """Plan, write report and launch files. Returns the metrics."""
+    """Plan, write report and launch files. Return the metrics."""
     from hfllm.runs.stage import Stage
     from hfllm.scaling import plan_report
     from hfllm.scaling.configs import launch_files
     from hfllm.scaling.planner import choose, plan
     from hfllm.scaling.requests import check, make_request, model_shape
 
-    # Another question may be asked in the same folder: what is there is written over.
+    # The same folder may be used again: earlier files are overwritten.
     stage = Stage("plan", script_args)
     check(script_args)
     name, shape, fields = model_shape(script_args)

@@ -1,4 +1,4 @@
-"""Pretrain a language model from nothing, or continue with a model that exists.
+"""Pretrain a language model from nothing, or continue with an existing model.
 
     hfllm pretrain                                # the embedded world
     hfllm pretrain --dataset_name my_texts.jsonl  # a small model on your own text
@@ -9,7 +9,7 @@
 
 Without `--model_name_or_path` a new tokenizer and model of the hfllm family are made, with the architecture that the
 flags describe; the default settings are recipes/configs/pretrain/world.yaml for the embedded world and text.yaml for
-text of your own. The report compares the model with a 5-gram and gzip, in bits per byte of held-out documents.
+your own text. The report compares the model with a 5-gram and gzip, in bits per byte of held-out documents.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 def parse(argv: Sequence[str]) -> tuple[PretrainArguments, "TrainingArguments", "ModelConfig"]:
-    """Read the flags, over the settings of the small model that suits the data."""
+    """Read the flags, with the small model's settings for the data as defaults."""
     return parse_recipe(argv, __doc__, PretrainArguments, LIBRARY, "outputs/pretrain", default_settings)
 
 
 def main(
     script_args: PretrainArguments, training_args: "TrainingArguments", model_args: "ModelConfig"
 ) -> dict[str, float]:
-    """Pretrain, save model and tokenizer, write the report. Returns the metrics."""
+    """Pretrain, save model and tokenizer, write the report. Return the metrics."""
     from pathlib import Path
 
     from transformers import set_seed
@@ -57,7 +57,7 @@ def main(
     stage.announce()
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
 
-    # Texts, and the model with its tokenizer: they are trained on those texts if they are new.
+    # Texts, and the model with its tokenizer: new ones are trained on those texts.
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="reading texts"):
         prepared = Prepared(Path(training_args.output_dir) / "prepared", stage.arguments)
@@ -65,9 +65,9 @@ def main(
     model, tokenizer = load_or_make_base(script_args, model_args, train_texts)
     fitted_args = replace(script_args, max_length=fitting_length(script_args.max_length, model))
 
-    # Packed rows by plan, or padded documents.
+    # Packed rows in planned batches, or padded documents.
     build = pretrain_trainers.packed_trainer if script_args.packing else pretrain_trainers.padded_trainer
-    # The trainer counts the model's parameters and looks whether it keeps packed documents apart.
+    # The trainer counts the model's parameters and checks that it separates packed documents.
     with gather_parameters(model):
         trainer, mixed = build(fitted_args, trainer_args, model, tokenizer, sources, test_texts, prepared)
     use_plain_lines(trainer)

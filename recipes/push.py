@@ -1,6 +1,6 @@
 """Publish a finished model on the Hugging Face Hub, with its card, report and plots.
 
-    hfllm push --hub_model_id me/my-model                                    # what hfllm rlhf made
+    hfllm push --hub_model_id me/my-model                                    # the model of hfllm rlhf
     hfllm push --hub_model_id me/my-model --dry_run                          # what it would upload; no network
     python recipes/push.py --model_name_or_path outputs/sft --hub_model_id me/my-model --private
 
@@ -19,7 +19,7 @@ def parse(argv: Sequence[str]) -> tuple[PushArguments]:
 
 
 def main(script_args: PushArguments) -> dict[str, int]:
-    """Write the card and publish. Returns the bytes of each file of the repository."""
+    """Write the card and publish. Return the bytes of each file of the repository."""
     from hfllm.outputs.hub import push_folder, upload_list, upload_sizes
 
     check(script_args)

@@ -1,4 +1,4 @@
-"""Store a model's linear layers in 8 or 4 bits, and report what that costs and saves.
+"""Store a model's linear layers in 8 or 4 bits, and report the loss of quality and the savings.
 
     hfllm quantize                                                       # the embedded world, from nothing
     hfllm quantize --model_name_or_path NAME --dataset_name texts.txt
@@ -6,7 +6,7 @@
 
 Schemes are int8 (LLM.int8) and nf4 of bitsandbytes, nf4_double, and dynamic for serving on a CPU. Each is compared
 with the model in full precision: bytes, perplexity, gold reward (on the world), greedy tokens, speed. The model in
---save_scheme is saved under the output folder and loaded again; its layers are quantized one by one to see which hurt.
+--save_scheme is saved under the output folder and loaded again; its layers are also quantized one at a time.
 Without `--model_name_or_path` the world's fine-tuned model is made first.
 """
 
@@ -27,7 +27,7 @@ def parse(argv: Sequence[str]) -> tuple[QuantizeArguments, "ModelConfig"]:
 
 
 def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str, float]:
-    """Make what is missing, quantize, measure, save, report. Returns the metrics."""
+    """Make what is missing, quantize, measure, save, report. Return the metrics."""
     from hfllm.compression.schemes import default_device, quiet_bitsandbytes
     from hfllm.outputs.card import loading_lines
     from hfllm.runs.command_line import main_process
@@ -36,7 +36,7 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
     from hfllm.stages import quantize
     from hfllm.stages.architecture import config_to_train
 
-    # What cannot work is refused before anything is trained.
+    # Refuse what cannot work before anything is trained.
     quantize.check(script_args, model_args)
     chosen_args = replace(script_args, schemes=quantize.schemes_to_compare(script_args))
     before = quantize.stages_before(script_args, model_args)
@@ -54,7 +54,7 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
     if not main_process():
         return {}
 
-    # Its quantized forms beside it, one of which is saved, and its parts one by one.
+    # Compare its quantized forms, save one of them, and quantize its parts one at a time.
     quiet_bitsandbytes()
     model, tokenizer = load_policy(source_args)
     model.to(default_device()).eval()

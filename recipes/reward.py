@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 def parse(argv: Sequence[str]) -> tuple[RewardArguments, "RewardConfig", "ModelConfig"]:
-    """Read the flags; without a model of your own they begin from the settings of the embedded world."""
+    """Read the flags; without your own model the defaults are the embedded world's settings."""
     library = ("trl.RewardConfig", "trl.ModelConfig")
     return parse_recipe(argv, __doc__, RewardArguments, library, "outputs/reward", world_settings("reward"))
 
 
 def main(script_args: RewardArguments, training_args: "RewardConfig", model_args: "ModelConfig") -> dict[str, float]:
-    """Train, save, write the report. Returns the metrics."""
+    """Train, save, write the report. Return the metrics."""
     from datasets import Dataset
     from transformers import set_seed
     from trl import RewardTrainer

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 def parse(argv: Sequence[str]) -> tuple[RlhfArguments, "PPOConfig", "ModelConfig"]:
-    """Read the flags; without a model of your own they begin from the settings of the embedded world."""
+    """Read the flags; without your own model the defaults are the embedded world's settings."""
     library = ("hfllm.trainers.ppo.config.PPOConfig", "trl.ModelConfig")
     settings = world_settings("rlhf")
     return parse_recipe(argv, __doc__, RlhfArguments, library, "outputs/rlhf", settings, shown=(PPOOptions,))
 
 
 def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "ModelConfig") -> dict[str, float]:
-    """Make what is missing, align, compare before and after, save, report. Returns the metrics."""
+    """Make what is missing, align, compare before and after, save, report. Return the metrics."""
     from datasets import Dataset
     from transformers import set_seed
 
@@ -48,7 +48,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     from hfllm.trainers.ppo.trainer import PPOTrainer
     from hfllm.trainers.sharding import gather_parameters
 
-    # What cannot work is refused before anything is trained.
+    # Refuse what cannot work before anything is trained.
     rlhf.check(training_args)
     before = rlhf.stages_before(script_args, training_args, model_args)
     stage = Stage("rlhf", script_args, training_args, model_args, before=before.parsed)
@@ -91,7 +91,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
         if isinstance(reward, RewardEnsemble):
             rlhf.calibrate(reward, trainer, train_rows[: rlhf.CALIBRATION_PROMPTS])
 
-    # The policy on held-out prompts before, PPO, and the policy after.
+    # Evaluate the policy on held-out prompts, train it by PPO, and evaluate it again.
     held_out = ([row["prompt"] for row in eval_rows], world_of(script_args), script_args.num_eval_prompts)
     with gather_parameters(trainer.actor):
         unaligned = evaluate_policy(trainer, *held_out)

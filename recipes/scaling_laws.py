@@ -1,4 +1,4 @@
-"""Fit a scaling law to runs, predict a larger one, say how to divide compute between model and data.
+"""Fit a scaling law to runs, predict a larger one, and divide compute between model and data.
 
     hfllm scaling_laws --runs runs.csv                       # columns N, D, loss, under common names
     hfllm scaling_laws                                       # train a small grid on Python's documentation
@@ -6,7 +6,7 @@
     hfllm scaling_laws --dataset_name world --probe true     # also: what the sizes can do
     accelerate launch recipes/scaling_laws.py --dataset_name my_texts.jsonl
 
-Without `--runs` a grid of small models is trained (runs that runs.csv holds already are taken from there), two laws
+Without `--runs` a grid of small models is trained (finished runs in runs.csv are reused), two laws
 are fitted, a larger run is predicted by the better one, and then trained. docs/scaling_laws.md explains all of it.
 """
 
@@ -22,7 +22,7 @@ def parse(argv: Sequence[str]) -> tuple[ScalingArguments]:
 
 
 def main(script_args: ScalingArguments) -> dict[str, float]:
-    """Train the grid if there is no file of runs, fit, predict, write the report. Returns the metrics."""
+    """Train the grid if there is no file of runs, fit, predict, write the report. Return the metrics."""
     from pathlib import Path
 
     from hfllm.stages.scaling_laws import ScalingStage, SmallGrid, check, study_of

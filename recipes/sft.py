@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 def parse(argv: Sequence[str]) -> tuple[SftArguments, "SFTConfig", "ModelConfig"]:
-    """Read the flags; without a model of your own they begin from the settings of the embedded world."""
+    """Read the flags; without your own model the defaults are the embedded world's settings."""
     library = ("trl.SFTConfig", "trl.ModelConfig")
     return parse_recipe(argv, __doc__, SftArguments, library, "outputs/sft", world_settings("sft"))
 
 
 def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> dict[str, float]:
-    """Fine-tune, save, write the report. Returns the metrics."""
+    """Fine-tune, save, write the report. Return the metrics."""
     from datasets import Dataset
     from trl import SFTTrainer
 

@@ -1,10 +1,10 @@
-"""Measure speculative decoding of a model: how often drafts are right, how much faster it gets, and why.
+"""Measure speculative decoding of a model: how often drafts are right, and the speedup.
 
     hfllm speculative                                                    # the embedded world, from nothing
     hfllm speculative --model_name_or_path NAME --assistant_model_name_or_path SMALLER
     accelerate launch recipes/speculative.py --model_name_or_path NAME --draft int8
 
-Drafts come from a smaller model with the same tokenizer, from the target rounded to int8, from what followed the same
+Drafts come from a smaller model with the same tokenizer, from the target rounded to int8, from the text after the same
 words in the prompt, or from the target's first layers. Without `--model_name_or_path` the world's fine-tuned model is
 made first, and a draft model an eighth its size is distilled from it, under the output folder. The output is the
 target's own, greedy or sampled; the report compares the speed with transformers' `generate` and with the formula of
@@ -28,14 +28,14 @@ def parse(argv: Sequence[str]) -> tuple[SpeculativeArguments, "ModelConfig"]:
 
 
 def main(script_args: SpeculativeArguments, model_args: "ModelConfig") -> dict[str, float]:
-    """Make what is missing, measure, write the report. Returns the metrics."""
+    """Make what is missing, measure, write the report. Return the metrics."""
     from hfllm.compression.schemes import quiet_bitsandbytes
     from hfllm.outputs.card import speculative_lines
     from hfllm.runs.command_line import main_process
     from hfllm.runs.stage import Stage
     from hfllm.stages import speculative
 
-    # What cannot work is refused before anything is trained.
+    # Refuse what cannot work before anything is trained.
     speculative.check(script_args, model_args)
     before = speculative.stages_before(script_args, model_args)
     stage = Stage("speculative", script_args, model_args, before=before.parsed)
@@ -53,7 +53,7 @@ def main(script_args: SpeculativeArguments, model_args: "ModelConfig") -> dict[s
     if not main_process():
         return {}
 
-    # The same answers sooner: how often drafts are accepted, what they cost, and what is gained.
+    # Measure how often drafts are accepted, their cost, and the speedup.
     quiet_bitsandbytes()
     model, tokenizer = speculative.load_target(target_args)
     draft = speculative.make_draft(script_args, target_args, assistant, model, tokenizer)

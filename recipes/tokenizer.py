@@ -1,12 +1,12 @@
-"""Train a tokenizer on text, and see what its size buys.
+"""Train a tokenizer on text, and report its compression by size.
 
     hfllm tokenizer --dataset_name my_texts.jsonl --vocab_size 32768
     hfllm tokenizer --dataset_mixture wiki.txt:0.7 code.jsonl:0.3 --objective infilling
     hfllm pretrain --dataset_name my_texts.jsonl --tokenizer_name_or_path outputs/tokenizer
     python recipes/tokenizer.py --dataset_name my_texts.jsonl
 
-A byte-level BPE with the family's chat template, lossless on any text: what `hfllm pretrain` trains by itself when
-none is named. The report compares it with its own smaller sizes on held-out text, to choose one by.
+A byte-level BPE with the family's chat template, lossless on any text: the same that `hfllm pretrain` trains when
+none is named. The report compares it with its own smaller sizes on held-out text, to choose a size.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def parse(argv: Sequence[str]) -> tuple[TokenizerArguments]:
 
 
 def main(script_args: TokenizerArguments) -> dict[str, float]:
-    """Train, measure, save the tokenizer and the report. Returns the metrics."""
+    """Train, measure, save the tokenizer and the report. Return the metrics."""
     from pathlib import Path
 
     from hfllm.data.mixtures import load_sources

@@ -1,1 +1,1 @@
-"""How small: quantization schemes, an affine reference, sensitivity."""
+"""Compression: quantization schemes, an affine reference, sensitivity."""

@@ -1,7 +1,7 @@
-"""Quantization in the open: every scheme that the libraries implement, in a few lines of plain tensors.
+"""Reference quantization: every scheme of the libraries, in a few lines of plain tensors.
 
-A number x is stored as the integer q = round(x / scale) + zero_point and read back as scale * (q - zero_point). What
-differs is how many numbers share one scale, and whether zero_point is 0. The libraries' results are checked against
+A number x is stored as the integer q = round(x / scale) + zero_point and read as scale * (q - zero_point). Schemes
+differ in how many numbers share one scale, and whether zero_point is 0. The libraries' results are checked against
 this file; the models are run by the libraries.
 
 Shapes: O output features, I input features, N tokens.
@@ -14,7 +14,7 @@ import torch
 from hfllm.errors import InputError
 
 GRANULARITIES = ("tensor", "channel", "group")
-# Magnitude from which a feature of the input counts as an outlier (Dettmers et al. 2022, section 3.2).
+# Magnitude from which an input feature counts as an outlier (Dettmers et al. 2022, section 3.2).
 OUTLIER_THRESHOLD = 6.0
 
 
@@ -26,7 +26,7 @@ class Quantized:
         values_OI: integers, in int8 for up to 8 bits.
         scale, zero_point: of the groups, (O, groups, 1), (O, 1, 1) or (1, 1, 1).
         bits: of a value.
-        kept: places of the columns that are stored as they were, (K,), or `None`.
+        kept: indices of the columns stored unquantized, (K,), or `None`.
         kept_OK: those columns.
     """
 
@@ -38,7 +38,7 @@ class Quantized:
     kept_OK: torch.Tensor | None = None
 
     def dequantize(self) -> torch.Tensor:
-        """The matrix as it is read back, (O, I) in the scale's dtype."""
+        """Return the dequantized matrix, (O, I) in the scale's dtype."""
         rows, columns = self.values_OI.shape
         groups = self.scale.shape[1]
         grouped = self.values_OI.reshape(rows, groups, columns // groups).to(self.scale.dtype)
@@ -48,7 +48,7 @@ class Quantized:
         return matrix
 
     def largest_error(self) -> torch.Tensor:
-        """Half a step of each entry's group, (O, I): no entry is further than this from what it was."""
+        """Return half a step of each entry's group, (O, I): the largest possible error of each entry."""
         rows, columns = self.values_OI.shape
         half = self.scale.expand(rows, self.scale.shape[1], 1) / 2
         bound = half.repeat_interleave(columns // self.scale.shape[1], dim=2).reshape(rows, columns).clone()
@@ -58,7 +58,7 @@ class Quantized:
 
     @property
     def nbytes(self) -> float:
-        """Bytes of storage: values at their bits, scales and kept columns as they are, zero points as values."""
+        """Return the bytes of storage: values and zero points with their bits, scales and kept columns unchanged."""
         rows, columns = self.values_OI.shape
         kept = 0 if self.kept is None else len(self.kept)
         size = rows * (columns - kept) * self.bits / 8 + self.scale.numel() * self.scale.element_size()
@@ -86,10 +86,10 @@ def quantize(
         matrix_OI: float matrix, one row per output feature (or per token).
         bits: from 2 to 8.
         symmetric: whether the zero point is 0.
-        granularity: what shares a scale: the whole `tensor`, each row (`channel`), or runs of `group_size` entries of
+        granularity: shares a scale: the whole `tensor`, each row (`channel`), or runs of `group_size` entries of
             a row (`group`).
         group_size: entries of a group; must divide I.
-        keep_columns: places of columns to store as they are; they take no part in the scale.
+        keep_columns: indices of columns to store unquantized; they do not affect the scale.
 
     Raises:
         InputError: for a setting outside of these.
@@ -116,15 +116,15 @@ def quantize(
 
 
 def outlier_columns(tokens_NI: torch.Tensor, threshold: float = OUTLIER_THRESHOLD) -> torch.Tensor:
-    """Places of the input features that reach `threshold` in any token, (K,)."""
+    """Return the indices of the input features that reach `threshold` in any token, (K,)."""
     return (tokens_NI.abs() >= threshold).any(dim=0).nonzero().flatten()
 
 
 def int8_matmul(left_NI: torch.Tensor, right_OI: torch.Tensor) -> torch.Tensor:
-    """The exact product of two int8 matrices, left @ right.T, (N, O) in int32."""
+    """Return the exact product of two int8 matrices, left @ right.T, (N, O) in int32."""
     if left_NI.device.type == "cpu":
         return left_NI.int() @ right_OI.int().T
-    # No integer product there; float64 holds every sum of up to 2^38 products of int8.
+    # No integer product on this device; float64 holds every sum of up to 2^38 products of int8.
     return (left_NI.double() @ right_OI.double().T).int()
 
 
@@ -135,19 +135,19 @@ def vectorwise_linear(
     threshold: float = OUTLIER_THRESHOLD,
     exact_outlier_weights: bool = False,
 ) -> torch.Tensor:
-    """x W^T + b as LLM.int8 computes it (Dettmers et al. 2022, arXiv:2208.07339, equation 8).
+    """Return x W^T + b as LLM.int8 computes it (Dettmers et al. 2022, arXiv:2208.07339, equation 8).
 
-    Each token and each row of the weight has a scale of its own, their largest magnitude over 127 (vector-wise
-    quantization); the product is of integers. Features with an outlier in any token are split off and multiplied in
-    floating point, or one large entry would take nearly all 127 steps of its token for itself.
+    Each token and each row of the weight has its own scale, their largest magnitude over 127 (vector-wise
+    quantization); the product is of integers. Features with an outlier in any token are separated and multiplied in
+    floating point; otherwise one large entry would take nearly all 127 steps of its token.
 
     Args:
         tokens_NI: the inputs.
         weight_OI: the weight, not quantized yet.
-        bias_O: is added at the end.
-        threshold: magnitude of an outlier; 0 splits off nothing.
-        exact_outlier_weights: multiply outliers with the weight as it was, as the paper does. By default with the
-            weight read back from int8, as bitsandbytes does to store no second copy.
+        bias_O: bias, added at the end.
+        threshold: magnitude of an outlier; 0 means no outliers.
+        exact_outlier_weights: multiply outliers with the original weight, as in the paper. By default with the
+            dequantized int8 weight, as bitsandbytes does to store no second copy.
 
     Returns:
         (N, O) in float32.
@@ -155,7 +155,7 @@ def vectorwise_linear(
     tokens = tokens_NI.float()
     weight = quantize(weight_OI)
     columns = outlier_columns(tokens, threshold) if threshold > 0 else torch.empty(0, dtype=torch.long)
-    # bitsandbytes lets the ordinary entries of an outlier's column count in their own tokens' scales.
+    # In bitsandbytes the ordinary entries of an outlier column still count in their tokens' scales.
     ordinary = tokens.masked_fill(tokens.abs() >= threshold, 0) if threshold > 0 else tokens
     inputs = quantize(ordinary)
     values_NI = inputs.values_OI.clone()
@@ -168,9 +168,9 @@ def vectorwise_linear(
 
 
 def plant_outliers(tokens_NI: torch.Tensor, columns: torch.Tensor, sigmas: float) -> torch.Tensor:
-    """A copy whose `columns` have `sigmas` standard deviations in every token, with the sign that they had.
+    """Return a copy whose `columns` have `sigmas` standard deviations in every token, with their original signs.
 
-    Large transformers have such features by themselves: a few columns, the same in all tokens (Dettmers et al. 2022,
+    Large transformers have such features: a few columns, the same in all tokens (Dettmers et al. 2022,
     section 4).
     """
     planted = tokens_NI.clone()
@@ -179,7 +179,7 @@ def plant_outliers(tokens_NI: torch.Tensor, columns: torch.Tensor, sigmas: float
 
 
 def _groups(matrix_OI: torch.Tensor, bits: int, granularity: str, group_size: int | None) -> int:
-    """Groups of a row."""
+    """Return the number of groups per row."""
     if matrix_OI.dim() != 2:
         raise InputError(f"a matrix is quantized, got {matrix_OI.dim()} dimension(s)")
     if not 2 <= bits <= 8:
@@ -197,11 +197,11 @@ def _groups(matrix_OI: torch.Tensor, bits: int, granularity: str, group_size: in
 
 
 def _reduced(grouped: torch.Tensor, granularity: str, how: str) -> torch.Tensor:
-    """The least or largest entry of what shares a scale: (O, groups, 1), or (1, 1, 1) of the whole tensor."""
+    """Return the smallest or largest entry per scale: (O, groups, 1), or (1, 1, 1) of the whole tensor."""
     dims = (0, 1, 2) if granularity == "tensor" else (2,)
     return getattr(grouped, how)(dim=dims, keepdim=True)
 
 
 def _positive(scale: torch.Tensor) -> torch.Tensor:
-    """The scale, and 1 where all entries are 0, which any scale stores exactly."""
+    """Return the scale, or 1 where all entries are 0, which any scale stores exactly."""
     return torch.where(scale > 0, scale, torch.ones_like(scale))

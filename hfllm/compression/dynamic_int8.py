@@ -1,10 +1,10 @@
 """Int8 for serving on a CPU: int8 weights, inputs quantized on the fly, an integer product.
 
-torch's own `quantize_dynamic` is faster still for small batches, but it is deprecated, the tensors that it is built on
-are to be removed (pytorch issue 184982), and its models cannot be saved by `save_pretrained`. This is the same idea on
-plain int8 tensors and `torch._int_mm`, the product that bitsandbytes runs too, with a scale for each token in place
-of one for all. It plugs into transformers by the registries that are there for it: once hfllm is imported,
-`AutoModelForCausalLM.from_pretrained` loads what was saved.
+torch's own `quantize_dynamic` is faster still for small batches, but it is deprecated, the tensors it uses
+will be removed (pytorch issue 184982), and its models cannot be saved by `save_pretrained`. This is the same idea with
+plain int8 tensors and `torch._int_mm`, the product that bitsandbytes runs too, with a scale per token instead
+of one for all. It uses transformers' registries for quantizers: once hfllm is imported,
+`AutoModelForCausalLM.from_pretrained` loads saved models.
 """
 
 import torch
@@ -21,13 +21,13 @@ LARGEST = 127
 
 
 class DynamicInt8Linear(nn.Linear):
-    """A linear layer with an int8 weight and a float32 scale for each of its rows.
+    """A linear layer with an int8 weight and a float32 scale per row.
 
-    While training, or where a gradient has to pass, the weight is read back into floating point, so that an adapter
-    beside it can learn; else inputs are quantized token by token and multiplied as integers.
+    In training, or where a gradient must pass, the weight is dequantized, so that an adapter
+    on it can learn; otherwise inputs are quantized per token and multiplied as integers.
 
     Args:
-        in_features, out_features, bias, device, dtype: as of `nn.Linear`; `dtype` is the bias's.
+        in_features, out_features, bias, device, dtype: as in `nn.Linear`; `dtype` is the bias's.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class DynamicInt8Linear(nn.Linear):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
-        # (1, out, in): a program without hfllm stops at the shape, where it would else read integers as the weight.
+        # (1, out, in): a program without hfllm fails at the shape; otherwise it would read the integers as the weight.
         empty = torch.empty(1, out_features, in_features, dtype=torch.int8, device=device)
         self.weight = nn.Parameter(empty, requires_grad=False)
         self.scale = nn.Parameter(torch.empty(out_features, dtype=torch.float32, device=device), requires_grad=False)
@@ -57,10 +57,10 @@ class DynamicInt8Linear(nn.Linear):
         return layer.train(linear.training)
 
     def reset_parameters(self) -> None:
-        """Nothing to draw: the weight comes from a layer or a file."""
+        """Do nothing: the weight comes from a layer or a file."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(..., in_features) -> (..., out_features), in the input's dtype."""
+        """Map (..., in_features) to (..., out_features), in the input's dtype."""
         passes_gradient = torch.is_grad_enabled() and input.requires_grad
         if self.training or passes_gradient or input.device.type != "cpu":
             return F.linear(input, self.dequantized().to(input.dtype), self.bias)
@@ -72,12 +72,12 @@ class DynamicInt8Linear(nn.Linear):
         return output.reshape(*input.shape[:-1], self.out_features)
 
     def dequantized(self) -> torch.Tensor:
-        """The weight as it is read back, in float32."""
+        """Return the dequantized weight, in float32."""
         return self.weight[0].float() * self.scale[:, None]
 
 
 def quantize_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 values, and a float32 scale for each row: its largest magnitude over 127."""
+    """Return int8 values, and a float32 scale per row: its largest magnitude over 127."""
     scale = matrix.abs().amax(dim=1).float() / LARGEST
     # A row of zeros has no magnitude, and any scale stores it.
     divisor = scale.masked_fill(scale == 0, 1.0)
@@ -89,7 +89,7 @@ class DynamicInt8Config(QuantizationConfigMixin):
     """`quantization_config` of this scheme.
 
     Args:
-        modules_to_not_convert: names of layers to leave as they are; by default the head, and what is tied to it.
+        modules_to_not_convert: names of layers not to quantize; by default the head, and layers tied to it.
     """
 
     def __init__(self, modules_to_not_convert: list[str] | None = None, **kwargs: object):
@@ -98,7 +98,7 @@ class DynamicInt8Config(QuantizationConfigMixin):
 
 
 class _QuantizeRows(ConversionOps):
-    """A weight on its way from a file into the model."""
+    """Conversion of a weight while loading it from a file."""
 
     def __init__(self, hf_quantizer: HfQuantizer):
         self.hf_quantizer = hf_quantizer

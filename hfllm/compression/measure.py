@@ -1,4 +1,4 @@
-"""What quantization did to a model: does it still say the same, and how fast is it."""
+"""Measure a quantized model: agreement with the original, and speed."""
 
 import statistics
 import time
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def token_windows(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_length: int) -> list["torch.Tensor"]:
-    """Each text's first `max_length` tokens as a row, (1, T), after the document token if there is one.
+    """Return each text's first `max_length` tokens as a row, (1, T), after the document token if there is one.
 
     Raises:
         InputError: when no text has a token to predict.
@@ -29,7 +29,7 @@ def token_windows(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], ma
 
 
 def greedy_tokens(model: "PreTrainedModel", windows: Sequence["torch.Tensor"]) -> "torch.Tensor":
-    """The most likely next token at every place of the windows, one after the other, (N,) on the CPU."""
+    """Return the most likely next token at every position of the windows, concatenated, (N,) on the CPU."""
     import torch
 
     with torch.inference_mode():
@@ -39,7 +39,7 @@ def greedy_tokens(model: "PreTrainedModel", windows: Sequence["torch.Tensor"]) -
 
 
 def agreement(before: "torch.Tensor", after: "torch.Tensor") -> float:
-    """Share of places with the same most likely next token."""
+    """Return the share of positions with the same most likely next token."""
     return (before == after).float().mean().item()
 
 
@@ -50,14 +50,14 @@ def speeds(
     new_tokens: int = 32,
     rounds: int = 5,
 ) -> dict[str, dict[str, float]]:
-    """Tokens per second of reading a prompt and of writing, for each model.
+    """Measure tokens per second of reading a prompt and of generating, for each model.
 
-    The models take turns within each round, so that a busy machine slows them alike; the median round counts.
+    The models take turns within each round, so that a busy machine affects them equally; the median round is reported.
 
     Args:
         models: label -> model in eval mode; all with one vocabulary.
-        prompt_tokens: of each of the `batch_size` prompts that are read; they are random.
-        new_tokens: that one sequence writes after one of them, each in a run of its own.
+        prompt_tokens: tokens of each of the `batch_size` random prompts.
+        new_tokens: tokens that one sequence generates after a prompt, each in its own run.
 
     Returns:
         Label -> `prefill` (batch_size prompts at once) and `decode` (one sequence), in tokens per second.
@@ -82,7 +82,7 @@ def speeds(
 
 
 def _timed(model: "PreTrainedModel", ids: "torch.Tensor", new_tokens: int) -> dict[str, float]:
-    """Seconds to read the prompts, and to write `new_tokens` after the first."""
+    """Return the seconds to read the prompts, and to generate `new_tokens` after the first."""
     import torch
 
     def now() -> float:

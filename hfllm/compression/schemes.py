@@ -1,7 +1,7 @@
-"""The ways to store a model's linear layers in fewer bits, behind one small interface.
+"""Schemes to store a model's linear layers in fewer bits, with one small interface.
 
-Each scheme is a `quantization_config` of transformers, so that its models are saved, loaded, pushed and given adapters
-as any others. Embeddings, norms and the output head stay as they are, as do experts of a mixture.
+Each scheme is a `quantization_config` of transformers, so its models are saved, loaded, pushed and given adapters
+like any others. Embeddings, norms, the output head and experts of a mixture are not quantized.
 """
 
 import logging
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     MakeConfig = Callable[[torch.dtype, list[str] | None], QuantizationConfigMixin]
     ConvertLinear = Callable[[nn.Linear], nn.Module]
 
-# Where bitsandbytes has kernels, or plain torch code in their place.
+# Devices where bitsandbytes has kernels, or plain torch code instead.
 BITSANDBYTES_DEVICES = ("cpu", "cuda", "xpu", "hpu")
 # Its 4-bit kernel for CPUs with AVX512-BF16 lays out 32 rows at a time and wants whole blocks of 64 in each.
 NF4_CPU_MULTIPLES = (64, 32)
@@ -31,18 +31,18 @@ NF4_CPU_MULTIPLES = (64, 32)
 
 @dataclass(frozen=True)
 class Scheme:
-    """One way to quantize.
+    """A quantization scheme.
 
     Args:
-        name: as flags have it.
+        name: the name in flags.
         description: one line.
-        make_config: dtype of the rest of the model, names of layers to leave (or `None` for the usual ones) ->
+        make_config: dtype of the rest of the model, names of layers to skip (or `None` for the usual ones) ->
             `quantization_config` for `from_pretrained`.
         convert: a linear layer -> the same layer, quantized.
-        devices: types of device that it runs on.
-        library: that it needs, with what installs it; `None` where torch is enough.
-        cpu_multiples: what a layer's inputs and outputs must be multiples of on a CPU.
-        skipped: layers to leave as they are, by the patterns of transformers' `llm_int8_skip_modules`: the end of a
+        devices: device types that it runs on.
+        library: required library, with the command to install it; `None` if torch is enough.
+        cpu_multiples: required divisors of a layer's inputs and outputs on a CPU.
+        skipped: layers not to quantize, by the patterns of transformers' `llm_int8_skip_modules`: the end of a
             name, or a regular expression for its beginning.
     """
 
@@ -59,7 +59,7 @@ class Scheme:
         """Refuse the scheme where it cannot run.
 
         Args:
-            device: type of device; by default the one that models are put on.
+            device: device type; by default that of `default_device`.
 
         Raises:
             InputError: when a library is missing, with the command that installs it, or the device is not one of the
@@ -74,15 +74,15 @@ class Scheme:
             raise InputError(f"scheme {self.name!r} runs on {', '.join(self.devices)}, not on {device}{instead}")
 
     def fits(self, linear: "nn.Linear") -> bool:
-        """Whether the library can run this layer on the device that models are put on."""
+        """Return whether the library can run this layer on the default device."""
         inputs, outputs = self.cpu_multiples if default_device() == "cpu" else (1, 1)
         return linear.in_features % inputs == 0 and linear.out_features % outputs == 0
 
     def left(self, model: "PreTrainedModel") -> list[str]:
-        """Names of the linear layers that the scheme leaves as they are: `skipped`, and what the library cannot run.
+        """Return the names of linear layers not quantized: `skipped`, and those that the library cannot run.
 
         Raises:
-            InputError: when those are all, or a pattern names none.
+            InputError: when these are all layers, or a pattern matches none.
         """
         from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -102,11 +102,11 @@ class Scheme:
         return [name for name in names if name not in quantized]
 
     def load(self, name: str, **load_kwargs: Any) -> "PreTrainedModel":
-        """Load a causal language model from full weights and quantize it on the way.
+        """Load a causal language model from full weights and quantize it while loading.
 
         Args:
             name: folder or Hub id of the model.
-            load_kwargs: of `from_pretrained`.
+            load_kwargs: arguments of `from_pretrained`.
 
         Raises:
             InputError: when the scheme cannot run here, or the model is quantized already or cannot be loaded.
@@ -126,7 +126,7 @@ class Scheme:
             raise InputError(f"model {name!r} could not be loaded as {self.name}: {reason}") from error
 
     def _config_for(self, config: "PreTrainedConfig", dtype: "torch.dtype | str | None") -> "QuantizationConfigMixin":
-        """The `quantization_config` for a model of this config."""
+        """Return the `quantization_config` for a model of this config."""
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.quantizers.base import get_keys_to_not_convert
@@ -136,20 +136,20 @@ class Scheme:
         left = self.left(model)
         if isinstance(dtype, str):
             dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
-        # Names replace the usual ones, so that those have to be among them.
+        # Given names replace the usual ones, so they must include those.
         return self.make_config(dtype or torch.float32, [*get_keys_to_not_convert(model), *left] if left else None)
 
 
 def get_scheme(name: str, skipped: Sequence[str] = (), llm_int8_threshold: float = OUTLIER_THRESHOLD) -> Scheme:
-    """The scheme called `name`.
+    """Return the scheme called `name`.
 
     Args:
-        skipped: layers to leave as they are, see `Scheme`.
-        llm_int8_threshold: magnitude from which `int8` multiplies a feature of the input in floating point. A lower
-            one rounds less of the input, and takes longer; 0 splits nothing off. Other schemes have none.
+        skipped: layers not to quantize, see `Scheme`.
+        llm_int8_threshold: magnitude from which `int8` multiplies an input feature in floating point. A lower
+            value rounds less of the input, and takes longer; 0 means never. Other schemes have none.
 
     Raises:
-        InputError: when there is none, or the threshold is negative.
+        InputError: when there is no such scheme, or the threshold is negative.
     """
     if name not in SCHEMES:
         raise InputError(f"scheme {name!r} is not one of {', '.join(SCHEMES)}")
@@ -163,14 +163,14 @@ def get_scheme(name: str, skipped: Sequence[str] = (), llm_int8_threshold: float
 
 
 def default_device() -> str:
-    """Type of the device that quantized models are put on: the accelerator if there is one, else the CPU."""
+    """Return the device type for quantized models: the accelerator if there is one, else the CPU."""
     import torch
 
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
 
 
 def quiet_bitsandbytes() -> None:
-    """Silence its int8 layers, which say at each run that they compute in float16: that is LLM.int8's way."""
+    """Silence the warning of its int8 layers at each run that they compute in float16, as LLM.int8 should."""
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
@@ -178,7 +178,7 @@ def quiet_bitsandbytes() -> None:
 
 
 def linear_names(model: "PreTrainedModel") -> list[str]:
-    """Names of the linear layers of an unquantized model that the schemes quantize.
+    """Return the names of an unquantized model's linear layers that the schemes quantize.
 
     Raises:
         InputError: when there is none.
@@ -187,7 +187,7 @@ def linear_names(model: "PreTrainedModel") -> list[str]:
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    # What transformers' quantizers leave: the output head, and what is tied to it.
+    # transformers' quantizers skip the output head, and layers tied to it.
     kept = get_keys_to_not_convert(model)
     names = [
         name
@@ -203,20 +203,20 @@ def linear_names(model: "PreTrainedModel") -> list[str]:
 
 
 def _kinds(names: Sequence[str]) -> set[str]:
-    """The last words of names of layers."""
+    """Return the last parts of layer names."""
     return {name.rpartition(".")[2] for name in names}
 
 
 def stored_bytes(*modules: "nn.Module") -> int:
-    """Bytes of what the modules save: weights, scales and the rest; what is shared counts once."""
-    # All at once: some are made for the occasion, and a later one could take the place in memory of one let go.
+    """Return the bytes that the modules save: weights, scales and others; shared tensors count once."""
+    # Keep all at once: some are temporary, and a later one could reuse the address of a freed one.
     tensors = [tensor for module in modules for tensor in module.state_dict().values()]
     distinct = {(tensor.device, tensor.data_ptr(), tensor.numel()): tensor for tensor in tensors}
     return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
 
 
 def linear_bytes(model: "PreTrainedModel", names: Sequence[str]) -> int:
-    """Bytes of the layers called `names`."""
+    """Return the bytes of the layers called `names`."""
     return stored_bytes(*(model.get_submodule(name) for name in names))
 
 
@@ -224,7 +224,7 @@ def linear_bytes(model: "PreTrainedModel", names: Sequence[str]) -> int:
 
 
 def _int8(threshold: float) -> "tuple[MakeConfig, ConvertLinear]":
-    """Config and layer of LLM.int8, with the magnitude that makes a feature of the input an outlier."""
+    """Return config and layer of LLM.int8, with the magnitude from which an input feature is an outlier."""
 
     def config(dtype: "torch.dtype", skipped: list[str] | None) -> "QuantizationConfigMixin":
         from transformers import BitsAndBytesConfig
@@ -250,7 +250,7 @@ def _int8(threshold: float) -> "tuple[MakeConfig, ConvertLinear]":
 
 
 def _nf4(double: bool) -> "tuple[MakeConfig, ConvertLinear]":
-    """Config and layer of NF4, whose block scales are quantized too if `double`."""
+    """Return config and layer of NF4, with quantized block scales if `double`."""
 
     def config(dtype: "torch.dtype", skipped: list[str] | None) -> "QuantizationConfigMixin":
         from transformers import BitsAndBytesConfig

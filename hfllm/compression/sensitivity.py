@@ -1,4 +1,4 @@
-"""Which layers hurt: quantize one part of a model at a time and see what its loss does."""
+"""Sensitivity to quantization: quantize one part of a model at a time and measure the loss."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,14 +14,14 @@ PARTS = ("linear", "layer", "kind")
 
 
 class PartRow(TypedDict):
-    """What happens when one part of a model is quantized alone.
+    """The effect of quantizing only one part of a model.
 
     Attributes:
         part: its name.
-        layers: linear layers in it.
-        weights: of these.
+        layers: number of linear layers in it.
+        weights: number of their weights.
         loss_change: in the unit of the loss.
-        loss_change_per_million: weights; it says where a byte spent on more bits helps most.
+        loss_change_per_million: the same per million weights; shows where more bits help most.
     """
 
     part: str
@@ -32,14 +32,14 @@ class PartRow(TypedDict):
 
 
 def group_linears(names: Sequence[str], by: str) -> dict[str, list[str]]:
-    """Names of linear layers in the parts that are quantized together.
+    """Group the names of linear layers that are quantized together.
 
     Args:
-        by: `linear` each alone; `layer` those of a decoder layer; `kind` those with the same place in their layer,
+        by: `linear` each alone; `layer` those of a decoder layer; `kind` those with the same name in their layer,
             such as `mlp.down_proj`.
 
     Raises:
-        InputError: for another word.
+        InputError: for another value.
     """
     if by not in PARTS:
         raise InputError(f"sensitivity by {by!r}: expected one of {', '.join(PARTS)}")
@@ -61,7 +61,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 @contextmanager
 def quantized_in_place(model: "PreTrainedModel", names: Sequence[str], scheme: Scheme) -> Iterator[None]:
-    """The model with these layers quantized, for as long as the context lasts; after it the very same model."""
+    """Quantize these layers within the context, and restore the model afterwards."""
     originals = {name: model.get_submodule(name) for name in names}
     try:
         for name, layer in originals.items():
@@ -75,26 +75,26 @@ def quantized_in_place(model: "PreTrainedModel", names: Sequence[str], scheme: S
 def sensitivity(
     model: "PreTrainedModel", scheme: Scheme, loss_of: Callable[["PreTrainedModel"], float], by: str = "layer"
 ) -> list[PartRow]:
-    """The change of loss when one part of an unquantized model is quantized, and all others are not.
+    """Measure the change of loss from quantizing only one part of a model, for each part.
 
     Args:
-        model: in full precision; it is left as it was.
+        model: in full precision; it is not changed.
         scheme: of the quantized parts.
         loss_of: the loss of a model in eval mode, such as its nats per token on held-out text; no gradient is kept.
         by: `linear`, `layer` or `kind`, see `group_linears`.
 
     Returns:
-        One row for each part, the worst first.
+        One row per part, the worst first.
 
     Raises:
-        InputError: when `by` is another word, or the scheme cannot run here.
+        InputError: when `by` is another value, or the scheme cannot run here.
     """
     import torch
 
     scheme.check(model.device.type)
     left = set(scheme.left(model))
     groups = group_linears([name for name in linear_names(model) if name not in left], by)
-    # Layers that have to pass gradients on read their weights back, and would not show what integers do.
+    # Layers that must pass gradients dequantize their weights, and would not show the effect of integers.
     with torch.no_grad():
         reference, rows = loss_of(model), []
     for part, names in groups.items():
@@ -114,5 +114,5 @@ def sensitivity(
 
 
 def changes_by_part(rows: Sequence[PartRow]) -> dict[str, float]:
-    """Part -> change of loss, for a plot."""
+    """Return part -> change of loss, for a plot."""
     return {row["part"]: row["loss_change"] for row in rows}

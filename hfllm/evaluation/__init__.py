@@ -1,1 +1,1 @@
-"""How good: alignment, perplexity, few-shot questions, quantization."""
+"""Evaluation: alignment, perplexity, few-shot questions, quantization."""

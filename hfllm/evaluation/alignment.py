@@ -1,4 +1,4 @@
-"""Did alignment help? The policy before and after, on prompts that no stage was trained on."""
+"""Compare the policy before and after alignment on prompts unseen in training. "Gold" is the world's exact score."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class PolicyTrainer(Protocol):
-    """What is asked of a trainer here: its policy, and how that does on the trainer's own evaluation."""
+    """The parts of a trainer used here: its policy, and its own evaluation."""
 
     policy: "PreTrainedModel"
     processing_class: "PreTrainedTokenizerBase"
@@ -28,13 +28,13 @@ SHOWN_SAMPLES = 12
 
 @dataclass
 class PolicyEvaluation:
-    """What was seen of one policy.
+    """Results of one policy.
 
     Args:
-        proxy: means of `PPOTrainer.evaluate`: the reward that it is trained on, KL to the reference, length.
-        samples: prompt and sampled response of a few held-out prompts.
-        sampled, greedy: judged rows of all evaluation prompts, where the data has a gold reward.
-        facts: greedy judged answers to one question about each fact of the world.
+        proxy: means of `PPOTrainer.evaluate`: the reward of training, KL to the reference, length.
+        samples: prompt and sampled response for a few held-out prompts.
+        sampled, greedy: judged answers to all evaluation prompts, where the data has a gold reward.
+        facts: judged greedy answers to one question per fact of the world.
     """
 
     proxy: Mapping[str, float]
@@ -47,12 +47,12 @@ class PolicyEvaluation:
 def evaluate_policy(
     trainer: PolicyTrainer, eval_prompts: Sequence[Any], world: World | None, num_eval_prompts: int
 ) -> PolicyEvaluation:
-    """Judge the trainer's policy as it is now.
+    """Evaluate the trainer's current policy.
 
     Args:
-        eval_prompts: held-out prompts, for the samples that are shown.
-        world: the embedded world if the prompts are its own, for gold rewards; else `None`.
-        num_eval_prompts: as many evaluation tasks of the world are judged.
+        eval_prompts: held-out prompts, for the displayed samples.
+        world: the embedded world if the prompts come from it, for gold rewards; else `None`.
+        num_eval_prompts: number of the world's evaluation tasks to judge.
     """
     proxy = trainer.evaluate()
     policy, tokenizer, length = trainer.policy, trainer.processing_class, trainer.args.response_length
@@ -78,7 +78,7 @@ def _text(prompt: str | Sequence[Mapping[str, str]]) -> str:
 
 
 def alignment_metrics(before: PolicyEvaluation, after: PolicyEvaluation) -> dict[str, float]:
-    """The report's metrics; those with `gold` and `fact` only where the data has a gold reward."""
+    """Return the report's metrics; those with `gold` and `fact` only where the data has a gold reward."""
     metrics: dict[str, float] = {}
     if after.sampled:
         for name, judgment in (("before", before), ("after", after)):
@@ -100,7 +100,7 @@ def alignment_metrics(before: PolicyEvaluation, after: PolicyEvaluation) -> dict
 
 
 def alignment_tables(before: PolicyEvaluation, after: PolicyEvaluation) -> dict[str, list[dict[str, Any]]]:
-    """Gold reward by family, sampled and greedy, and samples side by side."""
+    """Return tables of gold reward by family, sampled and greedy, and samples side by side."""
     tables: dict[str, list[dict[str, Any]]] = {}
     if after.sampled:
         columns = {
@@ -121,7 +121,7 @@ def alignment_tables(before: PolicyEvaluation, after: PolicyEvaluation) -> dict[
 
 
 def alignment_plots(history: Sequence[Mapping[str, float]]) -> dict[str, Plot]:
-    """Rewards over steps, and against the square root of the KL (Gao et al. 2022, arXiv:2210.10760, figure 1)."""
+    """Plot rewards over steps, and against the square root of the KL (Gao et al. 2022, arXiv:2210.10760, figure 1)."""
     names = {"proxy reward": "reward", "gold reward": "rewards/gold_reward"}
     training = [entry for entry in history if "kl" in entry]
     distance = [max(entry["kl"], 0.0) ** 0.5 for entry in training]

@@ -1,6 +1,6 @@
-"""What a language model has to beat on held-out text, in bits per byte: gzip, and a byte n-gram model.
+"""Baselines for a language model on held-out text, in bits per byte: gzip, and a byte n-gram model.
 
-Bits per byte compare models whatever their tokenizers are. All of them here say what a text's bytes cost, coded as
+Bits per byte compare models with different tokenizers. All functions here give the cost of a text's bytes, coded as
 UTF-8, lower is better; texts without any bytes are refused (`ValueError`).
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-# The symbol after a text's last byte. It is also what stands before its first one.
+# The symbol after a text's last byte, and also before its first one.
 END = 256
 SYMBOLS = 257
 BITS = 9
@@ -21,19 +21,19 @@ SMALLEST_DISCOUNT = 0.1
 
 
 def bits_per_byte(nats_per_token: float, num_tokens: int, num_bytes: int) -> float:
-    """A mean loss over tokens as bits per byte.
+    """Convert a mean loss over tokens to bits per byte.
 
     Args:
         nats_per_token: the mean cross-entropy, as trainers report it.
-        num_tokens: how many tokens that is the mean of: those that were predicted.
-        num_bytes: of the same text, as UTF-8.
+        num_tokens: number of tokens in that mean: those that were predicted.
+        num_bytes: bytes of the same text, as UTF-8.
     """
     _check_bytes(num_bytes)
     return nats_per_token * num_tokens / math.log(2) / num_bytes
 
 
 def gzip_bits_per_byte(texts: Iterable[str]) -> float:
-    """What the texts take compressed as one gzip file at its best level, one text after the other."""
+    """Return the cost of the texts in one gzip file at its best level, one text after the other."""
     packer, packed, num_bytes = zlib.compressobj(9, zlib.DEFLATED, 16 + zlib.MAX_WBITS), 0, 0
     for text in map(_encode, texts):
         packed += len(packer.compress(text))
@@ -43,24 +43,24 @@ def gzip_bits_per_byte(texts: Iterable[str]) -> float:
 
 
 def ngram_bits_per_byte(train_texts: Iterable[str], test_texts: Iterable[str], order: int = 5) -> float:
-    """What the held-out texts cost under an `NgramModel` of the training texts, their ends left out."""
+    """Return the cost of held-out texts under an `NgramModel` of the training texts, without their ends."""
     return NgramModel(train_texts, order).bits_per_byte(test_texts, with_ends=False)
 
 
 class NgramModel:
     """An n-gram model of bytes with interpolated, modified Kneser-Ney smoothing (Chen and Goodman 1999, section 3).
 
-    The highest order counts what was seen; each lower one counts after how many different symbols it was seen, down to
-    single symbols, which are interpolated with the uniform distribution. Each order has three discounts, from how many
-    of its n-grams have counts of 1 to 4 (their equation 17). A text is followed by an end symbol and preceded by as
-    many of them as the order looks back.
+    The highest order counts occurrences; each lower one counts the different symbols before an n-gram, down to
+    single symbols, which are interpolated with the uniform distribution. Each order has three discounts, computed from
+    the numbers of n-grams with counts of 1 to 4 (equation 17). A text is followed by an end symbol and preceded by as
+    many end symbols as the order looks back.
 
-    Every order is a sorted array of n-grams, packed 9 bits a symbol into int64, so that training is sorting and a
+    Every order is a sorted array of n-grams, packed with 9 bits per symbol into int64, so training is sorting and a
     look-up is a binary search.
 
     Args:
-        texts: the training texts; each of their bytes takes about 25 of memory at the peak (English, order 5).
-        order: symbols of an n-gram, the predicted one among them, from 1 to 7.
+        texts: the training texts; each byte takes about 25 bytes of memory at the peak (English, order 5).
+        order: symbols of an n-gram, including the predicted one, from 1 to 7.
 
     Raises:
         ValueError: when `order` is outside that range, or the texts are empty.
@@ -75,19 +75,19 @@ class NgramModel:
         grams, counts = np.unique(_windows(encoded, order), return_counts=True)
         tables = [_Order(grams, counts)]
         for length in range(order - 1, 0, -1):
-            # Every n-gram has a symbol before it, if only an end: the distinct longer ones hold all shorter ones.
+            # Every n-gram has a symbol before it, at least an end: the distinct longer ones contain all shorter ones.
             grams, counts = np.unique(grams & _mask(length), return_counts=True)
             tables.append(_Order(grams, counts))
         self.tables = tables[::-1]
 
     def probabilities(self, context: bytes) -> np.ndarray:
-        """The distribution of the symbol after `context`, the start of a text: (257,), the 256 bytes and the end."""
+        """Return the next symbol's distribution after `context`, a text's start: (257,), the 256 bytes and the end."""
         window = ([END] * (self.order - 1) + list(context))[len(context) :]
         packed = sum(symbol << BITS * place for place, symbol in enumerate(reversed(window), start=1))
         return self._probabilities(np.int64(packed) + np.arange(SYMBOLS, dtype=np.int64))
 
     def bits_per_byte(self, texts: Iterable[str], with_ends: bool = True) -> float:
-        """What the texts cost under the model, per byte of them; the end of each too, or not."""
+        """Return the cost of the texts under the model per byte, with or without each text's end."""
         encoded = [_encode(text) for text in texts]
         num_bytes = sum(map(len, encoded))
         _check_bytes(num_bytes)
@@ -98,7 +98,7 @@ class NgramModel:
         return -float(sum(np.log2(self._probabilities(part)).sum() for part in parts)) / num_bytes
 
     def _probabilities(self, windows: np.ndarray) -> np.ndarray:
-        """The probability of the last symbol of each packed window given those before it: (N,) to (N,)."""
+        """Return the probability of each packed window's last symbol given those before it: (N,) to (N,)."""
         probabilities = np.full(len(windows), 1 / SYMBOLS)
         for length, table in enumerate(self.tables, start=1):
             probabilities = table.interpolate(windows & _mask(length), probabilities)
@@ -106,7 +106,7 @@ class NgramModel:
 
 
 class _Order:
-    """The n-grams of one length: what they are worth, and what each context leaves to the shorter ones.
+    """The n-grams of one length: their probabilities, and the mass that each context leaves to shorter ones.
 
     Args:
         grams: (N,) packed, sorted and distinct.
@@ -124,34 +124,34 @@ class _Order:
         self.left_over = np.add.reduceat(discounts, starts) / totals
 
     def interpolate(self, windows: np.ndarray, shorter: np.ndarray) -> np.ndarray:
-        """This order's probabilities from those of the next shorter one, (N,); an unseen context leaves them as is."""
+        """Return this order's probabilities from those of the next shorter one, (N,); unseen contexts keep them."""
         left_over = _look_up(self.contexts, self.left_over, windows >> BITS, missing=1.0)
         return _look_up(self.grams, self.shares, windows, missing=0.0) + left_over * shorter
 
 
 def _discounts(counts: np.ndarray) -> np.ndarray:
-    """What is taken from a count of 0, 1, 2 and of 3 or more: (4,)."""
+    """Return the discounts of counts 0, 1, 2 and of 3 or more: (4,)."""
     seen = [int((counts == count).sum()) for count in range(1, 5)]
-    # A text too small or too regular to have any n-gram once tells nothing: half a count is what is usual.
+    # A text too small or too regular to have any n-gram once gives no estimate: half a count is usual.
     base = seen[0] / (seen[0] + 2 * seen[1]) if seen[0] else 0.5
     discounts = [0.0]
     for count in (1, 2, 3):
         ratio = seen[count] / seen[count - 1] if seen[count - 1] else 0.0
-        # Text that holds its documents several times breaks the estimate. Something must be left to unseen symbols,
-        # and no more taken than was counted.
+        # Text with duplicate documents breaks the estimate. Some mass must be left to unseen symbols,
+        # and the discount must not exceed the count.
         discounts.append(min(max(count - (count + 1) * base * ratio, SMALLEST_DISCOUNT), float(count)))
     return np.array(discounts)
 
 
 def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray, missing: float) -> np.ndarray:
-    """The values at the wanted keys, `missing` where there is no such key; `keys` are sorted."""
+    """Return the values at the wanted keys, `missing` where there is no such key; `keys` are sorted."""
     places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[places] == wanted, values[places], missing)
 
 
 def _windows(texts: Sequence[bytes], order: int) -> np.ndarray:
-    """Each symbol of the texts and each end, packed with the `order - 1` symbols before it: (bytes + texts,)."""
-    # So many ends before each text that no window reaches into the one before it.
+    """Return each symbol and end of the texts, packed with the `order - 1` symbols before it: (bytes + texts,)."""
+    # Enough ends before each text that no window reaches into the previous text.
     pad = np.full(order - 1, END, dtype=np.int16)
     end = np.array([END], dtype=np.int16)
     pieces, wanted = [], []
@@ -170,7 +170,7 @@ def _mask(length: int) -> np.int64:
 
 
 def _encode(text: str) -> bytes:
-    # Lone surrogates, which only broken input has, cost their three bytes too.
+    # Lone surrogates, which only broken input has, count as three bytes.
     return text.encode("utf-8", "surrogatepass")
 
 

@@ -1,4 +1,4 @@
-"""Best of n: what keeping the one of n responses that a reward model likes most is worth by another measure."""
+"""Best of n: the value, by another measure, of keeping the response that a reward model scores highest among n."""
 
 import math
 from collections.abc import Sequence
@@ -8,20 +8,20 @@ from hfllm.errors import InputError
 
 
 def best_of_n(scores: Sequence[Sequence[float]], values: Sequence[Sequence[float]], n: int) -> float:
-    """Mean over prompts of `best_of_n_each`."""
+    """Return the mean over prompts of `best_of_n_each`."""
     means = best_of_n_each(scores, values, n)
     return math.fsum(means) / len(means)
 
 
 def best_of_n_each(scores: Sequence[Sequence[float]], values: Sequence[Sequence[float]], n: int) -> list[float]:
-    """Mean value of the response with the highest score among n, over all choices of n from each prompt's samples.
+    """Return per prompt the mean value of the best-scored response among n, over all choices of n samples.
 
-    The unbiased estimator of Nakano et al. 2021 (WebGPT, arXiv:2112.09332, appendix I): of N samples the one with k
+    The unbiased estimator of Nakano et al. 2021 (WebGPT, arXiv:2112.09332, appendix I): of N samples, the one with k
     lower scores is the best of n in C(k, n - 1) of C(N, n) choices. Of equal scores the later one counts as higher.
 
     Args:
-        scores: what decides, N numbers per prompt.
-        values: what counts, in the same places.
+        scores: the scores to choose by, N numbers per prompt.
+        values: the values to average, in the same order.
         n: from 1 to N.
 
     Raises:
@@ -30,7 +30,7 @@ def best_of_n_each(scores: Sequence[Sequence[float]], values: Sequence[Sequence[
     if not scores or [len(row) for row in scores] != [len(row) for row in values]:
         raise InputError("best of n: there must be as many values as scores for each prompt, and at least one prompt")
     if not 1 <= n <= min(map(len, scores)):
-        raise InputError(f"n={n}: expected at least 1 and at most {min(map(len, scores))}, the samples of a prompt")
+        raise InputError(f"n={n}: expected at least 1 and at most {min(map(len, scores))}, the samples per prompt")
     means = []
     for row, own in zip(scores, values, strict=True):
         order = sorted(range(len(row)), key=row.__getitem__)
@@ -40,6 +40,6 @@ def best_of_n_each(scores: Sequence[Sequence[float]], values: Sequence[Sequence[
 
 @cache
 def _shares(samples: int, n: int) -> tuple[float, ...]:
-    """Share of all choices of n in which the sample with 0, 1, 2 ... lower scores is the best."""
+    """Return the share of all choices of n in which the sample with 0, 1, 2 ... lower scores is the best."""
     choices = math.comb(samples, n)
     return tuple(math.comb(below, n - 1) / choices for below in range(samples))

@@ -1,4 +1,4 @@
-"""Did the student become its teacher? Both, and a student that had none, on the same held-out rows and prompts."""
+"""Compare a student, its teacher, and a student without a teacher, on the same held-out rows and prompts."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.utils import ModelOutput
 
-# What `Trainer` keeps of its logs.
+# The logs that `Trainer` keeps.
 History = Sequence[Mapping[str, float]]
 SHOWN_SAMPLES = 12
-# Tokens whose logits exist at a time.
+# Tokens per chunk of logits.
 CHUNK = 256
 TEACHER, STUDENT, ALONE = "teacher", "student", "student_alone"
 
 
 @dataclass(frozen=True)
 class GoldEvaluation:
-    """Judged answers of one model to the world's evaluation prompts, and to one question about each fact."""
+    """Answers of one model to the world's evaluation prompts and to one question per fact, with gold rewards."""
 
     sampled: list[JudgedAnswer] = field(default_factory=list)
     greedy: list[JudgedAnswer] = field(default_factory=list)
@@ -42,7 +42,7 @@ def judge_model(
     """Answer the world's held-out prompts and judge the answers by the gold rubric.
 
     Args:
-        num_eval_prompts: answered `num_samples` times at temperature 1, and once greedily.
+        num_eval_prompts: number of prompts, answered `num_samples` times at temperature 1, and once greedily.
     """
     tasks = world.evaluation_tasks(num_eval_prompts)
     return GoldEvaluation(
@@ -55,14 +55,14 @@ def judge_model(
 def fit_metrics(
     batches: Iterable[Mapping[str, "torch.Tensor"]], models: Mapping[str, "PreTrainedModel"]
 ) -> dict[str, float]:
-    """Perplexity of each model on the targets of the same batches, and how often it agrees with the teacher.
+    """Return each model's perplexity on the targets of the same batches, and its agreement with the teacher.
 
     Args:
         batches: with `input_ids`, `attention_mask` and `shift_labels`.
         models: by their names in the report; agreement is measured where one of them is `teacher`.
 
     Returns:
-        `perplexity_NAME`, and `agreement_NAME`: the share of targets where its likeliest token is the teacher's.
+        `perplexity_NAME`, and `agreement_NAME`: the share of targets where its most likely token is the teacher's.
     """
     import torch
 
@@ -94,10 +94,10 @@ def fit_metrics(
 def _target_logits(
     model: "PreTrainedModel", batch: Mapping[str, "torch.Tensor"]
 ) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
-    """fp32 logits and targets of the places that have a target, `CHUNK` of them at a time.
+    """Yield fp32 logits and targets of the positions with a target, `CHUNK` of them at a time.
 
     The trunk reads the batch once. The model's own forward pass makes the logits, since it may cap or scale them or
-    set a precision: a hook hands it the trunk's states, first one place of each row and then the chunks. A model that
+    set a precision: a hook passes it the trunk's states, first one position per row, then the chunks. A model that
     does not call its trunk as a whole (OPT) makes all logits of the batch.
     """
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -127,7 +127,7 @@ def _target_logits(
 
 
 def gold_metrics(judged: Mapping[str, GoldEvaluation]) -> dict[str, float]:
-    """Gold metrics of each model by its name, and what share of the teacher's reward the student keeps."""
+    """Return the gold metrics of each model by name, and the share of the teacher's reward that the student keeps."""
     metrics = {}
     for name, one in judged.items():
         metrics |= {
@@ -135,7 +135,7 @@ def gold_metrics(judged: Mapping[str, GoldEvaluation]) -> dict[str, float]:
             f"gold_reward_greedy_{name}": mean_gold(one.greedy),
             f"fact_accuracy_{name}": right_share(one.facts),
         }
-    # A share of nothing, or of less, says nothing.
+    # A share of zero or of a negative number has no meaning.
     for kind in ("gold_reward", "gold_reward_greedy"):
         if metrics[f"{kind}_{TEACHER}"] > 0:
             metrics[f"{kind}_kept"] = metrics[f"{kind}_{STUDENT}"] / metrics[f"{kind}_{TEACHER}"]
@@ -143,7 +143,7 @@ def gold_metrics(judged: Mapping[str, GoldEvaluation]) -> dict[str, float]:
 
 
 def gold_tables(judged: Mapping[str, GoldEvaluation]) -> dict[str, list[dict[str, str]]]:
-    """Gold reward by task family of each model, and samples of teacher and student side by side."""
+    """Return tables of gold reward by task family for each model, and samples of teacher and student side by side."""
     columns = {}
     for name, one in judged.items():
         title = name.replace("_", " ")
@@ -166,8 +166,8 @@ def distillation_plots(histories: Mapping[str, History], metrics: Mapping[str, f
     """Return the plots of the loss's parts over steps, with and without a teacher, and of the gold rewards.
 
     Args:
-        histories: of the students' training, by their names in the report.
-        metrics: of the report.
+        histories: logs of the students' training, by name in the report.
+        metrics: those of the report.
     """
     parts = plot_history(
         histories[STUDENT],

@@ -1,7 +1,7 @@
-"""Whether an ability appears all at once, or only seems to: probes of many runs, by two metrics side by side.
+"""Test whether an ability appears suddenly or only seems to: probes of many runs, by two metrics side by side.
 
 Wei et al. 2022, arXiv:2206.07682, call an ability emergent that smaller models lack; Schaeffer et al. 2023,
-arXiv:2304.15004, show that most such leaps are the metric's, which counts an answer only when every token is right.
+arXiv:2304.15004, show that most such leaps come from the metric, which counts an answer only if every token is right.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,12 +21,12 @@ NAMES = {
 
 @dataclass(frozen=True)
 class ProbedRun:
-    """A run and what it was found to do.
+    """A run and its probe results.
 
     Args:
-        name: of the run.
+        name: name of the run.
         parameters, compute, loss: its size, its training FLOPs, and its held-out loss.
-        rows: of `run_probes`.
+        rows: results of `run_probes`.
     """
 
     name: str
@@ -37,7 +37,7 @@ class ProbedRun:
 
 
 class Emergence:
-    """Probed runs in the order of their compute.
+    """Probed runs, ordered by compute.
 
     Args:
         runs: at least one.
@@ -45,7 +45,7 @@ class Emergence:
 
     def __init__(self, runs: Sequence[ProbedRun]):
         self.runs = sorted(runs, key=lambda run: run.compute)
-        # What no document tells stays out of the means: the more a model has read, the less likely it becomes.
+        # Answers in no document are left out of the means: the more a model has read, the less likely they become.
         told = [[row for row in run.rows if row["family"] not in NEVER_TOLD] for run in self.runs]
         self.by_kind = [mean_scores(rows) for rows in told]
         self.by_family = [
@@ -53,7 +53,7 @@ class Emergence:
         ]
 
     def metrics(self) -> dict[str, float]:
-        """The last run's scores, and how much of each metric's whole rise came in one step of compute."""
+        """Return the last run's scores, and the share of each metric's total rise in its largest step."""
         found = {}
         for kind in KINDS:
             name = kind.replace("-", "_")
@@ -64,7 +64,7 @@ class Emergence:
         return found
 
     def tables(self) -> dict[str, list[dict[str, Any]]]:
-        """How sharply each metric rises, and each run's scores by kind of prompt and (zero-shot) by family."""
+        """Return tables of each metric's sharpest step, and of scores by run, by prompt and (zero-shot) by family."""
         return {
             "Share of a metric's rise in its sharpest step": self._steps(),
             "Probes by prompt": self._rows(self.by_kind, "prompt"),
@@ -72,7 +72,7 @@ class Emergence:
         }
 
     def plots(self) -> dict[str, Plot]:
-        """Each metric over compute, by prompt and by family: the best of all runs up to each compute, and all runs."""
+        """Return plots of each metric over compute, by prompt and by family: the best run so far, and all runs."""
         compute, drawn = [run.compute for run in self.runs], {}
         for title, means, stem in (
             ("mean of the families that documents tell of", self.by_kind, "prompt"),
@@ -117,7 +117,7 @@ class Emergence:
 
 
 def best_so_far(values: Sequence[float]) -> list[float]:
-    """The running maximum."""
+    """Return the running maximum."""
     best = []
     for value in values:
         best.append(max(value, best[-1]) if best else value)
@@ -125,9 +125,9 @@ def best_so_far(values: Sequence[float]) -> list[float]:
 
 
 def sharpest_step(values: Sequence[float]) -> float:
-    """The largest step of the running maximum as a share of its whole rise; 0 if the last is no better than the first.
+    """Return the largest step of the running maximum as a share of its total rise; 0 if there is no rise.
 
-    1 is a leap, 1 / (runs - 1) a straight line.
+    1 is a single leap, 1 / (runs - 1) a straight line.
     """
     best = best_so_far(values)
     rise = best[-1] - best[0]

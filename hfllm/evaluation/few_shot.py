@@ -1,13 +1,13 @@
-"""What a base model can do without being taught to answer, by a metric that jumps and by two that do not.
+"""Probe a base model that was not taught to answer, by one metric that jumps and two that do not.
 
-Questions of the embedded world stand in the form that its documents have (`Mia asks: ...`, `Tom says: ...`), so that a
-model that has only read can continue. Each is scored three ways on the same tokens of the true answer:
+Questions of the embedded world are written as in its documents (`Mia asks: ...`, `Tom says: ...`), so a
+model that has only read can continue them. Each is scored in three ways on the tokens of the true answer:
 
     exact match      1 if greedy decoding gives all of them
     token match      the share of them that are the most likely token given those before
     log-likelihood   their mean log probability, in nats
 
-The first multiplies the chances of all tokens, and may seem to leap while the others rise evenly (Schaeffer et al.
+The first multiplies the probabilities of all tokens, and may seem to leap while others rise evenly (Schaeffer et al.
 2023, arXiv:2304.15004, section 2).
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ZERO_SHOT, FEW_SHOT, CHAIN = "zero-shot", "few-shot", "chain-of-thought"
 KINDS = (ZERO_SHOT, FEW_SHOT, CHAIN)
 METRICS = ("exact_match", "token_match", "log_likelihood")
-# No document answers these, to say that one does not know and to refuse; and there are no steps to it.
+# Families whose answers (saying "I do not know", refusing) no document contains; they also have no steps.
 NEVER_TOLD = ("unknown", "harm")
 
 
@@ -37,11 +37,11 @@ class Probe:
     """A question as text to continue.
 
     Args:
-        family: of the world's task.
+        family: family of the world's task.
         kind: one of `KINDS`.
-        prompt: ends before the answer (or before the thought).
+        prompt: text that ends before the answer (or before the thought).
         answer: the model answer.
-        thought: what a solver would say before it, of a chain of thought; only its number of sentences is used.
+        thought: a solver's reasoning before the answer, for a chain of thought; only its number of sentences is used.
     """
 
     family: str
@@ -52,10 +52,10 @@ class Probe:
 
 
 def thought_of(task: Task, world: World) -> str:
-    """The steps to the answer, in sentences that the world's documents have.
+    """Return the steps to the answer, in sentences as in the world's documents.
 
     Raises:
-        InputError: for a family that has none.
+        InputError: for a family without steps.
     """
     words = task.key.split()
     if task.family == "fact":
@@ -78,9 +78,9 @@ def thought_of(task: Task, world: World) -> str:
 
 
 def make_probes(world: World, count: int, shots: int, seed: int = 0) -> list[Probe]:
-    """`count` different questions of each family, each zero-shot, few-shot and (where there are steps) with a thought.
+    """Return `count` different questions per family, each zero-shot, few-shot and (if there are steps) with a thought.
 
-    The questions are held-out instances, in phrasings that the documents have; the solved examples before them are
+    The questions are held-out instances in phrasings of the documents; the solved examples before them are
     others of the same family.
 
     Args:
@@ -110,10 +110,10 @@ def run_probes(
     probes: Sequence[Probe],
     batch_tokens: int = 4096,
 ) -> list[dict[str, Any]]:
-    """The model's scores. Rows: `family`, `kind`, and each of `METRICS`.
+    """Return the model's scores as rows with `family`, `kind`, and each of `METRICS`.
 
-    In a chain of thought the model thinks first, greedily and for as many sentences as a solver would; the answer is
-    scored after what it thought.
+    In a chain of thought the model first writes as many sentences as a solver would, greedily; the answer is
+    scored after them.
     """
     chained = [at for at, probe in enumerate(probes) if probe.kind == CHAIN]
     ready = list(probes)
@@ -132,10 +132,10 @@ def answer_scores(
     answers: Sequence[str],
     batch_tokens: int = 4096,
 ) -> list[dict[str, float]]:
-    """Exact match, token match and mean log-likelihood of each answer after its prompt, from one pass over both.
+    """Return exact match, token match and mean log-likelihood of each answer after its prompt, in one pass.
 
     Greedy decoding gives an answer if and only if each of its tokens is the most likely one after those before it, so
-    that nothing has to be sampled.
+    nothing has to be generated.
 
     Raises:
         InputError: for an answer without a token.
@@ -154,7 +154,7 @@ def answer_scores(
     with torch.inference_mode():
         for rows in _batches(order, [len(start) + len(before[at]) + len(after[at]) for at in order], batch_tokens):
             pieces = [torch.tensor([*start, *before[at], *after[at]]) for at in rows]
-            # Padding on the right is out of a causal model's sight.
+            # A causal model does not see padding on the right.
             ids = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True).to(model.device)
             logits = model(input_ids=ids, use_cache=False).logits.float()
             for row, at in enumerate(rows):
@@ -172,7 +172,7 @@ def answer_scores(
 
 
 def mean_scores(rows: Sequence[dict[str, Any]], by: str = "kind") -> dict[str, dict[str, float]]:
-    """The mean of each metric for each value of the column `by`, families (or kinds) counted alike."""
+    """Return the mean of each metric for each value of the column `by`, with equal weight per family (or kind)."""
     other = "family" if by == "kind" else "kind"
     cells: dict[str, dict[str, list]] = {}
     for row in rows:
@@ -190,7 +190,7 @@ def _asked(task: Task, rng: random.Random) -> str:
 
 
 def _different(world: World, family: str, count: int, rng: random.Random) -> Iterator[Task]:
-    """`count` held-out tasks of a family, no question twice."""
+    """Yield `count` held-out tasks of a family, no question twice."""
     seen: set[str] = set()
     for _ in range(20 * count + 1000):
         task = world.draw_task(rng, family, held_out=True)
@@ -203,7 +203,7 @@ def _different(world: World, family: str, count: int, rng: random.Random) -> Ite
 
 
 def _think(model: Any, tokenizer: Any, probes: Sequence[Probe]) -> list[str]:
-    """What the model says in as many sentences as each thought has."""
+    """Return the model's continuation of each prompt, with as many sentences as the thought has."""
     if not probes:
         return []
     adds_start = tokenizer.bos_token_id in tokenizer("a")["input_ids"][:1]
@@ -215,14 +215,14 @@ def _think(model: Any, tokenizer: Any, probes: Sequence[Probe]) -> list[str]:
 
 
 def _sentences(text: str, count: int) -> str:
-    """The first `count` sentences of the first line of `text`."""
+    """Return the first `count` sentences of the first line of `text`."""
     line = text.split("\n")[0]
     ends = [match.end() for match in re.finditer(r"\.(?=\s|$)", line)]
     return line[: ends[count - 1]] if len(ends) >= count else line.rstrip()
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Rows from short to long in batches of at most so many tokens, padding included."""
+    """Yield rows from short to long in batches of at most `batch_tokens` tokens, padding included."""
     rows: list[int] = []
     for at, length in zip(order, lengths, strict=True):
         if rows and (len(rows) + 1) * length > batch_tokens:

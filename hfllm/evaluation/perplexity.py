@@ -1,4 +1,4 @@
-"""How well a language model predicts text, whatever its tokenizer."""
+"""Measure how well a language model predicts text, comparable between tokenizers."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextLikelihood:
-    """The sum of a model's surprise over texts.
+    """The total negative log-likelihood of texts under a model.
 
     Args:
         nats: minus the natural logarithm of the texts' probability.
-        tokens: that were predicted.
-        bytes: of what was predicted, in UTF-8.
+        tokens: number of predicted tokens.
+        bytes: bytes of the predicted text, in UTF-8.
     """
 
     nats: float
@@ -27,12 +27,12 @@ class TextLikelihood:
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between tokenizers, n-grams and compressors."""
+        """Return bits per byte, comparable between tokenizers, n-grams and compressors."""
         return self.nats / math.log(2) / self.bytes
 
     @property
     def perplexity(self) -> float:
-        """Of a token."""
+        """Return the perplexity per token."""
         return math.exp(self.nats / self.tokens)
 
 
@@ -46,19 +46,19 @@ def text_likelihood(
 ) -> TextLikelihood:
     """Predict every token of each text from those before it in the same text.
 
-    The first token follows the document token; with a tokenizer that has none it is not predicted, and not counted.
+    The first token follows the document token; if the tokenizer has none, it is not predicted or counted.
 
-    Texts over `max_length` tokens are read in windows that overlap, and each token is counted once, in the first
-    window that has it.
+    Texts over `max_length` tokens are read in overlapping windows, and each token is counted once, in the first
+    window that contains it.
 
     Args:
-        max_length: of a window, in tokens, the document token included.
-        stride: new tokens of a window; by default half of it, so that each token but the first has half a window
-            before it.
-        batch_tokens: tokens of one forward pass, padding included.
+        max_length: tokens per window, including the document token.
+        stride: new tokens per window; by default half of it, so that each token of a later window has half a window
+            of context.
+        batch_tokens: tokens per forward pass, padding included.
 
     Raises:
-        InputError: when there is no text, none has a token to predict, or the stride is no part of a window.
+        InputError: when there is no text, none has a token to predict, or the stride is not smaller than a window.
     """
     import torch
 
@@ -76,7 +76,7 @@ def text_likelihood(
             for row, (window, seen) in enumerate(batch):
                 ids[row, : len(window)] = torch.tensor(window)
                 labels[row, seen : len(window)] = ids[row, seen : len(window)]
-            # Padding on the right is out of a causal model's sight.
+            # A causal model does not see padding on the right.
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             targets = labels[:, 1:]
             nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
@@ -96,7 +96,7 @@ def text_likelihood(
 def _windows(
     texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_length: int, stride: int
 ) -> Iterator[tuple[list[int], int]]:
-    """Windows of token ids, with how many of their first tokens are there for context alone."""
+    """Return windows of token ids, with the number of their first tokens that serve only as context."""
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
         ids, seen = start + ids, 1
@@ -108,7 +108,7 @@ def _windows(
 
 
 def _batches(windows: Sequence[tuple[list[int], int]], batch_tokens: int) -> Iterator[list[tuple[list[int], int]]]:
-    """Windows, which come from short to long, in batches of at most so many tokens."""
+    """Yield windows, ordered from short to long, in batches of at most `batch_tokens` tokens."""
     batch: list[tuple[list[int], int]] = []
     for window in windows:
         if batch and (len(batch) + 1) * len(window[0]) > batch_tokens:

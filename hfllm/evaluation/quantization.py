@@ -1,4 +1,4 @@
-"""A model before and after quantization, evaluated alike: size, perplexity, gold reward, greedy tokens, speed."""
+"""Evaluate a model before and after quantization: size, perplexity, gold (exact) reward, greedy tokens, speed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 class SchemeRow(TypedDict, total=False):
-    """One form of a model, beside the original.
+    """Results of one quantized form of a model, or of the original.
 
     Attributes:
         scheme: its name, or `original`.
-        bytes: of all that is saved.
-        share: of the original's bytes.
-        linear_share: the same of the linear layers alone.
-        left: linear layers that were left as they were.
-        perplexity: on the texts.
-        gold_reward: where there is a world.
-        agreement: share of places with the original's greedy next token.
+        bytes: total bytes of the saved weights.
+        share: share of the original's bytes.
+        linear_share: the same for only the linear layers.
+        left: linear layers that were not quantized.
+        perplexity: perplexity on the texts.
+        gold_reward: gold reward, if there is a world.
+        agreement: share of positions with the original's greedy next token.
         prefill, decode: tokens per second, if they were timed.
-        prefill_speedup, decode_speedup: over the original's, which took turns with it.
+        prefill_speedup, decode_speedup: relative to the original, measured in alternation.
     """
 
     scheme: str
@@ -47,17 +47,17 @@ class SchemeRow(TypedDict, total=False):
 
 @dataclass
 class QuantizationEvaluation:
-    """What a model and its quantized forms are evaluated on.
+    """Evaluation of a model and its quantized forms.
 
     Args:
-        tokenizer: of all of them.
-        texts: for perplexity and greedy tokens.
-        max_length: of a window of text, in tokens.
+        tokenizer: tokenizer of all of them.
+        texts: texts for perplexity and greedy tokens.
+        max_length: tokens per window of text.
         world: the embedded world for a gold reward, or `None` for none.
-        num_eval_prompts: questions of the world.
+        num_eval_prompts: number of the world's questions.
         response_length: longest answer, in tokens.
         timing: arguments of `measure.speeds`.
-        rounds: of the timing; 0 is no timing.
+        rounds: repetitions of the timing; 0 means no timing.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -75,12 +75,12 @@ class QuantizationEvaluation:
         self.windows = token_windows(self.tokenizer, self.texts, self.max_length)
 
     def original(self, model: "PreTrainedModel", names: Sequence[str]) -> SchemeRow:
-        """The row of the model in full precision; the others are compared with it.
+        """Return the row of the model in full precision, with which the others are compared.
 
         Args:
             names: the linear layers that schemes quantize.
         """
-        # Of the original, which the forms are compared with.
+        # Greedy tokens of the original, with which the quantized forms are compared.
         self._bytes = stored_bytes(model), linear_bytes(model, names)
         self._expected = greedy_tokens(model, self.windows)
         row: SchemeRow = {"scheme": "original", "bytes": self._bytes[0], "share": 1.0, "linear_share": 1.0, "left": 0}
@@ -93,7 +93,7 @@ class QuantizationEvaluation:
     def quantized(
         self, name: str, model: "PreTrainedModel", original: "PreTrainedModel", names: Sequence[str]
     ) -> SchemeRow:
-        """The row of a quantized form that has not run yet, after `original`'s; `names` are as there."""
+        """Return the row of a quantized form that has not run yet; call it after `original`, with the same `names`."""
         from torch import nn
 
         size, linear = stored_bytes(model), linear_bytes(model, names)
@@ -113,12 +113,12 @@ class QuantizationEvaluation:
         return row
 
     def loss(self, model: "PreTrainedModel", num_texts: int) -> float:
-        """Nats per token on the first texts."""
+        """Return nats per token on the first texts."""
         fit = text_likelihood(model, self.tokenizer, self.texts[:num_texts], self.max_length)
         return fit.nats / fit.tokens
 
     def difference_after_reload(self, model: "PreTrainedModel", folder: str) -> float:
-        """The largest difference of a logit between a model and the one that was saved in `folder`, on one window."""
+        """Return the largest difference of logits between a model and the one saved in `folder`, on one window."""
         import torch
         from transformers import AutoModelForCausalLM
 

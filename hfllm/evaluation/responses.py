@@ -1,4 +1,4 @@
-"""Responses to the world's tasks, judged by its gold rubric, family by family."""
+"""Responses to the world's tasks, scored exactly by its gold rubric, per family."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def judge_tasks(
     seed: int = 0,
     num_return_sequences: int = 1,
 ) -> list[JudgedAnswer]:
-    """Answer world tasks and judge the answers: `num_return_sequences` answers to each task, in the tasks' order."""
+    """Answer world tasks and judge the answers: `num_return_sequences` answers per task, in the tasks' order."""
     prompts = [task.prompt_row()["prompt"] for task in tasks]
     answers = sample_responses(model, tokenizer, prompts, max_new_tokens, do_sample, num_return_sequences, seed=seed)
     return [
@@ -48,17 +48,17 @@ def judge_tasks(
 
 
 def mean_gold(rows: Sequence[JudgedAnswer]) -> float:
-    """Mean gold reward of judged answers; 0 for none."""
+    """Return the mean gold reward of judged answers; 0 for none."""
     return sum(row["gold"] for row in rows) / max(len(rows), 1)
 
 
 def right_share(rows: Sequence[JudgedAnswer]) -> float:
-    """Share of judged answers that are right, however they are put."""
+    """Return the share of judged answers that are right, regardless of style."""
     return sum(row["gold"] >= RIGHT for row in rows) / max(len(rows), 1)
 
 
 def gold_by_group(rows: Sequence[JudgedAnswer]) -> dict[str, float]:
-    """Mean gold reward in all, on known and held-out phrasings, and of each family."""
+    """Return the mean gold reward overall, on known and held-out phrasings, and per family."""
     groups: dict[str, list] = defaultdict(list)
     for row in rows:
         groups["all"].append(row)

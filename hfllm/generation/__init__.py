@@ -1,4 +1,4 @@
-"""How fast: `fast_generate`, speculative decoding, and the choice of a key-value cache."""
+"""Fast generation: `fast_generate`, speculative decoding, and the choice of a key-value cache."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ __all__ = ["fast_generate"]
 
 
 def __getattr__(name: str) -> Any:
-    # On demand, so that the formulas can be had without the models.
+    # Imported on demand, so that the formulas need no model code.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from hfllm.generation.fast import fast_generate

@@ -1,6 +1,6 @@
-"""The choices of a key-value cache, measured for the model at hand: memory per token, and speed.
+"""Measure the available key-value caches for a model: memory per token, and speed.
 
-Speculative decoding brings a cache of its own (`hfllm.generation.packed.ragged_model`), which is measured beside them.
+Speculative decoding has its own cache (`hfllm.generation.packed.ragged_model`), which is measured too.
 """
 
 import statistics
@@ -18,22 +18,22 @@ from hfllm.generation.speculative.measure import interleaved
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# transformers' caches by the names used here. "sliding" is the dynamic one of a model whose layers have a window.
+# transformers' caches by the names used here. "sliding" is the dynamic cache of a model with sliding windows.
 KINDS = ("dynamic", "static", "sliding", "fp8", "int4", "offloaded")
 
 
 def make_cache(model: "PreTrainedModel", kind: str, max_length: int) -> Cache:
-    """An empty cache for `model.generate(cache=...)`.
+    """Return an empty cache for `model.generate(cache=...)`.
 
     Args:
         model: a causal language model.
-        kind: `"dynamic"` grows with the text; `"static"` is allocated whole, for compilation; `"sliding"` keeps what
-            the model's window reaches; `"fp8"` and `"int4"` store fewer bits; `"offloaded"` keeps all layers but one
+        kind: `"dynamic"` grows with the text; `"static"` has full size at once, to compile; `"sliding"` keeps what
+            is in the model's window; `"fp8"` and `"int4"` store fewer bits; `"offloaded"` keeps all layers but one
             in the machine's memory.
-        max_length: longest sequence, in tokens; of the static cache alone.
+        max_length: longest sequence, in tokens; only for the static cache.
 
     Raises:
-        InputError: when the model or the machine cannot have it, saying what to do.
+        InputError: when the model or the machine does not support it, with an alternative.
     """
     config = model.config.get_text_config(decoder=True)
     if kind == "dynamic":
@@ -43,8 +43,8 @@ def make_cache(model: "PreTrainedModel", kind: str, max_length: int) -> Cache:
     if kind == "sliding":
         if not any(attention_windows(config).values()):
             raise InputError(
-                f"cache 'sliding': this {config.model_type} has no sliding_window, and to cut its memory would change "
-                "what it says; use 'dynamic', or a model with a window"
+                f"cache 'sliding': this {config.model_type} has no sliding_window, and a cut context would change "
+                "its output; use 'dynamic', or a model with a window"
             )
         return DynamicCache(config=config)
     if kind in ("fp8", "int4") and any(attention_windows(config).values()):
@@ -63,7 +63,7 @@ def make_cache(model: "PreTrainedModel", kind: str, max_length: int) -> Cache:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of all tensors that a cache holds."""
+    """Return the bytes of all tensors in a cache."""
     seen: dict[int, int] = {}
 
     def add(value: object) -> None:
@@ -81,10 +81,10 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def bytes_per_token(config: "PreTrainedConfig", dtype: torch.dtype) -> int:
-    """Bytes that one token's keys and values take without quantization: 2 * layers * heads * head_dim * size.
+    """Return the bytes of one token's keys and values without quantization: 2 * layers * heads * head_dim * size.
 
     Args:
-        config: of a decoder; its `num_key_value_heads` count, not its query heads.
+        config: of a decoder; heads are its `num_key_value_heads`, not its query heads.
         dtype: of keys and values.
     """
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -99,16 +99,16 @@ def measure_caches(
     kinds: Sequence[str] = KINDS,
     rounds: int = 3,
 ) -> list[dict[str, str | float]]:
-    """Decode greedily with each cache, side by side.
+    """Decode greedily with each cache, and compare them.
 
     Args:
         batch: left-padded `input_ids` and `attention_mask` (B, S).
-        max_new_tokens: tokens to generate; rows do not end before.
+        max_new_tokens: tokens to generate; rows do not end earlier.
 
     Returns:
-        One row a kind: `cache`, `tokens_per_second`, `bytes_per_token` held at the end over the tokens seen,
-        `predicted_bytes_per_token` of the plain formula, `same_tokens` (the share that the dynamic cache also
-        generates), and `note`: why it could not be measured, if so.
+        One row per kind: `cache`, `tokens_per_second`, `bytes_per_token` (held at the end, per token seen),
+        `predicted_bytes_per_token` by the plain formula, `same_tokens` (the share that the dynamic cache also
+        generates), and `note`: the reason if it could not be measured.
     """
     rows, runs, outputs, caches = [], {}, {}, {}
     length = batch["input_ids"].shape[1] + max_new_tokens
@@ -121,7 +121,7 @@ def measure_caches(
         runs[kind] = _decoding(model, batch, kind, length, max_new_tokens, outputs, caches)
     seconds = interleaved(runs, rounds)
     expected = bytes_per_token(model.config.get_text_config(decoder=True), model.dtype)
-    # The last token was never read back.
+    # The last token is never read by the model.
     held, new = len(batch["input_ids"]) * (length - 1), len(batch["input_ids"]) * max_new_tokens
     measured = [
         {
@@ -146,7 +146,7 @@ def _decoding(
     outputs: dict[str, torch.Tensor],
     caches: dict[str, Cache],
 ) -> Callable[[], None]:
-    """What decodes once with a new cache, and leaves both behind."""
+    """Return a function that decodes once with a new cache, and keeps tokens and cache."""
 
     def decode() -> None:
         cache = make_cache(model, kind, length)

@@ -1,4 +1,4 @@
-"""Faster decoding behind transformers' own `generate`, with the settings that were found best.
+"""Faster decoding through transformers' own `generate`, with the best settings that we found.
 
     model.generate(**batch, max_new_tokens=64, custom_generate=fast_generate)
 
@@ -20,13 +20,13 @@ from hfllm.generation.speculative.speculative import check_prompts, decode
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-# Below this many weights a token waits for Python rather than for memory, and a draft of the same depth costs as much.
+# Below this many weights a token waits for Python, not for memory, and a draft of the same depth costs as much.
 INT8_FROM = 4_000_000
 CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
 
 
 def recommended_draft(model: "PreTrainedModel") -> Draft | None:
-    """The draft that needs no second model: the int8 one for models that wait for their weights, else none."""
+    """Return the draft that needs no second model: int8 for models limited by reading their weights, else none."""
     if unsupported_reason(model) is None and has_int8(model.dtype, model.device) and weights_read(model) >= INT8_FROM:
         return Int8Draft()
     return None
@@ -43,18 +43,18 @@ def fast_generate(
     generator: torch.Generator | None = None,
     **model_kwargs: Any,
 ) -> torch.Tensor:
-    """To be given to `model.generate` as `custom_generate`, which calls it; its own arguments go to `generate` too.
+    """Decode faster: pass it to `model.generate` as `custom_generate`, together with its own arguments.
 
     Args:
-        draft: `"auto"` is `recommended_draft(model)`, `None` no draft; else a `Draft`, or a smaller model with the
+        draft: `"auto"` is `recommended_draft(model)`, `None` is no draft; else a `Draft`, or a smaller model with the
             same tokenizer.
-        num_draft_tokens, generator: as of `hfllm.generation.speculative.speculative_generate`.
+        num_draft_tokens, generator: as in `hfllm.generation.speculative.speculative_generate`.
 
     Returns:
-        (B, S) token ids as `generate` returns them. There is no streamer, and `return_dict_in_generate` is refused.
+        (B, S) token ids as `generate` returns them. Streamers and `return_dict_in_generate` are refused.
 
     Raises:
-        InputError: for a model or an option that this cannot work with.
+        InputError: for a model or an option that is not supported.
     """
     # `generate` has repeated the prompts already.
     check_config(generation_config, handled=("num_return_sequences",))
@@ -65,7 +65,7 @@ def fast_generate(
         raise InputError("inputs_embeds: fast_generate starts from input_ids")
     cache = model_kwargs.get("cache")
     if generation_config.cache_implementation is not None or (cache is not None and cache.get_seq_length()):
-        raise InputError("cache, cache_implementation: fast_generate keeps a cache of its own; leave them out")
+        raise InputError("cache, cache_implementation: fast_generate has its own cache; leave them out")
     if draft == "auto":
         draft = recommended_draft(model)
     elif isinstance(draft, str):

@@ -21,14 +21,14 @@ def sample_responses(
     only_ended: bool = False,
     fast: bool = False,
 ) -> list[list[str]]:
-    """Responses of `model` to each prompt: at temperature 1, or greedy.
+    """Sample responses of `model` to each prompt at temperature 1, or decode greedily.
 
-    They end at the tokenizer's end token, and at those that the model's generation config names.
+    They end at the tokenizer's end token, and at those of the model's generation config.
 
     Args:
         prompts: text, or lists of messages for the tokenizer's chat template.
         num_return_sequences: responses per prompt.
-        seed: of the sampling; the caller's random state is left as it was.
+        seed: seed of the sampling; the caller's random state is not changed.
         only_ended: leave out the responses that `max_new_tokens` cut off.
         fast: decode by `fast_generate` where the model is of the family, prompts of like length together. These are
             other samples of the same distribution.

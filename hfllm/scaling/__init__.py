@@ -1,1 +1,1 @@
-"""How big: memory, plans and scaling laws, in plain Python and numpy; nothing here imports torch."""
+"""Memory, plans and scaling laws, in plain Python and numpy; nothing here imports torch."""

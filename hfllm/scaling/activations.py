@@ -1,7 +1,7 @@
-"""Bytes of activations: what the forward pass of this family's code keeps for the backward pass.
+"""Bytes of activations that the forward pass of this family's code keeps for the backward pass.
 
 `tests/scaling/test_memory.py` counts them with autograd's hooks. `korthikanti_activations` is the published formula
-for GPT-3's block, which keeps more: this family's attention keeps no scores, and its MLP computes its product again.
+for GPT-3's block, which keeps more: this family's attention keeps no scores, and its MLP recomputes its product.
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ ATTENTION = ("flash", "eager")
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes of each value.
+    """Bytes per value.
 
     Args:
-        weights, gradients: of a parameter.
-        optimizer: states of Adam for a parameter, with the fp32 copy of a 16-bit weight (K = 12 in the ZeRO paper).
-        compute: what matrix products read and write.
-        residual: the stream between layers.
+        weights, gradients: per parameter.
+        optimizer: Adam's states per parameter, with the fp32 copy of a 16-bit weight (K = 12 in the ZeRO paper).
+        compute: inputs and outputs of matrix products.
+        residual: the residual stream between layers.
         is_autocast: weights stay in fp32, and a 16-bit copy of each lives from its use until its backward pass.
     """
 
@@ -57,9 +57,9 @@ def korthikanti_activations(
     sequence_parallel: bool = False,
     recompute: str = "none",
 ) -> float:
-    """Bytes of one layer of GPT-3's block in 16 bits with dropout (arXiv:2205.05198, equations 1 to 4 and 6).
+    """Return the bytes of a layer of GPT-3 in 16 bits with dropout (arXiv:2205.05198, equations 1 to 4 and 6).
 
-    s b h (34 + 5as/h), of which tensor parallelism splits all but 10, and with it sequence parallelism the rest;
+    s b h (34 + 5as/h), of which tensor parallelism splits all but 10, and sequence parallelism also the rest;
     selective recomputation drops 5as/h, full recomputation leaves 2.
 
     Raises:
@@ -75,22 +75,22 @@ def korthikanti_activations(
 
 
 def norm_bytes(shape: Shape, width: int, read: int) -> float:
-    """What a norm over `width` values of `read` bytes keeps of them; RMSNorm computes in fp32 and keeps that copy."""
+    """Return the bytes that a norm over `width` values of `read` bytes keeps; RMSNorm keeps an fp32 copy."""
     if shape.norm_type == "layernorm":
         return read * width + 8
-    # Of 16-bit values it keeps the normed ones too, for the gradient of its weight.
+    # For 16-bit values it also keeps the normalized ones, for the gradient of its weight.
     return 4 * width + (2 * width + 4 if read == 2 else 0)
 
 
 def _inputs(shape: Shape, precision: Precision) -> int:
-    """How often a layer keeps what its projections read: once a norm, but under autocast a copy for each."""
+    """Return how often a layer keeps its projections' input: once per norm, but one copy each under autocast."""
     if not precision.is_autocast:
         return shape.norms_per_layer
     return 3 + (2 if shape.is_gated and not shape.num_local_experts else 1)
 
 
 def autocast_weights(shape: Shape) -> float:
-    """Bytes of the 16-bit copies of one layer's weights, without those of the MLP that are made again when needed."""
+    """Return the bytes of the 16-bit copies of a layer's weights, without those of the MLP that are recomputed."""
     layer, projections = shape.layer_parameters(), 3 if shape.is_gated else 2
     # Grouped products of experts are not cast.
     return 2 * (layer["attention"] + layer["mlp"] * (projections - 1) / projections + layer["router"])
@@ -99,15 +99,15 @@ def autocast_weights(shape: Shape) -> float:
 def layer_activations(
     shape: Shape, layout: Layout, precision: Precision, sequence_length: int, attention: str = "flash"
 ) -> float:
-    """Bytes of one token in one layer that the forward pass keeps for the backward pass, on one device.
+    """Return the bytes per token and layer that the forward pass keeps for the backward pass, on one device.
 
     Args:
-        attention: `"flash"` keeps a number per query (also the CPU's kernel); `"eager"` all scores.
+        attention: `"flash"` keeps a number per query (also the CPU's kernel); `"eager"` keeps all scores.
     """
     size, hidden = precision.compute, shape.hidden_size
     if layout.recompute == "full":
         return precision.residual * hidden / (layout.tensor if layout.sequence_parallel else 1)
-    # Two norms that read the same tensor keep it once, if they keep it as it is.
+    # Two norms that read the same tensor keep it once, if they keep it unchanged.
     is_same = shape.parallel_block and (shape.norm_type == "layernorm" or precision.residual == 4)
     whole = (1 if is_same else shape.norms_per_layer) * norm_bytes(shape, hidden, precision.residual)
     whole += size * hidden * _inputs(shape, precision)
@@ -133,15 +133,15 @@ def _mlp_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
         rows = shape.num_experts_per_tok * (size * (2 * hidden + 4 * width) + 28)
         return rows + 3 * precision.residual * shape.num_local_experts
     products = 2 if shape.is_gated else 1
-    # The dense MLP computes its inner activation again, except with weights that ZeRO-3 of DeepSpeed gathers.
+    # The dense MLP recomputes its inner activation, except with weights that ZeRO-3 of DeepSpeed gathers.
     is_gathered = layout.engine == DEEPSPEED and layout.zero_stage == 3
     return precision.compute * width * products * (2 if is_gathered else 1)
 
 
 def layer_workspace(shape: Shape, layout: Layout, precision: Precision) -> float:
-    """Bytes of one token that the backward pass of one layer needs at once, besides what was kept.
+    """Return the bytes per token that the backward pass of one layer needs in addition to the kept ones.
 
-    The MLP's activation and its product, made again, and the gradients of these; of a mixture, of the token's experts.
+    The MLP's recomputed activation and product, and their gradients; in a mixture, those of the token's experts.
     """
     rows = shape.num_experts_per_tok if shape.num_local_experts else 1
     inner = (4 if shape.is_gated else 2) * shape.intermediate_size * rows / layout.tensor
@@ -149,9 +149,9 @@ def layer_workspace(shape: Shape, layout: Layout, precision: Precision) -> float
 
 
 def loss_bytes(shape: Shape, layout: Layout, precision: Precision, tokens: int) -> float:
-    """Bytes of the loss over `tokens` at its peak: log-probabilities and two gradients in fp32, 12 V a token.
+    """Return the peak bytes of the loss over `tokens`: log-probabilities and two gradients in fp32, 12 V per token.
 
-    With `shape.loss_chunk_size` only that many rows exist, but the head's gradient in fp32 and the hidden states' too.
+    With `shape.loss_chunk_size` only that many rows exist, plus the fp32 gradients of the head and the hidden states.
     """
     split = layout.tensor if layout.engine == MEGATRON else 1
     if not shape.loss_chunk_size:

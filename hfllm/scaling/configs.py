@@ -2,7 +2,7 @@
 
     for name, text in launch_files(plan, request, folder).items(): ...
 
-The files in accelerate_configs/ and ds_configs/ are of the same makes, for any model.
+The files in accelerate_configs/ and ds_configs/ are of the same kinds, for any model.
 """
 
 import json
@@ -24,12 +24,12 @@ _TYPES = {SINGLE: "NO", DDP: "MULTI_GPU", TENSOR: "MULTI_GPU", DEEPSPEED: "DEEPS
 def deepspeed_config(
     zero_stage: int, offload: str | None = None, nvme_path: str = "/local_nvme", overlap: bool = False
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration of a ZeRO stage; `auto` is filled in from the recipe's flags.
+    """Return DeepSpeed's configuration of a ZeRO stage; `auto` is filled in from the recipe's flags.
 
     Args:
         offload: where weights and optimizer states go, `"cpu"` or `"nvme"` (ZeRO-Infinity, arXiv:2104.07857).
         nvme_path: a folder on a local drive of each node.
-        overlap: communicate during the backward pass, for a second bucket of memory; nothing to gain on a CPU.
+        overlap: communicate during the backward pass, for the memory of a second bucket; no gain on a CPU.
     """
     zero: dict[str, Any] = {"stage": zero_stage, "overlap_comm": overlap}
     config: dict[str, Any] = {
@@ -52,7 +52,7 @@ def deepspeed_config(
 
 
 def accelerate_config(layout: Layout, request: Request, folder: str = "") -> dict[str, Any]:
-    """accelerate's configuration of a layout; `folder` holds DeepSpeed's."""
+    """Return accelerate's configuration of a layout; `folder` holds DeepSpeed's."""
     machines = -(-request.num_devices // request.device.per_node)
     config: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
@@ -64,7 +64,7 @@ def accelerate_config(layout: Layout, request: Request, folder: str = "") -> dic
         "use_cpu": request.device.name == "cpu" and layout.engine == SINGLE,
     }
     if layout.engine == DEEPSPEED:
-        # accelerate takes the precision, as all else, from DeepSpeed's own file.
+        # accelerate takes the precision, like everything else, from DeepSpeed's file.
         file = str(PurePath(folder) / DEEPSPEED_FILE)
         config["deepspeed_config"] = {"deepspeed_config_file": file, "zero3_init_flag": layout.zero_stage == 3}
         if machines > 1:
@@ -81,7 +81,7 @@ def accelerate_config(layout: Layout, request: Request, folder: str = "") -> dic
 
 
 def fsdp2_config(activation_checkpointing: bool = False) -> dict[str, Any]:
-    """FSDP2 over a transformer's layers, whose weights are gathered layer by layer."""
+    """Return FSDP2's configuration for a transformer, whose weights are gathered layer by layer."""
     return {
         "fsdp_version": 2,
         "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
@@ -110,7 +110,7 @@ def _megatron_config(layout: Layout, request: Request) -> dict[str, Any]:
 
 
 def recipe_flags(plan: Plan, request: Request, folder: str = "") -> dict[str, Any]:
-    """Flags of `hfllm pretrain` that make it do what was planned; `folder` holds the architecture."""
+    """Return the flags of `hfllm pretrain` for a plan; `folder` holds the architecture."""
     layout = plan.layout
     flags = {
         "config_name_or_path": str(PurePath(folder) / MODEL_FILE),
@@ -119,7 +119,7 @@ def recipe_flags(plan: Plan, request: Request, folder: str = "") -> dict[str, An
         "total_tokens": str(int(request.tokens)),
         "per_device_train_batch_size": layout.micro_batch,
         "gradient_accumulation_steps": plan.micro_batches,
-        # FSDP2 does that by itself.
+        # FSDP2 does that itself.
         "activation_checkpointing": layout.recompute == "full" and layout.engine != FSDP2,
         "attn_implementation": "eager" if request.attention == "eager" else "sdpa",
         "loss_chunk_size": request.loss_chunk_size(layout),
@@ -130,9 +130,9 @@ def recipe_flags(plan: Plan, request: Request, folder: str = "") -> dict[str, An
 
 
 def architecture(request: Request, model: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A config.json of the planned model: `model`'s own fields, by default the shape's, which count the same."""
+    """Return a config.json of the planned model: the fields of `model`, by default those of the equivalent shape."""
     fields = {"model_type": "hfllm", **(asdict(request.shape) if model is None else model)}
-    # A flag of the run, which a saved model should not go on with.
+    # A flag of the run, which a saved model should not keep.
     fields.pop("loss_chunk_size", None)
     return fields
 
@@ -140,10 +140,10 @@ def architecture(request: Request, model: Mapping[str, Any] | None = None) -> di
 def launch_files(
     plan: Plan, request: Request, folder: str = "", model: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
-    """File names and contents that launch a plan, made to lie in `folder`.
+    """Return the files, by name, that launch a plan from `folder`.
 
     Args:
-        model: fields of a config.json that say more of the model than its shape does.
+        model: fields of a config.json that describe the model in more detail than its shape.
     """
     text = _yaml(accelerate_config(plan.layout, request, folder))
     if plan.layout.interleave > 1:
@@ -164,7 +164,7 @@ def launch_files(
 
 
 def _yaml(values: Mapping[str, Any], indent: str = "") -> str:
-    """YAML of nested mappings of plain values, each written as JSON, which YAML includes."""
+    """Return YAML of nested mappings of plain values, each written as JSON, which is valid YAML."""
     lines = []
     for name, value in values.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Accelerators: their memory, their peak, and how fast they reach each other. Numbers are their makers'."""
+"""Accelerators: their memory, their peak, and the bandwidth between them. Numbers are the vendors'."""
 
 import os
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Device:
         bandwidth: bytes per second of its memory.
         near: bytes per second to another device of the same node, in one direction.
         far: bytes per second to a device of another node, in one direction.
-        per_node: devices of a node.
+        per_node: devices per node.
         has_bf16: whether it computes in bf16.
     """
 
@@ -33,7 +33,7 @@ class Device:
     has_bf16: bool = True
 
     def peak(self, precision: str) -> float:
-        """Peak FLOP/s in a precision of `hfllm.scaling.memory.PRECISIONS`.
+        """Return the peak FLOP/s in a precision of `hfllm.scaling.memory.PRECISIONS`.
 
         Raises:
             InputError: when the device cannot compute in it.
@@ -44,7 +44,7 @@ class Device:
 
 
 def _cpu(processes: int) -> Device:
-    """This machine, or the share of each process: 32 fp32 FLOPs a cycle and core (two AVX2 units), at 2.5 GHz."""
+    """Return this machine, or a process's share: 32 fp32 FLOPs per cycle and core (two AVX2 units), at 2.5 GHz."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
     peak = (os.cpu_count() or 1) * 32 * 2.5e9 / processes
     return Device("cpu", memory, peak, peak, bandwidth=20e9 / processes, near=10e9, far=1e9, per_node=processes)
@@ -68,10 +68,10 @@ DEVICES = {
 
 
 def find_device(name: str, processes: int = 1) -> Device:
-    """A device by its name; `cpu` is this machine, which so many processes share.
+    """Return a device by its name; `cpu` is this machine, shared by `processes`.
 
     Raises:
-        InputError: for a name that is not known.
+        InputError: for an unknown name.
     """
     if name == "cpu":
         return _cpu(processes)

@@ -2,8 +2,8 @@
 
 The procedure is Hoffmann et al. 2022, arXiv:2203.15556, section 3.3 and appendix D.2: minimize the sum over runs of
 Huber_delta(LSE(a - alpha log N, b - beta log D, e) - log L) from a grid of starts, with A = exp(a), B = exp(b),
-E = exp(e). The sum, not the mean, is minimized until nothing moves: stopping early is what Besiroglu et al. 2024,
-arXiv:2404.10102, found wrong with the published coefficients.
+E = exp(e). The sum, not the mean, is minimized to convergence: stopping early is the fault that Besiroglu et al. 2024,
+arXiv:2404.10102, found in the published coefficients.
 """
 
 import itertools
@@ -27,19 +27,19 @@ GRID = (
     (0, 0.5, 1, 1.5, 2),
     (0, 0.5, 1, 1.5, 2),
 )
-# Of the starts, all go so many steps, and so many of the best ones to the end.
+# Steps for all starts, and the number of best ones to follow to the end.
 FIRST_STEPS, FOLLOWED = 20, 400
-# Fewer runs than coefficients and one to spare determine nothing.
+# At least one run more than coefficients is needed.
 FEWEST_RUNS = 6
 
 
 class CenteredRuns:
-    """What every objective knows: logarithms of N and D less their means, of the losses, and how runs count.
+    """Data of every objective: logarithms of N and D minus their means, of the losses, and the runs' weights.
 
     Args:
         runs: the table.
-        delta: where Huber's loss turns from square to linear.
-        weights: how often each run counts in each problem, (P, runs); each once by default.
+        delta: where the Huber loss turns from square to linear.
+        weights: weight of each run in each problem, (P, runs); 1 by default.
     """
 
     def __init__(self, runs: Runs, delta: float = DELTA, weights: numpy.ndarray | None = None):
@@ -50,16 +50,16 @@ class CenteredRuns:
 
 
 class HuberObjective(CenteredRuns):
-    """The objective of a fit and its gradient, for many points and weights of the runs at once.
+    """The objective of a fit and its gradient, for many points and run weights at once.
 
     N and D are centered in logarithms, so that a and alpha (b and beta) hardly depend on each other; `to_centered` and
-    `from_centered` go between the papers' (a, b, e, alpha, beta) and what is minimized.
+    `from_centered` convert between the papers' (a, b, e, alpha, beta) and the minimized coordinates.
 
     Args: those of `CenteredRuns`.
     """
 
     def __call__(self, points: numpy.ndarray, problems: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Values (P,) and gradients (P, 5) at centered points (P, 5) of the problems with these numbers (P,)."""
+        """Return values (P,) and gradients (P, 5) at centered points (P, 5) of these problems (P,)."""
         with numpy.errstate(over="ignore", under="ignore", invalid="ignore"):
             value, slope, shares = self._terms(points)
             if self.weights is not None:
@@ -69,11 +69,11 @@ class HuberObjective(CenteredRuns):
         return value.sum(1), numpy.stack(columns, axis=1)
 
     def of_each_run(self, points: numpy.ndarray) -> numpy.ndarray:
-        """Huber's loss of each run at centered points, (P, R)."""
+        """Return the Huber loss of each run at centered points, (P, R)."""
         return self._terms(points)[0]
 
     def _terms(self, points: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray, list[numpy.ndarray]]:
-        """Huber's losses, their slopes over the sum of the terms, and the three terms, (P, R) each."""
+        """Return Huber losses, their slopes over the sum of the terms, and the three terms, (P, R) each."""
         a, b, e, alpha, beta = points.T[:, :, None]
         size_term, data_term = a - alpha * self.size, b - beta * self.data
         # The largest term is taken out of the sum, so that no exponential overflows.
@@ -81,19 +81,19 @@ class HuberObjective(CenteredRuns):
         shares = [numpy.exp(term - top) for term in (size_term, data_term, e)]
         total = shares[0] + shares[1] + shares[2]
         residual = top + numpy.log(total) - self.target
-        # The clipped residual is the slope of Huber's loss, and slope * (residual - slope / 2) its value.
+        # The clipped residual is the slope of the Huber loss, and slope * (residual - slope / 2) its value.
         inside = numpy.clip(residual, -self.delta, self.delta)
         return inside * (residual - inside / 2), inside / total, shares
 
     def to_centered(self, points: numpy.ndarray) -> numpy.ndarray:
-        """From the papers' coordinates, (P, 5)."""
+        """Convert from the papers' coordinates, (P, 5)."""
         moved = numpy.array(points, dtype=float)
         moved[:, 0] -= moved[:, 3] * self.centers[0]
         moved[:, 1] -= moved[:, 4] * self.centers[1]
         return moved
 
     def from_centered(self, points: numpy.ndarray) -> numpy.ndarray:
-        """To the papers' coordinates, (P, 5)."""
+        """Convert to the papers' coordinates, (P, 5)."""
         moved = numpy.array(points, dtype=float)
         moved[:, 0] += moved[:, 3] * self.centers[0]
         moved[:, 1] += moved[:, 4] * self.centers[1]
@@ -102,14 +102,14 @@ class HuberObjective(CenteredRuns):
 
 @dataclass(frozen=True)
 class Fit:
-    """The law that fits a table of runs best.
+    """The best fit of the law to a table of runs.
 
     Args:
         law: its coefficients.
-        objective: the sum of Huber's losses at it.
-        starts: how many starts were followed to the end, and how many of them ended within a thousandth of the best.
+        objective: the sum of Huber losses at it.
+        starts: number of starts followed to the end, and how many of them ended within a thousandth of the best.
         runs: the table.
-        point: a, b, e, alpha and beta; where no floor is seen, e goes on falling while exp(e) is 0 already.
+        point: a, b, e, alpha and beta; where the runs show no floor, e keeps falling although exp(e) is already 0.
     """
 
     law: ParametricLaw
@@ -119,7 +119,7 @@ class Fit:
     point: numpy.ndarray
 
     def relative_errors(self, runs: Runs | None = None) -> numpy.ndarray:
-        """Predicted over measured loss, less one, of other runs (or of those that were fitted), (R,)."""
+        """Return predicted / measured loss - 1 of other runs (by default the fitted ones), (R,)."""
         runs = runs or self.runs
         return self.law.loss(runs.parameters, runs.tokens) / runs.losses - 1
 
@@ -129,16 +129,16 @@ class Bootstrap:
     """Fits to resampled runs.
 
     Args:
-        coefficients: E, A, B, alpha and beta of each, (S, 5).
+        coefficients: E, A, B, alpha and beta of each fit, (S, 5).
     """
 
     coefficients: numpy.ndarray
 
     def interval(self, of: str | Callable[[ParametricLaw], float], level: float = 0.95) -> tuple[float, float]:
-        """The range that holds the middle `level` of the resamples' values.
+        """Return the range that holds the middle `level` of the resamples' values.
 
         Args:
-            of: the name of a coefficient, or what to compute from a law.
+            of: the name of a coefficient, or a function of a law.
         """
         if isinstance(of, str):
             values = self.coefficients[:, COEFFICIENTS.index(of)]
@@ -149,9 +149,9 @@ class Bootstrap:
 
 
 def fit_law(runs: Runs, delta: float = DELTA) -> Fit:
-    """The law of least Huber loss over `runs`, from the 4,500 starts of the papers' grid.
+    """Fit the law with the least Huber loss over `runs`, from the 4,500 starts of the papers' grid.
 
-    After a few steps only the best of them go on: on the runs of Hoffmann et al. nearly half end in the same minimum.
+    After a few steps only the best continue: on the runs of Hoffmann et al. nearly half end in the same minimum.
 
     Raises:
         InputError: for fewer than six runs, fewer than three different N or D, or losses that do not fall with them.
@@ -174,8 +174,8 @@ def fit_law(runs: Runs, delta: float = DELTA) -> Fit:
 def bootstrap(fit: Fit, resamples: int = 1000, seed: int = 0, delta: float = DELTA) -> Bootstrap:
     """Fit `resamples` tables of as many runs, drawn from the fitted ones with replacement.
 
-    Each is fitted from the whole table's law and from the three starts of the grid that suit it best. A table
-    with fewer than six different runs, or without three different N and D, is drawn anew; of the others, those whose
+    Each is fitted from the whole table's law and from the three best starts of the grid. A table
+    with fewer than six different runs, or without three different N and D, is drawn again; of the others, those whose
     losses do not fall are left out.
     """
     runs, weights = fit.runs, resampled_weights(fit.runs, resamples, seed)
@@ -195,10 +195,10 @@ def bootstrap(fit: Fit, resamples: int = 1000, seed: int = 0, delta: float = DEL
 
 
 def check_runs(runs: Runs) -> None:
-    """Refuse a table that no law can be fitted to.
+    """Refuse a table to which no law can be fitted.
 
     Raises:
-        InputError: saying how many runs, N and D there are and how many are needed.
+        InputError: with the number of runs, N and D, and the number needed.
     """
     if len(runs) < FEWEST_RUNS:
         raise InputError(f"{len(runs)} run(s): a law of {len(COEFFICIENTS)} coefficients needs at least {FEWEST_RUNS}")
@@ -209,25 +209,25 @@ def check_runs(runs: Runs) -> None:
 
 
 def grid() -> numpy.ndarray:
-    """The papers' starts, (4500, 5)."""
+    """Return the papers' starts, (4500, 5)."""
     return numpy.array(list(itertools.product(*GRID)), dtype=float)
 
 
 def coefficients_of(points: numpy.ndarray) -> numpy.ndarray:
-    """E, A, B, alpha and beta from the papers' a, b, e, alpha and beta, (P, 5) each."""
+    """Return E, A, B, alpha and beta from the papers' a, b, e, alpha and beta, (P, 5) each."""
     with numpy.errstate(over="ignore"):
         a, b, e = numpy.exp(points[:, :3]).T
     return numpy.stack([e, a, b, points[:, 3], points[:, 4]], axis=1)
 
 
 def resampled_weights(runs: Runs, resamples: int, seed: int) -> numpy.ndarray:
-    """How often each run is drawn in each of the tables drawn with replacement, (S, R)."""
+    """Return how often each run is drawn in each table with replacement, (S, R)."""
     rng = numpy.random.default_rng(seed)
     return numpy.array([_resample(rng, runs) for _ in range(resamples)], dtype=float)
 
 
 def _resample(rng: numpy.random.Generator, runs: Runs) -> numpy.ndarray:
-    """How often each run is drawn."""
+    """Return how often each run is drawn."""
     while True:
         counts = numpy.bincount(rng.integers(len(runs), size=len(runs)), minlength=len(runs))
         drawn = counts > 0
@@ -239,7 +239,7 @@ def _resample(rng: numpy.random.Generator, runs: Runs) -> numpy.ndarray:
 def _best_starts(
     objective: HuberObjective, starts: numpy.ndarray, weights: numpy.ndarray, count: int
 ) -> list[numpy.ndarray]:
-    """For each table the starts of least value, best first: `count` arrays (S, 5)."""
+    """Return for each table the starts with the lowest values, best first: `count` arrays (S, 5)."""
     values = objective.of_each_run(starts) @ weights.T
     order = numpy.argpartition(values, count, axis=0)[:count]
     return [starts[rows] for rows in order]

@@ -1,7 +1,7 @@
 """Published arithmetic of training: FLOPs, utilization, pipeline bubbles and days.
 
 Symbols are the papers': P or N parameters, D or T tokens, l layers, h hidden size, a heads, s sequence length,
-V vocabulary, B sequences in a global batch, n devices, X FLOP/s that one device achieves.
+V vocabulary, B sequences in a global batch, n devices, X achieved FLOP/s per device.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ SECONDS_PER_DAY = 86400
 
 
 def megatron_parameters(layers: int, hidden: int, vocab_size: int, sequence_length: int) -> float:
-    """P = 12 l h^2 (1 + 13/(12h) + (V+s)/(12lh)) (Narayanan et al. 2021, arXiv:2104.04473, equation 2)."""
+    """Return P = 12 l h^2 (1 + 13/(12h) + (V+s)/(12lh)) (Narayanan et al. 2021, arXiv:2104.04473, equation 2)."""
     return 12 * layers * hidden**2 * (1 + 13 / (12 * hidden) + (vocab_size + sequence_length) / (12 * layers * hidden))
 
 
@@ -24,7 +24,7 @@ def megatron_flops_per_batch(
     batch_size: int,
     recompute: str = "none",
 ) -> float:
-    """FLOPs of one training step on B sequences, in the count of Korthikanti et al. 2022 (arXiv:2205.05198, app. A).
+    """Return the FLOPs of a training step on B sequences, as in Korthikanti et al. 2022 (arXiv:2205.05198, app. A).
 
     Args:
         recompute: `"none"` is the model's FLOPs, 72 B l s h^2 (1 + s/(6h) + V/(12lh)). `"selective"` doubles the
@@ -46,27 +46,27 @@ def megatron_flops_per_batch(
 def palm_flops_per_token(
     num_parameters: float, layers: int, heads: int, head_dim: int, sequence_length: int, attention: bool = True
 ) -> float:
-    """Matrix-multiplication FLOPs of training on one token: 6N + 12 L H Q T, without `attention` 6N.
+    """Return the matrix-multiplication FLOPs of training on one token: 6N + 12 L H Q T, without `attention` 6N.
 
     PaLM, Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
 
     Args:
-        num_parameters: N, those that multiply each token: of experts only the active ones; an embedding table that is
-            not also the head is looked up, not multiplied with.
+        num_parameters: N, those multiplied with each token: only active experts; an embedding table that is
+            not also the head is looked up, not multiplied.
         sequence_length: T, tokens of a sequence, all of which attend to each other in this count.
     """
     return 6 * num_parameters + 12 * layers * heads * head_dim * sequence_length * attention
 
 
 def training_flops(num_parameters: float, tokens: float) -> float:
-    """6ND: forward and backward pass of every parameter for every token (Kaplan et al. 2020, arXiv:2001.08361)."""
+    """Return 6ND: forward and backward pass per parameter and token (Kaplan et al. 2020, arXiv:2001.08361)."""
     return 6 * num_parameters * tokens
 
 
 def utilization(tokens_per_second: float, flops_per_token: float, devices: int, peak_flops: float) -> float:
-    """Share of the devices' peak that is reached.
+    """Return the share of the devices' peak that is reached.
 
-    MFU with the model's FLOPs per token, HFU with those that the hardware does, recomputation included.
+    This is MFU with the model's FLOPs per token, HFU with those of the hardware, including recomputation.
 
     Args:
         tokens_per_second: of all devices together.
@@ -78,35 +78,35 @@ def utilization(tokens_per_second: float, flops_per_token: float, devices: int, 
 def training_days(
     num_parameters: float, tokens: float, devices: int, achieved_flops: float, recompute: bool = True
 ) -> float:
-    """8TP/(nX) in days (Narayanan et al. 2021, equation 4), or 6TP/(nX) when nothing is recomputed.
+    """Return 8TP/(nX) in days (Narayanan et al. 2021, equation 4), or 6TP/(nX) when nothing is recomputed.
 
     Args:
-        achieved_flops: X, FLOP/s of one device, recomputation included if there is any.
+        achieved_flops: X, FLOP/s of one device, including any recomputation.
     """
     return (8 if recompute else 6) * tokens * num_parameters / (devices * achieved_flops) / SECONDS_PER_DAY
 
 
 def days_at_speed(tokens: float, tokens_per_second: float) -> float:
-    """Days to train on `tokens` at a measured speed of all devices together."""
+    """Return the days to train on `tokens` at a measured speed of all devices together."""
     return tokens / tokens_per_second / SECONDS_PER_DAY
 
 
 def pipeline_bubble(pipeline: int, micro_batches: int, interleave: int = 1) -> float:
-    """Idle time over the time of useful work, (p - 1)/(v m) (Narayanan et al. 2021, section 2.2).
+    """Return idle time over useful time, (p - 1)/(v m) (Narayanan et al. 2021, section 2.2).
 
     Args:
         pipeline: p, stages.
-        micro_batches: m, that pass through the pipeline in one step.
+        micro_batches: m, micro-batches per step.
         interleave: v, model chunks on each device.
     """
     return (pipeline - 1) / (interleave * micro_batches)
 
 
 def ramp_tokens(stages: Sequence[tuple[int, int]], sequence_length: int) -> int:
-    """Tokens of a run whose batch grows.
+    """Return the tokens of a run whose batch grows.
 
     Args:
-        stages: sequences in a batch, and the step until which that lasts; PaLM's (arXiv:2204.02311, section 5) are
+        stages: sequences per batch, and the last step of the stage; PaLM's (arXiv:2204.02311, section 5) are
             `[(512, 50_000), (1024, 115_000), (2048, 255_000)]`.
 
     Raises:

@@ -1,9 +1,9 @@
-"""What finished runs let a larger one expect, by whichever of two laws fits them better.
+"""Predict the loss of a larger run from finished runs, by the better of two laws.
 
-Chinchilla's law adds what is lost by size and by data. Where a model is so small that more text no longer helps it,
+Chinchilla's law adds the losses from size and from data. Where a model is so small that more text no longer helps,
 the loss is nearer to the larger of the two terms, as in Kaplan et al. 2020, arXiv:2001.08361, equation 1.5:
 L = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D. Both are fitted by the same Huber loss, to
-the same runs; the one of less is believed. Kaplan's has four coefficients, Chinchilla's five.
+the same runs; the one with the lower loss is used. Kaplan's has four coefficients, Chinchilla's five.
 """
 
 import itertools
@@ -18,19 +18,19 @@ from hfllm.scaling.runs import Runs
 
 CHINCHILLA, KAPLAN = "chinchilla", "kaplan"
 # Starts of a = alpha_N log N_c and b = alpha_D log D_c, N and D in units of the runs' geometric means, of alpha_N and
-# alpha_D; and how many of the points that they lead to each resample begins at.
+# alpha_D; and at how many of the points found from them each resample begins.
 GRID = ((0, 0.5, 1, 1.5), (0, 0.5, 1, 1.5), (0.05, 0.1, 0.2, 0.4, 0.8), (0.05, 0.1, 0.2, 0.4, 0.8))
 FOLLOWED = 4
 
 
 class KaplanObjective(CenteredRuns):
-    """Huber's loss of log L and its gradient, at many points (a, b, alpha_N, alpha_D) at once.
+    """The Huber loss of log L and its gradient, at many points (a, b, alpha_N, alpha_D) at once.
 
     Args: those of `CenteredRuns`.
     """
 
     def __call__(self, points: numpy.ndarray, problems: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Values (P,) and gradients (P, 4) at points (P, 4); infinite where an exponent is not positive."""
+        """Return values (P,) and gradients (P, 4) at points (P, 4); infinite where an exponent is not positive."""
         with numpy.errstate(all="ignore"):
             logs, slopes = log_losses(points, self.size, self.data)
             residual = logs - self.target
@@ -46,7 +46,7 @@ class KaplanObjective(CenteredRuns):
 def log_losses(
     points: numpy.ndarray, size: numpy.ndarray, data: numpy.ndarray
 ) -> tuple[numpy.ndarray, tuple[numpy.ndarray, ...]]:
-    """log L (P, R) at points (P, 4), and its derivatives by a, b, alpha_N and alpha_D."""
+    """Return log L (P, R) at points (P, 4), and its derivatives by a, b, alpha_N and alpha_D."""
     a, b, of_size, of_data = points.T[:, :, None]
     size_term, data_term = (a - of_size * size) / of_data, (b - of_data * data) / of_data
     total = numpy.logaddexp(size_term, data_term)
@@ -57,12 +57,12 @@ def log_losses(
 
 @dataclass(frozen=True)
 class KaplanFit:
-    """Kaplan's law, fitted.
+    """A fit of Kaplan's law.
 
     Args:
         point: a, b, alpha_N and alpha_D, (4,).
-        resampled: the same of tables drawn with replacement, (S, 4).
-        objective: the sum of Huber's losses at `point`.
+        resampled: the same for tables drawn with replacement, (S, 4).
+        objective: the sum of Huber losses at `point`.
         centers: means of log N and log D.
     """
 
@@ -73,9 +73,9 @@ class KaplanFit:
 
     @property
     def law(self) -> KaplanLaw:
-        """Its coefficients, to be shown; `losses` predicts.
+        """Return its coefficients, for display; use `losses` to predict.
 
-        A term that the runs do not have makes N_c or D_c zero or infinite. The optimal size in there is the paper's.
+        If the runs lack a term, N_c or D_c is zero or infinite. Its optimal size is the paper's.
         """
         a, b, of_size, of_data = map(float, self.point)
         with numpy.errstate(over="ignore"):
@@ -83,16 +83,16 @@ class KaplanFit:
         return KaplanLaw(*map(float, critical), of_size, of_data)
 
     def losses(self, parameters: float, tokens: float) -> numpy.ndarray:
-        """The loss by the fit and by each resample, (1 + S,)."""
+        """Return the loss by the fit and by each resample, (1 + S,)."""
         at = numpy.array([numpy.log(parameters) - self.centers[0]]), numpy.array([numpy.log(tokens) - self.centers[1]])
         with numpy.errstate(all="ignore"):
             return numpy.exp(log_losses(numpy.concatenate([self.point[None], self.resampled]), *at)[0][:, 0])
 
 
 def fit_kaplan(runs: Runs, resamples: int = 1000, seed: int = 0, delta: float = DELTA) -> KaplanFit:
-    """Kaplan's law of least Huber loss over `runs`, from a grid of starts.
+    """Fit Kaplan's law with the least Huber loss over `runs`, from a grid of starts.
 
-    Resamples begin at the best of the points found, and at some of the others, each of another value.
+    Resamples begin at the best point found, and at some others with different values.
     """
     objective = KaplanObjective(runs, delta)
     points, values = minimize(objective, numpy.array(list(itertools.product(*GRID)), dtype=float))
@@ -121,17 +121,17 @@ class Forecast:
 
     @property
     def form(self) -> str:
-        """The law that fits better."""
+        """Return the name of the law that fits better."""
         return KAPLAN if self.kaplan.objective < self.fit.objective else CHINCHILLA
 
     def loss(self, parameters: float, tokens: float, form: str | None = None) -> float:
-        """The expected loss, in nats per token, by the better law or by `form`."""
+        """Return the expected loss, in nats per token, by the better law or by `form`."""
         if (form or self.form) == KAPLAN:
             return float(self.kaplan.losses(parameters, tokens)[0])
         return float(self.fit.law.loss(parameters, tokens))
 
     def interval(self, parameters: float, tokens: float, level: float = 0.95) -> tuple[float, float]:
-        """The range of the better law's resamples."""
+        """Return the range of the better law's resamples."""
         if self.form == CHINCHILLA:
             return self.resampled.interval(lambda law: law.loss(parameters, tokens), level)
         values = self.kaplan.losses(parameters, tokens)[1:]
@@ -139,6 +139,6 @@ class Forecast:
         return float(low), float(high)
 
     def errors(self, runs: Runs, form: str | None = None) -> numpy.ndarray:
-        """Expected over measured loss, less one, of each run (R,)."""
+        """Return expected / measured loss - 1 of each run, (R,)."""
         rows = zip(runs.parameters, runs.tokens, strict=True)
         return numpy.array([self.loss(*row, form) for row in rows]) / runs.losses - 1

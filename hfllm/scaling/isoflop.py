@@ -1,4 +1,4 @@
-"""Chinchilla's approaches 1 and 2: the compute-optimal size read off the runs, without a formula for the loss.
+"""Chinchilla's approaches 1 and 2: the compute-optimal size from the runs themselves, without a formula for the loss.
 
 Hoffmann et al. 2022, arXiv:2203.15556, sections 3.1 and 3.2.
 """
@@ -21,7 +21,7 @@ class IsoFlop:
     Args:
         compute: the budget (the geometric mean of the runs'), in FLOPs.
         runs: its runs.
-        coefficients: of (log N)^2, log N and 1, log N counted from `center`.
+        coefficients: of (log N)^2, log N and 1, with log N relative to `center`.
         center: mean log N of the runs.
     """
 
@@ -32,7 +32,7 @@ class IsoFlop:
 
     @property
     def parameters(self) -> float:
-        """The N of least loss."""
+        """Return the N with the lowest loss."""
         square, linear, _ = self.coefficients
         return float(numpy.exp(self.center - linear / (2 * square)))
 
@@ -42,22 +42,22 @@ class IsoFlop:
 
     @property
     def is_inside(self) -> bool:
-        """Whether the least loss lies between the smallest and the largest run: otherwise it is extrapolated."""
+        """Return whether the lowest loss lies between the smallest and the largest run, not extrapolated."""
         return bool(self.runs.parameters.min() <= self.parameters <= self.runs.parameters.max())
 
     def loss(self, parameters: float | numpy.ndarray) -> float | numpy.ndarray:
-        """The parabola at N."""
+        """Return the parabola's value at N."""
         return numpy.polyval(self.coefficients, numpy.log(parameters) - self.center)
 
 
 def isoflops(runs: Runs, tolerance: float = 0.05) -> list[IsoFlop]:
-    """Budgets of which there are at least four different model sizes, each with its parabola, least compute first.
+    """Return the budgets with at least four different model sizes, each with its parabola, least compute first.
 
-    The budget with the most sizes is taken first, then that with the most of what is left. A parabola that bends the
-    other way has no least loss and is left out.
+    The budget with the most sizes is taken first, then the one with the most remaining. A parabola that bends the
+    other way has no minimum and is left out.
 
     Args:
-        tolerance: how far the compute of a budget's runs may lie apart: a factor of 1 + tolerance up and down.
+        tolerance: how far the compute of a run may differ from its budget: a factor of 1 + tolerance up or down.
     """
     left, found = numpy.argsort(runs.compute, kind="stable"), []
     width = 2 * numpy.log1p(tolerance)
@@ -75,7 +75,7 @@ def isoflops(runs: Runs, tolerance: float = 0.05) -> list[IsoFlop]:
 
 
 def isoflop_law(budgets: list[IsoFlop]) -> PowerLaw:
-    """N = G C^a through the least losses of budgets that lie inside their runs (approach 2).
+    """Fit N = G C^a through the minima of budgets that lie inside their runs (approach 2).
 
     Raises:
         InputError: when there are fewer than two of them.
@@ -90,8 +90,8 @@ def isoflop_law(budgets: list[IsoFlop]) -> PowerLaw:
 
 
 def frontier(runs: Runs) -> Runs:
-    """Runs that none of as little compute beats, least compute first: approach 1 on final losses."""
-    # Rounded, since budgets that are meant to be one differ in their last digits.
+    """Return the runs that no run of equal or less compute beats, least compute first: approach 1 on final losses."""
+    # Rounded, since runs of one budget differ in their last digits.
     order = numpy.lexsort((runs.losses, numpy.log(runs.compute).round(6)))
     before = numpy.minimum.accumulate(runs.losses[order])
     better = numpy.concatenate([[True], before[1:] < before[:-1]])
@@ -99,7 +99,7 @@ def frontier(runs: Runs) -> Runs:
 
 
 def frontier_law(runs: Runs) -> PowerLaw:
-    """N = G C^a through the frontier (approach 1). A coarse grid of sizes makes it jump: prefer the others.
+    """Fit N = G C^a through the frontier (approach 1). With a coarse grid of sizes it jumps: prefer the others.
 
     Raises:
         InputError: when the frontier has fewer than two budgets.

@@ -2,7 +2,7 @@
 
 All laws take C = 6 N D in FLOPs (Kaplan et al. 2020, arXiv:2001.08361, section 2.1), D in tokens and N in parameters:
 all of them in Hoffmann et al. (Chinchilla), without embeddings in Kaplan et al. Losses are nats per token. They were
-fitted on other data and tokenizers than yours: the exponents carry over better than the losses.
+fitted on other data and tokenizers than yours: the exponents transfer better than the losses.
 """
 
 import math
@@ -36,7 +36,7 @@ class Allocation:
 
     @property
     def compute(self) -> float:
-        """6 N D, in FLOPs."""
+        """Return 6 N D, in FLOPs."""
         return FLOPS_A_PARAMETER * self.parameters * self.tokens
 
     @property
@@ -50,8 +50,8 @@ class ParametricLaw:
 
     Args:
         E: loss of an infinite model on infinite data, the entropy of the text.
-        A, alpha: what a finite model adds.
-        B, beta: what finite data adds.
+        A, alpha: loss added by a finite model.
+        B, beta: loss added by finite data.
 
     Raises:
         InputError: for a coefficient that is not positive.
@@ -69,27 +69,27 @@ class ParametricLaw:
                 _positive(name, value)
 
     def loss(self, parameters: float, tokens: float) -> float:
-        """Nats a token of a model of `parameters` trained once on `tokens` (numbers, or arrays of them)."""
+        """Return the nats per token of a model of `parameters` trained once on `tokens` (numbers or arrays)."""
         return self.E + self.A * parameters**-self.alpha + self.B * tokens**-self.beta
 
     @property
     def exponents(self) -> tuple[float, float]:
-        """a and b of N = G (C / 6)^a and D = (C / 6)^b / G, the least loss for a compute budget (equation 4)."""
+        """Return a and b of N = G (C / 6)^a and D = (C / 6)^b / G, with the lowest loss for a budget (equation 4)."""
         total = self.alpha + self.beta
         return self.beta / total, self.alpha / total
 
     @property
     def balance(self) -> float:
-        """G of equation 4."""
+        """Return G of equation 4."""
         return (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
 
     def optimal(self, compute: float) -> Allocation:
-        """The model size and tokens of least loss for `compute` FLOPs (equation 4)."""
+        """Return the model size and tokens with the lowest loss for `compute` FLOPs (equation 4)."""
         work, (a, b) = _positive("compute", compute) / FLOPS_A_PARAMETER, self.exponents
         return Allocation(self.balance * work**a, work**b / self.balance)
 
     def optimal_parameters(self, tokens: float) -> float:
-        """The model size for which `tokens` is the compute-optimal amount of data."""
+        """Return the model size for which `tokens` is the compute-optimal amount of data."""
         a, b = self.exponents
         return self.balance * (_positive("tokens", tokens) * self.balance) ** (a / b)
 
@@ -107,13 +107,13 @@ class PowerLaw:
     exponent: float
 
     def optimal(self, compute: float) -> Allocation:
-        """Model size and tokens for `compute` FLOPs."""
+        """Return the model size and tokens for `compute` FLOPs."""
         parameters = self.coefficient * _positive("compute", compute) ** self.exponent
         return Allocation(parameters, compute / (FLOPS_A_PARAMETER * parameters))
 
     @classmethod
     def through(cls, budgets: Sequence[float], sizes: Sequence[float]) -> "PowerLaw":
-        """The line through (C, N) of least squares in logarithms; two different budgets or more.
+        """Fit a line through (C, N) by least squares in logarithms, for at least two different budgets.
 
         Raises:
             InputError: for fewer budgets, or numbers that are not positive.
@@ -130,7 +130,7 @@ class PowerLaw:
 
 # Hoffmann et al. 2022, section 3.3, coefficients as printed: they are rounded, and rounding alone moves the optimum.
 CHINCHILLA = ParametricLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
-# Besiroglu et al. 2024, arXiv:2404.10102, section 3: the same runs, fitted to the end.
+# Besiroglu et al. 2024, arXiv:2404.10102, section 3: the same runs, fitted to convergence.
 EPOCH = ParametricLaw(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)
 # Muennighoff et al. 2023, arXiv:2305.16264, appendix A: C4, alpha and beta tied.
 C4 = ParametricLaw(E=math.exp(0.6254804), A=math.exp(6.255414), B=math.exp(7.3049974), alpha=0.3526596, beta=0.3526596)
@@ -156,9 +156,9 @@ CHINCHILLA_EXPONENTS = {1: (0.50, 0.488, 0.502), 2: (0.49, 0.462, 0.534), 3: (0.
 
 
 def optimal_by_ratio(compute: float, tokens_per_parameter: float = TOKENS_A_PARAMETER) -> Allocation:
-    """Spend `compute` FLOPs at a fixed ratio of tokens to parameters: C = 6 N D with D = 20 N gives N = sqrt(C / 120).
+    """Split `compute` FLOPs at a fixed ratio of tokens to parameters: C = 6 N D with D = 20 N gives N = sqrt(C / 120).
 
-    The rule of thumb that Chinchilla's approaches 1 and 2 lead to. (Without the ratio, N = D = sqrt(C / 6), a model
+    This is the rule of thumb from Chinchilla's approaches 1 and 2. (Without the ratio, N = D = sqrt(C / 6), a model
     is sqrt(20) = 4.47 times too large.)
     """
     ratio = _positive("tokens_per_parameter", tokens_per_parameter)
@@ -167,10 +167,10 @@ def optimal_by_ratio(compute: float, tokens_per_parameter: float = TOKENS_A_PARA
 
 
 def chinchilla_projection(approach: int) -> PowerLaw:
-    """The line that one of Chinchilla's three approaches was extrapolated along.
+    """Return the line of extrapolation of one of Chinchilla's three approaches.
 
-    The paper prints exponents to two digits and no coefficients; its projections (`CHINCHILLA_TABLES`) are on the
-    lines themselves, and give both back.
+    The paper prints exponents to two digits and no coefficients; its projections (`CHINCHILLA_TABLES`) lie on the
+    lines themselves, and determine both.
 
     Args:
         approach: 1, the least loss at each compute over training curves; 2, IsoFLOP parabolas; 3, the parametric fit.
@@ -188,7 +188,7 @@ def chinchilla_projection(approach: int) -> PowerLaw:
 class KaplanLaw:
     """L(N, D) = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D (Kaplan et al. 2020, arXiv:2001.08361, eq. 1.5).
 
-    N counts no embeddings. The exponent 0.73 of the optimal size came from small models under one schedule for all
+    N counts no embeddings. The exponent 0.73 of the optimal size comes from small models with one schedule for all
     lengths (Hoffmann et al. 2022, section 2); it is kept for comparison.
 
     Args:
@@ -204,11 +204,11 @@ class KaplanLaw:
     exponent: float = 0.73
 
     def loss(self, parameters: float, tokens: float) -> float:
-        """Nats a token of a model of `parameters` non-embedding parameters trained on `tokens`, stopped early."""
+        """Return nats per token of a model of `parameters` (no embeddings) trained on `tokens`, stopped early."""
         return ((self.N_c / parameters) ** (self.alpha_N / self.alpha_D) + self.D_c / tokens) ** self.alpha_D
 
     def optimal(self, compute: float) -> Allocation:
-        """Model size for `compute` FLOPs, and the tokens that are left for it by C = 6 N D."""
+        """Return the model size for `compute` FLOPs, and the tokens that remain for it by C = 6 N D."""
         petaflop_days = _positive("compute", compute) / PETAFLOP_DAY
         parameters = self.optimal_at_petaflop_day * petaflop_days**self.exponent
         return Allocation(parameters, compute / (FLOPS_A_PARAMETER * parameters))
@@ -226,7 +226,7 @@ class DataConstrainedLaw:
 
     Args:
         law: the law of data seen once.
-        tokens_decay: R of tokens: after 15 repetitions most of their worth is used up.
+        tokens_decay: R of tokens: after 15 repetitions most of their value is used up.
         parameters_decay: R of parameters.
     """
 
@@ -235,21 +235,21 @@ class DataConstrainedLaw:
     parameters_decay: float = 5.309743
 
     def effective_tokens(self, tokens: float, unique_tokens: float) -> float:
-        """D': how many tokens seen once `tokens` are worth, when only `unique_tokens` of them are different."""
+        """Return D': the equivalent number of unique tokens, when only `unique_tokens` of `tokens` are different."""
         return _effective(_positive("tokens", tokens), _positive("unique_tokens", unique_tokens), self.tokens_decay)
 
     def effective_parameters(self, parameters: float, unique_tokens: float) -> float:
-        """N': what `parameters` are worth with so few tokens."""
+        """Return N': the equivalent number of parameters with so few tokens."""
         enough = self.law.optimal_parameters(unique_tokens)
         return _effective(_positive("parameters", parameters), enough, self.parameters_decay)
 
     def loss(self, parameters: float, tokens: float, unique_tokens: float) -> float:
-        """Nats a token of a model of `parameters` trained on `tokens`, `unique_tokens` of them different."""
+        """Return nats per token of a model of `parameters` trained on `tokens`, `unique_tokens` of them different."""
         unique = min(tokens, unique_tokens)
         return self.law.loss(self.effective_parameters(parameters, unique), self.effective_tokens(tokens, unique))
 
     def optimal(self, compute: float, unique_tokens: float) -> Allocation:
-        """Model size and tokens of least loss for `compute` FLOPs when there are but `unique_tokens`."""
+        """Return the model size and tokens with the lowest loss for `compute` FLOPs and only `unique_tokens`."""
         work = _positive("compute", compute) / FLOPS_A_PARAMETER
         start = math.log(self.law.optimal(compute).parameters)
 
@@ -265,7 +265,7 @@ MUENNIGHOFF = DataConstrainedLaw()
 
 
 def best_of_n_kl(n: int) -> float:
-    """KL divergence, in nats, of the best of n samples from the policy they are drawn from: log n - (n - 1) / n.
+    """Return the KL divergence, in nats, of the best of n samples from their policy: log n - (n - 1) / n.
 
     (Stiennon et al. 2020, arXiv:2009.01325, appendix G.3; an upper bound that is exact when no two samples tie.)
 
@@ -278,14 +278,14 @@ def best_of_n_kl(n: int) -> float:
 
 
 def _effective(amount: float, unique: float, decay: float) -> float:
-    """What `amount` is worth when what goes beyond `unique` loses its worth exponentially."""
+    """Return the effective amount, when the part beyond `unique` loses its value exponentially."""
     if amount <= unique:
         return amount
     return unique + unique * decay * -math.expm1((1 - amount / unique) / decay)
 
 
 def _minimum(function: Callable[[float], float], low: float, high: float, steps: int = 100) -> float:
-    """Where a function with a single valley is least, by golden-section search."""
+    """Return the minimum point of a unimodal function, by golden-section search."""
     ratio = (math.sqrt(5) - 1) / 2
     left, right = high - ratio * (high - low), low + ratio * (high - low)
     at_left, at_right = function(left), function(right)

@@ -1,4 +1,4 @@
-"""How a model is spread over devices: the degrees of each kind of parallelism, what they must divide, who runs it."""
+"""Layouts of a model over devices: the degrees of parallelism, what they must divide, and the engine that runs it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ from hfllm.errors import InputError
 from hfllm.scaling.shapes import Shape
 
 RECOMPUTE = ("none", "selective", "full")
-# Who runs a layout; accelerate launches all of them. The recipes run the first three as they are, the next two need a
-# model that is loaded for tensor parallelism, and Megatron-LM brings models of its own.
+# Engines of a layout; accelerate launches all of them. The recipes run the first three directly, the next two need a
+# model that is loaded for tensor parallelism, and Megatron-LM has its own models.
 SINGLE, DDP, DEEPSPEED, FSDP2, TENSOR, MEGATRON = "single", "ddp", "deepspeed", "fsdp2", "tensor", "megatron"
 RECIPES = (SINGLE, DDP, DEEPSPEED)
 
@@ -22,9 +22,9 @@ class Layout:
         tensor: devices over which each matrix is split (Shoeybi et al. 2019, arXiv:1909.08053).
         pipeline: stages of layers (Narayanan et al. 2021, arXiv:2104.04473).
         expert: devices, out of the `data` ones, over which experts are spread.
-        zero_stage: what is sharded over `data`: 1 optimizer states, 2 also gradients, 3 also weights (Rajbhandari et
+        zero_stage: sharding over `data`: 1 optimizer states, 2 also gradients, 3 also weights (Rajbhandari et
             al. 2019, arXiv:1910.02054); 0 nothing.
-        recompute: which activations are computed again in the backward pass: `"none"`, `"selective"` (attention
+        recompute: activations recomputed in the backward pass: `"none"`, `"selective"` (attention
             scores; Korthikanti et al. 2022, arXiv:2205.05198) or `"full"` (all but each layer's input).
         micro_batch: sequences that a device passes through the model at once.
         interleave: chunks of layers that each stage holds.
@@ -45,7 +45,7 @@ class Layout:
 
     @property
     def engine(self) -> str:
-        """Who runs it: `single`, `ddp`, `deepspeed`, `fsdp2`, `tensor` or `megatron`."""
+        """Return the engine that runs it: `single`, `ddp`, `deepspeed`, `fsdp2`, `tensor` or `megatron`."""
         if self.pipeline > 1 or self.expert > 1 or self.recompute == "selective":
             return MEGATRON
         if self.tensor > 1:
@@ -57,36 +57,37 @@ class Layout:
 
     @property
     def sequence_parallel(self) -> bool:
-        """Whether what tensor parallelism leaves whole is split along the sequence, as Megatron-LM does."""
+        """Return whether the activations that tensor parallelism leaves whole are split along the sequence."""
         return self.engine == MEGATRON and self.tensor > 1
 
     def micro_batches(self, global_batch_size: int) -> int:
-        """Passes of each replica in one step."""
+        """Return the passes of each replica per step."""
         return global_batch_size // (self.data * self.micro_batch)
 
     def attention_split(self, shape: Shape) -> int:
-        """Over how many devices attention is split: a single key-value head keeps it whole."""
+        """Return the number of devices that attention is split over: 1 with a single key-value head."""
         return self.tensor if shape.num_key_value_heads > 1 or self.tensor == 1 else 1
 
     def check(self, shape: Shape, devices: int, global_batch_size: int) -> None:
-        """Refuse what cannot run.
+        """Refuse a layout that cannot run.
 
         Raises:
-            InputError: naming what does not divide what.
+            InputError: naming the first problem.
         """
         for problem in self.problems(shape, devices, global_batch_size):
             raise InputError(problem)
 
     def problems(self, shape: Shape, devices: int, global_batch_size: int) -> Iterator[str]:
-        """What keeps the layout from running, a sentence each."""
+        """Yield the reasons why the layout cannot run, one sentence each."""
         if self.devices != devices:
             multiple = self.tensor * self.pipeline
             yield f"{self._degrees()} need a multiple of {multiple} devices, --num_devices is {devices}"
         yield from self._indivisible(shape, devices, global_batch_size)
         if self.engine == MEGATRON and self.zero_stage > 1:
             yield (
-                f"--zero_stage {self.zero_stage} does not go with {self._degrees()}, --expert_parallel {self.expert} "
-                f"and --recompute {self.recompute}: Megatron-LM, which runs that, shards the optimizer only"
+                f"--zero_stage {self.zero_stage} cannot be combined with {self._degrees()}, "
+                f"--expert_parallel {self.expert} and --recompute {self.recompute}: "
+                "Megatron-LM, which runs that, shards the optimizer only"
             )
         if self.zero_stage and self.data == 1:
             yield f"--zero_stage {self.zero_stage} has nothing to shard over: there is one replica"

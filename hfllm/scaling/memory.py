@@ -1,4 +1,4 @@
-"""Bytes that training takes on one device: weights, gradients, optimizer states, activations.
+"""Bytes that training needs on one device: weights, gradients, optimizer states, activations.
 
     device_memory(shape, Layout(data=8, zero_stage=2), PRECISIONS["bf16"], sequence_length=4096).peak
 
@@ -32,10 +32,10 @@ class Memory:
     """Bytes on the fullest device, by part.
 
     Args:
-        activations: what the forward pass keeps, and what one layer's backward pass needs besides.
+        activations: kept by the forward pass, and needed in addition by one layer's backward pass.
         logits: scores of the vocabulary, their softmax and their gradient.
-        buffers: of communication, and weights that ZeRO-3 gathers.
-        peak: the most that exists at once. Less than the sum of the parts where gradients come as activations go.
+        buffers: for communication, and for weights that ZeRO-3 gathers.
+        peak: largest total at any time. It is less than the sum of the parts if gradients replace activations.
     """
 
     weights: float
@@ -50,7 +50,7 @@ class Memory:
 def zero_state_bytes(
     num_parameters: float, data: int = 1, zero_stage: int = 0, precision: Precision = PRECISIONS["bf16"]
 ) -> dict[str, float]:
-    """Weights, gradients and optimizer states of one device (ZeRO, arXiv:1910.02054, figure 1)."""
+    """Return the bytes of weights, gradients and optimizer states of one device (ZeRO, arXiv:1910.02054, figure 1)."""
     return {
         "weights": num_parameters * precision.weights / (data if zero_stage >= 3 else 1),
         "gradients": num_parameters * precision.gradients / (data if zero_stage >= 2 else 1),
@@ -60,7 +60,7 @@ def zero_state_bytes(
 
 @dataclass(frozen=True)
 class _Stage:
-    """One device's part of a pipeline: its layers, its ends, and how many micro-batches are under way in it."""
+    """One device's part of a pipeline: its layers, its ends, and how many micro-batches are in progress in it."""
 
     layers: int
     is_first: bool
@@ -69,7 +69,7 @@ class _Stage:
 
 
 def _stages(shape: Shape, layout: Layout, micro_batches: int) -> Iterator[_Stage]:
-    """The fullest stages: the first, which holds most micro-batches, and the last, which holds the logits."""
+    """Yield the fullest stages: the first, which holds most micro-batches, and the last, which holds the logits."""
     if layout.pipeline == 1:
         yield _Stage(shape.num_hidden_layers, True, True, 1)
         return
@@ -81,12 +81,12 @@ def _stages(shape: Shape, layout: Layout, micro_batches: int) -> Iterator[_Stage
 
 
 def _stage_parameters(shape: Shape, layout: Layout, stage: _Stage) -> tuple[float, float]:
-    """Parameters on one device before any sharding over `data`: those of experts, and all others."""
+    """Return the parameters on one device before sharding over `data`: those of experts, and all others."""
     layer = shape.layer_parameters()
     attention = layer["attention"] / layout.attention_split(shape)
     dense = stage.layers * (attention + layer["mlp"] / layout.tensor + layer["router"] + layer["norms"])
     parts = shape.parameters()
-    # transformers' plans split the head alone, Megatron-LM both tables.
+    # transformers' plans split only the head, Megatron-LM both tables.
     table_split = layout.tensor if layout.engine == MEGATRON else 1
     if stage.is_first:
         dense += parts["embeddings"] / table_split + parts["positions"]
@@ -98,12 +98,12 @@ def _stage_parameters(shape: Shape, layout: Layout, stage: _Stage) -> tuple[floa
 
 
 def _buffers(shape: Shape, layout: Layout, precision: Precision, parameters: float) -> float:
-    """What the engine of a layout holds besides: gradient buckets, and the weights that ZeRO-3 has gathered."""
+    """Return the bytes of an engine's buffers: gradient buckets, and weights gathered by ZeRO-3."""
     layer = _layer_size(shape) / layout.tensor
     if layout.engine == DDP:
         return parameters * precision.gradients
     if layout.engine == FSDP2:
-        # The layer at work and the one fetched ahead, and the gradient of one.
+        # The current layer and the prefetched one, and the gradient of one.
         return layer * (2 * precision.compute + precision.gradients)
     if layout.engine == DEEPSPEED:
         bucket = _bucket(precision, parameters)
@@ -118,7 +118,7 @@ def _buffers(shape: Shape, layout: Layout, precision: Precision, parameters: flo
 
 
 def _bucket(precision: Precision, parameters: float) -> float:
-    """What DeepSpeed collects gradients in before it reduces them."""
+    """Return the size of DeepSpeed's bucket for gradients before it reduces them."""
     return min(REDUCE_BUCKET, parameters) * precision.gradients
 
 
@@ -131,14 +131,14 @@ def device_memory(
     attention: str = "flash",
     reserved: bool = True,
 ) -> Memory:
-    """Bytes on the fullest device of a layout.
+    """Return the memory of a layout's fullest device.
 
     Args:
-        sequence_length: tokens of a row.
-        micro_batches: passes of a replica in one step; with more than one, gradients stay between them.
+        sequence_length: tokens per row.
+        micro_batches: passes of a replica per step; with more than one, gradients are kept between them.
         attention: `"flash"` or `"eager"`, see `layer_activations`.
         reserved: whether `peak` counts the bucket of ZeRO-1 and 2 from the beginning, as an accelerator's memory does.
-            A CPU's is taken when it is written to, and the bucket fills while activations go.
+            A CPU's memory is used only once written, and the bucket fills while activations are freed.
 
     Raises:
         InputError: for another `attention`.
@@ -178,7 +178,7 @@ def _stage_memory(
     static = weights + optimizer + buffers - bucket
     # Megatron-LM and ZeRO-3 hold gradients in flat buffers, the others free them after each step.
     if layout.engine == DEEPSPEED and layout.zero_stage == 3:
-        # Its reduction copies the bucket, which is full when the activations are gone.
+        # Its reduction copies the bucket, which is full when all activations are freed.
         peak = static + gradients + max(kept + max(logits, at_work), _bucket(precision, dense + experts))
     elif micro_batches > 1 or layout.engine == MEGATRON:
         peak = static + gradients + kept + max(logits, at_work)
@@ -194,7 +194,7 @@ def _stage_memory(
 def _activation_bytes(
     stage: _Stage, shape: Shape, layout: Layout, precision: Precision, sequence_length: int, attention: str
 ) -> tuple[float, float]:
-    """What all micro-batches under way keep, and what the backward pass of one layer needs besides."""
+    """Return the bytes kept by all micro-batches in progress, plus those of one layer's backward pass."""
     tokens, hidden = layout.micro_batch * sequence_length, shape.hidden_size
     kept = tokens * stage.layers * layer_activations(shape, layout, precision, sequence_length, attention)
     if stage.is_last:

@@ -16,11 +16,11 @@ def minimize(
     """Minimize by BFGS with a line search by bisection, which also copes with kinks (Lewis and Overton 2013).
 
     Args:
-        objective: takes points (P, K) and the numbers (P,) of the problems that they belong to; returns values (P,)
+        objective: takes points (P, K) and the indices (P,) of their problems; returns values (P,)
             and gradients (P, K).
-        starts: one point a problem, (S, K).
-        steps: most iterations.
-        tolerance: a problem is solved when no component of its gradient is larger, or no step makes it smaller.
+        starts: one point per problem, (S, K).
+        steps: maximum number of iterations.
+        tolerance: a problem is solved when no component of its gradient is larger, or no step makes its value smaller.
 
     Returns:
         The points found, (S, K), and their values, (S,).
@@ -61,7 +61,7 @@ def _line_search(
     directions: numpy.ndarray,
     halvings: int = 40,
 ) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-    """A point on each ray that meets the weak Wolfe conditions; the start itself where no smaller value is found."""
+    """Return a point on each ray that meets the weak Wolfe conditions, or the start if no smaller value is found."""
     slopes = (gradients * directions).sum(1)
     length, low, high = numpy.ones(len(rows)), numpy.zeros(len(rows)), numpy.full(len(rows), numpy.inf)
     best_values, best_points, best_gradients = values.copy(), points.copy(), gradients.copy()
@@ -90,7 +90,7 @@ def _line_search(
 def _update(
     inverse: numpy.ndarray, rows: numpy.ndarray, moves: numpy.ndarray, turns: numpy.ndarray, first: bool
 ) -> None:
-    """The BFGS update of the inverse Hessians in place (Nocedal and Wright 2006, equation 6.17)."""
+    """Apply the BFGS update to the inverse Hessians in place (Nocedal and Wright 2006, equation 6.17)."""
     curvature = (moves * turns).sum(1)
     usable = curvature > 1e-300
     rows, moves, turns, curvature = rows[usable], moves[usable], turns[usable], curvature[usable]

@@ -1,4 +1,4 @@
-"""What `hfllm plan` reports: tables of layouts and memory, metrics, and how to launch the chosen layout."""
+"""The report of `hfllm plan`: tables of layouts and memory, metrics, and how to launch the chosen layout."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +32,7 @@ def parameter_rows(shape: Shape) -> list[dict[str, str]]:
 
 
 def listed(plans: Sequence[Plan], chosen: Plan, top: int) -> list[Plan]:
-    """Return the fastest, and the chosen one even if it is not among them."""
+    """Return the fastest plans, including the chosen one even if it is not among them."""
     first = list(plans[:top])
     return first if any(one is chosen for one in first) else [*first, chosen]
 
@@ -70,7 +70,7 @@ def memory_bars(chosen: Plan) -> Bars:
 
 
 def metrics(request: Request, plans: Sequence[Plan], chosen: Plan) -> dict[str, float]:
-    """Return the numbers by the names that docs/planner.md documents."""
+    """Return the metrics, named as in docs/planner.md."""
     shape, flops = request.shape, flops_per_token(request.shape, request.max_length)
     per_token, cache = sum(flops.values()), shape.kv_bytes_per_token()
     return {
@@ -93,7 +93,7 @@ def metrics(request: Request, plans: Sequence[Plan], chosen: Plan) -> dict[str, 
 
 
 def next_steps(chosen: Plan, request: Request, folder: str) -> list[str]:
-    """Return the line that launches the chosen layout by the files in `folder`."""
+    """Return the command that launches the chosen layout with the files in `folder`."""
     machines = -(-request.num_devices // request.device.per_node)
     among = " --machine_rank N --main_process_ip FIRST_MACHINE --main_process_port 29500" if machines > 1 else ""
     launch = f"--config_file {Path(folder) / ACCELERATE_FILE}{among}"
@@ -104,7 +104,7 @@ def next_steps(chosen: Plan, request: Request, folder: str) -> list[str]:
 
 
 def write_files(folder: str, files: Mapping[str, str]) -> None:
-    """Write files by name into `folder`, each whole or not at all.
+    """Write files by name into `folder`, each file atomically.
 
     Raises:
         InputError: when the folder cannot be made.

@@ -1,10 +1,10 @@
-"""Which layouts of a model over devices fit, ranked by how soon they would be done.
+"""Find the layouts of a model over devices that fit, ranked by training time.
 
     request = Request(shape, find_device("h100"), num_devices=64, max_length=4096, global_batch_size=1024)
     best, *others = plan(request)
     best.layout, best.memory, best.days
 
-What fits is the matter of memory.py, how soon that of speed.py.
+Memory is computed in memory.py, time in speed.py.
 """
 
 import math
@@ -22,9 +22,9 @@ from hfllm.scaling.memory import Memory, device_memory
 from hfllm.scaling.shapes import LARGEST, Shape
 from hfllm.scaling.speed import EFFICIENCY, Speed, estimate
 
-# What `hfllm pretrain` does without --loss_chunk_size, and what it cannot do under DeepSpeed's ZeRO-3.
+# The default of `hfllm pretrain`, which DeepSpeed's ZeRO-3 does not support.
 LOSS_CHUNK_SIZE = 1024
-# A smaller share is a slip, and would make numbers that are none.
+# A smaller share is a typing error, and would give infinite numbers.
 LEAST_SHARE = 1e-6
 MOST_TOKENS = 1e20
 # The rest is for the driver's context, communication libraries and fragments.
@@ -33,20 +33,20 @@ USABLE = 0.9
 
 @dataclass
 class Request:
-    """What is to be planned. Degrees that are `None` are searched; the others are held.
+    """A question to the planner. Degrees that are `None` are searched; the others are fixed.
 
     Args:
-        shape: of the model. Its `loss_chunk_size` holds for whoever can compute the loss so (`loss_chunk_size`).
-        device: of which there are `num_devices`.
-        max_length: tokens of a row.
-        global_batch_size: sequences of a step, over all devices.
-        tokens: to train on; `None` is 20 a parameter (Hoffmann et al. 2022, arXiv:2203.15556, approaches 1 and 2).
-        precision: `"bf16"`, `"fp16"` or `"fp32"`; how weights are kept in the first two depends on who runs a layout.
+        shape: of the model. Its `loss_chunk_size` applies to engines that support it (see `loss_chunk_size`).
+        device: one of `num_devices` equal devices.
+        max_length: tokens per row.
+        global_batch_size: sequences per step, over all devices.
+        tokens: to train on; `None` is 20 per parameter (Hoffmann et al. 2022, arXiv:2203.15556, approaches 1 and 2).
+        precision: `"bf16"`, `"fp16"` or `"fp32"`; how weights are stored in the first two depends on the engine.
         attention: `"flash"` or `"eager"`.
         efficiency: share of its peak that a device reaches in matrix products.
-        mfu: share of the peak that was measured, bubble and communication included; takes the estimate's place in
+        mfu: measured share of the peak, including bubble and communication; replaces the estimate in
             the days.
-        usable: share of a device's memory to fill.
+        usable: share of a device's memory to use.
 
     Raises:
         InputError: naming the flag of `hfllm plan`, for a number that is not finite or out of range, or a name that is
@@ -108,7 +108,7 @@ class Request:
         return default if self.shape.loss_chunk_size is None else self.shape.loss_chunk_size
 
     def loss_chunk_size(self, layout: Layout) -> int:
-        """Tokens whose logits exist at a time: the shape's, where a layout's engine can do that; 0 is all at once.
+        """Return the tokens per chunk of logits: the shape's, if a layout's engine supports it; 0 means all at once.
 
         Without the shape's it is the default of `hfllm pretrain`, for layouts that the recipes run.
         """
@@ -117,24 +117,24 @@ class Request:
         return self._chunk(LOSS_CHUNK_SIZE if layout.engine in RECIPES else 0)
 
     def shape_of(self, layout: Layout) -> Shape:
-        """The model with the `loss_chunk_size` of a layout."""
+        """Return the model's shape with the `loss_chunk_size` of a layout."""
         return self._shapes[self.loss_chunk_size(layout)]
 
     def dtype(self, layout: Layout) -> Precision:
-        """Mixed precision as a layout's engine has it: 16-bit weights with fp32 copies, or autocast of fp32 ones."""
+        """Return the precision of a layout's engine: 16-bit weights with fp32 copies, or autocast of fp32 ones."""
         is_autocast = layout.engine in (SINGLE, DDP, TENSOR) and self.precision != "fp32"
         return PRECISIONS[f"{self.precision}_autocast" if is_autocast else self.precision]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout with its cost.
+    """A layout with its memory and time.
 
     Args:
-        micro_batches: passes of each replica in a step.
-        bubble: idle time of the pipeline over the time of useful work.
-        mfu: the estimate's, or the one that was asked for.
-        days: to train on all tokens.
+        micro_batches: passes of each replica per step.
+        bubble: idle time of the pipeline over useful time.
+        mfu: estimated, or as given in the request.
+        days: days to train on all tokens.
     """
 
     layout: Layout
@@ -147,11 +147,11 @@ class Plan:
 
 
 def plan(request: Request) -> list[Plan]:
-    """The layouts that fit, fastest first; one for each way to spread the model, with its best settings.
+    """Return the layouts that fit, fastest first; one per way to spread the model, with its best settings.
 
     Raises:
-        InputError: when a held degree does not divide what it has to, or nothing fits; the message says what is
-            closest.
+        InputError: when a fixed degree does not divide what it must, or nothing fits; the message names the
+            closest layout.
     """
     found: dict[tuple, Plan] = {}
     problem, smallest = None, None
@@ -176,7 +176,7 @@ def plan(request: Request) -> list[Plan]:
             spread = (layout.data, layout.tensor, layout.pipeline, layout.expert, layout.zero_stage)
             if spread not in found or _order(one) < _order(found[spread]):
                 found[spread] = one
-            # Each part of the time is convex in the micro-batch: from where it falls no more, it does not fall again.
+            # Each part of the time is convex in the micro-batch: once it rises, it does not fall again.
             if one.speed.seconds > before * (1 - 1e-9):
                 break
             before = one.speed.seconds
@@ -194,19 +194,19 @@ def plan(request: Request) -> list[Plan]:
 
 
 def size_text(size: float) -> str:
-    """Bytes in a unit that makes them readable, such as 1.84 TiB."""
+    """Return bytes in a readable unit, such as 1.84 TiB."""
     units = ("bytes", "KiB", "MiB", "GiB", "TiB")
     power = min(int(math.log2(max(size, 1)) // 10), len(units) - 1)
     return f"{size / 2 ** (10 * power):,.{1 if power and size < 100 * 2 ** (10 * power) else 0}f} {units[power]}"
 
 
 def choose(plans: list[Plan]) -> Plan:
-    """The fastest of the layouts that the recipes run as they are, or the fastest of all if none is among them."""
+    """Return the fastest layout that the recipes can run, or the fastest of all if there is none."""
     return next((one for one in plans if one.layout.engine in RECIPES), plans[0])
 
 
 def _order(one: Plan) -> tuple:
-    # Of equally fast ones the simplest, which is the one that needs less of everything.
+    # Among equally fast ones choose the simplest, with the smallest degrees.
     layout = one.layout
     return (round(one.speed.seconds, 9), layout.zero_stage, layout.tensor * layout.pipeline, one.memory.peak)
 
@@ -231,9 +231,9 @@ def _cost(request: Request, layout: Layout, memory: Memory) -> Plan:
 
 
 def _groups(request: Request) -> Iterator[tuple[Layout, list[int]] | str]:
-    """Layouts that can run, each with the micro-batches that it can have, smallest first.
+    """Yield layouts that can run, each with its possible micro-batches, smallest first.
 
-    For each other combination of held and possible degrees a sentence that says what is wrong with it.
+    For each other combination of fixed and possible degrees, yield a sentence with the problem.
     """
     shape, devices = request.shape, request.num_devices
     tensors = _held(request.tensor_parallel) or _powers(request.device.per_node)
@@ -251,7 +251,7 @@ def _groups(request: Request) -> Iterator[tuple[Layout, list[int]] | str]:
 
 
 def _settings(request: Request, spread: Layout) -> Iterator[tuple[Layout, list[int]] | str]:
-    """A way to spread the model, with each way to recompute and to interleave."""
+    """Yield a way to spread the model, with each way to recompute and to interleave."""
     recomputes = ["none", "selective", "full"] if request.attention == "eager" else ["none", "full"]
     recomputes = _held(request.recompute) or recomputes
     interleaves = _held(request.interleave) or ([1, 2, 4] if spread.pipeline > 1 else [1])
@@ -259,7 +259,7 @@ def _settings(request: Request, spread: Layout) -> Iterator[tuple[Layout, list[i
     micro_batches = _divisors(rows)
     for recompute, interleave in product(recomputes, interleaves):
         layout = replace(spread, recompute=recompute, interleave=interleave)
-        # Those that leave a pipeline whole rounds of its stages, as interleaving needs.
+        # Those with whole rounds of the pipeline's stages, as interleaving needs.
         sizes = [size for size in micro_batches if interleave == 1 or rows // size % spread.pipeline == 0]
         sizes = _held(request.micro_batch_size) or sizes or [1]
         layout = replace(layout, micro_batch=sizes[0])
@@ -274,7 +274,7 @@ def _held(value: object) -> list | None:
 def _zero_stages(data: int, tensor: int, pipeline: int, expert: int) -> list[int]:
     if data == 1:
         return [0]
-    # Megatron-LM's choices, of which sharding costs nothing, and FSDP2's beside tensor parallelism.
+    # The choices of Megatron-LM, where sharding costs nothing, and of FSDP2 with tensor parallelism.
     if pipeline > 1 or expert > 1:
         return [1]
     return [1, 3] if tensor > 1 else [0, 1, 2, 3]

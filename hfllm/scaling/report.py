@@ -1,4 +1,4 @@
-"""What `hfllm scaling_laws` reports of a fit: metrics, tables, plots."""
+"""The report of `hfllm scaling_laws`: metrics, tables, plots."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ MOST_HELD_OUT, MOST_PARABOLAS = 30, 8
 
 @dataclass(frozen=True)
 class Study:
-    """A law that was tested before it is used.
+    """A law with a test on held-out runs.
 
     Args:
-        forecast: fitted without the held-out runs; what their losses are predicted by.
-        held_out: runs of more compute.
+        forecast: fitted without the held-out runs, to predict their losses.
+        held_out: runs with more compute.
         whole, whole_resampled: fitted to all runs.
         tolerance: see `isoflops`.
     """
@@ -37,21 +37,21 @@ class Study:
 
     @property
     def small(self) -> Fit:
-        """Chinchilla's law without the held-out runs."""
+        """Return Chinchilla's law, fitted without the held-out runs."""
         return self.forecast.fit
 
     @cached_property
     def budgets(self) -> list[IsoFlop]:
-        """IsoFLOP budgets among all runs."""
+        """Return the IsoFLOP budgets among all runs."""
         return isoflops(self.whole.runs, self.tolerance)
 
     @property
     def largest(self) -> float:
-        """Most compute of a run, in FLOPs."""
+        """Return the most compute of any run, in FLOPs."""
         return float(self.whole.runs.compute.max())
 
     def metrics(self) -> dict[str, float]:
-        """Numbers by the names that docs/scaling_laws.md explains."""
+        """Return the metrics, named as in docs/scaling_laws.md."""
         errors = self.forecast.errors(self.held_out)
         by_form = {
             f"held_out_error_{form}": float(abs(self.forecast.errors(self.held_out, form)).mean())
@@ -74,12 +74,12 @@ class Study:
         }
         fall = float(self.small.runs.losses.min() - self.held_out.losses.min())
         if len(self.held_out) == 1 and fall > 0:
-            # A loss that hardly moves is easily predicted: how much of its move was not.
+            # A loss that hardly changes is easy to predict: compute the error relative to its change.
             metrics["held_out_error_of_the_fall"] = metrics["held_out_error"] * float(self.held_out.losses[0]) / fall
         return metrics
 
     def tables(self, budgets: Sequence[float] | None = None) -> dict[str, list[dict[str, Any]]]:
-        """Titles and rows; `budgets` are FLOPs to divide, by default ten times the largest run's."""
+        """Return tables by title; `budgets` are FLOPs to divide, by default ten times the largest run's."""
         best, starts = self.whole.starts[1], self.whole.starts[0]
         return {
             f"Coefficients of Chinchilla's law (of the best {starts} starts, {best} end here)": self._coefficients(),
@@ -166,7 +166,7 @@ class Study:
         return rows
 
     def plots(self) -> dict[str, Plot]:
-        """Loss over compute, expected over measured losses, optimal sizes, and IsoFLOP parabolas if there are any."""
+        """Plot loss over compute, expected over measured losses, optimal sizes, and any IsoFLOP parabolas."""
         compute = numpy.geomspace(self.whole.runs.compute.min(), self.largest, 60)
         spent = [self.whole.law.optimal(each) for each in compute]
         groups = {"fitted runs": self.small.runs, "held-out runs": self.held_out}
@@ -214,7 +214,7 @@ class Study:
         for budget in (self.budgets[round(place)] for place in places):
             sizes = numpy.geomspace(budget.runs.parameters.min(), budget.runs.parameters.max(), 40)
             lines[f"{budget.compute:.2g} FLOPs"] = sizes, budget.loss(sizes)
-            # A label that begins with an underscore stays out of the legend.
+            # A label that begins with an underscore is not shown in the legend.
             points[f"_{budget.compute}"] = budget.runs.parameters, budget.runs.losses
         return Plot(
             "IsoFLOP parabolas", "parameters", "held-out loss, nats per token", lines, points=points, xscale="log"
@@ -222,12 +222,12 @@ class Study:
 
 
 def expected_loss(law: laws.ParametricLaw, spent: laws.Allocation) -> float:
-    """The loss that a budget is expected to reach."""
+    """Return the expected loss of a budget."""
     return law.loss(spent.parameters, spent.tokens)
 
 
 def formula(law: laws.ParametricLaw | laws.KaplanLaw) -> str:
-    """The law as it is written down."""
+    """Return the law as a formula."""
     if isinstance(law, laws.KaplanLaw):
         power = law.alpha_N / law.alpha_D
         return f"(({law.N_c:.4g} / N)^{power:.4g} + {law.D_c:.4g} / D)^{law.alpha_D:.4g}"

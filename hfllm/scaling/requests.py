@@ -1,4 +1,4 @@
-"""What `hfllm plan` is asked: its flags, and the shape, the device and the request that they describe."""
+"""The flags of `hfllm plan`, and the shape, the device and the request that they describe."""
 
 import importlib.util
 import json
@@ -27,39 +27,42 @@ class PlanArguments:
     device: str = field(
         default="h100", metadata={"help": "h100, h200, a100-80gb, a100-40gb, v100, rtx4090, or cpu: this machine."}
     )
-    device_memory_gb: float | None = field(default=None, metadata={"help": "Its memory, in GiB, if it is another."})
+    device_memory_gb: float | None = field(
+        default=None, metadata={"help": "The device's memory, in GiB, if it differs."}
+    )
     device_peak_tflops: float | None = field(
-        default=None, metadata={"help": "Its peak in the precision, in TFLOP/s without sparsity, if it is another."}
+        default=None,
+        metadata={"help": "The device's peak in the precision, in TFLOP/s without sparsity, if it differs."},
     )
     devices_per_node: int | None = field(
-        default=None, metadata={"help": "Devices of a machine, if not the usual; of a CPU, processes that share it."}
+        default=None, metadata={"help": "Devices per machine, if not the default; for a CPU, processes that share it."}
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a row; by default 2048, or the model's positions if it has fewer."}
+        default=None, metadata={"help": "Tokens per row; by default 2048, or the model's positions if it has fewer."}
     )
-    global_batch_size: int = field(default=3072, metadata={"help": "Rows of a step, over all devices."})
-    tokens: float | None = field(default=None, metadata={"help": "Tokens to train on; by default 20 a parameter."})
+    global_batch_size: int = field(default=3072, metadata={"help": "Rows per step, over all devices."})
+    tokens: float | None = field(default=None, metadata={"help": "Tokens to train on; by default 20 per parameter."})
     precision: str = field(default="bf16", metadata={"help": "bf16, fp16 or fp32."})
     attention: str = field(
-        default="flash", metadata={"help": "flash keeps no scores, as SDPA's kernels; eager keeps all of them."}
+        default="flash", metadata={"help": "flash keeps no scores, like SDPA's kernels; eager keeps all of them."}
     )
     loss_chunk_size: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens whose logits exist at a time, 0 is those of a micro-batch; by default the 1024 of "
-            "hfllm pretrain. DeepSpeed's ZeRO-3 and Megatron-LM have them all at once."
+            "help": "Tokens per chunk of logits, 0 means a whole micro-batch; by default the 1024 of "
+            "hfllm pretrain. DeepSpeed's ZeRO-3 and Megatron-LM do not use chunks."
         },
     )
     mfu: float | None = field(
-        default=None, metadata={"help": "Share of the peak that was measured; by default each layout's estimate."}
+        default=None, metadata={"help": "Measured share of the peak; by default each layout's estimate."}
     )
     efficiency: float = field(
         default=EFFICIENCY, metadata={"help": "Share of the peak that matrix products reach, for the estimate."}
     )
     usable_memory: float = field(
-        default=0.9, metadata={"help": "Share of the memory to fill; the rest is the driver's and for fragments."}
+        default=0.9, metadata={"help": "Share of the memory to use; the rest is for the driver and fragmentation."}
     )
-    tensor_parallel: int | None = field(default=None, metadata={"help": "Hold this degree instead of searching it."})
+    tensor_parallel: int | None = field(default=None, metadata={"help": "Fix this degree instead of searching it."})
     pipeline_parallel: int | None = field(default=None, metadata={"help": "Likewise: stages."})
     expert_parallel: int | None = field(default=None, metadata={"help": "Likewise: devices that share the experts."})
     zero_stage: int | None = field(default=None, metadata={"help": "Likewise: 0, 1, 2 or 3."})
@@ -72,7 +75,7 @@ class PlanArguments:
 
 
 def check(script_args: PlanArguments) -> None:
-    """Refuse an empty list, and a file in place of the output folder.
+    """Refuse an empty list, and an output folder that is a file.
 
     Raises:
         InputError: naming the flag.
@@ -81,7 +84,7 @@ def check(script_args: PlanArguments) -> None:
     if script_args.top < 1:
         raise InputError(f"--top {script_args.top} must be at least 1")
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output_dir {folder}: a file is there; expected a folder, or a name that is free")
+        raise InputError(f"--output_dir {folder}: a file is there; expected a folder or a new name")
 
 
 def model_shape(script_args: PlanArguments) -> tuple[str, Shape, Mapping[str, Any]]:
@@ -102,7 +105,7 @@ def model_shape(script_args: PlanArguments) -> tuple[str, Shape, Mapping[str, An
         name, source, fields = str(path), f"--config_path {file}", read_json(file)
     shape, chunk = Shape.from_config(fields, source), script_args.loss_chunk_size
     if chunk is not None and chunk < 0:
-        raise InputError(f"--loss_chunk_size {chunk} must be at least 0, which is all at once")
+        raise InputError(f"--loss_chunk_size {chunk} must be at least 0, which means all at once")
     return name, shape if chunk is None else replace(shape, loss_chunk_size=chunk), fields
 
 
@@ -129,7 +132,7 @@ def preset_fields(name: str) -> Mapping[str, Any]:
     Raises:
         InputError: for an unknown name, with the nearest known ones.
     """
-    # Run by itself: to import it from hfllm.models is to import transformers.
+    # Run as a separate file: importing it from hfllm.models would import transformers.
     folder = importlib.util.find_spec("hfllm.models").submodule_search_locations[0]
     presets = runpy.run_path(f"{folder}/presets.py")
     try:
@@ -142,7 +145,7 @@ def make_request(script_args: PlanArguments, shape: Shape) -> Request:
     """Return what to plan.
 
     Raises:
-        InputError: naming what is wrong.
+        InputError: naming the error.
     """
     held = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "zero_stage", "recompute", "micro_batch_size")
     same = ("num_devices", "global_batch_size", "tokens", "precision", "attention", "mfu", "efficiency")
@@ -153,10 +156,10 @@ def make_request(script_args: PlanArguments, shape: Shape) -> Request:
 
 
 def make_device(script_args: PlanArguments) -> Device:
-    """Return the device that was named, with what was given of another.
+    """Return the named device, with the given numbers in place of its own.
 
     Raises:
-        InputError: for a name that is not known, or a number that is not positive and finite.
+        InputError: for an unknown name, or a number that is not positive and finite.
     """
     given = {
         "memory": ("device_memory_gb", GIB),
@@ -171,6 +174,6 @@ def make_device(script_args: PlanArguments) -> Device:
             raise InputError(f"--{flag} {value} must be above 0, and at most {LARGEST:,}")
         if value is not None:
             changes[name] = value * unit
-    # Devices are each one's own, but the processes of a CPU share the machine.
+    # Each process has its own device, but the processes of a CPU share the machine.
     processes = max(1, min(script_args.devices_per_node or 1, script_args.num_devices))
     return replace(find_device(script_args.device, processes), **changes)

@@ -11,7 +11,7 @@ import numpy
 from hfllm.errors import InputError
 from hfllm.scaling.laws import FLOPS_A_PARAMETER
 
-# Names that columns go by, in small letters without spaces, dashes and underscores; the first is preferred.
+# Accepted names of columns, in lower case without spaces, dashes and underscores; the first is preferred.
 PARAMETERS = ("n", "parameters", "params", "nparams", "numparams", "numparameters", "modelsize", "size")
 TOKENS = ("d", "tokens", "ntokens", "numtokens", "trainingtokens", "traintokens", "tokenstrained", "datasetsize")
 COMPUTE = ("c", "flops", "flop", "compute", "trainingflop", "trainingflops")
@@ -50,21 +50,21 @@ class Runs:
 
     @property
     def columns(self) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-        """N, D and losses."""
+        """Return N, D and losses."""
         return self.parameters, self.tokens, self.losses
 
     @property
     def compute(self) -> numpy.ndarray:
-        """6 N D of each run, in FLOPs."""
+        """Return 6 N D of each run, in FLOPs."""
         return FLOPS_A_PARAMETER * self.parameters * self.tokens
 
     def subset(self, rows: Sequence[int] | numpy.ndarray) -> "Runs":
-        """The runs with these numbers."""
+        """Return the runs with these indices."""
         rows = numpy.asarray(rows, dtype=int)
         return Runs(self.parameters[rows], self.tokens[rows], self.losses[rows])
 
     def split_by_compute(self, share: float) -> tuple["Runs", "Runs"]:
-        """All but the `share` of the runs with the most compute (at least one), and those: what a law is for.
+        """Split off the `share` of runs with the most compute (at least one), which a law should predict.
 
         Raises:
             InputError: for a share outside (0, 1).
@@ -79,7 +79,7 @@ class Runs:
 def read_runs(
     path: str | Path, parameters: str | None = None, tokens: str | None = None, losses: str | None = None
 ) -> Runs:
-    """Runs from a CSV file with a header.
+    """Read runs from a CSV file with a header.
 
     Args:
         path: the file.
@@ -98,7 +98,7 @@ def read_runs(
             header = list(reader.fieldnames or [])
             rows = [(reader.line_num, row) for row in reader]
             for line, row in rows:
-                # Cells beyond the header; empty ones are a spreadsheet's trailing commas.
+                # Cells beyond the header; empty ones come from a spreadsheet's trailing commas.
                 if any(row.get(None, ())):
                     cells = len(header) + len(row[None])
                     raise InputError(
@@ -131,7 +131,7 @@ def _column(
     optional: bool = False,
     others: tuple[str, ...] = (),
 ) -> str | None:
-    """The column of the header that holds `what`."""
+    """Return the column of the header that holds `what`."""
     if given is not None:
         if given not in header:
             raise InputError(f"{file}: no column {given!r} for {what}; it has {', '.join(map(repr, header))}")
@@ -144,7 +144,7 @@ def _column(
     found, *others_found = next((plain[name] for name in known if name in plain), [None])
     if others_found:
         twice = ", ".join(map(repr, (found, *others_found)))
-        raise InputError(f"{file}: several columns for {what}: {twice}; keep one, or give them names of their own")
+        raise InputError(f"{file}: several columns for {what}: {twice}; keep one, or give them different names")
     if found is None and not optional:
         accepted = ", ".join((*others, *known))
         seen = ", ".join(map(repr, header)) or "no header"

@@ -1,4 +1,4 @@
-"""A model's shape: the sizes that decide its parameters, its FLOPs and its memory.
+"""A model's shape: the sizes that determine its parameters, its FLOPs and its memory.
 
     shape = Shape.from_config(preset("llama-2-70b"))      # or the content of a config.json
     shape.num_parameters(), shape.kv_bytes_per_token()
@@ -29,7 +29,7 @@ _GPT_NAMES = {
     "n_inner": "intermediate_size",
     "n_positions": "max_position_embeddings",
 }
-# model_type of a config.json: what its sizes are called if not as here, and what the type says without a field.
+# model_type of a config.json: its names of sizes if they differ, and the values implied by the type.
 FAMILIES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "hfllm": ({}, {}),
     "llama": ({}, {}),
@@ -48,7 +48,7 @@ CHOICES = {
     "mlp_type": ("gated", "plain"),
     "position_embedding_type": ("rope", "learned", "none"),
 }
-# Larger is a slip of the keyboard, and more than a float may hold.
+# A larger number is a typing error, and may overflow a float.
 LARGEST = 10**9
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
@@ -79,7 +79,7 @@ class Shape:
     """Sizes of a decoder. Unset sizes follow from the others, as in `HfllmConfig`.
 
     Args:
-        loss_chunk_size: tokens whose logits exist at a time; 0 is all at once, and `None` says nothing of it.
+        loss_chunk_size: tokens per chunk of logits; 0 means all at once, `None` leaves it open.
 
     Raises:
         InputError: when a size is missing, not positive, or does not divide another, or a value is of another type.
@@ -138,7 +138,7 @@ class Shape:
             )
 
     def _check_kinds(self) -> None:
-        """Refuse what is of another type than `HfllmConfig` takes: it would be counted as something else."""
+        """Refuse values of other types than `HfllmConfig` takes, which would be counted wrongly."""
         for name in (*_REQUIRED, "num_experts_per_tok"):
             self._check_size(name)
         self._check_size("num_local_experts", 0)
@@ -160,11 +160,11 @@ class Shape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str = "config") -> "Shape":
-        """The shape that a configuration describes.
+        """Return the shape that a configuration describes.
 
         Args:
             config: fields of `HfllmConfig`, or the content of a config.json of one of `FAMILIES`.
-            source: where it comes from, for messages.
+            source: its origin, for messages.
 
         Raises:
             InputError: for another `model_type`, a missing or an impossible size.
@@ -174,7 +174,7 @@ class Shape:
             raise InputError(f"{source}: model_type {kind!r} is not one of {', '.join(FAMILIES)}")
         names, implied = FAMILIES[kind]
         values = {**implied, **{names.get(name, name): value for name, value in config.items()}}
-        # Qwen's switch for a window, and the other name of the number of experts.
+        # Qwen's switch for a sliding window, and the other name of the number of experts.
         values.setdefault("num_local_experts", values.get("num_experts", 0))
         known = {item.name: values[item.name] for item in fields(cls) if values.get(item.name) is not None}
         missing = [name for name in _REQUIRED if name not in known]
@@ -189,12 +189,12 @@ class Shape:
 
     @property
     def query_size(self) -> int:
-        """Width of all query heads together."""
+        """Return the width of all query heads together."""
         return self.num_attention_heads * self.head_dim
 
     @property
     def key_size(self) -> int:
-        """Width of all key heads together, which is also that of the values."""
+        """Return the width of all key heads together, equal to that of the values."""
         return self.num_key_value_heads * self.head_dim
 
     @property
@@ -206,12 +206,12 @@ class Shape:
         return 1 if self.parallel_block and self.shared_norm else 2
 
     def layer_parameters(self) -> dict[str, int]:
-        """Parameters of one layer by part; `mlp` is the dense one, `experts` are all experts together."""
+        """Return the parameters of one layer by part; `mlp` is the dense one, `experts` are all experts together."""
         return dict(self._layer)
 
     @cached_property
     def _layer(self) -> dict[str, int]:
-        # A search over layouts asks for these thousands of times.
+        # Cached, since a search over layouts needs these thousands of times.
         hidden, width = self.hidden_size, self.intermediate_size
         norm = 2 if self.norm_type == "layernorm" and self.norm_bias else 1
         attention = hidden * (self.query_size + 2 * self.key_size) + self.query_size * hidden
@@ -227,7 +227,7 @@ class Shape:
         }
 
     def parameters(self) -> dict[str, int]:
-        """Parameters of the model by part. Tied embeddings are counted once, as embeddings."""
+        """Return the parameters of the model by part. Tied embeddings are counted once, as embeddings."""
         return dict(self._model)
 
     @cached_property
@@ -245,7 +245,7 @@ class Shape:
         }
 
     def num_parameters(self, active_only: bool = False) -> int:
-        """All parameters, tied ones once.
+        """Return the number of all parameters, tied ones counted once.
 
         Args:
             active_only: count only the experts that one token passes through.
@@ -256,12 +256,12 @@ class Shape:
         return sum(parts.values())
 
     def multiplied_parameters(self) -> int:
-        """Parameters that every token is multiplied with: neither tables that are looked up nor idle experts."""
+        """Return the parameters multiplied with every token: no tables that are looked up and no idle experts."""
         active = self.num_parameters(active_only=True)
         tables = self.parameters()
         looked_up = tables["positions"] + (0 if self.tie_word_embeddings else tables["embeddings"])
         return active - looked_up
 
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
-        """Bytes of the key-value cache for one token of one sequence, all layers: 2 l K D values."""
+        """Return the bytes of the key-value cache per token, over all layers: 2 l K D values."""
         return 2 * self.num_hidden_layers * self.key_size * bytes_per_value

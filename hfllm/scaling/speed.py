@@ -1,6 +1,6 @@
-"""How long a step takes, by counting: FLOPs, bytes through memory, pipeline bubble, and bytes between devices.
+"""Estimate the time of a step from FLOPs, memory traffic, pipeline bubble, and communication.
 
-An estimate for comparing layouts. Two constants are fitted to 14 published runs, which it gives to 12%
+An estimate for comparing layouts. Two constants are fitted to 14 published runs, which it reproduces within 12%
 (tests/scaling/test_speed.py): Narayanan et al. 2021 (arXiv:2104.04473, table 1) and Korthikanti et al. 2022
 (arXiv:2205.05198, table 5), 1.7 to 1008 billion parameters on 8 to 3072 A100.
 """
@@ -15,7 +15,7 @@ from hfllm.scaling.shapes import Shape
 
 # Share of its peak that a device reaches in large matrix products.
 EFFICIENCY = 0.68
-# How often everything between them, norms, activations and softmax, passes what a layer keeps through memory: once in
+# How often operations between them (norms, activations, softmax) move a layer's kept bytes through memory: once in
 # three of these forward, the rest backward.
 TRAVERSALS = 8.75
 
@@ -25,9 +25,9 @@ class Speed:
     """One step of a layout.
 
     Args:
-        seconds: of the step.
-        compute, bubble, communication: its parts: work, waiting for other stages, and waiting for bytes that no
-            work hides.
+        seconds: time of the step.
+        compute, bubble, communication: its parts: work, waiting for other stages, and communication that is
+            not overlapped.
         mfu, hfu: shares of the peak, without and with recomputation.
         tokens_per_second: of all devices.
     """
@@ -42,9 +42,9 @@ class Speed:
 
 
 def flops_per_token(shape: Shape, sequence_length: int, recompute: str = "none") -> dict[str, float]:
-    """FLOPs of training on one token: `layers`, `attention`, `head`, and what is computed `again`.
+    """Return the FLOPs of training on one token: `layers`, `attention`, `head`, and recomputation (`again`).
 
-    Two for each multiplied parameter and pass, three passes; attention scores as in PaLM's count, 12 L H Q T, in
+    Two per multiplied parameter and pass, three passes; attention scores as in PaLM's count, 12 L H Q T, in
     which every token attends to all others. Recomputed are one forward pass of the layers (`"full"`) or of the scores
     (`"selective"`).
     """
@@ -65,7 +65,7 @@ def estimate(
     attention: str = "flash",
     efficiency: float = EFFICIENCY,
 ) -> Speed:
-    """Time of one step on `global_batch_size` sequences.
+    """Estimate the time of one step on `global_batch_size` sequences.
 
     Args:
         attention: `"flash"` or `"eager"`, whose scores pass through memory.
@@ -77,7 +77,7 @@ def estimate(
     flops, peak = flops_per_token(shape, sequence_length, layout.recompute), device.peak(precision.name)
     tokens = layout.micro_batch * sequence_length
     passes = layout.micro_batches(global_batch_size)
-    # The last stage has the head besides its layers, and the others wait for it.
+    # The last stage also has the head, and the others wait for it.
     stage = (flops["layers"] + flops["attention"] + flops["again"]) / layout.pipeline + flops["head"]
     work = tokens * stage / (layout.tensor * peak * efficiency)
     work += tokens * _memory_traffic(shape, layout, precision, sequence_length, attention) / device.bandwidth
@@ -95,7 +95,7 @@ def estimate(
 
 
 def _memory_traffic(shape: Shape, layout: Layout, precision: Precision, sequence_length: int, attention: str) -> float:
-    """Bytes of one token that a device moves in its own memory between matrix products."""
+    """Return the bytes per token that a device moves in its own memory between matrix products."""
     keeping_all = replace(layout, recompute="none")
     options = precision, sequence_length, attention
     kept = layer_activations(shape, keeping_all, *options)
@@ -104,15 +104,15 @@ def _memory_traffic(shape: Shape, layout: Layout, precision: Precision, sequence
 
 
 def _bandwidth(device: Device, group: int) -> float:
-    """Bytes a second between neighbors in a group of so many devices that stand side by side."""
+    """Return the bytes per second between neighbors in a group of `group` adjacent devices."""
     return device.near if group <= device.per_node else device.far
 
 
 def _waiting_within(shape: Shape, layout: Layout, precision: Precision, device: Device, tokens: int) -> float:
-    """Seconds of one pass on tensor, expert and pipeline parallelism, which nothing hides."""
+    """Return the seconds per pass for tensor, expert and pipeline communication, which is not overlapped."""
     states = tokens * shape.hidden_size * precision.compute
     layers, seconds = shape.num_hidden_layers / layout.pipeline, 0.0
-    # Forward, backward, and forward again.
+    # Forward, backward, and recomputation.
     passes = 3 if layout.recompute == "full" else 2
     if layout.tensor > 1:
         blocks = 1 if shape.parallel_block else 2
@@ -130,7 +130,7 @@ def _waiting_within(shape: Shape, layout: Layout, precision: Precision, device: 
 def _waiting_for_replicas(
     shape: Shape, layout: Layout, precision: Precision, device: Device, passes: int, work: float
 ) -> float:
-    """Seconds of one step on gradients and sharded weights, beyond the work that goes on meanwhile."""
+    """Return the seconds per step for gradients and sharded weights, beyond the overlapping work."""
     if layout.data == 1:
         return 0.0
     layer = shape.layer_parameters()
@@ -141,7 +141,7 @@ def _waiting_for_replicas(
     gradients, weights = once * precision.gradients, once * precision.weights
     backward = work * 2 / 3
     if layout.zero_stage == 3:
-        # Weights are fetched for the forward and for the backward pass, of every micro-batch.
+        # Weights are gathered for the forward and the backward pass of every micro-batch.
         return passes * max(0.0, 2 * weights + gradients - work)
     if layout.engine == DDP or (layout.engine == MEGATRON and layout.zero_stage == 0):
         return max(0.0, 2 * gradients - backward)

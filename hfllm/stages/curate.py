@@ -21,7 +21,7 @@ Statistics = Sequence[tuple[str, float, Mapping[str, float]]]
 Rows = list[dict[str, object]]
 
 WORK = "unfinished"
-# The result depends on this besides the flags; `fingerprint` also covers a change of the dataset's own files.
+# Besides the flags, the result depends on this: see `fingerprint`, which also covers the dataset's own files.
 STATE = "state of the local files"
 NOT_DECISIVE = ("workers", "dataset_name changed at")
 LICENSES = {PYDOC: "PSF-2.0 (documentation of the Python standard library)"}

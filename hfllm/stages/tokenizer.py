@@ -25,7 +25,7 @@ class TokenizerArguments(TextArguments):
     objective: str = field(
         default="causal",
         metadata={
-            "help": "What pretraining will predict: 'masked' and 'infilling' have special tokens of their own.",
+            "help": "What pretraining will predict: 'masked' and 'infilling' need extra special tokens.",
             "choices": ["causal", "masked", "infilling"],
         },
     )

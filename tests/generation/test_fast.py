@@ -79,11 +79,11 @@ def test_a_row_of_padding_is_refused(make_target):
     ("options", "message"),
     [
         ({"num_beams": 2}, "num_beams=2"),
-        ({"repetition_penalty": 1.3}, "RepetitionPenaltyLogitsProcessor looks at the tokens before"),
+        ({"repetition_penalty": 1.3}, "RepetitionPenaltyLogitsProcessor depends on earlier tokens"),
         ({"max_time": 3.0}, "max_time=3.0"),
         ({"stopping_criteria": [lambda *_, **__: False]}, "cannot be combined with fast_generate"),
         ({"return_dict_in_generate": True}, "return_dict_in_generate=True"),
-        ({"cache_implementation": "static"}, "keeps a cache of its own"),
+        ({"cache_implementation": "static"}, "has its own cache"),
         ({"draft": "int9"}, "draft 'int9'"),
     ],
 )

@@ -252,7 +252,7 @@ def test_options_come_from_where_generate_takes_them(make_target, prompts):
     [
         ({"num_beams": 2}, "num_beams=2"),
         ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
-        ({"repetition_penalty": 1.3}, "RepetitionPenaltyLogitsProcessor looks at the tokens before"),
+        ({"repetition_penalty": 1.3}, "RepetitionPenaltyLogitsProcessor depends on earlier tokens"),
         ({"min_new_tokens": 3}, "MinNewTokensLengthLogitsProcessor"),
         ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor"),
         ({"encoder_repetition_penalty": 50.0}, r"encoder_repetition_penalty=50\.0"),
@@ -274,7 +274,7 @@ def test_options_that_cannot_be_respected_are_refused(options, message, make_tar
 @pytest.mark.parametrize("setting", ["packed=False", "compile=True"])
 def test_the_int8_draft_needs_a_packed_target(setting, make_target, prompts):
     name, _, value = setting.partition("=")
-    with pytest.raises(InputError, match=f"the int8 draft does not go with {setting}"):
+    with pytest.raises(InputError, match=f"the int8 draft cannot be combined with {setting}"):
         speculative_generate(
             make_target().float(), Int8Draft(), *prompts(1), max_new_tokens=4, **{name: value == "True"}
         )

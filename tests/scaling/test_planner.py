@@ -193,7 +193,7 @@ def test_who_runs_it(layout, engine):
         ({"expert_parallel": 2}, "--expert_parallel 2: the model has no experts"),
         (
             {"pipeline_parallel": 2, "zero_stage": 3},
-            "--zero_stage 3 does not go with --tensor_parallel 1 and --pipeline_parallel 2",
+            "--zero_stage 3 cannot be combined with --tensor_parallel 1 and --pipeline_parallel 2",
         ),
         ({"num_devices": 1, "zero_stage": 2}, "--zero_stage 2 has nothing to shard over: there is one replica"),
         ({"interleave": 2, "pipeline_parallel": 1}, "--interleave 2 needs a pipeline"),

@@ -74,7 +74,7 @@ def test_what_vllm_does_not_know_is_refused(make_trainer, with_engine):
         ("typical_p", 0.5),
         ("no_repeat_ngram_size", 2),
     ):
-        with pytest.raises(InputError, match=f"use_vllm=True does not go with {name} of generation_kwargs"):
+        with pytest.raises(InputError, match=f"use_vllm=True cannot be combined with {name} of generation_kwargs"):
             make_trainer(use_vllm=True, generation_kwargs={name: value, "top_p": 0.9})
     make_trainer(use_vllm=True, generation_kwargs={"do_sample": True, "typical_p": 1.0})
 

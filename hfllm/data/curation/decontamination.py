@@ -1,8 +1,8 @@
-"""Overlap with evaluation sets: a training document must not hold what a model will be tested on.
+"""Overlap with evaluation sets: a training document must not contain test data.
 
 As GPT-3 did (Brown et al. 2020, arXiv:2005.14165, appendix C): a document is contaminated when it shares a run of 13
 words with an evaluation text, without case and punctuation. Evaluation texts of 8 to 12 words count as one run of
-their own length; shorter ones are too common to tell anything, and are left out.
+their own length; shorter ones are too common, and are left out.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,11 +21,11 @@ SHORTEST = 8
 class DecontaminationFilter(BaseFilter):
     """Drops documents that share an n-gram with one of `texts`.
 
-    Holds 8 bytes for each n-gram of the evaluation texts and 8 MB for each length: gsm8k's training set takes 60 MB.
+    It takes 8 bytes per n-gram of the evaluation texts and 8 MB per length: gsm8k's training set takes 60 MB.
 
     Args:
-        texts: of the evaluation sets.
-        n: words in a row.
+        texts: texts of the evaluation sets.
+        n: words per n-gram.
     """
 
     name = "decontamination"
@@ -48,7 +48,7 @@ class DecontaminationFilter(BaseFilter):
 
 
 class _HashSet:
-    """uint64 values as a sorted array, behind a table of their low bits that settles most look-ups at once."""
+    """Set of uint64 values as a sorted array, with a table of their low bits that answers most look-ups at once."""
 
     MASK = np.uint64((1 << 23) - 1)
 
@@ -65,9 +65,9 @@ class _HashSet:
 
 
 def evaluation_texts(names: Sequence[str]) -> list[str]:
-    """The texts of evaluation sets: for each row its strings, one by one and joined in the order of the columns.
+    """Return the texts of evaluation sets: the strings of each row, one by one and joined in column order.
 
-    Joined, a question and its answer are found also where the run of words crosses from one to the other.
+    Joining finds also a run of words that crosses from a question to its answer.
 
     Args:
         names: files (jsonl, json, csv, tsv, parquet, txt, or jsonl.gz), folders or Hub ids.

@@ -1,11 +1,11 @@
 """Exact and near duplicates, across all tasks, on disk.
 
-Near duplicates by MinHash (Broder 1997) with banding: a signature of 14 bands of 8 hashes over shingles of 5 words
-makes documents of Jaccard similarity s candidates with probability 1 - (1 - s^8)^14, that is 0.5 at s = 0.69 and 0.92
+Near duplicates: MinHash (Broder 1997) with banding: a signature of 14 bands of 8 hashes over shingles of 5 words
+makes documents of Jaccard similarity s candidates with probability 1 - (1 - s^8)^14, i.e. 0.5 at s = 0.69 and 0.92
 at 0.8. These are datatrove's MinHash stages: signatures are sorted on disk, bands are merged as sorted files, and only
 documents that have a duplicate are ever held in memory. Two parts are ours. Signatures are computed from arrays of
 word hashes, without a word tokenizer to install; and the hash of the whole text is one more band, so that exact
-duplicates, short ones too, are found by the same merge and counted for themselves.
+duplicates, short ones too, are found by the same merge and counted separately.
 """
 
 import time
@@ -29,7 +29,7 @@ ROWS = 1 << 12
 
 
 def minhash_config(options: CurationOptions) -> MinhashConfig:
-    """datatrove's settings; the last band is that of exact duplicates."""
+    """Return datatrove's settings; the last band is for exact duplicates."""
     return MinhashConfig(
         n_grams=options.minhash_ngram,
         num_buckets=options.minhash_buckets + 1,
@@ -40,7 +40,7 @@ def minhash_config(options: CurationOptions) -> MinhashConfig:
 
 
 class _NoTokenizer(WordTokenizer):
-    """Stands in for a word tokenizer, which would have to be installed: words are split by our regular expression."""
+    """Placeholder for a word tokenizer, which would need an install: words are split by our regular expression."""
 
     def word_tokenize(self, text: str) -> list[str]:
         raise NotImplementedError
@@ -51,7 +51,7 @@ class _NoTokenizer(WordTokenizer):
 class DuplicateSignature(MinhashDedupSignature):
     """Writes each document's signature, by datatrove's first MinHash stage.
 
-    Statistics: `seconds`, the time for signatures alone; datatrove's own measure holds that of the steps before, too.
+    Statistics: `seconds`, the time for only the signatures; datatrove's own measure includes that of earlier steps.
     """
 
     name = "signatures"
@@ -63,21 +63,21 @@ class DuplicateSignature(MinhashDedupSignature):
         self._factors = rng.integers(0, 1 << 63, count, np.uint64) * np.uint64(2) + np.uint64(1)
 
     def get_shingles(self, text: str) -> np.ndarray:
-        """Hashes of the text's different shingles, after the hash of all its words in their order. (1 + shingles,).
+        """Return the hash of the whole text, then the hashes of its different shingles. (1 + shingles,).
 
         A text of fewer words than two shingles is compared by its single words.
         """
         self._began = time.perf_counter()
         hashes = word_hashes(text)
         whole = hash_words(hashes)
-        # In a text of one or two shingles any change would leave nothing in common.
+        # With one or two shingles any change would leave none in common.
         size = self.config.n_grams if len(hashes) >= 2 * self.config.n_grams else 1
         return np.concatenate([whole, np.unique(ngram_hashes(hashes, size))])
 
     def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
-        """The hashes of each band, the exact one last."""
+        """Return the hashes of each band, the exact one last."""
         least = np.full(len(self._factors), np.iinfo(np.uint64).max)
-        # In blocks, or a long document would take a row of 112 hashes for each of its words at once.
+        # In blocks, since a long document would need 112 hashes per word at once.
         for start in range(1, len(shingles), ROWS):
             np.minimum(least, (shingles[start : start + ROWS, None] * self._factors).min(axis=0), out=least)
         bands = np.minimum(mix(least) >> np.uint64(3), LARGEST).reshape(self.config.num_buckets - 1, -1)
@@ -89,12 +89,12 @@ class DuplicateSignature(MinhashDedupSignature):
 class MarkDuplicates(PipelineStep):
     """Groups the pairs of all bands, keeps the first document of each group and lists the others for each task.
 
-    The first is that of the lowest task and place, so the result does not depend on chance; documents that repeat an
-    earlier one word for word are listed apart. Takes about 200 bytes for each document that has a duplicate.
+    The first is that with the lowest task and position, so the result is deterministic; documents that repeat an
+    earlier one word for word are listed separately. It takes about 200 bytes per document with a duplicate.
 
     Args:
-        input_folder: of `MinhashDedupBuckets`' pairs.
-        output_folder: where `<task>.exact.npy` and `<task>.near.npy` go, sorted places of documents.
+        input_folder: folder of the pairs from `MinhashDedupBuckets`.
+        output_folder: where `<task>.exact.npy` and `<task>.near.npy` go, sorted positions of documents.
         exact, near: which kinds to remove.
     """
 
@@ -132,7 +132,7 @@ class MarkDuplicates(PipelineStep):
 
 
 def _first_of_group(pairs) -> dict:
-    """The least member of each node's group, for all nodes that occur in `pairs`."""
+    """Return the lowest member of each node's group, for all nodes in `pairs`."""
     parent: dict = {}
 
     def root(node):
@@ -151,7 +151,7 @@ def _first_of_group(pairs) -> dict:
 class DuplicateFilter(BaseFilter):
     """Drops the documents of one kind (`exact` or `near`) that `MarkDuplicates` listed.
 
-    Reads each document's place from `metadata["place"]`.
+    It reads each document's position from `metadata["place"]`.
     """
 
     def __init__(self, folder: str, kind: str, exclusion_writer=None):
@@ -169,6 +169,6 @@ class DuplicateFilter(BaseFilter):
 
 
 def marked(folder: str, kind: str, rank: int) -> set[int]:
-    """Places of a task's documents that are listed as duplicates of one kind."""
+    """Return the positions of a task's documents that are listed as duplicates of one kind."""
     path = Path(folder) / f"{rank:05d}.{kind}.npy"
     return set(np.load(path, allow_pickle=False).tolist()) if path.is_file() else set()

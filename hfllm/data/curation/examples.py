@@ -1,4 +1,4 @@
-"""A few of the documents that a step dropped, kept for the report."""
+"""Examples of the documents that a step dropped, for the report."""
 
 import json
 from collections import Counter
@@ -10,12 +10,12 @@ EXCERPT = 300
 
 
 class Examples:
-    """Stands where datatrove's filters take a writer for what they drop, and keeps the first few of each reason.
+    """Writer for the documents that datatrove's filters drop, which keeps the first few per reason.
 
     Args:
         folder: where `<step>-<rank>.json` goes when the step ends.
         step: the step's name.
-        most: documents for each reason.
+        most: documents per reason.
     """
 
     def __init__(self, folder: str, step: str, most: int):
@@ -34,7 +34,7 @@ class Examples:
             path.write_text(json.dumps(self.rows), encoding="utf-8")
 
     def write(self, document: Document, rank: int = 0) -> None:
-        """Note a dropped document; its reason is in `metadata["filter_reason"]`."""
+        """Record a dropped document; its reason is in `metadata["filter_reason"]`."""
         reason = document.metadata.get("filter_reason", self.step)
         self.rank = rank
         self.counts[reason] += 1
@@ -44,5 +44,5 @@ class Examples:
 
 
 def read_examples(folder: str | Path) -> list[dict[str, str]]:
-    """All rows that were written to `folder`, in the order of step names and ranks."""
+    """Return all rows written to `folder`, ordered by step name and rank."""
     return [row for path in sorted(Path(folder).glob("*.json")) for row in json.loads(path.read_text("utf-8"))]

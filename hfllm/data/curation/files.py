@@ -1,7 +1,7 @@
-"""How each kind of file is read: one document at a time, in memory that does not grow with the file.
+"""Read each kind of file one document at a time, in memory that does not grow with the file.
 
-Every reader yields `(place, text, reason)`: a place in the file such as `line 3`, and either the text or, for what
-cannot be a document, the reason why not. A file that is damaged further on ends in such a reason too.
+Every reader yields `(place, text, reason)`: a position in the file such as `line 3`, and either the text or, for what
+cannot be a document, the reason. A damaged file also ends with such a reason.
 """
 
 import csv
@@ -22,7 +22,7 @@ CHUNK = 1 << 20
 
 
 def read_documents(item: Input, options: CurationOptions) -> Iterator[Item]:
-    """The documents of one input file."""
+    """Yield the documents of one input file."""
     if Path(item.path).stat().st_size == 0:
         yield "file", None, "empty_file"
         return
@@ -49,7 +49,7 @@ def _read_stream(stream: IO[bytes], kind: str, options: CurationOptions) -> Iter
 
 
 def bounded_lines(stream: IO[bytes], limit: int) -> Iterator[bytes | None]:
-    """Lines with their ends; `None` stands for one of more than `limit` bytes, which is skipped in small steps."""
+    """Yield lines with their ends; `None` stands for a line over `limit` bytes, which is skipped in small steps."""
     while line := stream.readline(limit + 1):
         if len(line) > limit and not line.endswith(b"\n"):
             while (rest := stream.readline(CHUNK)) and not rest.endswith(b"\n"):
@@ -60,7 +60,7 @@ def bounded_lines(stream: IO[bytes], limit: int) -> Iterator[bytes | None]:
 
 
 def decoded(place: str, raw: bytes) -> Item:
-    """A document from its bytes, which have to be UTF-8."""
+    """Decode a document from its bytes, which must be UTF-8."""
     try:
         return place, raw.decode("utf-8"), None
     except UnicodeDecodeError:
@@ -68,7 +68,7 @@ def decoded(place: str, raw: bytes) -> Item:
 
 
 def _text(lines: Iterable[bytes | None], options: CurationOptions) -> Iterator[Item]:
-    """A .txt file as lines, as passages of whole paragraphs, or as one document."""
+    """Yield a .txt file as lines, as passages of whole paragraphs, or as one document."""
     if options.txt_documents == "line":
         for number, line in enumerate(lines, 1):
             if line is None:
@@ -77,7 +77,7 @@ def _text(lines: Iterable[bytes | None], options: CurationOptions) -> Iterator[I
                 yield decoded(f"line {number}", _trimmed([line]))
         return
     whole = options.txt_documents == "file"
-    # A file is one passage that must not fill up.
+    # A whole file is one passage without a size limit.
     least = options.max_document_bytes if whole else options.passage_bytes
     most = least if whole else 2 * least
     passage, size, first = [], 0, 1
@@ -100,7 +100,7 @@ def _text(lines: Iterable[bytes | None], options: CurationOptions) -> Iterator[I
 
 
 def _trimmed(lines: list[bytes]) -> bytes:
-    """Lines as one text with plain line ends, without the mark that may begin a file, and no empty lines around it."""
+    """Join lines with plain line ends, without a byte order mark and without empty lines around the text."""
     return b"".join(lines).removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").strip(b"\n")
 
 
@@ -137,7 +137,7 @@ def _table(lines: Iterable[bytes | None], kind: str, options: CurationOptions) -
             if line is None:
                 too_long += 1
             else:
-                # Bytes that are not UTF-8 become surrogates, by which the reader finds them in the cell.
+                # Bytes that are not UTF-8 become surrogates, by which the reader detects them in the cell.
                 yield line.decode("utf-8-sig" if number == 0 else "utf-8", errors="surrogateescape")
 
     csv.field_size_limit(options.max_document_bytes)
@@ -182,13 +182,13 @@ def _cell(cell, limit: int) -> tuple[str | None, str | None]:
 
 
 def _warc(item: Input, options: CurationOptions) -> Iterator[Item]:
-    """Responses and extracted texts of a web archive, through datatrove's reader; HTML becomes its text."""
+    """Yield responses and extracted texts of a web archive, by datatrove's reader; HTML is converted to text."""
     from datatrove.pipeline.readers import WarcReader
     from warcio.exceptions import ArchiveLoadFailed
 
     path = Path(item.path)
     try:
-        # Not decompressed by datatrove: warcio does so record by record, and a cut costs the last record only.
+        # Not decompressed by datatrove: warcio does so per record, and a truncated file loses only its last record.
         for document in WarcReader(str(path.parent), compression=None).read_file(path.name):
             text = document.text
             if len(text) > options.max_document_bytes:

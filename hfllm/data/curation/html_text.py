@@ -1,7 +1,7 @@
 """The text of a web page: a plain extractor on the standard library's parser.
 
-It leaves out what is never prose (scripts, styles, navigation, forms, headers and footers of a page) and breaks lines
-at block elements. It does not find the main content as trafilatura does; what else stays is for the quality filters.
+It drops what is never prose (scripts, styles, navigation, forms, headers and footers of a page) and breaks lines
+at block elements. It does not find the main content as trafilatura does; the quality filters judge the rest.
 """
 
 import re
@@ -18,12 +18,12 @@ _HTML = re.compile(r"<!doctype html|<html|<head|<body", re.IGNORECASE)
 
 
 def looks_like_html(text: str) -> bool:
-    """Whether a document begins as a web page does."""
+    """Return whether a document begins like a web page."""
     return _HTML.search(text[:2000]) is not None
 
 
 def html_to_text(html: str) -> str:
-    """Visible text, a line for each block element and an empty line between paragraphs."""
+    """Return the visible text, with a line per block element and an empty line between paragraphs."""
     parser = _TextParser()
     parser.feed(html)
     parser.close()
@@ -46,7 +46,7 @@ class _TextParser(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         if tag in self.skipping:
-            # Tags that were left open inside end with it.
+            # Unclosed tags inside end with it.
             del self.skipping[self.skipping.index(tag) :]
         self._break(tag)
 

@@ -1,6 +1,6 @@
-"""What a dataset name means to curation: which files, and that each can be read at all.
+"""Find the files of a dataset name, and check that each can be read.
 
-Everything that a user can mend is refused here, before the first document is read.
+Every error that a user can fix is reported here, before the first document is read.
 """
 
 import csv
@@ -25,12 +25,12 @@ PEEK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Input:
-    """One thing to read.
+    """One input to read.
 
     Args:
         kind: an ending out of `ENDINGS`, `pydoc` or `hub`.
         path: the file, or the id of the dataset on the Hub.
-        name: how reports and document ids call it.
+        name: its name in reports and document ids.
     """
 
     kind: str
@@ -43,10 +43,10 @@ class Input:
 
 
 def find_inputs(options: CurationOptions) -> list[Input]:
-    """The inputs that `options.dataset_name` stands for, in the order of their names.
+    """Return the inputs of `options.dataset_name`, in the order of their names.
 
     Raises:
-        InputError: when nothing is there, a file cannot be read, or a table has no column of text.
+        InputError: when nothing is found, a file cannot be read, or a table has no column of text.
     """
     name = options.dataset_name
     if name == PYDOC:
@@ -71,18 +71,18 @@ def find_inputs(options: CurationOptions) -> list[Input]:
 
 
 def ignored_files(options: CurationOptions) -> list[str]:
-    """Files of the dataset's folder whose kind is not read, but for hidden ones."""
+    """Return files of the dataset's folder whose kind is not read, except hidden ones."""
     files = sorted(path for path in Path(options.dataset_name).rglob("*") if path.is_file() and not ending_of(path))
     return [str(path) for path in files if not path.name.startswith(".")]
 
 
 def ending_of(path: Path) -> str:
-    """The longest of `ENDINGS` that the file's name ends in, else an empty string."""
+    """Return the longest of `ENDINGS` that the file's name ends in, else an empty string."""
     return max((ending for ending in ENDINGS if path.name.lower().endswith(ending)), key=len, default="")
 
 
 def text_column(columns: Sequence[str], wanted: str | None) -> str | None:
-    """The column that holds the text, or `None`."""
+    """Return the column that holds the text, or `None`."""
     return next((name for name in ([wanted] if wanted else TEXT_COLUMNS) if name in columns), None)
 
 
@@ -101,7 +101,7 @@ def _check(item: Input, wanted: str | None) -> None:
 
 
 def _columns(item: Input) -> list[str] | None:
-    """The columns of a table; `None` where the format has none, or the file's beginning does not show them."""
+    """Return the columns of a table; `None` if the format has none, or the file's beginning does not show them."""
     if item.kind == ".parquet":
         import pyarrow
         import pyarrow.parquet
@@ -129,7 +129,7 @@ def _columns(item: Input) -> list[str] | None:
 
 
 def delimiter_of(kind: str) -> str:
-    """Of a .csv or .tsv file."""
+    """Return the delimiter of a .csv or .tsv file."""
     return "\t" if kind.startswith(".tsv") else ","
 
 

@@ -1,4 +1,4 @@
-"""A byte n-gram model in a few numpy tables: a small, quick judge of how ordinary a text is, for any language."""
+"""A byte n-gram model in a few numpy tables: a small, fast measure of how ordinary a text is, for any language."""
 
 from collections.abc import Iterable
 
@@ -8,14 +8,14 @@ from hfllm.data.curation.text import mix
 
 ORDER = 5
 TABLE_BITS = 20
-LONGEST = 20_000  # bytes of a document that are scored; more would hardly change its mean
+LONGEST = 20_000  # bytes of a document to score; more would hardly change the mean
 
 
 class ByteNgramModel:
-    """Interpolated Witten-Bell smoothing (Witten and Bell 1991) over byte 1- to 5-grams.
+    """Byte 1- to 5-grams with interpolated Witten-Bell smoothing (Witten and Bell 1991).
 
-    An n-gram's count stands at its hash in a table of 2**20 places. Distinct n-grams may share one, so the values are
-    scores rather than exact probabilities, and training is a matter of seconds for a few megabytes. 12 MB an order.
+    An n-gram's count is stored by hash in a table of 2**20 entries. Distinct n-grams may share one, so the values are
+    scores rather than exact probabilities, and training takes seconds for a few megabytes. 12 MB per order.
 
     Args:
         texts: to count, held in memory while counting.
@@ -34,7 +34,7 @@ class ByteNgramModel:
             self.contexts.append(np.stack([totals, kinds], axis=1).astype(np.float32))
 
     def bits_per_byte(self, text: str) -> float:
-        """Mean surprise of a text's bytes, in bits; 2 to its power is the perplexity of a byte."""
+        """Return the mean bits per byte of a text; 2 to this power is the perplexity per byte."""
         data = np.frombuffer(text.encode()[:LONGEST], np.uint8)
         if not len(data):
             return 0.0
@@ -43,7 +43,7 @@ class ByteNgramModel:
         for order in range(1, ORDER + 1):
             places = _places(codes[order])
             total, kinds = self.contexts[order - 1][before[: len(places)]].T
-            # An order's n-grams end at bytes from its own length on; before, the lower order's chances stand.
+            # An order's n-grams begin after its own length; before that, the lower order's probabilities are kept.
             tail = chances[len(chances) - len(places) :]
             mixed = (self.counts[order - 1][places] + kinds * tail) / np.maximum(total + kinds, 1)
             np.copyto(tail, mixed, where=total > 0)
@@ -52,12 +52,12 @@ class ByteNgramModel:
 
 
 def _codes(data: np.ndarray) -> list[np.ndarray]:
-    """n-grams of orders 0 to `ORDER` as numbers; that of order n of shape (bytes - n + 1,), uint64."""
+    """Return the n-grams of orders 0 to `ORDER` as numbers; those of order n have shape (bytes - n + 1,), uint64."""
     codes = [np.zeros(len(data) + 1, np.uint64)]
     for order in range(1, ORDER + 1):
         count = max(0, len(data) - order + 1)
         codes.append((codes[-1][:count] << np.uint64(8)) | data[order - 1 : order - 1 + count])
-    # Orders do not share places: a byte of the order's number goes in front.
+    # Orders do not share entries: a byte with the order's number is put in front.
     return [code | np.uint64((order + 1) << 48) for order, code in enumerate(codes)]
 
 

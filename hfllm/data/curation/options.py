@@ -1,4 +1,4 @@
-"""Every setting of curation. Importing this needs no extra."""
+"""Every setting of curation. Importing this module needs no extra packages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,10 +22,10 @@ def _option(default, help: str):
 
 @dataclass(frozen=True)
 class CurationOptions:
-    """What is read, what is dropped, and how the work is cut up. The defaults suit English web text.
+    """Settings of what is read, what is dropped, and how the work is divided. The defaults suit English web text.
 
     Raises:
-        InputError: for a value that makes no sense.
+        InputError: for a value out of range.
     """
 
     dataset_name: str = _option(
@@ -33,40 +33,40 @@ class CurationOptions:
     )
     dataset_train_split: str = _option("train", "Split of a Hub dataset to read.")
     text_column: str | None = _option(None, "Column of the text; by default 'text', else 'content'.")
-    txt_documents: str = _option("passage", "What one document of a .txt file is: passage, line or file.")
+    txt_documents: str = _option("passage", "Unit of a document in a .txt file: passage, line or file.")
     passage_bytes: int = _option(4000, "Paragraphs of a .txt file are joined to passages of this many bytes or more.")
-    max_document_bytes: int = _option(5_000_000, "Longer lines, passages and cells are dropped, unread.")
+    max_document_bytes: int = _option(5_000_000, "Longer lines, passages and cells are dropped without reading them.")
     max_samples: int | None = _option(None, "Read at most this many documents in each task.")
 
     filters: list[str] = _option(FILTERS, f"Which filters run, in their own order: {', '.join(FILTERS)}.")
-    min_words: int = _option(10, "length: fewest words of a document.")
+    min_words: int = _option(10, "length: minimum words of a document.")
     languages: list[str] = _option(("en",), "language: ISO 639 codes to keep.")
-    min_language_score: float = _option(0.65, "language: least probability of the language.")
+    min_language_score: float = _option(0.65, "language: minimum probability of the language.")
     min_quality_words: int = _option(50, "gopher_quality: fewest words.")
     max_quality_words: int = _option(100_000, "gopher_quality: most words.")
-    min_stop_words: int = _option(2, "gopher_quality: fewest different English stop words.")
-    min_sentences: int = _option(3, "c4_quality: fewest sentences in the lines that remain.")
-    min_line_words: int = _option(5, "c4_quality: fewest words of a line that remains.")
-    max_spam_score: float = _option(0.5, "spam: highest probability of spam.")
+    min_stop_words: int = _option(2, "gopher_quality: minimum number of different English stop words.")
+    min_sentences: int = _option(3, "c4_quality: minimum number of sentences in the remaining lines.")
+    min_line_words: int = _option(5, "c4_quality: minimum words of a remaining line.")
+    max_spam_score: float = _option(0.5, "spam: maximum probability of spam.")
     spam_train_file: str | None = _option(
         None, "spam: refit the weights on this file (columns label, spam or ham, and text)."
     )
-    toxic_words: list[str] = _option((), "toxicity: files of words and phrases, one per line; without any it is off.")
-    max_toxic_matches: int = _option(0, "toxicity: most matches of the list in a document.")
+    toxic_words: list[str] = _option((), "toxicity: files of words and phrases, one per line; off without any.")
+    max_toxic_matches: int = _option(0, "toxicity: maximum matches of the list in a document.")
     decontaminate: list[str] = _option((), "decontamination: files, folders or Hub ids of evaluation sets.")
-    contamination_ngram: int = _option(13, "decontamination: words in a row that give a document away.")
+    contamination_ngram: int = _option(13, "decontamination: length in words of a matching run.")
     minhash_ngram: int = _option(5, "near_duplicates: words in a shingle.")
     minhash_buckets: int = _option(14, "near_duplicates: bands of the signature.")
     minhash_hashes: int = _option(8, "near_duplicates: hashes in a band.")
-    max_perplexity_quantile: float = _option(0.98, "perplexity: share of the least surprising documents to keep.")
+    max_perplexity_quantile: float = _option(0.98, "perplexity: share of documents to keep, lowest perplexity first.")
     perplexity_model: str = _option(
         "corpus", "perplexity: 'corpus' (byte 5-grams of a sample), 'pydoc' (of that corpus) or a causal LM."
     )
 
     output_format: str = _option("jsonl", "Shards as jsonl (gzipped) or parquet.")
-    tasks: int = _option(1, "Parts that the input files are dealt out to, and shards that come out.")
+    tasks: int = _option(1, "Number of parts of the input files, and of output shards.")
     workers: int = _option(1, "Tasks that run at once on this machine.")
-    examples: int = _option(3, "Dropped documents to show for each reason and task.")
+    examples: int = _option(3, "Dropped documents to show per reason and task.")
     seed: int = _option(42, "Seed of the samples and the hashes.")
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class CurationOptions:
                 raise InputError(f"--{name} must lie in [0, 1], got {getattr(self, name)}")
 
     def uses(self, name: str) -> bool:
-        """Whether the filter `name` runs; those that work from a list need one."""
+        """Return whether the filter `name` runs; filters by a list need one."""
         needs: dict[str, Sequence[str]] = {"toxicity": self.toxic_words, "decontamination": self.decontaminate}
         return name in self.filters and bool(needs.get(name, (True,)))
 

@@ -1,8 +1,8 @@
-"""Documents that a reference model finds most surprising are dropped, as CCNet does (Wenzek et al. 2020).
+"""Drop the documents with the highest perplexity under a reference model, as CCNet does (Wenzek et al. 2020).
 
-The threshold is a quantile of the surprise in a sample of the corpus. By default the model is counted on that sample
-too: the sample is cut in two by a hash of the text, and each document is judged by the model that did not see its
-half, so that a small corpus, which is all sample, is not judged by its own memory.
+The threshold is a quantile of bits per byte in a sample of the corpus. By default the model is trained on that sample
+too: the sample is split in two by a hash of the text, and each document is scored by the model that did not see its
+half, so that a small corpus, where the sample is everything, is not scored by its own training data.
 """
 
 import heapq
@@ -27,12 +27,12 @@ from hfllm.errors import InputError
 SAMPLE = 2048  # documents of all tasks
 EXCERPT = 2000  # characters of each
 JUDGED = 1000  # characters of a document that the n-gram model scores
-FEWEST = 100  # a quantile of fewer documents says nothing
+FEWEST = 100  # a quantile of fewer documents is not meaningful
 CONTEXT = 512  # tokens that a causal model sees
 
 
 class Sample(PipelineStep):
-    """Passes documents on, and writes those with the lowest hashes of `seed` and id as `<task>.json`."""
+    """Passes all documents on, and writes those with the lowest hashes of `seed` and id to `<task>.json`."""
 
     type = "🎲 - SAMPLE"
     name = "sample"
@@ -58,7 +58,7 @@ class Sample(PipelineStep):
 
 
 class CorpusJudge:
-    """Two byte n-gram models, each counted on one half of the sample."""
+    """Two byte n-gram models, each trained on one half of the sample."""
 
     def __init__(self, texts: Iterable[str]):
         halves: tuple[list[str], list[str]] = ([], [])
@@ -71,7 +71,7 @@ class CorpusJudge:
 
 
 class CausalJudge:
-    """A causal language model of transformers; judges the first 512 tokens, in bits per byte."""
+    """A causal language model of transformers; scores the first 512 tokens, in bits per byte."""
 
     def __init__(self, name: str):
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -103,7 +103,7 @@ def _half(text: str) -> int:
 class FitPerplexity(PipelineStep):
     """Reads the sample, without its duplicates, and writes the threshold to `threshold.json`.
 
-    The models are counted anew from the sample by each task that uses them: that takes seconds, and no model file has
+    Each task that uses the models trains them again from the sample, which takes seconds, so that no model file has
     to be trusted.
     """
 
@@ -132,7 +132,7 @@ class FitPerplexity(PipelineStep):
 
 
 def check_judge(model: str) -> None:
-    """Look for the model's config and tokenizer, before hours are spent on the stages before it.
+    """Check that the model's config and tokenizer load, before hours are spent on earlier stages.
 
     Raises:
         InputError: when either cannot be loaded.
@@ -160,7 +160,7 @@ def make_judge(model: str, texts: list[str]) -> Callable[[str], float]:
 
 
 class PerplexityFilter(BaseFilter):
-    """Drops documents above the threshold that `FitPerplexity` wrote; none where the sample was too small for one."""
+    """Drops documents above the threshold that `FitPerplexity` wrote; none if the sample was too small."""
 
     name = "perplexity"
 

@@ -1,4 +1,4 @@
-"""The stages of curation as datatrove pipelines, and running them on this machine.
+"""The stages of curation as datatrove pipelines, and how to run them on this machine.
 
     filter       read | filters | decontamination | sample | write what is left | signatures      (tasks)
     bands        pairs of documents that share a band of their signatures                        (bands)
@@ -40,7 +40,7 @@ SHARDS = "data"
 
 @dataclass
 class Stage:
-    """One pipeline, and how many tasks it is dealt out to."""
+    """One pipeline, and its number of tasks."""
 
     name: str
     pipeline: list[PipelineStep]
@@ -48,10 +48,10 @@ class Stage:
 
 
 def document_filters(options: CurationOptions, examples: Callable[[str], Examples | None]) -> list[BaseFilter]:
-    """The filters that judge a document by itself, in their order: the cheap and the harsh ones first.
+    """Return the filters that judge single documents, in order: cheap and strict ones first.
 
     Args:
-        examples: from a filter's name to what keeps examples of its drops.
+        examples: function from a filter's name to the writer for examples of its drops.
     """
     kinds: dict[str, Callable[[], BaseFilter]] = {
         "length": lambda: quality.LengthFilter(options.min_words),
@@ -80,10 +80,10 @@ def _spam_model(options: CurationOptions) -> SpamModel:
 
 
 def curation_stages(options: CurationOptions, folder: str | Path) -> list[Stage]:
-    """All stages, to run one after the other.
+    """Return all stages, to run one after the other.
 
     Args:
-        folder: for what passes between stages, and for the shards in `data`; all tasks have to see it.
+        folder: for intermediate files, and for the shards in `data`; all tasks need access to it.
 
     Raises:
         InputError: when the dataset or a file that a filter needs cannot be read.
@@ -119,7 +119,7 @@ def curation_stages(options: CurationOptions, folder: str | Path) -> list[Stage]
 
 
 class ShardWriter(PipelineStep):
-    """Writes what the first stage left as `<task>.jsonl.gz`, a file for every task, and passes it on."""
+    """Writes the remaining documents of the first stage to `<task>.jsonl.gz`, and passes them on."""
 
     type = "💽 - WRITER"
     name = "left"
@@ -140,7 +140,7 @@ class ShardWriter(PipelineStep):
 
 
 class LeftReader(PipelineStep):
-    """Reads back what `ShardWriter` wrote in the same task, with each document's place in it."""
+    """Reads the documents that `ShardWriter` wrote in the same task, with each document's position."""
 
     type = "📖 - READER"
     name = "left_again"
@@ -158,7 +158,7 @@ class LeftReader(PipelineStep):
 
 
 class Tally(PipelineStep):
-    """Counts what is kept: documents, characters, UTF-8 bytes and words, and most of it for each source."""
+    """Counts the kept documents, characters, UTF-8 bytes and words, most of them per source too."""
 
     type = "📊 - STATS"
     name = "kept"
@@ -175,7 +175,7 @@ class Tally(PipelineStep):
 
 
 def shard_writer(folder: str, output_format: str) -> JsonlWriter | ParquetWriter:
-    """datatrove's writer, for rows of `text`, `id` and `source`."""
+    """Return datatrove's writer for rows of `text`, `id` and `source`."""
 
     def row(self, document: Document) -> dict[str, str]:
         return {"text": document.text, "id": document.id, SOURCE: document.metadata[SOURCE]}
@@ -186,7 +186,7 @@ def shard_writer(folder: str, output_format: str) -> JsonlWriter | ParquetWriter
 
 
 class QuietExecutor(LocalPipelineExecutor):
-    """datatrove's local executor without its log lines: the recipe prints and reports by itself."""
+    """datatrove's local executor without its log lines: the recipe prints and reports instead."""
 
     def _run_for_rank(self, *args, **kwargs):
         logger.disable("datatrove")
@@ -203,7 +203,7 @@ def run_stages(stages: list[Stage], folder: str | Path, workers: int, announce: 
 
 
 def read_statistics(stages: list[Stage], folder: str | Path) -> Iterator[tuple[str, float, dict[str, float]]]:
-    """(step, seconds, totals of its statistics) in the order of the pipelines, summed over tasks."""
+    """Yield (step, seconds, totals of its statistics) in pipeline order, summed over tasks."""
     for stage in stages:
         files = [Path(folder) / "logs" / stage.name / "stats" / f"{task:05d}.json" for task in range(stage.tasks)]
         by_task = [json.loads(path.read_text("utf-8")) for path in files]

@@ -1,4 +1,4 @@
-"""Rules about a text's shape: length, Gopher's quality and repetition rules, C4's line and page rules.
+"""Filters by form: length, Gopher's quality and repetition rules, C4's line and page rules.
 
 Each filter is a datatrove `BaseFilter`: it returns `True`, or `False` and the reason. They judge by words between
 spaces and by English stop words, so they suit English and, with other settings, languages that use spaces.
@@ -36,7 +36,7 @@ class GopherQualityFilter(BaseFilter):
     """The quality rules of Gopher (Rae et al. 2021, arXiv:2112.11446, appendix A.1.1).
 
     Drops a document with fewer than `min_words` or more than `max_words` words, a mean word length outside 3 to 10
-    characters, more than one `#` or ellipsis to ten words, over 90% of lines that begin with a bullet, over 30% that
+    characters, more than one `#` or ellipsis per ten words, over 90% of lines that begin with a bullet, over 30% that
     end in an ellipsis, fewer than 80% of words with a letter in them, or fewer than `min_stop_words` different ones of
     the, be, to, of, and, that, have, with.
     """
@@ -74,10 +74,10 @@ class GopherQualityFilter(BaseFilter):
 class GopherRepetitionFilter(BaseFilter):
     """The repetition rules of Gopher (Rae et al. 2021, table A1).
 
-    Shares of a document's lines and paragraphs that repeat an earlier one, and of its characters in the most frequent
+    Limits on the shares of lines and paragraphs that repeat an earlier one, and of its characters in the most frequent
     2- to 4-gram and in 5- to 10-grams that repeat an earlier one. Words are hashed once and n-grams compared as
-    arrays, without case; characters are those of words. The n-gram rules leave documents of fewer than `min_words`
-    words alone: Gopher had dropped those before, and in three lines any phrase said twice would be too much.
+    arrays, without case; characters are those of words. The n-gram rules skip documents of fewer than `min_words`
+    words: Gopher drops those earlier, and in three lines any repeated phrase would be too much.
     """
 
     name = "gopher_repetition"
@@ -104,14 +104,14 @@ class GopherRepetitionFilter(BaseFilter):
             share = repeated_ngram_share(hashes, ends, n)
             if share > most:
                 return False, f"repeated_{n}grams"
-            # What repeats as a longer n-gram repeats as a shorter one too: the share can only fall from here.
+            # A longer n-gram that repeats also repeats as shorter ones: the share can only fall with n.
             if share <= min(self.REPEATED.values()):
                 break
         return True
 
 
 def repeated_parts(parts: Sequence[str]) -> tuple[float, float]:
-    """Shares of parts, and of their characters, that repeat an earlier part."""
+    """Return the shares of parts, and of their characters, that repeat an earlier part."""
     seen: set[str] = set()
     count = characters = 0
     for part in parts:
@@ -122,10 +122,10 @@ def repeated_parts(parts: Sequence[str]) -> tuple[float, float]:
 
 
 def top_ngram_share(hashes: np.ndarray, ends: np.ndarray, n: int) -> float:
-    """Share of word characters in the most frequent n-gram; 0 if none occurs twice.
+    """Return the share of word characters in the most frequent n-gram; 0 if none occurs twice.
 
     Args:
-        hashes: of the words. (words,), uint64.
+        hashes: hashes of the words. (words,), uint64.
         ends: where each word ends if words are written without spaces. (words + 1,), from 0.
     """
     grams = ngram_hashes(hashes, n)
@@ -134,14 +134,14 @@ def top_ngram_share(hashes: np.ndarray, ends: np.ndarray, n: int) -> float:
     _, first, counts = np.unique(grams, return_index=True, return_counts=True)
     if counts.max() < 2:
         return 0.0
-    # Of several n-grams that are as frequent, the longest.
+    # Among equally frequent n-grams, take the longest.
     first = first[counts == counts.max()]
     # An n-gram that overlaps itself would count a character twice.
     return min(1.0, float(counts.max() * (ends[first + n] - ends[first]).max() / ends[-1]))
 
 
 def repeated_ngram_share(hashes: np.ndarray, ends: np.ndarray, n: int) -> float:
-    """Share of word characters in n-grams that repeat an earlier one, each character once; arguments as above."""
+    """Return the share of word characters in n-grams that repeat an earlier one; arguments as above."""
     grams = ngram_hashes(hashes, n)
     if len(grams) < 2:
         return 0.0
@@ -157,13 +157,13 @@ def repeated_ngram_share(hashes: np.ndarray, ends: np.ndarray, n: int) -> float:
 
 
 class C4QualityFilter(BaseFilter):
-    """The rules of C4 (Raffel et al. 2020, arXiv:1910.10683, section 2.2), but for its list of bad words.
+    """The rules of C4 (Raffel et al. 2020, arXiv:1910.10683, section 2.2), without its list of bad words.
 
     Removes lines that do not end in a terminal mark, have fewer than `min_line_words` words or one of over 1,000
-    characters, or speak of Javascript, cookies or terms of use; then drops a document with `lorem ipsum`, a curly
+    characters, or mention Javascript, cookies or terms of use; then drops a document with `lorem ipsum`, a curly
     bracket, or fewer than `min_sentences` sentences left. What remains of a kept document is its new text.
 
-    Unlike in C4, a line of more than `min_sentences` sentences loses what follows the last of them rather than all:
+    Unlike in C4, a line of more than `min_sentences` sentences loses only the text after its last sentence:
     in much text a line is a whole article.
     """
 
@@ -191,7 +191,7 @@ class C4QualityFilter(BaseFilter):
         return True
 
     def kept_part(self, line: str) -> str:
-        """What stays of a line, perhaps nothing."""
+        """Return the part of a line to keep, perhaps nothing."""
         words, lowered = line.split(), line.lower()
         if len(words) < self.min_line_words or max(map(len, words)) > 1000 or "javascript" in lowered:
             return ""
@@ -204,10 +204,10 @@ class C4QualityFilter(BaseFilter):
 
 
 def unwrapped(text: str) -> list[str]:
-    """The lines of a text; where it is wrapped at a width, its paragraphs.
+    """Return the lines of a text, or its paragraphs if it is wrapped at a fixed width.
 
-    C4's rule of terminal marks is about web pages, where a line is a paragraph. Books and documentation break lines at
-    60 to 80 characters, and the rule would leave the last line of each paragraph.
+    C4's rule of terminal marks is for web pages, where a line is a paragraph. Books and documentation break lines at
+    60 to 80 characters, and the rule would keep only the last line of each paragraph.
     """
     lines = [line.rstrip() for line in text.splitlines()]
     full = [line for line in lines if line]

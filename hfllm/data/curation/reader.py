@@ -1,4 +1,4 @@
-"""The first step of the pipeline: documents from any input, and a counted reason for whatever cannot be one."""
+"""The first step of the pipeline: documents from any input, and a counted reason for each unusable one."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -17,11 +17,11 @@ SOURCE = "source"
 
 
 class DocumentReader(PipelineStep):
-    """Reads this task's share of the inputs: every n-th file, or every n-th document of what is not a file.
+    """Reads this task's share of the inputs: every n-th file, or every n-th document of other inputs.
 
     A document has `text`, `id` (`<input>:<place>`) and the input's name in `metadata["source"]`.
 
-    Statistics: `total`, `forwarded` and `dropped` with a reason, as filters count; `source:<name>` for each input.
+    Statistics: `total`, `forwarded` and `dropped` with a reason, as for filters; `source:<name>` for each input.
     """
 
     type = "📖 - READER"
@@ -78,7 +78,7 @@ class DocumentReader(PipelineStep):
 
 
 def unusable(text: str) -> str | None:
-    """Why a text cannot be a document, or `None`."""
+    """Return why a text cannot be a document, or `None`."""
     if "\0" in text:
         return "nul_bytes"
     if not text.isascii():

@@ -1,6 +1,6 @@
 """A spam score from two dozen readable features by logistic regression.
 
-Features are rates to 25 words (a short message's length), so that a long article that says `free` once is not taken
+Features are rates per 25 words (a short message's length), so a long article that says `free` once is not taken
 for an advertisement. The shipped weights were fitted by `fit` on every other message of the SMS Spam Collection
 (Almeida, Hidalgo and Yamakami 2011, CC BY 4.0); `benchmarks/curation_quality.py` repeats the fit and measures it.
 """
@@ -19,7 +19,7 @@ from hfllm.data.curation.text import words_of
 from hfllm.errors import InputError
 
 MESSAGE_WORDS = 25
-MOST = 2.0  # a rate above this says no more
+MOST = 2.0  # higher rates add no information
 PATTERNS = {
     "long number": re.compile(r"(?<!\d)\+?\d[\d\s-]{6,}\d(?!\d)"),
     "short code": re.compile(r"(?<![\d.,/:-])(?!(?:1[5-9]|20)\d\d\b)\d{4,6}(?![\d.,/:-])"),  # and not a year
@@ -75,7 +75,7 @@ BIAS = -5.4
 
 
 def features_of(text: str) -> np.ndarray:
-    """Rates of `PATTERNS` and `WORDS` to 25 words, at most 2, and the number of words, at most 25, over 25.
+    """Return rates of `PATTERNS` and `WORDS` per 25 words, at most 2, and the number of words, at most 25, over 25.
 
     (features,), float64.
     """
@@ -103,13 +103,13 @@ class SpamModel:
         self._vector = np.array([self.weights.get(name, 0.0) for name in FEATURES])
 
     def score(self, text: str) -> float:
-        """The probability of spam."""
+        """Return the probability of spam."""
         logit = float(features_of(text) @ self._vector) + self.bias
         return 1 / (1 + math.exp(-max(-50.0, min(50.0, logit))))
 
 
 def fit(texts: Sequence[str], is_spam: Sequence[bool], penalty: float = 1.0, steps: int = 25) -> SpamModel:
-    """Logistic regression by Newton's method with an L2 penalty on the weights; deterministic."""
+    """Fit a logistic regression by Newton's method with an L2 penalty on the weights; deterministic."""
     x = np.stack([np.append(features_of(text), 1.0) for text in texts])
     y, beta = np.asarray(is_spam, float), np.zeros(x.shape[1])
     ridge = np.diag([penalty] * (x.shape[1] - 1) + [1e-6])
@@ -121,12 +121,12 @@ def fit(texts: Sequence[str], is_spam: Sequence[bool], penalty: float = 1.0, ste
 
 
 def read_labeled(file: str) -> tuple[list[str], list[bool]]:
-    """Texts and whether each is spam, from a .jsonl, .csv or .tsv file.
+    """Read texts and whether each is spam, from a .jsonl, .csv or .tsv file.
 
     Columns are `label` (spam or ham) and `text`, in any case; `SMS`, `message` and `content` mean `text` too.
 
     Raises:
-        InputError: when the file cannot be read so, or holds only one of the labels.
+        InputError: when the file cannot be read, or holds only one of the labels.
     """
     path, texts, labels = Path(file), [], []
     if path.suffix not in (".jsonl", ".csv", ".tsv"):

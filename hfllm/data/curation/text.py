@@ -1,4 +1,4 @@
-"""Words of a text and hashes of their n-grams: what several filters need of the same document."""
+"""Words of a text and hashes of their n-grams: shared by several filters for the same document."""
 
 import re
 from functools import lru_cache
@@ -14,18 +14,18 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio
 _MIXER = np.uint64(0xFF51AFD7ED558CCD)  # of MurmurHash3's finalizer (Austin Appleby, public domain)
 
 
-# Filters run one after the other on one document, so a cache of two spares all but one of them the work.
+# Filters run one after the other on one document, so a cache of two entries saves the work for all but one.
 @lru_cache(maxsize=2)
 def words_of(text: str) -> tuple[str, ...]:
-    """The words of `text` as they stand: runs of letters and digits, with the apostrophes and number marks in them."""
+    """Return the words of `text`: runs of letters and digits, with apostrophes and number marks in them."""
     return tuple(WORD.findall(text))
 
 
 @lru_cache(maxsize=2)
 def word_hashes(text: str) -> np.ndarray:
-    """64-bit hashes of the words, without case, so that `1,000` is `1000` and `don't` is `dont`.
+    """Return 64-bit hashes of the words, without case, so that `1,000` is `1000` and `don't` is `dont`.
 
-    uint64 of shape (words,). The same on every machine.
+    uint64 of shape (words,). They are the same on every machine.
     """
     words = words_of(text.lower())
     return np.fromiter(map(_hash_word, words), np.uint64, len(words))
@@ -37,17 +37,17 @@ def _hash_word(word: str) -> int:
 
 
 def hash_text(text: str, seed: int = 0) -> int:
-    """A 64-bit hash of a whole text."""
+    """Return a 64-bit hash of a whole text."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(8, "little")).digest(), "little")
 
 
 def hash_words(hashes: np.ndarray) -> np.ndarray:
-    """One hash of all words in their order. (words,) -> (1,), or (0,) for no words."""
+    """Return one hash of all words in their order. (words,) -> (1,), or (0,) for no words."""
     return np.frombuffer(blake2b(hashes.tobytes(), digest_size=8).digest(), "<u8")[: len(hashes)]
 
 
 def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
-    """Hashes of all runs of `n` words. (words,) -> (max(0, words - n + 1),), uint64."""
+    """Return hashes of all runs of `n` words. (words,) -> (max(0, words - n + 1),), uint64."""
     count = max(0, len(hashes) - n + 1)
     combined = np.zeros(count, np.uint64)
     for offset in range(n):
@@ -56,6 +56,6 @@ def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """Spread the bits of uint64 values, so that any of them is as good as another."""
+    """Mix the bits of uint64 values, so that all bits are equally random."""
     values = (values ^ (values >> np.uint64(33))) * _MIXER
     return values ^ (values >> np.uint64(33))

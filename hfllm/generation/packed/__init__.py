@@ -1,1 +1,1 @@
-"""Decoding over packed weights, in a cache whose rows have lengths of their own."""
+"""Decoding over packed weights, in a cache whose rows have different lengths."""

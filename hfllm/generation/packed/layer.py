@@ -1,7 +1,7 @@
-"""One layer of a packed model: kernels alone, over weights that are joined and laid out for them.
+"""One layer of a packed model: direct kernel calls on weights that are joined and laid out for them.
 
 Shapes: B rows, Q new tokens of each, N = B * Q tokens, H query heads, K key-value heads, D head_dim, E hidden_size,
-W columns of the cache that are looked at, R dimensions of a head that are turned.
+W visible columns of the cache, R rotated dimensions of a head.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from hfllm.generation.packed.ragged_cache import RaggedLayer
     from hfllm.models.configuration_hfllm import HfllmConfig
 
-# Of all tokens: what complex pairs are multiplied by, or cosines and sines, each (B, Q, 1, R).
+# Rotations of all tokens: factors of complex pairs, or cosines and sines, each (B, Q, 1, R).
 Rotation = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 class PackedLayer:
-    """`HfllmDecoderLayer.forward` over tokens (N, E), for every axis of the family.
+    """`HfllmDecoderLayer.forward` over tokens (N, E), for every option of the family.
 
     Args:
-        layer: the layer.
-        config: the model's.
-        make: joins linear layers into a function.
-        turns: see `interleaved_rotary`.
+        layer: the layer to pack.
+        config: the model's config.
+        make: function that joins linear layers into one function.
+        turns: whether heads are rotated as complex numbers, see `interleaved_rotary`.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class PackedLayer:
         if not kept.is_initialized:
             kept.allocate(qkv, rows, (key_heads, size), (key_heads, size))
         key, value = kept.store(qkv[:, heads * size :])
-        # The queries of the heads that share keys stand below each other: (B, K, H / K * Q, D).
+        # The queries of heads that share keys are stacked: (B, K, H / K * Q, D).
         query, groups, length = qkv[:, : heads * size], heads // key_heads, len(qkv) // rows
         if length == 1:
             query = query.view(rows, key_heads, groups, size)
@@ -107,7 +107,7 @@ class PackedLayer:
         return self.o_proj(output.reshape(rows * length, heads * size), onto)
 
     def _turn(self, qkv: torch.Tensor, rows: int, rotation: Rotation | None) -> None:
-        """Norm and turn queries and keys, in place."""
+        """Normalize and rotate queries and keys, in place."""
         heads, key_heads, size = self.heads, self.key_heads, self.size
         if isinstance(rotation, torch.Tensor):
             pairs = torch.view_as_complex(qkv.view(len(qkv), heads + 2 * key_heads, size // 2, 2))
@@ -121,10 +121,10 @@ class PackedLayer:
 
 
 def interleaved_rotary(model: HfllmForCausalLM) -> bool:
-    """Whether a head's halves are kept as real and imaginary parts that lie beside each other.
+    """Return whether a head's halves are stored as interleaved real and imaginary parts.
 
-    Turning them is then one product of complex numbers. It takes copies of the weights in that order, as there are on
-    a CPU, and heads that are turned as a whole and not normed.
+    Rotating them is then one product of complex numbers. It needs copies of the weights in that order, as there are on
+    a CPU, and heads that are rotated as a whole and not normalized.
     """
     rotary, config = getattr(model.model, "rotary_emb", None), model.config
     if rotary is None or config.qk_norm or model.device.type != "cpu":
@@ -133,7 +133,7 @@ def interleaved_rotary(model: HfllmForCausalLM) -> bool:
 
 
 def paired(linear: nn.Linear, size: int) -> nn.Linear:
-    """A copy whose outputs i and i + size / 2 of each head of that size lie beside each other."""
+    """Return a copy whose outputs i and i + size / 2 of each head of that size are adjacent."""
 
     def order(tensor: torch.Tensor) -> nn.Parameter:
         return nn.Parameter(tensor.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2), requires_grad=False)
@@ -146,7 +146,7 @@ def paired(linear: nn.Linear, size: int) -> nn.Linear:
 
 
 def norm_of(norm: nn.Module) -> Function:
-    """A norm as a function of its input alone."""
+    """Return a norm as a function of its input alone."""
     if type(norm) is not HfllmRMSNorm or norm.unit_offset or norm.weight.dtype != torch.float32:
         return norm
     shape, eps = norm.weight.shape, norm.eps
@@ -159,7 +159,7 @@ def norm_of(norm: nn.Module) -> Function:
 
 
 def mlp_of(mlp: nn.Module, make: Callable[[Sequence[nn.Linear]], Projection]) -> Projection:
-    """An MLP as a function of tokens (N, E) and what it is added to; a mixture of experts stays what it is."""
+    """Return an MLP as a function of tokens (N, E) and of what to add to; a mixture of experts is not changed."""
     if type(mlp) is not HfllmMLP:
         return added(mlp)
     activate = F.silu if isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation)) else mlp.act_fn
@@ -177,6 +177,6 @@ def mlp_of(mlp: nn.Module, make: Callable[[Sequence[nn.Linear]], Projection]) ->
 
 
 def additive(mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to the scores of queries that stand below each other: (B, 1, Q, W) to (B, 1, groups * Q, W)."""
+    """Return the additive mask for scores of stacked queries: (B, 1, Q, W) to (B, 1, groups * Q, W)."""
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
     return bias.repeat(1, 1, groups, 1) if groups > 1 else bias

@@ -1,12 +1,12 @@
-"""The forward of a decoder without what training needs, over weights laid out for a few tokens at a time.
+"""The forward pass of a decoder, for inference only, over weights laid out for a few tokens at a time.
 
-`generate` spends most of a small model's time between kernels: decorators, masks, modules, hooks. A larger one's goes
-into reading weights, and there torch's default layout makes a run over two to sixteen tokens half again as slow as a
-run over one. `PackedModel` calls kernels alone, projections that read the same states are one, and on a CPU weights
-are packed for oneDNN, or rounded to int8 for drafts. Models of the family, in evaluation.
+`generate` spends most of a small model's time between kernels: decorators, modules, hooks. A larger model's goes
+into reading weights, where torch's default layout makes a pass over two to sixteen tokens 1.5 times as slow as a
+pass over one. `PackedModel` calls only kernels, joins projections that read the same states, and on a CPU weights
+are packed for oneDNN, or rounded to int8 for drafts. It takes models of the family in evaluation mode.
 
 Shapes: B rows, Q new tokens of each, N = B * Q tokens, H query heads, K key-value heads, D head_dim, E hidden_size,
-W columns of the cache that are looked at, R dimensions of a head that are turned, V vocabulary size.
+W visible columns of the cache, R rotated dimensions of a head, V vocabulary size.
 """
 
 from collections.abc import Sequence
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 
     from hfllm.generation.packed.ragged_cache import RaggedCache
 
-# Elements of each matrix that are compared to see whether it has changed since it was copied; vectors are as a whole.
+# Elements of each matrix compared to see whether it has changed since it was copied; vectors are compared whole.
 SAMPLE = 64
 SCHEMES = ("exact", "int8")
-# Scale types of rotary angles that do not depend on the length of the text.
+# RoPE types whose angles do not depend on the length of the text.
 FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
 
 
 class Output(NamedTuple):
-    """What the loop reads of a model's output."""
+    """The model output that the decoding loop reads."""
 
     logits: torch.Tensor
 
 
 def unsupported_reason(model: "PreTrainedModel") -> str | None:
-    """Why a model cannot run over packed weights, or `None` if it can."""
+    """Return why a model cannot run over packed weights, or `None` if it can."""
     if not isinstance(model, HfllmForCausalLM):
         return f"{type(model).__name__} is not of the family (hfllm.from_native converts it)"
     if model.training:
@@ -66,33 +66,33 @@ _MADE: "WeakKeyDictionary[nn.Module, dict[str, PackedModel]]" = WeakKeyDictionar
 
 
 def packed_model(model: "PreTrainedModel", scheme: str = "exact") -> "PackedModel":
-    """The model's packed form, made at the first call and again when its weights have changed.
+    """Return the model's packed form, made at the first call and again when its weights have changed.
 
     Args:
-        model: of the family, in evaluation.
+        model: of the family, in evaluation mode.
         scheme: `"exact"`, the model's own weights, or `"int8"`, rounded for drafts.
 
     Raises:
-        InputError: where `unsupported_reason` names a reason.
+        InputError: with the reason, if `unsupported_reason` gives one.
     """
     reason = unsupported_reason(model)
     if reason:
         raise InputError(f"this model cannot decode over packed weights: {reason}")
     made = _MADE.setdefault(model, {})
     if scheme not in made or not made[scheme].is_current(model):
-        # An older copy goes first, so that memory never holds both.
+        # An older copy is removed first, so that memory never holds both.
         made.pop(scheme, None)
         made[scheme] = PackedModel(model, scheme)
     return made[scheme]
 
 
 class PackedModel:
-    """A model of the family for decoding over a `RaggedCache`; called as the model is.
+    """A model of the family for decoding over a `RaggedCache`; called like the model.
 
     Args:
-        model: of the family, in evaluation.
-        scheme: see `packed_model`. The copies take the weights' memory once more on a CPU, a quarter of it in int8,
-            and nothing elsewhere, where the weights are used as they are.
+        model: of the family, in evaluation mode.
+        scheme: see `packed_model`. On a CPU the copies take as much memory as the weights, a quarter of it in int8,
+            elsewhere none, since the weights are used directly.
     """
 
     def __init__(self, model: HfllmForCausalLM, scheme: str = "exact"):
@@ -100,7 +100,7 @@ class PackedModel:
             raise InputError(f"scheme {scheme!r} is not one of {', '.join(SCHEMES)}")
         if scheme == "int8" and not has_int8(model.dtype, model.device):
             raise InputError("int8 drafts need a float32 model on an x86 processor; use another draft")
-        # Never the model itself, which would then be kept by its own entry in `_MADE`.
+        # Never keep the model itself, which its own entry in `_MADE` would then keep alive.
         self.trunk, config, self.logit_scale = model.model, model.config, model.config.logit_scale
         self.sources = [(each, _version(each), each.data_ptr(), _sample(each)) for each in model.parameters()]
 
@@ -117,9 +117,9 @@ class PackedModel:
         self.tables: tuple[torch.Tensor, ...] | None = None
 
     def is_current(self, model: HfllmForCausalLM) -> bool:
-        """Whether the weights are those that were copied.
+        """Return whether the weights are still those that were copied.
 
-        A change by `parameter.data` leaves no trace but the values: some of each are compared.
+        A change by `parameter.data` shows only in the values: some of each matrix are compared.
         """
         now = list(model.parameters())
         return len(now) == len(self.sources) and all(
@@ -131,7 +131,7 @@ class PackedModel:
         )
 
     def first(self, layers: int) -> "PackedModel":
-        """The same with its first layers only; nothing is copied."""
+        """Return the same model with only its first layers; nothing is copied."""
         shorter = object.__new__(PackedModel)
         shorter.__dict__.update(vars(self))
         shorter.layers = self.layers[:layers]
@@ -146,13 +146,13 @@ class PackedModel:
         logits_to_keep: int = 0,
         **unused: object,
     ) -> Output:
-        """Logits (B, Q, V), or those of the last `logits_to_keep` tokens.
+        """Return logits (B, Q, V), or those of the last `logits_to_keep` tokens.
 
         Args:
             input_ids: (B, Q).
-            attention_mask: (B, 1, Q, W), true where a token is seen; `None` where all are.
+            attention_mask: (B, 1, Q, W), true where a token is visible; `None` if all are.
             position_ids: (B, Q).
-            cache: knows where the tokens go.
+            cache: the cache, which knows where to store the tokens.
         """
         rows, length = input_ids.shape
         states, rotation = self._embed(input_ids, position_ids, cache)
@@ -171,7 +171,7 @@ class PackedModel:
     def _embed(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: "RaggedCache"
     ) -> tuple[torch.Tensor, Rotation | None]:
-        """The first layer's input (B, Q, E), and how its heads are turned, if they are."""
+        """Return the first layer's input (B, Q, E), and the rotation of its heads if there is one."""
         states = self.trunk.embed_tokens(input_ids)
         rotary = getattr(self.trunk, "rotary_emb", None)
         if rotary is None:
@@ -184,19 +184,19 @@ class PackedModel:
         return states, self._turn(cosines, sines) if self.turns else (cosines, sines)
 
     def _rotary_tables(self, states: torch.Tensor, rotary: nn.Module, positions: int) -> tuple[torch.Tensor, ...]:
-        """Cosines and sines of that many positions at least, each (positions, R)."""
+        """Return cosines and sines of at least that many positions, each (positions, R)."""
         if self.tables is None or len(self.tables[0]) < positions:
             every = torch.arange(2 ** (positions - 1).bit_length(), device=states.device).unsqueeze(0)
             self.tables = tuple(part[0, 0].contiguous() for part in rotary(states, every))
         return self.tables
 
     def _turn(self, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-        """As complex numbers (B * Q, H + 2K, D / 2), 1 for the values: one product turns all that there is.
+        """Return rotations as complex numbers (B * Q, H + 2K, D / 2), 1 for values: one product rotates all heads.
 
-        Of prompts (B * Q, 1, D / 2), which take no more memory for more heads.
+        For prompts (B * Q, 1, D / 2), to save memory.
         """
         half = cosines.shape[-1] // 2
-        # The second halves: the sines of the first ones are negated (`HfllmRotaryEmbedding`).
+        # Take the second halves: the sines of the first halves are negated (`HfllmRotaryEmbedding`).
         turns = torch.complex(cosines[..., half:], sines[..., half:]).flatten(0, 1)
         if cosines.shape[1] > 1:
             return turns

@@ -1,6 +1,6 @@
 """Linear layers as plain functions over weights laid out for a few tokens at a time.
 
-Shapes: N tokens, I inputs, O outputs of all the layers that are joined.
+Shapes: N tokens, I inputs, O outputs of all joined layers.
 """
 
 import warnings
@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 Function = Callable[[torch.Tensor], torch.Tensor]
-# Takes (N, I) and, to be added to the result, (N, O).
+# Takes (N, I) and, optionally, (N, O) to add to the result.
 Projection = Callable[..., torch.Tensor]
 
-# Weights below this size stay in the processor's cache, where the plain product has the smaller overhead.
+# Smaller weights stay in the processor's cache, where the plain product has less overhead.
 PACKED_FROM = 2**18
 # The number of tokens that oneDNN lays weights out for; others work too.
 PACKED_TOKENS = 8
@@ -23,11 +23,11 @@ FBGEMM = "fbgemm_linear_int8_weight_fp32_activation"
 
 
 def joined(linears: Sequence[nn.Linear], int8: bool = False) -> Projection:
-    """Layers that read the same input as one function, (N, I) to (N, O), their outputs side by side.
+    """Join layers that read the same input into one function, (N, I) to (N, O), with concatenated outputs.
 
-    Its second argument, (N, O) if it is given, is added to the result: some kernels do that on the way. On a CPU the
+    Its second argument, (N, O) if it is given, is added to the result, by some kernels in the same pass. On a CPU the
     weights are copied: joined, packed for oneDNN where they are large, or rounded to int8 with a scale for each row.
-    Elsewhere the layers run one after the other on the weights as they are.
+    Elsewhere the layers run one after the other on the original weights.
     """
     weights = [linear.weight.detach() for linear in linears]
     if weights[0].device.type != "cpu":
@@ -42,7 +42,7 @@ def joined(linears: Sequence[nn.Linear], int8: bool = False) -> Projection:
 
 
 def packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN packs weights of that type here."""
+    """Return whether oneDNN packs weights of this type on this machine."""
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:
@@ -51,7 +51,7 @@ def packs(dtype: torch.dtype) -> bool:
 
 
 def has_int8(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether there are int8 kernels for a small number of tokens: on x86, in float32."""
+    """Return whether there are int8 kernels for a small number of tokens: on x86, in float32."""
     return device.type == "cpu" and dtype == torch.float32 and "fbgemm" in torch.backends.quantized.supported_engines
 
 
@@ -63,12 +63,12 @@ def _one_by_one(linears: Sequence[nn.Linear]) -> Projection:
 
 
 def added(function: Function) -> Projection:
-    """A function with the second argument of a projection."""
+    """Return a function with the second argument of a projection."""
     return lambda states, onto=None: function(states) if onto is None else onto + function(states)
 
 
 def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
-    # In half precision `addmm` would round once where the model rounds the product and then the sum.
+    # In half precision `addmm` would round once, but the model rounds the product and then the sum.
     if bias is not None or weight.dtype not in (torch.float32, torch.float64):
         return added(lambda states: F.linear(states, weight, bias))
     transposed = weight.t()
@@ -94,7 +94,7 @@ def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
 
 
 def _int8(weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
-    """Weights in int8 with a scale for each row; inputs are quantized as they come."""
+    """Return a projection with int8 weights and a scale per row; inputs are quantized at each call."""
     scale = weight.abs().amax(dim=1) / LARGEST_INT8
     # A row of zeros has no magnitude, and any scale stores it.
     scale = scale.masked_fill(scale == 0, 1.0)
@@ -108,7 +108,7 @@ def _int8(weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
 
 
 def _fbgemm(weight: torch.Tensor) -> Function:
-    """The faster kernels, one scale for all inputs; torch means to remove them, and says so at each first use."""
+    """Return the faster kernels, one scale for all inputs; torch warns at first use that it will remove them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fbgemm.* is deprecated", UserWarning)
         values, offsets, step, zero = torch.fbgemm_linear_quantize_weight(weight)
@@ -119,7 +119,7 @@ def _fbgemm(weight: torch.Tensor) -> Function:
 
 
 def _int_mm(weight: torch.Tensor) -> Function:
-    """The plain product of integers, a scale for each token: half as fast, and here to stay."""
+    """Return the plain integer product, with a scale per token: half as fast, but not deprecated."""
     values = weight.round().to(torch.int8).t()
 
     def product(states: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""A key-value cache whose rows have lengths of their own.
+"""A key-value cache whose rows have different lengths.
 
-A row's token at position t lies in column t. To roll a row back is then to count its length down: what lies behind is
-masked by the position of whoever asks, and overwritten when the row gets there again. Nothing is copied or moved,
-whatever the rows of a batch accept, and the memory is allocated once.
+A row's token at position t is stored in column t. To roll a row back, only its length is reduced: later columns are
+masked by the query's position, and overwritten when the row reaches them again. Nothing is copied or moved,
+however many tokens each row accepts, and the memory is allocated once.
 
 Shapes: B rows, Q new tokens of each, K key-value heads, D head_dim, F numbers of a token's keys and values, C columns.
 """
@@ -22,20 +22,20 @@ class RaggedLayer(CacheLayerMixin):
         self.cache = cache
 
     def lazy_initialization(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Allocate for what comes as (B, K, Q, D)."""
+        """Allocate memory for states of shape (B, K, Q, D)."""
         self.allocate(keys, len(keys), *((part.shape[1], part.shape[3]) for part in (keys, values)))
 
     def allocate(
         self, like: torch.Tensor, rows: int, key_sizes: tuple[int, int], value_sizes: tuple[int, int]
     ) -> None:
-        """Allocate for heads of these numbers and sizes, on the device and in the type of `like`."""
+        """Allocate memory for this number and size of heads, on the device and in the dtype of `like`."""
         self.sizes = key_sizes, value_sizes
         # Zeros: a masked column that held a NaN would still spoil the sum.
         self._look(like.new_zeros(rows, self.cache.capacity, sum(heads * size for heads, size in self.sizes)))
         self.is_initialized = True
 
     def _look(self, states: torch.Tensor) -> None:
-        """Make the views that are written to, cell by cell, and read from, (B, K, C, D): once, not at every token."""
+        """Make the views for writing (by cell) and reading, (B, K, C, D), once and not at every token."""
         self.states, self.cells = states, states.flatten(0, 1)
         keys, values = (heads * size for heads, size in self.sizes)
         self.key_cells, self.value_cells = self.cells.narrow(1, 0, keys), self.cells.narrow(1, keys, values)
@@ -49,7 +49,7 @@ class RaggedLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store (B, K, Q, D) in the columns that the cache names; return all (B, K, width, D)."""
+        """Store (B, K, Q, D) in the current columns of the cache; return all (B, K, width, D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         at = self.cache.cells.to(self.states.device)
@@ -58,12 +58,12 @@ class RaggedLayer(CacheLayerMixin):
         return self.seen()
 
     def store(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same for keys and values that lie side by side, (B * Q, F), once there is room."""
+        """Store concatenated keys and values, (B * Q, F), in memory that is already allocated."""
         self.cells.index_copy_(0, self.cache.cells, states)
         return self.seen()
 
     def seen(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the columns that are looked at, (B, K, width, D)."""
+        """Return the keys and values of the visible columns, (B, K, width, D)."""
         width = self.cache.width
         return self.keys.narrow(2, 0, width), self.values.narrow(2, 0, width)
 
@@ -78,11 +78,11 @@ class RaggedLayer(CacheLayerMixin):
 
 
 class RaggedCache(Cache):
-    """One `RaggedLayer` for each layer of a model.
+    """A cache with one `RaggedLayer` per layer of a model.
 
     Args:
         num_layers: layers of the model.
-        capacity: columns C, the longest sequence with its drafts.
+        capacity: number of columns C: the longest sequence with its drafts.
     """
 
     def __init__(self, num_layers: int, capacity: int):
@@ -91,7 +91,7 @@ class RaggedCache(Cache):
         super().__init__(layers=[RaggedLayer(self) for _ in range(num_layers)])
 
     def place(self, columns: torch.Tensor, width: int) -> None:
-        """Say where the next tokens go: `columns` (B, Q), and how many columns are looked at."""
+        """Set where the next tokens are stored: `columns` (B, Q), and how many columns are visible."""
         cells = columns
         if len(columns) > 1:
             cells = torch.arange(len(columns), device=columns.device).unsqueeze(1) * self.capacity + columns

@@ -1,4 +1,4 @@
-"""A causal model that runs over a cache whose rows have lengths of their own.
+"""A causal model that runs over a cache whose rows have different lengths.
 
 Shapes: B rows, Q new tokens of each, C columns of the cache, V vocabulary size.
 """
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.utils import ModelOutput
 
-# What runs a model: the model itself, its compiled forward, or its packed form.
+# Ways to run a model: the model itself, its compiled forward, or its packed form.
 Forward = Callable[..., "ModelOutput | Output"]
 
-# Logits that a prompt's run may hold at once beyond those that are wanted: 256 MB in fp32.
+# Limit on unneeded logits in the pass over a prompt: 256 MB in fp32.
 MOST_LOGITS = 2**26
 
 
 class RaggedModel:
-    """A causal language model whose rows are each at a position of their own.
+    """A causal language model whose rows can each be at a different position.
 
     Args:
         model: any causal language model of transformers that takes `position_ids` and four-dimensional masks.
         capacity: columns of its cache.
-        forward: what runs in place of the model: a `PackedModel`, or what `compiled_forward` returns.
+        forward: runs in place of the model: a `PackedModel`, or what `compiled_forward` returns.
         cache: the cache to use, by default a new one.
-        static: `forward` is compiled for shapes that do not change; prompts are read by the model itself.
+        static: `forward` is compiled for fixed shapes; the model itself reads prompts.
 
     Raises:
-        InputError: for a model that this cannot work with.
+        InputError: for a model that is not supported.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class RaggedModel:
         self.packed = forward if isinstance(forward, PackedModel) else None
         self.cache = cache or RaggedCache(config.num_hidden_layers, capacity)
         self.windows = attention_windows(config)
-        # Of a model that takes no mask for one, and has no layer that looks back a window only.
+        # For a single token the model then takes no mask, since no layer has a sliding window.
         self.sees_all = self.packed is not None and set(self.windows.values()) == {None}
         self.is_eager = config._attn_implementation == "eager"
         self.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
@@ -67,14 +67,14 @@ class RaggedModel:
         logits: int = 0,
         level: bool = False,
     ) -> torch.Tensor:
-        """Logits (B, Q, V) of `tokens` (B, Q) that are written to `columns` (B, Q).
+        """Return the logits (B, Q, V) of `tokens` (B, Q), whose states are written to `columns` (B, Q).
 
         Args:
-            last: (B,), the last position that each row will ever need; drafts reach beyond it, whose positions may not
+            last: (B,), the last position that each row needs; drafts may reach beyond it, where positions may not
                 exist in the model.
             longest: columns in use after this call.
-            logits: only those of that many last tokens; 0 is all.
-            level: whether there is one token of each row, and all in the same column.
+            logits: return only those of this many last tokens; 0 means all.
+            level: whether there is one token per row, all in the same column.
         """
         width = self.cache.capacity if self.static else longest
         self.cache.place(columns, width)
@@ -96,14 +96,14 @@ class RaggedModel:
 
         Args:
             lengths: (B,), tokens of each prompt.
-            last: as for a call.
-            sizes: `lengths` as numbers.
+            last: as in `__call__`.
+            sizes: `lengths` as Python numbers.
 
         Returns:
-            Logits (B, 1, V) behind each prompt.
+            Logits (B, 1, V) after each prompt.
         """
         spread = max(sizes) - min(sizes)
-        # The head runs on the columns where rows end. Far apart, those are too many: their last tokens go again.
+        # The head runs on the columns where rows end. If these are too many, the last tokens are run again.
         together = len(sizes) * spread * self.vocabulary <= MOST_LOGITS or not self.keeps_logits
         forward, self.forward = self.forward, self.model if self.static else self.forward
         columns = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
@@ -118,7 +118,7 @@ class RaggedModel:
         return logits[:, -1:]
 
     def _mask(self, columns: torch.Tensor, width: int) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Who sees whom, (B, 1, Q, width): columns up to the token's own, and within the window where there is one."""
+        """Return the mask (B, 1, Q, width): columns up to the token's own, and within the window if there is one."""
         behind = columns[:, None, :, None] - torch.arange(width, device=columns.device)
         masks = {}
         for kind, window in self.windows.items():
@@ -131,14 +131,14 @@ class RaggedModel:
 
 
 def ragged_model(model: "PreTrainedModel", capacity: int, compile: bool = False, packed: bool = False) -> RaggedModel:
-    """A model over a cache of that many columns.
+    """Return a model over a cache of `capacity` columns.
 
     Args:
         compile: run it through `torch.compile`.
         packed: run it as a `PackedModel`.
 
     Raises:
-        InputError: for `packed` where it does not work, saying why.
+        InputError: for `packed` where it is not supported, with the reason.
     """
     check_model(model)
     if compile:
@@ -147,7 +147,7 @@ def ragged_model(model: "PreTrainedModel", capacity: int, compile: bool = False,
 
 
 def attention_windows(config: "PreTrainedConfig") -> dict[str, int | None]:
-    """The window of each kind of layer that a model has, `None` for those without."""
+    """Return the window of each kind of layer that a model has, `None` for kinds without."""
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     if not kinds:
         kinds = ["full_attention" if window is None else "sliding_attention"]
@@ -155,24 +155,24 @@ def attention_windows(config: "PreTrainedConfig") -> dict[str, int | None]:
 
 
 def check_model(model: "PreTrainedModel", name: str = "the model") -> None:
-    """Refuse a model that keeps another kind of state than keys and values by position.
+    """Refuse a model with any other state than keys and values by position.
 
     Raises:
-        InputError: saying which kind, and what to use instead.
+        InputError: with the kind, and what to use instead.
     """
     config = model.config
     kind = f"{name} ({config.model_type})"
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(
             f"{kind} is an encoder-decoder: speculative decoding here takes causal language models; "
-            "transformers' generate(assistant_model=...) takes yours"
+            "transformers' generate(assistant_model=...) supports it"
         )
     if hasattr(model, "get_base_model"):
         raise InputError(f"{kind} is wrapped by PEFT: pass model.get_base_model(), whose layers keep the adapter")
     parameters = inspect.signature(type(model).forward).parameters
     if getattr(model, "_is_stateful", False) or not {"position_ids", "cache"} <= set(parameters):
         raise InputError(
-            f"{kind} does not take positions and a key-value cache, so that drafts could not be undone: "
+            f"{kind} does not take positions and a key-value cache, so drafts could not be undone: "
             "use its own generate()"
         )
     others = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
@@ -187,7 +187,7 @@ def check_model(model: "PreTrainedModel", name: str = "the model") -> None:
 
 
 def padded_right(input_ids: torch.Tensor, attention_mask: torch.Tensor, columns: int) -> torch.Tensor:
-    """The tokens of each row that are not padding, from column 0 on, in a tensor of (B, `columns`) zeros."""
+    """Return each row's tokens without padding, from column 0 on, in a (B, `columns`) tensor of zeros."""
     kept = attention_mask.bool()
     tokens = input_ids.new_zeros(input_ids.shape[0], columns)
     at = kept.long().cumsum(1) - 1
@@ -197,7 +197,7 @@ def padded_right(input_ids: torch.Tensor, attention_mask: torch.Tensor, columns:
 
 
 def check_context(model: "PreTrainedModel", length: int, name: str = "the model") -> None:
-    """Refuse sequences that a table of learned positions does not reach.
+    """Refuse sequences longer than a table of learned positions.
 
     Raises:
         InputError: naming both lengths.
@@ -212,10 +212,10 @@ def check_context(model: "PreTrainedModel", length: int, name: str = "the model"
 
 
 def early_exit(model: "PreTrainedModel", layers: int) -> "PreTrainedModel":
-    """The same model with its first layers only, under its own final norm and head; no weight is copied.
+    """Return the same model with only its first layers, with its own final norm and head; no weight is copied.
 
     Raises:
-        InputError: when the model has not more layers than that, or they cannot be found.
+        InputError: when the model does not have more layers than that, or they cannot be found.
     """
     total = model.config.get_text_config(decoder=True).num_hidden_layers
     if not 1 <= layers < total:
@@ -227,11 +227,11 @@ def early_exit(model: "PreTrainedModel", layers: int) -> "PreTrainedModel":
 
 
 def _with_module(module: torch.nn.Module, path: Sequence[str], replacement: torch.nn.Module) -> torch.nn.Module:
-    """A copy of `module` that shares all its parts, except that `replacement` stands at `path`."""
+    """Return a copy of `module` that shares all its parts, except `replacement` at `path`."""
     if not path:
         return replacement
     copy = object.__new__(type(module))
-    # A trainer may have left a forward of its own on the original, which runs the original's layers.
+    # A trainer may have set its own `forward` on the original, which runs the original's layers.
     copy.__dict__.update({name: value for name, value in vars(module).items() if name != "forward"})
     copy._modules = dict(module._modules)
     copy._modules[path[0]] = _with_module(module._modules[path[0]], path[1:], replacement)
@@ -239,12 +239,12 @@ def _with_module(module: torch.nn.Module, path: Sequence[str], replacement: torc
 
 
 def compiled_forward(model: "PreTrainedModel") -> "Forward":
-    """The model's forward through `torch.compile`, made once for each model.
+    """Return the model's forward through `torch.compile`, made once per model.
 
     The first call for each number of tokens takes seconds to minutes; a C++ compiler is needed on a CPU.
     """
     owner, compiled = vars(model).get("_hfllm_compiled", (None, None))
-    # A deep copy of a model carries this along, and must not run the weights of the original.
+    # A deep copy of a model copies this too, and must not run the weights of the original.
     if owner != id(model):
         compiled = torch.compile(model.forward, fullgraph=True, dynamic=False)
         vars(model)["_hfllm_compiled"] = (id(model), compiled)

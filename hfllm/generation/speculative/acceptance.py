@@ -1,16 +1,16 @@
-"""The acceptance rule of speculative decoding, and what it is worth (Leviathan et al. 2023, arXiv:2211.17192).
+"""The acceptance rule of speculative decoding, and its expected speedup (Leviathan et al. 2023, arXiv:2211.17192).
 
-Shapes: B rows, G drafted tokens of each, V vocabulary size. Rows may have drafted fewer than G tokens; `counts` says
-how many, and what stands behind them is ignored.
+Shapes: B rows, G drafted tokens of each, V vocabulary size. Rows may have fewer than G drafted tokens; `counts` says
+how many, and later entries are ignored.
 """
 
 import torch
 
 
 def residual(target_probs: torch.Tensor, draft_probs: torch.Tensor) -> torch.Tensor:
-    """`norm(max(p - q, 0))`: what a rejected token is replaced from (section 2.3), shape (..., V) as the inputs.
+    """Return `norm(max(p - q, 0))`, from which a rejected token is replaced (section 2.3), shape (..., V).
 
-    Where p and q are equal nothing can be rejected but by rounding, and p itself is returned.
+    Where p and q are equal, tokens can be rejected only through rounding, and p itself is returned.
     """
     rest = (target_probs - draft_probs).clamp(min=0)
     total = rest.sum(-1, keepdim=True)
@@ -18,7 +18,7 @@ def residual(target_probs: torch.Tensor, draft_probs: torch.Tensor) -> torch.Ten
 
 
 def acceptance_probability(target_probs: torch.Tensor, draft_probs: torch.Tensor) -> torch.Tensor:
-    """`min(1, p / q)` of drafted tokens, elementwise; a token that the draft cannot have drawn is never asked for."""
+    """Return `min(1, p / q)` of drafted tokens, elementwise; q is above 0 for any token that was drawn."""
     return (target_probs / draft_probs).clamp(max=1.0)
 
 
@@ -29,18 +29,18 @@ def accept_sampled(
     counts: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Accept drafted tokens so that what comes out follows the target's distribution (algorithm 1 of the paper).
+    """Accept drafted tokens so that the output follows the target's distribution (algorithm 1 of the paper).
 
     Args:
         draft_tokens: (B, G), each drawn from the draft's distribution of its position.
-        draft_probs: (B, G, V), those distributions q; `None` when each token was certain (q is 1 there), as n-grams
-            of the prompt are.
+        draft_probs: (B, G, V), those distributions q; `None` when each token was certain (q = 1), as for n-grams
+            of the prompt.
         target_probs: (B, G + 1, V), the target's distributions p after the same temperature, top-k and top-p.
         counts: (B,) number of tokens that each row has drafted; by default G.
         generator: the source of randomness.
 
     Returns:
-        How many of each row's tokens are accepted, (B,), and the token that comes next, (B,): from the residual
+        How many of each row's tokens are accepted, (B,), and the next token, (B,): from the residual
         distribution after a rejection, from the target's own after the last draft.
     """
     rows, drafted = draft_tokens.shape
@@ -75,7 +75,7 @@ def accept_greedy(
         counts: (B,) number of tokens that each row has drafted; by default G.
 
     Returns:
-        How many of each row's tokens are accepted, (B,), and the target's choice after them, (B,).
+        How many of each row's tokens are accepted, (B,), and the target's next choice, (B,).
     """
     rows, drafted = draft_tokens.shape
     counts = torch.full((rows,), drafted, device=target_tokens.device) if counts is None else counts
@@ -84,18 +84,18 @@ def accept_greedy(
 
 
 def leading(passes: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Number of leading `True` among the first `counts` of each row: (B, G) and (B,) to (B,)."""
+    """Count the leading `True` among the first `counts` of each row: (B, G) and (B,) to (B,)."""
     within = torch.arange(passes.shape[1], device=passes.device) < counts.unsqueeze(1)
     return (passes & within).long().cumprod(1).sum(1)
 
 
 def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """One token of each row's distribution: (B, V) to (B,)."""
+    """Draw one token from each row's distribution: (B, V) to (B,)."""
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)
 
 
 def expected_tokens(alpha: float, gamma: float) -> float:
-    """Tokens that one run of the target yields: `(1 - alpha^(gamma + 1)) / (1 - alpha)` (equation 1).
+    """Return the expected tokens per run of the target: `(1 - alpha^(gamma + 1)) / (1 - alpha)` (equation 1).
 
     Args:
         alpha: probability that a drafted token is accepted, in [0, 1].
@@ -105,31 +105,31 @@ def expected_tokens(alpha: float, gamma: float) -> float:
 
 
 def speedup(alpha: float, gamma: float, c: float) -> float:
-    """Expected improvement in time over plain decoding, `expected_tokens / (gamma * c + 1)` (theorem 3.8).
+    """Return the expected speedup over plain decoding, `expected_tokens / (gamma * c + 1)` (theorem 3.8).
 
     Args:
         alpha: probability that a drafted token is accepted.
         gamma: drafted tokens.
-        c: time of one draft step, in runs of the target. The theorem takes the target's time to be the same for
-            gamma + 1 tokens as for one; where each more costs a share v of a run, `c + v` accounts for it.
+        c: time of one draft step, in runs of the target. The theorem assumes the target's time to be the same for
+            gamma + 1 tokens as for one; if each additional token costs a share v of a run, use `c + v`.
     """
     return expected_tokens(alpha, gamma) / (gamma * c + 1)
 
 
 def operations(alpha: float, gamma: float, c_hat: float) -> float:
-    """Expected factor on the arithmetic operations, `(gamma * c_hat + gamma + 1) / expected_tokens` (theorem 3.11).
+    """Return the expected factor on operations, `(gamma * c_hat + gamma + 1) / expected_tokens` (theorem 3.11).
 
     Args:
         alpha: probability that a drafted token is accepted.
         gamma: drafted tokens.
-        c_hat: operations of one draft step, in those of the target for one token.
+        c_hat: operations of one draft step, relative to the target's for one token.
     """
     return (gamma * c_hat + gamma + 1) / expected_tokens(alpha, gamma)
 
 
 def optimal_num_draft_tokens(alpha: float, c: float, maximum: int = 32) -> int:
-    """The number of drafted tokens, from 0 to `maximum`, with the largest `speedup` (section 3.5).
+    """Return the number of drafted tokens, from 0 to `maximum`, with the largest `speedup` (section 3.5).
 
-    0 says that drafting does not pay, which is so if and only if `alpha <= c` (corollary 3.9).
+    0 means that drafting does not pay, which holds if and only if `alpha <= c` (corollary 3.9).
     """
     return max(range(maximum + 1), key=lambda gamma: speedup(alpha, gamma, c))

@@ -1,20 +1,20 @@
-"""How many tokens to draft before the target looks at them."""
+"""Choose how many tokens to draft before the target verifies them."""
 
 from typing import Protocol
 
 from hfllm.errors import InputError
 from hfllm.generation.speculative.acceptance import optimal_num_draft_tokens
 
-# What one more token costs to verify, in runs of the target for one, where nobody has measured it. The arithmetic of
-# an accelerator is idle at a few tokens, that of a CPU is not; `measure.measure_costs` knows better.
+# Assumed cost to verify one more token, in runs of the target for one, if not measured. The arithmetic units of
+# an accelerator are idle with a few tokens, those of a CPU are not; `measure.measure_costs` measures it.
 VERIFICATION_GUESS = {"cpu": 0.1}
 VERIFICATION_GUESS_ELSEWHERE = 0.02
-# The same over packed weights (`hfllm.generation.packed.model`), for each row of the batch.
+# The same with packed weights (`hfllm.generation.packed.model`), per row of the batch.
 VERIFICATION_GUESS_PACKED = 0.04
 
 
 class DraftLength(Protocol):
-    """Chooses the number of drafted tokens from one run of the target to the next.
+    """Interface that chooses the number of drafted tokens for each run of the target.
 
     Attributes:
         maximum: the most that `steps` returns.
@@ -23,17 +23,17 @@ class DraftLength(Protocol):
     maximum: int
 
     def steps(self) -> int:
-        """Tokens to draft now."""
+        """Return the number of tokens to draft now."""
 
     def update(self, accepted: int, tested: int) -> None:
-        """Take note that of `tested` drafted tokens `accepted` were right.
+        """Record that `accepted` of `tested` drafted tokens were right.
 
-        A token behind a rejected one was not tested.
+        Tokens after a rejected one were not tested.
         """
 
 
 class FixedDraftLength:
-    """Always the same number of tokens; 0 is plain decoding."""
+    """Always the same number of tokens; 0 means plain decoding."""
 
     def __init__(self, steps: int):
         if steps < 0:
@@ -48,17 +48,17 @@ class FixedDraftLength:
 
 
 class AdaptiveDraftLength:
-    """The number that the paper's formula calls best for the acceptance seen of late (arXiv:2211.17192, section 3.5).
+    """The best number by the paper's formula for the recent acceptance rate (arXiv:2211.17192, section 3.5).
 
-    It depends on what was accepted and on nothing that is timed, so that a seed gives the same samples again. When
-    drafting does not pay, plain decoding continues with one token drafted now and then, to notice when it does.
+    It depends only on accepted tokens, not on measured times, so a seed gives the same samples again. When
+    drafting does not pay, plain decoding continues, with one token drafted at intervals to notice when it does.
 
     Args:
-        cost_ratio: time of a draft step plus that of one more token to verify, in runs of the target for one token.
+        cost_ratio: time of a draft step plus that of verifying one more token, in runs of the target for one token.
         minimum: the fewest tokens to draft.
         maximum: the most tokens to draft.
         memory: runs of the target after which an observation counts for 1/e of a new one.
-        first_guess: the acceptance that is assumed at first, with the weight of one run.
+        first_guess: initial acceptance rate, with the weight of one run.
         probe_every: runs between the single drafts when drafting does not pay.
     """
 
@@ -76,14 +76,14 @@ class AdaptiveDraftLength:
                 f"draft tokens from {minimum} to {maximum}: the minimum must lie between 0 and the maximum"
             )
         if cost_ratio < 0:
-            raise InputError(f"cost_ratio {cost_ratio} is below 0: it is a time over a time")
+            raise InputError(f"cost_ratio {cost_ratio} is below 0: it is a ratio of two times")
         self.cost_ratio, self.minimum, self.maximum = cost_ratio, minimum, maximum
         self.decay, self.probe_every = 1 - 1 / memory, probe_every
         self.accepted, self.tested, self.idle = 4 * first_guess, 4.0, 0
 
     @property
     def alpha(self) -> float:
-        """The acceptance seen of late."""
+        """Return the recent acceptance rate."""
         return min(self.accepted / self.tested, 1.0)
 
     def steps(self) -> int:
@@ -100,12 +100,12 @@ class AdaptiveDraftLength:
 def as_draft_length(
     num_draft_tokens: "int | str | DraftLength", draft_cost: float, device: str = "cpu", packed_rows: int | None = None
 ) -> DraftLength:
-    """A number, `"adaptive"` or a `DraftLength` as a `DraftLength`.
+    """Convert a number, `"adaptive"` or a `DraftLength` to a `DraftLength`.
 
     Args:
-        draft_cost: time of a draft step in runs of the target; the verification's is guessed.
-        device: the type of device that the target is on.
-        packed_rows: rows of the batch, where the target's weights are packed.
+        draft_cost: time of a draft step in runs of the target; the verification time is estimated.
+        device: the target's device type.
+        packed_rows: rows of the batch if the target's weights are packed.
 
     Raises:
         InputError: for anything else.

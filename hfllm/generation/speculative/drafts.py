@@ -1,4 +1,4 @@
-"""Where drafted tokens come from: another model, the prompt itself, or the target's own first layers.
+"""Sources of drafted tokens: another model, the prompt itself, or the target's own first layers.
 
 Shapes: B rows, G drafted tokens, V vocabulary size.
 """
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Rows:
-    """The sequences that are being continued.
+    """The sequences to continue.
 
     Attributes:
-        tokens: (B, C), each row from column 0 on; what stands behind its length means nothing.
+        tokens: (B, C), each row from column 0 on; entries after its length are undefined.
         lengths: (B,), tokens of each row.
         last: (B,), the last position that each row may reach.
-        sizes: the same lengths as numbers.
+        sizes: the same lengths as Python numbers.
     """
 
     tokens: torch.Tensor
@@ -43,7 +43,7 @@ class Rows:
 
     @property
     def are_level(self) -> bool:
-        """Whether all rows have the same length."""
+        """Return whether all rows have the same length."""
         return min(self.sizes) == max(self.sizes)
 
 
@@ -53,8 +53,8 @@ class Proposal:
 
     Attributes:
         tokens: (B, G).
-        counts: (B,), how many of them each row has; what stands behind is ignored.
-        probs: (B, G, V), what they were drawn from, or `None` when they were certain.
+        counts: (B,), how many of them each row has; later entries are ignored.
+        probs: (B, G, V), the distributions they were drawn from, or `None` when they were certain.
     """
 
     tokens: torch.Tensor
@@ -65,25 +65,25 @@ class Proposal:
 class Draft(Protocol):
     """A source of drafted tokens.
 
-    Whether a row gets a further token may depend on the tokens before it, never on that token itself: the samples
-    would no longer be the target's.
+    Whether a row gets another token may depend on earlier tokens, never on that token itself: otherwise samples
+    would not follow the target's distribution.
     """
 
     def cost_ratio(self, target: "PreTrainedModel") -> float:
-        """A guess at the time of one drafted token, in runs of the target for one token."""
+        """Estimate the time of one drafted token, in runs of the target for one token."""
 
     def begin(self, target: RaggedModel, rows: Rows, compiled: bool) -> None:
-        """Get ready for new prompts. `compiled`: shapes must not change from call to call."""
+        """Prepare for new prompts. `compiled`: shapes must not change between calls."""
 
     def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
         """Draft up to `steps` tokens (at least 1) for each row."""
 
     def keep(self, kept: torch.Tensor) -> None:
-        """Forget all rows but these."""
+        """Drop all rows but these."""
 
 
 def weights_read(model: "PreTrainedModel") -> int:
-    """Weights that one token passes through: all but the embedding, whose rows are looked up."""
+    """Return the number of weights that one token uses: all but the embedding, whose rows are looked up."""
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is embedding
@@ -97,7 +97,7 @@ class ModelDraft:
         model: the draft model.
 
     Raises:
-        InputError: when it is no causal model with a key-value cache, or at `begin` when its positions do not suffice.
+        InputError: when it is no causal model with a key-value cache, or at `begin` when it has too few positions.
     """
 
     def __init__(self, model: "PreTrainedModel"):
@@ -110,7 +110,7 @@ class ModelDraft:
     def begin(self, target: RaggedModel, rows: Rows, compiled: bool) -> None:
         check_same_vocabulary(target.model, self.model)
         check_context(self.model, int(rows.last.max()) + 1, "the draft model")
-        # A target that was told not to pack its weights has a draft that does not either.
+        # If the target must not pack its weights, neither does the draft.
         packed = target.packed is not None and unsupported_reason(self.model) is None
         self.runner = ragged_model(self.model, target.cache.capacity, compiled, packed)
         self.runner.prefill(rows.tokens[:, : max(rows.sizes)], rows.lengths, rows.last, rows.sizes)
@@ -123,12 +123,12 @@ class ModelDraft:
 
 
 class EarlyExitDraft:
-    """Self-speculation: the target's first layers under its own norm and head (Zhang et al. 2024, arXiv:2309.08168).
+    """Self-speculation: the target's first layers with its own norm and head (Zhang et al. 2024, arXiv:2309.08168).
 
-    It needs no second model and no cache of its own: what the first layers remember is the target's.
+    It needs no second model and no separate cache: the first layers' cache is the target's.
 
     Args:
-        layers: how many layers; by default half of the target's.
+        layers: number of layers; by default half of the target's.
     """
 
     def __init__(self, layers: int | None = None):
@@ -148,10 +148,10 @@ class EarlyExitDraft:
         return draft_by(self.runner, rows, steps, sampler, catch_up=1)
 
     def keep(self, kept: torch.Tensor) -> None:
-        """Nothing: the rows are the target's to drop."""
+        """Do nothing: the target drops the rows."""
 
     def _shortened(self, target: "PreTrainedModel") -> "PreTrainedModel":
-        # The same object again, so that what was compiled for it is found.
+        # Return the same object again, so that its compiled code is reused.
         if getattr(self, "_made_from", None) is not target:
             self._made_from, self._made = target, early_exit(target, self._count(target))
         return self._made
@@ -162,10 +162,10 @@ class EarlyExitDraft:
 
 
 class Int8Draft:
-    """Self-speculation: the target itself with its weights rounded to int8, a quarter of the memory to read a token.
+    """Self-speculation: the target with its weights rounded to int8, a quarter of the bytes to read per token.
 
-    As `EarlyExitDraft` it shares the target's cache, so that the prompt is read once. It needs no training, and is
-    right nearly always; the target has to be a model of the family in float32 on an x86 processor, and large enough
+    Like `EarlyExitDraft` it shares the target's cache, so the prompt is read once. It needs no training, and is
+    nearly always right; the target must be a model of the family in float32 on an x86 processor, and large enough
     that decoding waits for its weights.
     """
 
@@ -174,25 +174,25 @@ class Int8Draft:
 
     def begin(self, target: RaggedModel, rows: Rows, compiled: bool) -> None:
         if compiled:
-            raise InputError("the int8 draft does not go with compile=True: leave that out")
+            raise InputError("the int8 draft cannot be combined with compile=True: leave that out")
         if target.packed is None:
-            # It reads the target's cache, where a packed target keeps the halves of keys in another order.
-            raise InputError("the int8 draft does not go with packed=False: leave that out")
+            # It reads the target's cache, in which a packed target stores the halves of keys in another order.
+            raise InputError("the int8 draft cannot be combined with packed=False: leave that out")
         self.runner = RaggedModel(target.model, 0, packed_model(target.model, "int8"), target.cache)
 
     def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
         return draft_by(self.runner, rows, steps, sampler, catch_up=1)
 
     def keep(self, kept: torch.Tensor) -> None:
-        """Nothing: the rows are the target's to drop."""
+        """Do nothing: the target drops the rows."""
 
 
 def draft_by(runner: RaggedModel, rows: Rows, steps: int, sampler: Sampler, catch_up: int) -> Proposal:
-    """Draft one token after the other by a model.
+    """Draft one token after the other with a model.
 
     Args:
-        catch_up: tokens at a row's end that may be missing from the model's cache. The last is always, and the one
-            before when a whole draft was accepted, whose last token the draft model has not read. Reading a token
+        catch_up: tokens at a row's end that may be missing from the model's cache. The last always is, as is the one
+            before it when a whole draft was accepted, since the draft model has not read that token. Reading a token
             again changes nothing.
     """
     width = min(catch_up, min(rows.sizes))
@@ -212,14 +212,14 @@ def draft_by(runner: RaggedModel, rows: Rows, steps: int, sampler: Sampler, catc
 
 
 class PromptLookupDraft:
-    """What followed the last time that the row's last tokens were seen (Saxena 2023, "prompt lookup decoding").
+    """Draft what followed an earlier occurrence of the row's last tokens (Saxena 2023, "prompt lookup decoding").
 
-    The longest n-gram wins, then its latest occurrence, in the prompt and in what was generated. A draft that runs
-    into the row's end goes on in its own beginning, so that loops are followed.
+    The longest n-gram wins, then its latest occurrence, in the prompt or the generated text. A draft that reaches
+    the row's end continues with its own beginning, so that loops are followed.
 
     Args:
-        max_ngram: the longest n-gram to look for, in tokens.
-        min_ngram: the shortest.
+        max_ngram: the longest n-gram to search for, in tokens.
+        min_ngram: the shortest one.
     """
 
     def __init__(self, max_ngram: int = 3, min_ngram: int = 1):
@@ -234,7 +234,7 @@ class PromptLookupDraft:
 
     def begin(self, target: RaggedModel, rows: Rows, compiled: bool) -> None:
         self.histories: list[list[int]] = [[] for _ in range(len(rows.lengths))]
-        # n-gram -> where its latest occurrence ends, but for the one at the row's end.
+        # n-gram -> where its latest occurrence ends, except the one at the row's end.
         self.seen: list[dict[tuple[int, ...], int]] = [{} for _ in self.histories]
 
     def propose(self, rows: Rows, steps: int, sampler: Sampler) -> Proposal:
@@ -251,7 +251,7 @@ class PromptLookupDraft:
         self.seen = [self.seen[row] for row in kept.tolist()]
 
     def _read(self, rows: Rows) -> None:
-        """Take in the tokens that have come since."""
+        """Read the tokens that were added since the last call."""
         first = min(map(len, self.histories))
         tokens = rows.tokens[:, first : max(rows.sizes)].tolist()
         for history, seen, new, length in zip(self.histories, self.seen, tokens, rows.sizes, strict=True):

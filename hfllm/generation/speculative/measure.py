@@ -1,4 +1,4 @@
-"""What speculative decoding costs and gains on this machine, beside what the formula predicts."""
+"""Measure the cost and speedup of speculative decoding on this machine, and compare with the formula."""
 
 import statistics
 import time
@@ -28,9 +28,9 @@ class Costs:
     """Times in runs of the target for one token.
 
     Attributes:
-        target_seconds: what such a run takes, in seconds.
+        target_seconds: seconds of such a run.
         draft: the paper's c, one drafted token.
-        verification: one more token in a run of the target; the paper takes it to be free.
+        verification: one more token in a run of the target; the paper assumes 0.
     """
 
     target_seconds: float
@@ -39,22 +39,22 @@ class Costs:
 
     @property
     def per_draft(self) -> float:
-        """What a drafted token costs in all; drafting pays where more of them than that are accepted."""
+        """Return the total cost of a drafted token; drafting pays if a larger share is accepted."""
         return self.draft + self.verification
 
 
 class SpeedRow(TypedDict):
-    """Greedy decoding with one draft length, beside `generate`.
+    """Greedy decoding with one draft length, compared with `generate`.
 
     Attributes:
         num_draft_tokens: the name of the draft length.
-        drafted: its mean, in tokens.
+        drafted: mean number of drafted tokens.
         acceptance_rate, tokens_per_target_call: see `Statistics`.
-        speedup: the seconds of `generate` over ours, the median of all rounds.
+        speedup: time of `generate` divided by ours, median over all rounds.
         predicted: the same by the paper's formula.
-        predicted_with_verification: the same where a token more to verify is not free.
-        seconds: of all batches.
-        tokens: that were generated.
+        predicted_with_verification: the same, including the cost of verifying more tokens.
+        seconds: total of all batches.
+        tokens: generated tokens.
     """
 
     num_draft_tokens: str
@@ -79,15 +79,15 @@ def measure_costs(
     clock: Callable[[], float] = time.perf_counter,
     packed: bool | None = None,
 ) -> Costs:
-    """Time single runs of the target, of the draft, and of the target over a draft, behind the prompts of `batch`.
+    """Time single runs of the target, of the draft, and of the target over a draft, after the prompts of `batch`.
 
     Args:
         num_draft_tokens: tokens drafted at a time, at least 1.
-        rounds: repetitions, of which the median counts.
+        rounds: repetitions; the median is returned.
         compile: measure compiled models, as `speculative_generate(compile=True)` runs them.
-        clock: what tells the seconds. On a busy machine the wall clock favors short runs, which end before they are
-            interrupted; `time.process_time` does not, and is right on one thread.
-        packed: as of `speculative_generate`.
+        clock: returns seconds. On a busy machine the wall clock favors short runs, which end before they are
+            interrupted; `time.process_time` does not, and is correct with one thread.
+        packed: as in `speculative_generate`.
     """
     lengths = batch["attention_mask"].sum(1)
     capacity = -(-(int(lengths.max()) + num_draft_tokens + 2) // 128) * 128
@@ -119,7 +119,7 @@ def measure_costs(
 def interleaved(
     runs: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of each run in each round, after one that is not counted; the order turns from round to round."""
+    """Return the seconds of each run in each round, after a warm-up round; the order rotates between rounds."""
     for run in runs.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -139,14 +139,14 @@ def _wait() -> None:
 
 
 def plain(model: "PreTrainedModel", batch: Batch, **options: Any) -> torch.Tensor:
-    """The target alone: transformers' `generate`."""
+    """Decode with the target alone: transformers' `generate`."""
     return model.generate(**batch, **options)
 
 
 def speculative(
     model: "PreTrainedModel", draft: Draft | None, batches: Sequence[Batch], **options: Any
 ) -> tuple[list[torch.Tensor], Statistics]:
-    """Sequences of all batches, and their statistics together."""
+    """Return the sequences of all batches, and their joint statistics."""
     total, sequences = Statistics(), []
     for batch in batches:
         output = speculative_generate(model, draft, **batch, **options)
@@ -162,7 +162,7 @@ def speculative(
 
 
 def identical_share(model: "PreTrainedModel", draft: Draft, batches: Sequence[Batch], **options: Any) -> float:
-    """Share of the prompts to which greedy speculative decoding says exactly what `generate` says."""
+    """Return the share of prompts for which greedy speculative decoding gives exactly the tokens of `generate`."""
     same = total = 0
     for batch in batches:
         wanted = plain(model, batch, do_sample=False, **_shared(options))
@@ -191,15 +191,15 @@ def speed_by_num_draft_tokens(
     rounds: int = 3,
     **options: Any,
 ) -> tuple[float, list[SpeedRow]]:
-    """Measure greedy decoding with each number of draft tokens against `generate`, side by side.
+    """Measure greedy decoding with each number of draft tokens against `generate`, in alternation.
 
     Args:
-        draft_lengths: numbers of draft tokens, or what chooses them, by the name that the table shows.
-        costs: for the predictions.
-        options: of `generate`, and `compile`.
+        draft_lengths: numbers of draft tokens, or objects that choose them, by their names in the table.
+        costs: measured costs for the predictions.
+        options: arguments of `generate`, and `compile`.
 
     Returns:
-        Seconds of `generate` for all batches, and one row for each draft length.
+        Seconds of `generate` for all batches, and one row per draft length.
     """
     seen: dict[str, Statistics] = {}
 
@@ -217,7 +217,7 @@ def speed_by_num_draft_tokens(
     for name in draft_lengths:
         found, alpha = seen[name], seen[name].acceptance_rate
         mean = found.drafted / max(found.target_calls, 1)
-        # Each round's two runs met the same machine.
+        # The two runs of a round had the same machine load.
         ratios = [theirs / ours for theirs, ours in zip(seconds["plain"], seconds[name], strict=True)]
         rows.append(
             {
@@ -236,5 +236,5 @@ def speed_by_num_draft_tokens(
 
 
 def best_num_draft_tokens(alpha: float, costs: Costs, maximum: int = 16) -> int:
-    """The number of drafts that the formula calls best here, verification included; 0 says: none."""
+    """Return the best number of draft tokens by the formula, including the cost of verification; 0 means none."""
     return optimal_num_draft_tokens(alpha, costs.per_draft, maximum)

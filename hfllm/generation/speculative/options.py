@@ -1,4 +1,4 @@
-"""What may be asked of speculative decoding, read from the options of transformers' `generate`."""
+"""Options of speculative decoding, read from those of transformers' `generate`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from hfllm.generation.speculative import acceptance
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-# Those that look at the logits alone. Others look at the tokens before, which drafts make conditional.
+# Processors that depend only on the logits. Others depend on earlier tokens, which may be unverified drafts.
 STATELESS = (
     *("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper"),
     *("TopHLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper", "SuppressTokensLogitsProcessor"),
     *("InfNanRemoveLogitsProcessor", "LogitNormalization"),
 )
-# Options that would change the result here or add to it, and the values that do not.
+# Options that would change the result or add to it, and their values without effect.
 REFUSED = {
     "num_beams": (None, 1),
     "num_return_sequences": (None, 1),
@@ -33,7 +33,7 @@ REFUSED = {
     "return_dict_in_generate": (None, False),
     "prompt_lookup_num_tokens": (None,),
     "use_mtp": (None, False),
-    # Those that compare with the prompt, whose processors are made only when the prompt is given.
+    # Options that compare with the prompt, whose processors need the prompt.
     "encoder_repetition_penalty": (None, 1.0),
     "encoder_no_repeat_ngram_size": (None, 0),
 }
@@ -41,7 +41,7 @@ REFUSED = {
 
 @dataclass
 class Sampler:
-    """How a token is chosen from logits: the most probable one, or drawn after temperature, top-k, top-p and so on.
+    """Chooses tokens from logits: the most probable one, or drawn after temperature, top-k, top-p and so on.
 
     Attributes:
         do_sample: draw, or take the most probable.
@@ -54,22 +54,22 @@ class Sampler:
     generator: torch.Generator | None = None
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
-        """Processed logits in fp32, (..., V) as the logits."""
+        """Return processed logits in fp32, (..., V) as the logits."""
         scores = logits.to(torch.float32)
         if len(self.processors):
             scores = self.processors(None, scores.flatten(0, -2)).view(scores.shape)
         return scores
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """The distribution to draw from, (..., V)."""
+        """Return the distribution to draw from, (..., V)."""
         return self.scores(logits).softmax(-1)
 
     def greedy(self, logits: torch.Tensor) -> torch.Tensor:
-        """The most probable tokens, (...)."""
+        """Return the most probable tokens, (...)."""
         return self.scores(logits).argmax(-1)
 
     def draft(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A token of each row from logits (B, V), and what it was drawn from if it was."""
+        """Return one token per row from logits (B, V), and its distribution if it was drawn."""
         if not self.do_sample:
             return self.greedy(logits), None
         probs = self.probabilities(logits)
@@ -78,10 +78,10 @@ class Sampler:
     def accept(
         self, draft_tokens: torch.Tensor, draft_probs: torch.Tensor | None, logits: torch.Tensor, counts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Accepted counts and next tokens of each row; see `hfllm.generation.speculative.acceptance`."""
+        """Return accepted counts and next tokens of each row; see `hfllm.generation.speculative.acceptance`."""
         if not self.do_sample:
             choice = self.greedy(logits)
-            # Plain decoding, which need not look for what was accepted.
+            # Plain decoding, where nothing has to be accepted.
             return (
                 acceptance.accept_greedy(draft_tokens, choice, counts)
                 if draft_tokens.numel()
@@ -93,7 +93,7 @@ class Sampler:
 
 @dataclass
 class Options:
-    """What the loop needs to know: the sampler, how long, and which tokens end and pad a row."""
+    """Options of the decoding loop: sampler, length, and the tokens that end and pad a row."""
 
     sampler: Sampler
     max_new_tokens: int
@@ -108,7 +108,7 @@ def read_options(
     prompt_length: int,
     **kwargs: Any,
 ) -> Options:
-    """Options as `model.generate` would read them: arguments over `generation_config` over the model's own.
+    """Read options as `model.generate` does: arguments override `generation_config`, which overrides the model's own.
 
     Raises:
         InputError: for an option that has no effect here or that drafts cannot respect.
@@ -118,16 +118,18 @@ def read_options(
         raise InputError(f"speculative decoding takes no argument {', '.join(sorted(unknown))}")
     check_config(config)
     if "cache_implementation" in kwargs:
-        raise InputError("cache_implementation: speculative decoding keeps a cache of its own; leave it out")
+        raise InputError("cache_implementation: speculative decoding has its own cache; leave it out")
     if config.max_new_tokens is None or config.max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={config.max_new_tokens}: give the most tokens to generate, at least 1")
+        raise InputError(
+            f"max_new_tokens={config.max_new_tokens}: give the maximum number of tokens to generate, at least 1"
+        )
     model._prepare_special_tokens(config, True, device=model.device)
     processors = model._get_logits_processor(config, input_ids_seq_length=prompt_length, device=model.device)
     return make_options(config, processors, config.max_new_tokens, generator)
 
 
 def check_config(config: "GenerationConfig", handled: Sequence[str] = ()) -> None:
-    """Refuse options that would have no effect here, but for those that the caller sees to.
+    """Refuse options that would have no effect here, except those that the caller handles.
 
     Raises:
         InputError: naming the option.
@@ -147,16 +149,16 @@ def make_options(
     max_new_tokens: int,
     generator: torch.Generator | None,
 ) -> Options:
-    """Options from a prepared `generation_config` and its logits processors.
+    """Make options from a prepared `generation_config` and its logits processors.
 
     Raises:
-        InputError: for a processor that looks at the tokens before.
+        InputError: for a processor that depends on earlier tokens.
     """
     for processor in processors:
         if type(processor).__name__ not in STATELESS:
             raise InputError(
-                f"{type(processor).__name__} looks at the tokens before, which speculative decoding does not offer: "
-                "set the option that asks for it to its default, or use model.generate"
+                f"{type(processor).__name__} depends on earlier tokens, which speculative decoding does not support: "
+                "set its option to the default, or use model.generate"
             )
     eos, pad = config._eos_token_tensor, config._pad_token_tensor
     return Options(
@@ -173,10 +175,10 @@ def check_same_vocabulary(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     draft_tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> None:
-    """Refuse a draft model that does not speak the target's tokens.
+    """Refuse a draft model with other tokens than the target's.
 
     Raises:
-        InputError: naming what differs, and what to use instead.
+        InputError: with the difference, and what to use instead.
     """
     instead = (
         "use prompt lookup or early exit as the draft, or train one with the target's tokenizer "

@@ -1,7 +1,7 @@
 """Speculative decoding: a draft proposes several tokens, one run of the target verifies them all.
 
 Leviathan et al. 2023, arXiv:2211.17192, algorithm 1, for a batch whose rows accept different numbers of tokens. Greedy
-output is the target's own, and samples follow the target's distribution.
+output equals the target's own, and samples follow the target's distribution.
 
     output = speculative_generate(model, ModelDraft(small), **tokenizer(texts, return_tensors="pt"), max_new_tokens=64)
 """
@@ -28,15 +28,15 @@ COMPILED_BLOCK = 128
 
 @dataclass
 class Statistics:
-    """What a run has seen, over all rows.
+    """Statistics of a run, over all rows.
 
     Attributes:
         tokens: generated tokens that were kept.
-        target_calls: runs of the target, each counted once for every row in it, the prompt's included.
+        target_calls: runs of the target, each counted once per row, including the prompt's.
         drafted: drafted tokens.
         tested: drafted tokens that the target verified: up to the first rejected one of each draft.
         accepted: drafted tokens that were right.
-        steps: drafted tokens per row by run of the target, in order.
+        steps: drafted tokens per row, by run of the target.
     """
 
     tokens: int = 0
@@ -56,12 +56,12 @@ class Statistics:
 
     @property
     def acceptance_rate(self) -> float:
-        """Share of the verified tokens that were right: the maximum-likelihood estimate of the paper's alpha."""
+        """Return the share of verified tokens accepted: the maximum-likelihood estimate of the paper's alpha."""
         return self.accepted / self.tested if self.tested else 0.0
 
     @property
     def tokens_per_target_call(self) -> float:
-        """Tokens that a row gains by one run of the target."""
+        """Return the tokens that a row gains per run of the target."""
         return self.tokens / self.target_calls if self.target_calls else 0.0
 
 
@@ -93,19 +93,19 @@ def speculative_generate(
         model: the target, any causal language model of transformers.
         draft: a `Draft`, a smaller model with the same tokenizer, or `None` for plain decoding over the same cache.
         input_ids: (B, S) prompts, padded on either side.
-        attention_mask: (B, S), 0 at padding; by default nothing is.
+        attention_mask: (B, S), 0 at padding; by default there is none.
         generation_config: transformers' options. `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`,
-            `min_p`, `eos_token_id`, `pad_token_id` and whatever else looks at the logits alone.
+            `min_p`, `eos_token_id`, `pad_token_id` and other options that depend only on the logits.
         num_draft_tokens: tokens to draft before the target verifies them; `"adaptive"` follows the acceptance.
         generator: the source of randomness; by default torch's own.
         compile: run the models through `torch.compile` on fixed shapes. The first calls take long; rows that have
             ended stay in the batch.
-        packed: call kernels alone, over packed copies of the weights on a CPU (`hfllm.generation.packed.model`); by
-            default for models of the family in evaluation, whose weights the first call copies.
-        kwargs: single options over `generation_config`, as `generate` takes them.
+        packed: call kernels directly, over packed copies of the weights on a CPU (`hfllm.generation.packed.model`); by
+            default for models of the family in evaluation mode, whose weights the first call copies.
+        kwargs: single options that override `generation_config`, as in `generate`.
 
     Raises:
-        InputError: for a model, a draft or an option that this cannot work with.
+        InputError: for a model, a draft or an option that is not supported.
     """
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     check_prompts(input_ids, attention_mask)
@@ -124,7 +124,7 @@ def decode(
     compile: bool = False,
     packed: bool | None = None,
 ) -> SpeculativeOutput:
-    """`speculative_generate` once the options are read."""
+    """Decode as `speculative_generate` does, with options already read."""
     if draft is not None and not hasattr(draft, "propose"):
         draft = ModelDraft(draft)
     if compile and packed:
@@ -147,16 +147,16 @@ def decode(
 
 
 def many_shapes() -> AbstractContextManager:
-    """Let one forward be compiled for more shapes than torch allows by default: batches, drafts, cache sizes."""
+    """Allow one forward to be compiled for more shapes than torch's default: batches, drafts, cache sizes."""
     import torch._dynamo
 
     return torch._dynamo.config.patch(recompile_limit=64)
 
 
 class _Run:
-    """The state of one call: rows that still run, and what each row of the batch has got so far.
+    """The state of one call: rows that still run, and the tokens of each row so far.
 
-    Lengths and ends are kept as Python numbers beside the tensors, so that a step waits for the device once.
+    Lengths and ends are kept as Python numbers beside the tensors, so a step waits for the device only once.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class _Run:
         capacity = longest + draft_length.maximum + 1
         if compile:
             capacity = -(-capacity // COMPILED_BLOCK) * COMPILED_BLOCK
-        # New tokens of each row, and the rows that still run, by their number in the batch.
+        # New tokens of each row, and the rows that still run, by their index in the batch.
         self.new: list[list[int]] = [[] for _ in lengths]
         self.running = list(range(len(lengths)))
         self.limits = [length + options.max_new_tokens for length in lengths]
@@ -188,7 +188,7 @@ class _Run:
         self._begin()
 
     def _begin(self) -> None:
-        """Read the prompts, whose run yields the first token as it does in plain decoding; then let the draft."""
+        """Read the prompts, which yields the first token as in plain decoding; then prepare the draft."""
         rows = self.rows
         logits = self.target.prefill(rows.tokens[:, : max(rows.sizes)], rows.lengths, rows.last, rows.sizes)
         self._verify(Proposal(rows.tokens[:, :0], torch.zeros_like(rows.lengths)), logits)
@@ -200,7 +200,7 @@ class _Run:
         return any(not self._has_ended(number) for number in self.running)
 
     def decode(self) -> None:
-        """Continue without drafts: a run, a token of each row, and as little as can be between them."""
+        """Continue without drafts: one run and one token per row, with as little overhead as possible."""
         rows = self.rows
         columns, last, longest = rows.lengths.unsqueeze(1) - 1, rows.last, max(rows.sizes)
         tokens, level = rows.tokens.gather(1, columns), rows.are_level
@@ -228,7 +228,7 @@ class _Run:
                 level = longest == int(columns.min()) + 1
 
     def step(self) -> None:
-        """Draft, verify, append; then let go of rows that have ended."""
+        """Draft, verify, append; then drop rows that have ended."""
         rows = self.rows
         proposal = self._proposal()
         drafted = proposal.tokens.shape[1]
@@ -239,7 +239,7 @@ class _Run:
         self._verify(proposal, self.target(window, columns, rows.last, max(rows.sizes) + drafted, level=level))
 
     def _verify(self, proposal: Proposal, logits: torch.Tensor) -> None:
-        """Accept what the logits (B, G + 1, V) allow, and append it."""
+        """Accept the tokens that the logits (B, G + 1, V) allow, and append them."""
         rows = self.rows
         accepted, following = self.options.sampler.accept(proposal.tokens, proposal.probs, logits, proposal.counts)
         # The accepted drafts and the token after them, which takes the place of the first rejected one.
@@ -250,7 +250,7 @@ class _Run:
         self._append(torch.cat((accepted.unsqueeze(1), proposal.counts.unsqueeze(1), fresh), dim=1).tolist())
 
     def _proposal(self) -> Proposal:
-        """Drafted tokens, as many as the draft length says and the rows have room for."""
+        """Return as many drafted tokens as the draft length says and the rows have room for."""
         rows, steps = self.rows, self.draft_length.steps()
         # The target adds one token itself.
         room = max(self.limits[number] - size for number, size in zip(self.running, rows.sizes, strict=True)) - 1
@@ -260,14 +260,14 @@ class _Run:
             proposal = Proposal(rows.tokens[:, :0], torch.zeros_like(rows.lengths))
         missing = self.draft_length.maximum - proposal.tokens.shape[1]
         if self.compile and missing:
-            # One shape for every run of the target; the counts say that these are no drafts.
+            # One shape for every run of the target; the counts mark these as no drafts.
             proposal.tokens = torch.nn.functional.pad(proposal.tokens, (0, missing))
             if proposal.probs is not None:
                 proposal.probs = torch.nn.functional.pad(proposal.probs, (0, 0, 0, missing))
         return proposal
 
     def _append(self, outcome: list[list[int]]) -> None:
-        """Take in accepted and drafted counts and the fresh tokens of each row, up to its end."""
+        """Append the new tokens of each row, up to its end, and record accepted and drafted counts."""
         sizes, calls, drafted, tested, accepted = list(self.rows.sizes), 0, 0, 0, 0
         for row, (number, (right, count, *tokens)) in enumerate(zip(self.running, outcome, strict=True)):
             if self._has_ended(number):
@@ -278,7 +278,7 @@ class _Run:
             self.new[number] += new
             sizes[row] += len(new)
             calls, drafted = calls + 1, drafted + count
-            # Tokens behind the end of a row were verified all the same.
+            # Tokens after the end of a row were verified too.
             tested, accepted = tested + min(right + 1, count), accepted + right
             self.statistics.tokens += len(new)
         self.statistics.add(calls, drafted, tested, accepted)
@@ -305,14 +305,14 @@ class _Run:
         return Rows(tokens, torch.tensor(sizes, **make), torch.tensor(last, **make), sizes)
 
     def sequences(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(B, S): the prompts as they were given, then the new tokens, padded on the right."""
+        """Return (B, S): the prompts as given, then the new tokens, padded on the right."""
         longest = max(map(len, self.new))
         padded = [new + [self.options.pad_token_id] * (longest - len(new)) for new in self.new]
         return torch.cat((input_ids, input_ids.new_tensor(padded)), dim=1)
 
 
 def check_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
-    """Refuse what holds no prompts.
+    """Refuse input without prompts.
 
     Raises:
         InputError: naming the shape or the row.

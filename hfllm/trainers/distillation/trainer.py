@@ -174,7 +174,7 @@ class DistillationTrainer(Trainer):
             teacher = load_teacher(name, settings)
             tokenizer = tokenizer or _tokenizer_of(name, settings["revision"])
         if teacher is self.model:
-            raise InputError("the teacher is the student itself: load it once more")
+            raise InputError("the teacher is the student itself: load it a second time")
         check_same_vocabulary(self._bare(self.model), teacher, self.processing_class, tokenizer)
         teacher = teacher.eval().requires_grad_(False)
         if not getattr(teacher, "is_quantized", False):

@@ -34,7 +34,7 @@ def check_vllm(args: PPOConfig) -> None:
     if unheard := sorted(
         name for name, value in asked if name not in HEARD and value != UNMODIFIED_SAMPLING.get(name)
     ):
-        raise InputError(f"use_vllm=True does not go with {', '.join(unheard)} of generation_kwargs")
+        raise InputError(f"use_vllm=True cannot be combined with {', '.join(unheard)} of generation_kwargs")
 
 
 class VllmSampler:
