@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
+from processes import Processes
 
 # Torch and what stands on it are imported where they are used: with several workers, the process that hands out the
 # tests needs none of it. Until the tests run, garbage collection has millions of imported objects to look through.
@@ -27,6 +28,12 @@ def imported_objects_are_not_garbage():
     gc.enable()
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def processes():
+    with Processes() as processes:
+        yield processes
 
 
 @pytest.fixture(scope="session")
