@@ -1,5 +1,6 @@
 """Small models, tokenizers and prompts that the tests share. Nothing here needs a network or a file."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -7,24 +8,46 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
-import torch
-from hub_server import TOKEN, HubServer
+from processes import Processes
 
-import hfllm
-from hfllm.data.tokenizer import train_tokenizer
-from hfllm.data.world.demonstrators import instruction_rows
-from hfllm.data.world.world import World
+# Torch and what stands on it are imported where they are used: with several workers, the process that hands out the
+# tests needs none of it. Until the tests run, garbage collection has millions of imported objects to look through.
+gc.disable()
 
-torch.set_num_threads(1)
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported_objects_are_not_garbage():
+    """Each run of a trainer collects garbage: half of a test's time, if that looks through all imported objects."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def processes():
+    with Processes() as processes:
+        yield processes
 
 
 @pytest.fixture(scope="session")
 def world():
+    from hfllm.data.world.world import World
+
     return World(0)
 
 
 @pytest.fixture(scope="session")
 def tokenizer(world):
+    from hfllm.data.tokenizer import train_tokenizer
+    from hfllm.data.world.demonstrators import instruction_rows
+
     rows = instruction_rows(world, 500)
     texts = [f"{row['instruction']} {row['input']} {row['output']}" for row in rows]
     return train_tokenizer(texts, vocab_size=400, model_max_length=256)
@@ -32,6 +55,8 @@ def tokenizer(world):
 
 @pytest.fixture
 def make_config(tokenizer):
+    import hfllm
+
     def make(**overrides):
         values = {
             "vocab_size": len(tokenizer),
@@ -52,6 +77,10 @@ def make_config(tokenizer):
 
 @pytest.fixture
 def make_model(make_config):
+    import torch
+
+    import hfllm
+
     def make(seed=0, model_class=None, **overrides):
         torch.manual_seed(seed)
         return (model_class or hfllm.HfllmForCausalLM)(make_config(**overrides)).eval()
@@ -62,6 +91,7 @@ def make_model(make_config):
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub on loopback that this process talks to, logged in as `me`; waiting before retries takes no time."""
+    from hub_server import TOKEN, HubServer
     from huggingface_hub import constants
 
     with HubServer({TOKEN: ("me", "write"), "hf_readreadreadreadreadread": ("me", "read")}) as server:

@@ -112,11 +112,38 @@ def test_continuous_batching_equals_generate(model, ids):
     assert [answer.generated_tokens for answer in answers.values()] == [expected]
 
 
-def test_flex_attention_equals_sdpa(model, ids):
+def assert_flex_equals_sdpa(model, ids):
     expected = model(ids).logits
     model.set_attn_implementation("flex_attention")
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_flex_attention_equals_sdpa(model, ids, monkeypatch):
+    from torch.nn.attention.flex_attention import create_mask
+    from transformers import masking_utils
+
+    called, make_mask = [], masking_utils.create_block_mask
+
+    def plainly(query, key, value, block_mask, scale, **more):
+        """What the kernel computes; compiling it takes half a minute of CPU."""
+        called.append(more["enable_gqa"])
+        mask = create_mask(block_mask.mask_mod, 1, 1, query.shape[2], key.shape[2], device="cpu")
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return attend(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+
+    def uncompiled(*args, _compile, **kwargs):
+        return make_mask(*args, **kwargs)
+
+    monkeypatch.setattr("transformers.integrations.flex_attention.compile_friendly_flex_attention", plainly)
+    monkeypatch.setattr(masking_utils, "create_block_mask", uncompiled)
+    assert_flex_equals_sdpa(model, ids)
+    assert called == [True, True]
+
+
+@pytest.mark.slow
+def test_compiled_flex_attention_equals_sdpa(make_model, ids):
+    assert_flex_equals_sdpa(make_model(**FAMILIES["mistral"]), ids)
 
 
 def test_lm_eval_runs_a_local_task(folder, tmp_path):

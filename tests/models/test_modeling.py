@@ -132,8 +132,8 @@ def test_save_and_load_are_equal_and_tied_weights_stay_tied(make_model, axes, id
 
 def test_training_overfits_one_batch(make_model, axes, ids):
     model = make_model(**axes, initializer_range=0.05).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(80):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
+    for _ in range(40):
         loss = model(ids, labels=ids).loss
         loss.backward()
         optimizer.step()
@@ -283,8 +283,10 @@ def test_bf16_is_close_to_fp32(make_model, axes, ids):
     assert (rounded.float() - exact).norm() < 0.05 * exact.norm()
 
 
-def test_compiled_equals_eager(make_model, axes, ids):
-    model = make_model(**axes)
+# Each part of a layer in one of them.
+@pytest.mark.parametrize("name", ["gpt1", "neox", "gemma", "cohere", "qwen3", "mixtral-parallel-window"])
+def test_compiled_equals_eager(make_model, name, ids):
+    model = make_model(num_hidden_layers=1, **FAMILIES[name])
     expected = model(ids, use_cache=False).logits
     torch._dynamo.reset()
     # A static graph: the experts' sizes depend on the tokens only in the eager form.

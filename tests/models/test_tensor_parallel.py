@@ -1,8 +1,5 @@
 """Two processes with half of every projection each compute what one computes with the whole."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from families import FAMILIES
@@ -10,21 +7,13 @@ from families import FAMILIES
 SCRIPT = Path(__file__).parent / "tensor_parallel_run.py"
 
 
-def test_half_of_each_projection_on_each_process(make_model, tmp_path):
+def test_half_of_each_projection_on_each_process(processes, make_model, tmp_path):
     names = ("llama", "gpt2", "palm", "qwen3", "mixtral")
     for name in names:
         # One key-value head for each process, but PaLM, which has a single one, splits its MLP alone.
         make_model(**{"num_key_value_heads": 2, **FAMILIES[name]}).save_pretrained(tmp_path / name)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)]
-    result = subprocess.run(
-        [*command, *(str(tmp_path / name) for name in names)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    lines = [line.split() for line in result.stdout.splitlines() if line.startswith("RESULT")]
+    printed = processes.torchrun(SCRIPT, *(tmp_path / name for name in names))
+    lines = [line.split() for line in printed.splitlines() if line.startswith("RESULT")]
     assert len(lines) == len(names)
     for name, (_, share, difference) in zip(names, lines, strict=True):
         assert float(share) == (1.0 if name == "palm" else 0.5), name

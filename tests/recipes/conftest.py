@@ -14,10 +14,12 @@ TINY = {
         "vocab_size": 400,
         "num_documents": 300,
         "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 64,
         "max_steps": 6,
         "learning_rate": 0.003,
         "save_strategy": "no",
         "logging_steps": 3,
+        "sample_steps": 0,
     },
     "sft": {"num_examples": 120, "max_steps": 4, "save_strategy": "no", "learning_rate": 0.001, "logging_steps": 2},
     "reward": {

@@ -51,12 +51,15 @@ def run(tmp_path):
         "vocab_size": 320,
         "max_length": 64,
         "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 32,
         "logging_steps": 1,
+        "sample_steps": 0,
         "output_dir": str(tmp_path / "out"),
     }
 
     def make(*flags, **values):
-        words = [word for name, value in {**tiny, **values}.items() for word in (f"--{name}", str(value))]
+        settings = {name: value for name, value in {**tiny, **values}.items() if value is not None}
+        words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         return pretrain.main(*pretrain.parse([*words, *map(str, flags)]))
 
     return make

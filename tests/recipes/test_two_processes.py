@@ -1,35 +1,22 @@
 """The whole chain under two processes: stages wait for each other, one process writes."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+
+@pytest.fixture
+def launch(processes):
+    def make(recipe, *flags):
+        """What a recipe prints under two processes."""
+        printed = processes.torchrun(f"recipes/{recipe}.py", *flags)
+        assert printed.count(f"=== {recipe}") == 1
+        return printed
+
+    return make
 
 
-def launch(recipe, *flags):
-    """What a recipe prints under two processes."""
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-            *(f"recipes/{recipe}.py", *map(str, flags)),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count(f"=== {recipe}") == 1
-    return result.stdout
-
-
-def test_the_main_job_under_two_processes(tiny, tmp_path):
+def test_the_main_job_under_two_processes(launch, tiny, tmp_path):
     output = launch("rlhf", "--config", tiny["rlhf"], "--output_dir", tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
     # Four optimizer steps, one per rollout, of 4 episodes on each of two processes.
@@ -40,7 +27,7 @@ def test_the_main_job_under_two_processes(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_student_and_its_int8_form_under_two_processes(tiny, tmp_path):
+def test_a_student_and_its_int8_form_under_two_processes(launch, tiny, tmp_path):
     pytest.importorskip("bitsandbytes")
     launch("distill", "--config", tiny["distill"], "--output_dir", tmp_path / "student")
     report = json.loads((tmp_path / "student" / "report.json").read_text())

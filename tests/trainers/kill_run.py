@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from hfllm.outputs.checkpoints import last_complete_checkpoint
 
-KILLS, STEPS = 10, 60
+KILLS, STEPS = 10, 24
 
 
 def build(kind: str, output_dir: str):
@@ -48,10 +48,10 @@ def train(kind: str, output_dir: str) -> None:
     trainer.save_model(output_dir)
 
 
-def fork(kind: str, output_dir: str, seconds: float | None = None, saves: bool = False) -> bool:
-    """Train in a child, killed after so many seconds and, if `saves`, once it writes a checkpoint.
+def fork(kind: str, output_dir: str, step: int | None = None, seconds: float | None = None) -> bool:
+    """Train in a child, killed so many seconds after it began to write the checkpoint of a step.
 
-    Returns whether it came to its end.
+    Without seconds it is killed while it writes that. Returns whether it came to its end.
     """
     child = os.fork()
     if child == 0:
@@ -61,11 +61,14 @@ def fork(kind: str, output_dir: str, seconds: float | None = None, saves: bool =
             print("FAILED", repr(error), flush=True)
             os._exit(1)
         os._exit(0)
-    if seconds is not None:
-        time.sleep(seconds)
-        give_up = time.monotonic() + 5
-        while saves and not half_written(output_dir) and time.monotonic() < give_up:
-            pass
+    if step is not None:
+        give_up = time.monotonic() + 60
+        while last_begun(output_dir) < step and time.monotonic() < give_up:
+            time.sleep(0.001)
+        if seconds is None:
+            while not half_written(output_dir) and time.monotonic() < give_up:
+                pass
+        time.sleep(seconds or 0)
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     if os.WIFEXITED(status) and os.WEXITSTATUS(status):
@@ -73,13 +76,18 @@ def fork(kind: str, output_dir: str, seconds: float | None = None, saves: bool =
     return os.WIFEXITED(status)
 
 
+def last_begun(output_dir: str) -> int:
+    """The step of the newest checkpoint, whole or not; 0 when there is none."""
+    return max((int(path.name.rpartition("-")[2]) for path in Path(output_dir).glob("checkpoint-*")), default=0)
+
+
 def half_written(output_dir: str) -> bool:
     """Whether the newest checkpoint is not the newest complete one."""
-    numbers = [int(path.name.rpartition("-")[2]) for path in Path(output_dir).glob("checkpoint-*")]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         last = last_complete_checkpoint(output_dir)
-    return bool(numbers) and (last is None or not last.endswith(f"-{max(numbers)}"))
+    newest = last_begun(output_dir)
+    return newest > 0 and (last is None or not last.endswith(f"-{newest}"))
 
 
 def main(kind: str, folder: str, seed: int) -> None:
@@ -88,9 +96,10 @@ def main(kind: str, folder: str, seed: int) -> None:
     fork(kind, whole)
     seconds = time.perf_counter() - began
     rng, kills, while_saving = random.Random(seed), 0, 0
-    while kills < KILLS:
-        # Late enough to get somewhere, early enough not to be done before the last kill.
-        if fork(kind, cut, rng.uniform(0.08, 0.2) * seconds, saves=bool(kills % 2)):
+    # Every other one while it saves, and the others at any moment, also before they get further than the last.
+    steps = sorted(rng.choices(range(1, STEPS - 9), k=KILLS))
+    for number, step in enumerate(steps):
+        if fork(kind, cut, step, None if number % 2 else rng.uniform(0, 3 / STEPS) * seconds):
             break
         kills += 1
         while_saving += half_written(cut)

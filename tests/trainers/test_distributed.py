@@ -14,22 +14,26 @@ SCRIPT = Path(__file__).parent / "ddp_run.py"
 ROOT = Path(__file__).parent.parent.parent
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 DEEPSPEED = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", "2"]
 DEEPSPEED += ["--num_machines", "1", "--mixed_precision", "no"]
 
 
-def launch(launcher, *arguments):
-    """Reward in evaluation and in the first rollout that the run prints."""
+def launch(script, *arguments):
+    """What a script prints under DeepSpeed's launcher."""
     result = subprocess.run(
-        [*launcher, str(SCRIPT), *map(str, arguments)],
+        [*DEEPSPEED, str(SCRIPT.parent / script), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    line = next(line for line in result.stdout.splitlines() if line.startswith("EVAL"))
+    return result.stdout
+
+
+def rewards_in(printed):
+    """Reward in evaluation and in the first rollout."""
+    line = next(line for line in printed.splitlines() if line.startswith("EVAL"))
     return [float(value) for value in line.split()[1:]]
 
 
@@ -43,41 +47,30 @@ def same_weights(one, other, learning_rate, steps):
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
+def one(processes, tmp_path_factory):
     """The run of a single process, and the rewards that it printed."""
     folder = tmp_path_factory.mktemp("one")
-    return folder, launch([*TORCHRUN, "--nproc_per_node=1"], folder, 8)
+    return folder, rewards_in(processes.torchrun(SCRIPT, folder, 8, processes=1))
 
 
-def test_two_processes_equal_one_and_save(one, tmp_path):
+def test_two_processes_equal_one_and_save(processes, one, tmp_path):
     folder, rewards = one
-    assert launch([*TORCHRUN, "--nproc_per_node=2"], tmp_path, 4) == pytest.approx(rewards, abs=1e-5)
+    assert rewards_in(processes.torchrun(SCRIPT, tmp_path, 4)) == pytest.approx(rewards, abs=1e-5)
     same_weights(folder, tmp_path, *PPO)
     files = set(os.listdir(tmp_path / "checkpoint-6"))
     assert {"rollout_0.safetensors", "rollout_1.safetensors", "optimizer.pt"} <= files
 
 
-def pretrain(launcher, folder, *arguments, script="pretrain_run.py"):
-    result = subprocess.run(
-        [*launcher, str(SCRIPT.parent / script), str(folder), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
+def pretrained(processes, tmp_path_factory):
     """What a single process pretrains."""
     folder = tmp_path_factory.mktemp("pretrained")
-    pretrain([*TORCHRUN, "--nproc_per_node=1"], folder)
+    processes.torchrun(SCRIPT.parent / "pretrain_run.py", folder, processes=1)
     return folder
 
 
-def test_two_processes_pretrain_what_one_does(pretrained, tmp_path):
-    pretrain([*TORCHRUN, "--nproc_per_node=2"], tmp_path)
+def test_two_processes_pretrain_what_one_does(processes, pretrained, tmp_path):
+    processes.torchrun(SCRIPT.parent / "pretrain_run.py", tmp_path)
     same_weights(pretrained, tmp_path, *PRETRAINING)
 
 
@@ -113,14 +106,15 @@ def test_a_wrong_batch_is_more_than_rounding(tmp_path, monkeypatch, fault):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_processes_pretrain_with_zero_what_one_does(pretrained, tmp_path, stage):
     pytest.importorskip("deepspeed")
-    pretrain(DEEPSPEED, tmp_path, ROOT / "ds_configs" / f"zero{stage}.json")
+    launch("pretrain_run.py", tmp_path, ROOT / "ds_configs" / f"zero{stage}.json")
     same_weights(pretrained, tmp_path, *PRETRAINING)
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_with_every_term(one, tmp_path):
-    rewards = launch([*TORCHRUN, "--nproc_per_node=1"], tmp_path / "one", 8, "terms")
-    assert launch([*TORCHRUN, "--nproc_per_node=2"], tmp_path / "two", 4, "terms") == pytest.approx(rewards, abs=1e-5)
+def test_two_processes_equal_one_with_every_term(processes, one, tmp_path):
+    rewards = rewards_in(processes.torchrun(SCRIPT, tmp_path / "one", 8, "terms", processes=1))
+    printed = processes.torchrun(SCRIPT, tmp_path / "two", 4, "terms")
+    assert rewards_in(printed) == pytest.approx(rewards, abs=1e-5)
     same_weights(tmp_path / "one", tmp_path / "two", *PPO)
     with pytest.raises(AssertionError):
         same_weights(tmp_path / "one", one[0], *PPO)
@@ -131,27 +125,26 @@ def test_two_processes_equal_one_with_every_term(one, tmp_path):
 def test_two_processes_with_zero_equal_one(one, tmp_path, stage):
     pytest.importorskip("deepspeed")
     folder, rewards = one
-    assert launch(DEEPSPEED, tmp_path, 4, ROOT / "ds_configs" / f"zero{stage}.json") == pytest.approx(
-        rewards, abs=1e-5
-    )
+    printed = launch(SCRIPT.name, tmp_path, 4, ROOT / "ds_configs" / f"zero{stage}.json")
+    assert rewards_in(printed) == pytest.approx(rewards, abs=1e-5)
     same_weights(folder, tmp_path, *PPO)
 
 
 @pytest.fixture(scope="module")
-def distilled(tmp_path_factory):
+def distilled(processes, tmp_path_factory):
     """What a single process distils."""
     folder = tmp_path_factory.mktemp("distilled")
-    pretrain([*TORCHRUN, "--nproc_per_node=1"], folder, 4, script="distill_run.py")
+    processes.torchrun(SCRIPT.parent / "distill_run.py", folder, 4, processes=1)
     return folder
 
 
-def test_two_processes_distil_what_one_does(distilled, tmp_path):
-    pretrain([*TORCHRUN, "--nproc_per_node=2"], tmp_path, 2, script="distill_run.py")
+def test_two_processes_distil_what_one_does(processes, distilled, tmp_path):
+    processes.torchrun(SCRIPT.parent / "distill_run.py", tmp_path, 2)
     same_weights(distilled, tmp_path, *DISTILLATION)
 
 
 @pytest.mark.slow
 def test_two_processes_distil_with_zero_what_one_does(distilled, tmp_path):
     pytest.importorskip("deepspeed")
-    pretrain(DEEPSPEED, tmp_path, 2, ROOT / "ds_configs" / "zero2.json", script="distill_run.py")
+    launch("distill_run.py", tmp_path, 2, ROOT / "ds_configs" / "zero2.json")
     same_weights(distilled, tmp_path, *DISTILLATION)

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,16 +17,9 @@ FILES = {"ppo": ["model.safetensors", "value_head.safetensors"], "pretrain": ["m
 
 
 @pytest.mark.parametrize("kind", list(FILES))
-def test_ten_kills_change_nothing(tmp_path, kind):
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT), kind, str(tmp_path), "1"],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
-    seen = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("RESULT"))[7:])
+def test_ten_kills_change_nothing(processes, tmp_path, kind):
+    printed = processes.run(SCRIPT, kind, tmp_path, 1)
+    seen = json.loads(next(line for line in printed.splitlines() if line.startswith("RESULT"))[7:])
     assert seen["kills"] == 10
     assert seen["while_saving"] >= 1
     assert seen["files"] == FILES[kind]
