@@ -76,7 +76,7 @@ def test_the_python_runs(make_model, tokenizer, tmp_path, monkeypatch):
     small = f"PPOConfig({str(tmp_path / 'ppo')!r}, total_episodes=16, response_length=4, use_cpu=True, bf16=False, "
     small += "save_strategy='no', report_to='none')"
     for written, ours in (
-        (r'PPOConfig\("outputs/ppo"\)', small),
+        (r'PPOConfig\("ppo"\)', small),
         (r'"Qwen/[^"]+"', repr(str(tmp_path / "policy"))),
         (r'"Skywork/[^"]+"', repr(str(tmp_path / "reward"))),
     ):
