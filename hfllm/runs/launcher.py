@@ -19,6 +19,7 @@ from pathlib import Path
 
 from hfllm.errors import InputError
 from hfllm.runs.accelerate_flags import split_flags, value_of, with_shipped_configs
+from hfllm.runs.chain import STAGES
 from hfllm.runs.command_line import ASKS_FOR_HELP, run
 from hfllm.runs.quiet import hide_unhelpful_output
 from hfllm.runs.recipes import installed, load_recipe, recipe_file, recipe_names
@@ -163,11 +164,23 @@ def listing() -> str:
     configs = installed("recipes") / "configs"
     settings = sorted(str(path.relative_to(configs).with_suffix("")) for path in configs.rglob("*.yaml"))
     engines = sorted(path.stem for path in installed("accelerate_configs").glob("*.yaml"))
+    made = "\n".join(f"    {name:<14}{words}" for name, words in models_made().items())
     return f"""{recipes_table()}
+
+Where no model is named, on the embedded world:
+{made}
 
 For --config: {", ".join(settings)}
 For --config_file: {", ".join(engines)}
 Recipes are in {installed("recipes")}"""
+
+
+def models_made() -> dict[str, str]:
+    """Return what each stage makes and from what, as words by its name."""
+    return {
+        name: entry.makes + (f", from what {' and '.join(entry.needs.values())} made" if entry.needs else "")
+        for name, entry in STAGES.items()
+    }
 
 
 def recipes_table() -> str:
