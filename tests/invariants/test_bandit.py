@@ -39,12 +39,12 @@ def test_ppo_converges_to_the_tilted_reference(make_model, tokenizer, tmp_path):
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
-        per_device_train_batch_size=256,
+        per_device_train_batch_size=64,
         num_ppo_epochs=2,
         response_length=1,
-        learning_rate=2e-3,
+        learning_rate=5e-3,
         lr_scheduler_type="linear",
-        max_steps=240,
+        max_steps=100,
         kl_coef=beta,
         gamma=1.0,
         lam=1.0,
@@ -55,7 +55,7 @@ def test_ppo_converges_to_the_tilted_reference(make_model, tokenizer, tmp_path):
         model=model,
         reward_funcs=reward,
         args=args,
-        train_dataset=Dataset.from_dict({"prompt": ["Go"] * 256}),
+        train_dataset=Dataset.from_dict({"prompt": ["Go"] * 64}),
         processing_class=tokenizer,
     )
     trainer.policy.lm_head = Arms(trainer.policy.lm_head)
@@ -67,4 +67,4 @@ def test_ppo_converges_to_the_tilted_reference(make_model, tokenizer, tmp_path):
     assert (reference - target).abs().max() > 0.1
     trainer.train()
     learned = probabilities(trainer.policy, ids)
-    torch.testing.assert_close(learned, target, atol=0.03, rtol=0)
+    torch.testing.assert_close(learned, target, atol=0.02, rtol=0)

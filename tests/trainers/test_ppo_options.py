@@ -161,23 +161,24 @@ def test_a_steered_coefficient_is_used_and_logged(make_trainer):
     assert coefficients[-1] > coefficients[1]
 
 
-@pytest.mark.parametrize("estimator", ["k2", "k3", "full"])
-def test_a_penalty_in_the_loss_pulls_to_the_reference(make_trainer, prompts, estimator):
-    def distance(coefficient):
+def test_a_penalty_in_the_loss_pulls_to_the_reference(make_trainer, prompts):
+    def distance(coefficient, estimator):
         trainer = make_trainer(
             kl_coef=coefficient,
             kl_estimator=estimator,
             kl_penalty="loss",
             learning_rate=3e-3,
-            per_device_train_batch_size=32,
+            per_device_train_batch_size=16,
             gradient_accumulation_steps=1,
-            max_steps=16,
+            max_steps=8,
         )
         trainer.train()
         tokens = trainer.evaluate_tokens(trainer.sample(rows_of(prompts, 12)))
         return (tokens.logprobs - tokens.ref_logprobs).square().mean()
 
-    assert distance(10.0) < 0.7 * distance(1e-6)
+    free = distance(1e-6, "k2")
+    for estimator in ("k2", "k3", "full"):
+        assert distance(10.0, estimator) < 0.6 * free, estimator
 
 
 def test_the_reference_moves_as_often_and_far_as_asked(make_trainer):
