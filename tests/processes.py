@@ -48,11 +48,11 @@ class Processes:
         ranks = [{**world, "RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
         return self._run([str(script), *map(str, arguments)], ranks, timeout)
 
-    def run(self, script: str | Path, *arguments: object, timeout: float = 300) -> str:
-        """What a script prints in one process, as Python starts it; raises as `torchrun` does."""
-        return self._run([str(script), *map(str, arguments)], [{}], timeout)
+    def run(self, script: str | Path, *arguments: object, code: int = 0, timeout: float = 300) -> str:
+        """What a script prints in one process, as Python starts it, that exits with `code`; raises as `torchrun`."""
+        return self._run([str(script), *map(str, arguments)], [{}], timeout, code)
 
-    def _run(self, argv, environments, timeout):
+    def _run(self, argv, environments, timeout, code=0):
         if self._server is None:
             paths = [ROOT, ROOT / "recipes", *filter(None, [os.environ.get("PYTHONPATH")])]
             variables = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
@@ -65,7 +65,7 @@ class Processes:
             print(json.dumps(asked), file=self._server.stdin, flush=True)
             codes = json.loads(self._server.stdout.readline())
             printed = output.read()
-        assert not any(codes), f"exit codes {codes}: {printed[-3000:]}"
+        assert set(codes) == {code}, f"exit codes {codes}: {printed[-3000:]}"
         return printed
 
 

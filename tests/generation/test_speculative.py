@@ -174,7 +174,7 @@ def joint_distribution(target, prompt, **warp):
     return probs[0, 0].unsqueeze(1) * probs[:, 1]
 
 
-def sampled_surprise(target, draft, num_draft_tokens=2, draws=12_000, **warp):
+def sampled_surprise(target, draft, num_draft_tokens=2, draws=6_000, **warp):
     """Of the first two tokens sampled through the loop, in batches: the first has no draft, the second has."""
     prompt, generator = torch.tensor([[4, 1, 2, 4, 1]]), torch.Generator().manual_seed(0)
     rows = prompt.expand(2_000, -1)

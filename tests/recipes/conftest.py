@@ -51,7 +51,7 @@ TINY = {
         "num_documents": 40,
         "max_steps": 4,
         "per_device_train_batch_size": 4,
-        "response_length": 40,
+        "response_length": 16,
         "num_eval_prompts": 24,
         "save_strategy": "no",
         "learning_rate": 0.001,

@@ -160,8 +160,7 @@ def test_a_fit_to_all_runs_that_is_refused_names_the_file(table, tmp_path, monke
             [
                 "--grid",
                 *(f"{size}:1000,2000,4000" for size in ("32x1", "32x2", "48x2")),
-                "--held_out_run",
-                "32x1:3000",
+                *("--held_out_run", "32x1:3000", "--dataset_name", "world"),
             ],
             r"--held_out_run 32x1:3000 takes \S+ FLOPs, no more than the grid's 48x2-4000 with",
         ),
@@ -180,15 +179,15 @@ def test_what_cannot_work_with_a_grid_is_refused_before_training(tmp_path, monke
 def trained(tmp_path_factory):
     """A grid of nine tiny runs and a larger one, from nothing."""
     folder = tmp_path_factory.mktemp("grid")
-    flags = ["--grid", *(f"{size}:10000,14000,20000" for size in ("32x1", "32x2", "48x2"))]
-    flags += ["--held_out_run", "64x2:30000", "--dataset_name", "world", "--resamples", 10, "--output_dir", folder]
+    flags = ["--grid", *(f"{size}:6000,9000,13000" for size in ("32x1", "32x2", "48x2"))]
+    flags += ["--held_out_run", "64x2:18000", "--dataset_name", "world", "--resamples", 10, "--output_dir", folder]
     return folder, flags, run(*flags)
 
 
 def test_a_grid_is_trained_fitted_and_tested_on_a_larger_run(trained):
     folder, _, metrics = trained
     rows = list(csv.DictReader((folder / "runs.csv").open()))
-    assert tuple(rows[0]) == COLUMNS and len(rows) == 10 and rows[-1]["name"] == "64x2-30000"
+    assert tuple(rows[0]) == COLUMNS and len(rows) == 10 and rows[-1]["name"] == "64x2-18000"
     assert set(metrics) >= METRICS and metrics["runs"] == 10 and metrics["held_out_runs"] == 1
     for row in rows:
         model = AutoModelForCausalLM.from_pretrained(folder / "models" / row["name"])
@@ -206,10 +205,10 @@ def test_finished_runs_are_not_trained_again(trained, capsys):
     folder, flags, metrics = trained
     (folder / "report.json").unlink()
     lines = (folder / "runs.csv").read_text().splitlines()
-    (folder / "runs.csv").write_text("\n".join(line for line in lines if not line.startswith("32x2-14000")) + "\n")
+    (folder / "runs.csv").write_text("\n".join(line for line in lines if not line.startswith("32x2-9000")) + "\n")
     again = run(*flags)
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("run ")]
-    assert [line.split(":")[0] for line in printed] == ["run 32x2-14000", "run 64x2-30000"]
+    assert [line.split(":")[0] for line in printed] == ["run 32x2-9000", "run 64x2-18000"]
     assert "are expected (95% interval" in printed[1]
     better = min("chinchilla", "kaplan", key=lambda form: metrics[f"objective_without_held_out_{form}"])
     assert metrics["held_out_error"] == metrics[f"held_out_error_{better}"]
@@ -247,7 +246,7 @@ def test_your_own_text_is_repeated_when_it_is_short(tmp_path):
 
 
 def test_what_other_flags_left_before_the_first_run_is_made_anew(tmp_path):
-    flags = ["--config", str(settings_file("pretrain/grid.yaml"))]
+    flags = ["--config", str(settings_file("pretrain/grid.yaml")), "--dataset_name", "world"]
 
     def prepared(longest, *more):
         return Grid(tmp_path / "out", [*flags, *more], longest)._prepared()

@@ -80,5 +80,5 @@ def test_a_vocabulary_without_room_for_the_bytes_is_refused(corpus, tmp_path):
 
 
 def test_the_documentation_of_this_python_is_a_dataset():
-    rows = dict(iterate_source(PYDOC))
-    assert len(rows) > 5000 and "option" in rows["argparse"]["text"]
+    row = next(row for name, row in iterate_source(PYDOC) if name == "argparse")
+    assert "option" in row["text"]
