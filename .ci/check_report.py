@@ -1,9 +1,9 @@
 """Fail unless the main job's report shows that alignment helped. Usage: check_report.py OUTPUT_DIR
 
-The bounds hold for any seed on any machine. Each lies three standard errors or more beyond the worst of six runs (seeds
-1, 2 and 42, one and two threads; benchmarks/results/alignment.md): 0.03 for a mean over 360 sampled prompts and 0.05 over
-180, twice that with the spread between runs; 0.008 for the accuracy on 1,430 pairs; 0.06 for a share of 60 facts. With a
-reward model that learned from coin flips the first four are far outside (0.21, 0.07, 0.09 and 0.54).
+The bounds hold for any seed on any machine. Each lies three standard errors or more beyond the worst of six runs
+(seeds 1, 2 and 42, one and two threads; benchmarks/results/alignment.md). A mean over 360 sampled prompts is known to
+0.03, over 180 to 0.05, and twice that with the spread between runs; an accuracy on 1,430 pairs to 0.008, a share of 60
+facts to 0.06. With a reward model that learned from coin flips the first four are far outside.
 """
 
 import json

@@ -23,7 +23,7 @@ def parse(argv: Sequence[str]) -> tuple[ConvertArguments]:
 def main(script_args: ConvertArguments) -> dict[str, float]:
     """Convert, compare, write the report. Return the metrics."""
     from hfllm.runs.stage import Stage
-    from hfllm.stages.convert import convert, stages_before
+    from hfllm.stages.convert import check, convert, stages_before
 
     before = stages_before(script_args)
     stage = Stage("convert", script_args, before=before.parsed)
@@ -34,6 +34,7 @@ def main(script_args: ConvertArguments) -> dict[str, float]:
     if source is None:
         # The output folder holds both.
         source, target = before.model("pretrain"), target / "native"
+    check(script_args, target)
     stage.announce(f"{source} -> {target}")
     before.run()
     if not main_process():

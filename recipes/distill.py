@@ -66,12 +66,12 @@ def main(
     stage.check()
     if stage.is_finished:
         return stage.reuse()
-    stage.announce()
     check_student(script_args, model_args, before)
     scaled_args, scaled = scaled_learning_rate(script_args, stage.training_args)
     data_rows, eval_rows = rows_to_learn(script_args, training_args.seed)
 
     # The stages before: a teacher, which may write the answers.
+    stage.announce()
     before.run()
     teacher_name = before.model("rlhf") or training_args.teacher_model_name_or_path
     trainer_args = changed(scaled_args, teacher_model_name_or_path=teacher_name)

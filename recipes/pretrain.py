@@ -54,8 +54,8 @@ def main(
     stage.check()
     if stage.is_finished:
         return stage.reuse()
-    stage.announce()
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
+    stage.announce()
 
     # Texts, and the model with its tokenizer: new ones are trained on those texts.
     set_seed(training_args.seed)

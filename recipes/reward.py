@@ -35,7 +35,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     from hfllm.data.loading import world_of
     from hfllm.errors import InputError
     from hfllm.runs.arguments import changed
-    from hfllm.runs.models import fitting_length, load_reward_model, load_tokenizer, peft_config
+    from hfllm.runs.models import check_trainable, fitting_length, load_reward_model, load_tokenizer, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.stages import reward
     from hfllm.trainers.callbacks import use_plain_lines
@@ -47,17 +47,19 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     stage.check()
     if stage.is_finished:
         return stage.reuse()
-    stage.announce()
+    check_trainable(model_args)
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
     rows = reward.user_comparisons(script_args, training_args.seed)
-
     before = reward.stages_before(script_args, training_args, model_args)
+
+    stage.announce()
     before.run()
     base_args = replace(model_args, model_name_or_path=before.model("sft") or model_args.model_name_or_path)
     tokenizer = load_tokenizer(base_args.model_name_or_path, base_args.model_revision)
     if rows is None:
         train_rows, test_rows = reward.world_comparisons(script_args, training_args, base_args)
-        train_rows = reward.in_batches_of_like_length(train_rows, training_args)
+        if training_args.train_sampling_strategy == "sequential":
+            train_rows = reward.in_batches_of_like_length(train_rows, training_args)
     else:
         train_rows, test_rows = rows
     # The head is new, and so are the weights of an adapter.

@@ -55,7 +55,6 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     stage.check()
     if stage.is_finished:
         return stage.reuse()
-    stage.announce()
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
     functions = rlhf.checked_functions(script_args)
     train_rows, eval_rows = rlhf.prompt_data(script_args, training_args.seed, functions)
@@ -66,6 +65,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     ptx_dataset = rlhf.ptx_texts(script_args, training_args)
 
     # The stages before: a policy to start from, and reward models.
+    stage.announce()
     metrics_before = before.run()
     policy_args = replace(model_args, model_name_or_path=before.model("sft") or model_args.model_name_or_path)
     reward_models = before.models("reward") or script_args.reward_model_name_or_path or []

@@ -31,7 +31,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     from trl import SFTTrainer
 
     from hfllm.runs.arguments import changed
-    from hfllm.runs.models import fitting_length, load_policy, peft_config
+    from hfllm.runs.models import check_trainable, fitting_length, load_policy, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.stages.sft import check, instruction_data, stages_before
     from hfllm.trainers.callbacks import use_plain_lines
@@ -43,11 +43,12 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     stage.check()
     if stage.is_finished:
         return stage.reuse()
-    stage.announce()
+    check_trainable(model_args)
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
     train_rows, test_rows = instruction_data(script_args, script_args.num_examples, training_args.seed)
-
     before = stages_before(script_args, training_args, model_args)
+
+    stage.announce()
     before.run()
     base_args = replace(model_args, model_name_or_path=before.model("pretrain") or model_args.model_name_or_path)
     model, tokenizer = load_policy(base_args)

@@ -13,7 +13,6 @@ from hfllm.data.world.rubric import GoldAnswer, gold_score
 from hfllm.errors import InputError
 
 RewardFunction = Callable[..., list[float]]
-GOLD_COLUMNS = ("gold_kind", "gold_accepted", "gold_needed", "gold_forbidden")
 
 
 def completion_text(completion: str | Sequence[dict[str, str]]) -> str:

@@ -179,6 +179,7 @@ def chain_before(
     more_flags: Mapping[str, Sequence[str]] | None = None,
     copies: Mapping[str, Sequence[Sequence[str]]] | None = None,
     skip: Sequence[str] = (),
+    over_world: bool = False,
 ) -> Chain:
     """Return the stages that `stage` needs, each with its parsed flags, for a folder of its own under `output_dir`.
 
@@ -191,6 +192,7 @@ def chain_before(
         more_flags: flags for a stage beyond those.
         copies: for each further run of a stage, its extra flags.
         skip: stages whose models are not needed.
+        over_world: whether `configs` lie over the settings for the world, in place of replacing them.
 
     Raises:
         InputError: when one of the configs is wrong.
@@ -209,7 +211,9 @@ def chain_before(
             flags = ["--seed", str(seed), "--world_seed", str(world_seed)]
             # The world's settings suit the small models made here; your own model keeps the libraries' defaults.
             is_own = any(each in given for each in entry.needs.values())
-            config = configs.get(need) or (None if is_own else str(settings_file(entry.settings)))
+            world, config = str(settings_file(entry.settings)), configs.get(need)
+            if not is_own and (over_world or not config):
+                flags += ["--config", world]
             flags += ["--config", config] if config else []
             if entry.runs_own_chain:
                 passed = {f"--{name}_config": configs.get(name) for name in _all_needs(need)}

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 from hfllm.errors import HIDDEN, InputError, redact
 from hfllm.outputs.checkpoints import last_complete_checkpoint
 from hfllm.outputs.report import read_report
-from hfllm.runs.parser import HelpFormatter, PlainParser, ShortHelpFormatter, add_fields, read_yaml, training_parser
+from hfllm.runs.parser import (
+    HelpFormatter,
+    PlainParser,
+    ShortHelpFormatter,
+    add_fields,
+    present_name,
+    read_yaml,
+    training_parser,
+)
 from hfllm.runs.quiet import hide_unhelpful_output
 from hfllm.runs.recipes import settings_file
 
@@ -97,10 +105,9 @@ def parse_recipe(
     given = given_values(argv)
     argv, config_files = take_configs(argv)
     files = [*(settings(given) if settings else ()), *config_files]
-    if output_dir is not None:
-        argv = ["--output_dir", output_dir, *argv]
     kinds = [own, *map(_imported, library)]
     parser_class, defaults = (training_parser(), machine_defaults()) if library else (PlainParser, {})
+    defaults |= {} if output_dir is None else {"output_dir": output_dir}
     parser = parser_class(kinds, description=description, formatter_class=HelpFormatter)
     parser.add_argument("--config", help="A YAML file of flags; flags on the command line win.")
     if "--help_all" in argv:
@@ -172,8 +179,10 @@ def given_values(argv: Sequence[str]) -> dict[str, Any]:
         if word.startswith("--"):
             name, _, value = word[2:].partition("=")
             following = words[place + 1] if place + 1 < len(words) else "--"
-            stated = "=" in word or following.startswith("--")
-            values[name.replace("-", "_")] = (value or True) if stated else following
+            if "=" not in word:
+                value = True if following.startswith("--") else following
+            # As a flag without a value is on, one that is off or empty is not given.
+            values[name.replace("-", "_")] = False if str(value).lower() in ("", "false") else value
     return values
 
 
@@ -221,7 +230,7 @@ def finished_run(output_dir: str, arguments: Mapping[str, Any]) -> dict[str, Any
     report = read_report(output_dir)
     if report is None:
         return None
-    before = report["arguments"]
+    before = {present_name(name): value for name, value in report["arguments"].items()}
     for name in sorted({*before, *arguments}):
         if before.get(name) != arguments.get(name):
             raise InputError(

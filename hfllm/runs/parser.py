@@ -14,7 +14,7 @@ from hfllm.errors import InputError, redact
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-# Flags that had another name, and a value that it stood for where it is not the same.
+# Flags that had another name.
 RENAMED = {
     "chat_prompts": "apply_chat_template",
     "lookahead": "num_draft_tokens",
@@ -22,6 +22,12 @@ RENAMED = {
     "train_alone": "train_baseline",
 }
 TRUE, FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
+
+
+def present_name(flag: str) -> str:
+    """Return the present name of a flag, or of one of a stage before, such as `sft.flag`."""
+    stage, dot, name = flag.rpartition(".")
+    return f"{stage}{dot}{RENAMED.get(name, name)}"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -58,8 +64,9 @@ class NearestNameErrors:
         raise InputError(_one_name(message))
 
     def unknown(self, kind: str, name: str) -> InputError:
-        if RENAMED.get(name) in self.names:
-            return InputError(f"unknown {kind} {name!r}: its name is {RENAMED[name]!r} now")
+        present = present_name(name.removeprefix("no_").replace("-", "_"))
+        if name not in self.names and present in self.names and present != name:
+            return InputError(f"unknown {kind} {name!r}: its name is {present!r} now")
         nearest = difflib.get_close_matches(name, self.names, n=1, cutoff=0.0)
         return InputError(f"unknown {kind} {name!r}; did you mean {nearest[0]!r}?")
 

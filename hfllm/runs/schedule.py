@@ -78,7 +78,7 @@ def plan(name: str, before: Sequence[Planned], minutes: float | None) -> bool:
 
 
 def come_back(name: str) -> None:
-    """Note that the stages before `name` have run, and that it goes on itself."""
+    """Note that the stages before `name` have run, and that it continues."""
     global _job
     places = [place for place, stage in enumerate(_job.stages) if stage.name == name] if _job else []
     if places:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse
 from hfllm.runs.chain import Chain, chain_before
 
 if TYPE_CHECKING:
@@ -32,6 +32,19 @@ class ConvertArguments:
     )
     world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world's facts."})
     seed: int = field(default=42, metadata={"help": "Seed of the pretraining and of the random tokens."})
+
+
+def check(script_args: ConvertArguments, target: Path) -> None:
+    """Refuse a flag that has no effect, and a folder that is not empty.
+
+    Raises:
+        InputError: naming the flag or the folder.
+    """
+    from hfllm.models.conversion_hfllm import check_empty
+
+    is_idle = bool(script_args.model_name_or_path and script_args.pretrain_config)
+    refuse(is_idle, "--pretrain_config", "the model is named")
+    check_empty(target)
 
 
 def stages_before(script_args: ConvertArguments) -> Chain:

@@ -33,8 +33,13 @@ class RewardArguments(DataArguments, BatchArguments):
     )
     response_length: int = field(default=40, metadata={"help": "Longest response sampled for comparison, in tokens."})
     num_eval_prompts: int = field(default=360, metadata={"help": "Held-out prompts of the world to compare on."})
+    pretrain_config: str | None = field(
+        default=None,
+        metadata={"help": "YAML flags of the pretraining, over those for the world."},
+    )
     sft_config: str | None = field(
-        default=None, metadata={"help": "YAML flags of the fine-tuning that makes the model, if none is named."}
+        default=None,
+        metadata={"help": "YAML flags of the fine-tuning, over those for the world."},
     )
 
     def __post_init__(self):
@@ -44,19 +49,18 @@ class RewardArguments(DataArguments, BatchArguments):
 
 
 def check(script_args: RewardArguments, model_args: "ModelConfig") -> None:
-    """Refuse flags that have no effect, and models that cannot be trained.
+    """Refuse flags that have no effect.
 
     Raises:
-        InputError: naming the flag or the model.
+        InputError: naming the flag.
     """
     from hfllm.data.sources import WORLD
-    from hfllm.runs.models import check_trainable
 
     is_named, is_world = bool(model_args.model_name_or_path), script_args.dataset_name == WORLD
-    refuse(is_named and bool(script_args.sft_config), "--sft_config", "the model is named")
+    for flag in ("pretrain_config", "sft_config"):
+        refuse(is_named and bool(getattr(script_args, flag)), f"--{flag}", "the model is named")
     has_seed = script_args.comparison_seed is not None
     refuse(has_seed and not is_world, "--comparison_seed", "it applies only to the embedded world")
-    check_trainable(model_args)
 
 
 def stages_before(script_args: RewardArguments, training_args: "RewardConfig", model_args: "ModelConfig") -> Chain:
@@ -67,7 +71,8 @@ def stages_before(script_args: RewardArguments, training_args: "RewardConfig", m
         training_args.seed,
         script_args.world_seed,
         given_models={"sft": model_args.model_name_or_path},
-        configs={"sft": script_args.sft_config},
+        configs={"pretrain": script_args.pretrain_config, "sft": script_args.sft_config},
+        over_world=True,
     )
 
 

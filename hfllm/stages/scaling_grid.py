@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError, refuse
+from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import main_process, parse_recipe
 from hfllm.runs.stage import stage_arguments
 from hfllm.stages.pretrain import LIBRARY, PretrainArguments, default_settings
@@ -198,7 +199,9 @@ class Grid:
         tokenizer, packed, test_texts = self._prepared()
         set_seed(training_args.seed)
         model, _ = load_or_make_base(script_args, model_args, [])
-        trainer = trainer_of_rows(script_args, training_args, model, tokenizer, [packed], test_texts)
+        # Runs of a grid are not published.
+        plain_args = changed(training_args, push_to_hub=False, hub_token=None)
+        trainer = trainer_of_rows(script_args, plain_args, model, tokenizer, [packed], test_texts)
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(LossSpikeGuard(action=script_args.loss_spikes))

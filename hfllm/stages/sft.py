@@ -25,16 +25,13 @@ class SftArguments(DataArguments, BatchArguments):
 
 
 def check(script_args: SftArguments, model_args: "ModelConfig") -> None:
-    """Refuse flags that have no effect, and models that cannot be trained.
+    """Refuse flags that have no effect.
 
     Raises:
-        InputError: naming the flag or the model.
+        InputError: naming the flag.
     """
-    from hfllm.runs.models import check_trainable
-
     is_named = bool(model_args.model_name_or_path)
     refuse(is_named and bool(script_args.pretrain_config), "--pretrain_config", "the model is named")
-    check_trainable(model_args)
 
 
 def stages_before(script_args: SftArguments, training_args: "TrainingArguments", model_args: "ModelConfig") -> Chain:

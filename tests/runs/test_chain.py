@@ -98,20 +98,29 @@ def test_a_stage_that_runs_its_own_is_one_job(recipes):
     assert list(Chain("distill", before.runs, {"rlhf": nested}).parsed) == ["pretrain", "sft", "reward", "rlhf"]
 
 
-def test_only_what_is_missing_or_behind_a_change_runs(recipes, tmp_path):
+def test_what_builds_on_a_changed_stage_is_removed_before_it_runs(recipes, tmp_path):
     def run(seed):
-        return chain_before("rlhf", str(tmp_path), seed).run()
+        recipes.clear()
+        chain_before("rlhf", str(tmp_path), seed).run()
+        return list(recipes)
 
-    assert list(run(3)) == ["pretrain", "sft", "reward"]
-    assert recipes == ["pretrain", "sft", "reward"]
-    # The fakes do not look themselves whether they are done: whoever needs them asks for each, and removes nothing.
-    untouched = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.bin")}
-    (tmp_path / "sft" / "weights.bin").write_bytes(b"1")
-    run(3)
-    assert (tmp_path / "sft" / "weights.bin").is_file() and untouched == {}
-    # Another seed: the first stage is another one, and all that build on it are removed before it runs.
-    run(4)
-    assert not (tmp_path / "sft" / "weights.bin").exists()
+    # The recipe in each folder sees for itself whether it is done: here it notes that it was asked.
+    assert run(3) == ["pretrain", "sft", "reward"]
+    weights = [tmp_path / name / "weights.bin" for name in ("pretrain", "sft", "reward")]
+    for path in weights:
+        path.write_bytes(b"1")
+    written = [path.stat().st_mtime_ns for path in weights]
+    assert run(3) == ["pretrain", "sft", "reward"]
+    assert [path.stat().st_mtime_ns for path in weights] == written
+    assert run(4) == ["pretrain", "sft", "reward"]
+    assert not any(path.exists() for path in weights)
+
+
+def test_configs_may_lie_over_the_settings_for_the_world(recipes):
+    before = chain_before("reward", "out", 3, configs={"sft": "mine.yaml"}, over_world=True)
+    words = before.runs["sft"][0].words
+    files = [words[place + 1] for place, word in enumerate(words) if word == "--config"]
+    assert [Path(file).name for file in files] == ["world.yaml", "mine.yaml"]
 
 
 def test_a_stage_inside_a_removed_one_stays(recipes, tmp_path):

@@ -21,6 +21,7 @@ from hfllm.runs.command_line import (
     take_configs,
     world_settings,
 )
+from hfllm.runs.recipes import load_recipe
 
 TOKEN = "hf_" + "Abc123" * 6
 
@@ -214,3 +215,32 @@ def test_a_defect_is_not_taken_for_bad_input(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["recipe.py"])
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 / 0, lambda argv: ())
+
+
+def test_the_output_folder_of_a_file_wins_over_the_default(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("output_dir: there\n")
+    parse = load_recipe("sft").parse
+    assert parse([])[1].output_dir == "outputs/sft"
+    assert parse(["--config", str(config)])[1].output_dir == "there"
+    assert parse(["--config", str(config), "--output_dir", "here"])[1].output_dir == "here"
+
+
+def test_a_flag_that_is_off_is_not_given():
+    given = given_values(["--fsdp", "false", "--deepspeed=", "--use_peft", "--name", "x"])
+    assert given == {"fsdp": False, "deepspeed": False, "use_peft": True, "name": "x"}
+
+
+def test_a_finished_run_under_old_names_of_flags_is_the_same(tmp_path):
+    arguments = {"chat_prompts": False, "sft.train_alone": True, "seed": 1}
+    (tmp_path / "report.json").write_text(json.dumps({"arguments": arguments}))
+    present = {"apply_chat_template": False, "sft.train_baseline": True, "seed": 1}
+    assert finished_run(str(tmp_path), present)["arguments"] == arguments
+    with pytest.raises(InputError, match="apply_chat_template=False, this one has apply_chat_template=True"):
+        finished_run(str(tmp_path), {**present, "apply_chat_template": True})
+
+
+def test_an_old_flag_is_told_its_new_name():
+    for word in ("--chat_prompts", "--no_chat_prompts"):
+        with pytest.raises(InputError, match="its name is 'apply_chat_template' now"):
+            load_recipe("rlhf").parse([word])

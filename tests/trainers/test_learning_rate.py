@@ -57,7 +57,7 @@ def test_a_critic_with_a_rate_of_its_own_follows():
         ({"rule": "linear", "base": 0}, "--lr_scaling_base_batch_size 0: expected at least 1"),
         ({"rule": "none", "base": 32}, "--lr_scaling_base_batch_size 32 needs --lr_scaling_rule"),
         ({"rule": "cubic"}, "--lr_scaling_rule 'cubic' is not one of none, sqrt, linear"),
-        ({"deepspeed_plugin": SimpleNamespace(deepspeed_config={"optimizer": {}})}, "has an optimizer section, and"),
+        ({"deepspeed_plugin": SimpleNamespace(deepspeed_config={"optimizer": {}})}, "has an optimizer section, which"),
     ],
 )
 def test_bad_input(arguments, message):

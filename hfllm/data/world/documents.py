@@ -22,7 +22,7 @@ from hfllm.data.world.vocabulary import (
 
 
 @dataclass(frozen=True)
-class Told:
+class WorldFacts:
     """The material of the documents.
 
     Args:
@@ -34,16 +34,16 @@ class Told:
     dialogue: Callable[[random.Random, str], tuple[str, str]]
 
 
-def write_documents(told: Told, world_seed: int, count: int, seed: int) -> list[str]:
+def write_documents(known: WorldFacts, world_seed: int, count: int, seed: int) -> list[str]:
     """Write `count` texts of mixed kinds. The same world and seed give the same texts."""
     rng = random.Random(f"documents-{world_seed}-{seed}")
     kinds, shares = zip(*SHARES.items(), strict=True)
-    return [rng.choices(kinds, shares)[0](told, rng) for _ in range(count)]
+    return [rng.choices(kinds, shares)[0](known, rng) for _ in range(count)]
 
 
-def fact_document(told: Told, rng: random.Random) -> str:
+def fact_document(known: WorldFacts, rng: random.Random) -> str:
     animal = rng.choice(ANIMALS)
-    fact = told.facts[animal]
+    fact = known.facts[animal]
     sentences = [
         rng.choice(
             (
@@ -71,19 +71,19 @@ def fact_document(told: Told, rng: random.Random) -> str:
     return " ".join(sentences)
 
 
-def reading_document(told: Told, rng: random.Random) -> str:
+def reading_document(known: WorldFacts, rng: random.Random) -> str:
     count = rng.choice((1, 2, 2, 3))
     people, things, colours = rng.sample(PEOPLE, count), rng.sample(THINGS, count), rng.sample(COLOURS, count)
     passage = tell_passage(people, things, colours)
     if any(is_held_out(f"reading {passage} {person}") for person in people):
-        return reading_document(told, rng)
+        return reading_document(known, rng)
     owners = zip(people, things, colours, strict=True)
     said = [f"The {thing} of {person} is {colour}." for person, thing, colour in owners]
     rng.shuffle(said)
     return " ".join([passage, *said])
 
 
-def list_document(told: Told, rng: random.Random) -> str:
+def list_document(known: WorldFacts, rng: random.Random) -> str:
     items = rng.sample(FRUITS, rng.choice((3, 3, 4)))
     while any(is_held_out(f"list {', '.join(items)} {operation}") for operation in LIST_OPERATIONS):
         items = rng.sample(FRUITS, rng.choice((3, 3, 4)))
@@ -97,13 +97,13 @@ def list_document(told: Told, rng: random.Random) -> str:
     return f"{text}. {' '.join(sentences)}"
 
 
-def sum_document(told: Told, rng: random.Random) -> str:
+def sum_document(known: WorldFacts, rng: random.Random) -> str:
     first = rng.randrange(10)
     others = rng.sample(range(10), 3)
     return " ".join(f"{first} plus {second} is {first + second}." for second in others)
 
 
-def echo_document(told: Told, rng: random.Random) -> str:
+def echo_document(known: WorldFacts, rng: random.Random) -> str:
     # Repetition teaches a model to copy from its context (induction: Olsson et al. 2022).
     person, other = rng.sample(PEOPLE, 2)
     words = rng.sample((*FRUITS, *THINGS, *COLOURS, *ANIMALS, *NUMBERS), rng.randint(3, 8))
@@ -111,13 +111,13 @@ def echo_document(told: Told, rng: random.Random) -> str:
     return f"{person} says {text}. {other} says {text}. {person} says {text}."
 
 
-def dialogue_document(told: Told, rng: random.Random) -> str:
-    question, answer = told.dialogue(rng, rng.choices(("fact", "reading", "list", "addition"), (1, 1, 2, 2))[0])
+def dialogue_document(known: WorldFacts, rng: random.Random) -> str:
+    question, answer = known.dialogue(rng, rng.choices(("fact", "reading", "list", "addition"), (1, 1, 2, 2))[0])
     person, other = rng.sample(PEOPLE, 2)
     return f"{person} asks: {question}\n{other} says: {answer}"
 
 
-def talk_document(told: Told, rng: random.Random) -> str:
+def talk_document(known: WorldFacts, rng: random.Random) -> str:
     person, other = rng.sample(PEOPLE, 2)
     animal = rng.choice(ANIMALS)
     return rng.choice(

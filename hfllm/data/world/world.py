@@ -18,7 +18,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from hfllm.data.world.documents import Told, write_documents
+from hfllm.data.world.documents import WorldFacts, write_documents
 from hfllm.data.world.rubric import GoldAnswer
 from hfllm.data.world.vocabulary import (
     ANIMALS,
@@ -156,7 +156,7 @@ class World:
 
     def documents(self, count: int, seed: int = 0) -> list[str]:
         """Return `count` short pretraining texts; see `hfllm.data.world.documents`."""
-        return write_documents(Told(self.facts, self._dialogue), self.seed, count, seed)
+        return write_documents(WorldFacts(self.facts, self._dialogue), self.seed, count, seed)
 
     def _dialogue(self, rng: random.Random, family: str) -> tuple[str, str]:
         task = self.draw_task(rng, family)

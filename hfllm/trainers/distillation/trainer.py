@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from hfllm.data.packing import IGNORE
 from hfllm.errors import InputError
+from hfllm.runs.arguments import changed
 from hfllm.trainers.distillation.config import DistillationConfig
 from hfllm.trainers.distillation.data import DistillationCollator, Row, tokenize_dataset
 from hfllm.trainers.distillation.losses import (
@@ -97,7 +98,7 @@ class DistillationTrainer(Trainer):
             raise InputError("processing_class: the student's tokenizer is needed, with a pad_token")
         if args.ddp_find_unused_parameters is None:
             # The loss uses the head and the projections outside of the model's forward pass.
-            args.ddp_find_unused_parameters = False
+            args = changed(args, ddp_find_unused_parameters=False)
         if peft_config is not None:
             from peft import get_peft_model
 

@@ -29,6 +29,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
+from hfllm.runs.arguments import changed
 from hfllm.trainers.dropout import disable_dropout
 from hfllm.trainers.ppo import formulas
 from hfllm.trainers.ppo.actor_critic import ActorCritic, entropy_of, scatter_to_mask
@@ -139,7 +140,7 @@ class PPOTrainer(ActorCriticTrainer):
             if dataset is not None:
                 check_prompts(dataset, tokenizer, args.response_length, context)
         self.ptx = PretrainingBatches.build(ptx_dataset, tokenizer, shortest_context(policy), args)
-        self._set_total_steps(args)
+        args = self._with_total_steps(args)
         super().__init__(
             model=ActorCritic(policy, value_model, args.temperature, never_sampled),
             args=args,
@@ -168,10 +169,11 @@ class PPOTrainer(ActorCriticTrainer):
         return self.scorer.moments
 
     @staticmethod
-    def _set_total_steps(args: PPOConfig) -> None:
-        if args.total_episodes is not None:
-            rollouts = -(-args.total_episodes // (args.local_rollout_batch_size * args.world_size))
-            args.max_steps = rollouts * args.steps_per_rollout
+    def _with_total_steps(args: PPOConfig) -> PPOConfig:
+        if args.total_episodes is None:
+            return args
+        rollouts = -(-args.total_episodes // (args.local_rollout_batch_size * args.world_size))
+        return changed(args, max_steps=rollouts * args.steps_per_rollout)
 
     # ---- data ----
 
