@@ -2,6 +2,7 @@
 
 import os
 import signal
+from functools import cache
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -35,16 +36,34 @@ class Terminate(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.fixture
-def run(tiny, base, tmp_path):
+@pytest.fixture(scope="module")
+def run_in(tiny, base):
     def make(stage, folder, *flags):
         recipe = import_module(stage.replace("packed", "pretrain"))
-        words = ["--config", tiny[recipe.__name__], *FLAGS[stage], "--output_dir", str(tmp_path / folder), *flags]
+        words = ["--config", tiny[recipe.__name__], *FLAGS[stage], "--output_dir", str(folder), *flags]
         if recipe.__name__ != "pretrain":
             words += ["--model_name_or_path", str(base)]
         recipe.main(*recipe.parse(words))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def whole(run_in, tmp_path_factory):
+    """The folder of a run of a stage that nothing interrupted, made once."""
+
+    @cache
+    def make(stage):
+        folder = tmp_path_factory.mktemp(stage)
+        run_in(stage, folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def run(run_in, tmp_path):
+    return lambda stage, folder, *flags: run_in(stage, tmp_path / folder, *flags)
 
 
 def terminated(run, monkeypatch, step, *arguments):
@@ -69,9 +88,8 @@ SLOW = {"pretrain": pytest.mark.slow}
 
 
 @pytest.mark.parametrize("stage", [pytest.param(stage, marks=SLOW.get(stage, ())) for stage in FLAGS])
-def test_sigterm_saves_and_the_next_run_goes_on_to_the_same_weights(run, tmp_path, monkeypatch, capfd, stage):
+def test_sigterm_saves_and_the_next_run_goes_on_to_the_same_weights(run, whole, tmp_path, monkeypatch, capfd, stage):
     handler = signal.getsignal(signal.SIGTERM)
-    run(stage, "whole")
     terminated(run, monkeypatch, 2, stage, "cut")
     assert "SIGTERM: saved step 3 in" in capfd.readouterr().err
     assert last_complete_checkpoint(tmp_path / "cut") == str(tmp_path / "cut" / "checkpoint-3")
@@ -79,24 +97,22 @@ def test_sigterm_saves_and_the_next_run_goes_on_to_the_same_weights(run, tmp_pat
     assert not (tmp_path / "cut" / "report.json").exists()
     assert signal.getsignal(signal.SIGTERM) is handler
     run(stage, "cut", "--resume_from_checkpoint", "auto")
-    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+    assert_same_weights(whole(stage), tmp_path / "cut")
 
 
-def test_auto_begins_anew_where_there_is_nothing_to_go_on_from(run, tmp_path):
+def test_auto_begins_anew_where_there_is_nothing_to_go_on_from(run, whole, tmp_path):
     (tmp_path / "auto" / "checkpoint-4").mkdir(parents=True)
-    run("sft", "plain")
     with pytest.warns(UserWarning, match="checkpoint-4 is not complete"):
         run("sft", "auto", "--resume_from_checkpoint", "auto")
-    assert_same_weights(tmp_path / "plain", tmp_path / "auto")
+    assert_same_weights(whole("sft"), tmp_path / "auto")
 
 
-def test_what_is_terminated_in_its_last_step_is_not_trained_further(run, tmp_path, monkeypatch):
-    run("sft", "whole")
+def test_what_is_terminated_in_its_last_step_is_not_trained_further(run, whole, tmp_path, monkeypatch):
     terminated(run, monkeypatch, 3, "sft", "cut")
     assert last_complete_checkpoint(tmp_path / "cut") == str(tmp_path / "cut" / "checkpoint-4")
     run("sft", "cut", "--resume_from_checkpoint", "auto")
     assert (tmp_path / "cut" / "report.json").is_file()
-    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+    assert_same_weights(whole("sft"), tmp_path / "cut")
 
 
 def test_a_checkpoint_of_weights_alone_is_refused(run):
