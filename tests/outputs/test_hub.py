@@ -249,7 +249,7 @@ def lose_shard(folder):
     ("spoil", "expected"),
     [
         (truncate, "bytes long where its header says"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"\x10"), "cut short"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\x10"), "truncated"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"[]"), "not safetensors"),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors"),
         (pickled, "holds pickled weights (pytorch_model.bin)"),

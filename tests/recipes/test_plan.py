@@ -266,7 +266,7 @@ def test_the_page_names_every_metric_and_its_commands_parse(tmp_path):
     for name in run(tmp_path, "--preset", "gpt2", "--num_devices", 1):
         assert f"`{name}`" in page, name
     commands = re.findall(r"^(?:hfllm plan|python recipes/plan.py)\b([^#\n]*)", page, re.MULTILINE)
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands:
         plan.parse(command.split())
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
@@ -278,6 +278,6 @@ def test_the_page_shows_what_is_printed(tmp_path, capsys):
     run(tmp_path, "--num_devices", 3072, "--device", "a100-80gb", "--tokens", 450e9, "--top", 20)
     printed = {tuple(cell.strip() for cell in line.split("|")) for line in capsys.readouterr().out.splitlines()}
     rows = [line for line in page.splitlines() if re.match(r"\| (\* )?\| data \d", line)]
-    assert len(rows) == 4
+    assert len(rows) == 5
     for row in rows:
         assert tuple(cell.strip() for cell in row.split("|")) in printed, row

@@ -87,10 +87,7 @@ def test_named_shapes_are_shapes_of_the_family():
         ({"tie_word_embeddings": 0}, "tie_word_embeddings=0 must be true or false"),
         ({"mlp_type": "foo"}, "mlp_type='foo' is not one of gated, plain"),
         ({"mlp_type": ["gated"]}, r"mlp_type=\['gated'\] is not one of gated, plain"),
-        (
-            {"position_embedding_type": "learned"},
-            "position_embedding_type='learned' is not one of rope, learned, none",
-        ),
+        ({"position_embedding_type": "sine"}, "position_embedding_type='sine' is not one of rope, learned, none"),
         ({"norm_type": "batchnorm"}, "norm_type='batchnorm' is not one of rmsnorm, layernorm"),
         ({"hidden_size": 10**400}, "hidden_size=10+ must be a whole number of at least 1, and at most 1,000,000,000"),
         ({"model_type": ["llama"]}, r"model_type \['llama'\] is not one of hfllm, llama"),

@@ -303,7 +303,7 @@ def test_what_cannot_work_is_refused(make_trainer, make_model, tokenizer, saved)
     with pytest.raises(InputError, match=r"the teacher has 300 tokens and the student \d+: .*--sequence_level"):
         make_trainer(teacher=make_model(vocab_size=300))
     other = train_tokenizer(["zebra zoo zip zap"] * 9, vocab_size=len(tokenizer))
-    with pytest.raises(InputError, match=r"token '.+' is number .* SFT on what the teacher writes"):
+    with pytest.raises(InputError, match=r"token '.+' is number .* SFT on the teacher's answers"):
         make_trainer(teacher_processing_class=other)
     model = make_model()
     with pytest.raises(InputError, match="the teacher is the student itself"):

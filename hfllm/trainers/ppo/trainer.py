@@ -170,10 +170,8 @@ class PPOTrainer(ActorCriticTrainer):
 
     @staticmethod
     def _with_total_steps(args: PPOConfig) -> PPOConfig:
-        if args.total_episodes is None:
-            return args
-        rollouts = -(-args.total_episodes // (args.local_rollout_batch_size * args.world_size))
-        return changed(args, max_steps=rollouts * args.steps_per_rollout)
+        rollouts = -(-(args.total_episodes or 0) // (args.local_rollout_batch_size * args.world_size))
+        return changed(args, max_steps=rollouts * args.steps_per_rollout) if rollouts else args
 
     # ---- data ----
 
