@@ -58,18 +58,16 @@ class StageEntry:
 
 
 STAGES: Mapping[str, StageEntry] = {
-    "pretrain": StageEntry("a base model", "pretrain", "pretrain/world.yaml", minutes=1.5),
-    "sft": StageEntry(
-        "a model that answers", "sft", "sft/world.yaml", {"model_name_or_path": "pretrain"}, minutes=0.5
-    ),
-    "reward": StageEntry("a reward model", "reward", "reward/world.yaml", {"model_name_or_path": "sft"}, minutes=2),
+    "pretrain": StageEntry("a base model", "pretrain", "pretrain/world.yaml", minutes=2),
+    "sft": StageEntry("a model that answers", "sft", "sft/world.yaml", {"model_name_or_path": "pretrain"}, minutes=1),
+    "reward": StageEntry("a reward model", "reward", "reward/world.yaml", {"model_name_or_path": "sft"}, minutes=3.5),
     "rlhf": StageEntry(
         "an aligned model",
         "rlhf",
         "rlhf/world.yaml",
         {"model_name_or_path": "sft", "reward_model_name_or_path": "reward"},
         runs_own_chain=True,
-        minutes=2.5,
+        minutes=1.5,
     ),
     "draft": StageEntry(
         "a draft model", "distill", "speculative/draft.yaml", {"teacher_model_name_or_path": "sft"}, minutes=2
