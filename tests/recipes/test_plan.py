@@ -275,6 +275,8 @@ def test_the_page_names_every_metric_and_its_commands_parse(tmp_path):
 
 def test_the_page_shows_what_is_printed(tmp_path, capsys):
     page = (ROOT / "docs" / "planner.md").read_text()
+    small = ["--preset", "llama-2-7b", "--num_devices", 8, "--max_length", 4096, "--global_batch_size", 1024]
+    run(tmp_path, *small, "--device", "a100-80gb")
     run(tmp_path, "--num_devices", 3072, "--device", "a100-80gb", "--tokens", 450e9, "--top", 20)
     printed = {tuple(cell.strip() for cell in line.split("|")) for line in capsys.readouterr().out.splitlines()}
     rows = [line for line in page.splitlines() if re.match(r"\| (\* )?\| data \d", line)]
