@@ -60,6 +60,10 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     train_rows, eval_rows = rlhf.prompt_data(script_args, training_args.seed, functions)
     rlhf.check_rewards(script_args, training_args, len(functions))
     policy_config = config_to_train(model_args, before)
+    train_rows, eval_rows = (
+        rlhf.fitting_prompts(script_args, training_args, model_args, rows, policy_config)
+        for rows in (train_rows, eval_rows)
+    )
     rows = [*train_rows, *eval_rows]
     rlhf.check_models(script_args, training_args, model_args, rows, policy_config, trains_first=bool(before.runs))
     ptx_dataset = rlhf.ptx_texts(script_args, training_args)

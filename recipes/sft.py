@@ -27,37 +27,39 @@ def parse(argv: Sequence[str]) -> tuple[SftArguments, "SFTConfig", "ModelConfig"
 
 def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Fine-tune, save, write the report. Return the metrics."""
-    from datasets import Dataset
     from trl import SFTTrainer
 
     from hfllm.runs.arguments import changed
     from hfllm.runs.models import check_trainable, fitting_length, load_policy, peft_config
     from hfllm.runs.stage import Stage
-    from hfllm.stages.sft import check, instruction_data, stages_before
+    from hfllm.stages import sft
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scaled_learning_rate
 
-    check(script_args, model_args)
+    sft.check(script_args, training_args, model_args)
     stage = Stage("sft", script_args, training_args, model_args)
     stage.check()
     if stage.is_finished:
         return stage.reuse()
     check_trainable(model_args)
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
-    train_rows, test_rows = instruction_data(script_args, script_args.num_examples, training_args.seed)
-    before = stages_before(script_args, training_args, model_args)
+    train_rows, test_rows = sft.instruction_data(script_args, script_args.num_examples, training_args.seed)
+    before = sft.stages_before(script_args, training_args, model_args)
 
     stage.announce()
     before.run()
     base_args = replace(model_args, model_name_or_path=before.model("pretrain") or model_args.model_name_or_path)
-    model, tokenizer = load_policy(base_args)
+    model, tokenizer = sft.with_template(training_args, *load_policy(base_args))
+    trainer_args = changed(trainer_args, max_length=fitting_length(training_args.max_length, model))
+    train_dataset, dropped = sft.examples(train_rows, tokenizer, trainer_args, "training rows")
+    eval_dataset, _ = sft.examples(test_rows, tokenizer, trainer_args, "held-out rows", is_eval=True)
 
     trainer = SFTTrainer(
         model=model,
-        args=changed(trainer_args, max_length=fitting_length(training_args.max_length, model)),
-        train_dataset=Dataset.from_list(train_rows),
-        eval_dataset=Dataset.from_list(test_rows),
+        args=changed(trainer_args, **sft.trained_as_they_are(trainer_args)),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         processing_class=tokenizer,
         peft_config=peft_config(model_args),
     )
@@ -69,10 +71,11 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     metrics = {
         "train_loss": next(entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry),
         "eval_loss": held_out_loss,
-        "examples": len(train_rows),
+        "examples": train_dataset.num_rows,
+        **({"dropped_rows": dropped} if dropped else {}),
         **scaled,
     }
-    summary = f"{len(train_rows):,} responses, held-out loss {held_out_loss:.3f} nats per token"
+    summary = f"{train_dataset.num_rows:,} responses, held-out loss {held_out_loss:.3f} nats per token"
     return stage.finish(metrics, trainer, summary)
 
 

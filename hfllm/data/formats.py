@@ -4,20 +4,21 @@ Every function maps one row, and refuses a row that it cannot read, naming its o
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from hfllm.data.messages import Message, read_messages, read_tools
+from hfllm.data.rows import NO_ANSWER, TIE, BadRow
 from hfllm.data.sources import Source
 from hfllm.errors import InputError
 
 Row = dict[str, Any]
-Message = dict[str, str]
 Converted = TypeVar("Converted")
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 SFT_FORMATS = (
     "instruction+output (Alpaca)",
     "instruction+response (Dolly)",
     "prompt+completion",
+    "prompt+response",
     "messages",
     "conversations (ShareGPT)",
     "inputs+targets (FLAN)",
@@ -27,8 +28,25 @@ PREFERENCE_FORMATS = (
     "prompt+chosen+rejected",
     "chosen+rejected",
     "conversations+chosen+rejected (ShareGPT)",
+    "instruction+response1+response2+label (PandaLM)",
+    "input+output_1+output_2+label (LLMBar)",
+    "instruction+completions with scores (UltraFeedback)",
 )
 PROMPT_FORMATS = ("prompt", "instruction", "messages", "text")
+# The columns of an instruction and of its answer.
+ANSWERED = (
+    *(("instruction", "output"), ("instruction", "response"), ("prompt", "completion"), ("inputs", "targets")),
+    *(("prompt", "response"), ("prompt", "output"), ("instruction", "completion")),
+)
+# The columns of a pair of answers with a label: which is better, the first (1) or the second (2), or neither (0).
+LABELED = (("response1", "response2"), ("output_1", "output_2"))
+SCORES = ("overall_score", "score", "rating", "fine-grained_score")
+# What `--column_mapping` may name a column: every column of a format.
+COLUMNS = (
+    *("text", "content", "instruction", "input", "context", "output", "prompt", "completion", "response", "inputs"),
+    *("targets", "messages", "conversations", "system", "tools", "chosen", "rejected", "response_a", "response_b"),
+    *("preference", "response1", "response2", "output_1", "output_2", "label", "completions", "scores"),
+)
 HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 
 
@@ -56,25 +74,44 @@ def infilling_prompt(prefix: str, suffix: str, suffix_first: bool = False) -> st
 
 
 def to_sft(origin: str, row: Row) -> Row:
-    """Convert an instruction row to conversational `prompt` and `completion`; see `SFT_FORMATS`."""
-    if _has(row, "instruction", "output") or _has(row, "instruction", "response"):
-        answer = row["output"] if "output" in row else row["response"]
-        return {"prompt": _instruction(origin, row), "completion": _said(origin, answer)}
-    if _has(row, "prompt", "completion"):
-        return {"prompt": _as_messages(origin, row["prompt"]), "completion": _said(origin, row["completion"])}
-    if _has(row, "inputs", "targets"):
-        return {"prompt": _as_messages(origin, row["inputs"]), "completion": _said(origin, row["targets"])}
+    """Convert an instruction row to conversational `prompt` and `completion`, and `tools`; see `SFT_FORMATS`.
+
+    The completion of a conversation begins with the assistant's first turn: each of its turns is to be learned.
+
+    Raises:
+        BadRow: when there is no answer at its end.
+        InputError: when the row cannot be read.
+    """
+    tools = read_tools(origin, row.get("tools"))
+    shared = {"tools": tools} if tools else {}
+    for asked, answered in ANSWERED:
+        if _has(row, asked, answered):
+            prompt = _instruction(origin, row) if asked == "instruction" else _as_messages(origin, row[asked])
+            completion = _ended(origin, answered, _said(origin, row[answered]))
+            return {"prompt": prompt, "completion": completion, **shared}
     for column in ("messages", "conversations"):
         if column in row:
-            messages = _messages(origin, row[column])
-            if messages[-1]["role"] != "assistant":
-                raise InputError(f"{origin}: {column} must end with the assistant, got {messages[-1]['role']!r}")
-            return {"prompt": messages[:-1], "completion": messages[-1:]}
+            messages = _ended(origin, column, _conversation(origin, row, column))
+            first = [message["role"] for message in messages].index("assistant")
+            return {"prompt": messages[:first], "completion": messages[first:], **shared}
     raise _unreadable(origin, row, SFT_FORMATS)
 
 
+def last_turn(row: Row) -> Row:
+    """Return a row of `to_sft` whose completion is the last turn alone; what came before it is the prompt."""
+    prompt, completion = row["prompt"], row["completion"]
+    return (
+        row if len(completion) == 1 else {**row, "prompt": [*prompt, *completion[:-1]], "completion": completion[-1:]}
+    )
+
+
 def to_preference(origin: str, row: Row) -> Row:
-    """Convert a comparison to conversational `prompt`, `chosen` and `rejected`; see `PREFERENCE_FORMATS`."""
+    """Convert a comparison to conversational `prompt`, `chosen` and `rejected`; see `PREFERENCE_FORMATS`.
+
+    Raises:
+        BadRow: when neither answer is better.
+        InputError: when the row cannot be read.
+    """
     if _has(row, "prompt", "response_a", "response_b", "preference"):
         if row["preference"] not in ("a", "b"):
             raise InputError(f"{origin}: preference is {row['preference']!r}; expected 'a' or 'b'")
@@ -82,32 +119,94 @@ def to_preference(origin: str, row: Row) -> Row:
         if row["preference"] == "b":
             chosen, rejected = rejected, chosen
         return _comparison(_as_messages(origin, row["prompt"]), _said(origin, chosen), _said(origin, rejected))
-    if _has(row, "prompt", "chosen", "rejected"):
-        prompt = _as_messages(origin, row["prompt"])
-        return _comparison(prompt, _said(origin, row["chosen"]), _said(origin, row["rejected"]))
-    if _has(row, "conversations", "chosen", "rejected"):
-        prompt = _messages(origin, row["conversations"])
-        return _comparison(prompt, _said(origin, row["chosen"]), _said(origin, row["rejected"]))
+    for first, second in LABELED:
+        label = next((column for column in ("label", "preference") if _has(row, column)), None)
+        if label and _has(row, first, second) and _asked(row) is not None:
+            chosen, rejected = _by_label(origin, label, row[label], row[first], row[second])
+            return _comparison(_question(origin, row), _said(origin, chosen), _said(origin, rejected))
     if _has(row, "chosen", "rejected"):
-        chosen, rejected = (_transcript(origin, row[column]) for column in ("chosen", "rejected"))
-        shared = 0
-        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-            shared += 1
-        if shared == 0:
-            raise InputError(f"{origin}: chosen and rejected do not begin with the same prompt")
-        return _comparison(chosen[:shared], chosen[shared:], rejected[shared:])
+        return _chosen_and_rejected(origin, row)
+    if _has(row, "completions") and _asked(row) is not None:
+        best, worst = _best_and_worst(origin, row)
+        return _comparison(_question(origin, row), _said(origin, best), _said(origin, worst))
     raise _unreadable(origin, row, PREFERENCE_FORMATS)
+
+
+def _chosen_and_rejected(origin: str, row: Row) -> Row:
+    """Return the comparison of a row with answers, or with whole conversations, in `chosen` and `rejected`."""
+    for column in ("prompt", "conversations"):
+        if not _has(row, column):
+            continue
+        # UltraFeedback's and others' answers repeat the prompt; the answers alone begin with the assistant.
+        sides = [row[side] for side in ("chosen", "rejected")]
+        if not any(isinstance(side, list) and _role(origin, side) in ("user", "system") for side in sides):
+            return _comparison(_as_messages(origin, row[column]), *(_said(origin, side) for side in sides))
+    chosen, rejected = (_transcript(origin, row[column]) for column in ("chosen", "rejected"))
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared == 0:
+        raise InputError(f"{origin}: chosen and rejected do not begin with the same prompt")
+    return _comparison(chosen[:shared], chosen[shared:], rejected[shared:])
+
+
+def _role(origin: str, messages: list) -> str | None:
+    return read_messages(origin, messages[:1])[0]["role"] if messages else None
+
+
+def _by_label(origin: str, column: str, label: Any, first: Any, second: Any) -> tuple[Any, Any]:
+    """Return the better answer and the other; a label may be a text, as in a csv file."""
+    text = str(label).strip()
+    if text in ("1", "1.0"):
+        return first, second
+    if text in ("2", "2.0"):
+        return second, first
+    if text in ("0", "0.0"):
+        raise BadRow(f"{origin}: {column} is 0, a tie", TIE)
+    raise InputError(f"{origin}: {column} is {label!r}; expected 1 or 2, which answer is better, or 0 for a tie")
+
+
+def _best_and_worst(origin: str, row: Row) -> tuple[Any, Any]:
+    """Return the answers with the highest and the lowest score.
+
+    `completions` are objects with `response` and a score, or texts beside a column of scores.
+    """
+    completions, beside = row["completions"], row.get("scores") or row.get("ratings")
+    scored = []
+    for place, completion in enumerate(completions if isinstance(completions, list) else []):
+        if isinstance(completion, dict):
+            answer = completion.get("response", completion.get("text", completion.get("content")))
+            score = next((completion[name] for name in SCORES if completion.get(name) is not None), None)
+        else:
+            answer, score = completion, None
+        if score is None and isinstance(beside, list) and place < len(beside):
+            score = beside[place]
+        try:
+            scored.append((float(score), answer))
+        except (TypeError, ValueError):
+            raise InputError(
+                f"{origin}: completion {place + 1} has no score; expected {', '.join(SCORES)}, or a column scores"
+            ) from None
+    if len(scored) < 2:
+        raise BadRow(
+            f"{origin}: {len(scored)} completion(s), of which none is better", "with fewer than two completions"
+        )
+    # The first of equals.
+    best, worst = max(scored, key=lambda pair: pair[0]), min(scored, key=lambda pair: pair[0])
+    if best[0] == worst[0]:
+        raise BadRow(f"{origin}: all {len(scored)} completions have the score {best[0]:g}", TIE)
+    return best[1], worst[1]
 
 
 def to_prompt(origin: str, row: Row) -> Row:
     """Convert a prompt row: `prompt` as text or a conversation, and every other column unchanged."""
     if "prompt" in row:
         prompt = row["prompt"]
-        return {**row, "prompt": prompt if isinstance(prompt, str) else _messages(origin, prompt)}
+        return {**row, "prompt": prompt if isinstance(prompt, str) else read_messages(origin, prompt)}
     if "instruction" in row:
         return {**row, "prompt": _instruction(origin, row)}
     if "messages" in row:
-        messages = _messages(origin, row["messages"])
+        messages = read_messages(origin, row["messages"])
         return {**row, "prompt": messages[:-1] if messages[-1]["role"] == "assistant" else messages}
     if isinstance(row.get("text"), str):
         return {**row, "prompt": row["text"]}
@@ -117,6 +216,11 @@ def to_prompt(origin: str, row: Row) -> Row:
 def as_messages(prompt: str | list[Message]) -> list[Message]:
     """Return a text prompt as the user's turn of a conversation; a conversation unchanged."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def is_blank(prompt: str | list[Message]) -> bool:
+    """Return whether a prompt says nothing."""
+    return not any(message["content"].strip() for message in as_messages(prompt))
 
 
 def as_completion(prompt: str | list[Message], text: str) -> str | list[Message]:
@@ -132,40 +236,49 @@ def _comparison(prompt: list[Message], chosen: list[Message], rejected: list[Mes
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
+def _asked(row: Row) -> str | None:
+    """Return the column of a labeled pair's instruction, `None` if there is none."""
+    return next((column for column in ("instruction", "prompt", "input") if row.get(column) is not None), None)
+
+
+def _question(origin: str, row: Row) -> list[Message]:
+    column = _asked(row)
+    return _instruction(origin, row) if column == "instruction" else _as_messages(origin, row[column])
+
+
 def _instruction(origin: str, row: Row) -> list[Message]:
     context = row.get("input") or row.get("context")
     return _as_messages(origin, f"{row['instruction']}\n{context}" if context else row["instruction"])
 
 
 def _as_messages(origin: str, prompt: str | list) -> list[Message]:
-    return as_messages(prompt) if isinstance(prompt, str) else _messages(origin, prompt)
+    return as_messages(prompt) if isinstance(prompt, str) else read_messages(origin, prompt)
 
 
 def _said(origin: str, answer: Any) -> list[Message]:
     if isinstance(answer, str):
         return [{"role": "assistant", "content": answer}]
-    return _messages(origin, answer if isinstance(answer, list) else [answer])
+    return read_messages(origin, answer if isinstance(answer, list) else [answer])
 
 
-def _messages(origin: str, messages: Any) -> list[Message]:
-    if not isinstance(messages, list) or not messages:
-        raise InputError(f"{origin}: expected a list of messages, got {str(messages)[:80]!r}")
-    converted = []
-    for message in messages:
-        role = message.get("role", message.get("from")) if isinstance(message, dict) else None
-        content = message.get("content", message.get("value")) if isinstance(message, dict) else None
-        if role not in ROLES or not isinstance(content, str):
-            raise InputError(
-                f"{origin}: a message needs role (one of {', '.join(ROLES)}) and content, got {str(message)[:80]!r}"
-            )
-        converted.append({"role": ROLES[role], "content": content})
-    return converted
+def _conversation(origin: str, row: Row, column: str) -> list[Message]:
+    """Return the messages of a row, after those of a column `system` if it has one."""
+    messages, system = read_messages(origin, row[column]), row.get("system")
+    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return messages
+
+
+def _ended(origin: str, column: str, messages: Sequence[Message]) -> list[Message]:
+    if messages[-1]["role"] != "assistant":
+        raise BadRow(f"{origin}: {column} must end with the assistant, got {messages[-1]['role']!r}", NO_ANSWER)
+    return list(messages)
 
 
 def _transcript(origin: str, text: Any) -> list[Message]:
     """Return the messages of a list, or of a text in Anthropic's `\\n\\nHuman: ... \\n\\nAssistant: ...` form."""
     if not isinstance(text, str):
-        return _messages(origin, text)
+        return read_messages(origin, text)
     parts = HH_TURN.split(text)
     if len(parts) < 3 or parts[0].strip():
         raise InputError(f"{origin}: without a prompt column, chosen and rejected must be messages or transcripts")

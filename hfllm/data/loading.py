@@ -2,14 +2,15 @@
 
 import hashlib
 import random
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from hfllm.data import formats
 from hfllm.data.prepared import Prepared
-from hfllm.data.sources import WORLD, iterate_source, load_source
+from hfllm.data.rows import BadRow, Dropped, OriginRow, flaw_of
+from hfllm.data.sources import PYDOC, TRAIN, WORLD, HubPart, iterate_source, source_files
 from hfllm.data.world.world import World
 from hfllm.errors import InputError, refuse
 
@@ -28,9 +29,63 @@ class DataArguments:
             "the documentation of this Python."
         },
     )
-    dataset_train_split: str = field(default="train", metadata={"help": "Split of a Hub dataset to train on."})
+    dataset_train_split: str = field(
+        default="train", metadata={"help": "Split of a Hub dataset to train on, or a slice of it: train[:1%%]."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "Read a Hub dataset row by row, without downloading all of it first."}
+    )
     max_samples: int | None = field(default=None, metadata={"help": "Use at most this many rows of a dataset."})
+    column_mapping: list[str] | None = field(
+        default=None,
+        metadata={"help": "Other names of the dataset's columns, each OURS=THEIRS: prompt=question response=answer."},
+    )
     world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world's facts."})
+
+    # Whether a column that no format has may be of use, such as to a reward function.
+    takes_any_column: ClassVar[bool] = False
+
+    @property
+    def hub_part(self) -> HubPart:
+        """Which part of a Hub dataset to train on."""
+        return HubPart(self.dataset_train_split, self.dataset_config, self.dataset_revision, self.dataset_streaming)
+
+
+@dataclass(frozen=True)
+class RowArguments(DataArguments):
+    """Where the data comes from, what is held out, and which rows are left out."""
+
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Held-out rows of your own, named as --dataset_name; by default a part of the rows."},
+    )
+    dataset_test_split: str | None = field(
+        default=None,
+        metadata={"help": "Split of held-out rows: of --eval_dataset_name (test by default), or of --dataset_name."},
+    )
+    bad_rows: str = field(
+        default="drop",
+        metadata={
+            "help": "What happens to rows with an empty answer, two turns of one side in a row, equal answers or a "
+            "tie: drop (and count) or refuse (name the first and stop).",
+            "choices": ["drop", "refuse"],
+        },
+    )
+
+
+@dataclass(frozen=True)
+class InstructionArguments(RowArguments):
+    """Instructions and conversations, and what is learned of them."""
+
+    loss_on: str = field(
+        default="all",
+        metadata={
+            "help": "Which of the assistant's turns of a conversation are learned: all of them, or the last alone.",
+            "choices": ["all", "last"],
+        },
+    )
 
 
 @dataclass(frozen=True)
@@ -45,7 +100,7 @@ class TextArguments(DataArguments):
 
 
 def check_source(script_args: DataArguments) -> None:
-    """Refuse flags of the data that would have no effect.
+    """Refuse flags of the data that would have no effect or cannot work.
 
     Raises:
         InputError: naming the flag.
@@ -54,6 +109,70 @@ def check_source(script_args: DataArguments) -> None:
     refuse(is_mixed and not is_world, "--dataset_name", "--dataset_mixture takes its place")
     is_sized = is_world and not is_mixed
     refuse(is_sized and script_args.max_samples is not None, "--max_samples", "the world is sized by --num_...")
+    if not isinstance(script_args, DataArguments):
+        return
+    for flag in ("dataset_config", "dataset_revision"):
+        refuse(is_mixed and getattr(script_args, flag) is not None, f"--{flag}", "a mixture has several datasets")
+    for flag in ("eval_dataset_name", "dataset_test_split", "column_mapping"):
+        refuse(is_sized and bool(getattr(script_args, flag, None)), f"--{flag}", "the data is the embedded world's")
+    renaming_of(script_args)
+    _check_hub_flags(script_args, is_mixed)
+
+
+def _check_hub_flags(script_args: DataArguments, is_mixed: bool) -> None:
+    names = [script_args.dataset_name, getattr(script_args, "eval_dataset_name", None)]
+    is_local = not is_mixed and all(name in (None, WORLD, PYDOC) or source_files(name) is not None for name in names)
+    for flag in ("dataset_config", "dataset_revision", "dataset_streaming", "dataset_test_split"):
+        refuse(is_local and bool(getattr(script_args, flag, None)), f"--{flag}", "it is for a dataset on the Hub")
+    split = script_args.dataset_train_split
+    refuse(
+        is_local and split != DataArguments.dataset_train_split,
+        "--dataset_train_split",
+        "it is for a dataset on the Hub",
+    )
+    if script_args.dataset_streaming:
+        is_slice = "[" in split or "[" in (getattr(script_args, "dataset_test_split", None) or "")
+        refuse(is_slice, "--dataset_streaming", "a stream has no slices: name a whole split, and --max_samples")
+        # Texts of pretraining go to the disk as they arrive.
+        in_memory = not isinstance(script_args, TextArguments) and script_args.max_samples is None
+        refuse(in_memory, "--dataset_streaming", "the rows are held in memory: say how many by --max_samples")
+
+
+def renaming_of(script_args: DataArguments) -> dict[str, str]:
+    """Return what `--column_mapping` says: the dataset's names of columns by ours.
+
+    Raises:
+        InputError: for an entry that is not OURS=THEIRS, a column that comes twice, or one that no format has.
+    """
+    renaming: dict[str, str] = {}
+    for entry in script_args.column_mapping or []:
+        ours, equals, theirs = entry.partition("=")
+        if not (ours and equals and theirs):
+            raise InputError(f"--column_mapping {entry!r}: expected OURS=THEIRS, such as prompt=question")
+        if ours in renaming or theirs in renaming.values():
+            raise InputError(f"--column_mapping {entry!r}: a column comes twice")
+        if ours not in formats.COLUMNS and not script_args.takes_any_column:
+            raise InputError(
+                f"--column_mapping {entry!r}: no format has a column {ours!r}; those there are: "
+                f"{', '.join(formats.COLUMNS)}"
+            )
+        renaming[ours] = theirs
+    return renaming
+
+
+def renamed(origin: str, row: formats.Row, renaming: Mapping[str, str]) -> formats.Row:
+    """Return a row with its columns under our names.
+
+    Raises:
+        InputError: when it lacks one.
+    """
+    for ours, theirs in renaming.items():
+        if theirs not in row:
+            raise InputError(
+                f"{origin}: --column_mapping {ours}={theirs}: no column {theirs!r}; there are: {', '.join(row)}"
+            )
+    others = {name: value for name, value in row.items() if name not in renaming.values()}
+    return others | {ours: row[theirs] for ours, theirs in renaming.items()}
 
 
 def world_of(script_args: DataArguments) -> World | None:
@@ -61,19 +180,29 @@ def world_of(script_args: DataArguments) -> World | None:
     return World(script_args.world_seed) if script_args.dataset_name == WORLD else None
 
 
-def limited(rows: list, script_args: DataArguments) -> list:
-    """Return the first `--max_samples` rows."""
-    return rows if script_args.max_samples is None else rows[: script_args.max_samples]
-
-
 def split_rows(rows: list, seed: int, share: float = 0.05, most: int = 256) -> tuple[list, list]:
     """Shuffle rows by `seed` and hold out about `share` of them, at most `most`, for evaluation.
 
-    Rows with the same prompt (or the same text) stay together, so none is on both sides.
+    Rows with the same prompt (or the same text) stay together, so none is on both sides; the prompt of a conversation
+    is what comes before its first answer.
     """
-    keys = [str(row["prompt"] if isinstance(row, dict) else row) for row in rows]
+    keys = list(map(prompt_key, rows))
+    if len(set(keys)) < 2:
+        # Conversations that all begin with the same greeting.
+        keys = list(map(str, rows))
     train, held_out = split_places(keys, seed, share, most)
     return [rows[place] for place in train], [rows[place] for place in held_out]
+
+
+def prompt_key(row: formats.Row | str) -> str:
+    """Return what is equal for rows that must not be on both sides of a split: their prompt, or the text."""
+    if isinstance(row, str):
+        return row
+    prompt = row["prompt"]
+    if isinstance(prompt, list) and not any(message["role"] == "user" for message in prompt):
+        # The assistant speaks first.
+        prompt = [*prompt, *row.get("completion", [])]
+    return str(prompt)
 
 
 def split_places(
@@ -119,16 +248,19 @@ def load_texts(script_args: TextArguments, seed: int, prepared: Prepared, name: 
         # The type that `prepared` stores, so that both can be in one mixture.
         return Dataset.from_dict({"text": texts}, Features({"text": Value("large_string")})), held_out
 
-    source = (script_args.dataset_name, script_args.dataset_train_split, script_args.max_samples)
-    stored = prepared.texts(name, lambda: texts_of(*source))
+    renaming = renaming_of(script_args)
+    source = (script_args.dataset_name, script_args.hub_part, script_args.max_samples)
+    stored = prepared.texts(name, lambda: texts_of(*source, renaming=renaming))
     train, held_out = split_places((hash_of(text) for text in stored["text"]), seed)
     return stored.select(train), stored.select(held_out)["text"][:]
 
 
-def texts_of(name: str, split: str = "train", most: int | None = None) -> Iterator[str]:
+def texts_of(
+    name: str, part: HubPart = TRAIN, most: int | None = None, renaming: Mapping[str, str] | None = None
+) -> Iterator[str]:
     """Yield the texts of the first `most` rows of a user's dataset, without blank ones."""
-    for origin, row in islice(iterate_source(name, split), most):
-        text = formats.to_text(origin, row)
+    for origin, row in islice(iterate_source(name, part), most):
+        text = formats.to_text(origin, renamed(origin, row, renaming or {}))
         if text.strip():
             yield text
 
@@ -139,8 +271,50 @@ def hash_of(text: str) -> bytes:
 
 
 def load_rows(
-    script_args: DataArguments, mapper: Callable[[str, formats.Row], formats.Converted]
+    script_args: DataArguments,
+    mapper: Callable[[str, formats.Row], formats.Converted],
+    dropped: Dropped | None = None,
 ) -> list[formats.Converted]:
-    """Load the user's dataset, with each row converted by `mapper(origin, row)`."""
-    source = load_source(script_args.dataset_name, script_args.dataset_train_split)
-    return limited(formats.convert(source, mapper), script_args)
+    """Load the user's dataset, with each row converted by `mapper(origin, row)`; rows keep their origin.
+
+    Args:
+        script_args: which dataset, how many rows of it, and what its columns are called.
+        mapper: the conversion; it may raise `BadRow`.
+        dropped: counts the rows that are left out since they cannot be learned from; without it all are kept.
+
+    Raises:
+        InputError: for a row that cannot be read, or with `--bad_rows refuse` one that cannot be learned from.
+    """
+    renaming, rows = renaming_of(script_args), []
+    for origin, row in islice(iterate_source(script_args.dataset_name, script_args.hub_part), script_args.max_samples):
+        try:
+            converted = mapper(origin, renamed(origin, row, renaming))
+            flaw = flaw_of(converted) if dropped is not None else None
+            if flaw:
+                raise BadRow(f"{origin}: a row {flaw}; --bad_rows drop leaves such rows out", flaw)
+        except BadRow as error:
+            if dropped is None or getattr(script_args, "bad_rows", "drop") == "refuse":
+                raise
+            dropped.add(error.kind, origin)
+        else:
+            rows.append(OriginRow(converted, origin) if isinstance(converted, dict) else converted)
+    if dropped is not None:
+        dropped.total = len(rows) + dropped.count
+    return rows
+
+
+def held_out_arguments(script_args: RowArguments) -> RowArguments | None:
+    """Return the flags that name the user's own held-out rows, `None` where a part of the rows is held out."""
+    if script_args.eval_dataset_name is None and script_args.dataset_test_split is None:
+        return None
+    name, split = script_args.eval_dataset_name, script_args.dataset_test_split
+    # The configuration and the revision belong to --dataset_name; a stream needs an end.
+    other = {} if name is None else {"dataset_name": name, "dataset_config": None, "dataset_revision": None}
+    most = script_args.max_samples if script_args.dataset_streaming else None
+    return replace(script_args, dataset_train_split=split or "test", max_samples=most, **other)
+
+
+def shared_prompts(train_rows: Sequence[formats.Row], eval_rows: Sequence[formats.Row]) -> int:
+    """Return how many held-out rows have the prompt of a training row."""
+    known = set(map(prompt_key, train_rows))
+    return sum(prompt_key(row) in known for row in eval_rows)

@@ -42,25 +42,45 @@ class Source:
         return len(self.rows)
 
 
-def load_source(name: str, split: str = "train") -> Source:
+@dataclass(frozen=True)
+class HubPart:
+    """Which part of a dataset on the Hub to read, and how.
+
+    Args:
+        split: its split, or a slice of one, such as `train[:1%]`.
+        config: its configuration, where it has several.
+        revision: its branch, tag or commit.
+        streaming: read the rows one by one as they arrive, without downloading the whole first.
+    """
+
+    split: str = "train"
+    config: str | None = None
+    revision: str | None = None
+    streaming: bool = False
+
+
+TRAIN = HubPart()
+
+
+def load_source(name: str, part: HubPart = TRAIN) -> Source:
     """Read the dataset called `name`.
 
     Args:
         name: a file (jsonl, jsonl.gz, json, csv, tsv, parquet, txt: a document per blank-line-separated paragraph), a
             folder of such files, `pydoc`, or the id of a dataset on the Hub.
-        split: split of a Hub dataset.
+        part: which part of a Hub dataset.
 
     Raises:
         InputError: when nothing is found, or a row cannot be read (file and line are named).
     """
     rows, origins = [], []
-    for origin, row in iterate_source(name, split):
+    for origin, row in iterate_source(name, part):
         rows.append(row)
         origins.append(origin)
     return Source(rows, origins)
 
 
-def iterate_source(name: str, split: str = "train") -> Iterator[tuple[str, dict[str, Any]]]:
+def iterate_source(name: str, part: HubPart = TRAIN) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (origin, row) of the dataset called `name`: see `load_source`."""
     if name == PYDOC:
         yield from ((origin, {"text": text}) for origin, text in pydoc_documents())
@@ -77,7 +97,7 @@ def iterate_source(name: str, split: str = "train") -> Iterator[tuple[str, dict[
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise InputError(f"{file}: not gzip, or cut short after row {count}: {error}") from None
     if files is None:
-        for number, row in enumerate(_load_from_hub(name, split), 1):
+        for number, row in enumerate(_load_from_hub(name, part), 1):
             yield f"{name}, row {number}", row
     elif is_empty:
         raise InputError(f"dataset {name!r} is empty")
@@ -183,16 +203,22 @@ def _read_json(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _load_from_hub(name: str, split: str) -> Iterable[dict[str, Any]]:
+def _load_from_hub(name: str, part: HubPart) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(name, split=split)
+        rows = load_dataset(
+            name, part.config, split=part.split, revision=part.revision, streaming=part.streaming or False
+        )
+        # Where rows are streamed, most errors show with the first.
+        rows = iter(rows)
+        first = next(rows, None)
     except Exception as error:
         raise InputError(
             f"dataset {name!r} is neither a local file or folder nor could it be loaded from the Hub: "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from error
-    if len(rows) == 0:
-        raise InputError(f"dataset {name!r}, split {split!r}, is empty")
-    return rows
+    if first is None:
+        raise InputError(f"dataset {name!r}, split {part.split!r}, is empty")
+    yield first
+    yield from rows

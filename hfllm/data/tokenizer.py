@@ -16,6 +16,9 @@ LONGEST_WORD = 1000
 TOO_LONG = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
 SPECIAL_TOKENS = (PAD, DOCUMENT_END, TURN_END, "<|system|>", "<|user|>", "<|assistant|>")
 
+# What published vocabularies call a token that is there for padding and nothing else.
+UNUSED = (PAD, "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|padding|>", "<|PAD|>", "<|vision_pad|>")
+
 
 def chat_template() -> str:
     """Return the family's chat template (Jinja), with `{% generation %}` around the assistant's text."""
@@ -108,6 +111,18 @@ def end_tokens(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -
     """Return the ids that end a response: the tokenizer's end token, and those of the model's generation config."""
     configured = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
+
+
+def padding_token(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """Return the token to pad with where a tokenizer names none, or `None` if no token can serve.
+
+    One that its vocabulary has for this and never uses otherwise, or the unknown token, or else the end token. No label
+    and no attention mask here comes from where padding tokens are, so an end that is learned stays learned; a reward
+    model then reads its score at the token before the end, in training and afterwards.
+    """
+    vocabulary = tokenizer.get_vocab()
+    unknown = tokenizer.unk_token if tokenizer.unk_token not in (tokenizer.bos_token, tokenizer.eos_token) else None
+    return next((token for token in (*UNUSED, unknown) if token in vocabulary), tokenizer.eos_token)
 
 
 def plain_chat_template() -> str:

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError, refuse
 from hfllm.runs.arguments import changed
+from hfllm.runs.command_line import main_process
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -48,10 +50,10 @@ def load_policy(model_args: "ModelConfig") -> tuple["PreTrainedModel", "PreTrain
 
 
 def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of a model; if it has no chat template, it gets a plain one.
+    """Load the tokenizer of a model; without a padding token or a chat template it gets one, and a line says which.
 
     Raises:
-        InputError: when it cannot be loaded, or has no padding or end token.
+        InputError: when it cannot be loaded, or has no end token.
     """
     from transformers import AutoTokenizer
 
@@ -59,17 +61,34 @@ def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBas
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise _unloadable(name, error) from error
-    for token in ("eos_token", "pad_token"):
-        if getattr(tokenizer, token) is None:
-            raise InputError(
-                f"the tokenizer of {name!r} has no {token}: set one and save it, "
-                f"for example tokenizer.{token} = ...; tokenizer.save_pretrained(...)"
-            )
-    if tokenizer.chat_template is None:
-        from hfllm.data.tokenizer import plain_chat_template
-
-        tokenizer.chat_template = plain_chat_template()
+    if tokenizer.eos_token is None:
+        raise InputError(
+            f"the tokenizer of {name!r} has no eos_token: set one and save it, "
+            "for example tokenizer.eos_token = ...; tokenizer.save_pretrained(...)"
+        )
+    _complete(tokenizer, name)
     return tokenizer
+
+
+def _complete(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
+    """Set what a tokenizer lacks: a padding token, a chat template. Both are saved with it."""
+    from hfllm.data.tokenizer import padding_token, plain_chat_template
+
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = padding_token(tokenizer)
+        _say_once(f"the tokenizer of {name!r} has no padding token: {tokenizer.pad_token!r} is set")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = plain_chat_template()
+        _say_once(
+            f"the tokenizer of {name!r} has no chat template: a plain one is set ('User:', 'Assistant:', "
+            f"{tokenizer.eos_token!r} after each answer)"
+        )
+
+
+@cache
+def _say_once(line: str) -> None:
+    if main_process():
+        print(line, flush=True)
 
 
 def load_config(name: str, revision: str = "main") -> "PreTrainedConfig":

@@ -252,7 +252,9 @@ def stage_arguments(
         "teacher_model_name_or_path": "config.json",
         "assistant_model_name_or_path": "config.json",
     }
-    named = {flag: arguments.get(flag) or "" for flag in ("dataset_name", "ptx_dataset_name", *files)}
+    named = {
+        flag: arguments.get(flag) or "" for flag in ("dataset_name", "eval_dataset_name", "ptx_dataset_name", *files)
+    }
     named |= {entry: entry.rpartition(":")[0] for entry in arguments.get("dataset_mixture") or []}
     for flag, name in named.items():
         path = Path(name)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfllm.data.loading import DataArguments
+from hfllm.data.loading import InstructionArguments
 from hfllm.data.sources import WORLD
 from hfllm.errors import InputError, refuse
 from hfllm.runs.chain import Chain, chain_before
@@ -28,7 +28,7 @@ Refusal = tuple[object, str, str]
 
 
 @dataclass(frozen=True)
-class DistillArguments(DataArguments, BatchArguments):
+class DistillArguments(InstructionArguments, BatchArguments):
     """The student, what it learns from, and the settings of the stages before."""
 
     student_layers_every: int | None = field(
@@ -193,6 +193,12 @@ def _refused_of_the_answers(script_args: DistillArguments, training_args: "Disti
     is_sequence_level, is_world = script_args.sequence_level, script_args.dataset_name == WORLD
     yield script_args.num_documents and not is_world, "num_documents", "only the embedded world has documents"
     is_from_data = is_sequence_level and script_args.answers == "data"
+    reason = "the teacher answers the last turn of a conversation, and that is learned"
+    yield (
+        script_args.loss_on == "last" and whose_answers(script_args) != "data" and not is_world,
+        "loss_on last",
+        reason,
+    )
     yield is_from_data, "answers data", "--sequence_level learns from the teacher's answers"
     is_unanswered = script_args.mixed_prompts and whose_answers(script_args) == "data"
     reason = "no data answers such prompts; --answers sampled lets the teacher do it"

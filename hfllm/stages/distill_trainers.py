@@ -54,12 +54,15 @@ def rows_to_teach(script_args: DistillArguments, teacher: Loaded, rows: Rows, se
     Raises:
         InputError: when no answer can be written.
     """
+    from hfllm.data.formats import last_turn
     from hfllm.synthesis.prompt_mixing import mix_prompts
     from hfllm.synthesis.teacher_answers import write_answers
 
     answers = whose_answers(script_args)
     if answers == "data":
         return rows
+    # The teacher answers the last turn of a conversation.
+    rows = [last_turn(row) if "completion" in row else row for row in rows]
     rows = mix_prompts(rows, script_args.mixed_prompts, seed)
     return write_answers(*teacher, rows, longest_answer(script_args), answers == "sampled", seed)
 

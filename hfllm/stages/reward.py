@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.loading import DataArguments
+from hfllm.data.loading import RowArguments
 from hfllm.errors import refuse
 from hfllm.runs.chain import Chain, chain_before
 from hfllm.trainers.learning_rate import BatchArguments
@@ -16,7 +16,7 @@ Rows = list[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class RewardArguments(DataArguments, BatchArguments):
+class RewardArguments(RowArguments, BatchArguments):
     """Comparison data."""
 
     num_pairs: int = field(default=6000, metadata={"help": "Prompts of the embedded world to compare responses to."})
@@ -79,12 +79,10 @@ def stages_before(script_args: RewardArguments, training_args: "RewardConfig", m
 def user_comparisons(script_args: RewardArguments, seed: int) -> tuple[Rows, Rows] | None:
     """Return the user's training and held-out rows with `prompt`, `chosen` and `rejected`, or `None` for the world."""
     from hfllm.data import formats
-    from hfllm.data.loading import load_rows, split_rows
     from hfllm.data.sources import WORLD
+    from hfllm.stages.user_rows import user_rows
 
-    if script_args.dataset_name == WORLD:
-        return None
-    return split_rows(load_rows(script_args, formats.to_preference), seed)
+    return None if script_args.dataset_name == WORLD else user_rows(script_args, formats.to_preference, seed)
 
 
 def world_comparisons(

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from hfllm.data.loading import DataArguments
+from hfllm.data.loading import RowArguments
 from hfllm.errors import InputError, refuse
 from hfllm.runs.arguments import changed
 from hfllm.runs.chain import Chain, chain_before
@@ -26,7 +26,7 @@ CALIBRATION_PROMPTS = 256
 
 
 @dataclass(frozen=True)
-class RlhfArguments(DataArguments, BatchArguments):
+class RlhfArguments(RowArguments, BatchArguments):
     """Prompts, rewards, and the settings of the stages before."""
 
     reward_model_name_or_path: list[str] | None = field(
@@ -63,11 +63,18 @@ class RlhfArguments(DataArguments, BatchArguments):
         default=False,
         metadata={"help": "Wrap text prompts as a user's turn of the chat template, as sft does."},
     )
+    filter_prompts: bool = field(
+        default=False,
+        metadata={"help": "Leave out prompts that are empty or leave no room for a response, instead of stopping."},
+    )
     num_prompts: int = field(default=8192, metadata={"help": "Prompts of the embedded world to sample from."})
     num_eval_prompts: int = field(default=360, metadata={"help": "Held-out prompts, at most this many."})
     pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the pretraining stage."})
     sft_config: str | None = field(default=None, metadata={"help": "YAML flags of the fine-tuning stage."})
     reward_config: str | None = field(default=None, metadata={"help": "YAML flags of the reward-model stage."})
+
+    # Other columns go to the reward functions.
+    takes_any_column: ClassVar[bool] = True
 
 
 # ---- what is refused ----
@@ -167,9 +174,45 @@ def check_models(
                 check_critic(load_value_model(script_args.value_model, model_args, named))
         if model_args.use_peft:
             try_adapter(policy_config, peft_config(model_args))
-    if model_args.model_name_or_path:
+    if model_args.model_name_or_path and not script_args.filter_prompts:
         tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
         check_prompts(rows, tokenizer, training_args.response_length, max_length_of(policy_config))
+
+
+def fitting_prompts(
+    script_args: RlhfArguments,
+    training_args: "PPOConfig",
+    model_args: "ModelConfig",
+    rows: Sequence[Row],
+    policy_config: "PreTrainedConfig",
+) -> list[Row]:
+    """Return the prompts; with `--filter_prompts` those that leave room for a response, and say how many do not.
+
+    Raises:
+        InputError: when none does, or the model is not named.
+    """
+    from hfllm.data import formats
+    from hfllm.data.rows import Dropped, origin_of
+    from hfllm.runs.models import load_tokenizer, max_length_of
+    from hfllm.stages.user_rows import say
+    from hfllm.trainers.ppo.prompts import EMPTY, unfit_prompts
+
+    if not script_args.filter_prompts:
+        return list(rows)
+    refuse(not model_args.model_name_or_path, "--filter_prompts", "it needs --model_name_or_path, to count tokens")
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+    context = max_length_of(policy_config)
+    dropped = Dropped(len(rows))
+    unfit = {place: EMPTY for place, row in enumerate(rows) if formats.is_blank(row["prompt"])}
+    unfit |= dict(unfit_prompts(rows, tokenizer, training_args.response_length, context))
+    for place, why in sorted(unfit.items()):
+        long = f"too long for --response_length {training_args.response_length} in a context of {context}"
+        dropped.add("with an empty prompt" if why == EMPTY else long, origin_of(rows[place], ""))
+    if len(unfit) == len(rows):
+        raise InputError(f"--filter_prompts: no prompt is left: {dropped}")
+    if unfit:
+        say(f"{script_args.dataset_name}: {dropped}")
+    return [row for place, row in enumerate(rows) if place not in unfit]
 
 
 # ---- the stages before ----
@@ -226,9 +269,13 @@ def prompt_data(
 ) -> tuple[list[Row], list[Row]]:
     """Return training and held-out prompt rows; every reward function is tried on two rows."""
     from hfllm.data import formats
-    from hfllm.data.loading import load_rows, split_rows
     from hfllm.data.sources import WORLD
     from hfllm.data.world.world import World
+    from hfllm.stages.user_rows import user_rows
+
+    def mapper(origin: str, row: formats.Row) -> formats.Row:
+        row = formats.to_prompt(origin, row)
+        return {**row, "prompt": formats.as_messages(row["prompt"])} if script_args.apply_chat_template else row
 
     if script_args.dataset_name == WORLD:
         world = World(script_args.world_seed)
@@ -236,10 +283,7 @@ def prompt_data(
         train_rows = [task.prompt_row() for task in tasks]
         eval_rows = [task.prompt_row() for task in world.evaluation_tasks(script_args.num_eval_prompts)]
     else:
-        rows = load_rows(script_args, formats.to_prompt)
-        if script_args.apply_chat_template:
-            rows = [{**row, "prompt": formats.as_messages(row["prompt"])} for row in rows]
-        train_rows, eval_rows = split_rows(rows, seed, share=0.1, most=script_args.num_eval_prompts)
+        train_rows, eval_rows = user_rows(script_args, mapper, seed, share=0.1, most=script_args.num_eval_prompts)
     _try_functions(functions, train_rows[:2])
     return train_rows, eval_rows
 

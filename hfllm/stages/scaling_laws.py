@@ -226,9 +226,19 @@ class SmallGrid:
         if len({*self.runs, self.large}) <= len(self.runs):
             raise InputError("--grid, --held_out_run: a run comes twice")
         flags = ["--seed", str(script_args.seed)]
-        for flag in ("dataset_name", "dataset_train_split", "max_samples", "world_seed"):
+        of_data = (
+            "dataset_name",
+            "dataset_train_split",
+            "dataset_config",
+            "dataset_revision",
+            "max_samples",
+            "world_seed",
+        )
+        for flag in of_data:
             if (value := getattr(script_args, flag)) is not None:
                 flags += [f"--{flag}", str(value)]
+        flags += ["--dataset_streaming", str(script_args.dataset_streaming)]
+        flags += ["--column_mapping", *script_args.column_mapping] if script_args.column_mapping else []
         own = ["--config", script_args.pretrain_config] if script_args.pretrain_config else []
         flags = ["--config", str(settings_file("pretrain/grid.yaml")), *own, *flags]
         longest = max(each.tokens for each in (*self.runs, self.large))

@@ -4,18 +4,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from hfllm.data.loading import DataArguments
-from hfllm.errors import refuse
+from hfllm.data.loading import InstructionArguments
+from hfllm.errors import InputError, refuse
 from hfllm.runs.chain import Chain, chain_before
 from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
-    from trl import ModelConfig
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from trl import ModelConfig, SFTConfig
 
 
 @dataclass(frozen=True)
-class SftArguments(DataArguments, BatchArguments):
+class SftArguments(InstructionArguments, BatchArguments):
     """Instruction data."""
 
     num_examples: int = field(default=9600, metadata={"help": "Demonstrations of the embedded world to train on."})
@@ -24,14 +25,22 @@ class SftArguments(DataArguments, BatchArguments):
     )
 
 
-def check(script_args: SftArguments, model_args: "ModelConfig") -> None:
-    """Refuse flags that have no effect.
+def check(script_args: SftArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> None:
+    """Refuse flags that have no effect or contradict each other.
 
     Raises:
         InputError: naming the flag.
     """
     is_named = bool(model_args.model_name_or_path)
     refuse(is_named and bool(script_args.pretrain_config), "--pretrain_config", "the model is named")
+    is_everything = training_args.completion_only_loss is False
+    reason = "--completion_only_loss false learns every token"
+    refuse(is_everything and script_args.loss_on == "last", "--loss_on last", reason)
+    refuse(is_everything and training_args.assistant_only_loss, "--assistant_only_loss", reason)
+    reason = "rows are tokenized here; name the columns by --column_mapping"
+    refuse(training_args.dataset_kwargs is not None, "--dataset_kwargs", reason)
+    if training_args.packing and training_args.max_length is None:
+        raise InputError("--packing needs --max_length, the length of a packed row")
 
 
 def stages_before(script_args: SftArguments, training_args: "TrainingArguments", model_args: "ModelConfig") -> Chain:
@@ -47,23 +56,149 @@ def stages_before(script_args: SftArguments, training_args: "TrainingArguments",
 
 
 def instruction_data(
-    script_args: DataArguments, num_examples: int, seed: int
+    script_args: InstructionArguments, num_examples: int, seed: int
 ) -> tuple[list[Mapping[str, object]], list[Mapping[str, object]]]:
     """Return training and held-out rows with `prompt` and `completion` messages.
 
     Args:
-        script_args: where the data comes from.
+        script_args: where the data comes from, and which turns of a conversation are learned.
         num_examples: demonstrations, where it comes from the embedded world.
         seed: of the demonstrations and of the split.
     """
     from hfllm.data import formats
-    from hfllm.data.loading import load_rows, split_rows
+    from hfllm.data.loading import split_rows
     from hfllm.data.sources import WORLD, Source
     from hfllm.data.world.demonstrators import instruction_rows
     from hfllm.data.world.world import World
+    from hfllm.stages.user_rows import user_rows
+
+    def mapper(origin: str, row: formats.Row) -> formats.Row:
+        row = formats.to_sft(origin, row)
+        return formats.last_turn(row) if script_args.loss_on == "last" else row
 
     if script_args.dataset_name != WORLD:
-        return split_rows(load_rows(script_args, formats.to_sft), seed)
+        return user_rows(script_args, mapper, seed)
     rows = instruction_rows(World(script_args.world_seed), num_examples, seed)
     source = Source(rows, [f"world, row {number}" for number in range(1, len(rows) + 1)])
-    return split_rows(formats.convert(source, formats.to_sft), seed)
+    return split_rows(formats.convert(source, mapper), seed)
+
+
+# ---- what is learned of the rows ----
+
+
+def with_template(
+    training_args: "SFTConfig", model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Return the model and the tokenizer with the end token and the chat template that the flags name.
+
+    Raises:
+        InputError: when there is no such token or template.
+    """
+    from pathlib import Path
+
+    from trl.chat_template_utils import clone_chat_template
+
+    if (end := training_args.eos_token) is not None:
+        if end not in tokenizer.get_vocab():
+            raise InputError(f"--eos_token {end!r}: the tokenizer has no such token")
+        tokenizer.eos_token = end
+    if (name := training_args.chat_template_path) is None:
+        return model, tokenizer
+    try:
+        if Path(name).is_file():
+            tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
+        else:
+            model, tokenizer, _ = clone_chat_template(model, tokenizer, name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--chat_template_path {name}: {' '.join(str(error).split())[:200]}") from None
+    return model, tokenizer
+
+
+def marked_template(training_args: "SFTConfig", tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """Return the template whose marks `--assistant_only_loss` learns, or `None` without that flag.
+
+    Raises:
+        InputError: when the chat template has no marks, and TRL knows no version of it that has.
+    """
+    from trl.chat_template_utils import get_training_chat_template
+
+    from hfllm.data.conversations import has_markers, template_of
+
+    if not training_args.assistant_only_loss:
+        return None
+    template = template_of(tokenizer)
+    if has_markers(template):
+        return template
+    try:
+        return get_training_chat_template(tokenizer)
+    except ValueError:
+        raise InputError(
+            "--assistant_only_loss: the chat template has no {% generation %} markers; without that flag the turns of "
+            "the assistant are found without them (--loss_on all)"
+        ) from None
+
+
+def examples(
+    rows: list[Mapping[str, object]],
+    tokenizer: "PreTrainedTokenizerBase",
+    training_args: "SFTConfig",
+    what: str,
+    is_eval: bool = False,
+) -> "tuple[Dataset, int]":
+    """Return rows as `input_ids` and `labels`, cut to `--max_length`, and how many are left out for nothing to learn.
+
+    Args:
+        rows: with `prompt` and `completion` messages.
+        tokenizer: with the chat template.
+        training_args: with the longest row, and what is learned.
+        what: what the rows are, in the lines that are printed.
+        is_eval: whether they are held out, as `--eval_packing` may tell them from the others.
+
+    Raises:
+        InputError: when none is left.
+    """
+    from datasets import Dataset
+
+    from hfllm.data.conversations import IGNORE, Conversations
+    from hfllm.data.rows import Dropped, origin_of
+    from hfllm.stages.user_rows import say
+
+    longest, packing = training_args.max_length, training_args.packing
+    if is_eval and training_args.eval_packing is not None:
+        packing = training_args.eval_packing
+    # Packing cuts by itself.
+    part = slice(longest) if training_args.truncation_mode == "keep_start" else slice(-(longest or 0), None)
+    part = slice(None) if packing or longest is None else part
+    conversations = Conversations(tokenizer, marked_template(training_args, tokenizer))
+    dropped, columns, cut = Dropped(len(rows)), {"input_ids": [], "labels": []}, 0
+    for row, labeled in zip(rows, conversations.label(rows), strict=True):
+        kept = 0
+        for each in labeled:
+            labels = each.input_ids if training_args.completion_only_loss is False else each.labels
+            cut += part != slice(None) and len(each.input_ids) > longest
+            if any(label != IGNORE for label in labels[part]):
+                columns["input_ids"].append(each.input_ids[part])
+                columns["labels"].append(labels[part])
+                kept += 1
+        if not kept:
+            is_learned = any(label != IGNORE for each in labeled for label in each.labels)
+            why = f"with no answer within --max_length {longest}" if is_learned else "with no token to learn"
+            dropped.add(why, origin_of(row, ""))
+    for note, count in conversations.notes.reasons.items():
+        say(f"{what}: {count:,} of {len(rows):,} {note}")
+    if not columns["input_ids"]:
+        raise InputError(f"{what}: nothing to learn is left: {dropped}")
+    if dropped.count:
+        say(f"{what}: {dropped}")
+    if cut > dropped.count:
+        say(f"{what}: {cut - dropped.count:,} rows are cut to --max_length {longest}")
+    return Dataset.from_dict(columns), dropped.count
+
+
+def trained_as_they_are(training_args: "SFTConfig") -> dict[str, bool | None]:
+    """Return the changes of TRL's arguments for rows that are tokenized, labeled and cut already."""
+    changes = {"assistant_only_loss": False, "completion_only_loss": None, "chat_template_path": None}
+    if training_args.padding_free and not training_args.packing:
+        # TRL cannot cut such rows, and refuses to without this.
+        changes["max_length"] = None
+    return changes

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hfllm.data.conversations import Conversations
 from hfllm.data.packing import IGNORE, token_ids
 from hfllm.errors import InputError
 
@@ -25,7 +26,8 @@ def tokenize_dataset(
 ) -> "Dataset":
     """Return `input_ids` and `labels` of rows in any of `FORMATS`, which may be mixed.
 
-    In a text all tokens but the first are targets, in a pair the completion and its end token, as in TRL's SFTTrainer.
+    In a text all tokens but the first are targets, in a pair the completion and its end token, as in TRL's SFTTrainer;
+    in a conversation every turn of the assistant from the completion on.
     Rows are cut to `max_length` tokens, and left out if no target remains.
 
     Raises:
@@ -69,7 +71,11 @@ def _tokens(
     """Return the ids of each row, and the position of its first label or its labels."""
     texts = [row["text"] for _, row in batch if row.get("input_ids") is None and row.get("text") is not None]
     written = iter(token_ids(texts, tokenizer) if texts else [])
-    pairs = iter(_pairs([entry for entry in batch if _is_pair(entry[1])], tokenizer))
+    pairs = iter(
+        _pairs([entry for entry in batch if _is_pair(entry[1]) and not _is_conversation(entry[1])], tokenizer)
+    )
+    longer = [row for _, row in batch if _is_conversation(row)]
+    conversations = Conversations(tokenizer).label(longer) if longer else iter(())
     for number, row in batch:
         if row.get("input_ids") is not None:
             labels = row.get("labels")
@@ -78,6 +84,9 @@ def _tokens(
             yield row["input_ids"], (1 if labels is None else labels)
         elif row.get("text") is not None:
             yield next(written), 1
+        elif _is_conversation(row):
+            for labeled in next(conversations):
+                yield labeled.input_ids, labeled.labels
         elif _is_pair(row):
             yield next(pairs)
         else:
@@ -87,6 +96,12 @@ def _tokens(
 def _is_pair(row: Row) -> bool:
     has_more = row.get("input_ids") is not None or row.get("text") is not None
     return not has_more and row.get("prompt") is not None and row.get("completion") is not None
+
+
+def _is_conversation(row: Row) -> bool:
+    """Return whether a row's completion goes on after the first answer, or has tools."""
+    completion = row.get("completion")
+    return _is_pair(row) and isinstance(completion, list) and (len(completion) > 1 or bool(row.get("tools")))
 
 
 def _pairs(batch: Sequence[tuple[int, Row]], tokenizer: "PreTrainedTokenizerBase") -> Iterable[tuple[list[int], int]]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from hfllm.data.rows import origin_of
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.trainers.ppo.config import PPOConfig
@@ -13,6 +14,8 @@ from hfllm.trainers.ppo.config import PPOConfig
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+EMPTY = "is empty"
 
 
 class RolloutSampler(Sampler[int]):
@@ -75,18 +78,31 @@ def check_prompts(
         raise InputError("the prompt dataset is empty")
     if "prompt" not in dataset[0]:
         raise InputError(f"the prompt dataset has no column 'prompt'; it has: {', '.join(dataset[0])}")
+    if len({isinstance(row["prompt"], str) for row in dataset}) > 1:
+        raise InputError("the prompt dataset mixes text prompts and lists of messages: use one format")
+    for place, why in unfit_prompts(dataset, tokenizer, response_length, context):
+        origin = origin_of(dataset[place], "")
+        raise InputError(f"{f'{origin}: the prompt' if origin else f'prompt {place} of the dataset'} {why}")
+
+
+def unfit_prompts(
+    dataset: "Dataset | Sequence[dict]",
+    tokenizer: "PreTrainedTokenizerBase",
+    response_length: int,
+    context: int | None,
+) -> Iterator[tuple[int, str]]:
+    """Yield the place of each prompt without tokens or without room for a response, and what it is or has."""
     limit = None if context is None else context - response_length
     prompts = [row["prompt"] for row in dataset]
-    if len({isinstance(prompt, str) for prompt in prompts}) > 1:
-        raise InputError("the prompt dataset mixes text prompts and lists of messages: use one format")
     for start in range(0, len(prompts), 1000):
-        for row, ids in enumerate(tokenize_prompts(prompts[start : start + 1000], tokenizer), start):
+        for place, ids in enumerate(tokenize_prompts(prompts[start : start + 1000], tokenizer), start):
             if not ids:
-                raise InputError(f"prompt {row} of the dataset is empty")
-            if limit is not None and len(ids) > limit:
-                raise InputError(
-                    f"prompt {row} of the dataset has {len(ids)} tokens; with response_length={response_length} the "
-                    f"model's context of {context} leaves room for {limit}; a value model's counts too"
+                yield place, EMPTY
+            elif limit is not None and len(ids) > limit:
+                yield (
+                    place,
+                    f"has {len(ids)} tokens; with response_length={response_length} the model's context of "
+                    f"{context} leaves room for {limit}; a value model's counts too",
                 )
 
 

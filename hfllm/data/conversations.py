@@ -1,0 +1,208 @@
+"""Tokenize conversations, and find the tokens of the assistant's turns: what is learned of them."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from hfllm.data.messages import Message
+from hfllm.data.packing import IGNORE
+from hfllm.data.rows import Dropped, origin_of
+from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = Mapping[str, Any]
+# Rows that are tokenized at a time.
+ROWS = 1000
+MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+REWRITES = "conversations are split into one row per answer: the chat template rewrites what was said before"
+DIFFERENT = "rows are learned from where they part from their prompt, which the chat template ends otherwise"
+UNSEEN = "rows have tools that the chat template does not write"
+FIRST = "conversations begin with the assistant, and that turn is not learned: it answers nothing"
+
+
+@dataclass
+class Labeled:
+    """A tokenized conversation.
+
+    Args:
+        input_ids: its tokens.
+        labels: the same where they are learned, else `IGNORE`.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass
+class Conversations:
+    """Tokenizer of conversations that labels the turns of the assistant in each row's `completion`.
+
+    A completion of one turn is all that follows the tokens of its prompt, as in TRL's SFTTrainer. In a longer one the
+    turns are where the chat template marks them by `{% generation %}`. Where it has no such markers, or they leave out
+    the token that ends a turn, a turn is what the conversation up to its end has more than the conversation before it
+    with the generation prompt. If these are no beginnings of the whole, as with templates that drop the thoughts of
+    earlier turns, the conversation is split into one row per turn, each as the model sees it when it answers.
+
+    Args:
+        tokenizer: with a chat template.
+        marked_template: a template with markers, to learn what it marks in every row and nothing else.
+
+    Attributes:
+        notes: what else the user should know, counted by kind.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    marked_template: str | None = None
+    notes: Dropped = field(default_factory=Dropped)
+
+    def __post_init__(self):
+        self._uses_markers = self.marked_template is None and self._markers_suffice()
+
+    def label(self, rows: Sequence[Row]) -> Iterator[list[Labeled]]:
+        """Yield the tokenized conversations of each row of `prompt` and `completion` messages, usually one.
+
+        Raises:
+            InputError: when the chat template cannot write a row, naming it.
+        """
+        rows = iter(enumerate(rows))
+        while batch := list(islice(rows, ROWS)):
+            yield from self._label_batch(batch)
+
+    def _label_batch(self, batch: Sequence[tuple[int, Row]]) -> Iterator[list[Labeled]]:
+        """Render all rows first, so that they are tokenized in one call."""
+        texts: list[str] = []
+        plans: list[tuple[Row, str, slice]] = []
+        for number, row in batch:
+            origin, begin, messages = origin_of(row, f"row {number}"), len(texts), [*row["prompt"], *row["completion"]]
+            for turn in () if self._is_marked(row) else self._turns(origin, row):
+                texts.append(self._render(origin, row, messages[:turn], add_generation_prompt=True))
+                texts.append(self._render(origin, row, messages[: turn + 1]))
+            if row.get("tools") or any(each.get("tool_calls") or each["role"] == "tool" for each in messages):
+                check_written(origin, row, messages, self._render(origin, row, messages), self.notes)
+            plans.append((row, origin, slice(begin, len(texts))))
+        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        for row, origin, places in plans:
+            if self._is_marked(row):
+                yield [self._by_markers(origin, row)]
+            else:
+                yield self._by_prefixes(origin, ids[places][::2], ids[places][1::2])
+
+    def _is_marked(self, row: Row) -> bool:
+        return self.marked_template is not None or (self._uses_markers and len(row["completion"]) > 1)
+
+    def _turns(self, origin: str, row: Row) -> list[int]:
+        """Return the places of the turns to learn among all messages."""
+        before = len(row["prompt"])
+        turns = [before + at for at, message in enumerate(row["completion"]) if message["role"] == "assistant"]
+        if turns and turns[0] == 0:
+            # There is no conversation before it to compare with.
+            self.notes.add(FIRST, origin)
+            del turns[0]
+        return turns
+
+    def _by_markers(self, origin: str, row: Row) -> Labeled:
+        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        encoded = self._render(origin, row, [*row["prompt"], *row["completion"]], **options)
+        pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+        return Labeled(list(encoded["input_ids"]), [token if learned else IGNORE for token, learned in pairs])
+
+    def _by_prefixes(self, origin: str, starts: Sequence[list[int]], ends: Sequence[list[int]]) -> list[Labeled]:
+        """Return the labels of a row from its tokens before and after each turn, or one row per turn."""
+        if not ends:
+            return []
+        whole = ends[-1]
+        labels = [IGNORE] * len(whole)
+        *earlier, _ = zip(starts, ends, strict=True)
+        if all(whole[: len(end)] == end and end[: len(start)] == start for start, end in earlier):
+            for start, end in earlier:
+                labels[len(start) : len(end)] = end[len(start) :]
+            begin = self._answer_begins(origin, starts[-1], whole)
+            labels[begin:] = whole[begin:]
+            return [Labeled(whole, labels)]
+        self.notes.add(REWRITES, origin)
+        split = []
+        for start, end in zip(starts, ends, strict=True):
+            begin = self._answer_begins(origin, start, end)
+            split.append(Labeled(end, [IGNORE] * begin + end[begin:]))
+        return split
+
+    def _answer_begins(self, origin: str, prompt: Sequence[int], whole: Sequence[int]) -> int:
+        """Return the length of what a conversation has in common with its prompt, as TRL does."""
+        if list(whole[: len(prompt)]) == list(prompt):
+            return len(prompt)
+        self.notes.add(DIFFERENT, origin)
+        pairs = zip(prompt, whole, strict=False)
+        return next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(prompt), len(whole)))
+
+    def _render(self, origin: str, row: Row, messages: Sequence[Message], **options: Any) -> Any:
+        from jinja2 import TemplateError
+
+        options = {"tokenize": False, **options}
+        if row.get("tools"):
+            options["tools"] = row["tools"]
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), chat_template=self.marked_template, **options)
+        except (AttributeError, KeyError, TemplateError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{origin}: the chat template cannot write this conversation: {reason}") from None
+
+    def _markers_suffice(self) -> bool:
+        """Return whether the chat template marks the assistant's turns with the token that ends them."""
+        if not has_markers(template_of(self.tokenizer)):
+            return False
+        asked, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                [asked, said, asked, said], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+        except Exception:  # a template may refuse anything, and is then asked row by row
+            return False
+        learned = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
+        return learned.count(self.tokenizer.eos_token_id) == 2
+
+
+def template_of(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return the chat template of a tokenizer that may have several: the one that conversations get."""
+    template = tokenizer.chat_template
+    return template.get("default", "") if isinstance(template, dict) else template or ""
+
+
+def has_markers(template: str) -> bool:
+    """Return whether a chat template marks what the assistant says by `{% generation %}`."""
+    return MARKERS.search(template) is not None
+
+
+def check_written(origin: str, row: Row, messages: Sequence[Message], text: str, notes: Dropped) -> None:
+    """Refuse a conversation whose calls of tools, or what they returned, a chat template leaves out.
+
+    Raises:
+        InputError: naming what it leaves out.
+    """
+    for message in messages:
+        for call in message.get("tool_calls") or ():
+            if call["function"]["name"] not in text:
+                raise InputError(
+                    f"{origin}: the chat template leaves out calls of tools ({call['function']['name']!r}); it takes "
+                    "a model whose template writes them, or --chat_template_path"
+                )
+        if message["role"] == "tool" and not _is_in(message["content"], text):
+            raise InputError(
+                f"{origin}: the chat template leaves out messages of the role tool; it takes a model whose template "
+                "writes them, or --chat_template_path"
+            )
+    tools = row.get("tools") or ()
+    if not all(tool.get("function", tool).get("name", "") in text for tool in tools):
+        notes.add(UNSEEN, origin)
+
+
+def _is_in(content: str, text: str) -> bool:
+    """Return whether a text contains `content`, as it is, or inside a JSON text."""
+    content = content.strip()
+    return (
+        content in text or json.dumps(content)[1:-1] in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
+    )

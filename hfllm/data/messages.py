@@ -1,0 +1,99 @@
+"""Read conversations as people have them: roles, tool calls and tool results, in OpenAI's and in ShareGPT's form."""
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from hfllm.errors import InputError
+
+# `role` and `content`, and where the row has them those of `KEPT` and `tool_calls`.
+Message = dict[str, Any]
+ROLES = {
+    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"},
+    # ShareGPT's words for a call of a tool and what it returned; OpenAI's first word for the latter was `function`.
+    **{"function_call": "assistant", "tool": "tool", "observation": "tool", "function": "tool"},
+}
+KEPT = ("name", "tool_call_id", "reasoning_content", "thinking")
+
+
+def read_messages(origin: str, messages: Any) -> list[Message]:
+    """Return a list of messages with the roles system, user, assistant and tool.
+
+    Raises:
+        InputError: when it is no such list, naming the origin and the message.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{origin}: expected a list of messages, got {str(messages)[:80]!r}")
+    return [_message(origin, message) for message in messages]
+
+
+def read_tools(origin: str, tools: Any) -> list[dict[str, Any]] | None:
+    """Return the tools of a row as JSON schemas, `None` if it has none; they may be a JSON text.
+
+    Raises:
+        InputError: when they are neither.
+    """
+    tools = _from_json(tools) if isinstance(tools, str) and tools.strip() else tools
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise InputError(f"{origin}: tools must be a list of JSON objects, or such a list as text, got {tools!r:.80}")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def doubled_turn(messages: Sequence[Message]) -> bool:
+    """Return whether the user or the assistant speaks twice in a row, calls of tools aside."""
+    return any(
+        one["role"] == other["role"] and one["role"] in ("user", "assistant") and "tool_calls" not in one
+        for one, other in pairwise(messages)
+    )
+
+
+def is_empty(message: Message) -> bool:
+    """Return whether a message says nothing and calls no tool."""
+    return not message["content"].strip() and "tool_calls" not in message
+
+
+def _message(origin: str, message: Any) -> Message:
+    fields = message if isinstance(message, dict) else {}
+    role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
+    if role == "function_call":
+        calls, content = content, ""
+    else:
+        calls = fields.get("tool_calls") or fields.get("function_call")
+    if calls and content is None:
+        content = ""
+    if role in ROLES and ROLES[role] == "tool" and not isinstance(content, str) and content is not None:
+        content = json.dumps(content, ensure_ascii=False)
+    if role not in ROLES or not isinstance(content, str):
+        raise InputError(
+            f"{origin}: a message needs role (one of {', '.join(ROLES)}) and content, got {str(message)[:80]!r}"
+        )
+    read = {"role": ROLES[role], "content": content}
+    if calls:
+        read["tool_calls"] = _calls(origin, calls)
+    return read | {name: fields[name] for name in KEPT if fields.get(name) is not None}
+
+
+def _calls(origin: str, calls: Any) -> list[dict[str, Any]]:
+    """Return calls in the form that chat templates expect, with their arguments as values, not as JSON text."""
+    calls = _from_json(calls) if isinstance(calls, str) else calls
+    read = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise InputError(f"{origin}: a call of a tool needs a name and arguments, as JSON, got {call!r:.80}")
+        arguments = function.get("arguments", function.get("parameters")) or {}
+        arguments = _from_json(arguments) if isinstance(arguments, str) else arguments
+        number = {"id": call["id"]} if call.get("id") is not None else {}
+        read.append({"type": "function", **number, "function": {"name": function["name"], "arguments": arguments}})
+    return read
+
+
+def _from_json(text: str) -> Any:
+    """Return the value of a JSON text, or the text if it is none."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
