@@ -28,12 +28,10 @@ def parse(argv: Sequence[str]) -> tuple[RewardArguments, "RewardConfig", "ModelC
 
 def main(script_args: RewardArguments, training_args: "RewardConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Train, save, write the report. Return the metrics."""
-    from datasets import Dataset
     from transformers import set_seed
     from trl import RewardTrainer
 
     from hfllm.data.loading import world_of
-    from hfllm.errors import InputError
     from hfllm.runs.arguments import changed
     from hfllm.runs.models import check_trainable, fitting_length, load_reward_model, load_tokenizer, peft_config
     from hfllm.runs.stage import Stage
@@ -70,16 +68,12 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     trainer = RewardTrainer(
         model=model,
         args=changed(trainer_args, max_length=fitting_length(training_args.max_length, model)),
-        train_dataset=Dataset.from_list(train_rows),
-        eval_dataset=Dataset.from_list(test_rows),
+        train_dataset=reward.comparisons_of(train_rows, tokenizer),
+        eval_dataset=reward.comparisons_of(test_rows, tokenizer),
         processing_class=tokenizer,
         peft_config=peft_config(model_args, "SEQ_CLS"),
     )
-    kept = {"train_comparisons": trainer.train_dataset.num_rows, "eval_comparisons": trainer.eval_dataset.num_rows}
-    if 0 in kept.values():
-        raise InputError(
-            f"no comparison in {script_args.dataset_name!r} fits into --max_length {trainer.args.max_length} tokens"
-        )
+    kept = reward.kept_comparisons(script_args, trainer, train_rows, test_rows)
     use_plain_lines(trainer)
     train(trainer, stage.checkpoint)
     evaluation = trainer.evaluate()

@@ -73,6 +73,13 @@ class Conversations:
         while batch := list(islice(rows, ROWS)):
             yield from self._label_batch(batch)
 
+    def whole(self, row: Row, answer: str) -> list[int]:
+        """Return the tokens of a row's `prompt` and of the messages in its column `answer`."""
+        origin, messages = origin_of(row, "a row"), [*row["prompt"], *row[answer]]
+        text = self._render(origin, row, messages)
+        check_written(origin, row, messages, text, self.notes)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
     def _label_batch(self, batch: Sequence[tuple[int, Row]]) -> Iterator[list[Labeled]]:
         """Render all rows first, so that they are tokenized in one call."""
         texts: list[str] = []
@@ -82,7 +89,7 @@ class Conversations:
             for turn in () if self._is_marked(row) else self._turns(origin, row):
                 texts.append(self._render(origin, row, messages[:turn], add_generation_prompt=True))
                 texts.append(self._render(origin, row, messages[: turn + 1]))
-            if row.get("tools") or any(each.get("tool_calls") or each["role"] == "tool" for each in messages):
+            if row.get("tools") or has_more_than_text(messages):
                 check_written(origin, row, messages, self._render(origin, row, messages), self.notes)
             plans.append((row, origin, slice(begin, len(texts))))
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
@@ -177,6 +184,11 @@ def has_markers(template: str) -> bool:
     return MARKERS.search(template) is not None
 
 
+def has_more_than_text(messages: Sequence[Message]) -> bool:
+    """Return whether messages have anything but a role and a text, or are what a tool returned."""
+    return any(set(message) - {"role", "content"} or message["role"] == "tool" for message in messages)
+
+
 def check_written(origin: str, row: Row, messages: Sequence[Message], text: str, notes: Dropped) -> None:
     """Refuse a conversation whose calls of tools, or what they returned, a chat template leaves out.
 
@@ -195,9 +207,12 @@ def check_written(origin: str, row: Row, messages: Sequence[Message], text: str,
                 f"{origin}: the chat template leaves out messages of the role tool; it takes a model whose template "
                 "writes them, or --chat_template_path"
             )
-    tools = row.get("tools") or ()
-    if not all(tool.get("function", tool).get("name", "") in text for tool in tools):
-        notes.add(UNSEEN, origin)
+    for tool in row.get("tools") or ():
+        function = tool.get("function", tool)
+        # A call names a tool too, so the name alone shows nothing.
+        if not _is_in(str(function.get("description") or function.get("name", "")), text):
+            notes.add(UNSEEN, origin)
+            break
 
 
 def _is_in(content: str, text: str) -> bool:

@@ -32,7 +32,7 @@ PREFERENCE_FORMATS = (
     "input+output_1+output_2+label (LLMBar)",
     "instruction+completions with scores (UltraFeedback)",
 )
-PROMPT_FORMATS = ("prompt", "instruction", "messages", "text")
+PROMPT_FORMATS = ("prompt", "instruction", "messages", "conversations (ShareGPT)", "text")
 # The columns of an instruction and of its answer.
 ANSWERED = (
     *(("instruction", "output"), ("instruction", "response"), ("prompt", "completion"), ("inputs", "targets")),
@@ -106,12 +106,17 @@ def last_turn(row: Row) -> Row:
 
 
 def to_preference(origin: str, row: Row) -> Row:
-    """Convert a comparison to conversational `prompt`, `chosen` and `rejected`; see `PREFERENCE_FORMATS`.
+    """Convert a comparison to conversational `prompt`, `chosen` and `rejected`, and `tools`; see `PREFERENCE_FORMATS`.
 
     Raises:
         BadRow: when neither answer is better.
         InputError: when the row cannot be read.
     """
+    tools = read_tools(origin, row.get("tools"))
+    return _compared(origin, row) | ({"tools": tools} if tools else {})
+
+
+def _compared(origin: str, row: Row) -> Row:
     if _has(row, "prompt", "response_a", "response_b", "preference"):
         if row["preference"] not in ("a", "b"):
             raise InputError(f"{origin}: preference is {row['preference']!r}; expected 'a' or 'b'")
@@ -205,9 +210,10 @@ def to_prompt(origin: str, row: Row) -> Row:
         return {**row, "prompt": prompt if isinstance(prompt, str) else read_messages(origin, prompt)}
     if "instruction" in row:
         return {**row, "prompt": _instruction(origin, row)}
-    if "messages" in row:
-        messages = read_messages(origin, row["messages"])
-        return {**row, "prompt": messages[:-1] if messages[-1]["role"] == "assistant" else messages}
+    for column in ("messages", "conversations"):
+        if column in row:
+            messages = _conversation(origin, row, column)
+            return {**row, "prompt": messages[:-1] if messages[-1]["role"] == "assistant" else messages}
     if isinstance(row.get("text"), str):
         return {**row, "prompt": row["text"]}
     raise _unreadable(origin, row, PROMPT_FORMATS)

@@ -116,9 +116,9 @@ def end_tokens(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -
 def padding_token(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """Return the token to pad with where a tokenizer names none, or `None` if no token can serve.
 
-    One that its vocabulary has for this and never uses otherwise, or the unknown token, or else the end token. No label
-    and no attention mask here comes from where padding tokens are, so an end that is learned stays learned; a reward
-    model then reads its score at the token before the end, in training and afterwards.
+    One that its vocabulary has for this and never uses otherwise, or the unknown token, or else the end token. No
+    label and no attention mask here comes from where padding tokens are, so an end that is learned stays learned; a
+    reward model then reads its score at the token before the end, in training and afterwards.
     """
     vocabulary = tokenizer.get_vocab()
     unknown = tokenizer.unk_token if tokenizer.unk_token not in (tokenizer.bos_token, tokenizer.eos_token) else None

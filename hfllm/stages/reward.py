@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.loading import RowArguments
-from hfllm.errors import refuse
+from hfllm.errors import InputError, refuse
 from hfllm.runs.chain import Chain, chain_before
 from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
-    from trl import ModelConfig, RewardConfig
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+    from trl import ModelConfig, RewardConfig, RewardTrainer
 
 Rows = list[Mapping[str, Any]]
 
@@ -83,6 +85,48 @@ def user_comparisons(script_args: RewardArguments, seed: int) -> tuple[Rows, Row
     from hfllm.stages.user_rows import user_rows
 
     return None if script_args.dataset_name == WORLD else user_rows(script_args, formats.to_preference, seed)
+
+
+def comparisons_of(rows: Rows, tokenizer: "PreTrainedTokenizerBase") -> "Dataset":
+    """Return rows as a dataset for TRL's RewardTrainer; with tools in them as tokens.
+
+    A table would give every call the arguments of all others, and every message the fields of all others, empty.
+    """
+    from datasets import Dataset
+
+    from hfllm.data.conversations import Conversations, has_more_than_text
+
+    sides = ("chosen", "rejected")
+    is_plain = not any(
+        row.get("tools") or has_more_than_text([*row["prompt"], *row["chosen"], *row["rejected"]]) for row in rows
+    )
+    if is_plain:
+        return Dataset.from_list(rows)
+    conversations = Conversations(tokenizer)
+    return Dataset.from_dict({f"{side}_ids": [conversations.whole(row, side) for row in rows] for side in sides})
+
+
+def kept_comparisons(
+    script_args: RewardArguments, trainer: "RewardTrainer", train_rows: Rows, eval_rows: Rows
+) -> dict[str, int]:
+    """Return how many comparisons the trainer keeps, and say how many it leaves out.
+
+    Raises:
+        InputError: when no training row or no held-out row is left.
+    """
+    from hfllm.stages.user_rows import say
+
+    longest, kept = trainer.args.max_length, {}
+    sides = {"train": (train_rows, trainer.train_dataset), "eval": (eval_rows, trainer.eval_dataset)}
+    for side, (rows, dataset) in sides.items():
+        kept[f"{side}_comparisons"] = dataset.num_rows
+        if dataset.num_rows < len(rows):
+            left_out = len(rows) - dataset.num_rows
+            what = "training" if side == "train" else "held-out"
+            say(f"{what} rows: {left_out:,} of {len(rows):,} rows dropped: longer than --max_length {longest}")
+    if 0 in kept.values():
+        raise InputError(f"no comparison in {script_args.dataset_name!r} fits into --max_length {longest} tokens")
+    return kept
 
 
 def world_comparisons(

@@ -157,9 +157,11 @@ def examples(
     Raises:
         InputError: when none is left.
     """
+    import numpy
     from datasets import Dataset
 
-    from hfllm.data.conversations import IGNORE, Conversations
+    from hfllm.data.conversations import Conversations
+    from hfllm.data.packing import IGNORE
     from hfllm.data.rows import Dropped, origin_of
     from hfllm.stages.user_rows import say
 
@@ -177,8 +179,8 @@ def examples(
             labels = each.input_ids if training_args.completion_only_loss is False else each.labels
             cut += part != slice(None) and len(each.input_ids) > longest
             if any(label != IGNORE for label in labels[part]):
-                columns["input_ids"].append(each.input_ids[part])
-                columns["labels"].append(labels[part])
+                columns["input_ids"].append(numpy.asarray(each.input_ids[part], dtype=numpy.int32))
+                columns["labels"].append(numpy.asarray(labels[part], dtype=numpy.int32))
                 kept += 1
         if not kept:
             is_learned = any(label != IGNORE for each in labeled for label in each.labels)
