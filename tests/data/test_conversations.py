@@ -187,6 +187,30 @@ def test_a_greeting_and_a_prompt_that_ends_otherwise_are_noted(chatml, monkeypat
     assert [text for learned, text in parts(chatml, one) if learned] == ["A<|im_end|>\n"]
 
 
+def test_a_student_learns_what_a_fine_tuned_model_does(chatml):
+    from hfllm.trainers.distillation.data import tokenize_dataset
+
+    rows = [formats.to_sft("here", row) for row in ROWS]
+    # Among rows of other kinds, in their order.
+    mixed = [{"text": "red"}, *rows[:3], {"prompt": "Q", "completion": "A"}, *rows[3:]]
+    found = tokenize_dataset(mixed, chatml, None).to_list()
+    del found[4], found[0]
+    assert found == [vars(one) for (one,) in Conversations(chatml).label(rows)]
+
+
+def test_a_teacher_answers_the_last_turn(monkeypatch):
+    from hfllm.stages import distill, distill_trainers
+
+    asked = []
+    monkeypatch.setattr(
+        "hfllm.synthesis.teacher_answers.write_answers", lambda model, tokenizer, rows, *settings: asked.extend(rows)
+    )
+    row = formats.to_sft("here", sharegpt("Q", "A", "P", "B"))
+    arguments = distill.DistillArguments("x.jsonl", answers="sampled")
+    distill_trainers.rows_to_teach(arguments, (None, None), [row, {"text": "red"}], 0)
+    assert [message["content"] for message in asked[0]["prompt"]] == ["Q", "A", "P"] and asked[1] == {"text": "red"}
+
+
 CALLS = {
     "conversations": [
         {"from": "human", "value": "Weather?"},

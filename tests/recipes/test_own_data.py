@@ -190,12 +190,14 @@ def test_a_padding_token_and_a_chat_template_are_set_and_said(flags, saved, tmp_
 PAIRS = [{"instruction": f"Say {word}.", "response1": word, "response2": "no", "label": 1} for word in "abcdefgh"]
 
 
-def test_comparisons_that_are_too_long_are_counted(flags, capsys):
+def test_comparisons_that_are_too_long_are_counted(flags, capsys, tmp_path):
     long = {"instruction": "word " * 300, "response1": "a", "response2": "b", "label": 2}
-    metrics = run(reward, flags(*PAIRS, long, long, eval_strategy="no"))
+    held_out = jsonl(tmp_path / "held_out.jsonl", *PAIRS[:3], long)
+    metrics = run(reward, flags(*PAIRS, long, long, eval_dataset_name=held_out))
     said = capsys.readouterr().out
-    assert metrics["train_comparisons"] + metrics["eval_comparisons"] == 8
-    assert "2 of 9 rows dropped: longer than --max_length 256" in said or "1 of" in said
+    assert (metrics["train_comparisons"], metrics["eval_comparisons"]) == (8, 3)
+    assert "training rows: 2 of 10 rows dropped: longer than --max_length 256\n" in said
+    assert "held-out rows: 1 of 4 rows dropped: longer than --max_length 256\n" in said
 
 
 def test_a_reward_model_learns_from_calls_of_tools(flags, saved, monkeypatch):
