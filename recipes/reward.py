@@ -4,9 +4,10 @@
     hfllm reward --model_name_or_path NAME --dataset_name pairs.jsonl
     accelerate launch recipes/reward.py --model_name_or_path NAME --dataset_name pairs.jsonl
 
-Comparisons may be `prompt`/`response_a`/`response_b`/`preference`, `prompt`/`chosen`/`rejected`, or transcripts as in
-Anthropic's HH. On the embedded world two thirds of them are between the model's own samples, judged by the gold
-rubric with label noise. Without `--model_name_or_path` the stages before this one run first, under the output folder.
+Comparisons may be `prompt`/`chosen`/`rejected`, transcripts as in Anthropic's HH, labeled pairs (PandaLM, LLMBar) or
+scored completions (UltraFeedback); docs/data.md lists all. On the embedded world two thirds of them are between the
+model's own samples, judged by the gold rubric with label noise. Without `--model_name_or_path` the stages before this
+one run first, under the output folder.
 """
 
 from collections.abc import Sequence

@@ -4,8 +4,9 @@
     hfllm sft --model_name_or_path NAME --dataset_name alpaca.json
     accelerate launch recipes/sft.py --model_name_or_path NAME --dataset_name alpaca.json
 
-Datasets may be in Alpaca, Dolly, FLAN, ShareGPT, `messages` or `prompt`/`completion` format. Without
-`--model_name_or_path` a small base model is pretrained on the embedded world first, under the output folder.
+Datasets may be in Alpaca, Dolly, FLAN, ShareGPT, `messages` or `prompt`/`completion` format; every answer of a
+conversation is learned (`--loss_on`). docs/data.md lists formats and flags. Without `--model_name_or_path` a small
+base model is pretrained on the embedded world first, under the output folder.
 """
 
 from collections.abc import Sequence

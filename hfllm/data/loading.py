@@ -274,6 +274,7 @@ def load_rows(
     script_args: DataArguments,
     mapper: Callable[[str, formats.Row], formats.Converted],
     dropped: Dropped | None = None,
+    flaw_of: Callable[[formats.Converted], str | None] = flaw_of,
 ) -> list[formats.Converted]:
     """Load the user's dataset, with each row converted by `mapper(origin, row)`; rows keep their origin.
 
@@ -281,6 +282,7 @@ def load_rows(
         script_args: which dataset, how many rows of it, and what its columns are called.
         mapper: the conversion; it may raise `BadRow`.
         dropped: counts the rows that are left out since they cannot be learned from; without it all are kept.
+        flaw_of: returns why a converted row cannot, or `None`.
 
     Raises:
         InputError: for a row that cannot be read, or with `--bad_rows refuse` one that cannot be learned from.

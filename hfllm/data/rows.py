@@ -68,17 +68,22 @@ class Dropped:
 
 
 def flaw_of(row: Mapping[str, Any]) -> str | None:
-    """Return why a converted row should not be learned from, in words to count it by, or `None`."""
-    prompt = row.get("prompt")
-    before = prompt if isinstance(prompt, list) else []
-    sides = [row[side] for side in ("completion", "chosen", "rejected") if isinstance(row.get(side), list)]
+    """Return why answers or comparisons should not be learned from, in words to count them by, or `None`.
+
+    Args:
+        row: as `formats.to_sft` and `formats.to_preference` give it.
+    """
+    sides = [row[side] for side in ("completion", "chosen", "rejected") if side in row]
     for side in sides:
         if any(is_empty(message) for message in side if message["role"] == "assistant"):
             return NO_ANSWER
-    if sides and all(message["role"] == "assistant" for message in [*before, *sides[0]]):
+    if all(message["role"] == "assistant" for message in [*row["prompt"], *sides[0]]):
         return NO_QUESTION
-    if any(doubled_turn([*before, *side]) for side in sides or [[]]):
+    if any(doubled_turn([*row["prompt"], *side]) for side in sides):
         return DOUBLED
-    if "chosen" in row and row["chosen"] == row["rejected"]:
-        return EQUAL
-    return None
+    return EQUAL if "chosen" in row and row["chosen"] == row["rejected"] else None
+
+
+def flaw_of_prompt(row: Mapping[str, Any]) -> str | None:
+    """Return why a prompt should not be answered, in words to count it by, or `None`; see `formats.to_prompt`."""
+    return DOUBLED if isinstance(row["prompt"], list) and doubled_turn(row["prompt"]) else None

@@ -269,6 +269,7 @@ def prompt_data(
 ) -> tuple[list[Row], list[Row]]:
     """Return training and held-out prompt rows; every reward function is tried on two rows."""
     from hfllm.data import formats
+    from hfllm.data.rows import flaw_of_prompt
     from hfllm.data.sources import WORLD
     from hfllm.data.world.world import World
     from hfllm.stages.user_rows import user_rows
@@ -283,7 +284,8 @@ def prompt_data(
         train_rows = [task.prompt_row() for task in tasks]
         eval_rows = [task.prompt_row() for task in world.evaluation_tasks(script_args.num_eval_prompts)]
     else:
-        train_rows, eval_rows = user_rows(script_args, mapper, seed, share=0.1, most=script_args.num_eval_prompts)
+        settings = {"share": 0.1, "most": script_args.num_eval_prompts, "flaw_of": flaw_of_prompt}
+        train_rows, eval_rows = user_rows(script_args, mapper, seed, **settings)
     _try_functions(functions, train_rows[:2])
     return train_rows, eval_rows
 

@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 from hfllm.data.formats import Row
 from hfllm.data.loading import RowArguments, held_out_arguments, load_rows, shared_prompts, split_rows
-from hfllm.data.rows import Dropped
+from hfllm.data.rows import Dropped, flaw_of
 from hfllm.errors import InputError
 from hfllm.runs.command_line import main_process
 
 Rows = list[Row]
+Flaw = Callable[[Row], str | None]
 
 
 def say(line: str) -> None:
@@ -23,6 +24,7 @@ def user_rows(
     seed: int,
     share: float = 0.05,
     most: int | None = None,
+    flaw_of: Flaw = flaw_of,
 ) -> tuple[Rows, Rows]:
     """Return training and held-out rows of the user's dataset, and say how many are left out and why.
 
@@ -32,24 +34,25 @@ def user_rows(
         seed: of the split, where the user names no held-out rows.
         share: of the rows to hold out then.
         most: held-out rows at most; by default 256, or all that the user names.
+        flaw_of: returns why a row is left out, or `None`.
 
     Raises:
         InputError: when a row cannot be read, or none is left.
     """
-    rows = kept_rows(script_args, mapper)
+    rows = kept_rows(script_args, mapper, flaw_of)
     named = held_out_arguments(script_args)
     if named is None:
         return split_rows(rows, seed, share, 256 if most is None else most)
-    eval_rows = kept_rows(named, mapper)[:most]
+    eval_rows = kept_rows(named, mapper, flaw_of)[:most]
     if shared := shared_prompts(rows, eval_rows):
         say(f"{named.dataset_name}: {shared:,} of {len(eval_rows):,} held-out rows have the prompt of a training row")
     return rows, eval_rows
 
 
-def kept_rows(script_args: RowArguments, mapper: Callable[[str, Row], Row]) -> Rows:
+def kept_rows(script_args: RowArguments, mapper: Callable[[str, Row], Row], flaw_of: Flaw) -> Rows:
     """Return all rows of a dataset that can be learned from, and say how many are left out and why."""
     dropped = Dropped()
-    rows = load_rows(script_args, mapper, dropped)
+    rows = load_rows(script_args, mapper, dropped, flaw_of)
     if not rows:
         raise InputError(f"{script_args.dataset_name}: no row is left: {dropped}")
     if dropped.count:

@@ -266,7 +266,7 @@ def test_prompts_are_named_by_their_line_and_filtered_on_demand(saved, tmp_path,
 def test_other_columns_reach_a_reward_function_under_the_users_names(tmp_path):
     from hfllm.stages.rlhf import prompt_data
 
-    name = jsonl(tmp_path / "prompts.jsonl", *({"q": f"number {at}", "a": at} for at in range(9)))
+    name = jsonl(tmp_path / "prompts.jsonl", *({"q": f"number {at}", "a": at, "chosen": "x"} for at in range(9)))
     flags = ["--dataset_name", name, "--model_name_or_path", "any", "--column_mapping", "prompt=q", "target=a"]
     train_rows, _ = prompt_data(rlhf.parse(flags)[0], 0, [])
-    assert {tuple(row) for row in train_rows} == {("prompt", "target")}
+    assert {tuple(row) for row in train_rows} == {("chosen", "prompt", "target")}

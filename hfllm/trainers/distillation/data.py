@@ -2,13 +2,16 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hfllm.data.conversations import Conversations
 from hfllm.data.packing import IGNORE, token_ids
+from hfllm.data.rows import Dropped
 from hfllm.errors import InputError
+from hfllm.runs.command_line import main_process
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,14 +40,17 @@ def tokenize_dataset(
 
     rows: dict[str, list] = {"input_ids": [], "labels": []}
     batch: list[tuple[int, Row]] = []
+    notes = Dropped()
 
     def flush() -> None:
-        for ids, first in _tokens(batch, tokenizer):
+        for ids, first in _tokens(batch, tokenizer, notes):
             ids, labels = _labeled(ids, first)
             ids, labels = ids[:max_length], labels[:max_length]
             if any(label != IGNORE for label in labels[1:]):
                 rows["input_ids"].append(ids)
                 rows["labels"].append(labels)
+            else:
+                notes.add(f"rows are left out: no token to learn within --max_length {max_length}")
         batch.clear()
 
     for number, row in enumerate(dataset):
@@ -52,9 +58,18 @@ def tokenize_dataset(
         if len(batch) == ROWS:
             flush()
     flush()
+    for note, count in notes.reasons.items():
+        _say_once(f"distill: {count:,} {note}")
     if not rows["input_ids"]:
         raise InputError(f"no row has a token to learn within max_length={max_length}")
     return Dataset.from_dict(rows, Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))}))
+
+
+@cache
+def _say_once(line: str) -> None:
+    """Print a line, for the student with and without its teacher once."""
+    if main_process():
+        print(line, flush=True)
 
 
 def _labeled(ids: Sequence[int], first: int | Sequence[int]) -> tuple[list[int], list[int]]:
@@ -66,7 +81,7 @@ def _labeled(ids: Sequence[int], first: int | Sequence[int]) -> tuple[list[int],
 
 
 def _tokens(
-    batch: Sequence[tuple[int, Row]], tokenizer: "PreTrainedTokenizerBase"
+    batch: Sequence[tuple[int, Row]], tokenizer: "PreTrainedTokenizerBase", notes: Dropped
 ) -> Iterable[tuple[Sequence[int], int | Sequence[int]]]:
     """Return the ids of each row, and the position of its first label or its labels."""
     texts = [row["text"] for _, row in batch if row.get("input_ids") is None and row.get("text") is not None]
@@ -75,7 +90,7 @@ def _tokens(
         _pairs([entry for entry in batch if _is_pair(entry[1]) and not _is_conversation(entry[1])], tokenizer)
     )
     longer = [row for _, row in batch if _is_conversation(row)]
-    conversations = Conversations(tokenizer).label(longer) if longer else iter(())
+    conversations = Conversations(tokenizer, notes=notes).label(longer) if longer else iter(())
     for number, row in batch:
         if row.get("input_ids") is not None:
             labels = row.get("labels")
