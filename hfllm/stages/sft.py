@@ -165,12 +165,7 @@ def examples(
     from hfllm.data.rows import Dropped, origin_of
     from hfllm.stages.user_rows import say
 
-    longest, packing = training_args.max_length, training_args.packing
-    if is_eval and training_args.eval_packing is not None:
-        packing = training_args.eval_packing
-    # Packing cuts by itself.
-    part = slice(longest) if training_args.truncation_mode == "keep_start" else slice(-(longest or 0), None)
-    part = slice(None) if packing or longest is None else part
+    longest, part = training_args.max_length, _kept_part(training_args, is_eval)
     conversations = Conversations(tokenizer, marked_template(training_args, tokenizer))
     dropped, columns, cut = Dropped(len(rows)), {"input_ids": [], "labels": []}, 0
     for row, labeled in zip(rows, conversations.label(rows), strict=True):
@@ -193,8 +188,17 @@ def examples(
     if dropped.count:
         say(f"{what}: {dropped}")
     if cut > dropped.count:
-        say(f"{what}: {cut - dropped.count:,} rows are cut to --max_length {longest}")
+        say(f"{what}: {cut - dropped.count:,} of {len(rows):,} rows cut to --max_length {longest}")
     return Dataset.from_dict(columns), dropped.count
+
+
+def _kept_part(training_args: "SFTConfig", is_eval: bool) -> slice:
+    """Return which part of a row is kept; packing cuts by itself."""
+    is_told_apart = is_eval and training_args.eval_packing is not None
+    packing, longest = training_args.eval_packing if is_told_apart else training_args.packing, training_args.max_length
+    if packing or longest is None:
+        return slice(None)
+    return slice(longest) if training_args.truncation_mode == "keep_start" else slice(-longest, None)
 
 
 def trained_as_they_are(training_args: "SFTConfig") -> dict[str, bool | None]:

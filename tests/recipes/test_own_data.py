@@ -117,7 +117,7 @@ def test_what_is_left_out_is_counted(flags, capsys, tmp_path):
     name = tmp_path / "rows.jsonl"
     assert f"{name}: 1 of 11 rows dropped: 1 without an answer ({name}, line 11)\n" in said
     expected = f"1 of 10 rows dropped: 1 with no answer within --max_length 64 ({name}, line 1)"
-    assert f"training rows: {expected}\n" in said and "training rows: 1 rows are cut to --max_length 64\n" in said
+    assert f"training rows: {expected}\n" in said and "training rows: 1 of 10 rows cut to --max_length 64\n" in said
     assert (metrics["examples"], metrics["dropped_rows"]) == (9, 1)
 
 
