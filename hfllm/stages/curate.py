@@ -103,6 +103,7 @@ def resume_or_clear(work: Path, arguments: Mapping[str, Any]) -> None:
             before = json.loads(note.read_text(encoding="utf-8"))
         except ValueError:
             before = {}
+        before = before if isinstance(before, dict) else {}
         names = sorted({*before, *arguments})
         differs = next((name for name in names if before.get(name) != arguments.get(name)), None)
         if differs is None:
