@@ -38,7 +38,7 @@ class Processes:
     def torchrun(
         self, script: str | Path, *arguments: object, processes: int = 2, code: int = 0, timeout: float = 300
     ) -> str:
-        """What a script prints in so many processes that find each other, as torchrun starts them; all exit with `code`.
+        """What a script prints in so many processes that find each other, as torchrun starts them; `code` as in `run`.
 
         Raises:
             AssertionError: with the end of what was printed, if a process fails or outlasts `timeout` seconds.

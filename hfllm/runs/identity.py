@@ -21,15 +21,21 @@ if TYPE_CHECKING:
 # fast it goes. Everything else must be the same.
 MAY_CHANGE = frozenset(
     (
-        *("logging_dir", "logging_strategy", "logging_steps", "logging_nan_inf_filter", "log_completions"),
-        *("num_completions_to_print", "include_num_input_tokens_seen", "include_tokens_per_second", "sample_steps"),
-        *("peak_flops", "loss_spikes", "save_strategy", "save_steps", "save_only_model", "save_on_each_node"),
+        *("logging_strategy", "logging_steps", "logging_nan_inf_filter", "log_completions"),
+        *("include_num_input_tokens_seen", "log_on_each_node", "sample_steps", "peak_flops", "loss_spikes", "debug"),
+        *("trackio_bucket_id", "trackio_static_space_id"),
+        *("save_strategy", "save_steps", "save_only_model", "save_on_each_node"),
         *("restore_callback_states_from_checkpoint", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"),
         *("eval_accumulation_steps", "per_device_eval_batch_size", "batch_eval_metrics", "eval_use_gather_object"),
-        *("prediction_loss_only", "include_for_metrics", "dataloader_num_workers", "dataloader_pin_memory"),
-        *("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataset_num_proc", "teacher_cache_dir"),
-        *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading", "torch_compile"),
+        *("prediction_loss_only", "include_for_metrics", "do_train", "do_eval", "do_predict"),
+        *("eval_do_concat_batches", "dataloader_num_workers", "dataloader_pin_memory"),
+        *("dataloader_multiprocessing_context", "dataloader_persistent_workers"),
+        *("dataloader_prefetch_factor", "dataset_num_proc", "teacher_cache_dir"),
+        *("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing"),
+        *("gradient_checkpointing_kwargs", "activation_offloading", "torch_compile"),
         *("torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps", "skip_memory_metrics"),
+        *("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port"),
+        *("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "ddp_static_graph"),
         *("ddp_backend", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"),
         *("max_tokens_per_pass", "length_bucket_size", "local_rollout_forward_batch_size"),
     )

@@ -46,6 +46,7 @@ class RunRecord(TrainerCallback):
             trainer._total_loss_scalar = losses["logged"]
             trainer._tr_loss.fill_(losses["since"])
             trainer._globalstep_last_logged = losses["logged_at"]
+            _take_up(trainer, losses["parts"])
         state.stateful_callbacks[RECORD] = {"losses": losses} | ({"run": self.run} if self.run is not None else {})
 
     def on_step_end(
@@ -63,7 +64,7 @@ class RunRecord(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         # Trainer has set its sum to 0 by now; all processes know it.
         if self.trainer._globalstep_last_logged == state.global_step:
-            self._write(state, 0.0)
+            self._write(state, 0.0, {})
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -74,14 +75,16 @@ class RunRecord(TrainerCallback):
 
     def _note(self, state: TrainerState) -> None:
         since = self.trainer.accelerator.reduce(self.trainer._tr_loss.detach().clone(), "mean")
-        self._write(state, since.item())
+        # At a step that is logged, they are logged before the checkpoint is saved.
+        self._write(state, since.item(), _unlogged_parts(self.trainer))
 
-    def _write(self, state: TrainerState, since: float) -> None:
+    def _write(self, state: TrainerState, since: float, parts: dict[str, Any]) -> None:
         trainer = self.trainer
         state.stateful_callbacks[RECORD]["losses"] = {
             "logged": trainer._total_loss_scalar,
             "since": since,
             "logged_at": trainer._globalstep_last_logged,
+            "parts": parts | {"tokens": getattr(trainer, "_total_train_tokens", None)},
         }
 
 
@@ -104,6 +107,27 @@ class WholeTrainLoss(TrainerCallback):
             return
         for entry in (logs, state.log_history[-1]):
             entry["train_loss"] = self.trainer._total_loss_scalar / state.global_step
+
+
+def _unlogged_parts(trainer: Trainer) -> dict[str, Any]:
+    """Return what TRL's trainers and distillation have added up since the last log, the mean of all processes."""
+    metrics, sums = getattr(trainer, "_metrics", {}).get("train"), getattr(trainer, "_sums", None)
+    parts: dict[str, Any] = {}
+    if isinstance(metrics, dict):
+        parts["metrics"] = {name: list(values) for name, values in metrics.items()}
+    if torch.is_tensor(sums):
+        parts["sums"] = trainer.accelerator.reduce(sums.to(trainer.args.device, copy=True), "mean").tolist()
+    return parts
+
+
+def _take_up(trainer: Trainer, parts: Mapping[str, Any]) -> None:
+    """Go on adding to what `_unlogged_parts` has returned."""
+    for name, values in parts.get("metrics", {}).items():
+        trainer._metrics["train"][name] = list(values)
+    if "sums" in parts:
+        trainer._sums.copy_(torch.tensor(parts["sums"]))
+    if parts.get("tokens") is not None:
+        trainer._total_train_tokens = parts["tokens"]
 
 
 def final_train_loss(trainer: Trainer) -> float:

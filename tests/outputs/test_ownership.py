@@ -9,7 +9,14 @@ from hfllm.outputs.report import Plot, Report, read_report
 
 LINE = Plot("t", "x", "y", {"one": ([1, 2], [3.0, 4.0])})
 FOREIGN = {
-    "report.json": ["[1, 2]", "{}", '{"stage": "sft"}', '{"arguments": {}}', '{"stage": "sft", "arguments": [1]}', "no"],
+    "report.json": [
+        "[1, 2]",
+        "{}",
+        '{"stage": "sft"}',
+        '{"arguments": {}}',
+        '{"stage": "sft", "arguments": [1]}',
+        "no",
+    ],
     "report.md": ["# My own notes", ""],
     "README.md": ["# A card of my own", "---\nlicense: mit\n---\n"],
     "loss.png": ["\x89PNG of mine"],

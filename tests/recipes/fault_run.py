@@ -1,7 +1,7 @@
 """A recipe one of whose processes is lost: what test_faults.py launches.
 
-Usage: fault_run.py FAULT STEP RECIPE FLAGS..., under torchrun or alone. Before that step of its first life the last process
-kills itself (`kill`), or tells the launcher to end, as a scheduler would (`terminate`).
+Usage: fault_run.py FAULT STEP RECIPE FLAGS..., under torchrun or alone. Before that step of its first life the last
+process kills itself (`kill`), or tells the launcher to end, as a scheduler would (`terminate`).
 """
 
 import os
