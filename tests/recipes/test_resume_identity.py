@@ -63,7 +63,6 @@ def cut_in(run, step, *arguments):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt) as stopped:
         patch.setattr("transformers.trainer.DEFAULT_CALLBACKS", [*DEFAULT_CALLBACKS, Stop(step)])
         run(*arguments)
-    release_all()
     return str(stopped.value)
 
 
