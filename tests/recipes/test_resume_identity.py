@@ -32,6 +32,8 @@ FLAGS = {
     "reward": ["--on_policy_fraction", "0", "--logging_steps", "3"],
     "distill": ["--answers", "data", "--logging_steps", "3"],
 }
+# The teacher is named.
+FLAGS["distill"] += [word for name in ("pretrain", "sft", "reward", "rlhf") for word in (f"--{name}_config", "")]
 SLOW = ("packed", "reward", "distill")
 AUTO = ["--resume_from_checkpoint", "auto"]
 
