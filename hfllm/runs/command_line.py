@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from hfllm.errors import HIDDEN, InputError, redact
 from hfllm.outputs.checkpoints import last_complete_checkpoint
 from hfllm.outputs.report import read_report
-from hfllm.runs.lock import release_all
 from hfllm.runs.parser import (
     HelpFormatter,
     PlainParser,
@@ -287,5 +286,3 @@ def run(main: Callable[..., object], parse: Callable[[Sequence[str]], tuple]) ->
         if main_process():
             print(f"\ninterrupted: {stop}" if str(stop) else "\ninterrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    finally:
-        release_all()
