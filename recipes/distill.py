@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import given_values, parse_recipe, run
+from hfllm.runs.lock import releases_folders
 from hfllm.stages.distill import DistillArguments, without_contradicted, world_settings
 from hfllm.trainers.distillation.options import DistillationOptions
 
@@ -38,6 +39,7 @@ def parse(argv: Sequence[str]) -> tuple[DistillArguments, "DistillationConfig", 
     return without_contradicted(script_args, given_values(argv)), training_args, model_args
 
 
+@releases_folders
 def main(
     script_args: DistillArguments, training_args: "DistillationConfig", model_args: "ModelConfig"
 ) -> dict[str, float]:
@@ -81,7 +83,7 @@ def main(
     # The student.
     student_args = without_teacher(trainer_args) if script_args.sequence_level else trainer_args
     trainer = student_trainer(script_args, student_args, model_args, teacher, train_rows, eval_rows)
-    train(trainer, stage.checkpoint)
+    train(trainer, stage.checkpoint, stage.identity, rows_are_sampled=train_rows is not data_rows)
     trainer.save_model()
     trainers = {"student": trainer}
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run, world_settings
+from hfllm.runs.lock import releases_folders
 from hfllm.stages.reward import RewardArguments
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def parse(argv: Sequence[str]) -> tuple[RewardArguments, "RewardConfig", "ModelC
     return parse_recipe(argv, __doc__, RewardArguments, library, "outputs/reward", world_settings("reward"))
 
 
+@releases_folders
 def main(script_args: RewardArguments, training_args: "RewardConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Train, save, write the report. Return the metrics."""
     from transformers import set_seed
@@ -76,7 +78,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     )
     kept = reward.kept_comparisons(script_args, trainer, train_rows, test_rows)
     use_plain_lines(trainer)
-    train(trainer, stage.checkpoint)
+    train(trainer, stage.checkpoint, stage.identity, rows_are_sampled=rows is None)
     evaluation = trainer.evaluate()
     trainer.save_model()
 

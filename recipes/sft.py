@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run, world_settings
+from hfllm.runs.lock import releases_folders
 from hfllm.stages.sft import SftArguments
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def parse(argv: Sequence[str]) -> tuple[SftArguments, "SFTConfig", "ModelConfig"
     return parse_recipe(argv, __doc__, SftArguments, library, "outputs/sft", world_settings("sft"))
 
 
+@releases_folders
 def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Fine-tune, save, write the report. Return the metrics."""
     from trl import SFTTrainer
@@ -37,6 +39,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scaled_learning_rate
+    from hfllm.trainers.run_record import final_train_loss
 
     sft.check(script_args, training_args, model_args)
     stage = Stage("sft", script_args, training_args, model_args)
@@ -65,12 +68,12 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
         peft_config=peft_config(model_args),
     )
     use_plain_lines(trainer)
-    train(trainer, stage.checkpoint)
+    train(trainer, stage.checkpoint, stage.identity)
     held_out_loss = trainer.evaluate()["eval_loss"]
     trainer.save_model()
 
     metrics = {
-        "train_loss": next(entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry),
+        "train_loss": final_train_loss(trainer),
         "eval_loss": held_out_loss,
         "examples": train_dataset.num_rows,
         **({"dropped_rows": dropped} if dropped else {}),
