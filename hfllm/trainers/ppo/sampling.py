@@ -47,13 +47,16 @@ class Ended(StoppingCriteria):
         self.end_token_ids, self.stop_strings, self.may_split = list(end_token_ids), stop_strings, may_split
         self.observe = observe
         self.has_split = False
+        self._ends: torch.Tensor | None = None
         self.has_ended: torch.Tensor | None = None
         self.lengths: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
         if self.observe is not None:
             self.observe(input_ids[:, -1])
-        ended = torch.isin(input_ids[:, -1], torch.tensor(self.end_token_ids, device=input_ids.device))
+        if self._ends is None:
+            self._ends = torch.tensor(self.end_token_ids, device=input_ids.device)
+        ended = torch.isin(input_ids[:, -1], self._ends)
         if self.stop_strings is not None:
             ended |= self.stop_strings(input_ids, scores)
         if self.has_ended is None:

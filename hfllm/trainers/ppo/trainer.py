@@ -29,6 +29,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
+from hfllm.models.devices import forked_random
 from hfllm.runs.arguments import changed
 from hfllm.trainers.dropout import disable_dropout
 from hfllm.trainers.ppo import formulas
@@ -429,7 +430,7 @@ class PPOTrainer(ActorCriticTrainer):
         """Sample and score the evaluation prompts. Metrics: reward, its parts, KL, entropy, response length."""
         prefix, count = "eval_", 0
         # The same random numbers each time, without changing training's random state.
-        with torch.random.fork_rng():
+        with forked_random(self.accelerator.device):
             torch.manual_seed(self.args.seed + self.args.process_index)
             for rows in dataloader:
                 batch = self.sample(rows)
