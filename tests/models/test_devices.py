@@ -134,3 +134,47 @@ def test_a_turn_ends_as_the_chat_template_says(tokenizer, make_model):
     for other in (None, "{{ raise_exception('no') }}", "{{ messages[0].content }}"):
         base.chat_template = other
         assert turn_end(base) is None
+
+
+# ---- what PPO does with it ----
+
+
+def test_values_keep_their_precision_under_autocast(make_model):
+    import hfllm
+    from hfllm.trainers.ppo.actor_critic import ActorCritic
+
+    separate = make_model(1, hfllm.HfllmForTokenClassification, num_labels=1)
+    for value_model in (None, separate):
+        actor = ActorCritic(make_model(), value_model, 1.0, (0,))
+        if value_model is None:
+            torch.nn.init.normal_(actor.value_head.weight)
+        ids = torch.arange(24).view(2, 12) + 10
+        parts = (ids[:, :6], torch.ones(2, 6).long(), ids[:, 6:], torch.ones(2, 6).long())
+        with torch.autocast("cpu", torch.bfloat16):
+            logprobs, values, _ = actor(*parts)
+        for found in (logprobs, values):
+            assert found.dtype == torch.float32
+            assert not torch.equal(found, found.bfloat16().float())
+
+
+def test_ppo_bounds_the_logits_of_a_pass(make_model, monkeypatch):
+    from hfllm.trainers.ppo.rollout import length_groups
+
+    prompts = torch.ones(6, 4).long()
+    lengths = torch.tensor([5, 1, 3, 2, 5, 4])
+    mask = (torch.arange(5) < lengths[:, None]).long()
+    batch = {"prompt_ids": prompts, "prompt_mask": prompts, "response_ids": mask, "response_mask": mask}
+    groups = [rows.tolist() for rows, _ in length_groups(batch, None, most_responses=9)]
+    assert groups == [[0], [4, 5], [2, 3, 1]]
+    assert all(lengths[rows].sum() <= 9 for rows in groups)
+    # A row that is longer than the limit goes alone.
+    assert [rows.tolist() for rows, _ in length_groups(batch, None, most_responses=4)] == [[0], [4], [5], [2], [3, 1]]
+
+
+def test_packed_weights_stay_on_the_cpu(make_model, monkeypatch):
+    from hfllm.generation.packed.model import unsupported_reason
+
+    model = make_model()
+    assert unsupported_reason(model) is None
+    monkeypatch.setattr(type(model), "device", property(lambda self: torch.device("cuda:0")))
+    assert "it is on cuda" in unsupported_reason(model)
