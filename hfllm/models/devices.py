@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 SHARE = 1 / 8
 # Of one logit: its value in 16 bits, its copy and its log-probability in 32, and a temporary or its gradient.
 BYTES_PER_VALUE = 16
+# The keys and values of all sequences that are sampled together take at most this share.
+CACHE_SHARE = 1 / 4
 
 
 def has_native_bf16() -> bool:
@@ -70,6 +72,17 @@ def most_tokens(model: "PreTrainedModel", device: "torch.device") -> int | None:
     config = model.config.get_text_config()
     widest = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     return tokens_that_fit(max(widest, config.hidden_size), memory)
+
+
+def most_cached_rows(model: "PreTrainedModel", length: int, device: "torch.device") -> int | None:
+    """Return the most sequences of `length` tokens that may be sampled together; `None` is no limit, as on a CPU."""
+    memory, config = device_memory(device), model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    if memory is None or heads is None:
+        return None
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    of_a_row = 2 * config.num_hidden_layers * heads * size * length * model.dtype.itemsize
+    return max(int(memory * CACHE_SHARE / of_a_row), 1)
 
 
 @contextmanager

@@ -32,6 +32,18 @@ def test_a_cpu_has_no_limit(make_model):
     assert devices.device_memory(torch.device("cpu")) is None
     assert devices.most_logits(make_model(), torch.device("cpu")) is None
     assert devices.most_tokens(make_model(), torch.device("cpu")) is None
+    assert devices.most_cached_rows(make_model(), 10, torch.device("cpu")) is None
+
+
+def test_sequences_are_sampled_together_while_their_caches_fit(make_model, monkeypatch):
+    from hfllm.generation.caches import bytes_per_token
+
+    model = make_model()
+    of_a_row = 30 * bytes_per_token(model.config, torch.float32)
+    monkeypatch.setattr(devices, "device_memory", lambda device: 4 * 7 * of_a_row)
+    assert devices.most_cached_rows(model, 30, torch.device("cuda:0")) == 7
+    assert devices.most_cached_rows(model.bfloat16(), 30, torch.device("cuda:0")) == 14
+    assert devices.most_cached_rows(model, 10**9, torch.device("cuda:0")) == 1
 
 
 def test_random_numbers_inside_leave_no_trace():

@@ -13,17 +13,17 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import GenerationConfig, PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput
 
 from hfllm.errors import InputError
-from hfllm.models.devices import most_logits, most_tokens, refuse_data_parallel
+from hfllm.models.devices import most_cached_rows, most_logits, most_tokens, refuse_data_parallel
 from hfllm.outputs.checkpoints import last_complete_checkpoint
 from hfllm.trainers.interruptions import save_on_sigterm, train_unless_done
 from hfllm.trainers.ppo.actor_critic import ActorCritic, entropy_of, scatter_to_mask
 from hfllm.trainers.ppo.controllers import KLController, RunningMoments
 from hfllm.trainers.ppo.rollout import Rollout, length_groups
-from hfllm.trainers.ppo.sampling import SampledLogprobs
+from hfllm.trainers.ppo.sampling import SampledLogprobs, generate_responses
 from hfllm.trainers.ppo.setup import load_weights
 from hfllm.trainers.sharding import gather_parameters
 from hfllm.trainers.tables import log_table
@@ -44,6 +44,7 @@ class ActorCriticTrainer(Trainer):
     reference: PreTrainedModel | None
     kl_controller: KLController
     reward_moments: RunningMoments
+    sampling_config: GenerationConfig
     _rollout: Rollout | None
     _skipped_from: int | None
     _synced_at: int
@@ -269,6 +270,16 @@ class ActorCriticTrainer(Trainer):
             save_file({name: value.contiguous() for name, value in prompts.items()}, file)
             step = self.state.global_step
             raise FloatingPointError(f"{error} at step {step}; the prompts are in {file}") from error
+
+    def _responses(
+        self, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, witness: SampledLogprobs | None
+    ) -> dict[str, torch.Tensor]:
+        """Sample by `generate`, as many rows at a time as their keys and values have room for."""
+        length = prompt_ids.shape[1] + self.args.response_length
+        most_rows = most_cached_rows(self.policy, length, self.accelerator.device)
+        inputs = (self.policy, prompt_ids, prompt_mask, self.sampling_config, self.processing_class, witness)
+        with self._sampling_from(prompt_ids=prompt_ids, prompt_mask=prompt_mask):
+            return generate_responses(*inputs, most_rows=most_rows)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float:
         norm = super()._get_grad_norm(model, grad_norm)

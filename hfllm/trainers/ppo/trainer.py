@@ -40,7 +40,6 @@ from hfllm.trainers.ppo.controllers import KLController, RunningMoments
 from hfllm.trainers.ppo.prompts import check_prompts, rollout_loader
 from hfllm.trainers.ppo.ptx import PretrainingBatches
 from hfllm.trainers.ppo.rollout import Rollout, pad_prompts
-from hfllm.trainers.ppo.sampling import generate_responses
 from hfllm.trainers.ppo.scoring import Scorer, Scores
 from hfllm.trainers.ppo.setup import (
     RewardFunc,
@@ -235,10 +234,7 @@ class PPOTrainer(ActorCriticTrainer):
         if self.vllm is not None:
             responses = self.vllm(prompts, self.state.global_step, prompt_ids.device)
         else:
-            with self._sampling_from(prompt_ids=prompt_ids, prompt_mask=prompt_mask):
-                responses = generate_responses(
-                    self.policy, prompt_ids, prompt_mask, self.sampling_config, self.processing_class, witness
-                )
+            responses = self._responses(prompt_ids, prompt_mask, witness)
         return {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, **responses, "witness": witness}
 
     def score(self, rows: list[dict[str, Any]], batch: dict[str, torch.Tensor], prefix: str = "") -> Scores:
