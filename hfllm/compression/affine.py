@@ -154,7 +154,7 @@ def vectorwise_linear(
     """
     tokens = tokens_NI.float()
     weight = quantize(weight_OI)
-    columns = outlier_columns(tokens, threshold) if threshold > 0 else torch.empty(0, dtype=torch.long)
+    columns = outlier_columns(tokens, threshold if threshold > 0 else torch.inf)
     # In bitsandbytes the ordinary entries of an outlier column still count in their tokens' scales.
     ordinary = tokens.masked_fill(tokens.abs() >= threshold, 0) if threshold > 0 else tokens
     inputs = quantize(ordinary)

@@ -108,7 +108,12 @@ def truncated_tokenizer(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -
 
 
 def end_tokens(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> set[int]:
-    """Return the ids that end a response: the tokenizer's end token, and those of the model's generation config."""
+    """Return the ids that end a response: see `configured_ends`, and the one that ends a turn of the chat template."""
+    return configured_ends(tokenizer, model) | ({turn_end(tokenizer)} - {None})
+
+
+def configured_ends(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> set[int]:
+    """Return the tokenizer's end token, and those of the model's generation config."""
     configured = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
 
@@ -123,6 +128,30 @@ def padding_token(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     vocabulary = tokenizer.get_vocab()
     unknown = tokenizer.unk_token if tokenizer.unk_token not in (tokenizer.bos_token, tokenizer.eos_token) else None
     return next((token for token in (*UNUSED, unknown) if token in vocabulary), tokenizer.eos_token)
+
+
+def turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """Return the special token that the chat template writes after an assistant's words, or `None` without one.
+
+    Base models often have a chat template whose turns end by another token than their documents, such as
+    `<|im_end|>` and `<|endoftext|>`.
+    """
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    said = "Zyxwvut"
+    turns = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": said}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except (AttributeError, KeyError, TemplateError, TypeError, ValueError):
+        # A template of another kind of conversation.
+        return None
+    _, found, after = text.rpartition(said)
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found and after else []
+    return next((number for number in ids if number in special), None)
 
 
 def plain_chat_template() -> str:

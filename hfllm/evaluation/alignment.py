@@ -10,12 +10,14 @@ from hfllm.generation.responses import sample_responses
 from hfllm.outputs.report import Plot, plot_history
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 
 class PolicyTrainer(Protocol):
-    """The parts of a trainer used here: its policy, and its own evaluation."""
+    """The parts of a trainer used here: its policy, its precision, and its own evaluation."""
 
+    accelerator: "Accelerator"
     policy: "PreTrainedModel"
     processing_class: "PreTrainedTokenizerBase"
     args: "TrainingArguments"
@@ -55,6 +57,18 @@ def evaluate_policy(
         num_eval_prompts: number of the world's evaluation tasks to judge.
     """
     proxy = trainer.evaluate()
+    # As in its rollouts: fp32 would take several times as long on a GPU, and flash attention knows none.
+    with trainer.accelerator.autocast():
+        return _judged(trainer, proxy, eval_prompts, world, num_eval_prompts)
+
+
+def _judged(
+    trainer: PolicyTrainer,
+    proxy: Mapping[str, float],
+    eval_prompts: Sequence[Any],
+    world: World | None,
+    num_eval_prompts: int,
+) -> PolicyEvaluation:
     policy, tokenizer, length = trainer.policy, trainer.processing_class, trainer.args.response_length
     if world is None:
         shown = list(eval_prompts[:SHOWN_SAMPLES])

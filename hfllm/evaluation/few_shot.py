@@ -142,6 +142,9 @@ def answer_scores(
     """
     import torch
 
+    from hfllm.models.devices import most_logits
+
+    batch_tokens = min(batch_tokens, most_logits(model, model.device) or batch_tokens)
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     before = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     after = tokenizer(list(answers), add_special_tokens=False)["input_ids"]

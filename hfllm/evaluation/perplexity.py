@@ -55,13 +55,16 @@ def text_likelihood(
         max_length: tokens per window, including the document token.
         stride: new tokens per window; by default half of it, so that each token of a later window has half a window
             of context.
-        batch_tokens: tokens per forward pass, padding included.
+        batch_tokens: tokens per forward pass, padding included; fewer where their logits would fill a GPU.
 
     Raises:
         InputError: when there is no text, none has a token to predict, or the stride is not smaller than a window.
     """
     import torch
 
+    from hfllm.models.devices import most_logits
+
+    batch_tokens = min(batch_tokens, most_logits(model, model.device) or batch_tokens)
     stride = max(max_length // 2, 1) if stride is None else stride
     if not 1 <= stride < max_length:
         raise InputError(f"stride={stride} with max_length={max_length}: expected at least 1, and less than a window")

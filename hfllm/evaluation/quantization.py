@@ -123,6 +123,7 @@ class QuantizationEvaluation:
         from transformers import AutoModelForCausalLM
 
         again = AutoModelForCausalLM.from_pretrained(folder).eval()
+        again = again if again.device == model.device else again.to(model.device)
         with torch.inference_mode():
             ours, theirs = (each(input_ids=self.windows[0].to(each.device)).logits for each in (model, again))
         return (ours - theirs).abs().max().item()

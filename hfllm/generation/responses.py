@@ -40,6 +40,7 @@ def sample_responses(
 
     from hfllm.generation.fast import fast_generate
     from hfllm.generation.packed.model import unsupported_reason
+    from hfllm.models.devices import forked_random
 
     was_training = model.training
     model.eval()
@@ -51,7 +52,7 @@ def sample_responses(
     if fast and unsupported_reason(model) is None and not _bends_sampling(model.generation_config):
         settings["custom_generate"] = fast_generate
         order.sort(key=lambda place: len(tokens_of[place]))
-    with torch.random.fork_rng(), torch.inference_mode():
+    with forked_random(model.device), torch.inference_mode():
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             places = order[start : start + batch_size]

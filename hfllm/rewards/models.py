@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
+from hfllm.models.devices import most_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -66,9 +67,11 @@ class RewardModel:
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Yield rows of similar length: on a CPU one more short pass costs less than padding."""
         most_padding = 8 if self.model.device.type == "cpu" else 256
+        limit = most_tokens(self.model, self.model.device)
         rows: list[int] = []
         for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-            if rows and (len(rows) == self.batch_size or lengths[rows[0]] - lengths[row] >= most_padding):
+            is_full = rows and limit is not None and (len(rows) + 1) * lengths[rows[0]] > limit
+            if rows and (is_full or len(rows) == self.batch_size or lengths[rows[0]] - lengths[row] >= most_padding):
                 yield rows
                 rows = []
             rows.append(row)

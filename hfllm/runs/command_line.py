@@ -108,7 +108,7 @@ def parse_recipe(
     argv, config_files = take_configs(argv)
     files = [*(settings(given) if settings else ()), *config_files]
     kinds = [own, *map(_imported, library)]
-    parser_class, defaults = (training_parser(), machine_defaults()) if library else (PlainParser, {})
+    parser_class, defaults = (training_parser(), machine_defaults(given)) if library else (PlainParser, {})
     defaults |= {} if output_dir is None else {"output_dir": output_dir}
     parser = parser_class(kinds, description=description, formatter_class=HelpFormatter)
     parser.add_argument("--config", help="A YAML file of flags; flags on the command line win.")
@@ -188,13 +188,25 @@ def given_values(argv: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def machine_defaults() -> dict[str, Any]:
-    """Progress bars on a terminal only; without an accelerator no mixed precision, recomputation or pinned memory."""
-    import torch
+def machine_defaults(given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Progress bars on a terminal only; without an accelerator no mixed precision, recomputation or pinned memory.
 
+    An accelerator that multiplies in bf16 does so in every recipe that trains, with TF32 for what stays in fp32.
+
+    Args:
+        given: what the user gives, by flag; `fp16` and `use_cpu` leave no place for bf16.
+    """
+    import torch
+    from transformers.utils import is_torch_tf32_available
+
+    from hfllm.models.devices import has_native_bf16
+
+    given = given or {}
     defaults = {"disable_tqdm": not sys.stderr.isatty()}
-    if torch.accelerator.is_available():
-        return defaults
+    if torch.accelerator.is_available() and not given.get("use_cpu"):
+        bf16 = has_native_bf16() and not given.get("fp16")
+        is_wanted = bf16 and given.get("bf16", True)
+        return {**defaults, "bf16": bf16, **({"tf32": True} if is_wanted and is_torch_tf32_available() else {})}
     return {
         **defaults,
         "use_cpu": True,

@@ -107,11 +107,16 @@ class Stage:
 
         Raises:
             InputError: when another run has finished there, the folder is that of an input model, a flag cannot work
-                on this machine or would have no effect, the checkpoint does not exist, or the Hub cannot be used.
+                on this machine or would have no effect, one process has several GPUs, the checkpoint does not exist,
+                or the Hub cannot be used.
         """
+        from hfllm.models.devices import refuse_data_parallel
+
         for group in self.parsed:
             if getattr(group, "fp16", False) and group.device.type == "cpu":
                 raise InputError("--fp16 does nothing on a CPU: use --bf16 or neither")
+            if hasattr(group, "n_gpu"):
+                refuse_data_parallel(group)
             if hasattr(group, "dataset_name"):
                 check_source(group)
         refuse_own_input(self.output_dir, *self.parsed)

@@ -228,7 +228,7 @@ def check_student(script_args: DistillArguments, model_args: "ModelConfig", befo
     teacher_config = config_to_train(before.runs["rlhf"][2], before.nested["rlhf"]) if before.runs else None
     name, revision = model_args.model_name_or_path, model_args.model_revision
     # New weights of an adapter or a student must not change the random numbers drawn later.
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         if name:
             load_tokenizer(name, revision)
             check_trainable(model_args)

@@ -143,8 +143,7 @@ def check_models(
         InputError: for a reward or value model that cannot be loaded or used, prompts that do not fit the named model,
             an adapter that does not, weights that cannot be trained, or `--use_vllm` without vLLM.
     """
-    import torch
-
+    from hfllm.models.devices import forked_random
     from hfllm.rewards.models import RewardModel
     from hfllm.runs.models import (
         check_trainable,
@@ -166,7 +165,7 @@ def check_models(
     for name in named:
         load_tokenizer(name)
     # A new head must not change the random numbers drawn later.
-    with torch.random.fork_rng():
+    with forked_random(training_args.device):
         if trains_first:
             for name in named:
                 RewardModel(load_reward_model(name, model_args), load_tokenizer(name))
@@ -360,9 +359,10 @@ def calibrate(ensemble: "RewardEnsemble", trainer: "PPOTrainer", rows: Sequence[
     import torch
 
     from hfllm.data.formats import as_completion
+    from hfllm.models.devices import forked_random
 
     size, texts = trainer.args.local_rollout_batch_size, []
-    with torch.random.fork_rng():
+    with forked_random(trainer.args.device):
         torch.manual_seed(trainer.args.seed)
         for first in range(0, len(rows), size):
             ids = trainer.sample(rows[first : first + size])["response_ids"]

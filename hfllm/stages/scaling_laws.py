@@ -301,6 +301,7 @@ class SmallGrid:
 
     def probe(self) -> "Emergence":
         """Ask each model the questions of the world, and return the results."""
+        from hfllm.compression.schemes import default_device
         from hfllm.data.world.world import World
         from hfllm.evaluation.emergence import Emergence, ProbedRun
         from hfllm.evaluation.few_shot import make_probes, run_probes
@@ -312,6 +313,7 @@ class SmallGrid:
         for each in (*self.runs, self.large):
             folder = str(self.grid.model_folder(each))
             model, tokenizer = HfllmForCausalLM.from_pretrained(folder), load_tokenizer(folder)
+            model = model.to(default_device())
             row, rows = self.grid.rows[each.name], run_probes(model, tokenizer, probes)
             probed.append(ProbedRun(each.name, row[self.column], row["compute"], row["loss"], rows))
         return Emergence(probed)

@@ -98,8 +98,8 @@ def test_stop_strings_end_responses(make_model, ids, tokenizer):
         assert stop not in tokenizer.decode(ids_of[mask > 0][:-1])
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-def test_a_witness_says_what_a_second_pass_says(model, ids, tokenizer, adapter):
+@pytest.mark.parametrize(("adapter", "most_rows"), [(False, None), (True, None), (False, 9)])
+def test_a_witness_says_what_a_second_pass_says(model, ids, tokenizer, adapter, most_rows):
     if adapter:
         from peft import LoraConfig, get_peft_model
 
@@ -108,7 +108,7 @@ def test_a_witness_says_what_a_second_pass_says(model, ids, tokenizer, adapter):
     torch.nn.init.normal_(actor.value_head.weight)
     witness = SampledLogprobs((24, 24), 0.7, (PAD,), actor.value_head, torch.device("cpu"))
     settings = config(do_sample=True, temperature=0.7, top_k=0, suppress_tokens=[PAD])
-    got = generate_responses(model, *ids, settings, tokenizer, witness)
+    got = generate_responses(model, *ids, settings, tokenizer, witness, most_rows)
     mask = got["response_mask"] > 0
     assert len(mask.sum(1).unique()) > 1
     with torch.no_grad():
@@ -119,6 +119,13 @@ def test_a_witness_says_what_a_second_pass_says(model, ids, tokenizer, adapter):
     entropy = -(distribution.exp() * distribution).sum(-1)
     torch.testing.assert_close(witness.entropy[:, :width][mask], entropy, atol=1e-5, rtol=1e-5)
     assert not model._forward_hooks and not model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_few_prompts_at_a_time_get_the_same_answers(make_model, ids, tokenizer):
+    model = make_model()
+    whole, few = (generate_responses(model, *ids, config(), tokenizer, most_rows=rows) for rows in (None, 5))
+    for name, expected in whole.items():
+        assert torch.equal(few[name], expected), name
 
 
 @pytest.mark.parametrize("kind", ["none", "lora", "prompt"])

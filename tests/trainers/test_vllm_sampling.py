@@ -63,8 +63,14 @@ def test_stop_strings_reach_the_engine_and_end_responses(make_trainer, with_engi
     trainer = make_trainer(use_vllm=True, response_length=3, generation_kwargs={"stop_strings": ["."]})
     assert trainer.vllm.engine.settings["generation_kwargs"]["stop"] == ["."]
     full = tokenizer("x a .")["input_ids"][-3:]
-    assert trainer.vllm._is_ended(full) and not trainer.vllm._is_ended(full[:1] * 3)
-    assert trainer.vllm._is_ended([5, 6, tokenizer.eos_token_id])
+    assert trainer.vllm._is_ended(full, 3) and not trainer.vllm._is_ended(full[:1] * 3, 3)
+    assert trainer.vllm._is_ended([5, 6, tokenizer.eos_token_id], 3)
+
+
+def test_a_response_that_the_engines_context_cuts_off_has_not_ended(make_trainer, with_engine):
+    trainer = make_trainer(use_vllm=True, response_length=9, vllm_max_model_length=12)
+    assert [trainer.vllm._room(range(length)) for length in (2, 3, 10)] == [9, 9, 2]
+    assert trainer.vllm._is_ended([5], 2) and not trainer.vllm._is_ended([5, 5], 2)
 
 
 def test_what_vllm_does_not_know_is_refused(make_trainer, with_engine):

@@ -48,6 +48,8 @@ def unsupported_reason(model: "PreTrainedModel") -> str | None:
         return "the model is in training mode (call eval())"
     if any(parameter.is_meta for parameter in model.parameters()):
         return "some of its weights are offloaded"
+    if model.device.type not in ("cpu", "meta"):
+        return f"packed weights serve a CPU's kernels, and it is on {model.device.type}"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast is on"
     if model.config._attn_implementation != "sdpa":

@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from hfllm.data.packing import IGNORE
 from hfllm.errors import InputError
+from hfllm.models.devices import refuse_data_parallel
 from hfllm.runs.arguments import changed
 from hfllm.trainers.distillation.config import DistillationConfig
 from hfllm.trainers.distillation.data import DistillationCollator, Row, tokenize_dataset
@@ -132,6 +133,7 @@ class DistillationTrainer(Trainer):
     # ---- the teacher ----
 
     def _check_engine(self) -> None:
+        refuse_data_parallel(self.args)
         plugin = getattr(self.args, "deepspeed_plugin", None)
         is_zero3 = plugin is not None and plugin.zero_stage == 3
         if self.accelerator.distributed_type == DistributedType.FSDP or is_zero3:
@@ -248,7 +250,9 @@ class DistillationTrainer(Trainer):
             # Computed in full for each batch, which has only a share of the step's tokens.
             loss = loss + self._bare(model).config.router_aux_loss_coef * outputs.aux_loss * count
         if model.training:
-            self._sums += torch.stack([soft, hard, distance.detach(), count]).detach().float().cpu()
+            # On the device, which a copy to the CPU would wait for at every batch.
+            self._sums = self._sums.to(loss.device)
+            self._sums += torch.stack([soft, hard, distance.detach(), count]).detach().float()
         loss = loss / items
         if args.average_tokens_across_devices and num_items_in_batch is not None:
             # DDP averages over processes.

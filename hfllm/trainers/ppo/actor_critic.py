@@ -232,6 +232,12 @@ def value_head_of(model: PreTrainedModel) -> nn.Module:
     raise ValueError(f"{type(model).__name__} has no head named score or classifier")
 
 
+def in_own_precision(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """Apply a value head in the precision of its weights: under autocast its values would have 8 bits."""
+    with torch.autocast(states.device.type, enabled=False):
+        return head(states.to(next(head.parameters()).dtype))
+
+
 class ActorCritic(nn.Module):
     """Policy and value model as one module, so one engine (DDP, DeepSpeed) trains both.
 
@@ -334,11 +340,11 @@ class ActorCritic(nn.Module):
 
     def _values(self, sequences: Sequences, states: torch.Tensor | None) -> torch.Tensor:
         if self.value_model is None:
-            return self.value_head(states.to(self.value_head.weight.dtype))
+            return in_own_precision(self.value_head, states)
         trunk = getattr(self.value_model, self.value_model.base_model_prefix)
         with last_mlp_on(trunk, sequences):
             hidden_states = trunk(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
-        return value_head_of(self.value_model)(hidden_states[sequences.rows, sequences.columns])
+        return in_own_precision(value_head_of(self.value_model), hidden_states[sequences.rows, sequences.columns])
 
 
 def scatter_to_mask(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

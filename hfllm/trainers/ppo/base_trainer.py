@@ -13,16 +13,17 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import GenerationConfig, PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput
 
 from hfllm.errors import InputError
+from hfllm.models.devices import most_cached_rows, most_logits, most_tokens, refuse_data_parallel
 from hfllm.outputs.checkpoints import last_complete_checkpoint
 from hfllm.trainers.interruptions import save_on_sigterm, train_unless_done
 from hfllm.trainers.ppo.actor_critic import ActorCritic, entropy_of, scatter_to_mask
 from hfllm.trainers.ppo.controllers import KLController, RunningMoments
 from hfllm.trainers.ppo.rollout import Rollout, length_groups
-from hfllm.trainers.ppo.sampling import SampledLogprobs
+from hfllm.trainers.ppo.sampling import SampledLogprobs, generate_responses
 from hfllm.trainers.ppo.setup import load_weights
 from hfllm.trainers.sharding import gather_parameters
 from hfllm.trainers.tables import log_table
@@ -43,6 +44,7 @@ class ActorCriticTrainer(Trainer):
     reference: PreTrainedModel | None
     kl_controller: KLController
     reward_moments: RunningMoments
+    sampling_config: GenerationConfig
     _rollout: Rollout | None
     _skipped_from: int | None
     _synced_at: int
@@ -89,6 +91,7 @@ class ActorCriticTrainer(Trainer):
 
     def _check_engine(self) -> None:
         """Refuse FSDP, with which sampling is untested, and options that need gradients hidden by DeepSpeed."""
+        refuse_data_parallel(self.args)
         if self.accelerator.distributed_type == DistributedType.FSDP:
             raise InputError("PPOTrainer does not work with FSDP: shard by DeepSpeed ZeRO-2 or ZeRO-3, or use DDP")
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
@@ -122,14 +125,26 @@ class ActorCriticTrainer(Trainer):
     # ---- forward passes ----
 
     def _passes(self, batch: dict[str, torch.Tensor], most_rows: int | None = None) -> Iterator:
-        """Yield groups of similar length. Engines that count or synchronize passes get each micro-batch whole."""
+        """Yield groups of similar length. Engines that count or synchronize passes get each micro-batch whole.
+
+        Args:
+            most_rows: limit per group, of passes without gradients.
+        """
+        device, limit = self.accelerator.device, self.args.max_tokens_per_pass
+        logits = most_logits(self.policy, device) if limit is None else None
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            if most_rows is not None and logits is not None:
+                # By the longest response that is possible, since all processes must make as many passes.
+                most_rows = min(most_rows, max(logits // self.args.response_length, 1))
             return length_groups(batch, None, most_rows=most_rows)
-        is_cpu, most_tokens = self.accelerator.device.type == "cpu", self.args.max_tokens_per_pass
-        if most_tokens is None and is_cpu:
+        is_cpu = device.type == "cpu"
+        if limit is None and is_cpu:
             within = MOST_CPU_LOGITS // self.policy.config.get_text_config().vocab_size
-            most_tokens = min(MOST_CPU_TOKENS, max(within, LEAST_CPU_TOKENS))
-        return length_groups(batch, self.args.length_bucket_size or (8 if is_cpu else 256), most_tokens, most_rows)
+            limit = min(MOST_CPU_TOKENS, max(within, LEAST_CPU_TOKENS))
+        elif limit is None and most_rows is not None:
+            limit = most_tokens(self.policy, device)
+        bucket = self.args.length_bucket_size or (8 if is_cpu else 256)
+        return length_groups(batch, bucket, limit, most_rows, logits)
 
     def _witness(self, episodes: int) -> SampledLogprobs | None:
         """Return a recorder of the log-probabilities during sampling, if they are as exact as a second pass."""
@@ -255,6 +270,16 @@ class ActorCriticTrainer(Trainer):
             save_file({name: value.contiguous() for name, value in prompts.items()}, file)
             step = self.state.global_step
             raise FloatingPointError(f"{error} at step {step}; the prompts are in {file}") from error
+
+    def _responses(
+        self, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, witness: SampledLogprobs | None
+    ) -> dict[str, torch.Tensor]:
+        """Sample by `generate`, as many rows at a time as their keys and values have room for."""
+        length = prompt_ids.shape[1] + self.args.response_length
+        most_rows = most_cached_rows(self.policy, length, self.accelerator.device)
+        inputs = (self.policy, prompt_ids, prompt_mask, self.sampling_config, self.processing_class, witness)
+        with self._sampling_from(prompt_ids=prompt_ids, prompt_mask=prompt_mask):
+            return generate_responses(*inputs, most_rows=most_rows)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float:
         norm = super()._get_grad_norm(model, grad_norm)

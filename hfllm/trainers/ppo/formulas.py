@@ -81,7 +81,9 @@ def generalized_advantages(
     positions = torch.arange(length, device=mask.device)
     distance = positions.unsqueeze(1) - positions  # (later, earlier)
     discounts = torch.where(distance >= 0, torch.tensor(gamma * lam, dtype=values.dtype) ** distance.clamp(min=0), 0.0)
-    advantages = deltas @ discounts.to(values.dtype) * mask
+    # TF32, which a GPU may use for products of fp32, would round each term to 11 bits.
+    exact = torch.float64 if values.device.type == "cuda" else values.dtype
+    advantages = (deltas.to(exact) @ discounts.to(exact)).to(values.dtype) * mask
     return advantages, (advantages + values) * mask
 
 

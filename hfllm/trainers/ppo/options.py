@@ -35,8 +35,8 @@ class RolloutOptions:
     max_tokens_per_pass: int | None = option(
         None,
         "Most tokens of one forward and backward pass; larger micro-batches are split. By default 768 on "
-        "a CPU, where larger passes cost memory and save no time (fewer with vocabularies above 5,000), and no "
-        "limit elsewhere.",
+        "a CPU, where larger passes cost memory and save no time (fewer with vocabularies above 5,000); elsewhere "
+        "the logits of a pass take an eighth of the device's memory at most.",
     )
 
 

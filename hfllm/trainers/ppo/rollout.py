@@ -101,7 +101,11 @@ def pad_prompts(
 
 
 def length_groups(
-    batch: dict[str, torch.Tensor], bucket: int | None, most_tokens: int | None = None, most_rows: int | None = None
+    batch: dict[str, torch.Tensor],
+    bucket: int | None,
+    most_tokens: int | None = None,
+    most_rows: int | None = None,
+    most_responses: int | None = None,
 ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """Yield the rows of `batch` in groups of similar length, trimmed, with their indices.
 
@@ -109,10 +113,13 @@ def length_groups(
         bucket: rows of a group differ in length by fewer tokens than this; `None` allows any length.
         most_tokens: limit per group, padding included, unless a single row has more.
         most_rows: limit per group.
+        most_responses: limit of the response tokens per group, whose logits are made, unless a single row has more.
     """
     lengths = batch["prompt_mask"].sum(1) + batch["response_mask"].sum(1)
     by_length = lengths.argsort(descending=True, stable=True)
     ordered = lengths[by_length].tolist()
+    # Response tokens up to each row, without that row's.
+    seen = [0, *(batch["response_mask"].sum(1)[by_length].cumsum(0).tolist() if most_responses is not None else [])]
     start = 0
     while start < len(ordered):
         end = start + 1
@@ -121,6 +128,7 @@ def length_groups(
             and (bucket is None or ordered[start] - ordered[end] < bucket)
             and (most_tokens is None or (end - start + 1) * ordered[start] <= most_tokens)
             and (most_rows is None or end - start < most_rows)
+            and (most_responses is None or seen[end + 1] - seen[start] <= most_responses)
         ):
             end += 1
         rows = by_length[start:end]

@@ -47,13 +47,16 @@ class Ended(StoppingCriteria):
         self.end_token_ids, self.stop_strings, self.may_split = list(end_token_ids), stop_strings, may_split
         self.observe = observe
         self.has_split = False
+        self._ends: torch.Tensor | None = None
         self.has_ended: torch.Tensor | None = None
         self.lengths: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
         if self.observe is not None:
             self.observe(input_ids[:, -1])
-        ended = torch.isin(input_ids[:, -1], torch.tensor(self.end_token_ids, device=input_ids.device))
+        if self._ends is None:
+            self._ends = torch.tensor(self.end_token_ids, device=input_ids.device)
+        ended = torch.isin(input_ids[:, -1], self._ends)
         if self.stop_strings is not None:
             ended |= self.stop_strings(input_ids, scores)
         if self.has_ended is None:
@@ -174,6 +177,8 @@ def generate_responses(
     generation_config: GenerationConfig,
     tokenizer: PreTrainedTokenizerBase,
     witness: SampledLogprobs | None = None,
+    most_rows: int | None = None,
+    first_row: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Sample one response per prompt by `generate`.
 
@@ -184,6 +189,8 @@ def generate_responses(
         generation_config: without beams; other than dynamic caches, and settings that count from the prompt, keep all
             rows to the end. The policy's own generation config is ignored.
         witness: records the policy's log-probability of each token.
+        most_rows: prompts that are answered at a time; by default all.
+        first_row: the place of the first prompt in what the witness records.
 
     Returns:
         `response_ids` and `response_mask`, (N, R): a response ends with its end token or text, followed by the
@@ -192,6 +199,12 @@ def generate_responses(
     Raises:
         FloatingPointError: see `OnlyFinite`.
     """
+    if most_rows is not None and len(prompt_ids) > most_rows:
+        inputs, parts = zip(prompt_ids.split(most_rows), prompt_mask.split(most_rows), strict=True), []
+        for at, (ids, mask) in enumerate(inputs):
+            place = first_row + at * most_rows
+            parts.append(generate_responses(policy, ids, mask, generation_config, tokenizer, witness, None, place))
+        return _joined(parts, generation_config.pad_token_id)
     start, longest = prompt_ids.shape[1], generation_config.max_new_tokens
     responses = prompt_ids.new_full((len(prompt_ids), longest), generation_config.pad_token_id)
     lengths = torch.zeros(len(prompt_ids), dtype=torch.long, device=prompt_ids.device)
@@ -204,7 +217,7 @@ def generate_responses(
     )
     rows, ids, mask, cache = torch.arange(len(prompt_ids), device=prompt_ids.device), prompt_ids, prompt_mask, None
     while len(rows):
-        observe = None if witness is None else witness.of(rows, ids.shape[1] - start)
+        observe = None if witness is None else witness.of(rows + first_row, ids.shape[1] - start)
         ended = Ended(generation_config.eos_token_id, stop_strings, may_split, observe)
         with plainly(policy), nullcontext() if witness is None else witness.watching(policy):
             output = policy.generate(
@@ -234,6 +247,16 @@ def generate_responses(
     mask = (torch.arange(width, device=lengths.device) < lengths.unsqueeze(1)).long()
     response_ids = responses[:, :width].masked_fill(mask == 0, generation_config.pad_token_id)
     return {"response_ids": response_ids, "response_mask": mask, "is_ended": is_ended}
+
+
+def _joined(parts: Sequence[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Return the rows of all parts, padded to the widest."""
+    width = max(part["response_ids"].shape[1] for part in parts)
+    wide = {}
+    for name, value in (("response_ids", pad_token_id), ("response_mask", 0)):
+        padded = [nn.functional.pad(part[name], (0, width - part[name].shape[1]), value=value) for part in parts]
+        wide[name] = torch.cat(padded)
+    return {**wide, "is_ended": torch.cat([part["is_ended"] for part in parts])}
 
 
 def _rest_of(config: GenerationConfig, done: int) -> GenerationConfig:

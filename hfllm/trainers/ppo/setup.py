@@ -1,5 +1,6 @@
 """The parts of a `PPOTrainer`: reference, rewards, special tokens, sampling settings."""
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hfllm.data.tokenizer import end_tokens
+from hfllm.data.tokenizer import configured_ends, end_tokens
 from hfllm.errors import InputError
 from hfllm.models import scorers
 from hfllm.rewards.functions import RewardFunction
@@ -147,6 +148,14 @@ def special_tokens(
         )
     asked = args.generation_kwargs or {}
     ends = end_tokens(tokenizer, policy)
+    if new := ends - configured_ends(tokenizer, policy):
+        names = " and ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(new))))
+        warnings.warn(
+            f"the chat template ends a turn by {names}, the tokenizer a text by {tokenizer.eos_token!r}: responses "
+            "end at either, and so do those of the saved model",
+            stacklevel=3,
+        )
+        policy.generation_config.eos_token_id = sorted(ends)
     if asked.get("eos_token_id") is not None:
         ends = set(asked["eos_token_id"]) if isinstance(asked["eos_token_id"], list) else {asked["eos_token_id"]}
     padding = set() if tokenizer.pad_token_id in ends else {tokenizer.pad_token_id}

@@ -29,6 +29,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
+from hfllm.models.devices import forked_random
 from hfllm.runs.arguments import changed
 from hfllm.trainers.dropout import disable_dropout
 from hfllm.trainers.ppo import formulas
@@ -39,7 +40,6 @@ from hfllm.trainers.ppo.controllers import KLController, RunningMoments
 from hfllm.trainers.ppo.prompts import check_prompts, rollout_loader
 from hfllm.trainers.ppo.ptx import PretrainingBatches
 from hfllm.trainers.ppo.rollout import Rollout, pad_prompts
-from hfllm.trainers.ppo.sampling import generate_responses
 from hfllm.trainers.ppo.scoring import Scorer, Scores
 from hfllm.trainers.ppo.setup import (
     RewardFunc,
@@ -234,10 +234,7 @@ class PPOTrainer(ActorCriticTrainer):
         if self.vllm is not None:
             responses = self.vllm(prompts, self.state.global_step, prompt_ids.device)
         else:
-            with self._sampling_from(prompt_ids=prompt_ids, prompt_mask=prompt_mask):
-                responses = generate_responses(
-                    self.policy, prompt_ids, prompt_mask, self.sampling_config, self.processing_class, witness
-                )
+            responses = self._responses(prompt_ids, prompt_mask, witness)
         return {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, **responses, "witness": witness}
 
     def score(self, rows: list[dict[str, Any]], batch: dict[str, torch.Tensor], prefix: str = "") -> Scores:
@@ -429,7 +426,7 @@ class PPOTrainer(ActorCriticTrainer):
         """Sample and score the evaluation prompts. Metrics: reward, its parts, KL, entropy, response length."""
         prefix, count = "eval_", 0
         # The same random numbers each time, without changing training's random state.
-        with torch.random.fork_rng():
+        with forked_random(self.accelerator.device):
             torch.manual_seed(self.args.seed + self.args.process_index)
             for rows in dataloader:
                 batch = self.sample(rows)

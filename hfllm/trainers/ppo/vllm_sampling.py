@@ -63,7 +63,7 @@ class VllmSampler:
         from trl.generation.vllm_generation import VLLMGeneration
 
         self.config, self.tokenizer = generation_config, tokenizer
-        self.longest = generation_config.max_new_tokens
+        self.longest, self.context = generation_config.max_new_tokens, args.vllm_max_model_length
         sampling: dict[str, Any] = {"stop_token_ids": list(generation_config.eos_token_id)}
         if generation_config.suppress_tokens:
             sampling["logit_bias"] = {token: NEVER for token in generation_config.suppress_tokens}
@@ -118,11 +118,16 @@ class VllmSampler:
         for row, ids in enumerate(completions):
             response_ids[row, : len(ids)] = torch.tensor(ids, device=device)
             response_mask[row, : len(ids)] = 1
-        is_ended = torch.tensor([self._is_ended(ids) for ids in completions], device=device)
+        ended = [self._is_ended(*pair) for pair in zip(completions, map(self._room, prompts), strict=True)]
+        is_ended = torch.tensor(ended, device=device)
         return {"response_ids": response_ids, "response_mask": response_mask, "is_ended": is_ended}
 
-    def _is_ended(self, ids: list[int]) -> bool:
-        if len(ids) < self.longest or (ids and ids[-1] in self.config.eos_token_id):
+    def _room(self, prompt: Sequence[int]) -> int:
+        """Return the longest response to a prompt: `vllm_max_model_length` may end one before the length limit."""
+        return self.longest if self.context is None else min(self.longest, self.context - len(prompt))
+
+    def _is_ended(self, ids: list[int], room: int) -> bool:
+        if len(ids) < room or (ids and ids[-1] in self.config.eos_token_id):
             return True
         text = self.tokenizer.decode(ids) if self.config.stop_strings else ""
         return any(stop in text for stop in self.config.stop_strings or ())

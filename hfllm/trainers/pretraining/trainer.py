@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, Trainer
 
 from hfllm.data.packing import IGNORE, pieces_of
 from hfllm.errors import InputError
+from hfllm.models.devices import refuse_data_parallel
 from hfllm.trainers.pretraining.batch_plan import BatchPlan
 
 
@@ -47,6 +48,7 @@ class PretrainTrainer(Trainer):
     ):
         self.plan, self.settings, self.z_loss_coef = plan, dict(settings or {}), z_loss_coef
         super().__init__(train_dataset=plan, **kwargs)
+        refuse_data_parallel(self.args)
         if self.args.gradient_accumulation_steps != 1:
             raise InputError("gradient_accumulation_steps must be 1: the plan's batches are whole optimizer steps")
         if z_loss_coef < 0:
@@ -56,7 +58,10 @@ class PretrainTrainer(Trainer):
             raise InputError(f"a model of type {family} takes no num_items_in_batch: its loss is a mean per pass")
         if self.accelerator.distributed_type == DistributedType.FSDP:
             raise InputError("packing does not work with FSDP yet: use DDP or DeepSpeed, or --packing false")
-        if not keeps_documents_apart(self.model):
+        # Flash attention takes no fp32.
+        with self.accelerator.autocast() if has_flash_attention(self.model) else nullcontext():
+            is_apart = keeps_documents_apart(self.model)
+        if not is_apart:
             raise InputError(f"in a model of type {family} packed documents attend to each other: use --packing false")
 
     def get_train_dataloader(self) -> DataLoader:
