@@ -102,6 +102,7 @@ def main(
         tables=gold_tables(judged) if judged else None,
         curves=distillation_plots({name: each.state.log_history for name, each in trainers.items()}, metrics),
         next_steps=chat_lines(training_args.output_dir, [{"role": "user", "content": question}]),
+        models={"teacher": teacher_name},
     )
 
 

@@ -67,6 +67,7 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
         tables=quantize.quantization_tables(rows, swept),
         curves=quantize.sensitivity_bars(swept),
         next_steps=loading_lines(stage.output_dir),
+        models={"model": source_args.model_name_or_path},
     )
 
 

@@ -73,7 +73,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
         **scaled,
     }
     summary = f"{len(train_rows):,} responses, held-out loss {held_out_loss:.3f} nats per token"
-    return stage.finish(metrics, trainer, summary)
+    return stage.finish(metrics, trainer, summary, models={"model": base_args.model_name_or_path})
 
 
 if __name__ == "__main__":
