@@ -30,6 +30,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     from datasets import Dataset
     from trl import SFTTrainer
 
+    from hfllm.evaluation import fine_tuning
     from hfllm.runs.arguments import changed
     from hfllm.runs.models import check_trainable, fitting_length, load_policy, peft_config
     from hfllm.runs.stage import Stage
@@ -62,18 +63,23 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
         peft_config=peft_config(model_args),
     )
     use_plain_lines(trainer)
+    untuned = fine_tuning.evaluate_tuned(trainer, test_rows)
     train(trainer, stage.checkpoint)
     held_out_loss = trainer.evaluate()["eval_loss"]
+    tuned = fine_tuning.evaluate_tuned(trainer, test_rows)
     trainer.save_model()
 
     metrics = {
         "train_loss": next(entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry),
         "eval_loss": held_out_loss,
         "examples": len(train_rows),
+        "eval_examples": len(test_rows),
+        **fine_tuning.tuning_metrics(untuned, tuned),
         **scaled,
     }
-    summary = f"{len(train_rows):,} responses, held-out loss {held_out_loss:.3f} nats per token"
-    return stage.finish(metrics, trainer, summary, models={"model": base_args.model_name_or_path})
+    result = fine_tuning.tuning_summary(metrics) or f"held-out loss {held_out_loss:.3f} nats per token"
+    summary, tables = f"{len(train_rows):,} responses, {result}", fine_tuning.tuning_tables(untuned, tuned)
+    return stage.finish(metrics, trainer, summary, tables, models={"model": base_args.model_name_or_path})
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from hfllm.data.world.rubric import RIGHT
 from hfllm.data.world.world import World
+from hfllm.evaluation.fine_tuning import SAMPLES, prompt_text
 from hfllm.evaluation.responses import JudgedAnswer, by_group, judge_tasks, mean_gold
 from hfllm.outputs.figures import change_of, changes, label_of, mean_of, plus_minus, readable, standard_error, verdict
 from hfllm.outputs.report import Plot, plot_history
@@ -27,8 +28,7 @@ class PolicyTrainer(Protocol):
 
 
 SHOWN_SAMPLES = 12
-# Titles of tables.
-SAMPLES, FAMILIES = "The same prompts before and after", "Gold reward by task family"
+FAMILIES = "Gold reward by task family"
 
 
 @dataclass
@@ -64,7 +64,7 @@ def evaluate_policy(trainer: PolicyTrainer, world: World | None, num_eval_prompt
     policy, tokenizer, length = trainer.policy, trainer.processing_class, trainer.args.response_length
     if world is None:
         samples = [
-            {"prompt": _text(row["prompt"]), "response": row["completion"], "reward": row["reward"]}
+            {"prompt": prompt_text(row["prompt"]), "response": row["completion"], "reward": row["reward"]}
             for row in trainer.eval_completions
         ]
         return PolicyEvaluation(proxy, trainer.eval_values, samples)
@@ -82,10 +82,6 @@ def evaluate_policy(trainer: PolicyTrainer, world: World | None, num_eval_prompt
 
 
 GOLD_SAMPLE = {"prompt": "prompt", "response": "response", "reward": "gold"}
-
-
-def _text(prompt: str | Sequence[Mapping[str, str]]) -> str:
-    return prompt if isinstance(prompt, str) else " / ".join(message["content"] for message in prompt)
 
 
 def alignment_metrics(before: PolicyEvaluation, after: PolicyEvaluation) -> dict[str, float]:
@@ -164,7 +160,7 @@ def _other_changes(first: str, metrics: Mapping[str, float]) -> str:
             before, after = (readable(metrics[f"{name}_{side}"]) for side in ("before", "after"))
             words = f"{words} {before} to {after} (change {plus_minus(change, error)})"
         said[sentence_of.get(kind, "No change beyond noise")].append(words)
-    return "".join(f" {kind}: {', '.join(figures)}." for kind, figures in said.items() if figures)
+    return "".join(f" {kind}: {'; '.join(figures)}." for kind, figures in said.items() if figures)
 
 
 def alignment_tables(before: PolicyEvaluation, after: PolicyEvaluation) -> dict[str, list[dict[str, Any]]]:
@@ -210,16 +206,16 @@ def alignment_plots(history: Sequence[Mapping[str, float]]) -> dict[str, Plot]:
 
     The last one as in Gao et al. 2022 (arXiv:2210.10760), figure 1.
     """
-    training = [entry for entry in history if "reward" in entry and "episode" in entry]
-    names = {"reward that is trained on": "reward", "gold reward (exact, not trained on)": "rewards/gold_reward"}
+    training = [entry for entry in history if "episode" in entry]
+    names = {"reward (trained on)": "reward", "gold reward (exact score)": "rewards/gold_reward"}
     parts = sorted({name for entry in training for name in entry if name.startswith("rewards/")} - {*names.values()})
     if len(parts) > 1:
         names |= {f"its part {name.removeprefix('rewards/')}": name for name in parts}
-    distance = [max(entry["kl"], 0.0) ** 0.5 for entry in training if "kl" in entry]
+    apart = [entry for entry in training if "kl" in entry]
     against_distance = {
-        label: (distance, [entry[name] for entry in training])
+        label: ([max(entry["kl"], 0.0) ** 0.5 for entry in apart], [entry[name] for entry in apart])
         for label, name in names.items()
-        if distance and name in training[0] and name not in parts
+        if apart and name in apart[0] and name not in parts
     }
 
     def over_episodes(title: str, ylabel: str, lines: Mapping[str, str]) -> Plot:

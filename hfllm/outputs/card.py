@@ -66,7 +66,7 @@ def model_card(folder: str | Path, repo_id: str | None = None) -> str:
         sections.append(_data(report))
     if report.get("metrics"):
         sections += ["## Metrics", *figures_markdown(report["metrics"])]
-    sections += [f"![{Path(plot).stem}]({plot})" for plot in plot_files(folder)]
+    sections += [f"![{Path(plot).stem.replace('_', ' ')}]({plot})" for plot in plot_files(folder)]
     if arguments:
         sections += flag_sections(public_value(arguments), public_value(report.get("given")))
     if report.get("environment"):

@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 NOISE = 2.0
 # Names for readers. Those that are missing are shown as they are written in report.json.
 LABELS = {
-    "gold_reward": "gold reward, sampled answers",
-    "gold_reward_greedy": "gold reward, greedy answers",
-    "gold_reward_new_phrasings": "gold reward, new phrasings",
-    "fact_accuracy": "facts answered right, greedy",
-    "proxy_reward": "reward that was trained on",
+    "gold_reward": "gold reward (sampled answers)",
+    "gold_reward_greedy": "gold reward (greedy answers)",
+    "gold_reward_new_phrasings": "gold reward (new phrasings)",
+    "fact_accuracy": "facts answered right (greedy)",
+    "proxy_reward": "reward (trained on)",
     "response_length": "response length (tokens)",
     "unfinished": "share of responses cut off",
     "kl_to_reference": "KL to the reference (nats per response)",
@@ -153,12 +153,12 @@ def label_of(name: str) -> str:
 
 
 def readable(value: object, digits: int = 3) -> str:
-    """Return a number with few digits: never in powers of ten, with commas from a thousand on."""
+    """Return a number with few digits, and with commas from a thousand on, where others write powers of ten."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    if isinstance(value, int) or abs(value) >= 10**digits:
-        return f"{value:,.0f}" if math.isfinite(value) else str(value)
-    return f"{value:.{digits}g}" if value == 0 or abs(value) >= 1e-4 or not math.isfinite(value) else f"{value:.0e}"
+    if math.isfinite(value) and (isinstance(value, int) or abs(value) >= 10**digits):
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"
 
 
 def plus_minus(value: float, error: float | None) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfllm.outputs.figures import figure_tables
+from hfllm.outputs.figures import changes, figure_tables
 from hfllm.outputs.flags import flag_sections, folded
 
 if TYPE_CHECKING:
@@ -244,6 +244,10 @@ def figures_markdown(metrics: Mapping[str, float]) -> list[str]:
     if not tables:
         return [everything]
     shown = ["\n".join(markdown_table(table)) for table in tables]
+    if changes(metrics):
+        shown.append(
+            "Noise is a change of less than two standard errors of the paired difference on the same prompts."
+        )
     return [*shown, folded("All figures by their names in report.json", everything)]
 
 
