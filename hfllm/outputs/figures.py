@@ -28,7 +28,16 @@ LABELS = {
     "held_out_loss": "held-out loss (nats per token)",
     "perplexity": "perplexity of held-out text (per token)",
     "bits_per_byte": "held-out text (bits per byte)",
+    "agreement": "share of tokens on which both models agree",
+    "train_prompts": "prompts trained on",
+    "eval_prompts": "held-out prompts",
+    "examples": "rows trained on",
+    "eval_examples": "held-out rows",
+    "train_comparisons": "comparisons trained on",
+    "eval_comparisons": "held-out comparisons",
 }
+# Whose figure it is, where a name ends so.
+ROLES = ("student_alone", "student", "teacher")
 # What is better: more (1), less (-1); others are neither.
 BETTER = {
     **dict.fromkeys(("gold_reward", "gold_reward_greedy", "gold_reward_new_phrasings", "fact_accuracy"), 1),
@@ -103,19 +112,22 @@ def changes(metrics: Mapping[str, float]) -> list[str]:
 
 
 def figure_tables(metrics: Mapping[str, float]) -> list[list[dict[str, str]]]:
-    """Return the tables of all figures with an error: those that changed, and those measured once; none is empty."""
+    """Return the tables of figures: those that changed, and those measured once; none where no figure has an error."""
+    if not any(name.endswith("_se") for name in metrics):
+        return []
     changed = [_change_row(name, metrics) for name in changes(metrics)]
-    sides = {f"{name}_{side}" for name in changes(metrics) for side in ("before", "after", "change")}
-    once = [name.removesuffix("_se") for name in metrics if name.endswith("_se")]
+    # What stands in a row of its own or of another figure.
+    parts = {f"{name}{side}" for name in changes(metrics) for side in ("", "_before", "_after", "_change")}
+    parts |= {f"{name}{ending}" for name in (*metrics, *parts) for ending in ("_se", "_n")}
     single = [
         {
             "figure": label_of(name),
             "value": readable(metrics[name]),
-            "± (standard error)": readable(metrics[f"{name}_se"], 2),
+            "± (standard error)": readable(metrics[f"{name}_se"], 2) if f"{name}_se" in metrics else "",
             "n": _count(metrics, name),
         }
-        for name in once
-        if name not in sides and name in metrics
+        for name in metrics
+        if name not in parts
     ]
     return [table for table in (changed, single) if table]
 
@@ -149,6 +161,10 @@ def verdict(name: str, change: float, error: float | None) -> str:
 
 def label_of(name: str) -> str:
     """Return a metric's name for readers."""
+    for role in ROLES:
+        whole = name.removesuffix(f"_{role}")
+        if whole != name and whole in LABELS:
+            return f"{LABELS[whole]}, {role.replace('_', ' ')}"
     return LABELS.get(name, name)
 
 
