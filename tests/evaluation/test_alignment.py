@@ -23,9 +23,9 @@ def answers(golds):
     ]
 
 
-def policy(reward, gold=None, kl=0.0, greedy=0.5, length=10.0, facts=1.0):
+def policy(reward, gold=None, kl=0.0, greedy=0.5, length=10.0, facts=1.0, spread=0.02):
     """A policy whose figures lie around these: prompts differ alike for all policies, and a little by the policy."""
-    prompts, own = np.random.default_rng(0), 0.05 * reward * (-1.0) ** np.arange(PROMPTS)
+    prompts, own = np.random.default_rng(0), spread * reward * (-1.0) ** np.arange(PROMPTS)
 
     def around(mean):
         return (mean + prompts.normal(0, 0.3, PROMPTS) + own).tolist()
@@ -68,8 +68,8 @@ def test_the_summary_says_up_down_and_noise():
     assert up.startswith("Reward rose from 0.") and "on 40 held-out prompts; KL to the reference 1." in up
     assert "No change beyond noise: response length (tokens); share of responses cut off." in up
     assert said(policy(0.9), policy(0.2)).startswith("Reward fell from 0.")
-    assert said(policy(0.2), policy(0.2001)).startswith("Reward: no change beyond noise, 0.")
-    assert "Also: response length (tokens) 10" in said(policy(0.2), policy(0.2001, length=15))
+    assert said(policy(0.2), policy(0.21, spread=1.0)).startswith("Reward: no change beyond noise, 0.")
+    assert "Also: response length (tokens) 10" in said(policy(0.2), policy(0.21, length=15))
 
 
 def test_the_summary_says_what_got_worse():

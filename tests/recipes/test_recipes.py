@@ -54,7 +54,7 @@ def test_the_main_job_leaves_a_report_and_a_model(aligned):
         assert (folder / report["artifacts"][name]).read_bytes().startswith(b"\x89PNG")
     text = (folder / "report.md").read_text()
     assert "Gold reward by task family" in text
-    assert "## Samples" in text
+    assert "## The same prompts before and after" in text
     for stage in ("pretrain", "sft", "reward"):
         assert json.loads((folder / stage / "report.json").read_text())["stage"] == stage
     assert isinstance(AutoModelForCausalLM.from_pretrained(folder).config.vocab_size, int)
