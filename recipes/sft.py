@@ -31,6 +31,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     from trl import SFTTrainer
 
     from hfllm.evaluation import fine_tuning
+    from hfllm.outputs.card import chat_lines
     from hfllm.runs.arguments import changed
     from hfllm.runs.models import check_trainable, fitting_length, load_policy, peft_config
     from hfllm.runs.stage import Stage
@@ -79,7 +80,9 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     }
     result = fine_tuning.tuning_summary(metrics) or f"held-out loss {held_out_loss:.3f} nats per token"
     summary, tables = f"{len(train_rows):,} responses, {result}", fine_tuning.tuning_tables(untuned, tuned)
-    return stage.finish(metrics, trainer, summary, tables, models={"model": base_args.model_name_or_path})
+    lines = chat_lines(training_args.output_dir, [{"role": "user", "content": "Hello!"}])
+    models = {"model": base_args.model_name_or_path}
+    return stage.finish(metrics, trainer, summary, tables, next_steps=lines, models=models)
 
 
 if __name__ == "__main__":

@@ -210,7 +210,7 @@ def alignment_plots(history: Sequence[Mapping[str, float]]) -> dict[str, Plot]:
     names = {"reward (trained on)": "reward", "gold reward (exact score)": "rewards/gold_reward"}
     parts = sorted({name for entry in training for name in entry if name.startswith("rewards/")} - {*names.values()})
     if len(parts) > 1:
-        names |= {f"its part {name.removeprefix('rewards/')}": name for name in parts}
+        names |= {f"{name.removeprefix('rewards/')} (a part, unweighted)": name for name in parts}
     apart = [entry for entry in training if "kl" in entry]
     against_distance = {
         label: ([max(entry["kl"], 0.0) ** 0.5 for entry in apart], [entry[name] for entry in apart])
@@ -236,7 +236,7 @@ def alignment_plots(history: Sequence[Mapping[str, float]]) -> dict[str, Plot]:
         ),
         "overoptimization": Plot(
             title="Reward against distance from the reference",
-            xlabel="square root of the KL to the reference (nats per response)",
+            xlabel="square root of the KL to the reference (KL in nats per response)",
             ylabel="reward per response",
             lines=against_distance,
             points_only=True,

@@ -245,9 +245,7 @@ def figures_markdown(metrics: Mapping[str, float]) -> list[str]:
         return [everything]
     shown = ["\n".join(markdown_table(table)) for table in tables]
     if changes(metrics):
-        shown.append(
-            "Noise is a change of less than two standard errors of the paired difference on the same prompts."
-        )
+        shown.append("Noise: less than two standard errors of the paired difference, on the same prompts or rows.")
     return [*shown, folded("All figures by their names in report.json", everything)]
 
 

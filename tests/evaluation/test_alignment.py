@@ -122,4 +122,4 @@ def test_curves_come_in_the_order_of_interest_with_their_units():
     }
     assert "nats per response" in plots["kl"].ylabel and "tokens" in plots["response_length"].ylabel
     several = [{**entry, "rewards/a": 1.0, "rewards/b": 2.0} for entry in history]
-    assert {"its part a", "its part b"} < set(alignment_plots(several)["rewards"].lines)
+    assert {"a (a part, unweighted)", "b (a part, unweighted)"} < set(alignment_plots(several)["rewards"].lines)
