@@ -11,6 +11,11 @@ from hfllm.outputs.flags import given_flags, split_flags
 from hfllm.outputs.lineage import lineage
 from hfllm.outputs.report import Report, read_report
 
+FROM = {
+    "sft": {"stage": "sft", "data": "org/rows", "rows": 1200, "kind": "demonstrations"},
+    "reward": {"stage": "reward", "data": "world", "rows": 300, "kind": "comparisons"},
+}
+
 
 def finished(folder, stage, metrics=None, models=None, given=None, **arguments):
     """Write the report of a run that read these models."""
