@@ -1,6 +1,12 @@
 """How reports and cards show a run's flags: those that were given, and folded all others."""
 
+import json
+import re
 from collections.abc import Mapping, Sequence
+
+# Texts that YAML reads as they are.
+_PLAIN = re.compile(r"[A-Za-z_/][\w./-]*")
+_NOT_TEXT = frozenset(("true", "false", "yes", "no", "on", "off", "null", "y", "n"))
 
 
 def split_flags(
@@ -39,9 +45,22 @@ def folded(title: str, text: str) -> str:
 
 
 def _yaml(values: Mapping[str, object]) -> str:
-    import yaml
+    """Return flags as lines of YAML, each value in JSON, which YAML reads; without a library, so that all can use it."""
+    lines = [f"{_word(flag)}: {_value(values[flag])}\n" for flag in sorted(values)]
+    return "".join(lines).replace("```", "'''")
 
-    return yaml.safe_dump(dict(values), sort_keys=True, allow_unicode=True, width=1000).replace("```", "'''")
+
+def _word(text: str) -> str:
+    is_plain = _PLAIN.fullmatch(text) and text.lower() not in _NOT_TEXT
+    return text if is_plain else json.dumps(text, ensure_ascii=False)
+
+
+def _value(value: object) -> str:
+    if isinstance(value, str):
+        return _word(value)
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    # YAML takes 3e-06 for a text.
+    return re.sub(r"^(-?\d+)e", r"\1.0e", text) if isinstance(value, float) else text
 
 
 def given_flags(names: Sequence[str] | None, arguments: Mapping[str, object]) -> dict[str, object] | None:

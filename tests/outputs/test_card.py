@@ -7,7 +7,7 @@ import yaml
 
 from hfllm.outputs.card import model_card
 from hfllm.outputs.figures import change_of, mean_of
-from hfllm.outputs.flags import given_flags, split_flags
+from hfllm.outputs.flags import flag_sections, given_flags, split_flags
 from hfllm.outputs.lineage import lineage
 from hfllm.outputs.report import Report, read_report
 
@@ -119,6 +119,23 @@ def test_flags_are_given_by_their_values():
     assert split_flags(arguments, given) == (given, {"sft.epochs": 2})
     assert split_flags(arguments, None)[1] == {"seed": 3, "save_last": False, "sft.epochs": 2}
     assert given_flags(None, arguments) is None
+
+
+def test_flags_are_shown_as_yaml_that_reads_back():
+    values = {
+        **{"learning_rate": 3e-6, "beta": -1e-05, "seed": 3, "on": True, "scale": 0.5, "big": 1e22, "none": None},
+        **{
+            "name": "org/base",
+            "word": "no",
+            "empty": "",
+            "text": 'a: "b" # c\n- ü',
+            "number": "12",
+            "path": "/a b/c.py:f",
+        },
+        **{"list": ["x", 1, None], "mapping": {"min_lr_rate": 0.05}, "sft.seed": 4, "odd key: x": 1},
+    }
+    shown = "\n".join(flag_sections({}, values)).split("```yaml\n")[1].split("```")[0]
+    assert yaml.safe_load(shown) == values
 
 
 def test_the_report_holds_what_the_card_needs(saved, chain):
