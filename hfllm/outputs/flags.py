@@ -45,7 +45,7 @@ def folded(title: str, text: str) -> str:
 
 
 def _yaml(values: Mapping[str, object]) -> str:
-    """Return flags as lines of YAML, each value in JSON, which YAML reads; without a library, so that all can use it."""
+    """Return flags as lines of YAML, values in JSON, which YAML reads: planning imports no library for it."""
     lines = [f"{_word(flag)}: {_value(values[flag])}\n" for flag in sorted(values)]
     return "".join(lines).replace("```", "'''")
 

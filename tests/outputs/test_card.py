@@ -132,7 +132,13 @@ def test_flags_are_shown_as_yaml_that_reads_back():
             "number": "12",
             "path": "/a b/c.py:f",
         },
-        **{"list": ["x", 1, None], "mapping": {"min_lr_rate": 0.05}, "sft.seed": 4, "odd key: x": 1},
+        **{
+            "list": ["x", 1, None],
+            "mapping": {"min_lr_rate": 0.05},
+            "sft.seed": 4,
+            "odd key: x": 1,
+            "path": "/a b/c.py:f",
+        },
     }
     shown = "\n".join(flag_sections({}, values)).split("```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(shown) == values
