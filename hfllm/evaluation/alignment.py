@@ -12,12 +12,14 @@ from hfllm.outputs.figures import change_of, changes, label_of, mean_of, plus_mi
 from hfllm.outputs.report import Plot, plot_history
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 
 class PolicyTrainer(Protocol):
-    """The parts of a trainer used here: its policy, and its own evaluation with what that keeps."""
+    """The parts of a trainer used here: its policy, its precision, and its own evaluation with what that keeps."""
 
+    accelerator: "Accelerator"
     policy: "PreTrainedModel"
     processing_class: "PreTrainedTokenizerBase"
     args: "TrainingArguments"
@@ -61,6 +63,14 @@ def evaluate_policy(trainer: PolicyTrainer, world: World | None, num_eval_prompt
         num_eval_prompts: number of the world's evaluation tasks to judge.
     """
     proxy = trainer.evaluate()
+    # As in its rollouts: fp32 would take several times as long on a GPU, and flash attention knows none.
+    with trainer.accelerator.autocast():
+        return _judged(trainer, proxy, world, num_eval_prompts)
+
+
+def _judged(
+    trainer: PolicyTrainer, proxy: Mapping[str, float], world: World | None, num_eval_prompts: int
+) -> PolicyEvaluation:
     policy, tokenizer, length = trainer.policy, trainer.processing_class, trainer.args.response_length
     if world is None:
         samples = [

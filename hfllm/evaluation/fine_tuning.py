@@ -48,7 +48,7 @@ def evaluate_tuned(trainer: "Trainer", held_out: Sequence[Mapping[str, Any]]) ->
         return None
     dataset = dataset.select(range(min(MOST_ROWS, len(dataset))))
     prompts = [row["prompt"] for row in held_out[:MOST_PROMPTS] if row.get("prompt")]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), trainer.accelerator.autocast():
         loader = DataLoader(dataset, trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
         rows = row_losses(model, filter(None, map(_with_targets, loader)))
         settings = {"max_new_tokens": ANSWER_LENGTH, "do_sample": False}

@@ -12,7 +12,7 @@ from typing import Any
 from hfllm.errors import InputError, redact
 from hfllm.outputs.files import ADAPTER_CONFIG, CARD, CONFIG, count_parameters, is_adapter, plot_files, read_json
 from hfllm.outputs.flags import flag_sections, folded
-from hfllm.outputs.lineage import learned_from, origin
+from hfllm.outputs.parents import learned_from, origin
 from hfllm.outputs.report import figures_markdown, markdown_table, read_report, write_atomically
 
 WORLD = "world"  # the embedded dataset's name, as in --dataset_name

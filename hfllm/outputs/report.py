@@ -36,7 +36,7 @@ class Report:
         next_steps: lines of code that load or try the result.
         summary: what came out, in a sentence or two.
         given: the flags that the user gave; `None` if that is not known.
-        parents: the models that it started from and learned by, see `hfllm.outputs.lineage`.
+        parents: the models that it started from and learned by, see `hfllm.outputs.parents`.
     """
 
     stage: str
@@ -202,13 +202,11 @@ def plot_history(
     history: Sequence[Mapping[str, float]], keys: Mapping[str, str], x: str = "step", **labels: str
 ) -> Plot:
     """Return a `Plot` of `Trainer.state.log_history` over the logged `x`; `keys` maps labels to logged names."""
-    lines = {
-        label: (
-            [entry[x] for entry in history if key in entry],
-            [entry[key] for entry in history if key in entry],
-        )
-        for label, key in keys.items()
-    }
+    lines = {}
+    for label, key in keys.items():
+        # One value per step: an evaluation at the start is repeated when a run is resumed.
+        points = {entry["step"]: (entry[x], entry[key]) for entry in history if key in entry}
+        lines[label] = ([place for place, _ in points.values()], [value for _, value in points.values()])
     return Plot(lines=lines, **labels)
 
 

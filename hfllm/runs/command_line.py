@@ -39,6 +39,8 @@ NOT_PART_OF_THE_RUN = frozenset(
     )
 )
 ASKS_FOR_HELP = frozenset(("--help", "-h"))
+# The attribute of parsed flags that names those which were given.
+GIVEN = "given_flags"
 # What --help says of flags that are the libraries' own.
 ALWAYS = {
     "--config": "A YAML file of flags, or settings that came with hfllm, such as curate/books; flags win over it.",
@@ -66,8 +68,6 @@ OF_MODEL = {
     "--dtype": "The type that it is loaded in, such as bfloat16.",
     "--attn_implementation": "eager, sdpa, flash_attention_2, ...",
 }
-# The attribute of parsed flags that names those which were given.
-GIVEN = "given_flags"
 CREDENTIALS = frozenset(("token", "hub_token", "use_auth_token", "api_key", "password"))
 
 

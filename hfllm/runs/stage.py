@@ -14,7 +14,7 @@ from hfllm.outputs.figures import figure_tables
 from hfllm.outputs.files import CARD
 from hfllm.outputs.flags import given_flags
 from hfllm.outputs.hub import Repository, repository_of
-from hfllm.outputs.lineage import START, lineage
+from hfllm.outputs.parents import START, lineage
 from hfllm.outputs.report import Bars, Plot, Report, plot_history
 from hfllm.runs import schedule
 from hfllm.runs.arguments import changed

@@ -1,5 +1,6 @@
 """A model before and after fine-tuning, on the same rows, without a trace in the random state."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,6 +32,7 @@ def trainer(model, tokenizer, **changes):
     rows = [{"input_ids": tokenizer(text)["input_ids"]} for text in TEXTS]
     values = {
         "args": SimpleNamespace(world_size=1, per_device_eval_batch_size=3),
+        "accelerator": SimpleNamespace(autocast=nullcontext),
         "model": model,
         "eval_dataset": Dataset.from_list(rows),
         "data_collator": collate,

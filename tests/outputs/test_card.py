@@ -8,7 +8,7 @@ import yaml
 from hfllm.outputs.card import model_card
 from hfllm.outputs.figures import change_of, mean_of
 from hfllm.outputs.flags import flag_sections, given_flags, split_flags
-from hfllm.outputs.lineage import lineage
+from hfllm.outputs.parents import lineage
 from hfllm.outputs.report import Report, read_report
 
 FROM = {

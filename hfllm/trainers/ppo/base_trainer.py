@@ -38,10 +38,6 @@ class ActorCriticTrainer(Trainer):
 
     A checkpoint holds policy, critic, a moving reference, the rollout in use and the controllers, besides what
     Trainer saves: optimizer, schedule, random state.
-
-    Attributes:
-        eval_values: of the last evaluation, a value per prompt for each metric, in the prompts' order.
-        eval_completions: of the last evaluation, this process's prompts and responses with their rewards.
     """
 
     reference: PreTrainedModel | None
@@ -125,6 +121,7 @@ class ActorCriticTrainer(Trainer):
         # Whether log-probabilities kept during sampling can be trusted, with padded prompts and without, once checked.
         self._trusted: dict[str, bool] = {}
         self._sums: dict[str, torch.Tensor] = {}
+        # Of the last evaluation: a value per prompt for each metric, and this process's prompts with their responses.
         self.eval_values: dict[str, list[float]] = {}
         self.eval_completions: list[dict[str, Any]] = []
         self._is_evaluating = False
