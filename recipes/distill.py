@@ -45,7 +45,7 @@ def main(
 ) -> dict[str, float]:
     """Make what is missing, distill, compare, save, report. Return the metrics."""
     from hfllm.data.loading import world_of
-    from hfllm.evaluation.distillation import distillation_plots, gold_tables
+    from hfllm.evaluation.distillation import distillation_plots, distillation_summary, gold_tables
     from hfllm.outputs.card import chat_lines
     from hfllm.runs.arguments import changed
     from hfllm.runs.stage import Stage
@@ -101,9 +101,11 @@ def main(
     return stage.finish(
         {**metrics, **scaled},
         trainer,
+        distillation_summary(metrics, judged),
         tables=gold_tables(judged) if judged else None,
         curves=distillation_plots({name: each.state.log_history for name, each in trainers.items()}, metrics),
         next_steps=chat_lines(training_args.output_dir, [{"role": "user", "content": question}]),
+        models={"teacher": teacher_name},
     )
 
 

@@ -41,6 +41,7 @@ def main(
 
     from hfllm.data.mixtures import load_sources
     from hfllm.data.prepared import Prepared
+    from hfllm.outputs.figures import plus_minus
     from hfllm.runs.models import fitting_length
     from hfllm.runs.stage import Stage
     from hfllm.stages import pretrain_trainers, pretrain_watch
@@ -91,9 +92,9 @@ def main(
     }
     summary = f"{metrics['parameters']:,} parameters, held-out loss {held_out_loss:.3f} nats per token"
     if "bits_per_byte" in metrics:
-        summary += f", {metrics['bits_per_byte']:.3f} bits per byte"
+        summary += f", {plus_minus(metrics['bits_per_byte'], metrics.get('bits_per_byte_se'))} bits per byte"
     tables = {title: rows for title, rows in {"Sources": mixed, "Samples": samples()}.items() if rows}
-    metrics = stage.finish(metrics, trainer, summary, tables=tables)
+    metrics = stage.finish(metrics, trainer, summary, tables, too_wide=[*tables])
     if trainer.is_local_process_zero():
         prepared.remove()
     return metrics

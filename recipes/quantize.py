@@ -64,11 +64,13 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
     rows, difference = quantize.compare_schemes(chosen_args, source_args, model, evaluation)
     swept = quantize.sensitivity_by_part(chosen_args, model, evaluation)
 
+    metrics = quantize.quantization_metrics(rows, chosen_args.save_scheme)
     return stage.finish(
-        {**quantize.quantization_metrics(rows, chosen_args.save_scheme), "reload_difference": difference},
+        {**metrics, **evaluation.changes(chosen_args.save_scheme), "reload_difference": difference},
         tables=quantize.quantization_tables(rows, swept),
         curves=quantize.sensitivity_bars(swept),
         next_steps=loading_lines(stage.output_dir),
+        models={"model": source_args.model_name_or_path},
     )
 
 

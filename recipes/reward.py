@@ -35,6 +35,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     from trl import RewardTrainer
 
     from hfllm.data.loading import world_of
+    from hfllm.outputs.figures import plus_minus, share_error, with_error
     from hfllm.runs.arguments import changed
     from hfllm.runs.models import check_trainable, fitting_length, load_reward_model, load_tokenizer, peft_config
     from hfllm.runs.stage import Stage
@@ -82,11 +83,13 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     evaluation = trainer.evaluate()
     trainer.save_model()
 
-    accuracy = evaluation["eval_accuracy"]
-    metrics = {"reward_model_accuracy": accuracy, "eval_loss": evaluation["eval_loss"], **kept, **scaled}
+    accuracy, count = evaluation["eval_accuracy"], kept["eval_comparisons"]
+    error = share_error(accuracy, count)
+    known = {"reward_model_accuracy": accuracy, **with_error("reward_model_accuracy", error, count)}
+    metrics = {**known, "eval_loss": evaluation["eval_loss"], **kept, **scaled}
     labels = "" if world_of(script_args) is None else " with noise-free labels"
-    summary = f"accuracy {accuracy:.3f} on {kept['eval_comparisons']} held-out comparisons{labels}"
-    return stage.finish(metrics, trainer, summary)
+    summary = f"accuracy {plus_minus(accuracy, error)} on {count:,} held-out comparisons{labels}"
+    return stage.finish(metrics, trainer, summary, models={"model": base_args.model_name_or_path})
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     from transformers import set_seed
 
     from hfllm.data.loading import world_of
-    from hfllm.evaluation.alignment import alignment_metrics, alignment_plots, alignment_tables, evaluate_policy
+    from hfllm.evaluation import alignment
     from hfllm.outputs.card import chat_lines
     from hfllm.rewards.ensembles import RewardEnsemble
     from hfllm.runs.models import load_policy, load_value_model, peft_config
@@ -98,22 +98,27 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
             rlhf.calibrate(reward, trainer, train_rows[: rlhf.CALIBRATION_PROMPTS])
 
     # Evaluate the policy on held-out prompts, train it by PPO, and evaluate it again.
-    held_out = ([row["prompt"] for row in eval_rows], world_of(script_args), script_args.num_eval_prompts)
+    held_out = (world_of(script_args), script_args.num_eval_prompts)
     with gather_parameters(trainer.actor):
-        unaligned = evaluate_policy(trainer, *held_out)
+        unaligned = alignment.evaluate_policy(trainer, *held_out)
     train(trainer, stage.checkpoint, stage.identity)
     with gather_parameters(trainer.actor):
-        aligned = evaluate_policy(trainer, *held_out)
+        aligned = alignment.evaluate_policy(trainer, *held_out)
     trainer.save_model()
 
-    reward_metrics = metrics_before.get("reward", {})
-    accuracy = {name: reward_metrics[name] for name in ("reward_model_accuracy",) if name in reward_metrics}
+    metrics = alignment.alignment_metrics(unaligned, aligned)
+    reward_metrics = metrics_before.get("reward", {}).items()
+    accuracy = {name: value for name, value in reward_metrics if name.startswith("reward_model_accuracy")}
+    counts = {"train_prompts": len(train_rows), "eval_prompts": len(eval_rows)}
     return stage.finish(
-        {**alignment_metrics(unaligned, aligned), **accuracy, **scaled},
+        {**metrics, **accuracy, **counts, **scaled},
         trainer,
-        tables=alignment_tables(unaligned, aligned),
-        curves=alignment_plots(trainer.state.log_history),
+        alignment.alignment_summary(metrics),
+        tables=alignment.alignment_tables(unaligned, aligned),
+        curves=alignment.alignment_plots(trainer.state.log_history),
         next_steps=chat_lines(training_args.output_dir, eval_rows[0]["prompt"]),
+        too_wide=(alignment.FAMILIES,),
+        models={"model": policy_args.model_name_or_path, "reward model": reward_models},
     )
 
 

@@ -32,6 +32,8 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     """Fine-tune, save, write the report. Return the metrics."""
     from trl import SFTTrainer
 
+    from hfllm.evaluation import fine_tuning
+    from hfllm.outputs.card import chat_lines
     from hfllm.runs.arguments import changed
     from hfllm.runs.models import check_trainable, fitting_length, load_policy, peft_config
     from hfllm.runs.stage import Stage
@@ -68,19 +70,26 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
         peft_config=peft_config(model_args),
     )
     use_plain_lines(trainer)
+    untuned = fine_tuning.evaluate_tuned(trainer, test_rows)
     train(trainer, stage.checkpoint, stage.identity)
     held_out_loss = trainer.evaluate()["eval_loss"]
+    tuned = fine_tuning.evaluate_tuned(trainer, test_rows)
     trainer.save_model()
 
     metrics = {
         "train_loss": final_train_loss(trainer),
         "eval_loss": held_out_loss,
         "examples": train_dataset.num_rows,
+        "eval_examples": eval_dataset.num_rows,
         **({"dropped_rows": dropped} if dropped else {}),
+        **fine_tuning.tuning_metrics(untuned, tuned),
         **scaled,
     }
-    summary = f"{train_dataset.num_rows:,} responses, held-out loss {held_out_loss:.3f} nats per token"
-    return stage.finish(metrics, trainer, summary)
+    result = fine_tuning.tuning_summary(metrics) or f"held-out loss {held_out_loss:.3f} nats per token"
+    summary, tables = f"{train_dataset.num_rows:,} responses, {result}", fine_tuning.tuning_tables(untuned, tuned)
+    lines = chat_lines(training_args.output_dir, [{"role": "user", "content": "Hello!"}])
+    models = {"model": base_args.model_name_or_path}
+    return stage.finish(metrics, trainer, summary, tables, next_steps=lines, models=models)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from hfllm.data.world.rubric import RIGHT
 from hfllm.data.world.world import World
-from hfllm.evaluation.responses import gold_by_group, judge_tasks, mean_gold, right_share
-from hfllm.generation.responses import sample_responses
+from hfllm.evaluation.fine_tuning import SAMPLES, prompt_text
+from hfllm.evaluation.responses import JudgedAnswer, by_group, judge_tasks, mean_gold
+from hfllm.outputs.figures import change_of, changes, label_of, mean_of, plus_minus, readable, standard_error, verdict
 from hfllm.outputs.report import Plot, plot_history
 
 if TYPE_CHECKING:
@@ -15,17 +17,20 @@ if TYPE_CHECKING:
 
 
 class PolicyTrainer(Protocol):
-    """The parts of a trainer used here: its policy, its precision, and its own evaluation."""
+    """The parts of a trainer used here: its policy, its precision, and its own evaluation with what that keeps."""
 
     accelerator: "Accelerator"
     policy: "PreTrainedModel"
     processing_class: "PreTrainedTokenizerBase"
     args: "TrainingArguments"
+    eval_values: Mapping[str, Sequence[float]]
+    eval_completions: Sequence[Mapping[str, Any]]
 
     def evaluate(self) -> Mapping[str, float]: ...
 
 
 SHOWN_SAMPLES = 12
+FAMILIES = "Gold reward by task family"
 
 
 @dataclass
@@ -34,122 +39,215 @@ class PolicyEvaluation:
 
     Args:
         proxy: means of `PPOTrainer.evaluate`: the reward of training, KL to the reference, length.
-        samples: prompt and sampled response for a few held-out prompts.
+        values: the same for each prompt, by the names without `eval_`.
+        samples: prompt, sampled response and its reward for every held-out prompt.
+        reward_name: which reward that is.
         sampled, greedy: judged answers to all evaluation prompts, where the data has a gold reward.
         facts: judged greedy answers to one question per fact of the world.
     """
 
     proxy: Mapping[str, float]
+    values: Mapping[str, Sequence[float]]
     samples: list[dict[str, Any]]
-    sampled: list[dict[str, Any]] = field(default_factory=list)
-    greedy: list[dict[str, Any]] = field(default_factory=list)
-    facts: list[dict[str, Any]] = field(default_factory=list)
+    reward_name: str = "reward"
+    sampled: list[JudgedAnswer] = field(default_factory=list)
+    greedy: list[JudgedAnswer] = field(default_factory=list)
+    facts: list[JudgedAnswer] = field(default_factory=list)
 
 
-def evaluate_policy(
-    trainer: PolicyTrainer, eval_prompts: Sequence[Any], world: World | None, num_eval_prompts: int
-) -> PolicyEvaluation:
+def evaluate_policy(trainer: PolicyTrainer, world: World | None, num_eval_prompts: int) -> PolicyEvaluation:
     """Evaluate the trainer's current policy.
 
     Args:
-        eval_prompts: held-out prompts, for the displayed samples.
         world: the embedded world if the prompts come from it, for gold rewards; else `None`.
         num_eval_prompts: number of the world's evaluation tasks to judge.
     """
     proxy = trainer.evaluate()
     # As in its rollouts: fp32 would take several times as long on a GPU, and flash attention knows none.
     with trainer.accelerator.autocast():
-        return _judged(trainer, proxy, eval_prompts, world, num_eval_prompts)
+        return _judged(trainer, proxy, world, num_eval_prompts)
 
 
 def _judged(
-    trainer: PolicyTrainer,
-    proxy: Mapping[str, float],
-    eval_prompts: Sequence[Any],
-    world: World | None,
-    num_eval_prompts: int,
+    trainer: PolicyTrainer, proxy: Mapping[str, float], world: World | None, num_eval_prompts: int
 ) -> PolicyEvaluation:
     policy, tokenizer, length = trainer.policy, trainer.processing_class, trainer.args.response_length
     if world is None:
-        shown = list(eval_prompts[:SHOWN_SAMPLES])
-        texts = sample_responses(policy, tokenizer, shown, length, seed=trainer.args.seed)
-        return PolicyEvaluation(
-            proxy, [{"prompt": _text(prompt), "response": text} for prompt, (text,) in zip(shown, texts, strict=True)]
-        )
+        samples = [
+            {"prompt": prompt_text(row["prompt"]), "response": row["completion"], "reward": row["reward"]}
+            for row in trainer.eval_completions
+        ]
+        return PolicyEvaluation(proxy, trainer.eval_values, samples)
     tasks, seed = world.evaluation_tasks(num_eval_prompts), trainer.args.seed
     sampled = judge_tasks(policy, tokenizer, tasks, length, do_sample=True, seed=seed)
     return PolicyEvaluation(
         proxy,
-        samples=sampled[:: max(1, len(sampled) // SHOWN_SAMPLES)],
+        trainer.eval_values,
+        samples=[{name: row[key] for name, key in GOLD_SAMPLE.items()} for row in sampled],
+        reward_name="gold reward",
         sampled=sampled,
         greedy=judge_tasks(policy, tokenizer, tasks, length, do_sample=False),
         facts=judge_tasks(policy, tokenizer, world.fact_tasks(), length, do_sample=False),
     )
 
 
-def _text(prompt: str | Sequence[Mapping[str, str]]) -> str:
-    return prompt if isinstance(prompt, str) else " / ".join(message["content"] for message in prompt)
+GOLD_SAMPLE = {"prompt": "prompt", "response": "response", "reward": "gold"}
 
 
 def alignment_metrics(before: PolicyEvaluation, after: PolicyEvaluation) -> dict[str, float]:
-    """Return the report's metrics; those with `gold` and `fact` only where the data has a gold reward."""
+    """Return the report's metrics; those with `gold` and `fact` only where the data has a gold reward.
+
+    Each stands with its standard error and number of prompts, see `hfllm.outputs.figures`.
+    """
     metrics: dict[str, float] = {}
     if after.sampled:
-        for name, judgment in (("before", before), ("after", after)):
-            groups = gold_by_group(judgment.sampled)
-            metrics |= {
-                f"gold_reward_{name}": mean_gold(judgment.sampled),
-                f"gold_reward_greedy_{name}": mean_gold(judgment.greedy),
-                f"gold_reward_new_phrasings_{name}": groups["held-out phrasings"],
-                f"fact_accuracy_{name}": right_share(judgment.facts),
-            }
-    return {
-        **metrics,
-        "proxy_reward_before": before.proxy["eval_reward"],
-        "proxy_reward_after": after.proxy["eval_reward"],
-        # Without a penalty there is no reference.
-        **({"kl_to_reference": after.proxy["eval_kl"]} if "eval_kl" in after.proxy else {}),
-        "response_length": after.proxy["eval_response_length"],
-    }
+        for name, rows, all_rows in (
+            ("gold_reward", before.sampled, after.sampled),
+            ("gold_reward_greedy", before.greedy, after.greedy),
+            ("gold_reward_new_phrasings", _new_phrasings(before.sampled), _new_phrasings(after.sampled)),
+        ):
+            metrics |= change_of(name, [row["gold"] for row in rows], [row["gold"] for row in all_rows])
+        right = [[float(row["gold"] >= RIGHT) for row in each.facts] for each in (before, after)]
+        metrics |= change_of("fact_accuracy", *right)
+    for name, key in (
+        ("proxy_reward", "reward"),
+        ("response_length", "response_length"),
+        ("unfinished", "unfinished"),
+    ):
+        metrics |= change_of(name, before.values[key], after.values[key])
+    metrics["response_length"] = metrics["response_length_after"]
+    # Without a penalty there is no reference.
+    return metrics | (mean_of("kl_to_reference", after.values["kl"]) if "kl" in after.values else {})
+
+
+def _new_phrasings(rows: Sequence[JudgedAnswer]) -> list[JudgedAnswer]:
+    return [row for row in rows if row["is_new_phrasing"]]
+
+
+def alignment_summary(metrics: Mapping[str, float]) -> str:
+    """Return what changed in plain words: the reward with its error first, then the rest by whether it is noise.
+
+    The headline is the gold reward where there is one, and else the reward of training.
+    """
+    first = "gold_reward" if "gold_reward_change" in metrics else "proxy_reward"
+    before, after, n = (metrics[f"{first}_{part}"] for part in ("before", "after", "n"))
+    change, error = metrics[f"{first}_change"], metrics.get(f"{first}_change_se")
+    name = "Gold reward" if first == "gold_reward" else "Reward"
+    sides = [plus_minus(*pair) for pair in zip((before, after), _errors(first, metrics), strict=True)]
+    kind = verdict(first, change, error)
+    prompts = f"{n:,} held-out prompt{'' if n == 1 else 's'}"
+    if kind in ("better", "worse"):
+        words = f"{name} {'rose' if change > 0 else 'fell'} from {sides[0]} to {sides[1]} on {prompts}"
+    elif kind == "too few":
+        words = f"{name} {readable(before)} before and {readable(after)} after, on {prompts}: too few to tell"
+    else:
+        words = f"{name}: no change beyond noise, {sides[0]} before and {sides[1]} after on {prompts}"
+    parts = [words]
+    if "kl_to_reference" in metrics:
+        kl = plus_minus(metrics["kl_to_reference"], metrics.get("kl_to_reference_se"))
+        parts.append(f"KL to the reference {kl} nats per response")
+    summary = "; ".join(parts) + "." + _other_changes(first, metrics)
+    proxy = verdict("proxy_reward", metrics["proxy_reward_change"], metrics.get("proxy_reward_change_se"))
+    if first == "gold_reward" and kind != "better" and proxy == "better":
+        summary += " PPO raised the reward that it was trained on, but not the gold reward (over-optimization)."
+    return summary
+
+
+def _errors(name: str, metrics: Mapping[str, float]) -> list[float | None]:
+    return [metrics.get(f"{name}_{side}_se") for side in ("before", "after")]
+
+
+def _other_changes(first: str, metrics: Mapping[str, float]) -> str:
+    """Return a sentence for each kind of change of the figures after the first, worse ones before noise."""
+    said: dict[str, list[str]] = {"Better": [], "Worse": [], "Also": [], "No change beyond noise": []}
+    sentence_of = {"better": "Better", "worse": "Worse", "more": "Also", "less": "Also"}
+    for name in changes(metrics):
+        change, error = metrics[f"{name}_change"], metrics.get(f"{name}_change_se")
+        kind, words = verdict(name, change, error), label_of(name)
+        if name == first or kind == "too few":
+            continue
+        if kind in sentence_of:
+            before, after = (readable(metrics[f"{name}_{side}"]) for side in ("before", "after"))
+            words = f"{words} {before} to {after} (change {plus_minus(change, error)})"
+        said[sentence_of.get(kind, "No change beyond noise")].append(words)
+    return "".join(f" {kind}: {'; '.join(figures)}." for kind, figures in said.items() if figures)
 
 
 def alignment_tables(before: PolicyEvaluation, after: PolicyEvaluation) -> dict[str, list[dict[str, Any]]]:
-    """Return tables of gold reward by family, sampled and greedy, and samples side by side."""
-    tables: dict[str, list[dict[str, Any]]] = {}
-    if after.sampled:
-        columns = {
-            "sampled before": gold_by_group(before.sampled),
-            "sampled after": gold_by_group(after.sampled),
-            "greedy before": gold_by_group(before.greedy),
-            "greedy after": gold_by_group(after.greedy),
-        }
-        tables["Gold reward by task family"] = [
-            {"prompts": group, **{title: f"{means[group]:.3f}" for title, means in columns.items()}}
-            for group in columns["sampled before"]
+    """Return the tables of the same prompts before and after, and of gold reward by family, sampled and greedy.
+
+    The prompts are evenly spaced among the held-out ones: none is picked for its answer.
+    """
+    rows = list(zip(before.samples, after.samples, strict=True))
+    tables: dict[str, list[dict[str, Any]]] = {
+        SAMPLES: [
+            {
+                "prompt": first["prompt"],
+                "before": first["response"],
+                "after": second["response"],
+                f"{before.reward_name} before": readable(first["reward"]),
+                f"{before.reward_name} after": readable(second["reward"]),
+            }
+            for first, second in rows[:: -(-len(rows) // SHOWN_SAMPLES) or 1]
         ]
-    tables["Samples"] = [
-        {"prompt": first["prompt"], "before": first["response"], "after": second["response"]}
-        for first, second in zip(before.samples, after.samples, strict=True)
-    ]
+    }
+    if after.sampled:
+        tables[FAMILIES] = _families(before, after)
     return tables
 
 
+def _families(before: PolicyEvaluation, after: PolicyEvaluation) -> list[dict[str, Any]]:
+    """Return the rows of the table by family: each way of answering before, after, and the error of its change."""
+    ways = {"sampled": (before.sampled, after.sampled), "greedy": (before.greedy, after.greedy)}
+    table = []
+    for group, rows in by_group(before.sampled).items():
+        line: dict[str, Any] = {"prompts": group, "n": len(rows)}
+        for way, sides in ways.items():
+            first, second = (by_group(side)[group] for side in sides)
+            error = standard_error([late["gold"] - early["gold"] for early, late in zip(first, second, strict=True)])
+            line |= {f"{way} before": f"{mean_gold(first):.3f}", f"{way} after": f"{mean_gold(second):.3f}"}
+            line[f"± ({way} change)"] = "" if error is None else readable(error, 2)
+        table.append(line)
+    return table
+
+
 def alignment_plots(history: Sequence[Mapping[str, float]]) -> dict[str, Plot]:
-    """Plot rewards over steps, and against the square root of the KL (Gao et al. 2022, arXiv:2210.10760, figure 1)."""
-    names = {"proxy reward": "reward", "gold reward": "rewards/gold_reward"}
-    training = [entry for entry in history if "kl" in entry]
-    distance = [max(entry["kl"], 0.0) ** 0.5 for entry in training]
+    """Plot reward, KL, length and clipping over the episodes, and reward against the square root of the KL.
+
+    The last one as in Gao et al. 2022 (arXiv:2210.10760), figure 1.
+    """
+    training = [entry for entry in history if "episode" in entry]
+    names = {"reward (trained on)": "reward", "gold reward (exact score)": "rewards/gold_reward"}
+    parts = sorted({name for entry in training for name in entry if name.startswith("rewards/")} - {*names.values()})
+    if len(parts) > 1:
+        names |= {f"{name.removeprefix('rewards/')} (a part, unweighted)": name for name in parts}
+    apart = [entry for entry in training if "kl" in entry]
     against_distance = {
-        label: (distance, [entry[name] for entry in training])
+        label: ([max(entry["kl"], 0.0) ** 0.5 for entry in apart], [entry[name] for entry in apart])
         for label, name in names.items()
-        if training and name in training[0]
+        if apart and name in apart[0] and name not in parts
     }
+
+    def over_episodes(title: str, ylabel: str, lines: Mapping[str, str]) -> Plot:
+        return plot_history(
+            training, lines, x="episode", title=title, xlabel="episodes (sampled responses)", ylabel=ylabel
+        )
+
     return {
-        "rewards": plot_history(training, names, title="Rewards of sampled responses", xlabel="step", ylabel="reward"),
+        "rewards": over_episodes("Reward during PPO", "reward per response", names),
+        "kl": over_episodes(
+            "Distance from the reference during PPO", "KL to the reference (nats per response)", {"KL": "kl"}
+        ),
+        "response_length": over_episodes(
+            "Length of sampled responses during PPO", "response length (tokens)", {"length": "response_length"}
+        ),
+        "clip_fraction": over_episodes(
+            "How often PPO's clipping holds an update back", "fraction of clipped ratios", {"clipped": "clip_fraction"}
+        ),
         "overoptimization": Plot(
             title="Reward against distance from the reference",
-            xlabel="square root of KL (nats per response)",
-            ylabel="reward",
+            xlabel="square root of the KL to the reference (KL in nats per response)",
+            ylabel="reward per response",
             lines=against_distance,
             points_only=True,
         ),

@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from hfllm.data.world.rubric import RIGHT
 from hfllm.data.world.world import World
-from hfllm.evaluation.responses import JudgedAnswer, gold_by_group, judge_tasks, mean_gold, right_share
+from hfllm.evaluation.responses import JudgedAnswer, gold_by_group, judge_tasks
+from hfllm.outputs.figures import averaged, is_noise, mean_of, plus_minus, ratio_error, standard_error, with_error
 from hfllm.outputs.report import Bars, Plot, plot_history
 
 if TYPE_CHECKING:
@@ -62,33 +64,79 @@ def fit_metrics(
         models: by their names in the report; agreement is measured where one of them is `teacher`.
 
     Returns:
-        `perplexity_NAME`, and `agreement_NAME`: the share of targets where its most likely token is the teacher's.
+        `perplexity_NAME`, and `agreement_NAME`: the share of targets where its most likely token is the teacher's;
+        each with its standard error over rows and their number, see `hfllm.outputs.figures`.
     """
     import torch
 
-    sums, agreed, count = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0), 0
+    sums: dict[str, list[float]] = {name: [] for name in models}
+    agreed: dict[str, list[float]] = {name: [] for name in models}
+    counts: list[int] = []
     modes = {name: model.training for name, model in models.items()}
     for model in models.values():
         model.eval()
     with torch.inference_mode():
         for batch in batches:
             likeliest = {}
-            count += (batch["shift_labels"] != -100).sum().item()
+            counts += (batch["shift_labels"] != -100).sum(1).tolist()
             for name, model in models.items():
-                chosen = []
-                for logits, targets in _target_logits(model, batch):
-                    sums[name] += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-                    chosen.append(logits.argmax(-1).cpu())
-                likeliest[name] = torch.cat(chosen)
+                losses, likeliest[name] = target_losses(model, batch)
+                sums[name] += _by_row(losses, batch)
             for name in models if TEACHER in models else ():
-                agreed[name] += (likeliest[name] == likeliest[TEACHER]).sum().item()
+                agreed[name] += _by_row((likeliest[name] == likeliest[TEACHER]).double(), batch)
     for name, model in models.items():
         model.train(modes[name])
-    count = max(count, 1)
-    metrics = {f"perplexity_{name}": min(torch.tensor(sums[name] / count).exp().item(), 1e9) for name in models}
+    # Without a target there is nothing to divide by; a row without one says nothing.
+    count, metrics = max(sum(counts), 1), {}
+    rows = [place for place, number in enumerate(counts) if number]
+    for name in models:
+        perplexity = min(torch.tensor(sum(sums[name]) / count).exp().item(), 1e9)
+        error = ratio_error([sums[name][row] for row in rows], [counts[row] for row in rows])
+        # The perplexity's error is that of its logarithm, times its slope.
+        error = None if error is None else perplexity * error
+        metrics |= {f"perplexity_{name}": perplexity, **with_error(f"perplexity_{name}", error, len(rows))}
     if TEACHER in models:
-        metrics |= {f"agreement_{name}": agreed[name] / count for name in models if name != TEACHER}
+        for name in models:
+            if name != TEACHER:
+                error = ratio_error([agreed[name][row] for row in rows], [counts[row] for row in rows])
+                share = {f"agreement_{name}": sum(agreed[name]) / count}
+                metrics |= {**share, **with_error(f"agreement_{name}", error, len(rows))}
     return metrics
+
+
+def _by_row(values: "torch.Tensor", batch: Mapping[str, "torch.Tensor"]) -> list[float]:
+    """Return the sum for each row of a batch of a value for each of its targets."""
+    import torch
+
+    row_of = (batch["shift_labels"] != -100).nonzero()[:, 0].cpu()
+    return torch.zeros(len(batch["shift_labels"]), dtype=torch.double).index_add_(0, row_of, values).tolist()
+
+
+def target_losses(
+    model: "PreTrainedModel", batch: Mapping[str, "torch.Tensor"]
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Return the cross-entropy of each target of a batch, and the model's most likely token there."""
+    import torch
+
+    losses, likeliest = [], []
+    for logits, targets in _target_logits(model, batch):
+        losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none").double().cpu())
+        likeliest.append(logits.argmax(-1).cpu())
+    return torch.cat(losses), torch.cat(likeliest)
+
+
+def row_losses(model: "PreTrainedModel", batches: Iterable[Mapping[str, "torch.Tensor"]]) -> list[tuple[float, int]]:
+    """Return nats and number of targets of each row of batches as `fit_metrics` takes them."""
+    import torch
+
+    found, was_training = [], model.training
+    model.eval()
+    with torch.inference_mode():
+        for batch in batches:
+            counts = (batch["shift_labels"] != -100).sum(1).tolist()
+            found += zip(_by_row(target_losses(model, batch)[0], batch), counts, strict=True)
+    model.train(was_training)
+    return found
 
 
 def _target_logits(
@@ -128,18 +176,45 @@ def _target_logits(
 
 def gold_metrics(judged: Mapping[str, GoldEvaluation]) -> dict[str, float]:
     """Return the gold metrics of each model by name, and the share of the teacher's reward that the student keeps."""
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name, one in judged.items():
-        metrics |= {
-            f"gold_reward_{name}": mean_gold(one.sampled),
-            f"gold_reward_greedy_{name}": mean_gold(one.greedy),
-            f"fact_accuracy_{name}": right_share(one.facts),
-        }
+        metrics |= mean_of(f"gold_reward_{name}", _per_prompt(one))
+        metrics |= mean_of(f"gold_reward_greedy_{name}", [row["gold"] for row in one.greedy])
+        metrics |= mean_of(f"fact_accuracy_{name}", [float(row["gold"] >= RIGHT) for row in one.facts])
     # A share of zero or of a negative number has no meaning.
     for kind in ("gold_reward", "gold_reward_greedy"):
         if metrics[f"{kind}_{TEACHER}"] > 0:
             metrics[f"{kind}_kept"] = metrics[f"{kind}_{STUDENT}"] / metrics[f"{kind}_{TEACHER}"]
     return metrics
+
+
+def _per_prompt(one: GoldEvaluation) -> list[float]:
+    """Return the mean gold reward of the sampled answers to each prompt."""
+    return averaged([row["gold"] for row in one.sampled], max(len(one.sampled) // max(len(one.greedy), 1), 1))
+
+
+def distillation_summary(metrics: Mapping[str, float], judged: Mapping[str, GoldEvaluation]) -> str:
+    """Return what the student keeps of its teacher, and whether it is better than one that learned alone."""
+    if not judged:
+        return ""
+    scores = {name: _per_prompt(one) for name, one in judged.items()}
+    said = [f"{name.replace('_', ' ')} {plus_minus(*_mean_and_error(values))}" for name, values in scores.items()]
+    text = f"Gold reward on {len(scores[STUDENT]):,} held-out prompts: {', '.join(said)}."
+    for other in (TEACHER, ALONE):
+        if other in scores:
+            differences = [ours - theirs for ours, theirs in zip(scores[STUDENT], scores[other], strict=True)]
+            change, error = _mean_and_error(differences)
+            than = {TEACHER: "its teacher", ALONE: "the same student without a teacher"}[other]
+            if is_noise(change, error):
+                text += f" No difference beyond noise between the student and {than}."
+            else:
+                kind = "better" if change > 0 else "worse"
+                text += f" The student is {kind} than {than} by {plus_minus(abs(change), error)}."
+    return text
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    return sum(values) / len(values), standard_error(values)
 
 
 def gold_tables(judged: Mapping[str, GoldEvaluation]) -> dict[str, list[dict[str, str]]]:
@@ -173,8 +248,8 @@ def distillation_plots(histories: Mapping[str, History], metrics: Mapping[str, f
         histories[STUDENT],
         {"divergence from the teacher": "soft_loss", "cross-entropy": "hard_loss", "hidden states": "hidden_loss"},
         title="What the student learns from",
-        xlabel="step",
-        ylabel="nats per token",
+        xlabel="optimizer steps",
+        ylabel="loss (nats per token)",
     )
     without = [entry for entry in histories.get(ALONE, ()) if "hard_loss" in entry]
     if without:
@@ -182,5 +257,9 @@ def distillation_plots(histories: Mapping[str, History], metrics: Mapping[str, f
         parts = replace(parts, lines={**parts.lines, "cross-entropy, alone": line})
     names = {name: f"gold_reward_{name}" for name in (TEACHER, STUDENT, ALONE)}
     values = {name.replace("_", " "): metrics[key] for name, key in names.items() if key in metrics}
-    notes = {label: f"{value:.3f}" for label, value in values.items()}
-    return {"parts": parts, "gold": Bars("Gold reward on held-out prompts", "mean gold reward", values, notes)}
+    errors = {name.replace("_", " "): metrics.get(f"{key}_se") for name, key in names.items()}
+    notes = {label: plus_minus(value, errors[label]) for label, value in values.items()}
+    return {
+        "parts": parts,
+        "gold": Bars("Gold reward on held-out prompts", "mean gold reward (-1 to 1)", values, notes),
+    }

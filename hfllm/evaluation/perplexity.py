@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError
+from hfllm.outputs.figures import ratio_error, with_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Token ids, the number of the first of them that serve only as context, and the place of their text.
+Window = tuple[list[int], int, int]
 
 
 @dataclass(frozen=True)
@@ -19,11 +23,13 @@ class TextLikelihood:
         nats: minus the natural logarithm of the texts' probability.
         tokens: number of predicted tokens.
         bytes: bytes of the predicted text, in UTF-8.
+        rows: nats, tokens and bytes of each text, for errors over texts.
     """
 
     nats: float
     tokens: int
     bytes: int
+    rows: Sequence[tuple[float, int, int]] = ()
 
     @property
     def bits_per_byte(self) -> float:
@@ -34,6 +40,39 @@ class TextLikelihood:
     def perplexity(self) -> float:
         """Return the perplexity per token."""
         return math.exp(self.nats / self.tokens)
+
+    def metrics(self) -> dict[str, float]:
+        """Return `bits_per_byte` and `perplexity` with their standard errors over texts and the number of texts."""
+        nats, tokens, sizes = (list(column) for column in zip(*self.rows, strict=True))
+        per_byte, per_token = ratio_error(nats, sizes), ratio_error(nats, tokens)
+        bits = None if per_byte is None else per_byte / math.log(2)
+        # The perplexity's error is that of its logarithm, times its slope.
+        perplexity = None if per_token is None else per_token * self.perplexity
+        return {
+            "bits_per_byte": self.bits_per_byte,
+            **with_error("bits_per_byte", bits, len(nats)),
+            "perplexity": self.perplexity,
+            **with_error("perplexity", perplexity, len(nats)),
+        }
+
+
+def perplexity_change(before: TextLikelihood, after: TextLikelihood) -> dict[str, float]:
+    """Return the metrics of the perplexity of the same texts under two models, see `hfllm.outputs.figures`."""
+    found = {}
+    for side, fit in (("before", before), ("after", after)):
+        measured = fit.metrics()
+        found[f"perplexity_{side}"] = measured["perplexity"]
+        found |= {f"perplexity_{side}_se": measured[key] for key in ("perplexity_se",) if key in measured}
+    # By linearization: what each text adds to the difference beyond its share.
+    sums = [
+        after.perplexity * late - before.perplexity * early
+        for (early, _, _), (late, _, _) in zip(before.rows, after.rows, strict=True)
+    ]
+    error = ratio_error(sums, [tokens for _, tokens, _ in after.rows])
+    found["perplexity_change"] = after.perplexity - before.perplexity
+    return (
+        found | with_error("perplexity", None, len(sums)) | ({} if error is None else {"perplexity_change_se": error})
+    )
 
 
 def text_likelihood(
@@ -69,50 +108,53 @@ def text_likelihood(
     if not 1 <= stride < max_length:
         raise InputError(f"stride={stride} with max_length={max_length}: expected at least 1, and less than a window")
     windows = sorted(_windows(texts, tokenizer, max_length, stride), key=lambda w: len(w[0]))
-    nats, tokens, was_training = 0.0, 0, model.training
+    nats, tokens, was_training = [0.0] * len(texts), [0] * len(texts), model.training
     model.eval()
     with torch.inference_mode():
         for batch in _batches(windows, batch_tokens):
-            width = max(len(ids) for ids, _ in batch)
+            width = max(len(ids) for ids, _, _ in batch)
             ids = torch.zeros(len(batch), width, dtype=torch.long, device=model.device)
             labels = torch.full_like(ids, -100)
-            for row, (window, seen) in enumerate(batch):
+            for row, (window, seen, _) in enumerate(batch):
                 ids[row, : len(window)] = torch.tensor(window)
                 labels[row, seen : len(window)] = ids[row, seen : len(window)]
             # A causal model does not see padding on the right.
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             targets = labels[:, 1:]
-            nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
-            tokens += int((targets != -100).sum())
+            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            by_row, counts = losses.view_as(targets).double().sum(1).tolist(), (targets != -100).sum(1).tolist()
+            for (_, _, text), row_nats, count in zip(batch, by_row, counts, strict=True):
+                nats[text] += row_nats
+                tokens[text] += count
     model.train(was_training)
-    size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-    if tokenizer.bos_token_id is None:
-        size -= sum(
-            len(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][:1]).encode())
-            for text in texts
-        )
-    if not tokens:
+    if not any(tokens):
         raise InputError(f"{len(texts)} text(s) without a token to predict")
-    return TextLikelihood(nats, tokens, size)
+    sizes = [len(text.encode("utf-8", "surrogatepass")) for text in texts]
+    if tokenizer.bos_token_id is None:
+        for place, text in enumerate(texts):
+            first = tokenizer(text, add_special_tokens=False)["input_ids"][:1]
+            sizes[place] -= len(tokenizer.decode(first).encode())
+    rows = tuple(row for row in zip(nats, tokens, sizes, strict=True) if row[1])
+    return TextLikelihood(sum(nats), sum(tokens), sum(sizes), rows)
 
 
 def _windows(
     texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_length: int, stride: int
-) -> Iterator[tuple[list[int], int]]:
-    """Return windows of token ids, with the number of their first tokens that serve only as context."""
+) -> Iterator[Window]:
+    """Return the windows of texts, with the place of their text."""
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
+    for text, ids in enumerate(tokenizer(list(texts), add_special_tokens=False)["input_ids"]):
         ids, seen = start + ids, 1
         while seen < len(ids):
             end = min(len(ids), max_length if seen == 1 else seen + stride)
             begin = max(0, end - max_length)
-            yield ids[begin:end], seen - begin
+            yield ids[begin:end], seen - begin, text
             seen = end
 
 
-def _batches(windows: Sequence[tuple[list[int], int]], batch_tokens: int) -> Iterator[list[tuple[list[int], int]]]:
+def _batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:
     """Yield windows, ordered from short to long, in batches of at most `batch_tokens` tokens."""
-    batch: list[tuple[list[int], int]] = []
+    batch: list[Window] = []
     for window in windows:
         if batch and (len(batch) + 1) * len(window[0]) > batch_tokens:
             yield batch

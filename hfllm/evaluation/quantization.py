@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, TypedDict
 from hfllm.compression.measure import agreement, greedy_tokens, speeds, token_windows
 from hfllm.compression.schemes import linear_bytes, stored_bytes
 from hfllm.data.world.world import World
-from hfllm.evaluation.perplexity import text_likelihood
-from hfllm.evaluation.responses import judge_tasks, mean_gold
+from hfllm.evaluation.perplexity import TextLikelihood, perplexity_change, text_likelihood
+from hfllm.evaluation.responses import judge_tasks
+from hfllm.outputs.figures import change_of
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +74,7 @@ class QuantizationEvaluation:
 
     def __post_init__(self) -> None:
         self.windows = token_windows(self.tokenizer, self.texts, self.max_length)
+        self._measured: dict[str, tuple[TextLikelihood, list[float]]] = {}
 
     def original(self, model: "PreTrainedModel", names: Sequence[str]) -> SchemeRow:
         """Return the row of the model in full precision, with which the others are compared.
@@ -84,7 +86,7 @@ class QuantizationEvaluation:
         self._bytes = stored_bytes(model), linear_bytes(model, names)
         self._expected = greedy_tokens(model, self.windows)
         row: SchemeRow = {"scheme": "original", "bytes": self._bytes[0], "share": 1.0, "linear_share": 1.0, "left": 0}
-        row |= {**self._quality(model), "agreement": 1.0}
+        row |= {**self._quality("original", model), "agreement": 1.0}
         if self.rounds:
             row |= speeds({"original": model}, **self.timing, rounds=self.rounds)["original"]
             row |= {"prefill_speedup": 1.0, "decode_speedup": 1.0}
@@ -104,7 +106,7 @@ class QuantizationEvaluation:
             "linear_share": linear / self._bytes[1],
             "left": sum(type(model.get_submodule(layer)) is nn.Linear for layer in names),
         }
-        row |= self._quality(model)
+        row |= self._quality(name, model)
         row["agreement"] = agreement(self._expected, greedy_tokens(model, self.windows))
         if self.rounds:
             found = speeds({"original": original, name: model}, **self.timing, rounds=self.rounds)
@@ -128,11 +130,16 @@ class QuantizationEvaluation:
             ours, theirs = (each(input_ids=self.windows[0].to(each.device)).logits for each in (model, again))
         return (ours - theirs).abs().max().item()
 
-    def _quality(self, model: "PreTrainedModel") -> dict[str, float]:
-        found = {"perplexity": text_likelihood(model, self.tokenizer, self.texts, self.max_length).perplexity}
+    def changes(self, name: str) -> dict[str, float]:
+        """Return perplexity and gold reward of the original and of a quantized form, with the errors of the change."""
+        (fit, golds), (other_fit, other_golds) = self._measured["original"], self._measured[name]
+        return perplexity_change(fit, other_fit) | (change_of("gold_reward", golds, other_golds) if golds else {})
+
+    def _quality(self, name: str, model: "PreTrainedModel") -> dict[str, float]:
+        fit, golds = text_likelihood(model, self.tokenizer, self.texts, self.max_length), []
         if self.world is not None:
             tasks = self.world.evaluation_tasks(self.num_eval_prompts)
-            found["gold_reward"] = mean_gold(
-                judge_tasks(model, self.tokenizer, tasks, self.response_length, do_sample=False)
-            )
-        return found
+            judged = judge_tasks(model, self.tokenizer, tasks, self.response_length, do_sample=False)
+            golds = [row["gold"] for row in judged]
+        self._measured[name] = fit, golds
+        return {"perplexity": fit.perplexity, **({"gold_reward": sum(golds) / len(golds)} if golds else {})}

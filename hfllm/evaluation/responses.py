@@ -57,12 +57,17 @@ def right_share(rows: Sequence[JudgedAnswer]) -> float:
     return sum(row["gold"] >= RIGHT for row in rows) / max(len(rows), 1)
 
 
-def gold_by_group(rows: Sequence[JudgedAnswer]) -> dict[str, float]:
-    """Return the mean gold reward overall, on known and held-out phrasings, and per family."""
-    groups: dict[str, list] = defaultdict(list)
+def by_group(rows: Sequence[JudgedAnswer]) -> dict[str, list[JudgedAnswer]]:
+    """Return judged answers all together, on known and held-out phrasings, and per family."""
+    groups: dict[str, list[JudgedAnswer]] = defaultdict(list)
     for row in rows:
         groups["all"].append(row)
         groups["held-out phrasings" if row["is_new_phrasing"] else "held-out instances"].append(row)
     for row in rows:
         groups[row["family"]].append(row)
-    return {name: mean_gold(group) for name, group in groups.items()}
+    return dict(groups)
+
+
+def gold_by_group(rows: Sequence[JudgedAnswer]) -> dict[str, float]:
+    """Return the mean gold reward overall, on known and held-out phrasings, and per family."""
+    return {name: mean_gold(group) for name, group in by_group(rows).items()}

@@ -11,7 +11,9 @@ from typing import Any
 
 from hfllm.errors import InputError, redact
 from hfllm.outputs.files import ADAPTER_CONFIG, CARD, CONFIG, count_parameters, is_adapter, plot_files, read_json
-from hfllm.outputs.report import markdown_table, metric_rows, read_report, write_atomically
+from hfllm.outputs.flags import flag_sections, folded
+from hfllm.outputs.parents import learned_from, origin
+from hfllm.outputs.report import figures_markdown, markdown_table, read_report, write_atomically
 
 WORLD = "world"  # the embedded dataset's name, as in --dataset_name
 OUR_QUANTIZATION = "hfllm_int8"  # hfllm.compression.dynamic_int8
@@ -36,7 +38,7 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> None:
 
 
 def model_card(folder: str | Path, repo_id: str | None = None) -> str:
-    """Return the card of the model in `folder`: metadata, use, data, metrics, plots, arguments and environment.
+    """Return the card of the model in `folder`: metadata, use, origin, reward, data, figures, plots and flags.
 
     Args:
         folder: a saved model, with the report of its run if one of our recipes made it.
@@ -55,18 +57,21 @@ def model_card(folder: str | Path, repo_id: str | None = None) -> str:
         MARKER,
         f"# {name}",
         _introduction(folder, report, base),
+        *([report["summary"]] if report.get("summary") else []),
         _usage(folder, repo_id or name),
+        *_origin(report),
+        *_reward(report),
     ]
     if arguments:
-        sections.append(_data(arguments))
+        sections.append(_data(report))
     if report.get("metrics"):
-        sections += ["## Metrics", "\n".join(markdown_table(metric_rows(report["metrics"])))]
-    sections += [f"![{Path(plot).stem}]({plot})" for plot in plot_files(folder)]
+        sections += ["## Metrics", *figures_markdown(report["metrics"])]
+    sections += [f"![{Path(plot).stem.replace('_', ' ')}]({plot})" for plot in plot_files(folder)]
     if arguments:
-        sections.append(_arguments(arguments))
+        sections += flag_sections(public_value(arguments), public_value(report.get("given")))
     if report.get("environment"):
         rows = [{"": key, "version or value": value} for key, value in report["environment"].items()]
-        sections += ["## Environment", "\n".join(markdown_table(rows))]
+        sections.append(folded("Environment", "\n".join(markdown_table(rows))))
     return redact("\n\n".join(sections)) + "\n"
 
 
@@ -139,11 +144,16 @@ def _front_matter(folder: Path, report: Mapping[str, Any], base: str | None) -> 
     if pipeline := _pipeline(folder):
         metadata["pipeline_tag"] = pipeline
     metadata["tags"] = ["hfllm", *([report["stage"]] if report.get("stage") else [])]
-    if base := base if adapter else hub_id(arguments, "model_name_or_path"):
+    if base := base if adapter else hub_id(arguments, "model_name_or_path") or _first_on_hub(report):
         metadata["base_model"] = base
     if dataset := hub_id(arguments, "dataset_name"):
         metadata["datasets"] = [dataset]
     return "---\n" + yaml.safe_dump(metadata, sort_keys=False) + "---"
+
+
+def _first_on_hub(report: Mapping[str, Any]) -> str | None:
+    """Return the Hub id of the model that the first stage started from, if it is one of the Hub."""
+    return hub_id(origin(report.get("parents") or []) or {}, "hub_id")
 
 
 def _pipeline(folder: Path) -> str | None:
@@ -203,7 +213,70 @@ def _quantization(folder: Path) -> str | None:
     return (read_json(folder / CONFIG).get("quantization_config") or {}).get("quant_method")
 
 
-def _data(arguments: Mapping[str, Any]) -> str:
+def _origin(report: Mapping[str, Any]) -> list[str]:
+    """Return the section that names the base model and the stages before this one, in order; none if unknown."""
+    parents = report.get("parents") or []
+    if not parents:
+        return []
+    first, begins = origin(parents), []
+    if first and first.get("stage"):
+        begins = [f"The base model was made by the {first['stage']} stage, from new weights (`{_shown(first)}`)."]
+    elif first:
+        begins = [f"The base model is {_linked(first)}."]
+    rows = [
+        {"stage": entry.get("stage") or "", "model": f"`{_shown(entry)}`", "as": _role(entry), "from": _rows(entry)}
+        for entry in parents
+    ]
+    own = {"stage": report.get("stage", ""), "model": "this one", "as": "", "from": _rows(learned_from(report))}
+    return ["## Origin", *begins, "\n".join(markdown_table([*rows, own]))]
+
+
+def _shown(entry: Mapping[str, Any]) -> object:
+    return public_value(entry["model"])
+
+
+def _linked(entry: Mapping[str, Any]) -> str:
+    found = entry.get("hub_id")
+    return f"[{found}](https://huggingface.co/{found})" if found else f"`{_shown(entry)}`, a local model"
+
+
+def _role(entry: Mapping[str, Any]) -> str:
+    return {"model": "start"}.get(entry["role"], entry["role"])
+
+
+def _rows(entry: Mapping[str, Any]) -> str:
+    """Return what an entry of the lineage learned from, such as `9,600 demonstrations of world`."""
+    data, count = entry.get("data"), entry.get("rows")
+    name = "" if not data else "the embedded world" if data == WORLD else f"`{public_value(data)}`"
+    if count is None:
+        return name
+    return f"{count:,} {entry.get('kind', 'rows')}" + (f" of {name}" if name else "")
+
+
+def _reward(report: Mapping[str, Any]) -> list[str]:
+    """Return the section that names the reward that a policy was trained on; none where there is no reward."""
+    arguments = report.get("arguments", {})
+    names = arguments.get("reward_funcs") or []
+    functions = [f"the function `{public_value(name)}`" for name in names]
+    models = [
+        f"the reward model `{_shown(entry)}`"
+        + (f", trained by the {entry['stage']} stage on {_rows(entry)}" if entry.get("stage") and _rows(entry) else "")
+        for entry in report.get("parents") or []
+        if entry["role"] == "reward model"
+    ]
+    parts = [*functions, *models]
+    if not parts:
+        return []
+    text = f"Trained on {'; '.join(parts)}."
+    if len(models) > 1:
+        text += f" The scores of several reward models are combined by `{arguments.get('reward_aggregation')}`."
+    if arguments.get("reward_weights"):
+        text += f" Weights, in this order: {', '.join(map(str, arguments['reward_weights']))}."
+    return ["## Reward", text]
+
+
+def _data(report: Mapping[str, Any]) -> str:
+    arguments = report["arguments"]
     name = arguments.get("dataset_name")
     if name == WORLD:
         text = (
@@ -216,25 +289,10 @@ def _data(arguments: Mapping[str, Any]) -> str:
         text = f"`{public_value(name)}`, a local dataset." if name else "Not recorded."
     if arguments.get("max_samples"):
         text += f" The first {arguments['max_samples']} rows of it."
+    learned = learned_from(report)
+    if "rows" in learned:
+        text += f" Trained on {learned['rows']:,} {learned['kind']}."
     return f"## Data\n\n{text}"
-
-
-def _arguments(arguments: Mapping[str, Any]) -> str:
-    """Return every argument that is set; for earlier stages, those that differ from the last one's."""
-    import yaml
-
-    shown = {}
-    for flag, value in arguments.items():
-        own_flag = flag.partition(".")[2]
-        if (
-            value in (None, "", [], {})
-            or flag.endswith(" changed at")
-            or (own_flag and arguments.get(own_flag) == value)
-        ):
-            continue
-        shown[flag] = public_value(value)
-    text = yaml.safe_dump(shown, sort_keys=True, allow_unicode=True, width=1000).replace("```", "'''")
-    return f"## Arguments\n\n<details><summary>{len(shown)} flags</summary>\n\n```yaml\n{text}```\n\n</details>"
 
 
 def check_adapter(peft: bool, model_name: str | None) -> None:

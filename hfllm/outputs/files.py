@@ -149,10 +149,10 @@ def flat(values: Iterable[object]) -> list[object]:
 
 
 def plot_files(folder: Path) -> list[str]:
-    """Return the plots that the run's report lists."""
+    """Return the plots that the run's report lists, in its order."""
     artifacts = (read_report(folder) or {}).get("artifacts", {})
     names = [str(name) for name in artifacts.values() if str(name).endswith(".png")]
-    return sorted(name for name in names if Path(name).name == name and (folder / name).is_file())
+    return [name for name in names if Path(name).name == name and (folder / name).is_file()]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfllm.outputs.figures import changes, figure_tables
+from hfllm.outputs.flags import flag_sections, folded
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 REPORT_FILE = "report.json"
 # In the metadata of each plot, by which it is told from another program's.
 PLOTTED_BY = "hfllm, by matplotlib"
+PRINTED_SAMPLES = 3
 
 
 @dataclass
@@ -25,12 +29,16 @@ class Report:
     Args:
         stage: the stage's name.
         arguments: the flags that it ran with.
-        metrics: numbers by stable names (documented in docs/).
-        tables: title -> rows, each a mapping of column to value.
-        curves: plot file stem -> its `Plot` or `Bars`.
+        metrics: numbers by stable names (documented in docs/). Those with an error or a count beside them, see
+            `hfllm.outputs.figures`, become tables; without any the numbers are shown as they are.
+        tables: title -> rows, each a mapping of column to value. Rows whose first column is `prompt` are samples.
+        curves: plot file stem -> its `Plot` or `Bars`; `loss` is shown last.
         artifacts: saved files, name -> path relative to the output folder.
         wall_seconds: how long the stage took.
         next_steps: lines of code that load or try the result.
+        summary: what came out, in a sentence or two.
+        given: the flags that the user gave; `None` if that is not known.
+        parents: the models that it started from and learned by, see `hfllm.outputs.parents`.
     """
 
     stage: str
@@ -41,6 +49,10 @@ class Report:
     artifacts: dict[str, str] = field(default_factory=dict)
     wall_seconds: float = 0.0
     next_steps: Sequence[str] = ()
+    summary: str = ""
+    given: Mapping[str, Any] | None = None
+    parents: Sequence[Mapping[str, Any]] = ()
+    folder: Path | None = field(default=None, init=False)
 
     def write(self, output_dir: str | Path) -> None:
         """Write report.json, report.md and the plots into `output_dir`, each file atomically."""
@@ -51,6 +63,7 @@ class Report:
                 self.artifacts[stem] = f"{stem}.png"
         write_atomically(folder / "report.md", self.markdown())
         write_atomically(folder / REPORT_FILE, json.dumps(self.as_dict(), indent=2, default=str) + "\n")
+        self.folder = folder
 
     def as_dict(self) -> dict[str, Any]:
         from hfllm.version import __version__
@@ -58,7 +71,10 @@ class Report:
         return {
             "stage": self.stage,
             "hfllm_version": __version__,
+            "summary": self.summary,
             "arguments": dict(self.arguments),
+            "given": None if self.given is None else dict(self.given),
+            "parents": [dict(parent) for parent in self.parents],
             "metrics": self.metrics,
             "artifacts": self.artifacts,
             "wall_seconds": round(self.wall_seconds, 1),
@@ -66,31 +82,37 @@ class Report:
         }
 
     def markdown(self) -> str:
-        lines = [
-            f"# {self.stage}",
-            "",
-            f"{self.wall_seconds:.0f} seconds.",
-            "",
-            *markdown_table(metric_rows(self.metrics)),
-            "",
-        ]
+        """Return report.md: what changed, the figures, curves and samples; the loss and what is folded last."""
+        parts = [f"# {self.stage}", *([self.summary] if self.summary else []), f"{self.wall_seconds:.0f} seconds."]
+        parts += figures_markdown(self.metrics)
+        plots = {stem: f"![{plot.title}]({stem}.png)" for stem, plot in self.curves.items() if stem in self.artifacts}
+        parts += [plot for stem, plot in plots.items() if stem != "loss"]
         for title, rows in self.tables.items():
-            lines += [f"## {title}", "", *markdown_table(rows), ""]
-        for stem in self.curves:
-            if stem in self.artifacts:
-                lines += [f"![{stem}]({self.artifacts[stem]})", ""]
+            parts += [f"## {title}", "\n".join(markdown_table(sample_rows(rows) if is_samples(rows) else rows))]
+        parts += [plots["loss"]] if "loss" in plots else []
         if self.next_steps:
-            lines += ["## Next", "", "```", *self.next_steps, "```", ""]
-        return "\n".join(lines)
+            parts += ["## Next", "\n".join(["```", *self.next_steps, "```"])]
+        return "\n\n".join([*parts, *flag_sections(self.arguments, self.given)]) + "\n"
 
     def print(self, without: Sequence[str] = ()) -> None:
-        """Print the metrics, the tables except those with the titles `without`, and the next steps."""
+        """Print the summary, the figures, the tables except those with the titles `without`, and where the files are.
+
+        Of samples the first `PRINTED_SAMPLES` are printed, each below its prompt.
+        """
         print(f"\n{self.stage}: done in {self.wall_seconds:.0f} s")
-        print("\n".join(markdown_table(metric_rows(self.metrics))))
+        if self.summary:
+            print(self.summary)
+        for table in figure_tables(self.metrics) or [metric_rows(self.metrics)]:
+            print("\n" + "\n".join(markdown_table(table)))
         for title, rows in self.tables.items():
-            if title not in without:
-                print(f"\n{title}")
-                print("\n".join(markdown_table(rows)))
+            if title in without:
+                continue
+            print(f"\n{title}")
+            print("\n".join(printed_samples(rows) if is_samples(rows) else markdown_table(rows)))
+        if self.folder is not None:
+            names = ["report.md", REPORT_FILE, *(name for name in self.artifacts.values() if name != ".")]
+            names = [*(["the model", "README.md (its card)"] if self.artifacts.get("model") == "." else []), *names]
+            print(f"\nIn {self.folder}: {', '.join(dict.fromkeys(names))}", flush=True)
         if self.next_steps:
             print("\n" + "\n".join(self.next_steps), flush=True)
 
@@ -178,13 +200,15 @@ def _save(figure: "Figure", path: Path) -> None:
     os.replace(temporary, path)
 
 
-def plot_history(history: Sequence[Mapping[str, float]], keys: Mapping[str, str], **labels: str) -> Plot:
-    """Return a `Plot` over steps of `Trainer.state.log_history`; `keys` maps labels to logged names."""
+def plot_history(
+    history: Sequence[Mapping[str, float]], keys: Mapping[str, str], x: str = "step", **labels: str
+) -> Plot:
+    """Return a `Plot` of `Trainer.state.log_history` over the logged `x`; `keys` maps labels to logged names."""
     lines = {}
     for label, key in keys.items():
         # One value per step: an evaluation at the start is repeated when a run is resumed.
-        values = {entry["step"]: entry[key] for entry in history if key in entry}
-        lines[label] = (list(values), list(values.values()))
+        points = {entry["step"]: (entry[x], entry[key]) for entry in history if key in entry}
+        lines[label] = ([place for place, _ in points.values()], [value for _, value in points.values()])
     return Plot(lines=lines, **labels)
 
 
@@ -215,6 +239,47 @@ def environment() -> dict[str, str | int | None]:
 def metric_rows(metrics: Mapping[str, float]) -> list[dict[str, Any]]:
     """Return metrics as the rows of a table."""
     return [{"metric": name, "value": value} for name, value in metrics.items()]
+
+
+def figures_markdown(metrics: Mapping[str, float]) -> list[str]:
+    """Return metrics as Markdown: those with an error as tables, and all of them folded below; or just all."""
+    tables = figure_tables(metrics)
+    everything = "\n".join(markdown_table(metric_rows(metrics)))
+    if not tables:
+        return [everything]
+    shown = ["\n".join(markdown_table(table)) for table in tables]
+    if changes(metrics):
+        shown.append("Noise: less than two standard errors of the paired difference, on the same prompts or rows.")
+    return [*shown, folded("All figures by their names in report.json", everything)]
+
+
+def is_samples(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether a table holds prompts with what models answered."""
+    return bool(rows) and next(iter(rows[0])) == "prompt"
+
+
+def sample_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return samples for a Markdown table: cut where they are long, and without tags that a page would follow."""
+    return [{key: _cut(value, 500).replace("<", "&lt;") for key, value in row.items()} for row in rows]
+
+
+def printed_samples(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the lines of some samples for a terminal; a column `SCORE before` stands behind the column `before`."""
+    lines = []
+    for row in rows[:PRINTED_SAMPLES]:
+        shown = {name: name for name in row if len(name.split()) == 1}
+        scores = {name.split()[-1]: value for name, value in row.items() if name not in shown}
+        width = max(map(len, shown))
+        for name in shown:
+            score = f"  [{scores[name]}]" if name in scores else ""
+            lines.append(f"  {name.ljust(width)}  {_cut(row[name], 160)}{score}")
+        lines.append("")
+    return lines[:-1]
+
+
+def _cut(value: object, most: int) -> str:
+    text = " / ".join(str(value).splitlines())
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

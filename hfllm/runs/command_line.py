@@ -39,6 +39,8 @@ NOT_PART_OF_THE_RUN = frozenset(
     )
 )
 ASKS_FOR_HELP = frozenset(("--help", "-h"))
+# The attribute of parsed flags that names those which were given.
+GIVEN = "given_flags"
 # What --help says of flags that are the libraries' own.
 ALWAYS = {
     "--config": "A YAML file of flags, or settings that came with hfllm, such as curate/books; flags win over it.",
@@ -116,9 +118,18 @@ def parse_recipe(
         parser.print_help()
         raise SystemExit(0)
     try:
-        return parser.parse(argv, files, defaults)[: len(kinds)]
+        parsed = parser.parse(argv, files, defaults)[: len(kinds)]
     except (TypeError, ValueError) as error:
         raise InputError(str(error).splitlines()[0] if not isinstance(error, InputError) else str(error)) from None
+    for group in parsed:
+        # Names alone: values may be secrets, and a trainer saves its arguments.
+        object.__setattr__(group, GIVEN, tuple(given))
+    return parsed
+
+
+def given_names(*parsed: "DataclassInstance") -> tuple[str, ...] | None:
+    """Return the names of the flags that the user gave, on the command line or in files; `None` if not parsed here."""
+    return next((getattr(group, GIVEN) for group in parsed if hasattr(group, GIVEN)), None)
 
 
 def _imported(dotted: str) -> type:

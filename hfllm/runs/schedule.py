@@ -51,6 +51,11 @@ def current_job() -> Job | None:
     return _job
 
 
+def runs_before_another() -> bool:
+    """Return whether the stage that runs now is not the one that was asked for."""
+    return _job is not None and _job.place < len(_job.stages) - 1
+
+
 def enter(stage: Planned) -> None:
     """Note that a stage begins: one that the job plans, or else the only one of a new job."""
     global _job

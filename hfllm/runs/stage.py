@@ -11,13 +11,16 @@ from hfllm.data.loading import check_source
 from hfllm.data.sources import PYDOC, WORLD, source_files
 from hfllm.errors import InputError
 from hfllm.outputs.card import write_card
+from hfllm.outputs.figures import figure_tables
 from hfllm.outputs.files import CARD
+from hfllm.outputs.flags import given_flags
 from hfllm.outputs.hub import Repository, repository_of
 from hfllm.outputs.ownership import is_own_card, refuse_foreign_files
+from hfllm.outputs.parents import START, lineage
 from hfllm.outputs.report import Bars, Plot, Report, plot_history
 from hfllm.runs import schedule
 from hfllm.runs.arguments import changed
-from hfllm.runs.command_line import checkpoint_to_resume, finished_run, main_process, run_arguments
+from hfllm.runs.command_line import checkpoint_to_resume, finished_run, given_names, main_process, run_arguments
 from hfllm.runs.identity import run_identity
 from hfllm.runs.lock import lock, release
 from hfllm.runs.resuming import about_old_checkpoints, check_resumable, described
@@ -200,13 +203,18 @@ class Stage:
         artifacts: Mapping[str, str] | None = None,
         next_steps: Sequence[str] = (),
         too_wide: Sequence[str] = (),
+        models: Mapping[str, str | Sequence[str] | None] | None = None,
     ) -> dict[str, float]:
-        """Write the report, print it (or `summary` instead), publish if asked, wait for all processes.
+        """Write the report, print it, publish if asked, wait for all processes.
+
+        Of a stage that runs before another one, and of one without errors of its figures, only `summary` is printed.
 
         Args:
             trainer: the trainer, for the loss curve; `None` if nothing was trained and one process did the work.
+            summary: what came out, in a sentence or two.
             artifacts: what the output folder holds, by path; by default the model, which then gets its card.
             too_wide: titles of tables that are written but not printed.
+            models: those that the stage has read, by role, where its flags do not name them: see `lineage`.
 
         Returns:
             The metrics.
@@ -216,7 +224,7 @@ class Stage:
         """
         artifacts = {"model": "."} if artifacts is None else dict(artifacts)
         if trainer is not None:
-            curves = {"loss": loss_curve(self.name, trainer), **(curves or {})}
+            curves = {**(curves or {}), "loss": loss_curve(self.name, trainer)}
             # The whole log history, for your own plots.
             trainer.save_state()
         report = Report(
@@ -228,6 +236,9 @@ class Stage:
             artifacts=artifacts,
             wall_seconds=time.perf_counter() - self.began,
             next_steps=next_steps,
+            summary=summary,
+            given=given_flags(given_names(*self.parsed), self.arguments),
+            parents=lineage(self._models_of_flags() | dict(models or {})),
         )
         failure = None
         if main_process():
@@ -238,7 +249,7 @@ class Stage:
                 if is_own_card(folder / CARD):
                     (folder / CARD).unlink()
                 write_card(folder)
-            if summary:
+            if summary and (schedule.runs_before_another() or not figure_tables(metrics)):
                 print(f"{self.name}: {summary} ({report.wall_seconds:.0f} s)", flush=True)
             else:
                 report.print(too_wide)
@@ -252,6 +263,15 @@ class Stage:
         if failure is not None:
             raise failure
         return dict(metrics)
+
+    def _models_of_flags(self) -> dict[str, str | Sequence[str] | None]:
+        """Return the models that flags name, by role."""
+        roles = {
+            START: "model_name_or_path",
+            "reward model": "reward_model_name_or_path",
+            "teacher": "teacher_model_name_or_path",
+        }
+        return {role: self.arguments.get(flag) for role, flag in roles.items()}
 
     def publish(self) -> None:
         """Push the output folder if asked.
@@ -270,14 +290,18 @@ class Stage:
             ) from None
 
 
+# What a loss is, where it is not nats per token.
+LOSS_UNITS = {"reward": "loss (nats per comparison)", "rlhf": "PPO loss (policy and critic)"}
+
+
 def loss_curve(name: str, trainer: "Trainer") -> Plot:
     """Return the plot of a trainer's losses over its steps."""
     return plot_history(
         trainer.state.log_history,
-        {"training": "loss", "evaluation": "eval_loss"},
-        title=f"{name}: loss",
-        xlabel="step",
-        ylabel="loss",
+        {"training": "loss", "held-out rows": "eval_loss"},
+        title=f"Loss of {name}",
+        xlabel="optimizer steps",
+        ylabel=LOSS_UNITS.get(name, "loss (nats per token)"),
     )
 
 

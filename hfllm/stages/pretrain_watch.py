@@ -116,8 +116,7 @@ def held_out_metrics(
 
     fit = text_likelihood(model, tokenizer, test_texts, script_args.max_length)
     return {
-        "bits_per_byte": fit.bits_per_byte,
-        "perplexity": fit.perplexity,
+        **fit.metrics(),
         "bits_per_byte_5gram": ngram_bits_per_byte(beginning(train_texts, MOST_NGRAM_BYTES), test_texts, order=5),
         "bits_per_byte_gzip": gzip_bits_per_byte(test_texts),
     }

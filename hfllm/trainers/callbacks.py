@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import has_length
 
+from hfllm.outputs.figures import readable
 from hfllm.runs.schedule import current_job
 
 if TYPE_CHECKING:
@@ -19,27 +20,41 @@ if TYPE_CHECKING:
 SHOWN = {
     "loss": "loss",
     "eval_loss": "held-out loss",
+    "eval_reward": "held-out reward",
+    "eval_accuracy": "held-out accuracy",
+    "eval_kl": "held-out kl",
+    "eval_unfinished": "held-out unfinished",
     "soft_loss": "divergence",
     "hard_loss": "cross-entropy",
     "bits_per_byte": "bits/byte",
     "tokens_per_second": "tokens/s",
     "mfu": "mfu",
     "learning_rate": "lr",
+    "mean_token_accuracy": "token accuracy",
     "accuracy": "accuracy",
+    "margin": "margin",
     "reward": "reward",
     "rewards/gold_reward": "gold",
     "kl": "kl",
     "entropy": "entropy",
     "clip_fraction": "clipped",
-    "explained_variance": "value ev",
+    "explained_variance": "value explained",
     "response_length": "length",
+    "unfinished": "unfinished",
 }
+# Smaller figures are rounding, except for learning rates.
+LEAST = 5e-5
 
 
 def plain_line(state: TrainerState, logs: dict[str, float]) -> str | None:
     """The metrics that matter of one log entry as a line, or `None` if it holds none of them."""
-    shown = [f"{label} {float(logs[name]):.3g}" for name, label in SHOWN.items() if name in logs]
-    return f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}" if shown else None
+    shown = [f"{label} {_short(name, float(logs[name]))}" for name, label in SHOWN.items() if name in logs]
+    step = f"step {state.global_step}/{state.max_steps}" if state.max_steps else "before training"
+    return f"{step}  {'  '.join(shown)}" if shown else None
+
+
+def _short(name: str, value: float) -> str:
+    return readable(0.0 if abs(value) < LEAST and name != "learning_rate" else value)
 
 
 class PlainPrinter(TrainerCallback):

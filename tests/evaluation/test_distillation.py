@@ -70,7 +70,14 @@ def test_the_figures_are_their_definitions_and_made_in_chunks(make_teacher, make
         surprise = torch.nn.functional.cross_entropy(logits, batch["shift_labels"][kept])
         assert metrics[f"perplexity_{name}"] == pytest.approx(surprise.exp().item(), rel=1e-5)
         chosen[name] = logits.argmax(-1)
-    assert metrics["agreement_student"] == (chosen["teacher"] == chosen["student"]).float().mean().item()
+    agreed = (chosen["teacher"] == chosen["student"]).float()
+    assert metrics["agreement_student"] == pytest.approx(agreed.mean().item())
+    # Both batches are the same rows: the error of twelve rows where a half are copies.
+    counts, row_of = kept.sum(1).double(), kept.nonzero()[:, 0]
+    rows = torch.zeros(ROWS, dtype=torch.double).index_add_(0, row_of, agreed.double())
+    spread = 2 * (rows - agreed.mean() * counts).square().sum() * 12 / 11
+    assert metrics["agreement_student_se"] == pytest.approx((spread.sqrt() / (2 * counts.sum())).item(), rel=1e-4)
+    assert metrics["perplexity_teacher_n"] == 2 * int((counts > 0).sum()) == 2 * ROWS
     if make_teacher is not without_a_whole_trunk:
         # The first place of each row comes with the states.
         assert seen.rows == max(CHUNK, ROWS) < kept.sum()

@@ -3,17 +3,21 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from hfllm.errors import InputError
-from hfllm.evaluation.perplexity import TextLikelihood, text_likelihood
+from hfllm.evaluation.perplexity import TextLikelihood, perplexity_change, text_likelihood
 
 TEXTS = [
     "The owl lives in a red house.",
     "Go.",
     "A fox, a hat and a very long walk through the blue forest. " * 4,
     "ü",
+]
+PAIRS = [
+    (word, color) for word in ("owl", "fox", "deer", "bird") for color in ("red", "blue", "white", "long", "very")
 ]
 
 
@@ -74,3 +78,27 @@ def test_without_a_document_token_the_first_token_does_not_count(make_model, tok
 def test_a_stride_is_a_part_of_a_window(make_model, tokenizer, max_length, stride):
     with pytest.raises(InputError, match=f"max_length={max_length}: expected at least 1"):
         text_likelihood(make_model(), tokenizer, TEXTS, max_length, stride)
+
+
+def test_errors_are_over_texts(make_model, tokenizer):
+    """By leaving out one text at a time (jackknife), which needs no formula."""
+    texts = [f"The {word} lives in a {color} house." * (1 + place % 3) for place, (word, color) in enumerate(PAIRS)]
+    fits = [text_likelihood(make_model(seed=seed), tokenizer, texts, max_length=256) for seed in (0, 1)]
+    rows = [np.array(fit.rows, dtype=float) for fit in fits]
+    assert [sum(column) for column in rows[0].T] == pytest.approx([fits[0].nats, fits[0].tokens, fits[0].bytes])
+
+    def jackknife(statistic):
+        left = [statistic(*(np.delete(each, place, 0) for each in rows)) for place in range(len(texts))]
+        return np.sqrt((len(texts) - 1) * np.var(left))
+
+    def perplexity(each):
+        return np.exp(each[:, 0].sum() / each[:, 1].sum())
+
+    metrics, change = fits[0].metrics(), perplexity_change(*fits)
+    assert metrics["perplexity_n"] == metrics["bits_per_byte_n"] == change["perplexity_n"] == len(texts)
+    assert metrics["perplexity_se"] == pytest.approx(jackknife(lambda one, _: perplexity(one)), rel=0.1)
+    bits = jackknife(lambda one, _: one[:, 0].sum() / np.log(2) / one[:, 2].sum())
+    assert metrics["bits_per_byte_se"] == pytest.approx(bits, rel=0.1)
+    expected = jackknife(lambda one, other: perplexity(other) - perplexity(one))
+    assert change["perplexity_change_se"] == pytest.approx(expected, rel=0.1)
+    assert change["perplexity_change"] == pytest.approx(fits[1].perplexity - fits[0].perplexity)

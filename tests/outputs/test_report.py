@@ -84,3 +84,50 @@ def test_history_becomes_lines():
     history = [{"step": 1, "loss": 3.0}, {"step": 2, "eval_loss": 2.5}, {"step": 3, "loss": 2.0}]
     plot = plot_history(history, {"train": "loss", "eval": "eval_loss"}, title="t", xlabel="x", ylabel="y")
     assert plot.lines == {"train": ([1, 3], [3.0, 2.0]), "eval": ([2], [2.5])}
+
+
+def test_what_changed_comes_first_and_the_loss_last(tmp_path):
+    from hfllm.outputs.figures import change_of
+
+    plot = Plot("Reward of it", "x", "y", {"one": ([1, 2], [3.0, 4.0])})
+    samples = [
+        {"prompt": f"p{place}", "before": "<b>bad", "after": "g" * 900, "gold after": "1"} for place in range(5)
+    ]
+    report = make(
+        metrics=change_of("score", [0.0, 0.1, 0.2], [1.0, 1.1, 1.3]),
+        tables={"The same prompts": samples, "Wide": [{"a": 1}]},
+        curves={"rewards": plot, "loss": Plot("Loss", "x", "y", {"one": ([1], [2.0])})},
+        summary="It rose.",
+        next_steps=["load()"],
+        given={"seed": 0},
+    )
+    report.write(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    parts = [
+        "It rose.",
+        "| score ",
+        "Noise:",
+        "<details>",
+        "Reward of it",
+        "## The same prompts",
+        "## Wide",
+        "![Loss]",
+    ]
+    places = [text.index(part) for part in [*parts, "## Next", "Given:", "<details><summary>0"]]
+    assert places == sorted(places)
+    assert "&lt;b>bad" in text and "g" * 499 + "…" in text and "g" * 500 not in text
+
+
+def test_the_end_of_a_run_is_short(tmp_path, capsys):
+    said = {"before": "no", "after": "yes", "gold after": "1"}
+    samples = [{"prompt": f"p{place}\nsecond line", **said} for place in range(5)]
+    report = make(tables={"Samples": samples, "Wide": [{"a": 1}]}, summary="It rose.", artifacts={"model": "."})
+    report.write(tmp_path)
+    report.print(without=["Wide"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:3] == ["demo: done in 2 s", "It rose."]
+    shown = [line for line in lines if line.startswith("  prompt")]
+    assert shown == [f"  prompt  p{place} / second line" for place in range(3)]
+    assert "  after   yes  [1]" in lines and "  before  no" in lines
+    assert lines[-1] == f"In {tmp_path}: the model, README.md (its card), report.md, report.json"
+    assert "Wide" not in lines

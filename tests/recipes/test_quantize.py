@@ -15,6 +15,9 @@ METRICS = {
     *("reload_difference", "prefill_speedup", "decode_speedup"),
 }
 GOLD = {"gold_reward_before", "gold_reward_after"}
+ERRORS = ("before_se", "after_se", "change", "change_se", "n")
+METRICS |= {f"perplexity_{ending}" for ending in ERRORS}
+GOLD |= {f"gold_reward_{ending}" for ending in ERRORS}
 QUICK = (
     *("--num_eval_texts", "8", "--num_eval_prompts", "12", "--response_length", "4", "--num_sensitivity_texts", "2"),
     *("--prompt_tokens", "8", "--new_tokens", "2", "--rounds", "1"),

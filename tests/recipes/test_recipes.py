@@ -9,6 +9,7 @@ import pytest
 import rlhf
 import sft
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from hfllm.errors import InputError
@@ -36,7 +37,7 @@ def aligned(tiny, tmp_path_factory):
     return folder, metrics
 
 
-def test_the_main_job_leaves_a_report_and_a_model(aligned):
+def test_the_main_job_leaves_a_report_and_a_model(aligned, tiny):
     folder, metrics = aligned
     report = json.loads((folder / "report.json").read_text())
     assert set(metrics) >= RLHF_METRICS
@@ -52,9 +53,27 @@ def test_the_main_job_leaves_a_report_and_a_model(aligned):
     }
     for name in ("loss", "rewards", "overoptimization"):
         assert (folder / report["artifacts"][name]).read_bytes().startswith(b"\x89PNG")
+    for name in (
+        "gold_reward",
+        "gold_reward_greedy",
+        "fact_accuracy",
+        "proxy_reward",
+        "response_length",
+        "unfinished",
+    ):
+        assert metrics[f"{name}_change"] == metrics[f"{name}_after"] - metrics[f"{name}_before"]
+        assert metrics[f"{name}_change_se"] >= 0 and metrics[f"{name}_n"] == (60 if name == "fact_accuracy" else 24)
+    assert metrics["eval_prompts"] == metrics["kl_to_reference_n"] == 24 and metrics["reward_model_accuracy_n"] > 0
     text = (folder / "report.md").read_text()
+    assert text.startswith(f"# rlhf\n\n{report['summary']}\n") and "on 24 held-out prompts; KL" in report["summary"]
+    assert set(report["given"]) == set(yaml.safe_load(Path(tiny["rlhf"]).read_text()))
+    assert report["given"]["num_prompts"] == 40
+    made = [(entry["role"], entry["stage"]) for entry in report["parents"]]
+    assert made == [("model", "pretrain"), ("model", "sft"), ("reward model", "reward")]
+    card = (folder / "README.md").read_text()
+    assert all(part in card for part in (report["summary"], "## Origin", "## Reward", "num_prompts: 40"))
     assert "Gold reward by task family" in text
-    assert "## Samples" in text
+    assert "## The same prompts before and after" in text
     for stage in ("pretrain", "sft", "reward"):
         assert json.loads((folder / stage / "report.json").read_text())["stage"] == stage
     assert isinstance(AutoModelForCausalLM.from_pretrained(folder).config.vocab_size, int)

@@ -104,6 +104,10 @@ def main(output_dir: str, episodes: int, variant: str | None = None) -> None:
     )
     trainer.train()
     metrics = trainer.evaluate()
+    # Each process has the values of all prompts, without those that only fill the last batch.
+    values = trainer.eval_values["reward"]
+    assert len(values) == len(trainer.eval_dataset)
+    assert abs(sum(values) / len(values) - metrics["eval_reward"]) < 1e-5
     trainer.save_model(output_dir)
     if trainer.accelerator.is_main_process:
         print("EVAL", metrics["eval_reward"], trainer.state.log_history[0]["reward"])

@@ -64,6 +64,22 @@ def test_plain_lines_stand_above_it(terminal):
     assert len(after) == 2
 
 
+def test_a_line_has_few_digits_and_what_was_cut_off():
+    state = TrainerState(max_steps=12, global_step=3)
+    logs = {
+        "kl": -6e-7,
+        "tokens_per_second": 24123.4,
+        "learning_rate": 8.33e-6,
+        "unfinished": 0.0625,
+        "grad_norm": 1.0,
+    }
+    line = "step 3/12  tokens/s 24,123  lr 8.33e-06  kl 0  unfinished 0.0625"
+    assert callbacks.plain_line(state, logs) == line
+    assert callbacks.plain_line(state, {"total": 1.0}) is None
+    # Before training the number of steps is not known.
+    assert callbacks.plain_line(TrainerState(), {"eval_reward": 0.25}) == "before training  held-out reward 0.25"
+
+
 def test_evaluation_has_the_same_line(terminal):
     loader = [None] * 5
     terminal.tell("step_end", 1, step=4)

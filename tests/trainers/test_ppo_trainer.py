@@ -462,6 +462,13 @@ def test_evaluation_does_not_disturb_training(make_trainer, prompts):
     metrics = watched.evaluate()
     assert {"eval_reward", "eval_kl", "eval_entropy", "eval_response_length"} <= set(metrics)
     assert metrics["eval_reward"] == watched.evaluate()["eval_reward"]
+    # What it keeps of each prompt: the errors of a report rest on it.
+    values, said = watched.eval_values, watched.eval_completions
+    assert [row["prompt"] for row in said] == prompts["prompt"]
+    assert values["reward"] == pytest.approx([row["reward"] for row in said])
+    for name in ("reward", "kl", "response_length", "unfinished"):
+        assert len(values[name]) == len(prompts)
+        assert sum(values[name]) / len(prompts) == pytest.approx(metrics[f"eval_{name}"], abs=1e-6)
 
 
 @pytest.mark.parametrize("separate_value_model", [False, True])

@@ -86,8 +86,12 @@ class ActorCriticTrainer(Trainer):
     def evaluate(self, *args: object, **kwargs: object) -> dict[str, float]:
         """Evaluate as `Trainer` does; before training, ZeRO-3 has partitioned the policy but gathers nothing yet."""
         is_early = self.is_deepspeed_enabled and self.deepspeed is None
-        with gather_parameters(self.actor) if is_early else nullcontext():
-            return super().evaluate(*args, **kwargs)
+        self.eval_completions, self._is_evaluating = [], True
+        try:
+            with gather_parameters(self.actor) if is_early else nullcontext():
+                return super().evaluate(*args, **kwargs)
+        finally:
+            self._is_evaluating = False
 
     def _check_engine(self) -> None:
         """Refuse FSDP, with which sampling is untested, and options that need gradients hidden by DeepSpeed."""
@@ -120,6 +124,10 @@ class ActorCriticTrainer(Trainer):
         # Whether log-probabilities kept during sampling can be trusted, with padded prompts and without, once checked.
         self._trusted: dict[str, bool] = {}
         self._sums: dict[str, torch.Tensor] = {}
+        # Of the last evaluation: a value per prompt for each metric, and this process's prompts with their responses.
+        self.eval_values: dict[str, list[float]] = {}
+        self.eval_completions: list[dict[str, Any]] = []
+        self._is_evaluating = False
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     # ---- forward passes ----
@@ -231,6 +239,9 @@ class ActorCriticTrainer(Trainer):
     def _drain_metrics(self, prefix: str) -> dict[str, float]:
         names = [name for name in self._metrics if name.startswith("eval_") == bool(prefix)]
         means = {}
+        if prefix:
+            values = {name.removeprefix(prefix): torch.cat(self._metrics[name]) for name in names}
+            self.eval_values = {name: each.tolist() for name, each in values.items()}
         for name in names:
             values = torch.cat(self._metrics.pop(name))
             total, count = self._sum_over_processes(torch.stack((values.sum(), values.new_tensor(len(values)))))
@@ -239,6 +250,8 @@ class ActorCriticTrainer(Trainer):
 
     def _keep_completions(self, name: str) -> None:
         """Write the last completions as parquet, one file per process; log those of the first process."""
+        if self._is_evaluating:
+            self.eval_completions += self.completions
         if not self.args.log_completions:
             return
         from datasets import Dataset

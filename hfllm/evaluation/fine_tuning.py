@@ -1,0 +1,114 @@
+"""Compare a model before and after fine-tuning: its loss on the same held-out rows, its answers to some prompts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hfllm.evaluation.distillation import row_losses
+from hfllm.generation.responses import sample_responses
+from hfllm.outputs.figures import change_of, is_noise, plus_minus, ratio_error
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+# Held-out rows and prompts that are read, so that it takes a small part of the training.
+MOST_ROWS, MOST_PROMPTS, ANSWER_LENGTH = 64, 8, 48
+SAMPLES = "The same prompts before and after"
+
+
+@dataclass(frozen=True)
+class TunedEvaluation:
+    """Results of one model.
+
+    Args:
+        rows: nats and number of targets of each held-out row.
+        prompts: held-out prompts, the first ones.
+        answers: its greedy answers to them.
+    """
+
+    rows: Sequence[tuple[float, int]]
+    prompts: Sequence[Any]
+    answers: Sequence[str]
+
+
+def evaluate_tuned(trainer: "Trainer", held_out: Sequence[Mapping[str, Any]]) -> TunedEvaluation | None:
+    """Evaluate the trainer's current model, and leave the random state as it is.
+
+    `None` where rows or weights are spread over processes or devices, and for data that is streamed.
+
+    Args:
+        held_out: the rows of the trainer's evaluation dataset before they were tokenized.
+    """
+    import torch
+    from torch.utils.data import DataLoader
+
+    model, dataset = trainer.model, trainer.eval_dataset
+    is_spread = trainer.args.world_size > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if is_spread or not hasattr(dataset, "select"):
+        return None
+    dataset = dataset.select(range(min(MOST_ROWS, len(dataset))))
+    prompts = [row["prompt"] for row in held_out[:MOST_PROMPTS] if row.get("prompt")]
+    with torch.random.fork_rng(), trainer.accelerator.autocast():
+        loader = DataLoader(dataset, trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
+        rows = row_losses(model, filter(None, map(_with_targets, loader)))
+        settings = {"max_new_tokens": ANSWER_LENGTH, "do_sample": False}
+        answers = sample_responses(model, trainer.processing_class, prompts, **settings)
+    return TunedEvaluation([row for row in rows if row[1]], prompts, [said for (said,) in answers])
+
+
+def _with_targets(batch: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a batch with each position's next token as its target; `None` where rows are joined to one."""
+    if "attention_mask" not in batch:
+        return None
+    targets = batch["labels"].roll(-1, 1)
+    targets[:, -1] = -100
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "shift_labels": targets}
+
+
+def tuning_metrics(before: TunedEvaluation | None, after: TunedEvaluation | None) -> dict[str, float]:
+    """Return the held-out loss per token before and after, with the errors of its mean over rows and of the change."""
+    if before is None or after is None or not after.rows:
+        return {}
+    counts = [count for _, count in after.rows]
+    nats = [[nats for nats, _ in each.rows] for each in (before, after)]
+    found = change_of("held_out_loss", *([total / sum(counts) for total in each] for each in nats))
+    differences = [late - early for early, late in zip(*nats, strict=True)]
+    errors = {"before_se": nats[0], "after_se": nats[1], "change_se": differences}
+    # The loss is a mean over tokens: rows count by their length.
+    exact = {f"held_out_loss_{name}": ratio_error(sums, counts) for name, sums in errors.items()}
+    means = {
+        f"held_out_loss_{side}": sum(each) / sum(counts) for side, each in zip(("before", "after"), nats, strict=True)
+    }
+    found |= means | {name: error for name, error in exact.items() if error is not None}
+    return found | {"held_out_loss_change": means["held_out_loss_after"] - means["held_out_loss_before"]}
+
+
+def tuning_summary(metrics: Mapping[str, float]) -> str:
+    """Return how the held-out loss has changed, in words; nothing where it was not measured."""
+    if "held_out_loss_change" not in metrics:
+        return ""
+    before, after = (
+        plus_minus(metrics[f"held_out_loss_{side}"], metrics.get(f"held_out_loss_{side}_se"))
+        for side in ("before", "after")
+    )
+    change, rows = metrics["held_out_loss_change"], f"{metrics['held_out_loss_n']} held-out rows"
+    if is_noise(change, metrics.get("held_out_loss_change_se")):
+        return f"held-out loss not changed beyond noise, {before} before and {after} nats per token after on {rows}"
+    return f"held-out loss {'fell' if change < 0 else 'rose'} from {before} to {after} nats per token on {rows}"
+
+
+def tuning_tables(before: TunedEvaluation | None, after: TunedEvaluation | None) -> dict[str, list[dict[str, str]]]:
+    """Return the table of greedy answers to the first held-out prompts, before and after."""
+    if before is None or after is None or not after.prompts:
+        return {}
+    return {
+        SAMPLES: [
+            {"prompt": prompt_text(prompt), "before": first, "after": second}
+            for prompt, first, second in zip(after.prompts, before.answers, after.answers, strict=True)
+        ]
+    }
+
+
+def prompt_text(prompt: str | Sequence[Mapping[str, str]]) -> str:
+    """Return a prompt as one text: messages one after another."""
+    return prompt if isinstance(prompt, str) else " / ".join(str(message["content"]) for message in prompt)

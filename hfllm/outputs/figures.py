@@ -1,0 +1,185 @@
+"""Figures with their uncertainty: standard errors, changes of the same prompts, and the tables that show them.
+
+A report's metrics are flat; these endings of their names belong together:
+
+- `NAME_se`, `NAME_n`: the standard error of the mean `NAME`, and the number of prompts or rows that it is taken over;
+- `NAME_before`, `NAME_after`, `NAME_change`, `NAME_change_se`, `NAME_n`: the same prompts before and after training.
+  The error of the change is that of the paired differences, since answers to one prompt are alike.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+# A change of fewer standard errors is called noise.
+NOISE = 2.0
+# Names for readers. Those that are missing are shown as they are written in report.json.
+LABELS = {
+    "gold_reward": "gold reward (sampled answers)",
+    "gold_reward_greedy": "gold reward (greedy answers)",
+    "gold_reward_new_phrasings": "gold reward (new phrasings)",
+    "fact_accuracy": "facts answered right (greedy)",
+    "proxy_reward": "reward (trained on)",
+    "response_length": "response length (tokens)",
+    "unfinished": "share of responses cut off",
+    "kl_to_reference": "KL to the reference (nats per response)",
+    "reward_model_accuracy": "reward model accuracy",
+    "train_loss": "training loss",
+    "eval_loss": "held-out loss",
+    "held_out_loss": "held-out loss (nats per token)",
+    "perplexity": "perplexity of held-out text (per token)",
+    "bits_per_byte": "held-out text (bits per byte)",
+    "agreement": "share of tokens on which both models agree",
+    "train_prompts": "prompts trained on",
+    "eval_prompts": "held-out prompts",
+    "examples": "rows trained on",
+    "eval_examples": "held-out rows",
+    "train_comparisons": "comparisons trained on",
+    "eval_comparisons": "held-out comparisons",
+}
+# Whose figure it is, where a name ends so.
+ROLES = ("student_alone", "student", "teacher")
+# What is better: more (1), less (-1); others are neither.
+BETTER = {
+    **dict.fromkeys(("gold_reward", "gold_reward_greedy", "gold_reward_new_phrasings", "fact_accuracy"), 1),
+    **dict.fromkeys(("proxy_reward", "reward_model_accuracy"), 1),
+    **dict.fromkeys(("unfinished", "held_out_loss", "eval_loss", "perplexity", "bits_per_byte"), -1),
+}
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Return the standard error of the mean of independent values; `None` for fewer than two."""
+    if len(values) < 2:
+        return None
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def share_error(share: float, n: int) -> float | None:
+    """Return the standard error of a share of `n` independent trials (binomial); `None` for none."""
+    return math.sqrt(max(share * (1 - share), 0.0) / n) if n else None
+
+
+def ratio_error(sums: Sequence[float], counts: Sequence[float]) -> float | None:
+    """Return the standard error of `sum(sums) / sum(counts)` over independent rows, such as nats over tokens.
+
+    By linearization (the delta method): rows differ in both. `None` for fewer than two rows.
+    """
+    if len(sums) < 2 or not sum(counts):
+        return None
+    ratio, n = sum(sums) / sum(counts), len(sums)
+    squares = sum((total - ratio * count) ** 2 for total, count in zip(sums, counts, strict=True))
+    return math.sqrt(squares * n / (n - 1)) / sum(counts)
+
+
+def averaged(values: Sequence[float], samples: int) -> list[float]:
+    """Return each prompt's mean, of its `samples` consecutive values: samples of one prompt are not independent."""
+    return [sum(values[first : first + samples]) / samples for first in range(0, len(values), samples)]
+
+
+def mean_of(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Return the metrics `name`, `name_se` and `name_n` of one value per prompt; an error only where there is one."""
+    return {name: sum(values) / max(len(values), 1), **with_error(name, standard_error(values), len(values))}
+
+
+def with_error(name: str, error: float | None, n: int) -> dict[str, float]:
+    """Return the metrics that stand beside the figure `name`."""
+    return {**({} if error is None else {f"{name}_se": error}), f"{name}_n": n}
+
+
+def change_of(name: str, before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
+    """Return the metrics of a figure before and after, from one value per prompt, the same prompts in the same order.
+
+    Raises:
+        ValueError: when the two are of different lengths.
+    """
+    differences = [second - first for first, second in zip(before, after, strict=True)]
+    found = {**mean_of(f"{name}_before", before), **mean_of(f"{name}_after", after)}
+    n = found.pop(f"{name}_before_n")
+    del found[f"{name}_after_n"]
+    found[f"{name}_change"] = found[f"{name}_after"] - found[f"{name}_before"]
+    error = standard_error(differences)
+    return {**found, **({} if error is None else {f"{name}_change_se": error}), f"{name}_n": n}
+
+
+def is_noise(change: float, error: float | None) -> bool:
+    """Return whether a change is smaller than what chance alone makes likely: `NOISE` standard errors."""
+    return error is None or change == 0 or abs(change) < NOISE * error
+
+
+def changes(metrics: Mapping[str, float]) -> list[str]:
+    """Return the names of the figures that the metrics hold before and after, in order."""
+    return [name.removesuffix("_change") for name in metrics if name.endswith("_change")]
+
+
+def figure_tables(metrics: Mapping[str, float]) -> list[list[dict[str, str]]]:
+    """Return the tables of figures: those that changed, and those measured once; none where no figure has an error."""
+    if not any(name.endswith("_se") for name in metrics):
+        return []
+    changed = [_change_row(name, metrics) for name in changes(metrics)]
+    # What stands in a row of its own or of another figure.
+    parts = {f"{name}{side}" for name in changes(metrics) for side in ("", "_before", "_after", "_change")}
+    parts |= {f"{name}{ending}" for name in (*metrics, *parts) for ending in ("_se", "_n")}
+    single = [
+        {
+            "figure": label_of(name),
+            "value": readable(metrics[name]),
+            "± (standard error)": readable(metrics[f"{name}_se"], 2) if f"{name}_se" in metrics else "",
+            "n": _count(metrics, name),
+        }
+        for name in metrics
+        if name not in parts
+    ]
+    return [table for table in (changed, single) if table]
+
+
+def _change_row(name: str, metrics: Mapping[str, float]) -> dict[str, str]:
+    change, error = metrics[f"{name}_change"], metrics.get(f"{name}_change_se")
+    return {
+        "figure": label_of(name),
+        "before": readable(metrics[f"{name}_before"]),
+        "after": readable(metrics[f"{name}_after"]),
+        "change": f"{'+' if change > 0 else ''}{readable(change)}",
+        "± (of the change)": "" if error is None else readable(error, 2),
+        "n": _count(metrics, name),
+        "": verdict(name, change, error),
+    }
+
+
+def _count(metrics: Mapping[str, float], name: str) -> str:
+    return readable(metrics[f"{name}_n"]) if f"{name}_n" in metrics else ""
+
+
+def verdict(name: str, change: float, error: float | None) -> str:
+    """Return `better`, `worse`, `noise`, or how a figure changed that is neither good nor bad in itself."""
+    if is_noise(change, error):
+        return "too few" if error is None else "unchanged" if change == 0 else "noise"
+    direction = BETTER.get(name, 0)
+    if not direction:
+        return "more" if change > 0 else "less"
+    return "better" if change * direction > 0 else "worse"
+
+
+def label_of(name: str) -> str:
+    """Return a metric's name for readers."""
+    for role in ROLES:
+        whole = name.removesuffix(f"_{role}")
+        if whole != name and whole in LABELS:
+            return f"{LABELS[whole]}, {role.replace('_', ' ')}"
+    return LABELS.get(name, name)
+
+
+def readable(value: object, digits: int = 3) -> str:
+    """Return a number with few digits, and with commas from a thousand on, where others write powers of ten."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if math.isfinite(value) and (isinstance(value, int) or abs(value) >= 10**digits):
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"
+
+
+def plus_minus(value: float, error: float | None) -> str:
+    """Return a value with its error, both to the error's second digit: `0.763 ± 0.021`."""
+    if not error:
+        return readable(value)
+    places = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{places}f} ± {error:.{places}f}"

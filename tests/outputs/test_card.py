@@ -1,0 +1,151 @@
+"""A card names what a reader asks for: the base model, the stages, the reward, the data, what was given."""
+
+import json
+
+import pytest
+import yaml
+
+from hfllm.outputs.card import model_card
+from hfllm.outputs.figures import change_of, mean_of
+from hfllm.outputs.flags import flag_sections, given_flags, split_flags
+from hfllm.outputs.parents import lineage
+from hfllm.outputs.report import Report, read_report
+
+FROM = {
+    "sft": {"stage": "sft", "data": "org/rows", "rows": 1200, "kind": "demonstrations"},
+    "reward": {"stage": "reward", "data": "world", "rows": 300, "kind": "comparisons"},
+}
+
+
+def finished(folder, stage, metrics=None, models=None, given=None, **arguments):
+    """Write the report of a run that read these models."""
+    arguments = {"dataset_name": "world", "seed": 1, **arguments}
+    Report(stage, arguments, metrics or {}, given=given, parents=lineage(models or {})).write(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def chain(tmp_path):
+    """The folders of three stages: from a model of the Hub, one fine-tuned, and a reward model from that."""
+    tuned = finished(tmp_path / "sft", "sft", {"examples": 1200}, {"model": "org/base"}, dataset_name="org/rows")
+    reward = finished(tmp_path / "reward", "reward", {"train_comparisons": 300}, {"model": tuned})
+    return tuned, reward
+
+
+def test_parents_come_in_order_each_once(chain):
+    tuned, reward = chain
+    parents = lineage({"model": tuned, "reward model": [reward, "org/other-reward"]})
+    assert parents == [
+        {"role": "model", "model": "org/base", "hub_id": "org/base"},
+        {"role": "model", "model": tuned, "stage": "sft", "data": "org/rows", "rows": 1200, "kind": "demonstrations"},
+        {
+            "role": "reward model",
+            "model": reward,
+            "stage": "reward",
+            "data": "world",
+            "rows": 300,
+            "kind": "comparisons",
+        },
+        {"role": "reward model", "model": "org/other-reward", "hub_id": "org/other-reward"},
+    ]
+    # What only the reward model started from is not a start of the policy.
+    roles = {entry["model"]: entry["role"] for entry in lineage({"model": "org/base", "reward model": reward})}
+    assert roles == {"org/base": "model", tuned: "start of the reward model", reward: "reward model"}
+    assert lineage({"model": None, "reward model": []}) == []
+
+
+def test_reports_from_before_and_adapters_of_others_have_a_lineage_too(chain, tmp_path):
+    tuned, _ = chain
+    old = tmp_path / "sft" / "report.json"
+    report = json.loads(old.read_text())
+    del report["parents"]
+    report["arguments"]["model_name_or_path"] = "org/older"
+    old.write_text(json.dumps(report))
+    assert [entry["model"] for entry in lineage({"model": tuned})] == ["org/older", tuned]
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for base in (tuned, str(adapter)):
+        (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+        expected = ["org/older", tuned, str(adapter)] if base == tuned else [str(adapter)]
+        assert [entry["model"] for entry in lineage({"model": str(adapter)})] == expected
+
+
+def test_the_card_names_base_stages_reward_data_and_given_flags(saved, chain):
+    tuned, reward = chain
+    arguments = {"learning_rate": 3e-6, "reward_funcs": ["/home/me/mine.py:short"], "dataset_name": "/data/p.jsonl"}
+    metrics = {
+        **change_of("proxy_reward", [0.1, 0.2, 0.3], [0.5, 0.8, 0.7]),
+        **mean_of("kl_to_reference", [1.0, 1.4]),
+        "train_prompts": 54,
+    }
+    given = {name: arguments[name] for name in ("learning_rate", "reward_funcs")}
+    models = {"model": tuned, "reward model": [reward]}
+    finished(saved, "rlhf", metrics, models, given, **arguments)
+    card = model_card(saved)
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "org/base"
+    origin = card.partition("## Origin")[2].partition("## Reward")[0]
+    assert "The base model is [org/base](https://huggingface.co/org/base)." in origin
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in origin.splitlines() if line.startswith("| ")]
+    assert rows[2:] == [
+        ["", "`org/base`", "start", ""],
+        ["sft", "`sft`", "start", "1,200 demonstrations of `org/rows`"],
+        ["reward", "`reward`", "reward model", "300 comparisons of the embedded world"],
+        ["rlhf", "this one", "", "54 prompts of `p.jsonl`"],
+    ]
+    assert "Trained on the function `mine.py:short`; the reward model `reward`, trained by the reward stage" in card
+    assert "`p.jsonl`, a local dataset. Trained on 54 prompts." in card
+    assert "| reward (trained on) | 0.2    | 0.667 | +0.467 | 0.067" in card
+    shown, others = (yaml.safe_load(block.partition("```")[0]) for block in card.split("```yaml\n")[1:])
+    assert shown == {"learning_rate": 3e-6, "reward_funcs": ["mine.py:short"]}
+    assert others == {"dataset_name": "p.jsonl", "seed": 1}
+    # Given flags are open, all others folded.
+    assert card.index("Given:") < card.index("<details><summary>2 others") < card.index("seed: 1")
+    assert "/home/me" not in card and "/data" not in card
+
+
+def test_a_model_from_new_weights_says_so(saved, tmp_path):
+    base = finished(tmp_path / "pretrain", "pretrain", {"documents": 500})
+    finished(saved, "sft", {"examples": 9}, {"model": base}, given={})
+    card = model_card(saved)
+    assert "The base model was made by the pretrain stage, from new weights (`pretrain`)." in card
+    assert "base_model" not in yaml.safe_load(card.split("---\n")[1])
+    assert "No flag was given." in card and "## Reward" not in card
+
+
+def test_flags_are_given_by_their_values():
+    arguments = {"seed": 3, "save_last": False, "sft.seed": 3, "sft.epochs": 2, "none": None, "x changed at": 1}
+    given = given_flags(("seed", "no_save_last", "output_dir"), arguments)
+    assert given == {"save_last": False, "seed": 3}
+    assert split_flags(arguments, given) == (given, {"sft.epochs": 2})
+    assert split_flags(arguments, None)[1] == {"seed": 3, "save_last": False, "sft.epochs": 2}
+    assert given_flags(None, arguments) is None
+
+
+def test_flags_are_shown_as_yaml_that_reads_back():
+    values = {
+        **{"learning_rate": 3e-6, "beta": -1e-05, "seed": 3, "on": True, "scale": 0.5, "big": 1e22, "none": None},
+        **{
+            "name": "org/base",
+            "word": "no",
+            "empty": "",
+            "text": 'a: "b" # c\n- ü',
+            "number": "12",
+            "path": "/a b/c.py:f",
+        },
+        **{
+            "list": ["x", 1, None],
+            "mapping": {"min_lr_rate": 0.05},
+            "sft.seed": 4,
+            "odd key: x": 1,
+            "path": "/a b/c.py:f",
+        },
+    }
+    shown = "\n".join(flag_sections({}, values)).split("```yaml\n")[1].split("```")[0]
+    assert yaml.safe_load(shown) == values
+
+
+def test_the_report_holds_what_the_card_needs(saved, chain):
+    finished(saved, "sft", {}, {"model": chain[0]}, given={"seed": 1})
+    report = read_report(saved)
+    assert report["given"] == {"seed": 1} and [each["model"] for each in report["parents"]] == ["org/base", chain[0]]
+    assert report["summary"] == ""

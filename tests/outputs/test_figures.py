@@ -1,0 +1,146 @@
+"""Errors are those of independent computations, and what is called a change is one."""
+
+import random
+
+import numpy as np
+import pytest
+
+from hfllm.outputs.figures import (
+    averaged,
+    change_of,
+    changes,
+    figure_tables,
+    is_noise,
+    label_of,
+    mean_of,
+    plus_minus,
+    ratio_error,
+    readable,
+    share_error,
+    standard_error,
+    verdict,
+)
+
+
+def values(count, seed=0):
+    drawn = random.Random(seed)
+    return [drawn.gauss(0.4, 0.3) for _ in range(count)]
+
+
+def test_errors_of_means_and_shares_are_the_textbooks():
+    drawn = values(50)
+    assert standard_error(drawn) == pytest.approx(np.std(drawn, ddof=1) / np.sqrt(50))
+    assert standard_error([1.0]) is standard_error([]) is None
+    # A share is a mean of zeros and ones; the sample's own error is that over one trial less.
+    trials = [1.0] * 36 + [0.0] * 14
+    assert share_error(0.72, 50) == pytest.approx(np.sqrt(0.72 * 0.28 / 50))
+    assert standard_error(trials) == pytest.approx(share_error(0.72, 50) * np.sqrt(50 / 49))
+    assert share_error(0.5, 0) is None and share_error(1.0, 8) == 0
+
+
+def test_the_error_of_a_ratio_is_what_resampling_rows_gives():
+    """Rows of very different lengths, whose losses lie apart: what counts is that whole rows are drawn."""
+    generator = np.random.default_rng(0)
+    counts = generator.integers(1, 60, 80)
+    sums = counts * generator.normal(2.0, 0.4, 80)
+    resampled = []
+    for _ in range(4000):
+        rows = generator.integers(0, 80, 80)
+        resampled.append(sums[rows].sum() / counts[rows].sum())
+    assert ratio_error(sums.tolist(), counts.tolist()) == pytest.approx(np.std(resampled), rel=0.08)
+    # With rows of one length it is the error of a mean.
+    assert ratio_error(sums.tolist(), [4] * 80) == pytest.approx(standard_error((sums / 4).tolist()))
+    assert ratio_error([1.0], [2]) is None and ratio_error([0.0, 0.0], [0, 0]) is None
+
+
+def test_the_error_of_a_change_is_that_of_pairs():
+    before = values(60)
+    after = [value + 0.1 + noise / 10 for value, noise in zip(before, values(60, seed=1), strict=True)]
+    metrics = change_of("score", before, after)
+    differences = np.subtract(after, before)
+    assert metrics["score_before"] == pytest.approx(np.mean(before))
+    assert metrics["score_change"] == pytest.approx(differences.mean())
+    assert metrics["score_change_se"] == pytest.approx(differences.std(ddof=1) / np.sqrt(60))
+    assert metrics["score_n"] == 60
+    # The prompts differ far more than the two models on each: unpaired errors would hide the change.
+    assert metrics["score_change_se"] < metrics["score_before_se"] / 3
+    assert set(metrics) == {
+        *("score_before", "score_before_se", "score_after", "score_after_se"),
+        *("score_change", "score_change_se", "score_n"),
+    }
+    with pytest.raises(ValueError):
+        change_of("score", before, after[1:])
+    assert "score_change_se" not in change_of("score", [1.0], [2.0])
+
+
+def test_samples_of_one_prompt_are_averaged_first():
+    scores = [0.0, 1.0, 1.0, 1.0, 0.5, 0.0]
+    assert averaged(scores, 2) == [0.5, 1.0, 0.25]
+    assert mean_of("gold", averaged(scores, 2)) == {
+        "gold": pytest.approx(np.mean(scores)),
+        "gold_se": pytest.approx(np.std([0.5, 1.0, 0.25], ddof=1) / np.sqrt(3)),
+        "gold_n": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "expected"),
+    [
+        ("gold_reward", 0.5, 0.1, "better"),
+        ("gold_reward", -0.5, 0.1, "worse"),
+        ("unfinished", -0.5, 0.1, "better"),
+        ("response_length", -5.0, 1.0, "less"),
+        ("gold_reward", 0.19, 0.1, "noise"),
+        ("gold_reward", 0.0, 0.0, "unchanged"),
+        ("gold_reward", 0.1, 0.0, "better"),
+        ("gold_reward", 0.5, None, "too few"),
+    ],
+)
+def test_a_change_counts_from_two_errors_on(name, change, error, expected):
+    assert verdict(name, change, error) == expected
+    assert is_noise(change, error) == (expected in ("noise", "unchanged", "too few"))
+
+
+def test_pure_noise_is_seldom_called_a_change():
+    """The same policy twice: about one figure in twenty."""
+    drawn = np.random.default_rng(1)
+    called = 0
+    for _ in range(400):
+        metrics = change_of("score", drawn.normal(size=40).tolist(), drawn.normal(size=40).tolist())
+        called += not is_noise(metrics["score_change"], metrics["score_change_se"])
+    assert called / 400 < 0.09
+
+
+def test_tables_show_each_figure_once_with_its_error():
+    metrics = {
+        **change_of("gold_reward", [0.0, 0.2, 0.1, 0.1], [0.7, 0.8, 0.9, 0.8]),
+        **mean_of("kl_to_reference", [1.0, 1.5, 1.2]),
+        "response_length": 9.0,
+        **change_of("response_length", [9.0, 8.0], [9.0, 9.0]),
+        "train_prompts": 8192,
+    }
+    changed, single = figure_tables(metrics)
+    assert [row["figure"] for row in changed] == [label_of(name) for name in changes(metrics)]
+    assert changed[0] == {
+        "figure": "gold reward (sampled answers)",
+        "before": "0.1",
+        "after": "0.8",
+        "change": "+0.7",
+        "± (of the change)": "0.041",
+        "n": "4",
+        "": "better",
+    }
+    assert [row["figure"] for row in single] == ["KL to the reference (nats per response)", "prompts trained on"]
+    assert single[0]["± (standard error)"] == readable(standard_error([1.0, 1.5, 1.2]), 2)
+    assert single[1] == {"figure": "prompts trained on", "value": "8,192", "± (standard error)": "", "n": ""}
+    assert figure_tables({"loss": 1.0, "rows": 3}) == []
+
+
+def test_numbers_are_short():
+    assert [readable(number) for number in (0.76321, 24123.4, 8192, 0.0, 12.34, 3e-6, True)] == [
+        *("0.763", "24,123", "8,192", "0", "12.3", "3e-06", "True")
+    ]
+    assert plus_minus(0.76321, 0.0213) == "0.763 ± 0.021"
+    assert plus_minus(12.34, 1.26) == "12.3 ± 1.3" and plus_minus(0.5, None) == plus_minus(0.5, 0.0) == "0.5"
+    assert label_of("gold_reward_student_alone") == "gold reward (sampled answers), student alone"
+    assert label_of("parameters") == "parameters"
