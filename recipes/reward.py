@@ -41,6 +41,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scaled_learning_rate
+    from hfllm.trainers.stalled_weights import StalledWeights
 
     reward.check(script_args, model_args)
     stage = Stage("reward", script_args, training_args, model_args)
@@ -81,6 +82,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
             f"no comparison in {script_args.dataset_name!r} fits into --max_length {trainer.args.max_length} tokens"
         )
     use_plain_lines(trainer)
+    trainer.add_callback(StalledWeights())
     train(trainer, stage.checkpoint)
     evaluation = trainer.evaluate()
     trainer.save_model()

@@ -37,6 +37,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scaled_learning_rate
+    from hfllm.trainers.stalled_weights import StalledWeights
 
     check(script_args, model_args)
     stage = Stage("sft", script_args, training_args, model_args)
@@ -62,6 +63,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
         peft_config=peft_config(model_args),
     )
     use_plain_lines(trainer)
+    trainer.add_callback(StalledWeights())
     train(trainer, stage.checkpoint)
     held_out_loss = trainer.evaluate()["eval_loss"]
     trainer.save_model()
