@@ -43,6 +43,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scaled_learning_rate
+    from hfllm.trainers.stalled_weights import StalledWeights
 
     reward.check(script_args, model_args)
     stage = Stage("reward", script_args, training_args, model_args)
@@ -79,6 +80,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     )
     kept = reward.kept_comparisons(script_args, trainer, train_rows, test_rows)
     use_plain_lines(trainer)
+    trainer.add_callback(StalledWeights())
     train(trainer, stage.checkpoint, stage.identity, rows_are_sampled=rows is None)
     evaluation = trainer.evaluate()
     trainer.save_model()

@@ -42,6 +42,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scaled_learning_rate
     from hfllm.trainers.run_record import final_train_loss
+    from hfllm.trainers.stalled_weights import StalledWeights
 
     sft.check(script_args, training_args, model_args)
     stage = Stage("sft", script_args, training_args, model_args)
@@ -70,6 +71,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
         peft_config=peft_config(model_args),
     )
     use_plain_lines(trainer)
+    trainer.add_callback(StalledWeights())
     untuned = fine_tuning.evaluate_tuned(trainer, test_rows)
     train(trainer, stage.checkpoint, stage.identity)
     held_out_loss = trainer.evaluate()["eval_loss"]

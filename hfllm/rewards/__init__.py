@@ -1,7 +1,14 @@
 """Rewards with one signature, `(prompts, completions, **columns) -> list[float]`."""
 
 from hfllm.rewards.ensembles import RewardEnsemble
-from hfllm.rewards.functions import checked_rewards, gold_reward, length_penalty, load_reward_function, reward_name
+from hfllm.rewards.functions import (
+    checked_rewards,
+    completion_text,
+    gold_reward,
+    length_penalty,
+    load_reward_function,
+    reward_name,
+)
 from hfllm.rewards.models import RewardModel, TokenRewardModel
 
 __all__ = [
@@ -9,6 +16,7 @@ __all__ = [
     "RewardModel",
     "TokenRewardModel",
     "checked_rewards",
+    "completion_text",
     "gold_reward",
     "length_penalty",
     "load_reward_function",

@@ -12,7 +12,15 @@ AT_LEAST_ONE = (
     *("num_ppo_epochs", "num_mini_batches", "local_rollout_forward_batch_size", "response_length", "num_generations"),
     *("length_bucket_size", "max_tokens_per_pass", "ref_model_sync_steps", "kl_horizon"),
 )
-ABOVE_ZERO = ("temperature", "kl_target", "target_kl", "reward_clip", "advantage_clip", "value_learning_rate")
+ABOVE_ZERO = (
+    "learning_rate",
+    "temperature",
+    "kl_target",
+    "target_kl",
+    "reward_clip",
+    "advantage_clip",
+    "value_learning_rate",
+)
 NOT_NEGATIVE = (
     "kl_coef",
     "vf_coef",
@@ -35,7 +43,11 @@ class PPOConfig(PPOOptions, TrainingArguments):
     schedule count optimizer steps, as everywhere in transformers.
     """
 
-    learning_rate: float = option(3e-6, "Initial learning rate of the optimizer.")
+    learning_rate: float | None = option(
+        None,
+        "Initial learning rate; by default from the model's size, ten times as high for an adapter (docs/ppo.md).",
+    )
+    per_device_train_batch_size: int = option(16, "Episodes of an optimizer step on each device.")
     logging_steps: float = option(10, "Log every X optimizer steps; below 1, a share of all steps.")
     remove_unused_columns: bool | None = option(
         False, "Keep False: reward functions receive the dataset's extra columns."

@@ -22,8 +22,8 @@ class RolloutOptions:
     """Rollouts, and the passes over each."""
 
     total_episodes: int | None = option(None, "Total number of responses to sample; sets `max_steps` when given.")
-    num_ppo_epochs: int = option(4, "Passes over each rollout.")
-    num_mini_batches: int = option(1, "Optimizer steps in each pass over a rollout.")
+    num_ppo_epochs: int = option(2, "Passes over each rollout.")
+    num_mini_batches: int = option(4, "Optimizer steps in each pass over a rollout.")
     num_generations: int = option(1, "Responses sampled for each prompt of a rollout.")
     disable_dropout: bool = option(True, "Switch dropout off, so that the ratio is 1 before the first update.")
     local_rollout_forward_batch_size: int = option(64, "Sequences per forward pass without gradient, on each process.")
@@ -107,7 +107,10 @@ class LossOptions:
     ptx_coef: float = option(0.0, "Weight of the language-modeling loss on the trainer's `ptx_dataset`.")
     vf_coef: float = option(0.1, "Weight of the value loss.")
     cliprange_value: float | None = option(0.2, "Clip range of the values; None for no clipping.")
-    value_learning_rate: float | None = option(None, "Learning rate of the critic's own weights.")
+    value_learning_rate: float | None = option(
+        None,
+        "Learning rate of the critic's own weights; by default that of a new head, or of all weights (docs/ppo.md).",
+    )
     critic_warmup_steps: int = option(0, "Optimizer steps at the beginning that train only the critic.")
 
 

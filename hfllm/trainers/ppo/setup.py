@@ -14,6 +14,7 @@ from hfllm.errors import InputError
 from hfllm.models import scorers
 from hfllm.rewards.functions import RewardFunction
 from hfllm.rewards.models import RewardModel, TokenRewardModel, scores_tokens
+from hfllm.runs.arguments import changed
 from hfllm.trainers.ppo.actor_critic import looks_ahead
 from hfllm.trainers.ppo.config import PPOConfig
 from hfllm.trainers.sharding import gather_parameters, unshard
@@ -130,6 +131,12 @@ def shortest_context(*models: PreTrainedModel | None) -> int | None:
     """Return the longest sequence that all of the models are made for, or `None` if no config says."""
     configs = [model.config.get_text_config() for model in models if model is not None]
     return min(filter(None, (getattr(one, "max_position_embeddings", None) for one in configs)), default=None)
+
+
+def with_total_steps(args: PPOConfig) -> PPOConfig:
+    """Return the arguments with `max_steps` for `total_episodes`: whole rollouts, so at least that many episodes."""
+    rollouts = -(-(args.total_episodes or 0) // (args.local_rollout_batch_size * args.world_size))
+    return changed(args, max_steps=rollouts * args.steps_per_rollout) if rollouts else args
 
 
 def special_tokens(

@@ -30,13 +30,13 @@ from transformers.trainer_utils import EvalLoopOutput
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.models.devices import forked_random
-from hfllm.runs.arguments import changed
 from hfllm.trainers.dropout import disable_dropout
 from hfllm.trainers.ppo import formulas
 from hfllm.trainers.ppo.actor_critic import ActorCritic, entropy_of, scatter_to_mask
 from hfllm.trainers.ppo.base_trainer import ActorCriticTrainer
 from hfllm.trainers.ppo.config import PPOConfig
 from hfllm.trainers.ppo.controllers import KLController, RunningMoments
+from hfllm.trainers.ppo.default_rates import with_default_rates
 from hfllm.trainers.ppo.prompts import check_prompts, rollout_loader
 from hfllm.trainers.ppo.ptx import PretrainingBatches
 from hfllm.trainers.ppo.rollout import Rollout, pad_prompts
@@ -53,8 +53,11 @@ from hfllm.trainers.ppo.setup import (
     shortest_context,
     special_tokens,
     split_reference,
+    with_total_steps,
 )
+from hfllm.trainers.ppo.stalled_policy import StalledPolicy
 from hfllm.trainers.ppo.vllm_sampling import VllmSampler
+from hfllm.trainers.stalled_weights import StalledWeights
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -140,7 +143,9 @@ class PPOTrainer(ActorCriticTrainer):
             if dataset is not None:
                 check_prompts(dataset, tokenizer, args.response_length, context)
         self.ptx = PretrainingBatches.build(ptx_dataset, tokenizer, shortest_context(policy), args)
-        args = self._with_total_steps(args)
+        if optimizers[0] is None:
+            args = with_default_rates(args, policy, value_model)
+        args = with_total_steps(args)
         super().__init__(
             model=ActorCritic(policy, value_model, args.temperature, never_sampled),
             args=args,
@@ -148,7 +153,7 @@ class PPOTrainer(ActorCriticTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), StalledPolicy(), StalledWeights()],
             optimizers=optimizers,
         )
         self._check_engine()
@@ -167,11 +172,6 @@ class PPOTrainer(ActorCriticTrainer):
     def reward_moments(self) -> RunningMoments:
         """Return the running mean and variance of the scores."""
         return self.scorer.moments
-
-    @staticmethod
-    def _with_total_steps(args: PPOConfig) -> PPOConfig:
-        rollouts = -(-(args.total_episodes or 0) // (args.local_rollout_batch_size * args.world_size))
-        return changed(args, max_steps=rollouts * args.steps_per_rollout) if rollouts else args
 
     # ---- data ----
 
