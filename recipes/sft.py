@@ -30,8 +30,9 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     from datasets import Dataset
     from trl import SFTTrainer
 
+    from hfllm.runs.adapters import load_to_train
     from hfllm.runs.arguments import changed
-    from hfllm.runs.models import check_trainable, fitting_length, load_policy, peft_config
+    from hfllm.runs.models import check_trainable, fitting_length, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.stages.sft import check, instruction_data, stages_before
     from hfllm.trainers.callbacks import use_plain_lines
@@ -51,7 +52,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     stage.announce()
     before.run()
     base_args = replace(model_args, model_name_or_path=before.model("pretrain") or model_args.model_name_or_path)
-    model, tokenizer = load_policy(base_args)
+    model, tokenizer = load_to_train(base_args, training_args.output_dir)
 
     trainer = SFTTrainer(
         model=model,

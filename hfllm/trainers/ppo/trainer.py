@@ -89,7 +89,8 @@ class PPOTrainer(ActorCriticTrainer):
         value_model: a sequence- or token-classification model with one label or its name, such as the reward model;
             `None` trains a value head on the policy's trunk, which costs half as much.
         callbacks, optimizers: as in `Trainer`.
-        peft_config: train an adapter of this kind; the reference is then the policy without its adapter.
+        peft_config: train an adapter of this kind; the reference is then the policy without its adapter. A
+            `peft.PeftModel` is trained further against the adapter that it starts with.
         ptx_dataset: rows with `text`, whose language-modeling loss is weighted by `args.ptx_coef` (Ouyang et al. 2022,
             equation 2).
 

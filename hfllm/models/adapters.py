@@ -1,0 +1,403 @@
+"""Saved PEFT adapters: find one and its base, put it on the base, merge it into the base's weights."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfllm.errors import InputError
+from hfllm.models.stored import location_of, quantization_method, refuse_quantized
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+# What a recipe that trains a new adapter on a merged one calls the folder of the base.
+BASE_FOLDER = "base"
+# The auto class of each task that an adapter may be for; one that names no task is a language model's.
+AUTO_CLASSES = {
+    None: "AutoModelForCausalLM",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
+HEADS = ("score", "classifier")
+Dtypes = Mapping[str, "torch.dtype"]
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter in a folder or a repository of the Hub.
+
+    Args:
+        name: the folder or the Hub id.
+        settings: its adapter_config.json.
+        location: arguments of `from_pretrained` that locate it, such as `revision`.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    location: Mapping[str, Any]
+
+    @cached_property
+    def base(self) -> str:
+        """The name of its base model; a base that a recipe wrote inside the run's folder may have moved with it.
+
+        Raises:
+            InputError: when it names none.
+        """
+        named = self.settings.get("base_model_name_or_path")
+        if not named:
+            raise InputError(
+                f"adapter {self.name!r} names no base model: give it base_model_name_or_path in adapter_config.json"
+            )
+        if Path(named).name == BASE_FOLDER and not Path(named).is_dir():
+            # A checkpoint lies in the run's folder too.
+            for place in (Path(self.name, BASE_FOLDER), Path(self.name).parent / BASE_FOLDER):
+                if (place / "config.json").is_file():
+                    return str(place)
+        return named
+
+    @property
+    def base_location(self) -> dict[str, Any]:
+        """The arguments of `from_pretrained` that locate the base: its revision is its own."""
+        kept = {name: value for name, value in self.location.items() if name not in ("revision", "subfolder")}
+        revision = self.settings.get("revision")
+        return {**kept, **({"revision": revision} if revision else {})}
+
+    @property
+    def task(self) -> str | None:
+        """The task that it is for, such as CAUSAL_LM or SEQ_CLS."""
+        return self.settings.get("task_type")
+
+    def check(self, *tasks: str) -> None:
+        """Refuse an adapter of another task, or of a kind that is not a part of the weights.
+
+        Args:
+            tasks: accepted ones; by default all.
+
+        Raises:
+            InputError: naming what it is.
+        """
+        if tasks and self.task not in (None, *tasks):
+            raise InputError(f"adapter {self.name!r} is for the task {self.task}; expected {' or '.join(tasks)}")
+        if self.config().is_prompt_learning:
+            kind = str(self.settings.get("peft_type"))
+            raise InputError(
+                f"adapter {self.name!r} is of the kind {kind}, which adds tokens and changes no weights: it can be "
+                "neither merged nor trained further here; LoRA, DoRA, IA3 and others that change weights can"
+            )
+
+    def config(self) -> "PeftConfig":
+        """Return its settings as PEFT reads them.
+
+        Raises:
+            InputError: when PEFT does not know them.
+        """
+        from peft import PeftConfig
+
+        try:
+            return PeftConfig.from_pretrained(self.name, **self.location)
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            raise InputError(f"adapter {self.name!r}: its settings cannot be read: {_one_line(error)}") from error
+
+    def weights(self) -> "dict[str, torch.Tensor]":
+        """Return its weights, by their names in the file.
+
+        Raises:
+            InputError: when there are none, or the file cannot be read.
+        """
+        from peft.utils import load_peft_weights
+        from safetensors import SafetensorError
+
+        try:
+            return load_peft_weights(self.name, device="cpu", **self.location)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"adapter {self.name!r}: its weights cannot be read: {_one_line(error)}") from error
+
+    def base_config(self) -> "PreTrainedConfig":
+        """Return the config of its base model.
+
+        Raises:
+            InputError: naming both, when that cannot be loaded.
+        """
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.base, **self.base_location)
+        except (OSError, ValueError) as error:
+            raise self.unloadable(error) from error
+
+    def stays_apart(self, **kwargs: object) -> bool:
+        """Return whether its base is quantized, as saved or by arguments of `from_pretrained`, so that it stays apart."""
+        return bool(kwargs.get("quantization_config")) or quantization_method(self.base_config()) is not None
+
+    def unloadable(self, error: Exception) -> InputError:
+        """Return the complaint that its base could not be loaded."""
+        return InputError(
+            f"adapter {self.name!r} is one of the model {self.base!r}, which could not be loaded "
+            f"({_one_line(error)}): if that has moved, write where it is into base_model_name_or_path "
+            "of the adapter's adapter_config.json"
+        )
+
+
+def find_adapter(name: str, **location: object) -> SavedAdapter | None:
+    """Return the adapter that `name` is; `None` for a whole model, or where there is nothing.
+
+    Args:
+        location: where `name` is, as `from_pretrained` takes it.
+    """
+    from transformers.utils import find_adapter_config_file
+
+    try:
+        found = find_adapter_config_file(name, **location)
+    except OSError:
+        return None
+    # A folder with both configs is a whole model.
+    if found is None or Path(name, "config.json").exists():
+        return None
+    return SavedAdapter(name, json.loads(Path(found).read_text(encoding="utf-8")), location_of(location))
+
+
+# ---- the base ----
+
+
+def auto_class_of(adapter: SavedAdapter) -> "type[_BaseAutoModelClass]":
+    """Return the auto class of the model that an adapter belongs on.
+
+    Raises:
+        InputError: for a task that no recipe has.
+    """
+    import transformers
+
+    adapter.check(*(task for task in AUTO_CLASSES if task))
+    return getattr(transformers, AUTO_CLASSES[adapter.task])
+
+
+def load_base(
+    adapter: SavedAdapter, auto_class: "type[_BaseAutoModelClass]", **kwargs: object
+) -> tuple["PreTrainedModel", bool]:
+    """Load an adapter's base model, with as many embeddings as the adapter was saved with.
+
+    Args:
+        kwargs: arguments of `from_pretrained`, but for those that locate the model.
+
+    Returns:
+        The model, and whether it has a new head for scores, which the adapter does not bring either.
+
+    Raises:
+        InputError: naming both, when it cannot be loaded.
+    """
+    kwargs = {name: value for name, value in kwargs.items() if name not in location_of(kwargs)}
+    weights = adapter.weights()
+    brings_head = any(part in HEADS for name in weights for part in name.split("."))
+    try:
+        model, info = auto_class.from_pretrained(
+            adapter.base, **adapter.base_location, **{**kwargs, "output_loading_info": True}
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise adapter.unloadable(error) from error
+    if info["mismatched_keys"] and not brings_head:
+        key, saved, _ = sorted(info["mismatched_keys"])[0]
+        raise InputError(f"model {adapter.base!r}: {key} is of the shape {tuple(saved)}; expected one label")
+    is_new = any(not key.startswith(f"{model.base_model_prefix}.") for key in info["missing_keys"])
+    for path in embeddings_of(model):
+        rows = [value.shape[0] for key, value in weights.items() if key.endswith(f".{path}.weight")]
+        if rows and rows[0] != model.get_submodule(path).weight.shape[0]:
+            model.resize_token_embeddings(rows[0], mean_resizing=False)
+    return model, is_new and not brings_head
+
+
+def embeddings_of(model: "PreTrainedModel") -> list[str]:
+    """Return the names of a model's input and output embeddings."""
+    parts = [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
+    return [name for name, module in model.named_modules() if any(module is part for part in parts)]
+
+
+# ---- the adapter on it ----
+
+
+def put_on(model: "PreTrainedModel", adapter: SavedAdapter, is_trainable: bool = False) -> "PeftModel":
+    """Put a saved adapter on its base model.
+
+    Raises:
+        InputError: when it does not fit: weights of another shape, some for which there is no place, or some missing.
+    """
+    from peft import PeftModel
+
+    paths = embeddings_of(model)
+    try:
+        adapted = PeftModel.from_pretrained(model, adapter.name, is_trainable=is_trainable, **adapter.location)
+    except (KeyError, OSError, RuntimeError, ValueError) as error:
+        raise _misfit(adapter, _mismatch(error)) from error
+    # Trained beside an adapter, embeddings are saved with it.
+    weights = {key for key in adapter.weights() if not any(f".{path}.weight" in key for path in paths)}
+    check_names(adapter, adapted, weights, paths)
+    # Where it was found; what is saved from here on names that.
+    adapted.peft_config[adapted.active_adapter].base_model_name_or_path = adapter.base
+    return adapted
+
+
+def put_under_head(model: "PreTrainedModel", adapter: SavedAdapter) -> "PeftModel":
+    """Put a language model's adapter on the same model with a new head for scores, to train both.
+
+    Raises:
+        InputError: when it does not fit, see `put_on`.
+    """
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    config, trunk = adapter.config(), f"base_model.model.{model.base_model_prefix}."
+    config.task_type, config.inference_mode, config.base_model_name_or_path = "SEQ_CLS", False, adapter.base
+    # What it does to the head for words ends here.
+    if config.modules_to_save:
+        names = dict(model.named_modules())
+        config.modules_to_save = [each for each in config.modules_to_save if _has_module(names, each)] or None
+    weights = {key: value for key, value in adapter.weights().items() if key.startswith(trunk)}
+    try:
+        adapted = get_peft_model(model, config)
+        config.base_model_name_or_path = adapter.base
+        set_peft_model_state_dict(adapted, weights)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise _misfit(adapter, _mismatch(error)) from error
+    check_names(adapter, adapted, set(weights), list(HEADS))
+    return adapted
+
+
+def check_names(adapter: SavedAdapter, adapted: "PeftModel", saved: set[str], free: list[str]) -> None:
+    """Refuse weights of an adapter that have no place in the model, and places without weights.
+
+    PEFT drops the first without a word.
+
+    Args:
+        saved: the names of its weights.
+        free: modules that it need not bring, or may bring whole.
+
+    Raises:
+        InputError: naming one of them.
+    """
+    from peft import get_peft_model_state_dict
+
+    places = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    places = {key for key in places if not any(f".{path}." in key for path in free if key not in saved)}
+    for left, what in ((saved - places, "has no place"), (places - saved, "is missing")):
+        if left:
+            raise _misfit(adapter, f"{min(left)} {what}")
+
+
+def _has_module(names: Mapping[str, object], wanted: str) -> bool:
+    return any(name == wanted or name.endswith(f".{wanted}") for name in names)
+
+
+def _misfit(adapter: SavedAdapter, reason: str) -> InputError:
+    return InputError(f"adapter {adapter.name!r} does not fit its base model {adapter.base!r}: {reason}")
+
+
+def _mismatch(error: Exception) -> str:
+    """Return the line of an error that says what does not fit."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)[:300]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+# ---- merging ----
+
+
+def load_to_merge(
+    adapter: SavedAdapter, auto_class: "type[_BaseAutoModelClass]", **kwargs: object
+) -> tuple["PeftModel", Dtypes, bool]:
+    """Load an adapter on its base in single precision, so that merging rounds once, at the end.
+
+    Args:
+        kwargs: arguments of `from_pretrained`.
+
+    Returns:
+        The model, the precision that each of the base's weights is stored in, and whether it has a new head.
+
+    Raises:
+        InputError: when either cannot be loaded or they do not fit, or the base is quantized.
+    """
+    import torch
+
+    from hfllm.models.precision import cast_weights
+
+    adapter.check()
+    model, has_new_head = load_base(adapter, auto_class, **{**kwargs, "dtype": "auto"})
+    refuse_quantized(model.config, adapter.base)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    _untie(model, adapter)
+    return put_on(cast_weights(model, torch.float32), adapter), dtypes, has_new_head
+
+
+def merge(adapted: "PeftModel", dtypes: Dtypes, dtype: "str | torch.dtype | None" = "auto") -> "PreTrainedModel":
+    """Return the model with the adapter merged into its weights.
+
+    Args:
+        adapted: in single precision, from `load_to_merge`; not to be used any more.
+        dtypes: the precision of the base's weights.
+        dtype: of the result; `auto` is the base's.
+
+    Raises:
+        InputError: when this kind of adapter cannot be merged, or the result is not finite.
+    """
+    import torch
+
+    try:
+        model = adapted.merge_and_unload(safe_merge=True)
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        kind = adapted.peft_config[adapted.active_adapter].peft_type
+        raise InputError(f"an adapter of the kind {getattr(kind, 'value', kind)} cannot be merged: {error}") from error
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    stored = next(iter(dtypes.values()))
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(name, stored) if wanted in (None, "auto") else wanted)
+    return model.requires_grad_(True)
+
+
+def load_merged(
+    adapter: SavedAdapter,
+    auto_class: "type[_BaseAutoModelClass]",
+    dtype: "str | torch.dtype | None" = "auto",
+    **kwargs: object,
+) -> "PreTrainedModel":
+    """Load an adapter's base with the adapter merged into it. Its `has_new_head` is that of `load_scorer`.
+
+    Raises:
+        InputError: see `load_to_merge` and `merge`.
+    """
+    adapted, dtypes, has_new_head = load_to_merge(adapter, auto_class, **kwargs)
+    model = merge(adapted, dtypes, dtype)
+    model.has_new_head = has_new_head
+    model.name_or_path = model.config._name_or_path = adapter.name
+    return model.eval()
+
+
+def _untie(model: "PreTrainedModel", adapter: SavedAdapter) -> None:
+    """Give a model with tied embeddings a head of its own if the adapter changes only one of the two.
+
+    Merged into the tied weight, what was trained on one would change the other as well.
+    """
+    from torch import nn
+
+    head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
+    is_tied = head is not None and head.weight is inputs.weight
+    paths = embeddings_of(model)
+    is_touched = any(f".{path}." in f"{key}." for path in paths for key in adapter.weights())
+    if not (is_tied and is_touched) or adapter.settings.get("ensure_weight_tying"):
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {
+        name: other
+        for name, other in model.all_tied_weights_keys.items()
+        if not any(name == f"{path}.weight" for path in paths)
+    }
