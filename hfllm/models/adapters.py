@@ -133,7 +133,7 @@ class SavedAdapter:
             raise self.unloadable(error) from error
 
     def stays_apart(self, **kwargs: object) -> bool:
-        """Return whether its base is quantized, as saved or by arguments of `from_pretrained`, so that it stays apart."""
+        """Return whether its base is quantized, as saved or while loading by these arguments of `from_pretrained`."""
         return bool(kwargs.get("quantization_config")) or quantization_method(self.base_config()) is not None
 
     def unloadable(self, error: Exception) -> InputError:

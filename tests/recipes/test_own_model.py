@@ -11,10 +11,8 @@ from contextlib import chdir
 from pathlib import Path
 
 import distill
-import merge
 import pytest
 import reward
-import rlhf
 import sft
 import torch
 from peft import (
@@ -24,8 +22,13 @@ from peft import (
     PeftModel,
     get_peft_model,
 )
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from hfllm.errors import InputError
 from hfllm.runs.recipes import load_recipe
@@ -113,7 +116,7 @@ def make_adapter(base, folder, model_class=AutoModelForCausalLM, dtype=torch.flo
     torch.manual_seed(1)
     model = get_peft_model(model_class.from_pretrained(base), kind(**{**options, **settings}))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     model.to(dtype).save_pretrained(folder)
@@ -223,9 +226,7 @@ def test_the_merged_model_is_published(chain, hub, here, tmp_path):
     card = (copy / "README.md").read_text()
     assert "a local model with the adapters `outputs/sft`, then `outputs/rlhf` merged in" in card
     assert "library_name: transformers" in card and "merged_from.json" not in os.listdir(copy)
-    with pytest.raises(
-        InputError, match=r"which is not on the Hub: merge it into its base \(hfllm merge --model_name_or"
-    ):
+    with pytest.raises(InputError, match="which is not on the Hub: merge it into its base"):
         run("push", "--model_name_or_path", "outputs/rlhf", "--hub_model_id", "me/adapter")
 
 

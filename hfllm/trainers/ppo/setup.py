@@ -113,12 +113,9 @@ def keep_starting_adapter(policy: "PeftModel") -> None:
             ) from error
         weights = {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
         for name, weight in weights.items():
-            parts = name.split(".")
-            if (
-                active in parts
-                and (own := ".".join(REFERENCE_ADAPTER if p == active else p for p in parts)) in weights
-            ):
-                weights[own].data.copy_(weight.data)
+            copied = ".".join(REFERENCE_ADAPTER if part == active else part for part in name.split("."))
+            if copied != name:
+                weights[copied].data.copy_(weight.data)
     # Only the active adapter is trained.
     policy.set_adapter(active)
 
