@@ -34,7 +34,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     from hfllm.runs.arguments import changed
     from hfllm.runs.models import check_trainable, fitting_length, peft_config
     from hfllm.runs.stage import Stage
-    from hfllm.stages.sft import check, instruction_data, stages_before
+    from hfllm.stages.sft import check, check_head, instruction_data, stages_before
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scaled_learning_rate
@@ -53,6 +53,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     before.run()
     base_args = replace(model_args, model_name_or_path=before.model("pretrain") or model_args.model_name_or_path)
     model, tokenizer = load_to_train(base_args, training_args.output_dir)
+    check_head(model)
 
     trainer = SFTTrainer(
         model=model,

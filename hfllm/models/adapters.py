@@ -1,7 +1,7 @@
 """Saved PEFT adapters: find one and its base, put it on the base, merge it into the base's weights."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +45,7 @@ class SavedAdapter:
 
     @cached_property
     def base(self) -> str:
-        """The name of its base model; a base that a recipe wrote inside the run's folder may have moved with it.
+        """The name of its base model; one that a recipe wrote into the run's folder may have moved with that.
 
         Raises:
             InputError: when it names none.
@@ -56,10 +56,9 @@ class SavedAdapter:
                 f"adapter {self.name!r} names no base model: give it base_model_name_or_path in adapter_config.json"
             )
         if Path(named).name == BASE_FOLDER and not Path(named).is_dir():
-            # A checkpoint lies in the run's folder too.
-            for place in (Path(self.name, BASE_FOLDER), Path(self.name).parent / BASE_FOLDER):
-                if (place / "config.json").is_file():
-                    return str(place)
+            run = Path(self.name).parent if Path(self.name).name.startswith("checkpoint-") else Path(self.name)
+            if (run / BASE_FOLDER / "config.json").is_file():
+                return str(run / BASE_FOLDER)
         return named
 
     @property
@@ -73,6 +72,11 @@ class SavedAdapter:
     def task(self) -> str | None:
         """The task that it is for, such as CAUSAL_LM or SEQ_CLS."""
         return self.settings.get("task_type")
+
+    @cached_property
+    def brings_head(self) -> bool:
+        """Whether a trained head for scores is among its weights."""
+        return any(part in HEADS for name in self.weights() for part in name.split("."))
 
     def check(self, *tasks: str) -> None:
         """Refuse an adapter of another task, or of a kind that is not a part of the weights.
@@ -194,22 +198,21 @@ def load_base(
     """
     kwargs = {name: value for name, value in kwargs.items() if name not in location_of(kwargs)}
     weights = adapter.weights()
-    brings_head = any(part in HEADS for name in weights for part in name.split("."))
     try:
         model, info = auto_class.from_pretrained(
             adapter.base, **adapter.base_location, **{**kwargs, "output_loading_info": True}
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise adapter.unloadable(error) from error
-    if info["mismatched_keys"] and not brings_head:
+    if info["mismatched_keys"] and not adapter.brings_head:
         key, saved, _ = sorted(info["mismatched_keys"])[0]
         raise InputError(f"model {adapter.base!r}: {key} is of the shape {tuple(saved)}; expected one label")
     is_new = any(not key.startswith(f"{model.base_model_prefix}.") for key in info["missing_keys"])
     for path in embeddings_of(model):
-        rows = [value.shape[0] for key, value in weights.items() if key.endswith(f".{path}.weight")]
+        rows = [value.shape[0] for key, value in weights.items() if _is_whole(key, path)]
         if rows and rows[0] != model.get_submodule(path).weight.shape[0]:
             model.resize_token_embeddings(rows[0], mean_resizing=False)
-    return model, is_new and not brings_head
+    return model, is_new and not adapter.brings_head
 
 
 def embeddings_of(model: "PreTrainedModel") -> list[str]:
@@ -234,9 +237,7 @@ def put_on(model: "PreTrainedModel", adapter: SavedAdapter, is_trainable: bool =
         adapted = PeftModel.from_pretrained(model, adapter.name, is_trainable=is_trainable, **adapter.location)
     except (KeyError, OSError, RuntimeError, ValueError) as error:
         raise _misfit(adapter, _mismatch(error)) from error
-    # Trained beside an adapter, embeddings are saved with it.
-    weights = {key for key in adapter.weights() if not any(f".{path}.weight" in key for path in paths)}
-    check_names(adapter, adapted, weights, paths)
+    check_names(adapter, adapted, adapter.weights(), paths)
     # Where it was found; what is saved from here on names that.
     adapted.peft_config[adapted.active_adapter].base_model_name_or_path = adapter.base
     return adapted
@@ -248,44 +249,64 @@ def put_under_head(model: "PreTrainedModel", adapter: SavedAdapter) -> "PeftMode
     Raises:
         InputError: when it does not fit, see `put_on`.
     """
-    from peft import get_peft_model, set_peft_model_state_dict
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    config, trunk = adapter.config(), f"base_model.model.{model.base_model_prefix}."
+    config, whole = adapter.config(), "base_model.model."
+    trunk, paths = f"{whole}{model.base_model_prefix}.", embeddings_of(model)
     config.task_type, config.inference_mode, config.base_model_name_or_path = "SEQ_CLS", False, adapter.base
     # What it does to the head for words ends here.
     if config.modules_to_save:
         names = dict(model.named_modules())
         config.modules_to_save = [each for each in config.modules_to_save if _has_module(names, each)] or None
-    weights = {key: value for key, value in adapter.weights().items() if key.startswith(trunk)}
+    weights = {key: value for key, value in adapter.weights().items() if key.startswith(trunk) or whole not in key}
     try:
         adapted = get_peft_model(model, config)
         config.base_model_name_or_path = adapter.base
-        set_peft_model_state_dict(adapted, weights)
+        own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        # PEFT wants the head too: its new weights stay.
+        head = {key: value for key, value in own.items() if whole in key and not key.startswith(trunk)}
+        set_peft_model_state_dict(adapted, {**head, **weights})
     except (KeyError, RuntimeError, ValueError) as error:
         raise _misfit(adapter, _mismatch(error)) from error
-    check_names(adapter, adapted, set(weights), list(HEADS))
+    check_names(adapter, adapted, weights, paths, has_new_head=True)
     return adapted
 
 
-def check_names(adapter: SavedAdapter, adapted: "PeftModel", saved: set[str], free: list[str]) -> None:
+def check_names(
+    adapter: SavedAdapter,
+    adapted: "PeftModel",
+    saved: Iterable[str],
+    embeddings: Sequence[str],
+    has_new_head: bool = False,
+) -> None:
     """Refuse weights of an adapter that have no place in the model, and places without weights.
 
     PEFT drops the first without a word.
 
     Args:
         saved: the names of its weights.
-        free: modules that it need not bring, or may bring whole.
+        embeddings: the names of the base's embeddings, which may be saved whole beside an adapter.
+        has_new_head: whether a head for scores was put on the model, which the adapter does not bring.
 
     Raises:
         InputError: naming one of them.
     """
     from peft import get_peft_model_state_dict
 
-    places = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    places = {key for key in places if not any(f".{path}." in key for path in free if key not in saved)}
-    for left, what in ((saved - places, "has no place"), (places - saved, "is missing")):
+    own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    brought, places = (
+        {key for key in keys if not any(_is_whole(key, path) for path in embeddings)} for keys in (saved, own)
+    )
+    if has_new_head:
+        places = {key for key in places if not set(key.split(".")) & set(HEADS)}
+    for left, what in ((brought - places, "has no place"), (places - brought, "is missing")):
         if left:
             raise _misfit(adapter, f"{min(left)} {what}")
+
+
+def _is_whole(key: str, path: str) -> bool:
+    """Return whether a weight of an adapter is that of a whole module, and not one that it adds."""
+    return key.endswith((f".{path}.weight", f".{path}.base_layer.weight"))
 
 
 def _has_module(names: Mapping[str, object], wanted: str) -> bool:
@@ -324,6 +345,7 @@ def load_to_merge(
         InputError: when either cannot be loaded or they do not fit, or the base is quantized.
     """
     import torch
+    from transformers import AutoModelForCausalLM
 
     from hfllm.models.precision import cast_weights
 
@@ -332,7 +354,10 @@ def load_to_merge(
     refuse_quantized(model.config, adapter.base)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     _untie(model, adapter)
-    return put_on(cast_weights(model, torch.float32), adapter), dtypes, has_new_head
+    # A language model's adapter below a head for scores.
+    is_headless = auto_class is not AutoModelForCausalLM and adapter.task in (None, "CAUSAL_LM")
+    put = put_under_head if is_headless and not adapter.brings_head else put_on
+    return put(cast_weights(model, torch.float32), adapter), dtypes, has_new_head
 
 
 def merge(adapted: "PeftModel", dtypes: Dtypes, dtype: "str | torch.dtype | None" = "auto") -> "PreTrainedModel":
@@ -390,7 +415,11 @@ def _untie(model: "PreTrainedModel", adapter: SavedAdapter) -> None:
     head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
     is_tied = head is not None and head.weight is inputs.weight
     paths = embeddings_of(model)
-    is_touched = any(f".{path}." in f"{key}." for path in paths for key in adapter.weights())
+    # PEFT trains single tokens in both at once.
+    keys = [key for key in adapter.weights() if ".token_adapter." not in key and "trainable_tokens" not in key]
+    is_touched = any(
+        f".{path}." in f"{key}." and not key.endswith("base_layer.weight") for path in paths for key in keys
+    )
     if not (is_tied and is_touched) or adapter.settings.get("ensure_weight_tying"):
         return
     head.weight = nn.Parameter(head.weight.detach().clone())

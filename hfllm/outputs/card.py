@@ -181,7 +181,7 @@ def _merged(folder: Path) -> str:
     """Return what a merged model is, in words."""
     adapters = [f"`{public_value(name)}`" for name in merged_adapters(folder)]
     many = f"adapter{'s' if len(adapters) > 1 else ''} {', then '.join(adapters)}"
-    return f"{first_base(folder) or 'a local model'} with the {many} merged in"
+    return f"{first_base(folder) or 'a local model'} ({many} merged into it)"
 
 
 def _usage(folder: Path, name: str) -> str:

@@ -69,7 +69,7 @@ def load_scorer_to_train(model_args: "ModelConfig", output_dir: str) -> "PreTrai
     if model_args.use_peft:
         merged_args = on_merged_base(adapter, model_args, output_dir)
         return load_reward_model(merged_args.model_name_or_path, merged_args)
-    has_head = adapter.task == "SEQ_CLS"
+    has_head = adapter.task == "SEQ_CLS" or adapter.brings_head
     _say(f"adapter {name} of {adapter.base} is trained further{'' if has_head else ', with a new head for scores'}")
     settings = {"num_labels": 1, "ignore_mismatched_sizes": True, **load_kwargs(model_args)}
     model, _ = load_base(adapter, AutoModelForSequenceClassification, **settings)

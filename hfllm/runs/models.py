@@ -93,7 +93,10 @@ def saved_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBa
         adapter = find_adapter(name, revision=revision)
         if adapter is None:
             raise _unloadable(name, error) from error
-        return saved_tokenizer(adapter.base, adapter.base_location.get("revision", "main"))
+    try:
+        return AutoTokenizer.from_pretrained(adapter.base, **adapter.base_location)
+    except (OSError, ValueError) as error:
+        raise adapter.unloadable(error) from error
 
 
 def load_config(name: str, revision: str = "main") -> "PreTrainedConfig":

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hfllm.data.loading import DataArguments
-from hfllm.errors import refuse
+from hfllm.errors import InputError, refuse
 from hfllm.runs.chain import Chain, chain_before
 from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from transformers import PreTrainedModel, TrainingArguments
     from trl import ModelConfig
 
 
@@ -32,6 +32,25 @@ def check(script_args: SftArguments, model_args: "ModelConfig") -> None:
     """
     is_named = bool(model_args.model_name_or_path)
     refuse(is_named and bool(script_args.pretrain_config), "--pretrain_config", "the model is named")
+
+
+def check_head(model: "PreTrainedModel") -> None:
+    """Refuse to train an adapter of the output head further: TRL reads the head's own weights, past the adapter.
+
+    Args:
+        model: what is trained.
+
+    Raises:
+        InputError: naming what can be done.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import TrainableTokensWrapper
+
+    if isinstance(model.get_output_embeddings(), (BaseTunerLayer, TrainableTokensWrapper)):
+        raise InputError(
+            "the adapter changes the output head by more than a copy of it, which SFTTrainer cannot train further: "
+            "train a new one on it (--use_peft), or merge it (hfllm merge)"
+        )
 
 
 def stages_before(script_args: SftArguments, training_args: "TrainingArguments", model_args: "ModelConfig") -> Chain:

@@ -224,7 +224,7 @@ def test_the_merged_model_is_published(chain, hub, here, tmp_path):
         logits(AutoModelForCausalLM.from_pretrained("outputs/merged")),
     )
     card = (copy / "README.md").read_text()
-    assert "a local model with the adapters `outputs/sft`, then `outputs/rlhf` merged in" in card
+    assert "a local model (adapters `outputs/sft`, then `outputs/rlhf` merged into it)" in card
     assert "library_name: transformers" in card and "merged_from.json" not in os.listdir(copy)
     with pytest.raises(InputError, match="which is not on the Hub: merge it into its base"):
         run("push", "--model_name_or_path", "outputs/rlhf", "--hub_model_id", "me/adapter")

@@ -114,7 +114,8 @@ def keep_starting_adapter(policy: "PeftModel") -> None:
         weights = {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
         for name, weight in weights.items():
             copied = ".".join(REFERENCE_ADAPTER if part == active else part for part in name.split("."))
-            if copied != name:
+            # Some kinds share what is not trained.
+            if copied != name and copied in weights:
                 weights[copied].data.copy_(weight.data)
     # Only the active adapter is trained.
     policy.set_adapter(active)
