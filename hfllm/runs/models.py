@@ -39,7 +39,8 @@ def load_policy(model_args: "ModelConfig") -> tuple["PreTrainedModel", "PreTrain
     """
     from transformers import AutoModelForCausalLM
 
-    from hfllm.models.adapters import find_adapter, load_merged
+    from hfllm.models.adapters import find_adapter
+    from hfllm.models.merging import load_merged
 
     name, kwargs = model_args.model_name_or_path, load_kwargs(model_args)
     tokenizer = load_tokenizer(name, model_args.model_revision)
