@@ -9,6 +9,7 @@ other side cannot express is refused by name, and a failed conversion leaves no 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hfllm.runs.command_line import main_process, parse_recipe, run
@@ -24,6 +25,7 @@ def parse(argv: Sequence[str]) -> tuple[ConvertArguments]:
 @releases_folders
 def main(script_args: ConvertArguments) -> dict[str, float]:
     """Convert, compare, write the report. Return the metrics."""
+    from hfllm.runs.adapters import whole_model
     from hfllm.runs.stage import Stage
     from hfllm.stages.convert import check, convert, stages_before
 
@@ -41,7 +43,9 @@ def main(script_args: ConvertArguments) -> dict[str, float]:
     before.run()
     if not main_process():
         return {}
-    metrics = convert(source, target, script_args)
+    # An adapter is merged into its base first.
+    with whole_model(source, script_args.model_revision, target.parent) as (name, revision):
+        metrics = convert(name, target, replace(script_args, model_revision=revision))
     return stage.finish(
         metrics,
         artifacts={"model": str(target.relative_to(script_args.output_dir))},

@@ -32,6 +32,7 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
     """Make what is missing, quantize, measure, save, report. Return the metrics."""
     from hfllm.compression.schemes import default_device, quiet_bitsandbytes
     from hfllm.outputs.card import loading_lines
+    from hfllm.runs.adapters import whole_model
     from hfllm.runs.command_line import main_process
     from hfllm.runs.models import load_policy
     from hfllm.runs.stage import Stage
@@ -58,10 +59,12 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
 
     # Compare its quantized forms, save one of them, and quantize its parts one at a time.
     quiet_bitsandbytes()
-    model, tokenizer = load_policy(source_args)
-    model.to(default_device()).eval()
-    evaluation = quantize.make_evaluation(chosen_args, model, tokenizer, texts)
-    rows, difference = quantize.compare_schemes(chosen_args, source_args, model, evaluation)
+    with whole_model(source_args.model_name_or_path, source_args.model_revision, stage.output_dir) as (name, revision):
+        whole_args = replace(source_args, model_name_or_path=name, model_revision=revision)
+        model, tokenizer = load_policy(whole_args)
+        model.to(default_device()).eval()
+        evaluation = quantize.make_evaluation(chosen_args, model, tokenizer, texts)
+        rows, difference = quantize.compare_schemes(chosen_args, whole_args, model, evaluation)
     swept = quantize.sensitivity_by_part(chosen_args, model, evaluation)
 
     metrics = quantize.quantization_metrics(rows, chosen_args.save_scheme)

@@ -36,8 +36,9 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
 
     from hfllm.data.loading import world_of
     from hfllm.outputs.figures import plus_minus, share_error, with_error
+    from hfllm.runs.adapters import load_scorer_to_train
     from hfllm.runs.arguments import changed
-    from hfllm.runs.models import check_trainable, fitting_length, load_reward_model, load_tokenizer, peft_config
+    from hfllm.runs.models import check_trainable, fitting_length, load_tokenizer, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.stages import reward
     from hfllm.trainers.callbacks import use_plain_lines
@@ -67,7 +68,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
         train_rows, test_rows = rows
     # The head is new, and so are the weights of an adapter.
     set_seed(training_args.seed)
-    model = load_reward_model(base_args.model_name_or_path, base_args, base_args.model_revision)
+    model = load_scorer_to_train(base_args, training_args.output_dir)
     model.config.pad_token_id = tokenizer.pad_token_id
 
     trainer = RewardTrainer(

@@ -34,8 +34,9 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
 
     from hfllm.evaluation import fine_tuning
     from hfllm.outputs.card import chat_lines
+    from hfllm.runs.adapters import load_to_train
     from hfllm.runs.arguments import changed
-    from hfllm.runs.models import check_trainable, fitting_length, load_policy, peft_config
+    from hfllm.runs.models import check_trainable, fitting_length, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.stages import sft
     from hfllm.trainers.callbacks import use_plain_lines
@@ -57,7 +58,8 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     stage.announce()
     before.run()
     base_args = replace(model_args, model_name_or_path=before.model("pretrain") or model_args.model_name_or_path)
-    model, tokenizer = sft.with_template(training_args, *load_policy(base_args))
+    model, tokenizer = sft.with_template(training_args, *load_to_train(base_args, training_args.output_dir))
+    sft.check_head(model)
     trainer_args = changed(trainer_args, max_length=fitting_length(training_args.max_length, model))
     train_dataset, dropped = sft.examples(train_rows, tokenizer, trainer_args, "training rows")
     eval_dataset, _ = sft.examples(test_rows, tokenizer, trainer_args, "held-out rows", is_eval=True)

@@ -12,6 +12,9 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from hfllm.errors import InputError
+from hfllm.models.adapters import find_adapter
+from hfllm.models.merging import load_merged
+from hfllm.models.stored import location_of
 
 AutoClass = type[AutoModelForSequenceClassification] | type[AutoModelForTokenClassification]
 
@@ -22,15 +25,18 @@ def load_scorer(
     """Load a model with one label. Its `has_new_head` says whether its head is random, as for a language model.
 
     Args:
-        name: name of a model, or of an adapter, which is loaded into its base model.
+        name: name of a model, or of an adapter, which is merged into its base model; a quantized base keeps it apart.
         kwargs: arguments of `from_pretrained`.
 
     Raises:
         InputError: when its head has another number of labels.
     """
     # Otherwise a mismatch would raise a long error that does not name the model.
-    kwargs = {"num_labels": 1, "output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
-    model, info = auto_class.from_pretrained(name, **kwargs)
+    kwargs = {"num_labels": 1, "ignore_mismatched_sizes": True, **kwargs}
+    adapter = find_adapter(name, **location_of(kwargs))
+    if adapter is not None and not adapter.stays_apart(**kwargs):
+        return load_merged(adapter, auto_class, **kwargs)
+    model, info = auto_class.from_pretrained(name, **{**kwargs, "output_loading_info": True})
     for key, saved, _ in sorted(info["mismatched_keys"]):
         raise InputError(f"model {name!r}: {key} is of the shape {tuple(saved)}; expected one label (num_labels=1)")
     model.has_new_head = _has_new_head(model, info["missing_keys"])

@@ -1,8 +1,6 @@
-"""Inspect a saved model before reading its weights: whether it is quantized or an adapter, and its modules."""
+"""Inspect a saved model before reading its weights: where it is, whether it is quantized, and its modules."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError
@@ -17,24 +15,6 @@ LOCATION = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "
 def location_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` that locate a model."""
     return {name: settings[name] for name in LOCATION if settings.get(name) is not None}
-
-
-def adapter_base(name: str, **location: object) -> str | None:
-    """Return the base model of an adapter, which is loaded in its place; `None` if there is no adapter `name`.
-
-    Args:
-        location: where `name` is, as `from_pretrained` takes it.
-    """
-    from transformers.utils import find_adapter_config_file
-
-    try:
-        found = find_adapter_config_file(name, **location)
-    except OSError:
-        return None
-    # A folder with both configs is a whole model.
-    if found is None or Path(name, "config.json").exists():
-        return None
-    return json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
 
 
 def quantization_of(config: "PreTrainedConfig") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from hfllm.errors import InputError, redact
 from hfllm.outputs.files import ADAPTER_CONFIG, CARD, CONFIG, count_parameters, is_adapter, plot_files, read_json
 from hfllm.outputs.flags import flag_sections, folded
+from hfllm.outputs.lineage import first_base, merged_adapters, merged_base, merged_from
 from hfllm.outputs.parents import learned_from, origin
 from hfllm.outputs.report import figures_markdown, markdown_table, read_report, write_atomically
 
@@ -78,7 +79,7 @@ def model_card(folder: str | Path, repo_id: str | None = None) -> str:
 def adapter_base(folder: Path) -> str | None:
     """Return the Hub id of an adapter's base model; `None` if that is a local folder."""
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
-    return hub_id({"base": base, **_changed_at(folder, base)}, "base")
+    return None if merged_base(folder) else hub_id({"base": base, **_changed_at(folder, base)}, "base")
 
 
 def check_base(folder: Path) -> None:
@@ -90,8 +91,8 @@ def check_base(folder: Path) -> None:
     if is_adapter(folder) and adapter_base(folder) is None:
         base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
         raise InputError(
-            f"{folder} holds a PEFT adapter of {base!r}, which is not on the Hub: merge it into its base "
-            "(PeftModel.merge_and_unload, then save_pretrained) or train it on a model of the Hub"
+            f"{folder} holds a PEFT adapter of {base!r}, which is not on the Hub: merge it into its base (hfllm merge "
+            f"--model_name_or_path {folder}) or train it on a model of the Hub"
         )
 
 
@@ -144,7 +145,8 @@ def _front_matter(folder: Path, report: Mapping[str, Any], base: str | None) -> 
     if pipeline := _pipeline(folder):
         metadata["pipeline_tag"] = pipeline
     metadata["tags"] = ["hfllm", *([report["stage"]] if report.get("stage") else [])]
-    if base := base if adapter else hub_id(arguments, "model_name_or_path") or _first_on_hub(report):
+    named = hub_id(arguments, "model_name_or_path") or _first_on_hub(report)
+    if base := base if adapter else first_base(folder) or named:
         metadata["base_model"] = base
     if dataset := hub_id(arguments, "dataset_name"):
         metadata["datasets"] = [dataset]
@@ -169,14 +171,28 @@ def _architecture(folder: Path) -> str:
 
 
 def _introduction(folder: Path, report: Mapping[str, Any], base: str | None) -> str:
-    kind = f"A PEFT adapter of {base or 'a local model'}" if is_adapter(folder) else f"`{_architecture(folder)}`"
+    kind = f"A PEFT adapter of {base or _local_base(folder)}" if is_adapter(folder) else f"`{_architecture(folder)}`"
     # Packed numbers and their scales do not give the number of parameters.
     method = _quantization(folder)
     text = f"{kind}, quantized ({method})" if method else f"{kind} with {count_parameters(folder):,} parameters"
+    if merged_from(folder):
+        text += f": {_merged(folder)}"
     if report.get("stage"):
         text += f", made by the {report['stage']} stage of hfllm {report.get('hfllm_version', '')}".rstrip()
         text += f" in {report.get('wall_seconds', 0):.0f} seconds"
     return f"{text}."
+
+
+def _local_base(folder: Path) -> str:
+    merged = merged_base(folder)
+    return "a local model" if merged is None else _merged(merged)
+
+
+def _merged(folder: Path) -> str:
+    """Return what a merged model is, in words."""
+    adapters = [f"`{public_value(name)}`" for name in merged_adapters(folder)]
+    many = f"adapter{'s' if len(adapters) > 1 else ''} {', then '.join(adapters)}"
+    return f"{first_base(folder) or 'a local model'} ({many} merged into it)"
 
 
 def _usage(folder: Path, name: str) -> str:
@@ -184,7 +200,9 @@ def _usage(folder: Path, name: str) -> str:
     if is_adapter(folder):
         kind = {"text-classification": "SequenceClassification", "token-classification": "TokenClassification"}
         model_class = f"AutoPeftModelFor{kind.get(pipeline or '', 'CausalLM')}"
-        lines = [f"from peft import {model_class}", "", f'model = {model_class}.from_pretrained("{name}")']
+        # Neither the base nor the adapter says how many scores its head gives.
+        labels = "" if model_class.endswith("CausalLM") else ", num_labels=1"
+        lines = [f"from peft import {model_class}", "", f'model = {model_class}.from_pretrained("{name}"{labels})']
     elif pipeline is None:
         lines = ["from transformers import AutoModel", "", f'model = AutoModel.from_pretrained("{name}")']
     else:
@@ -299,8 +317,11 @@ def check_adapter(peft: bool, model_name: str | None) -> None:
     """Refuse to train an adapter for publication if others could not load its base model.
 
     Raises:
-        InputError: when `peft` is true and the base is made by an earlier stage or is a local folder.
+        InputError: when `peft` is true and the base is made by an earlier stage or is a local folder, or an adapter of
+            such a base is named, to be trained further.
     """
+    if not peft and model_name is not None and Path(model_name, ADAPTER_CONFIG).is_file():
+        check_base(Path(model_name))
     if peft and (model_name is None or hub_id({"base": model_name}, "base") is None):
         raise InputError(
             "--push_to_hub with --use_peft publishes only the adapter, so its base must be a model of the Hub: name "
@@ -319,13 +340,19 @@ def chat_lines(folder: str, prompt: str | Sequence[Mapping[str, str]]) -> list[s
     ]
 
 
-def loading_lines(folder: str) -> list[str]:
-    """Return the lines of Python that load the model in `folder` and its tokenizer."""
+def loading_lines(folder: str, task: str | None = None) -> list[str]:
+    """Return the lines of Python that load the model in `folder` and its tokenizer.
+
+    Args:
+        task: as PEFT names it, such as SEQ_CLS; by default that of a language model.
+    """
+    kinds = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification"}
+    auto_class = f"AutoModelFor{kinds.get(task or '', 'CausalLM')}"
     # transformers supports bitsandbytes without hfllm; our own scheme and family need hfllm imported.
     return [
         "import hfllm",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f"model = AutoModelForCausalLM.from_pretrained({folder!r})",
+        f"from transformers import {auto_class}, AutoTokenizer",
+        f"model = {auto_class}.from_pretrained({folder!r})",
         f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
     ]
 

@@ -12,6 +12,8 @@ from hfllm.outputs.report import REPORT_FILE, read_report
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 CARD = "README.md"
+# The record of a model that an adapter was merged into: the adapter and its base.
+MERGED_FROM = "merged_from.json"
 # Weight files that from_pretrained looks for, in order; an index names its shards.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 ADAPTER_WEIGHTS = ("adapter_model.safetensors",)

@@ -34,18 +34,29 @@ def load_kwargs(model_args: "ModelConfig") -> dict[str, Any]:
 
 
 def load_policy(model_args: "ModelConfig") -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """Load a causal language model and its tokenizer.
+    """Load a causal language model and its tokenizer; an adapter is merged into its base, unless that is quantized.
 
     Raises:
         InputError: when either cannot be loaded, or the tokenizer has no padding or end token.
     """
     from transformers import AutoModelForCausalLM
 
-    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+    from hfllm.models.adapters import find_adapter
+    from hfllm.models.merging import load_merged
+
+    name, kwargs = model_args.model_name_or_path, load_kwargs(model_args)
+    tokenizer = load_tokenizer(name, model_args.model_revision)
+    adapter = find_adapter(name, revision=model_args.model_revision)
+    if adapter is not None:
+        adapter.check("CAUSAL_LM")
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **load_kwargs(model_args))
+        if adapter is not None and not adapter.stays_apart(**kwargs):
+            return load_merged(adapter, AutoModelForCausalLM, **kwargs), tokenizer
+        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
-        raise _unloadable(model_args.model_name_or_path, error) from error
+        raise _unloadable(name, error) from error
     return model, tokenizer
 
 
@@ -55,12 +66,7 @@ def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBas
     Raises:
         InputError: when it cannot be loaded, or has no end token.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise _unloadable(name, error) from error
+    tokenizer = saved_tokenizer(name, revision)
     if tokenizer.eos_token is None:
         raise InputError(
             f"the tokenizer of {name!r} has no eos_token: set one and save it, "
@@ -68,6 +74,28 @@ def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBas
         )
     _complete(tokenizer, name)
     return tokenizer
+
+
+def saved_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a model as it is; an adapter that was saved without one has that of its base.
+
+    Raises:
+        InputError: when it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    from hfllm.models.adapters import find_adapter
+
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        adapter = find_adapter(name, revision=revision)
+        if adapter is None:
+            raise _unloadable(name, error) from error
+    try:
+        return AutoTokenizer.from_pretrained(adapter.base, **adapter.base_location)
+    except (OSError, ValueError) as error:
+        raise adapter.unloadable(error) from error
 
 
 def _complete(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
@@ -92,17 +120,22 @@ def _say_once(line: str) -> None:
 
 
 def load_config(name: str, revision: str = "main") -> "PreTrainedConfig":
-    """Load the config of the named model.
+    """Load the config of the named model; for an adapter that of its base.
 
     Raises:
         InputError: when it cannot be loaded.
     """
     from transformers import AutoConfig
 
+    from hfllm.models.adapters import find_adapter
+
     try:
         return AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
-        raise _unloadable(name, error) from error
+        adapter = find_adapter(name, revision=revision)
+        if adapter is None:
+            raise _unloadable(name, error) from error
+        return adapter.base_config()
 
 
 def check_trainable(model_args: "ModelConfig", adapters: bool = True) -> None:
@@ -115,15 +148,22 @@ def check_trainable(model_args: "ModelConfig", adapters: bool = True) -> None:
     Raises:
         InputError: naming the flag or the model, or when the model's config cannot be loaded.
     """
-    from hfllm.models.stored import adapter_base, quantization_method
+    from hfllm.models.adapters import find_adapter
+    from hfllm.models.stored import quantization_method
 
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    adapter = find_adapter(name, revision=revision) if name else None
+    if adapter is not None:
+        # Whether its base is there, and whether PEFT can train such a one further.
+        adapter.check()
+        adapter.base_config()
+    # A model that is loaded with an adapter is trained further as an adapter.
+    trains_adapter = adapters and (model_args.use_peft or adapter is not None)
     way_out = "--use_peft trains an adapter on them" if adapters else "this stage trains all of a model"
     for flag in ("load_in_8bit", "load_in_4bit"):
-        is_frozen = getattr(model_args, flag) and not model_args.use_peft
+        is_frozen = getattr(model_args, flag) and not trains_adapter
         refuse(is_frozen, f"--{flag}", f"such weights cannot be trained; {way_out}")
-    name, revision = model_args.model_name_or_path, model_args.model_revision
-    # A model that is loaded with an adapter is trained further as an adapter.
-    if not name or model_args.use_peft or adapter_base(name, revision=revision) is not None:
+    if not name or trains_adapter:
         return
     method = quantization_method(load_config(name, revision))
     if method is not None and method not in TRAINED_QUANTIZED:

@@ -12,7 +12,7 @@ from hfllm.data.sources import PYDOC, WORLD, source_files
 from hfllm.errors import InputError
 from hfllm.outputs.card import write_card
 from hfllm.outputs.figures import figure_tables
-from hfllm.outputs.files import CARD
+from hfllm.outputs.files import ADAPTER_WEIGHTS, CARD
 from hfllm.outputs.flags import given_flags
 from hfllm.outputs.hub import Repository, repository_of
 from hfllm.outputs.ownership import is_own_card, refuse_foreign_files
@@ -353,7 +353,7 @@ def stage_arguments(
     named |= {entry: entry.rpartition(":")[0] for entry in arguments.get("dataset_mixture") or []}
     for flag, name in named.items():
         path = Path(name)
-        path = path / files[flag] if flag in files and path.is_dir() else path
+        path = _written_last(path, files[flag]) if flag in files and path.is_dir() else path
         if not name or name in (WORLD, PYDOC) or not path.exists() or f"{flag} changed at" in without:
             continue
         files_read = [path] if path.is_file() else source_files(name)
@@ -368,6 +368,12 @@ def stage_arguments(
     return {flag: value for flag, value in arguments.items() if flag not in without}
 
 
+def _written_last(folder: Path, file: str) -> Path:
+    """Return the file whose time shows when a model was written; an adapter has no config, so its weights."""
+    adapter = folder / ADAPTER_WEIGHTS[0]
+    return adapter if adapter.is_file() and not (folder / file).is_file() else folder / file
+
+
 def _reward_files(arguments: Mapping[str, Any]) -> dict[str, list[Path]]:
     """Return the files whose time shows that a reward or a critic was written again, by flag; they need not exist."""
     critic = arguments.get("value_model")
@@ -375,5 +381,5 @@ def _reward_files(arguments: Mapping[str, Any]) -> dict[str, list[Path]]:
         "reward_model_name_or_path": arguments.get("reward_model_name_or_path") or [],
         "value_model": [critic] if critic not in (None, "head", "reward") else [],
     }
-    files = {flag: [Path(name, "config.json") for name in names] for flag, names in models.items()}
+    files = {flag: [_written_last(Path(name), "config.json") for name in names] for flag, names in models.items()}
     return {**files, "reward_funcs": [Path(name.rpartition(":")[0]) for name in arguments.get("reward_funcs") or []]}

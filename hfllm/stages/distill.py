@@ -221,7 +221,7 @@ def check_student(script_args: DistillArguments, model_args: "ModelConfig", befo
     """
     import torch
 
-    from hfllm.models.stored import adapter_base, empty_model
+    from hfllm.models.stored import empty_model
     from hfllm.runs.models import check_trainable, load_config, load_tokenizer, peft_config, try_adapter
     from hfllm.stages.architecture import config_to_train
 
@@ -233,8 +233,7 @@ def check_student(script_args: DistillArguments, model_args: "ModelConfig", befo
             load_tokenizer(name, revision)
             check_trainable(model_args)
             if model_args.use_peft:
-                base = adapter_base(name, revision=revision) or name
-                try_adapter(load_config(base, revision), peft_config(model_args))
+                try_adapter(load_config(name, revision), peft_config(model_args))
         elif teacher_config is not None:
             with torch.device("meta"):
                 new_student(script_args, empty_model(teacher_config))

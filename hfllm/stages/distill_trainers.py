@@ -79,16 +79,19 @@ def student_tokenizer(
 
 
 def make_student(
-    script_args: DistillArguments, model_args: "ModelConfig", teacher: "PreTrainedModel", seed: int
+    script_args: DistillArguments,
+    training_args: "DistillationConfig",
+    model_args: "ModelConfig",
+    teacher: "PreTrainedModel",
 ) -> "PreTrainedModel":
-    """Return the untrained student, the same for the same seed."""
+    """Return the untrained student, the same for the same seed; an adapter by name is trained further."""
     from transformers import set_seed
 
-    from hfllm.runs.models import load_policy
+    from hfllm.runs.adapters import load_to_train
 
-    set_seed(seed)
+    set_seed(training_args.seed)
     if model_args.model_name_or_path:
-        return load_policy(model_args)[0]
+        return load_to_train(model_args, training_args.output_dir)[0]
     return new_student(script_args, teacher)
 
 
@@ -107,7 +110,7 @@ def student_trainer(
 
     teacher_model, teacher_tokenizer = teacher
     tokenizer = student_tokenizer(model_args, teacher_tokenizer)
-    student = make_student(script_args, model_args, teacher_model, training_args.seed)
+    student = make_student(script_args, training_args, model_args, teacher_model)
     trainer = DistillationTrainer(
         model=student,
         teacher_model=teacher_model if training_args.needs_teacher else None,

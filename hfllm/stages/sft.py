@@ -43,6 +43,25 @@ def check(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mo
         raise InputError("--packing needs --max_length, the length of a packed row")
 
 
+def check_head(model: "PreTrainedModel") -> None:
+    """Refuse to train an adapter of the output head further: TRL reads the head's own weights, past the adapter.
+
+    Args:
+        model: what is trained.
+
+    Raises:
+        InputError: naming what can be done.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import TrainableTokensWrapper
+
+    if isinstance(model.get_output_embeddings(), (BaseTunerLayer, TrainableTokensWrapper)):
+        raise InputError(
+            "the adapter changes the output head by more than a copy of it, which SFTTrainer cannot train further: "
+            "train a new one on it (--use_peft), or merge it (hfllm merge)"
+        )
+
+
 def stages_before(script_args: SftArguments, training_args: "TrainingArguments", model_args: "ModelConfig") -> Chain:
     """Return the pretraining that makes the base model, if none is named."""
     return chain_before(

@@ -10,7 +10,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from hfllm.errors import InputError
+from hfllm.models.adapters import find_adapter
+from hfllm.models.merging import load_merged
 from hfllm.models.precision import cast_weights
+from hfllm.models.stored import location_of
 from hfllm.trainers.distillation.teacher_memory import check_fits_memory
 
 if TYPE_CHECKING:
@@ -189,7 +192,7 @@ def check_linear_head(model: "PreTrainedModel", whose: str) -> None:
 
 
 def load_teacher(name: str, settings: Mapping[str, object]) -> "PreTrainedModel":
-    """Load the teacher called `name`.
+    """Load the teacher called `name`; an adapter is merged into its base model, unless that is quantized.
 
     Args:
         settings: arguments of `from_pretrained`.
@@ -200,8 +203,14 @@ def load_teacher(name: str, settings: Mapping[str, object]) -> "PreTrainedModel"
     from transformers import AutoModelForCausalLM
 
     check_fits_memory(name, settings)
+    adapter = find_adapter(name, **location_of(settings))
     try:
+        if adapter is not None and not adapter.stays_apart(**settings):
+            adapter.check("CAUSAL_LM")
+            return load_merged(adapter, AutoModelForCausalLM, **settings)
         return AutoModelForCausalLM.from_pretrained(name, **settings)
+    except InputError:
+        raise
     # The first two come from unknown names of settings and of dtypes.
     except (TypeError, AttributeError, OSError, ValueError) as error:
         raise InputError(f"teacher {name!r} could not be loaded: {' '.join(str(error).split())[:200]}") from error

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from hfllm.errors import InputError
-from hfllm.models.stored import adapter_base, empty_model, location_of, quantization_of
+from hfllm.models.adapters import find_adapter
+from hfllm.models.stored import empty_model, location_of, quantization_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -62,8 +63,9 @@ def _config_of(name: str, settings: Mapping[str, object]) -> "PreTrainedConfig |
 
     location = location_of(settings)
     try:
-        return AutoConfig.from_pretrained(adapter_base(name, **location) or name, **location)
-    except (OSError, TypeError, ValueError, KeyError):
+        adapter = find_adapter(name, **location)
+        return AutoConfig.from_pretrained(name, **location) if adapter is None else adapter.base_config()
+    except (InputError, OSError, TypeError, ValueError, KeyError):
         # Loading will report the error, or may succeed in another way.
         return None
 

@@ -24,7 +24,7 @@ from hfllm.trainers.ppo.actor_critic import ActorCritic, entropy_of, scatter_to_
 from hfllm.trainers.ppo.controllers import KLController, RunningMoments
 from hfllm.trainers.ppo.rollout import Rollout, length_groups
 from hfllm.trainers.ppo.sampling import SampledLogprobs, generate_responses
-from hfllm.trainers.ppo.setup import load_weights
+from hfllm.trainers.ppo.setup import as_reference, load_weights
 from hfllm.trainers.sharding import gather_parameters
 from hfllm.trainers.tables import log_table
 
@@ -209,8 +209,7 @@ class ActorCriticTrainer(Trainer):
         self, chunk: dict[str, torch.Tensor], with_distribution: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return log-probabilities (B, R) of the responses under the reference, and its log-distributions (N, V)."""
-        adapter_off = nullcontext() if self.reference is not None else self.policy.disable_adapter()
-        with adapter_off:
+        with nullcontext() if self.reference is not None else as_reference(self.policy):
             model = self.policy if self.reference is None else self.reference
             return self.actor.judge(model, **chunk, with_distribution=with_distribution)
 
@@ -321,7 +320,9 @@ class ActorCriticTrainer(Trainer):
         def part(prefix: str) -> dict[str, torch.Tensor]:
             return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
-        self.policy.save_pretrained(output, state_dict=part("policy."))
+        # Without the adapter that the reference keeps.
+        trained = {"selected_adapters": [self.policy.active_adapter]} if hasattr(self.policy, "peft_config") else {}
+        self.policy.save_pretrained(output, state_dict=part("policy."), **trained)
         if actor.value_model is not None:
             actor.value_model.save_pretrained(output / VALUE_MODEL_FOLDER, state_dict=part("value_model."))
         else:
@@ -399,7 +400,8 @@ class ActorCriticTrainer(Trainer):
             from peft import set_peft_model_state_dict
             from peft.utils import load_peft_weights
 
-            set_peft_model_state_dict(self.policy, load_peft_weights(str(folder), device="cpu"))
+            weights = load_peft_weights(str(folder), device="cpu")
+            set_peft_model_state_dict(self.policy, weights, adapter_name=self.policy.active_adapter)
         else:
             load_weights(self.policy, folder)
         if actor.value_model is not None:

@@ -1,7 +1,9 @@
 """The parts of a `PPOTrainer`: reference, rewards, special tokens, sampling settings."""
 
+import copy
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +22,10 @@ from hfllm.trainers.ppo.config import PPOConfig
 from hfllm.trainers.sharding import gather_parameters, unshard
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
 
+# A policy whose adapter is trained further keeps what that was at the start under this name.
+REFERENCE_ADAPTER = "ref"
 RewardFunc = str | PreTrainedModel | Callable[..., list[float]]
 # Every field that would change the distribution is set: generate() fills unset ones from the model's own generation
 # config, and the ratio is only right for the distribution that token_logprobs computes.
@@ -51,7 +55,7 @@ def scorer_from_name(name: str, load_kwargs: dict[str, Any]) -> PreTrainedModel:
 def split_reference(
     model: PreTrainedModel, peft_config: "PeftConfig | None", keep: bool = True
 ) -> tuple[PreTrainedModel | None, PreTrainedModel]:
-    """Return the frozen reference and the policy. With an adapter the reference is `None`: the policy without it.
+    """Return the frozen reference and the policy. With an adapter the reference is `None`, see `as_reference`.
 
     Without `keep` there is no reference.
 
@@ -75,6 +79,8 @@ def split_reference(
             raise InputError("model has an adapter already: leave peft_config out, or merge the adapter first")
         return None, get_peft_model(model, peft_config)
     if hasattr(model, "peft_config"):
+        if keep:
+            keep_starting_adapter(model)
         return None, model
     if not keep:
         return None, model
@@ -86,6 +92,50 @@ def split_reference(
     for own, given in zip(reference.buffers(), model.buffers(), strict=True):
         own.data = given.detach().clone()
     return reference.eval().requires_grad_(False), model
+
+
+def keep_starting_adapter(policy: "PeftModel") -> None:
+    """Keep a frozen copy of the adapter that the policy starts with, as TRL's trainers do, under the same name.
+
+    Raises:
+        InputError: when PEFT allows no second adapter beside it.
+    """
+    active = policy.active_adapter
+    if not isinstance(active, str):
+        raise InputError(f"model has the adapters {', '.join(active)} active at once: merge them, or activate one")
+    # The copy's weights are drawn first.
+    with torch.random.fork_rng(), gather_parameters(policy):
+        try:
+            policy.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(policy.peft_config[active]))
+        except (KeyError, NotImplementedError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"model's adapter cannot be kept as the reference beside itself ({reason}): merge it and train a new "
+                "one, or leave the reference out by kl_coef=0"
+            ) from error
+        weights = {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
+        for name, weight in weights.items():
+            copied = ".".join(REFERENCE_ADAPTER if part == active else part for part in name.split("."))
+            # Some kinds share what is not trained.
+            if copied != name and copied in weights:
+                weights[copied].data.copy_(weight.data)
+    # Only the active adapter is trained.
+    policy.set_adapter(active)
+
+
+@contextmanager
+def as_reference(policy: "PeftModel") -> Iterator[None]:
+    """Let the policy compute what its reference would: with the adapter that it started with, or without a new one."""
+    if REFERENCE_ADAPTER not in policy.peft_config:
+        with policy.disable_adapter():
+            yield
+        return
+    active = policy.active_adapter
+    policy.set_adapter(REFERENCE_ADAPTER)
+    try:
+        yield
+    finally:
+        policy.set_adapter(active)
 
 
 def place_frozen(models: Iterable[PreTrainedModel | None], device: torch.device) -> None:

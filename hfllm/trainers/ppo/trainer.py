@@ -80,7 +80,7 @@ class PPOTrainer(ActorCriticTrainer):
     """PPO for language models (Ouyang et al. 2022, arXiv:2203.02155) with GRPOTrainer's signature.
 
     Args:
-        model: the policy, a causal language model or its name.
+        model: the policy, a causal language model or its name; of a PeftModel the first state is the reference.
         reward_funcs: one reward or a list: a function `(prompts, completions, **columns) -> list[float]`, or of lists
             with a number for each of `completion_ids`; a sequence- or token-classification model with one label, or
             the name of one; a `RewardEnsemble`. The policy is trained on their sum weighted by `args.reward_weights`.

@@ -1,0 +1,326 @@
+"""Saved PEFT adapters: find one and its base, and put it on the base."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfllm.errors import InputError
+from hfllm.models.stored import location_of, quantization_method
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+# What a recipe that trains a new adapter on a merged one calls the folder of the base.
+BASE_FOLDER = "base"
+# The auto class of each task that an adapter may be for; one that names no task is a language model's.
+AUTO_CLASSES = {
+    None: "AutoModelForCausalLM",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
+HEADS = ("score", "classifier")
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter in a folder or a repository of the Hub.
+
+    Args:
+        name: the folder or the Hub id.
+        settings: its adapter_config.json.
+        location: arguments of `from_pretrained` that locate it, such as `revision`.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    location: Mapping[str, Any]
+
+    @cached_property
+    def base(self) -> str:
+        """The name of its base model; one that a recipe wrote into the run's folder may have moved with that.
+
+        Raises:
+            InputError: when it names none.
+        """
+        named = self.settings.get("base_model_name_or_path")
+        if not named:
+            raise InputError(
+                f"adapter {self.name!r} names no base model: give it base_model_name_or_path in adapter_config.json"
+            )
+        if Path(named).name == BASE_FOLDER and not Path(named).is_dir():
+            run = Path(self.name).parent if Path(self.name).name.startswith("checkpoint-") else Path(self.name)
+            if (run / BASE_FOLDER / "config.json").is_file():
+                return str(run / BASE_FOLDER)
+        return named
+
+    @property
+    def base_location(self) -> dict[str, Any]:
+        """The arguments of `from_pretrained` that locate the base: its revision is its own."""
+        kept = {name: value for name, value in self.location.items() if name not in ("revision", "subfolder")}
+        revision = self.settings.get("revision")
+        return {**kept, **({"revision": revision} if revision else {})}
+
+    @property
+    def task(self) -> str | None:
+        """The task that it is for, such as CAUSAL_LM or SEQ_CLS."""
+        return self.settings.get("task_type")
+
+    @cached_property
+    def brings_head(self) -> bool:
+        """Whether a trained head for scores is among its weights."""
+        return any(part in HEADS for name in self.weights() for part in name.split("."))
+
+    def check(self, *tasks: str) -> None:
+        """Refuse an adapter of another task, or of a kind that is not a part of the weights.
+
+        Args:
+            tasks: accepted ones; by default all.
+
+        Raises:
+            InputError: naming what it is.
+        """
+        if tasks and self.task not in (None, *tasks):
+            raise InputError(f"adapter {self.name!r} is for the task {self.task}; expected {' or '.join(tasks)}")
+        if self.config().is_prompt_learning:
+            kind = str(self.settings.get("peft_type"))
+            raise InputError(
+                f"adapter {self.name!r} is of the kind {kind}, which adds tokens and changes no weights: it can be "
+                "neither merged nor trained further here; LoRA, DoRA, IA3 and others that change weights can"
+            )
+
+    def config(self) -> "PeftConfig":
+        """Return its settings as PEFT reads them.
+
+        Raises:
+            InputError: when PEFT does not know them.
+        """
+        from peft import PeftConfig
+
+        try:
+            return PeftConfig.from_pretrained(self.name, **self.location)
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            raise InputError(f"adapter {self.name!r}: its settings cannot be read: {_one_line(error)}") from error
+
+    def weights(self) -> "dict[str, torch.Tensor]":
+        """Return its weights, by their names in the file.
+
+        Raises:
+            InputError: when there are none, or the file cannot be read.
+        """
+        from peft.utils import load_peft_weights
+        from safetensors import SafetensorError
+
+        try:
+            return load_peft_weights(self.name, device="cpu", **self.location)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"adapter {self.name!r}: its weights cannot be read: {_one_line(error)}") from error
+
+    def base_config(self) -> "PreTrainedConfig":
+        """Return the config of its base model.
+
+        Raises:
+            InputError: naming both, when that cannot be loaded.
+        """
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.base, **self.base_location)
+        except (OSError, ValueError) as error:
+            raise self.unloadable(error) from error
+
+    def stays_apart(self, **kwargs: object) -> bool:
+        """Return whether its base is quantized, as saved or while loading by these arguments of `from_pretrained`."""
+        return bool(kwargs.get("quantization_config")) or quantization_method(self.base_config()) is not None
+
+    def unloadable(self, error: Exception) -> InputError:
+        """Return the complaint that its base could not be loaded."""
+        return InputError(
+            f"adapter {self.name!r} is one of the model {self.base!r}, which could not be loaded "
+            f"({_one_line(error)}): if that has moved, write where it is into base_model_name_or_path "
+            "of the adapter's adapter_config.json"
+        )
+
+
+def find_adapter(name: str, **location: object) -> SavedAdapter | None:
+    """Return the adapter that `name` is; `None` for a whole model, or where there is nothing.
+
+    Args:
+        location: where `name` is, as `from_pretrained` takes it.
+    """
+    from transformers.utils import find_adapter_config_file
+
+    try:
+        found = find_adapter_config_file(name, **location)
+    except OSError:
+        return None
+    # A folder with both configs is a whole model.
+    if found is None or Path(name, "config.json").exists():
+        return None
+    return SavedAdapter(name, json.loads(Path(found).read_text(encoding="utf-8")), location_of(location))
+
+
+# ---- the base ----
+
+
+def auto_class_of(adapter: SavedAdapter) -> "type[_BaseAutoModelClass]":
+    """Return the auto class of the model that an adapter belongs on.
+
+    Raises:
+        InputError: for a task that no recipe has.
+    """
+    import transformers
+
+    adapter.check(*(task for task in AUTO_CLASSES if task))
+    return getattr(transformers, AUTO_CLASSES[adapter.task])
+
+
+def load_base(
+    adapter: SavedAdapter, auto_class: "type[_BaseAutoModelClass]", **kwargs: object
+) -> tuple["PreTrainedModel", bool]:
+    """Load an adapter's base model, with as many embeddings as the adapter was saved with.
+
+    Args:
+        kwargs: arguments of `from_pretrained`, but for those that locate the model.
+
+    Returns:
+        The model, and whether it has a new head for scores, which the adapter does not bring either.
+
+    Raises:
+        InputError: naming both, when it cannot be loaded.
+    """
+    kwargs = {name: value for name, value in kwargs.items() if name not in location_of(kwargs)}
+    weights = adapter.weights()
+    try:
+        model, info = auto_class.from_pretrained(
+            adapter.base, **adapter.base_location, **{**kwargs, "output_loading_info": True}
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise adapter.unloadable(error) from error
+    if info["mismatched_keys"] and not adapter.brings_head:
+        key, saved, _ = sorted(info["mismatched_keys"])[0]
+        raise InputError(f"model {adapter.base!r}: {key} is of the shape {tuple(saved)}; expected one label")
+    is_new = any(not key.startswith(f"{model.base_model_prefix}.") for key in info["missing_keys"])
+    for path in embeddings_of(model):
+        rows = [value.shape[0] for key, value in weights.items() if _is_whole(key, path)]
+        if rows and rows[0] != model.get_submodule(path).weight.shape[0]:
+            model.resize_token_embeddings(rows[0], mean_resizing=False)
+    return model, is_new and not adapter.brings_head
+
+
+def embeddings_of(model: "PreTrainedModel") -> list[str]:
+    """Return the names of a model's input and output embeddings."""
+    parts = [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
+    return [name for name, module in model.named_modules() if any(module is part for part in parts)]
+
+
+# ---- the adapter on it ----
+
+
+def put_on(model: "PreTrainedModel", adapter: SavedAdapter, is_trainable: bool = False) -> "PeftModel":
+    """Put a saved adapter on its base model.
+
+    Raises:
+        InputError: when it does not fit: weights of another shape, some for which there is no place, or some missing.
+    """
+    from peft import PeftModel
+
+    paths = embeddings_of(model)
+    try:
+        adapted = PeftModel.from_pretrained(model, adapter.name, is_trainable=is_trainable, **adapter.location)
+    except (KeyError, OSError, RuntimeError, ValueError) as error:
+        raise _misfit(adapter, _mismatch(error)) from error
+    check_names(adapter, adapted, adapter.weights(), paths)
+    # Where it was found; what is saved from here on names that.
+    adapted.peft_config[adapted.active_adapter].base_model_name_or_path = adapter.base
+    return adapted
+
+
+def put_under_head(model: "PreTrainedModel", adapter: SavedAdapter) -> "PeftModel":
+    """Put a language model's adapter on the same model with a new head for scores, to train both.
+
+    Raises:
+        InputError: when it does not fit, see `put_on`.
+    """
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    config, whole = adapter.config(), "base_model.model."
+    trunk, paths = f"{whole}{model.base_model_prefix}.", embeddings_of(model)
+    config.task_type, config.inference_mode, config.base_model_name_or_path = "SEQ_CLS", False, adapter.base
+    # What it does to the head for words ends here.
+    if config.modules_to_save:
+        names = dict(model.named_modules())
+        config.modules_to_save = [each for each in config.modules_to_save if _has_module(names, each)] or None
+    weights = {key: value for key, value in adapter.weights().items() if key.startswith(trunk) or whole not in key}
+    try:
+        adapted = get_peft_model(model, config)
+        config.base_model_name_or_path = adapter.base
+        own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        # PEFT wants the head too: its new weights stay.
+        head = {key: value for key, value in own.items() if whole in key and not key.startswith(trunk)}
+        set_peft_model_state_dict(adapted, {**head, **weights})
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise _misfit(adapter, _mismatch(error)) from error
+    check_names(adapter, adapted, weights, paths, has_new_head=True)
+    return adapted
+
+
+def check_names(
+    adapter: SavedAdapter,
+    adapted: "PeftModel",
+    saved: Iterable[str],
+    embeddings: Sequence[str],
+    has_new_head: bool = False,
+) -> None:
+    """Refuse weights of an adapter that have no place in the model, and places without weights.
+
+    PEFT drops the first without a word.
+
+    Args:
+        saved: the names of its weights.
+        embeddings: the names of the base's embeddings, which may be saved whole beside an adapter.
+        has_new_head: whether a head for scores was put on the model, which the adapter does not bring.
+
+    Raises:
+        InputError: naming one of them.
+    """
+    from peft import get_peft_model_state_dict
+
+    own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    brought, places = (
+        {key for key in keys if not any(_is_whole(key, path) for path in embeddings)} for keys in (saved, own)
+    )
+    if has_new_head:
+        places = {key for key in places if not set(key.split(".")) & set(HEADS)}
+    for left, what in ((brought - places, "has no place"), (places - brought, "is missing")):
+        if left:
+            raise _misfit(adapter, f"{min(left)} {what}")
+
+
+def _is_whole(key: str, path: str) -> bool:
+    """Return whether a weight of an adapter is that of a whole module, and not one that it adds."""
+    return key.endswith((f".{path}.weight", f".{path}.base_layer.weight"))
+
+
+def _has_module(names: Mapping[str, object], wanted: str) -> bool:
+    return any(name == wanted or name.endswith(f".{wanted}") for name in names)
+
+
+def _misfit(adapter: SavedAdapter, reason: str) -> InputError:
+    return InputError(f"adapter {adapter.name!r} does not fit its base model {adapter.base!r}: {reason}")
+
+
+def _mismatch(error: Exception) -> str:
+    """Return the line of an error that says what does not fit."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)[:300]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
