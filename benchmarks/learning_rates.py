@@ -13,10 +13,12 @@ benchmarks/results/learning_rates.md. Choose on one seed, judge on others.
 import argparse
 import itertools
 import json
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -172,12 +174,42 @@ def main() -> None:
             stream.write(json.dumps({**vars(args), **rows[-1]}) + "\n")
         print("\n".join(markdown_table([{name: rows[-1][name] for name in SHOWN}])), flush=True)
     print("\n".join(markdown_table([{name: row[name] for name in SHOWN} for row in rows])))
-    Plot(
-        title=f"PPO on {Path(args.model_name_or_path).name}",
+    curves(rows).draw(folder / "rewards.png")
+    stored = (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    rises(list(map(json.loads, stored))).draw(folder / "rates.png")
+
+
+def curves(rows: Sequence[Mapping[str, Any]]) -> Plot:
+    """Return the rewards of runs over their episodes."""
+    return Plot(
+        title="PPO by learning rate",
         xlabel="episodes",
         ylabel="reward per response",
         lines={label(row): (row["episodes"], row["rewards"]) for row in rows},
-    ).draw(folder / "rewards.png")
+    )
+
+
+def rises(rows: Sequence[Mapping[str, Any]]) -> Plot:
+    """Return the rise of the held-out reward by learning rate, a line per model and kind of training.
+
+    Rewards of different tasks have different scales: each line is divided by its highest point.
+    """
+    groups: dict[str, dict[float, float]] = {}
+    for row in rows:
+        kind = f"LoRA, r={row['lora_r']}" if row["lora_r"] else "all weights"
+        points = groups.setdefault(f"{Path(row['model_name_or_path']).name}, {kind}", {})
+        points[row["learning_rate"]] = max(points.get(row["learning_rate"], -math.inf), row["change"])
+    lines = {}
+    for name, points in groups.items():
+        rates, highest = sorted(points), max(points.values())
+        lines[name] = (rates, [points[rate] / highest for rate in rates])
+    return Plot(
+        title="Rise of the held-out reward by learning rate",
+        xlabel="learning rate",
+        ylabel="rise, as a share of the best",
+        lines=lines,
+        xscale="log",
+    )
 
 
 if __name__ == "__main__":

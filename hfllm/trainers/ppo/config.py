@@ -45,7 +45,7 @@ class PPOConfig(PPOOptions, TrainingArguments):
 
     learning_rate: float | None = option(
         None,
-        "Initial learning rate; by default from the model's size, ten times as high for an adapter (docs/ppo.md).",
+        "Initial learning rate; by default from the model's size, higher for an adapter (docs/ppo.md).",
     )
     per_device_train_batch_size: int = option(16, "Episodes of an optimizer step on each device.")
     logging_steps: float = option(10, "Log every X optimizer steps; below 1, a share of all steps.")

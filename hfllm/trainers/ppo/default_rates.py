@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from hfllm.runs.arguments import changed
 from hfllm.trainers.ppo.config import PPOConfig
 
-# The rate of models of BASE_SIZE parameters and smaller ones; above, it falls with the square root of the size.
-BASE_RATE, BASE_SIZE = 3e-4, 1e6
-ADAPTER_FACTOR = 10
+# The rate of models of BASE_SIZE parameters and smaller ones. Above, it falls with the square root of the size; that
+# of an adapter, whose own size hardly grows, with the fourth root.
+BASE_SIZE, FULL_RATE, ADAPTER_RATE = 1e6, 3e-4, 3e-3
 HEAD_RATE = 3e-3
 
 
@@ -24,8 +24,8 @@ def default_learning_rate(num_parameters: int, has_adapter: bool = False) -> flo
         num_parameters: of the whole model, with those that are not trained.
         has_adapter: whether an adapter is trained in place of all weights.
     """
-    rate = BASE_RATE * min(1.0, BASE_SIZE / max(num_parameters, 1)) ** 0.5
-    return float(f"{rate * (ADAPTER_FACTOR if has_adapter else 1):.1e}")
+    shrinks = min(1.0, BASE_SIZE / max(num_parameters, 1))
+    return float(f"{ADAPTER_RATE * shrinks**0.25 if has_adapter else FULL_RATE * shrinks**0.5:.1e}")
 
 
 def with_default_rates(args: PPOConfig, policy: PreTrainedModel, value_model: PreTrainedModel | None) -> PPOConfig:
