@@ -1,6 +1,7 @@
 """Models as rewards: one score per sequence, or one per token."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,8 @@ from hfllm.errors import InputError
 from hfllm.models.devices import most_tokens
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -58,11 +61,18 @@ class RewardModel:
             batch = self.tokenizer.pad(
                 {"input_ids": [ids[row] for row in rows]}, padding_side="right", return_tensors="pt"
             ).to(self.model.device)
-            with torch.inference_mode():
+            with torch.inference_mode(), self._precision():
                 logits = self.model(
                     input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
                 ).logits
             yield rows, logits.float().cpu()
+
+    def _precision(self) -> "AbstractContextManager":
+        """Return the context of a forward pass: flash attention takes no fp32, and nothing else is changed."""
+        import torch
+
+        needs_16_bits = "flash" in (self.model.config._attn_implementation or "") and self.model.dtype == torch.float32
+        return torch.autocast(self.model.device.type, torch.bfloat16) if needs_16_bits else nullcontext()
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Yield rows of similar length: on a CPU one more short pass costs less than padding."""

@@ -155,8 +155,8 @@ def test_values_keep_their_precision_under_autocast(make_model):
     import hfllm
     from hfllm.trainers.ppo.actor_critic import ActorCritic
 
-    separate = make_model(1, hfllm.HfllmForTokenClassification, num_labels=1)
-    for value_model in (None, separate):
+    separate, short = (make_model(1, hfllm.HfllmForTokenClassification, num_labels=1) for _ in range(2))
+    for value_model in (None, separate, short.bfloat16()):
         actor = ActorCritic(make_model(), value_model, 1.0, (0,))
         if value_model is None:
             torch.nn.init.normal_(actor.value_head.weight)
@@ -181,6 +181,26 @@ def test_ppo_bounds_the_logits_of_a_pass(make_model, monkeypatch):
     assert all(lengths[rows].sum() <= 9 for rows in groups)
     # A row that is longer than the limit goes alone.
     assert [rows.tolist() for rows, _ in length_groups(batch, None, most_responses=4)] == [[0], [4], [5], [2], [3, 1]]
+
+
+def test_flash_attention_meets_neither_fp32_nor_the_cpu(make_model, tokenizer, monkeypatch):
+    import hfllm
+    from hfllm.trainers.ppo.actor_critic import looks_ahead
+
+    model = make_model(model_class=hfllm.HfllmForSequenceClassification, num_labels=1)
+    reward, chosen = RewardModel(model, tokenizer), []
+    assert not torch.is_autocast_enabled("cpu") and reward(["The owl"], [" sleeps."])
+    monkeypatch.setattr(model, "set_attn_implementation", chosen.append)
+    monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
+    with reward._precision():
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.is_autocast_enabled("cpu")
+    monkeypatch.setattr(type(model.model), "forward", lambda self, input_ids, **kwargs: States(input_ids))
+    assert not looks_ahead(model) and chosen == ["sdpa", "flash_attention_2"]
+
+
+class States:
+    def __init__(self, ids):
+        self.last_hidden_state = ids.unsqueeze(-1).float()
 
 
 def test_packed_weights_stay_on_the_cpu(make_model, monkeypatch):

@@ -206,13 +206,28 @@ def looks_ahead(model: PreTrainedModel) -> bool:
     ids = torch.arange(16, device=trunk.device).view(2, 8) % trunk.config.get_text_config().vocab_size
     ids[1, :2] = ids[0, :2]
     trunk.eval()
-    one, other = trunk(input_ids=ids, use_cache=False).last_hidden_state[:, :2]
+    with _without_flash_attention(model):
+        one, other = trunk(input_ids=ids, use_cache=False).last_hidden_state[:, :2]
     for module, training in modes:
         module.training = training
     # In low precision the rounding of a row may depend on the rest of the batch.
     is_exact = trunk.dtype == torch.float32 and not getattr(model, "is_quantized", False)
     tolerance = 1e-3 if is_exact else 5e-2
     return not torch.allclose(one, other, atol=tolerance, rtol=tolerance)
+
+
+@contextmanager
+def _without_flash_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model that is still on the CPU run there, where flash attention does not."""
+    chosen = model.config._attn_implementation or ""
+    if "flash" not in chosen or model.device.type != "cpu":
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(chosen)
 
 
 def response_logits(model: PreTrainedModel, sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
@@ -232,10 +247,15 @@ def value_head_of(model: PreTrainedModel) -> nn.Module:
     raise ValueError(f"{type(model).__name__} has no head named score or classifier")
 
 
-def in_own_precision(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """Apply a value head in the precision of its weights: under autocast its values would have 8 bits."""
+def in_fp32(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """Apply a value head in fp32: autocast, or weights in 16 bits, would leave 8 bits of its values."""
     with torch.autocast(states.device.type, enabled=False):
-        return head(states.to(next(head.parameters()).dtype))
+        weight = next(head.parameters())
+        # ZeRO-3 gathers the weights of a module that is called.
+        if type(head) is nn.Linear and weight.dtype.itemsize < 4 and not hasattr(weight, "ds_id"):
+            bias = None if head.bias is None else head.bias.float()
+            return nn.functional.linear(states.float(), weight.float(), bias)
+        return head(states.to(weight.dtype))
 
 
 class ActorCritic(nn.Module):
@@ -340,11 +360,11 @@ class ActorCritic(nn.Module):
 
     def _values(self, sequences: Sequences, states: torch.Tensor | None) -> torch.Tensor:
         if self.value_model is None:
-            return in_own_precision(self.value_head, states)
+            return in_fp32(self.value_head, states)
         trunk = getattr(self.value_model, self.value_model.base_model_prefix)
         with last_mlp_on(trunk, sequences):
             hidden_states = trunk(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
-        return in_own_precision(value_head_of(self.value_model), hidden_states[sequences.rows, sequences.columns])
+        return in_fp32(value_head_of(self.value_model), hidden_states[sequences.rows, sequences.columns])
 
 
 def scatter_to_mask(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
