@@ -10,6 +10,7 @@ precision and stored in the base's own; both are compared on random tokens. A fo
 from collections.abc import Sequence
 
 from hfllm.runs.command_line import main_process, parse_recipe, run
+from hfllm.runs.lock import releases_folders
 from hfllm.stages.merge import MergeArguments
 
 
@@ -18,6 +19,7 @@ def parse(argv: Sequence[str]) -> tuple[MergeArguments]:
     return parse_recipe(argv, __doc__, MergeArguments)
 
 
+@releases_folders
 def main(script_args: MergeArguments) -> dict[str, float]:
     """Merge, compare, save, write the report. Return the metrics."""
     from hfllm.outputs.card import loading_lines

@@ -105,12 +105,12 @@ def to_native(
 
 
 def check_empty(path: Path) -> None:
-    """Refuse a path that is not new or an empty folder.
+    """Refuse a path that is not new or an empty folder. Hidden files, such as a run's lock, do not count.
 
     Raises:
         InputError: when it exists and is not an empty folder.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(not each.name.startswith(".") for each in path.iterdir())):
         raise InputError(f"{path} exists and is not empty")
 
 
@@ -131,6 +131,9 @@ class whole_folder:
             return
         self.temporary.chmod(0o755)
         if self.path.exists():
+            # A lock stays valid in the new folder.
+            for hidden in self.path.iterdir():
+                os.replace(hidden, self.temporary / hidden.name)
             self.path.rmdir()
         os.replace(self.temporary, self.path)
 

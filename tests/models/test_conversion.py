@@ -292,3 +292,15 @@ def test_a_config_is_json_and_comes_back(make_config):
     for axes in FAMILIES.values():
         config = make_config(**axes)
         assert hfllm.HfllmConfig(**json.loads(config.to_json_string(use_diff=False))).to_dict() == config.to_dict()
+
+
+def test_a_lock_in_the_target_stays(saved, tmp_path):
+    target = tmp_path / "native"
+    target.mkdir()
+    (target / ".lock").write_text("held")
+    inode = (target / ".lock").stat().st_ino
+    hfllm.to_native(str(saved), target)
+    assert (target / "config.json").exists() and (target / ".lock").stat().st_ino == inode
+    (target / "mine.txt").write_text("")
+    with pytest.raises(InputError, match="is not empty"):
+        hfllm.to_native(str(saved), target)
