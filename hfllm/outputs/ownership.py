@@ -16,7 +16,8 @@ DRAFTS = (
 )
 # The plots of all stages.
 PLOTS = (
-    *("loss", "rewards", "overoptimization", "parts", "gold", "funnel", "compression", "speed", "memory"),
+    *("loss", "rewards", "kl", "response_length", "clip_fraction", "overoptimization", "parts", "gold"),
+    *("funnel", "compression", "speed", "memory"),
     *("sensitivity_*", "loss_by_compute", "expected_and_measured", "optimal_size"),
 )
 
