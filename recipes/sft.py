@@ -13,18 +13,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hfllm.runs.command_line import parse_recipe, run, world_settings
+from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.lock import releases_folders
-from hfllm.stages.sft import SftArguments
+from hfllm.stages.sft import SftArguments, default_settings
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
 
 
 def parse(argv: Sequence[str]) -> tuple[SftArguments, "SFTConfig", "ModelConfig"]:
-    """Read the flags; without your own model the defaults are the embedded world's settings."""
+    """Read the flags; the defaults depend on whether a model is named, and whether an adapter is trained."""
     library = ("trl.SFTConfig", "trl.ModelConfig")
-    return parse_recipe(argv, __doc__, SftArguments, library, "outputs/sft", world_settings("sft"))
+    return parse_recipe(argv, __doc__, SftArguments, library, "outputs/sft", default_settings)
 
 
 @releases_folders
