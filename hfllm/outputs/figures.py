@@ -23,6 +23,8 @@ LABELS = {
     "unfinished": "share of responses cut off",
     "kl_to_reference": "KL to the reference (nats per response)",
     "reward_model_accuracy": "reward model accuracy",
+    "learning_rate": "learning rate",
+    "value_learning_rate": "learning rate of the critic",
     "train_loss": "training loss",
     "eval_loss": "held-out loss",
     "held_out_loss": "held-out loss (nats per token)",
