@@ -21,6 +21,10 @@ class InputError(ValueError):
         super().__init__(redact(message))
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during training: recipes print its message, which says how to resume, as a single line and stop."""
+
+
 def refuse(condition: bool, flag: str, reason: str) -> None:
     """Refuse a flag that would have no effect, rather than ignore it.
 

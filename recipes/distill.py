@@ -81,7 +81,7 @@ def main(
     # The student.
     student_args = without_teacher(trainer_args) if script_args.sequence_level else trainer_args
     trainer = student_trainer(script_args, student_args, model_args, teacher, train_rows, eval_rows)
-    train(trainer, stage.checkpoint)
+    train(trainer, stage.checkpoint, stage.identity, rows_are_sampled=train_rows is not data_rows)
     trainer.save_model()
     trainers = {"student": trainer}
 

@@ -47,6 +47,7 @@ def main(
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scaled_learning_rate
+    from hfllm.trainers.run_record import final_train_loss
     from hfllm.trainers.sharding import gather_parameters
 
     check(script_args, training_args, model_args)
@@ -72,13 +73,13 @@ def main(
         trainer, mixed = build(fitted_args, trainer_args, model, tokenizer, sources, test_texts, prepared)
     use_plain_lines(trainer)
     samples = pretrain_watch.watch(trainer, fitted_args, tokenizer, train_texts, test_texts)
-    train(trainer, stage.checkpoint)
+    train(trainer, stage.checkpoint, stage.identity)
     pretrain_watch.stop_if_broken(trainer)
     held_out_loss = trainer.evaluate()["eval_loss"]
     trainer.save_model()
 
     metrics = {
-        "train_loss": next(entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry),
+        "train_loss": final_train_loss(trainer),
         "eval_loss": held_out_loss,
         **pretrain_watch.held_out_metrics(fitted_args, trainer.model, tokenizer, train_texts, test_texts),
         "parameters": model.num_parameters(),

@@ -82,7 +82,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
             f"no comparison in {script_args.dataset_name!r} fits into --max_length {trainer.args.max_length} tokens"
         )
     use_plain_lines(trainer)
-    train(trainer, stage.checkpoint)
+    train(trainer, stage.checkpoint, stage.identity, rows_are_sampled=rows is None)
     evaluation = trainer.evaluate()
     trainer.save_model()
 

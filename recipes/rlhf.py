@@ -96,7 +96,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     held_out = ([row["prompt"] for row in eval_rows], world_of(script_args), script_args.num_eval_prompts)
     with gather_parameters(trainer.actor):
         unaligned = evaluate_policy(trainer, *held_out)
-    train(trainer, stage.checkpoint)
+    train(trainer, stage.checkpoint, stage.identity)
     with gather_parameters(trainer.actor):
         aligned = evaluate_policy(trainer, *held_out)
     trainer.save_model()

@@ -38,6 +38,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scaled_learning_rate
+    from hfllm.trainers.run_record import final_train_loss
 
     check(script_args, model_args)
     stage = Stage("sft", script_args, training_args, model_args)
@@ -64,12 +65,12 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
         peft_config=peft_config(model_args),
     )
     use_plain_lines(trainer)
-    train(trainer, stage.checkpoint)
+    train(trainer, stage.checkpoint, stage.identity)
     held_out_loss = trainer.evaluate()["eval_loss"]
     trainer.save_model()
 
     metrics = {
-        "train_loss": next(entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry),
+        "train_loss": final_train_loss(trainer),
         "eval_loss": held_out_loss,
         "examples": len(train_rows),
         **scaled,

@@ -35,8 +35,10 @@ class Processes:
         if self._server is not None:
             self._server.communicate()
 
-    def torchrun(self, script: str | Path, *arguments: object, processes: int = 2, timeout: float = 300) -> str:
-        """What a script prints in so many processes that find each other, as torchrun starts them.
+    def torchrun(
+        self, script: str | Path, *arguments: object, processes: int = 2, code: int = 0, timeout: float = 300
+    ) -> str:
+        """What a script prints in so many processes that find each other, as torchrun starts them; `code` as in `run`.
 
         Raises:
             AssertionError: with the end of what was printed, if a process fails or outlasts `timeout` seconds.
@@ -46,7 +48,7 @@ class Processes:
             world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
         world |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         ranks = [{**world, "RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
-        return self._run([str(script), *map(str, arguments)], ranks, timeout)
+        return self._run([str(script), *map(str, arguments)], ranks, timeout, code)
 
     def run(self, script: str | Path, *arguments: object, code: int = 0, timeout: float = 300) -> str:
         """What a script prints in one process, as Python starts it, that exits with `code`; raises as `torchrun`."""

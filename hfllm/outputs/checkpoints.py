@@ -1,9 +1,15 @@
-"""Find the checkpoint of an output folder to resume from."""
+"""Find the checkpoint of an output folder to resume from, and read what it says of its run."""
 
 import json
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+STATE_FILE = "trainer_state.json"
+# Under this key Trainer's state, which is written last, holds what a run records of itself.
+RECORD = "hfllm"
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
@@ -13,21 +19,57 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
     or the optimizer's file may have been truncated too, as by a full disk. Such checkpoints are skipped with a
     warning, and an older one still exists, since it is removed only after the save.
     """
-    numbered = sorted(
-        (path for path in Path(folder).glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()),
-        key=lambda path: int(path.name.rpartition("-")[2]),
-    )
-    for path in reversed(numbered):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-            is_whole = all(map(_is_whole, filter(Path.is_file, path.rglob("*"))))
-        except (OSError, ValueError):
-            is_whole = False
-        if not is_whole:
+    for path in reversed(checkpoints_in(folder)):
+        if not is_complete(path):
             warnings.warn(f"{path} is not complete: trying the checkpoint before it", stacklevel=2)
             continue
         return str(path)
     return None
+
+
+def checkpoints_in(folder: str | Path) -> list[Path]:
+    """Return the checkpoints of an output folder, complete or not, in the order of their steps."""
+    numbered = (path for path in Path(folder).glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal())
+    return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Return whether a checkpoint was saved to its end, and none of its files is cut off."""
+    try:
+        json.loads((checkpoint / STATE_FILE).read_text())
+        return all(map(_is_whole, filter(Path.is_file, checkpoint.rglob("*"))))
+    except (OSError, ValueError):
+        return False
+
+
+def state_of(checkpoint: str | Path) -> dict[str, Any]:
+    """Return Trainer's state of a checkpoint: its step, the last step, the log history."""
+    state = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))
+    return state if isinstance(state, dict) else {}
+
+
+def record_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run of ours has recorded in Trainer's state; nothing in one of another program."""
+    record = (state.get("stateful_callbacks") or {}).get(RECORD)
+    return record if isinstance(record, dict) else {}
+
+
+def missing_for_resuming(checkpoint: str | Path, engine: str | None = None) -> str | None:
+    """Return the state that a checkpoint lacks to be resumed from, such as `optimizer.pt`, or `None`.
+
+    Args:
+        engine: `deepspeed`, `fsdp` or an empty string for neither; by default any of their files will do.
+    """
+    folder = Path(checkpoint)
+    # DeepSpeed keeps optimizer and schedule by process in a folder of their own.
+    shards = any(folder.glob("global_step*/*_optim_states.pt"))
+    if engine == "deepspeed" or (engine is None and shards):
+        return None if shards else "global_step*/*_optim_states.pt"
+    names = {"": ("optimizer.pt",), "fsdp": ("optimizer.bin", "optimizer_*")}
+    accepted = names[engine] if engine is not None else (*names[""], *names["fsdp"])
+    if not any(any(folder.glob(name)) for name in accepted):
+        return accepted[0]
+    return None if (folder / "scheduler.pt").is_file() else "scheduler.pt"
 
 
 def _is_whole(file: Path) -> bool:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REPORT_FILE = "report.json"
+# In the metadata of each plot, by which it is told from another program's.
+PLOTTED_BY = "hfllm, by matplotlib"
 
 
 @dataclass
@@ -171,27 +173,29 @@ def _save(figure: "Figure", path: Path) -> None:
 
     figure.tight_layout()
     temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary)
+    figure.savefig(temporary, metadata={"Software": PLOTTED_BY})
     pyplot.close(figure)
     os.replace(temporary, path)
 
 
 def plot_history(history: Sequence[Mapping[str, float]], keys: Mapping[str, str], **labels: str) -> Plot:
     """Return a `Plot` over steps of `Trainer.state.log_history`; `keys` maps labels to logged names."""
-    lines = {
-        label: (
-            [entry["step"] for entry in history if key in entry],
-            [entry[key] for entry in history if key in entry],
-        )
-        for label, key in keys.items()
-    }
+    lines = {}
+    for label, key in keys.items():
+        # One value per step: an evaluation at the start is repeated when a run is resumed.
+        values = {entry["step"]: entry[key] for entry in history if key in entry}
+        lines[label] = (list(values), list(values.values()))
     return Plot(lines=lines, **labels)
 
 
 def read_report(output_dir: str | Path) -> dict[str, Any] | None:
-    """Read the report.json of a finished run; `None` if there is none."""
-    path = Path(output_dir) / REPORT_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """Read the report.json of a finished run; `None` if there is none, or another program's."""
+    try:
+        report = json.loads((Path(output_dir) / REPORT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_ours = isinstance(report, dict) and isinstance(report.get("arguments"), dict) and "stage" in report
+    return report if is_ours else None
 
 
 def environment() -> dict[str, str | int | None]:

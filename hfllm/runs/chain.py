@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.data.sources import WORLD
 from hfllm.errors import InputError
+from hfllm.outputs.ownership import refuse_foreign_files
 from hfllm.outputs.report import read_report
 from hfllm.runs import schedule
 from hfllm.runs.command_line import finished_run, main_process
@@ -285,6 +286,8 @@ def run_stage(
     from accelerate.state import AcceleratorState
 
     if not has_finished(parsed, before):
+        for folder in (output_dir, *later_folders):
+            refuse_foreign_files(folder, recipe, writes_card=True)
         PartialState().wait_for_everyone()
         if main_process():
             for folder in (output_dir, *later_folders):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hfllm.errors import HIDDEN, InputError, redact
 from hfllm.outputs.checkpoints import last_complete_checkpoint
 from hfllm.outputs.report import read_report
+from hfllm.runs.lock import release_all
 from hfllm.runs.parser import (
     HelpFormatter,
     PlainParser,
@@ -66,6 +67,8 @@ OF_MODEL = {
     "--dtype": "The type that it is loaded in, such as bfloat16.",
     "--attn_implementation": "eager, sdpa, flash_attention_2, ...",
 }
+# The exit code of what Ctrl-C ends.
+INTERRUPTED = 130
 CREDENTIALS = frozenset(("token", "hub_token", "use_auth_token", "api_key", "password"))
 
 
@@ -271,7 +274,7 @@ def main_process() -> bool:
 
 
 def run(main: Callable[..., object], parse: Callable[[Sequence[str]], tuple]) -> None:
-    """Run a recipe from the command line; bad input ends it with one line and exit code 2."""
+    """Run a recipe from the command line; bad input ends it with one line and exit code 2, Ctrl-C with 130."""
     if not ASKS_FOR_HELP & set(sys.argv):
         hide_unhelpful_output()
     try:
@@ -280,3 +283,9 @@ def run(main: Callable[..., object], parse: Callable[[Sequence[str]], tuple]) ->
         if main_process():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as stop:
+        if main_process():
+            print(f"\ninterrupted: {stop}" if str(stop) else "\ninterrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    finally:
+        release_all()

@@ -20,7 +20,7 @@ from pathlib import Path
 from hfllm.errors import InputError
 from hfllm.runs.accelerate_flags import split_flags, value_of, with_shipped_configs
 from hfllm.runs.chain import STAGES
-from hfllm.runs.command_line import ASKS_FOR_HELP, run
+from hfllm.runs.command_line import ASKS_FOR_HELP, INTERRUPTED, run
 from hfllm.runs.quiet import hide_unhelpful_output
 from hfllm.runs.recipes import installed, load_recipe, recipe_file, recipe_names
 from hfllm.version import __version__
@@ -29,7 +29,6 @@ from hfllm.version import __version__
 IN_ONE_PROCESS = frozenset(("curate", "merge", "plan", "push", "tokenizer"))
 # What `accelerate launch` warns of when it is not said.
 ACCELERATE_DEFAULTS = {"num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,6 +80,7 @@ def launch(name: str, for_accelerate: Sequence[str], words: Sequence[str]) -> in
     from subprocess import CalledProcessError
 
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     hide_unhelpful_output()
@@ -94,6 +94,9 @@ def launch(name: str, for_accelerate: Sequence[str], words: Sequence[str]) -> in
         code = error.returncode
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
+    except (KeyboardInterrupt, SignalException) as error:
+        # The processes have been told too, and say how to resume.
+        code = 128 + error.sigval if isinstance(error, SignalException) else INTERRUPTED
     else:
         return 0
     # The processes have said what was wrong. A negative code is the signal that ended one.

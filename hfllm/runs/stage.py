@@ -1,5 +1,6 @@
 """One run of a recipe: describe it, then refuse, reuse, announce, finish and publish it."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -12,10 +13,14 @@ from hfllm.errors import InputError
 from hfllm.outputs.card import write_card
 from hfllm.outputs.files import ADAPTER_WEIGHTS, CARD
 from hfllm.outputs.hub import Repository, repository_of
+from hfllm.outputs.ownership import is_own_card, refuse_foreign_files
 from hfllm.outputs.report import Bars, Plot, Report, plot_history
 from hfllm.runs import schedule
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import checkpoint_to_resume, finished_run, main_process, run_arguments
+from hfllm.runs.identity import run_identity
+from hfllm.runs.lock import lock, release
+from hfllm.runs.resuming import about_old_checkpoints, check_resumable, described
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -66,9 +71,21 @@ class Stage:
         return changed(_with_field(self.parsed, "per_device_train_batch_size"), push_to_hub=False, hub_token=None)
 
     @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What tells this run from others when a checkpoint is resumed, as JSON values."""
+        return run_identity(self.name, self.arguments, self.parsed, self.output_dir)
+
+    @cached_property
     def checkpoint(self) -> str | None:
-        """The checkpoint to resume from, or `None`."""
-        return checkpoint_to_resume(self.training_args)
+        """The checkpoint to resume from, or `None`.
+
+        Raises:
+            InputError: when it does not exist, is another run's, or lacks its optimizer.
+        """
+        checkpoint = checkpoint_to_resume(self.training_args)
+        if checkpoint is not None:
+            check_resumable(checkpoint, self.training_args.resume_from_checkpoint, self.identity)
+        return checkpoint
 
     @cached_property
     def repository(self) -> Repository | None:
@@ -95,24 +112,67 @@ class Stage:
         for group in self.parsed:
             if getattr(group, "fp16", False) and group.device.type == "cpu":
                 raise InputError("--fp16 does nothing on a CPU: use --bf16 or neither")
-            if hasattr(group, "resume_from_checkpoint"):
-                _ = self.checkpoint
             if hasattr(group, "dataset_name"):
                 check_source(group)
         refuse_own_input(self.output_dir, *self.parsed)
-        _ = self.report, self.repository
+        if self.report is None and self._trains:
+            _ = self.checkpoint
+        _ = self.repository
 
     def announce(self, what: str | None = None) -> None:
-        """Print what begins, and create the repository to publish to, so that a wrong name or token is found now.
+        """Hold the folder, print what begins, and create the repository, so that a wrong name or token is found now.
 
         Args:
             what: what to print in place of an arrow to the output folder.
+
+        Raises:
+            InputError: when another run is writing to the folder, or files there are not ours.
         """
+        refuse_foreign_files(self.output_dir, self.name, writes_card=self._trains or self.name == "quantize")
+        self._hold()
         schedule.enter(schedule.Planned(self.name, self.output_dir, parsed=self.parsed))
         if main_process():
             print(f"\n=== {self.name} {what or f'-> {self.output_dir}'}", flush=True)
+            if line := self._about_checkpoints():
+                print(f"{self.name}: {line}", flush=True)
             if self.repository is not None:
                 self.repository.create()
+
+    @property
+    def _trains(self) -> bool:
+        return any(hasattr(group, "resume_from_checkpoint") for group in self.parsed)
+
+    def _hold(self) -> None:
+        """Keep other runs out of the folder until this one has finished; all processes refuse together."""
+        is_spread = self._trains and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if is_spread:
+            # It lets the processes find each other.
+            _ = self.training_args.device
+        refusal = None
+        if main_process():
+            try:
+                lock(self.output_dir)
+                # Looked up again: a run may have finished since `check`.
+                if self.report is None and type(self).report.func(self) is not None:
+                    refusal = f"--output_dir {self.output_dir}: the same run has just finished there"
+            except InputError as error:
+                refusal = str(error)
+        if is_spread:
+            from accelerate.utils import broadcast_object_list
+
+            (refusal,) = broadcast_object_list([refusal])
+        if refusal is not None:
+            raise InputError(refusal)
+
+    def _about_checkpoints(self) -> str | None:
+        """Return the line about the checkpoints in the folder, `None` where there are none."""
+        if not self._trains:
+            return None
+        if self.checkpoint is not None:
+            return described(self.checkpoint)
+        job = schedule.current_job()
+        is_last = job is None or job.place == len(job.stages) - 1
+        return about_old_checkpoints(self.output_dir, self.identity, can_resume=is_last)
 
     def reuse(self) -> dict[str, float]:
         """Print that the same run has finished, publish it if asked, and return its metrics."""
@@ -166,7 +226,8 @@ class Stage:
             report.write(folder)
             if artifacts.get("model") == ".":
                 # Trainers leave drafts of a card; this one is published, and the user may edit it.
-                (folder / CARD).unlink(missing_ok=True)
+                if is_own_card(folder / CARD):
+                    (folder / CARD).unlink()
                 write_card(folder)
             if summary:
                 print(f"{self.name}: {summary} ({report.wall_seconds:.0f} s)", flush=True)
@@ -176,6 +237,7 @@ class Stage:
                 self.publish()
             except InputError as error:
                 failure = error
+            release(self.output_dir)
         if trainer is not None:
             trainer.accelerator.wait_for_everyone()
         if failure is not None:

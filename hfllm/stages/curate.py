@@ -13,7 +13,7 @@ from typing import Any
 from hfllm.data.curation.options import FILTERS, CurationOptions
 from hfllm.data.sources import PYDOC
 from hfllm.errors import InputError
-from hfllm.outputs.report import Bars
+from hfllm.outputs.report import Bars, write_atomically
 from hfllm.runs.recipes import settings_file
 
 # Of each step of the pipeline: its name, its seconds, and the totals of what it counted.
@@ -25,6 +25,8 @@ WORK = "unfinished"
 STATE = "state of the local files"
 NOT_DECISIVE = ("workers", "dataset_name changed at")
 LICENSES = {PYDOC: "PSF-2.0 (documentation of the Python standard library)"}
+# Larger data is known by its files' times: to read it would take as long as to curate it.
+MOST_COMPARED_BYTES = 1 << 28
 MOST_SOURCES = 20
 EXAMPLES = "Examples of what was dropped"
 
@@ -73,25 +75,48 @@ def check_kept(dataset_name: str, statistics: Statistics) -> None:
 
 
 def fingerprint(script_args: CurateArguments) -> str:
-    """Return a hash of the names, sizes and times of all local files that decide the result, since they may change."""
+    """Return a hash of all local files that decide the result, since they may change.
+
+    Of each file the name and the size count, and the content if all are small, else the time: that of an unchanged
+    file may change too, as when it is copied, and that of a folder whenever a file in it is opened by an editor.
+    """
     given = [script_args.dataset_name, script_args.spam_train_file or ""]
-    found = []
+    files: list[Path] = []
     for name in (*given, *script_args.toxic_words, *script_args.decontaminate):
         path = Path(name)
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path] if name and path.is_file() else []:
-            found.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
+        files += sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path] * bool(name)
+    files = [file for file in files if file.is_file()]
+    sizes = [file.stat().st_size for file in files]
+    is_small = sum(sizes) <= MOST_COMPARED_BYTES
+    found = []
+    for file, size in zip(files, sizes, strict=True):
+        state = hashlib.sha256(file.read_bytes()).hexdigest() if is_small else file.stat().st_mtime_ns
+        found.append((str(file), size, state))
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 
 
 def resume_or_clear(work: Path, arguments: Mapping[str, Any]) -> None:
-    """Keep what an interrupted run of the same arguments has finished in `work`; otherwise empty it."""
+    """Keep what an interrupted run of the same arguments has finished in `work`; otherwise empty it, and say why."""
     note = work / "arguments.json"
-    if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == arguments:
-        print("curate: resuming the unfinished run", flush=True)
-        return
+    if note.is_file():
+        try:
+            before = json.loads(note.read_text(encoding="utf-8"))
+        except ValueError:
+            before = {}
+        before = before if isinstance(before, dict) else {}
+        names = sorted({*before, *arguments})
+        differs = next((name for name in names if before.get(name) != arguments.get(name)), None)
+        if differs is None:
+            print("curate: resuming the unfinished run", flush=True)
+            return
+        print(
+            f"curate: starting anew: the unfinished run had {differs}={before.get(differs)!r}, this one has "
+            f"{differs}={arguments.get(differs)!r}",
+            flush=True,
+        )
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    note.write_text(json.dumps(arguments), encoding="utf-8")
+    write_atomically(note, json.dumps(arguments))
 
 
 def hand_over(work: Path, folder: Path, shards: str) -> None:

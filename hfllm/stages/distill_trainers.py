@@ -144,6 +144,7 @@ def compare(
 
     from hfllm.data.loading import world_of
     from hfllm.evaluation.distillation import fit_metrics, gold_metrics, judge_model
+    from hfllm.trainers.run_record import final_train_loss
 
     trainer = trainers["student"]
     students = {name: (each.model, each.processing_class) for name, each in trainers.items()}
@@ -166,7 +167,7 @@ def compare(
     return judged, {
         **(gold_metrics(judged) if judged else {}),
         **fit_metrics(loader, read_alike),
-        "train_loss": next(entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry),
+        "train_loss": final_train_loss(trainer),
         **{f"parameters_{name}": count for name, count in counts.items()},
         "share_of_parameters": counts["student"] / counts["teacher"],
         "steps": trainer.state.global_step,

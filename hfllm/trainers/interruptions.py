@@ -1,22 +1,29 @@
-"""Interrupted runs: save on SIGTERM, and do not train further once they are done.
+"""Interrupted runs: save on SIGTERM, resume only what is one's own, and do not train further once they are done.
 
-train(trainer, checkpoint)  # in place of trainer.train(resume_from_checkpoint=checkpoint)
+train(trainer, stage.checkpoint, stage.identity)  # in place of trainer.train(resume_from_checkpoint=...)
 """
 
+import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import TrainOutput
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, Interrupted
+from hfllm.outputs.checkpoints import checkpoints_in, is_complete, missing_for_resuming
+from hfllm.runs.resuming import refuse_without_state
+from hfllm.runs.schedule import current_job
+from hfllm.trainers.monitors import add_to_logs
+from hfllm.trainers.run_record import RunRecord, WholeTrainLoss, check_contents, with_contents
 
 # The exit status that a shell reports for a process ended by SIGTERM.
 TERMINATED = 128 + signal.SIGTERM
@@ -34,34 +41,87 @@ class _LookBeforeTheFirstStep(TrainerCallback):
             raise _AlreadyDone
 
 
-def train(trainer: Trainer, checkpoint: str | None = None) -> None:
+def train(
+    trainer: Trainer,
+    checkpoint: str | None = None,
+    run: Mapping[str, Any] | None = None,
+    rows_are_sampled: bool = False,
+) -> None:
     """Train, from a checkpoint if given; with `enable_jit_checkpoint`, SIGTERM saves, see `SaveOnSigterm`.
 
     `Trainer` alone would take one more step from a checkpoint of the last step, unless that ends an epoch.
 
+    Args:
+        run: what tells the run from others (`Stage.identity`), which its checkpoints record.
+        rows_are_sampled: whether a model has written the training rows, so that they are not compared.
+
     Raises:
-        InputError: when SIGTERM would save an unusable checkpoint, or DeepSpeed cannot resume from `checkpoint`.
+        InputError: when SIGTERM would save an unusable checkpoint, or `checkpoint` is that of other rows or another
+            model, or cannot be resumed with this engine.
         SystemExit: with 143, once SIGTERM has saved.
+        Interrupted: after Ctrl-C, with what resumes the run.
     """
     save_on_sigterm(trainer)
-    if trainer.is_deepspeed_enabled and checkpoint is not None:
-        check_shards(checkpoint, trainer.args)
-    train_unless_done(trainer, trainer.train, resume_from_checkpoint=checkpoint)
+    if run is not None:
+        run = with_contents(run, trainer, rows_are_sampled)
+    check_contents(trainer, checkpoint, run)
+    record = RunRecord(trainer, run)
+    trainer.add_callback(record)
+    try:
+        train_unless_done(trainer, trainer.train, resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        raise Interrupted(_how_to_resume(trainer, is_recorded=run is not None)) from None
+    finally:
+        trainer.remove_callback(record)
 
 
 def train_unless_done(trainer: Trainer, train: Callable[..., TrainOutput], **kwargs: object) -> TrainOutput:
-    """Return `train(**kwargs)`, which trains `trainer`; from the last step's checkpoint, only end the run."""
+    """Return `train(**kwargs)`, which trains `trainer`; from the last step's checkpoint, only end the run.
+
+    Raises:
+        InputError: when the checkpoint has no optimizer or schedule for this engine.
+    """
     if any(isinstance(each, _LookBeforeTheFirstStep) for each in trainer.callback_handler.callbacks):
         # The caller checks.
         return train(**kwargs)
-    look = _LookBeforeTheFirstStep()
+    checkpoint = kwargs.get("resume_from_checkpoint")
+    if isinstance(checkpoint, str) and trainer.is_deepspeed_enabled:
+        check_shards(checkpoint, trainer.args)
+    elif isinstance(checkpoint, str):
+        refuse_without_state(checkpoint, "fsdp" if trainer.is_fsdp_enabled else "")
+    look, whole = _LookBeforeTheFirstStep(), WholeTrainLoss(trainer)
     trainer.add_callback(look)
+    add_to_logs(trainer, whole)
     try:
         return train(**kwargs)
     except _AlreadyDone:
         return trainer._finalize_training(None, 0, time.time())
     finally:
         trainer.remove_callback(look)
+        trainer.remove_callback(whole)
+
+
+def _how_to_resume(trainer: Trainer, is_recorded: bool) -> str:
+    """Return what was done and what resumes it, as a line; a checkpoint that was being written is removed.
+
+    Args:
+        is_recorded: whether checkpoints say which run made them; others are not what a recipe resumes from.
+    """
+    state, folder = trainer.state, Path(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        unfinished = folder / f"checkpoint-{state.global_step}"
+        if unfinished.is_dir() and not is_complete(unfinished):
+            shutil.rmtree(unfinished, ignore_errors=True)
+    line = f"step {state.global_step} of {state.max_steps}"
+    if not is_recorded:
+        return line
+    job = current_job()
+    if job is not None and job.place < len(job.stages) - 1:
+        return f"{line} of {job.stages[job.place].name}; the same command starts that stage again, not those before it"
+    usable = [path for path in checkpoints_in(folder) if is_complete(path) and not missing_for_resuming(path)]
+    if not usable:
+        return f"{line}; no checkpoint was saved (--save_strategy steps --save_steps N): the same command starts anew"
+    return f"{line}; the same command with --resume_from_checkpoint auto continues from {usable[-1].name} in {folder}"
 
 
 def check_shards(checkpoint: str, args: TrainingArguments) -> None:

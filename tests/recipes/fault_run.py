@@ -1,7 +1,7 @@
 """A recipe one of whose processes is lost: what test_faults.py launches.
 
-Usage: fault_run.py FAULT STEP RECIPE FLAGS..., under torchrun. Before that step of its first life the last process
-kills itself (`kill`), or tells the launcher to end, as a scheduler would (`terminate`).
+Usage: fault_run.py FAULT STEP RECIPE FLAGS..., under torchrun or alone. Before that step of its first life the last
+process kills itself (`kill`), or tells the launcher to end, as a scheduler would (`terminate`).
 """
 
 import os
@@ -22,7 +22,7 @@ class Fault(transformers.TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         is_last = args.process_index == args.world_size - 1
-        if is_last and state.global_step == self.step and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if is_last and state.global_step == self.step and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             target, number = {
                 "kill": (os.getpid(), signal.SIGKILL),
                 "terminate": (os.getppid(), signal.SIGTERM),

@@ -32,7 +32,7 @@ def recipes(monkeypatch):
             folder = Path(flags.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             values = {name: value for name, value in vars(flags).items() if name != "output_dir"}
-            (folder / "report.json").write_text(json.dumps({"arguments": json.loads(json.dumps(values))}))
+            (folder / "report.json").write_text(json.dumps({"stage": "", "arguments": json.loads(json.dumps(values))}))
             return {"metric": float(len(ran))}
 
         return SimpleNamespace(parse=parse, main=main)
@@ -127,7 +127,7 @@ def test_a_stage_inside_a_removed_one_stays(recipes, tmp_path):
     inner = tmp_path / "rlhf" / "sft"
     inner.mkdir(parents=True)
     for folder in (tmp_path / "rlhf", inner):
-        (folder / "report.json").write_text('{"arguments": {"other": 1}}')
+        (folder / "report.json").write_text('{"stage": "", "arguments": {"other": 1}}')
     (tmp_path / "rlhf" / "checkpoint-1").mkdir()
     run_stage("rlhf", (Flags(str(tmp_path / "rlhf"), ("x",)),))
     assert (inner / "report.json").is_file()

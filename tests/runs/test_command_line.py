@@ -233,7 +233,7 @@ def test_a_flag_that_is_off_is_not_given():
 
 def test_a_finished_run_under_old_names_of_flags_is_the_same(tmp_path):
     arguments = {"chat_prompts": False, "sft.train_alone": True, "seed": 1}
-    (tmp_path / "report.json").write_text(json.dumps({"arguments": arguments}))
+    (tmp_path / "report.json").write_text(json.dumps({"stage": "rlhf", "arguments": arguments}))
     present = {"apply_chat_template": False, "sft.train_baseline": True, "seed": 1}
     assert finished_run(str(tmp_path), present)["arguments"] == arguments
     with pytest.raises(InputError, match="apply_chat_template=False, this one has apply_chat_template=True"):

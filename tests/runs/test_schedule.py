@@ -81,7 +81,7 @@ def jobs(monkeypatch):
             seen.append(([stage.name for stage in current_job().stages], current_job().place))
             folder = Path(flags.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "report.json").write_text(json.dumps({"arguments": {"words": list(flags.words)}}))
+            (folder / "report.json").write_text(json.dumps({"stage": "", "arguments": {"words": list(flags.words)}}))
             return {}
 
         return SimpleNamespace(parse=parse, main=main)

@@ -36,8 +36,8 @@ VALUE_HEAD_FILE, STATE_FILE = "value_head.safetensors", "ppo_state.json"
 class ActorCriticTrainer(Trainer):
     """Base class for trainers of a policy and a critic, without an algorithm.
 
-    A checkpoint holds policy, critic, a moving reference, the rollout in use and the controllers, besides what
-    Trainer saves: optimizer, schedule, random state.
+    A checkpoint holds policy, critic, a moving reference, the rollout in use, the metrics since the last log and the
+    controllers, besides what Trainer saves: optimizer, schedule, random state.
     """
 
     reference: PreTrainedModel | None
@@ -296,6 +296,10 @@ class ActorCriticTrainer(Trainer):
         super()._save_rng_state(output_dir)
         if self._rollout is not None:
             self._rollout.save(self._rollout_file(output_dir))
+        if self._metrics:
+            # What is logged next covers the steps since the last log.
+            metrics = {name: torch.cat(values).contiguous() for name, values in self._metrics.items()}
+            save_file(metrics, self._metrics_file(output_dir))
         if self.args.should_save:
             state = {
                 "kl_controller": asdict(self.kl_controller),
@@ -312,6 +316,9 @@ class ActorCriticTrainer(Trainer):
 
     def _rollout_file(self, folder: str) -> Path:
         return Path(folder) / f"rollout_{self.args.process_index}.safetensors"
+
+    def _metrics_file(self, folder: str) -> Path:
+        return Path(folder) / f"metrics_{self.args.process_index}.safetensors"
 
     # ---- resuming ----
 
@@ -331,6 +338,9 @@ class ActorCriticTrainer(Trainer):
             raise InputError(f"{folder} was saved by {saved} processes; this run has {self.args.world_size}")
         if (file := self._rollout_file(str(folder))).is_file():
             self._rollout = Rollout.load(file, self.accelerator.device)
+        if (file := self._metrics_file(str(folder))).is_file():
+            for name, values in load_file(file, device=str(self.accelerator.device)).items():
+                self._metrics[name] = [values]
         if (folder / STATE_FILE).is_file():
             state = json.loads((folder / STATE_FILE).read_text())
             self.kl_controller.coefficient = state["kl_controller"]["coefficient"]

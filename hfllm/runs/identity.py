@@ -1,0 +1,179 @@
+"""Which run a checkpoint belongs to: the flags that decide what is trained, and the contents of the files they name.
+
+Unlike the comparison with a finished run, where a file's time counts, contents count here: a folder that was copied to
+another machine can be resumed there.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfllm.data.sources import PYDOC, WORLD, source_files
+from hfllm.errors import InputError
+from hfllm.runs.parser import present_name
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+# Flags that may change between a checkpoint and the run that resumes it: what is logged, saved and evaluated, and how
+# fast it goes. Everything else must be the same.
+MAY_CHANGE = frozenset(
+    (
+        *("logging_strategy", "logging_steps", "logging_nan_inf_filter", "log_completions"),
+        *("include_num_input_tokens_seen", "log_on_each_node", "sample_steps", "peak_flops", "loss_spikes", "debug"),
+        *("trackio_bucket_id", "trackio_static_space_id"),
+        *("save_strategy", "save_steps", "save_only_model", "save_on_each_node"),
+        *("restore_callback_states_from_checkpoint", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"),
+        *("eval_accumulation_steps", "per_device_eval_batch_size", "batch_eval_metrics", "eval_use_gather_object"),
+        *("prediction_loss_only", "include_for_metrics", "do_train", "do_eval", "do_predict"),
+        *("eval_do_concat_batches", "dataloader_num_workers", "dataloader_pin_memory"),
+        *("dataloader_multiprocessing_context", "dataloader_persistent_workers"),
+        *("dataloader_prefetch_factor", "dataset_num_proc", "teacher_cache_dir"),
+        *("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing"),
+        *("gradient_checkpointing_kwargs", "activation_offloading", "torch_compile"),
+        *("torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps", "skip_memory_metrics"),
+        *("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port"),
+        *("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "ddp_static_graph"),
+        *("ddp_backend", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"),
+        *("max_tokens_per_pass", "length_bucket_size", "local_rollout_forward_batch_size"),
+    )
+)
+DATASETS = ("dataset_name", "eval_dataset_name", "ptx_dataset_name")
+MODELS = (
+    *("model_name_or_path", "config_name_or_path", "tokenizer_name_or_path", "teacher_model_name_or_path"),
+    *("reward_model_name_or_path", "value_model"),
+)
+# Of a model's folder: what decides its answers.
+MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "*.safetensors", "*.bin")
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+# Bytes of a file that are read whole; of a larger one so many, from all over it.
+MOST_BYTES, BLOCK = 1 << 28, 1 << 20
+
+
+def run_identity(
+    stage: str, arguments: Mapping[str, Any], parsed: "Sequence[DataclassInstance]", output_dir: str
+) -> dict[str, Any]:
+    """Return what tells a run from others, as JSON values.
+
+    Args:
+        stage: its stage's name.
+        arguments: everything that its result depends on.
+        parsed: its flags.
+    """
+    kept = {
+        flag: _without_folder(value, output_dir)
+        for flag, value in arguments.items()
+        if flag.rpartition(".")[2] not in MAY_CHANGE and not flag.endswith(" changed at")
+    }
+    files = {flag: paths for flag, paths in _named_files(arguments).items() if flag in kept and paths}
+    contents = {flag: {"value": kept.pop(flag), "content": content_of(paths)} for flag, paths in files.items()}
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if not set(BATCH) <= kept.keys() or any(hasattr(group, "num_mini_batches") for group in parsed):
+        # A rollout is divided among processes and micro-batches, and each checkpoint holds one.
+        kept["processes"] = processes
+    else:
+        rows = kept.pop(BATCH[0]) * kept.pop(BATCH[1]) * processes
+        kept["rows per optimizer step (batch x accumulation x processes)"] = rows
+    return {"stage": stage, "arguments": kept, "files": contents}
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Return the first thing in which a checkpoint's run differs from this one, `None` if they are the same.
+
+    Flags that only one of them has are those of another version of hfllm or of a library, and are not compared.
+    """
+    if before.get("stage") != now["stage"]:
+        return f"stage={before.get('stage')!r}, this run has stage={now['stage']!r}"
+    was = {present_name(flag): value for flag, value in before.get("arguments", {}).items()}
+    old, new = before.get("files", {}), now["files"]
+    for flag in sorted({*was, *now["arguments"], *old, *new}):
+        in_both = flag in old and flag in new
+        if in_both and old[flag]["content"] == new[flag]["content"]:
+            continue
+        one = old[flag]["value"] if flag in old else was.get(flag)
+        other = new[flag]["value"] if flag in new else now["arguments"].get(flag)
+        if in_both and one == other:
+            return f"other contents of --{flag} {other}"
+        is_known = (flag in was or flag in old) and (flag in now["arguments"] or flag in new)
+        if is_known and one != other:
+            return f"{flag}={one!r}, this run has {flag}={other!r}"
+    return None
+
+
+def content_of(paths: Iterable[tuple[str, Path]]) -> str:
+    """Return a hash of files' names and contents; of a file above 256 MB of its size and 256 parts from all over it.
+
+    Args:
+        paths: of each file its name, which counts, and where it is, which does not.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, path in sorted(paths):
+        size = path.stat().st_size
+        digest.update(f"{name}\0{size}\0".encode())
+        with path.open("rb") as stream:
+            if size <= MOST_BYTES:
+                while block := stream.read(BLOCK):
+                    digest.update(block)
+                continue
+            parts = MOST_BYTES // BLOCK
+            for part in range(parts):
+                stream.seek((size - BLOCK) * part // (parts - 1))
+                digest.update(stream.read(BLOCK))
+    return digest.hexdigest()
+
+
+def model_files(folder: str | Path) -> list[tuple[str, Path]]:
+    """Return the files of a model's folder that decide its answers, with their names; of a file that one."""
+    folder = Path(folder)
+    if folder.is_file():
+        return [("", folder)]
+    return [(path.name, path) for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()]
+
+
+def _named_files(arguments: Mapping[str, Any]) -> dict[str, list[tuple[str, Path]]]:
+    """Return the local files that flags name, by flag."""
+    found = {flag: _data_files(arguments.get(flag)) for flag in DATASETS}
+    mixture = [entry.rpartition(":") for entry in arguments.get("dataset_mixture") or []]
+    found["dataset_mixture"] = [
+        (f"{place}:{weight}:{name}", path)
+        for place, (dataset, _, weight) in enumerate(mixture)
+        for name, path in _data_files(dataset)
+    ]
+    if any(not _data_files(dataset) for dataset, _, _ in mixture):
+        # One of the Hub has no contents here, so that the names count.
+        del found["dataset_mixture"]
+    for flag in MODELS:
+        names = arguments.get(flag) or []
+        names = [names] if isinstance(names, str) else names
+        files = [model_files(name) if Path(name).exists() else [] for name in names]
+        if all(files):
+            found[flag] = [(f"{place}/{name}", path) for place, each in enumerate(files) for name, path in each]
+    functions = [name.rpartition(":") for name in arguments.get("reward_funcs") or []]
+    if functions and all(Path(file).is_file() for file, _, _ in functions):
+        found["reward_funcs"] = [(f"{place}:{name}", Path(file)) for place, (file, _, name) in enumerate(functions)]
+    for flag, value in arguments.items():
+        is_settings = flag.endswith(("_config", "_path")) or flag == "deepspeed"
+        if is_settings and flag not in found and isinstance(value, str) and Path(value).is_file():
+            found[flag] = [("", Path(value))]
+    return found
+
+
+def _data_files(name: str | None) -> list[tuple[str, Path]]:
+    """Return the local files of a dataset with their names in it; none of one on the Hub or of the world."""
+    if not name or name in (WORLD, PYDOC) or not Path(name).exists():
+        return []
+    try:
+        files = source_files(name) or []
+    except InputError:
+        return []
+    return [(str(file.relative_to(name)) if Path(name).is_dir() else "", file) for file in files]
+
+
+def _without_folder(value: object, output_dir: str) -> object:
+    """Return a flag's value with paths inside the output folder relative to it: the folder may be moved."""
+    if isinstance(value, list):
+        return [_without_folder(item, output_dir) for item in value]
+    inside = isinstance(value, str) and value.startswith(f"{output_dir}/")
+    return f"(output_dir)/{value[len(output_dir) + 1 :]}" if inside else value
