@@ -21,6 +21,10 @@ class InputError(ValueError):
         super().__init__(redact(message))
 
 
+class MachineError(InputError):
+    """A run ends for want of memory or disk: its message, one line, is printed by the process that it happens in."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C during training: recipes print its message, which says how to resume, as a single line and stop."""
 

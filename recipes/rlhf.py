@@ -104,7 +104,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     reward_metrics = metrics_before.get("reward", {})
     accuracy = {name: reward_metrics[name] for name in ("reward_model_accuracy",) if name in reward_metrics}
     return stage.finish(
-        {**alignment_metrics(unaligned, aligned), **accuracy, **scaled},
+        {**alignment_metrics(unaligned, aligned), "episodes": trainer.episodes, **accuracy, **scaled},
         trainer,
         tables=alignment_tables(unaligned, aligned),
         curves=alignment_plots(trainer.state.log_history),

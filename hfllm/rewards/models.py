@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
+from hfllm.models.vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +23,7 @@ class RewardModel:
 
     Raises:
         InputError: when the model has more than one label or a head that was never trained, or its tokenizer has no
-            padding token.
+            padding token or tokens that the model has no embeddings for.
     """
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int = 64):
@@ -37,6 +38,7 @@ class RewardModel:
             )
         if tokenizer.pad_token_id is None:
             raise InputError("the reward model's tokenizer has no padding token")
+        check_vocabulary(model, tokenizer)
         self.model, self.tokenizer, self.batch_size = model.eval().requires_grad_(False), tokenizer, batch_size
         self.model.config.pad_token_id = tokenizer.pad_token_id
         self.__name__ = Path(model.config._name_or_path or "reward_model").name

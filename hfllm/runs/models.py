@@ -35,11 +35,14 @@ def load_policy(model_args: "ModelConfig") -> tuple["PreTrainedModel", "PreTrain
     """Load a causal language model and its tokenizer; an adapter is merged into its base, unless that is quantized.
 
     Raises:
-        InputError: when either cannot be loaded, or the tokenizer has no padding or end token.
+        InputError: when either cannot be loaded or is not whole, they do not fit, or the tokenizer has no padding or
+            end token.
     """
     from transformers import AutoModelForCausalLM
 
     from hfllm.models.adapters import find_adapter, load_merged
+    from hfllm.models.vocabulary import check_vocabulary
+    from hfllm.models.weights import load_weights_of
 
     name, kwargs = model_args.model_name_or_path, load_kwargs(model_args)
     tokenizer = load_tokenizer(name, model_args.model_revision)
@@ -47,13 +50,18 @@ def load_policy(model_args: "ModelConfig") -> tuple["PreTrainedModel", "PreTrain
     if adapter is not None:
         adapter.check("CAUSAL_LM")
     try:
-        if adapter is not None and not adapter.stays_apart(**kwargs):
-            return load_merged(adapter, AutoModelForCausalLM, **kwargs), tokenizer
-        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        if adapter is None:
+            model, _ = load_weights_of(AutoModelForCausalLM, name, **kwargs)
+        elif adapter.stays_apart(**kwargs):
+            # transformers puts it on its quantized base, and reports nothing of either.
+            model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        else:
+            model = load_merged(adapter, AutoModelForCausalLM, **kwargs)
     except InputError:
         raise
     except (OSError, ValueError) as error:
         raise _unloadable(name, error) from error
+    check_vocabulary(model, tokenizer, name)
     return model, tokenizer
 
 
@@ -89,7 +97,10 @@ def saved_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBa
 
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # The tokenizers library has no class for what it cannot read.
+        if not isinstance(error, (OSError, ValueError)) and type(error) is not Exception:
+            raise
         adapter = find_adapter(name, revision=revision)
         if adapter is None:
             raise _unloadable(name, error) from error
@@ -126,10 +137,11 @@ def check_trainable(model_args: "ModelConfig", adapters: bool = True) -> None:
         adapters: whether the stage can train an adapter.
 
     Raises:
-        InputError: naming the flag or the model, or when the model's config cannot be loaded.
+        InputError: naming the flag or the model, or when the model's config cannot be loaded or its files are damaged.
     """
     from hfllm.models.adapters import find_adapter
     from hfllm.models.stored import quantization_method
+    from hfllm.models.weights import check_weight_files
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
     adapter = find_adapter(name, revision=revision) if name else None
@@ -137,6 +149,8 @@ def check_trainable(model_args: "ModelConfig", adapters: bool = True) -> None:
         # Whether its base is there, and whether PEFT can train such a one further.
         adapter.check()
         adapter.base_config()
+    elif name:
+        check_weight_files(name)
     # A model that is loaded with an adapter is trained further as an adapter.
     trains_adapter = adapters and (model_args.use_peft or adapter is not None)
     way_out = "--use_peft trains an adapter on them" if adapters else "this stage trains all of a model"
@@ -214,12 +228,13 @@ def load_reward_model(name: str, model_args: "ModelConfig", revision: str = "mai
         InputError: when it cannot be loaded, or has another number of labels.
     """
     from hfllm.models import scorers
+    from hfllm.models.weights import is_out_of_memory
 
     try:
         return scorers.load_scorer(name, **{**load_kwargs(model_args), "revision": revision})
-    except InputError:
-        raise
     except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, InputError) or is_out_of_memory(error):
+            raise
         raise _unloadable(name, error) from error
 
 

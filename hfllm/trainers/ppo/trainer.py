@@ -29,7 +29,6 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
-from hfllm.runs.arguments import changed
 from hfllm.trainers.dropout import disable_dropout
 from hfllm.trainers.ppo import formulas
 from hfllm.trainers.ppo.actor_critic import ActorCritic, entropy_of, scatter_to_mask
@@ -53,6 +52,7 @@ from hfllm.trainers.ppo.setup import (
     shortest_context,
     special_tokens,
     split_reference,
+    with_total_steps,
 )
 from hfllm.trainers.ppo.vllm_sampling import VllmSampler
 
@@ -141,7 +141,7 @@ class PPOTrainer(ActorCriticTrainer):
             if dataset is not None:
                 check_prompts(dataset, tokenizer, args.response_length, context)
         self.ptx = PretrainingBatches.build(ptx_dataset, tokenizer, shortest_context(policy), args)
-        args = self._with_total_steps(args)
+        args = with_total_steps(args)
         super().__init__(
             model=ActorCritic(policy, value_model, args.temperature, never_sampled),
             args=args,
@@ -169,10 +169,11 @@ class PPOTrainer(ActorCriticTrainer):
         """Return the running mean and variance of the scores."""
         return self.scorer.moments
 
-    @staticmethod
-    def _with_total_steps(args: PPOConfig) -> PPOConfig:
-        rollouts = -(-(args.total_episodes or 0) // (args.local_rollout_batch_size * args.world_size))
-        return changed(args, max_steps=rollouts * args.steps_per_rollout) if rollouts else args
+    @property
+    def episodes(self) -> int:
+        """Return the number of episodes sampled for the updates so far, over all processes."""
+        rollouts = -(-self.state.global_step // self.args.steps_per_rollout)
+        return rollouts * self.args.local_rollout_batch_size * self.args.world_size
 
     # ---- data ----
 
@@ -412,11 +413,7 @@ class PPOTrainer(ActorCriticTrainer):
         is_evaluation = any(name.startswith("eval_") for name in logs)
         if not is_evaluation and "loss" in logs:
             logs = {**logs, **self._drain_metrics("")}
-            logs["episode"] = (
-                -(-self.state.global_step // self.args.steps_per_rollout)
-                * self.args.local_rollout_batch_size
-                * self.args.world_size
-            )
+            logs["episode"] = self.episodes
         super().log(logs, start_time)
 
     def evaluation_loop(
