@@ -53,7 +53,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
     rows = reward.user_comparisons(script_args, training_args.seed)
     before = reward.stages_before(script_args, training_args, model_args)
-    check_adapter(model_args, before)
+    check_adapter(model_args, before, "SEQ_CLS")
 
     stage.announce()
     before.run()

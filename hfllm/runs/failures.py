@@ -90,6 +90,8 @@ def _disk_error(error: BaseException) -> int | None:
     for code in DISK if is_ours else ():
         if f"os error {code})" in words or f"[Errno {code}]" in words or f"errno {code} " in words:
             return code
-    if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in words or "inline_container.cc" in words):
+    # What torch.save says, whatever the reason.
+    writes = ("PytorchStreamWriter", "unexpected pos", "iostream error")
+    if isinstance(error, RuntimeError) and any(word in words for word in writes):
         return errno.ENOSPC
     return None

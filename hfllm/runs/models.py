@@ -1,7 +1,9 @@
 """The models and tokenizers of a stage, as its flags name them."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError, refuse
@@ -98,12 +100,12 @@ def saved_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBa
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision)
     except Exception as error:
-        # The tokenizers library has no class for what it cannot read.
-        if not isinstance(error, (OSError, ValueError)) and type(error) is not Exception:
+        # The tokenizers library has no class for what it cannot read, and a field may be missing.
+        if not isinstance(error, (KeyError, OSError, TypeError, ValueError)) and type(error) is not Exception:
             raise
         adapter = find_adapter(name, revision=revision)
         if adapter is None:
-            raise _unloadable(name, error) from error
+            raise _unloadable(name, error, "the tokenizer of model" if Path(name).is_dir() else "model") from error
     try:
         return AutoTokenizer.from_pretrained(adapter.base, **adapter.base_location)
     except (OSError, ValueError) as error:
@@ -191,8 +193,6 @@ def named_fields(name: str) -> dict[str, Any]:
     Raises:
         InputError: for a name that is neither, or a config that describes no model of this family.
     """
-    from pathlib import Path
-
     from hfllm.models.configuration_hfllm import HfllmConfig
     from hfllm.models.native_families import BAD_CONFIG, config_from_native
 
@@ -258,7 +258,11 @@ def peft_config(model_args: "ModelConfig", task_type: str = "CAUSAL_LM") -> "Pef
     """Return the adapter that `--use_peft` and `--lora_*` describe, or `None`."""
     from trl import get_peft_config
 
-    return get_peft_config(changed(model_args, lora_task_type=task_type))
+    targets = model_args.lora_target_modules
+    # A single name is a pattern for whole paths to PEFT; here it names modules as each of several names does.
+    if isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets):
+        targets = [targets]
+    return get_peft_config(changed(model_args, lora_task_type=task_type, lora_target_modules=targets))
 
 
 def try_adapter(config: "PreTrainedConfig", adapter: "PeftConfig") -> None:
@@ -273,16 +277,35 @@ def try_adapter(config: "PreTrainedConfig", adapter: "PeftConfig") -> None:
     from hfllm.models.stored import empty_model
 
     model = empty_model(config)
+    whose = f"a model of type {config.model_type}"
+    # PEFT is content if any of several names exists.
+    heads = {"score", "classifier"} if adapter.task_type == "SEQ_CLS" else set()
+    for flag, wanted, names in (
+        ("lora_target_modules", adapter.target_modules, [name for name, _ in model.named_modules()]),
+        ("lora_modules_to_save", adapter.modules_to_save, [name for name, _ in model.named_modules()]),
+        ("lora_target_parameters", adapter.target_parameters, [name for name, _ in model.named_parameters()]),
+    ):
+        for each in sorted(set() if isinstance(wanted, str) else set(wanted or ()) - heads):
+            if not any(f".{name}".endswith(f".{each}") for name in names):
+                there = {name.rpartition(".")[2] for name in linear_layers(model)}
+                raise InputError(f"--{flag} {each}: not in {whose}; its linear layers are {', '.join(sorted(there))}")
     try:
         with torch.device("meta"):
             get_peft_model(model, adapter)
-    except (KeyError, ValueError) as error:
-        raise InputError(f"--use_peft on a model of type {config.model_type}: {str(error).splitlines()[0]}") from None
+    except (KeyError, ValueError, re.error) as error:
+        raise InputError(f"--use_peft on {whose}: {str(error).splitlines()[0]}") from None
 
 
-def _unloadable(name: str, error: Exception) -> InputError:
+def linear_layers(model: "PreTrainedModel") -> list[str]:
+    """Return the names of a model's linear layers."""
+    from torch import nn
+
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _unloadable(name: str, error: Exception, what: str = "model") -> InputError:
     reason = " ".join(str(error).split())[:200]
-    return InputError(f"model {name!r} could not be loaded: {reason}")
+    return InputError(f"{what} {name!r} could not be loaded: {reason}")
 
 
 def fitting_length(max_length: int | None, model: "PreTrainedModel") -> int | None:
