@@ -149,9 +149,7 @@ def _shards(folder: Path, name: str, whose: str) -> list[str]:
     try:
         return sorted(set(json.loads((folder / SAFE_INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise InputError(
-            f"{whose} {name!r}: {SAFE_INDEX} is damaged: expected a JSON object with weight_map"
-        ) from None
+        raise InputError(f"{whose} {name!r}: {SAFE_INDEX} is damaged: it lists no files (weight_map)") from None
 
 
 def _about_pickles(name: str, whose: str) -> str:

@@ -100,6 +100,9 @@ class NearestNameErrors:
         action = self._option_string_actions.get(f"--{key}")
         if action is None or value is None or isinstance(value, dict):
             return value
+        if key == "report_to" and isinstance(value, list):
+            # A word on the command line, and several in a file.
+            return [str(each) for each in value]
         if action.nargs in ("+", "*"):
             return [self._read(path, action, each) for each in (value if isinstance(value, list) else [value])]
         return self._read(path, action, value)
