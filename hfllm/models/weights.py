@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-# What an allocator says, in RuntimeErrors too.
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
 
 
 def load_weights_of(
@@ -115,12 +113,6 @@ def safetensors_damage(file: Path) -> str | None:
         return "its header cannot be read"
     whole = 8 + length + max(ends, default=0)
     return None if size == whole else f"{size:,} bytes, and its header says {whole:,}"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory was short, on a GPU or in the machine."""
-    said = isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in OUT_OF_MEMORY)
-    return isinstance(error, MemoryError) or said
 
 
 @contextmanager

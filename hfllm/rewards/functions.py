@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 
 from hfllm.data.world.rubric import GoldAnswer, gold_score
-from hfllm.errors import InputError
-from hfllm.models.weights import is_out_of_memory
+from hfllm.errors import InputError, is_out_of_memory
 
 RewardFunction = Callable[..., list[float]]
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
-from hfllm.models.vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +26,8 @@ class RewardModel:
     """
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int = 64):
+        from hfllm.models.vocabulary import check_vocabulary
+
         if model.config.num_labels != 1:
             raise InputError(
                 f"the reward model has {model.config.num_labels} labels; expected a model trained with num_labels=1"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfllm.models.weights import SAFE, is_out_of_memory, safetensors_damage
+from hfllm.errors import is_out_of_memory
 from hfllm.outputs.checkpoints import checkpoints_in, is_complete, missing_for_resuming
 from hfllm.runs.schedule import current_job
 
@@ -63,6 +63,8 @@ def what_is_saved(folder: str | Path, can_resume: bool = True) -> str:
     Args:
         can_resume: whether `--resume_from_checkpoint` reaches this run.
     """
+    from hfllm.models.weights import SAFE, safetensors_damage
+
     job = current_job()
     if job is not None and job.place < len(job.stages) - 1:
         stage = job.stages[job.place].name

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfllm.errors import InputError, refuse
+from hfllm.errors import InputError, is_out_of_memory, refuse
 from hfllm.runs.arguments import changed
 
 if TYPE_CHECKING:
@@ -228,7 +228,6 @@ def load_reward_model(name: str, model_args: "ModelConfig", revision: str = "mai
         InputError: when it cannot be loaded, or has another number of labels.
     """
     from hfllm.models import scorers
-    from hfllm.models.weights import is_out_of_memory
 
     try:
         return scorers.load_scorer(name, **{**load_kwargs(model_args), "revision": revision})
