@@ -12,7 +12,8 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from hfllm.errors import InputError
-from hfllm.models.adapters import find_adapter, load_merged
+from hfllm.models.adapters import find_adapter
+from hfllm.models.merging import load_merged
 from hfllm.models.stored import location_of
 from hfllm.models.weights import load_weights_of
 

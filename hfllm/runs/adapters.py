@@ -136,7 +136,8 @@ def write_merged(adapter: "SavedAdapter", folder: Path, max_shard_size: str = "5
     Raises:
         InputError: when either cannot be loaded, they do not fit, or cannot be merged.
     """
-    from hfllm.models.adapters import auto_class_of, load_merged
+    from hfllm.models.adapters import auto_class_of
+    from hfllm.models.merging import load_merged
 
     model = load_merged(adapter, auto_class_of(adapter), **scorer_settings(adapter))
     save_merged(model, adapter, folder, max_shard_size)

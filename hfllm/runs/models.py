@@ -42,7 +42,8 @@ def load_policy(model_args: "ModelConfig") -> tuple["PreTrainedModel", "PreTrain
     """
     from transformers import AutoModelForCausalLM
 
-    from hfllm.models.adapters import find_adapter, load_merged
+    from hfllm.models.adapters import find_adapter
+    from hfllm.models.merging import load_merged
     from hfllm.models.vocabulary import check_vocabulary
     from hfllm.models.weights import load_weights_of
 

@@ -56,7 +56,8 @@ def merge_into_base(adapter: "SavedAdapter", script_args: MergeArguments) -> dic
     Raises:
         InputError: when they do not fit or cannot be merged, or the outputs differ by more than rounding.
     """
-    from hfllm.models.adapters import auto_class_of, load_to_merge, merge
+    from hfllm.models.adapters import auto_class_of
+    from hfllm.models.merging import load_to_merge, merge
     from hfllm.runs.adapters import save_merged, scorer_settings
 
     adapted, dtypes, has_new_head = load_to_merge(adapter, auto_class_of(adapter), **scorer_settings(adapter))

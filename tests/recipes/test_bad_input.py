@@ -209,15 +209,15 @@ def test_what_needs_no_trained_stage_is_refused_before_one(saved_model, tmp_path
     for part in (adapter, AutoTokenizer.from_pretrained(saved_model)):
         part.save_pretrained(tmp_path / "adapter")
     edit = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    edit["base_model_name_or_path"] = str(tmp_path / "critic")
+    edit["base_model_name_or_path"] = str(tmp_path / "moved")
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(edit))
     is_reward = ("--reward_model_name_or_path", tmp_path / "adapter", "--value_model", "reward")
     lora = ("--use_peft", "--lora_target_modules", "nowhere")
     no_such = "--lora_target_modules nowhere: not in a model of type hfllm; its linear layers are down_proj, gate_proj"
     for flags, expected in (
         (("--value_model", "no/such-model"), "model 'no/such-model' could not be loaded"),
-        (("--value_model", tmp_path / "adapter"), "value_model has an adapter"),
-        (is_reward, "value_model has an adapter"),
+        (("--value_model", tmp_path / "adapter"), "which could not be loaded"),
+        (is_reward, "which could not be loaded"),
         (("--reward_model_name_or_path", tmp_path / "reward"), "reward' could not be loaded: Error no file named"),
         (("--use_vllm",), "vLLM is not installed"),
         (("--load_in_8bit",), "--load_in_8bit cannot be used here: such weights cannot be trained; --use_peft"),

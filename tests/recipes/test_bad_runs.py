@@ -20,7 +20,7 @@ import rlhf
 import sft
 import speculative
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, Trainer
 from transformers.integrations import integration_utils
 
 from hfllm import HfllmForSequenceClassification
@@ -560,3 +560,22 @@ def test_episodes_fill_whole_rollouts_and_the_report_says_so(saved, tmp_path, ca
     for wanted, said in ((4, ""), (5, "--total_episodes 5 is rounded up to 8: 2 rollouts of 4 ")):
         assert with_total_steps(changed(training_args, total_episodes=wanted)).max_steps == -(-wanted // 4)
         assert capsys.readouterr().out.startswith(said) and bool(said) == (wanted == 5)
+
+
+# ---- rows ----
+
+
+def test_rows_of_which_nothing_is_learned(refused, saved, tmp_path):
+    pytest.importorskip("hfllm.data.conversations")
+    path = tmp_path / "rows.jsonl"
+    talk = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"}]
+    path.write_text(
+        "\n".join(json.dumps({"messages": [{**talk[0], "content": f"red {n}"}, talk[1]]}) for n in range(9))
+    )
+    flags = ("--model_name_or_path", saved, "--dataset_name", path)
+    # Each prompt alone is longer, so every answer would be cut off.
+    assert "--max_length" in refused("sft", *flags, "--max_length", 3)
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(saved)
+    assert "has no {% generation %} markers" in refused("sft", *flags, "--assistant_only_loss", "true")

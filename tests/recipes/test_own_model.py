@@ -7,6 +7,9 @@ import json
 import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from contextlib import chdir
 from pathlib import Path
 
@@ -18,12 +21,12 @@ import torch
 from peft import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForSequenceClassification,
-    LoraConfig,
     PeftModel,
-    get_peft_model,
 )
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -51,6 +54,16 @@ BUDGET = {
     "merge": [],
     "push": [],
 }
+LOAD = """
+import json, sys
+sys.modules["hfllm"] = None  # not installed
+import torch
+{lines}
+from transformers import AutoModelForCausalLM
+ids = torch.tensor({ids})
+both = dict(adapter=model, merged=AutoModelForCausalLM.from_pretrained("me/my-model"))
+print("LOADED", json.dumps(dict((name, each(input_ids=ids).logits.tolist()) for name, each in both.items())))
+"""
 IDS = torch.tensor([[5, 9, 40, 41, 60, 17, 33]])
 
 
@@ -107,22 +120,6 @@ def make_llama(folder, seed=0, with_tokenizer=True, **overrides):
     return str(folder)
 
 
-def make_adapter(base, folder, model_class=AutoModelForCausalLM, dtype=torch.float32, **settings):
-    """Save an adapter with random weights, by PEFT alone and without a tokenizer. Return its logits."""
-    kind = settings.pop("kind", LoraConfig)
-    options = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
-    if kind is not LoraConfig:
-        options = {"task_type": "CAUSAL_LM"}
-    torch.manual_seed(1)
-    model = get_peft_model(model_class.from_pretrained(base), kind(**{**options, **settings}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.to(dtype).save_pretrained(folder)
-    return logits(model.float())
-
-
 def logits(model):
     with torch.no_grad():
         return model.eval()(input_ids=IDS).logits.float()
@@ -133,8 +130,6 @@ def logits_of_adapter(base, folder):
 
 
 def mean_b(folder):
-    from safetensors.torch import load_file
-
     weights = load_file(Path(folder, "adapter_model.safetensors"))
     return torch.stack([value.abs().mean() for name, value in weights.items() if "lora_B" in name]).mean().item()
 
@@ -216,18 +211,33 @@ def test_the_reward_model_stands_on_the_fine_tuned_one(chain, here):
     assert settings_of("outputs/reward")["task_type"] == "SEQ_CLS"
 
 
-def test_the_merged_model_is_published(chain, hub, here, tmp_path):
+def test_what_is_published_loads_without_hfllm(chain, hub, here, tmp_path):
+    run("push", "--model_name_or_path", "NAME", "--hub_model_id", "me/base")
+    shutil.copytree("outputs/sft", tmp_path / "adapter", ignore=shutil.ignore_patterns("report.*"))
+    settings = {**settings_of("outputs/sft"), "base_model_name_or_path": "me/base"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    run("push", "--model_name_or_path", tmp_path / "adapter", "--hub_model_id", "me/adapter")
     run("push", *commands()["push"])
-    copy = hub.repos["me/my-model"].download(tmp_path / "copy")
-    assert torch.equal(
-        logits(AutoModelForCausalLM.from_pretrained(copy)),
-        logits(AutoModelForCausalLM.from_pretrained("outputs/merged")),
-    )
-    card = (copy / "README.md").read_text()
+    card = hub.repos["me/my-model"].files()["README.md"].content.decode()
     assert "a local model (adapters `outputs/sft`, then `outputs/rlhf` merged into it)" in card
-    assert "library_name: transformers" in card and "merged_from.json" not in os.listdir(copy)
+    assert "library_name: transformers" in card
+    card = hub.repos["me/adapter"].files()["README.md"].content.decode()
+    assert "library_name: peft" in card and "base_model: me/base" in card
+    lines = re.search(r"```python\n(.*?)```", card, re.S)[1]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "PYTHON"))}
+    own = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, "-c", LOAD.format(lines=lines, ids=IDS.tolist())]
+    done = subprocess.run(command, env={**kept, **own}, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    loaded = json.loads(done.stdout.rpartition("LOADED ")[2])
+    assert torch.allclose(torch.tensor(loaded["adapter"]), logits_of_adapter("NAME", "outputs/sft"), atol=1e-5)
+    merged = AutoModelForCausalLM.from_pretrained("outputs/merged")
+    assert torch.allclose(torch.tensor(loaded["merged"]), logits(merged), atol=1e-5)
+    with pytest.raises(InputError, match=r"which is not on the Hub: merge it into its base \(hfllm merge"):
+        run("push", "--model_name_or_path", "outputs/rlhf", "--hub_model_id", "me/other")
     with pytest.raises(InputError, match="which is not on the Hub: merge it into its base"):
-        run("push", "--model_name_or_path", "outputs/rlhf", "--hub_model_id", "me/adapter")
+        flags = ["--model_name_or_path", "outputs/rlhf", "--dataset_name", "alpaca.json", "--push_to_hub"]
+        run("sft", *flags, "--output_dir", tmp_path / "further")
 
 
 def test_an_adapter_is_trained_further(chain, here, tmp_path, capsys):
@@ -302,3 +312,57 @@ def test_an_adapter_is_converted_as_a_whole_model(chain, here, tmp_path):
     assert type(ours) is hfllm.HfllmForCausalLM
     assert torch.allclose(logits(ours), logits(AutoModelForCausalLM.from_pretrained("outputs/merged")), atol=1e-4)
     assert os.listdir(tmp_path) == ["ours"]
+
+
+def test_a_run_from_an_adapter_resumes(chain, here, tmp_path):
+    """With a new adapter on the merged one, which the second start finds in the run's folder."""
+    flags = ["--model_name_or_path", "outputs/sft", "--dataset_name", "alpaca.json", *QUICK, "--use_peft"]
+    flags += ["--save_strategy", "steps", "--save_steps", "2", "--output_dir", str(tmp_path)]
+    weights, base = tmp_path / "adapter_model.safetensors", tmp_path / "base" / "model.safetensors"
+
+    def train(*more):
+        sft.main(*sft.parse([*flags, *more]))
+        return load_file(weights), base.stat().st_mtime_ns
+
+    whole, written = train()
+    # As if it had been interrupted after its second step.
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    (tmp_path / "report.json").unlink()
+    weights.unlink()
+    resumed, then = train("--resume_from_checkpoint", "auto")
+    assert written == then and all(torch.equal(resumed[name], value) for name, value in whole.items())
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 3 and mean_b(tmp_path) > 0
+
+
+def test_a_reward_adapter_is_merged_with_its_head(chain, here, tmp_path):
+    flags = ["--model_name_or_path", "outputs/reward", "--output_dir", tmp_path / "merged"]
+    metrics = run("merge", *flags)
+    scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    kept = AutoPeftModelForSequenceClassification.from_pretrained("outputs/reward", num_labels=1)
+    assert torch.allclose(logits(scorer), logits(kept), atol=1e-5)
+    report = json.loads((tmp_path / "merged" / "report.json").read_text())
+    assert report["metrics"] == metrics and metrics["adapter_parameters"] > 32
+    names = {}
+    exec((tmp_path / "merged" / "report.md").read_text().partition("## Next")[2].split("```")[1], names)
+    assert torch.equal(logits(names["model"]), logits(scorer))
+
+
+def test_what_cannot_be_merged_is_refused(chain, here, tmp_path, capsys):
+    for flags, message in (
+        ([], "--model_name_or_path is needed"),
+        (["--model_name_or_path", "NAME"], "--model_name_or_path NAME: no adapter there"),
+        (["--model_name_or_path", "outputs/sft", "--output_dir", "NAME"], "NAME exists and is not empty"),
+        (["--model_name_or_path", "outputs/sft", "--output_dir", "outputs/sft"], "which it would overwrite"),
+        (["--model_name_or_path", "outputs/sft", "--output_dir", "outputs/merged"], "holds a finished run with model"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            run("merge", *flags)
+    output = ["--output_dir", tmp_path / "out"]
+    capsys.readouterr()
+    assert run("merge", *commands()["merge"]) == chain["merge"]
+    assert "already done" in capsys.readouterr().out
+    with pytest.raises(InputError, match="adapter 'outputs/reward' is for the task SEQ_CLS; expected CAUSAL_LM"):
+        run("sft", "--model_name_or_path", "outputs/reward", "--dataset_name", "alpaca.json", *output)
+    with pytest.raises(InputError, match="has no head for scores"):
+        flags = ["--model_name_or_path", "NAME", "--reward_model_name_or_path", "outputs/sft"]
+        run("rlhf", *flags, "--dataset_name", "prompts.jsonl", *output)

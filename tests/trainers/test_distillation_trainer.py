@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from hfllm.compression.schemes import get_scheme
 from hfllm.errors import InputError
-from hfllm.trainers.distillation import teacher_memory
+from hfllm.trainers.distillation import students, teacher_memory
 from hfllm.trainers.distillation.config import DistillationConfig
 from hfllm.trainers.distillation.data import DistillationCollator, tokenize_dataset
 from hfllm.trainers.distillation.students import layer_pairs, load_teacher, smaller_student, student_from_layers
@@ -330,6 +330,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_it_is_loaded(saved, make_
     adapter.peft_config["default"].base_model_name_or_path = str(saved)
     adapter.save_pretrained(tmp_path / "adapter")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, **settings: "loaded")
+    monkeypatch.setattr(students, "load_merged", lambda adapter, *args, **settings: "loaded")
     known = AutoConfig.from_pretrained
     monkeypatch.setattr(
         AutoConfig, "from_pretrained", lambda name, **at: known(str(saved) if name == hub_id else name, **at)

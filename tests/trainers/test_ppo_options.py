@@ -510,7 +510,7 @@ def test_an_adapter_by_name_is_a_reward(make_trainer, prompts, tokenizer, tmp_pa
     texts = ["Say red.", "Go"], ["Red.", "Away"]
     expected = RewardModel(scorer, tokenizer)(*texts)
     given = make_trainer(reward_funcs=str(tmp_path / "SEQ_CLS")).scorer.rewards[0]
-    assert given(*texts) == pytest.approx(expected) and abs(expected[0] - expected[1]) > 1e-4
+    assert given(*texts) == pytest.approx(expected, abs=1e-6) and abs(expected[0] - expected[1]) > 1e-4
     adapter(hfllm.HfllmForTokenClassification, "TOKEN_CLS")
     rewards = make_trainer(reward_funcs=str(tmp_path / "TOKEN_CLS")).scorer.rewards
     assert isinstance(rewards[0], TokenRewardModel)

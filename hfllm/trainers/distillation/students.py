@@ -10,7 +10,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from hfllm.errors import InputError
-from hfllm.models.adapters import find_adapter, load_merged
+from hfllm.models.adapters import find_adapter
+from hfllm.models.merging import load_merged
 from hfllm.models.precision import cast_weights
 from hfllm.models.stored import location_of
 from hfllm.models.weights import load_weights_of

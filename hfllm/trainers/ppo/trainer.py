@@ -77,7 +77,7 @@ class PPOTrainer(ActorCriticTrainer):
     """PPO for language models (Ouyang et al. 2022, arXiv:2203.02155) with GRPOTrainer's signature.
 
     Args:
-        model: the policy, a causal language model or its name.
+        model: the policy, a causal language model or its name; of a PeftModel the first state is the reference.
         reward_funcs: one reward or a list: a function `(prompts, completions, **columns) -> list[float]`, or of lists
             with a number for each of `completion_ids`; a sequence- or token-classification model with one label, or
             the name of one; a `RewardEnsemble`. The policy is trained on their sum weighted by `args.reward_weights`.
@@ -89,8 +89,7 @@ class PPOTrainer(ActorCriticTrainer):
         value_model: a sequence- or token-classification model with one label or its name, such as the reward model;
             `None` trains a value head on the policy's trunk, which costs half as much.
         callbacks, optimizers: as in `Trainer`.
-        peft_config: train an adapter of this kind; the reference is then the policy without its adapter. A
-            `peft.PeftModel` is trained further against the adapter that it starts with.
+        peft_config: train an adapter of this kind; the reference is then the policy without its adapter.
         ptx_dataset: rows with `text`, whose language-modeling loss is weighted by `args.ptx_coef` (Ouyang et al. 2022,
             equation 2).
 
