@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hfllm.runs.command_line import main_process, parse_recipe, run
+from hfllm.runs.lock import releases_folders
 from hfllm.stages.convert import ConvertArguments
 
 
@@ -21,6 +22,7 @@ def parse(argv: Sequence[str]) -> tuple[ConvertArguments]:
     return parse_recipe(argv, __doc__, ConvertArguments)
 
 
+@releases_folders
 def main(script_args: ConvertArguments) -> dict[str, float]:
     """Convert, compare, write the report. Return the metrics."""
     from hfllm.runs.adapters import whole_model

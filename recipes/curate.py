@@ -17,6 +17,7 @@ from pathlib import Path
 
 from hfllm.errors import InputError
 from hfllm.runs.command_line import parse_recipe, run
+from hfllm.runs.lock import releases_folders
 from hfllm.stages import curate
 from hfllm.stages.curate import CurateArguments
 
@@ -26,6 +27,7 @@ def parse(argv: Sequence[str]) -> tuple[CurateArguments]:
     return parse_recipe(argv, __doc__, CurateArguments, settings=curate.settings)
 
 
+@releases_folders
 def main(script_args: CurateArguments) -> dict[str, float]:
     """Curate, write shards and report. Return the metrics."""
     from hfllm.runs.stage import Stage

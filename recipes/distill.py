@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import given_values, parse_recipe, run
+from hfllm.runs.lock import releases_folders
 from hfllm.stages.distill import DistillArguments, without_contradicted, world_settings
 from hfllm.trainers.distillation.options import DistillationOptions
 
@@ -38,6 +39,7 @@ def parse(argv: Sequence[str]) -> tuple[DistillArguments, "DistillationConfig", 
     return without_contradicted(script_args, given_values(argv)), training_args, model_args
 
 
+@releases_folders
 def main(
     script_args: DistillArguments, training_args: "DistillationConfig", model_args: "ModelConfig"
 ) -> dict[str, float]:

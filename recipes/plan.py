@@ -30,6 +30,7 @@ def main(script_args: PlanArguments) -> dict[str, float]:
 
     # The same folder may be used again: earlier files are overwritten.
     stage = Stage("plan", script_args)
+    stage.refuse_foreign_files()
     check(script_args)
     name, shape, fields = model_shape(script_args)
     request = make_request(script_args, shape)

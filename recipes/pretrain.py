@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run
+from hfllm.runs.lock import releases_folders
 from hfllm.stages.pretrain import LIBRARY, PretrainArguments, default_settings
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def parse(argv: Sequence[str]) -> tuple[PretrainArguments, "TrainingArguments", 
     return parse_recipe(argv, __doc__, PretrainArguments, LIBRARY, "outputs/pretrain", default_settings)
 
 
+@releases_folders
 def main(
     script_args: PretrainArguments, training_args: "TrainingArguments", model_args: "ModelConfig"
 ) -> dict[str, float]:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run
+from hfllm.runs.lock import releases_folders
 from hfllm.stages.quantize import QuantizeArguments
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def parse(argv: Sequence[str]) -> tuple[QuantizeArguments, "ModelConfig"]:
     return parse_recipe(argv, __doc__, QuantizeArguments, ("trl.ModelConfig",))
 
 
+@releases_folders
 def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str, float]:
     """Make what is missing, quantize, measure, save, report. Return the metrics."""
     from hfllm.compression.schemes import default_device, quiet_bitsandbytes

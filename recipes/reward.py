@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run, world_settings
+from hfllm.runs.lock import releases_folders
 from hfllm.stages.reward import RewardArguments
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def parse(argv: Sequence[str]) -> tuple[RewardArguments, "RewardConfig", "ModelC
     return parse_recipe(argv, __doc__, RewardArguments, library, "outputs/reward", world_settings("reward"))
 
 
+@releases_folders
 def main(script_args: RewardArguments, training_args: "RewardConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Train, save, write the report. Return the metrics."""
     from datasets import Dataset

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run, world_settings
+from hfllm.runs.lock import releases_folders
 from hfllm.stages.rlhf import RlhfArguments
 from hfllm.trainers.ppo.options import PPOOptions
 
@@ -29,6 +30,7 @@ def parse(argv: Sequence[str]) -> tuple[RlhfArguments, "PPOConfig", "ModelConfig
     return parse_recipe(argv, __doc__, RlhfArguments, library, "outputs/rlhf", settings, shown=(PPOOptions,))
 
 
+@releases_folders
 def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Make what is missing, align, compare before and after, save, report. Return the metrics."""
     from datasets import Dataset

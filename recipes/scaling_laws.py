@@ -13,6 +13,7 @@ are fitted, a larger run is predicted by the better one, and then trained. docs/
 from collections.abc import Sequence
 
 from hfllm.runs.command_line import parse_recipe, run
+from hfllm.runs.lock import releases_folders
 from hfllm.stages.scaling_laws import ScalingArguments
 
 
@@ -21,6 +22,7 @@ def parse(argv: Sequence[str]) -> tuple[ScalingArguments]:
     return parse_recipe(argv, __doc__, ScalingArguments)
 
 
+@releases_folders
 def main(script_args: ScalingArguments) -> dict[str, float]:
     """Train the grid if there is no file of runs, fit, predict, write the report. Return the metrics."""
     from pathlib import Path

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run, world_settings
+from hfllm.runs.lock import releases_folders
 from hfllm.stages.sft import SftArguments
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def parse(argv: Sequence[str]) -> tuple[SftArguments, "SFTConfig", "ModelConfig"
     return parse_recipe(argv, __doc__, SftArguments, library, "outputs/sft", world_settings("sft"))
 
 
+@releases_folders
 def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Fine-tune, save, write the report. Return the metrics."""
     from datasets import Dataset

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run
+from hfllm.runs.lock import releases_folders
 from hfllm.stages.speculative import SpeculativeArguments
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def parse(argv: Sequence[str]) -> tuple[SpeculativeArguments, "ModelConfig"]:
     return parse_recipe(argv, __doc__, SpeculativeArguments, ("trl.ModelConfig",))
 
 
+@releases_folders
 def main(script_args: SpeculativeArguments, model_args: "ModelConfig") -> dict[str, float]:
     """Make what is missing, measure, write the report. Return the metrics."""
     from hfllm.compression.schemes import quiet_bitsandbytes

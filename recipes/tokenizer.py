@@ -12,6 +12,7 @@ none is named. The report compares it with its own smaller sizes on held-out tex
 from collections.abc import Sequence
 
 from hfllm.runs.command_line import main_process, parse_recipe, run
+from hfllm.runs.lock import releases_folders
 from hfllm.stages.tokenizer import TokenizerArguments
 
 
@@ -20,6 +21,7 @@ def parse(argv: Sequence[str]) -> tuple[TokenizerArguments]:
     return parse_recipe(argv, __doc__, TokenizerArguments)
 
 
+@releases_folders
 def main(script_args: TokenizerArguments) -> dict[str, float]:
     """Train, measure, save the tokenizer and the report. Return the metrics."""
     from pathlib import Path

@@ -16,7 +16,6 @@ from hfllm.outputs.report import read_report
 from hfllm.runs.failures import explained, what_is_saved
 from hfllm.runs.json_flags import check_json_flags
 from hfllm.runs.libraries import check_libraries
-from hfllm.runs.lock import release_all
 from hfllm.runs.parser import (
     HelpFormatter,
     PlainParser,
@@ -321,5 +320,3 @@ def run(main: Callable[..., object], parse: Callable[[Sequence[str]], tuple]) ->
         if main_process():
             print(f"\ninterrupted: {stop}" if str(stop) else "\ninterrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    finally:
-        release_all()

@@ -46,7 +46,10 @@ MODELS = (
     *("reward_model_name_or_path", "value_model"),
 )
 # Of a model's folder: what decides its answers.
-MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "*.safetensors", "*.bin")
+MODEL_FILES = (
+    *("config.json", "adapter_config.json", "tokenizer.json", "*.safetensors"),
+    *("pytorch_model*.bin", "adapter_model.bin"),
+)
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # Bytes of a file that are read whole; of a larger one so many, from all over it.
 MOST_BYTES, BLOCK = 1 << 28, 1 << 20

@@ -10,10 +10,15 @@ import os
 import socket
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from hfllm.errors import InputError
+
+Given, Made = ParamSpec("Given"), TypeVar("Made")
 
 try:
     import fcntl
@@ -80,6 +85,22 @@ def release_all() -> None:
     """Stop holding any folder."""
     for folder in list(_held):
         release(folder)
+
+
+def releases_folders(main: Callable[Given, Made]) -> Callable[Given, Made]:
+    """Return a recipe's `main` that releases the folders which it holds, however it ends."""
+
+    @wraps(main)
+    def released(*args: Given.args, **kwargs: Given.kwargs) -> Made:
+        before = set(_held)
+        try:
+            return main(*args, **kwargs)
+        finally:
+            for folder in _held.keys() - before:
+                if _held[folder][1] is threading.current_thread():
+                    release(folder)
+
+    return released
 
 
 def _locked(folder: str | Path, file: Path) -> int | None:

@@ -128,7 +128,7 @@ class Stage:
         Raises:
             InputError: when another run is writing to the folder, or files there are not ours.
         """
-        refuse_foreign_files(self.output_dir, self.name, writes_card=self._trains or self.name == "quantize")
+        self.refuse_foreign_files()
         self._hold()
         schedule.enter(schedule.Planned(self.name, self.output_dir, parsed=self.parsed))
         if main_process():
@@ -137,6 +137,10 @@ class Stage:
                 print(f"{self.name}: {line}", flush=True)
             if self.repository is not None:
                 self.repository.create()
+
+    def refuse_foreign_files(self) -> None:
+        """Refuse to write over files in the output folder that are not ours, naming the first; `announce` does."""
+        refuse_foreign_files(self.output_dir, self.name, writes_card=self._trains or self.name == "quantize")
 
     @property
     def _trains(self) -> bool:

@@ -67,10 +67,8 @@ def train(
     if run is not None:
         run = with_contents(run, trainer, rows_are_sampled)
     check_contents(trainer, checkpoint, run)
-    record = RunRecord(trainer, run)
-    trainer.add_callback(record)
     try:
-        train_unless_done(trainer, trainer.train, resume_from_checkpoint=checkpoint)
+        train_unless_done(trainer, trainer.train, run, resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         raise Interrupted(_how_to_resume(trainer, is_recorded=run is not None)) from None
     except Exception as error:
@@ -79,12 +77,15 @@ def train(
         if line is None:
             raise
         raise MachineError(f"{line}; {_how_to_resume(trainer, is_recorded=run is not None)}") from error
-    finally:
-        trainer.remove_callback(record)
 
 
-def train_unless_done(trainer: Trainer, train: Callable[..., TrainOutput], **kwargs: object) -> TrainOutput:
+def train_unless_done(
+    trainer: Trainer, train: Callable[..., TrainOutput], run: Mapping[str, Any] | None = None, **kwargs: object
+) -> TrainOutput:
     """Return `train(**kwargs)`, which trains `trainer`; from the last step's checkpoint, only end the run.
+
+    Args:
+        run: what its checkpoints record of the run, besides its losses.
 
     Raises:
         InputError: when the checkpoint has no optimizer or schedule for this engine.
@@ -97,16 +98,18 @@ def train_unless_done(trainer: Trainer, train: Callable[..., TrainOutput], **kwa
         check_shards(checkpoint, trainer.args)
     elif isinstance(checkpoint, str):
         refuse_without_state(checkpoint, "fsdp" if trainer.is_fsdp_enabled else "")
-    look, whole = _LookBeforeTheFirstStep(), WholeTrainLoss(trainer)
+    look, whole, record = _LookBeforeTheFirstStep(), WholeTrainLoss(trainer), RunRecord(trainer, run)
     trainer.add_callback(look)
+    # After what decides to save, in the last place SIGTERM's.
+    trainer.add_callback(record)
     add_to_logs(trainer, whole)
     try:
         return train(**kwargs)
     except _AlreadyDone:
         return trainer._finalize_training(None, 0, time.time())
     finally:
-        trainer.remove_callback(look)
-        trainer.remove_callback(whole)
+        for callback in (look, whole, record):
+            trainer.remove_callback(callback)
 
 
 def _how_to_resume(trainer: Trainer, is_recorded: bool) -> str:

@@ -111,10 +111,10 @@ class WholeTrainLoss(TrainerCallback):
 
 def _unlogged_parts(trainer: Trainer) -> dict[str, Any]:
     """Return what TRL's trainers and distillation have added up since the last log, the mean of all processes."""
-    metrics, sums = getattr(trainer, "_metrics", {}).get("train"), getattr(trainer, "_sums", None)
+    metrics, sums = getattr(trainer, "_metrics", None), getattr(trainer, "_sums", None)
     parts: dict[str, Any] = {}
-    if isinstance(metrics, dict):
-        parts["metrics"] = {name: list(values) for name, values in metrics.items()}
+    if isinstance(metrics, dict) and isinstance(metrics.get("train"), dict):
+        parts["metrics"] = {name: list(values) for name, values in metrics["train"].items()}
     if torch.is_tensor(sums):
         parts["sums"] = trainer.accelerator.reduce(sums.to(trainer.args.device, copy=True), "mean").tolist()
     return parts

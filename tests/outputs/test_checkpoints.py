@@ -5,7 +5,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from hfllm.outputs.checkpoints import last_complete_checkpoint
+from hfllm.outputs.checkpoints import last_complete_checkpoint, missing_for_resuming, record_of, state_of
 
 
 @pytest.fixture
@@ -61,3 +61,32 @@ def test_an_optimizer_file_that_was_cut_off_is_seen(folder):
         torch.load(file)
     with pytest.warns(UserWarning, match="checkpoint-2 is not complete"):
         assert last_complete_checkpoint(folder) == str(folder / "checkpoint-1")
+
+
+STATE = {
+    "plain": (["optimizer.pt", "scheduler.pt"], ""),
+    "FSDP, whole": (["optimizer.bin", "scheduler.pt"], "fsdp"),
+    "FSDP, in parts": (["optimizer_0/0.distcp", "scheduler.pt"], "fsdp"),
+    "DeepSpeed": (["global_step4/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], "deepspeed"),
+}
+
+
+@pytest.mark.parametrize("kind", list(STATE))
+def test_what_each_engine_needs_to_resume(tmp_path, kind):
+    files, engine = STATE[kind]
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    assert missing_for_resuming(tmp_path) is None
+    for _, other in STATE.values():
+        assert (missing_for_resuming(tmp_path, other) is None) == (other == engine), other
+    (tmp_path / files[-1]).unlink()
+    for asked in (None, engine):
+        assert missing_for_resuming(tmp_path, asked)
+
+
+def test_weights_alone_cannot_be_resumed(folder):
+    (folder / "checkpoint-2" / "optimizer.pt").unlink()
+    assert missing_for_resuming(folder / "checkpoint-2") == "optimizer.pt"
+    assert missing_for_resuming(folder / "checkpoint-1") == "scheduler.pt"
+    assert record_of(state_of(folder / "checkpoint-1")) == {}

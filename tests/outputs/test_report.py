@@ -67,6 +67,19 @@ def test_no_report_is_none(tmp_path):
     assert read_report(tmp_path) is None
 
 
+@pytest.mark.parametrize("text", ["[]", "not JSON", "{}", '{"stage": "a"}', '{"stage": "a", "arguments": []}'])
+def test_the_report_of_another_program_is_none(tmp_path, text):
+    (tmp_path / "report.json").write_text(text)
+    assert read_report(tmp_path) is None
+
+
+def test_a_step_that_is_evaluated_twice_is_one_point():
+    """As at the start of a resumed run."""
+    history = [{"step": 2, "eval_loss": 2.5}, {"step": 4, "eval_loss": 2.0}, {"step": 4, "eval_loss": 2.1}]
+    plot = plot_history(history, {"eval": "eval_loss"}, title="t", xlabel="x", ylabel="y")
+    assert plot.lines == {"eval": ([2, 4], [2.5, 2.1])}
+
+
 def test_history_becomes_lines():
     history = [{"step": 1, "loss": 3.0}, {"step": 2, "eval_loss": 2.5}, {"step": 3, "loss": 2.0}]
     plot = plot_history(history, {"train": "loss", "eval": "eval_loss"}, title="t", xlabel="x", ylabel="y")

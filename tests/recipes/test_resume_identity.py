@@ -29,7 +29,12 @@ FLAGS = {
     "packed": ["--packing", "true", "--max_length", "64", "--max_steps", "-1", "--total_tokens", "3200"],
     # The third of five steps collects a rollout whose reward is logged with the fourth.
     "rlhf": ["--reward_funcs", "gold", "--num_mini_batches", "2", "--max_steps", "5", "--logging_steps", "4"],
+    "reward": ["--on_policy_fraction", "0", "--logging_steps", "3"],
+    "distill": ["--answers", "data", "--logging_steps", "3"],
 }
+# The teacher is named.
+FLAGS["distill"] += [word for name in ("pretrain", "sft", "reward", "rlhf") for word in (f"--{name}_config", "")]
+SLOW = ("packed", "reward", "distill")
 AUTO = ["--resume_from_checkpoint", "auto"]
 
 
@@ -54,7 +59,7 @@ def run_in(tiny, base, stage, folder, *flags):
     recipe = import_module(stage.replace("packed", "pretrain"))
     words = ["--config", tiny[recipe.__name__], *FLAGS[stage], *SAVES, "--output_dir", str(folder)]
     if recipe.__name__ != "pretrain":
-        words += ["--model_name_or_path", str(base)]
+        words += ["--teacher_model_name_or_path" if stage == "distill" else "--model_name_or_path", str(base)]
     return recipe.main(*recipe.parse([*words, *map(str, flags)]))
 
 
@@ -63,7 +68,6 @@ def cut_in(run, step, *arguments):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt) as stopped:
         patch.setattr("transformers.trainer.DEFAULT_CALLBACKS", [*DEFAULT_CALLBACKS, Stop(step)])
         run(*arguments)
-    release_all()
     return str(stopped.value)
 
 
@@ -293,10 +297,10 @@ def entries(folder, *names):
     return losses, [(entry["step"], entry["train_loss"]) for entry in history if "train_loss" in entry]
 
 
-@pytest.mark.parametrize("stage", list(FLAGS))
+@pytest.mark.parametrize("stage", [pytest.param(stage, marks=[pytest.mark.slow] * (stage in SLOW)) for stage in FLAGS])
 def test_what_a_resumed_run_reports_is_that_of_all_its_steps(run, tmp_path, stage):
     names = ("loss", "reward", "kl", "entropy", "policy_loss", "clip_fraction", "episode")
-    names += ("mean_token_accuracy", "num_tokens", "bits_per_byte")
+    names += ("mean_token_accuracy", "num_tokens", "bits_per_byte", "accuracy", "margin", "soft_loss", "hard_loss")
     metrics = run(stage, tmp_path / "whole")
     expected = entries(tmp_path / "whole", *names)
     assert len(expected[0]) > 0 and len(expected[1]) == 1
@@ -309,4 +313,4 @@ def test_what_a_resumed_run_reports_is_that_of_all_its_steps(run, tmp_path, stag
         assert entries(folder, *names) == expected, checkpoint
         for name in ("train_loss", "eval_loss", "proxy_reward_after"):
             assert resumed.get(name) == metrics.get(name), (checkpoint, name)
-    assert ("train_loss" in metrics) == (stage != "rlhf")
+    assert ("train_loss" in metrics) == (stage not in ("rlhf", "reward"))

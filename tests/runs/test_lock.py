@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.runs.lock import LOCK_FILE, lock, release, release_all
+from hfllm.runs.lock import LOCK_FILE, lock, release, release_all, releases_folders
 
 ROOT = Path(__file__).parent.parent.parent
 HOLD = """
@@ -94,6 +94,24 @@ def test_what_is_released_leaves_nothing_but_what_was_written(tmp_path):
     release_all()
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["mine", "out", "out/file"]
     release(tmp_path / "out")
+
+
+def test_a_recipe_that_fails_releases_what_it_holds(tmp_path):
+    @releases_folders
+    def main(fails):
+        """A recipe."""
+        lock(tmp_path / "in")
+        if fails:
+            raise KeyboardInterrupt
+        return fails
+
+    assert main.__doc__ == "A recipe."
+    lock(tmp_path / "outside")
+    with pytest.raises(KeyboardInterrupt):
+        main(True)
+    assert main(False) is False
+    assert [path.name for path in tmp_path.iterdir()] == ["outside"]
+    assert (tmp_path / "outside" / LOCK_FILE).exists()
 
 
 def test_a_child_neither_holds_nor_releases(tmp_path):
