@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError, is_out_of_memory
+from hfllm.models.stored import quantization_method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,7 +62,8 @@ def load_weights_of(
                 "config.json: one of them is another model's"
             )
     missing = sorted(key for key in info["missing_keys"] if not may_be_new or key.startswith(trunk))
-    if missing:
+    # Other methods of quantization name what they store in ways of their own.
+    if missing and quantization_method(model.config) in (None, "bitsandbytes"):
         raise InputError(
             f"{whose} {name!r}: {_counted(missing)} of the {type(model).__name__} not in its files, such as "
             f"{missing[0]}, and would be random: are they those of another model?"

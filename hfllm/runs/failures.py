@@ -53,7 +53,8 @@ def explained(error: BaseException, *parsed: "DataclassInstance") -> str | None:
     code = _disk_error(error)
     if code is None:
         return None
-    named = getattr(error, "filename", None)
+    # Of a copy the second is what could not be written.
+    named = getattr(error, "filename2", None) or getattr(error, "filename", None)
     return DISK[code] + (f": {named}" if named else "")
 
 

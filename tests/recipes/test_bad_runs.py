@@ -438,7 +438,7 @@ def short(saved, tmp_path, *more):
     ("error", "reason"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "optimizer.pt"), "no space left on the disk: optimizer.pt"),
-        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk quota is used up"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "from", None, "to"), "the disk quota is used up: to"),
         (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/7"), "no space left on the disk"),
     ],
 )
@@ -574,7 +574,7 @@ def test_rows_of_which_nothing_is_learned(refused, saved, tmp_path):
     )
     flags = ("--model_name_or_path", saved, "--dataset_name", path)
     # Each prompt alone is longer, so every answer would be cut off.
-    assert "--max_length" in refused("sft", *flags, "--max_length", 3)
+    assert "nothing to learn is left" in refused("sft", *flags, "--max_length", 3)
     tokenizer = AutoTokenizer.from_pretrained(saved)
     tokenizer.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     tokenizer.save_pretrained(saved)
