@@ -26,6 +26,7 @@ AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
 }
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 HEADS = ("score", "classifier")
 
 
@@ -60,6 +61,24 @@ class SavedAdapter:
             if (run / BASE_FOLDER / "config.json").is_file():
                 return str(run / BASE_FOLDER)
         return named
+
+    @cached_property
+    def folder(self) -> str:
+        """The local folder of its files: of a Hub id, where they are downloaded to.
+
+        Raises:
+            InputError: when it has no weights, or they cannot be downloaded.
+        """
+        from transformers.utils import cached_file
+
+        try:
+            for name in WEIGHT_FILES:
+                found = cached_file(self.name, name, _raise_exceptions_for_missing_entries=False, **self.location)
+                if found is not None:
+                    return str(Path(found).parent)
+        except OSError as error:
+            raise InputError(f"adapter {self.name!r}: its weights cannot be read: {_one_line(error)}") from error
+        raise InputError(f"adapter {self.name!r} has no {' or '.join(WEIGHT_FILES)}")
 
     @property
     def base_location(self) -> dict[str, Any]:
@@ -105,7 +124,7 @@ class SavedAdapter:
         from peft import PeftConfig
 
         try:
-            return PeftConfig.from_pretrained(self.name, **self.location)
+            return PeftConfig.from_pretrained(self.folder)
         except (KeyError, OSError, TypeError, ValueError) as error:
             raise InputError(f"adapter {self.name!r}: its settings cannot be read: {_one_line(error)}") from error
 
@@ -119,7 +138,7 @@ class SavedAdapter:
         from safetensors import SafetensorError
 
         try:
-            return load_peft_weights(self.name, device="cpu", **self.location)
+            return load_peft_weights(self.folder, device="cpu")
         except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"adapter {self.name!r}: its weights cannot be read: {_one_line(error)}") from error
 
@@ -244,7 +263,7 @@ def put_on(model: "PreTrainedModel", adapter: SavedAdapter, is_trainable: bool =
 
     paths = embeddings_of(model)
     try:
-        adapted = PeftModel.from_pretrained(model, adapter.name, is_trainable=is_trainable, **adapter.location)
+        adapted = PeftModel.from_pretrained(model, adapter.folder, is_trainable=is_trainable)
     except (KeyError, OSError, RuntimeError, ValueError) as error:
         raise _misfit(adapter, _mismatch(error)) from error
     check_names(adapter, adapted, adapter.weights(), paths)

@@ -18,6 +18,7 @@ import pytest
 import reward
 import sft
 import torch
+from huggingface_hub import constants
 from peft import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForSequenceClassification,
@@ -211,7 +212,7 @@ def test_the_reward_model_stands_on_the_fine_tuned_one(chain, here):
     assert settings_of("outputs/reward")["task_type"] == "SEQ_CLS"
 
 
-def test_what_is_published_loads_without_hfllm(chain, hub, here, tmp_path):
+def test_what_is_published_loads_by_name_without_hfllm(chain, hub, here, tmp_path, monkeypatch):
     run("push", "--model_name_or_path", "NAME", "--hub_model_id", "me/base")
     shutil.copytree("outputs/sft", tmp_path / "adapter", ignore=shutil.ignore_patterns("report.*"))
     settings = {**settings_of("outputs/sft"), "base_model_name_or_path": "me/base"}
@@ -224,6 +225,13 @@ def test_what_is_published_loads_without_hfllm(chain, hub, here, tmp_path):
     card = hub.repos["me/adapter"].files()["README.md"].content.decode()
     assert "library_name: peft" in card and "base_model: me/base" in card
     lines = re.search(r"```python\n(.*?)```", card, re.S)[1]
+    # A recipe takes it by its name there, and the result is one of the same base.
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("{")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{template[1]}{template[2]}")
+    run("sft", "--model_name_or_path", "me/adapter", "--dataset_name", "alpaca.json", "--output_dir", tmp_path / "on")
+    assert settings_of(tmp_path / "on")["base_model_name_or_path"] == "me/base"
+    assert mean_b(tmp_path / "on") > mean_b("outputs/sft") / 2
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "PYTHON"))}
     own = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1"}
     command = [sys.executable, "-c", LOAD.format(lines=lines, ids=IDS.tolist())]
