@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import os
 import random
 import re
 import subprocess
@@ -22,7 +23,7 @@ from hfllm.data.loading import TextArguments, load_texts
 from hfllm.data.prepared import Prepared
 from hfllm.data.sources import load_source
 from hfllm.errors import InputError
-from hfllm.stages.curate import CurateArguments, fingerprint
+from hfllm.stages.curate import CurateArguments, fingerprint, resume_or_clear
 
 ROOT = Path(__file__).parent.parent.parent
 WORDS = {
@@ -164,6 +165,29 @@ def test_an_interrupted_run_resumes_and_ends_the_same(corpus, monkeypatch, capsy
     assert "resuming the unfinished run" in capsys.readouterr().out
     assert sorted(row["text"] for row in load_source(str(out / "data")).rows) == sorted(corpus.good)
     assert not (out / "unfinished").exists()
+
+
+def test_the_contents_of_small_files_count_and_not_their_times(corpus, tmp_path, capsys):
+    """Nor the times of folders, which an editor or a viewer of files changes."""
+    (script_args,) = curate.parse([str(flag) for flag in corpus.flags])
+    (corpus.folder / "in" / "sub").mkdir()
+    before = fingerprint(script_args)
+    for path in (corpus.folder / "in" / "b.txt", corpus.folder / "in" / "sub"):
+        os.utime(path, (1, 1))
+    assert fingerprint(script_args) == before
+    work = tmp_path / "work"
+    resume_or_clear(work, {"state": before, "seed": 1})
+    (work / "kept").touch()
+    resume_or_clear(work, {"state": before, "seed": 1})
+    assert (work / "kept").exists() and "resuming the unfinished run" in capsys.readouterr().out
+    (corpus.folder / "in" / "b.txt").write_text("another text")
+    resume_or_clear(work, {"state": fingerprint(script_args), "seed": 1})
+    assert not (work / "kept").exists()
+    assert f"starting anew: the unfinished run had state={before!r}, this one has" in capsys.readouterr().out
+    # Cut off by a crash.
+    (work / "arguments.json").write_text('{"state')
+    resume_or_clear(work, {"seed": 1})
+    assert json.loads((work / "arguments.json").read_text()) == {"seed": 1}
 
 
 def test_a_run_that_ended_before_its_report_is_completed(corpus, monkeypatch):
