@@ -110,7 +110,8 @@ def check_empty(path: Path) -> None:
     Raises:
         InputError: when it exists and is not an empty folder.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    # Its own run may hold the folder, by a file.
+    if path.exists() and (not path.is_dir() or any(each.name != ".hfllm.lock" for each in path.iterdir())):
         raise InputError(f"{path} exists and is not empty")
 
 
@@ -130,9 +131,13 @@ class whole_folder:
             shutil.rmtree(self.temporary)
             return
         self.temporary.chmod(0o755)
-        if self.path.exists():
-            self.path.rmdir()
-        os.replace(self.temporary, self.path)
+        if not self.path.exists():
+            os.replace(self.temporary, self.path)
+            return
+        # Without config.json, which comes last, a folder is no model.
+        for file in sorted(self.temporary.iterdir(), key=lambda each: each.name == "config.json"):
+            os.replace(file, self.path / file.name)
+        self.temporary.rmdir()
 
 
 def read_config(name: str, **location: object) -> "PreTrainedConfig":
