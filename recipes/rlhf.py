@@ -113,7 +113,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     accuracy = {name: value for name, value in reward_metrics if name.startswith("reward_model_accuracy")}
     counts = {"train_prompts": len(train_rows), "eval_prompts": len(eval_rows)}
     return stage.finish(
-        {**metrics, **accuracy, **counts, **scaled, **rates},
+        {**metrics, "episodes": trainer.episodes, **accuracy, **counts, **scaled, **rates},
         trainer,
         alignment.alignment_summary(metrics),
         tables=alignment.alignment_tables(unaligned, aligned),
