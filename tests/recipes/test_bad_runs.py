@@ -566,7 +566,6 @@ def test_episodes_fill_whole_rollouts_and_the_report_says_so(saved, tmp_path, ca
 
 
 def test_rows_of_which_nothing_is_learned(refused, saved, tmp_path):
-    pytest.importorskip("hfllm.data.conversations")
     path = tmp_path / "rows.jsonl"
     talk = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"}]
     path.write_text(

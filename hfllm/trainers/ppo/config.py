@@ -13,7 +13,6 @@ AT_LEAST_ONE = (
     *("length_bucket_size", "max_tokens_per_pass", "ref_model_sync_steps", "kl_horizon"),
 )
 ABOVE_ZERO = (
-    "learning_rate",
     "temperature",
     "kl_target",
     "target_kl",
