@@ -189,24 +189,26 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> Plot:
     )
 
 
-def rises(rows: Sequence[Mapping[str, Any]]) -> Plot:
-    """Return the rise of the held-out reward by learning rate, a line per model and kind of training.
+def rises(rows: Sequence[Mapping[str, Any]], floor: float = -0.5) -> Plot:
+    """Return the rise of what PPO maximizes by learning rate, a line per model and kind of training.
 
-    Rewards of different tasks have different scales: each line is divided by its highest point.
+    That is the held-out reward less `kl_coef` times the KL. Rewards of different tasks have different scales: each line
+    is divided by its highest point, and lower values than `floor` are drawn there.
     """
     groups: dict[str, dict[float, float]] = {}
     for row in rows:
         kind = f"LoRA, r={row['lora_r']}" if row["lora_r"] else "all weights"
         points = groups.setdefault(f"{Path(row['model_name_or_path']).name}, {kind}", {})
-        points[row["learning_rate"]] = max(points.get(row["learning_rate"], -math.inf), row["change"])
+        rise = row["change"] - row["kl_coef"] * row["kl"]
+        points[row["learning_rate"]] = max(points.get(row["learning_rate"], -math.inf), rise)
     lines = {}
     for name, points in groups.items():
         rates, highest = sorted(points), max(points.values())
-        lines[name] = (rates, [points[rate] / highest for rate in rates])
+        lines[name] = (rates, [max(points[rate] / highest, floor) for rate in rates])
     return Plot(
-        title="Rise of the held-out reward by learning rate",
+        title="Rise of the held-out reward, less the KL penalty",
         xlabel="learning rate",
-        ylabel="rise, as a share of the best",
+        ylabel="share of the best",
         lines=lines,
         xscale="log",
     )
