@@ -35,6 +35,8 @@ LABELS = {
     "eval_examples": "held-out rows",
     "train_comparisons": "comparisons trained on",
     "eval_comparisons": "held-out comparisons",
+    "learning_rate": "learning rate",
+    "value_learning_rate": "learning rate of the critic",
 }
 # Whose figure it is, where a name ends so.
 ROLES = ("student_alone", "student", "teacher")
