@@ -12,7 +12,7 @@ from typing import Any
 from hfllm.errors import InputError, redact
 from hfllm.outputs.files import ADAPTER_CONFIG, CARD, CONFIG, count_parameters, is_adapter, plot_files, read_json
 from hfllm.outputs.flags import flag_sections, folded
-from hfllm.outputs.lineage import first_base, merged_adapters, merged_base, merged_from
+from hfllm.outputs.merged import first_base, merged_adapters, merged_base, merged_from
 from hfllm.outputs.parents import learned_from, origin
 from hfllm.outputs.report import figures_markdown, markdown_table, read_report, write_atomically
 
@@ -313,12 +313,12 @@ def _data(report: Mapping[str, Any]) -> str:
     return f"## Data\n\n{text}"
 
 
-def check_adapter(peft: bool, model_name: str | None) -> None:
+def check_adapter(peft: bool, model_name: str | None, revision: str = "main") -> None:
     """Refuse to train an adapter for publication if others could not load its base model.
 
     Raises:
-        InputError: when `peft` is true and the base is made by an earlier stage or is a local folder, or an adapter of
-            such a base is named, to be trained further.
+        InputError: when `peft` is true and the base is made by an earlier stage, is a local folder, or an adapter that
+            is merged into a local base first; or when an adapter of a local base is named, to be trained further.
     """
     if not peft and model_name is not None and Path(model_name, ADAPTER_CONFIG).is_file():
         check_base(Path(model_name))
@@ -327,6 +327,21 @@ def check_adapter(peft: bool, model_name: str | None) -> None:
             "--push_to_hub with --use_peft publishes only the adapter, so its base must be a model of the Hub: name "
             f"one by --model_name_or_path (now {model_name!r}), or train without --use_peft"
         )
+    if peft and _is_adapter_of_hub(model_name, revision):
+        raise InputError(
+            f"--push_to_hub with --use_peft: {model_name!r} is an adapter, which is merged into a local base first: "
+            "leave --use_peft out to train it further, or publish the result by hfllm merge and hfllm push"
+        )
+
+
+def _is_adapter_of_hub(name: str, revision: str) -> bool:
+    from transformers.utils import find_adapter_config_file
+
+    try:
+        return find_adapter_config_file(name, revision=revision) is not None
+    except OSError:
+        # Loading the model will report it.
+        return False
 
 
 def chat_lines(folder: str, prompt: str | Sequence[Mapping[str, str]]) -> list[str]:

@@ -234,7 +234,7 @@ def repository_of(*parsed: "DataclassInstance") -> Repository | None:
         raise InputError(f"{flag} cannot be used here: the finished model is pushed once, and no checkpoints")
     for group in parsed:
         if hasattr(group, "use_peft"):
-            check_adapter(group.use_peft, group.model_name_or_path)
+            check_adapter(group.use_peft, group.model_name_or_path, group.model_revision)
     name = flags.hub_model_id or Path(flags.output_dir).absolute().name
     return Repository(name, flags.hub_private_repo, flags.hub_token, flags.hub_revision)
 

@@ -1,11 +1,13 @@
 """A card names what a reader asks for: the base model, the stages, the reward, the data, what was given."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import yaml
 
-from hfllm.outputs.card import model_card
+from hfllm.errors import InputError
+from hfllm.outputs.card import check_adapter, model_card
 from hfllm.outputs.figures import change_of, mean_of
 from hfllm.outputs.flags import flag_sections, given_flags, split_flags
 from hfllm.outputs.parents import lineage
@@ -110,6 +112,18 @@ def test_a_model_from_new_weights_says_so(saved, tmp_path):
     assert "The base model was made by the pretrain stage, from new weights (`pretrain`)." in card
     assert "base_model" not in yaml.safe_load(card.split("---\n")[1])
     assert "No flag was given." in card and "## Reward" not in card
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_an_adapter_of_the_hub_gets_a_local_base_by_use_peft_alone(monkeypatch, use_peft):
+    def find(name, revision):
+        return "adapter_config.json" if (name, revision) == ("org/adapter", "v1") else None
+
+    monkeypatch.setattr("transformers.utils.find_adapter_config_file", find)
+    check_adapter(use_peft, "org/model", "v1")
+    refused = pytest.raises(InputError, match="'org/adapter' is an adapter, which is merged into a local base first")
+    with refused if use_peft else nullcontext():
+        check_adapter(use_peft, "org/adapter", "v1")
 
 
 def test_flags_are_given_by_their_values():
