@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hfllm.errors import InputError
 from hfllm.outputs.files import MERGED_FROM, read_json
 from hfllm.outputs.report import REPORT_FILE
-from hfllm.runs.command_line import main_process
+from hfllm.runs.command_line import main_process, say
 from hfllm.runs.models import load_kwargs, load_policy, load_reward_model, load_tokenizer, saved_tokenizer
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def load_to_train(
     adapter.check("CAUSAL_LM")
     if model_args.use_peft:
         return load_policy(on_merged_base(adapter, model_args, output_dir))
-    _say(f"adapter {name} of {adapter.base} is trained further")
+    say(f"adapter {name} of {adapter.base} is trained further")
     model, _ = load_base(adapter, AutoModelForCausalLM, **load_kwargs(model_args))
     return put_on(model, adapter, is_trainable=True), load_tokenizer(name, revision)
 
@@ -71,7 +71,7 @@ def load_scorer_to_train(model_args: "ModelConfig", output_dir: str) -> "PreTrai
         merged_args = on_merged_base(adapter, model_args, output_dir)
         return load_reward_model(merged_args.model_name_or_path, merged_args)
     has_head = adapter.task == "SEQ_CLS" or adapter.brings_head
-    _say(f"adapter {name} of {adapter.base} is trained further{'' if has_head else ', with a new head for scores'}")
+    say(f"adapter {name} of {adapter.base} is trained further{'' if has_head else ', with a new head for scores'}")
     settings = {"num_labels": 1, "ignore_mismatched_sizes": True, **load_kwargs(model_args)}
     model, _ = load_base(adapter, AutoModelForSequenceClassification, **settings)
     return put_on(model, adapter, is_trainable=True) if has_head else put_under_head(model, adapter)
@@ -108,7 +108,7 @@ def on_merged_base(adapter: "SavedAdapter", model_args: "ModelConfig", output_di
         shutil.rmtree(folder, ignore_errors=True)
         write_merged(adapter, folder)
     PartialState().wait_for_everyone()
-    _say(f"adapter {adapter.name} is merged into {adapter.base}: {folder}, which the new adapter is trained on")
+    say(f"adapter {adapter.name} is merged into {adapter.base}: {folder}, which the new adapter is trained on")
     return replace(model_args, model_name_or_path=str(folder), model_revision="main")
 
 
@@ -191,8 +191,3 @@ def _is_replaceable(folder: Path) -> bool:
     if folder.is_dir() and not any(folder.iterdir()):
         return True
     return (folder / MERGED_FROM).is_file() and not (folder / REPORT_FILE).exists()
-
-
-def _say(text: str) -> None:
-    if main_process():
-        print(text, flush=True)
