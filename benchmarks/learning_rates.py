@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from hfllm.data.formats import as_completion
 from hfllm.generation.responses import sample_responses
+from hfllm.outputs.figures import standard_error
 from hfllm.outputs.report import Plot, markdown_table
 from hfllm.rewards.functions import RewardFunction
 from hfllm.runs.models import load_tokenizer
@@ -79,12 +80,11 @@ def rewards_of(
 def paired_change(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
     """Return both means, their difference, and its standard error over the prompts."""
     differences = [late - early for early, late in zip(before, after, strict=True)]
-    error = statistics.stdev(differences) / len(differences) ** 0.5
     return {
         "before": statistics.fmean(before),
         "after": statistics.fmean(after),
         "change": statistics.fmean(differences),
-        "error": error,
+        "error": standard_error(differences),
     }
 
 

@@ -9,6 +9,8 @@ _LOOKS_SECRET = re.compile(
     r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}|\bhf_(?:oauth|jwt)_[\w.-]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
 )
 HIDDEN = "[hidden]"
+# What allocators say, in errors of any class.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
 
 
 class InputError(ValueError):
@@ -19,6 +21,10 @@ class InputError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(redact(message))
+
+
+class MachineError(InputError):
+    """A run ends for want of memory or disk: its message, one line, is printed by the process that it happens in."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -33,6 +39,12 @@ def refuse(condition: bool, flag: str, reason: str) -> None:
     """
     if condition:
         raise InputError(f"{flag} cannot be used here: {reason}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory was short, on a GPU or in the machine."""
+    said = isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in OUT_OF_MEMORY)
+    return isinstance(error, MemoryError) or said
 
 
 def redact(text: str, *secrets: str | None) -> str:

@@ -41,6 +41,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     from hfllm.runs.models import check_trainable, fitting_length, load_tokenizer, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.stages import reward
+    from hfllm.stages.architecture import check_adapter
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scaled_learning_rate
@@ -55,6 +56,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
     rows = reward.user_comparisons(script_args, training_args.seed)
     before = reward.stages_before(script_args, training_args, model_args)
+    check_adapter(model_args, before, "SEQ_CLS")
 
     stage.announce()
     before.run()

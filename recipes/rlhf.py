@@ -94,6 +94,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
         ptx_dataset=ptx_dataset,
     )
     use_plain_lines(trainer)
+    rates = rlhf.rates_used(trainer_args, trainer)
     for reward in rewards:
         if isinstance(reward, RewardEnsemble):
             rlhf.calibrate(reward, trainer, train_rows[: rlhf.CALIBRATION_PROMPTS])
@@ -111,10 +112,8 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     reward_metrics = metrics_before.get("reward", {}).items()
     accuracy = {name: value for name, value in reward_metrics if name.startswith("reward_model_accuracy")}
     counts = {"train_prompts": len(train_rows), "eval_prompts": len(eval_rows)}
-    # As they were used: where they are not given, they follow from the model's size.
-    rates = {name: getattr(trainer.args, name) for name in ("learning_rate", "value_learning_rate")}
     return stage.finish(
-        {**metrics, **accuracy, **counts, **rates, **scaled},
+        {**metrics, "episodes": trainer.episodes, **accuracy, **counts, **scaled, **rates},
         trainer,
         alignment.alignment_summary(metrics),
         tables=alignment.alignment_tables(unaligned, aligned),

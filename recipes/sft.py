@@ -13,18 +13,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hfllm.runs.command_line import parse_recipe, run, world_settings
+from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.lock import releases_folders
-from hfllm.stages.sft import SftArguments
+from hfllm.stages.sft import SftArguments, default_settings
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
 
 
 def parse(argv: Sequence[str]) -> tuple[SftArguments, "SFTConfig", "ModelConfig"]:
-    """Read the flags; without your own model the defaults are the embedded world's settings."""
+    """Read the flags; the defaults depend on whether a model is named, and whether an adapter is trained."""
     library = ("trl.SFTConfig", "trl.ModelConfig")
-    return parse_recipe(argv, __doc__, SftArguments, library, "outputs/sft", world_settings("sft"))
+    return parse_recipe(argv, __doc__, SftArguments, library, "outputs/sft", default_settings)
 
 
 @releases_folders
@@ -39,6 +39,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     from hfllm.runs.models import check_trainable, fitting_length, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.stages import sft
+    from hfllm.stages.architecture import check_adapter
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scaled_learning_rate
@@ -54,6 +55,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
     train_rows, test_rows = sft.instruction_data(script_args, script_args.num_examples, training_args.seed)
     before = sft.stages_before(script_args, training_args, model_args)
+    check_adapter(model_args, before)
 
     stage.announce()
     before.run()

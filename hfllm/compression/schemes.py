@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hfllm.compression.affine import OUTLIER_THRESHOLD
 from hfllm.errors import InputError
 from hfllm.models.stored import refuse_quantized
+from hfllm.models.weights import load_weights_of
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +119,8 @@ class Scheme:
             config = AutoConfig.from_pretrained(name, revision=load_kwargs.get("revision"))
             refuse_quantized(config, name)
             quantization = self._config_for(config, load_kwargs.get("dtype", config.dtype))
-            return AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, **load_kwargs).eval()
+            settings = {**load_kwargs, "quantization_config": quantization}
+            return load_weights_of(AutoModelForCausalLM, name, **settings)[0].eval()
         except (OSError, ValueError) as error:
             if isinstance(error, InputError):
                 raise

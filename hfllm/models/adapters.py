@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError
 from hfllm.models.stored import location_of, quantization_method
+from hfllm.models.weights import load_weights_of
 
 if TYPE_CHECKING:
     import torch
@@ -172,6 +173,9 @@ def find_adapter(name: str, **location: object) -> SavedAdapter | None:
 
     Args:
         location: where `name` is, as `from_pretrained` takes it.
+
+    Raises:
+        InputError: when its settings cannot be read.
     """
     from transformers.utils import find_adapter_config_file
 
@@ -182,7 +186,13 @@ def find_adapter(name: str, **location: object) -> SavedAdapter | None:
     # A folder with both configs is a whole model.
     if found is None or Path(name, "config.json").exists():
         return None
-    return SavedAdapter(name, json.loads(Path(found).read_text(encoding="utf-8")), location_of(location))
+    try:
+        settings = json.loads(Path(found).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"adapter {name!r}: adapter_config.json is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"adapter {name!r}: adapter_config.json is no JSON object")
+    return SavedAdapter(name, settings, location_of(location))
 
 
 # ---- the base ----
@@ -217,11 +227,12 @@ def load_base(
     kwargs = {name: value for name, value in kwargs.items() if name not in location_of(kwargs)}
     weights = adapter.weights()
     try:
-        model, info = auto_class.from_pretrained(
-            adapter.base, **adapter.base_location, **{**kwargs, "output_loading_info": True}
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise adapter.unloadable(error) from error
+        model, info = load_weights_of(auto_class, adapter.base, **adapter.base_location, **kwargs)
+    except InputError as error:
+        # Its base may have moved.
+        if isinstance(error.__cause__, OSError):
+            raise adapter.unloadable(error.__cause__) from error
+        raise
     if info["mismatched_keys"] and not adapter.brings_head:
         key, saved, _ = sorted(info["mismatched_keys"])[0]
         raise InputError(f"model {adapter.base!r}: {key} is of the shape {tuple(saved)}; expected one label")

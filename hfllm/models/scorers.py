@@ -15,6 +15,7 @@ from hfllm.errors import InputError
 from hfllm.models.adapters import find_adapter
 from hfllm.models.merging import load_merged
 from hfllm.models.stored import location_of
+from hfllm.models.weights import load_weights_of
 
 AutoClass = type[AutoModelForSequenceClassification] | type[AutoModelForTokenClassification]
 
@@ -36,7 +37,10 @@ def load_scorer(
     adapter = find_adapter(name, **location_of(kwargs))
     if adapter is not None and not adapter.stays_apart(**kwargs):
         return load_merged(adapter, auto_class, **kwargs)
-    model, info = auto_class.from_pretrained(name, **{**kwargs, "output_loading_info": True})
+    if adapter is None:
+        model, info = load_weights_of(auto_class, name, **kwargs)
+    else:
+        model, info = auto_class.from_pretrained(name, **{**kwargs, "output_loading_info": True})
     for key, saved, _ in sorted(info["mismatched_keys"]):
         raise InputError(f"model {name!r}: {key} is of the shape {tuple(saved)}; expected one label (num_labels=1)")
     model.has_new_head = _has_new_head(model, info["missing_keys"])

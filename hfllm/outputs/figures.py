@@ -23,6 +23,8 @@ LABELS = {
     "unfinished": "share of responses cut off",
     "kl_to_reference": "KL to the reference (nats per response)",
     "reward_model_accuracy": "reward model accuracy",
+    "learning_rate": "learning rate",
+    "value_learning_rate": "learning rate of the critic",
     "train_loss": "training loss",
     "eval_loss": "held-out loss",
     "held_out_loss": "held-out loss (nats per token)",
@@ -35,8 +37,6 @@ LABELS = {
     "eval_examples": "held-out rows",
     "train_comparisons": "comparisons trained on",
     "eval_comparisons": "held-out comparisons",
-    "learning_rate": "learning rate",
-    "value_learning_rate": "learning rate of the critic",
 }
 # Whose figure it is, where a name ends so.
 ROLES = ("student_alone", "student", "teacher")

@@ -6,11 +6,12 @@ dataset's other columns, one value per row.
 
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 
 from hfllm.data.world.rubric import GoldAnswer, gold_score
-from hfllm.errors import InputError
+from hfllm.errors import InputError, is_out_of_memory
 
 RewardFunction = Callable[..., list[float]]
 
@@ -52,8 +53,12 @@ def load_reward_function(specification: str) -> RewardFunction:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise InputError(f"--reward_funcs {specification}: {path} does not run: {error!r}") from error
+    except SyntaxError as error:
+        place = f"{error.filename or path}, line {error.lineno}"
+        raise InputError(f"--reward_funcs {specification}: {place}: {error.msg}") from error
+    # A file written to be run as a script may end in sys.exit.
+    except (Exception, SystemExit) as error:
+        raise InputError(f"--reward_funcs {specification}: {path} does not run: {error!r}{_place(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         defined = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
@@ -76,13 +81,18 @@ def checked_rewards(
     """
     name = f"reward function {reward_name(function)!r}"
     try:
-        rewards = function(prompts=prompts, completions=completions, **columns)
-    except Exception as error:
-        raise InputError(f"{name} failed with {error!r}; columns given: {', '.join(columns) or '(none)'}") from error
-    if not hasattr(rewards, "__len__"):
+        rewards = _as_list(function(prompts=prompts, completions=completions, **columns))
+    except (Exception, SystemExit) as error:
+        # What a reward model on this machine's memory says is for others to explain.
+        if isinstance(error, InputError) or is_out_of_memory(error):
+            raise
+        given = ", ".join(columns) or "(none)"
+        raise InputError(f"{name} failed with {error!r}{_place(error)}; columns given: {given}") from error
+    if not isinstance(rewards, list):
         raise InputError(f"{name} returned {type(rewards).__name__}; expected a list of {len(completions)} numbers")
     if len(rewards) != len(completions):
         raise InputError(f"{name} returned {len(rewards)} values for {len(completions)} completions")
+    rewards = [_as_list(reward) for reward in rewards]
     is_per_token = isinstance(rewards[0], list | tuple)
     for row, reward in enumerate(rewards):
         if isinstance(reward, list | tuple) != is_per_token or not all(
@@ -93,6 +103,21 @@ def checked_rewards(
                 f"expected {'a list of finite numbers' if is_per_token else 'a finite number'}"
             )
     return [list(map(float, reward)) if is_per_token else float(reward) for reward in rewards]
+
+
+def _as_list(values: object) -> object:
+    """Return an array, a tensor, a generator or the like as a list, one number as a number; anything else as it is."""
+    if hasattr(values, "tolist"):
+        return values.tolist()
+    # Neither words nor a table are a list of numbers.
+    is_several = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping | Set)
+    return list(values) if is_several else values
+
+
+def _place(error: BaseException) -> str:
+    """Return the file and line of the user's code that an error comes from, as the end of a phrase."""
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    return f" in {last[0].filename}, line {last[0].lineno}" if last else ""
 
 
 def _is_number(value: object) -> bool:

@@ -26,10 +26,12 @@ class RewardModel:
 
     Raises:
         InputError: when the model has more than one label or a head that was never trained, or its tokenizer has no
-            padding token.
+            padding token or tokens that the model has no embeddings for.
     """
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int = 64):
+        from hfllm.models.vocabulary import check_vocabulary
+
         if model.config.num_labels != 1:
             raise InputError(
                 f"the reward model has {model.config.num_labels} labels; expected a model trained with num_labels=1"
@@ -41,6 +43,7 @@ class RewardModel:
             )
         if tokenizer.pad_token_id is None:
             raise InputError("the reward model's tokenizer has no padding token")
+        check_vocabulary(model, tokenizer)
         self.model, self.tokenizer, self.batch_size = model.eval().requires_grad_(False), tokenizer, batch_size
         self.model.config.pad_token_id = tokenizer.pad_token_id
         self.__name__ = Path(model.config._name_or_path or "reward_model").name

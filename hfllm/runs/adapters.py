@@ -39,6 +39,7 @@ def load_to_train(
     from transformers import AutoModelForCausalLM
 
     from hfllm.models.adapters import find_adapter, load_base, put_on
+    from hfllm.models.vocabulary import check_vocabulary
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
     adapter = find_adapter(name, revision=revision)
@@ -48,8 +49,10 @@ def load_to_train(
     if model_args.use_peft:
         return load_policy(on_merged_base(adapter, model_args, output_dir))
     say(f"adapter {name} of {adapter.base} is trained further")
-    model, _ = load_base(adapter, AutoModelForCausalLM, **load_kwargs(model_args))
-    return put_on(model, adapter, is_trainable=True), load_tokenizer(name, revision)
+    base, _ = load_base(adapter, AutoModelForCausalLM, **load_kwargs(model_args))
+    model, tokenizer = put_on(base, adapter, is_trainable=True), load_tokenizer(name, revision)
+    check_vocabulary(model, tokenizer, name)
+    return model, tokenizer
 
 
 def load_scorer_to_train(model_args: "ModelConfig", output_dir: str) -> "PreTrainedModel | PeftModel":

@@ -11,9 +11,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfllm.errors import HIDDEN, InputError, redact
+from hfllm.errors import HIDDEN, InputError, MachineError, redact
 from hfllm.outputs.checkpoints import last_complete_checkpoint
 from hfllm.outputs.report import read_report
+from hfllm.runs.failures import explained, what_is_saved
+from hfllm.runs.json_flags import check_json_flags
+from hfllm.runs.libraries import check_libraries
 from hfllm.runs.parser import (
     HelpFormatter,
     PlainParser,
@@ -24,6 +27,7 @@ from hfllm.runs.parser import (
     training_parser,
 )
 from hfllm.runs.quiet import hide_unhelpful_output
+from hfllm.runs.ranges import check_ranges
 from hfllm.runs.recipes import settings_file
 
 if TYPE_CHECKING:
@@ -102,7 +106,8 @@ def parse_recipe(
         An instance of `own` and of each class of `library`.
 
     Raises:
-        InputError: for a flag or key that does not exist, or a value that is none.
+        InputError: for a flag or key that does not exist, a value that is none or out of range, or a flag that asks
+            for what is not installed.
     """
     if ASKS_FOR_HELP & set(argv):
         print(short_help(description, own, library, shown))
@@ -118,13 +123,20 @@ def parse_recipe(
     if "--help_all" in argv:
         parser.print_help()
         raise SystemExit(0)
+    check_json_flags(given)
     try:
         parsed = parser.parse(argv, files, defaults)[: len(kinds)]
-    except (TypeError, ValueError) as error:
-        raise InputError(str(error).splitlines()[0] if not isinstance(error, InputError) else str(error)) from None
+    # The last two come from flags that ask for a library, or for a file.
+    except (TypeError, ValueError, ImportError, OSError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(next(iter(str(error).strip().splitlines()), type(error).__name__)) from None
     for group in parsed:
         # Names alone: values may be secrets, and a trainer saves its arguments.
         object.__setattr__(group, GIVEN, tuple(given))
+    check_ranges(*parsed)
+    if library:
+        check_libraries(*parsed)
     return parsed
 
 
@@ -308,15 +320,36 @@ def say_once(line: str) -> None:
     say(line)
 
 
+def _left_behind(parsed: "Sequence[DataclassInstance]") -> str:
+    """Return what a run that has failed leaves, as the end of a line."""
+    folder = next((each.output_dir for each in parsed if getattr(each, "output_dir", None)), None)
+    if folder is None:
+        return ""
+    can_resume = any(hasattr(each, "resume_from_checkpoint") for each in parsed)
+    return f"; {what_is_saved(folder, can_resume)}"
+
+
 def run(main: Callable[..., object], parse: Callable[[Sequence[str]], tuple]) -> None:
-    """Run a recipe from the command line; bad input ends it with one line and exit code 2, Ctrl-C with 130."""
+    """Run a recipe from the command line: bad input, full memory and full disks end it in one line, with exit code 2.
+
+    Ctrl-C ends it with 130. Any other error keeps its traceback.
+    """
     if not ASKS_FOR_HELP & set(sys.argv):
         hide_unhelpful_output()
+    parsed: tuple = ()
     try:
-        main(*parse(sys.argv[1:]))
+        parsed = parse(sys.argv[1:])
+        main(*parsed)
     except InputError as error:
-        if main_process():
+        if main_process() or isinstance(error, MachineError):
             print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        # Only what the machine lacks: an error of this program keeps its traceback.
+        line = explained(error, *parsed)
+        if line is None:
+            raise
+        print(f"error: {redact(line)}{_left_behind(parsed)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         if main_process():

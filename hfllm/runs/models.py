@@ -1,10 +1,12 @@
 """The models and tokenizers of a stage, as its flags name them."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfllm.errors import InputError, refuse
+from hfllm.errors import InputError, is_out_of_memory, refuse
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say_once
 
@@ -36,12 +38,15 @@ def load_policy(model_args: "ModelConfig") -> tuple["PreTrainedModel", "PreTrain
     """Load a causal language model and its tokenizer; an adapter is merged into its base, unless that is quantized.
 
     Raises:
-        InputError: when either cannot be loaded, or the tokenizer has no padding or end token.
+        InputError: when either cannot be loaded or is not whole, they do not fit, or the tokenizer has no padding or
+            end token.
     """
     from transformers import AutoModelForCausalLM
 
     from hfllm.models.adapters import find_adapter
     from hfllm.models.merging import load_merged
+    from hfllm.models.vocabulary import check_vocabulary
+    from hfllm.models.weights import load_weights_of
 
     name, kwargs = model_args.model_name_or_path, load_kwargs(model_args)
     tokenizer = load_tokenizer(name, model_args.model_revision)
@@ -49,13 +54,18 @@ def load_policy(model_args: "ModelConfig") -> tuple["PreTrainedModel", "PreTrain
     if adapter is not None:
         adapter.check("CAUSAL_LM")
     try:
-        if adapter is not None and not adapter.stays_apart(**kwargs):
-            return load_merged(adapter, AutoModelForCausalLM, **kwargs), tokenizer
-        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        if adapter is None:
+            model, _ = load_weights_of(AutoModelForCausalLM, name, **kwargs)
+        elif adapter.stays_apart(**kwargs):
+            # transformers puts it on its quantized base, and reports nothing of either.
+            model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        else:
+            model = load_merged(adapter, AutoModelForCausalLM, **kwargs)
     except InputError:
         raise
     except (OSError, ValueError) as error:
         raise _unloadable(name, error) from error
+    check_vocabulary(model, tokenizer, name)
     return model, tokenizer
 
 
@@ -87,10 +97,13 @@ def saved_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBa
 
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # The tokenizers library has no class for what it cannot read, and a field may be missing.
+        if not isinstance(error, (KeyError, OSError, TypeError, ValueError)) and type(error) is not Exception:
+            raise
         adapter = find_adapter(name, revision=revision)
         if adapter is None:
-            raise _unloadable(name, error) from error
+            raise _unloadable(name, error, "the tokenizer of model" if Path(name).is_dir() else "model") from error
     try:
         return AutoTokenizer.from_pretrained(adapter.base, **adapter.base_location)
     except (OSError, ValueError) as error:
@@ -139,10 +152,11 @@ def check_trainable(model_args: "ModelConfig", adapters: bool = True) -> None:
         adapters: whether the stage can train an adapter.
 
     Raises:
-        InputError: naming the flag or the model, or when the model's config cannot be loaded.
+        InputError: naming the flag or the model, or when the model's config cannot be loaded or its files are damaged.
     """
     from hfllm.models.adapters import find_adapter
     from hfllm.models.stored import quantization_method
+    from hfllm.models.weights import check_weight_files
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
     adapter = find_adapter(name, revision=revision) if name else None
@@ -150,6 +164,8 @@ def check_trainable(model_args: "ModelConfig", adapters: bool = True) -> None:
         # Whether its base is there, and whether PEFT can train such a one further.
         adapter.check()
         adapter.base_config()
+    elif name:
+        check_weight_files(name)
     # A model that is loaded with an adapter is trained further as an adapter.
     trains_adapter = adapters and (model_args.use_peft or adapter is not None)
     way_out = "--use_peft trains an adapter on them" if adapters else "this stage trains all of a model"
@@ -190,8 +206,6 @@ def named_fields(name: str) -> dict[str, Any]:
     Raises:
         InputError: for a name that is neither, or a config that describes no model of this family.
     """
-    from pathlib import Path
-
     from hfllm.models.configuration_hfllm import HfllmConfig
     from hfllm.models.native_families import BAD_CONFIG, config_from_native
 
@@ -230,9 +244,9 @@ def load_reward_model(name: str, model_args: "ModelConfig", revision: str = "mai
 
     try:
         return scorers.load_scorer(name, **{**load_kwargs(model_args), "revision": revision})
-    except InputError:
-        raise
     except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, InputError) or is_out_of_memory(error):
+            raise
         raise _unloadable(name, error) from error
 
 
@@ -256,7 +270,11 @@ def peft_config(model_args: "ModelConfig", task_type: str = "CAUSAL_LM") -> "Pef
     """Return the adapter that `--use_peft` and `--lora_*` describe, or `None`."""
     from trl import get_peft_config
 
-    return get_peft_config(changed(model_args, lora_task_type=task_type))
+    targets = model_args.lora_target_modules
+    # A single name is a pattern for whole paths to PEFT; here it names modules as each of several names does.
+    if isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets):
+        targets = [targets]
+    return get_peft_config(changed(model_args, lora_task_type=task_type, lora_target_modules=targets))
 
 
 def try_adapter(config: "PreTrainedConfig", adapter: "PeftConfig") -> None:
@@ -271,16 +289,35 @@ def try_adapter(config: "PreTrainedConfig", adapter: "PeftConfig") -> None:
     from hfllm.models.stored import empty_model
 
     model = empty_model(config)
+    whose = f"a model of type {config.model_type}"
+    # PEFT is content if any of several names exists.
+    heads = {"score", "classifier"} if adapter.task_type == "SEQ_CLS" else set()
+    for flag, wanted, names in (
+        ("lora_target_modules", adapter.target_modules, [name for name, _ in model.named_modules()]),
+        ("lora_modules_to_save", adapter.modules_to_save, [name for name, _ in model.named_modules()]),
+        ("lora_target_parameters", adapter.target_parameters, [name for name, _ in model.named_parameters()]),
+    ):
+        for each in sorted(set() if isinstance(wanted, str) else set(wanted or ()) - heads):
+            if not any(f".{name}".endswith(f".{each}") for name in names):
+                there = {name.rpartition(".")[2] for name in linear_layers(model)}
+                raise InputError(f"--{flag} {each}: not in {whose}; its linear layers are {', '.join(sorted(there))}")
     try:
         with torch.device("meta"):
             get_peft_model(model, adapter)
-    except (KeyError, ValueError) as error:
-        raise InputError(f"--use_peft on a model of type {config.model_type}: {str(error).splitlines()[0]}") from None
+    except (KeyError, ValueError, re.error) as error:
+        raise InputError(f"--use_peft on {whose}: {str(error).splitlines()[0]}") from None
 
 
-def _unloadable(name: str, error: Exception) -> InputError:
+def linear_layers(model: "PreTrainedModel") -> list[str]:
+    """Return the names of a model's linear layers."""
+    from torch import nn
+
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _unloadable(name: str, error: Exception, what: str = "model") -> InputError:
     reason = " ".join(str(error).split())[:200]
-    return InputError(f"model {name!r} could not be loaded: {reason}")
+    return InputError(f"{what} {name!r} could not be loaded: {reason}")
 
 
 def fitting_length(max_length: int | None, model: "PreTrainedModel") -> int | None:

@@ -13,6 +13,7 @@ from hfllm.errors import InputError, redact
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+    from yaml import MappingNode, SafeLoader
 
 # Flags that had another name.
 RENAMED = {
@@ -99,6 +100,9 @@ class NearestNameErrors:
         action = self._option_string_actions.get(f"--{key}")
         if action is None or value is None or isinstance(value, dict):
             return value
+        if key == "report_to" and isinstance(value, list):
+            # A word on the command line, and several in a file.
+            return [str(each) for each in value]
         if action.nargs in ("+", "*"):
             return [self._read(path, action, each) for each in (value if isinstance(value, list) else [value])]
         return self._read(path, action, value)
@@ -204,16 +208,39 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file's mapping.
 
     Raises:
-        InputError: when the file is missing, is not YAML, or is not a mapping.
+        InputError: when the file is missing, is not YAML, is empty or no mapping, or has a key twice.
     """
     import yaml
 
     if not path.is_file():
         raise InputError(f"--config {path}: no such file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = yaml.load(text, _no_duplicates())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        raise InputError(f"{path}: empty; expected a mapping of flags to values, such as learning_rate: 1e-4")
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a mapping of flags to values, got {type(values).__name__}")
-    return values
+    return {str(key): value for key, value in values.items()}
+
+
+def _no_duplicates() -> "type[SafeLoader]":
+    """Return YAML's safe loader, which keeps the last of equal keys without a word, with a complaint about them."""
+    import yaml
+
+    class NoDuplicates(yaml.SafeLoader):
+        def construct_mapping(self, node: "MappingNode", deep: bool = False) -> dict[Any, Any]:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                # Merged keys (<<) may repeat, and the mapping's own win.
+                if key.value in seen and isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                    raise yaml.YAMLError(f"{key.value!r} a second time in line {key.start_mark.line + 1}")
+                if isinstance(key, yaml.ScalarNode):
+                    seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return NoDuplicates

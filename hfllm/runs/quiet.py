@@ -69,6 +69,8 @@ NEW_HEAD = NewHead()
 UNHELPFUL_WARNINGS = (
     # DeepSpeed calls torch by older names.
     (r"`torch\.distributed\.\w+` is deprecated", FutureWarning, r"torch\.distributed\.c10d_logger"),
+    # TRL and PEFT ask a model by the older of two names.
+    (r"`is_gradient_checkpointing` is deprecated", FutureWarning, r"transformers\.modeling_utils"),
 )
 
 

@@ -43,6 +43,23 @@ def architecture_of(script_args: ArchitectureArguments) -> dict[str, object]:
     return {name: getattr(script_args, name) for name in ARCHITECTURE}
 
 
+def check_adapter(model_args: "ModelConfig", before: Chain, task_type: str = "CAUSAL_LM") -> None:
+    """Refuse a new adapter that does not fit the model that a stage starts from, before that is trained or loaded.
+
+    Raises:
+        InputError: naming the flag, such as `--lora_target_modules`.
+    """
+    if not model_args.use_peft:
+        return
+    import torch
+
+    from hfllm.runs.models import peft_config, try_adapter
+
+    # The weights of the trial must not change the random numbers drawn later.
+    with torch.random.fork_rng(devices=[]):
+        try_adapter(config_to_train(model_args, before), peft_config(model_args, task_type))
+
+
 def config_to_train(model_args: "ModelConfig", before: Chain) -> "PreTrainedConfig":
     """Return the config of the model that a stage starts from: the named one, or the one that pretraining will make.
 

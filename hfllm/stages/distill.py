@@ -152,18 +152,12 @@ def check(script_args: DistillArguments, training_args: "DistillationConfig", mo
     """
     if script_args.dataset_name != WORLD and not training_args.teacher_model_name_or_path:
         raise InputError(f"--dataset_name {script_args.dataset_name} needs --teacher_model_name_or_path")
-    if not 0 <= script_args.mixed_prompts <= 1:
-        raise InputError(f"--mixed_prompts must be from 0 to 1, got {script_args.mixed_prompts}")
     for is_refused, flag, reason in (
         *_refused_of_the_student(script_args, model_args),
         *_refused_of_the_teacher(script_args, training_args),
         *_refused_of_the_answers(script_args, training_args),
     ):
         refuse(bool(is_refused), f"--{flag}", reason)
-    for name in ("num_examples", "num_eval_prompts", "num_samples", "response_length"):
-        value = getattr(script_args, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} must be at least 1, got {value}")
 
 
 def _refused_of_the_student(script_args: DistillArguments, model_args: "ModelConfig") -> Iterator[Refusal]:

@@ -35,8 +35,9 @@ def load_teacher(training_args: "DistillationConfig") -> Loaded:
     """Return the teacher, frozen, and its tokenizer.
 
     Raises:
-        InputError: when either cannot be loaded, or the teacher is larger than memory.
+        InputError: when either cannot be loaded, they do not fit, or the teacher is larger than memory.
     """
+    from hfllm.models.vocabulary import check_vocabulary
     from hfllm.runs.models import load_tokenizer
     from hfllm.trainers.distillation import students
 
@@ -45,6 +46,7 @@ def load_teacher(training_args: "DistillationConfig") -> Loaded:
     teacher = students.load_teacher(name, settings)
     if not getattr(teacher, "is_quantized", False):
         teacher = teacher.to(training_args.device)
+    check_vocabulary(teacher, tokenizer, name)
     return teacher.eval().requires_grad_(False), tokenizer
 
 

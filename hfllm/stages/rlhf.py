@@ -357,6 +357,18 @@ def log_gold_reward(
     return changed(training_args, reward_weights=weights), [*rewards, gold_reward]
 
 
+def rates_used(training_args: "PPOConfig", trainer: "PPOTrainer") -> dict[str, float]:
+    """Return the learning rates that a trainer uses, for the report, and print those that were chosen for the user."""
+    from hfllm.runs.command_line import say
+
+    used = {name: getattr(trainer.args, name) for name in ("learning_rate", "value_learning_rate")}
+    used = {name: rate for name, rate in used.items() if rate is not None}
+    chosen = [f"{name} {rate:g}" for name, rate in used.items() if getattr(training_args, name) is None]
+    if chosen:
+        say(f"rlhf: {', '.join(chosen)} by the model's size (docs/ppo.md)")
+    return used
+
+
 def calibrate(ensemble: "RewardEnsemble", trainer: "PPOTrainer", rows: Sequence[Row]) -> None:
     """Normalize the members of an ensemble on responses of the model that training starts from."""
     import torch

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hfllm.data.loading import InstructionArguments
 from hfllm.errors import InputError, refuse
 from hfllm.runs.chain import Chain, chain_before
+from hfllm.runs.recipes import settings_file
 from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
@@ -23,6 +25,15 @@ class SftArguments(InstructionArguments, BatchArguments):
     pretrain_config: str | None = field(
         default=None, metadata={"help": "YAML flags of the pretraining that makes the base model, if none is named."}
     )
+
+
+def default_settings(given: Mapping[str, Any]) -> list[Path]:
+    """Return the settings of the embedded world's model if no model is named, and else those of an adapter, if any."""
+    name = given.get("model_name_or_path")
+    if not name:
+        return [settings_file("sft/world.yaml")]
+    is_adapter = given.get("use_peft") or Path(name, "adapter_config.json").is_file()
+    return [settings_file("sft/adapter.yaml")] if is_adapter else []
 
 
 def check(script_args: SftArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> None:

@@ -116,6 +116,7 @@ def check_draft(script_args: SpeculativeArguments, model_args: "ModelConfig", be
         InputError: naming the flag, or the model when it cannot be loaded.
     """
     from hfllm.generation.speculative import PromptLookupDraft
+    from hfllm.models.weights import check_weight_files
     from hfllm.runs.models import load_config, load_tokenizer
     from hfllm.stages.architecture import config_to_train
 
@@ -123,6 +124,7 @@ def check_draft(script_args: SpeculativeArguments, model_args: "ModelConfig", be
         PromptLookupDraft(script_args.max_ngram)
     if script_args.assistant_model_name_or_path:
         load_config(script_args.assistant_model_name_or_path)
+        check_weight_files(script_args.assistant_model_name_or_path)
         load_tokenizer(script_args.assistant_model_name_or_path)
     if script_args.draft == "int8":
         attention = model_args.attn_implementation

@@ -18,8 +18,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import TrainOutput
 
-from hfllm.errors import InputError, Interrupted
+from hfllm.errors import InputError, Interrupted, MachineError
 from hfllm.outputs.checkpoints import checkpoints_in, is_complete, missing_for_resuming
+from hfllm.runs.failures import explained
 from hfllm.runs.resuming import refuse_without_state
 from hfllm.runs.schedule import current_job
 from hfllm.trainers.monitors import add_to_logs
@@ -60,6 +61,7 @@ def train(
             model, or cannot be resumed with this engine.
         SystemExit: with 143, once SIGTERM has saved.
         Interrupted: after Ctrl-C, with what resumes the run.
+        MachineError: when memory or disk is full, or the folder cannot be written to; with the same.
     """
     save_on_sigterm(trainer)
     if run is not None:
@@ -69,6 +71,12 @@ def train(
         train_unless_done(trainer, trainer.train, run, resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         raise Interrupted(_how_to_resume(trainer, is_recorded=run is not None)) from None
+    except Exception as error:
+        job = current_job()
+        line = explained(error, *(job.stages[job.place].parsed if job else ()))
+        if line is None:
+            raise
+        raise MachineError(f"{line}; {_how_to_resume(trainer, is_recorded=run is not None)}") from error
 
 
 def train_unless_done(

@@ -72,12 +72,10 @@ def scaled_learning_rate(script_args: BatchArguments, training_args: Trained) ->
         raise InputError(
             f"--lr_scaling_rule {rule} needs --lr_scaling_base_batch_size: the global batch --learning_rate is for"
         )
+    if training_args.learning_rate is None:
+        raise InputError(f"--lr_scaling_rule {rule} needs --learning_rate: the rate that is scaled")
     if base < 1:
         raise InputError(f"--lr_scaling_base_batch_size {base}: expected at least 1")
-    if training_args.learning_rate is None:
-        raise InputError(
-            f"--lr_scaling_rule {rule} needs --learning_rate: without it PPO's rate follows from the model's size"
-        )
     plugin = getattr(training_args, "deepspeed_plugin", None)
     if plugin is not None and "optimizer" in plugin.deepspeed_config:
         raise InputError(

@@ -213,7 +213,7 @@ def test_what_needs_no_trained_stage_is_refused_before_one(saved_model, tmp_path
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(edit))
     is_reward = ("--reward_model_name_or_path", tmp_path / "adapter", "--value_model", "reward")
     lora = ("--use_peft", "--lora_target_modules", "nowhere")
-    no_such = "--use_peft on a model of type hfllm: Target modules nowhere not found"
+    no_such = "--lora_target_modules nowhere: not in a model of type hfllm; its linear layers are down_proj, gate_proj"
     for flags, expected in (
         (("--value_model", "no/such-model"), "model 'no/such-model' could not be loaded"),
         (("--value_model", tmp_path / "adapter"), "which could not be loaded"),

@@ -160,9 +160,9 @@ def test_the_student_alone_has_as_many_steps(distilled, tmp_path, monkeypatch):
         (["--answers", "data", "--mixed_prompts", "0.5"], "--mixed_prompts cannot be used here: no data answers"),
         (["--answers", "data", "--mixed_prompts", "0.3"], "--mixed_prompts cannot be used here"),
         (["--student_layers_every", "2", "--student_hidden_size", "64"], "here: --student_hidden_size describes"),
-        (["--mixed_prompts", "1.5"], r"--mixed_prompts must be from 0 to 1, got 1\.5"),
+        (["--mixed_prompts", "1.5"], r"--mixed_prompts 1\.5: expected a share in \[0, 1\]"),
         (["--attn_implementation", "eager"], "--attn_implementation cannot be used here"),
-        (["--num_eval_prompts", "0"], "--num_eval_prompts must be at least 1"),
+        (["--num_eval_prompts", "0"], "--num_eval_prompts 0: expected at least 1"),
         (["--teacher_model_name_or_path", "x", "--sft_config", "y"], "--sft_config cannot be used here"),
         (["--teacher_model_revision", "v2"], "--teacher_model_revision cannot be used here: the teacher is not named"),
         (["--sequence_level", "--temperature", "3"], "--temperature cannot be used here: --sequence_level learns"),
@@ -177,7 +177,7 @@ def test_the_student_alone_has_as_many_steps(distilled, tmp_path, monkeypatch):
         (["--student_layers_every", "99"], "every 99th layer: the teacher has 4, so 2 to 4 are possible"),
         (
             ["--model_name_or_path", "{saved}", "--use_peft", "--lora_target_modules", "nowhere"],
-            "--use_peft on a model of type hfllm: Target modules nowhere not found",
+            "--lora_target_modules nowhere: not in a model of type hfllm",
         ),
     ],
 )

@@ -48,7 +48,7 @@ def test_a_recipe_with_a_batch_four_times_the_base(tiny, base, tmp_path, stage):
 def test_a_rate_that_is_not_given_cannot_be_scaled(tmp_path):
     words = ["--model_name_or_path", "me/mine", "--dataset_name", "world", "--reward_funcs", "gold"]
     words += ["--lr_scaling_rule", "sqrt", "--lr_scaling_base_batch_size", "2", "--output_dir", str(tmp_path)]
-    with pytest.raises(InputError, match="--lr_scaling_rule sqrt needs --learning_rate: without it"):
+    with pytest.raises(InputError, match="--lr_scaling_rule sqrt needs --learning_rate: the rate that is scaled"):
         rlhf.main(*rlhf.parse(words))
 
 

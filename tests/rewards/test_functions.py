@@ -105,8 +105,8 @@ def named(returned):
 
 
 def test_what_cannot_be_counted_is_refused():
-    with pytest.raises(InputError, match="'crooked' returned generator; expected a list of 2 numbers"):
-        checked_rewards(named(number for number in (1.0, 2.0)), ["p"] * 2, ["a", "b"])
+    with pytest.raises(InputError, match="'crooked' returned dict; expected a list of 2 numbers"):
+        checked_rewards(named({"p": 1.0, "q": 2.0}), ["p"] * 2, ["a", "b"])
 
 
 def test_the_length_penalty_counts_tokens():

@@ -244,3 +244,17 @@ def test_an_old_flag_is_told_its_new_name():
     for word in ("--chat_prompts", "--no_chat_prompts"):
         with pytest.raises(InputError, match="its name is 'apply_chat_template' now"):
             load_recipe("rlhf").parse([word])
+
+
+def test_an_adapter_is_fine_tuned_at_a_rate_of_its_own(tmp_path):
+    def rate(*flags):
+        return load_recipe("sft").parse(["--output_dir", str(tmp_path / "out"), *flags])[1].learning_rate
+
+    whole, adapter = str(tmp_path), tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    assert rate() == 1e-3  # the embedded world's model
+    assert rate("--model_name_or_path", whole) == 2e-5
+    assert rate("--model_name_or_path", whole, "--use_peft") == 2e-4
+    assert rate("--model_name_or_path", str(adapter)) == 2e-4
+    assert rate("--model_name_or_path", str(adapter), "--learning_rate", "1e-5") == 1e-5

@@ -165,7 +165,7 @@ def test_a_value_of_another_type_is_refused_by_its_flag(parse, argv, words):
         ("count: .nan", ["--count", "int", "'nan'"]),
         ("kind: c", ["--kind", "'c'", "'a', 'b'"]),
         ("sizes: [3, x]", ["--sizes", "int", "'x'"]),
-        ("", ["expected a mapping of flags to values, got NoneType"]),
+        ("", ["empty; expected a mapping of flags to values"]),
     ],
 )
 def test_a_value_of_another_type_is_refused_by_its_file(parse, config, yaml, words):

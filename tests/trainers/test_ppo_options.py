@@ -522,7 +522,7 @@ def test_an_adapter_by_name_is_a_reward(make_trainer, prompts, tokenizer, tmp_pa
 def test_a_model_for_tokens_must_have_the_policys(make_trainer, make_model, tokenizer):
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["another"])
-    scorer = make_model(model_class=hfllm.HfllmForTokenClassification, num_labels=1)
+    scorer = make_model(model_class=hfllm.HfllmForTokenClassification, num_labels=1, vocab_size=len(other))
     with pytest.raises(InputError, match="its tokenizer is not the policy's"):
         make_trainer(reward_funcs=scorer, reward_processing_classes=other)
 

@@ -14,6 +14,7 @@ from hfllm.models.adapters import find_adapter
 from hfllm.models.merging import load_merged
 from hfllm.models.precision import cast_weights
 from hfllm.models.stored import location_of
+from hfllm.models.weights import load_weights_of
 from hfllm.trainers.distillation.teacher_memory import check_fits_memory
 
 if TYPE_CHECKING:
@@ -208,7 +209,9 @@ def load_teacher(name: str, settings: Mapping[str, object]) -> "PreTrainedModel"
         if adapter is not None and not adapter.stays_apart(**settings):
             adapter.check("CAUSAL_LM")
             return load_merged(adapter, AutoModelForCausalLM, **settings)
-        return AutoModelForCausalLM.from_pretrained(name, **settings)
+        if adapter is not None:
+            return AutoModelForCausalLM.from_pretrained(name, **settings)
+        return load_weights_of(AutoModelForCausalLM, name, whose="teacher", **settings)[0]
     except InputError:
         raise
     # The first two come from unknown names of settings and of dtypes.

@@ -15,6 +15,7 @@ from hfllm.data.tokenizer import configured_ends, end_tokens
 from hfllm.errors import InputError
 from hfllm.models import scorers
 from hfllm.models.devices import forked_random
+from hfllm.models.vocabulary import check_vocabulary
 from hfllm.rewards.functions import RewardFunction
 from hfllm.rewards.models import RewardModel, TokenRewardModel, scores_tokens
 from hfllm.runs.arguments import changed
@@ -185,9 +186,21 @@ def shortest_context(*models: PreTrainedModel | None) -> int | None:
 
 
 def with_total_steps(args: PPOConfig) -> PPOConfig:
-    """Return the arguments with `max_steps` for `total_episodes`: whole rollouts, so at least that many episodes."""
-    rollouts = -(-(args.total_episodes or 0) // (args.local_rollout_batch_size * args.world_size))
-    return changed(args, max_steps=rollouts * args.steps_per_rollout) if rollouts else args
+    """Return the arguments with `max_steps` for `total_episodes`.
+
+    Rollouts are whole, so at least that many episodes; where it is more, the main process says so.
+    """
+    if args.total_episodes is None:
+        return args
+    rollout = args.local_rollout_batch_size * args.world_size
+    rollouts = -(-args.total_episodes // rollout)
+    if rollouts * rollout != args.total_episodes and args.process_index == 0:
+        print(
+            f"--total_episodes {args.total_episodes} is rounded up to {rollouts * rollout}: {rollouts} "
+            f"rollout{'s' * (rollouts > 1)} of {rollout} (--per_device_train_batch_size and the like set that)",
+            flush=True,
+        )
+    return changed(args, max_steps=rollouts * args.steps_per_rollout)
 
 
 def special_tokens(
@@ -199,6 +212,7 @@ def special_tokens(
     """
     if tokenizer.eos_token_id is None:
         raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no end token (eos_token): PPO needs one")
+    check_vocabulary(policy, tokenizer)
     if tokenizer.pad_token_id is None:
         raise InputError(
             f"tokenizer {tokenizer.name_or_path!r} has no padding token: set pad_token, for example to the end token "

@@ -173,6 +173,12 @@ class PPOTrainer(ActorCriticTrainer):
         """Return the running mean and variance of the scores."""
         return self.scorer.moments
 
+    @property
+    def episodes(self) -> int:
+        """Return the number of episodes sampled for the updates so far, over all processes."""
+        rollouts = -(-self.state.global_step // self.args.steps_per_rollout)
+        return rollouts * self.args.local_rollout_batch_size * self.args.world_size
+
     # ---- data ----
 
     def get_train_dataloader(self) -> DataLoader:
@@ -408,11 +414,7 @@ class PPOTrainer(ActorCriticTrainer):
         is_evaluation = any(name.startswith("eval_") for name in logs)
         if not is_evaluation and "loss" in logs:
             logs = {**logs, **self._drain_metrics("")}
-            logs["episode"] = (
-                -(-self.state.global_step // self.args.steps_per_rollout)
-                * self.args.local_rollout_batch_size
-                * self.args.world_size
-            )
+            logs["episode"] = self.episodes
         super().log(logs, start_time)
 
     def evaluation_loop(

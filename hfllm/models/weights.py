@@ -1,0 +1,168 @@
+"""Whether a saved model's weights can be read, are whole, and are all there: checked before and after loading.
+
+transformers fills what is missing with random weights and a warning, and reads pickles.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfllm.errors import InputError, is_out_of_memory
+from hfllm.models.stored import quantization_method
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def load_weights_of(
+    auto_class: "type[_BaseAutoModelClass]", name: str, whose: str = "model", **kwargs: object
+) -> tuple["PreTrainedModel", dict[str, Any]]:
+    """Load a model with all of its weights, from safetensors; only a head for scores may be new.
+
+    Args:
+        auto_class: such as `AutoModelForCausalLM`.
+        name: a folder or a Hub id.
+        whose: what to call it in complaints.
+        kwargs: arguments of `from_pretrained`.
+
+    Returns:
+        The model, and transformers' report of the loading. With `ignore_mismatched_sizes` that names heads of other
+        sizes.
+
+    Raises:
+        InputError: when it cannot be loaded, naming the file or weight that is damaged, missing or of another size.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    check_weight_files(name, whose)
+    may_mismatch = bool(kwargs.get("ignore_mismatched_sizes"))
+    # Mismatches are reported here: transformers refers to a table that it logs.
+    settings = {**kwargs, "output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
+    try:
+        with load_report_held() as report:
+            model, info = auto_class.from_pretrained(name, **settings)
+    except (ImportError, OSError, RuntimeError, ValueError, SafetensorError) as error:
+        if isinstance(error, InputError) or is_out_of_memory(error):
+            raise
+        raise InputError(f"{whose} {name!r} could not be loaded: {_reason(error)}") from error
+    trunk = f"{model.base_model_prefix}."
+    may_be_new = auto_class is not AutoModelForCausalLM
+    for key, saved, wanted in sorted(info["mismatched_keys"]):
+        if not (may_mismatch and may_be_new and not key.startswith(trunk)):
+            raise InputError(
+                f"{whose} {name!r}: {key} is of the shape {tuple(saved)} in its files, and of {tuple(wanted)} by its "
+                "config.json: one of them is another model's"
+            )
+    missing = sorted(key for key in info["missing_keys"] if not may_be_new or key.startswith(trunk))
+    # Other methods of quantization name what they store in ways of their own.
+    if missing and quantization_method(model.config) in (None, "bitsandbytes"):
+        raise InputError(
+            f"{whose} {name!r}: {_counted(missing)} of the {type(model).__name__} not in its files, such as "
+            f"{missing[0]}, and would be random: are they those of another model?"
+        )
+    report()
+    return model, info
+
+
+def check_weight_files(name: str, whose: str = "model") -> None:
+    """Refuse a local model whose weights are pickled, cut short or damaged, or of which a part is missing.
+
+    Raises:
+        InputError: naming the file.
+    """
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
+        return
+    if (folder / SAFE).is_file():
+        files = [SAFE]
+    elif (folder / SAFE_INDEX).is_file():
+        files = _shards(folder, name, whose)
+    elif any((folder / pickled).is_file() for pickled in PICKLES):
+        raise InputError(_about_pickles(name, whose))
+    else:
+        # transformers says which names it looks for.
+        return
+    for file in files:
+        if not (folder / file).is_file():
+            raise InputError(f"{whose} {name!r}: {file} is missing, which {SAFE_INDEX} lists")
+        if damage := safetensors_damage(folder / file):
+            raise InputError(f"{whose} {name!r}: {file} is damaged ({damage}): download or copy it again")
+
+
+def safetensors_damage(file: Path) -> str | None:
+    """Return what is wrong with a safetensors file, by its header and its size; `None` if nothing is."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        beginning = stream.read(8)
+        length = int.from_bytes(beginning, "little")
+        if size == 0:
+            return "it is empty"
+        if len(beginning) < 8 or length > size - 8:
+            return "cut short, or no safetensors file"
+        header = stream.read(length)
+    try:
+        entries: Mapping[str, Any] = json.loads(header)
+        ends = [entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return "its header cannot be read"
+    whole = 8 + length + max(ends, default=0)
+    return None if size == whole else f"{size:,} bytes, and its header says {whole:,}"
+
+
+@contextmanager
+def load_report_held() -> Iterator[Any]:
+    """Hold back transformers' table of missing and mismatched weights; yield a function that lets it through."""
+    logger, held = logging.getLogger("transformers.modeling_utils"), []
+
+    def hold(record: logging.LogRecord) -> bool:
+        if "LOAD REPORT" not in record.getMessage():
+            return True
+        held.append(record)
+        return False
+
+    def let_through() -> None:
+        for record in held:
+            logger.handle(record)
+
+    logger.addFilter(hold)
+    try:
+        yield let_through
+    finally:
+        logger.removeFilter(hold)
+
+
+def _shards(folder: Path, name: str, whose: str) -> list[str]:
+    try:
+        return sorted(set(json.loads((folder / SAFE_INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError(f"{whose} {name!r}: {SAFE_INDEX} is damaged: it lists no files (weight_map)") from None
+
+
+def _about_pickles(name: str, whose: str) -> str:
+    return (
+        f"{whose} {name!r} has pickled weights alone (pytorch_model.bin), which can run code when they are read. If "
+        'you trust them, convert them: python -c "from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained('{name}').save_pretrained('{Path(name).name}-safe')\", and copy the tokenizer's files"
+    )
+
+
+def _counted(missing: list[str]) -> str:
+    return "1 weight is" if len(missing) == 1 else f"{len(missing)} weights are"
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "use_safetensors" in text:
+        return (
+            "it has no safetensors files, and pickled weights can run code when they are read: if you trust them, "
+            "convert them by https://huggingface.co/spaces/safetensors/convert"
+        )
+    return text[:200] or type(error).__name__

@@ -1,0 +1,100 @@
+"""What ends a run that is neither bad input nor an error of this program: full memory, a full or read-only disk.
+
+Such errors become one line that says what helps, what is saved and how to resume. All others keep their traceback.
+"""
+
+import errno
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hfllm.errors import is_out_of_memory
+from hfllm.outputs.checkpoints import checkpoints_in, is_complete, missing_for_resuming
+from hfllm.runs.schedule import current_job
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+DISK = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file system takes no file of this size",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EIO: "the disk cannot be read or written",
+    errno.ENOTDIR: "a folder was expected where there is a file",
+    errno.EISDIR: "a file was expected where there is a folder",
+}
+# What saves memory, of the flags that a stage has.
+SAVES_MEMORY = {
+    "per_device_train_batch_size": "a smaller --per_device_train_batch_size with more --gradient_accumulation_steps",
+    "gradient_checkpointing": "--gradient_checkpointing true",
+    "max_length": "a shorter --max_length",
+    "response_length": "a shorter --response_length",
+    "batch_size": "a smaller --batch_size",
+    "use_peft": "--use_peft (also with --load_in_8bit)",
+}
+
+
+def explained(error: BaseException, *parsed: "DataclassInstance") -> str | None:
+    """Return the line that explains an error of the machine, or `None` for any other error.
+
+    Args:
+        parsed: the flags of the run, for what may help.
+    """
+    if is_out_of_memory(error):
+        said = " ".join(str(error).split())
+        amount = said.partition("ried to allocate ")[2].partition(". ")[0]
+        size = f" (tried to allocate {amount[:60]})" if amount else ""
+        names = {name for group in parsed for name in vars(group)}
+        helpful = [text for flag, text in SAVES_MEMORY.items() if flag in names and not _is_on(flag, parsed)]
+        return f"out of memory{size}" + (f": try {', '.join(helpful)}" if helpful else "")
+    code = _disk_error(error)
+    if code is None:
+        return None
+    # Of a copy the second is what could not be written.
+    named = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    return DISK[code] + (f": {named}" if named else "")
+
+
+def what_is_saved(folder: str | Path, can_resume: bool = True) -> str:
+    """Return what a run leaves in its output folder, and how it continues, as words for the end of a line.
+
+    Args:
+        can_resume: whether `--resume_from_checkpoint` reaches this run.
+    """
+    from hfllm.models.weights import SAFE, safetensors_damage
+
+    job = current_job()
+    if job is not None and job.place < len(job.stages) - 1:
+        stage = job.stages[job.place].name
+        return f"the stages before {stage} are saved, and the same command starts that one again"
+    usable = [path for path in checkpoints_in(folder) if is_complete(path) and not missing_for_resuming(path)]
+    if can_resume and usable:
+        return f"the same command with --resume_from_checkpoint auto continues from {usable[-1].name} in {folder}"
+    weights = Path(folder) / SAFE
+    if weights.is_file() and safetensors_damage(weights) is None:
+        return f"the model is saved in {folder}, its report is not"
+    return "no checkpoint was saved: the same command starts anew"
+
+
+def _is_on(flag: str, parsed: "Sequence[DataclassInstance]") -> bool:
+    """Return whether a flag that is on or off is on already, so that it need not be named."""
+    return any(getattr(group, flag, False) is True for group in parsed)
+
+
+def _disk_error(error: BaseException) -> int | None:
+    """Return the number of a disk's error, also where a library has wrapped it in words."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno if error.errno in DISK else None
+    words = str(error)
+    is_ours = type(error).__name__ == "SafetensorError" or isinstance(error, OSError)
+    for code in DISK if is_ours else ():
+        if f"os error {code})" in words or f"[Errno {code}]" in words or f"errno {code} " in words:
+            return code
+    # What torch.save says, whatever the reason.
+    writes = ("PytorchStreamWriter", "unexpected pos", "iostream error")
+    if isinstance(error, RuntimeError) and any(word in words for word in writes):
+        return errno.ENOSPC
+    return None
