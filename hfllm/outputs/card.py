@@ -60,7 +60,7 @@ def model_card(folder: str | Path, repo_id: str | None = None) -> str:
         _introduction(folder, report, base),
         *([report["summary"]] if report.get("summary") else []),
         _usage(folder, repo_id or name),
-        *_origin(report),
+        *_origin(report, base),
         *_reward(report),
     ]
     if arguments:
@@ -231,14 +231,21 @@ def _quantization(folder: Path) -> str | None:
     return (read_json(folder / CONFIG).get("quantization_config") or {}).get("quant_method")
 
 
-def _origin(report: Mapping[str, Any]) -> list[str]:
-    """Return the section that names the base model and the stages before this one, in order; none if unknown."""
+def _origin(report: Mapping[str, Any], base: str | None) -> list[str]:
+    """Return the section that names the base model and the stages before this one, in order; none if unknown.
+
+    Args:
+        base: the Hub id of an adapter's base.
+    """
     parents = report.get("parents") or []
     if not parents:
         return []
     first, begins = origin(parents), []
     if first and first.get("stage"):
         begins = [f"The base model was made by the {first['stage']} stage, from new weights (`{_shown(first)}`)."]
+    elif first and base and first.get("hub_id") not in (None, base):
+        # An adapter of the Hub was trained further, of whose own origin nothing is known here.
+        begins = [f"The base model is {_linked({'hub_id': base})}; training started from {_linked(first)}."]
     elif first:
         begins = [f"The base model is {_linked(first)}."]
     rows = [
@@ -313,7 +320,7 @@ def _data(report: Mapping[str, Any]) -> str:
     return f"## Data\n\n{text}"
 
 
-def check_adapter(peft: bool, model_name: str | None, revision: str = "main") -> None:
+def check_publishable(peft: bool, model_name: str | None, revision: str = "main") -> None:
     """Refuse to train an adapter for publication if others could not load its base model.
 
     Raises:
