@@ -52,7 +52,7 @@ def chain(bench: Bench) -> None:
     for stage in ("pretrain", "sft", "reward"):
         report = json.loads((folder / stage / "report.json").read_text())
         bench.record(f"{stage}: time", report["wall_seconds"], "s")
-        for name in ("eval_loss", "eval_bits_per_byte", "reward_model_accuracy"):
+        for name in ("eval_loss", "bits_per_byte", "reward_model_accuracy"):
             if name in report["metrics"]:
                 bench.record(f"{stage}: {name}", report["metrics"][name], "")
     named = ["--model_name_or_path", str(folder / "sft"), "--reward_model_name_or_path", str(folder / "reward")]
@@ -87,9 +87,7 @@ def record_run(bench: Bench, name: str, folder: Path, metrics: dict[str, float])
     """Record rewards before and after, and the episodes between."""
     report = json.loads((folder / "report.json").read_text())
     flags = report["arguments"]
-    updates = flags["num_ppo_epochs"] * flags["num_mini_batches"]
-    rollout = flags["per_device_train_batch_size"] * flags["gradient_accumulation_steps"] * flags["num_mini_batches"]
-    bench.record(f"{name}: episodes", flags["max_steps"] / updates * rollout, "")
+    bench.record(f"{name}: episodes", metrics["episodes"], "")
     bench.record(f"{name}: time, with what is not there yet before it", report["wall_seconds"], "s")
     bench.record(f"{name}: computes in bf16", str(flags["bf16"]), "")
     for metric in ("gold_reward_before", "gold_reward_after", "proxy_reward_before", "proxy_reward_after"):

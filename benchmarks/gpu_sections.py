@@ -252,6 +252,7 @@ def run_ppo(bench: Bench, folder: str, tokenizer: Any, prompts: Any, lora: bool 
         str(bench.folder / "ppo"),
         **step_sizes(bench),
         num_ppo_epochs=1,
+        num_mini_batches=1,
         response_length=bench.pick(128, 8),
     )
     trainer = hfllm.PPOTrainer(

@@ -132,6 +132,7 @@ def shared_arguments(args: argparse.Namespace, output_dir: str) -> dict[str, Any
         "output_dir": output_dir,
         "per_device_train_batch_size": EPISODES,
         "num_ppo_epochs": EPOCHS,
+        "num_mini_batches": 1,
         "response_length": args.response_length,
         "total_episodes": EPISODES * args.rollouts,
         "learning_rate": 1e-6,

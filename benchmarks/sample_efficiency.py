@@ -24,6 +24,7 @@ from ppo import EPISODES, EPOCHS, build_tokenizer
 VOCABULARY, PROMPT, RESPONSE, GOAL = 256, 8, 32, 0.9
 OURS = {
     "learning_rate": 2e-3,
+    "value_learning_rate": 2e-3,
     "num_mini_batches": 4,
     "per_device_train_batch_size": EPISODES // 4,
     "lr_scheduler_type": "constant",

@@ -39,8 +39,9 @@ def evaluate_tuned(trainer: "Trainer", held_out: Sequence[Mapping[str, Any]]) ->
     Args:
         held_out: the rows of the trainer's evaluation dataset before they were tokenized.
     """
-    import torch
     from torch.utils.data import DataLoader
+
+    from hfllm.models.devices import forked_random
 
     model, dataset = trainer.model, trainer.eval_dataset
     is_spread = trainer.args.world_size > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
@@ -48,7 +49,7 @@ def evaluate_tuned(trainer: "Trainer", held_out: Sequence[Mapping[str, Any]]) ->
         return None
     dataset = dataset.select(range(min(MOST_ROWS, len(dataset))))
     prompts = [row["prompt"] for row in held_out[:MOST_PROMPTS] if row.get("prompt")]
-    with torch.random.fork_rng(), trainer.accelerator.autocast():
+    with forked_random(model.device), trainer.accelerator.autocast():
         loader = DataLoader(dataset, trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
         rows = row_losses(model, filter(None, map(_with_targets, loader)))
         settings = {"max_new_tokens": ANSWER_LENGTH, "do_sample": False}
@@ -91,8 +92,11 @@ def tuning_summary(metrics: Mapping[str, float]) -> str:
         plus_minus(metrics[f"held_out_loss_{side}"], metrics.get(f"held_out_loss_{side}_se"))
         for side in ("before", "after")
     )
-    change, rows = metrics["held_out_loss_change"], f"{metrics['held_out_loss_n']} held-out rows"
-    if is_noise(change, metrics.get("held_out_loss_change_se")):
+    change, error, n = (metrics.get(f"held_out_loss_{part}") for part in ("change", "change_se", "n"))
+    rows = f"{n} held-out row{'' if n == 1 else 's'}"
+    if error is None:
+        return f"held-out loss {before} before and {after} nats per token after on {rows}: too few to tell"
+    if is_noise(change, error):
         return f"held-out loss not changed beyond noise, {before} before and {after} nats per token after on {rows}"
     return f"held-out loss {'fell' if change < 0 else 'rose'} from {before} to {after} nats per token on {rows}"
 

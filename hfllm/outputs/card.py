@@ -12,7 +12,7 @@ from typing import Any
 from hfllm.errors import InputError, redact
 from hfllm.outputs.files import ADAPTER_CONFIG, CARD, CONFIG, count_parameters, is_adapter, plot_files, read_json
 from hfllm.outputs.flags import flag_sections, folded
-from hfllm.outputs.lineage import first_base, merged_adapters, merged_base, merged_from
+from hfllm.outputs.merged import first_base, merged_adapters, merged_base, merged_from
 from hfllm.outputs.parents import learned_from, origin
 from hfllm.outputs.report import figures_markdown, markdown_table, read_report, write_atomically
 
@@ -60,7 +60,7 @@ def model_card(folder: str | Path, repo_id: str | None = None) -> str:
         _introduction(folder, report, base),
         *([report["summary"]] if report.get("summary") else []),
         _usage(folder, repo_id or name),
-        *_origin(report),
+        *_origin(report, base),
         *_reward(report),
     ]
     if arguments:
@@ -231,14 +231,21 @@ def _quantization(folder: Path) -> str | None:
     return (read_json(folder / CONFIG).get("quantization_config") or {}).get("quant_method")
 
 
-def _origin(report: Mapping[str, Any]) -> list[str]:
-    """Return the section that names the base model and the stages before this one, in order; none if unknown."""
+def _origin(report: Mapping[str, Any], base: str | None) -> list[str]:
+    """Return the section that names the base model and the stages before this one, in order; none if unknown.
+
+    Args:
+        base: the Hub id of an adapter's base.
+    """
     parents = report.get("parents") or []
     if not parents:
         return []
     first, begins = origin(parents), []
     if first and first.get("stage"):
         begins = [f"The base model was made by the {first['stage']} stage, from new weights (`{_shown(first)}`)."]
+    elif first and base and first.get("hub_id") not in (None, base):
+        # An adapter of the Hub was trained further, of whose own origin nothing is known here.
+        begins = [f"The base model is {_linked({'hub_id': base})}; training started from {_linked(first)}."]
     elif first:
         begins = [f"The base model is {_linked(first)}."]
     rows = [
@@ -313,12 +320,12 @@ def _data(report: Mapping[str, Any]) -> str:
     return f"## Data\n\n{text}"
 
 
-def check_adapter(peft: bool, model_name: str | None) -> None:
+def check_publishable(peft: bool, model_name: str | None, revision: str = "main") -> None:
     """Refuse to train an adapter for publication if others could not load its base model.
 
     Raises:
-        InputError: when `peft` is true and the base is made by an earlier stage or is a local folder, or an adapter of
-            such a base is named, to be trained further.
+        InputError: when `peft` is true and the base is made by an earlier stage, is a local folder, or an adapter that
+            is merged into a local base first; or when an adapter of a local base is named, to be trained further.
     """
     if not peft and model_name is not None and Path(model_name, ADAPTER_CONFIG).is_file():
         check_base(Path(model_name))
@@ -327,6 +334,21 @@ def check_adapter(peft: bool, model_name: str | None) -> None:
             "--push_to_hub with --use_peft publishes only the adapter, so its base must be a model of the Hub: name "
             f"one by --model_name_or_path (now {model_name!r}), or train without --use_peft"
         )
+    if peft and _is_adapter_of_hub(model_name, revision):
+        raise InputError(
+            f"--push_to_hub with --use_peft: {model_name!r} is an adapter, which is merged into a local base first: "
+            "leave --use_peft out to train it further, or publish the result by hfllm merge and hfllm push"
+        )
+
+
+def _is_adapter_of_hub(name: str, revision: str) -> bool:
+    from transformers.utils import find_adapter_config_file
+
+    try:
+        return find_adapter_config_file(name, revision=revision) is not None
+    except OSError:
+        # Loading the model will report it.
+        return False
 
 
 def chat_lines(folder: str, prompt: str | Sequence[Mapping[str, str]]) -> list[str]:

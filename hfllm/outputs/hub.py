@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from hfllm.errors import HIDDEN, InputError, redact
-from hfllm.outputs.card import check_adapter, check_base, public_report, write_card
+from hfllm.outputs.card import check_base, check_publishable, public_report, write_card
 from hfllm.outputs.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, WEIGHTS, model_files
 from hfllm.outputs.report import REPORT_FILE
 
@@ -234,7 +234,7 @@ def repository_of(*parsed: "DataclassInstance") -> Repository | None:
         raise InputError(f"{flag} cannot be used here: the finished model is pushed once, and no checkpoints")
     for group in parsed:
         if hasattr(group, "use_peft"):
-            check_adapter(group.use_peft, group.model_name_or_path)
+            check_publishable(group.use_peft, group.model_name_or_path, group.model_revision)
     name = flags.hub_model_id or Path(flags.output_dir).absolute().name
     return Repository(name, flags.hub_private_repo, flags.hub_token, flags.hub_revision)
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError
-from hfllm.outputs.files import MERGED_FROM
-from hfllm.runs.command_line import main_process
+from hfllm.outputs.files import MERGED_FROM, read_json
+from hfllm.outputs.report import REPORT_FILE
+from hfllm.runs.command_line import main_process, say
 from hfllm.runs.models import load_kwargs, load_policy, load_reward_model, load_tokenizer, saved_tokenizer
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def load_to_train(
     adapter.check("CAUSAL_LM")
     if model_args.use_peft:
         return load_policy(on_merged_base(adapter, model_args, output_dir))
-    _say(f"adapter {name} of {adapter.base} is trained further")
+    say(f"adapter {name} of {adapter.base} is trained further")
     base, _ = load_base(adapter, AutoModelForCausalLM, **load_kwargs(model_args))
     model, tokenizer = put_on(base, adapter, is_trainable=True), load_tokenizer(name, revision)
     check_vocabulary(model, tokenizer, name)
@@ -73,7 +74,7 @@ def load_scorer_to_train(model_args: "ModelConfig", output_dir: str) -> "PreTrai
         merged_args = on_merged_base(adapter, model_args, output_dir)
         return load_reward_model(merged_args.model_name_or_path, merged_args)
     has_head = adapter.task == "SEQ_CLS" or adapter.brings_head
-    _say(f"adapter {name} of {adapter.base} is trained further{'' if has_head else ', with a new head for scores'}")
+    say(f"adapter {name} of {adapter.base} is trained further{'' if has_head else ', with a new head for scores'}")
     settings = {"num_labels": 1, "ignore_mismatched_sizes": True, **load_kwargs(model_args)}
     model, _ = load_base(adapter, AutoModelForSequenceClassification, **settings)
     return put_on(model, adapter, is_trainable=True) if has_head else put_under_head(model, adapter)
@@ -86,7 +87,7 @@ def on_merged_base(adapter: "SavedAdapter", model_args: "ModelConfig", output_di
     it.
 
     Raises:
-        InputError: see `write_merged`.
+        InputError: see `write_merged`; and when the place holds something that no such run has put there.
     """
     from accelerate import PartialState
     from transformers.integrations import is_deepspeed_zero3_enabled
@@ -99,11 +100,18 @@ def on_merged_base(adapter: "SavedAdapter", model_args: "ModelConfig", output_di
             f"--model_name_or_path {adapter.name} and name the result"
         )
     folder = Path(output_dir) / BASE_FOLDER
-    if main_process() and _record(folder) != origin(adapter):
+    if folder.exists() and not _is_replaceable(folder):
+        raise InputError(
+            f"{folder} is where the adapter {adapter.name!r} would be merged, and holds something else: move it or "
+            "choose another --output_dir"
+        )
+    # All processes have looked before one of them writes.
+    PartialState().wait_for_everyone()
+    if main_process() and read_json(folder / MERGED_FROM) != merge_record(adapter):
         shutil.rmtree(folder, ignore_errors=True)
         write_merged(adapter, folder)
     PartialState().wait_for_everyone()
-    _say(f"adapter {adapter.name} is merged into {adapter.base}: {folder}, which the new adapter is trained on")
+    say(f"adapter {adapter.name} is merged into {adapter.base}: {folder}, which the new adapter is trained on")
     return replace(model_args, model_name_or_path=str(folder), model_revision="main")
 
 
@@ -156,7 +164,7 @@ def save_merged(model: "PreTrainedModel", adapter: "SavedAdapter", folder: Path,
     with whole_folder(folder) as place:
         model.save_pretrained(place, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(place)
-        (place / MERGED_FROM).write_text(json.dumps(origin(adapter), indent=2) + "\n")
+        (place / MERGED_FROM).write_text(json.dumps(merge_record(adapter), indent=2) + "\n")
 
 
 def scorer_settings(adapter: "SavedAdapter") -> dict[str, Any]:
@@ -169,7 +177,7 @@ def scorer_settings(adapter: "SavedAdapter") -> dict[str, Any]:
     return {"num_labels": rows[0], "ignore_mismatched_sizes": True} if rows else {}
 
 
-def origin(adapter: "SavedAdapter") -> dict[str, Any]:
+def merge_record(adapter: "SavedAdapter") -> dict[str, Any]:
     """Return what a merged model is made from: the adapter, when it last changed, and what it was trained on."""
     file = Path(adapter.name, "adapter_model.safetensors")
     return {
@@ -181,11 +189,8 @@ def origin(adapter: "SavedAdapter") -> dict[str, Any]:
     }
 
 
-def _record(folder: Path) -> dict[str, Any] | None:
-    file = folder / MERGED_FROM
-    return json.loads(file.read_text()) if file.is_file() else None
-
-
-def _say(text: str) -> None:
-    if main_process():
-        print(text, flush=True)
+def _is_replaceable(folder: Path) -> bool:
+    """Return whether a folder holds what `on_merged_base` left, or nothing; `hfllm merge` leaves a report too."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return True
+    return (folder / MERGED_FROM).is_file() and not (folder / REPORT_FILE).exists()

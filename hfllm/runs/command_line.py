@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -305,6 +306,18 @@ def checkpoint_to_resume(training_args: "TrainingArguments") -> str | None:
 def main_process() -> bool:
     """Whether this process is the one that prints and writes."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(line: str) -> None:
+    """Print a line once, however many processes there are."""
+    if main_process():
+        print(line, flush=True)
+
+
+@cache
+def say_once(line: str) -> None:
+    """Print a line at the first call with it."""
+    say(line)
 
 
 def _left_behind(parsed: "Sequence[DataclassInstance]") -> str:

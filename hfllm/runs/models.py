@@ -3,13 +3,12 @@
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError, is_out_of_memory, refuse
 from hfllm.runs.arguments import changed
-from hfllm.runs.command_line import main_process
+from hfllm.runs.command_line import say_once
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -117,19 +116,13 @@ def _complete(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = padding_token(tokenizer)
-        _say_once(f"the tokenizer of {name!r} has no padding token: {tokenizer.pad_token!r} is set")
+        say_once(f"the tokenizer of {name!r} has no padding token: {tokenizer.pad_token!r} is set")
     if tokenizer.chat_template is None:
         tokenizer.chat_template = plain_chat_template()
-        _say_once(
+        say_once(
             f"the tokenizer of {name!r} has no chat template: a plain one is set ('User:', 'Assistant:', "
             f"{tokenizer.eos_token!r} after each answer)"
         )
-
-
-@cache
-def _say_once(line: str) -> None:
-    if main_process():
-        print(line, flush=True)
 
 
 def load_config(name: str, revision: str = "main") -> "PreTrainedConfig":

@@ -115,21 +115,18 @@ def find_tokenizer(source: str, options: Mapping[str, str]) -> "PreTrainedTokeni
 
 
 def logit_difference(one: "PreTrainedModel", other: "PreTrainedModel", seed: int) -> float:
-    """Return the largest difference of two models' outputs on 64 random tokens.
+    """Return the largest difference of two models' outputs on random tokens.
 
     Raises:
         InputError: when it is larger than rounding explains.
     """
     import torch
 
-    length = min(64, one.config.max_position_embeddings)
-    generator = torch.Generator().manual_seed(seed)
-    # From id 3 on: most vocabularies put special tokens first, and scorers skip padding.
-    ids = torch.randint(min(3, one.config.vocab_size - 1), one.config.vocab_size, (1, length), generator=generator)
-    with torch.no_grad():
-        first, second = (model.eval()(ids).logits.float() for model in (one, other))
+    from hfllm.models.outputs_compared import is_rounding, logits_of, random_tokens
+
+    ids = random_tokens(one.config.vocab_size, one.config.max_position_embeddings, seed)
+    first, second = (logits_of(model, ids) for model in (one, other))
     difference = (first - second).abs().max().item()
-    tolerance = 1e-4 if one.dtype == torch.float32 else 5e-2
-    if not difference <= tolerance * first.abs().max().item():
+    if not is_rounding(difference, first, in_half=one.dtype != torch.float32):
         raise InputError(f"the converted model's outputs differ by {difference:.3g}: do not use it, and report this")
     return difference

@@ -7,14 +7,7 @@ from typing import TYPE_CHECKING
 from hfllm.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
     from hfllm.models.adapters import SavedAdapter
-
-# Of the largest logit: rounding in single precision, and in half.
-TOLERANCE, TOLERANCE_IN_HALF = 1e-4, 5e-2
 
 
 @dataclass(frozen=True)
@@ -58,20 +51,22 @@ def merge_into_base(adapter: "SavedAdapter", script_args: MergeArguments) -> dic
     """
     from hfllm.models.adapters import auto_class_of
     from hfllm.models.merging import load_to_merge, merge
+    from hfllm.models.outputs_compared import is_rounding, logits_of, random_tokens
     from hfllm.runs.adapters import save_merged, scorer_settings
+    from hfllm.runs.models import max_length_of
 
     adapted, dtypes, has_new_head = load_to_merge(adapter, auto_class_of(adapter), **scorer_settings(adapter))
     if has_new_head:
         raise InputError(f"adapter {adapter.name!r} brings no head for scores, and its base {adapter.base!r} has none")
     added = sum(weight.numel() for weight in adapter.weights().values())
-    ids = random_tokens(adapted, script_args.seed)
+    context = max_length_of(adapted.config)
+    ids = random_tokens(adapted.config.get_text_config().vocab_size, context, script_args.seed)
     apart = logits_of(adapted, ids)
     with adapted.disable_adapter():
         without = logits_of(adapted, ids)
     model = merge(adapted, dtypes)
     difference = (logits_of(model, ids) - apart).abs().max().item()
-    tolerance = TOLERANCE if min(dtype.itemsize for dtype in dtypes.values()) >= 4 else TOLERANCE_IN_HALF
-    if not difference <= tolerance * apart.abs().max().item():
+    if not is_rounding(difference, apart, in_half=min(dtype.itemsize for dtype in dtypes.values()) < 4):
         raise InputError(
             f"adapter {adapter.name!r} merged into {adapter.base!r} gives other outputs, by up to {difference:.3g}: "
             "keep it apart"
@@ -83,22 +78,3 @@ def merge_into_base(adapter: "SavedAdapter", script_args: MergeArguments) -> dic
         "max_logit_change": (apart - without).abs().max().item(),
         "max_logit_difference": difference,
     }
-
-
-def random_tokens(model: "PeftModel", seed: int) -> "torch.Tensor":
-    """Return a row of random tokens of the model's vocabulary, (1, 64) or as long as its context."""
-    import torch
-
-    from hfllm.runs.models import max_length_of
-
-    size, generator = model.config.get_text_config().vocab_size, torch.Generator().manual_seed(seed)
-    # Most vocabularies put special tokens first, and scorers skip padding.
-    return torch.randint(min(3, size - 1), size, (1, min(64, max_length_of(model.config) or 64)), generator=generator)
-
-
-def logits_of(model: "PreTrainedModel | PeftModel", ids: "torch.Tensor") -> "torch.Tensor":
-    """Return a model's logits in single precision."""
-    import torch
-
-    with torch.no_grad():
-        return model.eval()(input_ids=ids).logits.float()

@@ -114,7 +114,7 @@ def kept_comparisons(
     Raises:
         InputError: when no training row or no held-out row is left.
     """
-    from hfllm.stages.user_rows import say
+    from hfllm.runs.command_line import say
 
     longest, kept = trainer.args.max_length, {}
     sides = {"train": (train_rows, trainer.train_dataset), "eval": (eval_rows, trainer.eval_dataset)}

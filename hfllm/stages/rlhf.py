@@ -81,7 +81,7 @@ class RlhfArguments(RowArguments, BatchArguments):
 
 
 def check(training_args: "PPOConfig") -> None:
-    """Refuse flags that have no effect.
+    """Refuse flags that have no effect, and a learning rate that nothing decides.
 
     YAML flags of stages that do not run are accepted, so that one file serves with and without a named model.
 
@@ -89,6 +89,9 @@ def check(training_args: "PPOConfig") -> None:
         InputError: naming the flag.
     """
     refuse(training_args.model_init_kwargs, "--model_init_kwargs", "use --dtype, --attn_implementation or the like")
+    plugin = getattr(training_args, "deepspeed_plugin", None)
+    if training_args.learning_rate is None and plugin is not None and "optimizer" in plugin.deepspeed_config:
+        raise InputError("--learning_rate is needed: DeepSpeed's file has an optimizer section, which reads it")
 
 
 def check_rewards(script_args: RlhfArguments, training_args: "PPOConfig", function_count: int) -> None:
@@ -192,8 +195,8 @@ def fitting_prompts(
     """
     from hfllm.data import formats
     from hfllm.data.rows import Dropped, origin_of
+    from hfllm.runs.command_line import say
     from hfllm.runs.models import load_tokenizer, max_length_of
-    from hfllm.stages.user_rows import say
     from hfllm.trainers.ppo.prompts import EMPTY, unfit_prompts
 
     if not script_args.filter_prompts:
@@ -356,13 +359,13 @@ def log_gold_reward(
 
 def rates_used(training_args: "PPOConfig", trainer: "PPOTrainer") -> dict[str, float]:
     """Return the learning rates that a trainer uses, for the report, and print those that were chosen for the user."""
-    from hfllm.runs.command_line import main_process
+    from hfllm.runs.command_line import say
 
     used = {name: getattr(trainer.args, name) for name in ("learning_rate", "value_learning_rate")}
     used = {name: rate for name, rate in used.items() if rate is not None}
     chosen = [f"{name} {rate:g}" for name, rate in used.items() if getattr(training_args, name) is None]
-    if chosen and main_process():
-        print(f"rlhf: {', '.join(chosen)} by the model's size (docs/ppo.md)", flush=True)
+    if chosen:
+        say(f"rlhf: {', '.join(chosen)} by the model's size (docs/ppo.md)")
     return used
 
 

@@ -193,7 +193,7 @@ def examples(
     from hfllm.data.conversations import Conversations
     from hfllm.data.packing import IGNORE
     from hfllm.data.rows import Dropped, origin_of
-    from hfllm.stages.user_rows import say
+    from hfllm.runs.command_line import say
 
     longest, part = training_args.max_length, _kept_part(training_args, is_eval)
     conversations = Conversations(tokenizer, marked_template(training_args, tokenizer))
@@ -202,8 +202,8 @@ def examples(
         kept = 0
         for each in labeled:
             labels = each.input_ids if training_args.completion_only_loss is False else each.labels
-            cut += part != slice(None) and len(each.input_ids) > longest
             if any(label != IGNORE for label in labels[part]):
+                cut += part != slice(None) and len(each.input_ids) > longest
                 columns["input_ids"].append(numpy.asarray(each.input_ids[part], dtype=numpy.int32))
                 columns["labels"].append(numpy.asarray(labels[part], dtype=numpy.int32))
                 kept += 1
@@ -217,8 +217,8 @@ def examples(
         raise InputError(f"{what}: nothing to learn is left: {dropped}")
     if dropped.count:
         say(f"{what}: {dropped}")
-    if cut > dropped.count:
-        say(f"{what}: {cut - dropped.count:,} of {len(rows):,} rows cut to --max_length {longest}")
+    if cut:
+        say(f"{what}: {cut:,} of {len(rows):,} rows cut to --max_length {longest}")
     return Dataset.from_dict(columns), dropped.count
 
 

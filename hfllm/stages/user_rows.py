@@ -6,16 +6,10 @@ from hfllm.data.formats import Row
 from hfllm.data.loading import RowArguments, held_out_arguments, load_rows, shared_prompts, split_rows
 from hfllm.data.rows import Dropped, flaw_of
 from hfllm.errors import InputError
-from hfllm.runs.command_line import main_process
+from hfllm.runs.command_line import say
 
 Rows = list[Row]
 Flaw = Callable[[Row], str | None]
-
-
-def say(line: str) -> None:
-    """Print a line once, however many processes there are."""
-    if main_process():
-        print(line, flush=True)
 
 
 def user_rows(

@@ -58,8 +58,8 @@ def scaled_learning_rate(script_args: BatchArguments, training_args: Trained) ->
         The arguments, unchanged without a rule; and `learning_rate` as used with `global_batch_size`, or nothing.
 
     Raises:
-        InputError: for a rule without a base batch size, or the other way round, a size that is not positive, or a
-            rate that DeepSpeed's config file sets.
+        InputError: for a rule without a base batch size, or the other way round, a size that is not positive, a rate
+            that is not given, or one that DeepSpeed's config file sets.
     """
     rule, base = script_args.lr_scaling_rule, script_args.lr_scaling_base_batch_size
     if rule not in RULES:

@@ -121,7 +121,7 @@ def _unlogged_parts(trainer: Trainer) -> dict[str, Any]:
 
 
 def _take_up(trainer: Trainer, parts: Mapping[str, Any]) -> None:
-    """Go on adding to what `_unlogged_parts` has returned."""
+    """Continue the sums that `_unlogged_parts` has returned."""
     for name, values in parts.get("metrics", {}).items():
         trainer._metrics["train"][name] = list(values)
     if "sums" in parts:

@@ -20,7 +20,7 @@ class StalledWeights(TrainerCallback):
     """
 
     def __init__(self):
-        self._name, self._before, self._due = "", None, 0
+        self._name, self._before, self._begin, self._due = "", None, 0, 0
 
     def on_train_begin(
         self,
@@ -35,6 +35,7 @@ class StalledWeights(TrainerCallback):
         if watched is not None:
             self._name, weight = watched
             self._before = weight.detach().clone()
+            self._begin = state.global_step
             self._due = max(state.global_step, args.get_warmup_steps(state.max_steps)) + WATCHED_STEPS
 
     def on_step_end(
@@ -51,9 +52,9 @@ class StalledWeights(TrainerCallback):
         changed = (weight != self._before).float().mean().item()
         self._before = None
         if changed < LEAST_CHANGED and state.is_world_process_zero:
-            kind = str(weight.dtype).removeprefix("torch.")
+            kind, steps = str(weight.dtype).removeprefix("torch."), state.global_step - self._begin
             warnings.warn(
-                f"{self._name}: {changed:.0%} of the weights changed in {state.global_step} steps, since {kind} "
+                f"{self._name}: {changed:.0%} of the weights changed in {steps} steps, since {kind} "
                 "rounds small updates away: load the model in float32 and compute in bfloat16 "
                 "(--dtype float32 --bf16), or train an adapter (--use_peft)",
                 stacklevel=2,

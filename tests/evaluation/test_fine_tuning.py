@@ -84,4 +84,6 @@ def test_errors_are_those_of_rows_of_their_lengths():
         assert metrics[f"held_out_loss_{name}"] == pytest.approx(np.std(resampled), rel=0.1)
     assert tuning_summary(metrics).startswith("held-out loss fell from ")
     assert tuning_summary(tuning_metrics(before, before)).startswith("held-out loss not changed beyond noise")
+    one, other = (TunedEvaluation(rows[:1], [], []) for rows in sides)
+    assert tuning_summary(tuning_metrics(one, other)).endswith("on 1 held-out row: too few to tell")
     assert tuning_tables(before, after)[SAMPLES] == [{"prompt": "p", "before": "a", "after": "a"}]

@@ -41,6 +41,7 @@ def test_ppo_converges_to_the_tilted_reference(make_model, tokenizer, tmp_path):
         disable_tqdm=True,
         per_device_train_batch_size=64,
         num_ppo_epochs=2,
+        num_mini_batches=1,
         response_length=1,
         learning_rate=5e-3,
         lr_scheduler_type="linear",

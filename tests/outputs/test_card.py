@@ -1,11 +1,16 @@
 """A card names what a reader asks for: the base model, the stages, the reward, the data, what was given."""
 
 import json
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
-from hfllm.outputs.card import model_card
+from hfllm.errors import InputError
+from hfllm.outputs.card import check_publishable, model_card
 from hfllm.outputs.figures import change_of, mean_of
 from hfllm.outputs.flags import flag_sections, given_flags, split_flags
 from hfllm.outputs.parents import lineage
@@ -110,6 +115,30 @@ def test_a_model_from_new_weights_says_so(saved, tmp_path):
     assert "The base model was made by the pretrain stage, from new weights (`pretrain`)." in card
     assert "base_model" not in yaml.safe_load(card.split("---\n")[1])
     assert "No flag was given." in card and "## Reward" not in card
+
+
+def test_an_adapter_that_started_from_one_of_the_hub_names_both(tmp_path):
+    folder = Path(finished(tmp_path / "sft", "sft", {"examples": 9}, {"model": "org/adapter"}))
+    settings = {"base_model_name_or_path": "org/base", "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    save_file({"lora_A.weight": torch.zeros(2, 3)}, folder / "adapter_model.safetensors")
+    card = model_card(folder)
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "org/base"
+    assert "A PEFT adapter of org/base with 6 parameters" in card
+    links = [f"[org/{name}](https://huggingface.co/org/{name})" for name in ("base", "adapter")]
+    assert f"The base model is {links[0]}; training started from {links[1]}." in card
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_an_adapter_of_the_hub_gets_a_local_base_by_use_peft_alone(monkeypatch, use_peft):
+    def find(name, revision):
+        return "adapter_config.json" if (name, revision) == ("org/adapter", "v1") else None
+
+    monkeypatch.setattr("transformers.utils.find_adapter_config_file", find)
+    check_publishable(use_peft, "org/model", "v1")
+    refused = pytest.raises(InputError, match="'org/adapter' is an adapter, which is merged into a local base first")
+    with refused if use_peft else nullcontext():
+        check_publishable(use_peft, "org/adapter", "v1")
 
 
 def test_flags_are_given_by_their_values():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pretrain
 import pytest
+import rlhf
 import yaml
 
 from hfllm.errors import InputError
@@ -36,10 +37,19 @@ def test_a_recipe_with_a_batch_four_times_the_base(tiny, base, tmp_path, stage):
     assert metrics["learning_rate"] == pytest.approx(0.002) and metrics["global_batch_size"] == 8
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["metrics"]["learning_rate"] == pytest.approx(0.002)
+    # PPO's critic has a rate of its own.
+    assert ("value_learning_rate" in metrics) == (stage == "rlhf")
     # What was asked for, by which the run is known again.
     assert report["arguments"]["learning_rate"] == 0.001
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     assert [entry["learning_rate"] for entry in history if "loss" in entry] == pytest.approx([0.002])
+
+
+def test_a_rate_that_is_not_given_cannot_be_scaled(tmp_path):
+    words = ["--model_name_or_path", "me/mine", "--dataset_name", "world", "--reward_funcs", "gold"]
+    words += ["--lr_scaling_rule", "sqrt", "--lr_scaling_base_batch_size", "2", "--output_dir", str(tmp_path)]
+    with pytest.raises(InputError, match="--lr_scaling_rule sqrt needs --learning_rate: the rate that is scaled"):
+        rlhf.main(*rlhf.parse(words))
 
 
 def test_a_batch_that_grows_has_no_one_rate(tmp_path):

@@ -7,20 +7,20 @@ import pytest
 import torch
 from torch import nn
 
-from hfllm.trainers.ppo.stalled_policy import unmoved
+from hfllm.trainers.ppo.stalled_policy import WATCHED_ROLLOUTS, StalledPolicy, unmoved
 from hfllm.trainers.stalled_weights import StalledWeights
 
 
-def train_one_layer(dtype, rate, steps=10, warmup=0):
-    """Train a linear layer by plain sign descent under the callback; return its warnings."""
+def train_one_layer(dtype, rate, steps=10, warmup=0, begin=0):
+    """Train a linear layer by plain sign descent under the callback, from step `begin` on; return its warnings."""
     model = nn.Linear(64, 64, bias=False, dtype=dtype)
-    callback, state = StalledWeights(), SimpleNamespace(global_step=0, max_steps=steps, is_world_process_zero=True)
+    callback, state = StalledWeights(), SimpleNamespace(global_step=begin, max_steps=steps, is_world_process_zero=True)
     args = SimpleNamespace(get_warmup_steps=lambda total: warmup)
     torch.manual_seed(0)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         callback.on_train_begin(args, state, None, model=model)
-        for state.global_step in range(1, steps + 1):
+        for state.global_step in range(begin + 1, steps + 1):
             if state.global_step > warmup:
                 with torch.no_grad():
                     model.weight -= rate * model.weight.sign()
@@ -42,6 +42,8 @@ def test_a_warm_up_does_not_count():
     assert train_one_layer(torch.bfloat16, rate=1e-2, steps=20, warmup=9) == []
     (message,) = train_one_layer(torch.bfloat16, rate=1e-5, steps=20, warmup=9)
     assert "in 17 steps" in message
+    (message,) = train_one_layer(torch.bfloat16, rate=1e-5, steps=40, begin=30)
+    assert "in 8 steps" in message
 
 
 @pytest.mark.parametrize("quiet", [True, False])
@@ -79,9 +81,27 @@ def test_a_policy_that_moves_is_not_reported(make_trainer):
         trainer.train()
 
 
+STILL = {"reward": 0.5, "reward_std": 0.2, "kl": 0.01, "clip_fraction": 0.0, "episode": 40}
+
+
+def test_a_resumed_run_is_judged_by_its_own_rollouts(make_args):
+    args, callback = make_args(learning_rate=1e-6), StalledPolicy()
+    state = SimpleNamespace(global_step=1000, is_world_process_zero=True)
+    callback.on_train_begin(args, state, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for state.global_step in range(1001, 1000 + WATCHED_ROLLOUTS * args.steps_per_rollout):
+            callback.on_log(args, state, None, logs=STILL)
+    state.global_step += 1
+    with pytest.warns(UserWarning, match="nothing has moved"):
+        callback.on_log(args, state, None, logs=STILL)
+
+
 def test_each_sign_of_movement_counts(make_args):
     args = make_args(learning_rate=1e-6)  # rollouts of 4 episodes
-    still = {"reward": 0.5, "reward_std": 0.2, "kl": 0.01, "clip_fraction": 0.0, "episode": 40}
+    still = STILL
+    # With an optimizer of the caller's the arguments may have no rate.
+    assert "the learning rate may be too low" in unmoved(still, still, make_args(learning_rate=None))
     assert "reward 0.5 to 0.51 (± 0.1)" in unmoved(still, {**still, "reward": 0.51}, args)
     for moved in ({"reward": 0.8}, {"reward": 0.2}, {"kl": 0.06}, {"clip_fraction": 0.01}, {"reward_std": 0.0}):
         assert unmoved(still, {**still, **moved}, args) is None

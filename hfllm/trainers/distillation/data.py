@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +10,7 @@ from hfllm.data.conversations import Conversations
 from hfllm.data.packing import IGNORE, token_ids
 from hfllm.data.rows import Dropped
 from hfllm.errors import InputError
-from hfllm.runs.command_line import main_process
+from hfllm.runs.command_line import say_once
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,17 +58,11 @@ def tokenize_dataset(
             flush()
     flush()
     for note, count in notes.reasons.items():
-        _say_once(f"distill: {count:,} {note}")
+        # The student without its teacher reads the same rows.
+        say_once(f"distill: {count:,} {note}")
     if not rows["input_ids"]:
         raise InputError(f"no row has a token to learn within max_length={max_length}")
     return Dataset.from_dict(rows, Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))}))
-
-
-@cache
-def _say_once(line: str) -> None:
-    """Print a line, for the student with and without its teacher once."""
-    if main_process():
-        print(line, flush=True)
 
 
 def _labeled(ids: Sequence[int], first: int | Sequence[int]) -> tuple[list[int], list[int]]:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from hfllm.data.tokenizer import configured_ends, end_tokens
 from hfllm.errors import InputError
 from hfllm.models import scorers
+from hfllm.models.devices import forked_random
 from hfllm.models.vocabulary import check_vocabulary
 from hfllm.rewards.functions import RewardFunction
 from hfllm.rewards.models import RewardModel, TokenRewardModel, scores_tokens
@@ -105,7 +106,7 @@ def keep_starting_adapter(policy: "PeftModel") -> None:
     if not isinstance(active, str):
         raise InputError(f"model has the adapters {', '.join(active)} active at once: merge them, or activate one")
     # The copy's weights are drawn first.
-    with torch.random.fork_rng(), gather_parameters(policy):
+    with forked_random(policy.device), gather_parameters(policy):
         try:
             policy.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(policy.peft_config[active]))
         except (KeyError, NotImplementedError, ValueError) as error:

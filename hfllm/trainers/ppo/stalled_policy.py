@@ -17,10 +17,12 @@ class StalledPolicy(TrainerCallback):
 
     def __init__(self):
         self._first: Mapping[str, float] | None = None
-        self._has_warned_of_reward, self._has_judged = False, False
+        self._begin, self._has_warned_of_reward, self._has_judged = 0, False, False
 
     def on_train_begin(self, args: PPOConfig, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         self._first, self._has_warned_of_reward, self._has_judged = None, False, False
+        # A resumed run is judged by its own rollouts.
+        self._begin = state.global_step
 
     def on_log(
         self,
@@ -41,7 +43,7 @@ class StalledPolicy(TrainerCallback):
                 stacklevel=2,
             )
         self._first = self._first or logs
-        if not self._has_judged and state.global_step >= WATCHED_ROLLOUTS * args.steps_per_rollout:
+        if not self._has_judged and state.global_step - self._begin >= WATCHED_ROLLOUTS * args.steps_per_rollout:
             self._has_judged = True
             if reason := unmoved(self._first, logs, args):
                 warnings.warn(reason, stacklevel=2)
@@ -52,7 +54,7 @@ def unmoved(first: Mapping[str, float], last: Mapping[str, float], args: PPOConf
 
     Args:
         first, last: log entries of PPO at the beginning and now.
-        args: with the learning rate.
+        args: with the size of a rollout, and the learning rate unless the optimizer is the caller's.
     """
     error = last["reward_std"] / (args.local_rollout_batch_size * args.world_size) ** 0.5
     rise = last["reward"] - first["reward"]
@@ -60,8 +62,9 @@ def unmoved(first: Mapping[str, float], last: Mapping[str, float], args: PPOConf
     has_moved = abs(rise) > 2 * 2**0.5 * error or kl > LEAST_KL or last.get("clip_fraction", 0.0) > LEAST_CLIPPED
     if has_moved or last["reward_std"] == 0:
         return None
+    rate = "the learning rate" if args.learning_rate is None else f"--learning_rate {args.learning_rate:g}"
     return (
         f"after {last['episode']:.0f} episodes nothing has moved: reward {first['reward']:.3g} to "
         f"{last['reward']:.3g} (± {error:.2g}), KL {kl:.2g} nats per response, clip fraction "
-        f"{last.get('clip_fraction', 0.0):.2g}. --learning_rate {args.learning_rate:g} may be too low (docs/ppo.md)"
+        f"{last.get('clip_fraction', 0.0):.2g}. {rate} may be too low (docs/ppo.md)"
     )
