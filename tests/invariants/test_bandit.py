@@ -44,6 +44,7 @@ def test_ppo_converges_to_the_tilted_reference(make_model, tokenizer, tmp_path):
         num_mini_batches=1,
         response_length=1,
         learning_rate=5e-3,
+        value_learning_rate=5e-3,
         lr_scheduler_type="linear",
         max_steps=100,
         kl_coef=beta,

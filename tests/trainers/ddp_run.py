@@ -68,6 +68,7 @@ def build(
         "save_strategy": "steps",
         "disable_tqdm": True,
         "num_ppo_epochs": 3,
+        "num_mini_batches": 1,
         "response_length": 6,
         "learning_rate": 1e-3,
         # So that Adam does not blow up the rounding of gradients that are nearly zero.
