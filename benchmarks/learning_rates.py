@@ -192,8 +192,8 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> Plot:
 def rises(rows: Sequence[Mapping[str, Any]], floor: float = -0.5) -> Plot:
     """Return the rise of what PPO maximizes by learning rate, a line per model and kind of training.
 
-    That is the held-out reward less `kl_coef` times the KL. Rewards of different tasks have different scales: each line
-    is divided by its highest point, and lower values than `floor` are drawn there.
+    That is the held-out reward less `kl_coef` times the KL. Rewards of different tasks have different scales: each
+    line is divided by its highest point, and lower values than `floor` are drawn there.
     """
     groups: dict[str, dict[float, float]] = {}
     for row in rows:
