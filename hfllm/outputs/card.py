@@ -79,7 +79,7 @@ def model_card(folder: str | Path, repo_id: str | None = None) -> str:
 def adapter_base(folder: Path) -> str | None:
     """Return the Hub id of an adapter's base model; `None` if that is a local folder."""
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
-    return None if merged_base(folder) else hub_id({"base": base, **_changed_at(folder, base)}, "base")
+    return None if merged_base(folder) or _was_local(folder, base) else hub_id({"base": base}, "base")
 
 
 def check_base(folder: Path) -> None:
@@ -128,12 +128,13 @@ def public_report(folder: Path, name: str) -> bytes:
     return redact(text).encode()
 
 
-def _changed_at(folder: Path, base: str) -> dict[str, Any]:
-    """Return the entry of the run's report that records that `base` was a local path."""
-    arguments = (read_report(folder) or {}).get("arguments", {})
-    flag = "model_name_or_path"
-    known = arguments.get(flag) == base and f"{flag} changed at" in arguments
-    return {"base changed at": arguments[f"{flag} changed at"]} if known else {}
+def _was_local(folder: Path, base: str) -> bool:
+    """Return whether the run's report records that `base` was a local path: a relative one looks like a Hub id."""
+    report, flag = read_report(folder) or {}, "model_name_or_path"
+    arguments, parents = report.get("arguments", {}), report.get("parents") or []
+    is_named = arguments.get(flag) == base and f"{flag} changed at" in arguments
+    # Of an adapter that was trained further the base is an ancestor.
+    return is_named or any(entry["model"] == base and "hub_id" not in entry for entry in parents)
 
 
 def _front_matter(folder: Path, report: Mapping[str, Any], base: str | None) -> str:
@@ -309,7 +310,9 @@ def _data(report: Mapping[str, Any]) -> str:
             f"{arguments.get('world_seed', 0)}, with no text from elsewhere."
         )
     elif found := hub_id(arguments, "dataset_name"):
-        text = f"[{found}](https://huggingface.co/datasets/{found}), split `{arguments.get('dataset_train_split')}`."
+        parts = {"configuration": "dataset_config", "split": "dataset_train_split", "revision": "dataset_revision"}
+        said = [f"{part} `{arguments[flag]}`" for part, flag in parts.items() if arguments.get(flag)]
+        text = f"{', '.join([f'[{found}](https://huggingface.co/datasets/{found})', *said])}."
     else:
         text = f"`{public_value(name)}`, a local dataset." if name else "Not recorded."
     if arguments.get("max_samples"):

@@ -18,7 +18,7 @@ DRAFTS = (
 PLOTS = (
     *("loss", "rewards", "kl", "response_length", "clip_fraction", "overoptimization", "parts", "gold"),
     *("funnel", "compression", "speed", "memory"),
-    *("sensitivity_*", "loss_by_compute", "expected_and_measured", "optimal_size"),
+    *("sensitivity_*", "probe_*_by_*", "loss_by_compute", "expected_and_measured", "optimal_size", "isoflops"),
 )
 
 

@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import save_file
 
 from hfllm.errors import InputError
-from hfllm.outputs.card import check_publishable, model_card
+from hfllm.outputs.card import check_base, check_publishable, model_card
 from hfllm.outputs.figures import change_of, mean_of
 from hfllm.outputs.flags import flag_sections, given_flags, split_flags
 from hfllm.outputs.parents import lineage
@@ -106,6 +106,30 @@ def test_the_card_names_base_stages_reward_data_and_given_flags(saved, chain):
     # Given flags are open, all others folded.
     assert card.index("Given:") < card.index("<details><summary>2 others") < card.index("seed: 1")
     assert "/home/me" not in card and "/data" not in card
+
+
+def test_a_local_base_is_known_from_elsewhere_too(tmp_path, monkeypatch):
+    base, first = tmp_path / "models" / "tiny", tmp_path / "outputs" / "first"
+    base.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    finished(first, "sft", models={"model": "models/tiny"}, model_name_or_path="models/tiny")
+    folder = tmp_path / "outputs" / "further"
+    finished(folder, "sft", models={"model": "outputs/first"}, model_name_or_path="outputs/first")
+    settings = {"base_model_name_or_path": "models/tiny"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    monkeypatch.chdir(base)
+    with pytest.raises(InputError, match="adapter of 'models/tiny', which is not on the Hub"):
+        check_base(folder)
+    (folder / "report.json").unlink()
+    check_base(folder)
+
+
+def test_the_card_says_which_part_of_a_hub_dataset_it_was(saved):
+    part = {"dataset_config": "en", "dataset_train_split": "train[:1%]", "dataset_revision": None}
+    finished(saved, "sft", {"examples": 9}, dataset_name="org/rows", **part)
+    assert "[org/rows](https://huggingface.co/datasets/org/rows), configuration `en`, split `train[:1%]`. Trained" in (
+        model_card(saved)
+    )
 
 
 def test_a_model_from_new_weights_says_so(saved, tmp_path):
