@@ -58,8 +58,8 @@ def scaled_learning_rate(script_args: BatchArguments, training_args: Trained) ->
         The arguments, unchanged without a rule; and `learning_rate` as used with `global_batch_size`, or nothing.
 
     Raises:
-        InputError: for a rule without a base batch size, or the other way round, a size that is not positive, or a
-            rate that DeepSpeed's config file sets.
+        InputError: for a rule without a rate or a base batch size, or the latter without a rule, a size that is not
+            positive, or a rate that DeepSpeed's config file sets.
     """
     rule, base = script_args.lr_scaling_rule, script_args.lr_scaling_base_batch_size
     if rule not in RULES:
@@ -74,6 +74,10 @@ def scaled_learning_rate(script_args: BatchArguments, training_args: Trained) ->
         )
     if base < 1:
         raise InputError(f"--lr_scaling_base_batch_size {base}: expected at least 1")
+    if training_args.learning_rate is None:
+        raise InputError(
+            f"--lr_scaling_rule {rule} needs --learning_rate: the default of rlhf is for no certain batch"
+        )
     plugin = getattr(training_args, "deepspeed_plugin", None)
     if plugin is not None and "optimizer" in plugin.deepspeed_config:
         raise InputError(
