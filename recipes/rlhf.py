@@ -33,7 +33,6 @@ def parse(argv: Sequence[str]) -> tuple[RlhfArguments, "PPOConfig", "ModelConfig
 @releases_folders
 def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Make what is missing, align, compare before and after, save, report. Return the metrics."""
-    from datasets import Dataset
     from transformers import set_seed
 
     from hfllm.data.loading import world_of
@@ -86,8 +85,8 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
         model=policy,
         reward_funcs=rewards,
         args=trainer_args,
-        train_dataset=Dataset.from_list(train_rows),
-        eval_dataset=Dataset.from_list(eval_rows),
+        train_dataset=[dict(row) for row in train_rows],
+        eval_dataset=[dict(row) for row in eval_rows],
         processing_class=tokenizer,
         value_model=load_value_model(script_args.value_model, policy_args, reward_models),
         peft_config=peft_config(model_args),

@@ -14,6 +14,8 @@ from hfllm.data.world.rubric import GoldAnswer, gold_score
 from hfllm.errors import InputError, is_out_of_memory
 
 RewardFunction = Callable[..., list[float]]
+# What a reward function gets from the trainer, so that no column of a dataset can have these names.
+GIVEN = ("prompt", "completion", "prompts", "completions", "completion_ids")
 
 
 def completion_text(completion: str | Sequence[dict[str, str]]) -> str:
@@ -71,8 +73,13 @@ def reward_name(function: Callable) -> str:
     return getattr(function, "__name__", None) or type(function).__name__
 
 
+def reward_columns(rows: Sequence[Mapping[str, object]]) -> dict[str, list]:
+    """Return the columns of rows for a reward function, without those that stand for what the trainer gives it."""
+    return {name: [row[name] for row in rows] for name in rows[0] if name not in GIVEN}
+
+
 def checked_rewards(
-    function: RewardFunction, prompts: Sequence, completions: Sequence, **columns: Sequence[object]
+    function: RewardFunction, prompts: Sequence, completions: Sequence, /, **columns: Sequence[object]
 ) -> list[float] | list[list[float]]:
     """Call a reward function and refuse results other than one finite number, or a list of them, per completion.
 

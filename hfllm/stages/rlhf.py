@@ -288,6 +288,10 @@ def prompt_data(
     else:
         settings = {"share": 0.1, "most": script_args.num_eval_prompts, "flaw_of": flaw_of_prompt}
         train_rows, eval_rows = user_rows(script_args, mapper, seed, **settings)
+        # A reward function gets the same columns in each batch.
+        names = {name: None for row in (*train_rows, *eval_rows) for name in row}
+        for row in (*train_rows, *eval_rows):
+            row |= {name: None for name in names if name not in row}
     _try_functions(functions, train_rows[:2])
     return train_rows, eval_rows
 
@@ -295,12 +299,11 @@ def prompt_data(
 def _try_functions(functions: "Sequence[RewardFunction]", rows: Sequence[Row]) -> None:
     """Call the reward functions as the trainer does: with the dataset's other columns and the ids of a response."""
     from hfllm.data.formats import as_completion
-    from hfllm.rewards.functions import checked_rewards
+    from hfllm.rewards.functions import checked_rewards, reward_columns
 
     prompts = [row["prompt"] for row in rows]
     completions = [as_completion(prompt, "This is a trial response.") for prompt in prompts]
-    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
-    columns["completion_ids"] = [[0, 1, 2, 3, 4]] * len(rows)
+    columns = {**reward_columns(rows), "completion_ids": [[0, 1, 2, 3, 4]] * len(rows)}
     for function in functions:
         checked_rewards(function, prompts, completions, **columns)
 

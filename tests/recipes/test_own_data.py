@@ -270,3 +270,24 @@ def test_other_columns_reach_a_reward_function_under_the_users_names(tmp_path):
     flags = ["--dataset_name", name, "--model_name_or_path", "any", "--column_mapping", "prompt=q", "target=a"]
     train_rows, _ = prompt_data(rlhf.parse(flags)[0], 0, [])
     assert {tuple(row) for row in train_rows} == {("chosen", "prompt", "target")}
+
+
+def test_columns_of_any_kind_reach_a_reward_function_and_others_than_its_own_arguments(saved, tmp_path):
+    # As UltraFeedback has them, some only in some rows, and of more than one type.
+    rows = [
+        {"instruction": f"Say {at}.", "completions": [{"text": "x"}], "function": at, "meta": at if at % 2 else "no"}
+        for at in range(12)
+    ]
+    rows[5]["hint"] = {"level": 1}
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def fine(prompts, completions, function, meta, hint, **columns):\n"
+        "    assert all(said['role'] == 'assistant' for (said,) in completions)\n"
+        "    assert all(kept == (at if at % 2 else 'no') for at, kept in zip(function, meta))\n"
+        "    assert all(given == ({'level': 1} if at == 5 else None) for at, given in zip(function, hint))\n"
+        "    return [1.0] * len(completions)\n"
+    )
+    words = ["--model_name_or_path", saved, "--dataset_name", jsonl(tmp_path / "rows.jsonl", *rows)]
+    words += ["--reward_funcs", f"{file}:fine", "--response_length", 4, "--num_ppo_epochs", 1, "--max_steps", 1]
+    words += ["--per_device_train_batch_size", 8, "--save_strategy", "no", "--output_dir", tmp_path / "out"]
+    assert run(rlhf, [*map(str, words), "--use_cpu"])["proxy_reward_after"] == 1

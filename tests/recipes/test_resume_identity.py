@@ -166,18 +166,17 @@ def test_the_batch_may_be_divided_in_another_way(tiny, base, cut, rows):
 
 def test_the_rows_and_the_model_that_training_begins_with_count(run, cut, rows, base, tmp_path, monkeypatch):
     """Both may have changed where no flag shows it: on the Hub, or made by the stages before."""
-    from datasets import Dataset
+    from hfllm.stages import sft
 
-    flags = ["--dataset_name", rows, *AUTO]
-    whole = Dataset.from_list
-    with monkeypatch.context() as patch:
-        patch.setattr(Dataset, "from_list", lambda rows: whole(list(reversed(rows))))
-        with pytest.raises(InputError, match=r"checkpoint-2 in .* was made with other training rows: "):
-            run("sft", cut, *flags)
-    with monkeypatch.context() as patch:
-        patch.setattr(Dataset, "from_list", lambda rows: whole(rows[:-1] or rows))
-        with pytest.raises(InputError, match=r"other training rows \(15 rows, this run has 14\)"):
-            run("sft", cut, *flags)
+    flags, read = ["--dataset_name", rows, *AUTO], sft.instruction_data
+    for change, says in (
+        (lambda train: train[::-1], "other training rows: "),
+        (lambda train: train[:-1], r"other training rows \(15 rows, this run has 14\)"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(sft, "instruction_data", lambda *data, edit=change: (edit(read(*data)[0]), read(*data)[1]))
+            with pytest.raises(InputError, match=f"checkpoint-2 in .* was made with {says}"):
+                run("sft", cut, *flags)
     file = cut / "checkpoint-2" / "trainer_state.json"
     state = json.loads(file.read_text())
     state["stateful_callbacks"][RECORD]["run"]["model"]["content"] = "another"

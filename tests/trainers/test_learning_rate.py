@@ -14,12 +14,11 @@ def scaled(rule="sqrt", base=32, batch=(4, 2, 16), **arguments):
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=steps,
         world_size=processes,
-        learning_rate=1e-3,
-        **arguments,
+        **{"learning_rate": 1e-3, **arguments},
     )
     script_args = SimpleNamespace(lr_scaling_rule=rule, lr_scaling_base_batch_size=base)
     used, shown = scaled_learning_rate(script_args, args)
-    assert args.learning_rate == 1e-3  # what was parsed stays
+    assert args.learning_rate == arguments.get("learning_rate", 1e-3)  # what was parsed stays
     return shown, used
 
 
@@ -57,6 +56,7 @@ def test_a_critic_with_a_rate_of_its_own_follows():
         ({"rule": "linear", "base": 0}, "--lr_scaling_base_batch_size 0: expected at least 1"),
         ({"rule": "none", "base": 32}, "--lr_scaling_base_batch_size 32 needs --lr_scaling_rule"),
         ({"rule": "cubic"}, "--lr_scaling_rule 'cubic' is not one of none, sqrt, linear"),
+        ({"learning_rate": None}, "--lr_scaling_rule sqrt needs --learning_rate"),
         ({"deepspeed_plugin": SimpleNamespace(deepspeed_config={"optimizer": {}})}, "has an optimizer section, which"),
     ],
 )

@@ -79,3 +79,27 @@ def test_a_run_from_an_adapter_saves_and_resumes_that_adapter_alone(make_trainer
     with as_reference(again.policy):
         assert torch.allclose(logits(again.policy), start, atol=1e-6)
     assert "ref" not in json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+
+
+def test_an_adapter_that_its_user_has_named_is_resumed(make_trainer, make_model, tmp_path):
+    def policy():
+        torch.manual_seed(0)
+        return get_peft_model(make_model(), LoraConfig(**LORA, target_modules=["q_proj"]), adapter_name="mine")
+
+    options = {"learning_rate": 5e-2, "save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(model=policy(), output_dir=str(tmp_path / "run"), **options)
+    trainer.train()
+    again = make_trainer(model=policy(), output_dir=str(tmp_path / "again"), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert torch.equal(logits(again.policy), logits(trainer.policy))
+
+
+@pytest.mark.parametrize("kl_coef", [0.05, 0.0])
+def test_an_adapter_that_is_loaded_frozen_is_trained(make_trainer, make_model, tmp_path, kl_coef):
+    get_peft_model(make_model(), LoraConfig(**LORA, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    policy = PeftModel.from_pretrained(make_model(), tmp_path / "adapter")
+    assert not trained(policy)
+    start = logits(policy)
+    trainer = make_trainer(model=policy, kl_coef=kl_coef, learning_rate=5e-2, max_steps=2)
+    trainer.train()
+    assert (logits(trainer.policy) - start).abs().max() > 1e-3

@@ -734,3 +734,12 @@ def test_what_an_engine_cannot_do_is_refused(make_trainer, monkeypatch, engine_t
     monkeypatch.setattr(type(trainer.accelerator), "distributed_type", kind)
     with pytest.raises(InputError, match=message):
         trainer._check_engine()
+
+
+def test_a_prompt_that_the_chat_template_refuses_is_named(make_trainer, tokenizer, monkeypatch):
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", f"{refusal}{tokenizer.chat_template}")
+    rows = [{"prompt": [{"role": role, "content": "Go"}]} for role in ("user", "user", "system")]
+    message = "prompt 2 of the dataset: the chat template cannot write this prompt: System role not supported"
+    with pytest.raises(InputError, match=message):
+        make_trainer(train_dataset=rows)

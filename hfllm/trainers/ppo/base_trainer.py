@@ -400,8 +400,10 @@ class ActorCriticTrainer(Trainer):
             from peft import set_peft_model_state_dict
             from peft.utils import load_peft_weights
 
-            weights = load_peft_weights(str(folder), device="cpu")
-            set_peft_model_state_dict(self.policy, weights, adapter_name=self.policy.active_adapter)
+            active = self.policy.active_adapter
+            # PEFT saves one that its user has named in a folder of that name.
+            weights = load_peft_weights(str(folder if active == "default" else folder / active), device="cpu")
+            set_peft_model_state_dict(self.policy, weights, adapter_name=active)
         else:
             load_weights(self.policy, folder)
         if actor.value_model is not None:

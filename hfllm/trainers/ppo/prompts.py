@@ -1,9 +1,10 @@
 """Prompts for rollouts: their order, their tokens, and whether they fit the model."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import TemplateError
 from torch.utils.data import DataLoader, Sampler
 
 from hfllm.data.rows import origin_of
@@ -91,11 +92,15 @@ def unfit_prompts(
     response_length: int,
     context: int | None,
 ) -> Iterator[tuple[int, str]]:
-    """Yield the place of each prompt without tokens or without room for a response, and what it is or has."""
+    """Yield the place of each prompt without tokens or without room for a response, and what it is or has.
+
+    Raises:
+        InputError: naming the first prompt that the chat template refuses.
+    """
     limit = None if context is None else context - response_length
-    prompts = [row["prompt"] for row in dataset]
-    for start in range(0, len(prompts), 1000):
-        for place, ids in enumerate(tokenize_prompts(prompts[start : start + 1000], tokenizer), start):
+    for start in range(0, len(dataset), 1000):
+        rows = [dataset[place] for place in range(start, min(start + 1000, len(dataset)))]
+        for place, ids in enumerate(_tokens_of(rows, tokenizer, start), start):
             if not ids:
                 yield place, EMPTY
             elif limit is not None and len(ids) > limit:
@@ -104,6 +109,21 @@ def unfit_prompts(
                     f"has {len(ids)} tokens; with response_length={response_length} the model's context of "
                     f"{context} leaves room for {limit}; a value model's counts too",
                 )
+
+
+def _tokens_of(rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", first: int) -> list[list[int]]:
+    """Return the tokens of the rows' prompts; `first` is the place of the first row in its dataset."""
+    refusals = (AttributeError, KeyError, TemplateError, TypeError, ValueError)
+    try:
+        return tokenize_prompts([row["prompt"] for row in rows], tokenizer)
+    except refusals:
+        for place, row in enumerate(rows, first):
+            try:
+                tokenize_prompts([row["prompt"]], tokenizer)
+            except refusals as error:
+                origin, reason = origin_of(row, f"prompt {place} of the dataset"), " ".join(str(error).split())[:200]
+                raise InputError(f"{origin}: the chat template cannot write this prompt: {reason}") from None
+        raise
 
 
 def rollout_loader(dataset: "Dataset", args: PPOConfig, epoch: Callable[[], int]) -> DataLoader:

@@ -8,7 +8,7 @@ import torch
 
 from hfllm.data.formats import as_completion
 from hfllm.errors import InputError
-from hfllm.rewards.functions import checked_rewards, completion_text, reward_name
+from hfllm.rewards.functions import checked_rewards, completion_text, reward_columns, reward_name
 from hfllm.trainers.ppo.config import PPOConfig
 from hfllm.trainers.ppo.controllers import RunningMoments
 
@@ -66,8 +66,7 @@ class Scorer:
         prompts = [row["prompt"] for row in rows]
         texts = self.tokenizer.batch_decode(batch["response_ids"], skip_special_tokens=True)
         completions = [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
-        columns["completion_ids"] = ids
+        columns = {**reward_columns(rows), "completion_ids": ids}
         device = batch["response_ids"].device
         total, per_token, parts = torch.zeros(len(rows), device=device), None, {}
         for name, reward, weight in zip(self.names, self.rewards, self.weights, strict=True):

@@ -83,6 +83,9 @@ def split_reference(
     if hasattr(model, "peft_config"):
         if keep:
             keep_starting_adapter(model)
+        elif not any(parameter.requires_grad for parameter in model.parameters()):
+            # `PeftModel.from_pretrained` loads an adapter frozen.
+            model.set_adapter(model.active_adapter)
         return None, model
     if not keep:
         return None, model
