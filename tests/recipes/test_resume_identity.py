@@ -34,7 +34,7 @@ FLAGS = {
 }
 # The teacher is named.
 FLAGS["distill"] += [word for name in ("pretrain", "sft", "reward", "rlhf") for word in (f"--{name}_config", "")]
-SLOW = ("packed", "reward", "distill")
+SLOW = ("rlhf", "packed", "reward", "distill")
 AUTO = ["--resume_from_checkpoint", "auto"]
 
 
