@@ -103,3 +103,15 @@ def test_an_adapter_that_is_loaded_frozen_is_trained(make_trainer, make_model, t
     trainer = make_trainer(model=policy, kl_coef=kl_coef, learning_rate=5e-2, max_steps=2)
     trainer.train()
     assert (logits(trainer.policy) - start).abs().max() > 1e-3
+
+
+def test_an_adapter_is_pushed_with_its_card(make_trainer, make_model, hub, tmp_path):
+    config = LoraConfig(**LORA, target_modules=["q_proj"])
+    model = make_model()
+    model.config._name_or_path = model.name_or_path = "me/base"
+    trainer = make_trainer(model=model, peft_config=config, max_steps=2, push_to_hub=True, hub_model_id="me/adapter")
+    trainer.train()
+    trainer.push_to_hub()
+    hub.repos["me/adapter"].download(tmp_path / "pushed")
+    assert "library_name: peft" in (tmp_path / "pushed" / "README.md").read_text()
+    assert (tmp_path / "pushed" / "adapter_model.safetensors").is_file()

@@ -298,6 +298,10 @@ class ActorCritic(nn.Module):
             if model is not None:
                 model.activation_checkpointing_enable(**kwargs)
 
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """Complete Trainer's card of an adapter, as PEFT does."""
+        self.policy.create_or_update_model_card(output_dir)
+
     def critic_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that serve only the value estimates."""
         return list((self.value_head if self.value_model is None else self.value_model).parameters())
