@@ -165,7 +165,12 @@ def _read_csv(file: Path) -> Iterator[dict[str, Any]]:
     # The standard limit of 128 kB is less than a long document.
     csv.field_size_limit(2**31 - 1)
     with file.open(encoding="utf-8-sig", newline="") as stream:
-        yield from csv.DictReader(stream, delimiter="\t" if file.suffix == ".tsv" else ",")
+        reader = csv.DictReader(stream, delimiter="\t" if file.suffix == ".tsv" else ",")
+        for number, row in enumerate(reader, 1):
+            if None in row:
+                found, expected = len(row) - 1 + len(row[None]), len(reader.fieldnames)
+                raise InputError(f"{file}, row {number}: {found} fields, and the header names {expected}")
+            yield row
 
 
 def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:

@@ -186,3 +186,10 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no table")
     with pytest.raises(InputError, match=r"a\.parquet: not parquet, or damaged: "):
         load_source(str(tmp_path / "a.parquet"))
+
+
+def test_a_csv_row_with_more_fields_than_the_header_is_named(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,k\nq1,1\nq2,1,extra\n")
+    with pytest.raises(InputError, match=r"rows.csv, row 2: 3 fields, and the header names 2"):
+        load_source(str(path))
