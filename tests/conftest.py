@@ -96,6 +96,8 @@ def hub(monkeypatch, tmp_path):
 
     with HubServer({TOKEN: ("me", "write"), "hf_readreadreadreadreadread": ("me", "read")}) as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        # The functions of the module are methods of this object, which is made when it is imported.
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))

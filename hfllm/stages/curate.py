@@ -80,11 +80,11 @@ def fingerprint(script_args: CurateArguments) -> str:
     Of each file the name and the size count, and the content if all are small, else the time: that of an unchanged
     file may change too, as when it is copied, and that of a folder whenever a file in it is opened by an editor.
     """
-    given = [script_args.dataset_name, script_args.spam_train_file or ""]
+    given = [script_args.dataset_name, script_args.spam_train_file]
     files: list[Path] = []
-    for name in (*given, *script_args.toxic_words, *script_args.decontaminate):
-        path = Path(name)
-        files += sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path] * bool(name)
+    # No name is not the working folder, which an empty path would be.
+    for path in map(Path, filter(None, (*given, *script_args.toxic_words, *script_args.decontaminate))):
+        files += sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path]
     files = [file for file in files if file.is_file()]
     sizes = [file.stat().st_size for file in files]
     is_small = sum(sizes) <= MOST_COMPARED_BYTES

@@ -167,13 +167,17 @@ def test_an_interrupted_run_resumes_and_ends_the_same(corpus, monkeypatch, capsy
     assert not (out / "unfinished").exists()
 
 
-def test_the_contents_of_small_files_count_and_not_their_times(corpus, tmp_path, capsys):
+def test_the_contents_of_small_files_count_and_not_their_times(corpus, tmp_path, capsys, monkeypatch):
     """Nor the times of folders, which an editor or a viewer of files changes."""
     (script_args,) = curate.parse([str(flag) for flag in corpus.flags])
     (corpus.folder / "in" / "sub").mkdir()
     before = fingerprint(script_args)
     for path in (corpus.folder / "in" / "b.txt", corpus.folder / "in" / "sub"):
         os.utime(path, (1, 1))
+    assert fingerprint(script_args) == before
+    # Nor what lies where the command is given.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("a note")
     assert fingerprint(script_args) == before
     work = tmp_path / "work"
     resume_or_clear(work, {"state": before, "seed": 1})

@@ -267,7 +267,7 @@ def test_text_of_less_than_one_row_is_one_row(run, tmp_path):
         ({"total_tokens": "10"}, r"the run has 0 row\(s\) of 64 tokens"),
         ({"total_tokens": "640", "max_steps": 3}, "--max_steps cannot be used here"),
         ({"objective": "masked", "model_name_or_path": "nowhere"}, "--objective masked cannot be used here"),
-        ({"z_loss_coef": "-1"}, "z_loss_coef must not be negative"),
+        ({"z_loss_coef": "-1"}, "--z_loss_coef -1.0: expected a number of at least 0"),
         ({"model_name_or_path": "nowhere"}, "--hidden_size cannot be used here: it is for a new model"),
         ({"load_in_4bit": "true"}, "--load_in_4bit cannot be used here: such weights cannot be trained"),
     ],

@@ -329,7 +329,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_it_is_loaded(saved, make_
     adapter = get_peft_model(model, LoraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     adapter.peft_config["default"].base_model_name_or_path = str(saved)
     adapter.save_pretrained(tmp_path / "adapter")
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, **settings: "loaded")
+    monkeypatch.setattr(students, "load_weights_of", lambda *args, **settings: ("loaded", {}))
     monkeypatch.setattr(students, "load_merged", lambda adapter, *args, **settings: "loaded")
     known = AutoConfig.from_pretrained
     monkeypatch.setattr(
