@@ -98,6 +98,8 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         # The functions of the module are methods of this object, which is made when it is imported.
         monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.url)
+        # transformers keeps one of its own, with the address of when it was first needed.
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
