@@ -18,15 +18,17 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
+    # First: this module says if transformers is too old for the others.
+    from hfllm.models.configuration_hfllm import AUTO_MAP, HfllmConfig
+
+    HfllmConfig.register_for_auto_class()
     # Importing this module registers its quantizer.
     import hfllm.compression.dynamic_int8  # noqa: F401
     from hfllm.models import modeling_hfllm as models
-    from hfllm.models.configuration_hfllm import AUTO_MAP, HfllmConfig
 
     # Only now: one of its modules replaces `transformers` by a second copy when it is first imported.
     transformers = sys.modules["transformers"]
     transformers.AutoConfig.register("hfllm", HfllmConfig, exist_ok=True)
-    HfllmConfig.register_for_auto_class()
     for auto_name, path in AUTO_MAP.items():
         if auto_name == "AutoConfig":
             continue

@@ -127,7 +127,7 @@ def test_files_stay_small():
 def test_the_files_of_a_model_travel_together():
     """What lies beside the weights on the Hub imports nothing of hfllm that does not lie there too."""
     beside = {
-        "configuration_hfllm": {"transformers", "huggingface_hub", "os"},
+        "configuration_hfllm": {"transformers", "huggingface_hub", "packaging", "os"},
         "modeling_hfllm": {"torch", "transformers"},
         "loss_hfllm": {"torch"},
         "presets": {"collections", "copy", "difflib", "typing"},

@@ -2,10 +2,22 @@
 
 import os
 
-from huggingface_hub.dataclasses import strict
-from transformers.activations import ACT2FN
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+import transformers
+from packaging.version import Version
+
+# The oldest that runs this code, as in pyproject.toml; 5.23 knows no argument `cache`.
+OLDEST_TRANSFORMERS = "5.24.0"
+if Version(transformers.__version__).release < Version(OLDEST_TRANSFORMERS).release:
+    # Before the imports below, which older releases answer with names that they do not have.
+    raise ImportError(
+        f"hfllm models need transformers {OLDEST_TRANSFORMERS} or newer, and this is {transformers.__version__}: "
+        f"pip install -U 'transformers>={OLDEST_TRANSFORMERS}'"
+    )
+
+from huggingface_hub.dataclasses import strict  # noqa: E402
+from transformers.activations import ACT2FN  # noqa: E402
+from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters  # noqa: E402
 
 CHOICES = {
     "norm_type": ("rmsnorm", "layernorm"),
