@@ -104,6 +104,7 @@ class HfllmConfig(PreTrainedConfig):
         embedding_multiplier: factor on the token embeddings (Gemma: the square root of hidden_size).
         logit_scale: factor on the logits (Cohere).
         hidden_dropout: dropout probability on embeddings and on each block's output.
+        classifier_dropout: dropout probability before a token classifier's head; `None` follows `hidden_dropout`.
         initializer_range: standard deviation of the initial weights.
         residual_init: how the initial weights of the projections into the residual stream are scaled: `"plain"` not
             at all, `"gpt2"` by 1/sqrt(2 * num_hidden_layers) (Radford et al. 2019, section 2.3), `"depth"` by
@@ -157,6 +158,7 @@ class HfllmConfig(PreTrainedConfig):
     logit_scale: int | float = 1.0
     attention_dropout: int | float = 0.0
     hidden_dropout: int | float = 0.0
+    classifier_dropout: int | float | None = None
     initializer_range: float = 0.02
     residual_init: str = "plain"
     tie_word_embeddings: bool = False
@@ -264,8 +266,8 @@ class HfllmConfig(PreTrainedConfig):
         for field in ("sliding_window", "loss_chunk_size"):
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1 or None, got {getattr(self, field)}")
-        for field in ("attention_dropout", "hidden_dropout"):
-            if not 0 <= getattr(self, field) < 1:
+        for field in ("attention_dropout", "hidden_dropout", "classifier_dropout"):
+            if not 0 <= (getattr(self, field) or 0) < 1:
                 raise ValueError(f"{field} must lie in [0, 1), got {getattr(self, field)}")
         if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(

@@ -6,7 +6,7 @@ Weights are moved without arithmetic, so a round trip gives the same bits.
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ import transformers
 from hfllm.errors import InputError
 from hfllm.models import tensor_layouts as layouts
 from hfllm.models.configuration_hfllm import HfllmConfig
-from hfllm.models.native_families import BAD_CONFIG, FAMILIES, config_from_native, config_to_native
+from hfllm.models.family_rows import FAMILIES
+from hfllm.models.native_families import BAD_CONFIG, config_from_native, config_to_native
 from hfllm.models.stored import refuse_quantized
 
 if TYPE_CHECKING:
@@ -28,7 +29,12 @@ HEADS = {
     "LMHeadModel": "AutoModelForCausalLM",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForTokenClassification": "AutoModelForTokenClassification",
+    "Model": "AutoModel",
 }
+# What our models with a head call the model inside.
+TRUNK = "model"
+# How a model computes, not what: asked of the native model, and so of ours too.
+ASKED_OF_BOTH = ("attn_implementation", "experts_implementation")
 
 
 def from_native(
@@ -43,7 +49,8 @@ def from_native(
         kwargs: further arguments of `from_pretrained`, such as `dtype` or `token`.
 
     Returns:
-        The model with the head that the checkpoint's `architectures` names, else a causal language model.
+        The model with the head that the checkpoint's `architectures` names, or without one if it names the trunk; a
+        causal language model if it names nothing.
 
     Raises:
         InputError: for a family or field that cannot be converted, or a checkpoint that is broken or quantized; it is
@@ -51,11 +58,18 @@ def from_native(
     """
     name = os.fspath(path_or_id)
     kwargs |= {"revision": revision, **({"gguf_file": gguf_file} if gguf_file else {})}
-    native_config = read_config(name, **_location(kwargs))
-    config = config_from_native(native_config)
+    # What cannot be converted is refused before the weights are read.
+    config_from_native(read_config(name, **_location(kwargs)))
     native = load_checked(name, **kwargs)
-    state = layouts.to_ours(native.state_dict(), FAMILIES[native_config.model_type].rules(config))
-    model = _build(_auto_class(native_config)._model_mapping[HfllmConfig], config, state)
+    # Of the model, since arguments of `from_pretrained` may change fields.
+    config = config_from_native(native.config)
+    if _is_token_classifier(native):
+        config.classifier_dropout = native.dropout.p
+    state = layouts.to_ours(_whole(native), _rules(native.config.model_type, native, config))
+    if _is_trunk(native):
+        state = layouts.without_prefix(state, TRUNK)
+    model_class = _auto_class(native.config)._model_mapping[HfllmConfig]
+    model = _build(model_class, config, state, **{key: kwargs[key] for key in ASKED_OF_BOTH if key in kwargs})
     if native.can_generate():
         model.generation_config = native.generation_config
     return model
@@ -88,13 +102,17 @@ def to_native(
     if not isinstance(model.config, HfllmConfig):
         raise InputError(f"expected an hfllm model, got a {type(model).__name__}")
     refuse_quantized(model.config, model.config.name_or_path)
-    native_config = config_to_native(model.config, native_type)
     suffix = type(model).__name__.removeprefix("Hfllm")
     if suffix not in HEADS:
         raise InputError(f"a {type(model).__name__} has no native counterpart; these have: {', '.join(HEADS)}")
-    mapping = getattr(transformers, HEADS[suffix])._model_mapping
-    rules = FAMILIES[native_config.model_type].rules(model.config)
-    native = _build(mapping[type(native_config)], native_config, layouts.to_theirs(model.state_dict(), rules))
+    native_config = config_to_native(model.config, native_type, HEADS[suffix])
+    native_class = getattr(transformers, HEADS[suffix])._model_mapping[type(native_config)]
+    if _is_token_classifier(model):
+        native_config.classifier_dropout = model.dropout.p
+    state = layouts.to_theirs(_whole(model), _rules(native_config.model_type, model, model.config))
+    if _is_trunk(model):
+        state = layouts.without_prefix(state, native_class.base_model_prefix)
+    native = _build(native_class, native_config, state)
     if model.can_generate():
         native.generation_config = model.generation_config
     with whole_folder(target) as folder:
@@ -184,12 +202,37 @@ def _location(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in names if name in kwargs}
 
 
+def _is_token_classifier(model: "PreTrainedModel") -> bool:
+    return type(model).__name__.endswith("ForTokenClassification")
+
+
+def _is_trunk(model: "PreTrainedModel") -> bool:
+    """Return whether a model has no head."""
+    return model.base_model is model
+
+
+def _whole(model: "PreTrainedModel") -> dict[str, "torch.Tensor"]:
+    """Return a model's tensors, those of a trunk named as inside a model with a head."""
+    state = model.state_dict()
+    return layouts.with_prefix(state, model.base_model_prefix) if _is_trunk(model) else state
+
+
+def _rules(model_type: str, model: "PreTrainedModel", config: HfllmConfig) -> Iterator[layouts.Rule]:
+    family = FAMILIES[model_type]
+    yield from family.rules(config)
+    if _is_token_classifier(model):
+        yield from layouts.token_classifier_rules(family.classifier)
+
+
 def _build(
-    model_class: type["PreTrainedModel"], config: "PreTrainedConfig", state: dict[str, "torch.Tensor"]
+    model_class: type["PreTrainedModel"],
+    config: "PreTrainedConfig",
+    state: dict[str, "torch.Tensor"],
+    **kwargs: object,
 ) -> "PreTrainedModel":
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     model, report = model_class.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **kwargs
     )
     _check_report(model_class.__name__, report)
     return model.eval()
@@ -210,7 +253,9 @@ def _check_report(name: str, report: Mapping[str, Any]) -> None:
 def _auto_class(config: "PreTrainedConfig") -> "type[_BaseAutoModelClass]":
     architecture = (config.architectures or ["ForCausalLM"])[0]
     for suffix, name in HEADS.items():
-        if architecture.endswith(suffix):
+        # Of a trunk the whole name: GPT2DoubleHeadsModel is none.
+        trunk = transformers.AutoModel._model_mapping[type(config)].__name__ if suffix == "Model" else None
+        if architecture.endswith(suffix) and trunk in (None, architecture):
             return getattr(transformers, name)
     raise InputError(f"a {architecture} has no counterpart; these have: {', '.join(HEADS)}")
 

@@ -619,7 +619,7 @@ class HfllmForTokenClassification(GenericForTokenClassification, HfllmPreTrained
         HfllmPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = HfllmModel(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = nn.Dropout(config.hidden_dropout if (p := config.classifier_dropout) is None else p)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 

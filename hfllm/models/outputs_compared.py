@@ -22,11 +22,12 @@ def random_tokens(vocab_size: int, context: int | None, seed: int) -> "torch.Ten
 
 
 def logits_of(model: "PreTrainedModel | PeftModel", ids: "torch.Tensor") -> "torch.Tensor":
-    """Return a model's logits in single precision."""
+    """Return a model's logits in single precision; of a model without a head its last hidden states."""
     import torch
 
     with torch.no_grad():
-        return model.eval()(input_ids=ids).logits.float()
+        outputs = model.eval()(input_ids=ids)
+    return outputs["logits" if "logits" in outputs else "last_hidden_state"].float()
 
 
 def is_rounding(difference: float, logits: "torch.Tensor", in_half: bool) -> bool:

@@ -4,7 +4,7 @@ A rule moves numbers and never computes, so applying it there and back gives the
 D head_dim, K key-value heads, G query heads per key-value head.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,8 +54,10 @@ def _transposed(theirs: str, ours: str) -> Rule:
     return Rule(theirs, (ours,), lambda parts: parts[0].t().contiguous(), lambda tensor: [tensor.t().contiguous()])
 
 
-def _stacked(theirs: str, ours: tuple[str, ...], is_transposed: bool) -> Rule:
-    """Return the rule for queries, keys and values stacked in equal parts."""
+def _stacked(
+    theirs: str, ours: tuple[str, ...], is_transposed: bool = False, sizes: tuple[int, ...] | None = None
+) -> Rule:
+    """Return the rule for tensors stacked in parts of `sizes` rows, by default in equal ones."""
     import torch
 
     def join(parts: Sequence["Tensor"]) -> "Tensor":
@@ -64,7 +66,8 @@ def _stacked(theirs: str, ours: tuple[str, ...], is_transposed: bool) -> Rule:
 
     def split(tensor: "Tensor") -> Sequence["Tensor"]:
         whole = tensor.t() if is_transposed else tensor
-        return [part.contiguous() for part in whole.chunk(len(ours))]
+        parts = whole.split(sizes) if sizes else whole.chunk(len(ours))
+        return [part.contiguous() for part in parts]
 
     return Rule(theirs, ours, join, split)
 
@@ -108,6 +111,12 @@ def _renamed(pairs: dict[str, str], theirs: str = "", ours: str = "") -> Iterato
             yield Rule(f"{theirs}{their_name}.{part}", (f"{ours}{our_name}.{part}",))
 
 
+def _head_sizes(config: HfllmConfig) -> tuple[int, int, int]:
+    """Return the rows of a layer's queries, keys and values."""
+    keys = config.num_key_value_heads * config.head_dim
+    return config.num_attention_heads * config.head_dim, keys, keys
+
+
 def _qkv(layer: str, part: str) -> tuple[str, ...]:
     return tuple(f"{layer}self_attn.{name}_proj.{part}" for name in "qkv")
 
@@ -119,6 +128,22 @@ def gpt2_rules(config: HfllmConfig) -> Iterator[Rule]:
     outside = {"wte": "embed_tokens", "wpe": "embed_positions", "ln_f": "norm"}
     yield from _renamed(outside, "transformer.", "model.")
     yield from _gpt_layers(config)
+
+
+def bigcode_rules(config: HfllmConfig) -> Iterator[Rule]:
+    outside = {"wte": "embed_tokens", "wpe": "embed_positions", "ln_f": "norm"}
+    yield from _renamed(outside, "transformer.", "model.")
+    inside = {
+        **{"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_proj": "self_attn.o_proj"},
+        **{"mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"},
+    }
+    is_multi_query = config.num_key_value_heads == 1
+    for index in range(config.num_hidden_layers):
+        theirs, ours = f"transformer.h.{index}.", f"model.layers.{index}."
+        yield from _renamed(inside, theirs, ours)
+        for part in ("weight", "bias"):
+            name, parts = f"{theirs}attn.c_attn.{part}", _qkv(ours, part)
+            yield _stacked(name, parts, sizes=_head_sizes(config)) if is_multi_query else _grouped(name, parts, config)
 
 
 def openai_rules(config: HfllmConfig) -> Iterator[Rule]:
@@ -134,7 +159,7 @@ def _gpt_layers(config: HfllmConfig) -> Iterator[Rule]:
         theirs, ours = f"transformer.h.{index}.", f"model.layers.{index}."
         yield from _renamed(norms, theirs, ours)
         yield _stacked(f"{theirs}attn.c_attn.weight", _qkv(ours, "weight"), is_transposed=True)
-        yield _stacked(f"{theirs}attn.c_attn.bias", _qkv(ours, "bias"), is_transposed=False)
+        yield _stacked(f"{theirs}attn.c_attn.bias", _qkv(ours, "bias"))
         for their_name, our_name in projections.items():
             yield _transposed(f"{theirs}{their_name}.weight", f"{ours}{our_name}.weight")
             yield Rule(f"{theirs}{their_name}.bias", (f"{ours}{our_name}.bias",))
@@ -179,3 +204,43 @@ def rotary_pairs_rules(config: HfllmConfig) -> Iterator[Rule]:
         for projection in ("q_proj", "k_proj"):
             for part in ("weight", "bias"):
                 yield _rotary_pairs(f"model.layers.{index}.self_attn.{projection}.{part}", config)
+
+
+def starcoder2_rules(config: HfllmConfig) -> Iterator[Rule]:
+    for index in range(config.num_hidden_layers):
+        mlp = f"model.layers.{index}.mlp."
+        yield from _renamed({"c_fc": "up_proj", "c_proj": "down_proj"}, mlp, mlp)
+
+
+def phi3_rules(config: HfllmConfig) -> Iterator[Rule]:
+    for index in range(config.num_hidden_layers):
+        layer = f"model.layers.{index}."
+        yield _stacked(f"{layer}self_attn.qkv_proj.weight", _qkv(layer, "weight"), sizes=_head_sizes(config))
+        both = (f"{layer}mlp.gate_proj.weight", f"{layer}mlp.up_proj.weight")
+        yield _stacked(f"{layer}mlp.gate_up_proj.weight", both)
+
+
+def persimmon_rules(config: HfllmConfig) -> Iterator[Rule]:
+    yield from _renamed({"final_layernorm": "norm"}, "model.", "model.")
+    inside = {"dense": "o_proj", "q_layernorm": "q_norm", "k_layernorm": "k_norm"}
+    for index in range(config.num_hidden_layers):
+        layer = f"model.layers.{index}."
+        yield from _renamed(inside, f"{layer}self_attn.", f"{layer}self_attn.")
+        yield from _renamed({"dense_h_to_4h": "up_proj", "dense_4h_to_h": "down_proj"}, f"{layer}mlp.", f"{layer}mlp.")
+        for part in ("weight", "bias"):
+            yield _grouped(f"{layer}self_attn.query_key_value.{part}", _qkv(layer, part), config)
+
+
+def token_classifier_rules(name: str) -> Iterator[Rule]:
+    """Yield the rules for the head of a token classifier, which some families call `classifier`."""
+    yield from _renamed({name: "score"})
+
+
+def with_prefix(state: Mapping[str, "Tensor"], prefix: str) -> dict[str, "Tensor"]:
+    """Return a trunk's tensors, named as they are inside a model with a head."""
+    return {f"{prefix}.{name}": tensor for name, tensor in state.items()}
+
+
+def without_prefix(state: Mapping[str, "Tensor"], prefix: str) -> dict[str, "Tensor"]:
+    """Return the inverse of `with_prefix`."""
+    return {name.removeprefix(f"{prefix}."): tensor for name, tensor in state.items()}

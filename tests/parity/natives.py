@@ -14,6 +14,7 @@ _SIZES = {
     "eos_token_id": 2,
 }
 _GROUPED = {**_SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
 _GPT = {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "eos_token_id": 2}
 
 
@@ -48,6 +49,12 @@ NATIVES = {
     "mistral": ("mistral", {**_GROUPED, "sliding_window": 5}),
     "mistral-no-window": ("mistral", {**_GROUPED, "sliding_window": None}),
     "mixtral": ("mixtral", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3-moe": ("qwen3_moe", {**_GROUPED, **_EXPERTS}),
+    "qwen3-moe-window": (
+        "qwen3_moe",
+        {**_GROUPED, **_EXPERTS, "use_sliding_window": True, "sliding_window": 5, "attention_bias": True}
+        | {"tie_word_embeddings": True, "head_dim": 16},
+    ),
     "qwen2": ("qwen2", _GROUPED),
     "qwen2-window": ("qwen2", {**_GROUPED, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
     "qwen3": ("qwen3", {**_GROUPED, "head_dim": 16}),
@@ -71,6 +78,53 @@ NATIVES = {
         {**_SIZES, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
     ),
     "falcon-sequential": ("falcon", {**_SIZES, "multi_query": False, "parallel_attn": False, "bias": True}),
+}
+
+NATIVES |= {
+    "bigcode": ("gpt_bigcode", {**_GPT, "bos_token_id": 1}),
+    "bigcode-all-heads": ("gpt_bigcode", {**_GPT, "bos_token_id": 1, "multi_query": False, "n_inner": 48}),
+    "starcoder2": ("starcoder2", _GROUPED),
+    "starcoder2-window": (
+        "starcoder2",
+        {
+            **_GROUPED,
+            "sliding_window": 5,
+            "use_bias": False,
+            "tie_word_embeddings": False,
+            **_rope("linear", factor=2.0),
+        },
+    ),
+    "phi3": ("phi3", {**_GROUPED, "tie_word_embeddings": True}),
+    "phi3-long": (
+        "phi3",
+        {
+            **{**_GROUPED, "original_max_position_embeddings": 16, "sliding_window": 20},
+            **_rope("longrope", short_factor=[1.0, 1.5], long_factor=[2.0, 3.0], partial_rotary_factor=0.5),
+        },
+    ),
+    "stablelm": ("stablelm", _GROUPED),
+    "stablelm-parallel": (
+        "stablelm",
+        {**_GROUPED, "use_parallel_residual": True, "use_qkv_bias": True, "tie_word_embeddings": True},
+    ),
+    "persimmon": ("persimmon", {**_SIZES, "intermediate_size": 48}),
+    "persimmon-no-norms": (
+        "persimmon",
+        {**_SIZES, "intermediate_size": 48, "qk_layernorm": False, **_rope("default", partial_rotary_factor=1.0)},
+    ),
+    "arcee": ("arcee", {**_GROUPED, "attention_bias": True, "mlp_bias": True}),
+    "seed-oss": ("seed_oss", {**_GROUPED, "head_dim": 16, "attention_out_bias": True}),
+    "helium": ("helium", {**_GROUPED, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
+    "qwen2-yarn": (
+        "qwen2",
+        {**_GROUPED, "tie_word_embeddings": True, **_rope("yarn", factor=4.0, original_max_position_embeddings=32)},
+    ),
+    "gemma-untied": ("gemma", {**_GROUPED, "head_dim": 16, "attention_bias": True, "tie_word_embeddings": False}),
+    "neox-tied": (
+        "gpt_neox",
+        {**_SIZES, "intermediate_size": 64, "attention_bias": False, "tie_word_embeddings": True},
+    ),
+    "falcon-untied": ("falcon", {**_SIZES, "tie_word_embeddings": False, "bias": True, "ffn_hidden_size": 48}),
 }
 
 

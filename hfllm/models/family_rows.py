@@ -1,0 +1,325 @@
+"""One row for each native architecture of transformers that converts: how its config says what ours says."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hfllm.errors import InputError
+from hfllm.models import tensor_layouts as layouts
+from hfllm.models.configuration_hfllm import HfllmConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+SHARED = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings"),
+    *("initializer_range", "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout"),
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Conversion of one native architecture's config to hfllm, and back.
+
+    Args:
+        names: our field -> the native field with the same meaning, beyond `SHARED`.
+        read: our other fields, from a native config.
+        write: the native config's other fields, from ours.
+        rules: tensors that are named or laid out differently.
+        has_partial_rope: whether `partial_rotary_factor` has an effect there.
+        classifier: what the head of its token classifier is called.
+        idle: native fields without effect on the models that convert.
+    """
+
+    names: Mapping[str, str]
+    read: Callable[["PreTrainedConfig"], dict[str, Any]] = lambda config: {}
+    write: Callable[[HfllmConfig], dict[str, Any]] = lambda config: {}
+    rules: Callable[[HfllmConfig], Iterator[layouts.Rule]] = lambda config: iter(())
+    has_partial_rope: bool = False
+    classifier: str = "score"
+    idle: frozenset[str] = frozenset()
+
+    def ours(self, native: "PreTrainedConfig") -> HfllmConfig:
+        names = {name: name for name in SHARED} | dict(self.names)
+        # `head_dim` is None in some native configs and absent from others, which still accept it.
+        values = {ours: getattr(native, theirs, None) for ours, theirs in names.items()}
+        if values.get("rope_parameters"):
+            rope = plain_rope(values["rope_parameters"])
+            if not self.has_partial_rope:
+                rope.pop("partial_rotary_factor", None)
+            values["rope_parameters"] = rope
+        return HfllmConfig(**values | self.read(native))
+
+    def theirs(self, config: HfllmConfig, native_class: type["PreTrainedConfig"]) -> "PreTrainedConfig":
+        names = {name: name for name in SHARED} | dict(self.names)
+        values = {theirs: getattr(config, ours) for ours, theirs in names.items()}
+        if values.get("rope_parameters"):
+            values["rope_parameters"] = dict(values["rope_parameters"])
+            if self.has_partial_rope:
+                # If absent, the native class takes another value.
+                values["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
+        return native_class(**values | self.write(config))
+
+
+def plain_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy, since configs change theirs in place, without a factor that has no effect."""
+    rope = dict(parameters)
+    if rope.get("partial_rotary_factor") == 1:
+        del rope["partial_rotary_factor"]
+    return rope
+
+
+# ---- the families ----
+
+_LLAMA = {
+    **{name: name for name in ("intermediate_size", "num_key_value_heads", "hidden_act", "max_position_embeddings")},
+    **{"rope_parameters": "rope_parameters", "norm_eps": "rms_norm_eps", "head_dim": "head_dim"},
+}
+_LLAMA_BIASES = {**_LLAMA, "attention_bias": "attention_bias"}
+_MISTRAL = {**_LLAMA, "sliding_window": "sliding_window"}
+_EXPERTS = ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef")
+_GPT_FIELDS = {
+    **{"norm_type": "layernorm", "mlp_type": "plain", "position_embedding_type": "learned"},
+    **{"attention_bias": True, "mlp_bias": True},
+}
+_GPT2 = {
+    **{"hidden_act": "activation_function", "norm_eps": "layer_norm_epsilon", "intermediate_size": "n_inner"},
+    **{"max_position_embeddings": "n_positions", "hidden_dropout": "resid_pdrop", "attention_dropout": "attn_pdrop"},
+}
+_LAYERNORM = {
+    **{name: name for name in ("intermediate_size", "hidden_act", "max_position_embeddings", "rope_parameters")},
+    **{"norm_eps": "layer_norm_eps", "hidden_dropout": "hidden_dropout"},
+}
+# The first GPT's "gelu" is the tanh approximation that transformers calls gelu_new elsewhere.
+_OPENAI_ACTIVATIONS = {"gelu": "gelu_new", "swish": "silu"}
+
+
+def _window(native: "PreTrainedConfig") -> int | None:
+    """Return the sliding window of Qwen's configs, where all layers share one."""
+    kinds = set(native.layer_types)
+    if len(kinds) > 1:
+        raise InputError(f"{native.model_type} with layer_types={native.layer_types} mixes full and sliding attention")
+    return native.sliding_window if kinds == {"sliding_attention"} else None
+
+
+def _qwen_window(config: HfllmConfig) -> dict[str, Any]:
+    return {
+        "use_sliding_window": config.sliding_window is not None,
+        "sliding_window": config.sliding_window,
+        "max_window_layers": 0,
+    }
+
+
+def _qwen3_moe_fields(native: "PreTrainedConfig") -> dict[str, Any]:
+    dense = [name for name in ("mlp_only_layers", "decoder_sparse_step") if getattr(native, name) not in ([], 1)]
+    if dense or native.num_experts < 1:
+        values = ", ".join(f"{name}={getattr(native, name)!r}" for name in (*dense, "num_experts"))
+        raise InputError(f"layers without experts among those with them ({values}) have no place in HfllmConfig")
+    return {"qk_norm": True, "attention_output_bias": native.attention_bias}
+
+
+def _bigcode_fields(native: "PreTrainedConfig") -> dict[str, Any]:
+    return {
+        **_GPT_FIELDS,
+        "intermediate_size": native.n_inner or 4 * native.n_embd,
+        "num_key_value_heads": 1 if native.multi_query else native.n_head,
+    }
+
+
+def _biases_of(field: str) -> Callable[["PreTrainedConfig"], dict[str, Any]]:
+    """Return a reader for configs whose one `field` says whether all projections have biases."""
+    return lambda native: {
+        **{"norm_type": "layernorm", "mlp_type": "plain"},
+        **{name: getattr(native, field) for name in ("attention_bias", "attention_output_bias", "mlp_bias")},
+    }
+
+
+def _falcon_fields(native: "PreTrainedConfig") -> dict[str, Any]:
+    is_new = native.new_decoder_architecture
+    norms = 1 if not is_new else native.num_ln_in_parallel_attn or 2
+    key_heads = native.num_kv_heads if is_new else 1 if native.multi_query else native.num_attention_heads
+    return {
+        **{"norm_type": "layernorm", "mlp_type": "plain"},
+        **{name: native.bias for name in ("attention_bias", "mlp_bias")},
+        "num_key_value_heads": key_heads,
+        "parallel_block": bool(is_new or native.parallel_attn),
+        "shared_norm": norms == 1,
+    }
+
+
+def _original_context(config: HfllmConfig) -> dict[str, Any]:
+    """Return Phi-3's own field for the context before scaling, which goes before that in `rope_parameters`."""
+    name = "original_max_position_embeddings"
+    return {name: (config.rope_parameters or {}).get(name, config.max_position_embeddings)}
+
+
+def _falcon_write(config: HfllmConfig) -> dict[str, Any]:
+    is_new = config.parallel_block and (not config.shared_norm or config.num_key_value_heads > 1)
+    return {
+        "alibi": False,
+        "bias": config.attention_bias,
+        "new_decoder_architecture": is_new,
+        "multi_query": config.num_key_value_heads == 1,
+        "num_kv_heads": config.num_key_value_heads if is_new else None,
+        "parallel_attn": config.parallel_block,
+        "num_ln_in_parallel_attn": (1 if config.shared_norm else 2) if is_new else None,
+    }
+
+
+# In the order in which `to_native` tries them.
+FAMILIES = {
+    "llama": Family(
+        {**_LLAMA_BIASES, "mlp_bias": "mlp_bias"}, read=lambda native: {"attention_output_bias": native.attention_bias}
+    ),
+    "mistral": Family(_MISTRAL),
+    "mixtral": Family({**_MISTRAL, **{name: name for name in _EXPERTS}}),
+    "qwen3_moe": Family(
+        {
+            **{**_LLAMA_BIASES, "intermediate_size": "moe_intermediate_size", "num_local_experts": "num_experts"},
+            **{name: name for name in ("num_experts_per_tok", "router_aux_loss_coef", "sliding_window")},
+        },
+        read=_qwen3_moe_fields,
+        write=lambda config: {"norm_topk_prob": True, "use_sliding_window": config.sliding_window is not None},
+        # The width of dense layers, and there are none.
+        idle=frozenset({"intermediate_size"}),
+    ),
+    "qwen2": Family(
+        _LLAMA,
+        read=lambda native: {
+            "attention_bias": True,
+            "attention_output_bias": False,
+            "sliding_window": _window(native),
+        },
+        write=_qwen_window,
+    ),
+    "qwen3": Family(
+        _LLAMA_BIASES,
+        read=lambda native: {
+            "qk_norm": True,
+            "attention_output_bias": native.attention_bias,
+            "sliding_window": _window(native),
+        },
+        write=_qwen_window,
+    ),
+    "gemma": Family(
+        _LLAMA_BIASES,
+        read=lambda native: {
+            "norm_unit_offset": True,
+            "embedding_multiplier": native.hidden_size**0.5,
+            "attention_output_bias": native.attention_bias,
+        },
+    ),
+    "cohere": Family(
+        {**_LLAMA_BIASES, "norm_eps": "layer_norm_eps", "logit_scale": "logit_scale"},
+        read=lambda native: {
+            **{"norm_type": "layernorm", "norm_bias": False, "parallel_block": True},
+            "attention_output_bias": native.attention_bias,
+        },
+        rules=layouts.rotary_pairs_rules,
+    ),
+    "gpt2": Family(
+        _GPT2,
+        read=lambda native: {**_GPT_FIELDS, "intermediate_size": native.n_inner or 4 * native.n_embd},
+        write=lambda config: {"embd_pdrop": config.hidden_dropout},
+        rules=layouts.gpt2_rules,
+        classifier="classifier",
+    ),
+    "gpt_bigcode": Family(
+        _GPT2,
+        read=_bigcode_fields,
+        write=lambda config: {"embd_pdrop": config.hidden_dropout, "multi_query": config.num_key_value_heads == 1},
+        rules=layouts.bigcode_rules,
+        classifier="classifier",
+    ),
+    "openai-gpt": Family(
+        {
+            **{"norm_eps": "layer_norm_epsilon", "max_position_embeddings": "n_positions"},
+            **{"hidden_dropout": "resid_pdrop", "attention_dropout": "attn_pdrop"},
+        },
+        read=lambda native: {
+            **{**_GPT_FIELDS, "norm_placement": "post"},
+            "hidden_act": _OPENAI_ACTIVATIONS.get(native.afn, native.afn),
+        },
+        write=lambda config: {
+            # Any other activation comes back as gelu_new and is therefore refused.
+            "afn": {"silu": "silu", "relu": "relu"}.get(config.hidden_act, "gelu"),
+            "embd_pdrop": config.hidden_dropout,
+        },
+        rules=layouts.openai_rules,
+    ),
+    "gpt_neox": Family(
+        {
+            **{name: name for name in ("intermediate_size", "hidden_act", "max_position_embeddings")},
+            **{name: name for name in ("rope_parameters", "attention_bias", "hidden_dropout")},
+            "norm_eps": "layer_norm_eps",
+        },
+        read=lambda native: {
+            **{"norm_type": "layernorm", "mlp_type": "plain", "mlp_bias": True, "shared_norm": False},
+            "attention_output_bias": native.attention_bias,
+            "parallel_block": native.use_parallel_residual,
+        },
+        write=lambda config: {"use_parallel_residual": config.parallel_block},
+        rules=layouts.neox_rules,
+        has_partial_rope=True,
+        classifier="classifier",
+    ),
+    "falcon": Family(
+        {
+            **{"intermediate_size": "ffn_hidden_size", "hidden_act": "activation", "norm_eps": "layer_norm_epsilon"},
+            **{name: name for name in ("max_position_embeddings", "rope_parameters", "hidden_dropout")},
+        },
+        read=_falcon_fields,
+        write=_falcon_write,
+        rules=layouts.falcon_rules,
+        classifier="classifier",
+    ),
+    "starcoder2": Family(
+        {
+            **{**_LLAMA, "norm_eps": "norm_epsilon", "sliding_window": "sliding_window"},
+            "hidden_dropout": "residual_dropout",
+        },
+        read=_biases_of("use_bias"),
+        write=lambda config: {"use_bias": config.attention_bias, "embedding_dropout": config.hidden_dropout},
+        rules=layouts.starcoder2_rules,
+    ),
+    "phi3": Family(
+        {**_MISTRAL, "hidden_dropout": "resid_pdrop"},
+        write=lambda config: {"embd_pdrop": config.hidden_dropout, **_original_context(config)},
+        rules=layouts.phi3_rules,
+        has_partial_rope=True,
+        # Read from `rope_parameters`, where it has an effect.
+        idle=frozenset({"original_max_position_embeddings"}),
+    ),
+    "stablelm": Family(
+        {
+            **{**_LAYERNORM, "num_key_value_heads": "num_key_value_heads", "attention_bias": "use_qkv_bias"},
+            "parallel_block": "use_parallel_residual",
+        },
+        read=lambda native: {"norm_type": "layernorm", "attention_output_bias": False},
+        has_partial_rope=True,
+    ),
+    "persimmon": Family(
+        {**_LAYERNORM, "qk_norm": "qk_layernorm"},
+        read=lambda native: {
+            **{"norm_type": "layernorm", "mlp_type": "plain"},
+            **{name: True for name in ("attention_bias", "attention_output_bias", "mlp_bias")},
+        },
+        rules=layouts.persimmon_rules,
+        has_partial_rope=True,
+    ),
+    "arcee": Family(
+        {**_LLAMA_BIASES, "mlp_bias": "mlp_bias"},
+        read=lambda native: {"mlp_type": "plain", "attention_output_bias": native.attention_bias},
+    ),
+    "seed_oss": Family(
+        {
+            **{**_LLAMA_BIASES, "mlp_bias": "mlp_bias", "attention_output_bias": "attention_out_bias"},
+            "hidden_dropout": "residual_dropout",
+        },
+    ),
+    "helium": Family(
+        {**_LLAMA_BIASES, "mlp_bias": "mlp_bias"},
+        read=lambda native: {"attention_output_bias": False},
+        rules=layouts.rotary_pairs_rules,
+    ),
+}

@@ -1,0 +1,60 @@
+"""What architectures that do not convert have and `HfllmConfig` has not, to say why they are refused."""
+
+# The first thing that is missing, not all. Read from the modeling code of transformers 5.24.
+MISSING = {
+    "a bias of the language-model head": ("gptj", "codegen", "phi", "phimoe"),
+    "attention without the scale 1/sqrt(head_dim)": ("gpt_neo",),
+    "a norm without weights": ("olmo",),
+    "a norm of whole queries and keys, over all heads": ("olmo2", "olmo3", "olmoe", "flex_olmo"),
+    "a norm both before and after each block": ("gemma2", "gemma3", "gemma3_text", "glm4", "vaultgemma"),
+    "embeddings that every layer reads": ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
+    "a LayerNorm whose weights are stored minus one": ("nemotron",),
+    "ALiBi in place of positions": ("bloom", "mpt"),
+    "positions that are counted from 2 over the attention mask": ("opt", "biogpt"),
+    "sinusoidal positions": ("ctrl", "xglm"),
+    "layers with rotary positions among layers without": ("cohere2", "smollm3", "llama4", "llama4_text", "exaone4"),
+    "layers with full attention among layers with a sliding window": ("ministral", "exaone_moe", "granite_swa"),
+    "attention sinks": ("gpt_oss", "mimo_v2_flash"),
+    "a factor on each block's output": ("granite", "granitemoe", "granitemoeshared"),
+    "a factor on each block's output, learned per layer": ("nanochat",),
+    "compressed keys and values (latent attention)": (
+        *("deepseek_v2", "deepseek_v3", "deepseek_v32", "minicpm3", "longcat_flash", "youtu", "glm_moe_dsa"),
+        "glm4_moe_lite",
+    ),
+    "an expert that all tokens share": ("qwen2_moe", "glm4_moe", "dots1", "ernie4_5_moe", "hunyuan_v1_moe", "afmoe"),
+    "a limit on queries, keys and values": ("dbrx",),
+    "layers with a recurrent state": (
+        *("mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "zamba", "zamba2", "nemotron_h", "granitemoehybrid"),
+        *("falcon_h1", "recurrent_gemma", "rwkv", "xlstm", "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe"),
+        *("qwen3_5_moe_text", "kimi_linear", "minimax", "olmo_hybrid", "bailing_hybrid"),
+    ),
+    "convolutions in place of attention": ("lfm2", "lfm2_moe"),
+    "token types and a norm of the embeddings": (
+        *("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie", "deberta", "deberta-v2", "distilbert"),
+        *("albert", "mpnet", "rembert", "roformer", "megatron-bert", "data2vec-text"),
+    ),
+    "relative positions": ("xlnet",),
+    "an encoder beside the decoder": (
+        *("t5", "mt5", "umt5", "byt5", "t5gemma", "bart", "mbart", "plbart", "mvp", "pegasus", "pegasus_x", "marian"),
+        *(
+            "m2m_100",
+            "blenderbot",
+            "blenderbot-small",
+            "prophetnet",
+            "longt5",
+            "led",
+            "switch_transformers",
+            "whisper",
+        ),
+    ),
+    "an encoder of images": (
+        *("llava", "llava_next", "llava_onevision", "mistral3", "mllama", "paligemma", "idefics2", "idefics3"),
+        *("smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "aria", "pixtral", "fuyu", "chameleon", "emu3"),
+    ),
+}
+_BY_TYPE = {model_type: concept for concept, types in MISSING.items() for model_type in types}
+
+
+def missing_concept(model_type: str) -> str | None:
+    """Return what a known architecture has and `HfllmConfig` has not, as a noun phrase; `None` for others."""
+    return _BY_TYPE.get(model_type)
