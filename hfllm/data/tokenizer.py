@@ -161,10 +161,13 @@ def plain_chat_template() -> str:
     are a prefix of the whole conversation's.
     """
     return (
-        "{%- for message in messages -%}"
+        # Of our own template the macro that reads strings and lists of parts.
+        "".join(chat_template().partition("{%- endmacro -%}")[:2]) + "{%- for message in messages -%}"
         "{%- if message['role'] == 'assistant' -%}"
-        "{{- 'Assistant:\\n' -}}{% generation %}{{- message['content'] + eos_token -}}{% endgeneration %}{{- '\\n' -}}"
-        "{%- else -%}{{- message['role'] | capitalize + ':\\n' + message['content'] + '\\n' -}}{%- endif -%}"
+        "{{- 'Assistant:\\n' -}}"
+        "{% generation %}{{- text_of(message['content']) + eos_token -}}{% endgeneration %}{{- '\\n' -}}"
+        "{%- else -%}"
+        "{{- message['role'] | capitalize + ':\\n' + text_of(message['content']) + '\\n' -}}{%- endif -%}"
         "{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{- 'Assistant:\\n' -}}{%- endif -%}"
     )

@@ -1,6 +1,10 @@
 """The trained tokenizer: lossless, with a template that marks what the assistant says and ends its turn."""
 
+import json
+
 import pytest
+import regex
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from hfllm.data.tokenizer import plain_chat_template, train_tokenizer
@@ -31,6 +35,55 @@ def test_generation_markers_cover_the_answer_and_its_end_token(tokenizer, templa
     )
     marked = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
     assert tokenizer.decode(marked) == "The fox is red.<|end|>"
+
+
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+@pytest.mark.parametrize("template", [None, plain_chat_template()], ids=["ours", "plain"])
+@pytest.mark.parametrize("add_generation_prompt", [False, True])
+def test_content_as_a_list_of_parts_is_the_content_as_a_string(tokenizer, template, add_generation_prompt):
+    chat = [{"role": "system", "content": "Be kind."}, *CHAT, {"role": "user", "content": ""}]
+    lists = [{**message, "content": parts(message["content"])} for message in chat]
+    lists[1]["content"] = parts("What colour", " is", " the fox?")
+    lists[3]["content"] = []
+    options = {
+        **{"chat_template": template, "tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True},
+        "add_generation_prompt": add_generation_prompt,
+    }
+    expected = tokenizer.apply_chat_template(chat, **options)
+    assert sum(expected["assistant_masks"]) > 0
+    assert tokenizer.apply_chat_template(lists, **options) == expected
+
+
+@pytest.mark.parametrize("template", [None, plain_chat_template()], ids=["ours", "plain"])
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([*parts("See: "), {"type": "image", "url": "fox.png"}], "this model reads text alone: .*'image'"),
+        ([{"type": "text"}], "this model reads text alone"),
+        (["fox"], "this model reads text alone.*fox"),
+        ({"type": "text", "text": "fox"}, "content must be a string or a list"),
+        (None, "a message has no content"),
+        (3, "content must be a string or a list.*3"),
+    ],
+)
+def test_content_that_is_not_text_is_refused(tokenizer, template, role, content, message):
+    with pytest.raises(TemplateError, match=message):
+        tokenizer.apply_chat_template([{"role": role, "content": content}], chat_template=template, tokenize=False)
+
+
+def test_it_splits_text_as_the_tokenizer_of_gpt2_does(tokenizer):
+    """llama.cpp's pre-tokenizer `gpt-2` is the right one for it if nothing else changes text or adds tokens."""
+    published = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    assert backend["normalizer"] is None and not backend["model"]["ignore_merges"]
+    assert tokenizer("")["input_ids"] == []
+    text = "We've  2 foxes,\t(naïve 漢字 १२ 🙂)!!\r\n \n  don't DON'T ½e\u0301 \u3000x "
+    pieces = [text[start:end] for _, (start, end) in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+    assert pieces == regex.findall(published, text)
 
 
 def test_it_survives_saving(tokenizer, tmp_path):
