@@ -77,6 +77,7 @@ _LLAMA = {
 }
 _LLAMA_BIASES = {**_LLAMA, "attention_bias": "attention_bias"}
 _MISTRAL = {**_LLAMA, "sliding_window": "sliding_window"}
+_ALL_BIASES = ("attention_bias", "attention_output_bias", "mlp_bias")
 _EXPERTS = ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef")
 _GPT_FIELDS = {
     **{"norm_type": "layernorm", "mlp_type": "plain", "position_embedding_type": "learned"},
@@ -123,14 +124,6 @@ def _bigcode_fields(native: "PreTrainedConfig") -> dict[str, Any]:
         **_GPT_FIELDS,
         "intermediate_size": native.n_inner or 4 * native.n_embd,
         "num_key_value_heads": 1 if native.multi_query else native.n_head,
-    }
-
-
-def _biases_of(field: str) -> Callable[["PreTrainedConfig"], dict[str, Any]]:
-    """Return a reader for configs whose one `field` says whether all projections have biases."""
-    return lambda native: {
-        **{"norm_type": "layernorm", "mlp_type": "plain"},
-        **{name: getattr(native, field) for name in ("attention_bias", "attention_output_bias", "mlp_bias")},
     }
 
 
@@ -278,7 +271,10 @@ FAMILIES = {
             **{**_LLAMA, "norm_eps": "norm_epsilon", "sliding_window": "sliding_window"},
             "hidden_dropout": "residual_dropout",
         },
-        read=_biases_of("use_bias"),
+        read=lambda native: {
+            **{"norm_type": "layernorm", "mlp_type": "plain"},
+            **{name: native.use_bias for name in _ALL_BIASES},
+        },
         write=lambda config: {"use_bias": config.attention_bias, "embedding_dropout": config.hidden_dropout},
         rules=layouts.starcoder2_rules,
     ),
@@ -302,10 +298,16 @@ FAMILIES = {
         {**_LAYERNORM, "qk_norm": "qk_layernorm"},
         read=lambda native: {
             **{"norm_type": "layernorm", "mlp_type": "plain"},
-            **{name: True for name in ("attention_bias", "attention_output_bias", "mlp_bias")},
+            **dict.fromkeys(_ALL_BIASES, True),
         },
         rules=layouts.persimmon_rules,
         has_partial_rope=True,
+    ),
+    "jais2": Family(
+        {**_LLAMA_BIASES, "mlp_bias": "mlp_bias", "norm_eps": "layer_norm_eps"},
+        read=lambda native: {
+            **{"norm_type": "layernorm", "mlp_type": "plain", "attention_output_bias": native.attention_bias},
+        },
     ),
     "arcee": Family(
         {**_LLAMA_BIASES, "mlp_bias": "mlp_bias"},
@@ -322,4 +324,18 @@ FAMILIES = {
         read=lambda native: {"attention_output_bias": False},
         rules=layouts.rotary_pairs_rules,
     ),
+    "glm": Family(
+        _LLAMA_BIASES,
+        read=lambda native: {"attention_output_bias": False},
+        rules=layouts.glm_rules,
+        has_partial_rope=True,
+    ),
+    "ernie4_5": Family(
+        _LLAMA,
+        read=lambda native: {"attention_dropout": 0.0, **{name: native.use_bias for name in _ALL_BIASES}},
+        write=lambda config: {"use_bias": config.attention_bias},
+        rules=layouts.rotary_pairs_rules,
+    ),
 }
+# These have configs of their own for the class of Llama.
+FAMILIES |= {name: FAMILIES["llama"] for name in ("exaone", "internlm3", "iquestcoder")}

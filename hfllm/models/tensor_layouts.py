@@ -91,17 +91,19 @@ def _grouped(theirs: str, ours: tuple[str, ...], config: HfllmConfig) -> Rule:
 
 
 def _rotary_pairs(name: str, config: HfllmConfig) -> Rule:
-    """Return the rule for rotary pairs of neighbors (0, 1), (2, 3), ...; ours are half a head apart."""
+    """Return the rule for rotary pairs of neighbors (0, 1), (2, 3), ...; ours are half of what is rotated apart."""
+    import torch
 
-    def join(parts: Sequence["Tensor"]) -> "Tensor":
-        by_head = parts[0].reshape(-1, 2, config.head_dim // 2, *parts[0].shape[1:])
-        return by_head.transpose(1, 2).flatten(0, 2).contiguous()
+    size = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
 
-    def split(tensor: "Tensor") -> Sequence["Tensor"]:
-        by_head = tensor.reshape(-1, config.head_dim // 2, 2, *tensor.shape[1:])
-        return [by_head.transpose(1, 2).flatten(0, 2).contiguous()]
+    def moved(tensor: "Tensor", shape: tuple[int, int]) -> "Tensor":
+        heads = tensor.reshape(-1, config.head_dim, *tensor.shape[1:])
+        rotated = heads[:, :size].unflatten(1, shape).transpose(1, 2).flatten(1, 2)
+        return torch.cat((rotated, heads[:, size:]), dim=1).flatten(0, 1)
 
-    return Rule(name, (name,), join, split)
+    return Rule(
+        name, (name,), lambda parts: moved(parts[0], (2, size // 2)), lambda tensor: [moved(tensor, (size // 2, 2))]
+    )
 
 
 def _renamed(pairs: dict[str, str], theirs: str = "", ours: str = "") -> Iterator[Rule]:
@@ -216,8 +218,18 @@ def phi3_rules(config: HfllmConfig) -> Iterator[Rule]:
     for index in range(config.num_hidden_layers):
         layer = f"model.layers.{index}."
         yield _stacked(f"{layer}self_attn.qkv_proj.weight", _qkv(layer, "weight"), sizes=_head_sizes(config))
-        both = (f"{layer}mlp.gate_proj.weight", f"{layer}mlp.up_proj.weight")
-        yield _stacked(f"{layer}mlp.gate_up_proj.weight", both)
+    yield from _gate_up_rules(config)
+
+
+def glm_rules(config: HfllmConfig) -> Iterator[Rule]:
+    yield from rotary_pairs_rules(config)
+    yield from _gate_up_rules(config)
+
+
+def _gate_up_rules(config: HfllmConfig) -> Iterator[Rule]:
+    for index in range(config.num_hidden_layers):
+        mlp = f"model.layers.{index}.mlp."
+        yield _stacked(f"{mlp}gate_up_proj.weight", (f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"))
 
 
 def persimmon_rules(config: HfllmConfig) -> Iterator[Rule]:

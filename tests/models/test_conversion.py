@@ -104,6 +104,89 @@ def test_what_our_axes_cannot_say_is_refused(config, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "concept"),
+    [
+        ("gptj", "a bias of the language-model head has no place in HfllmConfig"),
+        ("phi", "a bias of the language-model head"),
+        ("gpt_neo", "attention without the scale 1/sqrt(head_dim)"),
+        ("olmo", "a norm without weights"),
+        ("gemma2", "a norm both before and after each block"),
+        ("bloom", "ALiBi"),
+        ("deepseek_v3", "latent attention"),
+        ("t5", "an encoder beside the decoder"),
+        ("bert", "token types"),
+        ("opt", "positions that begin at 2"),
+    ],
+)
+def test_an_architecture_that_has_more_is_refused_by_what_it_has(model_type, concept):
+    with pytest.raises(InputError) as error:
+        config_from_native(transformers.AutoConfig.for_model(model_type))
+    assert concept in str(error.value) and f"model_type {model_type!r}" in str(error.value)
+
+
+def test_another_architecture_is_refused_by_what_converts():
+    with pytest.raises(InputError, match=r"'clip' cannot be converted; these can: llama, mistral, .*qwen3_moe"):
+        config_from_native(transformers.CLIPConfig())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"decoder_sparse_step": 2}, r"qwen3_moe: layers without experts .*decoder_sparse_step=2, num_experts=4"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]"),
+        ({"num_experts": 0}, "num_experts=0"),
+        ({"norm_topk_prob": False}, "norm_topk_prob=False has no place in HfllmConfig, only True has"),
+    ],
+)
+def test_experts_that_work_otherwise_are_refused(config, message):
+    values = {**SIZES, "num_key_value_heads": 1, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    with pytest.raises(InputError, match=message):
+        config_from_native(transformers.Qwen3MoeConfig(**values | config))
+
+
+@pytest.mark.parametrize(
+    ("values", "native_type", "message"),
+    [
+        (
+            {"num_local_experts": 4, "qk_norm": True, "norm_type": "layernorm"},
+            None,
+            "no native class can express this model; the nearest, qwen3_moe, has no place for "
+            "norm_type='layernorm' (it has 'rmsnorm')",
+        ),
+        ({"sliding_window": 5}, "llama", "llama has no place for sliding_window=5 (it has None)"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "llama",
+            "llama has no place for rope_parameters.partial_rotary_factor=0.5 (it has None)",
+        ),
+        (
+            {"hidden_size": 36, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 16},
+            "llama",
+            "llama refuses this model: Class validation error",
+        ),
+    ],
+)
+def test_a_refusal_is_one_line_of_fields_and_what_is_there_instead(make_config, values, native_type, message):
+    with pytest.raises(InputError) as error:
+        config_to_native(make_config(**values), native_type)
+    assert str(error.value).startswith(message)
+    assert "plan" not in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+def test_attention_is_as_asked(native_folder, attention):
+    model = hfllm.from_native(native_folder, attn_implementation=attention)
+    assert model.config._attn_implementation == attention
+
+
+def test_a_field_that_is_changed_while_loading_is_changed_in_ours(native_folder):
+    model = hfllm.from_native(native_folder, rms_norm_eps=0.5)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(native_folder, rms_norm_eps=0.5)
+    ids = torch.arange(10, 22).unsqueeze(0)
+    torch.testing.assert_close(model(ids).logits, expected(ids).logits, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("native_type", [None, "gpt_neox"])
 def test_a_conversion_leaves_the_config_alone(make_model, tmp_path, native_type):
     for family in ("neox", "llama", "mixtral-parallel-window"):

@@ -114,6 +114,13 @@ NATIVES |= {
     ),
     "arcee": ("arcee", {**_GROUPED, "attention_bias": True, "mlp_bias": True}),
     "seed-oss": ("seed_oss", {**_GROUPED, "head_dim": 16, "attention_out_bias": True}),
+    "jais2": ("jais2", {**_GROUPED, "head_dim": 16}),
+    "glm": ("glm", {**_GROUPED, "head_dim": 16, "tie_word_embeddings": True}),
+    "glm-whole-heads": ("glm", {**_GROUPED, "head_dim": 8, **_rope("default", partial_rotary_factor=1.0)}),
+    "ernie": ("ernie4_5", {**_GROUPED, "head_dim": 16, "use_bias": True}),
+    "exaone": ("exaone", {**_GROUPED, "attention_bias": True}),
+    "internlm3": ("internlm3", {**_GROUPED, "head_dim": 16}),
+    "iquestcoder": ("iquestcoder", {**_GROUPED, "head_dim": 16, "mlp_bias": True}),
     "helium": ("helium", {**_GROUPED, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
     "qwen2-yarn": (
         "qwen2",
@@ -128,11 +135,15 @@ NATIVES |= {
 }
 
 
-def build(name, auto_class=transformers.AutoModelForCausalLM):
-    """The native model, every parameter away from its initial value."""
+# One of each architecture.
+ONE_OF_EACH = list({model_type: name for name, (model_type, _) in reversed(NATIVES.items())}.values())
+
+
+def build(name, auto_class=transformers.AutoModelForCausalLM, **more):
+    """The native model, every parameter away from its initial value; `more` are fields of its config."""
     model_type, values = NATIVES[name]
     torch.manual_seed(0)
-    model = auto_class.from_config(transformers.AutoConfig.for_model(model_type, **values)).eval()
+    model = auto_class.from_config(transformers.AutoConfig.for_model(model_type, **values, **more)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
