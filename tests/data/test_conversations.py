@@ -163,9 +163,10 @@ def test_a_template_that_forgets_gives_a_row_for_each_answer(chatml, monkeypatch
 
 def test_marks_that_leave_out_the_end_of_a_turn_are_not_enough(tokenizer, monkeypatch):
     template = tokenizer.chat_template.replace(
-        "{{- message['content'] + '<|end|>' -}}{% endgeneration %}",
-        "{{- message['content'] -}}{% endgeneration %}{{- '<|end|>' -}}",
+        "{{- text_of(message['content']) + '<|end|>' -}}{% endgeneration %}",
+        "{{- text_of(message['content']) -}}{% endgeneration %}{{- '<|end|>' -}}",
     )
+    assert template != tokenizer.chat_template
     monkeypatch.setattr(tokenizer, "chat_template", template)
     row = sharegpt("Q", "A", "P", "B")
     ((one,),), _ = labeled(tokenizer, row)
