@@ -99,7 +99,9 @@ def _window(native: "PreTrainedConfig") -> int | None:
     """Return the sliding window of Qwen's configs, where all layers share one."""
     kinds = set(native.layer_types)
     if len(kinds) > 1:
-        raise InputError(f"{native.model_type} with layer_types={native.layer_types} mixes full and sliding attention")
+        raise InputError(
+            f"layer_types of two kinds, {' and '.join(sorted(kinds))}, have no place in HfllmConfig, which has one"
+        )
     return native.sliding_window if kinds == {"sliding_attention"} else None
 
 

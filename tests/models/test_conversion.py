@@ -87,7 +87,10 @@ def test_what_no_native_class_can_say_is_refused(make_model, tmp_path, values, n
         (transformers.GPT2Config(add_cross_attention=True), "add_cross_attention=True"),
         (transformers.FalconConfig(alibi=True), "alibi=True"),
         (transformers.CohereConfig(use_qk_norm=True), "use_qk_norm=True"),
-        (transformers.Qwen2Config(use_sliding_window=True, max_window_layers=2), "layer_types"),
+        (
+            transformers.Qwen2Config(use_sliding_window=True, max_window_layers=2),
+            "qwen2: layer_types of two kinds, full_attention and sliding_attention, have no place",
+        ),
         (transformers.GemmaConfig(use_bidirectional_attention=True), "use_bidirectional_attention=True"),
         (transformers.T5Config(), "model_type 't5'"),
         (

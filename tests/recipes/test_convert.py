@@ -49,6 +49,17 @@ def test_there_and_back(llama, tmp_path, capsys):
     assert "already done" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("head", ["Model", "ForTokenClassification"])
+def test_other_heads_are_compared_too(tmp_path, head):
+    config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, num_labels=3)
+    getattr(transformers, f"GPT2{head}")(config).save_pretrained(tmp_path / "native")
+    ours, back = tmp_path / "ours", tmp_path / "back"
+    metrics = run("--model_name_or_path", tmp_path / "native", "--output_dir", ours)
+    assert metrics["max_logit_difference"] < 1e-5
+    run("--model_name_or_path", ours, "--output_dir", back)
+    assert (back / "model.safetensors").read_bytes() == (tmp_path / "native" / "model.safetensors").read_bytes()
+
+
 def test_the_worlds_base_model_becomes_a_llama(tiny, tmp_path):
     metrics = run("--output_dir", tmp_path / "out", "--pretrain_config", tiny["pretrain"])
     assert metrics["max_logit_difference"] < 1e-5
