@@ -114,10 +114,12 @@ def _qwen_window(config: HfllmConfig) -> dict[str, Any]:
 
 
 def _qwen3_moe_fields(native: "PreTrainedConfig") -> dict[str, Any]:
-    dense = [name for name in ("mlp_only_layers", "decoder_sparse_step") if getattr(native, name) not in ([], 1)]
-    if dense or native.num_experts < 1:
-        values = ", ".join(f"{name}={getattr(native, name)!r}" for name in (*dense, "num_experts"))
-        raise InputError(f"layers without experts among those with them ({values}) have no place in HfllmConfig")
+    if native.num_experts < 1:
+        raise InputError(f"num_experts={native.num_experts}: without experts a model is a qwen3")
+    mixed = {"mlp_only_layers": [], "decoder_sparse_step": 1}
+    values = [f"{name}={getattr(native, name)!r}" for name, plain in mixed.items() if getattr(native, name) != plain]
+    if values:
+        raise InputError(f"layers without experts among those with them ({', '.join(values)}) have no place")
     return {"qk_norm": True, "attention_output_bias": native.attention_bias}
 
 

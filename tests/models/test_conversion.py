@@ -136,9 +136,9 @@ def test_another_architecture_is_refused_by_what_converts():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"decoder_sparse_step": 2}, r"qwen3_moe: layers without experts .*decoder_sparse_step=2, num_experts=4"),
+        ({"decoder_sparse_step": 2}, r"qwen3_moe: layers without experts .*decoder_sparse_step=2"),
         ({"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]"),
-        ({"num_experts": 0}, "num_experts=0"),
+        ({"num_experts": 0}, "num_experts=0: without experts a model is a qwen3"),
         ({"norm_topk_prob": False}, "norm_topk_prob=False has no place in HfllmConfig, only True has"),
     ],
 )
@@ -157,6 +157,7 @@ def test_experts_that_work_otherwise_are_refused(config, message):
             "no native class can express this model; the nearest, qwen3_moe, has no place for "
             "norm_type='layernorm' (it has 'rmsnorm')",
         ),
+        ({"qk_norm": True}, "qwen3_moe", "qwen3_moe refuses this model: num_experts=0: without experts"),
         ({"sliding_window": 5}, "llama", "llama has no place for sliding_window=5 (it has None)"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
