@@ -24,9 +24,10 @@ from hfllm.synthesis.constitution import Constitution, Principle
 
 HARM, KIND = (Principle(name, "c", "r", question) for name, question in (("harm", "Less harm?"), ("kind", "Kinder?")))
 BOTH = Constitution([HARM, KIND])
-PROMPTS = ["Go", "What is 1 plus 2?", "Where does the old owl sing?", "Hi"]
-FIRST = ["No.", "It is three, of course, as all of us know.", "By the river", "Hello"]
-SECOND = ["Go away, you silly fox.", "3", "In an old house by the river", "Hello"]
+# Some of the questions differ by a token or two in length, so that they share a pass.
+PROMPTS = ["Go", "What is 1 plus 2?", "Where does the old owl sing?", "Hi", "Go", "Go"]
+FIRST = ["No.", "It is three, of course, as all of us know.", "By the river", "Hello", "No, no.", "Oh no."]
+SECOND = ["Go away, you silly fox.", "3", "In an old house by the river", "Hello", "Go away, you fox.", "Go, you fox."]
 
 
 def user(text):
@@ -101,7 +102,7 @@ def test_preferences_are_those_of_a_slow_loop_over_both_orders(model, tokenizer,
     assert model.training and all(parameter.requires_grad for parameter in model.parameters())
     assert torch.equal(torch.random.get_rng_state(), before)
     expected = slow_preferences(model.eval(), tokenizer)
-    assert found == pytest.approx(expected, abs=1e-4) and found[-1] == 0.0
+    assert found == pytest.approx(expected, abs=1e-4) and found[3] == 0.0
     assert max(map(abs, expected)) > 0.05
     messages = judge.compare(
         [user(text) for text in PROMPTS], list(map(assistant, FIRST)), list(map(assistant, SECOND))
@@ -115,7 +116,8 @@ def test_the_head_is_applied_at_the_ends_alone(model, tokenizer):
     shapes = []
     model.lm_head.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape[:2]))
     PreferenceJudge(model, tokenizer, BOTH).compare(PROMPTS, FIRST, SECOND)
-    assert all(columns <= min(rows, 8) for rows, columns in shapes) and sum(rows for rows, _ in shapes) == 14
+    assert all(columns <= min(rows, 8) for rows, columns in shapes) and sum(rows for rows, _ in shapes) == 22
+    assert any(columns > 1 for _, columns in shapes)
 
 
 def test_adapters_and_half_precision(model, tokenizer):
@@ -129,7 +131,7 @@ def test_adapters_and_half_precision(model, tokenizer):
     assert found != pytest.approx(slow_preferences(model, tokenizer), abs=1e-2)
     expected = slow_preferences(model, tokenizer)
     half = PreferenceJudge(model.bfloat16(), tokenizer, BOTH).compare(PROMPTS, FIRST, SECOND)
-    assert half == pytest.approx(expected, abs=0.1) and half[-1] == 0.0
+    assert half == pytest.approx(expected, abs=0.1) and half[3] == 0.0
 
 
 def test_a_base_model_reads_a_transcript(model, tokenizer):
@@ -143,15 +145,19 @@ def test_a_base_model_reads_a_transcript(model, tokenizer):
 
 def test_a_judge_may_think_before_it_replies(model, tokenizer):
     judge = PreferenceJudge(model, tokenizer, Constitution([HARM]), chain_of_thought=True, thought_length=6)
-    eos = tokenizer.eos_token_id
+    # Some thoughts end by themselves.
+    ends = model.generation_config.eos_token_id = [*range(0, len(tokenizer), 5), tokenizer.eos_token_id]
 
     def reply(one, other):
         text = f"<|user|>Go\n(A) {one}\n(B) {other}\nLess harm?<|end|><|assistant|>"
         opening = tokenizer("Let's think step by step:", add_special_tokens=False)["input_ids"]
         ids = [*tokenizer(text)["input_ids"], *opening]
         with torch.no_grad():
-            said = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=6, eos_token_id=eos)[0].tolist()
-        ids += [token for token in said[len(ids) :] if token != eos]
+            said = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=6, eos_token_id=ends)[
+                0
+            ].tolist()
+        lengths.append(len(said) - len(ids))
+        ids += [token for token in said[len(ids) :] if token not in ends]
         a, b = (
             tokenizer(f"\nSo the better answer is ({letter}", add_special_tokens=False)["input_ids"] for letter in "AB"
         )
@@ -160,7 +166,9 @@ def test_a_judge_may_think_before_it_replies(model, tokenizer):
         return (logits[a[-1]] - logits[b[-1]]).item()
 
     pairs = [("No.", "Go away, you silly fox."), ("Yes", "A long answer by the river")]
+    lengths = []
     expected = [(reply(*pair) - reply(*pair[::-1])) / 2 for pair in pairs]
+    assert min(lengths) < 6
     assert judge.compare(["Go"] * 2, *map(list, zip(*pairs, strict=True))) == pytest.approx(expected, abs=1e-4)
     plain = PreferenceJudge(model, tokenizer, Constitution([HARM]))
     assert plain.compare(["Go"], ["No."], [pairs[0][1]]) != pytest.approx(expected[:1], abs=1e-3)
@@ -188,13 +196,13 @@ def test_the_place_cancels_out_and_the_signal_stays(judge, replies):
     expected = [len(one) - len(other) for one, other in zip(FIRST, SECOND, strict=True)]
     assert judge.compare(PROMPTS, FIRST, SECOND) == expected
     report = measure_bias(judge, PROMPTS, FIRST, SECOND)
-    # The last pair's answers are equal.
-    sizes = [abs(value) for value in expected[:3]]
-    assert (report.position_bias, report.signal, report.n) == (2.0, statistics.fmean(sizes), 3)
-    assert report.consistent == sum(size > 2 for size in sizes) / 3 and report.position_bias_se == 0.0
-    assert report.signal_se == pytest.approx(statistics.stdev(sizes) / math.sqrt(3))
+    # One pair's answers are equal.
+    sizes = [abs(value) for value in expected if value]
+    assert (report.position_bias, report.signal, report.n) == (2.0, statistics.fmean(sizes), 5)
+    assert report.consistent == sum(size > 2 for size in sizes) / 5 and report.position_bias_se == 0.0
+    assert report.signal_se == pytest.approx(statistics.stdev(sizes) / math.sqrt(5))
     metrics = report.as_metrics()
-    assert metrics["judge_signal"] == report.signal and metrics["judge_consistent_n"] == 3
+    assert metrics["judge_signal"] == report.signal and metrics["judge_consistent_n"] == 5
     check_bias(report)
 
 
@@ -202,12 +210,12 @@ def test_a_judge_that_always_says_a_is_refused(judge, replies):
     replies(judge, lambda text: 0.7)
     report = measure_bias(judge, PROMPTS, FIRST, SECOND)
     assert (report.position_bias, report.signal, report.consistent) == (pytest.approx(0.7), 0.0, 0.0)
-    message = r"favors the first place by 0.70 nats and tells answers apart by 0.00 \(3 pairs, 0% judged alike"
+    message = r"favors the first place by 0.70 nats and tells answers apart by 0.00 \(5 pairs, 0% judged alike"
     with pytest.raises(InputError, match=message):
         check_bias(report)
     with pytest.warns(UserWarning, match=f"{message}.*going on as asked"):
         check_bias(report, allow=True)
-    with pytest.raises(InputError, match="no labels: of 4 pairs 4 are ties"):
+    with pytest.raises(InputError, match="no labels: of 6 pairs 6 are ties"):
         preference_rows(judge, PROMPTS, FIRST, SECOND)
     replies(judge, lambda text: math.nan)
     with pytest.raises(InputError, match="would be noise"):
@@ -245,7 +253,7 @@ def test_principles_and_wordings_are_drawn_by_the_prompt(model, tokenizer, repli
 def test_rows_are_labeled_by_the_preference(judge, replies):
     replies(judge, lambda text: 2.0 if "(A) Good" in text else -2.0 if "(B) Good" in text else 0.0)
     long = "Go " * 300
-    prompts, first = [*PROMPTS, user("Say")], ["Good one", "Bad", "Bad", long, "Bad"]
+    prompts, first = [*PROMPTS[:4], user("Say")], ["Good one", "Bad", "Bad", long, "Bad"]
     second = ["Bad", "Good", "Worse", "Bad", assistant("Good")]
     rows, figures = preference_rows(judge, prompts, first, second)
     assert (figures.num_pairs, figures.ties, figures.too_long, figures.flipped) == (5, 1, 1, 0)
@@ -276,11 +284,11 @@ def test_noise_makes_labels_random_and_spares_the_pairs(judge, replies):
 def test_a_judge_is_a_reward(judge):
     reward = JudgeReward(judge)
     expected = judge.compare(PROMPTS, FIRST, SECOND)
-    assert checked_rewards(reward, PROMPTS, FIRST, baseline=SECOND, completion_ids=[[1]] * 4) == expected
+    assert checked_rewards(reward, PROMPTS, FIRST, baseline=SECOND, completion_ids=[[1]] * 6) == expected
     with pytest.raises(InputError, match="the dataset has no column 'baseline'"):
         checked_rewards(reward, PROMPTS, FIRST)
     with pytest.raises(InputError, match="row 2 of the batch has no column 'baseline'"):
-        checked_rewards(reward, PROMPTS, FIRST, baseline=["Hi", None, "Hi", "Hi"])
+        checked_rewards(reward, PROMPTS, FIRST, baseline=["Hi", None, *SECOND[2:]])
 
 
 def test_ppo_is_rewarded_by_a_judge(judge, make_model, tokenizer, tmp_path):
@@ -289,7 +297,7 @@ def test_ppo_is_rewarded_by_a_judge(judge, make_model, tokenizer, tmp_path):
     from hfllm import PPOConfig, PPOTrainer
 
     args = PPOConfig(
-        str(tmp_path), max_steps=1, per_device_train_batch_size=4, num_mini_batches=1, num_ppo_epochs=1,
+        str(tmp_path), max_steps=1, per_device_train_batch_size=6, num_mini_batches=1, num_ppo_epochs=1,
         response_length=4, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True, logging_steps=1,
     )  # fmt: skip
     data = Dataset.from_dict({"prompt": [user(text) for text in PROMPTS], "baseline": SECOND})

@@ -292,8 +292,17 @@ def test_prompts_whose_conversation_is_too_long_are_left_out(script, revise, mak
     assert "constitution: 1 of 3 prompts are left out" in capsys.readouterr().out
     with pytest.raises(InputError, match=rf"no prompt has room .* of {needed} \(model\) and .* takes {needed + 3}$"):
         revise(["Go"], harm, model=model, response_length=5)
-    # Sampled text may take more tokens than were sampled: nothing reaches the model that does not fit.
-    script.say = lambda prompt: "zyxwv " * 30
+    # Sampled text may take more tokens than were sampled: nothing reaches the model that leaves no room for a reply.
+    words = ("z " * count for count in range(1, 99))
+    filling = next(
+        text
+        for text in words
+        if len(
+            tokenizer.apply_chat_template(turns("Go", text.strip(), "Harm?"), add_generation_prompt=True)["input_ids"]
+        )
+        > needed - 4
+    )
+    script.say = lambda prompt: filling
     rows, figures = revise(["Go", "Go"], harm, model=model)
     assert rows == [] and figures.dropped == 2 and figures.critiques == 0
 
