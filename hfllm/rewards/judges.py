@@ -196,7 +196,7 @@ class PreferenceJudge:
                 places, column = last.unique(return_inverse=True)
                 keep = {"logits_to_keep": places} if keeps_logits else {}
                 logits = self.model(**batch, use_cache=False, **keep).logits
-                logits = logits[torch.arange(len(rows)), column if keeps_logits else last]
+                logits = logits[torch.arange(len(rows), device=logits.device), column if keeps_logits else last]
                 odds = logits[:, self.tokens.first].float() - logits[:, self.tokens.second].float()
                 for row, value in zip(rows, odds.tolist(), strict=True):
                     replies[row] = value
