@@ -1,12 +1,19 @@
 """Sample a model's responses to prompts."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hfllm.data.tokenizer import end_tokens, tokenize_prompts
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Response(NamedTuple):
+    """A text, without special tokens, and whether it has ended by itself, or was cut off."""
+
+    text: str
+    has_ended: bool
 
 
 def sample_responses(
@@ -36,6 +43,32 @@ def sample_responses(
     Returns:
         One list of `num_return_sequences` texts per prompt, or fewer with `only_ended`, without special tokens.
     """
+    responses = sample_with_ends(
+        *(model, tokenizer, prompts, max_new_tokens, do_sample, num_return_sequences, batch_size, seed), fast=fast
+    )
+    return [[text for text, has_ended in said if has_ended or not only_ended] for said in responses]
+
+
+def sample_with_ends(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str | list],
+    max_new_tokens: int,
+    do_sample: bool = True,
+    num_return_sequences: int = 1,
+    batch_size: int = 128,
+    seed: int = 0,
+    fast: bool = False,
+    stop_strings: Sequence[str] = (),
+) -> list[list[Response]]:
+    """Sample responses as `sample_responses` does, and say which have ended.
+
+    Args:
+        stop_strings: texts that end a response too; it is returned without them and without what follows.
+
+    Returns:
+        One list of `num_return_sequences` responses per prompt.
+    """
     import torch
 
     from hfllm.generation.fast import fast_generate
@@ -45,11 +78,18 @@ def sample_responses(
     was_training = model.training
     model.eval()
     settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {"do_sample": False}
+    if stop_strings:
+        settings |= {"stop_strings": list(stop_strings), "tokenizer": tokenizer}
     ends = sorted(end_tokens(tokenizer, model))
-    texts: list[list[str]] = [[] for _ in prompts]
+    responses: list[list[Response]] = [[] for _ in prompts]
     tokens_of = tokenize_prompts(prompts, tokenizer) if prompts else []
     order = list(range(len(prompts)))
-    if fast and unsupported_reason(model) is None and not _bends_sampling(model.generation_config):
+    if (
+        fast
+        and not stop_strings
+        and unsupported_reason(model) is None
+        and not _bends_sampling(model.generation_config)
+    ):
         settings["custom_generate"] = fast_generate
         order.sort(key=lambda place: len(tokens_of[place]))
     with forked_random(model.device), torch.inference_mode():
@@ -70,12 +110,18 @@ def sample_responses(
             )
             tokens = output[:, batch["input_ids"].shape[1] :]
             has_ended = torch.isin(tokens, tokens.new_tensor(ends)).any(1).tolist()
-            responses = [*zip(tokenizer.batch_decode(tokens, skip_special_tokens=True), has_ended, strict=True)]
+            texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            said = [_cut(text, ended, stop_strings) for text, ended in zip(texts, has_ended, strict=True)]
             for row, place in enumerate(places):
-                said = responses[row * num_return_sequences : (row + 1) * num_return_sequences]
-                texts[place] = [text for text, ended in said if ended or not only_ended]
+                responses[place] = said[row * num_return_sequences : (row + 1) * num_return_sequences]
     model.train(was_training)
-    return texts
+    return responses
+
+
+def _cut(text: str, has_ended: bool, stop_strings: Sequence[str]) -> Response:
+    """Return a response up to the first of the texts that end it."""
+    found = [place for place in map(text.find, stop_strings) if place >= 0]
+    return Response(text[: min(found)], True) if found else Response(text, has_ended)
 
 
 def _bends_sampling(config: "GenerationConfig") -> bool:

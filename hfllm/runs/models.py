@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError, is_out_of_memory, refuse
+from hfllm.models.context import max_length_of
 from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say_once
 
@@ -222,13 +223,6 @@ def named_fields(name: str) -> dict[str, Any]:
             raise InputError(f"--config_name_or_path {name}: no such file or folder, and {error}") from None
     # How the loss is computed is a flag of the run.
     return {field: getattr(config, field) for field in HfllmConfig.__annotations__ if field != "loss_chunk_size"}
-
-
-def max_length_of(config: "PreTrainedConfig") -> int | None:
-    """Return the longest sequence that a model is made for, in tokens, or `None` if its config does not say."""
-    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    # XLNet's config says -1: no limit.
-    return context if context and context > 0 else None
 
 
 def load_reward_model(name: str, model_args: "ModelConfig", revision: str = "main") -> "PreTrainedModel":

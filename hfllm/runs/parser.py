@@ -216,7 +216,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"--config {path}: no such file")
     try:
         text = path.read_text(encoding="utf-8")
-        values = yaml.load(text, _no_duplicates())
+        values = yaml.load(text, no_duplicates())
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except yaml.YAMLError as error:
@@ -228,7 +228,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _no_duplicates() -> "type[SafeLoader]":
+def no_duplicates() -> "type[SafeLoader]":
     """Return YAML's safe loader, which keeps the last of equal keys without a word, with a complaint about them."""
     import yaml
 
@@ -237,10 +237,11 @@ def _no_duplicates() -> "type[SafeLoader]":
             seen: set[str] = set()
             for key, _ in node.value:
                 # Merged keys (<<) may repeat, and the mapping's own win.
-                if key.value in seen and isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if not isinstance(key, yaml.ScalarNode):
+                    continue
+                if key.value in seen and key.value != "<<":
                     raise yaml.YAMLError(f"{key.value!r} a second time in line {key.start_mark.line + 1}")
-                if isinstance(key, yaml.ScalarNode):
-                    seen.add(key.value)
+                seen.add(key.value)
             return super().construct_mapping(node, deep)
 
     return NoDuplicates

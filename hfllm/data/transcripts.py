@@ -1,0 +1,30 @@
+"""Conversations as plain text, for base models that have no chat template."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hfllm.data.messages import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPEAKERS = {"user": "Human", "assistant": "Assistant"}
+# What a base model writes when it goes on with the other side's turn.
+NEXT_TURN = "\n\nHuman:"
+
+
+def to_transcript(messages: Sequence[Message]) -> str:
+    """Return a conversation in Anthropic's form, up to where the assistant speaks: `\\n\\nHuman: ...\\n\\nAssistant:`.
+
+    It is the form of Bai et al. 2022 and of the dataset hh-rlhf. What a system message says stands before it.
+    """
+    turns = [
+        f"\n\n{SPEAKERS[message['role']]}: {message['content']}" if message["role"] in SPEAKERS else message["content"]
+        for message in messages
+    ]
+    return "".join([*turns, "\n\nAssistant:"])
+
+
+def to_prompt(messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> str | list[Message]:
+    """Return a conversation as a tokenizer takes it: messages for its chat template, a transcript without one."""
+    return messages if tokenizer.chat_template else to_transcript(messages)

@@ -1,0 +1,234 @@
+"""A constitution: the principles by which a model criticizes and revises answers, and judges which is better.
+
+The method is that of Bai et al. 2022, "Constitutional AI: Harmlessness from AI Feedback" (arXiv:2212.08073).
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from hfllm.data.messages import Message, read_messages
+from hfllm.errors import InputError
+from hfllm.synthesis.constitution_files import ConstitutionFile, find_constitution, nearest, read_file
+
+REQUESTS = ("critique", "revision", "preference")
+# The keys of a principle in a file; besides ours those of llm-swarm's recipe and of LangChain.
+PRINCIPLE_KEYS = {
+    **{key: key for key in ("name", *REQUESTS)},
+    **{"critic": "critique", "critique_request": "critique", "revision_request": "revision"},
+}
+# The keys of a whole file, likewise.
+FILE_KEYS = {
+    **{"principles": "principles", "examples": "examples"},
+    **{"constitutions": "principles", "system_chat": "examples"},
+}
+
+
+class RequestError(InputError):
+    """A principle's request is missing or of the wrong type: `key` says which."""
+
+    def __init__(self, name: object, key: str, reason: str):
+        super().__init__(f"principle {name!r}: {reason}")
+        self.key, self.reason = key, reason
+
+
+@dataclass(frozen=True)
+class Principle:
+    """What to look for in an answer, in three requests, each in one wording or in several.
+
+    Args:
+        name: a short name for reports.
+        critique: asks what is wrong with the last answer: a text, or a list of texts of which one is drawn each time.
+        revision: asks for a better answer, likewise.
+        preference: asks which of two answers is better, likewise; none if the principle is not to judge by.
+
+    The requests become tuples of texts without spaces around them.
+
+    Raises:
+        InputError: for a request that is missing, empty, or neither a text nor a list of texts.
+    """
+
+    name: str
+    critique: Sequence[str]
+    revision: Sequence[str]
+    preference: Sequence[str] = ()
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise RequestError(self.name, "name", f"name must be a text, got {self.name!r}")
+        for key in REQUESTS:
+            object.__setattr__(self, key, _wordings(self.name, key, getattr(self, key)))
+
+    def draw(self, request: str, rng: random.Random) -> str:
+        """Return one wording of a request: `critique`, `revision` or `preference`."""
+        return rng.choice(getattr(self, request))
+
+
+@dataclass(frozen=True)
+class Constitution:
+    """Principles, and conversations that show how answers are criticized and revised.
+
+    Args:
+        principles: at least one, with different names.
+        examples: conversations of user and assistant, put before those that are to be criticized: question, answer,
+            critique request, critique, revision request, revision. A base model needs one or two.
+        name: for reports and errors.
+
+    Raises:
+        InputError: when there is no principle, or two have the same name.
+    """
+
+    principles: Sequence[Principle]
+    examples: Sequence[Sequence[Message]] = ()
+    name: str = "constitution"
+
+    def __post_init__(self):
+        object.__setattr__(self, "principles", tuple(self.principles))
+        object.__setattr__(self, "examples", tuple(tuple(example) for example in self.examples))
+        if not self.principles:
+            raise InputError(f"constitution {self.name!r} has no principles: it needs at least one")
+        names = [principle.name for principle in self.principles]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise InputError(f"constitution {self.name!r} has two principles of the name {twice!r}")
+
+    def draw(self, rng: random.Random) -> Principle:
+        """Return one of the principles, each as likely."""
+        return rng.choice(self.principles)
+
+    def judging_principles(self) -> tuple[Principle, ...]:
+        """Return the principles to judge by, which are all.
+
+        Raises:
+            InputError: naming the first without a preference question.
+        """
+        lacking = next((each.name for each in self.principles if not each.preference), None)
+        if lacking is not None:
+            raise InputError(
+                f"constitution {self.name!r}: principle {lacking!r} has no preference question, by which a judge "
+                "could compare answers: give it one, such as 'Which answer does less harm?'"
+            )
+        return self.principles
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON values, in the form of our files."""
+        principles = [
+            {"name": each.name} | {key: list(getattr(each, key)) for key in REQUESTS if getattr(each, key)}
+            for each in self.principles
+        ]
+        return {"principles": principles, "examples": [list(map(dict, example)) for example in self.examples]}
+
+
+def load_constitution(name: str | Path) -> Constitution:
+    """Read a constitution: a shipped one by its name (`general`, `world`, `politeness`), or a JSON or YAML file.
+
+    Formats of a file:
+
+    - a list of principles, or a mapping with `principles` and, if wanted, `examples`. A principle has `critique` and
+      `revision`, and may have `name` and `preference`; each request is a text or a list of texts;
+    - llm-swarm's recipe: `constitutions`, a list of `critic` and `revision`, and `system_chat`, lists of messages;
+    - LangChain's principles: `critique_request`, `revision_request` and, if wanted, `name`, in a list or by name.
+
+    A principle without a name is called `principle 3`, by its place.
+
+    Raises:
+        InputError: naming the file and the line, the principle and the key, what was read and what is accepted.
+    """
+    file = read_file(find_constitution(name))
+    value, at, examples = file.value, (), ()
+    if isinstance(value, dict) and not _is_by_name(value):
+        given = _known(file, (), value, FILE_KEYS, "key")
+        if "principles" not in given:
+            raise file.error((), f"no principles; it has {', '.join(map(str, value)) or 'no keys'}")
+        at = (given["principles"],)
+        examples = _examples(file, given["examples"]) if "examples" in given else ()
+        value = value[at[0]]
+    principles: list[Principle] = []
+    for number, (step, entry) in enumerate(_entries(file, at, value), 1):
+        principles.append(_principle(file, (*at, step), number, entry))
+        if principles[-1].name in [each.name for each in principles[:-1]]:
+            raise file.error((*at, step, "name"), f"a second principle of the name {principles[-1].name!r}")
+    return Constitution(principles, examples, file.path.stem)
+
+
+def _is_by_name(value: Mapping[str, Any]) -> bool:
+    """Return whether a mapping holds principles by their names, as LangChain keeps its own."""
+    is_ours = FILE_KEYS.keys() & value.keys()
+    return bool(value) and not is_ours and all(isinstance(each, dict) for each in value.values())
+
+
+def _entries(file: ConstitutionFile, at: tuple, value: Any) -> list[tuple[str | int, Any]]:
+    """Return the entries of a list of principles, or of a mapping of them by name, and where in it each is."""
+    if isinstance(value, dict) and _is_by_name(value):
+        return [(name, {"name": name, **entry}) for name, entry in value.items()]
+    if not isinstance(value, list) or not value:
+        got = repr(value) if value in ([], {}, None) else type(value).__name__
+        raise file.error(at, f"expected a list of at least one principle, got {got}")
+    return list(enumerate(value))
+
+
+def _known(
+    file: ConstitutionFile, at: tuple, entry: Mapping[str, Any], known: Mapping[str, str], what: str
+) -> dict[str, str]:
+    """Return the key by which each part is given; refuse keys that mean nothing, and two that mean the same."""
+    given: dict[str, str] = {}
+    for key in entry:
+        if key not in known:
+            raise file.error((*at, key), f"unknown {what} {key!r}; did you mean {nearest(str(key), known)!r}?")
+        part = known[key]
+        if part in given:
+            raise file.error((*at, key), f"{given[part]!r} and {key!r} mean the same: leave one out")
+        given[part] = key
+    return given
+
+
+def _principle(file: ConstitutionFile, at: tuple, number: int, entry: Any) -> Principle:
+    """Return the principle of one entry."""
+    if not isinstance(entry, dict):
+        raise file.error(at, f"principle {number}: expected critique and revision by name, got {entry!r:.60}")
+    named = entry.get("name", f"principle {number}")
+    label = f"principle {number}" + (f" ({named!r})" if "name" in entry else "")
+    given = _known(file, at, entry, PRINCIPLE_KEYS, f"key of {label}:")
+    try:
+        requests = {request: entry[given[request]] if request in given else () for request in REQUESTS}
+        return Principle(named, **requests)
+    except RequestError as error:
+        key = given.get(error.key, error.key)
+        raise file.error((*at, key), f"{label}: {error.reason}") from None
+
+
+def _wordings(name: str, key: str, value: Any) -> tuple[str, ...]:
+    """Return the wordings of a request."""
+    wordings = (value,) if isinstance(value, str) else value
+    if not isinstance(wordings, list | tuple) or not all(isinstance(wording, str) for wording in wordings):
+        raise RequestError(name, key, f"{key} must be a text or a list of texts, got {value!r:.60}")
+    if not wordings and key != "preference":
+        raise RequestError(name, key, f"no {key}; a principle needs critique and revision")
+    if not all(wording.strip() for wording in wordings):
+        raise RequestError(name, key, f"{key} is empty, or one of its wordings is")
+    return tuple(wording.strip() for wording in wordings)
+
+
+def _examples(file: ConstitutionFile, key: str) -> list[list[Message]]:
+    """Return the conversations of a file; a single one may stand without a list around it."""
+    examples = file.value[key]
+    if not isinstance(examples, list):
+        raise file.error((key,), f"{key}: expected a list of conversations, got {type(examples).__name__}")
+    if examples and all(isinstance(message, dict) for message in examples):
+        examples = [examples]
+    read = []
+    for number, example in enumerate(examples):
+        origin = f"{file.place((key, number))}: example {number + 1}"
+        messages = read_messages(origin, example)
+        spoken = [message["role"] for message in messages if message["role"] != "system"]
+        alternates = set(spoken) == {"user", "assistant"} and all(one != other for one, other in pairwise(spoken))
+        if not alternates or spoken[0] != "user" or spoken[-1] != "assistant":
+            raise InputError(
+                f"{origin}: user and assistant must take turns, the user first and the assistant last; got "
+                f"{', '.join(spoken)}"
+            )
+        read.append(messages)
+    return read
