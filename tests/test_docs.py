@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -123,3 +124,21 @@ def test_the_decoding_code_runs(make_model, tokenizer):
     names = {"model": make_model(), "tokenizer": tokenizer}
     exec("\n".join(blocks), names)
     assert len(names["output"].sequences) == len(names["tokens"]) == 2
+
+
+def test_the_constitution_page_runs(make_model, tokenizer, tmp_path, monkeypatch):
+    from hfllm.synthesis.constitution import load_constitution
+
+    text = (DOCS / "constitution.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    # The general constitution has long examples.
+    model = make_model(max_position_embeddings=8192)
+    names = {"model": model, "tokenizer": tokenizer, "prompts": ["Go", "What is 1 plus 2?", "Say red."]}
+    with warnings.catch_warnings():
+        # A random judge may be biased.
+        warnings.simplefilter("ignore", UserWarning)
+        exec(re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1).replace("=64", "=4"), names)
+    assert len(names["rows"]) == 3 and names["figures"].critiques == 6
+    Path("mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL).group(1))
+    mine = load_constitution("mine.yaml")
+    assert len(mine.principles[0].critique) == 2 and len(mine.examples[0]) == 6

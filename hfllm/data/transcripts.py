@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hfllm.data.messages import Message
+from hfllm.data.tokenizer import plain_chat_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPEAKERS = {"user": "Human", "assistant": "Assistant"}
-# What a base model writes when it goes on with the other side's turn.
-NEXT_TURN = "\n\nHuman:"
+# What a base model writes when it goes on with the other side's turn: after a transcript, and after a conversation in
+# the plain chat template that it is given where it has none.
+NEXT_TURN, NEXT_PLAIN_TURN = "\n\nHuman:", "\nUser:\n"
 
 
 def to_transcript(messages: Sequence[Message]) -> str:
@@ -28,3 +30,10 @@ def to_transcript(messages: Sequence[Message]) -> str:
 def to_prompt(messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> str | list[Message]:
     """Return a conversation as a tokenizer takes it: messages for its chat template, a transcript without one."""
     return messages if tokenizer.chat_template else to_transcript(messages)
+
+
+def next_turn(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """Return the text by which a base model's answer ends, `None` for a tokenizer with a chat template of its own."""
+    if not tokenizer.chat_template:
+        return NEXT_TURN
+    return NEXT_PLAIN_TURN if tokenizer.chat_template == plain_chat_template() else None

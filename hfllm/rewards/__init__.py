@@ -9,16 +9,27 @@ from hfllm.rewards.functions import (
     load_reward_function,
     reward_name,
 )
+from hfllm.rewards.judge_labels import BiasReport, LabeledPairs, check_bias, measure_bias, preference_rows
+from hfllm.rewards.judge_questions import judge_question
+from hfllm.rewards.judges import JudgeReward, PreferenceJudge
 from hfllm.rewards.models import RewardModel, TokenRewardModel
 
 __all__ = [
+    "BiasReport",
+    "JudgeReward",
+    "LabeledPairs",
+    "PreferenceJudge",
     "RewardEnsemble",
     "RewardModel",
     "TokenRewardModel",
+    "check_bias",
     "checked_rewards",
     "completion_text",
     "gold_reward",
+    "judge_question",
     "length_penalty",
     "load_reward_function",
+    "measure_bias",
+    "preference_rows",
     "reward_name",
 ]

@@ -1,17 +1,14 @@
 """Models as rewards: one score per sequence, or one per token."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
-from hfllm.models.devices import most_tokens
+from hfllm.rewards.passes import batches_of_like_length, pass_precision
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -60,35 +57,15 @@ class RewardModel:
         """Yield rows and the model's logits for them: (rows, 1), or (rows, positions, 1) for a token model."""
         import torch
 
-        for rows in self._batches([len(row) for row in ids]):
+        for rows in batches_of_like_length(self.model, [len(row) for row in ids], self.batch_size):
             batch = self.tokenizer.pad(
                 {"input_ids": [ids[row] for row in rows]}, padding_side="right", return_tensors="pt"
             ).to(self.model.device)
-            with torch.inference_mode(), self._precision():
+            with torch.inference_mode(), pass_precision(self.model):
                 logits = self.model(
                     input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
                 ).logits
             yield rows, logits.float().cpu()
-
-    def _precision(self) -> "AbstractContextManager":
-        """Return the context of a forward pass: flash attention takes no fp32, and nothing else is changed."""
-        import torch
-
-        needs_16_bits = "flash" in (self.model.config._attn_implementation or "") and self.model.dtype == torch.float32
-        return torch.autocast(self.model.device.type, torch.bfloat16) if needs_16_bits else nullcontext()
-
-    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Yield rows of similar length: on a CPU one more short pass costs less than padding."""
-        most_padding = 8 if self.model.device.type == "cpu" else 256
-        limit = most_tokens(self.model, self.model.device)
-        rows: list[int] = []
-        for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-            is_full = rows and limit is not None and (len(rows) + 1) * lengths[rows[0]] > limit
-            if rows and (is_full or len(rows) == self.batch_size or lengths[rows[0]] - lengths[row] >= most_padding):
-                yield rows
-                rows = []
-            rows.append(row)
-        yield rows
 
     def _token_ids(self, prompt: str | list, completion: str | list) -> list[int]:
         if isinstance(prompt, str):

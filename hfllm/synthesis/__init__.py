@@ -1,1 +1,1 @@
-"""Data written by models: answers, comparisons, mixed prompts."""
+"""Data written by models: answers, comparisons, mixed prompts, revisions by a constitution."""

@@ -69,7 +69,7 @@ class RevisionSettings:
     is_flagged: Callable[[str], bool]
     do_sample: bool
     batch_size: int
-    use_examples: bool
+    use_examples: bool | None
 
     def __post_init__(self):
         for name in ("num_revisions", "response_length", "batch_size"):
@@ -112,7 +112,9 @@ class Reviser:
 
     def __init__(self, model: Speaker, critic: Speaker, constitution: Constitution, settings: RevisionSettings):
         self.model, self.critic, self.constitution, self.settings = model, critic, constitution, settings
-        self.examples = constitution.examples if settings.use_examples else ()
+        # Those that have learned to converse copy from examples.
+        wants_examples = bool(critic.next_turn) if settings.use_examples is None else settings.use_examples
+        self.examples = constitution.examples if wants_examples else ()
 
     def description(self, drafts: Sequence[Draft]) -> dict[str, Any]:
         """Return what the rows depend on, as JSON values; the first things that differ are named first."""

@@ -59,8 +59,8 @@ class RevisionFile:
 
     def append(self, rows: Sequence[Mapping[str, Any]], figures: Mapping[str, int]) -> None:
         """Write the rows of a chunk and its figures: both, or after a kill neither."""
-        with self.rows_path.open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(row) + "\n" for row in rows)
+        with self.rows_path.open("ab") as stream:
+            stream.writelines(json.dumps(row).encode() + b"\n" for row in rows)
             stream.flush()
             os.fsync(stream.fileno())
             end = stream.tell()

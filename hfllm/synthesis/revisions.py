@@ -44,7 +44,7 @@ def critique_and_revise(
     is_flagged: Callable[[str], bool] | None = None,
     do_sample: bool = True,
     batch_size: int = 64,
-    use_examples: bool = True,
+    use_examples: bool | None = None,
     save_to: str | Path | None = None,
 ) -> Revisions:
     """Answer prompts, then criticize and revise each answer by principles of a constitution, drawn at random.
@@ -72,7 +72,8 @@ def critique_and_revise(
         is_flagged: whether a critique finds something; by default `hfllm.synthesis.critiques.finds_fault`.
         do_sample: sample at temperature 1; greedy if false.
         batch_size: prompts in one call of `generate`; four batches are written together.
-        use_examples: put the constitution's examples, if it has any, before each critique.
+        use_examples: put the constitution's examples before each critique. By default for base models, which have no
+            chat template or the plain one of `hfllm.data.tokenizer`; small instruction-tuned models copy from them.
         save_to: folder for `revisions.jsonl`, a row per line, to which whole chunks are added. A run that was stopped
             is continued by the same call, with the result of one that was not; model, prompts and all else must be
             the same.

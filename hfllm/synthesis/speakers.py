@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.data.messages import Message
 from hfllm.data.tokenizer import tokenize_prompts
-from hfllm.data.transcripts import NEXT_TURN, to_prompt
+from hfllm.data.transcripts import next_turn, to_prompt
 from hfllm.errors import InputError
 from hfllm.generation import responses
 from hfllm.generation.responses import Response
@@ -37,7 +37,7 @@ class Speaker:
             raise InputError(f"the {name}'s tokenizer has no padding token: set tokenizer.pad_token")
         check_vocabulary(model, tokenizer)
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.context = max_length_of(model.config)
+        self.context, self.next_turn = max_length_of(model.config), next_turn(tokenizer)
 
     def lengths(self, conversations: Sequence[list[Message]]) -> list[int]:
         """Return the tokens of conversations, up to where the assistant speaks."""
@@ -72,7 +72,7 @@ class Speaker:
             batch_size=batch_size,
             seed=seed,
             fast=True,
-            stop_strings=() if self.tokenizer.chat_template else (NEXT_TURN,),
+            stop_strings=(self.next_turn,) if self.next_turn else (),
         )
         by_place = dict(zip(order, said, strict=True))
         return [Response(by_place[place][0].text.strip(), by_place[place][0].has_ended) for place in range(len(order))]

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+from hfllm.data.tokenizer import plain_chat_template
 from hfllm.errors import InputError
 from hfllm.generation import responses
 from hfllm.generation.responses import Response
@@ -182,12 +183,13 @@ def test_examples_stand_between_what_the_system_says_and_the_prompt(script, revi
     script.say = lambda prompt: "Yes"
     examples = [turns("One", "Two"), turns("Three", "Four")]
     system = [{"role": "system", "content": "Speak."}]
-    revise([[*system, *turns("Go")]], Constitution([HARM], examples))
+    revise([[*system, *turns("Go")]], Constitution([HARM], examples), use_examples=True)
     answered, criticized, revised = (asked[0] for asked in script.asked)
     assert answered == [*system, *turns("Go")]
     assert criticized == [*system, *examples[0], *examples[1], *turns("Go", "Yes", "Harm?")]
     assert revised == [*criticized, *turns("", "Yes", "No harm!")[1:]]
-    revise([[*system, *turns("Go")]], Constitution([HARM], examples), use_examples=False)
+    # A tokenizer with a chat template of its own is taken for that of a model which needs none.
+    revise([[*system, *turns("Go")]], Constitution([HARM], examples))
     assert script.asked[4][0] == [*system, *turns("Go", "Yes", "Harm?")]
 
 
@@ -204,6 +206,11 @@ def test_a_base_model_reads_transcripts_and_stops_at_the_next_turn(script, revis
     ]
     assert all(settings["stop_strings"] == ("\n\nHuman:",) for _, settings in script.calls)
     assert rows[0]["messages"] == turns("Go", "Yes")
+    base.chat_template = plain_chat_template()
+    revise(["Go"], Constitution([HARM], [turns("One", "Two")]), tokenizer=base)
+    assert script.asked[-2][0] == turns("One", "Two", "Go", "Yes", "Harm?")
+    text = base.apply_chat_template(turns("Go", "Yes", "Harm?"), tokenize=False)
+    assert script.calls[-1][1]["stop_strings"] == ("\nUser:\n",) and text.count("\nUser:\n") == 1
 
 
 def test_a_run_that_was_killed_at_any_chunk_gives_the_same_bits(revise, make_model, monkeypatch, tmp_path):
@@ -292,8 +299,17 @@ def test_prompts_whose_conversation_is_too_long_are_left_out(script, revise, mak
     assert "constitution: 1 of 3 prompts are left out" in capsys.readouterr().out
     with pytest.raises(InputError, match=rf"no prompt has room .* of {needed} \(model\) and .* takes {needed + 3}$"):
         revise(["Go"], harm, model=model, response_length=5)
-    # Sampled text may take more tokens than were sampled: nothing reaches the model that does not fit.
-    script.say = lambda prompt: "zyxwv " * 30
+    # Sampled text may take more tokens than were sampled: nothing reaches the model that leaves no room for a reply.
+    words = ("z " * count for count in range(1, 99))
+    filling = next(
+        text
+        for text in words
+        if len(
+            tokenizer.apply_chat_template(turns("Go", text.strip(), "Harm?"), add_generation_prompt=True)["input_ids"]
+        )
+        > needed - 4
+    )
+    script.say = lambda prompt: filling
     rows, figures = revise(["Go", "Go"], harm, model=model)
     assert rows == [] and figures.dropped == 2 and figures.critiques == 0
 
