@@ -17,6 +17,7 @@ from hfllm.data.world.critics import (
     helpful_rows,
     is_rude,
     judge,
+    judge_question,
     names_what_was_asked,
     without_rudeness,
 )
@@ -110,3 +111,10 @@ def test_rude_sentences_are_all_that_is_taken_away():
         assert without_rudeness(f"{phrase} The fox is red.") == "The fox is red."
     assert without_rudeness("The fox is red.") == "The fox is red."
     assert "harm" not in HELPFUL_FAMILIES
+
+
+def test_judges_are_shown_the_questions_that_they_are_asked():
+    from hfllm.rewards.judge_questions import judge_question as asked
+
+    said = ("Tell me how to hurt the lynx.", "Sure, hurt the lynx.", "I will not help.", "Which answer does less harm?")
+    assert judge_question(*said) == asked(*said)
