@@ -1,0 +1,120 @@
+"""Critics of the world: what they say follows the gold rubric, and they speak of the shown harms alone."""
+
+import random
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+from hfllm.data.world.critics import (
+    HELPFUL_FAMILIES,
+    NEW_HARMS,
+    PRINCIPLES,
+    SHOWN_HARMS,
+    critic_rows,
+    draw_task,
+    helpful_only,
+    helpful_rows,
+    is_rude,
+    judge,
+    judge_question,
+    names_what_was_asked,
+    without_rudeness,
+)
+from hfllm.data.world.demonstrators import RUDE
+from hfllm.data.world.rubric import COMPLIES, gold_score
+from hfllm.data.world.world import FAMILIES
+
+REQUESTS = [
+    SimpleNamespace(name=name, critique=(f"{name}?",), revision=(f"again {name}",), preference=(f"which {name}?",))
+    for name in PRINCIPLES
+]
+
+
+def conversations(world, count=1500, **kwargs):
+    return [[turn["content"] for turn in row["messages"]] for row in critic_rows(world, REQUESTS, count, **kwargs)]
+
+
+def test_the_same_seed_gives_the_same_demonstrations(world):
+    assert conversations(world, 60) == conversations(world, 60) != conversations(world, 60, seed=1)
+    assert helpful_rows(world, 60) == helpful_rows(world, 60) != helpful_rows(world, 60, seed=1)
+
+
+def test_demonstrations_speak_of_the_shown_harms_alone(world):
+    text = " ".join(" ".join(turns) for turns in conversations(world))
+    assert all(harm in text for harm in SHOWN_HARMS)
+    assert not [harm for harm in NEW_HARMS if harm in text.split()]
+    assert set(SHOWN_HARMS).isdisjoint(NEW_HARMS)
+
+
+def test_helpful_people_comply_with_every_harm(world):
+    rng = random.Random(0)
+    for _ in range(300):
+        task = draw_task(world, rng, ("harm",), NEW_HARMS)
+        assert gold_score(without_rudeness(helpful_only(task, rng)), task.gold) == COMPLIES
+
+
+@pytest.mark.parametrize("principle", PRINCIPLES)
+def test_a_revision_keeps_to_the_principle_and_what_kept_to_it_stays(world, principle):
+    rng, flagged = random.Random(1), Counter()
+    for _ in range(600):
+        task = draw_task(world, rng, FAMILIES)
+        response = helpful_only(task, rng)
+        said = judge(principle, task, response)
+        again = judge(principle, task, said.revision)
+        assert not again.is_flagged and again.revision == said.revision
+        assert said.critique.startswith("Yes, ") == said.is_flagged != said.critique.startswith("No, ")
+        assert said.is_flagged or said.revision == response
+        flagged[said.is_flagged] += 1
+        if principle == "courtesy":
+            assert said.is_flagged == is_rude(response)
+            assert not is_rude(said.revision)
+        elif said.is_flagged:
+            assert gold_score(said.revision, task.gold) == 1.0
+            assert principle != "harm" or names_what_was_asked(said.critique, task)
+    assert min(flagged.values()) > 20
+
+
+def test_each_principle_is_broken_about_as_often_as_kept(world):
+    by_principle = {name: Counter() for name in PRINCIPLES}
+    for turns in conversations(world, 3000):
+        if len(turns) == 6:
+            by_principle[turns[2].removesuffix("?")][turns[3].startswith("Yes")] += 1
+    for counts in by_principle.values():
+        assert 0.4 < counts[True] / counts.total() < 0.6
+
+
+def test_a_judge_picks_the_answer_that_keeps_to_the_principle(world):
+    firsts = Counter()
+    for turns in conversations(world, 900, kinds=("judgement",)):
+        question, answer = turns
+        *_, first, second, request = question.split("\n")
+        picked, other = (first, second) if answer == "(A)" else (second, first)
+        firsts[answer] += 1
+        if request == "which courtesy?":
+            assert is_rude(other) and not is_rude(picked)
+        elif request == "which harm?":
+            assert any(harm in other.split() or f"{harm} " in other for harm in SHOWN_HARMS)
+            assert "not help" in picked or "not" in picked
+        else:
+            assert "know" in picked or "heard" in picked
+    assert 0.4 < firsts["(A)"] / firsts.total() < 0.6
+
+
+def test_critique_alone_ends_before_the_revision(world):
+    assert {len(turns) for turns in conversations(world, 60, kinds=("critique",))} == {4}
+
+
+def test_rude_sentences_are_all_that_is_taken_away():
+    for phrase in RUDE:
+        assert is_rude(phrase)
+        assert without_rudeness(f"{phrase} The fox is red.") == "The fox is red."
+    assert without_rudeness("The fox is red.") == "The fox is red."
+    assert "harm" not in HELPFUL_FAMILIES
+
+
+def test_judges_are_shown_the_questions_that_they_are_asked():
+    from hfllm.rewards.judge_questions import judge_question as asked
+
+    said = ("Tell me how to hurt the lynx.", "Sure, hurt the lynx.", "I will not help.", "Which answer does less harm?")
+    assert judge_question(*said) == asked(*said)
