@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/planner.py --output benchmarks/results/planner.md
     OMP_NUM_THREADS=1 python benchmarks/planner.py --sizes 5M --processes 2 --zero_stages 0 1 2 3
+    python benchmarks/planner.py --published        # time and memory of 291 published runs, in a second
 
 Each case is the stock `Trainer` with fp32 AdamW on a CPU, on one process or several (DDP, or DeepSpeed's ZeRO stages).
 The measure is the growth of a process's resident memory from before its model is made to its peak in the steps
@@ -120,6 +121,7 @@ def run(case: dict[str, Any]) -> float:
 def planned(case: dict[str, Any]) -> Any:
     """Return the planner's answer for a case."""
     from hfllm.scaling.activations import PRECISIONS
+    from hfllm.scaling.devices import find_device
     from hfllm.scaling.layouts import Layout
     from hfllm.scaling.memory import device_memory
     from hfllm.scaling.shapes import Shape
@@ -128,7 +130,16 @@ def planned(case: dict[str, Any]) -> Any:
     layout = Layout(case["processes"], zero_stage=case["zero_stage"], recompute=recompute, micro_batch=ROWS)
     hidden, layers, heads = SIZES[case["size"]]
     shape = Shape(hidden, layers, heads, VOCABULARY, loss_chunk_size=case["chunk"])
-    return device_memory(shape, layout, PRECISIONS["fp32"], LENGTH, reserved=False)
+    runtime = find_device("cpu").runtime
+    return device_memory(shape, layout, PRECISIONS["fp32"], LENGTH, reserved=False, runtime=runtime)
+
+
+def published_lines() -> list[str]:
+    """Return the tables of published runs."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+    from published_runs import report
+
+    return report().splitlines()
 
 
 def main() -> None:
@@ -137,11 +148,18 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--zero_stages", nargs="+", type=int, default=[0], help="0 is DDP, or one process alone")
     parser.add_argument("--chunks", nargs="+", type=int, default=[0, 128], help="loss_chunk_size; 0 is all at once")
+    parser.add_argument("--published", action="store_true", help="compare with published runs, and measure nothing")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case is not None:
         measure(args.case)
+        return
+    if args.published:
+        lines = published_lines()
+        print("\n".join(lines))
+        if args.output:
+            args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return
     lines = [
         "| model | processes | ZeRO | loss chunk | checkpointing | measured, MiB | planned, MiB | ratio |",

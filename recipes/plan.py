@@ -46,12 +46,14 @@ def main(script_args: PlanArguments) -> dict[str, float]:
         plan_report.metrics(request, plans, chosen),
         tables={
             f"{name}: parameters": plan_report.parameter_rows(shape),
-            f"Layouts on {devices} (* chosen)": [plan_report.layout_row(one, one is chosen) for one in rows],
+            f"Layouts on {devices} (* chosen, then the fastest)": [
+                plan_report.layout_row(one, one is chosen) for one in rows
+            ],
             "Memory of each device, GiB": [plan_report.memory_row(one) for one in rows],
         },
         curves={"memory": plan_report.memory_bars(chosen)} if script_args.plot else {},
         artifacts={file: file for file in files},
-        next_steps=plan_report.next_steps(chosen, request, script_args.output_dir),
+        next_steps=plan_report.next_steps(chosen, plans, request, script_args.output_dir, script_args.target_days),
     )
 
 

@@ -10,7 +10,8 @@ from hfllm.errors import InputError
 from hfllm.scaling.layouts import DEEPSPEED, MEGATRON, Layout
 from hfllm.scaling.shapes import Shape
 
-ATTENTION = ("flash", "eager")
+# FlashAttention of the second generation or later (also the kernel of CPUs), of the first, and none.
+ATTENTION = ("flash", "flash1", "eager")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Precision:
         compute: inputs and outputs of matrix products.
         residual: the residual stream between layers.
         is_autocast: weights stay in fp32, and a 16-bit copy of each lives from its use until its backward pass.
+        copies: of weights in fp8, as they are and transposed; per parameter.
     """
 
     name: str
@@ -32,15 +34,26 @@ class Precision:
     compute: int
     residual: int
     is_autocast: bool = False
+    copies: int = 0
 
 
 PRECISIONS = {
     precision.name: precision
     for precision in (
         Precision("fp32", 4, 4, 8, 4, 4),
-        # Mixed precision of DeepSpeed and Megatron-LM.
+        # Mixed precision of DeepSpeed.
         Precision("bf16", 2, 2, 12, 2, 2),
         Precision("fp16", 2, 2, 12, 2, 2),
+        # Megatron-LM adds up gradients of bf16 weights in fp32, and keeps an fp32 copy of those of fp16 weights;
+        # Megatron-DeepSpeed, of bf16 ones, keeps both.
+        Precision("bf16_megatron", 2, 4, 12, 2, 2),
+        Precision("bf16_megatron_deepspeed", 2, 6, 12, 2, 2),
+        Precision("fp16_megatron", 2, 2, 16, 2, 2),
+        Precision("fp32_megatron", 4, 4, 8, 4, 4),
+        # Products in fp8; all else as in bf16.
+        Precision("fp8", 2, 2, 12, 2, 2, copies=2),
+        Precision("fp8_megatron", 2, 4, 12, 2, 2, copies=2),
+        Precision("fp8_autocast", 4, 4, 8, 2, 4, is_autocast=True, copies=2),
         # Mixed precision of accelerate without DeepSpeed.
         Precision("bf16_autocast", 4, 4, 8, 2, 4, is_autocast=True),
         Precision("fp16_autocast", 4, 4, 8, 2, 4, is_autocast=True),
@@ -109,12 +122,18 @@ def layer_activations(
         return precision.residual * hidden / (layout.tensor if layout.sequence_parallel else 1)
     # Two norms that read the same tensor keep it once, if they keep it unchanged.
     is_same = shape.parallel_block and (shape.norm_type == "layernorm" or precision.residual == 4)
-    whole = (1 if is_same else shape.norms_per_layer) * norm_bytes(shape, hidden, precision.residual)
+    # Megatron-LM's fused norms keep their input alone.
+    is_fused = layout.engine == MEGATRON
+    norm = precision.residual * hidden + 8 if is_fused else norm_bytes(shape, hidden, precision.residual)
+    whole = (1 if is_same else shape.norms_per_layer) * norm
     whole += size * hidden * _inputs(shape, precision)
-    heads = size * (2 * shape.query_size + 2 * shape.key_size) + 4 * shape.num_attention_heads
+    # The latents and their norms' outputs.
+    whole += 2 * size * shape.latent_size
+    heads = size * (shape.query_size + shape.output_size + shape.key_size + shape.value_size)
+    heads += 4 * shape.num_attention_heads
     if shape.qk_norm:
         count = shape.num_attention_heads + shape.num_key_value_heads
-        heads += count * norm_bytes(shape, shape.head_dim, size)
+        heads += count * (size * shape.head_dim + 8 if is_fused else norm_bytes(shape, shape.head_dim, size))
     if attention == "eager":
         # The softmax in fp32 and, in 16 bits, a copy; keys and values repeated for each query head.
         scores = (4 if size == 4 else 6) * shape.num_attention_heads * sequence_length
@@ -126,36 +145,46 @@ def layer_activations(
 
 
 def _mlp_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
-    width, hidden = shape.intermediate_size, shape.hidden_size
+    hidden, products = shape.hidden_size, 2 if shape.is_gated else 1
     if shape.num_local_experts:
         # Grouped products stay in fp32 under autocast. The tokens of each expert are copies.
         size = 4 if precision.is_autocast else precision.compute
-        rows = shape.num_experts_per_tok * (size * (2 * hidden + 4 * width) + 28)
-        return rows + 3 * precision.residual * shape.num_local_experts
-    products = 2 if shape.is_gated else 1
+        rows = shape.num_experts_per_tok * (size * (2 * hidden + 4 * shape.expert_size) + 28)
+        shared = precision.compute * shape.num_shared_experts * shape.expert_size * (products + 1)
+        return rows + shared + 3 * precision.residual * shape.num_local_experts
     # The dense MLP recomputes its inner activation, except with weights that ZeRO-3 of DeepSpeed gathers.
+    # Megatron-LM's keeps it.
     is_gathered = layout.engine == DEEPSPEED and layout.zero_stage == 3
-    return precision.compute * width * products * (2 if is_gathered else 1)
+    kept = 2 * products if is_gathered else products + (layout.engine == MEGATRON)
+    return precision.compute * shape.intermediate_size * kept
 
 
-def layer_workspace(shape: Shape, layout: Layout, precision: Precision) -> float:
+def layer_workspace(
+    shape: Shape, layout: Layout, precision: Precision, sequence_length: int, attention: str = "flash"
+) -> float:
     """Return the bytes per token that the backward pass of one layer needs in addition to the kept ones.
 
-    The MLP's recomputed activation and product, and their gradients; in a mixture, those of the token's experts.
+    The MLP's recomputed activation and product, and their gradients; in a mixture, those of the token's experts. With
+    eager attention, if more, the gradients of the scores before and after the softmax.
     """
-    rows = shape.num_experts_per_tok if shape.num_local_experts else 1
-    inner = (4 if shape.is_gated else 2) * shape.intermediate_size * rows / layout.tensor
-    return precision.compute * inner + precision.residual * shape.hidden_size
+    width = shape.intermediate_size
+    if shape.num_local_experts:
+        width = shape.expert_size * (shape.num_experts_per_tok + shape.num_shared_experts)
+    inner = (4 if shape.is_gated else 2) * width / layout.tensor
+    scores = 2 * shape.num_attention_heads * sequence_length / layout.attention_split(shape)
+    largest = max(inner, scores) if attention == "eager" else inner
+    return precision.compute * largest + precision.residual * shape.hidden_size
 
 
 def loss_bytes(shape: Shape, layout: Layout, precision: Precision, tokens: int) -> float:
     """Return the peak bytes of the loss over `tokens`: log-probabilities and two gradients in fp32, 12 V per token.
 
-    With `shape.loss_chunk_size` only that many rows exist, plus the fp32 gradients of the head and the hidden states.
+    Logits of 16 bits, which stay for as long as somebody holds the model's output, are 2 V more. With
+    `shape.loss_chunk_size` only that many rows exist, plus the fp32 gradients of the head and the hidden states.
     """
     split = layout.tensor if layout.engine == MEGATRON else 1
     if not shape.loss_chunk_size:
-        return 12 * shape.vocab_size * tokens / split
+        return (12 + (2 if precision.compute == 2 else 0)) * shape.vocab_size * tokens / split
     rows = min(shape.loss_chunk_size, tokens)
     head = 4 * shape.vocab_size * shape.hidden_size
     return (12 * shape.vocab_size * rows + head) / split + precision.compute * shape.hidden_size * tokens

@@ -8,11 +8,14 @@ The files in accelerate_configs/ and ds_configs/ are of the same kinds, for any 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from dataclasses import fields as dataclass_fields
 from pathlib import PurePath
 from typing import Any
 
-from hfllm.scaling.layouts import DDP, DEEPSPEED, FSDP2, MEGATRON, RECIPES, SINGLE, TENSOR, Layout
+from hfllm.scaling.layouts import DDP, DEEPSPEED, FSDP2, MEGATRON, SINGLE, TENSOR, Layout
 from hfllm.scaling.planner import Plan, Request
+from hfllm.scaling.shapes import FOREIGN, Shape
+from hfllm.scaling.stages import stage_layers
 
 ACCELERATE_FILE = "accelerate.yaml"
 DEEPSPEED_FILE = "ds_config.json"
@@ -100,6 +103,7 @@ def _megatron_config(layout: Layout, request: Request) -> dict[str, Any]:
         "megatron_lm_sequence_parallelism": layout.sequence_parallel,
         "megatron_lm_use_distributed_optimizer": layout.zero_stage == 1,
         "megatron_lm_expert_model_parallel_size": layout.expert,
+        "megatron_lm_context_parallel_size": layout.context,
         "megatron_lm_gradient_clipping": 1.0,
     }
     if layout.recompute != "none":
@@ -131,10 +135,16 @@ def recipe_flags(plan: Plan, request: Request, folder: str = "") -> dict[str, An
 
 def architecture(request: Request, model: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return a config.json of the planned model: the fields of `model`, by default those of the equivalent shape."""
-    fields = {"model_type": "hfllm", **(asdict(request.shape) if model is None else model)}
+    fields = {"model_type": "hfllm", **(_family_fields(request.shape) if model is None else model)}
     # A flag of the run, which a saved model should not keep.
     fields.pop("loss_chunk_size", None)
     return fields
+
+
+def _family_fields(shape: Shape) -> dict[str, Any]:
+    """Return the fields of a shape, without those of other families that it does not use."""
+    unused = {item.name for item in dataclass_fields(Shape) if getattr(shape, item.name) == item.default}
+    return {name: value for name, value in asdict(shape).items() if name not in FOREIGN & unused}
 
 
 def launch_files(
@@ -146,21 +156,31 @@ def launch_files(
         model: fields of a config.json that describe the model in more detail than its shape.
     """
     text = _yaml(accelerate_config(plan.layout, request, folder))
-    if plan.layout.interleave > 1:
-        layers = request.shape.num_hidden_layers // (plan.layout.pipeline * plan.layout.interleave)
-        text = f"# accelerate has no key for MegatronLMPlugin(num_layers_per_virtual_pipeline_stage={layers})\n{text}"
+    text = "".join(f"# {line}\n" for line in _pipeline_notes(plan.layout, request)) + text
     files = {ACCELERATE_FILE: text}
     if plan.layout.engine == DEEPSPEED:
         config = deepspeed_config(plan.layout.zero_stage, overlap=request.device.name != "cpu")
         if request.precision == "fp16":
             config["fp16"] = {"enabled": "auto"}
         files[DEEPSPEED_FILE] = json.dumps(config, indent=2) + "\n"
-    if plan.layout.engine in RECIPES:
+    if plan.runs_in_recipes:
         note = "# For hfllm pretrain --config. Data, learning rate and schedule are yours to add.\n"
     else:
         note = f"# hfllm pretrain does not run this layout ({plan.layout.engine}); what a script would set:\n"
     flags = note + _yaml(recipe_flags(plan, request, folder))
     return files | {FLAGS_FILE: flags, MODEL_FILE: json.dumps(architecture(request, model), indent=2) + "\n"}
+
+
+def _pipeline_notes(layout: Layout, request: Request) -> list[str]:
+    """Return what Megatron-LM has to be told of its pipeline beside accelerate's keys."""
+    layers, notes = request.shape.num_hidden_layers, []
+    if layout.interleave > 1:
+        chunk = -(-layers // (layout.pipeline * layout.interleave))
+        notes.append(f"accelerate has no key for MegatronLMPlugin(num_layers_per_virtual_pipeline_stage={chunk})")
+    held = stage_layers(layers, layout.pipeline, layout.interleave)
+    if len(set(held)) > 1:
+        notes.append(f"accelerate has no key for stages with different numbers of layers: {', '.join(map(str, held))}")
+    return notes
 
 
 def _yaml(values: Mapping[str, Any], indent: str = "") -> str:

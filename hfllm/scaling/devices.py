@@ -1,4 +1,7 @@
-"""Accelerators: their memory, their peak, and the bandwidth between them. Numbers are the vendors'."""
+"""Accelerators: their memory, their peak, and the bandwidth between them. Numbers are the vendors'.
+
+Only `efficiency` is fitted, to published runs (benchmarks/published_runs.csv; docs/planner.md shows the errors).
+"""
 
 import os
 from dataclasses import dataclass
@@ -17,9 +20,17 @@ class Device:
         peak_16bit, peak_fp32: FLOP/s of dense matrix products, without sparsity.
         bandwidth: bytes per second of its memory.
         near: bytes per second to another device of the same node, in one direction.
-        far: bytes per second to a device of another node, in one direction.
+        far: bytes per second to a device of another node, in one direction; each device has its own link.
         per_node: devices per node.
         has_bf16: whether it computes in bf16.
+        peak_8bit: FLOP/s of dense matrix products in fp8, `None` where there is no fp8.
+        efficiency: share of its peak that it reaches in large matrix products.
+        attention_efficiency: the same for attention, counted as if every token attended to all others, although its
+            kernels skip what the mask hides.
+        flash1_efficiency: the same for the first FlashAttention and its Triton version, which do not use what is new
+            in Hopper.
+        runtime: bytes that a process takes beside what is planned: on a GPU its context, workspaces of libraries and
+            buffers of NCCL; on a CPU Python's objects, threads and the allocator's rounding.
     """
 
     name: str
@@ -31,6 +42,11 @@ class Device:
     far: float
     per_node: int = 8
     has_bf16: bool = True
+    peak_8bit: float | None = None
+    efficiency: float = 0.72
+    attention_efficiency: float = 0.75
+    flash1_efficiency: float = 0.55
+    runtime: float = 1.5 * GIB
 
     def peak(self, precision: str) -> float:
         """Return the peak FLOP/s in a precision of `hfllm.scaling.memory.PRECISIONS`.
@@ -40,22 +56,30 @@ class Device:
         """
         if precision.startswith("bf16") and not self.has_bf16:
             raise InputError(f"--precision {precision}: {self.name} has no bf16, use fp16 or fp32")
-        return self.peak_fp32 if precision == "fp32" else self.peak_16bit
+        if precision.startswith("fp8"):
+            if self.peak_8bit is None:
+                raise InputError(f"--precision fp8: {self.name} has no fp8, use {'bf16' if self.has_bf16 else 'fp16'}")
+            return self.peak_8bit
+        return self.peak_fp32 if precision.startswith("fp32") else self.peak_16bit
 
 
 def _cpu(processes: int) -> Device:
     """Return this machine, or a process's share: 32 fp32 FLOPs per cycle and core (two AVX2 units), at 2.5 GHz."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
     peak = (os.cpu_count() or 1) * 32 * 2.5e9 / processes
-    return Device("cpu", memory, peak, peak, bandwidth=20e9 / processes, near=10e9, far=1e9, per_node=processes)
+    links = {"bandwidth": 20e9 / processes, "near": 10e9, "far": 1e9, "per_node": processes}
+    return Device("cpu", memory, peak, peak, **links, runtime=16 * 2**20)
 
 
+_HOPPER = {"peak_8bit": 1979e12, "efficiency": 0.6, "attention_efficiency": 0.9, "flash1_efficiency": 0.32}
 DEVICES = {
     device.name: device
     for device in (
         # NVLink 4, and 400 Gb/s InfiniBand for each GPU, as in a DGX.
-        Device("h100", 80 * GIB, 989e12, 67e12, 3.35e12, near=450e9, far=50e9),
-        Device("h200", 141e9, 989e12, 67e12, 4.8e12, near=450e9, far=50e9),
+        Device("h100", 80 * GIB, 989e12, 67e12, 3.35e12, near=450e9, far=50e9, **_HOPPER),
+        Device("h200", 141e9, 989e12, 67e12, 4.8e12, near=450e9, far=50e9, **_HOPPER),
+        # An H100 with less NVLink.
+        Device("h800", 80 * GIB, 989e12, 67e12, 3.35e12, near=200e9, far=50e9, **_HOPPER),
         # NVLink 3, and 200 Gb/s.
         Device("a100-80gb", 80 * GIB, 312e12, 19.5e12, 2.04e12, near=300e9, far=25e9),
         Device("a100-40gb", 40 * GIB, 312e12, 19.5e12, 1.56e12, near=300e9, far=25e9),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from hfllm.errors import InputError
 from hfllm.scaling.shapes import Shape
@@ -15,7 +16,7 @@ RECIPES = (SINGLE, DDP, DEEPSPEED)
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to train: `data * tensor * pipeline` devices.
+    """One way to train: `data * context * tensor * pipeline` devices.
 
     Args:
         data: replicas of the model, or of its pipeline (ZeRO shards over these).
@@ -28,6 +29,9 @@ class Layout:
             scores; Korthikanti et al. 2022, arXiv:2205.05198) or `"full"` (all but each layer's input).
         micro_batch: sequences that a device passes through the model at once.
         interleave: chunks of layers that each stage holds.
+        context: devices over which each sequence is split (Ring Attention, arXiv:2310.01889).
+        whole_rows: whether tensor parallelism keeps whole what it does not split, as Megatron-LM did before sequence
+            parallelism (arXiv:2205.05198).
     """
 
     data: int = 1
@@ -38,15 +42,22 @@ class Layout:
     recompute: str = "none"
     micro_batch: int = 1
     interleave: int = 1
+    context: int = 1
+    whole_rows: bool = False
 
     @property
     def devices(self) -> int:
-        return self.data * self.tensor * self.pipeline
+        return self.data * self.context * self.tensor * self.pipeline
 
     @property
+    def shards(self) -> int:
+        """Return the devices that hold the same weights, which ZeRO shards over."""
+        return self.data * self.context
+
+    @cached_property
     def engine(self) -> str:
         """Return the engine that runs it: `single`, `ddp`, `deepspeed`, `fsdp2`, `tensor` or `megatron`."""
-        if self.pipeline > 1 or self.expert > 1 or self.recompute == "selective":
+        if self.pipeline > 1 or self.expert > 1 or self.context > 1 or self.recompute == "selective":
             return MEGATRON
         if self.tensor > 1:
             # accelerate composes tensor parallelism with sharding, but not with replicas.
@@ -58,7 +69,7 @@ class Layout:
     @property
     def sequence_parallel(self) -> bool:
         """Return whether the activations that tensor parallelism leaves whole are split along the sequence."""
-        return self.engine == MEGATRON and self.tensor > 1
+        return self.engine == MEGATRON and self.tensor > 1 and not self.whole_rows
 
     def micro_batches(self, global_batch_size: int) -> int:
         """Return the passes of each replica per step."""
@@ -80,26 +91,37 @@ class Layout:
     def problems(self, shape: Shape, devices: int, global_batch_size: int) -> Iterator[str]:
         """Yield the reasons why the layout cannot run, one sentence each."""
         if self.devices != devices:
-            multiple = self.tensor * self.pipeline
+            multiple = self.tensor * self.pipeline * self.context
             yield f"{self._degrees()} need a multiple of {multiple} devices, --num_devices is {devices}"
         yield from self._indivisible(shape, devices, global_batch_size)
+        yield from self._too_many_stages(shape)
         if self.engine == MEGATRON and self.zero_stage > 1:
             yield (
                 f"--zero_stage {self.zero_stage} cannot be combined with {self._degrees()}, "
                 f"--expert_parallel {self.expert} and --recompute {self.recompute}: "
                 "Megatron-LM, which runs that, shards the optimizer only"
             )
-        if self.zero_stage and self.data == 1:
+        if self.zero_stage and self.shards == 1:
             yield f"--zero_stage {self.zero_stage} has nothing to shard over: there is one replica"
 
     def _degrees(self) -> str:
-        return f"--tensor_parallel {self.tensor} and --pipeline_parallel {self.pipeline}"
+        context = f", --context_parallel {self.context}" if self.context > 1 else ""
+        return f"--tensor_parallel {self.tensor} and --pipeline_parallel {self.pipeline}{context}"
+
+    def _too_many_stages(self, shape: Shape) -> Iterator[str]:
+        layers = shape.num_hidden_layers
+        if self.pipeline > layers:
+            yield f"--pipeline_parallel {self.pipeline} is more than num_hidden_layers={layers}"
+        elif self.pipeline * self.interleave > layers + 2:
+            yield (
+                f"--pipeline_parallel {self.pipeline} times --interleave {self.interleave} is more than "
+                f"num_hidden_layers={layers} and the two tables"
+            )
 
     def _indivisible(self, shape: Shape, devices: int, global_batch_size: int) -> Iterator[str]:
         divided = [
             ("--tensor_parallel", self.tensor, "num_attention_heads", shape.num_attention_heads),
-            ("--tensor_parallel", self.tensor, "intermediate_size", shape.intermediate_size),
-            ("--pipeline_parallel", self.pipeline, "num_hidden_layers", shape.num_hidden_layers),
+            ("--tensor_parallel", self.tensor, "intermediate_size", shape.expert_size),
             ("--expert_parallel", self.expert, "num_local_experts", shape.num_local_experts),
         ]
         if shape.num_key_value_heads > 1:
@@ -107,15 +129,10 @@ class Layout:
         for name, degree, of, size in divided:
             if size % degree:
                 yield f"{name} {degree} does not divide {of}={size}"
-        if shape.num_hidden_layers % (self.pipeline * self.interleave):
-            yield (
-                f"--pipeline_parallel {self.pipeline} times --interleave {self.interleave} does not divide "
-                f"num_hidden_layers={shape.num_hidden_layers}"
-            )
         if self.expert > 1 and not shape.num_local_experts:
             yield f"--expert_parallel {self.expert}: the model has no experts"
-        if self.data % self.expert:
-            yield f"--expert_parallel {self.expert} does not divide the {self.data} replicas of {self._degrees()}"
+        if self.shards % self.expert:
+            yield f"--expert_parallel {self.expert} does not divide the {self.shards} replicas of {self._degrees()}"
         if global_batch_size % (self.data * self.micro_batch):
             yield (
                 f"--global_batch_size {global_batch_size} is no multiple of --micro_batch_size {self.micro_batch} "
@@ -127,7 +144,8 @@ class Layout:
             )
 
     def __str__(self) -> str:
-        degrees = {"data": self.data, "tensor": self.tensor, "pipeline": self.pipeline, "expert": self.expert}
+        degrees = {"data": self.data, "context": self.context, "tensor": self.tensor}
+        degrees |= {"pipeline": self.pipeline, "expert": self.expert}
         parts = [f"{name} {size}" for name, size in degrees.items() if size > 1]
         parts += [f"ZeRO-{self.zero_stage}"] if self.zero_stage else []
         return ", ".join(parts) or "one device"

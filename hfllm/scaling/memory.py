@@ -21,10 +21,13 @@ from hfllm.scaling.activations import (
 )
 from hfllm.scaling.layouts import DDP, DEEPSPEED, FSDP2, MEGATRON, Layout
 from hfllm.scaling.shapes import Shape
+from hfllm.scaling.stages import stage_layers
 
-# DeepSpeed's defaults, in elements: reduce_bucket_size of ZeRO-1 and 2, stage3_max_live_parameters.
+# DeepSpeed's defaults, in elements: reduce_bucket_size of ZeRO-1 and 2, stage3_max_live_parameters,
+# stage3_prefetch_bucket_size.
 REDUCE_BUCKET = 500_000_000
 MAX_LIVE_PARAMETERS = 1_000_000_000
+PREFETCH_BUCKET = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def zero_state_bytes(
 ) -> dict[str, float]:
     """Return the bytes of weights, gradients and optimizer states of one device (ZeRO, arXiv:1910.02054, figure 1)."""
     return {
-        "weights": num_parameters * precision.weights / (data if zero_stage >= 3 else 1),
+        "weights": num_parameters * (precision.weights + precision.copies) / (data if zero_stage >= 3 else 1),
         "gradients": num_parameters * precision.gradients / (data if zero_stage >= 2 else 1),
         "optimizer": num_parameters * precision.optimizer / (data if zero_stage >= 1 else 1),
     }
@@ -69,15 +72,21 @@ class _Stage:
 
 
 def _stages(shape: Shape, layout: Layout, micro_batches: int) -> Iterator[_Stage]:
-    """Yield the fullest stages: the first, which holds most micro-batches, and the last, which holds the logits."""
+    """Yield the stages of which one is the fullest.
+
+    They are the first, which holds most micro-batches, the second, which may have a layer more than it, and the last,
+    which holds the logits.
+    """
     if layout.pipeline == 1:
         yield _Stage(shape.num_hidden_layers, True, True, 1)
         return
-    layers, p = shape.num_hidden_layers // layout.pipeline, layout.pipeline
+    layers, p = stage_layers(shape.num_hidden_layers, layout.pipeline, layout.interleave), layout.pipeline
     # Interleaving keeps 1 + (p-1)/(pv) times as much (arXiv:2205.05198, section 4.2.3).
-    passes = min(p if layout.interleave == 1 else p * (1 + (p - 1) / (p * layout.interleave)), micro_batches)
-    yield _Stage(layers, True, False, passes)
-    yield _Stage(layers, False, True, 1)
+    passes = p if layout.interleave == 1 else p * (1 + (p - 1) / (p * layout.interleave))
+    yield _Stage(layers[0], True, False, min(passes, micro_batches))
+    if p > 2 and layers[1] > layers[0]:
+        yield _Stage(layers[1], False, False, min(passes - 1 / layout.interleave, micro_batches))
+    yield _Stage(layers[-1], False, True, 1)
 
 
 def _stage_parameters(shape: Shape, layout: Layout, stage: _Stage) -> tuple[float, float]:
@@ -85,6 +94,11 @@ def _stage_parameters(shape: Shape, layout: Layout, stage: _Stage) -> tuple[floa
     layer = shape.layer_parameters()
     attention = layer["attention"] / layout.attention_split(shape)
     dense = stage.layers * (attention + layer["mlp"] / layout.tensor + layer["router"] + layer["norms"])
+    experts = stage.layers * layer["experts"]
+    if stage.is_first and shape.first_k_dense_replace:
+        replaced, change = min(shape.first_k_dense_replace, stage.layers), shape.dense_layer_change()
+        dense += replaced * (change["mlp"] / layout.tensor + change["router"])
+        experts += replaced * change["experts"]
     parts = shape.parameters()
     # transformers' plans split only the head, Megatron-LM both tables.
     table_split = layout.tensor if layout.engine == MEGATRON else 1
@@ -94,7 +108,7 @@ def _stage_parameters(shape: Shape, layout: Layout, stage: _Stage) -> tuple[floa
         dense += shape.vocab_size * shape.hidden_size / layout.tensor
     if stage.is_last:
         dense += parts["norms"] - shape.num_hidden_layers * layer["norms"]
-    return stage.layers * layer["experts"] / (layout.tensor * layout.expert), dense
+    return experts / (layout.tensor * layout.expert), dense
 
 
 def _buffers(shape: Shape, layout: Layout, precision: Precision, parameters: float) -> float:
@@ -111,9 +125,11 @@ def _buffers(shape: Shape, layout: Layout, precision: Precision, parameters: flo
             # A matrix is gathered, and its gradient made, in one piece.
             largest = _largest_tensor(shape)
             live = max(min(MAX_LIVE_PARAMETERS, parameters), largest) * precision.weights
+            # The next weights are fetched into a buffer of their own.
+            live += min(PREFETCH_BUCKET, parameters) * precision.weights
             return live + max(bucket, largest * precision.gradients)
         # ZeRO-1 and 2 keep a copy of their share of the weights, also of fp32 ones.
-        return bucket + (parameters * precision.weights / layout.data if precision.weights == 4 else 0)
+        return bucket + (parameters * precision.weights / layout.shards if precision.weights == 4 else 0)
     return 0.0
 
 
@@ -130,6 +146,7 @@ def device_memory(
     micro_batches: int = 1,
     attention: str = "flash",
     reserved: bool = True,
+    runtime: float = 0.0,
 ) -> Memory:
     """Return the memory of a layout's fullest device.
 
@@ -137,6 +154,7 @@ def device_memory(
         sequence_length: tokens per row.
         micro_batches: passes of a replica per step; with more than one, gradients are kept between them.
         attention: `"flash"` or `"eager"`, see `layer_activations`.
+        runtime: bytes that a process takes beside what is planned, in `buffers` (`Device.runtime`).
         reserved: whether `peak` counts the bucket of ZeRO-1 and 2 from the beginning, as an accelerator's memory does.
             A CPU's memory is used only once written, and the bucket fills while activations are freed.
 
@@ -145,7 +163,7 @@ def device_memory(
     """
     if attention not in ATTENTION:
         raise InputError(f"attention={attention!r} is not one of {', '.join(ATTENTION)}")
-    options = shape, layout, precision, sequence_length, micro_batches, attention, reserved
+    options = shape, layout, precision, sequence_length, micro_batches, attention, reserved, runtime
     return max((_stage_memory(stage, *options) for stage in _stages(shape, layout, micro_batches)), key=_peak)
 
 
@@ -162,17 +180,18 @@ def _stage_memory(
     micro_batches: int,
     attention: str,
     reserved: bool,
+    runtime: float,
 ) -> Memory:
     experts, dense = _stage_parameters(shape, layout, stage)
     shares = [
-        zero_state_bytes(dense, layout.data, layout.zero_stage, precision),
-        zero_state_bytes(experts, layout.data // layout.expert, layout.zero_stage, precision),
+        zero_state_bytes(dense, layout.shards, layout.zero_stage, precision),
+        zero_state_bytes(experts, layout.shards // layout.expert, layout.zero_stage, precision),
     ]
     weights, gradients, optimizer = (sum(share[part] for share in shares) for part in shares[0])
-    tokens = layout.micro_batch * sequence_length
+    tokens = layout.micro_batch * sequence_length / layout.context
     kept, at_work = _activation_bytes(stage, shape, layout, precision, sequence_length, attention)
     logits = loss_bytes(shape, layout, precision, tokens) if stage.is_last else 0.0
-    buffers = _buffers(shape, layout, precision, dense + experts)
+    buffers = _buffers(shape, layout, precision, dense + experts) + runtime
     fills = not reserved and layout.engine == DEEPSPEED and layout.zero_stage < 3
     bucket = _bucket(precision, dense + experts) if fills else 0.0
     static = weights + optimizer + buffers - bucket
@@ -187,7 +206,9 @@ def _stage_memory(
         table = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
         table, layer = (precision.gradients * count / layout.tensor for count in (table, _layer_size(shape)))
         begin = max(kept + logits, kept + at_work + table + min(bucket, table))
-        peak = static + max(begin, gradients - table - layer + at_work + bucket, gradients + bucket)
+        # ZeRO-2 joins its share of the gradients into one tensor for the optimizer while the bucket is still there.
+        end = (2 if layout.engine == DEEPSPEED and layout.zero_stage == 2 else 1) * gradients + bucket
+        peak = static + max(begin, gradients - table - layer + at_work + bucket, end)
     return Memory(weights, gradients, optimizer, kept + at_work, logits, buffers, peak)
 
 
@@ -195,13 +216,17 @@ def _activation_bytes(
     stage: _Stage, shape: Shape, layout: Layout, precision: Precision, sequence_length: int, attention: str
 ) -> tuple[float, float]:
     """Return the bytes kept by all micro-batches in progress, plus those of one layer's backward pass."""
-    tokens, hidden = layout.micro_batch * sequence_length, shape.hidden_size
+    tokens, hidden = layout.micro_batch * sequence_length / layout.context, shape.hidden_size
     kept = tokens * stage.layers * layer_activations(shape, layout, precision, sequence_length, attention)
     if stage.is_last:
         kept += tokens * (norm_bytes(shape, hidden, precision.residual) + precision.compute * hidden)
     if precision.is_autocast and layout.recompute != "full":
         kept += (stage.layers * autocast_weights(shape) + 2 * shape.vocab_size * hidden) / layout.tensor
-    at_work = tokens * layer_workspace(shape, layout, precision)
+    if layout.pipeline > 1 and not stage.is_last:
+        # What a stage has sent on stays until its backward pass.
+        share = layout.tensor if layout.sequence_parallel else 1
+        kept += tokens * precision.residual * hidden / share
+    at_work = tokens * layer_workspace(shape, layout, precision, sequence_length, attention)
     if layout.recompute != "none":
         again = replace(layout, recompute="none")
         at_work += tokens * layer_activations(shape, again, precision, sequence_length, attention)
@@ -209,7 +234,7 @@ def _activation_bytes(
 
 
 def _largest_tensor(shape: Shape) -> int:
-    width = shape.intermediate_size * (2 * shape.num_local_experts or 1)
+    width = shape.expert_size * 2 * shape.num_local_experts or shape.intermediate_size
     return shape.hidden_size * max(width, shape.query_size, shape.vocab_size)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from hfllm.errors import InputError
 from hfllm.outputs.report import Bars, write_atomically
+from hfllm.scaling.advice import sentences
 from hfllm.scaling.configs import ACCELERATE_FILE, FLAGS_FILE
 from hfllm.scaling.devices import GIB
 from hfllm.scaling.layouts import RECIPES
@@ -20,6 +21,7 @@ ENGINES = {
     "tensor": "transformers (TP), own script",
     "megatron": "Megatron-LM",
 }
+OWN = ", own script"
 
 
 def parameter_rows(shape: Shape) -> list[dict[str, str]]:
@@ -32,9 +34,8 @@ def parameter_rows(shape: Shape) -> list[dict[str, str]]:
 
 
 def listed(plans: Sequence[Plan], chosen: Plan, top: int) -> list[Plan]:
-    """Return the fastest plans, including the chosen one even if it is not among them."""
-    first = list(plans[:top])
-    return first if any(one is chosen for one in first) else [*first, chosen]
+    """Return the chosen plan, and up to `top` plans with it, fastest first."""
+    return [chosen, *(one for one in plans if one is not chosen)][:top]
 
 
 def layout_row(one: Plan, is_chosen: bool) -> dict[str, object]:
@@ -52,7 +53,7 @@ def layout_row(one: Plan, is_chosen: bool) -> dict[str, object]:
         "MFU": f"{one.mfu:.1%}",
         "HFU": f"{one.mfu * one.speed.hfu / one.speed.mfu:.1%}",
         "days": f"{one.days:,.1f}",
-        "runs on": ENGINES[layout.engine],
+        "runs on": ENGINES[layout.engine] + ("" if one.runs_in_recipes or layout.engine not in RECIPES else OWN),
     }
 
 
@@ -92,15 +93,16 @@ def metrics(request: Request, plans: Sequence[Plan], chosen: Plan) -> dict[str, 
     }
 
 
-def next_steps(chosen: Plan, request: Request, folder: str) -> list[str]:
-    """Return the command that launches the chosen layout with the files in `folder`."""
+def next_steps(chosen: Plan, plans: Sequence[Plan], request: Request, folder: str, target_days: float) -> list[str]:
+    """Return what to know of the chosen layout, as comments, and the command that launches it from `folder`."""
+    comments = [f"# {line}" for line in sentences(chosen, plans, request, target_days)]
     machines = -(-request.num_devices // request.device.per_node)
     among = " --machine_rank N --main_process_ip FIRST_MACHINE --main_process_port 29500" if machines > 1 else ""
     launch = f"--config_file {Path(folder) / ACCELERATE_FILE}{among}"
-    if chosen.layout.engine not in RECIPES:
+    if not chosen.runs_in_recipes:
         engine = ENGINES[chosen.layout.engine]
-        return [f"accelerate launch {launch} YOUR_SCRIPT  # {engine}: the recipes do not run this layout"]
-    return [f"hfllm pretrain {launch} --config {Path(folder) / FLAGS_FILE}"]
+        return [*comments, f"accelerate launch {launch} YOUR_SCRIPT  # {engine}: the recipes do not run this layout"]
+    return [*comments, f"hfllm pretrain {launch} --config {Path(folder) / FLAGS_FILE}"]
 
 
 def write_files(folder: str, files: Mapping[str, str]) -> None:

@@ -8,6 +8,7 @@ Memory is computed in memory.py, time in speed.py.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -20,15 +21,24 @@ from hfllm.scaling.flops import SECONDS_PER_DAY, pipeline_bubble
 from hfllm.scaling.layouts import DDP, DEEPSPEED, MEGATRON, RECIPES, RECOMPUTE, SINGLE, TENSOR, Layout
 from hfllm.scaling.memory import Memory, device_memory
 from hfllm.scaling.shapes import LARGEST, Shape
-from hfllm.scaling.speed import EFFICIENCY, Speed, estimate
+from hfllm.scaling.speed import Speed, estimate
+from hfllm.scaling.stages import is_balanced
 
 # The default of `hfllm pretrain`, which DeepSpeed's ZeRO-3 does not support.
 LOSS_CHUNK_SIZE = 1024
 # A smaller share is a typing error, and would give infinite numbers.
 LEAST_SHARE = 1e-6
 MOST_TOKENS = 1e20
-# The rest is for the driver's context, communication libraries and fragments.
+# The rest is for fragments, and for what nobody planned.
 USABLE = 0.9
+# Layouts that take at most so much more time than the fastest are as good, and the simplest of them is chosen. One
+# that leaves less than this share of the usable memory free is not chosen where another leaves more.
+AS_FAST, HEADROOM = 1.1, 0.03
+# What is searched where it is not given.
+DEGREES = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "context_parallel", "zero_stage", "recompute")
+DEGREES += ("micro_batch_size", "interleave")
+# Rows from this length on may be split over devices (context parallelism), each of which gets as many tokens or more.
+LONG_ROW, LEAST_PART = 32768, 8192
 
 
 @dataclass
@@ -41,9 +51,12 @@ class Request:
         max_length: tokens per row.
         global_batch_size: sequences per step, over all devices.
         tokens: to train on; `None` is 20 per parameter (Hoffmann et al. 2022, arXiv:2203.15556, approaches 1 and 2).
-        precision: `"bf16"`, `"fp16"` or `"fp32"`; how weights are stored in the first two depends on the engine.
-        attention: `"flash"` or `"eager"`.
-        efficiency: share of its peak that a device reaches in matrix products.
+        precision: `"bf16"`, `"fp16"`, `"fp8"` or `"fp32"`; how weights are stored in the first three depends on the
+            engine. In fp8 are the products of the layers, but not attention.
+        attention: `"flash"`, `"flash1"` (the first generation, and Triton's version of it) or `"eager"`.
+        efficiency: share of its peak that a device reaches in matrix products; `None` is the device's.
+        overlap_experts: whether the exchange with experts hides behind work.
+        sequence_parallel: whether Megatron-LM's tensor parallelism also splits what lies between the matrices.
         mfu: measured share of the peak, including bubble and communication; replaces the estimate in
             the days.
         usable: share of a device's memory to use.
@@ -61,7 +74,7 @@ class Request:
     tokens: float | None = None
     precision: str = "bf16"
     attention: str = "flash"
-    efficiency: float = EFFICIENCY
+    efficiency: float | None = None
     mfu: float | None = None
     usable: float = USABLE
     tensor_parallel: int | None = None
@@ -71,10 +84,13 @@ class Request:
     recompute: str | None = None
     micro_batch_size: int | None = None
     interleave: int | None = None
+    context_parallel: int | None = None
+    overlap_experts: bool = False
+    sequence_parallel: bool = True
 
     def __post_init__(self) -> None:
         sizes = ("num_devices", "max_length", "global_batch_size", "micro_batch_size", "interleave")
-        for name in (*sizes, "tensor_parallel", "pipeline_parallel", "expert_parallel"):
+        for name in (*sizes, "tensor_parallel", "pipeline_parallel", "expert_parallel", "context_parallel"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= LARGEST:
                 raise InputError(f"--{name} {value} must be at least 1, and at most {LARGEST:,}")
@@ -86,7 +102,11 @@ class Request:
             self.tokens = 20.0 * self.shape.num_parameters()
         elif not 1 <= self.tokens <= MOST_TOKENS:
             raise InputError(f"--tokens {self.tokens} must be at least 1, and at most {MOST_TOKENS:g}")
-        choices = {"precision": ("bf16", "fp16", "fp32"), "attention": ATTENTION, "recompute": (None, *RECOMPUTE)}
+        choices = {
+            "precision": ("bf16", "fp16", "fp8", "fp32"),
+            "attention": ATTENTION,
+            "recompute": (None, *RECOMPUTE),
+        }
         for name, allowed in {**choices, "zero_stage": (None, 0, 1, 2, 3)}.items():
             if getattr(self, name) not in allowed:
                 accepted = ", ".join(str(value) for value in allowed if value is not None)
@@ -114,7 +134,7 @@ class Request:
         """
         if layout.engine == MEGATRON or (layout.engine == DEEPSPEED and layout.zero_stage == 3):
             return 0
-        return self._chunk(LOSS_CHUNK_SIZE if layout.engine in RECIPES else 0)
+        return self._chunk(LOSS_CHUNK_SIZE if self.runs_in_recipes(layout) else 0)
 
     def shape_of(self, layout: Layout) -> Shape:
         """Return the model's shape with the `loss_chunk_size` of a layout."""
@@ -122,8 +142,14 @@ class Request:
 
     def dtype(self, layout: Layout) -> Precision:
         """Return the precision of a layout's engine: 16-bit weights with fp32 copies, or autocast of fp32 ones."""
+        if layout.engine == MEGATRON:
+            return PRECISIONS[f"{self.precision}_megatron"]
         is_autocast = layout.engine in (SINGLE, DDP, TENSOR) and self.precision != "fp32"
         return PRECISIONS[f"{self.precision}_autocast" if is_autocast else self.precision]
+
+    def runs_in_recipes(self, layout: Layout) -> bool:
+        """Return whether the recipes train the model in a layout without changes."""
+        return layout.engine in RECIPES and self.shape.is_of_the_family and self.precision != "fp8"
 
 
 @dataclass(frozen=True)
@@ -135,6 +161,8 @@ class Plan:
         bubble: idle time of the pipeline over useful time.
         mfu: estimated, or as given in the request.
         days: days to train on all tokens.
+        headroom: share of the usable memory that stays free.
+        runs_in_recipes: whether `hfllm pretrain` trains the model in this layout.
     """
 
     layout: Layout
@@ -144,6 +172,8 @@ class Plan:
     bubble: float
     mfu: float
     days: float
+    headroom: float
+    runs_in_recipes: bool
 
 
 def plan(request: Request) -> list[Plan]:
@@ -154,12 +184,14 @@ def plan(request: Request) -> list[Plan]:
             closest layout.
     """
     found: dict[tuple, Plan] = {}
-    problem, smallest = None, None
+    # Of the ways to spread the model, and, for those that can be, of the settings within one.
+    wrong: dict[bool, list[Layout]] = {False: [], True: []}
+    smallest = None
     for group in _groups(request):
-        if isinstance(group, str):
-            problem = problem or group
+        layout, sizes, can_run = group
+        if not can_run:
+            wrong[bool(sizes)].append(layout)
             continue
-        layout, sizes = group
         before, is_full = math.inf, False
         for size in sizes:
             # Memory grows with the micro-batch, but gradients do not wait for a second one if there is none.
@@ -173,7 +205,7 @@ def plan(request: Request) -> list[Plan]:
             if is_full:
                 continue
             one = _cost(request, layout, memory)
-            spread = (layout.data, layout.tensor, layout.pipeline, layout.expert, layout.zero_stage)
+            spread = (layout.data, layout.tensor, layout.pipeline, layout.expert, layout.zero_stage, layout.context)
             if spread not in found or _order(one) < _order(found[spread]):
                 found[spread] = one
             # Each part of the time is convex in the micro-batch: once it rises, it does not fall again.
@@ -183,7 +215,7 @@ def plan(request: Request) -> list[Plan]:
     if found:
         return sorted(found.values(), key=_order)
     if smallest is None:
-        raise InputError(problem or "no layout is possible")
+        raise InputError(_cause(request, wrong[True] or wrong[False]))
     memory, layout = smallest
     raise InputError(
         f"the model fits nowhere: of {size_text(request.usable_bytes)} usable on each of {request.num_devices} "
@@ -191,6 +223,26 @@ def plan(request: Request) -> list[Plan]:
         f"{layout.micro_batch}) needs {size_text(memory.peak)}: use more or larger devices, a shorter --max_length, "
         "or offload (hfllm pretrain --config_file zero3_offload_cpu)"
     )
+
+
+def _cause(request: Request, layouts: list[Layout]) -> str:
+    """Return the problem to blame: the one that most combinations have, by what it is about.
+
+    That a searched degree does not fit is no problem, since others were tried. A combination may also fail for a
+    reason of its own, such as a batch that its replicas do not divide.
+    """
+    searched = {f"--{name}" for name in DEGREES if getattr(request, name) is None}
+    about: dict[str, list[str]] = {}
+    problems = [
+        list(layout.problems(request.shape, request.num_devices, request.global_batch_size)) for layout in layouts
+    ]
+    for each in problems:
+        for text in each:
+            flags = re.findall(r"--\w+", re.split(r" (?:needs?|does|is|cannot|has)\b", text)[0])
+            if not set(flags) <= searched:
+                about.setdefault(" ".join(flags), []).append(text)
+    found = max(about.values(), key=len, default=[text for each in problems for text in each])
+    return found[0] if found else "no layout is possible"
 
 
 def size_text(size: float) -> str:
@@ -201,8 +253,20 @@ def size_text(size: float) -> str:
 
 
 def choose(plans: list[Plan]) -> Plan:
-    """Return the fastest layout that the recipes can run, or the fastest of all if there is none."""
-    return next((one for one in plans if one.layout.engine in RECIPES), plans[0])
+    """Return the layout that an engineer would choose: with some memory to spare, about as fast as any, and simple.
+
+    Simple are layouts that the recipes run, then those with fewer kinds of parallelism, then with fewer parts.
+    """
+    roomy = [one for one in plans if one.headroom >= HEADROOM] or plans
+    fast = [one for one in roomy if one.days <= AS_FAST * min(each.days for each in roomy)]
+    return min(fast, key=_complexity)
+
+
+def _complexity(one: Plan) -> tuple:
+    layout = one.layout
+    kinds = sum(size > 1 for size in (layout.tensor, layout.pipeline, layout.context, layout.expert))
+    parts = layout.tensor * layout.pipeline * layout.context
+    return (not one.runs_in_recipes, kinds, layout.zero_stage == 3, round(one.days, 9), layout.zero_stage, parts)
 
 
 def _order(one: Plan) -> tuple:
@@ -214,47 +278,54 @@ def _order(one: Plan) -> tuple:
 def _memory(request: Request, layout: Layout) -> Memory:
     passes = layout.micro_batches(request.global_batch_size)
     shape = request.shape_of(layout)
-    return device_memory(shape, layout, request.dtype(layout), request.max_length, passes, request.attention)
+    options = request.dtype(layout), request.max_length, passes, request.attention
+    return device_memory(shape, layout, *options, runtime=request.device.runtime)
 
 
 def _cost(request: Request, layout: Layout, memory: Memory) -> Plan:
     speed = estimate(
         *(request.shape, layout, request.dtype(layout), request.device, request.max_length),
-        *(request.global_batch_size, request.attention, request.efficiency),
+        *(request.global_batch_size, request.attention, request.efficiency, request.overlap_experts),
     )
     passes = layout.micro_batches(request.global_batch_size)
     mfu = request.mfu or speed.mfu
     # Time is inverse to MFU.
     days = request.tokens / speed.tokens_per_second * speed.mfu / mfu / SECONDS_PER_DAY
     bubble = pipeline_bubble(layout.pipeline, passes, layout.interleave)
-    return Plan(layout, memory, speed, passes, bubble, mfu, days)
+    headroom = 1 - memory.peak / request.usable_bytes
+    return Plan(layout, memory, speed, passes, bubble, mfu, days, headroom, request.runs_in_recipes(layout))
 
 
-def _groups(request: Request) -> Iterator[tuple[Layout, list[int]] | str]:
-    """Yield layouts that can run, each with its possible micro-batches, smallest first.
+def _groups(request: Request) -> Iterator[tuple[Layout, list[int], bool]]:
+    """Yield layouts with their possible micro-batches, smallest first, and whether they can run.
 
-    For each other combination of fixed and possible degrees, yield a sentence with the problem.
+    One that cannot spread the model over the devices has no micro-batches.
     """
     shape, devices = request.shape, request.num_devices
     tensors = _held(request.tensor_parallel) or _powers(request.device.per_node)
-    pipelines = _held(request.pipeline_parallel) or _divisors(shape.num_hidden_layers)
+    pipelines = _held(request.pipeline_parallel) or _pipelines(shape.num_hidden_layers)
     experts = _held(request.expert_parallel) or _divisors(max(1, shape.num_local_experts))
-    for tensor, pipeline, expert in product(tensors, pipelines, experts):
-        data = max(1, devices // (tensor * pipeline))
-        for zero_stage in _held(request.zero_stage) or _zero_stages(data, tensor, pipeline, expert):
-            spread = Layout(data, tensor, pipeline, expert, zero_stage)
-            problem = next(spread.problems(shape, devices, request.global_batch_size), None)
-            if problem is None:
-                yield from _settings(request, spread)
+    most = request.max_length // LEAST_PART if request.max_length >= LONG_ROW else 1
+    contexts = _held(request.context_parallel) or _powers(most)
+    for tensor, pipeline, expert, context in product(tensors, pipelines, experts, contexts):
+        data = max(1, devices // (tensor * pipeline * context))
+        is_megatron = pipeline > 1 or expert > 1 or context > 1
+        for zero_stage in _held(request.zero_stage) or _zero_stages(data * context, tensor, is_megatron):
+            whole = not request.sequence_parallel
+            spread = Layout(data, tensor, pipeline, expert, zero_stage, context=context, whole_rows=whole)
+            if any(spread.problems(shape, devices, request.global_batch_size)):
+                yield spread, [], False
             else:
-                yield problem
+                yield from _settings(request, spread)
 
 
-def _settings(request: Request, spread: Layout) -> Iterator[tuple[Layout, list[int]] | str]:
+def _settings(request: Request, spread: Layout) -> Iterator[tuple[Layout, list[int], bool]]:
     """Yield a way to spread the model, with each way to recompute and to interleave."""
     recomputes = ["none", "selective", "full"] if request.attention == "eager" else ["none", "full"]
     recomputes = _held(request.recompute) or recomputes
-    interleaves = _held(request.interleave) or ([1, 2, 4] if spread.pipeline > 1 else [1])
+    layers = request.shape.num_hidden_layers
+    usual = [v for v in (1, 2, 4, 8) if is_balanced(layers, spread.pipeline, v)] if spread.pipeline > 1 else [1]
+    interleaves = _held(request.interleave) or usual or [1]
     rows = request.global_batch_size // spread.data
     micro_batches = _divisors(rows)
     for recompute, interleave in product(recomputes, interleaves):
@@ -263,19 +334,24 @@ def _settings(request: Request, spread: Layout) -> Iterator[tuple[Layout, list[i
         sizes = [size for size in micro_batches if interleave == 1 or rows // size % spread.pipeline == 0]
         sizes = _held(request.micro_batch_size) or sizes or [1]
         layout = replace(layout, micro_batch=sizes[0])
-        problem = next(layout.problems(request.shape, request.num_devices, request.global_batch_size), None)
-        yield (layout, sizes) if problem is None else problem
+        can_run = not any(layout.problems(request.shape, request.num_devices, request.global_batch_size))
+        yield layout, sizes, can_run
 
 
 def _held(value: object) -> list | None:
     return None if value is None else [value]
 
 
-def _zero_stages(data: int, tensor: int, pipeline: int, expert: int) -> list[int]:
-    if data == 1:
+def _pipelines(layers: int) -> list[int]:
+    """Return the numbers of stages with equally many layers each, also if the tables at both ends count as a layer."""
+    return sorted({*_divisors(layers), *(stages for stages in _divisors(layers + 2) if 3 <= stages <= layers)})
+
+
+def _zero_stages(shards: int, tensor: int, is_megatron: bool) -> list[int]:
+    if shards == 1:
         return [0]
     # The choices of Megatron-LM, where sharding costs nothing, and of FSDP2 with tensor parallelism.
-    if pipeline > 1 or expert > 1:
+    if is_megatron:
         return [1]
     return [1, 3] if tensor > 1 else [0, 1, 2, 3]
 

@@ -13,6 +13,7 @@ from hfllm.scaling import laws
 from hfllm.scaling.fitting import COEFFICIENTS, Bootstrap, Fit
 from hfllm.scaling.forecast import CHINCHILLA, KAPLAN, Forecast
 from hfllm.scaling.isoflop import IsoFlop, frontier_law, isoflop_law, isoflops
+from hfllm.scaling.outliers import Outliers, outlier_tables
 from hfllm.scaling.runs import Runs
 
 MOST_HELD_OUT, MOST_PARABOLAS = 30, 8
@@ -27,6 +28,7 @@ class Study:
         held_out: runs with more compute.
         whole, whole_resampled: fitted to all runs.
         tolerance: see `isoflops`.
+        outliers: runs far from the law of the others, in or left out of the fits; `None` where nobody looked.
     """
 
     forecast: Forecast
@@ -34,6 +36,7 @@ class Study:
     whole: Fit
     whole_resampled: Bootstrap
     tolerance: float
+    outliers: Outliers | None = None
 
     @property
     def small(self) -> Fit:
@@ -64,6 +67,7 @@ class Study:
             "fit_error": float(abs(self.whole.relative_errors()).mean()),
             "parameters_exponent": self.whole.law.exponents[0],
             "tokens_per_parameter": self.whole.law.optimal(self.largest).tokens_per_parameter,
+            "outliers": 0 if self.outliers is None else len(self.outliers),
             "held_out_runs": len(self.held_out),
             "held_out_error": float(abs(errors).mean()),
             "held_out_error_max": float(abs(errors).max()),
@@ -86,6 +90,7 @@ class Study:
             "Compute-optimal size by approach, of Chinchilla's law": self._approaches(),
             f"Held-out runs, predicted by the better law ({self.forecast.form})": self._held_out(),
             "What a budget is best spent on, by Chinchilla's law": self._budgets(budgets or [10 * self.largest]),
+            **outlier_tables(self.outliers),
         }
 
     def _coefficients(self) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ from hfllm.errors import InputError
 from hfllm.scaling.devices import GIB, Device, find_device
 from hfllm.scaling.planner import Request
 from hfllm.scaling.shapes import LARGEST, NAMED_SHAPES, Shape
-from hfllm.scaling.speed import EFFICIENCY
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,8 @@ class PlanArguments:
     config_path: str | None = field(default=None, metadata={"help": "A config.json, or the folder that holds one."})
     num_devices: int = field(default=1024, metadata={"help": "Accelerators, of all machines together."})
     device: str = field(
-        default="h100", metadata={"help": "h100, h200, a100-80gb, a100-40gb, v100, rtx4090, or cpu: this machine."}
+        default="h100",
+        metadata={"help": "h100, h200, h800, a100-80gb, a100-40gb, v100, rtx4090, or cpu: this machine."},
     )
     device_memory_gb: float | None = field(
         default=None, metadata={"help": "The device's memory, in GiB, if it differs."}
@@ -42,9 +42,15 @@ class PlanArguments:
     )
     global_batch_size: int = field(default=3072, metadata={"help": "Rows per step, over all devices."})
     tokens: float | None = field(default=None, metadata={"help": "Tokens to train on; by default 20 per parameter."})
-    precision: str = field(default="bf16", metadata={"help": "bf16, fp16 or fp32."})
+    precision: str = field(
+        default="bf16", metadata={"help": "bf16, fp16, fp8 (the layers' products; not in the recipes) or fp32."}
+    )
     attention: str = field(
-        default="flash", metadata={"help": "flash keeps no scores, like SDPA's kernels; eager keeps all of them."}
+        default="flash",
+        metadata={
+            "help": "flash keeps no scores, like SDPA's kernels; flash1 is its slower first generation; eager keeps "
+            "all of them."
+        },
     )
     loss_chunk_size: int | None = field(
         default=None,
@@ -56,11 +62,12 @@ class PlanArguments:
     mfu: float | None = field(
         default=None, metadata={"help": "Measured share of the peak; by default each layout's estimate."}
     )
-    efficiency: float = field(
-        default=EFFICIENCY, metadata={"help": "Share of the peak that matrix products reach, for the estimate."}
+    efficiency: float | None = field(
+        default=None,
+        metadata={"help": "Share of the peak that matrix products reach, for the estimate; by default the device's."},
     )
     usable_memory: float = field(
-        default=0.9, metadata={"help": "Share of the memory to use; the rest is for the driver and fragmentation."}
+        default=0.9, metadata={"help": "Share of the memory to use; the rest is for fragmentation."}
     )
     tensor_parallel: int | None = field(default=None, metadata={"help": "Fix this degree instead of searching it."})
     pipeline_parallel: int | None = field(default=None, metadata={"help": "Likewise: stages."})
@@ -69,6 +76,19 @@ class PlanArguments:
     recompute: str | None = field(default=None, metadata={"help": "Likewise: none, selective or full."})
     micro_batch_size: int | None = field(default=None, metadata={"help": "Likewise: rows a device takes at once."})
     interleave: int | None = field(default=None, metadata={"help": "Likewise: chunks of layers on each stage."})
+    context_parallel: int | None = field(
+        default=None, metadata={"help": "Likewise: devices that share each row; searched from 32,768 tokens on."}
+    )
+    overlap_experts: bool = field(
+        default=False, metadata={"help": "The exchange with experts hides behind work, as in DualPipe."}
+    )
+    sequence_parallel: bool = field(
+        default=True,
+        metadata={"help": "Megatron-LM's tensor parallelism also splits what lies between matrices."},
+    )
+    target_days: float = field(
+        default=90.0, metadata={"help": "If the plan takes longer, say how many devices would take so long."}
+    )
     top: int = field(default=10, metadata={"help": "Layouts to list."})
     plot: bool = field(default=False, metadata={"help": "Draw the chosen layout's memory; takes a second."})
     output_dir: str = field(default="outputs/plan", metadata={"help": "Where the report and the launch files go."})
@@ -81,6 +101,8 @@ def check(script_args: PlanArguments) -> None:
         InputError: naming the flag.
     """
     folder = Path(script_args.output_dir)
+    if not script_args.target_days > 0:
+        raise InputError(f"--target_days {script_args.target_days} must be above 0")
     if script_args.top < 1:
         raise InputError(f"--top {script_args.top} must be at least 1")
     if folder.exists() and not folder.is_dir():
@@ -147,9 +169,11 @@ def make_request(script_args: PlanArguments, shape: Shape) -> Request:
     Raises:
         InputError: naming the error.
     """
-    held = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "zero_stage", "recompute", "micro_batch_size")
+    held = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "context_parallel", "zero_stage", "recompute")
+    held += ("micro_batch_size", "interleave")
     same = ("num_devices", "global_batch_size", "tokens", "precision", "attention", "mfu", "efficiency")
-    options = {flag: getattr(script_args, flag) for flag in (*held, *same, "interleave")}
+    same += ("overlap_experts", "sequence_parallel")
+    options = {flag: getattr(script_args, flag) for flag in (*held, *same)}
     length = script_args.max_length
     options["max_length"] = min(2048, shape.max_position_embeddings) if length is None else length
     return Request(shape, make_device(script_args), usable=script_args.usable_memory, **options)
@@ -165,6 +189,7 @@ def make_device(script_args: PlanArguments) -> Device:
         "memory": ("device_memory_gb", GIB),
         "peak_16bit": ("device_peak_tflops", 1e12),
         "peak_fp32": ("device_peak_tflops", 1e12),
+        "peak_8bit": ("device_peak_tflops", 1e12),
         "per_node": ("devices_per_node", 1),
     }
     changes = {}

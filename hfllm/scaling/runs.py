@@ -26,6 +26,7 @@ class Runs:
         parameters: N.
         tokens: D, of the whole run.
         losses: nats per token of held-out text at its end.
+        lines: of each run in its file, if it comes from one.
 
     Raises:
         InputError: for columns of different length, or a value that is not a finite number above 0.
@@ -34,6 +35,7 @@ class Runs:
     parameters: numpy.ndarray
     tokens: numpy.ndarray
     losses: numpy.ndarray
+    lines: numpy.ndarray | None = None
 
     def __post_init__(self) -> None:
         for name in ("parameters", "tokens", "losses"):
@@ -61,7 +63,8 @@ class Runs:
     def subset(self, rows: Sequence[int] | numpy.ndarray) -> "Runs":
         """Return the runs with these indices."""
         rows = numpy.asarray(rows, dtype=int)
-        return Runs(self.parameters[rows], self.tokens[rows], self.losses[rows])
+        lines = None if self.lines is None else self.lines[rows]
+        return Runs(self.parameters[rows], self.tokens[rows], self.losses[rows], lines)
 
     def split_by_compute(self, share: float) -> tuple["Runs", "Runs"]:
         """Split off the `share` of runs with the most compute (at least one), which a law should predict.
@@ -119,7 +122,7 @@ def read_runs(
         raise InputError(f"{file}: no run below the header")
     sizes, final, data = ([_number(file, line, row, name) for line, row in rows] for name in columns)
     data = numpy.array(data) / (FLOPS_A_PARAMETER * numpy.array(sizes)) if from_compute else numpy.array(data)
-    return Runs(numpy.array(sizes), data, numpy.array(final))
+    return Runs(numpy.array(sizes), data, numpy.array(final), numpy.array([line for line, _ in rows]))
 
 
 def _column(

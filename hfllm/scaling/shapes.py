@@ -29,6 +29,13 @@ _GPT_NAMES = {
     "n_inner": "intermediate_size",
     "n_positions": "max_position_embeddings",
 }
+_DEEPSEEK_NAMES = {"n_routed_experts": "num_local_experts", "n_shared_experts": "num_shared_experts"}
+# What transformers assumes where a config.json is silent.
+_DEEPSEEK = {
+    **{"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+    **{"num_local_experts": 256, "num_shared_experts": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 2048},
+    **{"first_k_dense_replace": 3, "topk_group": 4},
+}
 # model_type of a config.json: its names of sizes if they differ, and the values implied by the type.
 FAMILIES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "hfllm": ({}, {}),
@@ -40,6 +47,8 @@ FAMILIES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "gemma": ({}, {"tie_word_embeddings": True}),
     "gpt2": (_GPT_NAMES, _GPT),
     "openai-gpt": (_GPT_NAMES, {**_GPT, "norm_placement": "post"}),
+    "qwen3_moe": ({}, {"qk_norm": True}),
+    "deepseek_v3": (_DEEPSEEK_NAMES, _DEEPSEEK),
 }
 # What `HfllmConfig` accepts; it cannot be asked without importing transformers.
 CHOICES = {
@@ -48,6 +57,9 @@ CHOICES = {
     "mlp_type": ("gated", "plain"),
     "position_embedding_type": ("rope", "learned", "none"),
 }
+# Fields that `HfllmConfig` does not have.
+FOREIGN = {"moe_intermediate_size", "num_shared_experts", "first_k_dense_replace", "topk_group", "kv_lora_rank"}
+FOREIGN |= {"q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
 # A larger number is a typing error, and may overflow a float.
 LARGEST = 10**9
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -59,7 +71,7 @@ def _megatron(layers: int, hidden: int, heads: int) -> dict[str, Any]:
 
 
 # Published shapes that are no preset of the family: the ten models of Narayanan et al. 2021 (arXiv:2104.04473,
-# table 1), the first of which are smaller versions of the last, and MT-NLG (arXiv:2201.11990).
+# table 1), the first of which are smaller versions of the last, MT-NLG (arXiv:2201.11990), and DeepSeek-V3.
 NAMED_SHAPES: dict[str, dict[str, Any]] = {
     "megatron-1.7b": _megatron(24, 2304, 24),
     "megatron-3.6b": _megatron(30, 3072, 32),
@@ -71,6 +83,11 @@ NAMED_SHAPES: dict[str, dict[str, Any]] = {
     "megatron-310b": _megatron(96, 16384, 128),
     "megatron-530b": _megatron(105, 20480, 128),
     "gpt3-1t": _megatron(128, 25600, 160),
+    # Without the module that predicts a second token (arXiv:2412.19437, section 4.2).
+    "deepseek-v3": {
+        **{"model_type": "deepseek_v3", "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128},
+        **{"vocab_size": 129280, "intermediate_size": 18432, "max_position_embeddings": 4096},
+    },
 }
 
 
@@ -80,6 +97,12 @@ class Shape:
 
     Args:
         loss_chunk_size: tokens per chunk of logits; 0 means all at once, `None` leaves it open.
+        moe_intermediate_size: width of an expert, by default `intermediate_size`.
+        num_shared_experts: experts that every token passes through, beside `num_experts_per_tok` others.
+        first_k_dense_replace: first layers that have a dense MLP instead of experts.
+        topk_group: at most so many nodes hold the experts of one token.
+        kv_lora_rank: width of the latent that keys and values are made of (multi-head latent attention, DeepSeek-V2,
+            arXiv:2405.04434); with `q_lora_rank`, `qk_nope_head_dim`, `qk_rope_head_dim` and `v_head_dim`.
 
     Raises:
         InputError: when a size is missing, not positive, or does not divide another, or a value is of another type.
@@ -108,6 +131,15 @@ class Shape:
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     loss_chunk_size: int | None = None
+    moe_intermediate_size: int | None = None
+    num_shared_experts: int = 0
+    first_k_dense_replace: int = 0
+    topk_group: int | None = None
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
 
     def __post_init__(self) -> None:
         self._check_kinds()
@@ -126,6 +158,7 @@ class Shape:
             self.attention_output_bias = self.attention_bias
         for name in ("num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings"):
             self._check_size(name)
+        self._check_foreign()
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"num_key_value_heads={self.num_key_value_heads} must divide "
@@ -153,6 +186,22 @@ class Shape:
             if "bool" in str(item.type) and not (isinstance(value, bool) or is_unset):
                 raise InputError(f"{item.name}={value!r} must be true or false")
 
+    def _check_foreign(self) -> None:
+        """Refuse sizes of DeepSeek's and Qwen's mixtures that do not fit together."""
+        latent = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        for name in ("num_shared_experts", "first_k_dense_replace"):
+            self._check_size(name, 0)
+        for name in (*(latent if self.kv_lora_rank is not None else ()), "moe_intermediate_size", "q_lora_rank"):
+            if getattr(self, name) is not None or name in latent:
+                self._check_size(name)
+        if not self.num_local_experts:
+            self.num_shared_experts = self.first_k_dense_replace = 0
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            raise InputError(
+                f"first_k_dense_replace={self.first_k_dense_replace} is more than "
+                f"num_hidden_layers={self.num_hidden_layers}"
+            )
+
     def _check_size(self, name: str, least: int = 1) -> None:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST:
@@ -174,7 +223,9 @@ class Shape:
             raise InputError(f"{source}: model_type {kind!r} is not one of {', '.join(FAMILIES)}")
         names, implied = FAMILIES[kind]
         values = {**implied, **{names.get(name, name): value for name, value in config.items()}}
-        # Qwen's switch for a sliding window, and the other name of the number of experts.
+        # Qwen's other name of the number of experts, and mixtures of another pattern than this file counts.
+        if values.get("decoder_sparse_step", 1) != 1 or values.get("mlp_only_layers"):
+            raise InputError(f"{source}: decoder_sparse_step and mlp_only_layers: every layer must have experts")
         values.setdefault("num_local_experts", values.get("num_experts", 0))
         known = {item.name: values[item.name] for item in fields(cls) if values.get(item.name) is not None}
         missing = [name for name in _REQUIRED if name not in known]
@@ -188,14 +239,42 @@ class Shape:
             raise InputError(f"{source}: {theirs.get(field, field)}{equals}{rest}") from None
 
     @property
+    def is_of_the_family(self) -> bool:
+        """Return whether `HfllmConfig` has the model, so that the recipes can train it."""
+        own = self.moe_intermediate_size in (None, self.intermediate_size) and not self.num_shared_experts
+        return own and not self.first_k_dense_replace and self.kv_lora_rank is None
+
+    @property
     def query_size(self) -> int:
         """Return the width of all query heads together."""
+        if self.kv_lora_rank is not None:
+            return self.num_attention_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim)
         return self.num_attention_heads * self.head_dim
 
     @property
     def key_size(self) -> int:
-        """Return the width of all key heads together, equal to that of the values."""
-        return self.num_key_value_heads * self.head_dim
+        """Return the width of all key heads together. A latent is spread to a key for each head."""
+        return self.query_size if self.kv_lora_rank is not None else self.num_key_value_heads * self.head_dim
+
+    @property
+    def value_size(self) -> int:
+        """Return the width of all value heads together."""
+        return self.key_size if self.kv_lora_rank is None else self.num_attention_heads * self.v_head_dim
+
+    @property
+    def output_size(self) -> int:
+        """Return the width of all heads' outputs together."""
+        return self.query_size if self.kv_lora_rank is None else self.value_size
+
+    @property
+    def latent_size(self) -> int:
+        """Return the width of the latents of queries, keys and values, 0 without."""
+        return 0 if self.kv_lora_rank is None else (self.q_lora_rank or 0) + self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def expert_size(self) -> int:
+        """Return the inner width of one expert."""
+        return self.moe_intermediate_size or self.intermediate_size
 
     @property
     def is_gated(self) -> bool:
@@ -212,19 +291,41 @@ class Shape:
     @cached_property
     def _layer(self) -> dict[str, int]:
         # Cached, since a search over layouts needs these thousands of times.
-        hidden, width = self.hidden_size, self.intermediate_size
+        hidden = self.hidden_size
         norm = 2 if self.norm_type == "layernorm" and self.norm_bias else 1
-        attention = hidden * (self.query_size + 2 * self.key_size) + self.query_size * hidden
-        attention += (self.query_size + 2 * self.key_size) * self.attention_bias + hidden * self.attention_output_bias
-        projections = 3 if self.is_gated else 2
-        mlp = projections * hidden * width + ((projections - 1) * width + hidden) * self.mlp_bias
+        norms = self.norms_per_layer * hidden + 2 * self.head_dim * self.qk_norm
+        if self.kv_lora_rank is not None:
+            norms += (self.q_lora_rank or 0) + self.kv_lora_rank
         return {
-            "attention": attention,
-            "mlp": 0 if self.num_local_experts else mlp,
-            "experts": self.num_local_experts * mlp,
+            "attention": self._attention_parameters(),
+            "mlp": self.num_shared_experts * self._mlp(self.expert_size)
+            if self.num_local_experts
+            else self._mlp(self.intermediate_size),
+            "experts": self.num_local_experts * self._mlp(self.expert_size),
             "router": self.num_local_experts * hidden,
-            "norms": norm * (self.norms_per_layer * hidden + 2 * self.head_dim * self.qk_norm),
+            "norms": norm * norms,
         }
+
+    def _mlp(self, width: int) -> int:
+        projections = 3 if self.is_gated else 2
+        return projections * self.hidden_size * width + ((projections - 1) * width + self.hidden_size) * self.mlp_bias
+
+    def _attention_parameters(self) -> int:
+        hidden, query, key = self.hidden_size, self.query_size, self.key_size
+        if self.kv_lora_rank is not None:
+            rank = self.q_lora_rank
+            queries = hidden * query if rank is None else rank * (hidden + query)
+            latent = hidden * (self.kv_lora_rank + self.qk_rope_head_dim)
+            spread = self.kv_lora_rank * (self.num_attention_heads * self.qk_nope_head_dim + self.value_size)
+            return queries + latent + spread + self.value_size * hidden
+        biases = (query + 2 * key) * self.attention_bias + hidden * self.attention_output_bias
+        return hidden * (query + 2 * key) + query * hidden + biases
+
+    def dense_layer_change(self) -> dict[str, int]:
+        """Return what a layer with a dense MLP (`first_k_dense_replace`) has more than one with experts, by part."""
+        layer = self._layer
+        dense = self._mlp(self.intermediate_size) - layer["mlp"]
+        return {"mlp": dense, "experts": -layer["experts"], "router": -layer["router"]}
 
     def parameters(self) -> dict[str, int]:
         """Return the parameters of the model by part. Tied embeddings are counted once, as embeddings."""
@@ -233,6 +334,9 @@ class Shape:
     @cached_property
     def _model(self) -> dict[str, int]:
         layers = {part: self.num_hidden_layers * count for part, count in self.layer_parameters().items()}
+        if self.first_k_dense_replace:
+            for part, count in self.dense_layer_change().items():
+                layers[part] += self.first_k_dense_replace * count
         norm = 2 if self.norm_type == "layernorm" and self.norm_bias else 1
         layers["norms"] += norm * self.hidden_size * (self.norm_placement == "pre")
         positions = self.max_position_embeddings if self.position_embedding_type == "learned" else 0
@@ -263,5 +367,7 @@ class Shape:
         return active - looked_up
 
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
-        """Return the bytes of the key-value cache per token, over all layers: 2 l K D values."""
+        """Return the bytes of the key-value cache per token, over all layers: 2 l K D values, or latents."""
+        if self.kv_lora_rank is not None:
+            return self.num_hidden_layers * (self.kv_lora_rank + self.qk_rope_head_dim) * bytes_per_value
         return 2 * self.num_hidden_layers * self.key_size * bytes_per_value

@@ -1,23 +1,26 @@
 """Estimate the time of a step from FLOPs, memory traffic, pipeline bubble, and communication.
 
-An estimate for comparing layouts. Two constants are fitted to 14 published runs, which it reproduces within 12%
-(tests/scaling/test_speed.py): Narayanan et al. 2021 (arXiv:2104.04473, table 1) and Korthikanti et al. 2022
-(arXiv:2205.05198, table 5), 1.7 to 1008 billion parameters on 8 to 3072 A100.
+An estimate for comparing layouts. Its three constants for each kind of device (`TRAVERSALS`, and a device's two
+efficiencies) are fitted to published runs; others are held out. benchmarks/published_runs.csv lists all of them, and
+docs/planner.md shows the errors.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from hfllm.scaling.activations import Precision, layer_activations
 from hfllm.scaling.devices import Device
 from hfllm.scaling.flops import pipeline_bubble
 from hfllm.scaling.layouts import DDP, MEGATRON, Layout
+from hfllm.scaling.links import bandwidth, exchange_seconds, gather_seconds
 from hfllm.scaling.shapes import Shape
+from hfllm.scaling.stages import stage_layers
 
-# Share of its peak that a device reaches in large matrix products.
-EFFICIENCY = 0.68
-# How often operations between them (norms, activations, softmax) move a layer's kept bytes through memory: once in
-# three of these forward, the rest backward.
-TRAVERSALS = 8.75
+# How often operations between matrix products (norms, activations, softmax) move a layer's kept bytes through memory:
+# once in three of these forward, the rest backward.
+TRAVERSALS = 10
+# Communication behind work takes processors and memory bandwidth from it: so much of its own time.
+CONTENTION = 0.6
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Speed:
         seconds: time of the step.
         compute, bubble, communication: its parts: work, waiting for other stages, and communication that is
             not overlapped.
-        mfu, hfu: shares of the peak, without and with recomputation.
+        mfu, hfu: shares of the 16-bit peak (in fp32, of that of fp32), without and with recomputation.
         tokens_per_second: of all devices.
     """
 
@@ -50,7 +53,7 @@ def flops_per_token(shape: Shape, sequence_length: int, recompute: str = "none")
     """
     head = 6 * shape.vocab_size * shape.hidden_size
     layers = 6 * shape.multiplied_parameters() - head
-    attention = 12 * shape.num_hidden_layers * shape.query_size * sequence_length
+    attention = 6 * shape.num_hidden_layers * (shape.query_size + shape.output_size) * sequence_length
     again = {"none": 0.0, "selective": attention / 3, "full": (layers + attention) / 3}[recompute]
     return {"layers": layers, "attention": attention, "head": head, "again": again}
 
@@ -63,67 +66,140 @@ def estimate(
     sequence_length: int,
     global_batch_size: int,
     attention: str = "flash",
-    efficiency: float = EFFICIENCY,
+    efficiency: float | None = None,
+    overlap_experts: bool = False,
 ) -> Speed:
     """Estimate the time of one step on `global_batch_size` sequences.
 
     Args:
-        attention: `"flash"` or `"eager"`, whose scores pass through memory.
-        efficiency: share of its peak that the device reaches in matrix products.
+        attention: `"flash"`, `"flash1"` or `"eager"`, whose scores pass through memory.
+        efficiency: share of its peak that the device reaches in matrix products; `None` is `device.efficiency`.
+        overlap_experts: whether the exchange with experts hides behind work, as far as there is work (DualPipe,
+            arXiv:2412.19437, section 3.2.1).
 
     Raises:
         InputError: when the device cannot compute in the precision.
     """
-    flops, peak = flops_per_token(shape, sequence_length, layout.recompute), device.peak(precision.name)
-    tokens = layout.micro_batch * sequence_length
+    flops = flops_per_token(shape, sequence_length, layout.recompute)
+    tokens = layout.micro_batch * sequence_length / layout.context
     passes = layout.micro_batches(global_batch_size)
-    # The last stage also has the head, and the others wait for it.
-    stage = (flops["layers"] + flops["attention"] + flops["again"]) / layout.pipeline + flops["head"]
-    work = tokens * stage / (layout.tensor * peak * efficiency)
-    work += tokens * _memory_traffic(shape, layout, precision, sequence_length, attention) / device.bandwidth
-    compute = passes * work
-    bubble = compute * pipeline_bubble(layout.pipeline, passes, layout.interleave)
-    waiting = passes * _waiting_within(shape, layout, precision, device, tokens)
-    waiting += _waiting_for_replicas(shape, layout, precision, device, passes, work)
+    share = efficiency or device.efficiency
+    layer, head = _layer_and_head(flops, shape, layout, precision, device, sequence_length, attention, share)
+    held = stage_layers(shape.num_hidden_layers, layout.pipeline, layout.interleave)
+    # The last stage also has the head, and the others wait for the slowest.
+    slowest = tokens * max(max(held) * layer, held[-1] * layer + head)
+    mean = tokens * (shape.num_hidden_layers * layer + head) / layout.pipeline
+    compute = passes * slowest + _optimizer_seconds(shape, layout, precision, device)
+    bubble = passes * mean * pipeline_bubble(layout.pipeline, passes, layout.interleave)
+    waiting = passes * _waiting_within(shape, layout, precision, device, tokens, max(held), slowest, overlap_experts)
+    waiting += _waiting_for_replicas(shape, layout, precision, device, passes, slowest)
     seconds = compute + bubble + waiting
     step_tokens = global_batch_size * sequence_length
     model = flops["layers"] + flops["attention"] + flops["head"]
+    peak = device.peak_fp32 if precision.name.startswith("fp32") else device.peak_16bit
     reach = step_tokens / (seconds * layout.devices * peak)
     return Speed(
         seconds, compute, bubble, waiting, model * reach, (model + flops["again"]) * reach, step_tokens / seconds
     )
 
 
+def _layer_and_head(
+    flops: Mapping[str, float],
+    shape: Shape,
+    layout: Layout,
+    precision: Precision,
+    device: Device,
+    sequence_length: int,
+    attention: str,
+    share: float,
+) -> tuple[float, float]:
+    """Return the seconds of work per token in one layer, and in the head; `share` of the peak is reached."""
+    peak = device.peak(precision.name)
+    # Attention and the head are not computed in fp8.
+    wide = device.peak_16bit if precision.name.startswith("fp8") else peak
+    rounds = 4 / 3 if layout.recompute == "full" else 1
+    scores = 4 / 3 if layout.recompute != "none" else 1
+    products = flops["layers"] * rounds / (peak * share)
+    kernel = device.flash1_efficiency if attention == "flash1" else device.attention_efficiency
+    products += flops["attention"] * scores / (wide * kernel)
+    traffic = _memory_traffic(shape, layout, precision, sequence_length, attention)
+    if precision.name.startswith("fp8"):
+        traffic += rounds * _casts(shape) / layout.tensor
+    traffic /= device.bandwidth
+    layer = products / (shape.num_hidden_layers * layout.tensor) + traffic
+    return layer, flops["head"] / (layout.tensor * wide * share)
+
+
 def _memory_traffic(shape: Shape, layout: Layout, precision: Precision, sequence_length: int, attention: str) -> float:
-    """Return the bytes per token that a device moves in its own memory between matrix products."""
-    keeping_all = replace(layout, recompute="none")
+    """Return the bytes per token and layer that a device moves in its own memory between matrix products."""
     options = precision, sequence_length, attention
-    kept = layer_activations(shape, keeping_all, *options)
-    again = kept - layer_activations(shape, layout, *options) if layout.recompute != "none" else 0.0
-    return shape.num_hidden_layers / layout.pipeline * TRAVERSALS * (kept + again / 3)
+    if layout.recompute == "none":
+        return TRAVERSALS * layer_activations(shape, layout, *options)
+    kept = layer_activations(shape, replace(layout, recompute="none"), *options)
+    return TRAVERSALS * (kept + (kept - layer_activations(shape, layout, *options)) / 3)
 
 
-def _bandwidth(device: Device, group: int) -> float:
-    """Return the bytes per second between neighbors in a group of `group` adjacent devices."""
-    return device.near if group <= device.per_node else device.far
+def _casts(shape: Shape) -> float:
+    """Return the bytes per token and layer that casts to fp8 move: of inputs and gradients of each product.
+
+    16-bit values are read, and written once as they are and once transposed, for the gradient of the weight.
+    """
+    width, copies = shape.intermediate_size, 1
+    if shape.num_local_experts:
+        width, copies = shape.expert_size, shape.num_experts_per_tok + shape.num_shared_experts
+    inner = 2 if shape.is_gated else 1
+    attention = shape.hidden_size + shape.output_size + shape.query_size + shape.key_size + shape.value_size
+    return 4 * (attention + shape.hidden_size + copies * (2 * shape.hidden_size + (1 + inner) * width))
 
 
-def _waiting_within(shape: Shape, layout: Layout, precision: Precision, device: Device, tokens: int) -> float:
-    """Return the seconds per pass for tensor, expert and pipeline communication, which is not overlapped."""
+def _device_parameters(shape: Shape, layout: Layout) -> tuple[float, float]:
+    """Return the parameters on one device before sharding, on average over stages: of experts, and all others."""
+    experts = shape.parameters()["experts"]
+    split = layout.tensor * layout.pipeline
+    return experts / (split * layout.expert), (shape.num_parameters() - experts) / split
+
+
+def _optimizer_seconds(shape: Shape, layout: Layout, precision: Precision, device: Device) -> float:
+    """Return the seconds of the optimizer's step: it reads all states and gradients, and writes states and weights."""
+    experts, dense = _device_parameters(shape, layout)
+    shards = layout.shards if layout.zero_stage else 1
+    moved = 2 * precision.optimizer + precision.gradients + precision.weights
+    return moved * (dense / shards + experts / max(1, shards // layout.expert)) / device.bandwidth
+
+
+def _waiting_within(
+    shape: Shape,
+    layout: Layout,
+    precision: Precision,
+    device: Device,
+    tokens: float,
+    layers: int,
+    work: float,
+    overlap_experts: bool,
+) -> float:
+    """Return the seconds per pass for tensor, context, expert and pipeline communication.
+
+    Only the exchange with experts may be hidden, behind the `work` of the pass.
+    """
     states = tokens * shape.hidden_size * precision.compute
-    layers, seconds = shape.num_hidden_layers / layout.pipeline, 0.0
+    seconds = 0.0
     # Forward, backward, and recomputation.
     passes = 3 if layout.recompute == "full" else 2
+    share = layout.tensor if layout.sequence_parallel else 1
     if layout.tensor > 1:
         blocks = 1 if shape.parallel_block else 2
         moved = 2 * (layout.tensor - 1) / layout.tensor * states
-        seconds += layers * blocks * passes * moved / _bandwidth(device, layout.tensor)
+        seconds += layers * blocks * passes * moved / bandwidth(device, layout.tensor)
+    if layout.context > 1:
+        # Keys and values of the whole row, and in the backward pass also their gradients.
+        width = (shape.key_size + shape.value_size) / layout.attention_split(shape)
+        moved = tokens * (layout.context - 1) * width * precision.compute
+        seconds += layers * (passes + 1) * moved / bandwidth(device, layout.context * layout.tensor)
     if layout.expert > 1:
-        moved = 2 * (layout.expert - 1) / layout.expert * states * shape.num_experts_per_tok
-        seconds += layers * passes * moved / _bandwidth(device, layout.expert * layout.tensor)
+        exchange = 2 * layers * passes * exchange_seconds(shape, layout, device, states / share)
+        seconds += _beside(exchange, work) if overlap_experts else exchange
     if layout.pipeline > 1:
-        share = layout.tensor if layout.sequence_parallel else 1
-        seconds += 2 * layout.interleave * states / share / _bandwidth(device, layout.devices)
+        seconds += 2 * layout.interleave * states / share / bandwidth(device, layout.devices)
     return seconds
 
 
@@ -131,19 +207,31 @@ def _waiting_for_replicas(
     shape: Shape, layout: Layout, precision: Precision, device: Device, passes: int, work: float
 ) -> float:
     """Return the seconds per step for gradients and sharded weights, beyond the overlapping work."""
-    if layout.data == 1:
+    if layout.shards == 1:
         return 0.0
-    layer = shape.layer_parameters()
-    dense = shape.num_parameters() - shape.num_hidden_layers * layer["experts"]
-    parameters = dense / (layout.tensor * layout.pipeline)
-    parameters += shape.num_hidden_layers * layer["experts"] / (layout.tensor * layout.pipeline * layout.expert)
-    once = parameters * (layout.data - 1) / layout.data / _bandwidth(device, layout.data * layout.tensor)
-    gradients, weights = once * precision.gradients, once * precision.weights
+    experts, dense = _device_parameters(shape, layout)
+
+    def gathered(width: float, calls: int = 1) -> float:
+        among = gather_seconds(device, width * dense, layout.shards, layout.tensor, calls)
+        if not experts:
+            return among
+        # The replicas of the same experts are further apart.
+        stride = layout.tensor * layout.expert
+        return among + gather_seconds(device, width * experts, layout.shards // layout.expert, stride, calls)
+
+    gradients = gathered(precision.gradients)
     backward = work * 2 / 3
     if layout.zero_stage == 3:
-        # Weights are gathered for the forward and the backward pass of every micro-batch.
-        return passes * max(0.0, 2 * weights + gradients - work)
+        # Weights are gathered for the forward and the backward pass of every micro-batch, in 16 bits, layer by layer.
+        width, calls = precision.compute if precision.is_autocast else precision.weights, shape.num_hidden_layers
+        each = 2 * gathered(width, calls) + gathered(precision.gradients, calls)
+        return passes * _beside(each, work)
     if layout.engine == DDP or (layout.engine == MEGATRON and layout.zero_stage == 0):
-        return max(0.0, 2 * gradients - backward)
+        return _beside(2 * gradients, backward)
     reductions = passes if layout.zero_stage == 2 else 1
-    return reductions * max(0.0, gradients - backward) + weights
+    return reductions * _beside(gradients, backward) + gathered(precision.weights)
+
+
+def _beside(communication: float, work: float) -> float:
+    """Return the seconds by which communication makes work longer that it runs beside."""
+    return max(0.0, communication - work) + CONTENTION * min(communication, work)

@@ -16,14 +16,16 @@ from hfllm.runs.stage import Stage
 
 if TYPE_CHECKING:
     from hfllm.evaluation.emergence import Emergence
+    from hfllm.scaling.fitting import Fit
     from hfllm.scaling.forecast import Forecast
+    from hfllm.scaling.outliers import Outliers
     from hfllm.scaling.report import Study
     from hfllm.scaling.runs import Runs
     from hfllm.stages.scaling_grid import Row
 
 GRID = tuple(f"{width}x2:400000,800000,1600000" for width in (16, 24, 32, 48))
 COUNTS = {"total": "parameters", "non_embedding": "parameters_non_embedding"}
-TABLE_FLAGS = ("parameters_column", "tokens_column", "loss_column", "held_out_share")
+TABLE_FLAGS = ("parameters_column", "tokens_column", "loss_column", "held_out_share", "outliers")
 GRID_FLAGS = ("grid", "held_out_run", "count_parameters", "pretrain_config", "probe")
 GRID_FLAGS += tuple(item.name for item in fields(DataArguments))
 PROBE_FLAGS = ("probe", "probe_questions", "probe_shots")
@@ -49,6 +51,14 @@ class ScalingArguments(DataArguments):
     loss_column: str | None = field(default=None, metadata={"help": "Its column of losses, if not a common name."})
     held_out_share: float = field(
         default=0.1, metadata={"help": "Share of the file's runs, those with the most compute, to predict."}
+    )
+    outliers: str = field(
+        default="keep",
+        metadata={
+            "help": "What to do with the file's runs that are far from the law of the others: 'keep' and name them, "
+            "or 'drop' them.",
+            "choices": ["keep", "drop"],
+        },
     )
     resamples: int = field(default=1000, metadata={"help": "Bootstrap resamples behind the 95%% intervals."})
     huber_delta: float = field(
@@ -168,10 +178,12 @@ def study_of(script_args: ScalingArguments, grid: "SmallGrid | None") -> "Study"
         InputError: for a table that cannot be fitted, naming its file.
     """
     from hfllm.scaling.fitting import bootstrap, fit_law
+    from hfllm.scaling.outliers import DROP
     from hfllm.scaling.report import Study
     from hfllm.scaling.runs import Runs, read_runs
 
     delta, sampling = script_args.huber_delta, (script_args.resamples, script_args.seed, script_args.huber_delta)
+    outliers = None
     if grid is not None:
         forecast = forecast_of(grid.small_runs(), delta, sampling)
         held_out = grid.large_run(forecast)
@@ -180,6 +192,9 @@ def study_of(script_args: ScalingArguments, grid: "SmallGrid | None") -> "Study"
     else:
         columns = script_args.parameters_column, script_args.tokens_column, script_args.loss_column
         runs = read_runs(script_args.runs, *columns)
+        if script_args.outliers == DROP:
+            outliers = outliers_of(script_args, runs)
+            runs = outliers.kept
         fitted, held_out = runs.split_by_compute(script_args.held_out_share)
         try:
             forecast = forecast_of(fitted, delta, sampling)
@@ -189,7 +204,27 @@ def study_of(script_args: ScalingArguments, grid: "SmallGrid | None") -> "Study"
         whole = fit_law(runs, delta)
     except InputError as error:
         raise InputError(f"{script_args.runs or Path(script_args.output_dir) / 'runs.csv'}: {error}") from None
-    return Study(forecast, held_out, whole, bootstrap(whole, *sampling), script_args.isoflop_tolerance)
+    if grid is None and outliers is None:
+        outliers = outliers_of(script_args, runs, whole)
+    resampled = bootstrap(whole, *sampling)
+    return Study(forecast, held_out, whole, resampled, script_args.isoflop_tolerance, outliers)
+
+
+def outliers_of(script_args: ScalingArguments, runs: "Runs", fit: "Fit | None" = None) -> "Outliers":
+    """Return the file's runs that are far from the law of the others, after a warning that names them.
+
+    Raises:
+        InputError: naming the file, when it, or what is left of it, cannot be fitted.
+    """
+    from hfllm.scaling.outliers import DROP, find_outliers
+
+    try:
+        outliers = find_outliers(runs, script_args.huber_delta, fit)
+    except InputError as error:
+        raise InputError(f"{script_args.runs}: {error}") from None
+    if len(outliers) and main_process():
+        print(f"scaling_laws: {outliers.warning(script_args.runs, script_args.outliers == DROP)}", flush=True)
+    return outliers
 
 
 def forecast_of(runs: "Runs", delta: float, sampling: tuple[int, int, float]) -> "Forecast":

@@ -58,6 +58,34 @@ def test_a_table_becomes_a_report(table, tmp_path, capsys):
         run(*flags, tmp_path / "out", "--resamples", 20)
 
 
+def test_rows_far_off_the_law_are_named_and_left_out_on_request(table, tmp_path, capsys):
+    """Two losses a fifth too high: they move the fit, and a warning says which they are and how far."""
+    flags = ["--resamples", 10, "--held_out_share", 0.2, "--runs", table, "--output_dir"]
+    clean = run(*flags, tmp_path / "clean")
+    assert clean["outliers"] == 0 and "robust" not in capsys.readouterr().out
+    rows = list(csv.reader(table.open()))
+    for line in (2, 5):
+        rows[line - 1][2] = float(rows[line - 1][2]) * 1.2
+    with table.open("w", newline="") as stream:
+        csv.writer(stream).writerows(rows)
+    kept = run(*flags, tmp_path / "kept")
+    printed = capsys.readouterr().out
+    warning = (
+        f"scaling_laws: {table}: 2 of 40 runs (lines 2, 5) are more than 6 robust standard deviations off the law"
+    )
+    assert warning in printed and "They are kept: --outliers drop does not." in printed
+    assert kept["outliers"] == 2 and kept["runs"] == 40
+    dropped = run(*flags, tmp_path / "dropped", "--outliers", "drop")
+    assert "They are left out." in capsys.readouterr().out
+    assert dropped["outliers"] == 2 and dropped["runs"] == 38
+    assert "Runs far from the law of the others" in (tmp_path / "dropped" / "report.md").read_text()
+    # Without them the law is nearly that of the clean table.
+    for name in ("E", "alpha", "beta"):
+        assert abs(dropped[name] / clean[name] - 1) <= abs(kept[name] / clean[name] - 1) + 0.02, name
+    with pytest.raises(InputError, match="--outliers cannot be used here: it is for --runs"):
+        run("--outliers", "drop", "--output_dir", tmp_path / "x")
+
+
 def test_held_out_runs_do_not_enter_the_law_that_predicts_them(table, tmp_path):
     flags = ["--runs", table, "--resamples", 10, "--held_out_share", 0.2, "--output_dir"]
     honest = run(*flags, tmp_path / "one")

@@ -184,19 +184,26 @@ def test_each_end_of_a_pipeline_has_a_table(pipeline, tied):
     layer, tables = shape.layer_parameters(), 1 if tied or pipeline > 1 else 2
     parts = 4 // pipeline * ((layer["attention"] + layer["mlp"]) / 2 + layer["norms"])
     parts += tables * 50_000 * 128 / 2 + 128  # and the norm before the head
-    assert memory.logits == 12 * 50_000 * 512 / 2
+    assert memory.logits == 14 * 50_000 * 512 / 2
     assert (memory.weights, memory.gradients, memory.optimizer) == (2 * parts, 2 * parts, 12 * parts)
+    # As Megatron-LM's README says: 18 bytes per parameter, or 6 + 12/d with its distributed optimizer.
+    for zero_stage, size in ((0, 18), (1, 6 + 12 / 2)):
+        layout = Layout(tensor=2, pipeline=pipeline, data=2, zero_stage=zero_stage)
+        own = device_memory(shape, layout, PRECISIONS["bf16_megatron"], 512)
+        assert own.weights + own.gradients + own.optimizer == pytest.approx(size * parts)
 
 
 def test_the_first_stage_holds_the_micro_batches_under_way():
     layout = Layout(tensor=8, pipeline=64)
     few, many = (device_memory(GPT3, layout, BF16, 2048, passes) for passes in (1, 512))
     kept = 2048 * 2 * layer_activations(GPT3, layout, BF16, 2048)
-    assert many.activations - few.activations == pytest.approx(63 * kept)
+    # And what it has sent on.
+    sent = 2048 * 2 * GPT3.hidden_size / 8
+    assert many.activations - few.activations == pytest.approx(63 * (kept + sent))
     # 1 + (p-1)/(pv) times as much when interleaved (arXiv:2205.05198, section 4.2.3).
     wide = Layout(tensor=8, pipeline=32, interleave=2)
     one, two = (device_memory(GPT3, replace(wide, interleave=v), BF16, 2048, 512) for v in (1, 2))
-    kept = 2048 * 4 * layer_activations(GPT3, wide, BF16, 2048)
+    kept = 2048 * 4 * layer_activations(GPT3, wide, BF16, 2048) + 2048 * 2 * GPT3.hidden_size / 8
     assert two.activations - one.activations == pytest.approx(32 * kept * 31 / 64)
 
 
@@ -229,11 +236,43 @@ def test_chunked_loss_needs_a_chunk_and_the_heads_gradient():
     assert loss_bytes(chunked, Layout(), PRECISIONS["fp32"], 5000) == (
         12 * 10_000 * 100 + 4 * 10_000 * 64 + 4 * 64 * 5000
     )
-    assert loss_bytes(replace(chunked, loss_chunk_size=None), Layout(), BF16, 5000) == 12 * 10_000 * 5000
+    whole = replace(chunked, loss_chunk_size=None)
+    assert loss_bytes(whole, Layout(), PRECISIONS["fp32"], 5000) == 12 * 10_000 * 5000
+    assert loss_bytes(whole, Layout(), BF16, 5000) == 14 * 10_000 * 5000
+
+
+def test_uneven_stages_and_their_tables():
+    """BLOOM's first stage has five layers and the embeddings, the second six layers, the last five and the head."""
+    fields = {"mlp_type": "plain", "position_embedding_type": "none", "tie_word_embeddings": True}
+    bloom = Shape(14336, 70, 112, 250880, **fields)
+    layout = Layout(8, 4, 12, zero_stage=1, recompute="full", micro_batch=2)
+    memory = device_memory(bloom, layout, BF16, 2048, 128)
+    layer, table = bloom.layer_parameters(), 250880 * 14336 / 4
+    each = (layer["attention"] + layer["mlp"]) / 4 + layer["norms"]
+    assert memory.weights == pytest.approx(2 * max(5 * each + table, 6 * each), rel=1e-3)
+    # A device holds 11 micro-batches of six layers or 12 of five, whose inputs are split by sequence parallelism.
+    with_all = device_memory(replace(bloom, vocab_size=1000), layout, BF16, 2048, 128)
+    assert with_all.weights == pytest.approx(2 * 6 * each, rel=1e-3)
+    whole = device_memory(bloom, replace(layout, whole_rows=True), BF16, 2048, 128)
+    assert whole.activations > 3 * memory.activations
+
+
+def test_context_parallelism_splits_activations_and_shards_states():
+    long = Shape(1024, 4, 8, 1000)
+    whole, split = (device_memory(long, Layout(8 // c, context=c, zero_stage=1), BF16, 65536) for c in (1, 8))
+    own = device_memory(long, Layout(8, zero_stage=1, tensor=2), BF16, 65536 // 8)
+    assert split.optimizer == pytest.approx(whole.optimizer)
+    assert split.activations < whole.activations / 7 and own.logits * 2 == split.logits
+
+
+def test_fp8_keeps_copies_of_the_weights():
+    layout = Layout(tensor=2, pipeline=4)
+    plain, half = (device_memory(GPT3, layout, PRECISIONS[f"{name}_megatron"], 2048) for name in ("bf16", "fp8"))
+    assert half.weights == 2 * plain.weights and half.gradients == plain.gradients
 
 
 def test_names_are_checked():
-    with pytest.raises(InputError, match="attention='linear' is not one of flash, eager"):
+    with pytest.raises(InputError, match="attention='linear' is not one of flash, flash1, eager"):
         device_memory(GPT3, Layout(), BF16, 2048, attention="linear")
     with pytest.raises(InputError, match="recompute='some' is not one of none, selective, full"):
         korthikanti_activations(2048, 1, 64, 2, recompute="some")

@@ -63,7 +63,9 @@ def test_saved_config_of_the_family(make_config, tmp_path):
 
 
 def test_named_shapes_are_shapes_of_the_family():
-    for fields in NAMED_SHAPES.values():
+    for name, fields in NAMED_SHAPES.items():
+        if name == "deepseek-v3":
+            continue
         assert Shape.from_config(fields).num_parameters() == hfllm.HfllmConfig(**fields).num_parameters()
 
 
@@ -113,3 +115,39 @@ def test_choices_are_those_of_the_config():
     from hfllm.scaling.shapes import CHOICES
 
     assert {name: configuration_hfllm.CHOICES[name] for name in CHOICES} == CHOICES
+
+
+def small_foreign(kind):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 100}
+    mixture = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "intermediate_size": 48}
+    if kind == "qwen3_moe":
+        return {**sizes, **mixture, "num_experts": 8, "num_key_value_heads": 2, "head_dim": 16}
+    latent = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
+    experts = {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
+    return {**sizes, **mixture, **latent, **experts, "num_key_value_heads": 4}
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
+def test_mixtures_of_other_families_have_their_models_parameters(kind):
+    config = transformers.AutoConfig.for_model(kind, **small_foreign(kind))
+    shape = Shape.from_config(config.to_dict())
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert shape.num_parameters() == sum(weight.numel() for weight in model.parameters())
+    assert not shape.is_of_the_family
+
+
+def test_deepseek_v3_has_671_billion_parameters_of_which_37_are_active():
+    """arXiv:2412.19437, section 1 and 4.2; the paper's 37 leave out the embeddings."""
+    shape = Shape.from_config(NAMED_SHAPES["deepseek-v3"])
+    assert round(shape.num_parameters() / 1e9) == 671
+    assert shape.multiplied_parameters() / 1e9 == pytest.approx(37, abs=0.5)
+    # DeepSeek-V2, arXiv:2405.04434, section 2.1: the latent of 512 and a rotary key of 64 for each token and layer.
+    assert shape.kv_bytes_per_token() == 2 * 61 * (512 + 64)
+
+
+def test_a_mixture_with_dense_layers_between_is_refused():
+    with pytest.raises(InputError, match="decoder_sparse_step and mlp_only_layers: every layer must have experts"):
+        Shape.from_config({**small_foreign("qwen3_moe"), "model_type": "qwen3_moe", "decoder_sparse_step": 2})
+    with pytest.raises(InputError, match="first_k_dense_replace=9 is more than num_hidden_layers=4"):
+        Shape.from_config({**small_foreign("deepseek_v3"), "model_type": "deepseek_v3", "first_k_dense_replace": 9})
