@@ -75,10 +75,11 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     )
     use_plain_lines(trainer)
     trainer.add_callback(StalledWeights())
-    untuned = fine_tuning.evaluate_tuned(trainer, test_rows)
+    held_out = (test_rows, eval_dataset if sft.joins_rows(trainer_args) else None)
+    untuned = fine_tuning.evaluate_tuned(trainer, *held_out)
     train(trainer, stage.checkpoint, stage.identity)
     held_out_loss = trainer.evaluate()["eval_loss"]
-    tuned = fine_tuning.evaluate_tuned(trainer, test_rows)
+    tuned = fine_tuning.evaluate_tuned(trainer, *held_out)
     trainer.save_model()
 
     metrics = {

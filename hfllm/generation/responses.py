@@ -1,7 +1,7 @@
 """Sample a model's responses to prompts."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hfllm.data.tokenizer import end_tokens, tokenize_prompts
 
@@ -20,6 +20,7 @@ def sample_responses(
     seed: int = 0,
     only_ended: bool = False,
     fast: bool = False,
+    tools: Sequence[Any] | None = None,
 ) -> list[list[str]]:
     """Sample responses of `model` to each prompt at temperature 1, or decode greedily.
 
@@ -32,6 +33,7 @@ def sample_responses(
         only_ended: leave out the responses that `max_new_tokens` cut off.
         fast: decode by `fast_generate` where the model is of the family, prompts of like length together. These are
             other samples of the same distribution.
+        tools: for each prompt those that the chat template shows with its messages.
 
     Returns:
         One list of `num_return_sequences` texts per prompt, or fewer with `only_ended`, without special tokens.
@@ -47,7 +49,7 @@ def sample_responses(
     settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {"do_sample": False}
     ends = sorted(end_tokens(tokenizer, model))
     texts: list[list[str]] = [[] for _ in prompts]
-    tokens_of = tokenize_prompts(prompts, tokenizer) if prompts else []
+    tokens_of = tokenize_prompts(prompts, tokenizer, tools) if prompts else []
     order = list(range(len(prompts)))
     if fast and unsupported_reason(model) is None and not _bends_sampling(model.generation_config):
         settings["custom_generate"] = fast_generate
