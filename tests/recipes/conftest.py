@@ -81,6 +81,14 @@ def plots_are_copies(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_held_out_documents():
+    """Models that read a few hundred documents are measured on fewer, as a thousand take longer than the training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hfllm.data.loading.NUM_HELD_OUT_DOCUMENTS", 150)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Paths of tiny YAML configs, by stage."""
