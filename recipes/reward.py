@@ -32,7 +32,6 @@ def parse(argv: Sequence[str]) -> tuple[RewardArguments, "RewardConfig", "ModelC
 def main(script_args: RewardArguments, training_args: "RewardConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Train, save, write the report. Return the metrics."""
     from transformers import set_seed
-    from trl import RewardTrainer
 
     from hfllm.data.loading import world_of
     from hfllm.outputs.figures import plus_minus, share_error, with_error
@@ -46,6 +45,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scaled_learning_rate
     from hfllm.trainers.stalled_weights import StalledWeights
+    from hfllm.trainers.trl_trainers import RewardTrainer
 
     reward.check(script_args, model_args)
     stage = Stage("reward", script_args, training_args, model_args)

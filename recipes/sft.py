@@ -30,8 +30,6 @@ def parse(argv: Sequence[str]) -> tuple[SftArguments, "SFTConfig", "ModelConfig"
 @releases_folders
 def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Fine-tune, save, write the report. Return the metrics."""
-    from trl import SFTTrainer
-
     from hfllm.evaluation import fine_tuning
     from hfllm.outputs.card import chat_lines
     from hfllm.runs.adapters import load_to_train
@@ -45,6 +43,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     from hfllm.trainers.learning_rate import scaled_learning_rate
     from hfllm.trainers.run_record import final_train_loss
     from hfllm.trainers.stalled_weights import StalledWeights
+    from hfllm.trainers.trl_trainers import SFTTrainer
 
     sft.check(script_args, training_args, model_args)
     stage = Stage("sft", script_args, training_args, model_args)
@@ -76,10 +75,11 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     )
     use_plain_lines(trainer)
     trainer.add_callback(StalledWeights())
-    untuned = fine_tuning.evaluate_tuned(trainer, test_rows)
+    held_out = (test_rows, eval_dataset if sft.joins_rows(trainer_args) else None)
+    untuned = fine_tuning.evaluate_tuned(trainer, *held_out)
     train(trainer, stage.checkpoint, stage.identity)
     held_out_loss = trainer.evaluate()["eval_loss"]
-    tuned = fine_tuning.evaluate_tuned(trainer, test_rows)
+    tuned = fine_tuning.evaluate_tuned(trainer, *held_out)
     trainer.save_model()
 
     metrics = {

@@ -1,6 +1,7 @@
 """The house rules: imports point down the floors, no circles, small files, a light import, registration."""
 
 import ast
+import json
 import subprocess
 import sys
 from functools import cache
@@ -144,28 +145,55 @@ def test_importing_hfllm_imports_neither_torch_nor_transformers():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import hfllm, transformers",
-        "import hfllm, importlib.util; importlib.util.find_spec('transformers')",
-        "import transformers, hfllm",
-        "import hfllm; from transformers import LlamaForCausalLM",
-        "import hfllm; from transformers.modeling_layers import GradientCheckpointingLayer",
-        "from hfllm.models.modeling_hfllm import HfllmModel",
-        "from hfllm.models.configuration_hfllm import HfllmConfig",
-        "from hfllm import PPOTrainer",
-    ],
+ORDERS = (
+    "import hfllm, transformers",
+    "import hfllm, importlib.util; importlib.util.find_spec('transformers')",
+    "import transformers, hfllm",
+    "import hfllm; from transformers import LlamaForCausalLM",
+    "import hfllm; from transformers.modeling_layers import GradientCheckpointingLayer",
+    "from hfllm.models.modeling_hfllm import HfllmModel",
+    "from hfllm.models.configuration_hfllm import HfllmConfig",
+    "from hfllm import PPOTrainer",
 )
-def test_registration_works_whatever_is_imported_first(imports):
-    code = (
-        f"{imports}\n"
-        "from transformers import AutoConfig, AutoModelForCausalLM\n"
-        "config = AutoConfig.for_model('hfllm', num_hidden_layers=1, hidden_size=16, num_attention_heads=1)\n"
-        "assert type(AutoModelForCausalLM.from_config(config)).__name__ == 'HfllmForCausalLM'"
-    )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+# Each order in a fork of a process that has imported what is the same for all, and nothing that knows of models.
+EACH_ORDER = """
+import json, os, sys, traceback
+import torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor
+assert not {"transformers", "hfllm"} & set(sys.modules)
+
+def run(imports):
+    exec(imports)
+    from transformers import AutoConfig, AutoModelForCausalLM
+    config = AutoConfig.for_model('hfllm', num_hidden_layers=1, hidden_size=16, num_attention_heads=1)
+    assert type(AutoModelForCausalLM.from_config(config)).__name__ == 'HfllmForCausalLM'
+
+codes = {}
+for imports in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        try:
+            run(imports)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    codes[imports] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print(json.dumps(codes))
+"""
+
+
+@pytest.fixture(scope="module")
+def orders():
+    """Exit codes by order of imports, and what was printed when one failed."""
+    result = subprocess.run([sys.executable, "-c", EACH_ORDER, *ORDERS], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout.splitlines()[-1]), result.stderr
+
+
+@pytest.mark.parametrize("imports", ORDERS)
+def test_registration_works_whatever_is_imported_first(orders, imports):
+    codes, printed = orders
+    assert codes[imports] == 0, printed[-2000:]
 
 
 def test_public_names_exist():

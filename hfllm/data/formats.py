@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from hfllm.data.messages import Message, read_messages, read_tools
-from hfllm.data.rows import NO_ANSWER, TIE, BadRow
+from hfllm.data.rows import NO_ANSWER, TIE, UNDESIRED, BadRow
 from hfllm.data.sources import Source
 from hfllm.errors import InputError
 
@@ -79,9 +79,12 @@ def to_sft(origin: str, row: Row) -> Row:
     The completion of a conversation begins with the assistant's first turn: each of its turns is to be learned.
 
     Raises:
-        BadRow: when there is no answer at its end.
+        BadRow: when there is no answer at its end, or its `label` says that the answer is undesired (KTO).
         InputError: when the row cannot be read.
     """
+    # A csv file has a text; a number would be the label of something else.
+    if isinstance(label := row.get("label"), (bool, str)) and str(label).strip().lower() == "false":
+        raise BadRow(f"{origin}: label is {label!r}: the answer is one that is not wanted", UNDESIRED)
     tools = read_tools(origin, row.get("tools"))
     shared = {"tools": tools} if tools else {}
     for asked, answered in ANSWERED:

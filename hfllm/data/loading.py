@@ -17,6 +17,9 @@ from hfllm.errors import InputError, refuse
 if TYPE_CHECKING:
     from datasets import Dataset
 
+# Of the embedded world, for pretraining.
+NUM_HELD_OUT_DOCUMENTS = 1000
+
 
 @dataclass(frozen=True)
 class DataArguments:
@@ -244,7 +247,7 @@ def load_texts(script_args: TextArguments, seed: int, prepared: Prepared, name: 
         texts = world.documents(script_args.num_documents, seed=seed)
         # The world may write a document twice; held-out texts must not occur in training.
         known = set(texts)
-        held_out = [text for text in world.documents(1000, seed=-1 - seed) if text not in known]
+        held_out = [text for text in world.documents(NUM_HELD_OUT_DOCUMENTS, seed=-1 - seed) if text not in known]
         # The type that `prepared` stores, so that both can be in one mixture.
         return Dataset.from_dict({"text": texts}, Features({"text": Value("large_string")})), held_out
 

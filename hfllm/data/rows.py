@@ -9,6 +9,7 @@ from hfllm.errors import InputError
 
 NO_QUESTION = "without a question"
 NO_ANSWER, DOUBLED, EQUAL, TIE = "without an answer", "with doubled turns", "with equal answers", "with a tie"
+UNDESIRED = "with the label false, answers that are not wanted"
 
 
 class OriginRow(dict[str, Any]):

@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from hfllm.data.messages import read_tools
 from hfllm.errors import InputError
 
 if TYPE_CHECKING:
@@ -173,10 +174,23 @@ def plain_chat_template() -> str:
     )
 
 
-def tokenize_prompts(prompts: Sequence[str | list], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """Return the token ids of each prompt: text unchanged, messages by chat template up to the assistant's turn."""
+def tokenize_prompts(
+    prompts: Sequence[str | list], tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Any] | None = None
+) -> list[list[int]]:
+    """Return the token ids of each prompt: text unchanged, messages by chat template up to the assistant's turn.
+
+    Args:
+        tools: for each prompt those that the chat template shows with its messages, as in a column `tools`.
+
+    Raises:
+        InputError: when these are no tools.
+    """
     if isinstance(prompts[0], str):
         return tokenizer(list(prompts))["input_ids"]
-    return tokenizer.apply_chat_template(
-        list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, padding=False
-    )["input_ids"]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "padding": False}
+    if not any(tools or ()):
+        return tokenizer.apply_chat_template(list(prompts), **options)["input_ids"]
+    return [
+        tokenizer.apply_chat_template(prompt, tools=read_tools("a prompt", shown), **options)["input_ids"]
+        for prompt, shown in zip(prompts, tools, strict=True)
+    ]

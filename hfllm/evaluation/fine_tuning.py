@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hfllm.evaluation.distillation import row_losses
@@ -9,6 +10,7 @@ from hfllm.generation.responses import sample_responses
 from hfllm.outputs.figures import change_of, is_noise, plus_minus, ratio_error
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import Trainer
 
 # Held-out rows and prompts that are read, so that it takes a small part of the training.
@@ -31,30 +33,49 @@ class TunedEvaluation:
     answers: Sequence[str]
 
 
-def evaluate_tuned(trainer: "Trainer", held_out: Sequence[Mapping[str, Any]]) -> TunedEvaluation | None:
+def evaluate_tuned(
+    trainer: "Trainer", held_out: Sequence[Mapping[str, Any]], tokenized: "Dataset | None" = None
+) -> TunedEvaluation | None:
     """Evaluate the trainer's current model, and leave the random state as it is.
 
     `None` where rows or weights are spread over processes or devices, and for data that is streamed.
 
     Args:
         held_out: the rows of the trainer's evaluation dataset before they were tokenized.
+        tokenized: the same as `input_ids` and `labels`, for a trainer that joins several rows to one: they are read
+            one by one, cut to its `max_length`. By default its own dataset and collator are used.
     """
     from torch.utils.data import DataLoader
 
     from hfllm.models.devices import forked_random
 
-    model, dataset = trainer.model, trainer.eval_dataset
+    model, dataset = trainer.model, trainer.eval_dataset if tokenized is None else tokenized
+    longest = getattr(trainer.args, "max_length", None)
+    collate = trainer.data_collator if tokenized is None else partial(_padded, longest=longest)
     is_spread = trainer.args.world_size > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     if is_spread or not hasattr(dataset, "select"):
         return None
     dataset = dataset.select(range(min(MOST_ROWS, len(dataset))))
-    prompts = [row["prompt"] for row in held_out[:MOST_PROMPTS] if row.get("prompt")]
+    asked = [row for row in held_out[:MOST_PROMPTS] if row.get("prompt")]
+    prompts = [row["prompt"] for row in asked]
     with forked_random(model.device), trainer.accelerator.autocast():
-        loader = DataLoader(dataset, trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
+        loader = DataLoader(dataset, trainer.args.per_device_eval_batch_size, collate_fn=collate)
         rows = row_losses(model, filter(None, map(_with_targets, loader)))
-        settings = {"max_new_tokens": ANSWER_LENGTH, "do_sample": False}
+        settings = {"max_new_tokens": ANSWER_LENGTH, "do_sample": False, "tools": [row.get("tools") for row in asked]}
         answers = sample_responses(model, trainer.processing_class, prompts, **settings)
     return TunedEvaluation([row for row in rows if row[1]], prompts, [said for (said,) in answers])
+
+
+def _padded(rows: Sequence[Mapping[str, Any]], longest: int | None) -> dict[str, Any]:
+    """Return the first `longest` tokens of rows as a batch, padded on the right without targets or attention."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    names = ("input_ids", "labels")
+    columns = {name: [torch.tensor(row[name][:longest], dtype=torch.long) for row in rows] for name in names}
+    columns["attention_mask"] = [torch.ones_like(ids) for ids in columns["input_ids"]]
+    fillers = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+    return {name: pad_sequence(parts, True, fillers[name]) for name, parts in columns.items()}
 
 
 def _with_targets(batch: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Sample a model's responses to prompts."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hfllm.data.tokenizer import end_tokens, tokenize_prompts
 
@@ -27,6 +27,7 @@ def sample_responses(
     seed: int = 0,
     only_ended: bool = False,
     fast: bool = False,
+    tools: Sequence[Any] | None = None,
 ) -> list[list[str]]:
     """Sample responses of `model` to each prompt at temperature 1, or decode greedily.
 
@@ -39,12 +40,14 @@ def sample_responses(
         only_ended: leave out the responses that `max_new_tokens` cut off.
         fast: decode by `fast_generate` where the model is of the family, prompts of like length together. These are
             other samples of the same distribution.
+        tools: for each prompt those that the chat template shows with its messages.
 
     Returns:
         One list of `num_return_sequences` texts per prompt, or fewer with `only_ended`, without special tokens.
     """
     responses = sample_with_ends(
-        *(model, tokenizer, prompts, max_new_tokens, do_sample, num_return_sequences, batch_size, seed), fast=fast
+        *(model, tokenizer, prompts, max_new_tokens, do_sample, num_return_sequences, batch_size, seed, fast),
+        tools=tools,
     )
     return [[text for text, has_ended in said if has_ended or not only_ended] for said in responses]
 
@@ -60,6 +63,7 @@ def sample_with_ends(
     seed: int = 0,
     fast: bool = False,
     stop_strings: Sequence[str] = (),
+    tools: Sequence[Any] | None = None,
 ) -> list[list[Response]]:
     """Sample responses as `sample_responses` does, and say which have ended.
 
@@ -82,7 +86,7 @@ def sample_with_ends(
         settings |= {"stop_strings": list(stop_strings), "tokenizer": tokenizer}
     ends = sorted(end_tokens(tokenizer, model))
     responses: list[list[Response]] = [[] for _ in prompts]
-    tokens_of = tokenize_prompts(prompts, tokenizer) if prompts else []
+    tokens_of = tokenize_prompts(prompts, tokenizer, tools) if prompts else []
     order = list(range(len(prompts)))
     if (
         fast

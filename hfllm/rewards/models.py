@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hfllm.data.messages import read_tools
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.rewards.passes import batches_of_like_length, pass_precision
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 class RewardModel:
     """A sequence-classification model as a reward function, with its own tokenizer and chat template.
+
+    A column `tools` goes to the template of a conversation.
 
     Args:
         model: scores one sequence with one label (`num_labels=1`), read at the last token that is not padding.
@@ -46,7 +49,8 @@ class RewardModel:
         self.__name__ = Path(model.config._name_or_path or "reward_model").name
 
     def __call__(self, prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> list[float]:
-        ids = [self._token_ids(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        tools = columns.get("tools") or [None] * len(prompts)
+        ids = [self._token_ids(*said) for said in zip(prompts, completions, tools, strict=True)]
         scores = [0.0] * len(ids)
         for rows, logits in self._logits(ids):
             for row, score in zip(rows, logits.squeeze(-1).tolist(), strict=True):
@@ -67,11 +71,16 @@ class RewardModel:
                 ).logits
             yield rows, logits.float().cpu()
 
-    def _token_ids(self, prompt: str | list, completion: str | list) -> list[int]:
+    def _token_ids(self, prompt: str | list, completion: str | list, tools: object = None) -> list[int]:
         if isinstance(prompt, str):
             # With the end token, as TRL's RewardTrainer ends its training texts.
             return self.tokenizer(prompt + completion + (self.tokenizer.eos_token or ""))["input_ids"]
-        return self.tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=True)["input_ids"]
+        options = {
+            "tokenize": True,
+            "return_dict": True,
+            **({"tools": read_tools("a prompt", tools)} if tools else {}),
+        }
+        return self.tokenizer.apply_chat_template(prompt + completion, **options)["input_ids"]
 
 
 class TokenRewardModel(RewardModel):
@@ -85,7 +94,7 @@ class TokenRewardModel(RewardModel):
 
     def __call__(self, prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> list[list[float]]:
         sampled = columns["completion_ids"]
-        before = tokenize_prompts(prompts, self.tokenizer)
+        before = tokenize_prompts(prompts, self.tokenizer, columns.get("tools"))
         ids = [[*prompt, *completion] for prompt, completion in zip(before, sampled, strict=True)]
         rewards: list[list[float]] = [[] for _ in ids]
         for rows, logits in self._logits(ids):

@@ -101,11 +101,12 @@ def padded_trainer(
     test_texts: Sequence[str],
     prepared: Prepared,
 ) -> "tuple[Trainer, list[dict[str, str | int]]]":
-    """Return the stock trainer on single documents, in batches of similar length; no table for its one source."""
+    """Return a trainer on single documents, in batches of similar length; no table for its one source."""
     from datasets import Dataset
-    from transformers import DataCollatorForLanguageModeling, Trainer
+    from transformers import DataCollatorForLanguageModeling
 
     from hfllm.data.padding import length_grouped, pieces_of
+    from hfllm.trainers.exact_evaluation import TokenMeanEvaluation
 
     (source,) = sources.values()
     texts = source["text"][:]
@@ -119,7 +120,7 @@ def padded_trainer(
     train_pieces = length_grouped(pieces_of(texts, tokenizer, script_args.max_length), batch, training_args.seed)
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     settings = loss_settings(model, script_args.loss_chunk_size)
-    trainer = Trainer(
+    trainer = TokenMeanEvaluation(
         model=model,
         args=trainer_args,
         train_dataset=Dataset.from_dict({"input_ids": train_pieces}),

@@ -13,7 +13,7 @@ from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
     from trl import ModelConfig
 
     from hfllm.rewards.ensembles import RewardEnsemble
@@ -179,6 +179,23 @@ def check_models(
     if model_args.model_name_or_path and not script_args.filter_prompts:
         tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
         check_prompts(rows, tokenizer, training_args.response_length, max_length_of(policy_config))
+        _check_tools(rows, tokenizer)
+
+
+def _check_tools(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse prompts whose calls of tools the chat template leaves out, and say how many tools it does not write."""
+    from hfllm.data.conversations import check_written, has_more_than_text
+    from hfllm.data.rows import Dropped, origin_of
+    from hfllm.runs.command_line import say
+
+    notes = Dropped()
+    for row in rows:
+        tools, prompt = row.get("tools"), row["prompt"]
+        if isinstance(prompt, list) and (tools or has_more_than_text(prompt)):
+            text = tokenizer.apply_chat_template(prompt, tools=tools, tokenize=False, add_generation_prompt=True)
+            check_written(origin_of(row, "a prompt"), row, prompt, text, notes)
+    for note, count in notes.reasons.items():
+        say(f"prompts: {count:,} of {len(rows):,} {note}")
 
 
 def fitting_prompts(
@@ -271,6 +288,7 @@ def prompt_data(
 ) -> tuple[list[Row], list[Row]]:
     """Return training and held-out prompt rows; every reward function is tried on two rows."""
     from hfllm.data import formats
+    from hfllm.data.messages import read_tools
     from hfllm.data.rows import flaw_of_prompt
     from hfllm.data.sources import WORLD
     from hfllm.data.world.world import World
@@ -278,7 +296,11 @@ def prompt_data(
 
     def mapper(origin: str, row: formats.Row) -> formats.Row:
         row = formats.to_prompt(origin, row)
-        return {**row, "prompt": formats.as_messages(row["prompt"])} if script_args.apply_chat_template else row
+        if script_args.apply_chat_template:
+            row["prompt"] = formats.as_messages(row["prompt"])
+        if isinstance(row["prompt"], list) and "tools" in row:
+            row["tools"] = read_tools(origin, row["tools"])
+        return row
 
     if script_args.dataset_name == WORLD:
         world = World(script_args.world_seed)
@@ -378,6 +400,7 @@ def calibrate(ensemble: "RewardEnsemble", trainer: "PPOTrainer", rows: Sequence[
 
     from hfllm.data.formats import as_completion
     from hfllm.models.devices import forked_random
+    from hfllm.rewards.functions import reward_columns
 
     size, texts = trainer.args.local_rollout_batch_size, []
     with forked_random(trainer.args.device):
@@ -386,4 +409,5 @@ def calibrate(ensemble: "RewardEnsemble", trainer: "PPOTrainer", rows: Sequence[
             ids = trainer.sample(rows[first : first + size])["response_ids"]
             texts += trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
     prompts = [row["prompt"] for row in rows]
-    ensemble.calibrate(prompts, [as_completion(*pair) for pair in zip(prompts, texts, strict=True)])
+    completions = [as_completion(*pair) for pair in zip(prompts, texts, strict=True)]
+    ensemble.calibrate(prompts, completions, **reward_columns(rows))

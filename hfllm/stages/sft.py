@@ -28,12 +28,24 @@ class SftArguments(InstructionArguments, BatchArguments):
 
 
 def default_settings(given: Mapping[str, Any]) -> list[Path]:
-    """Return the settings of the embedded world's model if no model is named, and else those of an adapter, if any."""
+    """Return the settings of the embedded world's model if no model is named, and else those of an adapter, if any.
+
+    Args:
+        given: what the user gives, by flag. A model that is no folder is looked up on the Hub.
+    """
     name = given.get("model_name_or_path")
     if not name:
         return [settings_file("sft/world.yaml")]
-    is_adapter = given.get("use_peft") or Path(name, "adapter_config.json").is_file()
+    is_adapter = given.get("use_peft") or _is_adapter(name, str(given.get("model_revision") or "main"))
     return [settings_file("sft/adapter.yaml")] if is_adapter else []
+
+
+def _is_adapter(name: str, revision: str) -> bool:
+    if Path(name).is_dir():
+        return Path(name, "adapter_config.json").is_file()
+    from hfllm.models.adapters import find_adapter
+
+    return find_adapter(name, revision=revision) is not None
 
 
 def check(script_args: SftArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> None:
@@ -229,6 +241,11 @@ def _kept_part(training_args: "SFTConfig", is_eval: bool) -> slice:
     if packing or longest is None:
         return slice(None)
     return slice(longest) if training_args.truncation_mode == "keep_start" else slice(-longest, None)
+
+
+def joins_rows(training_args: "SFTConfig") -> bool:
+    """Return whether several rows become one, in packing or in a batch without padding."""
+    return bool(training_args.packing or training_args.eval_packing or training_args.padding_free)
 
 
 def trained_as_they_are(training_args: "SFTConfig") -> dict[str, bool | None]:

@@ -31,7 +31,7 @@ def write_answers(
     learn to stop in the middle. Their numbers are printed.
 
     Args:
-        rows: with `prompt`, all text or all messages, whose other columns are dropped; or with `text`.
+        rows: with `prompt`, all text or all messages, whose other columns but `tools` are dropped; or with `text`.
         response_length: longest answer in tokens.
         do_sample: sample at temperature 1; greedy if false.
         seed: seed of the sampling; the caller's random state is not changed.
@@ -39,13 +39,13 @@ def write_answers(
     Raises:
         InputError: when no prompt has room for an answer, or no answer ends.
     """
-    asked = [row for row in rows if "prompt" in row]
-    prompts = _with_room(teacher, tokenizer, [row["prompt"] for row in asked], response_length)
-    settings = {"seed": seed, "only_ended": True}
+    asked = _with_room(teacher, tokenizer, [row for row in rows if "prompt" in row], response_length)
+    prompts, tools = [row["prompt"] for row in asked], [row.get("tools") for row in asked]
+    settings = {"seed": seed, "only_ended": True, "tools": tools}
     answers = responses.sample_responses(teacher, tokenizer, prompts, response_length, do_sample, **settings)
     written = [
-        {"prompt": prompt, "completion": as_completion(prompt, answer)}
-        for prompt, ended in zip(prompts, answers, strict=True)
+        {"prompt": prompt, "completion": as_completion(prompt, answer), **({"tools": shown} if shown else {})}
+        for prompt, shown, ended in zip(prompts, tools, answers, strict=True)
         for answer in ended
     ]
     cut = len(prompts) - len(written)
@@ -57,24 +57,24 @@ def write_answers(
 
 
 def _with_room(
-    teacher: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: list, response_length: int
+    teacher: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", asked: list, response_length: int
 ) -> list:
-    """Return the prompts after which `response_length` tokens fit in the teacher's context."""
+    """Return the rows after whose prompt `response_length` tokens fit in the teacher's context."""
     context = max_length_of(teacher.config)
-    if context is None or not prompts:
-        return prompts
+    if context is None or not asked:
+        return asked
     limit, shortest, kept = context - response_length, context, []
-    for start in range(0, len(prompts), ROWS):
-        some = prompts[start : start + ROWS]
-        tokens = tokenize_prompts(some, tokenizer)
+    for start in range(0, len(asked), ROWS):
+        some = asked[start : start + ROWS]
+        tokens = tokenize_prompts([row["prompt"] for row in some], tokenizer, [row.get("tools") for row in some])
         shortest = min(shortest, *map(len, tokens))
-        kept += [prompt for prompt, ids in zip(some, tokens, strict=True) if len(ids) <= limit]
+        kept += [row for row, ids in zip(some, tokens, strict=True) if len(ids) <= limit]
     if not kept:
         raise InputError(
             f"no prompt has room for --response_length {response_length} in the teacher's context of {context} "
             f"tokens: the shortest leaves {context - shortest}"
         )
-    if len(kept) < len(prompts) and main_process():
-        left_out = len(prompts) - len(kept)
-        print(f"distill: {left_out} of {len(prompts)} prompts are left out: longer than {limit} tokens")
+    if len(kept) < len(asked) and main_process():
+        left_out = len(asked) - len(kept)
+        print(f"distill: {left_out} of {len(asked)} prompts are left out: longer than {limit} tokens")
     return kept

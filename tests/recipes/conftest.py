@@ -1,5 +1,7 @@
 """Recipes in miniature: the same code on a world of a few hundred rows."""
 
+import shutil
+
 import pytest
 import sft
 import yaml
@@ -58,6 +60,33 @@ TINY = {
         "logging_steps": 1,
     },
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plots_are_copies(tmp_path_factory):
+    """One plot is drawn, and is copied for the hundreds of all reports; what is drawn is what tests/outputs tests."""
+    from hfllm.outputs.report import Bars, Plot
+
+    drawn = tmp_path_factory.mktemp("plots") / "plot.png"
+    assert Bars("Title", "x", {"a": 1.0}).draw(drawn)
+
+    def draw_lines(plot, path):
+        lines = [*plot.lines.values(), *plot.points.values()]
+        assert all(len(x) == len(y) for x, y in lines), plot.title
+        return any(len(x) for x, _ in lines) and bool(shutil.copy(drawn, path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plot, "draw", draw_lines)
+        patch.setattr(Bars, "draw", lambda bars, path: bool(bars.values) and bool(shutil.copy(drawn, path)))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_held_out_documents():
+    """Models that read a few hundred documents are measured on fewer, as a thousand take longer than the training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hfllm.data.loading.NUM_HELD_OUT_DOCUMENTS", 150)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -97,7 +97,10 @@ def test_rows_side_by_side_and_one_after_the_other_give_one_loss(flags, tmp_path
             sft,
             flags(*MODEL_ROWS, eval_dataset_name=held_out, **more, max_length=256, output_dir=tmp_path / str(number)),
         )
-        losses.append((metrics["train_loss"], metrics["eval_loss"]))
+        held_out_losses = [
+            metrics[f"held_out_loss_{name}"] for name in ("before", "before_se", "after", "change_se", "n")
+        ]
+        losses.append((metrics["train_loss"], metrics["eval_loss"], *held_out_losses))
     assert torch.allclose(torch.tensor(losses), torch.tensor(losses[:1]), atol=1e-4)
 
 
@@ -158,6 +161,40 @@ def test_sft_says_what_it_cannot_learn(flags, tmp_path, saved):
     assert f"{tmp_path}/rows.jsonl, line 1: the chat template cannot write" in complaint(
         sft, flags(tool, tool, *MODEL_ROWS)
     )
+
+
+@pytest.mark.usefixtures("no_training")
+def test_answers_that_are_not_wanted_are_left_out(flags, tmp_path, capsys):
+    """As KTO labels them: in jsonl by a truth value, in csv by its name."""
+    rows = [{"prompt": f"Say {at}.", "completion": str(at), "label": at % 3 > 0} for at in range(12)]
+    with pytest.raises(AssertionError, match="training started"):
+        run(sft, flags(*rows))
+    expected = "4 of 12 rows dropped: 4 with the label false, answers that are not wanted (first: "
+    assert f"{tmp_path}/rows.jsonl: {expected}{tmp_path}/rows.jsonl, line 1)\n" in capsys.readouterr().out
+    table = tmp_path / "rows.csv"
+    table.write_text("prompt,completion,label\n" + "".join(f"Say {at}.,{at},{at % 3 > 0}\n" for at in range(12)))
+    with pytest.raises(AssertionError, match="training started"):
+        run(sft, [*flags(*rows), "--dataset_name", str(table)])
+    assert expected in capsys.readouterr().out
+    message = complaint(sft, flags(*rows, bad_rows="refuse"))
+    assert message.startswith(f"{tmp_path}/rows.jsonl, line 1: label is False")
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_adapter_on_the_hub_is_trained_at_its_own_rate(tmp_path, monkeypatch, is_there):
+    config = tmp_path / "adapter_config.json"
+    config.write_text("{}")
+    asked = []
+
+    def find(name, **location):
+        asked.append((name, location["revision"]))
+        return str(config) if is_there else None
+
+    monkeypatch.setattr("transformers.utils.find_adapter_config_file", find)
+    words = ["--model_name_or_path", "me/adapter", "--model_revision", "v2", "--dataset_name", "alpaca.json"]
+    assert sft.parse(words)[1].learning_rate == (2e-4 if is_there else 2e-5)
+    assert asked == [("me/adapter", "v2")]
+    assert sft.parse([*words, "--learning_rate", "1e-3"])[1].learning_rate == 1e-3
 
 
 def test_a_chat_template_of_ones_own(flags, saved, tmp_path, batches):
@@ -261,6 +298,37 @@ def test_prompts_are_named_by_their_line_and_filtered_on_demand(saved, tmp_path,
             words[-2],
         ],
     )
+
+
+TOOLS_FIRST = "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}"
+ADD = {"name": "add", "description": "Add two numbers.", "parameters": {"type": "object", "properties": {}}}
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize("writes_tools", [True, False])
+def test_a_policy_sees_the_tools_of_its_prompts(saved, tmp_path, capsys, monkeypatch, writes_tools):
+    from hfllm import PPOTrainer
+
+    template, sampled, sample = saved / "chat_template.jinja", [], PPOTrainer.sample
+    template.write_text(TOOLS_FIRST * writes_tools + template.read_text())
+
+    def spy(self, rows):
+        batch = sample(self, rows)
+        sampled.extend(zip(rows, self.processing_class.batch_decode(batch["prompt_ids"]), strict=True))
+        return batch
+
+    monkeypatch.setattr(PPOTrainer, "sample", spy)
+    file = tmp_path / "mine.py"
+    file.write_text("def fine(completions, tools, **columns): return [float(bool(tool)) for tool in tools]")
+    rows = [{"prompt": f"number {at}", "tools": json.dumps([ADD]) if at % 2 else None} for at in range(20)]
+    words = ["--model_name_or_path", saved, "--dataset_name", jsonl(tmp_path / "prompts.jsonl", *rows)]
+    words += ["--reward_funcs", f"{file}:fine", "--output_dir", tmp_path / "out", "--apply_chat_template"]
+    with pytest.raises(AssertionError, match="training started"):
+        run(rlhf, [*map(str, words), "--response_length", "4", "--use_cpu"])
+    assert {bool(row["tools"]) for row, _ in sampled} <= {True, False} and sampled
+    assert all(("Add two numbers." in shown) == (writes_tools and bool(row["tools"])) for row, shown in sampled)
+    note = "prompts: 10 of 20 rows have tools that the chat template does not write\n"
+    assert (note in capsys.readouterr().out) != writes_tools
 
 
 def test_other_columns_reach_a_reward_function_under_the_users_names(tmp_path):

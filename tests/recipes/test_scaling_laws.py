@@ -229,6 +229,20 @@ def test_a_grid_is_trained_fitted_and_tested_on_a_larger_run(trained):
     assert all(losses == sorted(losses, reverse=True) for losses in by_tokens)
 
 
+def test_a_probe_comes_on_top_without_training(trained, monkeypatch, tmp_path):
+    folder, flags, _ = trained
+    run(*flags)
+    monkeypatch.setattr("transformers.Trainer.train", lambda *args, **kwargs: pytest.fail("training started"))
+    probe = ["--probe", "true", "--probe_questions", 2, "--probe_shots", 2]
+    metrics = run(*flags, *probe)
+    for kind in ("zero_shot", "few_shot", "chain_of_thought"):
+        assert 0 <= metrics[f"{kind}_exact_match"] <= metrics[f"{kind}_token_match"] <= 1
+        assert metrics[f"{kind}_log_likelihood"] < 0 <= metrics[f"{kind}_log_likelihood_sharpest_step"] <= 1
+    report = json.loads((folder / "report.json").read_text())
+    assert {"probe_exact_match_by_prompt", "probe_log_likelihood_by_family"} <= set(report["artifacts"])
+    assert run(*flags, *probe) == run(*flags) == metrics
+
+
 def test_finished_runs_are_not_trained_again(trained, capsys):
     folder, flags, metrics = trained
     (folder / "report.json").unlink()
@@ -244,20 +258,6 @@ def test_finished_runs_are_not_trained_again(trained, capsys):
     with pytest.raises(InputError, match="holds runs with"):
         (folder / "report.json").unlink()
         run(*flags, "--world_seed", 1)
-
-
-def test_a_probe_comes_on_top_without_training(trained, monkeypatch, tmp_path):
-    folder, flags, _ = trained
-    run(*flags)
-    monkeypatch.setattr("transformers.Trainer.train", lambda *args, **kwargs: pytest.fail("training started"))
-    probe = ["--probe", "true", "--probe_questions", 2, "--probe_shots", 2]
-    metrics = run(*flags, *probe)
-    for kind in ("zero_shot", "few_shot", "chain_of_thought"):
-        assert 0 <= metrics[f"{kind}_exact_match"] <= metrics[f"{kind}_token_match"] <= 1
-        assert metrics[f"{kind}_log_likelihood"] < 0 <= metrics[f"{kind}_log_likelihood_sharpest_step"] <= 1
-    report = json.loads((folder / "report.json").read_text())
-    assert {"probe_exact_match_by_prompt", "probe_log_likelihood_by_family"} <= set(report["artifacts"])
-    assert run(*flags, *probe) == run(*flags) == metrics
 
 
 def test_your_own_text_is_repeated_when_it_is_short(tmp_path):

@@ -1,6 +1,7 @@
 """Reward models: each sequence is scored as it would be alone, whatever lies beside it in a pass."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -108,3 +109,18 @@ def test_each_token_that_was_sampled_has_its_own_reward(make_model, tokenizer, c
 def test_which_models_score_tokens(make_model):
     kinds = hfllm.HfllmForTokenClassification, hfllm.HfllmForSequenceClassification
     assert [scores_tokens(make_model(model_class=kind, num_labels=1)) for kind in kinds] == [True, False]
+
+
+def test_the_tools_of_a_conversation_are_read_with_it(scorer, tokenizer):
+    (model, passes), tokenizer = scorer, copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + tokenizer.chat_template
+    tool = {"name": "add", "description": "Add two numbers.", "parameters": {}}
+    prompts = [[{"role": "user", "content": "What is 1 plus 2?"}]] * 3
+    completions = [[{"role": "assistant", "content": "3"}]] * 3
+    scores = RewardModel(model, tokenizer)(prompts, completions, tools=[[tool], None, json.dumps([tool])])
+    with_tools, without = (
+        tokenizer.apply_chat_template(prompts[0] + completions[0], tools=tools, return_dict=False)
+        for tools in ([{"type": "function", "function": tool}], None)
+    )
+    assert sorted(ids for each in passes for ids in each) == sorted([with_tools, with_tools, without])
+    assert scores == pytest.approx([score_alone(model, ids) for ids in (with_tools, without, with_tools)], abs=1e-5)

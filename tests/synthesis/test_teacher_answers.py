@@ -49,3 +49,17 @@ def test_prompts_that_leave_no_room_are_left_out(tokenizer, make_model, capsys):
     message = f"no prompt has room for --response_length {longest + 4} in .*: the shortest leaves {left}$"
     with pytest.raises(InputError, match=message):
         write_answers(model, tokenizer, rows, longest + 4, do_sample=True, seed=0)
+
+
+def test_a_teacher_sees_the_tools_and_its_student_too(tokenizer, make_model, monkeypatch):
+    asked, tool = [], {"type": "function", "function": {"name": "add", "description": "Add two numbers."}}
+
+    def sample_responses(*args, tools, **settings):
+        asked.extend(tools)
+        return [["3"] for _ in tools]
+
+    monkeypatch.setattr(responses, "sample_responses", sample_responses)
+    rows = [{"prompt": [{"role": "user", "content": "Go"}], "tools": tools} for tools in ([tool], None)]
+    written = write_answers(make_model(), tokenizer, rows, 4, do_sample=True, seed=0)
+    assert asked == [[tool], None]
+    assert [row.get("tools") for row in written] == [[tool], None]

@@ -1,8 +1,8 @@
 """The run of test_kill.py: training in a process that is killed again and again, and once in one that is not.
 
-Usage: kill_run.py KIND FOLDER SEED, where the kind is ppo or pretrain. Prints the number of kills, of those while a
-checkpoint was half-written, the files compared and the weights that differ at the end. Each run is a fork of this
-process, which has imported everything and computed nothing.
+Usage: kill_run.py KIND FOLDER SEED KILLS, where the kind is ppo or pretrain. Prints the number of kills, of those
+while a checkpoint was half-written, the files compared and the weights that differ at the end. Each run is a fork of
+this process, which has imported everything and computed nothing.
 """
 
 import json
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from hfllm.outputs.checkpoints import last_complete_checkpoint
 
-KILLS, STEPS = 10, 24
+STEPS = 24
 
 
 def build(kind: str, output_dir: str):
@@ -90,14 +90,14 @@ def half_written(output_dir: str) -> bool:
     return newest > 0 and (last is None or not last.endswith(f"-{newest}"))
 
 
-def main(kind: str, folder: str, seed: int) -> None:
+def main(kind: str, folder: str, seed: int, most: int) -> None:
     whole, cut = f"{folder}/whole", f"{folder}/cut"
     began = time.perf_counter()
     fork(kind, whole)
     seconds = time.perf_counter() - began
     rng, kills, while_saving = random.Random(seed), 0, 0
     # Every other one while it saves, and the others at any moment, also before they get further than the last.
-    steps = sorted(rng.choices(range(1, STEPS - 9), k=KILLS))
+    steps = sorted(rng.choices(range(1, STEPS - 9), k=most))
     for number, step in enumerate(steps):
         if fork(kind, cut, step, None if number % 2 else rng.uniform(0, 3 / STEPS) * seconds):
             break
@@ -119,4 +119,4 @@ def main(kind: str, folder: str, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))

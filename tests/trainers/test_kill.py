@@ -16,11 +16,12 @@ SCRIPT = Path(__file__).parent / "kill_run.py"
 FILES = {"ppo": ["model.safetensors", "value_head.safetensors"], "pretrain": ["model.safetensors"]}
 
 
+@pytest.mark.parametrize("kills", [4, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", list(FILES))
-def test_ten_kills_change_nothing(processes, tmp_path, kind):
-    printed = processes.run(SCRIPT, kind, tmp_path, 1)
+def test_kills_change_nothing(processes, tmp_path, kind, kills):
+    printed = processes.run(SCRIPT, kind, tmp_path, 1, kills)
     seen = json.loads(next(line for line in printed.splitlines() if line.startswith("RESULT"))[7:])
-    assert seen["kills"] == 10
+    assert seen["kills"] == kills
     assert seen["while_saving"] >= 1
     assert seen["files"] == FILES[kind]
     assert seen["different"] == 0

@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import ModelOutput
 
@@ -45,6 +45,7 @@ from hfllm.trainers.distillation.students import (
 )
 from hfllm.trainers.distillation.teacher_cache import WithTeacher, description, open_cache, teacher_tables
 from hfllm.trainers.dropout import disable_dropout
+from hfllm.trainers.exact_evaluation import TokenMeanEvaluation
 
 if TYPE_CHECKING:
     import pyarrow
@@ -59,7 +60,7 @@ PROJECTION_FILE = f"{PROJECTION}.safetensors"
 LOGGED = ("soft_loss", "hard_loss", "hidden_loss")
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(TokenMeanEvaluation):
     """Trainer for offline distillation: on given texts, from a teacher that runs at each step or ran once.
 
     Args:
@@ -344,6 +345,16 @@ class DistillationTrainer(Trainer):
     ) -> tuple[torch.Tensor, None, None]:
         """Return the loss of a batch; logits are not kept."""
         return super().prediction_step(model, inputs, True, ignore_keys)
+
+    def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch whose rows that only fill it have neither targets nor the teacher's distributions there."""
+        inputs = super()._without_repeated_rows(inputs)
+        if "teacher_rest" in inputs:
+            count = self._num_targets(inputs)
+            inputs |= {
+                f"teacher_{name}": inputs[f"teacher_{name}"][:count] for name in ("log_probs", "indices", "rest")
+            }
+        return inputs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as Trainer does, with the parts of the training loss since the last log, in nats per token."""

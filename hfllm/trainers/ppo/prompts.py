@@ -111,15 +111,20 @@ def unfit_prompts(
                 )
 
 
+def tokenize_rows(rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Return the token ids of each row's `prompt`, a conversation with the row's `tools` if it has any."""
+    return tokenize_prompts([row["prompt"] for row in rows], tokenizer, [row.get("tools") for row in rows])
+
+
 def _tokens_of(rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", first: int) -> list[list[int]]:
     """Return the tokens of the rows' prompts; `first` is the place of the first row in its dataset."""
     refusals = (AttributeError, KeyError, TemplateError, TypeError, ValueError)
     try:
-        return tokenize_prompts([row["prompt"] for row in rows], tokenizer)
+        return tokenize_rows(rows, tokenizer)
     except refusals:
         for place, row in enumerate(rows, first):
             try:
-                tokenize_prompts([row["prompt"]], tokenizer)
+                tokenize_rows([row], tokenizer)
             except refusals as error:
                 origin, reason = origin_of(row, f"prompt {place} of the dataset"), " ".join(str(error).split())[:200]
                 raise InputError(f"{origin}: the chat template cannot write this prompt: {reason}") from None

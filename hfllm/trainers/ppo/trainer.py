@@ -27,7 +27,6 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.models.devices import forked_random
 from hfllm.trainers.dropout import disable_dropout
@@ -37,7 +36,7 @@ from hfllm.trainers.ppo.base_trainer import ActorCriticTrainer
 from hfllm.trainers.ppo.config import PPOConfig
 from hfllm.trainers.ppo.controllers import KLController, RunningMoments
 from hfllm.trainers.ppo.default_rates import with_default_rates
-from hfllm.trainers.ppo.prompts import check_prompts, rollout_loader
+from hfllm.trainers.ppo.prompts import check_prompts, rollout_loader, tokenize_rows
 from hfllm.trainers.ppo.ptx import PretrainingBatches
 from hfllm.trainers.ppo.rollout import Rollout, pad_prompts
 from hfllm.trainers.ppo.scoring import Scorer, Scores
@@ -234,7 +233,7 @@ class PPOTrainer(ActorCriticTrainer):
 
     def sample(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Sample a response to each row's prompt. Return prompts and responses with their masks, and `is_ended`."""
-        prompts = tokenize_prompts([row["prompt"] for row in rows], self.processing_class)
+        prompts = tokenize_rows(rows, self.processing_class)
         prompt_ids, prompt_mask = pad_prompts(prompts, self.processing_class.pad_token_id, self.accelerator.device)
         witness = self._witness(len(rows))
         if self.vllm is not None:

@@ -8,11 +8,12 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from hfllm.data.packing import IGNORE, pieces_of
 from hfllm.errors import InputError
 from hfllm.models.devices import refuse_data_parallel
+from hfllm.trainers.exact_evaluation import TokenMeanEvaluation
 from hfllm.trainers.pretraining.batch_plan import BatchPlan
 
 
@@ -21,7 +22,7 @@ def only(batches: list[Any]) -> Any:
     return batches[0]
 
 
-class PretrainTrainer(Trainer):
+class PretrainTrainer(TokenMeanEvaluation):
     """Trainer for next-token (or masked) prediction in which batches may differ in size and length.
 
     A step's batch is split into passes of `per_device_train_batch_size` full rows, so memory stays the same
@@ -47,6 +48,7 @@ class PretrainTrainer(Trainer):
         self, *, plan: BatchPlan, settings: Mapping[str, Any] | None = None, z_loss_coef: float = 0.0, **kwargs: Any
     ):
         self.plan, self.settings, self.z_loss_coef = plan, dict(settings or {}), z_loss_coef
+        self._padded_length = plan.row_length
         super().__init__(train_dataset=plan, **kwargs)
         refuse_data_parallel(self.args)
         if self.args.gradient_accumulation_steps != 1:
