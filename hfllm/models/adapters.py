@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError
+from hfllm.models.loading import reason_of, saved_config
 from hfllm.models.stored import location_of, quantization_method
 from hfllm.models.weights import load_weights_of
 
@@ -148,10 +149,8 @@ class SavedAdapter:
         Raises:
             InputError: naming both, when that cannot be loaded.
         """
-        from transformers import AutoConfig
-
         try:
-            return AutoConfig.from_pretrained(self.base, **self.base_location)
+            return saved_config(self.base, **self.base_location)
         except (OSError, ValueError) as error:
             raise self.unloadable(error) from error
 
@@ -163,7 +162,7 @@ class SavedAdapter:
         """Return the complaint that its base could not be loaded."""
         return InputError(
             f"adapter {self.name!r} is one of the model {self.base!r}, which could not be loaded "
-            f"({_one_line(error)}): if that has moved, write where it is into base_model_name_or_path "
+            f"({reason_of(error)}): if that has moved, write where it is into base_model_name_or_path "
             "of the adapter's adapter_config.json"
         )
 

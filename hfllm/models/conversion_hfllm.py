@@ -15,6 +15,7 @@ import transformers
 from hfllm.errors import InputError
 from hfllm.models import tensor_layouts as layouts
 from hfllm.models.configuration_hfllm import HfllmConfig
+from hfllm.models.loading import reason_of, saved_config, saved_model
 from hfllm.models.native_families import BAD_CONFIG, FAMILIES, config_from_native, config_to_native
 from hfllm.models.stored import refuse_quantized
 
@@ -145,7 +146,7 @@ def read_config(name: str, **location: object) -> "PreTrainedConfig":
         InputError: when it cannot be read, or is that of a quantized model, whose weights no other class can read.
     """
     try:
-        config = transformers.AutoConfig.from_pretrained(name, **location)
+        config = saved_config(name, **location)
     except (OSError, *BAD_CONFIG) as error:
         raise InputError(f"{name}: {_one_line(error)}") from error
     refuse_quantized(config, name)
@@ -171,7 +172,7 @@ def load_checked(name: str, **kwargs: object) -> "PreTrainedModel":
     # Mismatched shapes are ignored here and reported below.
     kwargs = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
     try:
-        model, report = auto_class.from_pretrained(name, **kwargs)
+        model, report = saved_model(auto_class, name, **kwargs)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"{name}: cannot load the weights: {_one_line(error)}") from error
     _check_report(name, report)
@@ -189,7 +190,7 @@ def _build(
 ) -> "PreTrainedModel":
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     model, report = model_class.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, trust_remote_code=False
     )
     _check_report(model_class.__name__, report)
     return model.eval()
@@ -216,4 +217,4 @@ def _auto_class(config: "PreTrainedConfig") -> "type[_BaseAutoModelClass]":
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
+    return reason_of(error, 400)

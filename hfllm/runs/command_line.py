@@ -41,6 +41,7 @@ NOT_PART_OF_THE_RUN = frozenset(
         *("log_level_replica", "logging_first_step", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy"),
         *("hub_private_repo", "hub_always_push", "hub_revision", "resume_from_checkpoint", "local_rank"),
         *("deepspeed_plugin", "distributed_state", "ddp_timeout", "save_total_limit", "enable_jit_checkpoint"),
+        "trust_remote_code",
     )
 )
 ASKS_FOR_HELP = frozenset(("--help", "-h"))
@@ -268,7 +269,8 @@ def finished_run(output_dir: str, arguments: Mapping[str, Any]) -> dict[str, Any
     report = read_report(output_dir)
     if report is None:
         return None
-    before = {present_name(name): value for name, value in report["arguments"].items()}
+    recorded = {present_name(name): value for name, value in report["arguments"].items()}
+    before = {name: value for name, value in recorded.items() if name.rpartition(".")[2] not in NOT_PART_OF_THE_RUN}
     for name in sorted({*before, *arguments}):
         if before.get(name) != arguments.get(name):
             raise InputError(

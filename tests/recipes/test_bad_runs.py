@@ -259,6 +259,28 @@ def change_size(folder):
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 24}))
 
 
+def change_config(folder, **fields):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def fewer_layers(folder):
+    change_config(folder, num_hidden_layers=1, layer_types=None)
+
+
+def more_layers(folder):
+    change_config(folder, num_hidden_layers=4, layer_types=None)
+
+
+def name_a_kernel(folder):
+    change_config(folder, attn_implementation="evil/kernel")
+
+
+def bring_code(folder):
+    change_config(folder, model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.M"})
+    (folder / "evil.py").write_text("raise SystemExit('the code ran')")
+
+
 def other_architecture(folder):
     other = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64))
     other.save_pretrained(folder / "other")
@@ -284,6 +306,10 @@ DAMAGES = [
     (lose_weights, "could not be loaded: Error no file named model.safetensors"),
     (change_size, "mlp.down_proj.weight is of the shape"),
     (other_architecture, "weights are of the HfllmForCausalLM not in its files, such as"),
+    (more_layers, "of the HfllmForCausalLM not in its files, such as model.layers.2."),
+    (fewer_layers, "in its files and not of the HfllmForCausalLM, such as model.layers.1."),
+    (name_a_kernel, "its config names attn_implementation='evil/kernel', which would be downloaded and run"),
+    (bring_code, "it needs code of its own, which is run only by --trust_remote_code"),
     (break_config, "is not a valid JSON file"),
     (break_tokenizer, "the tokenizer of model"),
 ]
@@ -327,15 +353,29 @@ READ_BY = [
 ]
 
 
-@pytest.mark.parametrize("damage", [cut, change_size])
+EVERYWHERE = {
+    cut: "is damaged (",
+    change_size: "is of the shape",
+    fewer_layers: "would be left out",
+    name_a_kernel: "names attn_implementation='evil/kernel'",
+    bring_code: "--trust_remote_code",
+}
+
+
+@pytest.mark.parametrize("damage", EVERYWHERE)
 @pytest.mark.parametrize(("stage", "flag"), READ_BY)
-def test_every_recipe_looks_at_every_model(stage, flag, damage, refused, saved, tmp_path):
+def test_every_recipe_looks_at_every_model(stage, flag, damage, refused, saved, tmp_path, monkeypatch):
     good = shutil.copytree(saved, tmp_path / "good")
     damage(saved)
     base = () if flag == "--model_name_or_path" or "teacher" in flag else ("--model_name_or_path", good)
+
+    def ask(*args):
+        raise AssertionError("asked on standard input")
+
+    monkeypatch.setattr("builtins.input", ask)
     line = refused(stage, flag, saved, *base, *flags_naming(stage, flag, saved, good, tmp_path))
     assert str(saved) in line
-    assert {cut: "is damaged (", change_size: "is of the shape"}[damage] in line
+    assert EVERYWHERE[damage] in line
 
 
 # ---- tokenizers ----
