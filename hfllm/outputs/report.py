@@ -298,9 +298,15 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def write_atomically(path: Path, text: str) -> None:
     """Write under a temporary name in the same folder, then rename."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as stream:
-        stream.write(text)
-    os.chmod(stream.name, 0o644)
-    os.replace(stream.name, path)
+        try:
+            stream.write(text)
+            stream.flush()
+            os.chmod(stream.name, 0o644)
+            os.replace(stream.name, path)
+        except BaseException:
+            # As on a full disk: what was written in part is of no use.
+            os.unlink(stream.name)
+            raise
 
 
 def _cell(value: object) -> str:

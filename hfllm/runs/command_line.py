@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import HIDDEN, InputError, MachineError, redact
-from hfllm.outputs.checkpoints import last_complete_checkpoint
+from hfllm.outputs.checkpoints import STATE_FILE, damage_in, damaged_checkpoint, last_complete_checkpoint
 from hfllm.outputs.report import read_report
 from hfllm.runs.failures import explained, what_is_saved
 from hfllm.runs.json_flags import check_json_flags
@@ -287,7 +287,7 @@ def checkpoint_to_resume(training_args: "TrainingArguments") -> str | None:
     for the first launch and for every restart.
 
     Raises:
-        InputError: when there is no such checkpoint.
+        InputError: when there is no such checkpoint, or those that were saved whole have all been damaged since.
     """
     wanted = training_args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() in ("false", "none", ""):
@@ -297,11 +297,15 @@ def checkpoint_to_resume(training_args: "TrainingArguments") -> str | None:
         is_needed = str(wanted).lower() == "true"
         wanted = last_complete_checkpoint(folder)
         if wanted is None:
+            if (damaged := damaged_checkpoint(folder)) and not is_needed:
+                raise InputError(f"--resume_from_checkpoint auto: {damaged}: remove it to start from the beginning")
             if not is_needed:
                 return None
             raise InputError(f"--resume_from_checkpoint true: no complete checkpoint in {folder}")
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise InputError(f"--resume_from_checkpoint {wanted}: not a checkpoint folder (no trainer_state.json)")
+    elif not (Path(wanted) / STATE_FILE).is_file():
+        raise InputError(f"--resume_from_checkpoint {wanted}: not a checkpoint folder (no {STATE_FILE})")
+    elif damage := damage_in(wanted):
+        raise InputError(f"--resume_from_checkpoint {wanted}: {damage}: name the checkpoint before it, or auto")
     return str(wanted)
 
 
