@@ -4,8 +4,6 @@ Weights are moved without arithmetic, so a round trip gives the same bits.
 """
 
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +16,7 @@ from hfllm.models.configuration_hfllm import HfllmConfig
 from hfllm.models.loading import reason_of, saved_config, saved_model
 from hfllm.models.native_families import BAD_CONFIG, FAMILIES, config_from_native, config_to_native
 from hfllm.models.stored import refuse_quantized
+from hfllm.models.whole_folders import whole_folder
 
 if TYPE_CHECKING:
     import torch
@@ -113,30 +112,6 @@ def check_empty(path: Path) -> None:
     """
     if path.exists() and (not path.is_dir() or any(not each.name.startswith(".") for each in path.iterdir())):
         raise InputError(f"{path} exists and is not empty")
-
-
-class whole_folder:
-    """Context manager for a temporary folder, which becomes `path` at the end, or is removed on an error."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
-        return self.temporary
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self.temporary)
-            return
-        self.temporary.chmod(0o755)
-        if self.path.exists():
-            # A lock stays valid in the new folder.
-            for hidden in self.path.iterdir():
-                os.replace(hidden, self.temporary / hidden.name)
-            self.path.rmdir()
-        os.replace(self.temporary, self.path)
 
 
 def read_config(name: str, **location: object) -> "PreTrainedConfig":

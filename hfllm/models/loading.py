@@ -73,11 +73,14 @@ def saved_model(model_class: "type[_BaseAutoModelClass | PreTrainedModel]", name
         name: a folder or a Hub id, also of an adapter.
 
     Raises:
-        InputError: when the config names kernels of the Hub that are not trusted.
+        InputError: when the config names kernels of the Hub that are not trusted, or an index of weights files that
+            are elsewhere.
     """
     kwargs = _with_trust(kwargs)
     if not kwargs["trust_remote_code"]:
         check_kernels(name, **kwargs)
+    if name is not None:
+        check_index(name)
     return model_class.from_pretrained(name, **kwargs)
 
 
@@ -108,6 +111,27 @@ def check_kernels(name: str, **kwargs: object) -> None:
                 f"model {name!r}: its config names {field}={value!r}, which would be downloaded and run: take it out, "
                 f"{way_out}give {TRUST_FLAG} if you trust it"
             )
+
+
+def check_index(name: str) -> None:
+    """Refuse a local model whose index of weights names files outside of its folder.
+
+    Raises:
+        InputError: naming the index and the file.
+    """
+    for index in sorted(Path(name).glob("*.index.json")) if Path(name).is_dir() else []:
+        try:
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (AttributeError, KeyError, OSError, TypeError, ValueError):
+            # Loading will report it, if it is read at all.
+            continue
+        if outside := next(filter(is_outside, sorted(map(str, files))), None):
+            raise InputError(f"model {name!r}: {index.name} names {outside!r}, which is not in its folder")
+
+
+def is_outside(file: str) -> bool:
+    """Return whether a relative name of a file leads out of the folder that it is relative to."""
+    return file.startswith(("/", "\\")) or ":" in file or ".." in file.replace("\\", "/").split("/")
 
 
 def reason_of(error: Exception, most: int = 200) -> str:

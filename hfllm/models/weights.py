@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError, is_out_of_memory
-from hfllm.models.loading import reason_of, saved_model
+from hfllm.models.loading import is_outside, reason_of, saved_model
 from hfllm.models.stored import quantization_method
 
 if TYPE_CHECKING:
@@ -172,9 +172,13 @@ def load_report_held() -> Iterator[Any]:
 
 def _shards(folder: Path, name: str, whose: str) -> list[str]:
     try:
-        return sorted(set(json.loads((folder / SAFE_INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        files = set(json.loads((folder / SAFE_INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        shards = sorted(map(str, files))
     except (AttributeError, KeyError, TypeError, ValueError):
         raise InputError(f"{whose} {name!r}: {SAFE_INDEX} is damaged: it lists no files (weight_map)") from None
+    if outside := next(filter(is_outside, shards), None):
+        raise InputError(f"{whose} {name!r}: {SAFE_INDEX} names {outside!r}, which is not in its folder")
+    return shards
 
 
 def _about_pickles(name: str, whose: str) -> str:

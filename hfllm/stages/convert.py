@@ -77,8 +77,8 @@ def convert(source: str, target: Path, script_args: ConvertArguments) -> dict[st
         load_checked,
         read_config,
         to_native,
-        whole_folder,
     )
+    from hfllm.models.whole_folders import whole_folder
 
     check_empty(target)
     options = {"revision": script_args.model_revision}

@@ -16,6 +16,7 @@ from hfllm.models.adapters import find_adapter, load_base
 from hfllm.models.conversion_hfllm import from_native, read_config
 from hfllm.models.scorers import load_scorer
 from hfllm.models.weights import load_weights_of
+from hfllm.outputs.files import model_files
 from hfllm.runs.command_line import run_arguments
 from hfllm.runs.models import load_config, load_policy, load_reward_model, load_tokenizer
 from hfllm.runs.remote_code import RemoteCodeArguments, trusts_code_if_asked
@@ -184,6 +185,31 @@ def test_what_is_built_in_may_be_named(model):
         edit(model / "config.json", attn_implementation=name)
         policy, _ = load_policy(ModelConfig(model_name_or_path=str(model)))
         assert policy.config._attn_implementation == (name or "sdpa")
+
+
+OUTSIDE = [
+    "../x.safetensors",
+    "/etc/x.safetensors",
+    "sub/../../x.safetensors",
+    "..\\x.safetensors",
+    "C:\\x",
+    "\\\\host\\x",
+]
+
+
+@pytest.mark.parametrize("shard", OUTSIDE)
+def test_an_index_names_no_files_elsewhere(shard, model, tmp_path):
+    (model / "model.safetensors").rename(tmp_path / "x.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": shard}}))
+    for loader in ("policy", "conversion", "scorer", "teacher", "PPO by name"):
+        with pytest.raises(InputError, match=r"index.json names .*, which is not in its folder"):
+            LOADERS[loader](str(model))
+    with pytest.raises(InputError, match=r"index.json names .*, which is not in its folder"):
+        model_files(model)
+
+
+def test_an_index_may_name_shards_and_folders(model):
+    assert not any(map(loading.is_outside, ["model-00001-of-00002.safetensors", "parts/a..b.safetensors"]))
 
 
 def loads_of(file):

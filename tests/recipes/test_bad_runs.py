@@ -240,6 +240,12 @@ def lose_shard(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def lead_outside(folder):
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "../x.safetensors"}}
+    (folder / "model.safetensors").rename(folder.parent / "x.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def damage_index(folder):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text("{}")
@@ -301,6 +307,7 @@ DAMAGES = [
     (empty, "model.safetensors is damaged (it is empty)"),
     (garbage, "model.safetensors is damaged (cut short, or no safetensors file)"),
     (lose_shard, "model-00001-of-00001.safetensors is missing, which model.safetensors.index.json lists"),
+    (lead_outside, "model.safetensors.index.json names '../x.safetensors', which is not in its folder"),
     (damage_index, "model.safetensors.index.json is damaged: it lists no files"),
     (pickle_weights, "has pickled weights alone (pytorch_model.bin), which can run code when they are read"),
     (lose_weights, "could not be loaded: Error no file named model.safetensors"),
