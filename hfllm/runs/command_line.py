@@ -332,7 +332,11 @@ def _left_behind(parsed: "Sequence[DataclassInstance]") -> str:
     if folder is None:
         return ""
     can_resume = any(hasattr(each, "resume_from_checkpoint") for each in parsed)
-    return f"; {what_is_saved(folder, can_resume)}"
+    try:
+        return f"; {what_is_saved(folder, can_resume)}"
+    except (MemoryError, ImportError, OSError, RuntimeError):
+        # It reads files and imports a library, for which there may be no room either.
+        return ""
 
 
 def run(main: Callable[..., object], parse: Callable[[Sequence[str]], tuple]) -> None:

@@ -577,6 +577,28 @@ def test_memory_that_is_full_before_training(ended, saved, tmp_path, monkeypatch
     assert line.endswith("; no checkpoint was saved: the same command starts anew")
 
 
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+NO_ROOM = [
+    caused(RuntimeError("Failed to import trl.trainer.sft_trainer"), MemoryError()),
+    ImportError("lib.so: failed to map segment from shared object"),
+    caused(RuntimeError("Failed to import"), ImportError("lib.so: failed to map segment from shared object")),
+]
+
+
+@pytest.mark.parametrize("error", NO_ROOM, ids=str)
+def test_memory_that_does_not_hold_the_libraries(error, ended, saved, tmp_path, monkeypatch):
+    def load(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
+    monkeypatch.setattr(command_line, "what_is_saved", load)
+    assert ended("sft", *short(saved, tmp_path)).startswith("out of memory: try a smaller --per_device_train_batch")
+
+
 def test_errors_of_the_program_keep_their_traceback(saved, tmp_path, monkeypatch):
     def wrong(self, *args, **kwargs):
         raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
