@@ -51,6 +51,7 @@ def saved_config(name: str, **kwargs: object) -> "PreTrainedConfig":
     """
     from transformers import AutoConfig
 
+    check_objects(name, "config.json")
     kwargs = _with_trust(kwargs)
     config = AutoConfig.from_pretrained(name, **kwargs)
     if not kwargs["trust_remote_code"]:
@@ -62,6 +63,7 @@ def saved_tokenizer(name: str, **kwargs: object) -> "PreTrainedTokenizerBase":
     """Return `AutoTokenizer.from_pretrained(name, **kwargs)`."""
     from transformers import AutoTokenizer
 
+    check_objects(name, "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
     return AutoTokenizer.from_pretrained(name, **_with_trust(kwargs))
 
 
@@ -76,11 +78,11 @@ def saved_model(model_class: "type[_BaseAutoModelClass | PreTrainedModel]", name
         InputError: when the config names kernels of the Hub that are not trusted, or an index of weights files that
             are elsewhere.
     """
+    check_objects(name, "config.json", "generation_config.json")
+    check_index(name)
     kwargs = _with_trust(kwargs)
     if not kwargs["trust_remote_code"]:
         check_kernels(name, **kwargs)
-    if name is not None:
-        check_index(name)
     return model_class.from_pretrained(name, **kwargs)
 
 
@@ -111,6 +113,23 @@ def check_kernels(name: str, **kwargs: object) -> None:
                 f"model {name!r}: its config names {field}={value!r}, which would be downloaded and run: take it out, "
                 f"{way_out}give {TRUST_FLAG} if you trust it"
             )
+
+
+def check_objects(name: str, *files: str) -> None:
+    """Refuse a local model with a damaged file of settings that is empty, or JSON still, but no object.
+
+    transformers ends in errors of its own with these, or goes without; what begins as an object it reports itself.
+
+    Raises:
+        InputError: naming the file.
+    """
+    for file in files:
+        path = Path(name, file)
+        if path.is_file():
+            with path.open("rb") as stream:
+                beginning = stream.read(64).lstrip()
+            if not beginning.startswith(b"{"):
+                raise InputError(f"model {name!r}: {file} is damaged: it holds no JSON object")
 
 
 def check_index(name: str) -> None:

@@ -187,6 +187,16 @@ def test_what_is_built_in_may_be_named(model):
         assert policy.config._attn_implementation == (name or "sdpa")
 
 
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["null", "[1, 2]", "3", ""])
+def test_settings_that_are_no_object_are_named(file, text, model):
+    (model / file).write_text(text)
+    with pytest.raises(InputError) as error:
+        load_policy(ModelConfig(model_name_or_path=str(model)))
+    assert str(model) in str(error.value) and "\n" not in str(error.value)
+    assert f"{file} is damaged" in str(error.value)
+
+
 OUTSIDE = [
     "../x.safetensors",
     "/etc/x.safetensors",
