@@ -243,6 +243,22 @@ def load_base(
     return model, is_new and not adapter.brings_head
 
 
+def load_apart(
+    adapter: SavedAdapter, auto_class: "type[_BaseAutoModelClass]", **kwargs: object
+) -> tuple["PreTrainedModel", dict[str, Any]]:
+    """Load an adapter on its quantized base as transformers does, with all of the base's weights.
+
+    Returns:
+        The model, and transformers' report of loading the adapter.
+
+    Raises:
+        InputError: when the base cannot be loaded or is not whole.
+    """
+    model, _ = load_base(adapter, auto_class, **kwargs)
+    report = model.load_adapter(adapter.folder)
+    return model, report.to_dict()
+
+
 def embeddings_of(model: "PreTrainedModel") -> list[str]:
     """Return the names of a model's input and output embeddings."""
     parts = [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]

@@ -43,8 +43,7 @@ def load_policy(model_args: "ModelConfig") -> tuple["PreTrainedModel", "PreTrain
     """
     from transformers import AutoModelForCausalLM
 
-    from hfllm.models.adapters import find_adapter
-    from hfllm.models.loading import saved_model
+    from hfllm.models.adapters import find_adapter, load_apart
     from hfllm.models.merging import load_merged
     from hfllm.models.vocabulary import check_vocabulary
     from hfllm.models.weights import load_weights_of
@@ -58,8 +57,7 @@ def load_policy(model_args: "ModelConfig") -> tuple["PreTrainedModel", "PreTrain
         if adapter is None:
             model, _ = load_weights_of(AutoModelForCausalLM, name, **kwargs)
         elif adapter.stays_apart(**kwargs):
-            # transformers puts it on its quantized base, and reports nothing of either.
-            model = saved_model(AutoModelForCausalLM, name, **kwargs)
+            model, _ = load_apart(adapter, AutoModelForCausalLM, **kwargs)
         else:
             model = load_merged(adapter, AutoModelForCausalLM, **kwargs)
     except InputError:

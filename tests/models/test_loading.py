@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from trl import ModelConfig
 
 from hfllm import PPOConfig, PPOTrainer
@@ -247,3 +247,18 @@ def test_every_call_in_the_source_says_whether_code_is_trusted(folder):
     calls = list(loads_of(ROOT / "hfllm" / "models" / "loading.py"))
     source = (ROOT / "hfllm" / "models" / "loading.py").read_text(encoding="utf-8")
     assert len(calls) == 3 and source.count("_with_trust(kwargs)") == len(calls)
+
+
+@pytest.mark.parametrize("load", ["policy", "scorer", "teacher"])
+def test_the_base_of_an_adapter_that_stays_apart_is_whole(load, model, adapter):
+    pytest.importorskip("bitsandbytes")
+    int8 = BitsAndBytesConfig(load_in_8bit=True)
+    loaded = {
+        "policy": lambda: load_policy(ModelConfig(model_name_or_path=adapter, load_in_8bit=True))[0],
+        "scorer": lambda: load_scorer(adapter, quantization_config=int8),
+        "teacher": lambda: load_teacher(adapter, {"quantization_config": int8}),
+    }[load]
+    assert any("lora_A" in name for name in loaded().state_dict())
+    edit(model / "config.json", num_hidden_layers=2)
+    with pytest.raises(InputError, match=r"weights are of the .* not in its files, such as model\.layers\.1\."):
+        loaded()
