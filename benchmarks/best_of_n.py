@@ -75,7 +75,8 @@ def draw_samples(model: Path, file: Path) -> dict[str, list]:
     random.Random(0).shuffle(tasks)
     tasks = tasks[:PROMPTS]
     prompts = [task.prompt_row()["prompt"] for task in tasks]
-    policy, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    policy = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     responses = sample_responses(
         policy, tokenizer, prompts, RESPONSE_LENGTH, num_return_sequences=SAMPLES, batch_size=4
     )
@@ -92,7 +93,10 @@ def scores_of(path: Path, drawn: dict[str, list]) -> list[list[float]]:
     from hfllm.data.formats import as_completion
     from hfllm.rewards.models import RewardModel
 
-    reward = RewardModel(AutoModelForSequenceClassification.from_pretrained(path), AutoTokenizer.from_pretrained(path))
+    reward = RewardModel(
+        AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=False),
+        AutoTokenizer.from_pretrained(path, trust_remote_code=False),
+    )
     scores = []
     for prompt, texts in zip(drawn["prompts"], drawn["responses"], strict=True):
         different = list(dict.fromkeys(texts))

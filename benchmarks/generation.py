@@ -88,17 +88,17 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
             return hfllm.from_native(folder).eval(), llama, None, None
     if not Path(args.model_name_or_path).is_dir():
         sys.exit(f"{args.model_name_or_path}: no such folder; hfllm speculative makes it")
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    ours = AutoModelForCausalLM.from_pretrained(args.model_name_or_path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=False)
+    ours = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, trust_remote_code=False).eval()
     if ours.config.model_type != "hfllm":
         ours = hfllm.from_native(args.model_name_or_path).eval()
     with tempfile.TemporaryDirectory() as folder:
         hfllm.to_native(ours, folder)
-        llama = AutoModelForCausalLM.from_pretrained(folder).eval()
+        llama = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
     named = args.assistant_model_name_or_path or (WORLD_DRAFT if args.model_name_or_path == WORLD_MODEL else None)
     if named and not Path(named).is_dir():
         sys.exit(f"{named}: no such folder; hfllm speculative makes the world's")
-    draft = AutoModelForCausalLM.from_pretrained(named).eval() if named else None
+    draft = AutoModelForCausalLM.from_pretrained(named, trust_remote_code=False).eval() if named else None
     if type(llama).__name__ != "LlamaForCausalLM":
         sys.exit(f"{args.model_name_or_path} is a {type(llama).__name__} to transformers: this compares Llamas")
     return ours, llama, draft, tokenizer

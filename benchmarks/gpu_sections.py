@@ -187,7 +187,11 @@ def int8(bench: Bench) -> None:
     vocab_size = bench.pick(32768, 256)
     folder = str(bench.folder / "int8")
     bench.ours(vocab_size).save_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=bench.dtype).to(bench.device).eval()
+    model = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=bench.dtype, trust_remote_code=False)
+        .to(bench.device)
+        .eval()
+    )
     windows = list(torch.randint(2, vocab_size, (bench.pick(16, 2), 1, bench.pick(256, 16))))
     name = "dynamic" if bench.is_cpu else "int8"
     small = SCHEMES[name].load(folder, dtype=bench.dtype)
@@ -256,7 +260,7 @@ def run_ppo(bench: Bench, folder: str, tokenizer: Any, prompts: Any, lora: bool 
         response_length=bench.pick(128, 8),
     )
     trainer = hfllm.PPOTrainer(
-        model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
+        model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False),
         reward_funcs=letters,
         args=arguments,
         train_dataset=prompts,
@@ -293,7 +297,7 @@ def run_grpo(bench: Bench, folder: str, tokenizer: Any, prompts: Any) -> tuple[P
         gradient_checkpointing=False,
     )
     trainer = GRPOTrainer(
-        model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False),
         reward_funcs=letters,
         args=arguments,
         train_dataset=prompts,

@@ -103,7 +103,7 @@ def run(
     # The same held-out prompts for all seeds.
     train_rows, eval_rows = rlhf.prompt_data(data, 0, functions)
     set_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32, trust_remote_code=False)
     config = PPOConfig(
         args.output_dir,
         learning_rate=learning_rate,

@@ -10,7 +10,11 @@ _LOOKS_SECRET = re.compile(
 )
 HIDDEN = "[hidden]"
 # What allocators say, in errors of any class.
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
+OUT_OF_MEMORY = (
+    *("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory"),
+    # Of a library that is loaded.
+    "failed to map segment",
+)
 
 
 class InputError(ValueError):
@@ -42,9 +46,11 @@ def refuse(condition: bool, flag: str, reason: str) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory was short, on a GPU or in the machine."""
-    said = isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in OUT_OF_MEMORY)
-    return isinstance(error, MemoryError) or said
+    """Return whether memory was short, on a GPU or in the machine; also where that is the cause of an error."""
+    kinds = (RuntimeError, OSError, ImportError)
+    said = isinstance(error, kinds) and any(words in str(error) for words in OUT_OF_MEMORY)
+    is_caused = error.__cause__ is not None and is_out_of_memory(error.__cause__)
+    return isinstance(error, MemoryError) or said or is_caused
 
 
 def redact(text: str, *secrets: str | None) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hfllm.runs.command_line import main_process, parse_recipe, run
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.remote_code import trusts_code_if_asked
 from hfllm.stages.convert import ConvertArguments
 
 
@@ -23,6 +24,7 @@ def parse(argv: Sequence[str]) -> tuple[ConvertArguments]:
 
 
 @releases_folders
+@trusts_code_if_asked
 def main(script_args: ConvertArguments) -> dict[str, float]:
     """Convert, compare, write the report. Return the metrics."""
     from hfllm.runs.adapters import whole_model

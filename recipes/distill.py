@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import given_values, parse_recipe, run
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.remote_code import trusts_code_if_asked
 from hfllm.stages.distill import DistillArguments, without_contradicted, world_settings
 from hfllm.trainers.distillation.options import DistillationOptions
 
@@ -40,6 +41,7 @@ def parse(argv: Sequence[str]) -> tuple[DistillArguments, "DistillationConfig", 
 
 
 @releases_folders
+@trusts_code_if_asked
 def main(
     script_args: DistillArguments, training_args: "DistillationConfig", model_args: "ModelConfig"
 ) -> dict[str, float]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from hfllm.runs.command_line import main_process, parse_recipe, run
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.remote_code import trusts_code_if_asked
 from hfllm.stages.merge import MergeArguments
 
 
@@ -20,6 +21,7 @@ def parse(argv: Sequence[str]) -> tuple[MergeArguments]:
 
 
 @releases_folders
+@trusts_code_if_asked
 def main(script_args: MergeArguments) -> dict[str, float]:
     """Merge, compare, save, write the report. Return the metrics."""
     from hfllm.outputs.card import loading_lines

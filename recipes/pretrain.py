@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.remote_code import trusts_code_if_asked
 from hfllm.stages.pretrain import LIBRARY, PretrainArguments, default_settings
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def parse(argv: Sequence[str]) -> tuple[PretrainArguments, "TrainingArguments", 
 
 
 @releases_folders
+@trusts_code_if_asked
 def main(
     script_args: PretrainArguments, training_args: "TrainingArguments", model_args: "ModelConfig"
 ) -> dict[str, float]:

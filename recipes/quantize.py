@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.remote_code import trusts_code_if_asked
 from hfllm.stages.quantize import QuantizeArguments
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def parse(argv: Sequence[str]) -> tuple[QuantizeArguments, "ModelConfig"]:
 
 
 @releases_folders
+@trusts_code_if_asked
 def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str, float]:
     """Make what is missing, quantize, measure, save, report. Return the metrics."""
     from hfllm.compression.schemes import default_device, quiet_bitsandbytes

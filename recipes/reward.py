@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run, world_settings
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.remote_code import trusts_code_if_asked
 from hfllm.stages.reward import RewardArguments
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def parse(argv: Sequence[str]) -> tuple[RewardArguments, "RewardConfig", "ModelC
 
 
 @releases_folders
+@trusts_code_if_asked
 def main(script_args: RewardArguments, training_args: "RewardConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Train, save, write the report. Return the metrics."""
     from transformers import set_seed

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run, world_settings
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.remote_code import trusts_code_if_asked
 from hfllm.stages.rlhf import RlhfArguments
 from hfllm.trainers.ppo.options import PPOOptions
 
@@ -31,6 +32,7 @@ def parse(argv: Sequence[str]) -> tuple[RlhfArguments, "PPOConfig", "ModelConfig
 
 
 @releases_folders
+@trusts_code_if_asked
 def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Make what is missing, align, compare before and after, save, report. Return the metrics."""
     from transformers import set_seed

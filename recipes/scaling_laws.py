@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.remote_code import trusts_code_if_asked
 from hfllm.stages.scaling_laws import ScalingArguments
 
 
@@ -23,6 +24,7 @@ def parse(argv: Sequence[str]) -> tuple[ScalingArguments]:
 
 
 @releases_folders
+@trusts_code_if_asked
 def main(script_args: ScalingArguments) -> dict[str, float]:
     """Train the grid if there is no file of runs, fit, predict, write the report. Return the metrics."""
     from pathlib import Path

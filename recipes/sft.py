@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.remote_code import trusts_code_if_asked
 from hfllm.stages.sft import SftArguments, default_settings
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def parse(argv: Sequence[str]) -> tuple[SftArguments, "SFTConfig", "ModelConfig"
 
 
 @releases_folders
+@trusts_code_if_asked
 def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Fine-tune, save, write the report. Return the metrics."""
     from hfllm.evaluation import fine_tuning

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.lock import releases_folders
+from hfllm.runs.remote_code import trusts_code_if_asked
 from hfllm.stages.speculative import SpeculativeArguments
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def parse(argv: Sequence[str]) -> tuple[SpeculativeArguments, "ModelConfig"]:
 
 
 @releases_folders
+@trusts_code_if_asked
 def main(script_args: SpeculativeArguments, model_args: "ModelConfig") -> dict[str, float]:
     """Make what is missing, measure, write the report. Return the metrics."""
     from hfllm.compression.schemes import quiet_bitsandbytes

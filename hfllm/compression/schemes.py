@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.compression.affine import OUTLIER_THRESHOLD
 from hfllm.errors import InputError
+from hfllm.models.loading import reason_of, saved_config, trusts_remote_code
 from hfllm.models.stored import refuse_quantized
 from hfllm.models.weights import load_weights_of
 
@@ -112,11 +113,11 @@ class Scheme:
         Raises:
             InputError: when the scheme cannot run here, or the model is quantized already or cannot be loaded.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
         self.check()
         try:
-            config = AutoConfig.from_pretrained(name, revision=load_kwargs.get("revision"))
+            config = saved_config(name, revision=load_kwargs.get("revision"))
             refuse_quantized(config, name)
             quantization = self._config_for(config, load_kwargs.get("dtype", config.dtype))
             settings = {**load_kwargs, "quantization_config": quantization}
@@ -124,8 +125,7 @@ class Scheme:
         except (OSError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"model {name!r} could not be loaded as {self.name}: {reason}") from error
+            raise InputError(f"model {name!r} could not be loaded as {self.name}: {reason_of(error)}") from error
 
     def _config_for(self, config: "PreTrainedConfig", dtype: "torch.dtype | str | None") -> "QuantizationConfigMixin":
         """Return the `quantization_config` for a model of this config."""
@@ -134,7 +134,7 @@ class Scheme:
         from transformers.quantizers.base import get_keys_to_not_convert
 
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusts_remote_code())
         left = self.left(model)
         if isinstance(dtype, str):
             dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)

@@ -124,7 +124,9 @@ class QuantizationEvaluation:
         import torch
         from transformers import AutoModelForCausalLM
 
-        again = AutoModelForCausalLM.from_pretrained(folder).eval()
+        from hfllm.models.loading import saved_model
+
+        again = saved_model(AutoModelForCausalLM, folder).eval()
         again = again if again.device == model.device else again.to(model.device)
         with torch.inference_mode():
             ours, theirs = (each(input_ids=self.windows[0].to(each.device)).logits for each in (model, again))

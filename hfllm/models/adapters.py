@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError
+from hfllm.models.loading import reason_of, saved_config
 from hfllm.models.stored import location_of, quantization_method
 from hfllm.models.weights import load_weights_of
 
@@ -148,10 +149,8 @@ class SavedAdapter:
         Raises:
             InputError: naming both, when that cannot be loaded.
         """
-        from transformers import AutoConfig
-
         try:
-            return AutoConfig.from_pretrained(self.base, **self.base_location)
+            return saved_config(self.base, **self.base_location)
         except (OSError, ValueError) as error:
             raise self.unloadable(error) from error
 
@@ -163,7 +162,7 @@ class SavedAdapter:
         """Return the complaint that its base could not be loaded."""
         return InputError(
             f"adapter {self.name!r} is one of the model {self.base!r}, which could not be loaded "
-            f"({_one_line(error)}): if that has moved, write where it is into base_model_name_or_path "
+            f"({reason_of(error)}): if that has moved, write where it is into base_model_name_or_path "
             "of the adapter's adapter_config.json"
         )
 
@@ -242,6 +241,22 @@ def load_base(
         if rows and rows[0] != model.get_submodule(path).weight.shape[0]:
             model.resize_token_embeddings(rows[0], mean_resizing=False)
     return model, is_new and not adapter.brings_head
+
+
+def load_apart(
+    adapter: SavedAdapter, auto_class: "type[_BaseAutoModelClass]", **kwargs: object
+) -> tuple["PreTrainedModel", dict[str, Any]]:
+    """Load an adapter on its quantized base as transformers does, with all of the base's weights.
+
+    Returns:
+        The model, and transformers' report of loading the adapter.
+
+    Raises:
+        InputError: when the base cannot be loaded or is not whole.
+    """
+    model, _ = load_base(adapter, auto_class, **kwargs)
+    report = model.load_adapter(adapter.folder)
+    return model, report.to_dict()
 
 
 def embeddings_of(model: "PreTrainedModel") -> list[str]:

@@ -4,8 +4,6 @@ Weights are moved without arithmetic, so a round trip gives the same bits.
 """
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +14,10 @@ from hfllm.errors import InputError
 from hfllm.models import tensor_layouts as layouts
 from hfllm.models.configuration_hfllm import HfllmConfig
 from hfllm.models.family_rows import FAMILIES
+from hfllm.models.loading import reason_of, saved_config, saved_model
 from hfllm.models.native_families import BAD_CONFIG, config_from_native, config_to_native
 from hfllm.models.stored import refuse_quantized
+from hfllm.models.whole_folders import whole_folder
 
 if TYPE_CHECKING:
     import torch
@@ -132,30 +132,6 @@ def check_empty(path: Path) -> None:
         raise InputError(f"{path} exists and is not empty")
 
 
-class whole_folder:
-    """Context manager for a temporary folder, which becomes `path` at the end, or is removed on an error."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
-        return self.temporary
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self.temporary)
-            return
-        self.temporary.chmod(0o755)
-        if self.path.exists():
-            # A lock stays valid in the new folder.
-            for hidden in self.path.iterdir():
-                os.replace(hidden, self.temporary / hidden.name)
-            self.path.rmdir()
-        os.replace(self.temporary, self.path)
-
-
 def read_config(name: str, **location: object) -> "PreTrainedConfig":
     """Load the config of a local folder or Hub id.
 
@@ -163,7 +139,7 @@ def read_config(name: str, **location: object) -> "PreTrainedConfig":
         InputError: when it cannot be read, or is that of a quantized model, whose weights no other class can read.
     """
     try:
-        config = transformers.AutoConfig.from_pretrained(name, **location)
+        config = saved_config(name, **location)
     except (OSError, *BAD_CONFIG) as error:
         raise InputError(f"{name}: {_one_line(error)}") from error
     refuse_quantized(config, name)
@@ -189,7 +165,7 @@ def load_checked(name: str, **kwargs: object) -> "PreTrainedModel":
     # Mismatched shapes are ignored here and reported below.
     kwargs = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
     try:
-        model, report = auto_class.from_pretrained(name, **kwargs)
+        model, report = saved_model(auto_class, name, **kwargs)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"{name}: cannot load the weights: {_one_line(error)}") from error
     _check_report(name, report)
@@ -232,7 +208,13 @@ def _build(
 ) -> "PreTrainedModel":
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     model, report = model_class.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **kwargs
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype,
+        output_loading_info=True,
+        trust_remote_code=False,
+        **kwargs,
     )
     _check_report(model_class.__name__, report)
     return model.eval()
@@ -261,4 +243,4 @@ def _auto_class(config: "PreTrainedConfig") -> "type[_BaseAutoModelClass]":
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
+    return reason_of(error, 400)

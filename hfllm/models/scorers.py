@@ -12,7 +12,7 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from hfllm.errors import InputError
-from hfllm.models.adapters import find_adapter
+from hfllm.models.adapters import find_adapter, load_apart
 from hfllm.models.merging import load_merged
 from hfllm.models.stored import location_of
 from hfllm.models.weights import load_weights_of
@@ -40,7 +40,7 @@ def load_scorer(
     if adapter is None:
         model, info = load_weights_of(auto_class, name, **kwargs)
     else:
-        model, info = auto_class.from_pretrained(name, **{**kwargs, "output_loading_info": True})
+        model, info = load_apart(adapter, auto_class, **kwargs)
     for key, saved, _ in sorted(info["mismatched_keys"]):
         raise InputError(f"model {name!r}: {key} is of the shape {tuple(saved)}; expected one label (num_labels=1)")
     model.has_new_head = _has_new_head(model, info["missing_keys"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError, is_out_of_memory
+from hfllm.models.loading import is_outside, reason_of, saved_model
 from hfllm.models.stored import quantization_method
 
 if TYPE_CHECKING:
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
+# What older versions of transformers stored and this one computes anew.
+BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias", ".cos_cached", ".sin_cached", ".position_ids")
+# Of TRL: beside a language model, and no part of it.
+VALUE_HEADS = ("v_head.",)
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -48,7 +53,7 @@ def load_weights_of(
     settings = {**kwargs, "output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
     try:
         with load_report_held() as report:
-            model, info = auto_class.from_pretrained(name, **settings)
+            model, info = saved_model(auto_class, name, **settings)
     except (ImportError, OSError, RuntimeError, ValueError, SafetensorError) as error:
         if isinstance(error, InputError) or is_out_of_memory(error):
             raise
@@ -61,15 +66,41 @@ def load_weights_of(
                 f"{whose} {name!r}: {key} is of the shape {tuple(saved)} in its files, and of {tuple(wanted)} by its "
                 "config.json: one of them is another model's"
             )
-    missing = sorted(key for key in info["missing_keys"] if not may_be_new or key.startswith(trunk))
     # Other methods of quantization name what they store in ways of their own.
-    if missing and quantization_method(model.config) in (None, "bitsandbytes"):
-        raise InputError(
-            f"{whose} {name!r}: {_counted(missing)} of the {type(model).__name__} not in its files, such as "
-            f"{missing[0]}, and would be random: are they those of another model?"
-        )
+    if quantization_method(model.config) in (None, "bitsandbytes"):
+        _check_names(model, info, f"{whose} {name!r}", may_be_new)
     report()
     return model, info
+
+
+def _check_names(model: "PreTrainedModel", info: Mapping[str, Any], whose: str, may_be_new: bool) -> None:
+    """Refuse a model of which weights would be random or left out, as when its config has another number of layers.
+
+    Args:
+        info: transformers' report of the loading.
+        may_be_new: whether the head is new, and the one in the files, if any, is left out on purpose.
+    """
+    trunk = f"{model.base_model_prefix}."
+    missing = sorted(key for key in info["missing_keys"] if not may_be_new or key.startswith(trunk))
+    if missing:
+        raise InputError(
+            f"{whose}: {_counted(missing)} of the {type(model).__name__} not in its files, such as {missing[0]}, and "
+            "would be random: are they those of another model?"
+        )
+    # Files of a trunk alone have no prefix.
+    parts = {name for name, _ in model.base_model.named_children()}
+    unused = sorted(
+        key
+        for key in info["unexpected_keys"]
+        if not key.endswith(BUFFERS)
+        and not key.startswith(VALUE_HEADS)
+        and (not may_be_new or key.startswith(trunk) or key.partition(".")[0] in parts)
+    )
+    if unused:
+        raise InputError(
+            f"{whose}: {_counted(unused)} in its files and not of the {type(model).__name__}, such as {unused[0]}, "
+            "and would be left out: does its config.json name fewer layers, or is it another model's?"
+        )
 
 
 def check_weight_files(name: str, whose: str = "model") -> None:
@@ -141,9 +172,13 @@ def load_report_held() -> Iterator[Any]:
 
 def _shards(folder: Path, name: str, whose: str) -> list[str]:
     try:
-        return sorted(set(json.loads((folder / SAFE_INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        files = set(json.loads((folder / SAFE_INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        shards = sorted(map(str, files))
     except (AttributeError, KeyError, TypeError, ValueError):
         raise InputError(f"{whose} {name!r}: {SAFE_INDEX} is damaged: it lists no files (weight_map)") from None
+    if outside := next(filter(is_outside, shards), None):
+        raise InputError(f"{whose} {name!r}: {SAFE_INDEX} names {outside!r}, which is not in its folder")
+    return shards
 
 
 def _about_pickles(name: str, whose: str) -> str:
@@ -165,4 +200,4 @@ def _reason(error: Exception) -> str:
             "it has no safetensors files, and pickled weights can run code when they are read: if you trust them, "
             "convert them by https://huggingface.co/spaces/safetensors/convert"
         )
-    return text[:200] or type(error).__name__
+    return reason_of(error)

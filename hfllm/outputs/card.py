@@ -13,6 +13,7 @@ from hfllm.errors import InputError, redact
 from hfllm.outputs.files import ADAPTER_CONFIG, CARD, CONFIG, count_parameters, is_adapter, plot_files, read_json
 from hfllm.outputs.flags import flag_sections, folded
 from hfllm.outputs.merged import first_base, merged_adapters, merged_base, merged_from
+from hfllm.outputs.names import code_span, is_hub_id, plain_line, quoted
 from hfllm.outputs.parents import learned_from, origin
 from hfllm.outputs.report import figures_markdown, markdown_table, read_report, write_atomically
 
@@ -28,14 +29,18 @@ PIPELINES = {
 }
 # An absolute path of at least two parts that stands alone; a URL's slashes follow a colon, a slash or a letter.
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~])(?:~|[A-Za-z]:)?[/\\](?:[\w.@+~-]+[/\\])+([\w.@+~-]+)")
-_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
 def write_card(folder: str | Path, repo_id: str | None = None) -> None:
     """Write the card as README.md, unless that file is the user's own (without our marker line)."""
     path = Path(folder) / CARD
-    if not path.is_file() or MARKER in path.read_text(encoding="utf-8", errors="replace"):
+    if not path.is_file() or is_written(path):
         write_atomically(path, model_card(folder, repo_id))
+
+
+def is_written(card: Path) -> bool:
+    """Return whether a card is one that `write_card` has written, and the user has not made their own."""
+    return MARKER in card.read_text(encoding="utf-8", errors="replace")
 
 
 def model_card(folder: str | Path, repo_id: str | None = None) -> str:
@@ -56,7 +61,7 @@ def model_card(folder: str | Path, repo_id: str | None = None) -> str:
     sections = [
         _front_matter(folder, report, base),
         MARKER,
-        f"# {name}",
+        f"# {plain_line(name)}",
         _introduction(folder, report, base),
         *([report["summary"]] if report.get("summary") else []),
         _usage(folder, repo_id or name),
@@ -102,7 +107,7 @@ def hub_id(arguments: Mapping[str, Any], flag: str) -> str | None:
     # The run recorded whether it was a path, since a relative path looks like a Hub id.
     if not isinstance(value, str) or value == WORLD or f"{flag} changed at" in arguments or Path(value).exists():
         return None
-    return value if _HUB_ID.fullmatch(value) and not value.endswith((".json", ".jsonl", ".txt", ".parquet")) else None
+    return value if is_hub_id(value) and not value.endswith((".json", ".jsonl", ".txt", ".parquet")) else None
 
 
 def public_value(value: object) -> object:
@@ -120,8 +125,10 @@ def public_value(value: object) -> object:
 
 def public_report(folder: Path, name: str) -> bytes:
     """Return report.json or report.md for publication, see `public_value`."""
-    text = (folder / name).read_text(encoding="utf-8")
+    text = (folder / name).read_text(encoding="utf-8", errors="replace")
     if name.endswith(".json"):
+        if read_report(folder) is None:
+            raise InputError(f"{folder / name} is damaged, or not hfllm's: move it, or run the stage again")
         text = json.dumps(public_value(json.loads(text)), indent=2) + "\n"
     else:
         text = public_value(text.replace(str(folder.resolve()), folder.resolve().name))
@@ -172,7 +179,9 @@ def _architecture(folder: Path) -> str:
 
 
 def _introduction(folder: Path, report: Mapping[str, Any], base: str | None) -> str:
-    kind = f"A PEFT adapter of {base or _local_base(folder)}" if is_adapter(folder) else f"`{_architecture(folder)}`"
+    kind = (
+        f"A PEFT adapter of {base or _local_base(folder)}" if is_adapter(folder) else code_span(_architecture(folder))
+    )
     # Packed numbers and their scales do not give the number of parameters.
     method = _quantization(folder)
     text = f"{kind}, quantized ({method})" if method else f"{kind} with {count_parameters(folder):,} parameters"
@@ -191,7 +200,7 @@ def _local_base(folder: Path) -> str:
 
 def _merged(folder: Path) -> str:
     """Return what a merged model is, in words."""
-    adapters = [f"`{public_value(name)}`" for name in merged_adapters(folder)]
+    adapters = [code_span(public_value(name)) for name in merged_adapters(folder)]
     many = f"adapter{'s' if len(adapters) > 1 else ''} {', then '.join(adapters)}"
     return f"{first_base(folder) or 'a local model'} ({many} merged into it)"
 
@@ -203,11 +212,15 @@ def _usage(folder: Path, name: str) -> str:
         model_class = f"AutoPeftModelFor{kind.get(pipeline or '', 'CausalLM')}"
         # Neither the base nor the adapter says how many scores its head gives.
         labels = "" if model_class.endswith("CausalLM") else ", num_labels=1"
-        lines = [f"from peft import {model_class}", "", f'model = {model_class}.from_pretrained("{name}"{labels})']
+        lines = [
+            f"from peft import {model_class}",
+            "",
+            f"model = {model_class}.from_pretrained({quoted(name)}{labels})",
+        ]
     elif pipeline is None:
-        lines = ["from transformers import AutoModel", "", f'model = AutoModel.from_pretrained("{name}")']
+        lines = ["from transformers import AutoModel", "", f"model = AutoModel.from_pretrained({quoted(name)})"]
     else:
-        lines = ["from transformers import pipeline", "", f'model = pipeline("{pipeline}", "{name}")']
+        lines = ["from transformers import pipeline", "", f'model = pipeline("{pipeline}", {quoted(name)})']
         chat = any((folder / file).is_file() for file in ("chat_template.jinja", "chat_template.json"))
         prompt = '[{"role": "user", "content": "..."}]' if chat and pipeline == "text-generation" else '"..."'
         lines.append(f"print(model({prompt}))")
@@ -243,27 +256,27 @@ def _origin(report: Mapping[str, Any], base: str | None) -> list[str]:
         return []
     first, begins = origin(parents), []
     if first and first.get("stage"):
-        begins = [f"The base model was made by the {first['stage']} stage, from new weights (`{_shown(first)}`)."]
+        begins = [f"The base model was made by the {first['stage']} stage, from new weights ({_shown(first)})."]
     elif first and base and first.get("hub_id") not in (None, base):
         # An adapter of the Hub was trained further, of whose own origin nothing is known here.
         begins = [f"The base model is {_linked({'hub_id': base})}; training started from {_linked(first)}."]
     elif first:
         begins = [f"The base model is {_linked(first)}."]
     rows = [
-        {"stage": entry.get("stage") or "", "model": f"`{_shown(entry)}`", "as": _role(entry), "from": _rows(entry)}
+        {"stage": entry.get("stage") or "", "model": _shown(entry), "as": _role(entry), "from": _rows(entry)}
         for entry in parents
     ]
     own = {"stage": report.get("stage", ""), "model": "this one", "as": "", "from": _rows(learned_from(report))}
     return ["## Origin", *begins, "\n".join(markdown_table([*rows, own]))]
 
 
-def _shown(entry: Mapping[str, Any]) -> object:
-    return public_value(entry["model"])
+def _shown(entry: Mapping[str, Any]) -> str:
+    return code_span(public_value(entry["model"]))
 
 
 def _linked(entry: Mapping[str, Any]) -> str:
     found = entry.get("hub_id")
-    return f"[{found}](https://huggingface.co/{found})" if found else f"`{_shown(entry)}`, a local model"
+    return f"[{found}](https://huggingface.co/{found})" if is_hub_id(found) else f"{_shown(entry)}, a local model"
 
 
 def _role(entry: Mapping[str, Any]) -> str:
@@ -273,7 +286,7 @@ def _role(entry: Mapping[str, Any]) -> str:
 def _rows(entry: Mapping[str, Any]) -> str:
     """Return what an entry of the lineage learned from, such as `9,600 demonstrations of world`."""
     data, count = entry.get("data"), entry.get("rows")
-    name = "" if not data else "the embedded world" if data == WORLD else f"`{public_value(data)}`"
+    name = "" if not data else "the embedded world" if data == WORLD else code_span(public_value(data))
     if count is None:
         return name
     return f"{count:,} {entry.get('kind', 'rows')}" + (f" of {name}" if name else "")
@@ -283,9 +296,9 @@ def _reward(report: Mapping[str, Any]) -> list[str]:
     """Return the section that names the reward that a policy was trained on; none where there is no reward."""
     arguments = report.get("arguments", {})
     names = arguments.get("reward_funcs") or []
-    functions = [f"the function `{public_value(name)}`" for name in names]
+    functions = [f"the function {code_span(public_value(name))}" for name in names]
     models = [
-        f"the reward model `{_shown(entry)}`"
+        f"the reward model {_shown(entry)}"
         + (f", trained by the {entry['stage']} stage on {_rows(entry)}" if entry.get("stage") and _rows(entry) else "")
         for entry in report.get("parents") or []
         if entry["role"] == "reward model"
@@ -295,7 +308,9 @@ def _reward(report: Mapping[str, Any]) -> list[str]:
         return []
     text = f"Trained on {'; '.join(parts)}."
     if len(models) > 1:
-        text += f" The scores of several reward models are combined by `{arguments.get('reward_aggregation')}`."
+        text += (
+            f" The scores of several reward models are combined by {code_span(arguments.get('reward_aggregation'))}."
+        )
     if arguments.get("reward_weights"):
         text += f" Weights, in this order: {', '.join(map(str, arguments['reward_weights']))}."
     return ["## Reward", text]
@@ -311,10 +326,10 @@ def _data(report: Mapping[str, Any]) -> str:
         )
     elif found := hub_id(arguments, "dataset_name"):
         parts = {"configuration": "dataset_config", "split": "dataset_train_split", "revision": "dataset_revision"}
-        said = [f"{part} `{arguments[flag]}`" for part, flag in parts.items() if arguments.get(flag)]
+        said = [f"{part} {code_span(arguments[flag])}" for part, flag in parts.items() if arguments.get(flag)]
         text = f"{', '.join([f'[{found}](https://huggingface.co/datasets/{found})', *said])}."
     else:
-        text = f"`{public_value(name)}`, a local dataset." if name else "Not recorded."
+        text = f"{code_span(public_value(name))}, a local dataset." if name else "Not recorded."
     if arguments.get("max_samples"):
         text += f" The first {arguments['max_samples']} rows of it."
     learned = learned_from(report)

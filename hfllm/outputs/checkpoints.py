@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hfllm.outputs.checksums import CHECKSUMS, damage_of
+
 STATE_FILE = "trainer_state.json"
 # Under this key Trainer's state, which is written last, holds what a run records of itself.
 RECORD = "hfllm"
@@ -16,15 +18,31 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
     """Return the newest complete checkpoint of an output folder, or `None`.
 
     Trainer writes `trainer_state.json` last: if it is missing or truncated, the run was killed while saving. Weights
-    or the optimizer's file may have been truncated too, as by a full disk. Such checkpoints are skipped with a
-    warning, and an older one still exists, since it is removed only after the save.
+    or the optimizer's file may have been truncated too, as by a full disk, or damaged later. Such checkpoints are
+    skipped with a warning that names the file, and an older one still exists, since it is removed only after the save.
     """
     for path in reversed(checkpoints_in(folder)):
-        if not is_complete(path):
-            warnings.warn(f"{path} is not complete: trying the checkpoint before it", stacklevel=2)
-            continue
-        return str(path)
+        damage = damage_in(path)
+        if damage is None:
+            return str(path)
+        warnings.warn(f"{path} is not complete ({damage}): trying the checkpoint before it", stacklevel=2)
     return None
+
+
+def damaged_checkpoint(folder: str | Path) -> str | None:
+    """Return the newest checkpoint that was saved whole and has been damaged since, with its damage, in words."""
+    for path in reversed(checkpoints_in(folder)):
+        if (path / CHECKSUMS).exists() and (damage := damage_in(path)):
+            return f"{path} is damaged ({damage}), and no other is whole"
+    return None
+
+
+def damage_in(checkpoint: str | Path) -> str | None:
+    """Return which file of a checkpoint is missing, cut off or not what was saved, in words; `None` if it is whole.
+
+    All of its files are read, to compare their checksums. `is_complete` takes no time, and does not see as much.
+    """
+    return _cut_off(Path(checkpoint)) or damage_of(checkpoint)
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:
@@ -35,11 +53,21 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
 
 def is_complete(checkpoint: Path) -> bool:
     """Return whether a checkpoint was saved to its end, and none of its files is cut off."""
-    try:
-        json.loads((checkpoint / STATE_FILE).read_text())
-        return all(map(_is_whole, filter(Path.is_file, checkpoint.rglob("*"))))
-    except (OSError, ValueError):
-        return False
+    return _cut_off(checkpoint) is None
+
+
+def _cut_off(checkpoint: Path) -> str | None:
+    """Return which file of a checkpoint is missing or ends too early, in words."""
+    if not (checkpoint / STATE_FILE).is_file():
+        return f"{STATE_FILE} is missing"
+    for file in sorted(filter(Path.is_file, checkpoint.rglob("*"))):
+        try:
+            is_whole = _is_whole(file)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
+            is_whole = False
+        if not is_whole:
+            return f"{file.relative_to(checkpoint)} is damaged"
+    return None
 
 
 def state_of(checkpoint: str | Path) -> dict[str, Any]:
@@ -76,6 +104,8 @@ def _is_whole(file: Path) -> bool:
     """Return whether a file ends where its format says; `True` for formats that do not say."""
     if file.suffix in (".pt", ".pth"):
         return zipfile.is_zipfile(file)
+    if file.suffix == ".json":
+        return isinstance(json.loads(file.read_text(encoding="utf-8")), dict | list)
     if file.suffix != ".safetensors":
         return True
     with file.open("rb") as stream:

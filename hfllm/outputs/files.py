@@ -71,9 +71,13 @@ def weight_files(folder: Path) -> list[str]:
     if not first.endswith(".index.json"):
         read_safetensors_header(folder / first)
         return [first]
-    weight_map = read_json(folder / first).get("weight_map", {})
+    weight_map = read_json(folder / first).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise InputError(f"{folder / first} is damaged: it lists no files (weight_map)")
     headers = {}
     for shard in sorted(set(weight_map.values())):
+        if ":" in shard or {"", ".."} & set(shard.replace("\\", "/").split("/")):
+            raise InputError(f"{folder / first} names {shard!r}, which is not in its folder")
         if not (folder / shard).is_file():
             raise InputError(f"{folder / first} names {shard}, which is missing")
         headers[shard] = read_safetensors_header(folder / shard)

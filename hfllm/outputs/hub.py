@@ -189,6 +189,13 @@ class Repository:
                 return attempt()
             except InputError:
                 raise
+            except (AttributeError, KeyError, TypeError) as error:
+                # huggingface_hub takes an answer apart without looking.
+                what = f"no {error.args[0]!r} in it" if isinstance(error, KeyError) else redact(str(error), self.token)
+                raise InputError(
+                    f"cannot push to {self.repo_id}: the Hub's answer cannot be read ({what}): is "
+                    f"{self._api().endpoint} a Hub?"
+                ) from None
             except (OSError, ValueError, RuntimeError, HTTPError) as error:
                 cause = _cause(error)
                 reason = redact(_reason(cause), self.token)

@@ -35,7 +35,7 @@ def refuse_foreign_files(folder: str | Path, stage: str, writes_card: bool) -> N
     folder = Path(folder)
     has_report = read_report(folder) is not None
     if not has_report and (folder / REPORT_FILE).exists():
-        _refuse(folder / REPORT_FILE)
+        _refuse(folder / REPORT_FILE, " (or it is damaged)")
     summary = folder / "report.md"
     # A run that was killed before report.json has this one and its plots.
     has_summary = _begins_with(summary, f"# {stage}")
@@ -67,5 +67,5 @@ def _beginning(path: Path, most: int = 4096) -> bytes:
         return stream.read(most)
 
 
-def _refuse(path: Path) -> None:
-    raise InputError(f"{path} is not hfllm's and would be overwritten: move it or choose another --output_dir")
+def _refuse(path: Path, note: str = "") -> None:
+    raise InputError(f"{path} is not hfllm's and would be overwritten{note}: move it or choose another --output_dir")

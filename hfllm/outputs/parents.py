@@ -52,20 +52,33 @@ def _with_parents(role: str, name: str, children: tuple[str, ...] = ()) -> list[
         base = read_json(Path(name) / ADAPTER_CONFIG).get("base_model_name_or_path")
         parents = None
     else:
-        base, parents = report.get("arguments", {}).get("model_name_or_path"), report.get("parents")
+        base, parents = report.get("arguments", {}).get("model_name_or_path"), _entries(report.get("parents"))
         own |= {"stage": report.get("stage"), **learned_from(report)}
     if parents is None:
         # Another tool's model, or one whose report is of before the lineage was written.
-        is_known = base and base not in (name, *children)
+        is_known = isinstance(base, str) and base and base not in (name, *children)
         parents = _with_parents(START, base, (name, *children)) if is_known else []
     return [*({**entry, "role": ancestor if entry["role"] == START else entry["role"]} for entry in parents), own]
 
 
 def learned_from(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return the name of the data of a run and the number of rows, as far as its report has them."""
-    metrics, data = report.get("metrics", {}), report.get("arguments", {}).get("dataset_name")
-    rows = next(({"rows": metrics[name], "kind": kind} for name, kind in ROWS.items() if name in metrics), {})
+    metrics, data = report.get("metrics") or {}, report.get("arguments", {}).get("dataset_name")
+    counts = {name: metrics[name] for name in ROWS if isinstance(metrics.get(name), int | float)}
+    rows = next(({"rows": count, "kind": ROWS[name]} for name, count in counts.items()), {})
     return {**({"data": data} if data else {}), **rows}
+
+
+def _entries(parents: object) -> list[dict[str, Any]] | None:
+    """Return the lineage that a report tells, without what is no entry: models come from elsewhere too."""
+    if not isinstance(parents, list):
+        return None
+    kinds = {"role": str, "model": str, "stage": str, "hub_id": str, "data": str, "kind": str, "rows": int | float}
+    return [
+        {name: value for name, value in entry.items() if name not in kinds or isinstance(value, kinds[name])}
+        for entry in parents
+        if isinstance(entry, dict) and isinstance(entry.get("role"), str) and isinstance(entry.get("model"), str)
+    ]
 
 
 def origin(parents: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

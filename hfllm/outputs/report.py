@@ -218,8 +218,18 @@ def read_report(output_dir: str | Path) -> dict[str, Any] | None:
         report = json.loads((Path(output_dir) / REPORT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    is_ours = isinstance(report, dict) and isinstance(report.get("arguments"), dict) and "stage" in report
-    return report if is_ours else None
+    return report if _is_ours(report) else None
+
+
+def _is_ours(report: object) -> bool:
+    """Return whether a report has the parts of ours, each of its kind: a damaged one may be JSON still."""
+    if not isinstance(report, dict) or not isinstance(report.get("stage"), str):
+        return False
+    kinds = {"arguments": dict, "metrics": dict, "artifacts": dict, "environment": dict, "parents": list}
+    optional = {"given": dict, "summary": str, "wall_seconds": int | float}
+    needed = isinstance(report.get("arguments"), dict)
+    others = {name: kind for name, kind in (kinds | optional).items() if report.get(name) is not None}
+    return needed and all(isinstance(report[name], kind) for name, kind in others.items())
 
 
 def environment() -> dict[str, str | int | None]:
@@ -298,9 +308,15 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def write_atomically(path: Path, text: str) -> None:
     """Write under a temporary name in the same folder, then rename."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as stream:
-        stream.write(text)
-    os.chmod(stream.name, 0o644)
-    os.replace(stream.name, path)
+        try:
+            stream.write(text)
+            stream.flush()
+            os.chmod(stream.name, 0o644)
+            os.replace(stream.name, path)
+        except BaseException:
+            # As on a full disk: what was written in part is of no use.
+            os.unlink(stream.name)
+            raise
 
 
 def _cell(value: object) -> str:

@@ -7,7 +7,6 @@ it. Recipes that train nothing merge it.
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -123,14 +122,14 @@ def whole_model(name: str, revision: str, folder: str | Path) -> Iterator[tuple[
         folder: where a merged model may lie in the meantime.
     """
     from hfllm.models.adapters import find_adapter
+    from hfllm.models.whole_folders import temporary_folder
 
     adapter = find_adapter(name, revision=revision)
     if adapter is None:
         yield name, revision
         return
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as place:
-        merged = Path(place, Path(name).name or "merged")
+    with temporary_folder(Path(folder), ".merged-") as place:
+        merged = place / (Path(name).name or "merged")
         write_merged(adapter, merged)
         yield str(merged), "main"
 
@@ -154,7 +153,8 @@ def write_merged(adapter: "SavedAdapter", folder: Path, max_shard_size: str = "5
 
 def save_merged(model: "PreTrainedModel", adapter: "SavedAdapter", folder: Path, max_shard_size: str = "50GB") -> None:
     """Save a merged model with its tokenizer, and a record of what it is made from."""
-    from hfllm.models.conversion_hfllm import check_empty, whole_folder
+    from hfllm.models.conversion_hfllm import check_empty
+    from hfllm.models.whole_folders import whole_folder
 
     check_empty(folder)
     tokenizer = saved_tokenizer(adapter.name, adapter.location.get("revision", "main"))

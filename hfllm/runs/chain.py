@@ -27,6 +27,7 @@ from hfllm.outputs.ownership import refuse_foreign_files
 from hfllm.outputs.report import read_report
 from hfllm.runs import schedule
 from hfllm.runs.command_line import finished_run, main_process
+from hfllm.runs.lock import LOCK_FILE, lock, release
 from hfllm.runs.parser import read_yaml
 from hfllm.runs.recipes import load_recipe, settings_file
 from hfllm.runs.stage import stage_arguments
@@ -151,7 +152,7 @@ class Chain:
         metrics = {}
         for place, (name, flags) in enumerate(self.runs.items()):
             nested = self.nested[name].parsed if name in self.nested else None
-            later = [folders[each] for each in list(folders)[place + 1 :]]
+            later = {folders[each]: STAGES[entry_name(each)].recipe for each in list(folders)[place + 1 :]}
             metrics[name] = run_stage(STAGES[entry_name(name)].recipe, flags, later, before=nested)
         schedule.come_back(self.stage)
         return metrics
@@ -270,7 +271,7 @@ def usual_minutes(run: str, parsed: Parsed) -> float | None:
 def run_stage(
     recipe: str,
     parsed: Parsed,
-    later_folders: Sequence[str] = (),
+    later: Mapping[str, str] | None = None,
     before: "Mapping[str, Sequence[DataclassInstance]] | None" = None,
 ) -> dict[str, float]:
     """Run a stage that another one needs, in a subfolder of its output, or reuse it when nothing changed.
@@ -278,31 +279,59 @@ def run_stage(
     Args:
         recipe: the name of its script.
         parsed: its parsed flags.
-        later_folders: stages that build on it; they are removed when it has to run (again).
+        later: the folders of stages that build on it, and their recipes; they are removed when it has to run (again).
         before: the parsed flags of the stages that it runs first itself, if it does.
+
+    Raises:
+        InputError: when another run is writing to one of the folders, or files there are not ours.
     """
-    output_dir = output_dir_of(parsed)
-    from accelerate import PartialState
     from accelerate.state import AcceleratorState
 
+    output_dir = output_dir_of(parsed)
     if not has_finished(parsed, before):
-        for folder in (output_dir, *later_folders):
-            refuse_foreign_files(folder, recipe, writes_card=True)
-        PartialState().wait_for_everyone()
-        if main_process():
-            for folder in (output_dir, *later_folders):
-                if read_report(folder) is not None:
-                    _remove(Path(folder))
-        PartialState().wait_for_everyone()
+        _make_room({output_dir: recipe, **(later or {})})
     metrics = load_recipe(recipe).main(*parsed)
     # The next trainer may use another precision: accelerate keeps the first one for the whole process otherwise.
     AcceleratorState._reset_state()
     return metrics
 
 
+def _make_room(folders: Mapping[str, str]) -> None:
+    """Remove the finished stages in these folders, and hold the first one for its stage; all processes together.
+
+    Args:
+        folders: of each its recipe.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    for folder, recipe in folders.items():
+        refuse_foreign_files(folder, recipe, writes_card=True)
+    PartialState().wait_for_everyone()
+    finished = [folder for folder in folders if read_report(folder) is not None] if main_process() else []
+    refusal = None
+    try:
+        # None is removed before all of them are held.
+        for folder in finished:
+            lock(folder)
+        for folder in finished:
+            _remove(Path(folder))
+    except InputError as error:
+        refusal = str(error)
+    for folder in finished:
+        if folder != next(iter(folders)) or refusal:
+            release(folder)
+    if PartialState().num_processes > 1:
+        (refusal,) = broadcast_object_list([refusal])
+    if refusal is not None:
+        raise InputError(refusal)
+
+
 def _remove(folder: Path) -> None:
-    """Remove a stage that has finished, but not the stages inside it, which may still be valid."""
+    """Remove a stage that has finished, but not the stages inside it, which may still be valid, nor its lock."""
     for path in folder.iterdir():
+        if path.name == LOCK_FILE:
+            continue
         if not path.is_dir():
             path.unlink()
         elif read_report(path) is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import HIDDEN, InputError, MachineError, redact
-from hfllm.outputs.checkpoints import last_complete_checkpoint
+from hfllm.outputs.checkpoints import STATE_FILE, damage_in, damaged_checkpoint, last_complete_checkpoint
 from hfllm.outputs.report import read_report
 from hfllm.runs.failures import explained, what_is_saved
 from hfllm.runs.json_flags import check_json_flags
@@ -41,6 +41,7 @@ NOT_PART_OF_THE_RUN = frozenset(
         *("log_level_replica", "logging_first_step", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy"),
         *("hub_private_repo", "hub_always_push", "hub_revision", "resume_from_checkpoint", "local_rank"),
         *("deepspeed_plugin", "distributed_state", "ddp_timeout", "save_total_limit", "enable_jit_checkpoint"),
+        "trust_remote_code",
     )
 )
 ASKS_FOR_HELP = frozenset(("--help", "-h"))
@@ -268,7 +269,8 @@ def finished_run(output_dir: str, arguments: Mapping[str, Any]) -> dict[str, Any
     report = read_report(output_dir)
     if report is None:
         return None
-    before = {present_name(name): value for name, value in report["arguments"].items()}
+    recorded = {present_name(name): value for name, value in report["arguments"].items()}
+    before = {name: value for name, value in recorded.items() if name.rpartition(".")[2] not in NOT_PART_OF_THE_RUN}
     for name in sorted({*before, *arguments}):
         if before.get(name) != arguments.get(name):
             raise InputError(
@@ -285,7 +287,7 @@ def checkpoint_to_resume(training_args: "TrainingArguments") -> str | None:
     for the first launch and for every restart.
 
     Raises:
-        InputError: when there is no such checkpoint.
+        InputError: when there is no such checkpoint, or those that were saved whole have all been damaged since.
     """
     wanted = training_args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() in ("false", "none", ""):
@@ -295,11 +297,15 @@ def checkpoint_to_resume(training_args: "TrainingArguments") -> str | None:
         is_needed = str(wanted).lower() == "true"
         wanted = last_complete_checkpoint(folder)
         if wanted is None:
+            if (damaged := damaged_checkpoint(folder)) and not is_needed:
+                raise InputError(f"--resume_from_checkpoint auto: {damaged}: remove it to start from the beginning")
             if not is_needed:
                 return None
             raise InputError(f"--resume_from_checkpoint true: no complete checkpoint in {folder}")
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise InputError(f"--resume_from_checkpoint {wanted}: not a checkpoint folder (no trainer_state.json)")
+    elif not (Path(wanted) / STATE_FILE).is_file():
+        raise InputError(f"--resume_from_checkpoint {wanted}: not a checkpoint folder (no {STATE_FILE})")
+    elif damage := damage_in(wanted):
+        raise InputError(f"--resume_from_checkpoint {wanted}: {damage}: name the checkpoint before it, or auto")
     return str(wanted)
 
 
@@ -326,7 +332,11 @@ def _left_behind(parsed: "Sequence[DataclassInstance]") -> str:
     if folder is None:
         return ""
     can_resume = any(hasattr(each, "resume_from_checkpoint") for each in parsed)
-    return f"; {what_is_saved(folder, can_resume)}"
+    try:
+        return f"; {what_is_saved(folder, can_resume)}"
+    except (MemoryError, ImportError, OSError, RuntimeError):
+        # It reads files and imports a library, for which there may be no room either.
+        return ""
 
 
 def run(main: Callable[..., object], parse: Callable[[Sequence[str]], tuple]) -> None:

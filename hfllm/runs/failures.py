@@ -58,11 +58,12 @@ def explained(error: BaseException, *parsed: "DataclassInstance") -> str | None:
     return DISK[code] + (f": {named}" if named else "")
 
 
-def what_is_saved(folder: str | Path, can_resume: bool = True) -> str:
+def what_is_saved(folder: str | Path, can_resume: bool = True, is_training: bool = False) -> str:
     """Return what a run leaves in its output folder, and how it continues, as words for the end of a line.
 
     Args:
         can_resume: whether `--resume_from_checkpoint` reaches this run.
+        is_training: whether it was training, so that weights in the folder are not its own.
     """
     from hfllm.models.weights import SAFE, safetensors_damage
 
@@ -74,9 +75,12 @@ def what_is_saved(folder: str | Path, can_resume: bool = True) -> str:
     if can_resume and usable:
         return f"the same command with --resume_from_checkpoint auto continues from {usable[-1].name} in {folder}"
     weights = Path(folder) / SAFE
-    if weights.is_file() and safetensors_damage(weights) is None:
+    if not is_training and weights.is_file() and safetensors_damage(weights) is None:
         return f"the model is saved in {folder}, its report is not"
-    return "no checkpoint was saved: the same command starts anew"
+    if not can_resume:
+        return "the same command starts anew"
+    how = " (--save_strategy steps --save_steps N)" if is_training else ""
+    return f"no checkpoint was saved{how}: the same command starts anew"
 
 
 def _is_on(flag: str, parsed: "Sequence[DataclassInstance]") -> bool:

@@ -44,7 +44,7 @@ def load_policy(model_args: "ModelConfig") -> tuple["PreTrainedModel", "PreTrain
     """
     from transformers import AutoModelForCausalLM
 
-    from hfllm.models.adapters import find_adapter
+    from hfllm.models.adapters import find_adapter, load_apart
     from hfllm.models.merging import load_merged
     from hfllm.models.vocabulary import check_vocabulary
     from hfllm.models.weights import load_weights_of
@@ -58,8 +58,7 @@ def load_policy(model_args: "ModelConfig") -> tuple["PreTrainedModel", "PreTrain
         if adapter is None:
             model, _ = load_weights_of(AutoModelForCausalLM, name, **kwargs)
         elif adapter.stays_apart(**kwargs):
-            # transformers puts it on its quantized base, and reports nothing of either.
-            model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+            model, _ = load_apart(adapter, AutoModelForCausalLM, **kwargs)
         else:
             model = load_merged(adapter, AutoModelForCausalLM, **kwargs)
     except InputError:
@@ -92,12 +91,11 @@ def saved_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBa
     Raises:
         InputError: when it cannot be loaded.
     """
-    from transformers import AutoTokenizer
-
+    from hfllm.models import loading
     from hfllm.models.adapters import find_adapter
 
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
+        return loading.saved_tokenizer(name, revision=revision)
     except Exception as error:
         # The tokenizers library has no class for what it cannot read, and a field may be missing.
         if not isinstance(error, (KeyError, OSError, TypeError, ValueError)) and type(error) is not Exception:
@@ -106,7 +104,7 @@ def saved_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBa
         if adapter is None:
             raise _unloadable(name, error, "the tokenizer of model" if Path(name).is_dir() else "model") from error
     try:
-        return AutoTokenizer.from_pretrained(adapter.base, **adapter.base_location)
+        return loading.saved_tokenizer(adapter.base, **adapter.base_location)
     except (OSError, ValueError) as error:
         raise adapter.unloadable(error) from error
 
@@ -132,12 +130,11 @@ def load_config(name: str, revision: str = "main") -> "PreTrainedConfig":
     Raises:
         InputError: when it cannot be loaded.
     """
-    from transformers import AutoConfig
-
     from hfllm.models.adapters import find_adapter
+    from hfllm.models.loading import saved_config
 
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
+        return saved_config(name, revision=revision)
     except (OSError, ValueError) as error:
         adapter = find_adapter(name, revision=revision)
         if adapter is None:
@@ -310,8 +307,9 @@ def linear_layers(model: "PreTrainedModel") -> list[str]:
 
 
 def _unloadable(name: str, error: Exception, what: str = "model") -> InputError:
-    reason = " ".join(str(error).split())[:200]
-    return InputError(f"{what} {name!r} could not be loaded: {reason}")
+    from hfllm.models.loading import reason_of
+
+    return InputError(f"{what} {name!r} could not be loaded: {reason_of(error)}")
 
 
 def fitting_length(max_length: int | None, model: "PreTrainedModel") -> int | None:

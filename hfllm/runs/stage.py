@@ -1,8 +1,10 @@
 """One run of a recipe: describe it, then refuse, reuse, announce, finish and publish it."""
 
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hfllm.data.loading import check_source
 from hfllm.data.sources import PYDOC, WORLD, source_files
 from hfllm.errors import InputError
-from hfllm.outputs.card import write_card
+from hfllm.outputs.card import is_written, write_card
 from hfllm.outputs.figures import figure_tables
 from hfllm.outputs.files import ADAPTER_WEIGHTS, CARD
 from hfllm.outputs.flags import given_flags
@@ -28,6 +30,10 @@ from hfllm.runs.resuming import about_old_checkpoints, check_resumable, describe
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from transformers import Trainer, TrainingArguments
+
+
+# Folders in the output folder that a stage removes at its very end, by stage.
+NEEDED_UNTIL_DONE = {"pretrain": "prepared", "tokenizer": "prepared", "curate": "unfinished"}
 
 
 class Stage:
@@ -190,8 +196,27 @@ class Stage:
         """Print that the same run has finished, publish it if asked, and return its metrics."""
         if main_process():
             print(f"{self.name}: already done in {self.output_dir} ({self.redo})", flush=True)
+            self._complete()
             self.publish()
         return self.report["metrics"]
+
+    def _complete(self) -> None:
+        """Do what a run that was killed after its report has left undone: write its card, remove what it needed."""
+        card = Path(self.output_dir) / CARD
+        has_card = card.exists() and (not is_own_card(card) or is_written(card))
+        # A model that was removed since needs none.
+        with suppress(InputError):
+            if self.report["artifacts"].get("model") == "." and not has_card:
+                self._write_card()
+        if self.name in NEEDED_UNTIL_DONE:
+            shutil.rmtree(Path(self.output_dir) / NEEDED_UNTIL_DONE[self.name], ignore_errors=True)
+
+    def _write_card(self) -> None:
+        """Write the card; trainers leave drafts of one. The user may edit it."""
+        folder = Path(self.output_dir)
+        if is_own_card(folder / CARD):
+            (folder / CARD).unlink(missing_ok=True)
+        write_card(folder)
 
     def finish(
         self,
@@ -245,10 +270,7 @@ class Stage:
             folder = Path(self.output_dir)
             report.write(folder)
             if artifacts.get("model") == ".":
-                # Trainers leave drafts of a card; this one is published, and the user may edit it.
-                if is_own_card(folder / CARD):
-                    (folder / CARD).unlink()
-                write_card(folder)
+                self._write_card()
             if summary and (schedule.runs_before_another() or not figure_tables(metrics)):
                 print(f"{self.name}: {summary} ({report.wall_seconds:.0f} s)", flush=True)
             else:

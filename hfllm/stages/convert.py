@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError, refuse
 from hfllm.runs.chain import Chain, chain_before
+from hfllm.runs.remote_code import RemoteCodeArguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
-class ConvertArguments:
+class ConvertArguments(RemoteCodeArguments):
     """What to convert, and into what."""
 
     model_name_or_path: str | None = field(
@@ -76,8 +77,8 @@ def convert(source: str, target: Path, script_args: ConvertArguments) -> dict[st
         load_checked,
         read_config,
         to_native,
-        whole_folder,
     )
+    from hfllm.models.whole_folders import whole_folder
 
     check_empty(target)
     options = {"revision": script_args.model_revision}
@@ -105,12 +106,12 @@ def convert(source: str, target: Path, script_args: ConvertArguments) -> dict[st
 
 def find_tokenizer(source: str, options: Mapping[str, str]) -> "PreTrainedTokenizerBase | None":
     """Return the source's tokenizer, or print a line and return `None`: weights can be converted without one."""
-    from transformers import AutoTokenizer
+    from hfllm.models.loading import reason_of, saved_tokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, **options)
+        return saved_tokenizer(source, **options)
     except (OSError, ValueError) as error:
-        print(f"convert: no tokenizer in {source} ({' '.join(str(error).split())[:120]})", flush=True)
+        print(f"convert: no tokenizer in {source} ({reason_of(error, 120)})", flush=True)
         return None
 
 

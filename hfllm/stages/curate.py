@@ -106,17 +106,31 @@ def resume_or_clear(work: Path, arguments: Mapping[str, Any]) -> None:
         before = before if isinstance(before, dict) else {}
         names = sorted({*before, *arguments})
         differs = next((name for name in names if before.get(name) != arguments.get(name)), None)
-        if differs is None:
+        cut = _cut_off(work)
+        if differs is None and cut is None:
             print("curate: resuming the unfinished run", flush=True)
             return
-        print(
-            f"curate: starting anew: the unfinished run had {differs}={before.get(differs)!r}, this one has "
-            f"{differs}={arguments.get(differs)!r}",
-            flush=True,
+        reason = (
+            f"{cut.relative_to(work.parent)} is damaged"
+            if cut is not None
+            else f"the unfinished run had {differs}={before.get(differs)!r}, this one has "
+            f"{differs}={arguments.get(differs)!r}"
         )
-    shutil.rmtree(work, ignore_errors=True)
+        print(f"curate: starting anew: {reason}", flush=True)
+    if work.exists():
+        shutil.rmtree(work)
     work.mkdir(parents=True)
     write_atomically(note, json.dumps(arguments))
+
+
+def _cut_off(work: Path) -> Path | None:
+    """Return the first file of an unfinished run that a crash of the machine has cut off."""
+    for file in sorted(work.rglob("*.json")):
+        try:
+            json.loads(file.read_bytes())
+        except ValueError:
+            return file
+    return None
 
 
 def hand_over(work: Path, folder: Path, shards: str) -> None:

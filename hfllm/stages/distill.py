@@ -10,6 +10,7 @@ from hfllm.data.sources import WORLD
 from hfllm.errors import InputError, refuse
 from hfllm.runs.chain import Chain, chain_before
 from hfllm.runs.recipes import settings_file
+from hfllm.runs.remote_code import RemoteCodeArguments
 from hfllm.stages import rlhf
 from hfllm.trainers.learning_rate import BatchArguments
 
@@ -28,7 +29,7 @@ Refusal = tuple[object, str, str]
 
 
 @dataclass(frozen=True)
-class DistillArguments(InstructionArguments, BatchArguments):
+class DistillArguments(InstructionArguments, BatchArguments, RemoteCodeArguments):
     """The student, what it learns from, and the settings of the stages before."""
 
     student_layers_every: int | None = field(

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError
+from hfllm.runs.remote_code import RemoteCodeArguments
 
 if TYPE_CHECKING:
     from hfllm.models.adapters import SavedAdapter
 
 
 @dataclass(frozen=True)
-class MergeArguments:
+class MergeArguments(RemoteCodeArguments):
     """The adapter, and where the whole model goes."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "The adapter: a local folder or a Hub id."})

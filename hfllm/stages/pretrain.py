@@ -10,6 +10,7 @@ from hfllm.data.loading import TextArguments
 from hfllm.data.sources import WORLD
 from hfllm.errors import InputError, refuse
 from hfllm.runs.recipes import settings_file
+from hfllm.runs.remote_code import RemoteCodeArguments
 from hfllm.stages.architecture import ARCHITECTURE, ArchitectureArguments, architecture_of
 from hfllm.trainers.learning_rate import BatchArguments
 
@@ -25,7 +26,7 @@ NEED_PACKING = ("length_curriculum", "batch_ramp", "z_loss_coef", "total_tokens"
 
 
 @dataclass(frozen=True)
-class PretrainArguments(TextArguments, BatchArguments, ArchitectureArguments):
+class PretrainArguments(TextArguments, BatchArguments, ArchitectureArguments, RemoteCodeArguments):
     """Objective, length and schedule of the run, and where a new model comes from."""
 
     total_tokens: str | None = field(

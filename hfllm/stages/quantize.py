@@ -8,6 +8,7 @@ from hfllm.data.loading import DataArguments
 from hfllm.errors import InputError, refuse
 from hfllm.outputs.report import Bars
 from hfllm.runs.chain import Chain, chain_before
+from hfllm.runs.remote_code import RemoteCodeArguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +40,7 @@ SHOWN_PARTS = 30
 
 
 @dataclass(frozen=True)
-class QuantizeArguments(DataArguments):
+class QuantizeArguments(DataArguments, RemoteCodeArguments):
     """The schemes, the texts that they are evaluated on, and how."""
 
     output_dir: str = field(default="outputs/quantize", metadata={"help": "Where the model and the report go."})

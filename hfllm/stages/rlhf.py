@@ -9,6 +9,7 @@ from hfllm.data.loading import RowArguments
 from hfllm.errors import InputError, refuse
 from hfllm.runs.arguments import changed
 from hfllm.runs.chain import Chain, chain_before
+from hfllm.runs.remote_code import RemoteCodeArguments
 from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ CALIBRATION_PROMPTS = 256
 
 
 @dataclass(frozen=True)
-class RlhfArguments(RowArguments, BatchArguments):
+class RlhfArguments(RowArguments, BatchArguments, RemoteCodeArguments):
     """Prompts, rewards, and the settings of the stages before."""
 
     reward_model_name_or_path: list[str] | None = field(

@@ -12,6 +12,7 @@ from hfllm.errors import InputError, refuse
 from hfllm.outputs.report import read_report
 from hfllm.runs.command_line import finished_run, main_process
 from hfllm.runs.recipes import settings_file
+from hfllm.runs.remote_code import RemoteCodeArguments
 from hfllm.runs.stage import Stage
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ LARGEST_SEED = 2**32 - 1  # numpy's, which transformers seeds
 
 
 @dataclass(frozen=True)
-class ScalingArguments(DataArguments):
+class ScalingArguments(DataArguments, RemoteCodeArguments):
     """Runs to fit, or a grid of runs to train."""
 
     dataset_name: str = field(
@@ -340,6 +341,7 @@ class SmallGrid:
         from hfllm.data.world.world import World
         from hfllm.evaluation.emergence import Emergence, ProbedRun
         from hfllm.evaluation.few_shot import make_probes, run_probes
+        from hfllm.models.loading import saved_model
         from hfllm.models.modeling_hfllm import HfllmForCausalLM
         from hfllm.runs.models import load_tokenizer
 
@@ -347,7 +349,7 @@ class SmallGrid:
         probes = make_probes(World(args.world_seed), args.probe_questions, args.probe_shots, args.seed)
         for each in (*self.runs, self.large):
             folder = str(self.grid.model_folder(each))
-            model, tokenizer = HfllmForCausalLM.from_pretrained(folder), load_tokenizer(folder)
+            model, tokenizer = saved_model(HfllmForCausalLM, folder), load_tokenizer(folder)
             model = model.to(default_device())
             row, rows = self.grid.rows[each.name], run_probes(model, tokenizer, probes)
             probed.append(ProbedRun(each.name, row[self.column], row["compute"], row["loss"], rows))

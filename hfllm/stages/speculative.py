@@ -8,6 +8,7 @@ from hfllm.data.loading import DataArguments
 from hfllm.errors import InputError, refuse
 from hfllm.outputs.report import Plot
 from hfllm.runs.chain import Chain, chain_before
+from hfllm.runs.remote_code import RemoteCodeArguments
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
@@ -33,7 +34,7 @@ COMPARED_BATCH = 16
 
 
 @dataclass(frozen=True)
-class SpeculativeArguments(DataArguments):
+class SpeculativeArguments(DataArguments, RemoteCodeArguments):
     """The draft, the prompts, and what is measured."""
 
     output_dir: str = field(default="outputs/speculative", metadata={"help": "Where the report goes."})

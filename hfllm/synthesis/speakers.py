@@ -11,6 +11,7 @@ from hfllm.errors import InputError
 from hfllm.generation import responses
 from hfllm.generation.responses import Response
 from hfllm.models.context import max_length_of
+from hfllm.models.loading import saved_tokenizer
 from hfllm.models.vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
@@ -104,8 +105,6 @@ def check_critic(
         )
     folder = Path(getattr(critic.config, "_name_or_path", "") or "")
     if folder.name and (folder / "tokenizer.json").is_file():
-        from transformers import AutoTokenizer
-
-        if AutoTokenizer.from_pretrained(folder).get_vocab() != tokenizer.get_vocab():
+        if saved_tokenizer(str(folder)).get_vocab() != tokenizer.get_vocab():
             raise InputError(f"the critic's tokenizer in {folder} is not the model's: give it as critic_tokenizer")
     return tokenizer

@@ -19,10 +19,11 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import TrainOutput
 
 from hfllm.errors import InputError, Interrupted, MachineError
-from hfllm.outputs.checkpoints import checkpoints_in, is_complete, missing_for_resuming
-from hfllm.runs.failures import explained
+from hfllm.outputs.checkpoints import is_complete
+from hfllm.runs.failures import explained, what_is_saved
 from hfllm.runs.resuming import refuse_without_state
 from hfllm.runs.schedule import current_job
+from hfllm.trainers.checksums import Checksums
 from hfllm.trainers.monitors import add_to_logs
 from hfllm.trainers.run_record import RunRecord, WholeTrainLoss, check_contents, with_contents
 
@@ -103,12 +104,15 @@ def train_unless_done(
     # After what decides to save, in the last place SIGTERM's.
     trainer.add_callback(record)
     add_to_logs(trainer, whole)
+    # Before what ends the process when a checkpoint is saved, or times the next step from then on.
+    checksums = Checksums(trainer)
+    add_to_logs(trainer, checksums)
     try:
         return train(**kwargs)
     except _AlreadyDone:
         return trainer._finalize_training(None, 0, time.time())
     finally:
-        for callback in (look, whole, record):
+        for callback in (look, whole, record, checksums):
             trainer.remove_callback(callback)
 
 
@@ -124,15 +128,7 @@ def _how_to_resume(trainer: Trainer, is_recorded: bool) -> str:
         if unfinished.is_dir() and not is_complete(unfinished):
             shutil.rmtree(unfinished, ignore_errors=True)
     line = f"step {state.global_step} of {state.max_steps}"
-    if not is_recorded:
-        return line
-    job = current_job()
-    if job is not None and job.place < len(job.stages) - 1:
-        return f"{line} of {job.stages[job.place].name}; the same command starts that stage again, not those before it"
-    usable = [path for path in checkpoints_in(folder) if is_complete(path) and not missing_for_resuming(path)]
-    if not usable:
-        return f"{line}; no checkpoint was saved (--save_strategy steps --save_steps N): the same command starts anew"
-    return f"{line}; the same command with --resume_from_checkpoint auto continues from {usable[-1].name} in {folder}"
+    return f"{line}; {what_is_saved(folder, is_training=True)}" if is_recorded else line
 
 
 def check_shards(checkpoint: str, args: TrainingArguments) -> None:

@@ -1,11 +1,20 @@
 """Which checkpoints are whole, as the libraries that read their files see it."""
 
+import subprocess
+
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from hfllm.outputs.checkpoints import last_complete_checkpoint, missing_for_resuming, record_of, state_of
+from hfllm.outputs.checkpoints import (
+    damaged_checkpoint,
+    last_complete_checkpoint,
+    missing_for_resuming,
+    record_of,
+    state_of,
+)
+from hfllm.outputs.checksums import CHECKSUMS, damage_of, write_checksums
 
 
 @pytest.fixture
@@ -90,3 +99,61 @@ def test_weights_alone_cannot_be_resumed(folder):
     assert missing_for_resuming(folder / "checkpoint-2") == "optimizer.pt"
     assert missing_for_resuming(folder / "checkpoint-1") == "scheduler.pt"
     assert record_of(state_of(folder / "checkpoint-1")) == {}
+
+
+# ---- checksums ----
+
+
+def test_checksums_are_those_of_the_usual_tool(folder):
+    checkpoint = folder / "checkpoint-2"
+    (checkpoint / "global_step2").mkdir()
+    torch.save({}, checkpoint / "global_step2" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    (checkpoint / "README.md").write_text("# A draft")
+    write_checksums(checkpoint)
+    checked = subprocess.run(
+        ["sha256sum", "--check", "--strict", CHECKSUMS], cwd=checkpoint, capture_output=True, text=True, check=True
+    )
+    names = {line.partition(":")[0] for line in checked.stdout.splitlines()}
+    written = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    assert names == written - {CHECKSUMS, "README.md"}
+    (checkpoint / "README.md").write_text("# Mine")
+    (checkpoint / "notes.txt").write_text("mine")
+    assert damage_of(checkpoint) is None
+
+
+CHANGES = {
+    "a bit in a part of the optimizer": ("global_step2/states.pt", lambda written: written[:-1] + b"\1"),
+    "a bit": ("model.safetensors", lambda written: written[:-1] + b"\1"),
+    "a number": ("trainer_state.json", lambda written: b"[]"),
+    "no checksum": (CHECKSUMS, lambda written: b""),
+    "half a checksum": (CHECKSUMS, lambda written: written[:30]),
+    "half of them": (CHECKSUMS, lambda written: written[:100]),
+    "another checksum": (CHECKSUMS, lambda written: b"0" * 64 + written[64:]),
+    "no text": (CHECKSUMS, lambda written: b"\xff" + written[1:]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_that_formats_do_not_show_is_seen(folder, change):
+    for checkpoint in (folder / "checkpoint-1", folder / "checkpoint-2"):
+        (checkpoint / "global_step2").mkdir()
+        (checkpoint / "global_step2" / "states.pt").write_bytes((checkpoint / "optimizer.pt").read_bytes())
+        write_checksums(checkpoint)
+    name, changed = CHANGES[change]
+    file = folder / "checkpoint-2" / name
+    file.write_bytes(changed(file.read_bytes()))
+    with pytest.warns(UserWarning, match=r"checkpoint-2 is not complete \(.*(damaged|cannot be read)"):
+        assert last_complete_checkpoint(folder) == str(folder / "checkpoint-1")
+    assert str(folder / "checkpoint-2") in damaged_checkpoint(folder)
+
+
+def test_older_checkpoints_and_those_of_others_have_none(folder):
+    assert damage_of(folder / "checkpoint-2") is None and damaged_checkpoint(folder) is None
+    assert last_complete_checkpoint(folder) == str(folder / "checkpoint-2")
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"step": ', "3", "\x00"])
+def test_settings_that_are_cut_off_are_seen_without_checksums(folder, text):
+    (folder / "checkpoint-2" / "config.json").write_text(text)
+    with pytest.warns(UserWarning, match=r"checkpoint-2 is not complete \(config.json is damaged\)"):
+        assert last_complete_checkpoint(folder) == str(folder / "checkpoint-1")

@@ -164,6 +164,32 @@ def test_a_failed_request_is_retried(hub, saved, path, kind):
     assert repo.files()["model.safetensors"].content == (saved / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("method", "lacks"),
+    [
+        ("create_repo", KeyError("url")),
+        ("create_commit", KeyError("commitUrl")),
+        ("model_info", TypeError("not a dict")),
+    ],
+)
+def test_an_answer_that_is_not_the_hubs_is_one_line(hub, saved, method, lacks, monkeypatch):
+    def answer(*args, **kwargs):
+        raise lacks
+
+    monkeypatch.setattr(f"huggingface_hub.HfApi.{method}", answer)
+    with pytest.raises(
+        InputError, match=r"cannot push to me/model: the Hub's answer cannot be read \((no|not a)"
+    ) as error:
+        push_folder(saved, "me/model", private=True)
+    assert "\n" not in str(error.value) and TOKEN not in str(error.value) and hub.url in str(error.value)
+
+
+def test_a_server_that_is_no_hub_is_one_line(hub, saved):
+    hub.fail("/api/repos/create", 200, body=b'{"name": "me/model"}')
+    with pytest.raises(InputError, match=r"the Hub's answer cannot be read \(no 'url' in it\)"):
+        push_folder(saved, "me/model")
+
+
 @pytest.mark.parametrize(("path", "kind"), [("/put/", 503), ("/put/", "drop"), ("/commit/", 503)])
 def test_giving_up_leaves_nothing_half_done_and_a_rerun_resumes(hub, saved, capfd, path, kind):
     hub.fail(path, kind, times=1000)

@@ -240,6 +240,12 @@ def lose_shard(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def lead_outside(folder):
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "../x.safetensors"}}
+    (folder / "model.safetensors").rename(folder.parent / "x.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def damage_index(folder):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text("{}")
@@ -257,6 +263,28 @@ def lose_weights(folder):
 def change_size(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 24}))
+
+
+def change_config(folder, **fields):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def fewer_layers(folder):
+    change_config(folder, num_hidden_layers=1, layer_types=None)
+
+
+def more_layers(folder):
+    change_config(folder, num_hidden_layers=4, layer_types=None)
+
+
+def name_a_kernel(folder):
+    change_config(folder, attn_implementation="evil/kernel")
+
+
+def bring_code(folder):
+    change_config(folder, model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.M"})
+    (folder / "evil.py").write_text("raise SystemExit('the code ran')")
 
 
 def other_architecture(folder):
@@ -279,11 +307,16 @@ DAMAGES = [
     (empty, "model.safetensors is damaged (it is empty)"),
     (garbage, "model.safetensors is damaged (cut short, or no safetensors file)"),
     (lose_shard, "model-00001-of-00001.safetensors is missing, which model.safetensors.index.json lists"),
+    (lead_outside, "model.safetensors.index.json names '../x.safetensors', which is not in its folder"),
     (damage_index, "model.safetensors.index.json is damaged: it lists no files"),
     (pickle_weights, "has pickled weights alone (pytorch_model.bin), which can run code when they are read"),
     (lose_weights, "could not be loaded: Error no file named model.safetensors"),
     (change_size, "mlp.down_proj.weight is of the shape"),
     (other_architecture, "weights are of the HfllmForCausalLM not in its files, such as"),
+    (more_layers, "of the HfllmForCausalLM not in its files, such as model.layers.2."),
+    (fewer_layers, "in its files and not of the HfllmForCausalLM, such as model.layers.1."),
+    (name_a_kernel, "its config names attn_implementation='evil/kernel', which would be downloaded and run"),
+    (bring_code, "it needs code of its own, which is run only by --trust_remote_code"),
     (break_config, "is not a valid JSON file"),
     (break_tokenizer, "the tokenizer of model"),
 ]
@@ -327,15 +360,29 @@ READ_BY = [
 ]
 
 
-@pytest.mark.parametrize("damage", [cut, change_size])
+EVERYWHERE = {
+    cut: "is damaged (",
+    change_size: "is of the shape",
+    fewer_layers: "would be left out",
+    name_a_kernel: "names attn_implementation='evil/kernel'",
+    bring_code: "--trust_remote_code",
+}
+
+
+@pytest.mark.parametrize("damage", EVERYWHERE)
 @pytest.mark.parametrize(("stage", "flag"), READ_BY)
-def test_every_recipe_looks_at_every_model(stage, flag, damage, refused, saved, tmp_path):
+def test_every_recipe_looks_at_every_model(stage, flag, damage, refused, saved, tmp_path, monkeypatch):
     good = shutil.copytree(saved, tmp_path / "good")
     damage(saved)
     base = () if flag == "--model_name_or_path" or "teacher" in flag else ("--model_name_or_path", good)
+
+    def ask(*args):
+        raise AssertionError("asked on standard input")
+
+    monkeypatch.setattr("builtins.input", ask)
     line = refused(stage, flag, saved, *base, *flags_naming(stage, flag, saved, good, tmp_path))
     assert str(saved) in line
-    assert {cut: "is damaged (", change_size: "is of the shape"}[damage] in line
+    assert EVERYWHERE[damage] in line
 
 
 # ---- tokenizers ----
@@ -528,6 +575,28 @@ def test_memory_that_is_full_before_training(ended, saved, tmp_path, monkeypatch
     line = ended("sft", *short(saved, tmp_path))
     assert line.startswith("out of memory (tried to allocate 20.00 GiB): try ")
     assert line.endswith("; no checkpoint was saved: the same command starts anew")
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+NO_ROOM = [
+    caused(RuntimeError("Failed to import trl.trainer.sft_trainer"), MemoryError()),
+    ImportError("lib.so: failed to map segment from shared object"),
+    caused(RuntimeError("Failed to import"), ImportError("lib.so: failed to map segment from shared object")),
+]
+
+
+@pytest.mark.parametrize("error", NO_ROOM, ids=str)
+def test_memory_that_does_not_hold_the_libraries(error, ended, saved, tmp_path, monkeypatch):
+    def load(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
+    monkeypatch.setattr(command_line, "what_is_saved", load)
+    assert ended("sft", *short(saved, tmp_path)).startswith("out of memory: try a smaller --per_device_train_batch")
 
 
 def test_errors_of_the_program_keep_their_traceback(saved, tmp_path, monkeypatch):

@@ -194,6 +194,33 @@ def test_the_contents_of_small_files_count_and_not_their_times(corpus, tmp_path,
     assert json.loads((work / "arguments.json").read_text()) == {"seed": 1}
 
 
+@pytest.mark.parametrize("file", ["arguments.json", "logs/filter/stats/00000.json", "examples/length-00000.json"])
+@pytest.mark.parametrize("text", ["", '{"state', "\x00\xff"])
+def test_a_file_that_a_crash_cut_off_is_made_again(file, text, tmp_path, capsys):
+    work = tmp_path / "unfinished"
+    resume_or_clear(work, {"seed": 1})
+    (work / file).parent.mkdir(parents=True, exist_ok=True)
+    (work / file).write_text(text, encoding="latin-1")
+    resume_or_clear(work, {"seed": 1})
+    assert f"starting anew: unfinished/{file} is damaged" in capsys.readouterr().out
+    assert [path.name for path in work.rglob("*")] == ["arguments.json"]
+    # It is never there in part.
+    resume_or_clear(work, {"seed": 1})
+    assert "resuming the unfinished run" in capsys.readouterr().out
+
+
+def test_a_run_that_was_killed_after_its_report_leaves_nothing(corpus, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(curate, "shutil", None)
+        with pytest.raises(AttributeError, match="rmtree"):
+            run(*corpus.flags)
+    out = corpus.folder / "out"
+    assert (out / "report.json").is_file() and (out / "unfinished").is_dir()
+    metrics = run(*corpus.flags)
+    assert "already done" in capsys.readouterr().out and metrics["documents_kept"] == 30
+    assert not (out / "unfinished").exists() and (out / "data").is_dir()
+
+
 def test_a_run_that_ended_before_its_report_is_completed(corpus, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("hfllm.outputs.report.Report.write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))

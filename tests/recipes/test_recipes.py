@@ -107,7 +107,7 @@ def test_a_changed_stage_runs_again_with_all_that_build_on_it(tiny, tmp_path):
 
     def chain(documents):
         flags = ["--config", tiny["pretrain"], "--output_dir", folders["pretrain"]]
-        run_stage("pretrain", pretrain.parse([*flags, "--num_documents", str(documents)]), [folders["sft"]])
+        run_stage("pretrain", pretrain.parse([*flags, "--num_documents", str(documents)]), {folders["sft"]: "sft"})
         base = ["--model_name_or_path", folders["pretrain"]]
         run_stage("sft", sft.parse(["--config", tiny["sft"], "--output_dir", folders["sft"], *base]))
         return (tmp_path / "sft" / "model.safetensors").stat().st_mtime_ns

@@ -8,17 +8,20 @@ import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_interruptions import assert_same_weights
+from test_interruptions import Terminate, assert_same_weights
 from transformers import TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
 
 from hfllm.errors import InputError
 from hfllm.outputs.checkpoints import RECORD, checkpoints_in
+from hfllm.outputs.checksums import CHECKSUMS, damage_of, write_checksums
 from hfllm.runs import command_line
+from hfllm.runs.command_line import checkpoint_to_resume
 from hfllm.runs.lock import LOCK_FILE, lock, release_all
 from hfllm.runs.stage import Stage
 
@@ -181,6 +184,7 @@ def test_the_rows_and_the_model_that_training_begins_with_count(run, cut, rows, 
     state = json.loads(file.read_text())
     state["stateful_callbacks"][RECORD]["run"]["model"]["content"] = "another"
     file.write_text(json.dumps(state))
+    write_checksums(cut / "checkpoint-2")
     with pytest.raises(InputError, match="was made with another model to start from"):
         run("sft", cut, *flags)
 
@@ -190,6 +194,7 @@ def test_a_checkpoint_that_does_not_say_whose_it_is(run, cut, rows, capsys):
         state = json.loads((path / "trainer_state.json").read_text())
         del state["stateful_callbacks"][RECORD]
         (path / "trainer_state.json").write_text(json.dumps(state))
+        (path / CHECKSUMS).unlink()
     named = ["--resume_from_checkpoint", cut / "checkpoint-2"]
     for value in ("auto", "true"):
         with pytest.raises(InputError, match=r"checkpoint-2 in .* does not say which run made it.* name it, --resume"):
@@ -203,9 +208,61 @@ def test_a_checkpoint_that_does_not_say_whose_it_is(run, cut, rows, capsys):
 @pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt"])
 def test_a_checkpoint_without_its_optimizer_is_refused(run, cut, rows, missing):
     (cut / "checkpoint-2" / missing).unlink()
+    # Of before there were any.
+    (cut / "checkpoint-2" / CHECKSUMS).unlink()
     for value in ("auto", cut / "checkpoint-2"):
         with pytest.raises(InputError, match=rf"checkpoint-2 in .* holds no {missing}, as after --save_only_model"):
             run("sft", cut, "--dataset_name", rows, "--resume_from_checkpoint", value)
+
+
+def flip(file):
+    """Change a bit in the middle of a file, which its format does not show."""
+    written = bytearray(file.read_bytes())
+    written[len(written) // 2] ^= 1
+    file.write_bytes(written)
+
+
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_tried(run, cut, rows, tmp_path, monkeypatch):
+    saved = sorted(path.name for path in (cut / "checkpoint-2").iterdir() if path.name not in ("README.md", CHECKSUMS))
+    assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"} <= set(saved)
+    for name in saved:
+        pair = tmp_path / name / "out"
+        shutil.copytree(cut, pair)
+        flip(pair / "checkpoint-2" / name)
+        with pytest.raises(
+            InputError, match=rf"--resume_from_checkpoint .*checkpoint-2: {name} (is damaged|cannot be)"
+        ):
+            checkpoint_to_resume(
+                SimpleNamespace(resume_from_checkpoint=str(pair / "checkpoint-2"), output_dir=str(pair))
+            )
+        asked = SimpleNamespace(resume_from_checkpoint="auto", output_dir=str(pair))
+        with pytest.warns(
+            UserWarning, match=rf"checkpoint-2 is not complete \({name} .*\): trying the checkpoint before"
+        ):
+            assert checkpoint_to_resume(asked) == str(pair / "checkpoint-1")
+        (pair / "checkpoint-1" / name).unlink()
+        with (
+            pytest.warns(UserWarning),
+            pytest.raises(InputError, match=rf"checkpoint-2 is damaged \({name} .* remove it"),
+        ):
+            checkpoint_to_resume(asked)
+    # A recipe says it on its way to the same weights.
+    whole = shutil.copytree(cut, tmp_path / "whole" / "out")
+    run("sft", whole, "--dataset_name", rows, *AUTO)
+    flip(cut / "checkpoint-2" / "optimizer.pt")
+    with pytest.warns(UserWarning, match=r"optimizer.pt is damaged"):
+        run("sft", cut, "--dataset_name", rows, *AUTO)
+    assert_same_weights(whole, cut)
+
+
+def test_sigterms_checkpoint_has_checksums_too(run, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.trainer.DEFAULT_CALLBACKS", [*DEFAULT_CALLBACKS, Terminate(2)])
+    with pytest.raises(SystemExit):
+        run(
+            "sft", tmp_path / "out", "--dataset_name", rows, "--save_strategy", "no", "--enable_jit_checkpoint", "true"
+        )
+    folder = tmp_path / "out" / "checkpoint-3"
+    assert damage_of(folder) is None and "optimizer.pt" in (folder / CHECKSUMS).read_text()
 
 
 def test_a_checkpoint_of_weights_alone_is_refused(run, rows, tmp_path):

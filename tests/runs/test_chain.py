@@ -1,14 +1,18 @@
 """One table says what each stage needs; what is missing runs in order, and only that."""
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from hfllm.errors import InputError
 from hfllm.runs import chain
 from hfllm.runs.chain import STAGES, Chain, chain_before, run_stage
+from hfllm.runs.lock import LOCK_FILE, release
 from hfllm.runs.recipes import recipe_names, settings_file
 
 
@@ -132,3 +136,41 @@ def test_a_stage_inside_a_removed_one_stays(recipes, tmp_path):
     run_stage("rlhf", (Flags(str(tmp_path / "rlhf"), ("x",)),))
     assert (inner / "report.json").is_file()
     assert not (tmp_path / "rlhf" / "checkpoint-1").exists()
+
+
+def test_a_folder_that_another_run_holds_is_not_emptied(recipes, tmp_path):
+    folders = [tmp_path / name for name in ("sft", "reward")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "report.json").write_text('{"stage": "", "arguments": {"other": 1}}')
+        (folder / "weights.bin").write_bytes(b"1")
+    code = (
+        "import sys, time; from hfllm.runs.lock import lock; lock(sys.argv[1]); print('holds', flush=True); "
+        "time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(folders[1])], stdout=subprocess.PIPE, text=True)
+    flags = (Flags(str(folders[0]), ("x",)),)
+    try:
+        assert other.stdout.readline() == "holds\n"
+        with pytest.raises(InputError, match=rf"another run is writing there \(process {other.pid} "):
+            run_stage("sft", flags, {str(folders[1]): "reward"})
+        assert all((folder / "weights.bin").is_file() for folder in folders) and not recipes
+    finally:
+        other.kill()
+        other.wait()
+    run_stage("sft", flags, {str(folders[1]): "reward"})
+    assert recipes and not any((folder / "weights.bin").exists() for folder in folders)
+    # The first is held for its stage, so that no other run begins there in between.
+    assert (folders[0] / LOCK_FILE).is_file() and not (folders[1] / LOCK_FILE).exists()
+    release(folders[0])
+
+
+def test_what_a_later_stage_has_begun_is_known_as_its_own(recipes, tmp_path):
+    later = tmp_path / "reward"
+    later.mkdir()
+    # Of a run that was killed before report.json.
+    (later / "report.md").write_text("# reward\n")
+    run_stage("sft", (Flags(str(tmp_path / "sft"), ("x",)),), {str(later): "reward"})
+    (later / "report.md").write_text("# mine\n")
+    with pytest.raises(InputError, match=r"report\.md is not hfllm's"):
+        run_stage("sft", (Flags(str(tmp_path / "sft"), ("y",)),), {str(later): "reward"})

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from hfllm.errors import InputError
+from hfllm.outputs.card import MARKER
 from hfllm.runs.arguments import changed
+from hfllm.runs.lock import release
 from hfllm.runs.stage import Stage, stage_arguments
 
 
@@ -54,6 +56,38 @@ def test_a_finished_run_is_reused_and_another_one_refused(tmp_path, capsys):
         with pytest.raises(InputError, match=difference):
             stage.check()
     assert (tmp_path / "out" / "report.json").read_bytes() == before
+
+
+def test_a_run_that_was_killed_after_its_report_is_completed(saved, capsys, monkeypatch):
+    """Its card and the files that it needs no more; a card of the user's stays, and so does one that is there."""
+    flags = Flags(output_dir=str(saved))
+    for name in ("prepared", "checkpoint-1"):
+        (saved / name).mkdir()
+    (saved / "README.md").write_text("# Model Card for Model ID")
+
+    def killed(folder):
+        raise KeyboardInterrupt
+
+    stage = Stage("pretrain", flags)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("hfllm.runs.stage.write_card", killed)
+        stage.finish({"loss": 1.0})
+    release(saved)
+    assert (saved / "report.json").is_file() and not (saved / "README.md").exists()
+    for before in (None, "# Model Card for Model ID"):
+        if before is not None:
+            (saved / "README.md").write_text(before)
+        assert Stage("pretrain", flags).reuse() == {"loss": 1.0}
+        assert MARKER in (saved / "README.md").read_text()
+    assert (saved / "checkpoint-1").is_dir() and not (saved / "prepared").exists()
+    for mine in ("# Mine", f"{MARKER} as it was"):
+        (saved / "README.md").write_text(mine)
+        Stage("pretrain", flags).reuse()
+        assert (saved / "README.md").read_text() == mine
+    # A model that was removed since has no card.
+    for name in ("README.md", "model.safetensors"):
+        (saved / name).unlink()
+    assert Stage("pretrain", flags).reuse() == {"loss": 1.0}
 
 
 def test_what_does_not_decide_the_result_is_left_out(tmp_path):

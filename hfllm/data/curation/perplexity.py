@@ -74,10 +74,13 @@ class CausalJudge:
     """A causal language model of transformers; scores the first 512 tokens, in bits per byte."""
 
     def __init__(self, name: str):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
-        self.model = AutoModelForCausalLM.from_pretrained(name).eval()
+        # A judge's own code is never run, nor kernels of the Hub that its config names.
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config._attn_implementation = config._experts_implementation = None
+        self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        self.model = AutoModelForCausalLM.from_pretrained(name, config=config, trust_remote_code=False).eval()
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or CONTEXT
         self.length = min(CONTEXT, context)
 
@@ -142,12 +145,12 @@ def check_judge(model: str) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        AutoConfig.from_pretrained(model)
-        AutoTokenizer.from_pretrained(model)
+        AutoConfig.from_pretrained(model, trust_remote_code=False)
+        AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"--perplexity_model {model!r} could not be loaded: {' '.join(str(error).split())[:200]}"
-        ) from None
+        reason = " ".join(str(error).split())
+        reason = "it needs code of its own, which is not run" if "trust_remote_code" in reason else reason[:200]
+        raise InputError(f"--perplexity_model {model!r} could not be loaded: {reason}") from None
 
 
 def make_judge(model: str, texts: list[str]) -> Callable[[str], float]:

@@ -10,7 +10,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from hfllm.errors import InputError
-from hfllm.models.adapters import find_adapter
+from hfllm.models.adapters import find_adapter, load_apart
+from hfllm.models.loading import reason_of
 from hfllm.models.merging import load_merged
 from hfllm.models.precision import cast_weights
 from hfllm.models.stored import location_of
@@ -210,10 +211,10 @@ def load_teacher(name: str, settings: Mapping[str, object]) -> "PreTrainedModel"
             adapter.check("CAUSAL_LM")
             return load_merged(adapter, AutoModelForCausalLM, **settings)
         if adapter is not None:
-            return AutoModelForCausalLM.from_pretrained(name, **settings)
+            return load_apart(adapter, AutoModelForCausalLM, **settings)[0]
         return load_weights_of(AutoModelForCausalLM, name, whose="teacher", **settings)[0]
     except InputError:
         raise
     # The first two come from unknown names of settings and of dtypes.
     except (TypeError, AttributeError, OSError, ValueError) as error:
-        raise InputError(f"teacher {name!r} could not be loaded: {' '.join(str(error).split())[:200]}") from error
+        raise InputError(f"teacher {name!r} could not be loaded: {reason_of(error)}") from error

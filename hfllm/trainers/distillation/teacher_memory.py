@@ -10,6 +10,7 @@ from torch import nn
 
 from hfllm.errors import InputError
 from hfllm.models.adapters import find_adapter
+from hfllm.models.loading import saved_config
 from hfllm.models.stored import empty_model, location_of, quantization_of
 
 if TYPE_CHECKING:
@@ -59,12 +60,10 @@ def check_fits_memory(name: str, settings: Mapping[str, object]) -> None:
 
 def _config_of(name: str, settings: Mapping[str, object]) -> "PreTrainedConfig | None":
     """Return the config of the model to load, for an adapter that of its base; `None` if it cannot be read."""
-    from transformers import AutoConfig
-
     location = location_of(settings)
     try:
         adapter = find_adapter(name, **location)
-        return AutoConfig.from_pretrained(name, **location) if adapter is None else adapter.base_config()
+        return saved_config(name, **location) if adapter is None else adapter.base_config()
     except (InputError, OSError, TypeError, ValueError, KeyError):
         # Loading will report the error, or may succeed in another way.
         return None

@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 from hfllm.data.packing import IGNORE
 from hfllm.errors import InputError
 from hfllm.models.devices import refuse_data_parallel
+from hfllm.models.loading import saved_tokenizer
 from hfllm.runs.arguments import changed
 from hfllm.trainers.distillation.config import DistillationConfig
 from hfllm.trainers.distillation.data import DistillationCollator, Row, tokenize_dataset
@@ -429,9 +430,7 @@ def is_mixture(model: PreTrainedModel) -> bool:
 
 def _tokenizer_of(name: str, revision: str) -> "PreTrainedTokenizerBase | None":
     """Return the tokenizer saved with a model, or `None`."""
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
+        return saved_tokenizer(name, revision=revision)
     except (OSError, ValueError):
         return None

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hfllm.data.tokenizer import configured_ends, end_tokens
 from hfllm.errors import InputError
 from hfllm.models import scorers
 from hfllm.models.devices import forked_random
+from hfllm.models.loading import saved_model, saved_tokenizer
 from hfllm.models.vocabulary import check_vocabulary
 from hfllm.rewards.functions import RewardFunction
 from hfllm.rewards.models import RewardModel, TokenRewardModel, scores_tokens
@@ -45,7 +46,7 @@ UNMODIFIED_SAMPLING = {
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Copy a saved model's weights into `model`, from any number of files."""
-    saved = type(model).from_pretrained(folder, dtype=model.dtype)
+    saved = saved_model(type(model), str(folder), dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
 
 
@@ -254,11 +255,11 @@ def build_rewards(
     rewards = []
     for func, tokenizer in zip(funcs, tokenizers, strict=True):
         if isinstance(func, str):
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(func)
+            tokenizer = tokenizer or saved_tokenizer(func)
             func = scorer_from_name(func, load_kwargs)
         if isinstance(func, nn.Module):
             kind = TokenRewardModel if scores_tokens(func) else RewardModel
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(func.config._name_or_path)
+            tokenizer = tokenizer or saved_tokenizer(func.config._name_or_path)
             func = kind(func, tokenizer, args.local_rollout_forward_batch_size)
         if isinstance(func, TokenRewardModel) and func.tokenizer.get_vocab() != policy_tokenizer.get_vocab():
             raise InputError(

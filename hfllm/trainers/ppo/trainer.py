@@ -19,7 +19,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -29,6 +28,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hfllm.errors import InputError
 from hfllm.models.devices import forked_random
+from hfllm.models.loading import saved_model, saved_tokenizer
 from hfllm.trainers.dropout import disable_dropout
 from hfllm.trainers.ppo import formulas
 from hfllm.trainers.ppo.actor_critic import ActorCritic, entropy_of, scatter_to_mask
@@ -121,10 +121,10 @@ class PPOTrainer(ActorCriticTrainer):
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args or PPOConfig(f"{Path(name).name or 'policy'}-PPO")
         set_seed(args.seed)
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(name)
+        tokenizer = processing_class or saved_tokenizer(name)
         load_kwargs = args.model_init_kwargs or {}
         if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **load_kwargs})
+            model = saved_model(AutoModelForCausalLM, model, **{"dtype": torch.float32, **load_kwargs})
         if isinstance(value_model, str):
             value_model = scorer_from_name(value_model, load_kwargs)
         self.has_reference = args.kl_coef > 0

@@ -1,0 +1,68 @@
+"""Checksums of a checkpoint's files, so that one which was damaged later is not resumed from.
+
+They are in a file as `sha256sum` writes it, so that `sha256sum --check SHA256SUMS` in the folder compares them too. It
+is written when all others are whole: a checkpoint without it is an older one, another program's, or one whose run was
+killed just then, and is known by its files' formats alone.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from hfllm.outputs.report import write_atomically
+
+CHECKSUMS = "SHA256SUMS"
+# A card is for readers, who may edit it.
+NOT_COMPARED = (CHECKSUMS, "README.md")
+BLOCK = 1 << 20
+
+
+def write_checksums(folder: str | Path) -> None:
+    """Write the checksums of all files of a checkpoint, also of those in folders of it."""
+    folder = Path(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in NOT_COMPARED)
+    names = [path.relative_to(folder).as_posix() for path in files]
+    lines = [f"{checksum}  {name}\n" for name, checksum in zip(names, _checksums(files), strict=True)]
+    write_atomically(folder / CHECKSUMS, "".join(lines))
+
+
+def damage_of(folder: str | Path) -> str | None:
+    """Return which file of a checkpoint is not what was saved, in words; `None` if all are, or nothing tells."""
+    folder = Path(folder)
+    try:
+        text = (folder / CHECKSUMS).read_text(encoding="ascii")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return f"{CHECKSUMS} cannot be read"
+    entries = [line.partition("  ") for line in text.splitlines()]
+    if not text.endswith("\n") or not all(len(checksum) == 64 and name for checksum, _, name in entries):
+        return f"{CHECKSUMS} is damaged"
+    expected = {name: checksum for checksum, _, name in entries}
+    for name in expected:
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+    try:
+        found = _checksums(folder / name for name in expected)
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
+    for (name, checksum), other in zip(expected.items(), found, strict=True):
+        if checksum != other:
+            return f"{name} is damaged (its checksum is not that of {CHECKSUMS})"
+    return None
+
+
+def _checksums(files: Iterable[Path]) -> list[str]:
+    """Return the checksums of files, several at once: Python hashes without its lock."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(_checksum, files))
+
+
+def _checksum(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
