@@ -104,7 +104,7 @@ def check_critic(
             "as critic_tokenizer"
         )
     folder = Path(getattr(critic.config, "_name_or_path", "") or "")
-    if folder.name and (folder / "tokenizer.json").is_file():
-        if saved_tokenizer(str(folder)).get_vocab() != tokenizer.get_vocab():
-            raise InputError(f"the critic's tokenizer in {folder} is not the model's: give it as critic_tokenizer")
+    has_its_own = folder.name and (folder / "tokenizer.json").is_file()
+    if has_its_own and saved_tokenizer(str(folder)).get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"the critic's tokenizer in {folder} is not the model's: give it as critic_tokenizer")
     return tokenizer
