@@ -12,7 +12,8 @@ from transformers import (
 from transformers.cache_utils import StaticCache
 
 import hfllm
-from hfllm.models import modeling_hfllm
+from hfllm.models import layers_hfllm
+from hfllm.models.attention_hfllm import create_mask, packed_sequences
 
 
 @pytest.fixture(params=FAMILIES, ids=list(FAMILIES))
@@ -216,13 +217,12 @@ def test_packed_rows_that_flash_attention_would_mix_are_refused(make_model, ids)
     model = make_model().model
     model.config._attn_implementation_internal = "flash_attention_2"
     positions = torch.cat((torch.arange(7), torch.arange(5))).unsqueeze(0)
-    numbers = modeling_hfllm.packed_sequences(positions, None)
-    embeds = model.embed_tokens(ids)
-    assert model._mask(embeds[:1], None, positions, None, numbers) is None  # the kernel splits one row by itself
+    packed, embeds = packed_sequences(positions, None), model.embed_tokens(ids)
+    assert create_mask(model.config, embeds[:1], None, None, packed) is None  # the kernel splits one row by itself
     with pytest.raises(ValueError, match="one row without padding"):
-        model._mask(embeds, None, positions.expand(2, -1), None, numbers.expand(2, -1))
+        create_mask(model.config, embeds, None, None, packed.expand(2, -1))
     with pytest.raises(ValueError, match="one row without padding"):
-        model._mask(embeds[:1], torch.tensor([[0] * 3 + [1] * 9]), positions, None, numbers)
+        create_mask(model.config, embeds[:1], torch.tensor([[0] * 3 + [1] * 9]), None, packed)
 
 
 def test_a_window_ends(make_model, ids):
@@ -253,15 +253,16 @@ def test_adapters_with_dropout_get_the_gradient_of_their_own_mask(make_model, id
         return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
     saving = gradients()
-    monkeypatch.setattr(modeling_hfllm, "saves_memory", lambda: False)
+    monkeypatch.setattr(layers_hfllm, "saves_memory", lambda: False)
     torch.testing.assert_close(saving, gradients())
 
 
-def test_the_norm_has_first_and_second_derivatives():
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_the_norm_has_first_and_second_derivatives(unit_offset):
     states = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(modeling_hfllm._RMSNorm.apply, (states, weight, 1e-5))
-    assert torch.autograd.gradgradcheck(modeling_hfllm._RMSNorm.apply, (states, weight, 1e-5))
+    assert torch.autograd.gradcheck(layers_hfllm._RMSNorm.apply, (states, weight, 1e-5, unit_offset))
+    assert torch.autograd.gradgradcheck(layers_hfllm._RMSNorm.apply, (states, weight, 1e-5, unit_offset))
 
 
 def test_parallel_plans_name_what_is_there(make_config, axes):
