@@ -16,6 +16,7 @@ from transformers.utils import TransformersKwargs
 
 from .configuration_hfllm import HfllmConfig
 from .layers_hfllm import build_norm
+from .memory_hfllm import needs_autograd
 
 
 class HfllmRotaryEmbedding(nn.Module):
@@ -60,12 +61,13 @@ def signed(sin: torch.Tensor) -> torch.Tensor:
 def rotate_heads(states: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
     """Rotate the first dimensions of each head, as many as `cos` has; the others stay unchanged.
 
-    With the sign in the small tensor of sines, no half of `states` has to be negated. The sum is made in place, in a
-    product that nobody else holds.
+    With the sign in the small tensor of sines, no half of `states` has to be negated.
     """
     size = cos.shape[-1]
     if size == states.shape[-1]:
-        return (states * cos).addcmul_(states.roll(size // 2, -1), signed_sin)
+        product, rolled = states * cos, states.roll(size // 2, -1)
+        # In place, to save the time that new memory takes; nobody else holds the product.
+        return product.addcmul_(rolled, signed_sin) if not needs_autograd() else product.addcmul(rolled, signed_sin)
     rotated, passed = states.split((size, states.shape[-1] - size), dim=-1)
     return torch.cat((rotate_heads(rotated, cos, signed_sin), passed), dim=-1)
 

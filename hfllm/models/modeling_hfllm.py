@@ -345,6 +345,8 @@ class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
         output_router_logits = bool(self.config.num_local_experts) and (asked or is_balanced)
         if output_router_logits:
             install_capturing_hooks(self.model)
+        if self.config.num_local_experts:
+            kwargs["output_router_logits"] = output_router_logits
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -352,7 +354,6 @@ class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
             cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=output_router_logits,
             **kwargs,
         )
         loss_chunk_size = self.config.loss_chunk_size if loss_chunk_size is None else loss_chunk_size
