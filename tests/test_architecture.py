@@ -129,7 +129,7 @@ def test_the_files_of_a_model_travel_together():
     beside = {
         "configuration_hfllm": {"transformers", "huggingface_hub", "os"},
         "modeling_hfllm": {"torch", "transformers", "functools"},
-        "attention_hfllm": {"torch", "transformers"},
+        "attention_hfllm": {"torch", "transformers", "functools"},
         "layers_hfllm": {"torch", "transformers"},
         "loss_hfllm": {"torch"},
         "memory_hfllm": {"torch"},

@@ -4,6 +4,8 @@ This file imports only torch, transformers and files beside it, and is uploaded 
 Shapes: B batch, S sequence, H query heads, K key-value heads, D head_dim, R rotated dimensions of a head.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import nn
 from transformers import masking_utils
@@ -54,8 +56,17 @@ class HfllmRotaryEmbedding(nn.Module):
 
 def signed(sin: torch.Tensor) -> torch.Tensor:
     """Return the sines with the first half of the last dimension negated, for `rotate_heads`."""
+    if type(sin) is torch.Tensor and not torch.compiler.is_compiling():
+        return sin * _signs(sin.shape[-1], sin.dtype, sin.device)
     first, second = sin.chunk(2, dim=-1)
     return torch.cat((-first, second), dim=-1)
+
+
+@lru_cache(maxsize=16)
+def _signs(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return -1 for the first half and 1 for the second, (size,): one product for each generated token and layer."""
+    with torch.inference_mode(False):
+        return torch.tensor([-1.0, 1.0]).repeat_interleave(size // 2).to(device, dtype)
 
 
 def rotate_heads(states: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
 from .configuration_hfllm import HfllmConfig
-from .memory_hfllm import may_run_twice, needs_autograd, saves_memory
+from .memory_hfllm import is_unobserved, needs_autograd, saves_memory
 
 
 class HfllmEmbedding(nn.Embedding):
@@ -59,11 +59,11 @@ def rms_norm(states: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset
     The result is rounded to the precision of `states` before the weights are multiplied, as in Llama. With
     `unit_offset` the factor is `1 + weight`, and it is multiplied before, as in Gemma.
     """
+    if not unit_offset and states.dtype == weight.dtype == torch.float32:
+        # Nothing to round: the same numbers in one call.
+        return nn.functional.rms_norm(states, weight.shape, weight, eps)
     if not unit_offset:
-        normed = nn.functional.rms_norm(states, weight.shape, eps=eps)
-        # In place, where it is possible, to save the time that new memory takes.
-        is_free = normed.dtype == weight.dtype and not torch.is_grad_enabled() and not needs_autograd()
-        return normed.mul_(weight) if is_free else normed * weight
+        return weight * nn.functional.rms_norm(states, weight.shape, eps=eps)
     dtype = torch.promote_types(states.dtype, torch.float32)
     normed = nn.functional.rms_norm(states.to(dtype), weight.shape, 1.0 + weight.to(dtype), eps)
     return normed.to(states.dtype)
@@ -147,10 +147,14 @@ class HfllmMLP(nn.Module):
 
     def _is_plain(self) -> bool:
         # A wrapped layer may have its own dropout (LoRA), which must not be drawn twice.
-        return (type(self.down_proj), type(self.act_fn)) == self.plain_types and may_run_twice(
+        return (type(self.down_proj), type(self.act_fn)) == self.plain_types and is_unobserved(
             self.down_proj, self.act_fn
         )
 
     def _down(self, up: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-        # Nothing in place: a hook may have kept what `act_fn` returned.
-        return self.down_proj(self.act_fn(up) if gate is None else self.act_fn(gate) * up)
+        inner = self.act_fn(up if gate is None else gate)
+        if gate is None:
+            return self.down_proj(inner)
+        # In place where nobody can have kept it, as a hook or an identity would: new memory takes time.
+        is_ours = not torch.is_grad_enabled() and inner is not gate and is_unobserved(self.act_fn)
+        return self.down_proj(inner.mul_(up) if is_ours and not needs_autograd() else inner * up)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .memory_hfllm import may_run_twice, needs_autograd
+from .memory_hfllm import is_unobserved, needs_autograd
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -85,7 +85,7 @@ def linear_cross_entropy(
     weight, settings = head.weight, (chunk_size, label_smoothing, ignore_index, torch.is_grad_enabled())
     is_plain = type(head) is nn.Linear and head.bias is None and type(weight) is nn.Parameter
     is_plain = is_plain and weight.shape == (head.out_features, head.in_features)
-    runs_once = needs_autograd() or not may_run_twice(head)
+    runs_once = needs_autograd() or not is_unobserved(head)
     if is_plain and not runs_once:
         return _LinearCrossEntropy.apply(hidden_NE, weight, targets_N, *settings)
 

@@ -24,17 +24,17 @@ def needs_autograd() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def may_run_twice(*modules: nn.Module) -> bool:
-    """Return whether nobody notices when these modules run once more in the backward pass.
+def is_unobserved(*modules: nn.Module) -> bool:
+    """Return whether nobody notices when these modules run twice, or what becomes of their outputs.
 
-    A hook would fire twice. A replaced `forward` (offloading, kernels) or weights that are gathered for each call
-    (ZeRO-3) may count calls.
+    Hooks would: they count calls and keep outputs. So may a replaced `forward` (offloading, kernels) or weights that
+    are gathered for each call (ZeRO-3).
     """
     if any(getattr(every_module, name) for name in _GLOBAL_HOOKS):
         return False
     return not any(
         "forward" in vars(module)
         or any(getattr(module, name) for name in _HOOKS)
-        or any(hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False))
+        or any(hasattr(parameter, "ds_id") for parameter in module._parameters.values())
         for module in modules
     )

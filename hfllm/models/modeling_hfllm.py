@@ -258,8 +258,8 @@ class HfllmModel(HfllmPreTrainedModel):
         """Return the first layer's input, and the rotary cosines and sines if there are any."""
         hidden_states, position_embeddings = inputs_embeds, None
         if self.config.position_embedding_type == "learned":
-            past = cache.get_seq_length() if cache is not None else 0
-            # A static cache on a GPU counts there; `prepare_inputs_for_generation` checks for it.
+            # A static cache counts on its device; `prepare_inputs_for_generation` checks for it.
+            past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
             self.check_context(inputs_embeds.shape[1] + (past if isinstance(past, int) else 0), position_ids)
             hidden_states = hidden_states + self.embed_positions(position_ids)
         elif self.config.position_embedding_type == "rope":
