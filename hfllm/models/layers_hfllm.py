@@ -155,6 +155,8 @@ class HfllmMLP(nn.Module):
         inner = self.act_fn(up if gate is None else gate)
         if gate is None:
             return self.down_proj(inner)
-        # In place where nobody can have kept it, as a hook or an identity would: new memory takes time.
-        is_ours = not torch.is_grad_enabled() and inner is not gate and is_unobserved(self.act_fn)
-        return self.down_proj(inner.mul_(up) if is_ours and not needs_autograd() else inner * up)
+        # In place where nobody can have kept it, as a hook or an identity would: much new memory takes time.
+        is_ours = inner.numel() > 2**16 and inner is not gate and not torch.is_grad_enabled()
+        if is_ours and is_unobserved(self.act_fn) and not needs_autograd():
+            return self.down_proj(inner.mul_(up))
+        return self.down_proj(inner * up)

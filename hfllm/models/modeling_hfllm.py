@@ -136,8 +136,13 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
         """
 
         def attention(states: torch.Tensor) -> torch.Tensor:
-            given = {"attention_mask": attention_mask, "position_embeddings": position_embeddings, **kwargs}
-            return self._drop(self.self_attn(hidden_states=states, **given)[0])
+            output, _ = self.self_attn(
+                hidden_states=states,
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+            return self._drop(output)
 
         def mlp(states: torch.Tensor) -> torch.Tensor:
             return self._drop(self.mlp(states))

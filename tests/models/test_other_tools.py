@@ -51,7 +51,8 @@ LLAMAS_ARGUMENTS = {
 class TestHooks:
     @pytest.mark.parametrize("act", ["silu", "linear"])
     def test_what_a_hook_keeps_stays_as_it_was(self, make_model, ids, act):
-        model, kept = make_model(hidden_act=act), {}
+        # So wide that without hooks the product is made in place.
+        model, kept, ids = make_model(hidden_act=act, intermediate_size=1024), {}, ids.repeat(1, 8)
         mlp = model.model.layers[0].mlp
         for name in ("gate_proj", "act_fn"):
 
@@ -61,9 +62,18 @@ class TestHooks:
             getattr(mlp, name).register_forward_hook(keep)
         with torch.no_grad():
             model(ids)
+        assert kept["act_fn"][0].numel() > 2**16
         for now, then in kept.values():
             assert torch.equal(now, then)
         torch.testing.assert_close(kept["act_fn"][0], mlp.act_fn(kept["gate_proj"][0]))
+
+    def test_what_a_hook_keeps_of_an_identity_stays_as_it_was(self, make_model, ids):
+        model, kept = make_model(hidden_act="linear", intermediate_size=1024), []
+        gate = model.model.layers[0].mlp.gate_proj
+        gate.register_forward_hook(lambda module, args, output: kept.extend((output, output.clone())))
+        with torch.no_grad():
+            model(ids.repeat(1, 8))
+        assert torch.equal(*kept)
 
     @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
     @pytest.mark.parametrize("name", ["act_fn", "down_proj"])
