@@ -280,6 +280,8 @@ class HfllmConfig(PreTrainedConfig):
                 f"num_attention_heads={self.num_attention_heads}) must be at least 1"
             )
         if self.position_embedding_type == "rope":
+            if not self.rope_parameters:
+                raise ValueError(f"position_embedding_type='rope' needs rope_parameters, got {self.rope_parameters}")
             kinds, kind = ("default", *ROPE_INIT_FUNCTIONS), self.rope_parameters["rope_type"]
             if kind not in kinds:
                 raise ValueError(f"rope_parameters: rope_type={kind!r} is not one of {', '.join(kinds)}")

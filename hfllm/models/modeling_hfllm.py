@@ -1,14 +1,15 @@
 """The hfllm family: one transformer whose norms, blocks, positions and attention are chosen by its config.
 
-This file imports only torch, transformers and two files beside it, its config and its chunked loss: all three are
-saved and uploaded with the weights (`auto_map`). Shapes: B batch, S sequence, H query heads, K key-value heads,
-D head_dim, E hidden_size. `HfllmDecoderLayer.forward` says where each option of the config acts.
+This file imports only torch, transformers and files beside it, which are saved and uploaded with the weights
+(`auto_map`). Attention and its masks are in attention_hfllm.py; embeddings, norms and MLPs in layers_hfllm.py.
+Shapes: B batch, S sequence, E hidden_size. `HfllmDecoderLayer.forward` says where each option of the config acts.
 """
+
+from functools import wraps
 
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers import masking_utils
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -19,212 +20,30 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import MaskedLMOutput, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
+from .attention_hfllm import (
+    HfllmAttention,
+    HfllmRotaryEmbedding,
+    create_mask,
+    packed_sequences,
+    restarted_positions,
+)
 from .configuration_hfllm import HfllmConfig
+from .layers_hfllm import HfllmEmbedding, HfllmMLP, HfllmPositionEmbedding, HfllmRMSNorm, build_norm, check_positions
 from .loss_hfllm import linear_cross_entropy
 
 
-def saves_memory() -> bool:
-    """Return whether to save less for the backward pass than autograd does; a compiler decides that itself."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-class _RMSNorm(torch.autograd.Function):
-    """RMSNorm in fp32 that saves only its input for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, hidden_states, weight, eps):
-        ctx.save_for_backward(hidden_states, weight)
-        ctx.eps = eps
-        return nn.functional.rms_norm(hidden_states, weight.shape, weight, eps)
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden_states, weight = ctx.saved_tensors
-        inverse = torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + ctx.eps)
-        normed = hidden_states * inverse
-        grad_weight = (grad * normed).flatten(0, -2).sum(0)
-        grad = grad * weight
-        grad = torch.addcmul(grad, normed, (grad * normed).mean(-1, keepdim=True), value=-1) * inverse
-        return grad, grad_weight, None
-
-
-class HfllmRMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps) * weight`, computed in fp32 (Zhang & Sennrich 2019, equation 4).
-
-    With `unit_offset` the factor is `1 + weight`, multiplied in fp32 as Gemma does.
-    """
-
-    def __init__(self, size: int, eps: float, unit_offset: bool = False):
-        super().__init__()
-        self.unit_offset = unit_offset
-        self.weight = nn.Parameter(torch.zeros(size) if unit_offset else torch.ones(size))
-        self.eps = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if hidden_states.dtype == self.weight.dtype == torch.float32 and not self.unit_offset:
-            if saves_memory():
-                return _RMSNorm.apply(hidden_states, self.weight, self.eps)
-            return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
-        normed = nn.functional.rms_norm(hidden_states.float(), self.weight.shape, eps=self.eps)
-        if self.unit_offset:
-            return (normed * (1.0 + self.weight.float())).to(hidden_states.dtype)
-        return self.weight * normed.to(hidden_states.dtype)
-
-
-def build_norm(config: HfllmConfig, size: int) -> nn.Module:
-    if config.norm_type == "rmsnorm":
-        return HfllmRMSNorm(size, config.norm_eps, config.norm_unit_offset)
-    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)
-
-
-class HfllmRotaryEmbedding(nn.Module):
-    """Cosines and sines of the rotary embedding (Su et al. 2021, equation 34), with transformers' scaling types."""
-
-    def __init__(self, config: HfllmConfig):
-        super().__init__()
-        self.config = config
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
-        self.rope_type = config.rope_parameters["rope_type"]
-        by_type = {**ROPE_INIT_FUNCTIONS, "default": self.compute_default_rope_parameters}
-        inv_freq, self.attention_scaling = by_type[self.rope_type](config)
-        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
-        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
-
-    @staticmethod
-    def compute_default_rope_parameters(config: HfllmConfig, **kwargs) -> tuple[torch.Tensor, float]:
-        """Return the inverse frequencies `theta^(-2i/R)`, shape (R/2,), and the attention factor, which is 1 here.
-
-        R is the number of rotated dimensions of a head: all of them unless `partial_rotary_factor` is set.
-        """
-        size = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
-        exponents = torch.arange(0, size, 2, dtype=torch.float) / size
-        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
-
-    @dynamic_rope_update
-    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device, torch.float)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        # (B, 1, S, R); the minus sign is here so that `apply_rotary_pos_emb` need not negate half of every head.
-        cos, sin = torch.cat((cos, cos), dim=-1).unsqueeze(1), torch.cat((-sin, sin), dim=-1).unsqueeze(1)
-        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
-
-
-def apply_rotary_pos_emb(states_BHSD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first dimensions of each head, as many as `cos` has; the others stay unchanged."""
-    size = cos.shape[-1]
-    if size == states_BHSD.shape[-1]:
-        return torch.addcmul(states_BHSD * cos, states_BHSD.roll(size // 2, -1), sin)
-    rotated, passed = states_BHSD.split((size, states_BHSD.shape[-1] - size), dim=-1)
-    return torch.cat((apply_rotary_pos_emb(rotated, cos, sin), passed), dim=-1)
-
-
-class HfllmEmbedding(nn.Embedding):
-    """Token embeddings times `embedding_multiplier`, which is first rounded to the weights' precision, as in Gemma."""
-
-    def __init__(self, config: HfllmConfig):
-        super().__init__(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.multiplier = config.embedding_multiplier
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        embeddings = super().forward(input_ids)
-        return embeddings if self.multiplier == 1 else embeddings * embeddings.new_tensor(self.multiplier)
-
-
-class HfllmAttention(nn.Module):
-    """Grouped-query self-attention through transformers' attention interface."""
-
-    def __init__(self, config: HfllmConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
-        self.is_causal = config.is_causal
-        # Copied, here and in the layer: a config looks up every name in its attribute map, too slow for decoding.
-        self.attention_dropout, self.sliding_window = config.attention_dropout, config.sliding_window
-        query_size = config.num_attention_heads * config.head_dim
-        key_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
-        self.q_norm = build_norm(config, config.head_dim) if config.qk_norm else None
-        self.k_norm = build_norm(config, config.head_dim) if config.qk_norm else None
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        attention_mask: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        batch_and_length = hidden_states.shape[:-1]
-        per_head = (*batch_and_length, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(per_head)
-        key = self.k_proj(hidden_states).view(per_head)
-        if self.q_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
-        value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
-        if position_embeddings is not None:
-            query = apply_rotary_pos_emb(query, *position_embeddings)
-            key = apply_rotary_pos_emb(key, *position_embeddings)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(*batch_and_length, -1).contiguous()), weights
-
-
-class HfllmMLP(nn.Module):
-    """`down(act(gate(x)) * up(x))` when gated, `down(act(up(x)))` when plain."""
-
-    def __init__(self, config: HfllmConfig):
-        super().__init__()
-        self.is_gated = config.mlp_type == "gated"
-        if self.is_gated:
-            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        inner = [self.up_proj(hidden_states), *([self.gate_proj(hidden_states)] if self.is_gated else [])]
-        keeps_all = not (self.training and saves_memory())
-        # Do not recompute a layer with its own dropout (LoRA) or hooks that gather weights (ZeRO-3): both count calls.
-        if keeps_all or type(self.down_proj) is not nn.Linear or hasattr(self.down_proj.weight, "ds_id"):
-            return self._down(*inner)
-        # Save the large products for the backward pass and recompute the rest, up to the input of `down_proj`.
-        return torch.utils.checkpoint.checkpoint(self._down, *inner, use_reentrant=False, preserve_rng_state=False)
-
-    def _down(self, up: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-        inner = self.act_fn(up if gate is None else gate)
-        if gate is not None:
-            inner = inner * up if torch.is_grad_enabled() else inner.mul_(up)
-        return self.down_proj(inner)
+@torch.compiler.assume_constant_result
+def install_capturing_hooks(model: PreTrainedModel) -> None:
+    """Install the hooks of `capture_outputs`: a compiler cannot trace their installation, so it runs it instead."""
+    maybe_install_capturing_hooks(model)
 
 
 class HfllmRouter(nn.Module):
@@ -317,7 +136,13 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
         """
 
         def attention(states: torch.Tensor) -> torch.Tensor:
-            return self._drop(self.self_attn(states, position_embeddings, attention_mask, **kwargs)[0])
+            output, _ = self.self_attn(
+                hidden_states=states,
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+            return self._drop(output)
 
         def mlp(states: torch.Tensor) -> torch.Tensor:
             return self._drop(self.mlp(states))
@@ -353,6 +178,11 @@ class HfllmPreTrainedModel(PreTrainedModel):
         "router_logits": OutputRecorder(HfllmRouter, index=0),
     }
 
+    def __init__(self, config: HfllmConfig, *args: object, **kwargs: object):
+        # Again, since fields may have been set after the config was built.
+        config.validate_architecture()
+        super().__init__(config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -367,21 +197,6 @@ class HfllmPreTrainedModel(PreTrainedModel):
                 init.normal_(parameter, mean=0.0, std=residual_std if name == "down_proj" else std)
 
 
-def packed_sequences(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the index of each token's packed sequence, (B, S), or `None` when no row holds more than one.
-
-    A sequence begins where the position does not increase by one between two tokens that are not padding.
-    """
-    if position_ids is None or (attention_mask is not None and len(attention_mask.shape) != 2):
-        return None
-    begins = position_ids[:, 1:] - position_ids[:, :-1] != 1
-    if attention_mask is not None:
-        begins = begins & attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
-    if not torch.compiler.is_compiling() and not begins.any():
-        return None
-    return nn.functional.pad(begins, (1, 0)).cumsum(-1)
-
-
 class HfllmModel(HfllmPreTrainedModel):
     """The trunk: embeddings, layers and, with pre-norm, a final norm."""
 
@@ -389,7 +204,7 @@ class HfllmModel(HfllmPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = HfllmEmbedding(config)
         if config.position_embedding_type == "learned":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions = HfllmPositionEmbedding(config.max_position_embeddings, config.hidden_size)
         if config.position_embedding_type == "rope":
             self.rotary_emb = HfllmRotaryEmbedding(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -413,8 +228,8 @@ class HfllmModel(HfllmPreTrainedModel):
     ) -> MoeModelOutputWithPast:
         """Return the last hidden states (B, S, E).
 
-        Rows of `position_ids` that restart hold packed sequences, which do not attend to each other. They need
-        `cache=None` and are computed without one.
+        Rows of `position_ids` that restart (fall, or return to 0) hold packed sequences, which do not attend to each
+        other. They need `cache=None` and are computed without one. Positions that jump forward are one sequence.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -426,8 +241,11 @@ class HfllmModel(HfllmPreTrainedModel):
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
-        mask = self._mask(inputs_embeds, attention_mask, position_ids, cache, packed)
-        hidden_states, position_embeddings = self._embed(inputs_embeds, position_ids)
+        mask = create_mask(self.config, inputs_embeds, attention_mask, cache, packed)
+        hidden_states, position_embeddings = self._embed(inputs_embeds, position_ids, cache)
+        if "flash" in self.config._attn_implementation:
+            # Flash kernels take no mask and split a row wherever its positions jump.
+            position_ids = None if packed is None else restarted_positions(packed)
         # Not a slice, which would make a new ModuleList for each generated token.
         for layer, _ in zip(self.layers, range(self.config.num_hidden_layers), strict=False):
             hidden_states = layer(
@@ -441,35 +259,33 @@ class HfllmModel(HfllmPreTrainedModel):
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache)
 
-    def _mask(self, inputs_embeds, attention_mask, position_ids, cache, packed):
-        # Both mask functions become bidirectional when config.is_causal is False.
-        create = masking_utils.create_causal_mask
-        if packed is not None and "flash" in self.config._attn_implementation:
-            # Flash kernels take no mask: they split only a single row without padding, at its position ids.
-            if len(packed) > 1 or not (attention_mask is None or attention_mask.all()):
-                raise ValueError("flash attention takes packed sequences as one row without padding only")
-            attention_mask = None
-        if self.config.sliding_window is not None:
-            create = masking_utils.create_sliding_window_causal_mask
-        allowed = None
-        # The mask functions find packed sequences only in a causal model without a padding mask.
-        if packed is not None and not (self.config.is_causal and attention_mask is None):
-            allowed = masking_utils.packed_sequence_mask_function(packed.expand(inputs_embeds.shape[0], -1))
-        return create(self.config, inputs_embeds, attention_mask, cache, position_ids, and_mask_function=allowed)
-
-    def _embed(self, inputs_embeds, position_ids):
+    def _embed(self, inputs_embeds, position_ids, cache=None):
         """Return the first layer's input, and the rotary cosines and sines if there are any."""
         hidden_states, position_embeddings = inputs_embeds, None
         if self.config.position_embedding_type == "learned":
-            if inputs_embeds.shape[1] > self.config.max_position_embeddings:
-                raise ValueError(
-                    f"{inputs_embeds.shape[1]} tokens, but the learned positions end at "
-                    f"max_position_embeddings={self.config.max_position_embeddings}"
-                )
+            # A static cache counts on its device; `prepare_inputs_for_generation` checks for it.
+            past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+            self.check_context(inputs_embeds.shape[1] + (past if isinstance(past, int) else 0), position_ids)
             hidden_states = hidden_states + self.embed_positions(position_ids)
         elif self.config.position_embedding_type == "rope":
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
         return self.dropout(hidden_states) if self.training else hidden_states, position_embeddings
+
+    def check_context(self, length: int, position_ids: torch.Tensor) -> None:
+        """Refuse positions beyond a table of learned ones.
+
+        Args:
+            length: tokens so far, cache and padding included. Only where these are more than the table has are the
+                positions themselves looked at, which makes a GPU wait: with padding they may be lower.
+            position_ids: (B, S).
+
+        Raises:
+            ValueError: naming the position and `max_position_embeddings`.
+        """
+        size = self.config.max_position_embeddings
+        if length > size and self.config.position_embedding_type == "learned":
+            highest = torch.full((1,), length - 1) if torch.compiler.is_compiling() else position_ids
+            check_positions(highest, size)
 
 
 class _HfllmWithHead(HfllmPreTrainedModel):
@@ -521,6 +337,7 @@ class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
             loss_chunk_size: with labels, compute the loss over this many tokens at a time and return no logits;
                 0 means all at once, `None` follows the config.
             label_smoothing: (in `kwargs`) share of the target spread over all tokens (arXiv:1512.00567, section 7).
+            ignore_index: (in `kwargs`) the label that is ignored instead of -100.
             output_router_logits: with experts, return the routers' logits and the auxiliary loss, and add it to the
                 loss. `None` follows the config; in training with labels this is always done.
 
@@ -531,6 +348,10 @@ class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
         is_balanced = self.training and labels is not None and self.config.router_aux_loss_coef > 0
         asked = self.config.output_router_logits if output_router_logits is None else output_router_logits
         output_router_logits = bool(self.config.num_local_experts) and (asked or is_balanced)
+        if output_router_logits:
+            install_capturing_hooks(self.model)
+        if self.config.num_local_experts:
+            kwargs["output_router_logits"] = output_router_logits
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -538,7 +359,6 @@ class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
             cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=output_router_logits,
             **kwargs,
         )
         loss_chunk_size = self.config.loss_chunk_size if loss_chunk_size is None else loss_chunk_size
@@ -563,16 +383,28 @@ class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
             router_logits=outputs.router_logits if output_router_logits else None,
         )
 
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args, **kwargs) -> dict:
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if inputs.get("position_ids") is not None:
+            # Here, outside of a forward that may be compiled.
+            mask = kwargs.get("attention_mask")
+            length = max(input_ids.shape[1], mask.shape[-1] if isinstance(mask, torch.Tensor) else 0)
+            self.model.check_context(length, inputs["position_ids"])
+        return inputs
+
     def _loss(self, hidden_states, logits, labels, chunk_size, label_smoothing, **kwargs) -> torch.Tensor:
         if logits is not None and not label_smoothing:
             return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         targets, num_items = kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")
+        ignored = kwargs.get("ignore_index", -100)
         if targets is None:
-            targets = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
+            targets = nn.functional.pad(labels[..., 1:], (0, 1), value=ignored)
         targets = targets.reshape(-1).to(hidden_states.device)
         states = hidden_states.flatten(0, 1) * self.config.logit_scale
-        total = linear_cross_entropy(states, self.lm_head, targets, chunk_size or len(targets), label_smoothing)
-        return total / ((targets != -100).sum() if num_items is None else num_items)
+        chunk_size = chunk_size or len(targets)
+        total = linear_cross_entropy(states, self.lm_head, targets, chunk_size, label_smoothing, ignored)
+        return total / ((targets != ignored).sum() if num_items is None else num_items)
 
 
 class HfllmForMaskedLM(_HfllmWithHead):
@@ -591,7 +423,13 @@ class HfllmForMaskedLM(_HfllmWithHead):
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         """Return logits at every position, and the loss over positions whose label is not -100 (without a shift)."""
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
         logits, loss = self._logits(outputs.last_hidden_state), None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

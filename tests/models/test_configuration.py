@@ -2,6 +2,7 @@
 
 import pytest
 
+import hfllm
 from hfllm import HfllmConfig
 
 
@@ -63,3 +64,23 @@ def test_odd_heads_are_fine_without_rope():
 def test_combinations_that_make_no_sense_are_refused(values, field):
     with pytest.raises(Exception, match=field):
         HfllmConfig(hidden_size=64, num_attention_heads=4, **values)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("norm_type", "RMSNorm"),
+        ("mlp_type", "Gated"),
+        ("norm_placement", "sandwich"),
+        ("position_embedding_type", "learnt"),
+        ("rope_parameters", None),
+        ("num_key_value_heads", 3),
+        ("hidden_act", "swish!"),
+    ],
+)
+@pytest.mark.parametrize("head", ["Model", "ForCausalLM", "ForSequenceClassification"])
+def test_fields_set_later_are_checked_when_a_model_is_built(field, value, head):
+    config = HfllmConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=1, vocab_size=50)
+    setattr(config, field, value)
+    with pytest.raises(ValueError, match=field):
+        getattr(hfllm, f"Hfllm{head}")(config)

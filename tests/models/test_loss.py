@@ -29,6 +29,7 @@ CASES = [
     {"num_items_in_batch": torch.tensor(7)},
     {"label_smoothing": 0.1},
     {"label_smoothing": 0.1, "num_items_in_batch": 7},
+    {"ignore_index": 42},
 ]
 
 
@@ -37,11 +38,19 @@ CASES = [
 @pytest.mark.parametrize("family", ["llama", "gpt2", "cohere", "mixtral"])
 def test_chunked_equals_plain(make_model, batch, family, case, chunk):
     model = make_model(**FAMILIES[family])
+    if "ignore_index" in case:
+        batch["labels"] = batch["labels"].where(batch["labels"] != -100, case["ignore_index"])
     plain, expected = loss_and_gradients(model, **batch, **case)
     chunked, gradients = loss_and_gradients(model, **batch, **case, loss_chunk_size=chunk)
     assert chunked.logits is None
     torch.testing.assert_close(chunked.loss, plain.loss, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_label_outside_the_vocabulary_is_an_error(make_model, batch):
+    """-100 is not ignored where another label is, as in the plain loss."""
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        make_model()(**batch, ignore_index=42, loss_chunk_size=5)
 
 
 def test_label_smoothing_is_transformers(make_model, batch):

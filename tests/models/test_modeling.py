@@ -12,7 +12,8 @@ from transformers import (
 from transformers.cache_utils import StaticCache
 
 import hfllm
-from hfllm.models import modeling_hfllm
+from hfllm.models import layers_hfllm, modeling_hfllm
+from hfllm.models.attention_hfllm import create_mask, packed_sequences
 
 
 @pytest.fixture(params=FAMILIES, ids=list(FAMILIES))
@@ -188,6 +189,72 @@ def test_packed_sequences_equal_separate_ones(make_model, axes, ids):
         torch.testing.assert_close(logits, separate, atol=1e-5, rtol=1e-5)
 
 
+def native_of(model, folder):
+    return AutoModelForCausalLM.from_pretrained(hfllm.to_native(model, folder)).eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_positions_that_jump_forward_are_one_sequence(make_model, ids, tmp_path, family):
+    """As in training on skipped positions (PoSE). A stock model splits rows there unless it has a mask or a cache."""
+    model = make_model(**FAMILIES[family])
+    positions = torch.cat((torch.arange(5), torch.arange(40, 47)))[None].expand(2, -1)
+    everything = torch.ones_like(ids)
+    expected = native_of(model, tmp_path / "native")(ids, attention_mask=everything, position_ids=positions).logits
+    for more in ({"attention_mask": everything}, {"use_cache": False}, {"use_cache": True}):
+        logits = model(ids, position_ids=positions, **more).logits
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_packed_sequences_may_jump_and_start_anywhere(make_model, axes, ids):
+    model = make_model(**axes)
+    first, second = torch.tensor([3, 4, 9, 10, 30, 31, 32]), torch.tensor([0, 1, 20, 21, 22])
+    separate = [model(ids[:1, :7], position_ids=first[None]), model(ids[1:, :5], position_ids=second[None])]
+    packed, positions = torch.cat((ids[:1, :7], ids[1:, :5]), 1), torch.cat((first, second))[None]
+    for mask in (None, torch.ones_like(packed)):
+        logits = model(packed, attention_mask=mask, position_ids=positions).logits
+        torch.testing.assert_close(logits, torch.cat([each.logits for each in separate], 1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("positions", "mask", "expected"),
+    [
+        ([0, 1, 2, 3], None, None),
+        ([5, 6, 90, 91], None, None),
+        ([0, 1, 1, 2], None, None),
+        ([0, 1, 0, 1], None, [0, 0, 1, 1]),
+        ([4, 5, 3, 4], None, [0, 0, 1, 1]),
+        ([0, 0, 1, 0], None, [0, 1, 1, 2]),
+        ([1, 1, 0, 1], [0, 0, 1, 1], None),  # padding on the left
+        ([0, 1, 1, 1], [1, 1, 0, 0], None),
+        ([0, 1, 9, 0, 1], [1, 1, 0, 1, 1], [0, 0, 0, 1, 1]),  # padding between two sequences
+        ([0, 1, 9, 2, 3], [1, 1, 0, 1, 1], None),
+    ],
+)
+def test_only_restarts_are_boundaries(positions, mask, expected):
+    mask = None if mask is None else torch.tensor([mask])
+    found = packed_sequences(torch.tensor([positions]), mask)
+    assert (None if found is None else found[0].tolist()) == expected
+
+
+def test_flash_kernels_get_restarts_alone(make_model, ids):
+    """They split a row at every jump of the positions that they are given."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    given = []
+
+    def kernel(*args, position_ids=None, **kwargs):
+        given.append(None if position_ids is None else position_ids[0].tolist())
+        return sdpa_attention_forward(*args, **kwargs)
+
+    AttentionInterface.register("a_flash_kernel", kernel)
+    model = make_model(num_hidden_layers=1)
+    model.config._attn_implementation_internal = "a_flash_kernel"
+    for positions in ([0, 1, 2, 7, 8], [4, 5, 0, 1, 2]):
+        model(ids[:1, :5], position_ids=torch.tensor([positions]), use_cache=False)
+    assert given == [None, [0, 1, 0, 1, 2]]
+
+
 def test_packed_rows_with_padding_equal_separate_ones(make_model, ids):
     model = make_model()
     packed = torch.cat((torch.zeros(1, 3, dtype=torch.long), ids[:1, :7], ids[1:, :5]), 1)
@@ -216,13 +283,12 @@ def test_packed_rows_that_flash_attention_would_mix_are_refused(make_model, ids)
     model = make_model().model
     model.config._attn_implementation_internal = "flash_attention_2"
     positions = torch.cat((torch.arange(7), torch.arange(5))).unsqueeze(0)
-    numbers = modeling_hfllm.packed_sequences(positions, None)
-    embeds = model.embed_tokens(ids)
-    assert model._mask(embeds[:1], None, positions, None, numbers) is None  # the kernel splits one row by itself
+    packed, embeds = packed_sequences(positions, None), model.embed_tokens(ids)
+    assert create_mask(model.config, embeds[:1], None, None, packed) is None  # the kernel splits one row by itself
     with pytest.raises(ValueError, match="one row without padding"):
-        model._mask(embeds, None, positions.expand(2, -1), None, numbers.expand(2, -1))
+        create_mask(model.config, embeds, None, None, packed.expand(2, -1))
     with pytest.raises(ValueError, match="one row without padding"):
-        model._mask(embeds[:1], torch.tensor([[0] * 3 + [1] * 9]), positions, None, numbers)
+        create_mask(model.config, embeds[:1], torch.tensor([[0] * 3 + [1] * 9]), None, packed)
 
 
 def test_a_window_ends(make_model, ids):
@@ -253,15 +319,16 @@ def test_adapters_with_dropout_get_the_gradient_of_their_own_mask(make_model, id
         return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
     saving = gradients()
-    monkeypatch.setattr(modeling_hfllm, "saves_memory", lambda: False)
+    monkeypatch.setattr(layers_hfllm, "saves_memory", lambda: False)
     torch.testing.assert_close(saving, gradients())
 
 
-def test_the_norm_has_first_and_second_derivatives():
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_the_norm_has_first_and_second_derivatives(unit_offset):
     states = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(modeling_hfllm._RMSNorm.apply, (states, weight, 1e-5))
-    assert torch.autograd.gradgradcheck(modeling_hfllm._RMSNorm.apply, (states, weight, 1e-5))
+    assert torch.autograd.gradcheck(layers_hfllm._RMSNorm.apply, (states, weight, 1e-5, unit_offset))
+    assert torch.autograd.gradgradcheck(layers_hfllm._RMSNorm.apply, (states, weight, 1e-5, unit_offset))
 
 
 def test_parallel_plans_name_what_is_there(make_config, axes):
@@ -367,10 +434,54 @@ def test_token_classification_takes_a_step(make_model, axes, ids):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_learned_positions_end(make_model, ids):
-    model = make_model(position_embedding_type="learned", max_position_embeddings=8)
-    with pytest.raises(ValueError, match="max_position_embeddings=8"):
-        model(ids)
+class TestLearnedPositionsEnd:
+    GREEDY = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+
+    @pytest.fixture
+    def model(self, make_model):
+        return make_model(position_embedding_type="learned", max_position_embeddings=24)
+
+    def test_in_a_call(self, model, ids):
+        longer = ids.repeat(1, 3)
+        for more in ({}, {"use_cache": False}, {"position_ids": torch.arange(36)[None]}):
+            with pytest.raises(ValueError, match=r"position 35 .* 0 to 23 \(max_position_embeddings=24\)"):
+                model(longer, **more)
+        with pytest.raises(ValueError, match="position -1 "):
+            model(ids, position_ids=torch.arange(12)[None] - 1)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {},
+            {"num_beams": 3},
+            {"use_cache": False},
+            {"cache_implementation": "static"},
+            {"cache_implementation": "static", "num_beams": 3},
+            {"prompt_lookup_num_tokens": 3},
+        ],
+        ids=str,
+    )
+    def test_in_generation(self, model, ids, settings):
+        with pytest.raises(ValueError, match=r"0 to 23 \(max_position_embeddings=24\)"):
+            model.generate(ids[:1], **self.GREEDY, **settings)
+
+    def test_with_a_draft(self, model, ids, make_model):
+        draft = make_model(seed=1, num_hidden_layers=1)
+        with pytest.raises(ValueError, match=r"0 to 23 \(max_position_embeddings=24\)"):
+            model.generate(ids[:1], assistant_model=draft, **self.GREEDY)
+
+    def test_padding_takes_no_positions(self, model, ids):
+        padded = torch.cat((torch.zeros(2, 8, dtype=torch.long), ids), 1)
+        mask = (torch.arange(20) >= 8).long().expand(2, -1)
+        settings = {**self.GREEDY, "max_new_tokens": 12, "min_new_tokens": 12}
+        answers = model.generate(padded, attention_mask=mask, **settings)
+        assert torch.equal(answers[:, 20:], model.generate(ids, **settings)[:, 12:])
+
+    def test_positions_are_not_looked_at_before_the_table_could_end(self, model, ids, monkeypatch):
+        looked = []
+        monkeypatch.setattr(modeling_hfllm, "check_positions", lambda *_: looked.append(1))
+        model.generate(ids, **{**self.GREEDY, "max_new_tokens": 12, "min_new_tokens": 12})
+        assert not looked
 
 
 def test_trainer_finds_one_column_of_labels():

@@ -13,19 +13,15 @@ from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 
 from hfllm.generation.packed.projections import Function, Projection, added
-from hfllm.models.modeling_hfllm import (
-    HfllmDecoderLayer,
-    HfllmForCausalLM,
-    HfllmMLP,
-    HfllmRMSNorm,
-    apply_rotary_pos_emb,
-)
+from hfllm.models.attention_hfllm import rotate_heads
+from hfllm.models.layers_hfllm import HfllmMLP, HfllmRMSNorm
+from hfllm.models.modeling_hfllm import HfllmDecoderLayer, HfllmForCausalLM
 
 if TYPE_CHECKING:
     from hfllm.generation.packed.ragged_cache import RaggedLayer
     from hfllm.models.configuration_hfllm import HfllmConfig
 
-# Rotations of all tokens: factors of complex pairs, or cosines and sines, each (B, Q, 1, R).
+# Rotations of all tokens: factors of complex pairs, or cosines and signed sines, each (B, Q, 1, R).
 Rotation = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
@@ -117,7 +113,7 @@ class PackedLayer:
         if self.q_norm is not None:
             qk.copy_(torch.cat((self.q_norm(qk[:, :, :heads]), self.k_norm(qk[:, :, heads:])), dim=2))
         if rotation is not None:
-            qk.copy_(apply_rotary_pos_emb(qk, *rotation))
+            qk.copy_(rotate_heads(qk, *rotation))
 
 
 def interleaved_rotary(model: HfllmForCausalLM) -> bool:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from hfllm.errors import InputError
 from hfllm.generation.packed.layer import PackedLayer, Rotation, additive, interleaved_rotary, norm_of
 from hfllm.generation.packed.projections import Projection, has_int8, joined
+from hfllm.models.attention_hfllm import signed
 from hfllm.models.modeling_hfllm import HfllmForCausalLM
 
 if TYPE_CHECKING:
@@ -179,17 +180,17 @@ class PackedModel:
         if rotary is None:
             return self.trunk._embed(states, position_ids)
         if rotary.rope_type not in FIXED_ROTARY:
-            cosines, sines = (part.transpose(1, 2) for part in rotary(states, position_ids))
+            cosines, sines = (part.unsqueeze(2) for part in _rotation(rotary, states, position_ids))
         else:
             tables = self._rotary_tables(states, rotary, cache.capacity)
             cosines, sines = (F.embedding(position_ids, table).unsqueeze(2) for table in tables)
         return states, self._turn(cosines, sines) if self.turns else (cosines, sines)
 
     def _rotary_tables(self, states: torch.Tensor, rotary: nn.Module, positions: int) -> tuple[torch.Tensor, ...]:
-        """Return cosines and sines of at least that many positions, each (positions, R)."""
+        """Return cosines and signed sines of at least that many positions, each (positions, R)."""
         if self.tables is None or len(self.tables[0]) < positions:
             every = torch.arange(2 ** (positions - 1).bit_length(), device=states.device).unsqueeze(0)
-            self.tables = tuple(part[0, 0].contiguous() for part in rotary(states, every))
+            self.tables = tuple(part[0].contiguous() for part in _rotation(rotary, states, every))
         return self.tables
 
     def _turn(self, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
@@ -198,13 +199,21 @@ class PackedModel:
         For prompts (B * Q, 1, D / 2), to save memory.
         """
         half = cosines.shape[-1] // 2
-        # Take the second halves: the sines of the first halves are negated (`HfllmRotaryEmbedding`).
+        # Take the second halves: the sines of the first halves are negated.
         turns = torch.complex(cosines[..., half:], sines[..., half:]).flatten(0, 1)
         if cosines.shape[1] > 1:
             return turns
         stay = torch.ones_like(turns[:, :, :1])
         turned = self.heads + self.key_heads
         return torch.cat((turns.expand(-1, turned, -1), stay.expand(-1, self.key_heads, half)), dim=1)
+
+
+def _rotation(
+    rotary: nn.Module, states: torch.Tensor, position_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosines and signed sines, each (B, Q, R), as `rotate_heads` takes them."""
+    cosines, sines = rotary(states, position_ids)
+    return cosines, signed(sines)
 
 
 def _version(parameter: nn.Parameter) -> int:

@@ -1,0 +1,224 @@
+"""Rotary positions, attention and its masks.
+
+This file imports only torch, transformers and files beside it, and is uploaded to the Hub with modeling_hfllm.py.
+Shapes: B batch, S sequence, H query heads, K key-value heads, D head_dim, R rotated dimensions of a head.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import nn
+from transformers import masking_utils
+from transformers.cache_utils import Cache
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .configuration_hfllm import HfllmConfig
+from .layers_hfllm import build_norm
+from .memory_hfllm import needs_autograd
+
+
+class HfllmRotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary embedding (Su et al. 2021, equation 34), with transformers' scaling types."""
+
+    def __init__(self, config: HfllmConfig):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        by_type = {**ROPE_INIT_FUNCTIONS, "default": self.compute_default_rope_parameters}
+        inv_freq, self.attention_scaling = by_type[self.rope_type](config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: HfllmConfig, **kwargs) -> tuple[torch.Tensor, float]:
+        """Return the inverse frequencies `theta^(-2i/R)`, shape (R/2,), and the attention factor, which is 1 here.
+
+        R is the number of rotated dimensions of a head: all of them unless `partial_rotary_factor` is set.
+        """
+        size = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, size, 2, dtype=torch.float) / size
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+
+    @dynamic_rope_update
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosines and sines, each (B, S, R) with equal halves, as transformers' Llama does."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device, torch.float)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
+
+
+def signed(sin: torch.Tensor) -> torch.Tensor:
+    """Return the sines with the first half of the last dimension negated, for `rotate_heads`."""
+    if type(sin) is torch.Tensor and not torch.compiler.is_compiling():
+        return sin * _signs(sin.shape[-1], sin.dtype, sin.device)
+    first, second = sin.chunk(2, dim=-1)
+    return torch.cat((-first, second), dim=-1)
+
+
+@lru_cache(maxsize=16)
+def _signs(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return -1 for the first half and 1 for the second, (size,): one product for each generated token and layer."""
+    with torch.inference_mode(False):
+        return torch.tensor([-1.0, 1.0]).repeat_interleave(size // 2).to(device, dtype)
+
+
+def rotate_heads(states: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the first dimensions of each head, as many as `cos` has; the others stay unchanged.
+
+    With the sign in the small tensor of sines, no half of `states` has to be negated.
+    """
+    size = cos.shape[-1]
+    if size == states.shape[-1]:
+        product, rolled = states * cos, states.roll(size // 2, -1)
+        # In place, to save the time that new memory takes; nobody else holds the product.
+        return product.addcmul_(rolled, signed_sin) if not needs_autograd() else product.addcmul(rolled, signed_sin)
+    rotated, passed = states.split((size, states.shape[-1] - size), dim=-1)
+    return torch.cat((rotate_heads(rotated, cos, signed_sin), passed), dim=-1)
+
+
+def apply_rotary_pos_emb(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rotated query and key, as the function of this name in transformers' Llama does.
+
+    Args:
+        query: (B, H, S, D).
+        key: (B, K, S, D).
+        cos: (B, S, R), and so `sin`; where R is less than D, the other dimensions stay unchanged.
+        unsqueeze_dim: the dimension of the heads; 2 for (B, S, H, D).
+    """
+    cos, sin = cos.unsqueeze(unsqueeze_dim), signed(sin).unsqueeze(unsqueeze_dim)
+    return rotate_heads(query, cos, sin), rotate_heads(key, cos, sin)
+
+
+class HfllmAttention(nn.Module):
+    """Grouped-query self-attention through transformers' attention interface."""
+
+    def __init__(self, config: HfllmConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = config.is_causal
+        # Copied, here and in the layer: a config looks up every name in its attribute map, too slow for decoding.
+        self.attention_dropout, self.sliding_window = config.attention_dropout, config.sliding_window
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
+        self.q_norm = build_norm(config, config.head_dim) if config.qk_norm else None
+        self.k_norm = build_norm(config, config.head_dim) if config.qk_norm else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the output (B, S, E) and, from eager attention, the weights (B, H, S, S). Arguments are Llama's."""
+        batch_and_length = hidden_states.shape[:-1]
+        per_head = (*batch_and_length, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(per_head)
+        key = self.k_proj(hidden_states).view(per_head)
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
+        if position_embeddings is not None:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*batch_and_length, -1).contiguous()), weights
+
+
+def packed_sequences(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the index of each token's packed sequence, (B, S), or `None` when no row holds more than one.
+
+    A sequence begins where positions restart: at a position below that of the token before, or at 0. Positions that
+    jump forward (PoSE, arXiv:2309.10400) stay in one sequence. Padding has no position.
+    """
+    if position_ids is None or (attention_mask is not None and len(attention_mask.shape) != 2):
+        return None
+    before, after = position_ids[:, :-1], position_ids[:, 1:]
+    if attention_mask is not None:
+        real = attention_mask[:, -position_ids.shape[1] :].bool()
+        index = torch.arange(position_ids.shape[1], device=real.device)
+        last_real = torch.where(real, index, -1).cummax(-1).values[:, :-1]
+        before = position_ids.expand(len(real), -1).gather(1, last_real.clamp(min=0))
+    begins = (after < before) | (after == 0)
+    if attention_mask is not None:
+        begins = begins & real[:, 1:] & (last_real >= 0)
+    if not torch.compiler.is_compiling() and not begins.any():
+        return None
+    return nn.functional.pad(begins, (1, 0)).cumsum(-1)
+
+
+def restarted_positions(packed: torch.Tensor) -> torch.Tensor:
+    """Return 0, 1, 2, ... within each sequence of `packed_sequences`, (B, S).
+
+    This is the form in which attention functions recognize packed sequences: for them, every jump is a boundary.
+    """
+    index = torch.arange(packed.shape[1], device=packed.device)
+    begins = nn.functional.pad(packed.diff(dim=-1), (1, 0)).bool()
+    return index - torch.where(begins, index, 0).cummax(-1).values
+
+
+def create_mask(
+    config: HfllmConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Cache | None,
+    packed: torch.Tensor | None,
+) -> object:
+    """Return what the attention function takes as its mask: a tensor, a block mask, or `None`.
+
+    Args:
+        config: its direction, window and attention function decide.
+        inputs_embeds: (B, S, E).
+        attention_mask: (B, S) with 0 for padding; a mask of four dimensions is returned as it is.
+        cache: holds the tokens before.
+        packed: the result of `packed_sequences`.
+
+    Raises:
+        ValueError: for packed sequences that a flash kernel cannot keep apart.
+    """
+    # Both mask functions become bidirectional when config.is_causal is False.
+    create, restarts, allowed = masking_utils.create_causal_mask, None, None
+    if config.sliding_window is not None:
+        create = masking_utils.create_sliding_window_causal_mask
+    if packed is not None and "flash" in config._attn_implementation and not torch.compiler.is_compiling():
+        # Flash kernels take no mask: they split only a single row without padding, at its position ids.
+        if len(packed) > 1 or not (attention_mask is None or attention_mask.all()):
+            raise ValueError("flash attention takes packed sequences as one row without padding only")
+        attention_mask = None
+    # The mask functions find packed sequences only in a causal model without a padding mask.
+    if packed is not None and config.is_causal and attention_mask is None:
+        restarts = restarted_positions(packed)
+    elif packed is not None:
+        allowed = masking_utils.packed_sequence_mask_function(packed.expand(inputs_embeds.shape[0], -1))
+    return create(config, inputs_embeds, attention_mask, cache, restarts, and_mask_function=allowed)
