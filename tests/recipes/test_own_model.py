@@ -232,7 +232,10 @@ def test_what_is_published_loads_by_name_without_hfllm(chain, hub, here, tmp_pat
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{template[1]}{template[2]}")
     run("sft", "--model_name_or_path", "me/adapter", "--dataset_name", "alpaca.json", "--output_dir", tmp_path / "on")
     assert settings_of(tmp_path / "on")["base_model_name_or_path"] == "me/base"
-    assert json.loads((tmp_path / "on" / "report.json").read_text())["arguments"]["learning_rate"] == 2e-4
+    by_name = [
+        sft.parse(["--model_name_or_path", f"me/{name}", "--dataset_name", "x"]) for name in ("adapter", "base")
+    ]
+    assert [training_args.learning_rate for _, training_args, _ in by_name] == [2e-4, 2e-5]
     assert mean_b(tmp_path / "on") > mean_b("outputs/sft") / 2
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "PYTHON"))}
     own = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1"}
