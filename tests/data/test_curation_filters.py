@@ -12,7 +12,6 @@ from datatrove.data import Document
 
 from hfllm.data.curation.content import LanguageFilter, SpamFilter, ToxicityFilter, read_phrases
 from hfllm.data.curation.decontamination import DecontaminationFilter, evaluation_texts
-from hfllm.data.curation.html_text import html_to_text
 from hfllm.data.curation.quality import (
     C4QualityFilter,
     GopherQualityFilter,
@@ -257,13 +256,3 @@ def test_evaluation_texts_are_all_strings_of_a_row_and_their_join(tmp_path):
     path.write_text('{"question": "too short"}')
     with pytest.raises(InputError, match="holds no text of 8 words"):
         evaluation_texts([str(path)])
-
-
-def test_html_becomes_its_text():
-    html = (
-        "<!doctype html><html><head><title>T</title><style>p {}</style></head><body><nav>Home</nav><h1>Big&nbsp;news"
-        "</h1><p>One <b>bold</b>\nword.</p><script>var x = '</p>';</script><p>Two &amp; three<br>four</p>"
-        "<footer>Imprint</footer></body></html>"
-    )
-    assert html_to_text(html) == "Big news\n\nOne bold word.\n\nTwo & three\nfour"
-    assert html_to_text("<p>never closed <script>x") == "never closed"
