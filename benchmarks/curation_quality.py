@@ -99,7 +99,9 @@ def ham(data: Path) -> dict[str, list[str]]:
         "ARC": [row["instruction"] for row in arc],
         "StrategyQA": [line.replace("\t", " ") for line in strategy if line.strip()],
         **clean,
-        "gsm8k with a dollar sign, question and answer": [solved(row) for row in tasks if "$" in row["question"]],
+        "gsm8k with a dollar sign, question and answer": [
+            solved(row) for row in tasks[1::2] if "$" in row["question"]
+        ],
         "WikiText-2": [line for line in wikitext if len(line.split()) > 20],
         "arXiv": [row["text"][:6000] for row in arxiv],
         **held_out,
@@ -125,7 +127,7 @@ def spam_training(data: Path) -> tuple[list[str], list[bool]]:
 def ham_dropped(data: Path) -> list[dict]:
     rows, refitted = [], fit(*spam_training(data))
     for name, texts in ham(data).items():
-        unseen = texts if name.startswith(NOT_FITTED[1:]) else texts[1::2]
+        unseen = texts if name.startswith(NOT_FITTED) else texts[1::2]
         shares = [
             sum(not keeps(SpamFilter(model), text) for text in unseen) / len(unseen)
             for model in (SpamModel(), refitted)

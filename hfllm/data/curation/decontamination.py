@@ -22,7 +22,8 @@ _UNSEEN = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
 _CALCULATION = re.compile(r"<<[^<>\n]{0,200}>>")
 _FINAL_ANSWER = re.compile(r"####\s{0,9}[-$\d.,]{1,30}[ \t]{0,9}(?=\n|$)")
 _SPLIT_NUMBER = re.compile(r"(?<=\d) ?@([.,])@ ?(?=\d)")
-_SPLIT_WORD = re.compile(r"(?<=\w)\s((?:n['’]t|['’](?:s|t|re|ve|ll|d|m))\b)", re.IGNORECASE)
+_SPLIT_PARTS = (" '", " ’", " n'", " n’", " N'", " N’")
+_SPLIT_WORD = re.compile(r"(?<=\w) ((?:n['’]t|['’](?:s|t|re|ve|ll|d|m))\b)", re.IGNORECASE)
 
 
 def normalized(text: str) -> str:
@@ -40,7 +41,7 @@ def normalized(text: str) -> str:
         text = _FINAL_ANSWER.sub("", text)
     if "@" in text:
         text = _SPLIT_NUMBER.sub(r"\1", text)
-    return _SPLIT_WORD.sub(r"\1", text)
+    return _SPLIT_WORD.sub(r"\1", text) if any(part in text for part in _SPLIT_PARTS) else text
 
 
 class DecontaminationFilter(BaseFilter):
