@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("trafilatura", reason="needs the extra 'data'")
 
-from html_pages import MILL, PAGES, article, paragraphs
+from html_pages import BEES, MILL, PAGES, article, paragraphs
 
 from hfllm.data.curation.html_text import MOST_ATTRIBUTES, MOST_LISTS, MOST_TAGS, html_to_text, is_too_complex
 from hfllm.data.curation.html_tokens import plain_text, tokens
@@ -53,6 +53,12 @@ def test_nothing_of_the_text_is_lost_in_a_form(extractor):
         ):
             found = html_to_text(f"<html><body>{page}</body></html>", extractor)[0]
             assert all(line in found for line in MILL[:count]), page
+
+
+def test_groups_of_a_form_beside_other_text():
+    form = f"<form>{paragraphs(MILL)}<fieldset>{paragraphs(BEES)}</fieldset></form>"
+    found = html_to_text(article("", "", f"<article>{form}</article>", ""))[0]
+    assert all(line in found for line in (*MILL, *BEES))
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if "German" in name or "Japanese" in name])
