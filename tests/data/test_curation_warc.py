@@ -211,9 +211,12 @@ def test_the_meta_tag_names_the_encoding():
 
 
 def test_without_trafilatura_it_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr("hfllm.data.curation.inputs.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"a\.warc\.gz: .* needs trafilatura: pip install 'hfllm\[data\]'"):
-        read(tmp_path, record(http(page(1))))
+    for absent in ("trafilatura", "lxml_html_clean"):
+        monkeypatch.setattr(
+            "hfllm.data.curation.inputs.find_spec", lambda name, absent=absent: None if name == absent else 1
+        )
+        with pytest.raises(InputError, match=rf"a\.warc\.gz: .* needs {absent}: pip install 'hfllm\[data\]'"):
+            read(tmp_path, record(http(page(1))))
     assert read(tmp_path, record(http(page(1))), html_extractor="plain")[0] == [SENTENCE.format(1)]
     (tmp_path / "a.txt").write_text("no web page")
     find_inputs(CurationOptions(dataset_name=str(tmp_path / "a.txt")))
