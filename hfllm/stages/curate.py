@@ -29,6 +29,11 @@ LICENSES = {PYDOC: "PSF-2.0 (documentation of the Python standard library)"}
 MOST_COMPARED_BYTES = 1 << 28
 MOST_SOURCES = 20
 EXAMPLES = "Examples of what was dropped"
+# What the reader counts besides documents: see docs/curation.md.
+NOTES = {
+    "too_complex": "pages of which all visible text was taken: too complex for the extractor",
+    "nothing_found": "pages of which all visible text was taken: the extractor found none",
+}
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,7 @@ def curation_tables(
     return {
         "Funnel": funnel,
         "Drops by reason": reason_rows(statistics),
+        **({"Notes on reading": notes} if (notes := note_rows(statistics)) else {}),
         "Sources": source_rows(dataset_name, statistics),
         EXAMPLES: sorted(examples, key=lambda row: order.index(row["step"])),
     }
@@ -209,6 +215,22 @@ def reason_rows(statistics: Statistics) -> Rows:
         for step, values in _totals(statistics).items()
         for name, count in sorted(values.items(), key=lambda item: -item[1])
         if name.startswith("dropped_") and step in ("read", *FILTERS)
+    ]
+
+
+def note_rows(statistics: Statistics) -> Rows:
+    """Count records of web archives that are no documents, and pages whose text was found otherwise than asked."""
+    notes = {
+        name.removeprefix("note_"): int(count)
+        for name, count in _totals(statistics)["read"].items()
+        if name.startswith("note_")
+    }
+    return [
+        {
+            "what": NOTES.get(name, f"{name.replace('record_', '').replace('_', ' ')} records, not read"),
+            "number": count,
+        }
+        for name, count in sorted(notes.items(), key=lambda item: -item[1])
     ]
 
 

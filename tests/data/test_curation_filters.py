@@ -1,6 +1,7 @@
 """What each filter keeps and drops, and why."""
 
 import random
+import re
 from collections import Counter
 
 import numpy as np
@@ -11,8 +12,7 @@ pytest.importorskip("datatrove", reason="needs the extra 'data'")
 from datatrove.data import Document
 
 from hfllm.data.curation.content import LanguageFilter, SpamFilter, ToxicityFilter, read_phrases
-from hfllm.data.curation.decontamination import DecontaminationFilter, evaluation_texts
-from hfllm.data.curation.html_text import html_to_text
+from hfllm.data.curation.decontamination import DecontaminationFilter, evaluation_texts, normalized
 from hfllm.data.curation.quality import (
     C4QualityFilter,
     GopherQualityFilter,
@@ -83,6 +83,32 @@ def test_gopher_quality(text, reason):
 
 def test_gopher_quality_has_an_upper_length():
     assert verdict(GopherQualityFilter(max_words=100), PROSE * 3) == "too_many_words"
+
+
+TOKENIZED = (
+    "The mill , built in 1,204 , was a well @-@ known one ; it ground 2 @,@ 300 sacks a year ( or 6 @.@ 3 a day ) , "
+    "and its owner , <unk> of <unk> , sold flour \" to all who asked \" . He 's said to have left it to the town 's "
+    "poor . The wheel , which was rebuilt in 1953 , 1977 and 2001 , still turns , though nobody now <unk> there ; it "
+    "does n't pay . = = Later use = = In 1990 , the mill became a school , then an inn , then a school again ."
+)
+
+
+def test_punctuation_that_a_tokenizer_split_off_is_no_word_without_letters():
+    tokens = TOKENIZED.split()
+    assert sum(any(map(str.isalpha, token)) for token in tokens) < 0.8 * len(tokens)  # as Gopher counts
+    assert verdict(GopherQualityFilter(), TOKENIZED) is True
+    # Numbers still count, and so do the marks of tables and lists of prices.
+    for part in ("123 4.5 ", "| ", "$5.00 , 6.00 ; ", "-> * "):
+        assert verdict(GopherQualityFilter(), PROSE + " " + part * 40) == "words_without_letters", part
+
+
+@pytest.mark.parametrize("mark", ["* * *", "***", "-----", "* &nbsp; *".replace("&nbsp;", "\xa0"), "§", "— — —"])
+def test_breaks_between_the_scenes_of_a_book_are_no_repeated_paragraphs(mark):
+    scenes = [f"{sentence.strip()}." for sentence in PROSE.replace("\n", " ").split(".") if sentence.strip()]
+    for between in ("\n\n", "\n"):
+        assert verdict(GopherRepetitionFilter(), f"{between}{mark}{between}".join(scenes)) is True
+    # Words between them still are.
+    assert verdict(GopherRepetitionFilter(), "\n\nRead more\n\n".join(scenes)) == "repeated_paragraphs"
 
 
 def shares_by_counting(words, n):
@@ -186,6 +212,41 @@ def test_spam():
     assert verdict(SpamFilter(), PROSE + " She won a prize and was free to call us.") is True
 
 
+WORD_PROBLEMS = (
+    "Mira sells 24 jars of honey at the market for $7 each and pays $18 for her stall every week. How much "
+    "money does she "
+    "make in a week? She takes 24 * 7 = $168. After the stall she is left with 168 - 18 = $150. The answer is 150.",
+    "A winter coat costs $120 and is on sale at a discount of 25%. Ali has saved $80. How many dollars does he "
+    "need to save "
+    "to buy the coat? The discount is 120 * .25 = $30. The coat costs 120 - 30 = $90. He needs 90 - 80 = $10.",
+    "A phone company charges $15 for the first 100 minutes and $2 for every 10 minutes more. How much did Jo "
+    "pay for 160 "
+    "minutes? 160 - 100 = 60 minutes cost 6 * 2 = $12. Jo paid 15 + 12 = $27.",
+    "Lena saved $600 for her new camera. She spent half of it on the camera and then gave $100 to her school. "
+    "How much "
+    "cash is left? The camera cost 600 / 2 = $300. She has 600 - 300 - 100 = $200 left. #### 200",
+    "At the movies 4 tickets cost $36 and each customer gets a free drink worth $3. What is the cost of one "
+    "ticket without "
+    "the drink? One ticket costs 36 / 4 = $9. Without the drink it costs 9 - 3 = $6.",
+)
+ADVERTISEMENTS = (
+    "Congratulations! Your mobile number has won a cash prize of £5000. To claim call 09058094455 now, 150ppm, "
+    "18 only.",
+    "FREE entry in our weekly draw! Text WIN to 80085 for your chance at a holiday. Txt STOP to end. Cost 150p/msg.",
+    "URGENT! We tried to contact you: your award of £1500 is waiting. Claim it now on www.prizes.example.com or "
+    "08712300220.",
+)
+
+
+def test_prices_and_prizes_are_no_spam_where_nothing_is_sold():
+    for text in WORD_PROBLEMS:
+        assert verdict(SpamFilter(), text) is True, text
+    for text in ADVERTISEMENTS:
+        assert verdict(SpamFilter(), text) == "spam", text
+    # Nor does a story around it hide an advertisement of the same length.
+    assert verdict(SpamFilter(), f"{WORD_PROBLEMS[0]} {' '.join(ADVERTISEMENTS)}") == "spam"
+
+
 def test_spam_weights_can_be_fitted_to_other_data(tmp_path):
     rows = [(f"the camera and the video of day {day}", "spam") for day in range(20)]
     rows += [(f"winner of a free prize on day {day}", "ham") for day in range(20)]
@@ -247,6 +308,43 @@ def test_decontamination_finds_thirteen_words_in_a_row(text, reason):
     assert verdict(DecontaminationFilter(tests), text) == reason
 
 
+ANSWER = (
+    "Natalia sold 48/2 = <<48/2=24>>24 clips in May. Then she sold 24*2 = <<24*2=48>>48 and later 48+24 = "
+    "<<48+24=72>>72 altogether, which is more than Jason's 1,000 friends don't have.\n#### 72"
+)
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        ANSWER,
+        re.sub("<<.*?>>", "", ANSWER),
+        re.sub("<<.*?>>|####.*", "", ANSWER),
+        ANSWER.upper(),
+        ANSWER.replace("'s", " 's").replace("don't", "do n't").replace("1,000", "1 @,@ 000"),
+        ANSWER.replace("'", "’").replace("fi", "ﬁ"),
+        ANSWER.replace(" ", "\u200b ").replace("altogether", "alto\u00adgether"),
+        ANSWER.replace(" ", "\n\n"),
+        "".join(chr(ord(letter) + 0xFEE0) if "!" <= letter <= "~" else letter for letter in ANSWER),
+    ],
+)
+def test_decontamination_sees_through_what_copies_lack_or_have_besides(copy):
+    """Each part of thirteen words or fewer is found, in both directions."""
+    for known, document in ((ANSWER, copy), (copy, ANSWER)):
+        step = DecontaminationFilter([known])
+        assert verdict(step, f"{PROSE}\n\n{document}\n\n{PROSE}") == "contaminated"
+        # All of it counts, and not only a run that has no such mark.
+        assert np.array_equal(word_hashes(normalized(known)), word_hashes(normalized(document)))
+    assert verdict(DecontaminationFilter([ANSWER]), PROSE) is True
+
+
+def test_what_decontamination_leaves_as_it_is():
+    for text in ("a << b", "#### Heading 72", "it is Jason s", "me@home.org", "rock 'n roll", "x <<\n>> y", PROSE):
+        assert normalized(text) == text
+    # A page of openings takes no longer than another.
+    assert normalized("<<" * 100_000) == "<<" * 100_000
+
+
 def test_evaluation_texts_are_all_strings_of_a_row_and_their_join(tmp_path):
     path = tmp_path / "tests.jsonl"
     path.write_text(
@@ -257,13 +355,3 @@ def test_evaluation_texts_are_all_strings_of_a_row_and_their_join(tmp_path):
     path.write_text('{"question": "too short"}')
     with pytest.raises(InputError, match="holds no text of 8 words"):
         evaluation_texts([str(path)])
-
-
-def test_html_becomes_its_text():
-    html = (
-        "<!doctype html><html><head><title>T</title><style>p {}</style></head><body><nav>Home</nav><h1>Big&nbsp;news"
-        "</h1><p>One <b>bold</b>\nword.</p><script>var x = '</p>';</script><p>Two &amp; three<br>four</p>"
-        "<footer>Imprint</footer></body></html>"
-    )
-    assert html_to_text(html) == "Big news\n\nOne bold word.\n\nTwo & three\nfour"
-    assert html_to_text("<p>never closed <script>x") == "never closed"

@@ -192,33 +192,3 @@ def test_what_is_not_there_or_not_readable_is_named(tmp_path):
     ):
         with pytest.raises(InputError, match=complaint):
             read(name)
-
-
-def warc(*pages):
-    """A WARC file of one HTTP response a page, each record compressed by itself."""
-    records = []
-    for number, page in enumerate(pages):
-        body = f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n{page}".encode()
-        head = (
-            f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Record-ID: <urn:uuid:{number}>\r\n"
-            f"WARC-Date: 2026-01-01T00:00:00Z\r\nWARC-Target-URI: http://example.org/{number}\r\n"
-            "WARC-Identified-Payload-Type: text/html\r\n"
-            f"Content-Type: application/http; msgtype=response\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        records.append(gzip.compress(head.encode() + body + b"\r\n\r\n"))
-    return b"".join(records)
-
-
-def test_web_archives_give_the_text_of_their_pages(tmp_path):
-    try:
-        import magic  # noqa: F401 needs the system's libmagic
-    except ImportError:
-        pytest.skip("no libmagic on this machine")
-    pages = [f"<html><body><p>Page {number} of the archive.</p></body></html>" for number in range(3)]
-    path = tmp_path / "a.warc.gz"
-    path.write_bytes(warc(*pages))
-    assert read(path) == ([f"Page {number} of the archive." for number in range(3)], {})
-    path.write_bytes(warc(*pages)[:-30])
-    texts, drops = read(path)
-    assert len(texts) >= 2
-    assert sum(drops.values()) == 1 or len(texts) == 3

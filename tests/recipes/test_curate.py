@@ -383,3 +383,23 @@ def test_importing_the_options_needs_no_extra():
         "import sys; sys.modules['datatrove'] = None; import hfllm.data.curation.options, hfllm.data.curation.inputs"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_records_of_a_web_archive_that_are_no_pages_are_reported_and_are_no_documents(tmp_path):
+    pytest.importorskip("trafilatura", reason="needs the extra 'data'")
+    page = f"<html><frameset><noframes><p>{prose(random.Random(0))}</p></noframes></frameset></html>"
+    records = []
+    for kind, content in (
+        ("warcinfo", "x"),
+        ("request", "GET / HTTP/1.1\r\n\r\n"),
+        ("request", ""),
+        ("resource", page),
+    ):
+        head = f"WARC/1.0\r\nWARC-Type: {kind}\r\nContent-Type: text/html\r\nContent-Length: {len(content)}\r\n\r\n"
+        records.append(f"{head}{content}\r\n\r\n")
+    (tmp_path / "a.warc").write_text("".join(records), newline="")
+    metrics = run("--dataset_name", tmp_path / "a.warc", "--filters", "length", "--output_dir", tmp_path / "out")
+    assert (metrics["documents_read"], metrics["documents_kept"]) == (1, 1)
+    report = (tmp_path / "out" / "report.md").read_text()
+    for what, number in (("request records, not read", 2), ("warcinfo records, not read", 1), ("found none", 1)):
+        assert re.search(rf"{what} +\| {number} ", report), what

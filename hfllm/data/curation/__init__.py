@@ -4,6 +4,7 @@
 
     options.py          every setting, with its default
     inputs.py files.py  the files of a dataset name, and how each kind is read in bounded memory
+    warc.py html_text.py html_tokens.py     web archives, and the text of their pages
     reader.py           the first step of the pipeline
     quality.py          length, Gopher, C4 and repetition rules
     content.py spam.py  language, spam, toxic words

@@ -1,7 +1,8 @@
 """Read each kind of file one document at a time, in memory that does not grow with the file.
 
 Every reader yields `(place, text, reason)`: a position in the file such as `line 3`, and either the text or, for what
-cannot be a document, the reason. A damaged file also ends with such a reason.
+cannot be a document, the reason. A damaged file also ends with such a reason. A text with a reason is a document, and
+the reason a remark on how it was read.
 """
 
 import csv
@@ -12,12 +13,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from hfllm.data.curation.html_text import html_to_text, looks_like_html
 from hfllm.data.curation.inputs import Input, delimiter_of, text_column
 from hfllm.data.curation.options import CurationOptions
-from hfllm.errors import InputError
+from hfllm.data.curation.warc import Item, read_warc
 
-Item = tuple[str, str | None, str | None]
 CHUNK = 1 << 20
 
 
@@ -30,7 +29,7 @@ def read_documents(item: Input, options: CurationOptions) -> Iterator[Item]:
         if item.kind == ".parquet":
             yield from _parquet(item, options)
         elif item.kind.startswith(".warc"):
-            yield from _warc(item, options)
+            yield from read_warc(item, options)
         else:
             with gzip.open(item.path) if item.kind.endswith(".gz") else open(item.path, "rb") as stream:
                 yield from _read_stream(stream, item.kind, options)
@@ -179,26 +178,3 @@ def _cell(cell, limit: int) -> tuple[str | None, str | None]:
     if not isinstance(text, str):
         return None, "no_text"
     return (text, None) if len(text) <= limit else (None, "too_long")
-
-
-def _warc(item: Input, options: CurationOptions) -> Iterator[Item]:
-    """Yield responses and extracted texts of a web archive, by datatrove's reader; HTML is converted to text."""
-    from datatrove.pipeline.readers import WarcReader
-    from warcio.exceptions import ArchiveLoadFailed
-
-    path = Path(item.path)
-    try:
-        # Not decompressed by datatrove: warcio does so per record, and a truncated file loses only its last record.
-        for document in WarcReader(str(path.parent), compression=None).read_file(path.name):
-            text = document.text
-            if len(text) > options.max_document_bytes:
-                yield document.id, None, "too_long"
-            else:
-                yield document.id, html_to_text(text) if looks_like_html(text) else text, None
-    except ArchiveLoadFailed:
-        yield "the rest", None, "damaged_warc"
-    except ImportError as error:
-        raise InputError(
-            f"{item.path}: reading WARC needs the extra 'data' and the system's libmagic "
-            f"(such as apt install libmagic1): {error}"
-        ) from None

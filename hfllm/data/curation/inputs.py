@@ -9,6 +9,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from hfllm.data.curation.options import CurationOptions
@@ -67,6 +68,14 @@ def find_inputs(options: CurationOptions) -> list[Input]:
         raise InputError(f"dataset {name!r} does not exist: no such file or folder (and not a Hub id like user/name)")
     for item in inputs:
         _check(item, options.text_column)
+    missing = next((name for name in ("trafilatura", "lxml_html_clean") if find_spec(name) is None), None)
+    if options.html_extractor == "trafilatura" and missing:
+        page = next((item for item in inputs if item.kind.startswith(".warc")), None)
+        if page:
+            raise InputError(
+                f"{page.path}: the text of web pages needs {missing}: pip install 'hfllm[data]' "
+                "(or --html_extractor plain, which keeps menus too)"
+            )
     return inputs
 
 

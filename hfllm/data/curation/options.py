@@ -11,6 +11,7 @@ FILTERS = (
     *("decontamination", "exact_duplicates", "near_duplicates", "perplexity"),
 )
 TXT_DOCUMENTS = ("passage", "line", "file")
+HTML_EXTRACTORS = ("trafilatura", "plain")
 OUTPUT_FORMATS = ("jsonl", "parquet")
 
 
@@ -35,7 +36,12 @@ class CurationOptions:
     text_column: str | None = _option(None, "Column of the text; by default 'text', else 'content'.")
     txt_documents: str = _option("passage", "Unit of a document in a .txt file: passage, line or file.")
     passage_bytes: int = _option(4000, "Paragraphs of a .txt file are joined to passages of this many bytes or more.")
-    max_document_bytes: int = _option(5_000_000, "Longer lines, passages and cells are dropped without reading them.")
+    html_extractor: str = _option(
+        "trafilatura", "Text of web pages: their main content by trafilatura, or plain, all visible text and faster."
+    )
+    max_document_bytes: int = _option(
+        5_000_000, "Longer lines, passages, cells and web pages are dropped without reading them."
+    )
     max_samples: int | None = _option(None, "Read at most this many documents in each task.")
 
     filters: list[str] = _option(FILTERS, f"Which filters run, in their own order: {', '.join(FILTERS)}.")
@@ -71,6 +77,7 @@ class CurationOptions:
 
     def __post_init__(self) -> None:
         _one_of("--txt_documents", self.txt_documents, TXT_DOCUMENTS)
+        _one_of("--html_extractor", self.html_extractor, HTML_EXTRACTORS)
         _one_of("--output_format", self.output_format, OUTPUT_FORMATS)
         for name in self.filters:
             _one_of("--filters", name, FILTERS)

@@ -13,10 +13,13 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from hfllm.data.curation.text import ngram_hashes, word_hashes, words_of
 
+_HAS_WORD = re.compile(r"[^\W_]")
 Verdict = bool | tuple[bool, str]
 STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 ELLIPSES = ("...", "…")
 BULLETS = ("•", "-", "*", "‣", "●")
+# What a tokenizer splits off words: WikiText's `@-@` and `= = Title = =`, and the Penn Treebank's quotes.
+PUNCTUATION = frozenset(".,;:!?'\"`´‘’“”()[]{}-–—/%$£€&@=…")
 
 
 class LengthFilter(BaseFilter):
@@ -39,6 +42,9 @@ class GopherQualityFilter(BaseFilter):
     characters, more than one `#` or ellipsis per ten words, over 90% of lines that begin with a bullet, over 30% that
     end in an ellipsis, fewer than 80% of words with a letter in them, or fewer than `min_stop_words` different ones of
     the, be, to, of, and, that, have, with.
+
+    Unlike in Gopher, punctuation that stands alone is no word without letters: in tokenized text (`a well @-@ known
+    man , who`) it would be up to a third of all words.
     """
 
     name = "gopher_quality"
@@ -64,7 +70,9 @@ class GopherQualityFilter(BaseFilter):
         if sum(line.endswith(ELLIPSES) for line in lines) > 0.3 * len(lines):
             return False, "ellipsis_lines"
         tokens = text.split()
-        if sum(token.isalpha() or any(map(str.isalpha, token)) for token in tokens) < 0.8 * len(tokens):
+        without = [token for token in tokens if not (token.isalpha() or any(map(str.isalpha, token)))]
+        punctuation = sum(map(PUNCTUATION.issuperset, without))
+        if len(without) - punctuation > 0.2 * (len(tokens) - punctuation):
             return False, "words_without_letters"
         if len(STOP_WORDS.intersection(map(str.lower, words))) < self.min_stop_words:
             return False, "stop_words"
@@ -90,7 +98,8 @@ class GopherRepetitionFilter(BaseFilter):
 
     def filter(self, doc: Document) -> Verdict:
         for name, parts in (("paragraphs", re.split(r"\n\s*\n", doc.text)), ("lines", doc.text.splitlines())):
-            share, characters = repeated_parts([part.strip() for part in parts if part.strip()])
+            # Marks alone, such as the `* * *` between scenes of a book, are no text that could repeat.
+            share, characters = repeated_parts([part.strip() for part in parts if _HAS_WORD.search(part)])
             if share > 0.3 or characters > 0.2:
                 return False, f"repeated_{name}"
         hashes = word_hashes(doc.text)

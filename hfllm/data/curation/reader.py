@@ -11,9 +11,11 @@ from hfllm.data.curation.examples import Examples
 from hfllm.data.curation.files import Item, read_documents
 from hfllm.data.curation.inputs import Input, text_column
 from hfllm.data.curation.options import CurationOptions
+from hfllm.data.curation.warc import NOT_A_DOCUMENT
 from hfllm.data.pydoc_corpus import pydoc_documents
 
 SOURCE = "source"
+NOTE = "note_"
 
 
 class DocumentReader(PipelineStep):
@@ -21,7 +23,8 @@ class DocumentReader(PipelineStep):
 
     A document has `text`, `id` (`<input>:<place>`) and the input's name in `metadata["source"]`.
 
-    Statistics: `total`, `forwarded` and `dropped` with a reason, as for filters; `source:<name>` for each input.
+    Statistics: `total`, `forwarded` and `dropped` with a reason, as for filters; `source:<name>` for each input;
+    `note_<reason>` for records that are no documents and for remarks on how a document was read.
     """
 
     type = "📖 - READER"
@@ -43,6 +46,11 @@ class DocumentReader(PipelineStep):
                 shares.append((item, islice(self._elsewhere(item), rank, None, world_size)))
         for item, places in shares:
             for place, text, reason in self._timed(places):
+                if reason and (text is not None or reason.startswith(NOT_A_DOCUMENT)):
+                    self.stat_update(f"{NOTE}{reason}")
+                    if text is None:
+                        continue
+                    reason = None
                 self.stat_update(StatHints.total)
                 reason = reason or unusable(text)
                 document = Document(text or "", f"{item.name}:{place}", metadata={SOURCE: item.name})
