@@ -32,7 +32,7 @@ def damage_of(folder: str | Path) -> str | None:
     """Return which file of a checkpoint is not what was saved, in words; `None` if all are, or nothing tells."""
     folder = Path(folder)
     try:
-        text = (folder / CHECKSUMS).read_text(encoding="ascii")
+        text = (folder / CHECKSUMS).read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
     except (OSError, ValueError):

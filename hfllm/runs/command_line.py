@@ -64,6 +64,7 @@ OF_TRAINING = {
     "--use_peft": "Train an adapter (LoRA) in place of all weights; --lora_r, --lora_alpha, --lora_target_modules.",
     "--seed": "Of data and weights: the same seed, the same result.",
     "--resume_from_checkpoint": "A checkpoint folder, or auto: the last one, if there is one.",
+    "--trust_remote_code": "Run the code that models bring along, and the kernels that their configs name.",
     "--report_to": "wandb, tensorboard, trackio, ...",
     "--push_to_hub": "Publish the result; --hub_model_id, --hub_private_repo.",
 }

@@ -126,6 +126,14 @@ def test_a_judge_of_curation_has_neither_code_nor_kernels(model, with_code, tmp_
     assert CausalJudge(str(model)).model.config._attn_implementation == "sdpa"
 
 
+def test_a_model_that_is_loaded_by_its_name_is_whole(model):
+    edit(model / "config.json", num_hidden_layers=2)
+    with pytest.raises(InputError, match=r"policy .* not in its files, such as model\.layers\.1\."):
+        LOADERS["PPO by name"](str(model))
+    with pytest.raises(InputError, match=r"--perplexity_model .* such as model\.layers\.1\."):
+        CausalJudge(str(model))
+
+
 def test_the_flag_trusts_it_for_one_run_and_those_inside(with_code, tmp_path):
     @trusts_code_if_asked
     def inner(arguments):

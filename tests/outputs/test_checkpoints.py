@@ -109,6 +109,7 @@ def test_checksums_are_those_of_the_usual_tool(folder):
     (checkpoint / "global_step2").mkdir()
     torch.save({}, checkpoint / "global_step2" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
     (checkpoint / "README.md").write_text("# A draft")
+    (checkpoint / "éclair.jinja").write_text("{{ messages }}")
     write_checksums(checkpoint)
     checked = subprocess.run(
         ["sha256sum", "--check", "--strict", CHECKSUMS], cwd=checkpoint, capture_output=True, text=True, check=True

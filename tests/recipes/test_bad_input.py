@@ -53,6 +53,14 @@ def jsonl(path, *rows):
     return path
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "recipes").glob("*.py")))
+def test_help_shows_the_flag_that_trusts_code_where_it_is_heeded(name, capsys):
+    recipe = importlib.import_module(name)
+    with pytest.raises(SystemExit):
+        recipe.parse(["--help"])
+    assert ("--trust_remote_code" in capsys.readouterr().out) == hasattr(recipe, "trusts_code_if_asked")
+
+
 @pytest.mark.parametrize("stage", ALL)
 def test_unknown_flags_and_keys_name_the_nearest(stage, tmp_path):
     _, misspelled, meant = ALL[stage]

@@ -71,7 +71,11 @@ class CorpusJudge:
 
 
 class CausalJudge:
-    """A causal language model of transformers; scores the first 512 tokens, in bits per byte."""
+    """A causal language model of transformers; scores the first 512 tokens, in bits per byte.
+
+    Raises:
+        InputError: when the files lack weights of the model.
+    """
 
     def __init__(self, name: str):
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -80,7 +84,15 @@ class CausalJudge:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         config._attn_implementation = config._experts_implementation = None
         self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        self.model = AutoModelForCausalLM.from_pretrained(name, config=config, trust_remote_code=False).eval()
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, config=config, output_loading_info=True, trust_remote_code=False
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise InputError(
+                f"--perplexity_model {name!r}: {len(missing)} weights are not in its files, such as {missing[0]}, and "
+                "would be random: does its config.json name more layers, or is it another model's?"
+            )
+        self.model = model.eval()
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or CONTEXT
         self.length = min(CONTEXT, context)
 

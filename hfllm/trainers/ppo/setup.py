@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hfllm.data.tokenizer import configured_ends, end_tokens
 from hfllm.errors import InputError
 from hfllm.models import scorers
+from hfllm.models.adapters import find_adapter
 from hfllm.models.devices import forked_random
 from hfllm.models.loading import saved_model, saved_tokenizer
+from hfllm.models.stored import location_of
 from hfllm.models.vocabulary import check_vocabulary
+from hfllm.models.weights import load_weights_of
 from hfllm.rewards.functions import RewardFunction
 from hfllm.rewards.models import RewardModel, TokenRewardModel, scores_tokens
 from hfllm.runs.arguments import changed
@@ -48,6 +51,14 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Copy a saved model's weights into `model`, from any number of files."""
     saved = saved_model(type(model), str(folder), dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
+
+
+def policy_from_name(name: str, load_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Load a causal language model with all of its weights; an adapter as transformers does, on its base."""
+    settings = {"dtype": torch.float32, **load_kwargs}
+    if find_adapter(name, **location_of(settings)) is not None:
+        return saved_model(AutoModelForCausalLM, name, **settings)
+    return load_weights_of(AutoModelForCausalLM, name, whose="policy", **settings)[0]
 
 
 def scorer_from_name(name: str, load_kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -18,7 +18,6 @@ from accelerate.utils import set_seed as seed_process
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -28,7 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hfllm.errors import InputError
 from hfllm.models.devices import forked_random
-from hfllm.models.loading import saved_model, saved_tokenizer
+from hfllm.models.loading import saved_tokenizer
 from hfllm.trainers.dropout import disable_dropout
 from hfllm.trainers.ppo import formulas
 from hfllm.trainers.ppo.actor_critic import ActorCritic, entropy_of, scatter_to_mask
@@ -45,6 +44,7 @@ from hfllm.trainers.ppo.setup import (
     build_rewards,
     check_value_model,
     place_frozen,
+    policy_from_name,
     reward_models,
     reward_weights,
     sampling_config,
@@ -124,7 +124,7 @@ class PPOTrainer(ActorCriticTrainer):
         tokenizer = processing_class or saved_tokenizer(name)
         load_kwargs = args.model_init_kwargs or {}
         if isinstance(model, str):
-            model = saved_model(AutoModelForCausalLM, model, **{"dtype": torch.float32, **load_kwargs})
+            model = policy_from_name(model, load_kwargs)
         if isinstance(value_model, str):
             value_model = scorer_from_name(value_model, load_kwargs)
         self.has_reference = args.kl_coef > 0
