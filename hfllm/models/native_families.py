@@ -117,7 +117,7 @@ class _Lost:
 
 def _said(config: HfllmConfig, family: Family, native_type: str) -> "tuple[PreTrainedConfig, list[_Lost]]":
     """Return the native config, and our fields that are lost in it."""
-    native = family.theirs(config, type(transformers.AutoConfig.for_model(native_type)))
+    native = family.theirs(config, transformers.CONFIG_MAPPING[native_type])
     back = family.ours(native)
     irrelevant = set(HARMLESS_OURS)
     if config.norm_type == "rmsnorm":

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import logging
 import os
 
 import pytest
@@ -176,6 +177,14 @@ def test_a_refusal_is_one_line_of_fields_and_what_is_there_instead(make_config, 
         config_to_native(make_config(**values), native_type)
     assert str(error.value).startswith(message)
     assert "plan" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_looking_for_a_family_says_nothing_of_others(make_config, monkeypatch, caplog):
+    """Starcoder2's own defaults warn of themselves: its end token lies outside of its vocabulary."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with pytest.raises(InputError):
+        config_to_native(make_config(norm_placement="post"))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
