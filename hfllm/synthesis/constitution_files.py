@@ -53,7 +53,7 @@ def find_constitution(name: str | Path) -> Path:
     if str(name) in shipped:
         return _shipped_folder() / f"{name}.yaml"
     if not path.is_file():
-        # What looks like a path is not a misspelt name.
+        # What looks like a path is not a misspelled name.
         near = "" if path.suffix or len(path.parts) > 1 else f"; did you mean {nearest(str(name), shipped)!r}?"
         raise InputError(f"constitution {str(name)!r}: no such file, and hfllm comes with {', '.join(shipped)}{near}")
     if path.suffix.lower() not in SUFFIXES:

@@ -182,6 +182,7 @@ def test_a_refusal_is_one_line_of_fields_and_what_is_there_instead(make_config, 
 def test_looking_for_a_family_says_nothing_of_others(make_config, monkeypatch, caplog):
     """Starcoder2's own defaults warn of themselves: its end token lies outside of its vocabulary."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level("WARNING", logger="transformers")
     with pytest.raises(InputError):
         config_to_native(make_config(norm_placement="post"))
     assert not caplog.records
