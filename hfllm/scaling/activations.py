@@ -88,7 +88,7 @@ def korthikanti_activations(
 
 
 def norm_bytes(shape: Shape, width: int, read: int) -> float:
-    """Return the bytes that a norm over `width` values of `read` bytes keeps: its input, of LayerNorm also statistics."""
+    """Return the bytes that a norm over `width` values of `read` bytes keeps: its input, LayerNorm statistics too."""
     return read * width + (8 if shape.norm_type == "layernorm" else 0)
 
 
