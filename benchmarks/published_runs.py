@@ -4,9 +4,17 @@
 third, the sixth, ...) is held out: the constants of hfllm/scaling/speed.py and devices.py are fitted to the others
 alone, without runs that have experts, on a grid by the sum of a Huber loss of the logarithms, and rounded.
 
-What sources do not say is assumed for all rows of a source alike: micro-batches of Narayanan et al. 2021 (smaller for
-larger models), one layer per chunk in Llama 3's interleaving, no recomputation where none is named. Activations that
-some runs recomputed in part are planned as kept.
+The column `checked` says where a row's figure was read: `source: ...` is the source itself (a copy of a paper's text,
+or files of the same authors), `quoted: ...` what others quote from it, and an empty one means that it was written from
+memory.
+
+What sources do not say is assumed for all rows of a source alike: micro-batches of Narayanan et al. 2021, table 1
+(smaller for larger models), and no interleaving, since the paper uses it without naming its chunks; one layer per
+chunk in Llama 3's interleaving; micro-batches of one row for MT-NLG, with ZeRO-1, GLM-130B and DeepSeek-V3; no
+recomputation where none is named. Activations that some runs recomputed in part are planned as kept.
+
+Tokens per second follow from what was published: FLOP/s with recomputation by equation 3 of Narayanan et al., those of
+Llama 3 and GLM-130B without recomputation, attention counted with the mask for Llama 3 alone.
 """
 
 import csv
@@ -42,6 +50,7 @@ class Run:
         family: `a100`, `h100` with its relatives, or `LIMITED`.
         seconds: of a step, as published or from published tokens per second.
         memory_gib: as published, `None` for most.
+        checked: where the row was read; empty if it was written from memory.
         is_held_out: whether no constant is fitted to it.
     """
 
@@ -59,7 +68,13 @@ class Run:
     seconds: float
     published: str
     memory_gib: float | None
+    checked: str
     is_held_out: bool
+
+    @property
+    def is_from_source(self) -> bool:
+        """Return whether the row was compared with the source itself, not with what others quote from it."""
+        return self.checked.startswith("source:")
 
     @property
     def speed(self) -> Speed:
@@ -114,6 +129,7 @@ def _run(row: dict[str, str], models: dict[str, dict], is_held_out: bool) -> Run
         batch * length / (devices * float(row["tokens_per_second"])),
         row["published"],
         float(row["memory_gib"]) if row["memory_gib"] else None,
+        row["checked"],
         is_held_out,
     )
 
@@ -150,15 +166,33 @@ def groups(runs: Sequence[Run]) -> Iterator[tuple[str, str, list[Run]]]:
             yield family, source, [run for run in own if run.source == source]
 
 
+def provenance(runs: Sequence[Run]) -> list[str]:
+    """Return what limits the table of errors: rows not read in their source, and what was seen beforehand."""
+    others = [run for run in runs if not run.is_from_source]
+    names = ", ".join(dict.fromkeys(run.source for run in others)) or "none"
+    parts = []
+    for family in FAMILIES[:2]:
+        for held_out, words in ((False, family), (True, "held out")):
+            rest = [run for run in runs if run.family == family and run.is_from_source]
+            one = summary([run for run in rest if run.is_held_out or not held_out])
+            parts.append(f"{words} {one['median']:.2f} and {one['close']:.0%}")
+    return [
+        f"Not compared with the paper, but with what others quote from it: {names}.",
+        f"Medians and shares within 25% without these {len(others)} runs: {', '.join(parts)}.",
+        "Errors of held-out runs were visible while the terms of the model were chosen.",
+    ]
+
+
 def report() -> str:
-    """Return the tables of errors: by group, of memory, and of each run."""
+    """Return the tables of errors: by group, with what limits them, of memory, and of each run."""
     runs = read_runs()
     lines = ["| devices | runs of | runs | median ratio | within 25% | mean error |", "| - | - | - | - | - | - |"]
     for family, name, group in groups(runs):
         one = summary(group)
         cells = (family, name, one["runs"], f"{one['median']:.2f}", f"{one['close']:.0%}", f"{one['error']:.0%}")
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    lines += ["", "| source | model | layout | row | published, GiB | planned peak | with a tenth of the device |"]
+    lines += ["", *provenance(runs), ""]
+    lines += ["| source | model | layout | row | published, GiB | planned peak | with a tenth of the device |"]
     lines += ["| - | - | - | - | - | - | - |"]
     for run in runs:
         if run.memory_gib is not None:

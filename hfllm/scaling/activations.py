@@ -88,11 +88,8 @@ def korthikanti_activations(
 
 
 def norm_bytes(shape: Shape, width: int, read: int) -> float:
-    """Return the bytes that a norm over `width` values of `read` bytes keeps; RMSNorm keeps an fp32 copy."""
-    if shape.norm_type == "layernorm":
-        return read * width + 8
-    # For 16-bit values it also keeps the normalized ones, for the gradient of its weight.
-    return 4 * width + (2 * width + 4 if read == 2 else 0)
+    """Return the bytes that a norm over `width` values of `read` bytes keeps: its input, LayerNorm statistics too."""
+    return read * width + (8 if shape.norm_type == "layernorm" else 0)
 
 
 def _inputs(shape: Shape, precision: Precision) -> int:
@@ -120,8 +117,8 @@ def layer_activations(
     size, hidden = precision.compute, shape.hidden_size
     if layout.recompute == "full":
         return precision.residual * hidden / (layout.tensor if layout.sequence_parallel else 1)
-    # Two norms that read the same tensor keep it once, if they keep it unchanged.
-    is_same = shape.parallel_block and (shape.norm_type == "layernorm" or precision.residual == 4)
+    # Two norms that read the same tensor keep it once.
+    is_same = shape.parallel_block
     # Megatron-LM's fused norms keep their input alone.
     is_fused = layout.engine == MEGATRON
     norm = precision.residual * hidden + 8 if is_fused else norm_bytes(shape, hidden, precision.residual)

@@ -10,6 +10,7 @@ from hfllm.errors import InputError
 from hfllm.evaluation.perplexity import text_likelihood
 from hfllm.models import devices
 from hfllm.rewards.models import RewardModel
+from hfllm.rewards.passes import batches_of_like_length, pass_precision
 from hfllm.runs.command_line import machine_defaults
 
 CHATML = (
@@ -60,10 +61,10 @@ def test_the_pass_of_a_reward_model_and_of_the_perplexity_fit(make_model, tokeni
 
     # Room for 40 tokens of 3 x 32 values, and 12 of the logits.
     monkeypatch.setattr(devices, "most_tokens", lambda model, device: 40)
-    monkeypatch.setattr("hfllm.rewards.models.most_tokens", lambda model, device: 40)
+    monkeypatch.setattr("hfllm.rewards.passes.most_tokens", lambda model, device: 40)
     monkeypatch.setattr(devices, "most_logits", lambda model, device: 12)
     reward = RewardModel(make_model(model_class=hfllm.HfllmForSequenceClassification, num_labels=1), tokenizer)
-    batches = list(reward._batches([10, 12, 11, 9, 40, 50, 3]))
+    batches = list(batches_of_like_length(reward.model, [10, 12, 11, 9, 40, 50, 3], reward.batch_size))
     assert batches == [[5], [4], [1, 2, 0], [3, 6]]
     model, widths = make_model(), []
     whole = text_likelihood(model, tokenizer, ["The fox.", "A red owl.", "Go"], 64)
@@ -192,7 +193,7 @@ def test_flash_attention_meets_neither_fp32_nor_the_cpu(make_model, tokenizer, m
     assert not torch.is_autocast_enabled("cpu") and reward(["The owl"], [" sleeps."])
     monkeypatch.setattr(model, "set_attn_implementation", chosen.append)
     monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
-    with reward._precision():
+    with pass_precision(reward.model):
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.is_autocast_enabled("cpu")
     monkeypatch.setattr(type(model.model), "forward", lambda self, input_ids, **kwargs: States(input_ids))
     assert not looks_ahead(model) and chosen == ["sdpa", "flash_attention_2"]

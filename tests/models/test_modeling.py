@@ -236,7 +236,7 @@ def test_only_restarts_are_boundaries(positions, mask, expected):
     assert (None if found is None else found[0].tolist()) == expected
 
 
-def test_flash_kernels_get_restarts_alone(make_model, ids):
+def test_flash_kernels_get_restarts_alone(make_model, ids, monkeypatch):
     """They split a row at every jump of the positions that they are given."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -247,7 +247,7 @@ def test_flash_kernels_get_restarts_alone(make_model, ids):
         given.append(None if position_ids is None else position_ids[0].tolist())
         return sdpa_attention_forward(*args, **kwargs)
 
-    AttentionInterface.register("a_flash_kernel", kernel)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "a_flash_kernel", kernel)
     model = make_model(num_hidden_layers=1)
     model.config._attn_implementation_internal = "a_flash_kernel"
     for positions in ([0, 1, 2, 7, 8], [4, 5, 0, 1, 2]):

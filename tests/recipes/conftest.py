@@ -62,22 +62,29 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="session", autouse=True)
-def plots_are_copies(tmp_path_factory):
-    """One plot is drawn, and is copied for the hundreds of all reports; what is drawn is what tests/outputs tests."""
-    from hfllm.outputs.report import Bars, Plot
+@pytest.fixture(scope="session")
+def drawn_plot(tmp_path_factory):
+    from hfllm.outputs.report import Bars
 
     drawn = tmp_path_factory.mktemp("plots") / "plot.png"
     assert Bars("Title", "x", {"a": 1.0}).draw(drawn)
+    return drawn
+
+
+# Of each module of this folder alone: what comes after it in the same process draws.
+@pytest.fixture(scope="module", autouse=True)
+def plots_are_copies(drawn_plot):
+    """One plot is drawn, and is copied for the hundreds of all reports; what is drawn is what tests/outputs tests."""
+    from hfllm.outputs.report import Bars, Plot
 
     def draw_lines(plot, path):
         lines = [*plot.lines.values(), *plot.points.values()]
         assert all(len(x) == len(y) for x, y in lines), plot.title
-        return any(len(x) for x, _ in lines) and bool(shutil.copy(drawn, path))
+        return any(len(x) for x, _ in lines) and bool(shutil.copy(drawn_plot, path))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Plot, "draw", draw_lines)
-        patch.setattr(Bars, "draw", lambda bars, path: bool(bars.values) and bool(shutil.copy(drawn, path)))
+        patch.setattr(Bars, "draw", lambda bars, path: bool(bars.values) and bool(shutil.copy(drawn_plot, path)))
         yield
 
 

@@ -32,7 +32,7 @@ def test_durations():
 
 def test_a_plan_without_a_catch_needs_one_sentence():
     (line,) = sentences(*planned(num_devices=8, global_batch_size=1024))
-    assert line.startswith("data 8, ZeRO-1: 44 days at an MFU of 65%, ")
+    assert line.startswith("data 8, ZeRO-1: 43 days at an MFU of 67%, ")
 
 
 def test_devices_that_wait_are_named():

@@ -262,7 +262,8 @@ def test_context_parallelism_splits_activations_and_shards_states():
     whole, split = (device_memory(long, Layout(8 // c, context=c, zero_stage=1), BF16, 65536) for c in (1, 8))
     own = device_memory(long, Layout(8, zero_stage=1, tensor=2), BF16, 65536 // 8)
     assert split.optimizer == pytest.approx(whole.optimizer)
-    assert split.activations < whole.activations / 7 and own.logits * 2 == split.logits
+    # Eight shares of what is kept, and one layer's at work.
+    assert split.activations < whole.activations / 6.5 and own.logits * 2 == split.logits
 
 
 def test_fp8_keeps_copies_of_the_weights():

@@ -21,7 +21,8 @@ def load(name):
 
 
 published = load("published_runs")
-planned, report, summary = load("planner").planned, published.report, published.summary
+planned, provenance = load("planner").planned, published.provenance
+report, summary = published.report, published.summary
 RUNS = published.read_runs()
 
 
@@ -89,6 +90,47 @@ def test_deepseek_v3_takes_its_hours():
     (run,) = (run for run in RUNS if run.device.name == "h800")
     hours = 14.8e12 / run.speed.tokens_per_second * run.layout.devices / 3600
     assert hours == pytest.approx(2.664e6, rel=0.15)
+
+
+def flops_with_recomputation(shape, length):
+    """Of a token; equation 3 of Narayanan et al., arXiv:2104.04473."""
+    layers, hidden = shape.num_hidden_layers, shape.hidden_size
+    return 96 * layers * hidden**2 * (1 + length / (6 * hidden) + shape.vocab_size / (16 * layers * hidden))
+
+
+def tokens_per_second(run):
+    """Of a device, from the published words; `None` where their source does not say how it counts FLOPs."""
+    tokens = run.global_batch_size * run.sequence_length / run.layout.devices
+    if found := re.match(r"(\d+) tokens/s$", run.published):
+        return float(found[1])
+    if found := re.match(r"([\d.]+) s a step$", run.published):
+        return tokens / float(found[1])
+    if found := re.match(r"(\d+) TFLOP/s with recomputation", run.published):
+        return float(found[1]) * 1e12 / flops_with_recomputation(run.shape, run.sequence_length)
+    if found := re.match(r"(\d+) hours for (\d+) steps", run.published):
+        return tokens * int(found[2]) / int(found[1]) / 3600
+    if found := re.match(r"([\d.]+)M hours for ([\d.]+)T tokens", run.published):
+        return 1e6 * float(found[2]) / float(found[1]) / 3600
+    return None
+
+
+def test_seconds_follow_from_what_was_published():
+    """All but Llama 3's three rows and GLM-130B's, whose FLOP/s leave open how attention is counted."""
+    unknown = {run.source for run in RUNS if tokens_per_second(run) is None}
+    assert unknown == {"Llama 3 2024 (arXiv:2407.21783) table 4", "GLM-130B 2022 (arXiv:2210.02414)"}
+    for run in RUNS:
+        if run.source not in unknown:
+            tokens = run.global_batch_size * run.sequence_length / run.layout.devices
+            assert tokens / run.seconds == pytest.approx(tokens_per_second(run), rel=1e-3), (run.source, run.model)
+
+
+def test_the_page_names_rows_that_were_not_read_in_their_source():
+    lines = provenance(RUNS)
+    assert {run.checked.split(":")[0] for run in RUNS} == {"source", "quoted"}  # none from memory alone
+    assert all(run.is_from_source or run.source in lines[0] for run in RUNS)
+    for name in ("docs/planner.md", "benchmarks/results/published_runs.md"):
+        page = " ".join((BENCHMARKS.parent / name).read_text().split())
+        assert all(line in page for line in lines), name
 
 
 def test_the_report_has_each_run():
