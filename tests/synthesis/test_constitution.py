@@ -139,10 +139,10 @@ def test_a_few_lines_of_yaml_cannot_take_all_memory(tmp_path):
     path = tmp_path / "c.yaml"
     for text in (f"- {levels[-1]}", f"- name: {levels[-1]}", f"- critique: {levels[-1]}", f"principles: {levels[-1]}"):
         path.write_text(text)
-        with pytest.raises(InputError, match="c.yaml: not YAML: its aliases stand for more than 1,000,000 values"):
+        with pytest.raises(InputError, match=r"c\.yaml: not YAML: its aliases stand for more than 1,000,000 values"):
             load_constitution(path)
     path.write_text("[" * 5000)
-    with pytest.raises(InputError, match="c.yaml: not YAML: nested too deeply"):
+    with pytest.raises(InputError, match=r"c\.yaml: not YAML: nested too deeply"):
         load_constitution(path)
     # Aliases themselves are YAML like any other, also of what holds them.
     path.write_text("- {critique: &c [x, y], revision: *c}\n- {critique: *c, revision: z}")
