@@ -121,6 +121,7 @@ def test_errors_name_line_principle_and_key(tmp_path, text, message):
         ('[{"critique": "x",\n"revision": "y",}]', "c.json, line 2: not JSON: "),
         ('[{"critique": "x", "critique": "y"}]', "c.json: 'critique' a second time in one object"),
         ('[{"critique": "x",\n"revision": ""}]', "c.json, line 2: principle 1: revision is empty"),
+        ('[{"critique": "x",\n"revision": "\\ud83d"}]', "c.json, line 2: principle 1: revision holds half of a char"),
         pytest.param("[" * 100_000, "c.json: cannot be read: maximum recursion depth", id="deep"),
         pytest.param(f'[{{"critique": {"9" * 5000}}}]', "c.json: cannot be read: Exceeds the limit", id="digits"),
     ],
