@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hfllm.data.messages import Message
 from hfllm.data.packing import IGNORE
 from hfllm.data.rows import Dropped, origin_of
+from hfllm.data.tokenizer import template_errors
 from hfllm.errors import InputError
 
 if TYPE_CHECKING:
@@ -147,14 +148,12 @@ class Conversations:
         return next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(prompt), len(whole)))
 
     def _render(self, origin: str, row: Row, messages: Sequence[Message], **options: Any) -> Any:
-        from jinja2 import TemplateError
-
         options = {"tokenize": False, **options}
         if row.get("tools"):
             options["tools"] = row["tools"]
         try:
             return self.tokenizer.apply_chat_template(list(messages), chat_template=self.marked_template, **options)
-        except (AttributeError, KeyError, TemplateError, TypeError, ValueError) as error:
+        except template_errors() as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{origin}: the chat template cannot write this conversation: {reason}") from None
 

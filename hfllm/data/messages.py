@@ -95,5 +95,5 @@ def _from_json(text: str) -> Any:
     """Return the value of a JSON text, or the text if it is none."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text

@@ -146,7 +146,7 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 row = _parsed(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{file}, line {number}: not JSON ({error}): {line.strip()[:80]!r}") from None
             if not isinstance(row, dict):
                 raise InputError(f"{file}, line {number}: a row must be a JSON object, got {type(row).__name__}")

@@ -131,21 +131,26 @@ def padding_token(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     return next((token for token in (*UNUSED, unknown) if token in vocabulary), tokenizer.eos_token)
 
 
+def template_errors() -> tuple[type[Exception], ...]:
+    """Return what a chat template may raise: it is a program, and ends as one does, such as by a division by zero."""
+    from jinja2 import TemplateError
+
+    return (ArithmeticError, AttributeError, LookupError, RecursionError, TemplateError, TypeError, ValueError)
+
+
 def turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """Return the special token that the chat template writes after an assistant's words, or `None` without one.
 
     Base models often have a chat template whose turns end by another token than their documents, such as
     `<|im_end|>` and `<|endoftext|>`.
     """
-    from jinja2 import TemplateError
-
     if not getattr(tokenizer, "chat_template", None):
         return None
     said = "Zyxwvut"
     turns = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": said}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except (AttributeError, KeyError, TemplateError, TypeError, ValueError):
+    except template_errors():
         # A template of another kind of conversation.
         return None
     _, found, after = text.rpartition(said)

@@ -187,7 +187,7 @@ def find_adapter(name: str, **location: object) -> SavedAdapter | None:
         return None
     try:
         settings = json.loads(Path(found).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"adapter {name!r}: adapter_config.json is not JSON: {error}") from None
     if not isinstance(settings, dict):
         raise InputError(f"adapter {name!r}: adapter_config.json is no JSON object")

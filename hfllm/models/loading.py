@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from hfllm.errors import InputError
 from hfllm.models.stored import location_of
 
@@ -53,7 +55,8 @@ def saved_config(name: str, **kwargs: object) -> "PreTrainedConfig":
 
     check_objects(name, "config.json")
     kwargs = _with_trust(kwargs)
-    config = AutoConfig.from_pretrained(name, **kwargs)
+    with _named_settings(name):
+        config = AutoConfig.from_pretrained(name, **kwargs)
     if not kwargs["trust_remote_code"]:
         _remove_kernels(config)
     return config
@@ -64,7 +67,8 @@ def saved_tokenizer(name: str, **kwargs: object) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     check_objects(name, "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-    return AutoTokenizer.from_pretrained(name, **_with_trust(kwargs))
+    with _named_settings(name):
+        return AutoTokenizer.from_pretrained(name, **_with_trust(kwargs))
 
 
 def saved_model(model_class: "type[_BaseAutoModelClass | PreTrainedModel]", name: str, **kwargs: object) -> Any:
@@ -81,9 +85,10 @@ def saved_model(model_class: "type[_BaseAutoModelClass | PreTrainedModel]", name
     check_objects(name, "config.json", "generation_config.json")
     check_index(name)
     kwargs = _with_trust(kwargs)
-    if not kwargs["trust_remote_code"]:
-        check_kernels(name, **kwargs)
-    return model_class.from_pretrained(name, **kwargs)
+    with _named_settings(name):
+        if not kwargs["trust_remote_code"]:
+            check_kernels(name, **kwargs)
+        return model_class.from_pretrained(name, **kwargs)
 
 
 def check_kernels(name: str, **kwargs: object) -> None:
@@ -141,11 +146,31 @@ def check_index(name: str) -> None:
     for index in sorted(Path(name).glob("*.index.json")) if Path(name).is_dir() else []:
         try:
             files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (AttributeError, KeyError, OSError, TypeError, ValueError):
+        except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError):
             # Loading will report it, if it is read at all.
             continue
         if outside := next(filter(is_outside, sorted(map(str, files))), None):
             raise InputError(f"model {name!r}: {index.name} names {outside!r}, which is not in its folder")
+
+
+@contextmanager
+def _named_settings(name: str) -> Iterator[None]:
+    """Context manager that names the model whose settings transformers, or Python's JSON, cannot take.
+
+    Raises:
+        InputError: for a field of another type or a value that means nothing, and for JSON deeper than the stack.
+    """
+    try:
+        yield
+    except RecursionError as error:
+        if "JSON" not in str(error):
+            raise
+        raise InputError(f"model {name!r}: one of its JSON files is damaged: it is nested too deeply") from None
+    except (AttributeError, StrictDataclassError) as error:
+        # Of a dtype, transformers takes what torch has of that name.
+        if isinstance(error, AttributeError) and "module 'torch'" not in str(error):
+            raise
+        raise InputError(f"model {name!r}: its config.json cannot be used: {reason_of(error)}") from None
 
 
 def is_outside(file: str) -> bool:
@@ -156,7 +181,7 @@ def is_outside(file: str) -> bool:
 def reason_of(error: Exception, most: int = 200) -> str:
     """Return why something could not be loaded, in one line; for code that is not trusted, the flag that trusts it."""
     text = " ".join(str(error).split())
-    if "trust_remote_code" in text:
+    if "trust_remote_code" in text and not isinstance(error, InputError):
         return f"it needs code of its own, which is run only by {TRUST_FLAG}: read that code first"
     return text[:most] or type(error).__name__
 

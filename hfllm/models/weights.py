@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError, is_out_of_memory
+from hfllm.models.generation_settings import leave_out_idle_settings
 from hfllm.models.loading import is_outside, reason_of, saved_model
 from hfllm.models.stored import quantization_method
 
@@ -70,6 +71,7 @@ def load_weights_of(
     if quantization_method(model.config) in (None, "bitsandbytes"):
         _check_names(model, info, f"{whose} {name!r}", may_be_new)
     report()
+    leave_out_idle_settings(model, f"{whose} {name!r}")
     return model, info
 
 
@@ -142,7 +144,7 @@ def safetensors_damage(file: Path) -> str | None:
     try:
         entries: Mapping[str, Any] = json.loads(header)
         ends = [entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"]
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError):
         return "its header cannot be read"
     whole = 8 + length + max(ends, default=0)
     return None if size == whole else f"{size:,} bytes, and its header says {whole:,}"
@@ -174,7 +176,7 @@ def _shards(folder: Path, name: str, whose: str) -> list[str]:
     try:
         files = set(json.loads((folder / SAFE_INDEX).read_text(encoding="utf-8"))["weight_map"].values())
         shards = sorted(map(str, files))
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         raise InputError(f"{whose} {name!r}: {SAFE_INDEX} is damaged: it lists no files (weight_map)") from None
     if outside := next(filter(is_outside, shards), None):
         raise InputError(f"{whose} {name!r}: {SAFE_INDEX} names {outside!r}, which is not in its folder")

@@ -85,6 +85,8 @@ def letter_tokens(tokenizer: "PreTrainedTokenizerBase", letters: Sequence[str], 
     Raises:
         InputError: saying how they are split into tokens.
     """
+    if len(letters) != 2 or not all(isinstance(letter, str) for letter in letters):
+        raise InputError(f"letters must be two texts, such as {LETTERS}, got {letters!r:.60}")
     ids = [tokenizer(lead + letter, add_special_tokens=False)["input_ids"] for letter in letters]
     shared = 0
     while shared < min(map(len, ids)) and ids[0][shared] == ids[1][shared]:

@@ -84,8 +84,11 @@ class PreferenceJudge:
 
         if tokenizer.pad_token_id is None:
             raise InputError("the judge's tokenizer has no padding token: set tokenizer.pad_token")
-        if clamp is not None and not 0 < clamp[0] < clamp[1] < 1:
+        if clamp is not None and not (len(clamp) == 2 and 0 < clamp[0] < clamp[1] < 1):
             raise InputError(f"clamp must be two probabilities in order, such as {PAPER_CLAMP}, got {clamp}")
+        for name, number in (("batch_size", batch_size), ("thought_length", thought_length)):
+            if number < 1:
+                raise InputError(f"{name} must be at least 1, got {number}")
         check_vocabulary(model, tokenizer, "judge")
         self.principles = constitution.judging_principles()
         most = len(self.principles)

@@ -31,7 +31,7 @@ def check_json_flags(given: Mapping[str, Any]) -> None:
             raise InputError(f"--{flag} {named}: no such file; expected a JSON file")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"--{flag} {named}: not JSON: {error}") from None
         if not isinstance(values, dict):
             raise InputError(f"--{flag} {named}: expected a JSON object, got {type(values).__name__}")
@@ -40,5 +40,5 @@ def check_json_flags(given: Mapping[str, Any]) -> None:
 def _is_encoded(text: str) -> bool:
     try:
         return isinstance(json.loads(base64.urlsafe_b64decode(text)), dict)
-    except (binascii.Error, ValueError):
+    except (binascii.Error, ValueError, RecursionError):
         return False

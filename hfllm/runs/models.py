@@ -307,6 +307,8 @@ def linear_layers(model: "PreTrainedModel") -> list[str]:
 
 
 def _unloadable(name: str, error: Exception, what: str = "model") -> InputError:
+    if isinstance(error, InputError):
+        return error
     from hfllm.models.loading import reason_of
 
     return InputError(f"{what} {name!r} could not be loaded: {reason_of(error)}")

@@ -13,7 +13,7 @@ from hfllm.errors import InputError, redact
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-    from yaml import MappingNode, SafeLoader
+    from yaml import MappingNode, Node, SafeLoader
 
 # Flags that had another name.
 RENAMED = {
@@ -23,6 +23,8 @@ RENAMED = {
     "train_alone": "train_baseline",
 }
 TRUE, FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
+# Values that a YAML file may stand for, once its aliases are written out: a few lines of them can stand for billions.
+MOST_VALUES = 1_000_000
 
 
 def present_name(flag: str) -> str:
@@ -229,10 +231,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def no_duplicates() -> "type[SafeLoader]":
-    """Return YAML's safe loader, which keeps the last of equal keys without a word, with a complaint about them."""
+    """Return YAML's safe loader, which keeps the last of equal keys without a word, with a complaint about them.
+
+    It also refuses what takes all memory, or Python's stack, to look at: aliases of aliases, and very deep nesting.
+    """
     import yaml
 
     class NoDuplicates(yaml.SafeLoader):
+        def get_single_data(self) -> Any:
+            try:
+                return super().get_single_data()
+            except RecursionError:
+                raise yaml.YAMLError("nested too deeply") from None
+
+        def get_single_node(self) -> "Node | None":
+            node = super().get_single_node()
+            if node is not None and _values_of(node, {}) > MOST_VALUES:
+                raise yaml.YAMLError(f"its aliases stand for more than {MOST_VALUES:,} values")
+            return node
+
         def construct_mapping(self, node: "MappingNode", deep: bool = False) -> dict[Any, Any]:
             seen: set[str] = set()
             for key, _ in node.value:
@@ -245,3 +262,18 @@ def no_duplicates() -> "type[SafeLoader]":
             return super().construct_mapping(node, deep)
 
     return NoDuplicates
+
+
+def _values_of(node: "Node", known: dict[int, int]) -> int:
+    """Return how many values a node of YAML stands for; what it holds of itself counts once.
+
+    Args:
+        known: of the nodes that were counted, by their `id`; aliases are one node in several places.
+    """
+    if id(node) in known:
+        return known[id(node)]
+    known[id(node)] = 1
+    held = node.value if isinstance(node.value, list) else []
+    parts = (part for each in held for part in (each if isinstance(each, tuple) else (each,)))
+    known[id(node)] = 1 + sum(_values_of(part, known) for part in parts)
+    return known[id(node)]

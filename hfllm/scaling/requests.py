@@ -141,7 +141,7 @@ def read_json(file: Path) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
         raise InputError(f"--config_path {file}: no such file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"--config_path {file}: not JSON: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"--config_path {file}: expected an object, got {type(values).__name__}")

@@ -209,6 +209,9 @@ def _wordings(name: str, key: str, value: Any) -> tuple[str, ...]:
         raise RequestError(name, key, f"no {key}; a principle needs critique and revision")
     if not all(wording.strip() for wording in wordings):
         raise RequestError(name, key, f"{key} is empty, or one of its wordings is")
+    if any("\ud800" <= character <= "\udfff" for wording in wordings for character in wording):
+        # JSON can write it, and neither a tokenizer nor a file of UTF-8 takes it.
+        raise RequestError(name, key, f"{key} holds half of a character (an unpaired surrogate)")
     return tuple(wording.strip() for wording in wordings)
 
 

@@ -89,16 +89,22 @@ def _shipped_folder() -> Path:
 
 def _json(path: Path, text: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise InputError(f"{path}: {twice!r} a second time in one object")
-        return dict(pairs)
+        read: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in read:
+                raise InputError(f"{path}: {name!r} a second time in one object")
+            read[name] = value
+        return read
 
     try:
         return json.loads(text, object_pairs_hook=unique) if text.strip() else None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
+    except InputError:
+        raise
+    except (RecursionError, ValueError) as error:
+        # Very deep nesting, and numbers of thousands of digits.
+        raise InputError(f"{path}: cannot be read: {error}") from None
 
 
 def _yaml(path: Path, text: str) -> Any:
@@ -109,7 +115,8 @@ def _yaml(path: Path, text: str) -> Any:
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         place = str(path) if mark is None else f"{path}, line {mark.line + 1}"
-        raise InputError(f"{place}: not YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise InputError(f"{place}: not YAML: {problem}") from None
 
 
 def _line_of(text: str, where: Sequence[str | int]) -> int | None:
@@ -118,7 +125,7 @@ def _line_of(text: str, where: Sequence[str | int]) -> int | None:
 
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return None
     if node is None:
         return None

@@ -282,3 +282,12 @@ def test_a_call_that_is_none_is_named(broken, complaint):
         formats.to_sft("x.json, row 3", row)
     with pytest.raises(InputError, match=r"x\.json, row 3: tools must be a list"):
         formats.to_sft("x.json, row 3", {**CALLS, "tools": "none"})
+
+
+@pytest.mark.parametrize("fault", ["{{ 1 / 0 }}", "{% for i in range(10**9) %}{% endfor %}", "{{ messages[9].role }}"])
+def test_a_chat_template_that_ends_in_any_error_is_named(tokenizer, monkeypatch, fault):
+    only_long = f"{{% if messages|length > 2 %}}{fault}{{% endif %}}"
+    monkeypatch.setattr(tokenizer, "chat_template", f"{only_long}{tokenizer.chat_template}")
+    said = [{"role": role, "content": "Go"} for role in ("user", "assistant") * 2]
+    with pytest.raises(InputError, match="file, line 1: the chat template cannot write this conversation"):
+        labeled(tokenizer, {"messages": said})

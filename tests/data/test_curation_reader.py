@@ -108,6 +108,7 @@ def test_tasks_share_files_and_what_is_no_file(tmp_path):
         ("nul.jsonl", jsonl([{"text": "a\0b"}, {"text": "fine"}]), 1, {"nul_bytes": 1}),
         ("odd.jsonl", b'{"text": "fine"}\n{"text": \n[1]\n{"n": 1}\n{"text": 3}\n{"text": " "}\n', 1, None),
         ("deep.jsonl", b'{"text": "fine"}\n' + b"[" * 1900 + b"\n", 1, {"not_json": 1}),
+        ("begins_deep.jsonl", b"[" * 1900 + b'\n{"text": "fine"}\n', 1, {"not_json": 1}),
         ("long.csv", b"n,text\n1,fine\n2," + b"x" * 3000 + b"\n3,fine\n", 2, {"too_long": 1}),
         ("open.csv", b'n,text\n1,fine\n2,"' + b"x\n" * 3000, 1, None),
     ],

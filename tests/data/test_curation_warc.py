@@ -211,7 +211,7 @@ def test_the_meta_tag_names_the_encoding():
 
 
 def test_without_trafilatura_it_says_what_to_install(tmp_path, monkeypatch):
-    for absent in ("trafilatura", "lxml_html_clean"):
+    for absent in ("warcio", "trafilatura", "lxml_html_clean"):
         monkeypatch.setattr(
             "hfllm.data.curation.inputs.find_spec", lambda name, absent=absent: None if name == absent else 1
         )

@@ -37,6 +37,8 @@ def test_every_local_format_gives_its_rows(tmp_path):
     ("content", "complaint"),
     [
         ('{"text": "fine"}\n{"text": ', "bad.jsonl, line 2: not JSON"),
+        pytest.param('{"text": "fine"}\n' + "[" * 100_000, "bad.jsonl, line 2: not JSON", id="deep"),
+        pytest.param(f'{{"text": {"9" * 5000}}}', "bad.jsonl, line 1: not JSON", id="digits"),
         ("[1, 2]", "bad.jsonl, line 1: a row must be a JSON object, got list"),
         ("", "is empty"),
     ],

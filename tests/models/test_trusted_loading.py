@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,33 @@ def test_settings_that_are_no_object_are_named(file, text, model):
         load_policy(ModelConfig(model_name_or_path=str(model)))
     assert str(model) in str(error.value) and "\n" not in str(error.value)
     assert f"{file} is damaged" in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_settings_that_go_deeper_than_the_stack_are_named(file, model):
+    (model / file).write_text('{"a":' * 100_000)
+    with pytest.raises(InputError, match=f"{re.escape(str(model))}.*nested too deeply"):
+        load_policy(ModelConfig(model_name_or_path=str(model)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_hidden_layers", "two"), ("hidden_act", 3), ("num_attention_heads", -1), ("dtype", "float33")],
+)
+@pytest.mark.parametrize("load", [lambda folder: load_policy(ModelConfig(model_name_or_path=folder)), load_config])
+def test_fields_of_another_type_are_named(load, field, value, make_model, model):
+    make_model().config.save_pretrained(model)
+    edit(model / "config.json", **{field: value})
+    with pytest.raises(InputError) as error:
+        load(str(model))
+    assert str(model) in str(error.value) and repr(value).strip("'") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_conversion_says_which_kernel_it_refuses(model):
+    edit(model / "config.json", attn_implementation="evil/kernel")
+    with pytest.raises(InputError, match=r"cannot load the weights: .*names attn_implementation='evil/kernel'"):
+        from_native(str(model))
 
 
 OUTSIDE = [

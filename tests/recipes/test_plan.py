@@ -237,6 +237,7 @@ def test_bad_input(flags, message, tmp_path):
     [
         ("[1, 2]", "expected an object, got list"),
         ("{", "not JSON"),
+        pytest.param('{"a":' * 100_000, "not JSON", id="deep"),
         (
             '{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 9, "mlp_type": "x"}',
             "config.json: mlp_type='x' is not one of gated, plain",

@@ -316,6 +316,9 @@ def test_letters_that_cannot_be_told_apart_are_refused(model, tokenizer):
     for letters in (("(A)", "(A)"), ("A", "AB"), ("A)", "B("), ("", "A")):
         with pytest.raises(InputError, match="must differ in a single token"):
             letter_tokens(tokenizer, letters)
+    for letters in (("A",), ("A", "B", "C"), (1, 2), (None, "B")):
+        with pytest.raises(InputError, match="letters must be two texts"):
+            PreferenceJudge(model, tokenizer, BOTH, letters=letters)
 
 
 def test_bad_input_ends_in_a_line(model, judge, make_model, tokenizer):
@@ -323,6 +326,11 @@ def test_bad_input_ends_in_a_line(model, judge, make_model, tokenizer):
         PreferenceJudge(model, tokenizer, Constitution([Principle("dumb", "c", "r")]))
     with pytest.raises(InputError, match=r"clamp must be two probabilities in order, .*, got \(0.6, 0.4\)"):
         PreferenceJudge(model, tokenizer, BOTH, clamp=(0.6, 0.4))
+    with pytest.raises(InputError, match="clamp must be two probabilities in order"):
+        PreferenceJudge(model, tokenizer, BOTH, clamp=(0.6,))
+    for name in ("batch_size", "thought_length"):
+        with pytest.raises(InputError, match=f"{name} must be at least 1, got 0"):
+            PreferenceJudge(model, tokenizer, BOTH, chain_of_thought=True, **{name: 0})
     with pytest.raises(InputError, match="num_principles must lie between 1 and the constitution's 2, got 3"):
         PreferenceJudge(model, tokenizer, BOTH, num_principles=3)
     with pytest.raises(InputError, match="model 'judge' embeddings for 300"):

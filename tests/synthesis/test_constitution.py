@@ -121,12 +121,42 @@ def test_errors_name_line_principle_and_key(tmp_path, text, message):
         ('[{"critique": "x",\n"revision": "y",}]', "c.json, line 2: not JSON: "),
         ('[{"critique": "x", "critique": "y"}]', "c.json: 'critique' a second time in one object"),
         ('[{"critique": "x",\n"revision": ""}]', "c.json, line 2: principle 1: revision is empty"),
+        ('[{"critique": "x",\n"revision": "\\ud83d"}]', "c.json, line 2: principle 1: revision holds half of a char"),
+        pytest.param("[" * 100_000, "c.json: cannot be read: maximum recursion depth", id="deep"),
+        pytest.param(f'[{{"critique": {"9" * 5000}}}]', "c.json: cannot be read: Exceeds the limit", id="digits"),
     ],
 )
 def test_errors_in_json_name_them_too(tmp_path, text, message):
     (tmp_path / "c.json").write_text(text)
     with pytest.raises(InputError, match=message):
         load_constitution(tmp_path / "c.json")
+
+
+def test_a_few_lines_of_yaml_cannot_take_all_memory(tmp_path):
+    # Each level stands for nine of the one before: the last, written out as an error would, takes gigabytes.
+    levels = ["&a [x, x, x, x, x, x, x, x, x]"]
+    for name, before in zip("bcdefghi", "abcdefgh", strict=True):
+        levels.append(f"&{name} [{levels[-1]}{f', *{before}' * 8}]")
+    path = tmp_path / "c.yaml"
+    for text in (f"- {levels[-1]}", f"- name: {levels[-1]}", f"- critique: {levels[-1]}", f"principles: {levels[-1]}"):
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"c\.yaml: not YAML: its aliases stand for more than 1,000,000 values"):
+            load_constitution(path)
+    path.write_text("[" * 5000)
+    with pytest.raises(InputError, match=r"c\.yaml: not YAML: nested too deeply"):
+        load_constitution(path)
+    # Aliases themselves are YAML like any other, also of what holds them.
+    path.write_text("- {critique: &c [x, y], revision: *c}\n- {critique: *c, revision: z}")
+    assert load_constitution(path).principles[1].critique == ("x", "y")
+    path.write_text("- &p {critique: x, revision: *p}")
+    with pytest.raises(InputError, match="revision must be a text or a list of texts"):
+        load_constitution(path)
+
+
+def test_a_complaint_of_yaml_is_one_line(tmp_path):
+    (tmp_path / "c.yaml").write_text("- critique: \0")
+    with pytest.raises(InputError, match=r"^[^\n]*special characters are not allowed[^\n]*$"):
+        load_constitution(tmp_path / "c.yaml")
 
 
 def test_names_of_nothing_are_refused_with_the_nearest(tmp_path):

@@ -743,3 +743,10 @@ def test_a_prompt_that_the_chat_template_refuses_is_named(make_trainer, tokenize
     message = "prompt 2 of the dataset: the chat template cannot write this prompt: System role not supported"
     with pytest.raises(InputError, match=message):
         make_trainer(train_dataset=rows)
+    # A template is a program, and may end like one.
+    endless = "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"
+    for fault in ("{{ 1 / 0 }}", "{% for i in range(10**9) %}{% endfor %}", endless):
+        faulty = refusal.replace("{{ raise_exception('System role not supported') }}", fault)
+        monkeypatch.setattr(tokenizer, "chat_template", faulty)
+        with pytest.raises(InputError, match="prompt 2 of the dataset: the chat template cannot write this prompt"):
+            make_trainer(train_dataset=rows)

@@ -68,15 +68,22 @@ def find_inputs(options: CurationOptions) -> list[Input]:
         raise InputError(f"dataset {name!r} does not exist: no such file or folder (and not a Hub id like user/name)")
     for item in inputs:
         _check(item, options.text_column)
-    missing = next((name for name in ("trafilatura", "lxml_html_clean") if find_spec(name) is None), None)
-    if options.html_extractor == "trafilatura" and missing:
-        page = next((item for item in inputs if item.kind.startswith(".warc")), None)
-        if page:
-            raise InputError(
-                f"{page.path}: the text of web pages needs {missing}: pip install 'hfllm[data]' "
-                "(or --html_extractor plain, which keeps menus too)"
-            )
+    archive = next((item for item in inputs if item.kind.startswith(".warc")), None)
+    if archive:
+        _check_installed(archive, options.html_extractor)
     return inputs
+
+
+def _check_installed(archive: Input, html_extractor: str) -> None:
+    """Refuse web archives without the libraries that read them, and the text of their pages."""
+    if find_spec("warcio") is None:
+        raise InputError(f"{archive.path}: a web archive needs warcio: pip install 'hfllm[data]'")
+    missing = next((name for name in ("trafilatura", "lxml_html_clean") if find_spec(name) is None), None)
+    if html_extractor == "trafilatura" and missing:
+        raise InputError(
+            f"{archive.path}: the text of web pages needs {missing}: pip install 'hfllm[data]' "
+            "(or --html_extractor plain, which keeps menus too)"
+        )
 
 
 def ignored_files(options: CurationOptions) -> list[str]:
@@ -131,7 +138,7 @@ def _columns(item: Input) -> list[str] | None:
     if item.kind.startswith(".jsonl"):
         try:
             row = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None  # the reader counts bad lines
         return list(row) if isinstance(row, dict) else []
     return next(csv.reader([text], delimiter=delimiter_of(item.kind)))

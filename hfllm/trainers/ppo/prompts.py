@@ -4,11 +4,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jinja2 import TemplateError
 from torch.utils.data import DataLoader, Sampler
 
 from hfllm.data.rows import origin_of
-from hfllm.data.tokenizer import tokenize_prompts
+from hfllm.data.tokenizer import template_errors, tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.trainers.ppo.config import PPOConfig
 
@@ -118,7 +117,7 @@ def tokenize_rows(rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedToken
 
 def _tokens_of(rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", first: int) -> list[list[int]]:
     """Return the tokens of the rows' prompts; `first` is the place of the first row in its dataset."""
-    refusals = (AttributeError, KeyError, TemplateError, TypeError, ValueError)
+    refusals = template_errors()
     try:
         return tokenize_rows(rows, tokenizer)
     except refusals:
