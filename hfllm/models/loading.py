@@ -170,7 +170,7 @@ def _named_settings(name: str) -> Iterator[None]:
         # Of a dtype, transformers takes what torch has of that name.
         if isinstance(error, AttributeError) and "module 'torch'" not in str(error):
             raise
-        raise InputError(f"model {name!r}: its config.json cannot be used: {reason_of(error)}") from None
+        raise InputError(f"model {name!r} could not be loaded: {reason_of(error)}") from None
 
 
 def is_outside(file: str) -> bool:
