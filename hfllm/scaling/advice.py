@@ -113,7 +113,7 @@ def _with_replicas(chosen: Plan, request: Request, data: int, rows: int) -> Larg
     batch = math.ceil(rows / unit) * unit
     if batch > 1.5 * rows or any(layout.problems(request.shape, layout.devices, batch)):
         return None
-    options = request.attention, request.efficiency, request.overlap_experts
+    options = request.attention, request.efficiency, request.overlap_experts, request.torch_compile
     dtype = request.dtype(layout)
     speed = estimate(request.shape, layout, dtype, request.device, request.max_length, batch, *options)
     days = request.tokens / speed.tokens_per_second / SECONDS_PER_DAY
