@@ -34,8 +34,8 @@ class Device:
         group_buffer: bytes for each group of devices that communicate: NCCL's 688 MiB on A100 with NVLink
             (github.com/NVIDIA/nccl/issues/964).
         fragments: share of the memory reserved by torch's allocator that it cannot use. Fitted: the smallest whole
-            percentage with which no published run needs more than planned, and the mean of eight trainings in
-            GMLake (arXiv:2401.08156; 33% at most).
+            percentage with which no published run needs more than planned. GMLake (arXiv:2401.08156) removes as
+            much on average, and 33% at most.
         usable: share of the memory that a plan may use: the driver of an A100 of 80 GiB leaves 79.3, and a CPU's
             memory is shared with other programs.
     """

@@ -314,6 +314,8 @@ def _groups(request: Request) -> Iterator[tuple[Layout, list[int], bool]]:
         for zero_stage in _held(request.zero_stage) or _zero_stages(data * context, tensor, is_megatron):
             whole = not request.sequence_parallel
             spread = Layout(data, tensor, pipeline, expert, zero_stage, context=context, whole_rows=whole)
+            if not _has_engine(request, spread):
+                continue
             if any(spread.problems(shape, devices, request.global_batch_size)):
                 yield spread, [], False
             else:
@@ -331,12 +333,22 @@ def _settings(request: Request, spread: Layout) -> Iterator[tuple[Layout, list[i
     micro_batches = _divisors(rows)
     for recompute, interleave in product(recomputes, interleaves):
         layout = replace(spread, recompute=recompute, interleave=interleave)
+        if not _has_engine(request, layout):
+            continue
         # Those with whole rounds of the pipeline's stages, as interleaving needs.
         sizes = [size for size in micro_batches if interleave == 1 or rows // size % spread.pipeline == 0]
         sizes = _held(request.micro_batch_size) or sizes or [1]
         layout = replace(layout, micro_batch=sizes[0])
         can_run = not any(layout.problems(request.shape, request.num_devices, request.global_batch_size))
         yield layout, sizes, can_run
+
+
+def _has_engine(request: Request, layout: Layout) -> bool:
+    """Return whether software runs a layout on the device. Without GPUs Megatron-LM is planned only if asked for."""
+    if request.device.name != "cpu" or layout.engine != MEGATRON:
+        return True
+    degrees = request.tensor_parallel, request.pipeline_parallel, request.expert_parallel, request.context_parallel
+    return request.recompute == "selective" or any(degree is not None and degree > 1 for degree in degrees)
 
 
 def _held(value: object) -> list | None:

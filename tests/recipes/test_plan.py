@@ -123,7 +123,7 @@ def test_a_plan_of_years_says_what_would_take_90_days(tmp_path, capsys):
     days = run(tmp_path)["days"]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# ")]
     assert f"{days:,.0f} days ({days / 365.25:.1f} years)" in lines[0]
-    own = "`hfllm pretrain` does not run it; the fastest that it runs, data 1024, ZeRO-3, takes"
+    own = "`hfllm pretrain` does not run it, Megatron-LM does; the fastest that it runs, data 1024, ZeRO-3, takes"
     assert own in lines[1]
     found = re.search(r"For 90 days: about ([\d,]+) h100 .* with ([\d,]+) rows per step", lines[2])
     devices, rows = (int(text.replace(",", "")) for text in found.groups())
