@@ -130,8 +130,7 @@ def planned(case: dict[str, Any]) -> Any:
     layout = Layout(case["processes"], zero_stage=case["zero_stage"], recompute=recompute, micro_batch=ROWS)
     hidden, layers, heads = SIZES[case["size"]]
     shape = Shape(hidden, layers, heads, VOCABULARY, loss_chunk_size=case["chunk"])
-    runtime = find_device("cpu").runtime
-    return device_memory(shape, layout, PRECISIONS["fp32"], LENGTH, reserved=False, runtime=runtime)
+    return device_memory(shape, layout, PRECISIONS["fp32"], LENGTH, reserved=False, device=find_device("cpu"))
 
 
 def published_lines() -> list[str]:

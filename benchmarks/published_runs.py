@@ -11,7 +11,9 @@ memory.
 What sources do not say is assumed for all rows of a source alike: micro-batches of Narayanan et al. 2021, table 1
 (smaller for larger models), and no interleaving, since the paper uses it without naming its chunks; one layer per
 chunk in Llama 3's interleaving; micro-batches of one row for MT-NLG, with ZeRO-1, GLM-130B and DeepSeek-V3; no
-recomputation where none is named. Activations that some runs recomputed in part are planned as kept.
+recomputation where none is named. Activations that some runs recomputed in part are planned as kept. Gigabytes that
+BigScience read from nvidia-smi are taken as thousands of MiB. torchtitan's memory is what torch reserved, without the
+process itself.
 
 Tokens per second follow from what was published: FLOP/s with recomputation by equation 3 of Narayanan et al., those of
 Llama 3 and GLM-130B without recomputation, attention counted with the mask for Llama 3 alone.
@@ -27,15 +29,13 @@ from statistics import median
 
 from hfllm.scaling.activations import PRECISIONS, Precision
 from hfllm.scaling.devices import GIB, Device, find_device
-from hfllm.scaling.layouts import MEGATRON, Layout
+from hfllm.scaling.layouts import FSDP2, MEGATRON, Layout
 from hfllm.scaling.memory import Memory, device_memory
-from hfllm.scaling.planner import USABLE
 from hfllm.scaling.shapes import Shape
 from hfllm.scaling.speed import Speed, estimate
 
 FOLDER = Path(__file__).parent
-# Meta's H100 of 96 GB with slower memory, limited to 500 of 700 W. Its source says that its peak is lower and unknown:
-# these runs count for memory, and their times are shown apart from those of other H100.
+# An H100 with less power and slower memory is a device of its own.
 LIMITED = "h100-500w"
 FAMILIES = ("a100", "h100", LIMITED)
 # A share within which an estimate is of use for a plan.
@@ -65,6 +65,7 @@ class Run:
     global_batch_size: int
     attention: str
     overlap_experts: bool
+    torch_compile: bool
     seconds: float
     published: str
     memory_gib: float | None
@@ -80,9 +81,8 @@ class Run:
     def speed(self) -> Speed:
         """Return what the planner expects."""
         sizes = self.sequence_length, self.global_batch_size, self.attention
-        return estimate(
-            self.shape, self.layout, self.precision, self.device, *sizes, overlap_experts=self.overlap_experts
-        )
+        how = {"overlap_experts": self.overlap_experts, "compiled": self.torch_compile}
+        return estimate(self.shape, self.layout, self.precision, self.device, *sizes, **how)
 
     @property
     def ratio(self) -> float:
@@ -94,12 +94,12 @@ class Run:
         """Return the memory that the planner expects."""
         passes = self.layout.micro_batches(self.global_batch_size)
         options = self.precision, self.sequence_length, passes, self.attention
-        return device_memory(self.shape, self.layout, *options, runtime=self.device.runtime)
+        return device_memory(self.shape, self.layout, *options, device=self.device)
 
     @property
-    def claimed_gib(self) -> float:
-        """Return what the planner would set aside, GiB: the peak, and what `--usable_memory` leaves for fragments."""
-        return (self.memory.peak + (1 - USABLE) * self.device.memory) / GIB
+    def memory_ratio(self) -> float:
+        """Return the planned peak over the published memory, which must be known."""
+        return self.memory.peak / GIB / self.memory_gib
 
 
 def read_runs() -> list[Run]:
@@ -115,6 +115,8 @@ def _run(row: dict[str, str], models: dict[str, dict], is_held_out: bool) -> Run
     sizes |= {"data": devices // (sizes["tensor"] * sizes["context"] * sizes["pipeline"])}
     sizes |= {"micro_batch": int(row["micro_batch_size"])}
     layout = Layout(**sizes, recompute=row["recompute"], whole_rows=row["whole_rows"] == "yes")
+    if layout.engine == FSDP2:
+        layout = replace(layout, split_rows=row["whole_rows"] == "no")
     precision = row["precision"]
     if layout.engine == MEGATRON and "_" not in precision:
         precision += "_megatron"
@@ -123,9 +125,9 @@ def _run(row: dict[str, str], models: dict[str, dict], is_held_out: bool) -> Run
         # MPT's tables have as many positions as rows have tokens.
         shape = replace(shape, max_position_embeddings=length)
     return Run(
-        *(row["source"], row["model"], shape, layout, PRECISIONS[precision], _device(row["device"])),
+        *(row["source"], row["model"], shape, layout, PRECISIONS[precision], find_device(row["device"])),
         *(_family(row["device"]), length, batch, row["attention"]),
-        row["overlap_experts"] == "yes",
+        *(row["overlap_experts"] == "yes", row["torch_compile"] == "yes"),
         batch * length / (devices * float(row["tokens_per_second"])),
         row["published"],
         float(row["memory_gib"]) if row["memory_gib"] else None,
@@ -136,12 +138,6 @@ def _run(row: dict[str, str], models: dict[str, dict], is_held_out: bool) -> Run
 
 def _family(device: str) -> str:
     return device if device == LIMITED else device.split("-")[0].replace("h800", "h100")
-
-
-def _device(name: str) -> Device:
-    if name == LIMITED:
-        return replace(find_device("h100"), name=name, memory=96 * GIB, bandwidth=2.4e12)
-    return find_device(name)
 
 
 def summary(runs: Sequence[Run]) -> dict[str, float]:
@@ -170,14 +166,13 @@ def provenance(runs: Sequence[Run]) -> list[str]:
     """Return what limits the table of errors: rows not read in their source, and what was seen beforehand."""
     others = [run for run in runs if not run.is_from_source]
     names = ", ".join(dict.fromkeys(run.source for run in others)) or "none"
-    a100, h100, limited = ([run for run in runs if run.family == family] for family in FAMILIES)
+    a100, h100 = ([run for run in runs if run.family == family] for family in FAMILIES[:2])
     checked = [[run for run in own if run.is_from_source] for own in (a100, h100)]
     few = [[run for run in own if "MosaicML" not in run.source] for own in (a100, h100)]
     return [
         f"Not compared with the paper, but with what others quote from it: {names}.",
         f"Medians and shares within 25% without these {len(others)} runs: {_both(*checked)}.",
         f"Without MosaicML's, of which there are most: {_both(*few)}.",
-        f"With the {len(limited)} limited H100 as H100: {_medians('h100', h100 + limited)}.",
         "Errors of held-out runs were visible while the terms of the model were chosen.",
     ]
 
@@ -192,6 +187,21 @@ def _medians(name: str, runs: Sequence[Run]) -> str:
     return f"{text}, held out {held_out['median']:.2f} and {held_out['close']:.0%}"
 
 
+def memory_summary(runs: Sequence[Run]) -> Iterator[tuple[str, int, float, float, float]]:
+    """Yield groups of runs of known memory: name, number, and least, median and largest planned over published."""
+    known = [run for run in runs if run.memory_gib is not None]
+    yield "all", *_range(known)
+    yield "fitted", *_range([run for run in known if not run.is_held_out])
+    yield "held out", *_range([run for run in known if run.is_held_out])
+    for source in dict.fromkeys(run.source for run in known):
+        yield source, *_range([run for run in known if run.source == source])
+
+
+def _range(runs: Sequence[Run]) -> tuple[int, float, float, float]:
+    ratios = [run.memory_ratio for run in runs]
+    return len(ratios), min(ratios), median(ratios), max(ratios)
+
+
 def report() -> str:
     """Return the tables of errors: by group, with what limits them, of memory, and of each run."""
     runs = read_runs()
@@ -201,12 +211,16 @@ def report() -> str:
         cells = (family, name, one["runs"], f"{one['median']:.2f}", f"{one['close']:.0%}", f"{one['error']:.0%}")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += ["", *provenance(runs), ""]
-    lines += ["| source | model | layout | row | published, GiB | planned peak | with a tenth of the device |"]
-    lines += ["| - | - | - | - | - | - | - |"]
+    lines += ["| memory of | runs | least planned over published | median | largest |", "| - | - | - | - | - |"]
+    for name, count, *ratios in memory_summary(runs):
+        lines.append(f"| {name} | {count} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
+    lines += ["", "| | source | model | layout | row | micro-batch | published, GiB | planned peak | ratio |"]
+    lines += ["| - | - | - | - | - | - | - | - | - |"]
     for run in runs:
         if run.memory_gib is not None:
-            sizes = f"{run.memory_gib:.1f} | {run.memory.peak / GIB:.1f} | {run.claimed_gib:.1f}"
-            lines.append(f"| {run.source} | {run.model} | {run.layout} | {run.sequence_length} | {sizes} |")
+            cells = ("held out" if run.is_held_out else "", run.source, run.model, run.layout, run.sequence_length)
+            cells += (run.layout.micro_batch, run.memory_gib, f"{run.memory.peak / GIB:.1f}")
+            lines.append(f"| {' | '.join(map(str, cells))} | {run.memory_ratio:.2f} |")
     lines += ["", "| | source | model | devices | layout | row | micro-batch | recompute | published | ratio |"]
     lines += ["| - | - | - | - | - | - | - | - | - | - |"]
     for run in runs:

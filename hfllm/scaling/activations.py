@@ -25,6 +25,7 @@ class Precision:
         residual: the residual stream between layers.
         is_autocast: weights stay in fp32, and a 16-bit copy of each lives from its use until its backward pass.
         copies: of weights in fp8, as they are and transposed; per parameter.
+        reduced: gradients that are reduced at once, from a copy in fp32.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Precision:
     residual: int
     is_autocast: bool = False
     copies: int = 0
+    reduced: int = 0
 
 
 PRECISIONS = {
@@ -45,9 +47,9 @@ PRECISIONS = {
         Precision("bf16", 2, 2, 12, 2, 2),
         Precision("fp16", 2, 2, 12, 2, 2),
         # Megatron-LM adds up gradients of bf16 weights in fp32, and keeps an fp32 copy of those of fp16 weights;
-        # Megatron-DeepSpeed, of bf16 ones, keeps both.
+        # Megatron-DeepSpeed, of bf16 ones, keeps both, and reduces 500 million at once (MEMORY_OPT_ALLREDUCE_SIZE).
         Precision("bf16_megatron", 2, 4, 12, 2, 2),
-        Precision("bf16_megatron_deepspeed", 2, 6, 12, 2, 2),
+        Precision("bf16_megatron_deepspeed", 2, 6, 12, 2, 2, reduced=500_000_000),
         Precision("fp16_megatron", 2, 2, 16, 2, 2),
         Precision("fp32_megatron", 4, 4, 8, 4, 4),
         # Products in fp8; all else as in bf16.
@@ -162,7 +164,8 @@ def layer_workspace(
     """Return the bytes per token that the backward pass of one layer needs in addition to the kept ones.
 
     The MLP's recomputed activation and product, and their gradients; in a mixture, those of the token's experts. With
-    eager attention, if more, the gradients of the scores before and after the softmax.
+    eager attention, if more, the gradients of the scores before and after the softmax. Where rows are split, the whole
+    input of a product and its gradient.
     """
     width = shape.intermediate_size
     if shape.num_local_experts:
@@ -170,18 +173,22 @@ def layer_workspace(
     inner = (4 if shape.is_gated else 2) * width / layout.tensor
     scores = 2 * shape.num_attention_heads * sequence_length / layout.attention_split(shape)
     largest = max(inner, scores) if attention == "eager" else inner
-    return precision.compute * largest + precision.residual * shape.hidden_size
+    rows = 2 * precision.compute * shape.hidden_size if layout.sequence_parallel else 0
+    return precision.compute * largest + precision.residual * shape.hidden_size + rows
 
 
 def loss_bytes(shape: Shape, layout: Layout, precision: Precision, tokens: int) -> float:
     """Return the peak bytes of the loss over `tokens`: log-probabilities and two gradients in fp32, 12 V per token.
 
     Logits of 16 bits, which stay for as long as somebody holds the model's output, are 2 V more. With
-    `shape.loss_chunk_size` only that many rows exist, plus the fp32 gradients of the head and the hidden states.
+    `shape.loss_chunk_size` only that many rows exist, plus the fp32 gradients of the head and the hidden states. The
+    loss of split logits in torch.distributed.tensor makes one more gradient. Where rows are split, the head reads all.
     """
-    split = layout.tensor if layout.engine == MEGATRON else 1
+    split = layout.tensor if layout.splits_logits else 1
     if not shape.loss_chunk_size:
-        return (12 + (2 if precision.compute == 2 else 0)) * shape.vocab_size * tokens / split
+        entry = (16 if layout.split_rows else 12) + (2 if precision.compute == 2 else 0)
+        rows = precision.compute * shape.hidden_size if layout.sequence_parallel else 0
+        return tokens * (entry * shape.vocab_size / split + rows)
     rows = min(shape.loss_chunk_size, tokens)
     head = 4 * shape.vocab_size * shape.hidden_size
     return (12 * shape.vocab_size * rows + head) / split + precision.compute * shape.hidden_size * tokens

@@ -45,8 +45,10 @@ def sentences(chosen: Plan, plans: Sequence[Plan], request: Request, target_days
         )
     if layout.zero_stage == 3 and layout.data >= MANY_SHARDS:
         lines.append(f"Published runs of ZeRO-3 over more than {MANY_SHARDS} devices took two to three times as long.")
+    if layout.engine == MEGATRON and request.device.name == "cpu":
+        lines.append("Megatron-LM, which runs it, needs GPUs.")
     if not chosen.runs_in_recipes:
-        lines.append(_in_recipes(plans, request))
+        lines.append(_in_recipes(chosen, plans, request))
     elif plans[0].days < days / 1.02:
         lines.append(f"The fastest layout, {plans[0].layout}, takes {duration(plans[0].days)}, and is harder to run.")
     if days > target_days:
@@ -63,13 +65,25 @@ def duration(days: float) -> str:
     return f"{text} ({days / DAYS_PER_YEAR:.1f} years)" if days > DAYS_PER_YEAR else text
 
 
-def _in_recipes(plans: Sequence[Plan], request: Request) -> str:
+def _in_recipes(chosen: Plan, plans: Sequence[Plan], request: Request) -> str:
     if not request.shape.is_of_the_family:
         return "hfllm has no model of this type: the files are for a script of your own."
     own = next((one for one in plans if one.runs_in_recipes), None)
     if own is None:
         return "No layout that `hfllm pretrain` runs is among those that fit: the files are for a script of your own."
-    return f"`hfllm pretrain` does not run it; the fastest that it runs, {own.layout}, takes {duration(own.days)}."
+    text = f"the fastest that it runs, {own.layout}, takes {duration(own.days)}"
+    if own.headroom < HEADROOM:
+        text += f", and leaves only {own.headroom:.1%} of the usable memory free"
+    return f"`hfllm pretrain` does not run it, {_runner(chosen, request)}; {text}."
+
+
+def _runner(chosen: Plan, request: Request) -> str:
+    """Return what runs a layout that the recipes do not run."""
+    if request.precision == "fp8":
+        return "nor anything in fp8"
+    if chosen.layout.engine == MEGATRON:
+        return "Megatron-LM does"
+    return "but a script that loads its model for tensor parallelism"
 
 
 def _faster(chosen: Plan, request: Request, target_days: float) -> str:
@@ -81,7 +95,8 @@ def _faster(chosen: Plan, request: Request, target_days: float) -> str:
     rows = ""
     if larger.global_batch_size > request.global_batch_size:
         tokens = larger.global_batch_size * request.max_length
-        rows = f", with {larger.global_batch_size:,} rows per step ({tokens / 1e6:,.0f}M tokens)"
+        size = f"{tokens / 1e6:,.0f}M" if tokens >= 1e6 else f"{tokens:,}"
+        rows = f", with {larger.global_batch_size:,} rows per step ({size} tokens)"
     return (
         f"For {target_days:g} days: about {larger.layout.devices:,} {request.device.name} ({larger.layout}{rows}), "
         f"or {share}, or a smaller model."
@@ -113,7 +128,7 @@ def _with_replicas(chosen: Plan, request: Request, data: int, rows: int) -> Larg
     batch = math.ceil(rows / unit) * unit
     if batch > 1.5 * rows or any(layout.problems(request.shape, layout.devices, batch)):
         return None
-    options = request.attention, request.efficiency, request.overlap_experts
+    options = request.attention, request.efficiency, request.overlap_experts, request.torch_compile
     dtype = request.dtype(layout)
     speed = estimate(request.shape, layout, dtype, request.device, request.max_length, batch, *options)
     days = request.tokens / speed.tokens_per_second / SECONDS_PER_DAY

@@ -130,6 +130,7 @@ def recipe_flags(plan: Plan, request: Request, folder: str = "") -> dict[str, An
         "bf16": request.precision == "bf16",
         "fp16": request.precision == "fp16",
     }
+    flags |= {"torch_compile": True} if request.torch_compile else {}
     return flags | ({"use_cpu": True} if request.device.name == "cpu" else {})
 
 

@@ -1,6 +1,6 @@
 """Accelerators: their memory, their peak, and the bandwidth between them. Numbers are the vendors'.
 
-Only `efficiency` is fitted, to published runs (benchmarks/published_runs.csv; docs/planner.md shows the errors).
+Only the efficiencies are fitted, to published runs (benchmarks/published_runs.csv; docs/planner.md shows the errors).
 """
 
 import os
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hfllm.errors import InputError
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,15 @@ class Device:
             kernels skip what the mask hides.
         flash1_efficiency: the same for the first FlashAttention and its Triton version, which do not use what is new
             in Hopper.
-        runtime: bytes that a process takes beside what is planned: on a GPU its context, workspaces of libraries and
-            buffers of NCCL; on a CPU Python's objects, threads and the allocator's rounding.
+        runtime: bytes that a process takes beside its tensors: on a GPU its context and kernels (1,573 MiB on an
+            A100, as BigScience measured); on a CPU Python's objects, threads and the allocator's rounding.
+        group_buffer: bytes for each group of devices that communicate: NCCL's 688 MiB on A100 with NVLink
+            (github.com/NVIDIA/nccl/issues/964).
+        fragments: share of the memory reserved by torch's allocator that it cannot use. Fitted: the smallest whole
+            percentage with which no published run needs more than planned. GMLake (arXiv:2401.08156) removes as
+            much on average, and 33% at most.
+        usable: share of the memory that a plan may use: the driver of an A100 of 80 GiB leaves 79.3, and a CPU's
+            memory is shared with other programs.
     """
 
     name: str
@@ -46,7 +53,10 @@ class Device:
     efficiency: float = 0.72
     attention_efficiency: float = 0.75
     flash1_efficiency: float = 0.55
-    runtime: float = 1.5 * GIB
+    runtime: float = 1573 * MIB
+    group_buffer: float = 688 * MIB
+    fragments: float = 0.15
+    usable: float = 0.97
 
     def peak(self, precision: str) -> float:
         """Return the peak FLOP/s in a precision of `hfllm.scaling.memory.PRECISIONS`.
@@ -68,15 +78,21 @@ def _cpu(processes: int) -> Device:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
     peak = (os.cpu_count() or 1) * 32 * 2.5e9 / processes
     links = {"bandwidth": 20e9 / processes, "near": 10e9, "far": 1e9, "per_node": processes}
-    return Device("cpu", memory, peak, peak, **links, runtime=16 * 2**20)
+    # Its allocator returns what is freed, and Gloo's buffers are small.
+    own = {"runtime": 16 * MIB, "group_buffer": 0.0, "fragments": 0.0, "usable": 0.9}
+    return Device("cpu", memory, peak, peak, **links, **own)
 
 
 _HOPPER = {"peak_8bit": 1979e12, "efficiency": 0.6, "attention_efficiency": 0.9, "flash1_efficiency": 0.32}
+_LIMITED = {"peak_8bit": 1979e12, "efficiency": 0.44, "attention_efficiency": 0.35, "flash1_efficiency": 0.23}
 DEVICES = {
     device.name: device
     for device in (
         # NVLink 4, and 400 Gb/s InfiniBand for each GPU, as in a DGX.
         Device("h100", 80 * GIB, 989e12, 67e12, 3.35e12, near=450e9, far=50e9, **_HOPPER),
+        # Meta's H100 of 96 GB with slower memory, limited to 500 of 700 W. Its peak is an H100's: the vendor gives no
+        # other, and its efficiencies are shares of that.
+        Device("h100-500w", 96 * GIB, 989e12, 67e12, 2.4e12, near=450e9, far=50e9, **_LIMITED),
         Device("h200", 141e9, 989e12, 67e12, 4.8e12, near=450e9, far=50e9, **_HOPPER),
         # An H100 with less NVLink.
         Device("h800", 80 * GIB, 989e12, 67e12, 3.35e12, near=200e9, far=50e9, **_HOPPER),

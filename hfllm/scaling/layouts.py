@@ -32,6 +32,8 @@ class Layout:
         context: devices over which each sequence is split (Ring Attention, arXiv:2310.01889).
         whole_rows: whether tensor parallelism keeps whole what it does not split, as Megatron-LM did before sequence
             parallelism (arXiv:2205.05198).
+        split_rows: whether FSDP2 with tensor parallelism splits rows, tables and logits as Megatron-LM does, as in
+            torchtitan (arXiv:2410.06511), not in transformers.
     """
 
     data: int = 1
@@ -44,6 +46,7 @@ class Layout:
     interleave: int = 1
     context: int = 1
     whole_rows: bool = False
+    split_rows: bool = False
 
     @property
     def devices(self) -> int:
@@ -67,9 +70,27 @@ class Layout:
         return DEEPSPEED if self.zero_stage else DDP
 
     @property
+    def groups(self) -> int:
+        """Return the groups of devices that one device communicates in, each with its own buffers.
+
+        All devices, and for each way to split the model those that share the same part. A pipeline of Megatron-LM has
+        two more: its two tables, and all devices of a replica, for the norm of the gradients.
+        """
+        if self.devices == 1:
+            return 0
+        degrees = (self.shards, self.context, self.tensor, self.pipeline, self.expert)
+        split = 0 if self.engine in (DDP, DEEPSPEED) else sum(degree > 1 for degree in degrees)
+        return 1 + split + (2 if self.pipeline > 1 else 0)
+
+    @property
     def sequence_parallel(self) -> bool:
         """Return whether the activations that tensor parallelism leaves whole are split along the sequence."""
-        return self.engine == MEGATRON and self.tensor > 1 and not self.whole_rows
+        return self.splits_logits and self.tensor > 1 and not self.whole_rows
+
+    @property
+    def splits_logits(self) -> bool:
+        """Return whether tensor parallelism splits the tables and the scores of the vocabulary."""
+        return self.engine == MEGATRON or self.split_rows
 
     def micro_batches(self, global_batch_size: int) -> int:
         """Return the passes of each replica per step."""

@@ -19,6 +19,7 @@ from hfllm.scaling.activations import (
     loss_bytes,
     norm_bytes,
 )
+from hfllm.scaling.devices import Device
 from hfllm.scaling.layouts import DDP, DEEPSPEED, FSDP2, MEGATRON, Layout
 from hfllm.scaling.shapes import Shape
 from hfllm.scaling.stages import stage_layers
@@ -37,7 +38,8 @@ class Memory:
     Args:
         activations: kept by the forward pass, and needed in addition by one layer's backward pass.
         logits: scores of the vocabulary, their softmax and their gradient.
-        buffers: for communication, and for weights that ZeRO-3 gathers.
+        buffers: for communication, for weights that ZeRO-3 gathers, and of the process itself.
+        fragments: reserved by the device's allocator beyond what is allocated.
         peak: largest total at any time. It is less than the sum of the parts if gradients replace activations.
     """
 
@@ -47,6 +49,7 @@ class Memory:
     activations: float
     logits: float
     buffers: float
+    fragments: float
     peak: float
 
 
@@ -101,7 +104,7 @@ def _stage_parameters(shape: Shape, layout: Layout, stage: _Stage) -> tuple[floa
         experts += replaced * change["experts"]
     parts = shape.parameters()
     # transformers' plans split only the head, Megatron-LM both tables.
-    table_split = layout.tensor if layout.engine == MEGATRON else 1
+    table_split = layout.tensor if layout.splits_logits else 1
     if stage.is_first:
         dense += parts["embeddings"] / table_split + parts["positions"]
     if stage.is_last and not (stage.is_first and shape.tie_word_embeddings):
@@ -117,8 +120,9 @@ def _buffers(shape: Shape, layout: Layout, precision: Precision, parameters: flo
     if layout.engine == DDP:
         return parameters * precision.gradients
     if layout.engine == FSDP2:
-        # The current layer and the prefetched one, and the gradient of one.
-        return layer * (2 * precision.compute + precision.gradients)
+        # The current layer and the prefetched one, which is copied out of a buffer, and a gradient that is copied into
+        # one, in fp32.
+        return layer * (3 * precision.compute + precision.gradients + 4)
     if layout.engine == DEEPSPEED:
         bucket = _bucket(precision, parameters)
         if layout.zero_stage == 3:
@@ -130,7 +134,7 @@ def _buffers(shape: Shape, layout: Layout, precision: Precision, parameters: flo
             return live + max(bucket, largest * precision.gradients)
         # ZeRO-1 and 2 keep a copy of their share of the weights, also of fp32 ones.
         return bucket + (parameters * precision.weights / layout.shards if precision.weights == 4 else 0)
-    return 0.0
+    return 4 * min(precision.reduced, parameters)
 
 
 def _bucket(precision: Precision, parameters: float) -> float:
@@ -146,7 +150,7 @@ def device_memory(
     micro_batches: int = 1,
     attention: str = "flash",
     reserved: bool = True,
-    runtime: float = 0.0,
+    device: Device | None = None,
 ) -> Memory:
     """Return the memory of a layout's fullest device.
 
@@ -154,17 +158,26 @@ def device_memory(
         sequence_length: tokens per row.
         micro_batches: passes of a replica per step; with more than one, gradients are kept between them.
         attention: `"flash"` or `"eager"`, see `layer_activations`.
-        runtime: bytes that a process takes beside what is planned, in `buffers` (`Device.runtime`).
         reserved: whether `peak` counts the bucket of ZeRO-1 and 2 from the beginning, as an accelerator's memory does.
             A CPU's memory is used only once written, and the bucket fills while activations are freed.
+        device: whose `runtime`, `group_buffer` and `fragments` are added; `None` counts tensors alone.
 
     Raises:
         InputError: for another `attention`.
     """
     if attention not in ATTENTION:
         raise InputError(f"attention={attention!r} is not one of {', '.join(ATTENTION)}")
-    options = shape, layout, precision, sequence_length, micro_batches, attention, reserved, runtime
-    return max((_stage_memory(stage, *options) for stage in _stages(shape, layout, micro_batches)), key=_peak)
+    options = shape, layout, precision, sequence_length, micro_batches, attention, reserved
+    tensors = max((_stage_memory(stage, *options) for stage in _stages(shape, layout, micro_batches)), key=_peak)
+    return tensors if device is None else _on_device(tensors, layout, device)
+
+
+def _on_device(tensors: Memory, layout: Layout, device: Device) -> Memory:
+    """Return the memory with what a process on `device` takes beside its tensors."""
+    beside = device.runtime + layout.groups * device.group_buffer
+    fragments = tensors.peak * device.fragments / (1 - device.fragments)
+    peak = tensors.peak + beside + fragments
+    return replace(tensors, buffers=tensors.buffers + beside, fragments=fragments, peak=peak)
 
 
 def _peak(memory: Memory) -> float:
@@ -180,7 +193,6 @@ def _stage_memory(
     micro_batches: int,
     attention: str,
     reserved: bool,
-    runtime: float,
 ) -> Memory:
     experts, dense = _stage_parameters(shape, layout, stage)
     shares = [
@@ -191,7 +203,7 @@ def _stage_memory(
     tokens = layout.micro_batch * sequence_length / layout.context
     kept, at_work = _activation_bytes(stage, shape, layout, precision, sequence_length, attention)
     logits = loss_bytes(shape, layout, precision, tokens) if stage.is_last else 0.0
-    buffers = _buffers(shape, layout, precision, dense + experts) + runtime
+    buffers = _buffers(shape, layout, precision, dense + experts)
     fills = not reserved and layout.engine == DEEPSPEED and layout.zero_stage < 3
     bucket = _bucket(precision, dense + experts) if fills else 0.0
     static = weights + optimizer + buffers - bucket
@@ -209,7 +221,7 @@ def _stage_memory(
         # ZeRO-2 joins its share of the gradients into one tensor for the optimizer while the bucket is still there.
         end = (2 if layout.engine == DEEPSPEED and layout.zero_stage == 2 else 1) * gradients + bucket
         peak = static + max(begin, gradients - table - layer + at_work + bucket, end)
-    return Memory(weights, gradients, optimizer, kept + at_work, logits, buffers, peak)
+    return Memory(weights, gradients, optimizer, kept + at_work, logits, buffers, 0.0, peak)
 
 
 def _activation_bytes(

@@ -29,8 +29,6 @@ LOSS_CHUNK_SIZE = 1024
 # A smaller share is a typing error, and would give infinite numbers.
 LEAST_SHARE = 1e-6
 MOST_TOKENS = 1e20
-# The rest is for fragments, and for what nobody planned.
-USABLE = 0.9
 # Layouts that take at most so much more time than the fastest are as good, and the simplest of them is chosen. One
 # that leaves less than this share of the usable memory free is not chosen where another leaves more.
 AS_FAST, HEADROOM = 1.1, 0.03
@@ -56,10 +54,11 @@ class Request:
         attention: `"flash"`, `"flash1"` (the first generation, and Triton's version of it) or `"eager"`.
         efficiency: share of its peak that a device reaches in matrix products; `None` is the device's.
         overlap_experts: whether the exchange with experts hides behind work.
+        torch_compile: whether torch.compile fuses what lies between matrix products.
         sequence_parallel: whether Megatron-LM's tensor parallelism also splits what lies between the matrices.
         mfu: measured share of the peak, including bubble and communication; replaces the estimate in
             the days.
-        usable: share of a device's memory to use.
+        usable: share of a device's memory to use; `None` is the device's.
 
     Raises:
         InputError: naming the flag of `hfllm plan`, for a number that is not finite or out of range, or a name that is
@@ -76,7 +75,7 @@ class Request:
     attention: str = "flash"
     efficiency: float | None = None
     mfu: float | None = None
-    usable: float = USABLE
+    usable: float | None = None
     tensor_parallel: int | None = None
     pipeline_parallel: int | None = None
     expert_parallel: int | None = None
@@ -86,6 +85,7 @@ class Request:
     interleave: int | None = None
     context_parallel: int | None = None
     overlap_experts: bool = False
+    torch_compile: bool = False
     sequence_parallel: bool = True
 
     def __post_init__(self) -> None:
@@ -122,7 +122,7 @@ class Request:
 
     @property
     def usable_bytes(self) -> float:
-        return self.usable * self.device.memory
+        return (self.device.usable if self.usable is None else self.usable) * self.device.memory
 
     def _chunk(self, default: int) -> int:
         return default if self.shape.loss_chunk_size is None else self.shape.loss_chunk_size
@@ -279,13 +279,14 @@ def _memory(request: Request, layout: Layout) -> Memory:
     passes = layout.micro_batches(request.global_batch_size)
     shape = request.shape_of(layout)
     options = request.dtype(layout), request.max_length, passes, request.attention
-    return device_memory(shape, layout, *options, runtime=request.device.runtime)
+    return device_memory(shape, layout, *options, device=request.device)
 
 
 def _cost(request: Request, layout: Layout, memory: Memory) -> Plan:
     speed = estimate(
         *(request.shape, layout, request.dtype(layout), request.device, request.max_length),
         *(request.global_batch_size, request.attention, request.efficiency, request.overlap_experts),
+        request.torch_compile,
     )
     passes = layout.micro_batches(request.global_batch_size)
     mfu = request.mfu or speed.mfu
@@ -313,6 +314,8 @@ def _groups(request: Request) -> Iterator[tuple[Layout, list[int], bool]]:
         for zero_stage in _held(request.zero_stage) or _zero_stages(data * context, tensor, is_megatron):
             whole = not request.sequence_parallel
             spread = Layout(data, tensor, pipeline, expert, zero_stage, context=context, whole_rows=whole)
+            if not _has_engine(request, spread):
+                continue
             if any(spread.problems(shape, devices, request.global_batch_size)):
                 yield spread, [], False
             else:
@@ -330,12 +333,22 @@ def _settings(request: Request, spread: Layout) -> Iterator[tuple[Layout, list[i
     micro_batches = _divisors(rows)
     for recompute, interleave in product(recomputes, interleaves):
         layout = replace(spread, recompute=recompute, interleave=interleave)
+        if not _has_engine(request, layout):
+            continue
         # Those with whole rounds of the pipeline's stages, as interleaving needs.
         sizes = [size for size in micro_batches if interleave == 1 or rows // size % spread.pipeline == 0]
         sizes = _held(request.micro_batch_size) or sizes or [1]
         layout = replace(layout, micro_batch=sizes[0])
         can_run = not any(layout.problems(request.shape, request.num_devices, request.global_batch_size))
         yield layout, sizes, can_run
+
+
+def _has_engine(request: Request, layout: Layout) -> bool:
+    """Return whether software runs a layout on the device. Without GPUs Megatron-LM is planned only if asked for."""
+    if request.device.name != "cpu" or layout.engine != MEGATRON:
+        return True
+    degrees = request.tensor_parallel, request.pipeline_parallel, request.expert_parallel, request.context_parallel
+    return request.recompute == "selective" or any(degree is not None and degree > 1 for degree in degrees)
 
 
 def _held(value: object) -> list | None:

@@ -25,7 +25,10 @@ class PlanArguments:
     num_devices: int = field(default=1024, metadata={"help": "Accelerators, of all machines together."})
     device: str = field(
         default="h100",
-        metadata={"help": "h100, h200, h800, a100-80gb, a100-40gb, v100, rtx4090, or cpu: this machine."},
+        metadata={
+            "help": "h100, h100-500w (limited to 500 W), h200, h800, a100-80gb, a100-40gb, v100, rtx4090, or cpu: "
+            "this machine."
+        },
     )
     device_memory_gb: float | None = field(
         default=None, metadata={"help": "The device's memory, in GiB, if it differs."}
@@ -66,8 +69,8 @@ class PlanArguments:
         default=None,
         metadata={"help": "Share of the peak that matrix products reach, for the estimate; by default the device's."},
     )
-    usable_memory: float = field(
-        default=0.9, metadata={"help": "Share of the memory to use; the rest is for fragmentation."}
+    usable_memory: float | None = field(
+        default=None, metadata={"help": "Share of the memory to use; by default 0.97 of a GPU's, 0.9 of a CPU's."}
     )
     tensor_parallel: int | None = field(default=None, metadata={"help": "Fix this degree instead of searching it."})
     pipeline_parallel: int | None = field(default=None, metadata={"help": "Likewise: stages."})
@@ -81,6 +84,10 @@ class PlanArguments:
     )
     overlap_experts: bool = field(
         default=False, metadata={"help": "The exchange with experts hides behind work, as in DualPipe."}
+    )
+    torch_compile: bool = field(
+        default=False,
+        metadata={"help": "The layers are compiled, which makes them faster; what they then keep is not planned."},
     )
     sequence_parallel: bool = field(
         default=True,
@@ -172,7 +179,7 @@ def make_request(script_args: PlanArguments, shape: Shape) -> Request:
     held = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "context_parallel", "zero_stage", "recompute")
     held += ("micro_batch_size", "interleave")
     same = ("num_devices", "global_batch_size", "tokens", "precision", "attention", "mfu", "efficiency")
-    same += ("overlap_experts", "sequence_parallel")
+    same += ("overlap_experts", "torch_compile", "sequence_parallel")
     options = {flag: getattr(script_args, flag) for flag in (*held, *same)}
     length = script_args.max_length
     options["max_length"] = min(2048, shape.max_position_embeddings) if length is None else length

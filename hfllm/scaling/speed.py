@@ -1,8 +1,7 @@
 """Estimate the time of a step from FLOPs, memory traffic, pipeline bubble, and communication.
 
-An estimate for comparing layouts. Its three constants for each kind of device (`TRAVERSALS`, and a device's two
-efficiencies) are fitted to published runs; others are held out. benchmarks/published_runs.csv lists all of them, and
-docs/planner.md shows the errors.
+An estimate for comparing layouts. Its constants (those below, and a device's efficiencies) are fitted to published
+runs; others are held out. benchmarks/published_runs.csv lists all of them, and docs/planner.md shows the errors.
 """
 
 from collections.abc import Mapping
@@ -19,6 +18,8 @@ from hfllm.scaling.stages import stage_layers
 # How often operations between matrix products (norms, activations, softmax) move a layer's kept bytes through memory:
 # once in three of these forward, the rest backward.
 TRAVERSALS = 10
+# The same for layers that torch.compile has fused. The fit is flat between 4 and 8.
+COMPILED_TRAVERSALS = 5
 # Communication behind work takes processors and memory bandwidth from it: so much of its own time.
 CONTENTION = 0.6
 
@@ -68,6 +69,7 @@ def estimate(
     attention: str = "flash",
     efficiency: float | None = None,
     overlap_experts: bool = False,
+    compiled: bool = False,
 ) -> Speed:
     """Estimate the time of one step on `global_batch_size` sequences.
 
@@ -76,6 +78,7 @@ def estimate(
         efficiency: share of its peak that the device reaches in matrix products; `None` is `device.efficiency`.
         overlap_experts: whether the exchange with experts hides behind work, as far as there is work (DualPipe,
             arXiv:2412.19437, section 3.2.1).
+        compiled: whether torch.compile fuses what lies between the matrix products.
 
     Raises:
         InputError: when the device cannot compute in the precision.
@@ -84,7 +87,9 @@ def estimate(
     tokens = layout.micro_batch * sequence_length / layout.context
     passes = layout.micro_batches(global_batch_size)
     share = efficiency or device.efficiency
-    layer, head = _layer_and_head(flops, shape, layout, precision, device, sequence_length, attention, share)
+    traversals = COMPILED_TRAVERSALS if compiled else TRAVERSALS
+    traffic = traversals * _memory_traffic(shape, layout, precision, sequence_length, attention)
+    layer, head = _layer_and_head(flops, traffic, shape, layout, precision, device, attention, share)
     held = stage_layers(shape.num_hidden_layers, layout.pipeline, layout.interleave)
     # The last stage also has the head, and the others wait for the slowest.
     slowest = tokens * max(max(held) * layer, held[-1] * layer + head)
@@ -105,15 +110,20 @@ def estimate(
 
 def _layer_and_head(
     flops: Mapping[str, float],
+    traffic: float,
     shape: Shape,
     layout: Layout,
     precision: Precision,
     device: Device,
-    sequence_length: int,
     attention: str,
     share: float,
 ) -> tuple[float, float]:
-    """Return the seconds of work per token in one layer, and in the head; `share` of the peak is reached."""
+    """Return the seconds of work per token in one layer, and in the head.
+
+    Args:
+        traffic: bytes per token and layer through the device's memory, between matrix products.
+        share: of the peak that is reached.
+    """
     peak = device.peak(precision.name)
     # Attention and the head are not computed in fp8.
     wide = device.peak_16bit if precision.name.startswith("fp8") else peak
@@ -122,21 +132,19 @@ def _layer_and_head(
     products = flops["layers"] * rounds / (peak * share)
     kernel = device.flash1_efficiency if attention == "flash1" else device.attention_efficiency
     products += flops["attention"] * scores / (wide * kernel)
-    traffic = _memory_traffic(shape, layout, precision, sequence_length, attention)
     if precision.name.startswith("fp8"):
         traffic += rounds * _casts(shape) / layout.tensor
-    traffic /= device.bandwidth
-    layer = products / (shape.num_hidden_layers * layout.tensor) + traffic
+    layer = products / (shape.num_hidden_layers * layout.tensor) + traffic / device.bandwidth
     return layer, flops["head"] / (layout.tensor * wide * share)
 
 
 def _memory_traffic(shape: Shape, layout: Layout, precision: Precision, sequence_length: int, attention: str) -> float:
-    """Return the bytes per token and layer that a device moves in its own memory between matrix products."""
+    """Return the bytes per token and layer of one traversal of what is kept, with a third more if it is recomputed."""
     options = precision, sequence_length, attention
     if layout.recompute == "none":
-        return TRAVERSALS * layer_activations(shape, layout, *options)
+        return layer_activations(shape, layout, *options)
     kept = layer_activations(shape, replace(layout, recompute="none"), *options)
-    return TRAVERSALS * (kept + (kept - layer_activations(shape, layout, *options)) / 3)
+    return kept + (kept - layer_activations(shape, layout, *options)) / 3
 
 
 def _casts(shape: Shape) -> float:

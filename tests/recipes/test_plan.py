@@ -123,12 +123,13 @@ def test_a_plan_of_years_says_what_would_take_90_days(tmp_path, capsys):
     days = run(tmp_path)["days"]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# ")]
     assert f"{days:,.0f} days ({days / 365.25:.1f} years)" in lines[0]
-    assert "`hfllm pretrain` does not run it; the fastest that it runs, data 1024, ZeRO-3, takes" in lines[1]
+    own = "`hfllm pretrain` does not run it, Megatron-LM does; the fastest that it runs, data 1024, ZeRO-3, takes"
+    assert own in lines[1]
     found = re.search(r"For 90 days: about ([\d,]+) h100 .* with ([\d,]+) rows per step", lines[2])
     devices, rows = (int(text.replace(",", "")) for text in found.groups())
     # No fewer than in proportion, and a run of that size takes 90 days.
     assert devices >= 1024 * days / 90
-    layout = ("--tensor_parallel", 8, "--pipeline_parallel", 32, "--interleave", 4, "--recompute", "none")
+    layout = ("--tensor_parallel", 8, "--pipeline_parallel", 64, "--interleave", 1, "--recompute", "none")
     larger = run(tmp_path, "--num_devices", devices, "--global_batch_size", rows, "--micro_batch_size", 1, *layout)
     assert 80 < larger["days"] <= 90
     run(tmp_path, "--preset", "gpt2", *CPU, "--num_devices", 1, "--tokens", 1000)
@@ -165,9 +166,24 @@ def test_another_device(tmp_path):
     flags = ("--preset", "llama-2-7b", "--num_devices", 4, "--zero_stage", 3, "--tensor_parallel", 1)
     usual = run(tmp_path, *flags)
     other = run(tmp_path, *flags, "--device_memory_gb", 40, "--device_peak_tflops", 500, "--devices_per_node", 4)
-    assert other["usable_gib"] == 36
+    assert other["usable_gib"] == pytest.approx(0.97 * 40)
     assert other["days"] > usual["days"]
     assert yaml.safe_load((tmp_path / "accelerate.yaml").read_text())["num_machines"] == 1
+
+
+def test_an_h100_with_less_power_is_a_device(tmp_path):
+    """torchtitan's 5,762 tokens per second, and 6,667 compiled, of each of 8 for Llama 3.1 8B; 10%."""
+    own = {"num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "num_hidden_layers": 32}
+    own |= {"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32, "max_position_embeddings": 8192}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    flags = ("--config_path", tmp_path, "--device", "h100-500w", "--num_devices", 8, "--max_length", 8192)
+    flags += ("--global_batch_size", 16, "--zero_stage", 3, "--tensor_parallel", 1, "--pipeline_parallel", 1)
+    flags += ("--micro_batch_size", 2, "--recompute", "none", "--usable_memory", 1, "--device_memory_gb", 160)
+    for compiled, published in (("false", 5762), ("true", 6667)):
+        speed = run(tmp_path / "out", *flags, "--torch_compile", compiled)["tokens_per_second"]
+        assert speed / 8 == pytest.approx(published, rel=0.1)
+        values = yaml.safe_load((tmp_path / "out" / "flags.yaml").read_text())
+        assert values.get("torch_compile", False) == (compiled == "true")
 
 
 def test_the_chosen_layout_is_listed_and_its_memory_drawn(tmp_path, capsys):
@@ -213,7 +229,7 @@ def test_yaml_flags(tmp_path):
         (["--top", "0"], "--top 0 must be at least 1"),
         (["--target_days", "0"], "--target_days 0.0 must be above 0"),
         (["--preset", "llama-2-7b", "--precision", "fp8", "--device", "a100-80gb"], "a100-80gb has no fp8, use bf16"),
-        (["--num_devices", "8"], "the model fits nowhere: of 72.0 GiB usable on each of 8 h100"),
+        (["--num_devices", "8"], "the model fits nowhere: of 77.6 GiB usable on each of 8 h100"),
         (
             ["--tensor_parallel", "3", "--num_devices", "768"],
             "--tensor_parallel 3 does not divide num_attention_heads=160",
@@ -253,13 +269,14 @@ def test_bad_config_json(text, message, tmp_path):
 
 
 CPU = ("--device", "cpu", "--precision", "fp32", "--global_batch_size", 8)
+COMPILED = ("--torch_compile", "true")
 
 
 @pytest.mark.parametrize(
     "flags",
     [
         ("--preset", "gpt2", *CPU, "--num_devices", 1, "--tokens", "1e6"),
-        ("--preset", "palm-8b", "--num_devices", 8, "--tensor_parallel", 1, "--loss_chunk_size", 256),
+        ("--preset", "palm-8b", "--num_devices", 8, "--tensor_parallel", 1, "--loss_chunk_size", 256, *COMPILED),
         ("--preset", "megatron-7.5b", "--num_devices", 64, "--attention", "eager"),
         ("--preset", "mixtral-8x7b", "--num_devices", 256, "--tensor_parallel", 1, "--zero_stage", 3),
     ],
@@ -284,6 +301,7 @@ def test_the_printed_command_makes_the_planned_model(flags, tmp_path, capsys):
     assert model.num_parameters() == metrics["parameters"]
     assert model.config._attn_implementation == ("eager" if "eager" in flags else "sdpa")
     assert int(script_args.total_tokens) == int(metrics["training_tokens"])
+    assert training_args.torch_compile == ("--torch_compile" in flags)
     accelerate = yaml.safe_load((tmp_path / "accelerate.yaml").read_text())
     rows = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
     # The chosen layouts are all replicas.

@@ -6,7 +6,8 @@ import pytest
 
 from hfllm.models.presets import preset
 from hfllm.scaling.advice import duration, larger_cluster, sentences
-from hfllm.scaling.devices import find_device
+from hfllm.scaling.devices import GIB, find_device
+from hfllm.scaling.layouts import MEGATRON, Layout
 from hfllm.scaling.planner import Request, choose, plan
 from hfllm.scaling.shapes import NAMED_SHAPES, Shape
 
@@ -45,6 +46,54 @@ def test_little_memory_is_named():
     chosen, plans, request = planned()
     lines = sentences(replace(chosen, headroom=0.01), plans, request)
     assert "Only 1.0% of the usable memory stay free: measure before you rely on it." in lines
+
+
+def on_a_cpu(name, memory, **fields):
+    """As on machines of two cores and so many GiB."""
+    device = replace(find_device("cpu"), memory=memory * GIB, peak_fp32=160e9, peak_16bit=160e9)
+    shape = Shape.from_config(preset(name))
+    return planned(**{"shape": shape, "device": device, "precision": "fp32", "max_length": 1024, **fields})
+
+
+@pytest.mark.parametrize(("devices", "rows", "memory"), [(2, 16, 3), (16, 16, 2), (4, 8, 16)])
+def test_no_pipeline_is_chosen_on_a_cpu_over_what_the_recipes_run(devices, rows, memory):
+    """It was, and the fastest layout that the recipes run was then faster: 138 days against 143."""
+    chosen, plans, request = on_a_cpu("gpt2", memory, num_devices=devices, global_batch_size=rows)
+    assert chosen.runs_in_recipes and all(one.layout.engine != MEGATRON for one in plans)
+    assert not any("does not run it" in line for line in sentences(chosen, plans, request))
+
+
+def test_small_batches_are_not_rounded_to_no_tokens():
+    lines = sentences(*on_a_cpu("gpt2", 16, num_devices=1, global_batch_size=8))
+    assert any("with 9 rows per step (9,216 tokens)" in line for line in lines)
+
+
+def test_a_pipeline_on_a_cpu_needs_gpus():
+    chosen, plans, request = on_a_cpu("gpt2", 16, num_devices=2, global_batch_size=8, pipeline_parallel=2)
+    assert chosen.layout.engine == MEGATRON
+    assert "Megatron-LM, which runs it, needs GPUs." in sentences(chosen, plans, request)
+    eager = on_a_cpu("gpt2", 16, num_devices=2, global_batch_size=8, recompute="selective", attention="eager")
+    assert eager[0].layout.engine == MEGATRON
+
+
+def test_little_memory_is_the_reason_against_the_fastest_of_the_recipes():
+    chosen, plans, request = planned(num_devices=8)
+    tight = [replace(one, headroom=0.012) for one in plans]
+    other = replace(chosen, layout=Layout(4, pipeline=2, zero_stage=1), runs_in_recipes=False)
+    (line,) = (line for line in sentences(other, tight, request) if "does not run it" in line)
+    assert line.endswith(", and leaves only 1.2% of the usable memory free.")
+    (line,) = (line for line in sentences(other, plans, request) if "does not run it" in line)
+    assert "leaves only" not in line
+
+
+def test_what_runs_other_layouts_is_named():
+    chosen, plans, request = planned(num_devices=8)
+    for layout, text in (
+        (Layout(2, tensor=4, zero_stage=3), "but a script that loads its model for tensor parallelism; the fastest"),
+        (Layout(2, tensor=4, zero_stage=1), "Megatron-LM does; the fastest that it runs, data 8"),
+    ):
+        other = replace(chosen, layout=layout, runs_in_recipes=False)
+        assert any(f"`hfllm pretrain` does not run it, {text}" in line for line in sentences(other, plans, request))
 
 
 def test_many_shards_are_named():

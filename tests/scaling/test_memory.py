@@ -13,8 +13,10 @@ from hfllm.scaling.activations import (
     autocast_weights,
     korthikanti_activations,
     layer_activations,
+    layer_workspace,
     loss_bytes,
 )
+from hfllm.scaling.devices import MIB, find_device
 from hfllm.scaling.layouts import Layout
 from hfllm.scaling.memory import device_memory, zero_state_bytes
 from hfllm.scaling.shapes import NAMED_SHAPES, Shape
@@ -184,7 +186,8 @@ def test_each_end_of_a_pipeline_has_a_table(pipeline, tied):
     layer, tables = shape.layer_parameters(), 1 if tied or pipeline > 1 else 2
     parts = 4 // pipeline * ((layer["attention"] + layer["mlp"]) / 2 + layer["norms"])
     parts += tables * 50_000 * 128 / 2 + 128  # and the norm before the head
-    assert memory.logits == 14 * 50_000 * 512 / 2
+    # Half of the logits, and the whole rows that they are made of.
+    assert memory.logits == 14 * 50_000 * 512 / 2 + 2 * 128 * 512
     assert (memory.weights, memory.gradients, memory.optimizer) == (2 * parts, 2 * parts, 12 * parts)
     # As Megatron-LM's README says: 18 bytes per parameter, or 6 + 12/d with its distributed optimizer.
     for zero_stage, size in ((0, 18), (1, 6 + 12 / 2)):
@@ -263,13 +266,74 @@ def test_context_parallelism_splits_activations_and_shards_states():
     own = device_memory(long, Layout(8, zero_stage=1, tensor=2), BF16, 65536 // 8)
     assert split.optimizer == pytest.approx(whole.optimizer)
     # Eight shares of what is kept, and one layer's at work.
-    assert split.activations < whole.activations / 6.5 and own.logits * 2 == split.logits
+    # Tensor parallelism also reads whole rows.
+    assert split.activations < whole.activations / 6.5 and 2 * (own.logits - 2 * 1024 * 8192) == split.logits
 
 
 def test_fp8_keeps_copies_of_the_weights():
     layout = Layout(tensor=2, pipeline=4)
     plain, half = (device_memory(GPT3, layout, PRECISIONS[f"{name}_megatron"], 2048) for name in ("bf16", "fp8"))
     assert half.weights == 2 * plain.weights and half.gradients == plain.gradients
+
+
+def test_a_gpu_takes_more_than_its_tensors():
+    """The context, NCCL's buffers for each group, and 15% of what is reserved; a CPU takes 16 MiB more."""
+    layout = Layout(data=8, zero_stage=2)
+    tensors, gpu, cpu = (
+        device_memory(GPT3, layout, BF16, 2048, device=one) for one in (None, find_device("h100"), find_device("cpu"))
+    )
+    assert gpu.peak == pytest.approx(tensors.peak / 0.85 + (1573 + 688) * MIB)
+    assert gpu.fragments == pytest.approx(0.15 * tensors.peak / 0.85) and tensors.fragments == cpu.fragments == 0
+    assert gpu.buffers == tensors.buffers + (1573 + 688) * MIB and cpu.peak == tensors.peak + 16 * MIB
+    for part in ("weights", "gradients", "optimizer", "activations", "logits"):
+        assert getattr(gpu, part) == getattr(tensors, part)
+
+
+@pytest.mark.parametrize(
+    ("layout", "groups"),
+    [
+        (Layout(), 0),
+        (Layout(8), 1),
+        (Layout(8, zero_stage=3), 1),
+        # All devices and those of a matrix; those of a shard too.
+        (Layout(tensor=8), 2),
+        (Layout(4, tensor=2, zero_stage=3), 3),
+        # All, replicas, matrix, pipeline, the tables at its ends, and the replica.
+        (Layout(8, 4, 12, zero_stage=1), 6),
+        (Layout(1, 8, 8, context=8, zero_stage=1), 7),
+        (Layout(64, pipeline=2, expert=8, zero_stage=1), 6),
+    ],
+)
+def test_groups_that_communicate(layout, groups):
+    assert layout.groups == groups
+
+
+def test_megatron_deepspeed_reduces_half_a_billion_gradients_at_once():
+    layout, names = Layout(8, 4, 12, zero_stage=1), ("bf16_megatron", "bf16_megatron_deepspeed")
+    shape = replace(GPT3, num_hidden_layers=70)
+    plain, own = (device_memory(shape, layout, PRECISIONS[name], 2048) for name in names)
+    assert (plain.buffers, own.buffers) == (0, 4 * 500_000_000)
+    # A smaller stage has fewer.
+    small = Shape(128, 24, 8, 1000)
+    own = device_memory(small, layout, PRECISIONS[names[1]], 512)
+    assert 0 < own.buffers < 4 * small.num_parameters()
+
+
+def test_torchtitan_splits_rows_and_logits_under_fsdp2():
+    """And its loss makes four tensors of the size of the logits in fp32, where others make three."""
+    shape, layout = Shape(1024, 4, 8, 50_000), Layout(4, tensor=8, zero_stage=3, recompute="full")
+    whole, split = (device_memory(shape, replace(layout, split_rows=way), BF16, 2048) for way in (False, True))
+    assert (whole.logits, split.logits) == (14 * 50_000 * 2048, (18 * 50_000 / 8 + 2 * 1024) * 2048)
+    assert split.activations < whole.activations
+    # The gathered layer, the next one with its buffer, a gradient and its buffer.
+    layer = sum(shape.layer_parameters().values()) / 8
+    assert whole.buffers == split.buffers == layer * (3 * 2 + 2 + 4)
+
+
+def test_split_rows_are_gathered_for_each_product():
+    shape, whole = Shape(1024, 4, 8, 1000), Layout(1, 8, 2, recompute="full", whole_rows=True)
+    more = [layer_workspace(shape, one, BF16, 2048) for one in (replace(whole, whole_rows=False), whole)]
+    assert more[0] - more[1] == 2 * 2 * 1024
 
 
 def test_names_are_checked():

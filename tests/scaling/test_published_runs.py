@@ -1,13 +1,15 @@
 """The planner against all published runs of benchmarks/published_runs.csv, by kind of device; held-out ones alone."""
 
 import importlib.util
+import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hfllm.scaling.devices import GIB
+from hfllm.scaling.devices import GIB, find_device
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -30,13 +32,13 @@ def group(family, held_out=None):
     return [run for run in RUNS if run.family == family and held_out in (None, run.is_held_out)]
 
 
-@pytest.mark.parametrize("family", ["a100", "h100"])
+@pytest.mark.parametrize("family", ["a100", "h100", "h100-500w"])
 @pytest.mark.parametrize("held_out", [None, False, True])
 def test_times_of_published_runs(family, held_out):
     """Of all runs, of those to which constants are fitted, and of those that are held out."""
     runs = group(family, held_out)
     one = summary(runs)
-    assert len(runs) >= 20
+    assert len(runs) >= (6 if family == "h100-500w" else 20)
     assert one["median"] == pytest.approx(1, abs=0.05)
     assert one["close"] >= 0.85
 
@@ -57,20 +59,49 @@ def test_large_runs_of_many_layouts_are_close(family):
 
 def test_a_constant_that_is_a_fifth_off_is_seen(monkeypatch):
     """The test above can fail."""
-    from dataclasses import replace
-
     off = [replace(run, device=replace(run.device, efficiency=0.8 * run.device.efficiency)) for run in group("h100")]
     assert abs(summary(off)["median"] - 1) > 0.05
 
 
-def test_memory_is_never_below_what_was_published():
-    """What is set aside: the planned peak, and the tenth of the device that is left for fragments; BLOOM's 60 GB."""
-    known = [run for run in RUNS if run.memory_gib is not None]
-    assert len(known) >= 15
-    for run in known:
-        # Half of the last digit that is printed.
-        rounding = 0.5e9 / GIB if "GB" in run.published else 0.05
-        assert run.claimed_gib >= run.memory_gib - rounding, (run.source, run.model, run.sequence_length)
+KNOWN = [run for run in RUNS if run.memory_gib is not None]
+
+
+def beside(run):
+    """What a process takes beside its tensors, GiB."""
+    return (run.device.runtime + run.layout.groups * run.device.group_buffer) / GIB
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_memory_is_never_below_what_was_published(held_out):
+    """The planned peak alone; torchtitan's is what torch reserved, which has no context and no buffers of NCCL."""
+    runs = [run for run in KNOWN if run.is_held_out == held_out]
+    assert len(runs) >= 10
+    for run in runs:
+        reserved_only = "torchtitan" in run.source
+        planned = run.memory.peak / GIB - (beside(run) if reserved_only else 0)
+        assert planned >= run.memory_gib, (run.source, run.model, run.sequence_length)
+    # Nor far above, where the software recomputed and split what is planned.
+    as_run = [run.memory_ratio for run in runs if run.layout.pipeline > 1]
+    assert len(as_run) >= 5 and max(as_run) < 1.3 and published.median(as_run) < 1.1
+
+
+def test_memory_without_fragments_would_be_below():
+    """The test above can fail; and BLOOM without its buffers too."""
+    without = [run.memory.peak - run.memory.fragments < run.memory_gib * GIB for run in KNOWN]
+    assert sum(without) >= 10
+    (bloom,) = (run for run in KNOWN if run.model == "bloom-176b")
+    assert bloom.memory.peak / GIB - beside(bloom) < 58.6
+
+
+def test_fragments_are_the_least_whole_percentage_that_the_fitted_runs_need():
+    """Of what is reserved. GMLake, arXiv:2401.08156, found 15% on average; the held-out runs need less."""
+    needed = {False: [], True: []}
+    for run in KNOWN:
+        tensors = (run.memory.peak - run.memory.fragments) / GIB - beside(run)
+        reserved = run.memory_gib - (0 if "torchtitan" in run.source else beside(run))
+        needed[run.is_held_out].append(1 - tensors / reserved)
+    assert math.ceil(100 * max(needed[False])) / 100 == find_device("h100").fragments
+    assert max(needed[True]) <= max(needed[False])
 
 
 def test_memory_is_never_below_what_was_measured_here():
@@ -103,7 +134,7 @@ def tokens_per_second(run):
     tokens = run.global_batch_size * run.sequence_length / run.layout.devices
     if found := re.match(r"(\d+) tokens/s$", run.published):
         return float(found[1])
-    if found := re.match(r"([\d.]+) s a step$", run.published):
+    if found := re.match(r"([\d.]+) s a step(; \d+ GB)?$", run.published):
         return tokens / float(found[1])
     if found := re.match(r"(\d+) TFLOP/s with recomputation", run.published):
         return float(found[1]) * 1e12 / flops_with_recomputation(run.shape, run.sequence_length)
@@ -144,3 +175,11 @@ def test_the_page_shows_the_report():
     lines = report().splitlines()
     for line in lines[2 : lines.index("")]:
         assert line in page, line
+    begin = next(number for number, line in enumerate(lines) if line.startswith("| memory of"))
+    for line in lines[begin : lines.index("", begin)]:
+        assert line in page, line
+
+
+def test_the_results_are_those_of_today():
+    page = (BENCHMARKS / "results" / "published_runs.md").read_text()
+    assert page.endswith(report() + "\n")

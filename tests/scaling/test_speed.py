@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.scaling.activations import PRECISIONS
+from hfllm.scaling.activations import PRECISIONS, layer_activations
 from hfllm.scaling.devices import find_device
 from hfllm.scaling.flops import palm_flops_per_token
 from hfllm.scaling.layouts import Layout
 from hfllm.scaling.links import FAR_LATENCY, NEAR_LATENCY, exchange_seconds, gather_seconds
 from hfllm.scaling.shapes import NAMED_SHAPES, Shape
-from hfllm.scaling.speed import estimate, flops_per_token
+from hfllm.scaling.speed import COMPILED_TRAVERSALS, TRAVERSALS, estimate, flops_per_token
 from hfllm.scaling.stages import stage_layers
 
 A100, BF16 = find_device("a100-80gb"), PRECISIONS["bf16"]
@@ -69,6 +69,20 @@ def test_flops_are_palms():
     assert parts["again"] == pytest.approx((model - parts["head"]) / 3)
     assert flops_per_token(shape, 2048, "selective")["again"] == parts["attention"] / 3
     assert flops_per_token(shape, 2048)["again"] == 0
+
+
+def test_compiled_layers_move_half_the_bytes():
+    """And nothing else changes: a device with endless bandwidth is as fast either way."""
+    shape, layout = Shape.from_config(NAMED_SHAPES["megatron-18b"]), Layout(8, zero_stage=1)
+    seconds = {}
+    for bandwidth in (A100.bandwidth, 1e30):
+        device = replace(A100, bandwidth=bandwidth)
+        for compiled in (False, True):
+            seconds[bandwidth, compiled] = estimate(shape, layout, BF16, device, 2048, 8, compiled=compiled).compute
+    assert seconds[1e30, True] == seconds[1e30, False]
+    moved = seconds[A100.bandwidth, False] - seconds[A100.bandwidth, True]
+    kept = 2048 * shape.num_hidden_layers * layer_activations(shape, layout, BF16, 2048)
+    assert moved == pytest.approx((TRAVERSALS - COMPILED_TRAVERSALS) * kept / A100.bandwidth)
 
 
 def test_only_active_experts_compute():
