@@ -80,6 +80,13 @@ class ConstitutionArguments(RowArguments, RemoteCodeArguments):
     revise_only_flagged: bool = field(
         default=False, metadata={"help": "Keep an answer where the critique finds nothing."}
     )
+    temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Of critiques, revisions and the model's own answers to harmless prompts; its first answers to "
+            "red-team prompts are sampled at 1."
+        },
+    )
     response_length: int | None = field(
         default=None, metadata={"help": "Longest answer in tokens; by default 40 on the world and 128 elsewhere."}
     )

@@ -54,11 +54,13 @@ class Speaking:
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
 
-    def answers(self, prompts: Sequence[Conversation], length: int, seed: int, samples: int = 1) -> list[list[str]]:
-        """Return `samples` answers to each prompt, sampled at temperature 1."""
+    def answers(
+        self, prompts: Sequence[Conversation], length: int, seed: int, samples: int = 1, temperature: float = 1.0
+    ) -> list[list[str]]:
+        """Return `samples` sampled answers to each prompt."""
         from hfllm.generation.responses import sample_responses
 
-        settings = {"num_return_sequences": samples, "seed": seed, "fast": True}
+        settings = {"num_return_sequences": samples, "seed": seed, "fast": True, "temperature": temperature}
         return sample_responses(self.model, self.tokenizer, prompts, length, **settings)
 
 
@@ -107,16 +109,22 @@ def answered(prompts: Sequence[Conversation], answers: Sequence[Sequence[str]]) 
 
 
 def demonstrations(
-    script_args: ConstitutionArguments, kinds: Sequence[str] | None = None
-) -> list[dict[str, list[Message]]]:
-    """Return what people show: how to help with all, and critique, revision and judging, or `kinds` of these."""
+    script_args: ConstitutionArguments, kinds: Sequence[str] | None = None, share: float = 1.0
+) -> list[Row]:
+    """Return what people show: how to help with all, and critique, revision and judging.
+
+    Args:
+        kinds: kinds of what critics show, see `critic_rows`; by default all.
+        share: of the demonstrations.
+    """
     from hfllm.data.world.critics import KINDS, critic_rows, helpful_rows
     from hfllm.synthesis.constitution import load_constitution
 
     world, seed = World(script_args.world_seed), script_args.seed
-    critics = round(script_args.num_demonstrations * SHARE_OF_CRITICS)
+    count = round(script_args.num_demonstrations * share)
+    critics = round(count * SHARE_OF_CRITICS)
     principles = [each for name in ("world", "politeness") for each in load_constitution(name).principles]
-    rows = helpful_rows(world, script_args.num_demonstrations - critics, seed)
+    rows = helpful_rows(world, count - critics, seed)
     rows += critic_rows(world, principles, critics, seed, kinds or KINDS)
     return learned(rows, seed)
 
@@ -231,6 +239,13 @@ def mixed(ai_rows: Sequence[Row], human_rows: Sequence[Row], seed: int) -> list[
     rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in (*ai_rows, *human_rows)]
     random.Random(f"constitution-pairs-{seed}").shuffle(rows)
     return rows
+
+
+def by_chance(rows: Sequence[Row], seed: int) -> list[Row]:
+    """Return comparisons whose labels a coin has decided: a control that must not gain."""
+    rng = random.Random(f"constitution-coin-{seed}")
+    turned = {"chosen": "rejected", "rejected": "chosen"}
+    return [{key: row[turned.get(key, key)] for key in row} if rng.random() < 0.5 else dict(row) for row in rows]
 
 
 def prompts_for_ppo(script_args: ConstitutionArguments, prompts: Prompts) -> list[Row]:

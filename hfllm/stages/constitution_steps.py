@@ -25,6 +25,7 @@ from hfllm.stages.constitution_data import (
     Row,
     Speaking,
     answered,
+    by_chance,
     demonstrations,
     human_comparisons,
     learned,
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from hfllm.synthesis.constitution import Constitution
     from hfllm.synthesis.revisions import Revisions
 
+# Of the demonstrations, for the arm that learns critiques without revisions.
+SHARE_OF_CONTROL = 0.5
 # Pairs by which the judge's position bias is measured.
 PAIRS_FOR_BIAS = 200
 
@@ -61,6 +64,7 @@ class Steps:
 
     Attributes:
         metrics: what was measured on the way.
+        ai_rows, human_rows: the comparisons that the preference model learns from, in the main process.
         revisions: the rows of the constitution's revisions and their figures, in the main process.
         no_rl: why there are no AI preferences, if there are none.
     """
@@ -70,6 +74,8 @@ class Steps:
     constitution: "Constitution"
     course: Course
     metrics: dict[str, float] = field(default_factory=dict)
+    ai_rows: list[Row] = field(default_factory=list)
+    human_rows: list[Row] = field(default_factory=list)
     revisions: "Revisions | None" = None
     no_rl: str = ""
     _models: dict[str, Speaking] = field(default_factory=dict)
@@ -101,17 +107,17 @@ class Steps:
         """Let the judge compare answers, train the preference model on that, and align by PPO."""
         if RL not in self.course.runs:
             return
-        labeled: dict[str, Sequence[Row]] = {}
         if main_process():
             try:
-                labeled["ai"] = self._ai_preferences(self._judge())
+                self.ai_rows = self._ai_preferences(self._judge())
+                self.human_rows = self._people_s_comparisons()
             except InputError as error:
                 self.no_rl = str(error)
                 say(f"constitution: no AI preferences: {error}")
         self.no_rl = _of_main_process(self.no_rl)
         if self.no_rl:
             return
-        write_rows(self.script_args, REWARD, lambda: self._comparisons(labeled["ai"]))
+        write_rows(self.script_args, REWARD, lambda: mixed(self.ai_rows, self.human_rows, self.script_args.seed))
         self.metrics |= self.course.run(REWARD)
         write_rows(self.script_args, RL, lambda: prompts_for_ppo(self.script_args, self.prompts))
         self.course.run(RL)
@@ -129,14 +135,14 @@ class Steps:
             )
             self.course.run(POLITENESS)
         if CRITIQUES in script_args.arms:
-            write_rows(script_args, CRITIQUES, lambda: demonstrations(script_args, kinds=("critique",)))
+            write_rows(script_args, CRITIQUES, lambda: demonstrations(script_args, ("critique",), SHARE_OF_CONTROL))
             self.course.run(CRITIQUES)
         if LABELS in script_args.arms and not self.no_rl:
-            rows = lambda: prompts_for_ppo(script_args, self.prompts)  # noqa: E731
-            write_rows(script_args, LABELS_REWARD, lambda: self._comparisons(self._ai_preferences(self._judge(), 0.5)))
+            seed = script_args.seed
+            write_rows(script_args, LABELS_REWARD, lambda: mixed(by_chance(self.ai_rows, seed), self.human_rows, seed))
             self.course.run(LABELS_REWARD)
             for arm in (AI_LABELS, LABELS):
-                write_rows(script_args, arm, rows)
+                write_rows(script_args, arm, lambda: prompts_for_ppo(script_args, self.prompts))
                 self.course.run(arm)
 
     def speaking(self, name: str) -> Speaking:
@@ -188,15 +194,17 @@ class Steps:
             critic=critic.model,
             critic_tokenizer=critic.tokenizer,
             revise_only_flagged=script_args.revise_only_flagged,
+            temperature=script_args.temperature,
             batch_size=script_args.batch_size,
             save_to=Path(script_args.output_dir, folder),
         )
 
     def _rows_of(self, revisions: "Revisions") -> list[Row]:
         """Return what SL learns: the last revisions, and the model's own answers to harmless prompts."""
-        harmless = self.prompts.harmless
-        said = self.speaking(HELPFUL).answers(harmless, self.script_args.longest, self.script_args.seed + 9)
-        return learned([*revisions.rows, *answered(harmless, said)], self.script_args.seed)
+        script_args, harmless = self.script_args, self.prompts.harmless
+        settings = {"seed": script_args.seed + 9, "temperature": script_args.temperature}
+        said = self.speaking(HELPFUL).answers(harmless, script_args.longest, **settings)
+        return learned([*revisions.rows, *answered(harmless, said)], script_args.seed)
 
     def _judge(self) -> "PreferenceJudge":
         from hfllm.rewards.judges import PAPER_CLAMP, PreferenceJudge
@@ -213,8 +221,8 @@ class Steps:
             seed=script_args.seed,
         )
 
-    def _ai_preferences(self, judge: "PreferenceJudge", label_noise: float = 0.0) -> list[Row]:
-        """Return pairs with the judge's labels; with the noise of a coin the labels are chance's.
+    def _ai_preferences(self, judge: "PreferenceJudge") -> list[Row]:
+        """Return pairs with the judge's labels.
 
         Raises:
             InputError: when the judge is refused for its bias, or no pair has two different answers.
@@ -222,16 +230,13 @@ class Steps:
         from hfllm.rewards.judge_labels import check_bias, measure_bias, preference_rows
 
         pairs = pairs_to_judge(self.script_args, self.prompts, self.speaking(SL), self.speaking(HELPFUL))
-        if not label_noise:
-            some = (each[:PAIRS_FOR_BIAS] for each in (pairs.prompts, pairs.first, pairs.second))
-            bias = measure_bias(judge, *some)
-            self.metrics |= bias.as_metrics()
-            check_bias(bias, allow=self.script_args.allow_biased_judge)
         asked = (pairs.prompts, pairs.first, pairs.second)
-        rows, counts = preference_rows(judge, *asked, label_noise=label_noise, seed=self.script_args.seed)
-        if not label_noise:
-            self.metrics |= {"ai_comparisons": len(rows), "judge_ties": counts.ties}
-            self._compare_with_gold(rows, pairs)
+        bias = measure_bias(judge, *(each[:PAIRS_FOR_BIAS] for each in asked))
+        self.metrics |= bias.as_metrics()
+        check_bias(bias, allow=self.script_args.allow_biased_judge)
+        rows, counts = preference_rows(judge, *asked, seed=self.script_args.seed)
+        self.metrics |= {"ai_comparisons": len(rows), "judge_ties": counts.ties, "judge_too_long": counts.too_long}
+        self._compare_with_gold(rows, pairs)
         return rows
 
     def _compare_with_gold(self, rows: Sequence[Row], pairs: Pairs) -> None:
@@ -241,14 +246,14 @@ class Steps:
         if task_of:
             self.metrics |= label_metrics(rows, task_of, LABEL_NOISE, self.script_args.seed)
 
-    def _comparisons(self, ai_rows: Sequence[Row]) -> list[Row]:
+    def _people_s_comparisons(self) -> list[Row]:
         script_args = self.script_args
         if script_args.is_world:
             people = human_comparisons(script_args, self.speaking(SL), self.prompts)
         else:
             people = own_comparisons(script_args)
         self.metrics["human_comparisons"] = len(people)
-        return mixed(ai_rows, people, script_args.seed)
+        return people
 
 
 def people_s_labels(script_args: ConstitutionArguments) -> str:
