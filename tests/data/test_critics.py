@@ -24,6 +24,7 @@ from hfllm.data.world.critics import (
 from hfllm.data.world.demonstrators import RUDE
 from hfllm.data.world.rubric import COMPLIES, gold_score
 from hfllm.data.world.world import FAMILIES
+from hfllm.synthesis.critiques import finds_fault
 
 REQUESTS = [
     SimpleNamespace(name=name, critique=(f"{name}?",), revision=(f"again {name}",), preference=(f"which {name}?",))
@@ -63,7 +64,7 @@ def test_a_revision_keeps_to_the_principle_and_what_kept_to_it_stays(world, prin
         said = judge(principle, task, response)
         again = judge(principle, task, said.revision)
         assert not again.is_flagged and again.revision == said.revision
-        assert said.critique.startswith("Yes, ") == said.is_flagged != said.critique.startswith("No, ")
+        assert finds_fault(said.critique) == said.is_flagged
         assert said.is_flagged or said.revision == response
         flagged[said.is_flagged] += 1
         if principle == "courtesy":
