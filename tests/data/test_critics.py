@@ -80,7 +80,7 @@ def test_each_principle_is_broken_about_as_often_as_kept(world):
     by_principle = {name: Counter() for name in PRINCIPLES}
     for turns in conversations(world, 3000):
         if len(turns) == 6:
-            by_principle[turns[2].removesuffix("?")][turns[3].startswith("Yes")] += 1
+            by_principle[turns[2].removesuffix("?")][finds_fault(turns[3])] += 1
     for counts in by_principle.values():
         assert 0.4 < counts[True] / counts.total() < 0.6
 
