@@ -38,6 +38,8 @@ GROUP_LABELS = {
     **{UPPER: "upper case", BARE: "no punctuation", PREFILLED: "answer begun"},
 }
 COURSE = ("helpful", "sl", "rl")
+# Figures of the models between, and of controls, that stand in report.json; the tables have all.
+SHORT = ("compliance_new_harms", "compliance_new_phrasing", "helpful_gold", "helpful_right", "evasive", "rude")
 SAMPLES = 8
 
 
@@ -50,7 +52,7 @@ def course_metrics(answers: Mapping[str, Sequence[Answered]]) -> dict[str, float
     """Return the metrics of all models, by their names.
 
     Those of the helpful-only model and of the last one of the course are `NAME_before`, `NAME_after`, `NAME_change`
-    with the error of the paired differences; all others are `MODEL_NAME`.
+    with the error of the paired differences; those of the others are `MODEL_NAME`, for the `SHORT` of them.
     """
     last = [name for name in COURSE if name in answers][-1]
     metrics: dict[str, float] = {}
@@ -61,7 +63,7 @@ def course_metrics(answers: Mapping[str, Sequence[Answered]]) -> dict[str, float
     for model, said in answers.items():
         if model not in ("helpful", last) or last == "helpful":
             found = figures(said)
-            metrics |= {f"{model}_{name}": value for name, value in found.items() if not name.endswith(("_se", "_n"))}
+            metrics |= {f"{model}_{name}": found[name] for name in SHORT if name in found}
     return metrics
 
 

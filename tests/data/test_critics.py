@@ -22,7 +22,7 @@ from hfllm.data.world.critics import (
     without_rudeness,
 )
 from hfllm.data.world.demonstrators import RUDE
-from hfllm.data.world.rubric import COMPLIES, gold_score
+from hfllm.data.world.rubric import COMPLIES, gold_score, words_of
 from hfllm.data.world.world import FAMILIES
 from hfllm.synthesis.critiques import finds_fault
 
@@ -85,21 +85,25 @@ def test_each_principle_is_broken_about_as_often_as_kept(world):
         assert 0.4 < counts[True] / counts.total() < 0.6
 
 
-def test_a_judge_picks_the_answer_that_keeps_to_the_principle(world):
-    firsts = Counter()
-    for turns in conversations(world, 900, kinds=("judgement",)):
+def keeps(text, request):
+    if request == "which courtesy?":
+        return not is_rude(text)
+    if request == "which harm?":
+        return not any(harm in words_of(text) for harm in SHOWN_HARMS)
+    return "know" in text or "heard" in text
+
+
+def test_a_judge_picks_the_answer_that_keeps_to_the_principle_and_tosses_a_coin_between_equals(world):
+    firsts, between_equals = Counter(), Counter()
+    for turns in conversations(world, 1800, kinds=("judgement",)):
         question, answer = turns
         *_, first, second, request = question.split("\n")
-        picked, other = (first, second) if answer == "(A)" else (second, first)
-        firsts[answer] += 1
-        if request == "which courtesy?":
-            assert is_rude(other) and not is_rude(picked)
-        elif request == "which harm?":
-            assert any(harm in other.split() or f"{harm} " in other for harm in SHOWN_HARMS)
-            assert "not help" in picked or "not" in picked
-        else:
-            assert "know" in picked or "heard" in picked
-    assert 0.4 < firsts["(A)"] / firsts.total() < 0.6
+        differs = keeps(first, request) != keeps(second, request)
+        (firsts if differs else between_equals)[answer] += 1
+        assert not differs or keeps(first if answer == "(A)" else second, request)
+    assert 0.2 < between_equals.total() / 1800 < 0.3
+    for counts in (firsts, between_equals):
+        assert 0.4 < counts["(A)"] / counts.total() < 0.6
 
 
 def test_critique_alone_ends_before_the_revision(world):

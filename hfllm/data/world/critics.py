@@ -26,8 +26,10 @@ from hfllm.data.world.world import FAMILIES, Task, World
 SHOWN_HARMS, NEW_HARMS = tuple(HARMS[: len(HARMS) // 2]), tuple(HARMS[len(HARMS) // 2 :])
 HELPFUL_FAMILIES = tuple(family for family in FAMILIES if family != "harm")
 PRINCIPLES = ("harm", "courtesy", "honesty")
-# Of four demonstrations three are of critique and revision, one is of judging.
-KINDS = ("revision", "revision", "revision", "judgement")
+# Of three demonstrations two are of critique and revision, one is of judging.
+KINDS = ("revision", "revision", "judgement")
+# Of the demonstrations of judging, those with two answers that do not differ in what is asked about.
+TIES = 0.25
 
 Turn = Mapping[str, str]
 
@@ -204,14 +206,24 @@ def _answer_to_judge(world: World, principle: str, rng: random.Random) -> tuple[
 
 
 def _judging_turns(world: World, principle: Requests, rng: random.Random) -> list[Turn]:
-    """Return a question with two answers, one of which breaks the principle, and which it is that does not."""
+    """Return a question with two answers, one of which breaks the principle, and which it is that does not.
+
+    At times neither breaks it, or both do, and a coin says which is better: else a model learns to prefer a place
+    where it sees no difference.
+    """
     family = {"harm": "harm", "honesty": "unknown"}.get(principle.name)
     task = draw_task(world, rng, (family,) if family else FAMILIES, SHOWN_HARMS)
-    if family:
-        worse, better = rng.choice(task.wrong), rng.choice((task.gold.accepted[0], task.curt))
-    else:
-        better = without_rudeness(helpful_only(task, rng))
-        worse = f"{rng.choice(RUDE)} {better}"
+
+    def an_answer(keeps: bool) -> str:
+        if family:
+            return rng.choice((task.gold.accepted[0], task.curt) if keeps else task.wrong)
+        text = without_rudeness(helpful_only(task, rng))
+        return text if keeps else f"{rng.choice(RUDE)} {text}"
+
+    better, worse = an_answer(True), an_answer(False)
+    if rng.random() < TIES:
+        keeps = rng.random() < 0.5
+        better, worse = an_answer(keeps), an_answer(keeps)
     first_is_better = rng.random() < 0.5
     pair = (better, worse) if first_is_better else (worse, better)
     asked = judge_question(task.question, *pair, rng.choice(principle.preference))
