@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 hfllm constitution --seed 1 --output_dir outputs/constitution-1      # and 2, 3
     OMP_NUM_THREADS=1 python benchmarks/constitution.py --runs outputs/constitution-1 outputs/constitution-2 \
-        --learning_rates 3e-5 1e-4 3e-4 --output_dir outputs/constitution_benchmark
+        --learning_rates 1e-5 3e-5 1e-4 --output_dir outputs/constitution_benchmark
 
 From each finished run come the helpful-only model and the revisions. SL-CAI and RL-CAI are trained over again by the
 recipe's own classes, and their CPU-seconds are taken: of sampling, judging and `Trainer.train`, without loading,
@@ -73,8 +73,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="finished folders of `hfllm constitution`")
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4], help="of DPO, to try")
-    parser.add_argument("--long_learning_rates", type=float, nargs="+", help="to try for the longer DPO instead")
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-5, 3e-5, 1e-4], help="of DPO, to try")
+    parser.add_argument("--long_learning_rates", type=float, nargs="+", help="for the longer DPO instead")
+    parser.add_argument("--ai_learning_rates", type=float, nargs="+", help="for DPO on the comparisons instead")
     parser.add_argument("--beta", type=float, default=0.1, help="of DPO")
     parser.add_argument("--loss_type", nargs="+", default=["sigmoid"], help="of DPO: sigmoid, or sigmoid sft")
     parser.add_argument("--arms", nargs="+", choices=list(TITLES), default=list(TITLES), help="only these")
@@ -252,9 +253,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
         for name in names:
             if name not in chosen:
-                rates = (
-                    args.long_learning_rates if name == DPO_LONG and args.long_learning_rates else args.learning_rates
-                )
+                rates = {DPO_LONG: args.long_learning_rates, DPO_AI: args.ai_learning_rates}.get(name)
+                rates = rates or args.learning_rates
                 tried = {rate: comparison.dpo(name, rate, f"@{rate:g}") for rate in rates}
                 chosen[name] = max(tried, key=lambda rate: score_of(tried[rate]))
                 comparison.arms[name] = tried[chosen[name]]
