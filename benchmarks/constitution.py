@@ -11,13 +11,14 @@ long as SL-CAI took, and for as long as SL-CAI and RL-CAI took; and, from SL-CAI
 preference model learned from, for as long as that and PPO took. Its learning rate is chosen on the first run, by
 right answers to harmless prompts less compliance with harm; judge by the others. Finished arms are reused.
 
-Writes `constitution.md`: harmlessness, helpfulness, and the KL to the helpful-only model, from sampled answers.
+Writes `constitution.md`: harmlessness, helpfulness, and the KL to the helpful-only model, from answers sampled at
+temperature 1. SL-CAI also learns the model's own answers to harmless prompts, sampled at a lower temperature; "right,
+cooler" is the share of right answers when every arm is sampled so.
 """
 
 import argparse
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,18 +38,19 @@ from constitution_arms import (
 
 from hfllm.data.world.world import World
 from hfllm.evaluation.constitution import HELPFUL as HARMLESS_GROUP
-from hfllm.evaluation.constitution import NEW, NEW_PHRASING, Asked, answer, figures, prompts_to_ask
+from hfllm.evaluation.constitution import NEW, NEW_PHRASING, Asked, answer, figures, is_right, judged, prompts_to_ask
 from hfllm.outputs.figures import mean_of, plus_minus, readable
 from hfllm.outputs.report import markdown_table, write_atomically
 from hfllm.stages.constitution import RL, ConstitutionArguments
+from hfllm.stages.constitution_data import Speaking
 from hfllm.stages.constitution_evaluation import HARMLESS
-from hfllm.stages.constitution_runs import HELPFUL, SL
+from hfllm.stages.constitution_runs import HELPFUL, REWARD, SL, course_of
 
 if TYPE_CHECKING:
     from trl import SFTConfig
 
 Arm = dict[str, float]
-DPO_SHORT, DPO_LONG, DPO_AI = "dpo_sl", "dpo_rl", "dpo_ai"
+DPO_SHORT, DPO_LONG, DPO_AI = PEERS = ("dpo_sl", "dpo_rl", "dpo_ai")
 TITLES = {
     HELPFUL: "helpful-only",
     SL: "hfllm, SL-CAI",
@@ -62,6 +64,7 @@ FIGURES = {
     f"compliance_{NEW_PHRASING}": "in new wording",
     "helpful_gold": "gold of harmless",
     "helpful_right": "right",
+    "right_cool": "right, cooler",
     "evasive": "evasive",
     "rude": "rude",
     "kl_harmless": "KL, harmless",
@@ -78,7 +81,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ai_learning_rates", type=float, nargs="+", help="for DPO on the comparisons instead")
     parser.add_argument("--beta", type=float, default=0.1, help="of DPO")
     parser.add_argument("--loss_type", nargs="+", default=["sigmoid"], help="of DPO: sigmoid, or sigmoid sft")
-    parser.add_argument("--arms", nargs="+", choices=list(TITLES), default=list(TITLES), help="only these")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="only these arms of DPO")
     parser.add_argument(
         "--allow_biased_judge", action="store_true", help="RL-CAI also where the run refused its judge"
     )
@@ -101,7 +104,8 @@ class Comparison:
         self.path = folder / "arms.json"
         self.arms: dict[str, Arm] = json.loads(self.path.read_text()) if self.path.is_file() else {}
         count = self.script_args.num_eval_prompts
-        self.asked = prompts_to_ask(World(self.script_args.world_seed), count, round(HARMLESS * count))
+        asked = prompts_to_ask(World(self.script_args.world_seed), count, round(HARMLESS * count))
+        self.asked = [each for each in asked if each.group in (NEW, NEW_PHRASING, HARMLESS_GROUP)]
         self.ours = self._ours()
         self._steps: dict[str, float] = {}
 
@@ -119,72 +123,77 @@ class Comparison:
             return Ours(**json.loads(path.read_text()))
         self.course_args, course = course_in(self.run, folder, self.script_args, self.model_args)
         ours = retrain(self.run, self.course_args, self.model_args, course)
-        self._write(path, asdict(ours))
+        write_atomically(path, json.dumps(asdict(ours), indent=1) + "\n")
         return ours
 
     def measured(self, name: str, folder: Path, took: Mapping[str, float]) -> Arm:
-        """Return the figures of an arm's model, and keep them."""
-        if name not in self.arms:
-            said = load(folder)
-            length, seed = self.script_args.longest, self.seed
-            found = figures(answer(said.model, said.tokenizer, self.asked, length, seed))
-            reference = load(self.run / HELPFUL)
-            for kind, groups in (("kl_harmless", (HARMLESS_GROUP,)), ("kl_harmful", (NEW, NEW_PHRASING))):
-                prompts = [each.prompt for each in self._of(groups)]
-                found |= mean_of(
-                    kind, kl_of_responses(said.model, reference.model, self.run / HELPFUL, prompts, length, seed)
-                )
-            self.arms[name] = {**found, **took}
-            self._write(self.path, self.arms)
-            print(f"{self.folder.name}, {name}: {line_of(self.arms[name])}", flush=True)
-        return self.arms[name]
+        """Return the figures of an arm's model, those of before and what is missing, and keep them."""
+        arm = {**self.arms.get(name, {}), **took}
+        if not arm.keys() >= FIGURES.keys():
+            said, length, seed = load(folder), self.script_args.longest, self.seed
+            if "kl_harmful" not in arm:
+                arm |= figures(answer(said.model, said.tokenizer, self.asked, length, seed)) | self._kl(said)
+            harmless = self._of((HARMLESS_GROUP,))
+            prompts, temperature = [each.prompt for each in harmless], self.script_args.temperature
+            cool = said.answers(prompts, length, seed, temperature=temperature)
+            right = [float(is_right(judged(each, texts[0]))) for each, texts in zip(harmless, cool, strict=True)]
+            arm |= mean_of("right_cool", right)
+            print(f"{self.folder.name}, {name}: {line_of(arm)}", flush=True)
+        self._keep(name, arm)
+        return arm
 
-    def ours_measured(self) -> None:
-        """Measure the helpful-only model, SL-CAI and RL-CAI."""
+    def _kl(self, said: Speaking) -> dict[str, float]:
+        """Return the KL to the helpful-only model, on harmless and on harmful prompts."""
+        found, reference = {}, load(self.run / HELPFUL)
+        for name, groups in (("kl_harmless", (HARMLESS_GROUP,)), ("kl_harmful", (NEW, NEW_PHRASING))):
+            prompts = [each.prompt for each in self._of(groups)]
+            settings = (prompts, self.script_args.longest, self.seed)
+            found |= mean_of(name, kl_of_responses(said.model, reference.model, self.run / HELPFUL, *settings))
+        return found
+
+    def of_ours(self) -> dict[str, Arm]:
+        """Return the figures of the helpful-only model, of SL-CAI, and of RL-CAI if there is one."""
         ours = self.ours
-        self.measured(HELPFUL, self.run / HELPFUL, {"cpu_seconds": 0.0})
-        self.measured(SL, Path(ours.folder, SL), {"cpu_seconds": ours.of_sl})
+        arms = {
+            HELPFUL: self.measured(HELPFUL, self.run / HELPFUL, {"cpu_seconds": 0.0}),
+            SL: self.measured(SL, Path(ours.folder, SL), {"cpu_seconds": ours.of_sl}),
+        }
         if not ours.no_rl:
-            self.measured(RL, Path(ours.folder, RL), {"cpu_seconds": ours.of_sl + ours.of_rl})
+            arms[RL] = self.measured(RL, Path(ours.folder, RL), {"cpu_seconds": ours.of_sl + ours.of_rl})
+        return arms
 
-    def dpo(self, name: str, learning_rate: float, suffix: str = "") -> Arm:
-        """Train and measure an arm of DPO."""
-        arm = name + suffix
+    def of_dpo(self, name: str, learning_rate: float) -> Arm:
+        """Train and measure an arm of DPO at a learning rate."""
+        arm = f"{name}@{learning_rate:g}"
+        folder = self.folder / arm
         if arm not in self.arms:
-            ours, before, start, pairs = self.ours, 0.0, self.run / HELPFUL, pairs_of_revisions(self.run)
-            seconds = ours.of_sl if name == DPO_SHORT else ours.of_sl + ours.of_rl
-            if name == DPO_AI:
-                # The pairs are sampled and judged for it, too.
-                before, start, pairs = (
-                    ours.of_sl + ours.rows["reward"],
-                    Path(ours.folder, SL),
-                    pairs_of_ai(self.course_args),
-                )
-                seconds = ours.of_rl_training
-            args = self.args
-            dpo = DPO(start, pairs, self._sft_config(), args.beta, args.loss_type, self.seed)
-            folder = self.folder / arm
-            key = "ai" if name == DPO_AI else "revisions"
+            ours, before, seconds = self.ours, 0.0, self.ours.of_sl
+            start, pairs = self.run / HELPFUL, pairs_of_revisions(self.run)
+            if name == DPO_LONG:
+                seconds += ours.of_rl
+            elif name == DPO_AI:
+                # What it learns from is sampled and judged for it, too.
+                before, seconds = ours.of_sl + ours.rows[REWARD], ours.of_rl_training
+                start, pairs = Path(ours.folder, SL), pairs_of_ai(self.course_args)
+            dpo = DPO(start, pairs, self._sft_config(), self.args.beta, self.args.loss_type, self.seed)
+            key = str(start)
             if key not in self._steps:
                 self._steps[key] = dpo.seconds_per_step(folder)
             took = dpo.run(folder, learning_rate, seconds, self._steps[key])
-            took["cpu_seconds"] += before
-            self.measured(arm, folder, took)
-            shutil.rmtree(folder / "runs", ignore_errors=True)
-        return self.arms[arm]
+            self._keep(arm, {**took, "cpu_seconds": took["cpu_seconds"] + before})
+        return self.measured(arm, folder, {})
+
+    def _keep(self, name: str, arm: Arm) -> None:
+        self.arms[name] = arm
+        write_atomically(self.path, json.dumps(self.arms, indent=1) + "\n")
 
     def _sft_config(self) -> "SFTConfig":
-        from hfllm.stages.constitution_runs import course_of
-
         return next(
             each for each in course_of(self.course_args, self.model_args).runs[SL] if hasattr(each, "max_length")
         )
 
     def _of(self, groups: Sequence[str]) -> list[Asked]:
         return [each for each in self.asked if each.group in groups]
-
-    def _write(self, path: Path, values: object) -> None:
-        write_atomically(path, json.dumps(values, indent=1) + "\n")
 
 
 def score_of(arm: Arm) -> float:
@@ -206,36 +215,33 @@ def mean_arm(arms: Sequence[Arm]) -> Arm:
 
 
 def table(arms: Mapping[str, Arm]) -> list[str]:
-    """Return the lines of a Markdown table: an arm a row."""
+    """Return the lines of a Markdown table: an arm a row, by its title."""
+    return markdown_table(
+        [{"": title, "CPU-s": f"{arm['cpu_seconds']:.0f}", **shown(arm)} for title, arm in arms.items()]
+    )
+
+
+def settings_table(tried: Mapping[str, Sequence[Arm]], chosen: Mapping[str, float]) -> list[str]:
+    """Return the lines of the table of the arms of DPO on the run that the learning rates were chosen on."""
     rows = [
         {
-            "": title,
-            "CPU-s": f"{arm['cpu_seconds']:.0f}",
-            **{head: plus_minus(arm[name], arm.get(f"{name}_se")) for name, head in FIGURES.items()},
+            "": TITLES[name],
+            "learning rate": f"{arm['learning_rate']:g}",
+            "chosen": "yes" if arm["learning_rate"] == chosen[name] else "",
+            "steps": readable(int(arm["steps"])),
+            "epochs": f"{arm['epochs']:.1f}",
+            "score": f"{score_of(arm):.3f}",
+            **shown(arm),
         }
-        for title, arm in arms.items()
+        for name, arms in tried.items()
+        for arm in arms
     ]
     return markdown_table(rows)
 
 
-def settings_table(arms: Mapping[str, Arm], chosen: Mapping[str, float]) -> list[str]:
-    """Return the lines of the table of the arms of DPO on the run that the learning rates were chosen on."""
-    rows = []
-    for name, arm in arms.items():
-        base = name.partition("@")[0]
-        if "learning_rate" in arm:
-            rows.append(
-                {
-                    "": TITLES[base],
-                    "learning rate": f"{arm['learning_rate']:g}",
-                    "chosen": "yes" if arm["learning_rate"] == chosen.get(base) else "",
-                    "steps": readable(int(arm["steps"])),
-                    "epochs": f"{arm['epochs']:.1f}",
-                    "score": f"{score_of(arm):.3f}",
-                    **{head: plus_minus(arm[each], arm.get(f"{each}_se")) for each, head in FIGURES.items()},
-                }
-            )
-    return markdown_table(rows)
+def shown(arm: Arm) -> dict[str, str]:
+    """Return an arm's figures with their errors, by the heads of their columns."""
+    return {head: plus_minus(arm[name], arm.get(f"{name}_se")) for name, head in FIGURES.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -243,32 +249,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     chosen: dict[str, float] = {}
     found: dict[str, dict[str, Arm]] = {}
-    lines, notes = [], []
+    tried: dict[str, list[Arm]] = {}
+    notes = []
     for run in args.runs:
         comparison = Comparison(args, run, args.output_dir / f"seed-{arguments_of(run).seed}")
-        comparison.ours_measured()
-        no_rl = comparison.ours.no_rl
-        names = [
-            name for name in (DPO_SHORT, DPO_LONG, DPO_AI) if name in args.arms and not (no_rl and name != DPO_SHORT)
-        ]
-        for name in names:
+        arms, no_rl = comparison.of_ours(), comparison.ours.no_rl
+        for name in args.peers:
+            if no_rl and name != DPO_SHORT:
+                continue
             if name not in chosen:
-                rates = {DPO_LONG: args.long_learning_rates, DPO_AI: args.ai_learning_rates}.get(name)
-                rates = rates or args.learning_rates
-                tried = {rate: comparison.dpo(name, rate, f"@{rate:g}") for rate in rates}
-                chosen[name] = max(tried, key=lambda rate: score_of(tried[rate]))
-                comparison.arms[name] = tried[chosen[name]]
-            else:
-                comparison.dpo(name, chosen[name])
+                tried[name] = [comparison.of_dpo(name, rate) for rate in rates_to_try(args, name)]
+                chosen[name] = max(tried[name], key=score_of)["learning_rate"]
+            arms[name] = comparison.of_dpo(name, chosen[name])
         title = f"seed {comparison.seed}"
-        found[title] = {name: comparison.arms[name] for name in TITLES if name in comparison.arms}
-        if len(found) == 1:
-            lines = settings_table({name: arm for name, arm in comparison.arms.items() if "@" in name}, chosen)
+        found[title] = arms
         same = "has the bytes of the run's own" if comparison.ours.same_weights else "differs from the run's own"
         notes.append(f"- {title}: the retrained SL-CAI {same}" + (f"; no RL-CAI: {no_rl}" if no_rl else ""))
-    text = page(found, lines, notes)
+    text = page(found, settings_table(tried, chosen), notes)
     write_atomically(args.output_dir / "constitution.md", text)
     print(text)
+
+
+def rates_to_try(args: argparse.Namespace, name: str) -> list[float]:
+    """Return the learning rates to try for an arm of DPO."""
+    own = {DPO_LONG: args.long_learning_rates, DPO_AI: args.ai_learning_rates}
+    return own.get(name) or args.learning_rates
 
 
 def page(found: Mapping[str, Mapping[str, Arm]], settings: Sequence[str], notes: Sequence[str]) -> str:

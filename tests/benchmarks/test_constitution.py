@@ -144,7 +144,7 @@ def test_the_page_takes_means_over_runs(benchmark):
     mean = benchmark.mean_arm([arm(0.2), arm(0.4)])
     assert mean["rude"] == pytest.approx(0.3) and mean["rude_se"] == pytest.approx(math.hypot(0.03, 0.03) / 2)
     assert benchmark.score_of(FIGURES) == pytest.approx(0.3)
-    sweep = {"dpo_sl@0.1": arm(0.2, learning_rate=0.1, steps=7, epochs=1.0)}
+    sweep = {"dpo_sl": [arm(0.2, learning_rate=0.1, steps=7, epochs=1.0)]}
     found = {"seed 1": {"helpful": arm(0.2), "dpo_sl": arm(0.2)}, "seed 2": {"helpful": arm(0.4)}}
     text = benchmark.page(found, benchmark.settings_table(sweep, {"dpo_sl": 0.1}), ["- a note"])
     first, second, third = (part.splitlines() for part in text.split("## ")[1:4])
