@@ -9,7 +9,8 @@ recipe's own classes, and their CPU-seconds are taken: of sampling, judging and 
 evaluation and plots. DPO learns from the same revisions (last one against first answer, equal ones left out), for as
 long as SL-CAI took, and for as long as SL-CAI and RL-CAI took; and, from SL-CAI, from the comparisons that the
 preference model learned from, for as long as that and PPO took. Its learning rate is chosen on the first run, by
-right answers to harmless prompts less compliance with harm; judge by the others. Finished arms are reused.
+right answers to harmless prompts less compliance with harm; judge by the others. RL-CAI is trained over again for the
+first run alone, unless `--retrain_all`; that of the others is their own, with the same seconds. Finished arms are reused.
 
 Writes `constitution.md`: harmlessness, helpfulness, and the KL to the helpful-only model, from answers sampled at
 temperature 1. SL-CAI also learns the model's own answers to harmless prompts, sampled at a lower temperature; "right,
@@ -92,7 +93,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 class Comparison:
     """All arms on one run, each kept in `arms.json` once it has been trained and measured."""
 
-    def __init__(self, args: argparse.Namespace, run: Path, folder: Path):
+    def __init__(self, args: argparse.Namespace, run: Path, folder: Path, rl_like: Ours | None = None):
         from trl import ModelConfig
 
         self.args, self.run, self.folder = args, run, folder
@@ -106,7 +107,7 @@ class Comparison:
         count = self.script_args.num_eval_prompts
         asked = prompts_to_ask(World(self.script_args.world_seed), count, round(HARMLESS * count))
         self.asked = [each for each in asked if each.group in (NEW, NEW_PHRASING, HARMLESS_GROUP)]
-        self.ours = self._ours()
+        self.ours = self._ours(rl_like)
         self._steps: dict[str, float] = {}
 
     @property
@@ -114,7 +115,7 @@ class Comparison:
         """The seed of the run."""
         return self.script_args.seed
 
-    def _ours(self) -> Ours:
+    def _ours(self, rl_like: Ours | None) -> Ours:
         """Train our course over again, or return what it took."""
         path = self.folder / "ours.json"
         folder = self.folder / "ours"
@@ -122,7 +123,7 @@ class Comparison:
             self.course_args = replace(self.script_args, output_dir=str(folder))
             return Ours(**json.loads(path.read_text()))
         self.course_args, course = course_in(self.run, folder, self.script_args, self.model_args)
-        ours = retrain(self.run, self.course_args, self.model_args, course)
+        ours = retrain(self.run, self.course_args, self.model_args, course, rl_like)
         write_atomically(path, json.dumps(asdict(ours), indent=1) + "\n")
         return ours
 
@@ -174,7 +175,7 @@ class Comparison:
             elif name == DPO_AI:
                 # What it learns from is sampled and judged for it, too.
                 before, seconds = ours.of_sl + ours.rows[REWARD], ours.of_rl_training
-                start, pairs = Path(ours.folder, SL), pairs_of_ai(self.course_args)
+                start, pairs = Path(ours.folder, SL), pairs_of_ai(ours.folder)
             dpo = DPO(start, pairs, self._sft_config(), self.args.beta, self.args.loss_type, self.seed)
             key = str(start)
             if key not in self._steps:
@@ -250,9 +251,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen: dict[str, float] = {}
     found: dict[str, dict[str, Arm]] = {}
     tried: dict[str, list[Arm]] = {}
+    first: Ours | None = None
     notes = []
     for run in args.runs:
-        comparison = Comparison(args, run, args.output_dir / f"seed-{arguments_of(run).seed}")
+        folder = args.output_dir / f"seed-{arguments_of(run).seed}"
+        comparison = Comparison(args, run, folder, None if args.retrain_all else first)
+        first = first or comparison.ours
         arms, no_rl = comparison.of_ours(), comparison.ours.no_rl
         for name in args.peers:
             if no_rl and name != DPO_SHORT:
@@ -277,13 +281,14 @@ def rates_to_try(args: argparse.Namespace, name: str) -> list[float]:
 
 
 def page(found: Mapping[str, Mapping[str, Arm]], settings: Sequence[str], notes: Sequence[str]) -> str:
-    """Return the tables: the mean over runs, each run, and what the learning rates were chosen by."""
-    everywhere = [name for name in TITLES if all(name in arms for arms in found.values())]
-    mean = {TITLES[name]: mean_arm([arms[name] for arms in found.values()]) for name in everywhere}
-    parts = [f"## Mean of {', '.join(found)}", *table(mean)]
+    """Return the tables: the mean of the runs after the first, each run, and what the rates were chosen by there."""
+    judged_by = dict(list(found.items())[1:]) or found
+    everywhere = [name for name in TITLES if all(name in arms for arms in judged_by.values())]
+    mean = {TITLES[name]: mean_arm([arms[name] for arms in judged_by.values()]) for name in everywhere}
+    parts = [f"## Mean of {', '.join(judged_by)}", "", *table(mean)] if len(judged_by) > 1 else []
     for title, arms in found.items():
-        parts += ["", f"## {title.capitalize()}", *table({TITLES[name]: arm for name, arm in arms.items()})]
-    return "\n".join([*parts, "", "## Learning rates of DPO", *settings, "", *notes]) + "\n"
+        parts += ["", f"## {title.capitalize()}", "", *table({TITLES[name]: arm for name, arm in arms.items()})]
+    return "\n".join([*parts, "", "## Learning rates of DPO", "", *settings, "", *notes]) + "\n"
 
 
 if __name__ == "__main__":

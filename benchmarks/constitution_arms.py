@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hfllm.data.tokenizer import end_tokens, tokenize_prompts
 from hfllm.models.devices import forked_random
 from hfllm.runs.models import load_tokenizer
-from hfllm.stages.constitution import RL, ConstitutionArguments, constitution_of, data_file
+from hfllm.stages.constitution import RL, ConstitutionArguments, constitution_of
 from hfllm.stages.constitution_data import Speaking, load_speaking
 from hfllm.stages.constitution_runs import HELPFUL, REWARD, SL, Course, course_of
 from hfllm.stages.constitution_steps import Steps
@@ -128,13 +128,32 @@ def course_in(
     return script_args, TimedCourse(course.recipes, course.runs, course.named)
 
 
-def retrain(run: Path, script_args: ConstitutionArguments, model_args: "ModelConfig", course: TimedCourse) -> Ours:
-    """Train SL-CAI and RL-CAI as the recipe does, with its own classes, under the clock."""
+def retrain(
+    run: Path,
+    script_args: ConstitutionArguments,
+    model_args: "ModelConfig",
+    course: TimedCourse,
+    rl_like: Ours | None = None,
+) -> Ours:
+    """Train SL-CAI and RL-CAI as the recipe does, with its own classes, under the clock.
+
+    Args:
+        run: the finished run.
+        script_args, model_args, course: of `course_in`.
+        rl_like: another run's figures, to train SL-CAI alone: RL-CAI is then the run's own, and is taken to need as
+            many seconds. It needs as many pairs, comparisons and steps, whatever the seed.
+    """
     steps = Steps(script_args, model_args, constitution_of(script_args), course)
     steps.revise()  # all rows are there
-    rows = {SL: _rest(course, steps.supervised), REWARD: _rest(course, steps.reinforced)}
+    rows = {SL: _rest(course, steps.supervised)}
     weights = [(folder / SL / "model.safetensors").read_bytes() for folder in (run, Path(script_args.output_dir))]
-    return Ours(script_args.output_dir, course.training, rows, steps.no_rl, weights[0] == weights[1])
+    is_same = weights[0] == weights[1]
+    if rl_like is not None:
+        no_rl = "" if (run / RL / "report.json").is_file() else "the run has none"
+        training = {**rl_like.training, **course.training}
+        return Ours(str(run), training, {**rl_like.rows, **rows}, no_rl, is_same)
+    rows[REWARD] = _rest(course, steps.reinforced)
+    return Ours(script_args.output_dir, course.training, rows, steps.no_rl, is_same)
 
 
 def _rest(course: TimedCourse, step: Any) -> float:
@@ -154,9 +173,9 @@ def pairs_of_revisions(folder: Path) -> list[Row]:
     return [row for row in kept if row["chosen"] != row["rejected"]]
 
 
-def pairs_of_ai(script_args: ConstitutionArguments) -> list[Row]:
-    """Return the comparisons that the preference model learned from."""
-    return _read(data_file(script_args, REWARD))
+def pairs_of_ai(folder: str) -> list[Row]:
+    """Return the comparisons that the preference model of a run learned from."""
+    return _read(Path(folder, "data", f"{REWARD}.jsonl"))
 
 
 def _read(path: Path) -> list[Row]:

@@ -145,12 +145,16 @@ def test_the_page_takes_means_over_runs(benchmark):
     assert mean["rude"] == pytest.approx(0.3) and mean["rude_se"] == pytest.approx(math.hypot(0.03, 0.03) / 2)
     assert benchmark.score_of(FIGURES) == pytest.approx(0.3)
     sweep = {"dpo_sl": [arm(0.2, learning_rate=0.1, steps=7, epochs=1.0)]}
-    found = {"seed 1": {"helpful": arm(0.2), "dpo_sl": arm(0.2)}, "seed 2": {"helpful": arm(0.4)}}
+    found = {
+        "seed 1": {"helpful": arm(0.9)},
+        "seed 2": {"helpful": arm(0.2), "dpo_sl": arm(0.2)},
+        "seed 3": {"helpful": arm(0.4)},
+    }
     text = benchmark.page(found, benchmark.settings_table(sweep, {"dpo_sl": 0.1}), ["- a note"])
-    first, second, third = (part.splitlines() for part in text.split("## ")[1:4])
-    # Only arms of all runs have a mean.
-    assert "0.300 ± 0.021" in first[3] and len([line for line in first if line.startswith("|")]) == 3
-    assert len([line for line in second if line.startswith("|")]) == 4 and "0.400 ± 0.030" in third[3]
+    mean, _, second, third, _ = (part.splitlines() for part in text.split("## ")[1:])
+    # Of arms that all runs have, without the run that the rates were chosen on.
+    assert mean[0] == "Mean of seed 2, seed 3" and len(mean) == 6 and "0.300 ± 0.021" in mean[4]
+    assert len([line for line in second if line.startswith("|")]) == 4 and "0.400 ± 0.030" in third[4]
     assert "| 0.1 " in text and "| yes " in text and text.endswith("- a note\n")
 
 
