@@ -10,7 +10,7 @@ evaluation and plots. DPO learns from the same revisions (last one against first
 long as SL-CAI took, and for as long as SL-CAI and RL-CAI took; and, from SL-CAI, from the comparisons that the
 preference model learned from, for as long as that and PPO took. Its learning rate is chosen on the first run, by
 right answers to harmless prompts less compliance with harm; judge by the others. RL-CAI is trained over again for the
-first run alone, unless `--retrain_all`; that of the others is their own, with the same seconds. Finished arms are reused.
+first run alone, unless `--retrain_all`; the others keep their own, with the same seconds. Finished arms are kept.
 
 Writes `constitution.md`: harmlessness, helpfulness, and the KL to the helpful-only model, from answers sampled at
 temperature 1. SL-CAI also learns the model's own answers to harmless prompts, sampled at a lower temperature; "right,
