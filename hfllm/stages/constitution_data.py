@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import ModelConfig
 
+    from hfllm.synthesis.constitution import Principle
+
 
 Row = Mapping[str, Any]
 Conversation = list[Message]
@@ -108,25 +110,30 @@ def answered(prompts: Sequence[Conversation], answers: Sequence[Sequence[str]]) 
 # ---- the embedded world ----
 
 
-def demonstrations(
-    script_args: ConstitutionArguments, kinds: Sequence[str] | None = None, share: float = 1.0
-) -> list[Row]:
-    """Return what people show: how to help with all, and critique, revision and judging.
-
-    Args:
-        kinds: kinds of what critics show, see `critic_rows`; by default all.
-        share: of the demonstrations.
-    """
-    from hfllm.data.world.critics import KINDS, critic_rows, helpful_rows
-    from hfllm.synthesis.constitution import load_constitution
+def demonstrations(script_args: ConstitutionArguments) -> list[Row]:
+    """Return what people show: how to help with everything, and critique, revision and judging."""
+    from hfllm.data.world.critics import critic_rows, helpful_rows
 
     world, seed = World(script_args.world_seed), script_args.seed
-    count = round(script_args.num_demonstrations * share)
-    critics = round(count * SHARE_OF_CRITICS)
-    principles = [each for name in ("world", "politeness") for each in load_constitution(name).principles]
-    rows = helpful_rows(world, count - critics, seed)
-    rows += critic_rows(world, principles, critics, seed, kinds or KINDS)
+    critics = round(script_args.num_demonstrations * SHARE_OF_CRITICS)
+    rows = helpful_rows(world, script_args.num_demonstrations - critics, seed)
+    return learned([*rows, *critic_rows(world, shown_principles(), critics, seed)], seed)
+
+
+def critiques_alone(script_args: ConstitutionArguments) -> list[Row]:
+    """Return as many demonstrations of critique, without revisions, as there are red-team prompts."""
+    from hfllm.data.world.critics import critic_rows
+
+    world, seed = World(script_args.world_seed), script_args.seed
+    rows = critic_rows(world, shown_principles(), script_args.num_prompts, seed + 1, ("critique",))
     return learned(rows, seed)
+
+
+def shown_principles() -> "list[Principle]":
+    """Return the principles that the world's critics demonstrate."""
+    from hfllm.synthesis.constitution import load_constitution
+
+    return [each for name in ("world", "politeness") for each in load_constitution(name).principles]
 
 
 def world_prompts(script_args: ConstitutionArguments) -> Prompts:

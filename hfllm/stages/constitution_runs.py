@@ -30,7 +30,7 @@ AI_LABELS, LABELS_REWARD = "ai_labels", "labels_reward"
 # About how long each takes on two cores, in minutes.
 MINUTES = {
     **{PRETRAIN: 2, HELPFUL: 2, SL: 0.5, REWARD: 0.7, RL: 0.8},
-    **{POLITENESS: 0.3, CRITIQUES: 1, LABELS_REWARD: 0.7, AI_LABELS: 0.4, LABELS: 0.4},
+    **{POLITENESS: 0.3, CRITIQUES: 0.2, LABELS_REWARD: 0.7, AI_LABELS: 0.4, LABELS: 0.4},
 }
 
 
@@ -125,7 +125,8 @@ def _runs(script_args: ConstitutionArguments, model_args: "ModelConfig") -> Iter
     if POLITENESS in arms:
         yield POLITENESS, "sft", learning(POLITENESS, SL, HELPFUL)
     if CRITIQUES in arms:
-        yield CRITIQUES, "sft", learning(CRITIQUES, HELPFUL, PRETRAIN)
+        # The critiques alone are learned: an answer of the demonstrations may be a refusal.
+        yield CRITIQUES, "sft", [*learning(CRITIQUES, SL, HELPFUL), "--loss_on", "last"]
     if LABELS in arms:
         yield LABELS_REWARD, "reward", learning(LABELS_REWARD, REWARD, SL)
         steps = ("--max_steps", str(SHORT_STEPS))

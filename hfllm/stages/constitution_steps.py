@@ -26,6 +26,7 @@ from hfllm.stages.constitution_data import (
     Speaking,
     answered,
     by_chance,
+    critiques_alone,
     demonstrations,
     human_comparisons,
     learned,
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
     from hfllm.synthesis.constitution import Constitution
     from hfllm.synthesis.revisions import Revisions
 
-# Of the demonstrations, for the arm that learns critiques without revisions.
-SHARE_OF_CONTROL = 0.5
 # Pairs by which the judge's position bias is measured.
 PAIRS_FOR_BIAS = 200
 
@@ -135,7 +134,7 @@ class Steps:
             )
             self.course.run(POLITENESS)
         if CRITIQUES in script_args.arms:
-            write_rows(script_args, CRITIQUES, lambda: demonstrations(script_args, ("critique",), SHARE_OF_CONTROL))
+            write_rows(script_args, CRITIQUES, lambda: critiques_alone(script_args))
             self.course.run(CRITIQUES)
         if LABELS in script_args.arms and not self.no_rl:
             seed = script_args.seed
