@@ -23,7 +23,7 @@ from transformers.modeling_outputs import MaskedLMOutput, MoeCausalLMOutputWithP
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
@@ -32,6 +32,7 @@ from .attention_hfllm import (
     HfllmAttention,
     HfllmRotaryEmbedding,
     create_mask,
+    keep_last_sequences,
     packed_sequences,
     restarted_positions,
 )
@@ -382,6 +383,10 @@ class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
         )
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs) -> ModelOutput | torch.LongTensor:
+        return super().generate(inputs, *args, **keep_last_sequences(inputs, kwargs))
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args, **kwargs) -> dict:
