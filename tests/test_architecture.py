@@ -24,7 +24,7 @@ FLOORS = (
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 AT_THE_ROOT = {"__init__", "errors", "version", "registration"}
 MAX_LINES = 450
-LONGER = {"modeling_hfllm.py": 480}  # the layers of one architecture stay in one file
+LONGER = {"modeling_hfllm.py": 470}  # the layers of one architecture stay in one file
 MAX_RECIPE_LINES = 150
 
 
@@ -131,6 +131,7 @@ def test_the_files_of_a_model_travel_together():
         "configuration_hfllm": {"transformers", "huggingface_hub", "packaging", "os"},
         "modeling_hfllm": {"torch", "transformers", "functools"},
         "attention_hfllm": {"torch", "transformers", "functools", "typing"},
+        "balance_hfllm": {"torch", "transformers"},
         "layers_hfllm": {"torch", "transformers"},
         "loss_hfllm": {"torch"},
         "memory_hfllm": {"torch"},

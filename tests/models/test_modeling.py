@@ -94,6 +94,29 @@ def test_activation_checkpointing_changes_neither_loss_nor_gradient(make_model, 
     assert (len(once), len(twice)) == (1, 2)
 
 
+@pytest.mark.parametrize("more", [{}, {"every_n_layers": 2}])
+def test_reentrant_checkpointing_is_refused_where_it_loses_the_experts_balance(make_model, ids, more):
+    model = make_model(**FAMILIES["mixtral"]).train()
+    model.activation_checkpointing_enable({"use_reentrant": True}, **more)
+    with pytest.raises(ValueError, match=r"reentrant .* use_reentrant=False .* router_aux_loss_coef=0"):
+        model(ids, labels=ids)
+    # Nothing is lost without that loss, or where nobody trains.
+    with torch.no_grad():
+        model(ids, labels=ids)
+    model.config.router_aux_loss_coef = 0.0
+    model(ids, labels=ids).loss.backward()
+    reentrant = [parameter.grad.clone() for parameter in model.parameters()]
+    plain = make_model(**FAMILIES["mixtral"], router_aux_loss_coef=0.0).train()
+    plain(ids, labels=ids).loss.backward()
+    torch.testing.assert_close(reentrant, [parameter.grad for parameter in plain.parameters()])
+
+
+def test_frozen_routers_need_no_gradient_of_their_balance(make_model, ids):
+    model = make_model(**FAMILIES["mixtral"]).train().requires_grad_(False)
+    model.model.layers[-1].mlp.experts.down_proj.requires_grad_(True)
+    model(ids, labels=ids).loss.backward()
+
+
 def test_every_parameter_receives_a_gradient(make_model, axes, ids):
     model = make_model(**axes)
     model(ids, labels=ids).loss.backward()
