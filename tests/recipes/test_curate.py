@@ -2,6 +2,7 @@
 
 import gzip
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -149,6 +150,10 @@ def test_an_interrupted_run_resumes_and_ends_the_same(corpus, monkeypatch, capsy
         whole(stages[:2], folder, workers, announce)
         raise KeyboardInterrupt
 
+    hours = itertools.count(3600, 3600)
+    # What gzip would note in its files.
+    monkeypatch.setattr(gzip, "time", SimpleNamespace(time=lambda: next(hours)))
+    run(*corpus.flags, "--output_dir", corpus.folder / "whole")
     monkeypatch.setattr(pipeline, "run_stages", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(*corpus.flags)
@@ -165,6 +170,11 @@ def test_an_interrupted_run_resumes_and_ends_the_same(corpus, monkeypatch, capsy
     assert "resuming the unfinished run" in capsys.readouterr().out
     assert sorted(row["text"] for row in load_source(str(out / "data")).rows) == sorted(corpus.good)
     assert not (out / "unfinished").exists()
+    resumed, uninterrupted = (
+        {shard.name: shard.read_bytes() for shard in (folder / "data").iterdir()}
+        for folder in (out, corpus.folder / "whole")
+    )
+    assert resumed and resumed == uninterrupted
 
 
 def test_the_contents_of_small_files_count_and_not_their_times(corpus, tmp_path, capsys, monkeypatch):
