@@ -211,11 +211,37 @@ def test_a_file_that_a_crash_cut_off_is_made_again(file, text, tmp_path, capsys)
     resume_or_clear(work, {"seed": 1})
     (work / file).parent.mkdir(parents=True, exist_ok=True)
     (work / file).write_text(text, encoding="latin-1")
+    (work / "logs" / "filter" / "completions").mkdir(parents=True, exist_ok=True)
+    (work / "logs" / "filter" / "completions" / "00000").touch()
     resume_or_clear(work, {"seed": 1})
     assert f"starting anew: unfinished/{file} is damaged" in capsys.readouterr().out
     assert [path.name for path in work.rglob("*")] == ["arguments.json"]
     # It is never there in part.
     resume_or_clear(work, {"seed": 1})
+    assert "resuming the unfinished run" in capsys.readouterr().out
+
+
+def test_a_task_that_was_killed_in_its_last_moment_runs_again_alone(corpus, monkeypatch, capsys):
+    """While datatrove writes the statistics, before it notes that the task has ended."""
+    from hfllm.data.curation import pipeline
+
+    def killed(stages, folder, workers, announce):
+        whole(stages[:2], folder, workers, announce)
+        stats = folder / "logs" / stages[1].name / "stats" / "00000.json"
+        stats.write_text(stats.read_text()[:20])
+        (folder / "logs" / stages[1].name / "completions" / "00000").unlink()
+        raise KeyboardInterrupt
+
+    def read_again(*args, **kwargs):
+        raise AssertionError("the first stage had ended")
+
+    whole = pipeline.run_stages
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "run_stages", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(*corpus.flags)
+    monkeypatch.setattr(pipeline.DocumentReader, "run", read_again)
+    assert run(*corpus.flags)["documents_kept"] == 30
     assert "resuming the unfinished run" in capsys.readouterr().out
 
 

@@ -1,6 +1,7 @@
 """Examples of the documents that a step dropped, for the report."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -31,7 +32,10 @@ class Examples:
         if self.rows:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
             path = Path(self.folder) / f"{self.step}-{self.rank:05d}.json"
-            path.write_text(json.dumps(self.rows), encoding="utf-8")
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(self.rows), encoding="utf-8")
+            # A killed run leaves it whole or not at all.
+            os.replace(part, path)
 
     def write(self, document: Document, rank: int = 0) -> None:
         """Record a dropped document; its reason is in `metadata["filter_reason"]`."""
