@@ -1,5 +1,7 @@
 """`hfllm curate`: from files to shards that pretraining reads, with every drop accounted for."""
 
+import errno
+import gc
 import gzip
 import importlib.util
 import itertools
@@ -219,6 +221,36 @@ def test_a_file_that_a_crash_cut_off_is_made_again(file, text, tmp_path, capsys)
     # It is never there in part.
     resume_or_clear(work, {"seed": 1})
     assert "resuming the unfinished run" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_error(corpus, monkeypatch):
+    """Steps before the one that fails are closed then, and must not print errors of their own."""
+    from hfllm.data.curation import examples, pipeline
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close_without_its_end(stream):
+        is_cut = not stream.closed and stream.writable()
+        close(stream)
+        if is_cut:
+            full()
+
+    def fail_at_the_second(self, data, rank=0, world_size=1):
+        yield next(data)
+        next(data)
+        monkeypatch.setattr(gzip.GzipFile, "close", close_without_its_end)
+        full()
+
+    unseen, close = [], gzip.GzipFile.close
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "unraisablehook", unseen.append)
+        patch.setattr(pipeline.DuplicateSignature, "run", fail_at_the_second)
+        patch.setattr(examples.Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(*corpus.flags)
+        gc.collect()
+    assert not unseen
 
 
 def test_a_task_that_was_killed_in_its_last_moment_runs_again_alone(corpus, monkeypatch, capsys):

@@ -28,8 +28,9 @@ class Examples:
     def __enter__(self) -> "Examples":
         return self
 
-    def __exit__(self, *_) -> None:
-        if self.rows:
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        # After an error the task runs again; on a full disk another error would be printed here.
+        if self.rows and kind is None:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
             path = Path(self.folder) / f"{self.step}-{self.rank:05d}.json"
             part = path.with_suffix(".part")

@@ -12,6 +12,7 @@ Between stages everything is on disk, so each runs under any of datatrove's exec
 import gzip
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -139,7 +140,13 @@ class ShardWriter(PipelineStep):
                 with self.track_time():
                     row = {"text": doc.text, "id": doc.id, SOURCE: doc.metadata[SOURCE]}
                     stream.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
-                yield doc
+                try:
+                    yield doc
+                except GeneratorExit:
+                    # A later step has failed. On a full disk closing fails too, and its traceback would be printed.
+                    with suppress(OSError):
+                        stream.close()
+                    raise
 
 
 class LeftReader(PipelineStep):
