@@ -116,9 +116,13 @@ def _check_weights(script_args: ConstitutionArguments, model_args: "ModelConfig"
 
 def _check_run(recipe: str, *parsed: Any) -> None:
     """Refuse the flags of a run, which its YAML file may set, as the run itself would."""
+    from hfllm.data.sources import PYDOC, WORLD
+    from hfllm.runs.arguments import changed
     from hfllm.runs.stage import Stage
 
-    Stage(recipe, *parsed).check_flags()
+    is_written = getattr(parsed[0], "dataset_name", WORLD) != WORLD
+    # Its rows are not there yet; a source that is always there stands for their file.
+    Stage(recipe, *((changed(parsed[0], dataset_name=PYDOC), *parsed[1:]) if is_written else parsed)).check_flags()
     if recipe == "rlhf":
         _check_ppo(*parsed)
 

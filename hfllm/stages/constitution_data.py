@@ -85,7 +85,11 @@ def write_rows(script_args: ConstitutionArguments, name: str, make: Callable[[],
     if main_process():
         path = data_file(script_args, name)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in make())
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        # Whatever was made of it: an edited file need not be text.
+        before = path.read_bytes() if path.is_file() else None
+        if before != text.encode():
+            if before is not None:
+                say(f"constitution: {path} does not hold the rows of this run: it is written again")
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, text)
     PartialState().wait_for_everyone()
