@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from hfllm.data.formats import as_messages
 from hfllm.data.messages import Message
 from hfllm.data.world.world import Task, World
+from hfllm.errors import InputError
 from hfllm.outputs.report import write_atomically
 from hfllm.runs.arguments import changed
-from hfllm.runs.command_line import main_process
+from hfllm.runs.command_line import main_process, say
 from hfllm.stages.constitution import ConstitutionArguments, data_file
 
 if TYPE_CHECKING:
@@ -86,7 +87,11 @@ def write_rows(script_args: ConstitutionArguments, name: str, make: Callable[[],
     if main_process():
         path = data_file(script_args, name)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in make())
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        # Whatever was made of it: an edited file need not be text.
+        before = path.read_bytes() if path.is_file() else None
+        if before != text.encode():
+            if before is not None:
+                say(f"constitution: {path} does not hold the rows of this run: it is written again")
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, text)
     PartialState().wait_for_everyone()
@@ -167,11 +172,11 @@ def human_comparisons(script_args: ConstitutionArguments, speaking: Speaking, pr
 # ---- your own model ----
 
 
-def own_prompts(script_args: ConstitutionArguments) -> Prompts:
-    """Return your red-team prompts, a part of them held out, and your harmless ones.
+def own_prompts(script_args: ConstitutionArguments, model_args: "ModelConfig") -> Prompts:
+    """Return your red-team prompts, a part of them held out, and your harmless ones, if the model has room to answer.
 
     Raises:
-        InputError: when a dataset cannot be read, or has fewer than two different prompts.
+        InputError: when a dataset cannot be read, has fewer than two different prompts, or none that leaves room.
     """
     from dataclasses import replace
 
@@ -185,7 +190,28 @@ def own_prompts(script_args: ConstitutionArguments) -> Prompts:
     if script_args.helpful_dataset_name:
         named = replace(script_args, dataset_name=script_args.helpful_dataset_name, eval_dataset_name=None)
         harmless = kept_rows(named, to_prompt, flaw_of_prompt)
-    return Prompts(*([as_messages(row["prompt"]) for row in rows] for rows in (harmful, harmless, held_out)), [])
+    asked = {"red-team": harmful, "harmless": harmless, "held-out": held_out}
+    return Prompts(*(_with_room(f"{kind} prompts", rows, script_args, model_args) for kind, rows in asked.items()), [])
+
+
+def _with_room(
+    kind: str, rows: Sequence[Row], script_args: ConstitutionArguments, model_args: "ModelConfig"
+) -> list[Conversation]:
+    """Return the prompts that leave room for an answer in the model's context, and say how many do not."""
+    from hfllm.models.context import max_length_of
+    from hfllm.runs.models import load_config, load_tokenizer
+    from hfllm.trainers.ppo.prompts import unfit_prompts
+
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    prompts = [{"prompt": as_messages(row["prompt"])} for row in rows]
+    context, longest = max_length_of(load_config(name, revision)), script_args.longest
+    unfit = dict(unfit_prompts(prompts, load_tokenizer(name, revision), longest, context))
+    about = f"no room for an answer of --response_length {longest} in the context of {context} tokens"
+    if unfit and len(unfit) == len(prompts):
+        raise InputError(f"{kind}: all {len(prompts)} leave {about}")
+    if unfit:
+        say(f"constitution: {len(unfit)} of {len(prompts)} {kind} are left out: {about}")
+    return [row["prompt"] for place, row in enumerate(prompts) if place not in unfit]
 
 
 def own_comparisons(script_args: ConstitutionArguments) -> list[Row]:

@@ -105,6 +105,8 @@ def _runs(script_args: ConstitutionArguments, model_args: "ModelConfig") -> Iter
         given = getattr(script_args, f"{'rlhf' if config == RL else config}_config")
         files = [given] if given else [] if named else [str(settings_file(f"constitution/{config}.yaml"))]
         rows = ["--model_name_or_path", made(start), "--dataset_name", str(data_file(script_args, run))]
+        if named and start == HELPFUL:
+            rows += ["--model_revision", model_args.model_revision]
         return [*(word for file in files for word in ("--config", file)), *rows, *common]
 
     def tuned_by(run: str, reward: str, start: str, *more: str) -> tuple[str, str, list[str]]:
@@ -123,7 +125,7 @@ def _runs(script_args: ConstitutionArguments, model_args: "ModelConfig") -> Iter
         yield tuned_by(RL, REWARD, SL)
     arms = script_args.arms
     if POLITENESS in arms:
-        yield POLITENESS, "sft", learning(POLITENESS, SL, HELPFUL)
+        yield POLITENESS, "sft", learning(POLITENESS, SL, HELPFUL) + flags_of_adapter(model_args)
     if CRITIQUES in arms:
         # The critiques alone are learned: an answer of the demonstrations may be a refusal.
         yield CRITIQUES, "sft", [*learning(CRITIQUES, SL, HELPFUL), "--loss_on", "last"]
