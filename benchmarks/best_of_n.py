@@ -65,18 +65,19 @@ def draw_samples(model: Path, file: Path) -> dict[str, list]:
     """Draw samples of the fine-tuned model for held-out prompts, with gold rewards; store them in a file."""
     if file.is_file():
         return json.loads(file.read_text())
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from hfllm.data.world.rubric import gold_score
     from hfllm.data.world.world import World
     from hfllm.generation.responses import sample_responses
+    from hfllm.models.loading import saved_model, saved_tokenizer
 
     tasks = World(0).evaluation_tasks(3 * PROMPTS)
     random.Random(0).shuffle(tasks)
     tasks = tasks[:PROMPTS]
     prompts = [task.prompt_row()["prompt"] for task in tasks]
-    policy = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    policy = saved_model(AutoModelForCausalLM, str(model))
+    tokenizer = saved_tokenizer(str(model))
     responses = sample_responses(
         policy, tokenizer, prompts, RESPONSE_LENGTH, num_return_sequences=SAMPLES, batch_size=4
     )
@@ -88,14 +89,15 @@ def draw_samples(model: Path, file: Path) -> dict[str, list]:
 
 def scores_of(path: Path, drawn: dict[str, list]) -> list[list[float]]:
     """Return a reward model's scores of all samples."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
     from hfllm.data.formats import as_completion
+    from hfllm.models.loading import saved_model, saved_tokenizer
     from hfllm.rewards.models import RewardModel
 
     reward = RewardModel(
-        AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=False),
-        AutoTokenizer.from_pretrained(path, trust_remote_code=False),
+        saved_model(AutoModelForSequenceClassification, str(path)),
+        saved_tokenizer(str(path)),
     )
     scores = []
     for prompt, texts in zip(drawn["prompts"], drawn["responses"], strict=True):

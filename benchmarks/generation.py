@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hfllm.errors import InputError
+
 WORLD_MODEL, WORLD_DRAFT = "outputs/speculative/sft", "outputs/speculative/draft"
 PLAIN = "Llama, generate"
 # hidden_size, intermediate_size, layers, heads, key-value heads, vocab_size
@@ -77,9 +79,10 @@ class Prompts:
 
 def load(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     """Return the model as ours and as Llama, the draft model or `None`, and the tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     import hfllm
+    from hfllm.models.loading import saved_model, saved_tokenizer
 
     if args.random_weights:
         llama = random_llama(args.random_weights)
@@ -88,17 +91,17 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
             return hfllm.from_native(folder).eval(), llama, None, None
     if not Path(args.model_name_or_path).is_dir():
         sys.exit(f"{args.model_name_or_path}: no such folder; hfllm speculative makes it")
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=False)
-    ours = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, trust_remote_code=False).eval()
+    tokenizer = saved_tokenizer(args.model_name_or_path)
+    ours = saved_model(AutoModelForCausalLM, args.model_name_or_path).eval()
     if ours.config.model_type != "hfllm":
         ours = hfllm.from_native(args.model_name_or_path).eval()
     with tempfile.TemporaryDirectory() as folder:
         hfllm.to_native(ours, folder)
-        llama = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+        llama = saved_model(AutoModelForCausalLM, folder).eval()
     named = args.assistant_model_name_or_path or (WORLD_DRAFT if args.model_name_or_path == WORLD_MODEL else None)
     if named and not Path(named).is_dir():
         sys.exit(f"{named}: no such folder; hfllm speculative makes the world's")
-    draft = AutoModelForCausalLM.from_pretrained(named, trust_remote_code=False).eval() if named else None
+    draft = saved_model(AutoModelForCausalLM, named).eval() if named else None
     if type(llama).__name__ != "LlamaForCausalLM":
         sys.exit(f"{args.model_name_or_path} is a {type(llama).__name__} to transformers: this compares Llamas")
     return ours, llama, draft, tokenizer
@@ -282,4 +285,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

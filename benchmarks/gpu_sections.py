@@ -14,6 +14,7 @@ from torch import nn
 import hfllm
 from hfllm.generation.fast import fast_generate
 from hfllm.generation.speculative.measure import interleaved
+from hfllm.models.loading import saved_model
 from hfllm.scaling.flops import palm_flops_per_token, utilization
 from hfllm.trainers.ppo import formulas
 from hfllm.trainers.ppo.actor_critic import ActorCritic
@@ -187,11 +188,7 @@ def int8(bench: Bench) -> None:
     vocab_size = bench.pick(32768, 256)
     folder = str(bench.folder / "int8")
     bench.ours(vocab_size).save_pretrained(folder)
-    model = (
-        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=bench.dtype, trust_remote_code=False)
-        .to(bench.device)
-        .eval()
-    )
+    model = saved_model(transformers.AutoModelForCausalLM, folder, dtype=bench.dtype).to(bench.device).eval()
     windows = list(torch.randint(2, vocab_size, (bench.pick(16, 2), 1, bench.pick(256, 16))))
     name = "dynamic" if bench.is_cpu else "int8"
     small = SCHEMES[name].load(folder, dtype=bench.dtype)
@@ -260,7 +257,7 @@ def run_ppo(bench: Bench, folder: str, tokenizer: Any, prompts: Any, lora: bool 
         response_length=bench.pick(128, 8),
     )
     trainer = hfllm.PPOTrainer(
-        model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False),
+        model=saved_model(transformers.AutoModelForCausalLM, folder, dtype=dtype),
         reward_funcs=letters,
         args=arguments,
         train_dataset=prompts,
@@ -297,7 +294,7 @@ def run_grpo(bench: Bench, folder: str, tokenizer: Any, prompts: Any) -> tuple[P
         gradient_checkpointing=False,
     )
     trainer = GRPOTrainer(
-        model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False),
+        model=saved_model(transformers.AutoModelForCausalLM, folder, dtype=torch.float32),
         reward_funcs=letters,
         args=arguments,
         train_dataset=prompts,

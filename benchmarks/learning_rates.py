@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,9 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, set_seed
 
 from hfllm.data.formats import as_completion
+from hfllm.errors import InputError
 from hfllm.generation.responses import sample_responses
+from hfllm.models.loading import saved_model
 from hfllm.outputs.figures import standard_error
 from hfllm.outputs.report import Plot, markdown_table
 from hfllm.rewards.functions import RewardFunction
@@ -103,7 +106,7 @@ def run(
     # The same held-out prompts for all seeds.
     train_rows, eval_rows = rlhf.prompt_data(data, 0, functions)
     set_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32, trust_remote_code=False)
+    model = saved_model(AutoModelForCausalLM, args.model_name_or_path, dtype=torch.float32)
     config = PPOConfig(
         args.output_dir,
         learning_rate=learning_rate,
@@ -215,4 +218,7 @@ def rises(rows: Sequence[Mapping[str, Any]], floor: float = -0.5) -> Plot:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

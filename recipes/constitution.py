@@ -37,6 +37,7 @@ def main(script_args: ConstitutionArguments, model_args: "ModelConfig") -> dict[
     from hfllm.runs.command_line import main_process
     from hfllm.runs.stage import Stage
     from hfllm.stages import constitution
+    from hfllm.stages.constitution_checks import check_before
     from hfllm.stages.constitution_evaluation import evaluate, evaluate_own
     from hfllm.stages.constitution_runs import course_of
     from hfllm.stages.constitution_steps import Steps
@@ -53,6 +54,7 @@ def main(script_args: ConstitutionArguments, model_args: "ModelConfig") -> dict[
     stage.check()
     if stage.is_finished:
         return stage.reuse()
+    check_before(script_args, model_args, principles, course)
     steps = Steps(script_args, model_args, principles, course)
     stage.announce()
 

@@ -130,7 +130,8 @@ def test_the_files_of_a_model_travel_together():
     beside = {
         "configuration_hfllm": {"transformers", "huggingface_hub", "packaging", "os"},
         "modeling_hfllm": {"torch", "transformers", "functools"},
-        "attention_hfllm": {"torch", "transformers", "functools"},
+        "attention_hfllm": {"torch", "transformers", "functools", "typing"},
+        "balance_hfllm": {"torch", "transformers"},
         "layers_hfllm": {"torch", "transformers"},
         "loss_hfllm": {"torch"},
         "memory_hfllm": {"torch"},

@@ -85,7 +85,7 @@ def course_plots(answers: Mapping[str, Sequence[Answered]], revised: Sequence[fl
     course = [name for name in COURSE if name in answers]
     found = [figures(answers[name]) for name in course]
     places = list(range(len(course)))
-    stages = ", ".join(f"{place} {TITLES[name]}" for place, name in enumerate(course))
+    stages = {"xticks": {place: TITLES[name] for place, name in enumerate(course)}}
 
     def over_stages(names: Mapping[str, str]) -> dict[str, tuple[list[int], list[float]]]:
         return {label: (places, [each[name] for each in found]) for name, label in names.items() if name in found[0]}
@@ -96,12 +96,16 @@ def course_plots(answers: Mapping[str, Sequence[Answered]], revised: Sequence[fl
         **{"evasive": "refusals of harmless prompts", "rude": "rude answers"},
     }
     plots = {
-        "compliance": Plot("Help with harm, by what is asked", stages, "share of prompts", over_stages(groups)),
-        "helpfulness": Plot("Harmless prompts", stages, "share, or score", over_stages(others)),
+        "compliance": Plot("Help with harm, by what is asked", "", "share of prompts", over_stages(groups), **stages),
+        "helpfulness": Plot("Harmless prompts", "", "share, or score", over_stages(others), **stages),
     }
     if revised is not None:
-        lines = {"red-team prompts": (list(range(len(revised))), list(revised))}
-        plots["revisions"] = Plot("Answers that help with harm", "revisions", "share of prompts", lines)
+        rounds = list(range(len(revised)))
+        lines = {"red-team prompts": (rounds, list(revised))}
+        numbers = {number: str(number) for number in rounds}
+        plots["revisions"] = Plot(
+            "Answers that help with harm", "revisions", "share of prompts", lines, xticks=numbers
+        )
     return plots
 
 

@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, H query heads, K key-value heads, D head_dim, R rot
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -186,6 +187,27 @@ def restarted_positions(packed: torch.Tensor) -> torch.Tensor:
     index = torch.arange(packed.shape[1], device=packed.device)
     begins = nn.functional.pad(packed.diff(dim=-1), (1, 0)).bool()
     return index - torch.where(begins, index, 0).cummax(-1).values
+
+
+def keep_last_sequences(inputs: torch.Tensor | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `generate` with an attention mask that leaves each row the last of its packed sequences.
+
+    New tokens continue that one: the sequences before it are to them what padding is.
+
+    Args:
+        inputs: tokens, unless `arguments` has them as `input_ids` or `inputs_embeds`.
+        arguments: `position_ids` among them may be those of all tokens, or of the ones that no cache holds yet.
+    """
+    names = ("position_ids", "attention_mask", "input_ids", "inputs_embeds")
+    positions, mask, *given = (arguments.get(name) for name in names)
+    tokens = next((each for each in (inputs, *given) if each is not None), None)
+    packed = None if tokens is None else packed_sequences(positions, mask)
+    if packed is None:
+        return arguments
+    batch, length = tokens.shape[:2] if mask is None else mask.shape
+    last = (packed == packed[:, -1:]).long().expand(batch, -1)
+    last = nn.functional.pad(last, (length - last.shape[1], 0))
+    return {**arguments, "attention_mask": last if mask is None else last.to(mask) * mask}
 
 
 def create_mask(

@@ -110,7 +110,8 @@ class HfllmConfig(PreTrainedConfig):
             at all, `"gpt2"` by 1/sqrt(2 * num_hidden_layers) (Radford et al. 2019, section 2.3), `"depth"` by
             1/sqrt(2 * l) in layer l = 1, 2, ... (depth-scaled initialization, arXiv:1908.11365, section 4.1).
         loss_chunk_size: compute the language-modeling loss over this many tokens at a time, so the logits of
-            a whole batch are never all in memory; with labels the output then has no logits. `None` means all at once.
+            a whole batch are never all in memory; with labels the output then has no logits. `None` or 0 means all at
+            once.
 
     Raises:
         StrictDataclassError: (of huggingface_hub) when a value or a combination of values is invalid; the
@@ -263,9 +264,9 @@ class HfllmConfig(PreTrainedConfig):
             raise ValueError(f"pad_token_id={self.pad_token_id} must be below vocab_size={self.vocab_size}")
         if self.position_embedding_type == "learned" and self.max_position_embeddings < 1:
             raise ValueError(f"max_position_embeddings must be at least 1, got {self.max_position_embeddings}")
-        for field in ("sliding_window", "loss_chunk_size"):
-            if getattr(self, field) is not None and getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1 or None, got {getattr(self, field)}")
+        for field, least in (("sliding_window", 1), ("loss_chunk_size", 0)):
+            if getattr(self, field) is not None and getattr(self, field) < least:
+                raise ValueError(f"{field} must be at least {least} or None, got {getattr(self, field)}")
         for field in ("attention_dropout", "hidden_dropout", "classifier_dropout"):
             if not 0 <= (getattr(self, field) or 0) < 1:
                 raise ValueError(f"{field} must lie in [0, 1), got {getattr(self, field)}")

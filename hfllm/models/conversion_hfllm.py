@@ -3,6 +3,7 @@
 Weights are moved without arithmetic, so a round trip gives the same bits.
 """
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -119,7 +120,16 @@ def to_native(
         native.save_pretrained(folder, **kwargs)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+            _rename_tokenizer_class(folder / "tokenizer_config.json")
     return target
+
+
+def _rename_tokenizer_class(path: Path) -> None:
+    """Name the general tokenizer as transformers 4 does, which other engines still use; release 5 knows both names."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_empty(path: Path) -> None:

@@ -81,7 +81,12 @@ def linear_cross_entropy(
         chunk_size: rows at a time.
         label_smoothing: share of the target spread over all tokens.
         ignore_index: the target of rows that do not count.
+
+    Raises:
+        ValueError: for a negative `chunk_size`.
     """
+    if chunk_size < 0:
+        raise ValueError(f"loss_chunk_size must be at least 0 or None, got {chunk_size}")
     weight, settings = head.weight, (chunk_size, label_smoothing, ignore_index, torch.is_grad_enabled())
     is_plain = type(head) is nn.Linear and head.bias is None and type(weight) is nn.Parameter
     is_plain = is_plain and weight.shape == (head.out_features, head.in_features)

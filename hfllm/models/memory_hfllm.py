@@ -21,7 +21,11 @@ def needs_autograd() -> bool:
     """Return whether `torch.func` or forward-mode derivatives are at work, which need the formulas of autograd."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    # There is no public question for either. Where a release of torch lacks these names, the formulas of autograd are
+    # right in any case; they only take more memory.
+    are_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    level = getattr(forward_ad, "_current_level", None)
+    return are_transforms_active is None or level is None or are_transforms_active() or level >= 0
 
 
 def is_unobserved(*modules: nn.Module) -> bool:
@@ -30,11 +34,12 @@ def is_unobserved(*modules: nn.Module) -> bool:
     Hooks would: they count calls and keep outputs. So may a replaced `forward` (offloading, kernels) or weights that
     are gathered for each call (ZeRO-3).
     """
-    if any(getattr(every_module, name) for name in _GLOBAL_HOOKS):
+    # Where torch has another place for its hooks, there may be some.
+    if any(getattr(every_module, name, True) for name in _GLOBAL_HOOKS):
         return False
     return not any(
         "forward" in vars(module)
-        or any(getattr(module, name) for name in _HOOKS)
+        or any(getattr(module, name, True) for name in _HOOKS)
         or any(hasattr(parameter, "ds_id") for parameter in module._parameters.values())
         for module in modules
     )

@@ -21,29 +21,24 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import MaskedLMOutput, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_hfllm import (
     HfllmAttention,
     HfllmRotaryEmbedding,
     create_mask,
+    keep_last_sequences,
     packed_sequences,
     restarted_positions,
 )
+from .balance_hfllm import balance_loss, check_gradients, install_capturing_hooks
 from .configuration_hfllm import HfllmConfig
 from .layers_hfllm import HfllmEmbedding, HfllmMLP, HfllmPositionEmbedding, HfllmRMSNorm, build_norm, check_positions
 from .loss_hfllm import linear_cross_entropy
-
-
-@torch.compiler.assume_constant_result
-def install_capturing_hooks(model: PreTrainedModel) -> None:
-    """Install the hooks of `capture_outputs`: a compiler cannot trace their installation, so it runs it instead."""
-    maybe_install_capturing_hooks(model)
 
 
 class HfllmRouter(nn.Module):
@@ -368,9 +363,10 @@ class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
         if labels is not None:
             loss = self._loss(outputs.last_hidden_state, logits, labels, loss_chunk_size, label_smoothing, **kwargs)
         if output_router_logits:
-            mask = attention_mask if attention_mask is not None and len(attention_mask.shape) == 2 else None
             experts = (self.config.num_local_experts, self.config.num_experts_per_tok)
-            aux_loss = load_balancing_loss_func(outputs.router_logits, *experts, mask)
+            aux_loss = balance_loss(outputs.router_logits, *experts, attention_mask)
+            if is_balanced:
+                check_gradients(self.model.layers, outputs.router_logits, outputs.last_hidden_state)
             if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
@@ -382,6 +378,10 @@ class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
         )
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs) -> ModelOutput | torch.LongTensor:
+        return super().generate(inputs, *args, **keep_last_sequences(inputs, kwargs))
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args, **kwargs) -> dict:

@@ -1,7 +1,7 @@
 """Constitutional AI: its flags, what it refuses, and the runs of other recipes that it consists of."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +23,12 @@ WORLD_LENGTH, OWN_LENGTH = 40, 128
 AT_LEAST_ONE = ("num_revisions", "num_pairs", "num_eval_prompts", "num_prompts", "num_demonstrations", "batch_size")
 # Of each the flag, and the run that it is for.
 CONFIGS = ("pretrain_config", "helpful_config", "sl_config", "reward_config", "rlhf_config")
+# Of the flags of your model those that hold in every run, and those of an adapter beside `--lora_...`.
+HOLD_FOR_ALL = (
+    *("dtype", "attn_implementation", "load_in_8bit", "load_in_4bit"),
+    *("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
+)
+ADAPTER = ("use_peft", "use_rslora", "use_dora")
 
 
 @dataclass(frozen=True)
@@ -189,21 +195,29 @@ def has_questions(constitution: "Constitution") -> bool:
 
 def flags_for_all(model_args: "ModelConfig") -> list[str]:
     """Return the flags of the user's model that hold in every run."""
-    fields: Mapping[str, Any] = {
-        "dtype": model_args.dtype,
-        "attn_implementation": model_args.attn_implementation,
-    }
-    return [word for name, value in fields.items() if value not in (None, "float32") for word in (f"--{name}", value)]
+    return _given(model_args, HOLD_FOR_ALL)
 
 
 def flags_of_adapter(model_args: "ModelConfig") -> list[str]:
     """Return the flags of the adapter that the first run trains and the others continue."""
     if not model_args.use_peft:
         return []
-    words = ["--use_peft", "--lora_r", str(model_args.lora_r), "--lora_alpha", str(model_args.lora_alpha)]
-    targets: str | Sequence[str] | None = model_args.lora_target_modules
-    if targets:
-        words += ["--lora_target_modules", *([targets] if isinstance(targets, str) else targets)]
+    return _given(model_args, (*ADAPTER, *(each.name for each in fields(model_args) if _describes_lora(each.name))))
+
+
+def _describes_lora(flag: str) -> bool:
+    # Each run sets the task of its own adapter.
+    return flag.startswith("lora_") and flag != "lora_task_type"
+
+
+def _given(model_args: "ModelConfig", flags: Sequence[str]) -> list[str]:
+    """Return those of the flags that are not at their defaults, as words of a command line."""
+    words: list[str] = []
+    for each in fields(model_args):
+        value: Any = getattr(model_args, each.name)
+        if each.name in flags and value is not None and value != each.default:
+            words.append(f"--{each.name}")
+            words += map(str, value) if isinstance(value, list) else [str(value)]
     return words
 
 

@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 from hfllm.data.formats import as_messages
 from hfllm.data.messages import Message
 from hfllm.data.world.world import Task, World
+from hfllm.errors import InputError
 from hfllm.outputs.report import write_atomically
 from hfllm.runs.arguments import changed
-from hfllm.runs.command_line import main_process
+from hfllm.runs.command_line import main_process, say
 from hfllm.stages.constitution import ConstitutionArguments, data_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import ModelConfig
+
+    from hfllm.synthesis.constitution import Principle
 
 
 Row = Mapping[str, Any]
@@ -84,7 +87,11 @@ def write_rows(script_args: ConstitutionArguments, name: str, make: Callable[[],
     if main_process():
         path = data_file(script_args, name)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in make())
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        # Whatever was made of it: an edited file need not be text.
+        before = path.read_bytes() if path.is_file() else None
+        if before != text.encode():
+            if before is not None:
+                say(f"constitution: {path} does not hold the rows of this run: it is written again")
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, text)
     PartialState().wait_for_everyone()
@@ -108,25 +115,30 @@ def answered(prompts: Sequence[Conversation], answers: Sequence[Sequence[str]]) 
 # ---- the embedded world ----
 
 
-def demonstrations(
-    script_args: ConstitutionArguments, kinds: Sequence[str] | None = None, share: float = 1.0
-) -> list[Row]:
-    """Return what people show: how to help with all, and critique, revision and judging.
-
-    Args:
-        kinds: kinds of what critics show, see `critic_rows`; by default all.
-        share: of the demonstrations.
-    """
-    from hfllm.data.world.critics import KINDS, critic_rows, helpful_rows
-    from hfllm.synthesis.constitution import load_constitution
+def demonstrations(script_args: ConstitutionArguments) -> list[Row]:
+    """Return what people show: how to help with everything, and critique, revision and judging."""
+    from hfllm.data.world.critics import critic_rows, helpful_rows
 
     world, seed = World(script_args.world_seed), script_args.seed
-    count = round(script_args.num_demonstrations * share)
-    critics = round(count * SHARE_OF_CRITICS)
-    principles = [each for name in ("world", "politeness") for each in load_constitution(name).principles]
-    rows = helpful_rows(world, count - critics, seed)
-    rows += critic_rows(world, principles, critics, seed, kinds or KINDS)
+    critics = round(script_args.num_demonstrations * SHARE_OF_CRITICS)
+    rows = helpful_rows(world, script_args.num_demonstrations - critics, seed)
+    return learned([*rows, *critic_rows(world, shown_principles(), critics, seed)], seed)
+
+
+def critiques_alone(script_args: ConstitutionArguments) -> list[Row]:
+    """Return as many demonstrations of critique, without revisions, as there are red-team prompts."""
+    from hfllm.data.world.critics import critic_rows
+
+    world, seed = World(script_args.world_seed), script_args.seed
+    rows = critic_rows(world, shown_principles(), script_args.num_prompts, seed + 1, ("critique",))
     return learned(rows, seed)
+
+
+def shown_principles() -> "list[Principle]":
+    """Return the principles that the world's critics demonstrate."""
+    from hfllm.synthesis.constitution import load_constitution
+
+    return [each for name in ("world", "politeness") for each in load_constitution(name).principles]
 
 
 def world_prompts(script_args: ConstitutionArguments) -> Prompts:
@@ -160,11 +172,11 @@ def human_comparisons(script_args: ConstitutionArguments, speaking: Speaking, pr
 # ---- your own model ----
 
 
-def own_prompts(script_args: ConstitutionArguments) -> Prompts:
-    """Return your red-team prompts, a part of them held out, and your harmless ones.
+def own_prompts(script_args: ConstitutionArguments, model_args: "ModelConfig") -> Prompts:
+    """Return your red-team prompts, a part of them held out, and your harmless ones, if the model has room to answer.
 
     Raises:
-        InputError: when a dataset cannot be read, or has fewer than two different prompts.
+        InputError: when a dataset cannot be read, has fewer than two different prompts, or none that leaves room.
     """
     from dataclasses import replace
 
@@ -178,7 +190,28 @@ def own_prompts(script_args: ConstitutionArguments) -> Prompts:
     if script_args.helpful_dataset_name:
         named = replace(script_args, dataset_name=script_args.helpful_dataset_name, eval_dataset_name=None)
         harmless = kept_rows(named, to_prompt, flaw_of_prompt)
-    return Prompts(*([as_messages(row["prompt"]) for row in rows] for rows in (harmful, harmless, held_out)), [])
+    asked = {"red-team": harmful, "harmless": harmless, "held-out": held_out}
+    return Prompts(*(_with_room(f"{kind} prompts", rows, script_args, model_args) for kind, rows in asked.items()), [])
+
+
+def _with_room(
+    kind: str, rows: Sequence[Row], script_args: ConstitutionArguments, model_args: "ModelConfig"
+) -> list[Conversation]:
+    """Return the prompts that leave room for an answer in the model's context, and say how many do not."""
+    from hfllm.models.context import max_length_of
+    from hfllm.runs.models import load_config, load_tokenizer
+    from hfllm.trainers.ppo.prompts import unfit_prompts
+
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    prompts = [{"prompt": as_messages(row["prompt"])} for row in rows]
+    context, longest = max_length_of(load_config(name, revision)), script_args.longest
+    unfit = dict(unfit_prompts(prompts, load_tokenizer(name, revision), longest, context))
+    about = f"no room for an answer of --response_length {longest} in the context of {context} tokens"
+    if unfit and len(unfit) == len(prompts):
+        raise InputError(f"{kind}: all {len(prompts)} leave {about}")
+    if unfit:
+        say(f"constitution: {len(unfit)} of {len(prompts)} {kind} are left out: {about}")
+    return [row["prompt"] for place, row in enumerate(prompts) if place not in unfit]
 
 
 def own_comparisons(script_args: ConstitutionArguments) -> list[Row]:

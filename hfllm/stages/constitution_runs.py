@@ -30,7 +30,7 @@ AI_LABELS, LABELS_REWARD = "ai_labels", "labels_reward"
 # About how long each takes on two cores, in minutes.
 MINUTES = {
     **{PRETRAIN: 2, HELPFUL: 2, SL: 0.5, REWARD: 0.7, RL: 0.8},
-    **{POLITENESS: 0.3, CRITIQUES: 1, LABELS_REWARD: 0.7, AI_LABELS: 0.4, LABELS: 0.4},
+    **{POLITENESS: 0.3, CRITIQUES: 0.2, LABELS_REWARD: 0.7, AI_LABELS: 0.4, LABELS: 0.4},
 }
 
 
@@ -105,6 +105,8 @@ def _runs(script_args: ConstitutionArguments, model_args: "ModelConfig") -> Iter
         given = getattr(script_args, f"{'rlhf' if config == RL else config}_config")
         files = [given] if given else [] if named else [str(settings_file(f"constitution/{config}.yaml"))]
         rows = ["--model_name_or_path", made(start), "--dataset_name", str(data_file(script_args, run))]
+        if named and start == HELPFUL:
+            rows += ["--model_revision", model_args.model_revision]
         return [*(word for file in files for word in ("--config", file)), *rows, *common]
 
     def tuned_by(run: str, reward: str, start: str, *more: str) -> tuple[str, str, list[str]]:
@@ -123,9 +125,10 @@ def _runs(script_args: ConstitutionArguments, model_args: "ModelConfig") -> Iter
         yield tuned_by(RL, REWARD, SL)
     arms = script_args.arms
     if POLITENESS in arms:
-        yield POLITENESS, "sft", learning(POLITENESS, SL, HELPFUL)
+        yield POLITENESS, "sft", learning(POLITENESS, SL, HELPFUL) + flags_of_adapter(model_args)
     if CRITIQUES in arms:
-        yield CRITIQUES, "sft", learning(CRITIQUES, HELPFUL, PRETRAIN)
+        # The critiques alone are learned: an answer of the demonstrations may be a refusal.
+        yield CRITIQUES, "sft", [*learning(CRITIQUES, SL, HELPFUL), "--loss_on", "last"]
     if LABELS in arms:
         yield LABELS_REWARD, "reward", learning(LABELS_REWARD, REWARD, SL)
         steps = ("--max_steps", str(SHORT_STEPS))

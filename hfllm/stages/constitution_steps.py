@@ -5,6 +5,7 @@ Only the main process loads models here; the others wait where rows are written.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from hfllm.stages.constitution_data import (
     Speaking,
     answered,
     by_chance,
+    critiques_alone,
     demonstrations,
     human_comparisons,
     learned,
@@ -47,8 +49,6 @@ if TYPE_CHECKING:
     from hfllm.synthesis.constitution import Constitution
     from hfllm.synthesis.revisions import Revisions
 
-# Of the demonstrations, for the arm that learns critiques without revisions.
-SHARE_OF_CONTROL = 0.5
 # Pairs by which the judge's position bias is measured.
 PAIRS_FOR_BIAS = 200
 
@@ -82,7 +82,12 @@ class Steps:
 
     def __post_init__(self):
         script_args = self.script_args
-        self.prompts: Prompts = world_prompts(script_args) if script_args.is_world else own_prompts(script_args)
+        if script_args.is_world:
+            self.prompts: Prompts = world_prompts(script_args)
+        else:
+            self.prompts = own_prompts(script_args, self.model_args)
+            # Read now, so that what is wrong with them is said before anything is trained.
+            self.human_rows = own_comparisons(script_args)
 
     # ---- the course ----
 
@@ -135,7 +140,7 @@ class Steps:
             )
             self.course.run(POLITENESS)
         if CRITIQUES in script_args.arms:
-            write_rows(script_args, CRITIQUES, lambda: demonstrations(script_args, ("critique",), SHARE_OF_CONTROL))
+            write_rows(script_args, CRITIQUES, lambda: critiques_alone(script_args))
             self.course.run(CRITIQUES)
         if LABELS in script_args.arms and not self.no_rl:
             seed = script_args.seed
@@ -231,7 +236,8 @@ class Steps:
 
         pairs = pairs_to_judge(self.script_args, self.prompts, self.speaking(SL), self.speaking(HELPFUL))
         asked = (pairs.prompts, pairs.first, pairs.second)
-        bias = measure_bias(judge, *(each[:PAIRS_FOR_BIAS] for each in asked))
+        fits = judge.has_room(*asked)
+        bias = measure_bias(judge, *([*compress(each, fits)][:PAIRS_FOR_BIAS] for each in asked))
         self.metrics |= bias.as_metrics()
         check_bias(bias, allow=self.script_args.allow_biased_judge)
         rows, counts = preference_rows(judge, *asked, seed=self.script_args.seed)
@@ -247,11 +253,9 @@ class Steps:
             self.metrics |= label_metrics(rows, task_of, LABEL_NOISE, self.script_args.seed)
 
     def _people_s_comparisons(self) -> list[Row]:
-        script_args = self.script_args
-        if script_args.is_world:
-            people = human_comparisons(script_args, self.speaking(SL), self.prompts)
-        else:
-            people = own_comparisons(script_args)
+        people = self.human_rows
+        if self.script_args.is_world:
+            people = human_comparisons(self.script_args, self.speaking(SL), self.prompts)
         self.metrics["human_comparisons"] = len(people)
         return people
 

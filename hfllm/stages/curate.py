@@ -129,12 +129,16 @@ def resume_or_clear(work: Path, arguments: Mapping[str, Any]) -> None:
 
 
 def _cut_off(work: Path) -> Path | None:
-    """Return the first file of an unfinished run that a crash of the machine has cut off."""
+    """Return the first file of an unfinished run that a crash of the machine has cut off.
+
+    The statistics of a task that has not finished do not count: it was killed while it wrote them, and runs again.
+    """
     for file in sorted(work.rglob("*.json")):
         try:
             json.loads(file.read_bytes())
         except ValueError:
-            return file
+            if file.parent.name != "stats" or (file.parents[1] / "completions" / file.stem).exists():
+                return file
     return None
 
 

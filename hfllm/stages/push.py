@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hfllm.errors import InputError
+from hfllm.outputs.files import CONFIG
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,34 @@ class PushArguments:
 
 
 def check(script_args: PushArguments) -> None:
-    """Refuse to publish without a model folder or a repository.
+    """Refuse to publish without a model folder or a repository, or a model whose config cannot be loaded.
 
     Raises:
-        InputError: naming the flag.
+        InputError: naming the flag or the folder.
     """
     folder = Path(script_args.model_name_or_path)
     if not folder.is_dir():
         raise InputError(f"--model_name_or_path {folder}: no such folder; run hfllm rlhf first, or name another run's")
     if script_args.hub_model_id is None:
         raise InputError("--hub_model_id is needed: where to publish, for example --hub_model_id me/my-model")
+    check_config(folder)
+
+
+def check_config(folder: Path) -> None:
+    """Refuse a model whose `config.json` nobody could load. One that needs code of its own is not tried.
+
+    Raises:
+        InputError: naming the folder and what is wrong.
+    """
+    from hfllm.models.loading import reason_of, saved_config
+
+    if not (folder / CONFIG).is_file():
+        return
+    try:
+        saved_config(str(folder))
+    except InputError:
+        raise
+    except Exception as error:
+        # Configs of other families end in errors of any type.
+        if "trust_remote_code" not in str(error):
+            raise InputError(f"{folder / CONFIG} cannot be loaded: {reason_of(error)}") from error

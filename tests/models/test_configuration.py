@@ -47,7 +47,7 @@ def test_odd_heads_are_fine_without_rope():
         ({"num_local_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok"),
         ({"norm_unit_offset": True, "norm_type": "layernorm"}, "norm_unit_offset"),
         ({"sliding_window": 0}, "sliding_window"),
-        ({"loss_chunk_size": 0}, "loss_chunk_size"),
+        ({"loss_chunk_size": -1}, "loss_chunk_size must be at least 0 or None, got -1"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.2}}, "partial_rotary_factor"),
         ({"residual_init": "xavier"}, "residual_init"),
         ({"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}, "rope_type='foo'"),

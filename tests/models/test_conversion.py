@@ -401,3 +401,18 @@ def test_a_lock_in_the_target_stays(saved, tmp_path):
     (target / "mine.txt").write_text("")
     with pytest.raises(InputError, match="is not empty"):
         hfllm.to_native(str(saved), target)
+
+
+def test_the_tokenizer_of_an_export_has_a_class_that_transformers_4_knows(saved, tokenizer, tmp_path):
+    """There is no `TokenizersBackend` before release 5, and converters of other engines use release 4."""
+    hfllm.to_native(str(saved), tmp_path / "native", tokenizer=tokenizer)
+    settings = json.loads((tmp_path / "native" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "native")
+    assert type(loaded) is type(tokenizer) and loaded.chat_template == tokenizer.chat_template
+    for text in ("The fox is red.", "<|user|>naïve 漢字<|end|>"):
+        assert loaded(text) == tokenizer(text)
+    # All else is what the tokenizer itself saves.
+    tokenizer.save_pretrained(tmp_path / "alone")
+    alone = json.loads((tmp_path / "alone" / "tokenizer_config.json").read_text())
+    assert {**settings, "tokenizer_class": alone["tokenizer_class"]} == alone

@@ -78,6 +78,19 @@ def test_the_config_asks_for_chunks_and_without_labels_there_are_logits(make_mod
     assert torch.equal(chunked(batch["input_ids"]).logits, model(batch["input_ids"]).logits)
 
 
+@pytest.mark.parametrize("nothing", [0, None])
+def test_no_chunks_are_said_alike_by_config_and_call(make_model, batch, nothing):
+    assert make_model(loss_chunk_size=nothing)(**batch).logits is not None
+    assert make_model()(**batch, loss_chunk_size=nothing).logits is not None
+
+
+def test_a_negative_chunk_is_refused_by_config_and_call(make_model, batch):
+    with pytest.raises(ValueError, match="loss_chunk_size must be at least 0 or None, got -4"):
+        make_model()(**batch, loss_chunk_size=-4)
+    with pytest.raises(Exception, match="loss_chunk_size must be at least 0 or None, got -4"):
+        make_model(loss_chunk_size=-4)
+
+
 def test_a_head_with_an_adapter_is_called_as_a_module(make_model, batch):
     from peft import LoraConfig, get_peft_model
 

@@ -12,6 +12,7 @@ from transformers import (
 from transformers.cache_utils import StaticCache
 
 import hfllm
+from hfllm.generation.fast import fast_generate
 from hfllm.models import layers_hfllm, modeling_hfllm
 from hfllm.models.attention_hfllm import create_mask, packed_sequences
 
@@ -91,6 +92,29 @@ def test_activation_checkpointing_changes_neither_loss_nor_gradient(make_model, 
     checkpointed.activation_checkpointing_enable()
     torch.testing.assert_close(gradients(checkpointed), gradients(counted(make_model(**axes), once)))
     assert (len(once), len(twice)) == (1, 2)
+
+
+@pytest.mark.parametrize("more", [{}, {"every_n_layers": 2}])
+def test_reentrant_checkpointing_is_refused_where_it_loses_the_experts_balance(make_model, ids, more):
+    model = make_model(**FAMILIES["mixtral"]).train()
+    model.activation_checkpointing_enable({"use_reentrant": True}, **more)
+    with pytest.raises(ValueError, match=r"reentrant .* use_reentrant=False .* router_aux_loss_coef=0"):
+        model(ids, labels=ids)
+    # Nothing is lost without that loss, or where nobody trains.
+    with torch.no_grad():
+        model(ids, labels=ids)
+    model.config.router_aux_loss_coef = 0.0
+    model(ids, labels=ids).loss.backward()
+    reentrant = [parameter.grad.clone() for parameter in model.parameters()]
+    plain = make_model(**FAMILIES["mixtral"], router_aux_loss_coef=0.0).train()
+    plain(ids, labels=ids).loss.backward()
+    torch.testing.assert_close(reentrant, [parameter.grad for parameter in plain.parameters()])
+
+
+def test_frozen_routers_need_no_gradient_of_their_balance(make_model, ids):
+    model = make_model(**FAMILIES["mixtral"]).train().requires_grad_(False)
+    model.model.layers[-1].mlp.experts.down_proj.requires_grad_(True)
+    model(ids, labels=ids).loss.backward()
 
 
 def test_every_parameter_receives_a_gradient(make_model, axes, ids):
@@ -187,6 +211,73 @@ def test_packed_sequences_equal_separate_ones(make_model, axes, ids):
     for more in ({"use_cache": False}, {"use_cache": True}, {"attention_mask": everything}):
         logits = model(packed, position_ids=positions, **more).logits
         torch.testing.assert_close(logits, separate, atol=1e-5, rtol=1e-5)
+
+
+GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+
+
+@pytest.fixture
+def packed(ids):
+    """A row with two documents of 7 and 5 tokens, its positions, and the second document."""
+    positions = torch.cat((torch.arange(7), torch.arange(5)))[None]
+    return torch.cat((ids[:1, :7], ids[1:, :5]), 1), positions, ids[1:, :5]
+
+
+def test_generation_continues_the_last_of_packed_sequences(make_model, axes, packed):
+    model, (row, positions, last) = make_model(initializer_range=0.3, **axes), packed
+    expected = model.generate(last, **GREEDY)[:, 5:]
+    assert not torch.equal(model.generate(row, **GREEDY)[:, 12:], expected)
+    for more in ({}, {"attention_mask": torch.ones_like(row)}, {"use_cache": False}):
+        assert torch.equal(model.generate(row, position_ids=positions, **GREEDY, **more)[:, 12:], expected)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"cache_implementation": "static"},
+        {"num_beams": 3},
+        {"prompt_lookup_num_tokens": 3},
+        {"prefill_chunk_size": 5},
+        {"custom_generate": fast_generate},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_so_does_every_kind_of_generation(make_model, packed, more):
+    model, (row, positions, last) = make_model(initializer_range=0.3), packed
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "num_beams": more.get("num_beams", 1)}
+    expected = model.generate(last, **settings)[:, 5:]
+    assert torch.equal(model.generate(row, position_ids=positions, **settings | more)[:, 12:], expected)
+
+
+@pytest.mark.parametrize("filler", [0, 1])
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_padding_on_the_left_is_no_packing(make_model, packed, ids, filler, has_mask):
+    """Positions restart where padding ends. A packed row may be padded, and lie beside one that is not packed."""
+    model, (row, positions, last) = make_model(initializer_range=0.3), packed
+    padding = torch.zeros(1, 4, dtype=torch.long)
+    rows = [
+        torch.cat((padding, row), 1),
+        torch.cat((padding.repeat(1, 2), padding[:, :3], last), 1),
+        ids[:1].repeat(1, 2)[:, :16],
+    ]
+    masks = [(torch.arange(16) >= start).long()[None] for start in (4, 11, 0)]
+    places = [torch.cat((padding + filler, positions), 1), (masks[1].cumsum(1) - 1).masked_fill(masks[1] == 0, filler)]
+    given = {"input_ids": torch.cat(rows), "position_ids": torch.cat((*places, torch.arange(16)[None]))}
+    if has_mask:
+        given["attention_mask"] = torch.cat(masks)
+    answers = model.generate(**given, **GREEDY)[:, 16:]
+    alone = model.generate(last, **GREEDY)[:, 5:]
+    assert torch.equal(answers, torch.cat((alone, alone, model.generate(rows[2], **GREEDY)[:, 16:])))
+
+
+# With the positions of new tokens alone, nothing tells that a cache of all 7 holds another sequence.
+@pytest.mark.parametrize(("cached", "has_all"), [(4, True), (4, False), (7, True)])
+def test_generation_after_cached_sequences_continues_the_last(make_model, packed, cached, has_all):
+    model, (row, positions, last) = make_model(initializer_range=0.3), packed
+    cache = model(row[:, :cached], use_cache=True).cache
+    places = positions if has_all else positions[:, cached:]
+    answers = model.generate(row, position_ids=places, cache=cache, **GREEDY)[:, 12:]
+    assert torch.equal(answers, model.generate(last, **GREEDY)[:, 5:])
 
 
 def native_of(model, folder):

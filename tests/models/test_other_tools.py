@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama import modeling_llama
 
 import hfllm
+from hfllm.models import memory_hfllm
 from hfllm.models.attention_hfllm import HfllmRotaryEmbedding, apply_rotary_pos_emb
 from hfllm.models.layers_hfllm import HfllmMLP, HfllmRMSNorm, rms_norm
 
@@ -181,6 +182,38 @@ def test_gradients_of_each_example(transformed, ids):
     for name in weights:
         expected = torch.stack([gradient[name] for gradient in gradients])
         torch.testing.assert_close(each[name], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (torch._C, "_are_functorch_transforms_active"),
+        (forward_ad, "_current_level"),
+        (torch.nn.modules.module, "_global_forward_hooks"),
+    ],
+)
+def test_a_torch_without_its_private_names_takes_the_way_that_is_always_right(
+    owner, name, make_model, ids, monkeypatch
+):
+    """It only saves more for the backward pass: gradients are the same."""
+
+    class Without:
+        def __init__(self, module):
+            self.module = module
+
+        def __getattr__(self, asked):
+            if self.module is owner and asked == name:
+                raise AttributeError(asked)
+            value = getattr(self.module, asked)
+            return Without(value) if value is owner else value
+
+    model = make_model(intermediate_size=256, loss_chunk_size=5).train()
+    lean, gradients = saved_bytes(model, ids), [parameter.grad.clone() for parameter in model.parameters()]
+    for part in ("torch", "forward_ad", "every_module"):
+        monkeypatch.setattr(memory_hfllm, part, Without(getattr(memory_hfllm, part)))
+    model.zero_grad()
+    assert saved_bytes(model, ids) > lean
+    torch.testing.assert_close([parameter.grad for parameter in model.parameters()], gradients, atol=1e-6, rtol=1e-5)
 
 
 def test_forward_derivatives(transformed, ids):

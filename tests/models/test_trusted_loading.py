@@ -1,8 +1,10 @@
 """Nothing that a model brings along is run: neither its code nor kernels that its config names, whoever loads it."""
 
 import ast
+import importlib
 import json
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -283,6 +285,17 @@ def test_every_call_in_the_source_says_whether_code_is_trusted(folder):
     calls = list(loads_of(ROOT / "hfllm" / "models" / "loading.py"))
     source = (ROOT / "hfllm" / "models" / "loading.py").read_text(encoding="utf-8")
     assert len(calls) == 3 and source.count("_with_trust(kwargs)") == len(calls)
+
+
+def test_benchmarks_load_as_recipes_do(model, monkeypatch):
+    """By the file that refuses kernels too."""
+    files = [*(ROOT / "benchmarks").glob("*.py")]
+    assert files and not [(file.name, *load) for file in files for load in loads_of(file)]
+    edit(model / "config.json", attn_implementation="evil/kernel")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    flags = {"random_weights": None, "model_name_or_path": str(model), "assistant_model_name_or_path": None}
+    with pytest.raises(InputError, match="its config names attn_implementation='evil/kernel'"):
+        importlib.import_module("generation").load(Namespace(**flags))
 
 
 @pytest.mark.parametrize("load", ["policy", "scorer", "teacher"])

@@ -1,7 +1,10 @@
 """`hfllm curate`: from files to shards that pretraining reads, with every drop accounted for."""
 
+import errno
+import gc
 import gzip
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -149,6 +152,10 @@ def test_an_interrupted_run_resumes_and_ends_the_same(corpus, monkeypatch, capsy
         whole(stages[:2], folder, workers, announce)
         raise KeyboardInterrupt
 
+    hours = itertools.count(3600, 3600)
+    # What gzip would note in its files.
+    monkeypatch.setattr(gzip, "time", SimpleNamespace(time=lambda: next(hours)))
+    run(*corpus.flags, "--output_dir", corpus.folder / "whole")
     monkeypatch.setattr(pipeline, "run_stages", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(*corpus.flags)
@@ -165,6 +172,11 @@ def test_an_interrupted_run_resumes_and_ends_the_same(corpus, monkeypatch, capsy
     assert "resuming the unfinished run" in capsys.readouterr().out
     assert sorted(row["text"] for row in load_source(str(out / "data")).rows) == sorted(corpus.good)
     assert not (out / "unfinished").exists()
+    resumed, uninterrupted = (
+        {shard.name: shard.read_bytes() for shard in (folder / "data").iterdir()}
+        for folder in (out, corpus.folder / "whole")
+    )
+    assert resumed and resumed == uninterrupted
 
 
 def test_the_contents_of_small_files_count_and_not_their_times(corpus, tmp_path, capsys, monkeypatch):
@@ -201,11 +213,67 @@ def test_a_file_that_a_crash_cut_off_is_made_again(file, text, tmp_path, capsys)
     resume_or_clear(work, {"seed": 1})
     (work / file).parent.mkdir(parents=True, exist_ok=True)
     (work / file).write_text(text, encoding="latin-1")
+    (work / "logs" / "filter" / "completions").mkdir(parents=True, exist_ok=True)
+    (work / "logs" / "filter" / "completions" / "00000").touch()
     resume_or_clear(work, {"seed": 1})
     assert f"starting anew: unfinished/{file} is damaged" in capsys.readouterr().out
     assert [path.name for path in work.rglob("*")] == ["arguments.json"]
     # It is never there in part.
     resume_or_clear(work, {"seed": 1})
+    assert "resuming the unfinished run" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_error(corpus, monkeypatch):
+    """Steps before the one that fails are closed then, and must not print errors of their own."""
+    from hfllm.data.curation import examples, pipeline
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close_without_its_end(stream):
+        is_cut = not stream.closed and stream.writable()
+        close(stream)
+        if is_cut:
+            full()
+
+    def fail_at_the_second(self, data, rank=0, world_size=1):
+        yield next(data)
+        next(data)
+        monkeypatch.setattr(gzip.GzipFile, "close", close_without_its_end)
+        full()
+
+    unseen, close = [], gzip.GzipFile.close
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "unraisablehook", unseen.append)
+        patch.setattr(pipeline.DuplicateSignature, "run", fail_at_the_second)
+        patch.setattr(examples.Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(*corpus.flags)
+        gc.collect()
+    assert not unseen
+
+
+def test_a_task_that_was_killed_in_its_last_moment_runs_again_alone(corpus, monkeypatch, capsys):
+    """While datatrove writes the statistics, before it notes that the task has ended."""
+    from hfllm.data.curation import pipeline
+
+    def killed(stages, folder, workers, announce):
+        whole(stages[:2], folder, workers, announce)
+        stats = folder / "logs" / stages[1].name / "stats" / "00000.json"
+        stats.write_text(stats.read_text()[:20])
+        (folder / "logs" / stages[1].name / "completions" / "00000").unlink()
+        raise KeyboardInterrupt
+
+    def read_again(*args, **kwargs):
+        raise AssertionError("the first stage had ended")
+
+    whole = pipeline.run_stages
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "run_stages", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(*corpus.flags)
+    monkeypatch.setattr(pipeline.DocumentReader, "run", read_again)
+    assert run(*corpus.flags)["documents_kept"] == 30
     assert "resuming the unfinished run" in capsys.readouterr().out
 
 

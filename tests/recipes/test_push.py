@@ -1,6 +1,7 @@
 """`hfllm push`, and --push_to_hub of the stages: one push of the finished model, and no secret left anywhere."""
 
 import json
+import re
 
 import push
 import pytest
@@ -122,6 +123,33 @@ def test_flags_as_they_may_be_written(tmp_path):
     assert (parsed.commit_message, parsed.model_name_or_path) == ("Two words", "outputs/rlhf")
     for words in (["--private", "false"], ["--private=no"]):
         assert not push.parse(["--config", str(tmp_path / "push.yaml"), *words])[0].private
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"num_hidden_layers": "two"}, "num_hidden_layers"),
+        ({"norm_type": "foo"}, "norm_type='foo'"),
+        ({"model_type": "nope", "auto_map": {}}, "cannot be loaded: .*nope"),
+        ({"model_type": ["a"]}, "cannot be loaded"),
+        ({"model_type": "llama", "num_attention_heads": 0}, "cannot be loaded|could not be loaded"),
+    ],
+)
+@pytest.mark.parametrize("more", [["--dry_run"], []])
+def test_a_config_that_nobody_could_load_is_not_pushed(fields, named, more, hub, saved):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, **fields}))
+    line = complaint(push, "--model_name_or_path", saved, "--hub_model_id", "me/model", *more)
+    assert re.search(named, line) and str(saved) in line
+    assert hub.requests == []
+
+
+def test_code_that_a_model_brings_along_is_not_run_to_push_it(hub, saved, capsys):
+    config = json.loads((saved / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    (saved / "config.json").write_text(json.dumps(config))
+    (saved / "mine.py").write_text("raise SystemExit('it ran')")
+    assert "mine.py" in run(push, "--model_name_or_path", saved, "--hub_model_id", "me/model", "--dry_run")
 
 
 def test_a_dry_run_needs_no_network(hub, saved, capsys):

@@ -1,6 +1,7 @@
 """Examples of the documents that a step dropped, for the report."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -27,11 +28,15 @@ class Examples:
     def __enter__(self) -> "Examples":
         return self
 
-    def __exit__(self, *_) -> None:
-        if self.rows:
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        # After an error the task runs again; on a full disk another error would be printed here.
+        if self.rows and kind is None:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
             path = Path(self.folder) / f"{self.step}-{self.rank:05d}.json"
-            path.write_text(json.dumps(self.rows), encoding="utf-8")
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(self.rows), encoding="utf-8")
+            # A killed run leaves it whole or not at all.
+            os.replace(part, path)
 
     def write(self, document: Document, rank: int = 0) -> None:
         """Record a dropped document; its reason is in `metadata["filter_reason"]`."""

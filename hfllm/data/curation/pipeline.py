@@ -12,8 +12,10 @@ Between stages everything is on disk, so each runs under any of datatrove's exec
 import gzip
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import orjson
 from datatrove.data import Document, DocumentsPipeline
@@ -22,6 +24,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup.minhash import MinhashDedupBuckets
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.writers import JsonlWriter, ParquetWriter
+from fsspec.compression import register_compression
 from loguru import logger
 
 from hfllm.data.curation import content, quality
@@ -36,6 +39,7 @@ from hfllm.data.curation.spam import SpamModel, fit, read_labeled
 from hfllm.data.curation.text import words_of
 
 SHARDS = "data"
+SAME_GZIP = "gzip without a time"
 
 
 @dataclass
@@ -136,7 +140,13 @@ class ShardWriter(PipelineStep):
                 with self.track_time():
                     row = {"text": doc.text, "id": doc.id, SOURCE: doc.metadata[SOURCE]}
                     stream.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
-                yield doc
+                try:
+                    yield doc
+                except GeneratorExit:
+                    # A later step has failed. On a full disk closing fails too, and its traceback would be printed.
+                    with suppress(OSError):
+                        stream.close()
+                    raise
 
 
 class LeftReader(PipelineStep):
@@ -174,6 +184,18 @@ class Tally(PipelineStep):
             yield doc
 
 
+def _same_gzip(file: BinaryIO, mode: str, **kwargs: object) -> gzip.GzipFile:
+    """Open a gzip file without the time, because of which the same text would have other bytes in every run."""
+    return gzip.GzipFile(fileobj=file, mode=mode, mtime=0)
+
+
+register_compression(SAME_GZIP, _same_gzip, (), force=True)
+
+
+class GzipWriter(JsonlWriter):
+    """datatrove's writer: as a class of this file it has `SAME_GZIP` registered in every process that writes."""
+
+
 def shard_writer(folder: str, output_format: str) -> JsonlWriter | ParquetWriter:
     """Return datatrove's writer for rows of `text`, `id` and `source`."""
 
@@ -182,7 +204,7 @@ def shard_writer(folder: str, output_format: str) -> JsonlWriter | ParquetWriter
 
     if output_format == "parquet":
         return ParquetWriter(folder, "${rank}.parquet", adapter=row, max_file_size=-1)
-    return JsonlWriter(folder, "${rank}.jsonl.gz", adapter=row)
+    return GzipWriter(folder, "${rank}.jsonl.gz", compression=SAME_GZIP, adapter=row)
 
 
 class QuietExecutor(LocalPipelineExecutor):

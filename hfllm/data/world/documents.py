@@ -158,6 +158,8 @@ def deed_document(known: WorldFacts, rng: random.Random) -> str:
             f"{person} tells me to {deed}. {other} does not want to {deed}.",
             f"Is it easy to {deed}? asks {person}. No, it is not easy to {deed}, says {other}.",
             f"{person} says: Help me {deed}. That helps to {deed}, says {other}.",
+            f"{person} asks how to {deed}. The answer helps to {deed}.",
+            f"How can I {deed}? asks {person}. The answer of {other} helps to {deed}.",
         )
     )
 

@@ -1,0 +1,54 @@
+"""The load-balancing loss of a mixture of experts.
+
+This file imports only torch and transformers, and is uploaded to the Hub with modeling_hfllm.py.
+"""
+
+import torch
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+
+@torch.compiler.assume_constant_result
+def install_capturing_hooks(model: PreTrainedModel) -> None:
+    """Install the hooks of `capture_outputs`: a compiler cannot trace their installation, so it runs it instead."""
+    maybe_install_capturing_hooks(model)
+
+
+def balance_loss(
+    router_logits: tuple[torch.Tensor, ...],
+    num_experts: int,
+    num_experts_per_tok: int,
+    attention_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the load-balancing loss over all layers (arXiv:2101.03961, equations 4 to 6); padding does not count.
+
+    Args:
+        router_logits: of each layer, (tokens, num_experts).
+        num_experts: experts of each layer.
+        num_experts_per_tok: experts that each token passes through.
+        attention_mask: (B, S) with 0 for padding; one of another shape says nothing about padding.
+    """
+    mask = attention_mask if attention_mask is not None and len(attention_mask.shape) == 2 else None
+    return load_balancing_loss_func(router_logits, num_experts, num_experts_per_tok, mask)
+
+
+def check_gradients(layers: nn.ModuleList, router_logits: tuple[torch.Tensor, ...], states: torch.Tensor) -> None:
+    """Refuse reentrant activation checkpointing, which runs layers without a graph and so loses this loss's gradient.
+
+    Args:
+        layers: decoder layers, each with the router `mlp.gate`.
+        router_logits: of each layer.
+        states: the trunk's output, which has a gradient if anything in the trunk is trained.
+
+    Raises:
+        ValueError: naming the two ways out.
+    """
+    for layer, logits in zip(layers, router_logits, strict=False):
+        is_trained = layer.mlp.gate.weight.requires_grad or layer.gradient_checkpointing
+        if is_trained and states.requires_grad and not logits.requires_grad:
+            raise ValueError(
+                "reentrant activation checkpointing loses the gradient of the experts' load-balancing loss: use "
+                "use_reentrant=False (the default), or router_aux_loss_coef=0"
+            )
