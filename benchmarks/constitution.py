@@ -86,6 +86,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--allow_biased_judge", action="store_true", help="RL-CAI also where the run refused its judge"
     )
+    parser.add_argument("--retrain_all", action="store_true", help="RL-CAI of all runs, not of the first one alone")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/constitution_benchmark"))
     return parser.parse_args(argv)
 
