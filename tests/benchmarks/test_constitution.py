@@ -158,6 +158,35 @@ def test_the_page_takes_means_over_runs(benchmark):
     assert "| 0.1 " in text and "| yes " in text and text.endswith("- a note\n")
 
 
+def test_rates_are_chosen_on_the_first_run_alone(benchmark, monkeypatch, tmp_path, capsys):
+    best = {1: 0.2, 2: 0.3, 3: 0.3}
+    asked: list[tuple[int, str, float]] = []
+
+    class Fake:
+        def __init__(self, args, run, folder, rl_like):
+            self.seed, self.rl_like = int(run.name), rl_like
+            self.ours = SimpleNamespace(no_rl="", same_weights=True, seed=self.seed)
+            assert rl_like is None if self.seed == 1 else rl_like.seed == 1
+
+        def of_ours(self):
+            return {name: {**dict.fromkeys(benchmark.FIGURES, 0.0), "cpu_seconds": 1.0} for name in ("helpful", "sl")}
+
+        def of_dpo(self, name, rate):
+            asked.append((self.seed, name, rate))
+            values = dict.fromkeys(benchmark.FIGURES, 0.0) | {"helpful_right": float(rate == best[self.seed])}
+            return {**values, "cpu_seconds": 1.0, "learning_rate": rate, "steps": 1, "epochs": 1.0}
+
+    monkeypatch.setattr(benchmark, "Comparison", Fake)
+    monkeypatch.setattr(benchmark, "arguments_of", lambda run: SimpleNamespace(seed=int(run.name)))
+    words = ["--runs", "1", "2", "3", "--peers", "dpo_sl", "dpo_rl", "--learning_rates", "0.1", "0.2", "0.3"]
+    benchmark.main([*words, "--long_learning_rates", "0.5", "--output_dir", str(tmp_path)])
+    later = [each for each in asked if each[0] > 1]
+    assert later == [(seed, name, rate) for seed in (2, 3) for name, rate in (("dpo_sl", 0.2), ("dpo_rl", 0.5))]
+    text = (tmp_path / "constitution.md").read_text()
+    assert text == capsys.readouterr().out.removesuffix("\n") and "## Mean of seed 2, seed 3" in text
+    assert [line.split("|")[3].strip() for line in text.splitlines() if "| 0.2 " in line] == ["yes"]
+
+
 def test_what_is_no_finished_run_is_refused(benchmark, tmp_path):
     with pytest.raises(SystemExit, match=r"report.json: no such file; expected the output folder of a finished"):
         benchmark.main(["--runs", str(tmp_path)])
