@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 chosen[name] = max(tried[name], key=score_of)["learning_rate"]
             arms[name] = comparison.of_dpo(name, chosen[name])
         title = f"seed {comparison.seed}"
-        found[title] = arms
+        found[title] = {name: arms[name] for name in TITLES if name in arms}
         same = "has the bytes of the run's own" if comparison.ours.same_weights else "differs from the run's own"
         notes.append(f"- {title}: the retrained SL-CAI {same}" + (f"; no RL-CAI: {no_rl}" if no_rl else ""))
     text = page(found, settings_table(tried, chosen), notes)
