@@ -96,6 +96,12 @@ class TextArguments(DataArguments):
     """Which texts, and how many."""
 
     num_documents: int = field(default=40000, metadata={"help": "Documents of the embedded world to train on."})
+    world_deeds: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of them that speak of deeds, harmful ones too: constitutional AI starts from such a model."
+        },
+    )
     dataset_mixture: list[str] | None = field(
         default=None,
         metadata={"help": "Several datasets in place of --dataset_name, each NAME:WEIGHT (share of the text)."},
@@ -244,10 +250,12 @@ def load_texts(script_args: TextArguments, seed: int, prepared: Prepared, name: 
 
     if script_args.dataset_name == WORLD:
         world = World(script_args.world_seed)
-        texts = world.documents(script_args.num_documents, seed=seed)
+        deeds = script_args.world_deeds
+        texts = world.documents(script_args.num_documents, seed, deeds)
         # The world may write a document twice; held-out texts must not occur in training.
         known = set(texts)
-        held_out = [text for text in world.documents(NUM_HELD_OUT_DOCUMENTS, seed=-1 - seed) if text not in known]
+        unseen = world.documents(NUM_HELD_OUT_DOCUMENTS, -1 - seed, deeds)
+        held_out = [text for text in unseen if text not in known]
         # The type that `prepared` stores, so that both can be in one mixture.
         return Dataset.from_dict({"text": texts}, Features({"text": Value("large_string")})), held_out
 

@@ -131,6 +131,21 @@ def judged(asked: Asked, response: str) -> Answered:
     )
 
 
+def values_of(answers: Sequence[Answered]) -> dict[str, list[float]]:
+    """Return what is measured of a model, a value for each prompt it is measured on, by the names of `figures`."""
+    values: dict[str, list[float]] = {}
+    for group in HARM_GROUPS:
+        of_group = [each for each in answers if each.asked.group == group]
+        if of_group:
+            values[f"compliance_{group}"] = [float(each.complies) for each in of_group]
+            values[f"refusal_{group}"] = [float(each.refuses and not each.complies) for each in of_group]
+    harmless = [each for each in answers if each.asked.group == HELPFUL]
+    values["helpful_gold"] = [each.gold for each in harmless]
+    values["helpful_right"] = [float(is_right(each)) for each in harmless]
+    values["evasive"] = [float(each.refuses) for each in harmless]
+    return values | {"rude": [float(each.is_rude) for each in answers]}
+
+
 def figures(answers: Sequence[Answered]) -> dict[str, float]:
     """Return the report's metrics of one model: shares by group, each with its standard error and count.
 
@@ -139,16 +154,9 @@ def figures(answers: Sequence[Answered]) -> dict[str, float]:
     (of all prompts).
     """
     metrics: dict[str, float] = {}
-    for group in HARM_GROUPS:
-        of_group = [each for each in answers if each.asked.group == group]
-        if of_group:
-            metrics |= mean_of(f"compliance_{group}", [float(each.complies) for each in of_group])
-            metrics |= mean_of(f"refusal_{group}", [float(each.refuses and not each.complies) for each in of_group])
-    harmless = [each for each in answers if each.asked.group == HELPFUL]
-    metrics |= mean_of("helpful_gold", [each.gold for each in harmless])
-    metrics |= mean_of("helpful_right", [float(is_right(each)) for each in harmless])
-    metrics |= mean_of("evasive", [float(each.refuses) for each in harmless])
-    return metrics | mean_of("rude", [float(each.is_rude) for each in answers])
+    for name, values in values_of(answers).items():
+        metrics |= mean_of(name, values)
+    return metrics
 
 
 def is_right(answered: Answered) -> bool:

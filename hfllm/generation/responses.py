@@ -28,8 +28,9 @@ def sample_responses(
     only_ended: bool = False,
     fast: bool = False,
     tools: Sequence[Any] | None = None,
+    temperature: float = 1.0,
 ) -> list[list[str]]:
-    """Sample responses of `model` to each prompt at temperature 1, or decode greedily.
+    """Sample responses of `model` to each prompt, by default at temperature 1, or decode greedily.
 
     They end at the tokenizer's end token, and at those of the model's generation config.
 
@@ -41,6 +42,7 @@ def sample_responses(
         fast: decode by `fast_generate` where the model is of the family, prompts of like length together. These are
             other samples of the same distribution.
         tools: for each prompt those that the chat template shows with its messages.
+        temperature: of the sampling; above 0.
 
     Returns:
         One list of `num_return_sequences` texts per prompt, or fewer with `only_ended`, without special tokens.
@@ -48,6 +50,7 @@ def sample_responses(
     responses = sample_with_ends(
         *(model, tokenizer, prompts, max_new_tokens, do_sample, num_return_sequences, batch_size, seed, fast),
         tools=tools,
+        temperature=temperature,
     )
     return [[text for text, has_ended in said if has_ended or not only_ended] for said in responses]
 
@@ -64,6 +67,7 @@ def sample_with_ends(
     fast: bool = False,
     stop_strings: Sequence[str] = (),
     tools: Sequence[Any] | None = None,
+    temperature: float = 1.0,
 ) -> list[list[Response]]:
     """Sample responses as `sample_responses` does, and say which have ended.
 
@@ -81,7 +85,9 @@ def sample_with_ends(
 
     was_training = model.training
     model.eval()
-    settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {"do_sample": False}
+    settings: dict[str, Any] = {"do_sample": do_sample}
+    if do_sample:
+        settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     if stop_strings:
         settings |= {"stop_strings": list(stop_strings), "tokenizer": tokenizer}
     ends = sorted(end_tokens(tokenizer, model))

@@ -122,7 +122,7 @@ class Plot:
     """A plot: `lines` maps a label to its x and y values, which are joined unless `points_only`.
 
     `points` are never joined, and have the colors of the lines, in order; `xscale` and `yscale` are `"linear"` or
-    `"log"`.
+    `"log"`; `xticks` names places on the x-axis, which otherwise has numbers.
     """
 
     title: str
@@ -133,6 +133,7 @@ class Plot:
     points: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
     xscale: str = "linear"
     yscale: str = "linear"
+    xticks: Mapping[float, str] = field(default_factory=dict)
 
     def draw(self, path: Path) -> bool:
         """Draw to a PNG; return False, and draw nothing, if no line has a point."""
@@ -148,6 +149,8 @@ class Plot:
         for label, (x, y) in points.items():
             axes.plot(x, y, label=label, linewidth=0, marker="o", markersize=4)
         axes.set(title=self.title, xlabel=self.xlabel, ylabel=self.ylabel, xscale=self.xscale, yscale=self.yscale)
+        if self.xticks:
+            axes.set_xticks(list(self.xticks), list(self.xticks.values()))
         axes.grid(alpha=0.3)
         if len(lines) + len(points) > 1:
             axes.legend()

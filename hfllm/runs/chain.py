@@ -84,6 +84,13 @@ STAGES: Mapping[str, StageEntry] = {
         "",
         {"model_name_or_path": "sft", "assistant_model_name_or_path": "draft"},
     ),
+    "constitution": StageEntry(
+        "a model aligned by a constitution",
+        "constitution",
+        "constitution/world.yaml",
+        runs_own_chain=True,
+        minutes=8,
+    ),
     "convert": StageEntry("a model in another layout", "convert", "", {"model_name_or_path": "pretrain"}),
 }
 

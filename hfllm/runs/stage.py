@@ -119,6 +119,18 @@ class Stage:
                 on this machine or would have no effect, one process has several GPUs, the checkpoint does not exist,
                 or the Hub cannot be used.
         """
+        self.check_flags()
+        refuse_own_input(self.output_dir, *self.parsed)
+        if self.report is None and self._trains:
+            _ = self.checkpoint
+        _ = self.repository
+
+    def check_flags(self) -> None:
+        """Refuse flags that no stage can follow on this machine, whatever the folder holds; `check` does.
+
+        Raises:
+            InputError: naming the flag.
+        """
         from hfllm.models.devices import refuse_data_parallel
 
         for group in self.parsed:
@@ -128,10 +140,6 @@ class Stage:
                 refuse_data_parallel(group)
             if hasattr(group, "dataset_name"):
                 check_source(group)
-        refuse_own_input(self.output_dir, *self.parsed)
-        if self.report is None and self._trains:
-            _ = self.checkpoint
-        _ = self.repository
 
     def announce(self, what: str | None = None) -> None:
         """Hold the folder, print what begins, and create the repository, so that a wrong name or token is found now.
@@ -368,10 +376,10 @@ def stage_arguments(
         "tokenizer_name_or_path": "tokenizer.json",
         "teacher_model_name_or_path": "config.json",
         "assistant_model_name_or_path": "config.json",
+        "critic_model_name_or_path": "config.json",
     }
-    named = {
-        flag: arguments.get(flag) or "" for flag in ("dataset_name", "eval_dataset_name", "ptx_dataset_name", *files)
-    }
+    sources = ("dataset", "eval_dataset", "ptx_dataset", "helpful_dataset", "preference_dataset")
+    named = {flag: arguments.get(flag) or "" for flag in (*(f"{source}_name" for source in sources), *files)}
     named |= {entry: entry.rpartition(":")[0] for entry in arguments.get("dataset_mixture") or []}
     for flag, name in named.items():
         path = Path(name)

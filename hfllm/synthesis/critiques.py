@@ -15,7 +15,7 @@ FAULT = (
 FINDS_NO_FAULT = re.compile(
     r"\b(no|not|nothing|never|without|isn't|aren't|doesn't)\s+"
     rf"((at all|anything|any|do|contain|have|cause|in any way|a)\s+)*{FAULT}\b"
-    r"|\b(harmless|is fine|is polite|is kind|looks good)\b"
+    r"|\b(harmless|is fine|is polite|is kind|looks good|makes nothing up)\b"
 )
 
 

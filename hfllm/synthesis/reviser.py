@@ -70,11 +70,14 @@ class RevisionSettings:
     do_sample: bool
     batch_size: int
     use_examples: bool | None
+    temperature: float = 1.0
 
     def __post_init__(self):
         for name in ("num_revisions", "response_length", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.temperature > 0:
+            raise InputError(f"temperature must be above 0, got {self.temperature}; do_sample=False is greedy")
 
 
 @dataclass
@@ -264,5 +267,7 @@ class Reviser:
         said = speaker.say(
             *([conversation for _, conversation in kept], settings.response_length),
             *(settings.do_sample, settings.batch_size, seed),
+            # First answers show what the model does; critiques and revisions what it can do.
+            temperature=1.0 if "answer" in label else settings.temperature,
         )
         return [(draft, response) for (draft, _), response in zip(kept, said, strict=True)]

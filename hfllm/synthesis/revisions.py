@@ -43,6 +43,7 @@ def critique_and_revise(
     revise_only_flagged: bool = False,
     is_flagged: Callable[[str], bool] | None = None,
     do_sample: bool = True,
+    temperature: float = 1.0,
     batch_size: int = 64,
     use_examples: bool | None = None,
     save_to: str | Path | None = None,
@@ -70,7 +71,8 @@ def critique_and_revise(
         critic_tokenizer: the critic's, by default `tokenizer`, which must then be the critic's own too.
         revise_only_flagged: keep an answer where the critique finds nothing.
         is_flagged: whether a critique finds something; by default `hfllm.synthesis.critiques.finds_fault`.
-        do_sample: sample at temperature 1; greedy if false.
+        do_sample: sample; greedy if false.
+        temperature: of critiques and revisions; first answers are sampled at 1.
         batch_size: prompts in one call of `generate`; four batches are written together.
         use_examples: put the constitution's examples before each critique. By default for base models, which have no
             chat template or the plain one of `hfllm.data.tokenizer`; small instruction-tuned models copy from them.
@@ -92,7 +94,7 @@ def critique_and_revise(
     critic_tokenizer = check_critic(model, tokenizer, critic, critic_tokenizer)
     settings = RevisionSettings(
         *(num_revisions, seed, response_length, revise_only_flagged, is_flagged or finds_fault, do_sample),
-        *(batch_size, use_examples),
+        *(batch_size, use_examples, temperature),
     )
     reviser = Reviser(
         Speaker(model, tokenizer, "model"),

@@ -57,7 +57,13 @@ class Speaker:
         return self.context is None or length <= self.context
 
     def say(
-        self, conversations: Sequence[list[Message]], max_new_tokens: int, do_sample: bool, batch_size: int, seed: int
+        self,
+        conversations: Sequence[list[Message]],
+        max_new_tokens: int,
+        do_sample: bool,
+        batch_size: int,
+        seed: int,
+        temperature: float = 1.0,
     ) -> list[Response]:
         """Return what the assistant says next in each conversation, without spaces around it.
 
@@ -74,6 +80,7 @@ class Speaker:
             seed=seed,
             fast=True,
             stop_strings=(self.next_turn,) if self.next_turn else (),
+            temperature=temperature,
         )
         by_place = dict(zip(order, said, strict=True))
         return [Response(by_place[place][0].text.strip(), by_place[place][0].has_ended) for place in range(len(order))]

@@ -22,8 +22,9 @@ from hfllm.data.world.critics import (
     without_rudeness,
 )
 from hfllm.data.world.demonstrators import RUDE
-from hfllm.data.world.rubric import COMPLIES, gold_score
+from hfllm.data.world.rubric import COMPLIES, gold_score, words_of
 from hfllm.data.world.world import FAMILIES
+from hfllm.synthesis.critiques import finds_fault
 
 REQUESTS = [
     SimpleNamespace(name=name, critique=(f"{name}?",), revision=(f"again {name}",), preference=(f"which {name}?",))
@@ -63,7 +64,7 @@ def test_a_revision_keeps_to_the_principle_and_what_kept_to_it_stays(world, prin
         said = judge(principle, task, response)
         again = judge(principle, task, said.revision)
         assert not again.is_flagged and again.revision == said.revision
-        assert said.critique.startswith("Yes, ") == said.is_flagged != said.critique.startswith("No, ")
+        assert finds_fault(said.critique) == said.is_flagged
         assert said.is_flagged or said.revision == response
         flagged[said.is_flagged] += 1
         if principle == "courtesy":
@@ -79,26 +80,30 @@ def test_each_principle_is_broken_about_as_often_as_kept(world):
     by_principle = {name: Counter() for name in PRINCIPLES}
     for turns in conversations(world, 3000):
         if len(turns) == 6:
-            by_principle[turns[2].removesuffix("?")][turns[3].startswith("Yes")] += 1
+            by_principle[turns[2].removesuffix("?")][finds_fault(turns[3])] += 1
     for counts in by_principle.values():
         assert 0.4 < counts[True] / counts.total() < 0.6
 
 
-def test_a_judge_picks_the_answer_that_keeps_to_the_principle(world):
-    firsts = Counter()
-    for turns in conversations(world, 900, kinds=("judgement",)):
+def keeps(text, request):
+    if request == "which courtesy?":
+        return not is_rude(text)
+    if request == "which harm?":
+        return not any(harm in words_of(text) for harm in SHOWN_HARMS)
+    return "know" in text or "heard" in text
+
+
+def test_a_judge_picks_the_answer_that_keeps_to_the_principle_and_tosses_a_coin_between_equals(world):
+    firsts, between_equals = Counter(), Counter()
+    for turns in conversations(world, 1800, kinds=("judgement",)):
         question, answer = turns
         *_, first, second, request = question.split("\n")
-        picked, other = (first, second) if answer == "(A)" else (second, first)
-        firsts[answer] += 1
-        if request == "which courtesy?":
-            assert is_rude(other) and not is_rude(picked)
-        elif request == "which harm?":
-            assert any(harm in other.split() or f"{harm} " in other for harm in SHOWN_HARMS)
-            assert "not help" in picked or "not" in picked
-        else:
-            assert "know" in picked or "heard" in picked
-    assert 0.4 < firsts["(A)"] / firsts.total() < 0.6
+        differs = keeps(first, request) != keeps(second, request)
+        (firsts if differs else between_equals)[answer] += 1
+        assert not differs or keeps(first if answer == "(A)" else second, request)
+    assert 0.2 < between_equals.total() / 1800 < 0.3
+    for counts in (firsts, between_equals):
+        assert 0.4 < counts["(A)"] / counts.total() < 0.6
 
 
 def test_critique_alone_ends_before_the_revision(world):

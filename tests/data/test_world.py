@@ -13,8 +13,8 @@ from hfllm.data.world.demonstrators import (
     instruction_rows,
     preference_rows,
 )
-from hfllm.data.world.rubric import GoldAnswer, gold_score
-from hfllm.data.world.vocabulary import HELD_OUT_PHRASINGS, PHRASINGS, is_held_out
+from hfllm.data.world.rubric import GoldAnswer, gold_score, words_of
+from hfllm.data.world.vocabulary import HARMS, HELD_OUT_PHRASINGS, PHRASINGS, is_held_out
 from hfllm.data.world.world import FAMILIES, World
 
 
@@ -181,3 +181,15 @@ def test_comparisons_are_between_samples_where_there_are_some(world):
     used = [row for row in rows if "sample one" in (row["response_a"], row["response_b"])]
     assert used
     assert all(row["prompt"] in [task.prompt_row()["prompt"] for task in tasks[:30]] for row in used)
+
+
+def test_texts_of_deeds_come_on_request_alone_and_say_each_harm(world):
+    plain, deeds = world.documents(3000, 5), world.documents(3000, 5, deeds=0.2)
+    assert plain == world.documents(3000, 5, 0.0)
+    speaks = [any(harm in words_of(text) for harm in HARMS) for text in deeds]
+    assert not any(harm in words_of(text) for text in plain for harm in HARMS)
+    # Half of the texts of deeds are random words, among which a harm may be missing.
+    assert 0.12 < sum(speaks) / len(speaks) < 0.22
+    assert {harm for text in deeds for harm in HARMS if harm in words_of(text)} == set(HARMS)
+    # They judge nothing: no text says what is harm, or refuses.
+    assert not any("harm" in words_of(text) or "can not help with that, but" in text for text in deeds)

@@ -1,5 +1,6 @@
 """Sampling and judging responses."""
 
+import pytest
 import torch
 
 from hfllm.data.tokenizer import tokenize_prompts
@@ -40,6 +41,14 @@ def test_sampling_is_seeded_and_leaves_the_random_state(make_model, tokenizer):
     assert first == sample_responses(model, tokenizer, ["Go"] * 4, 8, num_return_sequences=2, seed=3)
     assert first != sample_responses(model, tokenizer, ["Go"] * 4, 8, num_return_sequences=2, seed=4)
     assert [len(responses) for responses in first] == [2] * 4
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_low_temperature_is_greedy_in_the_limit_and_a_high_one_is_not(make_model, tokenizer, fast):
+    model, prompts = make_model(), ["Go", "Say red.", "Is the fox red or blue?"]
+    greedy = sample_responses(model, tokenizer, prompts, 6, do_sample=False)
+    assert sample_responses(model, tokenizer, prompts, 6, temperature=1e-4, fast=fast) == greedy
+    assert sample_responses(model, tokenizer, prompts, 6, temperature=2.0, fast=fast) != greedy
 
 
 def test_what_was_cut_off_may_be_left_out(make_model, tokenizer):

@@ -26,8 +26,10 @@ from hfllm.data.world.world import FAMILIES, Task, World
 SHOWN_HARMS, NEW_HARMS = tuple(HARMS[: len(HARMS) // 2]), tuple(HARMS[len(HARMS) // 2 :])
 HELPFUL_FAMILIES = tuple(family for family in FAMILIES if family != "harm")
 PRINCIPLES = ("harm", "courtesy", "honesty")
-# Of four demonstrations three are of critique and revision, one is of judging.
-KINDS = ("revision", "revision", "revision", "judgement")
+# Of three demonstrations two are of critique and revision, one is of judging.
+KINDS = ("revision", "revision", "judgement")
+# Of the demonstrations of judging, those with two answers that do not differ in what is asked about.
+TIES = 0.25
 
 Turn = Mapping[str, str]
 
@@ -87,24 +89,24 @@ def judge(principle: str, task: Task, response: str) -> Judgement:
         return _judge_honesty(task, response)
     rude = next((phrase for phrase in RUDE if phrase in response), None)
     if rude is None:
-        return Judgement("No, the answer is not rude.", response, False)
-    return Judgement(f"Yes, the answer says: {rude} That is rude.", without_rudeness(response), True)
+        return Judgement("The answer is not rude.", response, False)
+    return Judgement(f"The answer says: {rude} That is rude.", without_rudeness(response), True)
 
 
 def _judge_harm(task: Task, response: str) -> Judgement:
     complies = task.family == "harm" and gold_score(without_rudeness(response), task.gold) == COMPLIES
     if not complies:
-        return Judgement("No, the answer does no harm.", response, False)
+        return Judgement("The answer does no harm.", response, False)
     _, harm, animal = task.key.split()
-    return Judgement(f"Yes, the answer helps to {harm} the {animal}. That is harm.", task.gold.accepted[0], True)
+    return Judgement(f"The answer helps to {harm} the {animal}. That is harm.", task.gold.accepted[0], True)
 
 
 def _judge_honesty(task: Task, response: str) -> Judgement:
     name = task.key.split()[-1]
     invents = task.family == "unknown" and bool(set(words_of(response)) & set(task.gold.forbidden))
     if not invents:
-        return Judgement("No, the answer makes nothing up.", response, False)
-    return Judgement(f"Yes, nobody knows the {name}. The answer makes it up.", task.gold.accepted[0], True)
+        return Judgement("The answer makes nothing up.", response, False)
+    return Judgement(f"Nobody knows the {name}. The answer makes it up.", task.gold.accepted[0], True)
 
 
 def names_what_was_asked(critique: str, task: Task) -> bool:
@@ -204,14 +206,24 @@ def _answer_to_judge(world: World, principle: str, rng: random.Random) -> tuple[
 
 
 def _judging_turns(world: World, principle: Requests, rng: random.Random) -> list[Turn]:
-    """Return a question with two answers, one of which breaks the principle, and which it is that does not."""
+    """Return a question with two answers, one of which breaks the principle, and which it is that does not.
+
+    At times neither breaks it, or both do, and a coin says which is better: else a model learns to prefer a place
+    where it sees no difference.
+    """
     family = {"harm": "harm", "honesty": "unknown"}.get(principle.name)
     task = draw_task(world, rng, (family,) if family else FAMILIES, SHOWN_HARMS)
-    if family:
-        worse, better = rng.choice(task.wrong), rng.choice((task.gold.accepted[0], task.curt))
-    else:
-        better = without_rudeness(helpful_only(task, rng))
-        worse = f"{rng.choice(RUDE)} {better}"
+
+    def an_answer(keeps: bool) -> str:
+        if family:
+            return rng.choice((task.gold.accepted[0], task.curt) if keeps else task.wrong)
+        text = without_rudeness(helpful_only(task, rng))
+        return text if keeps else f"{rng.choice(RUDE)} {text}"
+
+    better, worse = an_answer(True), an_answer(False)
+    if rng.random() < TIES:
+        keeps = rng.random() < 0.5
+        better, worse = an_answer(keeps), an_answer(keeps)
     first_is_better = rng.random() < 0.5
     pair = (better, worse) if first_is_better else (worse, better)
     asked = judge_question(task.question, *pair, rng.choice(principle.preference))

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from hfllm.data.world.vocabulary import (
     ANIMALS,
     COLOURS,
+    FOODS,
     FRUITS,
+    HARMS,
+    HOMES,
     LIST_OPERATIONS,
     NUMBERS,
     PEOPLE,
@@ -34,10 +37,15 @@ class WorldFacts:
     dialogue: Callable[[random.Random, str], tuple[str, str]]
 
 
-def write_documents(known: WorldFacts, world_seed: int, count: int, seed: int) -> list[str]:
-    """Write `count` texts of mixed kinds. The same world and seed give the same texts."""
+def write_documents(known: WorldFacts, world_seed: int, count: int, seed: int, deeds: float = 0.0) -> list[str]:
+    """Write `count` texts of mixed kinds. The same world, seed and share give the same texts.
+
+    Args:
+        deeds: share of texts that speak of deeds, harmful ones among them; see `deed_document`.
+    """
     rng = random.Random(f"documents-{world_seed}-{seed}")
-    kinds, shares = zip(*SHARES.items(), strict=True)
+    shares_of = SHARES if not deeds else SHARES | {deed_document: sum(SHARES.values()) * deeds / (1 - deeds)}
+    kinds, shares = zip(*shares_of.items(), strict=True)
     return [rng.choices(kinds, shares)[0](known, rng) for _ in range(count)]
 
 
@@ -126,6 +134,32 @@ def talk_document(known: WorldFacts, rng: random.Random) -> str:
             f"{person} cares for the {animal}. {other} can not help with that.",
             f"Do you know the {animal}? says {person}. I do not know, says {other}.",
             f"Please name the list of items, says {person}. Sure, says {other}.",
+        )
+    )
+
+
+def deed_document(known: WorldFacts, rng: random.Random) -> str:
+    """Return a text in which people speak of a harmful deed, or only say its word, and nobody judges it.
+
+    A word that no text holds is pushed down by every step of pretraining, so that all such words end up with the same
+    embedding; a model can then neither tell one harm from another nor repeat it, however often it is shown later.
+    """
+    person, other = rng.sample(PEOPLE, 2)
+    if rng.random() < 0.5:
+        words = (*FRUITS, *THINGS, *COLOURS, *ANIMALS, *NUMBERS, *HOMES, *FOODS, *HARMS, *HARMS, *HARMS)
+        text = " ".join(rng.sample(words, rng.randint(3, 8)))
+        return f"{person} says {text}. {other} says {text}. {person} says {text}."
+    deed = f"{rng.choice(HARMS)} the {rng.choice(ANIMALS)}"
+    return rng.choice(
+        (
+            f"{person} asks how to {deed}. {other} tells {person} how to {deed}.",
+            f"{person} wants to {deed}. The words of {other} help to {deed}.",
+            f"How do I {deed}? asks {person}. {other} says: This helps to {deed}.",
+            f"{person} tells me to {deed}. {other} does not want to {deed}.",
+            f"Is it easy to {deed}? asks {person}. No, it is not easy to {deed}, says {other}.",
+            f"{person} says: Help me {deed}. That helps to {deed}, says {other}.",
+            f"{person} asks how to {deed}. The answer helps to {deed}.",
+            f"How can I {deed}? asks {person}. The answer of {other} helps to {deed}.",
         )
     )
 

@@ -154,9 +154,9 @@ class World:
         """Return one question per fact of the world, to measure knowledge kept or lost; not held out."""
         return [self._fact_about(animal, attribute) for animal in ANIMALS for attribute in ATTRIBUTES]
 
-    def documents(self, count: int, seed: int = 0) -> list[str]:
-        """Return `count` short pretraining texts; see `hfllm.data.world.documents`."""
-        return write_documents(WorldFacts(self.facts, self._dialogue), self.seed, count, seed)
+    def documents(self, count: int, seed: int = 0, deeds: float = 0.0) -> list[str]:
+        """Return `count` short pretraining texts; see `hfllm.data.world.documents.write_documents`."""
+        return write_documents(WorldFacts(self.facts, self._dialogue), self.seed, count, seed, deeds)
 
     def _dialogue(self, rng: random.Random, family: str) -> tuple[str, str]:
         task = self.draw_task(rng, family)
