@@ -5,6 +5,7 @@ Only the main process loads models here; the others wait where rows are written.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,10 +207,14 @@ class Steps:
 
     def _rows_of(self, revisions: "Revisions") -> list[Row]:
         """Return what SL learns: the last revisions, and the model's own answers to harmless prompts."""
+        return learned([*revisions.rows, *self._own_answers], self.script_args.seed)
+
+    @cached_property
+    def _own_answers(self) -> list[Row]:
+        """The first model's answers to harmless prompts."""
         script_args, harmless = self.script_args, self.prompts.harmless
         settings = {"seed": script_args.seed + 9, "temperature": script_args.temperature}
-        said = self.speaking(HELPFUL).answers(harmless, script_args.longest, **settings)
-        return learned([*revisions.rows, *answered(harmless, said)], script_args.seed)
+        return answered(harmless, self.speaking(HELPFUL).answers(harmless, script_args.longest, **settings))
 
     def _judge(self) -> "PreferenceJudge":
         from hfllm.rewards.judges import PAPER_CLAMP, PreferenceJudge

@@ -17,12 +17,12 @@ import kill_run
 import pytest
 import torch
 import yaml
-from test_own_model import make_llama
+from test_own_model import logits, make_llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
 from hfllm.errors import InputError
 from hfllm.runs import command_line, schedule
-from hfllm.runs.lock import LOCK_FILE, lock, release, release_all
+from hfllm.runs.lock import LOCK_FILE, lock, release_all
 
 SCRIPT = Path(kill_run.__file__)
 TUNED = {"max_steps": 3, "per_device_train_batch_size": 8, "max_length": 512, "save_strategy": "no"}
@@ -48,10 +48,6 @@ RUNS = ("pretrain", "helpful", "sl", "reward", "rl", "politeness", "critiques", 
 REWARDS = ("reward", "labels_reward")
 VERBS = ("hit", "bite", "kick", "trap", "poison", "drown", "scare", "starve", "cage", "burn", "steal", "hide")
 PRINCIPLE = {"critique": "Is it bad?", "revision": "Write it again.", "preference": "Which is better?"}
-
-
-class Stopped(BaseException):
-    """What ends a run as suddenly as a kill, in the same process."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -307,13 +303,20 @@ def test_rows_that_were_edited_and_models_that_were_removed_are_made_again(world
     assert digests(folder) == digests(whole[1])
 
 
-def test_two_runs_at_once_and_folders_that_are_not_ours(whole, words, tmp_path, ended):
-    lock(tmp_path / "out")
-    line = ended(*words, "--output_dir", tmp_path / "out", own_folder=True)
-    assert line.startswith(f"--output_dir {tmp_path / 'out'}: another run is writing there (process ") or (
-        "thread" in line
-    )
-    release(tmp_path / "out")
+def test_two_runs_at_once_and_folders_that_are_not_ours(words, tmp_path, ended):
+    told, tells = os.pipe()
+    child = os.fork()
+    if not child:
+        lock(tmp_path / "out")
+        os.write(tells, b"held")
+        signal.pause()
+    assert os.read(told, 4) == b"held"
+    try:
+        line = ended(*words, "--output_dir", tmp_path / "out", own_folder=True)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert line.startswith(f"--output_dir {tmp_path / 'out'}: another run is writing there (process {child} on ")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "report.md").write_text("# Mine\n")
     line = ended(*words, "--output_dir", tmp_path / "mine", own_folder=True)
@@ -359,11 +362,6 @@ ALL = [
 ADAPTER = ["--use_peft", "--lora_r", "4", "--lora_dropout", "0", "--lora_target_modules", "q_proj", "v_proj"]
 
 
-def words_of(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    return {name: value for name, value in model.state_dict().items()}
-
-
 @pytest.mark.parametrize("adapter", [[], ADAPTER], ids=["whole", "adapter"])
 def test_your_own_model_your_prompts_and_a_critic(here, tmp_path, adapter):
     run(*ALL, *adapter, "--output_dir", tmp_path)
@@ -377,9 +375,9 @@ def test_your_own_model_your_prompts_and_a_critic(here, tmp_path, adapter):
         settings = json.loads((tmp_path / "rl" / "adapter_config.json").read_text())
         assert settings["r"] == 4 and settings["lora_dropout"] == 0
         assert set(settings["target_modules"]) == {"q_proj", "v_proj"}
-    first, tuned, aligned = map(words_of, ("NAME", tmp_path / "sl", tmp_path / "rl"))
-    name = "model.layers.0.self_attn.q_proj.weight"
-    assert not torch.equal(first[name], tuned[name]) and not torch.equal(tuned[name], aligned[name])
+    names = ("NAME", tmp_path / "sl", tmp_path / "rl")
+    first, tuned, aligned = (logits(AutoModelForCausalLM.from_pretrained(name)) for name in names)
+    assert (first - tuned).abs().max() > 0.01 and (tuned - aligned).abs().max() > 0.01
     # The critic's words are its own: the first answers are not.
     row = json.loads((tmp_path / "revisions" / "revisions.jsonl").read_text().splitlines()[0])
     state = json.loads((tmp_path / "revisions" / "revisions.state").read_text())["made_from"]
