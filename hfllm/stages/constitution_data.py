@@ -165,8 +165,7 @@ def critiques_alone(script_args: ConstitutionArguments) -> list[Row]:
     from hfllm.data.world.critics import critic_rows
 
     world, seed = World(script_args.world_seed), script_args.seed
-    rows = critic_rows(world, shown_principles(), script_args.num_prompts, seed + 1, ("critique",))
-    return learned(rows, seed)
+    return critic_rows(world, shown_principles(), script_args.num_prompts, seed + 1, ("critique",))
 
 
 def shown_principles() -> "list[Principle]":

@@ -137,7 +137,11 @@ class Steps:
             )
             self.course.run(POLITENESS)
         if CRITIQUES in script_args.arms:
-            write_rows(script_args, CRITIQUES, lambda: critiques_alone(script_args))
+            write_rows(
+                script_args,
+                CRITIQUES,
+                lambda: learned([*critiques_alone(script_args), *self._own_answers], script_args.seed),
+            )
             self.course.run(CRITIQUES)
         if LABELS in script_args.arms and not self.no_rl:
             seed = script_args.seed
