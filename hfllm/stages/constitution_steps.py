@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError
-from hfllm.runs.command_line import main_process, say
+from hfllm.runs.command_line import say
 from hfllm.stages.constitution import (
     CRITIQUES,
     LABELS,
@@ -28,6 +28,7 @@ from hfllm.stages.constitution_data import (
     Speaking,
     answered,
     by_chance,
+    by_main_process,
     critiques_alone,
     demonstrations,
     human_comparisons,
@@ -101,8 +102,7 @@ class Steps:
 
     def revise(self) -> None:
         """Let the critic revise the model's answers to red-team prompts."""
-        if main_process():
-            self.revisions = self._revised(self.constitution, "revisions")
+        self.revisions = by_main_process(lambda: self._revised(self.constitution, "revisions"))
 
     def supervised(self) -> None:
         """Fine-tune on the last revisions, and on the model's own answers to harmless prompts."""
@@ -113,15 +113,11 @@ class Steps:
         """Let the judge compare answers, train the preference model on that, and align by PPO."""
         if RL not in self.course.runs:
             return
-        if main_process():
-            try:
-                self.ai_rows = self._ai_preferences(self._judge())
-                self.human_rows = self._people_s_comparisons()
-            except InputError as error:
-                self.no_rl = str(error)
-                say(f"constitution: no AI preferences: {error}")
-        self.no_rl = _of_main_process(self.no_rl)
-        if self.no_rl:
+        try:
+            by_main_process(self._compare)
+        except InputError as error:
+            self.no_rl = str(error)
+            say(f"constitution: no AI preferences: {error}")
             return
         write_rows(self.script_args, REWARD, lambda: mixed(self.ai_rows, self.human_rows, self.script_args.seed))
         self.metrics |= self.course.run(REWARD)
@@ -141,7 +137,11 @@ class Steps:
             )
             self.course.run(POLITENESS)
         if CRITIQUES in script_args.arms:
-            write_rows(script_args, CRITIQUES, lambda: critiques_alone(script_args))
+            write_rows(
+                script_args,
+                CRITIQUES,
+                lambda: learned([*critiques_alone(script_args), *self._own_answers], script_args.seed),
+            )
             self.course.run(CRITIQUES)
         if LABELS in script_args.arms and not self.no_rl:
             seed = script_args.seed
@@ -231,6 +231,10 @@ class Steps:
             seed=script_args.seed,
         )
 
+    def _compare(self) -> None:
+        self.ai_rows = self._ai_preferences(self._judge())
+        self.human_rows = self._people_s_comparisons()
+
     def _ai_preferences(self, judge: "PreferenceJudge") -> list[Row]:
         """Return pairs with the judge's labels.
 
@@ -276,15 +280,3 @@ def people_s_labels(script_args: ConstitutionArguments) -> str:
     compared = f", {script_args.num_human_pairs:,} comparisons of helpfulness" if script_args.last_stage == RL else ""
     harm = f"(harm on {len(SHOWN_HARMS)} verbs)"
     return f"labels of people: {shown} {harm}{compared}; no label of harm in the model's answers"
-
-
-def _of_main_process(text: str) -> str:
-    """Return the main process's text, in all of them."""
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    if PartialState().num_processes == 1:
-        return text
-    values: list[Any] = [text]
-    broadcast_object_list(values)
-    return values[0]

@@ -25,6 +25,7 @@ from hfllm.runs import command_line, schedule
 from hfllm.runs.lock import LOCK_FILE, lock, release_all
 
 SCRIPT = Path(kill_run.__file__)
+ROOT = SCRIPT.parents[2]
 TUNED = {"max_steps": 3, "per_device_train_batch_size": 8, "max_length": 512, "save_strategy": "no"}
 CONFIGS = {
     "pretrain": {
@@ -169,12 +170,13 @@ def test_the_same_command_reuses_and_another_flag_is_refused_by_its_name(world, 
     assert again() == report_of(folder)["metrics"]
     assert f"constitution: already done in {folder} (remove that folder to redo it)" in capsys.readouterr().out
     for flags, difference in (
-        (("--seed", 7), r"seed=42, this one has .*seed=7"),
+        (("--seed", 7), "seed=42, this one has seed=7"),
+        (("--controls", "none"), r"controls=None, this one has controls=\['none'\]"),
         (("--num_revisions", 1), "num_revisions=2, this one has num_revisions=1"),
         (("--constitution", "politeness"), "constitution='world', this one has constitution='politeness'"),
-        (("--last_stage", "sl"), "this one has"),
+        (("--last_stage", "sl"), "last_stage='rl', this one has last_stage='sl'"),
     ):
-        with pytest.raises(InputError, match=f"holds a finished run with .*{difference}") as error:
+        with pytest.raises(InputError, match=f"holds a finished run with {difference}") as error:
             again(*flags)
         assert "\n" not in str(error.value)
     assert digests(folder) == before
@@ -290,6 +292,40 @@ def test_a_run_that_is_killed_everywhere_ends_with_the_same_bits(processes, whol
         assert not (tmp_path / "out" / "report.json").exists(), why
     processes.run(SCRIPT, "none", 0, "constitution", *flags)
     assert digests(tmp_path / "out") == digests(whole[1])
+
+
+# A run whose main process is slow among the revisions, while the others wait with a group that soon gives up.
+WAITS = {**CONFIGS["pretrain"], "ddp_timeout": 4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("judge", ["allowed", "refused"])
+def test_two_processes_end_together(processes, words, tmp_path, judge):
+    (tmp_path / "waits.yaml").write_text(yaml.safe_dump(WAITS))
+    flags = [*words, "--pretrain_config", tmp_path / "waits.yaml", "--output_dir", tmp_path / "out"]
+    flags += ["--allow_biased_judge"] if judge == "allowed" else []
+    place, number = ("hfllm.synthesis.revision_files:RevisionFile.append", -8)
+    printed = processes.torchrun(SCRIPT, place, number, "constitution", *flags, timeout=400)
+    assert "Traceback" not in printed and printed.count("=== constitution") == printed.count("=== pretrain") == 1
+    report = report_of(tmp_path / "out")
+    assert ("rl" in report["artifacts"]) == ("labels" in report["artifacts"]) == (judge == "allowed")
+    assert printed.count("constitution: no AI preferences: the judge favors") == (judge == "refused")
+    again = processes.torchrun(SCRIPT, "none", 0, "constitution", *flags)
+    assert again.count("constitution: already done in") == 1
+
+
+@pytest.mark.slow
+def test_two_processes_refuse_together(processes, own, bad, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    paths = {"NAME": own / "NAME", "red.csv": own / "red.csv", "quick.yaml": own / "quick.yaml"}
+    flags = [paths.get(word, own / word if word == "ppo.yaml" else word) for word in OWN]
+    flags += ["--critic_model_name_or_path", own / "mute", "--output_dir", tmp_path / "out"]
+    printed = processes.torchrun(SCRIPT, "none", 0, "constitution", *flags, code=2)
+    assert printed.count("error: ") == 1 and "the critic said nothing" in printed and "Traceback" not in printed
+    lock(tmp_path / "out")
+    printed = processes.torchrun(SCRIPT, "none", 0, "constitution", *flags, code=2)
+    assert printed.count("error: ") == 1 and "another run is writing there" in printed
+    assert "Traceback" not in printed
 
 
 def test_rows_that_were_edited_and_models_that_were_removed_are_made_again(world, whole, capsys):
