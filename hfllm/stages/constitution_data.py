@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import ModelConfig
 
-    from hfllm.synthesis.constitution import Principle
-
-
 Row = Mapping[str, Any]
 Made = TypeVar("Made")
 Conversation = list[Message]
@@ -147,32 +144,26 @@ def answered(prompts: Sequence[Conversation], answers: Sequence[Sequence[str]]) 
     ]
 
 
+def up_to_critique(row: Row) -> Row:
+    """Return a row of revisions as the conversation of its first answer and critique, without the revision."""
+    turn = row["turns"][0]
+    said = (("assistant", turn["answer"]), ("user", turn["critique_request"]), ("assistant", turn["critique"]))
+    return {"messages": [*row["prompt"], *({"role": role, "content": text} for role, text in said)]}
+
+
 # ---- the embedded world ----
 
 
 def demonstrations(script_args: ConstitutionArguments) -> list[Row]:
     """Return what people show: how to help with everything, and critique, revision and judging."""
     from hfllm.data.world.critics import critic_rows, helpful_rows
+    from hfllm.synthesis.constitution import load_constitution
 
     world, seed = World(script_args.world_seed), script_args.seed
     critics = round(script_args.num_demonstrations * SHARE_OF_CRITICS)
     rows = helpful_rows(world, script_args.num_demonstrations - critics, seed)
-    return learned([*rows, *critic_rows(world, shown_principles(), critics, seed)], seed)
-
-
-def critiques_alone(script_args: ConstitutionArguments) -> list[Row]:
-    """Return as many demonstrations of critique, without revisions, as there are red-team prompts."""
-    from hfllm.data.world.critics import critic_rows
-
-    world, seed = World(script_args.world_seed), script_args.seed
-    return critic_rows(world, shown_principles(), script_args.num_prompts, seed + 1, ("critique",))
-
-
-def shown_principles() -> "list[Principle]":
-    """Return the principles that the world's critics demonstrate."""
-    from hfllm.synthesis.constitution import load_constitution
-
-    return [each for name in ("world", "politeness") for each in load_constitution(name).principles]
+    principles = [each for name in ("world", "politeness") for each in load_constitution(name).principles]
+    return learned([*rows, *critic_rows(world, principles, critics, seed)], seed)
 
 
 def world_prompts(script_args: ConstitutionArguments) -> Prompts:

@@ -29,7 +29,6 @@ from hfllm.stages.constitution_data import (
     answered,
     by_chance,
     by_main_process,
-    critiques_alone,
     demonstrations,
     human_comparisons,
     learned,
@@ -39,6 +38,7 @@ from hfllm.stages.constitution_data import (
     own_prompts,
     pairs_to_judge,
     prompts_for_ppo,
+    up_to_critique,
     world_prompts,
     write_rows,
 )
@@ -136,13 +136,6 @@ class Steps:
                 lambda: self._rows_of(self._revised(load_constitution(POLITENESS), "politeness_revisions")),
             )
             self.course.run(POLITENESS)
-        if CRITIQUES in script_args.arms:
-            write_rows(
-                script_args,
-                CRITIQUES,
-                lambda: learned([*critiques_alone(script_args), *self._own_answers], script_args.seed),
-            )
-            self.course.run(CRITIQUES)
         if LABELS in script_args.arms and not self.no_rl:
             seed = script_args.seed
             write_rows(script_args, LABELS_REWARD, lambda: mixed(by_chance(self.ai_rows, seed), self.human_rows, seed))
@@ -150,6 +143,14 @@ class Steps:
             for arm in (AI_LABELS, LABELS):
                 write_rows(script_args, arm, lambda: prompts_for_ppo(script_args, self.prompts))
                 self.course.run(arm)
+        if CRITIQUES in script_args.arms:
+            seed = script_args.seed
+            write_rows(
+                script_args,
+                CRITIQUES,
+                lambda: learned([*map(up_to_critique, self.revisions.rows), *self._own_answers], seed),
+            )
+            self.course.run(CRITIQUES)
 
     def speaking(self, name: str) -> Speaking:
         """Return a run's model, or the one that is asked first under the name `helpful`; the main process's alone."""
