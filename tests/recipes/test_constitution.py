@@ -151,6 +151,8 @@ def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
     for title in ("## Stages", "## Controls", "## Revisions", "SL, politeness instead", "labels by chance"):
         assert title in text
     assert report["summary"].endswith("no label of harm in the model's answers")
+    for name in ("compliance", "helpfulness", "revisions"):
+        assert (folder / report["artifacts"][name]).read_bytes().startswith(b"\x89PNG")
     # Each arm has learned something of its own; that of chance has the same pairs, some turned round.
     weights = {name: digests(folder)[f"{name}/model.safetensors"] for name in RUNS}
     assert len(set(weights.values())) == len(RUNS)
@@ -357,6 +359,9 @@ def test_two_runs_at_once_and_folders_that_are_not_ours(words, tmp_path, ended):
     (tmp_path / "mine" / "report.md").write_text("# Mine\n")
     line = ended(*words, "--output_dir", tmp_path / "mine", own_folder=True)
     assert "report.md is not hfllm's and would be overwritten" in line
+    (tmp_path / "file").write_text("mine")
+    line = ended(*words, "--output_dir", tmp_path / "file", own_folder=True)
+    assert line.startswith(f"--output_dir {tmp_path / 'file'}: cannot be written to: ")
 
 
 # ---- your own model ----
@@ -418,6 +423,39 @@ def test_your_own_model_your_prompts_and_a_critic(here, tmp_path, adapter):
     row = json.loads((tmp_path / "revisions" / "revisions.jsonl").read_text().splitlines()[0])
     state = json.loads((tmp_path / "revisions" / "revisions.state").read_text())["made_from"]
     assert state["critic"] != state["model"] and row["turns"][0]["answer"] == row["rejected"][0]["content"]
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class Config(LlamaConfig):
+    model_type = "mine"
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+def test_code_of_a_model_that_is_trusted_goes_along_and_bf16_stays(here, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = shutil.copytree("NAME", tmp_path / "coded")
+    names = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    settings = {**json.loads((model / "config.json").read_text()), "model_type": "mine", "auto_map": names}
+    (model / "config.json").write_text(json.dumps(settings))
+    (model / "mine.py").write_text(CODE)
+    flags = [*OWN, "--model_name_or_path", model, "--last_stage", "sl", "--dtype", "bfloat16"]
+    run(*flags, "--trust_remote_code", "--output_dir", tmp_path / "out")
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "sl", trust_remote_code=True)
+    assert type(tuned).__name__ == "Model" and tuned.dtype is torch.bfloat16
+
+
+def test_the_revision_of_your_model_is_that_of_the_first_run_too(here, monkeypatch):
+    from hfllm.stages.constitution_runs import course_of
+
+    course = course_of(*constitution.parse([*OWN, "--model_revision", "v2", "--use_peft", "--use_rslora"]))
+    revisions = {name: parsed[-1].model_revision for name, parsed in course.runs.items()}
+    assert revisions == {"sl": "v2", "reward": "main", "rl": "main"}
+    assert course.runs["sl"][-1].use_rslora and not course.runs["rl"][-1].use_peft
 
 
 SAID = ("Hi", "Yo", "Is it?", "Yes.", "Again.", "Hello")
