@@ -231,10 +231,12 @@ def test_a_run_that_was_killed_among_the_revisions_ends_with_the_same_bits(world
     begin_again(folder, "revisions", "data/sl.jsonl", "sl")
     child = os.fork()
     if not child:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        kill_run.kill_before("hfllm.synthesis.revision_files:RevisionFile._write_state", 3)
-        again()
-        os._exit(1)
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            kill_run.kill_before("hfllm.synthesis.revision_files:RevisionFile._write_state", 3)
+            again()
+        finally:
+            os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     state = json.loads((folder / "revisions" / "revisions.state").read_text())
     assert len(state["ends"]) == 1 and (folder / "revisions" / "revisions.jsonl").stat().st_size > state["ends"][0]
@@ -345,9 +347,12 @@ def test_two_runs_at_once_and_folders_that_are_not_ours(words, tmp_path, ended):
     told, tells = os.pipe()
     child = os.fork()
     if not child:
-        lock(tmp_path / "out")
-        os.write(tells, b"held")
-        signal.pause()
+        try:
+            lock(tmp_path / "out")
+            os.write(tells, b"held")
+            signal.pause()
+        finally:
+            os._exit(1)
     assert os.read(told, 4) == b"held"
     try:
         line = ended(*words, "--output_dir", tmp_path / "out", own_folder=True)
@@ -673,8 +678,12 @@ def test_models_that_lie_where_the_runs_write(here, ended, tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     for flags in (("--model_name_or_path",), ("--model_name_or_path", "NAME", "--critic_model_name_or_path")):
         flags = (*OWN[2:], *flags, tmp_path / "out" / "rl", "--output_dir", tmp_path / "out")
-        assert "lies in --output_dir" in ended(*flags, own_folder=True)
-    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+        assert f"lies in {tmp_path / 'out'}, where the runs write" in ended(*flags, own_folder=True)
+    (tmp_path / "out" / "data").mkdir()
+    shutil.copy("red.csv", tmp_path / "out" / "data" / "rl.csv")
+    flags = (*OWN, "--helpful_dataset_name", tmp_path / "out" / "data" / "rl.csv", "--output_dir", tmp_path / "out")
+    assert "lies in " in ended(*flags, own_folder=True)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_letters_that_are_not_single_tokens_leave_sl_and_say_so(here, tmp_path):
