@@ -620,10 +620,6 @@ OF_YOURS = [
     (("--preference_dataset_name", "nowhere.csv"), "dataset 'nowhere.csv' does not exist"),
     (("--preference_dataset_name", "pairs.jsonl", "--last_stage", "sl"), "--preference_dataset_name cannot be used"),
     (("--critic_model_name_or_path", "nowhere"), "model 'nowhere' could not be loaded"),
-    (
-        ("--critic_model_name_or_path", "mute"),
-        "the critic said nothing: all 10 critiques are empty; take another critic",
-    ),
     (("--critic_model_name_or_path", "untold"), "the tokenizer of model 'untold' could not be loaded"),
     (("--critic_model_name_or_path", "cut"), "model.safetensors is damaged ("),
     (("--critic_model_name_or_path", "code"), "it needs code of its own, which is run only by --trust_remote_code"),
@@ -660,8 +656,9 @@ def bad(own):
     code = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
     (own / "code" / "config.json").write_text(json.dumps({**settings, **code}))
     mute = AutoModelForCausalLM.from_pretrained(own / "mute")
-    # Every token ends the turn.
-    mute.generation_config.eos_token_id = list(range(mute.config.vocab_size))
+    # It can only end its turn.
+    end = mute.generation_config.eos_token_id or mute.config.eos_token_id
+    mute.generation_config.suppress_tokens = [token for token in range(mute.config.vocab_size) if token != end]
     mute.save_pretrained(own / "mute")
     (own / "empty.csv").write_text("prompt\n")
     (own / "one.csv").write_text("prompt\nHow?\n")
@@ -671,6 +668,14 @@ def bad(own):
 @pytest.mark.parametrize(("flags", "expected"), OF_YOURS)
 def test_what_cannot_work_on_your_model(here, bad, ended, flags, expected):
     assert expected in ended(*OWN, *flags)
+
+
+def test_a_critic_that_says_nothing_ends_the_run_before_anything_is_trained(here, bad, ended, tmp_path):
+    folder = tmp_path / "out"
+    flags = (*OWN, "--critic_model_name_or_path", "mute", "--output_dir", folder)
+    assert "the critic said nothing: all 10 critiques are empty; take another critic" in ended(*flags, own_folder=True)
+    # It had to be asked, so that the file of its rows is there, and empty.
+    assert [path.stat().st_size for path in folder.rglob("*.jsonl")] == [0]
 
 
 def test_models_that_lie_where_the_runs_write(here, ended, tmp_path):
