@@ -250,7 +250,9 @@ class Steps:
         bias = measure_bias(judge, *([*compress(each, fits)][:PAIRS_FOR_BIAS] for each in asked))
         self.metrics |= bias.as_metrics()
         check_bias(bias, allow=self.script_args.allow_biased_judge)
-        rows, counts = preference_rows(judge, *asked, seed=self.script_args.seed)
+        rows, counts = preference_rows(
+            judge, *asked, min_log_odds=self.script_args.judge_margin, seed=self.script_args.seed
+        )
         self.metrics |= {"ai_comparisons": len(rows), "judge_ties": counts.ties, "judge_too_long": counts.too_long}
         self._compare_with_gold(rows, pairs)
         return rows

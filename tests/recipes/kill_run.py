@@ -22,12 +22,10 @@ HELD_OUT_DOCUMENTS, SHORT_STEPS = 150, 2
 def shorten(patch=setattr):
     """Make tiny runs tinier: fewer documents to measure by, and few steps of the controls."""
     from hfllm.data import loading
-    from hfllm.outputs.report import Plot
     from hfllm.stages import constitution_runs
 
     patch(loading, "NUM_HELD_OUT_DOCUMENTS", HELD_OUT_DOCUMENTS)
     patch(constitution_runs, "SHORT_STEPS", SHORT_STEPS)
-    patch(Plot, "draw", lambda plot, path: False)
 
 
 def kill_before(place, number):
@@ -52,9 +50,11 @@ def kill_before(place, number):
 
 
 def main(place, number, name, *flags):
+    from hfllm.outputs.report import Plot
     from hfllm.runs.command_line import run
 
     shorten()
+    Plot.draw = lambda plot, path: False
     if place != "none":
         kill_before(place, int(number))
     recipe = import_module(name)
