@@ -14,13 +14,17 @@ from hfllm.data.world.rubric import GoldAnswer, gold_score
 from hfllm.errors import InputError, is_out_of_memory
 
 RewardFunction = Callable[..., list[float]]
-# What a reward function gets from the trainer, so that no column of a dataset can have these names.
+# What a reward function gets from the trainer, so that no column of a dataset can have these names. With tools or a
+# `rollout_func` also `action_mask`, which takes the place of such a column.
 GIVEN = ("prompt", "completion", "prompts", "completions", "completion_ids")
 
 
 def completion_text(completion: str | Sequence[dict[str, str]]) -> str:
-    """Return the text of a completion in either format."""
-    return completion if isinstance(completion, str) else "".join(message["content"] for message in completion)
+    """Return the text of a completion in either format: of a conversation what the assistant says, no tool's words."""
+    if isinstance(completion, str):
+        return completion
+    said = (message for message in completion if message.get("role", "assistant") == "assistant")
+    return "".join(message.get("content") or "" for message in said)
 
 
 def gold_reward(
@@ -135,12 +139,21 @@ def _is_number(value: object) -> bool:
 
 
 def length_penalty(coefficient: float, free: int = 0) -> RewardFunction:
-    """Return a reward function: `-coefficient` for each token of a completion beyond the first `free`."""
+    """Return a reward function: `-coefficient` for each token of a completion beyond the first `free`.
+
+    Tokens that an environment wrote, such as a tool's result, do not count.
+    """
 
     def penalty(
-        prompts: Sequence, completions: Sequence, *, completion_ids: Sequence, **columns: Sequence[object]
+        prompts: Sequence,
+        completions: Sequence,
+        *,
+        completion_ids: Sequence,
+        action_mask: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[object],
     ) -> list[float]:
-        return [-coefficient * max(len(ids) - free, 0) for ids in completion_ids]
+        lengths = map(len, completion_ids) if action_mask is None else map(sum, action_mask)
+        return [-coefficient * max(length - free, 0) for length in lengths]
 
     penalty.__name__ = "length_penalty"
     return penalty
