@@ -25,6 +25,7 @@ from hfllm.trainers.ppo.checkpoints import ActorCriticCheckpoints
 from hfllm.trainers.ppo.rollout import length_groups, pad_prompts, with_actions
 from hfllm.trainers.ppo.sampling import SampledLogprobs, generate_responses
 from hfllm.trainers.ppo.setup import as_reference
+from hfllm.trainers.ppo.vllm_sampling import VllmSampler
 from hfllm.trainers.sharding import gather_parameters
 from hfllm.trainers.tables import log_table
 
@@ -36,6 +37,7 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
     """Base class for trainers of a policy and a critic, without an algorithm."""
 
     sampling_config: GenerationConfig
+    vllm: VllmSampler | None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create Trainer's optimizer, with separate groups for the critic if `value_learning_rate` is given."""
@@ -282,11 +284,16 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
     def continue_ids(self, sequences: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[list[int], bool]]:
         """Sample from the policy what follows each sequence of token ids, with the trainer's sampling settings.
 
+        Under ZeRO-3 every process has to call this equally often.
+
         Returns:
             For each the new tokens, with the end token where one was sampled, and whether they came to an end.
         """
-        ids, mask = pad_prompts(sequences, self.processing_class.pad_token_id, self.accelerator.device)
-        sampled = self._responses(ids, mask, None, max_new_tokens)
+        if self.vllm is not None:
+            sampled = self.vllm(sequences, self.state.global_step, self.accelerator.device, max_new_tokens)
+        else:
+            ids, mask = pad_prompts(sequences, self.processing_class.pad_token_id, self.accelerator.device)
+            sampled = self._responses(ids, mask, None, max_new_tokens)
         lengths = sampled["response_mask"].sum(1).tolist()
         turns = [row[:length] for row, length in zip(sampled["response_ids"].tolist(), lengths, strict=True)]
         return list(zip(turns, sampled["is_ended"].tolist(), strict=True))

@@ -236,8 +236,7 @@ class PPOTrainer(ActorCriticTrainer):
         if self.rollout_func is not None:
             was_training = self.policy.training
             self.policy.eval()
-            with self._sampling_from():
-                output = self.rollout_func([row["prompt"] for row in rows], self)
+            output = self.rollout_func([row["prompt"] for row in rows], self)
             self.policy.train(was_training)
             return episodes.from_rollout_func(output, rows, self)
         prompts = tokenize_rows(rows, self.processing_class)
