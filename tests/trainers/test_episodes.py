@@ -310,11 +310,42 @@ def test_the_gradient_is_that_of_the_actions_alone(with_tools, prompts, critic, 
     assert max(each.abs().max() for each in found.values()) > 1e-2
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("critic", CRITICS)
+def test_whatever_a_rollout_holds_at_a_tools_words_changes_no_bit(with_tools, prompts, critic, ignored):
+    trainer = with_tools(MASKS, critic, kl_penalty="loss", kl_estimator="k3", dual_clip=2.0)
+    batch = trainer.collect_rollout(rows_of(prompts)).micro_batch(0, 0, 8)
+    noisy = {**batch, "action_mask": batch["response_mask"]} if ignored else dict(batch)
+    for name in ("advantages", "returns", "values", "logprobs", "ref_logprobs"):
+        # Beyond what fp32 holds in an exponent, unless it counts.
+        noisy[name] = batch[name] + (3.0 if ignored else 100.0) * (1 - batch["action_mask"])
+    found = []
+    for each in (batch, noisy):
+        trainer._sums = {}
+        trainer.actor.zero_grad()
+        loss = trainer.compute_loss(trainer.model, each)
+        loss.backward()
+        gradients = [each.grad for each in trainer.actor.parameters() if each.grad is not None]
+        found.append([loss.detach(), *trainer._sums.values(), *(each.clone() for each in gradients)])
+    with fails_if(ignored):
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one, other)
+
+
 def trainer_order(batch, trainer, prompts):
     """Which row of `MASKS` each shuffled episode of a micro-batch came from, by its tokens."""
     sampled = rollout_func_of(MASKS)([row["prompt"] for row in rows_of(prompts)], trainer)["completion_ids"]
     rows = [row[mask > 0].tolist() for row, mask in zip(batch["response_ids"], batch["response_mask"], strict=True)]
     return [sampled.index(row) for row in rows]
+
+
+@pytest.mark.parametrize("critic", ["sequence", "token"])
+def test_a_critic_that_is_a_model_says_alone_what_it_says_beside_the_policy(with_tools, prompts, critic):
+    trainer = with_tools(MASKS, critic)
+    batch = trainer.sample(rows_of(prompts))
+    inputs = {name: value for name, value in batch.items() if name.endswith("_ids") or name.endswith("_mask")}
+    with torch.no_grad():
+        torch.testing.assert_close(trainer.actor.estimate_values(**inputs), trainer.actor(**inputs)[1])
 
 
 def test_the_policy_reads_what_a_tool_says(with_tools, prompts):

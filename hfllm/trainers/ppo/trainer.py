@@ -354,7 +354,8 @@ class PPOTrainer(ActorCriticTrainer):
                 with self.accelerator.autocast():
                     kl = formulas.full_kl(distribution, self._reference(chunk, True)[1])
             else:
-                kl = formulas.kl_estimate(logprobs, inputs["ref_logprobs"], args.kl_estimator) * mask
+                # Masked first, since k3 may overflow elsewhere.
+                kl = formulas.kl_estimate(logprobs, inputs["ref_logprobs"] * mask, args.kl_estimator) * mask
             loss = loss + self.kl_controller.coefficient * kl.sum()
         if args.entropy_coef:
             loss = loss - args.entropy_coef * entropy_of(distribution).sum()
