@@ -24,6 +24,7 @@ class Episode:
         action_mask: for each of `response_ids` 1 if the policy chose it, 0 if the environment wrote it.
         is_ended: whether it came to its end, and was not cut off by a limit of length.
         messages: the response as messages, if it is a conversation.
+        calls, failures: calls of tools, and how many of them failed.
     """
 
     prompt_ids: list[int]
@@ -31,6 +32,8 @@ class Episode:
     action_mask: list[int] = field(default_factory=list)
     is_ended: bool = False
     messages: list[Message] = field(default_factory=list)
+    calls: int = 0
+    failures: int = 0
 
     @property
     def ids(self) -> list[int]:

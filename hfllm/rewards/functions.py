@@ -5,10 +5,12 @@ dataset's other columns, one value per row.
 """
 
 import importlib.util
+import json
 import math
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
+from typing import Any
 
 from hfllm.data.world.rubric import GoldAnswer, gold_score
 from hfllm.errors import InputError, is_out_of_memory
@@ -20,11 +22,25 @@ GIVEN = ("prompt", "completion", "prompts", "completions", "completion_ids")
 
 
 def completion_text(completion: str | Sequence[dict[str, str]]) -> str:
-    """Return the text of a completion in either format: of a conversation what the assistant says, no tool's words."""
+    """Return the text of a completion in either format: of a conversation all but what tools said."""
     if isinstance(completion, str):
         return completion
-    said = (message for message in completion if message.get("role", "assistant") == "assistant")
-    return "".join(message.get("content") or "" for message in said)
+    return "".join(message.get("content") or "" for message in completion if message.get("role") != "tool")
+
+
+def transcript(completion: str | Sequence[dict[str, Any]]) -> str:
+    """Return all of a completion for people to read: calls of tools and what they said, a line each, if it has any."""
+    if isinstance(completion, str) or (len(completion) == 1 and "tool_calls" not in completion[0]):
+        return completion_text(completion)
+    lines = []
+    for message in completion:
+        content = message.get("content") or ""
+        if content or not message.get("tool_calls"):
+            lines.append(f"{message['role']}: {content}")
+        for call in message.get("tool_calls") or []:
+            function = call.get("function", call)
+            lines.append(f"{message['role']} calls {function.get('name')}: {json.dumps(function.get('arguments'))}")
+    return "\n".join(lines)
 
 
 def gold_reward(

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfllm.environments.episodes import Episode
+from hfllm.environments.episodes import Episode, run_episodes
+from hfllm.environments.tool_environment import ToolEnvironment
 from hfllm.errors import InputError
 from hfllm.trainers.ppo.rollout import pad_prompts
 
@@ -37,6 +38,33 @@ def as_batch(episodes: Sequence[Episode], pad_token_id: int, device: torch.devic
         "witness": None,
         "columns": {"action_mask": [list(episode.action_mask) for episode in episodes]},
     }
+
+
+def check_engine(trainer: "PPOTrainer") -> None:
+    """Refuse tools where all processes must sample in step: their episodes have different numbers of turns.
+
+    Raises:
+        InputError: naming the engine.
+    """
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 3:
+        raise InputError("tools do not work with DeepSpeed ZeRO-3, which samples in step: use ZeRO-2 or DDP")
+    if trainer.vllm is not None and trainer.accelerator.num_processes > 1:
+        raise InputError("tools with use_vllm=True work in one process, since vLLM samples for all in step")
+
+
+def act(prompts: Sequence[Sequence[int]], environment: ToolEnvironment, trainer: "PPOTrainer") -> dict[str, Any]:
+    """Return the episodes of a policy with tools as `as_batch` does, with their `completions` and `metrics`."""
+    done = run_episodes(prompts, trainer.continue_ids, environment, trainer.args.response_length)
+    device = trainer.accelerator.device
+    batch = as_batch(done, trainer.processing_class.pad_token_id, device)
+    batch["columns"]["tools"] = [environment.tools.schemas] * len(done)
+    batch["completions"] = [episode.messages for episode in done]
+    batch["metrics"] = {
+        "tools/call_frequency": torch.tensor([float(episode.calls) for episode in done], device=device),
+        "tools/failed_calls": torch.tensor([float(episode.failures) for episode in done], device=device),
+    }
+    return batch
 
 
 def from_rollout_func(

@@ -8,7 +8,7 @@ import torch
 
 from hfllm.data.formats import as_completion
 from hfllm.errors import InputError
-from hfllm.rewards.functions import checked_rewards, completion_text, reward_columns, reward_name
+from hfllm.rewards.functions import checked_rewards, reward_columns, reward_name, transcript
 from hfllm.trainers.ppo.config import PPOConfig
 from hfllm.trainers.ppo.controllers import RunningMoments
 from hfllm.trainers.ppo.rollout import with_actions
@@ -94,7 +94,7 @@ class Scorer:
             )
         scores = Scores(total, per_token, parts, [])
         table = [
-            {"prompt": prompt, "completion": completion_text(completion)}
+            {"prompt": prompt, "completion": transcript(completion)}
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         for name, values in {**parts, "reward": scores.reward}.items():

@@ -20,6 +20,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
+from hfllm.environments.tool_environment import ToolEnvironment
+from hfllm.environments.tools import Tool
 from hfllm.errors import InputError
 from hfllm.models.loading import saved_tokenizer
 from hfllm.trainers.dropout import disable_dropout
@@ -89,6 +91,8 @@ class PPOTrainer(ActorCriticTrainer):
         peft_config: train an adapter of this kind; the reference is then the policy without its adapter.
         ptx_dataset: rows with `text`, whose language-modeling loss is weighted by `args.ptx_coef` (Ouyang et al. 2022,
             equation 2).
+        tools: functions that the policy may call, with annotated arguments and a docstring in Google's style; prompts
+            are lists of messages then, and completions too, with the calls and what the tools said.
         rollout_func: a function `(prompts, trainer) -> dict` that samples in place of the trainer, see
             `episodes.from_rollout_func`; it may put tokens of an environment between the policy's.
 
@@ -114,6 +118,7 @@ class PPOTrainer(ActorCriticTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: "PeftConfig | None" = None,
         ptx_dataset: "Dataset | None" = None,
+        tools: list[Tool] | None = None,
         rollout_func: RolloutFunc | None = None,
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
@@ -136,9 +141,10 @@ class PPOTrainer(ActorCriticTrainer):
         check_value_model(value_model, policy, reward_models(rewards))
         self.scorer = Scorer(rewards, reward_weights(args.reward_weights, len(rewards)), tokenizer, args)
         self.context, self.rollout_func = shortest_context(policy, value_model), rollout_func
+        self.environment = self._environment(tools, tokenizer, args) if tools else None
         for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
             if dataset is not None:
-                check_prompts(dataset, tokenizer, args.response_length, self.context)
+                check_prompts(dataset, tokenizer, args.response_length, self.context, self._schemas)
         self.ptx = PretrainingBatches.build(ptx_dataset, tokenizer, shortest_context(policy), args)
         if optimizers[0] is None:
             args = with_default_rates(args, policy, value_model)
@@ -161,9 +167,21 @@ class PPOTrainer(ActorCriticTrainer):
         self.sampling_config = sampling_config(args, tokenizer, self.eos_token_ids, never_sampled)
         parts = (self.policy, self.accelerator, tokenizer, self.sampling_config, args.local_rollout_batch_size)
         self.vllm = VllmSampler(args, *parts) if args.use_vllm else None
+        if tools:
+            episodes.check_engine(self)
         self.kl_controller = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         self.completions: list[dict[str, Any]] = []
         self._begin()
+
+    def _environment(self, tools: list[Tool], tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> ToolEnvironment:
+        if self.rollout_func is not None:
+            raise InputError("tools and rollout_func: give one of them, which says how episodes go")
+        limits = (args.max_tool_calling_iterations, args.tool_timeout, args.max_tool_result_length)
+        return ToolEnvironment(tools, tokenizer, self.eos_token_ids, *limits)
+
+    @property
+    def _schemas(self) -> list[dict[str, Any]] | None:
+        return None if self.environment is None else self.environment.tools.schemas
 
     @property
     def reward_moments(self) -> RunningMoments:
@@ -239,7 +257,9 @@ class PPOTrainer(ActorCriticTrainer):
             output = self.rollout_func([row["prompt"] for row in rows], self)
             self.policy.train(was_training)
             return episodes.from_rollout_func(output, rows, self)
-        prompts = tokenize_rows(rows, self.processing_class)
+        prompts = tokenize_rows(rows, self.processing_class, self._schemas)
+        if self.environment is not None:
+            return episodes.act(prompts, self.environment, self)
         prompt_ids, prompt_mask = pad_prompts(prompts, self.processing_class.pad_token_id, self.accelerator.device)
         witness = self._witness(len(rows))
         if self.vllm is not None:
@@ -255,6 +275,8 @@ class PPOTrainer(ActorCriticTrainer):
             self._metrics[f"{prefix}rewards/{name}"].append(values)
         self._metrics[f"{prefix}reward"].append(scores.reward)
         self._metrics[f"{prefix}unfinished"].append(1.0 - batch["is_ended"].float())
+        for name, values in batch.get("metrics", {}).items():
+            self._metrics[f"{prefix}{name}"].append(values)
         self.completions = scores.completions
         return scores
 
