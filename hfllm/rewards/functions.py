@@ -64,27 +64,34 @@ def load_reward_function(specification: str) -> RewardFunction:
     Raises:
         InputError: when the file or the function does not exist, or the file does not run.
     """
-    if specification == "gold":
-        return gold_reward
+    return gold_reward if specification == "gold" else load_function(specification, "--reward_funcs")
+
+
+def load_function(specification: str, flag: str) -> Callable[..., Any]:
+    """Load the function `path/to/file.py:function` that a flag names.
+
+    Raises:
+        InputError: when the file or the function does not exist, or the file does not run.
+    """
     path, _, name = specification.rpartition(":")
     if not Path(path).is_file():
-        raise InputError(f"--reward_funcs {specification}: no file {path!r}; expected path/to/file.py:function")
+        raise InputError(f"{flag} {specification}: no file {path!r}; expected path/to/file.py:function")
     if Path(path).suffix != ".py":
-        raise InputError(f"--reward_funcs {specification}: {path!r} is not a .py file")
+        raise InputError(f"{flag} {specification}: {path!r} is not a .py file")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
         place = f"{error.filename or path}, line {error.lineno}"
-        raise InputError(f"--reward_funcs {specification}: {place}: {error.msg}") from error
+        raise InputError(f"{flag} {specification}: {place}: {error.msg}") from error
     # A file written to be run as a script may end in sys.exit.
     except (Exception, SystemExit) as error:
-        raise InputError(f"--reward_funcs {specification}: {path} does not run: {error!r}{_place(error)}") from error
+        raise InputError(f"{flag} {specification}: {path} does not run: {error!r}{_place(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         defined = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        raise InputError(f"--reward_funcs {specification}: no function {name!r} in {path}; it has: {defined}")
+        raise InputError(f"{flag} {specification}: no function {name!r} in {path}; it has: {defined}")
     return function
 
 
