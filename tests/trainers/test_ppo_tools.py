@@ -1,5 +1,8 @@
 """PPO with tools: what they say is read, what was called is trained, and the rewards see the conversation."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
@@ -247,3 +250,21 @@ def test_engines_that_sample_in_step_are_refused(make_agent, monkeypatch):
     with pytest.raises(InputError, match="tools with use_vllm=True work in one process"):
         episodes.check_engine(stub)
     episodes.check_engine(trainer)
+
+
+def test_the_documentations_code_runs(make_agent, make_args, tokens, tmp_path):
+    text = (Path(__file__).parent.parent.parent / "docs" / "tools.md").read_text()
+    first, tool, episodes = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {"policy": hfllm.HfllmForCausalLM(config_of(tokens)), "output_dir": str(tmp_path), "tokenizer": tokens}
+    names |= {"right_answer": letters, "prompts": Dataset.from_dict({"prompt": PROMPTS})}
+    settings = "output_dir, report_to='none', use_cpu=True, bf16=False, max_steps=2, per_device_train_batch_size=2, "
+    exec(first.replace("output_dir, ", settings), names)
+    assert names["trainer"].state.global_step == 2
+    exec(tool, names)
+    assert make_agent(tools=[names["double"]]).environment.tools.schemas[0]["function"]["name"] == "double"
+    exec(episodes, names)
+    texts = Dataset.from_dict({"prompt": ["Say red.", "Wait."] * 2})
+    parts = {"rollout_func": names["told_twice"]}
+    trainer = make_agent(is_scripted=False, tools=None, train_dataset=texts, trainer_parts=parts, max_steps=2)
+    trainer.train()
+    assert (trainer._rollout.action_mask < trainer._rollout.response_mask).any()
