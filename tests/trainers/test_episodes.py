@@ -339,6 +339,30 @@ def trainer_order(batch, trainer, prompts):
     return [sampled.index(row) for row in rows]
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_the_scale_of_rewards_and_the_critics_grade_are_those_of_actions(with_tools, prompts, ignored):
+    settings = {"whiten_rewards": True, "whiten_advantages": False, "gamma": 1.0, "lam": 1.0, "kl_coef": 0.2}
+    trainer = with_tools(MASKS, "head", ignored, **settings)
+    rollout = trainer.collect_rollout(rows_of(prompts))
+    rewards = []
+    for row, completion in enumerate(trainer.completions):
+        where = actions_of(trainer, row)
+        each = -0.2 * (rollout.logprobs - rollout.ref_logprobs)[row, where]
+        each[-1:] += completion["reward"]
+        rewards.append(each)
+    whole = torch.cat(rewards)
+    scaled = [(each - whole.mean()) / whole.std() + whole.mean() for each in rewards]
+    # Without discount, returns are the rewards still to come.
+    returns = torch.cat([each.flip(0).cumsum(0).flip(0) for each in scaled])
+    values = torch.cat([rollout.values[row, actions_of(trainer, row)] for row in range(8)])
+    found = torch.cat([rollout.returns[row, actions_of(trainer, row)] for row in range(8)])
+    with fails_if(ignored):
+        torch.testing.assert_close(found, returns, atol=1e-4, rtol=1e-4)
+    grade = 1 - (returns - values).var() / returns.var()
+    with fails_if(ignored):
+        assert trainer._metrics["explained_variance"][0].item() == pytest.approx(grade.item(), abs=1e-4)
+
+
 @pytest.mark.parametrize("critic", ["sequence", "token"])
 def test_a_critic_that_is_a_model_says_alone_what_it_says_beside_the_policy(with_tools, prompts, critic):
     trainer = with_tools(MASKS, critic)
