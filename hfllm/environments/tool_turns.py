@@ -72,17 +72,18 @@ class ToolTurns:
         What tools say is plain text, also where it spells special tokens: they cannot open or end a turn. A result
         that would is replaced in place, in `messages`, by an error.
         """
-        for content in (None, UNREADABLE, ""):
-            for message in messages if content is not None else ():
-                message |= _message_of("tool", content)
+        for content in (UNREADABLE, ""):
             try:
                 ids = self._reply(messages)
+                if self._control_of(ids) == self._skeleton(len(messages)):
+                    return ids
+            # The tokenizer makes a special token even of plain text.
             except ValueError:
-                # The tokenizer makes a special token even of plain text.
-                continue
-            if self._control_of(ids) == self._skeleton(len(messages)):
-                break
-        return ids
+                pass
+            for message in messages:
+                message |= _message_of("tool", content)
+        # Nothing of what the tools said is left.
+        return self._reply(messages)
 
     def _skeleton(self, count: int) -> list[int]:
         """Return the special tokens of a reply with so many results."""

@@ -36,10 +36,11 @@ def transcript(completion: str | Sequence[dict[str, Any]]) -> str:
     for message in completion:
         content = message.get("content") or ""
         if content or not message.get("tool_calls"):
-            lines.append(f"{message['role']}: {content}")
+            lines.append(f"{message.get('role')}: {content}")
         for call in message.get("tool_calls") or []:
             function = call.get("function", call)
-            lines.append(f"{message['role']} calls {function.get('name')}: {json.dumps(function.get('arguments'))}")
+            arguments = json.dumps(function.get("arguments"), ensure_ascii=False, default=str)
+            lines.append(f"{message.get('role')} calls {function.get('name')}: {arguments}")
     return "\n".join(lines)
 
 
