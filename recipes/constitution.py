@@ -50,6 +50,7 @@ def main(script_args: ConstitutionArguments, model_args: "ModelConfig") -> dict[
         *("constitution", script_args, model_args),
         before=course.runs,
         also={"principles": principles.as_dict()},
+        is_spread=True,
     )
     stage.check()
     if stage.is_finished:

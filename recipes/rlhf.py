@@ -46,6 +46,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     from hfllm.runs.stage import Stage
     from hfllm.stages import rlhf
     from hfllm.stages.architecture import config_to_train
+    from hfllm.stages.rlhf_tools import checked_tools
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scaled_learning_rate
@@ -61,15 +62,17 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
         return stage.reuse()
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
     functions = rlhf.checked_functions(script_args)
+    tools = checked_tools(script_args, training_args, model_args)
     train_rows, eval_rows = rlhf.prompt_data(script_args, training_args.seed, functions)
     rlhf.check_rewards(script_args, training_args, len(functions))
     policy_config = config_to_train(model_args, before)
     train_rows, eval_rows = (
-        rlhf.fitting_prompts(script_args, training_args, model_args, rows, policy_config)
+        rlhf.fitting_prompts(script_args, training_args, model_args, rows, policy_config, tools)
         for rows in (train_rows, eval_rows)
     )
     rows = [*train_rows, *eval_rows]
-    rlhf.check_models(script_args, training_args, model_args, rows, policy_config, trains_first=bool(before.runs))
+    checked = (rows, policy_config, bool(before.runs), tools)
+    rlhf.check_models(script_args, training_args, model_args, *checked)
     ptx_dataset = rlhf.ptx_texts(script_args, training_args)
 
     # The stages before: a policy to start from, and reward models.
@@ -93,6 +96,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
         value_model=load_value_model(script_args.value_model, policy_args, reward_models),
         peft_config=peft_config(model_args),
         ptx_dataset=ptx_dataset,
+        tools=tools,
     )
     use_plain_lines(trainer)
     rates = rlhf.rates_used(trainer_args, trainer)

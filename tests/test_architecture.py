@@ -16,7 +16,7 @@ PACKAGE = ROOT / "hfllm"
 FLOORS = (
     {"errors", "version"},
     {"models", "data", "outputs"},
-    {"scaling", "generation", "rewards", "compression", "runs"},
+    {"scaling", "generation", "rewards", "environments", "compression", "runs"},
     {"trainers", "evaluation", "synthesis"},
     {"stages", "registration"},
     {"__init__"},

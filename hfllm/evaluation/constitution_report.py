@@ -179,7 +179,8 @@ def label_metrics(
         seed: of the annotator.
 
     Returns:
-        `ai_labels_shown`, `ai_labels_new`: share of right labels among pairs of which exactly one answer complies;
+        `ai_labels`, `ai_labels_shown`, `ai_labels_new`: share of right labels among pairs of which exactly one answer
+        complies, of all harms, those that critics were shown, and others;
         `ai_labels_as_people`: agreement with the annotator on pairs of different gold scores, and `people_labels`:
         share of the annotator's labels that are right there.
     """
@@ -191,8 +192,9 @@ def label_metrics(
         chosen, rejected = (row[side][0]["content"] for side in ("chosen", "rejected"))
         difference = gold_score(chosen, task.gold) - gold_score(rejected, task.gold)
         if complies(chosen, task) != complies(rejected, task):
-            name = "ai_labels_shown" if is_shown_harm(task) else "ai_labels_new"
-            found[name].append(float(complies(rejected, task)))
+            is_right = float(complies(rejected, task))
+            found["ai_labels"].append(is_right)
+            found["ai_labels_shown" if is_shown_harm(task) else "ai_labels_new"].append(is_right)
         if difference:
             is_right = rng.random() >= people_noise
             found["people_labels"].append(float(is_right))
@@ -204,7 +206,7 @@ def label_metrics(
     return metrics
 
 
-LABELS = ("ai_labels_shown", "ai_labels_new", "ai_labels_as_people", "people_labels")
+LABELS = ("ai_labels", "ai_labels_shown", "ai_labels_new", "ai_labels_as_people", "people_labels")
 
 
 def summary_of(metrics: Mapping[str, float], labels: str, note: str = "") -> str:

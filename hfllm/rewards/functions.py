@@ -5,22 +5,43 @@ dataset's other columns, one value per row.
 """
 
 import importlib.util
+import json
 import math
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
+from typing import Any
 
 from hfllm.data.world.rubric import GoldAnswer, gold_score
 from hfllm.errors import InputError, is_out_of_memory
 
 RewardFunction = Callable[..., list[float]]
-# What a reward function gets from the trainer, so that no column of a dataset can have these names.
+# What a reward function gets from the trainer, so that no column of a dataset can have these names. With tools or a
+# `rollout_func` also `action_mask`, which takes the place of such a column.
 GIVEN = ("prompt", "completion", "prompts", "completions", "completion_ids")
 
 
 def completion_text(completion: str | Sequence[dict[str, str]]) -> str:
-    """Return the text of a completion in either format."""
-    return completion if isinstance(completion, str) else "".join(message["content"] for message in completion)
+    """Return the text of a completion in either format: of a conversation all but what tools said."""
+    if isinstance(completion, str):
+        return completion
+    return "".join(message.get("content") or "" for message in completion if message.get("role") != "tool")
+
+
+def transcript(completion: str | Sequence[dict[str, Any]]) -> str:
+    """Return all of a completion for people to read: calls of tools and what they said, a line each, if it has any."""
+    if isinstance(completion, str) or (len(completion) == 1 and "tool_calls" not in completion[0]):
+        return completion_text(completion)
+    lines = []
+    for message in completion:
+        content = message.get("content") or ""
+        if content or not message.get("tool_calls"):
+            lines.append(f"{message.get('role')}: {content}")
+        for call in message.get("tool_calls") or []:
+            function = call.get("function", call)
+            arguments = json.dumps(function.get("arguments"), ensure_ascii=False, default=str)
+            lines.append(f"{message.get('role')} calls {function.get('name')}: {arguments}")
+    return "\n".join(lines)
 
 
 def gold_reward(
@@ -44,27 +65,34 @@ def load_reward_function(specification: str) -> RewardFunction:
     Raises:
         InputError: when the file or the function does not exist, or the file does not run.
     """
-    if specification == "gold":
-        return gold_reward
+    return gold_reward if specification == "gold" else load_function(specification, "--reward_funcs")
+
+
+def load_function(specification: str, flag: str) -> Callable[..., Any]:
+    """Load the function `path/to/file.py:function` that a flag names.
+
+    Raises:
+        InputError: when the file or the function does not exist, or the file does not run.
+    """
     path, _, name = specification.rpartition(":")
     if not Path(path).is_file():
-        raise InputError(f"--reward_funcs {specification}: no file {path!r}; expected path/to/file.py:function")
+        raise InputError(f"{flag} {specification}: no file {path!r}; expected path/to/file.py:function")
     if Path(path).suffix != ".py":
-        raise InputError(f"--reward_funcs {specification}: {path!r} is not a .py file")
+        raise InputError(f"{flag} {specification}: {path!r} is not a .py file")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
         place = f"{error.filename or path}, line {error.lineno}"
-        raise InputError(f"--reward_funcs {specification}: {place}: {error.msg}") from error
+        raise InputError(f"{flag} {specification}: {place}: {error.msg}") from error
     # A file written to be run as a script may end in sys.exit.
     except (Exception, SystemExit) as error:
-        raise InputError(f"--reward_funcs {specification}: {path} does not run: {error!r}{_place(error)}") from error
+        raise InputError(f"{flag} {specification}: {path} does not run: {error!r}{_place(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         defined = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        raise InputError(f"--reward_funcs {specification}: no function {name!r} in {path}; it has: {defined}")
+        raise InputError(f"{flag} {specification}: no function {name!r} in {path}; it has: {defined}")
     return function
 
 
@@ -135,12 +163,21 @@ def _is_number(value: object) -> bool:
 
 
 def length_penalty(coefficient: float, free: int = 0) -> RewardFunction:
-    """Return a reward function: `-coefficient` for each token of a completion beyond the first `free`."""
+    """Return a reward function: `-coefficient` for each token of a completion beyond the first `free`.
+
+    Tokens that an environment wrote, such as a tool's result, do not count.
+    """
 
     def penalty(
-        prompts: Sequence, completions: Sequence, *, completion_ids: Sequence, **columns: Sequence[object]
+        prompts: Sequence,
+        completions: Sequence,
+        *,
+        completion_ids: Sequence,
+        action_mask: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[object],
     ) -> list[float]:
-        return [-coefficient * max(len(ids) - free, 0) for ids in completion_ids]
+        lengths = map(len, completion_ids) if action_mask is None else map(sum, action_mask)
+        return [-coefficient * max(length - free, 0) for length in lengths]
 
     penalty.__name__ = "length_penalty"
     return penalty

@@ -272,7 +272,8 @@ def finished_run(output_dir: str, arguments: Mapping[str, Any]) -> dict[str, Any
         return None
     recorded = {present_name(name): value for name, value in report["arguments"].items()}
     before = {name: value for name, value in recorded.items() if name.rpartition(".")[2] not in NOT_PART_OF_THE_RUN}
-    for name in sorted({*before, *arguments}):
+    # The flags of the run itself before those of the stages before it (`sft.seed`), which follow from them.
+    for name in sorted({*before, *arguments}, key=lambda name: ("." in name, name)):
         if before.get(name) != arguments.get(name):
             raise InputError(
                 f"--output_dir {output_dir} holds a finished run with {name}={before.get(name)!r}, this one has "

@@ -64,7 +64,7 @@ RANGES = (
         lambda value: value >= 0,
         (
             *("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "eval_delay", "world_seed"),
-            *("z_loss_coef", "loss_chunk_size", "center_rewards_coefficient", "router_aux_loss_coef"),
+            *("z_loss_coef", "loss_chunk_size", "center_rewards_coefficient", "router_aux_loss_coef", "judge_margin"),
         ),
     ),
     Range("a share in [0, 1]", lambda value: 0 <= value <= 1, ("warmup_ratio", "mixed_prompts")),

@@ -53,6 +53,7 @@ class Stage:
         before: the parsed flags of the stages that it runs first, by name; the result depends on them too.
         also: anything else that the result depends on, by name.
         without: flags that the result does not depend on, or `dataset_name changed at` where `also` covers the files.
+        is_spread: whether all processes run it, which they do of a stage that trains.
 
     Attributes:
         arguments: everything that the result depends on, as JSON values.
@@ -69,7 +70,9 @@ class Stage:
         before: "Mapping[str, Sequence[DataclassInstance]] | None" = None,
         also: Mapping[str, Any] | None = None,
         without: Sequence[str] = (),
+        is_spread: bool = False,
     ):
+        self.is_spread = is_spread
         self.name, self.parsed, self.began = name, parsed, time.perf_counter()
         self.output_dir: str = _with_field(parsed, "output_dir").output_dir
         self.arguments = stage_arguments(*parsed, before=before, without=without) | dict(also or {})
@@ -170,10 +173,14 @@ class Stage:
 
     def _hold(self) -> None:
         """Keep other runs out of the folder until this one has finished; all processes refuse together."""
-        is_spread = self._trains and int(os.environ.get("WORLD_SIZE", "1")) > 1
-        if is_spread:
+        is_spread = (self._trains or self.is_spread) and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if is_spread and self._trains:
             # It lets the processes find each other.
             _ = self.training_args.device
+        elif is_spread:
+            from accelerate import PartialState
+
+            PartialState()
         refusal = None
         if main_process():
             try:

@@ -103,6 +103,12 @@ class ConstitutionArguments(RowArguments, RemoteCodeArguments):
     judge_clamp: bool = field(
         default=False, metadata={"help": "Bound the judge's probabilities to 40 to 60 percent, as in the paper."}
     )
+    judge_margin: float = field(
+        default=0.0,
+        metadata={
+            "help": "Log-odds in nats up to which the judge is taken to see no difference: such pairs are ties."
+        },
+    )
     judge_principles: int | None = field(
         default=None, metadata={"help": "Principles that a pair is judged by, drawn for each; by default all."}
     )

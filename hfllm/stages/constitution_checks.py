@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # The fewest demonstrations of which every arm has some, and a held-out one.
 FEWEST_DEMONSTRATIONS = 10
-OF_JUDGES = ("judge_chain_of_thought", "judge_clamp", "judge_principles")
+OF_JUDGES = ("judge_chain_of_thought", "judge_clamp", "judge_margin", "judge_principles")
 
 
 def check_before(
@@ -62,18 +62,16 @@ def _check_judge(script_args: ConstitutionArguments, constitution: "Constitution
 
 
 def _check_inputs(script_args: ConstitutionArguments, model_args: "ModelConfig") -> None:
-    """Refuse models that the runs would remove before they write their own."""
-    folder = Path(script_args.output_dir).resolve()
-    named = {
-        "model_name_or_path": model_args.model_name_or_path,
-        "critic_model_name_or_path": script_args.critic_model_name_or_path,
+    """Refuse models and rows that lie where the runs write their own."""
+    written = Path(script_args.output_dir)
+    places = {
+        **{"model_name_or_path": written, "critic_model_name_or_path": written},
+        **{f"{kind}dataset_name": written / "data" for kind in ("", "eval_", "helpful_", "preference_")},
     }
-    for flag, name in named.items():
-        if name and Path(name).is_dir() and Path(name).resolve().is_relative_to(folder):
-            raise InputError(
-                f"--{flag} {name} lies in --output_dir {script_args.output_dir}, whose runs are written over: choose "
-                "another --output_dir"
-            )
+    for flag, place in places.items():
+        name = getattr(model_args if flag == "model_name_or_path" else script_args, flag)
+        if name and Path(name).exists() and Path(name).resolve().is_relative_to(place.resolve()):
+            raise InputError(f"--{flag} {name} lies in {place}, where the runs write: choose another --output_dir")
 
 
 def _config_of_first(model_args: "ModelConfig", course: Course) -> "PreTrainedConfig":

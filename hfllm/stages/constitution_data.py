@@ -7,7 +7,9 @@ import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hfllm.data.formats import as_messages
 from hfllm.data.messages import Message
@@ -22,13 +24,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import ModelConfig
 
-    from hfllm.synthesis.constitution import Principle
-
-
 Row = Mapping[str, Any]
+Made = TypeVar("Made")
 Conversation = list[Message]
 # Of the world's demonstrations this share shows critique, revision and judging; the others show helping.
 SHARE_OF_CRITICS = 0.55
+# What the other processes wait for the main one, which revises, judges and answers alone.
+LONGEST_WAIT = timedelta(days=30)
 # The annotator of the world errs in a tenth of the comparisons.
 LABEL_NOISE = 0.1
 
@@ -82,19 +84,49 @@ def load_speaking(name: str, model_args: "ModelConfig", revision: str = "main") 
 
 def write_rows(script_args: ConstitutionArguments, name: str, make: Callable[[], Iterable[Row]]) -> None:
     """Write the rows of a run, in one process, where the file does not hold them already; the others wait."""
-    from accelerate import PartialState
+    by_main_process(lambda: _write_rows(data_file(script_args, name), make()))
 
+
+def _write_rows(path: Path, rows: Iterable[Row]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    # Whatever was made of it: an edited file need not be text.
+    before = path.read_bytes() if path.is_file() else None
+    if before != text.encode():
+        if before is not None:
+            say(f"constitution: {path} does not hold the rows of this run: it is written again")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+
+
+def by_main_process(make: Callable[[], Made]) -> Made | None:
+    """Return what the main process makes, and `None` in the others, which wait for it however long it takes.
+
+    Raises:
+        InputError: in all processes, when the main process refuses.
+    """
+    made, refusal = None, None
     if main_process():
-        path = data_file(script_args, name)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in make())
-        # Whatever was made of it: an edited file need not be text.
-        before = path.read_bytes() if path.is_file() else None
-        if before != text.encode():
-            if before is not None:
-                say(f"constitution: {path} does not hold the rows of this run: it is written again")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, text)
-    PartialState().wait_for_everyone()
+        try:
+            made = make()
+        except InputError as error:
+            refusal = str(error)
+    if (refusal := _of_main_process(refusal)) is not None:
+        raise InputError(refusal)
+    return made
+
+
+def _of_main_process(value: str | None) -> str | None:
+    from accelerate import PartialState
+    from torch import distributed
+
+    if PartialState().num_processes == 1:
+        return value
+    # The usual groups give up on a process that is silent for 10 or 30 minutes, as one is that revises.
+    group = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
+    values = [value]
+    distributed.broadcast_object_list(values, src=0, group=group)
+    distributed.destroy_process_group(group)
+    return values[0]
 
 
 def learned(rows: Iterable[Row], seed: int) -> list[Row]:
@@ -112,33 +144,26 @@ def answered(prompts: Sequence[Conversation], answers: Sequence[Sequence[str]]) 
     ]
 
 
+def up_to_critique(row: Row) -> Row:
+    """Return a row of revisions as the conversation of its first answer and critique, without the revision."""
+    turn = row["turns"][0]
+    said = (("assistant", turn["answer"]), ("user", turn["critique_request"]), ("assistant", turn["critique"]))
+    return {"messages": [*row["prompt"], *({"role": role, "content": text} for role, text in said)]}
+
+
 # ---- the embedded world ----
 
 
 def demonstrations(script_args: ConstitutionArguments) -> list[Row]:
     """Return what people show: how to help with everything, and critique, revision and judging."""
     from hfllm.data.world.critics import critic_rows, helpful_rows
+    from hfllm.synthesis.constitution import load_constitution
 
     world, seed = World(script_args.world_seed), script_args.seed
     critics = round(script_args.num_demonstrations * SHARE_OF_CRITICS)
     rows = helpful_rows(world, script_args.num_demonstrations - critics, seed)
-    return learned([*rows, *critic_rows(world, shown_principles(), critics, seed)], seed)
-
-
-def critiques_alone(script_args: ConstitutionArguments) -> list[Row]:
-    """Return as many demonstrations of critique, without revisions, as there are red-team prompts."""
-    from hfllm.data.world.critics import critic_rows
-
-    world, seed = World(script_args.world_seed), script_args.seed
-    rows = critic_rows(world, shown_principles(), script_args.num_prompts, seed + 1, ("critique",))
-    return learned(rows, seed)
-
-
-def shown_principles() -> "list[Principle]":
-    """Return the principles that the world's critics demonstrate."""
-    from hfllm.synthesis.constitution import load_constitution
-
-    return [each for name in ("world", "politeness") for each in load_constitution(name).principles]
+    principles = [each for name in ("world", "politeness") for each in load_constitution(name).principles]
+    return learned([*rows, *critic_rows(world, principles, critics, seed)], seed)
 
 
 def world_prompts(script_args: ConstitutionArguments) -> Prompts:

@@ -126,14 +126,13 @@ def _runs(script_args: ConstitutionArguments, model_args: "ModelConfig") -> Iter
     arms = script_args.arms
     if POLITENESS in arms:
         yield POLITENESS, "sft", learning(POLITENESS, SL, HELPFUL) + flags_of_adapter(model_args)
-    if CRITIQUES in arms:
-        # The critiques alone are learned: an answer of the demonstrations may be a refusal.
-        yield CRITIQUES, "sft", [*learning(CRITIQUES, SL, HELPFUL), "--loss_on", "last"]
     if LABELS in arms:
         yield LABELS_REWARD, "reward", learning(LABELS_REWARD, REWARD, SL)
         steps = ("--max_steps", str(SHORT_STEPS))
         yield tuned_by(AI_LABELS, REWARD, HELPFUL, *steps)
         yield tuned_by(LABELS, LABELS_REWARD, HELPFUL, *steps)
+    if CRITIQUES in arms:
+        yield CRITIQUES, "sft", learning(CRITIQUES, SL, HELPFUL)
 
 
 # Optimizer steps of PPO in the arms that compare labels.

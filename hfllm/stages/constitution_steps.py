@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError
-from hfllm.runs.command_line import main_process, say
+from hfllm.runs.command_line import say
 from hfllm.stages.constitution import (
     CRITIQUES,
     LABELS,
@@ -28,7 +28,7 @@ from hfllm.stages.constitution_data import (
     Speaking,
     answered,
     by_chance,
-    critiques_alone,
+    by_main_process,
     demonstrations,
     human_comparisons,
     learned,
@@ -38,6 +38,7 @@ from hfllm.stages.constitution_data import (
     own_prompts,
     pairs_to_judge,
     prompts_for_ppo,
+    up_to_critique,
     world_prompts,
     write_rows,
 )
@@ -101,8 +102,7 @@ class Steps:
 
     def revise(self) -> None:
         """Let the critic revise the model's answers to red-team prompts."""
-        if main_process():
-            self.revisions = self._revised(self.constitution, "revisions")
+        self.revisions = by_main_process(lambda: self._revised(self.constitution, "revisions"))
 
     def supervised(self) -> None:
         """Fine-tune on the last revisions, and on the model's own answers to harmless prompts."""
@@ -113,15 +113,11 @@ class Steps:
         """Let the judge compare answers, train the preference model on that, and align by PPO."""
         if RL not in self.course.runs:
             return
-        if main_process():
-            try:
-                self.ai_rows = self._ai_preferences(self._judge())
-                self.human_rows = self._people_s_comparisons()
-            except InputError as error:
-                self.no_rl = str(error)
-                say(f"constitution: no AI preferences: {error}")
-        self.no_rl = _of_main_process(self.no_rl)
-        if self.no_rl:
+        try:
+            by_main_process(self._compare)
+        except InputError as error:
+            self.no_rl = str(error)
+            say(f"constitution: no AI preferences: {error}")
             return
         write_rows(self.script_args, REWARD, lambda: mixed(self.ai_rows, self.human_rows, self.script_args.seed))
         self.metrics |= self.course.run(REWARD)
@@ -140,9 +136,6 @@ class Steps:
                 lambda: self._rows_of(self._revised(load_constitution(POLITENESS), "politeness_revisions")),
             )
             self.course.run(POLITENESS)
-        if CRITIQUES in script_args.arms:
-            write_rows(script_args, CRITIQUES, lambda: critiques_alone(script_args))
-            self.course.run(CRITIQUES)
         if LABELS in script_args.arms and not self.no_rl:
             seed = script_args.seed
             write_rows(script_args, LABELS_REWARD, lambda: mixed(by_chance(self.ai_rows, seed), self.human_rows, seed))
@@ -150,6 +143,14 @@ class Steps:
             for arm in (AI_LABELS, LABELS):
                 write_rows(script_args, arm, lambda: prompts_for_ppo(script_args, self.prompts))
                 self.course.run(arm)
+        if CRITIQUES in script_args.arms:
+            seed = script_args.seed
+            write_rows(
+                script_args,
+                CRITIQUES,
+                lambda: learned([*map(up_to_critique, self.revisions.rows), *self._own_answers], seed),
+            )
+            self.course.run(CRITIQUES)
 
     def speaking(self, name: str) -> Speaking:
         """Return a run's model, or the one that is asked first under the name `helpful`; the main process's alone."""
@@ -231,6 +232,10 @@ class Steps:
             seed=script_args.seed,
         )
 
+    def _compare(self) -> None:
+        self.ai_rows = self._ai_preferences(self._judge())
+        self.human_rows = self._people_s_comparisons()
+
     def _ai_preferences(self, judge: "PreferenceJudge") -> list[Row]:
         """Return pairs with the judge's labels.
 
@@ -245,7 +250,9 @@ class Steps:
         bias = measure_bias(judge, *([*compress(each, fits)][:PAIRS_FOR_BIAS] for each in asked))
         self.metrics |= bias.as_metrics()
         check_bias(bias, allow=self.script_args.allow_biased_judge)
-        rows, counts = preference_rows(judge, *asked, seed=self.script_args.seed)
+        rows, counts = preference_rows(
+            judge, *asked, min_log_odds=self.script_args.judge_margin, seed=self.script_args.seed
+        )
         self.metrics |= {"ai_comparisons": len(rows), "judge_ties": counts.ties, "judge_too_long": counts.too_long}
         self._compare_with_gold(rows, pairs)
         return rows
@@ -276,15 +283,3 @@ def people_s_labels(script_args: ConstitutionArguments) -> str:
     compared = f", {script_args.num_human_pairs:,} comparisons of helpfulness" if script_args.last_stage == RL else ""
     harm = f"(harm on {len(SHOWN_HARMS)} verbs)"
     return f"labels of people: {shown} {harm}{compared}; no label of harm in the model's answers"
-
-
-def _of_main_process(text: str) -> str:
-    """Return the main process's text, in all of them."""
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    if PartialState().num_processes == 1:
-        return text
-    values: list[Any] = [text]
-    broadcast_object_list(values)
-    return values[0]

@@ -10,6 +10,7 @@ from hfllm.errors import InputError, refuse
 from hfllm.runs.arguments import changed
 from hfllm.runs.chain import Chain, chain_before
 from hfllm.runs.remote_code import RemoteCodeArguments
+from hfllm.stages.rlhf_tools import schemas_of
 from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
     from trl import ModelConfig
 
+    from hfllm.environments.tools import Tool
     from hfllm.rewards.ensembles import RewardEnsemble
     from hfllm.rewards.functions import RewardFunction
     from hfllm.trainers.ppo.config import PPOConfig
@@ -49,6 +51,10 @@ class RlhfArguments(RowArguments, BatchArguments, RemoteCodeArguments):
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={"help": "Reward functions: path/to/file.py:function, or 'gold' (the embedded world's)."},
+    )
+    tools: list[str] | None = field(
+        default=None,
+        metadata={"help": "Functions that the policy may call: path/to/file.py:function (docs/tools.md)."},
     )
     value_model: str = field(
         default="head",
@@ -134,6 +140,7 @@ def check_models(
     rows: Sequence[Row],
     policy_config: "PreTrainedConfig",
     trains_first: bool,
+    tools: "Sequence[Tool] | None" = None,
 ) -> None:
     """Refuse models and prompts that would otherwise fail only after the stages before have been trained.
 
@@ -142,6 +149,7 @@ def check_models(
         rows: the prompts.
         policy_config: of the model to align, whether named or not yet trained.
         trains_first: whether stages come before; if not, models are loaded right away, and loading reports errors.
+        tools: from `rlhf_tools.checked_tools`.
 
     Raises:
         InputError: for a reward or value model that cannot be loaded or used, prompts that do not fit the named model,
@@ -179,7 +187,8 @@ def check_models(
             try_adapter(policy_config, peft_config(model_args))
     if model_args.model_name_or_path and not script_args.filter_prompts:
         tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
-        check_prompts(rows, tokenizer, training_args.response_length, max_length_of(policy_config))
+        context = max_length_of(policy_config)
+        check_prompts(rows, tokenizer, training_args.response_length, context, schemas_of(tools))
         _check_tools(rows, tokenizer)
 
 
@@ -205,6 +214,7 @@ def fitting_prompts(
     model_args: "ModelConfig",
     rows: Sequence[Row],
     policy_config: "PreTrainedConfig",
+    tools: "Sequence[Tool] | None" = None,
 ) -> list[Row]:
     """Return the prompts; with `--filter_prompts` those that leave room for a response, and say how many do not.
 
@@ -224,7 +234,7 @@ def fitting_prompts(
     context = max_length_of(policy_config)
     dropped = Dropped(len(rows))
     unfit = {place: EMPTY for place, row in enumerate(rows) if formats.is_blank(row["prompt"])}
-    unfit |= dict(unfit_prompts(rows, tokenizer, training_args.response_length, context))
+    unfit |= dict(unfit_prompts(rows, tokenizer, training_args.response_length, context, schemas_of(tools)))
     for place, why in sorted(unfit.items()):
         long = f"too long for --response_length {training_args.response_length} in a context of {context}"
         dropped.add("with an empty prompt" if why == EMPTY else long, origin_of(rows[place], ""))

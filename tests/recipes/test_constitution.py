@@ -25,6 +25,7 @@ from hfllm.runs import command_line, schedule
 from hfllm.runs.lock import LOCK_FILE, lock, release_all
 
 SCRIPT = Path(kill_run.__file__)
+ROOT = SCRIPT.parents[2]
 TUNED = {"max_steps": 3, "per_device_train_batch_size": 8, "max_length": 512, "save_strategy": "no"}
 CONFIGS = {
     "pretrain": {
@@ -150,6 +151,8 @@ def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
     for title in ("## Stages", "## Controls", "## Revisions", "SL, politeness instead", "labels by chance"):
         assert title in text
     assert report["summary"].endswith("no label of harm in the model's answers")
+    for name in ("compliance", "helpfulness", "revisions"):
+        assert (folder / report["artifacts"][name]).read_bytes().startswith(b"\x89PNG")
     # Each arm has learned something of its own; that of chance has the same pairs, some turned round.
     weights = {name: digests(folder)[f"{name}/model.safetensors"] for name in RUNS}
     assert len(set(weights.values())) == len(RUNS)
@@ -169,12 +172,13 @@ def test_the_same_command_reuses_and_another_flag_is_refused_by_its_name(world, 
     assert again() == report_of(folder)["metrics"]
     assert f"constitution: already done in {folder} (remove that folder to redo it)" in capsys.readouterr().out
     for flags, difference in (
-        (("--seed", 7), r"seed=42, this one has .*seed=7"),
+        (("--seed", 7), "seed=42, this one has seed=7"),
+        (("--controls", "none"), r"controls=None, this one has controls=\['none'\]"),
         (("--num_revisions", 1), "num_revisions=2, this one has num_revisions=1"),
         (("--constitution", "politeness"), "constitution='world', this one has constitution='politeness'"),
-        (("--last_stage", "sl"), "this one has"),
+        (("--last_stage", "sl"), "last_stage='rl', this one has last_stage='sl'"),
     ):
-        with pytest.raises(InputError, match=f"holds a finished run with .*{difference}") as error:
+        with pytest.raises(InputError, match=f"holds a finished run with {difference}") as error:
             again(*flags)
         assert "\n" not in str(error.value)
     assert digests(folder) == before
@@ -227,10 +231,12 @@ def test_a_run_that_was_killed_among_the_revisions_ends_with_the_same_bits(world
     begin_again(folder, "revisions", "data/sl.jsonl", "sl")
     child = os.fork()
     if not child:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        kill_run.kill_before("hfllm.synthesis.revision_files:RevisionFile._write_state", 3)
-        again()
-        os._exit(1)
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            kill_run.kill_before("hfllm.synthesis.revision_files:RevisionFile._write_state", 3)
+            again()
+        finally:
+            os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     state = json.loads((folder / "revisions" / "revisions.state").read_text())
     assert len(state["ends"]) == 1 and (folder / "revisions" / "revisions.jsonl").stat().st_size > state["ends"][0]
@@ -292,6 +298,40 @@ def test_a_run_that_is_killed_everywhere_ends_with_the_same_bits(processes, whol
     assert digests(tmp_path / "out") == digests(whole[1])
 
 
+# A run whose main process is slow among the revisions, while the others wait with a group that soon gives up.
+WAITS = {**CONFIGS["pretrain"], "ddp_timeout": 4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("judge", ["allowed", "refused"])
+def test_two_processes_end_together(processes, words, tmp_path, judge):
+    (tmp_path / "waits.yaml").write_text(yaml.safe_dump(WAITS))
+    flags = [*words, "--pretrain_config", tmp_path / "waits.yaml", "--output_dir", tmp_path / "out"]
+    flags += ["--allow_biased_judge"] if judge == "allowed" else []
+    place, number = ("hfllm.synthesis.revision_files:RevisionFile.append", -8)
+    printed = processes.torchrun(SCRIPT, place, number, "constitution", *flags, timeout=400)
+    assert "Traceback" not in printed and printed.count("=== constitution") == printed.count("=== pretrain") == 1
+    report = report_of(tmp_path / "out")
+    assert ("rl" in report["artifacts"]) == ("labels" in report["artifacts"]) == (judge == "allowed")
+    assert printed.count("constitution: no AI preferences: the judge favors") == (judge == "refused")
+    again = processes.torchrun(SCRIPT, "none", 0, "constitution", *flags)
+    assert again.count("constitution: already done in") == 1
+
+
+@pytest.mark.slow
+def test_two_processes_refuse_together(processes, own, bad, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    paths = {"NAME": own / "NAME", "red.csv": own / "red.csv", "quick.yaml": own / "quick.yaml"}
+    flags = [paths.get(word, own / word if word == "ppo.yaml" else word) for word in OWN]
+    flags += ["--critic_model_name_or_path", own / "mute", "--output_dir", tmp_path / "out"]
+    printed = processes.torchrun(SCRIPT, "none", 0, "constitution", *flags, code=2)
+    assert printed.count("error: ") == 1 and "the critic said nothing" in printed and "Traceback" not in printed
+    lock(tmp_path / "out")
+    printed = processes.torchrun(SCRIPT, "none", 0, "constitution", *flags, code=2)
+    assert printed.count("error: ") == 1 and "another run is writing there" in printed
+    assert "Traceback" not in printed
+
+
 def test_rows_that_were_edited_and_models_that_were_removed_are_made_again(world, whole, capsys):
     folder, again = world
     begin_again(folder, "rl")
@@ -307,9 +347,12 @@ def test_two_runs_at_once_and_folders_that_are_not_ours(words, tmp_path, ended):
     told, tells = os.pipe()
     child = os.fork()
     if not child:
-        lock(tmp_path / "out")
-        os.write(tells, b"held")
-        signal.pause()
+        try:
+            lock(tmp_path / "out")
+            os.write(tells, b"held")
+            signal.pause()
+        finally:
+            os._exit(1)
     assert os.read(told, 4) == b"held"
     try:
         line = ended(*words, "--output_dir", tmp_path / "out", own_folder=True)
@@ -321,6 +364,9 @@ def test_two_runs_at_once_and_folders_that_are_not_ours(words, tmp_path, ended):
     (tmp_path / "mine" / "report.md").write_text("# Mine\n")
     line = ended(*words, "--output_dir", tmp_path / "mine", own_folder=True)
     assert "report.md is not hfllm's and would be overwritten" in line
+    (tmp_path / "file").write_text("mine")
+    line = ended(*words, "--output_dir", tmp_path / "file", own_folder=True)
+    assert line.startswith(f"--output_dir {tmp_path / 'file'}: cannot be written to: ")
 
 
 # ---- your own model ----
@@ -382,6 +428,39 @@ def test_your_own_model_your_prompts_and_a_critic(here, tmp_path, adapter):
     row = json.loads((tmp_path / "revisions" / "revisions.jsonl").read_text().splitlines()[0])
     state = json.loads((tmp_path / "revisions" / "revisions.state").read_text())["made_from"]
     assert state["critic"] != state["model"] and row["turns"][0]["answer"] == row["rejected"][0]["content"]
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class Config(LlamaConfig):
+    model_type = "mine"
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+def test_code_of_a_model_that_is_trusted_goes_along_and_bf16_stays(here, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = shutil.copytree("NAME", tmp_path / "coded")
+    names = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    settings = {**json.loads((model / "config.json").read_text()), "model_type": "mine", "auto_map": names}
+    (model / "config.json").write_text(json.dumps(settings))
+    (model / "mine.py").write_text(CODE)
+    flags = [*OWN, "--model_name_or_path", model, "--last_stage", "sl", "--dtype", "bfloat16"]
+    run(*flags, "--trust_remote_code", "--output_dir", tmp_path / "out")
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "sl", trust_remote_code=True)
+    assert type(tuned).__name__ == "Model" and tuned.dtype is torch.bfloat16
+
+
+def test_the_revision_of_your_model_is_that_of_the_first_run_too(here, monkeypatch):
+    from hfllm.stages.constitution_runs import course_of
+
+    course = course_of(*constitution.parse([*OWN, "--model_revision", "v2", "--use_peft", "--use_rslora"]))
+    revisions = {name: parsed[-1].model_revision for name, parsed in course.runs.items()}
+    assert revisions == {"sl": "v2", "reward": "main", "rl": "main"}
+    assert course.runs["sl"][-1].use_rslora and not course.runs["rl"][-1].use_peft
 
 
 SAID = ("Hi", "Yo", "Is it?", "Yes.", "Again.", "Hello")
@@ -541,10 +620,6 @@ OF_YOURS = [
     (("--preference_dataset_name", "nowhere.csv"), "dataset 'nowhere.csv' does not exist"),
     (("--preference_dataset_name", "pairs.jsonl", "--last_stage", "sl"), "--preference_dataset_name cannot be used"),
     (("--critic_model_name_or_path", "nowhere"), "model 'nowhere' could not be loaded"),
-    (
-        ("--critic_model_name_or_path", "mute"),
-        "the critic said nothing: all 10 critiques are empty; take another critic",
-    ),
     (("--critic_model_name_or_path", "untold"), "the tokenizer of model 'untold' could not be loaded"),
     (("--critic_model_name_or_path", "cut"), "model.safetensors is damaged ("),
     (("--critic_model_name_or_path", "code"), "it needs code of its own, which is run only by --trust_remote_code"),
@@ -581,8 +656,9 @@ def bad(own):
     code = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
     (own / "code" / "config.json").write_text(json.dumps({**settings, **code}))
     mute = AutoModelForCausalLM.from_pretrained(own / "mute")
-    # Every token ends the turn.
-    mute.generation_config.eos_token_id = list(range(mute.config.vocab_size))
+    # It can only end its turn.
+    end = mute.generation_config.eos_token_id or mute.config.eos_token_id
+    mute.generation_config.suppress_tokens = [token for token in range(mute.config.vocab_size) if token != end]
     mute.save_pretrained(own / "mute")
     (own / "empty.csv").write_text("prompt\n")
     (own / "one.csv").write_text("prompt\nHow?\n")
@@ -594,13 +670,25 @@ def test_what_cannot_work_on_your_model(here, bad, ended, flags, expected):
     assert expected in ended(*OWN, *flags)
 
 
+def test_a_critic_that_says_nothing_ends_the_run_before_anything_is_trained(here, bad, ended, tmp_path):
+    folder = tmp_path / "out"
+    flags = (*OWN, "--critic_model_name_or_path", "mute", "--output_dir", folder)
+    assert "the critic said nothing: all 10 critiques are empty; take another critic" in ended(*flags, own_folder=True)
+    # It had to be asked, so that the file of its rows is there, and empty.
+    assert [path.stat().st_size for path in folder.rglob("*.jsonl")] == [0]
+
+
 def test_models_that_lie_where_the_runs_write(here, ended, tmp_path):
     shutil.copytree("NAME", tmp_path / "out" / "rl")
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     for flags in (("--model_name_or_path",), ("--model_name_or_path", "NAME", "--critic_model_name_or_path")):
         flags = (*OWN[2:], *flags, tmp_path / "out" / "rl", "--output_dir", tmp_path / "out")
-        assert "lies in --output_dir" in ended(*flags, own_folder=True)
-    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+        assert f"lies in {tmp_path / 'out'}, where the runs write" in ended(*flags, own_folder=True)
+    (tmp_path / "out" / "data").mkdir()
+    shutil.copy("red.csv", tmp_path / "out" / "data" / "rl.csv")
+    flags = (*OWN, "--helpful_dataset_name", tmp_path / "out" / "data" / "rl.csv", "--output_dir", tmp_path / "out")
+    assert "lies in " in ended(*flags, own_folder=True)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_letters_that_are_not_single_tokens_leave_sl_and_say_so(here, tmp_path):

@@ -1,7 +1,8 @@
 """The run of test_distributed.py: PPO on greedy responses, so that the number of processes is all that differs.
 
-Usage: ddp_run.py OUTPUT_DIR EPISODES_PER_PROCESS [DEEPSPEED_CONFIG | terms], under torchrun for several processes, or
-under accelerate launch with DeepSpeed; `terms` adds the optional terms of reward and loss.
+Usage: ddp_run.py OUTPUT_DIR EPISODES_PER_PROCESS [DEEPSPEED_CONFIG | terms | turns | careless] [DEEPSPEED_CONFIG],
+under torchrun for several processes, or under accelerate launch with DeepSpeed; `terms` adds the optional terms of
+reward and loss, `turns` the words of somebody else between two turns of the policy.
 """
 
 import sys
@@ -12,7 +13,7 @@ from datasets import Dataset
 import hfllm
 from hfllm.data.tokenizer import train_tokenizer
 from hfllm.trainers.ppo.config import PPOConfig
-from hfllm.trainers.ppo.trainer import PPOTrainer
+from hfllm.trainers.ppo.trainer import PPOTrainer, RolloutFunc
 
 WORDS = ["Say red.", "What is 1 plus 2?", "The fox", "Tell me where the owl lives, please.", "Go", "A blue hat"]
 
@@ -34,6 +35,30 @@ TERMS = {
 }
 
 
+def ask_twice(prompts, trainer):
+    """A `rollout_func` with two turns of the policy, between which somebody says a few words."""
+    tokenizer = trainer.processing_class
+    asked = tokenizer(list(prompts))["input_ids"]
+    told = [tokenizer("a blue hat, the owl")["input_ids"][: 1 + len(prompt) % 4] for prompt in prompts]
+    first = [ids for ids, _ in trainer.continue_ids(asked, 3)]
+    read = [[*one, *two, *three] for one, two, three in zip(asked, first, told, strict=True)]
+    second = [ids for ids, _ in trainer.continue_ids(read, 3)]
+    each = list(zip(first, told, second, strict=True))
+    return {
+        "prompt_ids": asked,
+        "completion_ids": [[*one, *words, *other] for one, words, other in each],
+        "env_mask": [[*[1] * len(one), *[0] * len(words), *[1] * len(other)] for one, words, other in each],
+    }
+
+
+def careless(prompts, trainer):
+    """The same, but all is taken for the policy's words."""
+    return {**ask_twice(prompts, trainer), "env_mask": None}
+
+
+TURNS = {"turns": ask_twice, "careless": careless}
+
+
 def vowels(completions, **columns):
     return [sum(text.count(letter) for letter in "aeiou") / 10 for text in completions]
 
@@ -47,7 +72,11 @@ def start_deepspeed() -> None:
 
 
 def build(
-    output_dir: str, eval_dataset: Dataset | None = None, ptx_dataset: Dataset | None = None, **arguments
+    output_dir: str,
+    eval_dataset: Dataset | None = None,
+    ptx_dataset: Dataset | None = None,
+    rollout_func: RolloutFunc | None = None,
+    **arguments,
 ) -> PPOTrainer:
     """A tiny trainer; `arguments` are PPOConfig's."""
     tokenizer = train_tokenizer(WORDS * 3, vocab_size=300, model_max_length=128)
@@ -77,16 +106,18 @@ def build(
     return PPOTrainer(
         model=hfllm.HfllmForCausalLM(config),
         reward_funcs=vowels,
-        args=PPOConfig(output_dir=output_dir, **settings, **arguments),
+        args=PPOConfig(output_dir=output_dir, **{**settings, **arguments}),
         train_dataset=Dataset.from_dict({"prompt": WORDS * 4}),
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         ptx_dataset=ptx_dataset,
+        rollout_func=rollout_func,
     )
 
 
-def main(output_dir: str, episodes: int, variant: str | None = None) -> None:
-    deepspeed_config = None if variant == "terms" else variant
+def main(output_dir: str, episodes: int, variant: str | None = None, deepspeed_config: str | None = None) -> None:
+    if variant not in (None, "terms", *TURNS):
+        deepspeed_config = variant
     if deepspeed_config:
         start_deepspeed()
     trainer = build(
@@ -100,6 +131,8 @@ def main(output_dir: str, episodes: int, variant: str | None = None) -> None:
         logging_steps=1,
         generation_kwargs={"top_k": 1},
         deepspeed=deepspeed_config,
+        rollout_func=TURNS.get(variant),
+        **({"response_length": 12} if variant in TURNS else {}),
         ptx_dataset=Dataset.from_dict({"text": WORDS * 4}) if variant == "terms" else None,
         **(TERMS if variant == "terms" else {}),
     )

@@ -61,6 +61,25 @@ def test_two_processes_equal_one_and_save(processes, one, tmp_path):
     assert {"rollout_0.safetensors", "rollout_1.safetensors", "optimizer.pt"} <= files
 
 
+def test_two_processes_equal_one_with_words_of_an_environment(processes, tmp_path):
+    rewards = rewards_in(processes.torchrun(SCRIPT, tmp_path / "one", 8, "turns", processes=1))
+    printed = processes.torchrun(SCRIPT, tmp_path / "two", 4, "turns")
+    assert rewards_in(printed) == pytest.approx(rewards, abs=1e-5)
+    same_weights(tmp_path / "one", tmp_path / "two", *PPO)
+    processes.torchrun(SCRIPT, tmp_path / "careless", 4, "careless")
+    with pytest.raises(AssertionError):
+        same_weights(tmp_path / "one", tmp_path / "careless", *PPO)
+
+
+@pytest.mark.slow
+def test_two_processes_with_zero_equal_one_with_words_of_an_environment(processes, tmp_path):
+    pytest.importorskip("deepspeed")
+    rewards = rewards_in(processes.torchrun(SCRIPT, tmp_path / "one", 8, "turns", processes=1))
+    printed = launch(SCRIPT.name, tmp_path / "two", 4, "turns", ROOT / "ds_configs" / "zero3.json")
+    assert rewards_in(printed) == pytest.approx(rewards, abs=1e-5)
+    same_weights(tmp_path / "one", tmp_path / "two", *PPO)
+
+
 @pytest.fixture(scope="module")
 def pretrained(processes, tmp_path_factory):
     """What a single process pretrains."""

@@ -1,7 +1,8 @@
 """Policy and critic behind one forward pass that avoids computing padding.
 
 Rows are packed to the left without gaps, so a batch is as wide as its longest row, and the head is applied only to
-the response tokens. Shapes: B rows, R response positions, W width of a batch, N response tokens in it,
+the tokens that the policy chose: its actions, which are all response tokens unless an environment wrote some of them.
+Those are read and never predicted. Shapes: B rows, R response positions, W width of a batch, N actions in it,
 V vocabulary.
 """
 
@@ -25,9 +26,9 @@ class Sequences:
 
     Args:
         input_ids: (B, W), padded on the right.
-        rows, columns: (N,), position of the state from which each response token was sampled. Columns count from the
+        rows, columns: (N,), position of the state from which each action was sampled. Columns count from the
             end of the row (they are negative), so tokens that an adapter prepends do not matter.
-        targets: (N,), the response tokens.
+        targets: (N,), the actions.
     """
 
     input_ids: torch.Tensor
@@ -42,8 +43,13 @@ class Sequences:
         prompt_mask: torch.Tensor,
         response_ids: torch.Tensor,
         response_mask: torch.Tensor,
+        action_mask: torch.Tensor | None = None,
     ) -> "Sequences":
-        """Join left-padded prompts and right-padded responses, given their masks."""
+        """Join left-padded prompts and right-padded responses, given their masks.
+
+        Args:
+            action_mask: (B, R), 1 on the actions; by default all response tokens are.
+        """
         ids = torch.cat((prompt_ids, response_ids), dim=1)
         before = prompt_mask.sum(1)
         lengths = before + response_mask.sum(1)
@@ -51,7 +57,7 @@ class Sequences:
         places = torch.arange(width, device=ids.device)
         begins = prompt_ids.shape[1] - before
         sources = (begins.unsqueeze(1) + places).clamp(max=ids.shape[1] - 1)
-        rows, steps = response_mask.nonzero(as_tuple=True)
+        rows, steps = (response_mask if action_mask is None else action_mask).nonzero(as_tuple=True)
         return cls(
             input_ids=ids.gather(1, sources),
             rows=rows,
@@ -118,7 +124,7 @@ def entropy_of(log_probabilities: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def head_on(model: PreTrainedModel, sequences: Sequences) -> Iterator[list[torch.Tensor]]:
-    """Apply the model's head only to the states of the response tokens, which the yielded list collects."""
+    """Apply the model's head only to the states of the actions, which the yielded list collects."""
     states: list[torch.Tensor] = []
 
     def select(module: nn.Module, args: tuple) -> tuple:
@@ -134,7 +140,7 @@ def head_on(model: PreTrainedModel, sequences: Sequences) -> Iterator[list[torch
 
 @contextmanager
 def last_mlp_on(trunk: PreTrainedModel, sequences: Sequences) -> Iterator[None]:
-    """Let the last layer's MLP compute only the states of the response tokens, since nothing reads the others.
+    """Let the last layer's MLP compute only the states of the actions, since nothing reads the others.
 
     For the others its output is zero. Trunks whose result would change, or that recompute layers in the backward pass,
     are left unchanged; each trunk is tried once.
@@ -231,7 +237,7 @@ def _without_flash_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def response_logits(model: PreTrainedModel, sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits (N, V) of the response tokens, and the states (N, E) they are computed from."""
+    """Return the logits (N, V) of the actions, and the states (N, E) they are computed from."""
     with head_on(model, sequences) as states, last_mlp_on(model.get_decoder(), sequences):
         logits = model(input_ids=sequences.input_ids, use_cache=False).logits
     if not states:
@@ -314,17 +320,19 @@ class ActorCritic(nn.Module):
         response_mask: torch.Tensor,
         with_distribution: bool = False,
         detach_trunk: bool = False,
+        action_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return log-probabilities and values, each (B, R) and 0 on padding.
+        """Return log-probabilities and values, each (B, R) and 0 on an environment's tokens and on padding.
 
         The value at position t is that of the state before response token t was sampled.
 
         Args:
-            with_distribution: also return the log-distribution (N, V) at each response token, row by row.
+            with_distribution: also return the log-distribution (N, V) at each action, row by row.
             detach_trunk: stop the value head's gradient at the trunk.
+            action_mask: (B, R), 1 on the tokens that the policy chose; by default all response tokens.
         """
-        sequences = Sequences.join(prompt_ids, prompt_mask, response_ids, response_mask)
-        mask = response_mask > 0
+        sequences = Sequences.join(prompt_ids, prompt_mask, response_ids, response_mask, action_mask)
+        mask = (response_mask if action_mask is None else action_mask) > 0
         logprobs, distribution, states = self._judge(self.policy, sequences, with_distribution)
         values = self._values(sequences, states.detach() if detach_trunk else states)
         return scatter_to_mask(logprobs, mask), scatter_to_mask(values.squeeze(-1).float(), mask), distribution
@@ -337,11 +345,12 @@ class ActorCritic(nn.Module):
         response_ids: torch.Tensor,
         response_mask: torch.Tensor,
         with_distribution: bool = False,
+        action_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return log-probabilities (B, R) and log-distribution of the same responses under the reference model."""
-        sequences = Sequences.join(prompt_ids, prompt_mask, response_ids, response_mask)
+        sequences = Sequences.join(prompt_ids, prompt_mask, response_ids, response_mask, action_mask)
         logprobs, distribution, _ = self._judge(model, sequences, with_distribution)
-        return scatter_to_mask(logprobs, response_mask > 0), distribution
+        return scatter_to_mask(logprobs, (response_mask if action_mask is None else action_mask) > 0), distribution
 
     def estimate_values(
         self,
@@ -349,10 +358,12 @@ class ActorCritic(nn.Module):
         prompt_mask: torch.Tensor,
         response_ids: torch.Tensor,
         response_mask: torch.Tensor,
+        action_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the values (B, R) of a critic that is a separate model, as `forward` does."""
-        sequences = Sequences.join(prompt_ids, prompt_mask, response_ids, response_mask)
-        return scatter_to_mask(self._values(sequences, None).squeeze(-1).float(), response_mask > 0)
+        sequences = Sequences.join(prompt_ids, prompt_mask, response_ids, response_mask, action_mask)
+        mask = (response_mask if action_mask is None else action_mask) > 0
+        return scatter_to_mask(self._values(sequences, None).squeeze(-1).float(), mask)
 
     def _judge(self, model, sequences, with_distribution):
         logits, states = response_logits(model, sequences)

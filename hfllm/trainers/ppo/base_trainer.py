@@ -1,64 +1,43 @@
-"""A `transformers.Trainer` whose model is an `ActorCritic`: its optimizer, forward passes, metrics, checkpoints."""
+"""A `transformers.Trainer` whose model is an `ActorCritic`: its optimizer, forward passes, metrics, evaluation."""
 
-import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, Trainer
-from transformers.trainer_utils import TrainOutput
+from torch.utils.data import DataLoader
+from transformers import GenerationConfig
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hfllm.errors import InputError
-from hfllm.models.devices import most_cached_rows, most_logits, most_tokens, refuse_data_parallel
+from hfllm.models.devices import forked_random, most_cached_rows, most_logits, most_tokens, refuse_data_parallel
 from hfllm.outputs.checkpoints import last_complete_checkpoint
 from hfllm.trainers.interruptions import save_on_sigterm, train_unless_done
-from hfllm.trainers.ppo.actor_critic import ActorCritic, entropy_of, scatter_to_mask
-from hfllm.trainers.ppo.controllers import KLController, RunningMoments
-from hfllm.trainers.ppo.rollout import Rollout, length_groups
+from hfllm.trainers.ppo.actor_critic import entropy_of, scatter_to_mask
+from hfllm.trainers.ppo.checkpoints import ActorCriticCheckpoints
+from hfllm.trainers.ppo.rollout import length_groups, pad_prompts, with_actions
 from hfllm.trainers.ppo.sampling import SampledLogprobs, generate_responses
-from hfllm.trainers.ppo.setup import as_reference, load_weights
+from hfllm.trainers.ppo.setup import as_reference
+from hfllm.trainers.ppo.vllm_sampling import VllmSampler
 from hfllm.trainers.sharding import gather_parameters
 from hfllm.trainers.tables import log_table
 
 # Tokens per pass on a CPU, where larger passes save no time, and logits per pass with a large vocabulary: 16 MB.
 MOST_CPU_TOKENS, LEAST_CPU_TOKENS, MOST_CPU_LOGITS = 768, 256, 2**22
-VALUE_MODEL_FOLDER, REFERENCE_FOLDER = "value_model", "reference"
-VALUE_HEAD_FILE, STATE_FILE = "value_head.safetensors", "ppo_state.json"
 
 
-class ActorCriticTrainer(Trainer):
-    """Base class for trainers of a policy and a critic, without an algorithm.
+class ActorCriticTrainer(ActorCriticCheckpoints):
+    """Base class for trainers of a policy and a critic, without an algorithm."""
 
-    A checkpoint holds policy, critic, a moving reference, the rollout in use, the metrics since the last log and the
-    controllers, besides what Trainer saves: optimizer, schedule, random state.
-    """
-
-    reference: PreTrainedModel | None
-    kl_controller: KLController
-    reward_moments: RunningMoments
     sampling_config: GenerationConfig
-    _rollout: Rollout | None
-    _skipped_from: int | None
-    _synced_at: int
-    _trusted: dict[str, bool]
-
-    @property
-    def actor(self) -> ActorCritic:
-        """Return the trained module, without the engine that wraps it."""
-        return self.accelerator.unwrap_model(self.model)
-
-    @property
-    def policy(self) -> PreTrainedModel:
-        """Return the trained policy."""
-        return self.actor.policy
+    vllm: VllmSampler | None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create Trainer's optimizer, with separate groups for the critic if `value_learning_rate` is given."""
@@ -172,7 +151,7 @@ class ActorCriticTrainer(Trainer):
 
         Recorded values are checked before use, since `generate` does not handle the padding of every model correctly.
         """
-        mask = chunk["response_mask"] > 0
+        mask = chunk["action_mask"] > 0
         if witness is not None:
             logprobs, entropy, values = (
                 part[rows, : mask.shape[1]].masked_fill(~mask, 0.0)
@@ -284,14 +263,40 @@ class ActorCriticTrainer(Trainer):
             raise FloatingPointError(f"{error} at step {step}; the prompts are in {file}") from error
 
     def _responses(
-        self, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, witness: SampledLogprobs | None
+        self,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        witness: SampledLogprobs | None,
+        max_new_tokens: int | None = None,
     ) -> dict[str, torch.Tensor]:
         """Sample by `generate`, as many rows at a time as their keys and values have room for."""
-        length = prompt_ids.shape[1] + self.args.response_length
+        config = self.sampling_config
+        if max_new_tokens is not None:
+            config = copy(config)
+            config.max_new_tokens = max_new_tokens
+        length = prompt_ids.shape[1] + config.max_new_tokens
         most_rows = most_cached_rows(self.policy, length, self.accelerator.device)
-        inputs = (self.policy, prompt_ids, prompt_mask, self.sampling_config, self.processing_class, witness)
+        inputs = (self.policy, prompt_ids, prompt_mask, config, self.processing_class, witness)
         with self._sampling_from(prompt_ids=prompt_ids, prompt_mask=prompt_mask):
             return generate_responses(*inputs, most_rows=most_rows)
+
+    @torch.no_grad()
+    def continue_ids(self, sequences: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[list[int], bool]]:
+        """Sample from the policy what follows each sequence of token ids, with the trainer's sampling settings.
+
+        Under ZeRO-3 every process has to call this equally often.
+
+        Returns:
+            For each the new tokens, with the end token where one was sampled, and whether they came to an end.
+        """
+        if self.vllm is not None:
+            sampled = self.vllm(sequences, self.state.global_step, self.accelerator.device, max_new_tokens)
+        else:
+            ids, mask = pad_prompts(sequences, self.processing_class.pad_token_id, self.accelerator.device)
+            sampled = self._responses(ids, mask, None, max_new_tokens)
+        lengths = sampled["response_mask"].sum(1).tolist()
+        turns = [row[:length] for row, length in zip(sampled["response_ids"].tolist(), lengths, strict=True)]
+        return list(zip(turns, sampled["is_ended"].tolist(), strict=True))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float:
         norm = super()._get_grad_norm(model, grad_norm)
@@ -308,105 +313,35 @@ class ActorCriticTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"not_finite_{self.state.global_step}_{self.args.process_index}.safetensors"
 
-    # ---- saving ----
+    # ---- evaluation ----
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        output = Path(output_dir or self.args.output_dir)
-        actor = self.actor
-        state = state_dict or actor.state_dict()
-
-        def part(prefix: str) -> dict[str, torch.Tensor]:
-            return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-        # Without the adapter that the reference keeps.
-        trained = {"selected_adapters": [self.policy.active_adapter]} if hasattr(self.policy, "peft_config") else {}
-        self.policy.save_pretrained(output, state_dict=part("policy."), **trained)
-        if actor.value_model is not None:
-            actor.value_model.save_pretrained(output / VALUE_MODEL_FOLDER, state_dict=part("value_model."))
-        else:
-            save_file({"weight": part("value_head.")["weight"].contiguous()}, output / VALUE_HEAD_FILE)
-        self.processing_class.save_pretrained(output)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        # Each process writes this part of a checkpoint for itself, so its rollout is saved here.
-        super()._save_rng_state(output_dir)
-        if self._rollout is not None:
-            self._rollout.save(self._rollout_file(output_dir))
-        if self._metrics:
-            # What is logged next covers the steps since the last log.
-            metrics = {name: torch.cat(values).contiguous() for name, values in self._metrics.items()}
-            save_file(metrics, self._metrics_file(output_dir))
-        if self.args.should_save:
-            state = {
-                "kl_controller": asdict(self.kl_controller),
-                "reward_moments": asdict(self.reward_moments),
-                "skipped_from": self._skipped_from,
-                "synced_at": self._synced_at,
-                "trusted": self._trusted,
-            }
-            (Path(output_dir) / STATE_FILE).write_text(json.dumps(state))
-            if self.args.sync_ref_model:
-                self.reference.save_pretrained(Path(output_dir) / REFERENCE_FOLDER)
-        # The file that marks the checkpoint as complete comes last.
-        self.accelerator.wait_for_everyone()
-
-    def _rollout_file(self, folder: str) -> Path:
-        return Path(folder) / f"rollout_{self.args.process_index}.safetensors"
-
-    def _metrics_file(self, folder: str) -> Path:
-        return Path(folder) / f"metrics_{self.args.process_index}.safetensors"
-
-    # ---- resuming ----
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._load_actor(Path(resume_from_checkpoint))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        # Called for every engine, also for engines that load the weights themselves.
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._load_progress(Path(checkpoint))
-
-    def _load_progress(self, folder: Path) -> None:
-        """Load the rollout in use, the controllers and a moving reference."""
-        saved = len(list(folder.glob("rollout_*.safetensors")))
-        if saved and saved != self.args.world_size:
-            raise InputError(f"{folder} was saved by {saved} processes; this run has {self.args.world_size}")
-        if (file := self._rollout_file(str(folder))).is_file():
-            self._rollout = Rollout.load(file, self.accelerator.device)
-        if (file := self._metrics_file(str(folder))).is_file():
-            for name, values in load_file(file, device=str(self.accelerator.device)).items():
-                self._metrics[name] = [values]
-        if (folder / STATE_FILE).is_file():
-            state = json.loads((folder / STATE_FILE).read_text())
-            self.kl_controller.coefficient = state["kl_controller"]["coefficient"]
-            vars(self.reward_moments).update(state["reward_moments"])
-            self._skipped_from, self._synced_at = state["skipped_from"], state["synced_at"]
-            self._trusted = state["trusted"]
-        if self.args.sync_ref_model:
-            load_weights(self.reference, folder / REFERENCE_FOLDER)
-
-    def _load_best_model(self) -> None:
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            super()._load_best_model()
-            return
-        self._load_actor(Path(self.state.best_model_checkpoint))
-
-    def _load_actor(self, folder: Path) -> None:
-        actor = self.actor
-        if hasattr(self.policy, "peft_config"):
-            from peft import set_peft_model_state_dict
-            from peft.utils import load_peft_weights
-
-            active = self.policy.active_adapter
-            # PEFT saves one that its user has named in a folder of that name.
-            weights = load_peft_weights(str(folder if active == "default" else folder / active), device="cpu")
-            set_peft_model_state_dict(self.policy, weights, adapter_name=active)
-        else:
-            load_weights(self.policy, folder)
-        if actor.value_model is not None:
-            load_weights(actor.value_model, folder / VALUE_MODEL_FOLDER)
-        else:
-            actor.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Sample and score the evaluation prompts. Metrics: reward, its parts, KL, entropy, response length."""
+        prefix, count = "eval_", 0
+        # The same random numbers each time, without changing training's random state.
+        with forked_random(self.accelerator.device):
+            torch.manual_seed(self.args.seed + self.args.process_index)
+            for rows in dataloader:
+                batch = with_actions(self.sample(rows))
+                self.score(rows, batch, prefix)
+                tokens = self.evaluate_tokens(batch)
+                self._log_rollout(tokens, batch["action_mask"].to(tokens.logprobs.dtype), prefix)
+                self._keep_completions(f"{metric_key_prefix}_{self.state.global_step:06d}_{count:06d}")
+                for name, parts in self._metrics.items():
+                    if name.startswith(prefix):
+                        # Without the rows that pad the last batch of some processes.
+                        parts[-1] = self.accelerator.gather_for_metrics(parts[-1])
+                count += len(rows)
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        metrics = {
+            name.replace(prefix, f"{metric_key_prefix}_", 1): value
+            for name, value in self._drain_metrics(prefix).items()
+        }
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=count)

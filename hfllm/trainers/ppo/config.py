@@ -11,6 +11,7 @@ from hfllm.trainers.ppo.options import KL_ESTIMATORS, KL_PLACES, VLLM_MODES, PPO
 AT_LEAST_ONE = (
     *("num_ppo_epochs", "num_mini_batches", "local_rollout_forward_batch_size", "response_length", "num_generations"),
     *("length_bucket_size", "max_tokens_per_pass", "ref_model_sync_steps", "kl_horizon"),
+    *("max_tool_calling_iterations", "max_tool_result_length"),
 )
 ABOVE_ZERO = (
     "temperature",
@@ -19,6 +20,7 @@ ABOVE_ZERO = (
     "reward_clip",
     "advantage_clip",
     "value_learning_rate",
+    "tool_timeout",
 )
 NOT_NEGATIVE = (
     "kl_coef",

@@ -1,7 +1,7 @@
 """The formulas of PPO from human feedback, each a pure function of tensors with its source.
 
-Shapes: B responses, T response positions (right-padded). `mask` is 1.0 on real response tokens and 0.0 on padding;
-padded positions never change a result.
+Shapes: B responses, T response positions (right-padded). `mask` is 1.0 on the tokens that the policy chose, and 0.0 on
+those of an environment and on padding, which never change a result.
 
 Sources: [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438. [RLHF] Ziegler
 et al. 2019, arXiv:1909.08593, and Ouyang et al. 2022, arXiv:2203.02155. [KL] Schulman 2020, "Approximating KL
@@ -35,7 +35,7 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: s
 
 
 def last_token_index(mask: torch.Tensor) -> torch.Tensor:
-    """Return the index (B,) of each row's last real token; 0 for a row without any."""
+    """Return the index (B,) of each row's last chosen token; 0 for a row without any."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     return (positions * (mask > 0)).amax(dim=1)
 
@@ -52,7 +52,7 @@ def token_rewards(
     kl_coef: float,
     token_scores: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return token rewards (B, T): `-kl_coef * kl`, and the score on the last real token ([RLHF] equation 2).
+    """Return token rewards (B, T): `-kl_coef * kl`, and the score on the last chosen token ([RLHF] equation 2).
 
     Args:
         scores: (B,), one per response.
@@ -71,9 +71,20 @@ def generalized_advantages(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return advantages and returns, each (B, T): A_t = sum_k (gamma * lam)^k delta_{t+k} ([GAE] equation 16).
 
-    delta_t = r_t + gamma V_{t+1} - V_t, with V = 0 after the last real token; returns are A + V. The sum is one
-    product with a triangular matrix of discounts instead of a loop over positions.
+    delta_t = r_t + gamma V_{t+1} - V_t, with V = 0 after the last chosen token; returns are A + V. Time counts chosen
+    tokens: what an environment wrote between two of them is cut out, so t + 1 is the next one. The sum is one product
+    with a triangular matrix of discounts instead of a loop over positions.
     """
+    # The chosen tokens first, in their order: without an environment they are where they were.
+    order = (mask > 0).long().argsort(dim=1, descending=True, stable=True)
+    rewards, values, chosen = (tensor.gather(1, order) for tensor in (rewards, values, mask))
+    advantages, returns = _advantages_without_gaps(rewards, values, chosen, gamma, lam)
+    return torch.zeros_like(values).scatter(1, order, advantages), torch.zeros_like(values).scatter(1, order, returns)
+
+
+def _advantages_without_gaps(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     length = mask.shape[1]
     values = values * mask
     next_values = torch.cat((values[:, 1:], torch.zeros_like(values[:, :1])), dim=1)
@@ -93,7 +104,7 @@ def masked_whiten(
     shift_mean: bool = True,
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda total: total,
 ) -> torch.Tensor:
-    """Scale `values` to unit variance, and zero mean if `shift_mean`, over the real tokens of the *global* batch.
+    """Scale `values` to unit variance, and zero mean if `shift_mean`, over the chosen tokens of the *global* batch.
 
     Args:
         reduce: sums a tensor over processes; the identity for one process.
@@ -113,7 +124,7 @@ def policy_loss(
     cliprange: float,
     dual_clip: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the clipped surrogate, negated and *summed* over real tokens, and the number clipped ([PPO] equation 7).
+    """Return the clipped surrogate, negated and *summed* over chosen tokens, and the number clipped ([PPO], eq. 7).
 
     The caller divides both by the tokens of the whole mini-batch, so the split into micro-batches does not matter.
 
@@ -148,7 +159,7 @@ def value_loss(
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return 1 - Var(returns - values) / Var(returns) over real tokens: 1 for a perfect critic, 0 for a constant."""
+    """Return 1 - Var(returns - values) / Var(returns) over chosen tokens: 1 for a perfect critic, 0 for a constant."""
     real = mask > 0
     if real.sum() < 2:
         return torch.zeros((), device=values.device)

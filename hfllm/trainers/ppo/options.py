@@ -44,7 +44,7 @@ class RolloutOptions:
 class SamplingOptions:
     """Sampling."""
 
-    response_length: int = option(53, "Longest response to sample, in tokens.")
+    response_length: int = option(53, "Longest response to sample, in tokens, with the results of tools.")
     temperature: float = option(1.0, "Sampling temperature.")
     generation_kwargs: dict[str, Any] | str | None = option(
         None, "More arguments for `GenerationConfig`, such as top_k, top_p or stop_strings."
@@ -52,6 +52,17 @@ class SamplingOptions:
     log_completions: bool = option(
         False, "Keep prompts, completions and rewards as parquet, one file per rollout and process."
     )
+
+
+@dataclass
+class ToolOptions:
+    """Tools that the policy may call, which are the trainer's argument `tools`."""
+
+    max_tool_calling_iterations: int | None = option(
+        None, "Turns with calls of tools that are answered; by default as many as the response has room for."
+    )
+    tool_timeout: float = option(10.0, "Seconds after which a call of a tool is given up.")
+    max_tool_result_length: int = option(1000, "Characters beyond which the result of a tool is cut.")
 
 
 @dataclass
@@ -135,5 +146,7 @@ class VllmOptions:
 
 
 @dataclass
-class PPOOptions(RolloutOptions, SamplingOptions, RewardOptions, ReferenceOptions, LossOptions, VllmOptions):
+class PPOOptions(
+    RolloutOptions, SamplingOptions, ToolOptions, RewardOptions, ReferenceOptions, LossOptions, VllmOptions
+):
     """All PPO options."""

@@ -68,8 +68,12 @@ def check_prompts(
     tokenizer: "PreTrainedTokenizerBase",
     response_length: int,
     context: int | None,
+    tools: Sequence[dict[str, Any]] | None = None,
 ) -> None:
     """Refuse a dataset that is empty, has no `prompt`, or has one that leaves no room for a response.
+
+    Args:
+        tools: schemas of the trainer's tools, which are part of each prompt.
 
     Raises:
         InputError: naming the row and the number of tokens.
@@ -80,7 +84,11 @@ def check_prompts(
         raise InputError(f"the prompt dataset has no column 'prompt'; it has: {', '.join(dataset[0])}")
     if len({isinstance(row["prompt"], str) for row in dataset}) > 1:
         raise InputError("the prompt dataset mixes text prompts and lists of messages: use one format")
-    for place, why in unfit_prompts(dataset, tokenizer, response_length, context):
+    if tools is not None and isinstance(dataset[0]["prompt"], str):
+        raise InputError("tools: the dataset's prompts are text; a policy with tools reads lists of messages")
+    if tools is not None and any(row.get("tools") for row in dataset):
+        raise InputError("tools: the dataset has a column 'tools' of its own; leave one of them out")
+    for place, why in unfit_prompts(dataset, tokenizer, response_length, context, tools):
         origin = origin_of(dataset[place], "")
         raise InputError(f"{f'{origin}: the prompt' if origin else f'prompt {place} of the dataset'} {why}")
 
@@ -90,6 +98,7 @@ def unfit_prompts(
     tokenizer: "PreTrainedTokenizerBase",
     response_length: int,
     context: int | None,
+    tools: Sequence[dict[str, Any]] | None = None,
 ) -> Iterator[tuple[int, str]]:
     """Yield the place of each prompt without tokens or without room for a response, and what it is or has.
 
@@ -99,7 +108,7 @@ def unfit_prompts(
     limit = None if context is None else context - response_length
     for start in range(0, len(dataset), 1000):
         rows = [dataset[place] for place in range(start, min(start + 1000, len(dataset)))]
-        for place, ids in enumerate(_tokens_of(rows, tokenizer, start), start):
+        for place, ids in enumerate(_tokens_of(rows, tokenizer, start, tools), start):
             if not ids:
                 yield place, EMPTY
             elif limit is not None and len(ids) > limit:
@@ -110,20 +119,29 @@ def unfit_prompts(
                 )
 
 
-def tokenize_rows(rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """Return the token ids of each row's `prompt`, a conversation with the row's `tools` if it has any."""
-    return tokenize_prompts([row["prompt"] for row in rows], tokenizer, [row.get("tools") for row in rows])
+def tokenize_rows(
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    tools: Sequence[dict[str, Any]] | None = None,
+) -> list[list[int]]:
+    """Return the token ids of each row's `prompt`, a conversation with these or the row's `tools` if it has any."""
+    return tokenize_prompts([row["prompt"] for row in rows], tokenizer, [tools or row.get("tools") for row in rows])
 
 
-def _tokens_of(rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", first: int) -> list[list[int]]:
+def _tokens_of(
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    first: int,
+    tools: Sequence[dict[str, Any]] | None,
+) -> list[list[int]]:
     """Return the tokens of the rows' prompts; `first` is the place of the first row in its dataset."""
     refusals = template_errors()
     try:
-        return tokenize_rows(rows, tokenizer)
+        return tokenize_rows(rows, tokenizer, tools)
     except refusals:
         for place, row in enumerate(rows, first):
             try:
-                tokenize_rows([row], tokenizer)
+                tokenize_rows([row], tokenizer, tools)
             except refusals as error:
                 origin, reason = origin_of(row, f"prompt {place} of the dataset"), " ".join(str(error).split())[:200]
                 raise InputError(f"{origin}: the chat template cannot write this prompt: {reason}") from None

@@ -1,32 +1,38 @@
 """Rollouts, which PPO learns from: sampled responses and what was computed about them at that time.
 
-Shapes: N episodes, P prompt positions (left-padded), R response positions (right-padded).
+A response holds what the policy chose, its actions, and what an environment wrote between them, such as the results of
+tools. Shapes: N episodes, P prompt positions (left-padded), R response positions (right-padded).
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
 @dataclass
 class Rollout:
-    """Episodes of one process. All masks are 1 on real tokens; every (N, R) tensor is 0 where padded.
+    """Episodes of one process. Prompt and response masks are 1 on real tokens.
+
+    What is computed about tokens, each (N, R), is 0 where the policy chose none.
 
     Args:
         prompt_ids, prompt_mask: (N, P).
         response_ids, response_mask: (N, R); the end token, where sampled, is the last real token.
-        logprobs, ref_logprobs: (N, R), of the sampled tokens under the policy that sampled them and the reference.
+        action_mask: (N, R), 1 on the tokens that the policy chose.
+        logprobs, ref_logprobs: (N, R), of the actions under the policy that sampled them and the reference.
         values, advantages, returns: (N, R).
         order: (epochs, N), the shuffled order of the episodes in each PPO epoch.
-        mini_batch_tokens: (epochs, mini-batches), real response tokens of each mini-batch over *all* processes.
+        mini_batch_tokens: (epochs, mini-batches), actions of each mini-batch over *all* processes.
     """
 
     prompt_ids: torch.Tensor
     prompt_mask: torch.Tensor
     response_ids: torch.Tensor
     response_mask: torch.Tensor
+    action_mask: torch.Tensor
     logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
     values: torch.Tensor
@@ -36,7 +42,7 @@ class Rollout:
     mini_batch_tokens: torch.Tensor
 
     PER_EPISODE = (
-        *("prompt_ids", "prompt_mask", "response_ids", "response_mask"),
+        *("prompt_ids", "prompt_mask", "response_ids", "response_mask", "action_mask"),
         *("logprobs", "ref_logprobs", "values", "advantages", "returns"),
     )
 
@@ -59,14 +65,18 @@ class Rollout:
         """Write the rollout as safetensors."""
         from safetensors.torch import save_file
 
-        save_file({field.name: getattr(self, field.name).contiguous() for field in fields(self)}, path)
+        # Copies, since the masks are one tensor where all tokens are the policy's.
+        save_file({field.name: getattr(self, field.name).contiguous().clone() for field in fields(self)}, path)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device) -> "Rollout":
         """Read what `save` wrote."""
         from safetensors.torch import load_file
 
-        return cls(**{name: tensor.to(device) for name, tensor in load_file(path).items()})
+        saved = {name: tensor.to(device) for name, tensor in load_file(path).items()}
+        # Rollouts once had no environment.
+        saved.setdefault("action_mask", saved["response_mask"])
+        return cls(**saved)
 
 
 def trim(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -84,6 +94,11 @@ def trim(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         )
 
     return {name: cut(name, tensor) for name, tensor in batch.items()}
+
+
+def with_actions(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a sampled batch with its `action_mask`: without one, the policy chose the whole response."""
+    return batch if "action_mask" in batch else {**batch, "action_mask": batch["response_mask"]}
 
 
 def pad_prompts(
@@ -113,13 +128,14 @@ def length_groups(
         bucket: rows of a group differ in length by fewer tokens than this; `None` allows any length.
         most_tokens: limit per group, padding included, unless a single row has more.
         most_rows: limit per group.
-        most_responses: limit of the response tokens per group, whose logits are made, unless a single row has more.
+        most_responses: limit of the actions per group, whose logits are made, unless a single row has more.
     """
     lengths = batch["prompt_mask"].sum(1) + batch["response_mask"].sum(1)
     by_length = lengths.argsort(descending=True, stable=True)
     ordered = lengths[by_length].tolist()
-    # Response tokens up to each row, without that row's.
-    seen = [0, *(batch["response_mask"].sum(1)[by_length].cumsum(0).tolist() if most_responses is not None else [])]
+    # Actions up to each row, without that row's.
+    actions = batch.get("action_mask", batch["response_mask"])
+    seen = [0, *(actions.sum(1)[by_length].cumsum(0).tolist() if most_responses is not None else [])]
     start = 0
     while start < len(ordered):
         end = start + 1

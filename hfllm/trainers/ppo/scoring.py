@@ -8,9 +8,10 @@ import torch
 
 from hfllm.data.formats import as_completion
 from hfllm.errors import InputError
-from hfllm.rewards.functions import checked_rewards, completion_text, reward_columns, reward_name
+from hfllm.rewards.functions import checked_rewards, reward_columns, reward_name, transcript
 from hfllm.trainers.ppo.config import PPOConfig
 from hfllm.trainers.ppo.controllers import RunningMoments
+from hfllm.trainers.ppo.rollout import with_actions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,20 +60,27 @@ class Scorer:
         self.names = unique_names([reward_name(reward) for reward in rewards])
         self.moments = RunningMoments()
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]], batch: Mapping[str, torch.Tensor]) -> Scores:
-        """Score the responses of `batch` to the prompts of `rows`."""
+    def __call__(self, rows: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> Scores:
+        """Score the responses of `batch` to the prompts of `rows`.
+
+        A batch of episodes may bring its `completions`, and more `columns` for the functions.
+        """
+        batch = with_actions(batch)
         lengths = batch["response_mask"].sum(1).tolist()
         ids = [row[:length] for row, length in zip(batch["response_ids"].tolist(), lengths, strict=True)]
         prompts = [row["prompt"] for row in rows]
-        texts = self.tokenizer.batch_decode(batch["response_ids"], skip_special_tokens=True)
-        completions = [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-        columns = {**reward_columns(rows), "completion_ids": ids}
+        completions = batch.get("completions")
+        if completions is None:
+            texts = self.tokenizer.batch_decode(batch["response_ids"], skip_special_tokens=True)
+            completions = [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        columns = {**reward_columns(rows), **batch.get("columns", {}), "completion_ids": ids}
         device = batch["response_ids"].device
         total, per_token, parts = torch.zeros(len(rows), device=device), None, {}
         for name, reward, weight in zip(self.names, self.rewards, self.weights, strict=True):
             values = checked_rewards(reward, prompts, completions, **columns)
             if isinstance(values[0], list):
-                spread_out = _per_token(values, batch["response_mask"], name)
+                # What an environment wrote earns nothing.
+                spread_out = _per_token(values, batch["response_mask"], name) * batch["action_mask"]
                 per_token = spread_out * weight + (0 if per_token is None else per_token)
                 parts[name] = spread_out.sum(1)
             else:
@@ -86,7 +94,7 @@ class Scorer:
             )
         scores = Scores(total, per_token, parts, [])
         table = [
-            {"prompt": prompt, "completion": completion_text(completion)}
+            {"prompt": prompt, "completion": transcript(completion)}
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         for name, values in {**parts, "reward": scores.reward}.items():

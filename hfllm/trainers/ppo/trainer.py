@@ -9,6 +9,7 @@ A rollout is collected when its first micro-batch is requested; the dataloader r
 micro-batch, so Trainer's own counting of steps, epochs and skipped batches stays correct.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,19 +18,14 @@ import torch
 from accelerate.utils import set_seed as seed_process
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    set_seed,
-)
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
+from hfllm.environments.tool_environment import ToolEnvironment
+from hfllm.environments.tools import Tool
 from hfllm.errors import InputError
-from hfllm.models.devices import forked_random
 from hfllm.models.loading import saved_tokenizer
 from hfllm.trainers.dropout import disable_dropout
-from hfllm.trainers.ppo import formulas
+from hfllm.trainers.ppo import episodes, formulas
 from hfllm.trainers.ppo.actor_critic import ActorCritic, entropy_of, scatter_to_mask
 from hfllm.trainers.ppo.base_trainer import ActorCriticTrainer
 from hfllm.trainers.ppo.config import PPOConfig
@@ -37,7 +33,7 @@ from hfllm.trainers.ppo.controllers import KLController, RunningMoments
 from hfllm.trainers.ppo.default_rates import with_default_rates
 from hfllm.trainers.ppo.prompts import check_prompts, rollout_loader, tokenize_rows
 from hfllm.trainers.ppo.ptx import PretrainingBatches
-from hfllm.trainers.ppo.rollout import Rollout, pad_prompts
+from hfllm.trainers.ppo.rollout import Rollout, pad_prompts, with_actions
 from hfllm.trainers.ppo.scoring import Scorer, Scores
 from hfllm.trainers.ppo.setup import (
     RewardFunc,
@@ -62,11 +58,12 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftConfig
 
-MODEL_INPUTS = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
+MODEL_INPUTS = ("prompt_ids", "prompt_mask", "response_ids", "response_mask", "action_mask")
+RolloutFunc = Callable[[list, "PPOTrainer"], dict[str, Any]]
 
 
 class Tokens(NamedTuple):
-    """Outputs of the models at the response tokens, each (B, R) and 0 on padding."""
+    """Outputs of the models at the actions, each (B, R) and 0 elsewhere."""
 
     logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
@@ -94,6 +91,10 @@ class PPOTrainer(ActorCriticTrainer):
         peft_config: train an adapter of this kind; the reference is then the policy without its adapter.
         ptx_dataset: rows with `text`, whose language-modeling loss is weighted by `args.ptx_coef` (Ouyang et al. 2022,
             equation 2).
+        tools: functions that the policy may call, with annotated arguments and a docstring in Google's style; prompts
+            are lists of messages then, and completions too, with the calls and what the tools said.
+        rollout_func: a function `(prompts, trainer) -> dict` that samples in place of the trainer, see
+            `episodes.from_rollout_func`; it may put tokens of an environment between the policy's.
 
     Raises:
         InputError: for a tokenizer without padding or end token, an unusable dataset or a bad reward.
@@ -117,6 +118,8 @@ class PPOTrainer(ActorCriticTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: "PeftConfig | None" = None,
         ptx_dataset: "Dataset | None" = None,
+        tools: list[Tool] | None = None,
+        rollout_func: RolloutFunc | None = None,
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args or PPOConfig(f"{Path(name).name or 'policy'}-PPO")
@@ -137,10 +140,11 @@ class PPOTrainer(ActorCriticTrainer):
         rewards = build_rewards(reward_funcs, reward_processing_classes, load_kwargs, tokenizer, args)
         check_value_model(value_model, policy, reward_models(rewards))
         self.scorer = Scorer(rewards, reward_weights(args.reward_weights, len(rewards)), tokenizer, args)
-        context = shortest_context(policy, value_model)
+        self.context, self.rollout_func = shortest_context(policy, value_model), rollout_func
+        self.environment = self._environment(tools, tokenizer, args) if tools else None
         for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
             if dataset is not None:
-                check_prompts(dataset, tokenizer, args.response_length, context)
+                check_prompts(dataset, tokenizer, args.response_length, self.context, self._schemas)
         self.ptx = PretrainingBatches.build(ptx_dataset, tokenizer, shortest_context(policy), args)
         if optimizers[0] is None:
             args = with_default_rates(args, policy, value_model)
@@ -163,9 +167,21 @@ class PPOTrainer(ActorCriticTrainer):
         self.sampling_config = sampling_config(args, tokenizer, self.eos_token_ids, never_sampled)
         parts = (self.policy, self.accelerator, tokenizer, self.sampling_config, args.local_rollout_batch_size)
         self.vllm = VllmSampler(args, *parts) if args.use_vllm else None
+        if tools:
+            episodes.check_engine(self)
         self.kl_controller = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         self.completions: list[dict[str, Any]] = []
         self._begin()
+
+    def _environment(self, tools: list[Tool], tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> ToolEnvironment:
+        if self.rollout_func is not None:
+            raise InputError("tools and rollout_func: give one of them, which says how episodes go")
+        limits = (args.max_tool_calling_iterations, args.tool_timeout, args.max_tool_result_length)
+        return ToolEnvironment(tools, tokenizer, self.eos_token_ids, *limits)
+
+    @property
+    def _schemas(self) -> list[dict[str, Any]] | None:
+        return None if self.environment is None else self.environment.tools.schemas
 
     @property
     def reward_moments(self) -> RunningMoments:
@@ -192,10 +208,10 @@ class PPOTrainer(ActorCriticTrainer):
     @torch.no_grad()
     def collect_rollout(self, rows: list[dict[str, Any]]) -> Rollout:
         """Sample a response to each row's prompt, score it, and estimate the advantage of each of its tokens."""
-        batch = self.sample(rows)
+        batch = with_actions(self.sample(rows))
         scores = self.score(rows, batch)
         tokens = self.evaluate_tokens(batch)
-        mask = batch["response_mask"].to(tokens.logprobs.dtype)
+        mask = batch["action_mask"].to(tokens.logprobs.dtype)
         rewards = formulas.token_rewards(
             self.scorer.rescale(scores.total, self._sum_over_processes),
             tokens.kl,
@@ -217,8 +233,7 @@ class PPOTrainer(ActorCriticTrainer):
         self._metrics["explained_variance"].append(formulas.explained_variance(tokens.values, returns, mask).view(1))
         self._keep_completions(f"{self.state.global_step:06d}")
         self._steer_kl(tokens.kl.sum(1))
-        episodes = len(rows)
-        order = torch.stack([torch.randperm(episodes) for _ in range(self.args.num_ppo_epochs)]).to(mask.device)
+        order = torch.stack([torch.randperm(len(rows)) for _ in range(self.args.num_ppo_epochs)]).to(mask.device)
         lengths = mask.sum(1)[order].view(self.args.num_ppo_epochs, self.args.num_mini_batches, -1).sum(-1)
         return Rollout(
             **{name: batch[name] for name in MODEL_INPUTS},
@@ -232,8 +247,19 @@ class PPOTrainer(ActorCriticTrainer):
         )
 
     def sample(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Sample a response to each row's prompt. Return prompts and responses with their masks, and `is_ended`."""
-        prompts = tokenize_rows(rows, self.processing_class)
+        """Sample a response to each row's prompt. Return prompts and responses with their masks, and `is_ended`.
+
+        Where an environment wrote some of the tokens, `action_mask` says which the policy chose.
+        """
+        if self.rollout_func is not None:
+            was_training = self.policy.training
+            self.policy.eval()
+            output = self.rollout_func([row["prompt"] for row in rows], self)
+            self.policy.train(was_training)
+            return episodes.from_rollout_func(output, rows, self)
+        prompts = tokenize_rows(rows, self.processing_class, self._schemas)
+        if self.environment is not None:
+            return episodes.act(prompts, self.environment, self)
         prompt_ids, prompt_mask = pad_prompts(prompts, self.processing_class.pad_token_id, self.accelerator.device)
         witness = self._witness(len(rows))
         if self.vllm is not None:
@@ -249,6 +275,8 @@ class PPOTrainer(ActorCriticTrainer):
             self._metrics[f"{prefix}rewards/{name}"].append(values)
         self._metrics[f"{prefix}reward"].append(scores.reward)
         self._metrics[f"{prefix}unfinished"].append(1.0 - batch["is_ended"].float())
+        for name, values in batch.get("metrics", {}).items():
+            self._metrics[f"{prefix}{name}"].append(values)
         self.completions = scores.completions
         return scores
 
@@ -258,10 +286,11 @@ class PPOTrainer(ActorCriticTrainer):
         actor, args = self.actor, self.args
         was_training = actor.training
         actor.eval()
+        batch = with_actions(batch)
         inputs, witness = {name: batch[name] for name in MODEL_INPUTS}, self._believed(batch)
         results = [torch.zeros(batch["response_mask"].shape, device=self.accelerator.device) for _ in Tokens._fields]
         for rows, chunk in self._passes(inputs, args.local_rollout_forward_batch_size):
-            mask = chunk["response_mask"] > 0
+            mask = chunk["action_mask"] > 0
             with self.accelerator.autocast():
                 logprobs, entropy, values, distribution = self._own_view(chunk, rows, witness)
                 ref_logprobs = logprobs
@@ -328,7 +357,7 @@ class PPOTrainer(ActorCriticTrainer):
         Sums over the group are divided by the mini-batch's tokens on *all* processes, and multiplied by the number of
         processes because DDP averages gradients: the gradient is that of one large batch.
         """
-        args, mask = self.args, inputs["response_mask"].to(torch.float32)
+        args, mask = self.args, inputs["action_mask"].to(torch.float32)
         is_warmup = self.state.global_step < args.critic_warmup_steps
         is_full = args.kl_penalty == "loss" and args.kl_estimator == "full"
         chunk = {name: inputs[name] for name in MODEL_INPUTS}
@@ -347,7 +376,8 @@ class PPOTrainer(ActorCriticTrainer):
                 with self.accelerator.autocast():
                     kl = formulas.full_kl(distribution, self._reference(chunk, True)[1])
             else:
-                kl = formulas.kl_estimate(logprobs, inputs["ref_logprobs"], args.kl_estimator) * mask
+                # Masked first, since k3 may overflow elsewhere.
+                kl = formulas.kl_estimate(logprobs, inputs["ref_logprobs"] * mask, args.kl_estimator) * mask
             loss = loss + self.kl_controller.coefficient * kl.sum()
         if args.entropy_coef:
             loss = loss - args.entropy_coef * entropy_of(distribution).sum()
@@ -398,7 +428,7 @@ class PPOTrainer(ActorCriticTrainer):
             self._metrics[name].append(total.view(1))
         self._sums = {}
 
-    # ---- logging and evaluation ----
+    # ---- logging ----
 
     def _log_rollout(self, tokens: Tokens, mask: torch.Tensor, prefix: str = "") -> None:
         if self.has_reference:
@@ -415,34 +445,3 @@ class PPOTrainer(ActorCriticTrainer):
             logs = {**logs, **self._drain_metrics("")}
             logs["episode"] = self.episodes
         super().log(logs, start_time)
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Sample and score the evaluation prompts. Metrics: reward, its parts, KL, entropy, response length."""
-        prefix, count = "eval_", 0
-        # The same random numbers each time, without changing training's random state.
-        with forked_random(self.accelerator.device):
-            torch.manual_seed(self.args.seed + self.args.process_index)
-            for rows in dataloader:
-                batch = self.sample(rows)
-                self.score(rows, batch, prefix)
-                tokens = self.evaluate_tokens(batch)
-                self._log_rollout(tokens, batch["response_mask"].to(tokens.logprobs.dtype), prefix)
-                self._keep_completions(f"{metric_key_prefix}_{self.state.global_step:06d}_{count:06d}")
-                for name, parts in self._metrics.items():
-                    if name.startswith(prefix):
-                        # Without the rows that pad the last batch of some processes.
-                        parts[-1] = self.accelerator.gather_for_metrics(parts[-1])
-                count += len(rows)
-                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        metrics = {
-            name.replace(prefix, f"{metric_key_prefix}_", 1): value
-            for name, value in self._drain_metrics(prefix).items()
-        }
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=count)

@@ -95,12 +95,16 @@ class VllmSampler:
         )
         self._synced_at: int | None = None
 
-    def __call__(self, prompts: Sequence[Sequence[int]], step: int, device: torch.device) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], step: int, device: torch.device, longest: int | None = None
+    ) -> dict[str, torch.Tensor]:
         """Sample one response per prompt.
 
         Args:
             prompts: token ids.
             step: the policy's optimizer step; its weights are sent when the step has changed.
+            longest: the most tokens of a response, at most the engine's, which is the default; what the engine samples
+                beyond is cut off.
 
         Returns:
             The same as `generate_responses`.
@@ -111,14 +115,16 @@ class VllmSampler:
         _, completions, *_ = self.engine.generate(
             prompts=[list(ids) for ids in prompts], images=None, num_generations=1
         )
-        completions = [list(ids)[: self.longest] for ids in completions]
+        longest = min(longest or self.longest, self.longest)
+        completions = [list(ids)[:longest] for ids in completions]
         width = max(map(len, completions), default=0) or 1
         response_ids = torch.full((len(prompts), width), self.config.pad_token_id, device=device)
         response_mask = torch.zeros_like(response_ids)
         for row, ids in enumerate(completions):
             response_ids[row, : len(ids)] = torch.tensor(ids, device=device)
             response_mask[row, : len(ids)] = 1
-        ended = [self._is_ended(*pair) for pair in zip(completions, map(self._room, prompts), strict=True)]
+        rooms = [min(self._room(prompt), longest) for prompt in prompts]
+        ended = [self._is_ended(*pair) for pair in zip(completions, rooms, strict=True)]
         is_ended = torch.tensor(ended, device=device)
         return {"response_ids": response_ids, "response_mask": response_mask, "is_ended": is_ended}
 

@@ -1,0 +1,55 @@
+"""Tools as the environment of a policy: it calls them, reads what they return, and answers."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hfllm.environments.episodes import Episode
+from hfllm.environments.tool_turns import ToolTurns
+from hfllm.environments.tools import Tool, ToolBox
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class ToolEnvironment:
+    """Environment that answers calls of tools; a turn without calls ends the episode.
+
+    Args:
+        tools, timeout, max_length: see `ToolBox`.
+        tokenizer, end_token_ids: see `ToolTurns`.
+        max_iterations: turns with calls that are answered; the call after them ends the episode. `None` for any
+            number, as far as the response has room.
+
+    Raises:
+        InputError: for tools without schemas, or a tokenizer that cannot write or read calls.
+    """
+
+    def __init__(
+        self,
+        tools: Sequence[Tool],
+        tokenizer: "PreTrainedTokenizerBase",
+        end_token_ids: Sequence[int],
+        max_iterations: int | None = None,
+        timeout: float = 10.0,
+        max_length: int = 1000,
+    ):
+        self.tools = ToolBox(tools, timeout, max_length)
+        self.turns = ToolTurns(tokenizer, self.tools.schemas, end_token_ids)
+        self.max_iterations = max_iterations
+
+    def reply(self, episode: Episode, turn_ids: Sequence[int], is_ended: bool, room: int) -> list[int] | None:
+        """Call the tools that a turn asks for, and return the tokens of what they say."""
+        message = self.turns.parse(turn_ids)
+        answered = sum("tool_calls" in earlier for earlier in episode.messages)
+        episode.messages.append(message)
+        calls = message.get("tool_calls")
+        if not calls or not is_ended or (self.max_iterations is not None and answered >= self.max_iterations):
+            return None
+        results = [self.tools.call(call) for call in calls]
+        episode.calls += len(results)
+        episode.failures += sum(has_failed for _, has_failed in results)
+        messages = [result for result, _ in results]
+        ids = self.turns.reply_ids(messages)
+        if len(ids) <= room:
+            episode.messages += messages
+        return ids

@@ -1,0 +1,131 @@
+"""Call tools that a policy asks for: whatever they do, a message that the policy can read comes back."""
+
+import asyncio
+import inspect
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hfllm.data.messages import Message
+from hfllm.errors import InputError
+
+Tool = Callable[..., Any]
+
+
+class ToolBox:
+    """Python functions as tools, with TRL's rules: annotated arguments, and a docstring in Google's style.
+
+    Coroutine functions are tools too. A tool runs in a thread of this process, with all that the process may do.
+
+    Args:
+        tools: the functions; a tool's name is the function's.
+        timeout: seconds after which a call is given up; its thread may still run.
+        max_length: characters beyond which a result is cut.
+
+    Raises:
+        InputError: for a tool that has no JSON schema, or two of one name.
+    """
+
+    def __init__(self, tools: Sequence[Tool], timeout: float = 10.0, max_length: int = 1000):
+        from transformers.utils import get_json_schema
+
+        self.tools: dict[str, Tool] = {}
+        self.schemas: list[dict[str, Any]] = []
+        self.timeout, self.max_length = timeout, max_length
+        for tool in tools:
+            name = getattr(tool, "__name__", None)
+            if not callable(tool) or name is None:
+                raise InputError(f"tools: {tool!r} is no function")
+            if name in self.tools:
+                raise InputError(f"tools: two are named {name!r}")
+            try:
+                self.schemas.append(get_json_schema(tool))
+            # Of missing annotations or descriptions, each with an error of its own.
+            except Exception as error:
+                reason = " ".join(str(error).split())[:200]
+                raise InputError(f"tools: {name!r} has no schema: {reason}") from error
+            self.tools[name] = tool
+
+    def call(self, call: Mapping[str, Any]) -> tuple[Message, bool]:
+        """Return the tool's message for a call, and whether the call failed; a failure is `{'error': ...}`.
+
+        Args:
+            call: of an assistant's message, `{"type": "function", "function": {"name": ..., "arguments": ...}}`.
+        """
+        function = call.get("function", call)
+        name = str(function.get("name"))
+        try:
+            content, has_failed = self._run(name, _arguments(function)), False
+        except _Refused as error:
+            content, has_failed = str({"error": str(error)}), True
+        return {"role": "tool", "name": name, "content": self._cut(content)}, has_failed
+
+    def _run(self, name: str, arguments: dict[str, Any]) -> str:
+        tool = self.tools.get(name)
+        if tool is None:
+            raise _Refused(f"Tool {name} not found. There are: {', '.join(self.tools)}.")
+        try:
+            inspect.signature(tool).bind(**arguments)
+        except TypeError as error:
+            raise _Refused(f"wrong arguments for {name}: {error}") from None
+        results: list[str] = []
+        errors: list[str] = []
+
+        def work() -> None:
+            try:
+                result = tool(**arguments)
+                if inspect.iscoroutine(result):
+                    result = asyncio.run(result)
+                results.append(as_text(result))
+            # A tool may also leave by sys.exit.
+            except BaseException as error:
+                errors.append(_told(error))
+
+        thread = threading.Thread(target=work, name=f"tool-{name}"[:40], daemon=True)
+        thread.start()
+        thread.join(self.timeout)
+        if results:
+            return results[0]
+        raise _Refused(errors[0] if errors else f"{name} did not answer within {self.timeout:g} seconds")
+
+    def _cut(self, content: str) -> str:
+        length = len(content)
+        kept = (
+            content if length <= self.max_length else f"{content[: self.max_length]}... (cut, of {length} characters)"
+        )
+        # Half of a character cannot be tokenized.
+        return kept.encode("utf-8", "replace").decode("utf-8")
+
+
+class _Refused(Exception):
+    """What is told to the policy in place of a result."""
+
+
+def as_text(result: object) -> str:
+    """Return a tool's result as text: bytes as UTF-8, anything else as `str` gives it."""
+    if isinstance(result, bytes | bytearray):
+        return result.decode("utf-8", "replace")
+    return str(result)
+
+
+def _told(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
+
+
+def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call's arguments, which may be JSON text."""
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            raise _Refused(f"the arguments are no JSON: {arguments[:80]}") from None
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, dict):
+        raise _Refused(f"the arguments must be an object of names and values, got {str(arguments)[:80]}")
+    return arguments

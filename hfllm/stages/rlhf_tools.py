@@ -1,0 +1,45 @@
+"""Tools for alignment by PPO: the functions that `--tools` names, checked before anything is trained."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hfllm.errors import refuse
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
+    from hfllm.environments.tools import Tool
+    from hfllm.stages.rlhf import RlhfArguments
+    from hfllm.trainers.ppo.config import PPOConfig
+
+
+def checked_tools(
+    script_args: "RlhfArguments", training_args: "PPOConfig", model_args: "ModelConfig"
+) -> "list[Tool] | None":
+    """Return the functions that `--tools` names, once the named model's tokenizer can write and read their calls.
+
+    Raises:
+        InputError: when one does not exist or is no tool, the model is not named or its chat template has no tools, or
+            an option of tools has none.
+    """
+    from hfllm.data.tokenizer import turn_end
+    from hfllm.environments.tool_environment import ToolEnvironment
+    from hfllm.rewards.functions import load_function
+    from hfllm.runs.models import load_tokenizer
+
+    if not script_args.tools:
+        limit = training_args.max_tool_calling_iterations
+        refuse(limit is not None, f"--max_tool_calling_iterations {limit}", "it has no effect without --tools")
+        return None
+    refuse(not model_args.model_name_or_path, "--tools", "it needs --model_name_or_path, a model that calls tools")
+    tools = [load_function(name, "--tools") for name in script_args.tools]
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+    ToolEnvironment(tools, tokenizer, [*({tokenizer.eos_token_id, turn_end(tokenizer)} - {None})])
+    return tools
+
+
+def schemas_of(tools: "Sequence[Tool] | None") -> list[dict[str, Any]] | None:
+    """Return what the chat template shows of the tools, `None` without any."""
+    from hfllm.environments.tools import ToolBox
+
+    return ToolBox(tools).schemas if tools else None

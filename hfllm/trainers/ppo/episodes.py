@@ -1,0 +1,128 @@
+"""From episodes, which an environment wrote a part of, to the tensors that PPO trains on."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hfllm.environments.episodes import Episode, run_episodes
+from hfllm.environments.tool_environment import ToolEnvironment
+from hfllm.errors import InputError
+from hfllm.trainers.ppo.rollout import pad_prompts
+
+if TYPE_CHECKING:
+    from hfllm.trainers.ppo.trainer import PPOTrainer
+
+# What a `rollout_func` returns besides columns for the rewards; TRL's names, and `completions` and `is_ended`.
+NEEDED, KNOWN = ("prompt_ids", "completion_ids"), ("env_mask", "logprobs", "completions", "is_ended")
+
+
+def as_batch(episodes: Sequence[Episode], pad_token_id: int, device: torch.device) -> dict[str, Any]:
+    """Return episodes as the tensors of `PPOTrainer.sample`, and `columns` for the rewards: their `action_mask`."""
+    prompt_ids, prompt_mask = pad_prompts([episode.prompt_ids for episode in episodes], pad_token_id, device)
+    longest = max(1, *(len(episode.response_ids) for episode in episodes))
+    response_ids = torch.full((len(episodes), longest), pad_token_id, dtype=torch.long)
+    response_mask, action_mask = torch.zeros_like(response_ids), torch.zeros_like(response_ids)
+    for row, episode in enumerate(episodes):
+        length = len(episode.response_ids)
+        response_ids[row, :length] = torch.tensor(episode.response_ids, dtype=torch.long)
+        response_mask[row, :length] = 1
+        action_mask[row, :length] = torch.tensor(episode.action_mask, dtype=torch.long)
+    return {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "response_ids": response_ids.to(device),
+        "response_mask": response_mask.to(device),
+        "action_mask": action_mask.to(device),
+        "is_ended": torch.tensor([episode.is_ended for episode in episodes], device=device),
+        "witness": None,
+        "columns": {"action_mask": [list(episode.action_mask) for episode in episodes]},
+    }
+
+
+def check_engine(trainer: "PPOTrainer") -> None:
+    """Refuse tools where all processes must sample in step: their episodes have different numbers of turns.
+
+    Raises:
+        InputError: naming the engine.
+    """
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 3:
+        raise InputError("tools do not work with DeepSpeed ZeRO-3, which samples in step: use ZeRO-2 or DDP")
+    if trainer.vllm is not None and trainer.accelerator.num_processes > 1:
+        raise InputError("tools with use_vllm=True work in one process, since vLLM samples for all in step")
+
+
+def act(prompts: Sequence[Sequence[int]], environment: ToolEnvironment, trainer: "PPOTrainer") -> dict[str, Any]:
+    """Return the episodes of a policy with tools as `as_batch` does, with their `completions` and `metrics`."""
+    done = run_episodes(prompts, trainer.continue_ids, environment, trainer.args.response_length)
+    device = trainer.accelerator.device
+    batch = as_batch(done, trainer.processing_class.pad_token_id, device)
+    batch["columns"]["tools"] = [environment.tools.schemas] * len(done)
+    batch["completions"] = [episode.messages for episode in done]
+    batch["metrics"] = {
+        "tools/call_frequency": torch.tensor([float(episode.calls) for episode in done], device=device),
+        "tools/failed_calls": torch.tensor([float(episode.failures) for episode in done], device=device),
+    }
+    return batch
+
+
+def from_rollout_func(
+    output: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], trainer: "PPOTrainer"
+) -> dict[str, Any]:
+    """Return what the user's `rollout_func` made of the rows' prompts, as `as_batch` does.
+
+    Args:
+        output: as of TRL's GRPOTrainer: `prompt_ids` and `completion_ids`, lists of token ids for each prompt;
+            `env_mask` with 1 for each token of the completion that the policy chose and 0 for others, by default all
+            ones. `logprobs` are not used: they are computed by the weights that are trained. Also `is_ended`, by
+            default whether the last token ends a response and is the policy's; `completions`, texts or lists of
+            messages for the rewards, by default the decoded tokens. Anything else is a column for the rewards: a list
+            with an entry for each prompt, or one value for all.
+
+    Raises:
+        InputError: naming the field, the prompt and the value that PPO cannot use.
+    """
+    if missing := [name for name in NEEDED if name not in output]:
+        raise InputError(f"rollout_func must return {' and '.join(NEEDED)}; missing: {', '.join(missing)}")
+    for name in (*NEEDED, *KNOWN):
+        if output.get(name) is not None and len(output[name]) != len(rows):
+            raise InputError(f"rollout_func returned {len(output[name])} {name} for {len(rows)} prompts")
+    masks = output.get("env_mask") or [[1] * len(ids) for ids in output["completion_ids"]]
+    parts = zip(output["prompt_ids"], output["completion_ids"], masks, strict=True)
+    episodes = [Episode(*(list(map(int, ids)) for ids in each)) for each in parts]
+    for place, episode in enumerate(episodes):
+        _check(episode, f"rollout_func, prompt {place}", trainer)
+        ends = episode.response_ids[-1:] and episode.response_ids[-1] in trainer.eos_token_ids
+        episode.is_ended = bool(ends and episode.action_mask[-1])
+    for episode, is_ended in zip(episodes, output.get("is_ended") or [], strict=False):
+        episode.is_ended = bool(is_ended)
+    batch = as_batch(episodes, trainer.processing_class.pad_token_id, trainer.accelerator.device)
+    for name, values in output.items():
+        if name not in (*NEEDED, *KNOWN):
+            is_each = isinstance(values, list) and len(values) == len(rows)
+            batch["columns"][name] = values if is_each else [values] * len(rows)
+    if output.get("completions") is not None:
+        batch["completions"] = list(output["completions"])
+    return batch
+
+
+def _check(episode: Episode, origin: str, trainer: "PPOTrainer") -> None:
+    """Refuse an episode that does not fit the model, or actions that the policy cannot have chosen."""
+    length, longest, context = len(episode.response_ids), trainer.args.response_length, trainer.context
+    if len(episode.action_mask) != length:
+        raise InputError(f"{origin}: env_mask has {len(episode.action_mask)} entries for {length} completion_ids")
+    if wrong := {*episode.action_mask} - {0, 1}:
+        raise InputError(f"{origin}: env_mask must hold 0 and 1, got {min(wrong)}")
+    if not episode.prompt_ids:
+        raise InputError(f"{origin}: prompt_ids is empty")
+    if length > longest:
+        raise InputError(f"{origin}: completion_ids has {length} tokens; response_length is {longest}")
+    if context is not None and len(episode.ids) > context:
+        raise InputError(f"{origin}: {len(episode.ids)} tokens; the model's context is {context}")
+    vocabulary = trainer.policy.config.get_text_config().vocab_size
+    if wrong := [token for token in episode.ids if not 0 <= token < vocabulary]:
+        raise InputError(f"{origin}: token {wrong[0]} is none of the policy's {vocabulary}")
+    chosen = {token for token, is_action in zip(episode.response_ids, episode.action_mask, strict=True) if is_action}
+    if never := chosen & {*trainer.actor.never_sampled}:
+        raise InputError(f"{origin}: env_mask says that the policy chose token {min(never)}, which is never sampled")

@@ -1,0 +1,90 @@
+"""`hfllm rlhf --tools`: the run, and what is refused before anything is trained."""
+
+import json
+
+import pytest
+import rlhf
+import torch
+from tool_tokenizer import make
+
+import hfllm
+from hfllm.errors import InputError
+
+TOOLS = '''
+def double(number: int) -> int:
+    """Double a number.
+
+    Args:
+        number: what to double.
+    """
+    return 2 * number
+
+
+def undescribed(number: int) -> int:
+    return number
+
+
+def score(prompts, completions, **columns):
+    return [float(sum(len(message.get("content") or "") for message in each)) for each in completions]
+'''
+
+
+@pytest.fixture
+def flags(tmp_path):
+    tokenizer = make()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 128}
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    hfllm.HfllmForCausalLM(hfllm.HfllmConfig(vocab_size=len(tokenizer), **sizes, **ids)).save_pretrained(
+        tmp_path / "m"
+    )
+    tokenizer.save_pretrained(tmp_path / "m")
+    rows = [{"prompt": [{"role": "user", "content": f"Say {number} times 2."}]} for number in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tools.py").write_text(TOOLS)
+
+    def given(tool="double", **more):
+        values = {
+            "model_name_or_path": tmp_path / "m",
+            "dataset_name": tmp_path / "rows.jsonl",
+            "output_dir": tmp_path / "out",
+            "reward_funcs": f"{tmp_path / 'tools.py'}:score",
+            "tools": tool and f"{tmp_path / 'tools.py'}:{tool}",
+            "response_length": 24,
+            "per_device_train_batch_size": 2,
+            "max_steps": 4,
+            "save_strategy": "no",
+            **more,
+        }
+        return [str(word) for name, value in values.items() if value for word in (f"--{name}", value)]
+
+    return given
+
+
+def test_a_run_with_tools_reports_their_calls(flags, tmp_path):
+    rlhf.main(*rlhf.parse(flags(max_tool_calling_iterations=2)))
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    saved = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert saved["response_template"]["start_anchor"] == "<|assistant|>"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tool": "fly"}, "no function 'fly' in"),
+        ({"tool": "undescribed"}, "tools: 'undescribed' has no schema"),
+        ({"tools": "nowhere.py:f"}, "--tools nowhere.py:f: no file 'nowhere.py'"),
+        ({"tool": None, "max_tool_calling_iterations": 2}, "--max_tool_calling_iterations 2 cannot be used here"),
+        ({"response_length": 120}, "leaves room for 8"),
+        ({"model_name_or_path": None}, "--tools cannot be used here: it needs --model_name_or_path"),
+    ],
+)
+def test_what_cannot_work_is_refused_first(flags, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        rlhf.main(*rlhf.parse(flags(**changes)))
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_model_whose_template_has_no_tools_is_refused(flags, saved):
+    with pytest.raises(InputError, match="chat template cannot write an assistant's tool_calls"):
+        rlhf.main(*rlhf.parse(flags(model_name_or_path=saved)))
