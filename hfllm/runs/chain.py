@@ -89,7 +89,6 @@ STAGES: Mapping[str, StageEntry] = {
         "constitution",
         "constitution/world.yaml",
         runs_own_chain=True,
-        minutes=8,
     ),
     "convert": StageEntry("a model in another layout", "convert", "", {"model_name_or_path": "pretrain"}),
 }

@@ -272,14 +272,18 @@ def finished_run(output_dir: str, arguments: Mapping[str, Any]) -> dict[str, Any
         return None
     recorded = {present_name(name): value for name, value in report["arguments"].items()}
     before = {name: value for name, value in recorded.items() if name.rpartition(".")[2] not in NOT_PART_OF_THE_RUN}
-    # The flags of the run itself before those of the stages before it (`sft.seed`), which follow from them.
-    for name in sorted({*before, *arguments}, key=lambda name: ("." in name, name)):
+    for name in sorted({*before, *arguments}, key=_order_of_naming):
         if before.get(name) != arguments.get(name):
             raise InputError(
                 f"--output_dir {output_dir} holds a finished run with {name}={before.get(name)!r}, this one has "
                 f"{name}={arguments.get(name)!r}: choose another folder or remove that one"
             )
     return report
+
+
+def _order_of_naming(name: str) -> tuple[int, str]:
+    """The flags of a run itself, then those of the stages before it (`sft.seed`), then files that hold such flags."""
+    return (1 if "." in name else 2 if name.endswith("_config") else 0, name)
 
 
 def checkpoint_to_resume(training_args: "TrainingArguments") -> str | None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # The fewest demonstrations of which every arm has some, and a held-out one.
 FEWEST_DEMONSTRATIONS = 10
-OF_JUDGES = ("judge_chain_of_thought", "judge_clamp", "judge_margin", "judge_principles")
+OF_JUDGES = ("judge_chain_of_thought", "judge_clamp", "judge_principles")
 
 
 def check_before(

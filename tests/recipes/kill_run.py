@@ -1,4 +1,4 @@
-"""A recipe that kills itself: what test_constitution.py starts.
+"""A recipe that kills itself: what test_constitution_recipe.py starts.
 
 Usage: kill_run.py MODULE:NAME NUMBER RECIPE FLAGS... Before the call of that number of that function, or method, the
 process ends by SIGKILL; with a negative number it sleeps for so many seconds before the first call instead, and with

@@ -43,7 +43,7 @@ CONFIGS = {
 }
 SIZES = {
     **{"num_demonstrations": 60, "num_prompts": 12, "num_helpful_prompts": 20, "num_pairs": 12},
-    **{"num_human_pairs": 12, "num_eval_prompts": 4, "response_length": 8, "batch_size": 2},
+    **{"num_human_pairs": 12, "num_eval_prompts": 4, "response_length": 8, "batch_size": 2, "judge_margin": 0.0},
 }
 RUNS = ("pretrain", "helpful", "sl", "reward", "rl", "politeness", "critiques", "labels_reward", "ai_labels", "labels")
 REWARDS = ("reward", "labels_reward")
