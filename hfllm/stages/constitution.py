@@ -77,7 +77,9 @@ class ConstitutionArguments(RowArguments, RemoteCodeArguments):
     )
     num_prompts: int = field(default=800, metadata={"help": "Red-team prompts of the embedded world to revise."})
     num_helpful_prompts: int = field(default=4000, metadata={"help": "Harmless prompts of the embedded world."})
-    num_pairs: int = field(default=1000, metadata={"help": "Pairs of answers for the judge, at most."})
+    num_pairs: int = field(
+        default=1000, metadata={"help": "Pairs of answers for the judge, at most, and one for each prompt."}
+    )
     num_human_pairs: int = field(
         default=4000, metadata={"help": "Comparisons of helpfulness by the world's annotator, with a tenth wrong."}
     )

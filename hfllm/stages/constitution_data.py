@@ -270,12 +270,13 @@ class Pairs:
 def pairs_to_judge(script_args: ConstitutionArguments, prompts: Prompts, tuned: Speaking, helpful: Speaking) -> Pairs:
     """Return answers to harmful prompts: half between two samples of the tuned model, half with the first model's.
 
-    The paper compares samples of the tuned model alone. Where that refuses nearly always, two of them hardly ever
-    differ in harm, and PPO needs to know what to leave alone as well as what to do.
+    A prompt has one pair, so that there are at most as many pairs as prompts. The paper compares samples of the tuned
+    model alone. Where that refuses nearly always, two of them hardly ever differ in harm, and PPO needs to know what to
+    leave alone as well as what to do.
     """
     seed, length = script_args.seed, script_args.longest
-    asked = [prompts.harmful[place % len(prompts.harmful)] for place in range(script_args.num_pairs)]
-    tasks = [prompts.tasks[place % len(prompts.harmful)] for place in range(len(asked))] if prompts.tasks else []
+    asked = prompts.harmful[: script_args.num_pairs]
+    tasks = prompts.tasks[: len(asked)]
     half = len(asked) // 2
     first = tuned.answers(asked, length, seed + 20)
     second = tuned.answers(asked[:half], length, seed + 21) + helpful.answers(asked[half:], length, seed + 22)

@@ -76,8 +76,9 @@ def evaluate_own(steps: Steps) -> Found:
     last_values = _values([row["chosen"][0]["content"] for row in steps.revisions.rows])
     metrics |= mean_of("first_answers_refuse", first_values["refusals"])
     metrics |= mean_of("last_revisions_refuse", last_values["refusals"])
+    titles = {**TITLES, HELPFUL: "as it was"}
     samples = [
-        {"prompt": prompt[-1]["content"], **{TITLES[name]: texts[place] for name, texts in said.items()}}
+        {"prompt": prompt[-1]["content"], **{titles[name]: texts[place] for name, texts in said.items()}}
         for place, prompt in enumerate(held_out[:SAMPLES])
     ]
     counts = figures_of_revisions(steps)
