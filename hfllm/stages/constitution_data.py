@@ -271,8 +271,8 @@ def pairs_to_judge(script_args: ConstitutionArguments, prompts: Prompts, tuned: 
     """Return answers to harmful prompts: half between two samples of the tuned model, half with the first model's.
 
     A prompt has one pair, so that there are at most as many pairs as prompts. The paper compares samples of the tuned
-    model alone. Where that refuses nearly always, two of them hardly ever differ in harm, and PPO needs to know what to
-    leave alone as well as what to do.
+    model alone. Where that refuses nearly always, two of them hardly ever differ in harm, and PPO needs to know what
+    to leave alone as well as what to do.
     """
     seed, length = script_args.seed, script_args.longest
     asked = prompts.harmful[: script_args.num_pairs]

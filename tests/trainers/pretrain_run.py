@@ -3,6 +3,7 @@
 Usage: pretrain_run.py OUTPUT_DIR [DEEPSPEED_CONFIG], under torchrun or accelerate launch for several processes.
 """
 
+import os
 import sys
 
 import torch
@@ -75,3 +76,6 @@ if __name__ == "__main__":
     trainer.save_model(sys.argv[1])
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+    sys.stdout.flush()
+    # Threads of the process group that outlive the interpreter abort one run of ten, with all files written.
+    os._exit(0)
