@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from hfllm.trainers.ppo.config import PPOConfig
 
 
+OF_TOOLS = ("max_tool_calling_iterations", "tool_timeout", "max_tool_result_length")
+
+
 def checked_tools(
     script_args: "RlhfArguments", training_args: "PPOConfig", model_args: "ModelConfig"
 ) -> "list[Tool] | None":
@@ -28,8 +31,10 @@ def checked_tools(
     from hfllm.runs.models import load_tokenizer
 
     if not script_args.tools:
-        limit = training_args.max_tool_calling_iterations
-        refuse(limit is not None, f"--max_tool_calling_iterations {limit}", "it has no effect without --tools")
+        for flag in OF_TOOLS:
+            value = getattr(training_args, flag)
+            is_given = value != getattr(type(training_args), flag)
+            refuse(is_given, f"--{flag} {value}", "it has no effect without --tools")
         return None
     refuse(not model_args.model_name_or_path, "--tools", "it needs --model_name_or_path, a model that calls tools")
     tools = [load_function(name, "--tools") for name in script_args.tools]

@@ -75,6 +75,8 @@ def test_a_run_with_tools_reports_their_calls(flags, tmp_path):
         ({"tool": "undescribed"}, "tools: 'undescribed' has no schema"),
         ({"tools": "nowhere.py:f"}, "--tools nowhere.py:f: no file 'nowhere.py'"),
         ({"tool": None, "max_tool_calling_iterations": 2}, "--max_tool_calling_iterations 2 cannot be used here"),
+        ({"tool": None, "tool_timeout": 2.5}, "--tool_timeout 2.5 cannot be used here"),
+        ({"tool": None, "max_tool_result_length": 9}, "--max_tool_result_length 9 cannot be used here"),
         ({"response_length": 120}, "leaves room for 8"),
         ({"model_name_or_path": None}, "--tools cannot be used here: it needs --model_name_or_path"),
     ],
