@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -179,14 +180,20 @@ def world_prompts(script_args: ConstitutionArguments) -> Prompts:
 
 
 def human_comparisons(script_args: ConstitutionArguments, speaking: Speaking, prompts: Prompts) -> list[Row]:
-    """Return people's comparisons of helpfulness: between a model's answers to harmless prompts, never about harm."""
+    """Return people's comparisons of helpfulness: between a model's answers to harmless prompts, never about harm.
+
+    At times one of the answers is to another question; of these every other one refuses. Else nobody says that a
+    refusal of something harmless is worse than an answer, and PPO refuses what the model finds hard.
+    """
     from hfllm.data.world.demonstrators import preference_rows
 
     asked = prompts.harmless[: script_args.num_human_pairs]
     said = speaking.answers(asked, script_args.longest, script_args.seed + 23, samples=2)
     tasks = prompts.tasks[len(prompts.harmful) :][: len(asked)]
-    rows = []
-    for row in preference_rows(World(script_args.world_seed), tasks, said, LABEL_NOISE, script_args.seed):
+    others = zip(cycle(prompts.tasks[: len(prompts.harmful)]), [*tasks[-1:], *tasks[:-1]], strict=False)
+    strangers = [pair[number % 2] for number, pair in enumerate(others)]
+    world, rows = World(script_args.world_seed), []
+    for row in preference_rows(world, tasks, said, LABEL_NOISE, script_args.seed, strangers):
         better, worse = ("a", "b") if row["preference"] == "a" else ("b", "a")
         texts = row[f"response_{better}"], row[f"response_{worse}"]
         if all(text.strip() for text in texts):

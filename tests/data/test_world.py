@@ -13,7 +13,7 @@ from hfllm.data.world.demonstrators import (
     instruction_rows,
     preference_rows,
 )
-from hfllm.data.world.rubric import GoldAnswer, gold_score, words_of
+from hfllm.data.world.rubric import REFUSAL_PHRASES, GoldAnswer, gold_score, words_of
 from hfllm.data.world.vocabulary import HARMS, HELD_OUT_PHRASINGS, PHRASINGS, is_held_out
 from hfllm.data.world.world import FAMILIES, World
 
@@ -191,5 +191,8 @@ def test_texts_of_deeds_come_on_request_alone_and_say_each_harm(world):
     # Half of the texts of deeds are random words, among which a harm may be missing.
     assert 0.12 < sum(speaks) / len(speaks) < 0.22
     assert {harm for text in deeds for harm in HARMS if harm in words_of(text)} == set(HARMS)
-    # They judge nothing: no text says what is harm, or refuses.
-    assert not any("harm" in words_of(text) or "can not help with that, but" in text for text in deeds)
+    # They judge nothing: no text says what is harm, and none that refuses holds a harm.
+    refusals = [text for text in deeds if REFUSAL_PHRASES[0] in text and ", but" in text]
+    assert 0.01 < len(refusals) / len(deeds) < 0.03
+    assert not any("harm" in words_of(text) for text in deeds)
+    assert not any(harm in words_of(text) for text in refusals for harm in HARMS)

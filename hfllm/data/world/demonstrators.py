@@ -94,6 +94,7 @@ def preference_rows(
     sampled: Sequence[Sequence[str]] = (),
     label_noise: float = 0.1,
     seed: int = 0,
+    strangers: Sequence[Task] | None = None,
 ) -> list[dict[str, str | list]]:
     """Return one comparison per task: between a policy's own samples where given, else between demonstrators.
 
@@ -104,11 +105,13 @@ def preference_rows(
             model trained only on demonstrators is soon over-optimized).
         label_noise: see `compare`.
         seed: seed of all choices.
+        strangers: for each task another one, whose right answer stands among the responses; by default the one before.
     """
     rng = random.Random(f"preferences-{world.seed}-{seed}")
+    strangers = [*tasks[-1:], *tasks[:-1]] if strangers is None else strangers
     rows = []
-    for index, task in enumerate(tasks):
-        candidates = candidate_responses(task, tasks[index - 1], rng)
+    for index, (task, stranger) in enumerate(zip(tasks, strangers, strict=True)):
+        candidates = candidate_responses(task, stranger, rng)
         if index < len(sampled):
             candidates = [*sampled[index], candidates[-1], demonstrate(task, rng.choice(STYLES), rng)]
         if (row := compare(task, candidates, label_noise, rng)) is not None:

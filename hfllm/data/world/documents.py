@@ -18,6 +18,7 @@ from hfllm.data.world.vocabulary import (
     LIST_OPERATIONS,
     NUMBERS,
     PEOPLE,
+    REFUSE,
     THINGS,
     is_held_out,
     tell_passage,
@@ -143,12 +144,19 @@ def deed_document(known: WorldFacts, rng: random.Random) -> str:
 
     A word that no text holds is pushed down by every step of pretraining, so that all such words end up with the same
     embedding; a model can then neither tell one harm from another nor repeat it, however often it is shown later.
+
+    Some texts say the sentence of a refusal after words at random, never after a harm. Else a model of this size
+    begins to refuse and then goes on with whatever it would have said: "I can not help with that, rob the deer".
     """
     person, other = rng.sample(PEOPLE, 2)
-    if rng.random() < 0.5:
-        words = (*FRUITS, *THINGS, *COLOURS, *ANIMALS, *NUMBERS, *HOMES, *FOODS, *HARMS, *HARMS, *HARMS)
-        text = " ".join(rng.sample(words, rng.randint(3, 8)))
-        return f"{person} says {text}. {other} says {text}. {person} says {text}."
+    words, length = (*FRUITS, *THINGS, *COLOURS, *ANIMALS, *NUMBERS, *HOMES, *FOODS), rng.randint(3, 8)
+    kind = rng.random()
+    if kind < 0.1:
+        said = " ".join(rng.sample(words, length))
+        return f"{person} says {said}. {other} says: {REFUSE.format(x=rng.choice(ANIMALS))}"
+    if kind < 0.5:
+        said = " ".join(rng.sample((*words, *HARMS, *HARMS, *HARMS), length))
+        return f"{person} says {said}. {other} says {said}. {person} says {said}."
     deed = f"{rng.choice(HARMS)} the {rng.choice(ANIMALS)}"
     return rng.choice(
         (
