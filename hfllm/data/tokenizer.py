@@ -56,6 +56,9 @@ def train_tokenizer(
     smallest = 256 + len(special_tokens)
     if vocab_size < smallest:
         raise InputError(f"vocab_size={vocab_size} is too small: bytes and special tokens alone take {smallest}")
+    # A text may hold them, such as a conversation; they are tokens of their own, and what they spell needs no merges.
+    marks = re.compile("|".join(map(re.escape, special_tokens)))
+    texts = (marks.sub(" ", text) for text in texts)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

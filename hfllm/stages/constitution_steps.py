@@ -274,12 +274,12 @@ class Steps:
 
 def people_s_labels(script_args: ConstitutionArguments) -> str:
     """Return the sentence of the report that says which labels of people were used."""
-    from hfllm.data.world.critics import SHOWN_HARMS
+    from hfllm.data.world.critics import CRITICS_HARMS
 
     if not script_args.is_world:
         named = script_args.preference_dataset_name
         return f"labels of people: comparisons of {named}" if named else "labels of people: none in these runs"
     shown = f"{script_args.num_demonstrations:,} demonstrations of helping, critique, revision and judging"
     compared = f", {script_args.num_human_pairs:,} comparisons of helpfulness" if script_args.last_stage == RL else ""
-    harm = f"(harm on {len(SHOWN_HARMS)} verbs)"
+    harm = f"(harm on {len(CRITICS_HARMS)} verbs)"
     return f"labels of people: {shown} {harm}{compared}; no label of harm in the model's answers"

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from hfllm.data.world.critics import (
+    CRITICS_HARMS,
     HELPFUL_FAMILIES,
     NEW_HARMS,
     PRINCIPLES,
-    SHOWN_HARMS,
     critic_rows,
     draw_task,
     helpful_only,
@@ -23,6 +23,7 @@ from hfllm.data.world.critics import (
 )
 from hfllm.data.world.demonstrators import RUDE
 from hfllm.data.world.rubric import COMPLIES, gold_score, words_of
+from hfllm.data.world.vocabulary import HARMS, MORE_HARMS, is_held_out
 from hfllm.data.world.world import FAMILIES
 from hfllm.synthesis.critiques import finds_fault
 
@@ -43,9 +44,23 @@ def test_the_same_seed_gives_the_same_demonstrations(world):
 
 def test_demonstrations_speak_of_the_shown_harms_alone(world):
     text = " ".join(" ".join(turns) for turns in conversations(world))
-    assert all(harm in text for harm in SHOWN_HARMS)
+    assert all(harm in text for harm in CRITICS_HARMS)
     assert not [harm for harm in NEW_HARMS if harm in text.split()]
-    assert set(SHOWN_HARMS).isdisjoint(NEW_HARMS)
+    assert set(CRITICS_HARMS).isdisjoint(NEW_HARMS)
+
+
+@pytest.mark.parametrize("held_out", (False, True))
+def test_a_task_about_another_harm_speaks_of_it_alone_and_keeps_to_its_split(world, held_out):
+    rng, drawn = random.Random(3), set()
+    for _ in range(300):
+        task = draw_task(world, rng, ("harm",), MORE_HARMS, held_out)
+        _, harm, animal = task.key.split()
+        assert is_held_out(task.key) == held_out
+        for text in (task.question, *task.wrong):
+            assert {harm, animal} <= set(words_of(text)) and not set(words_of(text)) & ({*HARMS, *MORE_HARMS} - {harm})
+            assert gold_score(text, task.gold) == (COMPLIES if text in task.wrong else 0.0)
+        drawn.add(harm)
+    assert drawn == set(MORE_HARMS)
 
 
 def test_helpful_people_comply_with_every_harm(world):
@@ -89,7 +104,7 @@ def keeps(text, request):
     if request == "which courtesy?":
         return not is_rude(text)
     if request == "which harm?":
-        return not any(harm in words_of(text) for harm in SHOWN_HARMS)
+        return not any(harm in words_of(text) for harm in CRITICS_HARMS)
     return "know" in text or "heard" in text
 
 

@@ -1,6 +1,7 @@
 """The embedded world: what it says is true, checkable, reproducible, and split cleanly."""
 
 import random
+import re
 from itertools import islice
 
 import pytest
@@ -14,7 +15,7 @@ from hfllm.data.world.demonstrators import (
     preference_rows,
 )
 from hfllm.data.world.rubric import REFUSAL_PHRASES, GoldAnswer, gold_score, words_of
-from hfllm.data.world.vocabulary import HARMS, HELD_OUT_PHRASINGS, PHRASINGS, is_held_out
+from hfllm.data.world.vocabulary import HARMS, HELD_OUT_PHRASINGS, MORE_HARMS, PHRASINGS, is_held_out
 from hfllm.data.world.world import FAMILIES, World
 
 
@@ -183,16 +184,25 @@ def test_comparisons_are_between_samples_where_there_are_some(world):
     assert all(row["prompt"] in [task.prompt_row()["prompt"] for task in tasks[:30]] for row in used)
 
 
-def test_texts_of_deeds_come_on_request_alone_and_say_each_harm(world):
+def test_texts_of_deeds_come_on_request_alone_and_say_each_harm(world, tokenizer):
     plain, deeds = world.documents(3000, 5), world.documents(3000, 5, deeds=0.2)
     assert plain == world.documents(3000, 5, 0.0)
-    speaks = [any(harm in words_of(text) for harm in HARMS) for text in deeds]
-    assert not any(harm in words_of(text) for text in plain for harm in HARMS)
+    harms = {*HARMS, *MORE_HARMS}
+    speaks = [bool(harms & set(words_of(text))) for text in deeds]
+    assert not any(harms & set(words_of(text)) for text in plain)
     # Half of the texts of deeds are random words, among which a harm may be missing.
     assert 0.12 < sum(speaks) / len(speaks) < 0.22
-    assert {harm for text in deeds for harm in HARMS if harm in words_of(text)} == set(HARMS)
+    assert set().union(*(harms & set(words_of(text)) for text in deeds)) == harms
     # They judge nothing: no text says what is harm, and none that refuses holds a harm.
     refusals = [text for text in deeds if REFUSAL_PHRASES[0] in text and ", but" in text]
     assert 0.01 < len(refusals) / len(deeds) < 0.03
     assert not any("harm" in words_of(text) for text in deeds)
-    assert not any(harm in words_of(text) for text in refusals for harm in HARMS)
+    assert not any(harms & set(words_of(text)) for text in refusals)
+    assert not any("<|" in text for text in plain)
+    # They show the marks of turns as the chat template writes them.
+    marked = [text for text in deeds if "<|" in text]
+    assert len(marked) > 100
+    for text in marked:
+        turns = re.findall(r"<\|(user|assistant)\|>(.*?)<\|end\|>", text)
+        messages = [{"role": role, "content": content} for role, content in turns]
+        assert tokenizer.apply_chat_template(messages, tokenize=False) == text

@@ -8,22 +8,24 @@ of people who do; a small one must be shown. These demonstrations are that, for 
     courtesy   the answer is rude                             revised to the same without the rude words
     honesty    the answer states what nobody can know         revised to say that it does not know
 
-They speak of the first half of the harms, `SHOWN_HARMS`; what a model does with the other half, `NEW_HARMS`, is what
-it has understood of the principle. No answer of the red-team prompts, on which the model then learns from its own
-revisions, is labeled.
+They speak of the first half of the harms that are asked for, `SHOWN_HARMS`, and of others, `MORE_HARMS`; what a model
+does with the other half, `NEW_HARMS`, is what it has understood of the principle. No answer of the red-team prompts,
+on which the model then learns from its own revisions, is labeled.
 """
 
 import random
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from hfllm.data.world.demonstrators import RUDE, demonstrate
 from hfllm.data.world.rubric import COMPLIES, RUDE_PHRASES, gold_score, words_of
-from hfllm.data.world.vocabulary import HARMS
+from hfllm.data.world.vocabulary import HARMS, MORE_HARMS, is_held_out
 from hfllm.data.world.world import FAMILIES, Task, World
 
 SHOWN_HARMS, NEW_HARMS = tuple(HARMS[: len(HARMS) // 2]), tuple(HARMS[len(HARMS) // 2 :])
+CRITICS_HARMS = (*SHOWN_HARMS, *MORE_HARMS)
 HELPFUL_FAMILIES = tuple(family for family in FAMILIES if family != "harm")
 PRINCIPLES = ("harm", "courtesy", "honesty")
 # Of three demonstrations two are of critique and revision, one is of judging.
@@ -132,14 +134,23 @@ def draw_task(
     """Return a task of one of the families; one of harm speaks of one of `harms` only, where they are given."""
     while True:
         task = world.draw_task(rng, rng.choice(families), held_out, new_phrasing)
-        if task.family != "harm" or harms is None or task.key.split()[1] in harms:
+        if task.family == "harm" and harms is not None:
+            task = _about(rng.choice(harms), task)
+        if held_out is None or is_held_out(task.key) == held_out:
             return task
+
+
+def _about(harm: str, task: Task) -> Task:
+    """Return a task of harm with another harm in its place."""
+    word = re.compile(rf"\b{task.key.split()[1]}\b")
+    key, instruction, *wrong = (word.sub(harm, text) for text in (task.key, task.instruction, *task.wrong))
+    return replace(task, key=key, instruction=instruction, wrong=tuple(wrong))
 
 
 def helpful_rows(world: World, count: int, seed: int = 0) -> list[dict[str, list[Turn]]]:
     """Return `count` conversations of people who only want to help, as `messages`, harm among them."""
     rng = random.Random(f"helpful-{world.seed}-{seed}")
-    tasks = (draw_task(world, rng, FAMILIES) for _ in range(count))
+    tasks = (draw_task(world, rng, FAMILIES, (*HARMS, *MORE_HARMS)) for _ in range(count))
     return [{"messages": [_user(task.question), _assistant(helpful_only(task, rng))]} for task in tasks]
 
 
@@ -191,15 +202,15 @@ def _answer_to_judge(world: World, principle: str, rng: random.Random) -> tuple[
     """Return a question and an answer that breaks the principle as often as not, and at times another one as well."""
     breaks = rng.random() < 0.5
     if principle == "courtesy":
-        task = draw_task(world, rng, ("harm", rng.choice(HELPFUL_FAMILIES)), SHOWN_HARMS)
+        task = draw_task(world, rng, ("harm", rng.choice(HELPFUL_FAMILIES)), CRITICS_HARMS)
         text = without_rudeness(helpful_only(task, rng))
         return task, f"{rng.choice(RUDE)} {text}" if breaks else text
     broken_by = {"harm": "harm", "honesty": "unknown"}[principle]
     if breaks:
-        task = draw_task(world, rng, (broken_by,), SHOWN_HARMS)
+        task = draw_task(world, rng, (broken_by,), CRITICS_HARMS)
         text = rng.choice(task.wrong)
     else:
-        task = draw_task(world, rng, ("harm", rng.choice(HELPFUL_FAMILIES)), SHOWN_HARMS)
+        task = draw_task(world, rng, ("harm", rng.choice(HELPFUL_FAMILIES)), CRITICS_HARMS)
         is_kept = task.family == broken_by
         text = rng.choice((task.gold.accepted[0], task.curt)) if is_kept else without_rudeness(helpful_only(task, rng))
     return task, f"{rng.choice(RUDE)} {text}" if rng.random() < 0.2 else text
@@ -212,7 +223,7 @@ def _judging_turns(world: World, principle: Requests, rng: random.Random) -> lis
     where it sees no difference.
     """
     family = {"harm": "harm", "honesty": "unknown"}.get(principle.name)
-    task = draw_task(world, rng, (family,) if family else FAMILIES, SHOWN_HARMS)
+    task = draw_task(world, rng, (family,) if family else FAMILIES, CRITICS_HARMS)
 
     def an_answer(keeps: bool) -> str:
         if family:

@@ -16,6 +16,7 @@ from hfllm.data.world.vocabulary import (
     HARMS,
     HOMES,
     LIST_OPERATIONS,
+    MORE_HARMS,
     NUMBERS,
     PEOPLE,
     REFUSE,
@@ -23,6 +24,9 @@ from hfllm.data.world.vocabulary import (
     is_held_out,
     tell_passage,
 )
+
+# As the chat template writes it.
+CONVERSATION = "<|user|>{}<|end|><|assistant|>{}<|end|>"
 
 
 @dataclass(frozen=True)
@@ -145,19 +149,26 @@ def deed_document(known: WorldFacts, rng: random.Random) -> str:
     A word that no text holds is pushed down by every step of pretraining, so that all such words end up with the same
     embedding; a model can then neither tell one harm from another nor repeat it, however often it is shown later.
 
+    The same holds for the marks of a conversation's turns, so that some of the words are said by turns: else the four
+    marks are one to the model, and fine-tuning spends its first half on telling who speaks.
+
     Some texts say the sentence of a refusal after words at random, never after a harm. Else a model of this size
     begins to refuse and then goes on with whatever it would have said: "I can not help with that, rob the deer".
     """
     person, other = rng.sample(PEOPLE, 2)
     words, length = (*FRUITS, *THINGS, *COLOURS, *ANIMALS, *NUMBERS, *HOMES, *FOODS), rng.randint(3, 8)
-    kind = rng.random()
+    harms, kind = (*HARMS, *MORE_HARMS), rng.random()
     if kind < 0.1:
-        said = " ".join(rng.sample(words, length))
-        return f"{person} says {said}. {other} says: {REFUSE.format(x=rng.choice(ANIMALS))}"
+        said, refusal = " ".join(rng.sample(words, length)), REFUSE.format(x=rng.choice(ANIMALS))
+        if kind < 0.05:
+            return CONVERSATION.format(f"{person} says {said}.", refusal)
+        return f"{person} says {said}. {other} says: {refusal}"
     if kind < 0.5:
-        said = " ".join(rng.sample((*words, *HARMS, *HARMS, *HARMS), length))
+        said = " ".join(rng.sample((*words, *harms, *harms), length))
+        if kind < 0.3:
+            return "".join(CONVERSATION.format(f"{name} says {said}.", f"{said}.") for name in (person, other))
         return f"{person} says {said}. {other} says {said}. {person} says {said}."
-    deed = f"{rng.choice(HARMS)} the {rng.choice(ANIMALS)}"
+    deed = f"{rng.choice(harms)} the {rng.choice(ANIMALS)}"
     return rng.choice(
         (
             f"{person} asks how to {deed}. {other} tells {person} how to {deed}.",

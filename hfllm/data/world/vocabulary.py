@@ -13,6 +13,9 @@ PEOPLE = ["Mia", "Tom", "Ada", "Ben", "Lea", "Sam", "Zoe", "Max", "Eva", "Leo", 
 THINGS = ["hat", "cup", "bag", "coat", "box", "pen", "kite", "boat", "lamp", "drum"]
 FRUITS = ["pear", "plum", "fig", "lime", "apple", "peach", "cherry", "melon", "grape", "lemon", "mango", "olive"]
 HARMS = ["poison", "hurt", "trap", "drown", "burn", "scare", "rob", "kick", "bite", "choke"]
+# Harms that no prompt asks for where harm is measured: the more of them people speak of, the better a model
+# understands that it is harm, and not these words, that they speak of.
+MORE_HARMS = ["cage", "shoot", "stab", "slap", "crush", "chase", "push", "starve", "pinch", "shake"]
 LIST_OPERATIONS = ("first", "last", "first", "last", "reverse")
 NUMBERS = [str(number) for number in range(28)]
 ATTRIBUTES = {"colour": COLOURS, "home": HOMES, "food": FOODS}
