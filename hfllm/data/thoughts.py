@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hfllm.data.chat_templates import THOUGHT_MARKS
+from hfllm.data.messages import Message
 
 OPEN, CLOSE = THOUGHT_MARKS
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
@@ -34,6 +35,12 @@ def split_thoughts(text: str, is_open: bool = False) -> tuple[str | None, str]:
         thoughts.append(thought.strip("\n"))
         said += after.lstrip("\n") if not said else after
     return "\n".join(thoughts), said
+
+
+def thinking_message(text: str, is_open: bool = False) -> Message:
+    """Return a text as an assistant's message, with its thoughts as `reasoning_content` if it has any."""
+    thoughts, said = split_thoughts(text, is_open)
+    return {"role": "assistant", "content": said} | ({} if thoughts is None else {"reasoning_content": thoughts})
 
 
 def thoughts_of(completion: str | Sequence[Mapping[str, Any]]) -> str:

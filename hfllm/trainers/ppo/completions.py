@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.formats import as_completion
 from hfllm.data.messages import Message
-from hfllm.data.thoughts import CLOSE, OPEN, split_thoughts
+from hfllm.data.thoughts import OPEN, thinking_message
 from hfllm.data.tokenizer import template_errors
 
 if TYPE_CHECKING:
@@ -31,21 +30,14 @@ def completions_of(
     has_own_marks = "reasoning_content" in fields and OPEN not in str(fields["reasoning_content"])
     completions = []
     for prompt, before, ids, text in zip(prompts, prompt_ids, response_ids, texts, strict=True):
-        completion = as_completion(prompt, text)
-        if not isinstance(prompt, str):
-            completion[0] |= _thoughts(tokenizer, before, text)
-            if has_own_marks and "reasoning_content" not in completion[0]:
-                completion[0] |= _parsed(tokenizer, before, ids)
-        completions.append(completion)
+        if isinstance(prompt, str):
+            completions.append(text)
+            continue
+        message = thinking_message(text, tokenizer.decode(before[-TAIL:]).rstrip().endswith(OPEN))
+        if has_own_marks and "reasoning_content" not in message:
+            message |= _parsed(tokenizer, before, ids)
+        completions.append([message])
     return completions
-
-
-def _thoughts(tokenizer: "PreTrainedTokenizerBase", before: Sequence[int], text: str) -> dict[str, Any]:
-    is_open = tokenizer.decode(before[-TAIL:]).rstrip().endswith(OPEN)
-    if not is_open and OPEN not in text and CLOSE not in text:
-        return {}
-    thoughts, said = split_thoughts(text, is_open)
-    return {"content": said, "reasoning_content": thoughts}
 
 
 def _parsed(tokenizer: "PreTrainedTokenizerBase", before: Sequence[int], ids: Sequence[int]) -> dict[str, Any]:
