@@ -45,10 +45,9 @@ class Conversations:
 
     A completion of one turn is all that follows the tokens of its prompt, as in TRL's SFTTrainer. In a longer one the
     turns are where the chat template marks them by `{% generation %}`. Where it has no such markers, or they leave out
-    the token that ends a turn, or the row has thoughts, a turn is what the conversation up to its end has more than
-    the conversation before it with the generation prompt. If these are no beginnings of the whole, as with templates
-    that drop the thoughts of earlier turns, the conversation is split into one row per turn, each as the model sees it
-    when it answers.
+    the token that ends a turn, a turn is what the conversation up to its end has more than the conversation before it
+    with the generation prompt. If the conversation up to a turn is no beginning of the whole, as with templates that
+    drop the thoughts of earlier turns, it is split into one row per turn, each as the model sees it when it answers.
 
     Args:
         tokenizer: with a chat template.
@@ -102,9 +101,6 @@ class Conversations:
                 yield self._by_prefixes(origin, ids[places][::2], ids[places][1::2])
 
     def _is_marked(self, row: Row) -> bool:
-        if self.marked_template is None and has_thoughts(row["completion"]):
-            # Those of earlier turns may be dropped from the whole.
-            return False
         return self.marked_template is not None or (self._uses_markers and len(row["completion"]) > 1)
 
     def _turns(self, origin: str, row: Row) -> list[int]:

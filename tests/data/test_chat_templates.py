@@ -58,6 +58,11 @@ def test_any_call_is_read_back(tokenizer, names, values):
     calls = [{"type": "function", "function": {"name": f"f{at}", "arguments": values}} for at, _ in enumerate(names)]
     message = said("", tool_calls=calls)
     assert read(tokenizer, ASKED, message) == message
+    # A policy that writes it goes on to its end.
+    ids = tokenizer.apply_chat_template([ASKED, message])["input_ids"]
+    ends = {token: ids.count(tokenizer.convert_tokens_to_ids(token)) for token in ("<|end|>", "<|im_end|>")}
+    is_ours = "<|assistant|>" in tokenizer.chat_template
+    assert ends == {"<|end|>": 2 * is_ours, "<|im_end|>": 2 * (not is_ours)}
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

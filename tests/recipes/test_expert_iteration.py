@@ -5,6 +5,7 @@ import os
 
 import expert_iteration
 import pytest
+import yaml
 
 from hfllm.errors import InputError
 from hfllm.runs import schedule
@@ -237,3 +238,26 @@ def test_nothing_right_is_an_error_that_says_so(flags, talkative, tmp_path):
 def test_inputs_may_not_lie_where_rounds_write(flags, tmp_path, saved):
     with pytest.raises(InputError, match=r"lies in .*, where the rounds write"):
         run(flags(output_dir=tmp_path))
+
+
+@pytest.mark.slow
+def test_from_nothing_on_the_embedded_world(tmp_path):
+    configs = {
+        "pretrain": {
+            **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256},
+            **{"vocab_size": 600, "num_documents": 300, "max_steps": 4, "sample_steps": 0, "save_strategy": "no"},
+        },
+        "sft": {"num_examples": 60, "max_steps": 2, "max_length": 256, "save_strategy": "no"},
+        "round": {"max_steps": 1, "max_length": 256, "save_strategy": "no"},
+    }
+    words = ["--output_dir", str(tmp_path / "out"), "--num_prompts", "24", "--num_eval_prompts", "8"]
+    # Whatever it says, so that there is something to learn.
+    words += ["--min_reward", "-1", "--response_length", "12", "--num_rounds", "1"]
+    for name, values in configs.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
+        words += [f"--{name}_config", str(tmp_path / f"{name}.yaml")]
+    metrics = run(words)
+    assert metrics["train_prompts"] == 24 and metrics["right_after"] == 1
+    assert -1 <= metrics["reward_after"] <= 1 and metrics["reward_n"] == metrics["eval_prompts"] == 8
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"pretrain", "sft", "round_1", "data", "report.json", "report.md"} <= made
