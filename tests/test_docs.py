@@ -143,3 +143,25 @@ def test_the_constitution_page_runs(make_model, tokenizer, tmp_path, monkeypatch
     Path("mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL).group(1))
     mine = load_constitution("mine.yaml")
     assert len(mine.principles[0].critique) == 2 and len(mine.examples[0]) == 6
+
+
+def test_the_reasoning_page_runs(make_model, tokenizer, tmp_path):
+    from datasets import Dataset
+
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "reasoning.md").read_text(), re.DOTALL)
+    code = "\n".join(blocks).replace("max_completion_length=64", "max_completion_length=8, **SMALL")
+    asked = [[{"role": "user", "content": f"What is {number} plus 1?"}] for number in range(4)]
+    small = {"per_device_train_batch_size": 4, "max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none"}
+    names = {
+        **{"SMALL": {**small, "save_strategy": "no"}, "output_dir": str(tmp_path), "policy": make_model()},
+        **{"tokenizer": tokenizer, "prompts": asked[:2], "reward": lambda prompts, completions: [1.0] * 8},
+        "questions": Dataset.from_dict({"prompt": asked, "answer": ["1", "#### 2", "3", "4"]}),
+    }
+    exec(code.replace("max_new_tokens=64", "max_new_tokens=8"), names)
+    assert names["trainer"].state.global_step == 1 and len(names["by_majority"]) == len(names["by_reward"]) == 2
+    ids = tokenizer("3 plus 4 is 7. 7 plus 5 is 13.<|end|>")["input_ids"]
+    (numbers,) = names["steps"](["q"], ["-"], completion_ids=[ids])
+    assert [number for number in numbers if number] == [0.1, -0.1]
+    said = "<think>" + "word " * 52 + "</think>a b"
+    assert names["shorter"](["q"] * 2, [said] * 2, limit=[3, 2]) == [1.0, 0.0]
+    assert names["brief"](["q"], [said]) == [-0.02]

@@ -46,8 +46,8 @@ class Conversations:
     A completion of one turn is all that follows the tokens of its prompt, as in TRL's SFTTrainer. In a longer one the
     turns are where the chat template marks them by `{% generation %}`. Where it has no such markers, or they leave out
     the token that ends a turn, a turn is what the conversation up to its end has more than the conversation before it
-    with the generation prompt. If these are no beginnings of the whole, as with templates that drop the thoughts of
-    earlier turns, the conversation is split into one row per turn, each as the model sees it when it answers.
+    with the generation prompt. If the conversation up to a turn is no beginning of the whole, as with templates that
+    drop the thoughts of earlier turns, it is split into one row per turn, each as the model sees it when it answers.
 
     Args:
         tokenizer: with a chat template.
@@ -96,7 +96,7 @@ class Conversations:
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
         for row, origin, places in plans:
             if self._is_marked(row):
-                yield [self._by_markers(origin, row)]
+                yield self._by_markers(origin, row)
             else:
                 yield self._by_prefixes(origin, ids[places][::2], ids[places][1::2])
 
@@ -113,9 +113,28 @@ class Conversations:
             del turns[0]
         return turns
 
-    def _by_markers(self, origin: str, row: Row) -> Labeled:
+    def _by_markers(self, origin: str, row: Row) -> list[Labeled]:
+        """Return the labels of what is marked: of a whole row, or of each turn where earlier thoughts are dropped."""
+        before, completion = list(row["prompt"]), list(row["completion"])
+        whole = self._marked(origin, row, [*before, *completion])
+        if not has_thoughts(completion):
+            return [whole]
+        turns = [at for at, message in enumerate(completion) if message["role"] == "assistant"]
+        parts = [self._marked(origin, row, [*before, *completion[: at + 1]]) for at in turns]
+        if all(part.input_ids == whole.input_ids[: len(part.input_ids)] for part in parts):
+            return [whole]
+        self.notes.add(REWRITES, origin)
+        for at, part in zip(turns, parts, strict=True):
+            if not before and not at:
+                continue
+            asked = self._render(origin, row, [*before, *completion[:at]], tokenize=True, add_generation_prompt=True)
+            begin = self._answer_begins(origin, asked["input_ids"], part.input_ids)
+            part.labels[:begin] = [IGNORE] * begin
+        return parts
+
+    def _marked(self, origin: str, row: Row, messages: Sequence[Message]) -> Labeled:
         options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-        encoded = self._render(origin, row, [*row["prompt"], *row["completion"]], **options)
+        encoded = self._render(origin, row, messages, **options)
         pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
         return Labeled(list(encoded["input_ids"]), [token if learned else IGNORE for token, learned in pairs])
 
@@ -183,13 +202,21 @@ def has_markers(template: str) -> bool:
     return MARKERS.search(template) is not None
 
 
+def has_thoughts(messages: Sequence[Message]) -> bool:
+    """Return whether an assistant's message has thoughts, apart from its words or between marks in them."""
+    return any(
+        message["role"] == "assistant" and ("reasoning_content" in message or "</think>" in message["content"])
+        for message in messages
+    )
+
+
 def has_more_than_text(messages: Sequence[Message]) -> bool:
     """Return whether messages have anything but a role and a text, or are what a tool returned."""
     return any(set(message) - {"role", "content"} or message["role"] == "tool" for message in messages)
 
 
 def check_written(origin: str, row: Row, messages: Sequence[Message], text: str, notes: Dropped) -> None:
-    """Refuse a conversation whose calls of tools, or what they returned, a chat template leaves out.
+    """Refuse a conversation whose calls of tools, what they returned, or last thoughts a chat template leaves out.
 
     Raises:
         InputError: naming what it leaves out.
@@ -197,21 +224,26 @@ def check_written(origin: str, row: Row, messages: Sequence[Message], text: str,
     for message in messages:
         for call in message.get("tool_calls") or ():
             if call["function"]["name"] not in text:
-                raise InputError(
-                    f"{origin}: the chat template leaves out calls of tools ({call['function']['name']!r}); it takes "
-                    "a model whose template writes them, or --chat_template_path"
-                )
+                name = call["function"]["name"]
+                raise InputError(f"{origin}: the chat template leaves out calls of tools ({name!r}); {_way_out(text)}")
         if message["role"] == "tool" and not _is_in(message["content"], text):
-            raise InputError(
-                f"{origin}: the chat template leaves out messages of the role tool; it takes a model whose template "
-                "writes them, or --chat_template_path"
-            )
+            raise InputError(f"{origin}: the chat template leaves out messages of the role tool; {_way_out(text)}")
+    # Those of earlier turns may well be dropped.
+    if messages[-1]["role"] == "assistant" and not _is_in(messages[-1].get("reasoning_content", ""), text):
+        raise InputError(f"{origin}: the chat template leaves out reasoning_content; {_way_out(text)}")
     for tool in row.get("tools") or ():
         function = tool.get("function", tool)
         # A call names a tool too, so the name alone shows nothing.
         if not _is_in(str(function.get("description") or function.get("name", "")), text):
             notes.add(UNSEEN, origin)
             break
+
+
+def _way_out(text: str) -> str:
+    """Return what can be done about a chat template that leaves something out, by what it has written."""
+    marks = {"chatml": "<|im_start|>", "hfllm": "<|assistant|>"}
+    ours = next((f" {name}" for name, mark in marks.items() if mark in text), "")
+    return f"it takes a model whose template writes them, or --chat_template_path{ours}"
 
 
 def _is_in(content: str, text: str) -> bool:

@@ -7,18 +7,23 @@ from typing import Any
 
 from hfllm.errors import InputError
 
-# `role` and `content`, and where the row has them those of `KEPT` and `tool_calls`.
+# `role` and `content`, and where the row has them those of `KEPT`, `tool_calls` and `reasoning_content`.
 Message = dict[str, Any]
 ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"},
     # ShareGPT's words for a call of a tool and what it returned; OpenAI's first word for the latter was `function`.
     **{"function_call": "assistant", "tool": "tool", "observation": "tool", "function": "tool"},
 }
-KEPT = ("name", "tool_call_id", "reasoning_content", "thinking")
+KEPT = ("name", "tool_call_id")
+# Names of an assistant's thoughts, as transformers knows them; chat templates read the first.
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 
 def read_messages(origin: str, messages: Any) -> list[Message]:
     """Return a list of messages with the roles system, user, assistant and tool.
+
+    Arguments of calls that are None are left out: `datasets` fills in those of other rows' tools. In JSON text, which
+    it cannot change, they are kept.
 
     Raises:
         InputError: when it is no such list, naming the origin and the message.
@@ -31,10 +36,12 @@ def read_messages(origin: str, messages: Any) -> list[Message]:
 def read_tools(origin: str, tools: Any) -> list[dict[str, Any]] | None:
     """Return the tools of a row as JSON schemas, `None` if it has none; they may be a JSON text.
 
+    Of values, which `datasets` fills up with the fields of other rows' tools, those that are None are left out.
+
     Raises:
         InputError: when they are neither.
     """
-    tools = _from_json(tools) if isinstance(tools, str) and tools.strip() else tools
+    tools = _from_json(tools.strip() or "null") if isinstance(tools, str) else _without_none(tools)
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -73,12 +80,15 @@ def _message(origin: str, message: Any) -> Message:
     read = {"role": ROLES[role], "content": content}
     if calls:
         read["tool_calls"] = _calls(origin, calls)
+    thoughts = [fields[name] for name in THOUGHTS if isinstance(fields.get(name), str)]
+    if thoughts and read["role"] == "assistant":
+        read["reasoning_content"] = thoughts[0]
     return read | {name: fields[name] for name in KEPT if fields.get(name) is not None}
 
 
 def _calls(origin: str, calls: Any) -> list[dict[str, Any]]:
     """Return calls in the form that chat templates expect, with their arguments as values, not as JSON text."""
-    calls = _from_json(calls) if isinstance(calls, str) else calls
+    calls = _from_json(calls) if isinstance(calls, str) else _without_none(calls)
     read = []
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, dict) else None
@@ -89,6 +99,13 @@ def _calls(origin: str, calls: Any) -> list[dict[str, Any]]:
         number = {"id": call["id"]} if call.get("id") is not None else {}
         read.append({"type": "function", **number, "function": {"name": function["name"], "arguments": arguments}})
     return read
+
+
+def _without_none(value: Any) -> Any:
+    """Return a value without the fields that are None in it, at any depth; entries of lists are kept."""
+    if isinstance(value, dict):
+        return {name: _without_none(each) for name, each in value.items() if each is not None}
+    return [_without_none(each) for each in value] if isinstance(value, list) else value
 
 
 def _from_json(text: str) -> Any:

@@ -2,16 +2,16 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from hfllm.data.chat_templates import TURN_END, chat_template, response_template
 from hfllm.data.messages import read_tools
 from hfllm.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-PAD, DOCUMENT_END, TURN_END, MASK = "<|pad|>", "<|endoftext|>", "<|end|>", "<|mask|>"
+PAD, DOCUMENT_END, MASK = "<|pad|>", "<|endoftext|>", "<|mask|>"
 # Learning merges takes time quadratic in a word's length: longer words, such as base64 data, are split.
 LONGEST_WORD = 1000
 TOO_LONG = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
@@ -19,11 +19,6 @@ SPECIAL_TOKENS = (PAD, DOCUMENT_END, TURN_END, "<|system|>", "<|user|>", "<|assi
 
 # What published vocabularies call a token that is there for padding and nothing else.
 UNUSED = (PAD, "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|padding|>", "<|PAD|>", "<|vision_pad|>")
-
-
-def chat_template() -> str:
-    """Return the family's chat template (Jinja), with `{% generation %}` around the assistant's text."""
-    return files("hfllm.data").joinpath("chat_template.jinja").read_text(encoding="utf-8").strip()
 
 
 def train_tokenizer(
@@ -78,6 +73,7 @@ def train_tokenizer(
         **({"extra_special_tokens": list(extra_special_tokens)} if extra_special_tokens else {}),
         model_max_length=model_max_length,
         chat_template=chat_template(),
+        response_template=response_template(),
         clean_up_tokenization_spaces=False,
     )
 
@@ -161,25 +157,6 @@ def turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     special |= set(tokenizer.all_special_ids)
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found and after else []
     return next((number for number in ids if number in special), None)
-
-
-def plain_chat_template() -> str:
-    """Return a chat template for tokenizers that have none: roles in plain words, the end token after each answer.
-
-    A line break, which tokenizers do not merge with words, separates role and text, so that a prompt's tokens
-    are a prefix of the whole conversation's.
-    """
-    return (
-        # Of our own template the macro that reads strings and lists of parts.
-        "".join(chat_template().partition("{%- endmacro -%}")[:2]) + "{%- for message in messages -%}"
-        "{%- if message['role'] == 'assistant' -%}"
-        "{{- 'Assistant:\\n' -}}"
-        "{% generation %}{{- text_of(message['content']) + eos_token -}}{% endgeneration %}{{- '\\n' -}}"
-        "{%- else -%}"
-        "{{- message['role'] | capitalize + ':\\n' + text_of(message['content']) + '\\n' -}}{%- endif -%}"
-        "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{- 'Assistant:\\n' -}}{%- endif -%}"
-    )
 
 
 def tokenize_prompts(

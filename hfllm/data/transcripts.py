@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from hfllm.data.chat_templates import plain_chat_template
 from hfllm.data.messages import Message
-from hfllm.data.tokenizer import plain_chat_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,9 +1,10 @@
-"""Responses to the world's tasks, scored exactly by its gold rubric, per family."""
+"""Responses to the world's tasks, scored exactly by its gold rubric, per family; thoughts do not count."""
 
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
+from hfllm.data.thoughts import split_thoughts
 from hfllm.data.world.rubric import RIGHT, gold_score
 from hfllm.data.world.world import Task
 from hfllm.generation.responses import sample_responses
@@ -40,7 +41,7 @@ def judge_tasks(
             "is_new_phrasing": task.is_new_phrasing,
             "prompt": task.question,
             "response": response,
-            "gold": gold_score(response, task.gold),
+            "gold": gold_score(split_thoughts(response)[1], task.gold),
         }
         for task, responses in zip(tasks, answers, strict=True)
         for response in responses

@@ -1,6 +1,8 @@
-"""Whether a model has an embedding for each token of a tokenizer."""
+"""Whether a model has an embedding for each token of a tokenizer, and embeddings for new tokens."""
 
+import re
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError
@@ -46,3 +48,39 @@ def _is_special_and_unused(token: str, tokenizer: "PreTrainedTokenizerBase") -> 
     used = (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token)
     is_special = added is not None and added.special
     return is_special and token not in used and token not in str(tokenizer.chat_template or "")
+
+
+def add_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str]) -> list[str]:
+    """Add tokens to a tokenizer and give the model rows for them; return those that were new.
+
+    A new row is the mean of the rows of the tokens that wrote the same text before, so the model begins with what it
+    knows of that. Tokens of the form `<|...|>` become special ones; others are ordinary, which decoding with
+    `skip_special_tokens=True` keeps.
+
+    Raises:
+        InputError: under DeepSpeed ZeRO-3, where each process has a part of the rows.
+    """
+    import torch
+    from transformers import AddedToken
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():
+        raise InputError("new tokens cannot be added under DeepSpeed ZeRO-3: add them in one process first")
+    new = [token for token in dict.fromkeys(tokens) if token not in tokenizer.get_vocab()]
+    pieces = [tokenizer(token, add_special_tokens=False)["input_ids"] for token in new]
+    for token in new:
+        is_special = re.fullmatch(r"<\|.*\|>", token) is not None
+        tokenizer.add_tokens([AddedToken(token, special=is_special, normalized=False)], special_tokens=is_special)
+    if not new:
+        return new
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    ids = tokenizer.convert_tokens_to_ids(new)
+    tables = {id(each.weight): each for each in (model.get_input_embeddings(), model.get_output_embeddings()) if each}
+    with torch.no_grad():
+        for table in tables.values():
+            for row, parts in zip(ids, pieces, strict=True):
+                table.weight[row] = table.weight[parts].mean(0)
+                if getattr(table, "bias", None) is not None:
+                    table.bias[row] = table.bias[parts].mean()
+    return new

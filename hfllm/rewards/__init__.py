@@ -13,6 +13,7 @@ from hfllm.rewards.judge_labels import BiasReport, LabeledPairs, check_bias, mea
 from hfllm.rewards.judge_questions import judge_question
 from hfllm.rewards.judges import JudgeReward, PreferenceJudge
 from hfllm.rewards.models import RewardModel, TokenRewardModel
+from hfllm.rewards.reasoning import checked_by, exact_match, step_rewards, thinks, thought_length_penalty
 
 __all__ = [
     "BiasReport",
@@ -23,8 +24,10 @@ __all__ = [
     "RewardModel",
     "TokenRewardModel",
     "check_bias",
+    "checked_by",
     "checked_rewards",
     "completion_text",
+    "exact_match",
     "gold_reward",
     "judge_question",
     "length_penalty",
@@ -32,4 +35,7 @@ __all__ = [
     "measure_bias",
     "preference_rows",
     "reward_name",
+    "step_rewards",
+    "thinks",
+    "thought_length_penalty",
 ]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+from hfllm.data.thoughts import CLOSE, OPEN, split_thoughts
 from hfllm.data.world.rubric import GoldAnswer, gold_score
 from hfllm.errors import InputError, is_out_of_memory
 
@@ -22,19 +23,23 @@ GIVEN = ("prompt", "completion", "prompts", "completions", "completion_ids")
 
 
 def completion_text(completion: str | Sequence[dict[str, str]]) -> str:
-    """Return the text of a completion in either format: of a conversation all but what tools said."""
+    """Return the text of a completion in either format: of a conversation all but thoughts and what tools said.
+
+    See `hfllm.data.thoughts` for the thoughts, and the answer after them."""
     if isinstance(completion, str):
         return completion
     return "".join(message.get("content") or "" for message in completion if message.get("role") != "tool")
 
 
 def transcript(completion: str | Sequence[dict[str, Any]]) -> str:
-    """Return all of a completion for people to read: calls of tools and what they said, a line each, if it has any."""
-    if isinstance(completion, str) or (len(completion) == 1 and "tool_calls" not in completion[0]):
-        return completion_text(completion)
+    """Return all of a completion for people to read: thoughts, and calls of tools and what they said, a line each."""
+    if isinstance(completion, str):
+        return completion
+    if len(completion) == 1 and "tool_calls" not in completion[0]:
+        return _with_thoughts(completion[0])
     lines = []
     for message in completion:
-        content = message.get("content") or ""
+        content = _with_thoughts(message)
         if content or not message.get("tool_calls"):
             lines.append(f"{message.get('role')}: {content}")
         for call in message.get("tool_calls") or []:
@@ -42,6 +47,11 @@ def transcript(completion: str | Sequence[dict[str, Any]]) -> str:
             arguments = json.dumps(function.get("arguments"), ensure_ascii=False, default=str)
             lines.append(f"{message.get('role')} calls {function.get('name')}: {arguments}")
     return "\n".join(lines)
+
+
+def _with_thoughts(message: Mapping[str, Any]) -> str:
+    thoughts, content = message.get("reasoning_content"), message.get("content") or ""
+    return f"{OPEN}{thoughts}{CLOSE}{content}" if thoughts else content
 
 
 def gold_reward(
@@ -56,16 +66,20 @@ def gold_reward(
 ) -> list[float]:
     """Return the embedded world's exact, verifiable reward in [-1, 1], from the gold columns of its prompt rows."""
     golds = map(GoldAnswer, gold_kind, gold_accepted, gold_needed, gold_forbidden)
-    return [gold_score(completion_text(response), gold) for response, gold in zip(completions, golds, strict=True)]
+    said = [split_thoughts(completion_text(response))[1] for response in completions]
+    return [gold_score(text, gold) for text, gold in zip(said, golds, strict=True)]
 
 
 def load_reward_function(specification: str) -> RewardFunction:
-    """Load the function that `specification` names: `gold`, or `path/to/file.py:function`.
+    """Load the function that `specification` names: `gold`, `exact_match`, `thinks`, or `path/to/file.py:function`.
 
     Raises:
         InputError: when the file or the function does not exist, or the file does not run.
     """
-    return gold_reward if specification == "gold" else load_function(specification, "--reward_funcs")
+    from hfllm.rewards.reasoning import exact_match, thinks
+
+    built_in: dict[str, RewardFunction] = {"gold": gold_reward, "exact_match": exact_match, "thinks": thinks}
+    return built_in.get(specification) or load_function(specification, "--reward_funcs")
 
 
 def load_function(specification: str, flag: str) -> Callable[..., Any]:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hfllm.data.chat_templates import writes_as_ours
 from hfllm.data.formats import as_messages
 from hfllm.data.messages import Message
-from hfllm.data.tokenizer import chat_template
 from hfllm.data.transcripts import to_transcript
 from hfllm.errors import InputError
 from hfllm.rewards.functions import completion_text
@@ -52,7 +52,7 @@ def judge_question(
 
 def was_trained_on_questions(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Return whether a judge is taken for one that knows the bare question: one with our own chat template."""
-    return tokenizer.chat_template == chat_template()
+    return writes_as_ours(tokenizer)
 
 
 @dataclass(frozen=True)

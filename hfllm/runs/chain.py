@@ -90,6 +90,13 @@ STAGES: Mapping[str, StageEntry] = {
         "constitution/world.yaml",
         runs_own_chain=True,
     ),
+    "expert_iteration": StageEntry(
+        "a model tuned on its own right answers",
+        "expert_iteration",
+        "expert_iteration/world.yaml",
+        {"model_name_or_path": "sft"},
+        runs_own_chain=True,
+    ),
     "convert": StageEntry("a model in another layout", "convert", "", {"model_name_or_path": "pretrain"}),
 }
 

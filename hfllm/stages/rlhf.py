@@ -50,7 +50,10 @@ class RlhfArguments(RowArguments, BatchArguments, RemoteCodeArguments):
     )
     reward_funcs: list[str] | None = field(
         default=None,
-        metadata={"help": "Reward functions: path/to/file.py:function, or 'gold' (the embedded world's)."},
+        metadata={
+            "help": "Reward functions: path/to/file.py:function, exact_match (the final answer is that of the column "
+            "answer), thinks (has thoughts and an answer), or gold (the embedded world's)."
+        },
     )
     tools: list[str] | None = field(
         default=None,

@@ -1,6 +1,6 @@
 """Fine-tuning on instructions: its flags, what it refuses, and its data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,21 @@ if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
 
 
+NO_ROWS = "an adapter has no rows for new tokens: train all weights, or leave the flag out"
+
+
 @dataclass(frozen=True)
 class SftArguments(InstructionArguments, BatchArguments):
     """Instruction data."""
 
     num_examples: int = field(default=9600, metadata={"help": "Demonstrations of the embedded world to train on."})
+    added_tokens: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens to add to the model, such as <think> </think>; without, they are written by those that "
+            "there are (docs/reasoning.md)."
+        },
+    )
     pretrain_config: str | None = field(
         default=None, metadata={"help": "YAML flags of the pretraining that makes the base model, if none is named."}
     )
@@ -62,6 +72,7 @@ def check(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mo
     refuse(is_everything and training_args.assistant_only_loss, "--assistant_only_loss", reason)
     reason = "rows are tokenized here; name the columns by --column_mapping"
     refuse(training_args.dataset_kwargs is not None, "--dataset_kwargs", reason)
+    refuse(bool(script_args.added_tokens) and model_args.use_peft, "--added_tokens", NO_ROWS)
     if training_args.packing and training_args.max_length is None:
         raise InputError("--packing needs --max_length, the length of a packed row")
 
@@ -129,26 +140,39 @@ def instruction_data(
 
 
 def with_template(
-    training_args: "SFTConfig", model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+    training_args: "SFTConfig",
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    added_tokens: Sequence[str] | None = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Return the model and the tokenizer with the end token and the chat template that the flags name.
+    """Return the model and the tokenizer with the new tokens, the end token and the chat template that the flags name.
 
     Raises:
-        InputError: when there is no such token or template.
+        InputError: when there is no such token or template, or an adapter cannot get new tokens.
     """
-    from pathlib import Path
-
     from trl.chat_template_utils import clone_chat_template
 
+    from hfllm.data.chat_templates import BUILT_IN, set_built_in
+    from hfllm.models.vocabulary import add_tokens
+    from hfllm.runs.command_line import say
+
+    if added_tokens:
+        refuse(hasattr(model, "peft_config"), "--added_tokens", NO_ROWS)
+        new = add_tokens(model, tokenizer, added_tokens)
+        say(f"sft: new tokens: {' '.join(new) or 'none, the model has all of them'}")
     if (end := training_args.eos_token) is not None:
         if end not in tokenizer.get_vocab():
             raise InputError(f"--eos_token {end!r}: the tokenizer has no such token")
         tokenizer.eos_token = end
     if (name := training_args.chat_template_path) is None:
         return model, tokenizer
+    # It reads what another template writes.
+    tokenizer.response_template = None
     try:
         if Path(name).is_file():
             tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
+        elif name in BUILT_IN and not Path(name).exists():
+            set_built_in(tokenizer, name)
         else:
             model, tokenizer, _ = clone_chat_template(model, tokenizer, name)
     except (OSError, ValueError) as error:
@@ -204,6 +228,7 @@ def examples(
 
     from hfllm.data.conversations import Conversations
     from hfllm.data.packing import IGNORE
+    from hfllm.data.read_back import read_back
     from hfllm.data.rows import Dropped, origin_of
     from hfllm.runs.command_line import say
 
@@ -225,6 +250,8 @@ def examples(
             dropped.add(why, origin_of(row, ""))
     for note, count in conversations.notes.reasons.items():
         say(f"{what}: {count:,} of {len(rows):,} {note}")
+    if (found := read_back(rows, tokenizer)) is not None:
+        say(f"{what}: {found}")
     if not columns["input_ids"]:
         raise InputError(f"{what}: nothing to learn is left: {dropped}")
     if dropped.count:

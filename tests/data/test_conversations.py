@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 from hfllm.data import formats
+from hfllm.data.chat_templates import BUILT_IN, plain_chat_template
 from hfllm.data.conversations import DIFFERENT, FIRST, REWRITES, UNSEEN, Conversations
 from hfllm.data.packing import IGNORE
+from hfllm.data.read_back import read_back
 from hfllm.data.rows import OriginRow
-from hfllm.data.tokenizer import plain_chat_template, train_tokenizer
+from hfllm.data.tokenizer import train_tokenizer
 from hfllm.data.world.demonstrators import instruction_rows
 from hfllm.errors import InputError
 
@@ -163,8 +165,7 @@ def test_a_template_that_forgets_gives_a_row_for_each_answer(chatml, monkeypatch
 
 def test_marks_that_leave_out_the_end_of_a_turn_are_not_enough(tokenizer, monkeypatch):
     template = tokenizer.chat_template.replace(
-        "{{- text_of(message['content']) + '<|end|>' -}}{% endgeneration %}",
-        "{{- text_of(message['content']) -}}{% endgeneration %}{{- '<|end|>' -}}",
+        "{{- '<|end|>' -}}{% endgeneration %}", "{% endgeneration %}{{- '<|end|>' -}}"
     )
     assert template != tokenizer.chat_template
     monkeypatch.setattr(tokenizer, "chat_template", template)
@@ -253,11 +254,120 @@ def test_calls_of_tools_are_learned_and_what_tools_return_is_not(chatml, monkeyp
     assert '<|im_start|>tool\n{"sun": "yes"}<|im_end|>' in shown[2][1]
 
 
+def said(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("marked", [False, True])
+def test_our_templates_write_calls_to_be_learned(tokenizer, chatml, monkeypatch, name, marked):
+    each = tokenizer if name == "hfllm" else chatml
+    monkeypatch.setattr(each, "chat_template", BUILT_IN[name].chat_template())
+    monkeypatch.setattr(each, "response_template", BUILT_IN[name].response_template())
+    rows = [OriginRow(formats.to_sft("here", row), "here") for row in (CALLS, OPENAI)]
+    found, notes = labeled(each, CALLS, OPENAI, marked_template=each.chat_template if marked else None)
+    assert found[0] == found[1] and not notes
+    learned = [text for is_learned, text in parts(each, found[0][0]) if is_learned]
+    end = each.eos_token
+    call = "".join(BUILT_IN[name].marks[-4:-2]).replace("><", '>{"name": "weather", "arguments": {"city": "Rome"}}<')
+    assert [text.replace("\n", "") for text in learned] == [f"{call}{end}", f"It is sunny.{end}"]
+    assert str(read_back(rows, each)) == "2 of 2 calls of tools are read back exactly"
+
+
+TOOLS_OF_TWO = [
+    {"type": "function", "function": {"name": name, "description": "d", "parameters": {"properties": {key: {"x": 1}}}}}
+    for name, key in (("weather", "city"), ("add", "terms"))
+]
+
+
+def test_what_datasets_fills_in_is_not_written(chatml, monkeypatch):
+    """Rows with different tools: Arrow gives each all fields of the others."""
+    from datasets import Dataset
+
+    monkeypatch.setattr(chatml, "chat_template", BUILT_IN["chatml"].chat_template())
+    monkeypatch.setattr(chatml, "response_template", BUILT_IN["chatml"].response_template())
+    calls = [("weather", {"city": {"name": "Rome"}}), ("add", {"terms": [1, 2], "modulo": 7})]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "Go"},
+                said("", tool_calls=[{"type": "function", "function": {"name": name, "arguments": arguments}}]),
+                {"role": "tool", "content": "ok"},
+                said("Done.", reasoning_content="hm") if name == "add" else said("Done."),
+            ],
+            "tools": [tool],
+        }
+        for (name, arguments), tool in zip(calls, TOOLS_OF_TWO, strict=True)
+    ]
+    filled = Dataset.from_list(rows).to_list()
+    assert filled[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["terms"] is None
+    assert filled[0]["tools"][0]["function"]["parameters"]["properties"]["terms"] is None
+    assert [formats.to_sft("here", row) for row in filled] == [formats.to_sft("here", row) for row in rows]
+    found, _ = labeled(chatml, *filled)
+    assert found == labeled(chatml, *rows)[0] and "null" not in chatml.decode(found[0][0].input_ids)
+    assert read_back([formats.to_sft("here", row) for row in filled], chatml).exact_calls == 2
+
+
+def test_null_is_kept_in_json_text():
+    message = said(None, tool_calls=[{"function": {"name": "f", "arguments": '{"limit": null}'}}])
+    row = formats.to_sft("here", {"messages": [{"role": "user", "content": "Q"}, message], "tools": " "})
+    assert row["completion"][0]["tool_calls"][0]["function"]["arguments"] == {"limit": None} and "tools" not in row
+
+
+THINKS = {
+    "messages": [
+        {"role": "user", "content": "Q"},
+        said("A", reasoning_content="look"),
+        {"role": "user", "content": "P"},
+        said("B", thinking="again"),
+    ]
+}
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_each_answer_is_learned_with_its_thoughts(tokenizer, marked):
+    """Those of earlier answers are not shown, so a conversation becomes a row for each answer."""
+    (split,), notes = labeled(tokenizer, THINKS, marked_template=tokenizer.chat_template if marked else None)
+    assert notes == {REWRITES: 1}
+    assert [parts(tokenizer, one) for one in split] == [
+        [(False, "<|user|>Q<|end|><|assistant|>"), (True, "<think>look</think>A<|end|>")],
+        [
+            (False, "<|user|>Q<|end|><|assistant|>A<|end|><|user|>P<|end|><|assistant|>"),
+            (True, "<think>again</think>B<|end|>"),
+        ],
+    ]
+    rows = [formats.to_sft("here", THINKS)]
+    assert str(read_back(rows, tokenizer)) == "2 of 2 thoughts are read back exactly"
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_thoughts_between_calls_are_learned_in_one_row(tokenizer, marked):
+    messages = [THINKS["messages"][0], {**OPENAI["messages"][1], "reasoning_content": "look"}]
+    row = {"messages": [*messages, {"role": "tool", "content": "sun"}, said("A", reasoning_content="so")]}
+    ((one,),), notes = labeled(tokenizer, row, marked_template=tokenizer.chat_template if marked else None)
+    learned = [text for is_learned, text in parts(tokenizer, one) if is_learned]
+    assert [text.partition("</think>")[0] for text in learned] == ["<think>look", "<think>so"] and not notes
+
+
+def test_what_is_not_read_back_is_counted(chatml, monkeypatch):
+    monkeypatch.setattr(chatml, "chat_template", TOOLS)
+    rows = [OriginRow(formats.to_sft("here", CALLS), "file, row 7")]
+    assert read_back(rows, chatml) is None or read_back(rows, chatml).exact_calls == 0
+    monkeypatch.setattr(chatml, "response_template", BUILT_IN["chatml"].response_template())
+    assert str(read_back(rows, chatml)) == (
+        "0 of 1 calls of tools are read back exactly (first that are not: file, row 7)"
+    )
+    assert read_back([formats.to_sft("here", sharegpt("Q", "A"))], chatml) is None
+
+
 def test_what_a_template_leaves_out_is_named(tokenizer, chatml, monkeypatch):
-    with pytest.raises(InputError, match=r"^file, line 2: the chat template leaves out calls of tools \('weather'\)"):
+    with pytest.raises(
+        InputError, match=r"^file, line 2: the chat template leaves out calls.*\('weather'\).* chatml$"
+    ):
         labeled(chatml, sharegpt("Q", "A"), CALLS)
-    with pytest.raises(InputError, match=r"^file, line 1: the chat template cannot write.*got tool"):
-        labeled(tokenizer, CALLS)
+    thinks = {"messages": [sharegpt("Q")["conversations"][0], {**said("A"), "thinking": "hm"}]}
+    with pytest.raises(InputError, match=r"^file, line 1: the chat template leaves out reasoning_content.* chatml$"):
+        labeled(chatml, thinks)
     monkeypatch.setattr(
         chatml,
         "chat_template",

@@ -7,7 +7,8 @@ import regex
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from hfllm.data.tokenizer import plain_chat_template, train_tokenizer
+from hfllm.data.chat_templates import plain_chat_template
+from hfllm.data.tokenizer import train_tokenizer
 
 CHAT = [
     {"role": "user", "content": "What colour is the fox?"},

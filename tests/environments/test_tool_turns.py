@@ -10,6 +10,7 @@ from tool_tokenizer import RESPONSE_TEMPLATE, TEMPLATE
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
+from hfllm.data.chat_templates import plain_chat_template
 from hfllm.environments.tool_turns import UNREADABLE, ToolTurns
 from hfllm.errors import InputError
 
@@ -141,7 +142,8 @@ def test_arguments_have_the_types_of_the_tool(tool_tokenizer):
 # ---- what is refused ----
 
 
-def test_a_chat_template_without_tools_is_refused(tokenizer):
+def test_a_chat_template_without_tools_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", plain_chat_template())
     with pytest.raises(InputError, match="cannot write an assistant's tool_calls and a tool's message"):
         ToolTurns(tokenizer, [], [tokenizer.eos_token_id])
 

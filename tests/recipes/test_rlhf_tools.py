@@ -8,6 +8,7 @@ import torch
 from tool_tokenizer import make
 
 import hfllm
+from hfllm.data.chat_templates import plain_chat_template
 from hfllm.errors import InputError
 
 TOOLS = '''
@@ -88,5 +89,6 @@ def test_what_cannot_work_is_refused_first(flags, tmp_path, changes, message):
 
 
 def test_a_model_whose_template_has_no_tools_is_refused(flags, saved):
+    (saved / "chat_template.jinja").write_text(plain_chat_template())
     with pytest.raises(InputError, match="chat template cannot write an assistant's tool_calls"):
         rlhf.main(*rlhf.parse(flags(model_name_or_path=saved)))

@@ -182,7 +182,7 @@ def test_what_is_asked(judge, tokenizer):
     assert judge_question(turns, "a", "b", "c") == "Human: Hi\n\nAssistant: Hello\n\nHuman: Go\n(A) a\n(B) b\nc"
     # A model with our chat template has learned the bare question, others are asked for the letter.
     other = copy.deepcopy(tokenizer)
-    other.chat_template += "{# another #}"
+    other.chat_template += "{{- 'Think.' -}}"
     assert not judge.ask_for_letter and PreferenceJudge(judge.model, other, BOTH).ask_for_letter
 
 

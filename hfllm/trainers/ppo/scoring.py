@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfllm.data.formats import as_completion
 from hfllm.errors import InputError
 from hfllm.rewards.functions import checked_rewards, reward_columns, reward_name, transcript
+from hfllm.trainers.ppo.completions import completions_of
 from hfllm.trainers.ppo.config import PPOConfig
 from hfllm.trainers.ppo.controllers import RunningMoments
 from hfllm.trainers.ppo.rollout import with_actions
@@ -71,8 +71,11 @@ class Scorer:
         prompts = [row["prompt"] for row in rows]
         completions = batch.get("completions")
         if completions is None:
-            texts = self.tokenizer.batch_decode(batch["response_ids"], skip_special_tokens=True)
-            completions = [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+            before = [
+                [token for token, is_real in zip(row, real, strict=True) if is_real]
+                for row, real in zip(batch["prompt_ids"].tolist(), batch["prompt_mask"].tolist(), strict=True)
+            ]
+            completions = completions_of(self.tokenizer, prompts, before, ids)
         columns = {**reward_columns(rows), **batch.get("columns", {}), "completion_ids": ids}
         device = batch["response_ids"].device
         total, per_token, parts = torch.zeros(len(rows), device=device), None, {}

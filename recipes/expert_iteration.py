@@ -1,0 +1,94 @@
+"""Expert iteration: a model learns from those of its own responses that a reward calls right (STaR).
+
+    hfllm expert_iteration                                               # the embedded world, from nothing
+    hfllm expert_iteration --model_name_or_path NAME --dataset_name gsm8k.jsonl --column_mapping prompt=question \\
+        --reward_funcs exact_match
+    hfllm expert_iteration --shuffle_rewards true                        # the control, which must not gain
+    accelerate launch recipes/expert_iteration.py --model_name_or_path NAME --dataset_name x.jsonl \\
+        --reward_funcs my.py:score
+
+In each round it samples responses to all prompts, keeps those with enough reward, and fine-tunes on them, thoughts and
+all: the model of the beginning (Zelikman et al. 2022, arXiv:2203.14465), or with `--start_from last` that of the round
+before. A run that was stopped goes on with the round that it was in. docs/reasoning.md tells more.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from hfllm.runs.command_line import parse_recipe, run, world_settings
+from hfllm.runs.lock import releases_folders
+from hfllm.runs.remote_code import trusts_code_if_asked
+from hfllm.stages.expert_iteration import ExpertIterationArguments
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
+    from hfllm.stages.constitution_data import Speaking
+
+
+def parse(argv: Sequence[str]) -> tuple[ExpertIterationArguments, "ModelConfig"]:
+    """Read the flags; without your own model the defaults are the embedded world's settings."""
+    settings = world_settings("expert_iteration")
+    return parse_recipe(argv, __doc__, ExpertIterationArguments, ("trl.ModelConfig",), settings=settings)
+
+
+@releases_folders
+@trusts_code_if_asked
+def main(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> dict[str, float]:
+    """Make what is missing, sample, keep and fine-tune in each round, compare, report. Return the metrics."""
+    from hfllm.outputs.card import chat_lines
+    from hfllm.runs.command_line import main_process
+    from hfllm.runs.stage import Stage
+    from hfllm.stages import expert_iteration as rounds_stage
+    from hfllm.stages import expert_iteration_evaluation as evaluation
+    from hfllm.stages.constitution_data import by_main_process, load_speaking
+    from hfllm.stages.expert_iteration_checks import check_before, prompts_of, reward_functions
+    from hfllm.stages.expert_iteration_data import write_round
+
+    # Refuse what cannot work before anything is trained.
+    rounds_stage.check(script_args, model_args)
+    rounds = rounds_stage.rounds_of(script_args, model_args)
+    stage = Stage("expert_iteration", script_args, model_args, before=rounds.parsed, is_spread=True)
+    stage.check()
+    if stage.is_finished:
+        return stage.reuse()
+    functions = reward_functions(script_args)
+    train_rows, eval_rows = prompts_of(script_args, model_args, functions)
+    check_before(script_args, model_args, rounds)
+
+    stage.announce()
+    rounds.announce()
+    rounds.before.run()
+
+    def load(place: int) -> "Speaking":
+        """The model of the beginning, or that of a round, counted from 1."""
+        revision = model_args.model_revision if place == 0 else "main"
+        return load_speaking(rounds.models[place], model_args, revision)
+
+    kept = []
+    for place, name in enumerate(rounds.runs):
+        asked = (train_rows, functions, rounds.models[place], partial(load, place), script_args.seed + place)
+        kept.append(by_main_process(partial(write_round, script_args, name, *asked)))
+        rounds.tune(name)
+    rounds.end()
+    if not main_process():
+        return {}
+
+    evaluations = [
+        evaluation.evaluate(script_args, load(place), eval_rows, functions) for place in range(len(rounds.models))
+    ]
+    metrics = evaluation.found_metrics(script_args, evaluations, kept)
+    return stage.finish(
+        {**metrics, "train_prompts": len(train_rows), "eval_prompts": len(eval_rows)},
+        summary=evaluation.summary_of(script_args, metrics),
+        tables=evaluation.tables_of(eval_rows, evaluations, kept),
+        curves=evaluation.plots_of(script_args, evaluations),
+        artifacts={name: name for name in rounds.parsed} | {"rows": "data"},
+        next_steps=chat_lines(rounds.models[-1], eval_rows[0]["prompt"]),
+        models={"model": rounds.models[0]},
+    )
+
+
+if __name__ == "__main__":
+    run(main, parse)

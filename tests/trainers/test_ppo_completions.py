@@ -1,0 +1,89 @@
+"""What rewards get of a sampled response: the thoughts apart from the answer."""
+
+import copy
+
+import pytest
+import torch
+
+from hfllm import PPOConfig, PPOTrainer
+from hfllm.trainers.ppo.completions import completions_of
+
+ASKED = [{"role": "user", "content": "Q"}]
+
+
+def completion(tokenizer, said, prompt=ASKED, opened="<|user|>Q<|end|><|assistant|>"):
+    """The completion of a response that was sampled as tokens."""
+    ids = tokenizer(said)["input_ids"]
+    (found,) = completions_of(tokenizer, [prompt], [tokenizer(opened)["input_ids"]], [ids])
+    return found
+
+
+def message(content, thoughts=None):
+    return [{"role": "assistant", "content": content} | ({} if thoughts is None else {"reasoning_content": thoughts})]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("It is 6.<|end|>", message("It is 6.")),
+        ("<think>2+4</think>It is 6.<|end|>", message("It is 6.", "2+4")),
+        ("<think>2+4 is", message("", "2+4 is")),
+        ("2+4</think>It is 6.", message("It is 6.", "2+4")),
+        (" It <|user|>is 6. ", message(" It is 6. ")),
+    ],
+)
+def test_thoughts_are_apart(tokenizer, said, expected):
+    assert completion(tokenizer, said) == expected
+
+
+def test_texts_keep_them(tokenizer):
+    assert completion(tokenizer, "<think>2+4</think>6<|end|>", prompt="Q", opened="Q") == "<think>2+4</think>6"
+
+
+def test_the_prompt_may_have_opened_a_thought(tokenizer):
+    opened = "<|user|>Q<|end|><|assistant|><think>\n"
+    assert completion(tokenizer, "2+4 is", opened=opened) == message("", "2+4 is")
+    closed = f"{opened}</think>"
+    assert completion(tokenizer, "It is 6.", opened=closed) == message("It is 6.")
+
+
+def test_other_marks_are_read_as_the_tokenizer_says(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    fields = tokenizer.response_template["fields"]
+    thought = {"open": "[THINK]", "close": "[/THINK]", "content": "text"}
+    tokenizer.response_template = {
+        **tokenizer.response_template,
+        "fields": {"reasoning_content": thought, "content": fields["content"]},
+    }
+    assert completion(tokenizer, "[THINK]2+4[/THINK]6<|end|>") == message("6", "2+4")
+    assert completion(tokenizer, "6 [TH<|end|>") == message("6 [TH")
+
+
+def test_a_reward_gets_them_from_the_trainer(make_model, tokenizer, tmp_path, monkeypatch):
+    seen = []
+
+    def reward(prompts, completions, **columns):
+        seen.extend(completions)
+        return [float(len(each[0].get("reasoning_content", ""))) for each in completions]
+
+    config = PPOConfig(
+        str(tmp_path), per_device_train_batch_size=2, max_steps=1, num_ppo_epochs=1, num_mini_batches=1, use_cpu=True
+    )
+    config.response_length, config.learning_rate, config.report_to = 16, 1e-4, "none"
+    trainer = PPOTrainer(make_model(), [reward], config, [{"prompt": ASKED}] * 4, processing_class=tokenizer)
+    sample = trainer.sample
+    ids = torch.tensor(tokenizer("<think>hm</think>So<|end|>")["input_ids"])
+
+    def thinking(rows):
+        batch = sample(rows)
+        length = len(ids)
+        batch["response_ids"] = ids.repeat(len(rows), 1)
+        batch["response_mask"] = torch.ones(len(rows), length, dtype=batch["response_mask"].dtype)
+        batch["is_ended"] = torch.ones(len(rows), dtype=torch.bool)
+        return batch
+
+    batch = thinking([{"prompt": ASKED}] * 2)
+    scores = trainer.scorer([{"prompt": ASKED}] * 2, batch)
+    assert seen == [message("So", "hm")] * 2
+    assert scores.total.tolist() == [2.0, 2.0]
+    assert scores.completions[0]["completion"] == "<think>hm</think>So"
