@@ -90,7 +90,10 @@ class ConstitutionArguments(RowArguments, RemoteCodeArguments):
     )
     temperature: float = field(
         default=1.0,
-        metadata={"help": "At which answers, critiques and revisions are sampled to learn from."},
+        metadata={
+            "help": "Of critiques, revisions and the model's own answers to harmless prompts; its first answers to "
+            "red-team prompts are sampled at 1."
+        },
     )
     response_length: int | None = field(
         default=None, metadata={"help": "Longest answer in tokens; by default 40 on the world and 128 elsewhere."}

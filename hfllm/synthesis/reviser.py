@@ -267,6 +267,7 @@ class Reviser:
         said = speaker.say(
             *([conversation for _, conversation in kept], settings.response_length),
             *(settings.do_sample, settings.batch_size, seed),
-            temperature=settings.temperature,
+            # First answers show what the model does; critiques and revisions what it can do.
+            temperature=1.0 if "answer" in label else settings.temperature,
         )
         return [(draft, response) for (draft, _), response in zip(kept, said, strict=True)]

@@ -72,7 +72,7 @@ def critique_and_revise(
         revise_only_flagged: keep an answer where the critique finds nothing.
         is_flagged: whether a critique finds something; by default `hfllm.synthesis.critiques.finds_fault`.
         do_sample: sample; greedy if false.
-        temperature: of first answers, critiques and revisions.
+        temperature: of critiques and revisions; first answers are sampled at 1.
         batch_size: prompts in one call of `generate`; four batches are written together.
         use_examples: put the constitution's examples before each critique. By default for base models, which have no
             chat template or the plain one of `hfllm.data.tokenizer`; small instruction-tuned models copy from them.

@@ -369,9 +369,9 @@ def test_trl_takes_the_rows(revise, make_model, tokenizer, tmp_path):
         assert not torch.equal(before, model.model.layers[0].mlp.down_proj.weight), trainer
 
 
-def test_answers_critiques_and_revisions_are_sampled_at_the_temperature(script, revise):
+def test_first_answers_are_sampled_at_one_whatever_the_temperature(script, revise):
     script.say = lambda prompt: "Bad."
     revise(["Go"], num_revisions=2, temperature=0.25)
-    assert [settings["temperature"] for _, settings in script.calls] == [0.25] * 5
+    assert [settings["temperature"] for _, settings in script.calls] == [1.0, 0.25, 0.25, 0.25, 0.25]
     with pytest.raises(InputError, match="temperature must be above 0, got 0"):
         revise(["Go"], temperature=0)
