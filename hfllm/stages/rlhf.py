@@ -54,7 +54,9 @@ class RlhfArguments(RowArguments, BatchArguments, RemoteCodeArguments):
     )
     tools: list[str] | None = field(
         default=None,
-        metadata={"help": "Functions that the policy may call: path/to/file.py:function (docs/tools.md)."},
+        metadata={
+            "help": "Functions that the policy may call: path/to/file.py:function, calculator, python (docs/tools.md)."
+        },
     )
     value_model: str = field(
         default="head",

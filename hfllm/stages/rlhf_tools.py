@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hfllm.errors import refuse
+from hfllm.errors import InputError, refuse
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from hfllm.trainers.ppo.config import PPOConfig
 
 
+# Tools that need no data, by their names in `environments.built_in`.
+BUILT_IN = ("calculator", "python")
 OF_TOOLS = ("max_tool_calling_iterations", "tool_timeout", "max_tool_result_length")
 
 
@@ -27,7 +29,6 @@ def checked_tools(
     """
     from hfllm.data.tokenizer import turn_end
     from hfllm.environments.tool_environment import ToolEnvironment
-    from hfllm.rewards.functions import load_function
     from hfllm.runs.models import load_tokenizer
 
     if not script_args.tools:
@@ -37,10 +38,26 @@ def checked_tools(
             refuse(is_given, f"--{flag} {value}", "it has no effect without --tools")
         return None
     refuse(not model_args.model_name_or_path, "--tools", "it needs --model_name_or_path, a model that calls tools")
-    tools = [load_function(name, "--tools") for name in script_args.tools]
+    tools = [load_tool(name) for name in script_args.tools]
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     ToolEnvironment(tools, tokenizer, [*({tokenizer.eos_token_id, turn_end(tokenizer)} - {None})])
     return tools
+
+
+def load_tool(specification: str) -> "Tool":
+    """Return the function that `--tools` names: one of `BUILT_IN`, or `path/to/file.py:function`.
+
+    Raises:
+        InputError: when it does not exist, or the file does not run.
+    """
+    from hfllm.environments import built_in
+    from hfllm.rewards.functions import load_function
+
+    if specification in BUILT_IN:
+        return getattr(built_in, specification)
+    if ":" not in specification:
+        raise InputError(f"--tools {specification}: expected path/to/file.py:function, or {' or '.join(BUILT_IN)}")
+    return load_function(specification, "--tools")
 
 
 def schemas_of(tools: "Sequence[Tool] | None") -> list[dict[str, Any]] | None:

@@ -9,6 +9,7 @@ from tool_tokenizer import make
 
 import hfllm
 from hfllm.errors import InputError
+from hfllm.stages.rlhf_tools import checked_tools
 
 TOOLS = '''
 def double(number: int) -> int:
@@ -68,12 +69,18 @@ def test_a_run_with_tools_reports_their_calls(flags, tmp_path):
     assert saved["response_template"]["start_anchor"] == "<|assistant|>"
 
 
+def test_tools_that_come_with_the_package_have_short_names(flags, tmp_path):
+    arguments = rlhf.parse([*flags(tool=None), "--tools", "calculator", "python", f"{tmp_path / 'tools.py'}:double"])
+    assert [tool.__name__ for tool in checked_tools(*arguments)] == ["calculator", "python", "double"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"tool": "fly"}, "no function 'fly' in"),
         ({"tool": "undescribed"}, "tools: 'undescribed' has no schema"),
         ({"tools": "nowhere.py:f"}, "--tools nowhere.py:f: no file 'nowhere.py'"),
+        ({"tools": "lookup_in"}, "--tools lookup_in: expected path/to/file.py:function, or calculator or python"),
         ({"tool": None, "max_tool_calling_iterations": 2}, "--max_tool_calling_iterations 2 cannot be used here"),
         ({"tool": None, "tool_timeout": 2.5}, "--tool_timeout 2.5 cannot be used here"),
         ({"tool": None, "max_tool_result_length": 9}, "--max_tool_result_length 9 cannot be used here"),
