@@ -1,6 +1,7 @@
 """Call tools that a policy asks for: whatever they do, a message that the policy can read comes back."""
 
 import asyncio
+import copy
 import inspect
 import json
 import threading
@@ -24,9 +25,14 @@ class ToolBox:
         timeout: seconds after which a call is given up; a coroutine is cancelled, another tool's thread may still run.
         max_length: characters beyond which a result is cut.
 
+    Attributes:
+        is_late: whether a call was given up.
+
     Raises:
         InputError: for a tool that has no JSON schema, or two of one name.
     """
+
+    is_late = False
 
     def __init__(self, tools: Sequence[Tool], timeout: float = 10.0, max_length: int = 1000):
         from transformers.utils import get_json_schema
@@ -47,6 +53,12 @@ class ToolBox:
                 reason = " ".join(str(error).split())[:200]
                 raise InputError(f"tools: {name!r} has no schema: {reason}") from error
             self.tools[name] = tool
+
+    def bound(self, tools: Sequence[Tool]) -> "ToolBox":
+        """Return a box like this one, with these functions in place of those of the same names."""
+        box = copy.copy(self)
+        box.tools, box.is_late = {**self.tools, **{tool.__name__: tool for tool in tools}}, False
+        return box
 
     def call(self, call: Mapping[str, Any]) -> tuple[Message, bool]:
         """Return the tool's message for a call, and whether the call failed; a failure is `{'error': ...}`.
@@ -96,6 +108,7 @@ class ToolBox:
             return results[0]
         if errors:
             raise _Refused(errors[0])
+        self.is_late = True
         _leave_behind()
         raise _Refused(f"{name} did not answer within {self.timeout:g} seconds")
 
