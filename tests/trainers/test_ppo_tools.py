@@ -332,7 +332,7 @@ def test_engines_that_sample_in_step_are_refused(make_agent, monkeypatch):
 
 def test_the_documentations_code_runs(make_agent, make_args, tokens, tmp_path):
     text = (Path(__file__).parent.parent.parent / "docs" / "tools.md").read_text()
-    first, tool, episodes = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    first, tool, game, episodes = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names = {"policy": hfllm.HfllmForCausalLM(config_of(tokens)), "output_dir": str(tmp_path), "tokenizer": tokens}
     names |= {"right_answer": letters, "prompts": Dataset.from_dict({"prompt": PROMPTS})}
     settings = "output_dir, report_to='none', use_cpu=True, bf16=False, max_steps=2, per_device_train_batch_size=2, "
@@ -340,6 +340,13 @@ def test_the_documentations_code_runs(make_agent, make_args, tokens, tmp_path):
     assert names["trainer"].state.global_step == 2
     exec(tool, names)
     assert make_agent(tools=[names["double"]]).environment.tools.schemas[0]["function"]["name"] == "double"
+    exec(game, names)
+    rows = Dataset.from_dict({"prompt": PROMPTS, "secret": range(len(PROMPTS))})
+    trainer = make_agent(
+        tools=None, reward_funcs=None, train_dataset=rows, trainer_parts={"environment_factory": names["Game"]}
+    )
+    assert trainer.environment.tools.schemas[0]["function"]["name"] == "guess"
+    trainer.train()
     exec(episodes, names)
     texts = Dataset.from_dict({"prompt": ["Say red.", "Wait."] * 2})
     parts = {"rollout_func": names["told_twice"]}
