@@ -64,7 +64,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     functions = rlhf.checked_functions(script_args)
     tools = checked_tools(script_args, training_args, model_args)
     train_rows, eval_rows = rlhf.prompt_data(script_args, training_args.seed, functions)
-    rlhf.check_rewards(script_args, training_args, len(functions))
+    rlhf.check_rewards(script_args, training_args, len(functions), tools.has_reward)
     policy_config = config_to_train(model_args, before)
     train_rows, eval_rows = (
         rlhf.fitting_prompts(script_args, training_args, model_args, rows, policy_config, tools)
@@ -96,7 +96,8 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
         value_model=load_value_model(script_args.value_model, policy_args, reward_models),
         peft_config=peft_config(model_args),
         ptx_dataset=ptx_dataset,
-        tools=tools,
+        tools=tools.functions,
+        environment_factory=tools.environment_factory,
     )
     use_plain_lines(trainer)
     rates = rlhf.rates_used(trainer_args, trainer)

@@ -1,9 +1,14 @@
-"""Tools that come with the package: a calculator, and a look-up in a table."""
+"""Tools that come with the package: a calculator, look-ups in a table and in passages, and Python."""
 
 import ast
 import math
 import operator
 from collections.abc import Callable, Mapping
+
+from hfllm.environments.python_tool import python, python_within
+from hfllm.environments.retrieval import retrieval_over
+
+__all__ = ["calculator", "lookup_in", "python", "python_within", "retrieval_over"]
 
 LONGEST_EXPRESSION, MOST_BITS = 200, 4096
 OPERATORS: dict[type, Callable] = {

@@ -25,6 +25,7 @@ class Episode:
         is_ended: whether it came to its end, and was not cut off by a limit of length.
         messages: the response as messages, if it is a conversation.
         calls, failures: calls of tools, and how many of them failed.
+        place: among the prompts that were sampled with it.
     """
 
     prompt_ids: list[int]
@@ -34,6 +35,7 @@ class Episode:
     messages: list[Message] = field(default_factory=list)
     calls: int = 0
     failures: int = 0
+    place: int = 0
 
     @property
     def ids(self) -> list[int]:
@@ -80,7 +82,7 @@ def run_episodes(
         environment: answers its turns.
         response_length: the most tokens of an episode, with those of the environment.
     """
-    episodes = [Episode(list(prompt)) for prompt in prompts]
+    episodes = [Episode(list(prompt), place=place) for place, prompt in enumerate(prompts)]
     going = episodes
     while going:
         room = response_length - min(len(episode.response_ids) for episode in going)

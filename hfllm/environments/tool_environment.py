@@ -1,9 +1,10 @@
 """Tools as the environment of a policy: it calls them, reads what they return, and answers."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from hfllm.environments.episodes import Episode
+from hfllm.environments.stateful import EnvironmentFactory, StatefulEnvironments
 from hfllm.environments.tool_turns import ToolTurns
 from hfllm.environments.tools import Tool, ToolBox
 
@@ -19,9 +20,11 @@ class ToolEnvironment:
         tokenizer, end_token_ids: see `ToolTurns`.
         max_iterations: turns with calls that are answered; the call after them ends the episode. `None` for any
             number, as far as the response has room.
+        factory: see `StatefulEnvironments`, or `None` for tools that keep nothing of an episode.
 
     Raises:
-        InputError: for tools without schemas, or a tokenizer that cannot write or read calls.
+        InputError: for tools without schemas, a factory that does not serve, or a tokenizer that cannot write or read
+            calls.
     """
 
     def __init__(
@@ -32,10 +35,18 @@ class ToolEnvironment:
         max_iterations: int | None = None,
         timeout: float = 10.0,
         max_length: int = 1000,
+        factory: EnvironmentFactory | None = None,
     ):
-        self.tools = ToolBox(tools, timeout, max_length)
+        self.states = factory and StatefulEnvironments(factory, tools, timeout, max_length)
+        self.tools = self.states.tools if self.states else ToolBox(tools, timeout, max_length)
         self.turns = ToolTurns(tokenizer, self.tools.schemas, end_token_ids)
         self.max_iterations = max_iterations
+
+    def begin(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Reset what keeps a state, and return the rows with what it says in their prompts."""
+        if self.states is None:
+            return list(rows)
+        return [{**row, "prompt": prompt} for row, prompt in zip(rows, self.states.begin(rows), strict=True)]
 
     def reply(self, episode: Episode, turn_ids: Sequence[int], is_ended: bool, room: int) -> list[int] | None:
         """Call the tools that a turn asks for, and return the tokens of what they say."""
@@ -45,7 +56,8 @@ class ToolEnvironment:
         calls = message.get("tool_calls")
         if not calls or not is_ended or (self.max_iterations is not None and answered >= self.max_iterations):
             return None
-        results = [self.tools.call(call) for call in calls]
+        tools = self.states.boxes[episode.place] if self.states else self.tools
+        results = [tools.call(call) for call in calls]
         episode.calls += len(results)
         episode.failures += sum(has_failed for _, has_failed in results)
         messages = [result for result, _ in results]

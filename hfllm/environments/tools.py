@@ -1,10 +1,12 @@
 """Call tools that a policy asks for: whatever they do, a message that the policy can read comes back."""
 
 import asyncio
+import copy
 import inspect
 import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import thread as pools
 from typing import Any
 
 from hfllm.data.messages import Message
@@ -20,12 +22,17 @@ class ToolBox:
 
     Args:
         tools: the functions; a tool's name is the function's.
-        timeout: seconds after which a call is given up; its thread may still run.
+        timeout: seconds after which a call is given up; a coroutine is cancelled, another tool's thread may still run.
         max_length: characters beyond which a result is cut.
+
+    Attributes:
+        is_late: whether a call was given up.
 
     Raises:
         InputError: for a tool that has no JSON schema, or two of one name.
     """
+
+    is_late = False
 
     def __init__(self, tools: Sequence[Tool], timeout: float = 10.0, max_length: int = 1000):
         from transformers.utils import get_json_schema
@@ -46,6 +53,12 @@ class ToolBox:
                 reason = " ".join(str(error).split())[:200]
                 raise InputError(f"tools: {name!r} has no schema: {reason}") from error
             self.tools[name] = tool
+
+    def bound(self, tools: Sequence[Tool]) -> "ToolBox":
+        """Return a box like this one, with these functions in place of those of the same names."""
+        box = copy.copy(self)
+        box.tools, box.is_late = {**self.tools, **{tool.__name__: tool for tool in tools}}, False
+        return box
 
     def call(self, call: Mapping[str, Any]) -> tuple[Message, bool]:
         """Return the tool's message for a call, and whether the call failed; a failure is `{'error': ...}`.
@@ -76,18 +89,28 @@ class ToolBox:
             try:
                 result = tool(**arguments)
                 if inspect.iscoroutine(result):
-                    result = asyncio.run(result)
+                    result = asyncio.run(_in_time(result, self.timeout))
                 results.append(as_text(result))
+            except _Late:
+                pass
             # A tool may also leave by sys.exit.
             except BaseException as error:
                 errors.append(_told(error))
 
         thread = threading.Thread(target=work, name=f"tool-{name}"[:40], daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        # The system has a limit, which tools that hang may have reached.
+        except RuntimeError as error:
+            raise _Refused(f"{name} was not called: {error}") from None
         thread.join(self.timeout)
         if results:
             return results[0]
-        raise _Refused(errors[0] if errors else f"{name} did not answer within {self.timeout:g} seconds")
+        if errors:
+            raise _Refused(errors[0])
+        self.is_late = True
+        _leave_behind()
+        raise _Refused(f"{name} did not answer within {self.timeout:g} seconds")
 
     def _cut(self, content: str) -> str:
         length = len(content)
@@ -100,6 +123,32 @@ class ToolBox:
 
 class _Refused(Exception):
     """What is told to the policy in place of a result."""
+
+
+class _Late(Exception):
+    """A coroutine was cancelled at its time limit."""
+
+
+async def _in_time(result: Coroutine[Any, Any, object], timeout: float) -> object:
+    """Return what a coroutine returns; cancel it after so many seconds, so that its thread ends."""
+    try:
+        async with asyncio.timeout(timeout) as limit:
+            return await result
+    except TimeoutError:
+        if limit.expired():
+            raise _Late from None
+        raise
+
+
+def _leave_behind() -> None:
+    """Let the process end without waiting for thread pools of tools that hang.
+
+    Threads of a tool are daemons as the tool's own thread is, and do not keep a process from ending. Yet Python waits
+    at its end for all threads of pools, such as those of `asyncio.to_thread`, daemons or not.
+    """
+    queues = getattr(pools, "_threads_queues", {})
+    for thread in [thread for thread in queues if thread.daemon]:
+        queues.pop(thread, None)
 
 
 def as_text(result: object) -> str:

@@ -10,7 +10,7 @@ from hfllm.errors import InputError, refuse
 from hfllm.runs.arguments import changed
 from hfllm.runs.chain import Chain, chain_before
 from hfllm.runs.remote_code import RemoteCodeArguments
-from hfllm.stages.rlhf_tools import schemas_of
+from hfllm.stages.rlhf_tools import NO_TOOLS, PolicyTools
 from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
     from trl import ModelConfig
 
-    from hfllm.environments.tools import Tool
     from hfllm.rewards.ensembles import RewardEnsemble
     from hfllm.rewards.functions import RewardFunction
     from hfllm.trainers.ppo.config import PPOConfig
@@ -57,7 +56,13 @@ class RlhfArguments(RowArguments, BatchArguments, RemoteCodeArguments):
     )
     tools: list[str] | None = field(
         default=None,
-        metadata={"help": "Functions that the policy may call: path/to/file.py:function (docs/tools.md)."},
+        metadata={
+            "help": "Functions that the policy may call: path/to/file.py:function, calculator, python (docs/tools.md)."
+        },
+    )
+    environment_factory: str | None = field(
+        default=None,
+        metadata={"help": "Class of environments whose methods the policy may call: path/to/file.py:Class."},
     )
     value_model: str = field(
         default="head",
@@ -104,8 +109,13 @@ def check(training_args: "PPOConfig") -> None:
         raise InputError("--learning_rate is needed: DeepSpeed's file has an optimizer section, which reads it")
 
 
-def check_rewards(script_args: RlhfArguments, training_args: "PPOConfig", function_count: int) -> None:
+def check_rewards(
+    script_args: RlhfArguments, training_args: "PPOConfig", function_count: int, has_own: bool = False
+) -> None:
     """Refuse reward settings that would otherwise fail only after the stages before have been trained.
+
+    Args:
+        has_own: whether environments have a reward of their own.
 
     Raises:
         InputError: for a missing reward, a bad `--value_model` or `--reward_weights`, or a bad ensemble.
@@ -114,14 +124,17 @@ def check_rewards(script_args: RlhfArguments, training_args: "PPOConfig", functi
     from hfllm.rewards.ensembles import RewardEnsemble
 
     named = script_args.reward_model_name_or_path
-    if not named and not function_count and script_args.dataset_name != WORLD:
+    if script_args.environment_factory and not (named or function_count or has_own):
+        name = script_args.environment_factory
+        raise InputError(f"--environment_factory {name} needs a reward: its get_reward, or a flag that names one")
+    if not (named or function_count or has_own) and script_args.dataset_name != WORLD:
         raise InputError(
             f"--dataset_name {script_args.dataset_name} needs a reward: --reward_model_name_or_path (train one with "
             "hfllm reward) or --reward_funcs path/to/file.py:function"
         )
     if script_args.value_model == "reward" and script_args.reward_funcs and not named:
         raise InputError("--value_model reward needs a reward model; with --reward_funcs use 'head' or a model's name")
-    rewards = function_count + bool(named or not function_count)
+    rewards = function_count + bool(named or not (function_count or has_own))
     weights = training_args.reward_weights
     if weights is not None and len(weights) != rewards:
         raise InputError(f"--reward_weights has {len(weights)} values for {rewards} reward(s)")
@@ -143,7 +156,7 @@ def check_models(
     rows: Sequence[Row],
     policy_config: "PreTrainedConfig",
     trains_first: bool,
-    tools: "Sequence[Tool] | None" = None,
+    tools: PolicyTools = NO_TOOLS,
 ) -> None:
     """Refuse models and prompts that would otherwise fail only after the stages before have been trained.
 
@@ -191,7 +204,7 @@ def check_models(
     if model_args.model_name_or_path and not script_args.filter_prompts:
         tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
         context = max_length_of(policy_config)
-        check_prompts(rows, tokenizer, training_args.response_length, context, schemas_of(tools))
+        check_prompts(rows, tokenizer, training_args.response_length, context, tools.schemas)
         _check_tools(rows, tokenizer)
 
 
@@ -217,7 +230,7 @@ def fitting_prompts(
     model_args: "ModelConfig",
     rows: Sequence[Row],
     policy_config: "PreTrainedConfig",
-    tools: "Sequence[Tool] | None" = None,
+    tools: PolicyTools = NO_TOOLS,
 ) -> list[Row]:
     """Return the prompts; with `--filter_prompts` those that leave room for a response, and say how many do not.
 
@@ -237,7 +250,7 @@ def fitting_prompts(
     context = max_length_of(policy_config)
     dropped = Dropped(len(rows))
     unfit = {place: EMPTY for place, row in enumerate(rows) if formats.is_blank(row["prompt"])}
-    unfit |= dict(unfit_prompts(rows, tokenizer, training_args.response_length, context, schemas_of(tools)))
+    unfit |= dict(unfit_prompts(rows, tokenizer, training_args.response_length, context, tools.schemas))
     for place, why in sorted(unfit.items()):
         long = f"too long for --response_length {training_args.response_length} in a context of {context}"
         dropped.add("with an empty prompt" if why == EMPTY else long, origin_of(rows[place], ""))
@@ -258,7 +271,7 @@ def stages_before(script_args: RlhfArguments, training_args: "PPOConfig", model_
         InputError: when one of their configs is wrong.
     """
     own_model, seed = model_args.model_name_or_path, training_args.seed
-    has_reward = script_args.reward_model_name_or_path or script_args.reward_funcs
+    has_reward = script_args.reward_model_name_or_path or script_args.reward_funcs or script_args.environment_factory
     further = range(1, script_args.num_reward_models)
     return chain_before(
         "rlhf",
@@ -328,7 +341,9 @@ def prompt_data(
         names = {name: None for row in (*train_rows, *eval_rows) for name in row}
         for row in (*train_rows, *eval_rows):
             row |= {name: None for name in names if name not in row}
-    _try_functions(functions, train_rows[:2])
+    # Some rewards ask for environments, which begin with the first episode.
+    if script_args.environment_factory is None:
+        _try_functions(functions, train_rows[:2])
     return train_rows, eval_rows
 
 

@@ -1,25 +1,42 @@
 """Tools for alignment by PPO: the functions that `--tools` names, checked before anything is trained."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hfllm.errors import refuse
+from hfllm.errors import InputError, refuse
 
 if TYPE_CHECKING:
     from trl import ModelConfig
 
+    from hfllm.environments.stateful import EnvironmentFactory
     from hfllm.environments.tools import Tool
     from hfllm.stages.rlhf import RlhfArguments
     from hfllm.trainers.ppo.config import PPOConfig
 
 
+class PolicyTools(NamedTuple):
+    """What the policy may call.
+
+    Args:
+        functions: of `--tools`, `None` without any.
+        environment_factory: of `--environment_factory`.
+        schemas: what the chat template shows of functions and methods, `None` without any.
+        has_reward: whether the environments have a reward of their own.
+    """
+
+    functions: "list[Tool] | None" = None
+    environment_factory: "EnvironmentFactory | None" = None
+    schemas: list[dict[str, Any]] | None = None
+    has_reward: bool = False
+
+
+NO_TOOLS = PolicyTools()
+# Tools that need no data, by their names in `environments.built_in`.
+BUILT_IN = ("calculator", "python")
 OF_TOOLS = ("max_tool_calling_iterations", "tool_timeout", "max_tool_result_length")
 
 
-def checked_tools(
-    script_args: "RlhfArguments", training_args: "PPOConfig", model_args: "ModelConfig"
-) -> "list[Tool] | None":
-    """Return the functions that `--tools` names, once the named model's tokenizer can write and read their calls.
+def checked_tools(script_args: "RlhfArguments", training_args: "PPOConfig", model_args: "ModelConfig") -> PolicyTools:
+    """Return what `--tools` and `--environment_factory` name, once the model's tokenizer can write and read calls.
 
     Raises:
         InputError: when one does not exist or is no tool, the model is not named or its chat template has no tools, or
@@ -30,21 +47,36 @@ def checked_tools(
     from hfllm.rewards.functions import load_function
     from hfllm.runs.models import load_tokenizer
 
-    if not script_args.tools:
-        for flag in OF_TOOLS:
-            value = getattr(training_args, flag)
-            is_given = value != getattr(type(training_args), flag)
-            refuse(is_given, f"--{flag} {value}", "it has no effect without --tools")
-        return None
-    refuse(not model_args.model_name_or_path, "--tools", "it needs --model_name_or_path, a model that calls tools")
-    tools = [load_function(name, "--tools") for name in script_args.tools]
+    flag = "--tools" if script_args.tools else "--environment_factory"
+    if not script_args.tools and script_args.environment_factory is None:
+        for option in OF_TOOLS:
+            value = getattr(training_args, option)
+            is_given = value != getattr(type(training_args), option)
+            refuse(is_given, f"--{option} {value}", "it has no effect without --tools or --environment_factory")
+        return NO_TOOLS
+    refuse(not model_args.model_name_or_path, flag, "it needs --model_name_or_path, a model that calls tools")
+    functions = [load_tool(name) for name in script_args.tools or []]
+    factory = script_args.environment_factory and load_function(
+        script_args.environment_factory, "--environment_factory"
+    )
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
-    ToolEnvironment(tools, tokenizer, [*({tokenizer.eos_token_id, turn_end(tokenizer)} - {None})])
-    return tools
+    ends = [*({tokenizer.eos_token_id, turn_end(tokenizer)} - {None})]
+    environment = ToolEnvironment(functions, tokenizer, ends, factory=factory)
+    has_reward = environment.states is not None and environment.states.has_reward
+    return PolicyTools(functions or None, factory, environment.tools.schemas, has_reward)
 
 
-def schemas_of(tools: "Sequence[Tool] | None") -> list[dict[str, Any]] | None:
-    """Return what the chat template shows of the tools, `None` without any."""
-    from hfllm.environments.tools import ToolBox
+def load_tool(specification: str) -> "Tool":
+    """Return the function that `--tools` names: one of `BUILT_IN`, or `path/to/file.py:function`.
 
-    return ToolBox(tools).schemas if tools else None
+    Raises:
+        InputError: when it does not exist, or the file does not run.
+    """
+    from hfllm.environments import built_in
+    from hfllm.rewards.functions import load_function
+
+    if specification in BUILT_IN:
+        return getattr(built_in, specification)
+    if ":" not in specification:
+        raise InputError(f"--tools {specification}: expected path/to/file.py:function, or {' or '.join(BUILT_IN)}")
+    return load_function(specification, "--tools")

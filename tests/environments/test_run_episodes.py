@@ -1,5 +1,6 @@
 """Episodes are what was sampled and what was answered, token by token, within their limits."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -150,10 +151,31 @@ def test_a_result_without_room_ends_the_episode_and_is_not_in_its_messages(tool_
     assert len(episode.messages) == 1 and all(episode.action_mask)
 
 
-def test_what_is_no_call_is_an_answer(tool_tokenizer):
-    for text in ('<tool_call>{"name": "calc</tool_call><|end|>', "Forty-two.<|end|>"):
-        episode = run(tool_tokenizer, text)
-        assert (episode.calls, episode.is_ended, len(episode.messages)) == (0, True, 1)
+BROKEN = [
+    '<tool_call>{"name": "calc</tool_call>',
+    '<tool_call>{"name": "calculator", "arguments": {"expression": "6*7"}',
+    "<tool_call></tool_call>",
+    '<tool_call>["calculator", "6*7"]</tool_call>',
+    '<tool_call>{"name": 7, "arguments": {"expression": "6*7"}}</tool_call>',
+    '<tool_call>{"arguments": {"expression": "6*7"}}</tool_call>',
+    '<tool_call>{"name": "calculator", "arguments": {"expression": 6*7}}</tool_call>',
+    '{"name": "calculator", "arguments": {"expression": "6*7"}}</tool_call>',
+    # One of two is enough: which one the policy meant to follow is not known.
+    SUM.removesuffix("<|end|>") + '<tool_call>{"name": "calc</tool_call>',
+    "Forty-two.",
+]
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_what_is_no_call_is_an_answer(tool_tokenizer, text):
+    """As in TRL, so that a policy learns the same there: rewards see plain text, and nothing is called."""
+    from trl.chat_template_utils import parse_response
+
+    episode = run(tool_tokenizer, f"{text}<|end|>")
+    assert (episode.calls, episode.failures, episode.is_ended) == (0, 0, True)
+    assert episode.messages == [{"role": "assistant", "content": text}]
+    prefix = tool_tokenizer("<|user|>Say it.<|end|><|assistant|>")["input_ids"]
+    assert episode.messages == [parse_response(tool_tokenizer, episode.response_ids, prefix=prefix)]
 
 
 def test_a_call_that_was_cut_off_is_not_made(tool_tokenizer):

@@ -1,7 +1,11 @@
 """Whatever a tool does, the policy gets a message that it can read, and the run goes on."""
 
+import asyncio
 import random
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
@@ -96,6 +100,98 @@ def test_a_tool_that_hangs_is_given_up():
     message, has_failed = box_of(free.wait, timeout=0.05).call(call_of("act"))
     assert message["content"] == "{'error': 'act did not answer within 0.05 seconds'}" and has_failed
     free.set()
+
+
+def test_a_coroutine_that_hangs_is_cancelled_and_its_own_time_limits_are_errors():
+    ends = []
+
+    async def wait(seconds: float) -> str:
+        """Wait.
+
+        Args:
+            seconds: how long.
+        """
+        try:
+            await asyncio.sleep(seconds)
+        except asyncio.CancelledError:
+            ends.append("cancelled")
+            raise
+        raise TimeoutError("of its own")
+
+    tools = ToolBox([wait], timeout=0.2)
+    message, has_failed = tools.call(call_of("wait", seconds=1e6))
+    assert message["content"] == "{'error': 'wait did not answer within 0.2 seconds'}" and has_failed
+    message, has_failed = tools.call(call_of("wait", seconds=0))
+    assert message["content"] == "{'error': 'TimeoutError: of its own'}" and has_failed
+    give_up = time.monotonic() + 10
+    while any(thread.name == "tool-wait" for thread in threading.enumerate()) and time.monotonic() < give_up:
+        time.sleep(0.01)
+    assert ends == ["cancelled"] and time.monotonic() < give_up
+
+
+def test_a_system_without_room_for_a_thread_is_an_error(monkeypatch):
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    message, has_failed = box_of("never").call(call_of("act"))
+    assert message["content"] == "{'error': \"act was not called: can't start new thread\"}" and has_failed
+
+
+HANGING = '''
+import asyncio, sys, threading, time, types
+from concurrent.futures import ThreadPoolExecutor
+from hfllm.environments.tools import ToolBox
+
+# Its import takes seconds; what the schemas are does not matter here.
+sys.modules["transformers"] = sys.modules["transformers.utils"] = types.ModuleType("transformers")
+sys.modules["transformers"].get_json_schema = lambda tool: {}
+
+def sleep():
+    """Hang."""
+    time.sleep(1e6)
+
+def work():
+    """Hang."""
+    while True:
+        pass
+
+async def wait():
+    """Hang."""
+    await asyncio.sleep(1e6)
+
+async def in_thread():
+    """Hang."""
+    await asyncio.to_thread(time.sleep, 1e6)
+
+def in_pool():
+    """Hang."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(time.sleep, 1e6).result()
+
+def in_own_thread():
+    """Hang."""
+    thread = threading.Thread(target=time.sleep, args=(1e6,))
+    thread.start()
+    thread.join()
+
+def answer():
+    """Answer."""
+    return "still here"
+
+often = [sleep, wait, in_thread, in_pool, in_own_thread]
+tools = ToolBox([*often, work, answer], timeout=0.03)
+calls = [{"function": {"name": tool.__name__, "arguments": {}}} for tool in [*often * 20, work]]
+told = [tools.call(call)[0]["content"] for call in calls]
+assert all("did not answer" in content for content in told), told
+tools.timeout = 30
+print(tools.call({"function": {"name": "answer"}})[0]["content"])
+'''
+
+
+def test_a_hundred_tools_that_hang_neither_stop_the_next_nor_keep_the_process():
+    done = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "still here\n"), done.stderr[-2000:]
 
 
 def test_a_tool_that_never_stops_recursing_is_an_error():

@@ -10,6 +10,7 @@ from tool_tokenizer import make
 import hfllm
 from hfllm.data.chat_templates import plain_chat_template
 from hfllm.errors import InputError
+from hfllm.stages.rlhf_tools import checked_tools
 
 TOOLS = '''
 def double(number: int) -> int:
@@ -23,6 +24,30 @@ def double(number: int) -> int:
 
 def undescribed(number: int) -> int:
     return number
+
+
+class Desk:
+    def reset(self, prompt, **columns):
+        self.asked = prompt[-1]["content"]
+        return " Now."
+
+    def double(self, number: int) -> int:
+        """Double a number.
+
+        Args:
+            number: what to double.
+        """
+        return 2 * number
+
+
+class Game(Desk):
+    def get_reward(self):
+        return float(len(self.asked))
+
+
+def seen(prompts, environments, **columns):
+    asked = [environment.asked + " Now." for environment in environments]
+    return [float(one == prompt[-1]["content"]) for one, prompt in zip(asked, prompts)]
 
 
 def score(prompts, completions, **columns):
@@ -69,20 +94,45 @@ def test_a_run_with_tools_reports_their_calls(flags, tmp_path):
     assert saved["response_template"]["start_anchor"] == "<|assistant|>"
 
 
+def test_a_run_in_environments_needs_no_other_reward(flags, tmp_path):
+    flags = flags(tool=None, reward_funcs=None, environment_factory=f"{tmp_path / 'tools.py'}:Game")
+    rlhf.main(*rlhf.parse([*flags, "--logging_steps", "1"]))
+    state = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert state["metrics"]["proxy_reward_before"] >= 10
+
+
+def test_rewards_get_the_environments(flags, tmp_path):
+    file = tmp_path / "tools.py"
+    rlhf.main(*rlhf.parse(flags(tool=None, environment_factory=f"{file}:Desk", reward_funcs=f"{file}:seen")))
+    metrics = json.loads((tmp_path / "out" / "report.json").read_text())["metrics"]
+    assert metrics["proxy_reward_before"] == metrics["proxy_reward_after"] == 1.0
+
+
+def test_tools_that_come_with_the_package_have_short_names(flags, tmp_path):
+    arguments = rlhf.parse([*flags(tool=None), "--tools", "calculator", "python", f"{tmp_path / 'tools.py'}:double"])
+    assert [tool.__name__ for tool in checked_tools(*arguments).functions] == ["calculator", "python", "double"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"tool": "fly"}, "no function 'fly' in"),
         ({"tool": "undescribed"}, "tools: 'undescribed' has no schema"),
         ({"tools": "nowhere.py:f"}, "--tools nowhere.py:f: no file 'nowhere.py'"),
+        ({"tools": "lookup_in"}, "--tools lookup_in: expected path/to/file.py:function, or calculator or python"),
         ({"tool": None, "max_tool_calling_iterations": 2}, "--max_tool_calling_iterations 2 cannot be used here"),
         ({"tool": None, "tool_timeout": 2.5}, "--tool_timeout 2.5 cannot be used here"),
         ({"tool": None, "max_tool_result_length": 9}, "--max_tool_result_length 9 cannot be used here"),
         ({"response_length": 120}, "leaves room for 8"),
+        ({"tool": None, "environment_factory": "Nowhere"}, "--environment_factory Nowhere: no file"),
+        ({"tool": None, "environment_factory": "score"}, "environment_factory: it failed with TypeError"),
+        ({"tool": None, "environment_factory": "Desk", "reward_funcs": None}, ":Desk needs a reward: its get_reward"),
         ({"model_name_or_path": None}, "--tools cannot be used here: it needs --model_name_or_path"),
     ],
 )
 def test_what_cannot_work_is_refused_first(flags, tmp_path, changes, message):
+    if changes.get("environment_factory") in ("Desk", "score"):
+        changes = {**changes, "environment_factory": f"{tmp_path / 'tools.py'}:{changes['environment_factory']}"}
     with pytest.raises(InputError, match=message):
         rlhf.main(*rlhf.parse(flags(**changes)))
     assert not (tmp_path / "out" / "model.safetensors").exists()

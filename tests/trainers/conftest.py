@@ -47,7 +47,7 @@ def make_args(tmp_path):
 def make_trainer(make_model, make_args, tokenizer, prompts):
     def make(model=None, reward_funcs=letters, train_dataset=prompts, trainer_class=PPOTrainer, **kwargs):
         names = {"value_model", "eval_dataset", "reward_processing_classes", "callbacks", "peft_config", "ptx_dataset"}
-        names |= {"rollout_func", "tools"}
+        names |= {"rollout_func", "tools", "environment_factory"}
         return trainer_class(
             model=model or make_model(),
             reward_funcs=reward_funcs,

@@ -1,16 +1,23 @@
 """From episodes, which an environment wrote a part of, to the tensors that PPO trains on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hfllm.environments.episodes import Episode, run_episodes
+from hfllm.environments.stateful import EnvironmentFactory
 from hfllm.environments.tool_environment import ToolEnvironment
+from hfllm.environments.tools import Tool
 from hfllm.errors import InputError
+from hfllm.trainers.ppo.config import PPOConfig
+from hfllm.trainers.ppo.prompts import tokenize_rows
 from hfllm.trainers.ppo.rollout import pad_prompts
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from hfllm.trainers.ppo.trainer import PPOTrainer
 
 # What a `rollout_func` returns besides columns for the rewards; TRL's names, and `completions` and `is_ended`.
@@ -53,12 +60,59 @@ def check_engine(trainer: "PPOTrainer") -> None:
         raise InputError("tools with use_vllm=True work in one process, since vLLM samples for all in step")
 
 
-def act(prompts: Sequence[Sequence[int]], environment: ToolEnvironment, trainer: "PPOTrainer") -> dict[str, Any]:
-    """Return the episodes of a policy with tools as `as_batch` does, with their `completions` and `metrics`."""
+def environment_of(
+    tools: Sequence[Tool] | None,
+    factory: EnvironmentFactory | None,
+    rollout_func: object,
+    tokenizer: "PreTrainedTokenizerBase",
+    end_token_ids: Sequence[int],
+    args: PPOConfig,
+) -> ToolEnvironment | None:
+    """Return the environment of a policy with tools, `None` without any.
+
+    Raises:
+        InputError: for tools or a factory that do not serve, or next to a `rollout_func`.
+    """
+    if not tools and factory is None:
+        return None
+    if rollout_func is not None:
+        given = "tools" if tools else "environment_factory"
+        raise InputError(f"{given} and rollout_func: give one of them, which says how episodes go")
+    limits = (args.max_tool_calling_iterations, args.tool_timeout, args.max_tool_result_length)
+    return ToolEnvironment(tools or [], tokenizer, end_token_ids, *limits, factory)
+
+
+def own_rewards(environment: ToolEnvironment | None) -> list[Callable[..., list[float]]]:
+    """Return the reward that environments have of their own, with the name of their class, if they have one."""
+    states = environment and environment.states
+    if not states or not states.has_reward:
+        return []
+    reward = partial(states.get_reward)
+    reward.__name__ = states.name
+    return [reward]
+
+
+def act(rows: Sequence[Mapping[str, Any]], environment: ToolEnvironment, trainer: "PPOTrainer") -> dict[str, Any]:
+    """Return the episodes of a policy with tools as `as_batch` does, with their `completions` and `metrics`.
+
+    Raises:
+        InputError: when an environment makes a prompt too long for the model.
+    """
+    rows = environment.begin(rows)
+    prompts = tokenize_rows(rows, trainer.processing_class, environment.tools.schemas)
+    longest = max(map(len, prompts))
+    if trainer.context is not None and longest + trainer.args.response_length > trainer.context:
+        raise InputError(
+            f"environment_factory: after reset a prompt has {longest} tokens; with response_length="
+            f"{trainer.args.response_length} the model's context of {trainer.context} has no room for it"
+        )
     done = run_episodes(prompts, trainer.continue_ids, environment, trainer.args.response_length)
     device = trainer.accelerator.device
     batch = as_batch(done, trainer.processing_class.pad_token_id, device)
     batch["columns"]["tools"] = [environment.tools.schemas] * len(done)
+    if environment.states is not None:
+        batch["columns"]["environments"] = environment.states.current
+        batch["prompts"] = [row["prompt"] for row in rows]
     batch["completions"] = [episode.messages for episode in done]
     batch["metrics"] = {
         "tools/call_frequency": torch.tensor([float(episode.calls) for episode in done], device=device),

@@ -63,12 +63,12 @@ class Scorer:
     def __call__(self, rows: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> Scores:
         """Score the responses of `batch` to the prompts of `rows`.
 
-        A batch of episodes may bring its `completions`, and more `columns` for the functions.
+        A batch of episodes may bring its `prompts` and `completions`, and more `columns` for the functions.
         """
         batch = with_actions(batch)
         lengths = batch["response_mask"].sum(1).tolist()
         ids = [row[:length] for row, length in zip(batch["response_ids"].tolist(), lengths, strict=True)]
-        prompts = [row["prompt"] for row in rows]
+        prompts = batch.get("prompts") or [row["prompt"] for row in rows]
         completions = batch.get("completions")
         if completions is None:
             before = [

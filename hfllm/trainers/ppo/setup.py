@@ -250,16 +250,19 @@ def special_tokens(
 
 
 def build_rewards(
-    reward_funcs: RewardFunc | list[RewardFunc],
+    reward_funcs: RewardFunc | list[RewardFunc] | None,
     tokenizers: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None,
     load_kwargs: dict[str, Any],
     policy_tokenizer: PreTrainedTokenizerBase,
     args: PPOConfig,
+    own: Sequence[Callable[..., list[float]]] = (),
 ) -> list[Callable[..., list[float]]]:
-    """Turn names and models into reward functions, each model with its own tokenizer."""
+    """Turn names and models into reward functions, each model with its own tokenizer; `own` are added to them."""
+    if reward_funcs is None:
+        reward_funcs = []
     funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(funcs)
-    if not funcs:
+    if not funcs and not own:
         raise InputError("reward_funcs is empty: PPO needs at least one reward")
     if len(tokenizers) != len(funcs):
         raise InputError(f"{len(tokenizers)} reward_processing_classes for {len(funcs)} reward_funcs")
@@ -278,7 +281,7 @@ def build_rewards(
                 "tokens do not match"
             )
         rewards.append(func)
-    return rewards
+    return [*rewards, *own]
 
 
 def reward_models(rewards: Sequence[RewardFunction]) -> list[RewardModel]:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from hfllm.environments.tool_environment import ToolEnvironment
+from hfllm.environments.stateful import EnvironmentFactory
 from hfllm.environments.tools import Tool
 from hfllm.errors import InputError
 from hfllm.models.loading import saved_tokenizer
@@ -95,6 +95,8 @@ class PPOTrainer(ActorCriticTrainer):
             are lists of messages then, and completions too, with the calls and what the tools said.
         rollout_func: a function `(prompts, trainer) -> dict` that samples in place of the trainer, see
             `episodes.from_rollout_func`; it may put tokens of an environment between the policy's.
+        environment_factory: makes environments whose methods are tools, see `StatefulEnvironments`; one with a
+            `get_reward` adds it to the rewards, with weight 1, and `reward_funcs` may be left out.
 
     Raises:
         InputError: for a tokenizer without padding or end token, an unusable dataset or a bad reward.
@@ -107,7 +109,7 @@ class PPOTrainer(ActorCriticTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        reward_funcs: RewardFunc | list[RewardFunc],
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         args: PPOConfig | None = None,
         train_dataset: "Dataset | list[dict[str, Any]] | None" = None,
         eval_dataset: "Dataset | list[dict[str, Any]] | dict[str, Dataset] | None" = None,
@@ -120,6 +122,7 @@ class PPOTrainer(ActorCriticTrainer):
         ptx_dataset: "Dataset | None" = None,
         tools: list[Tool] | None = None,
         rollout_func: RolloutFunc | None = None,
+        environment_factory: EnvironmentFactory | None = None,
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args or PPOConfig(f"{Path(name).name or 'policy'}-PPO")
@@ -137,11 +140,14 @@ class PPOTrainer(ActorCriticTrainer):
         self.eos_token_ids, never_sampled = special_tokens(tokenizer, policy, args)
         if args.disable_dropout:
             disable_dropout(policy, value_model)
-        rewards = build_rewards(reward_funcs, reward_processing_classes, load_kwargs, tokenizer, args)
-        check_value_model(value_model, policy, reward_models(rewards))
-        self.scorer = Scorer(rewards, reward_weights(args.reward_weights, len(rewards)), tokenizer, args)
         self.context, self.rollout_func = shortest_context(policy, value_model), rollout_func
-        self.environment = self._environment(tools, tokenizer, args) if tools else None
+        ends = self.eos_token_ids
+        self.environment = episodes.environment_of(tools, environment_factory, rollout_func, tokenizer, ends, args)
+        own = episodes.own_rewards(self.environment)
+        rewards = build_rewards(reward_funcs, reward_processing_classes, load_kwargs, tokenizer, args, own)
+        check_value_model(value_model, policy, reward_models(rewards))
+        weights = [*reward_weights(args.reward_weights, len(rewards) - len(own)), *([1.0] * len(own))]
+        self.scorer = Scorer(rewards, weights, tokenizer, args)
         for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
             if dataset is not None:
                 check_prompts(dataset, tokenizer, args.response_length, self.context, self._schemas)
@@ -167,17 +173,11 @@ class PPOTrainer(ActorCriticTrainer):
         self.sampling_config = sampling_config(args, tokenizer, self.eos_token_ids, never_sampled)
         parts = (self.policy, self.accelerator, tokenizer, self.sampling_config, args.local_rollout_batch_size)
         self.vllm = VllmSampler(args, *parts) if args.use_vllm else None
-        if tools:
+        if self.environment is not None:
             episodes.check_engine(self)
         self.kl_controller = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         self.completions: list[dict[str, Any]] = []
         self._begin()
-
-    def _environment(self, tools: list[Tool], tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> ToolEnvironment:
-        if self.rollout_func is not None:
-            raise InputError("tools and rollout_func: give one of them, which says how episodes go")
-        limits = (args.max_tool_calling_iterations, args.tool_timeout, args.max_tool_result_length)
-        return ToolEnvironment(tools, tokenizer, self.eos_token_ids, *limits)
 
     @property
     def _schemas(self) -> list[dict[str, Any]] | None:
@@ -257,9 +257,9 @@ class PPOTrainer(ActorCriticTrainer):
             output = self.rollout_func([row["prompt"] for row in rows], self)
             self.policy.train(was_training)
             return episodes.from_rollout_func(output, rows, self)
-        prompts = tokenize_rows(rows, self.processing_class, self._schemas)
         if self.environment is not None:
-            return episodes.act(prompts, self.environment, self)
+            return episodes.act(rows, self.environment, self)
+        prompts = tokenize_rows(rows, self.processing_class)
         prompt_ids, prompt_mask = pad_prompts(prompts, self.processing_class.pad_token_id, self.accelerator.device)
         witness = self._witness(len(rows))
         if self.vllm is not None:

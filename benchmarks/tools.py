@@ -1,0 +1,350 @@
+"""PPO with a tool against TRL's GRPO: the same model, tool, prompts, reward, episodes and optimizer steps, in turn.
+
+    OMP_NUM_THREADS=1 python benchmarks/tools.py --output benchmarks/results/tools.md
+
+For each seed a small Llama first learns, from demonstrations, to look facts up in a table or to guess them, one as
+often as the other. Then each side trains it, in a process of its own, to answer right; only what the table says is
+right. Seconds are CPU-seconds of `train()`, without imports and loading. The curve is the share of right answers among
+the episodes of each rollout, before it is learned from.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ANIMALS = (
+    *("owl", "fox", "bear", "wolf", "hare", "deer", "swan", "crow", "toad", "newt"),
+    *("lynx", "mole", "seal", "crab", "moth", "wren", "lion", "goat", "frog", "duck"),
+)
+VALUES = {
+    "color": ("red", "blue", "green", "gray", "white", "black", "brown", "pink"),
+    "home": ("sea", "lake", "hill", "cave", "wood", "field", "nest", "marsh"),
+    "food": ("fish", "nuts", "corn", "grass", "seeds", "worms", "fruit", "leaves"),
+}
+SIDES = {"ppo": "hfllm, PPO", "grpo": "TRL, GRPO"}
+# Episodes that one optimizer step sees, of each rollout's, and how often a rollout is learned from.
+STEPS, EPOCHS, GENERATIONS = 4, 2, 8
+RESPONSE_LENGTH, CALLS = 72, 2
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}{{- '<|' + message['role'] + '|>' + (message['content'] or '') -}}"
+    "{%- for call in message['tool_calls'] or [] -%}"
+    "{{- '<tool_call>' + (call['function'] | tojson) + '</tool_call>' -}}{%- endfor -%}{{- '<|end|>' -}}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|assistant|>",
+    "fields": {
+        "tool_calls": {
+            "open": "<tool_call>",
+            "close": "</tool_call>",
+            "repeats": True,
+            "content": "json",
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {"close": "<|end|>", "content": "text"},
+    },
+}
+
+Row = dict[str, Any]
+
+
+# ---- what both sides share: the task, the tool, the reward, the model ----
+
+
+def table_of(seed: int) -> dict[str, dict[str, str]]:
+    rng = random.Random(f"table {seed}")
+    return {animal: {name: rng.choice(values) for name, values in VALUES.items()} for animal in ANIMALS}
+
+
+def rows_of(seed: int, count: int) -> list[Row]:
+    """Questions, each with the value that the table has."""
+    table, rng, rows = table_of(seed), random.Random(f"rows {seed}"), []
+    for _ in range(count):
+        animal, attribute = rng.choice(ANIMALS), rng.choice(list(VALUES))
+        question = {"role": "user", "content": f"What is the {attribute} of the {animal}?"}
+        rows.append({"prompt": [question], "key": animal, "attribute": attribute, "value": table[animal][attribute]})
+    return rows
+
+
+def turns_of(row: Row, rng: random.Random) -> list[dict[str, Any]]:
+    """What a demonstrator says: half of the time it looks the answer up, else it guesses."""
+    if rng.random() < 0.5:
+        return [{"role": "assistant", "content": f"It is {rng.choice(VALUES[row['attribute']])}."}]
+    # A space begins each argument, so that its tokens are those of the question.
+    arguments = {"key": f" {row['key']}", "attribute": f" {row['attribute']}"}
+    call = {"type": "function", "function": {"name": "lookup", "arguments": arguments}}
+    asks = {"role": "assistant", "content": "", "tool_calls": [call]}
+    told = {"role": "tool", "name": "lookup", "content": f" {row['value']}"}
+    return [asks, told, {"role": "assistant", "content": f"It is {row['value']}."}]
+
+
+def tool_of(seed: int) -> Any:
+    from hfllm.environments.built_in import lookup_in
+
+    # With the space that the demonstrations have.
+    return lookup_in({key: {name: f" {value}" for name, value in row.items()} for key, row in table_of(seed).items()})
+
+
+class Reward:
+    """1 for a right answer; it notes the share of right answers, and of episodes with calls, and when."""
+
+    __name__ = "right"
+
+    def __init__(self) -> None:
+        self.rollouts: list[dict[str, float]] = []
+
+    def __call__(self, prompts: list, completions: list, value: list[str], **columns: object) -> list[float]:
+        said = [turns[-1].get("content") or "" for turns in completions]
+        right = [float(text.strip() == f"It is {each}.") for text, each in zip(said, value, strict=True)]
+        calls = [any(turn.get("tool_calls") for turn in turns) for turns in completions]
+        seen = {"cpu": time.process_time(), "right": statistics.mean(right), "calls": statistics.mean(calls)}
+        self.rollouts.append(seen)
+        return right
+
+
+def build_tokenizer(seed: int) -> "PreTrainedTokenizerBase":
+    from hfllm.data.tokenizer import train_tokenizer
+
+    rng, texts = random.Random(seed), []
+    for row in rows_of(seed, 300):
+        for turn in (*row["prompt"], *turns_of(row, rng)):
+            texts += [turn["content"], *(json.dumps(call["function"]) for call in turn.get("tool_calls", ()))]
+    tokenizer = train_tokenizer(texts, vocab_size=512, model_max_length=128, extra_special_tokens=["<|tool|>"])
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
+    tokenizer.chat_template, tokenizer.response_template = CHAT_TEMPLATE, RESPONSE_TEMPLATE
+    return tokenizer
+
+
+def demonstrations(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> Iterator[tuple[Any, Any]]:
+    """Yield batches of token ids and of labels, which are the assistant's turns."""
+    import torch
+
+    rng = random.Random(f"demonstrations {args.seed}")
+    rows = rows_of(args.seed, 2000)
+    opening = tokenizer.convert_tokens_to_ids("<|assistant|>")
+    while True:
+        texts = [
+            tokenizer.apply_chat_template([*row["prompt"], *turns_of(row, rng)], tokenize=False)
+            for row in rng.sample(rows, 32)
+        ]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")["input_ids"]
+        labels = torch.full_like(batch, -100)
+        for ids, targets in zip(batch, labels, strict=True):
+            is_own = False
+            for place, token in enumerate(ids.tolist()):
+                if is_own:
+                    targets[place] = token
+                is_own = token == opening or (is_own and token != tokenizer.eos_token_id)
+        yield batch, labels
+
+
+def build_model(args: argparse.Namespace) -> None:
+    """Train the policy that both sides begin with on demonstrations, and save it with its tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = build_tokenizer(args.seed)
+    torch.manual_seed(args.seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.hidden_size,
+        intermediate_size=3 * args.hidden_size,
+        num_hidden_layers=args.num_hidden_layers,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    batches = demonstrations(args, tokenizer)
+    for step in range(args.sft_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min((step + 1) / 20, 1 - step / args.sft_steps)
+        ids, labels = next(batches)
+        loss = model(input_ids=ids, labels=labels, attention_mask=(ids != tokenizer.pad_token_id).long()).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(args.model)
+    tokenizer.save_pretrained(args.model)
+
+
+# ---- the two sides ----
+
+
+def run(args: argparse.Namespace, output_dir: str) -> dict[str, Any]:
+    """Train by one side, and return its CPU-seconds and its rollouts."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, reward = AutoTokenizer.from_pretrained(args.model), Reward()
+    rate = args.ppo_learning_rate if args.side == "ppo" else args.grpo_learning_rate
+    shared = {
+        "output_dir": output_dir,
+        "per_device_train_batch_size": args.episodes // STEPS,
+        "max_steps": args.rollouts * STEPS * EPOCHS,
+        "learning_rate": rate,
+        "lr_scheduler_type": "constant",
+        "temperature": 1.0,
+        "max_tool_calling_iterations": CALLS,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "seed": args.seed,
+    }
+    parts = {
+        "model": AutoModelForCausalLM.from_pretrained(args.model),
+        "reward_funcs": reward,
+        "train_dataset": Dataset.from_list(rows_of(args.seed + 1000, 2000)),
+        "processing_class": tokenizer,
+        "tools": [tool_of(args.seed)],
+    }
+    trainer = (ppo if args.side == "ppo" else grpo)(args, shared, parts)
+    began = time.process_time()
+    trainer.train()
+    cpu = time.process_time() - began
+    rollouts = [{**each, "cpu": each["cpu"] - began} for each in reward.rollouts]
+    return {"cpu": cpu, "rollouts": rollouts, "episodes": args.rollouts * args.episodes}
+
+
+def ppo(args: argparse.Namespace, shared: dict[str, Any], parts: dict[str, Any]) -> Any:
+    from hfllm import PPOConfig, PPOTrainer
+
+    settings = {"num_mini_batches": STEPS, "num_ppo_epochs": EPOCHS, "response_length": RESPONSE_LENGTH}
+    return PPOTrainer(args=PPOConfig(**shared, **settings, kl_coef=0.05), **parts)
+
+
+def grpo(args: argparse.Namespace, shared: dict[str, Any], parts: dict[str, Any]) -> Any:
+    from trl import GRPOConfig, GRPOTrainer
+
+    settings = {"steps_per_generation": STEPS, "num_iterations": EPOCHS, "max_completion_length": RESPONSE_LENGTH}
+    settings |= {"num_generations": min(GENERATIONS, args.episodes), "gradient_checkpointing": False, "beta": 0.05}
+    return GRPOTrainer(args=GRPOConfig(**shared, **settings), **parts)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Do one side's part, and print its figures as a line of JSON."""
+    if args.side == "model":
+        build_model(args)
+        result: dict[str, Any] = {}
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            result = run(args, folder)
+    print("RESULT " + json.dumps(result), flush=True)
+
+
+# ---- the comparison ----
+
+
+def launch(args: argparse.Namespace, **options: object) -> dict[str, Any]:
+    kept = {name: value for name, value in vars(args).items() if name not in ("seeds", "output")}
+    given = {name: value for name, value in {**kept, **options}.items() if value is not None}
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    result = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, env=environment)
+    if result.returncode:
+        raise SystemExit(f"{' '.join(words)} failed:\n{result.stderr[-3000:]}")
+    return json.loads(next(line for line in result.stdout.splitlines() if line.startswith("RESULT"))[7:])
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (header, ["-"] * len(header), *rows)]
+
+
+def seconds_until(result: dict[str, Any], share: float) -> float | None:
+    """CPU-seconds after which a rollout has this share of right answers."""
+    return next((each["cpu"] for each in result["rollouts"] if each["right"] >= share), None)
+
+
+def summary(seed: int, results: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Return a row for each side: CPU-seconds, their ratio to TRL's, and what it learned."""
+    rows = []
+    for side, result in results.items():
+        first, last, until = result["rollouts"][0], result["rollouts"][-1], seconds_until(result, 0.9)
+        ratio = result["cpu"] / results["grpo"]["cpu"]
+        shares = [f"{each[name]:.2f}" for name in ("right", "calls") for each in (first, last)]
+        cells = [str(seed), SIDES[side], f"{result['cpu']:.1f}", f"{ratio:.2f}", *shares]
+        rows.append([*cells, "never" if until is None else f"{until:.1f}"])
+    return rows
+
+
+def curves(runs: dict[int, dict[str, dict[str, Any]]]) -> list[list[str]]:
+    """Return a row for each rollout: by side the mean CPU-seconds until it was sampled, and its right answers."""
+    rows = []
+    for place in range(len(next(iter(runs.values()))["ppo"]["rollouts"])):
+        cells = [str(place + 1)]
+        for side in SIDES:
+            seen = [results[side]["rollouts"][place] for results in runs.values()]
+            cpu, right = (statistics.mean(each[name] for each in seen) for name in ("cpu", "right"))
+            cells += [f"{cpu:.1f}", f"{right:.2f}"]
+        rows.append(cells)
+    return rows
+
+
+def compare(args: argparse.Namespace) -> list[str]:
+    """Run all seeds, and return the page's lines."""
+    runs: dict[int, dict[str, dict[str, Any]]] = {}
+    rows: list[list[str]] = []
+    for seed in args.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            given = {"seed": seed, "model": folder}
+            launch(args, side="model", **given)
+            runs[seed] = {side: launch(args, side=side, **given) for side in SIDES}
+        rows += summary(seed, runs[seed])
+        print("\n".join(table([""] * len(rows[0]), rows[-2:])[2:]), flush=True)
+    header = ["seed", "", "CPU-s", "of TRL's", "right, first rollout", "last", "with calls, first", "last"]
+    header.append("CPU-s to .90 right")
+    names = [f"{name}: {what}" for name in SIDES.values() for what in ("CPU-s", "right")]
+    total = {side: sum(results[side]["cpu"] for results in runs.values()) for side in SIDES}
+    text = f"All seeds together: PPO {total['ppo']:.0f} CPU-seconds, GRPO {total['grpo']:.0f}, a ratio of "
+    text += f"{total['ppo'] / total['grpo']:.2f}. {args.rollouts} rollouts of {args.episodes} episodes, "
+    text += f"{STEPS * EPOCHS} optimizer steps each."
+    return [*table(header, rows), "", text, "", *table(["rollout", *names], curves(runs))]
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--rollouts", type=int, default=16)
+    parser.add_argument("--episodes", type=int, default=128, help="Episodes of a rollout.")
+    parser.add_argument("--sft_steps", type=int, default=400, help="Steps on demonstrations, before either side.")
+    parser.add_argument("--hidden_size", type=int, default=128)
+    parser.add_argument("--num_hidden_layers", type=int, default=4)
+    parser.add_argument("--ppo_learning_rate", type=float, default=3e-4)
+    parser.add_argument("--grpo_learning_rate", type=float, default=3e-4)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--side", choices=["model", *SIDES], help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    args = parser.parse_args(words)
+    if args.side:
+        measure(args)
+        return
+    lines = compare(args)
+    print("\n".join(lines))
+    if args.output:
+        args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

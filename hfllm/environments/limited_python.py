@@ -1,0 +1,145 @@
+"""A Python that runs the code of its standard input within limits: what `python_tool` starts. Standard library only.
+
+Usage: python -I limited_python.py SECONDS MEGABYTES FILE_MEGABYTES MARK, in the only folder that the code may write
+to. After the mark, the standard error's first line says what the kernel does not hold.
+
+On Linux the kernel holds the limits: resource limits, Landlock for files, a seccomp filter for network, processes and
+signals. Elsewhere, and on kernels that lack one of these, the interpreter's audit hook is what is left; it stops code
+that does not try to get around it.
+"""
+
+import ctypes
+import math
+import os
+import platform
+import resource
+import struct
+import sys
+
+MEGABYTE = 2**20
+# From the kernel's headers; what is not listed has the same number everywhere.
+ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+SYSTEM_CALLS = {
+    # socket, clone, fork, vfork, execve, kill, ptrace, rt_sigqueueinfo, tkill, tgkill, rt_tgsigqueueinfo, prlimit64,
+    # process_vm_readv and _writev, execveat
+    "x86_64": (41, 56, 57, 58, 59, 62, 101, 129, 200, 234, 297, 302, 310, 311, 322),
+    # the same without fork and vfork, which there are not
+    "aarch64": (198, 220, 221, 129, 117, 138, 130, 131, 240, 261, 270, 271, 281),
+}
+# pidfd_send_signal, io_uring_setup, pidfd_open, clone3, pidfd_getfd
+NEW_SYSTEM_CALLS = (424, 425, 434, 435, 438)
+LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
+# execute, read file, read folder; for a file without the last
+READ, READ_FILE = 0b1101, 0b101
+SET_PARENT_DEATH_SIGNAL, SET_SECCOMP, SET_NO_NEW_PRIVILEGES = 1, 22, 38
+
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+CHANGES = ("remove", "rename", "rmdir", "mkdir", "link", "symlink", "chmod", "chown", "truncate", "utime")
+FORBIDDEN = ("fork", "forkpty", "exec", "posix_spawn", "spawn", "system", "startfile", "kill", "killpg")
+
+
+def limit_resources(seconds: float, megabytes: int, file_megabytes: int) -> None:
+    """Limit CPU-seconds, memory, the size of each file, and the numbers of open files and of processes."""
+    for name, value in (
+        ("CPU", math.ceil(seconds) + 1),
+        ("AS", megabytes * MEGABYTE),
+        ("FSIZE", file_megabytes * MEGABYTE),
+        ("NOFILE", 64),
+        ("NPROC", 0),
+        ("CORE", 0),
+    ):
+        kind = getattr(resource, f"RLIMIT_{name}", None)
+        if kind is not None:
+            hard = resource.getrlimit(kind)[1]
+            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            resource.setrlimit(kind, (value, value))
+
+
+def drop_privileges(libc: ctypes.CDLL) -> None:
+    """Give up what root may do, and end with the process that started this one."""
+    libc.prctl(SET_PARENT_DEATH_SIGNAL, 9, 0, 0, 0)
+    libc.prctl(SET_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+    header, nothing = struct.pack("Ii", 0x20080522, 0), bytes(24)
+    libc.capset(header, nothing)
+
+
+def close_files(libc: ctypes.CDLL) -> bool:
+    """Leave Python's own files to read, and the working folder to write to (Landlock, from Linux 5.13 on).
+
+    Returns whether the kernel does so.
+    """
+    version = libc.syscall(LANDLOCK_CREATE, None, 0, 1)
+    if version < 1:
+        return False
+    everything = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
+    rules = libc.syscall(LANDLOCK_CREATE, struct.pack("Q", everything), 8, 0)
+    readable = [*sys.path, sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime"]
+    readable += ["/dev/null", "/dev/urandom"]
+    for path, access in [*((path, READ) for path in readable), (os.getcwd(), everything)]:
+        if os.path.exists(path):
+            access = access if os.path.isdir(path) else READ_FILE
+            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            libc.syscall(LANDLOCK_ADD, rules, 1, struct.pack("=Qi", access, place), 0)
+            os.close(place)
+    has_closed = libc.syscall(LANDLOCK_RESTRICT, rules, 0) == 0
+    os.close(rules)
+    return has_closed
+
+
+def close_system(libc: ctypes.CDLL) -> bool:
+    """Refuse network, processes, other programs, and signals to other processes (seccomp).
+
+    Returns whether the kernel does so.
+    """
+    machine = platform.machine()
+    if machine not in ARCHITECTURES:
+        return False
+    load, equal, at_least, give, allow, refuse, kill = 0x20, 0x15, 0x35, 0x06, 0x7FFF0000, 0x00050001, 0x80000000
+    program = [(load, 0, 0, 4), (equal, 1, 0, ARCHITECTURES[machine]), (give, 0, 0, kill), (load, 0, 0, 0)]
+    # The calls of x86-64's second table.
+    program += [(at_least, 0, 1, 0x40000000), (give, 0, 0, kill)] if machine == "x86_64" else []
+    for number in (*SYSTEM_CALLS[machine], *NEW_SYSTEM_CALLS):
+        program += [(equal, 0, 1, number), (give, 0, 0, refuse)]
+    program.append((give, 0, 0, allow))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in program))
+    return libc.prctl(SET_SECCOMP, 2, struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)), 0, 0) == 0
+
+
+def forbid() -> None:
+    """Let the interpreter refuse the same, with words that say what is refused."""
+    folder = os.path.realpath(os.getcwd())
+
+    def is_outside(path: object) -> bool:
+        if not isinstance(path, str | bytes):
+            return False
+        return os.path.commonpath([folder, os.path.realpath(os.fsdecode(path))]) != folder
+
+    def hook(event: str, args: tuple) -> None:
+        room, _, name = event.partition(".")
+        if room in ("socket", "subprocess") or (room == "os" and name in FORBIDDEN):
+            raise PermissionError(f"{event} is not allowed here")
+        is_writing = event == "open" and isinstance(args[2], int) and args[2] & WRITING
+        paths = args[:1] if is_writing else args if room == "os" and name in CHANGES else ()
+        if any(map(is_outside, paths)):
+            raise PermissionError("files outside of the working folder cannot be changed here")
+
+    sys.addaudithook(hook)
+
+
+def main(seconds: str, megabytes: str, file_megabytes: str, mark: str) -> None:
+    code = sys.stdin.read()
+    limit_resources(float(seconds), int(megabytes), int(file_megabytes))
+    missing = ["files", "network and processes"]
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        drop_privileges(libc)
+        missing = [name for name, close in zip(missing, (close_files, close_system), strict=True) if not close(libc)]
+    if missing:
+        print(f"{mark}{' and '.join(missing)}", file=sys.stderr, flush=True)
+    forbid()
+    sys.argv = [""]
+    exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

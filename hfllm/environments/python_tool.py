@@ -1,0 +1,83 @@
+"""A tool that runs Python code in a process of its own, within limits."""
+
+import signal
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+CHILD = Path(__file__).with_name("limited_python.py")
+# How it begins when only the interpreter holds its limits.
+MISSING = "not held by the kernel: "
+# Numerical libraries would start threads, which the limits do not allow.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+MOST_READ = 2**20
+
+
+class CodeError(Exception):
+    """What went wrong in the code that a policy wrote."""
+
+
+def python_within(seconds: float = 5.0, megabytes: int = 512, file_megabytes: int = 1) -> Callable[[str], str]:
+    """Return a tool `python(code)`, which runs code in a fresh interpreter and returns what it prints.
+
+    The interpreter (`python -I`) starts in an empty temporary folder with an empty environment. docs/tools.md says
+    what it can and cannot do.
+
+    Args:
+        seconds: of CPU, and of wall-clock time.
+        megabytes: of memory.
+        file_megabytes: of each file that it writes, and of what it prints.
+    """
+
+    def python(code: str) -> str:
+        """Run Python code and read what it prints.
+
+        Args:
+            code: a program, which prints its results.
+        """
+        limits = [f"{seconds:g}", str(megabytes), str(file_megabytes), MISSING]
+        folders = tempfile.TemporaryDirectory(prefix="python-tool-", ignore_cleanup_errors=True)
+        with folders as folder, tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as errors:
+            try:
+                done = subprocess.run(
+                    [sys.executable, "-I", "-B", "-X", "utf8", str(CHILD), *limits],
+                    input=str(code).encode("utf-8", "replace"),
+                    stdout=printed,
+                    stderr=errors,
+                    cwd=folder,
+                    env=ENVIRONMENT,
+                    timeout=seconds,
+                    start_new_session=True,
+                )
+            except subprocess.TimeoutExpired:
+                raise CodeError(f"it ran longer than {seconds:g} seconds") from None
+            told = _read(errors)
+            if told.startswith(MISSING):
+                missing, _, told = told.removeprefix(MISSING).partition("\n")
+                warnings.warn(f"python tool: the kernel does not limit {missing} here (docs/tools.md)", stacklevel=2)
+            if done.returncode:
+                raise CodeError(_reason(done.returncode, told, seconds))
+            return _read(printed)
+
+    return python
+
+
+def _read(file: "tempfile._TemporaryFileWrapper[bytes]") -> str:
+    file.seek(0)
+    return file.read(MOST_READ).decode("utf-8", "replace")
+
+
+def _reason(code: int, errors: str, seconds: float) -> str:
+    """Return in a line why the code failed: its error, or the signal that ended it."""
+    if code == -signal.SIGXCPU:
+        return f"it ran longer than {seconds:g} seconds"
+    if code < 0:
+        return f"it was ended by {signal.Signals(-code).name}"
+    lines = errors.strip().splitlines()
+    return lines[-1] if lines else f"it exited with {code}"
+
+
+python = python_within()
