@@ -28,7 +28,7 @@ WORDS = (*DIGITS, *TURNS, *RELATIONS, "dial", "turns", "shows", "show", "think",
 
 
 def reasoning_text(facts: Told, relations: Told, rng: random.Random) -> str:
-    """Return a text of one of five kinds: friends and neighbours, thoughts about hops or a dial, a dial, or their words.
+    """Return a text of one of five kinds: friends and neighbours, thoughts about hops or a dial, a dial, or words.
 
     Thoughts are those of problems that fine-tuning may show too, never of held-out ones or those to practice on.
     """
@@ -38,7 +38,8 @@ def reasoning_text(facts: Told, relations: Told, rng: random.Random) -> str:
         return _tell(relations, rng)
     if kind in FAMILIES:
         problem = draw_problem(facts, relations, rng, kind, SHOWN)
-        return f"{person} asks: {problem.question}\n{other} says: {problem.response(shows_thought=True)}"
+        # A line break before the mark of the thought: a space there would be a token that no answer has.
+        return f"{person} asks: {problem.question}\n{other} says:\n{problem.response(shows_thought=True)}"
     if kind == TURNING:
         return f"{person} turns the dial: {dial_problem(rng, len(TURNS)).thought}"
     text = " ".join(rng.sample(WORDS, rng.randint(3, 8)))
