@@ -67,7 +67,7 @@ RANGES = (
             *("z_loss_coef", "loss_chunk_size", "center_rewards_coefficient", "router_aux_loss_coef", "judge_margin"),
         ),
     ),
-    Range("a share in [0, 1]", lambda value: 0 <= value <= 1, ("warmup_ratio", "mixed_prompts")),
+    Range("a share in [0, 1]", lambda value: 0 <= value <= 1, ("warmup_ratio", "mixed_prompts", "share_of_thoughts")),
     Range(
         "a number in [0, 1)",
         lambda value: 0 <= value < 1,
