@@ -50,9 +50,9 @@ def tuned_metrics(answers: Answers) -> dict[str, float]:
 def ppo_metrics(answers: Answers) -> dict[str, float]:
     """Return the metrics before and after PPO, from sampled answers to the same questions of the dial.
 
-    Those of PPO on right answers are `right_before`, `right_after`, `right_change` and so on, for `right`, `thinks` and
-    `tokens`; those of the control begin with `shuffled_`. `valid` and `steps` are of the thoughts there are, which are
-    not the same questions': `mixed_valid`, `rl_valid`.
+    Those of PPO on right answers are `right_before`, `right_after`, `right_change` and so on, for `right`, `thinks`
+    and `tokens`; those of the control begin with `shuffled_`. `valid` and `steps` are of the thoughts that there are,
+    about other questions in each model: `mixed_valid`, `rl_valid` and so on.
     """
     metrics: dict[str, float] = {}
     before = values_of(answers["mixed"])
