@@ -3,9 +3,9 @@
     hops    what is true of the friend of the neighbour of an animal: facts of two or three hops
     dial    a dial of ten numbers that is turned up to seven times: sums modulo 10, one after the other
 
-Every step of a thought is small: it copies something from the question or the step before, and looks something up. It
-repeats what it reads (the turn of the dial, the animal of the step before), since a model of a few layers learns to
-copy and to look up, but not both for one token.
+Every step of a thought is small: it copies something from the question and from the step before, and looks something up
+(`A 4 3 7.`: turn A is by 4, the dial shows 3, now it shows 7). It repeats what it reads, since a model of a few layers
+soon learns to copy and to look up what stands side by side, but hardly both for one token.
 
 There are 360 questions of hops, few enough to be learned by heart; those of the dial do not end.
 """
@@ -138,8 +138,8 @@ def dial_problem(rng: random.Random, turns: int) -> Problem:
     first, turned = rng.randrange(10), [(name, rng.randrange(10)) for name in TURNS[:turns]]
     shows, steps = first, [f"{first}."]
     for name, by in turned:
-        shows = (shows + by) % 10
-        steps.append(f"{name} {by} {shows}.")
+        before, shows = shows, (shows + by) % 10
+        steps.append(f"{name} {by} {before} {shows}.")
     # Written as in the thought, so that it can be copied by what stands before it.
     told = ", ".join(f"{name} {by}" for name, by in turned)
     others = tuple(digit for digit in DIGITS if digit != str(shows))

@@ -23,7 +23,7 @@ from hfllm.data.world.reasoning import (
 from hfllm.data.world.vocabulary import ANIMALS, PEOPLE
 
 TELLING, TURNING, SAYING = "telling", "turning", "saying"
-KINDS = {TELLING: 4, HOPS: 3, DIAL: 6, TURNING: 3, SAYING: 2}
+KINDS = {TELLING: 4, HOPS: 3, DIAL: 7, TURNING: 2, SAYING: 2}
 WORDS = (*DIGITS, *TURNS, *RELATIONS, "dial", "turns", "shows", "show", "think", *ANIMALS)
 
 

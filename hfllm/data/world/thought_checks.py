@@ -6,7 +6,7 @@ from hfllm.data.world.reasoning import DIAL, Problem, Told
 from hfllm.data.world.vocabulary import WELL_SAID
 
 FIRST, TURN = re.compile(r"The dial shows (\d)\."), re.compile(r"\b([A-Z]) (\d)\b")
-TURNED = re.compile(r"(\w) (\d) (\d)")
+TURNED = re.compile(r"(\w) (\d) (\d) (\d)")
 RELATED = re.compile(r"The (\w+) of the (\w+) is the (\w+)")
 
 
@@ -32,9 +32,9 @@ def _checked_dial(problem: Problem, said: list[str]) -> list[bool]:
     shows = said[0] if said else ""
     for sentence, turn in zip(said[1:], turns, strict=False):
         match = TURNED.fullmatch(sentence)
-        is_read = match is not None and match.groups()[:2] == turn and shows.isdecimal()
-        held.append(is_read and int(match[3]) == (int(shows) + int(turn[1])) % 10)
-        shows = match[3] if match else ""
+        is_read = match is not None and match.groups()[:3] == (*turn, shows)
+        held.append(is_read and int(match[4]) == (int(shows) + int(turn[1])) % 10)
+        shows = match[4] if match else ""
     return held
 
 
