@@ -3,9 +3,9 @@
     hops    what is true of the friend of the neighbour of an animal: facts of two or three hops
     dial    a dial of ten numbers that is turned up to seven times: sums modulo 10, one after the other
 
-Every step of a thought is small: it copies something from the question and from the step before, and looks something up
-(`A 4 3 7.`: turn A is by 4, the dial shows 3, now it shows 7). It repeats what it reads, since a model of a few layers
-soon learns to copy and to look up what stands side by side, but hardly both for one token.
+Every step of a thought is small: it copies something from the question and from the step before, and looks something
+up (`A 4 3 7.`: turn A is by 4, the dial shows 3, now it shows 7). It repeats what it reads, since a model of a few
+layers soon learns to copy, and to look up what stands side by side, but hardly both for one token.
 
 There are 360 questions of hops, few enough to be learned by heart; those of the dial do not end.
 """
