@@ -13,7 +13,6 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfllm.data.thoughts import CLOSE, OPEN
-from hfllm.data.world.reasoning import SHOWN, part_of
 from hfllm.errors import InputError
 from hfllm.runs import schedule
 from hfllm.runs.lock import LOCK_FILE, release_all
@@ -109,11 +108,11 @@ def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
 
 def test_arms_learn_the_same_questions_and_ppo_has_others(whole):
     folder, _ = whole
-    asked = {
-        name: [row["messages"][0]["content"] for row in rows_of(folder, name)]
-        for name in ("thoughts", "direct", "mixed")
-    }
-    said = {name: [row["messages"][1]["content"] for row in rows_of(folder, name)] for name in asked}
+    tuned = ("thoughts", "direct", "mixed")
+    asked, said = (
+        {name: [row["messages"][turn]["content"] for row in rows_of(folder, name)] for name in tuned}
+        for turn in (0, 1)
+    )
     assert asked["thoughts"] == asked["direct"] and len(asked["direct"]) == 60
     assert all(OPEN in text for text in said["thoughts"]) and not any(OPEN in text for text in said["direct"])
     for thought, direct in zip(said["thoughts"], said["direct"], strict=True):
@@ -123,7 +122,6 @@ def test_arms_learn_the_same_questions_and_ppo_has_others(whole):
     assert prompts == rows_of(folder, "shuffled") and len(prompts) == 40
     learned = {*asked["thoughts"], *asked["mixed"]}
     assert not learned & {row["prompt"][0]["content"] for row in prompts}
-    assert part_of("hops", "hops colour friend of the fox") in (SHOWN, "held_out")
 
 
 def test_the_same_command_reuses_and_another_flag_is_refused_by_its_name(whole, capsys):
