@@ -108,11 +108,8 @@ def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
 
 def test_arms_learn_the_same_questions_and_ppo_has_others(whole):
     folder, _ = whole
-    tuned = ("thoughts", "direct", "mixed")
-    asked, said = (
-        {name: [row["messages"][turn]["content"] for row in rows_of(folder, name)] for name in tuned}
-        for turn in (0, 1)
-    )
+    turns = {name: [row["messages"] for row in rows_of(folder, name)] for name in ("thoughts", "direct", "mixed")}
+    asked, said = ({name: [each[turn]["content"] for each in rows] for name, rows in turns.items()} for turn in (0, 1))
     assert asked["thoughts"] == asked["direct"] and len(asked["direct"]) == 60
     assert all(OPEN in text for text in said["thoughts"]) and not any(OPEN in text for text in said["direct"])
     for thought, direct in zip(said["thoughts"], said["direct"], strict=True):
