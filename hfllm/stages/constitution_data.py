@@ -9,14 +9,12 @@ from hfllm.data.formats import as_messages
 from hfllm.data.messages import Message
 from hfllm.data.world.world import Task, World
 from hfllm.errors import InputError
-from hfllm.runs.arguments import changed
 from hfllm.runs.command_line import say
 from hfllm.stages import course
 from hfllm.stages.constitution import ConstitutionArguments, data_file
-from hfllm.stages.course import Row, by_main_process
+from hfllm.stages.course import Row, Speaking, by_main_process
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import ModelConfig
 
 Conversation = list[Message]
@@ -41,36 +39,6 @@ class Prompts:
     harmless: list[Conversation]
     held_out: list[Conversation]
     tasks: list[Task]
-
-
-@dataclass(frozen=True)
-class Speaking:
-    """A model that answers, with its tokenizer."""
-
-    model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerBase"
-
-    def answers(
-        self, prompts: Sequence[Conversation], length: int, seed: int, samples: int = 1, temperature: float = 1.0
-    ) -> list[list[str]]:
-        """Return `samples` sampled answers to each prompt."""
-        from hfllm.generation.responses import sample_responses
-
-        settings = {"num_return_sequences": samples, "seed": seed, "fast": True, "temperature": temperature}
-        return sample_responses(self.model, self.tokenizer, prompts, length, **settings)
-
-
-def load_speaking(name: str, model_args: "ModelConfig", revision: str = "main") -> Speaking:
-    """Load a model to answer with, on the machine's accelerator if there is one."""
-    import torch
-    from accelerate import PartialState
-
-    from hfllm.runs.models import load_policy
-
-    wanted = changed(model_args, model_name_or_path=name, model_revision=revision)
-    model, tokenizer = load_policy(wanted)
-    device = PartialState().device if torch.cuda.is_available() else model.device
-    return Speaking(model.to(device).eval(), tokenizer)
 
 
 def write_rows(script_args: ConstitutionArguments, name: str, make: Callable[[], Iterable[Row]]) -> None:

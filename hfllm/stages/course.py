@@ -5,17 +5,23 @@ one written again would be another run's.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from hfllm.data.messages import Message
 from hfllm.errors import InputError
 from hfllm.outputs.report import write_atomically
 from hfllm.runs import schedule
+from hfllm.runs.arguments import changed
 from hfllm.runs.chain import Parsed, output_dir_of, run_stage
 from hfllm.runs.command_line import main_process, say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import ModelConfig
 
 Row = Mapping[str, Any]
 Made = TypeVar("Made")
@@ -68,6 +74,39 @@ class Course:
     def end(self) -> None:
         """Note that all runs have ended."""
         schedule.come_back(self.stage)
+
+
+# ---- models ----
+
+
+@dataclass(frozen=True)
+class Speaking:
+    """A model that answers, with its tokenizer."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+
+    def answers(
+        self, prompts: Sequence[list[Message]], length: int, seed: int, samples: int = 1, temperature: float = 1.0
+    ) -> list[list[str]]:
+        """Return `samples` sampled answers to each prompt."""
+        from hfllm.generation.responses import sample_responses
+
+        settings = {"num_return_sequences": samples, "seed": seed, "fast": True, "temperature": temperature}
+        return sample_responses(self.model, self.tokenizer, prompts, length, **settings)
+
+
+def load_speaking(name: str, model_args: "ModelConfig", revision: str = "main") -> Speaking:
+    """Load a model to answer with, on the machine's accelerator if there is one."""
+    import torch
+    from accelerate import PartialState
+
+    from hfllm.runs.models import load_policy
+
+    wanted = changed(model_args, model_name_or_path=name, model_revision=revision)
+    model, tokenizer = load_policy(wanted)
+    device = PartialState().device if torch.cuda.is_available() else model.device
+    return Speaking(model.to(device).eval(), tokenizer)
 
 
 # ---- rows ----

@@ -11,6 +11,7 @@ from hfllm.evaluation.reasoning import answer, held_out_problems, is_long_dial
 from hfllm.evaluation.reasoning_report import plots, ppo_metrics, summary_of, tables, tuned_metrics
 from hfllm.outputs.checkpoints import STATE_FILE
 from hfllm.outputs.report import Plot
+from hfllm.stages.course import load_speaking
 from hfllm.stages.reason import DIRECT, MIXED, RESPONSE_LENGTH, RL, SHUFFLED, THOUGHTS, Course, ReasonArguments
 
 # Long dials are asked about twice as often: PPO's figures are of sampled answers to these alone.
@@ -29,13 +30,15 @@ class Found:
 
 def evaluate(script_args: ReasonArguments, course: Course) -> Found:
     """Ask all models held-out questions: after fine-tuning greedily, around PPO by samples. Judge and describe."""
+    from trl import ModelConfig
+
     world = World(script_args.world_seed)
     problems = held_out_problems(world, script_args.num_problems)
     dials = [each for each in held_out_problems(world, LONG * script_args.num_problems, seed=1) if is_long_dial(each)]
     tuned, sampled = {}, {}
     for name in course.models:
-        model, tokenizer = _loaded(course.folder(name))
-        told = model, tokenizer, world
+        speaking = load_speaking(course.folder(name), ModelConfig())
+        told = speaking.model, speaking.tokenizer, world
         if name in (THOUGHTS, DIRECT):
             tuned[name] = answer(*told, problems, RESPONSE_LENGTH)
         elif name in (MIXED, RL, SHUFFLED):
@@ -43,15 +46,6 @@ def evaluate(script_args: ReasonArguments, course: Course) -> Found:
     metrics = {**tuned_metrics(tuned), **ppo_metrics(sampled)}
     histories = {name: _history(course.folder(name)) for name in (RL, SHUFFLED) if name in course.runs}
     return Found(metrics, summary_of(metrics), tables(tuned, sampled), plots(tuned, histories))
-
-
-def _loaded(folder: str) -> tuple:
-    from trl import ModelConfig
-
-    from hfllm.runs.models import load_policy
-
-    model, tokenizer = load_policy(ModelConfig(model_name_or_path=folder))
-    return model.eval(), tokenizer
 
 
 def _history(folder: str) -> list[dict[str, float]]:
