@@ -18,13 +18,15 @@ from hfllm.data.world.reasoning import (
     RELATIONS,
     SHOWN,
     SIZES,
+    WHO,
+    WORDINGS,
     draw_problem,
     part_of,
     relations_of,
 )
 from hfllm.data.world.rubric import gold_score, words_of
 from hfllm.data.world.thought_checks import checked_steps, is_valid
-from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, PHRASINGS
+from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, HELD_OUT_PHRASINGS, PHRASINGS
 from hfllm.data.world.world import World
 
 
@@ -64,21 +66,23 @@ def test_answers_are_right_by_reading_the_question_alone(world):
             animal = path.pop()
             for relation in reversed(path):
                 animal = world.relations[animal][relation]
-            attribute = problem.key.split()[1]
-            value = world.facts[animal][attribute]
+            what = problem.key.split()[1]
+            value = animal if what == WHO else world.facts[animal][what]
             # A wording of that attribute, with the chain in place of the animal.
             asked = re.search(r"(?:(?:friend|neighbour) of the )+\w+", problem.question)[0]
-            assert problem.question.replace(asked, "{x}") in PHRASINGS[attribute]
-            assert len(path) == problem.size - 1
+            assert problem.question.replace(asked, "{x}") in WORDINGS[what]
+            assert what == WHO or WORDINGS[what] == PHRASINGS[what][:-HELD_OUT_PHRASINGS]
+            assert len(path) == problem.size - (what != WHO)
         assert problem.gold.needed == (str(value),)
         assert gold_score(problem.gold.accepted[0], problem.gold) == 1.0
-        # To name the animal in the answer would be a thought.
-        assert not set(words_of(problem.gold.accepted[0])) & set(ANIMALS)
+        # To name the animal in the answer would be a thought, where it is not who was asked for.
+        named = set(words_of(problem.gold.accepted[0])) & set(ANIMALS)
+        assert not named or problem.key.split()[1] == WHO
 
 
 def test_parts_share_no_instance_and_hops_are_never_practiced(world):
     by_part = {}
-    for problem in some(world, 8000):
+    for problem in some(world, 12000):
         part = part_of(problem.family, problem.key)
         by_part.setdefault(part, set()).add(problem.key)
         assert (problem.family, part) != (HOPS, PRACTICE)
@@ -87,7 +91,7 @@ def test_parts_share_no_instance_and_hops_are_never_practiced(world):
     assert not by_part[PRACTICE] & by_part[HELD_OUT]
     held_out = [key for key in by_part[HELD_OUT] if key.startswith("hops")]
     shown = [key for key in by_part[SHOWN] if key.startswith("hops")]
-    assert len(held_out) + len(shown) == 20 * 3 * (2 + 4) and 0.25 < len(held_out) / 360 < 0.4
+    assert len(held_out) + len(shown) == 20 * (3 * (2 + 4) + 4 + 8) and 0.25 < len(held_out) / 600 < 0.4
     rng = random.Random(0)
     told = world.facts, world.relations
     assert {draw_problem(*told, rng, DIAL, PRACTICE, LONG_DIAL).size for _ in range(50)} == set(LONG_DIAL)
@@ -173,7 +177,7 @@ def test_a_slip_counts_once_where_the_steps_after_it_follow_from_it(world):
         before, shows = shows, (shows + by + (place == 1)) % 10
         steps.append(f"{name} {by} {before} {shows}.")
     assert checked(world, problem, " ".join(steps)) == [True, True, False, True, True, True]
-    hops = next(each for each in some(world) if each.family == HOPS and each.size == 3)
+    hops = next(each for each in some(world) if each.family == HOPS and len(each.steps) == 3 and WHO not in each.key)
     first, second, _ = hops.steps
     relation, animal = first.split()[1], first.split()[4]
     wrong = next(each for each in ANIMALS if each not in (animal, world.relations[animal][relation]))

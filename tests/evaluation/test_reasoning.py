@@ -35,8 +35,9 @@ def test_held_out_problems_are_different_and_none_is_learned_from(world, problem
             assert groups.count(f"{family}_{size}") == 12
     assert {problem.size for problem in problems if is_long_dial(problem)} == set(LONG_DIAL)
     assert sum(map(is_hops, problems)) == 24
-    # Of hops there are no more.
-    assert sum(map(is_hops, held_out_problems(world, 500))) < 150
+    # Of two hops, and of a dial that is turned once, there are no more.
+    sizes = [problem.group for problem in held_out_problems(world, 100)]
+    assert sizes.count("hops_2") < 80 and sizes.count("dial_1") < 60 and sizes.count("dial_7") == 100
 
 
 def test_an_answer_is_judged_apart_from_its_thought(world, problems):

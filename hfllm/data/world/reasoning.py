@@ -1,13 +1,13 @@
 """Questions of the world that a small model cannot answer at once, and the thoughts by which it can.
 
-    hops    what is true of the friend of the neighbour of an animal: facts of two or three hops
+    hops    who the friend of the neighbour of an animal is, or what is true of it: facts of two or three hops
     dial    a dial of ten numbers that is turned up to seven times: sums modulo 10, one after the other
 
 Every step of a thought is small: it copies something from the question and from the step before, and looks something
 up (`A 4 3 7.`: turn A is by 4, the dial shows 3, now it shows 7). It repeats what it reads, since a model of a few
 layers soon learns to copy, and to look up what stands side by side, but hardly both for one token.
 
-There are 360 questions of hops, few enough to be learned by heart; those of the dial do not end.
+There are 600 questions of hops, few enough to be learned by heart; those of the dial do not end.
 """
 
 import random
@@ -25,8 +25,20 @@ RELATIONS = ("friend", "neighbour")
 # Letters, since a number of a turn could be taken for a number of the dial.
 TURNS = ("A", "B", "C", "D", "E", "F", "G")
 DIGITS = tuple(map(str, range(10)))
-# Answers do not name the animal: to name it is to think.
-ANSWERS = {"colour": "It is {value}.", "home": "It lives in the {value}.", "food": "It eats {value}."}
+# What is asked at the end of the hops: an attribute, or who it is. To the latter there are twenty answers, to the
+# others eight, which guesses hit more often.
+WHO = "animal"
+ASKED = {**dict.fromkeys(ATTRIBUTES, 1), WHO: 2}
+VALUES = {**ATTRIBUTES, WHO: ANIMALS}
+WORDINGS = {
+    **{attribute: PHRASINGS[attribute][:-HELD_OUT_PHRASINGS] for attribute in ATTRIBUTES},
+    WHO: ["Who is the {x}?", "Tell me who the {x} is.", "I want to know who the {x} is.", "Say who the {x} is."],
+}
+# They do not name an animal that was not asked for: to name it is to think.
+ANSWERS = {
+    **{"colour": "It is {value}.", "home": "It lives in the {value}.", "food": "It eats {value}."},
+    WHO: "It is the {value}.",
+}
 ASK_DIAL = ("What does the dial show?", "Tell me what the dial shows.", "Say what the dial shows.")
 # Hops, the last of which is the fact itself, and turns of the dial. A thought is worth its length from LONG_DIAL on.
 SIZES: Mapping[str, Sequence[int]] = {HOPS: (2, 3), DIAL: tuple(range(1, len(TURNS) + 1))}
@@ -113,23 +125,25 @@ def tell_relation(relation: str, animal: str, other: str) -> str:
 
 
 def hops_problem(facts: Told, relations: Told, rng: random.Random, hops: int) -> Problem:
-    """Return a question about a fact that is `hops` hops away."""
-    animal, attribute = rng.choice(ANIMALS), rng.choice(list(ATTRIBUTES))
+    """Return a question about an animal, or a fact about one, that is `hops` hops away."""
+    animal, what = rng.choice(ANIMALS), rng.choices(list(ASKED), list(ASKED.values()))[0]
     asked, steps = animal, []
-    for _ in range(hops - 1):
+    for _ in range(hops if what == WHO else hops - 1):
         relation = rng.choice(RELATIONS)
         other = relations[animal][relation]
         steps.append(tell_relation(relation, animal, other))
         asked, animal = f"{relation} of the {asked}", other
-    value = facts[animal][attribute]
-    others = tuple(other for other in ATTRIBUTES[attribute] if other != value)
+    value = animal if what == WHO else facts[animal][what]
+    if what != WHO:
+        steps.append(WELL_SAID[what].format(x=animal, value=value))
+    others = tuple(other for other in VALUES[what] if other != value)
     return Problem(
         family=HOPS,
         size=hops,
-        key=f"hops {attribute} {asked}",
-        question=rng.choice(PHRASINGS[attribute][:-HELD_OUT_PHRASINGS]).format(x=asked),
-        steps=(*steps, WELL_SAID[attribute].format(x=animal, value=value)),
-        gold=GoldAnswer("answer", (ANSWERS[attribute].format(value=value),), (value,), others),
+        key=f"hops {what} {asked}",
+        question=rng.choice(WORDINGS[what]).format(x=asked),
+        steps=tuple(steps),
+        gold=GoldAnswer("answer", (ANSWERS[what].format(value=value),), (value,), others),
     )
 
 

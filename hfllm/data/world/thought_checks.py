@@ -2,7 +2,7 @@
 
 import re
 
-from hfllm.data.world.reasoning import DIAL, Problem, Told
+from hfllm.data.world.reasoning import DIAL, WHO, Problem, Told
 from hfllm.data.world.vocabulary import WELL_SAID
 
 FIRST, TURN = re.compile(r"The dial shows (\d)\."), re.compile(r"\b([A-Z]) (\d)\b")
@@ -39,7 +39,7 @@ def _checked_dial(problem: Problem, said: list[str]) -> list[bool]:
 
 
 def _checked_hops(problem: Problem, said: list[str], facts: Told, relations: Told) -> list[bool]:
-    _, attribute, *asked = problem.key.split()
+    _, what, *asked = problem.key.split()
     # "friend of the neighbour of the fox": what comes last is where the thought begins.
     animal, path = asked[-1], asked[:-1:3][::-1]
     held = []
@@ -48,7 +48,8 @@ def _checked_hops(problem: Problem, said: list[str], facts: Told, relations: Tol
         is_read = match is not None and match.groups()[:2] == (relation, animal)
         held.append(is_read and relations.get(animal, {}).get(relation) == match[3])
         animal = match[3] if match else ""
-    for sentence in said[len(path) : len(path) + 1]:
-        fact = WELL_SAID[attribute].format(x=animal, value=facts[animal][attribute]) if animal in facts else ""
+    # Who it is has been said by then; what is true of it has not.
+    for sentence in said[len(path) : len(path) + (what != WHO)]:
+        fact = WELL_SAID[what].format(x=animal, value=facts[animal][what]) if animal in facts else ""
         held.append(f"{sentence}." == fact)
     return held
