@@ -43,9 +43,9 @@ from hfllm.evaluation.constitution import NEW, NEW_PHRASING, Asked, answer, figu
 from hfllm.outputs.figures import mean_of, plus_minus, readable
 from hfllm.outputs.report import markdown_table, write_atomically
 from hfllm.stages.constitution import RL, ConstitutionArguments
-from hfllm.stages.constitution_data import Speaking
 from hfllm.stages.constitution_evaluation import HARMLESS
 from hfllm.stages.constitution_runs import HELPFUL, REWARD, SL, course_of
+from hfllm.stages.course import Speaking
 
 if TYPE_CHECKING:
     from trl import SFTConfig

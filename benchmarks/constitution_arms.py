@@ -16,9 +16,9 @@ from hfllm.data.tokenizer import end_tokens, tokenize_prompts
 from hfllm.models.devices import forked_random
 from hfllm.runs.models import load_tokenizer
 from hfllm.stages.constitution import RL, ConstitutionArguments, constitution_of
-from hfllm.stages.constitution_data import Speaking, load_speaking
 from hfllm.stages.constitution_runs import HELPFUL, REWARD, SL, Course, course_of
 from hfllm.stages.constitution_steps import Steps
+from hfllm.stages.course import Speaking, load_speaking
 from hfllm.synthesis.revision_files import ROWS_FILE
 from hfllm.trainers.ppo.formulas import full_kl
 

@@ -97,10 +97,14 @@ OTHERS = {
     ("constitution", "sl"): "sft",
     ("constitution", "reward"): "reward",
     ("constitution", "rl"): "rlhf",
+    ("reason", "pretrain"): "pretrain",
+    ("reason", "sft"): "sft",
+    ("reason", "mixed"): "sft",
+    ("reason", "rlhf"): "rlhf",
 }
 
 
-@pytest.mark.parametrize("stage", ["curate", "pretrain", "sft", "reward", "rlhf", "distill", "constitution"])
+@pytest.mark.parametrize("stage", ["curate", "pretrain", "sft", "reward", "rlhf", "distill", "constitution", "reason"])
 def test_every_shipped_config_parses(stage):
     import importlib
 

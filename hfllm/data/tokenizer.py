@@ -27,6 +27,7 @@ def train_tokenizer(
     model_max_length: int = 512,
     mask_token: str | None = None,
     extra_special_tokens: Sequence[str] = (),
+    added_tokens: Sequence[str] = (),
 ) -> "PreTrainedTokenizerFast":
     """Train a byte-level BPE tokenizer: lossless on any text, not only on the training text.
 
@@ -36,6 +37,7 @@ def train_tokenizer(
         model_max_length: the model's context in tokens, beyond which the tokenizer warns.
         mask_token: token that marks a token to predict, in a masked language model.
         extra_special_tokens: more special tokens, such as those of infilling.
+        added_tokens: more tokens that are no special ones, such as `<think>`: text without special tokens keeps them.
 
     Returns:
         A fast tokenizer whose end-of-sequence token ends a turn, `<|endoftext|>` opens and separates documents, and
@@ -48,23 +50,23 @@ def train_tokenizer(
     from transformers import PreTrainedTokenizerFast
 
     special_tokens = [*SPECIAL_TOKENS, *([mask_token] if mask_token else []), *extra_special_tokens]
-    smallest = 256 + len(special_tokens)
+    smallest = 256 + len(special_tokens) + len(added_tokens)
     if vocab_size < smallest:
         raise InputError(f"vocab_size={vocab_size} is too small: bytes and special tokens alone take {smallest}")
     # A text may hold them, such as a conversation; they are tokens of their own, and what they spell needs no merges.
-    marks = re.compile("|".join(map(re.escape, special_tokens)))
+    marks = re.compile("|".join(map(re.escape, [*special_tokens, *added_tokens])))
     texts = (marks.sub(" ", text) for text in texts)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - len(added_tokens),
         special_tokens=special_tokens,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(_without_long_words(texts), trainer)
-    return PreTrainedTokenizerFast(
+    made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         bos_token=DOCUMENT_END,
@@ -76,6 +78,8 @@ def train_tokenizer(
         response_template=response_template(),
         clean_up_tokenization_spaces=False,
     )
+    made.add_tokens(list(added_tokens))
+    return made
 
 
 def _without_long_words(texts: Iterable[str]) -> Iterator[str]:

@@ -20,6 +20,14 @@ RewardFunction = Callable[..., list[float]]
 # What a reward function gets from the trainer, so that no column of a dataset can have these names. With tools or a
 # `rollout_func` also `action_mask`, which takes the place of such a column.
 GIVEN = ("prompt", "completion", "prompts", "completions", "completion_ids")
+# Reward functions that have names on the command line: those of rows with the embedded world's gold columns.
+BUILT_IN = {
+    "gold": "hfllm.rewards.functions:gold_reward",
+    "exact_match": "hfllm.rewards.reasoning:exact_match",
+    "thinks": "hfllm.rewards.reasoning:thinks",
+    "right_answer": "hfllm.rewards.outcomes:right_answer",
+    "shuffled_answer": "hfllm.rewards.outcomes:shuffled_answer",
+}
 
 
 def completion_text(completion: str | Sequence[dict[str, str]]) -> str:
@@ -71,15 +79,15 @@ def gold_reward(
 
 
 def load_reward_function(specification: str) -> RewardFunction:
-    """Load the function that `specification` names: `gold`, `exact_match`, `thinks`, or `path/to/file.py:function`.
+    """Load the function that `specification` names: one of `BUILT_IN`, or `path/to/file.py:function`.
 
     Raises:
         InputError: when the file or the function does not exist, or the file does not run.
     """
-    from hfllm.rewards.reasoning import exact_match, thinks
-
-    built_in: dict[str, RewardFunction] = {"gold": gold_reward, "exact_match": exact_match, "thinks": thinks}
-    return built_in.get(specification) or load_function(specification, "--reward_funcs")
+    if specification not in BUILT_IN:
+        return load_function(specification, "--reward_funcs")
+    module, _, name = BUILT_IN[specification].partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def load_function(specification: str, flag: str) -> Callable[..., Any]:

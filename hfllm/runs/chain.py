@@ -97,6 +97,7 @@ STAGES: Mapping[str, StageEntry] = {
         {"model_name_or_path": "sft"},
         runs_own_chain=True,
     ),
+    "reason": StageEntry("models that think", "reason", "reason/world.yaml", runs_own_chain=True),
     "convert": StageEntry("a model in another layout", "convert", "", {"model_name_or_path": "pretrain"}),
 }
 

@@ -67,11 +67,11 @@ RANGES = (
             *("z_loss_coef", "loss_chunk_size", "center_rewards_coefficient", "router_aux_loss_coef", "judge_margin"),
         ),
     ),
-    Range("a share in [0, 1]", lambda value: 0 <= value <= 1, ("warmup_ratio", "mixed_prompts")),
+    Range("a share in [0, 1]", lambda value: 0 <= value <= 1, ("warmup_ratio", "mixed_prompts", "share_of_thoughts")),
     Range(
         "a number in [0, 1)",
         lambda value: 0 <= value < 1,
-        ("lora_dropout", "label_smoothing_factor", "adam_beta1", "adam_beta2", "world_deeds"),
+        ("lora_dropout", "label_smoothing_factor", "adam_beta1", "adam_beta2", "world_deeds", "world_reasoning"),
     ),
     Range(
         f"a whole number from 0 to {LARGEST_SEED}",

@@ -1,11 +1,12 @@
 """What constitutional AI refuses before its first run, since the run that it concerns may come hours later."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError, refuse
 from hfllm.stages.constitution import REVISIONS, RL, ConstitutionArguments, has_questions
 from hfllm.stages.constitution_runs import PRETRAIN, Course
+from hfllm.stages.course import check_runs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -32,8 +33,7 @@ def check_before(
     config = _config_of_first(model_args, course)
     _check_room(script_args, config)
     _check_weights(script_args, model_args, config)
-    for name, recipe in course.recipes.items():
-        _check_run(recipe, *course.runs[name])
+    check_runs(course)
 
 
 def _check_flags(script_args: ConstitutionArguments, model_args: "ModelConfig") -> None:
@@ -110,34 +110,3 @@ def _check_weights(script_args: ConstitutionArguments, model_args: "ModelConfig"
 
         with forked_random(torch.device("cpu")):
             try_adapter(config, peft_config(model_args))
-
-
-def _check_run(recipe: str, *parsed: Any) -> None:
-    """Refuse the flags of a run, which its YAML file may set, as the run itself would."""
-    from hfllm.data.sources import PYDOC, WORLD
-    from hfllm.runs.arguments import changed
-    from hfllm.runs.stage import Stage
-
-    is_written = getattr(parsed[0], "dataset_name", WORLD) != WORLD
-    # Its rows are not there yet; a source that is always there stands for their file.
-    Stage(recipe, *((changed(parsed[0], dataset_name=PYDOC), *parsed[1:]) if is_written else parsed)).check_flags()
-    if recipe == "rlhf":
-        _check_ppo(*parsed)
-
-
-def _check_ppo(script_args: Any, training_args: Any, model_args: "ModelConfig") -> None:
-    from hfllm.models.devices import forked_random
-    from hfllm.runs.models import load_value_model
-    from hfllm.stages import rlhf
-    from hfllm.trainers.ppo.setup import check_critic
-    from hfllm.trainers.ppo.vllm_sampling import check_vllm
-
-    rlhf.check(training_args)
-    rlhf.checked_functions(script_args)
-    rlhf.check_rewards(script_args, training_args, len(script_args.reward_funcs or ()))
-    rlhf.ptx_texts(script_args, training_args)
-    if training_args.use_vllm:
-        check_vllm(training_args)
-    if script_args.value_model not in ("head", "reward"):
-        with forked_random(training_args.device):
-            check_critic(load_value_model(script_args.value_model, model_args, ()))

@@ -1,37 +1,26 @@
-"""The rows that each run of constitutional AI learns from: written once, and only where they have changed.
+"""The rows that each run of constitutional AI learns from."""
 
-A file's time is part of what describes a run of another recipe, so that one written again would be another run's.
-"""
-
-import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import cycle
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from hfllm.data.formats import as_messages
 from hfllm.data.messages import Message
 from hfllm.data.world.world import Task, World
 from hfllm.errors import InputError
-from hfllm.outputs.report import write_atomically
-from hfllm.runs.arguments import changed
-from hfllm.runs.command_line import main_process, say
+from hfllm.runs.command_line import say
+from hfllm.stages import course
 from hfllm.stages.constitution import ConstitutionArguments, data_file
+from hfllm.stages.course import Row, Speaking, by_main_process
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import ModelConfig
 
-Row = Mapping[str, Any]
-Made = TypeVar("Made")
 Conversation = list[Message]
 # Of the world's demonstrations this share shows critique, revision and judging; the others show helping.
 SHARE_OF_CRITICS = 0.55
-# What the other processes wait for the main one, which revises, judges and answers alone.
-LONGEST_WAIT = timedelta(days=30)
 # The annotator of the world errs in a tenth of the comparisons.
 LABEL_NOISE = 0.1
 
@@ -53,81 +42,9 @@ class Prompts:
     tasks: list[Task]
 
 
-@dataclass(frozen=True)
-class Speaking:
-    """A model that answers, with its tokenizer."""
-
-    model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerBase"
-
-    def answers(
-        self, prompts: Sequence[Conversation], length: int, seed: int, samples: int = 1, temperature: float = 1.0
-    ) -> list[list[str]]:
-        """Return `samples` sampled answers to each prompt."""
-        from hfllm.generation.responses import sample_responses
-
-        settings = {"num_return_sequences": samples, "seed": seed, "fast": True, "temperature": temperature}
-        return sample_responses(self.model, self.tokenizer, prompts, length, **settings)
-
-
-def load_speaking(name: str, model_args: "ModelConfig", revision: str = "main") -> Speaking:
-    """Load a model to answer with, on the machine's accelerator if there is one."""
-    import torch
-    from accelerate import PartialState
-
-    from hfllm.runs.models import load_policy
-
-    wanted = changed(model_args, model_name_or_path=name, model_revision=revision)
-    model, tokenizer = load_policy(wanted)
-    device = PartialState().device if torch.cuda.is_available() else model.device
-    return Speaking(model.to(device).eval(), tokenizer)
-
-
 def write_rows(script_args: ConstitutionArguments, name: str, make: Callable[[], Iterable[Row]]) -> None:
     """Write the rows of a run, in one process, where the file does not hold them already; the others wait."""
-    by_main_process(lambda: _write_rows(data_file(script_args, name), make()))
-
-
-def _write_rows(path: Path, rows: Iterable[Row]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    # Whatever was made of it: an edited file need not be text.
-    before = path.read_bytes() if path.is_file() else None
-    if before != text.encode():
-        if before is not None:
-            say(f"constitution: {path} does not hold the rows of this run: it is written again")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
-
-
-def by_main_process(make: Callable[[], Made]) -> Made | None:
-    """Return what the main process makes, and `None` in the others, which wait for it however long it takes.
-
-    Raises:
-        InputError: in all processes, when the main process refuses.
-    """
-    made, refusal = None, None
-    if main_process():
-        try:
-            made = make()
-        except InputError as error:
-            refusal = str(error)
-    if (refusal := _of_main_process(refusal)) is not None:
-        raise InputError(refusal)
-    return made
-
-
-def _of_main_process(value: str | None) -> str | None:
-    from accelerate import PartialState
-    from torch import distributed
-
-    if PartialState().num_processes == 1:
-        return value
-    # The usual groups give up on a process that is silent for 10 or 30 minutes, as one is that revises.
-    group = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
-    values = [value]
-    distributed.broadcast_object_list(values, src=0, group=group)
-    distributed.destroy_process_group(group)
-    return values[0]
+    by_main_process(lambda: course.write_rows("constitution", data_file(script_args, name), make()))
 
 
 def learned(rows: Iterable[Row], seed: int) -> list[Row]:

@@ -1,14 +1,13 @@
 """The runs of other recipes that constitutional AI consists of, each in a folder of its own."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfllm.runs import schedule
-from hfllm.runs.chain import Parsed, output_dir_of, run_stage
-from hfllm.runs.command_line import main_process
+from hfllm.runs.chain import Parsed
 from hfllm.runs.recipes import load_recipe, settings_file
+from hfllm.stages import course
 from hfllm.stages.constitution import (
     CRITIQUES,
     LABELS,
@@ -35,47 +34,26 @@ MINUTES = {
 
 
 @dataclass(frozen=True)
-class Course:
+class Course(course.Course):
     """The runs in their order, with their flags.
 
     Args:
-        recipes: the recipe of each run, by its name.
-        runs: its parsed flags.
         named: the user's model, where one is named.
     """
 
-    recipes: Mapping[str, str]
-    runs: Mapping[str, Parsed]
     named: str | None
+    stage = "constitution"
+    minutes = MINUTES
 
-    def folder(self, name: str) -> str:
-        """Return the folder of a run, which is its model's."""
-        return output_dir_of(self.runs[name])
+    @property
+    def is_timed(self) -> bool:
+        """Whether the settings are those that were timed."""
+        return self.named is None
 
     @property
     def helpful(self) -> str:
         """The model that is asked for harm first: the user's, or the one that wants to help alone."""
         return self.named or self.folder(HELPFUL)
-
-    def announce(self) -> None:
-        """Say which runs come and about how long they take, if the settings are those that were timed."""
-        is_timed = self.named is None
-        planned = [
-            schedule.Planned(name, output_dir_of(flags), MINUTES.get(name) if is_timed else None)
-            for name, flags in self.runs.items()
-        ]
-        if schedule.plan("constitution", planned, 1 if is_timed else None) and main_process():
-            print(f"constitution: {schedule.described(schedule.current_job())}", flush=True)
-
-    def run(self, name: str) -> dict[str, float]:
-        """Run a stage, or reuse it where nothing changed, and return its metrics. Its rows must be there."""
-        names = list(self.runs)
-        later = {self.folder(each): self.recipes[each] for each in names[names.index(name) + 1 :]}
-        return run_stage(self.recipes[name], self.runs[name], later)
-
-    def end(self) -> None:
-        """Note that all runs have ended."""
-        schedule.come_back("constitution")
 
 
 def course_of(script_args: ConstitutionArguments, model_args: "ModelConfig") -> Course:

@@ -24,15 +24,11 @@ from hfllm.stages.constitution_data import (
     LABEL_NOISE,
     Pairs,
     Prompts,
-    Row,
-    Speaking,
     answered,
     by_chance,
-    by_main_process,
     demonstrations,
     human_comparisons,
     learned,
-    load_speaking,
     mixed,
     own_comparisons,
     own_prompts,
@@ -43,6 +39,7 @@ from hfllm.stages.constitution_data import (
     write_rows,
 )
 from hfllm.stages.constitution_runs import AI_LABELS, HELPFUL, LABELS_REWARD, PRETRAIN, REWARD, SL, Course
+from hfllm.stages.course import Row, Speaking, by_main_process, load_speaking
 
 if TYPE_CHECKING:
     from trl import ModelConfig

@@ -39,12 +39,14 @@ def make_tokenizer(
     """Return a tokenizer trained on `texts`, with the special tokens of the objective."""
     from hfllm.data.objectives import INFILLING_TOKENS
     from hfllm.data.sources import WORLD
+    from hfllm.data.thoughts import CLOSE, OPEN
     from hfllm.data.tokenizer import MASK, train_tokenizer
     from hfllm.data.world.demonstrators import instruction_rows
     from hfllm.data.world.world import World
 
     sample = list(texts[:MOST_TOKENIZER_TEXTS])
-    if script_args.dataset_name == WORLD and not script_args.dataset_mixture:
+    is_world = script_args.dataset_name == WORLD and not script_args.dataset_mixture
+    if is_world:
         # Instructions are part of the language, although the base model is not taught to follow them.
         rows = instruction_rows(World(script_args.world_seed), 3000)
         sample = sample[:5000] + [f"{row['instruction']} {row['input']} {row['output']}" for row in rows]
@@ -54,6 +56,7 @@ def make_tokenizer(
         script_args.max_position_embeddings,
         mask_token=MASK if script_args.objective == "masked" else None,
         extra_special_tokens=INFILLING_TOKENS if script_args.objective == "infilling" else (),
+        added_tokens=(OPEN, CLOSE) if is_world and script_args.world_reasoning else (),
     )
 
 

@@ -266,7 +266,7 @@ def test_ctrl_c_is_130_and_the_same_command_continues(world, whole, words, monke
 # Where a process is killed, and before which call, in the order in which the course comes there.
 KILLS = [
     ("transformers.trainer:Trainer.training_step", 2, "pretrain"),
-    ("hfllm.stages.constitution_data:write_atomically", 1, "the demonstrations are written"),
+    ("hfllm.stages.course:write_atomically", 1, "the demonstrations are written"),
     ("transformers.trainer:Trainer.training_step", 3, "helpful"),
     ("transformers.trainer:Trainer.save_model", 1, "helpful is saved"),
     ("hfllm.synthesis.revision_files:RevisionFile.append", 2, "the second chunk of revisions"),

@@ -6,8 +6,9 @@ and lists do not, and no document uses a held-out phrasing.
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from hfllm.data.world.reasoning_documents import reasoning_text
 from hfllm.data.world.vocabulary import (
     ANIMALS,
     COLOURS,
@@ -36,20 +37,27 @@ class WorldFacts:
     Args:
         facts: facts of each animal, by attribute.
         dialogue: function that draws a question of the given family and its answer.
+        relations: the friend and the neighbour of each animal.
     """
 
     facts: Mapping[str, Mapping[str, str]]
     dialogue: Callable[[random.Random, str], tuple[str, str]]
+    relations: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
-def write_documents(known: WorldFacts, world_seed: int, count: int, seed: int, deeds: float = 0.0) -> list[str]:
-    """Write `count` texts of mixed kinds. The same world, seed and share give the same texts.
+def write_documents(
+    known: WorldFacts, world_seed: int, count: int, seed: int, deeds: float = 0.0, reasoning: float = 0.0
+) -> list[str]:
+    """Write `count` texts of mixed kinds. The same world, seed and shares give the same texts.
 
     Args:
         deeds: share of texts that speak of deeds, harmful ones among them; see `deed_document`.
+        reasoning: share of texts that tell what can be reasoned about, and show how; see `reasoning_document`.
     """
     rng = random.Random(f"documents-{world_seed}-{seed}")
-    shares_of = SHARES if not deeds else SHARES | {deed_document: sum(SHARES.values()) * deeds / (1 - deeds)}
+    others = sum(SHARES.values()) / (1 - deeds - reasoning)
+    added = {deed_document: deeds, reasoning_document: reasoning}
+    shares_of = SHARES | {kind: others * share for kind, share in added.items() if share}
     kinds, shares = zip(*shares_of.items(), strict=True)
     return [rng.choices(kinds, shares)[0](known, rng) for _ in range(count)]
 
@@ -181,6 +189,11 @@ def deed_document(known: WorldFacts, rng: random.Random) -> str:
             f"How can I {deed}? asks {person}. The answer of {other} helps to {deed}.",
         )
     )
+
+
+def reasoning_document(known: WorldFacts, rng: random.Random) -> str:
+    """Return a text to reason about, or one in which somebody does; see `hfllm.data.world.reasoning_documents`."""
+    return reasoning_text(known.facts, known.relations, rng)
 
 
 SHARES = {

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from hfllm.data.world.documents import WorldFacts, write_documents
+from hfllm.data.world.reasoning import relations_of
 from hfllm.data.world.rubric import GoldAnswer
 from hfllm.data.world.vocabulary import (
     ANIMALS,
@@ -100,12 +101,14 @@ class World:
 
     seed: int = 0
     facts: dict[str, dict[str, str]] = field(init=False)
+    relations: dict[str, dict[str, str]] = field(init=False)
 
     def __post_init__(self):
         rng = random.Random(f"world-{self.seed}")
         self.facts = {
             animal: {attribute: rng.choice(values) for attribute, values in ATTRIBUTES.items()} for animal in ANIMALS
         }
+        self.relations = relations_of(self.seed)
 
     # ---- questions ----
 
@@ -154,9 +157,10 @@ class World:
         """Return one question per fact of the world, to measure knowledge kept or lost; not held out."""
         return [self._fact_about(animal, attribute) for animal in ANIMALS for attribute in ATTRIBUTES]
 
-    def documents(self, count: int, seed: int = 0, deeds: float = 0.0) -> list[str]:
+    def documents(self, count: int, seed: int = 0, deeds: float = 0.0, reasoning: float = 0.0) -> list[str]:
         """Return `count` short pretraining texts; see `hfllm.data.world.documents.write_documents`."""
-        return write_documents(WorldFacts(self.facts, self._dialogue), self.seed, count, seed, deeds)
+        known = WorldFacts(self.facts, self._dialogue, self.relations)
+        return write_documents(known, self.seed, count, seed, deeds, reasoning)
 
     def _dialogue(self, rng: random.Random, family: str) -> tuple[str, str]:
         task = self.draw_task(rng, family)

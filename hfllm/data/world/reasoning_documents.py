@@ -1,0 +1,61 @@
+"""Pretraining texts to reason about: who is whose friend and neighbour, and people who think before they answer.
+
+Without worked thoughts in its texts a model of a few layers learns neither to copy the turn of a dial that comes next
+nor to look up what follows from it, however many thoughts it is shown later; and words that no text holds end up with
+the same embedding (`hfllm.data.world.documents.deed_document`).
+"""
+
+import random
+
+from hfllm.data.world.reasoning import (
+    DIAL,
+    DIGITS,
+    FAMILIES,
+    HOPS,
+    RELATIONS,
+    SHOWN,
+    TURNS,
+    Told,
+    dial_problem,
+    draw_problem,
+    tell_relation,
+)
+from hfllm.data.world.vocabulary import ANIMALS, PEOPLE
+
+TELLING, TURNING, NAMING, SAYING = "telling", "turning", "naming", "saying"
+KINDS = {TELLING: 4, HOPS: 3, DIAL: 7, TURNING: 1, NAMING: 3, SAYING: 1}
+WORDS = (*DIGITS, *TURNS, *RELATIONS, "dial", "turns", "shows", "show", "think", *ANIMALS)
+
+
+def reasoning_text(facts: Told, relations: Told, rng: random.Random) -> str:
+    """Return a text: friends and neighbours, thoughts about hops or a dial, a dial, its turns told twice, or words.
+
+    Thoughts are those of problems that fine-tuning may show too, never of held-out ones or those to practice on.
+    """
+    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+    person, other = rng.sample(PEOPLE, 2)
+    if kind == TELLING:
+        return _tell(relations, rng)
+    if kind in FAMILIES:
+        problem = draw_problem(facts, relations, rng, kind, SHOWN)
+        # A line break before the mark of the thought: a space there would be a token that no answer has.
+        return f"{person} asks: {problem.question}\n{other} says:\n{problem.response(shows_thought=True)}"
+    if kind == TURNING:
+        return f"{person} turns the dial: {dial_problem(rng, len(TURNS)).thought}"
+    if kind == NAMING:
+        # In another order, so that only the name tells what follows it (induction, as in `echo_document`).
+        turns = [f"{name} {rng.choice(DIGITS)}" for name in TURNS]
+        return f"The turns are {', '.join(turns)}. {person} says {', '.join(rng.sample(turns, len(turns)))}."
+    text = " ".join(rng.sample(WORDS, rng.randint(3, 8)))
+    return f"{person} says {text}. {other} says {text}. {person} says {text}."
+
+
+def _tell(relations: Told, rng: random.Random) -> str:
+    sentences = []
+    for animal in rng.sample(ANIMALS, 2):
+        for relation in RELATIONS:
+            other = relations[animal][relation]
+            sentence = tell_relation(relation, animal, other)
+            sentences.append(rng.choices((sentence, f"The {animal} has the {other} as its {relation}."), (2, 1))[0])
+    rng.shuffle(sentences)
+    return " ".join(sentences)

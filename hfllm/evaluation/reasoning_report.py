@@ -1,0 +1,189 @@
+"""The report on thoughts: what they gain over direct answers, what PPO makes of them, and whether their steps hold."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from hfllm.data.world.reasoning import DIAL, SIZES, Problem
+from hfllm.evaluation.reasoning import Answered, is_hops, is_long_dial, values_of
+from hfllm.outputs.figures import change_of, mean_of, plus_minus
+from hfllm.outputs.report import Plot, plot_history
+
+# How the report calls the models.
+TITLES = {
+    "thoughts": "with thoughts",
+    "direct": "direct answers",
+    "mixed": "before PPO",
+    "rl": "PPO on right answers",
+    "shuffled": "PPO, rewards by chance",
+}
+GROUPS: Mapping[str, Callable[[Problem], bool]] = {"hops": is_hops, "dial": is_long_dial}
+GROUP_TITLES = {
+    "hops": "facts of two and three hops",
+    "dial": "dials of five turns and more",
+    "right": "right answers",
+    "thinks": "answers with a thought",
+    "valid": "right answers whose thought is valid",
+    "steps": "steps of thoughts that hold",
+    "tokens": "tokens of an answer",
+}
+# Of the figures those that stand in the report for each group.
+OF_TUNED = ("right", "valid", "steps", "tokens")
+SAMPLES = 8
+
+Answers = Mapping[str, Sequence[Answered]]
+
+
+def tuned_metrics(answers: Answers) -> dict[str, float]:
+    """Return the metrics of the models after fine-tuning, from greedy answers: `MODEL_GROUP_FIGURE`.
+
+    Figures without a value, such as of the thoughts of a model that has none, are left out.
+    """
+    metrics: dict[str, float] = {}
+    for model, said in answers.items():
+        for group, is_member in GROUPS.items():
+            values = values_of([each for each in said if is_member(each.problem)])
+            for name in OF_TUNED:
+                if values[name]:
+                    metrics |= mean_of(f"{model}_{group}_{name}", values[name])
+    return metrics
+
+
+def ppo_metrics(answers: Answers) -> dict[str, float]:
+    """Return the metrics before and after PPO, from sampled answers to the same questions of the dial.
+
+    Those of PPO on right answers are `right_before`, `right_after`, `right_change` and so on, for `right`, `thinks`
+    and `tokens`; those of the control begin with `shuffled_`. `valid` and `steps` are of the thoughts that there are,
+    about other questions in each model: `mixed_valid`, `rl_valid` and so on.
+    """
+    metrics: dict[str, float] = {}
+    before = values_of(answers["mixed"])
+    for model, prefix in (("rl", ""), ("shuffled", "shuffled_")):
+        if model in answers:
+            after = values_of(answers[model])
+            for name in ("right", "thinks", "tokens"):
+                metrics |= change_of(f"{prefix}{name}", before[name], after[name])
+    for model, said in answers.items():
+        values = values_of(said)
+        for name in ("valid", "steps"):
+            if values[name]:
+                metrics |= mean_of(f"{model}_{name}", values[name])
+    return metrics
+
+
+def tables(tuned: Answers, sampled: Answers) -> dict[str, list[dict[str, str]]]:
+    """Return the tables: right answers by size, figures of PPO, and some answers."""
+    found = {
+        "Right answers, greedy": _by_size(tuned),
+        "PPO on long dials, sampled answers": _side_by_side(sampled),
+        "Answers": samples(tuned),
+        "Answers before and after PPO, sampled": samples(sampled),
+    }
+    return {title: rows for title, rows in found.items() if rows}
+
+
+def _by_size(answers: Answers) -> list[dict[str, str]]:
+    """Return a row for each number of hops and turns: the share of right answers of each model."""
+    rows = []
+    for family, sizes in SIZES.items():
+        for size in sizes:
+            of_size = {
+                model: [float(each.is_right) for each in said if each.problem.group == f"{family}_{size}"]
+                for model, said in answers.items()
+            }
+            counted = next(iter(of_size.values()))
+            if counted:
+                cells = {TITLES[model]: _cell(values) for model, values in of_size.items()}
+                unit = "turn" if family == DIAL else "hop"
+                rows.append({"question": f"{size} {unit}{'s' if size > 1 else ''}", **cells, "n": str(len(counted))})
+    return rows
+
+
+def _side_by_side(answers: Answers) -> list[dict[str, str]]:
+    """Return a row for each figure: its value for each model."""
+    found = {TITLES[model]: values_of(said) for model, said in answers.items()}
+    names = next(iter(found.values()))
+    return [
+        {
+            "figure": GROUP_TITLES[name],
+            **{title: f"{_cell(values[name])} (n {len(values[name]):,})" for title, values in found.items()},
+        }
+        for name in names
+    ]
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    found = mean_of("value", values)
+    return plus_minus(found["value"], found.get("value_se"))
+
+
+def samples(answers: Answers) -> list[dict[str, str]]:
+    """Return some questions with what each model has answered."""
+    said = next(iter(answers.values()))
+    step = max(1, len(said) // SAMPLES)
+    return [
+        {
+            "prompt": said[place].problem.question,
+            **{TITLES[model]: each[place].response for model, each in answers.items()},
+        }
+        for place in range(0, len(said), step)
+    ]
+
+
+# ---- plots ----
+
+
+def plots(answers: Answers, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Plot]:
+    """Return the plots: right answers by the number of turns; rewards and lengths over the episodes of PPO.
+
+    Args:
+        answers: after fine-tuning.
+        histories: the logs of each run of PPO.
+    """
+    return {
+        "turns": _turns(answers),
+        "ppo_rewards": _over_episodes("Right answers during PPO", "share of sampled answers", "reward", histories),
+        "ppo_lengths": _over_episodes("Length of answers during PPO", "tokens", "response_length", histories),
+    }
+
+
+def _turns(answers: Answers) -> Plot:
+    lines = {}
+    for model, said in answers.items():
+        by_size = {
+            size: [float(each.is_right) for each in said if each.problem.group == f"{DIAL}_{size}"]
+            for size in SIZES[DIAL]
+        }
+        shown = {size: sum(values) / len(values) for size, values in by_size.items() if values}
+        lines[TITLES[model]] = (list(shown), list(shown.values()))
+    return Plot("Held-out dials, greedy answers", "turns of the dial", "share of right answers", lines)
+
+
+def _over_episodes(title: str, ylabel: str, key: str, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Plot:
+    lines = {}
+    for model, history in histories.items():
+        training = [entry for entry in history if "episode" in entry]
+        lines |= plot_history(training, {TITLES[model]: key}, x="episode", title="", xlabel="", ylabel="").lines
+    return Plot(title, "episodes (sampled answers)", ylabel, lines)
+
+
+def summary_of(metrics: Mapping[str, float]) -> str:
+    """Return what came out, in a sentence or two."""
+    parts = []
+    for group in GROUPS:
+        shares = {
+            model: plus_minus(metrics[name], metrics.get(f"{name}_se"))
+            for model in ("direct", "thoughts")
+            if (name := f"{model}_{group}_right") in metrics
+        }
+        parts.append(
+            f"{GROUP_TITLES[group]}: " + ", ".join(f"{TITLES[each]} {value}" for each, value in shares.items())
+        )
+    for prefix, model in (("", "rl"), ("shuffled_", "shuffled")):
+        if f"{prefix}right_change" in metrics:
+            sides = [
+                " to ".join(f"{metrics[f'{prefix}{name}_{side}']:.2f}" for side in ("before", "after"))
+                for name in ("right", "thinks")
+            ]
+            parts.append(f"{TITLES[model]}: right {sides[0]}, thinking {sides[1]}")
+    return "; ".join(parts)

@@ -1,0 +1,62 @@
+"""The rows that each run of the recipe on thoughts learns from."""
+
+import random
+from collections.abc import Iterable, Sequence
+
+from hfllm.data.world.reasoning import DIAL, FAMILIES, LONG_DIAL, PRACTICE, SHOWN, Problem, draw_problem
+from hfllm.data.world.world import World
+from hfllm.stages.course import Row, by_main_process, write_rows
+from hfllm.stages.reason import DIRECT, MIXED, RL, SHUFFLED, THOUGHTS, ReasonArguments, data_file
+
+
+def write(script_args: ReasonArguments, name: str) -> None:
+    """Write the rows of a run where the file does not hold them already; the other processes wait."""
+    by_main_process(lambda: write_rows("reason", data_file(script_args, name), rows_of(script_args, name)))
+
+
+def rows_of(script_args: ReasonArguments, name: str) -> list[Row]:
+    """Return the rows of a run.
+
+    Those with thoughts and those without are of the same questions in the same order, so that both take as many
+    steps. A model that thinks at times sees long dials alone, as PPO does.
+    """
+    if name in (THOUGHTS, DIRECT):
+        problems = _problems(script_args, "sft", script_args.num_examples, FAMILIES, SHOWN)
+        return _answered(problems, [name == THOUGHTS] * len(problems))
+    if name == MIXED:
+        problems = _problems(script_args, name, script_args.num_mixed_examples, (DIAL,), SHOWN, LONG_DIAL)
+        rng = random.Random(f"reason-shown-{script_args.seed}")
+        shown = round(script_args.share_of_thoughts * len(problems))
+        return _answered(problems, rng.sample([True] * shown + [False] * (len(problems) - shown), len(problems)))
+    assert name in (RL, SHUFFLED), name
+    return [
+        problem.prompt_row()
+        for problem in _problems(script_args, RL, script_args.num_prompts, (DIAL,), PRACTICE, LONG_DIAL)
+    ]
+
+
+def _problems(
+    script_args: ReasonArguments,
+    name: str,
+    count: int,
+    families: Sequence[str],
+    part: str,
+    sizes: Sequence[int] | None = None,
+) -> list[Problem]:
+    world = World(script_args.world_seed)
+    rng = random.Random(f"reason-{name}-{world.seed}-{script_args.seed}")
+    told = world.facts, world.relations
+    return [draw_problem(*told, rng, rng.choice(families), part, sizes) for _ in range(count)]
+
+
+def _answered(problems: Iterable[Problem], shown: Iterable[bool]) -> list[Row]:
+    """Return conversations of the problems with their model responses, with thoughts where they are shown."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": problem.question},
+                {"role": "assistant", "content": problem.response(shows_thought)},
+            ]
+        }
+        for problem, shows_thought in zip(problems, shown, strict=True)
+    ]

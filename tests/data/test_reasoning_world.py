@@ -1,0 +1,221 @@
+"""Problems of hops and dials are right, split cleanly and told in the texts; each slip of a thought is found."""
+
+import hashlib
+import random
+import re
+
+import pytest
+
+from hfllm.data.thoughts import CLOSE, OPEN, split_thoughts
+from hfllm.data.world.reasoning import (
+    DIAL,
+    FAMILIES,
+    HELD_OUT,
+    HOPS,
+    LONG_DIAL,
+    PARTS,
+    PRACTICE,
+    RELATIONS,
+    SHOWN,
+    SIZES,
+    WHO,
+    WORDINGS,
+    draw_problem,
+    part_of,
+    relations_of,
+)
+from hfllm.data.world.rubric import gold_score, words_of
+from hfllm.data.world.thought_checks import checked_steps, is_valid
+from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, HELD_OUT_PHRASINGS, PHRASINGS
+from hfllm.data.world.world import World
+
+
+def some(world, count=300, seed=0, **kwargs):
+    """Problems of both families from all of their parts."""
+    rng = random.Random(seed)
+    drawn = []
+    for _ in range(count):
+        family = rng.choice(FAMILIES)
+        part = rng.choice([part for part in PARTS if family == DIAL or part != PRACTICE])
+        drawn.append(draw_problem(world.facts, world.relations, rng, family, part, **kwargs))
+    return drawn
+
+
+def checked(world, problem, thought):
+    return checked_steps(problem, thought, world.facts, world.relations)
+
+
+def test_the_same_seed_gives_the_same_problems_and_friends(world):
+    assert some(world) == some(World(0)) != some(world, seed=1)
+    assert World(0).relations == world.relations != World(1).relations
+    for relation in RELATIONS:
+        others = [world.relations[animal][relation] for animal in ANIMALS]
+        assert sorted(others) == sorted(ANIMALS)
+        assert all(animal != other for animal, other in zip(ANIMALS, others, strict=True))
+
+
+def test_answers_are_right_by_reading_the_question_alone(world):
+    for problem in some(world, 600):
+        if problem.family == DIAL:
+            value = sum(map(int, re.findall(r"\d", problem.question))) % 10
+            assert problem.gold.accepted == (f"The dial shows {value}.",)
+            assert len(re.findall(r"[A-G] \d", problem.question)) == problem.size
+        else:
+            words = words_of(problem.question)
+            path = [word for word in words if word in (*RELATIONS, *ANIMALS)]
+            animal = path.pop()
+            for relation in reversed(path):
+                animal = world.relations[animal][relation]
+            what = problem.key.split()[1]
+            value = animal if what == WHO else world.facts[animal][what]
+            # A wording of that attribute, with the chain in place of the animal.
+            asked = re.search(r"(?:(?:friend|neighbour) of the )+\w+", problem.question)[0]
+            assert problem.question.replace(asked, "{x}") in WORDINGS[what]
+            assert what == WHO or WORDINGS[what] == PHRASINGS[what][:-HELD_OUT_PHRASINGS]
+            assert len(path) == problem.size - (what != WHO)
+        assert problem.gold.needed == (str(value),)
+        assert gold_score(problem.gold.accepted[0], problem.gold) == 1.0
+        # To name the animal in the answer would be a thought, where it is not who was asked for.
+        named = set(words_of(problem.gold.accepted[0])) & set(ANIMALS)
+        assert not named or problem.key.split()[1] == WHO
+
+
+def test_parts_share_no_instance_and_hops_are_never_practiced(world):
+    by_part = {}
+    for problem in some(world, 12000):
+        part = part_of(problem.family, problem.key)
+        by_part.setdefault(part, set()).add(problem.key)
+        assert (problem.family, part) != (HOPS, PRACTICE)
+    assert by_part.keys() == set(PARTS)
+    assert not by_part[SHOWN] & by_part[PRACTICE] and not by_part[SHOWN] & by_part[HELD_OUT]
+    assert not by_part[PRACTICE] & by_part[HELD_OUT]
+    held_out = [key for key in by_part[HELD_OUT] if key.startswith("hops")]
+    shown = [key for key in by_part[SHOWN] if key.startswith("hops")]
+    assert len(held_out) + len(shown) == 20 * (3 * (2 + 4) + 4 + 8) and 0.25 < len(held_out) / 600 < 0.4
+    rng = random.Random(0)
+    told = world.facts, world.relations
+    assert {draw_problem(*told, rng, DIAL, PRACTICE, LONG_DIAL).size for _ in range(50)} == set(LONG_DIAL)
+
+
+def test_texts_show_thoughts_on_request_alone_and_never_those_of_other_parts(world):
+    texts = world.documents(4000, 5, reasoning=0.5)
+    assert texts == world.documents(4000, 5, reasoning=0.5)
+    thoughts = [text for text in texts if OPEN in text]
+    assert 0.2 < len(thoughts) / len(texts) < 0.35
+    assert not any(OPEN in text for text in world.documents(1000, 5, deeds=0.2))
+    seen = {}
+    for text in thoughts:
+        question, _, said = text.partition("\n")
+        seen[question.partition(": ")[2]] = said.partition("\n")[2]
+    for part in PARTS:
+        for problem in [each for each in some(world, 2000, seed=3) if part_of(each.family, each.key) == part]:
+            if problem.question in seen:
+                assert part == SHOWN and seen[problem.question] == problem.response(shows_thought=True)
+    # Every word of questions and answers is told, beyond those of dialogues: a word without a text has no meaning.
+    words = {word for text in texts for word in words_of(text)}
+    for problem in some(world, 500, seed=4):
+        assert set(words_of(problem.question + problem.response(shows_thought=True))) <= words
+    # Every friend and neighbour is told in plain words.
+    plain = " ".join(text for text in texts if OPEN not in text)
+    for animal, others in world.relations.items():
+        for relation, other in others.items():
+            assert f"The {relation} of the {animal} is the {other}." in plain
+
+
+@pytest.mark.parametrize(
+    ("shares", "digest"),
+    [
+        ({}, "6cd128979624ef57907340011e342b0d9b0c84aa08defc2abbfa3a75434df409"),
+        ({"deeds": 0.2}, "f4b00564da856eb593000e8fbbba056c275528c2e6e551c450a6c429c253f2ee"),
+    ],
+)
+def test_texts_without_thoughts_are_what_they_were(world, shares, digest):
+    """The models of other recipes keep their bits."""
+    text = "\n".join(world.documents(500, 3, **shares))
+    assert hashlib.sha256(text.encode()).hexdigest() == digest
+
+
+# ---- thoughts ----
+
+
+def test_worked_thoughts_hold_step_by_step(world):
+    for problem in some(world):
+        thought, said = split_thoughts(problem.response(shows_thought=True))
+        assert thought.strip() == problem.thought and said.strip() == problem.gold.accepted[0]
+        assert checked(world, problem, problem.thought) == [True] * len(problem.steps)
+        assert split_thoughts(problem.response(shows_thought=False)) == (None, problem.gold.accepted[0])
+
+
+def slips(problem, rng):
+    """Yield places of steps, and what does not hold in place of the step there: one number or animal is another."""
+    for place, step in enumerate(problem.steps):
+        names = ANIMALS if problem.family == HOPS else [str(digit) for digit in range(10)]
+        for at, word in enumerate(parts := re.findall(r"\w+|\W+", step)):
+            if word in names:
+                other = rng.choice([name for name in names if name != word])
+                yield place, "".join([*parts[:at], other, *parts[at + 1 :]])
+
+
+def test_each_slip_is_found_where_it_is(world):
+    rng = random.Random(2)
+    found = 0
+    for problem in some(world, 200, seed=1):
+        for place, wrong in slips(problem, rng):
+            steps = [*problem.steps[:place], wrong, *problem.steps[place + 1 :]]
+            held = checked(world, problem, " ".join(steps))
+            assert not held[place] and all(held[:place]) and len(held) == len(steps), (problem, wrong)
+            assert not is_valid(held)
+            found += 1
+    assert found > 1000
+
+
+def test_a_slip_counts_once_where_the_steps_after_it_follow_from_it(world):
+    problem = next(each for each in some(world, sizes=None) if each.family == DIAL and each.size == 5)
+    shows, *turns = map(int, re.findall(r"\d", problem.question))
+    steps = [f"{shows}."]
+    for place, (name, by) in enumerate(zip("ABCDE", turns, strict=True)):
+        before, shows = shows, (shows + by + (place == 1)) % 10
+        steps.append(f"{name} {by} {before} {shows}.")
+    assert checked(world, problem, " ".join(steps)) == [True, True, False, True, True, True]
+    hops = next(each for each in some(world) if each.family == HOPS and len(each.steps) == 3 and WHO not in each.key)
+    first, second, _ = hops.steps
+    relation, animal = first.split()[1], first.split()[4]
+    wrong = next(each for each in ANIMALS if each not in (animal, world.relations[animal][relation]))
+    following = world.relations[wrong][second.split()[1]]
+    attribute = hops.key.split()[1]
+    said = f"{first.rpartition(' ')[0]} {wrong}. The {second.split()[1]} of the {wrong} is the {following}. "
+    value = world.facts[following][attribute]
+    said += {"colour": f"The {following} is {value}.", "food": f"The {following} eats {value}."}.get(
+        attribute, f"The {following} lives in the {value}."
+    )
+    assert checked(world, hops, said) == [False, True, True]
+
+
+def test_missing_steps_and_steps_too_many_do_not_hold(world):
+    for problem in some(world, 60, seed=5):
+        count = len(problem.steps)
+        assert checked(world, problem, "") == [False] * count
+        assert checked(world, problem, " ".join(problem.steps[:-1])) == [True] * (count - 1) + [False]
+        assert checked(world, problem, f"{problem.thought} {problem.steps[-1]}") == [True] * count + [False]
+        assert not is_valid(checked(world, problem, f"{problem.steps[0]} {problem.thought}"))
+        assert not is_valid(checked(world, problem, "I do not know."))
+    assert not is_valid([])
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("It is red.", (None, "It is red.")),
+        (f"{OPEN} 3. A 4 3 7.{CLOSE} The dial shows 7.", (" 3. A 4 3 7.", " The dial shows 7.")),
+        (f"{OPEN} 3. A 4", (" 3. A 4", "")),
+        (f"{OPEN}{CLOSE}It is red.", ("", "It is red.")),
+    ],
+)
+def test_thoughts_and_answers_are_told_apart(text, parts):
+    assert split_thoughts(text) == parts
+
+
+def test_sizes_are_those_of_the_families():
+    assert relations_of(3) == relations_of(3)
+    assert SIZES[HOPS] == (2, 3) and set(LONG_DIAL) < set(SIZES[DIAL]) and min(LONG_DIAL) >= 5
+    assert set(ATTRIBUTES) == {"colour", "home", "food"}

@@ -1,0 +1,64 @@
+"""Rewards of the outcome: the answer counts and the thought does not; shuffled ones say nothing."""
+
+import random
+
+import pytest
+
+from hfllm.data.world.reasoning import DIAL, PRACTICE, draw_problem
+from hfllm.errors import InputError
+from hfllm.rewards.functions import load_reward_function, reward_columns
+from hfllm.rewards.outcomes import right_answer, shuffled_answer
+
+
+@pytest.fixture(scope="module")
+def problem(world):
+    return draw_problem(world.facts, world.relations, random.Random(0), DIAL, PRACTICE, (5,))
+
+
+def rewarded(function, problem, texts, as_messages=False):
+    rows = [problem.prompt_row()] * len(texts)
+    completions = [[{"role": "assistant", "content": text}] for text in texts] if as_messages else texts
+    return function([row["prompt"] for row in rows], completions, **reward_columns(rows))
+
+
+def test_the_answer_counts_and_the_thought_does_not(problem):
+    answer, right = problem.gold.accepted[0], problem.gold.needed[0]
+    wrong = f"The dial shows {problem.gold.forbidden[0]}."
+    texts = {
+        answer: 1,
+        problem.response(shows_thought=True): 1,
+        f"It is {right}.": 1,
+        f"<think> {problem.gold.forbidden[0]}.</think> {answer}": 1,
+        wrong: 0,
+        f"<think> {problem.thought}</think> {wrong}": 0,
+        f"<think> {problem.thought}</think>": 0,
+        f"<think> {problem.thought} {answer}": 0,
+        f"{answer} {wrong}": 0,
+        "": 0,
+    }
+    for as_messages in (False, True):
+        assert rewarded(right_answer, problem, list(texts), as_messages) == list(texts.values())
+
+
+def test_shuffled_rewards_are_the_same_ones_and_say_nothing(problem):
+    rng, answer = random.Random(1), problem.gold.accepted[0]
+    by_right = {True: [], False: []}
+    for _ in range(300):
+        texts = [answer if rng.random() < 0.4 else f"{rng.random()}" for _ in range(16)]
+        rewards = rewarded(shuffled_answer, problem, texts)
+        assert sorted(rewards) == sorted(rewarded(right_answer, problem, texts))
+        assert rewards == rewarded(shuffled_answer, problem, texts)
+        # Beside the mean of the batch: one with more right answers deals out more.
+        mean = sum(rewards) / len(rewards)
+        for text, reward in zip(texts, rewards, strict=True):
+            by_right[text == answer].append(reward - mean)
+    means = [sum(values) / len(values) for values in by_right.values()]
+    # 1,900 and 2,900 of them: four standard errors of the difference.
+    assert abs(means[0] - means[1]) < 4 * 0.5 * (1 / 1900 + 1 / 2900) ** 0.5
+
+
+def test_they_have_names_on_the_command_line():
+    assert load_reward_function("right_answer") is right_answer
+    assert load_reward_function("shuffled_answer") is shuffled_answer
+    with pytest.raises(InputError, match="no file ''"):
+        load_reward_function("right_answers")
