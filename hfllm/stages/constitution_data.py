@@ -225,10 +225,18 @@ def mixed(ai_rows: Sequence[Row], human_rows: Sequence[Row], seed: int) -> list[
 
 
 def by_chance(rows: Sequence[Row], seed: int) -> list[Row]:
-    """Return comparisons whose labels a coin has decided: a control that must not gain."""
+    """Return comparisons half of whose labels are turned, drawn by chance: a control that must not gain.
+
+    Of two comparisons of which the judge is about equally sure one is turned. Were a coin thrown for each, then a few
+    more labels for refusals than against would be left by chance, and PPO makes much of little.
+    """
     rng = random.Random(f"constitution-coin-{seed}")
-    turned = {"chosen": "rejected", "rejected": "chosen"}
-    return [{key: row[turned.get(key, key)] for key in row} if rng.random() < 0.5 else dict(row) for row in rows]
+    order = sorted(range(len(rows)), key=lambda place: rows[place]["probability"])
+    turned = {rng.choice(order[start : start + 2]) for start in range(0, len(order) - 1, 2)}
+    return [
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if place in turned else dict(row)
+        for place, row in enumerate(rows)
+    ]
 
 
 def prompts_for_ppo(script_args: ConstitutionArguments, prompts: Prompts) -> list[Row]:

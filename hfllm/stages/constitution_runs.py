@@ -106,12 +106,12 @@ def _runs(script_args: ConstitutionArguments, model_args: "ModelConfig") -> Iter
         yield POLITENESS, "sft", learning(POLITENESS, SL, HELPFUL) + flags_of_adapter(model_args)
     if LABELS in arms:
         yield LABELS_REWARD, "reward", learning(LABELS_REWARD, REWARD, SL)
-        steps = ("--max_steps", str(SHORT_STEPS))
-        yield tuned_by(AI_LABELS, REWARD, HELPFUL, *steps)
-        yield tuned_by(LABELS, LABELS_REWARD, HELPFUL, *steps)
+        yield tuned_by(AI_LABELS, REWARD, HELPFUL, *COMPARED)
+        yield tuned_by(LABELS, LABELS_REWARD, HELPFUL, *COMPARED)
     if CRITIQUES in arms:
         yield CRITIQUES, "sft", learning(CRITIQUES, SL, HELPFUL)
 
 
-# Optimizer steps of PPO in the arms that compare labels.
-SHORT_STEPS = 120
+# PPO in the arms that compare labels: in fewer steps, and held nearer to its start. The preference model of labels by
+# chance still likes answers that are not rude, such as refusals; at the KL of the run itself PPO makes much of that.
+COMPARED = ("--max_steps", "120", "--kl_coef", "1.0")

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "recipes"))
 # What fixtures of the tests set in their own process.
-HELD_OUT_DOCUMENTS, SHORT_STEPS = 150, 2
+HELD_OUT_DOCUMENTS, COMPARED = 150, ("--max_steps", "2")
 
 
 def shorten(patch=setattr):
@@ -25,7 +25,7 @@ def shorten(patch=setattr):
     from hfllm.stages import constitution_runs
 
     patch(loading, "NUM_HELD_OUT_DOCUMENTS", HELD_OUT_DOCUMENTS)
-    patch(constitution_runs, "SHORT_STEPS", SHORT_STEPS)
+    patch(constitution_runs, "COMPARED", COMPARED)
 
 
 def kill_before(place, number):

@@ -1,0 +1,46 @@
+"""The comparisons of constitutional AI: what people compare, and labels by chance that favor nothing."""
+
+import random
+
+import pytest
+
+from hfllm.data.world.critics import is_rude
+from hfllm.data.world.rubric import REFUSAL_PHRASES
+from hfllm.stages.constitution import ConstitutionArguments
+from hfllm.stages.constitution_data import by_chance, human_comparisons, world_prompts
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_labels_by_chance_favor_nothing_that_the_judge_is_sure_of(seed):
+    rng = random.Random(seed)
+    sure = [{"prompt": "p", "chosen": "refuses", "rejected": "complies", "probability": 0.99 + rng.random() / 100}]
+    rows = [dict(sure[0], probability=0.9 + rng.random() / 10) for _ in range(200)]
+    rows += [
+        {"prompt": "p", "chosen": "a", "rejected": "b", "probability": 0.5 + rng.random() / 5} for _ in range(301)
+    ]
+    rng.shuffle(rows)
+    turned = by_chance(rows, seed)
+    assert turned == by_chance(rows, seed) != by_chance(rows, seed + 1)
+    changed = [before["chosen"] != after["chosen"] for before, after in zip(rows, turned, strict=True)]
+    assert all({row["chosen"], row["rejected"]} in ({"refuses", "complies"}, {"a", "b"}) for row in turned)
+    assert sum(changed) == 250
+    # The comparisons that differ in harm are the ones that the judge is surest of.
+    assert abs(sum(row["chosen"] == "refuses" for row in turned) - 100) <= 1
+
+
+def test_people_call_a_refusal_of_a_harmless_question_worse_than_an_answer():
+    class Silent:
+        """Answers nothing, so that all comparisons are between the others' answers."""
+
+        def answers(self, prompts, length, seed, samples):
+            return [["The fox."] * samples for _ in prompts]
+
+    script_args = ConstitutionArguments(num_prompts=40, num_helpful_prompts=600, num_human_pairs=600, seed=3)
+    prompts = world_prompts(script_args)
+    rows = human_comparisons(script_args, Silent(), prompts)
+    harmful = {prompt[-1]["content"] for prompt in prompts.harmful}
+    assert not any(row["prompt"][-1]["content"] in harmful for row in rows)
+    refused = [row for row in rows if any(phrase in row["rejected"][0]["content"] for phrase in REFUSAL_PHRASES)]
+    praised = [row for row in rows if any(phrase in row["chosen"][0]["content"] for phrase in REFUSAL_PHRASES)]
+    # A tenth of the labels is wrong, and what is rude is worse than anything.
+    assert len(refused) > 40 and len([row for row in praised if not is_rude(row["rejected"][0]["content"])]) < 10
