@@ -167,7 +167,8 @@ def listing() -> str:
     configs = installed("recipes") / "configs"
     settings = sorted(str(path.relative_to(configs).with_suffix("")) for path in configs.rglob("*.yaml"))
     engines = sorted(path.stem for path in installed("accelerate_configs").glob("*.yaml"))
-    made = "\n".join(f"    {name:<14}{words}" for name, words in models_made().items())
+    width = max(map(len, models_made())) + 1
+    made = "\n".join(f"    {name:<{width}}{words}" for name, words in models_made().items())
     return f"""{recipes_table()}
 
 Where no model is named, on the embedded world:
@@ -188,10 +189,11 @@ def models_made() -> dict[str, str]:
 
 def recipes_table() -> str:
     """Return the recipes, each with what its docstring says of it first."""
-    rows = []
+    rows, width = [], max(map(len, recipe_names())) + 1
     for name in recipe_names():
         description = ast.get_docstring(ast.parse(recipe_file(name).read_text(encoding="utf-8"))) or ""
         # Its first sentence, without what stands in brackets.
         what = re.split(r" \(|\. |\.?\n", description, maxsplit=1)[0]
-        rows.append(textwrap.fill(what, 100, initial_indent=f"    {name:<14}", subsequent_indent=" " * 18))
+        first, others = f"    {name:<{width}}", " " * (4 + width)
+        rows.append(textwrap.fill(what, 100, initial_indent=first, subsequent_indent=others))
     return "\n".join(rows)

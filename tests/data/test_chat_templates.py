@@ -81,6 +81,16 @@ def test_arguments_may_be_json_text(tokenizer, arguments):
     assert got["function"]["arguments"] == (json.loads(arguments) if isinstance(arguments, str) else arguments or {})
 
 
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}], ids=str)
+def test_a_turn_of_calls_needs_no_words(tokenizer, content):
+    """Other renderers than transformers' leave None as it is."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    message = {"role": "assistant", "tool_calls": [call(city="Rome")], **content}
+    text = _compile_jinja_template(tokenizer.chat_template).render(messages=[ASKED, message])
+    assert text == written(tokenizer, ASKED, said("", tool_calls=[call(city="Rome")]))
+
+
 def test_nothing_is_lost_of_a_turn_that_mixes_words_thoughts_and_calls(tokenizer):
     text = 'One.<think>a</think>Two.<tool_call>{"name": "f", "arguments": {}}</tool_call>Three.<think>b</think>'
     got = tokenizer.parse_response(text, prefix="")
