@@ -38,7 +38,7 @@ SIDES = {"ppo": "hfllm, PPO", "grpo": "TRL, GRPO"}
 STEPS, EPOCHS, GENERATIONS = 4, 2, 8
 RESPONSE_LENGTH, CALLS = 72, 2
 # Of learning from demonstrations.
-RATE = 3e-3
+RATE = 2e-3
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}{{- '<|' + message['role'] + '|>' + (message['content'] or '') -}}"
@@ -333,11 +333,11 @@ def compare(args: argparse.Namespace) -> None:
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--rollouts", type=int, default=12)
+    parser.add_argument("--rollouts", type=int, default=10)
     parser.add_argument("--episodes", type=int, default=128, help="Episodes of a rollout.")
-    parser.add_argument("--sft_steps", type=int, default=400, help="Steps on demonstrations, before either side.")
-    parser.add_argument("--hidden_size", type=int, default=64)
-    parser.add_argument("--num_hidden_layers", type=int, default=3)
+    parser.add_argument("--sft_steps", type=int, default=250, help="Steps on demonstrations, before either side.")
+    parser.add_argument("--hidden_size", type=int, default=128)
+    parser.add_argument("--num_hidden_layers", type=int, default=4)
     parser.add_argument("--ppo_learning_rate", type=float, default=3e-4)
     parser.add_argument("--grpo_learning_rate", type=float, default=3e-4)
     parser.add_argument("--output", type=Path)
