@@ -37,6 +37,8 @@ SIDES = {"ppo": "hfllm, PPO", "grpo": "TRL, GRPO"}
 # Episodes that one optimizer step sees, of each rollout's, and how often a rollout is learned from.
 STEPS, EPOCHS, GENERATIONS = 4, 2, 8
 RESPONSE_LENGTH, CALLS = 72, 2
+# Of learning from demonstrations.
+RATE = 2e-3
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}{{- '<|' + message['role'] + '|>' + (message['content'] or '') -}}"
@@ -70,9 +72,9 @@ def table_of(seed: int) -> dict[str, dict[str, str]]:
     return {animal: {name: rng.choice(values) for name, values in VALUES.items()} for animal in ANIMALS}
 
 
-def rows_of(seed: int, count: int) -> list[Row]:
-    """Questions, each with the value that the table has."""
-    table, rng, rows = table_of(seed), random.Random(f"rows {seed}"), []
+def rows_of(seed: int, count: int, purpose: str = "demonstrations") -> list[Row]:
+    """Questions, each with the value that the table has; others for each purpose."""
+    table, rng, rows = table_of(seed), random.Random(f"{purpose} {seed}"), []
     for _ in range(count):
         animal, attribute = rng.choice(ANIMALS), rng.choice(list(VALUES))
         question = {"role": "user", "content": f"What is the {attribute} of the {animal}?"}
@@ -171,11 +173,11 @@ def build_model(args: argparse.Namespace) -> None:
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
     batches = demonstrations(args, tokenizer)
     for step in range(args.sft_steps):
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min((step + 1) / 20, 1 - step / args.sft_steps)
+            group["lr"] = RATE * min((step + 1) / 20, 1 - step / args.sft_steps)
         ids, labels = next(batches)
         loss = model(input_ids=ids, labels=labels, attention_mask=(ids != tokenizer.pad_token_id).long()).loss
         loss.backward()
@@ -215,7 +217,7 @@ def run(args: argparse.Namespace, output_dir: str) -> dict[str, Any]:
     parts = {
         "model": AutoModelForCausalLM.from_pretrained(args.model),
         "reward_funcs": reward,
-        "train_dataset": Dataset.from_list(rows_of(args.seed + 1000, 2000)),
+        "train_dataset": Dataset.from_list(rows_of(args.seed, 2000, "prompts")),
         "processing_class": tokenizer,
         "tools": [tool_of(args.seed)],
     }
@@ -301,33 +303,39 @@ def curves(runs: dict[int, dict[str, dict[str, Any]]]) -> list[list[str]]:
     return rows
 
 
-def compare(args: argparse.Namespace) -> list[str]:
-    """Run all seeds, and return the page's lines."""
-    runs: dict[int, dict[str, dict[str, Any]]] = {}
-    rows: list[list[str]] = []
-    for seed in args.seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            given = {"seed": seed, "model": folder}
-            launch(args, side="model", **given)
-            runs[seed] = {side: launch(args, side=side, **given) for side in SIDES}
-        rows += summary(seed, runs[seed])
-        print("\n".join(table([""] * len(rows[0]), rows[-2:])[2:]), flush=True)
+def page(runs: dict[int, dict[str, dict[str, Any]]], args: argparse.Namespace) -> str:
+    """Return the tables of all seeds so far."""
     header = ["seed", "", "CPU-s", "of TRL's", "right, first rollout", "last", "with calls, first", "last"]
     header.append("CPU-s to .90 right")
+    rows = [row for seed, results in runs.items() for row in summary(seed, results)]
     names = [f"{name}: {what}" for name in SIDES.values() for what in ("CPU-s", "right")]
     total = {side: sum(results[side]["cpu"] for results in runs.values()) for side in SIDES}
     text = f"All seeds together: PPO {total['ppo']:.0f} CPU-seconds, GRPO {total['grpo']:.0f}, a ratio of "
     text += f"{total['ppo'] / total['grpo']:.2f}. {args.rollouts} rollouts of {args.episodes} episodes, "
     text += f"{STEPS * EPOCHS} optimizer steps each."
-    return [*table(header, rows), "", text, "", *table(["rollout", *names], curves(runs))]
+    return "\n".join([*table(header, rows), "", text, "", *table(["rollout", *names], curves(runs))])
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Run all seeds, and print and write the page after each."""
+    runs: dict[int, dict[str, dict[str, Any]]] = {}
+    for seed in args.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            given = {"seed": seed, "model": folder}
+            launch(args, side="model", **given)
+            runs[seed] = {side: launch(args, side=side, **given) for side in SIDES}
+        text = page(runs, args)
+        print(text, flush=True)
+        if args.output:
+            args.output.write_text(text + "\n", encoding="utf-8")
 
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--rollouts", type=int, default=16)
+    parser.add_argument("--rollouts", type=int, default=10)
     parser.add_argument("--episodes", type=int, default=128, help="Episodes of a rollout.")
-    parser.add_argument("--sft_steps", type=int, default=400, help="Steps on demonstrations, before either side.")
+    parser.add_argument("--sft_steps", type=int, default=250, help="Steps on demonstrations, before either side.")
     parser.add_argument("--hidden_size", type=int, default=128)
     parser.add_argument("--num_hidden_layers", type=int, default=4)
     parser.add_argument("--ppo_learning_rate", type=float, default=3e-4)
@@ -340,10 +348,7 @@ def main(words: list[str] | None = None) -> None:
     if args.side:
         measure(args)
         return
-    lines = compare(args)
-    print("\n".join(lines))
-    if args.output:
-        args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    compare(args)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ def test_a_demonstrator_looks_up_half_of_the_time_and_is_right_then(benchmark):
     reward = benchmark.Reward()
     right = reward([], said, [row["value"] for row in rows])
     assert all(value == 1 for value, turns in zip(right, said, strict=True) if len(turns) == 3)
+    prompts = benchmark.rows_of(1, 400, "prompts")
+    assert prompts != rows and all(tool(row["key"], row["attribute"]).strip() == row["value"] for row in prompts)
     # Guesses are right by chance.
     assert 0.02 < (sum(right) - len(calls)) / (len(rows) - len(calls)) < 0.25
     assert reward.rollouts[0]["calls"] == len(calls) / 400 and reward.rollouts[0]["right"] == sum(right) / 400
