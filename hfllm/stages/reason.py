@@ -32,10 +32,10 @@ class ReasonArguments:
     seed: int = field(default=42, metadata={"help": "Of data and weights: the same seed, the same result."})
     world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world's facts."})
     num_examples: int = field(
-        default=6400, metadata={"help": "Questions that fine-tuning answers with thoughts, and the control without."}
+        default=8000, metadata={"help": "Questions that fine-tuning answers with thoughts, and the control without."}
     )
     num_mixed_examples: int = field(
-        default=3200, metadata={"help": "Questions for the model that PPO starts from, some of them with thoughts."}
+        default=1600, metadata={"help": "Questions for the model that PPO starts from, some of them with thoughts."}
     )
     share_of_thoughts: float = field(
         default=0.3, metadata={"help": "Share of those that are answered with a thought."}
@@ -128,9 +128,9 @@ def _runs(script_args: ReasonArguments) -> Iterator[tuple[str, str, list[str]]]:
         return ["--model_name_or_path", made, "--dataset_name", str(data_file(script_args, name))]
 
     yield PRETRAIN, "pretrain", ["--world_seed", str(script_args.world_seed)]
-    for name in (THOUGHTS, DIRECT, MIXED):
+    for name, start in ((THOUGHTS, PRETRAIN), (DIRECT, PRETRAIN), (MIXED, THOUGHTS)):
         if name not in CONTROLS or name in script_args.arms:
-            yield name, "sft", learning(name, PRETRAIN)
+            yield name, "sft", learning(name, start)
     for name, reward in ((RL, "right_answer"), (SHUFFLED, "shuffled_answer")):
         if name not in CONTROLS or name in script_args.arms:
             yield name, "rlhf", [*learning(name, MIXED), "--reward_funcs", reward]

@@ -1,12 +1,16 @@
 """The rows that each run of the recipe on thoughts learns from."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 
-from hfllm.data.world.reasoning import DIAL, FAMILIES, LONG_DIAL, PRACTICE, SHOWN, Problem, draw_problem
+from hfllm.data.world.reasoning import DIAL, HOPS, LONG_DIAL, PRACTICE, SHOWN, SIZES, Problem, draw_problem
 from hfllm.data.world.world import World
 from hfllm.stages.course import Row, by_main_process, write_rows
 from hfllm.stages.reason import DIRECT, MIXED, RL, SHUFFLED, THOUGHTS, ReasonArguments, data_file
+
+# Of the questions that fine-tuning answers. Dials take longer to learn, and long ones are what is measured.
+SHARES = {HOPS: 2, DIAL: 3}
+DIAL_SIZES = (1, 2, 3, 4, *LONG_DIAL, *LONG_DIAL)
 
 
 def write(script_args: ReasonArguments, name: str) -> None:
@@ -21,17 +25,16 @@ def rows_of(script_args: ReasonArguments, name: str) -> list[Row]:
     steps. A model that thinks at times sees long dials alone, as PPO does.
     """
     if name in (THOUGHTS, DIRECT):
-        problems = _problems(script_args, "sft", script_args.num_examples, FAMILIES, SHOWN)
+        problems = _problems(script_args, "sft", script_args.num_examples, SHARES, SHOWN)
         return _answered(problems, [name == THOUGHTS] * len(problems))
     if name == MIXED:
-        problems = _problems(script_args, name, script_args.num_mixed_examples, (DIAL,), SHOWN, LONG_DIAL)
+        problems = _problems(script_args, name, script_args.num_mixed_examples, {DIAL: 1}, SHOWN)
         rng = random.Random(f"reason-shown-{script_args.seed}")
         shown = round(script_args.share_of_thoughts * len(problems))
         return _answered(problems, rng.sample([True] * shown + [False] * (len(problems) - shown), len(problems)))
     assert name in (RL, SHUFFLED), name
     return [
-        problem.prompt_row()
-        for problem in _problems(script_args, RL, script_args.num_prompts, (DIAL,), PRACTICE, LONG_DIAL)
+        problem.prompt_row() for problem in _problems(script_args, RL, script_args.num_prompts, {DIAL: 1}, PRACTICE)
     ]
 
 
@@ -39,14 +42,16 @@ def _problems(
     script_args: ReasonArguments,
     name: str,
     count: int,
-    families: Sequence[str],
+    shares: Mapping[str, int],
     part: str,
-    sizes: Sequence[int] | None = None,
 ) -> list[Problem]:
     world = World(script_args.world_seed)
     rng = random.Random(f"reason-{name}-{world.seed}-{script_args.seed}")
     told = world.facts, world.relations
-    return [draw_problem(*told, rng, rng.choice(families), part, sizes) for _ in range(count)]
+    # A course that has hops has dials of all sizes too; the others have long dials alone.
+    sizes = {HOPS: SIZES[HOPS], DIAL: DIAL_SIZES if HOPS in shares else LONG_DIAL}
+    families = rng.choices(list(shares), list(shares.values()), k=count)
+    return [draw_problem(*told, rng, family, part, sizes[family]) for family in families]
 
 
 def _answered(problems: Iterable[Problem], shown: Iterable[bool]) -> list[Row]:

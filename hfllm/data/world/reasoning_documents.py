@@ -23,7 +23,7 @@ from hfllm.data.world.reasoning import (
 from hfllm.data.world.vocabulary import ANIMALS, PEOPLE
 
 TELLING, TURNING, NAMING, SAYING = "telling", "turning", "naming", "saying"
-KINDS = {TELLING: 4, HOPS: 3, DIAL: 7, TURNING: 1, NAMING: 3, SAYING: 1}
+KINDS = {TELLING: 4, HOPS: 3, DIAL: 8, TURNING: 2, NAMING: 3, SAYING: 1}
 WORDS = (*DIGITS, *TURNS, *RELATIONS, "dial", "turns", "shows", "show", "think", *ANIMALS)
 
 
@@ -43,9 +43,9 @@ def reasoning_text(facts: Told, relations: Told, rng: random.Random) -> str:
     if kind == TURNING:
         return f"{person} turns the dial: {dial_problem(rng, len(TURNS)).thought}"
     if kind == NAMING:
-        # In another order, so that only the name tells what follows it (induction, as in `echo_document`).
-        turns = [f"{name} {rng.choice(DIGITS)}" for name in TURNS]
-        return f"The turns are {', '.join(turns)}. {person} says {', '.join(rng.sample(turns, len(turns)))}."
+        # Told twice: the name tells what follows it (induction, as in `echo_document`).
+        turns = ", ".join(f"{name} {rng.choice(DIGITS)}" for name in TURNS)
+        return f"The turns are {turns}. {person} says {turns}."
     text = " ".join(rng.sample(WORDS, rng.randint(3, 8)))
     return f"{person} says {text}. {other} says {text}. {person} says {text}."
 
