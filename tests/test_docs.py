@@ -145,6 +145,7 @@ def test_the_constitution_page_runs(make_model, tokenizer, tmp_path, monkeypatch
     assert len(mine.principles[0].critique) == 2 and len(mine.examples[0]) == 6
 
 
+@pytest.mark.slow
 def test_the_reasoning_page_runs(make_model, tokenizer, tmp_path):
     from datasets import Dataset
 

@@ -51,7 +51,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(names=st.lists(WORDS.map("".join), min_size=1, max_size=2), values=st.dictionaries(WORDS.map("".join), VALUES))
 def test_any_call_is_read_back(tokenizer, names, values):
     """Whatever its arguments spell, also the marks that end calls and turns."""
@@ -65,7 +65,7 @@ def test_any_call_is_read_back(tokenizer, names, values):
     assert ends == {"<|end|>": 2 * is_ours, "<|im_end|>": 2 * (not is_ours)}
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(content=st.text("ab \n.", max_size=8), thought=st.text("ab \n.", min_size=1, max_size=8), calls=st.booleans())
 def test_any_thought_and_text_is_read_back(tokenizer, content, thought, calls):
     message = said(content, reasoning_content=thought) | ({"tool_calls": [call(city="Rome")]} if calls else {})
