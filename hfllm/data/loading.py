@@ -102,6 +102,10 @@ class TextArguments(DataArguments):
             "help": "Share of them that speak of deeds, harmful ones too: constitutional AI starts from such a model."
         },
     )
+    world_tools: float = field(
+        default=0.0,
+        metadata={"help": "Share of them in which people call tools: a model that is to use tools starts from them."},
+    )
     dataset_mixture: list[str] | None = field(
         default=None,
         metadata={"help": "Several datasets in place of --dataset_name, each NAME:WEIGHT (share of the text)."},
@@ -250,11 +254,11 @@ def load_texts(script_args: TextArguments, seed: int, prepared: Prepared, name: 
 
     if script_args.dataset_name == WORLD:
         world = World(script_args.world_seed)
-        deeds = script_args.world_deeds
-        texts = world.documents(script_args.num_documents, seed, deeds)
+        shares = script_args.world_deeds, script_args.world_tools
+        texts = world.documents(script_args.num_documents, seed, *shares)
         # The world may write a document twice; held-out texts must not occur in training.
         known = set(texts)
-        unseen = world.documents(NUM_HELD_OUT_DOCUMENTS, -1 - seed, deeds)
+        unseen = world.documents(NUM_HELD_OUT_DOCUMENTS, -1 - seed, *shares)
         held_out = [text for text in unseen if text not in known]
         # The type that `prepared` stores, so that both can be in one mixture.
         return Dataset.from_dict({"text": texts}, Features({"text": Value("large_string")})), held_out

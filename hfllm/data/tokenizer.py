@@ -16,14 +16,37 @@ PAD, DOCUMENT_END, TURN_END, MASK = "<|pad|>", "<|endoftext|>", "<|end|>", "<|ma
 LONGEST_WORD = 1000
 TOO_LONG = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
 SPECIAL_TOKENS = (PAD, DOCUMENT_END, TURN_END, "<|system|>", "<|user|>", "<|assistant|>")
+# Of tools: what opens their turn, and what stands around a call.
+TOOL, CALL_BEGIN, CALL_END = "<|tool|>", "<tool_call>", "</tool_call>"
+CALLS = re.compile(rf"{CALL_BEGIN}|{CALL_END}")
+# How calls are read from what the policy writes; see `tokenizer.parse_response`.
+RESPONSE_TEMPLATE: dict[str, Any] = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|assistant|>",
+    "fields": {
+        "tool_calls": {
+            "open": CALL_BEGIN,
+            "close": CALL_END,
+            "repeats": True,
+            "content": "json",
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {"close": TURN_END, "content": "text"},
+    },
+}
 
 # What published vocabularies call a token that is there for padding and nothing else.
 UNUSED = (PAD, "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|padding|>", "<|PAD|>", "<|vision_pad|>")
 
 
-def chat_template() -> str:
-    """Return the family's chat template (Jinja), with `{% generation %}` around the assistant's text."""
-    return files("hfllm.data").joinpath("chat_template.jinja").read_text(encoding="utf-8").strip()
+def chat_template(with_tools: bool = False) -> str:
+    """Return the family's chat template (Jinja), with `{% generation %}` around the assistant's text.
+
+    Args:
+        with_tools: the one that writes tools too: their names, an assistant's calls, and what they return.
+    """
+    name = "chat_template_tools.jinja" if with_tools else "chat_template.jinja"
+    return files("hfllm.data").joinpath(name).read_text(encoding="utf-8").strip()
 
 
 def train_tokenizer(
@@ -32,6 +55,7 @@ def train_tokenizer(
     model_max_length: int = 512,
     mask_token: str | None = None,
     extra_special_tokens: Sequence[str] = (),
+    with_tools: bool = False,
 ) -> "PreTrainedTokenizerFast":
     """Train a byte-level BPE tokenizer: lossless on any text, not only on the training text.
 
@@ -41,6 +65,8 @@ def train_tokenizer(
         model_max_length: the model's context in tokens, beyond which the tokenizer warns.
         mask_token: token that marks a token to predict, in a masked language model.
         extra_special_tokens: more special tokens, such as those of infilling.
+        with_tools: for a model that calls tools: tokens and a chat template for calls and results, and every digit a
+            token of its own, so that numbers are copied and not guessed.
 
     Returns:
         A fast tokenizer whose end-of-sequence token ends a turn, `<|endoftext|>` opens and separates documents, and
@@ -52,12 +78,15 @@ def train_tokenizer(
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    extra_special_tokens = [*extra_special_tokens, *([TOOL] if with_tools else [])]
     special_tokens = [*SPECIAL_TOKENS, *([mask_token] if mask_token else []), *extra_special_tokens]
     smallest = 256 + len(special_tokens)
     if vocab_size < smallest:
         raise InputError(f"vocab_size={vocab_size} is too small: bytes and special tokens alone take {smallest}")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alone = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([alone, bytes_of_words]) if with_tools else bytes_of_words
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -65,8 +94,9 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    texts = (CALLS.sub(" ", text) for text in texts) if with_tools else texts
     tokenizer.train_from_iterator(_without_long_words(texts), trainer)
-    return PreTrainedTokenizerFast(
+    made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         bos_token=DOCUMENT_END,
@@ -74,9 +104,14 @@ def train_tokenizer(
         **({"mask_token": mask_token} if mask_token else {}),
         **({"extra_special_tokens": list(extra_special_tokens)} if extra_special_tokens else {}),
         model_max_length=model_max_length,
-        chat_template=chat_template(),
+        chat_template=chat_template(with_tools),
         clean_up_tokenization_spaces=False,
     )
+    if with_tools:
+        # No special tokens, as with other models: what decodes without these keeps the calls.
+        made.add_tokens([CALL_BEGIN, CALL_END])
+        made.response_template = RESPONSE_TEMPLATE
+    return made
 
 
 def _without_long_words(texts: Iterable[str]) -> Iterator[str]:

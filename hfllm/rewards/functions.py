@@ -7,6 +7,7 @@ dataset's other columns, one value per row.
 import importlib.util
 import json
 import math
+import random
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
@@ -59,13 +60,28 @@ def gold_reward(
     return [gold_score(completion_text(response), gold) for response, gold in zip(completions, golds, strict=True)]
 
 
+def shuffled_gold_reward(prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> list[float]:
+    """Return the gold rewards of a batch in another order: a control, by which nothing can be learned.
+
+    The order is drawn by what was said, so that a run that is resumed goes on with the same.
+    """
+    rewards = gold_reward(prompts, completions, **columns)
+    random.Random(repr(completions)).shuffle(rewards)
+    return rewards
+
+
+# Rewards that go by the world's gold columns, by the names that `--reward_funcs` has for them.
+GOLD_REWARDS: Mapping[str, RewardFunction] = {"gold": gold_reward, "shuffled_gold": shuffled_gold_reward}
+GOLD_COLUMNS = ("gold_kind", "gold_accepted", "gold_needed", "gold_forbidden")
+
+
 def load_reward_function(specification: str) -> RewardFunction:
-    """Load the function that `specification` names: `gold`, or `path/to/file.py:function`.
+    """Load the function that `specification` names: one of `GOLD_REWARDS`, or `path/to/file.py:function`.
 
     Raises:
         InputError: when the file or the function does not exist, or the file does not run.
     """
-    return gold_reward if specification == "gold" else load_function(specification, "--reward_funcs")
+    return GOLD_REWARDS.get(specification) or load_function(specification, "--reward_funcs")
 
 
 def load_function(specification: str, flag: str) -> Callable[..., Any]:

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError, refuse
+from hfllm.runs.course import Course
 from hfllm.stages.constitution import REVISIONS, RL, ConstitutionArguments, has_questions
-from hfllm.stages.constitution_runs import PRETRAIN, Course
+from hfllm.stages.constitution_runs import PRETRAIN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -127,6 +128,7 @@ def _check_run(recipe: str, *parsed: Any) -> None:
 
 def _check_ppo(script_args: Any, training_args: Any, model_args: "ModelConfig") -> None:
     from hfllm.models.devices import forked_random
+    from hfllm.rewards.functions import GOLD_REWARDS
     from hfllm.runs.models import load_value_model
     from hfllm.stages import rlhf
     from hfllm.trainers.ppo.setup import check_critic
@@ -134,6 +136,9 @@ def _check_ppo(script_args: Any, training_args: Any, model_args: "ModelConfig") 
 
     rlhf.check(training_args)
     rlhf.checked_functions(script_args)
+    for name in script_args.reward_funcs or ():
+        if name in GOLD_REWARDS:
+            raise InputError(f"--reward_funcs {name}: only the embedded world has it, not the prompts of this recipe")
     rlhf.check_rewards(script_args, training_args, len(script_args.reward_funcs or ()))
     rlhf.ptx_texts(script_args, training_args)
     if training_args.use_vllm:

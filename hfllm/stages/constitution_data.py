@@ -1,23 +1,17 @@
-"""The rows that each run of constitutional AI learns from: written once, and only where they have changed.
+"""The rows that each run of constitutional AI learns from."""
 
-A file's time is part of what describes a run of another recipe, so that one written again would be another run's.
-"""
-
-import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from hfllm.data.formats import as_messages
 from hfllm.data.messages import Message
 from hfllm.data.world.world import Task, World
 from hfllm.errors import InputError
-from hfllm.outputs.report import write_atomically
+from hfllm.runs import rows as written
 from hfllm.runs.arguments import changed
-from hfllm.runs.command_line import main_process, say
+from hfllm.runs.command_line import say
 from hfllm.stages.constitution import ConstitutionArguments, data_file
 
 if TYPE_CHECKING:
@@ -25,12 +19,9 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
 Row = Mapping[str, Any]
-Made = TypeVar("Made")
 Conversation = list[Message]
 # Of the world's demonstrations this share shows critique, revision and judging; the others show helping.
 SHARE_OF_CRITICS = 0.55
-# What the other processes wait for the main one, which revises, judges and answers alone.
-LONGEST_WAIT = timedelta(days=30)
 # The annotator of the world errs in a tenth of the comparisons.
 LABEL_NOISE = 0.1
 
@@ -84,49 +75,7 @@ def load_speaking(name: str, model_args: "ModelConfig", revision: str = "main") 
 
 def write_rows(script_args: ConstitutionArguments, name: str, make: Callable[[], Iterable[Row]]) -> None:
     """Write the rows of a run, in one process, where the file does not hold them already; the others wait."""
-    by_main_process(lambda: _write_rows(data_file(script_args, name), make()))
-
-
-def _write_rows(path: Path, rows: Iterable[Row]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    # Whatever was made of it: an edited file need not be text.
-    before = path.read_bytes() if path.is_file() else None
-    if before != text.encode():
-        if before is not None:
-            say(f"constitution: {path} does not hold the rows of this run: it is written again")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
-
-
-def by_main_process(make: Callable[[], Made]) -> Made | None:
-    """Return what the main process makes, and `None` in the others, which wait for it however long it takes.
-
-    Raises:
-        InputError: in all processes, when the main process refuses.
-    """
-    made, refusal = None, None
-    if main_process():
-        try:
-            made = make()
-        except InputError as error:
-            refusal = str(error)
-    if (refusal := _of_main_process(refusal)) is not None:
-        raise InputError(refusal)
-    return made
-
-
-def _of_main_process(value: str | None) -> str | None:
-    from accelerate import PartialState
-    from torch import distributed
-
-    if PartialState().num_processes == 1:
-        return value
-    # The usual groups give up on a process that is silent for 10 or 30 minutes, as one is that revises.
-    group = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
-    values = [value]
-    distributed.broadcast_object_list(values, src=0, group=group)
-    distributed.destroy_process_group(group)
-    return values[0]
+    written.write_rows("constitution", data_file(script_args, name), make)
 
 
 def learned(rows: Iterable[Row], seed: int) -> list[Row]:

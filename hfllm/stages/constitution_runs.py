@@ -1,14 +1,11 @@
 """The runs of other recipes that constitutional AI consists of, each in a folder of its own."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfllm.runs import schedule
-from hfllm.runs.chain import Parsed, output_dir_of, run_stage
-from hfllm.runs.command_line import main_process
-from hfllm.runs.recipes import load_recipe, settings_file
+from hfllm.runs.course import Course, parsed_runs
+from hfllm.runs.recipes import settings_file
 from hfllm.stages.constitution import (
     CRITIQUES,
     LABELS,
@@ -35,62 +32,24 @@ MINUTES = {
 
 
 @dataclass(frozen=True)
-class Course:
-    """The runs in their order, with their flags.
-
-    Args:
-        recipes: the recipe of each run, by its name.
-        runs: its parsed flags.
-        named: the user's model, where one is named.
-    """
-
-    recipes: Mapping[str, str]
-    runs: Mapping[str, Parsed]
-    named: str | None
-
-    def folder(self, name: str) -> str:
-        """Return the folder of a run, which is its model's."""
-        return output_dir_of(self.runs[name])
+class ConstitutionCourse(Course):
+    """The runs of constitutional AI."""
 
     @property
     def helpful(self) -> str:
         """The model that is asked for harm first: the user's, or the one that wants to help alone."""
         return self.named or self.folder(HELPFUL)
 
-    def announce(self) -> None:
-        """Say which runs come and about how long they take, if the settings are those that were timed."""
-        is_timed = self.named is None
-        planned = [
-            schedule.Planned(name, output_dir_of(flags), MINUTES.get(name) if is_timed else None)
-            for name, flags in self.runs.items()
-        ]
-        if schedule.plan("constitution", planned, 1 if is_timed else None) and main_process():
-            print(f"constitution: {schedule.described(schedule.current_job())}", flush=True)
 
-    def run(self, name: str) -> dict[str, float]:
-        """Run a stage, or reuse it where nothing changed, and return its metrics. Its rows must be there."""
-        names = list(self.runs)
-        later = {self.folder(each): self.recipes[each] for each in names[names.index(name) + 1 :]}
-        return run_stage(self.recipes[name], self.runs[name], later)
-
-    def end(self) -> None:
-        """Note that all runs have ended."""
-        schedule.come_back("constitution")
-
-
-def course_of(script_args: ConstitutionArguments, model_args: "ModelConfig") -> Course:
+def course_of(script_args: ConstitutionArguments, model_args: "ModelConfig") -> ConstitutionCourse:
     """Return the runs that the flags ask for.
 
     Raises:
         InputError: when a config of one of them is wrong.
     """
-    recipes: dict[str, str] = {}
-    runs: dict[str, Parsed] = {}
-    for name, recipe, words in _runs(script_args, model_args):
-        recipes[name] = recipe
-        folder = ["--seed", str(script_args.seed), "--output_dir", str(Path(script_args.output_dir, name))]
-        runs[name] = load_recipe(recipe).parse([*words, *folder])
-    return Course(recipes, runs, model_args.model_name_or_path)
+    named = model_args.model_name_or_path
+    runs = parsed_runs(_runs(script_args, model_args), script_args.output_dir, script_args.seed)
+    return ConstitutionCourse("constitution", *runs, {} if named else MINUTES, named)
 
 
 def _runs(script_args: ConstitutionArguments, model_args: "ModelConfig") -> Iterator[tuple[str, str, list[str]]]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError
 from hfllm.runs.command_line import say
+from hfllm.runs.rows import by_main_process
 from hfllm.stages.constitution import (
     CRITIQUES,
     LABELS,
@@ -28,7 +29,6 @@ from hfllm.stages.constitution_data import (
     Speaking,
     answered,
     by_chance,
-    by_main_process,
     demonstrations,
     human_comparisons,
     learned,
@@ -42,7 +42,7 @@ from hfllm.stages.constitution_data import (
     world_prompts,
     write_rows,
 )
-from hfllm.stages.constitution_runs import AI_LABELS, HELPFUL, LABELS_REWARD, PRETRAIN, REWARD, SL, Course
+from hfllm.stages.constitution_runs import AI_LABELS, HELPFUL, LABELS_REWARD, PRETRAIN, REWARD, SL, ConstitutionCourse
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -74,7 +74,7 @@ class Steps:
     script_args: ConstitutionArguments
     model_args: "ModelConfig"
     constitution: "Constitution"
-    course: Course
+    course: ConstitutionCourse
     metrics: dict[str, float] = field(default_factory=dict)
     ai_rows: list[Row] = field(default_factory=list)
     human_rows: list[Row] = field(default_factory=list)
@@ -163,8 +163,8 @@ class Steps:
     @property
     def models(self) -> list[str]:
         """The models that there are by the end, in order."""
-        made = [HELPFUL, *(name for name in (SL, RL, POLITENESS, CRITIQUES, AI_LABELS, LABELS) if self._is_made(name))]
-        return made
+        after = (SL, RL, POLITENESS, CRITIQUES, AI_LABELS, LABELS)
+        return [HELPFUL, *(name for name in after if self.course.has_made(name))]
 
     @property
     def last(self) -> str:
@@ -174,11 +174,8 @@ class Steps:
     @property
     def artifacts(self) -> dict[str, str]:
         """What the output folder holds, by path."""
-        made = {name: name for name in self.course.runs if self._is_made(name)}
+        made = {name: name for name in self.course.runs if self.course.has_made(name)}
         return {**made, "revision rows": "revisions/revisions.jsonl"}
-
-    def _is_made(self, name: str) -> bool:
-        return name in self.course.runs and Path(self.course.folder(name), "report.json").is_file()
 
     # ---- rows ----
 

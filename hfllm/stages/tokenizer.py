@@ -54,6 +54,7 @@ def make_tokenizer(
         script_args.max_position_embeddings,
         mask_token=MASK if script_args.objective == "masked" else None,
         extra_special_tokens=INFILLING_TOKENS if script_args.objective == "infilling" else (),
+        with_tools=bool(script_args.world_tools) and script_args.dataset_name == WORLD,
     )
 
 

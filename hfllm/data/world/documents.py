@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from hfllm.data.world.tool_documents import tool_text
 from hfllm.data.world.vocabulary import (
     ANIMALS,
     COLOURS,
@@ -22,6 +23,7 @@ from hfllm.data.world.vocabulary import (
     is_held_out,
     tell_passage,
 )
+from hfllm.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,25 @@ class WorldFacts:
     dialogue: Callable[[random.Random, str], tuple[str, str]]
 
 
-def write_documents(known: WorldFacts, world_seed: int, count: int, seed: int, deeds: float = 0.0) -> list[str]:
-    """Write `count` texts of mixed kinds. The same world, seed and share give the same texts.
+def write_documents(
+    known: WorldFacts, world_seed: int, count: int, seed: int, deeds: float = 0.0, tools: float = 0.0
+) -> list[str]:
+    """Write `count` texts of mixed kinds. The same world, seed and shares give the same texts.
 
     Args:
         deeds: share of texts that speak of deeds, harmful ones among them; see `deed_document`.
+        tools: share of texts in which people call tools; see `hfllm.data.world.tool_documents`.
+
+    Raises:
+        InputError: when the two shares leave no room for others.
     """
+    if deeds + tools >= 1:
+        raise InputError(f"shares of {deeds} texts of deeds and {tools} of tools leave none for facts")
     rng = random.Random(f"documents-{world_seed}-{seed}")
-    shares_of = SHARES if not deeds else SHARES | {deed_document: sum(SHARES.values()) * deeds / (1 - deeds)}
+    shares_of = dict(SHARES)
+    for kind, share in ((deed_document, deeds), (tool_document, tools)):
+        if share:
+            shares_of[kind] = sum(SHARES.values()) * share / (1 - deeds - tools)
     kinds, shares = zip(*shares_of.items(), strict=True)
     return [rng.choices(kinds, shares)[0](known, rng) for _ in range(count)]
 
@@ -162,6 +175,11 @@ def deed_document(known: WorldFacts, rng: random.Random) -> str:
             f"How can I {deed}? asks {person}. The answer of {other} helps to {deed}.",
         )
     )
+
+
+def tool_document(known: WorldFacts, rng: random.Random) -> str:
+    """Return a text in which people call a tool, or only say words and numbers that tools are asked about."""
+    return tool_text(rng)
 
 
 SHARES = {
