@@ -97,10 +97,13 @@ OTHERS = {
     ("constitution", "sl"): "sft",
     ("constitution", "reward"): "reward",
     ("constitution", "rl"): "rlhf",
+    ("tools", "pretrain"): "pretrain",
+    ("tools", "sft"): "sft",
+    ("tools", "rlhf"): "rlhf",
 }
 
 
-@pytest.mark.parametrize("stage", ["curate", "pretrain", "sft", "reward", "rlhf", "distill", "constitution"])
+@pytest.mark.parametrize("stage", ["curate", "pretrain", "sft", "reward", "rlhf", "distill", "constitution", "tools"])
 def test_every_shipped_config_parses(stage):
     import importlib
 

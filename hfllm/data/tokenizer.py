@@ -15,14 +15,15 @@ PAD, DOCUMENT_END, TURN_END, MASK = "<|pad|>", "<|endoftext|>", "<|end|>", "<|ma
 # Learning merges takes time quadratic in a word's length: longer words, such as base64 data, are split.
 LONGEST_WORD = 1000
 TOO_LONG = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
-SPECIAL_TOKENS = (PAD, DOCUMENT_END, TURN_END, "<|system|>", "<|user|>", "<|assistant|>")
+ASSISTANT = "<|assistant|>"
+SPECIAL_TOKENS = (PAD, DOCUMENT_END, TURN_END, "<|system|>", "<|user|>", ASSISTANT)
 # Of tools: what opens their turn, and what stands around a call.
 TOOL, CALL_BEGIN, CALL_END = "<|tool|>", "<tool_call>", "</tool_call>"
 CALLS = re.compile(rf"{CALL_BEGIN}|{CALL_END}")
 # How calls are read from what the policy writes; see `tokenizer.parse_response`.
 RESPONSE_TEMPLATE: dict[str, Any] = {
     "defaults": {"role": "assistant"},
-    "start_anchor": "<|assistant|>",
+    "start_anchor": ASSISTANT,
     "fields": {
         "tool_calls": {
             "open": CALL_BEGIN,

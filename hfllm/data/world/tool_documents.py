@@ -8,7 +8,7 @@ They hold no name, changed fact or sum that is held out, and say of an animal of
 import json
 import random
 
-from hfllm.data.tokenizer import CALL_BEGIN, CALL_END, TOOL, TURN_END
+from hfllm.data.tokenizer import ASSISTANT, CALL_BEGIN, CALL_END, TOOL, TURN_END
 from hfllm.data.world.vocabulary import (
     ANIMALS,
     ATTRIBUTES,
@@ -24,16 +24,16 @@ from hfllm.data.world.vocabulary import (
 )
 
 WHEN = ("now", "today")
-# Numbers of large sums have three digits.
-LARGE = range(100, 1000)
+# Numbers of large sums have three digits, and their sums four: what is copied is then always as long.
+LARGE = range(500, 1000)
 
 
 def tool_text(rng: random.Random) -> str:
     """Return a text that repeats words and numbers, or one in which somebody calls a tool."""
     kind = rng.random()
-    if kind < 0.4:
+    if kind < 0.2:
         return _echo(rng)
-    return _asks_lookup(rng) if kind < 0.75 else _asks_calculator(rng)
+    return _asks_lookup(rng) if kind < 0.65 else _asks_calculator(rng)
 
 
 def call_text(name: str, **arguments: str) -> str:
@@ -66,7 +66,7 @@ def _echo(rng: random.Random) -> str:
     words = []
     for _ in range(rng.randint(2, 5)):
         kind = rng.random()
-        if kind < 0.4:
+        if kind < 0.3:
             words.append(str(rng.choice(LARGE)))
         elif kind < 0.8:
             words.append(draw_name(rng))
@@ -111,4 +111,4 @@ def _asks_calculator(rng: random.Random) -> str:
 
 
 def _called(asked: str, call: str, result: str, said: str) -> str:
-    return f"{asked}\n{call}{TOOL} {result}{TURN_END}{said}"
+    return f"{asked}\n{call}{TURN_END}{TOOL} {result}{TURN_END}{ASSISTANT}{said}"

@@ -1,0 +1,165 @@
+"""Learning to use tools in miniature: from nothing to its report, repeated, continued, with your own model, refused.
+
+What the method achieves on the embedded world is test_tools_world.py's.
+"""
+
+import hashlib
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import tools
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hfllm.errors import InputError
+from hfllm.runs import schedule
+from hfllm.runs.lock import release_all
+
+TUNED = {"max_steps": 3, "per_device_train_batch_size": 8, "save_strategy": "no"}
+CONFIGS = {
+    "pretrain": {
+        **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256},
+        **{"vocab_size": 600, "num_documents": 300, "world_tools": 0.3, "max_steps": 4, "sample_steps": 0},
+        **{"per_device_train_batch_size": 16, "save_strategy": "no", "learning_rate": 0.003},
+    },
+    "sft": TUNED,
+    "rlhf": {
+        **{"max_steps": 4, "per_device_train_batch_size": 8, "num_mini_batches": 2, "num_ppo_epochs": 1},
+        **{"learning_rate": 0.0003, "save_strategy": "no", "response_length": 16, "num_eval_prompts": 8},
+    },
+}
+SIZES = {"num_demonstrations": 60, "num_prompts": 40, "num_eval_prompts": 2}
+RUNS = ("pretrain", "shown", "rl", "shuffled", "plain")
+
+
+@pytest.fixture(autouse=True)
+def nothing_held():
+    yield
+    release_all()
+
+
+def run(*flags):
+    schedule._job = None
+    return tools.main(*tools.parse(list(map(str, flags))))
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """The flags of the tiny world."""
+    folder = tmp_path_factory.mktemp("configs")
+    words = [str(word) for name, value in SIZES.items() for word in (f"--{name}", value)]
+    for name, values in CONFIGS.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+        words += [f"--{name}_config", str(folder / f"{name}.yaml")]
+    return words
+
+
+@pytest.fixture(scope="module")
+def whole(words, tmp_path_factory):
+    """The folder of a run that nothing interrupted, and a copy of it."""
+    folder = tmp_path_factory.mktemp("world") / "out"
+    run(*words, "--output_dir", folder)
+    return folder, Path(shutil.copytree(folder, folder.with_name("copy")))
+
+
+@pytest.fixture
+def world(whole, words):
+    """The folder, as the run left it, and what repeats the command there with more flags."""
+    folder, copy = whole
+    shutil.rmtree(folder)
+    shutil.copytree(copy, folder)
+    return folder, partial(run, *words, "--output_dir", folder)
+
+
+def digests(folder):
+    made = [path for pattern in ("*/*.safetensors", "data/*") for path in sorted(folder.glob(pattern))]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in made}
+
+
+def trained(printed):
+    """The runs that a printed course began, by their folders."""
+    return [line.rpartition("/")[2] for line in printed.splitlines() if line.startswith("=== ")][1:]
+
+
+def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
+    folder, _ = whole
+    report, text = json.loads((folder / "report.json").read_text()), (folder / "report.md").read_text()
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {*RUNS, "data"}
+    assert report["artifacts"].keys() >= {*RUNS} and (folder / "right.png").is_file()
+    for name in RUNS:
+        tokenizer = AutoTokenizer.from_pretrained(folder / name)
+        model = AutoModelForCausalLM.from_pretrained(folder / name)
+        assert tokenizer.response_template and len(tokenizer) == model.config.vocab_size
+    metrics = report["metrics"]
+    for family in ("unknown", "changed", "sum", "known"):
+        for name in (f"right_{family}", f"sampled_right_{family}"):
+            assert {f"{name}{part}" for part in ("_before", "_after", "_change", "_change_se", "_n")} <= metrics.keys()
+        assert f"off_right_{family}_se" in metrics
+    assert {"calls_needed_after", "calls_not_needed_after", "shuffled_right_needed_change"} <= metrics.keys()
+    assert metrics["calls_needed_n"] == 6 and metrics["right_known_n"] == metrics["known_facts_lost_n"] == 180
+    for title in ("Greedy answers", "Sampled answers", "Where no tool is needed", "Conversations"):
+        assert title in text
+
+
+def test_what_is_there_is_reused_and_what_comes_after_a_change_is_not(world, capsys):
+    folder, again = world
+    before = digests(folder)
+    again()
+    assert trained(capsys.readouterr().out) == [] and digests(folder) == before
+    (folder / "report.json").unlink()
+    shutil.rmtree(folder / "rl")
+    again()
+    # Rows are not written again, and PPO ends with the same bits.
+    assert digests(folder) == before and (folder / "rl" / "report.json").is_file()
+
+
+def test_controls_can_be_left_out(world):
+    folder, again = world
+    shutil.rmtree(folder / "shuffled")
+    shutil.rmtree(folder / "plain")
+    (folder / "report.json").unlink()
+    metrics = again("--controls", "none")
+    assert not (folder / "shuffled").exists() and not (folder / "plain").exists()
+    assert "right_needed_change" in metrics
+    assert not any(name.startswith(("shuffled", "plain", "known_facts_lost")) for name in metrics)
+
+
+def test_rows_split_demonstrations_from_questions_of_ppo(whole):
+    folder, _ = whole
+    shown, asked = (
+        [json.loads(line) for line in (folder / "data" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("shown", "rl")
+    )
+    need = [row["prompt"][0]["content"] for row in asked if row["family"] in ("unknown", "changed", "sum")]
+    assert need and not {row["messages"][0]["content"] for row in shown} & {*need}
+    calls = [any("tool_calls" in message for message in row["messages"]) for row in shown]
+    assert any(calls) and not all(calls)
+    assert all(row["tools"] for row, called in zip(shown, calls, strict=True) if called)
+    plain = (folder / "data" / "plain.jsonl").read_text()
+    assert "tool" not in plain and len(plain.splitlines()) < len(shown)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model_name_or_path", "m"], "--model_name_or_path needs --dataset_name"),
+        (["--dataset_name", "x.jsonl"], "--dataset_name x.jsonl needs --model_name_or_path"),
+        (["--model_name_or_path", "m", "--dataset_name", "x.jsonl"], "--model_name_or_path m needs --tools"),
+        (
+            ["--model_name_or_path", "m", "--dataset_name", "x.jsonl", "--tools", "calculator"],
+            "--model_name_or_path m needs --reward_funcs",
+        ),
+        (["--tools", "calculator"], "--tools cannot be used here"),
+        (["--reward_funcs", "gold"], "--reward_funcs cannot be used here"),
+        (["--controls", "labels"], "--controls 'labels': expected some of shuffled, plain, or none"),
+        (["--controls", "none", "plain"], "--controls none plain: expected arms, or none alone"),
+        (["--num_prompts", "0"], "--num_prompts 0: expected at least 1"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(flags, message, tmp_path):
+    with pytest.raises(InputError) as error:
+        run(*flags, "--output_dir", tmp_path / "out")
+    assert message in str(error.value) and not (tmp_path / "out").exists()
