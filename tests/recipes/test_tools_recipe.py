@@ -5,18 +5,26 @@ What the method achieves on the embedded world is test_tools_world.py's.
 
 import hashlib
 import json
+import random
 import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 import tools
+import torch
 import yaml
+from tool_tokenizer import make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import hfllm
+from hfllm.data.world.tool_tasks import HELD_OUT, SUM, draw_tool_task
+from hfllm.data.world.world import World
 from hfllm.errors import InputError
+from hfllm.rewards.functions import GOLD_COLUMNS, GOLD_REWARDS
 from hfllm.runs import schedule
 from hfllm.runs.lock import release_all
+from hfllm.stages.rlhf_tools import load_tool
 
 TUNED = {"max_steps": 3, "per_device_train_batch_size": 8, "save_strategy": "no"}
 CONFIGS = {
@@ -32,6 +40,8 @@ CONFIGS = {
     },
 }
 SIZES = {"num_demonstrations": 60, "num_prompts": 40, "num_eval_prompts": 2}
+PPO = {"num_mini_batches": 1, "response_length": 24, "per_device_train_batch_size": 4, "num_eval_prompts": 2}
+SUMS = [draw_tool_task(World(0), random.Random(number), SUM, HELD_OUT) for number in range(20)]
 RUNS = ("pretrain", "shown", "rl", "shuffled", "plain")
 
 
@@ -140,6 +150,79 @@ def test_rows_split_demonstrations_from_questions_of_ppo(whole):
     assert all(row["tools"] for row, called in zip(shown, calls, strict=True) if called)
     plain = (folder / "data" / "plain.jsonl").read_text()
     assert "tool" not in plain and len(plain.splitlines()) < len(shown)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """The flags of a model of the user's own, with demonstrations, a tool and a reward."""
+    tokenizer = make()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 160}
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    hfllm.HfllmForCausalLM(hfllm.HfllmConfig(vocab_size=len(tokenizer), **sizes, **ids)).save_pretrained(
+        tmp_path / "m"
+    )
+    tokenizer.save_pretrained(tmp_path / "m")
+    asked = [{"role": "user", "content": f"Say {number} times 2."} for number in range(12)]
+    call = {"type": "function", "function": {"name": "calculator", "arguments": {"expression": "3 * 2"}}}
+    said = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "6"}]
+    chats = [{"messages": [each, *said, {"role": "assistant", "content": "It is 6."}]} for each in asked]
+    for name, rows in (("rows", [{"prompt": [each]} for each in asked]), ("chats", chats)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "my.py").write_text(
+        "def score(prompts, completions, **columns):\n    return [float(len(str(each))) for each in completions]\n"
+    )
+    (tmp_path / "table.json").write_text('{"owl": {"color": "gray"}}')
+    for name in ("sft", "rlhf"):
+        values = CONFIGS[name] | {"max_steps": 2, "per_device_train_batch_size": 2} | ({} if name == "sft" else PPO)
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    return [
+        *("--model_name_or_path", tmp_path / "m", "--dataset_name", tmp_path / "rows.jsonl"),
+        *(
+            "--tools",
+            "calculator",
+            f"lookup:{tmp_path / 'table.json'}",
+            "--reward_funcs",
+            f"{tmp_path / 'my.py'}:score",
+        ),
+        *("--sft_config", tmp_path / "sft.yaml", "--rlhf_config", tmp_path / "rlhf.yaml"),
+        *("--output_dir", tmp_path / "out"),
+    ]
+
+
+def test_your_own_model_learns_from_demonstrations_and_then_by_your_rewards(own, tmp_path):
+    metrics = run(*own, "--demonstrations_dataset_name", tmp_path / "chats.jsonl")
+    assert "proxy_reward_change" in metrics
+    reports = {name: json.loads((tmp_path / "out" / name / "report.json").read_text()) for name in ("shown", "rl")}
+    assert reports["shown"]["arguments"]["model_name_or_path"] == str(tmp_path / "m")
+    assert reports["rl"]["arguments"]["model_name_or_path"] == str(tmp_path / "out" / "shown")
+    assert reports["rl"]["arguments"]["tools"][0] == "calculator"
+    assert not (tmp_path / "out" / "data").exists()
+
+
+def test_your_own_model_may_know_its_tools_already(own, tmp_path):
+    run(*own)
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == {"rl"}
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [("[1]", "expected a JSON object such as"), ("{", "cannot be read"), (None, "cannot be read")],
+)
+def test_a_table_that_is_none_is_refused(tmp_path, table, message):
+    if table is not None:
+        (tmp_path / "table.json").write_text(table)
+    with pytest.raises(InputError, match=f"--tools lookup:.*table.json: {message}"):
+        load_tool(f"lookup:{tmp_path / 'table.json'}")
+
+
+def test_shuffled_gold_has_the_rewards_of_gold_in_another_order():
+    asked = [task.task.prompt_row() for task in SUMS]
+    said = [[{"role": "assistant", "content": task.said if number % 3 else "No."}] for number, task in enumerate(SUMS)]
+    columns = {name: [row[name] for row in asked] for name in GOLD_COLUMNS}
+    gold, shuffled = (GOLD_REWARDS[name]([], said, **columns) for name in ("gold", "shuffled_gold"))
+    assert sorted(gold) == sorted(shuffled) and gold != shuffled
+    assert shuffled == GOLD_REWARDS["shuffled_gold"]([], said, **columns)
 
 
 @pytest.mark.parametrize(
