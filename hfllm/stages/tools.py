@@ -1,5 +1,6 @@
 """Learning to use tools: its flags, and what it refuses."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -10,6 +11,7 @@ from hfllm.errors import InputError, refuse
 from hfllm.runs.remote_code import RemoteCodeArguments
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from trl import ModelConfig
 
 # Arms of the world: PPO by rewards that are shuffled among the answers, and a model that never sees a tool.
@@ -17,7 +19,7 @@ SHUFFLED, PLAIN = CONTROLS = ("shuffled", "plain")
 AT_LEAST_ONE = ("num_demonstrations", "num_prompts", "num_eval_prompts")
 # What there is of your own model alone, and of the world's alone.
 OWN = ("tools", "reward_funcs", "demonstrations_dataset_name")
-OF_WORLD = ("controls", "pretrain_config")
+OF_WORLD = ("controls", "pretrain_config", "num_demonstrations", "num_prompts")
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def check(script_args: ToolsArguments, model_args: "ModelConfig") -> None:
         if named and not is_given and flag != "demonstrations_dataset_name":
             raise InputError(f"--model_name_or_path {model_args.model_name_or_path} needs --{flag}")
     for flag in OF_WORLD:
-        refuse(named and bool(getattr(script_args, flag)), f"--{flag}", "it is of the embedded world's model")
+        is_given = getattr(script_args, flag) != getattr(ToolsArguments, flag)
+        refuse(named and is_given, f"--{flag}", "it is of the embedded world's model")
     controls = script_args.controls or ()
     for control in controls:
         if control not in (*CONTROLS, "none"):
@@ -102,7 +105,7 @@ def check(script_args: ToolsArguments, model_args: "ModelConfig") -> None:
         raise InputError(f"--controls {' '.join(controls)}: expected arms, or none alone")
 
 
-def given_words(group: object, without: tuple[str, ...] = ()) -> list[str]:
+def given_words(group: "DataclassInstance", without: Sequence[str] = ()) -> list[str]:
     """Return those flags of a parsed group that are not at their defaults, as words of a command line."""
     words: list[str] = []
     for each in fields(group):

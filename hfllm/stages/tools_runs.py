@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from hfllm.data.loading import RowArguments
 from hfllm.runs.course import Course, parsed_runs
 from hfllm.runs.recipes import settings_file
+from hfllm.stages.constitution import flags_for_all
 from hfllm.stages.tools import PLAIN, SHUFFLED, ToolsArguments, data_file, given_words, table_file
 
 if TYPE_CHECKING:
@@ -63,13 +64,10 @@ def _own_runs(script_args: ToolsArguments, model_args: "ModelConfig") -> Iterato
     if demonstrations:
         config = ["--config", script_args.sft_config] if script_args.sft_config else []
         yield SHOWN, "sft", [*config, *model, "--dataset_name", demonstrations]
-        made = str(Path(script_args.output_dir, SHOWN))
         # An adapter that the demonstrations have made is trained further.
-        model = given_words(model_args, ("model_name_or_path", "model_revision"))
-        model += ["--model_name_or_path", made]
+        model = ["--model_name_or_path", str(Path(script_args.output_dir, SHOWN)), *flags_for_all(model_args)]
     config = ["--config", script_args.rlhf_config] if script_args.rlhf_config else []
-    names = {each for each in RowArguments.__dataclass_fields__}
-    other = tuple(name for name in ToolsArguments.__dataclass_fields__ if name not in names)
-    rows = given_words(script_args, other)
+    of_rows = RowArguments.__dataclass_fields__
+    rows = given_words(script_args, [name for name in ToolsArguments.__dataclass_fields__ if name not in of_rows])
     tools = ["--tools", *script_args.tools, "--reward_funcs", *script_args.reward_funcs]
-    yield RL, "rlhf", [*config, *model, *rows, *tools]
+    yield RL, "rlhf", [*config, *model, *rows, *tools, "--num_eval_prompts", str(script_args.num_eval_prompts)]

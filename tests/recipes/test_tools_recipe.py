@@ -41,6 +41,7 @@ CONFIGS = {
 }
 SIZES = {"num_demonstrations": 60, "num_prompts": 40, "num_eval_prompts": 2}
 PPO = {"num_mini_batches": 1, "response_length": 24, "per_device_train_batch_size": 4, "num_eval_prompts": 2}
+OWN = ["--model_name_or_path", "m", "--dataset_name", "x.jsonl", "--tools", "calculator", "--reward_funcs", "y.py:f"]
 SUMS = [draw_tool_task(World(0), random.Random(number), SUM, HELD_OUT) for number in range(20)]
 RUNS = ("pretrain", "shown", "rl", "shuffled", "plain")
 
@@ -176,15 +177,10 @@ def own(tmp_path):
     for name in ("sft", "rlhf"):
         values = CONFIGS[name] | {"max_steps": 2, "per_device_train_batch_size": 2} | ({} if name == "sft" else PPO)
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    table, score = f"lookup:{tmp_path / 'table.json'}", f"{tmp_path / 'my.py'}:score"
     return [
         *("--model_name_or_path", tmp_path / "m", "--dataset_name", tmp_path / "rows.jsonl"),
-        *(
-            "--tools",
-            "calculator",
-            f"lookup:{tmp_path / 'table.json'}",
-            "--reward_funcs",
-            f"{tmp_path / 'my.py'}:score",
-        ),
+        *("--tools", "calculator", table, "--reward_funcs", score),
         *("--sft_config", tmp_path / "sft.yaml", "--rlhf_config", tmp_path / "rlhf.yaml"),
         *("--output_dir", tmp_path / "out"),
     ]
@@ -239,6 +235,8 @@ def test_shuffled_gold_has_the_rewards_of_gold_in_another_order():
         (["--reward_funcs", "gold"], "--reward_funcs cannot be used here"),
         (["--controls", "labels"], "--controls 'labels': expected some of shuffled, plain, or none"),
         (["--controls", "none", "plain"], "--controls none plain: expected arms, or none alone"),
+        ([*OWN, "--num_prompts", "7"], "--num_prompts cannot be used here: it is of the embedded world's"),
+        ([*OWN, "--controls", "plain"], "--controls cannot be used here: it is of the embedded world's"),
         (["--num_prompts", "0"], "--num_prompts 0: expected at least 1"),
     ],
 )
