@@ -50,8 +50,8 @@ class ToolsArguments(RowArguments, RemoteCodeArguments):
             "model without tools), or none; by default both."
         },
     )
-    num_demonstrations: int = field(default=9000, metadata={"help": "Demonstrations of the embedded world."})
-    num_prompts: int = field(default=6000, metadata={"help": "Questions of the embedded world that PPO asks."})
+    num_demonstrations: int = field(default=12000, metadata={"help": "Demonstrations of the embedded world."})
+    num_prompts: int = field(default=4000, metadata={"help": "Questions of the embedded world that PPO asks."})
     num_eval_prompts: int = field(default=100, metadata={"help": "Held-out questions of each family, at most."})
     pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the pretraining run."})
     sft_config: str | None = field(default=None, metadata={"help": "YAML flags of fine-tuning on demonstrations."})

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 # The families in the shares in which they are shown and asked.
 WEIGHTS = {
-    **{UNKNOWN: 4, CHANGED: 4, SUM: 5},
-    **{"fact": 4, "reading": 1, "list": 1, "addition": 2},
+    **{UNKNOWN: 7, CHANGED: 3, SUM: 4},
+    **{"fact": 4, "reading": 2, "list": 2, "addition": 3},
 }
 # Of the demonstrations with tools in the prompt, those of people who call them where they should; the others answer
 # from memory. And of all demonstrations, those without tools.

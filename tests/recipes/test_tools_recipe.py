@@ -21,6 +21,7 @@ import hfllm
 from hfllm.data.world.tool_tasks import HELD_OUT, SUM, draw_tool_task
 from hfllm.data.world.world import World
 from hfllm.errors import InputError
+from hfllm.evaluation import tools as evaluation
 from hfllm.rewards.functions import GOLD_COLUMNS, GOLD_REWARDS
 from hfllm.runs import schedule
 from hfllm.runs.lock import release_all
@@ -44,6 +45,14 @@ PPO = {"num_mini_batches": 1, "response_length": 24, "per_device_train_batch_siz
 OWN = ["--model_name_or_path", "m", "--dataset_name", "x.jsonl", "--tools", "calculator", "--reward_funcs", "y.py:f"]
 SUMS = [draw_tool_task(World(0), random.Random(number), SUM, HELD_OUT) for number in range(20)]
 RUNS = ("pretrain", "shown", "rl", "shuffled", "plain")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short():
+    """Untrained models never end by themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "RESPONSE_LENGTH", 6)
+        yield
 
 
 @pytest.fixture(autouse=True)
