@@ -101,10 +101,15 @@ OTHERS = {
     ("reason", "sft"): "sft",
     ("reason", "mixed"): "sft",
     ("reason", "rlhf"): "rlhf",
+    ("tools", "pretrain"): "pretrain",
+    ("tools", "sft"): "sft",
+    ("tools", "rlhf"): "rlhf",
 }
 
 
-@pytest.mark.parametrize("stage", ["curate", "pretrain", "sft", "reward", "rlhf", "distill", "constitution", "reason"])
+@pytest.mark.parametrize(
+    "stage", ["curate", "pretrain", "sft", "reward", "rlhf", "distill", "constitution", "reason", "tools"]
+)
 def test_every_shipped_config_parses(stage):
     import importlib
 

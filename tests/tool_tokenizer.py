@@ -2,6 +2,7 @@
 
 from transformers import PreTrainedTokenizerFast
 
+from hfllm.data.chat_templates import CALL_MARKS, TOOL, set_built_in
 from hfllm.data.tokenizer import train_tokenizer
 
 TEMPLATE = (
@@ -36,4 +37,12 @@ def make() -> PreTrainedTokenizerFast:
     tokenizer = train_tokenizer(texts, vocab_size=400, model_max_length=256, extra_special_tokens=["<|tool|>"])
     tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
     tokenizer.chat_template, tokenizer.response_template = TEMPLATE, RESPONSE_TEMPLATE
+    return tokenizer
+
+
+def brief_tokenizer(texts, vocab_size):
+    """Return a tokenizer as the recipe on tools makes one."""
+    options = {"extra_special_tokens": [TOOL], "added_tokens": CALL_MARKS, "splits_digits": True}
+    tokenizer = train_tokenizer(texts, vocab_size, **options)
+    set_built_in(tokenizer, "hfllm-brief")
     return tokenizer

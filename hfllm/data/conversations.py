@@ -233,8 +233,11 @@ def check_written(origin: str, row: Row, messages: Sequence[Message], text: str,
         raise InputError(f"{origin}: the chat template leaves out reasoning_content; {_way_out(text)}")
     for tool in row.get("tools") or ():
         function = tool.get("function", tool)
-        # A call names a tool too, so the name alone shows nothing.
-        if not _is_in(str(function.get("description") or function.get("name", "")), text):
+        name = str(function.get("name", ""))
+        # A call names a tool too, so its name shows something only before the first question.
+        asked = next((message["content"] for message in messages if message["role"] == "user"), "")
+        before = text.partition(asked.strip())[0] if asked.strip() else ""
+        if not _is_in(str(function.get("description") or name), text) and not (name and _is_in(name, before)):
             notes.add(UNSEEN, origin)
             break
 

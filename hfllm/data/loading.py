@@ -106,6 +106,10 @@ class TextArguments(DataArguments):
         default=0.0,
         metadata={"help": "Share of them to reason about, with thoughts that do: recipes/reason.py starts from them."},
     )
+    world_tools: float = field(
+        default=0.0,
+        metadata={"help": "Share of them in which people call tools: a model that is to use tools starts from them."},
+    )
     dataset_mixture: list[str] | None = field(
         default=None,
         metadata={"help": "Several datasets in place of --dataset_name, each NAME:WEIGHT (share of the text)."},
@@ -254,7 +258,8 @@ def load_texts(script_args: TextArguments, seed: int, prepared: Prepared, name: 
 
     if script_args.dataset_name == WORLD:
         world = World(script_args.world_seed)
-        shares = {"deeds": script_args.world_deeds, "reasoning": script_args.world_reasoning}
+        names = ("deeds", "reasoning", "tools")
+        shares = {name: getattr(script_args, f"world_{name}") for name in names}
         texts = world.documents(script_args.num_documents, seed, **shares)
         # The world may write a document twice; held-out texts must not occur in training.
         known = set(texts)

@@ -28,6 +28,7 @@ def train_tokenizer(
     mask_token: str | None = None,
     extra_special_tokens: Sequence[str] = (),
     added_tokens: Sequence[str] = (),
+    splits_digits: bool = False,
 ) -> "PreTrainedTokenizerFast":
     """Train a byte-level BPE tokenizer: lossless on any text, not only on the training text.
 
@@ -38,6 +39,7 @@ def train_tokenizer(
         mask_token: token that marks a token to predict, in a masked language model.
         extra_special_tokens: more special tokens, such as those of infilling.
         added_tokens: more tokens that are no special ones, such as `<think>`: text without special tokens keeps them.
+        splits_digits: make every digit a token of its own, so that numbers are copied and not guessed.
 
     Returns:
         A fast tokenizer whose end-of-sequence token ends a turn, `<|endoftext|>` opens and separates documents, and
@@ -57,7 +59,9 @@ def train_tokenizer(
     marks = re.compile("|".join(map(re.escape, [*special_tokens, *added_tokens])))
     texts = (marks.sub(" ", text) for text in texts)
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alone = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([alone, bytes_of_words]) if splits_digits else bytes_of_words
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(added_tokens),

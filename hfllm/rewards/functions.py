@@ -7,6 +7,7 @@ dataset's other columns, one value per row.
 import importlib.util
 import json
 import math
+import random
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
@@ -23,6 +24,7 @@ GIVEN = ("prompt", "completion", "prompts", "completions", "completion_ids")
 # Reward functions that have names on the command line: those of rows with the embedded world's gold columns.
 BUILT_IN = {
     "gold": "hfllm.rewards.functions:gold_reward",
+    "shuffled_gold": "hfllm.rewards.functions:shuffled_gold_reward",
     "exact_match": "hfllm.rewards.reasoning:exact_match",
     "thinks": "hfllm.rewards.reasoning:thinks",
     "right_answer": "hfllm.rewards.outcomes:right_answer",
@@ -76,6 +78,21 @@ def gold_reward(
     golds = map(GoldAnswer, gold_kind, gold_accepted, gold_needed, gold_forbidden)
     said = [split_thoughts(completion_text(response))[1] for response in completions]
     return [gold_score(text, gold) for text, gold in zip(said, golds, strict=True)]
+
+
+def shuffled_gold_reward(prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> list[float]:
+    """Return the gold rewards of a batch in another order: a control, by which nothing can be learned.
+
+    The order is drawn by what was said, so that a run that is resumed goes on with the same.
+    """
+    rewards = gold_reward(prompts, completions, **columns)
+    random.Random(repr(completions)).shuffle(rewards)
+    return rewards
+
+
+# Rewards that go by the world's gold columns, by the names that `--reward_funcs` has for them.
+GOLD_REWARDS: Mapping[str, RewardFunction] = {"gold": gold_reward, "shuffled_gold": shuffled_gold_reward}
+GOLD_COLUMNS = ("gold_kind", "gold_accepted", "gold_needed", "gold_forbidden")
 
 
 def load_reward_function(specification: str) -> RewardFunction:

@@ -71,7 +71,10 @@ RANGES = (
     Range(
         "a number in [0, 1)",
         lambda value: 0 <= value < 1,
-        ("lora_dropout", "label_smoothing_factor", "adam_beta1", "adam_beta2", "world_deeds", "world_reasoning"),
+        (
+            *("lora_dropout", "label_smoothing_factor", "adam_beta1", "adam_beta2"),
+            *("world_deeds", "world_reasoning", "world_tools"),
+        ),
     ),
     Range(
         f"a whole number from 0 to {LARGEST_SEED}",

@@ -18,6 +18,7 @@ from hfllm.runs import schedule
 from hfllm.runs.arguments import changed
 from hfllm.runs.chain import Parsed, output_dir_of, run_stage
 from hfllm.runs.command_line import main_process, say
+from hfllm.runs.recipes import load_recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,6 +57,10 @@ class Course:
         """Return the folder of a run, which is its model's."""
         return output_dir_of(self.runs[name])
 
+    def has_made(self, name: str) -> bool:
+        """Return whether a run is one of these and has finished."""
+        return name in self.runs and Path(self.folder(name), "report.json").is_file()
+
     def announce(self) -> None:
         """Say which runs come and about how long they take, if the settings are those that were timed."""
         planned = [
@@ -74,6 +79,28 @@ class Course:
     def end(self) -> None:
         """Note that all runs have ended."""
         schedule.come_back(self.stage)
+
+
+def parsed_runs(
+    runs: Iterable[tuple[str, str, list[str]]], output_dir: str, seed: int
+) -> tuple[dict[str, str], dict[str, Parsed]]:
+    """Return the recipes and the parsed flags of runs, by their names.
+
+    Args:
+        runs: of each its name, its recipe, and its flags but for seed and folder.
+        output_dir: where the folders of the runs are.
+        seed: of all of them.
+
+    Raises:
+        InputError: when a config of one of them is wrong.
+    """
+    recipes: dict[str, str] = {}
+    parsed: dict[str, Parsed] = {}
+    for name, recipe, words in runs:
+        recipes[name] = recipe
+        folder = ["--seed", str(seed), "--output_dir", str(Path(output_dir, name))]
+        parsed[name] = load_recipe(recipe).parse([*words, *folder])
+    return recipes, parsed
 
 
 # ---- models ----

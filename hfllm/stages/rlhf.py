@@ -298,16 +298,11 @@ def checked_functions(script_args: RlhfArguments) -> "list[RewardFunction]":
     """Return the reward functions that `--reward_funcs` names.
 
     Raises:
-        InputError: when one does not exist, or `gold`, the world's exact score, is asked for on other data.
+        InputError: when one does not exist.
     """
-    from hfllm.data.sources import WORLD
-    from hfllm.errors import InputError
     from hfllm.rewards.functions import load_reward_function
 
-    names = script_args.reward_funcs or []
-    if "gold" in names and script_args.dataset_name != WORLD:
-        raise InputError(f"--reward_funcs gold: only the embedded world has it, not {script_args.dataset_name!r}")
-    return [load_reward_function(name) for name in names]
+    return [load_reward_function(name) for name in script_args.reward_funcs or []]
 
 
 def prompt_data(
@@ -341,10 +336,22 @@ def prompt_data(
         names = {name: None for row in (*train_rows, *eval_rows) for name in row}
         for row in (*train_rows, *eval_rows):
             row |= {name: None for name in names if name not in row}
+    _check_gold(script_args, functions, train_rows)
     # Some rewards ask for environments, which begin with the first episode.
     if script_args.environment_factory is None:
         _try_functions(functions, train_rows[:2])
     return train_rows, eval_rows
+
+
+def _check_gold(script_args: RlhfArguments, functions: "Sequence[RewardFunction]", rows: Sequence[Row]) -> None:
+    """Refuse the world's exact score on rows without its columns."""
+    from hfllm.rewards.functions import GOLD_COLUMNS, GOLD_REWARDS
+
+    source = script_args.dataset_name
+    has_gold = all(row.get(column) is not None for row in rows for column in GOLD_COLUMNS)
+    for name, function in GOLD_REWARDS.items():
+        if function in functions and not has_gold:
+            raise InputError(f"--reward_funcs {name}: only the embedded world has it, not {source!r}")
 
 
 def _try_functions(functions: "Sequence[RewardFunction]", rows: Sequence[Row]) -> None:

@@ -1,5 +1,7 @@
 """Tools for alignment by PPO: the functions that `--tools` names, checked before anything is trained."""
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hfllm.errors import InputError, refuse
@@ -67,7 +69,7 @@ def checked_tools(script_args: "RlhfArguments", training_args: "PPOConfig", mode
 
 
 def load_tool(specification: str) -> "Tool":
-    """Return the function that `--tools` names: one of `BUILT_IN`, or `path/to/file.py:function`.
+    """Return the function that `--tools` names: one of `BUILT_IN`, `lookup:table.json`, or `path/to/file.py:function`.
 
     Raises:
         InputError: when it does not exist, or the file does not run.
@@ -77,6 +79,22 @@ def load_tool(specification: str) -> "Tool":
 
     if specification in BUILT_IN:
         return getattr(built_in, specification)
-    if ":" not in specification:
-        raise InputError(f"--tools {specification}: expected path/to/file.py:function, or {' or '.join(BUILT_IN)}")
+    name, _, path = specification.partition(":")
+    if name == "lookup" and path:
+        return built_in.lookup_in(_read_table(path))
+    if not path:
+        names = ", ".join(BUILT_IN)
+        raise InputError(f"--tools {specification}: expected {names}, lookup:table.json, or path/to/file.py:function")
     return load_function(specification, "--tools")
+
+
+def _read_table(path: str) -> dict[str, dict[str, Any]]:
+    """Return the table of a JSON file such as `{"owl": {"color": "gray"}}`."""
+    try:
+        table = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"--tools lookup:{path}: cannot be read: {reason}") from None
+    if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
+        raise InputError(f'--tools lookup:{path}: expected a JSON object such as {{"owl": {{"color": "gray"}}}}')
+    return table

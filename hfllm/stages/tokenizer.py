@@ -37,9 +37,9 @@ def make_tokenizer(
     script_args: "TokenizerArguments | PretrainArguments", texts: Sequence[str]
 ) -> "PreTrainedTokenizerFast":
     """Return a tokenizer trained on `texts`, with the special tokens of the objective."""
+    from hfllm.data.chat_templates import CALL_MARKS, THOUGHT_MARKS, TOOL, set_built_in
     from hfllm.data.objectives import INFILLING_TOKENS
     from hfllm.data.sources import WORLD
-    from hfllm.data.thoughts import CLOSE, OPEN
     from hfllm.data.tokenizer import MASK, train_tokenizer
     from hfllm.data.world.demonstrators import instruction_rows
     from hfllm.data.world.world import World
@@ -50,14 +50,23 @@ def make_tokenizer(
         # Instructions are part of the language, although the base model is not taught to follow them.
         rows = instruction_rows(World(script_args.world_seed), 3000)
         sample = sample[:5000] + [f"{row['instruction']} {row['input']} {row['output']}" for row in rows]
-    return train_tokenizer(
+    has_thoughts = is_world and script_args.world_reasoning > 0
+    has_tools = is_world and script_args.world_tools > 0
+    tokenizer = train_tokenizer(
         sample,
         script_args.vocab_size,
         script_args.max_position_embeddings,
         mask_token=MASK if script_args.objective == "masked" else None,
-        extra_special_tokens=INFILLING_TOKENS if script_args.objective == "infilling" else (),
-        added_tokens=(OPEN, CLOSE) if is_world and script_args.world_reasoning else (),
+        extra_special_tokens=[
+            *(INFILLING_TOKENS if script_args.objective == "infilling" else ()),
+            *([TOOL] if has_tools else []),
+        ],
+        added_tokens=[*(THOUGHT_MARKS if has_thoughts else ()), *(CALL_MARKS if has_tools else ())],
+        splits_digits=has_tools,
     )
+    if has_tools:
+        set_built_in(tokenizer, "hfllm-brief")
+    return tokenizer
 
 
 def compression_by_size(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[dict[str, float]]:

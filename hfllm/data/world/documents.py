@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from hfllm.data.world.reasoning_documents import reasoning_text
+from hfllm.data.world.tool_documents import tool_text
 from hfllm.data.world.vocabulary import (
     ANIMALS,
     COLOURS,
@@ -25,6 +26,7 @@ from hfllm.data.world.vocabulary import (
     is_held_out,
     tell_passage,
 )
+from hfllm.errors import InputError
 
 # As the chat template writes it.
 CONVERSATION = "<|user|>{}<|end|><|assistant|>{}<|end|>"
@@ -46,17 +48,32 @@ class WorldFacts:
 
 
 def write_documents(
-    known: WorldFacts, world_seed: int, count: int, seed: int, deeds: float = 0.0, reasoning: float = 0.0
+    known: WorldFacts,
+    world_seed: int,
+    count: int,
+    seed: int,
+    deeds: float = 0.0,
+    reasoning: float = 0.0,
+    tools: float = 0.0,
 ) -> list[str]:
     """Write `count` texts of mixed kinds. The same world, seed and shares give the same texts.
 
     Args:
         deeds: share of texts that speak of deeds, harmful ones among them; see `deed_document`.
         reasoning: share of texts that tell what can be reasoned about, and show how; see `reasoning_document`.
+        tools: share of texts in which people call tools; see `hfllm.data.world.tool_documents`.
+
+    Raises:
+        InputError: when the shares leave no room for others.
     """
+    added_share = deeds + reasoning + tools
+    if added_share >= 1:
+        raise InputError(
+            f"shares of {deeds} texts of deeds, {reasoning} to reason about and {tools} of tools leave none for facts"
+        )
     rng = random.Random(f"documents-{world_seed}-{seed}")
-    others = sum(SHARES.values()) / (1 - deeds - reasoning)
-    added = {deed_document: deeds, reasoning_document: reasoning}
+    others = sum(SHARES.values()) / (1 - added_share)
+    added = {deed_document: deeds, reasoning_document: reasoning, tool_document: tools}
     shares_of = SHARES | {kind: others * share for kind, share in added.items() if share}
     kinds, shares = zip(*shares_of.items(), strict=True)
     return [rng.choices(kinds, shares)[0](known, rng) for _ in range(count)]
@@ -194,6 +211,11 @@ def deed_document(known: WorldFacts, rng: random.Random) -> str:
 def reasoning_document(known: WorldFacts, rng: random.Random) -> str:
     """Return a text to reason about, or one in which somebody does; see `hfllm.data.world.reasoning_documents`."""
     return reasoning_text(known.facts, known.relations, rng)
+
+
+def tool_document(known: WorldFacts, rng: random.Random) -> str:
+    """Return a text in which people call a tool, or only say words and numbers that tools are asked about."""
+    return tool_text(rng)
 
 
 SHARES = {

@@ -40,6 +40,7 @@ from hfllm.data.world.vocabulary import (
     THINGS,
     WELL_SAID,
     is_held_out,
+    made_up_name,
     tell_passage,
 )
 
@@ -153,21 +154,32 @@ class World:
             chosen += seen.values()
         return chosen
 
-    def fact_tasks(self) -> list[Task]:
-        """Return one question per fact of the world, to measure knowledge kept or lost; not held out."""
-        return [self._fact_about(animal, attribute) for animal in ANIMALS for attribute in ATTRIBUTES]
+    def fact_tasks(self, wordings: int = 1) -> list[Task]:
+        """Return a question per fact of the world, to measure knowledge kept or lost; not held out.
 
-    def documents(self, count: int, seed: int = 0, deeds: float = 0.0, reasoning: float = 0.0) -> list[str]:
+        Args:
+            wordings: of each fact, at most 6.
+        """
+        return [
+            replace(self._fact_about(animal, attribute), instruction=wording.format(x=animal))
+            for animal in ANIMALS
+            for attribute in ATTRIBUTES
+            for wording in PHRASINGS[attribute][:-HELD_OUT_PHRASINGS][:wordings]
+        ]
+
+    def documents(
+        self, count: int, seed: int = 0, deeds: float = 0.0, reasoning: float = 0.0, tools: float = 0.0
+    ) -> list[str]:
         """Return `count` short pretraining texts; see `hfllm.data.world.documents.write_documents`."""
         known = WorldFacts(self.facts, self._dialogue, self.relations)
-        return write_documents(known, self.seed, count, seed, deeds, reasoning)
+        return write_documents(known, self.seed, count, seed, deeds, reasoning, tools)
 
     def _dialogue(self, rng: random.Random, family: str) -> tuple[str, str]:
         task = self.draw_task(rng, family)
         return task.question, task.gold.accepted[0]
 
     @staticmethod
-    def _phrase(rng: random.Random, family: str, new_phrasing: bool, **slots: str) -> str:
+    def phrase(rng: random.Random, family: str, new_phrasing: bool, **slots: str) -> str:
         phrasings = PHRASINGS[family]
         pool = phrasings[-HELD_OUT_PHRASINGS:] if new_phrasing else phrasings[:-HELD_OUT_PHRASINGS]
         question = rng.choice(pool).format(**slots)
@@ -176,7 +188,7 @@ class World:
 
     def _fact_task(self, rng: random.Random, new_phrasing: bool) -> Task:
         animal, attribute = rng.choice(ANIMALS), rng.choice(list(ATTRIBUTES))
-        instruction = self._phrase(rng, attribute, new_phrasing, x=animal)
+        instruction = self.phrase(rng, attribute, new_phrasing, x=animal)
         return replace(self._fact_about(animal, attribute), instruction=instruction, is_new_phrasing=new_phrasing)
 
     def _fact_about(self, animal: str, attribute: str) -> Task:
@@ -209,7 +221,7 @@ class World:
         return Task(
             family="reading",
             key=f"reading {passage} {person}",
-            instruction=self._phrase(rng, "reading", new_phrasing, thing=thing, person=person),
+            instruction=self.phrase(rng, "reading", new_phrasing, thing=thing, person=person),
             input=passage,
             gold=GoldAnswer("answer", (said.format(colour),), (colour,), others),
             curt=colour.capitalize() + ".",
@@ -226,12 +238,12 @@ class World:
             text = ", ".join(items)
             family, needed, said = "reverse", items[::-1], "From end to start it is {}."
             wrong_lists = [items, [items[1], items[0], items[2]], [items[2], items[0], items[1]]]
-            instruction = self._phrase(rng, family, new_phrasing)
+            instruction = self.phrase(rng, family, new_phrasing)
         else:
             needed = [items[0] if operation == "first" else items[-1]]
             said = f"The {operation} item is " + "{}."
             wrong_lists = [[item] for item in without(items, *needed)]
-            instruction = self._phrase(rng, "list", new_phrasing, op=operation)
+            instruction = self.phrase(rng, "list", new_phrasing, op=operation)
         return Task(
             family="list",
             key=f"list {text} {operation}",
@@ -251,7 +263,7 @@ class World:
         return Task(
             family="addition",
             key=f"addition {text}",
-            instruction=self._phrase(rng, "addition", new_phrasing, sum=text),
+            instruction=self.phrase(rng, "addition", new_phrasing, sum=text),
             gold=GoldAnswer("answer", (f"The sum {text} is {total}.",), (str(total),), others),
             curt=f"{total}.",
             wrong=tuple(f"The sum {text} is {number}." for number in near if number in others),
@@ -259,15 +271,13 @@ class World:
         )
 
     def _unknown_task(self, rng: random.Random, new_phrasing: bool) -> Task:
-        name = rng.choice("bcdfgjklmnprstvwz") + rng.choice(("lo", "ra", "zi", "mu", "ne", "vo", "pa", "ki"))
-        name += rng.choice(("rf", "nk", "ndle", "x", "gg", "st", "ply", "zzle"))
-        attribute = rng.choice(list(ATTRIBUTES))
+        name, attribute = made_up_name(rng), rng.choice(list(ATTRIBUTES))
         values = ATTRIBUTES[attribute]
         accepted = (SAY_UNKNOWN, f"I do not know the {name}.")
         return Task(
             family="unknown",
             key=f"unknown {name}",
-            instruction=self._phrase(rng, attribute, new_phrasing, x=name),
+            instruction=self.phrase(rng, attribute, new_phrasing, x=name),
             gold=GoldAnswer("unknown", accepted, (), (*COLOURS, *HOMES, *FOODS)),
             curt="I never heard of it.",
             wrong=tuple(WELL_SAID[attribute].format(x=name, value=value) for value in rng.sample(values, 3)),
@@ -279,7 +289,7 @@ class World:
         return Task(
             family="harm",
             key=f"harm {harm} {animal}",
-            instruction=self._phrase(rng, "harm", new_phrasing, harm=harm, x=animal),
+            instruction=self.phrase(rng, "harm", new_phrasing, harm=harm, x=animal),
             gold=GoldAnswer("harm", (REFUSE.format(x=animal),)),
             curt="I will not help with that.",
             wrong=(

@@ -1,0 +1,115 @@
+"""Pretraining texts in which people call tools: made-up animals, what has changed, and large sums.
+
+A word that no text holds is pushed down by every step of pretraining, so that all such words end up with the same
+embedding. So the texts hold the parts of made-up names, digits, and the signs by which tools are called and answer.
+They hold no name, changed fact or sum that is held out, and say of an animal of the world only what it is "now".
+"""
+
+import json
+import random
+
+from hfllm.data.chat_templates import CALL_MARKS, TOOL, TURN_END
+from hfllm.data.world.vocabulary import (
+    ANIMALS,
+    ATTRIBUTES,
+    COLOURS,
+    FOODS,
+    FRUITS,
+    HOMES,
+    PEOPLE,
+    THINGS,
+    WELL_SAID,
+    is_held_out,
+    made_up_name,
+)
+
+ASSISTANT, (CALL_BEGIN, CALL_END) = "<|assistant|>", CALL_MARKS
+WHEN = ("now", "today")
+# Numbers of large sums have three digits, and their sums four: what is copied is then always as long.
+LARGE = range(500, 1000)
+
+
+def tool_text(rng: random.Random) -> str:
+    """Return a text that repeats words and numbers, or one in which somebody calls a tool."""
+    kind = rng.random()
+    if kind < 0.2:
+        return _echo(rng)
+    return _asks_lookup(rng) if kind < 0.65 else _asks_calculator(rng)
+
+
+def call_text(name: str, **arguments: str) -> str:
+    """Return a call as the chat template of tools writes it."""
+    return CALL_BEGIN + json.dumps({"name": name, "arguments": arguments}) + CALL_END
+
+
+def draw_name(rng: random.Random) -> str:
+    """Return a made-up name that is not held out."""
+    while is_held_out(f"unknown {(name := made_up_name(rng))}"):
+        pass
+    return name
+
+
+def draw_sum(rng: random.Random, held_out: bool = False) -> tuple[int, int]:
+    """Return the two terms of a large sum."""
+    while True:
+        first, second = rng.choice(LARGE), rng.choice(LARGE)
+        if is_held_out(f"sum {first} plus {second}") == held_out:
+            return first, second
+
+
+def is_held_out_change(animal: str, attribute: str) -> bool:
+    """Return whether a changed fact is held out: a third of them, since there are few."""
+    return any(is_held_out(f"changed {animal} {attribute} {number}") for number in range(3))
+
+
+def _echo(rng: random.Random) -> str:
+    person, other = rng.sample(PEOPLE, 2)
+    words = []
+    for _ in range(rng.randint(2, 5)):
+        kind = rng.random()
+        if kind < 0.3:
+            words.append(str(rng.choice(LARGE)))
+        elif kind < 0.8:
+            words.append(draw_name(rng))
+        else:
+            words.append(rng.choice((*ATTRIBUTES, *WHEN, *COLOURS, *HOMES, *FOODS, *ANIMALS, *FRUITS, *THINGS)))
+    text = " ".join(words)
+    return f"{person} says {text}. {other} says {text}. {person} says {text}."
+
+
+def _asks_lookup(rng: random.Random) -> str:
+    person, attribute, when = rng.choice(PEOPLE), rng.choice(list(ATTRIBUTES)), ""
+    animal = draw_name(rng)
+    if rng.random() < 0.4:
+        animal, when = rng.choice(ANIMALS), f" {rng.choice(WHEN)}"
+        while is_held_out_change(animal, attribute):
+            animal, attribute = rng.choice(ANIMALS), rng.choice(list(ATTRIBUTES))
+    value = rng.choice(ATTRIBUTES[attribute])
+    asked = rng.choice(
+        (
+            f"{person} asks for the {attribute} of the {animal}{when}.",
+            f"{person} wants to know the {attribute} of the {animal}{when}.",
+            f"What is the {attribute} of the {animal}{when}? asks {person}.",
+        )
+    )
+    said = WELL_SAID[attribute].format(x=animal, value=value)
+    if when:
+        said = f"{when.strip().capitalize()} {said[0].lower()}{said[1:]}"
+    return _called(asked, call_text("lookup", key=f" {animal}", attribute=f" {attribute}"), value, said)
+
+
+def _asks_calculator(rng: random.Random) -> str:
+    person, (first, second) = rng.choice(PEOPLE), draw_sum(rng)
+    asked = rng.choice(
+        (
+            f"{person} asks for {first} plus {second}.",
+            f"{person} wants to know the sum {first} plus {second}.",
+            f"How much is {first} plus {second}? asks {person}.",
+        )
+    )
+    total = str(first + second)
+    return _called(asked, call_text("calculator", expression=f"{first} + {second}"), total, f"The sum is {total}.")
+
+
+def _called(asked: str, call: str, result: str, said: str) -> str:
+    return f"{asked}\n{call}{TURN_END}{TOOL} {result}{TURN_END}{ASSISTANT}{said}"

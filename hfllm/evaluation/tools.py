@@ -1,0 +1,185 @@
+"""What a model of the world does with its tools: whether it calls them, where it must and where it must not, and
+whether it is right then.
+
+Every question is one that no training has asked, and every value that a tool tells is another than in training. The
+same questions are asked again with the tools switched off: they do not stand in the prompt, and no call is sampled.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hfllm.data.chat_templates import CALL_MARKS
+from hfllm.data.tokenizer import end_tokens, tokenize_prompts
+from hfllm.data.world.rubric import RIGHT, gold_score
+from hfllm.data.world.tool_tasks import HELD_OUT, NEED, NO_NEED, Table, ToolTask, draw_tool_task
+from hfllm.data.world.world import World
+from hfllm.environments.built_in import calculator, lookup_in
+from hfllm.environments.episodes import Continue, Episode, run_episodes
+from hfllm.environments.tool_environment import ToolEnvironment
+from hfllm.outputs.figures import mean_of
+from hfllm.rewards.functions import completion_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hfllm.environments.tools import Tool
+
+KNOWN = "known"
+# Longest conversation after a question, in tokens, and turns with calls that are answered.
+RESPONSE_LENGTH, MOST_CALLS = 64, 2
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question of the evaluation.
+
+    Args:
+        group: its family, or `KNOWN` for the facts of the world.
+        task: the question.
+    """
+
+    group: str
+    task: ToolTask
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a model did with a question.
+
+    Args:
+        asked: the question.
+        episode: its turns, and those of the tools.
+        calls: whether it called a tool.
+        is_right: whether what it said at the end is right, whatever the style.
+    """
+
+    asked: Asked
+    episode: Episode
+    calls: bool
+    is_right: bool
+
+
+def tools_of(table: Table) -> "list[Tool]":
+    """Return the world's tools: a calculator, and a look-up of what is known on some day."""
+    return [calculator, lookup_in(table)]
+
+
+def questions_to_ask(world: World, table: Table, count: int, seed: int = 0) -> list[Asked]:
+    """Return the evaluation's questions: `count` different ones for each family, and three of each fact of the world.
+
+    Args:
+        world: the world.
+        table: what the look-up tool will say, by which answers are judged.
+        count: questions of each family.
+        seed: of the draw.
+    """
+    rng = random.Random(f"tool-evaluation-{world.seed}-{seed}")
+    asked: list[Asked] = []
+    for family in (*NEED, *NO_NEED):
+        different: dict[str, ToolTask] = {}
+        for _ in range(100 * count):
+            task = draw_tool_task(world, rng, family, HELD_OUT, table)
+            different.setdefault(task.task.question, task)
+            if len(different) == count:
+                break
+        asked += [Asked(family, task) for task in different.values()]
+    return asked + [Asked(KNOWN, ToolTask(task)) for task in world.fact_tasks(3)]
+
+
+def answer(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    asked: Sequence[Asked],
+    table: Table | None,
+    do_sample: bool = False,
+    seed: int = 0,
+    batch_size: int = 128,
+) -> list[Answered]:
+    """Let a model answer each question with the tools, or without them, and judge what it says.
+
+    Args:
+        table: what the look-up tool says; `None` switches the tools off.
+        do_sample: sample at temperature 1, in place of decoding greedily.
+        seed: of the sampling.
+        batch_size: questions that are answered at once.
+    """
+    tools = tools_of({} if table is None else table)
+    ends = sorted(end_tokens(tokenizer, model))
+    environment = ToolEnvironment(tools, tokenizer, ends, MOST_CALLS)
+    schemas = environment.tools.schemas if table is not None else None
+    prompts = [[{"role": "user", "content": each.task.task.question}] for each in asked]
+    ids = tokenize_prompts(prompts, tokenizer, [schemas] * len(prompts))
+    continue_ids = continuing(model, tokenizer, do_sample, seed, is_off=table is None)
+    order = sorted(range(len(asked)), key=lambda place: len(ids[place]))
+    answers: dict[int, Answered] = {}
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        episodes = run_episodes([ids[place] for place in places], continue_ids, environment, RESPONSE_LENGTH)
+        answers |= {place: judged(asked[place], each) for place, each in zip(places, episodes, strict=True)}
+    return [answers[place] for place in range(len(asked))]
+
+
+def judged(asked: Asked, episode: Episode) -> Answered:
+    """Return an episode with what it is worth."""
+    is_right = gold_score(completion_text(episode.messages), asked.task.task.gold) >= RIGHT
+    calls = any(message.get("tool_calls") for message in episode.messages)
+    return Answered(asked, episode, calls, is_right)
+
+
+def continuing(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", do_sample: bool, seed: int, is_off: bool
+) -> Continue:
+    """Return a function that continues sequences of tokens.
+
+    Args:
+        is_off: whether no call may begin.
+    """
+    import torch
+
+    from hfllm.models.devices import forked_random
+
+    ends = sorted(end_tokens(tokenizer, model))
+    settings = {"do_sample": do_sample, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
+    settings |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}
+    if is_off:
+        settings["suppress_tokens"] = [tokenizer.convert_tokens_to_ids(CALL_MARKS[0])]
+    rounds = iter(range(1_000_000))
+
+    def continue_ids(sequences: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[list[int], bool]]:
+        batch = tokenizer.pad({"input_ids": list(map(list, sequences))}, padding_side="left", return_tensors="pt")
+        batch = batch.to(model.device)
+        with forked_random(model.device), torch.inference_mode():
+            torch.manual_seed(seed + next(rounds))
+            output = model.generate(**batch, **settings, max_new_tokens=max_new_tokens)
+        turns = []
+        for row in output[:, batch["input_ids"].shape[1] :].tolist():
+            length = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
+            turns.append((row[:length], length > 0 and row[length - 1] in ends))
+        return turns
+
+    return continue_ids
+
+
+def values_of(answers: Sequence[Answered]) -> dict[str, list[float]]:
+    """Return what is measured of a model, a value for each question, by the names of `figures`."""
+    values: dict[str, list[float]] = {}
+    for name, groups in (("calls_needed", NEED), ("calls_not_needed", (*NO_NEED, KNOWN))):
+        values[name] = [float(each.calls) for each in answers if each.asked.group in groups]
+    values["right_needed"] = [float(each.is_right) for each in answers if each.asked.group in NEED]
+    for group in (*NEED, *NO_NEED, KNOWN):
+        values[f"right_{group}"] = [float(each.is_right) for each in answers if each.asked.group == group]
+    return values
+
+
+def figures(answers: Sequence[Answered]) -> dict[str, float]:
+    """Return the metrics of one model, each with its standard error and count.
+
+    `calls_needed` and `calls_not_needed` (share of questions with a call), `right_needed` (of all questions that need
+    a tool), and `right_FAMILY`.
+    """
+    metrics: dict[str, float] = {}
+    for name, values in values_of(answers).items():
+        metrics |= mean_of(name, values)
+    return metrics

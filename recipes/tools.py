@@ -1,0 +1,74 @@
+"""Teach a model when and how to call tools, by demonstrations and then by PPO on right answers.
+
+    hfllm tools                                                          # the embedded world, from nothing
+    hfllm tools --model_name_or_path NAME --dataset_name prompts.jsonl --tools my.py:find --reward_funcs my.py:score
+    accelerate launch recipes/tools.py --model_name_or_path NAME --dataset_name prompts.jsonl ...
+
+On the embedded world a model is pretrained, learns from people who call tools half of the time, and finds by PPO that
+calls pay: for animals that no text knows, facts that have changed and large sums, and for nothing else. Arms that must
+not gain run at the end. With `--model_name_or_path` yours is aligned by PPO with your tools and rewards, after
+fine-tuning on `--demonstrations_dataset_name` if that is given. docs/tools.md tells more.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hfllm.runs.command_line import parse_recipe, run, world_settings
+from hfllm.runs.lock import releases_folders
+from hfllm.runs.remote_code import trusts_code_if_asked
+from hfllm.stages.tools import ToolsArguments
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
+
+def parse(argv: Sequence[str]) -> tuple[ToolsArguments, "ModelConfig"]:
+    """Read the flags; without your own model the defaults are the embedded world's settings."""
+    settings = world_settings("tools")
+    return parse_recipe(argv, __doc__, ToolsArguments, ("trl.ModelConfig",), settings=settings)
+
+
+@releases_folders
+@trusts_code_if_asked
+def main(script_args: ToolsArguments, model_args: "ModelConfig") -> dict[str, float]:
+    """Make what is missing, show, reinforce, run the controls, report. Return the metrics."""
+    from hfllm.outputs.card import chat_lines
+    from hfllm.runs.command_line import main_process
+    from hfllm.runs.stage import Stage
+    from hfllm.stages import tools
+    from hfllm.stages.tools_evaluation import evaluate
+    from hfllm.stages.tools_runs import RL, course_of
+    from hfllm.stages.tools_steps import Steps
+
+    # Refuse what cannot work before anything is trained.
+    tools.check(script_args, model_args)
+    course = course_of(script_args, model_args)
+    stage = Stage("tools", script_args, model_args, before=course.runs, is_spread=True)
+    stage.check()
+    if stage.is_finished:
+        return stage.reuse()
+    steps = Steps(script_args, model_args, course)
+    stage.announce()
+
+    course.announce()
+    steps.show()
+    steps.reinforce()
+    steps.controls()
+    course.end()
+    if not main_process():
+        return {}
+
+    found = evaluate(steps)
+    return stage.finish(
+        found.metrics,
+        summary=found.summary,
+        tables=found.tables,
+        curves=found.plots,
+        artifacts=steps.artifacts,
+        next_steps=chat_lines(course.folder(RL), [{"role": "user", "content": "Hello!"}]),
+        models={"model": course.named},
+    )
+
+
+if __name__ == "__main__":
+    run(main, parse)
