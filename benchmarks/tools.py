@@ -196,7 +196,7 @@ def run(args: argparse.Namespace, output_dir: str) -> dict[str, Any]:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer, reward = AutoTokenizer.from_pretrained(args.model), Reward()
+    tokenizer, reward = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False), Reward()
     rate = args.ppo_learning_rate if args.side == "ppo" else args.grpo_learning_rate
     shared = {
         "output_dir": output_dir,
@@ -215,7 +215,7 @@ def run(args: argparse.Namespace, output_dir: str) -> dict[str, Any]:
         "seed": args.seed,
     }
     parts = {
-        "model": AutoModelForCausalLM.from_pretrained(args.model),
+        "model": AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=False),
         "reward_funcs": reward,
         "train_dataset": Dataset.from_list(rows_of(args.seed, 2000, "prompts")),
         "processing_class": tokenizer,

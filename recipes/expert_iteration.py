@@ -24,7 +24,7 @@ from hfllm.stages.expert_iteration import ExpertIterationArguments
 if TYPE_CHECKING:
     from trl import ModelConfig
 
-    from hfllm.stages.constitution_data import Speaking
+    from hfllm.stages.course import Speaking
 
 
 def parse(argv: Sequence[str]) -> tuple[ExpertIterationArguments, "ModelConfig"]:
@@ -42,7 +42,7 @@ def main(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> di
     from hfllm.runs.stage import Stage
     from hfllm.stages import expert_iteration as rounds_stage
     from hfllm.stages import expert_iteration_evaluation as evaluation
-    from hfllm.stages.constitution_data import by_main_process, load_speaking
+    from hfllm.stages.course import by_main_process, load_speaking
     from hfllm.stages.expert_iteration_checks import check_before, prompts_of, reward_functions
     from hfllm.stages.expert_iteration_data import write_round
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from hfllm.rewards.functions import RewardFunction
-    from hfllm.stages.constitution_data import Speaking
+    from hfllm.stages.course import Speaking
 
 Row = Mapping[str, Any]
 

@@ -11,7 +11,7 @@ from hfllm.stages.expert_iteration_data import Kept, rewards_of, sampled
 
 if TYPE_CHECKING:
     from hfllm.rewards.functions import RewardFunction
-    from hfllm.stages.constitution_data import Speaking
+    from hfllm.stages.course import Speaking
 
 SAMPLES = 6
 

@@ -126,7 +126,7 @@ def test_texts_show_thoughts_on_request_alone_and_never_those_of_other_parts(wor
     ("shares", "digest"),
     [
         ({}, "6cd128979624ef57907340011e342b0d9b0c84aa08defc2abbfa3a75434df409"),
-        ({"deeds": 0.2}, "f4b00564da856eb593000e8fbbba056c275528c2e6e551c450a6c429c253f2ee"),
+        ({"deeds": 0.2}, "c530fa1b3b6c78c99503159dde75e4f9563564ac741196dcfe757258ac499055"),
     ],
 )
 def test_texts_without_thoughts_are_what_they_were(world, shares, digest):
