@@ -194,9 +194,11 @@ def build_model(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace, output_dir: str) -> dict[str, Any]:
     """Train by one side, and return its CPU-seconds and its rollouts."""
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    tokenizer, reward = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False), Reward()
+    from hfllm.models.loading import saved_model, saved_tokenizer
+
+    tokenizer, reward = saved_tokenizer(args.model), Reward()
     rate = args.ppo_learning_rate if args.side == "ppo" else args.grpo_learning_rate
     shared = {
         "output_dir": output_dir,
@@ -215,7 +217,7 @@ def run(args: argparse.Namespace, output_dir: str) -> dict[str, Any]:
         "seed": args.seed,
     }
     parts = {
-        "model": AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=False),
+        "model": saved_model(AutoModelForCausalLM, args.model),
         "reward_funcs": reward,
         "train_dataset": Dataset.from_list(rows_of(args.seed, 2000, "prompts")),
         "processing_class": tokenizer,

@@ -33,7 +33,20 @@ def check_before(
     config = _config_of_first(model_args, course)
     _check_room(script_args, config)
     _check_weights(script_args, model_args, config)
+    _check_rewards(course)
     check_runs(course)
+
+
+def _check_rewards(course: Course) -> None:
+    """Refuse rewards by the world's gold answers, which the prompts of these runs do not have."""
+    from hfllm.rewards.functions import GOLD_REWARDS
+
+    for name, recipe in course.recipes.items():
+        for reward in getattr(course.runs[name][0], "reward_funcs", None) or () if recipe == "rlhf" else ():
+            if reward in GOLD_REWARDS:
+                raise InputError(
+                    f"--reward_funcs {reward}: only the embedded world has it, not the prompts of this recipe"
+                )
 
 
 def _check_flags(script_args: ConstitutionArguments, model_args: "ModelConfig") -> None:

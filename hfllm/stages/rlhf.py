@@ -338,7 +338,7 @@ def prompt_data(
             row |= {name: None for name in names if name not in row}
     _check_gold(script_args, functions, train_rows)
     # Some rewards ask for environments, which begin with the first episode.
-    if script_args.environment_factory is None:
+    if getattr(script_args, "environment_factory", None) is None:
         _try_functions(functions, train_rows[:2])
     return train_rows, eval_rows
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from hfllm.data import formats
-from hfllm.data.chat_templates import BUILT_IN, plain_chat_template
+from hfllm.data.chat_templates import BUILT_IN, CALL_MARKS, plain_chat_template
 from hfllm.data.conversations import DIFFERENT, FIRST, REWRITES, UNSEEN, Conversations
 from hfllm.data.packing import IGNORE
 from hfllm.data.read_back import read_back
@@ -261,7 +261,7 @@ def said(content, **more):
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("marked", [False, True])
 def test_our_templates_write_calls_to_be_learned(tokenizer, chatml, monkeypatch, name, marked):
-    each = tokenizer if name == "hfllm" else chatml
+    each = chatml if name == "chatml" else tokenizer
     monkeypatch.setattr(each, "chat_template", BUILT_IN[name].chat_template())
     monkeypatch.setattr(each, "response_template", BUILT_IN[name].response_template())
     rows = [OriginRow(formats.to_sft("here", row), "here") for row in (CALLS, OPENAI)]
@@ -269,7 +269,7 @@ def test_our_templates_write_calls_to_be_learned(tokenizer, chatml, monkeypatch,
     assert found[0] == found[1] and not notes
     learned = [text for is_learned, text in parts(each, found[0][0]) if is_learned]
     end = each.eos_token
-    call = "".join(BUILT_IN[name].marks[-4:-2]).replace("><", '>{"name": "weather", "arguments": {"city": "Rome"}}<')
+    call = "".join(CALL_MARKS).replace("><", '>{"name": "weather", "arguments": {"city": "Rome"}}<')
     assert [text.replace("\n", "") for text in learned] == [f"{call}{end}", f"It is sunny.{end}"]
     assert str(read_back(rows, each)) == "2 of 2 calls of tools are read back exactly"
 

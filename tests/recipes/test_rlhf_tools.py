@@ -119,7 +119,10 @@ def test_tools_that_come_with_the_package_have_short_names(flags, tmp_path):
         ({"tool": "fly"}, "no function 'fly' in"),
         ({"tool": "undescribed"}, "tools: 'undescribed' has no schema"),
         ({"tools": "nowhere.py:f"}, "--tools nowhere.py:f: no file 'nowhere.py'"),
-        ({"tools": "lookup_in"}, "--tools lookup_in: expected path/to/file.py:function, or calculator or python"),
+        (
+            {"tools": "lookup_in"},
+            "--tools lookup_in: expected calculator, python, lookup:table.json, or path/to/file.py:function",
+        ),
         ({"tool": None, "max_tool_calling_iterations": 2}, "--max_tool_calling_iterations 2 cannot be used here"),
         ({"tool": None, "tool_timeout": 2.5}, "--tool_timeout 2.5 cannot be used here"),
         ({"tool": None, "max_tool_result_length": 9}, "--max_tool_result_length 9 cannot be used here"),
