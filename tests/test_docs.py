@@ -44,7 +44,7 @@ def test_migration_names_every_argument():
 def test_what_ppo_md_names_exists():
     known = {field.name for field in fields(hfllm.PPOConfig)}
     others = {"reward", "loss", "k1", "k2", "k3", "full", "value_model", "completion_ids", "ptx_dataset", "calibrate"}
-    others |= {"tools", "rollout_func"}
+    others |= {"tools", "environment_factory", "rollout_func"}
     table = [row for row in (DOCS / "ppo.md").read_text().split("## Time")[0].splitlines() if row.startswith("| ")]
     named = {name for row in table for name in re.findall(r"`([a-z_\d]+)`", row.strip("| ").rpartition(" | ")[2])}
     assert {"cliprange", "kl_target"} <= named <= known | others
