@@ -162,7 +162,7 @@ def build_model(args: argparse.Namespace) -> None:
     tokenizer = build_tokenizer(args.seed)
     torch.manual_seed(args.seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=max(len(tokenizer), args.vocab_size),
         hidden_size=args.hidden_size,
         intermediate_size=3 * args.hidden_size,
         num_hidden_layers=args.num_hidden_layers,
@@ -340,6 +340,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--sft_steps", type=int, default=250, help="Steps on demonstrations, before either side.")
     parser.add_argument("--hidden_size", type=int, default=128)
     parser.add_argument("--num_hidden_layers", type=int, default=4)
+    parser.add_argument("--vocab_size", type=int, default=0, help="Rows of the embeddings, where more than tokens.")
     parser.add_argument("--ppo_learning_rate", type=float, default=3e-4)
     parser.add_argument("--grpo_learning_rate", type=float, default=3e-4)
     parser.add_argument("--output", type=Path)
