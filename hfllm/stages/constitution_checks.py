@@ -42,11 +42,11 @@ def _check_rewards(course: Course) -> None:
     from hfllm.rewards.functions import GOLD_REWARDS
 
     for name, recipe in course.recipes.items():
-        for reward in getattr(course.runs[name][0], "reward_funcs", None) or () if recipe == "rlhf" else ():
-            if reward in GOLD_REWARDS:
-                raise InputError(
-                    f"--reward_funcs {reward}: only the embedded world has it, not the prompts of this recipe"
-                )
+        rewards = course.runs[name][0].reward_funcs if recipe == "rlhf" else None
+        for reward in GOLD_REWARDS.keys() & set(rewards or ()):
+            raise InputError(
+                f"--reward_funcs {reward}: only the embedded world has it, not the prompts of this recipe"
+            )
 
 
 def _check_flags(script_args: ConstitutionArguments, model_args: "ModelConfig") -> None:

@@ -135,7 +135,7 @@ def test_any_other_number_makes_a_sum_wrong():
 
 
 def test_the_tokenizer_of_tools_copies_arguments_and_digits(texts):
-    tokenizer = brief_tokenizer(texts[:2000], 832)
+    tokenizer = brief_tokenizer(texts[:2000], 784)
     name, call = tokenizer.tokenize(" zirf"), tokenizer.tokenize('"key": " zirf"')
     asked = tokenizer.tokenize("Where does the zirf live?")
     assert any(asked[place : place + len(name)] == name for place in range(len(asked)))
