@@ -65,6 +65,7 @@ def main(script_args: ToolsArguments, model_args: "ModelConfig") -> dict[str, fl
         tables=found.tables,
         curves=found.plots,
         artifacts=steps.artifacts,
+        too_wide=("Conversations",),
         next_steps=chat_lines(course.folder(RL), [{"role": "user", "content": "Hello!"}]),
         models={"model": course.named},
     )

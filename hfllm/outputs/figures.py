@@ -23,6 +23,10 @@ LABELS = {
     "unfinished": "share of responses cut off",
     "kl_to_reference": "KL to the reference (nats per response)",
     "reward_model_accuracy": "reward model accuracy",
+    "calls_needed": "calls where a tool is needed",
+    "calls_not_needed": "calls where none is needed",
+    "right_needed": "right where a tool is needed",
+    "known_facts_lost": "known facts lost to a model without tools",
     "learning_rate": "learning rate",
     "value_learning_rate": "learning rate of the critic",
     "train_loss": "training loss",
@@ -44,6 +48,8 @@ ROLES = ("student_alone", "student", "teacher")
 BETTER = {
     **dict.fromkeys(("gold_reward", "gold_reward_greedy", "gold_reward_new_phrasings", "fact_accuracy"), 1),
     **dict.fromkeys(("proxy_reward", "reward_model_accuracy"), 1),
+    **dict.fromkeys(("right_needed", "sampled_right_needed", "calls_needed", "sampled_calls_needed"), 1),
+    **dict.fromkeys(("calls_not_needed", "sampled_calls_not_needed"), -1),
     **dict.fromkeys(("unfinished", "held_out_loss", "eval_loss", "perplexity", "bits_per_byte"), -1),
 }
 
