@@ -14,7 +14,7 @@ def test_the_world_learns_to_call_tools_where_they_are_needed_alone(tmp_path, pr
     processes.run(RECIPE, "--seed", 42, "--output_dir", folder, timeout=2400)
     found = json.loads((folder / "report.json").read_text())["metrics"]
     assert found["calls_needed_after"] > 0.9 and found["calls_not_needed_after"] < 0.1
-    for family, least in (("unknown", 0.7), ("changed", 0.7), ("sum", 0.6)):
+    for family, least in (("unknown", 0.5), ("changed", 0.7), ("sum", 0.6)):
         assert found[f"right_{family}_after"] > least
         assert found[f"off_right_{family}"] < 0.06
     assert found["known_facts_lost"] < 0.08
