@@ -22,13 +22,13 @@ from hfllm.data.world.reasoning import (
 )
 from hfllm.data.world.vocabulary import ANIMALS, PEOPLE
 
-TELLING, TURNING, NAMING, SAYING = "telling", "turning", "naming", "saying"
-KINDS = {TELLING: 4, HOPS: 3, DIAL: 8, TURNING: 2, NAMING: 3, SAYING: 1}
+TELLING, TURNING, SAYING = "telling", "turning", "saying"
+KINDS = {TELLING: 4, HOPS: 3, DIAL: 8, TURNING: 2, SAYING: 1}
 WORDS = (*DIGITS, *TURNS, *RELATIONS, "dial", "turns", "shows", "show", "think", *ANIMALS)
 
 
 def reasoning_text(facts: Told, relations: Told, rng: random.Random) -> str:
-    """Return a text: friends and neighbours, thoughts about hops or a dial, a dial, its turns told twice, or words.
+    """Return a text of one of five kinds: friends and neighbours, thoughts about hops or a dial, a dial, or words.
 
     Thoughts are those of problems that fine-tuning may show too, never of held-out ones or those to practice on.
     """
@@ -42,10 +42,6 @@ def reasoning_text(facts: Told, relations: Told, rng: random.Random) -> str:
         return f"{person} asks: {problem.question}\n{other} says:\n{problem.response(shows_thought=True)}"
     if kind == TURNING:
         return f"{person} turns the dial: {dial_problem(rng, len(TURNS)).thought}"
-    if kind == NAMING:
-        # Told twice: the name tells what follows it (induction, as in `echo_document`).
-        turns = ", ".join(f"{name} {rng.choice(DIGITS)}" for name in TURNS)
-        return f"The turns are {turns}. {person} says {turns}."
     text = " ".join(rng.sample(WORDS, rng.randint(3, 8)))
     return f"{person} says {text}. {other} says {text}. {person} says {text}."
 
