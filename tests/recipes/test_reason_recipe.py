@@ -103,7 +103,7 @@ def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
     for name in ("turns", "ppo_rewards", "ppo_lengths"):
         assert (folder / report["artifacts"][name]).read_bytes().startswith(b"\x89PNG")
     # Each arm has learned something of its own.
-    assert len({value for name, value in digests(folder).items() if name.endswith("safetensors")}) == len(RUNS)
+    assert len({value for name, value in digests(folder).items() if name.endswith("model.safetensors")}) == len(RUNS)
 
 
 def test_arms_learn_the_same_questions_and_ppo_has_others(whole):
