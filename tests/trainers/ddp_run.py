@@ -5,6 +5,7 @@ under torchrun for several processes, or under accelerate launch with DeepSpeed;
 reward and loss, `turns` the words of somebody else between two turns of the policy.
 """
 
+import os
 import sys
 
 import torch
@@ -148,6 +149,9 @@ def main(output_dir: str, episodes: int, variant: str | None = None, deepspeed_c
     # A process that leaves while the other still writes aborts it.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+    sys.stdout.flush()
+    # Threads of the process group that outlive the interpreter abort one run of ten, with all files written.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,9 @@ def main(output_dir: str, episodes: int, variant: str = "") -> None:
     # A process that leaves while the other still writes aborts it.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+    sys.stdout.flush()
+    # Threads of the process group that outlive the interpreter abort one run of ten, with all files written.
+    os._exit(0)
 
 
 if __name__ == "__main__":
