@@ -3,28 +3,16 @@
 import random
 from collections.abc import Sequence
 
-from hfllm.data.thoughts import split_thoughts
-from hfllm.data.world.rubric import RIGHT, GoldAnswer, gold_score
-from hfllm.rewards.functions import completion_text
+from hfllm.data.world.rubric import RIGHT
+from hfllm.rewards.functions import completion_text, gold_reward
 
 
-def right_answer(
-    prompts: Sequence,
-    completions: Sequence,
-    *,
-    gold_kind: Sequence[str],
-    gold_accepted: Sequence[Sequence[str]],
-    gold_needed: Sequence[Sequence[str]],
-    gold_forbidden: Sequence[Sequence[str]],
-    **columns: Sequence[object],
-) -> list[float]:
+def right_answer(prompts: Sequence, completions: Sequence, **columns: Sequence[Sequence]) -> list[float]:
     """Return 1 where a completion's answer is right by the gold columns of its row, and else 0.
 
     The thought does not count: neither a right number in it, nor a wrong one. One that never ends leaves no answer.
     """
-    golds = map(GoldAnswer, gold_kind, gold_accepted, gold_needed, gold_forbidden)
-    answers = [split_thoughts(completion_text(completion))[1] for completion in completions]
-    return [float(gold_score(said, gold) >= RIGHT) for said, gold in zip(answers, golds, strict=True)]
+    return [float(score >= RIGHT) for score in gold_reward(prompts, completions, **columns)]
 
 
 def shuffled_answer(prompts: Sequence, completions: Sequence, **columns: Sequence[Sequence]) -> list[float]:
