@@ -17,7 +17,7 @@ FLOORS = (
     {"errors", "version"},
     {"models", "data", "outputs"},
     {"scaling", "generation", "rewards", "environments", "compression", "runs"},
-    {"trainers", "evaluation", "synthesis"},
+    {"trainers", "evaluation", "grounding", "synthesis"},
     {"stages", "registration"},
     {"__init__"},
 )

@@ -1,0 +1,41 @@
+"""Passages of text that a model is given to answer from: how they stand in a prompt, and how answers cite them."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_CITATION = re.compile(r"\s*\[(\d+)\]")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A piece of a text.
+
+    Args:
+        text: what a model reads.
+        source: where it is from, such as a file, a row or a module; it is shown beside citations.
+        start: where it begins in that text, in characters.
+    """
+
+    text: str
+    source: str = ""
+    start: int = 0
+
+
+def with_passages(question: str, passages: Sequence[str]) -> str:
+    """Return a question after the passages that it is to be answered from, a line each: `[1] The fox is red.`
+
+    Without passages it is the question alone.
+    """
+    lines = [f"[{number}] {' '.join(text.split())}" for number, text in enumerate(passages, 1)]
+    return "\n".join([*lines, question])
+
+
+def citations_of(answer: str) -> list[int]:
+    """Return the numbers of the passages that an answer cites, each once: 1 and 3 for `It is red. [1] [3]`."""
+    return list(dict.fromkeys(int(number) for number in _CITATION.findall(answer)))
+
+
+def without_citations(answer: str) -> str:
+    """Return an answer without the passages' numbers."""
+    return _CITATION.sub("", answer).strip()
