@@ -1,11 +1,13 @@
 """Several answers to a prompt, and the one to keep: that of the majority, or the best by a reward."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.formats import as_completion
 from hfllm.data.thoughts import answer_of, final_answer, plain_answer
+from hfllm.errors import InputError
 from hfllm.generation.responses import sample_responses
 
 if TYPE_CHECKING:
@@ -58,6 +60,9 @@ def majority_answers(
     Args:
         extract: returns the final answer of a response without its thoughts.
         sampling: of `sample_responses`, such as `temperature`, `seed` or `tools`.
+
+    Raises:
+        InputError: for fewer than one response.
     """
     kept = []
     for texts in _sampled(model, tokenizer, prompts, n, max_new_tokens, sampling):
@@ -82,14 +87,20 @@ def best_answers(
     Args:
         reward: `(prompts, completions) -> numbers`, such as a `RewardModel`.
         extract, sampling: see `majority_answers`.
+
+    Raises:
+        InputError: for fewer than one response, or a reward that is no finite number.
     """
     kept = []
     sampled = _sampled(model, tokenizer, prompts, n, max_new_tokens, sampling)
     for prompt, texts in zip(prompts, sampled, strict=True):
-        scores = list(reward(prompts=[prompt] * n, completions=[as_completion(prompt, text) for text in texts]))
+        completions = [as_completion(prompt, text) for text in texts]
+        scores = [float(score) for score in reward(prompts=[prompt] * n, completions=completions)]
+        if len(scores) != n or not all(map(math.isfinite, scores)):
+            raise InputError(f"the reward gave {scores} for {n} responses; expected a finite number for each")
         answers = [plain_answer(extract(answer_of(text))) for text in texts]
         place = max(range(n), key=scores.__getitem__)
-        kept.append(Chosen(texts[place], answers[place], answers.count(answers[place]) / n, float(scores[place])))
+        kept.append(Chosen(texts[place], answers[place], answers.count(answers[place]) / n, scores[place]))
     return kept
 
 
@@ -101,4 +112,6 @@ def _sampled(
     max_new_tokens: int,
     sampling: dict[str, Any],
 ) -> list[list[str]]:
+    if n < 1:
+        raise InputError(f"n must be at least 1, got {n}")
     return sample_responses(model, tokenizer, prompts, max_new_tokens, num_return_sequences=n, **sampling)

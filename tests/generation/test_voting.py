@@ -2,6 +2,7 @@
 
 import pytest
 
+from hfllm.errors import InputError
 from hfllm.generation import voting
 from hfllm.generation.voting import best_answers, majority, majority_answers
 
@@ -52,6 +53,17 @@ def test_the_best_by_a_reward_is_kept(sampled, is_chat):
     (kept,) = best_answers(None, None, [prompt], 3, 50, reward)
     assert (kept.answer, kept.response, kept.share, kept.score) == ("42", SAID[2], 2 / 3, 0.9)
     assert seen == [([prompt] * 3, [[{"role": "assistant", "content": text}] for text in SAID] if is_chat else SAID)]
+
+
+@pytest.mark.parametrize("scores", [[0.1, float("nan"), 0.9], [1.0, 2.0], [float("inf")] * 3])
+def test_a_reward_that_is_no_number_chooses_nothing(sampled, scores):
+    with pytest.raises(InputError, match=r"the reward gave .* for 3 responses; expected a finite number for each"):
+        best_answers(None, None, ["6 times 7?"], 3, 50, lambda prompts, completions: scores)
+
+
+def test_without_responses_there_is_no_answer():
+    with pytest.raises(InputError, match="n must be at least 1, got 0"):
+        majority_answers(None, None, ["6 times 7?"], 0, 50)
 
 
 def test_a_model_answers(make_model, tokenizer):
