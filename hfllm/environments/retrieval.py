@@ -17,12 +17,14 @@ def retrieval_over(passages: Sequence[str], top_k: int = 3) -> Callable[[str], s
         top_k: the most passages that a search gives.
 
     Raises:
-        InputError: without passages, for a bad `top_k`, or when bm25s is not installed.
+        InputError: without passages, for a text in place of a list, a bad `top_k`, or when bm25s is not installed.
     """
     try:
         import bm25s
     except ImportError:
         raise InputError("retrieval_over needs bm25s: pip install 'hfllm[tools]'") from None
+    if isinstance(passages, str):
+        raise InputError(f"retrieval_over: expected a list of passages, got the text {passages[:40]!r}")
     texts = [" ".join(str(passage).split()) for passage in passages]
     words = [_words(text) for text in texts]
     if not any(words):

@@ -1,5 +1,7 @@
 """Calls of tools in a policy's turns, and the tokens of the turns that answer them."""
 
+import copy
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +36,14 @@ class ToolTurns:
     ):
         from trl.chat_template_utils import supports_tool_calling
 
+        given, tokenizer = tokenizer, _with_one_template(tokenizer)
         self.tokenizer, self.schemas, self.end_token_ids = tokenizer, list(schemas), set(end_token_ids)
         if not supports_tool_calling(tokenizer):
             raise InputError(
                 "tools: the tokenizer's chat template cannot write an assistant's tool_calls and a tool's message"
             )
         _find_response_template(tokenizer)
+        given.response_template = tokenizer.response_template
         self.chat_template = _lasting_template(tokenizer)
         added, template = tokenizer.added_tokens_decoder.items(), str(self.chat_template)
         self.control = {
@@ -61,7 +65,10 @@ class ToolTurns:
         from trl.chat_template_utils import parse_response
 
         try:
-            return parse_response(self.tokenizer, list(turn_ids), prefix=self.opening, tools=self.schemas)
+            message = parse_response(self.tokenizer, list(turn_ids), prefix=self.opening, tools=self.schemas)
+            if message.get("tool_calls"):
+                message["tool_calls"] = _encodable(message["tool_calls"])
+            return message
         # What TRL does not expect a model to write, such as JSON that is nested too deeply.
         except Exception:
             return {"role": "assistant", "content": self.tokenizer.decode(turn_ids, skip_special_tokens=True)}
@@ -85,6 +92,11 @@ class ToolTurns:
         # Nothing of what the tools said is left.
         return self._reply(messages)
 
+    def forges(self, text: str) -> bool:
+        """Return whether a text spells special tokens, or others that the chat template writes."""
+        tokens = self.tokenizer.added_tokens_decoder
+        return any(tokens[number].content in text for number in self.control)
+
     def _skeleton(self, count: int) -> list[int]:
         """Return the special tokens of a reply with so many results."""
         if count not in self._skeletons:
@@ -96,6 +108,16 @@ class ToolTurns:
 
     def _reply(self, messages: Sequence[Message]) -> list[int]:
         calls = [{"type": "function", "function": {"name": each["name"], "arguments": {}}} for each in messages]
+        try:
+            return self._reply_to(calls, messages)
+        # Some chat templates, such as Llama 3.1's, refuse to write more than one call.
+        except template_errors():
+            if len(calls) == 1:
+                raise
+            return self._reply_to(calls[:1], messages)
+
+    def _reply_to(self, calls: list[dict[str, Any]], messages: Sequence[Message]) -> list[int]:
+        """Return the tokens from the end of a turn with these calls on."""
         said = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "", "tool_calls": calls}]
         before = self._tokens(said, add_generation_prompt=False)
         whole = self._tokens([*said, *messages], add_generation_prompt=True)
@@ -114,6 +136,20 @@ class ToolTurns:
 
 def _message_of(name: str, content: str) -> Message:
     return {"role": "tool", "name": name, "content": content}
+
+
+def _encodable(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return calls without halves of characters, which JSON may spell and no tokenizer, file or log can hold."""
+    return json.loads(json.dumps(calls, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def _with_one_template(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+    """Return the tokenizer, or where it has several chat templates one with that for tools alone."""
+    if not isinstance(tokenizer.chat_template, dict):
+        return tokenizer
+    one = copy.copy(tokenizer)
+    one.chat_template = tokenizer.chat_template.get("tool_use") or tokenizer.chat_template.get("default")
+    return one
 
 
 def _lasting_template(tokenizer: "PreTrainedTokenizerBase") -> str:
