@@ -74,7 +74,7 @@ class ToolEnvironment:
         episode.calls += len(results)
         episode.failures += sum(has_failed for _, has_failed in results)
         messages = [result for result, _ in results]
-        ids = self.turns.reply_ids(messages)
+        ids = [*self.turns.end_of(turn_ids), *self.turns.reply_ids(messages)]
         if len(ids) <= room:
             episode.messages += messages
         return ids

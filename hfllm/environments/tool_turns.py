@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.messages import Message
-from hfllm.data.tokenizer import template_errors
+from hfllm.data.tokenizer import template_errors, turn_end
 from hfllm.errors import InputError
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class ToolTurns:
         asked = [{"role": "user", "content": "Say it."}]
         before, opened = (self._tokens(asked, add_generation_prompt=is_opened) for is_opened in (False, True))
         self.opening = opened[len(before) :]
+        self.turn_end = turn_end(tokenizer)
         # Of one result, so that a chat template that does not serve is refused before training.
         self._skeletons = {1: self._control_of(self._reply([_message_of("tool", "x")]))}
 
@@ -91,6 +92,11 @@ class ToolTurns:
                 message |= _message_of("tool", content)
         # Nothing of what the tools said is left.
         return self._reply(messages)
+
+    def end_of(self, turn_ids: Sequence[int]) -> list[int]:
+        """Return the token that a turn lacks because a text has ended it, such as one of `stop_strings`."""
+        is_open = self.turn_end in self.end_token_ids and not {*turn_ids[-1:]} & self.end_token_ids
+        return [self.turn_end] if is_open else []
 
     def forges(self, text: str) -> bool:
         """Return whether a text spells special tokens, or others that the chat template writes."""

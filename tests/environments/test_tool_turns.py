@@ -143,6 +143,19 @@ def test_halves_of_characters_that_json_spells_reach_nobody(tool_tokenizer):
     assert read == [{"name": "?", "arguments": {}}, {"name": "calculator", "arguments": {"expression": "?"}}]
 
 
+def test_a_turn_that_a_text_has_ended_is_closed_before_the_result(tool_tokenizer):
+    """Such as `stop_strings=["</tool_call>"]`: the next turn reads what the chat template writes."""
+    from hfllm.environments.built_in import calculator
+    from hfllm.environments.episodes import Episode
+    from hfllm.environments.tool_environment import ToolEnvironment
+
+    environment = ToolEnvironment([calculator], tool_tokenizer, [tool_tokenizer.eos_token_id])
+    call = '<tool_call>{"name": "calculator", "arguments": {"expression": "2*3"}}</tool_call>'
+    for end, before in (("", "<|end|>"), ("<|end|>", "")):
+        ids = environment.reply(Episode([1]), tool_tokenizer(call + end)["input_ids"], True, 400)
+        assert tool_tokenizer.decode(ids) == f"{before}<|tool|>6<|end|><|assistant|>"
+
+
 def test_arguments_have_the_types_of_the_tool(tool_tokenizer):
     """Of templates that write them as text, as Qwen 3.5's does; here the parser of text is told of the types."""
     from hfllm.environments.built_in import calculator
