@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.messages import Message
-from hfllm.data.tokenizer import template_errors, turn_end
+from hfllm.data.tokenizer import template_errors
 from hfllm.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ class ToolTurns:
             for number, token in added
             if token.special or (token.content in template and not token.content.isspace())
         }
-        asked = [{"role": "user", "content": "Say it."}]
+        asked = _calling([])[:1]
         before, opened = (self._tokens(asked, add_generation_prompt=is_opened) for is_opened in (False, True))
-        self.opening = opened[len(before) :]
-        self.turn_end = turn_end(tokenizer)
+        self.opening, self._asked = opened[len(before) :], before
+        self._turn_end = set(self._tokens_before(["tool"])[-1:]) & self.end_token_ids
         # Of one result, so that a chat template that does not serve is refused before training.
         self._skeletons = {1: self._control_of(self._reply([_message_of("tool", "x")]))}
 
@@ -95,8 +95,7 @@ class ToolTurns:
 
     def end_of(self, turn_ids: Sequence[int]) -> list[int]:
         """Return the token that a turn lacks because a text has ended it, such as one of `stop_strings`."""
-        is_open = self.turn_end in self.end_token_ids and not {*turn_ids[-1:]} & self.end_token_ids
-        return [self.turn_end] if is_open else []
+        return [] if {*turn_ids[-1:]} & self.end_token_ids else list(self._turn_end)
 
     def forges(self, text: str) -> bool:
         """Return whether a text spells special tokens, or others that the chat template writes."""
@@ -113,26 +112,32 @@ class ToolTurns:
         return [token for token in ids if token in self.control]
 
     def _reply(self, messages: Sequence[Message]) -> list[int]:
-        calls = [{"type": "function", "function": {"name": each["name"], "arguments": {}}} for each in messages]
+        names = [each["name"] for each in messages]
         try:
-            return self._reply_to(calls, messages)
+            return self._write(names, messages)
         # Some chat templates, such as Llama 3.1's, refuse to write more than one call.
         except template_errors():
-            if len(calls) == 1:
+            if len(names) == 1:
                 raise
-            return self._reply_to(calls[:1], messages)
+            return self._write(names[:1], messages)
 
-    def _reply_to(self, calls: list[dict[str, Any]], messages: Sequence[Message]) -> list[int]:
-        """Return the tokens from the end of a turn with these calls on."""
-        said = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "", "tool_calls": calls}]
-        before = self._tokens(said, add_generation_prompt=False)
-        whole = self._tokens([*said, *messages], add_generation_prompt=True)
-        # The policy's turn stops at its end token: what the template writes after that is part of the reply.
-        ends = [place for place, token in enumerate(before) if token in self.end_token_ids]
-        before = before[: ends[-1] + 1] if ends else before
+    def _write(self, names: Sequence[str], messages: Sequence[Message]) -> list[int]:
+        """Return the tokens of a reply with these results to a turn that calls these tools."""
+        before = self._tokens_before(names)
+        whole = self._tokens([*_calling(names), *messages], add_generation_prompt=True)
         if whole[: len(before)] != before:
             raise InputError(REWRITES)
         return whole[len(before) :]
+
+    def _tokens_before(self, names: Sequence[str]) -> list[int]:
+        """Return the tokens of a conversation up to the end of a turn that calls these tools."""
+        before = self._tokens(_calling(names), add_generation_prompt=False)
+        # The policy's turn stops at its end token: what the template writes after that is part of the reply. Some
+        # templates, such as Gemma 4's, end a turn with calls by none.
+        pairs = enumerate(zip(before, self._asked, strict=False))
+        begin = next((place for place, (one, other) in pairs if one != other), len(self._asked))
+        ends = [place for place in range(begin, len(before)) if before[place] in self.end_token_ids]
+        return before[: ends[-1] + 1] if ends else before
 
     def _tokens(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
         options = {"tokenize": True, "return_dict": False, "sanitize_control_tokens": True}
@@ -142,6 +147,11 @@ class ToolTurns:
 
 def _message_of(name: str, content: str) -> Message:
     return {"role": "tool", "name": name, "content": content}
+
+
+def _calling(names: Sequence[str]) -> list[Message]:
+    calls = [{"type": "function", "function": {"name": name, "arguments": {}}} for name in names]
+    return [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "", "tool_calls": calls}]
 
 
 def _encodable(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -183,6 +183,18 @@ def test_a_template_that_writes_one_call_reads_the_results_of_two(tool_tokenizer
     assert control_of(tokenizer, ids) == ["<|tool|>", "<|end|>"] * 2 + ["<|assistant|>"]
 
 
+def test_a_turn_with_calls_that_no_token_ends_is_not_repeated(tool_tokenizer):
+    """Such as Gemma 4's, whose results stand in the turn of the call."""
+    tokenizer = copy.deepcopy(tool_tokenizer)
+    ended = "{{- '<|end|>' -}}{%- endfor -%}{%- if add"
+    tokenizer.chat_template = TEMPLATE.replace(
+        ended, "{%- if not message['tool_calls'] -%}" + ended.replace("-}}", "-}}{%- endif -%}", 1)
+    )
+    turns = ToolTurns(tokenizer, [], [tokenizer.eos_token_id])
+    assert tokenizer.decode(turns.reply_ids([said("gray")])) == "<|tool|>gray<|end|><|assistant|>"
+    assert turns.end_of(tokenizer(CALL)["input_ids"]) == []
+
+
 @pytest.mark.parametrize("names", [("default", "tool_use"), ("default",)])
 def test_of_several_templates_that_for_tools_is_used(turns, tool_tokenizer, names):
     tokenizer = copy.deepcopy(tool_tokenizer)
