@@ -79,6 +79,7 @@ def p_true(
     rows: Sequence[Answered],
     show_samples: bool = True,
     both_orders: bool = True,
+    letters: tuple[str, str] = LETTERS,
     batch_size: int = 32,
 ) -> np.ndarray:
     """Return the uncertainty 1 - P(True) of each given answer, in [0, 1]: (N,).
@@ -90,7 +91,7 @@ def p_true(
     Args:
         rows: prompts with their answers.
         show_samples: whether the samples stand before the answer.
-        both_orders, batch_size: see `log_odds`.
+        both_orders, letters, batch_size: see `log_odds`.
 
     Raises:
         InputError: as `log_odds`.
@@ -99,7 +100,7 @@ def p_true(
         _is_true(row.prompt, row.given.text, [each.text for each in row.samples] if show_samples else [])
         for row in rows
     ]
-    odds = log_odds(model, tokenizer, questions, both_orders=both_orders, batch_size=batch_size)
+    odds = log_odds(model, tokenizer, questions, both_orders=both_orders, letters=letters, batch_size=batch_size)
     # 1 - P(True), without loss where P(True) is nearly 1.
     return np.array([np.exp(-np.logaddexp(0.0, value)) for value in odds], dtype=np.float64)
 
@@ -110,7 +111,7 @@ class AskedModel:
     Args:
         model, tokenizer: of any causal language model.
         questions: wordings with the places `{passage}` and `{claim}`; the log-odds of all are averaged.
-        batch_size: questions in one pass.
+        letters, batch_size: see `log_odds`.
 
     Raises:
         InputError: for a wording without these places.
@@ -126,6 +127,7 @@ class AskedModel:
         model: "PreTrainedModel",
         tokenizer: "PreTrainedTokenizerBase",
         questions: Sequence[str] = QUESTIONS,
+        letters: tuple[str, str] = LETTERS,
         batch_size: int = 32,
     ):
         for question in questions:
@@ -133,7 +135,8 @@ class AskedModel:
                 raise InputError(f"a question must have the places {{passage}} and {{claim}}, got {question[:60]!r}")
         if not questions:
             raise InputError("questions: at least one wording is needed")
-        self.model, self.tokenizer, self.questions, self.batch_size = model, tokenizer, tuple(questions), batch_size
+        self.model, self.tokenizer, self.questions = model, tokenizer, tuple(questions)
+        self.letters, self.batch_size = letters, batch_size
 
     def __call__(self, claims: Sequence[str], passages: Sequence[str]) -> list[float]:
         """Return for each claim the probability that its passage supports it, by the mean log-odds.
@@ -147,7 +150,9 @@ class AskedModel:
             for claim, passage in zip(claims, passages, strict=True)
             for question in self.questions
         ]
-        odds = log_odds(self.model, self.tokenizer, asked, ("Yes", "No"), batch_size=self.batch_size)
+        odds = log_odds(
+            self.model, self.tokenizer, asked, ("Yes", "No"), letters=self.letters, batch_size=self.batch_size
+        )
         means = np.array(odds, dtype=np.float64).reshape(len(claims), len(self.questions)).mean(1)
         return [float(np.exp(-np.logaddexp(0.0, -value))) for value in means]
 

@@ -7,6 +7,7 @@ are ties, whose order never counts.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from statistics import NormalDist
 
 import numpy as np
@@ -275,7 +276,7 @@ def check_share(value: float, name: str) -> None:
     Raises:
         InputError: naming it.
     """
-    if not isinstance(value, (int, float)) or not 0 < value < 1:
+    if not isinstance(value, Real) or not 0 < value < 1:
         raise InputError(f"{name} must lie between 0 and 1, got {value!r}")
 
 

@@ -130,6 +130,7 @@ def compare_choices(
         error = standard_error(gains)
         shown = {part: f"{sum(numbers) / len(numbers):.3f}" for part, numbers in parts.items()}
         gain = f"{sum(gains) / len(gains):+.3f}" + ("" if error is None else f" ± {readable(error, 2)}")
+        gain = "" if name == "one_sample" else gain
         table.append({"answer kept": name.replace("_", " "), **shown, "right, against one sample": gain})
     return metrics, table
 

@@ -117,13 +117,11 @@ def sample_with_scores(
     _check(model, n, max_new_tokens, do_sample, temperature, batch_size)
     ids = prompt_tokens(model, tokenizer, prompts, max_new_tokens)
     rows = [(place, number) for place in range(len(ids)) for number in range(n)]
-    chances = None
-    if do_sample:
-        chances = [_chances(f"{seed}-{place}-{number}", max_new_tokens) for place, number in rows]
     ends, answers = sorted(end_tokens(tokenizer, model)), {}
     with _plainly(model):
         for batch in batches_of_like_length(model, [len(ids[place]) for place, _ in rows], batch_size):
-            drawn = [chances[row] for row in batch] if chances is not None else None
+            keys = [f"{seed}-{rows[row][0]}-{rows[row][1]}" for row in batch]
+            drawn = [_chances(key, max_new_tokens) for key in keys] if do_sample else None
             tokens, logprobs = _generate(
                 model, [ids[rows[row][0]] for row in batch], drawn, temperature, max_new_tokens, ends, _pad(tokenizer)
             )
@@ -180,6 +178,11 @@ def prompt_tokens(
     from hfllm.models.vocabulary import check_vocabulary
 
     check_vocabulary(model, tokenizer)
+    for number, prompt in enumerate(prompts, 1):
+        if isinstance(prompt, str) != isinstance(prompts[0], str):
+            raise InputError(f"prompt {number} is a {type(prompt).__name__} and the first is not: expected one kind")
+        if not isinstance(prompt, str) and not tokenizer.chat_template:
+            raise InputError(f"prompt {number} is a conversation, and the tokenizer has no chat template: give texts")
     ids = tokenize_prompts(prompts, tokenizer) if len(prompts) else []
     context = max_length_of(model.config)
     for number, tokens in enumerate(ids, 1):

@@ -135,6 +135,8 @@ def test_texts_are_scored_to_their_end_by_models_with_other_tokenizers(make_mode
 
     other = train_tokenizer(PROMPTS, vocab_size=280)
     other.chat_template = other.pad_token = None
+    with pytest.raises(InputError, match="prompt 1 is a conversation, and the tokenizer has no chat template"):
+        sample_with_scores(make_model(), other, CHATS, 2, 4)
     torch.manual_seed(0)
     # Learned positions, and no place of padding in them.
     config = GPT2Config(vocab_size=280, n_embd=16, n_layer=1, n_head=2, n_positions=64, initializer_range=0.3)
@@ -166,6 +168,7 @@ def test_nothing_is_answered_for_no_prompts(make_model, tokenizer):
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
         ({"do_sample": False}, "n must be 1 without do_sample, got 2"),
         ({"prompts": ["Go", ""]}, "prompt 2 has no token"),
+        ({"prompts": ["Go", CHATS[0]]}, "prompt 2 is a list and the first is not"),
         ({"max_new_tokens": 256}, "leaves no room for 256 of an answer: the model's context has 256"),
     ],
 )
