@@ -86,6 +86,13 @@ def measure(
                 {"measure": measure, "method": method, **{key: f"{value:.4f}" for key, value in found.items()}}
             )
     print("\n".join(markdown_table([{**{key: "" for row in table for key in row}, **row} for row in table])))
+    # No guarantee holds for other prompts: a threshold of known phrasings, used on new ones.
+    new = np.array([task.is_new_phrasing for task in tasks])
+    surprise = numbers["sequence_probability"]
+    found = control_risk(surprise[~new], wrong[~new], 0.05).answers(surprise[new])
+    metrics["new_phrasings_risk"], metrics["new_phrasings_coverage"] = float((found * wrong[new]).mean()), found.mean()
+    moved = f"risk {metrics['new_phrasings_risk']:.4f}, coverage {metrics['new_phrasings_coverage']:.3f}"
+    print(f"\ncontrol_risk 0.05 by sequence_probability on known phrasings, used on new ones: {moved}")
     risk_coverage_plot(numbers, wrong, f"Risk over coverage: {name}").draw(folder / f"{name}.png")
     return metrics
 

@@ -174,6 +174,12 @@ def test_thresholds_of_the_users_are_tested_on_all_rows():
     options = {"thresholds": [80, 50, 60, 70], "p_value": "binomial"}
     # Up to 60 all are right, up to 70 a seventh is wrong, up to 80 a quarter.
     assert [learn_then_test(numbers, wrong, alpha, **options).threshold for alpha in (0.05, 0.25, 0.4)] == [60, 70, 80]
+    # 50 of 50 right have the p-value .077, which is above a half of .1.
+    options = {"thresholds": [50, 100], "p_value": "binomial"}
+    assert learn_then_test(numbers, np.arange(100) >= 50, 0.05, **options).threshold == 50
+    assert (
+        learn_then_test(numbers, np.arange(100) >= 50, 0.05, correction="bonferroni", **options).threshold == -math.inf
+    )
     # In order from the surest: what is not rejected ends the sequence, and Bonferroni's tests go on.
     early = np.arange(100) < 10
     options = {"thresholds": [10, 100], "p_value": "binomial"}
