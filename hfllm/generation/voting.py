@@ -70,12 +70,12 @@ def majority_answers(
 
 
 def best_by_reward(
-    prompts: Sequence[str | list], responses: Sequence[Sequence[str]], reward: Callable[..., Sequence[float]]
+    prompts: Sequence[str | list], responses: Sequence[Sequence[str | list]], reward: Callable[..., Sequence[float]]
 ) -> list[tuple[int, float]]:
     """Return for each prompt which of its responses a reward scores highest, and its score; of equal ones the first.
 
     Args:
-        responses: at least one per prompt.
+        responses: at least one per prompt, texts or messages; the reward gets texts in the form of their prompt.
         reward: see `best_answers`; it is called once for each prompt.
 
     Raises:
@@ -83,7 +83,7 @@ def best_by_reward(
     """
     kept = []
     for prompt, texts in zip(prompts, responses, strict=True):
-        completions = [as_completion(prompt, text) for text in texts]
+        completions = [as_completion(prompt, text) if isinstance(text, str) else text for text in texts]
         scores = list(reward(prompts=[prompt] * len(texts), completions=completions))
         if any(math.isnan(score) for score in scores):
             raise InputError(f"the reward of a response to prompt {len(kept) + 1} is NaN; expected a number")

@@ -42,12 +42,17 @@ def first_supported(
 
 
 def best_rewarded(
-    prompts: Sequence[str | list], samples: Sequence[Sequence[str]], reward: Callable[..., Sequence[float]]
+    prompts: Sequence[str | list], samples: Sequence[Sequence[str | list]], reward: Callable[..., Sequence[float]]
 ) -> Choice:
     """Return for each prompt the place of the answer that a reward, such as a `RewardModel`, scores highest.
 
     A reward model scores how an answer is put as much as whether it is true, and the best of many is the one that
     exploits it most: it may lose to greedy decoding. Compare them, see `compare_choices`.
+
+    Args:
+        prompts: texts or messages.
+        samples: answers per prompt, texts or messages.
+        reward: `(prompts, completions) -> numbers`.
 
     Raises:
         InputError: for a prompt without answers, and scores that are NaN.

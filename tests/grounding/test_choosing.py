@@ -35,6 +35,9 @@ def test_the_best_by_a_reward(is_chat):
         return [len(each[0]["content"] if is_chat else each) for each in completions]
 
     assert best_rewarded(prompts, SAMPLES, reward) == [1, 2, 0]
+    if is_chat:
+        turns = [[[{"role": "assistant", "content": text}] for text in texts] for texts in SAMPLES]
+        assert best_rewarded(prompts, turns, reward) == [1, 2, 0]
 
 
 def test_choices_are_compared_also_where_they_lose():
