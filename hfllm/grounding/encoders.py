@@ -30,9 +30,9 @@ class Encoder(Protocol):
 
 
 class SentenceEncoder:
-    """A model of transformers whose sentence vector is the mean of its last hidden states, padding left out, at length 1.
+    """A model of transformers: the mean of its last hidden states, padding left out, at length 1.
 
-    That is what Sentence-BERT, E5, GTE and others do (Reimers and Gurevych 2019, arXiv:1908.10084, "MEAN pooling").
+    This is "mean pooling" of Sentence-BERT (Reimers and Gurevych 2019, arXiv:1908.10084), E5, GTE and others.
 
     Args:
         model: the model without a head (`AutoModel`), on its device.
@@ -102,7 +102,7 @@ class SentenceEncoder:
             )
         # Texts of like length together.
         order = sorted(range(len(tokens)), key=lambda place: len(tokens[place]))
-        vectors = np.zeros((len(texts), self.model.config.get_text_config().hidden_size), np.float32)
+        vectors: list[NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(texts)
         with torch.inference_mode():
             for start in range(0, len(order), self.batch_size):
                 places = order[start : start + self.batch_size]
@@ -111,8 +111,9 @@ class SentenceEncoder:
                 states = self.model(**batch).last_hidden_state.float()
                 mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
                 means = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
-                vectors[places] = torch.nn.functional.normalize(means, dim=-1).cpu().numpy()
-        return vectors
+                for place, vector in zip(places, torch.nn.functional.normalize(means, dim=-1).cpu(), strict=True):
+                    vectors[place] = vector.numpy()
+        return np.stack(vectors)
 
 
 class StaticVectors:

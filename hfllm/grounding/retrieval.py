@@ -11,7 +11,16 @@ from hfllm.grounding.dense import DenseRetriever
 from hfllm.grounding.found import Found, Retriever, check_queries, found_of, refuse_empty
 from hfllm.grounding.passages import Passages
 
-__all__ = ["BM25Retriever", "DenseRetriever", "Found", "FusedRetriever", "Gated", "Retriever", "search_tool"]
+__all__ = [
+    "BM25Retriever",
+    "DenseRetriever",
+    "Found",
+    "FusedRetriever",
+    "Gated",
+    "Retriever",
+    "scoring_enough",
+    "search_tool",
+]
 
 
 class BM25Retriever:
@@ -69,7 +78,7 @@ class BM25Retriever:
 
 
 class FusedRetriever:
-    """Joins the rankings of several retrievers: reciprocal rank fusion (Cormack, Clarke and Büttcher 2009, equation 1).
+    """Joins the rankings of several retrievers: reciprocal rank fusion (Cormack, Clarke and Büttcher 2009).
 
     A passage scores the sum over the retrievers that find it of 1 / (k + its rank), ranks from 1: what they score does
     not count, so that their scales may differ.
@@ -120,8 +129,7 @@ class Gated:
     """
 
     def __init__(self, retriever: Retriever, min_score: float):
-        if math.isnan(min_score):
-            raise InputError("Gated: min_score is nan; expected a number on the scale of the retriever's scores")
+        scoring_enough([], min_score)
         self.retriever, self.min_score, self.passages = retriever, min_score, retriever.passages
 
     def retrieve(self, queries: Sequence[str], top_k: int = 3) -> list[list[Found]]:
@@ -130,12 +138,22 @@ class Gated:
         Raises:
             InputError: when a score is NaN, of which no gate can say whether it is enough.
         """
-        found = self.retriever.retrieve(queries, top_k)
-        for query, ranking in zip(queries, found, strict=True):
-            for each in ranking:
-                if math.isnan(each.score):
-                    raise InputError(f"passage {each.place} has the score nan for {query!r:.60}")
-        return [[each for each in ranking if each.score >= self.min_score] for ranking in found]
+        return scoring_enough(self.retriever.retrieve(queries, top_k), self.min_score)
+
+
+def scoring_enough(found: Sequence[Sequence[Found]], min_score: float) -> list[list[Found]]:
+    """Return of each query the passages that score at least `min_score`.
+
+    Raises:
+        InputError: when that or a score is NaN.
+    """
+    if math.isnan(min_score):
+        raise InputError("min_score is nan; expected a number on the scale of the retriever's scores")
+    for number, ranking in enumerate(found, 1):
+        for each in ranking:
+            if math.isnan(each.score):
+                raise InputError(f"query {number}: the score of passage {each.place} is nan")
+    return [[each for each in ranking if each.score >= min_score] for ranking in found]
 
 
 def search_tool(retriever: Retriever, top_k: int = 3) -> Callable[[str], str]:
