@@ -22,6 +22,7 @@ TEXTS = [
     "The owl eats\n mice.",
     "Red owl!",
 ]
+WORDS = ("the", "owl", "is", "gray", "fox", "red", "eats", "fish", "blue", "hat", "mice")
 QUERIES = ["Which OWL eats?", "red fox", "hat", "zebra"]
 
 
@@ -33,10 +34,7 @@ def passages():
 @pytest.fixture
 def words():
     """Static vectors of words, drawn."""
-    vocabulary = {
-        word: place
-        for place, word in enumerate(["the", "owl", "is", "gray", "fox", "red", "eats", "fish", "blue", "hat", "mice"])
-    }
+    vocabulary = {word: place for place, word in enumerate(WORDS)}
     return StaticVectors(np.random.default_rng(0).normal(size=(len(vocabulary), 6)), vocabulary)
 
 
