@@ -7,7 +7,7 @@
 Seconds are CPU-seconds. Both sides are measured in turns in one process, on the same texts, words and queries.
 Questions are made of the documentation itself: the first sentence of a docstring is to find the rest of it, and so are
 the words of its name. The control looks for the rest of another docstring. `--vectors` and `--tokenizer` name static
-word vectors, such as those in the wheel of WordLlama, to be joined with BM25. `--megabytes` indexes texts of drawn words
+word vectors, such as those in WordLlama's wheel, to be joined with BM25. `--megabytes` indexes texts of drawn words
 instead, read from a file, in a process of its own, and says what memory that takes.
 """
 
@@ -71,9 +71,8 @@ def recall_table(vectors: str | None, tokenizer: str | None) -> list[str]:
             cpu, found = seconds(lambda queries=queries, each=each: each.retrieve(queries, TOP_K))
             other = random.Random(1).sample(gold, len(gold))
             shares = (recall(found, gold, 1), recall(found, gold, TOP_K), recall(found, other, TOP_K))
-            lines.append(
-                f"| {kind} | {name} | {' | '.join(f'{share:.3f}' for share in shares)} | {cpu * QUERIES / len(gold):.2f} |"
-            )
+            cells = (kind, name, *(f"{share:.3f}" for share in shares), f"{cpu * QUERIES / len(gold):.2f}")
+            lines.append(f"| {' | '.join(cells)} |")
     return [
         *lines,
         "",

@@ -1,5 +1,6 @@
 """Rank texts by the words that they share with a query (BM25). Every search by words of the package is done here."""
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -41,14 +42,22 @@ def import_bm25s(needed_by: str, extra: str = "grounding") -> ModuleType:
     return bm25s
 
 
-def best_places(scores: "NDArray[np.floating]", top_k: int) -> "NDArray[np.intp]":
-    """Return the places of the `top_k` largest scores, the largest first; of equal ones the earlier comes first."""
+def best_places(scores: "NDArray[np.floating]", top_k: int, above: float = -math.inf) -> "NDArray[np.intp]":
+    """Return the places of the `top_k` largest scores, the largest first; of equal ones the earlier comes first.
+
+    Args:
+        scores: the scores (texts).
+        top_k: the most places.
+        above: leave out what does not score more.
+    """
     import numpy as np
 
-    if top_k >= len(scores):
-        return np.argsort(-scores, kind="stable")
-    least = np.partition(scores, -top_k)[-top_k]
-    places = np.flatnonzero(scores >= least)
+    least, rows = above, min(32, len(scores) // (4 * top_k))
+    if rows > 1:
+        # Groups of which so many have a score of at least this one: all of the best have it too, and few others.
+        largest = scores[: len(scores) // rows * rows].reshape(rows, -1).max(0)
+        least = np.partition(largest, -top_k)[-top_k]
+    places = np.flatnonzero(scores >= least if least > above else scores > above)
     return places[np.argsort(-scores[places], kind="stable")][:top_k]
 
 
@@ -130,9 +139,7 @@ class WordIndex:
         if not numbers:
             return []
         scores = self._index().get_scores_from_ids(numbers)
-        places = best_places(scores, top_k)
-        if scores[places[-1]] <= 0:
-            places = places[scores[places] > 0]
+        places = best_places(scores, top_k, above=0.0)
         return list(zip(places.tolist(), scores[places].tolist(), strict=True))
 
     def save(self, file: Path, passages: str) -> None:

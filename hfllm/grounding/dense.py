@@ -44,7 +44,7 @@ class DenseRetriever:
     def retrieve(self, queries: Sequence[str], top_k: int = 3) -> list[list[Found]]:
         """Return the passages of each query: see `Retriever`; scores are from -1 to 1."""
         check_queries(queries, top_k)
-        vectors, found = self._catch_up(), []
+        vectors, ranked = self._catch_up(), []
         asked = _encoded(self.encoder, [self.query_prefix + query for query in queries], "query", 0)
         # One by one, so that the scores of all passages are held for a single query.
         for vector in asked if queries else ():
@@ -52,8 +52,8 @@ class DenseRetriever:
                 raise InputError(f"the encoder gives {len(vector)} values, and the passages have {vectors.shape[1]}")
             scores = vectors @ vector
             places = best_places(scores, top_k)
-            found.append(found_of(self.passages, zip(places.tolist(), scores[places].tolist(), strict=True)))
-        return found
+            ranked.append(list(zip(places.tolist(), scores[places].tolist(), strict=True)))
+        return found_of(self.passages, ranked)
 
     def save(self, folder: str | Path) -> None:
         """Write passages and vectors to a folder, beside which a `BM25Retriever` of these passages may be saved."""

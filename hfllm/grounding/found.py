@@ -1,6 +1,6 @@
 """What a retriever is and gives, and what all of them refuse."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,9 +44,10 @@ class Retriever(Protocol):
         ...
 
 
-def found_of(passages: Passages, ranked: Iterable[tuple[int, float]]) -> list[Found]:
-    """Return the passages of places and scores."""
-    return [Found(place, passages[place], score) for place, score in ranked]
+def found_of(passages: Passages, rankings: Sequence[Sequence[tuple[int, float]]]) -> list[list[Found]]:
+    """Return the passages of places and scores, for each query."""
+    texts = passages.at(place for ranked in rankings for place, _ in ranked)
+    return [[Found(place, texts[place], score) for place, score in ranked] for ranked in rankings]
 
 
 def check_queries(queries: Sequence[str], top_k: int) -> None:

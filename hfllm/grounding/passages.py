@@ -126,6 +126,22 @@ class Passages(Sequence[Passage]):
             raise IndexError(f"place {place} of {len(self)} passages")
         return Passage(*(column[place % len(self)].as_py() for column in self._table.columns))
 
+    def at(self, places: Iterable[int]) -> dict[int, Passage]:
+        """Return the passages of places by place: of many at once, this is much faster than one by one."""
+        import numpy as np
+
+        asked, found, first = np.unique(np.fromiter(places, np.int64)), {}, 0
+        batches = self._table.to_batches()
+        ends = np.cumsum([batch.num_rows for batch in batches])
+        for number, inside in enumerate(np.split(asked, np.searchsorted(asked, ends))[: len(batches)]):
+            if len(inside):
+                # Taken batch by batch, since joined ones would be copied.
+                columns = batches[number].take(inside - first).columns
+                texts = map(Passage, *(column.to_pylist() for column in columns))
+                found.update(zip(inside.tolist(), texts, strict=True))
+            first = int(ends[number])
+        return found
+
     def __iter__(self) -> Iterator[Passage]:
         for batch in self._table.to_batches(BATCH):
             yield from map(Passage, *(column.to_pylist() for column in batch.columns))

@@ -44,7 +44,7 @@ class BM25Retriever:
         """Return the passages of each query: see `Retriever`; scores are above 0 and have no upper bound."""
         check_queries(queries, top_k)
         index = self._current()
-        return [found_of(self.passages, index.search(query, top_k)) for query in queries]
+        return found_of(self.passages, [index.search(query, top_k) for query in queries])
 
     def save(self, folder: str | Path) -> None:
         """Write passages and index to a folder, beside which a `DenseRetriever` of these passages may be saved."""
@@ -106,15 +106,15 @@ class FusedRetriever:
         """Return the passages of each query: see `Retriever`; scores are at most the retrievers' number / (k + 1)."""
         check_queries(queries, top_k)
         rankings = [retriever.retrieve(queries, max(top_k, self.depth)) for retriever in self.retrievers]
-        return [self._joined(each, top_k) for each in zip(*rankings, strict=True)]
+        return found_of(self.passages, [self._joined(each)[:top_k] for each in zip(*rankings, strict=True)])
 
-    def _joined(self, rankings: Sequence[list[Found]], top_k: int) -> list[Found]:
+    def _joined(self, rankings: Sequence[list[Found]]) -> list[tuple[int, float]]:
+        """Return place and score of all passages that are in a ranking, the best first."""
         scores: dict[int, float] = {}
         for ranking in rankings:
             for rank, found in enumerate(ranking, 1):
                 scores[found.place] = scores.get(found.place, 0.0) + 1 / (self.k + rank)
-        best = sorted(scores.items(), key=lambda pair: (-pair[1], pair[0]))
-        return found_of(self.passages, best[:top_k])
+        return sorted(scores.items(), key=lambda pair: (-pair[1], pair[0]))
 
 
 class Gated:

@@ -86,6 +86,16 @@ def test_equal_scores_keep_the_order_and_words_that_are_not_there_find_nothing()
     assert best_places(np.array([1.0, 3, 2, 3, 0]), 9).tolist() == [1, 3, 2, 0, 4]
 
 
+@pytest.mark.parametrize("top_k", [1, 3, 20, 300])
+def test_the_best_places_are_those_of_a_sort(top_k):
+    rng = np.random.default_rng(top_k)
+    for count, kinds in ((1, 1), (7, 3), (200, 2), (1000, 30), (999, 10**6), (500, 1)):
+        scores = rng.integers(kinds, size=count).astype(np.float32)
+        order = np.argsort(-scores, kind="stable")
+        assert best_places(scores, top_k).tolist() == order[:top_k].tolist()
+        assert best_places(scores, top_k, above=0.0).tolist() == order[scores[order] > 0][:top_k].tolist()
+
+
 def test_a_saved_index_answers_as_before_and_grows(tmp_path):
     texts, file = drawn(30, 5), tmp_path / "words.safetensors"
     index = WordIndex()
