@@ -25,6 +25,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 TOP_K, ROUNDS, QUERIES = 10, 5, 500
+# Different words of drawn texts.
+TYPES = 500_000
 # A first sentence, and what follows it.
 CLOZE = re.compile(r"(.{25,200}?[.!?])\s+(\S.{80,})", re.DOTALL)
 
@@ -152,7 +154,7 @@ def speed_table() -> list[str]:
 # ---- a large index ----
 
 
-def write_texts(file: Path, megabytes: int, seed: int = 0) -> None:
+def write_texts(file: Path, megabytes: float, seed: int = 0) -> None:
     """Write texts of words that are drawn as often as Zipf's law has it, of 500,000, to a jsonl file."""
     import numpy as np
 
@@ -161,7 +163,7 @@ def write_texts(file: Path, megabytes: int, seed: int = 0) -> None:
     words = np.array(
         [
             "".join(syllables[number // 80**place % 80] for place in range(1 + number % 4))
-            for number in range(1, 500_001)
+            for number in range(1, TYPES + 1)
         ]
     )
     weights = 1 / np.arange(1, len(words) + 1)
