@@ -118,7 +118,7 @@ class WordIndex:
         return len(self._numbers)
 
     def add(self, texts: Iterable[str]) -> None:
-        """Add texts; their places follow those of the texts that are there. Rarities are counted anew by a search."""
+        """Add texts; their places follow those of the texts that are there. Rarities are counted anew by `finish`."""
         import numpy as np
 
         for text in texts:
@@ -138,7 +138,7 @@ class WordIndex:
         numbers = [number for number in map(self._numbers.get, words_of(query)) if number is not None]
         if not numbers:
             return []
-        scores = self._index().get_scores_from_ids(numbers)
+        scores = self.finish().get_scores_from_ids(numbers)
         places = best_places(scores, top_k, above=0.0)
         return list(zip(places.tolist(), scores[places].tolist(), strict=True))
 
@@ -259,8 +259,11 @@ class WordIndex:
         self._blocks = [_Postings(texts_of_word, places, counts)]
         return self._blocks[0]
 
-    def _index(self) -> "bm25s.BM25":
-        """Return the index of bm25s, with what each word adds to the score of each text."""
+    def finish(self) -> "bm25s.BM25":
+        """Return the index of bm25s: what each word adds to the score of each text. Then any thread may search.
+
+        Without it the first search after `add` does this.
+        """
         import numpy as np
 
         if self._scored is None:

@@ -27,6 +27,8 @@ def retrieval_over(passages: Sequence[str], top_k: int = 3) -> Callable[[str], s
         raise InputError(f"retrieval_over: top_k must be at least 1, got {top_k}")
     index = WordIndex()
     index.add(texts)
+    # Tools may be called from several threads.
+    index.finish()
 
     def search(query: str) -> str:
         """Search for passages.

@@ -174,6 +174,10 @@ class Passages(Sequence[Passage]):
             raise InputError(f"passages cut to {added.cut} cannot be added to passages cut to {self.cut}")
         self.cut = self.cut or added.cut
         self._table = pyarrow.concat_tables([self._table, added._table])
+        parts = self._table.column(0).num_chunks
+        if parts > 100 and len(self) < 100 * parts:
+            # Many small additions would make each look-up slow.
+            self._table = self._table.combine_chunks()
 
     def save(self, folder: str | Path) -> None:
         """Write them to a folder, as `passages.arrow` and `passages.json`; passages that are there are replaced."""

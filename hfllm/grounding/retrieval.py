@@ -68,12 +68,15 @@ class BM25Retriever:
         retriever.passages = Passages.load(folder) if passages is None else passages
         refuse_empty(retriever.passages, f"BM25Retriever of {folder}")
         retriever._index = WordIndex.load(Path(folder, FILE), retriever.passages.digest)
+        retriever._index.finish()
         return retriever
 
     def _current(self) -> WordIndex:
         """Return the index of all passages."""
         if len(self._index) < len(self.passages):
             self._index.add(self.passages.texts(len(self._index)))
+            if self._index.num_words:
+                self._index.finish()
         return self._index
 
 

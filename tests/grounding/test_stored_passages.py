@@ -124,6 +124,9 @@ def test_saved_ones_are_the_same_and_grow(tmp_path, tokenizer):
     assert passages[-1].text == "One more." and passages.digest != first
     both = Passages([*loaded, Passage("One more.")])
     assert both.digest == passages.digest
+    for number in range(150):
+        both.add([Passage(f"Number {number}.", str(number))])
+    assert both[-1] == Passage("Number 149.", "149") and both[-151].text == "One more."
     # The file that is mapped into memory may be written over.
     loaded.add(passages)
     loaded.save(tmp_path / "one")
