@@ -203,8 +203,12 @@ def _log_probs(
     model: "PreTrainedModel", prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], batch_size: int
 ) -> "list[torch.Tensor]":
     """Return the log-probability of each token of an answer after its prompt, in 64 bits."""
+    import inspect
+
     import torch
 
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
     found = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
@@ -213,10 +217,15 @@ def _log_probs(
         # What is on the right of a causal model's tokens does not reach them, so that any token serves to pad.
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=model.device)
+        # Logits of the answers alone, which are at the end: those of whole prompts would take much memory.
+        first = min(len(prompt) for prompt in prompts[part]) - 1
+        keep = {"logits_to_keep": longest - first} if keeps_logits else {}
         with torch.inference_mode():
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits
+        left_out = longest - logits.shape[1]
         for place, (row, answer) in enumerate(zip(rows, answers[part], strict=True)):
-            predicted = logits[place, len(row) - len(answer) - 1 : len(row) - 1].double().log_softmax(-1)
+            begins = len(row) - len(answer) - 1 - left_out
+            predicted = logits[place, begins : begins + len(answer)].double().log_softmax(-1)
             targets = ids[place, len(row) - len(answer) : len(row), None]
             found.append(predicted.gather(1, targets)[:, 0].cpu())
     return found

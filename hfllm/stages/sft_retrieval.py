@@ -73,7 +73,9 @@ def contents(script_args: RetrievalArguments) -> dict[str, str]:
 
     name = script_args.retrieval_dataset_name
     files = _files(name) if name else []
-    return {"retrieval content": content_of((str(file), file) for file in files)} if files else {}
+    # Where a folder is does not matter, which names its files have does.
+    named = [(str(file.relative_to(name)) if Path(name).is_dir() else "", file) for file in files]
+    return {"retrieval content": content_of(named)} if files else {}
 
 
 def with_passages(
@@ -105,18 +107,20 @@ def with_passages(
     if (top_k := script_args.retrieval_top_k or TOP_K) > len(passages):
         raise InputError(f"--retrieval_top_k {top_k}: {name} has {len(passages)} passages")
     retriever, results, metrics = BM25Retriever(passages), [], {}
-    for metric, each in (("grounded_rows", rows), ("grounded_eval_rows", eval_rows)):
-        share = FRACTION if script_args.grounded_fraction is None else script_args.grounded_fraction
+    share = FRACTION if script_args.grounded_fraction is None else script_args.grounded_fraction
+    for metric, what, each in (
+        ("grounded_rows", "training rows", rows),
+        ("grounded_eval_rows", "held-out rows", eval_rows),
+    ):
         chosen = random.Random(f"{metric} {seed}").sample(range(len(each)), round(share * len(each)))
-        found = _found(retriever, [each[place] for place in chosen], top_k, script_args.retrieval_min_score)
+        asked = [each[place] for place in chosen]
+        found = _found(retriever, asked, top_k, script_args.retrieval_min_score, each is rows)
         given = dict(zip(chosen, found, strict=True))
         results.append([_grounded(row, given.get(place, [])) for place, row in enumerate(each)])
         metrics[metric] = sum(map(bool, found))
-        what = "training rows" if each is rows else "held-out rows"
-        say(
-            f"{what}: {metrics[metric]:,} of {len(each):,} have passages of {name}"
-            + (f"; for {len(chosen) - metrics[metric]:,} more none was found" * (len(chosen) > metrics[metric]))
-        )
+        missing = len(chosen) - metrics[metric]
+        others = f"; for {missing:,} more none was found" if missing else ""
+        say(f"{what}: {metrics[metric]:,} of {len(each):,} have passages of {name}{others}")
     return results[0], results[1], metrics
 
 
@@ -139,12 +143,15 @@ def _passages(name: str, tokenizer: "PreTrainedTokenizerBase") -> "Passages":
 
 
 def _found(
-    retriever: "BM25Retriever", rows: Sequence["Row"], top_k: int, min_score: float | None
+    retriever: "BM25Retriever", rows: Sequence["Row"], top_k: int, min_score: float | None, is_training: bool
 ) -> list[list["Found"]]:
     """Return the passages of each row; none of one that asks nothing.
 
+    Args:
+        is_training: whether the rows are learned from, so that some must have passages.
+
     Raises:
-        InputError: when no row gets any.
+        InputError: when no training row gets any.
     """
     from hfllm.grounding.prompts import last_question
     from hfllm.grounding.retrieval import scoring_enough
@@ -156,7 +163,7 @@ def _found(
         queries.append("" if place is None else messages[place]["content"])
     found = retriever.retrieve(queries, top_k)
     kept = found if min_score is None else scoring_enough(found, min_score)
-    if rows and not any(kept):
+    if is_training and rows and not any(kept):
         best = max((each.score for ranking in found for each in ranking), default=None)
         if best is None:
             raise InputError(f"--retrieval_dataset_name: no passage has a word of {len(rows):,} questions")
