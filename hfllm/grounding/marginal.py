@@ -209,7 +209,8 @@ def _log_probs(
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
-    found = []
+    was_training, found = model.training, []
+    model.eval()
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         rows = [[*prompt, *answer] for prompt, answer in zip(prompts[part], answers[part], strict=True)]
@@ -228,6 +229,7 @@ def _log_probs(
             predicted = logits[place, begins : begins + len(answer)].double().log_softmax(-1)
             targets = ids[place, len(row) - len(answer) : len(row), None]
             found.append(predicted.gather(1, targets)[:, 0].cpu())
+    model.train(was_training)
     return found
 
 
