@@ -5,6 +5,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
@@ -274,9 +275,12 @@ def _read_about(path: Path) -> dict[str, int | Cut | None]:
     """Return what `passages.json` says: how many passages, and how they were cut."""
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-        cut = about["cut"]
+        cut = None if about["cut"] is None else Cut(**about["cut"])
         if about["format"] != FORMAT or not isinstance(about["passages"], int):
             raise ValueError(f"format {about['format']!r}, expected {FORMAT!r}")
-        return {"passages": about["passages"], "cut": None if cut is None else Cut(**cut)}
+        for each in fields(Cut) if cut is not None else ():
+            if not isinstance(getattr(cut, each.name), each.type):
+                raise ValueError(f"{each.name} is {getattr(cut, each.name)!r}")
+        return {"passages": about["passages"], "cut": cut}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: missing or damaged: {str(error).splitlines()[0][:80]}") from None

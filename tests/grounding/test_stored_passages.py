@@ -163,7 +163,8 @@ def test_texts_that_are_none_and_damaged_files_are_refused(tmp_path):
     passages = Passages.from_texts(["The owl is gray."] * 3)
     passages.save(tmp_path)
     about, table = (tmp_path / ABOUT).read_text(), (tmp_path / FILE).read_bytes()
-    for wrong in ("[]", "{", about.replace("hfllm passages 1", "another")):
+    strange = about.replace("null", '{"max_tokens": "x", "overlap": 1}')
+    for wrong in ("[]", "{", about.replace("hfllm passages 1", "another"), strange):
         (tmp_path / ABOUT).write_text(wrong)
         with pytest.raises(InputError, match=rf"{ABOUT}: missing or damaged"):
             Passages.load(tmp_path)
