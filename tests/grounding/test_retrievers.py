@@ -206,6 +206,15 @@ class Wrong:
         return self.vectors[: len(texts)] if len(texts) > 1 else self.vectors[:, :2]
 
 
+def test_an_index_without_passages_is_refused(words, tmp_path):
+    Passages().save(tmp_path)
+    empty = Passages.load(tmp_path)
+    assert len(empty) == 0 and list(empty) == [] and empty.at([]) == {}
+    for load in (BM25Retriever.load, lambda folder: DenseRetriever.load(folder, words)):
+        with pytest.raises(InputError, match=f"Retriever of {tmp_path}: there are no passages to search"):
+            load(tmp_path)
+
+
 def test_what_cannot_be_searched_is_refused(passages, words):
     for make in (BM25Retriever, lambda each: DenseRetriever(each, words)):
         with pytest.raises(InputError, match="there are no passages to search"):
