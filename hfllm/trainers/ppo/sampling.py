@@ -115,7 +115,9 @@ class SampledLogprobs:
         value_head: also applied to the state that each token is sampled from, or `None`.
 
     Attributes:
-        logprobs, entropy, values: (N, R), unspecified after the end of a response.
+        logprobs, entropy, values: (N, R + 1), unspecified where the policy chose no token of a response.
+        tokens: (N, R + 1), those that were recorded, and -1.
+        turns: responses that are recorded together.
         is_checked: whether earlier recordings of its kind were found right; if not, it is compared with a second pass.
         is_wrong: whether it was found wrong.
     """
@@ -131,8 +133,22 @@ class SampledLogprobs:
         device: torch.device,
     ):
         self.temperature, self.never_sampled, self.value_head = temperature, never_sampled, value_head
-        self.logprobs, self.entropy, self.values = (torch.zeros(shape, device=device) for _ in range(3))
+        rows, self.room = shape
+        # The last column takes what is sampled beyond the room of an episode, and cut off.
+        self.logprobs, self.entropy, self.values = (torch.zeros(rows, self.room + 1, device=device) for _ in range(3))
+        self.tokens = torch.full((rows, self.room + 1), -1, device=device)
         self._logits = self._states = None
+        self.begin(range(rows), [0] * rows)
+
+    def begin(self, rows: Sequence[int], columns: Sequence[int]) -> None:
+        """Let the next responses be turns of episodes: of these rows, each from its column on."""
+        self.turns, device = len(rows), self.tokens.device
+        self._rows, self._columns = (torch.tensor(list(places), device=device) for places in (rows, columns))
+
+    def saw(self, response_ids: torch.Tensor, action_mask: torch.Tensor) -> bool:
+        """Return whether the policy's tokens among responses (N, R) are those that were recorded."""
+        chosen = action_mask > 0
+        return torch.equal(self.tokens[:, : chosen.shape[1]][chosen], response_ids[chosen])
 
     @contextmanager
     def watching(self, policy: PreTrainedModel) -> Iterator[None]:
@@ -155,16 +171,19 @@ class SampledLogprobs:
                 handle.remove()
 
     def of(self, rows: torch.Tensor, column: int) -> Callable[[torch.Tensor], None]:
-        """Return a function that records the tokens of `rows` at this and each following column."""
+        """Return a function that records the tokens of `rows`, as `begin` places them, from a column of theirs on."""
+        places, columns = self._rows[rows], self._columns[rows] + column
 
         def note(tokens: torch.Tensor) -> None:
-            nonlocal column
+            nonlocal columns
+            at = places, columns.clamp(max=self.room)
             distribution = log_distribution(self._logits.clone(), self.temperature, self.never_sampled)
-            self.logprobs[rows, column] = distribution.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-            self.entropy[rows, column] = entropy_of(distribution)
+            self.tokens[at] = tokens
+            self.logprobs[at] = distribution.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+            self.entropy[at] = entropy_of(distribution)
             if self.value_head is not None:
-                self.values[rows, column] = self.value_head(self._states).squeeze(-1)
-            column += 1
+                self.values[at] = self.value_head(self._states).squeeze(-1)
+            columns = columns + 1
 
         return note
 
