@@ -21,6 +21,7 @@ from hfllm.errors import InputError
 from hfllm.outputs.checkpoints import last_complete_checkpoint
 from hfllm.trainers.ppo.sampling import SampledLogprobs
 from hfllm.trainers.ppo.trainer import PPOTrainer
+from hfllm.trainers.ppo.turn_caches import TurnCaches
 
 RUN = Path(__file__).parent / "tools_run.py"
 
@@ -254,6 +255,50 @@ def test_what_sampling_saw_of_each_turn_is_not_asked_again(make_talker, tokens, 
     assert not calls
     trainer.train()
     assert trainer.state.global_step == 4
+
+
+def test_later_turns_read_what_is_new_alone(make_talker, monkeypatch):
+    trainer, fed = make_talker(), []
+    trainer.policy.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    batches, read = [], []
+    for is_kept in (True, False):
+        if not is_kept:
+            monkeypatch.setattr(TurnCaches, "before", lambda *args: None)
+        torch.manual_seed(7)
+        batches.append(trainer.sample(rows_of(trainer, 12)))
+        read.append(sum(fed))
+        fed.clear()
+    for name in ("response_ids", "action_mask", "is_ended"):
+        assert torch.equal(batches[0][name], batches[1][name]), name
+    # Without it the prompts are read three times.
+    prompts = int(batches[0]["prompt_mask"].sum())
+    assert read[1] - read[0] > prompts and batches[0]["witness"].caches is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"cache_implementation": "static"},
+        {"cache_implementation": "dynamic"},
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2},
+        {"use_cache": False},
+    ],
+)
+def test_later_turns_take_every_setting_of_generation(make_talker, monkeypatch, settings):
+    trainer = make_talker()
+    for name, value in settings.items():
+        setattr(trainer.sampling_config, name, value)
+    batches = []
+    for is_kept in (True, False):
+        if not is_kept:
+            monkeypatch.setattr(TurnCaches, "before", lambda *args: None)
+        torch.manual_seed(7)
+        batches.append(trainer.sample(rows_of(trainer, 6)))
+    assert torch.equal(batches[0]["response_ids"], batches[1]["response_ids"])
+    assert (batches[0]["action_mask"] < batches[0]["response_mask"]).any()
 
 
 def test_several_turns_of_prompts_without_padding_are_checked_for_themselves(make_talker):

@@ -15,6 +15,7 @@ from hfllm.trainers.ppo.config import PPOConfig
 from hfllm.trainers.ppo.prompts import tokenize_rows
 from hfllm.trainers.ppo.rollout import pad_prompts
 from hfllm.trainers.ppo.sampling import SampledLogprobs
+from hfllm.trainers.ppo.turn_caches import TurnCaches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,11 +139,11 @@ def _recorded(
     def place(going: Sequence[Episode]) -> None:
         witness.begin([episode.place for episode in going], [len(episode.response_ids) for episode in going])
 
-    trainer._recorder = witness
+    trainer._recorder, witness.caches = witness, TurnCaches()
     try:
         return run_episodes(prompts, trainer.continue_ids, environment, trainer.args.response_length, place)
     finally:
-        trainer._recorder = None
+        trainer._recorder = witness.caches = None
 
 
 def from_rollout_func(
