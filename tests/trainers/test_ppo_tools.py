@@ -323,6 +323,8 @@ def test_what_was_not_sampled_is_not_taken_for_recorded(make_agent, make_talker,
     sample = talker.continue_ids
     talker.continue_ids = lambda sequences, most: [sample([ids], most)[0] for ids in sequences]
     assert talker.sample(rows_of(talker, 6))["witness"] is None
+    talker.continue_ids = lambda sequences, most: sample([*sequences, *sequences], most)[len(sequences) :]
+    assert talker.sample(rows_of(talker, 6))["witness"] is None
     talker.continue_ids = sample
     begin = SampledLogprobs.begin
     monkeypatch.setattr(SampledLogprobs, "begin", lambda self, rows, columns: begin(self, rows, [0] * len(rows)))
