@@ -1,6 +1,7 @@
 """Calls of tools in a policy's turns, and the tokens of the turns that answer them."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.messages import Message
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
 REWRITES = "tools: the chat template writes a turn otherwise when a result follows it: set one that does not"
 UNREADABLE = "{'error': 'the result cannot be written as plain text'}"
+# Replies that are kept: tools say the same again and again.
+KEPT_REPLIES = 512
 
 
 class ToolTurns:
@@ -50,6 +53,8 @@ class ToolTurns:
         asked = [{"role": "user", "content": "Say it."}]
         before, opened = (self._tokens(asked, add_generation_prompt=is_opened) for is_opened in (False, True))
         self.opening = opened[len(before) :]
+        self._before = lru_cache(KEPT_REPLIES)(self._tokens_before)
+        self._written = lru_cache(KEPT_REPLIES)(self._write)
         # Of one result, so that a chat template that does not serve is refused before training.
         self._skeletons = {1: self._control_of(self._reply([_message_of("tool", "x")]))}
 
@@ -95,16 +100,23 @@ class ToolTurns:
         return [token for token in ids if token in self.control]
 
     def _reply(self, messages: Sequence[Message]) -> list[int]:
-        calls = [{"type": "function", "function": {"name": each["name"], "arguments": {}}} for each in messages]
-        said = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "", "tool_calls": calls}]
-        before = self._tokens(said, add_generation_prompt=False)
-        whole = self._tokens([*said, *messages], add_generation_prompt=True)
+        return list(self._written(tuple((each["name"], each["content"]) for each in messages)))
+
+    def _write(self, results: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+        """Return the tokens of a reply with these results, each with the name of its tool."""
+        names = tuple(name for name, _ in results)
+        before = self._before(names)
+        whole = self._tokens([*_calling(names), *(_message_of(*each) for each in results)], add_generation_prompt=True)
+        if tuple(whole[: len(before)]) != before:
+            raise InputError(REWRITES)
+        return tuple(whole[len(before) :])
+
+    def _tokens_before(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Return the tokens of a conversation up to the end of a turn that calls these tools."""
+        before = self._tokens(_calling(names), add_generation_prompt=False)
         # The policy's turn stops at its end token: what the template writes after that is part of the reply.
         ends = [place for place, token in enumerate(before) if token in self.end_token_ids]
-        before = before[: ends[-1] + 1] if ends else before
-        if whole[: len(before)] != before:
-            raise InputError(REWRITES)
-        return whole[len(before) :]
+        return tuple(before[: ends[-1] + 1] if ends else before)
 
     def _tokens(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
         options = {"tokenize": True, "return_dict": False, "sanitize_control_tokens": True}
@@ -114,6 +126,11 @@ class ToolTurns:
 
 def _message_of(name: str, content: str) -> Message:
     return {"role": "tool", "name": name, "content": content}
+
+
+def _calling(names: Sequence[str]) -> list[Message]:
+    calls = [{"type": "function", "function": {"name": name, "arguments": {}}} for name in names]
+    return [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "", "tool_calls": calls}]
 
 
 def _lasting_template(tokenizer: "PreTrainedTokenizerBase") -> str:
