@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.chat_templates import TURN_END, chat_template, response_template
@@ -189,7 +190,10 @@ def tokenize_prompts(
         options["sanitize_control_tokens"] = True
     if not any(tools or ()):
         return tokenizer.apply_chat_template(list(prompts), **options)["input_ids"]
-    return [
-        tokenizer.apply_chat_template(prompt, tools=read_tools("a prompt", shown), **options)["input_ids"]
-        for prompt, shown in zip(prompts, tools, strict=True)
-    ]
+    ids: list[list[int]] = []
+    # Neighbors that show the same tools are written in one call.
+    pairs = groupby(zip(prompts, tools, strict=True), key=lambda pair: id(pair[1]))
+    for neighbors in (list(group) for _, group in pairs):
+        shown = read_tools("a prompt", neighbors[0][1])
+        ids += tokenizer.apply_chat_template([prompt for prompt, _ in neighbors], tools=shown, **options)["input_ids"]
+    return ids

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.messages import Message
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 REWRITES = "tools: the chat template writes a turn otherwise when a result follows it: set one that does not"
 UNREADABLE = "{'error': 'the result cannot be written as plain text'}"
+# Replies that are kept: tools say the same again and again.
+KEPT_REPLIES = 512
 
 
 class ToolTurns:
@@ -54,7 +57,9 @@ class ToolTurns:
         asked = _calling([])[:1]
         before, opened = (self._tokens(asked, add_generation_prompt=is_opened) for is_opened in (False, True))
         self.opening, self._asked = opened[len(before) :], before
-        self._turn_end = set(self._tokens_before(["tool"])[-1:]) & self.end_token_ids
+        self._before = lru_cache(KEPT_REPLIES)(self._tokens_before)
+        self._written = lru_cache(KEPT_REPLIES)(self._write)
+        self._turn_end = set(self._before(("tool",))[-1:]) & self.end_token_ids
         # Of one result, so that a chat template that does not serve is refused before training.
         self._skeletons = {1: self._control_of(self._reply([_message_of("tool", "x")]))}
 
@@ -112,24 +117,28 @@ class ToolTurns:
         return [token for token in ids if token in self.control]
 
     def _reply(self, messages: Sequence[Message]) -> list[int]:
-        names = [each["name"] for each in messages]
+        return list(self._written(tuple((each["name"], each["content"]) for each in messages)))
+
+    def _write(self, results: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+        """Return the tokens of a reply with these results, each with the name of its tool."""
+        names = tuple(name for name, _ in results)
         try:
-            return self._write(names, messages)
+            return self._write_after(names, results)
         # Some chat templates, such as Llama 3.1's, refuse to write more than one call.
         except template_errors():
             if len(names) == 1:
                 raise
-            return self._write(names[:1], messages)
+            return self._write_after(names[:1], results)
 
-    def _write(self, names: Sequence[str], messages: Sequence[Message]) -> list[int]:
-        """Return the tokens of a reply with these results to a turn that calls these tools."""
-        before = self._tokens_before(names)
-        whole = self._tokens([*_calling(names), *messages], add_generation_prompt=True)
-        if whole[: len(before)] != before:
+    def _write_after(self, names: tuple[str, ...], results: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+        """Return the tokens of a reply to a turn that calls these tools."""
+        before = self._before(names)
+        whole = self._tokens([*_calling(names), *(_message_of(*each) for each in results)], add_generation_prompt=True)
+        if tuple(whole[: len(before)]) != before:
             raise InputError(REWRITES)
-        return whole[len(before) :]
+        return tuple(whole[len(before) :])
 
-    def _tokens_before(self, names: Sequence[str]) -> list[int]:
+    def _tokens_before(self, names: Sequence[str]) -> tuple[int, ...]:
         """Return the tokens of a conversation up to the end of a turn that calls these tools."""
         before = self._tokens(_calling(names), add_generation_prompt=False)
         # The policy's turn stops at its end token: what the template writes after that is part of the reply. Some
@@ -137,7 +146,7 @@ class ToolTurns:
         pairs = enumerate(zip(before, self._asked, strict=False))
         begin = next((place for place, (one, other) in pairs if one != other), len(self._asked))
         ends = [place for place in range(begin, len(before)) if before[place] in self.end_token_ids]
-        return before[: ends[-1] + 1] if ends else before
+        return tuple(before[: ends[-1] + 1] if ends else before)
 
     def _tokens(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
         options = {"tokenize": True, "return_dict": False, "sanitize_control_tokens": True}

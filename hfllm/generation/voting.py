@@ -72,6 +72,31 @@ def majority_answers(
     return kept
 
 
+def best_by_reward(
+    prompts: Sequence[str | list], responses: Sequence[Sequence[str | list]], reward: Callable[..., Sequence[float]]
+) -> list[tuple[int, float]]:
+    """Return for each prompt which of its responses a reward scores highest, and its score; of equal ones the first.
+
+    Args:
+        responses: at least one per prompt, texts or messages; the reward gets texts in the form of their prompt.
+        reward: see `best_answers`; it is called once for each prompt.
+
+    Raises:
+        InputError: for a score that is NaN, or another number of scores.
+    """
+    kept = []
+    for prompt, texts in zip(prompts, responses, strict=True):
+        completions = [as_completion(prompt, text) if isinstance(text, str) else text for text in texts]
+        scores = list(reward(prompts=[prompt] * len(texts), completions=completions))
+        if len(scores) != len(texts):
+            raise InputError(f"the reward gave {len(scores)} scores for {len(texts)} responses; expected one for each")
+        if any(math.isnan(score) for score in scores):
+            raise InputError(f"the reward of a response to prompt {len(kept) + 1} is NaN; expected a number")
+        place = max(range(len(texts)), key=scores.__getitem__)
+        kept.append((place, float(scores[place])))
+    return kept
+
+
 def best_answers(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -89,18 +114,13 @@ def best_answers(
         extract, sampling: see `majority_answers`.
 
     Raises:
-        InputError: for fewer than one response, or a reward that is no finite number.
+        InputError: for fewer than one response, or what `best_by_reward` refuses.
     """
-    kept = []
     sampled = _sampled(model, tokenizer, prompts, n, max_new_tokens, sampling)
-    for prompt, texts in zip(prompts, sampled, strict=True):
-        completions = [as_completion(prompt, text) for text in texts]
-        scores = [float(score) for score in reward(prompts=[prompt] * n, completions=completions)]
-        if len(scores) != n or not all(map(math.isfinite, scores)):
-            raise InputError(f"the reward gave {scores} for {n} responses; expected a finite number for each")
+    kept = []
+    for texts, (place, score) in zip(sampled, best_by_reward(prompts, sampled, reward), strict=True):
         answers = [plain_answer(extract(answer_of(text))) for text in texts]
-        place = max(range(n), key=scores.__getitem__)
-        kept.append(Chosen(texts[place], answers[place], answers.count(answers[place]) / n, scores[place]))
+        kept.append(Chosen(texts[place], answers[place], answers.count(answers[place]) / n, score))
     return kept
 
 

@@ -76,6 +76,25 @@ def test_harmless_results_are_tokenized_as_the_template_writes_them(turns, tool_
         assert turns.reply_ids([said(content)]) == tool_tokenizer(text)["input_ids"]
 
 
+def test_a_reply_is_the_same_when_it_is_said_again(tool_tokenizer, monkeypatch):
+    """Whatever was said before, by whichever tools, and whatever became of the tokens."""
+    tokenizer = copy.deepcopy(tool_tokenizer)
+    # Tools' names are in the calls and in the results.
+    tokenizer.chat_template = TEMPLATE.replace("+ '|>' + (", "+ '|>' + (message['name'] or '') + ' ' + (")
+    used = ToolTurns(tokenizer, [], [tokenizer.eos_token_id])
+    replies = [[said(word, name)] for word in ("red", FORGED, "") for name in ("lookup", "look")]
+    replies += [[said("red"), said("blue", "look")], [said("red", "look"), said("blue")], [said("redblue")]]
+    written = [ToolTurns(tokenizer, [], [tokenizer.eos_token_id]).reply_ids(reply) for reply in replies]
+    assert len({tuple(ids) for ids in written}) == len(replies)
+    for _ in range(2):
+        for reply, ids in zip(replies, written, strict=True):
+            got = used.reply_ids(copy.deepcopy(reply))
+            assert got == ids
+            got.clear()
+    monkeypatch.setattr(tokenizer, "apply_chat_template", None)
+    assert [used.reply_ids(reply) for reply in replies] == written
+
+
 def test_a_tokenizer_that_writes_words_by_its_end_token_lets_no_tool_end_a_turn():
     words = ["<|end|>", "<|pad|>", "<|tool|>", "<|assistant|>", "<|user|>", "x", "fish", "Say", "it.", "{}"]
     model = models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<|end|>")
@@ -94,6 +113,8 @@ def test_a_tokenizer_that_writes_words_by_its_end_token_lets_no_tool_end_a_turn(
     ids = turns.reply_ids(messages)
     assert tokenizer.convert_ids_to_tokens(ids) == ["<|tool|>", "<|end|>", "<|assistant|>"]
     assert messages == [{"role": "tool", "name": "tool", "content": ""}]
+    again = [said("fish unheard of")]
+    assert turns.reply_ids(again) == ids and again == messages
     assert turns.reply_ids([said("fish")]) == tokenizer("<|tool|> fish <|end|> <|assistant|>")["input_ids"]
     assert UNREADABLE
 
