@@ -169,12 +169,16 @@ def turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
 
 
 def tokenize_prompts(
-    prompts: Sequence[str | list], tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Any] | None = None
+    prompts: Sequence[str | list],
+    tokenizer: "PreTrainedTokenizerBase",
+    tools: Sequence[Any] | None = None,
+    as_plain_text: bool = False,
 ) -> list[list[int]]:
     """Return the token ids of each prompt: text unchanged, messages by chat template up to the assistant's turn.
 
     Args:
         tools: for each prompt those that the chat template shows with its messages, as in a column `tools`.
+        as_plain_text: whether special tokens that messages spell are tokenized as text.
 
     Raises:
         InputError: when these are no tools.
@@ -182,6 +186,8 @@ def tokenize_prompts(
     if isinstance(prompts[0], str):
         return tokenizer(list(prompts))["input_ids"]
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "padding": False}
+    if as_plain_text:
+        options["sanitize_control_tokens"] = True
     if not any(tools or ()):
         return tokenizer.apply_chat_template(list(prompts), **options)["input_ids"]
     ids: list[list[int]] = []

@@ -54,9 +54,13 @@ def transcript(completion: str | Sequence[dict[str, Any]]) -> str:
             lines.append(f"{message.get('role')}: {content}")
         for call in message.get("tool_calls") or []:
             function = call.get("function", call)
-            arguments = json.dumps(function.get("arguments"), ensure_ascii=False, default=str)
+            try:
+                arguments = json.dumps(function.get("arguments"), ensure_ascii=False, default=str)
+            except RecursionError:
+                arguments = "(nested too deeply to be shown)"
             lines.append(f"{message.get('role')} calls {function.get('name')}: {arguments}")
-    return "\n".join(lines)
+    # JSON may spell halves of characters, which no file can hold.
+    return "\n".join(lines).encode("utf-8", "replace").decode("utf-8")
 
 
 def _with_thoughts(message: Mapping[str, Any]) -> str:

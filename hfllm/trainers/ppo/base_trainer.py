@@ -27,7 +27,7 @@ from hfllm.trainers.ppo.sampling import SampledLogprobs, generate_responses
 from hfllm.trainers.ppo.setup import as_reference
 from hfllm.trainers.ppo.vllm_sampling import VllmSampler
 from hfllm.trainers.sharding import gather_parameters
-from hfllm.trainers.tables import log_table
+from hfllm.trainers.tables import log_table, storable
 
 # Tokens per pass on a CPU, where larger passes save no time, and logits per pass with a large vocabulary: 16 MB.
 MOST_CPU_TOKENS, LEAST_CPU_TOKENS, MOST_CPU_LOGITS = 768, 256, 2**22
@@ -240,7 +240,7 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
 
         folder = Path(self.args.output_dir) / "completions"
         folder.mkdir(parents=True, exist_ok=True)
-        Dataset.from_list(self.completions).to_parquet(folder / f"{name}_{self.args.process_index}.parquet")
+        Dataset.from_list(storable(self.completions)).to_parquet(folder / f"{name}_{self.args.process_index}.parquet")
         if self.is_world_process_zero():
             # An evaluation has one table per batch.
             parts = name.split("_")

@@ -12,7 +12,6 @@ from hfllm.environments.tool_environment import ToolEnvironment
 from hfllm.environments.tools import Tool
 from hfllm.errors import InputError
 from hfllm.trainers.ppo.config import PPOConfig
-from hfllm.trainers.ppo.prompts import tokenize_rows
 from hfllm.trainers.ppo.rollout import pad_prompts
 from hfllm.trainers.ppo.sampling import SampledLogprobs
 from hfllm.trainers.ppo.turn_caches import TurnCaches
@@ -101,7 +100,7 @@ def act(rows: Sequence[Mapping[str, Any]], environment: ToolEnvironment, trainer
         InputError: when an environment makes a prompt too long for the model.
     """
     rows = environment.begin(rows)
-    prompts = tokenize_rows(rows, trainer.processing_class, environment.tools.schemas)
+    prompts = environment.prompt_ids(rows)
     longest = max(map(len, prompts))
     if trainer.context is not None and longest + trainer.args.response_length > trainer.context:
         raise InputError(
