@@ -70,6 +70,9 @@ class Chunker:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase | None" = None, max_tokens: int = 200, overlap: int = 20):
+        for name, number in (("max_tokens", max_tokens), ("overlap", overlap)):
+            if not isinstance(number, int):
+                raise InputError(f"{name}={number!r:.40}: expected a whole number")
         if max_tokens < 1:
             raise InputError(f"max_tokens={max_tokens}: a passage has at least 1 token")
         if not 0 <= overlap < max_tokens:
@@ -109,7 +112,8 @@ class Chunker:
 
     def _spans(self, text: str) -> list[tuple[int, int]]:
         """Return beginnings and ends of the passages of a text, in characters."""
-        pieces = _PIECE.findall(text)
+        # Spaces at the end are no piece, and looked for from each of them they would take the square of their number.
+        pieces = _PIECE.findall(text.rstrip())
         if not pieces:
             return []
         sizes = self._sizes(pieces)

@@ -4,16 +4,18 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
+from uuid import uuid4
 
 from hfllm.data.word_index import best_places
 from hfllm.errors import InputError
 from hfllm.grounding.encoders import Encoder
 from hfllm.grounding.found import Found, check_queries, found_of, refuse_empty
-from hfllm.grounding.passages import Passages
+from hfllm.grounding.passages import Passages, loaded_passages
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
 
 FILE = "vectors.safetensors"
 FORMAT = "hfllm vectors 1"
@@ -62,7 +64,8 @@ class DenseRetriever:
         vectors = self._catch_up()
         self.passages.save(folder)
         path = Path(folder, FILE)
-        unfinished = path.with_suffix(".unfinished")
+        # Of its own, since another process may save into the same folder.
+        unfinished = path.with_name(f"{path.name}.{uuid4().hex}")
         try:
             save_file({"vectors": vectors}, unfinished, {"format": FORMAT, **self._about()})
             unfinished.replace(path)
@@ -77,6 +80,7 @@ class DenseRetriever:
         query_prefix: str = "",
         passage_prefix: str = "",
         passages: Passages | None = None,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
     ) -> Self:
         """Return the retriever that `save` has written, without encoding its passages again.
 
@@ -86,12 +90,14 @@ class DenseRetriever:
             query_prefix: what stands before each query.
             passage_prefix: what stood before each passage.
             passages: its passages, where they are loaded already.
+            tokenizer: that of the model which reads them, to be compared with the one that cut them.
 
         Raises:
-            InputError: when a file is missing or damaged, or the vectors are another encoder's or of other passages.
+            InputError: when a file is missing or damaged, the vectors are another encoder's or of other passages, or
+                another tokenizer cut these.
         """
         retriever = cls.__new__(cls)
-        retriever.passages = Passages.load(folder) if passages is None else passages
+        retriever.passages = loaded_passages(folder, passages, tokenizer)
         refuse_empty(retriever.passages, f"DenseRetriever of {folder}")
         retriever.encoder, retriever.query_prefix, retriever.passage_prefix = encoder, query_prefix, passage_prefix
         retriever._vectors = _stored(Path(folder, FILE), retriever._about(), len(retriever.passages))
@@ -149,7 +155,8 @@ def _stored(path: Path, about: dict[str, str], count: int) -> "NDArray[np.float3
     try:
         with safe_open(path, "numpy") as stored:
             metadata, vectors = stored.metadata() or {}, stored.get_tensor("vectors")
-    except (SafetensorError, OSError, KeyError) as error:
+    # Of the last two for types that numpy lacks.
+    except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: no vectors of passages, or damaged: {str(error).splitlines()[0][:80]}") from None
     _refuse_other(path, metadata, {"format": FORMAT, **about})
     if vectors.dtype.name != "float32" or vectors.ndim != 2 or len(vectors) != count:

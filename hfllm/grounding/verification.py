@@ -24,7 +24,10 @@ KEPT, REVISED, ABSTAINED = "kept", "revised", "abstained"
 
 # After a point, also in quotes or brackets, and after the points of Chinese and Japanese.
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"'\u2019\u201d)\]])\s+|(?<=[\u3002\uff01\uff1f])|\n+")
-_LIST_MARK = re.compile(r"^\s*(?:\d+[.)]|[-*\u2022])\s+", re.MULTILINE)
+# Each begins where a run of like characters does: tried from each of them, a long run would take its square.
+_LIST_MARK = re.compile(r"^[^\S\n]*(?:\d+[.)]|[-*\u2022])\s+", re.MULTILINE)
+_POINTS = r"[.!?\u3002\uff01\uff1f]"
+_CITED_POINT = re.compile(rf"(?<!{_POINTS})({_POINTS}+)((?:\s*\[\d+(?:, ?\d+)*\])+)")
 _ADMITS = re.compile(
     r"\bI (do not|don['\u2019]t|cannot|can['\u2019]t|can not) (know|say|tell|answer)\b|\bnever heard of\b", re.I
 )
@@ -239,4 +242,4 @@ def _scores(check: Check, claims: Sequence[str], passages: Sequence[str]) -> lis
 
 def _citations_before_points(answer: str) -> str:
     """Return an answer whose citations stand before the point that ends their sentence: `red [1].`, not `red. [1]`."""
-    return re.sub(r"([.!?\u3002\uff01\uff1f]+)((?:\s*\[\d+\])+)", r"\2\1", answer)
+    return _CITED_POINT.sub(r"\2\1", answer)

@@ -10,7 +10,7 @@ from hfllm.errors import InputError, refuse
 from hfllm.runs.chain import Chain, chain_before
 from hfllm.runs.recipes import settings_file
 from hfllm.stages import sft_retrieval
-from hfllm.stages.sft_retrieval import RetrievalArguments
+from hfllm.stages.sft_retrieval import NO_ROOM, GroundedRow, RetrievalArguments, crowded_out
 from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
@@ -238,6 +238,7 @@ def examples(
     longest, part = training_args.max_length, _kept_part(training_args, is_eval)
     conversations = Conversations(tokenizer, marked_template(training_args, tokenizer))
     dropped, columns, cut = Dropped(len(rows)), {"input_ids": [], "labels": []}, 0
+    crowded: list[int] = []
     for row, labeled in zip(rows, conversations.label(rows), strict=True):
         kept = 0
         for each in labeled:
@@ -250,6 +251,9 @@ def examples(
         if not kept:
             is_learned = any(label != IGNORE for each in labeled for label in each.labels)
             why = f"with no answer within --max_length {longest}" if is_learned else "with no token to learn"
+            if is_learned and isinstance(row, GroundedRow):
+                why = NO_ROOM
+                crowded.append(max(len(each.input_ids) for each in labeled))
             dropped.add(why, origin_of(row, ""))
     for note, count in conversations.notes.reasons.items():
         say(f"{what}: {count:,} of {len(rows):,} {note}")
@@ -259,6 +263,8 @@ def examples(
         raise InputError(f"{what}: nothing to learn is left: {dropped}")
     if dropped.count:
         say(f"{what}: {dropped}")
+    if crowded:
+        say(f"{what}: {crowded_out(crowded, longest, len(rows))}")
     if cut:
         say(f"{what}: {cut:,} of {len(rows):,} rows cut to --max_length {longest}")
     return Dataset.from_dict(columns), dropped.count
