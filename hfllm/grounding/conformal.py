@@ -280,7 +280,7 @@ def _binomial_cdf(most: int, n: int, p: float) -> float:
         return 0.0
     k = np.arange(1, most + 1)
     # Of choosing k of n: each from the one before, so that the work does not grow with n.
-    log_choices = np.concatenate([[0.0], np.cumsum(np.log((n + 1 - k) / k))])
+    log_choices = np.concatenate([[0.0], np.cumsum(np.log((float(n) + 1 - k) / k))])
     k = np.arange(most + 1)
     logs = log_choices + k * math.log(p) + (float(n) - k) * math.log1p(-p)
     top = logs.max()

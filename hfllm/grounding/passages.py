@@ -286,7 +286,7 @@ def _batches(passages: Iterable[Passage]) -> Iterator["pyarrow.RecordBatch"]:
         except UnicodeEncodeError:
             number, wrong = next(pair for pair in enumerate(batch, count + 1) if not _is_whole(pair[1]))
             raise InputError(
-                f"passage {number} has half of a character (a lone surrogate): {wrong.text!r:.60} of {wrong.source!r:.60}"
+                f"passage {number} of {wrong.source!r:.40} has half a character (a lone surrogate): {wrong.text!r:.40}"
             ) from None
         count += len(batch)
 

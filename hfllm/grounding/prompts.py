@@ -73,7 +73,7 @@ def check_questions(questions: Sequence[Prompt], tokenizer: "PreTrainedTokenizer
         try:
             str(question_of(question)).encode()
         except UnicodeEncodeError:
-            raise InputError(f"question {number} has half of a character (a lone surrogate)") from None
+            raise InputError(f"question {number} has half a character (a lone surrogate)") from None
 
 
 def check_room(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hfllm.data.packing import IGNORE
 from hfllm.data.rows import OriginRow, origin_of
 from hfllm.data.sources import PYDOC, source_files
 from hfllm.errors import InputError, refuse
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from hfllm.grounding.retrieval import BM25Retriever
 
 TOP_K, FRACTION = 3, 0.5
-NO_ROOM = "with passages that leave no room for the answer"
 
 
 class GroundedRow(OriginRow):
@@ -123,7 +123,7 @@ def with_passages(
         if each is rows and not chosen:
             raise InputError(
                 f"--grounded_fraction {share:g}: none of {len(rows):,} rows gets passages; expected more than "
-                f"{0.5 / max(len(rows), 1):.2g}"
+                f"{0.5 / max(len(rows), 1):.3g}"
             )
         asked = [each[place] for place in chosen]
         found = _found(retriever, asked, top_k, script_args.retrieval_min_score, each is rows)
@@ -183,8 +183,21 @@ def _found(
     return kept
 
 
+def lacking_room(labels: Sequence[int], longest: int) -> list[int]:
+    """Return the length of a row with passages whose last answer begins where it is cut off; nothing of another row.
+
+    Args:
+        labels: of the row; what is not learned is `IGNORE`.
+        longest: the tokens that are kept, from the first on.
+    """
+    learned = [place for place, label in enumerate(labels) if label != IGNORE]
+    # The answer to the question with the passages is the last one: tokens that are learned, next to each other.
+    begins = next((place for place in reversed(learned) if labels[place - 1] == IGNORE), 0)
+    return [len(labels)] if learned and begins >= longest else []
+
+
 def crowded_out(sizes: Sequence[int], longest: int, of: int) -> str:
-    """Return what to say about rows whose passages leave no room for an answer.
+    """Return what to say about rows whose passages leave no room for the answer.
 
     Args:
         sizes: how many tokens each has.
@@ -192,8 +205,9 @@ def crowded_out(sizes: Sequence[int], longest: int, of: int) -> str:
         of: how many rows there are.
     """
     return (
-        f"{len(sizes):,} of {of:,} rows are left out, {NO_ROOM} within --max_length {longest}: --max_length {max(sizes)} "
-        "holds all of them, or take a smaller --retrieval_top_k, or passages that are cut shorter (docs/grounding.md)"
+        f"{len(sizes):,} of {of:,} rows have passages that leave no room for the answer within --max_length "
+        f"{longest}, which is not learned: --max_length {max(sizes)} holds all, if the model's context does, or take "
+        "a smaller --retrieval_top_k, or passages that are cut shorter (docs/grounding.md)"
     )
 
 
@@ -209,4 +223,4 @@ def _grounded(row: "Row", found: Sequence["Found"], plain: Callable[[str], str])
         return row
     size = len(row["prompt"])
     messages = grounded([*row["prompt"], *row["completion"]], [plain(each.passage.text) for each in found])
-    return GroundedRow({**row, "prompt": messages[:size], "completion": messages[size:]}, origin_of(row, ""))
+    return GroundedRow({**row, "prompt": messages[:size], "completion": messages[size:]}, origin_of(row, "a row"))
