@@ -44,7 +44,10 @@ class DenseRetriever:
         self._catch_up()
 
     def retrieve(self, queries: Sequence[str], top_k: int = 3) -> list[list[Found]]:
-        """Return the passages of each query: see `Retriever`; scores are from -1 to 1."""
+        """Return the passages of each query: see `Retriever`; scores are from -1 to 1.
+
+        A query whose vector is of zeros, such as one without a known word, finds nothing.
+        """
         check_queries(queries, top_k)
         vectors, ranked = self._catch_up(), []
         asked = _encoded(self.encoder, [self.query_prefix + query for query in queries], "query", 0)
@@ -52,9 +55,7 @@ class DenseRetriever:
         for vector in asked if queries else ():
             if len(vector) != vectors.shape[1]:
                 raise InputError(f"the encoder gives {len(vector)} values, and the passages have {vectors.shape[1]}")
-            scores = vectors @ vector
-            places = best_places(scores, top_k)
-            ranked.append(list(zip(places.tolist(), scores[places].tolist(), strict=True)))
+            ranked.append(_nearest(vectors, vector, top_k) if vector.any() else [])
         return found_of(self.passages, ranked)
 
     def save(self, folder: str | Path) -> None:
@@ -120,6 +121,23 @@ class DenseRetriever:
             known += len(batch)
         self._vectors = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return self._vectors
+
+
+def _nearest(vectors: "NDArray[np.float32]", vector: "NDArray[np.float32]", top_k: int) -> list[tuple[int, float]]:
+    """Return place and score of the vectors whose product with another is largest; of equal ones the earlier first.
+
+    In a product with all of them equal vectors may get different last digits, so that those near the best are
+    multiplied once more, each by itself.
+    """
+    import numpy as np
+
+    scores = vectors @ vector
+    slack = 1e-5 * max(1.0, float(np.abs(scores).max()))
+    near = np.flatnonzero(scores >= scores[best_places(scores, top_k)[-1]] - slack)
+    parts = [near[start : start + BATCH] for start in range(0, len(near), BATCH)]
+    exact = np.concatenate([(vectors[part] * vector.astype(np.float64)).sum(1) for part in parts])
+    places = best_places(exact, top_k)
+    return list(zip(near[places].tolist(), exact[places].tolist(), strict=True))
 
 
 def _encoded(encoder: Encoder, texts: Sequence[str], what: str, first: int) -> "NDArray[np.float32]":
