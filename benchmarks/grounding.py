@@ -247,7 +247,7 @@ def cost_table(name: str, prompts: int = 16, samples: int = 10, max_new_tokens: 
     measured, _ = seconds(lambda: semantic_entropy(rows))
     cost = sampling_cost(rows)
     return [
-        "| tokens of an answer | of its samples | all, against the answer | CPU-s, answers | with samples | entropies |",
+        "| tokens of an answer | of its samples | all, times the answer | CPU-s, answers | with samples | entropies |",
         "| - | - | - | - | - | - |",
         f"| {cost['given_tokens']:.1f} | {cost['sampled_tokens']:.1f} | {cost['times_as_many']:.1f} | {alone:.1f} "
         f"| {both:.1f} | {measured:.2f} |",

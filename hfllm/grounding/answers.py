@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 from hfllm.data.passages import citations_of, without_citations
@@ -98,7 +99,7 @@ def answer_with_passages(
     if marginal is not None and do_sample:
         raise InputError(f"do_sample cannot be used with marginal={marginal!r}, whose answers are the likeliest")
     for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if not isinstance(number, int) or number < 1:
+        if not isinstance(number, Integral) or number < 1:
             raise InputError(f"{name} must be a whole number of at least 1, got {number!r:.40}")
     check_questions(questions, tokenizer)
     if tokenizer.pad_token_id is None:

@@ -143,9 +143,11 @@ def shuffled_auroc(
     It is the control: an AUROC within two deviations of it says nothing.
 
     Raises:
-        InputError: as `auroc`.
+        InputError: as `auroc`, and for no rounds.
     """
     numbers, labels = as_pairs(uncertainty, wrong)
+    if rounds < 1:
+        raise InputError(f"rounds must be at least 1, got {rounds}")
     rng = np.random.default_rng(seed)
     found = [auroc(numbers, rng.permutation(labels)) for _ in range(rounds)]
     return float(np.mean(found)), float(np.std(found))

@@ -58,6 +58,8 @@ def rows_needed_to_test(alpha: float, delta: float, tests: int = 1) -> int:
     """
     check_share(alpha, "alpha")
     check_share(delta, "delta")
+    if tests < 1:
+        raise InputError(f"tests must be at least 1, got {tests}")
     level = delta / tests
     rows = max(math.floor(math.log(level) / math.log1p(-alpha)) - 1, 1)
     while binomial_p(0, rows, alpha) > level:

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from itertools import chain, islice
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -98,7 +99,7 @@ class Passages(Sequence[Passage]):
             InputError: when nothing is found, a row has no text, or the numbers make no sense.
         """
         chunker = Chunker(tokenizer, max_tokens, overlap)
-        if max_samples is not None and (not isinstance(max_samples, int) or max_samples < 1):
+        if max_samples is not None and (not isinstance(max_samples, Integral) or max_samples < 1):
             raise InputError(f"max_samples={max_samples!r:.40}: expected a whole number of at least 1, or None")
 
         def passages() -> Iterator[Passage]:

@@ -129,8 +129,10 @@ def verify(
         raise InputError(f"there are {len(answers)} answers and {len(passages)} lists of passages")
     if not 0 < threshold <= 1:
         raise InputError(f"threshold must be above 0 and at most 1, got {threshold}")
-    for number, texts in enumerate(passages, 1):
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+    for number, (answer, texts) in enumerate(zip(answers, passages, strict=True), 1):
+        if not isinstance(answer, str):
+            raise InputError(f"answer {number} must be a text, got {answer!r:.60}")
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
             raise InputError(f"the passages of answer {number} must be a list of texts, got {str(texts)[:60]!r}")
     claims = [[claim for claim in splitter(answer) if not admits_unknown(claim)] for answer in answers]
     pairs = [
@@ -230,8 +232,11 @@ def _dropped(answer: str, claims: Sequence[Claim]) -> Revision:
 def _scores(check: Check, claims: Sequence[str], passages: Sequence[str]) -> list[float]:
     if not claims:
         return []
-    scores = check(claims, passages)
-    scores = [float(score) for score in (scores.tolist() if hasattr(scores, "tolist") else scores)]
+    returned = check(claims, passages)
+    try:
+        scores = [float(score) for score in (returned.tolist() if hasattr(returned, "tolist") else returned)]
+    except (TypeError, ValueError):
+        raise InputError(f"the check returned {returned!r:.60}; expected a number for each pair") from None
     if len(scores) != len(claims):
         raise InputError(f"the check returned {len(scores)} scores for {len(claims)} pairs of claim and passage")
     for claim, score in zip(claims, scores, strict=True):
