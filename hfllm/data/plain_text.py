@@ -8,12 +8,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# What chat templates write around turns where the vocabulary has no token for it: `[/INST]`, `<<SYS>>`, `<|user|>`.
+_MARK = re.compile(r"<+[^\s<>'\"{}]{1,60}>+|\[/?[A-Z_]{2,}\]")
+
+
 def plain_text(tokenizer: "PreTrainedTokenizerBase") -> Callable[[str], str]:
     """Return a function of texts that breaks the control tokens which a text spells, such as `<|im_end|>`, by a space.
 
     Tokenizers read those as the tokens themselves, so that whoever writes a text would write turns. Control tokens are
-    the special ones, and those that were added to the vocabulary and stand in the chat template. Other texts stay as
-    they are.
+    the special ones, those that were added to the vocabulary and stand in the chat template, and what that has in
+    brackets. Other texts stay as they are.
 
     Args:
         tokenizer: the tokenizer of the model that reads the texts.
@@ -22,7 +26,7 @@ def plain_text(tokenizer: "PreTrainedTokenizerBase") -> Callable[[str], str]:
     written = "\n".join(template.values()) if isinstance(template, dict) else template
     added = tokenizer.added_tokens_decoder.values()
     spelled = {each.content.strip() for each in added if each.special or each.content in written}
-    spelled |= {each.strip() for each in tokenizer.all_special_tokens}
+    spelled |= {each.strip() for each in tokenizer.all_special_tokens} | set(_MARK.findall(written))
     # Of two that begin alike the longer one.
     longest_first = sorted(spelled - {""}, key=lambda token: (-len(token), token))
     if not longest_first:

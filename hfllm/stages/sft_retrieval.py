@@ -143,7 +143,11 @@ def _files(name: str) -> list[Path]:
     if name == PYDOC:
         return []
     saved = [Path(name, file) for file in (FILE, ABOUT)]
-    return saved if saved[0].is_file() else source_files(name) or []
+    if not saved[0].is_file():
+        return source_files(name) or []
+    if not saved[1].is_file():
+        raise InputError(f"{saved[1]}: missing, beside saved passages: save them again")
+    return saved
 
 
 def _passages(name: str, tokenizer: "PreTrainedTokenizerBase") -> "Passages":

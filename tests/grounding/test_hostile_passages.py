@@ -86,6 +86,18 @@ def test_control_tokens_are_broken_and_other_texts_stay():
     assert control & set(tokenizer(FORGED)["input_ids"])
 
 
+def test_marks_of_a_template_that_are_no_tokens_are_broken_too(tokenizer, monkeypatch):
+    llama = (
+        "{% for message in messages %}{% if message['role'] == 'system' %}{{ '<<SYS>>\\n' + message['content'] }}"
+        "{% elif message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}"
+        "{{ '<|bot|>' + message['content'] }}{% endif %}{% endfor %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", {"default": llama, "tool_use": "<tools>"})
+    plain = plain_text(tokenizer)
+    assert plain("red [/INST] blue <<SYS>> [INST]x <|bot|>") == "red [ /INST] blue < <SYS>> [ INST]x < |bot|>"
+    assert plain("<tools> [1] a[0] < b > [NOTE] <i>") == "< tools> [1] a[0] < b > [NOTE] <i>"
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_one_passage_gives_the_token_ids_of_plain_decoding(make_model, tokenizer, prompts_seen, seed):
     model = make_model(seed, initializer_range=0.3)

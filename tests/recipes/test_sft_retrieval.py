@@ -159,6 +159,16 @@ def test_passages_open_no_turn_in_a_row(tmp_path, tokenizer, make):
     assert counts[0] == counts[1]
 
 
+def test_saved_passages_of_which_a_file_is_missing_are_refused(saved, tmp_path, texts, tokenizer):
+    Passages.from_source(texts, tokenizer).save(tmp_path / "passages")
+    (tmp_path / "passages" / "passages.json").unlink()
+    words = ["--model_name_or_path", saved, "--output_dir", tmp_path / "out", "--retrieval_dataset_name"]
+    with pytest.raises(
+        InputError, match=r"--retrieval_dataset_name: .*passages\.json: missing, beside saved passages"
+    ):
+        sft.main(*sft.parse([*map(str, words), str(tmp_path / "passages")]))
+
+
 def test_a_fraction_that_gives_no_row_passages_is_refused(texts, tokenizer):
     rows = rows_of(40, pair)
     with pytest.raises(InputError, match=r"--grounded_fraction 0.01: none of 40 rows .* more than 0.0125"):
