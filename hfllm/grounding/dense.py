@@ -128,10 +128,15 @@ def _nearest(vectors: "NDArray[np.float32]", vector: "NDArray[np.float32]", top_
 
     In a product with all of them equal vectors may get different last digits, so that those near the best are
     multiplied once more, each by itself.
+
+    Raises:
+        InputError: for vectors so long that their products are not finite.
     """
     import numpy as np
 
     scores = vectors @ vector
+    if not np.isfinite(scores).all():
+        raise InputError("products of vectors are not finite: an encoder gives vectors of length 1")
     slack = 1e-5 * max(1.0, float(np.abs(scores).max()))
     near = np.flatnonzero(scores >= scores[best_places(scores, top_k)[-1]] - slack)
     parts = [near[start : start + BATCH] for start in range(0, len(near), BATCH)]

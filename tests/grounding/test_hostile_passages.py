@@ -346,3 +346,9 @@ def test_an_edited_abstainer_is_refused(tmp_path, field, value):
     file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
     with pytest.raises(InputError, match=rf"abstainer\.json: {field} must "):
         Abstainer.load(file)
+
+
+def test_a_column_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "The owl."}\n{"text": 3}\n')
+    with pytest.raises(InputError, match=r"a\.jsonl, line 2: text must be a text, got 3"):
+        Passages.from_source(str(tmp_path / "a.jsonl"))

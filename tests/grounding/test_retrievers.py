@@ -233,6 +233,10 @@ def test_what_cannot_be_searched_is_refused(passages, words):
         DenseRetriever(passages, Wrong(vectors[:4]))
     with pytest.raises(InputError, match=r"gives an array of shape \(5, 2\) for 1 texts"):
         DenseRetriever(passages, Wrong(vectors)).retrieve(["a"])
+    far = StaticVectors(np.eye(2), {"owl": 0})
+    far.encode = lambda texts: np.full((len(texts), 2), 1e30)
+    with np.errstate(over="ignore"), pytest.raises(InputError, match="products of vectors are not finite"):
+        DenseRetriever(passages, far).retrieve(["a"])
     vectors[3, 1] = math.nan
     with pytest.raises(InputError, match="the vector of passage 3 is not finite"):
         DenseRetriever(passages, Wrong(vectors))
