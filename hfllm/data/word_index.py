@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
+from unicodedata import normalize
 from uuid import uuid4
 
 from hfllm.errors import InputError
@@ -33,8 +34,12 @@ _WORD = re.compile(r"\w+")
 
 
 def words_of(text: str) -> list[str]:
-    """Return the words of a text: runs of letters, digits and underscores, without letter case."""
-    return _WORD.findall(text.casefold())
+    """Return the words of a text: runs of letters, digits and underscores, without letter case.
+
+    A letter with an accent is one whether a text has it as one character or as two.
+    """
+    folded = text.casefold()
+    return _WORD.findall(folded if folded.isascii() else normalize("NFC", folded))
 
 
 def import_bm25s(needed_by: str, extra: str = "grounding") -> ModuleType:

@@ -63,6 +63,9 @@ def check_queries(queries: Sequence[str], top_k: int) -> None:
         raise InputError(f"top_k must be at least 1, got {top_k}")
     if isinstance(queries, str):
         raise InputError(f"queries must be a list of texts, got the text {queries!r:.60}")
+    # What can be read once only would be empty after this.
+    if not hasattr(queries, "__len__"):
+        raise InputError(f"queries must be a list of texts, got {queries!r:.60}")
     if not all(isinstance(query, str) for query in queries):
         wrong = next(query for query in queries if not isinstance(query, str))
         raise InputError(f"queries must be texts, got {wrong!r:.60}")

@@ -62,6 +62,8 @@ class Passages(Sequence[Passage]):
         Raises:
             InputError: for a blank text, one that is none, or another number of sources.
         """
+        if isinstance(texts, str):
+            raise InputError(f"Passages.from_texts: expected a list of texts, got the text {texts!r:.40}")
         texts = list(texts)
         if sources is not None and len(sources) != len(texts):
             raise InputError(f"Passages.from_texts: {len(texts)} texts and {len(sources)} sources")
@@ -275,12 +277,15 @@ def _batches(passages: Iterable[Passage]) -> Iterator["pyarrow.RecordBatch"]:
     """Yield passages as batches of a table.
 
     Raises:
-        InputError: for a text or a source that UTF-8 cannot hold.
+        InputError: for what is no passage, or has a text or a source that UTF-8 cannot hold.
     """
     import pyarrow
 
     passages, count = iter(passages), 0
     while batch := list(islice(passages, BATCH)):
+        for number, each in enumerate(batch, count + 1):
+            if not isinstance(each, Passage) or not isinstance(each.text, str) or not isinstance(each.source, str):
+                raise InputError(f"passage {number} is {each!r:.60}; expected a Passage with a text and a source")
         columns = zip(*((each.text, each.source, each.start) for each in batch), strict=True)
         try:
             yield pyarrow.record_batch([list(column) for column in columns], schema=_schema())

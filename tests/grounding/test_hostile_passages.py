@@ -352,3 +352,22 @@ def test_a_column_that_is_no_text_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "The owl."}\n{"text": 3}\n')
     with pytest.raises(InputError, match=r"a\.jsonl, line 2: text must be a text, got 3"):
         Passages.from_source(str(tmp_path / "a.jsonl"))
+
+
+def test_what_is_no_passage_or_list_is_named():
+    passages = Passages.from_texts(["owl"])
+    with pytest.raises(InputError, match="expected a list of texts, got the text 'owl'"):
+        Passages.from_texts("owl")
+    for wrong in ("owl", Passage(None), Passage("owl", 3)):
+        with pytest.raises(InputError, match="passage 2 is .*; expected a Passage with a text and a source"):
+            passages.add([passages[0], wrong])
+    for queries in (None, (query for query in ["owl"])):
+        with pytest.raises(InputError, match="queries must be a list of texts, got"):
+            BM25Retriever(passages).retrieve(queries)
+
+
+def test_accents_are_found_however_they_are_written():
+    written = ("\u00e9cole", "e\u0301cole", "\u00c9COLE", "E\u0301cole")
+    retriever = BM25Retriever(Passages.from_texts([*written, "ecole", "cole"]))
+    for query in written:
+        assert [each.place for each in retriever.retrieve([query], 6)[0]] == [0, 1, 2, 3]
