@@ -359,7 +359,7 @@ def test_what_is_no_passage_or_list_is_named():
     with pytest.raises(InputError, match="expected a list of texts, got the text 'owl'"):
         Passages.from_texts("owl")
     for wrong in ("owl", Passage(None), Passage("owl", 3)):
-        with pytest.raises(InputError, match="passage 2 is .*; expected a Passage with a text and a source"):
+        with pytest.raises(InputError, match=r"passage 2 is .*; expected a Passage with a text and a source"):
             passages.add([passages[0], wrong])
     for queries in (None, (query for query in ["owl"])):
         with pytest.raises(InputError, match="queries must be a list of texts, got"):
