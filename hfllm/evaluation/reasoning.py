@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hfllm.data.thoughts import split_thoughts
-from hfllm.data.world.reasoning import DIAL, HELD_OUT, HOPS, LONG_DIAL, SIZES, Problem, draw_problem
+from hfllm.data.world.reasoning import HELD_OUT, HOPS, MANY_PASSES, PASSES, SIZES, Problem, draw_problem
 from hfllm.data.world.rubric import RIGHT, gold_score
 from hfllm.data.world.thought_checks import checked_steps, is_valid
 from hfllm.data.world.world import World
@@ -43,9 +43,9 @@ class Answered:
 
 
 def held_out_problems(world: World, per_size: int, seed: int = 0) -> list[Problem]:
-    """Return different problems that nothing learns from: up to `per_size` of each number of hops and of turns.
+    """Return different problems that nothing learns from: up to `per_size` of each number of hops and of passes.
 
-    There are few questions of hops, and ten of a dial that is turned once: of these there may be fewer.
+    There are few questions of hops: of these there may be fewer.
     """
     rng, found = random.Random(f"reasoning-evaluation-{world.seed}-{seed}"), []
     for family, sizes in SIZES.items():
@@ -60,9 +60,9 @@ def held_out_problems(world: World, per_size: int, seed: int = 0) -> list[Proble
     return found
 
 
-def is_long_dial(problem: Problem) -> bool:
-    """Return whether a problem is a dial of five turns or more."""
-    return problem.family == DIAL and problem.size in LONG_DIAL
+def is_many_passes(problem: Problem) -> bool:
+    """Return whether a problem is one of five passes or more."""
+    return problem.family == PASSES and problem.size in MANY_PASSES
 
 
 def is_hops(problem: Problem) -> bool:

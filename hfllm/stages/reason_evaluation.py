@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from hfllm.data.world.world import World
-from hfllm.evaluation.reasoning import answer, held_out_problems, is_long_dial
+from hfllm.evaluation.reasoning import answer, held_out_problems, is_many_passes
 from hfllm.evaluation.reasoning_report import plots, ppo_metrics, summary_of, tables, tuned_metrics
 from hfllm.outputs.checkpoints import STATE_FILE
 from hfllm.outputs.report import Plot
 from hfllm.stages.course import load_speaking
 from hfllm.stages.reason import DIRECT, MIXED, RESPONSE_LENGTH, RL, SHUFFLED, THOUGHTS, Course, ReasonArguments
 
-# Long dials are asked about twice as often: PPO's figures are of sampled answers to these alone.
-LONG = 2
+# Many passes are asked about twice as often: PPO's figures are of sampled answers to these alone.
+TIMES = 2
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ def evaluate(script_args: ReasonArguments, course: Course) -> Found:
 
     world = World(script_args.world_seed)
     problems = held_out_problems(world, script_args.num_problems)
-    dials = [each for each in held_out_problems(world, LONG * script_args.num_problems, seed=1) if is_long_dial(each)]
+    passes = [
+        each for each in held_out_problems(world, TIMES * script_args.num_problems, seed=1) if is_many_passes(each)
+    ]
     tuned, sampled = {}, {}
     for name in course.models:
         speaking = load_speaking(course.folder(name), ModelConfig())
@@ -42,7 +44,7 @@ def evaluate(script_args: ReasonArguments, course: Course) -> Found:
         if name in (THOUGHTS, DIRECT):
             tuned[name] = answer(*told, problems, RESPONSE_LENGTH)
         elif name in (MIXED, RL, SHUFFLED):
-            sampled[name] = answer(*told, dials, RESPONSE_LENGTH, do_sample=True, seed=script_args.seed)
+            sampled[name] = answer(*told, passes, RESPONSE_LENGTH, do_sample=True, seed=script_args.seed)
     metrics = {**tuned_metrics(tuned), **ppo_metrics(sampled)}
     histories = {name: _history(course.folder(name)) for name in (RL, SHUFFLED) if name in course.runs}
     return Found(metrics, summary_of(metrics), tables(tuned, sampled), plots(tuned, histories))

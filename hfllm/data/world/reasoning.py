@@ -1,13 +1,16 @@
 """Questions of the world that a small model cannot answer at once, and the thoughts by which it can.
 
     hops    who the friend of the neighbour of an animal is, or what is true of it: facts of two or three hops
-    dial    a dial of ten numbers that is turned up to seven times: sums modulo 10, one after the other
+    passes  who has a ball that goes from hand to hand up to seven times, where the question says who passes to whom
 
-Every step of a thought is small: it copies something from the question and from the step before, and looks something
-up (`A 4 3 7.`: turn A is by 4, the dial shows 3, now it shows 7). It repeats what it reads, since a model of a few
-layers soon learns to copy, and to look up what stands side by side, but hardly both for one token.
+Passes are serial by nature: who comes next can be looked up only when it is known who has the ball, and to look up
+`k` times takes layers in the order of `log(k)` (k-hop induction: Sanford et al. 2024, arXiv:2402.09268).
 
-There are 600 questions of hops, few enough to be learned by heart; those of the dial do not end.
+Every step of a thought is small. It repeats what it reads, since a model of a few layers soon learns to copy, and to
+look up what stands side by side, but hardly both for one token. `5 Mia Tom.`: five passes are left, Mia has the ball,
+now Tom has it. Passes are counted down, so that the last step is known by itself.
+
+There are 600 questions of hops, few enough to be learned by heart; those of passes do not end.
 """
 
 import random
@@ -17,14 +20,14 @@ from dataclasses import dataclass
 
 from hfllm.data.thoughts import CLOSE, OPEN
 from hfllm.data.world.rubric import GoldAnswer
-from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, HELD_OUT_PHRASINGS, PHRASINGS, WELL_SAID
+from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, HELD_OUT_PHRASINGS, PEOPLE, PHRASINGS, WELL_SAID
 
-HOPS, DIAL = FAMILIES = ("hops", "dial")
+HOPS, PASSES = FAMILIES = ("hops", "passes")
 SHOWN, PRACTICE, HELD_OUT = PARTS = ("shown", "practice", "held_out")
 RELATIONS = ("friend", "neighbour")
-# Letters, since a number of a turn could be taken for a number of the dial.
-TURNS = ("A", "B", "C", "D", "E", "F", "G")
-DIGITS = tuple(map(str, range(10)))
+# Who passes the ball to whom is a ring: everybody passes once. It is longer than the passes that are asked about, so
+# that the answer is not found from behind.
+PLAYERS = 10
 # What is asked at the end of the hops: an attribute, or who it is. To the latter there are twenty answers, to the
 # others eight, which guesses hit more often.
 WHO = "animal"
@@ -39,10 +42,11 @@ ANSWERS = {
     **{"colour": "It is {value}.", "home": "It lives in the {value}.", "food": "It eats {value}."},
     WHO: "It is the {value}.",
 }
-ASK_DIAL = ("What does the dial show?", "Tell me what the dial shows.", "Say what the dial shows.")
-# Hops, the last of which is the fact itself, and turns of the dial. A thought is worth its length from LONG_DIAL on.
-SIZES: Mapping[str, Sequence[int]] = {HOPS: (2, 3), DIAL: tuple(range(1, len(TURNS) + 1))}
-LONG_DIAL = (5, 6, 7)
+# They end alike, with what a thought begins with.
+ASK_PASSES = ("Who has the ball {after}?", "Tell me who has the ball {after}.", "Say who has the ball {after}.")
+# Hops, the last of which is the fact itself, and passes. A thought is worth its length from MANY_PASSES on.
+SIZES: Mapping[str, Sequence[int]] = {HOPS: (2, 3), PASSES: (1, 2, 3, 4, 5, 6, 7)}
+MANY_PASSES = (5, 6, 7)
 
 # Of each animal what is true of it, or who is what to it, by name.
 Told = Mapping[str, Mapping[str, str]]
@@ -54,7 +58,7 @@ class Problem:
 
     Args:
         family: one of `FAMILIES`.
-        size: how many hops, or turns of the dial.
+        size: how many hops or passes.
         key: what is asked, apart from its wording; `part_of` splits by it.
         question: the question.
         steps: the sentences of the thought, in order.
@@ -110,13 +114,13 @@ def relations_of(world_seed: int) -> dict[str, dict[str, str]]:
 def part_of(family: str, key: str) -> str:
     """Return which of `PARTS` an instance belongs to, the same in every world.
 
-    A third is held out for evaluation. Of the dial two ninths are to practice on, by reinforcement learning. Of hops
+    A third is held out for evaluation. Of passes two ninths are to practice on, by reinforcement learning. Of hops
     none are: a policy learns the answers to so few questions by heart, and is then paid for not thinking.
     """
     number = zlib.crc32(f"reasoning {key}".encode()) % 9
     if number < 3:
         return HELD_OUT
-    return PRACTICE if family == DIAL and number < 5 else SHOWN
+    return PRACTICE if family == PASSES and number < 5 else SHOWN
 
 
 def tell_relation(relation: str, animal: str, other: str) -> str:
@@ -147,23 +151,27 @@ def hops_problem(facts: Told, relations: Told, rng: random.Random, hops: int) ->
     )
 
 
-def dial_problem(rng: random.Random, turns: int) -> Problem:
-    """Return a question about a dial that is turned `turns` times, at most seven."""
-    first, turned = rng.randrange(10), [(name, rng.randrange(10)) for name in TURNS[:turns]]
-    shows, steps = first, [f"{first}."]
-    for name, by in turned:
-        before, shows = shows, (shows + by) % 10
-        steps.append(f"{name} {by} {before} {shows}.")
-    # Written as in the thought, so that it can be copied by what stands before it.
-    told = ", ".join(f"{name} {by}" for name, by in turned)
-    others = tuple(digit for digit in DIGITS if digit != str(shows))
+def tell_passes(ring: Sequence[str], rng: random.Random) -> str:
+    """Return the sentence that says who passes the ball to whom, in any order: each to the next of the ring."""
+    pairs = list(zip(ring, (*ring[1:], ring[0]), strict=True))
+    # Side by side as in a thought, so that the next one is found by who stands before.
+    return f"The passes are {', '.join(map(' '.join, rng.sample(pairs, len(pairs))))}."
+
+
+def passes_problem(rng: random.Random, passes: int) -> Problem:
+    """Return a question about who has the ball after `passes` passes, at most nine."""
+    ring = rng.sample(PEOPLE, PLAYERS)
+    after = f"{passes} {'pass' if passes == 1 else 'passes'} after {ring[0]}"
+    last = ring[passes]
+    # The rubric reads words in lower case.
+    others = tuple(person.lower() for person in PEOPLE if person != last)
     return Problem(
-        family=DIAL,
-        size=turns,
-        key=f"dial {first} {' '.join(str(by) for _, by in turned)}",
-        question=f"The dial shows {first}. The turns are {told}. {rng.choice(ASK_DIAL)}",
-        steps=tuple(steps),
-        gold=GoldAnswer("answer", (f"The dial shows {shows}.",), (str(shows),), others),
+        family=PASSES,
+        size=passes,
+        key=f"passes {passes} {' '.join(ring)}",
+        question=f"{tell_passes(ring, rng)} {rng.choice(ASK_PASSES).format(after=after)}",
+        steps=tuple(f"{passes - place} {ring[place]} {ring[place + 1]}." for place in range(passes)),
+        gold=GoldAnswer("answer", (f"It is {last}.",), (last.lower(),), others),
     )
 
 
@@ -182,6 +190,6 @@ def draw_problem(
     """
     while True:
         size = rng.choice(sizes or SIZES[family])
-        problem = hops_problem(facts, relations, rng, size) if family == HOPS else dial_problem(rng, size)
+        problem = hops_problem(facts, relations, rng, size) if family == HOPS else passes_problem(rng, size)
         if part_of(family, problem.key) == part:
             return problem
