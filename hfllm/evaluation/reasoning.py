@@ -100,7 +100,8 @@ def values_of(answers: Sequence[Answered]) -> dict[str, list[float]]:
     """Return what is measured of some answers, a value for each that it is measured on.
 
     `right` and `thinks` (of all), `valid` (of the right answers with a thought: whether it holds), `steps` (of the
-    answers with a thought: the share of its steps that hold) and `tokens` (of all).
+    answers with a thought: the share of its steps that hold), `tokens` (of all) and `thought_tokens` (of the answers
+    with a thought, which tells whether thoughts grow apart from whether there are more).
     """
     thinking = [each for each in answers if each.thinks]
     return {
@@ -109,4 +110,5 @@ def values_of(answers: Sequence[Answered]) -> dict[str, list[float]]:
         "valid": [float(each.is_valid) for each in thinking if each.is_right],
         "steps": [sum(each.steps) / max(len(each.steps), 1) for each in thinking],
         "tokens": [float(each.num_tokens) for each in answers],
+        "thought_tokens": [float(each.num_tokens) for each in thinking],
     }

@@ -24,6 +24,7 @@ GROUP_TITLES = {
     "valid": "right answers whose thought is valid",
     "steps": "steps of thoughts that hold",
     "tokens": "tokens of an answer",
+    "thought_tokens": "tokens of an answer with a thought",
 }
 # Of the figures those that stand in the report for each group.
 OF_TUNED = ("right", "valid", "steps", "tokens")
@@ -51,8 +52,8 @@ def ppo_metrics(answers: Answers) -> dict[str, float]:
     """Return the metrics before and after PPO, from sampled answers to the same questions of passes.
 
     Those of PPO on right answers are `right_before`, `right_after`, `right_change` and so on, for `right`, `thinks`
-    and `tokens`; those of the control begin with `shuffled_`. `valid` and `steps` are of the thoughts that there are,
-    about other questions in each model: `mixed_valid`, `rl_valid` and so on.
+    and `tokens`; those of the control begin with `shuffled_`. `valid`, `steps` and `thought_tokens` are of the thoughts
+    that there are, about other questions in each model: `mixed_valid`, `rl_valid` and so on.
     """
     metrics: dict[str, float] = {}
     before = values_of(answers["mixed"])
@@ -63,7 +64,7 @@ def ppo_metrics(answers: Answers) -> dict[str, float]:
                 metrics |= change_of(f"{prefix}{name}", before[name], after[name])
     for model, said in answers.items():
         values = values_of(said)
-        for name in ("valid", "steps"):
+        for name in ("valid", "steps", "thought_tokens"):
             if values[name]:
                 metrics |= mean_of(f"{model}_{name}", values[name])
     return metrics
