@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from hfllm.data.world.reasoning import HOPS, PASSES, SIZES, Problem
-from hfllm.evaluation.reasoning import Answered, is_hops, is_many_passes, values_of
+from hfllm.data.world.reasoning import DIAL, SIZES, Problem
+from hfllm.evaluation.reasoning import Answered, is_dial, is_hops, values_of
 from hfllm.outputs.figures import change_of, mean_of, plus_minus
 from hfllm.outputs.report import Plot, plot_history
 
@@ -15,10 +15,10 @@ TITLES = {
     "rl": "PPO on right answers",
     "shuffled": "PPO, rewards by chance",
 }
-GROUPS: Mapping[str, Callable[[Problem], bool]] = {"hops": is_hops, "passes": is_many_passes}
+GROUPS: Mapping[str, Callable[[Problem], bool]] = {"hops": is_hops, "dial": is_dial}
 GROUP_TITLES = {
     "hops": "facts of two and three hops",
-    "passes": "five passes of a ball and more",
+    "dial": "dials of six turns",
     "right": "right answers",
     "thinks": "answers with a thought",
     "valid": "right answers whose thought is valid",
@@ -49,11 +49,11 @@ def tuned_metrics(answers: Answers) -> dict[str, float]:
 
 
 def ppo_metrics(answers: Answers) -> dict[str, float]:
-    """Return the metrics before and after PPO, from sampled answers to the same questions of passes.
+    """Return the metrics before and after PPO, from sampled answers to the same questions of the dial.
 
     Those of PPO on right answers are `right_before`, `right_after`, `right_change` and so on, for `right`, `thinks`
-    and `tokens`; those of the control begin with `shuffled_`. `valid`, `steps` and `thought_tokens` are of the thoughts
-    that there are, about other questions in each model: `mixed_valid`, `rl_valid` and so on.
+    and `tokens`; those of the control begin with `shuffled_`. `valid`, `steps` and `thought_tokens` are of the
+    thoughts that there are, about other questions in each model: `mixed_valid`, `rl_valid` and so on.
     """
     metrics: dict[str, float] = {}
     before = values_of(answers["mixed"])
@@ -74,7 +74,7 @@ def tables(tuned: Answers, sampled: Answers) -> dict[str, list[dict[str, str]]]:
     """Return the tables: right answers by size, figures of PPO, and some answers."""
     found = {
         "Right answers, greedy": _by_size(tuned),
-        "PPO on many passes, sampled answers": _side_by_side(sampled),
+        "PPO on dials, sampled answers": _side_by_side(sampled),
         "Answers": samples(tuned),
         "Answers before and after PPO, sampled": samples(sampled),
     }
@@ -93,7 +93,7 @@ def _by_size(answers: Answers) -> list[dict[str, str]]:
             counted = next(iter(of_size.values()))
             if counted:
                 cells = {TITLES[model]: _cell(values) for model, values in of_size.items()}
-                unit = "hops" if family == HOPS else "passes" if size > 1 else "pass"
+                unit = "turns" if family == DIAL else "hops"
                 rows.append({"question": f"{size} {unit}", **cells, "n": str(len(counted))})
     return rows
 
@@ -135,29 +135,29 @@ def samples(answers: Answers) -> list[dict[str, str]]:
 
 
 def plots(answers: Answers, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Plot]:
-    """Return the plots: right answers by the number of passes; rewards and lengths over the episodes of PPO.
+    """Return the plots: right answers by the number of turns; rewards and lengths over the episodes of PPO.
 
     Args:
         answers: after fine-tuning.
         histories: the logs of each run of PPO.
     """
     return {
-        "passes": _passes(answers),
+        "turns": _turns(answers),
         "ppo_rewards": _over_episodes("Right answers during PPO", "share of sampled answers", "reward", histories),
         "ppo_lengths": _over_episodes("Length of answers during PPO", "tokens", "response_length", histories),
     }
 
 
-def _passes(answers: Answers) -> Plot:
+def _turns(answers: Answers) -> Plot:
     lines = {}
     for model, said in answers.items():
         by_size = {
-            size: [float(each.is_right) for each in said if each.problem.group == f"{PASSES}_{size}"]
-            for size in SIZES[PASSES]
+            size: [float(each.is_right) for each in said if each.problem.group == f"{DIAL}_{size}"]
+            for size in SIZES[DIAL]
         }
         shown = {size: sum(values) / len(values) for size, values in by_size.items() if values}
         lines[TITLES[model]] = (list(shown), list(shown.values()))
-    return Plot("Held-out passes, greedy answers", "passes of the ball", "share of right answers", lines)
+    return Plot("Held-out dials, greedy answers", "turns of the dial", "share of right answers", lines)
 
 
 def _over_episodes(title: str, ylabel: str, key: str, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Plot:

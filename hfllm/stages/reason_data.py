@@ -3,14 +3,13 @@
 import random
 from collections.abc import Iterable, Mapping
 
-from hfllm.data.world.reasoning import HOPS, MANY_PASSES, PASSES, PRACTICE, SHOWN, SIZES, Problem, draw_problem
+from hfllm.data.world.reasoning import DIAL, HOPS, PRACTICE, SHOWN, Problem, draw_problem
 from hfllm.data.world.world import World
 from hfllm.stages.course import Row, by_main_process, write_rows
 from hfllm.stages.reason import DIRECT, MIXED, RL, SHUFFLED, THOUGHTS, ReasonArguments, data_file
 
-# Of the questions that fine-tuning answers. Many passes are what is measured.
-SHARES = {HOPS: 2, PASSES: 3}
-NUMBERS_OF_PASSES = (1, 2, 3, 4, *MANY_PASSES, *MANY_PASSES)
+# Of the questions that fine-tuning answers. Dials take longer to learn.
+SHARES = {HOPS: 2, DIAL: 3}
 
 
 def write(script_args: ReasonArguments, name: str) -> None:
@@ -22,19 +21,19 @@ def rows_of(script_args: ReasonArguments, name: str) -> list[Row]:
     """Return the rows of a run.
 
     Those with thoughts and those without are of the same questions in the same order, so that both take as many
-    steps. A model that thinks at times sees many passes alone, as PPO does.
+    steps. A model that thinks at times sees dials alone, as PPO does.
     """
     if name in (THOUGHTS, DIRECT):
         problems = _problems(script_args, "sft", script_args.num_examples, SHARES, SHOWN)
         return _answered(problems, [name == THOUGHTS] * len(problems))
     if name == MIXED:
-        problems = _problems(script_args, name, script_args.num_mixed_examples, {PASSES: 1}, SHOWN)
+        problems = _problems(script_args, name, script_args.num_mixed_examples, {DIAL: 1}, SHOWN)
         rng = random.Random(f"reason-shown-{script_args.seed}")
         shown = round(script_args.share_of_thoughts * len(problems))
         return _answered(problems, rng.sample([True] * shown + [False] * (len(problems) - shown), len(problems)))
     assert name in (RL, SHUFFLED), name
     return [
-        problem.prompt_row() for problem in _problems(script_args, RL, script_args.num_prompts, {PASSES: 1}, PRACTICE)
+        problem.prompt_row() for problem in _problems(script_args, RL, script_args.num_prompts, {DIAL: 1}, PRACTICE)
     ]
 
 
@@ -48,10 +47,8 @@ def _problems(
     world = World(script_args.world_seed)
     rng = random.Random(f"reason-{name}-{world.seed}-{script_args.seed}")
     told = world.facts, world.relations
-    # A course that has hops has few passes too; the others have many passes alone.
-    sizes = {HOPS: SIZES[HOPS], PASSES: NUMBERS_OF_PASSES if HOPS in shares else MANY_PASSES}
     families = rng.choices(list(shares), list(shares.values()), k=count)
-    return [draw_problem(*told, rng, family, part, sizes[family]) for family in families]
+    return [draw_problem(*told, rng, family, part) for family in families]
 
 
 def _answered(problems: Iterable[Problem], shown: Iterable[bool]) -> list[Row]:

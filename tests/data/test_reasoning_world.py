@@ -1,4 +1,4 @@
-"""Problems of hops and passes are right, split cleanly and told in the texts; each slip of a thought is found."""
+"""Problems of hops and dials are right, split cleanly and told in the texts; each slip of a thought is found."""
 
 import hashlib
 import random
@@ -8,13 +8,12 @@ import pytest
 
 from hfllm.data.thoughts import CLOSE, OPEN, split_thoughts
 from hfllm.data.world.reasoning import (
+    DIAL,
     FAMILIES,
     HELD_OUT,
     HOPS,
-    MANY_PASSES,
+    LONG_DIAL,
     PARTS,
-    PASSES,
-    PLAYERS,
     PRACTICE,
     RELATIONS,
     SHOWN,
@@ -27,10 +26,8 @@ from hfllm.data.world.reasoning import (
 )
 from hfllm.data.world.rubric import gold_score, words_of
 from hfllm.data.world.thought_checks import checked_steps, is_valid
-from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, HELD_OUT_PHRASINGS, PEOPLE, PHRASINGS
+from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, HELD_OUT_PHRASINGS, PHRASINGS
 from hfllm.data.world.world import World
-
-DIGITS = [str(digit) for digit in range(10)]
 
 
 def some(world, count=300, seed=0, **kwargs):
@@ -39,7 +36,7 @@ def some(world, count=300, seed=0, **kwargs):
     drawn = []
     for _ in range(count):
         family = rng.choice(FAMILIES)
-        part = rng.choice([part for part in PARTS if family == PASSES or part != PRACTICE])
+        part = rng.choice([part for part in PARTS if family == DIAL or part != PRACTICE])
         drawn.append(draw_problem(world.facts, world.relations, rng, family, part, **kwargs))
     return drawn
 
@@ -59,18 +56,10 @@ def test_the_same_seed_gives_the_same_problems_and_friends(world):
 
 def test_answers_are_right_by_reading_the_question_alone(world):
     for problem in some(world, 600):
-        if problem.family == PASSES:
-            said, asked = problem.question.removeprefix("The passes are ").split(". ", 1)
-            pairs = [pair.split() for pair in said.split(", ")]
-            number, value = re.search(r"(\d) pass(?:es)? after (\w+)", asked).groups()
-            # All pass once, in one ring: whom the ball has not reached yet cannot be the answer.
-            around = [value]
-            for _ in pairs:
-                around += [after for before, after in pairs if before == around[-1]]
-            assert len(pairs) == len(set(around)) == PLAYERS and around[0] == around[-1]
-            assert int(number) == problem.size
-            assert problem.gold.accepted == (f"It is {around[int(number)]}.",)
-            value = around[int(number)].lower()
+        if problem.family == DIAL:
+            value = sum(map(int, re.findall(r"\d", problem.question))) % 10
+            assert problem.gold.accepted == (f"The dial shows {value}.",)
+            assert len(re.findall(r"[A-G] \d", problem.question)) == problem.size
         else:
             words = words_of(problem.question)
             path = [word for word in words if word in (*RELATIONS, *ANIMALS)]
@@ -93,7 +82,7 @@ def test_answers_are_right_by_reading_the_question_alone(world):
 
 def test_parts_share_no_instance_and_hops_are_never_practiced(world):
     by_part = {}
-    for problem in some(world, 16000):
+    for problem in some(world, 12000):
         part = part_of(problem.family, problem.key)
         by_part.setdefault(part, set()).add(problem.key)
         assert (problem.family, part) != (HOPS, PRACTICE)
@@ -105,19 +94,19 @@ def test_parts_share_no_instance_and_hops_are_never_practiced(world):
     assert len(held_out) + len(shown) == 20 * (3 * (2 + 4) + 4 + 8) and 0.25 < len(held_out) / 600 < 0.4
     rng = random.Random(0)
     told = world.facts, world.relations
-    assert {draw_problem(*told, rng, PASSES, PRACTICE, MANY_PASSES).size for _ in range(50)} == set(MANY_PASSES)
+    assert {draw_problem(*told, rng, DIAL, PRACTICE, LONG_DIAL).size for _ in range(50)} == set(LONG_DIAL)
 
 
 def test_texts_show_thoughts_on_request_alone_and_never_those_of_other_parts(world):
     texts = world.documents(4000, 5, reasoning=0.5)
     assert texts == world.documents(4000, 5, reasoning=0.5)
     thoughts = [text for text in texts if OPEN in text]
-    assert 0.2 < len(thoughts) / len(texts) < 0.3
+    assert 0.2 < len(thoughts) / len(texts) < 0.35
     assert not any(OPEN in text for text in world.documents(1000, 5, deeds=0.2))
     seen = {}
     for text in thoughts:
-        question, said = text.removeprefix("<|user|>").removesuffix("<|end|>").split("<|end|><|assistant|>")
-        seen[question] = said
+        question, _, said = text.partition("\n")
+        seen[question.partition(": ")[2]] = said.partition("\n")[2]
     for part in PARTS:
         for problem in [each for each in some(world, 2000, seed=3) if part_of(each.family, each.key) == part]:
             if problem.question in seen:
@@ -126,14 +115,8 @@ def test_texts_show_thoughts_on_request_alone_and_never_those_of_other_parts(wor
     words = {word for text in texts for word in words_of(text)}
     for problem in some(world, 500, seed=4):
         assert set(words_of(problem.question + problem.response(shows_thought=True))) <= words
-    # Every friend and neighbour is told in plain words, and rounds of passes are of fewer people than any problem.
-    told = [text for text in texts if OPEN not in text]
-    rounds = [text.split(". ", 1) for text in told if text.startswith("The passes are")]
-    assert {said.count(",") + 1 for said, _ in rounds} == set(range(3, PLAYERS))
-    for said, passed in rounds:
-        pairs = said.removeprefix("The passes are ").split(", ")
-        assert sorted(passed.removesuffix(".").split(". ")) == sorted(pairs)
-    plain = " ".join(told)
+    # Every friend and neighbour is told in plain words.
+    plain = " ".join(text for text in texts if OPEN not in text)
     for animal, others in world.relations.items():
         for relation, other in others.items():
             assert f"The {relation} of the {animal} is the {other}." in plain
@@ -164,10 +147,11 @@ def test_worked_thoughts_hold_step_by_step(world):
 
 
 def slips(problem, rng):
-    """Yield places of steps, and what does not hold in place of the step there: one number or name is another."""
+    """Yield places of steps, and what does not hold in place of the step there: one number or animal is another."""
     for place, step in enumerate(problem.steps):
+        names = ANIMALS if problem.family == HOPS else [str(digit) for digit in range(10)]
         for at, word in enumerate(parts := re.findall(r"\w+|\W+", step)):
-            for names in (names for names in (ANIMALS, PEOPLE, DIGITS) if word in names):
+            if word in names:
                 other = rng.choice([name for name in names if name != word])
                 yield place, "".join([*parts[:at], other, *parts[at + 1 :]])
 
@@ -186,14 +170,13 @@ def test_each_slip_is_found_where_it_is(world):
 
 
 def test_a_slip_counts_once_where_the_steps_after_it_follow_from_it(world):
-    problem = next(each for each in some(world, sizes=None) if each.family == PASSES and each.size == 5)
-    passes = dict(re.findall(r"([A-Z]\w+) ([A-Z]\w+)", problem.question))
-    has, steps = re.search(r"after (\w+)", problem.question)[1], []
-    for left in (5, 4, 3, 2, 1):
-        # The ball skips somebody: a slip that the steps after it follow from.
-        before, has = has, passes[has] if left != 4 else passes[passes[has]]
-        steps.append(f"{left} {before} {has}.")
-    assert checked(world, problem, " ".join(steps)) == [True, False, True, True, True]
+    problem = next(each for each in some(world, sizes=None) if each.family == DIAL and each.size == 5)
+    shows, *turns = map(int, re.findall(r"\d", problem.question))
+    steps = [f"{shows}."]
+    for place, (name, by) in enumerate(zip("ABCDE", turns, strict=True)):
+        before, shows = shows, (shows + by + (place == 1)) % 10
+        steps.append(f"{name} {by} {before} {shows}.")
+    assert checked(world, problem, " ".join(steps)) == [True, True, False, True, True, True]
     hops = next(each for each in some(world) if each.family == HOPS and len(each.steps) == 3 and WHO not in each.key)
     first, second, _ = hops.steps
     relation, animal = first.split()[1], first.split()[4]
@@ -223,8 +206,8 @@ def test_missing_steps_and_steps_too_many_do_not_hold(world):
     ("text", "parts"),
     [
         ("It is red.", (None, "It is red.")),
-        (f"{OPEN} 1 Mia Tom.{CLOSE} It is Tom.", (" 1 Mia Tom.", " It is Tom.")),
-        (f"{OPEN} 2 Mia Tom. 1", (" 2 Mia Tom. 1", "")),
+        (f"{OPEN} 3. A 4 3 7.{CLOSE} The dial shows 7.", (" 3. A 4 3 7.", " The dial shows 7.")),
+        (f"{OPEN} 3. A 4", (" 3. A 4", "")),
         (f"{OPEN}{CLOSE}It is red.", ("", "It is red.")),
     ],
 )
@@ -234,7 +217,5 @@ def test_thoughts_and_answers_are_told_apart(text, parts):
 
 def test_sizes_are_those_of_the_families():
     assert relations_of(3) == relations_of(3)
-    assert SIZES[HOPS] == (2, 3) and set(MANY_PASSES) < set(SIZES[PASSES]) and min(MANY_PASSES) >= 5
-    # From behind the answer is more than two passes away.
-    assert PLAYERS - max(SIZES[PASSES]) > 2
+    assert SIZES[HOPS] == (2, 3) and set(LONG_DIAL) < set(SIZES[DIAL]) and min(LONG_DIAL) >= 5
     assert set(ATTRIBUTES) == {"colour", "home", "food"}

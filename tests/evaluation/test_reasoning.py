@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from hfllm.data.world.reasoning import HELD_OUT, HOPS, MANY_PASSES, PASSES, SIZES, draw_problem, part_of
-from hfllm.evaluation.reasoning import answer, held_out_problems, is_hops, is_many_passes, judged, values_of
+from hfllm.data.world.reasoning import DIAL, HELD_OUT, HOPS, LONG_DIAL, SIZES, draw_problem, part_of
+from hfllm.evaluation.reasoning import answer, held_out_problems, is_hops, is_long_dial, judged, values_of
 from hfllm.evaluation.reasoning_report import plots, ppo_metrics, summary_of, tables, tuned_metrics
 
 
@@ -33,18 +33,18 @@ def test_held_out_problems_are_different_and_none_is_learned_from(world, problem
     for family, sizes in SIZES.items():
         for size in sizes:
             assert groups.count(f"{family}_{size}") == 12
-    assert {problem.size for problem in problems if is_many_passes(problem)} == set(MANY_PASSES)
+    assert {problem.size for problem in problems if is_long_dial(problem)} == set(LONG_DIAL)
     assert sum(map(is_hops, problems)) == 24
-    # Of two hops there are no more.
+    # Of two hops, and of a dial that is turned once, there are no more.
     sizes = [problem.group for problem in held_out_problems(world, 100)]
-    assert sizes.count("hops_2") < 80 and sizes.count("passes_1") == sizes.count("passes_7") == 100
+    assert sizes.count("hops_2") < 80 and sizes.count("dial_1") < 60 and sizes.count("dial_7") == 100
 
 
 def test_an_answer_is_judged_apart_from_its_thought(world, problems):
     for problem in problems:
         right, slip, wrong = (said_by(world, [problem], kind)[0] for kind in ("thoughts", "slip", "wrong"))
         assert (right.is_right, right.thinks, right.is_valid) == (True, True, True)
-        assert (slip.is_right, slip.thinks, slip.is_valid) == (True, True, len(problem.steps) == 1)
+        assert (slip.is_right, slip.thinks, slip.is_valid) == (True, True, False)
         assert slip.steps[0] and not any(slip.steps[1:]) and len(slip.steps) == len(problem.steps)
         assert (wrong.is_right, wrong.thinks, wrong.is_valid, wrong.steps) == (False, False, False, ())
         unended = judged(world, problem, f"<think> {problem.thought} {problem.gold.accepted[0]}", 1)
@@ -54,7 +54,6 @@ def test_an_answer_is_judged_apart_from_its_thought(world, problems):
 def test_values_are_shares_of_what_they_are_about(world, problems):
     thoughts, slip, wrong = (said_by(world, problems[:4], kind) for kind in ("thoughts", "slip", "wrong"))
     values = values_of([*thoughts, *slip, *wrong])
-    assert values["thought_tokens"] == values["tokens"][:8] and len(values["tokens"]) == 12
     assert sum(values["right"]) == 8 and len(values["right"]) == 12
     assert sum(values["thinks"]) == 8 and values["valid"] == [1.0] * 4 + [0.0] * 4
     assert values["steps"][:4] == [1.0] * 4 and all(0 < share < 1 for share in values["steps"][4:])
@@ -62,12 +61,12 @@ def test_values_are_shares_of_what_they_are_about(world, problems):
 
 
 def test_the_report_tells_the_arms_apart(world, problems):
-    passes = [problem for problem in problems if is_many_passes(problem)]
+    dials = [problem for problem in problems if is_long_dial(problem)]
     tuned = {name: said_by(world, problems, kind) for name, kind in (("thoughts", "thoughts"), ("direct", "wrong"))}
-    half = [*said_by(world, passes[:18], "thoughts"), *said_by(world, passes[18:], "wrong")]
-    sampled = {"mixed": half, "rl": said_by(world, passes, "thoughts"), "shuffled": half}
+    half = [*said_by(world, dials[:18], "thoughts"), *said_by(world, dials[18:], "wrong")]
+    sampled = {"mixed": half, "rl": said_by(world, dials, "thoughts"), "shuffled": half}
     metrics = {**tuned_metrics(tuned), **ppo_metrics(sampled)}
-    for group, count in (("hops", 24), ("passes", 36)):
+    for group, count in (("hops", 24), ("dial", 36)):
         assert (metrics[f"thoughts_{group}_right"], metrics[f"direct_{group}_right"]) == (1, 0)
         assert metrics[f"thoughts_{group}_right_n"] == count and metrics[f"thoughts_{group}_valid"] == 1
         assert f"direct_{group}_valid" not in metrics
@@ -78,35 +77,33 @@ def test_the_report_tells_the_arms_apart(world, problems):
         assert metrics[f"{name}_change_se"] == pytest.approx((0.25 / 35) ** 0.5)
     assert metrics["tokens_change"] > 0 == metrics["shuffled_tokens_change"]
     assert metrics["rl_valid"] == metrics["mixed_steps"] == 1 and metrics["mixed_valid_n"] == 18
-    # Thoughts are as long as before; answers are longer, since more of them have one.
-    assert metrics["rl_thought_tokens"] == pytest.approx(metrics["mixed_thought_tokens"], rel=0.3)
     summary = summary_of(metrics)
     assert "direct answers 0, with thoughts 1" in summary
     assert "PPO on right answers: right 0.50 to 1.00, thinking 0.50 to 1.00" in summary
     found = tables(tuned, sampled)
     rows = {row["question"]: row for row in found["Right answers, greedy"]}
-    assert list(rows) == ["2 hops", "3 hops", "1 pass", *(f"{size} passes" for size in range(2, 8))]
-    assert rows["7 passes"]["with thoughts"] == "1" and rows["7 passes"]["n"] == "12"
-    rows = {row["figure"]: row for row in found["PPO on many passes, sampled answers"]}
+    assert list(rows) == ["2 hops", "3 hops", "1 turn", *(f"{size} turns" for size in range(2, 8))]
+    assert rows["7 turns"]["with thoughts"] == "1" and rows["7 turns"]["n"] == "12"
+    rows = {row["figure"]: row for row in found["PPO on long dials, sampled answers"]}
     assert rows["answers with a thought"]["before PPO"] == "0.500 ± 0.085 (n 36)"
     history = [{"step": 8, "episode": 128, "reward": 0.5, "response_length": 20.0}, {"step": 8, "train_loss": 1.0}]
     drawn = plots(tuned, {"rl": history, "shuffled": history})
-    assert drawn["passes"].lines["with thoughts"] == (list(range(1, 8)), [1.0] * 7)
+    assert drawn["turns"].lines["with thoughts"] == (list(range(1, 8)), [1.0] * 7)
     assert drawn["ppo_lengths"].lines["PPO on right answers"] == ([128], [20.0])
     assert drawn["ppo_rewards"].lines["PPO, rewards by chance"] == ([128], [0.5])
 
 
 def test_a_report_without_controls_leaves_them_out(world, problems):
-    passes = [problem for problem in problems if is_many_passes(problem)]
+    dials = [problem for problem in problems if is_long_dial(problem)]
     tuned = {"thoughts": said_by(world, problems, "thoughts")}
-    metrics = {**tuned_metrics(tuned), **ppo_metrics({"mixed": said_by(world, passes, "wrong")})}
+    metrics = {**tuned_metrics(tuned), **ppo_metrics({"mixed": said_by(world, dials, "wrong")})}
     assert not any(name.startswith(("direct", "shuffled", "right")) for name in metrics)
     assert "direct" not in summary_of(metrics) and "PPO" not in summary_of(metrics)
 
 
 def test_a_model_answers_every_problem_greedily_and_by_samples(world, make_model, tokenizer):
     rng = random.Random(0)
-    problems = [draw_problem(world.facts, world.relations, rng, family, HELD_OUT) for family in (HOPS, PASSES)]
+    problems = [draw_problem(world.facts, world.relations, rng, family, HELD_OUT) for family in (HOPS, DIAL)]
     model = make_model()
     greedy, sampled = (answer(model, tokenizer, world, problems, 12, do_sample=each, seed=3) for each in (False, True))
     assert [each.problem for each in greedy] == problems == [each.problem for each in sampled]

@@ -93,14 +93,14 @@ def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
             (number,) = tokenizer(mark, add_special_tokens=False)["input_ids"]
             assert tokenizer.decode([number], skip_special_tokens=True) == mark
     assert report["metrics"].keys() >= {
-        *("thoughts_hops_right", "thoughts_hops_right_se", "thoughts_hops_right_n", "direct_passes_right"),
+        *("thoughts_hops_right", "thoughts_hops_right_se", "thoughts_hops_right_n", "direct_dial_right"),
         *("right_before", "right_after", "right_change", "right_change_se", "thinks_change", "tokens_change"),
         *("shuffled_right_change", "shuffled_thinks_change", "shuffled_tokens_change"),
     }
-    assert report["metrics"]["right_n"] == 18 and report["metrics"]["thoughts_passes_right_n"] == 9
-    for title in ("## Right answers, greedy", "## PPO on many passes, sampled answers", "PPO, rewards by chance"):
+    assert report["metrics"]["right_n"] == 18 and report["metrics"]["thoughts_dial_right_n"] == 9
+    for title in ("## Right answers, greedy", "## PPO on long dials, sampled answers", "PPO, rewards by chance"):
         assert title in text
-    for name in ("passes", "ppo_rewards", "ppo_lengths"):
+    for name in ("turns", "ppo_rewards", "ppo_lengths"):
         assert (folder / report["artifacts"][name]).read_bytes().startswith(b"\x89PNG")
     # Each arm has learned something of its own.
     assert len({value for name, value in digests(folder).items() if name.endswith("model.safetensors")}) == len(RUNS)

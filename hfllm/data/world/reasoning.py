@@ -1,16 +1,18 @@
 """Questions of the world that a small model cannot answer at once, and the thoughts by which it can.
 
     hops    who the friend of the neighbour of an animal is, or what is true of it: facts of two or three hops
-    passes  who has a ball that goes from hand to hand up to seven times, where the question says who passes to whom
+    dial    a dial of eight numbers that is turned six times: sums modulo 8, one after the other
 
-Passes are serial by nature: who comes next can be looked up only when it is known who has the ball, and to look up
-`k` times takes layers in the order of `log(k)` (k-hop induction: Sanford et al. 2024, arXiv:2402.09268).
+Every step of a thought is small: it copies something from the question and from the step before, and looks something
+up (`A 4 3 7.`: turn A is by 4, the dial is at 3, now it is at 7). It repeats what it reads, since a model of a few
+layers soon learns to copy, and to look up what stands side by side, but hardly both for one token.
 
-Every step of a thought is small. It repeats what it reads, since a model of a few layers soon learns to copy, and to
-look up what stands side by side, but hardly both for one token. `5 Mia Tom.`: five passes are left, Mia has the ball,
-now Tom has it. Passes are counted down, so that the last step is known by itself.
+What a step copies from the question stands at the same distance in all steps: the turns come last in a question, are
+always six, and take five tokens each, as do the steps (`Turn A by 4.`). A head finds them by position then, which it
+learns in a few hundred steps. To find them by name, whatever the distance (an induction head: Olsson et al. 2022,
+arXiv:2209.11895), takes more texts than there are: a third of the turns was then copied wrong.
 
-There are 600 questions of hops, few enough to be learned by heart; those of passes do not end.
+There are 600 questions of hops, few enough to be learned by heart; those of the dial do not end.
 """
 
 import random
@@ -20,14 +22,14 @@ from dataclasses import dataclass
 
 from hfllm.data.thoughts import CLOSE, OPEN
 from hfllm.data.world.rubric import GoldAnswer
-from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, HELD_OUT_PHRASINGS, PEOPLE, PHRASINGS, WELL_SAID
+from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, HELD_OUT_PHRASINGS, PHRASINGS, WELL_SAID
 
-HOPS, PASSES = FAMILIES = ("hops", "passes")
+HOPS, DIAL = FAMILIES = ("hops", "dial")
 SHOWN, PRACTICE, HELD_OUT = PARTS = ("shown", "practice", "held_out")
 RELATIONS = ("friend", "neighbour")
-# Who passes the ball to whom is a ring: everybody passes once. It is longer than the passes that are asked about, so
-# that the answer is not found from behind.
-PLAYERS = 10
+# Letters, since a number of a turn could be taken for a number of the dial.
+TURNS = ("A", "B", "C", "D", "E", "F")
+NUMBERS_OF_DIAL = 8
 # What is asked at the end of the hops: an attribute, or who it is. To the latter there are twenty answers, to the
 # others eight, which guesses hit more often.
 WHO = "animal"
@@ -42,11 +44,9 @@ ANSWERS = {
     **{"colour": "It is {value}.", "home": "It lives in the {value}.", "food": "It eats {value}."},
     WHO: "It is the {value}.",
 }
-# They end alike, with what a thought begins with.
-ASK_PASSES = ("Who has the ball {after}?", "Tell me who has the ball {after}.", "Say who has the ball {after}.")
-# Hops, the last of which is the fact itself, and passes. A thought is worth its length from MANY_PASSES on.
-SIZES: Mapping[str, Sequence[int]] = {HOPS: (2, 3), PASSES: (1, 2, 3, 4, 5, 6, 7)}
-MANY_PASSES = (5, 6, 7)
+ASK_DIAL = ("Where is the dial at the end?", "Tell me where the dial ends.", "Say where the dial ends.")
+# Hops, the last of which is the fact itself, and turns of the dial.
+SIZES: Mapping[str, Sequence[int]] = {HOPS: (2, 3), DIAL: (len(TURNS),)}
 
 # Of each animal what is true of it, or who is what to it, by name.
 Told = Mapping[str, Mapping[str, str]]
@@ -58,7 +58,7 @@ class Problem:
 
     Args:
         family: one of `FAMILIES`.
-        size: how many hops or passes.
+        size: how many hops, or turns of the dial.
         key: what is asked, apart from its wording; `part_of` splits by it.
         question: the question.
         steps: the sentences of the thought, in order.
@@ -114,13 +114,13 @@ def relations_of(world_seed: int) -> dict[str, dict[str, str]]:
 def part_of(family: str, key: str) -> str:
     """Return which of `PARTS` an instance belongs to, the same in every world.
 
-    A third is held out for evaluation. Of passes two ninths are to practice on, by reinforcement learning. Of hops
+    A third is held out for evaluation. Of the dial two ninths are to practice on, by reinforcement learning. Of hops
     none are: a policy learns the answers to so few questions by heart, and is then paid for not thinking.
     """
     number = zlib.crc32(f"reasoning {key}".encode()) % 9
     if number < 3:
         return HELD_OUT
-    return PRACTICE if family == PASSES and number < 5 else SHOWN
+    return PRACTICE if family == DIAL and number < 5 else SHOWN
 
 
 def tell_relation(relation: str, animal: str, other: str) -> str:
@@ -151,27 +151,24 @@ def hops_problem(facts: Told, relations: Told, rng: random.Random, hops: int) ->
     )
 
 
-def tell_passes(ring: Sequence[str], rng: random.Random) -> str:
-    """Return the sentence that says who passes the ball to whom, in any order: each to the next of the ring."""
-    pairs = list(zip(ring, (*ring[1:], ring[0]), strict=True))
-    # Side by side as in a thought, so that the next one is found by who stands before.
-    return f"The passes are {', '.join(map(' '.join, rng.sample(pairs, len(pairs))))}."
-
-
-def passes_problem(rng: random.Random, passes: int) -> Problem:
-    """Return a question about who has the ball after `passes` passes, at most nine."""
-    ring = rng.sample(PEOPLE, PLAYERS)
-    after = f"{passes} {'pass' if passes == 1 else 'passes'} after {ring[0]}"
-    last = ring[passes]
-    # The rubric reads words in lower case.
-    others = tuple(person.lower() for person in PEOPLE if person != last)
+def dial_problem(rng: random.Random) -> Problem:
+    """Return a question about a dial that is turned six times."""
+    first, *turns = (rng.randrange(NUMBERS_OF_DIAL) for _ in range(1 + len(TURNS)))
+    turned = list(zip(TURNS, turns, strict=True))
+    shows, steps = first, [f"{first}."]
+    for name, by in turned:
+        before, shows = shows, (shows + by) % NUMBERS_OF_DIAL
+        steps.append(f"{name} {by} {before} {shows}.")
+    # As many tokens for a turn as for a step of the thought, and nothing behind them.
+    told = " ".join(f"Turn {name} by {by}." for name, by in turned)
+    others = tuple(str(number) for number in range(NUMBERS_OF_DIAL) if number != shows)
     return Problem(
-        family=PASSES,
-        size=passes,
-        key=f"passes {passes} {' '.join(ring)}",
-        question=f"{tell_passes(ring, rng)} {rng.choice(ASK_PASSES).format(after=after)}",
-        steps=tuple(f"{passes - place} {ring[place]} {ring[place + 1]}." for place in range(passes)),
-        gold=GoldAnswer("answer", (f"It is {last}.",), (last.lower(),), others),
+        family=DIAL,
+        size=len(TURNS),
+        key=f"dial {first} {' '.join(str(by) for _, by in turned)}",
+        question=f"{rng.choice(ASK_DIAL)} It is at {first}. {told}",
+        steps=tuple(steps),
+        gold=GoldAnswer("answer", (f"At {shows}.",), (str(shows),), others),
     )
 
 
@@ -190,6 +187,6 @@ def draw_problem(
     """
     while True:
         size = rng.choice(sizes or SIZES[family])
-        problem = hops_problem(facts, relations, rng, size) if family == HOPS else passes_problem(rng, size)
+        problem = hops_problem(facts, relations, rng, size) if family == HOPS else dial_problem(rng)
         if part_of(family, problem.key) == part:
             return problem

@@ -2,11 +2,11 @@
 
 import re
 
-from hfllm.data.world.reasoning import PASSES, WHO, Problem, Told
+from hfllm.data.world.reasoning import DIAL, NUMBERS_OF_DIAL, WHO, Problem, Told
 from hfllm.data.world.vocabulary import WELL_SAID
 
-ASKED, PASS = re.compile(r"(\d) pass\w* after (\w+)"), re.compile(r"\b([A-Z]\w+) ([A-Z]\w+)")
-PASSED = re.compile(r"(\d) (\w+) (\w+)")
+FIRST, TURN = re.compile(r"It is at (\d)\."), re.compile(r"Turn (\w) by (\d)\.")
+TURNED = re.compile(r"(\w) (\d) (\d) (\d)")
 RELATED = re.compile(r"The (\w+) of the (\w+) is the (\w+)")
 
 
@@ -17,9 +17,7 @@ def checked_steps(problem: Problem, thought: str, facts: Told, relations: Told) 
     missing do not hold, and neither do those that are too many: the list is as long as the longer of both.
     """
     said = [sentence.strip() for sentence in thought.split(".") if sentence.strip()]
-    held = (
-        _checked_passes(problem, said) if problem.family == PASSES else _checked_hops(problem, said, facts, relations)
-    )
+    held = _checked_dial(problem, said) if problem.family == DIAL else _checked_hops(problem, said, facts, relations)
     return held + [False] * (max(len(said), len(problem.steps)) - len(held))
 
 
@@ -28,14 +26,15 @@ def is_valid(steps: list[bool]) -> bool:
     return bool(steps) and all(steps)
 
 
-def _checked_passes(problem: Problem, said: list[str]) -> list[bool]:
-    ((asked, person),) = ASKED.findall(problem.question)
-    passes, held = dict(PASS.findall(problem.question)), []
-    for left, sentence in zip(range(int(asked), 0, -1), said, strict=False):
-        match = PASSED.fullmatch(sentence)
-        is_read = match is not None and match.groups()[:2] == (str(left), person)
-        held.append(is_read and passes.get(person) == match[3])
-        person = match[3] if match else ""
+def _checked_dial(problem: Problem, said: list[str]) -> list[bool]:
+    first, turns = FIRST.findall(problem.question)[0], TURN.findall(problem.question)
+    held = [sentence == first for sentence in said[:1]]
+    shows = said[0] if said else ""
+    for sentence, turn in zip(said[1:], turns, strict=False):
+        match = TURNED.fullmatch(sentence)
+        is_read = match is not None and match.groups()[:3] == (*turn, shows)
+        held.append(is_read and int(match[4]) == (int(shows) + int(turn[1])) % NUMBERS_OF_DIAL)
+        shows = match[4] if match else ""
     return held
 
 
