@@ -135,29 +135,29 @@ def samples(answers: Answers) -> list[dict[str, str]]:
 
 
 def plots(answers: Answers, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Plot]:
-    """Return the plots: right answers by the number of turns; rewards and lengths over the episodes of PPO.
+    """Return the plots: steps of thoughts that hold; rewards and lengths over the episodes of PPO.
 
     Args:
         answers: after fine-tuning.
         histories: the logs of each run of PPO.
     """
     return {
-        "turns": _turns(answers),
+        "steps": _steps(answers),
         "ppo_rewards": _over_episodes("Right answers during PPO", "share of sampled answers", "reward", histories),
         "ppo_lengths": _over_episodes("Length of answers during PPO", "tokens", "response_length", histories),
     }
 
 
-def _turns(answers: Answers) -> Plot:
+def _steps(answers: Answers) -> Plot:
+    """Return the share of thoughts whose step holds, by its place; a model without thoughts has no line."""
     lines = {}
     for model, said in answers.items():
-        by_size = {
-            size: [float(each.is_right) for each in said if each.problem.group == f"{DIAL}_{size}"]
-            for size in SIZES[DIAL]
-        }
-        shown = {size: sum(values) / len(values) for size, values in by_size.items() if values}
-        lines[TITLES[model]] = (list(shown), list(shown.values()))
-    return Plot("Held-out dials, greedy answers", "turns of the dial", "share of right answers", lines)
+        thoughts = [each.steps for each in said if is_dial(each.problem) and each.thinks]
+        # The number that the dial is at comes first, then a step for each turn.
+        places = range(1 + max(SIZES[DIAL])) if thoughts else range(0)
+        held = [sum(steps[place] for steps in thoughts) / len(thoughts) for place in places]
+        lines[TITLES[model]] = (list(places), held)
+    return Plot("Thoughts about held-out dials, greedy answers", "step", "share that holds", lines)
 
 
 def _over_episodes(title: str, ylabel: str, key: str, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Plot:

@@ -15,7 +15,7 @@ PRETRAIN, THOUGHTS, DIRECT, MIXED, RL, SHUFFLED = (
 )
 # Arms that must not gain: fine-tuning on the answers alone, PPO on rewards that say nothing.
 CONTROLS = (DIRECT, SHUFFLED)
-# The longest answer in tokens: a thought about six turns takes 38, and what grows beyond must be seen to.
+# The longest answer in tokens: a thought about a dial takes 34, and what grows beyond must be seen to.
 RESPONSE_LENGTH = 64
 AT_LEAST_ONE = ("num_prompts", "num_problems")
 # Of the fewest rows a held-out one is left.

@@ -12,7 +12,7 @@ always six, and take five tokens each, as do the steps (`Turn A by 4.`). A head 
 learns in a few hundred steps. To find them by name, whatever the distance (an induction head: Olsson et al. 2022,
 arXiv:2209.11895), takes more texts than there are: a third of the turns was then copied wrong.
 
-There are 600 questions of hops, few enough to be learned by heart; those of the dial do not end.
+There are 600 questions of hops, few enough to be learned by heart, and two million of the dial.
 """
 
 import random
