@@ -110,6 +110,10 @@ def test_texts_show_thoughts_on_request_alone_and_never_those_of_other_parts(wor
     for text in thoughts:
         question, said = text.removeprefix("<|user|>").removesuffix("<|end|>").split("<|end|><|assistant|>")
         seen[question] = said
+    # Of hops all are compared; of dials none of a few thousand comes up twice.
+    dials = [question for question in seen if "dial" in question]
+    assert len(dials) > 400
+    assert {part_of(DIAL, f"dial {' '.join(re.findall('[0-9]', question))}") for question in dials} == {SHOWN}
     for part in PARTS:
         for problem in [each for each in some(world, 2000, seed=3) if part_of(each.family, each.key) == part]:
             if problem.question in seen:
