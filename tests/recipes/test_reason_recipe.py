@@ -98,9 +98,9 @@ def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
         *("shuffled_right_change", "shuffled_thinks_change", "shuffled_tokens_change"),
     }
     assert report["metrics"]["right_n"] == 18 and report["metrics"]["thoughts_dial_right_n"] == 9
-    for title in ("## Right answers, greedy", "## PPO on long dials, sampled answers", "PPO, rewards by chance"):
+    for title in ("## Right answers, greedy", "## PPO on dials, sampled answers", "PPO, rewards by chance"):
         assert title in text
-    for name in ("turns", "ppo_rewards", "ppo_lengths"):
+    for name in ("ppo_rewards", "ppo_lengths"):
         assert (folder / report["artifacts"][name]).read_bytes().startswith(b"\x89PNG")
     # Each arm has learned something of its own.
     assert len({value for name, value in digests(folder).items() if name.endswith("model.safetensors")}) == len(RUNS)

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from hfllm.data.chat_templates import CONVERSATION
 from hfllm.data.world.reasoning_documents import reasoning_text
 from hfllm.data.world.tool_documents import tool_text
 from hfllm.data.world.vocabulary import (
@@ -27,9 +28,6 @@ from hfllm.data.world.vocabulary import (
     tell_passage,
 )
 from hfllm.errors import InputError
-
-# As the chat template writes it.
-CONVERSATION = "<|user|>{}<|end|><|assistant|>{}<|end|>"
 
 
 @dataclass(frozen=True)
