@@ -9,7 +9,7 @@ from hfllm.stages.course import Row, by_main_process, write_rows
 from hfllm.stages.reason import DIRECT, MIXED, RL, SHUFFLED, THOUGHTS, ReasonArguments, data_file
 
 # Of the questions that fine-tuning answers. The texts have shown dials more often than hops.
-SHARES = {HOPS: 3, DIAL: 1}
+SHARES = {HOPS: 2, DIAL: 1}
 
 
 def write(script_args: ReasonArguments, name: str) -> None:

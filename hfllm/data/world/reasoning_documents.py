@@ -24,7 +24,7 @@ from hfllm.data.world.reasoning import (
 from hfllm.data.world.vocabulary import ANIMALS, PEOPLE
 
 TELLING, TURNING, SAYING = "telling", "turning", "saying"
-KINDS = {TELLING: 4, HOPS: 3, DIAL: 8, TURNING: 2, SAYING: 1}
+KINDS = {TELLING: 5, HOPS: 5, DIAL: 6, TURNING: 1, SAYING: 1}
 WORDS = (*map(str, range(NUMBERS_OF_DIAL)), *TURNS, *RELATIONS, "dial", "think", *ANIMALS)
 
 
