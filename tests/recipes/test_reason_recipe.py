@@ -129,7 +129,7 @@ def test_the_same_command_reuses_and_another_flag_is_refused_by_its_name(whole, 
     for flags, difference in (
         (("--seed", 7), "seed=42, this one has seed=7"),
         (("--controls", "none"), r"controls=None, this one has controls=\['none'\]"),
-        (("--share_of_thoughts", 0.5), "share_of_thoughts=0.3, this one has share_of_thoughts=0.5"),
+        (("--share_of_thoughts", 0.5), "share_of_thoughts=0.4, this one has share_of_thoughts=0.5"),
     ):
         with pytest.raises(InputError, match=f"holds a finished run with {difference}") as error:
             again(*flags)
