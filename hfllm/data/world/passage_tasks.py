@@ -1,31 +1,40 @@
 """Questions about passages that measure whether a model reads them: names, changed facts and wordings are held out.
 
-    right          one passage, which tells what is asked of a made-up animal
-    several        three passages, one of which does
-    changed        a passage that tells of an animal of the world what has changed
-    contradicting  two or three passages, two of which tell different things of what is asked
-    injected       as `right`, and the passage holds an instruction to say something else
-    wrong          one passage, which is about another animal than the made-up one that is asked about
-    kept           the same, and an animal of the world is asked about: pretraining has told its facts
-    silent         a passage about the animal that does not tell what is asked
-    closed         no passage, a made-up animal
-    known          no passage, an animal of the world
+    one_passage          it tells what is asked of a made-up animal
+    three_passages       one of them does
+    changed              it tells of an animal of the world what has changed
+    contradicting        two or three passages, two of which tell different things of what is asked
+    injected             as the first, and the passage holds an instruction to say something else
+    wrong_passage        it is about another animal than the made-up one that is asked about
+    wrong_passage_known  the same, and an animal of the world is asked about: pretraining has told its facts
+    silent               it is about the animal and does not tell what is asked
+    closed_unknown       no passage, a made-up animal
+    closed_known         no passage, an animal of the world
+
+In `stored_tasks` the passages are to be found first, among those about many animals.
 """
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hfllm.data.messages import Message
 from hfllm.data.passages import with_passages
 from hfllm.data.world.passages import Answer, Facts, Told, answer_to, draw_facts, held_out_names, instruct, tell
 from hfllm.data.world.rubric import GoldAnswer
-from hfllm.data.world.tool_documents import is_held_out_change
+from hfllm.data.world.tool_documents import draw_name, is_held_out_change
 from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, COLOURS, FOODS, HOMES, phrase
 
-RIGHT, SEVERAL, CHANGED, CONTRADICTING, INJECTED = TOLD = ("right", "several", "changed", "contradicting", "injected")
-WRONG, KEPT, SILENT, CLOSED, KNOWN = NOT_TOLD = ("wrong", "kept", "silent", "closed", "known")
+ONE, THREE, CHANGED, CONTRADICTING, INJECTED = TOLD = (
+    *("one_passage", "three_passages", "changed"),
+    *("contradicting", "injected"),
+)
+WRONG, KEPT, SILENT, CLOSED, KNOWN = NOT_TOLD = (
+    *("wrong_passage", "wrong_passage_known", "silent"),
+    *("closed_unknown", "closed_known"),
+)
 GROUPS = (*TOLD, *NOT_TOLD)
+Names = Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -67,20 +76,69 @@ class PassageTask:
 
 
 def passage_tasks(facts: Facts, group: str, count: int, seed: int = 0) -> list[PassageTask]:
-    """Return questions of a group: attributes in turn, every other one in a wording that no training uses.
+    """Return different questions of a group: attributes in turn, half of them in wordings that no training uses.
 
     Args:
         facts: the world's.
         group: one of `GROUPS`.
-        count: how many; none comes twice with the same passages.
+        count: how many; fewer where there are no more.
         seed: of the draw.
     """
-    rng = random.Random(f"passage-tasks-{group}-{seed}")
-    names, tasks = held_out_names(), []
-    for place in range(count):
-        attribute = list(ATTRIBUTES)[place % len(ATTRIBUTES)]
-        tasks.append(_TASKS[group](facts, rng, names, attribute, place % 2 == 1))
-    return tasks
+    rng, names = random.Random(f"passage-tasks-{group}-{seed}"), held_out_names()
+    tasks: dict[str, PassageTask] = {}
+    for _ in range(20 * count):
+        if len(tasks) == count:
+            break
+        attribute, is_new = list(ATTRIBUTES)[len(tasks) % 3], len(tasks) % 2 == 1
+        task = _TASKS[group](facts, rng, names, attribute, is_new)
+        tasks.setdefault(task.prompt[0]["content"], task)
+    return list(tasks.values())
+
+
+# ---- passages that are to be found ----
+
+ANSWERABLE, UNANSWERABLE = "answerable", "unanswerable"
+STORED = (ANSWERABLE, UNANSWERABLE, KNOWN)
+
+
+def stored_tasks(
+    facts: Facts, count: int, seed: int = 0, held_out: bool = True
+) -> tuple[list[Told], dict[str, list[PassageTask]]]:
+    """Return passages about made-up animals, one each, and questions by `STORED`, which have all of them as theirs.
+
+    Half of the names have a passage (`answerable`), the others have none, and neither have the world's animals.
+
+    Args:
+        facts: the world's.
+        count: questions of each kind.
+        seed: of the draw.
+        held_out: whether the names are those that nothing learns from; else as many that may be learned from.
+    """
+    rng = random.Random(f"stored-{seed}-{held_out}")
+    names = held_out_names() if held_out else sorted({draw_name(rng) for _ in range(len(held_out_names()))})
+    rng.shuffle(names)
+    half = len(names) // 2
+    store = [told_of(facts, rng, name) for name in names[:half]]
+    tasks: dict[str, list[PassageTask]] = {}
+    for group, animals in zip(STORED, (names[:half], names[half:], ANIMALS), strict=True):
+        tasks[group] = []
+        for place in range(count):
+            asked = rng.choice(animals), list(ATTRIBUTES)[place % 3]
+            tasks[group].append(task_about(facts, rng, group, asked, store, held_out and place % 2 == 1))
+    return store, tasks
+
+
+def with_found(task: PassageTask, found: Sequence[int]) -> PassageTask:
+    """Return a question of `stored_tasks` with the passages that were found for it, by their places in the store.
+
+    What is to be said does not depend on what was found; only the numbers to cite do.
+    """
+    of_store = {number - 1 for number in task.answer.cites}
+    cites = tuple(number for number, place in enumerate(found, 1) if place in of_store)
+    return replace(task, told=tuple(task.told[place] for place in found), answer=replace(task.answer, cites=cites))
+
+
+# ---- questions of each group ----
 
 
 def task_about(
@@ -104,24 +162,24 @@ def told_of(facts: Facts, rng: random.Random, animal: str, without: str = "") ->
     return tell(rng, animal, draw_facts(rng, facts.get(animal), attributes))
 
 
-def _about_unknown(facts: Facts, rng: random.Random, names: Sequence[str], attribute: str, is_new: bool) -> PassageTask:
+def _one(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
     name = rng.choice(names)
-    return task_about(facts, rng, RIGHT, (name, attribute), [told_of(facts, rng, name)], is_new)
+    return task_about(facts, rng, ONE, (name, attribute), [told_of(facts, rng, name)], is_new)
 
 
-def _several(facts: Facts, rng: random.Random, names: Sequence[str], attribute: str, is_new: bool) -> PassageTask:
+def _three(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
     name, *others = rng.sample(names, 3)
     told = [told_of(facts, rng, each) for each in (name, *others)]
     rng.shuffle(told)
-    return task_about(facts, rng, SEVERAL, (name, attribute), told, is_new)
+    return task_about(facts, rng, THREE, (name, attribute), told, is_new)
 
 
-def _changed(facts: Facts, rng: random.Random, names: Sequence[str], attribute: str, is_new: bool) -> PassageTask:
+def _changed(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
     animal = rng.choice([each for each in ANIMALS if is_held_out_change(each, attribute)])
     return task_about(facts, rng, CHANGED, (animal, attribute), [told_of(facts, rng, animal)], is_new)
 
 
-def _contradicting(facts: Facts, rng: random.Random, names: Sequence[str], attribute: str, is_new: bool) -> PassageTask:
+def _contradicting(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
     name, other = rng.sample(names, 2)
     first = told_of(facts, rng, name)
     value = rng.choice([value for value in ATTRIBUTES[attribute] if value != first.facts[attribute]])
@@ -131,41 +189,39 @@ def _contradicting(facts: Facts, rng: random.Random, names: Sequence[str], attri
     return task_about(facts, rng, CONTRADICTING, (name, attribute), told, is_new)
 
 
-def _injected(facts: Facts, rng: random.Random, names: Sequence[str], attribute: str, is_new: bool) -> PassageTask:
-    name = rng.choice(names)
-    told = draw_facts(rng, None)
+def _injected(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
+    name, told = rng.choice(names), draw_facts(rng, None)
     # Three of four instructions want another value, the others an answer that admits not to know.
     wanted = rng.choice([value for value in ATTRIBUTES[attribute] if value != told[attribute]])
-    instruction = instruct(rng, attribute, wanted if rng.random() < 0.75 else None, held_out=True)
-    passage = tell(rng, name, told, instruction)
-    return task_about(facts, rng, INJECTED, (name, attribute), [passage], is_new, wanted if wanted in instruction else "")
+    wanted = wanted if rng.random() < 0.75 else ""
+    passage = tell(rng, name, told, instruct(rng, attribute, wanted or None, held_out=True))
+    return task_about(facts, rng, INJECTED, (name, attribute), [passage], is_new, wanted)
 
 
-def _wrong(facts: Facts, rng: random.Random, names: Sequence[str], attribute: str, is_new: bool) -> PassageTask:
+def _wrong(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
     name, other = rng.sample(names, 2)
     return task_about(facts, rng, WRONG, (name, attribute), [told_of(facts, rng, other)], is_new)
 
 
-def _kept(facts: Facts, rng: random.Random, names: Sequence[str], attribute: str, is_new: bool) -> PassageTask:
-    return task_about(
-        facts, rng, KEPT, (rng.choice(ANIMALS), attribute), [told_of(facts, rng, rng.choice(names))], is_new
-    )
+def _kept(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
+    told = [told_of(facts, rng, rng.choice(names))]
+    return task_about(facts, rng, KEPT, (rng.choice(ANIMALS), attribute), told, is_new)
 
 
-def _silent(facts: Facts, rng: random.Random, names: Sequence[str], attribute: str, is_new: bool) -> PassageTask:
+def _silent(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
     name = rng.choice(names)
     return task_about(facts, rng, SILENT, (name, attribute), [told_of(facts, rng, name, attribute)], is_new)
 
 
-def _closed(facts: Facts, rng: random.Random, names: Sequence[str], attribute: str, is_new: bool) -> PassageTask:
+def _closed(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
     return task_about(facts, rng, CLOSED, (rng.choice(names), attribute), [], is_new)
 
 
-def _known(facts: Facts, rng: random.Random, names: Sequence[str], attribute: str, is_new: bool) -> PassageTask:
+def _known(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
     return task_about(facts, rng, KNOWN, (rng.choice(ANIMALS), attribute), [], is_new)
 
 
-_TASKS: Mapping[str, Callable[[Facts, random.Random, Sequence[str], str, bool], PassageTask]] = {
-    **{RIGHT: _about_unknown, SEVERAL: _several, CHANGED: _changed, CONTRADICTING: _contradicting},
-    **{INJECTED: _injected, WRONG: _wrong, KEPT: _kept, SILENT: _silent, CLOSED: _closed, KNOWN: _known},
+_TASKS: Mapping[str, Callable[[Facts, random.Random, Names, str, bool], PassageTask]] = {
+    **{ONE: _one, THREE: _three, CHANGED: _changed, CONTRADICTING: _contradicting, INJECTED: _injected},
+    **{WRONG: _wrong, KEPT: _kept, SILENT: _silent, CLOSED: _closed, KNOWN: _known},
 }

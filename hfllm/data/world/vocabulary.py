@@ -126,7 +126,11 @@ WELL_SAID = {
 # How texts tell what is true of an animal.
 TELLINGS = {
     "colour": ("The {x} is {value}.", "The colour of the {x} is {value}.", "Look at the {value} {x}."),
-    "home": ("The {x} lives in the {value}.", "The home of the {x} is the {value}.", "You find the {x} in the {value}."),
+    "home": (
+        "The {x} lives in the {value}.",
+        "The home of the {x} is the {value}.",
+        "You find the {x} in the {value}.",
+    ),
     "food": ("The {x} eats {value}.", "The food of the {x} is {value}.", "The {x} likes {value}."),
 }
 SAY_UNKNOWN = "I do not know that animal."

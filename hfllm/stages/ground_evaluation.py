@@ -1,0 +1,87 @@
+"""What learning to read passages has changed: answers with passages given, and with passages that are found first."""
+
+from collections.abc import Callable, Sequence
+
+from hfllm.data.messages import Message
+from hfllm.data.passages import Passage
+from hfllm.data.world.passage_tasks import (
+    ANSWERABLE,
+    GROUPS,
+    ONE,
+    PassageTask,
+    passage_tasks,
+    stored_tasks,
+    with_found,
+)
+from hfllm.data.world.passages import Told
+from hfllm.data.world.world import World
+from hfllm.evaluation.grounding import RESPONSE_LENGTH, Answered, answer
+from hfllm.evaluation.grounding_report import GATED, UNGATED, Found, Retrieval, report
+from hfllm.evaluation.responses import judge_tasks
+from hfllm.stages.course import load_speaking
+from hfllm.stages.ground import GROUNDED, MODELS, TOP_K, Course, GroundArguments
+
+# Questions of the world without passages, of all its families, and those of each kind that place the gate.
+NUM_WORLD_TASKS, NUM_GATE_QUESTIONS = 240, 200
+
+Ask = Callable[[Sequence[PassageTask]], list[Answered]]
+# Of each question the places of its passages in the store and their scores, the best first.
+Places = list[list[tuple[int, float]]]
+
+
+def evaluate(script_args: GroundArguments, course: Course) -> Found:
+    """Ask both models with passages and without, and the grounded one with passages found by BM25. Describe all."""
+    from trl import ModelConfig
+
+    world, count = World(script_args.world_seed), script_args.num_questions
+    asked = {group: passage_tasks(world.facts, group, count) for group in GROUPS}
+    tasks = world.evaluation_tasks(NUM_WORLD_TASKS)
+    answers, golds, retrieval = {}, {}, None
+    for name in MODELS:
+        speaking = load_speaking(course.folder(name), ModelConfig())
+
+        def ask(questions: Sequence[PassageTask], speaking=speaking) -> list[Answered]:
+            return answer(speaking.model, speaking.tokenizer, questions)
+
+        answers[name] = {group: ask(each) for group, each in asked.items()}
+        golds[name] = judge_tasks(speaking.model, speaking.tokenizer, tasks, RESPONSE_LENGTH, do_sample=False)
+        if name == GROUNDED:
+            retrieval = end_to_end(world, count, ask)
+    return report(answers, retrieval, golds)
+
+
+def example(script_args: GroundArguments) -> list[Message]:
+    """Return a question with its passages, to try the model with."""
+    return passage_tasks(World(script_args.world_seed).facts, ONE, 1)[0].prompt
+
+
+# ---- passages that are found first ----
+
+
+def end_to_end(world: World, count: int, ask: Ask) -> Retrieval:
+    """Return what a model answers with the passages that BM25 finds, through the gate and without it.
+
+    The gate is placed by names that training may know: halfway between the least score of a passage that answers its
+    question and the largest of one that does not. What scores less than the gate is not given.
+    """
+    store, asked = stored_tasks(world.facts, NUM_GATE_QUESTIONS, held_out=False)
+    best = {group: [found[0][1] for found in search(store, tasks, 1)] for group, tasks in asked.items()}
+    others = [score for group, scores in best.items() if group != ANSWERABLE for score in scores]
+    gate = (min(best[ANSWERABLE]) + max(others)) / 2
+    store, asked = stored_tasks(world.facts, count)
+    answers: dict[str, dict[str, list[Answered]]] = {GATED: {}, UNGATED: {}}
+    found = {group: search(store, tasks, TOP_K) for group, tasks in asked.items()}
+    for way, least in ((GATED, gate), (UNGATED, float("-inf"))):
+        for group, tasks in asked.items():
+            places = [[place for place, score in each if score >= least] for each in found[group]]
+            answers[way][group] = ask([with_found(*each) for each in zip(tasks, places, strict=True)])
+    return Retrieval(gate, {group: [each[0][1] for each in places] for group, places in found.items()}, answers)
+
+
+def search(store: Sequence[Told], tasks: Sequence[PassageTask], top_k: int) -> Places:
+    """Return of each question the places in the store of the passages that BM25 finds, with their scores."""
+    from hfllm.grounding.retrieval import BM25Retriever
+
+    retriever = BM25Retriever([Passage(each.text) for each in store])
+    found = retriever.retrieve([task.question for task in tasks], top_k)
+    return [[(each.place, each.score) for each in passages] for passages in found]
