@@ -79,7 +79,7 @@ def report(answers: Answers, retrieval: Retrieval, golds: Golds) -> Found:
         golds: to the world's questions without passages.
 
     Returns:
-        Metrics `MODEL_GROUP_right`, `MODEL_one_passage_right_ATTRIBUTE`, `MODEL_GROUP_cites` (of the right answers from
+        Metrics `MODEL_GROUP_right`, `MODEL_one_passage_right_ATTRIBUTE`, `MODEL_GROUP_cites` (of right answers from
         passages), `MODEL_injected_follows`; `gated_KIND_right` and `ungated_KIND_right` end to end, and the `gate`;
         `MODEL_world_gold`, and `world_gold_kept`, the ratio of both.
     """
