@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 
 from hfllm.data.messages import Message
-from hfllm.data.passages import Passage
 from hfllm.data.world.passage_tasks import (
     ANSWERABLE,
     GROUPS,
@@ -18,6 +17,8 @@ from hfllm.data.world.world import World
 from hfllm.evaluation.grounding import RESPONSE_LENGTH, Answered, answer
 from hfllm.evaluation.grounding_report import GATED, UNGATED, Found, Retrieval, report
 from hfllm.evaluation.responses import judge_tasks
+from hfllm.grounding.passages import Passages
+from hfllm.grounding.retrieval import BM25Retriever, Gated
 from hfllm.stages.course import load_speaking
 from hfllm.stages.ground import GROUNDED, MODELS, TOP_K, Course, GroundArguments
 
@@ -25,8 +26,6 @@ from hfllm.stages.ground import GROUNDED, MODELS, TOP_K, Course, GroundArguments
 NUM_WORLD_TASKS, NUM_GATE_QUESTIONS = 240, 200
 
 Ask = Callable[[Sequence[PassageTask]], list[Answered]]
-# Of each question the places of its passages in the store and their scores, the best first.
-Places = list[list[tuple[int, float]]]
 
 
 def evaluate(script_args: GroundArguments, course: Course) -> Found:
@@ -65,23 +64,27 @@ def end_to_end(world: World, count: int, ask: Ask) -> Retrieval:
     question and the largest of one that does not. What scores less than the gate is not given.
     """
     store, asked = stored_tasks(world.facts, NUM_GATE_QUESTIONS, held_out=False)
-    best = {group: [found[0][1] for found in search(store, tasks, 1)] for group, tasks in asked.items()}
-    others = [score for group, scores in best.items() if group != ANSWERABLE for score in scores]
-    gate = (min(best[ANSWERABLE]) + max(others)) / 2
+    retriever = retriever_of(store)
+    best = {group: best_scores(retriever, tasks) for group, tasks in asked.items()}
+    gate = (min(best[ANSWERABLE]) + max(max(scores) for group, scores in best.items() if group != ANSWERABLE)) / 2
     store, asked = stored_tasks(world.facts, count)
-    answers: dict[str, dict[str, list[Answered]]] = {GATED: {}, UNGATED: {}}
-    found = {group: search(store, tasks, TOP_K) for group, tasks in asked.items()}
-    for way, least in ((GATED, gate), (UNGATED, float("-inf"))):
+    retriever = retriever_of(store)
+    answers: dict[str, dict[str, list[Answered]]] = {}
+    for way, found_by in ((GATED, Gated(retriever, gate)), (UNGATED, retriever)):
+        answers[way] = {}
         for group, tasks in asked.items():
-            places = [[place for place, score in each if score >= least] for each in found[group]]
+            found = found_by.retrieve([task.question for task in tasks], TOP_K)
+            places = [[each.place for each in passages] for passages in found]
             answers[way][group] = ask([with_found(*each) for each in zip(tasks, places, strict=True)])
-    return Retrieval(gate, {group: [each[0][1] for each in places] for group, places in found.items()}, answers)
+    return Retrieval(gate, {group: best_scores(retriever, tasks) for group, tasks in asked.items()}, answers)
 
 
-def search(store: Sequence[Told], tasks: Sequence[PassageTask], top_k: int) -> Places:
-    """Return of each question the places in the store of the passages that BM25 finds, with their scores."""
-    from hfllm.grounding.retrieval import BM25Retriever
+def retriever_of(store: Sequence[Told]) -> BM25Retriever:
+    """Return what finds passages of a store by their words."""
+    return BM25Retriever(Passages.from_texts([each.text for each in store]))
 
-    retriever = BM25Retriever([Passage(each.text) for each in store])
-    found = retriever.retrieve([task.question for task in tasks], top_k)
-    return [[(each.place, each.score) for each in passages] for passages in found]
+
+def best_scores(retriever: BM25Retriever, tasks: Sequence[PassageTask]) -> list[float]:
+    """Return of each question the score of the passage that fits best, 0 where none does."""
+    found = retriever.retrieve([task.question for task in tasks], 1)
+    return [passages[0].score if passages else 0.0 for passages in found]
