@@ -1,0 +1,84 @@
+"""What checking sampled answers against passages is worth, beside a reward model, a majority and greedy decoding."""
+
+import random
+from collections.abc import Callable, Sequence
+
+from hfllm.data.world.passages import tell
+from hfllm.data.world.rubric import RIGHT, gold_score, words_of
+from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES
+from hfllm.data.world.world import Task, World
+from hfllm.grounding.choosing import best_rewarded, compare_choices, first_supported, majority_of_meaning
+from hfllm.grounding.passages import Passages
+from hfllm.grounding.retrieval import BM25Retriever
+from hfllm.grounding.samples import Answered, answer_with_samples
+from hfllm.grounding.verification import has_words
+from hfllm.stages.course import Speaking
+from hfllm.stages.ground_confidence import NUM_SAMPLES, RESPONSE_LENGTH, meaning_of
+
+# Texts about each animal to check against, how many texts are found for a question, and wordings of each question.
+TEXTS_EACH, TOP_K, WORDINGS = 5, 3, 3
+VALUES = frozenset(value for values in ATTRIBUTES.values() for value in values)
+
+Reward = Callable[..., Sequence[float]]
+
+
+def verify(
+    world: World, speaking: Speaking, reward: Reward | None, seed: int
+) -> tuple[dict[str, float], dict[str, list[dict[str, str]]]]:
+    """Return how many facts of the world are right by each way to choose one of a model's sampled answers.
+
+    The first answer is kept that a text about the animal supports: the text is found by BM25, and has each animal and
+    each value that the answer names. It says nothing where none is supported.
+
+    Args:
+        world: whose facts are asked.
+        speaking: the model.
+        reward: scores answers, such as a reward model; left out where there is none.
+        seed: of the samples.
+
+    Returns:
+        Metrics of `compare_choices`, and its table.
+    """
+    tasks = world.fact_tasks(WORDINGS)
+    prompts = [task.prompt_row()["prompt"] for task in tasks]
+    rows = answer_with_samples(speaking.model, speaking.tokenizer, prompts, NUM_SAMPLES, RESPONSE_LENGTH, seed)
+    samples = [[each.text for each in row.samples] for row in rows]
+    right = [[_is_right(task, text) for text in said] for task, said in zip(tasks, samples, strict=True)]
+    claims = [[claim_of(task, text) for text in said] for task, said in zip(tasks, samples, strict=True)]
+    meanings = [[meaning_of(task, text) for text in said] for task, said in zip(tasks, samples, strict=True)]
+    choices = {
+        "first_supported": first_supported(claims, passages_for(world, tasks, seed), has_words, threshold=1.0),
+        "majority_of_meaning": majority_of_meaning(samples, meanings),
+    }
+    if reward is not None:
+        said = [[[{"role": "assistant", "content": text}] for text in texts] for texts in samples]
+        choices["best_rewarded"] = best_rewarded(prompts, said, reward)
+    metrics, table = compare_choices(right, choices, [_is_right(*each) for each in _given(tasks, rows)])
+    gain = metrics["first_supported_right"] - metrics["one_sample_right"]
+    return metrics | {"verification_gain": gain}, {f"Facts, one of {NUM_SAMPLES} sampled answers kept": table}
+
+
+def claim_of(task: Task, answer: str) -> str:
+    """Return what an answer states of the world: the animal that was asked about, and each animal and value it names.
+
+    It is empty for an answer that states no value.
+    """
+    named = [word for word in words_of(answer) if word in VALUES or word in ANIMALS]
+    animal = task.key.split()[1]
+    return " ".join(dict.fromkeys([animal, *named])) if VALUES & {*named} else ""
+
+
+def passages_for(world: World, tasks: Sequence[Task], seed: int) -> list[list[str]]:
+    """Return the texts that BM25 finds for each question, among those that tell of the world's animals."""
+    rng = random.Random(f"texts-{world.seed}-{seed}")
+    texts = [tell(rng, animal, world.facts[animal]).text for animal in ANIMALS for _ in range(TEXTS_EACH)]
+    found = BM25Retriever(Passages.from_texts(texts)).retrieve([task.question for task in tasks], TOP_K)
+    return [[each.passage.text for each in passages] for passages in found]
+
+
+def _given(tasks: Sequence[Task], rows: Sequence[Answered]) -> list[tuple[Task, str]]:
+    return [(task, row.given.text) for task, row in zip(tasks, rows, strict=True)]
+
+
+def _is_right(task: Task, answer: str) -> float:
+    return float(gold_score(answer, task.gold) >= RIGHT)
