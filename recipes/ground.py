@@ -47,6 +47,7 @@ def main(script_args: GroundArguments) -> dict[str, float]:
     for name in ground.MODELS:
         ground_data.write(script_args, name)
         course.run(name)
+    course.run(ground.REWARD)
     course.end()
     if not main_process():
         return {}

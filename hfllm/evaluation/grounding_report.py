@@ -70,13 +70,14 @@ class Found:
     plots: Mapping[str, Plot]
 
 
-def report(answers: Answers, retrieval: Retrieval, golds: Golds) -> Found:
+def report(answers: Answers, retrieval: Retrieval, golds: Golds, parts: Sequence[Found] = ()) -> Found:
     """Return the report of both models.
 
     Args:
         answers: with passages given.
         retrieval: of the grounded model, with passages found.
         golds: to the world's questions without passages.
+        parts: what else was measured; their figures, tables and plots follow.
 
     Returns:
         Metrics `MODEL_GROUP_right`, `MODEL_one_passage_right_ATTRIBUTE`, `MODEL_GROUP_cites` (of right answers from
@@ -94,7 +95,11 @@ def report(answers: Answers, retrieval: Retrieval, golds: Golds) -> Found:
     for model, said in golds.items():
         metrics |= mean_of(f"{model}_world_gold", [each["gold"] for each in said])
     metrics["world_gold_kept"] = metrics[f"{GROUNDED}_world_gold"] / max(metrics[f"{SFT}_world_gold"], 1e-9)
-    return Found(metrics, summary_of(metrics), _tables(metrics, answers, retrieval, golds), {"right": _plot(metrics)})
+    summary = "; ".join([summary_of(metrics), *(part.summary for part in parts)])
+    tables, plots = _tables(metrics, answers, retrieval, golds), {"right": _plot(metrics)}
+    for part in parts:
+        metrics, tables, plots = metrics | part.metrics, {**tables, **part.tables}, {**plots, **part.plots}
+    return Found(metrics, summary, {**tables, "Answers": samples(answers)}, plots)
 
 
 def group_metrics(name: str, said: Sequence[Answered]) -> dict[str, float]:
@@ -165,7 +170,6 @@ def _tables(
             {"asked": group, **{TITLES[model]: f"{families[model][group]:.3f}" for model in (GROUNDED, SFT)}}
             for group in families[GROUNDED]
         ],
-        "Answers": samples(answers),
     }
 
 

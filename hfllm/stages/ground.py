@@ -8,13 +8,15 @@ from hfllm.errors import InputError
 from hfllm.runs.recipes import settings_file
 from hfllm.stages import course
 
-PRETRAIN, SFT, GROUNDED = RUNS = ("pretrain", "sft", "grounded")
+PRETRAIN, SFT, GROUNDED, REWARD = ("pretrain", "sft", "grounded", "reward")
 # The models that are compared.
 MODELS = (SFT, GROUNDED)
 # Of the fewest rows a held-out one is left.
 FEWEST_ROWS = 10
 # Of each attribute there is a question in a known wording and one in a new one.
 FEWEST_QUESTIONS = 6
+# An entropy needs two.
+FEWEST_SAMPLES = 2
 # How many passages are found for a question.
 TOP_K = 3
 
@@ -33,9 +35,13 @@ class GroundArguments:
         default=0.5, metadata={"help": "Share of the rows that are conversations about passages, in (0, 1]."}
     )
     num_questions: int = field(default=300, metadata={"help": "Held-out questions of each group."})
+    num_samples: int = field(
+        default=10, metadata={"help": "Answers of a question that are sampled, for uncertainty and verification."}
+    )
     pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the pretraining run."})
     sft_config: str | None = field(default=None, metadata={"help": "YAML flags of fine-tuning without passages."})
     grounded_config: str | None = field(default=None, metadata={"help": "YAML flags of fine-tuning with passages."})
+    reward_config: str | None = field(default=None, metadata={"help": "YAML flags of the reward model."})
 
 
 def check(script_args: GroundArguments) -> None:
@@ -44,7 +50,8 @@ def check(script_args: GroundArguments) -> None:
     Raises:
         InputError: naming the flag.
     """
-    for flag, least in (("num_examples", FEWEST_ROWS), ("num_questions", FEWEST_QUESTIONS)):
+    fewest = {"num_examples": FEWEST_ROWS, "num_questions": FEWEST_QUESTIONS, "num_samples": FEWEST_SAMPLES}
+    for flag, least in fewest.items():
         value = getattr(script_args, flag)
         if value < least:
             raise InputError(f"--{flag} {value}: expected at least {least}")
@@ -57,7 +64,7 @@ class Course(course.Course):
     """The runs of the recipe."""
 
     stage = "ground"
-    minutes = {PRETRAIN: 3, SFT: 0.6, GROUNDED: 1.2}
+    minutes = {PRETRAIN: 3, SFT: 0.6, GROUNDED: 1.2, REWARD: 0.7}
 
 
 def course_of(script_args: GroundArguments) -> Course:
@@ -85,3 +92,6 @@ def _runs(script_args: GroundArguments) -> Iterator[tuple[str, str, list[str]]]:
     for name in MODELS:
         learned = ["--model_name_or_path", base, "--dataset_name", str(data_file(script_args, name))]
         yield name, "sft", [*config(name), *learned]
+    tuned = str(Path(script_args.output_dir, GROUNDED))
+    world = ["--model_name_or_path", tuned, "--world_seed", str(script_args.world_seed)]
+    yield REWARD, "reward", [*config(REWARD), *world]

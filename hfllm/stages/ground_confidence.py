@@ -1,62 +1,45 @@
 """How sure the grounded model is of what it says without passages, and when it should rather say nothing."""
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 from hfllm.data.world.rubric import REFUSAL_PHRASES, RIGHT, UNKNOWN_PHRASES, gold_score, words_of
 from hfllm.data.world.world import Task, World
+from hfllm.evaluation.grounding import RESPONSE_LENGTH
+from hfllm.evaluation.grounding_report import Found
 from hfllm.grounding.calibration import reliability_plot, risk_coverage_plot, uncertainty_metrics
 from hfllm.grounding.conformal import control_risk, over_splits
-from hfllm.grounding.samples import Answered, answer_with_samples
+from hfllm.grounding.samples import answer_with_samples
 from hfllm.grounding.uncertainty import CONFIDENCE, uncertainties
 from hfllm.outputs.figures import plus_minus
-from hfllm.outputs.report import Plot
 from hfllm.stages.course import Speaking
 
 if TYPE_CHECKING:
     import numpy as np
 
-# The longest answer in tokens; answers of a question that are sampled; risks that are asked for, and random halves.
-RESPONSE_LENGTH, NUM_SAMPLES, ALPHAS, NUM_SPLITS = 40, 10, (0.02, 0.05, 0.1), 200
+# Questions, of all families; risks that are asked for, and random halves.
+NUM_TASKS, ALPHAS, NUM_SPLITS = 360, (0.02, 0.05, 0.1), 200
 # By which measures abstention is shown, and which are drawn.
 ABSTAINS_BY = ("sequence_probability", "semantic_entropy")
 
 
-@dataclass(frozen=True)
-class Confidence:
-    """A part of the report.
-
-    Args:
-        tasks: what was asked.
-        rows: the greedy answers, with others that were sampled.
-        metrics, tables, plots: of the report.
-    """
-
-    tasks: list[Task]
-    rows: list[Answered]
-    metrics: dict[str, float]
-    tables: Mapping[str, list[dict[str, str]]]
-    plots: Mapping[str, Plot] = field(default_factory=dict)
-
-
-def measure(world: World, speaking: Speaking, count: int, seed: int) -> Confidence:
+def measure(world: World, speaking: Speaking, num_samples: int, seed: int) -> Found:
     """Return how well a model's uncertainty tells which of its answers are wrong, and what abstaining by it keeps.
 
     Args:
         world: whose held-out questions of all families are asked.
         speaking: the model.
-        count: questions.
+        num_samples: answers of a question that are sampled.
         seed: of the samples.
 
     Returns:
-        Metrics `MEASURE_auroc` (of being wrong) and the like, see `uncertainty_metrics`; `risk_ALPHA_MEASURE` (given and
+        Metrics `MEASURE_auroc` (of being wrong) and the like, see `uncertainty_metrics`; `risk_ALPHA_MEASURE` (given,
         wrong) and `coverage_ALPHA_MEASURE` of conformal risk control over random halves, alpha in percent.
     """
-    tasks = world.evaluation_tasks(count, seed=1)
+    tasks = world.evaluation_tasks(NUM_TASKS, seed=1)
     prompts = [task.prompt_row()["prompt"] for task in tasks]
-    rows = answer_with_samples(speaking.model, speaking.tokenizer, prompts, NUM_SAMPLES, RESPONSE_LENGTH, seed)
+    rows = answer_with_samples(speaking.model, speaking.tokenizer, prompts, num_samples, RESPONSE_LENGTH, seed)
     wrong = [gold_score(row.given.text, task.gold) < RIGHT for task, row in zip(tasks, rows, strict=True)]
     meanings = [
         [meaning_of(task, each.text) for each in (row.given, *row.samples)]
@@ -70,7 +53,16 @@ def measure(world: World, speaking: Speaking, count: int, seed: int) -> Confiden
         "risk_coverage": risk_coverage_plot(found, wrong, "Wrong answers among the surest"),
         "reliability": reliability_plot(sure, [not each for each in wrong], "Confidence and accuracy"),
     }
-    return Confidence(tasks, rows, metrics, _tables(metrics, list(found)), plots)
+    best = max(ABSTAINS_BY, key=lambda name: metrics.get(f"{name}_auroc", 0.0))
+    kept = ", ".join(f"{metrics[f'coverage_{percent(alpha)}_{best}']:.3f} at {alpha:g}" for alpha in ALPHAS)
+    auroc = metrics.get(f"{best}_auroc", 0.5)
+    summary = f"wrong answers are told by {best.replace('_', ' ')} with an AUROC of {auroc:.3f}, which keeps {kept}"
+    return Found(metrics, summary, _tables(metrics, list(found)), plots)
+
+
+def percent(alpha: float) -> int:
+    """Return a risk as it stands in names of metrics."""
+    return round(100 * alpha)
 
 
 def meaning_of(task: Task, response: str) -> Hashable:
@@ -89,7 +81,7 @@ def _abstention(found: "Mapping[str, np.ndarray]", wrong: list[bool]) -> dict[st
         for alpha in ALPHAS:
             split = over_splits(found[name], wrong, partial(control_risk, alpha=alpha), NUM_SPLITS)
             for figure in ("risk", "coverage"):
-                key = f"{figure}_{round(100 * alpha)}_{name}"
+                key = f"{figure}_{percent(alpha)}_{name}"
                 metrics |= {key: split[figure], f"{key}_se": split[f"{figure}_se"], f"{key}_n": NUM_SPLITS}
     return metrics
 
@@ -110,8 +102,8 @@ def _tables(metrics: Mapping[str, float], measures: list[str]) -> dict[str, list
             {
                 "measure": name.replace("_", " "),
                 "alpha": f"{alpha:g}",
-                "given and wrong": told[f"risk_{round(100 * alpha)}_{name}"],
-                "answered": told[f"coverage_{round(100 * alpha)}_{name}"],
+                "given and wrong": told[f"risk_{percent(alpha)}_{name}"],
+                "answered": told[f"coverage_{percent(alpha)}_{name}"],
             }
             for name in ABSTAINS_BY
             for alpha in ALPHAS

@@ -1,6 +1,7 @@
 """What learning to read passages has changed: answers with passages given, and with passages that are found first."""
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from hfllm.data.messages import Message
 from hfllm.data.world.passage_tasks import (
@@ -20,7 +21,12 @@ from hfllm.evaluation.responses import judge_tasks
 from hfllm.grounding.passages import Passages
 from hfllm.grounding.retrieval import BM25Retriever, Gated
 from hfllm.stages.course import load_speaking
-from hfllm.stages.ground import GROUNDED, MODELS, TOP_K, Course, GroundArguments
+from hfllm.stages.ground import GROUNDED, MODELS, REWARD, TOP_K, Course, GroundArguments
+from hfllm.stages.ground_confidence import measure
+from hfllm.stages.ground_verification import verify
+
+if TYPE_CHECKING:
+    from hfllm.rewards.models import RewardModel
 
 # Questions of the world without passages, of all its families, and those of each kind that place the gate.
 NUM_WORLD_TASKS, NUM_GATE_QUESTIONS = 240, 200
@@ -35,7 +41,7 @@ def evaluate(script_args: GroundArguments, course: Course) -> Found:
     world, count = World(script_args.world_seed), script_args.num_questions
     asked = {group: passage_tasks(world.facts, group, count) for group in GROUPS}
     tasks = world.evaluation_tasks(NUM_WORLD_TASKS)
-    answers, golds, retrieval = {}, {}, None
+    answers, golds, parts = {}, {}, []
     for name in MODELS:
         speaking = load_speaking(course.folder(name), ModelConfig())
 
@@ -46,7 +52,24 @@ def evaluate(script_args: GroundArguments, course: Course) -> Found:
         golds[name] = judge_tasks(speaking.model, speaking.tokenizer, tasks, RESPONSE_LENGTH, do_sample=False)
         if name == GROUNDED:
             retrieval = end_to_end(world, count, ask)
-    return report(answers, retrieval, golds)
+            parts = [
+                measure(world, speaking, script_args.num_samples, script_args.seed),
+                verify(world, speaking, _reward(course), script_args.num_samples, script_args.seed),
+            ]
+    return report(answers, retrieval, golds, parts)
+
+
+def _reward(course: Course) -> "RewardModel | None":
+    """Return the reward model as a function, if there is one."""
+    if not course.has_made(REWARD):
+        return None
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from hfllm.rewards.models import RewardModel
+
+    folder = course.folder(REWARD)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    return RewardModel(model, AutoTokenizer.from_pretrained(folder))
 
 
 def example(script_args: GroundArguments) -> list[Message]:

@@ -7,13 +7,15 @@ from hfllm.data.world.passages import tell
 from hfllm.data.world.rubric import RIGHT, gold_score, words_of
 from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES
 from hfllm.data.world.world import Task, World
+from hfllm.evaluation.grounding import RESPONSE_LENGTH
+from hfllm.evaluation.grounding_report import Found
 from hfllm.grounding.choosing import best_rewarded, compare_choices, first_supported, majority_of_meaning
 from hfllm.grounding.passages import Passages
 from hfllm.grounding.retrieval import BM25Retriever
 from hfllm.grounding.samples import Answered, answer_with_samples
 from hfllm.grounding.verification import has_words
 from hfllm.stages.course import Speaking
-from hfllm.stages.ground_confidence import NUM_SAMPLES, RESPONSE_LENGTH, meaning_of
+from hfllm.stages.ground_confidence import meaning_of
 
 # Texts about each animal to check against, how many texts are found for a question, and wordings of each question.
 TEXTS_EACH, TOP_K, WORDINGS = 5, 3, 3
@@ -22,9 +24,7 @@ VALUES = frozenset(value for values in ATTRIBUTES.values() for value in values)
 Reward = Callable[..., Sequence[float]]
 
 
-def verify(
-    world: World, speaking: Speaking, reward: Reward | None, seed: int
-) -> tuple[dict[str, float], dict[str, list[dict[str, str]]]]:
+def verify(world: World, speaking: Speaking, reward: Reward | None, num_samples: int, seed: int) -> Found:
     """Return how many facts of the world are right by each way to choose one of a model's sampled answers.
 
     The first answer is kept that a text about the animal supports: the text is found by BM25, and has each animal and
@@ -34,14 +34,15 @@ def verify(
         world: whose facts are asked.
         speaking: the model.
         reward: scores answers, such as a reward model; left out where there is none.
-        seed: of the samples.
+        num_samples: answers of a question that are sampled.
+        seed: of the samples, and of the texts.
 
     Returns:
-        Metrics of `compare_choices`, and its table.
+        Metrics of `compare_choices`, with `verification_gain`, and its table.
     """
     tasks = world.fact_tasks(WORDINGS)
     prompts = [task.prompt_row()["prompt"] for task in tasks]
-    rows = answer_with_samples(speaking.model, speaking.tokenizer, prompts, NUM_SAMPLES, RESPONSE_LENGTH, seed)
+    rows = answer_with_samples(speaking.model, speaking.tokenizer, prompts, num_samples, RESPONSE_LENGTH, seed)
     samples = [[each.text for each in row.samples] for row in rows]
     right = [[_is_right(task, text) for text in said] for task, said in zip(tasks, samples, strict=True)]
     claims = [[claim_of(task, text) for text in said] for task, said in zip(tasks, samples, strict=True)]
@@ -54,8 +55,12 @@ def verify(
         said = [[[{"role": "assistant", "content": text}] for text in texts] for texts in samples]
         choices["best_rewarded"] = best_rewarded(prompts, said, reward)
     metrics, table = compare_choices(right, choices, [_is_right(*each) for each in _given(tasks, rows)])
+    shares = ", ".join(
+        f"{name.replace('_', ' ')} {metrics[f'{name}_right']:.3f}" for name in ("one_sample", "greedy", *choices)
+    )
     gain = metrics["first_supported_right"] - metrics["one_sample_right"]
-    return metrics | {"verification_gain": gain}, {f"Facts, one of {NUM_SAMPLES} sampled answers kept": table}
+    tables = {f"Facts, one of {num_samples} sampled answers kept": table}
+    return Found(metrics | {"verification_gain": gain}, f"facts of the world right: {shares}", tables, {})
 
 
 def claim_of(task: Task, answer: str) -> str:
