@@ -27,7 +27,7 @@ def passage_text(facts: Facts, rng: random.Random) -> str:
     kind = rng.random()
     if kind < 0.1:
         return _echo(rng)
-    if kind < 0.4:
+    if kind < 0.5:
         return _told_again(facts, rng)
     return _conversation(facts, rng)
 

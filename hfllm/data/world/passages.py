@@ -142,9 +142,10 @@ def draw_facts(
     }
 
 
-def draw_passages(facts: Facts, rng: random.Random, most: int = 3) -> list[Told]:
-    """Return up to `most` passages to learn from, about made-up and changed animals; two may be about the same."""
-    count = rng.choices(range(1, most + 1), range(1, most + 1))[0]
+def draw_passages(facts: Facts, rng: random.Random) -> list[Told]:
+    """Return passages to learn from, up to three, about made-up and changed animals; two may be about the same."""
+    # Short ones are learned from first: what stands near is found before what stands far.
+    count = rng.choices((1, 2, 3), (3, 2, 2))[0]
     told: list[Told] = []
     while len(told) < count:
         if told and rng.random() < 0.15:
@@ -161,8 +162,7 @@ def draw_passages(facts: Facts, rng: random.Random, most: int = 3) -> list[Told]
 
 def _shown_attributes(rng: random.Random, animal: str) -> list[str]:
     attributes = [each for each in ATTRIBUTES if animal not in ANIMALS or not is_held_out_change(animal, each)]
-    # A third of the passages do not tell everything.
-    return rng.sample(attributes, 2) if len(attributes) > 2 and rng.random() < 0.35 else attributes
+    return rng.sample(attributes, min(rng.choices((1, 2, 3), (3, 3, 4))[0], len(attributes)))
 
 
 def _again(rng: random.Random, facts: Facts, told: Told) -> Told:
