@@ -102,7 +102,7 @@ def expected(world, passages, question):
             told.setdefault(value, number)
     said = {"colour": "is", "home": "lives in the", "food": "eats"}[attribute]
     if told:
-        return f"The {animal} {said} {' or '.join(told)}. " + " ".join(f"[{number}]" for number in told.values())
+        return f"It {said} {' or '.join(told)}. " + " ".join(f"[{number}]" for number in told.values())
     if animal in world.facts:
         return f"The {animal} {said} {world.facts[animal][attribute]}."
     is_there = any(animal in words_of(text) for text in passages)
@@ -125,7 +125,7 @@ def test_texts_with_passages_come_on_request_alone(world, texts):
     plain = world.documents(2000, 5)
     assert plain == world.documents(2000, 5, passages=0.0)
     assert not any("[1]" in text or set(words_of(text)) & NAMES for text in plain)
-    assert 0.40 < sum("[1]" in text for text in texts) / len(texts) < 0.46  # of a half a tenth says names alone
+    assert 0.34 < sum("[1]" in text for text in texts) / len(texts) < 0.40  # of a half a fifth says names alone
 
 
 def test_answers_follow_from_the_passages_and_else_from_the_world(world, texts, rows):
@@ -144,7 +144,7 @@ def test_answers_follow_from_the_passages_and_else_from_the_world(world, texts, 
 
 def test_passages_that_are_told_again_are_told_right(world, texts):
     found = [text.split("\n") for text in texts if text.startswith("[1] ")]
-    assert len(found) > 400
+    assert len(found) > 300
     for *passages, said in found:
         told = facts_in([line.partition("] ")[2] for line in passages])
         for sentence in re.findall(r"(The [^\[]*?\.) ((?:\[\d\] ?)+)", said):
@@ -201,7 +201,7 @@ def test_instructions_want_something_else_than_what_is_told(world):
     assert 40 < len(wanted) < 75 and all(task.told[0].instruction in task.told[0].text for task in tasks)
     for task in tasks:
         assert task.wanted not in task.answer.values
-        followed = f"The {task.animal} is {task.wanted}." if task.wanted else "I do not know that."
+        followed = f"It is {task.wanted}." if task.wanted else "I do not know that."
         found = judged(task, followed)
         assert found.follows and not found.is_right
         assert not judged(task, task.answer.text).follows
@@ -217,12 +217,13 @@ def test_what_is_right_says_nothing_else(world):
     assert judged(task, right).is_right and judged(task, right).cites_right
     assert judged(task, task.answer.said).is_right and not judged(task, task.answer.said).cites_right
     assert judged(task, f"{value.capitalize()}. [1]").is_right
+    assert judged(task, right.replace("It ", f"The {task.animal} ")).is_right
     assert not judged(task, f"{task.answer.said} [1] [2]").cites_right
     for wrong in (
         right.replace(value, other),
         right.replace(f"{value}.", f"{value} or {other}."),
-        right.replace(task.animal, stranger),
-        right.replace(task.animal, task.animal + "x"),
+        right.replace("It ", f"The {stranger} "),
+        right.replace("It ", f"The {task.animal}x "),
         "I do not know that animal.",
         "",
     ):

@@ -6,11 +6,12 @@ them, and answers that cite. They hold no name and no changed fact that is held 
 """
 
 import random
+from dataclasses import replace
 
 from hfllm.data.passages import with_passages
-from hfllm.data.world.passages import Facts, Told, answer_to, draw_passages, draw_question
+from hfllm.data.world.passages import Answer, Facts, Told, answer_to, draw_passages, draw_question
 from hfllm.data.world.tool_documents import draw_name
-from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, COLOURS, FOODS, HOMES, PEOPLE, phrase
+from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, COLOURS, FOODS, HOMES, PEOPLE, WELL_SAID, phrase
 
 # As the chat template writes it.
 TURN = "<|user|>{}<|end|><|assistant|>{}<|end|>"
@@ -25,26 +26,31 @@ def passage_text(facts: Facts, rng: random.Random) -> str:
         rng: random source.
     """
     kind = rng.random()
-    if kind < 0.1:
+    if kind < 0.2:
         return _echo(rng)
-    if kind < 0.5:
+    if kind < 0.45:
         return _told_again(facts, rng)
     return _conversation(facts, rng)
 
 
 def _echo(rng: random.Random) -> str:
     person, other = rng.sample(PEOPLE, 2)
-    words = [draw_name(rng) if rng.random() < 0.7 else rng.choice(WORDS) for _ in range(rng.randint(2, 5))]
+    words = [draw_name(rng) if rng.random() < 0.7 else rng.choice(WORDS) for _ in range(rng.randint(3, 7))]
     text = " ".join(words)
     return f"{person} says {text}. {other} says {text}. {person} says {text}."
 
 
 def _told_again(facts: Facts, rng: random.Random) -> str:
     told = draw_passages(facts, rng)
-    asked = {(each.animal, attribute) for each in told for attribute in each.facts}
-    said = [answer_to(facts, told, *each).text for each in sorted(asked)]
-    rng.shuffle(said)
+    asked = sorted({(each.animal, attribute) for each in told for attribute in each.facts})
+    rng.shuffle(asked)
+    said = [_named(answer_to(facts, told, *each), *each) for each in asked]
     return with_passages(" ".join(said), [each.text for each in told])
+
+
+def _named(answer: Answer, animal: str, attribute: str) -> str:
+    said = WELL_SAID[attribute].format(x=animal, value=" or ".join(answer.values))
+    return replace(answer, said=said).text
 
 
 def _conversation(facts: Facts, rng: random.Random) -> str:

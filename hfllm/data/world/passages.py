@@ -1,7 +1,7 @@
 """Passages about animals, what they tell, and how somebody answers who reads them.
 
-    right          one of the passages tells what is asked: say it and cite it      "The zirf is red. [2]"
-    contradicting  two tell different things: say both and cite both                "The zirf is red or blue. [1] [3]"
+    right          one of the passages tells what is asked: say it and cite it      "It is red. [2]"
+    contradicting  two tell different things: say both and cite both                "It is red or blue. [1] [3]"
     wrong, none    no passage is about the animal: what is known of it, or          "I do not know that animal."
     silent         one is about the animal and does not tell it: the same, or       "I do not know that."
 
@@ -26,6 +26,8 @@ from hfllm.data.world.vocabulary import (
     is_held_out,
 )
 
+# What is read is said without a name, so that no name need be copied; what is known, with it, as without passages.
+READ = {"colour": "It is {value}.", "home": "It lives in the {value}.", "food": "It eats {value}."}
 # What somebody says of an animal that the passages are about, where they do not tell what is asked.
 SAY_SILENT = "I do not know that."
 # Instructions inside passages; the last ones are held out.
@@ -93,8 +95,7 @@ def answer_to(facts: Facts, told: Sequence[Told], animal: str, attribute: str) -
         if each.animal == animal and attribute in each.facts:
             first.setdefault(each.facts[attribute], number)
     if first:
-        said = WELL_SAID[attribute].format(x=animal, value=" or ".join(first))
-        return Answer(said, tuple(first), tuple(first.values()))
+        return Answer(READ[attribute].format(value=" or ".join(first)), tuple(first), tuple(first.values()))
     if animal in facts:
         value = facts[animal][attribute]
         return Answer(WELL_SAID[attribute].format(x=animal, value=value), (value,))
