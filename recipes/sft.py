@@ -38,7 +38,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     from hfllm.runs.arguments import changed
     from hfllm.runs.models import check_trainable, fitting_length, peft_config
     from hfllm.runs.stage import Stage
-    from hfllm.stages import sft
+    from hfllm.stages import sft, sft_retrieval
     from hfllm.stages.architecture import check_adapter
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
@@ -48,7 +48,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     from hfllm.trainers.trl_trainers import SFTTrainer
 
     sft.check(script_args, training_args, model_args)
-    stage = Stage("sft", script_args, training_args, model_args)
+    stage = Stage("sft", script_args, training_args, model_args, also=sft_retrieval.contents(script_args))
     stage.check()
     if stage.is_finished:
         return stage.reuse()
@@ -65,6 +65,8 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     model, tokenizer = sft.with_template(training_args, *loaded, script_args.added_tokens)
     sft.check_head(model)
     trainer_args = changed(trainer_args, max_length=fitting_length(training_args.max_length, model))
+    found = sft_retrieval.with_passages(train_rows, test_rows, script_args, tokenizer, training_args.seed)
+    train_rows, test_rows, grounded = found
     train_dataset, dropped = sft.examples(train_rows, tokenizer, trainer_args, "training rows")
     eval_dataset, _ = sft.examples(test_rows, tokenizer, trainer_args, "held-out rows", is_eval=True)
 
@@ -91,6 +93,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
         "examples": train_dataset.num_rows,
         "eval_examples": eval_dataset.num_rows,
         **({"dropped_rows": dropped} if dropped else {}),
+        **grounded,
         **fine_tuning.tuning_metrics(untuned, tuned),
         **scaled,
     }

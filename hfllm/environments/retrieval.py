@@ -1,16 +1,16 @@
 """A tool that finds passages by words."""
 
-import re
 from collections.abc import Callable, Sequence
 
+from hfllm.data.word_index import WordIndex, import_bm25s, words_of
 from hfllm.errors import InputError
 
 
 def retrieval_over(passages: Sequence[str], top_k: int = 3) -> Callable[[str], str]:
     """Return a tool `search(query)`, which gives the passages that match best by BM25, a line each.
 
-    Words are compared without letter case; passages that share none with the query are not given (Robertson and
-    Zaragoza 2009; the variant of Lucene, k1 = 1.5 and b = 0.75). Of equal scores the earlier passage comes first.
+    Words are compared without letter case; passages that share none with the query are not given. Of equal scores the
+    earlier passage comes first. `hfllm.data.word_index.WordIndex` has the formula.
 
     Args:
         passages: texts to search.
@@ -19,19 +19,16 @@ def retrieval_over(passages: Sequence[str], top_k: int = 3) -> Callable[[str], s
     Raises:
         InputError: without passages, for a bad `top_k`, or when bm25s is not installed.
     """
-    try:
-        import bm25s
-    except ImportError:
-        raise InputError("retrieval_over needs bm25s: pip install 'hfllm[tools]'") from None
+    import_bm25s("retrieval_over", "tools")
     texts = [" ".join(str(passage).split()) for passage in passages]
-    words = [_words(text) for text in texts]
-    if not any(words):
+    if not any(map(words_of, texts)):
         raise InputError(f"retrieval_over: none of {len(texts)} passages has a word")
     if top_k < 1:
         raise InputError(f"retrieval_over: top_k must be at least 1, got {top_k}")
-    index = bm25s.BM25(backend="numpy")
-    index.index(words, show_progress=False)
-    known = {word for text in words for word in text}
+    index = WordIndex()
+    index.add(texts)
+    # Tools may be called from several threads.
+    index.finish()
 
     def search(query: str) -> str:
         """Search for passages.
@@ -39,15 +36,9 @@ def retrieval_over(passages: Sequence[str], top_k: int = 3) -> Callable[[str], s
         Args:
             query: words to find.
         """
-        asked = [word for word in _words(str(query)) if word in known]
-        if not asked:
+        found = index.search(str(query), top_k)
+        if not found:
             raise LookupError(f"no passage has a word of {str(query)[:80]!r}")
-        scores = index.get_scores(asked)
-        best = sorted(range(len(texts)), key=lambda place: (-scores[place], place))[:top_k]
-        return "\n".join(texts[place] for place in best if scores[place] > 0)
+        return "\n".join(texts[place] for place, _ in found)
 
     return search
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())

@@ -45,7 +45,7 @@ RANGES = (
             *("max_length", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
             *("num_key_value_heads", "max_position_embeddings", "student_layers_every", "student_hidden_size"),
             *("student_num_hidden_layers", "student_num_attention_heads", "num_reward_models", "total_episodes"),
-            *("dataloader_prefetch_factor", "ddp_timeout"),
+            *("dataloader_prefetch_factor", "ddp_timeout", "retrieval_top_k"),
         ),
     ),
     Range("at least 1, or -1 for --num_train_epochs", lambda value: value >= 1 or value == -1, ("max_steps",)),
@@ -67,7 +67,11 @@ RANGES = (
             *("z_loss_coef", "loss_chunk_size", "center_rewards_coefficient", "router_aux_loss_coef", "judge_margin"),
         ),
     ),
-    Range("a share in [0, 1]", lambda value: 0 <= value <= 1, ("warmup_ratio", "mixed_prompts", "share_of_thoughts")),
+    Range(
+        "a share in [0, 1]",
+        lambda value: 0 <= value <= 1,
+        ("warmup_ratio", "mixed_prompts", "share_of_thoughts", "grounded_fraction"),
+    ),
     Range(
         "a number in [0, 1)",
         lambda value: 0 <= value < 1,

@@ -9,6 +9,8 @@ from hfllm.data.loading import InstructionArguments
 from hfllm.errors import InputError, refuse
 from hfllm.runs.chain import Chain, chain_before
 from hfllm.runs.recipes import settings_file
+from hfllm.stages import sft_retrieval
+from hfllm.stages.sft_retrieval import RetrievalArguments
 from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ NO_ROWS = "an adapter has no rows for new tokens: train all weights, or leave th
 
 
 @dataclass(frozen=True)
-class SftArguments(InstructionArguments, BatchArguments):
+class SftArguments(InstructionArguments, RetrievalArguments, BatchArguments):
     """Instruction data."""
 
     num_examples: int = field(default=9600, metadata={"help": "Demonstrations of the embedded world to train on."})
@@ -73,6 +75,7 @@ def check(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mo
     reason = "rows are tokenized here; name the columns by --column_mapping"
     refuse(training_args.dataset_kwargs is not None, "--dataset_kwargs", reason)
     refuse(bool(script_args.added_tokens) and model_args.use_peft, "--added_tokens", NO_ROWS)
+    sft_retrieval.check(script_args)
     if training_args.packing and training_args.max_length is None:
         raise InputError("--packing needs --max_length, the length of a packed row")
 

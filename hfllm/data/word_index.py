@@ -1,0 +1,286 @@
+"""Rank texts by the words that they share with a query (BM25). Every search by words of the package is done here."""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    import bm25s
+    import numpy as np
+    from numpy.typing import NDArray
+
+FILE = "words.safetensors"
+FORMAT = "hfllm words 1"
+ARRAYS = ("words", "texts_of_word", "places", "counts", "lengths")
+K1, B = 1.5, 0.75
+# Words that are counted at a time: about 150 MB of memory.
+BLOCK = 1 << 22
+_WORD = re.compile(r"\w+")
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of a text: runs of letters, digits and underscores, without letter case."""
+    return _WORD.findall(text.casefold())
+
+
+def import_bm25s(needed_by: str, extra: str = "grounding") -> ModuleType:
+    """Return the module bm25s.
+
+    Raises:
+        InputError: when it is not installed, with the extra of this package that brings it.
+    """
+    try:
+        import bm25s
+    except ImportError:
+        raise InputError(f"{needed_by} needs bm25s: pip install 'hfllm[{extra}]'") from None
+    return bm25s
+
+
+def best_places(scores: "NDArray[np.floating]", top_k: int, above: float = -math.inf) -> "NDArray[np.intp]":
+    """Return the places of the `top_k` largest scores, the largest first; of equal ones the earlier comes first.
+
+    Args:
+        scores: the scores (texts).
+        top_k: the most places.
+        above: leave out what does not score more.
+    """
+    import numpy as np
+
+    least, rows = above, min(32, len(scores) // (4 * top_k))
+    if rows > 1:
+        # Groups of which so many have a score of at least this one: all of the best have it too, and few others.
+        largest = scores[: len(scores) // rows * rows].reshape(rows, -1).max(0)
+        least = np.partition(largest, -top_k)[-top_k]
+    places = np.flatnonzero(scores >= least if least > above else scores > above)
+    return places[np.argsort(-scores[places], kind="stable")][:top_k]
+
+
+class _Numbers(dict[str, int]):
+    """Numbers of words; a new word gets the next one."""
+
+    def __missing__(self, word: str) -> int:
+        self[word] = number = len(self)
+        return number
+
+
+@dataclass(frozen=True)
+class _Postings:
+    """Which texts have a word, and how often: the first word's texts, then the second's, and so on.
+
+    Args:
+        texts_of_word: how many texts have each word (words).
+        places: their places, in order (postings).
+        counts: how often the word is there (postings).
+    """
+
+    texts_of_word: "NDArray[np.integer]"
+    places: "NDArray[np.int32]"
+    counts: "NDArray[np.integer]"
+
+
+class WordIndex:
+    """An index of texts by their words, that grows by `add` and answers by `search`.
+
+    A text d scores sum over the words w of a query, each as often as it is there, of
+    ln(1 + (N - n_w + 1/2) / (n_w + 1/2)) f / (f + k1 (1 - b + b |d| / mean)): of N texts, n_w have the word; it is f
+    times among the |d| words of this one, and the mean text has `mean` words (Robertson and Zaragoza 2009, in the
+    variant of Lucene; k1 = 1.5, b = 0.75). bm25s adds the scores up.
+
+    Texts may be a stream: they are counted block by block and not kept. A finished index takes 9 to 10 bytes for each
+    different word of each text.
+
+    Raises:
+        InputError: when bm25s is not installed.
+    """
+
+    def __init__(self) -> None:
+        self._module = import_bm25s("an index of words")
+        self._numbers = _Numbers()
+        self._lengths: list[NDArray[np.int32]] = []
+        self._open: list[NDArray[np.int32]] = []
+        self._open_words, self._size = 0, 0
+        self._blocks: list[_Postings] = []
+        self._scored: bm25s.BM25 | None = None
+
+    def __len__(self) -> int:
+        """How many texts it holds."""
+        return self._size
+
+    @property
+    def num_words(self) -> int:
+        """How many different words they have."""
+        return len(self._numbers)
+
+    def add(self, texts: Iterable[str]) -> None:
+        """Add texts; their places follow those of the texts that are there. Rarities are counted anew by `finish`."""
+        import numpy as np
+
+        for text in texts:
+            words = words_of(text)
+            self._open.append(np.fromiter(map(self._numbers.__getitem__, words), np.int32, len(words)))
+            self._open_words += len(words)
+            self._size += 1
+            self._scored = None
+            if self._open_words >= BLOCK:
+                self._close_block()
+
+    def search(self, query: str, top_k: int) -> list[tuple[int, float]]:
+        """Return place and score of the `top_k` best texts, the best first; those without a word of it are left out.
+
+        Of equal scores the earlier text comes first.
+        """
+        numbers = [number for number in map(self._numbers.get, words_of(query)) if number is not None]
+        if not numbers:
+            return []
+        scores = self.finish().get_scores_from_ids(numbers)
+        places = best_places(scores, top_k, above=0.0)
+        return list(zip(places.tolist(), scores[places].tolist(), strict=True))
+
+    def save(self, file: Path, passages: str) -> None:
+        """Write the index as safetensors.
+
+        Args:
+            file: where to.
+            passages: a digest of the texts, which `load` compares.
+        """
+        import numpy as np
+        from safetensors.numpy import save_file
+
+        postings = self._postings()
+        # No word has a line break.
+        words = np.frombuffer("\n".join(self._numbers).encode(), np.uint8)
+        lengths = np.concatenate(self._lengths)
+        values = (words, postings.texts_of_word, postings.places, postings.counts, lengths)
+        arrays = dict(zip(ARRAYS, values, strict=True))
+        unfinished = file.with_suffix(".unfinished")
+        try:
+            save_file(arrays, unfinished, {"format": FORMAT, "passages": passages})
+            unfinished.replace(file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, file: Path, passages: str) -> "WordIndex":
+        """Read what `save` has written.
+
+        Raises:
+            InputError: when the file is missing, damaged, or of other texts than those of the digest `passages`.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import safe_open
+
+        if not file.is_file():
+            raise InputError(f"{file}: no such index of words")
+        try:
+            with safe_open(file, "numpy") as stored:
+                metadata, arrays = stored.metadata() or {}, {name: stored.get_tensor(name) for name in ARRAYS}
+        except (SafetensorError, OSError, KeyError) as error:
+            raise InputError(f"{file}: no index of words, or damaged: {str(error).splitlines()[0][:80]}") from None
+        if metadata.get("format") != FORMAT:
+            raise InputError(f"{file}: format {metadata.get('format')!r}; expected {FORMAT!r}")
+        if metadata.get("passages") != passages:
+            raise InputError(f"{file}: an index of other passages than those given: make it anew")
+        index = cls()
+        if (flaw := index._fill(arrays)) is not None:
+            raise InputError(f"{file}: damaged: {flaw}")
+        return index
+
+    def _fill(self, arrays: "dict[str, NDArray[np.integer]]") -> str | None:
+        """Take over stored arrays, or return what is wrong with them."""
+        import numpy as np
+
+        if any(array.ndim != 1 or array.dtype.kind not in "iu" for array in arrays.values()):
+            return "its arrays are not lists of whole numbers"
+        words, texts_of_word, places, counts, lengths = (arrays[name] for name in ARRAYS)
+        try:
+            self._numbers |= {word: place for place, word in enumerate(words.tobytes().decode().split("\n"))}
+        except UnicodeDecodeError:
+            return "its words are not UTF-8"
+        is_whole = len(self._numbers) == len(texts_of_word) and texts_of_word.sum() == len(places) > 0
+        if not is_whole or texts_of_word.min() < 0:
+            return f"{len(places)} postings of {len(self._numbers)} words, and other numbers of texts"
+        if len(places) != len(counts) or places.min(initial=0) < 0 or places.max(initial=0) >= len(lengths):
+            return f"its postings are not of {len(lengths)} texts"
+        # Each word of each text is in a posting.
+        if not np.array_equal(np.bincount(places, counts, len(lengths)), lengths):
+            return "its counts are not those of its texts"
+        self._lengths, self._size = [lengths], len(lengths)
+        self._blocks = [_Postings(texts_of_word, places, counts)]
+        return None
+
+    def _close_block(self) -> None:
+        """Count the words of the texts that were added last."""
+        import numpy as np
+
+        if not self._open:
+            return
+        lengths = np.fromiter(map(len, self._open), np.int32, len(self._open))
+        first = self._size - len(lengths)
+        # Word and text in one number, so that equal pairs are together once sorted.
+        keys = np.concatenate(self._open).astype(np.int64) << 32
+        keys |= np.repeat(np.arange(first, self._size), lengths)
+        self._open, self._open_words = [], 0
+        keys.sort()
+        begins = np.flatnonzero(np.diff(keys, prepend=-1))
+        counts, keys = np.diff(begins, append=len(keys)), keys[begins]
+        texts_of_word = np.bincount(keys >> 32, minlength=len(self._numbers)).astype(np.int32)
+        smallest = np.min_scalar_type(int(counts.max(initial=0)))
+        self._blocks.append(_Postings(texts_of_word, (keys & 0xFFFFFFFF).astype(np.int32), counts.astype(smallest)))
+        self._lengths.append(lengths)
+
+    def _postings(self) -> _Postings:
+        """Return the postings of all texts, joined."""
+        import numpy as np
+
+        self._close_block()
+        if len(self._blocks) == 1 or not self._blocks:
+            return self._blocks[0] if self._blocks else _Postings(*(np.zeros(0, np.int32) for _ in range(3)))
+        texts_of_word = np.zeros(len(self._numbers), np.int64)
+        for block in self._blocks:
+            texts_of_word[: len(block.texts_of_word)] += block.texts_of_word
+        places = np.empty(texts_of_word.sum(), np.int32)
+        counts = np.empty(len(places), np.result_type(*(block.counts.dtype for block in self._blocks)))
+        # Where the next posting of each word goes; blocks come in the order of their texts.
+        heads = np.cumsum(texts_of_word) - texts_of_word
+        while self._blocks:
+            block = self._blocks.pop(0)
+            known = len(block.texts_of_word)
+            ends = np.cumsum(block.texts_of_word)
+            targets = np.repeat(heads[:known] - ends + block.texts_of_word, block.texts_of_word)
+            targets += np.arange(len(block.places))
+            places[targets], counts[targets] = block.places, block.counts
+            heads[:known] += block.texts_of_word
+        self._blocks = [_Postings(texts_of_word, places, counts)]
+        return self._blocks[0]
+
+    def finish(self) -> "bm25s.BM25":
+        """Return the index of bm25s: what each word adds to the score of each text. Then any thread may search.
+
+        Without it the first search after `add` does this.
+        """
+        import numpy as np
+
+        if self._scored is None:
+            postings, lengths = self._postings(), np.concatenate(self._lengths)
+            having = postings.texts_of_word
+            rarity = np.log1p((self._size - having + 0.5) / (having + 0.5)).astype(np.float32)
+            saturation = (K1 * (1 - B + B * lengths / lengths.mean())).astype(np.float32)
+            scores = np.repeat(rarity, having)
+            for start in range(0, len(scores), BLOCK):
+                part = slice(start, start + BLOCK)
+                counts = postings.counts[part].astype(np.float32)
+                scores[part] *= counts / (counts + saturation[postings.places[part]])
+            self._scored = self._module.BM25(k1=K1, b=B, method="lucene", backend="numpy")
+            starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(having)])
+            self._scored.nonoccurrence_array = None
+            self._scored.scores = {
+                **{"data": scores, "indices": postings.places, "indptr": starts},
+                "num_docs": self._size,
+            }
+        return self._scored

@@ -1,0 +1,286 @@
+"""Passages of a user's texts: cut, kept in memory or in a folder, and read from there without loading them."""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+from hfllm.data.formats import to_text
+from hfllm.data.passages import Passage
+from hfllm.data.sources import TRAIN, HubPart, iterate_source
+from hfllm.errors import InputError
+from hfllm.grounding.chunking import Chunker, Cut, vocabulary_digest
+
+if TYPE_CHECKING:
+    import pyarrow
+    from transformers import PreTrainedTokenizerBase
+
+FILE, ABOUT = "passages.arrow", "passages.json"
+FORMAT = "hfllm passages 1"
+# Passages that are written together.
+BATCH = 1 << 13
+
+
+class Passages(Sequence[Passage]):
+    """Passages in the order in which they were added; their places are what an index of them knows.
+
+        passages = Passages.from_source("docs/", tokenizer, max_tokens=200, overlap=20)
+        passages.save("outputs/passages")
+        passages = Passages.load("outputs/passages")
+
+    They are a table of Arrow with the columns `text`, `source` and `start`: in memory about the size of the text, and
+    after `load` the file itself, of which the system keeps in memory what it has room for.
+
+    Args:
+        passages: the passages.
+        cut: how they were cut, where that is known.
+    """
+
+    def __init__(self, passages: Iterable[Passage] = (), cut: Cut | None = None):
+        import pyarrow
+
+        self.cut = cut
+        self._table = pyarrow.Table.from_batches(_batches(passages), _schema())
+        self._hash, self._hashed = hashlib.blake2b(digest_size=16), 0
+
+    @classmethod
+    def from_texts(cls, texts: Iterable[str], sources: Sequence[str] | None = None) -> "Passages":
+        """Return texts as passages, each as it is.
+
+        Args:
+            texts: the texts.
+            sources: where each is from; by default its number, such as `text 1`.
+
+        Raises:
+            InputError: for a blank text, one that is none, or another number of sources.
+        """
+        texts = list(texts)
+        if sources is not None and len(sources) != len(texts):
+            raise InputError(f"Passages.from_texts: {len(texts)} texts and {len(sources)} sources")
+        for number, text in enumerate(texts, 1):
+            if not isinstance(text, str) or not text.strip():
+                raise InputError(f"Passages.from_texts: text {number} is {text!r:.40}; expected words")
+        named = sources if sources is not None else [f"text {number}" for number in range(1, len(texts) + 1)]
+        return cls(Passage(text, source) for text, source in zip(texts, named, strict=True))
+
+    @classmethod
+    def from_source(
+        cls,
+        name: str,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        max_tokens: int = 200,
+        overlap: int = 20,
+        part: HubPart = TRAIN,
+        max_samples: int | None = None,
+        folder: str | Path | None = None,
+    ) -> "Passages":
+        """Return the passages of a dataset's texts (columns `text` or `content`), with its files and lines as sources.
+
+        Args:
+            name: a file (jsonl, json, csv, parquet, txt and others, see `hfllm.data.sources`), a folder of such files,
+                `pydoc`, or the id of a dataset on the Hub.
+            tokenizer: counts the tokens of a passage, best that of the model which reads them; without one, words are
+                counted.
+            max_tokens: the most tokens of a passage.
+            overlap: the most tokens at its beginning that the one before it has too.
+            part: which part of a Hub dataset.
+            max_samples: read at most this many rows.
+            folder: where to save them as they are read, so that they need not fit into memory; see `save`.
+
+        Raises:
+            InputError: when nothing is found, a row has no text, or the numbers make no sense.
+        """
+        chunker = Chunker(tokenizer, max_tokens, overlap)
+
+        def passages() -> Iterator[Passage]:
+            for origin, row in islice(iterate_source(name, part), max_samples):
+                for start, text in chunker.chunks(to_text(origin, row)):
+                    yield Passage(text, origin, start)
+
+        cut = passages()
+        first = next(cut, None)
+        if first is None:
+            raise InputError(f"dataset {name!r} has no text to make passages of")
+        if folder is None:
+            return cls(chain([first], cut), chunker.cut)
+        _write(Path(folder), chain([first], cut), chunker.cut)
+        return cls.load(folder, tokenizer)
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    @overload
+    def __getitem__(self, place: int) -> Passage: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Passage]: ...
+
+    def __getitem__(self, place: int | slice) -> Passage | list[Passage]:
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(len(self)))]
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"place {place} of {len(self)} passages")
+        return Passage(*(column[place % len(self)].as_py() for column in self._table.columns))
+
+    def at(self, places: Iterable[int]) -> dict[int, Passage]:
+        """Return the passages of places by place: of many at once, this is much faster than one by one."""
+        import numpy as np
+
+        asked, found, first = np.unique(np.fromiter(places, np.int64)), {}, 0
+        batches = self._table.to_batches()
+        ends = np.cumsum([batch.num_rows for batch in batches])
+        for number, inside in enumerate(np.split(asked, np.searchsorted(asked, ends))[: len(batches)]):
+            if len(inside):
+                # Taken batch by batch, since joined ones would be copied.
+                columns = batches[number].take(inside - first).columns
+                texts = map(Passage, *(column.to_pylist() for column in columns))
+                found.update(zip(inside.tolist(), texts, strict=True))
+            first = int(ends[number])
+        return found
+
+    def __iter__(self) -> Iterator[Passage]:
+        for batch in self._table.to_batches(BATCH):
+            yield from map(Passage, *(column.to_pylist() for column in batch.columns))
+
+    def texts(self, start: int = 0) -> Iterator[str]:
+        """Yield the texts from place `start` on, without holding all of them."""
+        for batch in self._table.slice(start).to_batches(BATCH):
+            yield from batch.column(0).to_pylist()
+
+    @property
+    def digest(self) -> str:
+        """A digest of the texts in their order."""
+        for text in self.texts(self._hashed):
+            encoded = text.encode()
+            self._hash.update(b"%d\n" % len(encoded))
+            self._hash.update(encoded)
+        self._hashed = len(self)
+        return self._hash.hexdigest()
+
+    def add(self, more: "Passages | Iterable[Passage]") -> None:
+        """Add passages at the end, whose places follow. Retrievers index them with their next query.
+
+        Raises:
+            InputError: when they were cut by another tokenizer, or to another length.
+        """
+        import pyarrow
+
+        added = more if isinstance(more, Passages) else Passages(more)
+        if self.cut and added.cut and self.cut != added.cut:
+            raise InputError(f"passages cut to {added.cut} cannot be added to passages cut to {self.cut}")
+        self.cut = self.cut or added.cut
+        self._table = pyarrow.concat_tables([self._table, added._table])
+        parts = self._table.column(0).num_chunks
+        if parts > 100 and len(self) < 100 * parts:
+            # Many small additions would make each look-up slow.
+            self._table = self._table.combine_chunks()
+
+    def save(self, folder: str | Path) -> None:
+        """Write them to a folder, as `passages.arrow` and `passages.json`; passages that are there are replaced."""
+        _write(Path(folder), self, self.cut)
+
+    @classmethod
+    def load(cls, folder: str | Path, tokenizer: "PreTrainedTokenizerBase | None" = None) -> "Passages":
+        """Return the passages that `save` has written to a folder, mapped into memory.
+
+        Args:
+            folder: where they are.
+            tokenizer: that of the model which reads them, to be compared with the one that cut them.
+
+        Raises:
+            InputError: when there are none, a file is damaged, or another tokenizer cut them.
+        """
+        import pyarrow
+
+        path = Path(folder, FILE)
+        if not path.is_file():
+            raise InputError(f"{folder}: no saved passages: there is no {FILE}")
+        about, passages = _read_about(Path(folder, ABOUT)), cls()
+        try:
+            passages._table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
+            passages._table.validate(full=True)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f"{path}: damaged: {str(error).splitlines()[0][:80]}") from None
+        if passages._table.schema != _schema() or any(column.null_count for column in passages._table.columns):
+            raise InputError(
+                f"{path}: its columns are {', '.join(passages._table.column_names)}; expected those of save"
+            )
+        if len(passages) != about["passages"]:
+            raise InputError(
+                f"{path}: {len(passages)} passages, and {ABOUT} says {about['passages']}: save them again"
+            )
+        passages.cut = about["cut"]
+        if tokenizer is not None:
+            check_tokenizer(passages, tokenizer, str(folder))
+        return passages
+
+
+def check_tokenizer(passages: Passages, tokenizer: "PreTrainedTokenizerBase", name: str = "passages") -> None:
+    """Refuse passages that another tokenizer cut: their lengths in tokens are not what they seem.
+
+    Raises:
+        InputError: naming both tokenizers.
+    """
+    cut = passages.cut
+    if cut is not None and cut.digest and cut.digest != vocabulary_digest(tokenizer):
+        raise InputError(
+            f"{name}: cut to {cut}, and the tokenizer here is {tokenizer.name_or_path or 'another one'} "
+            f"({len(tokenizer):,} tokens): cut them again by Passages.from_source"
+        )
+
+
+def _schema() -> "pyarrow.Schema":
+    import pyarrow
+
+    # Offsets of 64 bits: a passage that was not cut may be large.
+    columns = [("text", pyarrow.large_string()), ("source", pyarrow.large_string()), ("start", pyarrow.int64())]
+    return pyarrow.schema(columns)
+
+
+def _batches(passages: Iterable[Passage]) -> Iterator["pyarrow.RecordBatch"]:
+    import pyarrow
+
+    passages = iter(passages)
+    while batch := list(islice(passages, BATCH)):
+        columns = zip(*((each.text, each.source, each.start) for each in batch), strict=True)
+        yield pyarrow.record_batch([list(column) for column in columns], schema=_schema())
+
+
+def _write(folder: Path, passages: Iterable[Passage], cut: Cut | None) -> None:
+    """Write passages to a folder as they come; the files of before stay until all are there."""
+    import pyarrow
+
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished, count = folder / f"{FILE}.{uuid.uuid4().hex}", 0
+    try:
+        with pyarrow.OSFile(str(unfinished), "wb") as sink, pyarrow.ipc.new_file(sink, _schema()) as writer:
+            for batch in _batches(passages):
+                writer.write_batch(batch)
+                count += batch.num_rows
+        about = {"format": FORMAT, "passages": count, "cut": None if cut is None else json.loads(cut.as_json())}
+        unfinished_about = folder / f"{ABOUT}.{unfinished.suffix[1:]}"
+        unfinished_about.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, folder / FILE)
+        os.replace(unfinished_about, folder / ABOUT)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _read_about(path: Path) -> dict[str, int | Cut | None]:
+    """Return what `passages.json` says: how many passages, and how they were cut."""
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        cut = None if about["cut"] is None else Cut(**about["cut"])
+        if about["format"] != FORMAT or not isinstance(about["passages"], int):
+            raise ValueError(f"format {about['format']!r}, expected {FORMAT!r}")
+        for each in fields(Cut) if cut is not None else ():
+            if not isinstance(getattr(cut, each.name), each.type):
+                raise ValueError(f"{each.name} is {getattr(cut, each.name)!r}")
+        return {"passages": about["passages"], "cut": cut}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: missing or damaged: {str(error).splitlines()[0][:80]}") from None

@@ -1,0 +1,184 @@
+"""Passages in the rows of fine-tuning: flags, what they refuse, and which rows get which passages."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hfllm.data.sources import PYDOC, source_files
+from hfllm.errors import InputError, refuse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hfllm.data.formats import Row
+    from hfllm.grounding.found import Found
+    from hfllm.grounding.passages import Passages
+    from hfllm.grounding.retrieval import BM25Retriever
+
+TOP_K, FRACTION = 3, 0.5
+
+
+@dataclass(frozen=True)
+class RetrievalArguments:
+    """Passages before the questions of some rows, so that a model learns to answer from what it is given."""
+
+    retrieval_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Passages that are found for a row's last question and put before it: a folder of saved passages, "
+            "or texts, named as --dataset_name, which are cut (docs/grounding.md)."
+        },
+    )
+    # None, and not their values, since without the first flag they mean nothing.
+    retrieval_top_k: int | None = field(
+        default=None, metadata={"help": f"The most passages of a row; {TOP_K} by default."}
+    )
+    retrieval_min_score: float | None = field(
+        default=None, metadata={"help": "Passages with a lower BM25 score are not put there; by default all are."}
+    )
+    grounded_fraction: float | None = field(
+        default=None,
+        metadata={"help": f"Share of the rows that get passages; the others stay as they are. {FRACTION} by default."},
+    )
+
+
+def check(script_args: RetrievalArguments) -> None:
+    """Refuse flags that have no effect, and passages that are not there.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    from hfllm.data.word_index import import_bm25s
+
+    name = script_args.retrieval_dataset_name
+    for flag in ("retrieval_top_k", "retrieval_min_score", "grounded_fraction"):
+        refuse(
+            name is None and getattr(script_args, flag) is not None, f"--{flag}", "it needs --retrieval_dataset_name"
+        )
+    if name is None:
+        return
+    refuse(script_args.grounded_fraction == 0, "--grounded_fraction 0", "no row gets passages: leave out the flags")
+    import_bm25s("--retrieval_dataset_name")
+    try:
+        _files(name)
+    except InputError as error:
+        raise InputError(f"--retrieval_dataset_name: {error}") from None
+
+
+def contents(script_args: RetrievalArguments) -> dict[str, str]:
+    """Return a hash of the local files that the passages come from, by name, for what tells runs apart."""
+    from hfllm.runs.identity import content_of
+
+    name = script_args.retrieval_dataset_name
+    files = _files(name) if name else []
+    # Where a folder is does not matter, which names its files have does.
+    named = [(str(file.relative_to(name)) if Path(name).is_dir() else "", file) for file in files]
+    return {"retrieval content": content_of(named)} if files else {}
+
+
+def with_passages(
+    rows: Sequence["Row"],
+    eval_rows: Sequence["Row"],
+    script_args: RetrievalArguments,
+    tokenizer: "PreTrainedTokenizerBase",
+    seed: int,
+) -> tuple[list["Row"], list["Row"], dict[str, int]]:
+    """Return training and held-out rows, a share of which has passages, and how many have, by metric.
+
+    Args:
+        rows: with `prompt` and `completion` messages; they are not changed.
+        eval_rows: the same, held out.
+        script_args: where the passages come from, and how many rows get them.
+        tokenizer: cuts texts to passages.
+        seed: of the rows that get them.
+
+    Raises:
+        InputError: when there are fewer passages than are asked for, or no row gets any.
+    """
+    from hfllm.grounding.retrieval import BM25Retriever
+    from hfllm.runs.command_line import say
+
+    name = script_args.retrieval_dataset_name
+    if name is None:
+        return list(rows), list(eval_rows), {}
+    passages = _passages(name, tokenizer)
+    if (top_k := script_args.retrieval_top_k or TOP_K) > len(passages):
+        raise InputError(f"--retrieval_top_k {top_k}: {name} has {len(passages)} passages")
+    retriever, results, metrics = BM25Retriever(passages), [], {}
+    share = FRACTION if script_args.grounded_fraction is None else script_args.grounded_fraction
+    for metric, what, each in (
+        ("grounded_rows", "training rows", rows),
+        ("grounded_eval_rows", "held-out rows", eval_rows),
+    ):
+        chosen = random.Random(f"{metric} {seed}").sample(range(len(each)), round(share * len(each)))
+        asked = [each[place] for place in chosen]
+        found = _found(retriever, asked, top_k, script_args.retrieval_min_score, each is rows)
+        given = dict(zip(chosen, found, strict=True))
+        results.append([_grounded(row, given.get(place, [])) for place, row in enumerate(each)])
+        metrics[metric] = sum(map(bool, found))
+        missing = len(chosen) - metrics[metric]
+        others = f"; for {missing:,} more none was found" if missing else ""
+        say(f"{what}: {metrics[metric]:,} of {len(each):,} have passages of {name}{others}")
+    return results[0], results[1], metrics
+
+
+def _files(name: str) -> list[Path]:
+    """Return the local files of texts or of saved passages; none of what is not local."""
+    from hfllm.grounding.passages import ABOUT, FILE
+
+    if name == PYDOC:
+        return []
+    saved = [Path(name, file) for file in (FILE, ABOUT)]
+    return saved if saved[0].is_file() else source_files(name) or []
+
+
+def _passages(name: str, tokenizer: "PreTrainedTokenizerBase") -> "Passages":
+    from hfllm.grounding.passages import FILE, Passages
+
+    if name != PYDOC and Path(name, FILE).is_file():
+        return Passages.load(name, tokenizer)
+    return Passages.from_source(name, tokenizer)
+
+
+def _found(
+    retriever: "BM25Retriever", rows: Sequence["Row"], top_k: int, min_score: float | None, is_training: bool
+) -> list[list["Found"]]:
+    """Return the passages of each row; none of one that asks nothing.
+
+    Args:
+        is_training: whether the rows are learned from, so that some must have passages.
+
+    Raises:
+        InputError: when no training row gets any.
+    """
+    from hfllm.grounding.prompts import last_question
+    from hfllm.grounding.retrieval import scoring_enough
+
+    queries = []
+    for row in rows:
+        messages = [*row["prompt"], *row["completion"]]
+        place = last_question(messages)
+        queries.append("" if place is None else messages[place]["content"])
+    found = retriever.retrieve(queries, top_k)
+    kept = found if min_score is None else scoring_enough(found, min_score)
+    if is_training and rows and not any(kept):
+        best = max((each.score for ranking in found for each in ranking), default=None)
+        if best is None:
+            raise InputError(f"--retrieval_dataset_name: no passage has a word of {len(rows):,} questions")
+        raise InputError(f"--retrieval_min_score {min_score}: no row gets a passage; the best score is {best:.3g}")
+    return kept
+
+
+def _grounded(row: "Row", found: Sequence["Found"]) -> "Row":
+    """Return a row with passages before its last question, which may be a later one than that of its prompt."""
+    from hfllm.data.rows import OriginRow
+    from hfllm.grounding.prompts import grounded
+
+    if not found:
+        return row
+    size = len(row["prompt"])
+    messages = grounded([*row["prompt"], *row["completion"]], [each.passage.text for each in found])
+    changed = {**row, "prompt": messages[:size], "completion": messages[size:]}
+    return OriginRow(changed, row.origin) if isinstance(row, OriginRow) else changed
