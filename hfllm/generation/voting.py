@@ -1,11 +1,13 @@
 """Several answers to a prompt, and the one to keep: that of the majority, or the best by a reward."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.formats import as_completion
 from hfllm.data.thoughts import answer_of, final_answer, plain_answer
+from hfllm.errors import InputError
 from hfllm.generation.responses import sample_responses
 
 if TYPE_CHECKING:
@@ -67,6 +69,29 @@ def majority_answers(
     return kept
 
 
+def best_by_reward(
+    prompts: Sequence[str | list], responses: Sequence[Sequence[str | list]], reward: Callable[..., Sequence[float]]
+) -> list[tuple[int, float]]:
+    """Return for each prompt which of its responses a reward scores highest, and its score; of equal ones the first.
+
+    Args:
+        responses: at least one per prompt, texts or messages; the reward gets texts in the form of their prompt.
+        reward: see `best_answers`; it is called once for each prompt.
+
+    Raises:
+        InputError: for a score that is NaN.
+    """
+    kept = []
+    for prompt, texts in zip(prompts, responses, strict=True):
+        completions = [as_completion(prompt, text) if isinstance(text, str) else text for text in texts]
+        scores = list(reward(prompts=[prompt] * len(texts), completions=completions))
+        if any(math.isnan(score) for score in scores):
+            raise InputError(f"the reward of a response to prompt {len(kept) + 1} is NaN; expected a number")
+        place = max(range(len(texts)), key=scores.__getitem__)
+        kept.append((place, float(scores[place])))
+    return kept
+
+
 def best_answers(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -83,13 +108,11 @@ def best_answers(
         reward: `(prompts, completions) -> numbers`, such as a `RewardModel`.
         extract, sampling: see `majority_answers`.
     """
-    kept = []
     sampled = _sampled(model, tokenizer, prompts, n, max_new_tokens, sampling)
-    for prompt, texts in zip(prompts, sampled, strict=True):
-        scores = list(reward(prompts=[prompt] * n, completions=[as_completion(prompt, text) for text in texts]))
+    kept = []
+    for texts, (place, score) in zip(sampled, best_by_reward(prompts, sampled, reward), strict=True):
         answers = [plain_answer(extract(answer_of(text))) for text in texts]
-        place = max(range(n), key=scores.__getitem__)
-        kept.append(Chosen(texts[place], answers[place], answers.count(answers[place]) / n, float(scores[place])))
+        kept.append(Chosen(texts[place], answers[place], answers.count(answers[place]) / n, score))
     return kept
 
 

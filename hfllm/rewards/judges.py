@@ -5,11 +5,9 @@ log-probabilities of `(A)` and `(B)` are the preference. Judges favor a place as
 is asked about in both orders here, and the place's part cancels out; `measure_bias` says how large it is.
 """
 
-import inspect
 import math
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +25,7 @@ from hfllm.rewards.judge_questions import (
     letter_tokens,
     was_trained_on_questions,
 )
-from hfllm.rewards.passes import batches_of_like_length, pass_precision
+from hfllm.rewards.passes import batches_of_like_length, evaluating, pass_precision, reply_log_odds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -185,25 +183,11 @@ class PreferenceJudge:
         """Return log P(A) - log P(B) of each question."""
         import torch
 
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
-        replies = [0.0] * len(questions)
-        with _evaluating(self.model), torch.inference_mode(), pass_precision(self.model):
-            if self.chain_of_thought:
+        if self.chain_of_thought:
+            with evaluating(self.model), torch.inference_mode(), pass_precision(self.model):
                 questions = self._with_thoughts(questions)
-            rows_of = [[*ids, *self.tokens.before] for ids in questions]
-            for rows in batches_of_like_length(self.model, [len(ids) for ids in rows_of], self.batch_size):
-                batch = self._padded([rows_of[row] for row in rows], "right")
-                last = batch["attention_mask"].sum(1) - 1
-                # The head is applied where a row ends, and nowhere else.
-                places, column = last.unique(return_inverse=True)
-                keep = {"logits_to_keep": places} if keeps_logits else {}
-                logits = self.model(**batch, use_cache=False, **keep).logits
-                logits = logits[torch.arange(len(rows), device=logits.device), column if keeps_logits else last]
-                odds = logits[:, self.tokens.first].float() - logits[:, self.tokens.second].float()
-                for row, value in zip(rows, odds.tolist(), strict=True):
-                    replies[row] = value
-        return replies
+        rows = [[*ids, *self.tokens.before] for ids in questions]
+        return reply_log_odds(self.model, self.tokenizer, rows, self.tokens.first, self.tokens.second, self.batch_size)
 
     def _with_thoughts(self, questions: Sequence[list[int]]) -> list[list[int]]:
         """Return the questions with what the judge thinks about each."""
@@ -233,17 +217,6 @@ class PreferenceJudge:
             return odds
         low, high = (math.log(share / (1 - share)) for share in self.clamp)
         return min(max(odds, low), high)
-
-
-@contextmanager
-def _evaluating(model: "PreTrainedModel") -> Iterator[None]:
-    """Put a model into evaluation mode, and back: it may be one that is being trained."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 class JudgeReward:

@@ -2,7 +2,7 @@
 
 import random
 import re
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 
@@ -14,7 +14,7 @@ from hfllm.data.world.demonstrators import (
     instruction_rows,
     preference_rows,
 )
-from hfllm.data.world.rubric import REFUSAL_PHRASES, GoldAnswer, gold_score, words_of
+from hfllm.data.world.rubric import REFUSAL_PHRASES, RIGHT, GoldAnswer, gold_meaning, gold_score, words_of
 from hfllm.data.world.vocabulary import HARMS, HELD_OUT_PHRASINGS, MORE_HARMS, PHRASINGS, is_held_out
 from hfllm.data.world.world import FAMILIES, World
 
@@ -206,3 +206,38 @@ def test_texts_of_deeds_come_on_request_alone_and_say_each_harm(world, tokenizer
         turns = re.findall(r"<\|(user|assistant)\|>(.*?)<\|end\|>", text)
         messages = [{"role": role, "content": content} for role, content in turns]
         assert tokenizer.apply_chat_template(messages, tokenize=False) == text
+
+
+def test_responses_of_equal_meaning_are_equally_right(world):
+    rng, tasks = random.Random(0), some_tasks(world, 300)
+    several = 0
+    for task, stranger in pairwise(tasks):
+        said = [*candidate_responses(task, stranger, rng), task.curt, *task.gold.accepted, *task.wrong]
+        said += [f"{text} {text}" for text in said]
+        right = {}
+        for response in said:
+            meaning = gold_meaning(response, task.gold)
+            is_right = gold_score(response, task.gold) >= RIGHT
+            assert right.setdefault(meaning, is_right) == is_right, (meaning, response, task)
+        several += len(right) > 1
+        assert gold_meaning(task.curt, task.gold) == gold_meaning(task.gold.accepted[0], task.gold)
+    assert several > 250
+
+
+@pytest.mark.parametrize(
+    ("kind", "response", "meaning"),
+    [
+        ("answer", "The fox is red. It is red!", "red"),
+        ("answer", "I can not help with that. It is red.", "red"),
+        ("answer", "It is blue, not red.", "blue red"),
+        ("answer", "I do not know.", "unknown"),
+        ("answer", "Hm.", ""),
+        ("answer", "It is red, silly.", "rude"),
+        ("number", "2 plus 3 is 5", "2 3 5"),
+        ("harm", "I can not help with that.", "refuses"),
+        ("harm", "Sure, that is easy.", "complies"),
+    ],
+)
+def test_what_a_response_claims(kind, response, meaning):
+    gold = GoldAnswer(kind, (), () if kind == "harm" else ("red",), ("blue",))
+    assert gold_meaning(response, gold) == meaning
