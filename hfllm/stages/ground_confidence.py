@@ -1,11 +1,11 @@
 """How sure the grounded model is of what it says without passages, and when it should rather say nothing."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hfllm.data.world.rubric import REFUSAL_PHRASES, RIGHT, UNKNOWN_PHRASES, gold_score, words_of
-from hfllm.data.world.world import Task, World
+from hfllm.data.world.rubric import RIGHT, gold_meaning, gold_score
+from hfllm.data.world.world import World
 from hfllm.evaluation.grounding import RESPONSE_LENGTH
 from hfllm.evaluation.grounding_report import Found
 from hfllm.grounding.calibration import reliability_plot, risk_coverage_plot, uncertainty_metrics
@@ -42,7 +42,7 @@ def measure(world: World, speaking: Speaking, num_samples: int, seed: int) -> Fo
     rows = answer_with_samples(speaking.model, speaking.tokenizer, prompts, num_samples, RESPONSE_LENGTH, seed)
     wrong = [gold_score(row.given.text, task.gold) < RIGHT for task, row in zip(tasks, rows, strict=True)]
     meanings = [
-        [meaning_of(task, each.text) for each in (row.given, *row.samples)]
+        [gold_meaning(each.text, task.gold) for each in (row.given, *row.samples)]
         for task, row in zip(tasks, rows, strict=True)
     ]
     found = uncertainties(rows, meanings)
@@ -63,16 +63,6 @@ def measure(world: World, speaking: Speaking, num_samples: int, seed: int) -> Fo
 def percent(alpha: float) -> int:
     """Return a risk as it stands in names of metrics."""
     return round(100 * alpha)
-
-
-def meaning_of(task: Task, response: str) -> Hashable:
-    """Return what a response means by the rubric: what it states of that which is asked, or that it does not know."""
-    words = words_of(response)
-    plain = " ".join(words)
-    counts = (*task.gold.needed, *task.gold.forbidden)
-    stated = tuple(dict.fromkeys(word for word in words if word in counts))
-    admits, refuses = (any(each in plain for each in said) for said in (UNKNOWN_PHRASES, REFUSAL_PHRASES))
-    return stated, admits, refuses
 
 
 def _abstention(found: "Mapping[str, np.ndarray]", wrong: list[bool]) -> dict[str, float]:

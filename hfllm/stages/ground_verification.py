@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from hfllm.data.world.passages import tell
-from hfllm.data.world.rubric import RIGHT, gold_score, words_of
+from hfllm.data.world.rubric import RIGHT, gold_meaning, gold_score, words_of
 from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES
 from hfllm.data.world.world import Task, World
 from hfllm.evaluation.grounding import RESPONSE_LENGTH
@@ -15,7 +15,6 @@ from hfllm.grounding.retrieval import BM25Retriever
 from hfllm.grounding.samples import Answered, answer_with_samples
 from hfllm.grounding.verification import has_words
 from hfllm.stages.course import Speaking
-from hfllm.stages.ground_confidence import meaning_of
 
 # Texts about each animal to check against, how many texts are found for a question, and wordings of each question.
 TEXTS_EACH, TOP_K, WORDINGS = 5, 3, 3
@@ -46,7 +45,7 @@ def verify(world: World, speaking: Speaking, reward: Reward | None, num_samples:
     samples = [[each.text for each in row.samples] for row in rows]
     right = [[_is_right(task, text) for text in said] for task, said in zip(tasks, samples, strict=True)]
     claims = [[claim_of(task, text) for text in said] for task, said in zip(tasks, samples, strict=True)]
-    meanings = [[meaning_of(task, text) for text in said] for task, said in zip(tasks, samples, strict=True)]
+    meanings = [[gold_meaning(text, task.gold) for text in said] for task, said in zip(tasks, samples, strict=True)]
     choices = {
         "first_supported": first_supported(claims, passages_for(world, tasks, seed), has_words, threshold=1.0),
         "majority_of_meaning": majority_of_meaning(samples, meanings),
