@@ -13,7 +13,7 @@ from hfllm.grounding.choosing import best_rewarded, compare_choices, first_suppo
 from hfllm.grounding.passages import Passages
 from hfllm.grounding.retrieval import BM25Retriever
 from hfllm.grounding.samples import Answered, answer_with_samples
-from hfllm.grounding.verification import has_words
+from hfllm.grounding.verification import claims_of, has_words
 from hfllm.stages.course import Speaking
 
 # Texts about each animal to check against, how many texts are found for a question, and wordings of each question.
@@ -26,8 +26,8 @@ Reward = Callable[..., Sequence[float]]
 def verify(world: World, speaking: Speaking, reward: Reward | None, num_samples: int, seed: int) -> Found:
     """Return how many facts of the world are right by each way to choose one of a model's sampled answers.
 
-    The first answer is kept that a text about the animal supports: the text is found by BM25, and has each animal and
-    each value that the answer names. It says nothing where none is supported.
+    The first answer is kept that texts about the animal support: they are found by BM25, and one of them has all
+    animals and values that a sentence of the answer names. Where none is supported, nothing is said.
 
     Args:
         world: whose facts are asked.
@@ -44,7 +44,7 @@ def verify(world: World, speaking: Speaking, reward: Reward | None, num_samples:
     rows = answer_with_samples(speaking.model, speaking.tokenizer, prompts, num_samples, RESPONSE_LENGTH, seed)
     samples = [[each.text for each in row.samples] for row in rows]
     right = [[_is_right(task, text) for text in said] for task, said in zip(tasks, samples, strict=True)]
-    claims = [[claim_of(task, text) for text in said] for task, said in zip(tasks, samples, strict=True)]
+    claims = [[claims_in(task, text) for text in said] for task, said in zip(tasks, samples, strict=True)]
     meanings = [[gold_meaning(text, task.gold) for text in said] for task, said in zip(tasks, samples, strict=True)]
     choices = {
         "first_supported": first_supported(claims, passages_for(world, tasks, seed), has_words, threshold=1.0),
@@ -62,14 +62,17 @@ def verify(world: World, speaking: Speaking, reward: Reward | None, num_samples:
     return Found(metrics | {"verification_gain": gain}, f"facts of the world right: {shares}", tables, {})
 
 
-def claim_of(task: Task, answer: str) -> str:
-    """Return what an answer states of the world: the animal that was asked about, and each animal and value it names.
+def claims_in(task: Task, answer: str) -> str:
+    """Return what an answer claims, a sentence each, for `has_words`.
 
-    It is empty for an answer that states no value.
+    Of one that states values it is the animal that was asked about, and each animal and value that it names. Others,
+    such as rude ones, stay as they are: no text supports them.
     """
-    named = [word for word in words_of(answer) if word in VALUES or word in ANIMALS]
-    animal = task.key.split()[1]
-    return " ".join(dict.fromkeys([animal, *named])) if VALUES & {*named} else ""
+    animal, claims = task.key.split()[1], []
+    for sentence in claims_of(answer):
+        named = [word for word in words_of(sentence) if word in VALUES or word in ANIMALS]
+        claims.append(" ".join(dict.fromkeys([animal, *named])) if VALUES & {*named} else sentence)
+    return "\n".join(claims)
 
 
 def passages_for(world: World, tasks: Sequence[Task], seed: int) -> list[list[str]]:

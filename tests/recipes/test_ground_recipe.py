@@ -10,7 +10,7 @@ from functools import partial
 import ground
 import pytest
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hfllm.data.world.passage_tasks import GROUPS
 from hfllm.errors import InputError
@@ -26,19 +26,27 @@ CONFIGS = {
     },
     "sft": TUNED,
     "grounded": TUNED,
+    "reward": {**TUNED, "num_pairs": 24, "num_eval_prompts": 12, "num_samples": 2, "response_length": 4},
 }
-SIZES = {"num_examples": 60, "num_questions": 6}
-RUNS = ("pretrain", "sft", "grounded")
-SHORT = (("hfllm.evaluation.grounding.RESPONSE_LENGTH", 4), ("hfllm.stages.ground_evaluation.RESPONSE_LENGTH", 4))
+SIZES = {"num_examples": 60, "num_questions": 6, "num_samples": 2}
+RUNS = ("pretrain", "sft", "grounded", "reward")
+# Of the modules that ask.
+LENGTHS = (
+    *("hfllm.evaluation.grounding", "hfllm.stages.ground_evaluation"),
+    *("hfllm.stages.ground_confidence", "hfllm.stages.ground_verification"),
+)
+COUNTS = {
+    **{"hfllm.stages.ground_evaluation.NUM_WORLD_TASKS": 12, "hfllm.stages.ground_confidence.NUM_EACH": 10},
+    **{"hfllm.stages.ground_confidence.NUM_SPLITS": 2, "hfllm.stages.ground_verification.WORDINGS": 1},
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def short():
     """Untrained models never end by themselves, and few questions are enough."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in SHORT:
+        for name, value in {**{f"{module}.RESPONSE_LENGTH": 4 for module in LENGTHS}, **COUNTS}.items():
             patch.setattr(name, value)
-        patch.setattr("hfllm.stages.ground_evaluation.NUM_WORLD_TASKS", 12)
         yield
 
 
@@ -86,7 +94,8 @@ def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {*RUNS, "data"}
     assert not list(folder.rglob(LOCK_FILE)) and not list(folder.rglob("*.tmp*"))
     for name in RUNS:
-        model, tokenizer = (kind.from_pretrained(folder / name) for kind in (AutoModelForCausalLM, AutoTokenizer))
+        kind = AutoModelForSequenceClassification if name == "reward" else AutoModelForCausalLM
+        model, tokenizer = (each.from_pretrained(folder / name) for each in (kind, AutoTokenizer))
         assert len(tokenizer) <= model.config.vocab_size and report["artifacts"][name] == name
     metrics = report["metrics"]
     for model in ("sft", "grounded"):
@@ -98,9 +107,14 @@ def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
     for way in ("gated", "ungated"):
         assert {f"{way}_{kind}_right_n" for kind in ("answerable", "unanswerable", "closed_known")} <= metrics.keys()
     assert metrics["gate"] > 0 and "world_gold_kept" in metrics
-    for title in ("## Right answers, greedy", "## Passages found by BM25", "## Gold reward without passages"):
+    assert {"semantic_entropy_aurc", "coverage_5_sequence_probability", "risk_2_semantic_entropy_se"} <= metrics.keys()
+    for way in ("one_sample", "greedy", "first_supported", "majority_of_meaning", "best_rewarded", "best_possible"):
+        assert {f"{way}_right", f"{way}_abstained_n"} <= metrics.keys()
+    assert metrics["verification_gain"] == metrics["first_supported_right"] - metrics["one_sample_right"]
+    for title in ("## Right answers, greedy", "## Passages found by BM25", "## Uncertainty and being wrong"):
         assert title in text
-    assert (folder / report["artifacts"]["right"]).read_bytes().startswith(b"\x89PNG")
+    for name in ("right", "risk_coverage", "reliability"):
+        assert (folder / report["artifacts"][name]).read_bytes().startswith(b"\x89PNG")
     # Each arm has learned something of its own.
     assert len({value for name, value in digests(folder).items() if name.endswith("model.safetensors")}) == len(RUNS)
 
@@ -123,7 +137,7 @@ def test_the_same_command_reuses_and_another_flag_is_refused_by_its_name(whole, 
 def test_a_run_that_was_stopped_makes_what_is_missing_with_the_same_bits(whole, capsys):
     folder, again = whole
     before, metrics = digests(folder), report_of(folder)["metrics"]
-    # As if it had been killed while it learned to read.
+    # As if it had been killed while it learned to read: what builds on that is made again.
     made = (*(folder / "grounded").glob("report.*"), *(folder / "grounded").glob("*.safetensors"))
     for path in (folder / "report.json", *made):
         path.unlink()
@@ -138,6 +152,7 @@ def test_a_run_that_was_stopped_makes_what_is_missing_with_the_same_bits(whole, 
     ("flags", "message"),
     [
         (["--num_examples", "9"], "--num_examples 9: expected at least 10"),
+        (["--num_samples", "1"], "--num_samples 1: expected at least 2"),
         (["--num_questions", "5"], "--num_questions 5: expected at least 6"),
         (["--grounded_fraction", "0"], "--grounded_fraction 0.0: expected a share above 0, at most 1"),
         (["--grounded_fraction", "1.5"], "--grounded_fraction 1.5: expected a share above 0, at most 1"),

@@ -54,7 +54,7 @@ def _named(answer: Answer, animal: str, attribute: str) -> str:
 
 
 def _conversation(facts: Facts, rng: random.Random) -> str:
-    told = draw_passages(facts, rng) if rng.random() < 0.9 else []
+    told = draw_passages(facts, rng) if rng.random() < 0.95 else []
     return "".join(TURN.format(*turn) for turn in conversation(facts, rng, told, rng.randint(2, 4)))
 
 

@@ -55,12 +55,14 @@ class Told:
         facts: what it tells, by attribute.
         text: its text.
         instruction: the sentence in it that is an instruction, or nothing.
+        instructed: of what it wants something to be said.
     """
 
     animal: str
     facts: Mapping[str, str]
     text: str
     instruction: str = ""
+    instructed: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,13 +104,15 @@ def answer_to(facts: Facts, told: Sequence[Told], animal: str, attribute: str) -
     return Answer(SAY_SILENT if any(each.animal == animal for each in told) else SAY_UNKNOWN)
 
 
-def tell(rng: random.Random, animal: str, facts: Mapping[str, str], instruction: str = "") -> Told:
+def tell(
+    rng: random.Random, animal: str, facts: Mapping[str, str], instruction: str = "", instructed: str = ""
+) -> Told:
     """Return a passage that tells facts of an animal in any order, with an instruction anywhere in it."""
     sentences = [rng.choice(TELLINGS[attribute]).format(x=animal, value=value) for attribute, value in facts.items()]
     rng.shuffle(sentences)
     if instruction:
         sentences.insert(rng.randint(0, len(sentences)), instruction)
-    return Told(animal, dict(facts), " ".join(sentences), instruction)
+    return Told(animal, dict(facts), " ".join(sentences), instruction, instructed)
 
 
 def instruct(rng: random.Random, attribute: str, value: str | None, held_out: bool = False) -> str:
@@ -145,25 +149,25 @@ def draw_facts(
 
 def draw_passages(facts: Facts, rng: random.Random) -> list[Told]:
     """Return passages to learn from, up to three, about made-up and changed animals; two may be about the same."""
-    # Short ones are learned from first: what stands near is found before what stands far.
-    count = rng.choices((1, 2, 3), (3, 2, 2))[0]
+    # One alone teaches to find a value of the right kind; by several the name is learned to count.
+    count = rng.choices((1, 2, 3), (2, 3, 4))[0]
     told: list[Told] = []
     while len(told) < count:
         if told and rng.random() < 0.15:
             told.append(_again(rng, facts, rng.choice(told)))
             continue
-        animal = draw_name(rng) if rng.random() < 0.7 else rng.choice(ANIMALS)
+        animal = draw_name(rng) if rng.random() < 0.65 else rng.choice(ANIMALS)
         attributes = _shown_attributes(rng, animal)
         if attributes and animal not in {each.animal for each in told}:
             changed = draw_facts(rng, facts.get(animal), attributes)
-            told.append(tell(rng, animal, changed, _instruction(rng, changed)))
+            told.append(tell(rng, animal, changed, *_instruction(rng, changed)))
     rng.shuffle(told)
     return told
 
 
 def _shown_attributes(rng: random.Random, animal: str) -> list[str]:
     attributes = [each for each in ATTRIBUTES if animal not in ANIMALS or not is_held_out_change(animal, each)]
-    return rng.sample(attributes, min(rng.choices((1, 2, 3), (3, 3, 4))[0], len(attributes)))
+    return rng.sample(attributes, min(rng.choices((1, 2, 3), (2, 3, 5))[0], len(attributes)))
 
 
 def _again(rng: random.Random, facts: Facts, told: Told) -> Told:
@@ -174,24 +178,37 @@ def _again(rng: random.Random, facts: Facts, told: Told) -> Told:
     return tell(rng, told.animal, {**told.facts, attribute: other})
 
 
-def _instruction(rng: random.Random, facts: Mapping[str, str]) -> str:
-    if rng.random() >= 0.15:
-        return ""
+def _instruction(rng: random.Random, facts: Mapping[str, str]) -> tuple[str, str]:
+    """Return an instruction of a passage and the attribute that it is about; both empty for most passages."""
+    if rng.random() >= 0.25:
+        return "", ""
     attribute = rng.choice(list(facts))
     others = [value for value in ATTRIBUTES[attribute] if value != facts[attribute]]
-    return instruct(rng, attribute, rng.choice(others) if rng.random() < 0.8 else None)
+    return instruct(rng, attribute, rng.choice(others) if rng.random() < 0.8 else None), attribute
 
 
 def draw_question(facts: Facts, rng: random.Random, told: Sequence[Told]) -> tuple[str, str]:
-    """Return an animal and an attribute to ask about: most are in the passages, if there are any."""
+    """Return an animal and an attribute to ask about: half are in the passages, if there are any."""
     attribute, kind = rng.choice(list(ATTRIBUTES)), rng.random()
     about = {each.animal for each in told}
-    if told and kind < 0.65:
+    # What passages disagree about, or want to be said otherwise, is asked more often.
+    hard = [(each.animal, each.instructed) for each in told if each.instructed] + _contradicted(told)
+    if hard and kind < 0.25:
+        return rng.choice(hard)
+    if told and kind < 0.55:
         return rng.choice(told).animal, attribute
-    if kind < 0.8:
+    if kind < 0.72:
         return rng.choice([animal for animal in ANIMALS if animal not in about]), attribute
     # A name that differs in its beginning or its end alone must be told from those that are there.
-    made_up = [animal for animal in about if animal not in ANIMALS]
-    while (name := similar_name(rng, rng.choice(made_up)) if made_up and kind < 0.9 else draw_name(rng)) in about:
+    made_up = [each.animal for each in told if each.animal not in ANIMALS]
+    while (name := similar_name(rng, rng.choice(made_up)) if made_up and kind < 0.82 else draw_name(rng)) in about:
         pass
     return name, attribute
+
+
+def _contradicted(told: Sequence[Told]) -> list[tuple[str, str]]:
+    values: dict[tuple[str, str], set[str]] = {}
+    for each in told:
+        for attribute, value in each.facts.items():
+            values.setdefault((each.animal, attribute), set()).add(value)
+    return [key for key, different in values.items() if len(different) > 1]
