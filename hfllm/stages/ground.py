@@ -55,7 +55,7 @@ def check(script_args: GroundArguments) -> None:
         value = getattr(script_args, flag)
         if value < least:
             raise InputError(f"--{flag} {value}: expected at least {least}")
-    if not 0 < script_args.grounded_fraction <= 1:
+    if script_args.grounded_fraction <= 0:
         raise InputError(f"--grounded_fraction {script_args.grounded_fraction}: expected a share above 0, at most 1")
 
 

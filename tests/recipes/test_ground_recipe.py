@@ -36,7 +36,8 @@ LENGTHS = (
     *("hfllm.stages.ground_confidence", "hfllm.stages.ground_verification"),
 )
 COUNTS = {
-    **{"hfllm.stages.ground_evaluation.NUM_WORLD_TASKS": 12, "hfllm.stages.ground_confidence.NUM_EACH": 10},
+    **{"hfllm.stages.ground_evaluation.NUM_WORLD_TASKS": 12, "hfllm.stages.ground_confidence.NUM_EACH": 2},
+    **{"hfllm.stages.ground_confidence.ALPHAS": (0.1, 0.2)},
     **{"hfllm.stages.ground_confidence.NUM_SPLITS": 2, "hfllm.stages.ground_verification.WORDINGS": 1},
 }
 
@@ -107,7 +108,11 @@ def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
     for way in ("gated", "ungated"):
         assert {f"{way}_{kind}_right_n" for kind in ("answerable", "unanswerable", "closed_known")} <= metrics.keys()
     assert metrics["gate"] > 0 and "world_gold_kept" in metrics
-    assert {"semantic_entropy_aurc", "coverage_5_sequence_probability", "risk_2_semantic_entropy_se"} <= metrics.keys()
+    assert {
+        "semantic_entropy_aurc",
+        "coverage_10_sequence_probability",
+        "risk_20_semantic_entropy_se",
+    } <= metrics.keys()
     for way in ("one_sample", "greedy", "first_supported", "majority_of_meaning", "best_rewarded", "best_possible"):
         assert {f"{way}_right", f"{way}_abstained_n"} <= metrics.keys()
     assert metrics["verification_gain"] == metrics["first_supported_right"] - metrics["one_sample_right"]
@@ -155,8 +160,8 @@ def test_a_run_that_was_stopped_makes_what_is_missing_with_the_same_bits(whole, 
         (["--num_samples", "1"], "--num_samples 1: expected at least 2"),
         (["--num_questions", "5"], "--num_questions 5: expected at least 6"),
         (["--grounded_fraction", "0"], "--grounded_fraction 0.0: expected a share above 0, at most 1"),
-        (["--grounded_fraction", "1.5"], "--grounded_fraction 1.5: expected a share above 0, at most 1"),
-        (["--grounded_fraction", "nan"], "--grounded_fraction"),
+        (["--grounded_fraction", "1.5"], "--grounded_fraction 1.5: expected a share in [0, 1]"),
+        (["--grounded_fraction", "nan"], "--grounded_fraction nan: expected a share in [0, 1]"),
         (["--grounded_config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )

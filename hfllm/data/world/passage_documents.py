@@ -6,10 +6,9 @@ them, and answers that cite. They hold no name and no changed fact that is held 
 """
 
 import random
-from dataclasses import replace
 
 from hfllm.data.passages import with_passages
-from hfllm.data.world.passages import Answer, Facts, Told, answer_to, draw_passages, draw_question
+from hfllm.data.world.passages import Facts, Told, answer_to, draw_passages, draw_question
 from hfllm.data.world.tool_documents import draw_name
 from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, COLOURS, FOODS, HOMES, PEOPLE, WELL_SAID, phrase
 
@@ -42,15 +41,13 @@ def _echo(rng: random.Random) -> str:
 
 def _told_again(facts: Facts, rng: random.Random) -> str:
     told = draw_passages(facts, rng)
-    asked = sorted({(each.animal, attribute) for each in told for attribute in each.facts})
-    rng.shuffle(asked)
-    said = [_named(answer_to(facts, told, *each), *each) for each in asked]
+    said = [
+        f"[{number}] {WELL_SAID[attribute].format(x=each.animal, value=value)}"
+        for number, each in enumerate(told, 1)
+        for attribute, value in each.facts.items()
+    ]
+    rng.shuffle(said)
     return with_passages(" ".join(said), [each.text for each in told])
-
-
-def _named(answer: Answer, animal: str, attribute: str) -> str:
-    said = WELL_SAID[attribute].format(x=animal, value=" or ".join(answer.values))
-    return replace(answer, said=said).text
 
 
 def _conversation(facts: Facts, rng: random.Random) -> str:

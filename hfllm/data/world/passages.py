@@ -1,7 +1,7 @@
 """Passages about animals, what they tell, and how somebody answers who reads them.
 
-    right          one of the passages tells what is asked: say it and cite it      "It is red. [2]"
-    contradicting  two tell different things: say both and cite both                "It is red or blue. [1] [3]"
+    right          one of the passages tells what is asked: say it and cite it      "[2] It is red."
+    contradicting  two tell different things: say both and cite both                "[1] It is red. [3] It is blue."
     wrong, none    no passage is about the animal: what is known of it, or          "I do not know that animal."
     silent         one is about the animal and does not tell it: the same, or       "I do not know that."
 
@@ -26,7 +26,8 @@ from hfllm.data.world.vocabulary import (
     is_held_out,
 )
 
-# What is read is said without a name, so that no name need be copied; what is known, with it, as without passages.
+# What is read is said after the number of its passage: a small model finds the passage first, and then the value in it.
+# No name need be copied. What is known is said with the name, as without passages.
 READ = {"colour": "It is {value}.", "home": "It lives in the {value}.", "food": "It eats {value}."}
 # What somebody says of an animal that the passages are about, where they do not tell what is asked.
 SAY_SILENT = "I do not know that."
@@ -73,16 +74,13 @@ class Answer:
         said: the answer without citations.
         values: the values that it states, in order; none for one that admits not to know.
         cites: the numbers of the passages that it cites, from 1.
+        text: the answer with its citations.
     """
 
     said: str
     values: tuple[str, ...] = ()
     cites: tuple[int, ...] = ()
-
-    @property
-    def text(self) -> str:
-        """The answer with its citations."""
-        return " ".join([self.said, *(f"[{number}]" for number in self.cites)])
+    text: str = ""
 
 
 def answer_to(facts: Facts, told: Sequence[Told], animal: str, attribute: str) -> Answer:
@@ -97,11 +95,15 @@ def answer_to(facts: Facts, told: Sequence[Told], animal: str, attribute: str) -
         if each.animal == animal and attribute in each.facts:
             first.setdefault(each.facts[attribute], number)
     if first:
-        return Answer(READ[attribute].format(value=" or ".join(first)), tuple(first), tuple(first.values()))
+        said = [READ[attribute].format(value=value) for value in first]
+        cited = [f"[{number}] {each}" for number, each in zip(first.values(), said, strict=True)]
+        return Answer(" ".join(said), tuple(first), tuple(first.values()), " ".join(cited))
     if animal in facts:
         value = facts[animal][attribute]
-        return Answer(WELL_SAID[attribute].format(x=animal, value=value), (value,))
-    return Answer(SAY_SILENT if any(each.animal == animal for each in told) else SAY_UNKNOWN)
+        said = WELL_SAID[attribute].format(x=animal, value=value)
+        return Answer(said, (value,), (), said)
+    said = SAY_SILENT if any(each.animal == animal for each in told) else SAY_UNKNOWN
+    return Answer(said, (), (), said)
 
 
 def tell(
@@ -156,7 +158,7 @@ def draw_passages(facts: Facts, rng: random.Random) -> list[Told]:
         if told and rng.random() < 0.15:
             told.append(_again(rng, facts, rng.choice(told)))
             continue
-        animal = draw_name(rng) if rng.random() < 0.65 else rng.choice(ANIMALS)
+        animal = draw_name(rng) if rng.random() < 0.75 else rng.choice(ANIMALS)
         attributes = _shown_attributes(rng, animal)
         if attributes and animal not in {each.animal for each in told}:
             changed = draw_facts(rng, facts.get(animal), attributes)
