@@ -26,7 +26,7 @@ from hfllm.data.world.vocabulary import (
     is_held_out,
 )
 
-# What is read is said after the number of its passage: a small model finds the passage first, and then the value in it.
+# What is read is said after its passage's number: a small model finds the passage first, and then the value in it.
 # No name need be copied. What is known is said with the name, as without passages.
 READ = {"colour": "It is {value}.", "home": "It lives in the {value}.", "food": "It eats {value}."}
 # What somebody says of an animal that the passages are about, where they do not tell what is asked.
