@@ -25,9 +25,9 @@ def passage_text(facts: Facts, rng: random.Random) -> str:
         rng: random source.
     """
     kind = rng.random()
-    if kind < 0.2:
+    if kind < 0.15:
         return _echo(rng)
-    if kind < 0.45:
+    if kind < 0.5:
         return _told_again(facts, rng)
     return _conversation(facts, rng)
 

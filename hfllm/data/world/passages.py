@@ -152,7 +152,7 @@ def draw_facts(
 def draw_passages(facts: Facts, rng: random.Random) -> list[Told]:
     """Return passages to learn from, up to three, about made-up and changed animals; two may be about the same."""
     # One alone teaches to find a value of the right kind; by several the name is learned to count.
-    count = rng.choices((1, 2, 3), (2, 3, 4))[0]
+    count = rng.choice((1, 2, 3))
     told: list[Told] = []
     while len(told) < count:
         if told and rng.random() < 0.15:
@@ -169,7 +169,7 @@ def draw_passages(facts: Facts, rng: random.Random) -> list[Told]:
 
 def _shown_attributes(rng: random.Random, animal: str) -> list[str]:
     attributes = [each for each in ATTRIBUTES if animal not in ANIMALS or not is_held_out_change(animal, each)]
-    return rng.sample(attributes, min(rng.choices((1, 2, 3), (2, 3, 5))[0], len(attributes)))
+    return rng.sample(attributes, min(rng.choices((1, 2, 3), (3, 3, 4))[0], len(attributes)))
 
 
 def _again(rng: random.Random, facts: Facts, told: Told) -> Told:
@@ -190,20 +190,20 @@ def _instruction(rng: random.Random, facts: Mapping[str, str]) -> tuple[str, str
 
 
 def draw_question(facts: Facts, rng: random.Random, told: Sequence[Told]) -> tuple[str, str]:
-    """Return an animal and an attribute to ask about: half are in the passages, if there are any."""
+    """Return an animal and an attribute to ask about: two thirds are in the passages, if there are any."""
     attribute, kind = rng.choice(list(ATTRIBUTES)), rng.random()
     about = {each.animal for each in told}
     # What passages disagree about, or want to be said otherwise, is asked more often.
     hard = [(each.animal, each.instructed) for each in told if each.instructed] + _contradicted(told)
     if hard and kind < 0.25:
         return rng.choice(hard)
-    if told and kind < 0.55:
+    if told and kind < 0.65:
         return rng.choice(told).animal, attribute
-    if kind < 0.72:
+    if kind < 0.8:
         return rng.choice([animal for animal in ANIMALS if animal not in about]), attribute
     # A name that differs in its beginning or its end alone must be told from those that are there.
     made_up = [each.animal for each in told if each.animal not in ANIMALS]
-    while (name := similar_name(rng, rng.choice(made_up)) if made_up and kind < 0.82 else draw_name(rng)) in about:
+    while (name := similar_name(rng, rng.choice(made_up)) if made_up and kind < 0.87 else draw_name(rng)) in about:
         pass
     return name, attribute
 
