@@ -39,27 +39,8 @@ STEPS, EPOCHS, GENERATIONS = 4, 2, 8
 RESPONSE_LENGTH, CALLS = 72, 2
 # Of learning from demonstrations.
 RATE = 2e-3
-
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}{{- '<|' + message['role'] + '|>' + (message['content'] or '') -}}"
-    "{%- for call in message['tool_calls'] or [] -%}"
-    "{{- '<tool_call>' + (call['function'] | tojson) + '</tool_call>' -}}{%- endfor -%}{{- '<|end|>' -}}"
-    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
-)
-RESPONSE_TEMPLATE = {
-    "defaults": {"role": "assistant"},
-    "start_anchor": "<|assistant|>",
-    "fields": {
-        "tool_calls": {
-            "open": "<tool_call>",
-            "close": "</tool_call>",
-            "repeats": True,
-            "content": "json",
-            "transform": {"type": "function", "function": "{content}"},
-        },
-        "content": {"close": "<|end|>", "content": "text"},
-    },
-}
+# Between these lines of a page are the tables; what is written around them stays.
+MARKS = "<!-- tables -->", "<!-- end of the tables -->"
 
 Row = dict[str, Any]
 
@@ -90,15 +71,14 @@ def turns_of(row: Row, rng: random.Random) -> list[dict[str, Any]]:
     arguments = {"key": f" {row['key']}", "attribute": f" {row['attribute']}"}
     call = {"type": "function", "function": {"name": "lookup", "arguments": arguments}}
     asks = {"role": "assistant", "content": "", "tool_calls": [call]}
-    told = {"role": "tool", "name": "lookup", "content": f" {row['value']}"}
+    told = {"role": "tool", "name": "lookup", "content": row["value"]}
     return [asks, told, {"role": "assistant", "content": f"It is {row['value']}."}]
 
 
 def tool_of(seed: int) -> Any:
     from hfllm.environments.built_in import lookup_in
 
-    # With the space that the demonstrations have.
-    return lookup_in({key: {name: f" {value}" for name, value in row.items()} for key, row in table_of(seed).items()})
+    return lookup_in(table_of(seed))
 
 
 class Reward:
@@ -119,28 +99,32 @@ class Reward:
 
 
 def build_tokenizer(seed: int) -> "PreTrainedTokenizerBase":
+    from hfllm.data.chat_templates import CALL_MARKS, TOOL, set_built_in
     from hfllm.data.tokenizer import train_tokenizer
 
     rng, texts = random.Random(seed), []
     for row in rows_of(seed, 300):
+        # The chat template names the tool in each prompt.
+        texts.append('Tools: ["lookup"]')
         for turn in (*row["prompt"], *turns_of(row, rng)):
             texts += [turn["content"], *(json.dumps(call["function"]) for call in turn.get("tool_calls", ()))]
-    tokenizer = train_tokenizer(texts, vocab_size=512, model_max_length=128, extra_special_tokens=["<|tool|>"])
-    tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
-    tokenizer.chat_template, tokenizer.response_template = CHAT_TEMPLATE, RESPONSE_TEMPLATE
+    added = {"extra_special_tokens": [TOOL], "added_tokens": CALL_MARKS}
+    tokenizer = train_tokenizer(texts, vocab_size=512, model_max_length=128, **added)
+    set_built_in(tokenizer, "hfllm-brief")
     return tokenizer
 
 
 def demonstrations(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> Iterator[tuple[Any, Any]]:
     """Yield batches of token ids and of labels, which are the assistant's turns."""
     import torch
+    from transformers.utils import get_json_schema
 
-    rng = random.Random(f"demonstrations {args.seed}")
+    rng, tools = random.Random(f"demonstrations {args.seed}"), [get_json_schema(tool_of(args.seed))]
     rows = rows_of(args.seed, 2000)
     opening = tokenizer.convert_tokens_to_ids("<|assistant|>")
     while True:
         texts = [
-            tokenizer.apply_chat_template([*row["prompt"], *turns_of(row, rng)], tokenize=False)
+            tokenizer.apply_chat_template([*row["prompt"], *turns_of(row, rng)], tools=tools, tokenize=False)
             for row in rng.sample(rows, 32)
         ]
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")["input_ids"]
@@ -318,8 +302,30 @@ def page(runs: dict[int, dict[str, dict[str, Any]]], args: argparse.Namespace) -
     return "\n".join([*table(header, rows), "", text, "", *table(["rollout", *names], curves(runs))])
 
 
+def around(path: Path) -> tuple[str, str]:
+    """Return what a page has before and after its tables; a new one has a heading."""
+    begin, end = MARKS
+    if not path.parent.is_dir():
+        raise SystemExit(f"--output {path}: there is no folder {path.parent}")
+    if not path.exists():
+        return f"# PPO with a tool against TRL's GRPO\n\n{begin}\n", f"\n{end}\n"
+    before, has_begun, rest = path.read_text(encoding="utf-8").partition(begin)
+    after = rest.partition(end)[2]
+    if not (has_begun and end in rest):
+        raise SystemExit(f"--output {path}: it has no lines {begin} and {end} around its tables; name a new file")
+    return f"{before}{begin}\n", f"\n{end}{after}"
+
+
+def write_page(path: Path, tables: str, before: str, after: str) -> None:
+    """Write a page at once, so that an interruption leaves the old one."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(f"{before}{tables}{after}", encoding="utf-8")
+    new.replace(path)
+
+
 def compare(args: argparse.Namespace) -> None:
     """Run all seeds, and print and write the page after each."""
+    frame = around(args.output) if args.output else None
     runs: dict[int, dict[str, dict[str, Any]]] = {}
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
@@ -328,8 +334,8 @@ def compare(args: argparse.Namespace) -> None:
             runs[seed] = {side: launch(args, side=side, **given) for side in SIDES}
         text = page(runs, args)
         print(text, flush=True)
-        if args.output:
-            args.output.write_text(text + "\n", encoding="utf-8")
+        if frame is not None:
+            write_page(args.output, text, *frame)
 
 
 def main(words: list[str] | None = None) -> None:
@@ -343,7 +349,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--vocab_size", type=int, default=0, help="Rows of the embeddings, where more than tokens.")
     parser.add_argument("--ppo_learning_rate", type=float, default=3e-4)
     parser.add_argument("--grpo_learning_rate", type=float, default=3e-4)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="A page; of one that exists the tables alone are written anew.")
     parser.add_argument("--side", choices=["model", *SIDES], help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)

@@ -223,8 +223,7 @@ def check_written(origin: str, row: Row, messages: Sequence[Message], text: str,
     """
     for message in messages:
         for call in message.get("tool_calls") or ():
-            if call["function"]["name"] not in text:
-                name = call["function"]["name"]
+            if not _is_in(name := call["function"]["name"], text):
                 raise InputError(f"{origin}: the chat template leaves out calls of tools ({name!r}); {_way_out(text)}")
         if message["role"] == "tool" and not _is_in(message["content"], text):
             raise InputError(f"{origin}: the chat template leaves out messages of the role tool; {_way_out(text)}")

@@ -1,10 +1,11 @@
 """Read conversations as people have them: roles, tool calls and tool results, in OpenAI's and in ShareGPT's form."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+from hfllm.data.sources import parse_json
 from hfllm.errors import InputError
 
 # `role` and `content`, and where the row has them those of `KEPT`, `tool_calls` and `reasoning_content`.
@@ -30,7 +31,7 @@ def read_messages(origin: str, messages: Any) -> list[Message]:
     """
     if not isinstance(messages, list) or not messages:
         raise InputError(f"{origin}: expected a list of messages, got {str(messages)[:80]!r}")
-    return [_message(origin, message) for message in messages]
+    return _in_reach(origin, lambda: [_message(origin, message) for message in messages])
 
 
 def read_tools(origin: str, tools: Any) -> list[dict[str, Any]] | None:
@@ -41,12 +42,23 @@ def read_tools(origin: str, tools: Any) -> list[dict[str, Any]] | None:
     Raises:
         InputError: when they are neither.
     """
-    tools = _from_json(tools.strip() or "null") if isinstance(tools, str) else _without_none(tools)
+    given = tools
+    tools = _in_reach(
+        origin, lambda: _from_json(given.strip() or "null") if isinstance(given, str) else _without_none(given)
+    )
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise InputError(f"{origin}: tools must be a list of JSON objects, or such a list as text, got {tools!r:.80}")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def _in_reach(origin: str, read: Callable[[], Any]) -> Any:
+    """Return what is read; refuse values that are nested more deeply than Python can follow."""
+    try:
+        return read()
+    except RecursionError:
+        raise InputError(f"{origin}: a call or a tool is nested too deeply") from None
 
 
 def doubled_turn(messages: Sequence[Message]) -> bool:
@@ -69,6 +81,9 @@ def _message(origin: str, message: Any) -> Message:
         calls, content = content, ""
     else:
         calls = fields.get("tool_calls") or fields.get("function_call")
+        if isinstance(calls, str) and not _from_json(calls):
+            # No calls, written as JSON text.
+            calls = None
     if calls and content is None:
         content = ""
     if role in ROLES and ROLES[role] == "tool" and not isinstance(content, str) and content is not None:
@@ -111,6 +126,6 @@ def _without_none(value: Any) -> Any:
 def _from_json(text: str) -> Any:
     """Return the value of a JSON text, or the text if it is none."""
     try:
-        return json.loads(text)
+        return parse_json(text)
     except (ValueError, RecursionError):
         return text

@@ -145,7 +145,7 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = _parsed(line)
+                row = parse_json(line)
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{file}, line {number}: not JSON ({error}): {line.strip()[:80]!r}") from None
             if not isinstance(row, dict):
@@ -153,7 +153,7 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
-def _parsed(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """Return the JSON value, with "?" for unpaired surrogates, which UTF-8 cannot encode."""
     value = json.loads(text)
     if "\\ud" in text.lower():
@@ -200,7 +200,7 @@ def _read_paragraphs(file: Path) -> Iterator[str]:
 
 def _read_json(file: Path) -> list[dict[str, Any]]:
     try:
-        rows = _parsed(file.read_text(encoding="utf-8-sig"))
+        rows = parse_json(file.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise InputError(f"{file}: not JSON ({error}); for one object per line name it .jsonl") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):

@@ -2,15 +2,25 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 from hfllm.data.chat_templates import THOUGHT_MARKS
 from hfllm.data.messages import Message
 
 OPEN, CLOSE = THOUGHT_MARKS
-NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
-PLAIN_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
-BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+# Digits and commas, a power of ten; a fraction, also one of whole ones and a part. No sign is in `10-7` or `A-19`.
+NUMBER = re.compile(
+    r"(?:(?<![\w)}])-)?\$?(?:\d+ \d+/\d+|(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d)| ?/ ?\d+)?)", re.ASCII
+)
+PLAIN_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,3})?", re.ASCII)
+FRACTION = re.compile(r"([+-]?)(?:(\d{1,40}) )?(\d{1,40}) ?/ ?(\d{1,40})", re.ASCII)
+BOX = "\\boxed{"
+LATEX_FRACTION = re.compile(r"(\d)?\\[dt]?frac\s*(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))", re.ASCII)
+LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+# What LaTeX writes around numbers: thin spaces, commas in braces, degrees, signs that it would else read itself.
+LATEX_MARKS = ((r"\\[!,;:]|\\(?:left|right)\b|\^\s*\{?\\circ\}?", ""), (r"\{,\}", ","), (r"\\([$%])", r"\1"))
 
 
 def split_thoughts(text: str, is_open: bool = False) -> tuple[str | None, str]:
@@ -69,10 +79,14 @@ def final_answer(text: str) -> str:
     (Cobbe et al. 2021, arXiv:2110.14168); mathematical models put answers into `\\boxed{}`.
     """
     if "####" in text:
-        after = text.rpartition("####")[2].strip()
-        return after.splitlines()[0].strip() if after else ""
-    if boxed := BOXED.findall(text):
-        return boxed[-1].strip()
+        after = _without_latex(text.rpartition("####")[2]).strip()
+        line = after.splitlines()[0].strip("* ") if after else ""
+        numbers = list(NUMBER.finditer(line))
+        # `42 dollars` says as much as `42`.
+        return numbers[0].group() if len(numbers) == 1 and numbers[0].start() == 0 else line
+    if (boxed := _last_box(text)) is not None:
+        return _without_latex(boxed)
+    text = _without_latex(text)
     if numbers := NUMBER.findall(text):
         return numbers[-1]
     lines = text.strip().splitlines()
@@ -80,13 +94,65 @@ def final_answer(text: str) -> str:
 
 
 def plain_answer(answer: str) -> str:
-    """Return an answer in the form in which equal ones are equal: numbers without signs of money, commas and zeros."""
-    text = " ".join(answer.casefold().split()).rstrip(".")
-    number = re.sub(r"[$€£%,\s]", "", text)
-    if not PLAIN_NUMBER.fullmatch(number):
-        return text
+    """Return an answer in the form in which equal ones are equal: numbers without signs of money, commas and zeros.
+
+    Fractions are reduced, and those that end as decimals are written so: `2/4` is `0.5`.
+    """
+    text = " ".join(_without_latex(answer).casefold().split()).rstrip(".")
+    number = re.sub(r"[$€£%,]", "", text).strip()
+    if fraction := FRACTION.fullmatch(number):
+        text = number = _decimal(*fraction.groups()) or text
+    number = re.sub(r"\s", "", number)
+    if not (found := PLAIN_NUMBER.fullmatch(number)):
+        # Spaces mean nothing in a formula.
+        return re.sub(r"\s", "", text) if "\\" in text else text
+    if found[2]:
+        number = format(Decimal(number), "f")
     sign, digits = ("-", number[1:]) if number.startswith("-") else ("", number.removeprefix("+"))
     whole, _, fraction = digits.partition(".")
     value = whole.lstrip("0") or "0"
     value += f".{rest}" if (rest := fraction.rstrip("0")) else ""
     return value if value == "0" else sign + value
+
+
+def _decimal(sign: str, whole: str | None, over: str, under: str) -> str | None:
+    """Return a fraction as a decimal if it ends as one, or else reduced; `None` for one that is none."""
+    if not int(under):
+        return None
+    sign, value = sign.removeprefix("+"), int(whole or 0) + Fraction(int(over), int(under))
+    places = next((count for count in range(40) if 10**count % value.denominator == 0), None)
+    if places is None:
+        return f"{sign}{value.numerator}/{value.denominator}"
+    digits = str(value.numerator * 10**places // value.denominator).rjust(places + 1, "0")
+    return f"{sign}{digits[: len(digits) - places]}.{digits[len(digits) - places :]}"
+
+
+def _last_box(text: str) -> str | None:
+    """Return what the last box that is closed holds, with the braces in it; `None` without one."""
+    before, found, after = text.rpartition(BOX)
+    while found:
+        depth = 1
+        for place, sign in enumerate(after):
+            depth += (sign == "{") - (sign == "}")
+            if not depth:
+                return after[:place].strip()
+        before, found, after = before.rpartition(BOX)
+    return None
+
+
+def _without_latex(text: str) -> str:
+    """Return a text with numbers as they are written without LaTeX, and words out of its `\\text{}`.
+
+    Words after a number are its unit, and are left out.
+    """
+    text = text.replace("\u2212", "-")
+    for pattern, written in LATEX_MARKS:
+        text = re.sub(pattern, written, text)
+    text = LATEX_FRACTION.sub(_fraction, text)
+    bare = LATEX_TEXT.sub("", text).strip()
+    return bare if NUMBER.fullmatch(bare) else LATEX_TEXT.sub(r"\1", text)
+
+
+def _fraction(found: re.Match) -> str:
+    whole = f"{found[1]} " if found[1] else ""
+    return f"{whole}{found[2] or found[3]}/{found[4] or found[5]}"

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.chat_templates import TURN_END, chat_template, response_template
@@ -168,12 +169,16 @@ def turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
 
 
 def tokenize_prompts(
-    prompts: Sequence[str | list], tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Any] | None = None
+    prompts: Sequence[str | list],
+    tokenizer: "PreTrainedTokenizerBase",
+    tools: Sequence[Any] | None = None,
+    as_plain_text: bool = False,
 ) -> list[list[int]]:
     """Return the token ids of each prompt: text unchanged, messages by chat template up to the assistant's turn.
 
     Args:
         tools: for each prompt those that the chat template shows with its messages, as in a column `tools`.
+        as_plain_text: whether special tokens that messages spell are tokenized as text.
 
     Raises:
         InputError: when these are no tools.
@@ -181,9 +186,14 @@ def tokenize_prompts(
     if isinstance(prompts[0], str):
         return tokenizer(list(prompts))["input_ids"]
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "padding": False}
+    if as_plain_text:
+        options["sanitize_control_tokens"] = True
     if not any(tools or ()):
         return tokenizer.apply_chat_template(list(prompts), **options)["input_ids"]
-    return [
-        tokenizer.apply_chat_template(prompt, tools=read_tools("a prompt", shown), **options)["input_ids"]
-        for prompt, shown in zip(prompts, tools, strict=True)
-    ]
+    ids: list[list[int]] = []
+    # Neighbors that show the same tools are written in one call.
+    pairs = groupby(zip(prompts, tools, strict=True), key=lambda pair: id(pair[1]))
+    for neighbors in (list(group) for _, group in pairs):
+        shown = read_tools("a prompt", neighbors[0][1])
+        ids += tokenizer.apply_chat_template([prompt for prompt, _ in neighbors], tools=shown, **options)["input_ids"]
+    return ids

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from hfllm.environments.python_tool import python, python_within
 from hfllm.environments.retrieval import retrieval_over
+from hfllm.errors import InputError
 
 __all__ = ["calculator", "lookup_in", "python", "python_within", "retrieval_over"]
 
@@ -39,8 +40,8 @@ def calculator(expression: str) -> str:
     except SyntaxError:
         raise ValueError(f"{expression!r} is no sum") from None
     if isinstance(value, float):
-        # 0.1 + 0.2 is 0.3, and 6 / 2 is 3.
-        return f"{value:.12g}" if not value.is_integer() or abs(value) >= 1e15 else str(int(value))
+        # 0.1 + 0.2 is 0.3, and 6 / 2 is 3; with all the digits that a float is sure of.
+        return f"{value:.15g}" if not value.is_integer() or abs(value) >= 1e15 else str(int(value))
     return str(value)
 
 
@@ -67,7 +68,12 @@ def lookup_in(table: Mapping[str, Mapping[str, object]]) -> Callable[[str, str],
     """Return a tool `lookup(key, attribute)` over a table, such as `{"owl": {"color": "gray"}}`.
 
     Letter case and spaces around a word do not matter. What the table lacks is told, with what it has.
+
+    Raises:
+        InputError: for something else than such a table.
     """
+    if not isinstance(table, Mapping) or not all(isinstance(row, Mapping) for row in table.values()):
+        raise InputError(f'lookup_in: expected a table such as {{"owl": {{"color": "gray"}}}}, got {str(table)[:80]}')
     rows = {_plain(key): {_plain(name): value for name, value in row.items()} for key, row in table.items()}
 
     def lookup(key: str, attribute: str) -> str:

@@ -72,7 +72,11 @@ class Environment(Protocol):
 
 
 def run_episodes(
-    prompts: Sequence[Sequence[int]], continue_ids: Continue, environment: Environment, response_length: int
+    prompts: Sequence[Sequence[int]],
+    continue_ids: Continue,
+    environment: Environment,
+    response_length: int,
+    before_turn: Callable[[Sequence[Episode]], None] | None = None,
 ) -> list[Episode]:
     """Let the policy act until each episode ends, all unfinished ones together in each turn.
 
@@ -81,10 +85,13 @@ def run_episodes(
         continue_ids: samples from the policy.
         environment: answers its turns.
         response_length: the most tokens of an episode, with those of the environment.
+        before_turn: called with the episodes that continue, before the policy writes their next turns.
     """
     episodes = [Episode(list(prompt), place=place) for place, prompt in enumerate(prompts)]
     going = episodes
     while going:
+        if before_turn is not None:
+            before_turn(going)
         room = response_length - min(len(episode.response_ids) for episode in going)
         turns = continue_ids([episode.ids for episode in going], room)
         going = [

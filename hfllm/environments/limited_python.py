@@ -1,7 +1,7 @@
 """A Python that runs the code of its standard input within limits: what `python_tool` starts. Standard library only.
 
 Usage: python -I limited_python.py SECONDS MEGABYTES FILE_MEGABYTES MARK, in the only folder that the code may write
-to. After the mark, the standard error's first line says what the kernel does not hold.
+to. After the mark, the standard error's first line says what the kernel does not hold, if anything.
 
 On Linux the kernel holds the limits: resource limits, Landlock for files, a seccomp filter for network, processes and
 signals. Elsewhere, and on kernels that lack one of these, the interpreter's audit hook is what is left; it stops code
@@ -19,18 +19,44 @@ import sys
 MEGABYTE = 2**20
 # From the kernel's headers; what is not listed has the same number everywhere.
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-SYSTEM_CALLS = {
-    # socket, clone, fork, vfork, execve, kill, ptrace, rt_sigqueueinfo, tkill, tgkill, rt_tgsigqueueinfo, prlimit64,
-    # process_vm_readv and _writev, execveat
-    "x86_64": (41, 56, 57, 58, 59, 62, 101, 129, 200, 234, 297, 302, 310, 311, 322),
-    # the same without fork and vfork, which there are not
-    "aarch64": (198, 220, 221, 129, 117, 138, 130, 131, 240, 261, 270, 271, 281),
+# Refused: network, processes and signals; what changes the priority or the cores of other processes, or lives longer
+# than this one (shared memory, queues, keys); files that are cut by name, which Landlock allows before Linux 6.2.
+REFUSED = {
+    "x86_64": (
+        # socket, socketpair, clone, fork, vfork, execve, kill, ptrace, rt_sigqueueinfo, tkill, tgkill,
+        *(41, 53, 56, 57, 58, 59, 62, 101, 129, 200, 234),
+        # rt_tgsigqueueinfo, prlimit64, setns, unshare, process_vm_readv and _writev, kcmp, execveat
+        *(297, 302, 308, 272, 310, 311, 312, 322),
+        # setpriority, sched_setparam, _setscheduler, _setaffinity and _setattr, ioprio_set, migrate_pages, move_pages
+        *(141, 142, 144, 203, 314, 251, 256, 279),
+        # shmget, shmat, shmctl, semget, msgget, mq_open, add_key, request_key, keyctl
+        *(29, 30, 31, 64, 68, 240, 248, 249, 250),
+        # truncate, syslog, perf_event_open, bpf, userfaultfd
+        *(76, 103, 298, 321, 323),
+    ),
+    # The same, without fork and vfork, which there are not.
+    "aarch64": (
+        *(198, 199, 220, 221, 129, 117, 138, 130, 131, 240, 261, 268, 97, 270, 271, 272, 281),
+        *(140, 118, 119, 122, 274, 30, 238, 239, 194, 196, 195, 190, 186, 180, 217, 218, 219, 45, 116, 241, 280, 282),
+    ),
 }
-# pidfd_send_signal, io_uring_setup, pidfd_open, clone3, pidfd_getfd
-NEW_SYSTEM_CALLS = (424, 425, 434, 435, 438)
+# pidfd_send_signal, io_uring_setup, pidfd_open, clone3, pidfd_getfd, process_madvise, process_mrelease
+NEW_REFUSED = (424, 425, 434, 435, 438, 440, 448)
+# Without effect: rights, owners, times and attributes of files, which Landlock lets anybody change. Code that copies
+# or unpacks files in its folder sets them too, so that it is told of success.
+IGNORED = {
+    # chmod, fchmod, chown, fchown, lchown, utime, setxattr, l-, f-, removexattr, l-, f-, utimes, fchownat, futimesat,
+    # fchmodat, utimensat
+    "x86_64": (90, 91, 92, 93, 94, 132, 188, 189, 190, 197, 198, 199, 235, 260, 261, 268, 280),
+    "aarch64": (52, 53, 54, 55, 88, 5, 6, 7, 14, 15, 16),
+}
+# fchmodat2, setxattrat, removexattrat, file_setattr
+NEW_IGNORED = (452, 463, 466, 469)
+# fcntl, and its commands F_SETOWN and F_SETOWN_EX: the kernel signals to the process that they name.
+FCNTL, SET_OWNER = {"x86_64": 72, "aarch64": 25}, (8, 15)
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
-# execute, read file, read folder; for a file without the last
-READ, READ_FILE = 0b1101, 0b101
+# execute, read file, read folder; for a file without the last; for a folder whose names are needed alone
+READ, READ_FILE, READ_NAMES = 0b1101, 0b101, 0b1000
 SET_PARENT_DEATH_SIGNAL, SET_SECCOMP, SET_NO_NEW_PRIVILEGES = 1, 22, 38
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -63,6 +89,27 @@ def drop_privileges(libc: ctypes.CDLL) -> None:
     libc.capset(header, nothing)
 
 
+def readable_places() -> list[tuple[str, int]]:
+    """Return what Python may read, with the rights: its own folders, and of others on its path the packages alone.
+
+    Such another folder is that of a project which is installed as editable, where data and keys may lie too.
+    """
+    own = [sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64"]
+    places = [(path, READ) for path in (*own, "/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/urandom")]
+    for path in map(os.path.realpath, sys.path):
+        if any(os.path.commonpath([path, os.path.realpath(each)]) == os.path.realpath(each) for each in own):
+            continue
+        if not os.path.isdir(path) or os.path.basename(path) in ("site-packages", "dist-packages"):
+            places.append((path, READ))
+            continue
+        places.append((path, READ_NAMES))
+        for entry in os.scandir(path):
+            is_package = entry.is_dir() and os.path.exists(os.path.join(entry.path, "__init__.py"))
+            if is_package or entry.name.endswith((".py", ".so", "-info")):
+                places.append((entry.path, READ))
+    return places
+
+
 def close_files(libc: ctypes.CDLL) -> bool:
     """Leave Python's own files to read, and the working folder to write to (Landlock, from Linux 5.13 on).
 
@@ -73,9 +120,7 @@ def close_files(libc: ctypes.CDLL) -> bool:
         return False
     everything = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
     rules = libc.syscall(LANDLOCK_CREATE, struct.pack("Q", everything), 8, 0)
-    readable = [*sys.path, sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime"]
-    readable += ["/dev/null", "/dev/urandom"]
-    for path, access in [*((path, READ) for path in readable), (os.getcwd(), everything)]:
+    for path, access in [*readable_places(), (os.getcwd(), everything)]:
         if os.path.exists(path):
             access = access if os.path.isdir(path) else READ_FILE
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -87,7 +132,7 @@ def close_files(libc: ctypes.CDLL) -> bool:
 
 
 def close_system(libc: ctypes.CDLL) -> bool:
-    """Refuse network, processes, other programs, and signals to other processes (seccomp).
+    """Refuse network, processes, other programs, and all that reaches other processes (seccomp).
 
     Returns whether the kernel does so.
     """
@@ -95,11 +140,21 @@ def close_system(libc: ctypes.CDLL) -> bool:
     if machine not in ARCHITECTURES:
         return False
     load, equal, at_least, give, allow, refuse, kill = 0x20, 0x15, 0x35, 0x06, 0x7FFF0000, 0x00050001, 0x80000000
+    # An error of number 0 is success.
+    ignore = 0x00050000
     program = [(load, 0, 0, 4), (equal, 1, 0, ARCHITECTURES[machine]), (give, 0, 0, kill), (load, 0, 0, 0)]
     # The calls of x86-64's second table.
     program += [(at_least, 0, 1, 0x40000000), (give, 0, 0, kill)] if machine == "x86_64" else []
-    for number in (*SYSTEM_CALLS[machine], *NEW_SYSTEM_CALLS):
-        program += [(equal, 0, 1, number), (give, 0, 0, refuse)]
+    for numbers, answer in (
+        ((*REFUSED[machine], *NEW_REFUSED), refuse),
+        ((*IGNORED[machine], *NEW_IGNORED), ignore),
+    ):
+        for number in numbers:
+            program += [(equal, 0, 1, number), (give, 0, 0, answer)]
+    # Of fcntl the second argument counts.
+    program += [(equal, 0, 1 + 2 * len(SET_OWNER), FCNTL[machine]), (load, 0, 0, 24)]
+    for command in SET_OWNER:
+        program += [(equal, 0, 1, command), (give, 0, 0, refuse)]
     program.append((give, 0, 0, allow))
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in program))
     return libc.prctl(SET_SECCOMP, 2, struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)), 0, 0) == 0
@@ -134,8 +189,8 @@ def main(seconds: str, megabytes: str, file_megabytes: str, mark: str) -> None:
         libc = ctypes.CDLL(None)
         drop_privileges(libc)
         missing = [name for name, close in zip(missing, (close_files, close_system), strict=True) if not close(libc)]
-    if missing:
-        print(f"{mark}{' and '.join(missing)}", file=sys.stderr, flush=True)
+    # Always a line, so that the code cannot write it.
+    print(f"{mark}{' and '.join(missing)}", file=sys.stderr, flush=True)
     forbid()
     sys.argv = [""]
     exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})

@@ -1,15 +1,17 @@
 """A tool that runs Python code in a process of its own, within limits."""
 
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CHILD = Path(__file__).with_name("limited_python.py")
-# How it begins when only the interpreter holds its limits.
+# How its errors begin; what only the interpreter holds follows.
 MISSING = "not held by the kernel: "
 # Numerical libraries would start threads, which the limits do not allow.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -39,8 +41,7 @@ def python_within(seconds: float = 5.0, megabytes: int = 512, file_megabytes: in
             code: a program, which prints its results.
         """
         limits = [f"{seconds:g}", str(megabytes), str(file_megabytes), MISSING]
-        folders = tempfile.TemporaryDirectory(prefix="python-tool-", ignore_cleanup_errors=True)
-        with folders as folder, tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as errors:
+        with _folder() as folder, tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as errors:
             try:
                 done = subprocess.run(
                     [sys.executable, "-I", "-B", "-X", "utf8", str(CHILD), *limits],
@@ -57,12 +58,35 @@ def python_within(seconds: float = 5.0, megabytes: int = 512, file_megabytes: in
             told = _read(errors)
             if told.startswith(MISSING):
                 missing, _, told = told.removeprefix(MISSING).partition("\n")
-                warnings.warn(f"python tool: the kernel does not limit {missing} here (docs/tools.md)", stacklevel=2)
+                if missing:
+                    words = f"python tool: the kernel does not limit {missing} here (docs/tools.md)"
+                    warnings.warn(words, stacklevel=2)
             if done.returncode:
                 raise CodeError(_reason(done.returncode, told, seconds))
             return _read(printed)
 
     return python
+
+
+@contextmanager
+def _folder() -> Iterator[str]:
+    """Make a temporary folder, and remove it with all that the code leaves in it."""
+    folder = tempfile.mkdtemp(prefix="python-tool-")
+    try:
+        yield folder
+    finally:
+        # Folders may be nested more deeply than a path is long: each is moved up before it is emptied.
+        waiting = [folder]
+        for count, place in enumerate(waiting):
+            with suppress(OSError):
+                os.chmod(place, 0o700)
+                for number, entry in enumerate(list(os.scandir(place))):
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(f"{folder}-{count}-{number}")
+                        os.rename(entry.path, waiting[-1])
+                    else:
+                        os.unlink(entry.path)
+                os.rmdir(place)
 
 
 def _read(file: "tempfile._TemporaryFileWrapper[bytes]") -> str:

@@ -17,9 +17,11 @@ def retrieval_over(passages: Sequence[str], top_k: int = 3) -> Callable[[str], s
         top_k: the most passages that a search gives.
 
     Raises:
-        InputError: without passages, for a bad `top_k`, or when bm25s is not installed.
+        InputError: without passages, for a text in place of a list, a bad `top_k`, or when bm25s is not installed.
     """
     import_bm25s("retrieval_over", "tools")
+    if isinstance(passages, str):
+        raise InputError(f"retrieval_over: expected a list of passages, got the text {passages[:40]!r}")
     texts = [" ".join(str(passage).split()) for passage in passages]
     if not any(map(words_of, texts)):
         raise InputError(f"retrieval_over: none of {len(texts)} passages has a word")

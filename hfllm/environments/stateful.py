@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hfllm.data.messages import Message
-from hfllm.environments.tools import Tool, ToolBox
+from hfllm.environments.tools import Tool, ToolBox, encodable
 from hfllm.errors import InputError
 
 EnvironmentFactory = Callable[[], Any]
@@ -43,6 +43,7 @@ class StatefulEnvironments:
         self.tools = ToolBox([*self._tools, *methods_of(first)], timeout, max_length)
         self._free = [first]
         self.current: list[Any] = []
+        self.told: list[str] = []
         self.boxes: list[ToolBox] = []
 
     def begin(self, rows: Sequence[Mapping[str, Any]]) -> list[list[Message]]:
@@ -57,7 +58,8 @@ class StatefulEnvironments:
             self._free.append(self._make())
         self.current, self._free = self._free[: len(rows)], self._free[len(rows) :]
         self.boxes = [self.tools.bound(methods_of(each)) for each in self.current]
-        return [self._reset(*each) for each in zip(self.current, rows, strict=True)]
+        self.told = [self._reset(*each) for each in zip(self.current, rows, strict=True)]
+        return [_with_more(row["prompt"], told) for row, told in zip(rows, self.told, strict=True)]
 
     def get_reward(self, environments: Sequence[Any], **columns: object) -> list[float]:
         """Return the environments' own rewards of the episodes that have just ended."""
@@ -70,20 +72,28 @@ class StatefulEnvironments:
         except Exception as error:
             raise InputError(f"{FLAG}: it failed with {error!r}") from error
 
-    def _reset(self, environment: Any, row: Mapping[str, Any]) -> list[Message]:
-        prompt = list(row["prompt"])
+    def _reset(self, environment: Any, row: Mapping[str, Any]) -> str:
+        """Reset an environment, and return what it says; an empty text for nothing."""
+        prompt = row["prompt"]
+        if not prompt:
+            raise InputError(f"{FLAG}: a prompt has no message, to which {self.name}.reset could add")
         origin = f"{FLAG}: {self.name}.reset for the prompt {str(prompt[-1].get('content'))[:80]!r}"
         try:
             said = environment.reset(**row)
         except Exception as error:
             raise InputError(f"{origin} failed with {error!r}") from error
-        if said is None:
-            return prompt
-        if not isinstance(said, str):
+        if not isinstance(said, str | None):
             raise InputError(f"{origin} returned {type(said).__name__}; expected text or None")
-        content = prompt[-1].get("content") or ""
-        added = said if isinstance(content, str) else [{"type": "text", "text": said}]
-        return [*prompt[:-1], {**prompt[-1], "content": content + added}]
+        return encodable(said or "")
+
+
+def _with_more(prompt: Sequence[Message], told: str) -> list[Message]:
+    """Return a prompt with a text added to its last message."""
+    if not told:
+        return list(prompt)
+    content = prompt[-1].get("content") or ""
+    added = told if isinstance(content, str) else [{"type": "text", "text": told}]
+    return [*prompt[:-1], {**prompt[-1], "content": content + added}]
 
 
 def methods_of(environment: object) -> list[Tool]:

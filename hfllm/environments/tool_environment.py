@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.environments.episodes import Episode
 from hfllm.environments.stateful import EnvironmentFactory, StatefulEnvironments
 from hfllm.environments.tool_turns import ToolTurns
@@ -48,6 +49,18 @@ class ToolEnvironment:
             return list(rows)
         return [{**row, "prompt": prompt} for row, prompt in zip(rows, self.states.begin(rows), strict=True)]
 
+    def prompt_ids(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        """Return the tokens of the prompts that `begin` has returned.
+
+        What environments say in them is plain text, as results of tools are, also where it spells special tokens.
+        """
+        tokenizer, schemas = self.turns.tokenizer, self.tools.schemas
+        ids = tokenize_prompts([row["prompt"] for row in rows], tokenizer, [schemas] * len(rows))
+        for place, told in enumerate(self.states.told if self.states else ()):
+            if self.turns.forges(told):
+                (ids[place],) = tokenize_prompts([rows[place]["prompt"]], tokenizer, [schemas], as_plain_text=True)
+        return ids
+
     def reply(self, episode: Episode, turn_ids: Sequence[int], is_ended: bool, room: int) -> list[int] | None:
         """Call the tools that a turn asks for, and return the tokens of what they say."""
         message = self.turns.parse(turn_ids)
@@ -61,7 +74,7 @@ class ToolEnvironment:
         episode.calls += len(results)
         episode.failures += sum(has_failed for _, has_failed in results)
         messages = [result for result, _ in results]
-        ids = self.turns.reply_ids(messages)
+        ids = [*self.turns.end_of(turn_ids), *self.turns.reply_ids(messages)]
         if len(ids) <= room:
             episode.messages += messages
         return ids

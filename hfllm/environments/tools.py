@@ -46,6 +46,7 @@ class ToolBox:
                 raise InputError(f"tools: {tool!r} is no function")
             if name in self.tools:
                 raise InputError(f"tools: two are named {name!r}")
+            _check_parameters(name, tool)
             try:
                 self.schemas.append(get_json_schema(tool))
             # Of missing annotations or descriptions, each with an error of its own.
@@ -67,7 +68,7 @@ class ToolBox:
             call: of an assistant's message, `{"type": "function", "function": {"name": ..., "arguments": ...}}`.
         """
         function = call.get("function", call)
-        name = str(function.get("name"))
+        name = encodable(str(function.get("name")))
         try:
             content, has_failed = self._run(name, _arguments(function)), False
         except _Refused as error:
@@ -87,7 +88,8 @@ class ToolBox:
 
         def work() -> None:
             try:
-                result = tool(**arguments)
+                # What it changes in them is not what was called.
+                result = tool(**copy.deepcopy(arguments))
                 if inspect.iscoroutine(result):
                     result = asyncio.run(_in_time(result, self.timeout))
                 results.append(as_text(result))
@@ -103,7 +105,7 @@ class ToolBox:
         # The system has a limit, which tools that hang may have reached.
         except RuntimeError as error:
             raise _Refused(f"{name} was not called: {error}") from None
-        thread.join(self.timeout)
+        thread.join(min(self.timeout, threading.TIMEOUT_MAX))
         if results:
             return results[0]
         if errors:
@@ -117,8 +119,25 @@ class ToolBox:
         kept = (
             content if length <= self.max_length else f"{content[: self.max_length]}... (cut, of {length} characters)"
         )
-        # Half of a character cannot be tokenized.
-        return kept.encode("utf-8", "replace").decode("utf-8")
+        return encodable(kept)
+
+
+def encodable(text: str) -> str:
+    """Return a text that can be tokenized, without halves of characters."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _check_parameters(name: str, tool: Tool) -> None:
+    """Refuse a tool with arguments that have no name in a call."""
+    try:
+        parameters = inspect.signature(tool).parameters.values()
+    # Of some functions that are not written in Python.
+    except (TypeError, ValueError):
+        return
+    for each in parameters:
+        if each.kind in (each.POSITIONAL_ONLY, each.VAR_POSITIONAL):
+            sort = "*" * (each.kind is each.VAR_POSITIONAL) + each.name
+            raise InputError(f"tools: {name!r} takes {sort!r} by its place; calls give arguments by their names")
 
 
 class _Refused(Exception):
@@ -161,7 +180,7 @@ def as_text(result: object) -> str:
 def _told(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"
-    except Exception:
+    except BaseException:
         return type(error).__name__
 
 

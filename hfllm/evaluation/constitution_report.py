@@ -32,6 +32,7 @@ TITLES = {
     "critiques": "critiques without revisions",
     "ai_labels": "PPO from helpful-only, AI labels",
     "labels": "PPO from helpful-only, labels by chance",
+    "people": "PPO from helpful-only, people's comparisons alone",
 }
 GROUP_LABELS = {
     **{SHOWN: "harms shown", NEW: "new harms", NEW_PHRASING: "new wording"},

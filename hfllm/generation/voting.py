@@ -60,6 +60,9 @@ def majority_answers(
     Args:
         extract: returns the final answer of a response without its thoughts.
         sampling: of `sample_responses`, such as `temperature`, `seed` or `tools`.
+
+    Raises:
+        InputError: for fewer than one response.
     """
     kept = []
     for texts in _sampled(model, tokenizer, prompts, n, max_new_tokens, sampling):
@@ -79,12 +82,14 @@ def best_by_reward(
         reward: see `best_answers`; it is called once for each prompt.
 
     Raises:
-        InputError: for a score that is NaN.
+        InputError: for a score that is NaN, or another number of scores.
     """
     kept = []
     for prompt, texts in zip(prompts, responses, strict=True):
         completions = [as_completion(prompt, text) if isinstance(text, str) else text for text in texts]
         scores = list(reward(prompts=[prompt] * len(texts), completions=completions))
+        if len(scores) != len(texts):
+            raise InputError(f"the reward gave {len(scores)} scores for {len(texts)} responses; expected one for each")
         if any(math.isnan(score) for score in scores):
             raise InputError(f"the reward of a response to prompt {len(kept) + 1} is NaN; expected a number")
         place = max(range(len(texts)), key=scores.__getitem__)
@@ -107,6 +112,9 @@ def best_answers(
     Args:
         reward: `(prompts, completions) -> numbers`, such as a `RewardModel`.
         extract, sampling: see `majority_answers`.
+
+    Raises:
+        InputError: for fewer than one response, or what `best_by_reward` refuses.
     """
     sampled = _sampled(model, tokenizer, prompts, n, max_new_tokens, sampling)
     kept = []
@@ -124,4 +132,6 @@ def _sampled(
     max_new_tokens: int,
     sampling: dict[str, Any],
 ) -> list[list[str]]:
+    if n < 1:
+        raise InputError(f"n must be at least 1, got {n}")
     return sample_responses(model, tokenizer, prompts, max_new_tokens, num_return_sequences=n, **sampling)

@@ -54,9 +54,13 @@ def transcript(completion: str | Sequence[dict[str, Any]]) -> str:
             lines.append(f"{message.get('role')}: {content}")
         for call in message.get("tool_calls") or []:
             function = call.get("function", call)
-            arguments = json.dumps(function.get("arguments"), ensure_ascii=False, default=str)
+            try:
+                arguments = json.dumps(function.get("arguments"), ensure_ascii=False, default=str)
+            except RecursionError:
+                arguments = "(nested too deeply to be shown)"
             lines.append(f"{message.get('role')} calls {function.get('name')}: {arguments}")
-    return "\n".join(lines)
+    # JSON may spell halves of characters, which no file can hold.
+    return "\n".join(lines).encode("utf-8", "replace").decode("utf-8")
 
 
 def _with_thoughts(message: Mapping[str, Any]) -> str:
@@ -80,14 +84,29 @@ def gold_reward(
     return [gold_score(text, gold) for text, gold in zip(said, golds, strict=True)]
 
 
-def shuffled_gold_reward(prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> list[float]:
-    """Return the gold rewards of a batch in another order: a control, by which nothing can be learned.
+def shuffled(reward: RewardFunction, name: str, drawn_by: Callable[[Sequence], str] = repr) -> RewardFunction:
+    """Return a control: the rewards that a function gives a batch, dealt out to its completions by chance.
 
-    The order is drawn by what was said, so that a run that is resumed goes on with the same.
+    These are as many and as large, and say nothing about any completion, so that a policy must not gain by them. The
+    same completions are always dealt the same, as resuming needs.
+
+    Args:
+        reward: gives a number per completion.
+        name: of the control, under which it is logged.
+        drawn_by: what the order is drawn by, as a text made of the completions.
     """
-    rewards = gold_reward(prompts, completions, **columns)
-    random.Random(repr(completions)).shuffle(rewards)
-    return rewards
+
+    def dealt(prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> list[float]:
+        rewards = reward(prompts, completions, **columns)
+        random.Random(drawn_by(completions)).shuffle(rewards)
+        return rewards
+
+    dealt.__name__ = dealt.__qualname__ = name
+    dealt.__module__ = reward.__module__
+    return dealt
+
+
+shuffled_gold_reward = shuffled(gold_reward, "shuffled_gold_reward")
 
 
 # Rewards that go by the world's gold columns, by the names that `--reward_funcs` has for them.

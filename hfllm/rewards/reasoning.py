@@ -5,7 +5,7 @@ is said besides; an answer that is given in the thoughts alone counts as none.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.thoughts import CLOSE, OPEN, answer_of, final_answer, plain_answer, thoughts_of
@@ -25,11 +25,16 @@ def exact_match(
     """Return 1 where the final answer equals that of the column `answer`, and else 0.
 
     The column may hold a whole solution, such as gsm8k's, which ends with `#### 42`. What counts as the final answer
-    is said at `final_answer`; numbers are equal whatever their commas and signs of money.
+    is said at `final_answer`; numbers are equal whatever their commas and signs of money, fractions and decimals too.
+    A row without an answer, `None`, earns nothing.
     """
-    golds = [plain_answer(final_answer(str(gold))) for gold in answer]
     said = [plain_answer(final_answer(answer_of(completion))) for completion in completions]
-    return [float(one == gold != "") for one, gold in zip(said, golds, strict=True)]
+    return [float(one != "" and one in _accepted(gold)) for one, gold in zip(said, answer, strict=True)]
+
+
+def _accepted(gold: object) -> tuple[str, ...]:
+    """Return a gold answer as answers are compared: how it ends, and all of it, as of a formula outside of a box."""
+    return () if gold is None else (plain_answer(final_answer(str(gold))), plain_answer(str(gold)))
 
 
 def thinks(prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> list[float]:
@@ -81,7 +86,8 @@ def step_rewards(
     """Return a process reward: a number for each step of the thoughts, at the token that ends the step.
 
     The steps are those of the thoughts, or where a completion has no marks of thoughts those of all it says. As in
-    Lightman et al. 2023 (arXiv:2305.20050), a step is judged with those before it. All other tokens get 0.
+    Lightman et al. 2023 (arXiv:2305.20050), a step is judged with those before it. All other tokens get 0. Where tools
+    were called, each turn of the policy is read by itself; what tools said is no step.
 
     Args:
         check: `(step, earlier, **columns) -> number`: of a step's text, the steps before it, and its row's columns.
@@ -102,10 +108,13 @@ def step_rewards(
         for row, ids in enumerate(completion_ids):
             given = {name: values[row] for name, values in columns.items() if len(values) == len(completion_ids)}
             numbers, earlier = [0.0] * len(ids), []
-            for step, end in _steps(_text_of(tokenizer, ids), between):
-                # A step may end inside the token of the step before it.
-                numbers[_token_at(tokenizer, ids, end)] += float(check(step, list(earlier), **given))
-                earlier.append(step)
+            for turn in _turns(given.get("action_mask"), len(ids)):
+                said = ids[turn]
+                for step, end in _steps(_text_of(tokenizer, said), between):
+                    # A step may end inside the token of the step before it.
+                    place = turn.start + _token_at(tokenizer, said, end)
+                    numbers[place] += float(check(step, list(earlier), **given))
+                    earlier.append(step)
             rewards.append(numbers)
         return rewards
 
@@ -113,20 +122,44 @@ def step_rewards(
     return reward
 
 
+def _turns(action_mask: Sequence[int] | None, length: int) -> Iterator[slice]:
+    """Yield where the policy's turns are among so many tokens; without a mask all are one."""
+    mask = [1] * length if action_mask is None else list(action_mask)
+    ends = [place for place in range(1, length + 1) if mask[place - 1] and (place == length or not mask[place])]
+    for end in ends:
+        begin = end
+        while begin and mask[begin - 1]:
+            begin -= 1
+        yield slice(begin, end)
+
+
 def _steps(text: str, between: re.Pattern) -> list[tuple[str, int]]:
     """Return the steps of a text and where in it each ends."""
-    begin, stop = 0, len(text)
-    if OPEN in text or CLOSE in text:
-        opens, closes = text.find(OPEN), text.find(CLOSE)
-        begin = opens + len(OPEN) if opens >= 0 and not 0 <= closes < opens else 0
-        stop = closes if closes >= begin else len(text)
-    steps, at = [], begin
-    ends = [(match.start(), match.end()) for match in between.finditer(text, begin, stop)]
-    for end, after in [*ends, (stop, stop)]:
-        if text[at:end].strip():
-            steps.append((text[at:end].strip(), at + len(text[at:end].rstrip())))
-        at = after
+    steps = []
+    for begin, stop in _thoughts(text):
+        at = begin
+        ends = [(match.start(), match.end()) for match in between.finditer(text, begin, stop)]
+        for end, after in [*ends, (stop, stop)]:
+            if text[at:end].strip():
+                steps.append((text[at:end].strip(), at + len(text[at:end].rstrip())))
+            at = after
     return steps
+
+
+def _thoughts(text: str) -> Iterator[tuple[int, int]]:
+    """Yield where each thought of a text begins and ends; where it has no marks, all of it."""
+    opens, closes = text.find(OPEN), text.find(CLOSE)
+    if opens < 0 and closes < 0:
+        yield 0, len(text)
+    # One that the prompt has begun.
+    if closes >= 0 and not 0 <= opens < closes:
+        yield 0, closes
+    while opens >= 0:
+        begin = opens + len(OPEN)
+        closes = text.find(CLOSE, begin)
+        stop = closes if closes >= 0 else len(text)
+        yield begin, stop
+        opens = text.find(OPEN, stop)
 
 
 def _text_of(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
     from hfllm.synthesis.constitution import Constitution
 
-# Arms that must not gain: another constitution, critiques without revisions, AI labels by chance.
-POLITENESS, CRITIQUES, LABELS = CONTROLS = ("politeness", "critiques", "labels")
+# Arms that must not gain: another constitution, critiques without revisions, AI labels by chance, and none at all.
+POLITENESS, CRITIQUES, LABELS, PEOPLE = CONTROLS = ("politeness", "critiques", "labels", "people")
+USUAL_CONTROLS = (POLITENESS, CRITIQUES, LABELS)
 REVISIONS, SL, RL = LAST_STAGES = ("revisions", "sl", "rl")
 # Longest answers in tokens: of the world, and of real models.
 WORLD_LENGTH, OWN_LENGTH = 40, 128
@@ -68,7 +69,8 @@ class ConstitutionArguments(RowArguments, RemoteCodeArguments):
         default=None,
         metadata={
             "help": "Arms of the embedded world that must not gain: politeness (another constitution), critiques "
-            "(tuned on critiques without revisions), labels (AI labels by chance), or none; by default all."
+            "(tuned on critiques without revisions), labels (AI labels by chance), people (no AI labels, people's "
+            "comparisons alone), or none; by default all but people."
         },
     )
     num_demonstrations: int = field(
@@ -138,10 +140,11 @@ class ConstitutionArguments(RowArguments, RemoteCodeArguments):
     @property
     def arms(self) -> tuple[str, ...]:
         """The controls that run, in their order."""
-        chosen = CONTROLS if self.controls is None and self.is_world else self.controls or ()
+        chosen = USUAL_CONTROLS if self.controls is None and self.is_world else self.controls or ()
         if self.last_stage == REVISIONS:
             return ()
-        return tuple(arm for arm in CONTROLS if arm in chosen and (arm != LABELS or self.last_stage == RL))
+        by_ppo = (LABELS, PEOPLE)
+        return tuple(arm for arm in CONTROLS if arm in chosen and (arm not in by_ppo or self.last_stage == RL))
 
 
 def check(script_args: ConstitutionArguments, model_args: "ModelConfig") -> None:

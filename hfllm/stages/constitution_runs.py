@@ -11,6 +11,7 @@ from hfllm.stages import course
 from hfllm.stages.constitution import (
     CRITIQUES,
     LABELS,
+    PEOPLE,
     POLITENESS,
     REVISIONS,
     RL,
@@ -24,12 +25,13 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
 PRETRAIN, HELPFUL, SL, REWARD = "pretrain", "helpful", "sl", "reward"
-# PPO from the helpful-only model, by the AI's labels and by chance's, and the preference model of the latter.
-AI_LABELS, LABELS_REWARD = "ai_labels", "labels_reward"
+# PPO from helpful-only by the AI's labels; the preference models of labels by chance, and of people alone.
+AI_LABELS, LABELS_REWARD, PEOPLE_REWARD = "ai_labels", "labels_reward", "people_reward"
 # About how long each takes on two cores, in minutes.
 MINUTES = {
     **{PRETRAIN: 2, HELPFUL: 2, SL: 0.5, REWARD: 0.7, RL: 0.8},
     **{POLITENESS: 0.3, CRITIQUES: 0.2, LABELS_REWARD: 0.7, AI_LABELS: 0.4, LABELS: 0.4},
+    **{PEOPLE_REWARD: 0.5, PEOPLE: 0.4},
 }
 
 
@@ -108,6 +110,9 @@ def _runs(script_args: ConstitutionArguments, model_args: "ModelConfig") -> Iter
         yield LABELS_REWARD, "reward", learning(LABELS_REWARD, REWARD, SL)
         yield tuned_by(AI_LABELS, REWARD, HELPFUL, *COMPARED)
         yield tuned_by(LABELS, LABELS_REWARD, HELPFUL, *COMPARED)
+    if PEOPLE in arms:
+        yield PEOPLE_REWARD, "reward", learning(PEOPLE_REWARD, REWARD, SL)
+        yield tuned_by(PEOPLE, PEOPLE_REWARD, HELPFUL, *COMPARED)
     if CRITIQUES in arms:
         yield CRITIQUES, "sft", learning(CRITIQUES, SL, HELPFUL)
 

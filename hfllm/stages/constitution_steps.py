@@ -15,6 +15,7 @@ from hfllm.runs.command_line import say
 from hfllm.stages.constitution import (
     CRITIQUES,
     LABELS,
+    PEOPLE,
     POLITENESS,
     RL,
     ConstitutionArguments,
@@ -38,7 +39,16 @@ from hfllm.stages.constitution_data import (
     world_prompts,
     write_rows,
 )
-from hfllm.stages.constitution_runs import AI_LABELS, HELPFUL, LABELS_REWARD, PRETRAIN, REWARD, SL, Course
+from hfllm.stages.constitution_runs import (
+    AI_LABELS,
+    HELPFUL,
+    LABELS_REWARD,
+    PEOPLE_REWARD,
+    PRETRAIN,
+    REWARD,
+    SL,
+    Course,
+)
 from hfllm.stages.course import Row, Speaking, by_main_process, load_speaking
 
 if TYPE_CHECKING:
@@ -137,9 +147,11 @@ class Steps:
             seed = script_args.seed
             write_rows(script_args, LABELS_REWARD, lambda: mixed(by_chance(self.ai_rows, seed), self.human_rows, seed))
             self.course.run(LABELS_REWARD)
-            for arm in (AI_LABELS, LABELS):
-                write_rows(script_args, arm, lambda: prompts_for_ppo(script_args, self.prompts))
-                self.course.run(arm)
+            self._tuned(AI_LABELS, LABELS)
+        if PEOPLE in script_args.arms and not self.no_rl:
+            write_rows(script_args, PEOPLE_REWARD, lambda: mixed([], self.human_rows, script_args.seed))
+            self.course.run(PEOPLE_REWARD)
+            self._tuned(PEOPLE)
         if CRITIQUES in script_args.arms:
             seed = script_args.seed
             write_rows(
@@ -148,6 +160,12 @@ class Steps:
                 lambda: learned([*map(up_to_critique, self.revisions.rows), *self._own_answers], seed),
             )
             self.course.run(CRITIQUES)
+
+    def _tuned(self, *arms: str) -> None:
+        """Align the helpful-only model by the preference model of each arm."""
+        for arm in arms:
+            write_rows(self.script_args, arm, lambda: prompts_for_ppo(self.script_args, self.prompts))
+            self.course.run(arm)
 
     def speaking(self, name: str) -> Speaking:
         """Return a run's model, or the one that is asked first under the name `helpful`; the main process's alone."""
@@ -160,8 +178,8 @@ class Steps:
     @property
     def models(self) -> list[str]:
         """The models that there are by the end, in order."""
-        made = [HELPFUL, *(name for name in (SL, RL, POLITENESS, CRITIQUES, AI_LABELS, LABELS) if self._is_made(name))]
-        return made
+        later = (SL, RL, POLITENESS, CRITIQUES, AI_LABELS, LABELS, PEOPLE)
+        return [HELPFUL, *filter(self._is_made, later)]
 
     @property
     def last(self) -> str:

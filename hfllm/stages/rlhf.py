@@ -306,9 +306,9 @@ def checked_functions(script_args: RlhfArguments) -> "list[RewardFunction]":
 
 
 def prompt_data(
-    script_args: RlhfArguments, seed: int, functions: "Sequence[RewardFunction]"
+    script_args: RlhfArguments, seed: int, functions: "Sequence[RewardFunction]", tools: PolicyTools = NO_TOOLS
 ) -> tuple[list[Row], list[Row]]:
-    """Return training and held-out prompt rows; every reward function is tried on two rows."""
+    """Return training and held-out prompt rows; every reward function is tried on two rows, as with these tools."""
     from hfllm.data import formats
     from hfllm.data.messages import read_tools
     from hfllm.data.rows import flaw_of_prompt
@@ -339,7 +339,7 @@ def prompt_data(
     _check_gold(script_args, functions, train_rows)
     # Some rewards ask for environments, which begin with the first episode.
     if getattr(script_args, "environment_factory", None) is None:
-        _try_functions(functions, train_rows[:2])
+        _try_functions(functions, train_rows[:2], tools)
     return train_rows, eval_rows
 
 
@@ -354,7 +354,7 @@ def _check_gold(script_args: RlhfArguments, functions: "Sequence[RewardFunction]
             raise InputError(f"--reward_funcs {name}: only the embedded world has it, not {source!r}")
 
 
-def _try_functions(functions: "Sequence[RewardFunction]", rows: Sequence[Row]) -> None:
+def _try_functions(functions: "Sequence[RewardFunction]", rows: Sequence[Row], tools: PolicyTools) -> None:
     """Call the reward functions as the trainer does: with the dataset's other columns and the ids of a response."""
     from hfllm.data.formats import as_completion
     from hfllm.rewards.functions import checked_rewards, reward_columns
@@ -362,6 +362,8 @@ def _try_functions(functions: "Sequence[RewardFunction]", rows: Sequence[Row]) -
     prompts = [row["prompt"] for row in rows]
     completions = [as_completion(prompt, "This is a trial response.") for prompt in prompts]
     columns = {**reward_columns(rows), "completion_ids": [[0, 1, 2, 3, 4]] * len(rows)}
+    if tools.schemas is not None:
+        columns |= {"action_mask": [[1, 1, 1, 1, 1]] * len(rows), "tools": [tools.schemas] * len(rows)}
     for function in functions:
         checked_rewards(function, prompts, completions, **columns)
 
@@ -377,7 +379,6 @@ def ptx_texts(script_args: RlhfArguments, training_args: "PPOConfig") -> "Datase
     from hfllm.data.loading import texts_of
     from hfllm.data.sources import WORLD
     from hfllm.data.world.world import World
-    from hfllm.errors import InputError
 
     name, coefficient = script_args.ptx_dataset_name, training_args.ptx_coef
     if (name is None) != (coefficient == 0):

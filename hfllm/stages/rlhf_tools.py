@@ -92,7 +92,7 @@ def _read_table(path: str) -> dict[str, dict[str, Any]]:
     """Return the table of a JSON file such as `{"owl": {"color": "gray"}}`."""
     try:
         table = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"--tools lookup:{path}: cannot be read: {reason}") from None
     if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):

@@ -1,6 +1,7 @@
 """Log tables of completions to the integrations of `report_to`."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerCallback
@@ -28,6 +29,24 @@ def log_table(callbacks: Sequence[TrainerCallback], name: str, rows: Rows, step:
         for kind, log in BACK_ENDS.items():
             if isinstance(callback, kind):
                 log(callback, name, rows, step)
+
+
+def storable(rows: Rows) -> list[dict[str, Any]]:
+    """Return rows in which a message's fields are text, other values as JSON text.
+
+    A column of a file has values of one kind: arguments of calls have any, and content is text or a list of parts.
+    """
+
+    def message(fields: Mapping[str, Any]) -> dict[str, str | None]:
+        return {
+            name: value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False, default=str)
+            for name, value in fields.items()
+        }
+
+    return [
+        {name: [message(each) for each in value] if isinstance(value, list) else value for name, value in row.items()}
+        for row in rows
+    ]
 
 
 def columns_of(rows: Rows) -> dict[str, list]:

@@ -49,12 +49,12 @@ def test_a_demonstrator_looks_up_half_of_the_time_and_is_right_then(benchmark):
     for row, turns in zip(rows, said, strict=True):
         if len(turns) == 3:
             arguments = turns[0]["tool_calls"][0]["function"]["arguments"]
-            assert tool(**arguments) == turns[1]["content"] == f" {row['value']}"
+            assert tool(**arguments) == turns[1]["content"] == row["value"]
     reward = benchmark.Reward()
     right = reward([], said, [row["value"] for row in rows])
     assert all(value == 1 for value, turns in zip(right, said, strict=True) if len(turns) == 3)
     prompts = benchmark.rows_of(1, 400, "prompts")
-    assert prompts != rows and all(tool(row["key"], row["attribute"]).strip() == row["value"] for row in prompts)
+    assert prompts != rows and all(tool(row["key"], row["attribute"]) == row["value"] for row in prompts)
     # Guesses are right by chance.
     assert 0.02 < (sum(right) - len(calls)) / (len(rows) - len(calls)) < 0.25
     assert reward.rollouts[0]["calls"] == len(calls) / 400 and reward.rollouts[0]["right"] == sum(right) / 400
@@ -69,6 +69,7 @@ def test_demonstrations_teach_the_assistants_turns_and_the_calls_can_be_read(ben
     assert len(ids) == 32 and 0 < len(called) < 32
     for text in texts:
         assert text.endswith(".<|end|>") and "It is " in text and "What" not in text and "<|tool|>" not in text
+        assert "Tools" not in text
         if text in called:
             call, answer = text.split("<|end|>")[:2]
             read = tokenizer.parse_response(tokenizer(f"{call}<|end|>")["input_ids"], prefix="<|assistant|>")
@@ -91,13 +92,36 @@ def test_the_page_compares_the_sides(benchmark, monkeypatch, tmp_path, capsys):
     benchmark.main(["--seeds", "1", "2", "--rollouts", "2", "--output", str(tmp_path / "tools.md")])
     assert asked == [(side, seed) for seed in (1, 2) for side in ("model", "ppo", "grpo")]
     text = (tmp_path / "tools.md").read_text()
-    assert text in capsys.readouterr().out
+    assert text.partition("<!-- tables -->\n")[2].partition("\n<!-- end")[0] in capsys.readouterr().out
     assert "| 1 | hfllm, PPO | 3.0 | 0.25 | 0.50 | 1.00 | 0.25 | 0.50 | 2.0 |" in text
     assert "| 2 | TRL, GRPO | 12.0 | 1.00 |" in text
     assert "PPO 6 CPU-seconds, GRPO 24, a ratio of 0.25" in text
     assert "| 2 | 2.0 | 1.00 | 8.0 | 1.00 |" in text
     never = {"rollouts": [{"cpu": 1.0, "right": 0.5}]}
     assert benchmark.seconds_until(never, 0.9) is None
+
+
+def test_the_text_around_the_tables_stays(benchmark, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "launch", lambda args, **options: options)
+    monkeypatch.setattr(benchmark, "page", lambda runs, args: f"| of {len(runs)} seeds |")
+    page, begin, end = tmp_path / "tools.md", *benchmark.MARKS
+    page.write_text(f"# Mine\n\nBefore.\n\n{begin}\n| old |\n{end}\n\nAfter.\n")
+    for _ in range(2):
+        benchmark.main(["--seeds", "1", "2", "--output", str(page)])
+        assert page.read_text() == f"# Mine\n\nBefore.\n\n{begin}\n| of 2 seeds |\n{end}\n\nAfter.\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["tools.md"]
+
+
+@pytest.mark.parametrize("text", ["# Mine\n", "<!-- tables -->\n", "<!-- end of the tables --><!-- tables -->", ""])
+def test_a_page_without_a_place_for_tables_is_not_touched(benchmark, monkeypatch, tmp_path, text):
+    monkeypatch.setattr(benchmark, "launch", None)
+    page = tmp_path / "tools.md"
+    page.write_text(text)
+    with pytest.raises(SystemExit, match=r"tools\.md: it has no lines <!-- tables --> and <!-- end of the tables -->"):
+        benchmark.main(["--seeds", "1", "--output", str(page)])
+    assert page.read_text() == text
+    with pytest.raises(SystemExit, match="there is no folder"):
+        benchmark.main(["--seeds", "1", "--output", str(tmp_path / "none" / "tools.md")])
 
 
 def test_help_imports_nothing_heavy():

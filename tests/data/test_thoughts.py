@@ -51,6 +51,21 @@ def test_the_answer_of_a_conversation_is_its_last_turn():
         ("From -3 to -4", "-4"),
         ("The owl.\nA fox!\n", "A fox!"),
         ("####", ""),
+        ("#### 42 dollars", "42"),
+        ("#### **$42** a day", "$42"),
+        ("#### 2 to 3", "2 to 3"),
+        ("#### Apollo 11", "Apollo 11"),
+        (r"\boxed{\frac{1}{2}} of 3", "1/2"),
+        (r"\boxed{2} or \boxed{1\tfrac34}", "1 3/4"),
+        (r"\boxed{\frac{x+1}{2}}", r"\frac{x+1}{2}"),
+        (r"\boxed{\boxed{7}}", "7"),
+        (r"\boxed{7} or \boxed{8", "7"),
+        (r"\boxed{1{,}000\text{ cm}}", "1,000"),
+        (r"He has 3: \boxed{\text{blue}}", "blue"),
+        ("Half, or 1/2.", "1/2"),
+        ("In 2-3 days", "3"),
+        ("It is \u22125.", "-5"),
+        ("about 1e-05", "1e-05"),
         ("", ""),
     ],
 )
@@ -62,6 +77,8 @@ def test_the_final_answer_of_a_solution(text, answer):
     ("one", "other"),
     [
         *(("72", "72.00"), ("$1,234", "1234"), ("-0.50", "-.5"), ("007", "7."), ("+3", "3"), ("-0", "0")),
+        *(("1/2", "0.5"), ("2/6", "1/3"), ("1 1/2", "1.50"), ("-3/4", "-.75"), ("6 / 3", "2"), ("1e-05", "0.00001")),
+        *((r"\$18", "18"), (r"\frac{3}{4}", ".75"), ("\u22125", "-5"), (r"(3, \pi)", r"(3,\pi)")),
         *(("50%", "50"), (" A  Fox.", "a fox"), ("", " "), (f"{10**40}", f"{10**40}.0")),
     ],
 )
@@ -70,7 +87,12 @@ def test_equal_answers_are_equal(one, other):
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("5", ".5"), ("3", "-3"), (f"{10**40}", f"{10**40 + 1}"), ("1e999999999", "1"), ("2 3", "2.3")]
+    ("one", "other"),
+    [
+        *(("5", ".5"), ("3", "-3"), (f"{10**40}", f"{10**40 + 1}"), ("1e999999999", "1"), ("2 3", "2.3")),
+        *(("1/2", "3/2"), ("1 1/2", "11/2"), ("1/0", "0"), (f"{10**50}/3", "3")),
+        (r"\frac{x+1}{2}", r"x+\frac{1}{2}"),
+    ],
 )
 def test_different_answers_are_not(one, other):
     assert plain_answer(one) != plain_answer(other)

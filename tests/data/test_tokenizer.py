@@ -1,5 +1,6 @@
 """The trained tokenizer: lossless, with a template that marks what the assistant says and ends its turn."""
 
+import copy
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from hfllm.data.chat_templates import plain_chat_template
-from hfllm.data.tokenizer import train_tokenizer
+from hfllm.data.tokenizer import tokenize_prompts, train_tokenizer
 
 CHAT = [
     {"role": "user", "content": "What colour is the fox?"},
@@ -113,3 +114,15 @@ def test_special_tokens_in_the_texts_cost_no_merges_and_are_read_as_tokens():
     chats = train_tokenizer(marked, 300)
     assert "user" not in "".join(token for token in chats.get_vocab() if "<|" not in token)
     assert chats.convert_ids_to_tokens(chats(marked[0])["input_ids"])[0] == "<|user|>"
+
+
+def test_prompts_with_tools_have_the_tokens_that_each_has_alone(tokenizer):
+    """Whether neighbors show one list of tools, equal ones, JSON text, others or none."""
+    red, blue = ([{"type": "function", "function": {"name": name, "description": ""}}] for name in ("red", "blue"))
+    shown = [red, red, copy.deepcopy(red), json.dumps(red), None, None, blue, red, [], blue[0:1]]
+    prompts = [[{"role": "user", "content": f"{number} owls"}] for number in range(len(shown))]
+    alone = [tokenize_prompts([prompt], tokenizer, [each])[0] for prompt, each in zip(prompts, shown, strict=True)]
+    assert tokenize_prompts(prompts, tokenizer, shown) == alone
+    texts = [tokenizer.decode(ids) for ids in alone]
+    assert ["red" in text for text in texts] == [True] * 4 + [False] * 3 + [True] + [False] * 2
+    assert ["blue" in text for text in texts] == [False] * 6 + [True] + [False] * 2 + [True]

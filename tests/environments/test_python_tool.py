@@ -18,6 +18,35 @@ WITHOUT_HOOK = "import ctypes, os; libc = ctypes.CDLL(None, use_errno=True)\n"
 ROOT = Path(__file__).parent.parent.parent
 
 
+# Without capabilities, as a user who is not root.
+PARENT = """
+import ctypes, os, struct, sys
+from hfllm.environments.python_tool import CodeError, python
+ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
+before = os.getpriority(0, 0), os.sched_getaffinity(0)
+for code in sys.argv[1:]:
+    try:
+        python("import ctypes, fcntl, os, struct; libc = ctypes.CDLL(None); parent = os.getppid()\\n" + code)
+    except CodeError as error:
+        assert "Operation not permitted" in str(error), error
+    else:
+        sys.exit(f"not refused: {code}")
+assert (os.getpriority(0, 0), os.sched_getaffinity(0)) == before
+print("still here")
+"""
+# The kernel signals the owner of a pipe that it can be read, and a process without a handler ends by that.
+SIGNALS = (
+    "ends = os.pipe(); fcntl.fcntl(ends[0], {owner}); fcntl.fcntl(ends[0], 4, os.O_ASYNC); os.write(ends[1], b'x')"
+)
+REACHES = (
+    SIGNALS.format(owner="8, parent"),
+    SIGNALS.format(owner="15, struct.pack('ii', 1, parent)"),
+    "os.setpriority(os.PRIO_PROCESS, parent, 19)",
+    "os.sched_setaffinity(parent, {min(os.sched_getaffinity(parent))})",
+    "os.sched_setscheduler(parent, os.SCHED_BATCH, os.sched_param(0))",
+)
+
+
 def kernel_holds():
     """Whether this system has what the kernel's part of the limits needs, by a process that tries it."""
     code = "import ctypes; from hfllm.environments import limited_python as limited; libc = ctypes.CDLL(None); "
@@ -102,17 +131,67 @@ def test_time_is_limited(code):
         # The name that it has, so that nothing is lost where this is not held.
         "name = os.uname().nodename.encode(); assert libc.sethostname(name, len(name)) == -1",
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
+        "assert libc.truncate(os.fsencode(PATH), 0) == -1 and ctypes.get_errno() == 1",
+        # What outlives the process that made it.
+        "assert libc.shmget(0, 4096, 0o1600) == libc.msgget(0, 0o1600) == libc.semget(0, 1, 0o1600) == -1",
+        "assert libc.unshare(0x10000000) == -1 and ctypes.get_errno() == 1",
+        # Success, and nothing has changed.
+        "assert libc.chmod(os.fsencode(PATH), 0o777) == libc.utimensat(-100, os.fsencode(PATH), None, 0) == 0",
+        "assert libc.chown(os.fsencode(PATH), 1, 1) == libc.setxattr(os.fsencode(PATH), b'user.a', b'b', 1, 0) == 0",
     ],
 )
 def test_code_that_gets_around_the_interpreter_meets_the_kernel(kernel, tmp_path, code):
     (tmp_path / "mine").write_text("kept")
+    os.utime(tmp_path / "mine", (1, 1))
+    before = (tmp_path / "mine").stat()
     program = f"PATH = {str(tmp_path / 'mine')!r}\n{WITHOUT_HOOK}{code}\nprint('held')"
     if "setrlimit" in code:
         with pytest.raises(CodeError, match="Error"):
             python(program)
     else:
         assert python(program) == "held\n"
+    after = (tmp_path / "mine").stat()
+    assert all(getattr(after, name) == getattr(before, name) for name in ("st_mode", "st_uid", "st_mtime", "st_ctime"))
     assert (tmp_path / "mine").read_text() == "kept" and not Path("/tmp/written").exists()
+
+
+def test_no_code_reaches_the_process_that_started_it(kernel):
+    done = subprocess.run([sys.executable, "-c", PARENT, *REACHES], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "still here\n"), done.stderr[-2000:]
+
+
+def test_a_project_that_is_installed_as_editable_shows_its_packages_alone(kernel, tmp_path):
+    for name in ("package", "data"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "answers.txt").write_text("42")
+    (tmp_path / "package" / "__init__.py").write_text("")
+    (tmp_path / "module.py").write_text("found = 'found'")
+    code = "import sys; sys.path.append(sys.argv[1]); from hfllm.environments import limited_python as limited\n"
+    code += "import ctypes; assert limited.close_files(ctypes.CDLL(None)); import module, package, os\n"
+    code += "print(module.found, open(package.__path__[0] + '/answers.txt').read(), sorted(os.listdir(sys.argv[1])))\n"
+    code += "open(sys.argv[1] + '/data/answers.txt')"
+    done = subprocess.run([sys.executable, "-B", "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "found 42 ['data', 'module.py', 'package']\n"
+    assert "PermissionError: [Errno 13] Permission denied" in done.stderr
+
+
+def test_code_that_copies_files_in_its_folder_works(kernel):
+    code = "import os, pathlib, shutil; open('a', 'w').write('1'); os.chmod('a', 0o600); shutil.copy2('a', 'b')\n"
+    assert python(code + "pathlib.Path('b').touch(); print(open('b').read())") == "1\n"
+
+
+def test_nothing_is_left_of_its_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code = "os.mkdir('closed', 0); os.symlink('.', 'link')\n"
+    code += "for _ in range(1200): libc.mkdir(b'a', 0o700); libc.chdir(b'a')\n"
+    assert python_within(30)(WITHOUT_HOOK + code + "open('file', 'w'); print(1)") == "1\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_code_cannot_say_what_the_kernel_does_not_hold(kernel, recwarn):
+    with pytest.raises(CodeError, match=r"^not held by the kernel: anything"):
+        python("import sys; sys.stderr.write('not held by the kernel: anything\\n\\n'); sys.exit(3)")
+    assert not [each for each in recwarn if "the kernel" in str(each.message)]
 
 
 def test_without_the_kernel_the_interpreter_refuses_and_users_are_told(tmp_path, monkeypatch):

@@ -65,6 +65,8 @@ def test_what_cannot_be_searched_is_refused(monkeypatch):
     for passages in ([], ["", " ?"]):
         with pytest.raises(InputError, match=f"none of {len(passages)} passages has a word"):
             retrieval_over(passages)
+    with pytest.raises(InputError, match="expected a list of passages, got the text 'owl'"):
+        retrieval_over("owl")
     with pytest.raises(InputError, match="top_k must be at least 1, got 0"):
         retrieval_over(PASSAGES, 0)
 

@@ -66,6 +66,19 @@ def test_episodes_of_different_lengths_end_by_themselves():
     assert [len(asked) for asked, _ in log] == [3, 2]
 
 
+def test_which_episodes_continue_is_told_before_each_turn():
+    told, log = [], []
+    replies = Scripted({0: [], 1: [[20]], 2: [[20], [21]]})
+    run_episodes(
+        [[0], [1], [2]],
+        sampler_of([[10], [11], [12]], log),
+        replies,
+        8,
+        lambda going: told.append((len(log), [(each.place, len(each.response_ids)) for each in going])),
+    )
+    assert told == [(0, [(0, 0), (1, 0), (2, 0)]), (1, [(1, 2), (2, 2)]), (2, [(2, 4)])]
+
+
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     turns=st.lists(st.lists(st.integers(10, 19), min_size=1, max_size=6), min_size=1, max_size=6),

@@ -95,6 +95,39 @@ def test_a_result_that_cannot_be_shown_is_an_error():
     assert message["content"] == "{'error': 'ValueError: cannot be shown'}" and has_failed
 
 
+class Leaving(Exception):
+    def __str__(self):
+        sys.exit(3)
+
+
+def test_an_error_that_cannot_be_shown_is_told_at_once():
+    message, has_failed = box_of(Leaving(), timeout=30).call(call_of("act"))
+    assert message["content"] == "{'error': 'Leaving'}" and has_failed
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e12])
+def test_a_tool_may_take_all_the_time_there_is(timeout):
+    message, has_failed = box_of("done", timeout=timeout).call(call_of("act"))
+    assert message["content"] == "done" and not has_failed
+
+
+def test_what_a_tool_does_to_its_arguments_is_not_what_was_called():
+    def sort(numbers: list[int], options: dict) -> str:
+        """Sort numbers.
+
+        Args:
+            numbers: what to sort.
+            options: how.
+        """
+        numbers.sort()
+        options["by"] = "size"
+        return str(numbers)
+
+    call = call_of("sort", numbers=[3, 1, 2], options={})
+    assert ToolBox([sort]).call(call)[0]["content"] == "[1, 2, 3]"
+    assert call == call_of("sort", numbers=[3, 1, 2], options={})
+
+
 def test_a_tool_that_hangs_is_given_up():
     free = threading.Event()
     message, has_failed = box_of(free.wait, timeout=0.05).call(call_of("act"))
@@ -273,9 +306,29 @@ def unannotated(word):
     return word
 
 
+def by_place(word: str, /) -> str:
+    """Say it.
+
+    Args:
+        word: what to say.
+    """
+    return word
+
+
+def by_places(*words: str) -> str:
+    """Say it.
+
+    Args:
+        words: what to say.
+    """
+    return " ".join(words)
+
+
 @pytest.mark.parametrize(
     ("tools", "message"),
     [
+        ([by_place], "tools: 'by_place' takes 'word' by its place; calls give arguments by their names"),
+        ([by_places], r"tools: 'by_places' takes '\*words' by its place"),
         ([undescribed], "tools: 'undescribed' has no schema"),
         ([unannotated], "tools: 'unannotated' has no schema"),
         ([calculator, calculator], "tools: two are named 'calculator'"),
@@ -296,6 +349,8 @@ def test_what_is_no_tool_is_refused(tools, message):
         ("12 * (3 + 4)", "84"),
         ("6 / 2", "3"),
         ("0.1 + 0.2", "0.3"),
+        ("123456789012.75", "123456789012.75"),
+        ("2500000000000 + 0.5", "2500000000000.5"),
         (" -7 // 2 ", "-4"),
         ("2 ** 10 % 7", "2"),
         ("1e300 * 10", "1e+301"),
@@ -345,6 +400,12 @@ def test_a_table_says_what_it_knows_and_what_it_does_not():
     ):
         message, has_failed = tools.call(call_of("lookup", **arguments))
         assert part in message["content"] and has_failed
+
+
+@pytest.mark.parametrize("table", [["owl"], {"owl": "gray"}, {"owl": None}, "owl"])
+def test_what_is_no_table_is_refused(table):
+    with pytest.raises(InputError, match="lookup_in: expected a table such as"):
+        lookup_in(table)
 
 
 def test_threads_of_tools_end():

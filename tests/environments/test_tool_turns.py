@@ -76,6 +76,25 @@ def test_harmless_results_are_tokenized_as_the_template_writes_them(turns, tool_
         assert turns.reply_ids([said(content)]) == tool_tokenizer(text)["input_ids"]
 
 
+def test_a_reply_is_the_same_when_it_is_said_again(tool_tokenizer, monkeypatch):
+    """Whatever was said before, by whichever tools, and whatever became of the tokens."""
+    tokenizer = copy.deepcopy(tool_tokenizer)
+    # Tools' names are in the calls and in the results.
+    tokenizer.chat_template = TEMPLATE.replace("+ '|>' + (", "+ '|>' + (message['name'] or '') + ' ' + (")
+    used = ToolTurns(tokenizer, [], [tokenizer.eos_token_id])
+    replies = [[said(word, name)] for word in ("red", FORGED, "") for name in ("lookup", "look")]
+    replies += [[said("red"), said("blue", "look")], [said("red", "look"), said("blue")], [said("redblue")]]
+    written = [ToolTurns(tokenizer, [], [tokenizer.eos_token_id]).reply_ids(reply) for reply in replies]
+    assert len({tuple(ids) for ids in written}) == len(replies)
+    for _ in range(2):
+        for reply, ids in zip(replies, written, strict=True):
+            got = used.reply_ids(copy.deepcopy(reply))
+            assert got == ids
+            got.clear()
+    monkeypatch.setattr(tokenizer, "apply_chat_template", None)
+    assert [used.reply_ids(reply) for reply in replies] == written
+
+
 def test_a_tokenizer_that_writes_words_by_its_end_token_lets_no_tool_end_a_turn():
     words = ["<|end|>", "<|pad|>", "<|tool|>", "<|assistant|>", "<|user|>", "x", "fish", "Say", "it.", "{}"]
     model = models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<|end|>")
@@ -94,6 +113,8 @@ def test_a_tokenizer_that_writes_words_by_its_end_token_lets_no_tool_end_a_turn(
     ids = turns.reply_ids(messages)
     assert tokenizer.convert_ids_to_tokens(ids) == ["<|tool|>", "<|end|>", "<|assistant|>"]
     assert messages == [{"role": "tool", "name": "tool", "content": ""}]
+    again = [said("fish unheard of")]
+    assert turns.reply_ids(again) == ids and again == messages
     assert turns.reply_ids([said("fish")]) == tokenizer("<|tool|> fish <|end|> <|assistant|>")["input_ids"]
     assert UNREADABLE
 
@@ -128,6 +149,34 @@ def test_json_that_is_nested_too_deeply_is_text(turns, tool_tokenizer):
     assert turns.parse(tool_tokenizer(text)["input_ids"]) == {"role": "assistant", "content": text}
 
 
+def test_halves_of_characters_that_json_spells_reach_nobody(tool_tokenizer):
+    from hfllm.environments.built_in import calculator
+    from hfllm.environments.episodes import Episode
+    from hfllm.environments.tool_environment import ToolEnvironment
+
+    environment = ToolEnvironment([calculator], tool_tokenizer, [tool_tokenizer.eos_token_id])
+    episode = Episode([1])
+    calls = (r'{"name": "\ud800", "arguments": {}}', r'{"name": "calculator", "arguments": {"expression": "\ud800"}}')
+    text = "".join(f"<tool_call>{call}</tool_call>" for call in calls) + "<|end|>"
+    ids = environment.reply(episode, tool_tokenizer(text)["input_ids"], True, 400)
+    assert "Tool ? not found" in tool_tokenizer.decode(ids)
+    read = [call["function"] for call in episode.messages[0]["tool_calls"]]
+    assert read == [{"name": "?", "arguments": {}}, {"name": "calculator", "arguments": {"expression": "?"}}]
+
+
+def test_a_turn_that_a_text_has_ended_is_closed_before_the_result(tool_tokenizer):
+    """Such as `stop_strings=["</tool_call>"]`: the next turn reads what the chat template writes."""
+    from hfllm.environments.built_in import calculator
+    from hfllm.environments.episodes import Episode
+    from hfllm.environments.tool_environment import ToolEnvironment
+
+    environment = ToolEnvironment([calculator], tool_tokenizer, [tool_tokenizer.eos_token_id])
+    call = '<tool_call>{"name": "calculator", "arguments": {"expression": "2*3"}}</tool_call>'
+    for end, before in (("", "<|end|>"), ("<|end|>", "")):
+        ids = environment.reply(Episode([1]), tool_tokenizer(call + end)["input_ids"], True, 400)
+        assert tool_tokenizer.decode(ids) == f"{before}<|tool|>6<|end|><|assistant|>"
+
+
 def test_arguments_have_the_types_of_the_tool(tool_tokenizer):
     """Of templates that write them as text, as Qwen 3.5's does; here the parser of text is told of the types."""
     from hfllm.environments.built_in import calculator
@@ -137,6 +186,44 @@ def test_arguments_have_the_types_of_the_tool(tool_tokenizer):
     text = '<tool_call>{"name": "calculator", "arguments": {"expression": "7"}}</tool_call><|end|>'
     (call,) = turns.parse(tool_tokenizer(text)["input_ids"])["tool_calls"]
     assert call["function"]["arguments"] == {"expression": "7"}
+
+
+# ---- chat templates of others ----
+
+
+def test_a_template_that_writes_one_call_reads_the_results_of_two(tool_tokenizer):
+    """Such as Llama 3.1's."""
+    tokenizer = copy.deepcopy(tool_tokenizer)
+    guard = (
+        "{%- if (message['tool_calls'] or []) | length > 1 -%}{{ raise_exception('one call at once') }}{%- endif -%}"
+    )
+    tokenizer.chat_template = TEMPLATE.replace("{%- for call in", guard + "{%- for call in")
+    turns = ToolTurns(tokenizer, [], [tokenizer.eos_token_id])
+    ids = turns.reply_ids([said("gray"), said(FORGED)])
+    assert tokenizer.decode(ids) == f"<|tool|>gray<|end|><|tool|>{FORGED}<|end|><|assistant|>"
+    assert control_of(tokenizer, ids) == ["<|tool|>", "<|end|>"] * 2 + ["<|assistant|>"]
+
+
+def test_a_turn_with_calls_that_no_token_ends_is_not_repeated(tool_tokenizer):
+    """Such as Gemma 4's, whose results stand in the turn of the call."""
+    tokenizer = copy.deepcopy(tool_tokenizer)
+    ended = "{{- '<|end|>' -}}{%- endfor -%}{%- if add"
+    tokenizer.chat_template = TEMPLATE.replace(
+        ended, "{%- if not message['tool_calls'] -%}" + ended.replace("-}}", "-}}{%- endif -%}", 1)
+    )
+    turns = ToolTurns(tokenizer, [], [tokenizer.eos_token_id])
+    assert tokenizer.decode(turns.reply_ids([said("gray")])) == "<|tool|>gray<|end|><|assistant|>"
+    assert turns.end_of(tokenizer(CALL)["input_ids"]) == []
+
+
+@pytest.mark.parametrize("names", [("default", "tool_use"), ("default",)])
+def test_of_several_templates_that_for_tools_is_used(turns, tool_tokenizer, names):
+    tokenizer = copy.deepcopy(tool_tokenizer)
+    tokenizer.chat_template = dict.fromkeys(names, "{{ messages[0]['content'] }}") | {names[-1]: TEMPLATE}
+    several = ToolTurns(tokenizer, [], [tokenizer.eos_token_id])
+    assert several.reply_ids([said("gray")]) == turns.reply_ids([said("gray")])
+    assert several.parse(tokenizer(f"{CALL}<|end|>")["input_ids"])["tool_calls"] == [READ]
+    assert isinstance(tokenizer.chat_template, dict)
 
 
 # ---- what is refused ----

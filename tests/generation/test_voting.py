@@ -2,6 +2,7 @@
 
 import pytest
 
+from hfllm.errors import InputError
 from hfllm.generation import voting
 from hfllm.generation.voting import best_answers, majority, majority_answers
 
@@ -52,6 +53,16 @@ def test_the_best_by_a_reward_is_kept(sampled, is_chat):
     (kept,) = best_answers(None, None, [prompt], 3, 50, reward)
     assert (kept.answer, kept.response, kept.share, kept.score) == ("42", SAID[2], 2 / 3, 0.9)
     assert seen == [([prompt] * 3, [[{"role": "assistant", "content": text}] for text in SAID] if is_chat else SAID)]
+
+
+def test_a_reward_gives_each_response_a_score(sampled):
+    with pytest.raises(InputError, match="the reward gave 2 scores for 3 responses; expected one for each"):
+        best_answers(None, None, ["6 times 7?"], 3, 50, lambda prompts, completions: [1.0, 2.0])
+
+
+def test_without_responses_there_is_no_answer():
+    with pytest.raises(InputError, match="n must be at least 1, got 0"):
+        majority_answers(None, None, ["6 times 7?"], 0, 50)
 
 
 def test_a_model_answers(make_model, tokenizer):

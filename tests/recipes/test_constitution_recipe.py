@@ -202,6 +202,20 @@ def test_a_course_may_end_before(world, capsys, last, made):
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
 
 
+def test_people_s_comparisons_alone_are_an_arm_that_is_asked_for(world, capsys):
+    folder, again = world
+    begin_again(folder)
+    capsys.readouterr()
+    again("--controls", "people")
+    assert trained(capsys.readouterr().out) == ["people_reward", "people"]
+    rows = {name: (folder / "data" / f"{name}.jsonl").read_text().splitlines() for name in ("reward", "people_reward")}
+    # Of the comparisons that the preference model of the course learns from, those of people, and no others.
+    assert set(rows["people_reward"]) < set(rows["reward"])
+    report = report_of(folder)
+    assert len(rows["people_reward"]) == report["metrics"]["human_comparisons"]
+    assert "people_compliance_new_harms" in report["metrics"] and "labels_rude" not in report["metrics"]
+
+
 def test_a_biased_judge_is_refused_and_the_report_says_so(world, words):
     folder, _ = world
     (folder / "report.json").unlink()
@@ -569,7 +583,7 @@ OF_WORLD = [
     (("--constitution", "generl"), "constitution 'generl': no such file"),
     (("--critic_model_name_or_path", "NAME"), "--critic_model_name_or_path cannot be used here"),
     (("--dataset_name", "red.csv"), "--dataset_name red.csv needs --model_name_or_path"),
-    (("--controls", "polite"), "--controls 'polite': expected some of politeness, critiques, labels, or none"),
+    (("--controls", "polite"), "--controls 'polite': expected some of politeness, critiques, labels, people, or none"),
     (("--controls", "none", "labels"), "--controls none labels: expected arms, or none alone"),
     (("--num_revisions", "0"), "--num_revisions 0: expected at least 1"),
     (("--num_demonstrations", "3"), "--num_demonstrations 3: expected at least 10"),

@@ -45,6 +45,11 @@ class Game(Desk):
         return float(len(self.asked))
 
 
+def own(prompts, completions, completion_ids, action_mask, tools, **columns):
+    assert all(each[0]["function"]["name"] == "double" for each in tools)
+    return [float(sum(mask) <= len(ids)) for mask, ids in zip(action_mask, completion_ids, strict=True)]
+
+
 def seen(prompts, environments, **columns):
     asked = [environment.asked + " Now." for environment in environments]
     return [float(one == prompt[-1]["content"]) for one, prompt in zip(asked, prompts)]
@@ -94,6 +99,11 @@ def test_a_run_with_tools_reports_their_calls(flags, tmp_path):
     assert saved["response_template"]["start_anchor"] == "<|assistant|>"
 
 
+def test_rewards_may_need_what_episodes_alone_have(flags, tmp_path):
+    rlhf.main(*rlhf.parse(flags(reward_funcs=f"{tmp_path / 'tools.py'}:own")))
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["metrics"]["proxy_reward_before"] == 1.0
+
+
 def test_a_run_in_environments_needs_no_other_reward(flags, tmp_path):
     flags = flags(tool=None, reward_funcs=None, environment_factory=f"{tmp_path / 'tools.py'}:Game")
     rlhf.main(*rlhf.parse([*flags, "--logging_steps", "1"]))
@@ -118,6 +128,7 @@ def test_tools_that_come_with_the_package_have_short_names(flags, tmp_path):
     [
         ({"tool": "fly"}, "no function 'fly' in"),
         ({"tool": "undescribed"}, "tools: 'undescribed' has no schema"),
+        ({"tools": "lookup:deep.json"}, "--tools lookup:.*deep.json: cannot be read: .*recursion"),
         ({"tools": "nowhere.py:f"}, "--tools nowhere.py:f: no file 'nowhere.py'"),
         (
             {"tools": "lookup_in"},
@@ -136,6 +147,9 @@ def test_tools_that_come_with_the_package_have_short_names(flags, tmp_path):
 def test_what_cannot_work_is_refused_first(flags, tmp_path, changes, message):
     if changes.get("environment_factory") in ("Desk", "score"):
         changes = {**changes, "environment_factory": f"{tmp_path / 'tools.py'}:{changes['environment_factory']}"}
+    if changes.get("tools") == "lookup:deep.json":
+        (tmp_path / "deep.json").write_text("[" * 100_000)
+        changes = {"tools": f"lookup:{tmp_path / 'deep.json'}"}
     with pytest.raises(InputError, match=message):
         rlhf.main(*rlhf.parse(flags(**changes)))
     assert not (tmp_path / "out" / "model.safetensors").exists()

@@ -1,12 +1,13 @@
 """Rewards of the outcome: the answer counts and the thought does not; shuffled ones say nothing."""
 
+import pickle
 import random
 
 import pytest
 
 from hfllm.data.world.reasoning import DIAL, PRACTICE, draw_problem
 from hfllm.errors import InputError
-from hfllm.rewards.functions import load_reward_function, reward_columns
+from hfllm.rewards.functions import gold_reward, load_reward_function, reward_columns, reward_name
 from hfllm.rewards.outcomes import right_answer, shuffled_answer
 
 
@@ -55,6 +56,23 @@ def test_shuffled_rewards_are_the_same_ones_and_say_nothing(problem):
     means = [sum(values) / len(values) for values in by_right.values()]
     # 1,900 and 2,900 of them: four standard errors of the difference.
     assert abs(means[0] - means[1]) < 4 * 0.5 * (1 / 1900 + 1 / 2900) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "logged", "reward", "drawn_by"),
+    [
+        ("shuffled_gold", "shuffled_gold_reward", gold_reward, repr),
+        ("shuffled_answer", "shuffled_answer", right_answer, "\n".join),
+    ],
+)
+def test_each_control_keeps_its_name_and_its_draws(problem, name, logged, reward, drawn_by):
+    """Runs of earlier releases have these orders, and their logs these names."""
+    control = load_reward_function(name)
+    texts = [problem.gold.accepted[0] if number % 3 else f"{number}" for number in range(16)]
+    dealt = rewarded(reward, problem, texts)
+    random.Random(drawn_by(texts)).shuffle(dealt)
+    assert rewarded(control, problem, texts) == dealt
+    assert reward_name(control) == logged and pickle.loads(pickle.dumps(control)) is control
 
 
 def test_they_have_names_on_the_command_line():

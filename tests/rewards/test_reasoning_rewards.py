@@ -29,6 +29,19 @@ def test_they_are_named_on_the_command_line():
         checked_rewards(load_reward_function("exact_match"), ["q"], ["7"], question=["q"])
 
 
+def test_calls_are_shown_to_readers_whatever_json_they_are():
+    deep: list = []
+    for _ in range(3000):
+        deep = [deep]
+    for arguments, shown in (({"key": "\ud800"}, '{"key": "?"}'), (deep, "(nested too deeply to be shown)")):
+        turn = {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"function": {"name": "act", "arguments": arguments}}],
+        }
+        assert transcript([turn]) == f"assistant calls act: {shown}"
+
+
 def test_who_thinks_and_answers():
     said = ["<think>a</think>b", "<think>a", "b", message("b", "a"), message("", "a"), message("b")]
     assert thinks(["q"] * 6, said) == [1, 0, 0, 1, 0, 0]
@@ -92,6 +105,41 @@ def test_without_marks_all_that_is_said_is_steps(tokenizer):
     assert checked_rewards(reward, ["q"], [text], completion_ids=[ids]) == [numbers]
     with pytest.raises(InputError, match="matches an empty text"):
         step_rewards(is_right, tokenizer, step_end=r"\s*")
+
+
+def test_all_thoughts_have_steps_and_what_tools_say_has_none(tokenizer):
+    turns = [
+        "<think>1 + 1 is 2.</think>Wait.",
+        "<think>9 + 9 is 1. 5 + 5 is 1.</think>",
+        "<think>2 + 2 is 5</think>So 5.",
+    ]
+    parts = [tokenizer(text)["input_ids"] for text in turns]
+    ids = [token for part in parts for token in part]
+    mask = [int(place != 1) for place, part in enumerate(parts) for _ in part]
+    seen = []
+
+    def check(step, earlier, **columns):
+        seen.append((step, earlier))
+        return is_right(step, earlier)
+
+    reward = step_rewards(check, tokenizer)
+    (numbers,) = reward(["q"], ["c"], completion_ids=[ids], action_mask=[mask])
+    assert seen == [("1 + 1 is 2.", []), ("2 + 2 is 5", ["1 + 1 is 2."])]
+    assert [number for number in numbers if number] == [1.0, -1.0] and len(numbers) == len(ids)
+    assert all(mask[place] for place, number in enumerate(numbers) if number)
+    # Without tools a turn may think twice.
+    (numbers,) = reward(["q"], ["c"], completion_ids=[[*parts[0], *parts[2]]])
+    assert [number for number in numbers if number] == [1.0, -1.0]
+
+
+def test_a_row_without_an_answer_earns_nothing():
+    assert exact_match(["q"] * 2, ["None", "42"], answer=[None, "42"]) == [0, 1]
+
+
+def test_a_formula_is_accepted_in_a_box_or_outside():
+    golds = [r"\left( 3, \frac{\pi}{2} \right)", r"So \boxed{( 3, \frac{\pi}{2} )}"]
+    assert exact_match(["q"] * 2, [r"It is $\boxed{(3,\frac{\pi}{2})}$."] * 2, answer=golds) == [1, 1]
+    assert exact_match(["q"] * 2, [r"It is $\boxed{(4,\frac{\pi}{2})}$."] * 2, answer=golds) == [0, 0]
 
 
 def test_thoughts_count_for_no_gold_reward_and_are_shown_to_readers():

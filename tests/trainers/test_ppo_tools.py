@@ -19,7 +19,9 @@ import hfllm
 from hfllm.environments.built_in import calculator
 from hfllm.errors import InputError
 from hfllm.outputs.checkpoints import last_complete_checkpoint
+from hfllm.trainers.ppo.sampling import SampledLogprobs
 from hfllm.trainers.ppo.trainer import PPOTrainer
+from hfllm.trainers.ppo.turn_caches import TurnCaches
 
 RUN = Path(__file__).parent / "tools_run.py"
 
@@ -209,6 +211,124 @@ def test_a_policy_that_calls_nothing_samples_as_ever(make_agent, tokens):
         assert torch.equal(batches[1]["action_mask"], batches[1]["response_mask"])
     finally:
         tokens.chat_template = template
+
+
+@pytest.fixture
+def make_talker(make_agent, tokens, monkeypatch):
+    """A trainer with turns of a few sampled tokens, which an environment answers by words of different lengths."""
+
+    def reply(episode, turn_ids, is_ended, room):
+        episode.messages.append({"role": "assistant", "content": tokens.decode(turn_ids)})
+        has_more = is_ended and episode.place % 3 and len(episode.response_ids) < 16
+        return tokens("owl " * (1 + len(turn_ids) % 3))["input_ids"] if has_more else None
+
+    def make(**parts):
+        trainer = make_agent(is_scripted=False, response_length=24, trainer_parts=parts)
+        trainer.sampling_config.eos_token_id = list(range(0, len(tokens), 5))
+        if trainer.actor.value_model is None:
+            torch.nn.init.normal_(trainer.actor.value_head.weight)
+        monkeypatch.setattr(trainer.environment, "reply", reply)
+        return trainer
+
+    return make
+
+
+@pytest.mark.parametrize("critic", ["head", "sequence", "lora"])
+def test_what_sampling_saw_of_each_turn_is_not_asked_again(make_talker, tokens, monkeypatch, critic):
+    parts = {}
+    if critic == "sequence":
+        parts["value_model"] = hfllm.HfllmForSequenceClassification(config_of(tokens, num_labels=1))
+    if critic == "lora":
+        config = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        parts["peft_config"] = config
+    trainer = make_talker(**parts)
+    batch = trainer.sample(rows_of(trainer, 12))
+    turns = (batch["action_mask"].diff(prepend=torch.zeros(12, 1)) == 1).sum(1)
+    assert {1, 3} <= set(turns.tolist()) and len(batch["response_mask"].sum(1).unique()) > 3
+    assert not batch["is_ended"].all()
+    plain = trainer.evaluate_tokens({**batch, "witness": None})
+    torch.testing.assert_close(trainer.evaluate_tokens(batch), plain, atol=1e-5, rtol=1e-5)
+    assert trainer._trusted == {"padded": True} and trainer._recorder is None
+    calls, forward = [], trainer.actor.forward
+    monkeypatch.setattr(trainer.actor, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    torch.testing.assert_close(trainer.evaluate_tokens(batch), plain, atol=1e-5, rtol=1e-5)
+    assert not calls
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_later_turns_read_what_is_new_alone(make_talker, monkeypatch):
+    trainer, fed = make_talker(), []
+    trainer.policy.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    batches, read = [], []
+    for is_kept in (True, False):
+        if not is_kept:
+            monkeypatch.setattr(TurnCaches, "before", lambda *args: None)
+        torch.manual_seed(7)
+        batches.append(trainer.sample(rows_of(trainer, 12)))
+        read.append(sum(fed))
+        fed.clear()
+    for name in ("response_ids", "action_mask", "is_ended"):
+        assert torch.equal(batches[0][name], batches[1][name]), name
+    # Without it the prompts are read three times.
+    prompts = int(batches[0]["prompt_mask"].sum())
+    assert read[1] - read[0] > prompts and batches[0]["witness"].caches is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"cache_implementation": "static"},
+        {"cache_implementation": "dynamic"},
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2},
+        {"use_cache": False},
+    ],
+)
+def test_later_turns_take_every_setting_of_generation(make_talker, monkeypatch, settings):
+    trainer = make_talker()
+    for name, value in settings.items():
+        setattr(trainer.sampling_config, name, value)
+    batches = []
+    for is_kept in (True, False):
+        if not is_kept:
+            monkeypatch.setattr(TurnCaches, "before", lambda *args: None)
+        torch.manual_seed(7)
+        batches.append(trainer.sample(rows_of(trainer, 6)))
+    assert torch.equal(batches[0]["response_ids"], batches[1]["response_ids"])
+    assert (batches[0]["action_mask"] < batches[0]["response_mask"]).any()
+
+
+def test_several_turns_of_prompts_without_padding_are_checked_for_themselves(make_talker):
+    trainer = make_talker()
+    first, *_ = rows_of(trainer)
+    alone = trainer.sample([first])
+    trainer.evaluate_tokens(alone)
+    assert not (alone["prompt_mask"] == 0).any() and trainer._trusted == {"unpadded": True}
+    batch = trainer.sample([first] * 3)
+    assert (batch["action_mask"] < batch["response_mask"]).any()
+    batch["witness"].logprobs += 0.1
+    expected = trainer.evaluate_tokens({**batch, "witness": None})
+    torch.testing.assert_close(trainer.evaluate_tokens(batch), expected, atol=1e-5, rtol=1e-5)
+    assert trainer._trusted == {"unpadded": True, "padded": False}
+
+
+def test_what_was_not_sampled_is_not_taken_for_recorded(make_agent, make_talker, monkeypatch):
+    """Where something else than the policy says a turn, or the recorder is at the wrong place."""
+    trainer = make_agent()
+    assert trainer.sample(rows_of(trainer))["witness"] is None
+    talker = make_talker()
+    sample = talker.continue_ids
+    talker.continue_ids = lambda sequences, most: [sample([ids], most)[0] for ids in sequences]
+    assert talker.sample(rows_of(talker, 6))["witness"] is None
+    talker.continue_ids = lambda sequences, most: sample([*sequences, *sequences], most)[len(sequences) :]
+    assert talker.sample(rows_of(talker, 6))["witness"] is None
+    talker.continue_ids = sample
+    begin = SampledLogprobs.begin
+    monkeypatch.setattr(SampledLogprobs, "begin", lambda self, rows, columns: begin(self, rows, [0] * len(rows)))
+    assert talker.sample(rows_of(talker, 6))["witness"] is None
 
 
 def test_calls_that_cannot_be_read_do_not_stop_a_run(make_agent, monkeypatch):

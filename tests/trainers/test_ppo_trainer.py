@@ -559,3 +559,60 @@ def test_a_policy_loaded_in_bfloat16_is_at_no_distance_from_its_reference(make_t
     tokens = trainer.evaluate_tokens({**parts, **masks})
     assert trainer.reference.dtype == torch.bfloat16
     assert tokens.logprobs.any() and not tokens.kl.any()
+
+
+class Counted(torch.utils.data.Dataset):
+    """Rows that note when they are fetched and moved; `together` is how datasets of the Hub fetch a batch."""
+
+    def __init__(self, rows, together):
+        self.rows, self.fetched, self.moved = rows, [], []
+        if together:
+            self.__getitems__ = lambda places: [self[place] for place in places]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, place):
+        self.fetched.append(place)
+        return {**self.rows[place], "place": place, "value": Moved(self.moved, place)}
+
+
+class Moved(float):
+    def __new__(cls, log, place):
+        value = super().__new__(cls, place)
+        value.log = log
+        return value
+
+    def to(self, device, **_):
+        self.log.append(int(self))
+        return self
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_rows_are_fetched_and_moved_once_for_each_rollout(make_trainer, prompts, together):
+    seen = []
+
+    def reward(prompts, completions, place, value, **columns):
+        seen.append((list(place), prompts))
+        assert value == place
+        return [float(len(each)) for each in completions]
+
+    rows = Counted([dict(row) for row in prompts], together)
+    trainer = make_trainer(reward_funcs=reward, train_dataset=rows, max_steps=8)
+    rows.fetched.clear()
+    trainer.train()
+    rollouts = -(-8 // trainer.args.steps_per_rollout)
+    assert trainer.args.steps_per_rollout > 1 and len(seen) == rollouts > 1
+    asked = [place for places, _ in seen for place in places]
+    # The loader looks one batch ahead.
+    assert rows.fetched[: len(asked)] == asked == rows.moved[: len(asked)]
+    assert len(rows.fetched) <= len(asked) + len(seen[0][0])
+    for places, texts in seen:
+        assert texts == [prompts[place]["prompt"] for place in places]
+        assert len({*places}) == len(places)
+
+
+def test_asking_for_the_policy_looks_for_no_engine(make_trainer, monkeypatch):
+    trainer = make_trainer()
+    monkeypatch.setattr(trainer.accelerator, "unwrap_model", None)
+    assert trainer.policy is trainer.actor.policy is trainer.model.policy

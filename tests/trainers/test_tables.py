@@ -11,7 +11,7 @@ from transformers.integrations.integration_utils import (
     WandbCallback,
 )
 
-from hfllm.trainers.tables import BACK_ENDS, log_table, markdown_of
+from hfllm.trainers.tables import BACK_ENDS, log_table, markdown_of, storable
 
 ROWS = [
     {"prompt": "a|b", "completion": "one\ntwo", "reward": 0.123456},
@@ -81,3 +81,21 @@ def test_markdown_stays_a_table():
     lines = markdown_of(ROWS).splitlines()
     assert lines[2] == "| a\\|b | one / two | 0.1235 |"
     assert len(lines) == 4
+
+
+def test_messages_whose_calls_have_arguments_of_any_kind_fill_one_column(tmp_path):
+    from datasets import Dataset
+
+    def prompt(content, arguments):
+        calls = [{"function": {"name": "act", "arguments": arguments}}]
+        return [{"role": "user", "content": content}, {"role": "assistant", "content": "", "tool_calls": calls}]
+
+    prompts = [prompt("a", {"x": 1}), prompt([{"type": "text", "text": "b"}], {"x": ["é", {}]}), prompt(None, "x")]
+    rows = [{"prompt": each, "reward": 0.5} for each in [*prompts, "text"]]
+    kept = storable(rows)
+    assert kept[3] == rows[3] and kept[0]["prompt"][0] == prompts[0][0] and kept[2]["prompt"][0] == prompts[2][0]
+    assert kept[1]["prompt"][0]["content"] == '[{"type": "text", "text": "b"}]'
+    assert kept[1]["prompt"][1]["tool_calls"] == '[{"function": {"name": "act", "arguments": {"x": ["é", {}]}}}]'
+    Dataset.from_list(kept[:3]).to_parquet(tmp_path / "kept.parquet")
+    (read,) = Dataset.from_parquet(str(tmp_path / "kept.parquet"), cache_dir=str(tmp_path))[1:2]["prompt"]
+    assert read[1] == kept[1]["prompt"][1]

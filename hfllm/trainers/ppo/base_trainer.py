@@ -27,7 +27,7 @@ from hfllm.trainers.ppo.sampling import SampledLogprobs, generate_responses
 from hfllm.trainers.ppo.setup import as_reference
 from hfllm.trainers.ppo.vllm_sampling import VllmSampler
 from hfllm.trainers.sharding import gather_parameters
-from hfllm.trainers.tables import log_table
+from hfllm.trainers.tables import log_table, storable
 
 # Tokens per pass on a CPU, where larger passes save no time, and logits per pass with a large vocabulary: 16 MB.
 MOST_CPU_TOKENS, LEAST_CPU_TOKENS, MOST_CPU_LOGITS = 768, 256, 2**22
@@ -102,6 +102,8 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
         self._rollout, self._skipped_from, self._micro_step, self._synced_at = None, None, 0, 0
         # Whether log-probabilities kept during sampling can be trusted, with padded prompts and without, once checked.
         self._trusted: dict[str, bool] = {}
+        # Of the episodes that are being sampled.
+        self._recorder: SampledLogprobs | None = None
         self._sums: dict[str, torch.Tensor] = {}
         # Of the last evaluation: a value per prompt for each metric, and this process's prompts with their responses.
         self.eval_values: dict[str, list[float]] = {}
@@ -181,7 +183,9 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
 
     @staticmethod
     def _kind_of(batch: dict[str, Any]) -> str:
-        return "padded" if bool((batch["prompt_mask"] == 0).any()) else "unpadded"
+        # What comes before an episode's later turns is padded.
+        has_turns = (batch["action_mask"] < batch["response_mask"]).any()
+        return "padded" if bool(has_turns or (batch["prompt_mask"] == 0).any()) else "unpadded"
 
     @torch.no_grad()
     def _reference(
@@ -236,7 +240,7 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
 
         folder = Path(self.args.output_dir) / "completions"
         folder.mkdir(parents=True, exist_ok=True)
-        Dataset.from_list(self.completions).to_parquet(folder / f"{name}_{self.args.process_index}.parquet")
+        Dataset.from_list(storable(self.completions)).to_parquet(folder / f"{name}_{self.args.process_index}.parquet")
         if self.is_world_process_zero():
             # An evaluation has one table per batch.
             parts = name.split("_")
@@ -293,7 +297,10 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
             sampled = self.vllm(sequences, self.state.global_step, self.accelerator.device, max_new_tokens)
         else:
             ids, mask = pad_prompts(sequences, self.processing_class.pad_token_id, self.accelerator.device)
-            sampled = self._responses(ids, mask, None, max_new_tokens)
+            witness = self._recorder
+            if witness is not None and witness.turns != len(sequences):
+                witness = None
+            sampled = self._responses(ids, mask, witness, max_new_tokens)
         lengths = sampled["response_mask"].sum(1).tolist()
         turns = [row[:length] for row, length in zip(sampled["response_ids"].tolist(), lengths, strict=True)]
         return list(zip(turns, sampled["is_ended"].tolist(), strict=True))

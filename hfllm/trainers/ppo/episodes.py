@@ -12,8 +12,9 @@ from hfllm.environments.tool_environment import ToolEnvironment
 from hfllm.environments.tools import Tool
 from hfllm.errors import InputError
 from hfllm.trainers.ppo.config import PPOConfig
-from hfllm.trainers.ppo.prompts import tokenize_rows
 from hfllm.trainers.ppo.rollout import pad_prompts
+from hfllm.trainers.ppo.sampling import SampledLogprobs
+from hfllm.trainers.ppo.turn_caches import TurnCaches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,16 +100,19 @@ def act(rows: Sequence[Mapping[str, Any]], environment: ToolEnvironment, trainer
         InputError: when an environment makes a prompt too long for the model.
     """
     rows = environment.begin(rows)
-    prompts = tokenize_rows(rows, trainer.processing_class, environment.tools.schemas)
+    prompts = environment.prompt_ids(rows)
     longest = max(map(len, prompts))
     if trainer.context is not None and longest + trainer.args.response_length > trainer.context:
         raise InputError(
             f"environment_factory: after reset a prompt has {longest} tokens; with response_length="
             f"{trainer.args.response_length} the model's context of {trainer.context} has no room for it"
         )
-    done = run_episodes(prompts, trainer.continue_ids, environment, trainer.args.response_length)
-    device = trainer.accelerator.device
+    device, witness = trainer.accelerator.device, trainer._witness(len(rows))
+    done = _recorded(prompts, environment, trainer, witness)
     batch = as_batch(done, trainer.processing_class.pad_token_id, device)
+    # Whoever puts something in the place of `continue_ids` may let the policy say what it did not sample.
+    if witness is not None and witness.saw(batch["response_ids"], batch["action_mask"]):
+        batch["witness"] = witness
     batch["columns"]["tools"] = [environment.tools.schemas] * len(done)
     if environment.states is not None:
         batch["columns"]["environments"] = environment.states.current
@@ -119,6 +123,26 @@ def act(rows: Sequence[Mapping[str, Any]], environment: ToolEnvironment, trainer
         "tools/failed_calls": torch.tensor([float(episode.failures) for episode in done], device=device),
     }
     return batch
+
+
+def _recorded(
+    prompts: Sequence[Sequence[int]],
+    environment: ToolEnvironment,
+    trainer: "PPOTrainer",
+    witness: SampledLogprobs | None,
+) -> list[Episode]:
+    """Run episodes, and let the witness record each turn at its place."""
+    if witness is None:
+        return run_episodes(prompts, trainer.continue_ids, environment, trainer.args.response_length)
+
+    def place(going: Sequence[Episode]) -> None:
+        witness.begin([episode.place for episode in going], [len(episode.response_ids) for episode in going])
+
+    trainer._recorder, witness.caches = witness, TurnCaches()
+    try:
+        return run_episodes(prompts, trainer.continue_ids, environment, trainer.args.response_length, place)
+    finally:
+        trainer._recorder = witness.caches = None
 
 
 def from_rollout_func(

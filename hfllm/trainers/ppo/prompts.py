@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hfllm.data.rows import origin_of
 from hfllm.data.tokenizer import template_errors, tokenize_prompts
@@ -12,7 +13,7 @@ from hfllm.errors import InputError
 from hfllm.trainers.ppo.config import PPOConfig
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset as HubDataset
     from transformers import PreTrainedTokenizerBase
 
 EMPTY = "is empty"
@@ -63,8 +64,46 @@ class RolloutSampler(Sampler[int]):
                 yield from block
 
 
+class Rows(list):
+    """Rows of a dataset as a batch, which is moved to a device once, however often it is asked for."""
+
+    _placed: "Rows | None" = None
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Rows":
+        """Return the rows with their tensors, if they have any, on the device."""
+        if self._placed is None:
+            self._placed = Rows(send_to_device(list(self), device, non_blocking=non_blocking))
+        return self._placed
+
+
+class RolloutRows(Dataset):
+    """Dataset that keeps the last rows it was asked for, since each backward pass on a rollout asks for the same."""
+
+    def __init__(self, dataset: "HubDataset | Sequence[dict]"):
+        self.dataset = dataset
+        self._places: list[int] | None = None
+        self._rows = Rows()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        return self.dataset[place]
+
+    def __getitems__(self, places: list[int]) -> Rows:
+        if places != self._places:
+            together = getattr(self.dataset, "__getitems__", None)
+            rows = together(places) if together is not None else [self.dataset[place] for place in places]
+            self._places, self._rows = list(places), Rows(rows)
+        return self._rows
+
+
+def _as_it_is(rows: Rows) -> Rows:
+    return rows
+
+
 def check_prompts(
-    dataset: "Dataset | Sequence[dict]",
+    dataset: "HubDataset | Sequence[dict]",
     tokenizer: "PreTrainedTokenizerBase",
     response_length: int,
     context: int | None,
@@ -94,7 +133,7 @@ def check_prompts(
 
 
 def unfit_prompts(
-    dataset: "Dataset | Sequence[dict]",
+    dataset: "HubDataset | Sequence[dict]",
     tokenizer: "PreTrainedTokenizerBase",
     response_length: int,
     context: int | None,
@@ -148,7 +187,7 @@ def _tokens_of(
         raise
 
 
-def rollout_loader(dataset: "Dataset", args: PPOConfig, epoch: Callable[[], int]) -> DataLoader:
+def rollout_loader(dataset: "HubDataset", args: PPOConfig, epoch: Callable[[], int]) -> DataLoader:
     """Return a loader of a rollout's rows per process, each batch repeated for every backward pass on it."""
     sampler = RolloutSampler(
         len(dataset),
@@ -159,10 +198,10 @@ def rollout_loader(dataset: "Dataset", args: PPOConfig, epoch: Callable[[], int]
         num_generations=args.num_generations,
     )
     return DataLoader(
-        dataset,
+        RolloutRows(dataset),
         batch_size=args.local_rollout_batch_size,
         sampler=sampler,
-        collate_fn=list,
+        collate_fn=_as_it_is,
         drop_last=True,
         num_workers=args.dataloader_num_workers,
     )

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from hfllm.trainers.ppo.actor_critic import entropy_of, log_distribution
+from hfllm.trainers.ppo.turn_caches import TurnCaches
 
 # With fewer rows than this, a step costs as much as with one row.
 FEWEST_TO_SPLIT = 8
@@ -115,12 +116,16 @@ class SampledLogprobs:
         value_head: also applied to the state that each token is sampled from, or `None`.
 
     Attributes:
-        logprobs, entropy, values: (N, R), unspecified after the end of a response.
+        logprobs, entropy, values: (N, R + 1), unspecified where the policy chose no token of a response.
+        tokens: (N, R + 1), those that were recorded, and -1.
+        turns: responses that are recorded together.
+        caches: of the episodes, for their next turns, or `None`.
         is_checked: whether earlier recordings of its kind were found right; if not, it is compared with a second pass.
         is_wrong: whether it was found wrong.
     """
 
     is_checked = is_wrong = False
+    caches: TurnCaches | None = None
 
     def __init__(
         self,
@@ -131,8 +136,35 @@ class SampledLogprobs:
         device: torch.device,
     ):
         self.temperature, self.never_sampled, self.value_head = temperature, never_sampled, value_head
-        self.logprobs, self.entropy, self.values = (torch.zeros(shape, device=device) for _ in range(3))
+        rows, self.room = shape
+        # The last column takes what is sampled beyond the room of an episode, and cut off.
+        self.logprobs, self.entropy, self.values = (torch.zeros(rows, self.room + 1, device=device) for _ in range(3))
+        self.tokens = torch.full((rows, self.room + 1), -1, device=device)
         self._logits = self._states = None
+        self.begin(range(rows), [0] * rows)
+
+    def begin(self, rows: Sequence[int], columns: Sequence[int]) -> None:
+        """Let the next responses be turns of episodes: of these rows, each from its column on."""
+        self.turns, device = len(rows), self.tokens.device
+        self._rows, self._columns = (torch.tensor(list(places), device=device) for places in (rows, columns))
+
+    def cache_before(self, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache | None:
+        """Return what is known of the sequences (N, P) that are about to be continued, see `TurnCaches.before`."""
+        if self.caches is None or len(ids) != self.turns:
+            return None
+        return self.caches.before(self._rows.tolist(), ids, mask)
+
+    def keep(self, rows: torch.Tensor, output: ModelOutput, mask: torch.Tensor, ended: Ended) -> None:
+        """Keep what `generate` computed for those of these rows whose turns have ended, see `TurnCaches.keep`."""
+        done = ended.has_ended.nonzero().squeeze(1)
+        episodes, begins = self._rows[rows[done]].tolist(), mask[done].argmax(1)
+        # The last token was sampled and not fed to the model.
+        self.caches.keep(episodes, output.cache, done, output.sequences[done], begins, ended.lengths[done] - 1)
+
+    def saw(self, response_ids: torch.Tensor, action_mask: torch.Tensor) -> bool:
+        """Return whether the policy's tokens among responses (N, R) are those that were recorded."""
+        chosen = action_mask > 0
+        return torch.equal(self.tokens[:, : chosen.shape[1]][chosen], response_ids[chosen])
 
     @contextmanager
     def watching(self, policy: PreTrainedModel) -> Iterator[None]:
@@ -155,16 +187,19 @@ class SampledLogprobs:
                 handle.remove()
 
     def of(self, rows: torch.Tensor, column: int) -> Callable[[torch.Tensor], None]:
-        """Return a function that records the tokens of `rows` at this and each following column."""
+        """Return a function that records the tokens of `rows`, as `begin` places them, from a column of theirs on."""
+        places, columns = self._rows[rows], self._columns[rows] + column
 
         def note(tokens: torch.Tensor) -> None:
-            nonlocal column
+            nonlocal columns
+            at = places, columns.clamp(max=self.room)
             distribution = log_distribution(self._logits.clone(), self.temperature, self.never_sampled)
-            self.logprobs[rows, column] = distribution.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-            self.entropy[rows, column] = entropy_of(distribution)
+            self.tokens[at] = tokens
+            self.logprobs[at] = distribution.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+            self.entropy[at] = entropy_of(distribution)
             if self.value_head is not None:
-                self.values[rows, column] = self.value_head(self._states).squeeze(-1)
-            column += 1
+                self.values[at] = self.value_head(self._states).squeeze(-1)
+            columns = columns + 1
 
         return note
 
@@ -215,7 +250,8 @@ def generate_responses(
     may_split = generation_config.cache_implementation in (None, "dynamic") and not any(
         getattr(generation_config, name, None) for name in COUNTED_FROM_THE_PROMPT
     )
-    rows, ids, mask, cache = torch.arange(len(prompt_ids), device=prompt_ids.device), prompt_ids, prompt_mask, None
+    rows, ids, mask = torch.arange(len(prompt_ids), device=prompt_ids.device), prompt_ids, prompt_mask
+    cache = None if witness is None else witness.cache_before(ids, mask)
     while len(rows):
         observe = None if witness is None else witness.of(rows + first_row, ids.shape[1] - start)
         ended = Ended(generation_config.eos_token_id, stop_strings, may_split, observe)
@@ -223,7 +259,7 @@ def generate_responses(
             output = policy.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                generation_config=_rest_of(generation_config, ids.shape[1] - start),
+                generation_config=_rest_of(generation_config, ids.shape[1] - start, cache),
                 logits_processor=LogitsProcessorList([OnlyFinite()]),
                 stopping_criteria=StoppingCriteriaList([ended]),
                 **({"tokenizer": tokenizer} if stop_strings is not None else {}),
@@ -233,6 +269,8 @@ def generate_responses(
         seen = ids[:, start:]
         responses[rows, : seen.shape[1]] = seen
         lengths[rows], is_ended[rows] = ended.lengths - start, ended.has_ended
+        if witness is not None and witness.caches is not None:
+            witness.keep(rows + first_row, output, mask, ended)
         goes_on = ~ended.has_ended
         if seen.shape[1] >= longest or not goes_on.any() or not ended.has_split:
             break
@@ -259,13 +297,14 @@ def _joined(parts: Sequence[dict[str, torch.Tensor]], pad_token_id: int) -> dict
     return {**wide, "is_ended": torch.cat([part["is_ended"] for part in parts])}
 
 
-def _rest_of(config: GenerationConfig, done: int) -> GenerationConfig:
+def _rest_of(config: GenerationConfig, done: int, cache: DynamicCache | None) -> GenerationConfig:
     """Return the same settings for responses that already have `done` tokens; `generate` returns its cache too."""
     rest = copy(config)
     rest.return_dict_in_generate = True
+    if done or cache is not None:
+        rest.cache_implementation = None
     if not done:
         return rest
-    rest.cache_implementation = None
     rest.max_new_tokens = config.max_new_tokens - done
     if config.min_new_tokens is not None:
         rest.min_new_tokens = max(config.min_new_tokens - done, 0)

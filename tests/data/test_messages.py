@@ -1,0 +1,48 @@
+"""Messages as people have them: what of calls and tools is read, and what is refused."""
+
+import json
+
+import pytest
+
+from hfllm.data.conversations import check_written
+from hfllm.data.messages import read_messages, read_tools
+from hfllm.data.rows import Dropped
+from hfllm.errors import InputError
+
+DEEP = json.loads("[" * 900 + "]" * 900)
+
+
+def said(**fields):
+    (message,) = read_messages("x.jsonl, line 1", [{"role": "assistant", "content": "So.", **fields}])
+    return message
+
+
+@pytest.mark.parametrize("calls", ["[]", "null", "{}", "", [], None])
+@pytest.mark.parametrize("field", ["tool_calls", "function_call"])
+def test_no_calls_are_no_calls_also_as_text(field, calls):
+    assert said(**{field: calls}) == {"role": "assistant", "content": "So."}
+
+
+def test_null_is_kept_in_text_alone():
+    call = {"name": "find", "arguments": {"word": None, "most": 3}}
+    assert said(tool_calls=[call])["tool_calls"][0]["function"]["arguments"] == {"most": 3}
+    assert said(tool_calls=json.dumps([call]))["tool_calls"][0]["function"]["arguments"] == call["arguments"]
+
+
+def test_text_in_text_may_spell_halves_of_characters():
+    read = said(tool_calls=[{"name": "find", "arguments": r'{"word": "\ud800"}'}])
+    assert read["tool_calls"][0]["function"]["arguments"] == {"word": "?"}
+
+
+def test_what_is_nested_too_deeply_is_refused():
+    with pytest.raises(InputError, match=r"x\.jsonl, line 1: a call or a tool is nested too deeply"):
+        said(tool_calls=[{"name": "find", "arguments": {"word": DEEP}}])
+    with pytest.raises(InputError, match="a row: a call or a tool is nested too deeply"):
+        read_tools("a row", [{"name": "find", "parameters": DEEP}])
+
+
+def test_a_name_that_json_escapes_is_found_in_what_is_written():
+    messages = [{"role": "user", "content": "q"}, said(tool_calls=[{"name": 'a"b', "arguments": {}}])]
+    check_written("a row", {}, messages, json.dumps(messages), Dropped())
+    with pytest.raises(InputError, match="leaves out calls of tools"):
+        check_written("a row", {}, messages, "q So.", Dropped())
