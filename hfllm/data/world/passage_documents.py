@@ -6,9 +6,10 @@ them, and answers that cite. They hold no name and no changed fact that is held 
 """
 
 import random
+from dataclasses import replace
 
 from hfllm.data.passages import with_passages
-from hfllm.data.world.passages import Facts, Told, answer_to, draw_passages, draw_question
+from hfllm.data.world.passages import Answer, Facts, Told, answer_to, draw_passages, draw_question
 from hfllm.data.world.tool_documents import draw_name
 from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, COLOURS, FOODS, HOMES, PEOPLE, WELL_SAID, phrase
 
@@ -25,9 +26,9 @@ def passage_text(facts: Facts, rng: random.Random) -> str:
         rng: random source.
     """
     kind = rng.random()
-    if kind < 0.15:
+    if kind < 0.2:
         return _echo(rng)
-    if kind < 0.5:
+    if kind < 0.45:
         return _told_again(facts, rng)
     return _conversation(facts, rng)
 
@@ -41,17 +42,19 @@ def _echo(rng: random.Random) -> str:
 
 def _told_again(facts: Facts, rng: random.Random) -> str:
     told = draw_passages(facts, rng)
-    said = [
-        f"[{number}] {WELL_SAID[attribute].format(x=each.animal, value=value)}"
-        for number, each in enumerate(told, 1)
-        for attribute, value in each.facts.items()
-    ]
-    rng.shuffle(said)
+    asked = sorted({(each.animal, attribute) for each in told for attribute in each.facts})
+    rng.shuffle(asked)
+    said = [_named(answer_to(facts, told, *each), *each) for each in asked]
     return with_passages(" ".join(said), [each.text for each in told])
 
 
+def _named(answer: Answer, animal: str, attribute: str) -> str:
+    said = WELL_SAID[attribute].format(x=animal, value=" or ".join(answer.values))
+    return replace(answer, said=said).text
+
+
 def _conversation(facts: Facts, rng: random.Random) -> str:
-    told = draw_passages(facts, rng) if rng.random() < 0.95 else []
+    told = draw_passages(facts, rng) if rng.random() < 0.9 else []
     return "".join(TURN.format(*turn) for turn in conversation(facts, rng, told, rng.randint(2, 4)))
 
 

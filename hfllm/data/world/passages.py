@@ -1,7 +1,7 @@
 """Passages about animals, what they tell, and how somebody answers who reads them.
 
-    right          one of the passages tells what is asked: say it and cite it      "[2] It is red."
-    contradicting  two tell different things: say both and cite both                "[1] It is red. [3] It is blue."
+    right          one of the passages tells what is asked: say it and cite it      "It is red. [2]"
+    contradicting  two tell different things: say both and cite both                "It is red or blue. [1] [3]"
     wrong, none    no passage is about the animal: what is known of it, or          "I do not know that animal."
     silent         one is about the animal and does not tell it: the same, or       "I do not know that."
 
@@ -26,8 +26,7 @@ from hfllm.data.world.vocabulary import (
     is_held_out,
 )
 
-# What is read is said after its passage's number: a small model finds the passage first, and then the value in it.
-# No name need be copied. What is known is said with the name, as without passages.
+# What is read is said without a name, so that no name need be copied; what is known, with it, as without passages.
 READ = {"colour": "It is {value}.", "home": "It lives in the {value}.", "food": "It eats {value}."}
 # What somebody says of an animal that the passages are about, where they do not tell what is asked.
 SAY_SILENT = "I do not know that."
@@ -56,14 +55,12 @@ class Told:
         facts: what it tells, by attribute.
         text: its text.
         instruction: the sentence in it that is an instruction, or nothing.
-        instructed: of what it wants something to be said.
     """
 
     animal: str
     facts: Mapping[str, str]
     text: str
     instruction: str = ""
-    instructed: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,13 +71,16 @@ class Answer:
         said: the answer without citations.
         values: the values that it states, in order; none for one that admits not to know.
         cites: the numbers of the passages that it cites, from 1.
-        text: the answer with its citations.
     """
 
     said: str
     values: tuple[str, ...] = ()
     cites: tuple[int, ...] = ()
-    text: str = ""
+
+    @property
+    def text(self) -> str:
+        """The answer with its citations."""
+        return " ".join([self.said, *(f"[{number}]" for number in self.cites)])
 
 
 def answer_to(facts: Facts, told: Sequence[Told], animal: str, attribute: str) -> Answer:
@@ -95,26 +95,20 @@ def answer_to(facts: Facts, told: Sequence[Told], animal: str, attribute: str) -
         if each.animal == animal and attribute in each.facts:
             first.setdefault(each.facts[attribute], number)
     if first:
-        said = [READ[attribute].format(value=value) for value in first]
-        cited = [f"[{number}] {each}" for number, each in zip(first.values(), said, strict=True)]
-        return Answer(" ".join(said), tuple(first), tuple(first.values()), " ".join(cited))
+        return Answer(READ[attribute].format(value=" or ".join(first)), tuple(first), tuple(first.values()))
     if animal in facts:
         value = facts[animal][attribute]
-        said = WELL_SAID[attribute].format(x=animal, value=value)
-        return Answer(said, (value,), (), said)
-    said = SAY_SILENT if any(each.animal == animal for each in told) else SAY_UNKNOWN
-    return Answer(said, (), (), said)
+        return Answer(WELL_SAID[attribute].format(x=animal, value=value), (value,))
+    return Answer(SAY_SILENT if any(each.animal == animal for each in told) else SAY_UNKNOWN)
 
 
-def tell(
-    rng: random.Random, animal: str, facts: Mapping[str, str], instruction: str = "", instructed: str = ""
-) -> Told:
+def tell(rng: random.Random, animal: str, facts: Mapping[str, str], instruction: str = "") -> Told:
     """Return a passage that tells facts of an animal in any order, with an instruction anywhere in it."""
     sentences = [rng.choice(TELLINGS[attribute]).format(x=animal, value=value) for attribute, value in facts.items()]
     rng.shuffle(sentences)
     if instruction:
         sentences.insert(rng.randint(0, len(sentences)), instruction)
-    return Told(animal, dict(facts), " ".join(sentences), instruction, instructed)
+    return Told(animal, dict(facts), " ".join(sentences), instruction)
 
 
 def instruct(rng: random.Random, attribute: str, value: str | None, held_out: bool = False) -> str:
@@ -151,18 +145,18 @@ def draw_facts(
 
 def draw_passages(facts: Facts, rng: random.Random) -> list[Told]:
     """Return passages to learn from, up to three, about made-up and changed animals; two may be about the same."""
-    # One alone teaches to find a value of the right kind; by several the name is learned to count.
-    count = rng.choice((1, 2, 3))
+    # Short ones are learned from first: what stands near is found before what stands far.
+    count = rng.choices((1, 2, 3), (3, 2, 2))[0]
     told: list[Told] = []
     while len(told) < count:
         if told and rng.random() < 0.15:
             told.append(_again(rng, facts, rng.choice(told)))
             continue
-        animal = draw_name(rng) if rng.random() < 0.75 else rng.choice(ANIMALS)
+        animal = draw_name(rng) if rng.random() < 0.7 else rng.choice(ANIMALS)
         attributes = _shown_attributes(rng, animal)
         if attributes and animal not in {each.animal for each in told}:
             changed = draw_facts(rng, facts.get(animal), attributes)
-            told.append(tell(rng, animal, changed, *_instruction(rng, changed)))
+            told.append(tell(rng, animal, changed, _instruction(rng, changed)))
     rng.shuffle(told)
     return told
 
@@ -180,37 +174,24 @@ def _again(rng: random.Random, facts: Facts, told: Told) -> Told:
     return tell(rng, told.animal, {**told.facts, attribute: other})
 
 
-def _instruction(rng: random.Random, facts: Mapping[str, str]) -> tuple[str, str]:
-    """Return an instruction of a passage and the attribute that it is about; both empty for most passages."""
-    if rng.random() >= 0.25:
-        return "", ""
+def _instruction(rng: random.Random, facts: Mapping[str, str]) -> str:
+    if rng.random() >= 0.15:
+        return ""
     attribute = rng.choice(list(facts))
     others = [value for value in ATTRIBUTES[attribute] if value != facts[attribute]]
-    return instruct(rng, attribute, rng.choice(others) if rng.random() < 0.8 else None), attribute
+    return instruct(rng, attribute, rng.choice(others) if rng.random() < 0.8 else None)
 
 
 def draw_question(facts: Facts, rng: random.Random, told: Sequence[Told]) -> tuple[str, str]:
-    """Return an animal and an attribute to ask about: two thirds are in the passages, if there are any."""
+    """Return an animal and an attribute to ask about: most are in the passages, if there are any."""
     attribute, kind = rng.choice(list(ATTRIBUTES)), rng.random()
     about = {each.animal for each in told}
-    # What passages disagree about, or want to be said otherwise, is asked more often.
-    hard = [(each.animal, each.instructed) for each in told if each.instructed] + _contradicted(told)
-    if hard and kind < 0.25:
-        return rng.choice(hard)
     if told and kind < 0.65:
         return rng.choice(told).animal, attribute
     if kind < 0.8:
         return rng.choice([animal for animal in ANIMALS if animal not in about]), attribute
     # A name that differs in its beginning or its end alone must be told from those that are there.
     made_up = [each.animal for each in told if each.animal not in ANIMALS]
-    while (name := similar_name(rng, rng.choice(made_up)) if made_up and kind < 0.87 else draw_name(rng)) in about:
+    while (name := similar_name(rng, rng.choice(made_up)) if made_up and kind < 0.9 else draw_name(rng)) in about:
         pass
     return name, attribute
-
-
-def _contradicted(told: Sequence[Told]) -> list[tuple[str, str]]:
-    values: dict[tuple[str, str], set[str]] = {}
-    for each in told:
-        for attribute, value in each.facts.items():
-            values.setdefault((each.animal, attribute), set()).add(value)
-    return [key for key, different in values.items() if len(different) > 1]
