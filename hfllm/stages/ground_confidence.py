@@ -1,14 +1,12 @@
-"""How sure the grounded model is of what it says, with passages and without, and when it should rather say nothing."""
+"""How sure the grounded model is of what it says without passages, and when it should rather say nothing."""
 
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hfllm.data.passages import without_citations
-from hfllm.data.world.passage_tasks import GROUPS, passage_tasks
-from hfllm.data.world.rubric import gold_meaning
+from hfllm.data.world.rubric import RIGHT, gold_meaning, gold_score
 from hfllm.data.world.world import World
-from hfllm.evaluation.grounding import RESPONSE_LENGTH, judged
+from hfllm.evaluation.grounding import RESPONSE_LENGTH
 from hfllm.evaluation.grounding_report import Found
 from hfllm.grounding.calibration import reliability_plot, risk_coverage_plot, uncertainty_metrics
 from hfllm.grounding.conformal import control_risk, over_splits
@@ -20,8 +18,8 @@ from hfllm.stages.course import Speaking
 if TYPE_CHECKING:
     import numpy as np
 
-# Questions of each group; risks that are asked for, and random halves.
-NUM_EACH, ALPHAS, NUM_SPLITS = 40, (0.02, 0.05, 0.1), 200
+# Questions, of all families; risks that are asked for, and random halves.
+NUM_TASKS, ALPHAS, NUM_SPLITS = 360, (0.02, 0.05, 0.1), 200
 # By which measures abstention is shown, and which are drawn.
 ABSTAINS_BY = ("sequence_probability", "semantic_entropy")
 
@@ -30,7 +28,7 @@ def measure(world: World, speaking: Speaking, num_samples: int, seed: int) -> Fo
     """Return how well a model's uncertainty tells which of its answers are wrong, and what abstaining by it keeps.
 
     Args:
-        world: whose held-out questions are asked, as many of each group.
+        world: whose held-out questions of all families are asked.
         speaking: the model.
         num_samples: answers of a question that are sampled.
         seed: of the samples.
@@ -39,12 +37,12 @@ def measure(world: World, speaking: Speaking, num_samples: int, seed: int) -> Fo
         Metrics `MEASURE_auroc` (of being wrong) and the like, see `uncertainty_metrics`; `risk_ALPHA_MEASURE` (given,
         wrong) and `coverage_ALPHA_MEASURE` of conformal risk control over random halves, alpha in percent.
     """
-    tasks = [task for group in GROUPS for task in passage_tasks(world.facts, group, NUM_EACH, seed=1)]
-    prompts = [task.prompt for task in tasks]
+    tasks = world.evaluation_tasks(NUM_TASKS, seed=1)
+    prompts = [task.prompt_row()["prompt"] for task in tasks]
     rows = answer_with_samples(speaking.model, speaking.tokenizer, prompts, num_samples, RESPONSE_LENGTH, seed)
-    wrong = [not judged(task, row.given.text).is_right for task, row in zip(tasks, rows, strict=True)]
+    wrong = [gold_score(row.given.text, task.gold) < RIGHT for task, row in zip(tasks, rows, strict=True)]
     meanings = [
-        [gold_meaning(without_citations(each.text), task.gold) for each in (row.given, *row.samples)]
+        [gold_meaning(each.text, task.gold) for each in (row.given, *row.samples)]
         for task, row in zip(tasks, rows, strict=True)
     ]
     found = uncertainties(rows, meanings)

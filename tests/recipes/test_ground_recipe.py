@@ -36,7 +36,7 @@ LENGTHS = (
     *("hfllm.stages.ground_confidence", "hfllm.stages.ground_verification"),
 )
 COUNTS = {
-    **{"hfllm.stages.ground_evaluation.NUM_WORLD_TASKS": 12, "hfllm.stages.ground_confidence.NUM_EACH": 2},
+    **{"hfllm.stages.ground_evaluation.NUM_WORLD_TASKS": 12, "hfllm.stages.ground_confidence.NUM_TASKS": 24},
     **{"hfllm.stages.ground_confidence.ALPHAS": (0.1, 0.2)},
     **{"hfllm.stages.ground_confidence.NUM_SPLITS": 2, "hfllm.stages.ground_verification.WORDINGS": 1},
 }
