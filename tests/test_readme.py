@@ -107,6 +107,7 @@ OTHERS = {
     ("ground", "pretrain"): "pretrain",
     ("ground", "sft"): "sft",
     ("ground", "grounded"): "sft",
+    ("ground", "reward"): "reward",
 }
 
 
