@@ -30,7 +30,7 @@ from hfllm.outputs.report import Plot
 SFT, GROUNDED = "sft", "grounded"
 GATED, UNGATED = "gated", "ungated"
 # How the report calls the models and what they are asked.
-TITLES = {SFT: "never saw passages", GROUNDED: "grounded", GATED: "with the gate", UNGATED: "without"}
+TITLES = {SFT: "tuned without passages", GROUNDED: "grounded", GATED: "with the gate", UNGATED: "without"}
 LABELS = {
     **{ONE: "unknown animals, one passage", THREE: "unknown animals, three passages", CHANGED: "changed facts"},
     **{CONTRADICTING: "two passages disagree", INJECTED: "a passage holds an instruction"},
@@ -126,7 +126,7 @@ def summary_of(metrics: Mapping[str, float]) -> str:
     return "; ".join(
         (
             f"animals that no text names: right with a passage {told(metrics, one)}, with three "
-            f"{told(metrics, three)}, of a model that never saw passages {told(metrics, f'{SFT}_{ONE}_right')}",
+            f"{told(metrics, three)}, of one tuned without them {told(metrics, f'{SFT}_{ONE}_right')}",
             f"without any it admits not to know in {told(metrics, f'{GROUNDED}_{CLOSED}_right')}",
             f"through BM25 and the gate: answered {told(metrics, f'{GATED}_{ANSWERABLE}_right')}, refused where no "
             f"passage tells {told(metrics, f'{GATED}_{UNANSWERABLE}_right')} (ungated "
