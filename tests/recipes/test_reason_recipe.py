@@ -114,7 +114,7 @@ def test_arms_learn_the_same_questions_and_ppo_has_others(whole):
     assert all(OPEN in text for text in said["thoughts"]) and not any(OPEN in text for text in said["direct"])
     for thought, direct in zip(said["thoughts"], said["direct"], strict=True):
         assert thought.partition(f"{CLOSE} ")[2] == direct
-    assert sum(OPEN in text for text in said["mixed"]) == 12 and len(said["mixed"]) == 40
+    assert sum(OPEN in text for text in said["mixed"]) == 16 and len(said["mixed"]) == 40
     prompts = rows_of(folder, "rl")
     assert prompts == rows_of(folder, "shuffled") and len(prompts) == 40
     learned = {*asked["thoughts"], *asked["mixed"]}
