@@ -10,7 +10,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "ground.py"
 
 @pytest.mark.slow
 def test_the_world_learns_to_answer_from_passages_and_to_say_what_it_does_not_know(tmp_path, processes):
-    """Bounds are far below what was seen: to read values from passages forms late, and not equally well in all runs."""
+    """Bounds are far below what was seen: to read values from passages forms late, and not alike in all runs."""
     folder = tmp_path / "out"
     processes.run(RECIPE, "--seed", 1, "--output_dir", folder, timeout=2400)
     found = json.loads((folder / "report.json").read_text())["metrics"]
