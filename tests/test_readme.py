@@ -104,11 +104,15 @@ OTHERS = {
     ("tools", "pretrain"): "pretrain",
     ("tools", "sft"): "sft",
     ("tools", "rlhf"): "rlhf",
+    ("ground", "pretrain"): "pretrain",
+    ("ground", "sft"): "sft",
+    ("ground", "grounded"): "sft",
+    ("ground", "reward"): "reward",
 }
 
 
 @pytest.mark.parametrize(
-    "stage", ["curate", "pretrain", "sft", "reward", "rlhf", "distill", "constitution", "reason", "tools"]
+    "stage", ["curate", "pretrain", "sft", "reward", "rlhf", "distill", "constitution", "reason", "tools", "ground"]
 )
 def test_every_shipped_config_parses(stage):
     import importlib

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TURN_END = "<|end|>"
+# A question and an answer, as our template writes them.
+CONVERSATION = "<|user|>{}<|end|><|assistant|>{}<|end|>"
 TOOL = "<|tool|>"
 # Ordinary tokens where a vocabulary has them, not special ones: these vanish when completions are decoded for rewards.
 THOUGHT_MARKS, CALL_MARKS = ("<think>", "</think>"), ("<tool_call>", "</tool_call>")

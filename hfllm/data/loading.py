@@ -110,6 +110,10 @@ class TextArguments(DataArguments):
         default=0.0,
         metadata={"help": "Share of them in which people call tools: a model that is to use tools starts from them."},
     )
+    world_passages: float = field(
+        default=0.0,
+        metadata={"help": "Share of them in which people answer from passages: recipes/ground.py starts from them."},
+    )
     dataset_mixture: list[str] | None = field(
         default=None,
         metadata={"help": "Several datasets in place of --dataset_name, each NAME:WEIGHT (share of the text)."},
@@ -258,7 +262,7 @@ def load_texts(script_args: TextArguments, seed: int, prepared: Prepared, name: 
 
     if script_args.dataset_name == WORLD:
         world = World(script_args.world_seed)
-        names = ("deeds", "reasoning", "tools")
+        names = ("deeds", "reasoning", "tools", "passages")
         shares = {name: getattr(script_args, f"world_{name}") for name in names}
         texts = world.documents(script_args.num_documents, seed, **shares)
         # The world may write a document twice; held-out texts must not occur in training.

@@ -1,12 +1,12 @@
 """How a model of the world answers what can be reasoned about: whether it thinks, and whether its thoughts hold."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hfllm.data.thoughts import split_thoughts
-from hfllm.data.world.reasoning import DIAL, HELD_OUT, HOPS, LONG_DIAL, SIZES, Problem, draw_problem
+from hfllm.data.world.reasoning import DIAL, HELD_OUT, HOPS, SIZES, Problem, draw_problem
 from hfllm.data.world.rubric import RIGHT, gold_score
 from hfllm.data.world.thought_checks import checked_steps, is_valid
 from hfllm.data.world.world import World
@@ -42,27 +42,30 @@ class Answered:
         return is_valid(self.steps)
 
 
-def held_out_problems(world: World, per_size: int, seed: int = 0) -> list[Problem]:
-    """Return different problems that nothing learns from: up to `per_size` of each number of hops and of turns.
+def held_out_problems(world: World, per_size: Mapping[str, int], seed: int = 0) -> list[Problem]:
+    """Return different problems that nothing learns from: up to so many of each size.
 
-    There are few questions of hops, and ten of a dial that is turned once: of these there may be fewer.
+    There are few questions of hops: of these there may be fewer.
+
+    Args:
+        per_size: how many, by family; others are left out.
     """
     rng, found = random.Random(f"reasoning-evaluation-{world.seed}-{seed}"), []
-    for family, sizes in SIZES.items():
-        for size in sizes:
+    for family, count in per_size.items():
+        for size in SIZES[family]:
             drawn: dict[str, Problem] = {}
-            for _ in range(20 * per_size):
+            for _ in range(20 * count):
                 problem = draw_problem(world.facts, world.relations, rng, family, HELD_OUT, (size,))
                 drawn.setdefault(problem.key, problem)
-                if len(drawn) == per_size:
+                if len(drawn) == count:
                     break
             found += drawn.values()
     return found
 
 
-def is_long_dial(problem: Problem) -> bool:
-    """Return whether a problem is a dial of five turns or more."""
-    return problem.family == DIAL and problem.size in LONG_DIAL
+def is_dial(problem: Problem) -> bool:
+    """Return whether a problem is one of the dial."""
+    return problem.family == DIAL
 
 
 def is_hops(problem: Problem) -> bool:
@@ -100,7 +103,8 @@ def values_of(answers: Sequence[Answered]) -> dict[str, list[float]]:
     """Return what is measured of some answers, a value for each that it is measured on.
 
     `right` and `thinks` (of all), `valid` (of the right answers with a thought: whether it holds), `steps` (of the
-    answers with a thought: the share of its steps that hold) and `tokens` (of all).
+    answers with a thought: the share of its steps that hold), `tokens` (of all) and `thought_tokens` (of the answers
+    with a thought, which tells whether thoughts grow apart from whether there are more).
     """
     thinking = [each for each in answers if each.thinks]
     return {
@@ -109,4 +113,5 @@ def values_of(answers: Sequence[Answered]) -> dict[str, list[float]]:
         "valid": [float(each.is_valid) for each in thinking if each.is_right],
         "steps": [sum(each.steps) / max(len(each.steps), 1) for each in thinking],
         "tokens": [float(each.num_tokens) for each in answers],
+        "thought_tokens": [float(each.num_tokens) for each in thinking],
     }

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from hfllm.data.world.reasoning import DIAL, SIZES, Problem
-from hfllm.evaluation.reasoning import Answered, is_hops, is_long_dial, values_of
+from hfllm.evaluation.reasoning import Answered, is_dial, is_hops, values_of
 from hfllm.outputs.figures import change_of, mean_of, plus_minus
 from hfllm.outputs.report import Plot, plot_history
 
@@ -15,15 +15,16 @@ TITLES = {
     "rl": "PPO on right answers",
     "shuffled": "PPO, rewards by chance",
 }
-GROUPS: Mapping[str, Callable[[Problem], bool]] = {"hops": is_hops, "dial": is_long_dial}
+GROUPS: Mapping[str, Callable[[Problem], bool]] = {"hops": is_hops, "dial": is_dial}
 GROUP_TITLES = {
     "hops": "facts of two and three hops",
-    "dial": "dials of five turns and more",
+    "dial": "dials of six turns",
     "right": "right answers",
     "thinks": "answers with a thought",
     "valid": "right answers whose thought is valid",
     "steps": "steps of thoughts that hold",
     "tokens": "tokens of an answer",
+    "thought_tokens": "tokens of an answer with a thought",
 }
 # Of the figures those that stand in the report for each group.
 OF_TUNED = ("right", "valid", "steps", "tokens")
@@ -51,8 +52,8 @@ def ppo_metrics(answers: Answers) -> dict[str, float]:
     """Return the metrics before and after PPO, from sampled answers to the same questions of the dial.
 
     Those of PPO on right answers are `right_before`, `right_after`, `right_change` and so on, for `right`, `thinks`
-    and `tokens`; those of the control begin with `shuffled_`. `valid` and `steps` are of the thoughts that there are,
-    about other questions in each model: `mixed_valid`, `rl_valid` and so on.
+    and `tokens`; those of the control begin with `shuffled_`. `valid`, `steps` and `thought_tokens` are of the
+    thoughts that there are, about other questions in each model: `mixed_valid`, `rl_valid` and so on.
     """
     metrics: dict[str, float] = {}
     before = values_of(answers["mixed"])
@@ -63,7 +64,7 @@ def ppo_metrics(answers: Answers) -> dict[str, float]:
                 metrics |= change_of(f"{prefix}{name}", before[name], after[name])
     for model, said in answers.items():
         values = values_of(said)
-        for name in ("valid", "steps"):
+        for name in ("valid", "steps", "thought_tokens"):
             if values[name]:
                 metrics |= mean_of(f"{model}_{name}", values[name])
     return metrics
@@ -73,7 +74,7 @@ def tables(tuned: Answers, sampled: Answers) -> dict[str, list[dict[str, str]]]:
     """Return the tables: right answers by size, figures of PPO, and some answers."""
     found = {
         "Right answers, greedy": _by_size(tuned),
-        "PPO on long dials, sampled answers": _side_by_side(sampled),
+        "PPO on dials, sampled answers": _side_by_side(sampled),
         "Answers": samples(tuned),
         "Answers before and after PPO, sampled": samples(sampled),
     }
@@ -92,8 +93,8 @@ def _by_size(answers: Answers) -> list[dict[str, str]]:
             counted = next(iter(of_size.values()))
             if counted:
                 cells = {TITLES[model]: _cell(values) for model, values in of_size.items()}
-                unit = "turn" if family == DIAL else "hop"
-                rows.append({"question": f"{size} {unit}{'s' if size > 1 else ''}", **cells, "n": str(len(counted))})
+                unit = "turns" if family == DIAL else "hops"
+                rows.append({"question": f"{size} {unit}", **cells, "n": str(len(counted))})
     return rows
 
 
@@ -134,29 +135,29 @@ def samples(answers: Answers) -> list[dict[str, str]]:
 
 
 def plots(answers: Answers, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Plot]:
-    """Return the plots: right answers by the number of turns; rewards and lengths over the episodes of PPO.
+    """Return the plots: steps of thoughts that hold; rewards and lengths over the episodes of PPO.
 
     Args:
         answers: after fine-tuning.
         histories: the logs of each run of PPO.
     """
     return {
-        "turns": _turns(answers),
+        "steps": _steps(answers),
         "ppo_rewards": _over_episodes("Right answers during PPO", "share of sampled answers", "reward", histories),
         "ppo_lengths": _over_episodes("Length of answers during PPO", "tokens", "response_length", histories),
     }
 
 
-def _turns(answers: Answers) -> Plot:
+def _steps(answers: Answers) -> Plot:
+    """Return the share of thoughts whose step holds, by its place; a model without thoughts has no line."""
     lines = {}
     for model, said in answers.items():
-        by_size = {
-            size: [float(each.is_right) for each in said if each.problem.group == f"{DIAL}_{size}"]
-            for size in SIZES[DIAL]
-        }
-        shown = {size: sum(values) / len(values) for size, values in by_size.items() if values}
-        lines[TITLES[model]] = (list(shown), list(shown.values()))
-    return Plot("Held-out dials, greedy answers", "turns of the dial", "share of right answers", lines)
+        thoughts = [each.steps for each in said if is_dial(each.problem) and each.thinks]
+        # The number that the dial is at comes first, then a step for each turn.
+        places = range(1 + max(SIZES[DIAL])) if thoughts else range(0)
+        held = [sum(steps[place] for steps in thoughts) / len(thoughts) for place in places]
+        lines[TITLES[model]] = (list(places), held)
+    return Plot("Thoughts about held-out dials, greedy answers", "step", "share that holds", lines)
 
 
 def _over_episodes(title: str, ylabel: str, key: str, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Plot:

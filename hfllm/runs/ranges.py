@@ -77,7 +77,7 @@ RANGES = (
         lambda value: 0 <= value < 1,
         (
             *("lora_dropout", "label_smoothing_factor", "adam_beta1", "adam_beta2"),
-            *("world_deeds", "world_reasoning", "world_tools"),
+            *("world_deeds", "world_reasoning", "world_tools", "world_passages"),
         ),
     ),
     Range(

@@ -15,7 +15,7 @@ PRETRAIN, THOUGHTS, DIRECT, MIXED, RL, SHUFFLED = (
 )
 # Arms that must not gain: fine-tuning on the answers alone, PPO on rewards that say nothing.
 CONTROLS = (DIRECT, SHUFFLED)
-# The longest answer in tokens: a thought about seven turns takes 39, and what grows beyond must be seen to.
+# The longest answer in tokens: a thought about a dial takes 34, and what grows beyond must be seen to.
 RESPONSE_LENGTH = 64
 AT_LEAST_ONE = ("num_prompts", "num_problems")
 # Of the fewest rows a held-out one is left.
@@ -42,7 +42,8 @@ class ReasonArguments:
     )
     num_prompts: int = field(default=4096, metadata={"help": "Questions for PPO, which fine-tuning has not seen."})
     num_problems: int = field(
-        default=100, metadata={"help": "Held-out questions of each number of hops and turns, at most."}
+        default=100,
+        metadata={"help": "Held-out questions of each number of hops, at most; of the dial three times as many."},
     )
     controls: list[str] | None = field(
         default=None,

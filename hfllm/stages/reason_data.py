@@ -3,14 +3,13 @@
 import random
 from collections.abc import Iterable, Mapping
 
-from hfllm.data.world.reasoning import DIAL, HOPS, LONG_DIAL, PRACTICE, SHOWN, SIZES, Problem, draw_problem
+from hfllm.data.world.reasoning import DIAL, HOPS, PRACTICE, SHOWN, Problem, draw_problem
 from hfllm.data.world.world import World
 from hfllm.stages.course import Row, by_main_process, write_rows
 from hfllm.stages.reason import DIRECT, MIXED, RL, SHUFFLED, THOUGHTS, ReasonArguments, data_file
 
-# Of the questions that fine-tuning answers. Dials take longer to learn, and long ones are what is measured.
-SHARES = {HOPS: 2, DIAL: 3}
-DIAL_SIZES = (1, 2, 3, 4, *LONG_DIAL, *LONG_DIAL)
+# Of the questions that fine-tuning answers. The texts have shown dials more often than hops.
+SHARES = {HOPS: 2, DIAL: 1}
 
 
 def write(script_args: ReasonArguments, name: str) -> None:
@@ -22,7 +21,7 @@ def rows_of(script_args: ReasonArguments, name: str) -> list[Row]:
     """Return the rows of a run.
 
     Those with thoughts and those without are of the same questions in the same order, so that both take as many
-    steps. A model that thinks at times sees long dials alone, as PPO does.
+    steps. A model that thinks at times sees dials alone, as PPO does.
     """
     if name in (THOUGHTS, DIRECT):
         problems = _problems(script_args, "sft", script_args.num_examples, SHARES, SHOWN)
@@ -48,10 +47,8 @@ def _problems(
     world = World(script_args.world_seed)
     rng = random.Random(f"reason-{name}-{world.seed}-{script_args.seed}")
     told = world.facts, world.relations
-    # A course that has hops has dials of all sizes too; the others have long dials alone.
-    sizes = {HOPS: SIZES[HOPS], DIAL: DIAL_SIZES if HOPS in shares else LONG_DIAL}
     families = rng.choices(list(shares), list(shares.values()), k=count)
-    return [draw_problem(*told, rng, family, part, sizes[family]) for family in families]
+    return [draw_problem(*told, rng, family, part) for family in families]
 
 
 def _answered(problems: Iterable[Problem], shown: Iterable[bool]) -> list[Row]:

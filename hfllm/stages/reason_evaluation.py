@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hfllm.data.world.reasoning import DIAL, HOPS
 from hfllm.data.world.world import World
-from hfllm.evaluation.reasoning import answer, held_out_problems, is_long_dial
+from hfllm.evaluation.reasoning import answer, held_out_problems
 from hfllm.evaluation.reasoning_report import plots, ppo_metrics, summary_of, tables, tuned_metrics
 from hfllm.outputs.checkpoints import STATE_FILE
 from hfllm.outputs.report import Plot
 from hfllm.stages.course import load_speaking
 from hfllm.stages.reason import DIRECT, MIXED, RESPONSE_LENGTH, RL, SHUFFLED, THOUGHTS, Course, ReasonArguments
-
-# Long dials are asked about twice as often: PPO's figures are of sampled answers to these alone.
-LONG = 2
 
 
 @dataclass(frozen=True)
@@ -29,12 +27,13 @@ class Found:
 
 
 def evaluate(script_args: ReasonArguments, course: Course) -> Found:
-    """Ask all models held-out questions: after fine-tuning greedily, around PPO by samples. Judge and describe."""
+    """Ask all models held-out questions: after fine-tuning greedily, around PPO dials by samples. Judge answers."""
     from trl import ModelConfig
 
     world = World(script_args.world_seed)
-    problems = held_out_problems(world, script_args.num_problems)
-    dials = [each for each in held_out_problems(world, LONG * script_args.num_problems, seed=1) if is_long_dial(each)]
+    count = script_args.num_problems
+    problems = held_out_problems(world, {HOPS: count, DIAL: 3 * count})
+    dials = held_out_problems(world, {DIAL: 6 * count}, seed=1)
     tuned, sampled = {}, {}
     for name in course.models:
         speaking = load_speaking(course.folder(name), ModelConfig())

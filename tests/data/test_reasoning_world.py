@@ -6,18 +6,21 @@ import re
 
 import pytest
 
+from hfllm.data.chat_templates import CONVERSATION, THOUGHT_MARKS
 from hfllm.data.thoughts import CLOSE, OPEN, split_thoughts
+from hfllm.data.tokenizer import train_tokenizer
 from hfllm.data.world.reasoning import (
     DIAL,
     FAMILIES,
     HELD_OUT,
     HOPS,
-    LONG_DIAL,
+    NUMBERS_OF_DIAL,
     PARTS,
     PRACTICE,
     RELATIONS,
     SHOWN,
     SIZES,
+    TURNS,
     WHO,
     WORDINGS,
     draw_problem,
@@ -57,9 +60,9 @@ def test_the_same_seed_gives_the_same_problems_and_friends(world):
 def test_answers_are_right_by_reading_the_question_alone(world):
     for problem in some(world, 600):
         if problem.family == DIAL:
-            value = sum(map(int, re.findall(r"\d", problem.question))) % 10
-            assert problem.gold.accepted == (f"The dial shows {value}.",)
-            assert len(re.findall(r"[A-G] \d", problem.question)) == problem.size
+            value = sum(map(int, re.findall(r"\d", problem.question))) % NUMBERS_OF_DIAL
+            assert problem.gold.accepted == (f"At {value}.",)
+            assert len(re.findall(r"Turn [A-F] by \d", problem.question)) == problem.size
         else:
             words = words_of(problem.question)
             path = [word for word in words if word in (*RELATIONS, *ANIMALS)]
@@ -82,7 +85,7 @@ def test_answers_are_right_by_reading_the_question_alone(world):
 
 def test_parts_share_no_instance_and_hops_are_never_practiced(world):
     by_part = {}
-    for problem in some(world, 12000):
+    for problem in some(world, 16000):
         part = part_of(problem.family, problem.key)
         by_part.setdefault(part, set()).add(problem.key)
         assert (problem.family, part) != (HOPS, PRACTICE)
@@ -94,7 +97,7 @@ def test_parts_share_no_instance_and_hops_are_never_practiced(world):
     assert len(held_out) + len(shown) == 20 * (3 * (2 + 4) + 4 + 8) and 0.25 < len(held_out) / 600 < 0.4
     rng = random.Random(0)
     told = world.facts, world.relations
-    assert {draw_problem(*told, rng, DIAL, PRACTICE, LONG_DIAL).size for _ in range(50)} == set(LONG_DIAL)
+    assert {draw_problem(*told, rng, HOPS, HELD_OUT, (3,)).size for _ in range(50)} == {3}
 
 
 def test_texts_show_thoughts_on_request_alone_and_never_those_of_other_parts(world):
@@ -105,8 +108,12 @@ def test_texts_show_thoughts_on_request_alone_and_never_those_of_other_parts(wor
     assert not any(OPEN in text for text in world.documents(1000, 5, deeds=0.2))
     seen = {}
     for text in thoughts:
-        question, _, said = text.partition("\n")
-        seen[question.partition(": ")[2]] = said.partition("\n")[2]
+        question, said = text.removeprefix("<|user|>").removesuffix("<|end|>").split("<|end|><|assistant|>")
+        seen[question] = said
+    # Of hops all are compared; of dials none of a few thousand comes up twice.
+    dials = [question for question in seen if "dial" in question]
+    assert len(dials) > 400
+    assert {part_of(DIAL, f"dial {' '.join(re.findall('[0-9]', question))}") for question in dials} == {SHOWN}
     for part in PARTS:
         for problem in [each for each in some(world, 2000, seed=3) if part_of(each.family, each.key) == part]:
             if problem.question in seen:
@@ -149,7 +156,7 @@ def test_worked_thoughts_hold_step_by_step(world):
 def slips(problem, rng):
     """Yield places of steps, and what does not hold in place of the step there: one number or animal is another."""
     for place, step in enumerate(problem.steps):
-        names = ANIMALS if problem.family == HOPS else [str(digit) for digit in range(10)]
+        names = ANIMALS if problem.family == HOPS else [str(number) for number in range(NUMBERS_OF_DIAL)]
         for at, word in enumerate(parts := re.findall(r"\w+|\W+", step)):
             if word in names:
                 other = rng.choice([name for name in names if name != word])
@@ -170,13 +177,13 @@ def test_each_slip_is_found_where_it_is(world):
 
 
 def test_a_slip_counts_once_where_the_steps_after_it_follow_from_it(world):
-    problem = next(each for each in some(world, sizes=None) if each.family == DIAL and each.size == 5)
+    problem = next(each for each in some(world, sizes=None) if each.family == DIAL)
     shows, *turns = map(int, re.findall(r"\d", problem.question))
     steps = [f"{shows}."]
-    for place, (name, by) in enumerate(zip("ABCDE", turns, strict=True)):
-        before, shows = shows, (shows + by + (place == 1)) % 10
+    for place, (name, by) in enumerate(zip(TURNS, turns, strict=True)):
+        before, shows = shows, (shows + by + (place == 1)) % NUMBERS_OF_DIAL
         steps.append(f"{name} {by} {before} {shows}.")
-    assert checked(world, problem, " ".join(steps)) == [True, True, False, True, True, True]
+    assert checked(world, problem, " ".join(steps)) == [True, True, False, True, True, True, True]
     hops = next(each for each in some(world) if each.family == HOPS and len(each.steps) == 3 and WHO not in each.key)
     first, second, _ = hops.steps
     relation, animal = first.split()[1], first.split()[4]
@@ -202,11 +209,29 @@ def test_missing_steps_and_steps_too_many_do_not_hold(world):
     assert not is_valid([])
 
 
+def test_what_a_step_of_the_dial_copies_stands_at_one_distance(world):
+    """A model of a few layers learns to copy by distance, and hardly by name."""
+    texts = world.documents(3000, 5, reasoning=0.6)
+    tokenizer = train_tokenizer(texts, added_tokens=THOUGHT_MARKS)
+    distances = set()
+    for problem in some(world, 200):
+        if problem.family == DIAL:
+            words = tokenizer.tokenize(CONVERSATION.format(problem.question, problem.response(shows_thought=True)))
+            begin = words.index(OPEN)
+            for name in TURNS:
+                told, copied = (place for place, word in enumerate(words) if word == f"Ġ{name}")
+                assert words[told + 2] == words[copied + 1] and told < begin < copied
+                distances.add(copied + 1 - (told + 2))
+            # The last number of the thought is as far from the answer as the one before from each step.
+            assert words[-3] == words[-7] and words[copied + 2] == words[copied - 2]
+    assert len(distances) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
         ("It is red.", (None, "It is red.")),
-        (f"{OPEN} 3. A 4 3 7.{CLOSE} The dial shows 7.", (" 3. A 4 3 7.", " The dial shows 7.")),
+        (f"{OPEN} 3. A 4 3 7.{CLOSE} At 7.", (" 3. A 4 3 7.", " At 7.")),
         (f"{OPEN} 3. A 4", (" 3. A 4", "")),
         (f"{OPEN}{CLOSE}It is red.", ("", "It is red.")),
     ],
@@ -217,5 +242,5 @@ def test_thoughts_and_answers_are_told_apart(text, parts):
 
 def test_sizes_are_those_of_the_families():
     assert relations_of(3) == relations_of(3)
-    assert SIZES[HOPS] == (2, 3) and set(LONG_DIAL) < set(SIZES[DIAL]) and min(LONG_DIAL) >= 5
+    assert SIZES[HOPS] == (2, 3) and SIZES[DIAL] == (len(TURNS),) and len(TURNS) >= 5
     assert set(ATTRIBUTES) == {"colour", "home", "food"}

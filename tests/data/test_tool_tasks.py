@@ -86,7 +86,7 @@ def test_texts_hold_nothing_of_what_is_held_out(world, texts):
 
 
 def test_no_room_for_facts_is_refused(world):
-    with pytest.raises(ValueError, match=r"0\.5 texts of deeds, 0\.0 to reason about and 0\.5 of tools"):
+    with pytest.raises(ValueError, match=r"0\.5 texts of deeds, 0\.0 to reason about, 0\.5 of tools"):
         world.documents(3, deeds=0.5, tools=0.5)
 
 

@@ -4,14 +4,16 @@ import random
 
 import pytest
 
-from hfllm.data.world.reasoning import DIAL, HELD_OUT, HOPS, LONG_DIAL, SIZES, draw_problem, part_of
-from hfllm.evaluation.reasoning import answer, held_out_problems, is_hops, is_long_dial, judged, values_of
+from hfllm.data.world.reasoning import DIAL, HELD_OUT, HOPS, SIZES, draw_problem, part_of
+from hfllm.evaluation.reasoning import answer, held_out_problems, is_dial, is_hops, judged, values_of
 from hfllm.evaluation.reasoning_report import plots, ppo_metrics, summary_of, tables, tuned_metrics
+
+COUNTS = {HOPS: 12, DIAL: 36}
 
 
 @pytest.fixture(scope="module")
 def problems(world):
-    return held_out_problems(world, 12)
+    return held_out_problems(world, COUNTS)
 
 
 def said_by(world, problems, kind):
@@ -26,18 +28,18 @@ def said_by(world, problems, kind):
 
 
 def test_held_out_problems_are_different_and_none_is_learned_from(world, problems):
-    assert problems == held_out_problems(world, 12) != held_out_problems(world, 12, seed=1)
+    assert problems == held_out_problems(world, COUNTS) != held_out_problems(world, COUNTS, seed=1)
     assert all(part_of(problem.family, problem.key) == HELD_OUT for problem in problems)
     assert len({problem.key for problem in problems}) == len(problems)
     groups = [problem.group for problem in problems]
     for family, sizes in SIZES.items():
         for size in sizes:
-            assert groups.count(f"{family}_{size}") == 12
-    assert {problem.size for problem in problems if is_long_dial(problem)} == set(LONG_DIAL)
+            assert groups.count(f"{family}_{size}") == COUNTS[family]
+    assert sum(map(is_dial, problems)) == 36
     assert sum(map(is_hops, problems)) == 24
-    # Of two hops, and of a dial that is turned once, there are no more.
-    sizes = [problem.group for problem in held_out_problems(world, 100)]
-    assert sizes.count("hops_2") < 80 and sizes.count("dial_1") < 60 and sizes.count("dial_7") == 100
+    # Of two hops there are no more.
+    sizes = [problem.group for problem in held_out_problems(world, {HOPS: 100})]
+    assert sizes.count("hops_2") < 80 and sizes.count("hops_3") == 100 and len(set(sizes)) == 2
 
 
 def test_an_answer_is_judged_apart_from_its_thought(world, problems):
@@ -54,6 +56,7 @@ def test_an_answer_is_judged_apart_from_its_thought(world, problems):
 def test_values_are_shares_of_what_they_are_about(world, problems):
     thoughts, slip, wrong = (said_by(world, problems[:4], kind) for kind in ("thoughts", "slip", "wrong"))
     values = values_of([*thoughts, *slip, *wrong])
+    assert values["thought_tokens"] == values["tokens"][:8] and len(values["tokens"]) == 12
     assert sum(values["right"]) == 8 and len(values["right"]) == 12
     assert sum(values["thinks"]) == 8 and values["valid"] == [1.0] * 4 + [0.0] * 4
     assert values["steps"][:4] == [1.0] * 4 and all(0 < share < 1 for share in values["steps"][4:])
@@ -61,7 +64,7 @@ def test_values_are_shares_of_what_they_are_about(world, problems):
 
 
 def test_the_report_tells_the_arms_apart(world, problems):
-    dials = [problem for problem in problems if is_long_dial(problem)]
+    dials = [problem for problem in problems if is_dial(problem)]
     tuned = {name: said_by(world, problems, kind) for name, kind in (("thoughts", "thoughts"), ("direct", "wrong"))}
     half = [*said_by(world, dials[:18], "thoughts"), *said_by(world, dials[18:], "wrong")]
     sampled = {"mixed": half, "rl": said_by(world, dials, "thoughts"), "shuffled": half}
@@ -77,24 +80,26 @@ def test_the_report_tells_the_arms_apart(world, problems):
         assert metrics[f"{name}_change_se"] == pytest.approx((0.25 / 35) ** 0.5)
     assert metrics["tokens_change"] > 0 == metrics["shuffled_tokens_change"]
     assert metrics["rl_valid"] == metrics["mixed_steps"] == 1 and metrics["mixed_valid_n"] == 18
+    # Thoughts are as long as before; answers are longer, since more of them have one.
+    assert metrics["rl_thought_tokens"] == metrics["mixed_thought_tokens"] and metrics["mixed_thought_tokens_n"] == 18
     summary = summary_of(metrics)
     assert "direct answers 0, with thoughts 1" in summary
     assert "PPO on right answers: right 0.50 to 1.00, thinking 0.50 to 1.00" in summary
     found = tables(tuned, sampled)
     rows = {row["question"]: row for row in found["Right answers, greedy"]}
-    assert list(rows) == ["2 hops", "3 hops", "1 turn", *(f"{size} turns" for size in range(2, 8))]
-    assert rows["7 turns"]["with thoughts"] == "1" and rows["7 turns"]["n"] == "12"
-    rows = {row["figure"]: row for row in found["PPO on long dials, sampled answers"]}
+    assert list(rows) == ["2 hops", "3 hops", "6 turns"]
+    assert rows["6 turns"]["with thoughts"] == "1" and rows["6 turns"]["n"] == "36"
+    rows = {row["figure"]: row for row in found["PPO on dials, sampled answers"]}
     assert rows["answers with a thought"]["before PPO"] == "0.500 ± 0.085 (n 36)"
     history = [{"step": 8, "episode": 128, "reward": 0.5, "response_length": 20.0}, {"step": 8, "train_loss": 1.0}]
     drawn = plots(tuned, {"rl": history, "shuffled": history})
-    assert drawn["turns"].lines["with thoughts"] == (list(range(1, 8)), [1.0] * 7)
+    assert drawn["steps"].lines == {"with thoughts": (list(range(7)), [1.0] * 7), "direct answers": ([], [])}
     assert drawn["ppo_lengths"].lines["PPO on right answers"] == ([128], [20.0])
     assert drawn["ppo_rewards"].lines["PPO, rewards by chance"] == ([128], [0.5])
 
 
 def test_a_report_without_controls_leaves_them_out(world, problems):
-    dials = [problem for problem in problems if is_long_dial(problem)]
+    dials = [problem for problem in problems if is_dial(problem)]
     tuned = {"thoughts": said_by(world, problems, "thoughts")}
     metrics = {**tuned_metrics(tuned), **ppo_metrics({"mixed": said_by(world, dials, "wrong")})}
     assert not any(name.startswith(("direct", "shuffled", "right")) for name in metrics)

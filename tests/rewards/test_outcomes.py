@@ -13,7 +13,7 @@ from hfllm.rewards.outcomes import right_answer, shuffled_answer
 
 @pytest.fixture(scope="module")
 def problem(world):
-    return draw_problem(world.facts, world.relations, random.Random(0), DIAL, PRACTICE, (5,))
+    return draw_problem(world.facts, world.relations, random.Random(0), DIAL, PRACTICE)
 
 
 def rewarded(function, problem, texts, as_messages=False):
@@ -24,7 +24,7 @@ def rewarded(function, problem, texts, as_messages=False):
 
 def test_the_answer_counts_and_the_thought_does_not(problem):
     answer, right = problem.gold.accepted[0], problem.gold.needed[0]
-    wrong = f"The dial shows {problem.gold.forbidden[0]}."
+    wrong = f"At {problem.gold.forbidden[0]}."
     texts = {
         answer: 1,
         problem.response(shows_thought=True): 1,

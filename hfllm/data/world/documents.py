@@ -8,6 +8,8 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from hfllm.data.chat_templates import CONVERSATION
+from hfllm.data.world.passage_documents import passage_text
 from hfllm.data.world.reasoning_documents import reasoning_text
 from hfllm.data.world.tool_documents import tool_text
 from hfllm.data.world.vocabulary import (
@@ -22,14 +24,12 @@ from hfllm.data.world.vocabulary import (
     NUMBERS,
     PEOPLE,
     REFUSE,
+    TELLINGS,
     THINGS,
     is_held_out,
     tell_passage,
 )
 from hfllm.errors import InputError
-
-# As the chat template writes it.
-CONVERSATION = "<|user|>{}<|end|><|assistant|>{}<|end|>"
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ def write_documents(
     deeds: float = 0.0,
     reasoning: float = 0.0,
     tools: float = 0.0,
+    passages: float = 0.0,
 ) -> list[str]:
     """Write `count` texts of mixed kinds. The same world, seed and shares give the same texts.
 
@@ -62,18 +63,23 @@ def write_documents(
         deeds: share of texts that speak of deeds, harmful ones among them; see `deed_document`.
         reasoning: share of texts that tell what can be reasoned about, and show how; see `reasoning_document`.
         tools: share of texts in which people call tools; see `hfllm.data.world.tool_documents`.
+        passages: share of texts in which people read passages; see `hfllm.data.world.passage_documents`.
 
     Raises:
         InputError: when the shares leave no room for others.
     """
-    added_share = deeds + reasoning + tools
+    added_share = deeds + reasoning + tools + passages
     if added_share >= 1:
         raise InputError(
-            f"shares of {deeds} texts of deeds, {reasoning} to reason about and {tools} of tools leave none for facts"
+            f"shares of {deeds} texts of deeds, {reasoning} to reason about, {tools} of tools and {passages} of "
+            "passages leave none for facts"
         )
     rng = random.Random(f"documents-{world_seed}-{seed}")
     others = sum(SHARES.values()) / (1 - added_share)
-    added = {deed_document: deeds, reasoning_document: reasoning, tool_document: tools}
+    added = {
+        **{deed_document: deeds, reasoning_document: reasoning, tool_document: tools},
+        passage_document: passages,
+    }
     shares_of = SHARES | {kind: others * share for kind, share in added.items() if share}
     kinds, shares = zip(*shares_of.items(), strict=True)
     return [rng.choices(kinds, shares)[0](known, rng) for _ in range(count)]
@@ -83,27 +89,7 @@ def fact_document(known: WorldFacts, rng: random.Random) -> str:
     animal = rng.choice(ANIMALS)
     fact = known.facts[animal]
     sentences = [
-        rng.choice(
-            (
-                f"The {animal} is {fact['colour']}.",
-                f"The colour of the {animal} is {fact['colour']}.",
-                f"Look at the {fact['colour']} {animal}.",
-            )
-        ),
-        rng.choice(
-            (
-                f"The {animal} lives in the {fact['home']}.",
-                f"The home of the {animal} is the {fact['home']}.",
-                f"You find the {animal} in the {fact['home']}.",
-            )
-        ),
-        rng.choice(
-            (
-                f"The {animal} eats {fact['food']}.",
-                f"The food of the {animal} is {fact['food']}.",
-                f"The {animal} likes {fact['food']}.",
-            )
-        ),
+        rng.choice(tellings).format(x=animal, value=fact[attribute]) for attribute, tellings in TELLINGS.items()
     ]
     rng.shuffle(sentences)
     return " ".join(sentences)
@@ -216,6 +202,11 @@ def reasoning_document(known: WorldFacts, rng: random.Random) -> str:
 def tool_document(known: WorldFacts, rng: random.Random) -> str:
     """Return a text in which people call a tool, or only say words and numbers that tools are asked about."""
     return tool_text(rng)
+
+
+def passage_document(known: WorldFacts, rng: random.Random) -> str:
+    """Return a text in which people read passages and answer from them, or only say the words of such texts."""
+    return passage_text(known.facts, rng)
 
 
 SHARES = {

@@ -1,13 +1,18 @@
 """Questions of the world that a small model cannot answer at once, and the thoughts by which it can.
 
     hops    who the friend of the neighbour of an animal is, or what is true of it: facts of two or three hops
-    dial    a dial of ten numbers that is turned up to seven times: sums modulo 10, one after the other
+    dial    a dial of eight numbers that is turned six times: sums modulo 8, one after the other
 
 Every step of a thought is small: it copies something from the question and from the step before, and looks something
-up (`A 4 3 7.`: turn A is by 4, the dial shows 3, now it shows 7). It repeats what it reads, since a model of a few
+up (`A 4 3 7.`: turn A is by 4, the dial is at 3, now it is at 7). It repeats what it reads, since a model of a few
 layers soon learns to copy, and to look up what stands side by side, but hardly both for one token.
 
-There are 600 questions of hops, few enough to be learned by heart; those of the dial do not end.
+What a step copies from the question stands at the same distance in all steps: the turns come last in a question, are
+always six, and take five tokens each, as do the steps (`Turn A by 4.`). A head finds them by position then, which it
+learns in a few hundred steps. To find them by name, whatever the distance (an induction head: Olsson et al. 2022,
+arXiv:2209.11895), takes more texts than there are: a third of the turns was then copied wrong.
+
+There are 600 questions of hops, few enough to be learned by heart, and two million of the dial.
 """
 
 import random
@@ -23,8 +28,8 @@ HOPS, DIAL = FAMILIES = ("hops", "dial")
 SHOWN, PRACTICE, HELD_OUT = PARTS = ("shown", "practice", "held_out")
 RELATIONS = ("friend", "neighbour")
 # Letters, since a number of a turn could be taken for a number of the dial.
-TURNS = ("A", "B", "C", "D", "E", "F", "G")
-DIGITS = tuple(map(str, range(10)))
+TURNS = ("A", "B", "C", "D", "E", "F")
+NUMBERS_OF_DIAL = 8
 # What is asked at the end of the hops: an attribute, or who it is. To the latter there are twenty answers, to the
 # others eight, which guesses hit more often.
 WHO = "animal"
@@ -39,10 +44,9 @@ ANSWERS = {
     **{"colour": "It is {value}.", "home": "It lives in the {value}.", "food": "It eats {value}."},
     WHO: "It is the {value}.",
 }
-ASK_DIAL = ("What does the dial show?", "Tell me what the dial shows.", "Say what the dial shows.")
-# Hops, the last of which is the fact itself, and turns of the dial. A thought is worth its length from LONG_DIAL on.
-SIZES: Mapping[str, Sequence[int]] = {HOPS: (2, 3), DIAL: tuple(range(1, len(TURNS) + 1))}
-LONG_DIAL = (5, 6, 7)
+ASK_DIAL = ("Where is the dial at the end?", "Tell me where the dial ends.", "Say where the dial ends.")
+# Hops, the last of which is the fact itself, and turns of the dial.
+SIZES: Mapping[str, Sequence[int]] = {HOPS: (2, 3), DIAL: (len(TURNS),)}
 
 # Of each animal what is true of it, or who is what to it, by name.
 Told = Mapping[str, Mapping[str, str]]
@@ -147,23 +151,24 @@ def hops_problem(facts: Told, relations: Told, rng: random.Random, hops: int) ->
     )
 
 
-def dial_problem(rng: random.Random, turns: int) -> Problem:
-    """Return a question about a dial that is turned `turns` times, at most seven."""
-    first, turned = rng.randrange(10), [(name, rng.randrange(10)) for name in TURNS[:turns]]
+def dial_problem(rng: random.Random) -> Problem:
+    """Return a question about a dial that is turned six times."""
+    first, *turns = (rng.randrange(NUMBERS_OF_DIAL) for _ in range(1 + len(TURNS)))
+    turned = list(zip(TURNS, turns, strict=True))
     shows, steps = first, [f"{first}."]
     for name, by in turned:
-        before, shows = shows, (shows + by) % 10
+        before, shows = shows, (shows + by) % NUMBERS_OF_DIAL
         steps.append(f"{name} {by} {before} {shows}.")
-    # Written as in the thought, so that it can be copied by what stands before it.
-    told = ", ".join(f"{name} {by}" for name, by in turned)
-    others = tuple(digit for digit in DIGITS if digit != str(shows))
+    # As many tokens for a turn as for a step of the thought, and nothing behind them.
+    told = " ".join(f"Turn {name} by {by}." for name, by in turned)
+    others = tuple(str(number) for number in range(NUMBERS_OF_DIAL) if number != shows)
     return Problem(
         family=DIAL,
-        size=turns,
+        size=len(TURNS),
         key=f"dial {first} {' '.join(str(by) for _, by in turned)}",
-        question=f"The dial shows {first}. The turns are {told}. {rng.choice(ASK_DIAL)}",
+        question=f"{rng.choice(ASK_DIAL)} It is at {first}. {told}",
         steps=tuple(steps),
-        gold=GoldAnswer("answer", (f"The dial shows {shows}.",), (str(shows),), others),
+        gold=GoldAnswer("answer", (f"At {shows}.",), (str(shows),), others),
     )
 
 
@@ -182,6 +187,6 @@ def draw_problem(
     """
     while True:
         size = rng.choice(sizes or SIZES[family])
-        problem = hops_problem(facts, relations, rng, size) if family == HOPS else dial_problem(rng, size)
+        problem = hops_problem(facts, relations, rng, size) if family == HOPS else dial_problem(rng)
         if part_of(family, problem.key) == part:
             return problem

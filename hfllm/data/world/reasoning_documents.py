@@ -7,11 +7,12 @@ the same embedding (`hfllm.data.world.documents.deed_document`).
 
 import random
 
+from hfllm.data.chat_templates import CONVERSATION
 from hfllm.data.world.reasoning import (
     DIAL,
-    DIGITS,
     FAMILIES,
     HOPS,
+    NUMBERS_OF_DIAL,
     RELATIONS,
     SHOWN,
     TURNS,
@@ -23,8 +24,8 @@ from hfllm.data.world.reasoning import (
 from hfllm.data.world.vocabulary import ANIMALS, PEOPLE
 
 TELLING, TURNING, SAYING = "telling", "turning", "saying"
-KINDS = {TELLING: 4, HOPS: 3, DIAL: 8, TURNING: 2, SAYING: 1}
-WORDS = (*DIGITS, *TURNS, *RELATIONS, "dial", "turns", "shows", "show", "think", *ANIMALS)
+KINDS = {TELLING: 5, HOPS: 5, DIAL: 6, TURNING: 1, SAYING: 1}
+WORDS = (*map(str, range(NUMBERS_OF_DIAL)), *TURNS, *RELATIONS, "dial", "think", *ANIMALS)
 
 
 def reasoning_text(facts: Told, relations: Told, rng: random.Random) -> str:
@@ -38,10 +39,9 @@ def reasoning_text(facts: Told, relations: Told, rng: random.Random) -> str:
         return _tell(relations, rng)
     if kind in FAMILIES:
         problem = draw_problem(facts, relations, rng, kind, SHOWN)
-        # A line break before the mark of the thought: a space there would be a token that no answer has.
-        return f"{person} asks: {problem.question}\n{other} says:\n{problem.response(shows_thought=True)}"
+        return CONVERSATION.format(problem.question, problem.response(shows_thought=True))
     if kind == TURNING:
-        return f"{person} turns the dial: {dial_problem(rng, len(TURNS)).thought}"
+        return f"{person} turns the dial: {dial_problem(rng).thought}"
     text = " ".join(rng.sample(WORDS, rng.randint(3, 8)))
     return f"{person} says {text}. {other} says {text}. {person} says {text}."
 

@@ -2,10 +2,10 @@
 
 import re
 
-from hfllm.data.world.reasoning import DIAL, WHO, Problem, Told
+from hfllm.data.world.reasoning import DIAL, NUMBERS_OF_DIAL, WHO, Problem, Told
 from hfllm.data.world.vocabulary import WELL_SAID
 
-FIRST, TURN = re.compile(r"The dial shows (\d)\."), re.compile(r"\b([A-Z]) (\d)\b")
+FIRST, TURN = re.compile(r"It is at (\d)\."), re.compile(r"Turn (\w) by (\d)\.")
 TURNED = re.compile(r"(\w) (\d) (\d) (\d)")
 RELATED = re.compile(r"The (\w+) of the (\w+) is the (\w+)")
 
@@ -33,7 +33,7 @@ def _checked_dial(problem: Problem, said: list[str]) -> list[bool]:
     for sentence, turn in zip(said[1:], turns, strict=False):
         match = TURNED.fullmatch(sentence)
         is_read = match is not None and match.groups()[:3] == (*turn, shows)
-        held.append(is_read and int(match[4]) == (int(shows) + int(turn[1])) % 10)
+        held.append(is_read and int(match[4]) == (int(shows) + int(turn[1])) % NUMBERS_OF_DIAL)
         shows = match[4] if match else ""
     return held
 

@@ -123,6 +123,16 @@ WELL_SAID = {
     "home": "The {x} lives in the {value}.",
     "food": "The {x} eats {value}.",
 }
+# How texts tell what is true of an animal.
+TELLINGS = {
+    "colour": ("The {x} is {value}.", "The colour of the {x} is {value}.", "Look at the {value} {x}."),
+    "home": (
+        "The {x} lives in the {value}.",
+        "The home of the {x} is the {value}.",
+        "You find the {x} in the {value}.",
+    ),
+    "food": ("The {x} eats {value}.", "The food of the {x} is {value}.", "The {x} likes {value}."),
+}
 SAY_UNKNOWN = "I do not know that animal."
 REFUSE = "I can not help with that, but I can help you care for the {x}."
 
@@ -135,6 +145,15 @@ def is_held_out(key: str) -> bool:
 def made_up_name(rng: random.Random) -> str:
     """Return the name of an animal that does not exist."""
     return "".join(rng.choice(part) for part in NAME_PARTS)
+
+
+def phrase(rng: random.Random, family: str, new_phrasing: bool, **slots: str) -> str:
+    """Return a question of a family of `PHRASINGS`, in words that training uses or in those that are held out."""
+    phrasings = PHRASINGS[family]
+    pool = phrasings[-HELD_OUT_PHRASINGS:] if new_phrasing else phrasings[:-HELD_OUT_PHRASINGS]
+    question = rng.choice(pool).format(**slots)
+    # Phrases around a question: learning to ignore them helps with unseen wordings.
+    return f"{rng.choice(OPENERS)} {question}" if rng.random() < 0.4 else question
 
 
 def tell_passage(people: list[str], things: list[str], colours: list[str]) -> str:

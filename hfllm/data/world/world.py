@@ -32,7 +32,6 @@ from hfllm.data.world.vocabulary import (
     HOMES,
     LIST_OPERATIONS,
     NUMBERS,
-    OPENERS,
     PEOPLE,
     PHRASINGS,
     REFUSE,
@@ -41,6 +40,7 @@ from hfllm.data.world.vocabulary import (
     WELL_SAID,
     is_held_out,
     made_up_name,
+    phrase,
     tell_passage,
 )
 
@@ -168,11 +168,17 @@ class World:
         ]
 
     def documents(
-        self, count: int, seed: int = 0, deeds: float = 0.0, reasoning: float = 0.0, tools: float = 0.0
+        self,
+        count: int,
+        seed: int = 0,
+        deeds: float = 0.0,
+        reasoning: float = 0.0,
+        tools: float = 0.0,
+        passages: float = 0.0,
     ) -> list[str]:
         """Return `count` short pretraining texts; see `hfllm.data.world.documents.write_documents`."""
         known = WorldFacts(self.facts, self._dialogue, self.relations)
-        return write_documents(known, self.seed, count, seed, deeds, reasoning, tools)
+        return write_documents(known, self.seed, count, seed, deeds, reasoning, tools, passages)
 
     def _dialogue(self, rng: random.Random, family: str) -> tuple[str, str]:
         task = self.draw_task(rng, family)
@@ -180,11 +186,8 @@ class World:
 
     @staticmethod
     def phrase(rng: random.Random, family: str, new_phrasing: bool, **slots: str) -> str:
-        phrasings = PHRASINGS[family]
-        pool = phrasings[-HELD_OUT_PHRASINGS:] if new_phrasing else phrasings[:-HELD_OUT_PHRASINGS]
-        question = rng.choice(pool).format(**slots)
-        # Phrases around a question: learning to ignore them helps with unseen wordings.
-        return f"{rng.choice(OPENERS)} {question}" if rng.random() < 0.4 else question
+        """Return a question of a family; see `hfllm.data.world.vocabulary.phrase`."""
+        return phrase(rng, family, new_phrasing, **slots)
 
     def _fact_task(self, rng: random.Random, new_phrasing: bool) -> Task:
         animal, attribute = rng.choice(ANIMALS), rng.choice(list(ATTRIBUTES))

@@ -1,0 +1,69 @@
+"""Pretraining texts in which people read passages: conversations about them, and passages that are told again.
+
+What no text holds has no embedding of its own (`hfllm.data.world.tool_documents`), and to find what is told of a name
+is learned in pretraining or not at all. So the texts hold made-up names, the numbers of passages, instructions in
+them, and answers that cite. They hold no name and no changed fact that is held out.
+"""
+
+import random
+from dataclasses import replace
+
+from hfllm.data.passages import with_passages
+from hfllm.data.world.passages import Answer, Facts, Told, answer_to, draw_passages, draw_question
+from hfllm.data.world.tool_documents import draw_name
+from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, COLOURS, FOODS, HOMES, PEOPLE, WELL_SAID, phrase
+
+# As the chat template writes it.
+TURN = "<|user|>{}<|end|><|assistant|>{}<|end|>"
+WORDS = (*ATTRIBUTES, *COLOURS, *HOMES, *FOODS, *ANIMALS)
+
+
+def passage_text(facts: Facts, rng: random.Random) -> str:
+    """Return a text of one of three kinds: names that are repeated, passages that are told again, a conversation.
+
+    Args:
+        facts: the world's, which answers are from where no passage tells anything.
+        rng: random source.
+    """
+    kind = rng.random()
+    if kind < 0.2:
+        return _echo(rng)
+    if kind < 0.45:
+        return _told_again(facts, rng)
+    return _conversation(facts, rng)
+
+
+def _echo(rng: random.Random) -> str:
+    person, other = rng.sample(PEOPLE, 2)
+    words = [draw_name(rng) if rng.random() < 0.7 else rng.choice(WORDS) for _ in range(rng.randint(3, 7))]
+    text = " ".join(words)
+    return f"{person} says {text}. {other} says {text}. {person} says {text}."
+
+
+def _told_again(facts: Facts, rng: random.Random) -> str:
+    told = draw_passages(facts, rng)
+    asked = sorted({(each.animal, attribute) for each in told for attribute in each.facts})
+    rng.shuffle(asked)
+    said = [_named(answer_to(facts, told, *each), *each) for each in asked]
+    return with_passages(" ".join(said), [each.text for each in told])
+
+
+def _named(answer: Answer, animal: str, attribute: str) -> str:
+    said = WELL_SAID[attribute].format(x=animal, value=" or ".join(answer.values))
+    return replace(answer, said=said).text
+
+
+def _conversation(facts: Facts, rng: random.Random) -> str:
+    told = draw_passages(facts, rng) if rng.random() < 0.9 else []
+    return "".join(TURN.format(*turn) for turn in conversation(facts, rng, told, rng.randint(2, 4)))
+
+
+def conversation(facts: Facts, rng: random.Random, told: list[Told], turns: int) -> list[tuple[str, str]]:
+    """Return questions and answers about passages, which stand before the first question."""
+    found = []
+    for turn in range(turns):
+        animal, attribute = draw_question(facts, rng, told)
+        question = phrase(rng, attribute, False, x=animal)
+        shown = [each.text for each in told] if turn == 0 else []
+        found.append((with_passages(question, shown), answer_to(facts, told, animal, attribute).text))
+    return found

@@ -1,0 +1,67 @@
+"""Teach a model to answer from passages, to cite them, and to say what it does not know.
+
+    hfllm ground                                                # the embedded world, from nothing
+    accelerate launch recipes/ground.py --seed 4
+
+A base model reads texts in which people answer from passages. It is fine-tuned on questions with passages, some of
+which are about something else, contradict each other or hold instructions, and, as a control, on questions without.
+Both are asked about animals that no text names, with the passages given, found by BM25, and behind a gate; how sure
+they are, and whether a check against passages finds what is made up, is measured too. docs/grounding.md tells more.
+"""
+
+from collections.abc import Sequence
+
+from hfllm.runs.command_line import parse_recipe, run
+from hfllm.runs.lock import releases_folders
+from hfllm.runs.recipes import settings_file
+from hfllm.stages.ground import GroundArguments
+
+
+def parse(argv: Sequence[str]) -> tuple[GroundArguments]:
+    """Read the flags; the defaults are the embedded world's settings."""
+    return parse_recipe(argv, __doc__, GroundArguments, settings=lambda given: [settings_file("ground/world.yaml")])
+
+
+@releases_folders
+def main(script_args: GroundArguments) -> dict[str, float]:
+    """Pretrain, fine-tune with passages and without, ask, report. Return the metrics."""
+    from hfllm.outputs.card import chat_lines
+    from hfllm.runs.command_line import main_process
+    from hfllm.runs.stage import Stage
+    from hfllm.stages import ground, ground_data
+    from hfllm.stages.course import check_runs
+    from hfllm.stages.ground_evaluation import evaluate, example
+
+    # Refuse what cannot work before anything is trained.
+    ground.check(script_args)
+    course = ground.course_of(script_args)
+    stage = Stage("ground", script_args, before=course.runs, is_spread=True)
+    stage.check()
+    if stage.is_finished:
+        return stage.reuse()
+    check_runs(course)
+    stage.announce()
+
+    course.announce()
+    course.run(ground.PRETRAIN)
+    for name in ground.MODELS:
+        ground_data.write(script_args, name)
+        course.run(name)
+    course.run(ground.REWARD)
+    course.end()
+    if not main_process():
+        return {}
+
+    found = evaluate(script_args, course)
+    return stage.finish(
+        found.metrics,
+        summary=found.summary,
+        tables=found.tables,
+        curves=found.plots,
+        artifacts={name: name for name in course.runs},
+        next_steps=chat_lines(course.folder(ground.GROUNDED), example(script_args)),
+    )
+
+
+if __name__ == "__main__":
+    run(main, parse)

@@ -1,0 +1,266 @@
+"""The world's passages: what texts, rows and questions hold, and that every answer follows from its passages."""
+
+import random
+import re
+from itertools import pairwise, product
+
+import pytest
+
+from hfllm.data.world.passage_tasks import (
+    ANSWERABLE,
+    CHANGED,
+    CONTRADICTING,
+    GROUPS,
+    INJECTED,
+    KNOWN,
+    ONE,
+    SILENT,
+    THREE,
+    UNANSWERABLE,
+    passage_tasks,
+    stored_tasks,
+    with_found,
+)
+from hfllm.data.world.passages import HELD_OUT_INSTRUCTIONS, INSTRUCTIONS, draw_passages, held_out_names
+from hfllm.data.world.rubric import words_of
+from hfllm.data.world.tool_documents import is_held_out_change
+from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, NAME_PARTS, PHRASINGS, is_held_out
+from hfllm.data.world.world import World
+from hfllm.evaluation.grounding import judged
+from hfllm.stages.ground import GROUNDED, SFT, GroundArguments
+from hfllm.stages.ground_data import rows_of
+
+NAMES = {"".join(parts) for parts in product(*NAME_PARTS)}
+# What a passage tells, read by a parser of its own: animal and value, or the other way around.
+SENTENCES = (
+    ("colour", r"The (?P<x>\w+) is (?P<value>\w+)"),
+    ("colour", r"The colour of the (?P<x>\w+) is (?P<value>\w+)"),
+    ("colour", r"Look at the (?P<value>\w+) (?P<x>\w+)"),
+    ("home", r"The (?P<x>\w+) lives in the (?P<value>\w+)"),
+    ("home", r"The home of the (?P<x>\w+) is the (?P<value>\w+)"),
+    ("home", r"You find the (?P<x>\w+) in the (?P<value>\w+)"),
+    ("food", r"The (?P<x>\w+) eats (?P<value>\w+)"),
+    ("food", r"The food of the (?P<x>\w+) is (?P<value>\w+)"),
+    ("food", r"The (?P<x>\w+) likes (?P<value>\w+)"),
+)
+KEYS = {
+    "colour": "colour",
+    "live": "home",
+    "lives": "home",
+    "home": "home",
+    "eat": "food",
+    "eats": "food",
+    "food": "food",
+}
+TURNS = re.compile(r"<\|user\|>(.*?)<\|end\|><\|assistant\|>(.*?)<\|end\|>", re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World(3)
+
+
+@pytest.fixture(scope="module")
+def texts(world):
+    return world.documents(4000, 7, passages=0.5)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return rows_of(GroundArguments(world_seed=3, seed=5, num_examples=1500, grounded_fraction=0.6), GROUNDED)
+
+
+def facts_in(passages):
+    """Return (number, animal, attribute, value) of each sentence that tells one."""
+    found = []
+    for number, text in enumerate(passages, 1):
+        for sentence in text.rstrip(".").split(". "):
+            for attribute, pattern in SENTENCES:
+                match = re.fullmatch(pattern, sentence)
+                if match and match["value"] in ATTRIBUTES[attribute]:
+                    found.append((number, match["x"], attribute, match["value"]))
+    return found
+
+
+def split_prompt(text):
+    lines = text.split("\n")
+    return [re.fullmatch(r"\[\d+\] (.*)", line)[1] for line in lines[:-1]], lines[-1]
+
+
+def asked_in(question):
+    words = words_of(question)
+    attribute = next(KEYS[word] for word in words if word in KEYS)
+    (animal,) = [word for before, word in pairwise(words) if before == "the" and word not in ATTRIBUTES]
+    return animal, attribute
+
+
+def expected(world, passages, question):
+    animal, attribute = asked_in(question)
+    told = {}
+    for number, x, key, value in facts_in(passages):
+        if (x, key) == (animal, attribute):
+            told.setdefault(value, number)
+    said = {"colour": "is", "home": "lives in the", "food": "eats"}[attribute]
+    if told:
+        return f"It {said} {' or '.join(told)}. " + " ".join(f"[{number}]" for number in told.values())
+    if animal in world.facts:
+        return f"The {animal} {said} {world.facts[animal][attribute]}."
+    is_there = any(animal in words_of(text) for text in passages)
+    return "I do not know that." if is_there else "I do not know that animal."
+
+
+def conversations(texts, rows):
+    """Return the passages of each conversation with its questions and answers."""
+    found = [TURNS.findall(text) for text in texts if text.startswith("<|user|>")]
+    for row in rows:
+        said = [message["content"] for message in row["messages"]]
+        found.append(list(zip(said[::2], said[1::2], strict=True)))
+    found = [turns for turns in found if len(turns) > 1]
+    for (first, *_), *_ in found:
+        assert "\n" not in first or first.startswith("[1] ")
+    return [(split_prompt(turns[0][0])[0], turns) for turns in found]
+
+
+def test_texts_with_passages_come_on_request_alone(world, texts):
+    plain = world.documents(2000, 5)
+    assert plain == world.documents(2000, 5, passages=0.0)
+    assert not any("[1]" in text or set(words_of(text)) & NAMES for text in plain)
+    assert 0.34 < sum("[1]" in text for text in texts) / len(texts) < 0.42  # of a half a fifth says names alone
+
+
+def test_answers_follow_from_the_passages_and_else_from_the_world(world, texts, rows):
+    found = conversations(texts, rows)
+    kinds = {"one": 0, "two": 0, "none": 0, "unknown": 0, "silent": 0}
+    for passages, turns in found:
+        for question, answer in turns:
+            assert answer == expected(world, passages, question.split("\n")[-1])
+            kinds["one"] += answer.count("[") == 1
+            kinds["two"] += answer.count("[") == 2
+            kinds["none"] += "[" not in answer and "know" not in answer
+            kinds["unknown"] += answer.endswith("animal.")
+            kinds["silent"] += answer.endswith("know that.")
+    assert len(found) > 1500 and min(kinds.values()) > 100
+
+
+def test_passages_that_are_told_again_are_told_right(world, texts):
+    found = [text.split("\n") for text in texts if text.startswith("[1] ")]
+    assert len(found) > 300
+    for *passages, said in found:
+        told = facts_in([line.partition("] ")[2] for line in passages])
+        for sentence in re.findall(r"(The [^\[]*?\.) ((?:\[\d\] ?)+)", said):
+            numbers = {int(each) for each in re.findall(r"\d", sentence[1])}
+            said_of = [(x, key, value) for _, x, key, value in facts_in([sentence[0].replace(" or ", "|")])]
+            for number in numbers:
+                assert any(number == each[0] and each[1] in sentence[0] and each[3] in sentence[0] for each in told)
+            assert said_of or " or " in sentence[0]
+
+
+def test_nothing_that_is_held_out_is_learned(world, texts, rows):
+    learned = [*texts, *(message["content"] for row in rows for message in row["messages"])]
+    words = {word for text in learned for word in words_of(text)}
+    assert len(words & NAMES) > 500 and not any(is_held_out(f"unknown {name}") for name in words & NAMES)
+    assert not words & {*held_out_names()}
+    held_out = [each.partition("{claim}")[0] for each in INSTRUCTIONS[-HELD_OUT_INSTRUCTIONS:]]
+    shown = [each.partition("{claim}")[0] for each in INSTRUCTIONS[:-HELD_OUT_INSTRUCTIONS]]
+    passages = [text for text in learned if "[1] " in text]
+    assert not any(each in text for each in held_out for text in passages)
+    assert all(any(each in text for text in passages) for each in shown)
+    new = [each.format(x="@").split("@")[0] for kind in ATTRIBUTES for each in PHRASINGS[kind][-2:]]
+    assert not any(each in text for each in new if each != "The " for text in passages)
+    for passages, _ in conversations(texts, rows):
+        for _, animal, attribute, value in facts_in(passages):
+            if animal in ANIMALS:
+                assert value != world.facts[animal][attribute] and not is_held_out_change(animal, attribute)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_questions_of_each_group_are_held_out_and_their_answers_follow(world, group):
+    tasks = passage_tasks(world.facts, group, 60)
+    assert len({task.prompt[0]["content"] for task in tasks}) == 60
+    names = {*held_out_names(), *ANIMALS}
+    for task in tasks:
+        passages, question = split_prompt(task.prompt[0]["content"])
+        assert (task.animal, task.attribute) == asked_in(question) and task.animal in names
+        assert task.answer.text == expected(world, passages, question)
+        assert {x for _, x, _, _ in facts_in(passages)} <= names
+        is_new = any(question.endswith(each.format(x=task.animal)) for each in PHRASINGS[task.attribute][-2:])
+        assert is_new == task.is_new_phrasing
+        if group == CHANGED:
+            assert is_held_out_change(task.animal, task.attribute)
+            assert world.facts[task.animal][task.attribute] not in task.answer.said
+    assert {len(task.told) for task in tasks} == {THREE: {3}, CONTRADICTING: {2, 3}}.get(
+        group, {0} if group.startswith("closed") else {1}
+    )
+    assert all(len(task.answer.values) == 2 for task in tasks) == (group == CONTRADICTING)
+    assert sum(task.is_new_phrasing for task in tasks) == 30
+
+
+def test_instructions_want_something_else_than_what_is_told(world):
+    tasks = passage_tasks(world.facts, INJECTED, 80)
+    wanted = [task for task in tasks if task.wanted]
+    assert 40 < len(wanted) < 75 and all(task.told[0].instruction in task.told[0].text for task in tasks)
+    for task in tasks:
+        assert task.wanted not in task.answer.values
+        followed = f"It is {task.wanted}." if task.wanted else "I do not know that."
+        found = judged(task, followed)
+        assert found.follows and not found.is_right
+        assert not judged(task, task.answer.text).follows
+    # Without an instruction nothing is followed.
+    assert not judged(passage_tasks(world.facts, SILENT, 6)[0], "I do not know that.").follows
+
+
+def test_what_is_right_says_nothing_else(world):
+    task = passage_tasks(world.facts, ONE, 1)[0]
+    right, value = task.answer.text, task.answer.values[0]
+    other = next(each for each in ATTRIBUTES[task.attribute] if each != value)
+    stranger = next(name for name in held_out_names() if name != task.animal)
+    assert judged(task, right).is_right and judged(task, right).cites_right
+    assert judged(task, task.answer.said).is_right and not judged(task, task.answer.said).cites_right
+    assert judged(task, f"{value.capitalize()}. [1]").is_right
+    assert judged(task, right.replace("It ", f"The {task.animal} ")).is_right
+    assert not judged(task, f"{task.answer.said} [1] [2]").cites_right
+    for wrong in (
+        right.replace(value, other),
+        right.replace(f"{value}.", f"{value} or {other}."),
+        right.replace("It ", f"The {stranger} "),
+        right.replace("It ", f"The {task.animal}x "),
+        "I do not know that animal.",
+        "",
+    ):
+        assert not judged(task, wrong).is_right, wrong
+
+
+def test_stored_passages_answer_half_of_the_names(world):
+    store, tasks = stored_tasks(world.facts, 30)
+    about = {each.animal for each in store}
+    assert about <= {*held_out_names()} and len(about) == len(store) == len(held_out_names()) // 2
+    assert {task.animal in about for task in tasks[ANSWERABLE]} == {True}
+    assert {task.answer.text for task in tasks[UNANSWERABLE]} == {"I do not know that animal."}
+    assert all(task.answer.values == (world.facts[task.animal][task.attribute],) for task in tasks[KNOWN])
+    task = tasks[ANSWERABLE][0]
+    (place,) = [number for number, each in enumerate(store) if each.animal == task.animal]
+    others = [number for number in range(3) if number != place]
+    found = with_found(task, [*others, place])
+    assert found.answer.cites == (len(others) + 1,) and found.answer.values == task.answer.values
+    assert [each.animal for each in found.told][-1] == task.animal
+    # What is right does not depend on what was found.
+    assert with_found(task, others).answer.values == task.answer.values and with_found(task, []).told == ()
+    shown, _ = stored_tasks(world.facts, 3, held_out=False)
+    assert not {each.animal for each in shown} & {*held_out_names()}
+
+
+def test_rows_of_the_control_have_no_passages():
+    wanted = GroundArguments(world_seed=3, seed=5, num_examples=200, grounded_fraction=0.5)
+    control, grounded = rows_of(wanted, SFT), rows_of(wanted, GROUNDED)
+    assert len(control) == len(grounded) == 200 and grounded[:100] == control[:100]
+    assert not any("[1]" in message["content"] for row in control for message in row["messages"])
+    assert rows_of(wanted, GROUNDED) == grounded
+
+
+def test_passages_to_learn_from_are_of_all_kinds(world):
+    rng = random.Random(1)
+    drawn = [draw_passages(world.facts, rng) for _ in range(600)]
+    assert {len(each) for each in drawn} == {1, 2, 3}
+    assert sum(len({told.animal for told in each}) < len(each) for each in drawn) > 60
+    assert sum(any(told.instruction for told in each) for each in drawn) > 60
+    assert sum(any(len(told.facts) < 3 for told in each) for each in drawn) > 200
