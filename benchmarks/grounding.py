@@ -3,12 +3,14 @@
     OMP_NUM_THREADS=1 python benchmarks/grounding.py
     OMP_NUM_THREADS=1 python benchmarks/grounding.py --vectors l2_supercat_256.safetensors --tokenizer tokenizer.json
     OMP_NUM_THREADS=1 python benchmarks/grounding.py --megabytes 100
+    OMP_NUM_THREADS=1 python benchmarks/grounding.py --model NAME
 
 Seconds are CPU-seconds. Both sides are measured in turns in one process, on the same texts, words and queries.
 Questions are made of the documentation itself: the first sentence of a docstring is to find the rest of it, and so are
 the words of its name. The control looks for the rest of another docstring. `--vectors` and `--tokenizer` name static
 word vectors, such as those in WordLlama's wheel, to be joined with BM25. `--megabytes` indexes texts of drawn words
-instead, read from a file, in a process of its own, and says what memory that takes.
+instead, read from a file, in a process of its own, and says what memory that takes. `--model` prints what semantic
+entropy of a model's answers costs instead: the tokens of ten samples beside those of the answers.
 """
 
 import argparse
@@ -225,12 +227,42 @@ def large_table(megabytes: int, sides: Sequence[str]) -> list[str]:
     return [*lines, "", note]
 
 
+# ---- what semantic entropy costs ----
+
+
+def cost_table(name: str, prompts: int = 16, samples: int = 10, max_new_tokens: int = 24) -> list[str]:
+    """The cost of sampling in tokens and CPU-seconds, for questions about the documentation of Python."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hfllm.grounding.prompts import as_prompt
+    from hfllm.grounding.samples import answer_with_samples, sample_with_scores, sampling_cost
+    from hfllm.grounding.uncertainty import semantic_entropy
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+    asked = questions_of(prompts)[2]["words of the name"]
+    questions = [as_prompt(f"What is {words} in Python?", tokenizer) for words in asked]
+    options = {"max_new_tokens": max_new_tokens}
+    alone, _ = seconds(lambda: sample_with_scores(model, tokenizer, questions, 1, do_sample=False, **options))
+    both, rows = seconds(lambda: answer_with_samples(model, tokenizer, questions, samples, **options))
+    measured, _ = seconds(lambda: semantic_entropy(rows))
+    cost = sampling_cost(rows)
+    return [
+        "| tokens of an answer | of its samples | all, times the answer | CPU-s, answers | with samples | entropies |",
+        "| - | - | - | - | - | - |",
+        f"| {cost['given_tokens']:.1f} | {cost['sampled_tokens']:.1f} | {cost['times_as_many']:.1f} | {alone:.1f} "
+        f"| {both:.1f} | {measured:.2f} |",
+        "",
+        f"{name}: {prompts} prompts, {samples} samples each of at most {max_new_tokens} tokens.",
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vectors", help="a safetensors file with a matrix of word vectors")
     parser.add_argument("--tokenizer", help="the tokenizer.json whose tokens are its rows")
     parser.add_argument("--megabytes", type=int, help="index so much text of drawn words instead")
     parser.add_argument("--sides", nargs="+", default=["hfllm"], choices=["hfllm", "bm25s"], help="of --megabytes")
+    parser.add_argument("--model", help="a causal language model: print what its semantic entropy costs instead")
     parser.add_argument("--output", help="a file for the tables")
     parser.add_argument("--large", help=argparse.SUPPRESS)
     parser.add_argument("--file", help=argparse.SUPPRESS)
@@ -240,6 +272,8 @@ def main() -> None:
         return
     if args.megabytes:
         lines = large_table(args.megabytes, args.sides)
+    elif args.model:
+        lines = cost_table(args.model)
     else:
         lines = [*speed_table(), "", *recall_table(args.vectors, args.tokenizer)]
     print("\n".join(lines))

@@ -60,6 +60,10 @@ def to_text(origin: str, row: Row) -> str:
     for column in ("text", "content"):
         if isinstance(row.get(column), str):
             return row[column]
+    # A number or a list, where there is such a column.
+    for column in ("text", "content"):
+        if row.get(column) is not None:
+            raise InputError(f"{origin}: {column} must be a text, got {row[column]!r:.60}")
     raise _unreadable(origin, row, ("text", "content"))
 
 

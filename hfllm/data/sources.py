@@ -96,6 +96,8 @@ def iterate_source(name: str, part: HubPart = TRAIN) -> Iterator[tuple[str, dict
             raise InputError(f"{file}: not UTF-8 after row {count}: {error.reason}") from None
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise InputError(f"{file}: not gzip, or cut short after row {count}: {error}") from None
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read after row {count}: {error.strerror or error}") from None
     if files is None:
         for number, row in enumerate(_load_from_hub(name, part), 1):
             yield f"{name}, row {number}", row
@@ -111,7 +113,11 @@ def source_files(name: str) -> list[Path] | None:
     """
     path = Path(name)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.name.endswith(EXTENSIONS))
+        files = sorted(file for file in path.rglob("*") if file.name.endswith(EXTENSIONS) and not file.is_dir())
+        for file in files:
+            # A pipe would be waited for.
+            if not file.is_file():
+                raise InputError(f"{file}: not a file that can be read, such as a link to nowhere or a pipe")
         if not files:
             raise InputError(f"dataset folder {name!r} holds no file that ends in {', '.join(EXTENSIONS)}")
         return files

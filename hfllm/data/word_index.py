@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
+from unicodedata import normalize
+from uuid import uuid4
 
 from hfllm.errors import InputError
 
@@ -17,7 +19,14 @@ if TYPE_CHECKING:
 
 FILE = "words.safetensors"
 FORMAT = "hfllm words 1"
-ARRAYS = ("words", "texts_of_word", "places", "counts", "lengths")
+# Arrays of a stored index, and their types.
+ARRAYS = {
+    "words": ("uint8",),
+    "texts_of_word": ("int32", "int64"),
+    "places": ("int32",),
+    "counts": ("uint8", "uint16", "uint32", "int32"),
+    "lengths": ("int32",),
+}
 K1, B = 1.5, 0.75
 # Words that are counted at a time: about 150 MB of memory.
 BLOCK = 1 << 22
@@ -25,8 +34,12 @@ _WORD = re.compile(r"\w+")
 
 
 def words_of(text: str) -> list[str]:
-    """Return the words of a text: runs of letters, digits and underscores, without letter case."""
-    return _WORD.findall(text.casefold())
+    """Return the words of a text: runs of letters, digits and underscores, without letter case.
+
+    A letter with an accent is one whether a text has it as one character or as two.
+    """
+    folded = text.casefold()
+    return _WORD.findall(folded if folded.isascii() else normalize("NFC", folded))
 
 
 def import_bm25s(needed_by: str, extra: str = "grounding") -> ModuleType:
@@ -158,7 +171,8 @@ class WordIndex:
         lengths = np.concatenate(self._lengths)
         values = (words, postings.texts_of_word, postings.places, postings.counts, lengths)
         arrays = dict(zip(ARRAYS, values, strict=True))
-        unfinished = file.with_suffix(".unfinished")
+        # Of its own, since another process may save into the same folder.
+        unfinished = file.with_name(f"{file.name}.{uuid4().hex}")
         try:
             save_file(arrays, unfinished, {"format": FORMAT, "passages": passages})
             unfinished.replace(file)
@@ -180,7 +194,8 @@ class WordIndex:
         try:
             with safe_open(file, "numpy") as stored:
                 metadata, arrays = stored.metadata() or {}, {name: stored.get_tensor(name) for name in ARRAYS}
-        except (SafetensorError, OSError, KeyError) as error:
+        # Of the last two for types that numpy lacks.
+        except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file}: no index of words, or damaged: {str(error).splitlines()[0][:80]}") from None
         if metadata.get("format") != FORMAT:
             raise InputError(f"{file}: format {metadata.get('format')!r}; expected {FORMAT!r}")
@@ -195,8 +210,8 @@ class WordIndex:
         """Take over stored arrays, or return what is wrong with them."""
         import numpy as np
 
-        if any(array.ndim != 1 or array.dtype.kind not in "iu" for array in arrays.values()):
-            return "its arrays are not lists of whole numbers"
+        if any(array.ndim != 1 or array.dtype.name not in ARRAYS[name] for name, array in arrays.items()):
+            return "its arrays are not lists of whole numbers of the types that save writes"
         words, texts_of_word, places, counts, lengths = (arrays[name] for name in ARRAYS)
         try:
             self._numbers |= {word: place for place, word in enumerate(words.tobytes().decode().split("\n"))}
@@ -208,7 +223,7 @@ class WordIndex:
         if len(places) != len(counts) or places.min(initial=0) < 0 or places.max(initial=0) >= len(lengths):
             return f"its postings are not of {len(lengths)} texts"
         # Each word of each text is in a posting.
-        if not np.array_equal(np.bincount(places, counts, len(lengths)), lengths):
+        if counts.min() < 1 or not np.array_equal(np.bincount(places, counts, len(lengths)), lengths):
             return "its counts are not those of its texts"
         self._lengths, self._size = [lengths], len(lengths)
         self._blocks = [_Postings(texts_of_word, places, counts)]

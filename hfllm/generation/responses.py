@@ -85,7 +85,8 @@ def sample_with_ends(
 
     was_training = model.training
     model.eval()
-    settings: dict[str, Any] = {"do_sample": do_sample}
+    # A model's own generation config may ask for beams, of which none is what was sampled, or greedy.
+    settings: dict[str, Any] = {"do_sample": do_sample, "num_beams": 1}
     if do_sample:
         settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     if stop_strings:

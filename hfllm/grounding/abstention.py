@@ -17,6 +17,15 @@ UNKNOWN = "I do not know."
 _NAMED = {"never": -math.inf, "always": math.inf}
 
 
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return not math.isnan(value)
+    except OverflowError:
+        return False
+
+
 @dataclass(frozen=True)
 class Abstainer:
     """Answers where the uncertainty is below a threshold.
@@ -29,7 +38,7 @@ class Abstainer:
         alpha, delta: see `hfllm.grounding.conformal`.
 
     Raises:
-        InputError: for a threshold that is no number.
+        InputError: for a threshold that is no number, and other values of a type or size that they cannot have.
     """
 
     threshold: float
@@ -40,9 +49,17 @@ class Abstainer:
     delta: float | None = None
 
     def __post_init__(self):
-        is_number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
-        if not is_number or math.isnan(self.threshold):
-            raise InputError(f"threshold must be a number, got {self.threshold!r}")
+        if not _is_number(self.threshold):
+            raise InputError(f"threshold must be a number, got {self.threshold!r:.40}")
+        if not isinstance(self.rows, int) or self.rows < 0:
+            raise InputError(f"rows must be a number of rows, got {self.rows!r:.40}")
+        for name in ("guarantee", "measure"):
+            if not isinstance(getattr(self, name), str):
+                raise InputError(f"{name} must be a text, got {getattr(self, name)!r:.40}")
+        for name in ("alpha", "delta"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and 0 < value < 1):
+                raise InputError(f"{name} must lie between 0 and 1, got {value!r:.40}")
 
     def answers(self, uncertainty: Sequence[float]) -> np.ndarray:
         """Return for each row whether it is answered, (N,) bool.
@@ -90,4 +107,5 @@ class Abstainer:
         try:
             return cls(**{**read, "threshold": _NAMED.get(value, value) if isinstance(value, str) else value})
         except InputError as error:
-            raise InputError(f"{path}: {error}, or 'never' or 'always'") from None
+            more = ", or 'never' or 'always'" if str(error).startswith("threshold") else ""
+            raise InputError(f"{path}: {error}{more}") from None

@@ -3,15 +3,18 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 from hfllm.data.passages import citations_of, without_citations
+from hfllm.data.plain_text import plain_text
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.generation.responses import Response, sample_with_ends
 from hfllm.grounding.found import Found, Retriever
 from hfllm.grounding.marginal import passage_weights, rag_sequence_answers, rag_token_answers
-from hfllm.grounding.prompts import Prompt, as_prompt, check_room, grounded, question_of
+from hfllm.grounding.passages import Passages, check_tokenizer
+from hfllm.grounding.prompts import Prompt, as_prompt, check_questions, check_room, grounded, question_of
 from hfllm.grounding.retrieval import scoring_enough
 
 if TYPE_CHECKING:
@@ -85,34 +88,40 @@ def answer_with_passages(
         marginal: `sequence` or `token`: each passage in a prompt of its own, see `hfllm.grounding.marginal`.
         weight_temperature: what scores are divided by before the softmax that weighs passages there.
 
+    Passages cannot open or end a turn: control tokens that they spell are broken, see `hfllm.data.plain_text`.
+
     Raises:
-        InputError: for numbers that make no sense, a prompt that leaves no room for the answer, or sampling of a
-            mixture.
+        InputError: for numbers that make no sense, questions that are none, passages that another tokenizer cut, a
+            prompt that leaves no room for the answer, a tokenizer without padding token, or sampling of a mixture.
     """
     if marginal is not None and marginal not in MARGINALS:
         raise InputError(f"marginal={marginal!r}: expected {', '.join(MARGINALS)} or None")
     if marginal is not None and do_sample:
         raise InputError(f"do_sample cannot be used with marginal={marginal!r}, whose answers are the likeliest")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if isinstance(questions, str):
-        raise InputError(f"questions must be a list, got the text {questions!r:.60}")
+    for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if not isinstance(number, Integral) or number < 1:
+            raise InputError(f"{name} must be a whole number of at least 1, got {number!r:.40}")
+    check_questions(questions, tokenizer)
+    if tokenizer.pad_token_id is None:
+        raise InputError("the tokenizer has no padding token: set tokenizer.pad_token")
+    if isinstance(retriever.passages, Passages):
+        check_tokenizer(retriever.passages, tokenizer, "the retriever's passages")
     if not questions:
         return []
     asked = [as_prompt(question, tokenizer) for question in questions]
     found = retriever.retrieve([question_of(prompt) for prompt in asked], top_k)
     if min_score is not None:
         found = _gated(found, min_score)
+    plain = plain_text(tokenizer)
+    shown = [[plain(each.passage.text) for each in given] for given in found]
     if marginal is None:
-        prompts = [
-            grounded(prompt, [each.passage.text for each in given]) for prompt, given in zip(asked, found, strict=True)
-        ]
+        prompts = [grounded(prompt, texts) for prompt, texts in zip(asked, shown, strict=True)]
         tokens = [tokenize_prompts([prompt], tokenizer)[0] for prompt in prompts]
         check_room(model, tokenizer, tokens, found, max_new_tokens)
         sampling = {"do_sample": do_sample, "batch_size": batch_size, "seed": seed}
         said = [responses[0] for responses in sample_with_ends(model, tokenizer, prompts, max_new_tokens, **sampling)]
     else:
-        said = _mixed(model, tokenizer, asked, found, max_new_tokens, batch_size, marginal, weight_temperature)
+        said = _mixed(model, tokenizer, asked, shown, found, max_new_tokens, batch_size, marginal, weight_temperature)
     return [
         GroundedAnswer(question_of(prompt), response.text, given, response.has_ended, marginal is not None)
         for prompt, response, given in zip(asked, said, found, strict=True)
@@ -135,6 +144,7 @@ def _mixed(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     asked: Sequence[Prompt],
+    shown: Sequence[list[str]],
     found: Sequence[list[Found]],
     max_new_tokens: int,
     batch_size: int,
@@ -143,8 +153,7 @@ def _mixed(
 ) -> list[Response]:
     """Return answers from the passages of each question apart; from the question alone where it has none."""
     prompts = [
-        [grounded(prompt, [each.passage.text]) for each in given] or [prompt]
-        for prompt, given in zip(asked, found, strict=True)
+        [grounded(prompt, [text]) for text in texts] or [prompt] for prompt, texts in zip(asked, shown, strict=True)
     ]
     tokens = [tokenize_prompts([prompt], tokenizer)[0] for each in prompts for prompt in each]
     alone = [passages for given in found for passages in ([[each] for each in given] or [[]])]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hfllm.data.plain_text import plain_text
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.data.transcripts import to_prompt
 from hfllm.errors import InputError
@@ -144,9 +145,11 @@ class AskedModel:
         Raises:
             InputError: as `log_odds`.
         """
+        # A passage must not answer by a turn of its own.
+        plain = plain_text(self.tokenizer)
         # Not by str.format: a text may hold braces of its own.
         asked = [
-            _filled(question, passage, claim)
+            _filled(question, plain(passage), plain(claim))
             for claim, passage in zip(claims, passages, strict=True)
             for question in self.questions
         ]

@@ -41,10 +41,10 @@ def as_numbers(values: Sequence[float] | np.ndarray, name: str) -> np.ndarray:
     Raises:
         InputError: when there are none, they are not one number per row, or a row's is NaN.
     """
-    values = values.tolist() if hasattr(values, "tolist") else list(values)
     try:
+        values = values.tolist() if hasattr(values, "tolist") else list(values)
         numbers = np.array(values, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = np.zeros((0, 0))
     if numbers.ndim != 1:
         raise InputError(f"{name} must be one number per row, got {str(values)[:60]}")
@@ -143,9 +143,11 @@ def shuffled_auroc(
     It is the control: an AUROC within two deviations of it says nothing.
 
     Raises:
-        InputError: as `auroc`.
+        InputError: as `auroc`, and for no rounds.
     """
     numbers, labels = as_pairs(uncertainty, wrong)
+    if rounds < 1:
+        raise InputError(f"rounds must be at least 1, got {rounds}")
     rng = np.random.default_rng(seed)
     found = [auroc(numbers, rng.permutation(labels)) for _ in range(rounds)]
     return float(np.mean(found)), float(np.std(found))

@@ -7,6 +7,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError
@@ -70,6 +71,9 @@ class Chunker:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase | None" = None, max_tokens: int = 200, overlap: int = 20):
+        for name, number in (("max_tokens", max_tokens), ("overlap", overlap)):
+            if not isinstance(number, Integral):
+                raise InputError(f"{name}={number!r:.40}: expected a whole number")
         if max_tokens < 1:
             raise InputError(f"max_tokens={max_tokens}: a passage has at least 1 token")
         if not 0 <= overlap < max_tokens:
@@ -109,7 +113,8 @@ class Chunker:
 
     def _spans(self, text: str) -> list[tuple[int, int]]:
         """Return beginnings and ends of the passages of a text, in characters."""
-        pieces = _PIECE.findall(text)
+        # Spaces at the end are no piece, and looked for from each of them they would take the square of their number.
+        pieces = _PIECE.findall(text.rstrip())
         if not pieces:
             return []
         sizes = self._sizes(pieces)

@@ -14,6 +14,7 @@ other kinds of prompts, such as new phrasings, or after the model or the measure
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -39,7 +40,8 @@ def rows_needed(alpha: float) -> int:
         InputError: for an alpha that is not between 0 and 1.
     """
     check_share(alpha, "alpha")
-    rows = max(math.ceil(1 / alpha) - 2, 0)
+    # One less than by exact numbers, since 1 / (n + 1) may round to alpha.
+    rows = max(math.ceil(1 / Fraction(alpha)) - 2, 0)
     while 1 / (rows + 1) > alpha:
         rows += 1
     return rows
@@ -56,10 +58,13 @@ def rows_needed_to_test(alpha: float, delta: float, tests: int = 1) -> int:
     """
     check_share(alpha, "alpha")
     check_share(delta, "delta")
+    if tests < 1:
+        raise InputError(f"tests must be at least 1, got {tests}")
     level = delta / tests
     rows = max(math.floor(math.log(level) / math.log1p(-alpha)) - 1, 1)
     while binomial_p(0, rows, alpha) > level:
-        rows += 1
+        # By more where doubles tell no neighbors apart.
+        rows += 1 + (rows >> 52)
     return rows
 
 
@@ -275,8 +280,10 @@ def _binomial_cdf(most: int, n: int, p: float) -> float:
         return 1.0
     if most < 0:
         return 0.0
+    k = np.arange(1, most + 1)
+    # Of choosing k of n: each from the one before, so that the work does not grow with n.
+    log_choices = np.concatenate([[0.0], np.cumsum(np.log((float(n) + 1 - k) / k))])
     k = np.arange(most + 1)
-    log_factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
-    logs = log_factorials[n] - log_factorials[k] - log_factorials[n - k] + k * math.log(p) + (n - k) * math.log1p(-p)
+    logs = log_choices + k * math.log(p) + (float(n) - k) * math.log1p(-p)
     top = logs.max()
     return min(float(np.exp(logs - top).sum() * math.exp(top)), 1.0)

@@ -4,16 +4,18 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
+from uuid import uuid4
 
 from hfllm.data.word_index import best_places
 from hfllm.errors import InputError
 from hfllm.grounding.encoders import Encoder
 from hfllm.grounding.found import Found, check_queries, found_of, refuse_empty
-from hfllm.grounding.passages import Passages
+from hfllm.grounding.passages import Passages, loaded_passages
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
 
 FILE = "vectors.safetensors"
 FORMAT = "hfllm vectors 1"
@@ -42,7 +44,10 @@ class DenseRetriever:
         self._catch_up()
 
     def retrieve(self, queries: Sequence[str], top_k: int = 3) -> list[list[Found]]:
-        """Return the passages of each query: see `Retriever`; scores are from -1 to 1."""
+        """Return the passages of each query: see `Retriever`; scores are from -1 to 1.
+
+        A query whose vector is of zeros, such as one without a known word, finds nothing.
+        """
         check_queries(queries, top_k)
         vectors, ranked = self._catch_up(), []
         asked = _encoded(self.encoder, [self.query_prefix + query for query in queries], "query", 0)
@@ -50,9 +55,7 @@ class DenseRetriever:
         for vector in asked if queries else ():
             if len(vector) != vectors.shape[1]:
                 raise InputError(f"the encoder gives {len(vector)} values, and the passages have {vectors.shape[1]}")
-            scores = vectors @ vector
-            places = best_places(scores, top_k)
-            ranked.append(list(zip(places.tolist(), scores[places].tolist(), strict=True)))
+            ranked.append(_nearest(vectors, vector, top_k) if vector.any() else [])
         return found_of(self.passages, ranked)
 
     def save(self, folder: str | Path) -> None:
@@ -62,7 +65,8 @@ class DenseRetriever:
         vectors = self._catch_up()
         self.passages.save(folder)
         path = Path(folder, FILE)
-        unfinished = path.with_suffix(".unfinished")
+        # Of its own, since another process may save into the same folder.
+        unfinished = path.with_name(f"{path.name}.{uuid4().hex}")
         try:
             save_file({"vectors": vectors}, unfinished, {"format": FORMAT, **self._about()})
             unfinished.replace(path)
@@ -77,6 +81,7 @@ class DenseRetriever:
         query_prefix: str = "",
         passage_prefix: str = "",
         passages: Passages | None = None,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
     ) -> Self:
         """Return the retriever that `save` has written, without encoding its passages again.
 
@@ -86,12 +91,14 @@ class DenseRetriever:
             query_prefix: what stands before each query.
             passage_prefix: what stood before each passage.
             passages: its passages, where they are loaded already.
+            tokenizer: that of the model which reads them, to be compared with the one that cut them.
 
         Raises:
-            InputError: when a file is missing or damaged, or the vectors are another encoder's or of other passages.
+            InputError: when a file is missing or damaged, the vectors are another encoder's or of other passages, or
+                another tokenizer cut these.
         """
         retriever = cls.__new__(cls)
-        retriever.passages = Passages.load(folder) if passages is None else passages
+        retriever.passages = loaded_passages(folder, passages, tokenizer)
         refuse_empty(retriever.passages, f"DenseRetriever of {folder}")
         retriever.encoder, retriever.query_prefix, retriever.passage_prefix = encoder, query_prefix, passage_prefix
         retriever._vectors = _stored(Path(folder, FILE), retriever._about(), len(retriever.passages))
@@ -114,6 +121,28 @@ class DenseRetriever:
             known += len(batch)
         self._vectors = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return self._vectors
+
+
+def _nearest(vectors: "NDArray[np.float32]", vector: "NDArray[np.float32]", top_k: int) -> list[tuple[int, float]]:
+    """Return place and score of the vectors whose product with another is largest; of equal ones the earlier first.
+
+    In a product with all of them equal vectors may get different last digits, so that those near the best are
+    multiplied once more, each by itself.
+
+    Raises:
+        InputError: for vectors so long that their products are not finite.
+    """
+    import numpy as np
+
+    scores = vectors @ vector
+    if not np.isfinite(scores).all():
+        raise InputError("products of vectors are not finite: an encoder gives vectors of length 1")
+    slack = 1e-5 * max(1.0, float(np.abs(scores).max()))
+    near = np.flatnonzero(scores >= scores[best_places(scores, top_k)[-1]] - slack)
+    parts = [near[start : start + BATCH] for start in range(0, len(near), BATCH)]
+    exact = np.concatenate([(vectors[part] * vector.astype(np.float64)).sum(1) for part in parts])
+    places = best_places(exact, top_k)
+    return list(zip(near[places].tolist(), exact[places].tolist(), strict=True))
 
 
 def _encoded(encoder: Encoder, texts: Sequence[str], what: str, first: int) -> "NDArray[np.float32]":
@@ -149,7 +178,8 @@ def _stored(path: Path, about: dict[str, str], count: int) -> "NDArray[np.float3
     try:
         with safe_open(path, "numpy") as stored:
             metadata, vectors = stored.metadata() or {}, stored.get_tensor("vectors")
-    except (SafetensorError, OSError, KeyError) as error:
+    # Of the last two for types that numpy lacks.
+    except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: no vectors of passages, or damaged: {str(error).splitlines()[0][:80]}") from None
     _refuse_other(path, metadata, {"format": FORMAT, **about})
     if vectors.dtype.name != "float32" or vectors.ndim != 2 or len(vectors) != count:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from hfllm.data.plain_text import plain_text
 from hfllm.errors import InputError
 from hfllm.models.context import max_length_of
 from hfllm.rewards.passes import batches_of_like_length, evaluating, pass_precision
@@ -75,7 +76,9 @@ class EntailmentModel:
 
         if not premises:
             return []
-        encoded = self.tokenizer(list(premises), list(hypotheses), verbose=False)
+        # What separates premise and hypothesis must not be spelled by a text.
+        plain = plain_text(self.tokenizer)
+        encoded = self.tokenizer(list(map(plain, premises)), list(map(plain, hypotheses)), verbose=False)
         lengths, context = [len(ids) for ids in encoded["input_ids"]], max_length_of(self.model.config)
         for number, length in enumerate(lengths, 1):
             if context is not None and length > context:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Protocol
 
 from hfllm.data.passages import Passage
@@ -56,10 +57,15 @@ def check_queries(queries: Sequence[str], top_k: int) -> None:
     Raises:
         InputError: for a `top_k` below 1, or queries that are no list of texts.
     """
+    if not isinstance(top_k, Integral):
+        raise InputError(f"top_k must be a whole number, got {top_k!r:.40}")
     if top_k < 1:
         raise InputError(f"top_k must be at least 1, got {top_k}")
     if isinstance(queries, str):
         raise InputError(f"queries must be a list of texts, got the text {queries!r:.60}")
+    # What can be read once only would be empty after this.
+    if not hasattr(queries, "__len__"):
+        raise InputError(f"queries must be a list of texts, got {queries!r:.60}")
     if not all(isinstance(query, str) for query in queries):
         wrong = next(query for query in queries if not isinstance(query, str))
         raise InputError(f"queries must be texts, got {wrong!r:.60}")

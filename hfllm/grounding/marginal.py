@@ -186,6 +186,7 @@ def _decoded(
             output = model.generate(
                 **batch,
                 do_sample=False,
+                num_beams=1,
                 max_new_tokens=max_new_tokens,
                 logits_processor=[] if processor is None else [processor],
                 pad_token_id=tokenizer.pad_token_id,

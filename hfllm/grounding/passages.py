@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from itertools import chain, islice
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 FILE, ABOUT = "passages.arrow", "passages.json"
 FORMAT = "hfllm passages 1"
+# How they were cut is in both files, so that a save that was stopped between them shows.
+CUT = b"cut"
 # Passages that are written together.
 BATCH = 1 << 13
 
@@ -59,6 +62,8 @@ class Passages(Sequence[Passage]):
         Raises:
             InputError: for a blank text, one that is none, or another number of sources.
         """
+        if isinstance(texts, str):
+            raise InputError(f"Passages.from_texts: expected a list of texts, got the text {texts!r:.40}")
         texts = list(texts)
         if sources is not None and len(sources) != len(texts):
             raise InputError(f"Passages.from_texts: {len(texts)} texts and {len(sources)} sources")
@@ -96,6 +101,8 @@ class Passages(Sequence[Passage]):
             InputError: when nothing is found, a row has no text, or the numbers make no sense.
         """
         chunker = Chunker(tokenizer, max_tokens, overlap)
+        if max_samples is not None and (not isinstance(max_samples, Integral) or max_samples < 1):
+            raise InputError(f"max_samples={max_samples!r:.40}: expected a whole number of at least 1, or None")
 
         def passages() -> Iterator[Passage]:
             for origin, row in islice(iterate_source(name, part), max_samples):
@@ -202,22 +209,42 @@ class Passages(Sequence[Passage]):
             raise InputError(f"{folder}: no saved passages: there is no {FILE}")
         about, passages = _read_about(Path(folder, ABOUT)), cls()
         try:
-            passages._table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
-            passages._table.validate(full=True)
-        except (pyarrow.ArrowException, OSError) as error:
+            table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
+            table.validate(full=True)
+            names, stored_cut = ", ".join(table.column_names), (table.schema.metadata or {}).get(CUT)
+        # A damaged name is no UTF-8.
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: damaged: {str(error).splitlines()[0][:80]}") from None
-        if passages._table.schema != _schema() or any(column.null_count for column in passages._table.columns):
-            raise InputError(
-                f"{path}: its columns are {', '.join(passages._table.column_names)}; expected those of save"
-            )
+        if table.schema != _schema() or any(column.null_count for column in table.columns):
+            raise InputError(f"{path}: its columns are {names}; expected those of save")
+        passages._table = table.replace_schema_metadata(None)
         if len(passages) != about["passages"]:
             raise InputError(
                 f"{path}: {len(passages)} passages, and {ABOUT} says {about['passages']}: save them again"
             )
         passages.cut = about["cut"]
+        if stored_cut != _encoded(passages.cut):
+            raise InputError(
+                f"{path}: {ABOUT} is of other passages, such as by a save that was stopped: save them again"
+            )
         if tokenizer is not None:
             check_tokenizer(passages, tokenizer, str(folder))
         return passages
+
+
+def loaded_passages(
+    folder: str | Path, passages: Passages | None = None, tokenizer: "PreTrainedTokenizerBase | None" = None
+) -> Passages:
+    """Return the passages of a folder, or those given in their place, cut by this tokenizer if one is given.
+
+    Raises:
+        InputError: as `Passages.load`.
+    """
+    if passages is None:
+        return Passages.load(folder, tokenizer)
+    if tokenizer is not None:
+        check_tokenizer(passages, tokenizer, str(folder))
+    return passages
 
 
 def check_tokenizer(passages: Passages, tokenizer: "PreTrainedTokenizerBase", name: str = "passages") -> None:
@@ -234,6 +261,10 @@ def check_tokenizer(passages: Passages, tokenizer: "PreTrainedTokenizerBase", na
         )
 
 
+def _encoded(cut: Cut | None) -> bytes:
+    return b"null" if cut is None else cut.as_json().encode()
+
+
 def _schema() -> "pyarrow.Schema":
     import pyarrow
 
@@ -243,12 +274,35 @@ def _schema() -> "pyarrow.Schema":
 
 
 def _batches(passages: Iterable[Passage]) -> Iterator["pyarrow.RecordBatch"]:
+    """Yield passages as batches of a table.
+
+    Raises:
+        InputError: for what is no passage, or has a text or a source that UTF-8 cannot hold.
+    """
     import pyarrow
 
-    passages = iter(passages)
+    passages, count = iter(passages), 0
     while batch := list(islice(passages, BATCH)):
+        for number, each in enumerate(batch, count + 1):
+            if not isinstance(each, Passage) or not isinstance(each.text, str) or not isinstance(each.source, str):
+                raise InputError(f"passage {number} is {each!r:.60}; expected a Passage with a text and a source")
         columns = zip(*((each.text, each.source, each.start) for each in batch), strict=True)
-        yield pyarrow.record_batch([list(column) for column in columns], schema=_schema())
+        try:
+            yield pyarrow.record_batch([list(column) for column in columns], schema=_schema())
+        except UnicodeEncodeError:
+            number, wrong = next(pair for pair in enumerate(batch, count + 1) if not _is_whole(pair[1]))
+            raise InputError(
+                f"passage {number} of {wrong.source!r:.40} has half a character (a lone surrogate): {wrong.text!r:.40}"
+            ) from None
+        count += len(batch)
+
+
+def _is_whole(passage: Passage) -> bool:
+    try:
+        f"{passage.text}{passage.source}".encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _write(folder: Path, passages: Iterable[Passage], cut: Cut | None) -> None:
@@ -257,18 +311,20 @@ def _write(folder: Path, passages: Iterable[Passage], cut: Cut | None) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     unfinished, count = folder / f"{FILE}.{uuid.uuid4().hex}", 0
+    unfinished_about = folder / f"{ABOUT}.{unfinished.suffix[1:]}"
+    schema = _schema().with_metadata({CUT: _encoded(cut)})
     try:
-        with pyarrow.OSFile(str(unfinished), "wb") as sink, pyarrow.ipc.new_file(sink, _schema()) as writer:
+        with pyarrow.OSFile(str(unfinished), "wb") as sink, pyarrow.ipc.new_file(sink, schema) as writer:
             for batch in _batches(passages):
                 writer.write_batch(batch)
                 count += batch.num_rows
         about = {"format": FORMAT, "passages": count, "cut": None if cut is None else json.loads(cut.as_json())}
-        unfinished_about = folder / f"{ABOUT}.{unfinished.suffix[1:]}"
         unfinished_about.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         os.replace(unfinished, folder / FILE)
         os.replace(unfinished_about, folder / ABOUT)
     finally:
         unfinished.unlink(missing_ok=True)
+        unfinished_about.unlink(missing_ok=True)
 
 
 def _read_about(path: Path) -> dict[str, int | Cut | None]:

@@ -55,6 +55,27 @@ def as_prompt(question: Prompt, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
     return question
 
 
+def check_questions(questions: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse questions that are no texts and no conversations, or that the tokenizer cannot write.
+
+    Raises:
+        InputError: with the question's number.
+    """
+    if isinstance(questions, str):
+        raise InputError(f"questions must be a list, got the text {questions!r:.60}")
+    for number, question in enumerate(questions, 1):
+        if not isinstance(question, (str, list)):
+            raise InputError(f"question {number} must be a text or a list of messages, got {question!r:.60}")
+        if not isinstance(question, str) and not tokenizer.chat_template:
+            raise InputError(
+                f"question {number} is a conversation, and the tokenizer has no chat template: give texts"
+            )
+        try:
+            str(question_of(question)).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"question {number} has half a character (a lone surrogate)") from None
+
+
 def check_room(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -72,12 +93,14 @@ def check_room(
         numbers: of the questions, where one has several prompts.
 
     Raises:
-        InputError: with the question's number, the longest of its passages and the context.
+        InputError: with the question's number, the longest of its passages and the context; or for an empty prompt.
     """
     from hfllm.models.context import max_length_of
 
     context = max_length_of(model.config)
     for number, prompt, passages in zip(numbers or range(1, len(tokens) + 1), tokens, found, strict=True):
+        if not prompt:
+            raise InputError(f"question {number} has no token")
         if context is None or len(prompt) + max_new_tokens <= context:
             continue
         said = f"question {number}: its prompt with {len(passages)} passage(s) has {len(prompt)} tokens"

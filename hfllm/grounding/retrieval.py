@@ -2,14 +2,18 @@
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from hfllm.data.word_index import FILE, WordIndex, import_bm25s
 from hfllm.errors import InputError
 from hfllm.grounding.dense import DenseRetriever
 from hfllm.grounding.found import Found, Retriever, check_queries, found_of, refuse_empty
-from hfllm.grounding.passages import Passages
+from hfllm.grounding.passages import Passages, loaded_passages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "BM25Retriever",
@@ -53,19 +57,26 @@ class BM25Retriever:
         index.save(Path(folder, FILE), self.passages.digest)
 
     @classmethod
-    def load(cls, folder: str | Path, passages: Passages | None = None) -> Self:
+    def load(
+        cls,
+        folder: str | Path,
+        passages: Passages | None = None,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+    ) -> Self:
         """Return the retriever that `save` has written.
 
         Args:
             folder: where it is.
             passages: its passages, where they are loaded already.
+            tokenizer: that of the model which reads them, to be compared with the one that cut them.
 
         Raises:
-            InputError: when a file is missing or damaged, or the index is of other passages.
+            InputError: when a file is missing or damaged, the index is of other passages, or another tokenizer cut
+                them.
         """
         import_bm25s("BM25Retriever")
         retriever = cls.__new__(cls)
-        retriever.passages = Passages.load(folder) if passages is None else passages
+        retriever.passages = loaded_passages(folder, passages, tokenizer)
         refuse_empty(retriever.passages, f"BM25Retriever of {folder}")
         retriever._index = WordIndex.load(Path(folder, FILE), retriever.passages.digest)
         retriever._index.finish()
@@ -150,8 +161,8 @@ def scoring_enough(found: Sequence[Sequence[Found]], min_score: float) -> list[l
     Raises:
         InputError: when that or a score is NaN.
     """
-    if math.isnan(min_score):
-        raise InputError("min_score is nan; expected a number on the scale of the retriever's scores")
+    if isinstance(min_score, bool) or not isinstance(min_score, Real) or math.isnan(min_score):
+        raise InputError(f"min_score is {min_score!r:.40}; expected a number on the scale of the retriever's scores")
     for number, ranking in enumerate(found, 1):
         for each in ranking:
             if math.isnan(each.score):

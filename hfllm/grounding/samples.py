@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 from hfllm.data.tokenizer import end_tokens, tokenize_prompts
@@ -140,11 +141,13 @@ def sampling_cost(rows: Sequence[Answered]) -> dict[str, float]:
         Per prompt `given_tokens` and `sampled_tokens`, and `times_as_many`: all of them over those of given answers.
 
     Raises:
-        InputError: for no rows.
+        InputError: for no rows, or answers without tokens.
     """
     if not rows:
         raise InputError("the cost of sampling: there are no answers")
     given = sum(len(row.given.token_logprobs) for row in rows) / len(rows)
+    if not given:
+        raise InputError("the cost of sampling: the answers have no token")
     sampled = sum(len(sample.token_logprobs) for row in rows for sample in row.samples) / len(rows)
     return {"given_tokens": given, "sampled_tokens": sampled, "times_as_many": (given + sampled) / given}
 
@@ -153,12 +156,14 @@ def _check(
     model: "PreTrainedModel", n: int, max_new_tokens: int, do_sample: bool, temperature: float, batch_size: int
 ) -> None:
     for name, number in (("n", n), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if not isinstance(number, Integral):
+            raise InputError(f"{name} must be a whole number, got {number!r:.40}")
         if number < 1:
             raise InputError(f"{name} must be at least 1, got {number}")
     if not do_sample and n != 1:
         raise InputError(f"n must be 1 without do_sample, got {n}: greedy answers are all the same")
-    if not 0 < temperature < math.inf:
-        raise InputError(f"temperature must be above 0, got {temperature}")
+    if not isinstance(temperature, Real) or not 0 < temperature < math.inf:
+        raise InputError(f"temperature must be above 0, got {temperature!r:.40}")
     if getattr(model.config, "is_encoder_decoder", False):
         raise InputError("the model is an encoder and a decoder; expected a causal language model")
 
@@ -178,7 +183,13 @@ def prompt_tokens(
     from hfllm.models.vocabulary import check_vocabulary
 
     check_vocabulary(model, tokenizer)
+    if isinstance(prompts, str):
+        raise InputError(f"prompts must be a list, got the text {prompts!r:.60}")
     for number, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt, (str, list)) or prompt == []:
+            raise InputError(f"prompt {number} must be a text or a list of messages, got {prompt!r:.60}")
+        if isinstance(prompt, str) and not prompt.isascii() and prompt.encode(errors="ignore").decode() != prompt:
+            raise InputError(f"prompt {number} has half a character (a lone surrogate): {prompt!r:.60}")
         if isinstance(prompt, str) != isinstance(prompts[0], str):
             raise InputError(f"prompt {number} is a {type(prompt).__name__} and the first is not: expected one kind")
         if not isinstance(prompt, str) and not tokenizer.chat_template:

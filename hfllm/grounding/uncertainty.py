@@ -220,6 +220,12 @@ def _checked(rows: Sequence[Answered], fewest: int, needs_logprobs: bool = True)
                 raise InputError(f"row {number}: {what} has no token")
             if not math.isfinite(answer.logprob):
                 raise InputError(f"row {number}: the log-probability of {what} is {answer.logprob}; expected a number")
+            # Rounding may give a little more than 0.
+            if max(answer.token_logprobs) > 1e-3:
+                highest = f"{max(answer.token_logprobs):g}"
+                raise InputError(
+                    f"row {number}: a token of {what} has the log-probability {highest}; expected at most 0"
+                )
     return rows
 
 
@@ -231,6 +237,9 @@ def _with_meanings(
     if len(labels) != len(rows):
         raise InputError(f"there are meanings of {len(labels)} rows and {len(rows)} rows")
     for number, (row, own) in enumerate(zip(rows, labels, strict=True), 1):
+        wrong = next((label for label in own if not isinstance(label, Hashable) or label != label), None)
+        if wrong is not None:
+            raise InputError(f"row {number} has the meaning {wrong!r:.40}; expected labels that equal themselves")
         if len(own) != 1 + len(row.samples):
             raise InputError(
                 f"row {number} has {len(own)} meanings; expected {1 + len(row.samples)}: of the given answer and of "

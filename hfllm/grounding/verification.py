@@ -24,7 +24,10 @@ KEPT, REVISED, ABSTAINED = "kept", "revised", "abstained"
 
 # After a point, also in quotes or brackets, and after the points of Chinese and Japanese.
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"'\u2019\u201d)\]])\s+|(?<=[\u3002\uff01\uff1f])|\n+")
-_LIST_MARK = re.compile(r"^\s*(?:\d+[.)]|[-*\u2022])\s+", re.MULTILINE)
+# Each begins where a run of like characters does: tried from each of them, a long run would take its square.
+_LIST_MARK = re.compile(r"^[^\S\n]*(?:\d+[.)]|[-*\u2022])\s+", re.MULTILINE)
+_POINTS = r"[.!?\u3002\uff01\uff1f]"
+_CITED_POINT = re.compile(rf"(?<!{_POINTS})({_POINTS}+)((?:\s*\[\d+(?:, ?\d+)*\])+)")
 _ADMITS = re.compile(
     r"\bI (do not|don['\u2019]t|cannot|can['\u2019]t|can not) (know|say|tell|answer)\b|\bnever heard of\b", re.I
 )
@@ -126,8 +129,10 @@ def verify(
         raise InputError(f"there are {len(answers)} answers and {len(passages)} lists of passages")
     if not 0 < threshold <= 1:
         raise InputError(f"threshold must be above 0 and at most 1, got {threshold}")
-    for number, texts in enumerate(passages, 1):
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+    for number, (answer, texts) in enumerate(zip(answers, passages, strict=True), 1):
+        if not isinstance(answer, str):
+            raise InputError(f"answer {number} must be a text, got {answer!r:.60}")
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
             raise InputError(f"the passages of answer {number} must be a list of texts, got {str(texts)[:60]!r}")
     claims = [[claim for claim in splitter(answer) if not admits_unknown(claim)] for answer in answers]
     pairs = [
@@ -227,8 +232,11 @@ def _dropped(answer: str, claims: Sequence[Claim]) -> Revision:
 def _scores(check: Check, claims: Sequence[str], passages: Sequence[str]) -> list[float]:
     if not claims:
         return []
-    scores = check(claims, passages)
-    scores = [float(score) for score in (scores.tolist() if hasattr(scores, "tolist") else scores)]
+    returned = check(claims, passages)
+    try:
+        scores = [float(score) for score in (returned.tolist() if hasattr(returned, "tolist") else returned)]
+    except (TypeError, ValueError):
+        raise InputError(f"the check returned {returned!r:.60}; expected a number for each pair") from None
     if len(scores) != len(claims):
         raise InputError(f"the check returned {len(scores)} scores for {len(claims)} pairs of claim and passage")
     for claim, score in zip(claims, scores, strict=True):
@@ -239,4 +247,4 @@ def _scores(check: Check, claims: Sequence[str], passages: Sequence[str]) -> lis
 
 def _citations_before_points(answer: str) -> str:
     """Return an answer whose citations stand before the point that ends their sentence: `red [1].`, not `red. [1]`."""
-    return re.sub(r"([.!?\u3002\uff01\uff1f]+)((?:\s*\[\d+\])+)", r"\2\1", answer)
+    return _CITED_POINT.sub(r"\2\1", answer)

@@ -10,7 +10,7 @@ from hfllm.errors import InputError, refuse
 from hfllm.runs.chain import Chain, chain_before
 from hfllm.runs.recipes import settings_file
 from hfllm.stages import sft_retrieval
-from hfllm.stages.sft_retrieval import RetrievalArguments
+from hfllm.stages.sft_retrieval import GroundedRow, RetrievalArguments, crowded_out, lacking_room
 from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
@@ -238,8 +238,11 @@ def examples(
     longest, part = training_args.max_length, _kept_part(training_args, is_eval)
     conversations = Conversations(tokenizer, marked_template(training_args, tokenizer))
     dropped, columns, cut = Dropped(len(rows)), {"input_ids": [], "labels": []}, 0
+    crowded: list[int] = []
     for row, labeled in zip(rows, conversations.label(rows), strict=True):
         kept = 0
+        if isinstance(row, GroundedRow) and part.stop is not None and labeled:
+            crowded += lacking_room(labeled[-1].labels, longest)
         for each in labeled:
             labels = each.input_ids if training_args.completion_only_loss is False else each.labels
             if any(label != IGNORE for label in labels[part]):
@@ -255,6 +258,8 @@ def examples(
         say(f"{what}: {count:,} of {len(rows):,} {note}")
     if (found := read_back(rows, tokenizer)) is not None:
         say(f"{what}: {found}")
+    if crowded:
+        say(f"{what}: {crowded_out(crowded, longest, len(rows))}")
     if not columns["input_ids"]:
         raise InputError(f"{what}: nothing to learn is left: {dropped}")
     if dropped.count:
@@ -265,12 +270,12 @@ def examples(
 
 
 def _kept_part(training_args: "SFTConfig", is_eval: bool) -> slice:
-    """Return which part of a row is kept; packing cuts by itself."""
+    """Return which part of a row is kept: packing keeps the beginning, or all in other rows where it splits."""
     is_told_apart = is_eval and training_args.eval_packing is not None
     packing, longest = training_args.eval_packing if is_told_apart else training_args.packing, training_args.max_length
-    if packing or longest is None:
+    if longest is None or (packing and training_args.packing_strategy != "bfd"):
         return slice(None)
-    return slice(longest) if training_args.truncation_mode == "keep_start" else slice(-longest, None)
+    return slice(longest) if packing or training_args.truncation_mode == "keep_start" else slice(-longest, None)
 
 
 def joins_rows(training_args: "SFTConfig") -> bool:

@@ -1,11 +1,13 @@
 """Passages in the rows of fine-tuning: flags, what they refuse, and which rows get which passages."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hfllm.data.packing import IGNORE
+from hfllm.data.rows import OriginRow, origin_of
 from hfllm.data.sources import PYDOC, source_files
 from hfllm.errors import InputError, refuse
 
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
     from hfllm.grounding.retrieval import BM25Retriever
 
 TOP_K, FRACTION = 3, 0.5
+
+
+class GroundedRow(OriginRow):
+    """A row that was given passages."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,7 @@ def with_passages(
     Raises:
         InputError: when there are fewer passages than are asked for, or no row gets any.
     """
+    from hfllm.data.plain_text import plain_text
     from hfllm.grounding.retrieval import BM25Retriever
     from hfllm.runs.command_line import say
 
@@ -106,17 +113,22 @@ def with_passages(
     passages = _passages(name, tokenizer)
     if (top_k := script_args.retrieval_top_k or TOP_K) > len(passages):
         raise InputError(f"--retrieval_top_k {top_k}: {name} has {len(passages)} passages")
-    retriever, results, metrics = BM25Retriever(passages), [], {}
+    retriever, results, metrics, plain = BM25Retriever(passages), [], {}, plain_text(tokenizer)
     share = FRACTION if script_args.grounded_fraction is None else script_args.grounded_fraction
     for metric, what, each in (
         ("grounded_rows", "training rows", rows),
         ("grounded_eval_rows", "held-out rows", eval_rows),
     ):
         chosen = random.Random(f"{metric} {seed}").sample(range(len(each)), round(share * len(each)))
+        if each is rows and not chosen:
+            raise InputError(
+                f"--grounded_fraction {share:g}: none of {len(rows):,} rows gets passages; expected more than "
+                f"{0.5 / max(len(rows), 1):.3g}"
+            )
         asked = [each[place] for place in chosen]
         found = _found(retriever, asked, top_k, script_args.retrieval_min_score, each is rows)
         given = dict(zip(chosen, found, strict=True))
-        results.append([_grounded(row, given.get(place, [])) for place, row in enumerate(each)])
+        results.append([_grounded(row, given.get(place, []), plain) for place, row in enumerate(each)])
         metrics[metric] = sum(map(bool, found))
         missing = len(chosen) - metrics[metric]
         others = f"; for {missing:,} more none was found" if missing else ""
@@ -131,7 +143,11 @@ def _files(name: str) -> list[Path]:
     if name == PYDOC:
         return []
     saved = [Path(name, file) for file in (FILE, ABOUT)]
-    return saved if saved[0].is_file() else source_files(name) or []
+    if not saved[0].is_file():
+        return source_files(name) or []
+    if not saved[1].is_file():
+        raise InputError(f"{saved[1]}: missing, beside saved passages: save them again")
+    return saved
 
 
 def _passages(name: str, tokenizer: "PreTrainedTokenizerBase") -> "Passages":
@@ -171,14 +187,44 @@ def _found(
     return kept
 
 
-def _grounded(row: "Row", found: Sequence["Found"]) -> "Row":
-    """Return a row with passages before its last question, which may be a later one than that of its prompt."""
-    from hfllm.data.rows import OriginRow
+def lacking_room(labels: Sequence[int], longest: int) -> list[int]:
+    """Return the length of a row with passages whose last answer begins where it is cut off; nothing of another row.
+
+    Args:
+        labels: of the row; what is not learned is `IGNORE`.
+        longest: the tokens that are kept, from the first on.
+    """
+    learned = [place for place, label in enumerate(labels) if label != IGNORE]
+    # The answer to the question with the passages is the last one: tokens that are learned, next to each other.
+    begins = next((place for place in reversed(learned) if labels[place - 1] == IGNORE), 0)
+    return [len(labels)] if learned and begins >= longest else []
+
+
+def crowded_out(sizes: Sequence[int], longest: int, of: int) -> str:
+    """Return what to say about rows whose passages leave no room for the answer.
+
+    Args:
+        sizes: how many tokens each has.
+        longest: the most that a row may have.
+        of: how many rows there are.
+    """
+    return (
+        f"{len(sizes):,} of {of:,} rows have passages that leave no room for the answer within --max_length "
+        f"{longest}, which is not learned: --max_length {max(sizes)} holds all, if the model's context does, or take "
+        "a smaller --retrieval_top_k, or passages that are cut shorter (docs/grounding.md)"
+    )
+
+
+def _grounded(row: "Row", found: Sequence["Found"], plain: Callable[[str], str]) -> "Row":
+    """Return a row with passages before its last question, which may be a later one than that of its prompt.
+
+    Args:
+        plain: breaks what would open or end a turn in a passage.
+    """
     from hfllm.grounding.prompts import grounded
 
     if not found:
         return row
     size = len(row["prompt"])
-    messages = grounded([*row["prompt"], *row["completion"]], [each.passage.text for each in found])
-    changed = {**row, "prompt": messages[:size], "completion": messages[size:]}
-    return OriginRow(changed, row.origin) if isinstance(row, OriginRow) else changed
+    messages = grounded([*row["prompt"], *row["completion"]], [plain(each.passage.text) for each in found])
+    return GroundedRow({**row, "prompt": messages[:size], "completion": messages[size:]}, origin_of(row, "a row"))

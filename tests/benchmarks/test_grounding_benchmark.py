@@ -52,3 +52,11 @@ def test_both_sides_run_and_large_texts_are_indexed(benchmark, tmp_path, capsys,
         found = json.loads(capsys.readouterr().out)
         assert found["passages"] > 200 and {"cut", "index", "peak", "before"} <= found.keys()
     assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
+
+
+def test_the_cost_of_samples_is_that_of_their_tokens(benchmark, saved):
+    lines = benchmark.cost_table(str(saved), prompts=2, samples=3, max_new_tokens=4)
+    given, sampled, times = map(float, lines[2].split("|")[1:4])
+    assert 1 <= given <= 4 and 3 <= sampled <= 12
+    assert times == pytest.approx((given + sampled) / given, abs=0.06)
+    assert "2 prompts, 3 samples each of at most 4 tokens" in lines[-1]

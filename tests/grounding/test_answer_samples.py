@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hfllm.errors import InputError
-from hfllm.grounding.samples import ScoredAnswer, answer_with_samples, sample_with_scores
+from hfllm.grounding.samples import Answered, ScoredAnswer, answer_with_samples, sample_with_scores, sampling_cost
 from hfllm.grounding.scoring import score_answers
 from hfllm.grounding.uncertainty import ensemble_disagreement, ensemble_logprobs, uncertainties
 
@@ -198,3 +198,23 @@ def test_models_that_cannot_be_scored_are_refused(make_model, tokenizer):
     model.config.is_encoder_decoder = True
     with pytest.raises(InputError, match="expected a causal language model"):
         sample_with_scores(model, tokenizer, ["Go"], 2, 4)
+
+
+def test_prompts_and_numbers_that_are_none_are_named(make_model, tokenizer):
+    model = make_model()
+    for prompts, message in (
+        ("owl", "prompts must be a list, got the text 'owl'"),
+        (["owl", None], "prompt 2 must be a text or a list of messages, got None"),
+        ([[]], r"prompt 1 must be a text or a list of messages, got \[\]"),
+        (["é \ud800"], "prompt 1 has half a character"),
+    ):
+        with pytest.raises(InputError, match=message):
+            sample_with_scores(model, tokenizer, prompts, 1, 2)
+    for numbers in ({"n": 2.5}, {"max_new_tokens": "2"}, {"batch_size": None}):
+        with pytest.raises(InputError, match=f"{next(iter(numbers))} must be a whole number"):
+            sample_with_scores(model, tokenizer, ["owl"], **{"n": 1, "max_new_tokens": 2, **numbers})
+    with pytest.raises(InputError, match="temperature must be above 0, got 'x'"):
+        sample_with_scores(model, tokenizer, ["owl"], 1, 2, temperature="x")
+    with pytest.raises(InputError, match="the answers have no token"):
+        sampling_cost([Answered("q", ScoredAnswer("", ()))])
+    assert sample_with_scores(model, tokenizer, ["é owl"], 1, 2)

@@ -263,3 +263,31 @@ def test_a_damaged_file_is_named(text, complaint, tmp_path):
         (tmp_path / "abstainer.json").write_text(text)
     with pytest.raises(InputError, match=rf"abstainer\.json: .*{complaint}"):
         Abstainer.load(tmp_path / "abstainer.json")
+
+
+@pytest.mark.parametrize("alpha", [1e-12, 1e-17, 1e-30, 1e-300, 1 / 3, 0.05, 0.1, 0.7])
+def test_rows_for_any_alpha_are_known_at_once(alpha):
+    rows = rows_needed(alpha)
+    assert 1 / (rows + 1) <= alpha and (rows > 2**52 or not rows or 1 / rows > alpha)
+    tested = rows_needed_to_test(alpha, 0.1)
+    assert tested == pytest.approx(math.log(0.1) / math.log1p(-alpha), rel=1e-9, abs=1)
+    assert binomial_p(0, tested, alpha) <= 0.1
+    with pytest.raises(InputError, match="needs at least" if alpha < 0.05 else "alpha"):
+        control_risk([0.1] * 9, [0] * 9, alpha) if alpha < 0.05 else control_risk([0.1], [0], -alpha)
+
+
+def test_p_values_of_large_and_small_counts_are_those_of_sums_of_fractions():
+    from fractions import Fraction
+
+    for wrong, rows, alpha in ((0, 1, 0.5), (3, 20, 0.1), (17, 40, 0.3), (40, 300, 0.2), (2, 5000, 0.001)):
+        p = Fraction(alpha)
+        exact = sum(math.comb(rows, k) * p**k * (1 - p) ** (rows - k) for k in range(wrong + 1))
+        assert binomial_p(wrong, rows, alpha) == pytest.approx(float(exact), rel=1e-10)
+    # The work does not grow with the rows.
+    assert binomial_p(1, 10**12, 1e-12) == pytest.approx(2 / math.e, rel=1e-6)
+
+
+@pytest.mark.parametrize("values", [0.5, None, [10**400], [[1.0], [2.0, 3.0]]])
+def test_what_is_no_list_of_numbers_is_named(values):
+    with pytest.raises(InputError, match="uncertainty must be one number per row"):
+        control_risk(values, [0], 0.5)

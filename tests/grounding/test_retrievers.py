@@ -96,8 +96,8 @@ def test_by_vectors_it_ranks_all_by_their_cosine(passages, words):
             cosines.append(asked @ vector / np.linalg.norm(asked) / np.linalg.norm(vector))
         assert [each.place for each in ranking] == sorted(range(5), key=lambda place: -cosines[place])
         assert [each.score for each in ranking] == pytest.approx(sorted(cosines, reverse=True), abs=1e-6)
-    # Without a known word all are equally far.
-    assert places(DenseRetriever(passages, words).retrieve(["zebra"], 2)) == [[0, 1]]
+    # Without a known word there is nothing to be near.
+    assert places(DenseRetriever(passages, words).retrieve(["zebra"], 2)) == [[]]
 
 
 def test_a_sentence_vector_is_the_mean_of_its_own_states(make_model, tokenizer, tmp_path):
@@ -233,6 +233,10 @@ def test_what_cannot_be_searched_is_refused(passages, words):
         DenseRetriever(passages, Wrong(vectors[:4]))
     with pytest.raises(InputError, match=r"gives an array of shape \(5, 2\) for 1 texts"):
         DenseRetriever(passages, Wrong(vectors)).retrieve(["a"])
+    far = StaticVectors(np.eye(2), {"owl": 0})
+    far.encode = lambda texts: np.full((len(texts), 2), 1e30)
+    with np.errstate(over="ignore"), pytest.raises(InputError, match="products of vectors are not finite"):
+        DenseRetriever(passages, far).retrieve(["a"])
     vectors[3, 1] = math.nan
     with pytest.raises(InputError, match="the vector of passage 3 is not finite"):
         DenseRetriever(passages, Wrong(vectors))
@@ -245,3 +249,17 @@ def test_what_cannot_be_searched_is_refused(passages, words):
         FusedRetriever([retriever, BM25Retriever(Passages.from_texts(["owl"]))])
     with pytest.raises(InputError, match="k=nan"):
         FusedRetriever([retriever, retriever], k=math.nan)
+
+
+@pytest.mark.parametrize("size", [7, 100, 384])
+def test_equal_passages_score_alike_and_a_query_without_a_vector_finds_none(size):
+    vectors = np.random.default_rng(0).normal(size=(3, size))
+    words = StaticVectors(vectors, {"owl": 0, "the": 1, "fox": 2})
+    passages = Passages.from_texts(["fox", *["The owl."] * 1003, "the owl"])
+    retriever = DenseRetriever(passages, words)
+    found, none = retriever.retrieve(["owl the", "zebra"], 1004)
+    assert [each.place for each in found] == list(range(1, 1005)) and len({each.score for each in found}) == 1
+    assert found[0].score == pytest.approx(1, abs=1e-6) and none == []
+    by_words = BM25Retriever(passages)
+    assert places(by_words.retrieve(["owl"], 5)) == [[1, 2, 3, 4, 5]]
+    assert FusedRetriever([by_words, retriever]).retrieve(["zebra"]) == [[]]

@@ -204,3 +204,20 @@ def test_bad_input_is_one_line(call, complaint):
     with pytest.raises(InputError, match=complaint) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_what_is_no_log_probability_or_label_is_named():
+    def answered(*numbers, texts=("a", "a", "b")):
+        given, *samples = (ScoredAnswer(text, (number,)) for text, number in zip(texts, numbers, strict=True))
+        return [Answered("q", given, tuple(samples))]
+
+    # A probability in place of its logarithm.
+    with pytest.raises(InputError, match=r"row 1: a token of sample 2 has the log-probability 0\.7; expected"):
+        uncertainties(answered(-1.0, -1.0, 0.7))
+    assert uncertainties(answered(0.0, 1e-7, -1.0))["sequence_probability"].tolist() == [0.0]
+    for label in (math.nan, ["red"]):
+        with pytest.raises(InputError, match=r"row 1 has the meaning .*; expected labels that equal themselves"):
+            uncertainties(answered(-1.0, -1.0, -1.0), [["red", "red", label]])
+    # Log-probabilities of long answers, of which no exponential is left.
+    entropy = uncertainties(answered(-1.0, -1e5, -1e5 - math.log(3)), [[0, 0, 1]])["semantic_entropy"][0]
+    assert entropy == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))

@@ -143,3 +143,14 @@ def test_bad_input_is_one_line(call, complaint):
     with pytest.raises(InputError, match=complaint) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_answers_and_checks_that_are_none_are_named():
+    for answers, passages, check, message in (
+        ([None], [["a"]], contains, "answer 1 must be a text, got None"),
+        (["It is."], [None], contains, "the passages of answer 1 must be a list of texts, got 'None'"),
+        (["It is."], [["a"]], lambda *_: None, "the check returned None; expected a number for each pair"),
+        (["It is."], [["a"]], lambda *_: ["x"], r"the check returned \['x'\]; expected a number"),
+    ):
+        with pytest.raises(InputError, match=message):
+            verify(answers, passages, check)
