@@ -8,13 +8,12 @@ them, and answers that cite. They hold no name and no changed fact that is held 
 import random
 from dataclasses import replace
 
+from hfllm.data.chat_templates import CONVERSATION
 from hfllm.data.passages import with_passages
 from hfllm.data.world.passages import Answer, Facts, Told, answer_to, draw_passages, draw_question
 from hfllm.data.world.tool_documents import draw_name
 from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, COLOURS, FOODS, HOMES, PEOPLE, WELL_SAID, phrase
 
-# As the chat template writes it.
-TURN = "<|user|>{}<|end|><|assistant|>{}<|end|>"
 WORDS = (*ATTRIBUTES, *COLOURS, *HOMES, *FOODS, *ANIMALS)
 
 
@@ -26,11 +25,24 @@ def passage_text(facts: Facts, rng: random.Random) -> str:
         rng: random source.
     """
     kind = rng.random()
-    if kind < 0.2:
+    if kind < 0.1:
         return _echo(rng)
     if kind < 0.45:
+        return _round(rng)
+    if kind < 0.6:
         return _told_again(facts, rng)
     return _conversation(facts, rng)
+
+
+def _round(rng: random.Random) -> str:
+    """Return what is told of several names, in words that are always the same, and again in another order.
+
+    To find a value by its name is learned from many such places side by side, before passages ask for it.
+    """
+    names = list(dict.fromkeys(draw_name(rng) for _ in range(rng.randint(3, 6))))
+    attribute = rng.choice(list(ATTRIBUTES))
+    told = [WELL_SAID[attribute].format(x=name, value=rng.choice(ATTRIBUTES[attribute])) for name in names]
+    return " ".join([*told, *rng.sample(told, len(told)), *rng.sample(told, len(told))])
 
 
 def _echo(rng: random.Random) -> str:
@@ -55,7 +67,7 @@ def _named(answer: Answer, animal: str, attribute: str) -> str:
 
 def _conversation(facts: Facts, rng: random.Random) -> str:
     told = draw_passages(facts, rng) if rng.random() < 0.9 else []
-    return "".join(TURN.format(*turn) for turn in conversation(facts, rng, told, rng.randint(2, 4)))
+    return "".join(CONVERSATION.format(*turn) for turn in conversation(facts, rng, told, rng.randint(2, 4)))
 
 
 def conversation(facts: Facts, rng: random.Random, told: list[Told], turns: int) -> list[tuple[str, str]]:
