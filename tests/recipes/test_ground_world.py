@@ -14,7 +14,7 @@ def test_the_world_learns_to_answer_from_passages_and_to_say_what_it_does_not_kn
     folder = tmp_path / "out"
     processes.run(RECIPE, "--seed", 1, "--output_dir", folder, timeout=2400)
     found = json.loads((folder / "report.json").read_text())["metrics"]
-    assert found["grounded_one_passage_right"] > 0.4 > 0.25 > found["sft_one_passage_right"]
+    assert found["grounded_one_passage_right"] > 0.6 > 0.3 > found["sft_one_passage_right"]
     assert found["grounded_one_passage_cites"] > 0.9
     assert found["grounded_closed_unknown_right"] > 0.9 and found["grounded_closed_known_right"] > 0.8
     # The gate gives the right passage alone, and none where there is none.
