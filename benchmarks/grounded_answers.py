@@ -83,7 +83,9 @@ def figures(answers: Sequence[GroundedAnswer], top_k: int) -> dict[str, list[flo
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Answer all questions in three ways, and print answers and shares."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    from hfllm.models.loading import saved_model, saved_tokenizer
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True)
@@ -91,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--top_k", type=int, default=3, help="passages of a question")
     parser.add_argument("--max_tokens", type=int, default=120, help="of a passage")
     args = parser.parse_args(argv)
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype="float32").eval()
+    tokenizer = saved_tokenizer(args.model_name_or_path)
+    model = saved_model(AutoModelForCausalLM, args.model_name_or_path, dtype="float32").eval()
     passages = Passages.from_source(str(args.texts), tokenizer, max_tokens=args.max_tokens, overlap=20)
     retriever = BM25Retriever(passages)
     best = retriever.retrieve(list(QUESTIONS), args.top_k)

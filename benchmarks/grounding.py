@@ -232,13 +232,14 @@ def large_table(megabytes: int, sides: Sequence[str]) -> list[str]:
 
 def cost_table(name: str, prompts: int = 16, samples: int = 10, max_new_tokens: int = 24) -> list[str]:
     """The cost of sampling in tokens and CPU-seconds, for questions about the documentation of Python."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from hfllm.grounding.prompts import as_prompt
     from hfllm.grounding.samples import answer_with_samples, sample_with_scores, sampling_cost
     from hfllm.grounding.uncertainty import semantic_entropy
+    from hfllm.models.loading import saved_model, saved_tokenizer
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+    model, tokenizer = saved_model(AutoModelForCausalLM, name, dtype="float32").eval(), saved_tokenizer(name)
     asked = questions_of(prompts)[2]["words of the name"]
     questions = [as_prompt(f"What is {words} in Python?", tokenizer) for words in asked]
     options = {"max_new_tokens": max_new_tokens}

@@ -19,7 +19,6 @@ import numpy as np
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -34,12 +33,13 @@ from hfllm.grounding.conformal import control_risk, learn_then_test, over_splits
 from hfllm.grounding.samples import Answered, answer_with_samples, sampling_cost
 from hfllm.grounding.uncertainty import CONFIDENCE, uncertainties
 from hfllm.grounding.verification import contains
+from hfllm.models.loading import saved_model, saved_tokenizer
 from hfllm.outputs.report import markdown_table
 from hfllm.rewards.models import RewardModel
 
 
 def load(folder: Path, model_class: type = AutoModelForCausalLM) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return model_class.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    return saved_model(model_class, str(folder), dtype="float32").eval(), saved_tokenizer(str(folder))
 
 
 def facts_of(world: World, task: Task) -> list[str]:

@@ -63,13 +63,13 @@ def _reward(course: Course) -> "RewardModel | None":
     """Return the reward model as a function, if there is one."""
     if not course.has_made(REWARD):
         return None
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
+    from hfllm.models.loading import saved_model, saved_tokenizer
     from hfllm.rewards.models import RewardModel
 
     folder = course.folder(REWARD)
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
-    return RewardModel(model, AutoTokenizer.from_pretrained(folder))
+    return RewardModel(saved_model(AutoModelForSequenceClassification, folder), saved_tokenizer(folder))
 
 
 def example(script_args: GroundArguments) -> list[Message]:

@@ -16,6 +16,7 @@ from hfllm.errors import InputError
 from hfllm.rewards.functions import length_penalty
 from hfllm.runs import models as stage_models
 from hfllm.stages import rlhf as rlhf_stage
+from hfllm.stages.rlhf_tools import NO_TOOLS
 from hfllm.stages.sft import instruction_data
 
 RLHF_METRICS = {
@@ -248,7 +249,7 @@ def test_reward_functions_are_tried_with_what_the_trainer_gives_them():
         return [[1.0] * len(ids) for ids in completion_ids]
 
     rows = [{"prompt": text, "completion": "c", "answer": "a"} for text in ("one", "two")]
-    rlhf_stage._try_functions([each_token, length_penalty(0.01)], rows)
+    rlhf_stage._try_functions([each_token, length_penalty(0.01)], rows, NO_TOOLS)
 
 
 def test_what_the_policy_is_loaded_by_stays_with_it(monkeypatch):
