@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from hfllm.data.world.passage_tasks import (
     ANSWERABLE,
@@ -25,7 +24,7 @@ from hfllm.data.world.vocabulary import ATTRIBUTES
 from hfllm.evaluation.grounding import Answered
 from hfllm.evaluation.responses import JudgedAnswer, gold_by_group
 from hfllm.outputs.figures import mean_of, plus_minus
-from hfllm.outputs.report import Plot
+from hfllm.outputs.report import Found, Plot
 
 SFT, GROUNDED = "sft", "grounded"
 GATED, UNGATED = "gated", "ungated"
@@ -58,16 +57,6 @@ class Retrieval:
     gate: float
     scores: Mapping[str, Sequence[float]]
     answers: Answers
-
-
-@dataclass(frozen=True)
-class Found:
-    """The parts of the report."""
-
-    metrics: dict[str, float]
-    summary: str
-    tables: Mapping[str, Sequence[Mapping[str, Any]]]
-    plots: Mapping[str, Plot]
 
 
 def report(answers: Answers, retrieval: Retrieval, golds: Golds, parts: Sequence[Found] = ()) -> Found:

@@ -1,14 +1,12 @@
 """The report of learning to use tools: what PPO changed, what is left without tools, and what the controls did."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from hfllm.data.world.tool_tasks import CHANGED, NEED, NO_NEED, SUM, UNKNOWN
 from hfllm.evaluation.constitution import side_by_side
 from hfllm.evaluation.tools import KNOWN, Answered, figures, values_of
 from hfllm.outputs.figures import change_of, mean_of, plus_minus
-from hfllm.outputs.report import Plot
+from hfllm.outputs.report import Found, Plot
 from hfllm.rewards.functions import transcript
 
 SHOWN, RL, SHUFFLED, PLAIN, OFF = "shown", "rl", "shuffled", "plain", "off"
@@ -24,16 +22,6 @@ LABELS = {
 SAMPLES_EACH = 2
 
 Answers = Mapping[str, Sequence[Answered]]
-
-
-@dataclass(frozen=True)
-class Found:
-    """The parts of the report."""
-
-    metrics: dict[str, float]
-    summary: str
-    tables: Mapping[str, Sequence[Mapping[str, Any]]]
-    plots: Mapping[str, Plot]
 
 
 def report(answers: Answers) -> Found:

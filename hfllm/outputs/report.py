@@ -158,6 +158,23 @@ class Plot:
         return True
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a recipe that evaluates several models has for its report.
+
+    Args:
+        metrics: figures by their names in report.json.
+        summary: a sentence or two.
+        tables: rows by title.
+        plots: by the names of their files.
+    """
+
+    metrics: dict[str, float]
+    summary: str
+    tables: Mapping[str, Sequence[Mapping[str, Any]]]
+    plots: Mapping[str, Plot]
+
+
 @dataclass
 class Bars:
     """Horizontal bars from the top down: `values` maps a label to its length, `notes` to a text at its end."""

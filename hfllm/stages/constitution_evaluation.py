@@ -1,8 +1,7 @@
 """What constitutional AI has changed: on the embedded world exactly, on your prompts as far as words tell."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
 
 from hfllm.data.world.world import World
 from hfllm.evaluation.constitution_report import (
@@ -15,23 +14,13 @@ from hfllm.evaluation.constitution_report import (
     summary_of,
 )
 from hfllm.outputs.figures import change_of, mean_of
-from hfllm.outputs.report import Plot
+from hfllm.outputs.report import Found
 from hfllm.stages.constitution_runs import HELPFUL
 from hfllm.stages.constitution_steps import Steps, people_s_labels
 
 # Harmless prompts for each prompt of a group of harm.
 HARMLESS = 2.4
 SAMPLES = 8
-
-
-@dataclass(frozen=True)
-class Found:
-    """The parts of the report."""
-
-    metrics: dict[str, float]
-    summary: str
-    tables: Mapping[str, Sequence[Mapping[str, Any]]]
-    plots: Mapping[str, Plot]
 
 
 def evaluate(steps: Steps) -> Found:

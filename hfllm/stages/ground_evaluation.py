@@ -16,10 +16,11 @@ from hfllm.data.world.passage_tasks import (
 from hfllm.data.world.passages import Told
 from hfllm.data.world.world import World
 from hfllm.evaluation.grounding import RESPONSE_LENGTH, Answered, answer
-from hfllm.evaluation.grounding_report import GATED, UNGATED, Found, Retrieval, report
+from hfllm.evaluation.grounding_report import GATED, UNGATED, Retrieval, report
 from hfllm.evaluation.responses import judge_tasks
 from hfllm.grounding.passages import Passages
 from hfllm.grounding.retrieval import BM25Retriever, Gated
+from hfllm.outputs.report import Found
 from hfllm.stages.course import load_speaking
 from hfllm.stages.ground import GROUNDED, MODELS, REWARD, TOP_K, Course, GroundArguments
 from hfllm.stages.ground_confidence import measure

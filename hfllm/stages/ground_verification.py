@@ -8,12 +8,12 @@ from hfllm.data.world.rubric import RIGHT, gold_meaning, gold_score, words_of
 from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES
 from hfllm.data.world.world import Task, World
 from hfllm.evaluation.grounding import RESPONSE_LENGTH
-from hfllm.evaluation.grounding_report import Found
 from hfllm.grounding.choosing import best_rewarded, compare_choices, first_supported, majority_of_meaning
 from hfllm.grounding.passages import Passages
 from hfllm.grounding.retrieval import BM25Retriever
 from hfllm.grounding.samples import Answered, answer_with_samples
 from hfllm.grounding.verification import claims_of, has_words
+from hfllm.outputs.report import Found
 from hfllm.stages.course import Speaking
 
 # Texts about each animal to check against, how many texts are found for a question, and wordings of each question.

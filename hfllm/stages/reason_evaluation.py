@@ -1,29 +1,16 @@
 """What thoughts have gained on the embedded world, and what PPO has made of them."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hfllm.data.world.reasoning import DIAL, HOPS
 from hfllm.data.world.world import World
 from hfllm.evaluation.reasoning import answer, held_out_problems
 from hfllm.evaluation.reasoning_report import plots, ppo_metrics, summary_of, tables, tuned_metrics
 from hfllm.outputs.checkpoints import STATE_FILE
-from hfllm.outputs.report import Plot
+from hfllm.outputs.report import Found
 from hfllm.stages.course import load_speaking
 from hfllm.stages.reason import DIRECT, MIXED, RESPONSE_LENGTH, RL, SHUFFLED, THOUGHTS, Course, ReasonArguments
-
-
-@dataclass(frozen=True)
-class Found:
-    """The parts of the report."""
-
-    metrics: dict[str, float]
-    summary: str
-    tables: Mapping[str, Sequence[Mapping[str, Any]]]
-    plots: Mapping[str, Plot]
 
 
 def evaluate(script_args: ReasonArguments, course: Course) -> Found:

@@ -1,6 +1,7 @@
 """What learning to use tools has changed: on the embedded world exactly, on your questions by your rewards."""
 
-from hfllm.evaluation.tools_report import Found, report
+from hfllm.evaluation.tools_report import report
+from hfllm.outputs.report import Found
 from hfllm.stages.tools_runs import RL
 from hfllm.stages.tools_steps import Steps
 
