@@ -32,8 +32,10 @@ LARGE = range(500, 1000)
 def tool_text(rng: random.Random) -> str:
     """Return a text that repeats words and numbers, or one in which somebody calls a tool."""
     kind = rng.random()
-    if kind < 0.2:
+    if kind < 0.15:
         return _echo(rng)
+    if kind < 0.3:
+        return _results(rng)
     return _asks_lookup(rng) if kind < 0.65 else _asks_calculator(rng)
 
 
@@ -75,6 +77,16 @@ def _echo(rng: random.Random) -> str:
             words.append(rng.choice((*ATTRIBUTES, *WHEN, *COLOURS, *HOMES, *FOODS, *ANIMALS, *FRUITS, *THINGS)))
     text = " ".join(words)
     return f"{person} says {text}. {other} says {text}. {person} says {text}."
+
+
+def _results(rng: random.Random) -> str:
+    """Return results of sums and what is said of them, one after the other.
+
+    Digits are all of one kind, so which of them comes next is told by its place alone. To copy them is learned late,
+    and on some seeds never, from questions that hold one result each.
+    """
+    totals = [str(sum(draw_sum(rng))) for _ in range(5)]
+    return "".join(f"{TOOL} {total}{TURN_END}{ASSISTANT}The sum is {total}.{TURN_END}" for total in totals)
 
 
 def _asks_lookup(rng: random.Random) -> str:
