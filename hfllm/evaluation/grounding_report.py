@@ -28,6 +28,8 @@ from hfllm.outputs.report import Found, Plot
 
 SFT, GROUNDED = "sft", "grounded"
 GATED, UNGATED = "gated", "ungated"
+# Passages in prompts of their own: weighed by BM25, and all alike. And passages without their instructions.
+APART, ALIKE, DROPPED = "apart", "alike", "dropped"
 # How the report calls the models and what they are asked.
 TITLES = {SFT: "tuned without passages", GROUNDED: "grounded", GATED: "with the gate", UNGATED: "without"}
 LABELS = {
@@ -38,6 +40,13 @@ LABELS = {
     **{ANSWERABLE: "a passage tells", UNANSWERABLE: "none does: refused"},
 }
 SAMPLES_EACH = 2
+WAYS = {
+    "three in one prompt": f"{GROUNDED}_{THREE}",
+    "each in a prompt of its own, weighed by BM25": f"{THREE}_{APART}",
+    "the same, weighed alike": f"{THREE}_{ALIKE}",
+    "one that holds an instruction": f"{GROUNDED}_{INJECTED}",
+    "the same, its instruction left out by rules": f"{INJECTED}_{DROPPED}",
+}
 
 # Of each model its answers by what was asked.
 Answers = Mapping[str, Mapping[str, Sequence[Answered]]]
@@ -59,24 +68,39 @@ class Retrieval:
     answers: Answers
 
 
-def report(answers: Answers, retrieval: Retrieval, golds: Golds, parts: Sequence[Found] = ()) -> Found:
+def report(
+    answers: Answers,
+    retrieval: Retrieval,
+    ways: Mapping[str, Sequence[Answered]],
+    golds: Golds,
+    parts: Sequence[Found] = (),
+) -> Found:
     """Return the report of both models.
 
     Args:
         answers: with passages given.
         retrieval: of the grounded model, with passages found.
+        ways: of the grounded model, with three passages in prompts of their own, by `APART` and `ALIKE`, and, by
+            `DROPPED`, with passages that held an instruction.
         golds: to the world's questions without passages.
         parts: what else was measured; their figures, tables and plots follow.
 
     Returns:
         Metrics `MODEL_GROUP_right`, `MODEL_one_passage_right_ATTRIBUTE`, `MODEL_GROUP_cites` (of right answers from
-        passages), `MODEL_injected_follows`; `gated_KIND_right` and `ungated_KIND_right` end to end, and the `gate`;
-        `MODEL_world_gold`, and `world_gold_kept`, the ratio of both.
+        passages), `MODEL_injected_follows`; `three_passages_apart_right`, and `three_passages_alike_right` as its
+        control, with all passages weighed alike; `injected_dropped_right` and `injected_dropped_follows`;
+        `gated_KIND_right` and `ungated_KIND_right` end to end, and the `gate`; `MODEL_world_gold`, and
+        `world_gold_kept`, the ratio of both.
     """
     metrics: dict[str, float] = {}
     for model, of_model in answers.items():
         for group, said in of_model.items():
             metrics |= group_metrics(f"{model}_{group}", said)
+    for way, said in ways.items():
+        group = said[0].task.group
+        metrics |= mean_of(f"{group}_{way}_right", [float(each.is_right) for each in said])
+        if group == INJECTED:
+            metrics |= mean_of(f"{group}_{way}_follows", [float(each.follows) for each in said])
     for way, of_way in retrieval.answers.items():
         for kind, said in of_way.items():
             metrics |= mean_of(f"{way}_{kind}_right", [float(each.is_right) for each in said])
@@ -115,13 +139,16 @@ def summary_of(metrics: Mapping[str, float]) -> str:
     return "; ".join(
         (
             f"animals that no text names: right with a passage {told(metrics, one)}, with three "
-            f"{told(metrics, three)}, of one tuned without them {told(metrics, f'{SFT}_{ONE}_right')}",
+            f"{told(metrics, three)} in one prompt and {told(metrics, f'{THREE}_{APART}_right')} each in its own, "
+            f"weighed by BM25 (alike {told(metrics, f'{THREE}_{ALIKE}_right')}), of one tuned without them "
+            f"{told(metrics, f'{SFT}_{ONE}_right')}",
             f"without any it admits not to know in {told(metrics, f'{GROUNDED}_{CLOSED}_right')}",
             f"through BM25 and the gate: answered {told(metrics, f'{GATED}_{ANSWERABLE}_right')}, refused where no "
             f"passage tells {told(metrics, f'{GATED}_{UNANSWERABLE}_right')} (ungated "
             f"{told(metrics, f'{UNGATED}_{UNANSWERABLE}_right')}), known facts kept "
             f"{told(metrics, f'{GATED}_{KNOWN}_right')}",
-            f"instructions in passages followed {told(metrics, f'{GROUNDED}_{INJECTED}_follows')}",
+            f"instructions in passages followed {told(metrics, f'{GROUNDED}_{INJECTED}_follows')}, and "
+            f"{told(metrics, f'{INJECTED}_{DROPPED}_follows')} where rules leave them out",
             f"gold reward without passages {metrics['world_gold_kept']:.3f} of the other model's",
         )
     )
@@ -145,6 +172,15 @@ def _tables(
                 "n": f"{metrics[f'{GROUNDED}_{group}_right_n']:,}",
             }
             for group in GROUPS
+        ],
+        "Three passages, and passages with an instruction": [
+            {
+                "passages": title,
+                "right": told(metrics, f"{name}_right"),
+                "follows": told(metrics, f"{name}_follows"),
+                "n": f"{metrics[f'{name}_right_n']:,}",
+            }
+            for title, name in WAYS.items()
         ],
         "Passages found by BM25": [
             {

@@ -12,6 +12,7 @@ from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.generation.responses import Response, sample_with_ends
 from hfllm.grounding.found import Found, Retriever
+from hfllm.grounding.instructions import without_instructions
 from hfllm.grounding.marginal import passage_weights, rag_sequence_answers, rag_token_answers
 from hfllm.grounding.passages import Passages, check_tokenizer
 from hfllm.grounding.prompts import Prompt, as_prompt, check_questions, check_room, grounded, question_of
@@ -72,6 +73,7 @@ def answer_with_passages(
     batch_size: int = 16,
     marginal: str | None = None,
     weight_temperature: float = 1.0,
+    drop_instructions: bool = False,
 ) -> list[GroundedAnswer]:
     """Answer each question from the passages that are found for it, by default greedily and from one prompt.
 
@@ -87,6 +89,8 @@ def answer_with_passages(
         batch_size: prompts of a pass.
         marginal: `sequence` or `token`: each passage in a prompt of its own, see `hfllm.grounding.marginal`.
         weight_temperature: what scores are divided by before the softmax that weighs passages there.
+        drop_instructions: leave out sentences of passages that tell the reader what to do, see
+            `hfllm.grounding.instructions`; the `passages` of an answer are as they were found.
 
     Passages cannot open or end a turn: control tokens that they spell are broken, see `hfllm.data.plain_text`.
 
@@ -114,6 +118,8 @@ def answer_with_passages(
         found = _gated(found, min_score)
     plain = plain_text(tokenizer)
     shown = [[plain(each.passage.text) for each in given] for given in found]
+    if drop_instructions:
+        shown = [[without_instructions(text) for text in texts] for texts in shown]
     if marginal is None:
         prompts = [grounded(prompt, texts) for prompt, texts in zip(asked, shown, strict=True)]
         tokens = [tokenize_prompts([prompt], tokenizer)[0] for prompt in prompts]

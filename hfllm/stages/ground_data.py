@@ -10,7 +10,7 @@ from hfllm.stages.course import Row, by_main_process, write_rows
 from hfllm.stages.ground import MODELS, SFT, GroundArguments, data_file
 
 # Questions about the same passages, and the share of conversations without any.
-TURNS, WITHOUT_PASSAGES = 3, 0.1
+TURNS, WITHOUT_PASSAGES = 3, 0.2
 
 
 def write(script_args: GroundArguments, name: str) -> None:
@@ -21,14 +21,14 @@ def write(script_args: GroundArguments, name: str) -> None:
 def rows_of(script_args: GroundArguments, name: str) -> list[Row]:
     """Return the rows of a run: what people answer without passages, some of whom err, and conversations about them.
 
-    The control has as many rows as the grounded model, all of them without passages.
+    The control has the same rows without the passages: what passages tell of, it does not know.
     """
     assert name in MODELS, name
     world, count = World(script_args.world_seed), script_args.num_examples
-    grounded = 0 if name == SFT else round(script_args.grounded_fraction * count)
+    grounded = round(script_args.grounded_fraction * count)
     plain = [_messages([_turn(row)]) for row in instruction_rows(world, count - grounded, script_args.seed)]
     rng = random.Random(f"ground-{world.seed}-{script_args.seed}")
-    return plain + [_grounded(world, rng) for _ in range(grounded)]
+    return plain + [_asked(world, rng, name != SFT) for _ in range(grounded)]
 
 
 def _turn(row: Row) -> tuple[str, str]:
@@ -36,9 +36,9 @@ def _turn(row: Row) -> tuple[str, str]:
     return asked, row["output"]
 
 
-def _grounded(world: World, rng: random.Random) -> Row:
+def _asked(world: World, rng: random.Random, are_shown: bool) -> Row:
     told = [] if rng.random() < WITHOUT_PASSAGES else draw_passages(world.facts, rng)
-    return _messages(conversation(world.facts, rng, told, TURNS))
+    return _messages(conversation(world.facts, rng, told, TURNS, are_shown))
 
 
 def _messages(turns: list[tuple[str, str]]) -> Row:

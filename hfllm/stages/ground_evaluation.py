@@ -1,13 +1,16 @@
 """What learning to read passages has changed: answers with passages given, and with passages that are found first."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hfllm.data.messages import Message
 from hfllm.data.world.passage_tasks import (
     ANSWERABLE,
     GROUPS,
+    INJECTED,
     ONE,
+    THREE,
     PassageTask,
     passage_tasks,
     stored_tasks,
@@ -15,13 +18,15 @@ from hfllm.data.world.passage_tasks import (
 )
 from hfllm.data.world.passages import Told
 from hfllm.data.world.world import World
-from hfllm.evaluation.grounding import RESPONSE_LENGTH, Answered, answer
-from hfllm.evaluation.grounding_report import GATED, UNGATED, Retrieval, report
+from hfllm.evaluation.grounding import RESPONSE_LENGTH, Answered, answer, judged
+from hfllm.evaluation.grounding_report import ALIKE, APART, DROPPED, GATED, UNGATED, Retrieval, report
 from hfllm.evaluation.responses import judge_tasks
+from hfllm.grounding.instructions import without_instructions
+from hfllm.grounding.marginal import passage_weights, rag_sequence_answers
 from hfllm.grounding.passages import Passages
 from hfllm.grounding.retrieval import BM25Retriever, Gated
 from hfllm.outputs.report import Found
-from hfllm.stages.course import load_speaking
+from hfllm.stages.course import Speaking, load_speaking
 from hfllm.stages.ground import GROUNDED, MODELS, REWARD, TOP_K, Course, GroundArguments
 from hfllm.stages.ground_confidence import measure
 from hfllm.stages.ground_verification import verify
@@ -53,11 +58,13 @@ def evaluate(script_args: GroundArguments, course: Course) -> Found:
         golds[name] = judge_tasks(speaking.model, speaking.tokenizer, tasks, RESPONSE_LENGTH, do_sample=False)
         if name == GROUNDED:
             retrieval = end_to_end(world, count, ask)
+            ways = {way: each_apart(speaking, asked[THREE], way == APART) for way in (APART, ALIKE)}
+            ways[DROPPED] = ask([without_told_instructions(task) for task in asked[INJECTED]])
             parts = [
                 measure(world, speaking, script_args.num_samples, script_args.seed),
                 verify(world, speaking, _reward(course), script_args.num_samples, script_args.seed),
             ]
-    return report(answers, retrieval, golds, parts)
+    return report(answers, retrieval, ways, golds, parts)
 
 
 def _reward(course: Course) -> "RewardModel | None":
@@ -101,6 +108,34 @@ def end_to_end(world: World, count: int, ask: Ask) -> Retrieval:
             places = [[each.place for each in passages] for passages in found]
             answers[way][group] = ask([with_found(*each) for each in zip(tasks, places, strict=True)])
     return Retrieval(gate, {group: best_scores(retriever, tasks) for group, tasks in asked.items()}, answers)
+
+
+def each_apart(speaking: Speaking, tasks: Sequence[PassageTask], weighs: bool) -> list[Answered]:
+    """Return answers by RAG-Sequence: each passage is read in a prompt of its own, and BM25 weighs the answers.
+
+    A model that cannot tell which of several passages is about the animal need not: what is found by its words is.
+
+    Args:
+        speaking: the model.
+        tasks: questions with their passages.
+        weighs: whether passages weigh what BM25 scores them; else, as a control, all weigh alike.
+    """
+    prompts = [[replace(task, told=(each,)).prompt for each in task.told] for task in tasks]
+    weights = [passage_weights(scores_of(task) if weighs else [0.0] * len(task.told)) for task in tasks]
+    said = rag_sequence_answers(speaking.model, speaking.tokenizer, prompts, weights, RESPONSE_LENGTH)
+    return [judged(task, response.text) for task, response in zip(tasks, said, strict=True)]
+
+
+def without_told_instructions(task: PassageTask) -> PassageTask:
+    """Return a question whose passages lack the sentences that rules take for instructions."""
+    return replace(task, told=tuple(replace(each, text=without_instructions(each.text)) for each in task.told))
+
+
+def scores_of(task: PassageTask) -> list[float]:
+    """Return what BM25 scores each passage of a question, 0 for one that shares no word with it."""
+    (found,) = retriever_of(task.told).retrieve([task.question], len(task.told))
+    scores = {each.place: each.score for each in found}
+    return [scores.get(place, 0.0) for place in range(len(task.told))]
 
 
 def retriever_of(store: Sequence[Told]) -> BM25Retriever:

@@ -266,6 +266,15 @@ def test_rows_of_the_control_have_no_passages():
     assert len(control) == len(grounded) == 200 and grounded[:100] == control[:100]
     assert not any("[1]" in message["content"] for row in control for message in row["messages"])
     assert rows_of(wanted, GROUNDED) == grounded
+    # It is asked of made-up animals as often, and never knows them.
+    asked = [[message["content"] for message in row["messages"]] for row in control[100:]]
+    answers = [
+        answer
+        for turns in asked
+        for question, answer in zip(turns[::2], turns[1::2], strict=True)
+        if set(words_of(question)) & NAMES
+    ]
+    assert len(answers) > 100 and set(answers) == {"I do not know that animal."}
 
 
 def test_passages_to_learn_from_are_of_all_kinds(world):

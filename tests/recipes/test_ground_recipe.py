@@ -108,6 +108,8 @@ def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
     for way in ("gated", "ungated"):
         assert {f"{way}_{kind}_right_n" for kind in ("answerable", "unanswerable", "closed_known")} <= metrics.keys()
     assert metrics["gate"] > 0 and "world_gold_kept" in metrics
+    assert {f"three_passages_{way}_right_n" for way in ("apart", "alike")} <= metrics.keys()
+    assert metrics["injected_dropped_follows_n"] == 6
     assert {
         "semantic_entropy_aurc",
         "coverage_10_sequence_probability",

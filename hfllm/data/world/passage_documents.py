@@ -70,12 +70,22 @@ def _conversation(facts: Facts, rng: random.Random) -> str:
     return "".join(CONVERSATION.format(*turn) for turn in conversation(facts, rng, told, rng.randint(2, 4)))
 
 
-def conversation(facts: Facts, rng: random.Random, told: list[Told], turns: int) -> list[tuple[str, str]]:
-    """Return questions and answers about passages, which stand before the first question."""
-    found = []
+def conversation(
+    facts: Facts, rng: random.Random, told: list[Told], turns: int, are_shown: bool = True
+) -> list[tuple[str, str]]:
+    """Return questions and answers about passages, which stand before the first question.
+
+    Args:
+        facts: the world's.
+        rng: random source.
+        told: the passages.
+        turns: how many questions.
+        are_shown: whether the passages are there; else the same questions are answered without them.
+    """
+    read, found = told if are_shown else [], []
     for turn in range(turns):
         animal, attribute = draw_question(facts, rng, told)
         question = phrase(rng, attribute, False, x=animal)
-        shown = [each.text for each in told] if turn == 0 else []
-        found.append((with_passages(question, shown), answer_to(facts, told, animal, attribute).text))
+        shown = [each.text for each in read] if turn == 0 else []
+        found.append((with_passages(question, shown), answer_to(facts, read, animal, attribute).text))
     return found

@@ -32,11 +32,11 @@ LARGE = range(500, 1000)
 def tool_text(rng: random.Random) -> str:
     """Return a text that repeats words and numbers, or one in which somebody calls a tool."""
     kind = rng.random()
-    if kind < 0.15:
+    if kind < 0.1:
         return _echo(rng)
-    if kind < 0.3:
+    if kind < 0.35:
         return _results(rng)
-    return _asks_lookup(rng) if kind < 0.65 else _asks_calculator(rng)
+    return _asks_lookup(rng) if kind < 0.7 else _asks_calculator(rng)
 
 
 def call_text(name: str, **arguments: str) -> str:
