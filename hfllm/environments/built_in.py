@@ -4,6 +4,7 @@ import ast
 import math
 import operator
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from hfllm.environments.python_tool import python, python_within
 from hfllm.environments.retrieval import retrieval_over
@@ -11,6 +12,7 @@ from hfllm.errors import InputError
 
 __all__ = ["calculator", "lookup_in", "python", "python_within", "retrieval_over"]
 
+Value = TypeVar("Value")
 LONGEST_EXPRESSION, MOST_BITS = 200, 4096
 OPERATORS: dict[type, Callable] = {
     ast.Add: operator.add,
@@ -70,11 +72,11 @@ def lookup_in(table: Mapping[str, Mapping[str, object]]) -> Callable[[str, str],
     Letter case and spaces around a word do not matter. What the table lacks is told, with what it has.
 
     Raises:
-        InputError: for something else than such a table.
+        InputError: for something else than such a table, and for words in it that differ in case or spaces alone.
     """
     if not isinstance(table, Mapping) or not all(isinstance(row, Mapping) for row in table.values()):
         raise InputError(f'lookup_in: expected a table such as {{"owl": {{"color": "gray"}}}}, got {str(table)[:80]}')
-    rows = {_plain(key): {_plain(name): value for name, value in row.items()} for key, row in table.items()}
+    rows = _by_plain_word({key: _by_plain_word(row) for key, row in table.items()})
 
     def lookup(key: str, attribute: str) -> str:
         """Look up what is known of something.
@@ -91,6 +93,15 @@ def lookup_in(table: Mapping[str, Mapping[str, object]]) -> Callable[[str, str],
         return str(row[_plain(attribute)])
 
     return lookup
+
+
+def _by_plain_word(row: Mapping[str, Value]) -> dict[str, Value]:
+    found: dict[str, Value] = {}
+    for word, value in row.items():
+        if _plain(word) in found:
+            raise InputError(f"lookup_in: {word!r} comes twice, where letter case and spaces around it do not matter")
+        found[_plain(word)] = value
+    return found
 
 
 def _plain(word: str) -> str:

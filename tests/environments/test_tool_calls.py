@@ -414,3 +414,12 @@ def test_threads_of_tools_end():
     for _ in range(20):
         tools.call(call_of("calculator", expression="1"))
     assert threading.active_count() <= before + 1
+
+
+@pytest.mark.parametrize(
+    ("table", "word"),
+    [({"Owl": {}, "owl ": {}}, "'owl '"), ({"owl": {"color": "gray", "COLOR": "red"}}, "'COLOR'")],
+)
+def test_a_table_whose_words_differ_in_case_alone_is_refused(table, word):
+    with pytest.raises(InputError, match=f"lookup_in: {word} comes twice"):
+        lookup_in(table)
