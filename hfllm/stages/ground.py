@@ -29,10 +29,10 @@ class GroundArguments:
     seed: int = field(default=42, metadata={"help": "Of data and weights: the same seed, the same result."})
     world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world's facts."})
     num_examples: int = field(
-        default=9000, metadata={"help": "Rows of fine-tuning, with passages and without, and of the control's."}
+        default=10000, metadata={"help": "Rows of fine-tuning, with passages and without, and of the control's."}
     )
     grounded_fraction: float = field(
-        default=0.45, metadata={"help": "Share of the rows that are conversations about passages, in (0, 1]."}
+        default=0.4, metadata={"help": "Share of the rows that are conversations about passages, in (0, 1]."}
     )
     num_questions: int = field(default=300, metadata={"help": "Held-out questions of each group."})
     num_samples: int = field(

@@ -10,7 +10,7 @@ from hfllm.stages.course import Row, by_main_process, write_rows
 from hfllm.stages.ground import MODELS, SFT, GroundArguments, data_file
 
 # Questions about the same passages, and the share of conversations without any.
-TURNS, WITHOUT_PASSAGES = 3, 0.2
+TURNS, WITHOUT_PASSAGES = 3, 0.15
 
 
 def write(script_args: GroundArguments, name: str) -> None:
