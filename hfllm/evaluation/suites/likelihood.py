@@ -199,8 +199,8 @@ class Scorer:
         pair = Pair(ids[:13], ids[13:])
         read = [*pair.context, *pair.continuation[:-1]]
         with evaluating(self.model), torch.inference_mode(), pass_precision(self.model):
-            (whole,) = self._score_rows([pair], [read], 0, None, "a trial")
             try:
+                (whole,) = self._score_rows([pair], [read], 0, None, "a trial")
                 cache = self._read(read[:9], None)
                 parts = self._score_rows([pair] * 2, [read] * 2, 9, cache, "a trial")
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
