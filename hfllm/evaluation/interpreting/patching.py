@@ -122,7 +122,10 @@ def causal_trace(
     seed: int = 0,
     batch_size: int = 32,
 ) -> tuple[torch.Tensor, float]:
-    """Return the share (sites, places) of the answer's probability that comes back, and how much of it noise took.
+    """Return how much of the answer's probability comes back (sites, places), and how much of it the noise takes.
+
+    Both are differences of probabilities, Meng's indirect and total effect: a model that does not know the answer has
+    none to lose.
 
     Args:
         sites: modules by name, each restored alone.
@@ -130,8 +133,6 @@ def causal_trace(
         places: groups of places that are restored together; each place alone by default.
         samples: draws of the noise, over which probabilities are averaged.
         seed: of the noise, which is the same for all sites and places.
-
-    The log-probability of the value is compared, which random models and trained ones have alike.
     """
     groups = [[place] for place in range(len(prompt.ids))] if places is None else places
     ids, last = batch_of([prompt], parts.model.device)
@@ -139,19 +140,16 @@ def causal_trace(
     subject = mask_of([prompt.subject_places], ids.shape[1], ids.device)
     noise = torch.randn((samples, *ids.shape[1:], states[0].shape[-1]), generator=torch.Generator().manual_seed(seed))
     noise = (NOISE * spread * noise).to(ids.device)
-    whole = float(clean.log_softmax(-1)[0, prompt.value])
     broken = float(_noisy(parts, prompt, noise, subject).mean())
-    shares = torch.zeros(len(sites), len(groups))
+    effects = torch.zeros(len(sites), len(groups))
     masks = mask_of(groups, ids.shape[1], ids.device)
     step = max(batch_size // samples, 1)
     for row, (module, values) in enumerate(zip(sites.values(), states, strict=True)):
         for first in range(0, len(groups), step):
             some = masks[first : first + step].repeat_interleave(samples, 0)
             got = _noisy(parts, prompt, noise.repeat(len(some) // samples, 1, 1), subject, (module, some, values))
-            back = got.unflatten(0, (-1, samples)).mean(1)
-            share = moved_share(back, torch.full_like(back, broken), torch.full_like(back, whole))
-            shares[row, first : first + step] = share.cpu()
-    return shares, whole - broken
+            effects[row, first : first + step] = got.unflatten(0, (-1, samples)).mean(1).cpu() - broken
+    return effects, float(clean.softmax(-1)[0, prompt.value]) - broken
 
 
 def _noisy(
@@ -161,11 +159,11 @@ def _noisy(
     subject: torch.Tensor,
     patch: tuple[nn.Module, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Return the log-probability (N,) of the value under each of the noises (N, S, E) on the subject's vectors."""
+    """Return the probability (N,) of the value under each of the noises (N, S, E) on the subject's vectors."""
     ids, last = batch_of([prompt] * len(noise), parts.model.device)
     hooks = [(parts.embeddings, lambda output: output + (noise * subject[..., None]).to(output))]
     if patch is not None:
         module, mask, values = patch
         hooks.append((module, lambda output: torch.where(mask[..., None], values.to(output), output)))
     with hooked(hooks):
-        return last_logits_of(parts, ids, last).log_softmax(-1)[:, prompt.value]
+        return last_logits_of(parts, ids, last).softmax(-1)[:, prompt.value]

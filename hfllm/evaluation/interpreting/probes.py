@@ -49,23 +49,27 @@ def last_states(parts: Parts, prompts: Sequence[FactPrompt], batch_size: int = 3
 
 
 def entity_folds(entities: Sequence[str], labels: Sequence[int], folds: int = FOLDS, seed: int = 0) -> torch.Tensor:
-    """Return a fold (rows,) for each row, the same for all rows of an entity; each kind's are spread over all folds.
+    """Return a fold for each row, (1, rows), the same for all rows of an entity; each kind's are spread over all folds.
 
     Raises:
         InputError: when a kind has fewer entities than there are folds.
     """
-    fold_of: dict[tuple[int, str], int] = {}
-    for label in sorted(set(labels)):
+    fold_of: dict[str, int] = {}
+    for label in (0, 1):
         own = sorted({entity for entity, each in zip(entities, labels, strict=True) if each == label})
         if len(own) < folds:
             raise InputError(f"a probe needs at least {folds} subjects of each kind, and one has {len(own)}")
         random.Random(f"folds-{seed}-{label}").shuffle(own)
-        fold_of |= {(label, entity): place % folds for place, entity in enumerate(own)}
-    return torch.tensor([fold_of[label, entity] for entity, label in zip(entities, labels, strict=True)])
+        fold_of |= {entity: place % folds for place, entity in enumerate(own)}
+    return torch.tensor([[fold_of[entity] for entity in entities]])
 
 
-def shuffled_labels(entities: Sequence[str], labels: Sequence[int], folds: torch.Tensor, seed: int) -> torch.Tensor:
-    """Return labels (rows,) by chance, one per entity; in each fold as many entities have each label as before."""
+def shuffled_labels(entities: Sequence[str], labels: Sequence[int], folds: torch.Tensor, seed: int | str) -> torch.Tensor:
+    """Return labels (rows,) by chance, one per entity; in each fold as many entities have each label as before.
+
+    Args:
+        folds: (rows,).
+    """
     rng, chance = random.Random(f"labels-{seed}"), {}
     for fold in folds.unique().tolist():
         inside = [place for place, each in enumerate(folds.tolist()) if each == fold]
@@ -115,26 +119,31 @@ def told_apart(scores: torch.Tensor, labels: torch.Tensor, folds: torch.Tensor) 
     return (share * is_other).sum(1) / is_other.sum(1)
 
 
-def probe(states: torch.Tensor, entities: Sequence[str], labels: Sequence[int], seed: int = 0) -> Probed:
+def probe(
+    states: torch.Tensor, entities: Sequence[str], labels: Sequence[int], splits: torch.Tensor, seed: int = 0
+) -> Probed:
     """Return how well probes of each layer tell two kinds apart, and probes of labels by chance.
 
     Args:
         states: (layers, rows, E), such as of `last_states`.
         entities: what each row is about: the rows of one are learned from together, or tested on.
         labels: 0 or 1 for each row, the same for all rows of an entity.
-        seed: of the folds and of the labels by chance.
-
-    Raises:
-        InputError: when a kind has fewer than `FOLDS` entities.
+        splits: (splits, rows), the fold of each row in each split into folds, such as of `entity_folds`; -1 leaves a
+            row out. Each row is in at least one; what is returned is the mean over those that it is in.
+        seed: of the labels by chance.
     """
-    folds = entity_folds(entities, labels, seed=seed)
-    columns = [torch.tensor(list(labels))]
-    columns += [shuffled_labels(entities, labels, folds, seed + each) for each in range(SHUFFLES)]
-    stacked = torch.stack(columns, dim=1)
-    right, shuffled = [], []
-    for layer in states:
-        scores = held_out_scores(layer, stacked, folds)
-        each = [told_apart(scores[:, column], stacked[:, column], folds) for column in range(stacked.shape[1])]
-        right.append(each[0])
-        shuffled.append(torch.stack(each[1:]).mean(0))
-    return Probed(torch.stack(right), torch.stack(shuffled))
+    truth = torch.tensor(list(labels))
+    sums = torch.zeros(2, len(states), len(truth), dtype=torch.double)
+    for number, folds in enumerate(splits):
+        kept = (folds >= 0).nonzero()[:, 0]
+        inside, own = folds[kept], [entities[place] for place in kept.tolist()]
+        real = truth[kept].tolist()
+        seeds = [f"{seed}-{number}-{each}" for each in range(max(SHUFFLES // len(splits), 2))]
+        columns = torch.stack([truth[kept], *(shuffled_labels(own, real, inside, each) for each in seeds)], dim=1)
+        for layer, each in enumerate(states):
+            scores = held_out_scores(each[kept], columns, inside)
+            told = [told_apart(scores[:, place], columns[:, place], inside) for place in range(columns.shape[1])]
+            sums[0, layer, kept] += told[0]
+            sums[1, layer, kept] += torch.stack(told[1:]).mean(0)
+    right, shuffled = sums / (splits >= 0).sum(0)
+    return Probed(right, shuffled)

@@ -41,7 +41,7 @@ class FactPrompt:
         ids: its tokens, the last of which is the place before the value.
         mentions: the places of the subject's tokens, one group for each time that it is named.
         value: the first token of the value; -1 without one.
-        others: the first tokens of the other values.
+        others: the first tokens of the other values, each once; those that begin as the value does are left out.
     """
 
     fact: Fact
@@ -62,8 +62,8 @@ def encode_facts(
     """Return facts as prompts: by the chat template, or question and beginning as plain text.
 
     Raises:
-        InputError: for a tokenizer that does not say where its tokens stand in the text, and for a value or another
-            one that begins with the same token as it.
+        InputError: for a tokenizer that does not say where its tokens stand in the text, and for other values that
+            all begin with the same token as the right one.
     """
     if not tokenizer.is_fast:
         raise InputError(f"{type(tokenizer).__name__} does not tell the places of tokens in a text: a fast one does")
@@ -75,12 +75,14 @@ def _encoded(tokenizer: "PreTrainedTokenizerBase", fact: Fact, uses_chat_templat
     ids, spans = _tokens(tokenizer, text, uses_chat_template)
     mentions = tuple(_places(spans, start, end) for start, end in _found(text, fact.subject))
     gap = "" if not text or text[-1].isspace() or not fact.beginning else " "
-    firsts = [_next(tokenizer, text, gap + each, ids, uses_chat_template) for each in (fact.value, *fact.others) if each]
-    if len(set(firsts)) < len(firsts):
-        said = ", ".join(repr(each) for each in (fact.value, *fact.others))
-        raise InputError(f"values of {fact.question!r} begin with the same token, so they cannot be compared: {said}")
-    value, others = (firsts[0], tuple(firsts[1:])) if fact.value else (-1, ())
-    return FactPrompt(fact, tuple(ids), tuple(each for each in mentions if each), value, others)
+    said = [each for each in (fact.value, *fact.others) if each] if fact.value else []
+    firsts = dict.fromkeys(_next(tokenizer, text, gap + each, ids, uses_chat_template) for each in said)
+    if fact.others and len(firsts) == 1:
+        raise InputError(
+            f"all values of {fact.question!r} begin with the same token, so they cannot be compared: {', '.join(said)}"
+        )
+    value, *others = firsts or [-1]
+    return FactPrompt(fact, tuple(ids), tuple(each for each in mentions if each), value, tuple(others))
 
 
 def _text(tokenizer: "PreTrainedTokenizerBase", fact: Fact, uses_chat_template: bool) -> str:
