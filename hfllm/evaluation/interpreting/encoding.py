@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hfllm.evaluation.interpreting.material import Material
+from hfllm.evaluation.interpreting.probes import entity_folds, token_halves
 from hfllm.evaluation.interpreting.prompts import Fact, FactPrompt, encode_facts
 
 if TYPE_CHECKING:
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 # What methods have a figure for.
 FACTS, SOME, PAIRS, SUBJECTS, TOLD = UNITS = ("facts", "some", "pairs", "subjects", "told")
+# Ways to part subjects into those to learn from and those to test on.
+SPLITS = 8
+SHARED = "the subject's tokens are in those of others in every way to part them"
 NO_SUBJECT = "its tokens do not show where the subject is"
 UNEQUAL = "the two prompts have not as many tokens, or the same first token of their values"
 
@@ -37,7 +41,7 @@ class Prompts:
     pairs: Sequence[tuple[int, int]]
     subjects: Sequence[FactPrompt]
     labels: Sequence[int]
-    splits: torch.Tensor | None
+    splits: torch.Tensor
     told: Sequence[FactPrompt]
     columns: Mapping[str, Sequence[int]]
     skipped: Mapping[str, Mapping[int, str]]
@@ -50,7 +54,7 @@ def names_of(material: Material) -> dict[str, list[str]]:
         FACTS: facts,
         SOME: [facts[place] for place in material.some],
         PAIRS: [f"{facts[one]}, {facts[other]}" for one, other in material.pairs],
-        SUBJECTS: [] if material.splits is None else list(dict.fromkeys(fact.subject for fact, _ in material.subjects)),
+        SUBJECTS: list(dict.fromkeys(fact.subject for fact, _ in material.subjects)),
         TOLD: [f"{number} {fact.value}" for number, fact in enumerate(material.told, 1)],
     }
 
@@ -96,27 +100,46 @@ def encode_material(
             unpaired[number] = UNEQUAL
         else:
             pairs.append(number)
-    subjects = [] if material.splits is None else encode_facts(
-        tokenizer, [fact for fact, _ in material.subjects], uses_chat_template
-    )
-    names = dict.fromkeys(fact.subject for fact, _ in material.subjects)
+    about = encode_facts(tokenizer, [fact for fact, _ in material.subjects], uses_chat_template)
+    subjects, labels, splits = _to_probe(about, [label for _, label in material.subjects])
+    names = names_of(material)[SUBJECTS]
+    parted = {prompt.fact.subject for prompt in subjects}
     return Prompts(
         facts=facts,
         some=[place[material.some[number]] for number in some],
         pairs=[(place[one], place[other]) for one, other in (material.pairs[number] for number in pairs)],
         subjects=subjects,
-        labels=[label for _, label in material.subjects],
-        splits=material.splits,
+        labels=labels,
+        splits=splits,
         told=told,
-        columns={FACTS: kept, SOME: some, PAIRS: pairs, SUBJECTS: range(len(names)), TOLD: told_kept},
+        columns={
+            **{FACTS: kept, SOME: some, PAIRS: pairs, TOLD: told_kept},
+            # In the order of the material, which is that of the prompts.
+            SUBJECTS: [number for number, name in enumerate(names) if name in parted],
+        },
         skipped={
             FACTS: without,
             SOME: {number: without[fact] for number, fact in enumerate(material.some) if fact in without},
             PAIRS: unpaired,
-            SUBJECTS: {},
+            SUBJECTS: {number: SHARED for number, name in enumerate(names) if name not in parted},
             TOLD: told_without,
         },
     )
+
+
+def _to_probe(
+    prompts: Sequence[FactPrompt], labels: Sequence[int]
+) -> tuple[list[FactPrompt], list[int], torch.Tensor]:
+    """Return the prompts that a probe learns from or is tested on, their labels, and the ways to part them."""
+    if not prompts:
+        return [], [], torch.zeros(0, 0, dtype=torch.long)
+    entities = [prompt.fact.subject for prompt in prompts]
+    tokens = [{prompt.ids[place] for place in prompt.subject_places} for prompt in prompts]
+    splits = token_halves(tokens, entities, labels, SPLITS)
+    if not len(splits):
+        splits = entity_folds(entities, labels)
+    rows = [row for row, is_in in enumerate((splits >= 0).any(0).tolist()) if is_in]
+    return [prompts[row] for row in rows], [labels[row] for row in rows], splits[:, rows]
 
 
 def _can_exchange(one: FactPrompt, other: FactPrompt) -> bool:

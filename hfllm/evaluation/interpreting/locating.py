@@ -75,4 +75,3 @@ def _restored(parts: Parts, plant: Plant, what: str) -> list[float]:
     margin = float(margins(clean, *tokens)[0])
     with planted(plant):
         return restored(parts, plant.prompt, dict(zip(modules, states, strict=True)), said, plant.wanted, margin)
-

@@ -5,21 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from hfllm.data.passages import with_passages
 from hfllm.data.sources import iterate_source
 from hfllm.data.world.passages import held_out_names
-from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, COLOURS, NAME_PARTS, PHRASINGS, WELL_SAID
+from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, COLOURS, PHRASINGS, WELL_SAID, phrase
 from hfllm.data.world.world import World
 from hfllm.errors import InputError
-from hfllm.evaluation.interpreting.probes import FOLDS, entity_folds
+from hfllm.evaluation.interpreting.probes import FOLDS
 from hfllm.evaluation.interpreting.prompts import Fact
 
-# Ways to part the pieces of made-up names into those to learn from and those to test on.
-SPLITS = 8
-# Wordings of each question, where a subject is to be recognized.
-WORDINGS = 2
+# About each subject that is to be recognized.
+QUESTIONS = 6
 # Facts about passages, pairs of facts, facts for methods that take long, and other values of a user's fact, at most.
 PASSAGES, PAIRS, SOME, MOST_OTHERS = 64, 48, 20, 24
 COLUMNS = ("subject", "question", "answer", "beginning", "passage")
@@ -32,15 +28,14 @@ class Material:
     Args:
         facts: those that the model may know.
         kinds: of each fact, such as its attribute: values are compared and exchanged within a kind.
-        subjects: questions about subjects, each with the subject and whether it is known (1) or not (0).
-        splits: (splits, subjects), the folds of a probe; `None` where there are too few subjects for one.
+        subjects: questions about subjects, each with whether its subject is known (1) or not (0); none where there are
+            too few for a probe.
         told: facts that stand in a passage of their question; the subject is what is told.
     """
 
     facts: tuple[Fact, ...]
     kinds: tuple[str, ...]
     subjects: tuple[tuple[Fact, int], ...] = ()
-    splits: torch.Tensor | None = None
     told: tuple[Fact, ...] = ()
 
     @property
@@ -74,42 +69,22 @@ def world_material(world: World) -> Material:
             others = tuple(each for each in values if each != value)
             facts.append(Fact(animal, question.format(x=animal), beginning.format(x=animal), value, others))
             kinds.append(attribute)
-    subjects, splits = _subjects()
-    return Material(tuple(facts), tuple(kinds), tuple(subjects), splits, tuple(_told(world)))
+    return Material(tuple(facts), tuple(kinds), tuple(_subjects()), tuple(_told(world)))
 
 
-def _subjects() -> tuple[list[tuple[Fact, int]], torch.Tensor]:
-    """Return questions about known and made-up animals, and ways to part them into two halves.
+def _subjects() -> list[tuple[Fact, int]]:
+    """Return questions about known and made-up animals.
 
-    Made-up names are put together from pieces. What a probe is tested on shares no piece with what it learns from:
-    otherwise it would know them by their pieces, also in a model of random weights.
+    Their wordings are drawn, some with words around them: made-up names have more tokens, and without that the length of
+    a prompt alone would tell which is which, also to a model of random weights.
     """
-    halves = [_halves(split) for split in range(SPLITS)]
-    names = [name for name in held_out_names() if any(each(name) >= 0 for each in halves)]
-    rows = [
-        (Fact(subject, PHRASINGS[attribute][wording].format(x=subject)), int(subject in ANIMALS))
-        for subject in (*ANIMALS, *names)
-        for attribute in ATTRIBUTES
-        for wording in range(WORDINGS)
-    ]
-    return rows, torch.tensor([[half(fact.subject) for fact, _ in rows] for half in halves])
-
-
-def _halves(split: int):
-    """Return a function from a subject to its half, 0 or 1; -1 for a name with pieces of both."""
-    rng, side = random.Random(f"halves-{split}"), {}
-    for place, pieces in enumerate((tuple(ANIMALS), *NAME_PARTS)):
-        dealt = sorted(pieces)
-        rng.shuffle(dealt)
-        side |= {(place, piece): number % 2 for number, piece in enumerate(dealt)}
-
-    def half(subject: str) -> int:
-        if (0, subject) in side:
-            return side[0, subject]
-        sides = {side[1, subject[0]], side[2, subject[1:3]], side[3, subject[3:]]}
-        return sides.pop() if len(sides) == 1 else -1
-
-    return half
+    rows = []
+    for subject in (*ANIMALS, *held_out_names()):
+        rng = random.Random(f"wordings-{subject}")
+        for _ in range(QUESTIONS):
+            question = phrase(rng, rng.choice(list(ATTRIBUTES)), False, x=subject)
+            rows.append((Fact(subject, question), int(subject in ANIMALS)))
+    return rows
 
 
 def _told(world: World) -> list[Fact]:
@@ -140,7 +115,9 @@ def file_material(path: str) -> Material:
     values = list(dict.fromkeys(fact.value for fact, _ in rows if fact.value))
     facts = [replace(fact, others=_others(values, fact.value)) for fact, passage in rows if fact.value and not passage]
     told = [replace(fact, subject=fact.value) for fact, passage in rows if passage]
-    subjects = [(replace(fact, beginning="", value=""), int(bool(fact.value))) for fact, passage in rows if not passage]
+    subjects = [
+        (replace(fact, beginning="", value=""), int(bool(fact.value))) for fact, passage in rows if not passage
+    ]
     names, labels = [fact.subject for fact, _ in subjects], [label for _, label in subjects]
     both = set(names[place] for place, label in enumerate(labels) if label) & {
         names[place] for place, label in enumerate(labels) if not label
@@ -148,8 +125,8 @@ def file_material(path: str) -> Material:
     if both:
         raise InputError(f"{path}: subject {sorted(both)[0]!r} has rows with an answer and rows without one")
     kinds = {label: len({name for name, each in zip(names, labels, strict=True) if each == label}) for label in (0, 1)}
-    splits = entity_folds(names, labels) if min(kinds.values()) >= FOLDS else None
-    return Material(tuple(facts), (Path(path).stem,) * len(facts), tuple(subjects), splits, tuple(told))
+    enough = tuple(subjects) if min(kinds.values()) >= FOLDS else ()
+    return Material(tuple(facts), (Path(path).stem,) * len(facts), enough, tuple(told))
 
 
 def _row(origin: str, row: dict) -> tuple[Fact, str]:

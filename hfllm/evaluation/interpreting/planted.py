@@ -146,9 +146,7 @@ def _blind(key: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve(covariance + ridge, key.double()).float()
 
 
-def _value(
-    parts: Parts, prompt: FactPrompt, wanted: int, said: int, module: nn.Module, layer: int
-) -> torch.Tensor:
+def _value(parts: Parts, prompt: FactPrompt, wanted: int, said: int, module: nn.Module, layer: int) -> torch.Tensor:
     """Return what is added to a module's output at the last place: steps along the gradient until `wanted` is said."""
     ids, last = batch_of([prompt], parts.model.device)
     tokens = torch.tensor([[wanted], [said]], device=ids.device)

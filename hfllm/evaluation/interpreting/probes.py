@@ -6,7 +6,7 @@ which sees the same tokens. No entity, such as an animal, is both in what a prob
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from hfllm.evaluation.interpreting.hooks import Parts, recorded
 from hfllm.evaluation.interpreting.prompts import FactPrompt, batch_of
 
 FOLDS = 5
+# Entities of a kind in a half.
+FEWEST = 3
 # Of each of the labels by chance, over which the control is averaged.
 SHUFFLES = 8
 # The penalty on squared weights, for standardized features: the mean of these squares counts as much as this share.
@@ -64,7 +66,46 @@ def entity_folds(entities: Sequence[str], labels: Sequence[int], folds: int = FO
     return torch.tensor([[fold_of[entity] for entity in entities]])
 
 
-def shuffled_labels(entities: Sequence[str], labels: Sequence[int], folds: torch.Tensor, seed: int | str) -> torch.Tensor:
+def token_halves(
+    tokens: Sequence[Set[int]], entities: Sequence[str], labels: Sequence[int], splits: int
+) -> torch.Tensor:
+    """Return ways to part rows into two halves that share no token of an entity, (splits, rows); -1 is in neither.
+
+    Names that are put together from the same pieces are known by their pieces, also to a model of random weights. What
+    both kinds have is no sign of either, and may be in both halves. Ways with fewer than `FEWEST` entities of a kind in
+    a half are left out.
+
+    Args:
+        tokens: of each row those of its entity.
+    """
+    of_kind = [
+        set().union(*(each for each, kind in zip(tokens, labels, strict=True) if kind == label)) for label in (0, 1)
+    ]
+    telling = [sorted(set(each) - (of_kind[0] & of_kind[1])) for each in tokens]
+    found = []
+    for split in range(splits):
+        dealt = sorted({(label, token) for own, label in zip(telling, labels, strict=True) for token in own})
+        random.Random(f"halves-{split}").shuffle(dealt)
+        # Each kind's tokens in turn, so that both halves have as many.
+        side = {token: place % 2 for label in (0, 1) for place, (_, token) in enumerate(_of(dealt, label))}
+        halves = [{side[token] for token in own} for own in telling]
+        folds = [each.pop() if len(each) == 1 else -1 for each in halves]
+        counts = [
+            len({entity for entity, kind, fold in zip(entities, labels, folds, strict=True) if (kind, fold) == cell})
+            for cell in ((0, 0), (0, 1), (1, 0), (1, 1))
+        ]
+        if min(counts) >= FEWEST:
+            found.append(folds)
+    return torch.tensor(found, dtype=torch.long).reshape(len(found), len(tokens))
+
+
+def _of(dealt: Sequence[tuple[int, int]], label: int) -> list[tuple[int, int]]:
+    return [each for each in dealt if each[0] == label]
+
+
+def shuffled_labels(
+    entities: Sequence[str], labels: Sequence[int], folds: torch.Tensor, seed: int | str
+) -> torch.Tensor:
     """Return labels (rows,) by chance, one per entity; in each fold as many entities have each label as before.
 
     Args:
@@ -128,8 +169,8 @@ def probe(
         states: (layers, rows, E), such as of `last_states`.
         entities: what each row is about: the rows of one are learned from together, or tested on.
         labels: 0 or 1 for each row, the same for all rows of an entity.
-        splits: (splits, rows), the fold of each row in each split into folds, such as of `entity_folds`; -1 leaves a
-            row out. Each row is in at least one; what is returned is the mean over those that it is in.
+        splits: (splits, rows), the fold of each row in each split, such as of `token_halves` or `entity_folds`; -1 leaves
+            a row out. Each row is in at least one; what is returned is the mean over those that it is in.
         seed: of the labels by chance.
     """
     truth = torch.tensor(list(labels))

@@ -113,16 +113,15 @@ class Interpretability(Suite[Looked]):
         """
         parts = parts_of(subject.model)
         longest = max_length_of(parts.model.config)
-        prompts = encode_material(
-            subject.tokenizer, self.material, subject.uses_chat_template, longest, TOO_LONG
-        )
+        prompts = encode_material(subject.tokenizer, self.material, subject.uses_chat_template, longest, TOO_LONG)
         asked = {item.body.method for item in items}
         with evaluated(parts.model):
             tested = [each.found for each in tested_plants(parts, prompts.facts)] if _has_others(prompts) else []
             yield from self._plant_records(subject, items, tested)
             findings = _measured(parts, prompts, [name for name in METHODS if name in asked], subject.batch_size)
             for method, each in findings.items():
-                verdict = _verdict(each, [found[METHODS[method].locator] for found in tested if found], method)
+                locator = METHODS[method].locator
+                verdict = _verdict(each, locator, [found[locator] for found in tested if found and locator])
                 yield from self._records(subject, parts, prompts, items, method, each, verdict)
 
     def _plant_records(
@@ -154,7 +153,9 @@ class Interpretability(Suite[Looked]):
             if reason:
                 yield self.record(subject, item, skipped=reason)
                 continue
-            said = _trace(parts, prompts, subject.tokenizer) if method == TRACED and column[number] == 0 else ""
+            # The map of the fact that noise takes most of.
+            is_first = method == TRACED and column[number] == int(findings.measured.score.argmax())
+            said = _trace(parts, prompts, column[number], subject.tokenizer) if is_first else ""
             yield self.record(subject, item, _scores(method, findings, column[number]), said=said)
 
     def extra(self, records: Sequence[Record]) -> "Found | None":
@@ -191,8 +192,13 @@ def _measured(parts: Parts, prompts: Prompts, methods: Sequence[str], batch_size
     return findings
 
 
-def _verdict(findings: _Findings, found: Sequence[bool], method: str) -> str:
-    """Return why a method is left out; empty where it is shown."""
+def _verdict(findings: _Findings, locator: str, found: Sequence[bool]) -> str:
+    """Return why a method is left out; empty where it is shown.
+
+    Args:
+        locator: the name of what must find plants; empty where nothing must.
+        found: whether it has found each of them.
+    """
     if findings.failed or findings.measured is None:
         return findings.failed
     measured = findings.measured
@@ -200,7 +206,7 @@ def _verdict(findings: _Findings, found: Sequence[bool], method: str) -> str:
     control = float(findings.control.mean())
     if measured.shuffled is not None:
         control = max(control, float(measured.shuffled.mean()))
-    if METHODS[method].locator and not found:
+    if locator and not found:
         return "no edit could be planted to test it"
     score = float(measured.score.mean())
     return Verdict(score, control, chance, sum(found), len(found)).left_out
@@ -225,9 +231,9 @@ def shown_layers(count: int) -> list[int]:
     return [round(place * (count - 1) / (MOST_LAYERS - 1)) for place in range(MOST_LAYERS)]
 
 
-def _trace(parts: Parts, prompts: Prompts, tokenizer: "PreTrainedTokenizerBase") -> str:
+def _trace(parts: Parts, prompts: Prompts, column: int, tokenizer: "PreTrainedTokenizerBase") -> str:
     """Return the map of one fact as JSON: what each place brings back after the embeddings and after layers."""
-    prompt = prompts.facts[prompts.some[0]]
+    prompt = prompts.facts[prompts.some[column]]
     shown = shown_layers(len(parts.layers))
     sites = {"embeddings": parts.embeddings, **{f"layer {layer + 1}": parts.layers[layer] for layer in shown}}
     effects, _ = causal_trace(parts, prompt, sites, subject_spread(parts, prompts.facts))
