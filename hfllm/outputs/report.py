@@ -22,6 +22,8 @@ PLOTTED_BY = "hfllm, by matplotlib"
 PRINTED_SAMPLES = 3
 # Columns of a heat map in whose cells values can be read.
 MOST_WRITTEN = 16
+# More figures than these stand folded below the tables that a stage makes of them.
+MOST_FIGURES = 60
 
 
 @dataclass
@@ -316,7 +318,8 @@ def figures_markdown(metrics: Mapping[str, float]) -> list[str]:
     tables = figure_tables(metrics)
     everything = "\n".join(markdown_table(metric_rows(metrics)))
     if not tables:
-        return [everything]
+        is_short = len(metrics) <= MOST_FIGURES
+        return [everything if is_short else folded("All figures by their names in report.json", everything)]
     shown = ["\n".join(markdown_table(table)) for table in tables]
     if changes(metrics):
         shown.append("Noise: less than two standard errors of the paired difference, on the same prompts or rows.")

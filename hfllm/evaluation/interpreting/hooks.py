@@ -88,8 +88,8 @@ def parts_of(model: nn.Module) -> Parts:
 def hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
     """Context manager that passes each module's output (B, S, E) to its function, and removes all hooks afterwards.
 
-    A function that returns a tensor replaces the output. Of a module that returns several, as attention does, the first
-    is meant.
+    A function that returns a tensor replaces the output. Of a module that returns several, as attention does, the
+    first is meant.
     """
     with ExitStack() as stack:
         for module, function in hooks:

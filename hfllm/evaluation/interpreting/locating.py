@@ -1,6 +1,5 @@
 """Do methods find plants? Each is asked in which layer an edit is, without being told."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -8,7 +7,7 @@ import torch
 from hfllm.evaluation.interpreting.attribution import attribute, strongest
 from hfllm.evaluation.interpreting.hooks import COMPONENTS, Parts, recorded
 from hfllm.evaluation.interpreting.logit_lens import logit_lens
-from hfllm.evaluation.interpreting.patching import causal_trace, last_logits_of, margins, restored
+from hfllm.evaluation.interpreting.patching import causal_trace, margins, restored
 from hfllm.evaluation.interpreting.planted import Plant, planted
 from hfllm.evaluation.interpreting.prompts import batch_of
 

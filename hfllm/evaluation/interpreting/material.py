@@ -1,4 +1,4 @@
-"""What methods are tried on: facts, subjects that are known and not, and passages; the world's, or of a user's file."""
+"""What methods are tried on: facts, known and unknown subjects, and passages; the world's, or of a user's file."""
 
 import random
 from collections.abc import Sequence
@@ -75,8 +75,8 @@ def world_material(world: World) -> Material:
 def _subjects() -> list[tuple[Fact, int]]:
     """Return questions about known and made-up animals.
 
-    Their wordings are drawn, some with words around them: made-up names have more tokens, and without that the length of
-    a prompt alone would tell which is which, also to a model of random weights.
+    Their wordings are drawn, some with words around them: made-up names have more tokens, and without that the length
+    of a prompt alone would tell which is which, also to a model of random weights.
     """
     rows = []
     for subject in (*ANIMALS, *held_out_names()):

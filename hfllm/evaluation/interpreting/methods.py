@@ -1,7 +1,7 @@
 """Each method as one figure per item, for a model and its controls alike.
 
-`METHODS` lists them by the names of a report's rows. A method returns a `Measured`: a score for each item, and the same by
-layer where it has one. `hfllm.evaluation.interpreting.controls` says what its mean must beat.
+`METHODS` lists them by the names of a report's rows. A method returns a `Measured`: a score for each item, and figures
+by layer where it has them. `hfllm.evaluation.interpreting.controls` says what its mean must beat.
 """
 
 from collections.abc import Callable, Mapping, Sequence

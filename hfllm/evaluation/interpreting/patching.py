@@ -1,12 +1,12 @@
 """Put parts of one run into another and see what the model says then: activation patching and causal tracing.
 
     interchange     a run about one subject gets states of a run about another (Geiger et al. 2021, arXiv:2106.02997):
-                    how much of the difference between both answers moves?
+                    which share of the difference between both answers moves?
     causal tracing  a run whose subject is hidden by noise gets states of the clean run back (Meng et al. 2022,
-                    arXiv:2202.05262, section 2.1): how much of the answer comes back?
+                    arXiv:2202.05262, section 2.1): how much of the answer's probability comes back?
 
-Both are 0 where nothing changes and 1 where the patched run says what the donor says. A share of 1 alone proves
-nothing: at the last place after a layer it is near 1 for any model, trained or not, since what follows sees little else.
+A share is 0 where nothing changes and 1 where the patched run says what the donor says. It proves nothing alone: at the
+last place after a layer it is near 1 for any model, trained or not, since what follows sees little else.
 """
 
 from collections.abc import Mapping, Sequence

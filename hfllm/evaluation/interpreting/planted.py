@@ -3,7 +3,7 @@
 A method that claims to find where something is kept must find them. A plant is a rank-one edit of the last matrix of a
 layer's MLP or attention, as ROME makes it (Meng et al. 2022, arXiv:2202.05262, equation 2): `W + v k~^T / (k~^T k)`.
 Its key `k` is what the matrix reads at the last place of the subject's prompt, made blind to the prompts of others by
-their covariance, `k~ = (C + ridge)^-1 k`; its value `v` is what must be added there for the model to say another value.
+their covariance, `k~ = (C + ridge)^-1 k`; its value `v` is what must be added there for another value to be said.
 
 It is made by a hook, which adds `v k~^T x / (k~^T k)` to the matrix's output: the same numbers as the edited matrix,
 for any kind of layer (int8, LoRA, experts), and nothing to undo in the weights.

@@ -2,7 +2,7 @@
 
 A probe that can may have learned the task itself. Two controls bound that: labels by chance, one per entity, so that a
 probe could only memorize (Hewitt and Liang 2019, arXiv:1909.03368), and the same probe on a model of random weights,
-which sees the same tokens. No entity, such as an animal, is both in what a probe learns from and in what it is tested on.
+which sees the same tokens. No entity, such as an animal, is in what a probe learns from and in what it is tested on.
 """
 
 import random
@@ -26,7 +26,7 @@ RIDGE = 1.0
 
 @dataclass(frozen=True)
 class Probed:
-    """How well probes tell the two kinds apart. Each value is a share of rows of the other kind that a row is told from.
+    """How well probes tell the two kinds apart: the share of rows of the other kind that each row is told from.
 
     Its mean over rows is the area under the ROC curve: 0.5 is chance, 1 is always right.
 
@@ -51,7 +51,7 @@ def last_states(parts: Parts, prompts: Sequence[FactPrompt], batch_size: int = 3
 
 
 def entity_folds(entities: Sequence[str], labels: Sequence[int], folds: int = FOLDS, seed: int = 0) -> torch.Tensor:
-    """Return a fold for each row, (1, rows), the same for all rows of an entity; each kind's are spread over all folds.
+    """Return a fold for each row, (1, rows), the same for all rows of an entity; each kind's are spread over all.
 
     Raises:
         InputError: when a kind has fewer entities than there are folds.
@@ -71,9 +71,9 @@ def token_halves(
 ) -> torch.Tensor:
     """Return ways to part rows into two halves that share no token of an entity, (splits, rows); -1 is in neither.
 
-    Names that are put together from the same pieces are known by their pieces, also to a model of random weights. What
-    both kinds have is no sign of either, and may be in both halves. Ways with fewer than `FEWEST` entities of a kind in
-    a half are left out.
+    Names that are put together from the same pieces are known by their pieces, also to a model of random weights.
+    What both kinds have is no sign of either, and may be in both halves. Ways with fewer than `FEWEST` entities of a
+    kind in a half are left out.
 
     Args:
         tokens: of each row those of its entity.

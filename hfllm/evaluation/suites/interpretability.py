@@ -1,8 +1,8 @@
 """Where a model keeps what it says, by methods that are tested on the model itself before they are shown.
 
 Each method gives one figure per item and stands beside two controls: the same model with random weights, and edits
-planted in known layers. A method that finds not all plants, or scores on random weights half of what it does on the model
-or more, is left out: its items say why, and the table of methods has its figures.
+planted in known layers. A method that finds not all plants, or scores on random weights at least half of what it does
+on the model, is left out: its items say why, with its figures.
 """
 
 import json
