@@ -1,8 +1,9 @@
 """Which tokens of a prompt make an answer likely: gradient x input, and integrated gradients.
 
 Both attribute the logit of the answer, above that of another one where there is one, to the vectors of the tokens.
-Integrated gradients (Sundararajan et al. 2017, arXiv:1703.01365, equation 1) sum up to the difference between the prompt
-and a baseline, but for the error of the integral, which is returned beside them.
+Integrated gradients (Sundararajan et al. 2017, arXiv:1703.01365, equation 1) sum up to the difference between the
+prompt and a baseline, but for the error of the integral, which is returned beside them; it is
+large where a function jumps, as one that chooses experts does.
 """
 
 from collections.abc import Callable, Sequence

@@ -15,7 +15,7 @@ from hfllm.evaluation.interpreting.prompts import batch_of
 UNDONE = 0.5
 # A lens has departed when two tokens' logits differ by this much more than their own rounding.
 DEPARTED = 1e-3
-NEARLY = 0.75
+NEARLY = 0.85
 
 
 def by_restored_stream(parts: Parts, plant: Plant) -> int:

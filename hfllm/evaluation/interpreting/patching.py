@@ -5,8 +5,8 @@
     causal tracing  a run whose subject is hidden by noise gets states of the clean run back (Meng et al. 2022,
                     arXiv:2202.05262, section 2.1): how much of the answer's probability comes back?
 
-A share is 0 where nothing changes and 1 where the patched run says what the donor says. It proves nothing alone: at the
-last place after a layer it is near 1 for any model, trained or not, since what follows sees little else.
+A share is 0 where nothing changes and 1 where the patched run says what the donor says. It proves nothing alone: at
+the last place after a layer it is near 1 for any model, trained or not, since what follows sees little else.
 """
 
 from collections.abc import Mapping, Sequence

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from hfllm.evaluation.interpreting.hooks import ATTENTION, MLP, Parts, hooked, last_logits, recorded
-from hfllm.evaluation.interpreting.patching import last_logits_of, margins
+from hfllm.evaluation.interpreting.patching import last_logits_of
 from hfllm.evaluation.interpreting.prompts import FactPrompt, batch_of
 
 # Names of the last matrix of an MLP and of attention in models of transformers.
@@ -25,7 +25,7 @@ LAST_OF = {
     MLP: ("down_proj", "c_proj", "dense_4h_to_h", "fc_out", "fc2", "w2", "output_linear"),
     ATTENTION: ("o_proj", "c_proj", "dense", "out_proj", "attention.dense"),
 }
-# A plant is strong enough when its value's logit is this much above the one that was said.
+# A plant is strong enough when its value's logit is this much above all others.
 MARGIN = 2.0
 # Each step adds this share of the state's length.
 STEP = 0.2
@@ -90,7 +90,7 @@ def make_plant(
     said = int(last_logits_of(parts, ids, last).argmax())
     if said == wanted:
         raise ValueError("the model says this value already")
-    value = _value(parts, prompt, wanted, said, module, layer)
+    value = _value(parts, prompt, wanted, module, layer)
     plant = Plant(layer, component, prompt, wanted, module, key / (key @ keys[0]), value, False)
     with planted(plant):
         has_taken = int(last_logits_of(parts, ids, last).argmax()) == wanted
@@ -146,21 +146,20 @@ def _blind(key: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve(covariance + ridge, key.double()).float()
 
 
-def _value(parts: Parts, prompt: FactPrompt, wanted: int, said: int, module: nn.Module, layer: int) -> torch.Tensor:
-    """Return what is added to a module's output at the last place: steps along the gradient until `wanted` is said."""
+def _value(parts: Parts, prompt: FactPrompt, wanted: int, module: nn.Module, layer: int) -> torch.Tensor:
+    """Return what is added to a module's output at the last place: steps up the likelihood of `wanted`."""
     ids, last = batch_of([prompt], parts.model.device)
-    tokens = torch.tensor([[wanted], [said]], device=ids.device)
     _, (state, own) = recorded(parts, ids, last, [parts.layers[layer], module])
     size = max(float(each[0, -1].float().norm()) for each in (state, own))
     value = torch.zeros(own.shape[-1], device=ids.device)
     for _ in range(MOST_STEPS):
         value.requires_grad_()
         with torch.enable_grad(), hooked([(module, lambda output, value=value: _added(output, value))]):
-            logits = last_logits(parts, ids, last)
-            margin = margins(logits, *tokens)[0]
-        slope = torch.autograd.grad(margin, value)[0]
-        value, margin = value.detach(), margin.detach()
-        if float(margin) >= MARGIN and int(logits.argmax()) == wanted:
+            logits = last_logits(parts, ids, last)[0]
+            likelihood = logits.log_softmax(-1)[wanted]
+        slope = torch.autograd.grad(likelihood, value)[0]
+        value, best = value.detach(), logits.detach().topk(2)
+        if int(best.indices[0]) == wanted and float(best.values[0] - best.values[1]) >= MARGIN:
             break
         value = value + STEP * size * slope / slope.norm().clamp(min=1e-12)
     return value

@@ -169,8 +169,8 @@ def probe(
         states: (layers, rows, E), such as of `last_states`.
         entities: what each row is about: the rows of one are learned from together, or tested on.
         labels: 0 or 1 for each row, the same for all rows of an entity.
-        splits: (splits, rows), the fold of each row in each split, such as of `token_halves` or `entity_folds`; -1 leaves
-            a row out. Each row is in at least one; what is returned is the mean over those that it is in.
+        splits: (splits, rows), the fold of each row in each split, such as of `token_halves` or `entity_folds`; -1
+            leaves a row out. Each row is in at least one; what is returned is the mean over those that it is in.
         seed: of the labels by chance.
     """
     truth = torch.tensor(list(labels))

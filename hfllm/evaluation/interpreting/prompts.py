@@ -129,7 +129,7 @@ def _places(spans: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int
 def batch_of(
     prompts: Sequence[FactPrompt], device: "torch.device | str" = "cpu", pad: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return input ids (B, S), padded on the right, which a causal model does not see, and each row's last place (B,)."""
+    """Return input ids (B, S), padded on the right, unseen by causal models, and each row's last place (B,)."""
     rows = [torch.tensor(prompt.ids) for prompt in prompts]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
     return ids.to(device), torch.tensor([len(row) - 1 for row in rows], device=device)

@@ -24,6 +24,7 @@ from hfllm.evaluation.interpreting.testing import plant_names, tested_plants
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Suite
 from hfllm.evaluation.suites.interpretability_report import PLANTS, TRACED, found
 from hfllm.models.context import max_length_of
+from hfllm.outputs.figures import standard_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -209,7 +210,8 @@ def _verdict(findings: _Findings, locator: str, found: Sequence[bool]) -> str:
     if locator and not found:
         return "no edit could be planted to test it"
     score = float(measured.score.mean())
-    return Verdict(score, control, chance, sum(found), len(found)).left_out
+    error = standard_error(measured.score.tolist()) or 0.0
+    return Verdict(score, control, chance, sum(found), len(found), error).left_out
 
 
 def _scores(method: str, findings: _Findings, column: int) -> dict[str, float]:

@@ -33,7 +33,7 @@ def found(records: Sequence["Record"], scores: Mapping[str, str]) -> Found | Non
         stem = f"interpretability_{number + 1}" if len(models) > 1 else "interpretability"
         plots |= {f"{stem}_layers": _layers(model, groups), f"{stem}_trace": _trace(model, groups.get(TRACED, []))}
     kept = {name: plot for name, plot in plots.items() if plot is not None}
-    return Found({}, "", {"Interpretability: methods and their controls": rows}, kept)
+    return Found({}, "", {"interpretability: methods and their controls": rows}, kept)
 
 
 def _row(model: str, method: str, records: Sequence["Record"], score: str) -> dict[str, str]:
