@@ -126,9 +126,23 @@ def last_logits(parts: Parts, input_ids: torch.Tensor, last: torch.Tensor) -> to
     Args:
         input_ids: (B, S), padded on the right, which a causal model does not see.
         last: (B,), the places.
+
+    Raises:
+        InputError: for logits that are not numbers, which would compare as if they were the best.
     """
     logits = parts.model(input_ids=input_ids, use_cache=False, logits_to_keep=last[:, None]).logits
-    return logits[:, 0].float()
+    return as_numbers(parts, logits[:, 0])
+
+
+def as_numbers(parts: Parts, logits: torch.Tensor) -> torch.Tensor:
+    """Return logits in 32 bits.
+
+    Raises:
+        InputError: for logits that are not numbers.
+    """
+    if logits.isnan().any():
+        raise InputError(f"{type(parts.model).__name__} has logits that are not numbers (NaN): its weights are damaged")
+    return logits.float()
 
 
 def recorded(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hfllm.evaluation.interpreting.hooks import Parts, hooked, recorded
+from hfllm.evaluation.interpreting.hooks import Parts, as_numbers, hooked, recorded
 from hfllm.evaluation.interpreting.prompts import FactPrompt, batch_of
 
 # Values of logits in memory at a time.
@@ -29,7 +29,7 @@ def read_out(parts: Parts, hidden_states: torch.Tensor, tokens: torch.Tensor | N
             states = hidden_states[first : first + size, None]
             ids = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
             with hooked([(parts.layers[-1], lambda output, states=states: states.to(output))]):
-                logits = parts.model(input_ids=ids, use_cache=False).logits[:, 0].float()
+                logits = as_numbers(parts, parts.model(input_ids=ids, use_cache=False).logits[:, 0])
             found.append(logits if tokens is None else logits.gather(1, tokens[first : first + size]))
     return torch.cat(found)
 

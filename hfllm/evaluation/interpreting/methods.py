@@ -20,6 +20,8 @@ from hfllm.evaluation.interpreting.prompts import FactPrompt, batch_of, mask_of
 
 # Draws of the noise of causal tracing.
 SAMPLES = 4
+# Layers that have a column, evenly spaced.
+MOST_LAYERS = 8
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Measured:
 
     Args:
         score: (items,), its one figure.
-        layers: by what is looked at, figures (layers, items).
+        layers: by what is looked at, figures (layers, items); a method that takes long has those of `shown_layers`.
         chance: (items,), what a method that sees nothing scores.
         shuffled: (items,), its score when labels are by chance; `None` for a method without labels.
     """
@@ -71,7 +73,8 @@ def by_probe(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
 def by_causal_trace(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
     """How much of the right answer's probability does noise on the subject take, and which part brings it back?"""
     spread, taken, back = subject_spread(parts, prompts.facts), [], []
-    sites = {(layer, name): parts.component(layer, name) for name in (MLP, ATTENTION) for layer in _layers(parts)}
+    shown = shown_layers(len(parts.layers))
+    sites = {(layer, name): parts.component(layer, name) for name in (MLP, ATTENTION) for layer in shown}
     for place in prompts.some:
         prompt = prompts.facts[place]
         effects, whole = causal_trace(
@@ -80,7 +83,8 @@ def by_causal_trace(parts: Parts, prompts: Prompts, batch_size: int) -> Measured
         taken.append(whole)
         back.append(effects[:, 0].unflatten(0, (2, -1)))
     both = torch.stack(back, dim=-1).double()
-    return Measured(torch.tensor(taken, dtype=torch.double), {MLP: both[0], ATTENTION: both[1]})
+    layers = {name: _at_layers(each, shown, parts) for name, each in zip((MLP, ATTENTION), both, strict=True)}
+    return Measured(torch.tensor(taken, dtype=torch.double), layers)
 
 
 def by_interchange_last(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
@@ -106,15 +110,17 @@ def _exchanged(
     names: Sequence[str] = ("",),
 ) -> Measured:
     pairs = [(prompts.facts[one], prompts.facts[other]) for one, other in prompts.pairs]
+    shown = shown_layers(len(parts.layers))
     sites = {
         f"{name} {layer}": parts.component(layer, name) if name else parts.layers[layer]
         for name in names
-        for layer in _layers(parts)
+        for layer in shown
     }
     found = interchange(parts, pairs, [places(one) for one, _ in pairs], sites, batch_size)
-    layers = {name: torch.stack([found[f"{name} {layer}"] for layer in _layers(parts)]).double() for name in names}
-    every = torch.cat(list(layers.values()))
-    return Measured(every[every.mean(1).argmax()], layers)
+    every = {name: torch.stack([found[f"{name} {layer}"] for layer in shown]).double() for name in names}
+    rows = torch.cat(list(every.values()))
+    layers = {name: _at_layers(each, shown, parts) for name, each in every.items()}
+    return Measured(rows[rows.mean(1).argmax()], layers)
 
 
 def by_attention(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
@@ -173,8 +179,18 @@ def _attributed(parts: Parts, prompts: Prompts, batch_size: int, method: str) ->
     return Measured(torch.tensor(right, dtype=torch.double), {}, chance)
 
 
-def _layers(parts: Parts) -> range:
-    return range(len(parts.layers))
+def shown_layers(count: int) -> list[int]:
+    """Return the layers that have a column: all, or `MOST_LAYERS` evenly spaced with the first and the last."""
+    if count <= MOST_LAYERS:
+        return list(range(count))
+    return [round(place * (count - 1) / (MOST_LAYERS - 1)) for place in range(MOST_LAYERS)]
+
+
+def _at_layers(figures: torch.Tensor, shown: Sequence[int], parts: Parts) -> torch.Tensor:
+    """Return figures of some layers (shown, items) as (layers, items), not a number for the others."""
+    every = torch.full((len(parts.layers), figures.shape[1]), torch.nan, dtype=figures.dtype)
+    every[list(shown)] = figures
+    return every
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from hfllm.evaluation.interpreting.controls import Verdict, random_parts
 from hfllm.evaluation.interpreting.encoding import Prompts, encode_material, names_of
 from hfllm.evaluation.interpreting.hooks import Parts, evaluated, parts_of
 from hfllm.evaluation.interpreting.material import Material, file_material, world_material
-from hfllm.evaluation.interpreting.methods import METHODS, Measured
+from hfllm.evaluation.interpreting.methods import METHODS, Measured, shown_layers
 from hfllm.evaluation.interpreting.patching import causal_trace, subject_spread
 from hfllm.evaluation.interpreting.testing import plant_names, tested_plants
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Suite
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from hfllm.evaluation.suites.subjects import Subject
     from hfllm.outputs.report import Found
 
-# Layers that have a column, evenly spaced.
-MOST_LAYERS = 8
 # Models of random weights; one where weights are many.
 RANDOM_MODELS, MANY_WEIGHTS = 2, 20_000_000
 NOT_TAKEN = "no edit of this layer changes the answer"
@@ -224,13 +222,6 @@ def _scores(method: str, findings: _Findings, column: int) -> dict[str, float]:
         for layer in shown_layers(len(figures)):
             scores["_".join(filter(None, (part, "layer", str(layer + 1))))] = figures[layer, column]
     return {key: float(value) for key, value in scores.items()}
-
-
-def shown_layers(count: int) -> list[int]:
-    """Return the layers that have a column: all, or `MOST_LAYERS` evenly spaced with the first and the last."""
-    if count <= MOST_LAYERS:
-        return list(range(count))
-    return [round(place * (count - 1) / (MOST_LAYERS - 1)) for place in range(MOST_LAYERS)]
 
 
 def _trace(parts: Parts, prompts: Prompts, column: int, tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -117,6 +117,14 @@ def test_a_model_without_known_parts_is_named(parts):
         parts_of(parts.model)
 
 
+def test_logits_that_are_no_numbers_are_refused(parts, prompts):
+    with torch.no_grad():
+        parts.model.lm_head.weight[3] = float("nan")
+    for look in (lambda: value_ranks(parts, prompts[:1]), lambda: last_logits(parts, *batch_of(prompts[:1]))):
+        with pytest.raises(InputError, match="HfllmForCausalLM has logits that are not numbers"):
+            look()
+
+
 def test_ranks_count_the_values_above_and_do_not_depend_on_batches(parts, prompts):
     some = prompts[::11]
     ranks = value_ranks(parts, some, batch_size=4)

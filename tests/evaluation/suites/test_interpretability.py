@@ -11,7 +11,7 @@ from hfllm.evaluation.interpreting.controls import Verdict, random_parts
 from hfllm.evaluation.interpreting.hooks import parts_of
 from hfllm.evaluation.interpreting.material import file_material
 from hfllm.evaluation.suites import interpretability
-from hfllm.evaluation.suites.interpretability import Interpretability, shown_layers
+from hfllm.evaluation.suites.interpretability import Interpretability
 from hfllm.evaluation.suites.subjects import Subject
 from hfllm.outputs.report import Heatmap
 
@@ -160,8 +160,8 @@ def test_bad_rows_are_named(tmp_path, row, message):
 
 
 def test_layers_that_are_shown():
-    assert shown_layers(4) == [0, 1, 2, 3]
-    assert shown_layers(30) == [0, 4, 8, 12, 17, 21, 25, 29]
+    assert methods.shown_layers(4) == [0, 1, 2, 3]
+    assert methods.shown_layers(30) == [0, 4, 8, 12, 17, 21, 25, 29]
 
 
 def test_heat_maps_are_drawn_and_empty_ones_are_not(tmp_path):
