@@ -141,7 +141,9 @@ def as_numbers(parts: Parts, logits: torch.Tensor) -> torch.Tensor:
         InputError: for logits that are not numbers.
     """
     if logits.isnan().any():
-        raise InputError(f"{type(parts.model).__name__} has logits that are not numbers (NaN): its weights are damaged")
+        raise InputError(
+            f"{type(parts.model).__name__} has logits that are not numbers (NaN): its weights are damaged"
+        )
     return logits.float()
 
 
