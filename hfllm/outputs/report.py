@@ -20,6 +20,8 @@ REPORT_FILE = "report.json"
 # In the metadata of each plot, by which it is told from another program's.
 PLOTTED_BY = "hfllm, by matplotlib"
 PRINTED_SAMPLES = 3
+# Columns of a heat map in whose cells values can be read.
+MOST_WRITTEN = 16
 # More figures than these stand folded below the tables that a stage makes of them.
 MOST_FIGURES = 60
 
@@ -34,7 +36,7 @@ class Report:
         metrics: numbers by stable names (documented in docs/). Those with an error or a count beside them, see
             `hfllm.outputs.figures`, become tables; without any the numbers are shown as they are.
         tables: title -> rows, each a mapping of column to value. Rows whose first column is `prompt` are samples.
-        curves: plot file stem -> its `Plot` or `Bars`; `loss` is shown last.
+        curves: plot file stem -> its `Plot`, `Bars` or `Heatmap`; `loss` is shown last.
         artifacts: saved files, name -> path relative to the output folder.
         wall_seconds: how long the stage took.
         next_steps: lines of code that load or try the result.
@@ -47,7 +49,7 @@ class Report:
     arguments: Mapping[str, Any]
     metrics: dict[str, float]
     tables: dict[str, list[Mapping[str, Any]]] = field(default_factory=dict)
-    curves: dict[str, "Plot | Bars"] = field(default_factory=dict)
+    curves: dict[str, "Plot | Bars | Heatmap"] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
     wall_seconds: float = 0.0
     next_steps: Sequence[str] = ()
@@ -174,7 +176,7 @@ class Found:
     metrics: dict[str, float]
     summary: str
     tables: Mapping[str, Sequence[Mapping[str, Any]]]
-    plots: Mapping[str, Plot]
+    plots: "Mapping[str, Plot | Bars | Heatmap]"
 
 
 @dataclass
@@ -198,6 +200,44 @@ class Bars:
         axes.set(title=self.title, xlabel=self.xlabel)
         axes.grid(alpha=0.3, axis="x")
         axes.set_axisbelow(True)
+        _save(figure, path)
+        return True
+
+
+@dataclass
+class Heatmap:
+    """A table of numbers as colors: `values` has a row for each of `rows`, a value for each of `columns`.
+
+    A value that is not a number is left blank. `lowest` and `highest` are the ends of the scale, by default those of
+    the values; up to `MOST_WRITTEN` columns each value is written too.
+    """
+
+    title: str
+    xlabel: str
+    ylabel: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    values: Sequence[Sequence[float]]
+    lowest: float | None = None
+    highest: float | None = None
+
+    def draw(self, path: Path) -> bool:
+        """Draw to a PNG; return False, and draw nothing, if there is no row or no column."""
+        if not self.rows or not self.columns:
+            return False
+        figure, axes = _figure(1.6 + 0.3 * len(self.rows))
+        image = axes.imshow(self.values, aspect="auto", cmap="viridis", vmin=self.lowest, vmax=self.highest)
+        is_long = max(map(len, self.columns)) > 3
+        axes.set_xticks(range(len(self.columns)), self.columns, rotation=60 if is_long else 0, fontsize=8)
+        axes.set_yticks(range(len(self.rows)), self.rows, fontsize=8)
+        axes.set(title=self.title, xlabel=self.xlabel, ylabel=self.ylabel)
+        if len(self.columns) <= MOST_WRITTEN:
+            middle = sum(image.get_clim()) / 2
+            for y, row in enumerate(self.values):
+                for x, value in enumerate(row):
+                    text = "" if value != value else f"{value:.2f}"
+                    axes.text(x, y, text, ha="center", va="center", fontsize=7, color="wk"[int(value > middle)])
+        figure.colorbar(image)
         _save(figure, path)
         return True
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 DEFAULT_SUITES = ("truthfulness", "hhh", "refusals", "calibration", "few_shot")
 # YAML files of the stages that make the world's models.
 CONFIGS = ("pretrain", "sft", "reward", "rlhf")
-FILES = ("truthfulqa_file", "preference_files", "xstest_file", "few_shot_files")
+FILES = ("truthfulqa_file", "preference_files", "xstest_file", "few_shot_files", "facts_file")
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ class EvaluateArguments(RemoteCodeArguments):
     xstest_file: str | None = field(default=None, metadata={"help": "XSTest's CSV, for refusals."})
     few_shot_files: list[str] | None = field(
         default=None, metadata={"help": "Multiple choice or exact match, for few_shot and calibration."}
+    )
+    facts_file: str | None = field(
+        default=None, metadata={"help": "Rows of subject, question and answer, for interpretability."}
     )
     num_shots: int = field(default=0, metadata={"help": "First rows of each such file that are worked examples."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest written answer to the rows of a file."})

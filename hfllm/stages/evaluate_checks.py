@@ -34,6 +34,7 @@ def check(script_args: EvaluateArguments) -> None:
         "preference_files": ("hhh",),
         "xstest_file": ("refusals",),
         "few_shot_files": ("few_shot", "calibration"),
+        "facts_file": ("interpretability",),
     }
     for flag, suites in wanted.items():
         is_idle = bool(getattr(script_args, flag)) and not {*suites} & {*script_args.suites}

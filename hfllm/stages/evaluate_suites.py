@@ -80,10 +80,17 @@ def _few_shot(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
     return WorldFewShot(**_world_options(script_args))
 
 
+def _interpretability(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
+    from hfllm.evaluation.suites.interpretability import Interpretability
+
+    return Interpretability(script_args.facts_file, script_args.world_seed)
+
+
 SUITES: Mapping[str, Build] = {
     "truthfulness": _truthfulness,
     "hhh": _hhh,
     "refusals": _refusals,
     "calibration": _calibration,
     "few_shot": _few_shot,
+    "interpretability": _interpretability,
 }

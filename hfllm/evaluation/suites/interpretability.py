@@ -1,0 +1,234 @@
+"""Where a model keeps what it says, by methods that are tested on the model itself before they are shown.
+
+Each method gives one figure per item and stands beside two controls: the same model with random weights, and edits
+planted in known layers. A method that finds not all plants, or scores on random weights at least half of what it does
+on the model, is left out: its items say why, with its figures.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from hfllm.data.world.world import World
+from hfllm.errors import InputError
+from hfllm.evaluation.interpreting.controls import Verdict, random_parts
+from hfllm.evaluation.interpreting.encoding import Prompts, encode_material, names_of
+from hfllm.evaluation.interpreting.hooks import Parts, evaluated, parts_of
+from hfllm.evaluation.interpreting.material import Material, file_material, world_material
+from hfllm.evaluation.interpreting.methods import METHODS, Measured, shown_layers
+from hfllm.evaluation.interpreting.patching import causal_trace, subject_spread
+from hfllm.evaluation.interpreting.testing import plant_names, tested_plants
+from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Suite
+from hfllm.evaluation.suites.interpretability_report import PLANTS, TRACED, found
+from hfllm.models.context import max_length_of
+from hfllm.outputs.figures import standard_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hfllm.evaluation.suites.subjects import Subject
+    from hfllm.outputs.report import Found
+
+# Models of random weights; one where weights are many.
+RANDOM_MODELS, MANY_WEIGHTS = 2, 20_000_000
+NOT_TAKEN = "no edit of this layer changes the answer"
+
+
+@dataclass(frozen=True)
+class Looked:
+    """A method's item.
+
+    Args:
+        method: one of `METHODS`, or `PLANTS`.
+        number: of the item among those of its kind.
+    """
+
+    method: str
+    number: int
+
+
+@dataclass
+class _Findings:
+    """What a method finds in a model and in its controls."""
+
+    measured: Measured | None = None
+    controls: list[torch.Tensor] = field(default_factory=list)
+    failed: str = ""
+
+    @property
+    def control(self) -> torch.Tensor:
+        return torch.stack(self.controls).mean(0)
+
+
+class Interpretability(Suite[Looked]):
+    """Probes, logit lens, patching, attention and attribution, on the embedded world or on a user's facts.
+
+    Args:
+        path: rows of subject, question and answer, see `file_material`; the embedded world's facts without one.
+        world_seed: of the embedded world.
+    """
+
+    name = "interpretability"
+
+    def __init__(self, path: str | None = None, world_seed: int = 0):
+        self.path, self.world_seed = path, world_seed
+        self._material: Material | None = None
+
+    @property
+    def material(self) -> Material:
+        """What methods are tried on."""
+        if self._material is None:
+            self._material = file_material(self.path) if self.path else world_material(World(self.world_seed))
+        return self._material
+
+    def items(self) -> Sequence[Item[Looked]]:
+        """Return an item for each figure of each method, and for each plant.
+
+        Raises:
+            InputError: naming the file and the row.
+        """
+        names = names_of(self.material)
+        plants = [
+            Item(f"{PLANTS}/{component} {depth}", f"{PLANTS}, {component}", Looked(PLANTS, number))
+            for number, (component, depth) in enumerate(plant_names())
+        ]
+        return [
+            *plants,
+            *(
+                Item(f"{method}/{name}", method, Looked(method, number))
+                for method, each in METHODS.items()
+                for number, name in enumerate(names[each.items])
+            ),
+        ]
+
+    def judge(self, subject: "Subject", items: Sequence[Item[Looked]]) -> Iterator[Record]:
+        """Yield the records; plants and controls are asked whole, whichever items are left, as they decide over all.
+
+        Raises:
+            InputError: for a model that nothing can look into, see `parts_of`.
+        """
+        parts = parts_of(subject.model)
+        longest = max_length_of(parts.model.config)
+        prompts = encode_material(subject.tokenizer, self.material, subject.uses_chat_template, longest, TOO_LONG)
+        asked = {item.body.method for item in items}
+        with evaluated(parts.model):
+            tested = [each.found for each in tested_plants(parts, prompts.facts)] if _has_others(prompts) else []
+            yield from self._plant_records(subject, items, tested)
+            findings = _measured(parts, prompts, [name for name in METHODS if name in asked], subject.batch_size)
+            for method, each in findings.items():
+                locator = METHODS[method].locator
+                verdict = _verdict(each, locator, [found[locator] for found in tested if found and locator])
+                yield from self._records(subject, parts, prompts, items, method, each, verdict)
+
+    def _plant_records(
+        self, subject: "Subject", items: Sequence[Item[Looked]], tested: Sequence[Mapping[str, bool]]
+    ) -> Iterator[Record]:
+        for item in items:
+            if item.body.method == PLANTS:
+                found = tested[item.body.number] if tested else {}
+                scores = {name.replace(" ", "_"): float(each) for name, each in found.items()}
+                yield self.record(subject, item, scores, skipped="" if found else NOT_TAKEN)
+
+    def _records(
+        self,
+        subject: "Subject",
+        parts: Parts,
+        prompts: Prompts,
+        items: Sequence[Item[Looked]],
+        method: str,
+        findings: _Findings,
+        left_out: str,
+    ) -> Iterator[Record]:
+        unit = METHODS[method].items
+        column = {number: at for at, number in enumerate(prompts.columns[unit])}
+        for item in items:
+            if item.body.method != method:
+                continue
+            number = item.body.number
+            reason = left_out or prompts.skipped[unit].get(number, "")
+            if reason:
+                yield self.record(subject, item, skipped=reason)
+                continue
+            # The map of the fact that noise takes most of.
+            is_first = method == TRACED and column[number] == int(findings.measured.score.argmax())
+            said = _trace(parts, prompts, column[number], subject.tokenizer) if is_first else ""
+            yield self.record(subject, item, _scores(method, findings, column[number]), said=said)
+
+    def extra(self, records: Sequence[Record]) -> "Found | None":
+        """Return the table of methods with their controls, and heat maps of each model."""
+        return found(records, {name: method.score for name, method in METHODS.items()})
+
+
+def _has_others(prompts: Prompts) -> bool:
+    """Return whether a fact has another value that could be planted."""
+    return bool(prompts.facts) and all(prompt.others for prompt in prompts.facts)
+
+
+def _measured(parts: Parts, prompts: Prompts, methods: Sequence[str], batch_size: int) -> dict[str, _Findings]:
+    """Return what methods find in a model and in random weights; a method that fails says why."""
+    findings = {name: _Findings() for name in methods}
+    few = parts.model.num_parameters() < MANY_WEIGHTS
+    for seed in range(-1, RANDOM_MODELS if few else 1):
+        looked = parts if seed < 0 else random_parts(parts, seed)
+        for name, each in findings.items():
+            if each.failed:
+                continue
+            if not prompts.columns[METHODS[name].items]:
+                each.failed = "nothing is there to ask"
+                continue
+            try:
+                measured = METHODS[name].measure(looked, prompts, batch_size)
+            except InputError as error:
+                each.failed = str(error)
+                continue
+            if seed < 0:
+                each.measured = measured
+            else:
+                each.controls.append(measured.score)
+    return findings
+
+
+def _verdict(findings: _Findings, locator: str, found: Sequence[bool]) -> str:
+    """Return why a method is left out; empty where it is shown.
+
+    Args:
+        locator: the name of what must find plants; empty where nothing must.
+        found: whether it has found each of them.
+    """
+    if findings.failed or findings.measured is None:
+        return findings.failed
+    measured = findings.measured
+    chance = float(torch.as_tensor(measured.chance).double().mean())
+    control = float(findings.control.mean())
+    if measured.shuffled is not None:
+        control = max(control, float(measured.shuffled.mean()))
+    if locator and not found:
+        return "no edit could be planted to test it"
+    score = float(measured.score.mean())
+    error = standard_error(measured.score.tolist()) or 0.0
+    return Verdict(score, control, chance, sum(found), len(found), error).left_out
+
+
+def _scores(method: str, findings: _Findings, column: int) -> dict[str, float]:
+    """Return the figures of an item: the method's, those of its controls, and its own by layer, counted from 1."""
+    name, measured = METHODS[method].score, findings.measured
+    scores = {name: measured.score[column], f"{name}_random_weights": findings.control[column]}
+    if measured.shuffled is not None:
+        scores[f"{name}_shuffled_labels"] = measured.shuffled[column]
+    for part, figures in measured.layers.items():
+        for layer in shown_layers(len(figures)):
+            scores["_".join(filter(None, (part, "layer", str(layer + 1))))] = figures[layer, column]
+    return {key: float(value) for key, value in scores.items()}
+
+
+def _trace(parts: Parts, prompts: Prompts, column: int, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return the map of one fact as JSON: what each place brings back after the embeddings and after layers."""
+    prompt = prompts.facts[prompts.some[column]]
+    shown = shown_layers(len(parts.layers))
+    sites = {"embeddings": parts.embeddings, **{f"layer {layer + 1}": parts.layers[layer] for layer in shown}}
+    effects, _ = causal_trace(parts, prompt, sites, subject_spread(parts, prompts.facts))
+    rows = {name: [round(each, 3) for each in row] for name, row in zip(sites, effects.tolist(), strict=True)}
+    return json.dumps({"tokens": [tokenizer.decode([token]) for token in prompt.ids], **rows}, ensure_ascii=False)
