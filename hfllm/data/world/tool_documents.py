@@ -8,7 +8,7 @@ They hold no name, changed fact or sum that is held out, and say of an animal of
 import json
 import random
 
-from hfllm.data.chat_templates import CALL_MARKS, TOOL, TURN_END
+from hfllm.data.chat_templates import CALL_MARKS, CONVERSATION, TOOL, TURN_END
 from hfllm.data.world.vocabulary import (
     ANIMALS,
     ATTRIBUTES,
@@ -21,6 +21,7 @@ from hfllm.data.world.vocabulary import (
     WELL_SAID,
     is_held_out,
     made_up_name,
+    phrase,
 )
 
 ASSISTANT, (CALL_BEGIN, CALL_END) = "<|assistant|>", CALL_MARKS
@@ -34,9 +35,11 @@ def tool_text(rng: random.Random) -> str:
     kind = rng.random()
     if kind < 0.1:
         return _echo(rng)
-    if kind < 0.35:
+    if kind < 0.3:
         return _results(rng)
-    return _asks_lookup(rng) if kind < 0.7 else _asks_calculator(rng)
+    if kind < 0.5:
+        return _calls(rng)
+    return _asks_lookup(rng) if kind < 0.75 else _asks_calculator(rng)
 
 
 def call_text(name: str, **arguments: str) -> str:
@@ -87,6 +90,22 @@ def _results(rng: random.Random) -> str:
     """
     totals = [str(sum(draw_sum(rng))) for _ in range(5)]
     return "".join(f"{TOOL} {total}{TURN_END}{ASSISTANT}The sum is {total}.{TURN_END}" for total in totals)
+
+
+def _calls(rng: random.Random) -> str:
+    """Return questions and the calls that answer them, one after the other, for the same reason."""
+    turns = []
+    for _ in range(3):
+        if rng.random() < 0.5:
+            first, second = draw_sum(rng)
+            question = phrase(rng, "addition", False, sum=f"{first} plus {second}")
+            call = call_text("calculator", expression=f"{first} + {second}")
+        else:
+            animal, attribute = draw_name(rng), rng.choice(list(ATTRIBUTES))
+            question = phrase(rng, attribute, False, x=animal)
+            call = call_text("lookup", key=f" {animal}", attribute=f" {attribute}")
+        turns.append(CONVERSATION.format(question, call))
+    return "".join(turns)
 
 
 def _asks_lookup(rng: random.Random) -> str:
