@@ -26,9 +26,10 @@ AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-HEADS = ("score", "classifier")
+HEADS = ("score", "classifier", "qa_outputs")
 
 
 @dataclass(frozen=True)
