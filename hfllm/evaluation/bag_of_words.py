@@ -80,7 +80,7 @@ class LogisticRegression:
         places = torch.tensor([each[:2] for each in found], dtype=torch.long).reshape(-1, 2).T
         values = torch.tensor([each[2] for each in found], dtype=torch.double)
         size = (len(rows), max(len(self.number), 1)) if self.number else (len(rows), 0)
-        return torch.sparse_coo_tensor(places, values, size).coalesce()
+        return torch.sparse_coo_tensor(places, values, size, check_invariants=False).coalesce()
 
 
 def words_of(text: str) -> Features:

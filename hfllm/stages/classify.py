@@ -73,7 +73,7 @@ class ClassifyArguments(RowArguments, BatchArguments):
         for name in ("max_length", "max_answer_length", "num_examples", "num_eval_examples", "max_eval_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.doc_stride < self.max_length:
+        if self.task == SPANS and not 0 <= self.doc_stride < self.max_length:
             raise ValueError(f"doc_stride must lie in [0, max_length), got {self.doc_stride} of {self.max_length}")
 
 
