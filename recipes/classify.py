@@ -90,7 +90,7 @@ def main(
     metrics = {
         **found.metrics,
         "train_loss": final_train_loss(trainer),
-        "examples": len(train_rows),
+        "train_rows": len(train_rows),
         "eval_examples": len(test_rows),
         **test_tokens.counts,
         **scaled,

@@ -45,7 +45,7 @@ def test_each_task_to_its_report(saved, tmp_path, task, capsys):
     assert report["stage"] == "classify" and (out / "held_out.png").is_file()
     main = {TEXT: "accuracy", WORDS: "entity_f1", SPANS: "f1"}[task]
     assert {main, f"majority_{main}", f"bag_of_words_{main}"} <= metrics.keys()
-    assert 0 <= metrics[main] <= 1 and metrics["eval_examples"] + metrics["examples"] == len(ROWS[task])
+    assert 0 <= metrics[main] <= 1 and metrics["eval_examples"] + metrics["train_rows"] == len(ROWS[task])
     if task == SPANS:
         # Long contexts are read in windows.
         model, tokenizer = AutoModelForQuestionAnswering.from_pretrained(out), AutoTokenizer.from_pretrained(out)
