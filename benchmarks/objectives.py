@@ -44,6 +44,7 @@ def pretrained(objective: str, folder: Path, tokenizer: Path | None, args: argpa
     words += ["--num_documents", str(args.num_documents), "--max_length", "256", "--sample_steps", "0"]
     words += ["--hidden_size", str(args.hidden_size), "--num_hidden_layers", str(args.num_hidden_layers)]
     words += ["--num_train_epochs", str(args.num_train_epochs), "--output_dir", str(out)]
+    words += ["--per_device_train_batch_size", str(args.per_device_train_batch_size)]
     words += ["--tokenizer_name_or_path", str(tokenizer)] if tokenizer else []
     recipe.main(*recipe.parse(words))
     return out
@@ -124,6 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/objectives"))
     parser.add_argument("--num_documents", type=int, default=20000)
     parser.add_argument("--num_train_epochs", type=float, default=2)
+    parser.add_argument("--per_device_train_batch_size", type=int, default=8, help="rows of 256 tokens")
     parser.add_argument("--hidden_size", type=int, default=128)
     parser.add_argument("--num_hidden_layers", type=int, default=4)
     parser.add_argument("--num_examples", type=int, default=1500)
