@@ -14,6 +14,7 @@ from transformers import Trainer
 from transformers.utils import ModelOutput
 
 from hfllm.data.packing import IGNORE
+from hfllm.runs.arguments import changed
 
 # Of an output, what is no score.
 NO_SCORES = ["loss", "cache", "past_key_values", "hidden_states", "attentions", "router_logits"]
@@ -56,7 +57,7 @@ class HeadTrainer(Trainer):
     """
 
     def __init__(self, **kwargs: Any):
-        kwargs["args"].label_names = ["labels"]
+        kwargs["args"] = changed(kwargs["args"], label_names=["labels"])
         collate = HeadCollator(kwargs["processing_class"].pad_token_id)
         super().__init__(compute_loss_func=self._loss, data_collator=collate, **kwargs)
 

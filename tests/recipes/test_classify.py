@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, pipeline
 
+import hfllm
 from hfllm.data.labelled import SPANS, TASKS, TEXT, WORDS
 from hfllm.errors import InputError
 from hfllm.generation.spans import answer_spans
@@ -60,12 +61,25 @@ def test_each_task_to_its_report(saved, tmp_path, task, capsys):
     assert "already done" in capsys.readouterr().out
 
 
-def test_an_adapter_with_its_labels(saved, tmp_path):
-    run(saved, write(tmp_path / "rows.jsonl", ROWS[TEXT]), TEXT, "--use_peft", "--eval_share", "0.3")
-    out = tmp_path / f"out-{TEXT}"
+@pytest.mark.parametrize(("task", "is_causal"), [(TEXT, False), (WORDS, True), (SPANS, False)])
+def test_an_adapter_with_its_labels(make_model, tokenizer, tmp_path, task, is_causal):
+    kind = hfllm.HfllmForCausalLM if is_causal else hfllm.HfllmForMaskedLM
+    make_model(model_class=kind, is_causal=is_causal).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    run(tmp_path / "model", write(tmp_path / "rows.jsonl", ROWS[task]), task, "--use_peft", "--eval_share", "0.3")
+    out = tmp_path / f"out-{task}"
     assert find_adapter(str(out)).brings_head
-    assert json.loads((out / "labels.json").read_text()) == {"id2label": {"0": "bad", "1": "good"}}
-    assert "id2label={0: 'bad', 1: 'good'}" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    if task == SPANS:
+        assert "AutoPeftModelForQuestionAnswering" in card and not (out / "labels.json").exists()
+        return
+    labels = {TEXT: ["bad", "good"], WORDS: ["B-x", "O"]}[task]
+    assert list(json.loads((out / "labels.json").read_text())["id2label"].values()) == labels
+    assert f"id2label={dict(enumerate(labels))}" in card
+    # Trained further, it stays an adapter of the same base, with the head that it has.
+    more = ["--model_name_or_path", str(out), "--output_dir", str(tmp_path / "more"), "--eval_share", "0.3"]
+    run(tmp_path / "model", str(tmp_path / "rows.jsonl"), task, *more)
+    assert find_adapter(str(tmp_path / "more")).brings_head
 
 
 @pytest.mark.parametrize(
