@@ -66,6 +66,7 @@ def test_the_error_is_that_of_a_share():
     [
         ("The Eiffel Tower!", ["eiffel tower"], 1, 1),
         ("a b", ["b", "c"], 1, 1),
+        ("c", ["b", "c"], 1, 1),
         ("red hat", ["the red box", "blue"], 0, 0.5),
         ("x x y", ["x y y"], 0, 2 / 3),
         ("", [], 1, 1),
