@@ -124,7 +124,9 @@ def bootstrap_error(
         return None
     times = numpy.random.default_rng(seed).multinomial(rows, numpy.full(rows, 1 / rows), size=count)
     sums = numpy.tensordot(times, parts, axes=1)
-    return float(numpy.std(figure(sums), ddof=1))
+    error = float(numpy.std(figure(sums), ddof=1))
+    # Of rows that are all alike nothing is left but rounding.
+    return error if error > 1e-12 else 0.0
 
 
 def class_table(predicted: Sequence[str], gold: Sequence[str], most: int = 30) -> list[dict[str, object]]:

@@ -59,6 +59,7 @@ def test_the_error_is_that_of_a_share():
     error = bootstrap_error(right, lambda sums: sums[..., 0] / 400, count=4000)
     assert error == pytest.approx((0.25 * 0.75 / 400) ** 0.5, rel=0.06)
     assert bootstrap_error(right[:1], lambda sums: sums[..., 0]) is None
+    assert bootstrap_error(numpy.full((9, 2), 0.1), lambda sums: sums[..., 0] / sums[..., 1] * 0.7) == 0
 
 
 @pytest.mark.parametrize(
