@@ -72,6 +72,7 @@ def test_auto_class_and_card(model, tokenizer, ids, tmp_path):
     assert 'pipeline("question-answering"' not in card
 
 
+@pytest.mark.slow
 def test_it_travels(model, ids, tmp_path):
     model.save_pretrained(tmp_path / "model")
     torch.save(ids, tmp_path / "ids.pt")

@@ -61,7 +61,14 @@ def test_each_task_to_its_report(saved, tmp_path, task, capsys):
     assert "already done" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("task", "is_causal"), [(TEXT, False), (WORDS, True), (SPANS, False)])
+@pytest.mark.parametrize(
+    ("task", "is_causal"),
+    [
+        (TEXT, False),
+        pytest.param(WORDS, True, marks=pytest.mark.slow),
+        pytest.param(SPANS, False, marks=pytest.mark.slow),
+    ],
+)
 def test_an_adapter_with_its_labels(make_model, tokenizer, tmp_path, task, is_causal):
     kind = hfllm.HfllmForCausalLM if is_causal else hfllm.HfllmForMaskedLM
     make_model(model_class=kind, is_causal=is_causal).save_pretrained(tmp_path / "model")
@@ -80,6 +87,19 @@ def test_an_adapter_with_its_labels(make_model, tokenizer, tmp_path, task, is_ca
     more = ["--model_name_or_path", str(out), "--output_dir", str(tmp_path / "more"), "--eval_share", "0.3"]
     run(tmp_path / "model", str(tmp_path / "rows.jsonl"), task, *more)
     assert find_adapter(str(tmp_path / "more")).brings_head
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_from_nothing(tiny, tmp_path, task):
+    """Without a model one is pretrained first, on the same world."""
+    words = ["--task", task, "--pretrain_config", tiny["pretrain"], "--output_dir", str(tmp_path / "out")]
+    sizes = ["--num_examples", "40", "--num_eval_examples", "24", "--max_steps", "2"]
+    metrics = classify.main(*classify.parse([*words, *sizes]))
+    assert metrics["train_rows"] == 40 and metrics["eval_examples"] == 24
+    assert (tmp_path / "out" / "pretrain" / "model.safetensors").is_file()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "classify stage" in card and "pretrain" in card
 
 
 @pytest.mark.parametrize(
