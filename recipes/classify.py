@@ -97,9 +97,7 @@ def main(
     }
     if main_process() and labels:
         write_labels(training_args.output_dir, labels)
-    lines = classify.next_lines(
-        script_args.task, training_args.output_dir, test_rows[0]["prompt"], model_args.use_peft, labels
-    )
+    lines = classify.next_lines(script_args.task, training_args.output_dir, test_rows[0], model_args.use_peft, labels)
     models = {"model": base_args.model_name_or_path}
     tables, plots = dict(found.tables), dict(found.plots)
     return stage.finish(

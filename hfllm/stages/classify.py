@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hfllm.data.labelled import COLUMNS, SPANS, TASKS, TEXT, WORDS
+from hfllm.data.labelled import COLUMNS, SPANS, TASKS, TEXT, WORDS, Row
 from hfllm.data.loading import RowArguments, renaming_of
 from hfllm.errors import InputError, refuse
 from hfllm.runs.chain import Chain, chain_before
@@ -155,7 +155,7 @@ def load_with_head(
     return model, tokenizer
 
 
-def next_lines(task: str, folder: str, example: str, is_adapter: bool, labels: Sequence[str]) -> list[str]:
+def next_lines(task: str, folder: str, example: Row, is_adapter: bool, labels: Sequence[str]) -> list[str]:
     """Return the lines of Python that load the result, and try it where transformers has a pipeline for the task."""
     kind = HEADS[task][0].removeprefix("AutoModelFor")
     if is_adapter:
@@ -169,11 +169,11 @@ def next_lines(task: str, folder: str, example: str, is_adapter: bool, labels: S
             "from hfllm.generation.spans import answer_spans",
             f"model = AutoModelForQuestionAnswering.from_pretrained({folder!r})",
             f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
-            f"print(answer_spans(model, tokenizer, [{example!r}], ['...']))",
+            f"print(answer_spans(model, tokenizer, [{example['question']!r}], [{example['context']!r}]))",
         ]
     return [
         "import hfllm",
         "from transformers import pipeline",
         f"classify = pipeline({task!r}, {folder!r})",
-        f"print(classify({example!r}))",
+        f"print(classify({example['prompt']!r}))",
     ]
