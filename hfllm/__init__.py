@@ -17,6 +17,7 @@ _PUBLIC = {
     "HfllmModel": "hfllm.models.modeling_hfllm",
     "HfllmForCausalLM": "hfllm.models.modeling_hfllm",
     "HfllmForMaskedLM": "hfllm.models.modeling_hfllm",
+    "HfllmForQuestionAnswering": "hfllm.models.modeling_hfllm",
     "HfllmForSequenceClassification": "hfllm.models.modeling_hfllm",
     "HfllmForTokenClassification": "hfllm.models.modeling_hfllm",
     "PPOConfig": "hfllm.trainers.ppo.config",

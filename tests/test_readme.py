@@ -112,7 +112,11 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(
-    "stage", ["curate", "pretrain", "sft", "reward", "rlhf", "distill", "constitution", "reason", "tools", "ground"]
+    "stage",
+    [
+        *("curate", "pretrain", "sft", "reward", "rlhf", "distill", "constitution", "reason", "tools", "ground"),
+        "classify",
+    ],
 )
 def test_every_shipped_config_parses(stage):
     import importlib

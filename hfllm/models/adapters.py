@@ -26,9 +26,10 @@ AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-HEADS = ("score", "classifier")
+HEADS = ("score", "classifier", "qa_outputs")
 
 
 @dataclass(frozen=True)
@@ -287,8 +288,11 @@ def put_on(model: "PreTrainedModel", adapter: SavedAdapter, is_trainable: bool =
     return adapted
 
 
-def put_under_head(model: "PreTrainedModel", adapter: SavedAdapter) -> "PeftModel":
-    """Put a language model's adapter on the same model with a new head for scores, to train both.
+def put_under_head(model: "PreTrainedModel", adapter: SavedAdapter, task_type: str = "SEQ_CLS") -> "PeftModel":
+    """Put a language model's adapter on the same model with a new head, to train both.
+
+    Args:
+        task_type: of the head, as PEFT names it.
 
     Raises:
         InputError: when it does not fit, see `put_on`.
@@ -297,7 +301,7 @@ def put_under_head(model: "PreTrainedModel", adapter: SavedAdapter) -> "PeftMode
 
     config, whole = adapter.config(), "base_model.model."
     trunk, paths = f"{whole}{model.base_model_prefix}.", embeddings_of(model)
-    config.task_type, config.inference_mode, config.base_model_name_or_path = "SEQ_CLS", False, adapter.base
+    config.task_type, config.inference_mode, config.base_model_name_or_path = task_type, False, adapter.base
     # What it does to the head for words ends here.
     if config.modules_to_save:
         names = dict(model.named_modules())

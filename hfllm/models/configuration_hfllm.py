@@ -33,6 +33,7 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_hfllm.HfllmForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_hfllm.HfllmForTokenClassification",
     "AutoModelForMaskedLM": "modeling_hfllm.HfllmForMaskedLM",
+    "AutoModelForQuestionAnswering": "modeling_hfllm.HfllmForQuestionAnswering",
 }
 
 

@@ -1,7 +1,8 @@
 """The hfllm family: one transformer whose norms, blocks, positions and attention are chosen by its config.
 
 This file imports only torch, transformers and files beside it, which are saved and uploaded with the weights
-(`auto_map`). Attention and its masks are in attention_hfllm.py; embeddings, norms and MLPs in layers_hfllm.py.
+(`auto_map`). Attention and its masks are in attention_hfllm.py; embeddings, norms, MLPs and the router
+of experts in layers_hfllm.py.
 Shapes: B batch, S sequence, E hidden_size. `HfllmDecoderLayer.forward` says where each option of the config acts.
 """
 
@@ -15,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
     GradientCheckpointingLayer,
@@ -37,23 +39,8 @@ from .attention_hfllm import (
 )
 from .balance_hfllm import balance_loss, check_gradients, install_capturing_hooks
 from .configuration_hfllm import HfllmConfig
-from .layers_hfllm import HfllmEmbedding, HfllmMLP, HfllmPositionEmbedding, HfllmRMSNorm, build_norm, check_positions
+from .layers_hfllm import HfllmEmbedding, HfllmMLP, HfllmPositionEmbedding, HfllmRouter, build_norm, check_positions
 from .loss_hfllm import linear_cross_entropy
-
-
-class HfllmRouter(nn.Module):
-    """Selects the experts of each token: softmax over all of them, the best k, renormalized (Mixtral, section 2.1)."""
-
-    def __init__(self, config: HfllmConfig):
-        super().__init__()
-        self.top_k = config.num_experts_per_tok
-        self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size))
-
-    def forward(self, tokens_NE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the logits (N, experts), and the weights and indices (N, k) of the chosen experts."""
-        logits = nn.functional.linear(tokens_NE, self.weight)
-        weights, indices = nn.functional.softmax(logits, dim=-1, dtype=torch.float32).topk(self.top_k, dim=-1)
-        return logits, weights / weights.sum(dim=-1, keepdim=True), indices
 
 
 @use_experts_implementation
@@ -185,7 +172,7 @@ class HfllmPreTrainedModel(PreTrainedModel):
         residual_std = std * getattr(module, "residual_init_scale", 1.0)
         if isinstance(module, nn.Linear) and residual_std != std:
             init.normal_(module.weight, mean=0.0, std=residual_std)
-        elif isinstance(module, HfllmRMSNorm) and module.unit_offset:
+        elif getattr(module, "unit_offset", False):
             init.zeros_(module.weight)
         elif isinstance(module, (HfllmRouter, HfllmExperts)):
             for name, parameter in module.named_parameters(recurse=False):
@@ -462,7 +449,17 @@ class HfllmForTokenClassification(GenericForTokenClassification, HfllmPreTrained
         self.post_init()
 
 
+class HfllmForQuestionAnswering(GenericForQuestionAnswering, HfllmPreTrainedModel):
+    """Two scores for every token, of being the first and the last of the answer (Devlin et al. 2018, section 4.2)."""
+
+    def __init__(self, config: HfllmConfig):
+        HfllmPreTrainedModel.__init__(self, config)
+        self.model = HfllmModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
 __all__ = [
-    *("HfllmForCausalLM", "HfllmForMaskedLM", "HfllmForSequenceClassification", "HfllmForTokenClassification"),
-    *("HfllmModel", "HfllmPreTrainedModel"),
+    *("HfllmForCausalLM", "HfllmForMaskedLM", "HfllmForQuestionAnswering", "HfllmForSequenceClassification"),
+    *("HfllmForTokenClassification", "HfllmModel", "HfllmPreTrainedModel"),
 ]

@@ -45,19 +45,28 @@ def refuse_quantized(config: "PreTrainedConfig", name: str) -> None:
         )
 
 
-def empty_model(config: "PreTrainedConfig") -> "PreTrainedModel":
-    """Build a causal language model without weights.
+def empty_model(config: "PreTrainedConfig", task_type: str = "CAUSAL_LM") -> "PreTrainedModel":
+    """Build a causal language model without weights, or one with another head.
+
+    Args:
+        task_type: of the head, as PEFT names it.
 
     Raises:
         InputError: when transformers has no such model for this config.
     """
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    import transformers
 
+    kind = {
+        "SEQ_CLS": "SEQUENCE_CLASSIFICATION",
+        "TOKEN_CLS": "TOKEN_CLASSIFICATION",
+        "QUESTION_ANS": "QUESTION_ANSWERING",
+    }.get(task_type, "CAUSAL_LM")
     try:
         with torch.device("meta"):
             # By the constructor, which DeepSpeed does not intercept.
-            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+            return getattr(transformers, f"MODEL_FOR_{kind}_MAPPING")[type(config)](config)
     except (KeyError, ValueError, ImportError) as error:
+        what = "causal language model" if kind == "CAUSAL_LM" else f"model for {kind.lower().replace('_', ' ')}"
         reason = str(error).splitlines()[0]
-        raise InputError(f"a causal language model of type {config.model_type} cannot be made: {reason}") from None
+        raise InputError(f"a {what} of type {config.model_type} cannot be made: {reason}") from None

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from hfllm.errors import InputError, redact
-from hfllm.outputs.files import ADAPTER_CONFIG, CARD, CONFIG, count_parameters, is_adapter, plot_files, read_json
+from hfllm.outputs.files import (
+    ADAPTER_CONFIG,
+    CARD,
+    CONFIG,
+    LABELS,
+    count_parameters,
+    is_adapter,
+    plot_files,
+    read_json,
+)
 from hfllm.outputs.flags import flag_sections, folded
 from hfllm.outputs.merged import first_base, merged_adapters, merged_base, merged_from
 from hfllm.outputs.names import code_span, is_hub_id, plain_line, quoted
@@ -20,12 +29,14 @@ from hfllm.outputs.report import figures_markdown, markdown_table, read_report, 
 WORLD = "world"  # the embedded dataset's name, as in --dataset_name
 OUR_QUANTIZATION = "hfllm_int8"  # hfllm.compression.dynamic_int8
 MARKER = "<!-- Written by hfllm and written anew at each push. Remove this line to keep your own text. -->"
+SPANS = "question-answering"  # a tag of the Hub; transformers 5 has no pipeline of this name
 PIPELINES = {
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
     "ForMaskedLM": "fill-mask",
+    "ForQuestionAnswering": SPANS,
 }
 # An absolute path of at least two parts that stands alone; a URL's slashes follow a colon, a slash or a letter.
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~])(?:~|[A-Za-z]:)?[/\\](?:[\w.@+~-]+[/\\])+([\w.@+~-]+)")
@@ -168,6 +179,7 @@ def _first_on_hub(report: Mapping[str, Any]) -> str | None:
 
 def _pipeline(folder: Path) -> str | None:
     task = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
+    task["QUESTION_ANS"] = SPANS
     if is_adapter(folder):
         return task.get(read_json(folder / ADAPTER_CONFIG).get("task_type") or "")
     architecture = _architecture(folder)
@@ -209,16 +221,18 @@ def _usage(folder: Path, name: str) -> str:
     pipeline = _pipeline(folder)
     if is_adapter(folder):
         kind = {"text-classification": "SequenceClassification", "token-classification": "TokenClassification"}
+        kind[SPANS] = "QuestionAnswering"
         model_class = f"AutoPeftModelFor{kind.get(pipeline or '', 'CausalLM')}"
         # Neither the base nor the adapter says how many scores its head gives.
-        labels = "" if model_class.endswith("CausalLM") else ", num_labels=1"
+        labels = _label_arguments(folder, pipeline)
         lines = [
             f"from peft import {model_class}",
             "",
             f"model = {model_class}.from_pretrained({quoted(name)}{labels})",
         ]
-    elif pipeline is None:
-        lines = ["from transformers import AutoModel", "", f"model = AutoModel.from_pretrained({quoted(name)})"]
+    elif pipeline in (None, SPANS):
+        auto_class = "AutoModel" if pipeline is None else "AutoModelForQuestionAnswering"
+        lines = [f"from transformers import {auto_class}", "", f"model = {auto_class}.from_pretrained({quoted(name)})"]
     else:
         lines = ["from transformers import pipeline", "", f'model = pipeline("{pipeline}", {quoted(name)})']
         chat = any((folder / file).is_file() for file in ("chat_template.jinja", "chat_template.json"))
@@ -238,6 +252,14 @@ def _usage(folder: Path, name: str) -> str:
     if method == "bitsandbytes":
         text += "\n\nThe weights are quantized: loading them needs `pip install bitsandbytes`."
     return text
+
+
+def _label_arguments(folder: Path, pipeline: str | None) -> str:
+    """Return what `from_pretrained` must be told of the head of an adapter, which names no labels itself."""
+    if pipeline not in ("text-classification", "token-classification"):
+        return ""
+    names = read_json(folder / LABELS).get("id2label") or {}
+    return f", id2label={dict(enumerate(names.values()))!r}" if names else ", num_labels=1"
 
 
 def _quantization(folder: Path) -> str | None:
@@ -387,6 +409,7 @@ def loading_lines(folder: str, task: str | None = None) -> list[str]:
         task: as PEFT names it, such as SEQ_CLS; by default that of a language model.
     """
     kinds = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification"}
+    kinds["QUESTION_ANS"] = "QuestionAnswering"
     auto_class = f"AutoModelFor{kinds.get(task or '', 'CausalLM')}"
     # transformers supports bitsandbytes without hfllm; our own scheme and family need hfllm imported.
     return [

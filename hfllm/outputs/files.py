@@ -14,10 +14,12 @@ ADAPTER_CONFIG = "adapter_config.json"
 CARD = "README.md"
 # The record of a model that an adapter was merged into: the adapter and its base.
 MERGED_FROM = "merged_from.json"
+# The names of the labels of an adapter's head, which nothing of PEFT records.
+LABELS = "labels.json"
 # Weight files that from_pretrained looks for, in order; an index names its shards.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 ADAPTER_WEIGHTS = ("adapter_model.safetensors",)
-SETTINGS = (CONFIG, ADAPTER_CONFIG, "generation_config.json")
+SETTINGS = (CONFIG, ADAPTER_CONFIG, "generation_config.json", LABELS)
 TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),

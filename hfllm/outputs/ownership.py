@@ -16,7 +16,7 @@ DRAFTS = (
 )
 # The plots of all stages.
 PLOTS = (
-    *("loss", "rewards", "kl", "response_length", "clip_fraction", "overoptimization", "parts", "gold"),
+    *("loss", "held_out", "rewards", "kl", "response_length", "clip_fraction", "overoptimization", "parts", "gold"),
     *("funnel", "compression", "speed", "memory", "compliance", "helpfulness", "revisions"),
     *("sensitivity_*", "probe_*_by_*", "loss_by_compute", "expected_and_measured", "optimal_size", "isoflops"),
 )

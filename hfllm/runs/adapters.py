@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError
+from hfllm.models.loading import reason_of
 from hfllm.outputs.files import MERGED_FROM, read_json
 from hfllm.outputs.report import REPORT_FILE
 from hfllm.runs.command_line import main_process, say
@@ -22,6 +23,7 @@ from hfllm.runs.models import load_kwargs, load_policy, load_reward_model, load_
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
     from trl import ModelConfig
 
     from hfllm.models.adapters import SavedAdapter
@@ -77,6 +79,50 @@ def load_scorer_to_train(model_args: "ModelConfig", output_dir: str) -> "PreTrai
     settings = {"num_labels": 1, "ignore_mismatched_sizes": True, **load_kwargs(model_args)}
     model, _ = load_base(adapter, AutoModelForSequenceClassification, **settings)
     return put_on(model, adapter, is_trainable=True) if has_head else put_under_head(model, adapter)
+
+
+def load_head_to_train(
+    model_args: "ModelConfig",
+    output_dir: str,
+    auto_class: "type[_BaseAutoModelClass]",
+    task_type: str,
+    **head: object,
+) -> "PreTrainedModel | PeftModel":
+    """Load the model with a head that a stage trains; that of a language model, or of other labels, is new.
+
+    Args:
+        output_dir: where an adapter's merged base is kept, for a new adapter of it.
+        auto_class: such as `AutoModelForTokenClassification`.
+        task_type: of the head, as PEFT names it.
+        head: further arguments of `from_pretrained`, such as `id2label`.
+
+    Raises:
+        InputError: when it cannot be loaded, or an adapter does not fit its base or is for another task.
+    """
+    from hfllm.models.adapters import find_adapter, load_base, put_on, put_under_head
+    from hfllm.models.weights import load_weights_of
+
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    settings = {"ignore_mismatched_sizes": True, **head}
+    adapter = find_adapter(name, revision=revision)
+    if adapter is not None:
+        adapter.check("CAUSAL_LM", task_type)
+        if not model_args.use_peft:
+            has_head = adapter.task == task_type
+            say(f"adapter {name} of {adapter.base} is trained further{'' if has_head else ', with a new head'}")
+            model, _ = load_base(adapter, auto_class, **settings, **load_kwargs(model_args))
+            if has_head:
+                return put_on(model, adapter, is_trainable=True)
+            return put_under_head(model, adapter, task_type)
+        model_args = on_merged_base(adapter, model_args, output_dir)
+    kwargs = {**load_kwargs(model_args), **settings}
+    try:
+        model, _ = load_weights_of(auto_class, model_args.model_name_or_path, **kwargs)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"model {name!r} could not be loaded: {reason_of(error)}") from error
+    return model
 
 
 def on_merged_base(adapter: "SavedAdapter", model_args: "ModelConfig", output_dir: str) -> "ModelConfig":

@@ -100,6 +100,9 @@ STAGES: Mapping[str, StageEntry] = {
     "reason": StageEntry("models that think", "reason", "reason/world.yaml", runs_own_chain=True),
     "tools": StageEntry("a model that calls tools", "tools", "tools/world.yaml", runs_own_chain=True),
     "ground": StageEntry("a model that answers from passages", "ground", "ground/world.yaml", runs_own_chain=True),
+    "classify": StageEntry(
+        "a classifier", "classify", "classify/world.yaml", {"model_name_or_path": "pretrain"}, minutes=1
+    ),
     "evaluate": StageEntry("a report on a model", "evaluate", "", {"model_name_or_path": "rlhf"}, runs_own_chain=True),
     "convert": StageEntry("a model in another layout", "convert", "", {"model_name_or_path": "pretrain"}),
 }

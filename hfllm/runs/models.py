@@ -270,7 +270,7 @@ def peft_config(model_args: "ModelConfig", task_type: str = "CAUSAL_LM") -> "Pef
 
 
 def try_adapter(config: "PreTrainedConfig", adapter: "PeftConfig") -> None:
-    """Try an adapter on a language model without weights.
+    """Try an adapter on a model without weights.
 
     Raises:
         InputError: when it does not fit, such as for target modules that the model does not have.
@@ -280,10 +280,12 @@ def try_adapter(config: "PreTrainedConfig", adapter: "PeftConfig") -> None:
 
     from hfllm.models.stored import empty_model
 
-    model = empty_model(config)
+    # Of the family, a bidirectional model can write nothing.
+    is_causal = adapter.task_type in ("CAUSAL_LM", "SEQ_CLS") and getattr(config, "is_causal", True)
+    model = empty_model(config, "CAUSAL_LM" if is_causal else adapter.task_type)
     whose = f"a model of type {config.model_type}"
     # PEFT is content if any of several names exists.
-    heads = {"score", "classifier"} if adapter.task_type == "SEQ_CLS" else set()
+    heads = set() if adapter.task_type == "CAUSAL_LM" else {"score", "classifier", "qa_outputs"}
     for flag, wanted, names in (
         ("lora_target_modules", adapter.target_modules, [name for name, _ in model.named_modules()]),
         ("lora_modules_to_save", adapter.modules_to_save, [name for name, _ in model.named_modules()]),

@@ -328,7 +328,11 @@ class Stage:
 
 
 # What a loss is, where it is not nats per token.
-LOSS_UNITS = {"reward": "loss (nats per comparison)", "rlhf": "PPO loss (policy and critic)"}
+LOSS_UNITS = {
+    "reward": "loss (nats per comparison)",
+    "classify": "loss (nats per label)",
+    "rlhf": "PPO loss (policy and critic)",
+}
 
 
 def loss_curve(name: str, trainer: "Trainer") -> Plot:

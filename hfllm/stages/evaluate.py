@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from hfllm.errors import InputError
 from hfllm.runs.chain import Chain, chain_before
 from hfllm.runs.remote_code import RemoteCodeArguments
+from hfllm.stages.evaluate_lm_eval import LmEvalArguments
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -22,7 +23,7 @@ FILES = ("truthfulqa_file", "preference_files", "xstest_file", "few_shot_files",
 
 
 @dataclass(frozen=True)
-class EvaluateArguments(RemoteCodeArguments):
+class EvaluateArguments(LmEvalArguments, RemoteCodeArguments):
     """Which models are judged, by what, and how they are asked."""
 
     model_name_or_path: list[str] | None = field(

@@ -6,6 +6,7 @@ from pathlib import Path
 from hfllm.errors import InputError, refuse
 from hfllm.evaluation.suites.overlap import missing_overlaps
 from hfllm.runs.command_line import say
+from hfllm.stages import evaluate_lm_eval
 from hfllm.stages.evaluate import CONFIGS, FILES, EvaluateArguments
 from hfllm.stages.evaluate_suites import SUITES, suites_of
 
@@ -44,6 +45,7 @@ def check(script_args: EvaluateArguments) -> None:
     refuse(is_idle, "--num_shots", "no --few_shot_files")
     if script_args.write_answers and (missing := missing_overlaps()):
         say(f"evaluate: {missing}")
+    evaluate_lm_eval.check(script_args, script_args.suites)
     for suite in suites_of(script_args, None):
         suite.items()
 
@@ -79,4 +81,5 @@ def changed_files(script_args: EvaluateArguments) -> dict[str, int]:
     """Return when the files that flags name were last changed, by name."""
     named = [getattr(script_args, flag) or [] for flag in FILES]
     paths = [path for each in named for path in ([each] if isinstance(each, str) else each)]
+    paths += evaluate_lm_eval.files_of(script_args)
     return {f"{path} changed at": Path(path).stat().st_mtime_ns for path in paths}

@@ -86,6 +86,12 @@ def _interpretability(script_args: EvaluateArguments, judge: "Subject | None") -
     return Interpretability(script_args.facts_file, script_args.world_seed)
 
 
+def _lm_eval(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
+    from hfllm.stages.evaluate_lm_eval import suite_of
+
+    return suite_of(script_args, script_args.num_items)
+
+
 SUITES: Mapping[str, Build] = {
     "truthfulness": _truthfulness,
     "hhh": _hhh,
@@ -93,4 +99,5 @@ SUITES: Mapping[str, Build] = {
     "calibration": _calibration,
     "few_shot": _few_shot,
     "interpretability": _interpretability,
+    "lm_eval": _lm_eval,
 }

@@ -1,0 +1,109 @@
+"""Fine-tune a model to classify texts, to tag words or to find answers in a text, and judge it beside two controls.
+
+    hfllm classify                                                       # the embedded world, from nothing
+    hfllm classify --task token-classification
+    hfllm classify --model_name_or_path NAME --use_peft --dataset_name spam.tsv --column_mapping text=SMS label=Label
+    hfllm classify --model_name_or_path NAME --task question-answering --dataset_name squad.jsonl
+
+A head is put on any model: causal or bidirectional, of this family or another. Rows have text and label, words and
+tags, or context, question and answers as in SQuAD. The controls learn from the same rows: the most frequent label, and
+a logistic regression on words. docs/classify.md tells more.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from hfllm.runs.command_line import parse_recipe, run
+from hfllm.runs.lock import releases_folders
+from hfllm.runs.remote_code import trusts_code_if_asked
+from hfllm.stages.classify import LIBRARY, ClassifyArguments, default_settings
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+    from trl import ModelConfig
+
+
+def parse(argv: Sequence[str]) -> tuple[ClassifyArguments, "TrainingArguments", "ModelConfig"]:
+    """Read the flags; the defaults depend on whether a model is named, and whether an adapter is trained."""
+    return parse_recipe(argv, __doc__, ClassifyArguments, LIBRARY, "outputs/classify", default_settings)
+
+
+@releases_folders
+@trusts_code_if_asked
+def main(
+    script_args: ClassifyArguments, training_args: "TrainingArguments", model_args: "ModelConfig"
+) -> dict[str, float]:
+    """Fine-tune, judge, save, write the report. Return the metrics."""
+    from transformers import set_seed
+
+    from hfllm.outputs.labels import write_labels
+    from hfllm.runs.command_line import main_process
+    from hfllm.runs.models import check_trainable, fitting_length
+    from hfllm.runs.stage import Stage
+    from hfllm.stages import classify, classify_data
+    from hfllm.stages.architecture import check_adapter
+    from hfllm.stages.classify_evaluation import evaluate
+    from hfllm.trainers.callbacks import use_plain_lines
+    from hfllm.trainers.heads import HeadTrainer
+    from hfllm.trainers.interruptions import train
+    from hfllm.trainers.learning_rate import scaled_learning_rate
+    from hfllm.trainers.run_record import final_train_loss
+    from hfllm.trainers.stalled_weights import StalledWeights
+
+    classify.check(script_args, training_args, model_args)
+    stage = Stage("classify", script_args, training_args, model_args)
+    stage.check()
+    if stage.is_finished:
+        return stage.reuse()
+    check_trainable(model_args)
+    trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
+    train_rows, test_rows, labels = classify_data.rows_of(script_args, training_args.seed)
+    before = classify.stages_before(script_args, training_args, model_args)
+    check_adapter(model_args, before, classify.HEADS[script_args.task][1])
+
+    stage.announce()
+    before.run()
+    base_args = replace(model_args, model_name_or_path=before.model("pretrain") or model_args.model_name_or_path)
+    # The head is new, and so are the weights of an adapter.
+    set_seed(training_args.seed)
+    loaded = classify.load_with_head(script_args.task, labels, base_args, training_args.output_dir)
+    model, tokenizer = loaded
+    length = fitting_length(script_args.max_length, model)
+    train_tokens, test_tokens = (
+        classify_data.tokens_of(script_args, rows, tokenizer, length, labels, what)
+        for rows, what in ((train_rows, "training rows"), (test_rows, "held-out rows"))
+    )
+    trainer = HeadTrainer(
+        model=model,
+        args=trainer_args,
+        train_dataset=train_tokens.encoded,
+        eval_dataset=test_tokens.encoded,
+        processing_class=tokenizer,
+    )
+    use_plain_lines(trainer)
+    trainer.add_callback(StalledWeights())
+    train(trainer, stage.checkpoint, stage.identity)
+    trainer.save_model()
+    found = evaluate(script_args, trainer, train_rows, test_rows, test_tokens, labels)
+
+    metrics = {
+        **found.metrics,
+        "train_loss": final_train_loss(trainer),
+        "train_rows": len(train_rows),
+        "eval_examples": len(test_rows),
+        **test_tokens.counts,
+        **scaled,
+    }
+    if main_process() and labels:
+        write_labels(training_args.output_dir, labels)
+    lines = classify.next_lines(script_args.task, training_args.output_dir, test_rows[0], model_args.use_peft, labels)
+    models = {"model": base_args.model_name_or_path}
+    tables, plots = dict(found.tables), dict(found.plots)
+    return stage.finish(
+        metrics, trainer, found.summary, tables, plots, next_steps=lines, too_wide=["Samples"], models=models
+    )
+
+
+if __name__ == "__main__":
+    run(main, parse)
