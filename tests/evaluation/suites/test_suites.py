@@ -18,7 +18,7 @@ from hfllm.evaluation.suites.judging import yes_shares
 from hfllm.evaluation.suites.preferences import Pair, Preferences, letter_scores, pair_of
 from hfllm.evaluation.suites.refusals_suite import XSTest
 from hfllm.evaluation.suites.subjects import Subject
-from hfllm.evaluation.suites.truthfulness import EXAMPLES, TruthfulQA
+from hfllm.evaluation.suites.truthfulness import EXAMPLES, TruthfulQA, asked_as, examples_of
 from hfllm.evaluation.suites.world_suites import (
     WorldFewShot,
     WorldPreferences,
@@ -113,6 +113,14 @@ def test_truthfulqa_from_both_files(subject, tmp_path):
         assert (record["model"], record["suite"], record["item"]) == ("small", "truthfulness", item.key)
     subject.model.config.max_position_embeddings = 40
     assert {record["skipped"] for record in of_csv.judge(subject, items)} == {TOO_LONG}
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_questions_begin_with_the_tokens_that_are_read_once(make_model, tokenizer, chat):
+    subject = Subject("small", make_model(), tokenizer, uses_chat_template=chat)
+    shared = subject._shared_ids(examples_of(subject))
+    (pair,) = subject.pairs(asked_as(subject, "Is it late?"), ["No." if chat else " No."])
+    assert pair.context[: len(shared)] == shared and len(pair.context) - len(shared) < 20
 
 
 def test_written_answers_are_compared_and_judged(make_model, tokenizer, tmp_path, monkeypatch):
