@@ -36,6 +36,7 @@ def rows_file(folder, rows):
     return str(path)
 
 
+@pytest.mark.slow
 def test_random_weights_are_shown_nothing_of_a_model_of_random_weights(subject, tmp_path):
     """Every method that is shown by mistake would show here: there is nothing to find."""
     suite = Interpretability(rows_file(tmp_path, ROWS))
