@@ -78,7 +78,7 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float]:
     return run(), time.process_time() - began
 
 
-POOL, DRAWN, REPETITIONS = 1500, (50, 100, 200), 200
+POOL, DRAWN, REPETITIONS = 1500, (50, 100, 200), 1000
 
 
 def coverage(names: Sequence[str]) -> None:
@@ -113,7 +113,7 @@ def coverage(names: Sequence[str]) -> None:
                 found, apart = mean_interval(one[rows]), difference_interval(one[rows], other[rows])
                 held[name] += found.low <= one.mean() <= found.high
                 held[f"{name} difference"] += apart.low <= (other - one).mean() <= apart.high
-        print(f"{count} questions: { ({name: hits / REPETITIONS for name, hits in held.items()}) }", flush=True)
+        print(f"{count} questions: { ({name: float(hits) / REPETITIONS for name, hits in held.items()}) }", flush=True)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from hfllm.evaluation.suites.subjects import Prompt, Subject
 
 FLAG = "--few_shot_files"
 QUESTION, CHOICES, ANSWER = (
-    ("question", "input", "prompt", "instruction"),
+    ("question", "prompt", "instruction", "input"),
     ("choices", "options"),
     ("answer", "answerKey", "gold", "label", "target"),
 )
@@ -130,7 +130,10 @@ def question_of(origin: str, row: Mapping[str, Any]) -> Question:
     Raises:
         InputError: naming the row and what it lacks.
     """
-    question = next((row[name] for name in QUESTION if isinstance(row.get(name), str)), None)
+    texts = [row[name].strip() for name in QUESTION if isinstance(row.get(name), str) and row[name].strip()]
+    # An instruction may have an input that it is about.
+    has_input = {"instruction", "input"} <= row.keys() and len(texts) > 1
+    question = "\n".join(texts[-2:]) if has_input else next(iter(texts), None)
     choices = next((row[name] for name in CHOICES if row.get(name) is not None), None)
     answer = next((row[name] for name in ANSWER if row.get(name) is not None), None)
     if question is None or answer is None:

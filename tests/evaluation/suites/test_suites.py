@@ -155,10 +155,13 @@ ROWS = {
         {
             "instruction": "Please choose the correct answer to the question: What is red?\n\n"
             "Answer1: a fox Answer2: a pond\n\nAnswer format: answer1/answer2",
+            "input": "",
+            "output": "the correct answer is answer2",
             "answer": "answer2",
         },
         ("What is red?", ("a fox", "a pond"), "a pond"),
     ),
+    "alpaca": ({"instruction": "Add.", "input": "2, 3", "answer": 5}, ("Add.\n2, 3", (), "5")),
     "mmlu": ({"question": "Sum?", "choices": ["1", "2", "3"], "answer": 2}, ("Sum?", ("1", "2", "3"), "3")),
     "letters": (
         {"question": "Sum?", "choices": {"text": ["one", "two"], "label": ["A", "B"]}, "answerKey": "B"},
