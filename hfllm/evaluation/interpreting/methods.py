@@ -13,7 +13,7 @@ from hfllm.evaluation.interpreting.attention import attention_weights, looked_at
 from hfllm.evaluation.interpreting.attribution import GRADIENT_X_INPUT, INTEGRATED_GRADIENTS, attribute, strongest
 from hfllm.evaluation.interpreting.encoding import FACTS, PAIRS, SOME, SUBJECTS, TOLD, Prompts
 from hfllm.evaluation.interpreting.hooks import ATTENTION, MLP, Parts
-from hfllm.evaluation.interpreting.logit_lens import value_ranks
+from hfllm.evaluation.interpreting.logit_lens import decided_at, value_ranks
 from hfllm.evaluation.interpreting.patching import causal_trace, interchange, last_logits_of, subject_spread
 from hfllm.evaluation.interpreting.probes import last_states, probe
 from hfllm.evaluation.interpreting.prompts import FactPrompt, batch_of, mask_of
@@ -33,12 +33,14 @@ class Measured:
         layers: by what is looked at, figures (layers, items); a method that takes long has those of `shown_layers`.
         chance: (items,), what a method that sees nothing scores.
         shuffled: (items,), its score when labels are by chance; `None` for a method without labels.
+        more: other figures (items,) by name, not a number for an item without.
     """
 
     score: torch.Tensor
     layers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     chance: torch.Tensor | float = 0.0
     shuffled: torch.Tensor | None = None
+    more: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 # ---- the methods ----
@@ -48,7 +50,8 @@ def by_lens(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:
     """Is the right value first after each layer? The score is that of the last layer."""
     right = (value_ranks(parts, prompts.facts, batch_size) == 0).double()
     chance = torch.tensor([1 / (1 + len(prompt.others)) for prompt in prompts.facts])
-    return Measured(right[-1], {"": right}, chance)
+    decided = [decided_at(column) or torch.nan for column in right.bool().T.tolist()]
+    return Measured(right[-1], {"": right}, chance, more={"decided_after_layer": torch.tensor(decided)})
 
 
 def by_probe(parts: Parts, prompts: Prompts, batch_size: int) -> Measured:

@@ -221,6 +221,7 @@ def _scores(method: str, findings: _Findings, column: int) -> dict[str, float]:
     for part, figures in measured.layers.items():
         for layer in shown_layers(len(figures)):
             scores["_".join(filter(None, (part, "layer", str(layer + 1))))] = figures[layer, column]
+    scores |= {key: figures[column] for key, figures in measured.more.items() if not figures[column].isnan()}
     return {key: float(value) for key, value in scores.items()}
 
 

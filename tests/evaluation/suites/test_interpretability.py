@@ -1,6 +1,8 @@
 """The suite: items that stay, verdicts by controls, users' files, and reports that are made of records alone."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +36,7 @@ def rows_file(folder, rows):
     return str(path)
 
 
+@pytest.mark.slow
 def test_random_weights_are_shown_nothing_of_a_model_of_random_weights(subject, tmp_path):
     """Every method that is shown by mistake would show here: there is nothing to find."""
     suite = Interpretability(rows_file(tmp_path, ROWS))
@@ -157,6 +160,16 @@ def test_a_users_file(tmp_path):
 def test_bad_rows_are_named(tmp_path, row, message):
     with pytest.raises(InputError, match=message):
         Interpretability(rows_file(tmp_path, [row])).items()
+
+
+def test_the_code_of_the_page_runs(subject):
+    page = Path(__file__).parents[3] / "docs" / "evaluation.md"
+    code = next(
+        each for each in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if "make_plant" in each
+    )
+    names = {"model": subject.model, "tokenizer": subject.tokenizer}
+    exec(code, names)
+    assert names["plant"].has_taken and names["ranks"].shape == (3, 1) and names["edited"][-1, 0] > 0
 
 
 def test_layers_that_are_shown():
