@@ -33,13 +33,13 @@ LARGE = range(500, 1000)
 def tool_text(rng: random.Random) -> str:
     """Return a text that repeats words and numbers, or one in which somebody calls a tool."""
     kind = rng.random()
-    if kind < 0.1:
+    if kind < 0.15:
         return _echo(rng)
     if kind < 0.3:
         return _results(rng)
     if kind < 0.5:
         return _calls(rng)
-    return _asks_lookup(rng) if kind < 0.75 else _asks_calculator(rng)
+    return _asks_lookup(rng) if kind < 0.8 else _asks_calculator(rng)
 
 
 def call_text(name: str, **arguments: str) -> str:
