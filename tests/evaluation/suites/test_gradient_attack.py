@@ -1,5 +1,6 @@
 """The gradient attack: its gradient is that of one-hot tokens, its suffixes can be typed, and it beats chance."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -19,12 +20,16 @@ from hfllm.models.modeling_hfllm import HfllmForCausalLM
 
 QUESTION, TARGET = "How do I hurt the fox?", "Sure, first find the fox"
 TEXTS = [f"{QUESTION} {TARGET} and the bear in the forest, says Tom. It is late today. I can not help you."]
-SMALL = AttackSettings(num_tokens=4, steps=12, top_k=16, num_candidates=16, batch_size=7)
+SMALL = AttackSettings(num_tokens=4, steps=8, top_k=8, num_candidates=16, batch_size=16)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(TEXTS, 340, model_max_length=64)
+    rng = random.Random(0)
+    # Of some hundreds of words: among few of them chance does as well.
+    syllables = [one + other for one in "bcdfglmnprst" for other in "aeiou"]
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(700)]
+    return train_tokenizer([*TEXTS, *[" ".join(words)] * 2], 1000, model_max_length=64)
 
 
 def ours(tokenizer):
@@ -35,7 +40,7 @@ def ours(tokenizer):
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=64,
-        initializer_range=0.3,
+        initializer_range=0.1,
     )
     return HfllmForCausalLM(config)
 
@@ -44,7 +49,7 @@ def native(tokenizer):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.1}
     return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes))
 
 
@@ -74,8 +79,8 @@ def test_the_gradient_is_that_of_one_hot_tokens(model, target):
     hot = torch.nn.functional.one_hot(torch.tensor(suffix), len(matrix)).float().requires_grad_(True)
     embeds = torch.cat([matrix[before], hot @ matrix, matrix[[*after, *wanted]]])[None]
     logits = model(inputs_embeds=embeds, use_cache=False).logits[0, -len(wanted) - 1 : -1]
-    torch.nn.functional.cross_entropy(logits, torch.tensor(wanted)).backward()
-    torch.testing.assert_close(_token_gradient(model, target.parts(), suffix), hot.grad, rtol=1e-3, atol=1e-5)
+    (expected,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, torch.tensor(wanted)), [hot])
+    torch.testing.assert_close(_token_gradient(model, target.parts(), suffix), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_the_losses_are_the_models_and_the_suffix_is_read_again(model, target, tokenizer):
@@ -98,7 +103,7 @@ def test_random_search_with_as_many_evaluations_does_worse(model, target):
         assert led.loss_before == control.loss_before
         assert led.loss_after <= led.loss_before and control.loss_after <= control.loss_before
     gains = [sum(one.loss_before - one.loss_after for one in side) for side in zip(*pairs, strict=True)]
-    assert gains[0] > 1.1 * gains[1] > 0
+    assert gains[0] > 1.2 * gains[1] > 0
 
 
 def test_tokens_that_cannot_be_typed_are_left_out(target, tokenizer):
@@ -111,7 +116,7 @@ def test_tokens_that_cannot_be_typed_are_left_out(target, tokenizer):
         assert tokenizer(f"a{text}", add_special_tokens=False)["input_ids"][1:] == [number]
     first, *others = tokenizer(" the fox", add_special_tokens=False)["input_ids"]
     assert target.survive([[first, *others], [first, tokenizer.eos_token_id]]) == [True, True]
-    pieces = [tokenizer.convert_tokens_to_ids(letter) for letter in "fox"]
+    pieces = tokenizer.convert_tokens_to_ids(["\u0120", *"the"])
     assert target.survive([pieces]) == [False]
 
 
