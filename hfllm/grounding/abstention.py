@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from hfllm.errors import InputError
-from hfllm.grounding.calibration import as_numbers
+from hfllm.outputs.calibration import as_numbers
 from hfllm.outputs.report import write_atomically
 
 UNKNOWN = "I do not know."

@@ -20,6 +20,8 @@ REPORT_FILE = "report.json"
 # In the metadata of each plot, by which it is told from another program's.
 PLOTTED_BY = "hfllm, by matplotlib"
 PRINTED_SAMPLES = 3
+# More figures than these stand folded below the tables that a stage makes of them.
+MOST_FIGURES = 60
 
 
 @dataclass
@@ -276,7 +278,8 @@ def figures_markdown(metrics: Mapping[str, float]) -> list[str]:
     tables = figure_tables(metrics)
     everything = "\n".join(markdown_table(metric_rows(metrics)))
     if not tables:
-        return [everything]
+        is_short = len(metrics) <= MOST_FIGURES
+        return [everything if is_short else folded("All figures by their names in report.json", everything)]
     shown = ["\n".join(markdown_table(table)) for table in tables]
     if changes(metrics):
         shown.append("Noise: less than two standard errors of the paired difference, on the same prompts or rows.")

@@ -100,6 +100,7 @@ STAGES: Mapping[str, StageEntry] = {
     "reason": StageEntry("models that think", "reason", "reason/world.yaml", runs_own_chain=True),
     "tools": StageEntry("a model that calls tools", "tools", "tools/world.yaml", runs_own_chain=True),
     "ground": StageEntry("a model that answers from passages", "ground", "ground/world.yaml", runs_own_chain=True),
+    "evaluate": StageEntry("a report on a model", "evaluate", "", {"model_name_or_path": "rlhf"}, runs_own_chain=True),
     "convert": StageEntry("a model in another layout", "convert", "", {"model_name_or_path": "pretrain"}),
 }
 

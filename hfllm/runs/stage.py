@@ -387,6 +387,11 @@ def stage_arguments(
     }
     sources = ("dataset", "eval_dataset", "ptx_dataset", "helpful_dataset", "preference_dataset")
     named = {flag: arguments.get(flag) or "" for flag in (*(f"{source}_name" for source in sources), *files)}
+    for flag in [flag for flag in files if isinstance(named[flag], list)]:
+        # Several models: each by its name.
+        several = named.pop(flag)
+        named |= {name: name for name in several}
+        files |= dict.fromkeys(several, files[flag])
     named |= {entry: entry.rpartition(":")[0] for entry in arguments.get("dataset_mixture") or []}
     for flag, name in named.items():
         path = Path(name)

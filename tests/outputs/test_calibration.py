@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hfllm.errors import InputError
-from hfllm.grounding.calibration import (
+from hfllm.outputs.calibration import (
     aurc,
     auroc,
     auroc_interval,

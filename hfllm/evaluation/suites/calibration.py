@@ -1,0 +1,171 @@
+"""Does a model know when it is wrong? Its confidence in an answer beside whether that is right.
+
+Of multiple choice the confidence is the share of the chosen answer among the choices; of a written answer its
+probability as a whole, which is low for a long one whatever the model knows. Figures are over all items of a group,
+with the control of shuffled labels: see `hfllm.outputs.calibration`. Mean confidence and accuracy stand among the
+means.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar, Generic, TypeVar
+
+from hfllm.data.thoughts import split_thoughts
+from hfllm.data.world.rubric import RIGHT, gold_score
+from hfllm.data.world.world import Task, World
+from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Suite
+from hfllm.evaluation.suites.choices import chosen, shares
+from hfllm.evaluation.suites.few_shot import FewShot, Question, asked_as, shared_of
+from hfllm.evaluation.suites.subjects import Subject
+from hfllm.outputs.calibration import aurc, auroc_interval, ece, reliability_plot, shuffled_auroc
+from hfllm.outputs.figures import plus_minus
+from hfllm.outputs.report import Found, Plot
+
+Body = TypeVar("Body")
+CHOICE, WRITTEN = "choice", "written answer"
+
+
+class Calibration(Suite[Body], Generic[Body]):
+    """What both suites have in common: a record has `confidence` and `right`."""
+
+    name: ClassVar[str] = "calibration"
+    better: ClassVar[Mapping[str, int]] = {"right": 1}
+
+    def extra(self, records: Sequence[Record]) -> Found | None:
+        """Return ECE, AUROC of being wrong and AURC of each group and model, and the reliability plots."""
+        metrics: dict[str, float] = {}
+        table, plots = [], {}
+        for group in dict.fromkeys(record["group"] for record in records):
+            curves: dict[str, list[float]] = {}
+            for model in dict.fromkeys(record["model"] for record in records):
+                rows = [each["scores"] for each in records if (each["group"], each["model"]) == (group, model)]
+                sure = [row["confidence"] for row in rows if row]
+                right = [row["right"] for row in rows if row]
+                if not sure:
+                    continue
+                name = f"{self.name}/{slug(group)}"
+                found = figures(sure, right)
+                metrics |= {f"{name}/{key}/{model}": value for key, value in found.items()}
+                table.append({"group": group, "model": model, **shown(found), "n": str(len(sure))})
+                curves |= {model: sure, f"{model} right": right}
+            plots |= self._plot(group, curves)
+        return Found(metrics, "", {"Confidence and being right": table}, plots)
+
+    def _plot(self, group: str, curves: Mapping[str, list[float]]) -> dict[str, Plot]:
+        models = [name for name in curves if not name.endswith(" right")]
+        lines: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
+        for model in models:
+            lines |= reliability_plot({model: curves[model]}, curves[f"{model} right"], "").lines
+        title = f"Confidence and accuracy, {group}"
+        plot = Plot(title, "confidence", "accuracy (share that is right)", lines)
+        return {f"calibration_{slug(group)}": plot} if models else {}
+
+
+def figures(confidence: Sequence[float], right: Sequence[float]) -> dict[str, float]:
+    """Return `ece`, `aurc` and, where there are right and wrong answers, `auroc` with `_se` and `_shuffled`."""
+    found = {"ece": ece(confidence, right, equal="mass")}
+    unsure, wrong = [-each for each in confidence], [1 - each for each in right]
+    if len({*wrong}) == 2:
+        interval = auroc_interval(unsure, wrong)
+        found |= {"auroc": interval.value, "auroc_se": interval.error, "auroc_n": len(right)}
+        found["auroc_shuffled"] = shuffled_auroc(unsure, wrong)[0]
+    return found | {"aurc": aurc(unsure, wrong)}
+
+
+def shown(found: Mapping[str, float]) -> dict[str, str]:
+    """Return the cells of a table."""
+    auroc = plus_minus(found["auroc"], found["auroc_se"]) if "auroc" in found else "-"
+    return {
+        "ECE": f"{found['ece']:.3f}",
+        "AUROC of being wrong": auroc,
+        "labels shuffled": f"{found['auroc_shuffled']:.3f}" if "auroc" in found else "-",
+        "AURC": f"{found['aurc']:.3f}",
+    }
+
+
+def slug(text: str) -> str:
+    """Return a name for metrics and files."""
+    return "_".join("".join(each if each.isalnum() or each == "." else " " for each in text.lower()).split())
+
+
+class ChoiceCalibration(Calibration[Question]):
+    """Confidence in the choices of local files, see `FewShot` for their forms.
+
+    Args:
+        paths: the files.
+        num_items: questions of each.
+    """
+
+    def __init__(self, paths: Sequence[str], num_items: int | None = None):
+        self.questions = FewShot(paths, num_items)
+
+    def items(self) -> list[Item[Question]]:
+        return [item for item in self.questions.items() if item.body.choices]
+
+    def judge(self, subject: Subject, items: Sequence[Item[Question]]) -> Iterator[Record]:
+        space = "" if subject.uses_chat_template else " "
+        found = subject.iter_choices(
+            [asked_as(subject, item.body) for item in items],
+            [[space + each for each in item.body.choices] for item in items],
+            shared=shared_of(subject, items[0].body.shots) if items else "",
+            names=[f"{self.name}, item {item.key}" for item in items],
+        )
+        for item, scored in zip(items, found, strict=True):
+            if scored is None:
+                yield self.record(subject, item, asked=item.body.question, skipped=TOO_LONG)
+                continue
+            logprobs = [each.logprob for each in scored]
+            said = item.body.choices[chosen(logprobs)]
+            scores = {"confidence": max(shares(logprobs)), "right": float(said == item.body.answer)}
+            yield self.record(subject, item, scores, item.body.question, said)
+
+
+class WorldCalibration(Calibration[Task]):
+    """Confidence in the world's answers, chosen among the right and wrong ones, and written.
+
+    Args:
+        world: whose held-out questions are asked.
+        num_items: questions.
+    """
+
+    def __init__(self, world: World, num_items: int = 240):
+        self.world, self.num_items = world, num_items
+
+    def items(self) -> list[Item[Task]]:
+        tasks = [task for task in self.world.evaluation_tasks(self.num_items, seed=1) if task.family != "harm"]
+        return [
+            Item(f"{group}-{place}", group, task) for group in (CHOICE, WRITTEN) for place, task in enumerate(tasks)
+        ]
+
+    def judge(self, subject: Subject, items: Sequence[Item[Task]]) -> Iterator[Record]:
+        for item in items:
+            if item.group == CHOICE:
+                yield self._choose(subject, item)
+        written = [item for item in items if item.group == WRITTEN]
+        said = subject.iter_answers([item.body.question for item in written], 40)
+        for item, answer in zip(written, said, strict=True):
+            yield self._write(subject, item, answer)
+
+    def _choose(self, subject: Subject, item: Item[Task]) -> Record:
+        texts = [item.body.gold.accepted[0], *item.body.wrong]
+        logprobs = self._logprobs(subject, item, texts)
+        if logprobs is None:
+            return self.record(subject, item, asked=item.body.question, skipped=TOO_LONG)
+        place = chosen(logprobs)
+        scores = {"confidence": max(shares(logprobs)), "right": float(place == 0)}
+        return self.record(subject, item, scores, item.body.question, texts[place])
+
+    def _write(self, subject: Subject, item: Item[Task], answer: str | None) -> Record:
+        logprobs = self._logprobs(subject, item, [answer]) if answer else None
+        if logprobs is None:
+            reason = TOO_LONG if answer is None else "nothing was written"
+            return self.record(subject, item, asked=item.body.question, skipped=reason)
+        right = gold_score(split_thoughts(answer)[1], item.body.gold) >= RIGHT
+        scores = {"confidence": min(math.exp(logprobs[0]), 1.0), "right": float(right)}
+        return self.record(subject, item, scores, item.body.question, answer)
+
+    def _logprobs(self, subject: Subject, item: Item[Task], texts: Sequence[str]) -> list[float] | None:
+        space = "" if subject.uses_chat_template else " "
+        name = f"{self.name}, item {item.key}"
+        (found,) = subject.choices([item.body.question], [[space + each for each in texts]], names=[name])
+        return None if found is None else [each.logprob for each in found]

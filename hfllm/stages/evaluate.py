@@ -1,0 +1,233 @@
+"""The evaluation of models: its flags, what it refuses, the stages that make the world's models, and the subjects."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hfllm.errors import InputError, refuse
+from hfllm.runs.chain import Chain, chain_before
+from hfllm.runs.remote_code import RemoteCodeArguments
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
+    from hfllm.evaluation.suites.subjects import Subject
+
+# What is judged where no suite is named.
+DEFAULT_SUITES = ("truthfulness", "hhh", "refusals", "calibration", "few_shot")
+# YAML files of the stages that make the world's models.
+CONFIGS = ("pretrain", "sft", "reward", "rlhf")
+FILES = ("truthfulqa_file", "preference_files", "xstest_file", "few_shot_files")
+
+
+@dataclass(frozen=True)
+class EvaluateArguments(RemoteCodeArguments):
+    """Which models are judged, by what, and how they are asked."""
+
+    model_name_or_path: list[str] | None = field(
+        default=None,
+        metadata={"help": "One or more models, folders or Hub ids; without any the world's are made and judged."},
+    )
+    suites: list[str] = field(
+        default_factory=lambda: list(DEFAULT_SUITES), metadata={"help": "What they are judged by."}
+    )
+    output_dir: str = field(default="outputs/evaluate", metadata={"help": "Where the report and the samples go."})
+    seed: int = field(default=42, metadata={"help": "Of the world's models."})
+    world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world's facts."})
+    apply_chat_template: bool | None = field(
+        default=None,
+        metadata={"help": "Ask by the chat template, or by plain text; by default where a tokenizer has a template."},
+    )
+    batch_size: int = field(default=32, metadata={"help": "Prompts, or choices of a question, in one pass."})
+    num_items: int | None = field(
+        default=None, metadata={"help": "Items of each file, or of the world; by default all, of the world 240."}
+    )
+    dtype: str = field(default="float32", metadata={"help": "The type that models are loaded in."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Load the models in 8 bits, by bitsandbytes."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Load the models in 4 bits, by bitsandbytes."})
+    judge_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A model that judges written answers, beside the rules."}
+    )
+    truthfulqa_file: str | None = field(
+        default=None, metadata={"help": "TruthfulQA's CSV or mc_task.json; without it the world's facts are asked."}
+    )
+    write_answers: bool = field(
+        default=False, metadata={"help": "Let models write answers to TruthfulQA too, and compare them."}
+    )
+    preference_files: list[str] | None = field(
+        default=None,
+        metadata={"help": "Pairs for hhh: behaviors with (A) and (B), BIG-bench's HHH, chosen, rejected."},
+    )
+    xstest_file: str | None = field(default=None, metadata={"help": "XSTest's CSV, for refusals."})
+    few_shot_files: list[str] | None = field(
+        default=None, metadata={"help": "Multiple choice or exact match, for few_shot and calibration."}
+    )
+    num_shots: int = field(default=0, metadata={"help": "First rows of each such file that are worked examples."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Longest written answer to the rows of a file."})
+    pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the world's pretraining."})
+    sft_config: str | None = field(default=None, metadata={"help": "YAML flags of its fine-tuning."})
+    reward_config: str | None = field(default=None, metadata={"help": "YAML flags of its reward model."})
+    rlhf_config: str | None = field(default=None, metadata={"help": "YAML flags of its alignment."})
+
+
+# ---- what is refused ----
+
+
+def check(script_args: EvaluateArguments) -> None:
+    """Refuse flags that would fail later or have no effect, and read all files.
+
+    Raises:
+        InputError: naming the flag, or the file and the row.
+    """
+    from hfllm.stages.evaluate_suites import SUITES, suites_of
+
+    for name in script_args.suites:
+        if name not in SUITES:
+            nearest = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.0)[0]
+            raise InputError(f"--suites {name!r}: no such suite; did you mean {nearest!r}? All: {', '.join(SUITES)}")
+    if not script_args.suites or len(set(script_args.suites)) < len(script_args.suites):
+        raise InputError(f"--suites {' '.join(script_args.suites)}: expected one or more, each once")
+    for flag, least in (("batch_size", 1), ("max_new_tokens", 1), ("num_items", 1), ("num_shots", 0)):
+        value = getattr(script_args, flag)
+        if value is not None and value < least:
+            raise InputError(f"--{flag} {value}: expected at least {least}")
+    for name in CONFIGS:
+        is_idle = bool(script_args.model_name_or_path and getattr(script_args, f"{name}_config"))
+        refuse(is_idle, f"--{name}_config", "the models are named")
+    wanted = {
+        "truthfulqa_file": ("truthfulness",),
+        "preference_files": ("hhh",),
+        "xstest_file": ("refusals",),
+        "few_shot_files": ("few_shot", "calibration"),
+    }
+    for flag, suites in wanted.items():
+        is_idle = bool(getattr(script_args, flag)) and not {*suites} & {*script_args.suites}
+        refuse(is_idle, f"--{flag}", f"it is for --suites {' or '.join(suites)}")
+    refuse(script_args.write_answers and not script_args.truthfulqa_file, "--write_answers", "no --truthfulqa_file")
+    is_idle = script_args.num_shots > 0 and not script_args.few_shot_files
+    refuse(is_idle, "--num_shots", "no --few_shot_files")
+    for suite in suites_of(script_args, None):
+        suite.items()
+
+
+def check_models(script_args: EvaluateArguments) -> None:
+    """Refuse models that cannot be loaded, and a chat template that is asked for and not there.
+
+    Raises:
+        InputError: naming the model.
+    """
+    from hfllm.models.adapters import find_adapter
+    from hfllm.models.weights import check_weight_files
+    from hfllm.runs.models import load_config, load_tokenizer, saved_tokenizer
+
+    judge = script_args.judge_model_name_or_path
+    for name in [*(script_args.model_name_or_path or ()), *([judge] if judge else ())]:
+        try:
+            load_config(name)
+            if find_adapter(name) is None:
+                check_weight_files(name)
+            template = saved_tokenizer(name).chat_template
+            load_tokenizer(name)
+        except InputError as error:
+            raise InputError(f"--judge_model_name_or_path: {error}" if name == judge else str(error)) from None
+        if script_args.apply_chat_template and template is None and name != judge:
+            raise InputError(
+                f"--apply_chat_template true: the tokenizer of {name!r} has no chat template; leave the flag out, or "
+                "save a template with the tokenizer"
+            )
+
+
+def changed_files(script_args: EvaluateArguments) -> dict[str, int]:
+    """Return when the files that flags name were last changed, by name."""
+    named = [getattr(script_args, flag) or [] for flag in FILES]
+    paths = [path for each in named for path in ([each] if isinstance(each, str) else each)]
+    return {f"{path} changed at": Path(path).stat().st_mtime_ns for path in paths}
+
+
+# ---- the stages before ----
+
+
+def stages_before(script_args: EvaluateArguments) -> Chain:
+    """Return the main job that makes the world's models, if none is named.
+
+    Raises:
+        InputError: when one of its configs is wrong.
+    """
+    from hfllm.stages import rlhf
+
+    given = (script_args.model_name_or_path or [None])[0]
+    before = chain_before(
+        "evaluate",
+        script_args.output_dir,
+        script_args.seed,
+        script_args.world_seed,
+        given_models={"rlhf": given},
+        configs={name: getattr(script_args, f"{name}_config") for name in CONFIGS},
+    )
+    return replace(before, nested={name: rlhf.stages_before(*parsed) for name, parsed in before.runs.items()})
+
+
+def models_of(script_args: EvaluateArguments, before: Chain) -> dict[str, str]:
+    """Return the models by their labels: those that are named, or the world's before and after alignment."""
+    named = script_args.model_name_or_path
+    if named:
+        return dict(zip(labels_of(named), named, strict=True))
+    return {"sft": before.nested["rlhf"].model("sft"), "rlhf": before.model("rlhf")}
+
+
+def labels_of(names: Sequence[str]) -> list[str]:
+    """Return a short label of each model: as much of the end of its name as tells it from the others.
+
+    Raises:
+        InputError: when a model is named twice.
+    """
+    if len(set(names)) < len(names):
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise InputError(f"--model_name_or_path names {twice} twice")
+    parts = [[part for part in name.split("/") if part not in ("", ".")] or [name] for name in names]
+    for size in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(each[-size:]) for each in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    return list(names)
+
+
+# ---- the subjects ----
+
+
+def model_config(script_args: EvaluateArguments) -> "ModelConfig":
+    """Return how models are loaded."""
+    from trl import ModelConfig
+
+    names = ("dtype", "attn_implementation", "load_in_8bit", "load_in_4bit")
+    return ModelConfig(**{name: getattr(script_args, name) for name in names})
+
+
+@contextmanager
+def loaded(script_args: EvaluateArguments, label: str, name: str) -> "Iterator[Subject]":
+    """Load a model to be judged, and let it go afterwards.
+
+    Raises:
+        InputError: when it cannot be loaded.
+    """
+    import gc
+
+    import torch
+
+    from hfllm.evaluation.suites.subjects import Subject
+    from hfllm.runs.models import saved_tokenizer
+    from hfllm.stages.course import load_speaking
+
+    wanted = script_args.apply_chat_template
+    has_template = saved_tokenizer(name).chat_template is not None
+    speaking = load_speaking(name, model_config(script_args))
+    uses = has_template if wanted is None else wanted
+    yield Subject(label, speaking.model, speaking.tokenizer, uses, script_args.batch_size)
+    del speaking
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

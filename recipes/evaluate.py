@@ -1,0 +1,76 @@
+"""Judge models: how truthful, helpful, harmless, calibrated and able they are, side by side, with an error bar each.
+
+    hfllm evaluate                                                # the world's models, before and after alignment
+    hfllm evaluate --model_name_or_path A B --suites truthfulness --truthfulqa_file TruthfulQA.csv
+    hfllm evaluate --model_name_or_path A --suites refusals hhh --xstest_file xstest.csv --preference_files pairs.jsonl
+
+Suites read local files, or ask about the embedded world, whose answers have exact gold. A run that was stopped resumes
+item by item: give the same command again. docs/evaluation.md says what each figure means and where it is weak.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+from hfllm.runs.command_line import parse_recipe, run
+from hfllm.runs.lock import releases_folders
+from hfllm.runs.remote_code import trusts_code_if_asked
+from hfllm.stages.evaluate import EvaluateArguments
+
+
+def parse(argv: Sequence[str]) -> tuple[EvaluateArguments]:
+    """Read the flags."""
+    return parse_recipe(argv, __doc__, EvaluateArguments)
+
+
+@releases_folders
+@trusts_code_if_asked
+def main(script_args: EvaluateArguments) -> dict[str, float]:
+    """Make what is missing, judge, compare, report. Return the metrics."""
+    from hfllm.outputs.report import is_samples, markdown_table
+    from hfllm.runs.command_line import main_process, say
+    from hfllm.runs.stage import Stage
+    from hfllm.stages import evaluate
+    from hfllm.stages.evaluate_report import report
+    from hfllm.stages.evaluate_samples import SAMPLES, Samples, judge_all
+    from hfllm.stages.evaluate_suites import suites_of
+
+    # Refuse what cannot work before anything is trained or loaded.
+    evaluate.check(script_args)
+    before = evaluate.stages_before(script_args)
+    models = evaluate.models_of(script_args, before)
+    files = evaluate.changed_files(script_args)
+    stage = Stage("evaluate", script_args, before=before.parsed, also=files, is_spread=True)
+    stage.check()
+    if stage.is_finished:
+        return stage.reuse()
+    evaluate.check_models(script_args)
+    stage.announce()
+
+    # The world's models, if none is named.
+    before.run()
+    if not main_process():
+        return {}
+
+    # Judge each by each suite, as far as an earlier run has not.
+    judge = script_args.judge_model_name_or_path
+    samples = Samples(script_args.output_dir, stage.arguments)
+    with evaluate.loaded(script_args, "judge", judge) if judge else nullcontext() as judging:
+        suites = suites_of(script_args, judging)
+        records = judge_all(script_args, models, suites, samples)
+
+    found = report(suites, list(models), records)
+    for title, rows in found.tables.items():
+        if not is_samples(rows):
+            say("\n".join(["", title, *markdown_table(rows)]))
+    return stage.finish(
+        found.metrics,
+        summary=found.summary,
+        tables=found.tables,
+        curves=found.plots,
+        artifacts={**{name: name for name in before.runs}, "samples": SAMPLES},
+        models={label: name for label, name in models.items()},
+    )
+
+
+if __name__ == "__main__":
+    run(main, parse)

@@ -1,0 +1,100 @@
+"""Intervals of means and differences: that they cover the truth, and published numbers of their parts."""
+
+import math
+
+import numpy as np
+import pytest
+
+from hfllm.errors import InputError
+from hfllm.evaluation.intervals import _student, difference_interval, mean_interval
+
+REPETITIONS = 400
+
+
+def covered(draw, truth, interval):
+    rng = np.random.default_rng(7)
+    found = [interval(*draw(rng)) for _ in range(REPETITIONS)]
+    return sum(each.low <= truth <= each.high for each in found) / REPETITIONS
+
+
+def fast(values):
+    return mean_interval(values, num_resamples=400)
+
+
+def fast_difference(first, second):
+    return difference_interval(first, second, num_resamples=400)
+
+
+@pytest.mark.parametrize(("count", "share"), [(40, 0.5), (60, 0.9), (200, 0.03), (240, 0.95)])
+def test_intervals_of_a_share_cover_it(count, share):
+    """Over all counts of hits, by their binomial probabilities: nothing is drawn."""
+    held = 0.0
+    for hits in range(count + 1):
+        found = mean_interval([1.0] * hits + [0.0] * (count - hits))
+        chance = math.comb(count, hits) * share**hits * (1 - share) ** (count - hits)
+        held += chance * (found.low <= share <= found.high)
+    assert 0.92 <= held <= 0.98
+
+
+# Of 400 repetitions, 95 percent of which hold the truth, between 92 and 98 do but once in 200.
+@pytest.mark.parametrize("count", [30, 120])
+def test_intervals_of_gold_scores_cover_their_mean(count):
+    values, weights = np.array([-1.0, -0.5, 0.0, 0.5, 1.0]), np.array([0.1, 0.05, 0.15, 0.2, 0.5])
+    truth = float(values @ weights)
+    assert 0.92 <= covered(lambda rng: [rng.choice(values, count, p=weights)], truth, fast) <= 0.98
+
+
+def pairs_of_shares(rng, count=60):
+    hard = rng.random(count)
+    return hard < 0.7, (hard + rng.normal(0, 0.1, count)) < 0.8
+
+
+def pairs_of_scores(rng, count=60):
+    shared = rng.normal(0, 1, count)
+    return shared + rng.normal(0, 0.2, count), shared + rng.normal(0.3, 0.2, count)
+
+
+def test_intervals_of_paired_differences_cover_them_and_gain_from_the_pairs():
+    rng = np.random.default_rng(0)
+    one, other = pairs_of_shares(rng, 1_000_000)
+    assert 0.92 <= covered(pairs_of_shares, other.mean() - one.mean(), fast_difference) <= 0.985
+    assert 0.92 <= covered(pairs_of_scores, 0.3, fast_difference) <= 0.98
+    one, other = pairs_of_scores(rng)
+    paired, alone = difference_interval(one, other), mean_interval(other)
+    assert paired.high - paired.low < (alone.high - alone.low) / 2
+
+
+def test_published_intervals():
+    # Newcombe 1998, Statistics in Medicine 17:857, table I: 81 of 263 and 0 of 20, by Wilson's method.
+    found = mean_interval([1.0] * 81 + [0.0] * 182)
+    assert (found.low, found.high) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    found = mean_interval([0.0] * 20)
+    assert (found.low, found.high) == pytest.approx((0.0, 0.1611), abs=5e-5)
+
+
+def test_students_quantiles_against_the_printed_table():
+    # Abramowitz and Stegun 1964, table 26.10.
+    table = {1: (3.078, 12.706), 2: (1.886, 4.303), 4: (1.533, 2.776), 10: (1.372, 2.228), 120: (1.289, 1.980)}
+    for freedom, row in table.items():
+        for probability, value in zip((0.9, 0.975), row, strict=True):
+            assert _student(probability, freedom) == pytest.approx(value, rel=0.006)
+
+
+def test_the_bootstrap_of_many_numbers_is_that_of_the_normal_distribution():
+    values = np.random.default_rng(3).gamma(2.0, 1.0, 2000)
+    found = mean_interval(values, num_resamples=5000)
+    half = 1.96 * values.std(ddof=1) / math.sqrt(len(values))
+    assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=half / 15)
+    assert found == mean_interval(values, num_resamples=5000) != mean_interval(values, num_resamples=5000, seed=1)
+
+
+def test_few_items_and_bad_input():
+    assert mean_interval([0.3]).low == mean_interval([0.3]).high == 0.3
+    equal = difference_interval([1, 0, 1, 1], [1, 0, 1, 1])
+    assert equal.value == 0 and equal.low < 0 < equal.high, "equal answers to four questions do not prove equality"
+    with pytest.raises(InputError, match="3 and 2 items"):
+        difference_interval([1, 0, 1], [1, 0])
+    with pytest.raises(InputError, match="row 2 is NaN"):
+        mean_interval([0.0, float("nan")])
+    with pytest.raises(InputError, match="level must lie between 0 and 1"):
+        mean_interval([0.0, 1.0], level=95)
