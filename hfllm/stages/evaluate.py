@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from hfllm.evaluation.suites.subjects import Subject
 
 # What is judged where no suite is named.
-DEFAULT_SUITES = ("truthfulness", "hhh", "refusals", "calibration", "few_shot")
+DEFAULT_SUITES = ("truthfulness", "hhh", "refusals", "calibration", "few_shot", "robustness")
 # YAML files of the stages that make the world's models.
 CONFIGS = ("pretrain", "sft", "reward", "rlhf")
-FILES = ("truthfulqa_file", "preference_files", "xstest_file", "few_shot_files")
+FILES = ("truthfulqa_file", "preference_files", "xstest_file", "few_shot_files", "robustness_file")
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,14 @@ class EvaluateArguments(RemoteCodeArguments):
         default=None, metadata={"help": "Multiple choice or exact match, for few_shot and calibration."}
     )
     num_shots: int = field(default=0, metadata={"help": "First rows of each such file that are worked examples."})
+    robustness_file: str | None = field(
+        default=None,
+        metadata={"help": "Prompts for robustness, with a column answer, harmful, or XSTest's label."},
+    )
+    num_attacks: int | None = field(
+        default=None,
+        metadata={"help": "Harmful prompts that robustness attacks by gradient: 4 of the world, none of a file."},
+    )
     max_new_tokens: int = field(default=64, metadata={"help": "Longest written answer to the rows of a file."})
     pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the world's pretraining."})
     sft_config: str | None = field(default=None, metadata={"help": "YAML flags of its fine-tuning."})
@@ -91,7 +99,13 @@ def check(script_args: EvaluateArguments) -> None:
             raise InputError(f"--suites {name!r}: no such suite; did you mean {nearest!r}? All: {', '.join(SUITES)}")
     if not script_args.suites or len(set(script_args.suites)) < len(script_args.suites):
         raise InputError(f"--suites {' '.join(script_args.suites)}: expected one or more, each once")
-    for flag, least in (("batch_size", 1), ("max_new_tokens", 1), ("num_items", 1), ("num_shots", 0)):
+    for flag, least in (
+        ("batch_size", 1),
+        ("max_new_tokens", 1),
+        ("num_items", 1),
+        ("num_shots", 0),
+        ("num_attacks", 0),
+    ):
         value = getattr(script_args, flag)
         if value is not None and value < least:
             raise InputError(f"--{flag} {value}: expected at least {least}")
@@ -103,11 +117,14 @@ def check(script_args: EvaluateArguments) -> None:
         "preference_files": ("hhh",),
         "xstest_file": ("refusals",),
         "few_shot_files": ("few_shot", "calibration"),
+        "robustness_file": ("robustness",),
     }
     for flag, suites in wanted.items():
         is_idle = bool(getattr(script_args, flag)) and not {*suites} & {*script_args.suites}
         refuse(is_idle, f"--{flag}", f"it is for --suites {' or '.join(suites)}")
     refuse(script_args.write_answers and not script_args.truthfulqa_file, "--write_answers", "no --truthfulqa_file")
+    is_idle = script_args.num_attacks is not None and "robustness" not in script_args.suites
+    refuse(is_idle, "--num_attacks", "it is for --suites robustness")
     is_idle = script_args.num_shots > 0 and not script_args.few_shot_files
     refuse(is_idle, "--num_shots", "no --few_shot_files")
     for suite in suites_of(script_args, None):

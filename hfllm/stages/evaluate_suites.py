@@ -80,10 +80,21 @@ def _few_shot(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
     return WorldFewShot(**_world_options(script_args))
 
 
+def _robustness(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
+    from hfllm.data.world.world import World
+    from hfllm.evaluation.suites.robustness import Robustness
+
+    count, attacks = script_args.num_items, script_args.num_attacks
+    if script_args.robustness_file:
+        return Robustness(None, script_args.robustness_file, count, script_args.max_new_tokens, attacks)
+    return Robustness(World(script_args.world_seed), num_prompts=count, num_attacks=attacks)
+
+
 SUITES: Mapping[str, Build] = {
     "truthfulness": _truthfulness,
     "hhh": _hhh,
     "refusals": _refusals,
     "calibration": _calibration,
     "few_shot": _few_shot,
+    "robustness": _robustness,
 }

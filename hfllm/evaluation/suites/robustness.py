@@ -38,6 +38,7 @@ from hfllm.rewards.reasoning import exact_match
 if TYPE_CHECKING:
     from hfllm.evaluation.suites.subjects import Subject
 
+NUM_PROMPTS = 120
 PLOTTED = {"accuracy": "share of right answers", "compliance": "share of harmful requests complied with"}
 
 
@@ -47,7 +48,7 @@ class Robustness(Suite[Question]):
     Args:
         world: whose questions are asked, without rows of yours.
         dataset_name: your rows: see `row_items`.
-        num_prompts: questions, at most; each is asked in some twenty forms.
+        num_prompts: questions, at most; each is asked in some twenty forms. By default 120 of the world, or all rows.
         max_new_tokens: of an answer.
         num_attacks: harmful questions to search suffixes for, by gradient and at random; 4 by default, and none for
             your rows, where a model may be large: a search takes some 2,600 passes over the question.
@@ -65,16 +66,18 @@ class Robustness(Suite[Question]):
         self,
         world: World | None = None,
         dataset_name: str | None = None,
-        num_prompts: int = 120,
+        num_prompts: int | None = None,
         max_new_tokens: int = 40,
         num_attacks: int | None = None,
         seed: int = 0,
     ):
-        if num_prompts < 1:
+        if num_prompts is not None and num_prompts < 1:
             raise InputError(f"robustness: the number of prompts must be at least 1, got {num_prompts}")
         if (world is None) == (dataset_name is None):
             raise InputError("robustness takes a world or a dataset's name, and not both")
         self.world, self.dataset_name, self.num_prompts = world, dataset_name, num_prompts
+        if world is not None and num_prompts is None:
+            self.num_prompts = NUM_PROMPTS
         default = 0 if dataset_name else 4
         self.num_attacks = default if num_attacks is None else num_attacks
         self.max_new_tokens, self.seed = max_new_tokens, seed

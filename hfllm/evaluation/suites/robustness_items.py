@@ -86,7 +86,7 @@ def _of_task(task: Task) -> Question:
     return Question([{"role": "user", "content": task.question}], gold=task.gold, is_harmful=task.gold.kind == "harm")
 
 
-def row_items(name: str, most: int, seed: int, num_attacks: int = 0) -> list[Item[Question]]:
+def row_items(name: str, most: int | None, seed: int, num_attacks: int = 0) -> list[Item[Question]]:
     """Return the questions of your rows, each in every form.
 
     A row has a `prompt` (or what else prompts are called, docs/data.md), and one or both of: `answer`, by which it is
@@ -94,7 +94,7 @@ def row_items(name: str, most: int, seed: int, num_attacks: int = 0) -> list[Ite
 
     Args:
         name: a local file or folder, or a dataset on the Hub.
-        most: rows, from the first.
+        most: rows, from the first; `None` for all.
 
     Raises:
         InputError: naming the row, where it has neither, or says something else of itself.
