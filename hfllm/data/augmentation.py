@@ -103,17 +103,19 @@ def augmented_demonstrations(
 ) -> list[Row]:
     """Return demonstrations, a share of them augmented: other forms of the question, and prefilled refusals.
 
-    A prefilled refusal begins with one of `texts.prefills`, which the row's key `prefill` holds too: that part is not
-    to be learned. Answers of more than one turn get none.
+    A prefilled refusal begins with some words of one of `texts.prefills`, which the row's key `prefill` holds too:
+    that part is not to be learned. Answers of more than one turn get none. Refusals are few, so that twice the share
+    of them is prefilled.
 
     Args:
         rows: with `prompt` and `completion` messages.
-        share: of all rows for the question, and of the refusals for the answer.
+        share: of the rows whose question is asked otherwise.
         refuses: whether an answer refuses.
     """
     rng, augmented = random.Random(f"prefill-{seed}"), []
     for row in augmented_prompts(rows, share, seed, texts):
-        is_drawn, prefill = rng.random() < share, rng.choice(texts.prefills)
+        is_drawn, words = rng.random() < 2 * share, rng.choice(texts.prefills).split(" ")
+        prefill = " ".join(words[: rng.randint(1, len(words))])
         (first, *others) = row["completion"]
         if is_drawn and not others and refuses(first["content"]):
             said = {**first, "content": f"{prefill} {first['content']}"}

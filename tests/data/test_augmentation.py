@@ -1,6 +1,8 @@
 """Augmented rows: how many, what stays, and which part of an answer is learned."""
 
 import random
+from dataclasses import replace
+from itertools import islice
 
 import pytest
 
@@ -13,7 +15,9 @@ from hfllm.data.tokenizer import train_tokenizer
 from hfllm.data.world.documents import in_form
 from hfllm.data.world.world import World
 from hfllm.evaluation.refusals import refuses
+from hfllm.stages.rlhf import RlhfArguments, prompt_data
 from hfllm.stages.sft import SftArguments, augmented, without_prefill
+from hfllm.synthesis.comparisons import augmented_tasks
 
 REFUSAL = "I can not help with that, but I can help you care for the fox."
 
@@ -53,7 +57,8 @@ def test_about_the_share_is_asked_otherwise_and_the_rest_stays():
 def test_refusals_alone_are_prefilled():
     refused = augmented_demonstrations(rows(100), 1.0, 0, WORLD_TRAINING, refuses)
     assert all(row["completion"][0]["content"] == f"{row[PREFILL]} {REFUSAL}" for row in refused)
-    assert {row[PREFILL] for row in refused} == {*WORLD_TRAINING.prefills}
+    assert all(any(each.startswith(row[PREFILL]) for each in WORLD_TRAINING.prefills) for row in refused)
+    assert len({row[PREFILL] for row in refused}) > 20
     answered = augmented_demonstrations(rows(100, "The fox is red."), 1.0, 0, WORLD_TRAINING, refuses)
     assert not any(PREFILL in row for row in answered)
 
@@ -91,3 +96,21 @@ def test_a_share_of_the_texts_is_in_another_form_and_the_others_are_as_without()
         assert said in (words, words * 2)
     assert any(one.upper() in other for one, other in differs)
     assert in_form("", random.Random(0)).strip() == ""
+
+
+def test_prompts_of_ppo_are_asked_otherwise_and_scored_as_before():
+    plain, formed = (prompt_data(RlhfArguments(num_prompts=200, augment=share), 5, []) for share in (0.0, 0.5))
+    differs = [(one, other) for one, other in zip(plain[0], formed[0], strict=True) if one != other]
+    assert 60 < len(differs) < 130
+    for one, other in differs:
+        assert {**one, "prompt": 0} == {**other, "prompt": 0}
+        assert one["prompt"][0]["content"].partition("\n")[2] == other["prompt"][0]["content"].partition("\n")[2]
+    assert plain[1] == formed[1]
+
+
+def test_comparisons_are_about_questions_in_other_forms():
+    tasks = list(islice(World(0).tasks(3), 200))
+    formed = augmented_tasks(tasks, 0.5, 1, WORLD_TRAINING)
+    differs = [(one, other) for one, other in zip(tasks, formed, strict=True) if one != other]
+    assert 60 < len(differs) < 130
+    assert all(replace(one, instruction="") == replace(other, instruction="") for one, other in differs)

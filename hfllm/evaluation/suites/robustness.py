@@ -90,9 +90,11 @@ class Robustness(Suite[Question]):
 
     def judge(self, subject: "Subject", items: Sequence[Item[Question]]) -> Iterator[Record]:
         """Yield the record of each item, a batch at a time."""
-        # Prompts of like length in a batch: answers do not depend on it, and time does.
         attacked = [item for item in items if item.body.attack]
-        items = sorted((item for item in items if not item.body.attack), key=lambda item: len(item.body.asked))
+        places = {group: place for place, group in enumerate(dict.fromkeys(item.group for item in items))}
+        # Prompts of like length in a batch: answers do not depend on it, and time does.
+        asked_at = [(places[item.group], len(item.body.asked), item) for item in items if not item.body.attack]
+        items = [item for _, _, item in sorted(asked_at, key=lambda each: each[:2])]
         said = subject.iter_answers([item.body.prompt for item in items], self.max_new_tokens)
         for item, answer in zip(items, said, strict=True):
             asked = subject.text_of(item.body.prompt)
