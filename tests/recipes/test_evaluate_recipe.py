@@ -1,0 +1,187 @@
+"""The recipe that judges models: side by side, killed and resumed, and what it refuses."""
+
+import json
+import os
+import signal
+
+import evaluate
+import pytest
+import torch
+
+from hfllm.errors import InputError
+from hfllm.evaluation.intervals import mean_interval
+from hfllm.runs.lock import release_all
+from hfllm.stages.evaluate_samples import Samples
+
+ROWS = [{"question": f"Sum {n}?", "choices": ["one", "two", "three"], "answer": n % 3} for n in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_held():
+    yield
+    release_all()
+
+
+@pytest.fixture
+def models(make_model, tokenizer, tmp_path):
+    for seed, name in enumerate(("one/model", "two/model")):
+        make_model(seed=seed, max_position_embeddings=512).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    return tmp_path
+
+
+def words(folder, output, *more):
+    return [
+        *("--model_name_or_path", str(folder / "one/model"), str(folder / "two/model")),
+        *("--suites", "few_shot", "calibration", "--few_shot_files", str(folder / "sums.jsonl")),
+        *("--output_dir", str(folder / output), "--batch_size", "4", *more),
+    ]
+
+
+def judge(*args):
+    return evaluate.main(*evaluate.parse(words(*args)))
+
+
+def report_of(folder):
+    report = json.loads((folder / "report.json").read_text())
+    return report["metrics"], (folder / "samples.jsonl").read_text()
+
+
+def test_models_side_by_side(models, capsys):
+    metrics = judge(models, "out")
+    samples = [json.loads(line) for line in (models / "out/samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 2 * 2 * len(ROWS)
+    # Labels are what tells the models apart.
+    assert {each["model"] for each in samples} == {"one/model", "two/model"}
+    values = {
+        label: [each["scores"]["acc"] for each in samples if (each["model"], each["suite"]) == (label, "few_shot")]
+        for label in ("one/model", "two/model")
+    }
+    for label, each in values.items():
+        found, key = mean_interval(each), f"few_shot/sums/acc/{label}"
+        assert (metrics[key], metrics[f"{key}_low"], metrics[f"{key}_high"]) == (found.value, found.low, found.high)
+    difference = metrics["few_shot/sums/acc/two/model_difference"]
+    assert difference == pytest.approx(sum(values["two/model"]) / 20 - sum(values["one/model"]) / 20)
+    printed = capsys.readouterr().out
+    assert "few_shot: means with 95% intervals" in printed and "by its chat template" in printed
+    assert {"suite_few_shot.png", "calibration_sums.png", "report.md"} <= {
+        path.name for path in (models / "out").iterdir()
+    }
+    judge(models, "out")
+    assert "already done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", ["1", "3"])
+def test_any_batch_size_says_the_same(models, size):
+    one, other = judge(models, "out"), judge(models, f"out-{size}", "--batch_size", size)
+    assert one == pytest.approx(other, abs=1e-5)
+
+
+def judge_until_killed(folder, output, count):
+    """Judge in a process that kills itself in the middle of writing a record after `count` of them."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    append, written = Samples.append, []
+
+    def dying(self, record):
+        append(self, record)
+        written.append(record)
+        if len(written) == count:
+            with self.path.open("a") as stream:
+                stream.write('{"model": "one/mo')
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Samples.append = dying
+    try:
+        judge(folder, output)
+    finally:
+        os._exit(1)
+
+
+def test_a_run_that_was_killed_resumes_to_the_same_report(models, capsys):
+    judge(models, "whole")
+    assert judge_until_killed(models, "killed", 37) == -signal.SIGKILL
+    left = (models / "killed/samples.jsonl").read_text().splitlines()
+    assert len(left) == 38 and not (models / "killed/report.json").exists()
+    capsys.readouterr()
+    judge(models, "killed")
+    printed = capsys.readouterr().out
+    # All 20 of the first suite are there, and 17 of the second: its last block was cut off.
+    assert "one/model, few_shot" not in printed and "one/model, calibration: 4 items" in printed
+    assert report_of(models / "killed") == report_of(models / "whole")
+
+
+def test_samples_of_other_flags_are_not_taken(models, capsys):
+    judge(models, "out")
+    (models / "out/report.json").unlink()
+    judge(models, "out", "--num_items", "5")
+    assert "is of other flags, and is written again" in capsys.readouterr().out
+    assert len((models / "out/samples.jsonl").read_text().splitlines()) == 2 * 2 * 5
+
+
+def refused(match, *argv):
+    with pytest.raises(InputError, match=match) as error:
+        evaluate.main(*evaluate.parse([*argv]))
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_refused(models, tokenizer):
+    model = str(models / "one/model")
+    named = ("--model_name_or_path", model, "--output_dir", str(models / "no"))
+    refused("--suites 'truthfulnes': no such suite; did you mean 'truthfulness'", *named, "--suites", "truthfulnes")
+    refused("expected one or more, each once", *named, "--suites", "hhh", "hhh")
+    bad = models / "bad.csv"
+    bad.write_text("a,b\n1,2\n", encoding="utf-8")
+    tqa = ("--suites", "truthfulness", "--truthfulqa_file")
+    refused(r"bad.csv, row 1: no column 'Question'; expected .*found 'a', 'b'", *named, *tqa, str(bad))
+    refused("--truthfulqa_file nowhere.csv: no such file", *named, *tqa, "nowhere.csv")
+    refused(
+        "--truthfulqa_file cannot be used here: it is for --suites truthfulness",
+        *named,
+        "--suites",
+        "hhh",
+        "--truthfulqa_file",
+        "x.csv",
+    )
+    refused("--rlhf_config cannot be used here: the models are named", *named, "--rlhf_config", "x.yaml")
+    refused("--model_name_or_path names .* twice", "--model_name_or_path", model, model)
+    refused(
+        "--judge_model_name_or_path: model 'nowhere/judge'? .*could not be loaded|--judge_model_name_or_path",
+        *named,
+        "--judge_model_name_or_path",
+        "./nowhere/judge",
+    )
+    refused("--batch_size 0", *named, "--batch_size", "0")
+    tokenizer_file = models / "one/model/chat_template.jinja"
+    assert tokenizer_file.is_file()
+    tokenizer_file.unlink()
+    refused(
+        "--apply_chat_template true: the tokenizer of .*one/model' has no chat template",
+        *named,
+        "--suites",
+        "hhh",
+        "--apply_chat_template",
+        "true",
+    )
+    assert not (models / "no").exists()
+
+
+def test_logits_that_are_no_numbers_name_the_item_and_keep_the_rest(models):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(models / "two/model")
+    model.lm_head.weight.data.fill_(torch.nan)
+    model.save_pretrained(models / "two/model")
+    with pytest.raises(InputError, match="few_shot, item sums-1: the model's logits are not numbers"):
+        judge(models, "out")
+    assert len((models / "out/samples.jsonl").read_text().splitlines()) == 2 * len(ROWS)
+
+
+def test_items_longer_than_the_context_are_counted(models, capsys):
+    long = [*ROWS[:3], {"question": "word " * 600, "choices": ["one", "two"], "answer": 0}]
+    (models / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long), encoding="utf-8")
+    metrics = judge(models, "out")
+    assert metrics["few_shot/skipped/one/model"] == 1 and metrics["few_shot/sums/acc/one/model_items"] == 3
+    assert "4 answers skipped: longer than the model's context" in capsys.readouterr().out
