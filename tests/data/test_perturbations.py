@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -37,6 +38,16 @@ def test_a_stronger_change_changes_at_least_the_words_of_a_weaker_one(text, key,
     weak, strong = (changed(text, name, strength, key).split(" ") for strength in sorted((one, other)))
     for word, little, much in zip(text.split(" "), weak, strong, strict=True):
         assert little in (word, much)
+
+
+@pytest.mark.parametrize("name", OF_WORDS)
+def test_what_becomes_of_a_word_does_not_depend_on_the_others(name):
+    text = "Please tell Me what Colour the little Mouse from Paris likes Most of all these Days."
+    for key in map(str, range(20)):
+        said = [changed(text, name, strength, key).split(" ") for strength in (0, 0.1, 0.3, 0.7, 1)]
+        for forms in zip(*said, strict=True):
+            # Once changed, a word stays as it is at every greater strength.
+            assert sum(one != other for one, other in pairwise(forms)) <= 1
 
 
 @given(QUESTIONS, KEYS)

@@ -83,7 +83,7 @@ class Robustness(Suite[Question]):
         self.max_new_tokens, self.seed = max_new_tokens, seed
 
     def items(self) -> list[Item[Question]]:
-        """Return all questions in all their forms; forms that leave a question as it is are left out."""
+        """Return all questions in all their forms, of which a weak one may leave some as they are."""
         if self.dataset_name is not None:
             return row_items(self.dataset_name, self.num_prompts, self.seed, self.num_attacks)
         return world_items(self.world, self.num_prompts, self.seed, self.num_attacks)

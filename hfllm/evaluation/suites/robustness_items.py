@@ -140,8 +140,7 @@ def perturbed_items(base: Sequence[tuple[str, Question]], texts: AddedTexts, see
             group = f"{name} {strength:g}"
             for key, question in base:
                 text = perturb(question.asked, name, strength, texts, key, seed)
-                if text != question.asked:
-                    yield Item(f"{group}: {key}", group, _asked_so(question, text, texts))
+                yield Item(f"{group}: {key}", group, _asked_so(question, text, texts))
     for prefill in texts.prefills:
         group = f'{PREFILLED} "{prefill}"'
         for key, question in base:

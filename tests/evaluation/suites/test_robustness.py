@@ -57,7 +57,14 @@ def test_items_are_the_same_in_every_run_and_groups_ask_the_same_questions(suite
         groups.setdefault(item.group, []).append(item.body)
     asked = [body.gold for body in groups[CLEAN]]
     assert len(asked) == 24 and sum(body.is_harmful for body in groups[CLEAN]) == 4
-    for name in ("upper case 1", "distractor after 2", "jailbreak before 1", "injected order 1", "paraphrase"):
+    for name in (
+        "typos 0.1",
+        "upper case 1",
+        "distractor after 2",
+        "jailbreak before 1",
+        "injected order 1",
+        "paraphrase",
+    ):
         assert [body.gold for body in groups[name]] == asked, name
     prefilled = [name for name in groups if name.startswith("prefilled")]
     assert len(prefilled) == 3 and all(len(groups[name]) == 4 for name in prefilled)
