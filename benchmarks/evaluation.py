@@ -1,9 +1,14 @@
-"""Multiple choice by ours and by lm-evaluation-harness: the same figures, and CPU-seconds of each on one thread.
+"""Multiple choice by ours and by lm-evaluation-harness: figures and CPU-seconds; and how often error bars hold.
 
     OMP_NUM_THREADS=1 python benchmarks/evaluation.py --model SMOLLM2_FOLDER --truthfulqa TruthfulQA.csv
+    OMP_NUM_THREADS=1 python benchmarks/evaluation.py --coverage outputs/rlhf/sft outputs/rlhf
 
-Needs `pip install hfllm[lm-eval]`, a model and the CSV of TruthfulQA. Both ask the first questions, as text, without a
-chat template, from the same loaded model in fp32. lm-eval's tasks are its own of TruthfulQA, over a local file.
+The first needs lm-eval 0.4.13 with sacrebleu and rouge-score, a model and the CSV of TruthfulQA. Both ask the first
+questions, as text, without a chat template, from the same loaded model in fp32. lm-eval's tasks are its own of
+TruthfulQA, over a local file.
+
+The second answers many questions of the world, whose gold is exact, by two models. Their means over all of them are
+the truth; draws of fewer questions have intervals, which are to hold it.
 """
 
 import argparse
@@ -73,14 +78,56 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float]:
     return run(), time.process_time() - began
 
 
+POOL, DRAWN, REPETITIONS = 1500, (50, 100, 200), 1000
+
+
+def coverage(names: Sequence[str]) -> None:
+    """Print in how many of the repetitions the 95% intervals hold the truth, by the number of questions drawn."""
+    from itertools import islice
+
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hfllm.data.world.world import World
+    from hfllm.evaluation.intervals import difference_interval, mean_interval
+    from hfllm.evaluation.responses import judge_tasks
+
+    torch.set_num_threads(1)
+    tasks = list(islice(World(0).tasks(seed=11, held_out=True), POOL))
+    gold = []
+    for name in names:
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        answers = judge_tasks(model, tokenizer, tasks, 40, do_sample=True, seed=5)
+        gold.append(np.array([each["gold"] for each in answers]))
+    right = [(each >= 0.5).astype(float) for each in gold]
+    print(
+        f"gold {[round(float(each.mean()), 4) for each in gold]}, right {[round(float(e.mean()), 4) for e in right]}"
+    )
+    rng = np.random.default_rng(0)
+    for count in DRAWN:
+        held = dict.fromkeys(("gold", "gold difference", "right", "right difference"), 0)
+        for _ in range(REPETITIONS):
+            rows = rng.integers(0, POOL, count)
+            for name, (one, other) in (("gold", gold), ("right", right)):
+                found, apart = mean_interval(one[rows]), difference_interval(one[rows], other[rows])
+                held[name] += found.low <= one.mean() <= found.high
+                held[f"{name} difference"] += apart.low <= (other - one).mean() <= apart.high
+        print(f"{count} questions: { ({name: float(hits) / REPETITIONS for name, hits in held.items()}) }", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--truthfulqa", required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--truthfulqa")
+    parser.add_argument("--coverage", nargs=2, metavar=("SFT", "ALIGNED"))
     parser.add_argument("--num_items", type=int, default=50)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 1, 3])
     parser.add_argument("--without_lm_eval", action="store_true")
     args = parser.parse_args()
+    if args.coverage:
+        coverage(args.coverage)
+        return
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -2,7 +2,7 @@
 
     hfllm evaluate                                                # the world's models, before and after alignment
     hfllm evaluate --model_name_or_path A B --suites truthfulness --truthfulqa_file TruthfulQA.csv
-    hfllm evaluate --model_name_or_path A --suites refusals hhh --xstest_file xstest.csv --preference_files pairs.jsonl
+    accelerate launch recipes/evaluate.py --model_name_or_path A --suites refusals --xstest_file xstest.csv
 
 Suites read local files, or ask about the embedded world, whose answers have exact gold. A run that was stopped resumes
 item by item: give the same command again. docs/evaluation.md says what each figure means and where it is weak.
@@ -29,21 +29,21 @@ def main(script_args: EvaluateArguments) -> dict[str, float]:
     from hfllm.outputs.report import is_samples, markdown_table
     from hfllm.runs.command_line import main_process, say
     from hfllm.runs.stage import Stage
-    from hfllm.stages import evaluate
+    from hfllm.stages import evaluate, evaluate_checks
     from hfllm.stages.evaluate_report import report
     from hfllm.stages.evaluate_samples import SAMPLES, Samples, judge_all
     from hfllm.stages.evaluate_suites import suites_of
 
     # Refuse what cannot work before anything is trained or loaded.
-    evaluate.check(script_args)
+    evaluate_checks.check(script_args)
     before = evaluate.stages_before(script_args)
     models = evaluate.models_of(script_args, before)
-    files = evaluate.changed_files(script_args)
+    files = evaluate_checks.changed_files(script_args)
     stage = Stage("evaluate", script_args, before=before.parsed, also=files, is_spread=True)
     stage.check()
     if stage.is_finished:
         return stage.reuse()
-    evaluate.check_models(script_args)
+    evaluate_checks.check_models(script_args)
     stage.announce()
 
     # The world's models, if none is named.

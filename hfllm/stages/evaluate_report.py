@@ -30,6 +30,7 @@ def report(suites: Sequence[Suite], labels: Sequence[str], records: Sequence[Rec
     tables: dict[str, Sequence[Mapping[str, Any]]] = {}
     plots: dict[str, Plot | Bars] = {}
     verdicts: list[str] = []
+    said: list[str] = []
     for suite in suites:
         own = [record for record in records if record["suite"] == suite.name]
         found, table, bars = _of_suite(suite, labels, own, verdicts)
@@ -40,8 +41,10 @@ def report(suites: Sequence[Suite], labels: Sequence[str], records: Sequence[Rec
             metrics |= {_renamed(name): value for name, value in extra.metrics.items()}
             tables |= extra.tables
             plots |= extra.plots
+            said += [extra.summary] if extra.summary else []
         tables[f"{suite.name}: some answers"] = _shown(own, labels)
-    return Found(metrics, summary_of(labels, records, verdicts), tables, plots)
+    summary = "; ".join([summary_of(labels, records, verdicts), *said])
+    return Found(metrics, summary, tables, plots)
 
 
 def _of_suite(

@@ -185,3 +185,17 @@ def test_items_longer_than_the_context_are_counted(models, capsys):
     metrics = judge(models, "out")
     assert metrics["few_shot/skipped/one/model"] == 1 and metrics["few_shot/sums/acc/one/model_items"] == 3
     assert "4 answers skipped: longer than the model's context" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_from_nothing_the_worlds_models_are_made_and_judged(tiny, tmp_path, capsys):
+    flags = [word for name in ("pretrain", "sft", "reward", "rlhf") for word in (f"--{name}_config", tiny[name])]
+    flags += ["--num_items", "12", "--output_dir", str(tmp_path / "out")]
+    metrics = evaluate.main(*evaluate.parse(flags))
+    assert {"truthfulness/known_animals/right/sft", "refusals/unsafe/complies/rlhf"} <= metrics.keys()
+    assert "hhh/helpful/gold/rlhf_difference_low" in metrics
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["artifacts"]["rlhf"] == "rlhf" and (tmp_path / "out/rlhf/sft/model.safetensors").is_file()
+    capsys.readouterr()
+    assert evaluate.main(*evaluate.parse(flags)) == metrics
+    assert "already done" in capsys.readouterr().out

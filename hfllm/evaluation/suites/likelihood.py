@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FEWEST_SHARED = 8
 # How far log-probabilities read in two parts may be from those read whole, in nats, before they are read whole.
 SAME, SAME_ROUNDED = 1e-3, 0.1
+NOT_NUMBERS = "the model's logits are not numbers; its weights may be damaged, or overflow"
 
 
 class Pair(NamedTuple):
@@ -224,7 +225,7 @@ def _likelihood(logits: "torch.Tensor", continuation: Sequence[int], name: str) 
     numbers = logits[: len(continuation)].float().log_softmax(-1)
     logprobs = numbers.gather(-1, chosen[:, None])[:, 0]
     if bool(logprobs.isnan().any()):
-        raise InputError(f"{name}: the model's logits are not numbers; its weights may be damaged, or overflow")
+        raise InputError(f"{name}: {NOT_NUMBERS}")
     is_greedy = bool((numbers.argmax(-1) == chosen).all())
     # Summed in 64 bits, which Apple's GPUs do not have.
     return Likelihood(float(sum(logprobs.tolist())), len(continuation), is_greedy)

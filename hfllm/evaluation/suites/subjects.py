@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from hfllm.data.messages import Message
 from hfllm.data.tokenizer import tokenize_prompts
-from hfllm.evaluation.suites.likelihood import Likelihood, Pair, Scorer, encode_pair
+from hfllm.errors import InputError
+from hfllm.evaluation.suites.likelihood import NOT_NUMBERS, Likelihood, Pair, Scorer, encode_pair
 from hfllm.models.context import max_length_of
+from hfllm.rewards.passes import pass_precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,6 +35,7 @@ class Subject:
     uses_chat_template: bool = False
     batch_size: int = 8
     scorer: Scorer = field(init=False, repr=False)
+    _has_numbers: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self):
         self.model.eval()
@@ -69,6 +72,9 @@ class Subject:
         """Yield the greedy answer to each prompt, a batch at a time.
 
         `None` stands for a prompt that, with the answer, does not fit the model's context.
+
+        Raises:
+            InputError: for logits that are not numbers after the first prompt: greedy decoding would not notice.
         """
         for start in range(0, len(prompts), self.batch_size):
             yield from self._answer_batch(prompts[start : start + self.batch_size], max_new_tokens)
@@ -81,12 +87,25 @@ class Subject:
         lengths = [len(tokenize_prompts([each], self.tokenizer)[0]) for each in asked]
         fits = [longest is None or length + max_new_tokens <= longest for length in lengths]
         kept = [each for each, is_short in zip(asked, fits, strict=True) if is_short]
+        if kept and not self._has_numbers:
+            self._check_numbers(kept[0])
         said = iter(
             sample_responses(self.model, self.tokenizer, kept, max_new_tokens, do_sample=False, fast=True)
             if kept
             else []
         )
         return [next(said)[0] if is_short else None for is_short in fits]
+
+    def _check_numbers(self, text: str) -> None:
+        """Refuse a model whose logits after a text are not numbers, as damaged weights make them."""
+        import torch
+
+        ids = torch.tensor([self.tokenizer(text)["input_ids"]], device=self.model.device)
+        with torch.inference_mode(), pass_precision(self.model):
+            logits = self.model(input_ids=ids, use_cache=False).logits[:, -1]
+        if bool(logits.isnan().any()):
+            raise InputError(f"{self.label}, prompt {text[-60:]!r}: {NOT_NUMBERS}")
+        self._has_numbers = True
 
     def _to_generate(self, prompt: Prompt) -> str:
         """Return the text of a prompt without the token that the tokenizer itself puts before a text."""

@@ -12,7 +12,6 @@ The CSV of the questions and `mc_task.json` differ in their answers: figures of 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from hfllm.data.messages import Message
@@ -23,6 +22,7 @@ from hfllm.evaluation.suites.files import rows_of
 from hfllm.evaluation.suites.judging import yes_shares
 from hfllm.evaluation.suites.overlap import OVERLAPS, overlap_scores
 from hfllm.evaluation.suites.subjects import Prompt, Subject
+from hfllm.outputs.report import Found
 
 FLAG = "--truthfulqa_file"
 CHOICES, ANSWERS = "multiple choice", "answers"
@@ -154,6 +154,10 @@ class TruthfulQA(Suite[Question]):
             scores |= overlap_scores(answer, item.body.true, item.body.false) | self._judged(item.body, answer)
             yield self.record(subject, item, scores, item.body.question, answer)
 
+    def extra(self, records: Sequence[Record]) -> Found | None:
+        """Return which file the figures are of: they differ."""
+        return Found({}, f"{self.name} is by {self.source}", {}, {})
+
     def _judged(self, body: Question, answer: str) -> dict[str, float]:
         """Return the judge's figures: of the answer, and beside it of a true and a false one that it should know."""
         if self.judge_model is None:
@@ -236,8 +240,3 @@ def _targets(origin: str, row: Mapping[str, Any], name: str) -> tuple[list[str],
     if not isinstance(given, Mapping) or not {*given.values()} == {0, 1}:
         raise InputError(f"{origin}: {name} must say of each answer 1 or 0, with both there, got {str(given)[:80]}")
     return [each for each, label in given.items() if label], [each for each, label in given.items() if not label]
-
-
-def described(path: str) -> str:
-    """Return which file the figures are of."""
-    return f"TruthfulQA, {Path(path).name}"

@@ -139,6 +139,8 @@ def test_logits_that_are_no_numbers_name_the_item(make_model, tokenizer):
     subject = Subject("x", model, tokenizer)
     with pytest.raises(InputError, match=r"question 12: the model's logits are not numbers"):
         subject.choices(CONTEXTS, CHOICES, names=["question 12", "question 13"])
+    with pytest.raises(InputError, match=r"x, prompt '.*': the model's logits are not numbers"):
+        subject.answers(CONTEXTS, 4)
 
 
 def test_greedy_is_what_the_model_would_write(make_model, tokenizer):

@@ -9,6 +9,7 @@ import torch
 
 from hfllm.data.world.world import World
 from hfllm.errors import InputError
+from hfllm.evaluation.suites import overlap
 from hfllm.evaluation.suites.base import TOO_LONG, Item
 from hfllm.evaluation.suites.calibration import ChoiceCalibration, WorldCalibration
 from hfllm.evaluation.suites.choices import chosen, mc1, mc2, mc3, shares
@@ -117,6 +118,8 @@ def test_truthfulqa_from_both_files(subject, tmp_path):
 def test_written_answers_are_compared_and_judged(make_model, tokenizer, tmp_path, monkeypatch):
     subject = Subject("small", make_model(max_position_embeddings=1024), tokenizer, uses_chat_template=True)
     judge = Subject("judge", make_model(seed=3, max_position_embeddings=1024), tokenizer, uses_chat_template=True)
+    # Its imports take seconds.
+    monkeypatch.setattr(overlap, "find_spec", lambda package: None)
     suite = TruthfulQA(write_csv(tmp_path / "t.csv", TQA), writes=True, judge=judge, max_new_tokens=4)
     items = [item for item in suite.items() if item.body.is_written]
     assert len(items) == 2 and len(suite.items()) == 4
@@ -127,6 +130,24 @@ def test_written_answers_are_compared_and_judged(make_model, tokenizer, tmp_path
     (share,) = yes_shares(judge, ["Is it late?"])
     asked = judge.choices(["Is it late?"], [["Yes", "No"]])[0]
     assert share == pytest.approx(1 / (1 + math.exp(asked[1].logprob - asked[0].logprob)))
+
+
+def test_measures_that_are_not_installed_are_named(monkeypatch):
+    monkeypatch.setattr(overlap, "find_spec", lambda package: None if package == "rouge_score" else True)
+    assert overlap.missing_overlaps() == "ROUGE left out: pip install rouge-score"
+
+
+@pytest.mark.slow
+def test_overlap_as_lm_eval_counts_it():
+    reason = "its measures need sacrebleu and rouge-score"
+    utils = pytest.importorskip("lm_eval.tasks.truthfulqa.utils", reason=reason)
+    true, false = ["The fox is red.", "It is an animal."], ["The fox is blue."]
+    found = overlap.overlap_scores("The fox is a red animal.", true, false)
+    doc = {"correct_answers": true, "incorrect_answers": false}
+    theirs = utils.process_results_gen(doc, ["The fox is a red animal."])
+    assert found["rouge1_diff"] == pytest.approx(theirs["rouge1_diff"])
+    assert found["bleu_diff"] == pytest.approx(theirs["bleu_diff"])
+    assert (found["rougeL_acc"], found["bleu_acc"]) == (theirs["rougeL_acc"], theirs["bleu_acc"])
 
 
 ROWS = {
