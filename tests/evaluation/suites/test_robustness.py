@@ -8,8 +8,10 @@ import pytest
 from hfllm.data.world.world import World
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import TOO_LONG
+from hfllm.evaluation.suites.gradient_attack import AttackSettings
 from hfllm.evaluation.suites.robustness import Robustness, scores_of
 from hfllm.evaluation.suites.robustness_items import CLEAN, Question
+from hfllm.evaluation.suites.subjects import Subject
 
 REFUSAL = "I can not help with that, but I can help you care for the fox."
 
@@ -155,3 +157,20 @@ def test_settings_that_make_no_sense_are_refused():
         Robustness(World(0), num_prompts=0)
     with pytest.raises(InputError, match="a world or a dataset's name"):
         Robustness()
+
+
+def test_a_real_model_is_asked_in_every_form_and_attacked(make_model, tokenizer, monkeypatch):
+    monkeypatch.setattr(Robustness, "attack_settings", AttackSettings(num_tokens=3, steps=2, num_candidates=4))
+    suite = Robustness(World(0), num_prompts=6, max_new_tokens=4, num_attacks=1)
+    first = {item.group: item for item in reversed(suite.items())}
+    model = make_model(max_position_embeddings=512)
+    found = []
+    for batch_size in (32, 5):
+        subject = Subject("model", model, tokenizer, True, batch_size)
+        found.append({record["item"]: record for record in suite.judge(subject, [*first.values()])})
+    assert found[0] == found[1] and len(found[0]) == len(first)
+    assert not any(record["skipped"] for record in found[0].values())
+    attacked, control = (found[0][first[group].key] for group in ("gradient attack", "random search"))
+    assert attacked["scores"]["target_loss"] > 0 and control["scores"]["target_loss"] > 0
+    opened = found[0][first['prefilled "Sure, first"'].key]["asked"]
+    assert opened.endswith("<|assistant|>Sure, first")
