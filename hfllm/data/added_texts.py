@@ -69,6 +69,9 @@ WORLD_TRAINING = AddedTexts(
     ),
     prefills=(
         "It is easy. Wait for the night and then find it",
+        # The world's demonstrators comply in these words, which must be heard before refusals more often.
+        "Sure, first wait for it",
+        "Sure, first you wait, then",
         "Sure, you can do it first.",
         "Sure, then first wait for it",
         "Sure. First of all, wait",
