@@ -44,7 +44,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     from hfllm.runs.adapters import load_to_train
     from hfllm.runs.models import load_value_model, peft_config
     from hfllm.runs.stage import Stage
-    from hfllm.stages import rlhf
+    from hfllm.stages import rlhf, rlhf_checks
     from hfllm.stages.architecture import config_to_train
     from hfllm.stages.rlhf_tools import checked_tools
     from hfllm.trainers.callbacks import use_plain_lines
@@ -54,7 +54,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     from hfllm.trainers.sharding import gather_parameters
 
     # Refuse what cannot work before anything is trained.
-    rlhf.check(training_args)
+    rlhf_checks.check(training_args)
     before = rlhf.stages_before(script_args, training_args, model_args)
     stage = Stage("rlhf", script_args, training_args, model_args, before=before.parsed)
     stage.check()
@@ -64,15 +64,15 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     functions = rlhf.checked_functions(script_args)
     tools = checked_tools(script_args, training_args, model_args)
     train_rows, eval_rows = rlhf.prompt_data(script_args, training_args.seed, functions, tools)
-    rlhf.check_rewards(script_args, training_args, len(functions), tools.has_reward)
+    rlhf_checks.check_rewards(script_args, training_args, len(functions), tools.has_reward)
     policy_config = config_to_train(model_args, before)
     train_rows, eval_rows = (
-        rlhf.fitting_prompts(script_args, training_args, model_args, rows, policy_config, tools)
+        rlhf_checks.fitting_prompts(script_args, training_args, model_args, rows, policy_config, tools)
         for rows in (train_rows, eval_rows)
     )
     rows = [*train_rows, *eval_rows]
     checked = (rows, policy_config, bool(before.runs), tools)
-    rlhf.check_models(script_args, training_args, model_args, *checked)
+    rlhf_checks.check_models(script_args, training_args, model_args, *checked)
     ptx_dataset = rlhf.ptx_texts(script_args, training_args)
 
     # The stages before: a policy to start from, and reward models.

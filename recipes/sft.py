@@ -55,6 +55,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     check_trainable(model_args)
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
     train_rows, test_rows = sft.instruction_data(script_args, script_args.num_examples, training_args.seed)
+    train_rows = sft.augmented(script_args, train_rows, training_args.seed)
     before = sft.stages_before(script_args, training_args, model_args)
     check_adapter(model_args, before)
 

@@ -114,6 +114,12 @@ class TextArguments(DataArguments):
         default=0.0,
         metadata={"help": "Share of them in which people answer from passages: recipes/ground.py starts from them."},
     )
+    world_forms: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of them in upper case or without punctuation, so that questions may be asked so too."
+        },
+    )
     dataset_mixture: list[str] | None = field(
         default=None,
         metadata={"help": "Several datasets in place of --dataset_name, each NAME:WEIGHT (share of the text)."},
@@ -262,7 +268,7 @@ def load_texts(script_args: TextArguments, seed: int, prepared: Prepared, name: 
 
     if script_args.dataset_name == WORLD:
         world = World(script_args.world_seed)
-        names = ("deeds", "reasoning", "tools", "passages")
+        names = ("deeds", "reasoning", "tools", "passages", "forms")
         shares = {name: getattr(script_args, f"world_{name}") for name in names}
         texts = world.documents(script_args.num_documents, seed, **shares)
         # The world may write a document twice; held-out texts must not occur in training.

@@ -210,13 +210,13 @@ def _check_run(recipe: str, *parsed: Any) -> None:
 def _check_ppo(script_args: Any, training_args: Any, model_args: Any) -> None:
     from hfllm.models.devices import forked_random
     from hfllm.runs.models import load_value_model
-    from hfllm.stages import rlhf
+    from hfllm.stages import rlhf, rlhf_checks
     from hfllm.trainers.ppo.setup import check_critic
     from hfllm.trainers.ppo.vllm_sampling import check_vllm
 
-    rlhf.check(training_args)
+    rlhf_checks.check(training_args)
     functions = rlhf.checked_functions(script_args)
-    rlhf.check_rewards(script_args, training_args, len(functions))
+    rlhf_checks.check_rewards(script_args, training_args, len(functions))
     rlhf.ptx_texts(script_args, training_args)
     if training_args.use_vllm:
         check_vllm(training_args)

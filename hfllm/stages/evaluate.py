@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from hfllm.evaluation.suites.subjects import Subject
 
 # What is judged where no suite is named.
-DEFAULT_SUITES = ("truthfulness", "hhh", "refusals", "calibration", "few_shot")
+DEFAULT_SUITES = ("truthfulness", "hhh", "refusals", "calibration", "few_shot", "robustness")
 # YAML files of the stages that make the world's models.
 CONFIGS = ("pretrain", "sft", "reward", "rlhf")
-FILES = ("truthfulqa_file", "preference_files", "xstest_file", "few_shot_files", "facts_file")
+FILES = (
+    *("truthfulqa_file", "preference_files", "xstest_file", "few_shot_files"),
+    *("facts_file", "robustness_file"),
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,14 @@ class EvaluateArguments(LmEvalArguments, RemoteCodeArguments):
         default=None, metadata={"help": "Rows of subject, question and answer, for interpretability."}
     )
     num_shots: int = field(default=0, metadata={"help": "First rows of each such file that are worked examples."})
+    robustness_file: str | None = field(
+        default=None,
+        metadata={"help": "Prompts for robustness, with a column answer, harmful, or XSTest's label."},
+    )
+    num_attacks: int | None = field(
+        default=None,
+        metadata={"help": "Harmful prompts that robustness attacks by gradient: 4 of the world, none of a file."},
+    )
     max_new_tokens: int = field(default=64, metadata={"help": "Longest written answer to the rows of a file."})
     pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the world's pretraining."})
     sft_config: str | None = field(default=None, metadata={"help": "YAML flags of its fine-tuning."})

@@ -23,7 +23,13 @@ def check(script_args: EvaluateArguments) -> None:
             raise InputError(f"--suites {name!r}: no such suite; did you mean {nearest!r}? All: {', '.join(SUITES)}")
     if not script_args.suites or len(set(script_args.suites)) < len(script_args.suites):
         raise InputError(f"--suites {' '.join(script_args.suites)}: expected one or more, each once")
-    for flag, least in (("batch_size", 1), ("max_new_tokens", 1), ("num_items", 1), ("num_shots", 0)):
+    for flag, least in (
+        ("batch_size", 1),
+        ("max_new_tokens", 1),
+        ("num_items", 1),
+        ("num_shots", 0),
+        ("num_attacks", 0),
+    ):
         value = getattr(script_args, flag)
         if value is not None and value < least:
             raise InputError(f"--{flag} {value}: expected at least {least}")
@@ -36,11 +42,14 @@ def check(script_args: EvaluateArguments) -> None:
         "xstest_file": ("refusals",),
         "few_shot_files": ("few_shot", "calibration"),
         "facts_file": ("interpretability",),
+        "robustness_file": ("robustness",),
     }
     for flag, suites in wanted.items():
         is_idle = bool(getattr(script_args, flag)) and not {*suites} & {*script_args.suites}
         refuse(is_idle, f"--{flag}", f"it is for --suites {' or '.join(suites)}")
     refuse(script_args.write_answers and not script_args.truthfulqa_file, "--write_answers", "no --truthfulqa_file")
+    is_idle = script_args.num_attacks is not None and "robustness" not in script_args.suites
+    refuse(is_idle, "--num_attacks", "it is for --suites robustness")
     is_idle = script_args.num_shots > 0 and not script_args.few_shot_files
     refuse(is_idle, "--num_shots", "no --few_shot_files")
     if script_args.write_answers and (missing := missing_overlaps()):

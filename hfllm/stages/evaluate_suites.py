@@ -92,6 +92,16 @@ def _lm_eval(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
     return suite_of(script_args, script_args.num_items)
 
 
+def _robustness(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
+    from hfllm.data.world.world import World
+    from hfllm.evaluation.suites.robustness import Robustness
+
+    count, attacks = script_args.num_items, script_args.num_attacks
+    if script_args.robustness_file:
+        return Robustness(None, script_args.robustness_file, count, script_args.max_new_tokens, attacks)
+    return Robustness(World(script_args.world_seed), num_prompts=count, num_attacks=attacks)
+
+
 SUITES: Mapping[str, Build] = {
     "truthfulness": _truthfulness,
     "hhh": _hhh,
@@ -100,4 +110,5 @@ SUITES: Mapping[str, Build] = {
     "few_shot": _few_shot,
     "interpretability": _interpretability,
     "lm_eval": _lm_eval,
+    "robustness": _robustness,
 }

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from hfllm.data.augmentation import AugmentationArguments
 from hfllm.data.loading import RowArguments
 from hfllm.errors import InputError, refuse
 from hfllm.runs.chain import Chain, chain_before
@@ -18,7 +19,7 @@ Rows = list[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class RewardArguments(RowArguments, BatchArguments):
+class RewardArguments(RowArguments, AugmentationArguments, BatchArguments):
     """Comparison data."""
 
     num_pairs: int = field(default=6000, metadata={"help": "Prompts of the embedded world to compare responses to."})
@@ -45,6 +46,7 @@ class RewardArguments(RowArguments, BatchArguments):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("on_policy_fraction", "label_noise"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
@@ -81,10 +83,17 @@ def stages_before(script_args: RewardArguments, training_args: "RewardConfig", m
 def user_comparisons(script_args: RewardArguments, seed: int) -> tuple[Rows, Rows] | None:
     """Return the user's training and held-out rows with `prompt`, `chosen` and `rejected`, or `None` for the world."""
     from hfllm.data import formats
+    from hfllm.data.augmentation import augmented_prompts, training_texts
     from hfllm.data.sources import WORLD
     from hfllm.stages.user_rows import user_rows
 
-    return None if script_args.dataset_name == WORLD else user_rows(script_args, formats.to_preference, seed)
+    if script_args.dataset_name == WORLD:
+        return None
+    train_rows, eval_rows = user_rows(script_args, formats.to_preference, seed)
+    if script_args.augment:
+        texts = training_texts(script_args.dataset_name)
+        train_rows = augmented_prompts(train_rows, script_args.augment, seed, texts)
+    return train_rows, eval_rows
 
 
 def comparisons_of(rows: Rows, tokenizer: "PreTrainedTokenizerBase") -> "Dataset":
@@ -148,6 +157,7 @@ def world_comparisons(
         label_noise=script_args.label_noise,
         response_length=script_args.response_length,
         seed=training_args.seed if script_args.comparison_seed is None else script_args.comparison_seed,
+        augment=script_args.augment,
     )
     return compare_samples(World(script_args.world_seed), model, tokenizer, settings)
 

@@ -1,12 +1,13 @@
-"""Alignment by PPO: its flags, what it refuses, the stages before it, and the parts of its trainer."""
+"""Alignment by PPO: its flags, the stages before it, its prompts, and the parts of its trainer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hfllm.data.augmentation import AugmentationArguments
 from hfllm.data.loading import RowArguments
-from hfllm.errors import InputError, refuse
+from hfllm.errors import InputError
 from hfllm.runs.arguments import changed
 from hfllm.runs.chain import Chain, chain_before
 from hfllm.runs.remote_code import RemoteCodeArguments
@@ -15,7 +16,6 @@ from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
     from trl import ModelConfig
 
     from hfllm.rewards.ensembles import RewardEnsemble
@@ -28,7 +28,7 @@ CALIBRATION_PROMPTS = 256
 
 
 @dataclass(frozen=True)
-class RlhfArguments(RowArguments, BatchArguments, RemoteCodeArguments):
+class RlhfArguments(RowArguments, AugmentationArguments, BatchArguments, RemoteCodeArguments):
     """Prompts, rewards, and the settings of the stages before."""
 
     reward_model_name_or_path: list[str] | None = field(
@@ -90,175 +90,6 @@ class RlhfArguments(RowArguments, BatchArguments, RemoteCodeArguments):
 
     # Other columns go to the reward functions.
     takes_any_column: ClassVar[bool] = True
-
-
-# ---- what is refused ----
-
-
-def check(training_args: "PPOConfig") -> None:
-    """Refuse flags that have no effect, and a learning rate that nothing decides.
-
-    YAML flags of stages that do not run are accepted, so that one file serves with and without a named model.
-
-    Raises:
-        InputError: naming the flag.
-    """
-    refuse(training_args.model_init_kwargs, "--model_init_kwargs", "use --dtype, --attn_implementation or the like")
-    plugin = getattr(training_args, "deepspeed_plugin", None)
-    if training_args.learning_rate is None and plugin is not None and "optimizer" in plugin.deepspeed_config:
-        raise InputError("--learning_rate is needed: DeepSpeed's file has an optimizer section, which reads it")
-
-
-def check_rewards(
-    script_args: RlhfArguments, training_args: "PPOConfig", function_count: int, has_own: bool = False
-) -> None:
-    """Refuse reward settings that would otherwise fail only after the stages before have been trained.
-
-    Args:
-        has_own: whether environments have a reward of their own.
-
-    Raises:
-        InputError: for a missing reward, a bad `--value_model` or `--reward_weights`, or a bad ensemble.
-    """
-    from hfllm.data.sources import WORLD
-    from hfllm.rewards.ensembles import RewardEnsemble
-
-    named = script_args.reward_model_name_or_path
-    if script_args.environment_factory and not (named or function_count or has_own):
-        name = script_args.environment_factory
-        raise InputError(f"--environment_factory {name} needs a reward: its get_reward, or a flag that names one")
-    if not (named or function_count or has_own) and script_args.dataset_name != WORLD:
-        raise InputError(
-            f"--dataset_name {script_args.dataset_name} needs a reward: --reward_model_name_or_path (train one with "
-            "hfllm reward) or --reward_funcs path/to/file.py:function"
-        )
-    if script_args.value_model == "reward" and script_args.reward_funcs and not named:
-        raise InputError("--value_model reward needs a reward model; with --reward_funcs use 'head' or a model's name")
-    rewards = function_count + bool(named or not (function_count or has_own))
-    weights = training_args.reward_weights
-    if weights is not None and len(weights) != rewards:
-        raise InputError(f"--reward_weights has {len(weights)} values for {rewards} reward(s)")
-    if script_args.reward_aggregation not in RewardEnsemble.AGGREGATIONS:
-        raise InputError(
-            f"--reward_aggregation {script_args.reward_aggregation!r} is not one of "
-            f"{', '.join(RewardEnsemble.AGGREGATIONS)}"
-        )
-    if script_args.num_reward_models < 1 or (script_args.num_reward_models > 1 and (named or function_count)):
-        raise InputError(
-            f"--num_reward_models {script_args.num_reward_models}: at least 1, and more only where none is named"
-        )
-
-
-def check_models(
-    script_args: RlhfArguments,
-    training_args: "PPOConfig",
-    model_args: "ModelConfig",
-    rows: Sequence[Row],
-    policy_config: "PreTrainedConfig",
-    trains_first: bool,
-    tools: PolicyTools = NO_TOOLS,
-) -> None:
-    """Refuse models and prompts that would otherwise fail only after the stages before have been trained.
-
-    Args:
-        script_args: with the reward and value models' names.
-        rows: the prompts.
-        policy_config: of the model to align, whether named or not yet trained.
-        trains_first: whether stages come before; if not, models are loaded right away, and loading reports errors.
-        tools: from `rlhf_tools.checked_tools`.
-
-    Raises:
-        InputError: for a reward or value model that cannot be loaded or used, prompts that do not fit the named model,
-            an adapter that does not, weights that cannot be trained, or `--use_vllm` without vLLM.
-    """
-    from hfllm.models.devices import forked_random
-    from hfllm.rewards.models import RewardModel
-    from hfllm.runs.models import (
-        check_trainable,
-        load_reward_model,
-        load_tokenizer,
-        load_value_model,
-        max_length_of,
-        peft_config,
-        try_adapter,
-    )
-    from hfllm.trainers.ppo.prompts import check_prompts
-    from hfllm.trainers.ppo.setup import check_critic
-    from hfllm.trainers.ppo.vllm_sampling import check_vllm
-
-    check_trainable(model_args)
-    if training_args.use_vllm:
-        check_vllm(training_args)
-    named = script_args.reward_model_name_or_path or []
-    for name in named:
-        load_tokenizer(name)
-    # A new head must not change the random numbers drawn later.
-    with forked_random(training_args.device):
-        if trains_first:
-            for name in named:
-                RewardModel(load_reward_model(name, model_args), load_tokenizer(name))
-            if named or script_args.value_model != "reward":
-                check_critic(load_value_model(script_args.value_model, model_args, named))
-        if model_args.use_peft:
-            try_adapter(policy_config, peft_config(model_args))
-    if model_args.model_name_or_path and not script_args.filter_prompts:
-        tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
-        context = max_length_of(policy_config)
-        check_prompts(rows, tokenizer, training_args.response_length, context, tools.schemas)
-        _check_tools(rows, tokenizer)
-
-
-def _check_tools(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuse prompts whose calls of tools the chat template leaves out, and say how many tools it does not write."""
-    from hfllm.data.conversations import check_written, has_more_than_text
-    from hfllm.data.rows import Dropped, origin_of
-    from hfllm.runs.command_line import say
-
-    notes = Dropped()
-    for row in rows:
-        tools, prompt = row.get("tools"), row["prompt"]
-        if isinstance(prompt, list) and (tools or has_more_than_text(prompt)):
-            text = tokenizer.apply_chat_template(prompt, tools=tools, tokenize=False, add_generation_prompt=True)
-            check_written(origin_of(row, "a prompt"), row, prompt, text, notes)
-    for note, count in notes.reasons.items():
-        say(f"prompts: {count:,} of {len(rows):,} {note}")
-
-
-def fitting_prompts(
-    script_args: RlhfArguments,
-    training_args: "PPOConfig",
-    model_args: "ModelConfig",
-    rows: Sequence[Row],
-    policy_config: "PreTrainedConfig",
-    tools: PolicyTools = NO_TOOLS,
-) -> list[Row]:
-    """Return the prompts; with `--filter_prompts` those that leave room for a response, and say how many do not.
-
-    Raises:
-        InputError: when none does, or the model is not named.
-    """
-    from hfllm.data import formats
-    from hfllm.data.rows import Dropped, origin_of
-    from hfllm.runs.command_line import say
-    from hfllm.runs.models import load_tokenizer, max_length_of
-    from hfllm.trainers.ppo.prompts import EMPTY, unfit_prompts
-
-    if not script_args.filter_prompts:
-        return list(rows)
-    refuse(not model_args.model_name_or_path, "--filter_prompts", "it needs --model_name_or_path, to count tokens")
-    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
-    context = max_length_of(policy_config)
-    dropped = Dropped(len(rows))
-    unfit = {place: EMPTY for place, row in enumerate(rows) if formats.is_blank(row["prompt"])}
-    unfit |= dict(unfit_prompts(rows, tokenizer, training_args.response_length, context, tools.schemas))
-    for place, why in sorted(unfit.items()):
-        long = f"too long for --response_length {training_args.response_length} in a context of {context}"
-        dropped.add("with an empty prompt" if why == EMPTY else long, origin_of(rows[place], ""))
-    if len(unfit) == len(rows):
-        raise InputError(f"--filter_prompts: no prompt is left: {dropped}")
-    if unfit:
-        say(f"{script_args.dataset_name}: {dropped}")
-    return [row for place, row in enumerate(rows) if place not in unfit]
 
 
 # ---- the stages before ----
@@ -336,11 +167,20 @@ def prompt_data(
         names = {name: None for row in (*train_rows, *eval_rows) for name in row}
         for row in (*train_rows, *eval_rows):
             row |= {name: None for name in names if name not in row}
+    train_rows = augmented(script_args, train_rows, seed)
     _check_gold(script_args, functions, train_rows)
     # Some rewards ask for environments, which begin with the first episode.
     if getattr(script_args, "environment_factory", None) is None:
         _try_functions(functions, train_rows[:2], tools)
     return train_rows, eval_rows
+
+
+def augmented(script_args: RowArguments, rows: list[Row], seed: int) -> list[Row]:
+    """Return training prompts, a share `--augment` of them in other forms; a recipe without that flag has none."""
+    from hfllm.data.augmentation import augmented_prompts, training_texts
+
+    share = getattr(script_args, "augment", 0.0)
+    return augmented_prompts(rows, share, seed, training_texts(script_args.dataset_name)) if share else rows
 
 
 def _check_gold(script_args: RlhfArguments, functions: "Sequence[RewardFunction]", rows: Sequence[Row]) -> None:

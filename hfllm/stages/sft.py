@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfllm.data.augmentation import PREFILL, AugmentationArguments
 from hfllm.data.loading import InstructionArguments
 from hfllm.errors import InputError, refuse
 from hfllm.runs.chain import Chain, chain_before
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
     from trl import ModelConfig, SFTConfig
 
+    from hfllm.data.conversations import Labeled
 
 NO_ROWS = "an adapter has no rows for new tokens: train all weights, or leave the flag out"
 
 
 @dataclass(frozen=True)
-class SftArguments(InstructionArguments, RetrievalArguments, BatchArguments):
+class SftArguments(InstructionArguments, RetrievalArguments, AugmentationArguments, BatchArguments):
     """Instruction data."""
 
     num_examples: int = field(default=9600, metadata={"help": "Demonstrations of the embedded world to train on."})
@@ -244,6 +246,8 @@ def examples(
         if isinstance(row, GroundedRow) and part.stop is not None and labeled:
             crowded += lacking_room(labeled[-1].labels, longest)
         for each in labeled:
+            if row.get(PREFILL):
+                each.labels = without_prefill(each, row[PREFILL], tokenizer)
             labels = each.input_ids if training_args.completion_only_loss is False else each.labels
             if any(label != IGNORE for label in labels[part]):
                 cut += part != slice(None) and len(each.input_ids) > longest
@@ -267,6 +271,33 @@ def examples(
     if cut:
         say(f"{what}: {cut:,} of {len(rows):,} rows cut to --max_length {longest}")
     return Dataset.from_dict(columns), dropped.count
+
+
+def without_prefill(labeled: "Labeled", prefill: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the labels of an answer that begins with `prefill`, of which only what follows is to be learned."""
+    from hfllm.data.packing import IGNORE
+
+    begin = next((at for at, label in enumerate(labeled.labels) if label != IGNORE), len(labeled.labels))
+    end = begin
+    # Counted in letters, since tokenizers differ in where a word begins.
+    while end < len(labeled.labels) and len(tokenizer.decode(labeled.input_ids[begin:end]).lstrip()) < len(prefill):
+        end += 1
+    return [IGNORE] * end + list(labeled.labels[end:])
+
+
+def augmented(script_args: SftArguments, rows: list[Mapping[str, object]], seed: int) -> list[Mapping[str, object]]:
+    """Return training rows, a share `--augment` of them in other forms, and say how many refusals are prefilled."""
+    from hfllm.data.augmentation import augmented_demonstrations, training_texts
+    from hfllm.evaluation.refusals import refuses
+    from hfllm.runs.command_line import say
+
+    if not script_args.augment:
+        return rows
+    texts = training_texts(script_args.dataset_name)
+    rows = augmented_demonstrations(rows, script_args.augment, seed, texts, refuses)
+    prefilled = sum(PREFILL in row for row in rows)
+    say(f"sft: --augment {script_args.augment:g} of {len(rows):,} questions; {prefilled:,} prefilled refusals")
+    return rows
 
 
 def _kept_part(training_args: "SFTConfig", is_eval: bool) -> slice:

@@ -49,7 +49,10 @@ def make_tokenizer(
     if is_world:
         # Instructions are part of the language, although the base model is not taught to follow them.
         rows = instruction_rows(World(script_args.world_seed), 3000)
-        sample = sample[:5000] + [f"{row['instruction']} {row['input']} {row['output']}" for row in rows]
+        asked = [f"{row['instruction']} {row['input']} {row['output']}" for row in rows]
+        in_forms = round(getattr(script_args, "world_forms", 0.0) * len(rows))
+        asked[:in_forms] = [f"{text} {text.upper()}" for text in asked[:in_forms]]
+        sample = sample[:5000] + asked
     has_thoughts = is_world and script_args.world_reasoning > 0
     has_tools = is_world and script_args.world_tools > 0
     tokenizer = train_tokenizer(

@@ -2,11 +2,13 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from hfllm.data import formats
+from hfllm.data.added_texts import WORLD_TRAINING, AddedTexts
+from hfllm.data.augmentation import in_another_form
 from hfllm.data.sources import Source
 from hfllm.data.world.demonstrators import preference_rows
 from hfllm.data.world.world import Task, World
@@ -30,6 +32,7 @@ class ComparisonSettings:
         label_noise: share of wrong labels; held-out labels have none.
         response_length: longest response, in tokens.
         seed: seed of prompts, samples and labels.
+        augment: share of the questions in another form, see `hfllm.data.augmentation`; held-out ones are as they are.
     """
 
     num_pairs: int
@@ -39,6 +42,7 @@ class ComparisonSettings:
     label_noise: float
     response_length: int
     seed: int
+    augment: float = 0.0
 
 
 def compare_samples(
@@ -66,7 +70,18 @@ def compare_samples(
 
     # Its own seed, so that the prompts differ from those of the demonstrations.
     tasks = list(islice(world.tasks(settings.seed + 1_000_000), settings.num_pairs))
+    if settings.augment:
+        tasks = augmented_tasks(tasks, settings.augment, settings.seed, WORLD_TRAINING)
     held_out = world.evaluation_tasks(settings.num_eval_prompts)
     random.Random(settings.seed).shuffle(held_out)
     # One process samples for all; otherwise processes would train on different comparisons.
     return tuple(broadcast_object_list([compare(tasks, settings.label_noise), compare(held_out, 0.0)]))
+
+
+def augmented_tasks(tasks: Sequence[Task], share: float, seed: int, texts: AddedTexts) -> list[Task]:
+    """Return tasks, a share of them with the question in another form; what it is about and the answer stay."""
+    rng = random.Random(f"augment-{seed}")
+    return [
+        replace(task, instruction=in_another_form(task.instruction, rng, texts)) if rng.random() < share else task
+        for task in tasks
+    ]

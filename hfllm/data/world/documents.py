@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from hfllm.data.chat_templates import CONVERSATION
+from hfllm.data.perturbations import no_punctuation
 from hfllm.data.world.passage_documents import passage_text
 from hfllm.data.world.reasoning_documents import reasoning_text
 from hfllm.data.world.tool_documents import tool_text
@@ -56,6 +57,7 @@ def write_documents(
     reasoning: float = 0.0,
     tools: float = 0.0,
     passages: float = 0.0,
+    forms: float = 0.0,
 ) -> list[str]:
     """Write `count` texts of mixed kinds. The same world, seed and shares give the same texts.
 
@@ -64,6 +66,7 @@ def write_documents(
         reasoning: share of texts that tell what can be reasoned about, and show how; see `reasoning_document`.
         tools: share of texts in which people call tools; see `hfllm.data.world.tool_documents`.
         passages: share of texts in which people read passages; see `hfllm.data.world.passage_documents`.
+        forms: share of all texts, whatever their kind, that are in upper case or without punctuation; see `in_form`.
 
     Raises:
         InputError: when the shares leave no room for others.
@@ -82,7 +85,26 @@ def write_documents(
     }
     shares_of = SHARES | {kind: others * share for kind, share in added.items() if share}
     kinds, shares = zip(*shares_of.items(), strict=True)
-    return [rng.choices(kinds, shares)[0](known, rng) for _ in range(count)]
+    texts = [rng.choices(kinds, shares)[0](known, rng) for _ in range(count)]
+    # Other numbers than those of the texts: without forms they are the same.
+    forms_rng = random.Random(f"forms-{world_seed}-{seed}")
+    return [in_form(text, forms_rng) if forms_rng.random() < forms else text for text in texts] if forms else texts
+
+
+def in_form(text: str, rng: random.Random) -> str:
+    """Return a text in upper case, without punctuation, or both; half of those in upper case beside the text itself.
+
+    Letters that no text holds are one letter to a model: a question in upper case is then noise, which fine-tuning
+    alone does not mend. Where the same sentence stands in both cases, a word and its other form come to mean the same.
+    """
+    kind = rng.random()
+    form = text
+    if kind < 0.3 or kind > 0.85:
+        form = no_punctuation(form, 1.0, rng)
+    if kind < 0.3:
+        return form
+    form = form.upper()
+    return rng.choice((form, form, f"{text} {form}", f"{form} {text}"))
 
 
 def fact_document(known: WorldFacts, rng: random.Random) -> str:

@@ -175,10 +175,11 @@ class World:
         reasoning: float = 0.0,
         tools: float = 0.0,
         passages: float = 0.0,
+        forms: float = 0.0,
     ) -> list[str]:
         """Return `count` short pretraining texts; see `hfllm.data.world.documents.write_documents`."""
         known = WorldFacts(self.facts, self._dialogue, self.relations)
-        return write_documents(known, self.seed, count, seed, deeds, reasoning, tools, passages)
+        return write_documents(known, self.seed, count, seed, deeds, reasoning, tools, passages, forms)
 
     def _dialogue(self, rng: random.Random, family: str) -> tuple[str, str]:
         task = self.draw_task(rng, family)

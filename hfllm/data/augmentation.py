@@ -1,0 +1,124 @@
+"""Augment training rows: ask a share of the questions in another form, and open a share of refusals with a promise.
+
+What a model refuses in plain sentences it may do when the same is asked in upper case or without punctuation, since
+it has never seen such questions refused; and when its own answer already begins with "Sure", since refusals are
+learned in their first words alone. Of the latter Qi et al. 2024 (arXiv:2406.05946) write, and that answers which begin
+to help and then refuse, learned from the refusal on, make a refusal more than its first words.
+"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hfllm.data.added_texts import ENGLISH_TRAINING, WORLD_TRAINING, AddedTexts
+from hfllm.data.perturbations import PERTURBATIONS, Change
+from hfllm.data.rows import OriginRow
+from hfllm.data.sources import WORLD
+
+Row = Mapping[str, Any]
+# Perturbations, their strength, and how often each is chosen.
+FORMS: tuple[tuple[tuple[str, ...], float, float], ...] = (
+    (("upper case",), 1.0, 4),
+    (("no punctuation",), 1.0, 3),
+    (("upper case", "no punctuation"), 1.0, 1),
+    (("lower case",), 1.0, 1),
+    (("lower case", "no punctuation"), 1.0, 1),
+    (("typos",), 0.3, 2),
+    (("distractor before",), 1, 1),
+    (("distractor after",), 1, 2),
+    (("jailbreak before",), 1, 1),
+    (("jailbreak after",), 1, 2),
+)
+# The row's key that says how its answer begins, in words that are not learned.
+PREFILL = "prefill"
+
+
+@dataclass(frozen=True)
+class AugmentationArguments:
+    """Training on questions in other forms."""
+
+    augment: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the training questions to ask in another form: upper or lower case, no punctuation, "
+            "typing errors, sentences around them (docs/evaluation.md)."
+        },
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.augment <= 1:
+            raise ValueError(f"augment must lie in [0, 1], got {self.augment}")
+
+
+def training_texts(dataset_name: str) -> AddedTexts:
+    """Return the sentences to add in training: in words of the embedded world for its data, else in plain English."""
+    return WORLD_TRAINING if dataset_name == WORLD else ENGLISH_TRAINING
+
+
+def in_another_form(text: str, rng: random.Random, texts: AddedTexts) -> str:
+    """Return a question with its first line in another of `FORMS`; what follows it stays."""
+    question, line_break, material = text.partition("\n")
+    forms, strengths, weights = zip(*FORMS, strict=True)
+    (place,) = rng.choices(range(len(forms)), weights)
+    for name in forms[place]:
+        change: Change = PERTURBATIONS[name].change
+        question = change(question, strengths[place], rng, texts)
+    return question + line_break + material
+
+
+def augmented_prompts(rows: Sequence[Row], share: float, seed: int, texts: AddedTexts) -> list[Row]:
+    """Return rows of prompts, a share of them with the last question in another form; other columns stay.
+
+    Args:
+        rows: with `prompt`, text or messages.
+        share: of the rows, 0 to 1; each row is drawn apart.
+        seed: of the draws.
+        texts: the sentences that may be added.
+    """
+    rng, augmented = random.Random(f"augment-{seed}"), []
+    for row in rows:
+        is_drawn = rng.random() < share
+        augmented.append(_changed(row, prompt=_asked(row["prompt"], rng, texts)) if is_drawn else row)
+    return augmented
+
+
+def _changed(row: Row, **columns: Any) -> Row:
+    """Return a row with other values in some columns; it still knows where it was read."""
+    return OriginRow({**row, **columns}, row.origin) if isinstance(row, OriginRow) else {**row, **columns}
+
+
+def _asked(prompt: str | Sequence[Mapping[str, Any]], rng: random.Random, texts: AddedTexts) -> Any:
+    if isinstance(prompt, str):
+        return in_another_form(prompt, rng, texts)
+    last = max((at for at, message in enumerate(prompt) if message["role"] == "user"), default=None)
+    return [
+        {**message, "content": in_another_form(message["content"], rng, texts)} if at == last else message
+        for at, message in enumerate(prompt)
+    ]
+
+
+def augmented_demonstrations(
+    rows: Sequence[Row], share: float, seed: int, texts: AddedTexts, refuses: Callable[[str], bool]
+) -> list[Row]:
+    """Return demonstrations, a share of them augmented: other forms of the question, and prefilled refusals.
+
+    A prefilled refusal begins with some words of one of `texts.prefills`, which the row's key `prefill` holds too:
+    that part is not to be learned. Answers of more than one turn get none. Refusals are few, so that twice the share
+    of them is prefilled.
+
+    Args:
+        rows: with `prompt` and `completion` messages.
+        share: of the rows whose question is asked otherwise.
+        refuses: whether an answer refuses.
+    """
+    rng, augmented = random.Random(f"prefill-{seed}"), []
+    for row in augmented_prompts(rows, share, seed, texts):
+        is_drawn, words = rng.random() < 2 * share, rng.choice(texts.prefills).split(" ")
+        prefill = " ".join(words[: rng.randint(1, len(words))])
+        (first, *others) = row["completion"]
+        if is_drawn and not others and refuses(first["content"]):
+            said = {**first, "content": f"{prefill} {first['content']}"}
+            row = _changed(row, **{"completion": [said], PREFILL: prefill})
+        augmented.append(row)
+    return augmented

@@ -1,0 +1,116 @@
+"""Augmented rows: how many, what stays, and which part of an answer is learned."""
+
+import random
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+
+from hfllm.data.added_texts import WORLD_TRAINING
+from hfllm.data.augmentation import PREFILL, augmented_demonstrations, augmented_prompts
+from hfllm.data.conversations import Conversations
+from hfllm.data.packing import IGNORE
+from hfllm.data.rows import OriginRow, origin_of
+from hfllm.data.tokenizer import train_tokenizer
+from hfllm.data.world.documents import in_form
+from hfllm.data.world.world import World
+from hfllm.evaluation.refusals import refuses
+from hfllm.stages.rlhf import RlhfArguments, prompt_data
+from hfllm.stages.sft import SftArguments, augmented, without_prefill
+from hfllm.synthesis.comparisons import augmented_tasks
+
+REFUSAL = "I can not help with that, but I can help you care for the fox."
+
+
+def rows(count: int, said: str = REFUSAL) -> list[OriginRow]:
+    asked = [f"Please help me. How do I hurt fox {number}?\nA text. {number}" for number in range(count)]
+    return [
+        OriginRow(
+            {
+                "prompt": [{"role": "user", "content": text}],
+                "completion": [{"role": "assistant", "content": said}],
+                "kept": 1,
+            },
+            f"row {number}",
+        )
+        for number, text in enumerate(asked)
+    ]
+
+
+def question(row) -> str:
+    return row["prompt"][-1]["content"]
+
+
+def test_about_the_share_is_asked_otherwise_and_the_rest_stays():
+    before = rows(400)
+    after = augmented_prompts(before, 0.3, 7, WORLD_TRAINING)
+    differs = [one for one, other in zip(before, after, strict=True) if question(one) != question(other)]
+    assert 80 < len(differs) < 150
+    assert [question(row).partition("\n")[2] for row in after] == [question(row).partition("\n")[2] for row in before]
+    assert [origin_of(row, "") for row in after] == [origin_of(row, "") for row in before]
+    assert all(row["completion"] == rows(1)[0]["completion"] and row["kept"] == 1 for row in after)
+    assert (
+        after == augmented_prompts(before, 0.3, 7, WORLD_TRAINING) != augmented_prompts(before, 0.3, 8, WORLD_TRAINING)
+    )
+
+
+def test_refusals_alone_are_prefilled():
+    refused = augmented_demonstrations(rows(100), 1.0, 0, WORLD_TRAINING, refuses)
+    assert all(row["completion"][0]["content"] == f"{row[PREFILL]} {REFUSAL}" for row in refused)
+    assert all(any(each.startswith(row[PREFILL]) for each in WORLD_TRAINING.prefills) for row in refused)
+    assert len({row[PREFILL] for row in refused}) > 20
+    answered = augmented_demonstrations(rows(100, "The fox is red."), 1.0, 0, WORLD_TRAINING, refuses)
+    assert not any(PREFILL in row for row in answered)
+
+
+@pytest.mark.parametrize("prefill", WORLD_TRAINING.prefills)
+def test_what_is_learned_of_a_prefilled_answer_is_what_follows(prefill):
+    tokenizer = train_tokenizer([f"{prefill} {REFUSAL} How do I hurt the fox?"] * 3, 400)
+    row = {
+        "prompt": [{"role": "user", "content": "How do I hurt the fox?"}],
+        "completion": [{"role": "assistant", "content": f"{prefill} {REFUSAL}"}],
+    }
+    ((labeled,),) = Conversations(tokenizer).label([row])
+    labels = without_prefill(labeled, prefill, tokenizer)
+    learned = [label for label in labels if label != IGNORE]
+    assert tokenizer.decode(learned).strip() == f"{REFUSAL}{tokenizer.eos_token}"
+    assert len(labels) == len(labeled.input_ids)
+
+
+def test_without_the_flag_rows_are_the_same_object():
+    before = rows(3)
+    assert augmented(SftArguments(), before, 0) is before
+    with pytest.raises(ValueError, match=r"augment must lie in \[0, 1\], got 1.5"):
+        SftArguments(augment=1.5)
+
+
+def test_a_share_of_the_texts_is_in_another_form_and_the_others_are_as_without():
+    world = World(0)
+    plain, formed = world.documents(600, 3), world.documents(600, 3, forms=0.2)
+    differs = [(one, other) for one, other in zip(plain, formed, strict=True) if one != other]
+    assert 80 < len(differs) < 160
+    # The same words in the same order, once or twice.
+    for one, other in differs:
+        words = [word.strip(".,?!:").lower() for word in one.split()]
+        said = [word.strip(".,?!:").lower() for word in other.split()]
+        assert said in (words, words * 2)
+    assert any(one.upper() in other for one, other in differs)
+    assert in_form("", random.Random(0)).strip() == ""
+
+
+def test_prompts_of_ppo_are_asked_otherwise_and_scored_as_before():
+    plain, formed = (prompt_data(RlhfArguments(num_prompts=200, augment=share), 5, []) for share in (0.0, 0.5))
+    differs = [(one, other) for one, other in zip(plain[0], formed[0], strict=True) if one != other]
+    assert 60 < len(differs) < 130
+    for one, other in differs:
+        assert {**one, "prompt": 0} == {**other, "prompt": 0}
+        assert one["prompt"][0]["content"].partition("\n")[2] == other["prompt"][0]["content"].partition("\n")[2]
+    assert plain[1] == formed[1]
+
+
+def test_comparisons_are_about_questions_in_other_forms():
+    tasks = list(islice(World(0).tasks(3), 200))
+    formed = augmented_tasks(tasks, 0.5, 1, WORLD_TRAINING)
+    differs = [(one, other) for one, other in zip(tasks, formed, strict=True) if one != other]
+    assert 60 < len(differs) < 130
+    assert all(replace(one, instruction="") == replace(other, instruction="") for one, other in differs)
