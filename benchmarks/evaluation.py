@@ -21,6 +21,7 @@ from typing import Any
 
 from hfllm.evaluation.suites.subjects import Subject
 from hfllm.evaluation.suites.truthfulness import Question, TruthfulQA, asked_as
+from hfllm.models.loading import saved_model, saved_tokenizer
 
 PROCESS = """from lm_eval.tasks.truthfulqa.utils import process_results_mc2 as process
 """
@@ -87,7 +88,7 @@ def coverage(names: Sequence[str]) -> None:
 
     import numpy as np
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from hfllm.data.world.world import World
     from hfllm.evaluation.intervals import difference_interval, mean_interval
@@ -97,7 +98,7 @@ def coverage(names: Sequence[str]) -> None:
     tasks = list(islice(World(0).tasks(seed=11, held_out=True), POOL))
     gold = []
     for name in names:
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        model, tokenizer = saved_model(AutoModelForCausalLM, name), saved_tokenizer(name)
         answers = judge_tasks(model, tokenizer, tasks, 40, do_sample=True, seed=5)
         gold.append(np.array([each["gold"] for each in answers]))
     right = [(each >= 0.5).astype(float) for each in gold]
@@ -130,11 +131,11 @@ def main() -> None:
         return
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    tokenizer = saved_tokenizer(args.model)
+    model = saved_model(AutoModelForCausalLM, args.model, dtype=torch.float32)
     suite = TruthfulQA(args.truthfulqa, args.num_items)
     ours = {}
     for size in args.batch_sizes:

@@ -67,7 +67,7 @@ def texts(world):
 
 @pytest.fixture(scope="module")
 def rows():
-    return rows_of(GroundArguments(world_seed=3, seed=5, num_examples=1500, grounded_fraction=0.6), GROUNDED)
+    return rows_of(GroundArguments(world_seed=3, seed=5, num_examples=2000, grounded_fraction=0.6), GROUNDED)
 
 
 def facts_in(passages):
