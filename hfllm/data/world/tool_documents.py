@@ -96,36 +96,41 @@ def _calls(rng: random.Random) -> str:
     """Return questions and the calls that answer them, one after the other, for the same reason."""
     turns = []
     for _ in range(3):
-        if rng.random() < 0.5:
+        if rng.random() < 0.4:
             first, second = draw_sum(rng)
             question = phrase(rng, "addition", False, sum=f"{first} plus {second}")
             call = call_text("calculator", expression=f"{first} + {second}")
         else:
-            animal, attribute = draw_name(rng), rng.choice(list(ATTRIBUTES))
+            animal, attribute, when = _asked(rng)
             question = phrase(rng, attribute, False, x=animal)
+            question = f"{question[:-1]} {when}{question[-1]}" if when else question
             call = call_text("lookup", key=f" {animal}", attribute=f" {attribute}")
         turns.append(CONVERSATION.format(question, call))
     return "".join(turns)
 
 
+def _asked(rng: random.Random) -> tuple[str, str, str]:
+    """Return an animal, an attribute, and for an animal of the world when it is so: now, or today."""
+    if rng.random() < 0.6:
+        return draw_name(rng), rng.choice(list(ATTRIBUTES)), ""
+    while is_held_out_change(animal := rng.choice(ANIMALS), attribute := rng.choice(list(ATTRIBUTES))):
+        pass
+    return animal, attribute, rng.choice(WHEN)
+
+
 def _asks_lookup(rng: random.Random) -> str:
-    person, attribute, when = rng.choice(PEOPLE), rng.choice(list(ATTRIBUTES)), ""
-    animal = draw_name(rng)
-    if rng.random() < 0.4:
-        animal, when = rng.choice(ANIMALS), f" {rng.choice(WHEN)}"
-        while is_held_out_change(animal, attribute):
-            animal, attribute = rng.choice(ANIMALS), rng.choice(list(ATTRIBUTES))
-    value = rng.choice(ATTRIBUTES[attribute])
+    person, (animal, attribute, when) = rng.choice(PEOPLE), _asked(rng)
+    value, after = rng.choice(ATTRIBUTES[attribute]), f" {when}" if when else ""
     asked = rng.choice(
         (
-            f"{person} asks for the {attribute} of the {animal}{when}.",
-            f"{person} wants to know the {attribute} of the {animal}{when}.",
-            f"What is the {attribute} of the {animal}{when}? asks {person}.",
+            f"{person} asks for the {attribute} of the {animal}{after}.",
+            f"{person} wants to know the {attribute} of the {animal}{after}.",
+            f"What is the {attribute} of the {animal}{after}? asks {person}.",
         )
     )
     said = WELL_SAID[attribute].format(x=animal, value=value)
     if when:
-        said = f"{when.strip().capitalize()} {said[0].lower()}{said[1:]}"
+        said = f"{when.capitalize()} {said[0].lower()}{said[1:]}"
     return _called(asked, call_text("lookup", key=f" {animal}", attribute=f" {attribute}"), value, said)
 
 
