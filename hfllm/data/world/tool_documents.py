@@ -24,7 +24,7 @@ from hfllm.data.world.vocabulary import (
     phrase,
 )
 
-ASSISTANT, (CALL_BEGIN, CALL_END) = "<|assistant|>", CALL_MARKS
+USER, ASSISTANT, (CALL_BEGIN, CALL_END) = "<|user|>", "<|assistant|>", CALL_MARKS
 WHEN = ("now", "today")
 # Numbers of large sums have three digits, and their sums four: what is copied is then always as long.
 LARGE = range(500, 1000)
@@ -60,6 +60,18 @@ def draw_sum(rng: random.Random, held_out: bool = False) -> tuple[int, int]:
         first, second = rng.choice(LARGE), rng.choice(LARGE)
         if is_held_out(f"sum {first} plus {second}") == held_out:
             return first, second
+
+
+def ask_sum(rng: random.Random, first: int, second: int, new_phrasing: bool = False) -> str:
+    """Return a question for a sum, in words that end with it.
+
+    A digit is copied into the call from its place, which is then always as far away: what stands at other distances
+    is copied late in pretraining, or never.
+    """
+    total = f"{first} plus {second}"
+    while not (question := phrase(rng, "addition", new_phrasing, sum=total))[:-1].endswith(total):
+        pass
+    return question
 
 
 def is_held_out_change(animal: str, attribute: str) -> bool:
@@ -98,7 +110,7 @@ def _calls(rng: random.Random) -> str:
     for _ in range(3):
         if rng.random() < 0.4:
             first, second = draw_sum(rng)
-            question = phrase(rng, "addition", False, sum=f"{first} plus {second}")
+            question = ask_sum(rng, first, second)
             call = call_text("calculator", expression=f"{first} + {second}")
         else:
             animal, attribute, when = _asked(rng)
@@ -135,16 +147,10 @@ def _asks_lookup(rng: random.Random) -> str:
 
 
 def _asks_calculator(rng: random.Random) -> str:
-    person, (first, second) = rng.choice(PEOPLE), draw_sum(rng)
-    asked = rng.choice(
-        (
-            f"{person} asks for {first} plus {second}.",
-            f"{person} wants to know the sum {first} plus {second}.",
-            f"How much is {first} plus {second}? asks {person}.",
-        )
-    )
-    total = str(first + second)
-    return _called(asked, call_text("calculator", expression=f"{first} + {second}"), total, f"The sum is {total}.")
+    first, second = draw_sum(rng)
+    call, total = call_text("calculator", expression=f"{first} + {second}"), str(first + second)
+    asked = f"{USER}{ask_sum(rng, first, second)}{TURN_END}{ASSISTANT}"
+    return f"{asked}{call}{TURN_END}{TOOL} {total}{TURN_END}{ASSISTANT}The sum is {total}.{TURN_END}"
 
 
 def _called(asked: str, call: str, result: str, said: str) -> str:

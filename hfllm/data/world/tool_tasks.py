@@ -21,7 +21,7 @@ from itertools import product
 
 from hfllm.data.messages import Message
 from hfllm.data.world.rubric import GoldAnswer
-from hfllm.data.world.tool_documents import WHEN, draw_sum, is_held_out_change
+from hfllm.data.world.tool_documents import WHEN, ask_sum, draw_sum, is_held_out_change
 from hfllm.data.world.vocabulary import (
     ANIMALS,
     ATTRIBUTES,
@@ -177,7 +177,7 @@ def _sum_task(rng: random.Random, part: str, new_phrasing: bool) -> ToolTask:
     task = Task(
         family=SUM,
         key=f"sum {first} plus {second}",
-        instruction=World.phrase(rng, "addition", new_phrasing, sum=f"{first} plus {second}"),
+        instruction=ask_sum(rng, first, second, new_phrasing),
         gold=GoldAnswer("number", (f"The sum is {total}.",), (total,)),
         curt=f"{total}.",
         wrong=(),
