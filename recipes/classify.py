@@ -4,6 +4,7 @@
     hfllm classify --task token-classification
     hfllm classify --model_name_or_path NAME --use_peft --dataset_name spam.tsv --column_mapping text=SMS label=Label
     hfllm classify --model_name_or_path NAME --task question-answering --dataset_name squad.jsonl
+    accelerate launch recipes/classify.py --model_name_or_path NAME --dataset_name texts.jsonl
 
 A head is put on any model: causal or bidirectional, of this family or another. Rows have text and label, words and
 tags, or context, question and answers as in SQuAD. The controls learn from the same rows: the most frequent label, and
