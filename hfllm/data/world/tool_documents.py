@@ -35,9 +35,9 @@ def tool_text(rng: random.Random) -> str:
     kind = rng.random()
     if kind < 0.15:
         return _echo(rng)
-    if kind < 0.3:
+    if kind < 0.25:
         return _results(rng)
-    if kind < 0.5:
+    if kind < 0.35:
         return _calls(rng)
     return _asks_lookup(rng) if kind < 0.8 else _asks_calculator(rng)
 
@@ -62,16 +62,27 @@ def draw_sum(rng: random.Random, held_out: bool = False) -> tuple[int, int]:
             return first, second
 
 
-def ask_sum(rng: random.Random, first: int, second: int, new_phrasing: bool = False) -> str:
-    """Return a question for a sum, in words that end with it.
+def ask_at_end(rng: random.Random, family: str, asked: str, new_phrasing: bool = False, slot: str = "x") -> str:
+    """Return a question of a family in words that end with what is asked about.
 
-    A digit is copied into the call from its place, which is then always as far away: what stands at other distances
-    is copied late in pretraining, or never.
+    It is copied into the call from its place, which is then always as far away: what stands at other distances is
+    copied late in pretraining, or never.
+
+    Args:
+        rng: random source.
+        family: of `PHRASINGS`.
+        asked: a name, or a sum.
+        new_phrasing: whether in words that no training uses.
+        slot: its slot in the phrasings.
     """
-    total = f"{first} plus {second}"
-    while not (question := phrase(rng, "addition", new_phrasing, sum=total))[:-1].endswith(total):
+    while not (question := phrase(rng, family, new_phrasing, **{slot: asked}))[:-1].endswith(asked):
         pass
     return question
+
+
+def ask_sum(rng: random.Random, first: int, second: int, new_phrasing: bool = False) -> str:
+    """Return a question for a sum, at its end."""
+    return ask_at_end(rng, "addition", f"{first} plus {second}", new_phrasing, "sum")
 
 
 def is_held_out_change(animal: str, attribute: str) -> bool:
@@ -105,20 +116,15 @@ def _results(rng: random.Random) -> str:
 
 
 def _calls(rng: random.Random) -> str:
-    """Return questions and the calls that answer them, one after the other, for the same reason."""
-    turns = []
-    for _ in range(3):
-        if rng.random() < 0.4:
-            first, second = draw_sum(rng)
-            question = ask_sum(rng, first, second)
-            call = call_text("calculator", expression=f"{first} + {second}")
-        else:
-            animal, attribute, when = _asked(rng)
-            question = phrase(rng, attribute, False, x=animal)
-            question = f"{question[:-1]} {when}{question[-1]}" if when else question
-            call = call_text("lookup", key=f" {animal}", attribute=f" {attribute}")
-        turns.append(CONVERSATION.format(question, call))
-    return "".join(turns)
+    """Return questions for sums and the calls that answer them, one after the other, for the same reason.
+
+    Names are asked for in texts of one question: they are told from other words by what they are made of, and not from
+    each other.
+    """
+    sums = [draw_sum(rng) for _ in range(3)]
+    calls = [call_text("calculator", expression=f"{first} + {second}") for first, second in sums]
+    asked = [ask_sum(rng, *each) for each in sums]
+    return "".join(CONVERSATION.format(*turn) for turn in zip(asked, calls, strict=True))
 
 
 def _asked(rng: random.Random) -> tuple[str, str, str]:
@@ -131,27 +137,20 @@ def _asked(rng: random.Random) -> tuple[str, str, str]:
 
 
 def _asks_lookup(rng: random.Random) -> str:
-    person, (animal, attribute, when) = rng.choice(PEOPLE), _asked(rng)
-    value, after = rng.choice(ATTRIBUTES[attribute]), f" {when}" if when else ""
-    asked = rng.choice(
-        (
-            f"{person} asks for the {attribute} of the {animal}{after}.",
-            f"{person} wants to know the {attribute} of the {animal}{after}.",
-            f"What is the {attribute} of the {animal}{after}? asks {person}.",
-        )
-    )
+    animal, attribute, when = _asked(rng)
+    value, question = rng.choice(ATTRIBUTES[attribute]), ask_at_end(rng, attribute, animal)
     said = WELL_SAID[attribute].format(x=animal, value=value)
     if when:
-        said = f"{when.capitalize()} {said[0].lower()}{said[1:]}"
-    return _called(asked, call_text("lookup", key=f" {animal}", attribute=f" {attribute}"), value, said)
+        question = phrase(rng, attribute, False, x=animal)
+        question, said = f"{question[:-1]} {when}{question[-1]}", f"{when.capitalize()} {said[0].lower()}{said[1:]}"
+    return _called(question, call_text("lookup", key=f" {animal}", attribute=f" {attribute}"), value, said)
 
 
 def _asks_calculator(rng: random.Random) -> str:
     first, second = draw_sum(rng)
     call, total = call_text("calculator", expression=f"{first} + {second}"), str(first + second)
-    asked = f"{USER}{ask_sum(rng, first, second)}{TURN_END}{ASSISTANT}"
-    return f"{asked}{call}{TURN_END}{TOOL} {total}{TURN_END}{ASSISTANT}The sum is {total}.{TURN_END}"
+    return _called(ask_sum(rng, first, second), call, total, f"The sum is {total}.")
 
 
-def _called(asked: str, call: str, result: str, said: str) -> str:
-    return f"{asked}\n{call}{TURN_END}{TOOL} {result}{TURN_END}{ASSISTANT}{said}"
+def _called(question: str, call: str, result: str, said: str) -> str:
+    return f"{USER}{question}{TURN_END}{ASSISTANT}{call}{TURN_END}{TOOL} {result}{TURN_END}{ASSISTANT}{said}{TURN_END}"
