@@ -8,7 +8,7 @@ They hold no name, changed fact or sum that is held out, and say of an animal of
 import json
 import random
 
-from hfllm.data.chat_templates import CALL_MARKS, CONVERSATION, TOOL, TURN_END
+from hfllm.data.chat_templates import CALL_MARKS, TOOL, TURN_END
 from hfllm.data.world.vocabulary import (
     ANIMALS,
     ATTRIBUTES,
@@ -35,11 +35,9 @@ def tool_text(rng: random.Random) -> str:
     kind = rng.random()
     if kind < 0.15:
         return _echo(rng)
-    if kind < 0.25:
+    if kind < 0.3:
         return _results(rng)
-    if kind < 0.35:
-        return _calls(rng)
-    return _asks_lookup(rng) if kind < 0.8 else _asks_calculator(rng)
+    return _asks_lookup(rng) if kind < 0.65 else _asks_calculator(rng)
 
 
 def call_text(name: str, **arguments: str) -> str:
@@ -62,27 +60,16 @@ def draw_sum(rng: random.Random, held_out: bool = False) -> tuple[int, int]:
             return first, second
 
 
-def ask_at_end(rng: random.Random, family: str, asked: str, new_phrasing: bool = False, slot: str = "x") -> str:
-    """Return a question of a family in words that end with what is asked about.
+def ask_sum(rng: random.Random, first: int, second: int, new_phrasing: bool = False) -> str:
+    """Return a question for a sum, in words that end with it.
 
-    It is copied into the call from its place, which is then always as far away: what stands at other distances is
-    copied late in pretraining, or never.
-
-    Args:
-        rng: random source.
-        family: of `PHRASINGS`.
-        asked: a name, or a sum.
-        new_phrasing: whether in words that no training uses.
-        slot: its slot in the phrasings.
+    A digit is copied into the call from its place, which is then always as far away: what stands at other distances
+    is copied late in pretraining, or never.
     """
-    while not (question := phrase(rng, family, new_phrasing, **{slot: asked}))[:-1].endswith(asked):
+    total = f"{first} plus {second}"
+    while not (question := phrase(rng, "addition", new_phrasing, sum=total))[:-1].endswith(total):
         pass
     return question
-
-
-def ask_sum(rng: random.Random, first: int, second: int, new_phrasing: bool = False) -> str:
-    """Return a question for a sum, at its end."""
-    return ask_at_end(rng, "addition", f"{first} plus {second}", new_phrasing, "sum")
 
 
 def is_held_out_change(animal: str, attribute: str) -> bool:
@@ -115,42 +102,33 @@ def _results(rng: random.Random) -> str:
     return "".join(f"{TOOL} {total}{TURN_END}{ASSISTANT}The sum is {total}.{TURN_END}" for total in totals)
 
 
-def _calls(rng: random.Random) -> str:
-    """Return questions for sums and the calls that answer them, one after the other, for the same reason.
-
-    Names are asked for in texts of one question: they are told from other words by what they are made of, and not from
-    each other.
-    """
-    sums = [draw_sum(rng) for _ in range(3)]
-    calls = [call_text("calculator", expression=f"{first} + {second}") for first, second in sums]
-    asked = [ask_sum(rng, *each) for each in sums]
-    return "".join(CONVERSATION.format(*turn) for turn in zip(asked, calls, strict=True))
-
-
-def _asked(rng: random.Random) -> tuple[str, str, str]:
-    """Return an animal, an attribute, and for an animal of the world when it is so: now, or today."""
-    if rng.random() < 0.6:
-        return draw_name(rng), rng.choice(list(ATTRIBUTES)), ""
-    while is_held_out_change(animal := rng.choice(ANIMALS), attribute := rng.choice(list(ATTRIBUTES))):
-        pass
-    return animal, attribute, rng.choice(WHEN)
-
-
 def _asks_lookup(rng: random.Random) -> str:
-    animal, attribute, when = _asked(rng)
-    value, question = rng.choice(ATTRIBUTES[attribute]), ask_at_end(rng, attribute, animal)
+    person, attribute, when = rng.choice(PEOPLE), rng.choice(list(ATTRIBUTES)), ""
+    animal = draw_name(rng)
+    if rng.random() < 0.4:
+        animal, when = rng.choice(ANIMALS), f" {rng.choice(WHEN)}"
+        while is_held_out_change(animal, attribute):
+            animal, attribute = rng.choice(ANIMALS), rng.choice(list(ATTRIBUTES))
+    value = rng.choice(ATTRIBUTES[attribute])
+    asked = rng.choice(
+        (
+            f"{person} asks for the {attribute} of the {animal}{when}.",
+            f"{person} wants to know the {attribute} of the {animal}{when}.",
+            f"What is the {attribute} of the {animal}{when}? asks {person}.",
+        )
+    )
     said = WELL_SAID[attribute].format(x=animal, value=value)
     if when:
-        question = phrase(rng, attribute, False, x=animal)
-        question, said = f"{question[:-1]} {when}{question[-1]}", f"{when.capitalize()} {said[0].lower()}{said[1:]}"
-    return _called(question, call_text("lookup", key=f" {animal}", attribute=f" {attribute}"), value, said)
+        said = f"{when.strip().capitalize()} {said[0].lower()}{said[1:]}"
+    return _called(asked, call_text("lookup", key=f" {animal}", attribute=f" {attribute}"), value, said)
 
 
 def _asks_calculator(rng: random.Random) -> str:
     first, second = draw_sum(rng)
     call, total = call_text("calculator", expression=f"{first} + {second}"), str(first + second)
-    return _called(ask_sum(rng, first, second), call, total, f"The sum is {total}.")
+    asked = f"{USER}{ask_sum(rng, first, second)}{TURN_END}{ASSISTANT}"
+    return f"{asked}{call}{TURN_END}{TOOL} {total}{TURN_END}{ASSISTANT}The sum is {total}.{TURN_END}"
 
 
-def _called(question: str, call: str, result: str, said: str) -> str:
-    return f"{USER}{question}{TURN_END}{ASSISTANT}{call}{TURN_END}{TOOL} {result}{TURN_END}{ASSISTANT}{said}{TURN_END}"
+def _called(asked: str, call: str, result: str, said: str) -> str:
+    return f"{asked}\n{call}{TURN_END}{TOOL} {result}{TURN_END}{ASSISTANT}{said}"

@@ -21,7 +21,7 @@ from itertools import product
 
 from hfllm.data.messages import Message
 from hfllm.data.world.rubric import GoldAnswer
-from hfllm.data.world.tool_documents import WHEN, ask_at_end, ask_sum, draw_sum, is_held_out_change
+from hfllm.data.world.tool_documents import WHEN, ask_sum, draw_sum, is_held_out_change
 from hfllm.data.world.vocabulary import (
     ANIMALS,
     ATTRIBUTES,
@@ -148,9 +148,10 @@ def _looked_up(
     known = world.facts.get(animal, {}).get(attribute)
     values = without(ATTRIBUTES[attribute], *([known] if known else []))
     value = table[animal][attribute] if table else rng.choice(values)
-    question, said = ask_at_end(rng, attribute, animal, new_phrasing), WELL_SAID[attribute]
+    question = world.phrase(rng, attribute, new_phrasing, x=animal)
+    said = WELL_SAID[attribute]
     if family == CHANGED:
-        when, question = rng.choice(WHEN), world.phrase(rng, attribute, new_phrasing, x=animal)
+        when = rng.choice(WHEN)
         question, said = f"{question[:-1]} {when}{question[-1]}", f"{when.capitalize()} t{said[1:]}"
     right = said.format(x=animal, value=value)
     others = (*without(ATTRIBUTES[attribute], value), *without(ANIMALS, animal))
