@@ -15,7 +15,7 @@ from hfllm.data.world.rubric import RIGHT, gold_score
 from hfllm.data.world.world import Task, World
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Suite
 from hfllm.evaluation.suites.choices import chosen, shares
-from hfllm.evaluation.suites.few_shot import FewShot, Question, asked_as, shared_of
+from hfllm.evaluation.suites.few_shot import FewShot, Question, iter_scored
 from hfllm.evaluation.suites.subjects import Subject
 from hfllm.outputs.calibration import aurc, auroc_interval, ece, reliability_plot, shuffled_auroc
 from hfllm.outputs.figures import plus_minus
@@ -103,14 +103,7 @@ class ChoiceCalibration(Calibration[Question]):
         return [item for item in self.questions.items() if item.body.choices]
 
     def judge(self, subject: Subject, items: Sequence[Item[Question]]) -> Iterator[Record]:
-        space = "" if subject.uses_chat_template else " "
-        found = subject.iter_choices(
-            [asked_as(subject, item.body) for item in items],
-            [[space + each for each in item.body.choices] for item in items],
-            shared=shared_of(subject, items[0].body.shots) if items else "",
-            names=[f"{self.name}, item {item.key}" for item in items],
-        )
-        for item, scored in zip(items, found, strict=True):
+        for item, scored in iter_scored(self.name, subject, items):
             if scored is None:
                 yield self.record(subject, item, asked=item.body.question, skipped=TOO_LONG)
                 continue

@@ -18,6 +18,7 @@ from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Suite
 from hfllm.evaluation.suites.choices import chosen
 from hfllm.evaluation.suites.files import rows_of
+from hfllm.evaluation.suites.likelihood import Likelihood
 from hfllm.evaluation.suites.subjects import Prompt, Subject
 
 FLAG = "--few_shot_files"
@@ -47,6 +48,26 @@ class Question:
     choices: tuple[str, ...]
     answer: str
     shots: tuple[tuple[str, str], ...] = ()
+
+
+def iter_scored(
+    suite: str, subject: Subject, items: Sequence[Item[Question]]
+) -> Iterator[tuple[Item[Question], list[Likelihood] | None]]:
+    """Yield each item with how likely its choices are; `None` for one that does not fit the context.
+
+    Args:
+        suite: its name, for errors.
+        subject: the model.
+        items: questions with the same worked examples, which are read once.
+    """
+    space = "" if subject.uses_chat_template else " "
+    found = subject.iter_choices(
+        [asked_as(subject, item.body) for item in items],
+        [[space + each for each in item.body.choices] for item in items],
+        shared=shared_of(subject, items[0].body.shots) if items else "",
+        names=[f"{suite}, item {item.key}" for item in items],
+    )
+    yield from zip(items, found, strict=True)
 
 
 class FewShot(Suite[Question]):
@@ -94,14 +115,7 @@ class FewShot(Suite[Question]):
     def _choose(self, subject: Subject, items: Sequence[Item[Question]]) -> Iterator[Record]:
         if not items:
             return
-        space = "" if subject.uses_chat_template else " "
-        found = subject.iter_choices(
-            [asked_as(subject, item.body) for item in items],
-            [[space + each for each in item.body.choices] for item in items],
-            shared=shared_of(subject, items[0].body.shots),
-            names=[f"{self.name}, item {item.key}" for item in items],
-        )
-        for item, scored in zip(items, found, strict=True):
+        for item, scored in iter_scored(self.name, subject, items):
             if scored is None:
                 yield self.record(subject, item, asked=item.body.question, skipped=TOO_LONG)
                 continue

@@ -4,6 +4,7 @@ An answer is greedy, and judged by the world's rubric (`hfllm.data.world.rubric`
 """
 
 import random
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
@@ -50,9 +51,9 @@ class WorldSuite(Suite[Task]):
             scores = self.scores(subject, item, answer)
             yield self.record(subject, item, scores, item.body.question, answer)
 
+    @abstractmethod
     def scores(self, subject: Subject, item: Item[Task], answer: str) -> dict[str, float]:
         """Return the figures of an answer."""
-        raise NotImplementedError
 
     def likelihoods(self, subject: Subject, item: Item[Task]) -> list[float]:
         """Return the log-probability of the model answer, then of each wrong one."""
