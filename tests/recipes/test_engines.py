@@ -80,7 +80,7 @@ def test_two_processes_learn_what_one_does(one, tmp_path, engine):
     folders = {"one": one, "own": tmp_path}
     resumed = [f"{recipe}:{folders[whose] / recipe}" for recipe, whose in ENGINES[engine].items()]
     launcher = ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{engine}.yaml"]
-    launcher += ["--num_processes=2", "--mixed_precision=no", "--dynamo_backend=no"]
+    launcher += ["--num_processes=2", "--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
     recipes = [recipe for recipe in RECIPES if recipe != LEFT_OUT.get(engine)]
     launch(launcher, tmp_path, one, *recipes, *resumed)
     for recipe in recipes:

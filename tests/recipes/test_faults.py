@@ -15,7 +15,8 @@ from hfllm.outputs.checkpoints import last_complete_checkpoint
 ROOT = Path(__file__).parent.parent.parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ACCELERATE = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/ddp.yaml", "--num_processes=2"]
-ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no", "--rdzv_backend=c10d", "--max_restarts=1"]
+ACCELERATE += ["--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no", "--rdzv_backend=c10d"]
+ACCELERATE += ["--max_restarts=1"]
 # Else the processes that are started again may meet at the addresses of those that were lost.
 RESTARTABLE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 # 50 steps of 8 rows.

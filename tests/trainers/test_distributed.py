@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 DEEPSPEED = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", "2"]
-DEEPSPEED += ["--num_machines", "1", "--mixed_precision", "no"]
+DEEPSPEED += ["--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no"]
 
 
 def launch(script, *arguments):

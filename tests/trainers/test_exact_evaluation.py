@@ -114,8 +114,8 @@ def test_two_processes_with_zero_measure_what_one_does(one, tmp_path):
     """ZeRO-3: with the other stages transformers evaluates only within a training."""
     pytest.importorskip("deepspeed")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", str(SCRIPT), str(tmp_path), "2"]
-    command += [str(ROOT / "ds_configs" / "zero3.json")]
+    command += ["--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no"]
+    command += [str(SCRIPT), str(tmp_path), "2", str(ROOT / "ds_configs" / "zero3.json")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     found = measured_by(result.stdout)
