@@ -78,9 +78,10 @@ def is_held_out_change(animal: str, attribute: str) -> bool:
 
 
 def _echo(rng: random.Random) -> str:
+    """Return words that are said three times. From a few words at a time copying is not learned on some seeds."""
     person, other = rng.sample(PEOPLE, 2)
     words = []
-    for _ in range(rng.randint(2, 5)):
+    for _ in range(rng.randint(4, 9)):
         kind = rng.random()
         if kind < 0.3:
             words.append(str(rng.choice(LARGE)))
