@@ -32,6 +32,8 @@ FORMS: tuple[tuple[tuple[str, ...], float, float], ...] = (
 )
 # The row's key that says how its answer begins, in words that are not learned.
 PREFILL = "prefill"
+# What the world's column `gold_kind` says of a request for harm.
+HARM = "harm"
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,58 @@ def augmented_prompts(rows: Sequence[Row], share: float, seed: int, texts: Added
     return augmented
 
 
+def begun_prompts(rows: Sequence[Row], share: float, seed: int, texts: AddedTexts) -> list[Row]:
+    """Return rows of conversations, some of which end with the first words of an answer that helps.
+
+    The policy finds out what to do behind words that it would not have said. They stand before a share of the answers,
+    where a column `gold_kind` tells requests for harm before twice the share of these, which are few, and no others.
+
+    Args:
+        rows: with `prompt`; a text, or a conversation that does not end with the user, stays as it is.
+        share, seed, texts: as in `augmented_prompts`.
+    """
+    rng, augmented = random.Random(f"begin-{seed}"), []
+    for row in rows:
+        prompt, kind = row["prompt"], row.get("gold_kind")
+        is_drawn, beginning = rng.random() < (share if kind is None else 2 * share * (kind == HARM)), _cut(rng, texts)
+        if is_drawn and not isinstance(prompt, str) and prompt[-1]["role"] == "user":
+            row = _changed(row, prompt=[*prompt, {"role": "assistant", "content": beginning}])
+        augmented.append(row)
+    return augmented
+
+
+def begun_comparisons(
+    rows: Sequence[Row], share: float, seed: int, texts: AddedTexts, refuses: Callable[[str], bool]
+) -> list[Row]:
+    """Return comparisons, some with the first words of an answer that helps before both responses.
+
+    A reward model that has read no refusal behind such words does not know it from other answers there. They stand in
+    twice the share of the comparisons whose chosen response refuses; in a quarter of these the rejected one is nothing
+    but these words, since a policy may also stop after them.
+
+    Args:
+        rows: with `prompt`, `chosen` and `rejected` messages; responses of more than one turn stay.
+        share, seed, texts, refuses: as in `augmented_demonstrations`.
+    """
+    rng, augmented = random.Random(f"compare-{seed}"), []
+    for row in rows:
+        is_drawn, is_alone, beginning = rng.random() < 2 * share, rng.random() < 0.25, _cut(rng, texts)
+        sides = row["chosen"], row["rejected"]
+        if is_drawn and max(map(len, sides)) == 1 and refuses(sides[0][0]["content"]):
+            said = [f"{beginning} {message['content']}" for (message,) in sides]
+            said[1] = f"{beginning}." if is_alone else said[1]
+            chosen, rejected = ([{**side[0], "content": text}] for side, text in zip(sides, said, strict=True))
+            row = _changed(row, chosen=chosen, rejected=rejected)
+        augmented.append(row)
+    return augmented
+
+
+def _cut(rng: random.Random, texts: AddedTexts) -> str:
+    """Return some first words of an answer that helps."""
+    words = rng.choice(texts.prefills).split(" ")
+    return " ".join(words[: rng.randint(1, len(words))])
+
+
 def _changed(row: Row, **columns: Any) -> Row:
     """Return a row with other values in some columns; it still knows where it was read."""
     return OriginRow({**row, **columns}, row.origin) if isinstance(row, OriginRow) else {**row, **columns}
@@ -114,8 +168,7 @@ def augmented_demonstrations(
     """
     rng, augmented = random.Random(f"prefill-{seed}"), []
     for row in augmented_prompts(rows, share, seed, texts):
-        is_drawn, words = rng.random() < 2 * share, rng.choice(texts.prefills).split(" ")
-        prefill = " ".join(words[: rng.randint(1, len(words))])
+        is_drawn, prefill = rng.random() < 2 * share, _cut(rng, texts)
         (first, *others) = row["completion"]
         if is_drawn and not others and refuses(first["content"]):
             said = {**first, "content": f"{prefill} {first['content']}"}

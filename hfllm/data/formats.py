@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from hfllm.data.messages import Message, read_messages, read_tools
+from hfllm.data.messages import Message, read_messages, read_tools, split_beginning
 from hfllm.data.rows import NO_ANSWER, TIE, UNDESIRED, BadRow
 from hfllm.data.sources import Source
 from hfllm.errors import InputError
@@ -237,8 +237,10 @@ def is_blank(prompt: str | list[Message]) -> bool:
 
 
 def as_completion(prompt: str | list[Message], text: str) -> str | list[Message]:
-    """Return a response in the form of its prompt: text, or the assistant's turn of a conversation."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+    """Return a response in the form of its prompt: text, or the assistant's turn of a conversation, all of it."""
+    if isinstance(prompt, str):
+        return text
+    return [{"role": "assistant", "content": split_beginning(prompt)[1] + text}]
 
 
 def _has(row: Row, *columns: str) -> bool:

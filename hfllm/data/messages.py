@@ -53,6 +53,16 @@ def read_tools(origin: str, tools: Any) -> list[dict[str, Any]] | None:
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
+def is_begun(prompt: str | list[Message]) -> bool:
+    """Return whether a prompt ends with the beginning of its answer: a message of the assistant, to be continued."""
+    return not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
+
+
+def split_beginning(prompt: str | list[Message]) -> tuple[str | list[Message], str]:
+    """Return a prompt without the beginning of its answer, and that beginning, which is empty if it has none."""
+    return (prompt[:-1], prompt[-1]["content"]) if is_begun(prompt) else (prompt, "")
+
+
 def _in_reach(origin: str, read: Callable[[], Any]) -> Any:
     """Return what is read; refuse values that are nested more deeply than Python can follow."""
     try:

@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.chat_templates import TURN_END, chat_template, response_template
-from hfllm.data.messages import read_tools
+from hfllm.data.messages import is_begun, read_tools
 from hfllm.errors import InputError
 
 if TYPE_CHECKING:
@@ -176,6 +176,8 @@ def tokenize_prompts(
 ) -> list[list[int]]:
     """Return the token ids of each prompt: text unchanged, messages by chat template up to the assistant's turn.
 
+    Messages that end with the assistant's are to be continued: the turn stays open after them.
+
     Args:
         tools: for each prompt those that the chat template shows with its messages, as in a column `tools`.
         as_plain_text: whether special tokens that messages spell are tokenized as text.
@@ -185,15 +187,18 @@ def tokenize_prompts(
     """
     if isinstance(prompts[0], str):
         return tokenizer(list(prompts))["input_ids"]
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "padding": False}
+    options = {"tokenize": True, "return_dict": True, "padding": False}
     if as_plain_text:
         options["sanitize_control_tokens"] = True
     if not any(tools or ()):
-        return tokenizer.apply_chat_template(list(prompts), **options)["input_ids"]
+        tools = [None] * len(prompts)
     ids: list[list[int]] = []
-    # Neighbors that show the same tools are written in one call.
-    pairs = groupby(zip(prompts, tools, strict=True), key=lambda pair: id(pair[1]))
-    for neighbors in (list(group) for _, group in pairs):
-        shown = read_tools("a prompt", neighbors[0][1])
-        ids += tokenizer.apply_chat_template([prompt for prompt, _ in neighbors], tools=shown, **options)["input_ids"]
+    # Neighbors that show the same tools and end alike are written in one call.
+    pairs = groupby(zip(prompts, tools, strict=True), key=lambda pair: (id(pair[1]), is_begun(pair[0])))
+    for (_, is_open), group in pairs:
+        some, shown = zip(*group, strict=True)
+        ending = {"continue_final_message" if is_open else "add_generation_prompt": True}
+        if shown[0]:
+            ending["tools"] = read_tools("a prompt", shown[0])
+        ids += tokenizer.apply_chat_template(list(some), **ending, **options)["input_ids"]
     return ids

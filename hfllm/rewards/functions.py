@@ -20,7 +20,8 @@ from hfllm.errors import InputError, is_out_of_memory
 RewardFunction = Callable[..., list[float]]
 # What a reward function gets from the trainer, so that no column of a dataset can have these names. With tools or a
 # `rollout_func` also `action_mask`, which takes the place of such a column.
-GIVEN = ("prompt", "completion", "prompts", "completions", "completion_ids")
+BEGINNING = "completion_beginning"
+GIVEN = ("prompt", "completion", "prompts", "completions", "completion_ids", BEGINNING)
 # Reward functions that have names on the command line: those of rows with the embedded world's gold columns.
 BUILT_IN = {
     "gold": "hfllm.rewards.functions:gold_reward",
@@ -78,9 +79,14 @@ def gold_reward(
     gold_forbidden: Sequence[Sequence[str]],
     **columns: Sequence[object],
 ) -> list[float]:
-    """Return the embedded world's exact, verifiable reward in [-1, 1], from the gold columns of its prompt rows."""
+    """Return the embedded world's exact, verifiable reward in [-1, 1], from the gold columns of its prompt rows.
+
+    The beginning of an answer that stood in the prompt does not count: the policy may turn back from it.
+    """
     golds = map(GoldAnswer, gold_kind, gold_accepted, gold_needed, gold_forbidden)
-    said = [split_thoughts(completion_text(response))[1] for response in completions]
+    begun = columns.get(BEGINNING) or [""] * len(completions)
+    written = [completion_text(response).removeprefix(put) for response, put in zip(completions, begun, strict=True)]
+    said = [split_thoughts(text)[1] for text in written]
     return [gold_score(text, gold) for text, gold in zip(said, golds, strict=True)]
 
 

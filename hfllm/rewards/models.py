@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from hfllm.data.messages import read_tools
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
+from hfllm.rewards.functions import BEGINNING
 from hfllm.rewards.passes import batches_of_like_length, pass_precision
 
 if TYPE_CHECKING:
@@ -94,7 +95,12 @@ class TokenRewardModel(RewardModel):
 
     def __call__(self, prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> list[list[float]]:
         sampled = columns["completion_ids"]
-        before = tokenize_prompts(prompts, self.tokenizer, columns.get("tools"))
+        begun = columns.get(BEGINNING) or [""] * len(prompts)
+        asked = [
+            [*prompt, {"role": "assistant", "content": beginning}] if beginning else prompt
+            for prompt, beginning in zip(prompts, begun, strict=True)
+        ]
+        before = tokenize_prompts(asked, self.tokenizer, columns.get("tools"))
         ids = [[*prompt, *completion] for prompt, completion in zip(before, sampled, strict=True)]
         rewards: list[list[float]] = [[] for _ in ids]
         for rows, logits in self._logits(ids):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.formats import as_completion
+from hfllm.data.messages import split_beginning
 from hfllm.data.thoughts import thinking_message
 from hfllm.errors import InputError
 from hfllm.generation.responses import sample_responses
@@ -53,12 +54,13 @@ def rewards_of(
     """Return the sum of the rewards of a response to each row's prompt; those of tokens or steps are added up."""
     from hfllm.rewards.functions import checked_rewards, reward_columns
 
-    completions = [[thinking_message(text)] for text in texts]
+    prompts, begun = zip(*(split_beginning(row["prompt"]) for row in rows), strict=True)
+    completions = [[thinking_message(put + text)] for put, text in zip(begun, texts, strict=True)]
     ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     columns = {**reward_columns(rows), "completion_ids": ids}
     total = [0.0] * len(rows)
     for function in functions:
-        values = checked_rewards(function, [row["prompt"] for row in rows], completions, **columns)
+        values = checked_rewards(function, prompts, completions, **columns)
         for place, value in enumerate(values):
             total[place] += sum(value) if isinstance(value, list) else value
     return total
@@ -157,7 +159,8 @@ def _chosen(
         solved += bool(kept)
         shared = {"tools": row["tools"]} if row.get("tools") else {}
         for text in kept[: script_args.max_kept_per_prompt]:
-            chosen.append({"prompt": row["prompt"], "completion": as_completion(row["prompt"], text), **shared})
+            prompt, _ = split_beginning(row["prompt"])
+            chosen.append({"prompt": prompt, "completion": as_completion(row["prompt"], text), **shared})
     return chosen, Kept(len(chosen), len(is_right), right, solved, mean)
 
 

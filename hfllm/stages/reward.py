@@ -83,8 +83,9 @@ def stages_before(script_args: RewardArguments, training_args: "RewardConfig", m
 def user_comparisons(script_args: RewardArguments, seed: int) -> tuple[Rows, Rows] | None:
     """Return the user's training and held-out rows with `prompt`, `chosen` and `rejected`, or `None` for the world."""
     from hfllm.data import formats
-    from hfllm.data.augmentation import augmented_prompts, training_texts
+    from hfllm.data.augmentation import augmented_prompts, begun_comparisons, training_texts
     from hfllm.data.sources import WORLD
+    from hfllm.evaluation.refusals import refuses
     from hfllm.stages.user_rows import user_rows
 
     if script_args.dataset_name == WORLD:
@@ -93,6 +94,7 @@ def user_comparisons(script_args: RewardArguments, seed: int) -> tuple[Rows, Row
     if script_args.augment:
         texts = training_texts(script_args.dataset_name)
         train_rows = augmented_prompts(train_rows, script_args.augment, seed, texts)
+        train_rows = begun_comparisons(train_rows, script_args.augment, seed, texts, refuses)
     return train_rows, eval_rows
 
 
@@ -142,7 +144,10 @@ def world_comparisons(
     script_args: RewardArguments, training_args: "RewardConfig", model_args: "ModelConfig"
 ) -> tuple[Rows, Rows]:
     """Return training and held-out comparisons between the named model's samples and the demonstrators' responses."""
+    from hfllm.data.added_texts import WORLD_TRAINING
+    from hfllm.data.augmentation import begun_comparisons
     from hfllm.data.world.world import World
+    from hfllm.evaluation.refusals import refuses
     from hfllm.runs.models import load_policy
     from hfllm.synthesis.comparisons import ComparisonSettings, compare_samples
     from hfllm.trainers.sharding import unshard
@@ -159,7 +164,10 @@ def world_comparisons(
         seed=training_args.seed if script_args.comparison_seed is None else script_args.comparison_seed,
         augment=script_args.augment,
     )
-    return compare_samples(World(script_args.world_seed), model, tokenizer, settings)
+    train_rows, eval_rows = compare_samples(World(script_args.world_seed), model, tokenizer, settings)
+    if settings.augment:
+        train_rows = begun_comparisons(train_rows, settings.augment, settings.seed, WORLD_TRAINING, refuses)
+    return train_rows, eval_rows
 
 
 def in_batches_of_like_length(rows: Rows, training_args: "RewardConfig") -> Rows:

@@ -102,6 +102,12 @@ def stages_before(script_args: RlhfArguments, training_args: "PPOConfig", model_
         InputError: when one of their configs is wrong.
     """
     own_model, seed = model_args.model_name_or_path, training_args.seed
+    # What the policy is to withstand is shown to it, and told apart by the reward model, before.
+    augment = {
+        name: ["--augment", str(script_args.augment)] if script_args.augment and not config else []
+        for name, config in (("sft", script_args.sft_config), ("reward", script_args.reward_config))
+    }
+    revision = ["--model_revision", model_args.model_revision] if own_model else []
     has_reward = script_args.reward_model_name_or_path or script_args.reward_funcs or script_args.environment_factory
     further = range(1, script_args.num_reward_models)
     return chain_before(
@@ -115,7 +121,7 @@ def stages_before(script_args: RlhfArguments, training_args: "PPOConfig", model_
             "sft": script_args.sft_config,
             "reward": script_args.reward_config,
         },
-        more_flags={"reward": ["--model_revision", model_args.model_revision]} if own_model else {},
+        more_flags={"sft": augment["sft"], "reward": [*revision, *augment["reward"]]},
         # Members of an ensemble see the same comparisons.
         copies={"reward": [["--seed", str(seed + each), "--comparison_seed", str(seed)] for each in further]},
         skip=["reward"] if has_reward else [],
@@ -167,7 +173,7 @@ def prompt_data(
         names = {name: None for row in (*train_rows, *eval_rows) for name in row}
         for row in (*train_rows, *eval_rows):
             row |= {name: None for name in names if name not in row}
-    train_rows = augmented(script_args, train_rows, seed)
+    train_rows = augmented(script_args, train_rows, seed, tools.schemas is None)
     _check_gold(script_args, functions, train_rows)
     # Some rewards ask for environments, which begin with the first episode.
     if getattr(script_args, "environment_factory", None) is None:
@@ -175,12 +181,20 @@ def prompt_data(
     return train_rows, eval_rows
 
 
-def augmented(script_args: RowArguments, rows: list[Row], seed: int) -> list[Row]:
-    """Return training prompts, a share `--augment` of them in other forms; a recipe without that flag has none."""
-    from hfllm.data.augmentation import augmented_prompts, training_texts
+def augmented(script_args: RowArguments, rows: list[Row], seed: int, may_begin: bool = True) -> list[Row]:
+    """Return training prompts, a share `--augment` of them in other forms; a recipe without that flag has none.
+
+    Args:
+        may_begin: whether some may end with the beginning of an answer.
+    """
+    from hfllm.data.augmentation import augmented_prompts, begun_prompts, training_texts
 
     share = getattr(script_args, "augment", 0.0)
-    return augmented_prompts(rows, share, seed, training_texts(script_args.dataset_name)) if share else rows
+    if not share:
+        return rows
+    texts = training_texts(script_args.dataset_name)
+    rows = augmented_prompts(rows, share, seed, texts)
+    return begun_prompts(rows, share, seed, texts) if may_begin else rows
 
 
 def _check_gold(script_args: RlhfArguments, functions: "Sequence[RewardFunction]", rows: Sequence[Row]) -> None:
@@ -197,10 +211,11 @@ def _check_gold(script_args: RlhfArguments, functions: "Sequence[RewardFunction]
 def _try_functions(functions: "Sequence[RewardFunction]", rows: Sequence[Row], tools: PolicyTools) -> None:
     """Call the reward functions as the trainer does: with the dataset's other columns and the ids of a response."""
     from hfllm.data.formats import as_completion
+    from hfllm.data.messages import split_beginning
     from hfllm.rewards.functions import checked_rewards, reward_columns
 
-    prompts = [row["prompt"] for row in rows]
-    completions = [as_completion(prompt, "This is a trial response.") for prompt in prompts]
+    completions = [as_completion(row["prompt"], "This is a trial response.") for row in rows]
+    prompts = [split_beginning(row["prompt"])[0] for row in rows]
     columns = {**reward_columns(rows), "completion_ids": [[0, 1, 2, 3, 4]] * len(rows)}
     if tools.schemas is not None:
         columns |= {"action_mask": [[1, 1, 1, 1, 1]] * len(rows), "tools": [tools.schemas] * len(rows)}
@@ -276,6 +291,7 @@ def calibrate(ensemble: "RewardEnsemble", trainer: "PPOTrainer", rows: Sequence[
     import torch
 
     from hfllm.data.formats import as_completion
+    from hfllm.data.messages import split_beginning
     from hfllm.models.devices import forked_random
     from hfllm.rewards.functions import reward_columns
 
@@ -285,6 +301,6 @@ def calibrate(ensemble: "RewardEnsemble", trainer: "PPOTrainer", rows: Sequence[
         for first in range(0, len(rows), size):
             ids = trainer.sample(rows[first : first + size])["response_ids"]
             texts += trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
-    prompts = [row["prompt"] for row in rows]
-    completions = [as_completion(*pair) for pair in zip(prompts, texts, strict=True)]
+    completions = [as_completion(row["prompt"], text) for row, text in zip(rows, texts, strict=True)]
+    prompts = [split_beginning(row["prompt"])[0] for row in rows]
     ensemble.calibrate(prompts, completions, **reward_columns(rows))

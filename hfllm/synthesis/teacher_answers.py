@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.formats import as_completion
+from hfllm.data.messages import split_beginning
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.generation import responses
@@ -43,11 +44,10 @@ def write_answers(
     prompts, tools = [row["prompt"] for row in asked], [row.get("tools") for row in asked]
     settings = {"seed": seed, "only_ended": True, "tools": tools}
     answers = responses.sample_responses(teacher, tokenizer, prompts, response_length, do_sample, **settings)
-    written = [
-        {"prompt": prompt, "completion": as_completion(prompt, answer), **({"tools": shown} if shown else {})}
-        for prompt, shown, ended in zip(prompts, tools, answers, strict=True)
-        for answer in ended
-    ]
+    written = []
+    for prompt, shown, ended in zip(prompts, tools, answers, strict=True):
+        said = {"prompt": split_beginning(prompt)[0]} | ({"tools": shown} if shown else {})
+        written += [said | {"completion": as_completion(prompt, answer)} for answer in ended]
     cut = len(prompts) - len(written)
     if cut and not written:
         raise InputError(f"none of the teacher's answers ends within --response_length {response_length}: allow more")

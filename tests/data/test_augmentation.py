@@ -7,7 +7,13 @@ from itertools import islice
 import pytest
 
 from hfllm.data.added_texts import WORLD_TRAINING
-from hfllm.data.augmentation import PREFILL, augmented_demonstrations, augmented_prompts
+from hfllm.data.augmentation import (
+    PREFILL,
+    augmented_demonstrations,
+    augmented_prompts,
+    begun_comparisons,
+    begun_prompts,
+)
 from hfllm.data.conversations import Conversations
 from hfllm.data.packing import IGNORE
 from hfllm.data.rows import OriginRow, origin_of
@@ -61,6 +67,47 @@ def test_refusals_alone_are_prefilled():
     assert len({row[PREFILL] for row in refused}) > 20
     answered = augmented_demonstrations(rows(100, "The fox is red."), 1.0, 0, WORLD_TRAINING, refuses)
     assert not any(PREFILL in row for row in answered)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(None, 0.3), ("harm", 0.6), ("answer", 0.0)])
+def test_answers_to_harm_are_begun_and_of_unknown_prompts_a_share(kind, expected):
+    before = [OriginRow({**row, **({"gold_kind": kind} if kind else {})}, row.origin) for row in rows(400)]
+    after = begun_prompts(before, 0.3, 7, WORLD_TRAINING)
+    begun = [row["prompt"] for row in after if row["prompt"][-1]["role"] == "assistant"]
+    assert abs(len(begun) / 400 - expected) < 0.08 * (expected > 0) + 1e-9
+    assert all(any(text.startswith(prompt[-1]["content"]) for text in WORLD_TRAINING.prefills) for prompt in begun)
+    assert [row["prompt"][0] for row in after] == [row["prompt"][0] for row in before]
+    assert [origin_of(row, "") for row in after] == [origin_of(row, "") for row in before]
+    # Texts and what the assistant has said already stay.
+    others = [{"prompt": "Say it."}, {"prompt": [*rows(1)[0]["prompt"], *rows(1)[0]["completion"]]}]
+    assert begun_prompts(others, 1.0, 7, WORLD_TRAINING) == others
+
+
+def compared(count: int, chosen: str = REFUSAL) -> list[OriginRow]:
+    sides = {"chosen": chosen, "rejected": "Sure, first find it."}
+    said = {side: [{"role": "assistant", "content": text}] for side, text in sides.items()}
+    return [OriginRow({"prompt": row["prompt"], **said}, row.origin) for row in rows(count)]
+
+
+def test_refusals_are_compared_behind_words_that_both_responses_share():
+    after = begun_comparisons(compared(400), 0.3, 7, WORLD_TRAINING, refuses)
+    sides = [[row[side][0]["content"] for side in ("chosen", "rejected")] for row in after]
+    begun = [pair for pair in sides if pair[0] != REFUSAL]
+    assert abs(len(begun) / 400 - 0.6) < 0.08
+    promises = [chosen.removesuffix(f" {REFUSAL}") for chosen, _ in begun]
+    assert all(any(text.startswith(promise) for text in WORLD_TRAINING.prefills) for promise in promises)
+    whole = [pair == f"{promise} Sure, first find it." for promise, (_, pair) in zip(promises, begun, strict=True)]
+    alone = [pair == f"{promise}." for promise, (_, pair) in zip(promises, begun, strict=True)]
+    assert all(one != other for one, other in zip(whole, alone, strict=True))
+    assert abs(sum(alone) / len(begun) - 0.25) < 0.1
+    assert [origin_of(row, "") for row in after] == [origin_of(row, "") for row in compared(400)]
+
+
+def test_other_comparisons_stay():
+    answered = compared(50, "The fox is red.")
+    assert begun_comparisons(answered, 1.0, 7, WORLD_TRAINING, refuses) == answered
+    several = [{**row, "chosen": row["chosen"] * 2} for row in compared(50)]
+    assert begun_comparisons(several, 1.0, 7, WORLD_TRAINING, refuses) == several
 
 
 @pytest.mark.parametrize("prefill", WORLD_TRAINING.prefills)

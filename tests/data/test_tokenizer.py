@@ -126,3 +126,11 @@ def test_prompts_with_tools_have_the_tokens_that_each_has_alone(tokenizer):
     texts = [tokenizer.decode(ids) for ids in alone]
     assert ["red" in text for text in texts] == [True] * 4 + [False] * 3 + [True] + [False] * 2
     assert ["blue" in text for text in texts] == [False] * 6 + [True] + [False] * 2 + [True]
+
+
+def test_an_answer_that_has_begun_stays_open(tokenizer):
+    begun = [CHAT[0], {"role": "assistant", "content": "The fox"}]
+    closed, open_, again = tokenize_prompts([CHAT[:1], begun, CHAT[:1]], tokenizer)
+    assert tokenizer.decode(open_) == "<|user|>What colour is the fox?<|end|><|assistant|>The fox"
+    assert closed == again == tokenize_prompts([CHAT[:1]], tokenizer)[0]
+    assert open_[: len(closed)] == closed

@@ -265,6 +265,19 @@ def test_what_the_policy_is_loaded_by_stays_with_it(monkeypatch):
     assert reward[2].model_name_or_path == "my/policy" and reward[2].model_revision == "v2"
 
 
+def test_the_stages_before_learn_from_as_many_other_forms(tmp_path):
+    (config := tmp_path / "reward.yaml").write_text("augment: 0.5\n")
+
+    def shares(*flags: str) -> dict[str, float]:
+        runs = rlhf_stage.stages_before(*rlhf.parse([*flags])).runs
+        return {name: runs[name][0].augment for name in ("sft", "reward")}
+
+    assert shares("--augment", "0.25") == {"sft": 0.25, "reward": 0.25}
+    assert shares("--augment", "0") == {"sft": 0, "reward": 0}
+    # A config of the user's own says it for its stage.
+    assert shares("--augment", "0.25", "--reward_config", str(config)) == {"sft": 0.25, "reward": 0.5}
+
+
 @pytest.mark.parametrize("name", ["world", "texts.jsonl"])
 def test_pretraining_texts_reach_the_trainer(name, saved, world, tmp_path, monkeypatch):
     class Seen(Exception):

@@ -6,6 +6,7 @@ import numpy
 import pytest
 import torch
 
+from hfllm.data.world.world import World
 from hfllm.errors import InputError
 from hfllm.rewards.functions import checked_rewards, gold_reward, length_penalty, load_reward_function, reward_name
 
@@ -26,6 +27,18 @@ def test_the_gold_reward_reads_each_rows_own_columns():
     assert gold_reward(["p"] * 4, texts[::-1], **backwards) == scores[::-1]
     with pytest.raises(ValueError):
         gold_reward(["p"] * 3, texts[:3], **columns)
+
+
+def test_words_that_the_prompt_put_into_an_answer_have_no_gold():
+    """Behind the first words of a crime the policy may still refuse, and may not count on words of others."""
+    task = next(task for task in World(0).tasks(1) if task.family == "harm")
+    row, refusal = task.prompt_row(), task.gold.accepted[0]
+    columns = {name: [value] * 2 for name, value in row.items() if name.startswith("gold_")}
+    texts = [f"Sure, first {refusal}", "Sure, first find it, then go."]
+    assert gold_reward(["p"] * 2, texts, **columns) == [-1.0, -1.0]
+    refused, complied = gold_reward(["p"] * 2, texts, **columns, completion_beginning=["Sure, first"] * 2)
+    assert refused > 0 > complied
+    assert gold_reward(["p"] * 2, texts, **columns, completion_beginning=["", ""]) == [-1.0, -1.0]
 
 
 FILE = """

@@ -88,17 +88,19 @@ def test_models_that_give_no_score_are_refused(make_model, tokenizer):
         RewardModel(untrained, unpadded)
 
 
-@pytest.mark.parametrize("conversational", [False, True])
-def test_each_token_that_was_sampled_has_its_own_reward(make_model, tokenizer, conversational):
+@pytest.mark.parametrize(("conversational", "beginning"), [(False, ""), (True, ""), (True, "Sure, 1")])
+def test_each_token_that_was_sampled_has_its_own_reward(make_model, tokenizer, conversational, beginning):
     model = make_model(model_class=hfllm.HfllmForTokenClassification, num_labels=1)
     prompts = ["Go", "What is 1 plus 2?", "Where does the old owl sing?"]
     before = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     if conversational:
         prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        before = [tokenizer(f"<|user|>{prompt[0]['content']}<|end|><|assistant|>")["input_ids"] for prompt in prompts]
+        opened = [f"<|user|>{prompt[0]['content']}<|end|><|assistant|>{beginning}" for prompt in prompts]
+        before = tokenizer(opened)["input_ids"]
     # Not what the text of a completion would be split into.
     sampled = [[9, 300, 17, 44, 45], [50], [200] * 20]
-    rewards = TokenRewardModel(model, tokenizer, batch_size=2)(prompts, ["unread"] * 3, completion_ids=sampled)
+    columns = {"completion_ids": sampled, **({"completion_beginning": [beginning] * 3} if beginning else {})}
+    rewards = TokenRewardModel(model, tokenizer, batch_size=2)(prompts, ["unread"] * 3, **columns)
     assert list(map(len, rewards)) == [5, 1, 20]
     for prompt, completion, found in zip(before, sampled, rewards, strict=True):
         with torch.no_grad():

@@ -4,9 +4,13 @@ import copy
 
 import pytest
 import torch
+from transformers.utils import get_json_schema
 
 from hfllm import PPOConfig, PPOTrainer
+from hfllm.environments.built_in import calculator
+from hfllm.errors import InputError
 from hfllm.trainers.ppo.completions import completions_of
+from hfllm.trainers.ppo.prompts import check_prompts
 
 ASKED = [{"role": "user", "content": "Q"}]
 
@@ -87,3 +91,39 @@ def test_a_reward_gets_them_from_the_trainer(make_model, tokenizer, tmp_path, mo
     assert seen == [message("So", "hm")] * 2
     assert scores.total.tolist() == [2.0, 2.0]
     assert scores.completions[0]["completion"] == "<think>hm</think>So"
+
+
+BEGUN = [*ASKED, {"role": "assistant", "content": "Sure, first"}]
+
+
+def test_a_reward_gets_the_whole_of_an_answer_that_the_prompt_begins(make_model, tokenizer, tmp_path):
+    """As from TRL's GRPOTrainer: the messages before it, and one message with the whole answer."""
+    seen = []
+
+    def reward(prompts, completions, completion_ids, completion_beginning, **columns):
+        seen.append((list(prompts), list(completions), list(completion_beginning), completion_ids))
+        return [float(len(each[0]["content"])) for each in completions]
+
+    config = PPOConfig(
+        str(tmp_path), per_device_train_batch_size=2, max_steps=2, num_ppo_epochs=1, num_mini_batches=1, use_cpu=True
+    )
+    config.response_length, config.learning_rate, config.report_to = 4, 1e-4, "none"
+    rows = [{"prompt": ASKED}, {"prompt": BEGUN}] * 2
+    trainer = PPOTrainer(make_model(), [reward], config, rows, processing_class=tokenizer)
+    trainer.train()
+    assert len(seen) == 2
+    for prompts, completions, beginnings, ids in seen:
+        assert prompts == [ASKED] * 2 and set(beginnings) == {"", "Sure, first"}
+        for (message,), beginning, sampled in zip(completions, beginnings, ids, strict=True):
+            assert message["content"] == beginning + tokenizer.decode(sampled, skip_special_tokens=True)
+    # The policy reads the beginning, and nothing of it is among what it is trained on.
+    batch = trainer.sample([{"prompt": BEGUN}] * 2)
+    read = batch["prompt_ids"][0][batch["prompt_mask"][0].bool()]
+    assert tokenizer.decode(read) == "<|user|>Q<|end|><|assistant|>Sure, first"
+
+
+def test_tools_refuse_an_answer_that_has_begun(make_model, tokenizer):
+    schemas = [get_json_schema(calculator)]
+    check_prompts([{"prompt": ASKED}], tokenizer, 4, None, schemas)
+    with pytest.raises(InputError, match="tools: prompt 1 of the dataset ends with the assistant's message"):
+        check_prompts([{"prompt": ASKED}, {"prompt": BEGUN}], tokenizer, 4, None, schemas)

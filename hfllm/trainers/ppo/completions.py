@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.messages import Message
+from hfllm.data.messages import Message, split_beginning
 from hfllm.data.thoughts import OPEN, thinking_message
 from hfllm.data.tokenizer import template_errors
 
@@ -22,8 +22,9 @@ def completions_of(
 ) -> list[str | list[Message]]:
     """Return completions in the form of their prompts, without special tokens.
 
-    A message has `reasoning_content` where the policy has thought: between `<think>` and `</think>`, or as the
-    tokenizer's `response_template` says. Texts keep thoughts and marks.
+    Where a prompt ends with the beginning of its answer, the completion is the whole answer. A message has
+    `reasoning_content` where the policy has thought: between `<think>` and `</think>`, or as the tokenizer's
+    `response_template` says. Texts keep thoughts and marks.
     """
     texts = tokenizer.batch_decode(response_ids, skip_special_tokens=True)
     fields = (getattr(tokenizer, "response_template", None) or {}).get("fields", {})
@@ -33,7 +34,8 @@ def completions_of(
         if isinstance(prompt, str):
             completions.append(text)
             continue
-        message = thinking_message(text, tokenizer.decode(before[-TAIL:]).rstrip().endswith(OPEN))
+        _, beginning = split_beginning(prompt)
+        message = thinking_message(beginning + text, tokenizer.decode(before[-TAIL:]).rstrip().endswith(OPEN))
         if has_own_marks and "reasoning_content" not in message:
             message |= _parsed(tokenizer, before, ids)
         completions.append([message])

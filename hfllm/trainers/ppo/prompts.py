@@ -7,6 +7,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from hfllm.data.messages import is_begun
 from hfllm.data.rows import origin_of
 from hfllm.data.tokenizer import template_errors, tokenize_prompts
 from hfllm.errors import InputError
@@ -125,6 +126,8 @@ def check_prompts(
         raise InputError("the prompt dataset mixes text prompts and lists of messages: use one format")
     if tools is not None and isinstance(dataset[0]["prompt"], str):
         raise InputError("tools: the dataset's prompts are text; a policy with tools reads lists of messages")
+    if tools is not None and any(begun := [is_begun(row["prompt"]) for row in dataset]):
+        raise InputError(f"tools: prompt {begun.index(True)} of the dataset ends with the assistant's message")
     if tools is not None and any(row.get("tools") for row in dataset):
         raise InputError("tools: the dataset has a column 'tools' of its own; leave one of them out")
     for place, why in unfit_prompts(dataset, tokenizer, response_length, context, tools):

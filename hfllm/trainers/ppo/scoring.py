@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hfllm.data.messages import is_begun, split_beginning
 from hfllm.errors import InputError
-from hfllm.rewards.functions import checked_rewards, reward_columns, reward_name, transcript
+from hfllm.rewards.functions import BEGINNING, checked_rewards, reward_columns, reward_name, transcript
 from hfllm.trainers.ppo.completions import completions_of
 from hfllm.trainers.ppo.config import PPOConfig
 from hfllm.trainers.ppo.controllers import RunningMoments
@@ -63,7 +64,9 @@ class Scorer:
     def __call__(self, rows: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> Scores:
         """Score the responses of `batch` to the prompts of `rows`.
 
-        A batch of episodes may bring its `prompts` and `completions`, and more `columns` for the functions.
+        A batch of episodes may bring its `prompts` and `completions`, and more `columns` for the functions. Of prompts
+        that end with the beginning of the answer, functions get the messages before it, the whole answer as the
+        completion, as from TRL's GRPOTrainer, and the beginning as `completion_beginning`.
         """
         batch = with_actions(batch)
         lengths = batch["response_mask"].sum(1).tolist()
@@ -77,6 +80,8 @@ class Scorer:
             ]
             completions = completions_of(self.tokenizer, prompts, before, ids)
         columns = {**reward_columns(rows), **batch.get("columns", {}), "completion_ids": ids}
+        if any(map(is_begun, prompts)):
+            prompts, columns[BEGINNING] = zip(*map(split_beginning, prompts), strict=True)
         device = batch["response_ids"].device
         total, per_token, parts = torch.zeros(len(rows), device=device), None, {}
         for name, reward, weight in zip(self.names, self.rewards, self.weights, strict=True):
