@@ -6,19 +6,42 @@ them, and answers that cite. They hold no name and no changed fact that is held 
 """
 
 import random
+import re
 from dataclasses import replace
 
 from hfllm.data.chat_templates import CONVERSATION
 from hfllm.data.passages import with_passages
 from hfllm.data.world.passages import Answer, Facts, Told, answer_to, draw_passages, draw_question
 from hfllm.data.world.tool_documents import draw_name
-from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, COLOURS, FOODS, HOMES, PEOPLE, WELL_SAID, phrase
+from hfllm.data.world.vocabulary import (
+    ANIMALS,
+    ATTRIBUTES,
+    COLOURS,
+    FOODS,
+    HOMES,
+    PEOPLE,
+    PHRASINGS,
+    WELL_SAID,
+    phrase,
+)
 
-WORDS = (*ATTRIBUTES, *COLOURS, *HOMES, *FOODS, *ANIMALS)
+
+def question_words() -> list[str]:
+    """Return the words that questions are asked in, without what they are about."""
+    asked = " ".join(re.sub(r"{\w+}", "", text) for texts in PHRASINGS.values() for text in texts)
+    return sorted(set(re.findall(r"\w+", asked)))
+
+
+# Those of questions too: a model that has hardly read "name" takes what it is asked to name for an animal that nobody
+# knows.
+WORDS = (*ATTRIBUTES, *COLOURS, *HOMES, *FOODS, *ANIMALS, *question_words())
 
 
 def passage_text(facts: Facts, rng: random.Random) -> str:
-    """Return a text of one of three kinds: names that are repeated, passages that are told again, a conversation.
+    """Return a text of one of five kinds.
+
+    Words that are repeated, what people can tell, names that are told of in rounds, passages that are told again, and
+    conversations about passages.
 
     Args:
         facts: the world's, which answers are from where no passage tells anything.
@@ -27,6 +50,8 @@ def passage_text(facts: Facts, rng: random.Random) -> str:
     kind = rng.random()
     if kind < 0.1:
         return _echo(rng)
+    if kind < 0.16:
+        return _can_tell(facts, rng)
     if kind < 0.45:
         return _round(rng)
     if kind < 0.6:
@@ -43,6 +68,16 @@ def _round(rng: random.Random) -> str:
     attribute = rng.choice(list(ATTRIBUTES))
     told = [WELL_SAID[attribute].format(x=name, value=rng.choice(ATTRIBUTES[attribute])) for name in names]
     return " ".join([*told, *rng.sample(told, len(told)), *rng.sample(told, len(told))])
+
+
+def _can_tell(facts: Facts, rng: random.Random) -> str:
+    """Return what somebody can say of an animal of the world, or cannot say of one that nobody knows."""
+    person, attribute, verb = rng.choice(PEOPLE), rng.choice(list(ATTRIBUTES)), rng.choice(("name", "say", "tell"))
+    if rng.random() < 0.3:
+        return f"{person} can not {verb} the {attribute} of the {draw_name(rng)}."
+    animal = rng.choice(ANIMALS)
+    said = WELL_SAID[attribute].format(x=animal, value=facts[animal][attribute])
+    return f"{person} can {verb} the {attribute} of the {animal}. {said}"
 
 
 def _echo(rng: random.Random) -> str:
