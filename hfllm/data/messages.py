@@ -54,8 +54,13 @@ def read_tools(origin: str, tools: Any) -> list[dict[str, Any]] | None:
 
 
 def is_begun(prompt: str | list[Message]) -> bool:
-    """Return whether a prompt ends with the beginning of its answer: a message of the assistant, to be continued."""
-    return not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
+    """Return whether a prompt ends with the beginning of its answer: words of the assistant, to be continued.
+
+    A call of a tool is not continued, nor is a message without words.
+    """
+    if isinstance(prompt, str) or prompt[-1]["role"] != "assistant" or prompt[-1].get("tool_calls"):
+        return False
+    return isinstance(prompt[-1].get("content"), str) and bool(prompt[-1]["content"])
 
 
 def split_beginning(prompt: str | list[Message]) -> tuple[str | list[Message], str]:

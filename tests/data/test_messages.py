@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hfllm.data.conversations import check_written
-from hfllm.data.messages import read_messages, read_tools
+from hfllm.data.messages import is_begun, read_messages, read_tools, split_beginning
 from hfllm.data.rows import Dropped
 from hfllm.errors import InputError
 
@@ -46,3 +46,25 @@ def test_a_name_that_json_escapes_is_found_in_what_is_written():
     check_written("a row", {}, messages, json.dumps(messages), Dropped())
     with pytest.raises(InputError, match="leaves out calls of tools"):
         check_written("a row", {}, messages, "q So.", Dropped())
+
+
+ASKED = {"role": "user", "content": "Where?"}
+CALL = [{"type": "function", "function": {"name": "find", "arguments": {}}}]
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        ASKED,
+        {"role": "assistant", "content": ""},
+        {"role": "assistant", "content": None},
+        {"role": "assistant", "tool_calls": CALL},
+        {"role": "assistant", "content": "I look.", "tool_calls": CALL},
+        {"role": "assistant", "content": [{"type": "text", "text": "So"}]},
+    ],
+)
+def test_only_words_of_the_assistant_begin_an_answer(last):
+    for prompt in ([ASKED, last], "Where?"):
+        assert not is_begun(prompt) and split_beginning(prompt) == (prompt, "")
+    begun = [ASKED, {"role": "assistant", "content": "In the"}]
+    assert is_begun(begun) and split_beginning(begun) == ([ASKED], "In the")
