@@ -126,7 +126,7 @@ class Plot:
     """A plot: `lines` maps a label to its x and y values, which are joined unless `points_only`.
 
     `points` are never joined, and have the colors of the lines, in order; `xscale` and `yscale` are `"linear"` or
-    `"log"`; `xticks` names places on the x-axis, which otherwise has numbers.
+    `"log"`; `xticks` names places on the x-axis, which otherwise has numbers; `is_share` says that y is from 0 to 1.
     """
 
     title: str
@@ -138,6 +138,7 @@ class Plot:
     xscale: str = "linear"
     yscale: str = "linear"
     xticks: Mapping[float, str] = field(default_factory=dict)
+    is_share: bool = False
 
     def draw(self, path: Path) -> bool:
         """Draw to a PNG; return False, and draw nothing, if no line has a point."""
@@ -155,6 +156,8 @@ class Plot:
         axes.set(title=self.title, xlabel=self.xlabel, ylabel=self.ylabel, xscale=self.xscale, yscale=self.yscale)
         if self.xticks:
             axes.set_xticks(list(self.xticks), list(self.xticks.values()))
+        if self.is_share:
+            axes.set_ylim(-0.03, 1.03)
         axes.grid(alpha=0.3)
         if len(lines) + len(points) > 1:
             axes.legend()

@@ -137,7 +137,9 @@ class Robustness(Suite[Question]):
                         lines[side] = tuple(map(list, zip(*known, strict=True)))
             if lines:
                 title = f"Robustness: {metric} by strength"
-                plots[f"{self.name}_{metric}"] = Plot(title, "share of words or marks changed", label, lines)
+                plots[f"{self.name}_{metric}"] = Plot(
+                    title, "share of words or marks changed", label, lines, is_share=True
+                )
         return Found({}, "", {}, plots) if plots else None
 
 
