@@ -45,11 +45,14 @@ class GroundArguments:
 
 
 def check(script_args: GroundArguments) -> None:
-    """Refuse flags that would fail later.
+    """Refuse what would fail later.
 
     Raises:
-        InputError: naming the flag.
+        InputError: naming the flag, or the package that the recipe needs.
     """
+    from hfllm.data.word_index import import_bm25s
+
+    import_bm25s("hfllm ground")
     fewest = {"num_examples": FEWEST_ROWS, "num_questions": FEWEST_QUESTIONS, "num_samples": FEWEST_SAMPLES}
     for flag, least in fewest.items():
         value = getattr(script_args, flag)

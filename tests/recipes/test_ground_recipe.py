@@ -5,6 +5,7 @@ What a model learns of passages on the embedded world is test_ground_world.py's.
 
 import hashlib
 import json
+import sys
 from functools import partial
 
 import ground
@@ -171,3 +172,11 @@ def test_what_cannot_work_is_refused_before_anything_is_written(flags, message, 
     with pytest.raises(InputError) as error:
         run(*flags, "--output_dir", tmp_path / "out")
     assert message in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_package_that_is_missing_is_said_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    with pytest.raises(InputError) as error:
+        run("--output_dir", tmp_path / "out")
+    assert str(error.value) == "hfllm ground needs bm25s: pip install 'hfllm[grounding]'"
+    assert not (tmp_path / "out").exists()
