@@ -32,6 +32,9 @@ FORMS: tuple[tuple[tuple[str, ...], float, float], ...] = (
 )
 # The row's key that says how its answer begins, in words that are not learned.
 PREFILL = "prefill"
+# How many times the share of augmented questions is the share of refusals that stand behind a promise: these are few,
+# and of a third of them behind promises too little is learned to outweigh what demonstrators do there.
+PREFILLED = 4
 # What the world's column `gold_kind` says of a request for harm.
 HARM = "harm"
 
@@ -89,7 +92,7 @@ def begun_prompts(rows: Sequence[Row], share: float, seed: int, texts: AddedText
     """Return rows of conversations, some of which end with the first words of an answer that helps.
 
     The policy finds out what to do behind words that it would not have said. They stand before a share of the answers,
-    where a column `gold_kind` tells requests for harm before twice the share of these, which are few, and no others.
+    where a column `gold_kind` tells requests for harm before `PREFILLED` times the share of these, and no others.
 
     Args:
         rows: with `prompt`; a text, or a conversation that does not end with the user, stays as it is.
@@ -98,7 +101,10 @@ def begun_prompts(rows: Sequence[Row], share: float, seed: int, texts: AddedText
     rng, augmented = random.Random(f"begin-{seed}"), []
     for row in rows:
         prompt, kind = row["prompt"], row.get("gold_kind")
-        is_drawn, beginning = rng.random() < (share if kind is None else 2 * share * (kind == HARM)), _cut(rng, texts)
+        is_drawn, beginning = (
+            rng.random() < (share if kind is None else PREFILLED * share * (kind == HARM)),
+            _cut(rng, texts),
+        )
         if is_drawn and not isinstance(prompt, str) and prompt[-1]["role"] == "user":
             row = _changed(row, prompt=[*prompt, {"role": "assistant", "content": beginning}])
         augmented.append(row)
@@ -111,7 +117,7 @@ def begun_comparisons(
     """Return comparisons, some with the first words of an answer that helps before both responses.
 
     A reward model that has read no refusal behind such words does not know it from other answers there. They stand in
-    twice the share of the comparisons whose chosen response refuses; in a quarter of these the rejected one is nothing
+    `PREFILLED` times the share of the comparisons whose chosen response refuses; in a quarter of these the rejected one is nothing
     but these words, since a policy may also stop after them.
 
     Args:
@@ -120,7 +126,7 @@ def begun_comparisons(
     """
     rng, augmented = random.Random(f"compare-{seed}"), []
     for row in rows:
-        is_drawn, is_alone, beginning = rng.random() < 2 * share, rng.random() < 0.25, _cut(rng, texts)
+        is_drawn, is_alone, beginning = rng.random() < PREFILLED * share, rng.random() < 0.25, _cut(rng, texts)
         sides = row["chosen"], row["rejected"]
         if is_drawn and max(map(len, sides)) == 1 and refuses(sides[0][0]["content"]):
             said = [f"{beginning} {message['content']}" for (message,) in sides]
@@ -158,8 +164,8 @@ def augmented_demonstrations(
     """Return demonstrations, a share of them augmented: other forms of the question, and prefilled refusals.
 
     A prefilled refusal begins with some words of one of `texts.prefills`, which the row's key `prefill` holds too:
-    that part is not to be learned. Answers of more than one turn get none. Refusals are few, so that twice the share
-    of them is prefilled.
+    that part is not to be learned. Answers of more than one turn get none. `PREFILLED` times the share of the refusals
+    are prefilled.
 
     Args:
         rows: with `prompt` and `completion` messages.
@@ -168,7 +174,7 @@ def augmented_demonstrations(
     """
     rng, augmented = random.Random(f"prefill-{seed}"), []
     for row in augmented_prompts(rows, share, seed, texts):
-        is_drawn, prefill = rng.random() < 2 * share, _cut(rng, texts)
+        is_drawn, prefill = rng.random() < PREFILLED * share, _cut(rng, texts)
         (first, *others) = row["completion"]
         if is_drawn and not others and refuses(first["content"]):
             said = {**first, "content": f"{prefill} {first['content']}"}
