@@ -117,8 +117,8 @@ def begun_comparisons(
     """Return comparisons, some with the first words of an answer that helps before both responses.
 
     A reward model that has read no refusal behind such words does not know it from other answers there. They stand in
-    `PREFILLED` times the share of the comparisons whose chosen response refuses; in a quarter of these the rejected one is nothing
-    but these words, since a policy may also stop after them.
+    `PREFILLED` times the share of the comparisons whose chosen response refuses; in a quarter of these the rejected
+    one is nothing but these words, since a policy may also stop after them.
 
     Args:
         rows: with `prompt`, `chosen` and `rejected` messages; responses of more than one turn stay.
