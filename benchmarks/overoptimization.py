@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 COMPARISONS = {"num_pairs": 400, "label_noise": 0.25, "num_train_epochs": 3}
-PPO = {"kl_coef": 0.05, "max_steps": 960, "logging_steps": 16, "lr_scheduler_type": "constant"}
+PPO = {"augment": 0, "kl_coef": 0.05, "max_steps": 960, "logging_steps": 16, "lr_scheduler_type": "constant"}
 MEMBERS = 5
 WORST = f"worst of {MEMBERS}"
 SMOOTHING = 3

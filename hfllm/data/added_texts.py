@@ -1,7 +1,8 @@
 """Sentences that robustness tests and augmented training put around a question or before an answer.
 
-No sentence is in both: a model that has learned to ignore one sentence is tested on others. Those for the embedded
-world use words of its texts, since any other sentence would be nothing but letters to its models.
+No sentence is in both: a model that has learned to ignore one sentence is tested on others. The first words of a
+promise may be: "Sure, first" begins two of those that training cuts. Those for the embedded world use words of its
+texts, since any other sentence would be nothing but letters to its models.
 """
 
 from dataclasses import dataclass

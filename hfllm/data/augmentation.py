@@ -32,8 +32,8 @@ FORMS: tuple[tuple[tuple[str, ...], float, float], ...] = (
 )
 # The row's key that says how its answer begins, in words that are not learned.
 PREFILL = "prefill"
-# How many times the share of augmented questions is the share of refusals that stand behind a promise: these are few,
-# and of a third of them behind promises too little is learned to outweigh what demonstrators do there.
+# How many times the share of augmented questions is the share of refusals that also stand behind a promise: these are
+# few, and from a third of them too little is learned to outweigh what demonstrators do there.
 PREFILLED = 4
 # What the world's column `gold_kind` says of a request for harm.
 HARM = "harm"
@@ -114,26 +114,32 @@ def begun_prompts(rows: Sequence[Row], share: float, seed: int, texts: AddedText
 def begun_comparisons(
     rows: Sequence[Row], share: float, seed: int, texts: AddedTexts, refuses: Callable[[str], bool]
 ) -> list[Row]:
-    """Return comparisons, some with the first words of an answer that helps before both responses.
+    """Return comparisons, and some of them again with the first words of an answer that helps before both sides.
 
-    A reward model that has read no refusal behind such words does not know it from other answers there. They stand in
-    `PREFILLED` times the share of the comparisons whose chosen response refuses; in a quarter of these the rejected
-    one is nothing but these words, since a policy may also stop after them.
+    A reward model that has read no refusal behind such words does not know it from other answers there. They are
+    `PREFILLED` times the share of the comparisons of which one side refuses, whichever was chosen: a choice by the
+    label would leave the wrong labels among the others. In a quarter the other side is nothing but these words, since
+    a policy may also stop after them.
 
     Args:
-        rows: with `prompt`, `chosen` and `rejected` messages; responses of more than one turn stay.
+        rows: with `prompt`, `chosen` and `rejected` messages; responses of more than one turn are not begun.
         share, seed, texts, refuses: as in `augmented_demonstrations`.
     """
     rng, augmented = random.Random(f"compare-{seed}"), []
     for row in rows:
-        is_drawn, is_alone, beginning = rng.random() < PREFILLED * share, rng.random() < 0.25, _cut(rng, texts)
-        sides = row["chosen"], row["rejected"]
-        if is_drawn and max(map(len, sides)) == 1 and refuses(sides[0][0]["content"]):
-            said = [f"{beginning} {message['content']}" for (message,) in sides]
-            said[1] = f"{beginning}." if is_alone else said[1]
-            chosen, rejected = ([{**side[0], "content": text}] for side, text in zip(sides, said, strict=True))
-            row = _changed(row, chosen=chosen, rejected=rejected)
         augmented.append(row)
+        is_drawn, is_alone, beginning = rng.random() < PREFILLED * share, rng.random() < 0.25, _cut(rng, texts)
+        sides = {side: row[side] for side in ("chosen", "rejected")}
+        if not is_drawn or max(map(len, sides.values())) > 1:
+            continue
+        refused = {side: refuses(message["content"]) for side, (message,) in sides.items()}
+        if refused["chosen"] == refused["rejected"]:
+            continue
+        begun = {}
+        for side, (message,) in sides.items():
+            said = f"{beginning}." if is_alone and not refused[side] else f"{beginning} {message['content']}"
+            begun[side] = [{**message, "content": said}]
+        augmented.append(_changed(row, **begun))
     return augmented
 
 
@@ -161,11 +167,11 @@ def _asked(prompt: str | Sequence[Mapping[str, Any]], rng: random.Random, texts:
 def augmented_demonstrations(
     rows: Sequence[Row], share: float, seed: int, texts: AddedTexts, refuses: Callable[[str], bool]
 ) -> list[Row]:
-    """Return demonstrations, a share of them augmented: other forms of the question, and prefilled refusals.
+    """Return demonstrations, a share of them with the question in another form, and prefilled refusals beside them.
 
     A prefilled refusal begins with some words of one of `texts.prefills`, which the row's key `prefill` holds too:
-    that part is not to be learned. Answers of more than one turn get none. `PREFILLED` times the share of the refusals
-    are prefilled.
+    that part is not to be learned. They are added, `PREFILLED` times the share of the refusals: in place of these they
+    would leave too few. Answers of more than one turn get none.
 
     Args:
         rows: with `prompt` and `completion` messages.
@@ -176,8 +182,8 @@ def augmented_demonstrations(
     for row in augmented_prompts(rows, share, seed, texts):
         is_drawn, prefill = rng.random() < PREFILLED * share, _cut(rng, texts)
         (first, *others) = row["completion"]
+        augmented.append(row)
         if is_drawn and not others and refuses(first["content"]):
             said = {**first, "content": f"{prefill} {first['content']}"}
-            row = _changed(row, **{"completion": [said], PREFILL: prefill})
-        augmented.append(row)
+            augmented.append(_changed(row, **{"completion": [said], PREFILL: prefill}))
     return augmented

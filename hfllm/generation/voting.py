@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.formats import as_completion
+from hfllm.data.messages import split_beginning
 from hfllm.data.thoughts import answer_of, final_answer, plain_answer
 from hfllm.errors import InputError
 from hfllm.generation.responses import sample_responses
@@ -87,7 +88,8 @@ def best_by_reward(
     kept = []
     for prompt, texts in zip(prompts, responses, strict=True):
         completions = [as_completion(prompt, text) if isinstance(text, str) else text for text in texts]
-        scores = list(reward(prompts=[prompt] * len(texts), completions=completions))
+        asked, _ = split_beginning(prompt)
+        scores = list(reward(prompts=[asked] * len(texts), completions=completions))
         if len(scores) != len(texts):
             raise InputError(f"the reward gave {len(scores)} scores for {len(texts)} responses; expected one for each")
         if any(math.isnan(score) for score in scores):

@@ -84,9 +84,9 @@ def gold_reward(
     The beginning of an answer that stood in the prompt does not count: the policy may turn back from it.
     """
     golds = map(GoldAnswer, gold_kind, gold_accepted, gold_needed, gold_forbidden)
-    begun = columns.get(BEGINNING) or [""] * len(completions)
-    written = [completion_text(response).removeprefix(put) for response, put in zip(completions, begun, strict=True)]
-    said = [split_thoughts(text)[1] for text in written]
+    begun = [split_thoughts(put)[1] for put in columns.get(BEGINNING) or [""] * len(completions)]
+    said = [split_thoughts(completion_text(response))[1] for response in completions]
+    said = [text.removeprefix(put) for text, put in zip(said, begun, strict=True)]
     return [gold_score(text, gold) for text, gold in zip(said, golds, strict=True)]
 
 

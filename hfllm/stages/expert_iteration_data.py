@@ -52,12 +52,12 @@ def rewards_of(
     tokenizer: "PreTrainedTokenizerBase",
 ) -> list[float]:
     """Return the sum of the rewards of a response to each row's prompt; those of tokens or steps are added up."""
-    from hfllm.rewards.functions import checked_rewards, reward_columns
+    from hfllm.rewards.functions import BEGINNING, checked_rewards, reward_columns
 
-    prompts, begun = zip(*(split_beginning(row["prompt"]) for row in rows), strict=True)
+    prompts, begun = map(list, zip(*(split_beginning(row["prompt"]) for row in rows), strict=True))
     completions = [[thinking_message(put + text)] for put, text in zip(begun, texts, strict=True)]
     ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    columns = {**reward_columns(rows), "completion_ids": ids}
+    columns = {**reward_columns(rows), "completion_ids": ids, BEGINNING: begun}
     total = [0.0] * len(rows)
     for function in functions:
         values = checked_rewards(function, prompts, completions, **columns)

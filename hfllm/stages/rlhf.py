@@ -212,11 +212,11 @@ def _try_functions(functions: "Sequence[RewardFunction]", rows: Sequence[Row], t
     """Call the reward functions as the trainer does: with the dataset's other columns and the ids of a response."""
     from hfllm.data.formats import as_completion
     from hfllm.data.messages import split_beginning
-    from hfllm.rewards.functions import checked_rewards, reward_columns
+    from hfllm.rewards.functions import BEGINNING, checked_rewards, reward_columns
 
     completions = [as_completion(row["prompt"], "This is a trial response.") for row in rows]
-    prompts = [split_beginning(row["prompt"])[0] for row in rows]
-    columns = {**reward_columns(rows), "completion_ids": [[0, 1, 2, 3, 4]] * len(rows)}
+    prompts, begun = map(list, zip(*(split_beginning(row["prompt"]) for row in rows), strict=True))
+    columns = {**reward_columns(rows), "completion_ids": [[0, 1, 2, 3, 4]] * len(rows), BEGINNING: begun}
     if tools.schemas is not None:
         columns |= {"action_mask": [[1, 1, 1, 1, 1]] * len(rows), "tools": [tools.schemas] * len(rows)}
     for function in functions:

@@ -60,13 +60,18 @@ def test_about_the_share_is_asked_otherwise_and_the_rest_stays():
     )
 
 
-def test_refusals_alone_are_prefilled():
-    refused = augmented_demonstrations(rows(100), 1.0, 0, WORLD_TRAINING, refuses)
+def test_refusals_alone_are_prefilled_beside_those_that_are_not():
+    before = rows(100)
+    after = augmented_demonstrations(before, 1.0, 0, WORLD_TRAINING, refuses)
+    plain, refused = ([row for row in after if (PREFILL in row) == is_prefilled] for is_prefilled in (False, True))
+    assert len(plain) == len(refused) == 100 and all(row["completion"] == before[0]["completion"] for row in plain)
     assert all(row["completion"][0]["content"] == f"{row[PREFILL]} {REFUSAL}" for row in refused)
     assert all(any(each.startswith(row[PREFILL]) for each in WORLD_TRAINING.prefills) for row in refused)
     assert len({row[PREFILL] for row in refused}) > 20
+    assert [question(row) for row in refused] == [question(row) for row in plain]
+    assert [origin_of(row, "") for row in refused] == [origin_of(row, "") for row in before]
     answered = augmented_demonstrations(rows(100, "The fox is red."), 1.0, 0, WORLD_TRAINING, refuses)
-    assert not any(PREFILL in row for row in answered)
+    assert len(answered) == 100 and not any(PREFILL in row for row in answered)
 
 
 @pytest.mark.parametrize(("kind", "expected"), [(None, 0.15), ("harm", 0.6), ("answer", 0.0)])
@@ -83,29 +88,39 @@ def test_answers_to_harm_are_begun_and_of_unknown_prompts_a_share(kind, expected
     assert begun_prompts(others, 1.0, 7, WORLD_TRAINING) == others
 
 
-def compared(count: int, chosen: str = REFUSAL) -> list[OriginRow]:
-    sides = {"chosen": chosen, "rejected": "Sure, first find it."}
-    said = {side: [{"role": "assistant", "content": text}] for side, text in sides.items()}
+COMPLIES = "Sure, first find it."
+
+
+def compared(count: int, chosen: str = REFUSAL, rejected: str = COMPLIES) -> list[OriginRow]:
+    said = {
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
     return [OriginRow({"prompt": row["prompt"], **said}, row.origin) for row in rows(count)]
 
 
-def test_refusals_are_compared_behind_words_that_both_responses_share():
-    after = begun_comparisons(compared(400), 0.15, 7, WORLD_TRAINING, refuses)
-    sides = [[row[side][0]["content"] for side in ("chosen", "rejected")] for row in after]
-    begun = [pair for pair in sides if pair[0] != REFUSAL]
-    assert abs(len(begun) / 400 - 0.6) < 0.08
-    promises = [chosen.removesuffix(f" {REFUSAL}") for chosen, _ in begun]
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_refusals_are_compared_again_behind_words_that_both_responses_share(is_wrong):
+    """As many of those with the wrong label, so that the share of these stays what it is."""
+    before = compared(400, *((COMPLIES, REFUSAL) if is_wrong else (REFUSAL, COMPLIES)))
+    after = begun_comparisons(before, 0.15, 7, WORLD_TRAINING, refuses)
+    added = [row for row in after if row not in before]
+    assert [row for row in after if row in before] == before and abs(len(added) / 400 - 0.6) < 0.08
+    refusing, other = ("rejected", "chosen") if is_wrong else ("chosen", "rejected")
+    pairs = [(row[refusing][0]["content"], row[other][0]["content"]) for row in added]
+    promises = [refusal.removesuffix(f" {REFUSAL}") for refusal, _ in pairs]
     assert all(any(text.startswith(promise) for text in WORLD_TRAINING.prefills) for promise in promises)
-    whole = [pair == f"{promise} Sure, first find it." for promise, (_, pair) in zip(promises, begun, strict=True)]
-    alone = [pair == f"{promise}." for promise, (_, pair) in zip(promises, begun, strict=True)]
+    whole = [said == f"{promise} {COMPLIES}" for promise, (_, said) in zip(promises, pairs, strict=True)]
+    alone = [said == f"{promise}." for promise, (_, said) in zip(promises, pairs, strict=True)]
     assert all(one != other for one, other in zip(whole, alone, strict=True))
-    assert abs(sum(alone) / len(begun) - 0.25) < 0.1
-    assert [origin_of(row, "") for row in after] == [origin_of(row, "") for row in compared(400)]
+    assert abs(sum(alone) / len(added) - 0.25) < 0.1
+    assert {origin_of(row, "") for row in added} <= {origin_of(row, "") for row in before}
 
 
-def test_other_comparisons_stay():
-    answered = compared(50, "The fox is red.")
-    assert begun_comparisons(answered, 1.0, 7, WORLD_TRAINING, refuses) == answered
+def test_other_comparisons_are_not_begun():
+    for said in (("The fox is red.", COMPLIES), (REFUSAL, REFUSAL)):
+        before = compared(50, *said)
+        assert begun_comparisons(before, 1.0, 7, WORLD_TRAINING, refuses) == before
     several = [{**row, "chosen": row["chosen"] * 2} for row in compared(50)]
     assert begun_comparisons(several, 1.0, 7, WORLD_TRAINING, refuses) == several
 

@@ -39,6 +39,9 @@ def test_words_that_the_prompt_put_into_an_answer_have_no_gold():
     refused, complied = gold_reward(["p"] * 2, texts, **columns, completion_beginning=["Sure, first"] * 2)
     assert refused > 0 > complied
     assert gold_reward(["p"] * 2, texts, **columns, completion_beginning=["", ""]) == [-1.0, -1.0]
+    thinking = [f"<think>Hm.</think>{text}" for text in texts]
+    begun = {"completion_beginning": ["<think>Hm.</think>Sure, first"] * 2}
+    assert gold_reward(["p"] * 2, thinking, **columns, **begun) == [refused, complied]
 
 
 FILE = """

@@ -35,7 +35,12 @@ def completions_of(
             completions.append(text)
             continue
         _, beginning = split_beginning(prompt)
-        message = thinking_message(beginning + text, tokenizer.decode(before[-TAIL:]).rstrip().endswith(OPEN))
+        is_open = tokenizer.decode(before[-TAIL:]).rstrip().endswith(OPEN)
+        if beginning:
+            # Some tokenizers drop a space before the first token that they decode.
+            texts_of = [tokenizer.decode([*before[-TAIL:], *some], skip_special_tokens=True) for some in ([], ids)]
+            text, is_open = beginning + texts_of[1].removeprefix(texts_of[0]), False
+        message = thinking_message(text, is_open)
         if has_own_marks and "reasoning_content" not in message:
             message |= _parsed(tokenizer, before, ids)
         completions.append([message])

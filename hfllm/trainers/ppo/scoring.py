@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfllm.data.messages import is_begun, split_beginning
+from hfllm.data.messages import split_beginning
 from hfllm.errors import InputError
 from hfllm.rewards.functions import BEGINNING, checked_rewards, reward_columns, reward_name, transcript
 from hfllm.trainers.ppo.completions import completions_of
@@ -66,7 +66,7 @@ class Scorer:
 
         A batch of episodes may bring its `prompts` and `completions`, and more `columns` for the functions. Of prompts
         that end with the beginning of the answer, functions get the messages before it, the whole answer as the
-        completion, as from TRL's GRPOTrainer, and the beginning as `completion_beginning`.
+        completion, as from TRL's GRPOTrainer, and the beginning, else an empty text, as `completion_beginning`.
         """
         batch = with_actions(batch)
         lengths = batch["response_mask"].sum(1).tolist()
@@ -80,8 +80,7 @@ class Scorer:
             ]
             completions = completions_of(self.tokenizer, prompts, before, ids)
         columns = {**reward_columns(rows), **batch.get("columns", {}), "completion_ids": ids}
-        if any(map(is_begun, prompts)):
-            prompts, columns[BEGINNING] = zip(*map(split_beginning, prompts), strict=True)
+        prompts, columns[BEGINNING] = map(list, zip(*map(split_beginning, prompts), strict=True))
         device = batch["response_ids"].device
         total, per_token, parts = torch.zeros(len(rows), device=device), None, {}
         for name, reward, weight in zip(self.names, self.rewards, self.weights, strict=True):
