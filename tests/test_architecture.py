@@ -136,6 +136,8 @@ def test_the_files_of_a_model_travel_together():
         "layers_hfllm": {"torch", "transformers"},
         "loss_hfllm": {"torch"},
         "memory_hfllm": {"torch"},
+        "sparse_blocks_hfllm": {"torch", "collections", "typing"},
+        "sparse_hfllm": {"torch", "transformers", "collections"},
         "presets": {"collections", "copy", "difflib", "typing"},
     }
     for name, libraries in beside.items():

@@ -17,10 +17,14 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .banded_hfllm import banded_attention_forward, is_banded, with_banded_masks
+from .banded_hfllm import banded_attention_forward, banded_mask, is_banded, register, with_banded_masks
 from .configuration_hfllm import HfllmConfig
 from .layers_hfllm import build_norm
 from .memory_hfllm import needs_autograd
+from .sparse_hfllm import sparse_attention_forward, sparse_mask
+
+register("banded", banded_attention_forward, banded_mask)
+register("sparse", sparse_attention_forward, sparse_mask)
 
 
 class HfllmRotaryEmbedding(nn.Module):

@@ -177,16 +177,17 @@ def _is_worthwhile(
     # A static cache counts on its device, and has keys after the queries.
     if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
         return False
-    # Without the skip there are packed rows, or somebody's function, which may add to the window.
-    return allow_is_causal_skip or not (torch.compiler.is_compiling() or _adds_to_the_window(mask_function))
+    # Without the skip there are packed rows, or somebody's function. Tokens of one image that see each other, say, are
+    # added to the window by `or_masks`.
+    return allow_is_causal_skip or not (torch.compiler.is_compiling() or "or_masks" in functions_in(mask_function))
 
 
-def _adds_to_the_window(mask_function: Callable) -> bool:
-    """Return whether transformers' `or_masks` is in a mask function: tokens of one image see each other, say."""
+def functions_in(mask_function: Callable) -> set[str]:
+    """Return the names, in `masking_utils`, of the functions that a mask function is made of."""
     held = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
     parts = [part for each in held for part in (each if isinstance(each, tuple) else (each,)) if callable(part)]
-    is_union = getattr(mask_function, "__qualname__", "").startswith(masking_utils.or_masks.__name__)
-    return is_union or any(map(_adds_to_the_window, parts))
+    name = getattr(mask_function, "__qualname__", "").split(".")[0]
+    return {name}.union(*map(functions_in, parts))
 
 
 @dataclass
@@ -209,6 +210,3 @@ def register(name: str, forward: Callable, mask: Callable) -> None:
     if name not in AttentionInterface._global_mapping:
         AttentionInterface.register(name, forward)
         masking_utils.AttentionMaskInterface.register(name, mask)
-
-
-register("banded", banded_attention_forward, banded_mask)

@@ -45,9 +45,20 @@ def test_loads_without_the_package_from_another_folder(make_model, tokenizer, tm
     model = make_model(sliding_window=8)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    parts = ("attention", "balance", "banded", "configuration", "layers", "loss", "memory", "modeling")
-    code = [*(f"{part}_hfllm.py" for part in parts), "presets.py"]
-    assert sorted(path.name for path in (tmp_path / "model").glob("*.py")) == code
+    parts = (
+        "attention",
+        "balance",
+        "banded",
+        "configuration",
+        "layers",
+        "loss",
+        "memory",
+        "modeling",
+        "sparse",
+        "sparse_blocks",
+    )
+    code = {*(f"{part}_hfllm.py" for part in parts), "presets.py"}
+    assert set(path.name for path in (tmp_path / "model").glob("*.py")) == code
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
         [sys.executable, "-c", CODE, str(tmp_path / "model")],
