@@ -83,7 +83,7 @@ def gradients(model):
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-@pytest.mark.parametrize("window", [1, 2, 4, 5, 8, 9, 11])
+@pytest.mark.parametrize("window", [1, 2, 5, 8, 9])
 def test_it_equals_masked_attention_and_so_do_its_gradients(make_pair, ids, small_blocks, banded_calls, window):
     masked, banded = make_pair(window)
     expected, actual = (model(ids, labels=ids, use_cache=False) for model in (masked, banded))
@@ -134,7 +134,7 @@ def test_packed_rows_equal_separate_ones(make_pair, ids, small_blocks, banded_ca
     assert len(banded_calls) == 2 * len(forms)
 
 
-@pytest.mark.parametrize("pieces", [[40, 13], [1, 2, 35, 1, 14], [7, 46], [1] * 8])
+@pytest.mark.parametrize("pieces", [[40, 13], [1, 2, 35, 1, 14], [1] * 8])
 @pytest.mark.parametrize("kind", ["window", "all", "static"])
 def test_pieces_with_a_cache_equal_the_whole(make_pair, ids, small_blocks, pieces, kind):
     _, banded = make_pair()
@@ -284,6 +284,7 @@ class TestOtherTools:
 
         return loss
 
+    @pytest.mark.slow
     def test_one_graph_and_its_gradient(self, model, ids, banded_calls):
         model(ids, labels=ids, use_cache=False).loss.backward()
         expected = {name: each.clone() for name, each in gradients(model).items()}
