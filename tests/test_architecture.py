@@ -132,9 +132,12 @@ def test_the_files_of_a_model_travel_together():
         "modeling_hfllm": {"torch", "transformers", "functools"},
         "attention_hfllm": {"torch", "transformers", "functools", "typing"},
         "balance_hfllm": {"torch", "transformers"},
+        "banded_hfllm": {"torch", "transformers", "collections", "dataclasses"},
         "layers_hfllm": {"torch", "transformers"},
         "loss_hfllm": {"torch"},
         "memory_hfllm": {"torch"},
+        "sparse_blocks_hfllm": {"torch", "collections", "typing"},
+        "sparse_hfllm": {"torch", "transformers", "collections"},
         "presets": {"collections", "copy", "difflib", "typing"},
     }
     for name, libraries in beside.items():

@@ -17,9 +17,14 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .banded_hfllm import banded_attention_forward, banded_mask, is_banded, register, with_banded_masks
 from .configuration_hfllm import HfllmConfig
 from .layers_hfllm import build_norm
 from .memory_hfllm import needs_autograd
+from .sparse_hfllm import sparse_attention_forward, sparse_mask
+
+register("banded", banded_attention_forward, banded_mask)
+register("sparse", sparse_attention_forward, sparse_mask)
 
 
 class HfllmRotaryEmbedding(nn.Module):
@@ -143,6 +148,8 @@ class HfllmAttention(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if is_banded(attention_mask, key):
+            attend = banded_attention_forward
         output, weights = attend(
             self,
             query,
@@ -232,7 +239,7 @@ def create_mask(
     # Both mask functions become bidirectional when config.is_causal is False.
     create, restarts, allowed = masking_utils.create_causal_mask, None, None
     if config.sliding_window is not None:
-        create = masking_utils.create_sliding_window_causal_mask
+        create, config = masking_utils.create_sliding_window_causal_mask, with_banded_masks(config)
     if packed is not None and "flash" in config._attn_implementation and not torch.compiler.is_compiling():
         # Flash kernels take no mask: they split only a single row without padding, at its position ids.
         if len(packed) > 1 or not (attention_mask is None or attention_mask.all()):

@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 from hfllm.models import configuration_hfllm
@@ -14,6 +15,7 @@ from hfllm.models import configuration_hfllm
 CODE = """
 import sys
 sys.modules["hfllm"] = None  # not installed
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 # transformers replaces itself by a second copy.
 transformers = sys.modules["transformers"]
@@ -30,17 +32,33 @@ tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 assistant = pipeline("text-generation", model=sys.argv[1], trust_remote_code=True)
 chat = assistant([{"role": "user", "content": "Say red."}], max_new_tokens=3)[0]["generated_text"]
 assert chat[-1]["role"] == "assistant", chat
+model.set_attn_implementation("banded")
+with torch.no_grad():
+    assert model.model.layers[0].self_attn.sliding_window == 8
+    print("BANDED", model(torch.arange(300)[None]).logits.sum().item())
+model.set_attn_implementation("sdpa")
 print("LOGITS", model(**tokenizer("Say red.", return_tensors="pt")).logits.sum().item())
 """
 
 
 def test_loads_without_the_package_from_another_folder(make_model, tokenizer, tmp_path):
-    model = make_model()
+    model = make_model(sliding_window=8)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    parts = ("attention", "balance", "configuration", "layers", "loss", "memory", "modeling")
-    code = [*(f"{part}_hfllm.py" for part in parts), "presets.py"]
-    assert sorted(path.name for path in (tmp_path / "model").glob("*.py")) == code
+    parts = (
+        "attention",
+        "balance",
+        "banded",
+        "configuration",
+        "layers",
+        "loss",
+        "memory",
+        "modeling",
+        "sparse",
+        "sparse_blocks",
+    )
+    code = {*(f"{part}_hfllm.py" for part in parts), "presets.py"}
+    assert set(path.name for path in (tmp_path / "model").glob("*.py")) == code
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
         [sys.executable, "-c", CODE, str(tmp_path / "model")],
@@ -53,6 +71,9 @@ def test_loads_without_the_package_from_another_folder(make_model, tokenizer, tm
     assert result.returncode == 0, result.stderr[-3000:]
     expected = model(**tokenizer("Say red.", return_tensors="pt")).logits.sum().item()
     assert abs(float(result.stdout.split("LOGITS")[1]) - expected) < 1e-3
+    model.set_attn_implementation("eager")
+    expected = model(torch.arange(300)[None]).logits.sum().item()
+    assert abs(float(result.stdout.split("BANDED")[1].split()[0]) - expected) < 1e-2
 
 
 def test_the_code_asks_for_the_release_that_the_package_asks_for():

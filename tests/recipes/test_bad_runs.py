@@ -186,9 +186,9 @@ def test_kinds_of_attention(stage, refused, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: there[name] if name in there else find(name))
     line = refused(stage, "--attn_implementation", "flash_attention_2")
     assert line.startswith("--attn_implementation flash_attention_2: not installed (pip install flash-attn, ")
-    assert line.endswith("there is eager, flex_attention, sdpa")
+    assert line.endswith("there is banded, eager, flex_attention, sdpa, sparse")
     line = refused(stage, "--attn_implementation", "quick")
-    assert line == "--attn_implementation quick: unknown; there is eager, flex_attention, sdpa"
+    assert line == "--attn_implementation quick: unknown; there is banded, eager, flex_attention, sdpa, sparse"
     assert "need pip install kernels" in refused(stage, "--attn_implementation", "someone/kernel")
 
 
