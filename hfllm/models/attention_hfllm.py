@@ -4,6 +4,7 @@ This file imports only torch, transformers and files beside it, and is uploaded 
 Shapes: B batch, S sequence, H query heads, K key-value heads, D head_dim, R rotated dimensions of a head.
 """
 
+from copy import copy
 from functools import lru_cache
 from typing import Any
 
@@ -53,6 +54,20 @@ class HfllmRotaryEmbedding(nn.Module):
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
+
+
+def build_rotary(config: HfllmConfig) -> nn.Module:
+    """Return the rotary embedding of all layers, or a `ModuleDict` of them by layer type if each has its own."""
+    own = config.rotary_types()
+    if not own:
+        return HfllmRotaryEmbedding(config)
+    by_type = {}
+    for name in own:
+        # Each sees a config with one dictionary, which is all that transformers' RoPE functions need to know.
+        alone = copy(config)
+        alone.rope_parameters = config.rope_parameters[name]
+        by_type[name] = HfllmRotaryEmbedding(alone)
+    return nn.ModuleDict(by_type)
 
 
 def signed(sin: torch.Tensor) -> torch.Tensor:
@@ -111,7 +126,10 @@ class HfllmAttention(nn.Module):
         self.scaling = config.head_dim**-0.5
         self.is_causal = config.is_causal
         # Copied, here and in the layer: a config looks up every name in its attribute map, too slow for decoding.
-        self.attention_dropout, self.sliding_window = config.attention_dropout, config.sliding_window
+        self.attention_dropout = config.attention_dropout
+        is_sliding = config.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if is_sliding else None
+        self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
@@ -138,7 +156,7 @@ class HfllmAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
-        if position_embeddings is not None:
+        if position_embeddings is not None and self.use_rope:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
@@ -210,17 +228,17 @@ def keep_last_sequences(inputs: torch.Tensor | None, arguments: dict[str, Any]) 
     return {**arguments, "attention_mask": last if mask is None else last.to(mask) * mask}
 
 
-def create_mask(
+def create_masks(
     config: HfllmConfig,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     cache: Cache | None,
     packed: torch.Tensor | None,
-) -> object:
-    """Return what the attention function takes as its mask: a tensor, a block mask, or `None`.
+) -> dict[str, object]:
+    """Return what each type of layer takes as its mask: a tensor, a block mask, or `None`.
 
     Args:
-        config: its direction, window and attention function decide.
+        config: its direction, layer types, window and attention function decide.
         inputs_embeds: (B, S, E).
         attention_mask: (B, S) with 0 for padding; a mask of four dimensions is returned as it is.
         cache: holds the tokens before.
@@ -229,10 +247,7 @@ def create_mask(
     Raises:
         ValueError: for packed sequences that a flash kernel cannot keep apart.
     """
-    # Both mask functions become bidirectional when config.is_causal is False.
-    create, restarts, allowed = masking_utils.create_causal_mask, None, None
-    if config.sliding_window is not None:
-        create = masking_utils.create_sliding_window_causal_mask
+    restarts, allowed = None, None
     if packed is not None and "flash" in config._attn_implementation and not torch.compiler.is_compiling():
         # Flash kernels take no mask: they split only a single row without padding, at its position ids.
         if len(packed) > 1 or not (attention_mask is None or attention_mask.all()):
@@ -243,4 +258,9 @@ def create_mask(
         restarts = restarted_positions(packed)
     elif packed is not None:
         allowed = masking_utils.packed_sequence_mask_function(packed.expand(inputs_embeds.shape[0], -1))
-    return create(config, inputs_embeds, attention_mask, cache, restarts, and_mask_function=allowed)
+    # All of them become bidirectional when config.is_causal is False.
+    create = masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
+    return {
+        kind: create[kind](config, inputs_embeds, attention_mask, cache, restarts, and_mask_function=allowed)
+        for kind in dict.fromkeys(config.layer_types)
+    }

@@ -19,6 +19,8 @@ from transformers.activations import ACT2FN  # noqa: E402
 from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters  # noqa: E402
 
+from .layer_types_hfllm import check_layers, filled_layer_types, filled_no_rope_layers  # noqa: E402
+
 CHOICES = {
     "norm_type": ("rmsnorm", "layernorm"),
     "norm_placement": ("pre", "post"),
@@ -86,6 +88,10 @@ class HfllmConfig(PreTrainedConfig):
         is_causal: `False` lets every token attend to all others, for masked language modeling.
         sliding_window: attend to this many tokens at most, the current one included (Mistral, arXiv:2310.06825);
             `None` means no limit. Causal models only, since attention kernels differ in how they treat later tokens.
+        layer_types: the attention of each layer, `"full_attention"` or `"sliding_attention"`, which needs a
+            `sliding_window`. `None` means the same for all layers: sliding if there is a window, else full.
+        no_rope_layers: a number for each layer: 0 for those without rotary positions, 1 for the others (SmolLM3, after
+            arXiv:2501.18795). `None` means that all layers have them.
         num_local_experts: gated experts per layer (Mixtral, arXiv:2401.04088); 0 means one dense MLP.
         num_experts_per_tok: experts that a router picks for each token; their softmax weights are renormalized.
         router_aux_loss_coef: weight of the load-balancing loss (arXiv:2101.03961, equations 4 to 6), which is added
@@ -98,8 +104,8 @@ class HfllmConfig(PreTrainedConfig):
         head_dim: size of one head; `None` means `hidden_size // num_attention_heads`.
         max_position_embeddings: longest context of the model, in tokens; also the size of the learned
             position table.
-        rope_parameters: transformers' RoPE dictionary (`rope_type`, `rope_theta`, `partial_rotary_factor`, ...);
-            ignored without RoPE.
+        rope_parameters: transformers' RoPE dictionary (`rope_type`, `rope_theta`, `partial_rotary_factor`, ...), or
+            one for each type in `layer_types`, by its name (Gemma 3); ignored without RoPE.
         attention_bias: biases of the query, key and value projections.
         attention_output_bias: bias of the attention's output projection; `None` follows `attention_bias`.
         embedding_multiplier: factor on the token embeddings (Gemma: the square root of hidden_size).
@@ -137,6 +143,8 @@ class HfllmConfig(PreTrainedConfig):
     position_embedding_type: str = "rope"
     is_causal: bool = True
     sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    no_rope_layers: list[int] | None = None
     num_local_experts: int = 0
     num_experts_per_tok: int = 2
     router_aux_loss_coef: float | None = None
@@ -193,6 +201,8 @@ class HfllmConfig(PreTrainedConfig):
             self.attention_output_bias = self.attention_bias
         if self.router_aux_loss_coef is None:
             self.router_aux_loss_coef = 0.001 if self.num_local_experts else 0.0
+        self.layer_types = filled_layer_types(self)
+        self.no_rope_layers = filled_no_rope_layers(self)
         super().__post_init__(**kwargs)
         if self.position_embedding_type != "rope":
             self.rope_parameters = None
@@ -251,6 +261,15 @@ class HfllmConfig(PreTrainedConfig):
             raise ValueError(f"hidden_act={self.hidden_act!r} is not one of {', '.join(sorted(ACT2FN))}")
         self._check_sizes()
         self._check_combinations()
+        check_layers(self)
+        self._check_rope()
+
+    def validate_layer_type(self):
+        """Do nothing: transformers checks `layer_types` here, with a longer message than `check_layers` has."""
+
+    def rotary_types(self) -> list[str]:
+        """Return the layer types that have `rope_parameters` of their own, none if all share one dictionary."""
+        return self.nested_rope_parameter_keys(self.rope_parameters or {})
 
     def _check_sizes(self):
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -281,18 +300,6 @@ class HfllmConfig(PreTrainedConfig):
                 f"head_dim={self.head_dim} (hidden_size={self.hidden_size} // "
                 f"num_attention_heads={self.num_attention_heads}) must be at least 1"
             )
-        if self.position_embedding_type == "rope":
-            if not self.rope_parameters:
-                raise ValueError(f"position_embedding_type='rope' needs rope_parameters, got {self.rope_parameters}")
-            kinds, kind = ("default", *ROPE_INIT_FUNCTIONS), self.rope_parameters["rope_type"]
-            if kind not in kinds:
-                raise ValueError(f"rope_parameters: rope_type={kind!r} is not one of {', '.join(kinds)}")
-            factor = self.rope_parameters.get("partial_rotary_factor", 1.0)
-            rotary = int(self.head_dim * factor)
-            if rotary < 2 or rotary % 2 or rotary > self.head_dim:
-                raise ValueError(
-                    f"head_dim={self.head_dim} times partial_rotary_factor={factor} must be even, from 2 to head_dim"
-                )
 
     def _check_combinations(self):
         if self.num_local_experts < 0 or (
@@ -314,6 +321,26 @@ class HfllmConfig(PreTrainedConfig):
                 raise ValueError(f"{field}={getattr(self, field)} needs is_causal=True, got False")
         if self.norm_unit_offset and self.norm_type != "rmsnorm":
             raise ValueError(f"norm_unit_offset=True needs norm_type='rmsnorm', got {self.norm_type!r}")
+
+    def _check_rope(self):
+        if self.position_embedding_type != "rope":
+            return
+        if not self.rope_parameters:
+            raise ValueError(f"position_embedding_type='rope' needs rope_parameters, got {self.rope_parameters}")
+        own = self.rotary_types()
+        for name in dict.fromkeys(self.layer_types) if own else ():
+            if not isinstance(self.rope_parameters.get(name), dict):
+                raise ValueError(f"rope_parameters has dictionaries for {', '.join(own)}, and none for {name}")
+        for rope in [self.rope_parameters[name] for name in own] or [self.rope_parameters]:
+            kinds, kind = ("default", *ROPE_INIT_FUNCTIONS), rope["rope_type"]
+            if kind not in kinds:
+                raise ValueError(f"rope_parameters: rope_type={kind!r} is not one of {', '.join(kinds)}")
+            factor = rope.get("partial_rotary_factor", 1.0)
+            rotary = int(self.head_dim * factor)
+            if rotary < 2 or rotary % 2 or rotary > self.head_dim:
+                raise ValueError(
+                    f"head_dim={self.head_dim} times partial_rotary_factor={factor} must be even, from 2 to head_dim"
+                )
 
     def _query_size(self) -> int:
         return self.num_attention_heads * self.head_dim

@@ -1,8 +1,8 @@
 """The hfllm family: one transformer whose norms, blocks, positions and attention are chosen by its config.
 
 This file imports only torch, transformers and files beside it, which are saved and uploaded with the weights
-(`auto_map`). Attention and its masks are in attention_hfllm.py; embeddings, norms, MLPs and the router
-of experts in layers_hfllm.py.
+(`auto_map`). Attention and its masks are in attention_hfllm.py; embeddings, norms and MLPs in layers_hfllm.py; experts
+and their router in experts_hfllm.py.
 Shapes: B batch, S sequence, E hidden_size. `HfllmDecoderLayer.forward` says where each option of the config acts.
 """
 
@@ -11,10 +11,8 @@ from functools import wraps
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -31,55 +29,17 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_hfllm import (
     HfllmAttention,
-    HfllmRotaryEmbedding,
-    create_mask,
+    build_rotary,
+    create_masks,
     keep_last_sequences,
     packed_sequences,
     restarted_positions,
 )
 from .balance_hfllm import balance_loss, check_gradients, install_capturing_hooks
 from .configuration_hfllm import HfllmConfig
-from .layers_hfllm import HfllmEmbedding, HfllmMLP, HfllmPositionEmbedding, HfllmRouter, build_norm, check_positions
+from .experts_hfllm import HfllmExperts, HfllmRouter, HfllmSparseMLP
+from .layers_hfllm import HfllmEmbedding, HfllmMLP, HfllmPositionEmbedding, build_norm, check_positions
 from .loss_hfllm import linear_cross_entropy
-
-
-@use_experts_implementation
-class HfllmExperts(nn.Module):
-    """Gated MLPs in two stacked tensors, (experts, 2 * intermediate_size, E) and (experts, E, intermediate_size)."""
-
-    def __init__(self, config: HfllmConfig):
-        super().__init__()
-        self.num_experts = config.num_local_experts
-        width = config.intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, config.hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, tokens_NE: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        output = torch.zeros_like(tokens_NE)
-        # Under expert parallelism, `num_experts` marks a choice that another rank computes.
-        for expert in indices.unique().tolist():
-            if expert == self.num_experts:
-                continue
-            rows, ranks = torch.where(indices == expert)
-            gate, up = nn.functional.linear(tokens_NE[rows], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            mixed = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert]) * weights[rows, ranks, None]
-            output.index_add_(0, rows, mixed.to(output.dtype))
-        return output
-
-
-class HfllmSparseMLP(nn.Module):
-    """A mixture of experts in place of the MLP (Shazeer et al. 2017, arXiv:1701.06538)."""
-
-    def __init__(self, config: HfllmConfig):
-        super().__init__()
-        self.gate = HfllmRouter(config)
-        self.experts = HfllmExperts(config)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weights, indices = self.gate(tokens)
-        return self.experts(tokens, indices, weights).reshape(hidden_states.shape)
 
 
 class HfllmDecoderLayer(GradientCheckpointingLayer):
@@ -90,6 +50,7 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
         self.norm_placement = config.norm_placement
         self.parallel_block, self.shared_norm = config.parallel_block, config.shared_norm
         self.hidden_dropout = config.hidden_dropout
+        self.layer_type = config.layer_types[layer_idx]
         self.self_attn = HfllmAttention(config, layer_idx)
         self.mlp = HfllmSparseMLP(config) if config.num_local_experts else HfllmMLP(config)
         self.input_layernorm = build_norm(config, config.hidden_size)
@@ -113,7 +74,8 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
         - `norm_type`, `norm_bias` and `norm_unit_offset` are inside the two norms;
         - `position_embedding_type`: rotary angles come in as `position_embeddings`, learned positions were added
           before the first layer;
-        - `is_causal` and `sliding_window` are in `attention_mask`; grouped queries and `qk_norm` in `self.self_attn`;
+        - `is_causal`, `layer_types` and `sliding_window` are in `attention_mask`; grouped queries, `qk_norm` and
+          `no_rope_layers` in `self.self_attn`;
         - `mlp_type`, `hidden_act` and `num_local_experts` are inside `self.mlp`.
         """
 
@@ -165,6 +127,11 @@ class HfllmPreTrainedModel(PreTrainedModel):
         config.validate_architecture()
         super().__init__(config, *args, **kwargs)
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Return whether the experts can run by other functions; transformers looks for them in this file alone."""
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -188,7 +155,7 @@ class HfllmModel(HfllmPreTrainedModel):
         if config.position_embedding_type == "learned":
             self.embed_positions = HfllmPositionEmbedding(config.max_position_embeddings, config.hidden_size)
         if config.position_embedding_type == "rope":
-            self.rotary_emb = HfllmRotaryEmbedding(config)
+            self.rotary_emb = build_rotary(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(HfllmDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = build_norm(config, config.hidden_size) if config.norm_placement == "pre" else nn.Identity()
@@ -201,7 +168,7 @@ class HfllmModel(HfllmPreTrainedModel):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         position_ids: torch.LongTensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -217,32 +184,36 @@ class HfllmModel(HfllmPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        packed = packed_sequences(position_ids, attention_mask) if cache is None else None
+        # `generate` makes the masks itself where it compiles the forward.
+        masks = attention_mask if isinstance(attention_mask, dict) else None
+        packed = packed_sequences(position_ids, attention_mask) if cache is None and masks is None else None
         if use_cache and cache is None and packed is None and self.config.is_causal:
             cache = DynamicCache(config=self.config)
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
-        mask = create_mask(self.config, inputs_embeds, attention_mask, cache, packed)
-        hidden_states, position_embeddings = self._embed(inputs_embeds, position_ids, cache)
+        if masks is None:
+            masks = create_masks(self.config, inputs_embeds, attention_mask, cache, packed)
+        hidden_states, rotations = self._embed(inputs_embeds, position_ids, cache)
         if "flash" in self.config._attn_implementation:
             # Flash kernels take no mask and split a row wherever its positions jump.
             position_ids = None if packed is None else restarted_positions(packed)
         # Not a slice, which would make a new ModuleList for each generated token.
         for layer, _ in zip(self.layers, range(self.config.num_hidden_layers), strict=False):
+            kind = layer.layer_type
             hidden_states = layer(
                 hidden_states,
-                attention_mask=mask,
+                attention_mask=masks[kind],
                 position_ids=position_ids,
                 cache=cache,
                 use_cache=use_cache,
-                position_embeddings=position_embeddings,
+                position_embeddings=rotations[kind] if isinstance(rotations, dict) else rotations,
                 **kwargs,
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache)
 
     def _embed(self, inputs_embeds, position_ids, cache=None):
-        """Return the first layer's input, and the rotary cosines and sines if there are any."""
+        """Return the first layer's input, and the rotary cosines and sines if there are any, perhaps by layer type."""
         hidden_states, position_embeddings = inputs_embeds, None
         if self.config.position_embedding_type == "learned":
             # A static cache counts on its device; `prepare_inputs_for_generation` checks for it.
@@ -250,7 +221,11 @@ class HfllmModel(HfllmPreTrainedModel):
             self.check_context(inputs_embeds.shape[1] + (past if isinstance(past, int) else 0), position_ids)
             hidden_states = hidden_states + self.embed_positions(position_ids)
         elif self.config.position_embedding_type == "rope":
-            position_embeddings = self.rotary_emb(hidden_states, position_ids)
+            if isinstance(self.rotary_emb, nn.ModuleDict):
+                every = self.rotary_emb.items()
+                position_embeddings = {kind: rotary(hidden_states, position_ids) for kind, rotary in every}
+            else:
+                position_embeddings = self.rotary_emb(hidden_states, position_ids)
         return self.dropout(hidden_states) if self.training else hidden_states, position_embeddings
 
     def check_context(self, length: int, position_ids: torch.Tensor) -> None:

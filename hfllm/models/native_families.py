@@ -126,6 +126,9 @@ def _said(config: HfllmConfig, family: Family, native_type: str) -> "tuple[PreTr
         irrelevant.add("shared_norm")
     if not config.num_local_experts:
         irrelevant.add("num_experts_per_tok")
+    if len({*config.layer_types, *back.layer_types}) > 1 and len(set(config.layer_types)) == 1:
+        # The window says so already.
+        irrelevant.add("layer_types")
     names = sorted(_fields(config) - irrelevant)
     return native, [lost for name in names for lost in _differences(name, getattr(config, name), getattr(back, name))]
 

@@ -14,7 +14,7 @@ from transformers.cache_utils import StaticCache
 import hfllm
 from hfllm.generation.fast import fast_generate
 from hfllm.models import layers_hfllm, modeling_hfllm
-from hfllm.models.attention_hfllm import create_mask, packed_sequences
+from hfllm.models.attention_hfllm import create_masks, packed_sequences
 
 
 @pytest.fixture(params=FAMILIES, ids=list(FAMILIES))
@@ -375,11 +375,12 @@ def test_packed_rows_that_flash_attention_would_mix_are_refused(make_model, ids)
     model.config._attn_implementation_internal = "flash_attention_2"
     positions = torch.cat((torch.arange(7), torch.arange(5))).unsqueeze(0)
     packed, embeds = packed_sequences(positions, None), model.embed_tokens(ids)
-    assert create_mask(model.config, embeds[:1], None, None, packed) is None  # the kernel splits one row by itself
+    masks = create_masks(model.config, embeds[:1], None, None, packed)
+    assert masks == {"full_attention": None}  # the kernel splits one row by itself
     with pytest.raises(ValueError, match="one row without padding"):
-        create_mask(model.config, embeds, None, None, packed.expand(2, -1))
+        create_masks(model.config, embeds, None, None, packed.expand(2, -1))
     with pytest.raises(ValueError, match="one row without padding"):
-        create_mask(model.config, embeds[:1], torch.tensor([[0] * 3 + [1] * 9]), None, packed)
+        create_masks(model.config, embeds[:1], torch.tensor([[0] * 3 + [1] * 9]), None, packed)
 
 
 def test_a_window_ends(make_model, ids):

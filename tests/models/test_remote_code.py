@@ -38,7 +38,7 @@ def test_loads_without_the_package_from_another_folder(make_model, tokenizer, tm
     model = make_model()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    parts = ("attention", "balance", "configuration", "layers", "loss", "memory", "modeling")
+    parts = ("attention", "balance", "configuration", "experts", "layer_types", "layers", "loss", "memory", "modeling")
     code = [*(f"{part}_hfllm.py" for part in parts), "presets.py"]
     assert sorted(path.name for path in (tmp_path / "model").glob("*.py")) == code
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
@@ -66,10 +66,16 @@ def test_the_code_asks_for_the_release_that_the_package_asks_for():
 def test_the_package_too_names_a_release_that_is_too_old(monkeypatch, version):
     monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
     with pytest.raises(ImportError, match=f"need transformers 5.24.0 or newer, and this is {version}"):
-        exec(compile(Path(configuration_hfllm.__file__).read_text(encoding="utf-8"), "configuration", "exec"), {})
+        exec(
+            compile(Path(configuration_hfllm.__file__).read_text(encoding="utf-8"), "configuration", "exec"),
+            {"__package__": "hfllm.models"},
+        )
 
 
 @pytest.mark.parametrize("version", ["5.24.0.dev0", "5.24.0", "6.0.1"])
 def test_newer_releases_are_tried(monkeypatch, version):
     monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
-    exec(compile(Path(configuration_hfllm.__file__).read_text(encoding="utf-8"), "configuration", "exec"), {})
+    exec(
+        compile(Path(configuration_hfllm.__file__).read_text(encoding="utf-8"), "configuration", "exec"),
+        {"__package__": "hfllm.models"},
+    )
