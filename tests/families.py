@@ -54,10 +54,15 @@ FAMILIES = {
         "sliding_window": 5,
         "no_rope_layers": [1, 0],
     },
-    "two-rotations": {
+    "gemma3": {
         "layer_types": ["sliding_attention", "full_attention"],
         "sliding_window": 5,
         "qk_norm": True,
+        "norm_placement": "both",
+        "norm_unit_offset": True,
+        "query_pre_attn_scalar": 24,
+        "final_logit_softcapping": 20.0,
+        "embedding_multiplier": 32**0.5,
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
             "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},

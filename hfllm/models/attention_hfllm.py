@@ -123,7 +123,8 @@ class HfllmAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
+        self.scaling = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
+        self.softcap = config.attn_logit_softcapping
         self.is_causal = config.is_causal
         # Copied, here and in the layer: a config looks up every name in its attribute map, too slow for decoding.
         self.attention_dropout = config.attention_dropout
@@ -136,8 +137,9 @@ class HfllmAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
-        self.q_norm = build_norm(config, config.head_dim) if config.qk_norm else None
-        self.k_norm = build_norm(config, config.head_dim) if config.qk_norm else None
+        self.normalizes_all_heads = config.qk_norm and config.qk_norm_scope == "all_heads"
+        sizes = (query_size, key_size) if self.normalizes_all_heads else (config.head_dim, config.head_dim)
+        self.q_norm, self.k_norm = (build_norm(config, size) if config.qk_norm else None for size in sizes)
 
     def forward(
         self,
@@ -150,9 +152,11 @@ class HfllmAttention(nn.Module):
         """Return the output (B, S, E) and, from eager attention, the weights (B, H, S, S). Arguments are Llama's."""
         batch_and_length = hidden_states.shape[:-1]
         per_head = (*batch_and_length, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(per_head)
-        key = self.k_proj(hidden_states).view(per_head)
-        if self.q_norm is not None:
+        query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        if self.normalizes_all_heads:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.view(per_head), key.view(per_head)
+        if self.q_norm is not None and not self.normalizes_all_heads:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
@@ -160,7 +164,11 @@ class HfllmAttention(nn.Module):
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        eager = eager_attention_forward if self.softcap is None else softcapped_attention
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+        if self.softcap is not None:
+            check_softcap(self.config._attn_implementation)
+            kwargs["softcap"] = self.softcap
         output, weights = attend(
             self,
             query,
@@ -173,6 +181,40 @@ class HfllmAttention(nn.Module):
             **kwargs,
         )
         return self.o_proj(output.reshape(*batch_and_length, -1).contiguous()), weights
+
+
+def check_softcap(implementation: str) -> None:
+    """Refuse attention functions that would ignore a soft limit of the scores.
+
+    Raises:
+        ValueError: naming the function and what to use instead.
+    """
+    if implementation not in ("eager", "flex_attention") and "flash" not in implementation:
+        raise ValueError(
+            f"attn_implementation={implementation!r} has no attn_logit_softcapping: use eager, flex_attention or flash"
+        )
+
+
+def softcapped_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float = 1.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return eager attention (B, S, H, D) and its weights, with scores `c * tanh(scores / c)`, c softcap (Gemma 2)."""
+    groups = module.num_key_value_groups
+    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scaling / softcap)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 def packed_sequences(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -23,7 +23,8 @@ from .layer_types_hfllm import check_layers, filled_layer_types, filled_no_rope_
 
 CHOICES = {
     "norm_type": ("rmsnorm", "layernorm"),
-    "norm_placement": ("pre", "post"),
+    "norm_placement": ("pre", "post", "output", "both"),
+    "qk_norm_scope": ("head", "all_heads"),
     "mlp_type": ("gated", "plain"),
     "position_embedding_type": ("rope", "learned", "none"),
     "residual_init": ("plain", "gpt2", "depth"),
@@ -53,6 +54,12 @@ TENSOR_PARALLEL_PLAN = {
     "layers.*.mlp.experts.down_proj": "rowwise",
     "layers.*.mlp.experts": "moe_tp_experts",
 }
+ALL_HEADS_PLAN = {
+    "layers.*.self_attn.q_proj": "colwise_gather_output",
+    "layers.*.self_attn.k_proj": "colwise_gather_output",
+    "layers.*.self_attn.v_proj": "colwise_gather_output",
+    "layers.*.self_attn.o_proj": "rowwise_split_input",
+}
 EXPERT_PARALLEL_PLAN = {
     "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
     "layers.*.mlp.experts.down_proj": "grouped_gemm",
@@ -75,10 +82,14 @@ class HfllmConfig(PreTrainedConfig):
     Args:
         norm_type: `"rmsnorm"` (Zhang & Sennrich 2019, arXiv:1910.07467) or `"layernorm"` (arXiv:1607.06450).
         norm_placement: `"pre"` normalizes the input of each block and ends with a final norm (GPT-2, LLaMA);
-            `"post"` normalizes the residual sum after each block and has no final norm (GPT-1, BERT).
+            `"post"` normalizes the residual sum after each block and has no final norm (GPT-1, BERT); `"output"`
+            normalizes each block's output before it is added (OLMo 2, arXiv:2501.00656, section 3.1), and `"both"` the
+            input and the output (Gemma 2, arXiv:2408.00118), both with a final norm.
         norm_bias: whether a LayerNorm has a bias (PaLM's and Cohere's have none); RMSNorm never has one.
         norm_unit_offset: store norm weights minus one, as Gemma does.
-        qk_norm: normalize each query and key head before the rotary embedding (Qwen3).
+        qk_norm: normalize queries and keys before the rotary embedding (Qwen3).
+        qk_norm_scope: `"head"` normalizes each head by itself (Qwen3), `"all_heads"` all heads of a token together
+            (OLMo 2).
         parallel_block: attention and MLP read the same input and are added together (GPT-J, PaLM;
             Chowdhery et al. 2022, arXiv:2204.02311, section 2).
         shared_norm: in a parallel block, one norm feeds both (PaLM, Cohere) or each has its own (GPT-NeoX).
@@ -106,6 +117,11 @@ class HfllmConfig(PreTrainedConfig):
             position table.
         rope_parameters: transformers' RoPE dictionary (`rope_type`, `rope_theta`, `partial_rotary_factor`, ...), or
             one for each type in `layer_types`, by its name (Gemma 3); ignored without RoPE.
+        query_pre_attn_scalar: attention scores are divided by the square root of this (Gemma 2); `None` means
+            `head_dim`.
+        attn_logit_softcapping: soft limit c of the attention scores, `c * tanh(scores / c)` (Gemma 2); it needs eager,
+            flex or flash attention, and the default is then eager. `None` means no limit.
+        final_logit_softcapping: the same for the logits of the language model.
         attention_bias: biases of the query, key and value projections.
         attention_output_bias: bias of the attention's output projection; `None` follows `attention_bias`.
         embedding_multiplier: factor on the token embeddings (Gemma: the square root of hidden_size).
@@ -137,6 +153,7 @@ class HfllmConfig(PreTrainedConfig):
     norm_bias: bool = True
     norm_unit_offset: bool = False
     qk_norm: bool = False
+    qk_norm_scope: str = "head"
     parallel_block: bool = False
     shared_norm: bool = True
     mlp_type: str = "gated"
@@ -161,6 +178,9 @@ class HfllmConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     rope_parameters: RopeParameters | dict | None = None
     norm_eps: float = 1e-5
+    query_pre_attn_scalar: int | float | None = None
+    attn_logit_softcapping: int | float | None = None
+    final_logit_softcapping: int | float | None = None
     attention_bias: bool = False
     attention_output_bias: bool | None = None
     mlp_bias: bool = False
@@ -213,13 +233,17 @@ class HfllmConfig(PreTrainedConfig):
     def _set_parallel_plans(self) -> None:
         """Set the parallelism rules that match this model's modules."""
         absent = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] if self.num_local_experts else ["mlp.experts"]
-        absent += [] if self.qk_norm else ["q_norm", "k_norm"]
+        normalizes_all_heads = self.qk_norm and self.qk_norm_scope == "all_heads"
+        absent += [] if self.qk_norm and not normalizes_all_heads else ["q_norm", "k_norm"]
         absent += ["mlp.gate_proj"] if self.mlp_type == "plain" else []
         # A single key-value head cannot be split, and so neither can the query heads that share it.
         absent += ["self_attn"] if self.num_key_value_heads == 1 else []
         self.base_model_tp_plan = {
             rule: style for rule, style in TENSOR_PARALLEL_PLAN.items() if not any(name in rule for name in absent)
         }
+        if normalizes_all_heads and self.num_key_value_heads > 1:
+            # Each process needs all heads to normalize them, as in OLMo 2.
+            self.base_model_tp_plan |= ALL_HEADS_PLAN
         self.base_model_ep_plan = dict(EXPERT_PARALLEL_PLAN) if self.num_local_experts else None
         # Later pipeline stages would add learned positions again.
         self.base_model_pp_plan = None if self.position_embedding_type == "learned" else dict(PIPELINE_PLAN)
@@ -240,17 +264,19 @@ class HfllmConfig(PreTrainedConfig):
         norm = hidden * (2 if self._norm_has_bias() else 1)
         attention = hidden * (query + 2 * key) + query * hidden
         attention += (query + 2 * key) * self.attention_bias + hidden * self.attention_output_bias
-        attention += 2 * self.head_dim * (2 if self._norm_has_bias() else 1) * self.qk_norm
+        normed = 2 * self.head_dim if self.qk_norm_scope == "head" else query + key
+        attention += normed * (2 if self._norm_has_bias() else 1) * self.qk_norm
         inner = 2 if self.mlp_type == "gated" else 1
         mlp = (inner + 1) * hidden * self.intermediate_size
         mlp += (inner * self.intermediate_size + hidden) * self.mlp_bias
         if self.num_local_experts:
             experts = self.num_experts_per_tok if active_only else self.num_local_experts
             mlp = experts * mlp + self.num_local_experts * hidden
-        layer = attention + mlp + norm * (1 if self.parallel_block and self.shared_norm else 2)
+        norms = 4 if self.norm_placement == "both" else 1 if self.parallel_block and self.shared_norm else 2
+        layer = attention + mlp + norms * norm
         embeddings = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
         embeddings += self.max_position_embeddings * hidden * (self.position_embedding_type == "learned")
-        return embeddings + self.num_hidden_layers * layer + norm * (self.norm_placement == "pre")
+        return embeddings + self.num_hidden_layers * layer + norm * (self.norm_placement != "post")
 
     def validate_architecture(self):
         """Refuse invalid fields and combinations. `@strict` calls it once the fields are set."""
@@ -278,8 +304,9 @@ class HfllmConfig(PreTrainedConfig):
         for field in ("initializer_range", "router_aux_loss_coef"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field} must not be negative, got {getattr(self, field)}")
-        if self.norm_eps <= 0:
-            raise ValueError(f"norm_eps must be above 0, got {self.norm_eps}")
+        for field in ("norm_eps", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+            if getattr(self, field) is not None and getattr(self, field) <= 0:
+                raise ValueError(f"{field} must be above 0, got {getattr(self, field)}")
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
             raise ValueError(f"pad_token_id={self.pad_token_id} must be below vocab_size={self.vocab_size}")
         if self.position_embedding_type == "learned" and self.max_position_embeddings < 1:
@@ -314,8 +341,8 @@ class HfllmConfig(PreTrainedConfig):
                 f"num_local_experts={self.num_local_experts} needs mlp_type='gated' and mlp_bias=False, "
                 f"got mlp_type={self.mlp_type!r} and mlp_bias={self.mlp_bias}"
             )
-        if self.parallel_block and self.norm_placement == "post":
-            raise ValueError("parallel_block=True needs norm_placement='pre', got 'post'")
+        if self.parallel_block and self.norm_placement != "pre":
+            raise ValueError(f"parallel_block=True needs norm_placement='pre', got {self.norm_placement!r}")
         for field in ("sliding_window", "num_local_experts", "loss_chunk_size"):
             if not self.is_causal and getattr(self, field):
                 raise ValueError(f"{field}={getattr(self, field)} needs is_causal=True, got False")

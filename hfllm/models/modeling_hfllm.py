@@ -30,6 +30,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_hfllm import (
     HfllmAttention,
     build_rotary,
+    check_softcap,
     create_masks,
     keep_last_sequences,
     packed_sequences,
@@ -53,13 +54,22 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
         self.layer_type = config.layer_types[layer_idx]
         self.self_attn = HfllmAttention(config, layer_idx)
         self.mlp = HfllmSparseMLP(config) if config.num_local_experts else HfllmMLP(config)
-        self.input_layernorm = build_norm(config, config.hidden_size)
-        if not (config.parallel_block and config.shared_norm):
-            self.post_attention_layernorm = build_norm(config, config.hidden_size)
+        for name in self.norms_of(config):
+            setattr(self, name, build_norm(config, config.hidden_size))
         # For _init_weights, which gets the two projections into the residual stream one at a time.
         residual_terms = {"plain": 1, "gpt2": 2 * config.num_hidden_layers, "depth": 2 * (layer_idx + 1)}
         for module in (self.self_attn.o_proj, self.mlp.experts if config.num_local_experts else self.mlp.down_proj):
             module.residual_init_scale = residual_terms[config.residual_init] ** -0.5
+
+    @staticmethod
+    def norms_of(config: HfllmConfig) -> list[str]:
+        """Return the names of a layer's norms, which are those of OLMo 2 and Gemma 2 where outputs are normalized."""
+        if config.norm_placement == "output":
+            return ["post_attention_layernorm", "post_feedforward_layernorm"]
+        if config.parallel_block and config.shared_norm:
+            return ["input_layernorm"]
+        more = ["pre_feedforward_layernorm", "post_feedforward_layernorm"] if config.norm_placement == "both" else []
+        return ["input_layernorm", "post_attention_layernorm", *more]
 
     def forward(
         self,
@@ -70,8 +80,8 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         """Map (B, S, E) to (B, S, E). Where each option of the config acts:
 
-        - `norm_placement`, `parallel_block` and `shared_norm` select one of the three paths through this function;
-        - `norm_type`, `norm_bias` and `norm_unit_offset` are inside the two norms;
+        - `norm_placement`, `parallel_block` and `shared_norm` select one of the four paths through this function;
+        - `norm_type`, `norm_bias` and `norm_unit_offset` are inside the norms;
         - `position_embedding_type`: rotary angles come in as `position_embeddings`, learned positions were added
           before the first layer;
         - `is_causal`, `layer_types` and `sliding_window` are in `attention_mask`; grouped queries, `qk_norm` and
@@ -94,6 +104,12 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
         if self.norm_placement == "post":
             hidden_states = self.input_layernorm(hidden_states + attention(hidden_states))
             return self.post_attention_layernorm(hidden_states + mlp(hidden_states))
+        if self.norm_placement in ("output", "both"):
+            has_both = self.norm_placement == "both"
+            states = attention(self.input_layernorm(hidden_states) if has_both else hidden_states)
+            hidden_states = hidden_states + self.post_attention_layernorm(states)
+            states = mlp(self.pre_feedforward_layernorm(hidden_states) if has_both else hidden_states)
+            return hidden_states + self.post_feedforward_layernorm(states)
         normed = self.input_layernorm(hidden_states)
         if self.parallel_block:
             mlp_input = normed if self.shared_norm else self.post_attention_layernorm(hidden_states)
@@ -127,6 +143,12 @@ class HfllmPreTrainedModel(PreTrainedModel):
         config.validate_architecture()
         super().__init__(config, *args, **kwargs)
 
+    def _sdpa_can_dispatch(self, is_init_check: bool = False) -> bool:
+        """Return whether SDPA computes this model; transformers falls back to eager attention where it was no wish."""
+        if self.config.attn_logit_softcapping is not None:
+            check_softcap("sdpa")
+        return super()._sdpa_can_dispatch(is_init_check)
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         """Return whether the experts can run by other functions; transformers looks for them in this file alone."""
@@ -147,7 +169,7 @@ class HfllmPreTrainedModel(PreTrainedModel):
 
 
 class HfllmModel(HfllmPreTrainedModel):
-    """The trunk: embeddings, layers and, with pre-norm, a final norm."""
+    """The trunk: embeddings, layers and a final norm, which only post-norm models lack."""
 
     def __init__(self, config: HfllmConfig):
         super().__init__(config)
@@ -158,7 +180,7 @@ class HfllmModel(HfllmPreTrainedModel):
             self.rotary_emb = build_rotary(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(HfllmDecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = build_norm(config, config.hidden_size) if config.norm_placement == "pre" else nn.Identity()
+        self.norm = build_norm(config, config.hidden_size) if config.norm_placement != "post" else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -263,7 +285,9 @@ class _HfllmWithHead(HfllmPreTrainedModel):
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         logits = self.lm_head(hidden_states)
-        return logits if self.config.logit_scale == 1 else logits * self.config.logit_scale
+        logits = logits if self.config.logit_scale == 1 else logits * self.config.logit_scale
+        softcap = self.config.final_logit_softcapping
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
@@ -365,7 +389,8 @@ class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
         targets = targets.reshape(-1).to(hidden_states.device)
         states = hidden_states.flatten(0, 1) * self.config.logit_scale
         chunk_size = chunk_size or len(targets)
-        total = linear_cross_entropy(states, self.lm_head, targets, chunk_size, label_smoothing, ignored)
+        softcap = self.config.final_logit_softcapping
+        total = linear_cross_entropy(states, self.lm_head, targets, chunk_size, label_smoothing, ignored, softcap)
         return total / ((targets != ignored).sum() if num_items is None else num_items)
 
 

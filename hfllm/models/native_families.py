@@ -13,7 +13,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from hfllm.errors import InputError
 from hfllm.models.configuration_hfllm import HfllmConfig
-from hfllm.models.family_rows import FAMILIES, Family, plain_rope
+from hfllm.models.family_rows import FAMILIES
+from hfllm.models.native_family import Family, plain_rope
 from hfllm.models.unsupported_families import missing_concept
 
 if TYPE_CHECKING:
@@ -122,6 +123,8 @@ def _said(config: HfllmConfig, family: Family, native_type: str) -> "tuple[PreTr
     irrelevant = set(HARMLESS_OURS)
     if config.norm_type == "rmsnorm":
         irrelevant.add("norm_bias")
+    if not config.qk_norm:
+        irrelevant.add("qk_norm_scope")
     if not config.parallel_block:
         irrelevant.add("shared_norm")
     if not config.num_local_experts:

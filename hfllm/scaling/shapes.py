@@ -53,7 +53,8 @@ FAMILIES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
 # What `HfllmConfig` accepts; it cannot be asked without importing transformers.
 CHOICES = {
     "norm_type": ("rmsnorm", "layernorm"),
-    "norm_placement": ("pre", "post"),
+    "norm_placement": ("pre", "post", "output", "both"),
+    "qk_norm_scope": ("head", "all_heads"),
     "mlp_type": ("gated", "plain"),
     "position_embedding_type": ("rope", "learned", "none"),
 }
@@ -120,6 +121,7 @@ class Shape:
     norm_placement: str = "pre"
     norm_bias: bool = True
     qk_norm: bool = False
+    qk_norm_scope: str = "head"
     parallel_block: bool = False
     shared_norm: bool = True
     mlp_type: str = "gated"
@@ -282,7 +284,7 @@ class Shape:
 
     @property
     def norms_per_layer(self) -> int:
-        return 1 if self.parallel_block and self.shared_norm else 2
+        return 4 if self.norm_placement == "both" else 1 if self.parallel_block and self.shared_norm else 2
 
     def layer_parameters(self) -> dict[str, int]:
         """Return the parameters of one layer by part; `mlp` is the dense one, `experts` are all experts together."""
@@ -293,7 +295,8 @@ class Shape:
         # Cached, since a search over layouts needs these thousands of times.
         hidden = self.hidden_size
         norm = 2 if self.norm_type == "layernorm" and self.norm_bias else 1
-        norms = self.norms_per_layer * hidden + 2 * self.head_dim * self.qk_norm
+        normed = 2 * self.head_dim if self.qk_norm_scope == "head" else self.query_size + self.key_size
+        norms = self.norms_per_layer * hidden + normed * self.qk_norm
         if self.kv_lora_rank is not None:
             norms += (self.q_lora_rank or 0) + self.kv_lora_rank
         return {
@@ -338,7 +341,7 @@ class Shape:
             for part, count in self.dense_layer_change().items():
                 layers[part] += self.first_k_dense_replace * count
         norm = 2 if self.norm_type == "layernorm" and self.norm_bias else 1
-        layers["norms"] += norm * self.hidden_size * (self.norm_placement == "pre")
+        layers["norms"] += norm * self.hidden_size * (self.norm_placement != "post")
         positions = self.max_position_embeddings if self.position_embedding_type == "learned" else 0
         table = self.vocab_size * self.hidden_size
         return {

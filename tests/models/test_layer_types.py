@@ -93,7 +93,7 @@ def test_a_layer_without_positions_is_a_model_without_them(make_model, ids):
 
 def test_each_type_turns_by_its_own_parameters(make_model, ids):
     """The layers of a model with two rotations are those of two models with one each."""
-    both = make_model(**FAMILIES["two-rotations"])
+    both = make_model(**FAMILIES["gemma3"])
     states = both.model.embed_tokens(ids)
     rope = both.config.rope_parameters
     for kind, rotary in both.model.rotary_emb.items():
@@ -104,7 +104,7 @@ def test_each_type_turns_by_its_own_parameters(make_model, ids):
 
 
 def test_rotations_are_rebuilt_from_the_meta_device(make_model, ids, tmp_path):
-    model = make_model(**FAMILIES["two-rotations"])
+    model = make_model(**FAMILIES["gemma3"])
     model.save_pretrained(tmp_path)
     again = hfllm.HfllmForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(again(ids).logits, model(ids).logits)
@@ -119,7 +119,7 @@ def test_caches_follow_the_layers(make_model):
     assert [type(layer) is StaticSlidingWindowLayer for layer in static.layers] == [True, False]
 
 
-@pytest.mark.parametrize("name", ["mixed-layers", "two-rotations"])
+@pytest.mark.parametrize("name", ["mixed-layers", "gemma3"])
 def test_generation_in_every_way(make_model, ids, name):
     model = make_model(**FAMILIES[name])
     mask = torch.ones_like(ids)
@@ -141,4 +141,61 @@ def test_lean_decoding_masks_each_layer(make_model, ids):
 
 def test_a_packed_model_with_two_rotations_is_refused(make_model):
     with pytest.raises(InputError, match="rotary parameters of their own"):
-        packed_model(make_model(**FAMILIES["two-rotations"]))
+        packed_model(make_model(**FAMILIES["gemma3"]))
+
+
+def test_scores_are_capped_by_functions_that_can(make_model, ids):
+    """Eager attention is the default then; a function that would ignore the limit is refused, however it is chosen."""
+    model = make_model(attn_logit_softcapping=0.5)
+    assert model.config._attn_implementation == "eager"
+    free = make_model(attn_implementation="eager")
+    free.load_state_dict(model.state_dict())
+    assert not torch.allclose(model(ids).logits, free(ids).logits, atol=1e-4)
+    with pytest.raises(ValueError, match="attn_implementation='sdpa' has no attn_logit_softcapping"):
+        model.set_attn_implementation("sdpa")
+    model.config._attn_implementation_internal = "sdpa"
+    with pytest.raises(ValueError, match="attn_implementation='sdpa' has no attn_logit_softcapping"):
+        model(ids)
+
+
+@pytest.mark.parametrize("runs_once", [False, True])
+def test_the_chunked_loss_caps_logits(make_model, ids, runs_once):
+    results = []
+    for chunk in (0, 5):
+        model = make_model(final_logit_softcapping=0.5).train()
+        if runs_once:
+            model.lm_head.register_forward_hook(lambda module, args, output: None)
+        loss = model(ids, labels=ids, loss_chunk_size=chunk).loss
+        loss.backward()
+        results.append([loss, *[parameter.grad for parameter in model.parameters()]])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"norm_placement": "both"}, "norm_placement='both'"),
+        ({"norm_placement": "output"}, "norm_placement='output'"),
+        ({"qk_norm": True, "qk_norm_scope": "all_heads"}, "qk_norm_scope='all_heads'"),
+        ({"final_logit_softcapping": 3.0}, "final_logit_softcapping=3.0"),
+    ],
+)
+def test_packed_models_name_what_they_lack(make_model, fields, reason):
+    with pytest.raises(InputError, match=reason):
+        packed_model(make_model(**fields))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"norm_placement": "both", "parallel_block": True},
+        {"attn_logit_softcapping": 0},
+        {"final_logit_softcapping": -1.0},
+        {"query_pre_attn_scalar": 0},
+        {"qk_norm_scope": "layer"},
+    ],
+)
+def test_other_axes_are_checked(values):
+    with pytest.raises(Exception, match=next(iter(values))):
+        HfllmConfig(**SIZES | values)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hfllm.generation.packed.ragged_cache import RaggedCache
+    from hfllm.models.configuration_hfllm import HfllmConfig
 
 # Elements of each matrix compared to see whether it has changed since it was copied; vectors are compared whole.
 SAMPLE = 64
@@ -55,8 +56,9 @@ def unsupported_reason(model: "PreTrainedModel") -> str | None:
         return "autocast is on"
     if model.config._attn_implementation != "sdpa":
         return f"attn_implementation={model.config._attn_implementation!r} is not 'sdpa'"
-    if model.config.rotary_types():
-        return "its types of layers have rotary parameters of their own"
+    reason = _unsupported_field(model.config)
+    if reason:
+        return reason
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the model'} has hooks"
@@ -64,6 +66,20 @@ def unsupported_reason(model: "PreTrainedModel") -> str | None:
             return f"{name} is a {type(module).__name__}, not a plain linear layer"
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "its weights are on several devices"
+    return None
+
+
+def _unsupported_field(config: "HfllmConfig") -> str | None:
+    """Return which option of the family packed layers do not have, or `None`."""
+    if config.rotary_types():
+        return "its types of layers have rotary parameters of their own"
+    if config.norm_placement not in ("pre", "post"):
+        return f"norm_placement={config.norm_placement!r} is not 'pre' or 'post'"
+    if config.qk_norm and config.qk_norm_scope != "head":
+        return f"qk_norm_scope={config.qk_norm_scope!r} is not 'head'"
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, name) is not None:
+            return f"{name}={getattr(config, name)} is not None"
     return None
 
 
