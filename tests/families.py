@@ -68,6 +68,13 @@ FAMILIES = {
             "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
         },
     },
+    "olmo-hybrid": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "norm_placement": "output",
+        "qk_norm": True,
+        "qk_norm_scope": "all_heads",
+        "position_embedding_type": "none",
+    },
     "no-positions": {"hidden_act": "gelu", "position_embedding_type": "none"},
 }
 BERT = {**_GPT, "norm_placement": "post", "hidden_act": "gelu", "is_causal": False}

@@ -135,6 +135,7 @@ def test_the_files_of_a_model_travel_together():
         "balance_hfllm": {"torch", "transformers"},
         "experts_hfllm": {"torch", "transformers"},
         "layers_hfllm": {"torch", "transformers"},
+        "linear_hfllm": {"torch", "transformers", "math", "collections"},
         "loss_hfllm": {"torch"},
         "memory_hfllm": {"torch"},
         "presets": {"collections", "copy", "difflib", "typing"},

@@ -56,8 +56,17 @@ class HfllmRotaryEmbedding(nn.Module):
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
 
+class HfllmRotaryByType(nn.ModuleDict):
+    """Rotary embeddings by layer type, where each has parameters of its own (Gemma 3)."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_ids: torch.Tensor
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        return {kind: rotary(hidden_states, position_ids) for kind, rotary in self.items()}
+
+
 def build_rotary(config: HfllmConfig) -> nn.Module:
-    """Return the rotary embedding of all layers, or a `ModuleDict` of them by layer type if each has its own."""
+    """Return the rotary embedding of all layers, or of each type of them if each has its own parameters."""
     own = config.rotary_types()
     if not own:
         return HfllmRotaryEmbedding(config)
@@ -67,7 +76,7 @@ def build_rotary(config: HfllmConfig) -> nn.Module:
         alone = copy(config)
         alone.rope_parameters = config.rope_parameters[name]
         by_type[name] = HfllmRotaryEmbedding(alone)
-    return nn.ModuleDict(by_type)
+    return HfllmRotaryByType(by_type)
 
 
 def signed(sin: torch.Tensor) -> torch.Tensor:
@@ -303,6 +312,8 @@ def create_masks(
     # All of them become bidirectional when config.is_causal is False.
     create = masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
     return {
-        kind: create[kind](config, inputs_embeds, attention_mask, cache, restarts, and_mask_function=allowed)
+        kind: create[kind](
+            config, inputs_embeds, attention_mask, cache, position_ids=restarts, and_mask_function=allowed
+        )
         for kind in dict.fromkeys(config.layer_types)
     }

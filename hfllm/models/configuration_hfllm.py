@@ -19,7 +19,12 @@ from transformers.activations import ACT2FN  # noqa: E402
 from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters  # noqa: E402
 
-from .layer_types_hfllm import check_layers, filled_layer_types, filled_no_rope_layers  # noqa: E402
+from .layer_types_hfllm import (  # noqa: E402
+    check_layers,
+    fill_linear_sizes,
+    filled_layer_types,
+    filled_no_rope_layers,
+)
 
 CHOICES = {
     "norm_type": ("rmsnorm", "layernorm"),
@@ -99,8 +104,9 @@ class HfllmConfig(PreTrainedConfig):
         is_causal: `False` lets every token attend to all others, for masked language modeling.
         sliding_window: attend to this many tokens at most, the current one included (Mistral, arXiv:2310.06825);
             `None` means no limit. Causal models only, since attention kernels differ in how they treat later tokens.
-        layer_types: the attention of each layer, `"full_attention"` or `"sliding_attention"`, which needs a
-            `sliding_window`. `None` means the same for all layers: sliding if there is a window, else full.
+        layer_types: the attention of each layer: `"full_attention"`; `"sliding_attention"`, which needs a
+            `sliding_window`; or `"linear_attention"`, a gated delta rule (arXiv:2412.06464) as in OLMo Hybrid. `None`
+            means the same for all layers: sliding if there is a window, else full.
         no_rope_layers: a number for each layer: 0 for those without rotary positions, 1 for the others (SmolLM3, after
             arXiv:2501.18795). `None` means that all layers have them.
         num_local_experts: gated experts per layer (Mixtral, arXiv:2401.04088); 0 means one dense MLP.
@@ -126,6 +132,15 @@ class HfllmConfig(PreTrainedConfig):
         attention_output_bias: bias of the attention's output projection; `None` follows `attention_bias`.
         embedding_multiplier: factor on the token embeddings (Gemma: the square root of hidden_size).
         logit_scale: factor on the logits (Cohere).
+        linear_num_key_heads: heads of queries and keys in layers of linear attention; `None` means
+            `num_attention_heads`, and so for `linear_num_value_heads`, which they divide.
+        linear_key_head_dim: size of such a head; `None` gives three quarters of hidden_size over all heads.
+        linear_value_head_dim: size of a value head; `None` means twice that.
+        linear_conv_kernel_dim: tokens that the convolution before linear attention sees, the current one included.
+        linear_allow_neg_eigval: let a token's change go up to twice as far, so that a state can also be reversed
+            (arXiv:2411.12537).
+        linear_a_log_min, linear_a_log_max, linear_dt_min, linear_dt_max, linear_dt_init_floor: limits of the initial
+            decays.
         hidden_dropout: dropout probability on embeddings and on each block's output.
         classifier_dropout: dropout probability before a token classifier's head; `None` follows `hidden_dropout`.
         initializer_range: standard deviation of the initial weights.
@@ -186,6 +201,17 @@ class HfllmConfig(PreTrainedConfig):
     mlp_bias: bool = False
     embedding_multiplier: int | float = 1.0
     logit_scale: int | float = 1.0
+    linear_num_key_heads: int | None = None
+    linear_num_value_heads: int | None = None
+    linear_key_head_dim: int | None = None
+    linear_value_head_dim: int | None = None
+    linear_conv_kernel_dim: int = 4
+    linear_allow_neg_eigval: bool = True
+    linear_a_log_min: int | float = 0.0
+    linear_a_log_max: int | float = 16.0
+    linear_dt_min: int | float = 0.001
+    linear_dt_max: int | float = 0.1
+    linear_dt_init_floor: int | float = 1e-4
     attention_dropout: int | float = 0.0
     hidden_dropout: int | float = 0.0
     classifier_dropout: int | float | None = None
@@ -223,6 +249,7 @@ class HfllmConfig(PreTrainedConfig):
             self.router_aux_loss_coef = 0.001 if self.num_local_experts else 0.0
         self.layer_types = filled_layer_types(self)
         self.no_rope_layers = filled_no_rope_layers(self)
+        fill_linear_sizes(self)
         super().__post_init__(**kwargs)
         if self.position_embedding_type != "rope":
             self.rope_parameters = None
@@ -273,10 +300,20 @@ class HfllmConfig(PreTrainedConfig):
             experts = self.num_experts_per_tok if active_only else self.num_local_experts
             mlp = experts * mlp + self.num_local_experts * hidden
         norms = 4 if self.norm_placement == "both" else 1 if self.parallel_block and self.shared_norm else 2
-        layer = attention + mlp + norms * norm
+        layers = self.num_hidden_layers * (mlp + norms * norm)
+        linear = self.layer_types.count("linear_attention")
+        layers += (self.num_hidden_layers - linear) * attention
+        layers += linear * self._linear_parameters() if linear else 0
         embeddings = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
         embeddings += self.max_position_embeddings * hidden * (self.position_embedding_type == "learned")
-        return embeddings + self.num_hidden_layers * layer + norm * (self.norm_placement != "post")
+        return embeddings + layers + norm * (self.norm_placement != "post")
+
+    def _linear_parameters(self) -> int:
+        """Return the weights of one layer's linear attention."""
+        heads, value = self.linear_num_value_heads, self.linear_num_value_heads * self.linear_value_head_dim
+        channels = 2 * self.linear_num_key_heads * self.linear_key_head_dim + value
+        projections = self.hidden_size * (channels + 2 * value + 2 * heads)
+        return projections + channels * self.linear_conv_kernel_dim + 2 * heads + self.linear_value_head_dim
 
     def validate_architecture(self):
         """Refuse invalid fields and combinations. `@strict` calls it once the fields are set."""
@@ -356,7 +393,7 @@ class HfllmConfig(PreTrainedConfig):
             raise ValueError(f"position_embedding_type='rope' needs rope_parameters, got {self.rope_parameters}")
         own = self.rotary_types()
         for name in dict.fromkeys(self.layer_types) if own else ():
-            if not isinstance(self.rope_parameters.get(name), dict):
+            if name != "linear_attention" and not isinstance(self.rope_parameters.get(name), dict):
                 raise ValueError(f"rope_parameters has dictionaries for {', '.join(own)}, and none for {name}")
         for rope in [self.rope_parameters[name] for name in own] or [self.rope_parameters]:
             kinds, kind = ("default", *ROPE_INIT_FUNCTIONS), rope["rope_type"]

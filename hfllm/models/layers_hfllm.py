@@ -116,6 +116,21 @@ def build_norm(config: HfllmConfig, size: int) -> nn.Module:
     return nn.LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)
 
 
+def layer_norms(config: HfllmConfig, layer_type: str) -> tuple[str, list[str]]:
+    """Return where a layer's norms stand, and their names: of OLMo 2 and Gemma 2 where outputs are normalized.
+
+    Layers of linear attention normalize their inputs, also among layers that normalize outputs (OLMo Hybrid).
+    """
+    if config.norm_placement == "output" and layer_type != "linear_attention":
+        return "output", ["post_attention_layernorm", "post_feedforward_layernorm"]
+    if config.parallel_block and config.shared_norm:
+        return "pre", ["input_layernorm"]
+    names = ["input_layernorm", "post_attention_layernorm"]
+    if config.norm_placement == "both":
+        return "both", [*names, "pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    return "post" if config.norm_placement == "post" else "pre", names
+
+
 class HfllmMLP(nn.Module):
     """`down(act(gate(x)) * up(x))` when gated, `down(act(up(x)))` when plain.
 

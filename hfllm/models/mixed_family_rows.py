@@ -65,6 +65,25 @@ def _olmo_fields(native: "PreTrainedConfig") -> dict[str, Any]:
     }
 
 
+def _hybrid_fields(native: "PreTrainedConfig") -> dict[str, Any]:
+    # Published models have this dictionary without a base, and no positions.
+    is_rotated = (native.rope_parameters or {}).get("rope_theta") is not None
+    return {
+        **{**_olmo_fields(native), "layer_types": list(native.layer_types)},
+        "position_embedding_type": "rope" if is_rotated else "none",
+    }
+
+
+def _written_hybrid(config: HfllmConfig) -> dict[str, Any]:
+    rope = config.rope_parameters or {"rope_type": "default", "rope_theta": None}
+    return {"layer_types": list(config.layer_types), "rope_parameters": dict(rope)}
+
+
+_LINEAR = (
+    *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
+    *("linear_conv_kernel_dim", "linear_allow_neg_eigval", "linear_a_log_min", "linear_a_log_max"),
+    *("linear_dt_min", "linear_dt_max", "linear_dt_init_floor"),
+)
 _GEMMA = {**LLAMA_BIASES, "hidden_act": "hidden_activation", "final_logit_softcapping": "final_logit_softcapping"}
 
 MIXED_FAMILIES = {
@@ -112,5 +131,8 @@ MIXED_FAMILIES = {
         LLAMA_BIASES,
         read=lambda native: {**_olmo_fields(native), **layers_of(native), **_rotations_of(native)},
         write=lambda config: {**written_layers(config), **_written_rotations(config)},
+    ),
+    "olmo_hybrid": Family(
+        {**LLAMA_BIASES, **{name: name for name in _LINEAR}}, read=_hybrid_fields, write=_written_hybrid
     ),
 }

@@ -39,7 +39,8 @@ from .attention_hfllm import (
 from .balance_hfllm import balance_loss, check_gradients, install_capturing_hooks
 from .configuration_hfllm import HfllmConfig
 from .experts_hfllm import HfllmExperts, HfllmRouter, HfllmSparseMLP
-from .layers_hfllm import HfllmEmbedding, HfllmMLP, HfllmPositionEmbedding, build_norm, check_positions
+from .layers_hfllm import HfllmEmbedding, HfllmMLP, HfllmPositionEmbedding, build_norm, check_positions, layer_norms
+from .linear_hfllm import HfllmGatedDeltaNet, init_gated_delta_net
 from .loss_hfllm import linear_cross_entropy
 
 
@@ -48,28 +49,21 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: HfllmConfig, layer_idx: int):
         super().__init__()
-        self.norm_placement = config.norm_placement
+        self.layer_type = config.layer_types[layer_idx]
+        self.norm_placement, norms = layer_norms(config, self.layer_type)
         self.parallel_block, self.shared_norm = config.parallel_block, config.shared_norm
         self.hidden_dropout = config.hidden_dropout
-        self.layer_type = config.layer_types[layer_idx]
-        self.self_attn = HfllmAttention(config, layer_idx)
+        if self.layer_type == "linear_attention":
+            self.linear_attn = attention = HfllmGatedDeltaNet(config, layer_idx)
+        else:
+            self.self_attn = attention = HfllmAttention(config, layer_idx)
         self.mlp = HfllmSparseMLP(config) if config.num_local_experts else HfllmMLP(config)
-        for name in self.norms_of(config):
+        for name in norms:
             setattr(self, name, build_norm(config, config.hidden_size))
         # For _init_weights, which gets the two projections into the residual stream one at a time.
         residual_terms = {"plain": 1, "gpt2": 2 * config.num_hidden_layers, "depth": 2 * (layer_idx + 1)}
-        for module in (self.self_attn.o_proj, self.mlp.experts if config.num_local_experts else self.mlp.down_proj):
+        for module in (attention.o_proj, self.mlp.experts if config.num_local_experts else self.mlp.down_proj):
             module.residual_init_scale = residual_terms[config.residual_init] ** -0.5
-
-    @staticmethod
-    def norms_of(config: HfllmConfig) -> list[str]:
-        """Return the names of a layer's norms, which are those of OLMo 2 and Gemma 2 where outputs are normalized."""
-        if config.norm_placement == "output":
-            return ["post_attention_layernorm", "post_feedforward_layernorm"]
-        if config.parallel_block and config.shared_norm:
-            return ["input_layernorm"]
-        more = ["pre_feedforward_layernorm", "post_feedforward_layernorm"] if config.norm_placement == "both" else []
-        return ["input_layernorm", "post_attention_layernorm", *more]
 
     def forward(
         self,
@@ -86,10 +80,13 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
           before the first layer;
         - `is_causal`, `layer_types` and `sliding_window` are in `attention_mask`; grouped queries, `qk_norm` and
           `no_rope_layers` in `self.self_attn`;
+        - layers of linear attention have `self.linear_attn` in its place, and no rotary angles;
         - `mlp_type`, `hidden_act` and `num_local_experts` are inside `self.mlp`.
         """
 
         def attention(states: torch.Tensor) -> torch.Tensor:
+            if self.layer_type == "linear_attention":
+                return self._drop(self.linear_attn(states, attention_mask=attention_mask, **kwargs))
             output, _ = self.self_attn(
                 hidden_states=states,
                 attention_mask=attention_mask,
@@ -142,6 +139,8 @@ class HfllmPreTrainedModel(PreTrainedModel):
         # Again, since fields may have been set after the config was built.
         config.validate_architecture()
         super().__init__(config, *args, **kwargs)
+        # So that transformers refuses to undo tokens, as speculative decoding does.
+        self._is_stateful = "linear_attention" in config.layer_types
 
     def _sdpa_can_dispatch(self, is_init_check: bool = False) -> bool:
         """Return whether SDPA computes this model; transformers falls back to eager attention where it was no wish."""
@@ -163,6 +162,8 @@ class HfllmPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=residual_std)
         elif getattr(module, "unit_offset", False):
             init.zeros_(module.weight)
+        elif isinstance(module, HfllmGatedDeltaNet):
+            init_gated_delta_net(module, self.config)
         elif isinstance(module, (HfllmRouter, HfllmExperts)):
             for name, parameter in module.named_parameters(recurse=False):
                 init.normal_(parameter, mean=0.0, std=residual_std if name == "down_proj" else std)
@@ -221,15 +222,18 @@ class HfllmModel(HfllmPreTrainedModel):
             # Flash kernels take no mask and split a row wherever its positions jump.
             position_ids = None if packed is None else restarted_positions(packed)
         # Not a slice, which would make a new ModuleList for each generated token.
-        for layer, _ in zip(self.layers, range(self.config.num_hidden_layers), strict=False):
-            kind = layer.layer_type
+        for layer, index in zip(self.layers, range(self.config.num_hidden_layers), strict=False):
+            # A layer in a wrapper has no type to ask for.
+            kind = getattr(layer, "layer_type", None) or self.config.layer_types[index]
+            more = {"packed": packed} if kind == "linear_attention" else {}
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks[kind],
                 position_ids=position_ids,
                 cache=cache,
                 use_cache=use_cache,
-                position_embeddings=rotations[kind] if isinstance(rotations, dict) else rotations,
+                position_embeddings=rotations.get(kind) if isinstance(rotations, dict) else rotations,
+                **more,
                 **kwargs,
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache)
@@ -243,11 +247,7 @@ class HfllmModel(HfllmPreTrainedModel):
             self.check_context(inputs_embeds.shape[1] + (past if isinstance(past, int) else 0), position_ids)
             hidden_states = hidden_states + self.embed_positions(position_ids)
         elif self.config.position_embedding_type == "rope":
-            if isinstance(self.rotary_emb, nn.ModuleDict):
-                every = self.rotary_emb.items()
-                position_embeddings = {kind: rotary(hidden_states, position_ids) for kind, rotary in every}
-            else:
-                position_embeddings = self.rotary_emb(hidden_states, position_ids)
+            position_embeddings = self.rotary_emb(hidden_states, position_ids)
         return self.dropout(hidden_states) if self.training else hidden_states, position_embeddings
 
     def check_context(self, length: int, position_ids: torch.Tensor) -> None:

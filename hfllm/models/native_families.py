@@ -123,6 +123,8 @@ def _said(config: HfllmConfig, family: Family, native_type: str) -> "tuple[PreTr
     irrelevant = set(HARMLESS_OURS)
     if config.norm_type == "rmsnorm":
         irrelevant.add("norm_bias")
+    if "linear_attention" not in config.layer_types:
+        irrelevant |= {name for name in _fields(config) if name.startswith("linear_")}
     if not config.qk_norm:
         irrelevant.add("qk_norm_scope")
     if not config.parallel_block:

@@ -29,10 +29,10 @@ MISSING = {
     "an expert that all tokens share": ("qwen2_moe", "glm4_moe", "dots1", "ernie4_5_moe", "hunyuan_v1_moe"),
     "a sparse mixer as router": ("phimoe",),
     "a limit on queries, keys and values": ("dbrx",),
-    "layers with a recurrent state": (
+    "layers with another recurrent state than that of OLMo Hybrid": (
         *("mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "zamba", "zamba2", "nemotron_h", "granitemoehybrid"),
         *("falcon_h1", "recurrent_gemma", "rwkv", "xlstm", "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe"),
-        *("qwen3_5_moe_text", "kimi_linear", "minimax", "olmo_hybrid", "bailing_hybrid"),
+        *("qwen3_5_moe_text", "kimi_linear", "minimax", "bailing_hybrid"),
     ),
     "convolutions in place of attention": ("lfm2", "lfm2_moe"),
     "token types and a norm of the embeddings": (

@@ -38,7 +38,18 @@ def test_loads_without_the_package_from_another_folder(make_model, tokenizer, tm
     model = make_model()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    parts = ("attention", "balance", "configuration", "experts", "layer_types", "layers", "loss", "memory", "modeling")
+    parts = (
+        "attention",
+        "balance",
+        "configuration",
+        "experts",
+        "layer_types",
+        "layers",
+        "linear",
+        "loss",
+        "memory",
+        "modeling",
+    )
     code = [*(f"{part}_hfllm.py" for part in parts), "presets.py"]
     assert sorted(path.name for path in (tmp_path / "model").glob("*.py")) == code
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}

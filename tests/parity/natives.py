@@ -188,6 +188,16 @@ NATIVES |= {
     ),
 }
 
+_HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+NATIVES |= {
+    "olmo-hybrid": ("olmo_hybrid", {**_GROUPED, **_HYBRID, "rope_parameters": {"rope_theta": None}}),
+    "olmo-hybrid-rope": (
+        "olmo_hybrid",
+        {**_GROUPED, **_HYBRID, **_rope("default"), "linear_num_key_heads": 2, "linear_key_head_dim": 8}
+        | {"linear_conv_kernel_dim": 3, "linear_allow_neg_eigval": False, "linear_value_head_dim": 6},
+    ),
+}
+
 # One of each architecture.
 ONE_OF_EACH = list({model_type: name for name, (model_type, _) in reversed(NATIVES.items())}.values())
 
