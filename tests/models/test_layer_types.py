@@ -112,6 +112,8 @@ def test_rotations_are_rebuilt_from_the_meta_device(make_model, ids, tmp_path):
 
 def test_caches_follow_the_layers(make_model):
     model = make_model(**FAMILIES["mixed-layers"])
+    # Flash kernels take no mask, but this.
+    assert [layer.self_attn.sliding_window for layer in model.model.layers] == [5, None]
     cache = model(torch.arange(10, 20).unsqueeze(0), use_cache=True).cache
     assert [type(layer) is DynamicSlidingWindowLayer for layer in cache.layers] == [True, False]
     assert [layer.keys.shape[2] for layer in cache.layers] == [4, 10]

@@ -69,6 +69,8 @@ def test_derivatives_are_exact():
 @pytest.mark.parametrize("cuts", [[0, 5, 6, 70, 71, 150], [0, 64, 128, 150], [0, 1, 2, 3, 150]])
 def test_packed_sequences_are_apart_in_the_rule(cuts):
     query, key, value, g, beta, _ = (each.detach() for each in draws(150, batch=2))
+    # Slow enough that much of a state would be left after the chunk in which its sequence ends.
+    g = 0.01 * g
     packed = torch.zeros(1, 150, dtype=torch.long)
     packed[:, cuts[1:-1]] = 1
     normed = {"use_qk_l2norm_in_kernel": True}
