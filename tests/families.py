@@ -48,6 +48,33 @@ FAMILIES = {
     "qwen3": {"qk_norm": True, "head_dim": 16},
     "mixtral": {"num_local_experts": 4, "intermediate_size": 48},
     "mixtral-parallel-window": {"num_local_experts": 3, "parallel_block": True, "sliding_window": 5},
+    # As in Cohere 2, where only layers with a window know positions.
+    "mixed-layers": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 5,
+        "no_rope_layers": [1, 0],
+    },
+    "gemma3": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 5,
+        "qk_norm": True,
+        "norm_placement": "both",
+        "norm_unit_offset": True,
+        "query_pre_attn_scalar": 24,
+        "final_logit_softcapping": 20.0,
+        "embedding_multiplier": 32**0.5,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+        },
+    },
+    "olmo-hybrid": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "norm_placement": "output",
+        "qk_norm": True,
+        "qk_norm_scope": "all_heads",
+        "position_embedding_type": "none",
+    },
     "no-positions": {"hidden_act": "gelu", "position_embedding_type": "none"},
 }
 BERT = {**_GPT, "norm_placement": "post", "hidden_act": "gelu", "is_causal": False}

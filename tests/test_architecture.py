@@ -129,11 +129,14 @@ def test_the_files_of_a_model_travel_together():
     """What lies beside the weights on the Hub imports nothing of hfllm that does not lie there too."""
     beside = {
         "configuration_hfllm": {"transformers", "huggingface_hub", "packaging", "os"},
+        "layer_types_hfllm": {"difflib", "typing"},
         "modeling_hfllm": {"torch", "transformers", "functools"},
-        "attention_hfllm": {"torch", "transformers", "functools", "typing"},
+        "attention_hfllm": {"torch", "transformers", "functools", "typing", "copy"},
         "balance_hfllm": {"torch", "transformers"},
         "banded_hfllm": {"torch", "transformers", "collections", "dataclasses"},
+        "experts_hfllm": {"torch", "transformers"},
         "layers_hfllm": {"torch", "transformers"},
+        "linear_hfllm": {"torch", "transformers", "math", "collections"},
         "loss_hfllm": {"torch"},
         "memory_hfllm": {"torch"},
         "sparse_blocks_hfllm": {"torch", "collections", "typing"},

@@ -49,6 +49,8 @@ def make_cache(model: "PreTrainedModel", kind: str, max_length: int) -> Cache:
         return DynamicCache(config=config)
     if kind in ("fp8", "int4") and any(attention_windows(config).values()):
         raise InputError(f"cache {kind!r}: transformers quantizes no layer with a sliding_window; use 'sliding'")
+    if kind in ("fp8", "int4") and "linear_attention" in attention_windows(config):
+        raise InputError(f"cache {kind!r}: transformers quantizes no state of linear_attention; use 'dynamic'")
     if kind == "fp8":
         return QuantizedCache(backend="fp8", config=config)
     if kind == "int4":
@@ -73,9 +75,11 @@ def cache_bytes(cache: Cache) -> int:
         elif isinstance(value, (tuple, list)):
             for part in value:
                 add(part)
+        elif isinstance(value, dict):
+            add(list(value.values()))
 
     for layer in cache.layers:
-        for name in ("keys", "values", "_quantized_keys", "_quantized_values"):
+        for name in ("keys", "values", "_quantized_keys", "_quantized_values", "conv_states", "recurrent_states"):
             add(getattr(layer, name, None))
     return sum(seen.values())
 
@@ -83,13 +87,16 @@ def cache_bytes(cache: Cache) -> int:
 def bytes_per_token(config: "PreTrainedConfig", dtype: torch.dtype) -> int:
     """Return the bytes of one token's keys and values without quantization: 2 * layers * heads * head_dim * size.
 
+    Layers of linear attention have none: their state does not grow.
+
     Args:
         config: of a decoder; heads are its `num_key_value_heads`, not its query heads.
         dtype: of keys and values.
     """
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * size * dtype.itemsize
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return 2 * (len(kinds) - kinds.count("linear_attention")) * heads * size * dtype.itemsize
 
 
 def measure_caches(

@@ -4,6 +4,7 @@ This file imports only torch, transformers and files beside it, and is uploaded 
 Shapes: B batch, S sequence, H query heads, K key-value heads, D head_dim, R rotated dimensions of a head.
 """
 
+from copy import copy
 from functools import lru_cache
 from typing import Any
 
@@ -60,6 +61,29 @@ class HfllmRotaryEmbedding(nn.Module):
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
 
+class HfllmRotaryByType(nn.ModuleDict):
+    """Rotary embeddings by layer type, where each has parameters of its own (Gemma 3)."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_ids: torch.Tensor
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        return {kind: rotary(hidden_states, position_ids) for kind, rotary in self.items()}
+
+
+def build_rotary(config: HfllmConfig) -> nn.Module:
+    """Return the rotary embedding of all layers, or of each type of them if each has its own parameters."""
+    own = config.rotary_types()
+    if not own:
+        return HfllmRotaryEmbedding(config)
+    by_type = {}
+    for name in own:
+        # Each sees a config with one dictionary, which is all that transformers' RoPE functions need to know.
+        alone = copy(config)
+        alone.rope_parameters = config.rope_parameters[name]
+        by_type[name] = HfllmRotaryEmbedding(alone)
+    return HfllmRotaryByType(by_type)
+
+
 def signed(sin: torch.Tensor) -> torch.Tensor:
     """Return the sines with the first half of the last dimension negated, for `rotate_heads`."""
     if type(sin) is torch.Tensor and not torch.compiler.is_compiling():
@@ -113,18 +137,23 @@ class HfllmAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
+        self.scaling = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
+        self.softcap = config.attn_logit_softcapping
         self.is_causal = config.is_causal
         # Copied, here and in the layer: a config looks up every name in its attribute map, too slow for decoding.
-        self.attention_dropout, self.sliding_window = config.attention_dropout, config.sliding_window
+        self.attention_dropout = config.attention_dropout
+        is_sliding = config.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if is_sliding else None
+        self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
-        self.q_norm = build_norm(config, config.head_dim) if config.qk_norm else None
-        self.k_norm = build_norm(config, config.head_dim) if config.qk_norm else None
+        self.normalizes_all_heads = config.qk_norm and config.qk_norm_scope == "all_heads"
+        sizes = (query_size, key_size) if self.normalizes_all_heads else (config.head_dim, config.head_dim)
+        self.q_norm, self.k_norm = (build_norm(config, size) if config.qk_norm else None for size in sizes)
 
     def forward(
         self,
@@ -137,17 +166,23 @@ class HfllmAttention(nn.Module):
         """Return the output (B, S, E) and, from eager attention, the weights (B, H, S, S). Arguments are Llama's."""
         batch_and_length = hidden_states.shape[:-1]
         per_head = (*batch_and_length, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(per_head)
-        key = self.k_proj(hidden_states).view(per_head)
-        if self.q_norm is not None:
+        query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        if self.normalizes_all_heads:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.view(per_head), key.view(per_head)
+        if self.q_norm is not None and not self.normalizes_all_heads:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
-        if position_embeddings is not None:
+        if position_embeddings is not None and self.use_rope:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        eager = eager_attention_forward if self.softcap is None else softcapped_attention
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+        if self.softcap is not None:
+            check_softcap(self.config._attn_implementation)
+            kwargs["softcap"] = self.softcap
         if is_banded(attention_mask, key):
             attend = banded_attention_forward
         output, weights = attend(
@@ -162,6 +197,40 @@ class HfllmAttention(nn.Module):
             **kwargs,
         )
         return self.o_proj(output.reshape(*batch_and_length, -1).contiguous()), weights
+
+
+def check_softcap(implementation: str) -> None:
+    """Refuse attention functions that would ignore a soft limit of the scores.
+
+    Raises:
+        ValueError: naming the function and what to use instead.
+    """
+    if implementation not in ("eager", "flex_attention") and "flash" not in implementation:
+        raise ValueError(
+            f"attn_implementation={implementation!r} has no attn_logit_softcapping: use eager, flex_attention or flash"
+        )
+
+
+def softcapped_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float = 1.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return eager attention (B, S, H, D) and its weights, with scores `c * tanh(scores / c)`, c softcap (Gemma 2)."""
+    groups = module.num_key_value_groups
+    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scaling / softcap)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 def packed_sequences(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -217,17 +286,17 @@ def keep_last_sequences(inputs: torch.Tensor | None, arguments: dict[str, Any]) 
     return {**arguments, "attention_mask": last if mask is None else last.to(mask) * mask}
 
 
-def create_mask(
+def create_masks(
     config: HfllmConfig,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     cache: Cache | None,
     packed: torch.Tensor | None,
-) -> object:
-    """Return what the attention function takes as its mask: a tensor, a block mask, or `None`.
+) -> dict[str, object]:
+    """Return what each type of layer takes as its mask: a tensor, a block mask, or `None`.
 
     Args:
-        config: its direction, window and attention function decide.
+        config: its direction, layer types, window and attention function decide.
         inputs_embeds: (B, S, E).
         attention_mask: (B, S) with 0 for padding; a mask of four dimensions is returned as it is.
         cache: holds the tokens before.
@@ -236,10 +305,7 @@ def create_mask(
     Raises:
         ValueError: for packed sequences that a flash kernel cannot keep apart.
     """
-    # Both mask functions become bidirectional when config.is_causal is False.
-    create, restarts, allowed = masking_utils.create_causal_mask, None, None
-    if config.sliding_window is not None:
-        create, config = masking_utils.create_sliding_window_causal_mask, with_banded_masks(config)
+    restarts, allowed = None, None
     if packed is not None and "flash" in config._attn_implementation and not torch.compiler.is_compiling():
         # Flash kernels take no mask: they split only a single row without padding, at its position ids.
         if len(packed) > 1 or not (attention_mask is None or attention_mask.all()):
@@ -250,4 +316,14 @@ def create_mask(
         restarts = restarted_positions(packed)
     elif packed is not None:
         allowed = masking_utils.packed_sequence_mask_function(packed.expand(inputs_embeds.shape[0], -1))
-    return create(config, inputs_embeds, attention_mask, cache, restarts, and_mask_function=allowed)
+    # All of them become bidirectional when config.is_causal is False.
+    create = masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
+    settings = {kind: config for kind in config.layer_types}
+    if "sliding_attention" in settings:
+        settings["sliding_attention"] = with_banded_masks(config)
+    return {
+        kind: create[kind](
+            each, inputs_embeds, attention_mask, cache, position_ids=restarts, and_mask_function=allowed
+        )
+        for kind, each in settings.items()
+    }

@@ -30,7 +30,7 @@ def balance_loss(
         num_experts_per_tok: experts that each token passes through.
         attention_mask: (B, S) with 0 for padding; one of another shape says nothing about padding.
     """
-    mask = attention_mask if attention_mask is not None and len(attention_mask.shape) == 2 else None
+    mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 else None
     return load_balancing_loss_func(router_logits, num_experts, num_experts_per_tok, mask)
 
 

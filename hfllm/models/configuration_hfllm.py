@@ -19,9 +19,17 @@ from transformers.activations import ACT2FN  # noqa: E402
 from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters  # noqa: E402
 
+from .layer_types_hfllm import (  # noqa: E402
+    check_layers,
+    fill_linear_sizes,
+    filled_layer_types,
+    filled_no_rope_layers,
+)
+
 CHOICES = {
     "norm_type": ("rmsnorm", "layernorm"),
-    "norm_placement": ("pre", "post"),
+    "norm_placement": ("pre", "post", "output", "both"),
+    "qk_norm_scope": ("head", "all_heads"),
     "mlp_type": ("gated", "plain"),
     "position_embedding_type": ("rope", "learned", "none"),
     "residual_init": ("plain", "gpt2", "depth"),
@@ -51,6 +59,12 @@ TENSOR_PARALLEL_PLAN = {
     "layers.*.mlp.experts.down_proj": "rowwise",
     "layers.*.mlp.experts": "moe_tp_experts",
 }
+ALL_HEADS_PLAN = {
+    "layers.*.self_attn.q_proj": "colwise_gather_output",
+    "layers.*.self_attn.k_proj": "colwise_gather_output",
+    "layers.*.self_attn.v_proj": "colwise_gather_output",
+    "layers.*.self_attn.o_proj": "rowwise_split_input",
+}
 EXPERT_PARALLEL_PLAN = {
     "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
     "layers.*.mlp.experts.down_proj": "grouped_gemm",
@@ -73,10 +87,14 @@ class HfllmConfig(PreTrainedConfig):
     Args:
         norm_type: `"rmsnorm"` (Zhang & Sennrich 2019, arXiv:1910.07467) or `"layernorm"` (arXiv:1607.06450).
         norm_placement: `"pre"` normalizes the input of each block and ends with a final norm (GPT-2, LLaMA);
-            `"post"` normalizes the residual sum after each block and has no final norm (GPT-1, BERT).
+            `"post"` normalizes the residual sum after each block and has no final norm (GPT-1, BERT); `"output"`
+            normalizes each block's output before it is added (OLMo 2, arXiv:2501.00656, section 3.1), and `"both"` the
+            input and the output (Gemma 2, arXiv:2408.00118), both with a final norm.
         norm_bias: whether a LayerNorm has a bias (PaLM's and Cohere's have none); RMSNorm never has one.
         norm_unit_offset: store norm weights minus one, as Gemma does.
-        qk_norm: normalize each query and key head before the rotary embedding (Qwen3).
+        qk_norm: normalize queries and keys before the rotary embedding (Qwen3).
+        qk_norm_scope: `"head"` normalizes each head by itself (Qwen3), `"all_heads"` all heads of a token together
+            (OLMo 2).
         parallel_block: attention and MLP read the same input and are added together (GPT-J, PaLM;
             Chowdhery et al. 2022, arXiv:2204.02311, section 2).
         shared_norm: in a parallel block, one norm feeds both (PaLM, Cohere) or each has its own (GPT-NeoX).
@@ -86,6 +104,11 @@ class HfllmConfig(PreTrainedConfig):
         is_causal: `False` lets every token attend to all others, for masked language modeling.
         sliding_window: attend to this many tokens at most, the current one included (Mistral, arXiv:2310.06825);
             `None` means no limit. Causal models only, since attention kernels differ in how they treat later tokens.
+        layer_types: the attention of each layer: `"full_attention"`; `"sliding_attention"`, which needs a
+            `sliding_window`; or `"linear_attention"`, a gated delta rule (arXiv:2412.06464) as in OLMo Hybrid. `None`
+            means the same for all layers: sliding if there is a window, else full.
+        no_rope_layers: a number for each layer: 0 for those without rotary positions, 1 for the others (SmolLM3, after
+            arXiv:2501.18795). `None` means that all layers have them.
         num_local_experts: gated experts per layer (Mixtral, arXiv:2401.04088); 0 means one dense MLP.
         num_experts_per_tok: experts that a router picks for each token; their softmax weights are renormalized.
         router_aux_loss_coef: weight of the load-balancing loss (arXiv:2101.03961, equations 4 to 6), which is added
@@ -98,12 +121,26 @@ class HfllmConfig(PreTrainedConfig):
         head_dim: size of one head; `None` means `hidden_size // num_attention_heads`.
         max_position_embeddings: longest context of the model, in tokens; also the size of the learned
             position table.
-        rope_parameters: transformers' RoPE dictionary (`rope_type`, `rope_theta`, `partial_rotary_factor`, ...);
-            ignored without RoPE.
+        rope_parameters: transformers' RoPE dictionary (`rope_type`, `rope_theta`, `partial_rotary_factor`, ...), or
+            one for each type in `layer_types`, by its name (Gemma 3); ignored without RoPE.
+        query_pre_attn_scalar: attention scores are divided by the square root of this (Gemma 2); `None` means
+            `head_dim`.
+        attn_logit_softcapping: soft limit c of the attention scores, `c * tanh(scores / c)` (Gemma 2); it needs eager,
+            flex or flash attention, and the default is then eager. `None` means no limit.
+        final_logit_softcapping: the same for the logits of the language model.
         attention_bias: biases of the query, key and value projections.
         attention_output_bias: bias of the attention's output projection; `None` follows `attention_bias`.
         embedding_multiplier: factor on the token embeddings (Gemma: the square root of hidden_size).
         logit_scale: factor on the logits (Cohere).
+        linear_num_key_heads: heads of queries and keys in layers of linear attention; `None` means
+            `num_attention_heads`, and so for `linear_num_value_heads`, which they divide.
+        linear_key_head_dim: size of such a head; `None` gives three quarters of hidden_size over all heads.
+        linear_value_head_dim: size of a value head; `None` means twice that.
+        linear_conv_kernel_dim: tokens that the convolution before linear attention sees, the current one included.
+        linear_allow_neg_eigval: let a token's change go up to twice as far, so that a state can also be reversed
+            (arXiv:2411.12537).
+        linear_a_log_min, linear_a_log_max, linear_dt_min, linear_dt_max, linear_dt_init_floor: limits of the initial
+            decays.
         hidden_dropout: dropout probability on embeddings and on each block's output.
         classifier_dropout: dropout probability before a token classifier's head; `None` follows `hidden_dropout`.
         initializer_range: standard deviation of the initial weights.
@@ -131,12 +168,15 @@ class HfllmConfig(PreTrainedConfig):
     norm_bias: bool = True
     norm_unit_offset: bool = False
     qk_norm: bool = False
+    qk_norm_scope: str = "head"
     parallel_block: bool = False
     shared_norm: bool = True
     mlp_type: str = "gated"
     position_embedding_type: str = "rope"
     is_causal: bool = True
     sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    no_rope_layers: list[int] | None = None
     num_local_experts: int = 0
     num_experts_per_tok: int = 2
     router_aux_loss_coef: float | None = None
@@ -153,11 +193,25 @@ class HfllmConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     rope_parameters: RopeParameters | dict | None = None
     norm_eps: float = 1e-5
+    query_pre_attn_scalar: int | float | None = None
+    attn_logit_softcapping: int | float | None = None
+    final_logit_softcapping: int | float | None = None
     attention_bias: bool = False
     attention_output_bias: bool | None = None
     mlp_bias: bool = False
     embedding_multiplier: int | float = 1.0
     logit_scale: int | float = 1.0
+    linear_num_key_heads: int | None = None
+    linear_num_value_heads: int | None = None
+    linear_key_head_dim: int | None = None
+    linear_value_head_dim: int | None = None
+    linear_conv_kernel_dim: int = 4
+    linear_allow_neg_eigval: bool = True
+    linear_a_log_min: int | float = 0.0
+    linear_a_log_max: int | float = 16.0
+    linear_dt_min: int | float = 0.001
+    linear_dt_max: int | float = 0.1
+    linear_dt_init_floor: int | float = 1e-4
     attention_dropout: int | float = 0.0
     hidden_dropout: int | float = 0.0
     classifier_dropout: int | float | None = None
@@ -193,6 +247,9 @@ class HfllmConfig(PreTrainedConfig):
             self.attention_output_bias = self.attention_bias
         if self.router_aux_loss_coef is None:
             self.router_aux_loss_coef = 0.001 if self.num_local_experts else 0.0
+        self.layer_types = filled_layer_types(self)
+        self.no_rope_layers = filled_no_rope_layers(self)
+        fill_linear_sizes(self)
         super().__post_init__(**kwargs)
         if self.position_embedding_type != "rope":
             self.rope_parameters = None
@@ -203,13 +260,17 @@ class HfllmConfig(PreTrainedConfig):
     def _set_parallel_plans(self) -> None:
         """Set the parallelism rules that match this model's modules."""
         absent = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] if self.num_local_experts else ["mlp.experts"]
-        absent += [] if self.qk_norm else ["q_norm", "k_norm"]
+        normalizes_all_heads = self.qk_norm and self.qk_norm_scope == "all_heads"
+        absent += [] if self.qk_norm and not normalizes_all_heads else ["q_norm", "k_norm"]
         absent += ["mlp.gate_proj"] if self.mlp_type == "plain" else []
         # A single key-value head cannot be split, and so neither can the query heads that share it.
         absent += ["self_attn"] if self.num_key_value_heads == 1 else []
         self.base_model_tp_plan = {
             rule: style for rule, style in TENSOR_PARALLEL_PLAN.items() if not any(name in rule for name in absent)
         }
+        if normalizes_all_heads and self.num_key_value_heads > 1:
+            # Each process needs all heads to normalize them, as in OLMo 2.
+            self.base_model_tp_plan |= ALL_HEADS_PLAN
         self.base_model_ep_plan = dict(EXPERT_PARALLEL_PLAN) if self.num_local_experts else None
         # Later pipeline stages would add learned positions again.
         self.base_model_pp_plan = None if self.position_embedding_type == "learned" else dict(PIPELINE_PLAN)
@@ -230,17 +291,29 @@ class HfllmConfig(PreTrainedConfig):
         norm = hidden * (2 if self._norm_has_bias() else 1)
         attention = hidden * (query + 2 * key) + query * hidden
         attention += (query + 2 * key) * self.attention_bias + hidden * self.attention_output_bias
-        attention += 2 * self.head_dim * (2 if self._norm_has_bias() else 1) * self.qk_norm
+        normed = 2 * self.head_dim if self.qk_norm_scope == "head" else query + key
+        attention += normed * (2 if self._norm_has_bias() else 1) * self.qk_norm
         inner = 2 if self.mlp_type == "gated" else 1
         mlp = (inner + 1) * hidden * self.intermediate_size
         mlp += (inner * self.intermediate_size + hidden) * self.mlp_bias
         if self.num_local_experts:
             experts = self.num_experts_per_tok if active_only else self.num_local_experts
             mlp = experts * mlp + self.num_local_experts * hidden
-        layer = attention + mlp + norm * (1 if self.parallel_block and self.shared_norm else 2)
+        norms = 4 if self.norm_placement == "both" else 1 if self.parallel_block and self.shared_norm else 2
+        layers = self.num_hidden_layers * (mlp + norms * norm)
+        linear = self.layer_types.count("linear_attention")
+        layers += (self.num_hidden_layers - linear) * attention
+        layers += linear * self._linear_parameters() if linear else 0
         embeddings = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
         embeddings += self.max_position_embeddings * hidden * (self.position_embedding_type == "learned")
-        return embeddings + self.num_hidden_layers * layer + norm * (self.norm_placement == "pre")
+        return embeddings + layers + norm * (self.norm_placement != "post")
+
+    def _linear_parameters(self) -> int:
+        """Return the weights of one layer's linear attention."""
+        heads, value = self.linear_num_value_heads, self.linear_num_value_heads * self.linear_value_head_dim
+        channels = 2 * self.linear_num_key_heads * self.linear_key_head_dim + value
+        projections = self.hidden_size * (channels + 2 * value + 2 * heads)
+        return projections + channels * self.linear_conv_kernel_dim + 2 * heads + self.linear_value_head_dim
 
     def validate_architecture(self):
         """Refuse invalid fields and combinations. `@strict` calls it once the fields are set."""
@@ -251,6 +324,15 @@ class HfllmConfig(PreTrainedConfig):
             raise ValueError(f"hidden_act={self.hidden_act!r} is not one of {', '.join(sorted(ACT2FN))}")
         self._check_sizes()
         self._check_combinations()
+        check_layers(self)
+        self._check_rope()
+
+    def validate_layer_type(self):
+        """Do nothing: transformers checks `layer_types` here, with a longer message than `check_layers` has."""
+
+    def rotary_types(self) -> list[str]:
+        """Return the layer types that have `rope_parameters` of their own, none if all share one dictionary."""
+        return self.nested_rope_parameter_keys(self.rope_parameters or {})
 
     def _check_sizes(self):
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -259,8 +341,9 @@ class HfllmConfig(PreTrainedConfig):
         for field in ("initializer_range", "router_aux_loss_coef"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field} must not be negative, got {getattr(self, field)}")
-        if self.norm_eps <= 0:
-            raise ValueError(f"norm_eps must be above 0, got {self.norm_eps}")
+        for field in ("norm_eps", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+            if getattr(self, field) is not None and getattr(self, field) <= 0:
+                raise ValueError(f"{field} must be above 0, got {getattr(self, field)}")
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
             raise ValueError(f"pad_token_id={self.pad_token_id} must be below vocab_size={self.vocab_size}")
         if self.position_embedding_type == "learned" and self.max_position_embeddings < 1:
@@ -281,18 +364,6 @@ class HfllmConfig(PreTrainedConfig):
                 f"head_dim={self.head_dim} (hidden_size={self.hidden_size} // "
                 f"num_attention_heads={self.num_attention_heads}) must be at least 1"
             )
-        if self.position_embedding_type == "rope":
-            if not self.rope_parameters:
-                raise ValueError(f"position_embedding_type='rope' needs rope_parameters, got {self.rope_parameters}")
-            kinds, kind = ("default", *ROPE_INIT_FUNCTIONS), self.rope_parameters["rope_type"]
-            if kind not in kinds:
-                raise ValueError(f"rope_parameters: rope_type={kind!r} is not one of {', '.join(kinds)}")
-            factor = self.rope_parameters.get("partial_rotary_factor", 1.0)
-            rotary = int(self.head_dim * factor)
-            if rotary < 2 or rotary % 2 or rotary > self.head_dim:
-                raise ValueError(
-                    f"head_dim={self.head_dim} times partial_rotary_factor={factor} must be even, from 2 to head_dim"
-                )
 
     def _check_combinations(self):
         if self.num_local_experts < 0 or (
@@ -307,13 +378,33 @@ class HfllmConfig(PreTrainedConfig):
                 f"num_local_experts={self.num_local_experts} needs mlp_type='gated' and mlp_bias=False, "
                 f"got mlp_type={self.mlp_type!r} and mlp_bias={self.mlp_bias}"
             )
-        if self.parallel_block and self.norm_placement == "post":
-            raise ValueError("parallel_block=True needs norm_placement='pre', got 'post'")
+        if self.parallel_block and self.norm_placement != "pre":
+            raise ValueError(f"parallel_block=True needs norm_placement='pre', got {self.norm_placement!r}")
         for field in ("sliding_window", "num_local_experts", "loss_chunk_size"):
             if not self.is_causal and getattr(self, field):
                 raise ValueError(f"{field}={getattr(self, field)} needs is_causal=True, got False")
         if self.norm_unit_offset and self.norm_type != "rmsnorm":
             raise ValueError(f"norm_unit_offset=True needs norm_type='rmsnorm', got {self.norm_type!r}")
+
+    def _check_rope(self):
+        if self.position_embedding_type != "rope":
+            return
+        if not self.rope_parameters:
+            raise ValueError(f"position_embedding_type='rope' needs rope_parameters, got {self.rope_parameters}")
+        own = self.rotary_types()
+        for name in dict.fromkeys(self.layer_types) if own else ():
+            if name != "linear_attention" and not isinstance(self.rope_parameters.get(name), dict):
+                raise ValueError(f"rope_parameters has dictionaries for {', '.join(own)}, and none for {name}")
+        for rope in [self.rope_parameters[name] for name in own] or [self.rope_parameters]:
+            kinds, kind = ("default", *ROPE_INIT_FUNCTIONS), rope["rope_type"]
+            if kind not in kinds:
+                raise ValueError(f"rope_parameters: rope_type={kind!r} is not one of {', '.join(kinds)}")
+            factor = rope.get("partial_rotary_factor", 1.0)
+            rotary = int(self.head_dim * factor)
+            if rotary < 2 or rotary % 2 or rotary > self.head_dim:
+                raise ValueError(
+                    f"head_dim={self.head_dim} times partial_rotary_factor={factor} must be even, from 2 to head_dim"
+                )
 
     def _query_size(self) -> int:
         return self.num_attention_heads * self.head_dim

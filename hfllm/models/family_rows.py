@@ -1,82 +1,19 @@
 """One row for each native architecture of transformers that converts: how its config says what ours says."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError
 from hfllm.models import tensor_layouts as layouts
 from hfllm.models.configuration_hfllm import HfllmConfig
+from hfllm.models.mixed_family_rows import MIXED_FAMILIES, layers_of, qwen_layers
+from hfllm.models.native_family import LLAMA, LLAMA_BIASES, Family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-SHARED = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings"),
-    *("initializer_range", "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout"),
-)
-
-
-@dataclass(frozen=True)
-class Family:
-    """Conversion of one native architecture's config to hfllm, and back.
-
-    Args:
-        names: our field -> the native field with the same meaning, beyond `SHARED`.
-        read: our other fields, from a native config.
-        write: the native config's other fields, from ours.
-        rules: tensors that are named or laid out differently.
-        has_partial_rope: whether `partial_rotary_factor` has an effect there.
-        classifier: what the head of its token classifier is called.
-        idle: native fields without effect on the models that convert.
-    """
-
-    names: Mapping[str, str]
-    read: Callable[["PreTrainedConfig"], dict[str, Any]] = lambda config: {}
-    write: Callable[[HfllmConfig], dict[str, Any]] = lambda config: {}
-    rules: Callable[[HfllmConfig], Iterator[layouts.Rule]] = lambda config: iter(())
-    has_partial_rope: bool = False
-    classifier: str = "score"
-    idle: frozenset[str] = frozenset()
-
-    def ours(self, native: "PreTrainedConfig") -> HfllmConfig:
-        names = {name: name for name in SHARED} | dict(self.names)
-        # `head_dim` is None in some native configs and absent from others, which still accept it.
-        values = {ours: getattr(native, theirs, None) for ours, theirs in names.items()}
-        if values.get("rope_parameters"):
-            rope = plain_rope(values["rope_parameters"])
-            if not self.has_partial_rope:
-                rope.pop("partial_rotary_factor", None)
-            values["rope_parameters"] = rope
-        return HfllmConfig(**values | self.read(native))
-
-    def theirs(self, config: HfllmConfig, native_class: type["PreTrainedConfig"]) -> "PreTrainedConfig":
-        names = {name: name for name in SHARED} | dict(self.names)
-        values = {theirs: getattr(config, ours) for ours, theirs in names.items()}
-        if values.get("rope_parameters"):
-            values["rope_parameters"] = dict(values["rope_parameters"])
-            if self.has_partial_rope:
-                # If absent, the native class takes another value.
-                values["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
-        return native_class(**values | self.write(config))
-
-
-def plain_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy, since configs change theirs in place, without a factor that has no effect."""
-    rope = dict(parameters)
-    if rope.get("partial_rotary_factor") == 1:
-        del rope["partial_rotary_factor"]
-    return rope
-
-
 # ---- the families ----
 
-_LLAMA = {
-    **{name: name for name in ("intermediate_size", "num_key_value_heads", "hidden_act", "max_position_embeddings")},
-    **{"rope_parameters": "rope_parameters", "norm_eps": "rms_norm_eps", "head_dim": "head_dim"},
-}
-_LLAMA_BIASES = {**_LLAMA, "attention_bias": "attention_bias"}
-_MISTRAL = {**_LLAMA, "sliding_window": "sliding_window"}
+_MISTRAL = {**LLAMA, "sliding_window": "sliding_window"}
 _ALL_BIASES = ("attention_bias", "attention_output_bias", "mlp_bias")
 _EXPERTS = ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef")
 _GPT_FIELDS = {
@@ -93,24 +30,6 @@ _LAYERNORM = {
 }
 # The first GPT's "gelu" is the tanh approximation that transformers calls gelu_new elsewhere.
 _OPENAI_ACTIVATIONS = {"gelu": "gelu_new", "swish": "silu"}
-
-
-def _window(native: "PreTrainedConfig") -> int | None:
-    """Return the sliding window of Qwen's configs, where all layers share one."""
-    kinds = set(native.layer_types)
-    if len(kinds) > 1:
-        raise InputError(
-            f"layer_types of two kinds, {' and '.join(sorted(kinds))}, have no place in HfllmConfig, which has one"
-        )
-    return native.sliding_window if kinds == {"sliding_attention"} else None
-
-
-def _qwen_window(config: HfllmConfig) -> dict[str, Any]:
-    return {
-        "use_sliding_window": config.sliding_window is not None,
-        "sliding_window": config.sliding_window,
-        "max_window_layers": 0,
-    }
 
 
 def _qwen3_moe_fields(native: "PreTrainedConfig") -> dict[str, Any]:
@@ -166,13 +85,13 @@ def _falcon_write(config: HfllmConfig) -> dict[str, Any]:
 # In the order in which `to_native` tries them.
 FAMILIES = {
     "llama": Family(
-        {**_LLAMA_BIASES, "mlp_bias": "mlp_bias"}, read=lambda native: {"attention_output_bias": native.attention_bias}
+        {**LLAMA_BIASES, "mlp_bias": "mlp_bias"}, read=lambda native: {"attention_output_bias": native.attention_bias}
     ),
     "mistral": Family(_MISTRAL),
     "mixtral": Family({**_MISTRAL, **{name: name for name in _EXPERTS}}),
     "qwen3_moe": Family(
         {
-            **{**_LLAMA_BIASES, "intermediate_size": "moe_intermediate_size", "num_local_experts": "num_experts"},
+            **{**LLAMA_BIASES, "intermediate_size": "moe_intermediate_size", "num_local_experts": "num_experts"},
             **{name: name for name in ("num_experts_per_tok", "router_aux_loss_coef", "sliding_window")},
         },
         read=_qwen3_moe_fields,
@@ -181,25 +100,25 @@ FAMILIES = {
         idle=frozenset({"intermediate_size"}),
     ),
     "qwen2": Family(
-        _LLAMA,
+        LLAMA,
         read=lambda native: {
             "attention_bias": True,
             "attention_output_bias": False,
-            "sliding_window": _window(native),
+            **layers_of(native),
         },
-        write=_qwen_window,
+        write=qwen_layers,
     ),
     "qwen3": Family(
-        _LLAMA_BIASES,
+        LLAMA_BIASES,
         read=lambda native: {
             "qk_norm": True,
             "attention_output_bias": native.attention_bias,
-            "sliding_window": _window(native),
+            **layers_of(native),
         },
-        write=_qwen_window,
+        write=qwen_layers,
     ),
     "gemma": Family(
-        _LLAMA_BIASES,
+        LLAMA_BIASES,
         read=lambda native: {
             "norm_unit_offset": True,
             "embedding_multiplier": native.hidden_size**0.5,
@@ -207,7 +126,7 @@ FAMILIES = {
         },
     ),
     "cohere": Family(
-        {**_LLAMA_BIASES, "norm_eps": "layer_norm_eps", "logit_scale": "logit_scale"},
+        {**LLAMA_BIASES, "norm_eps": "layer_norm_eps", "logit_scale": "logit_scale"},
         read=lambda native: {
             **{"norm_type": "layernorm", "norm_bias": False, "parallel_block": True},
             "attention_output_bias": native.attention_bias,
@@ -272,7 +191,7 @@ FAMILIES = {
     ),
     "starcoder2": Family(
         {
-            **{**_LLAMA, "norm_eps": "norm_epsilon", "sliding_window": "sliding_window"},
+            **{**LLAMA, "norm_eps": "norm_epsilon", "sliding_window": "sliding_window"},
             "hidden_dropout": "residual_dropout",
         },
         read=lambda native: {
@@ -308,34 +227,34 @@ FAMILIES = {
         has_partial_rope=True,
     ),
     "jais2": Family(
-        {**_LLAMA_BIASES, "mlp_bias": "mlp_bias", "norm_eps": "layer_norm_eps"},
+        {**LLAMA_BIASES, "mlp_bias": "mlp_bias", "norm_eps": "layer_norm_eps"},
         read=lambda native: {
             **{"norm_type": "layernorm", "mlp_type": "plain", "attention_output_bias": native.attention_bias},
         },
     ),
     "arcee": Family(
-        {**_LLAMA_BIASES, "mlp_bias": "mlp_bias"},
+        {**LLAMA_BIASES, "mlp_bias": "mlp_bias"},
         read=lambda native: {"mlp_type": "plain", "attention_output_bias": native.attention_bias},
     ),
     "seed_oss": Family(
         {
-            **{**_LLAMA_BIASES, "mlp_bias": "mlp_bias", "attention_output_bias": "attention_out_bias"},
+            **{**LLAMA_BIASES, "mlp_bias": "mlp_bias", "attention_output_bias": "attention_out_bias"},
             "hidden_dropout": "residual_dropout",
         },
     ),
     "helium": Family(
-        {**_LLAMA_BIASES, "mlp_bias": "mlp_bias"},
+        {**LLAMA_BIASES, "mlp_bias": "mlp_bias"},
         read=lambda native: {"attention_output_bias": False},
         rules=layouts.rotary_pairs_rules,
     ),
     "glm": Family(
-        _LLAMA_BIASES,
+        LLAMA_BIASES,
         read=lambda native: {"attention_output_bias": False},
         rules=layouts.glm_rules,
         has_partial_rope=True,
     ),
     "ernie4_5": Family(
-        _LLAMA,
+        LLAMA,
         read=lambda native: {"attention_dropout": 0.0, **{name: native.use_bias for name in _ALL_BIASES}},
         write=lambda config: {"use_bias": config.attention_bias},
         rules=layouts.rotary_pairs_rules,
@@ -343,3 +262,4 @@ FAMILIES = {
 }
 # These have configs of their own for the class of Llama.
 FAMILIES |= {name: FAMILIES["llama"] for name in ("exaone", "internlm3", "iquestcoder")}
+FAMILIES |= MIXED_FAMILIES

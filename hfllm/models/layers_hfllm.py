@@ -1,4 +1,4 @@
-"""Embeddings, norms, MLPs and the router of experts of the hfllm family.
+"""Embeddings, norms and MLPs of the hfllm family.
 
 This file imports only torch, transformers and files beside it, and is uploaded to the Hub with modeling_hfllm.py.
 """
@@ -116,6 +116,21 @@ def build_norm(config: HfllmConfig, size: int) -> nn.Module:
     return nn.LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)
 
 
+def layer_norms(config: HfllmConfig, layer_type: str) -> tuple[str, list[str]]:
+    """Return where a layer's norms stand, and their names: of OLMo 2 and Gemma 2 where outputs are normalized.
+
+    Layers of linear attention normalize their inputs, also among layers that normalize outputs (OLMo Hybrid).
+    """
+    if config.norm_placement == "output" and layer_type != "linear_attention":
+        return "output", ["post_attention_layernorm", "post_feedforward_layernorm"]
+    if config.parallel_block and config.shared_norm:
+        return "pre", ["input_layernorm"]
+    names = ["input_layernorm", "post_attention_layernorm"]
+    if config.norm_placement == "both":
+        return "both", [*names, "pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    return "post" if config.norm_placement == "post" else "pre", names
+
+
 class HfllmMLP(nn.Module):
     """`down(act(gate(x)) * up(x))` when gated, `down(act(up(x)))` when plain.
 
@@ -160,18 +175,3 @@ class HfllmMLP(nn.Module):
         if is_ours and is_unobserved(self.act_fn) and not needs_autograd():
             return self.down_proj(inner.mul_(up))
         return self.down_proj(inner * up)
-
-
-class HfllmRouter(nn.Module):
-    """Selects the experts of each token: softmax over all of them, the best k, renormalized (Mixtral, section 2.1)."""
-
-    def __init__(self, config: HfllmConfig):
-        super().__init__()
-        self.top_k = config.num_experts_per_tok
-        self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size))
-
-    def forward(self, tokens_NE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the logits (N, experts), and the weights and indices (N, k) of the chosen experts."""
-        logits = nn.functional.linear(tokens_NE, self.weight)
-        weights, indices = nn.functional.softmax(logits, dim=-1, dtype=torch.float32).topk(self.top_k, dim=-1)
-        return logits, weights / weights.sum(dim=-1, keepdim=True), indices

@@ -16,7 +16,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of a linear head, computed per chunk of tokens together with its gradient."""
 
     @staticmethod
-    def forward(ctx, hidden_NE, weight_VE, targets_N, chunk_size, label_smoothing, ignore_index, has_grad):
+    def forward(ctx, hidden_NE, weight_VE, targets_N, chunk_size, label_smoothing, ignore_index, softcap, has_grad):
         needs_grad, trains_head = has_grad and any(ctx.needs_input_grad), ctx.needs_input_grad[1]
         grad_hidden, grad_weight = torch.empty_like(hidden_NE), None
         total = torch.zeros((), dtype=torch.float32, device=hidden_NE.device)
@@ -25,6 +25,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             kept = (targets_N[rows] != ignore_index).unsqueeze(1)
             column = targets_N[rows].unsqueeze(1).where(kept, 0)
             scores = nn.functional.linear(hidden_NE[rows], weight_VE)
+            capped = None if softcap is None else torch.tanh(scores / softcap)
+            scores = scores if softcap is None else softcap * capped
             dtype, scores = scores.dtype, nn.functional.log_softmax(scores, dim=-1, dtype=torch.float32)
             score = scores.gather(1, column)
             if label_smoothing:
@@ -37,6 +39,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if label_smoothing:
                 grad -= label_smoothing / len(weight_VE)
             grad.scatter_add_(1, column, grad.new_full((1, 1), label_smoothing - 1).expand_as(column))
+            if capped is not None:
+                # The derivative of c * tanh(x / c) is 1 - tanh(x / c)^2.
+                grad *= 1 - capped.square()
             grad = grad.to(dtype)
             grad_hidden[rows] = (grad @ weight_VE) * kept
             if not trains_head:
@@ -59,7 +64,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the chunked loss has one backward pass only: use loss_chunk_size=0 to keep the graph")
         (grad_hidden, grad_weight, dtype), ctx.gradients = ctx.gradients, None
         grad_weight = grad_weight if grad_weight is None else grad_weight.mul_(grad_output).to(dtype)
-        return grad_hidden.mul_(grad_output), grad_weight, None, None, None, None, None
+        return grad_hidden.mul_(grad_output), grad_weight, *(None,) * 6
 
 
 def linear_cross_entropy(
@@ -69,6 +74,7 @@ def linear_cross_entropy(
     chunk_size: int,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Return the cross-entropy of `head(hidden)`, summed over tokens, without holding all logits at once.
 
@@ -81,13 +87,14 @@ def linear_cross_entropy(
         chunk_size: rows at a time.
         label_smoothing: share of the target spread over all tokens.
         ignore_index: the target of rows that do not count.
+        softcap: soft limit c of the logits, `c * tanh(logits / c)`; `None` means no limit.
 
     Raises:
         ValueError: for a negative `chunk_size`.
     """
     if chunk_size < 0:
         raise ValueError(f"loss_chunk_size must be at least 0 or None, got {chunk_size}")
-    weight, settings = head.weight, (chunk_size, label_smoothing, ignore_index, torch.is_grad_enabled())
+    weight, settings = head.weight, (chunk_size, label_smoothing, ignore_index, softcap, torch.is_grad_enabled())
     is_plain = type(head) is nn.Linear and head.bias is None and type(weight) is nn.Parameter
     is_plain = is_plain and weight.shape == (head.out_features, head.in_features)
     runs_once = needs_autograd() or not is_unobserved(head)
@@ -96,7 +103,9 @@ def linear_cross_entropy(
 
     def chunk_loss(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         options = {"reduction": "sum", "label_smoothing": label_smoothing, "ignore_index": ignore_index}
-        return nn.functional.cross_entropy(head(hidden).float(), targets, **options)
+        scores = head(hidden)
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        return nn.functional.cross_entropy(scores.float(), targets, **options)
 
     chunks = zip(hidden_NE.split(chunk_size), targets_N.split(chunk_size), strict=True)
     if runs_once:

@@ -1,8 +1,8 @@
 """The hfllm family: one transformer whose norms, blocks, positions and attention are chosen by its config.
 
 This file imports only torch, transformers and files beside it, which are saved and uploaded with the weights
-(`auto_map`). Attention and its masks are in attention_hfllm.py; embeddings, norms, MLPs and the router
-of experts in layers_hfllm.py.
+(`auto_map`). Attention and its masks are in attention_hfllm.py; embeddings, norms and MLPs in layers_hfllm.py; experts
+and their router in experts_hfllm.py.
 Shapes: B batch, S sequence, E hidden_size. `HfllmDecoderLayer.forward` says where each option of the config acts.
 """
 
@@ -11,10 +11,8 @@ from functools import wraps
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -31,55 +29,19 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_hfllm import (
     HfllmAttention,
-    HfllmRotaryEmbedding,
-    create_mask,
+    build_rotary,
+    check_softcap,
+    create_masks,
     keep_last_sequences,
     packed_sequences,
     restarted_positions,
 )
 from .balance_hfllm import balance_loss, check_gradients, install_capturing_hooks
 from .configuration_hfllm import HfllmConfig
-from .layers_hfllm import HfllmEmbedding, HfllmMLP, HfllmPositionEmbedding, HfllmRouter, build_norm, check_positions
+from .experts_hfllm import HfllmExperts, HfllmRouter, HfllmSparseMLP
+from .layers_hfllm import HfllmEmbedding, HfllmMLP, HfllmPositionEmbedding, build_norm, check_positions, layer_norms
+from .linear_hfllm import HfllmGatedDeltaNet, init_gated_delta_net
 from .loss_hfllm import linear_cross_entropy
-
-
-@use_experts_implementation
-class HfllmExperts(nn.Module):
-    """Gated MLPs in two stacked tensors, (experts, 2 * intermediate_size, E) and (experts, E, intermediate_size)."""
-
-    def __init__(self, config: HfllmConfig):
-        super().__init__()
-        self.num_experts = config.num_local_experts
-        width = config.intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, config.hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, tokens_NE: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        output = torch.zeros_like(tokens_NE)
-        # Under expert parallelism, `num_experts` marks a choice that another rank computes.
-        for expert in indices.unique().tolist():
-            if expert == self.num_experts:
-                continue
-            rows, ranks = torch.where(indices == expert)
-            gate, up = nn.functional.linear(tokens_NE[rows], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            mixed = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert]) * weights[rows, ranks, None]
-            output.index_add_(0, rows, mixed.to(output.dtype))
-        return output
-
-
-class HfllmSparseMLP(nn.Module):
-    """A mixture of experts in place of the MLP (Shazeer et al. 2017, arXiv:1701.06538)."""
-
-    def __init__(self, config: HfllmConfig):
-        super().__init__()
-        self.gate = HfllmRouter(config)
-        self.experts = HfllmExperts(config)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weights, indices = self.gate(tokens)
-        return self.experts(tokens, indices, weights).reshape(hidden_states.shape)
 
 
 class HfllmDecoderLayer(GradientCheckpointingLayer):
@@ -87,17 +49,20 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: HfllmConfig, layer_idx: int):
         super().__init__()
-        self.norm_placement = config.norm_placement
+        self.layer_type = config.layer_types[layer_idx]
+        self.norm_placement, norms = layer_norms(config, self.layer_type)
         self.parallel_block, self.shared_norm = config.parallel_block, config.shared_norm
         self.hidden_dropout = config.hidden_dropout
-        self.self_attn = HfllmAttention(config, layer_idx)
+        if self.layer_type == "linear_attention":
+            self.linear_attn = attention = HfllmGatedDeltaNet(config, layer_idx)
+        else:
+            self.self_attn = attention = HfllmAttention(config, layer_idx)
         self.mlp = HfllmSparseMLP(config) if config.num_local_experts else HfllmMLP(config)
-        self.input_layernorm = build_norm(config, config.hidden_size)
-        if not (config.parallel_block and config.shared_norm):
-            self.post_attention_layernorm = build_norm(config, config.hidden_size)
+        for name in norms:
+            setattr(self, name, build_norm(config, config.hidden_size))
         # For _init_weights, which gets the two projections into the residual stream one at a time.
         residual_terms = {"plain": 1, "gpt2": 2 * config.num_hidden_layers, "depth": 2 * (layer_idx + 1)}
-        for module in (self.self_attn.o_proj, self.mlp.experts if config.num_local_experts else self.mlp.down_proj):
+        for module in (attention.o_proj, self.mlp.experts if config.num_local_experts else self.mlp.down_proj):
             module.residual_init_scale = residual_terms[config.residual_init] ** -0.5
 
     def forward(
@@ -109,15 +74,19 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         """Map (B, S, E) to (B, S, E). Where each option of the config acts:
 
-        - `norm_placement`, `parallel_block` and `shared_norm` select one of the three paths through this function;
-        - `norm_type`, `norm_bias` and `norm_unit_offset` are inside the two norms;
+        - `norm_placement`, `parallel_block` and `shared_norm` select one of the four paths through this function;
+        - `norm_type`, `norm_bias` and `norm_unit_offset` are inside the norms;
         - `position_embedding_type`: rotary angles come in as `position_embeddings`, learned positions were added
           before the first layer;
-        - `is_causal` and `sliding_window` are in `attention_mask`; grouped queries and `qk_norm` in `self.self_attn`;
+        - `is_causal`, `layer_types` and `sliding_window` are in `attention_mask`; grouped queries, `qk_norm` and
+          `no_rope_layers` in `self.self_attn`;
+        - layers of linear attention have `self.linear_attn` in its place, and no rotary angles;
         - `mlp_type`, `hidden_act` and `num_local_experts` are inside `self.mlp`.
         """
 
         def attention(states: torch.Tensor) -> torch.Tensor:
+            if self.layer_type == "linear_attention":
+                return self._drop(self.linear_attn(states, attention_mask=attention_mask, **kwargs))
             output, _ = self.self_attn(
                 hidden_states=states,
                 attention_mask=attention_mask,
@@ -132,6 +101,12 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
         if self.norm_placement == "post":
             hidden_states = self.input_layernorm(hidden_states + attention(hidden_states))
             return self.post_attention_layernorm(hidden_states + mlp(hidden_states))
+        if self.norm_placement in ("output", "both"):
+            has_both = self.norm_placement == "both"
+            states = attention(self.input_layernorm(hidden_states) if has_both else hidden_states)
+            hidden_states = hidden_states + self.post_attention_layernorm(states)
+            states = mlp(self.pre_feedforward_layernorm(hidden_states) if has_both else hidden_states)
+            return hidden_states + self.post_feedforward_layernorm(states)
         normed = self.input_layernorm(hidden_states)
         if self.parallel_block:
             mlp_input = normed if self.shared_norm else self.post_attention_layernorm(hidden_states)
@@ -164,6 +139,19 @@ class HfllmPreTrainedModel(PreTrainedModel):
         # Again, since fields may have been set after the config was built.
         config.validate_architecture()
         super().__init__(config, *args, **kwargs)
+        # So that transformers refuses to undo tokens, as speculative decoding does.
+        self._is_stateful = "linear_attention" in config.layer_types
+
+    def _sdpa_can_dispatch(self, is_init_check: bool = False) -> bool:
+        """Return whether SDPA computes this model; transformers falls back to eager attention where it was no wish."""
+        if self.config.attn_logit_softcapping is not None:
+            check_softcap("sdpa")
+        return super()._sdpa_can_dispatch(is_init_check)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Return whether the experts can run by other functions; transformers looks for them in this file alone."""
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -174,13 +162,15 @@ class HfllmPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=residual_std)
         elif getattr(module, "unit_offset", False):
             init.zeros_(module.weight)
+        elif isinstance(module, HfllmGatedDeltaNet):
+            init_gated_delta_net(module, self.config)
         elif isinstance(module, (HfllmRouter, HfllmExperts)):
             for name, parameter in module.named_parameters(recurse=False):
                 init.normal_(parameter, mean=0.0, std=residual_std if name == "down_proj" else std)
 
 
 class HfllmModel(HfllmPreTrainedModel):
-    """The trunk: embeddings, layers and, with pre-norm, a final norm."""
+    """The trunk: embeddings, layers and a final norm, which only post-norm models lack."""
 
     def __init__(self, config: HfllmConfig):
         super().__init__(config)
@@ -188,10 +178,10 @@ class HfllmModel(HfllmPreTrainedModel):
         if config.position_embedding_type == "learned":
             self.embed_positions = HfllmPositionEmbedding(config.max_position_embeddings, config.hidden_size)
         if config.position_embedding_type == "rope":
-            self.rotary_emb = HfllmRotaryEmbedding(config)
+            self.rotary_emb = build_rotary(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(HfllmDecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = build_norm(config, config.hidden_size) if config.norm_placement == "pre" else nn.Identity()
+        self.norm = build_norm(config, config.hidden_size) if config.norm_placement != "post" else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -201,7 +191,7 @@ class HfllmModel(HfllmPreTrainedModel):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         position_ids: torch.LongTensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -217,32 +207,39 @@ class HfllmModel(HfllmPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        packed = packed_sequences(position_ids, attention_mask) if cache is None else None
+        # `generate` makes the masks itself where it compiles the forward.
+        masks = attention_mask if isinstance(attention_mask, dict) else None
+        packed = packed_sequences(position_ids, attention_mask) if cache is None and masks is None else None
         if use_cache and cache is None and packed is None and self.config.is_causal:
             cache = DynamicCache(config=self.config)
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
-        mask = create_mask(self.config, inputs_embeds, attention_mask, cache, packed)
-        hidden_states, position_embeddings = self._embed(inputs_embeds, position_ids, cache)
+        if masks is None:
+            masks = create_masks(self.config, inputs_embeds, attention_mask, cache, packed)
+        hidden_states, rotations = self._embed(inputs_embeds, position_ids, cache)
         if "flash" in self.config._attn_implementation:
             # Flash kernels take no mask and split a row wherever its positions jump.
             position_ids = None if packed is None else restarted_positions(packed)
         # Not a slice, which would make a new ModuleList for each generated token.
-        for layer, _ in zip(self.layers, range(self.config.num_hidden_layers), strict=False):
+        for layer, index in zip(self.layers, range(self.config.num_hidden_layers), strict=False):
+            # A layer in a wrapper has no type to ask for.
+            kind = getattr(layer, "layer_type", None) or self.config.layer_types[index]
+            more = {"packed": packed} if kind == "linear_attention" else {}
             hidden_states = layer(
                 hidden_states,
-                attention_mask=mask,
+                attention_mask=masks[kind],
                 position_ids=position_ids,
                 cache=cache,
                 use_cache=use_cache,
-                position_embeddings=position_embeddings,
+                position_embeddings=rotations.get(kind) if isinstance(rotations, dict) else rotations,
+                **more,
                 **kwargs,
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache)
 
     def _embed(self, inputs_embeds, position_ids, cache=None):
-        """Return the first layer's input, and the rotary cosines and sines if there are any."""
+        """Return the first layer's input, and the rotary cosines and sines if there are any, perhaps by layer type."""
         hidden_states, position_embeddings = inputs_embeds, None
         if self.config.position_embedding_type == "learned":
             # A static cache counts on its device; `prepare_inputs_for_generation` checks for it.
@@ -288,7 +285,9 @@ class _HfllmWithHead(HfllmPreTrainedModel):
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         logits = self.lm_head(hidden_states)
-        return logits if self.config.logit_scale == 1 else logits * self.config.logit_scale
+        logits = logits if self.config.logit_scale == 1 else logits * self.config.logit_scale
+        softcap = self.config.final_logit_softcapping
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
@@ -390,7 +389,8 @@ class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
         targets = targets.reshape(-1).to(hidden_states.device)
         states = hidden_states.flatten(0, 1) * self.config.logit_scale
         chunk_size = chunk_size or len(targets)
-        total = linear_cross_entropy(states, self.lm_head, targets, chunk_size, label_smoothing, ignored)
+        softcap = self.config.final_logit_softcapping
+        total = linear_cross_entropy(states, self.lm_head, targets, chunk_size, label_smoothing, ignored, softcap)
         return total / ((targets != ignored).sum() if num_items is None else num_items)
 
 

@@ -13,7 +13,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from hfllm.errors import InputError
 from hfllm.models.configuration_hfllm import HfllmConfig
-from hfllm.models.family_rows import FAMILIES, Family, plain_rope
+from hfllm.models.family_rows import FAMILIES
+from hfllm.models.native_family import Family, plain_rope
 from hfllm.models.unsupported_families import missing_concept
 
 if TYPE_CHECKING:
@@ -122,10 +123,17 @@ def _said(config: HfllmConfig, family: Family, native_type: str) -> "tuple[PreTr
     irrelevant = set(HARMLESS_OURS)
     if config.norm_type == "rmsnorm":
         irrelevant.add("norm_bias")
+    if "linear_attention" not in config.layer_types:
+        irrelevant |= {name for name in _fields(config) if name.startswith("linear_")}
+    if not config.qk_norm:
+        irrelevant.add("qk_norm_scope")
     if not config.parallel_block:
         irrelevant.add("shared_norm")
     if not config.num_local_experts:
         irrelevant.add("num_experts_per_tok")
+    if len({*config.layer_types, *back.layer_types}) > 1 and len(set(config.layer_types)) == 1:
+        # The window says so already.
+        irrelevant.add("layer_types")
     names = sorted(_fields(config) - irrelevant)
     return native, [lost for name in names for lost in _differences(name, getattr(config, name), getattr(back, name))]
 

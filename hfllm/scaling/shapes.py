@@ -13,50 +13,17 @@ from functools import cached_property
 from typing import Any
 
 from hfllm.errors import InputError
+from hfllm.scaling.shape_tables import FAMILIES, NAMED_SHAPES
 
-_GPT = {
-    "norm_type": "layernorm",
-    "mlp_type": "plain",
-    "position_embedding_type": "learned",
-    "attention_bias": True,
-    "mlp_bias": True,
-    "tie_word_embeddings": True,
-}
-_GPT_NAMES = {
-    "n_embd": "hidden_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_inner": "intermediate_size",
-    "n_positions": "max_position_embeddings",
-}
-_DEEPSEEK_NAMES = {"n_routed_experts": "num_local_experts", "n_shared_experts": "num_shared_experts"}
-# What transformers assumes where a config.json is silent.
-_DEEPSEEK = {
-    **{"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
-    **{"num_local_experts": 256, "num_shared_experts": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 2048},
-    **{"first_k_dense_replace": 3, "topk_group": 4},
-}
-# model_type of a config.json: its names of sizes if they differ, and the values implied by the type.
-FAMILIES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
-    "hfllm": ({}, {}),
-    "llama": ({}, {}),
-    "mistral": ({}, {}),
-    "mixtral": ({}, {"num_local_experts": 8}),
-    "qwen2": ({}, {"attention_bias": True, "attention_output_bias": False}),
-    "qwen3": ({}, {"qk_norm": True}),
-    "gemma": ({}, {"tie_word_embeddings": True}),
-    "gpt2": (_GPT_NAMES, _GPT),
-    "openai-gpt": (_GPT_NAMES, {**_GPT, "norm_placement": "post"}),
-    "qwen3_moe": ({}, {"qk_norm": True}),
-    "deepseek_v3": (_DEEPSEEK_NAMES, _DEEPSEEK),
-}
 # What `HfllmConfig` accepts; it cannot be asked without importing transformers.
 CHOICES = {
     "norm_type": ("rmsnorm", "layernorm"),
-    "norm_placement": ("pre", "post"),
+    "norm_placement": ("pre", "post", "output", "both"),
+    "qk_norm_scope": ("head", "all_heads"),
     "mlp_type": ("gated", "plain"),
     "position_embedding_type": ("rope", "learned", "none"),
 }
+LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
 # Fields that `HfllmConfig` does not have.
 FOREIGN = {"moe_intermediate_size", "num_shared_experts", "first_k_dense_replace", "topk_group", "kv_lora_rank"}
 FOREIGN |= {"q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
@@ -65,38 +32,14 @@ LARGEST = 10**9
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
-def _megatron(layers: int, hidden: int, heads: int) -> dict[str, Any]:
-    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
-    return {**_GPT, **sizes, "vocab_size": 51200, "max_position_embeddings": 2048}
-
-
-# Published shapes that are no preset of the family: the ten models of Narayanan et al. 2021 (arXiv:2104.04473,
-# table 1), the first of which are smaller versions of the last, MT-NLG (arXiv:2201.11990), and DeepSeek-V3.
-NAMED_SHAPES: dict[str, dict[str, Any]] = {
-    "megatron-1.7b": _megatron(24, 2304, 24),
-    "megatron-3.6b": _megatron(30, 3072, 32),
-    "megatron-7.5b": _megatron(36, 4096, 32),
-    "megatron-18b": _megatron(40, 6144, 48),
-    "megatron-39b": _megatron(48, 8192, 64),
-    "megatron-76b": _megatron(60, 10240, 80),
-    "megatron-145b": _megatron(80, 12288, 96),
-    "megatron-310b": _megatron(96, 16384, 128),
-    "megatron-530b": _megatron(105, 20480, 128),
-    "gpt3-1t": _megatron(128, 25600, 160),
-    # Without the module that predicts a second token (arXiv:2412.19437, section 4.2).
-    "deepseek-v3": {
-        **{"model_type": "deepseek_v3", "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128},
-        **{"vocab_size": 129280, "intermediate_size": 18432, "max_position_embeddings": 4096},
-    },
-}
-
-
 @dataclass
 class Shape:
     """Sizes of a decoder. Unset sizes follow from the others, as in `HfllmConfig`.
 
     Args:
         loss_chunk_size: tokens per chunk of logits; 0 means all at once, `None` leaves it open.
+        layer_types: the attention of each layer, as in `HfllmConfig`; `None` means the same for all.
+        linear_num_key_heads: with the other sizes of linear attention; unset ones are as in `HfllmConfig`.
         moe_intermediate_size: width of an expert, by default `intermediate_size`.
         num_shared_experts: experts that every token passes through, beside `num_experts_per_tok` others.
         first_k_dense_replace: first layers that have a dense MLP instead of experts.
@@ -120,6 +63,7 @@ class Shape:
     norm_placement: str = "pre"
     norm_bias: bool = True
     qk_norm: bool = False
+    qk_norm_scope: str = "head"
     parallel_block: bool = False
     shared_norm: bool = True
     mlp_type: str = "gated"
@@ -131,6 +75,13 @@ class Shape:
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     loss_chunk_size: int | None = None
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    linear_num_key_heads: int | None = None
+    linear_num_value_heads: int | None = None
+    linear_key_head_dim: int | None = None
+    linear_value_head_dim: int | None = None
+    linear_conv_kernel_dim: int = 4
     moe_intermediate_size: int | None = None
     num_shared_experts: int = 0
     first_k_dense_replace: int = 0
@@ -159,6 +110,7 @@ class Shape:
         for name in ("num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings"):
             self._check_size(name)
         self._check_foreign()
+        self._fill_layers()
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"num_key_value_heads={self.num_key_value_heads} must divide "
@@ -185,6 +137,29 @@ class Shape:
             is_unset = value is None and item.default is None
             if "bool" in str(item.type) and not (isinstance(value, bool) or is_unset):
                 raise InputError(f"{item.name}={value!r} must be true or false")
+
+    def _fill_layers(self) -> None:
+        """Fill the list of layers and the sizes of linear attention, and refuse what `HfllmConfig` would."""
+        if self.layer_types is None:
+            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
+        known = isinstance(self.layer_types, list) and set(map(str, self.layer_types)) <= {*LAYER_TYPES}
+        if not known or len(self.layer_types) != self.num_hidden_layers:
+            raise InputError(
+                f"layer_types={str(self.layer_types)[:80]} must name one of {', '.join(LAYER_TYPES)} for each of "
+                f"num_hidden_layers={self.num_hidden_layers}"
+            )
+        if "sliding_attention" in self.layer_types:
+            self._check_size("sliding_window")
+        if not self.linear_layers:
+            return
+        heads = self.linear_num_key_heads or self.num_attention_heads
+        self.linear_num_key_heads = heads
+        self.linear_num_value_heads = self.linear_num_value_heads or self.num_attention_heads
+        self.linear_key_head_dim = self.linear_key_head_dim or int(0.75 * self.hidden_size / heads)
+        self.linear_value_head_dim = self.linear_value_head_dim or 2 * self.linear_key_head_dim
+        for name in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim"):
+            self._check_size(f"linear_{name}")
 
     def _check_foreign(self) -> None:
         """Refuse sizes of DeepSeek's and Qwen's mixtures that do not fit together."""
@@ -227,6 +202,8 @@ class Shape:
         if values.get("decoder_sparse_step", 1) != 1 or values.get("mlp_only_layers"):
             raise InputError(f"{source}: decoder_sparse_step and mlp_only_layers: every layer must have experts")
         values.setdefault("num_local_experts", values.get("num_experts", 0))
+        if values.get("use_sliding_window") is False:
+            values["sliding_window"] = None
         known = {item.name: values[item.name] for item in fields(cls) if values.get(item.name) is not None}
         missing = [name for name in _REQUIRED if name not in known]
         theirs = {ours: name for name, ours in names.items()}
@@ -243,6 +220,17 @@ class Shape:
         """Return whether `HfllmConfig` has the model, so that the recipes can train it."""
         own = self.moe_intermediate_size in (None, self.intermediate_size) and not self.num_shared_experts
         return own and not self.first_k_dense_replace and self.kv_lora_rank is None
+
+    @property
+    def linear_layers(self) -> int:
+        """Return the number of layers of linear attention."""
+        return self.layer_types.count("linear_attention")
+
+    @property
+    def state_size(self) -> int:
+        """Return the numbers in the state of one layer of linear attention, H D W; 0 without such layers."""
+        sizes = self.linear_num_value_heads, self.linear_key_head_dim, self.linear_value_head_dim
+        return sizes[0] * sizes[1] * sizes[2] if self.linear_layers else 0
 
     @property
     def query_size(self) -> int:
@@ -282,7 +270,7 @@ class Shape:
 
     @property
     def norms_per_layer(self) -> int:
-        return 1 if self.parallel_block and self.shared_norm else 2
+        return 4 if self.norm_placement == "both" else 1 if self.parallel_block and self.shared_norm else 2
 
     def layer_parameters(self) -> dict[str, int]:
         """Return the parameters of one layer by part; `mlp` is the dense one, `experts` are all experts together."""
@@ -293,7 +281,8 @@ class Shape:
         # Cached, since a search over layouts needs these thousands of times.
         hidden = self.hidden_size
         norm = 2 if self.norm_type == "layernorm" and self.norm_bias else 1
-        norms = self.norms_per_layer * hidden + 2 * self.head_dim * self.qk_norm
+        normed = 2 * self.head_dim if self.qk_norm_scope == "head" else self.query_size + self.key_size
+        norms = self.norms_per_layer * hidden + normed * self.qk_norm
         if self.kv_lora_rank is not None:
             norms += (self.q_lora_rank or 0) + self.kv_lora_rank
         return {
@@ -327,6 +316,19 @@ class Shape:
         dense = self._mlp(self.intermediate_size) - layer["mlp"]
         return {"mlp": dense, "experts": -layer["experts"], "router": -layer["router"]}
 
+    def _linear_change(self) -> dict[str, int]:
+        """Return what a layer of linear attention has more than one of another type, by part."""
+        heads, value = self.linear_num_value_heads, self.linear_num_value_heads * self.linear_value_head_dim
+        channels = 2 * self.linear_num_key_heads * self.linear_key_head_dim + value
+        linear = self.hidden_size * (channels + 2 * value + 2 * heads) + channels * self.linear_conv_kernel_dim
+        linear += 2 * heads
+        norm = 2 if self.norm_type == "layernorm" and self.norm_bias else 1
+        normed = 2 * self.head_dim if self.qk_norm_scope == "head" else self.query_size + self.key_size
+        return {
+            "attention": linear - self._attention_parameters(),
+            "norms": self.linear_value_head_dim - norm * normed * self.qk_norm,
+        }
+
     def parameters(self) -> dict[str, int]:
         """Return the parameters of the model by part. Tied embeddings are counted once, as embeddings."""
         return dict(self._model)
@@ -334,11 +336,14 @@ class Shape:
     @cached_property
     def _model(self) -> dict[str, int]:
         layers = {part: self.num_hidden_layers * count for part, count in self.layer_parameters().items()}
+        if self.linear_layers:
+            for part, count in self._linear_change().items():
+                layers[part] += self.linear_layers * count
         if self.first_k_dense_replace:
             for part, count in self.dense_layer_change().items():
                 layers[part] += self.first_k_dense_replace * count
         norm = 2 if self.norm_type == "layernorm" and self.norm_bias else 1
-        layers["norms"] += norm * self.hidden_size * (self.norm_placement == "pre")
+        layers["norms"] += norm * self.hidden_size * (self.norm_placement != "post")
         positions = self.max_position_embeddings if self.position_embedding_type == "learned" else 0
         table = self.vocab_size * self.hidden_size
         return {
@@ -367,7 +372,21 @@ class Shape:
         return active - looked_up
 
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
-        """Return the bytes of the key-value cache per token, over all layers: 2 l K D values, or latents."""
+        """Return the bytes of the key-value cache per token, over all layers: 2 l K D values, or latents.
+
+        Layers of linear attention have none, and layers with a window stop at its length: see `cache_bytes`.
+        """
         if self.kv_lora_rank is not None:
             return self.num_hidden_layers * (self.kv_lora_rank + self.qk_rope_head_dim) * bytes_per_value
-        return 2 * self.num_hidden_layers * self.key_size * bytes_per_value
+        return 2 * (self.num_hidden_layers - self.linear_layers) * self.key_size * bytes_per_value
+
+    def cache_bytes(self, length: int, bytes_per_value: int = 2) -> int:
+        """Return the bytes of the cache of one sequence of this many tokens: keys and values, and states in fp32."""
+        if self.kv_lora_rank is not None:
+            return length * self.kv_bytes_per_token(bytes_per_value)
+        held = {"full_attention": length, "sliding_attention": min(length, self.sliding_window or length)}
+        tokens = sum(held.get(kind, 0) for kind in self.layer_types)
+        return 2 * tokens * self.key_size * bytes_per_value + 4 * self.linear_layers * self.state_size
+
+
+__all__ = ["FAMILIES", "LARGEST", "NAMED_SHAPES", "Shape"]

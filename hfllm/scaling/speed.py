@@ -50,11 +50,13 @@ def flops_per_token(shape: Shape, sequence_length: int, recompute: str = "none")
 
     Two per multiplied parameter and pass, three passes; attention scores as in PaLM's count, 12 L H Q T, in
     which every token attends to all others. Recomputed are one forward pass of the layers (`"full"`) or of the scores
-    (`"selective"`).
+    (`"selective"`). A layer of linear attention recalls, changes and reads its state instead: 18 H D W.
     """
     head = 6 * shape.vocab_size * shape.hidden_size
     layers = 6 * shape.multiplied_parameters() - head
-    attention = 6 * shape.num_hidden_layers * (shape.query_size + shape.output_size) * sequence_length
+    scored = shape.num_hidden_layers - shape.linear_layers
+    attention = 6 * scored * (shape.query_size + shape.output_size) * sequence_length
+    attention += 18 * shape.linear_layers * shape.state_size
     again = {"none": 0.0, "selective": attention / 3, "full": (layers + attention) / 3}[recompute]
     return {"layers": layers, "attention": attention, "head": head, "again": again}
 

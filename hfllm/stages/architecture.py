@@ -23,7 +23,7 @@ class ArchitectureArguments:
     initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the new weights."})
     tie_word_embeddings: bool = field(default=False, metadata={"help": "Share embeddings and head."})
     norm_type: str = field(default="rmsnorm", metadata={"help": "rmsnorm or layernorm."})
-    norm_placement: str = field(default="pre", metadata={"help": "pre or post."})
+    norm_placement: str = field(default="pre", metadata={"help": "pre, post, output or both."})
     mlp_type: str = field(default="gated", metadata={"help": "gated or plain."})
     hidden_act: str = field(default="silu", metadata={"help": "Activation of the MLP."})
     position_embedding_type: str = field(default="rope", metadata={"help": "rope, learned or none."})

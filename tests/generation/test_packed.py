@@ -18,6 +18,11 @@ from hfllm.generation.packed.ragged_model import RaggedModel
 needs_int8 = pytest.mark.skipif(not has_int8(torch.float32, torch.device("cpu")), reason="no fbgemm here")
 
 
+# The others are refused by name.
+PACKED = {kind: axes for kind, axes in FAMILIES.items() if kind not in ("gemma3", "olmo-hybrid")}
+PACKED["mixed-layers"] = {**PACKED["mixed-layers"], "num_hidden_layers": 2}
+
+
 def ragged_logits(model, forward, ids, mask):
     """Logits behind prompts (B, 1, V), and of three further tokens of each row, (B, 3, V)."""
     lengths, runner = mask.sum(1), RaggedModel(model, 24, forward)
@@ -32,17 +37,17 @@ def ragged_logits(model, forward, ids, mask):
         return first, runner(tokens, columns, last, int(lengths.max()) + 3)
 
 
-@pytest.mark.parametrize("kind", list(FAMILIES))
+@pytest.mark.parametrize("kind", list(PACKED))
 def test_every_axis_in_fp64(kind, make_target, prompts):
-    model = make_target(**FAMILIES[kind])
+    model = make_target(**PACKED[kind])
     wanted = ragged_logits(model, None, *prompts(4))
     torch.testing.assert_close(ragged_logits(model, PackedModel(model), *prompts(4)), wanted, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("kind", list(FAMILIES))
+@pytest.mark.parametrize("kind", list(PACKED))
 def test_rows_of_one_length_in_fp32(kind, make_target, prompts):
     """Without a mask, against the whole sequence at once; norms have a formula of their own in this type."""
-    model = make_target(**FAMILIES[kind]).float()
+    model = make_target(**PACKED[kind]).float()
     for name, parameter in model.named_parameters():
         if "norm" in name:
             nn.init.normal_(parameter, mean=1.0, std=0.3)

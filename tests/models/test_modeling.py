@@ -14,7 +14,7 @@ from transformers.cache_utils import StaticCache
 import hfllm
 from hfllm.generation.fast import fast_generate
 from hfllm.models import layers_hfllm, modeling_hfllm
-from hfllm.models.attention_hfllm import create_mask, packed_sequences
+from hfllm.models.attention_hfllm import create_masks, packed_sequences
 
 
 @pytest.fixture(params=FAMILIES, ids=list(FAMILIES))
@@ -64,7 +64,7 @@ def test_sdpa_equals_eager(make_model, axes, ids):
     model.set_attn_implementation("eager")
     output = model(ids, output_attentions=True, output_hidden_states=True)
     torch.testing.assert_close(output.logits, fused, atol=1e-5, rtol=1e-5)
-    assert len(output.attentions) == 2
+    assert len(output.attentions) == 2 - model.config.layer_types.count("linear_attention")
     assert output.attentions[0].shape == (2, 4, 12, 12)
     assert len(output.hidden_states) == 3
 
@@ -84,7 +84,7 @@ def test_activation_checkpointing_changes_neither_loss_nor_gradient(make_model, 
         return loss.detach(), [parameter.grad for parameter in model.parameters()]
 
     def counted(model, calls):
-        model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+        next(model.model.layers[0].children()).register_forward_pre_hook(lambda *_: calls.append(1))
         return model
 
     once, twice = [], []
@@ -375,11 +375,12 @@ def test_packed_rows_that_flash_attention_would_mix_are_refused(make_model, ids)
     model.config._attn_implementation_internal = "flash_attention_2"
     positions = torch.cat((torch.arange(7), torch.arange(5))).unsqueeze(0)
     packed, embeds = packed_sequences(positions, None), model.embed_tokens(ids)
-    assert create_mask(model.config, embeds[:1], None, None, packed) is None  # the kernel splits one row by itself
+    masks = create_masks(model.config, embeds[:1], None, None, packed)
+    assert masks == {"full_attention": None}  # the kernel splits one row by itself
     with pytest.raises(ValueError, match="one row without padding"):
-        create_mask(model.config, embeds, None, None, packed.expand(2, -1))
+        create_masks(model.config, embeds, None, None, packed.expand(2, -1))
     with pytest.raises(ValueError, match="one row without padding"):
-        create_mask(model.config, embeds[:1], torch.tensor([[0] * 3 + [1] * 9]), None, packed)
+        create_masks(model.config, embeds[:1], torch.tensor([[0] * 3 + [1] * 9]), None, packed)
 
 
 def test_a_window_ends(make_model, ids):

@@ -135,6 +135,69 @@ NATIVES |= {
 }
 
 
+_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
+NATIVES |= {
+    "qwen2-mixed": ("qwen2", {**_GROUPED, **_KINDS, "use_sliding_window": True}),
+    "qwen3-mixed": (
+        "qwen3",
+        {**_GROUPED, "head_dim": 16, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "smollm3": (
+        "smollm3",
+        {**_GROUPED, "no_rope_layers": [1, 0], "attention_bias": True, "tie_word_embeddings": False},
+    ),
+    "smollm3-window": (
+        "smollm3",
+        {**_GROUPED, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 5, "mlp_bias": True},
+    ),
+    "ministral": ("ministral", {**_GROUPED, **_KINDS, "head_dim": 16}),
+    "cwm": ("cwm", {**_GROUPED, **_KINDS, "head_dim": 16}),
+    "cohere2": ("cohere2", {**_GROUPED, **_KINDS, "attention_bias": True}),
+    "gemma2": (
+        "gemma2",
+        {**_GROUPED, "head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}
+        | {"final_logit_softcapping": 3.0},
+    ),
+    "gemma2-uncapped": (
+        "gemma2",
+        {**_GROUPED, **_KINDS, "head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": None}
+        | {"final_logit_softcapping": None, "tie_word_embeddings": False, "attention_bias": True},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {**_GROUPED, **_KINDS, "head_dim": 16, "query_pre_attn_scalar": 24}
+        | {
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            }
+        },
+    ),
+    "olmo2": ("olmo2", {**_GROUPED, "attention_bias": True}),
+    "olmo3": ("olmo3", {**_GROUPED, **_KINDS}),
+    "olmo3-long": (
+        "olmo3",
+        {
+            **{**_GROUPED, **_KINDS, "tie_word_embeddings": True},
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+                | {"original_max_position_embeddings": 32},
+            },
+        },
+    ),
+}
+
+_HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+NATIVES |= {
+    "olmo-hybrid": ("olmo_hybrid", {**_GROUPED, **_HYBRID, "rope_parameters": {"rope_theta": None}}),
+    "olmo-hybrid-rope": (
+        "olmo_hybrid",
+        {**_GROUPED, **_HYBRID, **_rope("default"), "linear_num_key_heads": 2, "linear_key_head_dim": 8}
+        | {"linear_conv_kernel_dim": 3, "linear_allow_neg_eigval": False, "linear_value_head_dim": 6},
+    ),
+}
+
 # One of each architecture.
 ONE_OF_EACH = list({model_type: name for name, (model_type, _) in reversed(NATIVES.items())}.values())
 

@@ -10,7 +10,14 @@ import hfllm
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 
 
-@pytest.fixture(scope="module", params=NATIVES)
+# Differ from others in one field each.
+SLOW = {"qwen2-mixed", "smollm3", "ministral", "cwm", "gemma2-uncapped", "olmo3-long", "olmo-hybrid-rope"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in NATIVES],
+)
 def pair(request, tmp_path_factory):
     """A native model and ours, converted from its folder."""
     native = build(request.param)

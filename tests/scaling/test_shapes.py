@@ -11,6 +11,7 @@ import hfllm
 from hfllm.errors import InputError
 from hfllm.models.presets import preset
 from hfllm.scaling.shapes import FAMILIES, NAMED_SHAPES, Shape
+from hfllm.scaling.speed import flops_per_token
 
 
 @pytest.mark.parametrize("name", hfllm.list_presets())
@@ -28,6 +29,15 @@ def test_presets_have_the_models_parameters(name):
         {"norm_placement": "post", "mlp_type": "plain", "position_embedding_type": "learned"},
         {"parallel_block": True, "shared_norm": False, "tie_word_embeddings": True, "num_key_value_heads": 1},
         {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 24},
+        {"norm_placement": "both", "qk_norm": True, "norm_unit_offset": True},
+        {"norm_placement": "output", "qk_norm": True, "qk_norm_scope": "all_heads", "num_key_value_heads": 2}
+        | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+        {
+            "layer_types": ["linear_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 8,
+            "qk_norm": True,
+        }
+        | {"linear_num_key_heads": 2, "linear_value_head_dim": 10, "linear_conv_kernel_dim": 3},
     ],
 )
 def test_every_axis_counts(fields):
@@ -151,3 +161,43 @@ def test_a_mixture_with_dense_layers_between_is_refused():
         Shape.from_config({**small_foreign("qwen3_moe"), "model_type": "qwen3_moe", "decoder_sparse_step": 2})
     with pytest.raises(InputError, match="first_k_dense_replace=9 is more than num_hidden_layers=4"):
         Shape.from_config({**small_foreign("deepseek_v3"), "model_type": "deepseek_v3", "first_k_dense_replace": 9})
+
+
+def test_caches_by_type_of_layer():
+    """As transformers' caches of a model of these types hold them."""
+    kinds = ["full_attention", "sliding_attention", "linear_attention"]
+    fields = {
+        "vocab_size": 30,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+        "sliding_window": 9,
+    }
+    config = hfllm.HfllmConfig(**fields, layer_types=kinds)
+    shape, model = Shape.from_config(config.to_dict()), hfllm.HfllmForCausalLM(config).eval()
+    with torch.no_grad():
+        cache = model(torch.ones(1, 20, dtype=torch.long)).cache
+    keys = sum(2 * layer.keys.numel() for layer in cache.layers[:2])
+    # transformers keeps one token fewer than the window, which the next one completes.
+    assert shape.cache_bytes(20, 4) == 4 * (keys + 2 * 32 + cache.layers[2].recurrent_states[0].numel())
+    assert shape.kv_bytes_per_token(4) == 4 * 2 * 2 * 32
+    per_token = flops_per_token(shape, 1000)["attention"]
+    assert per_token == 6 * 2 * 64 * 1000 + 18 * 4 * 6 * 12
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layer_types": ["full_attention"]}, "for each of num_hidden_layers=2"),
+        ({"layer_types": ["full", "full_attention"]}, "must name one of full_attention, sliding_attention"),
+        ({"layer_types": ["sliding_attention"] * 2}, "sliding_window=None must be a whole number"),
+        (
+            {"layer_types": ["linear_attention", "full_attention"], "linear_conv_kernel_dim": 0},
+            "linear_conv_kernel_dim",
+        ),
+    ],
+)
+def test_layers_that_are_none_are_refused(fields, message):
+    sizes = {"vocab_size": 30, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+    with pytest.raises(InputError, match=message):
+        Shape.from_config(sizes | fields)

@@ -43,6 +43,7 @@ class PackedLayer:
         turns: bool,
     ):
         attention = layer.self_attn
+        self.kind, self.use_rope = layer.layer_type, attention.use_rope
         self.is_post, self.is_parallel = layer.norm_placement == "post", layer.parallel_block
         self.input_norm = norm_of(layer.input_layernorm)
         self.mlp_norm = None
@@ -87,7 +88,7 @@ class PackedLayer:
     ) -> torch.Tensor:
         heads, key_heads, size = self.heads, self.key_heads, self.size
         qkv = self.qkv(states)  # (N, (H + 2K) * D)
-        self._turn(qkv, rows, rotation)
+        self._turn(qkv, rows, rotation if self.use_rope else None)
         if not kept.is_initialized:
             kept.allocate(qkv, rows, (key_heads, size), (key_heads, size))
         key, value = kept.store(qkv[:, heads * size :])

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hfllm.generation.packed.ragged_cache import RaggedCache
+    from hfllm.models.configuration_hfllm import HfllmConfig
 
 # Elements of each matrix compared to see whether it has changed since it was copied; vectors are compared whole.
 SAMPLE = 64
@@ -55,6 +56,9 @@ def unsupported_reason(model: "PreTrainedModel") -> str | None:
         return "autocast is on"
     if model.config._attn_implementation != "sdpa":
         return f"attn_implementation={model.config._attn_implementation!r} is not 'sdpa'"
+    reason = _unsupported_field(model.config)
+    if reason:
+        return reason
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the model'} has hooks"
@@ -62,6 +66,22 @@ def unsupported_reason(model: "PreTrainedModel") -> str | None:
             return f"{name} is a {type(module).__name__}, not a plain linear layer"
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "its weights are on several devices"
+    return None
+
+
+def _unsupported_field(config: "HfllmConfig") -> str | None:
+    """Return which option of the family packed layers do not have, or `None`."""
+    if "linear_attention" in config.layer_types:
+        return "it has layers of type linear_attention"
+    if config.rotary_types():
+        return "its types of layers have rotary parameters of their own"
+    if config.norm_placement not in ("pre", "post"):
+        return f"norm_placement={config.norm_placement!r} is not 'pre' or 'post'"
+    if config.qk_norm and config.qk_norm_scope != "head":
+        return f"qk_norm_scope={config.qk_norm_scope!r} is not 'head'"
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, name) is not None:
+            return f"{name}={getattr(config, name)} is not None"
     return None
 
 
@@ -114,6 +134,7 @@ class PackedModel:
         with torch.inference_mode(False), torch.no_grad():
             layers = model.model.layers[: config.num_hidden_layers]
             self.layers = [PackedLayer(layer, config, make, self.turns) for layer in layers]
+            self.kinds = list(dict.fromkeys(layer.kind for layer in self.layers))
             self.head = make([model.lm_head])
             self.norm = norm_of(model.model.norm)
         self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
@@ -143,7 +164,7 @@ class PackedModel:
     def __call__(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
         position_ids: torch.Tensor,
         cache: "RaggedCache",
         logits_to_keep: int = 0,
@@ -153,17 +174,19 @@ class PackedModel:
 
         Args:
             input_ids: (B, Q).
-            attention_mask: (B, 1, Q, W), true where a token is visible; `None` if all are.
+            attention_mask: (B, 1, Q, W), true where a token is visible, or one for each type of layer; `None` if all
+                are visible.
             position_ids: (B, Q).
             cache: the cache, which knows where to store the tokens.
         """
         rows, length = input_ids.shape
         states, rotation = self._embed(input_ids, position_ids, cache)
         states = states.flatten(0, 1)
-        if attention_mask is not None:
-            attention_mask = additive(attention_mask, self.heads // self.key_heads, states.dtype)
+        masks = attention_mask if isinstance(attention_mask, dict) else dict.fromkeys(self.kinds, attention_mask)
+        groups = self.heads // self.key_heads
+        masks = {kind: mask if mask is None else additive(mask, groups, states.dtype) for kind, mask in masks.items()}
         for layer, kept in zip(self.layers, cache.layers, strict=False):
-            states = layer(states, rows, rotation, attention_mask, kept)
+            states = layer(states, rows, rotation, masks[layer.kind], kept)
         if logits_to_keep and logits_to_keep < length:
             states = states.view(rows, length, -1)[:, -logits_to_keep:].flatten(0, 1)
         logits = self.head(self.norm(states))

@@ -169,16 +169,16 @@ def check_model(model: "PreTrainedModel", name: str = "the model") -> None:
         )
     if hasattr(model, "get_base_model"):
         raise InputError(f"{kind} is wrapped by PEFT: pass model.get_base_model(), whose layers keep the adapter")
+    others = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
+    others -= {"full_attention", "sliding_attention"}
+    if others:
+        raise InputError(f"{kind} has layers of type {', '.join(sorted(others))}: use its own generate()")
     parameters = inspect.signature(type(model).forward).parameters
     if getattr(model, "_is_stateful", False) or not {"position_ids", "cache"} <= set(parameters):
         raise InputError(
             f"{kind} does not take positions and a key-value cache, so drafts could not be undone: "
             "use its own generate()"
         )
-    others = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
-    others -= {"full_attention", "sliding_attention"}
-    if others:
-        raise InputError(f"{kind} has layers of type {', '.join(sorted(others))}: use its own generate()")
     if config._attn_implementation not in ("sdpa", "eager"):
         raise InputError(
             f"{kind} runs attn_implementation={config._attn_implementation!r}, which takes no custom mask: "

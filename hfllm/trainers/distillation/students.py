@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +19,7 @@ from hfllm.models.weights import load_weights_of
 from hfllm.trainers.distillation.teacher_memory import check_fits_memory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ALTERNATIVE = (
     "their logits cannot be compared. Train on the teacher's answers instead, which needs no common vocabulary "
@@ -71,8 +71,7 @@ def student_from_layers(teacher: "PreTrainedModel", every: int) -> "PreTrainedMo
     smaller = copy.deepcopy(config)
     smaller.name_or_path = ""
     smaller.num_hidden_layers = len(kept)
-    if getattr(smaller, "layer_types", None):
-        smaller.layer_types = [config.layer_types[layer] for layer in kept]
+    _take_layers(smaller, kept)
     student = cast_weights(type(teacher)(smaller), teacher.dtype)
     prefix = _layers_name(teacher, total)
     weights = teacher.state_dict()
@@ -123,8 +122,8 @@ def smaller_student(
         ours.num_key_value_heads = heads // group if heads % group == 0 else heads
     if getattr(ours, "head_dim", None):
         ours.head_dim = width // heads
-    if getattr(ours, "layer_types", None):
-        ours.layer_types = ours.layer_types[: ours.num_hidden_layers]
+    # A deeper student repeats the teacher's pattern of layers.
+    _take_layers(ours, [layer % config.num_hidden_layers for layer in range(ours.num_hidden_layers)])
     fields = ours.to_dict()
     # This describes the teacher's weights; the student's are new, in floating point.
     fields.pop("quantization_config", None)
@@ -136,6 +135,15 @@ def smaller_student(
         raise InputError(f"the student's sizes describe no model: {' '.join(str(error).split())[:200]}") from None
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student
+
+
+def _take_layers(config: "PreTrainedConfig", layers: Sequence[int]) -> None:
+    """Set the fields that say something of each layer to what they say of these layers."""
+    for name in ("layer_types", "no_rope_layers"):
+        if getattr(config, name, None):
+            setattr(config, name, [getattr(config, name)[layer] for layer in layers])
+    if config.model_type == "hfllm" and "sliding_attention" not in config.layer_types:
+        config.sliding_window = None
 
 
 def _layers_name(model: "PreTrainedModel", count: int) -> str:

@@ -276,7 +276,7 @@ def generate_responses(
             break
         kept = goes_on.nonzero().squeeze(1)
         # Other caches may not allow selecting rows: the rows that continue are then read again from their beginning.
-        cache = output.cache if type(output.cache) is DynamicCache else None
+        cache = output.cache if _selects_rows(output.cache) else None
         if cache is not None:
             cache.batch_select_indices(kept)
         new = mask.new_ones(len(kept), ids.shape[1] - mask.shape[1])
@@ -285,6 +285,11 @@ def generate_responses(
     mask = (torch.arange(width, device=lengths.device) < lengths.unsqueeze(1)).long()
     response_ids = responses[:, :width].masked_fill(mask == 0, generation_config.pad_token_id)
     return {"response_ids": response_ids, "response_mask": mask, "is_ended": is_ended}
+
+
+def _selects_rows(cache: object) -> bool:
+    """Return whether rows of a cache can be selected; states of linear attention cannot."""
+    return type(cache) is DynamicCache and all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
 
 
 def _joined(parts: Sequence[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:

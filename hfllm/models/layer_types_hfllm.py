@@ -1,0 +1,109 @@
+"""What may differ from layer to layer: the kind of attention, and whether positions are rotated.
+
+This file imports only the standard library, and is uploaded to the Hub with configuration_hfllm.py.
+"""
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .configuration_hfllm import HfllmConfig
+
+LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
+LINEAR_SIZES = (
+    *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
+    "linear_conv_kernel_dim",
+)
+
+
+def filled_layer_types(config: "HfllmConfig") -> list[str]:
+    """Return the config's own `layer_types`, or one type for all layers, which the window decides."""
+    if config.layer_types is not None:
+        return list(config.layer_types)
+    kind = "full_attention" if config.sliding_window is None else "sliding_attention"
+    return [kind] * config.num_hidden_layers
+
+
+def filled_no_rope_layers(config: "HfllmConfig") -> list[int] | None:
+    """Return `no_rope_layers`, or `None`, its other form, if that says 1 of every layer."""
+    layers = config.no_rope_layers
+    return None if layers is None or layers == [1] * config.num_hidden_layers else list(layers)
+
+
+def fill_linear_sizes(config: "HfllmConfig") -> None:
+    """Set the sizes of linear attention that are not given to OLMo Hybrid's, if the model has such layers."""
+    if "linear_attention" not in config.layer_types or config.num_attention_heads < 1:
+        return
+    for field in ("linear_num_key_heads", "linear_num_value_heads"):
+        if getattr(config, field) is None:
+            setattr(config, field, config.num_attention_heads)
+    if config.linear_key_head_dim is None and config.linear_num_key_heads > 0:
+        config.linear_key_head_dim = int(0.75 * config.hidden_size / config.linear_num_key_heads)
+    if config.linear_value_head_dim is None and config.linear_key_head_dim is not None:
+        config.linear_value_head_dim = 2 * config.linear_key_head_dim
+
+
+def check_layers(config: "HfllmConfig") -> None:
+    """Refuse lists of another length than the model has layers, unknown types, and what does not fit these.
+
+    Raises:
+        ValueError: naming the field, its value and what is accepted.
+    """
+    _check_types(config)
+    kinds, window = set(config.layer_types), config.sliding_window
+    if "sliding_attention" in kinds and window is None:
+        raise ValueError("layer_types with 'sliding_attention' needs sliding_window, got None")
+    if "sliding_attention" not in kinds and window is not None:
+        raise ValueError(f"sliding_window={window} needs a 'sliding_attention' in layer_types, which has none")
+    if "linear_attention" in kinds:
+        _check_linear(config)
+    layers = config.no_rope_layers
+    if layers is None:
+        return
+    if len(layers) != config.num_hidden_layers or not set(layers) <= {0, 1}:
+        raise ValueError(
+            f"no_rope_layers={layers} must be one 0 (a layer without rotary positions) or 1 for each of "
+            f"num_hidden_layers={config.num_hidden_layers}"
+        )
+    if config.position_embedding_type != "rope":
+        raise ValueError(
+            f"no_rope_layers needs position_embedding_type='rope', got {config.position_embedding_type!r}"
+        )
+
+
+def _check_linear(config: "HfllmConfig") -> None:
+    if set(config.layer_types) == {"linear_attention"}:
+        raise ValueError(
+            "layer_types has linear_attention alone: at least one layer must be full_attention or sliding_attention, "
+            "whose cache counts the tokens"
+        )
+    if not config.is_causal:
+        raise ValueError("layer_types with 'linear_attention' needs is_causal=True, got False")
+    if config.parallel_block or config.norm_placement not in ("pre", "output"):
+        raise ValueError(
+            "layer_types with 'linear_attention' needs parallel_block=False and norm_placement='pre' or 'output', got "
+            f"{config.parallel_block} and {config.norm_placement!r}"
+        )
+    for field in LINEAR_SIZES:
+        if getattr(config, field) is None or getattr(config, field) < 1:
+            raise ValueError(f"{field} must be at least 1, got {getattr(config, field)}")
+    if config.linear_num_value_heads % config.linear_num_key_heads:
+        raise ValueError(
+            f"linear_num_key_heads={config.linear_num_key_heads} must divide "
+            f"linear_num_value_heads={config.linear_num_value_heads}"
+        )
+    for least, most in (("linear_a_log_min", "linear_a_log_max"), ("linear_dt_min", "linear_dt_max")):
+        if not 0 <= getattr(config, least) <= getattr(config, most):
+            raise ValueError(f"{least}={getattr(config, least)} must lie between 0 and {most}={getattr(config, most)}")
+
+
+def _check_types(config: "HfllmConfig") -> None:
+    for kind in config.layer_types:
+        if kind not in LAYER_TYPES:
+            near = get_close_matches(str(kind), LAYER_TYPES, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"layer_types: {kind!r} is not one of {', '.join(LAYER_TYPES)}{hint}")
+    if len(config.layer_types) != config.num_hidden_layers:
+        raise ValueError(
+            f"layer_types names {len(config.layer_types)} layers, and num_hidden_layers={config.num_hidden_layers}"
+        )

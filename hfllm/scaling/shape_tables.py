@@ -1,0 +1,66 @@
+"""What a config.json of each architecture leaves unsaid, and shapes that papers name."""
+
+from typing import Any
+
+_GPT = {
+    "norm_type": "layernorm",
+    "mlp_type": "plain",
+    "position_embedding_type": "learned",
+    "attention_bias": True,
+    "mlp_bias": True,
+    "tie_word_embeddings": True,
+}
+_GPT_NAMES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_inner": "intermediate_size",
+    "n_positions": "max_position_embeddings",
+}
+_DEEPSEEK_NAMES = {"n_routed_experts": "num_local_experts", "n_shared_experts": "num_shared_experts"}
+# What transformers assumes where a config.json is silent.
+_DEEPSEEK = {
+    **{"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+    **{"num_local_experts": 256, "num_shared_experts": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 2048},
+    **{"first_k_dense_replace": 3, "topk_group": 4},
+}
+# model_type of a config.json: its names of sizes if they differ, and the values implied by the type.
+FAMILIES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "hfllm": ({}, {}),
+    "llama": ({}, {}),
+    "mistral": ({}, {}),
+    "mixtral": ({}, {"num_local_experts": 8}),
+    "qwen2": ({}, {"attention_bias": True, "attention_output_bias": False}),
+    "qwen3": ({}, {"qk_norm": True}),
+    "gemma": ({}, {"tie_word_embeddings": True}),
+    "gpt2": (_GPT_NAMES, _GPT),
+    "openai-gpt": (_GPT_NAMES, {**_GPT, "norm_placement": "post"}),
+    "qwen3_moe": ({}, {"qk_norm": True}),
+    "deepseek_v3": (_DEEPSEEK_NAMES, _DEEPSEEK),
+}
+
+
+def _megatron(layers: int, hidden: int, heads: int) -> dict[str, Any]:
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
+    return {**_GPT, **sizes, "vocab_size": 51200, "max_position_embeddings": 2048}
+
+
+# Published shapes that are no preset of the family: the ten models of Narayanan et al. 2021 (arXiv:2104.04473,
+# table 1), the first of which are smaller versions of the last, MT-NLG (arXiv:2201.11990), and DeepSeek-V3.
+NAMED_SHAPES: dict[str, dict[str, Any]] = {
+    "megatron-1.7b": _megatron(24, 2304, 24),
+    "megatron-3.6b": _megatron(30, 3072, 32),
+    "megatron-7.5b": _megatron(36, 4096, 32),
+    "megatron-18b": _megatron(40, 6144, 48),
+    "megatron-39b": _megatron(48, 8192, 64),
+    "megatron-76b": _megatron(60, 10240, 80),
+    "megatron-145b": _megatron(80, 12288, 96),
+    "megatron-310b": _megatron(96, 16384, 128),
+    "megatron-530b": _megatron(105, 20480, 128),
+    "gpt3-1t": _megatron(128, 25600, 160),
+    # Without the module that predicts a second token (arXiv:2412.19437, section 4.2).
+    "deepseek-v3": {
+        **{"model_type": "deepseek_v3", "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128},
+        **{"vocab_size": 129280, "intermediate_size": 18432, "max_position_embeddings": 4096},
+    },
+}

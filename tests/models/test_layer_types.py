@@ -1,0 +1,203 @@
+"""Layers that differ: windows, positions and rotations by layer."""
+
+import json
+
+import pytest
+import torch
+from families import FAMILIES
+from transformers import AutoConfig
+from transformers.cache_utils import DynamicSlidingWindowLayer, StaticCache, StaticSlidingWindowLayer
+
+import hfllm
+from hfllm import HfllmConfig
+from hfllm.errors import InputError
+from hfllm.generation.fast import fast_generate
+from hfllm.generation.packed.model import packed_model
+from hfllm.generation.packed.ragged_model import ragged_model
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(10, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("window", "expected"), [(None, FULL), (5, SLIDING)])
+def test_the_list_is_always_filled(window, expected, tmp_path):
+    config = HfllmConfig(**SIZES, sliding_window=window)
+    assert config.layer_types == [expected] * 2
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved.pop("layer_types") == [expected] * 2
+    # As configs were saved before they had the field.
+    del saved["no_rope_layers"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert AutoConfig.from_pretrained(tmp_path).layer_types == [expected] * 2
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"layer_types": [FULL]}, "layer_types names 1 layers, and num_hidden_layers=2"),
+        ({"layer_types": [FULL, "slidding"]}, "'slidding' is not one of .*did you mean 'sliding_attention'"),
+        ({"layer_types": [FULL, SLIDING]}, "'sliding_attention' needs sliding_window, got None"),
+        ({"layer_types": [FULL, SLIDING], "sliding_window": 0}, "sliding_window must be at least 1 or None, got 0"),
+        ({"layer_types": [FULL, FULL], "sliding_window": 4}, "sliding_window=4 needs a 'sliding_attention'"),
+        ({"layer_types": [SLIDING, FULL], "sliding_window": 4, "is_causal": False}, "needs is_causal=True"),
+        ({"no_rope_layers": [1]}, r"no_rope_layers=\[1\] must be one 0 .* or 1 for each of num_hidden_layers=2"),
+        ({"no_rope_layers": [1, 2]}, r"no_rope_layers=\[1, 2\]"),
+        ({"no_rope_layers": [1, 0], "position_embedding_type": "none"}, "needs position_embedding_type='rope'"),
+        (
+            {"layer_types": [SLIDING, FULL], "sliding_window": 4, "rope_parameters": {FULL: {"rope_theta": 1e4}}},
+            "dictionaries for full_attention, and none for sliding_attention",
+        ),
+        (
+            {"rope_parameters": {FULL: {"rope_theta": 1e4, "rope_type": "foo"}}},
+            "rope_type='foo'",
+        ),
+    ],
+)
+def test_what_describes_no_model_is_refused_in_one_line(values, message):
+    with pytest.raises(Exception, match=message) as error:
+        HfllmConfig(**SIZES | values)
+    assert len(str(error.value).splitlines()) <= 2  # the first is the strict dataclass's own
+
+
+def test_layers_set_later_are_checked_when_a_model_is_built():
+    config = HfllmConfig(**SIZES, vocab_size=50)
+    config.num_hidden_layers = 3
+    with pytest.raises(ValueError, match="layer_types names 2 layers"):
+        hfllm.HfllmForCausalLM(config)
+
+
+def test_only_layers_with_a_window_forget(make_model, ids):
+    """What a token more than a window back holds reaches the last one through the full layer alone."""
+    values = {"num_hidden_layers": 1, "sliding_window": 3}
+    other = ids.clone()
+    other[:, 5] = 7
+    for kind, forgets in ((SLIDING, True), (FULL, False)):
+        more = values if forgets else {"num_hidden_layers": 1}
+        model = make_model(**more, layer_types=[kind])
+        assert torch.equal(model(ids).logits[:, -1], model(other).logits[:, -1]) == forgets
+
+
+def test_a_layer_without_positions_is_a_model_without_them(make_model, ids):
+    one = make_model(no_rope_layers=[0, 0])
+    plain = make_model(position_embedding_type="none")
+    plain.load_state_dict(one.state_dict())
+    torch.testing.assert_close(one(ids).logits, plain(ids).logits, atol=0, rtol=0)
+    assert make_model(no_rope_layers=[1, 1]).config.no_rope_layers is None
+
+
+def test_each_type_turns_by_its_own_parameters(make_model, ids):
+    """The layers of a model with two rotations are those of two models with one each."""
+    both = make_model(**FAMILIES["gemma3"])
+    states = both.model.embed_tokens(ids)
+    rope = both.config.rope_parameters
+    for kind, rotary in both.model.rotary_emb.items():
+        alone = make_model(rope_parameters=rope[kind]).model.rotary_emb
+        positions = torch.arange(12).unsqueeze(0)
+        for got, expected in zip(rotary(states, positions), alone(states, positions), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_rotations_are_rebuilt_from_the_meta_device(make_model, ids, tmp_path):
+    model = make_model(**FAMILIES["gemma3"])
+    model.save_pretrained(tmp_path)
+    again = hfllm.HfllmForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_caches_follow_the_layers(make_model):
+    model = make_model(**FAMILIES["mixed-layers"])
+    # Flash kernels take no mask, but this.
+    assert [layer.self_attn.sliding_window for layer in model.model.layers] == [5, None]
+    cache = model(torch.arange(10, 20).unsqueeze(0), use_cache=True).cache
+    assert [type(layer) is DynamicSlidingWindowLayer for layer in cache.layers] == [True, False]
+    assert [layer.keys.shape[2] for layer in cache.layers] == [4, 10]
+    static = StaticCache(model.config, max_cache_len=20)
+    assert [type(layer) is StaticSlidingWindowLayer for layer in static.layers] == [True, False]
+
+
+@pytest.mark.parametrize("name", ["mixed-layers", "gemma3"])
+def test_generation_in_every_way(make_model, ids, name):
+    model = make_model(**FAMILIES[name])
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 12, "eos_token_id": -1, "do_sample": False}
+    expected = model.generate(ids, use_cache=False, **settings)
+    ways = [{}, {"cache_implementation": "static", "disable_compile": True}, {"custom_generate": fast_generate}]
+    for way in ways:
+        assert torch.equal(model.generate(ids, **settings, **way), expected), way
+
+
+def test_lean_decoding_masks_each_layer(make_model, ids):
+    model = make_model(**FAMILIES["mixed-layers"])
+    columns, last = torch.arange(12).expand(2, -1), torch.full((2,), 11)
+    with torch.inference_mode():
+        logits = ragged_model(model, 12, packed=True)(ids, columns, last, 12)
+    torch.testing.assert_close(logits, model(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_a_packed_model_with_two_rotations_is_refused(make_model):
+    with pytest.raises(InputError, match="rotary parameters of their own"):
+        packed_model(make_model(**FAMILIES["gemma3"]))
+
+
+def test_scores_are_capped_by_functions_that_can(make_model, ids):
+    """Eager attention is the default then; a function that would ignore the limit is refused, however it is chosen."""
+    model = make_model(attn_logit_softcapping=0.5)
+    assert model.config._attn_implementation == "eager"
+    free = make_model(attn_implementation="eager")
+    free.load_state_dict(model.state_dict())
+    assert not torch.allclose(model(ids).logits, free(ids).logits, atol=1e-4)
+    with pytest.raises(ValueError, match="attn_implementation='sdpa' has no attn_logit_softcapping"):
+        model.set_attn_implementation("sdpa")
+    model.config._attn_implementation_internal = "sdpa"
+    with pytest.raises(ValueError, match="attn_implementation='sdpa' has no attn_logit_softcapping"):
+        model(ids)
+
+
+@pytest.mark.parametrize("runs_once", [False, True])
+def test_the_chunked_loss_caps_logits(make_model, ids, runs_once):
+    results = []
+    for chunk in (0, 5):
+        model = make_model(final_logit_softcapping=0.5).train()
+        if runs_once:
+            model.lm_head.register_forward_hook(lambda module, args, output: None)
+        loss = model(ids, labels=ids, loss_chunk_size=chunk).loss
+        loss.backward()
+        results.append([loss, *[parameter.grad for parameter in model.parameters()]])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"norm_placement": "both"}, "norm_placement='both'"),
+        ({"norm_placement": "output"}, "norm_placement='output'"),
+        ({"qk_norm": True, "qk_norm_scope": "all_heads"}, "qk_norm_scope='all_heads'"),
+        ({"final_logit_softcapping": 3.0}, "final_logit_softcapping=3.0"),
+    ],
+)
+def test_packed_models_name_what_they_lack(make_model, fields, reason):
+    with pytest.raises(InputError, match=reason):
+        packed_model(make_model(**fields))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"norm_placement": "both", "parallel_block": True},
+        {"attn_logit_softcapping": 0},
+        {"final_logit_softcapping": -1.0},
+        {"query_pre_attn_scalar": 0},
+        {"qk_norm_scope": "layer"},
+    ],
+)
+def test_other_axes_are_checked(values):
+    with pytest.raises(Exception, match=next(iter(values))):
+        HfllmConfig(**SIZES | values)
