@@ -48,12 +48,6 @@ FAMILIES = {
     "qwen3": {"qk_norm": True, "head_dim": 16},
     "mixtral": {"num_local_experts": 4, "intermediate_size": 48},
     "mixtral-parallel-window": {"num_local_experts": 3, "parallel_block": True, "sliding_window": 5},
-    # As in Cohere 2, where only layers with a window know positions.
-    "mixed-layers": {
-        "layer_types": ["sliding_attention", "full_attention"],
-        "sliding_window": 5,
-        "no_rope_layers": [1, 0],
-    },
     "gemma3": {
         "layer_types": ["sliding_attention", "full_attention"],
         "sliding_window": 5,
@@ -78,3 +72,9 @@ FAMILIES = {
     "no-positions": {"hidden_act": "gelu", "position_embedding_type": "none"},
 }
 BERT = {**_GPT, "norm_placement": "post", "hidden_act": "gelu", "is_causal": False}
+# As in Cohere 2, where only layers with a window know positions.
+MIXED_LAYERS = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 5,
+    "no_rope_layers": [1, 0],
+}

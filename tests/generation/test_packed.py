@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, MIXED_LAYERS
 from torch import nn
 
 from hfllm.errors import InputError
@@ -20,7 +20,7 @@ needs_int8 = pytest.mark.skipif(not has_int8(torch.float32, torch.device("cpu"))
 
 # The others are refused by name.
 PACKED = {kind: axes for kind, axes in FAMILIES.items() if kind not in ("gemma3", "olmo-hybrid")}
-PACKED["mixed-layers"] = {**PACKED["mixed-layers"], "num_hidden_layers": 2}
+PACKED["mixed-layers"] = {**MIXED_LAYERS, "num_hidden_layers": 2}
 
 
 def ragged_logits(model, forward, ids, mask):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, MIXED_LAYERS
 from transformers import AutoConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticCache, StaticSlidingWindowLayer
 
@@ -111,7 +111,7 @@ def test_rotations_are_rebuilt_from_the_meta_device(make_model, ids, tmp_path):
 
 
 def test_caches_follow_the_layers(make_model):
-    model = make_model(**FAMILIES["mixed-layers"])
+    model = make_model(**MIXED_LAYERS)
     # Flash kernels take no mask, but this.
     assert [layer.self_attn.sliding_window for layer in model.model.layers] == [5, None]
     cache = model(torch.arange(10, 20).unsqueeze(0), use_cache=True).cache
@@ -121,9 +121,9 @@ def test_caches_follow_the_layers(make_model):
     assert [type(layer) is StaticSlidingWindowLayer for layer in static.layers] == [True, False]
 
 
-@pytest.mark.parametrize("name", ["mixed-layers", "gemma3"])
-def test_generation_in_every_way(make_model, ids, name):
-    model = make_model(**FAMILIES[name])
+@pytest.mark.parametrize("axes", [MIXED_LAYERS, FAMILIES["gemma3"]], ids=["mixed", "gemma3"])
+def test_generation_in_every_way(make_model, ids, axes):
+    model = make_model(**axes)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     settings = {"attention_mask": mask, "max_new_tokens": 12, "eos_token_id": -1, "do_sample": False}
@@ -134,7 +134,7 @@ def test_generation_in_every_way(make_model, ids, name):
 
 
 def test_lean_decoding_masks_each_layer(make_model, ids):
-    model = make_model(**FAMILIES["mixed-layers"])
+    model = make_model(**MIXED_LAYERS)
     columns, last = torch.arange(12).expand(2, -1), torch.full((2,), 11)
     with torch.inference_mode():
         logits = ragged_model(model, 12, packed=True)(ids, columns, last, 12)

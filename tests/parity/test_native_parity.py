@@ -11,7 +11,17 @@ TOLERANCE = {"atol": 1e-5, "rtol": 0}
 
 
 # Differ from others in one field each.
-SLOW = {"qwen2-mixed", "smollm3", "ministral", "cwm", "gemma2-uncapped", "olmo3-long", "olmo-hybrid-rope"}
+SLOW = {
+    "olmo2",
+    "cohere2",
+    "qwen2-mixed",
+    "smollm3",
+    "ministral",
+    "cwm",
+    "gemma2-uncapped",
+    "olmo3-long",
+    "olmo-hybrid-rope",
+}
 
 
 @pytest.fixture(

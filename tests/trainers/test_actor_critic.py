@@ -66,7 +66,7 @@ def native(name, auto_class=AutoModelForCausalLM, **more):
     return auto_class.from_config(config).eval()
 
 
-def check(actor, batch, temperature=0.7, never_sampled=(0,)):
+def check(actor, batch, temperature=0.7, never_sampled=(0,), atol=1e-5):
     """Values and gradients of a random weighting of both outputs agree with `plain`."""
     weights = [torch.randn(batch["response_mask"].shape, generator=torch.Generator().manual_seed(at)) for at in (1, 2)]
 
@@ -82,11 +82,11 @@ def check(actor, batch, temperature=0.7, never_sampled=(0,)):
         assert (distribution is not None) == with_distribution
         got = gradients(logprobs, values)
         torch.testing.assert_close(
-            got, gradients(*plain(actor, batch, temperature, never_sampled)), atol=1e-5, rtol=1e-4
+            got, gradients(*plain(actor, batch, temperature, never_sampled)), atol=atol, rtol=1e-4
         )
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt1", "mixtral", "cohere", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "gpt1", "mixtral", "cohere", "mistral", "gemma3", "olmo-hybrid"])
 @pytest.mark.parametrize("separate_value_model", [False, True])
 def test_the_lean_pass_is_the_plain_one(make_model, batch, family, separate_value_model):
     policy, value_model = make_model(**FAMILIES[family]), None
@@ -96,7 +96,8 @@ def test_the_lean_pass_is_the_plain_one(make_model, batch, family, separate_valu
     actor = ActorCritic(policy, value_model, 0.7, (0,))
     if not separate_value_model:
         torch.nn.init.normal_(actor.value_head.weight)
-    check(actor, batch)
+    # What is computed once per chunk, or from a state, is rounded otherwise in a row that begins elsewhere.
+    check(actor, batch, atol=5e-5 if family == "olmo-hybrid" else 1e-5)
 
 
 @pytest.mark.parametrize("name", NATIVES)

@@ -169,12 +169,12 @@ def check_model(model: "PreTrainedModel", name: str = "the model") -> None:
         )
     if hasattr(model, "get_base_model"):
         raise InputError(f"{kind} is wrapped by PEFT: pass model.get_base_model(), whose layers keep the adapter")
+    takes = {"position_ids", "cache"} <= set(inspect.signature(type(model).forward).parameters)
     others = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
     others -= {"full_attention", "sliding_attention"}
-    if others:
+    if takes and others:
         raise InputError(f"{kind} has layers of type {', '.join(sorted(others))}: use its own generate()")
-    parameters = inspect.signature(type(model).forward).parameters
-    if getattr(model, "_is_stateful", False) or not {"position_ids", "cache"} <= set(parameters):
+    if getattr(model, "_is_stateful", False) or not takes:
         raise InputError(
             f"{kind} does not take positions and a key-value cache, so drafts could not be undone: "
             "use its own generate()"
