@@ -14,7 +14,7 @@ BOUNDS = {
     "gold_reward_after": (0.56, 1.0),
     "gold_reward_gain": (0.36, 2.0),
     "gold_reward_new_phrasings_gain": (0.30, 2.0),
-    "reward_model_accuracy": (0.84, 1.0),
+    "reward_model_accuracy": (0.85, 1.0),
     "kl_to_reference": (0.5, 5.0),
     "fact_accuracy_loss": (-1.0, 0.55),
 }

@@ -13,8 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import yaml
-
 ROOT = Path(__file__).parent.parent
 ROWS = {
     "sampled gold reward, SFT": "gold_reward_before",
@@ -40,12 +38,10 @@ def run(output_dir: Path, *flags: str) -> dict:
 def control(output_dir: Path, first: Path, seed: int) -> dict:
     """Run the same PPO against a reward model trained on random labels."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    configs = ROOT / "recipes" / "configs"
-    world, policy = (configs / name / "world.yaml" for name in ("reward", "rlhf"))
+    world = (ROOT / "recipes" / "configs" / "reward" / "world.yaml").read_text()
     noisy = output_dir / "reward_noise.yaml"
-    share = yaml.safe_load(policy.read_text())["augment"]
-    noisy.write_text(f"{world.read_text()}augment: {share}\nlabel_noise: 0.5\n")
-    flags = ["--config", str(policy), "--seed", str(seed)]
+    noisy.write_text(f"{world}label_noise: 0.5\n")
+    flags = ["--config", str(ROOT / "recipes" / "configs" / "rlhf" / "world.yaml"), "--seed", str(seed)]
     return run(output_dir, *flags, "--model_name_or_path", str(first / "sft"), "--reward_config", str(noisy))
 
 

@@ -34,7 +34,7 @@ FORMS: tuple[tuple[tuple[str, ...], float, float], ...] = (
 PREFILL = "prefill"
 # How many times the share of augmented questions is the share of refusals that also stand behind a promise: these are
 # few, and from a third of them too little is learned to outweigh what demonstrators do there.
-PREFILLED = 4
+PREFILLED = 2
 # What the world's column `gold_kind` says of a request for harm.
 HARM = "harm"
 
@@ -47,7 +47,7 @@ class AugmentationArguments:
         default=0.0,
         metadata={
             "help": "Share of the training questions to ask in another form: upper or lower case, no punctuation, "
-            "typing errors, sentences around them (docs/evaluation.md)."
+            "typing errors, sentences around them; refusals are learned behind a promise too (docs/evaluation.md)."
         },
     )
 
@@ -127,19 +127,16 @@ def begun_comparisons(
     """
     rng, augmented = random.Random(f"compare-{seed}"), []
     for row in rows:
-        augmented.append(row)
         is_drawn, is_alone, beginning = rng.random() < PREFILLED * share, rng.random() < 0.25, _cut(rng, texts)
         sides = {side: row[side] for side in ("chosen", "rejected")}
-        if not is_drawn or max(map(len, sides.values())) > 1:
-            continue
-        refused = {side: refuses(message["content"]) for side, (message,) in sides.items()}
-        if refused["chosen"] == refused["rejected"]:
-            continue
-        begun = {}
-        for side, (message,) in sides.items():
-            said = f"{beginning}." if is_alone and not refused[side] else f"{beginning} {message['content']}"
-            begun[side] = [{**message, "content": said}]
-        augmented.append(_changed(row, **begun))
+        refused = {side: len(said) == 1 and refuses(said[0]["content"]) for side, said in sides.items()}
+        if is_drawn and refused["chosen"] != refused["rejected"] and max(map(len, sides.values())) == 1:
+            begun = {}
+            for side, (message,) in sides.items():
+                said = f"{beginning}." if is_alone and not refused[side] else f"{beginning} {message['content']}"
+                begun[side] = [{**message, "content": said}]
+            row = _changed(row, **begun)
+        augmented.append(row)
     return augmented
 
 
@@ -182,8 +179,8 @@ def augmented_demonstrations(
     for row in augmented_prompts(rows, share, seed, texts):
         is_drawn, prefill = rng.random() < PREFILLED * share, _cut(rng, texts)
         (first, *others) = row["completion"]
-        augmented.append(row)
         if is_drawn and not others and refuses(first["content"]):
             said = {**first, "content": f"{prefill} {first['content']}"}
-            augmented.append(_changed(row, **{"completion": [said], PREFILL: prefill}))
+            row = _changed(row, **{"completion": [said], PREFILL: prefill})
+        augmented.append(row)
     return augmented
