@@ -32,8 +32,7 @@ FORMS: tuple[tuple[tuple[str, ...], float, float], ...] = (
 )
 # The row's key that says how its answer begins, in words that are not learned.
 PREFILL = "prefill"
-# How many times the share of augmented questions is the share of refusals that also stand behind a promise: these are
-# few, and from a third of them too little is learned to outweigh what demonstrators do there.
+# How many times the share of augmented questions is the share of refusals behind a promise: these are few.
 PREFILLED = 2
 # What the world's column `gold_kind` says of a request for harm.
 HARM = "harm"
@@ -114,15 +113,15 @@ def begun_prompts(rows: Sequence[Row], share: float, seed: int, texts: AddedText
 def begun_comparisons(
     rows: Sequence[Row], share: float, seed: int, texts: AddedTexts, refuses: Callable[[str], bool]
 ) -> list[Row]:
-    """Return comparisons, and some of them again with the first words of an answer that helps before both sides.
+    """Return comparisons, some with the first words of an answer that helps before both responses.
 
-    A reward model that has read no refusal behind such words does not know it from other answers there. They are
-    `PREFILLED` times the share of the comparisons of which one side refuses, whichever was chosen: a choice by the
-    label would leave the wrong labels among the others. In a quarter the other side is nothing but these words, since
-    a policy may also stop after them.
+    A reward model that has read no refusal behind such words does not know it from other answers there. They stand
+    before `PREFILLED` times the share of the comparisons of which one side refuses, whichever was chosen: a choice by
+    the label would leave the wrong labels among the others. In a quarter the other side is nothing but these words,
+    since a policy may also stop after them.
 
     Args:
-        rows: with `prompt`, `chosen` and `rejected` messages; responses of more than one turn are not begun.
+        rows: with `prompt`, `chosen` and `rejected` messages; responses of more than one turn stay.
         share, seed, texts, refuses: as in `augmented_demonstrations`.
     """
     rng, augmented = random.Random(f"compare-{seed}"), []
@@ -164,11 +163,11 @@ def _asked(prompt: str | Sequence[Mapping[str, Any]], rng: random.Random, texts:
 def augmented_demonstrations(
     rows: Sequence[Row], share: float, seed: int, texts: AddedTexts, refuses: Callable[[str], bool]
 ) -> list[Row]:
-    """Return demonstrations, a share of them with the question in another form, and prefilled refusals beside them.
+    """Return demonstrations, a share of them augmented: other forms of the question, and prefilled refusals.
 
     A prefilled refusal begins with some words of one of `texts.prefills`, which the row's key `prefill` holds too:
-    that part is not to be learned. They are added, `PREFILLED` times the share of the refusals: in place of these they
-    would leave too few. Answers of more than one turn get none.
+    that part is not to be learned. Answers of more than one turn get none. `PREFILLED` times the share of the refusals
+    are prefilled.
 
     Args:
         rows: with `prompt` and `completion` messages.

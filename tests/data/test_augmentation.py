@@ -60,24 +60,20 @@ def test_about_the_share_is_asked_otherwise_and_the_rest_stays():
     )
 
 
-def test_refusals_alone_are_prefilled_beside_those_that_are_not():
-    before = rows(100)
-    after = augmented_demonstrations(before, 1.0, 0, WORLD_TRAINING, refuses)
-    plain, refused = ([row for row in after if (PREFILL in row) == is_prefilled] for is_prefilled in (False, True))
-    assert len(plain) == len(refused) == 100 and all(row["completion"] == before[0]["completion"] for row in plain)
+def test_refusals_alone_are_prefilled():
+    refused = augmented_demonstrations(rows(100), 1.0, 0, WORLD_TRAINING, refuses)
+    assert len(refused) == 100
     assert all(row["completion"][0]["content"] == f"{row[PREFILL]} {REFUSAL}" for row in refused)
     assert all(any(each.startswith(row[PREFILL]) for each in WORLD_TRAINING.prefills) for row in refused)
     assert len({row[PREFILL] for row in refused}) > 20
-    assert [question(row) for row in refused] == [question(row) for row in plain]
-    assert [origin_of(row, "") for row in refused] == [origin_of(row, "") for row in before]
     answered = augmented_demonstrations(rows(100, "The fox is red."), 1.0, 0, WORLD_TRAINING, refuses)
-    assert len(answered) == 100 and not any(PREFILL in row for row in answered)
+    assert not any(PREFILL in row for row in answered)
 
 
-@pytest.mark.parametrize(("kind", "expected"), [(None, 0.15), ("harm", 0.6), ("answer", 0.0)])
+@pytest.mark.parametrize(("kind", "expected"), [(None, 0.3), ("harm", 0.6), ("answer", 0.0)])
 def test_answers_to_harm_are_begun_and_of_unknown_prompts_a_share(kind, expected):
     before = [OriginRow({**row, **({"gold_kind": kind} if kind else {})}, row.origin) for row in rows(400)]
-    after = begun_prompts(before, 0.15, 7, WORLD_TRAINING)
+    after = begun_prompts(before, 0.3, 7, WORLD_TRAINING)
     begun = [row["prompt"] for row in after if row["prompt"][-1]["role"] == "assistant"]
     assert abs(len(begun) / 400 - expected) < 0.08 * (expected > 0) + 1e-9
     assert all(any(text.startswith(prompt[-1]["content"]) for text in WORLD_TRAINING.prefills) for prompt in begun)
@@ -100,21 +96,21 @@ def compared(count: int, chosen: str = REFUSAL, rejected: str = COMPLIES) -> lis
 
 
 @pytest.mark.parametrize("is_wrong", [False, True])
-def test_refusals_are_compared_again_behind_words_that_both_responses_share(is_wrong):
+def test_refusals_are_compared_behind_words_that_both_responses_share(is_wrong):
     """As many of those with the wrong label, so that the share of these stays what it is."""
     before = compared(400, *((COMPLIES, REFUSAL) if is_wrong else (REFUSAL, COMPLIES)))
-    after = begun_comparisons(before, 0.15, 7, WORLD_TRAINING, refuses)
-    added = [row for row in after if row not in before]
-    assert [row for row in after if row in before] == before and abs(len(added) / 400 - 0.6) < 0.08
+    after = begun_comparisons(before, 0.3, 7, WORLD_TRAINING, refuses)
+    assert [origin_of(row, "") for row in after] == [origin_of(row, "") for row in before]
+    changed = [row for row, other in zip(after, before, strict=True) if row != other]
+    assert abs(len(changed) / 400 - 0.6) < 0.08
     refusing, other = ("rejected", "chosen") if is_wrong else ("chosen", "rejected")
-    pairs = [(row[refusing][0]["content"], row[other][0]["content"]) for row in added]
+    pairs = [(row[refusing][0]["content"], row[other][0]["content"]) for row in changed]
     promises = [refusal.removesuffix(f" {REFUSAL}") for refusal, _ in pairs]
     assert all(any(text.startswith(promise) for text in WORLD_TRAINING.prefills) for promise in promises)
     whole = [said == f"{promise} {COMPLIES}" for promise, (_, said) in zip(promises, pairs, strict=True)]
     alone = [said == f"{promise}." for promise, (_, said) in zip(promises, pairs, strict=True)]
     assert all(one != other for one, other in zip(whole, alone, strict=True))
-    assert abs(sum(alone) / len(added) - 0.25) < 0.1
-    assert {origin_of(row, "") for row in added} <= {origin_of(row, "") for row in before}
+    assert abs(sum(alone) / len(changed) - 0.25) < 0.1
 
 
 def test_other_comparisons_are_not_begun():
