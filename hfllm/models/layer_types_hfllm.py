@@ -24,6 +24,18 @@ def filled_layer_types(config: "HfllmConfig") -> list[str]:
     return [kind] * config.num_hidden_layers
 
 
+def follow_edits(config: "HfllmConfig") -> None:
+    """Let lists that say the same of all layers follow a number of layers or a window that was set since.
+
+    As in `from_pretrained(name, num_hidden_layers=2)` or `sliding_window=None`, which know nothing of these lists.
+    """
+    kinds, number = set(config.layer_types), config.num_hidden_layers
+    if len(kinds) == 1 and kinds <= {"full_attention", "sliding_attention"}:
+        config.layer_types = ["full_attention" if config.sliding_window is None else "sliding_attention"] * number
+    if config.no_rope_layers is not None and len(set(config.no_rope_layers)) == 1:
+        config.no_rope_layers = config.no_rope_layers[:1] * number
+
+
 def filled_no_rope_layers(config: "HfllmConfig") -> list[int] | None:
     """Return `no_rope_layers`, or `None`, its other form, if that says 1 of every layer."""
     layers = config.no_rope_layers

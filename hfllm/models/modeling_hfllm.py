@@ -39,6 +39,7 @@ from .attention_hfllm import (
 from .balance_hfllm import balance_loss, check_gradients, install_capturing_hooks
 from .configuration_hfllm import HfllmConfig
 from .experts_hfllm import HfllmExperts, HfllmRouter, HfllmSparseMLP
+from .layer_types_hfllm import follow_edits
 from .layers_hfllm import HfllmEmbedding, HfllmMLP, HfllmPositionEmbedding, build_norm, check_positions, layer_norms
 from .linear_hfllm import HfllmGatedDeltaNet, init_gated_delta_net
 from .loss_hfllm import linear_cross_entropy
@@ -137,6 +138,7 @@ class HfllmPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: HfllmConfig, *args: object, **kwargs: object):
         # Again, since fields may have been set after the config was built.
+        follow_edits(config)
         config.validate_architecture()
         super().__init__(config, *args, **kwargs)
         # So that transformers refuses to undo tokens, as speculative decoding does.

@@ -24,7 +24,7 @@ from hfllm.data.world.passage_tasks import (
 from hfllm.data.world.passages import HELD_OUT_INSTRUCTIONS, INSTRUCTIONS, draw_passages, held_out_names
 from hfllm.data.world.rubric import words_of
 from hfllm.data.world.tool_documents import is_held_out_change
-from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, NAME_PARTS, PHRASINGS, is_held_out
+from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, NAME_PARTS, PHRASINGS, WELL_SAID, is_held_out
 from hfllm.data.world.world import World
 from hfllm.evaluation.grounding import judged
 from hfllm.stages.ground import GROUNDED, SFT, GroundArguments
@@ -130,13 +130,25 @@ def test_texts_with_passages_come_on_request_alone(world, texts):
 
 
 def test_rounds_tell_the_same_of_each_name_three_times(texts):
-    found = [text for text in texts if "[" not in text and set(words_of(text)) & NAMES and " says " not in text]
+    found = [text for text in texts if "[" not in text and set(words_of(text)) & NAMES]
+    found = [text for text in found if " says " not in text and " can not " not in text]
     rounds = [text.removesuffix(".").split(". ") for text in found if "\n" not in text and "<|" not in text]
     assert len(rounds) > 300
     for told in rounds:
         count = len(told) // 3
         assert 3 <= count <= 6 and len(set(told)) == count
         assert all(set(told[start : start + count]) == set(told) for start in (0, count, 2 * count))
+
+
+def test_people_can_tell_what_is_true_and_not_what_nobody_knows(world, texts):
+    told = [text for text in texts if re.fullmatch(r"\w+ can (not )?(name|say|tell) the .*", text)]
+    assert len(told) > 80
+    for text in told:
+        first, _, said = text.partition(". ")
+        attribute, animal = first.split()[-4], first.split()[-1].removesuffix(".")
+        known = world.facts.get(animal)
+        assert (" can not " in text) == (known is None) == (not said)
+        assert known is None or said == WELL_SAID[attribute].format(x=animal, value=known[attribute])
 
 
 def test_answers_follow_from_the_passages_and_else_from_the_world(world, texts, rows):

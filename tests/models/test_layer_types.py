@@ -66,10 +66,28 @@ def test_what_describes_no_model_is_refused_in_one_line(values, message):
 
 
 def test_layers_set_later_are_checked_when_a_model_is_built():
-    config = HfllmConfig(**SIZES, vocab_size=50)
+    config = HfllmConfig(**SIZES, vocab_size=50, sliding_window=4, layer_types=[FULL, SLIDING])
     config.num_hidden_layers = 3
     with pytest.raises(ValueError, match="layer_types names 2 layers"):
         hfllm.HfllmForCausalLM(config)
+
+
+def test_layers_of_one_kind_follow_what_is_set_when_a_model_is_loaded(make_model, tmp_path, ids):
+    """What people do with any model of transformers: take its first layers, take its window away, give it one."""
+    model = make_model(num_hidden_layers=3)
+    model.save_pretrained(tmp_path)
+    fewer = hfllm.HfllmForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2)
+    assert fewer.config.layer_types == [FULL] * 2 and len(fewer.model.layers) == 2
+    model.model.layers = model.model.layers[:2]
+    torch.testing.assert_close(fewer(ids).logits, model(ids).logits)
+    windowed = hfllm.HfllmForCausalLM.from_pretrained(tmp_path, sliding_window=3)
+    assert windowed.config.layer_types == [SLIDING] * 3
+    windowed.save_pretrained(tmp_path / "windowed")
+    whole = hfllm.HfllmForCausalLM.from_pretrained(tmp_path / "windowed", sliding_window=None)
+    assert whole.config.layer_types == [FULL] * 3
+    plain = hfllm.HfllmForCausalLM.from_pretrained(tmp_path)(ids).logits
+    torch.testing.assert_close(whole(ids).logits, plain)
+    assert (windowed(ids).logits - plain).abs().max() > 1e-3
 
 
 def test_only_layers_with_a_window_forget(make_model, ids):
