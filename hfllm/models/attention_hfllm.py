@@ -303,9 +303,12 @@ def create_masks(
         packed: the result of `packed_sequences`.
 
     Raises:
-        ValueError: for packed sequences that a flash kernel cannot keep apart.
+        ValueError: for packed sequences that a flash kernel cannot keep apart, and for a mask of four dimensions with
+            linear attention, whose state cannot skip what single tokens do not see.
     """
     restarts, allowed = None, None
+    if "linear_attention" in config.layer_types and getattr(attention_mask, "ndim", 2) == 4:
+        raise ValueError("linear attention takes an attention_mask of two dimensions, got four; pack by position_ids")
     if packed is not None and "flash" in config._attn_implementation and not torch.compiler.is_compiling():
         # Flash kernels take no mask: they split only a single row without padding, at its position ids.
         if len(packed) > 1 or not (attention_mask is None or attention_mask.all()):

@@ -24,6 +24,7 @@ from .layer_types_hfllm import (  # noqa: E402
     fill_linear_sizes,
     filled_layer_types,
     filled_no_rope_layers,
+    follow_edits,
 )
 
 CHOICES = {
@@ -279,6 +280,7 @@ class HfllmConfig(PreTrainedConfig):
         """Save as the base class does; if code is saved with the weights, `auto_map` names all family classes."""
         if self._auto_class is not None:
             self.auto_map = dict(AUTO_MAP)
+        follow_edits(self)
         super().save_pretrained(save_directory, **kwargs)
 
     def num_parameters(self, active_only: bool = False) -> int:

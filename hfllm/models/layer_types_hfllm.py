@@ -25,10 +25,13 @@ def filled_layer_types(config: "HfllmConfig") -> list[str]:
 
 
 def follow_edits(config: "HfllmConfig") -> None:
-    """Let lists that say the same of all layers follow a number of layers or a window that was set since.
+    """Let what is filled in follow fields that were set since, when a model is built or the config saved.
 
-    As in `from_pretrained(name, num_hidden_layers=2)` or `sliding_window=None`, which know nothing of these lists.
+    A list that says the same of all layers follows their number and the window, as `from_pretrained(name,
+    num_hidden_layers=2)` and `sliding_window=None` set them, which know nothing of it.
     """
+    config.layer_types = filled_layer_types(config)
+    fill_linear_sizes(config)
     kinds, number = set(config.layer_types), config.num_hidden_layers
     if len(kinds) == 1 and kinds <= {"full_attention", "sliding_attention"}:
         config.layer_types = ["full_attention" if config.sliding_window is None else "sliding_attention"] * number
@@ -104,6 +107,8 @@ def _check_linear(config: "HfllmConfig") -> None:
             f"linear_num_key_heads={config.linear_num_key_heads} must divide "
             f"linear_num_value_heads={config.linear_num_value_heads}"
         )
+    if config.linear_dt_min <= 0:
+        raise ValueError(f"linear_dt_min={config.linear_dt_min} must be above 0")
     for least, most in (("linear_a_log_min", "linear_a_log_max"), ("linear_dt_min", "linear_dt_max")):
         if not 0 <= getattr(config, least) <= getattr(config, most):
             raise ValueError(f"{least}={getattr(config, least)} must lie between 0 and {most}={getattr(config, most)}")

@@ -90,6 +90,25 @@ def test_layers_of_one_kind_follow_what_is_set_when_a_model_is_loaded(make_model
     assert (windowed(ids).logits - plain).abs().max() > 1e-3
 
 
+def test_what_is_filled_in_follows_a_config_that_is_edited_and_saved(tmp_path):
+    config = HfllmConfig(**SIZES, vocab_size=50, sliding_window=4, no_rope_layers=[0, 0])
+    config.num_hidden_layers, config.sliding_window = 3, None
+    config.save_pretrained(tmp_path)
+    saved = HfllmConfig.from_pretrained(tmp_path)
+    assert saved.layer_types == [FULL] * 3 and saved.no_rope_layers == [0] * 3
+    config.layer_types = None
+    assert len(hfllm.HfllmForCausalLM(config).model.layers) == 3 and config.layer_types == [FULL] * 3
+    config.layer_types = ["linear_attention", FULL, FULL]
+    hfllm.HfllmForCausalLM(config)
+    assert config.linear_num_key_heads == config.num_attention_heads
+
+
+def test_linear_layers_refuse_masks_that_they_cannot_follow(make_model, ids):
+    model = make_model(num_hidden_layers=2, layer_types=["linear_attention", FULL])
+    with pytest.raises(ValueError, match="linear attention takes an attention_mask of two dimensions"):
+        model(ids, attention_mask=torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril())
+
+
 def test_only_layers_with_a_window_forget(make_model, ids):
     """What a token more than a window back holds reaches the last one through the full layer alone."""
     values = {"num_hidden_layers": 1, "sliding_window": 3}
