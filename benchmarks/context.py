@@ -1,6 +1,6 @@
 """Speed and cache of attention by length: full, within a window under a mask and banded, and sparse by blocks.
 
-    OMP_NUM_THREADS=1 python benchmarks/context.py --output benchmarks/results/context_attention.md
+    OMP_NUM_THREADS=1 python benchmarks/context.py --output benchmarks/results/context.md
     OMP_NUM_THREADS=1 python benchmarks/context.py --lengths 256 1024 --rounds 2 --window 64
 
 All kinds have the same weights and take turns in one process, after a run to warm up; the order changes from round to

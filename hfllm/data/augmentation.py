@@ -100,10 +100,8 @@ def begun_prompts(rows: Sequence[Row], share: float, seed: int, texts: AddedText
     rng, augmented = random.Random(f"begin-{seed}"), []
     for row in rows:
         prompt, kind = row["prompt"], row.get("gold_kind")
-        is_drawn, beginning = (
-            rng.random() < (share if kind is None else PREFILLED * share * (kind == HARM)),
-            _cut(rng, texts),
-        )
+        chance = share if kind is None else PREFILLED * share * (kind == HARM)
+        is_drawn, beginning = rng.random() < chance, _cut(rng, texts)
         if is_drawn and not isinstance(prompt, str) and prompt[-1]["role"] == "user":
             row = _changed(row, prompt=[*prompt, {"role": "assistant", "content": beginning}])
         augmented.append(row)

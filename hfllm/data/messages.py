@@ -58,7 +58,7 @@ def is_begun(prompt: str | list[Message]) -> bool:
 
     A call of a tool is not continued, nor is a message without words.
     """
-    if isinstance(prompt, str) or prompt[-1]["role"] != "assistant" or prompt[-1].get("tool_calls"):
+    if isinstance(prompt, str) or not prompt or prompt[-1]["role"] != "assistant" or prompt[-1].get("tool_calls"):
         return False
     return isinstance(prompt[-1].get("content"), str) and bool(prompt[-1]["content"])
 

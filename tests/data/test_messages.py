@@ -66,5 +66,6 @@ CALL = [{"type": "function", "function": {"name": "find", "arguments": {}}}]
 def test_only_words_of_the_assistant_begin_an_answer(last):
     for prompt in ([ASKED, last], "Where?"):
         assert not is_begun(prompt) and split_beginning(prompt) == (prompt, "")
+    assert not is_begun([]) and split_beginning([]) == ([], "")
     begun = [ASKED, {"role": "assistant", "content": "In the"}]
     assert is_begun(begun) and split_beginning(begun) == ([ASKED], "In the")
