@@ -10,9 +10,16 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 from processes import Processes
 
+# Whole worlds, some minutes each. They start first: begun last, one would leave the other worker without work.
+LONGEST = ("test_ground_world", "test_constitution_world", "test_tools_world", "test_reason_world")
+
 # Torch and what stands on it are imported where they are used: with several workers, the process that hands out the
 # tests needs none of it. Until the tests run, garbage collection has millions of imported objects to look through.
 gc.disable()
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session", autouse=True)
