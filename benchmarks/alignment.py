@@ -39,9 +39,12 @@ def control(output_dir: Path, first: Path, seed: int) -> dict:
     """Run the same PPO against a reward model trained on random labels."""
     output_dir.mkdir(parents=True, exist_ok=True)
     world = (ROOT / "recipes" / "configs" / "reward" / "world.yaml").read_text()
+    settings = ROOT / "recipes" / "configs" / "rlhf" / "world.yaml"
+    # A stage with a config of its own takes `augment` from there.
+    (augment,) = (line for line in settings.read_text().splitlines() if line.startswith("augment:"))
     noisy = output_dir / "reward_noise.yaml"
-    noisy.write_text(f"{world}label_noise: 0.5\n")
-    flags = ["--config", str(ROOT / "recipes" / "configs" / "rlhf" / "world.yaml"), "--seed", str(seed)]
+    noisy.write_text(f"{world}label_noise: 0.5\n{augment}\n")
+    flags = ["--config", str(settings), "--seed", str(seed)]
     return run(output_dir, *flags, "--model_name_or_path", str(first / "sft"), "--reward_config", str(noisy))
 
 

@@ -33,7 +33,7 @@ FORMS: tuple[tuple[tuple[str, ...], float, float], ...] = (
 # The row's key that says how its answer begins, in words that are not learned.
 PREFILL = "prefill"
 # How many times the share of augmented questions is the share of refusals behind a promise: these are few.
-PREFILLED = 2
+PREFILLED = 3
 # What the world's column `gold_kind` says of a request for harm.
 HARM = "harm"
 

@@ -183,7 +183,7 @@ def tokenize_prompts(
         as_plain_text: whether special tokens that messages spell are tokenized as text.
 
     Raises:
-        InputError: when these are no tools.
+        InputError: when these are no tools, or the template cannot continue an assistant's turn.
     """
     if isinstance(prompts[0], str):
         return tokenizer(list(prompts))["input_ids"]
@@ -200,5 +200,13 @@ def tokenize_prompts(
         ending = {"continue_final_message" if is_open else "add_generation_prompt": True}
         if shown[0]:
             ending["tools"] = read_tools("a prompt", shown[0])
-        ids += tokenizer.apply_chat_template(list(some), **ending, **options)["input_ids"]
+        try:
+            ids += tokenizer.apply_chat_template(list(some), **ending, **options)["input_ids"]
+        except ValueError as error:
+            if not is_open:
+                raise
+            raise InputError(
+                "the chat template cannot leave the assistant's turn open, as prompts that end with its words "
+                f"({some[0][-1]['content']!r:.40}) need; --augment 0 begins no answers, and without it leave these out"
+            ) from error
     return ids

@@ -70,10 +70,10 @@ def test_refusals_alone_are_prefilled():
     assert not any(PREFILL in row for row in answered)
 
 
-@pytest.mark.parametrize(("kind", "expected"), [(None, 0.3), ("harm", 0.6), ("answer", 0.0)])
+@pytest.mark.parametrize(("kind", "expected"), [(None, 0.2), ("harm", 0.6), ("answer", 0.0)])
 def test_answers_to_harm_are_begun_and_of_unknown_prompts_a_share(kind, expected):
     before = [OriginRow({**row, **({"gold_kind": kind} if kind else {})}, row.origin) for row in rows(400)]
-    after = begun_prompts(before, 0.3, 7, WORLD_TRAINING)
+    after = begun_prompts(before, 0.2, 7, WORLD_TRAINING)
     begun = [row["prompt"] for row in after if row["prompt"][-1]["role"] == "assistant"]
     assert abs(len(begun) / 400 - expected) < 0.08 * (expected > 0) + 1e-9
     assert all(any(text.startswith(prompt[-1]["content"]) for text in WORLD_TRAINING.prefills) for prompt in begun)
@@ -99,7 +99,7 @@ def compared(count: int, chosen: str = REFUSAL, rejected: str = COMPLIES) -> lis
 def test_refusals_are_compared_behind_words_that_both_responses_share(is_wrong):
     """As many of those with the wrong label, so that the share of these stays what it is."""
     before = compared(400, *((COMPLIES, REFUSAL) if is_wrong else (REFUSAL, COMPLIES)))
-    after = begun_comparisons(before, 0.3, 7, WORLD_TRAINING, refuses)
+    after = begun_comparisons(before, 0.2, 7, WORLD_TRAINING, refuses)
     assert [origin_of(row, "") for row in after] == [origin_of(row, "") for row in before]
     changed = [row for row, other in zip(after, before, strict=True) if row != other]
     assert abs(len(changed) / 400 - 0.6) < 0.08

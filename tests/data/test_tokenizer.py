@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from hfllm.data.chat_templates import plain_chat_template
 from hfllm.data.tokenizer import tokenize_prompts, train_tokenizer
+from hfllm.errors import InputError
 
 CHAT = [
     {"role": "user", "content": "What colour is the fox?"},
@@ -134,3 +135,10 @@ def test_an_answer_that_has_begun_stays_open(tokenizer):
     assert tokenizer.decode(open_) == "<|user|>What colour is the fox?<|end|><|assistant|>The fox"
     assert closed == again == tokenize_prompts([CHAT[:1]], tokenizer)[0]
     assert open_[: len(closed)] == closed
+
+
+def test_a_template_that_leaves_answers_out_cannot_continue_them(tokenizer):
+    deaf = copy.deepcopy(tokenizer)
+    deaf.chat_template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    with pytest.raises(InputError, match=r"cannot leave the assistant's turn open.*'Sure, first'.*--augment 0"):
+        tokenize_prompts([[*CHAT[:1], {"role": "assistant", "content": "Sure, first"}]], deaf)
