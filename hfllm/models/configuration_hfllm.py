@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN  # noqa: E402
 from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters  # noqa: E402
 
+from .latent_sizes_hfllm import check_latent, fill_latent_sizes, latent_parameters  # noqa: E402
 from .layer_types_hfllm import (  # noqa: E402
     check_layers,
     fill_linear_sizes,
@@ -133,6 +134,12 @@ class HfllmConfig(PreTrainedConfig):
         attention_output_bias: bias of the attention's output projection; `None` follows `attention_bias`.
         embedding_multiplier: factor on the token embeddings (Gemma: the square root of hidden_size).
         logit_scale: factor on the logits (Cohere).
+        kv_lora_rank: size of the one vector per token that keys and values of all heads are made of (multi-head
+            latent attention, DeepSeek-V2, arXiv:2405.04434, section 2.1); `None` means plain attention.
+        q_lora_rank: size of the vector that the queries are made of; `None` makes them of the hidden state.
+        qk_nope_head_dim, qk_rope_head_dim, v_head_dim: with `kv_lora_rank`, sizes of a head's query without positions,
+            of its rotated part, and of its value; `None` means `hidden_size // num_attention_heads`, half of it, and it.
+        rope_interleave: with `kv_lora_rank`, rotate pairs of neighbors (DeepSeek) in place of halves.
         linear_num_key_heads: heads of queries and keys in layers of linear attention; `None` means
             `num_attention_heads`, and so for `linear_num_value_heads`, which they divide.
         linear_key_head_dim: size of such a head; `None` gives three quarters of hidden_size over all heads.
@@ -202,6 +209,12 @@ class HfllmConfig(PreTrainedConfig):
     mlp_bias: bool = False
     embedding_multiplier: int | float = 1.0
     logit_scale: int | float = 1.0
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    rope_interleave: bool = False
     linear_num_key_heads: int | None = None
     linear_num_value_heads: int | None = None
     linear_key_head_dim: int | None = None
@@ -239,6 +252,7 @@ class HfllmConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        fill_latent_sizes(self)
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
@@ -264,8 +278,8 @@ class HfllmConfig(PreTrainedConfig):
         normalizes_all_heads = self.qk_norm and self.qk_norm_scope == "all_heads"
         absent += [] if self.qk_norm and not normalizes_all_heads else ["q_norm", "k_norm"]
         absent += ["mlp.gate_proj"] if self.mlp_type == "plain" else []
-        # A single key-value head cannot be split, and so neither can the query heads that share it.
-        absent += ["self_attn"] if self.num_key_value_heads == 1 else []
+        # A single key-value head or latent cannot be split, and so neither can the query heads that share it.
+        absent += ["self_attn"] if self.num_key_value_heads == 1 or self.kv_lora_rank else []
         self.base_model_tp_plan = {
             rule: style for rule, style in TENSOR_PARALLEL_PLAN.items() if not any(name in rule for name in absent)
         }
@@ -295,6 +309,7 @@ class HfllmConfig(PreTrainedConfig):
         attention += (query + 2 * key) * self.attention_bias + hidden * self.attention_output_bias
         normed = 2 * self.head_dim if self.qk_norm_scope == "head" else query + key
         attention += normed * (2 if self._norm_has_bias() else 1) * self.qk_norm
+        attention = latent_parameters(self) if self.kv_lora_rank else attention
         inner = 2 if self.mlp_type == "gated" else 1
         mlp = (inner + 1) * hidden * self.intermediate_size
         mlp += (inner * self.intermediate_size + hidden) * self.mlp_bias
@@ -324,6 +339,7 @@ class HfllmConfig(PreTrainedConfig):
                 raise ValueError(f"{field}={getattr(self, field)!r} is not one of {', '.join(allowed)}")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is not one of {', '.join(sorted(ACT2FN))}")
+        check_latent(self)
         self._check_sizes()
         self._check_combinations()
         check_layers(self)

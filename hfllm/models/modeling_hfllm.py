@@ -39,6 +39,7 @@ from .attention_hfllm import (
 from .balance_hfllm import balance_loss, check_gradients, install_capturing_hooks
 from .configuration_hfllm import HfllmConfig
 from .experts_hfllm import HfllmExperts, HfllmRouter, HfllmSparseMLP
+from .latent_hfllm import HfllmLatentAttention
 from .layer_types_hfllm import follow_edits
 from .layers_hfllm import HfllmEmbedding, HfllmMLP, HfllmPositionEmbedding, build_norm, check_positions, layer_norms
 from .linear_hfllm import HfllmGatedDeltaNet, init_gated_delta_net
@@ -57,7 +58,8 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
         if self.layer_type == "linear_attention":
             self.linear_attn = attention = HfllmGatedDeltaNet(config, layer_idx)
         else:
-            self.self_attn = attention = HfllmAttention(config, layer_idx)
+            kind = HfllmLatentAttention if config.kv_lora_rank else HfllmAttention
+            self.self_attn = attention = kind(config, layer_idx)
         self.mlp = HfllmSparseMLP(config) if config.num_local_experts else HfllmMLP(config)
         for name in norms:
             setattr(self, name, build_norm(config, config.hidden_size))
