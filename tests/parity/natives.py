@@ -198,6 +198,31 @@ NATIVES |= {
     ),
 }
 
+_LATENT = {
+    **{**_GROUPED, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 12},
+    **{"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6},
+}
+# DeepSeek multiplies its scores by a factor of its own where positions are scaled.
+_MSCALE = {"factor": 40.0, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 0.7}
+NATIVES |= {
+    "deepseek-v3": ("deepseek_v3", {**_LATENT, "first_k_dense_replace": 2, **_rope("yarn", **_MSCALE)}),
+    "deepseek-v3-plain": (
+        "deepseek_v3",
+        {**_LATENT, "first_k_dense_replace": 2, "rope_interleave": False, "q_lora_rank": None, "attention_bias": True}
+        | {"tie_word_embeddings": True, "v_head_dim": 14},
+    ),
+    "deepseek-v2": (
+        "deepseek_v2",
+        {**_LATENT, "first_k_dense_replace": 2, "mlp_bias": True, "attention_bias": True, **_rope("yarn", **_MSCALE)},
+    ),
+    # With a padding token, the native class sets the embedding of that to 0 whenever it is loaded.
+    "youtu": ("youtu", {**_LATENT, "initializer_range": 0.02, "pad_token_id": None}),
+    "minicpm3": (
+        "minicpm3",
+        {**_LATENT, "scale_depth": None, "scale_emb": 12, "dim_model_base": 8, "tie_word_embeddings": True},
+    ),
+}
+
 # One of each architecture.
 ONE_OF_EACH = list({model_type: name for name, (model_type, _) in reversed(NATIVES.items())}.values())
 
