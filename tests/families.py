@@ -69,6 +69,10 @@ FAMILIES = {
         "qk_norm_scope": "all_heads",
         "position_embedding_type": "none",
     },
+    "deepseek": {
+        **{"kv_lora_rank": 16, "q_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6},
+        **{"num_key_value_heads": 4, "rope_interleave": True},
+    },
     "no-positions": {"hidden_act": "gelu", "position_embedding_type": "none"},
 }
 BERT = {**_GPT, "norm_placement": "post", "hidden_act": "gelu", "is_causal": False}

@@ -127,7 +127,7 @@ class HfllmLatentAttention(HfllmAttention):
             return False
         if self.config._attn_implementation not in ("eager", "sdpa") or type(self.kv_b_proj) is not nn.Linear:
             return False
-        return torch.compiler.is_compiling() or is_unobserved(self.kv_b_proj)
+        return is_unobserved(self.kv_b_proj)
 
     def _attend_to_latents(
         self,

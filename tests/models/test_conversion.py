@@ -120,7 +120,7 @@ def test_what_our_axes_cannot_say_is_refused(config, message):
         ("llama4_text", "attention in chunks"),
         ("gemma3", "an encoder of images"),
         ("bloom", "ALiBi"),
-        ("deepseek_v3", "latent attention"),
+        ("deepseek_v32", "an index of which tokens"),
         ("t5", "an encoder beside the decoder"),
         ("bert", "token types"),
         ("opt", "positions that begin at 2"),

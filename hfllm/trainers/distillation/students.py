@@ -120,7 +120,8 @@ def smaller_student(
     if getattr(ours, "num_key_value_heads", None):
         group = config.num_attention_heads // config.num_key_value_heads
         ours.num_key_value_heads = heads // group if heads % group == 0 else heads
-    if getattr(ours, "head_dim", None):
+    # Sizes of latent attention, of which this is one, do not depend on the width.
+    if getattr(ours, "head_dim", None) and not getattr(ours, "kv_lora_rank", None):
         ours.head_dim = width // heads
     # A deeper student repeats the teacher's pattern of layers.
     _take_layers(ours, [layer % config.num_hidden_layers for layer in range(ours.num_hidden_layers)])
