@@ -19,7 +19,7 @@ from transformers.activations import ACT2FN  # noqa: E402
 from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters  # noqa: E402
 
-from .latent_sizes_hfllm import check_latent, fill_latent_sizes, latent_parameters  # noqa: E402
+from .latent_fields_hfllm import LatentFields, check_latent, fill_latent_sizes, latent_parameters  # noqa: E402
 from .layer_types_hfllm import (  # noqa: E402
     check_layers,
     fill_linear_sizes,
@@ -80,7 +80,7 @@ PIPELINE_PLAN = {
 
 
 @strict
-class HfllmConfig(PreTrainedConfig):
+class HfllmConfig(LatentFields, PreTrainedConfig):
     """Architecture of an hfllm model. The defaults describe a LLaMA-style decoder.
 
     Fields have Llama's names where Llama has the concept. The family's own options come first; they combine freely
@@ -120,7 +120,8 @@ class HfllmConfig(PreTrainedConfig):
             8/3 * hidden_size, rounded up to a multiple of 16, for a gated one (the same number of weights).
         num_key_value_heads: heads of keys and values (grouped-query attention, arXiv:2305.13245); `None` means one
             per query head, 1 means multi-query attention.
-        head_dim: size of one head; `None` means `hidden_size // num_attention_heads`.
+        head_dim: size of one head; `None` means `hidden_size // num_attention_heads`. `LatentFields` has the fields of
+            attention whose keys and values are made of one small vector per token (`kv_lora_rank`).
         max_position_embeddings: longest context of the model, in tokens; also the size of the learned
             position table.
         rope_parameters: transformers' RoPE dictionary (`rope_type`, `rope_theta`, `partial_rotary_factor`, ...), or
@@ -134,12 +135,6 @@ class HfllmConfig(PreTrainedConfig):
         attention_output_bias: bias of the attention's output projection; `None` follows `attention_bias`.
         embedding_multiplier: factor on the token embeddings (Gemma: the square root of hidden_size).
         logit_scale: factor on the logits (Cohere).
-        kv_lora_rank: size of the one vector per token that keys and values of all heads are made of (multi-head
-            latent attention, DeepSeek-V2, arXiv:2405.04434, section 2.1); `None` means plain attention.
-        q_lora_rank: size of the vector that the queries are made of; `None` makes them of the hidden state.
-        qk_nope_head_dim, qk_rope_head_dim, v_head_dim: with `kv_lora_rank`, sizes of a head's query without positions,
-            of its rotated part, and of its value; `None` means `hidden_size // num_attention_heads`, half of it, and it.
-        rope_interleave: with `kv_lora_rank`, rotate pairs of neighbors (DeepSeek) in place of halves.
         linear_num_key_heads: heads of queries and keys in layers of linear attention; `None` means
             `num_attention_heads`, and so for `linear_num_value_heads`, which they divide.
         linear_key_head_dim: size of such a head; `None` gives three quarters of hidden_size over all heads.
@@ -209,12 +204,6 @@ class HfllmConfig(PreTrainedConfig):
     mlp_bias: bool = False
     embedding_multiplier: int | float = 1.0
     logit_scale: int | float = 1.0
-    kv_lora_rank: int | None = None
-    q_lora_rank: int | None = None
-    qk_nope_head_dim: int | None = None
-    qk_rope_head_dim: int | None = None
-    v_head_dim: int | None = None
-    rope_interleave: bool = False
     linear_num_key_heads: int | None = None
     linear_num_value_heads: int | None = None
     linear_key_head_dim: int | None = None

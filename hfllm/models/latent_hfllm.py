@@ -1,8 +1,8 @@
 """Multi-head latent attention: keys and values of all heads are made from one small vector per token.
 
-DeepSeek-V2 (arXiv:2405.04434, section 2.1), with the names and the arithmetic of transformers' DeepSeek-V3. A cache holds
-the latent and one rotated key per token and layer, in the place of keys and values, as there; every cache class of
-transformers takes them.
+DeepSeek-V2 (arXiv:2405.04434, section 2.1), with the names and the arithmetic of transformers' DeepSeek-V3. A cache
+holds the latent and one rotated key per token and layer, in the place of keys and values, as there; every cache class
+of transformers takes them.
 
 This file imports only torch, transformers and files beside it, and is uploaded to the Hub with modeling_hfllm.py.
 Shapes: B batch, S sequence, T keys, H heads, E hidden_size, L kv_lora_rank, N qk_nope_head_dim, R qk_rope_head_dim,
@@ -33,9 +33,9 @@ class HfllmLatentAttention(HfllmAttention):
 
     Attributes:
         absorb: while decoding, multiply queries and outputs by the two halves of `kv_b_proj` in place of spreading all
-            latents into keys and values again for each token (equation 10 and below: the same products in another order). It is off by
-            itself in training and where hooks, adapters or quantization on `kv_b_proj` would be passed over. Set it
-            to False, on one module or on this class, to spread them always.
+            latents into keys and values again for each token (section 2.1.2: the same products in another order). It
+            is off by itself in training, and where hooks, adapters or quantization on `kv_b_proj` would be passed
+            over. Set it to False, on one module or on this class, to spread them always.
     """
 
     absorb = True
@@ -72,26 +72,26 @@ class HfllmLatentAttention(HfllmAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the output (B, S, E) and, from eager attention, the weights (B, H, S, T). Arguments are Llama's."""
         nope, rotated, _ = self.sizes
-        query = self._queries(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        # Heads after tokens until the end: torch's kernel gives its output the layout of the queries.
+        query = self._queries(hidden_states).unflatten(-1, (-1, self.head_dim))
         query, query_rotated = query.split((nope, rotated), dim=-1)
-        # One head, (B, 1, S, L) and (B, 1, S, R), as all cache classes take keys and values.
-        latent, shared = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1).split((self.rank, rotated), dim=-1)
+        latent, shared = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(2).split((self.rank, rotated), dim=-1)
         latent = self.kv_a_layernorm(latent)
         if position_embeddings is not None and self.use_rope:
             if self.is_interleaved:
                 query_rotated, shared = halves_apart(query_rotated), halves_apart(shared)
-            query_rotated, shared = apply_rotary_pos_emb(query_rotated, shared, *position_embeddings)
+            query_rotated, shared = apply_rotary_pos_emb(query_rotated, shared, *position_embeddings, unsqueeze_dim=2)
+        # One head, (B, 1, S, L) and (B, 1, S, R), as all cache classes take keys and values.
+        latent, shared = latent.transpose(1, 2), shared.transpose(1, 2)
         if cache is not None:
             latent, shared = cache.update(latent, shared, self.layer_idx, kwargs=kwargs)
             if self._absorbs(query, latent, attention_mask):
                 return self._attend_to_latents(query, query_rotated, latent, shared, attention_mask)
+        query = torch.cat((query, query_rotated), dim=-1).transpose(1, 2)
         key, value = self._spread(latent, shared)
-        query = torch.cat((query, query_rotated), dim=-1)
         if self._needs_one_size(key, value):
             size = max(key.shape[-1], value.shape[-1])
-            query, key, value = (
-                nn.functional.pad(states, (0, size - states.shape[-1])) for states in (query, key, value)
-            )
+            query, key, value = (padded(states, size) for states in (query, key, value))
         output, weights = self._attend(query, key, value, attention_mask, **kwargs)
         return self.o_proj(output[..., : self.sizes[2]].flatten(2)), weights
 
@@ -103,14 +103,14 @@ class HfllmLatentAttention(HfllmAttention):
     def _spread(self, latent: torch.Tensor, shared: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys (B, H, T, N + R) and values (B, H, T, V) of all heads."""
         nope, _, size = self.sizes
-        heads = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, nope + size)).transpose(1, 2)
-        key, value = heads.split((nope, size), dim=-1)
-        return torch.cat((key, shared.expand(-1, key.shape[1], -1, -1)), dim=-1), value
+        key, value = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, nope + size)).split((nope, size), dim=-1)
+        shared = shared.transpose(1, 2).expand(-1, -1, key.shape[2], -1)
+        return torch.cat((key, shared), dim=-1).transpose(1, 2), value.transpose(1, 2)
 
     def _needs_one_size(self, key: torch.Tensor, value: torch.Tensor) -> bool:
         """Return whether the attention function needs keys and values of one size, or is much faster with it.
 
-        A CPU's kernel needs it, and without that all scores are kept. Flash attention of transformers pads only values.
+        A CPU's kernel needs it, and without it all scores are kept. Flash attention of transformers pads only values.
         """
         implementation, missing = self.config._attn_implementation, key.shape[-1] - value.shape[-1]
         if implementation == "eager" or not missing:
@@ -119,7 +119,7 @@ class HfllmLatentAttention(HfllmAttention):
 
     def _absorbs(self, query: torch.Tensor, latent: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
         """Return whether `_attend_to_latents` computes this call, and in less time than all keys and values take."""
-        queries, spread = query.shape[2], self.sizes[0] + self.sizes[2]
+        queries, spread = query.shape[1], self.sizes[0] + self.sizes[2]
         is_few = queries <= MOST_ABSORBED and queries * (2 * self.rank - spread) < self.rank * spread
         # Without a mask, several queries would see each other's later tokens.
         is_clear = queries == 1 if attention_mask is None else _is_dense(attention_mask, latent)
@@ -141,8 +141,8 @@ class HfllmLatentAttention(HfllmAttention):
         nope, _, size = self.sizes
         to_keys, to_values = self.kv_b_proj.weight.unflatten(0, (-1, nope + size)).split((nope, size), dim=1)
         latent, shared = latent.squeeze(1), shared.squeeze(1)
-        query = torch.einsum("bhsn,hnl->bhsl", query, to_keys)
-        scores = query.flatten(1, 2) @ latent.mT + query_rotated.flatten(1, 2) @ shared.mT
+        query = torch.einsum("bshn,hnl->bhsl", query, to_keys)
+        scores = query.flatten(1, 2) @ latent.mT + query_rotated.transpose(1, 2).flatten(1, 2) @ shared.mT
         scores = scores.unflatten(1, (query.shape[1], -1)) * self.scaling
         if attention_mask is not None and attention_mask.dtype == torch.bool:
             # Not minus infinity: a row of padding sees nothing, and would become NaN.
@@ -162,8 +162,13 @@ def _is_dense(attention_mask: object, latent: torch.Tensor) -> bool:
     return attention_mask.shape[-1] == latent.shape[2]
 
 
+def padded(states: torch.Tensor, size: int) -> torch.Tensor:
+    """Return heads with zeros up to this size, which change neither scores nor the other numbers of outputs."""
+    return states if states.shape[-1] == size else nn.functional.pad(states, (0, size - states.shape[-1]))
+
+
 def halves_apart(states: torch.Tensor) -> torch.Tensor:
-    """Return rotary pairs of neighbors (0, 1), (2, 3), ... as (0, R / 2), (1, R / 2 + 1), ..., for Llama's rotation."""
+    """Return rotary pairs of neighbors (0, 1), (2, 3), ... as (0, R / 2), (1, R / 2 + 1), ... for Llama's rotation."""
     return states.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 

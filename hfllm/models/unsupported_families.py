@@ -24,7 +24,14 @@ MISSING = {
     "a factor on each block's output": ("granite", "granitemoe", "granitemoeshared"),
     "latent attention of another form than DeepSeek-V3's": ("longcat_flash", "mistral4", "mistral_large4"),
     "an index of which tokens each token attends to": ("deepseek_v32", "glm_moe_dsa"),
-    "an expert that all tokens share": ("qwen2_moe", "glm4_moe", "glm4_moe_lite", "dots1", "ernie4_5_moe", "hunyuan_v1_moe"),
+    "an expert that all tokens share": (
+        "qwen2_moe",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "dots1",
+        "ernie4_5_moe",
+        "hunyuan_v1_moe",
+    ),
     "a sparse mixer as router": ("phimoe",),
     "a limit on queries, keys and values": ("dbrx",),
     "layers with another recurrent state than that of OLMo Hybrid": (

@@ -98,7 +98,8 @@ def _inputs(shape: Shape, precision: Precision) -> int:
     """Return how often a layer keeps its projections' input: once per norm, but one copy each under autocast."""
     if not precision.is_autocast:
         return shape.norms_per_layer
-    return 3 + (2 if shape.is_gated and not shape.num_local_experts else 1)
+    attention = 3 if shape.kv_lora_rank is None else 2
+    return attention + (2 if shape.is_gated and not shape.num_local_experts else 1)
 
 
 def autocast_weights(shape: Shape) -> float:
@@ -129,6 +130,10 @@ def layer_activations(
     # The latents and their norms' outputs.
     whole += 2 * size * shape.latent_size
     heads = size * (shape.query_size + shape.output_size + shape.key_size + shape.value_size)
+    if shape.kv_lora_rank is not None and not is_fused:
+        # The rotated key has no norm, and the values keep the product that they are a part of.
+        whole -= size * shape.qk_rope_head_dim
+        heads += size * shape.num_attention_heads * shape.qk_nope_head_dim
     heads += 4 * shape.num_attention_heads
     if shape.qk_norm:
         count = shape.num_attention_heads + shape.num_key_value_heads

@@ -25,8 +25,7 @@ CHOICES = {
 }
 LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
 # Fields that `HfllmConfig` does not have.
-FOREIGN = {"moe_intermediate_size", "num_shared_experts", "first_k_dense_replace", "topk_group", "kv_lora_rank"}
-FOREIGN |= {"q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
+FOREIGN = {"moe_intermediate_size", "num_shared_experts", "first_k_dense_replace", "topk_group"}
 # A larger number is a typing error, and may overflow a float.
 LARGEST = 10**9
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -45,7 +44,8 @@ class Shape:
         first_k_dense_replace: first layers that have a dense MLP instead of experts.
         topk_group: at most so many nodes hold the experts of one token.
         kv_lora_rank: width of the latent that keys and values are made of (multi-head latent attention, DeepSeek-V2,
-            arXiv:2405.04434); with `q_lora_rank`, `qk_nope_head_dim`, `qk_rope_head_dim` and `v_head_dim`.
+            arXiv:2405.04434); with `q_lora_rank`, `qk_nope_head_dim`, `qk_rope_head_dim` and `v_head_dim`, as in
+            `HfllmConfig`.
 
     Raises:
         InputError: when a size is missing, not positive, or does not divide another, or a value is of another type.
@@ -102,6 +102,7 @@ class Shape:
                     f"hidden_size={self.hidden_size} is less than num_attention_heads={self.num_attention_heads}"
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
+        self._fill_latent()
         if self.intermediate_size is None:
             wide = 4 * self.hidden_size
             self.intermediate_size = wide if self.mlp_type == "plain" else -(-wide * 2 // 3 // 16) * 16
@@ -137,6 +138,16 @@ class Shape:
             is_unset = value is None and item.default is None
             if "bool" in str(item.type) and not (isinstance(value, bool) or is_unset):
                 raise InputError(f"{item.name}={value!r} must be true or false")
+
+    def _fill_latent(self) -> None:
+        """Fill the sizes of latent attention."""
+        if self.kv_lora_rank is None:
+            return
+        size = self.hidden_size // self.num_attention_heads
+        self.qk_nope_head_dim = size if self.qk_nope_head_dim is None else self.qk_nope_head_dim
+        self.qk_rope_head_dim = size // 4 * 2 if self.qk_rope_head_dim is None else self.qk_rope_head_dim
+        self.v_head_dim = size if self.v_head_dim is None else self.v_head_dim
+        self.head_dim = self.qk_rope_head_dim
 
     def _fill_layers(self) -> None:
         """Fill the list of layers and the sizes of linear attention, and refuse what `HfllmConfig` would."""
@@ -219,7 +230,7 @@ class Shape:
     def is_of_the_family(self) -> bool:
         """Return whether `HfllmConfig` has the model, so that the recipes can train it."""
         own = self.moe_intermediate_size in (None, self.intermediate_size) and not self.num_shared_experts
-        return own and not self.first_k_dense_replace and self.kv_lora_rank is None
+        return own and not self.first_k_dense_replace
 
     @property
     def linear_layers(self) -> int:
@@ -260,6 +271,11 @@ class Shape:
         return 0 if self.kv_lora_rank is None else (self.q_lora_rank or 0) + self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
+    def cached_size(self) -> int:
+        """Return the numbers per token in the cache of one layer of attention: keys and values, or latents."""
+        return 2 * self.key_size if self.kv_lora_rank is None else self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
     def expert_size(self) -> int:
         """Return the inner width of one expert."""
         return self.moe_intermediate_size or self.intermediate_size
@@ -283,8 +299,6 @@ class Shape:
         norm = 2 if self.norm_type == "layernorm" and self.norm_bias else 1
         normed = 2 * self.head_dim if self.qk_norm_scope == "head" else self.query_size + self.key_size
         norms = self.norms_per_layer * hidden + normed * self.qk_norm
-        if self.kv_lora_rank is not None:
-            norms += (self.q_lora_rank or 0) + self.kv_lora_rank
         return {
             "attention": self._attention_parameters(),
             "mlp": self.num_shared_experts * self._mlp(self.expert_size)
@@ -292,8 +306,13 @@ class Shape:
             else self._mlp(self.intermediate_size),
             "experts": self.num_local_experts * self._mlp(self.expert_size),
             "router": self.num_local_experts * hidden,
-            "norms": norm * norms,
+            "norms": norm * norms + self._latent_norms,
         }
+
+    @property
+    def _latent_norms(self) -> int:
+        """Return the weights of the latents' norms, which never have biases."""
+        return 0 if self.kv_lora_rank is None else (self.q_lora_rank or 0) + self.kv_lora_rank
 
     def _mlp(self, width: int) -> int:
         projections = 3 if self.is_gated else 2
@@ -306,7 +325,8 @@ class Shape:
             queries = hidden * query if rank is None else rank * (hidden + query)
             latent = hidden * (self.kv_lora_rank + self.qk_rope_head_dim)
             spread = self.kv_lora_rank * (self.num_attention_heads * self.qk_nope_head_dim + self.value_size)
-            return queries + latent + spread + self.value_size * hidden
+            biases = self.latent_size * self.attention_bias + hidden * self.attention_output_bias
+            return queries + latent + spread + self.value_size * hidden + biases
         biases = (query + 2 * key) * self.attention_bias + hidden * self.attention_output_bias
         return hidden * (query + 2 * key) + query * hidden + biases
 
@@ -326,7 +346,7 @@ class Shape:
         normed = 2 * self.head_dim if self.qk_norm_scope == "head" else self.query_size + self.key_size
         return {
             "attention": linear - self._attention_parameters(),
-            "norms": self.linear_value_head_dim - norm * normed * self.qk_norm,
+            "norms": self.linear_value_head_dim - norm * normed * self.qk_norm - self._latent_norms,
         }
 
     def parameters(self) -> dict[str, int]:
@@ -376,17 +396,13 @@ class Shape:
 
         Layers of linear attention have none, and layers with a window stop at its length: see `cache_bytes`.
         """
-        if self.kv_lora_rank is not None:
-            return self.num_hidden_layers * (self.kv_lora_rank + self.qk_rope_head_dim) * bytes_per_value
-        return 2 * (self.num_hidden_layers - self.linear_layers) * self.key_size * bytes_per_value
+        return (self.num_hidden_layers - self.linear_layers) * self.cached_size * bytes_per_value
 
     def cache_bytes(self, length: int, bytes_per_value: int = 2) -> int:
         """Return the bytes of the cache of one sequence of this many tokens: keys and values, and states in fp32."""
-        if self.kv_lora_rank is not None:
-            return length * self.kv_bytes_per_token(bytes_per_value)
         held = {"full_attention": length, "sliding_attention": min(length, self.sliding_window or length)}
         tokens = sum(held.get(kind, 0) for kind in self.layer_types)
-        return 2 * tokens * self.key_size * bytes_per_value + 4 * self.linear_layers * self.state_size
+        return tokens * self.cached_size * bytes_per_value + 4 * self.linear_layers * self.state_size
 
 
 __all__ = ["FAMILIES", "LARGEST", "NAMED_SHAPES", "Shape"]

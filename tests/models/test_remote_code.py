@@ -51,6 +51,8 @@ def test_loads_without_the_package_from_another_folder(make_model, tokenizer, tm
         "banded",
         "configuration",
         "experts",
+        "latent",
+        "latent_fields",
         "layer_types",
         "layers",
         "linear",

@@ -1,14 +1,38 @@
-"""Sizes of multi-head latent attention in a config: what follows from the others, what is refused, what they add up to.
+"""The fields of `HfllmConfig` for multi-head latent attention: what follows from them, and what is refused.
 
 This file imports only the standard library, and is uploaded to the Hub with configuration_hfllm.py.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .configuration_hfllm import HfllmConfig
 
 HEAD_SIZES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+@dataclass
+class LatentFields:
+    """Fields of `HfllmConfig` for latent attention, with DeepSeek's names (arXiv:2405.04434, section 2.1).
+
+    Args:
+        kv_lora_rank: size of the one vector per token that keys and values of all heads are made of; `None` means
+            plain attention, and the other fields have no place then.
+        q_lora_rank: size of the vector that the queries are made of; `None` makes them of the hidden state.
+        qk_nope_head_dim: size of the part of a query without positions; `None` means
+            `hidden_size // num_attention_heads`.
+        qk_rope_head_dim: size of its rotated part, even; `None` means half of that.
+        v_head_dim: size of a value; `None` means `hidden_size // num_attention_heads`.
+        rope_interleave: rotate pairs of neighbors, as DeepSeek's checkpoints want, in place of halves.
+    """
+
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    rope_interleave: bool = False
 
 
 def fill_latent_sizes(config: "HfllmConfig") -> None:
