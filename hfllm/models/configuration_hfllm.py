@@ -258,7 +258,7 @@ class HfllmConfig(ExpertFields, PreTrainedConfig):
             self.intermediate_size = wide if self.mlp_type == "plain" else -(-wide * 2 // 3 // 16) * 16
         if self.attention_output_bias is None:
             self.attention_output_bias = self.attention_bias
-        fill_experts(self)
+        fill_experts(self, kwargs)
         self.layer_types = filled_layer_types(self)
         self.no_rope_layers = filled_no_rope_layers(self)
         fill_linear_sizes(self)

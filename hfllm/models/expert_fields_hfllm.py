@@ -64,8 +64,18 @@ class ExpertFields:
     router_bias_update_rate: int | float | None = None
 
 
-def fill_experts(config: "HfllmConfig") -> None:
-    """Set what is not given: how the load is balanced, and `mlp_layer_types` to `None` where it says so anyway."""
+def fill_experts(config: "HfllmConfig", others: dict[str, object]) -> None:
+    """Set what is not given: how the load is balanced, and `mlp_layer_types` to `None` where it says so anyway.
+
+    Args:
+        others: arguments that are no fields. Other names of the number of experts are taken out, and so is
+            `first_k_dense_replace`, the number of dense layers before those with experts.
+    """
+    for name in ("num_experts", "n_routed_experts"):
+        config.num_local_experts = others.pop(name, config.num_local_experts)
+    if "first_k_dense_replace" in others and config.mlp_layer_types is None:
+        dense = others.pop("first_k_dense_replace") or 0
+        config.mlp_layer_types = ["dense"] * dense + ["sparse"] * (config.num_hidden_layers - dense)
     has_bias = bool(config.num_local_experts) and config.topk_method == "noaux_tc"
     if config.router_aux_loss_coef is None:
         config.router_aux_loss_coef = 0.001 if config.num_local_experts and not has_bias else 0.0
