@@ -95,7 +95,7 @@ def test_the_load_evens_out(make_model):
     batches = torch.randint(10, 300, (100, 4, 16), generator=torch.Generator().manual_seed(1))
     held_out = torch.randint(10, 300, (32, 16), generator=torch.Generator().manual_seed(2))
     over = {}
-    for rate in (0.0, 0.01):
+    for rate in (0.0, 0.002):
         model = make_model(**{**AXES, "router_bias_update_rate": rate, "n_group": 1, "topk_group": 1}).train()
         with torch.no_grad():
             for router in routers_of(model):
@@ -108,7 +108,7 @@ def test_the_load_evens_out(make_model):
             optimizer.step()
             optimizer.zero_grad()
         over[rate] = overload(model.eval(), held_out)
-    assert over[0.0] > 0.7 and over[0.01] < 0.5 * over[0.0], over
+    assert over[0.0] > 0.7 and over[0.002] < 0.5 * over[0.0], over
 
 
 def test_two_processes_add_up_their_loads(processes, tmp_path):
