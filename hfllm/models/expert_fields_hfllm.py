@@ -73,8 +73,8 @@ def fill_experts(config: "HfllmConfig", others: dict[str, object]) -> None:
     """
     for name in ("num_experts", "n_routed_experts"):
         config.num_local_experts = others.pop(name, config.num_local_experts)
-    if "first_k_dense_replace" in others and config.mlp_layer_types is None:
-        dense = others.pop("first_k_dense_replace") or 0
+    dense = others.pop("first_k_dense_replace", None)
+    if dense and config.mlp_layer_types is None:
         config.mlp_layer_types = ["dense"] * dense + ["sparse"] * (config.num_hidden_layers - dense)
     has_bias = bool(config.num_local_experts) and config.topk_method == "noaux_tc"
     if config.router_aux_loss_coef is None:

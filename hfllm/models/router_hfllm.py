@@ -87,7 +87,9 @@ class HfllmRouter(nn.Module):
         if not (weights.requires_grad and self.weight.requires_grad) or needs_autograd():
             return
         ones = torch.ones_like(indices)
-        counted = ones if token_mask is None else ones * (token_mask.reshape(-1, 1) != 0)
+        # Who takes some tokens out before this layer, as PPO does, takes none that is padding.
+        has_mask = token_mask is not None and token_mask.numel() == len(indices)
+        counted = ones * (token_mask.reshape(-1, 1) != 0) if has_mask else ones
         empty = torch.zeros(len(self.weight), dtype=torch.int64, device=indices.device)
         counts = empty.scatter_add(0, indices.flatten(), counted.flatten())
 
