@@ -86,6 +86,17 @@ def fill_experts(config: "HfllmConfig", others: dict[str, object]) -> None:
         config.mlp_layer_types = None
 
 
+def follow_layers(config: "HfllmConfig") -> None:
+    """Let a config follow new `mlp_layer_types`: `None` where all are alike, and no experts where none are sparse."""
+    kinds = set(config.mlp_layer_types or ())
+    if kinds == {"dense"}:
+        config.num_local_experts, config.router_aux_loss_coef, config.router_bias_update_rate = 0, 0.0, None
+        for field, idle in IDLE.items():
+            setattr(config, field, idle)
+    if len(kinds) == 1:
+        config.mlp_layer_types = None
+
+
 def is_sparse(config: "HfllmConfig", layer_idx: int) -> bool:
     """Return whether a layer has experts."""
     if config.mlp_layer_types is None:

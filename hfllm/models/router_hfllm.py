@@ -90,7 +90,8 @@ class HfllmRouter(nn.Module):
         # Who takes some tokens out before this layer, as PPO does, takes none that is padding.
         has_mask = token_mask is not None and token_mask.numel() == len(indices)
         counted = ones * (token_mask.reshape(-1, 1) != 0) if has_mask else ones
-        empty = torch.zeros(len(self.weight), dtype=torch.int64, device=indices.device)
+        # Not as long as the weight, which may be split over processes.
+        empty = torch.zeros_like(self.e_score_correction_bias, dtype=torch.int64)
         counts = empty.scatter_add(0, indices.flatten(), counted.flatten())
 
         def add(_: torch.Tensor | None = None) -> None:

@@ -71,6 +71,17 @@ def test_only_the_optimizer_that_trains_a_router_moves_its_bias(make_model, ids)
     assert not any(router.e_score_correction_bias.any() for router in routers_of(model))
 
 
+def test_copies_of_weights_are_known_by_the_mark_of_deepspeed(make_model, ids):
+    """Its optimizers hold flat copies, and the weights an attribute that leads to them."""
+    model = make_model(**AXES).train()
+    routers_of(model)[0].weight._hp_mapping = None
+    flat = torch.nn.Parameter(torch.zeros(3))
+    flat.grad = torch.ones(3)
+    model(ids, labels=ids).loss.backward()
+    torch.optim.AdamW([flat]).step()
+    assert [bool(router.e_score_correction_bias.any()) for router in routers_of(model)] == [True, False]
+
+
 def test_a_frozen_router_and_evaluation_keep_the_bias(make_model, ids):
     model = make_model(**AXES).train()
     for router in routers_of(model):
