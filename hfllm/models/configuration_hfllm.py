@@ -19,6 +19,13 @@ from transformers.activations import ACT2FN  # noqa: E402
 from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters  # noqa: E402
 
+from .expert_fields_hfllm import (  # noqa: E402
+    ExpertFields,
+    absent_rules,
+    check_experts,
+    fill_experts,
+    mlp_parameters,
+)
 from .latent_fields_hfllm import LatentFields, check_latent, fill_latent_sizes, latent_parameters  # noqa: E402
 from .layer_types_hfllm import (  # noqa: E402
     check_layers,
@@ -60,6 +67,9 @@ TENSOR_PARALLEL_PLAN = {
     "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
     "layers.*.mlp.experts.down_proj": "rowwise",
     "layers.*.mlp.experts": "moe_tp_experts",
+    "layers.*.mlp.shared_experts.gate_proj": "colwise",
+    "layers.*.mlp.shared_experts.up_proj": "colwise",
+    "layers.*.mlp.shared_experts.down_proj": "rowwise",
 }
 ALL_HEADS_PLAN = {
     "layers.*.self_attn.q_proj": "colwise_gather_output",
@@ -80,7 +90,7 @@ PIPELINE_PLAN = {
 
 
 @strict
-class HfllmConfig(LatentFields, PreTrainedConfig):
+class HfllmConfig(LatentFields, ExpertFields, PreTrainedConfig):
     """Architecture of an hfllm model. The defaults describe a LLaMA-style decoder.
 
     Fields have Llama's names where Llama has the concept. The family's own options come first; they combine freely
@@ -111,10 +121,11 @@ class HfllmConfig(LatentFields, PreTrainedConfig):
             means the same for all layers: sliding if there is a window, else full.
         no_rope_layers: a number for each layer: 0 for those without rotary positions, 1 for the others (SmolLM3, after
             arXiv:2501.18795). `None` means that all layers have them.
-        num_local_experts: gated experts per layer (Mixtral, arXiv:2401.04088); 0 means one dense MLP.
-        num_experts_per_tok: experts that a router picks for each token; their softmax weights are renormalized.
+        num_local_experts: gated experts per layer (Mixtral, arXiv:2401.04088); 0 means one dense MLP. `ExpertFields`
+            has their other fields: `moe_intermediate_size`, `n_shared_experts`, `mlp_layer_types`, `scoring_func` ...
+        num_experts_per_tok: experts that a router picks for each token.
         router_aux_loss_coef: weight of the load-balancing loss (arXiv:2101.03961, equations 4 to 6), which is added
-            to the loss in training; `None` means 0.001 with experts.
+            to the loss in training; `None` means 0.001 with experts, and 0 where a bias balances them.
         output_router_logits: return the routers' logits and the auxiliary loss also outside training.
         intermediate_size: width of the MLP, or of one expert; `None` gives 4 * hidden_size for a plain MLP and
             8/3 * hidden_size, rounded up to a multiple of 16, for a gated one (the same number of weights).
@@ -165,6 +176,7 @@ class HfllmConfig(LatentFields, PreTrainedConfig):
         "layer_norm_epsilon": "norm_eps",
         "layer_norm_eps": "norm_eps",
         "num_experts": "num_local_experts",
+        "n_routed_experts": "num_local_experts",
     }
     norm_type: str = "rmsnorm"
     norm_placement: str = "pre"
@@ -249,8 +261,7 @@ class HfllmConfig(LatentFields, PreTrainedConfig):
             self.intermediate_size = wide if self.mlp_type == "plain" else -(-wide * 2 // 3 // 16) * 16
         if self.attention_output_bias is None:
             self.attention_output_bias = self.attention_bias
-        if self.router_aux_loss_coef is None:
-            self.router_aux_loss_coef = 0.001 if self.num_local_experts else 0.0
+        fill_experts(self, kwargs)
         self.layer_types = filled_layer_types(self)
         self.no_rope_layers = filled_no_rope_layers(self)
         fill_linear_sizes(self)
@@ -263,7 +274,7 @@ class HfllmConfig(LatentFields, PreTrainedConfig):
 
     def _set_parallel_plans(self) -> None:
         """Set the parallelism rules that match this model's modules."""
-        absent = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] if self.num_local_experts else ["mlp.experts"]
+        absent = absent_rules(self)
         normalizes_all_heads = self.qk_norm and self.qk_norm_scope == "all_heads"
         absent += [] if self.qk_norm and not normalizes_all_heads else ["q_norm", "k_norm"]
         absent += ["mlp.gate_proj"] if self.mlp_type == "plain" else []
@@ -299,14 +310,8 @@ class HfllmConfig(LatentFields, PreTrainedConfig):
         normed = 2 * self.head_dim if self.qk_norm_scope == "head" else query + key
         attention += normed * (2 if self._norm_has_bias() else 1) * self.qk_norm
         attention = latent_parameters(self) if self.kv_lora_rank else attention
-        inner = 2 if self.mlp_type == "gated" else 1
-        mlp = (inner + 1) * hidden * self.intermediate_size
-        mlp += (inner * self.intermediate_size + hidden) * self.mlp_bias
-        if self.num_local_experts:
-            experts = self.num_experts_per_tok if active_only else self.num_local_experts
-            mlp = experts * mlp + self.num_local_experts * hidden
         norms = 4 if self.norm_placement == "both" else 1 if self.parallel_block and self.shared_norm else 2
-        layers = self.num_hidden_layers * (mlp + norms * norm)
+        layers = mlp_parameters(self, active_only) + self.num_hidden_layers * norms * norm
         linear = self.layer_types.count("linear_attention")
         layers += (self.num_hidden_layers - linear) * attention
         layers += linear * self._linear_parameters() if linear else 0
@@ -373,18 +378,7 @@ class HfllmConfig(LatentFields, PreTrainedConfig):
             )
 
     def _check_combinations(self):
-        if self.num_local_experts < 0 or (
-            self.num_local_experts and not 1 <= self.num_experts_per_tok <= self.num_local_experts
-        ):
-            raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} must lie between 1 and "
-                f"num_local_experts={self.num_local_experts}"
-            )
-        if self.num_local_experts and (self.mlp_type != "gated" or self.mlp_bias):
-            raise ValueError(
-                f"num_local_experts={self.num_local_experts} needs mlp_type='gated' and mlp_bias=False, "
-                f"got mlp_type={self.mlp_type!r} and mlp_bias={self.mlp_bias}"
-            )
+        check_experts(self)
         if self.parallel_block and self.norm_placement != "pre":
             raise ValueError(f"parallel_block=True needs norm_placement='pre', got {self.norm_placement!r}")
         for field in ("sliding_window", "num_local_experts", "loss_chunk_size"):

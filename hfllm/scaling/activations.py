@@ -154,7 +154,7 @@ def _mlp_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
         # Grouped products stay in fp32 under autocast. The tokens of each expert are copies.
         size = 4 if precision.is_autocast else precision.compute
         rows = shape.num_experts_per_tok * (size * (2 * hidden + 4 * shape.expert_size) + 28)
-        shared = precision.compute * shape.num_shared_experts * shape.expert_size * (products + 1)
+        shared = precision.compute * shape.shared_size * (products + 1)
         return rows + shared + 3 * precision.residual * shape.num_local_experts
     # The dense MLP recomputes its inner activation, except with weights that ZeRO-3 of DeepSpeed gathers.
     # Megatron-LM's keeps it.
@@ -174,7 +174,7 @@ def layer_workspace(
     """
     width = shape.intermediate_size
     if shape.num_local_experts:
-        width = shape.expert_size * (shape.num_experts_per_tok + shape.num_shared_experts)
+        width = shape.expert_size * shape.num_experts_per_tok + shape.shared_size
     inner = (4 if shape.is_gated else 2) * width / layout.tensor
     scores = 2 * shape.num_attention_heads * sequence_length / layout.attention_split(shape)
     largest = max(inner, scores) if attention == "eager" else inner

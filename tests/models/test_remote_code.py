@@ -50,6 +50,7 @@ def test_loads_without_the_package_from_another_folder(make_model, tokenizer, tm
         "balance",
         "banded",
         "configuration",
+        "expert_fields",
         "experts",
         "latent",
         "latent_fields",
@@ -59,6 +60,7 @@ def test_loads_without_the_package_from_another_folder(make_model, tokenizer, tm
         "loss",
         "memory",
         "modeling",
+        "router",
         "sparse",
         "sparse_blocks",
     )

@@ -25,6 +25,7 @@ SLOW = {
     "deepseek-v2",
     "deepseek-v3-plain",
     "minicpm3",
+    "glm4-moe-lite",
 }
 
 

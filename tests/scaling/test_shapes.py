@@ -10,6 +10,8 @@ from parity.natives import NATIVES
 import hfllm
 from hfllm.errors import InputError
 from hfllm.models.presets import preset
+from hfllm.scaling.layouts import Layout
+from hfllm.scaling.memory import _stage_parameters, _stages
 from hfllm.scaling.shapes import FAMILIES, NAMED_SHAPES, Shape
 from hfllm.scaling.speed import flops_per_token
 
@@ -130,21 +132,29 @@ def test_choices_are_those_of_the_config():
 def small_foreign(kind):
     sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 100}
     mixture = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "intermediate_size": 48}
-    if kind == "qwen3_moe":
-        return {**sizes, **mixture, "num_experts": 8, "num_key_value_heads": 2, "head_dim": 16}
+    if kind in ("qwen3_moe", "qwen2_moe"):
+        between = {"decoder_sparse_step": 2, "mlp_only_layers": [1]}
+        return {**sizes, **mixture, **between, "num_experts": 8, "num_key_value_heads": 2, "head_dim": 16}
     latent = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
     experts = {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
-    return {**sizes, **mixture, **latent, **experts, "num_key_value_heads": 4}
+    return {**sizes, **mixture, **(latent if kind == "deepseek_v3" else {}), **experts, "num_key_value_heads": 4}
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen2_moe", "glm4_moe", "dots1", "deepseek_v3"])
 def test_mixtures_of_other_families_have_their_models_parameters(kind):
     config = transformers.AutoConfig.for_model(kind, **small_foreign(kind))
     shape = Shape.from_config(config.to_dict())
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     assert shape.num_parameters() == sum(weight.numel() for weight in model.parameters())
-    assert not shape.is_of_the_family
+
+
+def test_stages_of_a_pipeline_hold_their_dense_layers():
+    """Two stages: the first has the dense layers of GLM-4.5, and the weights of all stages are those of the model."""
+    shape, layout = Shape.from_config(preset("glm-4.5")), Layout(pipeline=2)
+    held = [_stage_parameters(shape, layout, stage) for stage in _stages(shape, layout, 4)]
+    assert sum(map(sum, held)) == shape.num_parameters()
+    assert held[0][0] == held[1][0] - 3 * shape.layer_parameters()["experts"]
 
 
 def test_deepseek_v3_has_671_billion_parameters_of_which_37_are_active():
@@ -156,9 +166,11 @@ def test_deepseek_v3_has_671_billion_parameters_of_which_37_are_active():
     assert shape.kv_bytes_per_token() == 2 * 61 * (512 + 64)
 
 
-def test_a_mixture_with_dense_layers_between_is_refused():
-    with pytest.raises(InputError, match="decoder_sparse_step and mlp_only_layers: every layer must have experts"):
-        Shape.from_config({**small_foreign("qwen3_moe"), "model_type": "qwen3_moe", "decoder_sparse_step": 2})
+def test_dense_layers_of_a_mixture_that_are_none_are_refused():
+    with pytest.raises(InputError, match="config: decoder_sparse_step=0 must be a whole number of at least 1"):
+        Shape.from_config({**small_foreign("qwen3_moe"), "model_type": "qwen3_moe", "decoder_sparse_step": 0})
+    with pytest.raises(InputError, match=r"mlp_layer_types=.*must name one of dense, sparse for each"):
+        Shape(64, 2, 4, 100, num_local_experts=4, mlp_layer_types=["dense"])
     with pytest.raises(InputError, match="first_k_dense_replace=9 is more than num_hidden_layers=4"):
         Shape.from_config({**small_foreign("deepseek_v3"), "model_type": "deepseek_v3", "first_k_dense_replace": 9})
 
