@@ -12,6 +12,8 @@ from hfllm.errors import InputError
 from hfllm.models.presets import preset
 from hfllm.scaling.layouts import Layout
 from hfllm.scaling.memory import _stage_parameters, _stages
+from hfllm.models.native_families import config_from_native
+from hfllm.scaling.configs import _family_fields
 from hfllm.scaling.shapes import FAMILIES, NAMED_SHAPES, Shape
 from hfllm.scaling.speed import flops_per_token
 
@@ -76,9 +78,20 @@ def test_saved_config_of_the_family(make_config, tmp_path):
 
 def test_named_shapes_are_shapes_of_the_family():
     for name, fields in NAMED_SHAPES.items():
+        shape = Shape.from_config(fields)
         if name == "deepseek-v3":
-            continue
-        assert Shape.from_config(fields).num_parameters() == hfllm.HfllmConfig(**fields).num_parameters()
+            native = transformers.DeepseekV3Config(**{key: fields[key] for key in fields if key != "model_type"})
+            config = config_from_native(native)
+            # What `hfllm plan` writes describes the same model.
+            assert hfllm.HfllmConfig(**_family_fields(shape)).num_parameters() == config.num_parameters()
+        else:
+            config = hfllm.HfllmConfig(**fields)
+        assert shape.num_parameters() == config.num_parameters()
+        active = config.num_parameters(active_only=True)
+        assert shape.num_parameters(active_only=True) == active
+        if name == "deepseek-v3":
+            assert round(config.num_parameters() / 1e9) == 671
+            assert (active - config.vocab_size * config.hidden_size) / 1e9 == pytest.approx(37, abs=0.5)
 
 
 @pytest.mark.parametrize(
