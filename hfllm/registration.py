@@ -43,11 +43,17 @@ def _register() -> None:
 
 
 def _register_with_peft() -> None:
-    """Give the family the default target modules of Llama, whose names its projections have."""
+    """Give the family the default target modules of Llama, whose names its projections have.
+
+    With latent attention there are others in their place. PEFT asks for any of the names, not for all of them.
+    """
     constants = sys.modules["peft.utils.constants"]
     for name, mapping in vars(constants).items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(mapping, dict) and "llama" in mapping:
-            mapping.setdefault("hfllm", mapping["llama"])
+            targets = mapping["llama"]
+            latent = {"q_proj": "q_b_proj", "v_proj": "kv_b_proj"}
+            more = [latent[each] for each in targets if each in latent] if isinstance(targets, list) else []
+            mapping.setdefault("hfllm", [*targets, *more] if more else targets)
 
 
 class _After(importlib.abc.MetaPathFinder):

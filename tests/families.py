@@ -48,6 +48,27 @@ FAMILIES = {
     "qwen3": {"qk_norm": True, "head_dim": 16},
     "mixtral": {"num_local_experts": 4, "intermediate_size": 48},
     "mixtral-parallel-window": {"num_local_experts": 3, "parallel_block": True, "sliding_window": 5},
+    "qwen2-moe": {
+        "attention_bias": True,
+        "attention_output_bias": False,
+        "num_local_experts": 4,
+        "norm_topk_prob": False,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "shared_expert_gate": True,
+    },
+    "glm4-moe": {
+        "first_k_dense_replace": 1,
+        "num_local_experts": 8,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 32,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.5,
+        "residual_init": "depth",
+    },
     "gemma3": {
         "layer_types": ["sliding_attention", "full_attention"],
         "sliding_window": 5,
@@ -68,6 +89,10 @@ FAMILIES = {
         "qk_norm": True,
         "qk_norm_scope": "all_heads",
         "position_embedding_type": "none",
+    },
+    "deepseek": {
+        **{"kv_lora_rank": 16, "q_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6},
+        **{"num_key_value_heads": 4, "rope_interleave": True},
     },
     "no-positions": {"hidden_act": "gelu", "position_embedding_type": "none"},
 }

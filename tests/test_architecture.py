@@ -24,7 +24,7 @@ FLOORS = (
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 AT_THE_ROOT = {"__init__", "errors", "version", "registration"}
 MAX_LINES = 450
-LONGER = {"modeling_hfllm.py": 470}  # the layers of one architecture stay in one file
+LONGER = {"modeling_hfllm.py": 500}  # the layers of one architecture stay in one file
 MAX_RECIPE_LINES = 150
 
 
@@ -134,11 +134,15 @@ def test_the_files_of_a_model_travel_together():
         "attention_hfllm": {"torch", "transformers", "functools", "typing", "copy"},
         "balance_hfllm": {"torch", "transformers"},
         "banded_hfllm": {"torch", "transformers", "collections", "dataclasses"},
+        "expert_fields_hfllm": {"dataclasses", "difflib", "typing"},
         "experts_hfllm": {"torch", "transformers"},
+        "latent_fields_hfllm": {"dataclasses", "typing"},
+        "latent_hfllm": {"torch", "transformers", "math"},
         "layers_hfllm": {"torch", "transformers"},
         "linear_hfllm": {"torch", "transformers", "math", "collections"},
         "loss_hfllm": {"torch"},
         "memory_hfllm": {"torch"},
+        "router_hfllm": {"torch", "collections", "itertools", "weakref"},
         "sparse_blocks_hfllm": {"torch", "collections", "typing"},
         "sparse_hfllm": {"torch", "transformers", "collections"},
         "presets": {"collections", "copy", "difflib", "typing"},

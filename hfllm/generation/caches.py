@@ -14,6 +14,7 @@ from transformers.utils import is_optimum_quanto_available
 from hfllm.errors import InputError
 from hfllm.generation.packed.ragged_model import attention_windows
 from hfllm.generation.speculative.measure import interleaved
+from hfllm.models.latent_fields_hfllm import cached_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -87,16 +88,15 @@ def cache_bytes(cache: Cache) -> int:
 def bytes_per_token(config: "PreTrainedConfig", dtype: torch.dtype) -> int:
     """Return the bytes of one token's keys and values without quantization: 2 * layers * heads * head_dim * size.
 
-    Layers of linear attention have none: their state does not grow.
+    With latent attention (DeepSeek), layers * (kv_lora_rank + qk_rope_head_dim) * size. Layers of linear attention
+    have none: their state does not grow.
 
     Args:
         config: of a decoder; heads are its `num_key_value_heads`, not its query heads.
         dtype: of keys and values.
     """
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    return 2 * (len(kinds) - kinds.count("linear_attention")) * heads * size * dtype.itemsize
+    return (len(kinds) - kinds.count("linear_attention")) * cached_numbers(config) * dtype.itemsize
 
 
 def measure_caches(

@@ -133,18 +133,10 @@ class HfllmAttention(nn.Module):
 
     def __init__(self, config: HfllmConfig, layer_idx: int):
         super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
+        self._set_common(config, layer_idx)
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
-        self.softcap = config.attn_logit_softcapping
-        self.is_causal = config.is_causal
-        # Copied, here and in the layer: a config looks up every name in its attribute map, too slow for decoding.
-        self.attention_dropout = config.attention_dropout
-        is_sliding = config.layer_types[layer_idx] == "sliding_attention"
-        self.sliding_window = config.sliding_window if is_sliding else None
-        self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
@@ -154,6 +146,18 @@ class HfllmAttention(nn.Module):
         self.normalizes_all_heads = config.qk_norm and config.qk_norm_scope == "all_heads"
         sizes = (query_size, key_size) if self.normalizes_all_heads else (config.head_dim, config.head_dim)
         self.q_norm, self.k_norm = (build_norm(config, size) if config.qk_norm else None for size in sizes)
+
+    def _set_common(self, config: HfllmConfig, layer_idx: int) -> None:
+        """Set what attention of every kind takes from the config."""
+        self.config = config
+        self.layer_idx = layer_idx
+        self.softcap = config.attn_logit_softcapping
+        self.is_causal = config.is_causal
+        # Copied, here and in the layer: a config looks up every name in its attribute map, too slow for decoding.
+        self.attention_dropout = config.attention_dropout
+        is_sliding = config.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if is_sliding else None
+        self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
 
     def forward(
         self,
@@ -178,6 +182,23 @@ class HfllmAttention(nn.Module):
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+        output, weights = self._attend(query, key, value, attention_mask, **kwargs)
+        return self.o_proj(output.reshape(*batch_and_length, -1).contiguous()), weights
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the heads' outputs (B, S, H, D) and, from eager attention, their weights.
+
+        Args:
+            query: (B, H, S, D).
+            key: (B, K, T, D), and so `value`; with those that the cache held.
+        """
         eager = eager_attention_forward if self.softcap is None else softcapped_attention
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
         if self.softcap is not None:
@@ -185,7 +206,7 @@ class HfllmAttention(nn.Module):
             kwargs["softcap"] = self.softcap
         if is_banded(attention_mask, key):
             attend = banded_attention_forward
-        output, weights = attend(
+        return attend(
             self,
             query,
             key,
@@ -196,7 +217,6 @@ class HfllmAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*batch_and_length, -1).contiguous()), weights
 
 
 def check_softcap(implementation: str) -> None:

@@ -19,6 +19,14 @@ from transformers.activations import ACT2FN  # noqa: E402
 from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters  # noqa: E402
 
+from .expert_fields_hfllm import (  # noqa: E402
+    ExpertFields,
+    absent_rules,
+    check_experts,
+    fill_experts,
+    mlp_parameters,
+)
+from .latent_fields_hfllm import LatentFields, check_latent, fill_latent_sizes, latent_parameters  # noqa: E402
 from .layer_types_hfllm import (  # noqa: E402
     check_layers,
     fill_linear_sizes,
@@ -59,6 +67,9 @@ TENSOR_PARALLEL_PLAN = {
     "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
     "layers.*.mlp.experts.down_proj": "rowwise",
     "layers.*.mlp.experts": "moe_tp_experts",
+    "layers.*.mlp.shared_experts.gate_proj": "colwise",
+    "layers.*.mlp.shared_experts.up_proj": "colwise",
+    "layers.*.mlp.shared_experts.down_proj": "rowwise",
 }
 ALL_HEADS_PLAN = {
     "layers.*.self_attn.q_proj": "colwise_gather_output",
@@ -79,7 +90,7 @@ PIPELINE_PLAN = {
 
 
 @strict
-class HfllmConfig(PreTrainedConfig):
+class HfllmConfig(LatentFields, ExpertFields, PreTrainedConfig):
     """Architecture of an hfllm model. The defaults describe a LLaMA-style decoder.
 
     Fields have Llama's names where Llama has the concept. The family's own options come first; they combine freely
@@ -110,16 +121,18 @@ class HfllmConfig(PreTrainedConfig):
             means the same for all layers: sliding if there is a window, else full.
         no_rope_layers: a number for each layer: 0 for those without rotary positions, 1 for the others (SmolLM3, after
             arXiv:2501.18795). `None` means that all layers have them.
-        num_local_experts: gated experts per layer (Mixtral, arXiv:2401.04088); 0 means one dense MLP.
-        num_experts_per_tok: experts that a router picks for each token; their softmax weights are renormalized.
+        num_local_experts: gated experts per layer (Mixtral, arXiv:2401.04088); 0 means one dense MLP. `ExpertFields`
+            has their other fields: `moe_intermediate_size`, `n_shared_experts`, `mlp_layer_types`, `scoring_func` ...
+        num_experts_per_tok: experts that a router picks for each token.
         router_aux_loss_coef: weight of the load-balancing loss (arXiv:2101.03961, equations 4 to 6), which is added
-            to the loss in training; `None` means 0.001 with experts.
+            to the loss in training; `None` means 0.001 with experts, and 0 where a bias balances them.
         output_router_logits: return the routers' logits and the auxiliary loss also outside training.
         intermediate_size: width of the MLP, or of one expert; `None` gives 4 * hidden_size for a plain MLP and
             8/3 * hidden_size, rounded up to a multiple of 16, for a gated one (the same number of weights).
         num_key_value_heads: heads of keys and values (grouped-query attention, arXiv:2305.13245); `None` means one
             per query head, 1 means multi-query attention.
-        head_dim: size of one head; `None` means `hidden_size // num_attention_heads`.
+        head_dim: size of one head; `None` means `hidden_size // num_attention_heads`. `LatentFields` has the fields of
+            attention whose keys and values are made of one small vector per token (`kv_lora_rank`).
         max_position_embeddings: longest context of the model, in tokens; also the size of the learned
             position table.
         rope_parameters: transformers' RoPE dictionary (`rope_type`, `rope_theta`, `partial_rotary_factor`, ...), or
@@ -163,6 +176,7 @@ class HfllmConfig(PreTrainedConfig):
         "layer_norm_epsilon": "norm_eps",
         "layer_norm_eps": "norm_eps",
         "num_experts": "num_local_experts",
+        "n_routed_experts": "num_local_experts",
     }
     norm_type: str = "rmsnorm"
     norm_placement: str = "pre"
@@ -239,6 +253,7 @@ class HfllmConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        fill_latent_sizes(self)
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
@@ -246,8 +261,7 @@ class HfllmConfig(PreTrainedConfig):
             self.intermediate_size = wide if self.mlp_type == "plain" else -(-wide * 2 // 3 // 16) * 16
         if self.attention_output_bias is None:
             self.attention_output_bias = self.attention_bias
-        if self.router_aux_loss_coef is None:
-            self.router_aux_loss_coef = 0.001 if self.num_local_experts else 0.0
+        fill_experts(self, kwargs)
         self.layer_types = filled_layer_types(self)
         self.no_rope_layers = filled_no_rope_layers(self)
         fill_linear_sizes(self)
@@ -260,12 +274,12 @@ class HfllmConfig(PreTrainedConfig):
 
     def _set_parallel_plans(self) -> None:
         """Set the parallelism rules that match this model's modules."""
-        absent = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] if self.num_local_experts else ["mlp.experts"]
+        absent = absent_rules(self)
         normalizes_all_heads = self.qk_norm and self.qk_norm_scope == "all_heads"
         absent += [] if self.qk_norm and not normalizes_all_heads else ["q_norm", "k_norm"]
         absent += ["mlp.gate_proj"] if self.mlp_type == "plain" else []
-        # A single key-value head cannot be split, and so neither can the query heads that share it.
-        absent += ["self_attn"] if self.num_key_value_heads == 1 else []
+        # A single key-value head or latent cannot be split, and so neither can the query heads that share it.
+        absent += ["self_attn"] if self.num_key_value_heads == 1 or self.kv_lora_rank else []
         self.base_model_tp_plan = {
             rule: style for rule, style in TENSOR_PARALLEL_PLAN.items() if not any(name in rule for name in absent)
         }
@@ -295,14 +309,9 @@ class HfllmConfig(PreTrainedConfig):
         attention += (query + 2 * key) * self.attention_bias + hidden * self.attention_output_bias
         normed = 2 * self.head_dim if self.qk_norm_scope == "head" else query + key
         attention += normed * (2 if self._norm_has_bias() else 1) * self.qk_norm
-        inner = 2 if self.mlp_type == "gated" else 1
-        mlp = (inner + 1) * hidden * self.intermediate_size
-        mlp += (inner * self.intermediate_size + hidden) * self.mlp_bias
-        if self.num_local_experts:
-            experts = self.num_experts_per_tok if active_only else self.num_local_experts
-            mlp = experts * mlp + self.num_local_experts * hidden
+        attention = latent_parameters(self) if self.kv_lora_rank else attention
         norms = 4 if self.norm_placement == "both" else 1 if self.parallel_block and self.shared_norm else 2
-        layers = self.num_hidden_layers * (mlp + norms * norm)
+        layers = mlp_parameters(self, active_only) + self.num_hidden_layers * norms * norm
         linear = self.layer_types.count("linear_attention")
         layers += (self.num_hidden_layers - linear) * attention
         layers += linear * self._linear_parameters() if linear else 0
@@ -324,6 +333,7 @@ class HfllmConfig(PreTrainedConfig):
                 raise ValueError(f"{field}={getattr(self, field)!r} is not one of {', '.join(allowed)}")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is not one of {', '.join(sorted(ACT2FN))}")
+        check_latent(self)
         self._check_sizes()
         self._check_combinations()
         check_layers(self)
@@ -368,18 +378,7 @@ class HfllmConfig(PreTrainedConfig):
             )
 
     def _check_combinations(self):
-        if self.num_local_experts < 0 or (
-            self.num_local_experts and not 1 <= self.num_experts_per_tok <= self.num_local_experts
-        ):
-            raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} must lie between 1 and "
-                f"num_local_experts={self.num_local_experts}"
-            )
-        if self.num_local_experts and (self.mlp_type != "gated" or self.mlp_bias):
-            raise ValueError(
-                f"num_local_experts={self.num_local_experts} needs mlp_type='gated' and mlp_bias=False, "
-                f"got mlp_type={self.mlp_type!r} and mlp_bias={self.mlp_bias}"
-            )
+        check_experts(self)
         if self.parallel_block and self.norm_placement != "pre":
             raise ValueError(f"parallel_block=True needs norm_placement='pre', got {self.norm_placement!r}")
         for field in ("sliding_window", "num_local_experts", "loss_chunk_size"):

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError
+from hfllm.models.latent_fields_hfllm import cached_numbers
 
 if TYPE_CHECKING:
     import torch
@@ -77,11 +78,10 @@ def most_tokens(model: "PreTrainedModel", device: "torch.device") -> int | None:
 def most_cached_rows(model: "PreTrainedModel", length: int, device: "torch.device") -> int | None:
     """Return the most sequences of `length` tokens that may be sampled together; `None` is no limit, as on a CPU."""
     memory, config = device_memory(device), model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
-    if memory is None or heads is None:
+    numbers = cached_numbers(config)
+    if memory is None or numbers is None:
         return None
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    of_a_row = 2 * config.num_hidden_layers * heads * size * length * model.dtype.itemsize
+    of_a_row = config.num_hidden_layers * numbers * length * model.dtype.itemsize
     return max(int(memory * CACHE_SHARE / of_a_row), 1)
 
 

@@ -1,4 +1,4 @@
-"""A mixture of experts: the router, the experts and the layer that joins them.
+"""A mixture of experts: the experts, and the layer that joins them with their router and the MLP of all tokens.
 
 This file imports only torch, transformers and files beside it, and is uploaded to the Hub with modeling_hfllm.py.
 Shapes: N tokens, E hidden_size.
@@ -6,40 +6,33 @@ Shapes: N tokens, E hidden_size.
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import grouped_mm_experts_forward
 
 from .configuration_hfllm import HfllmConfig
-
-
-class HfllmRouter(nn.Module):
-    """Selects the experts of each token: softmax over all of them, the best k, renormalized (Mixtral, section 2.1)."""
-
-    def __init__(self, config: HfllmConfig):
-        super().__init__()
-        self.top_k = config.num_experts_per_tok
-        self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size))
-
-    def forward(self, tokens_NE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the logits (N, experts), and the weights and indices (N, k) of the chosen experts."""
-        logits = nn.functional.linear(tokens_NE, self.weight)
-        weights, indices = nn.functional.softmax(logits, dim=-1, dtype=torch.float32).topk(self.top_k, dim=-1)
-        return logits, weights / weights.sum(dim=-1, keepdim=True), indices
+from .expert_fields_hfllm import expert_width, is_sparse, shared_width
+from .layers_hfllm import HfllmMLP
+from .router_hfllm import HfllmRouter
 
 
 @use_experts_implementation
 class HfllmExperts(nn.Module):
-    """Gated MLPs in two stacked tensors, (experts, 2 * intermediate_size, E) and (experts, E, intermediate_size)."""
+    """Gated MLPs of width W in two stacked tensors, (experts, 2 * W, E) and (experts, E, W)."""
 
     def __init__(self, config: HfllmConfig):
         super().__init__()
         self.num_experts = config.num_local_experts
-        width = config.intermediate_size
+        width = expert_width(config)
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, tokens_NE: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            # The loop below depends on which experts there are; this is one graph.
+            return grouped_mm_experts_forward(self, tokens_NE, indices, weights)
         output = torch.zeros_like(tokens_NE)
         # Under expert parallelism, `num_experts` marks a choice that another rank computes.
         for expert in indices.unique().tolist():
@@ -59,8 +52,45 @@ class HfllmSparseMLP(nn.Module):
         super().__init__()
         self.gate = HfllmRouter(config)
         self.experts = HfllmExperts(config)
+        width = shared_width(config)
+        self.shared_experts = HfllmMLP(config, width) if width else None
+        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Map (B, S, E) to (B, S, E); `token_mask` (B, S) is 0 for padding, which is no load of the experts."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weights, indices = self.gate(tokens)
-        return self.experts(tokens, indices, weights).reshape(hidden_states.shape)
+        _, weights, indices = self.gate(tokens) if token_mask is None else self.gate(tokens, token_mask)
+        output = self.experts(tokens, indices, weights).reshape(hidden_states.shape)
+        if self.shared_experts is None:
+            return output
+        shared = self.shared_experts(hidden_states)
+        if self.shared_expert_gate is not None:
+            shared = self.shared_expert_gate(hidden_states).sigmoid() * shared
+        return output + shared
+
+
+def build_mlp(config: HfllmConfig, layer_idx: int) -> nn.Module:
+    """Return the MLP of a layer, or its experts."""
+    return HfllmSparseMLP(config) if is_sparse(config, layer_idx) else HfllmMLP(config)
+
+
+def last_projections(mlp: nn.Module) -> list[nn.Module]:
+    """Return what writes into the residual stream: an MLP's `down_proj`, or the experts and that of the shared MLP."""
+    if isinstance(mlp, HfllmMLP):
+        return [mlp.down_proj]
+    return [mlp.experts] if mlp.shared_experts is None else [mlp.experts, mlp.shared_experts.down_proj]
+
+
+def fp32_names(config: HfllmConfig) -> list[str]:
+    """Return the names of weights that stay in fp32 where a model is loaded in half precision: those of the routers
+    that compute in it, as in DeepSeek's."""
+    is_plain = (config.scoring_func, config.topk_method) == ("softmax", "greedy")
+    return [] if is_plain else ["mlp.gate.weight", "e_score_correction_bias"]
+
+
+def init_experts(module: nn.Module, std: float, residual_std: float) -> None:
+    """Initialize a router or stacked experts, whose `down_proj` writes into the residual stream."""
+    for name, parameter in module.named_parameters(recurse=False):
+        init.normal_(parameter, mean=0.0, std=residual_std if name == "down_proj" else std)
+    for buffer in module.buffers(recurse=False):
+        init.zeros_(buffer)

@@ -2,9 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-from hfllm.errors import InputError
 from hfllm.models import tensor_layouts as layouts
 from hfllm.models.configuration_hfllm import HfllmConfig
+from hfllm.models.expert_family_rows import EXPERT_FAMILIES
+from hfllm.models.expert_fields_hfllm import expert_width
+from hfllm.models.latent_family_rows import LATENT_FAMILIES
 from hfllm.models.mixed_family_rows import MIXED_FAMILIES, layers_of, qwen_layers
 from hfllm.models.native_family import LLAMA, LLAMA_BIASES, Family
 
@@ -30,16 +32,6 @@ _LAYERNORM = {
 }
 # The first GPT's "gelu" is the tanh approximation that transformers calls gelu_new elsewhere.
 _OPENAI_ACTIVATIONS = {"gelu": "gelu_new", "swish": "silu"}
-
-
-def _qwen3_moe_fields(native: "PreTrainedConfig") -> dict[str, Any]:
-    if native.num_experts < 1:
-        raise InputError(f"num_experts={native.num_experts}: without experts a model is a qwen3")
-    mixed = {"mlp_only_layers": [], "decoder_sparse_step": 1}
-    values = [f"{name}={getattr(native, name)!r}" for name, plain in mixed.items() if getattr(native, name) != plain]
-    if values:
-        raise InputError(f"layers without experts among those with them ({', '.join(values)}) have no place")
-    return {"qk_norm": True, "attention_output_bias": native.attention_bias}
 
 
 def _bigcode_fields(native: "PreTrainedConfig") -> dict[str, Any]:
@@ -88,17 +80,11 @@ FAMILIES = {
         {**LLAMA_BIASES, "mlp_bias": "mlp_bias"}, read=lambda native: {"attention_output_bias": native.attention_bias}
     ),
     "mistral": Family(_MISTRAL),
-    "mixtral": Family({**_MISTRAL, **{name: name for name in _EXPERTS}}),
-    "qwen3_moe": Family(
-        {
-            **{**LLAMA_BIASES, "intermediate_size": "moe_intermediate_size", "num_local_experts": "num_experts"},
-            **{name: name for name in ("num_experts_per_tok", "router_aux_loss_coef", "sliding_window")},
-        },
-        read=_qwen3_moe_fields,
-        write=lambda config: {"norm_topk_prob": True, "use_sliding_window": config.sliding_window is not None},
-        # The width of dense layers, and there are none.
-        idle=frozenset({"intermediate_size"}),
+    "mixtral": Family(
+        {**_MISTRAL, **{name: name for name in _EXPERTS}},
+        write=lambda config: {"intermediate_size": expert_width(config)},
     ),
+    **EXPERT_FAMILIES,
     "qwen2": Family(
         LLAMA,
         read=lambda native: {
@@ -262,4 +248,4 @@ FAMILIES = {
 }
 # These have configs of their own for the class of Llama.
 FAMILIES |= {name: FAMILIES["llama"] for name in ("exaone", "internlm3", "iquestcoder")}
-FAMILIES |= MIXED_FAMILIES
+FAMILIES |= MIXED_FAMILIES | LATENT_FAMILIES

@@ -144,13 +144,15 @@ class HfllmMLP(nn.Module):
 
     recompute = True
 
-    def __init__(self, config: HfllmConfig):
+    def __init__(self, config: HfllmConfig, intermediate_size: int | None = None):
         super().__init__()
+        hidden = config.hidden_size
+        width = config.intermediate_size if intermediate_size is None else intermediate_size
         self.is_gated = config.mlp_type == "gated"
         if self.is_gated:
-            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+            self.gate_proj = nn.Linear(hidden, width, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(hidden, width, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, hidden, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
         self.plain_types = nn.Linear, type(self.act_fn)
 

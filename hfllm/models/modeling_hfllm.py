@@ -36,11 +36,12 @@ from .attention_hfllm import (
     packed_sequences,
     restarted_positions,
 )
-from .balance_hfllm import balance_loss, check_gradients, install_capturing_hooks
+from .balance_hfllm import balance_loss, check_gradients, counts_load, install_capturing_hooks
 from .configuration_hfllm import HfllmConfig
-from .experts_hfllm import HfllmExperts, HfllmRouter, HfllmSparseMLP
+from .experts_hfllm import HfllmExperts, HfllmRouter, build_mlp, fp32_names, init_experts, last_projections
+from .latent_hfllm import HfllmLatentAttention
 from .layer_types_hfllm import follow_edits
-from .layers_hfllm import HfllmEmbedding, HfllmMLP, HfllmPositionEmbedding, build_norm, check_positions, layer_norms
+from .layers_hfllm import HfllmEmbedding, HfllmPositionEmbedding, build_norm, check_positions, layer_norms
 from .linear_hfllm import HfllmGatedDeltaNet, init_gated_delta_net
 from .loss_hfllm import linear_cross_entropy
 
@@ -57,13 +58,14 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
         if self.layer_type == "linear_attention":
             self.linear_attn = attention = HfllmGatedDeltaNet(config, layer_idx)
         else:
-            self.self_attn = attention = HfllmAttention(config, layer_idx)
-        self.mlp = HfllmSparseMLP(config) if config.num_local_experts else HfllmMLP(config)
+            kind = HfllmLatentAttention if config.kv_lora_rank else HfllmAttention
+            self.self_attn = attention = kind(config, layer_idx)
+        self.mlp = build_mlp(config, layer_idx)
         for name in norms:
             setattr(self, name, build_norm(config, config.hidden_size))
         # For _init_weights, which gets the two projections into the residual stream one at a time.
         residual_terms = {"plain": 1, "gpt2": 2 * config.num_hidden_layers, "depth": 2 * (layer_idx + 1)}
-        for module in (attention.o_proj, self.mlp.experts if config.num_local_experts else self.mlp.down_proj):
+        for module in (attention.o_proj, *last_projections(self.mlp)):
             module.residual_init_scale = residual_terms[config.residual_init] ** -0.5
 
     def forward(
@@ -71,6 +73,7 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        token_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """Map (B, S, E) to (B, S, E). Where each option of the config acts:
@@ -82,7 +85,7 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
         - `is_causal`, `layer_types` and `sliding_window` are in `attention_mask`; grouped queries, `qk_norm` and
           `no_rope_layers` in `self.self_attn`;
         - layers of linear attention have `self.linear_attn` in its place, and no rotary angles;
-        - `mlp_type`, `hidden_act` and `num_local_experts` are inside `self.mlp`.
+        - `mlp_type`, `hidden_act`, `mlp_layer_types` and experts are inside `self.mlp`.
         """
 
         def attention(states: torch.Tensor) -> torch.Tensor:
@@ -97,7 +100,8 @@ class HfllmDecoderLayer(GradientCheckpointingLayer):
             return self._drop(output)
 
         def mlp(states: torch.Tensor) -> torch.Tensor:
-            return self._drop(self.mlp(states))
+            # For the load of experts, where a bias follows it.
+            return self._drop(self.mlp(states) if token_mask is None else self.mlp(states, token_mask))
 
         if self.norm_placement == "post":
             hidden_states = self.input_layernorm(hidden_states + attention(hidden_states))
@@ -143,6 +147,7 @@ class HfllmPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         # So that transformers refuses to undo tokens, as speculative decoding does.
         self._is_stateful = "linear_attention" in config.layer_types
+        self._keep_in_fp32_modules_strict = fp32_names(config)
 
     def _sdpa_can_dispatch(self, is_init_check: bool = False) -> bool:
         """Return whether SDPA computes this model; transformers falls back to eager attention where it was no wish."""
@@ -167,8 +172,7 @@ class HfllmPreTrainedModel(PreTrainedModel):
         elif isinstance(module, HfllmGatedDeltaNet):
             init_gated_delta_net(module, self.config)
         elif isinstance(module, (HfllmRouter, HfllmExperts)):
-            for name, parameter in module.named_parameters(recurse=False):
-                init.normal_(parameter, mean=0.0, std=residual_std if name == "down_proj" else std)
+            init_experts(module, std, residual_std)
 
 
 class HfllmModel(HfllmPreTrainedModel):
@@ -228,6 +232,8 @@ class HfllmModel(HfllmPreTrainedModel):
             # A layer in a wrapper has no type to ask for.
             kind = getattr(layer, "layer_type", None) or self.config.layer_types[index]
             more = {"packed": packed} if kind == "linear_attention" else {}
+            if self.training and counts_load(self.config, index, attention_mask):
+                more["token_mask"] = attention_mask
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks[kind],
@@ -351,8 +357,7 @@ class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
         if labels is not None:
             loss = self._loss(outputs.last_hidden_state, logits, labels, loss_chunk_size, label_smoothing, **kwargs)
         if output_router_logits:
-            experts = (self.config.num_local_experts, self.config.num_experts_per_tok)
-            aux_loss = balance_loss(outputs.router_logits, *experts, attention_mask)
+            aux_loss = balance_loss(self.config, outputs.router_logits, attention_mask)
             if is_balanced:
                 check_gradients(self.model.layers, outputs.router_logits, outputs.last_hidden_state)
             if loss is not None:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from hfllm.errors import InputError
 from hfllm.models.configuration_hfllm import HfllmConfig
+from hfllm.models.expert_family_rows import WIDTHS, irrelevant_fields
 from hfllm.models.family_rows import FAMILIES
 from hfllm.models.native_family import Family, plain_rope
 from hfllm.models.unsupported_families import missing_concept
@@ -26,7 +27,7 @@ BAD_CONFIG = (ValueError, KeyError, StrictDataclassError)
 HARMLESS_OURS = {
     *("initializer_range", "residual_init", "use_cache", "loss_chunk_size", "attention_dropout", "hidden_dropout"),
     *("router_aux_loss_coef", "output_router_logits", "pad_token_id", "bos_token_id", "eos_token_id"),
-    "classifier_dropout",
+    *("classifier_dropout", "router_bias_update_rate"),
 }
 HARMLESS_THEIRS = {
     *("initializer_range", "use_cache", "attention_dropout", "hidden_dropout", "classifier_dropout", "attn_pdrop"),
@@ -129,13 +130,19 @@ def _said(config: HfllmConfig, family: Family, native_type: str) -> "tuple[PreTr
         irrelevant.add("qk_norm_scope")
     if not config.parallel_block:
         irrelevant.add("shared_norm")
-    if not config.num_local_experts:
-        irrelevant.add("num_experts_per_tok")
+    irrelevant |= irrelevant_fields(config)
     if len({*config.layer_types, *back.layer_types}) > 1 and len(set(config.layer_types)) == 1:
         # The window says so already.
         irrelevant.add("layer_types")
     names = sorted(_fields(config) - irrelevant)
-    return native, [lost for name in names for lost in _differences(name, getattr(config, name), getattr(back, name))]
+    return native, [
+        lost for name in names for lost in _differences(name, _said_of(config, name), _said_of(back, name))
+    ]
+
+
+def _said_of(config: HfllmConfig, name: str) -> object:
+    """Return the value of our field, or what it means where there are several ways to say that."""
+    return WIDTHS[name](config) if name in WIDTHS else getattr(config, name)
 
 
 def _differences(name: str, one: object, other: object) -> list[_Lost]:

@@ -2,7 +2,8 @@
 
 Sizes are those of the papers: GPT-1 (Radford et al. 2018), GPT-2 (Radford et al. 2019), GPT-3 (arXiv:2005.14165,
 table 2.1), LLaMA (arXiv:2302.13971), Llama 2 (arXiv:2307.09288), Code Llama (arXiv:2308.12950), PaLM
-(arXiv:2204.02311, table 1), Mistral (arXiv:2310.06825), Mixtral (arXiv:2401.04088).
+(arXiv:2204.02311, table 1), Mistral (arXiv:2310.06825), Mixtral (arXiv:2401.04088), Qwen3 (arXiv:2505.09388),
+GLM-4.5 (arXiv:2508.06471, table 1).
 """
 
 from collections.abc import Mapping
@@ -54,6 +55,21 @@ _MIXTRAL = {
     "num_experts_per_tok": 2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
 }
+_QWEN3_MOE = {
+    **{"num_key_value_heads": 4, "head_dim": 128, "qk_norm": True, "vocab_size": 151936, "norm_eps": 1e-6},
+    **{"num_local_experts": 128, "num_experts_per_tok": 8, "max_position_embeddings": 40960},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+}
+_GLM45 = {
+    **{"num_key_value_heads": 8, "head_dim": 128, "attention_bias": True, "attention_output_bias": False},
+    **{"vocab_size": 151552, "max_position_embeddings": 131072, "num_experts_per_tok": 8, "n_shared_experts": 1},
+    **{"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "partial_rotary_factor": 0.5},
+}
+
+
+def _dense_first(dense: int, layers: int) -> list[str]:
+    return ["dense"] * dense + ["sparse"] * (layers - dense)
 
 
 def _sized(
@@ -95,6 +111,18 @@ _PRESETS = {
     "palm-540b": _sized(_PALM, 118, 18432, 48),
     "mistral-7b": _sized(_MISTRAL, 32, 4096, 32),
     "mixtral-8x7b": _sized(_MIXTRAL, 32, 4096, 32),
+    "mixtral-8x22b": _sized(_MIXTRAL, 56, 6144, 48, 16384, max_position_embeddings=65536, vocab_size=32768),
+    "qwen3-30b-a3b": _sized(_QWEN3_MOE, 48, 2048, 32, 6144, moe_intermediate_size=768),
+    "qwen3-235b-a22b": _sized(_QWEN3_MOE, 94, 4096, 64, 12288, moe_intermediate_size=1536),
+    "glm-4.5-air": _sized(
+        *(_GLM45, 46, 4096, 96, 10944),
+        **{"mlp_layer_types": _dense_first(1, 46), "num_local_experts": 128, "moe_intermediate_size": 1408},
+    ),
+    "glm-4.5": _sized(
+        *(_GLM45, 92, 5120, 96, 12288),
+        **{"mlp_layer_types": _dense_first(3, 92), "num_local_experts": 160, "moe_intermediate_size": 1536},
+        **{"qk_norm": True, "routed_scaling_factor": 2.5},
+    ),
 }
 _OTHER_NAMES = {"openai-gpt": "gpt1", "llama-30b": "llama-33b"}
 

@@ -243,6 +243,13 @@ def persimmon_rules(config: HfllmConfig) -> Iterator[Rule]:
             yield _grouped(f"{layer}self_attn.query_key_value.{part}", _qkv(layer, part), config)
 
 
+def qwen2_moe_rules(config: HfllmConfig) -> Iterator[Rule]:
+    names = {f"shared_expert.{name}_proj": f"shared_experts.{name}_proj" for name in ("gate", "up", "down")}
+    for index in range(config.num_hidden_layers):
+        mlp = f"model.layers.{index}.mlp."
+        yield from _renamed(names, mlp, mlp)
+
+
 def token_classifier_rules(name: str) -> Iterator[Rule]:
     """Yield the rules for the head of a token classifier, which some families call `classifier`."""
     yield from _renamed({name: "score"})

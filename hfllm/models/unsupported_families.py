@@ -7,7 +7,7 @@ MISSING = {
     "a norm without weights": ("olmo", "nanochat"),
     "rotary positions that depend on whether the model has a window": ("exaone4",),
     "a norm of whole queries and keys, over all heads": ("olmoe",),
-    "a norm of queries and keys after the rotary embedding": ("hunyuan_v1_dense",),
+    "a norm of queries and keys after the rotary embedding": ("hunyuan_v1_dense", "hunyuan_v1_moe"),
     "a norm both before and after each block, of rotated pairs of neighbors": ("glm4",),
     "factors on attention scores and on each block's output": ("hyperclovax",),
     "a norm inside attention and MLP": ("bitnet",),
@@ -22,11 +22,9 @@ MISSING = {
     "attention sinks": ("gpt_oss", "mimo_v2_flash", "granite_swa", "flint"),
     "differences of attention maps": ("diffllama",),
     "a factor on each block's output": ("granite", "granitemoe", "granitemoeshared"),
-    "compressed keys and values (latent attention)": (
-        *("deepseek_v2", "deepseek_v3", "deepseek_v32", "minicpm3", "longcat_flash", "youtu", "glm_moe_dsa"),
-        "glm4_moe_lite",
-    ),
-    "an expert that all tokens share": ("qwen2_moe", "glm4_moe", "dots1", "ernie4_5_moe", "hunyuan_v1_moe"),
+    "latent attention of another form than DeepSeek-V3's": ("longcat_flash", "mistral4", "mistral_large4"),
+    "an index of which tokens each token attends to": ("deepseek_v32", "glm_moe_dsa"),
+    "a least sum of the weights of a token's experts": ("ernie4_5_moe",),
     "a sparse mixer as router": ("phimoe",),
     "a limit on queries, keys and values": ("dbrx",),
     "layers with another recurrent state than that of OLMo Hybrid": (

@@ -98,7 +98,8 @@ def _inputs(shape: Shape, precision: Precision) -> int:
     """Return how often a layer keeps its projections' input: once per norm, but one copy each under autocast."""
     if not precision.is_autocast:
         return shape.norms_per_layer
-    return 3 + (2 if shape.is_gated and not shape.num_local_experts else 1)
+    attention = 3 if shape.kv_lora_rank is None else 2
+    return attention + (2 if shape.is_gated and not shape.num_local_experts else 1)
 
 
 def autocast_weights(shape: Shape) -> float:
@@ -129,6 +130,10 @@ def layer_activations(
     # The latents and their norms' outputs.
     whole += 2 * size * shape.latent_size
     heads = size * (shape.query_size + shape.output_size + shape.key_size + shape.value_size)
+    if shape.kv_lora_rank is not None and not is_fused:
+        # The rotated key has no norm, and the values keep the product that they are a part of.
+        whole -= size * shape.qk_rope_head_dim
+        heads += size * shape.num_attention_heads * shape.qk_nope_head_dim
     heads += 4 * shape.num_attention_heads
     if shape.qk_norm:
         count = shape.num_attention_heads + shape.num_key_value_heads
@@ -149,7 +154,7 @@ def _mlp_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
         # Grouped products stay in fp32 under autocast. The tokens of each expert are copies.
         size = 4 if precision.is_autocast else precision.compute
         rows = shape.num_experts_per_tok * (size * (2 * hidden + 4 * shape.expert_size) + 28)
-        shared = precision.compute * shape.num_shared_experts * shape.expert_size * (products + 1)
+        shared = precision.compute * shape.shared_size * (products + 1)
         return rows + shared + 3 * precision.residual * shape.num_local_experts
     # The dense MLP recomputes its inner activation, except with weights that ZeRO-3 of DeepSpeed gathers.
     # Megatron-LM's keeps it.
@@ -169,7 +174,7 @@ def layer_workspace(
     """
     width = shape.intermediate_size
     if shape.num_local_experts:
-        width = shape.expert_size * (shape.num_experts_per_tok + shape.num_shared_experts)
+        width = shape.expert_size * shape.num_experts_per_tok + shape.shared_size
     inner = (4 if shape.is_gated else 2) * width / layout.tensor
     scores = 2 * shape.num_attention_heads * sequence_length / layout.attention_split(shape)
     largest = max(inner, scores) if attention == "eager" else inner

@@ -66,8 +66,6 @@ def duration(days: float) -> str:
 
 
 def _in_recipes(chosen: Plan, plans: Sequence[Plan], request: Request) -> str:
-    if not request.shape.is_of_the_family:
-        return "hfllm has no model of this type: the files are for a script of your own."
     own = next((one for one in plans if one.runs_in_recipes), None)
     if own is None:
         return "No layout that `hfllm pretrain` runs is among those that fit: the files are for a script of your own."

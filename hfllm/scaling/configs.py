@@ -14,7 +14,7 @@ from typing import Any
 
 from hfllm.scaling.layouts import DDP, DEEPSPEED, FSDP2, MEGATRON, SINGLE, TENSOR, Layout
 from hfllm.scaling.planner import Plan, Request
-from hfllm.scaling.shapes import FOREIGN, Shape
+from hfllm.scaling.shapes import LATENT, MIXTURE, Shape
 from hfllm.scaling.stages import stage_layers
 
 ACCELERATE_FILE = "accelerate.yaml"
@@ -145,7 +145,10 @@ def architecture(request: Request, model: Mapping[str, Any] | None = None) -> di
 def _family_fields(shape: Shape) -> dict[str, Any]:
     """Return the fields of a shape, without those of other families that it does not use."""
     unused = {item.name for item in dataclass_fields(Shape) if getattr(shape, item.name) == item.default}
-    return {name: value for name, value in asdict(shape).items() if name not in FOREIGN & unused}
+    fields = {name: value for name, value in asdict(shape).items() if name not in (LATENT | MIXTURE) & unused}
+    # The router that takes groups in the one type with groups, DeepSeek-V3.
+    router = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"} if shape.n_group > 1 else {}
+    return fields | router
 
 
 def launch_files(

@@ -97,8 +97,12 @@ class Layout:
         return global_batch_size // (self.data * self.micro_batch)
 
     def attention_split(self, shape: Shape) -> int:
-        """Return the number of devices that attention is split over: 1 with a single key-value head."""
-        return self.tensor if shape.num_key_value_heads > 1 or self.tensor == 1 else 1
+        """Return the number of devices that attention is split over.
+
+        It is 1 with a single key-value head, and for latent attention, whose heads Megatron-LM alone splits.
+        """
+        is_whole = shape.num_key_value_heads == 1 or (shape.kv_lora_rank is not None and self.engine != MEGATRON)
+        return 1 if is_whole else self.tensor
 
     def check(self, shape: Shape, devices: int, global_batch_size: int) -> None:
         """Refuse a layout that cannot run.

@@ -48,5 +48,5 @@ def exchange_seconds(shape: Shape, layout: Layout, device: Device, states: float
     nodes = -(-devices * layout.tensor * layout.context // device.per_node)
     if nodes == 1:
         return near
-    reached = min(nodes * (1 - (1 - 1 / nodes) ** chosen), shape.topk_group or nodes)
+    reached = min(nodes * (1 - (1 - 1 / nodes) ** chosen), shape.topk_group if shape.n_group > 1 else nodes)
     return max(near, states * reached * (nodes - 1) / nodes / device.far)

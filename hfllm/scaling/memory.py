@@ -98,8 +98,12 @@ def _stage_parameters(shape: Shape, layout: Layout, stage: _Stage) -> tuple[floa
     attention = layer["attention"] / layout.attention_split(shape)
     dense = stage.layers * (attention + layer["mlp"] / layout.tensor + layer["router"] + layer["norms"])
     experts = stage.layers * layer["experts"]
-    if stage.is_first and shape.first_k_dense_replace:
-        replaced, change = min(shape.first_k_dense_replace, stage.layers), shape.dense_layer_change()
+    # Of stages between, as if they had none, which is the fullest.
+    replaced = shape.dense_layers(0, stage.layers) if stage.is_first else 0
+    if not stage.is_first and stage.is_last:
+        replaced = shape.dense_layers(shape.num_hidden_layers - stage.layers)
+    if replaced:
+        change = shape.dense_layer_change()
         dense += replaced * (change["mlp"] / layout.tensor + change["router"])
         experts += replaced * change["experts"]
     parts = shape.parameters()

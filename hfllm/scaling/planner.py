@@ -149,7 +149,7 @@ class Request:
 
     def runs_in_recipes(self, layout: Layout) -> bool:
         """Return whether the recipes train the model in a layout without changes."""
-        return layout.engine in RECIPES and self.shape.is_of_the_family and self.precision != "fp8"
+        return layout.engine in RECIPES and self.precision != "fp8"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """What a config.json of each architecture leaves unsaid, and shapes that papers name."""
 
+from collections.abc import Mapping
 from typing import Any
+
+from hfllm.errors import InputError
 
 _GPT = {
     "norm_type": "layernorm",
@@ -17,12 +20,20 @@ _GPT_NAMES = {
     "n_inner": "intermediate_size",
     "n_positions": "max_position_embeddings",
 }
-_DEEPSEEK_NAMES = {"n_routed_experts": "num_local_experts", "n_shared_experts": "num_shared_experts"}
+_DEEPSEEK_NAMES = {"n_routed_experts": "num_local_experts"}
 # What transformers assumes where a config.json is silent.
 _DEEPSEEK = {
     **{"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
-    **{"num_local_experts": 256, "num_shared_experts": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 2048},
-    **{"first_k_dense_replace": 3, "topk_group": 4},
+    **{"num_local_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 2048},
+    **{"first_k_dense_replace": 3, "n_group": 8, "topk_group": 4},
+}
+_GLM = {
+    **{"num_local_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 1408},
+    **{"first_k_dense_replace": 1, "attention_output_bias": False},
+}
+_QWEN2_MOE = {
+    **{"attention_bias": True, "attention_output_bias": False, "shared_expert_gate": True, "num_experts_per_tok": 4},
+    **{"num_experts": 60, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632},
 }
 # model_type of a config.json: its names of sizes if they differ, and the values implied by the type.
 FAMILIES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
@@ -36,8 +47,34 @@ FAMILIES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "gpt2": (_GPT_NAMES, _GPT),
     "openai-gpt": (_GPT_NAMES, {**_GPT, "norm_placement": "post"}),
     "qwen3_moe": ({}, {"qk_norm": True}),
+    "qwen2_moe": ({"qkv_bias": "attention_bias"}, _QWEN2_MOE),
+    "glm4_moe": ({**_DEEPSEEK_NAMES, "use_qk_norm": "qk_norm"}, _GLM),
+    "dots1": (_DEEPSEEK_NAMES, {"qk_norm": True}),
     "deepseek_v3": (_DEEPSEEK_NAMES, _DEEPSEEK),
 }
+
+
+def mlp_layers(values: Mapping[str, Any]) -> list[str] | None:
+    """Return `mlp_layer_types` of a config that says in another way which layers have experts, `None` if all have.
+
+    Args:
+        values: a config.json, perhaps with `first_k_dense_replace` (DeepSeek), or `decoder_sparse_step` and
+            `mlp_only_layers` (Qwen).
+
+    Raises:
+        InputError: for numbers that are none, or more dense layers than there are layers.
+    """
+    number = values.get("num_hidden_layers")
+    first, step = values.get("first_k_dense_replace") or 0, values.get("decoder_sparse_step", 1)
+    only = values.get("mlp_only_layers") or []
+    if not isinstance(number, int) or not (first or step != 1 or only):
+        return None
+    if not isinstance(first, int) or not 0 <= first <= number:
+        raise InputError(f"first_k_dense_replace={first!r} is more than num_hidden_layers={number}, or none")
+    if not isinstance(step, int) or step < 1:
+        raise InputError(f"decoder_sparse_step={step!r} must be a whole number of at least 1")
+    sparse = [index >= first and (index + 1) % step == 0 and index not in only for index in range(number)]
+    return ["sparse" if each else "dense" for each in sparse]
 
 
 def _megatron(layers: int, hidden: int, heads: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from hfllm.errors import InputError
-from hfllm.scaling.shape_tables import FAMILIES, NAMED_SHAPES
+from hfllm.scaling.shape_tables import FAMILIES, NAMED_SHAPES, mlp_layers
 
 # What `HfllmConfig` accepts; it cannot be asked without importing transformers.
 CHOICES = {
@@ -24,9 +24,13 @@ CHOICES = {
     "position_embedding_type": ("rope", "learned", "none"),
 }
 LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
+MLP_LAYER_TYPES = ("dense", "sparse")
 # Fields that `HfllmConfig` does not have.
-FOREIGN = {"moe_intermediate_size", "num_shared_experts", "first_k_dense_replace", "topk_group", "kv_lora_rank"}
-FOREIGN |= {"q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
+# Fields that say something of latent attention alone.
+LATENT = {"kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
+# Fields that say something of experts alone.
+MIXTURE = {"moe_intermediate_size", "n_shared_experts", "shared_expert_intermediate_size", "shared_expert_gate"}
+MIXTURE |= {"mlp_layer_types", "n_group", "topk_group"}
 # A larger number is a typing error, and may overflow a float.
 LARGEST = 10**9
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -41,11 +45,13 @@ class Shape:
         layer_types: the attention of each layer, as in `HfllmConfig`; `None` means the same for all.
         linear_num_key_heads: with the other sizes of linear attention; unset ones are as in `HfllmConfig`.
         moe_intermediate_size: width of an expert, by default `intermediate_size`.
-        num_shared_experts: experts that every token passes through, beside `num_experts_per_tok` others.
-        first_k_dense_replace: first layers that have a dense MLP instead of experts.
-        topk_group: at most so many nodes hold the experts of one token.
+        n_shared_experts: experts that every token passes through, beside `num_experts_per_tok` others; or the width
+            of them all, `shared_expert_intermediate_size`.
+        mlp_layer_types: "dense" or "sparse" for each layer, as in `HfllmConfig`; `None` means experts in all, if any.
+        topk_group: with several groups (`n_group`), at most so many nodes hold the experts of one token.
         kv_lora_rank: width of the latent that keys and values are made of (multi-head latent attention, DeepSeek-V2,
-            arXiv:2405.04434); with `q_lora_rank`, `qk_nope_head_dim`, `qk_rope_head_dim` and `v_head_dim`.
+            arXiv:2405.04434); with `q_lora_rank`, `qk_nope_head_dim`, `qk_rope_head_dim` and `v_head_dim`, as in
+            `HfllmConfig`.
 
     Raises:
         InputError: when a size is missing, not positive, or does not divide another, or a value is of another type.
@@ -83,9 +89,12 @@ class Shape:
     linear_value_head_dim: int | None = None
     linear_conv_kernel_dim: int = 4
     moe_intermediate_size: int | None = None
-    num_shared_experts: int = 0
-    first_k_dense_replace: int = 0
-    topk_group: int | None = None
+    n_shared_experts: int = 0
+    shared_expert_intermediate_size: int | None = None
+    shared_expert_gate: bool = False
+    mlp_layer_types: list[str] | None = None
+    n_group: int = 1
+    topk_group: int = 1
     kv_lora_rank: int | None = None
     q_lora_rank: int | None = None
     qk_nope_head_dim: int | None = None
@@ -102,6 +111,7 @@ class Shape:
                     f"hidden_size={self.hidden_size} is less than num_attention_heads={self.num_attention_heads}"
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
+        self._fill_latent()
         if self.intermediate_size is None:
             wide = 4 * self.hidden_size
             self.intermediate_size = wide if self.mlp_type == "plain" else -(-wide * 2 // 3 // 16) * 16
@@ -138,6 +148,16 @@ class Shape:
             if "bool" in str(item.type) and not (isinstance(value, bool) or is_unset):
                 raise InputError(f"{item.name}={value!r} must be true or false")
 
+    def _fill_latent(self) -> None:
+        """Fill the sizes of latent attention."""
+        if self.kv_lora_rank is None:
+            return
+        size = self.hidden_size // self.num_attention_heads
+        self.qk_nope_head_dim = size if self.qk_nope_head_dim is None else self.qk_nope_head_dim
+        self.qk_rope_head_dim = size // 4 * 2 if self.qk_rope_head_dim is None else self.qk_rope_head_dim
+        self.v_head_dim = size if self.v_head_dim is None else self.v_head_dim
+        self.head_dim = self.qk_rope_head_dim
+
     def _fill_layers(self) -> None:
         """Fill the list of layers and the sizes of linear attention, and refuse what `HfllmConfig` would."""
         if self.layer_types is None:
@@ -162,19 +182,22 @@ class Shape:
             self._check_size(f"linear_{name}")
 
     def _check_foreign(self) -> None:
-        """Refuse sizes of DeepSeek's and Qwen's mixtures that do not fit together."""
+        """Refuse sizes of mixtures and of latent attention that do not fit together."""
         latent = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        for name in ("num_shared_experts", "first_k_dense_replace"):
-            self._check_size(name, 0)
-        for name in (*(latent if self.kv_lora_rank is not None else ()), "moe_intermediate_size", "q_lora_rank"):
-            if getattr(self, name) is not None or name in latent:
+        optional = ("moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank")
+        self._check_size("n_shared_experts", 0)
+        for name in ("n_group", "topk_group", *(latent if self.kv_lora_rank is not None else ())):
+            self._check_size(name)
+        for name in optional:
+            if getattr(self, name) is not None:
                 self._check_size(name)
-        if not self.num_local_experts:
-            self.num_shared_experts = self.first_k_dense_replace = 0
-        if self.first_k_dense_replace > self.num_hidden_layers:
+        kinds, number = self.mlp_layer_types, self.num_hidden_layers
+        if kinds is None or not self.num_local_experts:
+            return
+        if not isinstance(kinds, list) or not set(map(str, kinds)) <= {*MLP_LAYER_TYPES} or len(kinds) != number:
             raise InputError(
-                f"first_k_dense_replace={self.first_k_dense_replace} is more than "
-                f"num_hidden_layers={self.num_hidden_layers}"
+                f"mlp_layer_types={str(kinds)[:80]} must name one of {', '.join(MLP_LAYER_TYPES)} for each of "
+                f"num_hidden_layers={number}"
             )
 
     def _check_size(self, name: str, least: int = 1) -> None:
@@ -198,10 +221,12 @@ class Shape:
             raise InputError(f"{source}: model_type {kind!r} is not one of {', '.join(FAMILIES)}")
         names, implied = FAMILIES[kind]
         values = {**implied, **{names.get(name, name): value for name, value in config.items()}}
-        # Qwen's other name of the number of experts, and mixtures of another pattern than this file counts.
-        if values.get("decoder_sparse_step", 1) != 1 or values.get("mlp_only_layers"):
-            raise InputError(f"{source}: decoder_sparse_step and mlp_only_layers: every layer must have experts")
-        values.setdefault("num_local_experts", values.get("num_experts", 0))
+        # Qwen's and DeepSeek's other name of the number of experts.
+        values.setdefault("num_local_experts", values.get("num_experts", values.get("n_routed_experts", 0)))
+        try:
+            values.setdefault("mlp_layer_types", mlp_layers(values))
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
         if values.get("use_sliding_window") is False:
             values["sliding_window"] = None
         known = {item.name: values[item.name] for item in fields(cls) if values.get(item.name) is not None}
@@ -214,12 +239,6 @@ class Shape:
         except InputError as error:
             field, equals, rest = str(error).partition("=")
             raise InputError(f"{source}: {theirs.get(field, field)}{equals}{rest}") from None
-
-    @property
-    def is_of_the_family(self) -> bool:
-        """Return whether `HfllmConfig` has the model, so that the recipes can train it."""
-        own = self.moe_intermediate_size in (None, self.intermediate_size) and not self.num_shared_experts
-        return own and not self.first_k_dense_replace and self.kv_lora_rank is None
 
     @property
     def linear_layers(self) -> int:
@@ -260,9 +279,26 @@ class Shape:
         return 0 if self.kv_lora_rank is None else (self.q_lora_rank or 0) + self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
+    def cached_size(self) -> int:
+        """Return the numbers per token in the cache of one layer of attention: keys and values, or latents."""
+        return 2 * self.key_size if self.kv_lora_rank is None else self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
     def expert_size(self) -> int:
         """Return the inner width of one expert."""
         return self.moe_intermediate_size or self.intermediate_size
+
+    @property
+    def shared_size(self) -> int:
+        """Return the inner width of the experts that all tokens share, together; 0 without."""
+        if not self.num_local_experts:
+            return 0
+        return self.shared_expert_intermediate_size or self.n_shared_experts * self.expert_size
+
+    def dense_layers(self, start: int = 0, stop: int | None = None) -> int:
+        """Return how many of these layers of a mixture have one dense MLP in place of experts."""
+        kinds = self.mlp_layer_types if self.num_local_experts else None
+        return 0 if kinds is None else kinds[start:stop].count("dense")
 
     @property
     def is_gated(self) -> bool:
@@ -283,17 +319,20 @@ class Shape:
         norm = 2 if self.norm_type == "layernorm" and self.norm_bias else 1
         normed = 2 * self.head_dim if self.qk_norm_scope == "head" else self.query_size + self.key_size
         norms = self.norms_per_layer * hidden + normed * self.qk_norm
-        if self.kv_lora_rank is not None:
-            norms += (self.q_lora_rank or 0) + self.kv_lora_rank
         return {
             "attention": self._attention_parameters(),
-            "mlp": self.num_shared_experts * self._mlp(self.expert_size)
+            "mlp": (self._mlp(self.shared_size) if self.shared_size else 0)
             if self.num_local_experts
             else self._mlp(self.intermediate_size),
             "experts": self.num_local_experts * self._mlp(self.expert_size),
-            "router": self.num_local_experts * hidden,
-            "norms": norm * norms,
+            "router": (self.num_local_experts + (self.shared_expert_gate and self.shared_size > 0)) * hidden,
+            "norms": norm * norms + self._latent_norms,
         }
+
+    @property
+    def _latent_norms(self) -> int:
+        """Return the weights of the latents' norms, which never have biases."""
+        return 0 if self.kv_lora_rank is None else (self.q_lora_rank or 0) + self.kv_lora_rank
 
     def _mlp(self, width: int) -> int:
         projections = 3 if self.is_gated else 2
@@ -306,12 +345,13 @@ class Shape:
             queries = hidden * query if rank is None else rank * (hidden + query)
             latent = hidden * (self.kv_lora_rank + self.qk_rope_head_dim)
             spread = self.kv_lora_rank * (self.num_attention_heads * self.qk_nope_head_dim + self.value_size)
-            return queries + latent + spread + self.value_size * hidden
+            biases = self.latent_size * self.attention_bias + hidden * self.attention_output_bias
+            return queries + latent + spread + self.value_size * hidden + biases
         biases = (query + 2 * key) * self.attention_bias + hidden * self.attention_output_bias
         return hidden * (query + 2 * key) + query * hidden + biases
 
     def dense_layer_change(self) -> dict[str, int]:
-        """Return what a layer with a dense MLP (`first_k_dense_replace`) has more than one with experts, by part."""
+        """Return what a dense layer of `mlp_layer_types` has more than a sparse one, by part."""
         layer = self._layer
         dense = self._mlp(self.intermediate_size) - layer["mlp"]
         return {"mlp": dense, "experts": -layer["experts"], "router": -layer["router"]}
@@ -326,7 +366,7 @@ class Shape:
         normed = 2 * self.head_dim if self.qk_norm_scope == "head" else self.query_size + self.key_size
         return {
             "attention": linear - self._attention_parameters(),
-            "norms": self.linear_value_head_dim - norm * normed * self.qk_norm,
+            "norms": self.linear_value_head_dim - norm * normed * self.qk_norm - self._latent_norms,
         }
 
     def parameters(self) -> dict[str, int]:
@@ -339,9 +379,9 @@ class Shape:
         if self.linear_layers:
             for part, count in self._linear_change().items():
                 layers[part] += self.linear_layers * count
-        if self.first_k_dense_replace:
+        if dense := self.dense_layers():
             for part, count in self.dense_layer_change().items():
-                layers[part] += self.first_k_dense_replace * count
+                layers[part] += dense * count
         norm = 2 if self.norm_type == "layernorm" and self.norm_bias else 1
         layers["norms"] += norm * self.hidden_size * (self.norm_placement != "post")
         positions = self.max_position_embeddings if self.position_embedding_type == "learned" else 0
@@ -376,17 +416,13 @@ class Shape:
 
         Layers of linear attention have none, and layers with a window stop at its length: see `cache_bytes`.
         """
-        if self.kv_lora_rank is not None:
-            return self.num_hidden_layers * (self.kv_lora_rank + self.qk_rope_head_dim) * bytes_per_value
-        return 2 * (self.num_hidden_layers - self.linear_layers) * self.key_size * bytes_per_value
+        return (self.num_hidden_layers - self.linear_layers) * self.cached_size * bytes_per_value
 
     def cache_bytes(self, length: int, bytes_per_value: int = 2) -> int:
         """Return the bytes of the cache of one sequence of this many tokens: keys and values, and states in fp32."""
-        if self.kv_lora_rank is not None:
-            return length * self.kv_bytes_per_token(bytes_per_value)
         held = {"full_attention": length, "sliding_attention": min(length, self.sliding_window or length)}
         tokens = sum(held.get(kind, 0) for kind in self.layer_types)
-        return 2 * tokens * self.key_size * bytes_per_value + 4 * self.linear_layers * self.state_size
+        return tokens * self.cached_size * bytes_per_value + 4 * self.linear_layers * self.state_size
 
 
 __all__ = ["FAMILIES", "LARGEST", "NAMED_SHAPES", "Shape"]

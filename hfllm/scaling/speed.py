@@ -154,12 +154,12 @@ def _casts(shape: Shape) -> float:
 
     16-bit values are read, and written once as they are and once transposed, for the gradient of the weight.
     """
-    width, copies = shape.intermediate_size, 1
+    inner, widths = 2 if shape.is_gated else 1, [shape.intermediate_size]
     if shape.num_local_experts:
-        width, copies = shape.expert_size, shape.num_experts_per_tok + shape.num_shared_experts
-    inner = 2 if shape.is_gated else 1
+        widths = [shape.expert_size] * shape.num_experts_per_tok + ([shape.shared_size] if shape.shared_size else [])
     attention = shape.hidden_size + shape.output_size + shape.query_size + shape.key_size + shape.value_size
-    return 4 * (attention + shape.hidden_size + copies * (2 * shape.hidden_size + (1 + inner) * width))
+    mlp = len(widths) * 2 * shape.hidden_size + (1 + inner) * sum(widths)
+    return 4 * (attention + shape.hidden_size + mlp)
 
 
 def _device_parameters(shape: Shape, layout: Layout) -> tuple[float, float]:

@@ -31,6 +31,18 @@ class ArchitectureArguments:
     sliding_window: int | None = field(default=None, metadata={"help": "Tokens that each token attends to at most."})
     num_local_experts: int = field(default=0, metadata={"help": "Experts of each layer; 0 means one dense MLP."})
     num_experts_per_tok: int = field(default=2, metadata={"help": "Experts that each token passes through."})
+    moe_intermediate_size: int | None = field(default=None, metadata={"help": "Width of an expert."})
+    n_shared_experts: int = field(default=0, metadata={"help": "Experts beside these that all tokens share."})
+    first_k_dense_replace: int = field(default=0, metadata={"help": "First layers with a dense MLP and no experts."})
+    scoring_func: str = field(default="softmax", metadata={"help": "Scores of a router: softmax or sigmoid."})
+    topk_method: str = field(
+        default="greedy", metadata={"help": "greedy, group_limited_greedy, or noaux_tc: a bias balances the load."}
+    )
+    n_group: int = field(default=1, metadata={"help": "Groups of experts."})
+    topk_group: int = field(default=1, metadata={"help": "Groups that a token's experts come from."})
+    router_bias_update_rate: float | None = field(
+        default=None, metadata={"help": "Step of that bias; by default 0.001, and 0 keeps it."}
+    )
     residual_init: str = field(default="plain", metadata={"help": "plain, gpt2 or depth: scale of the residual init."})
 
 

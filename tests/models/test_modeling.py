@@ -149,6 +149,9 @@ def test_save_and_load_are_equal_and_tied_weights_stay_tied(make_model, axes, id
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is hfllm.HfllmForCausalLM
+    for each in (model, loaded):
+        # Products of few tokens are rounded by where in a file the weights begin.
+        each.set_experts_implementation("batched_mm")
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     tied = loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()
     assert tied == bool(axes.get("tie_word_embeddings"))

@@ -36,6 +36,12 @@ PARAMETERS = {
     "palm-540b": 540_356_474_880,
     "mistral-7b": 7_241_732_096,
     "mixtral-8x7b": 46_702_792_704,
+    "mixtral-8x22b": 140_630_071_296,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    # Without the layer that predicts a second token.
+    "glm-4.5-air": 106_852_245_504,
+    "glm-4.5": 352_797_814_784,
 }
 
 
@@ -50,6 +56,28 @@ def test_published_sizes(name):
 
 def test_active_parameters_of_a_mixture():
     assert hfllm.HfllmConfig.from_preset("mixtral-8x7b").num_parameters(active_only=True) == 12_879_925_248
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "active"),
+    [("mixtral-8x22b", 141, 39), ("qwen3-30b-a3b", 30.5, 3.3), ("qwen3-235b-a22b", 235, 22)],
+)
+def test_published_sizes_of_mixtures(name, billions, active):
+    """As the models are named or described by their authors, to the digit printed there; half a digit for 3.3."""
+    config = hfllm.HfllmConfig.from_preset(name)
+    assert config.num_parameters() / 1e9 == pytest.approx(billions, abs=0.5)
+    assert config.num_parameters(active_only=True) / 1e9 == pytest.approx(active, rel=0.02)
+
+
+def test_glm_counts_its_layer_for_a_second_token_and_no_tables():
+    """arXiv:2508.06471, table 1: 355 billion weights, 32 of them active; that layer joins two states by one matrix."""
+    config = hfllm.HfllmConfig.from_preset("glm-4.5")
+    longer = hfllm.HfllmConfig.from_preset(
+        "glm-4.5", num_hidden_layers=93, mlp_layer_types=[*["dense"] * 3, *["sparse"] * 90]
+    )
+    tables = 2 * config.vocab_size * config.hidden_size
+    assert round((longer.num_parameters() + 2 * config.hidden_size**2 - tables) / 1e9) == 355
+    assert round((config.num_parameters(active_only=True) - tables) / 1e9) == 32
 
 
 def test_overrides_and_other_names():

@@ -8,7 +8,7 @@ SCRIPT = Path(__file__).parent / "tensor_parallel_run.py"
 
 
 def test_half_of_each_projection_on_each_process(processes, make_model, tmp_path):
-    names = ("llama", "gpt2", "palm", "qwen3", "mixtral")
+    names = ("llama", "gpt2", "palm", "qwen3", "mixtral", "glm4-moe")
     for name in names:
         # One key-value head for each process, but PaLM, which has a single one, splits its MLP alone.
         make_model(**{"num_key_value_heads": 2, **FAMILIES[name]}).save_pretrained(tmp_path / name)

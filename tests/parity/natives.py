@@ -198,6 +198,61 @@ NATIVES |= {
     ),
 }
 
+_LATENT = {
+    **{**_GROUPED, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 12},
+    **{"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6},
+}
+# DeepSeek multiplies its scores by a factor of its own where positions are scaled.
+_MSCALE = {"factor": 40.0, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 0.7}
+NATIVES |= {
+    "deepseek-v3": ("deepseek_v3", {**_LATENT, "first_k_dense_replace": 2, **_rope("yarn", **_MSCALE)}),
+    "deepseek-v3-plain": (
+        "deepseek_v3",
+        {**_LATENT, "first_k_dense_replace": 2, "rope_interleave": False, "q_lora_rank": None, "attention_bias": True}
+        | {"tie_word_embeddings": True, "v_head_dim": 14},
+    ),
+    "deepseek-v2": (
+        "deepseek_v2",
+        {**_LATENT, "first_k_dense_replace": 2, "mlp_bias": True, "attention_bias": True, **_rope("yarn", **_MSCALE)},
+    ),
+    # With a padding token, the native class sets the embedding of that to 0 whenever it is loaded.
+    "youtu": ("youtu", {**_LATENT, "initializer_range": 0.02, "pad_token_id": None}),
+    "minicpm3": (
+        "minicpm3",
+        {**_LATENT, "scale_depth": None, "scale_emb": 12, "dim_model_base": 8, "tie_word_embeddings": True},
+    ),
+}
+_ROUTED = {
+    **{**_GROUPED, "n_routed_experts": 8, "n_shared_experts": 1, "moe_intermediate_size": 24},
+    **{"num_experts_per_tok": 3, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2},
+    **{"routed_scaling_factor": 1.5, "norm_topk_prob": True},
+}
+NATIVES |= {
+    "qwen3-moe-mixed": ("qwen3_moe", {**_GROUPED, **_EXPERTS, "norm_topk_prob": False, "decoder_sparse_step": 2}),
+    "qwen2-moe": (
+        "qwen2_moe",
+        {**_GROUPED, **_EXPERTS, "norm_topk_prob": False, "shared_expert_intermediate_size": 40},
+    ),
+    "qwen2-moe-mixed": (
+        "qwen2_moe",
+        {**_GROUPED, **_EXPERTS, **_KINDS, "use_sliding_window": True, "shared_expert_intermediate_size": 40}
+        | {"mlp_only_layers": [0], "qkv_bias": False},
+    ),
+    "glm4-moe": ("glm4_moe", {**_ROUTED, "use_qk_norm": True, "attention_bias": True, "head_dim": 16}),
+    "glm4-moe-plain": (
+        "glm4_moe",
+        {**_ROUTED, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "norm_topk_prob": False},
+    ),
+    "dots1": ("dots1", {**_ROUTED, **_KINDS, "head_dim": 16, "n_shared_experts": 2}),
+}
+
+_ROUTED_LATENT = {**_ROUTED, **_LATENT}
+NATIVES |= {
+    "deepseek-v3-experts": ("deepseek_v3", {**_ROUTED_LATENT, **_rope("yarn", **_MSCALE)}),
+    "deepseek-v2-experts": ("deepseek_v2", {**_ROUTED_LATENT, "topk_method": "group_limited_greedy"}),
+    "glm4-moe-lite": ("glm4_moe_lite", {**_ROUTED_LATENT, "mlp_layer_types": ["dense", "sparse"]}),
+}
+
 # One of each architecture.
 ONE_OF_EACH = list({model_type: name for name, (model_type, _) in reversed(NATIVES.items())}.values())
 
@@ -210,4 +265,7 @@ def build(name, auto_class=transformers.AutoModelForCausalLM, **more):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.1)
     return model

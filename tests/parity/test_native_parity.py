@@ -21,6 +21,11 @@ SLOW = {
     "gemma2-uncapped",
     "olmo3-long",
     "olmo-hybrid-rope",
+    "youtu",
+    "deepseek-v2",
+    "deepseek-v3-plain",
+    "minicpm3",
+    "glm4-moe-lite",
 }
 
 

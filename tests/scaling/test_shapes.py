@@ -9,7 +9,11 @@ from parity.natives import NATIVES
 
 import hfllm
 from hfllm.errors import InputError
+from hfllm.models.native_families import config_from_native
 from hfllm.models.presets import preset
+from hfllm.scaling.configs import _family_fields
+from hfllm.scaling.layouts import Layout
+from hfllm.scaling.memory import _stage_parameters, _stages
 from hfllm.scaling.shapes import FAMILIES, NAMED_SHAPES, Shape
 from hfllm.scaling.speed import flops_per_token
 
@@ -74,9 +78,20 @@ def test_saved_config_of_the_family(make_config, tmp_path):
 
 def test_named_shapes_are_shapes_of_the_family():
     for name, fields in NAMED_SHAPES.items():
+        shape = Shape.from_config(fields)
         if name == "deepseek-v3":
-            continue
-        assert Shape.from_config(fields).num_parameters() == hfllm.HfllmConfig(**fields).num_parameters()
+            native = transformers.DeepseekV3Config(**{key: fields[key] for key in fields if key != "model_type"})
+            config = config_from_native(native)
+            # What `hfllm plan` writes describes the same model.
+            assert hfllm.HfllmConfig(**_family_fields(shape)).num_parameters() == config.num_parameters()
+        else:
+            config = hfllm.HfllmConfig(**fields)
+        assert shape.num_parameters() == config.num_parameters()
+        active = config.num_parameters(active_only=True)
+        assert shape.num_parameters(active_only=True) == active
+        if name == "deepseek-v3":
+            assert round(config.num_parameters() / 1e9) == 671
+            assert (active - config.vocab_size * config.hidden_size) / 1e9 == pytest.approx(37, abs=0.5)
 
 
 @pytest.mark.parametrize(
@@ -130,21 +145,29 @@ def test_choices_are_those_of_the_config():
 def small_foreign(kind):
     sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 100}
     mixture = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "intermediate_size": 48}
-    if kind == "qwen3_moe":
-        return {**sizes, **mixture, "num_experts": 8, "num_key_value_heads": 2, "head_dim": 16}
+    if kind in ("qwen3_moe", "qwen2_moe"):
+        between = {"decoder_sparse_step": 2, "mlp_only_layers": [1]}
+        return {**sizes, **mixture, **between, "num_experts": 8, "num_key_value_heads": 2, "head_dim": 16}
     latent = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
     experts = {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
-    return {**sizes, **mixture, **latent, **experts, "num_key_value_heads": 4}
+    return {**sizes, **mixture, **(latent if kind == "deepseek_v3" else {}), **experts, "num_key_value_heads": 4}
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen2_moe", "glm4_moe", "dots1", "deepseek_v3"])
 def test_mixtures_of_other_families_have_their_models_parameters(kind):
     config = transformers.AutoConfig.for_model(kind, **small_foreign(kind))
     shape = Shape.from_config(config.to_dict())
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     assert shape.num_parameters() == sum(weight.numel() for weight in model.parameters())
-    assert not shape.is_of_the_family
+
+
+def test_stages_of_a_pipeline_hold_their_dense_layers():
+    """Two stages: the first has the dense layers of GLM-4.5, and the weights of all stages are those of the model."""
+    shape, layout = Shape.from_config(preset("glm-4.5")), Layout(pipeline=2)
+    held = [_stage_parameters(shape, layout, stage) for stage in _stages(shape, layout, 4)]
+    assert sum(map(sum, held)) == shape.num_parameters()
+    assert held[0][0] == held[1][0] - 3 * shape.layer_parameters()["experts"]
 
 
 def test_deepseek_v3_has_671_billion_parameters_of_which_37_are_active():
@@ -156,9 +179,11 @@ def test_deepseek_v3_has_671_billion_parameters_of_which_37_are_active():
     assert shape.kv_bytes_per_token() == 2 * 61 * (512 + 64)
 
 
-def test_a_mixture_with_dense_layers_between_is_refused():
-    with pytest.raises(InputError, match="decoder_sparse_step and mlp_only_layers: every layer must have experts"):
-        Shape.from_config({**small_foreign("qwen3_moe"), "model_type": "qwen3_moe", "decoder_sparse_step": 2})
+def test_dense_layers_of_a_mixture_that_are_none_are_refused():
+    with pytest.raises(InputError, match="config: decoder_sparse_step=0 must be a whole number of at least 1"):
+        Shape.from_config({**small_foreign("qwen3_moe"), "model_type": "qwen3_moe", "decoder_sparse_step": 0})
+    with pytest.raises(InputError, match=r"mlp_layer_types=.*must name one of dense, sparse for each"):
+        Shape(64, 2, 4, 100, num_local_experts=4, mlp_layer_types=["dense"])
     with pytest.raises(InputError, match="first_k_dense_replace=9 is more than num_hidden_layers=4"):
         Shape.from_config({**small_foreign("deepseek_v3"), "model_type": "deepseek_v3", "first_k_dense_replace": 9})
 

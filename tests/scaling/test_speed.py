@@ -150,7 +150,7 @@ def test_an_exchange_with_experts_reaches_each_node_once():
     spread = Layout(64, expert=64)
     nodes = 8 * (1 - (7 / 8) ** 8)
     assert exchange_seconds(mixture, spread, A100, 1e9) == pytest.approx(1e9 * nodes * 7 / 8 / A100.far)
-    limited = replace(mixture, topk_group=2)
+    limited = replace(mixture, n_group=4, topk_group=2)
     assert exchange_seconds(limited, spread, A100, 1e9) == pytest.approx(1e9 * 2 * 7 / 8 / A100.far)
     in_a_node = exchange_seconds(mixture, Layout(8, expert=8), A100, 1e9)
     assert in_a_node == pytest.approx(1e9 * 8 * 7 / 8 / A100.near)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from families import FAMILIES
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
@@ -277,6 +278,18 @@ def test_a_smaller_student_keeps_the_teachers_proportions(make_model):
     assert student.lm_head.weight.std().item() == pytest.approx(0.3, rel=0.1)
     with pytest.raises(InputError, match="width 30 with 4 attention heads"):
         smaller_student(teacher, hidden_size=30)
+
+
+def test_a_student_keeps_the_experts_of_its_layers(make_model):
+    teacher = make_model(**{**FAMILIES["glm4-moe"], "num_hidden_layers": 4, "first_k_dense_replace": 2})
+    student = student_from_layers(teacher, 2)
+    assert student.config.mlp_layer_types == ["dense", "sparse"]
+    assert torch.equal(student.model.layers[1].mlp.gate.weight, teacher.model.layers[2].mlp.gate.weight)
+    dense = student_from_layers(teacher, 4).config
+    assert (dense.num_local_experts, dense.mlp_layer_types, dense.topk_method) == (0, None, "greedy")
+    deeper = smaller_student(teacher, hidden_size=64, num_hidden_layers=5)
+    assert deeper.config.mlp_layer_types == ["dense", "dense", "sparse", "sparse", "dense"]
+    assert deeper.config.moe_intermediate_size == 64
 
 
 def test_a_smaller_student_of_a_quantized_teacher_has_float_weights(saved, tmp_path):

@@ -73,6 +73,8 @@ def _unsupported_field(config: "HfllmConfig") -> str | None:
     """Return which option of the family packed layers do not have, or `None`."""
     if "linear_attention" in config.layer_types:
         return "it has layers of type linear_attention"
+    if config.kv_lora_rank is not None:
+        return f"it has latent attention (kv_lora_rank={config.kv_lora_rank})"
     if config.rotary_types():
         return "its types of layers have rotary parameters of their own"
     if config.norm_placement not in ("pre", "post"):

@@ -11,6 +11,7 @@ from torch import nn
 
 from hfllm.errors import InputError
 from hfllm.models.adapters import find_adapter, load_apart
+from hfllm.models.expert_fields_hfllm import follow_layers
 from hfllm.models.loading import reason_of
 from hfllm.models.merging import load_merged
 from hfllm.models.precision import cast_weights
@@ -115,12 +116,14 @@ def smaller_student(
     width, heads = ours.hidden_size, ours.num_attention_heads
     if width < 1 or heads < 1 or width % heads:
         raise InputError(f"a student of width {width} with {heads} attention heads: the heads must divide the width")
-    if getattr(ours, "intermediate_size", None):
-        ours.intermediate_size = max(16, round(config.intermediate_size * width / config.hidden_size / 16) * 16)
+    for name in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"):
+        if getattr(ours, name, None):
+            setattr(ours, name, max(16, round(getattr(config, name) * width / config.hidden_size / 16) * 16))
     if getattr(ours, "num_key_value_heads", None):
         group = config.num_attention_heads // config.num_key_value_heads
         ours.num_key_value_heads = heads // group if heads % group == 0 else heads
-    if getattr(ours, "head_dim", None):
+    # Sizes of latent attention, of which this is one, do not depend on the width.
+    if getattr(ours, "head_dim", None) and not getattr(ours, "kv_lora_rank", None):
         ours.head_dim = width // heads
     # A deeper student repeats the teacher's pattern of layers.
     _take_layers(ours, [layer % config.num_hidden_layers for layer in range(ours.num_hidden_layers)])
@@ -139,11 +142,15 @@ def smaller_student(
 
 def _take_layers(config: "PreTrainedConfig", layers: Sequence[int]) -> None:
     """Set the fields that say something of each layer to what they say of these layers."""
-    for name in ("layer_types", "no_rope_layers"):
+    for name in ("layer_types", "no_rope_layers", "mlp_layer_types"):
         if getattr(config, name, None):
             setattr(config, name, [getattr(config, name)[layer] for layer in layers])
-    if config.model_type == "hfllm" and "sliding_attention" not in config.layer_types:
+    if config.model_type != "hfllm":
+        return
+    if "sliding_attention" not in config.layer_types:
         config.sliding_window = None
+    if config.mlp_layer_types is not None:
+        follow_layers(config)
 
 
 def _layers_name(model: "PreTrainedModel", count: int) -> str:
