@@ -35,10 +35,7 @@ ARCHITECTURES = {
     "qk_norm": {"qk_norm": True, "num_key_value_heads": 2},
     "wide heads": {"head_dim": 64, "num_key_value_heads": 2, "intermediate_size": 208},
     "mixture": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 208},
-    "shared experts": {
-        **{"num_local_experts": 8, "moe_intermediate_size": 64, "n_shared_experts": 2, "scoring_func": "sigmoid"},
-        **{"topk_method": "noaux_tc", "n_group": 4, "topk_group": 2},
-    },
+    "shared experts": {"num_local_experts": 8, "moe_intermediate_size": 64, "n_shared_experts": 2},
 }
 
 
