@@ -99,7 +99,9 @@ def _inputs(shape: Shape, precision: Precision) -> int:
     if not precision.is_autocast:
         return shape.norms_per_layer
     attention = 3 if shape.kv_lora_rank is None else 2
-    return attention + (2 if shape.is_gated and not shape.num_local_experts else 1)
+    # Of the MLP's gate and its other half, or of the router and the experts that all tokens share.
+    products = 2 if shape.is_gated else 1
+    return attention + (1 + (products if shape.shared_size else 0) if shape.num_local_experts else products)
 
 
 def autocast_weights(shape: Shape) -> float:
@@ -150,16 +152,16 @@ def layer_activations(
 
 def _mlp_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
     hidden, products = shape.hidden_size, 2 if shape.is_gated else 1
+    # The dense MLP recomputes its inner activation, except with weights that ZeRO-3 of DeepSpeed gathers.
+    # Megatron-LM's keeps it. The experts that all tokens share are one.
+    is_gathered = layout.engine == DEEPSPEED and layout.zero_stage == 3
+    kept = 2 * products if is_gathered else products + (layout.engine == MEGATRON)
     if shape.num_local_experts:
         # Grouped products stay in fp32 under autocast. The tokens of each expert are copies.
         size = 4 if precision.is_autocast else precision.compute
         rows = shape.num_experts_per_tok * (size * (2 * hidden + 4 * shape.expert_size) + 28)
-        shared = precision.compute * shape.shared_size * (products + 1)
+        shared = precision.compute * shape.shared_size * kept
         return rows + shared + 3 * precision.residual * shape.num_local_experts
-    # The dense MLP recomputes its inner activation, except with weights that ZeRO-3 of DeepSpeed gathers.
-    # Megatron-LM's keeps it.
-    is_gathered = layout.engine == DEEPSPEED and layout.zero_stage == 3
-    kept = 2 * products if is_gathered else products + (layout.engine == MEGATRON)
     return precision.compute * shape.intermediate_size * kept
 
 

@@ -38,10 +38,7 @@ ARCHITECTURES = {
     "latent": {"kv_lora_rank": 64, "q_lora_rank": 48, "v_head_dim": 48},
     "latent, one size": {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "v_head_dim": 32},
     "mixture": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 208},
-    "shared experts": {
-        **{"num_local_experts": 8, "moe_intermediate_size": 64, "n_shared_experts": 2, "scoring_func": "sigmoid"},
-        **{"topk_method": "noaux_tc", "n_group": 4, "topk_group": 2},
-    },
+    "shared experts": {"num_local_experts": 8, "moe_intermediate_size": 64, "n_shared_experts": 2},
 }
 
 
