@@ -78,14 +78,22 @@ def recurrent_gated_delta_rule(
     """Return what `gated_delta_rule` returns, by the formula above, token by token."""
     batch, heads, rows = value.shape[0], value.shape[2], value.shape[0] * value.shape[2]
     with torch.autocast(query.device.type, enabled=False):
-        state, outputs = first_state(initial_state, query, key, value), []
-        # Chunks of one token: each is a row after the other, (B * H, 1, ...).
-        parts = to_chunks(query, key, value, g, beta, state.dtype, 1, use_qk_l2norm_in_kernel)
-        for q, k, v, decay, strength in zip(*(each.split(rows) for each in parts), strict=True):
-            state = state * decay.exp().unsqueeze(-1)
-            state = torch.baddbmm(state, k.mT, (v - k @ state) * strength)
-            outputs.append(q @ state)
-        output = from_chunks(torch.cat(outputs), batch, value.shape[1], heads)
+        state, outputs, groups = first_state(initial_state, query, key, value), [], heads // key.shape[2]
+        pair = torch.stack((query, key)).to(state.dtype)
+        if use_qk_l2norm_in_kernel:
+            pair = pair * torch.rsqrt(pair.square().sum(-1, keepdim=True) + 1e-6)
+        pair = pair if groups == 1 else pair.repeat_interleave(groups, dim=3)
+        # The scores' factor on the outputs is the same as on the queries.
+        q, k, v, decay, strength = (
+            each.to(state.dtype).transpose(0, 1).reshape(value.shape[1], rows, 1, -1)
+            for each in (*pair, value, g.exp(), beta)
+        )
+        for t in range(value.shape[1]):
+            state = state * decay[t]
+            state = torch.baddbmm(state, k[t].mT, (v[t] - k[t] @ state) * strength[t])
+            outputs.append(q[t] @ state)
+        output = torch.stack(outputs) * query.shape[-1] ** -0.5
+        output = output.unflatten(1, (batch, heads)).squeeze(3).transpose(0, 1)
     return output.to(query.dtype), state.unflatten(0, (batch, heads)) if output_final_state else None
 
 
@@ -220,6 +228,12 @@ def causal_conv(
     padded = F.pad(hidden_states.transpose(1, 2).to(weight.dtype), (0, 0, taps - 1, 0))
     packed = None if packed is None else F.pad(packed, (taps - 1, 0), value=-1)
     return conv_of_piece(padded, weight, bias, activation, packed).transpose(1, 2).to(hidden_states.dtype)
+
+
+def conv_of_last(states: torch.Tensor, weight: torch.Tensor, activation: str) -> torch.Tensor:
+    """Return `causal_conv` of the last token alone, (B, F, 1), from it and the ones before, (B, F, taps)."""
+    mixed = (states.to(weight.dtype) * weight).sum(-1, keepdim=True)
+    return ACT2FN[activation](mixed).to(states.dtype)
 
 
 def conv_of_piece(

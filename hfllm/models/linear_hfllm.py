@@ -26,6 +26,7 @@ from .delta_rule_hfllm import (
     before_first,
     causal_conv,
     chunk_length,
+    conv_of_last,
     conv_of_piece,
     first_state,
     gated_delta_rule,
@@ -293,8 +294,12 @@ class HfllmGatedDeltaNet(nn.Module):
             mixed = cache.update_conv_state(mixed, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
             mixed = mixed[..., -(length + self.conv_kernel_size - 1) :]
         weight = self.conv1d.weight.squeeze(1)
-        mixed = convolve(mixed, weight, bias=None, activation=self._settings.activation, packed=packed)[..., -length:]
-        rule = by_token if length == 1 and state is not None else in_chunks
+        is_next, activation = length == 1 and state is not None, self._settings.activation
+        if is_next and convolve is causal_conv:
+            mixed = conv_of_last(mixed, weight, activation)
+        else:
+            mixed = convolve(mixed, weight, bias=None, activation=activation, packed=packed)[..., -length:]
+        rule = by_token if is_next else in_chunks
         output, state = rule(
             *self._settings.heads(mixed.transpose(1, 2)),
             g=g,
