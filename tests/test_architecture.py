@@ -137,7 +137,7 @@ def test_the_files_of_a_model_travel_together():
         "experts_hfllm": {"torch", "transformers"},
         "layers_hfllm": {"torch", "transformers"},
         "delta_chunks_hfllm": {"torch"},
-        "delta_rule_hfllm": {"torch", "transformers", "collections"},
+        "delta_rule_hfllm": {"torch", "transformers", "collections", "contextlib"},
         "linear_hfllm": {"torch", "transformers", "math", "collections", "typing"},
         "loss_hfllm": {"torch"},
         "memory_hfllm": {"torch"},

@@ -12,6 +12,7 @@ chunk, F channels of the convolution.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch.nn import functional as F
@@ -56,7 +57,7 @@ def gated_delta_rule(
     inputs = (query, key, value, g, beta, state)
     settings = chunk_length(chunk_size, key), use_qk_l2norm_in_kernel
     # Autocast would round what the states are made of.
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         if torch.compiler.is_compiling() or needs_autograd():
             output, state = rule_of_piece(*inputs, before_first(packed), *settings)
         else:
@@ -77,7 +78,7 @@ def recurrent_gated_delta_rule(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return what `gated_delta_rule` returns, by the formula above, token by token."""
     batch, heads, rows = value.shape[0], value.shape[2], value.shape[0] * value.shape[2]
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         state, outputs, groups = first_state(initial_state, query, key, value), [], heads // key.shape[2]
         pair = torch.stack((query, key)).to(state.dtype)
         if use_qk_l2norm_in_kernel:
@@ -95,6 +96,12 @@ def recurrent_gated_delta_rule(
         output = torch.stack(outputs) * query.shape[-1] ** -0.5
         output = output.unflatten(1, (batch, heads)).squeeze(3).transpose(0, 1)
     return output.to(query.dtype), state.unflatten(0, (batch, heads)) if output_final_state else None
+
+
+def without_autocast(states: torch.Tensor) -> AbstractContextManager[object]:
+    """Return a context that keeps all precisions; the device "meta" knows none."""
+    kind = states.device.type
+    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
 def first_state(
@@ -120,7 +127,7 @@ def chunk_length(chunk_size: int | None, key: torch.Tensor) -> int:
 def piece_length(chunk: int, rows: int) -> int:
     """Return how many tokens of so many rows of heads are computed at once.
 
-    They are whole chunks, that a CPU's own memory holds; and at least 256 tokens, so that few states are kept.
+    They are whole chunks, few enough for a CPU's cache, and at least 256 tokens, so that few states are kept.
     """
     return chunk * max(1, max(256, 4096 // rows) // chunk)
 
@@ -173,14 +180,10 @@ class _InPieces(torch.autograd.Function):
         *inputs, states, packed = ctx.saved_tensors
         chunk, normalizes = ctx.settings
         if torch.is_grad_enabled():
-            return *again(rule_of_piece, (*inputs, states[0]), (packed, chunk, normalizes), (grad, grad_state)), *[
-                None
-            ] * 3
-        piece, memory, grads = (
-            piece_length(chunk, states.shape[1]),
-            DeltaPiece(),
-            [torch.empty_like(each) for each in inputs],
-        )
+            settings = packed, chunk, normalizes
+            return *again(rule_of_piece, (*inputs, states[0]), settings, (grad, grad_state)), None, None, None
+        piece, memory = piece_length(chunk, states.shape[1]), DeltaPiece()
+        grads = [torch.empty_like(each) for each in inputs]
         for index in reversed(range(len(states))):
             at = slice(index * piece, (index + 1) * piece)
             chunks = memory.read(*(each[:, at] for each in inputs), states.dtype, chunk, normalizes)

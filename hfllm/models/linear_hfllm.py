@@ -20,8 +20,9 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_hfllm import HfllmConfig
-from .delta_chunks_hfllm import DeltaPiece, from_chunks, in_chunks, sequences_in_chunks
+from .delta_chunks_hfllm import DeltaPiece, from_chunks, gated_delta_chunks, in_chunks, sequences_in_chunks
 from .delta_rule_hfllm import (
+    Rule,
     again,
     before_first,
     causal_conv,
@@ -33,6 +34,7 @@ from .delta_rule_hfllm import (
     piece_length,
     recurrent_gated_delta_rule,
     rule_of_piece,
+    without_autocast,
 )
 from .memory_hfllm import is_unobserved, needs_autograd
 
@@ -93,24 +95,31 @@ def mix_piece(
     state: torch.Tensor,
     packed: torch.Tensor | None,
     settings: MixerSettings,
-    **rule: Callable[..., object],
+    rule: Rule = gated_delta_chunks,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the convolution's, the rule's and the norm's output (B, L, H, W), and the last state (B * H, D, W).
 
     Args:
-        mixed: (B, taps - 1 + L, F), with the tokens before; and so `packed`, if there is one.
+        mixed: (B, taps - 1 + L, F), with the tokens before.
         g, beta: (B, L, H).
         gate: (B, L, H, W).
         weight: (F, taps).
         state: (B * H, D, W).
-        rule: for `rule_of_piece`.
+        packed: (B, 1 + L) or (1, 1 + L), from the token before on; longer where the convolution needs it.
+        rule: what computes the chunks.
     """
-    inner = settings.heads(
-        conv_of_piece(mixed.to(weight.dtype), weight, None, settings.activation, packed).to(mixed.dtype)
-    )
-    packed = None if packed is None else packed[:, weight.shape[-1] - 2 :]
-    output, state = rule_of_piece(*inner, g, beta, state, packed, settings.chunk, True, **rule)
+    inner = settings.heads(_convolved(mixed, weight, packed, settings))
+    packed = None if packed is None else packed[:, -1 - gate.shape[1] :]
+    output, state = rule_of_piece(*inner, g, beta, state, packed, settings.chunk, True, rule)
     return gated_norm(output, norm_weight, gate, settings.eps), state
+
+
+def _convolved(
+    mixed: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor | None, settings: MixerSettings
+) -> torch.Tensor:
+    """Return the convolution of `mix_piece`'s tokens, (B, L, F)."""
+    packed = None if packed is None else packed[:, -mixed.shape[1] :]
+    return conv_of_piece(mixed.to(weight.dtype), weight, None, settings.activation, packed).to(mixed.dtype)
 
 
 class _Mixer(torch.autograd.Function):
@@ -128,7 +137,7 @@ class _Mixer(torch.autograd.Function):
             part, of_packed, at = _with_taps(mixed, packed, begin, piece, weight)
             by_token = (each[:, at] for each in (g, beta, gate))
             output[:, at], state = mix_piece(
-                part, *by_token, weight, norm_weight, state, of_packed, settings, rule=memory.forward
+                part, *by_token, weight, norm_weight, state, of_packed, settings, memory.forward
             )
         ctx.save_for_backward(mixed, g, beta, gate, weight, norm_weight, packed, torch.stack(states))
         ctx.settings = settings
@@ -142,11 +151,8 @@ class _Mixer(torch.autograd.Function):
             return *_of_text(inputs, packed, settings, grad), None, None
         mixed, _, _, _, weight, norm_weight = inputs
         grads = [torch.zeros_like(inputs[0]), *map(torch.empty_like, inputs[1:4]), *map(torch.zeros_like, inputs[4:])]
-        memory, piece, grad_state = (
-            DeltaPiece(),
-            piece_length(settings.chunk, states.shape[1]),
-            torch.zeros_like(states[0]),
-        )
+        memory, piece = DeltaPiece(), piece_length(settings.chunk, states.shape[1])
+        grad_state = torch.zeros_like(states[0])
         for index in reversed(range(len(states))):
             part, of_packed, at = _with_taps(mixed, packed, index * piece, piece, weight)
             leaves = part, *(each[:, at] for each in inputs[1:4]), weight, norm_weight
@@ -168,8 +174,10 @@ def _with_taps(
     taps, end = weight.shape[-1] - 1, min(begin + piece, mixed.shape[1])
     missing, first = max(0, taps - begin), max(0, begin - taps)
     part = F.pad(mixed[:, first:end], (0, 0, missing, 0))
-    of_packed = None if packed is None else before_first(packed[:, first:end], missing)
-    return part, of_packed, slice(begin, end)
+    if packed is not None:
+        # The rule asks for one token before, in any case.
+        packed = before_first(packed[:, max(0, begin - max(taps, 1)) : end], max(0, max(taps, 1) - begin))
+    return part, packed, slice(begin, end)
 
 
 def _of_piece(
@@ -187,10 +195,10 @@ def _of_piece(
     sequences = None
     with torch.enable_grad():
         mixed, weight = mixed.requires_grad_(), weight.requires_grad_()
-        inner = conv_of_piece(mixed.to(weight.dtype), weight, None, settings.activation, packed).to(mixed.dtype)
+        inner = _convolved(mixed, weight, packed, settings)
     chunks = memory.read(*settings.heads(inner.detach()), g, beta, state.dtype, settings.chunk, True)
     if packed is not None:
-        sequences = sequences_in_chunks(packed[:, weight.shape[-1] - 2 :], batch, heads, settings.chunk)
+        sequences = sequences_in_chunks(packed[:, -1 - length :], batch, heads, settings.chunk)
     output, _ = memory.forward(*chunks, state, sequences)
     output = from_chunks(output, batch, length, heads).to(grad.dtype).requires_grad_()
     with torch.enable_grad():
@@ -272,7 +280,7 @@ class HfllmGatedDeltaNet(nn.Module):
         if cache is None and self._is_lean(hidden_states.device, packed):
             settings = self._settings._replace(chunk=chunk_length(None, mixed.unflatten(-1, (-1, self.head_k_dim))))
             weights = self.conv1d.weight.squeeze(1), self.o_norm.weight
-            with torch.autocast(mixed.device.type, enabled=False):
+            with without_autocast(mixed):
                 output = _Mixer.apply(mixed, g, beta, gate, *weights, packed, settings)
         else:
             output = self.o_norm(self._rule(mixed, g, beta, cache, packed), gate)

@@ -109,9 +109,30 @@ def test_derivatives_of_derivatives(short_pieces):
     )
 
 
-@pytest.mark.parametrize("form", ["plain", "padded", "packed", "heads", "checkpointing", "hook", "frozen"])
+def test_derivatives_of_a_layers_derivatives(make_model, short_pieces, by_formulas):
+    layer = make_model(**LINEAR).model.layers[0].linear_attn
+    states = torch.randn(2, 21, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def twice():
+        inner = torch.autograd.grad(layer(states).sin().sum(), states, create_graph=True)[0]
+        return [inner, *torch.autograd.grad(inner.square().sum(), (states, *layer.parameters()))]
+
+    got = twice()
+    with by_formulas():
+        expected = twice()
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-3)
+
+
+def test_it_runs_on_no_device(make_model, ids):
+    with torch.device("meta"):
+        model = hfllm.HfllmForCausalLM(make_model(**LINEAR).config)
+    assert model(ids.to("meta"), use_cache=False).logits.shape == (2, 45, 300)
+
+
+@pytest.mark.parametrize("form", ["plain", "padded", "packed", "one tap", "heads", "checkpointing", "hook", "frozen"])
 def test_a_layer_in_pieces_learns_what_autograd_learns(make_model, ids, short_pieces, by_formulas, form):
     more = {"linear_num_key_heads": 2, "linear_num_value_heads": 4} if form == "heads" else {}
+    more |= {"linear_conv_kernel_dim": 1} if form == "one tap" else {}
     model, given = make_model(**LINEAR, **more).train(), {}
     layer = model.model.layers[0].linear_attn
     if form == "frozen":
@@ -120,7 +141,7 @@ def test_a_layer_in_pieces_learns_what_autograd_learns(make_model, ids, short_pi
         layer.g_proj.requires_grad_(False)
     if form == "padded":
         given = {"attention_mask": (torch.arange(45) >= torch.tensor([0, 13])[:, None]).long()}
-    if form == "packed":
+    if form in ("packed", "one tap"):
         given = {"position_ids": torch.cat([torch.arange(length) for length in (20, 3, 22)])[None].expand(2, -1)}
     with by_formulas():
         expected = learned(model, ids, **given)
