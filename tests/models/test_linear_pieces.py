@@ -126,7 +126,7 @@ def test_derivatives_of_a_layers_derivatives(make_model, short_pieces, by_formul
 def test_it_runs_on_no_device(make_model, ids):
     with torch.device("meta"):
         model = hfllm.HfllmForCausalLM(make_model(**LINEAR).config)
-    assert model(ids.to("meta"), use_cache=False).logits.shape == (2, 45, 300)
+    assert model(ids.to("meta"), use_cache=False).logits.shape[:2] == (2, 45)
 
 
 @pytest.mark.parametrize("form", ["plain", "padded", "packed", "one tap", "heads", "checkpointing", "hook", "frozen"])
