@@ -1,24 +1,18 @@
-"""Linear attention: the gated delta rule (Yang et al. 2024, arXiv:2412.06464), as OLMo Hybrid computes it.
-
-A state of fixed size, (D, W) for each head, takes the place of all keys and values. Token t changes it and reads it:
-
-    S_t = exp(g_t) S_{t-1} + k_t u_t',   u_t = b_t (v_t - exp(g_t) S_{t-1}' k_t),   o_t = S_t' q_t
-
-(equation 10 there): the state forgets by `g`, and of a value it stores only what the key does not recall yet.
+"""Linear attention: layers of the gated delta rule, as OLMo Hybrid computes them. The rule is in delta_rule_hfllm.py.
 
 This file imports only torch, transformers and files beside it, and is uploaded to the Hub with modeling_hfllm.py.
 Shapes: B batch, S sequence, H value heads, K query and key heads, D their size, W size of a value head, E hidden_size,
-N chunks of C tokens, F channels of the convolution.
+F channels of the convolution: queries, keys and values.
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.integrations import use_kernel_func_from_hub_with_fallback, use_kernelized_func
 from transformers.integrations.accelerate import force_accelerate_hooks
@@ -26,182 +20,26 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_hfllm import HfllmConfig
+from .delta_chunks_hfllm import DeltaPiece, from_chunks, gated_delta_chunks, in_chunks, sequences_in_chunks
+from .delta_rule_hfllm import (
+    Rule,
+    again,
+    before_first,
+    causal_conv,
+    chunk_length,
+    conv_of_last,
+    conv_of_piece,
+    first_state,
+    gated_delta_rule,
+    piece_length,
+    recurrent_gated_delta_rule,
+    rule_of_piece,
+    without_autocast,
+)
+from .memory_hfllm import is_unobserved, needs_autograd
 
 # Where no kernel runs, or fla has none.
 PLAIN_DEVICES = ("cpu", "meta", "mps")
-
-
-def gated_delta_rule(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    chunk_size: int = 64,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    packed: torch.Tensor | None = None,
-    **kwargs: object,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the outputs (B, S, H, W), and the last state (B, H, D, W) if it is asked for.
-
-    Within a chunk all u_t solve one triangular system (section 3.3 of the paper), so that only the states go from
-    chunk to chunk one after another. Nothing is written in place, which makes the backward pass as long as the forward
-    pass, and is traced as one graph. Arguments are those of flash-linear-attention's `chunk_gated_delta_rule`:
-
-    Args:
-        query, key: (B, S, K, D); each serves H / K value heads.
-        value: (B, S, H, W).
-        g: (B, S, H), logarithms of what is kept of the state, at most 0.
-        beta: (B, S, H), strength of the change.
-        chunk_size: tokens C of a chunk.
-        initial_state: (B, H, D, W), before the first token; `None` is zero.
-        use_qk_l2norm_in_kernel: divide each query and key by its length first.
-        packed: (B, S) or (1, S), the number of each token's sequence; the state is empty where one begins.
-    """
-    batch, length, heads = value.shape[:3]
-    dtype, size = query.dtype, min(chunk_size, length)
-    # Autocast would round what the states are made of.
-    with torch.autocast(query.device.type, enabled=False):
-        query, key, value, g, beta = _by_head(query, key, value, g, beta, use_qk_l2norm_in_kernel)
-        query, key, value, g, beta = (
-            _chunks(each, size) for each in (query, key, value, g.unsqueeze(-1), beta.unsqueeze(-1))
-        )
-        sequence = None if packed is None else _sequences(packed, batch, heads, length, size)
-        between, since, until, whole = _decays(g.squeeze(-1), sequence)
-        system = (key * beta) @ key.mT * between
-        both = torch.cat((value * beta, key * beta * since), dim=-1)
-        solved = torch.linalg.solve_triangular(system, both, upper=False, unitriangular=True)
-        fresh, recalled = solved.split((value.shape[-1], key.shape[-1]), dim=-1)
-        state = key.new_zeros(batch * heads, key.shape[-1], value.shape[-1])
-        if initial_state is not None:
-            state = initial_state.to(key).flatten(0, 1)
-        states, changes = [], []
-        parts = (each.unbind(1) for each in (fresh, recalled, (key * until).mT, whole))
-        for new, known, keys, kept in zip(*parts, strict=True):
-            states.append(state)
-            changes.append(torch.baddbmm(new, known, state, alpha=-1))
-            state = torch.baddbmm(state * kept, keys, changes[-1])
-        states, changes = torch.stack(states, dim=1), torch.stack(changes, dim=1)
-        output = (query * since) @ states + (query @ key.mT * between) @ changes
-        output = output.flatten(1, 2)[:, :length].unflatten(0, (batch, heads)).transpose(1, 2)
-    return output.to(dtype), state.unflatten(0, (batch, heads)) if output_final_state else None
-
-
-def recurrent_gated_delta_rule(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    **kwargs: object,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return what `gated_delta_rule` returns, by the formula above, token by token."""
-    batch, heads, dtype = value.shape[0], value.shape[2], query.dtype
-    with torch.autocast(query.device.type, enabled=False):
-        parts = _by_head(query, key, value, g, beta, use_qk_l2norm_in_kernel)
-        state = parts[1].new_zeros(batch * heads, key.shape[-1], value.shape[-1])
-        if initial_state is not None:
-            state = initial_state.to(state).flatten(0, 1)
-        outputs = []
-        for q, k, v, decay, strength in zip(*(each.unbind(1) for each in parts), strict=True):
-            state = state * decay.exp()[:, None, None]
-            change = (v.unsqueeze(1) - k.unsqueeze(1) @ state) * strength[:, None, None]
-            state = torch.baddbmm(state, k.unsqueeze(2), change)
-            outputs.append(q.unsqueeze(1) @ state)
-        output = torch.cat(outputs, dim=1).unflatten(0, (batch, heads)).transpose(1, 2)
-    return output.to(dtype), state.unflatten(0, (batch, heads)) if output_final_state else None
-
-
-def _by_head(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, normalizes: bool
-) -> tuple[torch.Tensor, ...]:
-    """Return all five as (B * H, S, ...) in fp32 at least, queries divided by sqrt(D)."""
-    groups = value.shape[2] // key.shape[2]
-    if groups > 1:
-        query, key = (each.repeat_interleave(groups, dim=2) for each in (query, key))
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    query, key, value, g, beta = (
-        each.to(dtype).transpose(1, 2).flatten(0, 1) for each in (query, key, value, g, beta)
-    )
-    if normalizes:
-        query, key = (each * torch.rsqrt(each.square().sum(-1, keepdim=True) + 1e-6) for each in (query, key))
-    return query * query.shape[-1] ** -0.5, key, value, g, beta
-
-
-def _chunks(states: torch.Tensor, size: int) -> torch.Tensor:
-    """Return (B * H, S, D) as (B * H, N, C, D), with zeros after the last token, which change no state."""
-    return F.pad(states, (0, 0, 0, -states.shape[1] % size)).unflatten(1, (-1, size))
-
-
-def _sequences(packed: torch.Tensor, batch: int, heads: int, length: int, size: int) -> torch.Tensor:
-    """Return the number of each token's sequence as (B * H, N, C)."""
-    packed = F.pad(packed.expand(batch, -1), (0, -length % size), value=-1)
-    return packed.unflatten(1, (-1, size)).repeat_interleave(heads, dim=0)
-
-
-def _decays(g: torch.Tensor, sequence: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """Return what is kept of a state between times within each chunk.
-
-    Args:
-        g: (B * H, N, C).
-        sequence: (B * H, N, C), as of `_sequences`: between two of them nothing is kept.
-
-    Returns:
-        From token to later token (B * H, N, C, C), later ones in rows; from the chunk's beginning to each token, and
-        from each token to the chunk's end, (B * H, N, C, 1); and over the whole chunk, (B * H, N, 1, 1).
-    """
-    total = g.cumsum(-1)
-    future = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).triu(1)
-    between = total.unsqueeze(-1) - total.unsqueeze(-2)
-    since, until, whole = total, total[..., -1:] - total, total[..., -1:]
-    if sequence is not None:
-        last = sequence[..., -1:]
-        # Of the token before the chunk. Before the first chunk there is none, and an empty state.
-        before = torch.cat((sequence[:, :1, :1], last[:, :-1]), dim=1)
-        future = future | (sequence.unsqueeze(-1) != sequence.unsqueeze(-2))
-        since = since.masked_fill(sequence != before, -torch.inf)
-        until = until.masked_fill(sequence != last, -torch.inf)
-        whole = whole.masked_fill(last != before, -torch.inf)
-    between = between.masked_fill(future, -torch.inf)
-    return between.exp(), since.exp().unsqueeze(-1), until.exp().unsqueeze(-1), whole.exp().unsqueeze(-1)
-
-
-def causal_conv(
-    hidden_states: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    activation: str | None = None,
-    packed: torch.Tensor | None = None,
-    **kwargs: object,
-) -> torch.Tensor:
-    """Return each channel's own convolution with the tokens before, (B, F, S); before the first are zeros.
-
-    A few products of shifted tensors are faster on a CPU than a grouped convolution, mostly in the backward pass.
-    Arguments are those of causal-conv1d's function of this kind:
-
-    Args:
-        hidden_states: (B, F, S).
-        weight: (F, taps); the last is the token's own.
-        activation: a name in transformers' activations.
-        packed: (B, S) or (1, S), the number of each token's sequence; of others a token sees zeros.
-    """
-    taps, states = weight.shape[-1], hidden_states.transpose(1, 2).to(weight.dtype)
-    length, shifted = states.shape[1], F.pad(states, (0, 0, taps - 1, 0))
-    mixed = states * weight[:, -1]
-    for lag in range(1, taps):
-        before = shifted[:, taps - 1 - lag : taps - 1 - lag + length]
-        if packed is not None:
-            same = F.pad(packed, (lag, 0), value=-1)[:, :length] == packed
-            before = before * same.unsqueeze(-1)
-        mixed = torch.addcmul(mixed, before, weight[:, -1 - lag])
-    mixed = mixed if bias is None else mixed + bias
-    mixed = mixed if activation is None else ACT2FN[activation](mixed)
-    return mixed.transpose(1, 2).to(hidden_states.dtype)
 
 
 # As transformers' own models find them: kernels of the Hub where they are asked for, else an installed package.
@@ -220,9 +58,171 @@ class HfllmRMSNormGated(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        dtype = hidden_states.dtype
-        states = F.rms_norm(hidden_states.float(), self.weight.shape, eps=self.eps)
-        return (self.weight * states.to(dtype) * F.silu(gate.float())).to(dtype)
+        return gated_norm(hidden_states, self.weight, gate, self.eps)
+
+
+def gated_norm(states: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return what `HfllmRMSNormGated` does."""
+    normed = F.rms_norm(states.float(), weight.shape, eps=eps)
+    return (weight * normed.to(states.dtype) * F.silu(gate.float())).to(states.dtype)
+
+
+class MixerSettings(NamedTuple):
+    """What else `mix_piece` needs: widths of all keys and all values, of one head of each, activation, eps, chunk."""
+
+    key_dim: int
+    value_dim: int
+    head_k_dim: int
+    head_v_dim: int
+    activation: str
+    eps: float
+    chunk: int
+
+    def heads(self, mixed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the queries and keys (B, L, K, D) and values (B, L, H, W) of (B, L, F)."""
+        parts = mixed.split((self.key_dim, self.key_dim, self.value_dim), dim=-1)
+        sizes = self.head_k_dim, self.head_k_dim, self.head_v_dim
+        return tuple(each.unflatten(-1, (-1, size)) for each, size in zip(parts, sizes, strict=True))
+
+
+def mix_piece(
+    mixed: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    norm_weight: torch.Tensor,
+    state: torch.Tensor,
+    packed: torch.Tensor | None,
+    settings: MixerSettings,
+    rule: Rule = gated_delta_chunks,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the convolution's, the rule's and the norm's output (B, L, H, W), and the last state (B * H, D, W).
+
+    Args:
+        mixed: (B, taps - 1 + L, F), with the tokens before.
+        g, beta: (B, L, H).
+        gate: (B, L, H, W).
+        weight: (F, taps).
+        state: (B * H, D, W).
+        packed: (B, 1 + L) or (1, 1 + L), from the token before on; longer where the convolution needs it.
+        rule: what computes the chunks.
+    """
+    inner = settings.heads(_convolved(mixed, weight, packed, settings))
+    packed = None if packed is None else packed[:, -1 - gate.shape[1] :]
+    output, state = rule_of_piece(*inner, g, beta, state, packed, settings.chunk, True, rule)
+    return gated_norm(output, norm_weight, gate, settings.eps), state
+
+
+def _convolved(
+    mixed: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor | None, settings: MixerSettings
+) -> torch.Tensor:
+    """Return the convolution of `mix_piece`'s tokens, (B, L, F)."""
+    packed = None if packed is None else packed[:, -mixed.shape[1] :]
+    return conv_of_piece(mixed.to(weight.dtype), weight, None, settings.activation, packed).to(mixed.dtype)
+
+
+class _Mixer(torch.autograd.Function):
+    """`mix_piece` for piece after piece of texts without a cache, which keeps its inputs and a state per piece.
+
+    So what lies between a layer's projections is never there for a whole text.
+    """
+
+    @staticmethod
+    def forward(ctx, mixed, g, beta, gate, weight, norm_weight, packed, settings):
+        state = first_state(None, *settings.heads(mixed))
+        output, states, memory = torch.empty_like(gate, dtype=mixed.dtype), [], DeltaPiece()
+        for begin in range(0, mixed.shape[1], piece := piece_length(settings.chunk, len(state))):
+            states.append(state.clone())
+            part, of_packed, at = _with_taps(mixed, packed, begin, piece, weight)
+            by_token = (each[:, at] for each in (g, beta, gate))
+            output[:, at], state = mix_piece(
+                part, *by_token, weight, norm_weight, state, of_packed, settings, memory.forward
+            )
+        ctx.save_for_backward(mixed, g, beta, gate, weight, norm_weight, packed, torch.stack(states))
+        ctx.settings = settings
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        *inputs, packed, states = ctx.saved_tensors
+        settings = ctx.settings
+        if torch.is_grad_enabled():
+            return *_of_text(inputs, packed, settings, grad), None, None
+        mixed, _, _, _, weight, norm_weight = inputs
+        grads = [torch.zeros_like(inputs[0]), *map(torch.empty_like, inputs[1:4]), *map(torch.zeros_like, inputs[4:])]
+        memory, piece = DeltaPiece(), piece_length(settings.chunk, states.shape[1])
+        grad_state = torch.zeros_like(states[0])
+        for index in reversed(range(len(states))):
+            part, of_packed, at = _with_taps(mixed, packed, index * piece, piece, weight)
+            leaves = part, *(each[:, at] for each in inputs[1:4]), weight, norm_weight
+            parts, grad_state = _of_piece(memory, leaves, states[index], of_packed, settings, grad[:, at], grad_state)
+            begin = max(0, at.start - weight.shape[-1] + 1)
+            whole = grads[0][:, begin : at.stop]
+            whole += parts[0][:, parts[0].shape[1] - whole.shape[1] :]
+            for whole, part in zip(grads[1:4], parts[1:4], strict=True):
+                whole[:, at] = part
+            for whole, part in zip(grads[4:], parts[4:], strict=True):
+                whole += part
+        return *grads, None, None
+
+
+def _with_taps(
+    mixed: torch.Tensor, packed: torch.Tensor | None, begin: int, piece: int, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None, slice]:
+    """Return a piece of a text with the tokens that its first one's convolution sees, zeros where there are none."""
+    taps, end = weight.shape[-1] - 1, min(begin + piece, mixed.shape[1])
+    missing, first = max(0, taps - begin), max(0, begin - taps)
+    part = F.pad(mixed[:, first:end], (0, 0, missing, 0))
+    if packed is not None:
+        # The rule asks for one token before, in any case.
+        packed = before_first(packed[:, max(0, begin - max(taps, 1)) : end], max(0, max(taps, 1) - begin))
+    return part, packed, slice(begin, end)
+
+
+def _of_piece(
+    memory: DeltaPiece,
+    inputs: tuple[torch.Tensor, ...],
+    state: torch.Tensor,
+    packed: torch.Tensor | None,
+    settings: MixerSettings,
+    grad: torch.Tensor,
+    grad_state: torch.Tensor,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Return the gradients of `mix_piece`'s first six tensors, and of its state."""
+    batch, length, heads = grad.shape[:3]
+    mixed, g, beta, gate, weight, norm_weight = (each.detach() for each in inputs)
+    sequences = None
+    with torch.enable_grad():
+        mixed, weight = mixed.requires_grad_(), weight.requires_grad_()
+        inner = _convolved(mixed, weight, packed, settings)
+    chunks = memory.read(*settings.heads(inner.detach()), g, beta, state.dtype, settings.chunk, True)
+    if packed is not None:
+        sequences = sequences_in_chunks(packed[:, -1 - length :], batch, heads, settings.chunk)
+    output, _ = memory.forward(*chunks, state, sequences)
+    output = from_chunks(output, batch, length, heads).to(grad.dtype).requires_grad_()
+    with torch.enable_grad():
+        gate, norm_weight = gate.requires_grad_(), norm_weight.requires_grad_()
+        normed = gated_norm(output, norm_weight, gate, settings.eps)
+    of_output, of_gate, of_norm = torch.autograd.grad(normed, (output, gate, norm_weight), grad)
+    *of_chunks, grad_state = memory.backward(in_chunks(of_output.to(state.dtype), settings.chunk), grad_state)
+    *of_inner, of_g, of_beta = memory.gradients(*of_chunks)
+    of_inner = torch.cat([each.flatten(2) for each in of_inner], dim=-1).to(inner.dtype)
+    of_mixed, of_weight = torch.autograd.grad(inner, (mixed, weight), of_inner)
+    return (of_mixed, of_g, of_beta, of_gate, of_weight, of_norm), grad_state
+
+
+def _of_text(
+    inputs: list[torch.Tensor], packed: torch.Tensor | None, settings: MixerSettings, grad: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of `_Mixer`'s tensors that have derivatives themselves."""
+
+    def mix(mixed, g, beta, gate, weight, norm_weight):
+        part, of_packed, _ = _with_taps(mixed, packed, 0, mixed.shape[1], weight)
+        state = first_state(None, *settings.heads(mixed))
+        return mix_piece(part, g, beta, gate, weight, norm_weight, state, of_packed, settings)[:1]
+
+    return again(mix, tuple(inputs), (), (grad,))
 
 
 @use_kernelized_func([fast_gated_delta_rule, fast_recurrent_gated_delta_rule, fast_causal_conv])
@@ -235,8 +235,7 @@ class HfllmGatedDeltaNet(nn.Module):
         self.head_k_dim, self.head_v_dim = config.linear_key_head_dim, config.linear_value_head_dim
         self.key_dim = config.linear_num_key_heads * self.head_k_dim
         self.value_dim = config.linear_num_value_heads * self.head_v_dim
-        self.conv_kernel_size = config.linear_conv_kernel_dim
-        self.allow_neg_eigval, self.activation = config.linear_allow_neg_eigval, config.hidden_act
+        self.conv_kernel_size, self.allow_neg_eigval = config.linear_conv_kernel_dim, config.linear_allow_neg_eigval
         self.q_proj = nn.Linear(config.hidden_size, self.key_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, self.key_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.value_dim, bias=False)
@@ -249,6 +248,8 @@ class HfllmGatedDeltaNet(nn.Module):
         self.A_log = nn.Parameter(torch.zeros(config.linear_num_value_heads))
         self.dt_bias = nn.Parameter(torch.zeros(config.linear_num_value_heads))
         self.o_norm = HfllmRMSNormGated(self.head_v_dim, eps=1e-5)
+        sizes = self.key_dim, self.value_dim, self.head_k_dim, self.head_v_dim
+        self._settings = MixerSettings(*sizes, config.hidden_act, self.o_norm.eps, chunk=0)
 
     @force_accelerate_hooks("conv1d")
     def forward(
@@ -269,30 +270,48 @@ class HfllmGatedDeltaNet(nn.Module):
         """
         if attention_mask is not None:
             hidden_states = (hidden_states * attention_mask.unsqueeze(-1)).to(hidden_states.dtype)
-        convolve, in_chunks, by_token = self._functions(hidden_states.device, packed)
-        batch, length, _ = hidden_states.shape
         mixed = torch.cat([each(hidden_states) for each in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
-        mixed, state = mixed.transpose(1, 2), None
+        # By head, as the rule takes them: gradients then come in the order that compiled code expects.
+        steps, beta = (each(hidden_states).transpose(1, 2).contiguous() for each in (self.a_proj, self.b_proj))
+        beta = beta.sigmoid() * (2.0 if self.allow_neg_eigval else 1.0)
+        g = -self.A_log.float().exp().unsqueeze(-1) * F.softplus(steps.float() + self.dt_bias.unsqueeze(-1))
+        g, beta = g.transpose(1, 2), beta.transpose(1, 2)
+        gate = self.g_proj(hidden_states).unflatten(-1, (-1, self.head_v_dim))
+        if cache is None and self._is_lean(hidden_states.device, packed):
+            settings = self._settings._replace(chunk=chunk_length(None, mixed.unflatten(-1, (-1, self.head_k_dim))))
+            weights = self.conv1d.weight.squeeze(1), self.o_norm.weight
+            with without_autocast(mixed):
+                output = _Mixer.apply(mixed, g, beta, gate, *weights, packed, settings)
+        else:
+            output = self.o_norm(self._rule(mixed, g, beta, cache, packed), gate)
+        return self.o_proj(output.flatten(-2))
+
+    def _rule(
+        self,
+        mixed: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        cache: Cache | None,
+        packed: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return the outputs of convolution and rule, (B, S, H, W), by kernels if there are any."""
+        convolve, in_chunks, by_token = self._functions(mixed.device, packed)
+        length, mixed, state = mixed.shape[1], mixed.transpose(1, 2), None
         if cache is not None:
             state = cache.get_recurrent_state(self.layer_idx)
             mixed = cache.update_conv_state(mixed, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
             mixed = mixed[..., -(length + self.conv_kernel_size - 1) :]
         weight = self.conv1d.weight.squeeze(1)
-        mixed = convolve(mixed, weight, bias=None, activation=self.activation, packed=packed)[..., -length:]
-        sizes = (self.key_dim, self.key_dim, self.value_dim)
-        query, key, value = mixed.transpose(1, 2).split(sizes, dim=-1)
-        query, key = (each.unflatten(-1, (-1, self.head_k_dim)) for each in (query, key))
-        # By head, as the rule takes them: gradients then come in the order that compiled code expects.
-        steps, beta = (each(hidden_states).transpose(1, 2).contiguous() for each in (self.a_proj, self.b_proj))
-        beta = beta.sigmoid() * (2.0 if self.allow_neg_eigval else 1.0)
-        g = -self.A_log.float().exp().unsqueeze(-1) * F.softplus(steps.float() + self.dt_bias.unsqueeze(-1))
-        rule = by_token if length == 1 and state is not None else in_chunks
+        is_next, activation = length == 1 and state is not None, self._settings.activation
+        if is_next and convolve is causal_conv:
+            mixed = conv_of_last(mixed, weight, activation)
+        else:
+            mixed = convolve(mixed, weight, bias=None, activation=activation, packed=packed)[..., -length:]
+        rule = by_token if is_next else in_chunks
         output, state = rule(
-            query,
-            key,
-            value.unflatten(-1, (-1, self.head_v_dim)),
-            g=g.transpose(1, 2),
-            beta=beta.transpose(1, 2),
+            *self._settings.heads(mixed.transpose(1, 2)),
+            g=g,
+            beta=beta,
             initial_state=state,
             output_final_state=cache is not None,
             use_qk_l2norm_in_kernel=True,
@@ -300,8 +319,13 @@ class HfllmGatedDeltaNet(nn.Module):
         )
         if cache is not None:
             cache.update_recurrent_state(state, self.layer_idx)
-        output = self.o_norm(output, self.g_proj(hidden_states).view_as(output))
-        return self.o_proj(output.reshape(batch, length, -1))
+        return output
+
+    def _is_lean(self, device: torch.device, packed: torch.Tensor | None) -> bool:
+        """Return whether to read a text in pieces: there are no kernels, compilers, `torch.func` and hooks."""
+        is_plain = device.type in PLAIN_DEVICES or packed is not None
+        is_free = not torch.compiler.is_compiling() and not needs_autograd()
+        return is_plain and is_free and type(self.o_norm) is HfllmRMSNormGated and is_unobserved(self.o_norm)
 
     @staticmethod
     def _functions(device: torch.device, packed: torch.Tensor | None) -> tuple[Callable[..., object], ...]:

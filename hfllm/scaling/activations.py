@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from hfllm.errors import InputError
 from hfllm.scaling.layouts import DEEPSPEED, MEGATRON, Layout
+from hfllm.scaling.mixed_layers import linear_mixer_bytes
 from hfllm.scaling.shapes import Shape
 
 # FlashAttention of the second generation or later (also the kernel of CPUs), of the first, and none.
@@ -107,14 +108,19 @@ def _inputs(shape: Shape, precision: Precision) -> int:
 def autocast_weights(shape: Shape) -> float:
     """Return the bytes of the 16-bit copies of a layer's weights, without those of the MLP that are recomputed."""
     layer, projections = shape.layer_parameters(), 3 if shape.is_gated else 2
+    # Layers of linear attention have more than others.
+    attention = shape.parameters()["attention"] / shape.num_hidden_layers
     # Grouped products of experts are not cast.
-    return 2 * (layer["attention"] + layer["mlp"] * (projections - 1) / projections + layer["router"])
+    return 2 * (attention + layer["mlp"] * (projections - 1) / projections + layer["router"])
 
 
 def layer_activations(
     shape: Shape, layout: Layout, precision: Precision, sequence_length: int, attention: str = "flash"
 ) -> float:
     """Return the bytes per token and layer that the forward pass keeps for the backward pass, on one device.
+
+    With layers of linear attention, this is the mean over the layers. These keep what they keep on a CPU; kernels on a
+    GPU may keep more.
 
     Args:
         attention: `"flash"` keeps a number per query (also the CPU's kernel); `"eager"` keeps all scores.
@@ -147,7 +153,13 @@ def layer_activations(
         heads += scores if layout.recompute == "none" else 0
     whole = whole / (layout.tensor if layout.sequence_parallel else 1)
     mlp = _mlp_bytes(shape, layout, precision) / layout.tensor
-    return whole + heads / layout.attention_split(shape) + mlp
+    kept = whole + heads / layout.attention_split(shape) + mlp
+    if not shape.linear_layers:
+        return kept
+    linear = 2 * norm + mlp + linear_mixer_bytes(shape, size, layout.micro_batch, sequence_length)
+    # Six projections read the layer's input, and each has its own copy under autocast.
+    linear += size * hidden * (2 if not precision.is_autocast else _inputs(shape, precision) + 3)
+    return kept + (linear - kept) * shape.linear_layers / shape.num_hidden_layers
 
 
 def _mlp_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:

@@ -119,6 +119,9 @@ class Layout:
             multiple = self.tensor * self.pipeline * self.context
             yield f"{self._degrees()} need a multiple of {multiple} devices, --num_devices is {devices}"
         yield from self._indivisible(shape, devices, global_batch_size)
+        for name, degree in (("--tensor_parallel", self.tensor), ("--context_parallel", self.context)):
+            if shape.linear_layers and degree > 1:
+                yield f"{name} {degree} splits no layers of linear_attention, which layer_types names"
         yield from self._too_many_stages(shape)
         if self.engine == MEGATRON and self.zero_stage > 1:
             yield (

@@ -95,7 +95,8 @@ def _stages(shape: Shape, layout: Layout, micro_batches: int) -> Iterator[_Stage
 def _stage_parameters(shape: Shape, layout: Layout, stage: _Stage) -> tuple[float, float]:
     """Return the parameters on one device before sharding over `data`: those of experts, and all others."""
     layer = shape.layer_parameters()
-    attention = layer["attention"] / layout.attention_split(shape)
+    # The mean over layers of several types.
+    attention = shape.parameters()["attention"] / shape.num_hidden_layers / layout.attention_split(shape)
     dense = stage.layers * (attention + layer["mlp"] / layout.tensor + layer["router"] + layer["norms"])
     experts = stage.layers * layer["experts"]
     # Of stages between, as if they had none, which is the fullest.

@@ -182,11 +182,6 @@ def make_request(script_args: PlanArguments, shape: Shape) -> Request:
     same += ("overlap_experts", "torch_compile", "sequence_parallel")
     options = {flag: getattr(script_args, flag) for flag in (*held, *same)}
     length = script_args.max_length
-    if shape.linear_layers:
-        raise InputError(
-            "layer_types: hfllm plan knows no memory of linear_attention in training; "
-            "hfllm.scaling.shapes.Shape counts its parameters and caches"
-        )
     options["max_length"] = min(2048, shape.max_position_embeddings) if length is None else length
     return Request(shape, make_device(script_args), usable=script_args.usable_memory, **options)
 

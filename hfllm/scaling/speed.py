@@ -12,6 +12,7 @@ from hfllm.scaling.devices import Device
 from hfllm.scaling.flops import pipeline_bubble
 from hfllm.scaling.layouts import DDP, MEGATRON, Layout
 from hfllm.scaling.links import bandwidth, exchange_seconds, gather_seconds
+from hfllm.scaling.mixed_layers import scored_keys
 from hfllm.scaling.shapes import Shape
 from hfllm.scaling.stages import stage_layers
 
@@ -45,20 +46,22 @@ class Speed:
     tokens_per_second: float
 
 
-def flops_per_token(shape: Shape, sequence_length: int, recompute: str = "none") -> dict[str, float]:
+def flops_per_token(
+    shape: Shape, sequence_length: int, recompute: str = "none", attention: str = "flash"
+) -> dict[str, float]:
     """Return the FLOPs of training on one token: `layers`, `attention`, `head`, and recomputation (`again`).
 
     Two per multiplied parameter and pass, three passes; attention scores as in PaLM's count, 12 L H Q T, in
     which every token attends to all others. Recomputed are one forward pass of the layers (`"full"`) or of the scores
-    (`"selective"`). A layer of linear attention recalls, changes and reads its state instead: 18 H D W.
+    (`"selective"`). A layer of linear attention recalls, changes and reads its state instead: 18 H D W. One with a
+    window scores the keys of its blocks (`banded_keys`), unless `attention` is `"eager"`.
     """
     head = 6 * shape.vocab_size * shape.hidden_size
     layers = 6 * shape.multiplied_parameters() - head
-    scored = shape.num_hidden_layers - shape.linear_layers
-    attention = 6 * scored * (shape.query_size + shape.output_size) * sequence_length
-    attention += 18 * shape.linear_layers * shape.state_size
-    again = {"none": 0.0, "selective": attention / 3, "full": (layers + attention) / 3}[recompute]
-    return {"layers": layers, "attention": attention, "head": head, "again": again}
+    keys = scored_keys(shape, sequence_length, attention)
+    scores = 6 * keys * (shape.query_size + shape.output_size) + 18 * shape.linear_layers * shape.state_size
+    again = {"none": 0.0, "selective": scores / 3, "full": (layers + scores) / 3}[recompute]
+    return {"layers": layers, "attention": scores, "head": head, "again": again}
 
 
 def estimate(
@@ -85,7 +88,7 @@ def estimate(
     Raises:
         InputError: when the device cannot compute in the precision.
     """
-    flops = flops_per_token(shape, sequence_length, layout.recompute)
+    flops = flops_per_token(shape, sequence_length, layout.recompute, attention)
     tokens = layout.micro_batch * sequence_length / layout.context
     passes = layout.micro_batches(global_batch_size)
     share = efficiency or device.efficiency

@@ -8,6 +8,8 @@ import torch
 
 import hfllm
 from hfllm.errors import InputError
+from hfllm.models.banded_hfllm import banded_mask
+from hfllm.models.delta_rule_hfllm import chunk_length, piece_length
 from hfllm.scaling.activations import (
     PRECISIONS,
     autocast_weights,
@@ -19,7 +21,9 @@ from hfllm.scaling.activations import (
 from hfllm.scaling.devices import MIB, find_device
 from hfllm.scaling.layouts import Layout
 from hfllm.scaling.memory import device_memory, zero_state_bytes
+from hfllm.scaling.mixed_layers import banded_keys, chunk_and_piece
 from hfllm.scaling.shapes import NAMED_SHAPES, Shape
+from hfllm.scaling.speed import flops_per_token
 
 BATCH, LENGTH = 2, 64
 SIZES = {"vocab_size": 500, "hidden_size": 128, "num_attention_heads": 4, "max_position_embeddings": 256}
@@ -42,7 +46,7 @@ ARCHITECTURES = {
 }
 
 
-def saved_bytes(layers, precision, attention="sdpa", checkpointing=False, head=False, **fields):
+def saved_bytes(layers, precision, attention="sdpa", checkpointing=False, head=False, length=LENGTH, **fields):
     """Bytes of all tensors that a forward pass of a model with so many layers saves, weights left out."""
     torch.manual_seed(0)
     config = hfllm.HfllmConfig(**{**SIZES, "num_hidden_layers": layers, **fields}, attn_implementation=attention)
@@ -59,7 +63,7 @@ def saved_bytes(layers, precision, attention="sdpa", checkpointing=False, head=F
             alive.append(tensor)
         return tensor
 
-    ids = torch.randint(0, 500, (BATCH, LENGTH))
+    ids = torch.randint(0, 500, (BATCH, length))
     autocast = torch.autocast("cpu", dtype=torch.bfloat16) if "autocast" in precision else contextlib.nullcontext()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
         outputs = (model if head else model.model)(ids, use_cache=False)
@@ -76,6 +80,58 @@ def test_a_layer_keeps_what_autograd_saves(name, precision):
     if precision == "bf16_autocast":
         kept += autocast_weights(shape)
     assert kept == pytest.approx(three - two, rel=0.02)
+
+
+LINEAR = {
+    "square": {"norm_placement": "output", "qk_norm": True, "qk_norm_scope": "all_heads"},
+    "grouped": {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_key_value_heads": 2},
+    "wide": {"hidden_size": 192, "linear_num_key_heads": 2, "linear_key_head_dim": 80, "linear_value_head_dim": 40},
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_autocast"])
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_layer_of_linear_attention_keeps_what_autograd_saves(name, precision):
+    """The difference of two such layers and one, beside one of full attention; 2%, and so long that it has pieces."""
+    kinds, length = ["linear_attention", "linear_attention", "full_attention"], 1200
+    (three, shape), (two, other) = (
+        saved_bytes(layers, precision, layer_types=kinds[-layers:], length=length, **LINEAR[name]) for layers in (3, 2)
+    )
+    kept = [
+        each.num_hidden_layers
+        * (
+            BATCH * length * layer_activations(each, Layout(micro_batch=BATCH), PRECISIONS[precision], length)
+            + ("autocast" in precision) * autocast_weights(each)
+        )
+        for each in (shape, other)
+    ]
+    assert kept[0] - kept[1] == pytest.approx(three - two, rel=0.02)
+
+
+def test_blocks_and_pieces_are_those_of_the_models():
+    for window, length in ((1, 300), (100, 300), (100, 700), (256, 4096), (255, 1000)):
+        mask = banded_mask(1, length, length, local_size=window)
+        scored = length if mask is None or mask.dim() < 4 or mask.shape[1] == 1 else mask.shape[-1]
+        assert banded_keys(window, length) == scored
+    for size, rows, length in ((24, 4, 5000), (64, 4, 20), (96, 12, 5000), (128, 64, 5000), (8, 3, 5000)):
+        chunk = chunk_length(None, torch.empty(1, length, 1, size))
+        assert chunk_and_piece(size, rows, length) == (chunk, piece_length(chunk, rows))
+
+
+def test_windows_are_scored_in_blocks():
+    shape = Shape(64, 3, 4, 100, sliding_window=100, layer_types=["sliding_attention"] * 2 + ["full_attention"])
+    for length, attention, keys in ((1000, "flash", 2 * 192 + 1000), (1000, "eager", 3000), (300, "flash", 900)):
+        assert flops_per_token(shape, length, attention=attention)["attention"] == 6 * keys * 2 * 64
+
+
+@pytest.mark.parametrize("kinds", [["linear_attention", "linear_attention", "linear_attention", "full_attention"]])
+def test_states_of_a_model_with_linear_attention(kinds):
+    config = hfllm.HfllmConfig(**SIZES, num_hidden_layers=4, layer_types=kinds)
+    shape, number = Shape.from_config(config.to_dict()), hfllm.HfllmForCausalLM(config).num_parameters()
+    memory = device_memory(shape, Layout(), PRECISIONS["fp32"], LENGTH)
+    assert memory.weights == memory.gradients == memory.optimizer / 2 == 4 * number
+    with pytest.raises(InputError, match="--tensor_parallel 2 splits no layers of linear_attention"):
+        Layout(tensor=2).check(shape, 2, 1)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

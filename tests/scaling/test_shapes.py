@@ -207,7 +207,8 @@ def test_caches_by_type_of_layer():
     assert shape.cache_bytes(20, 4) == 4 * (keys + 2 * 32 + cache.layers[2].recurrent_states[0].numel())
     assert shape.kv_bytes_per_token(4) == 4 * 2 * 2 * 32
     per_token = flops_per_token(shape, 1000)["attention"]
-    assert per_token == 6 * 2 * 64 * 1000 + 18 * 4 * 6 * 12
+    # Of the window's blocks of 64 queries, each with 128 keys.
+    assert per_token == 6 * 64 * (1000 + 128) + 18 * 4 * 6 * 12
 
 
 @pytest.mark.parametrize(
