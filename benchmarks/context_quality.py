@@ -1,7 +1,7 @@
 """Quality of layer mixes and of length extensions, at equal CPU-seconds.
 
-    OMP_NUM_THREADS=1 python benchmarks/context_quality.py recall --seeds 2 3 4 --output benchmarks/results/recall.md
-    OMP_NUM_THREADS=1 python benchmarks/context_quality.py extension --output benchmarks/results/extension.md
+OMP_NUM_THREADS=1 python benchmarks/context_quality.py recall --seeds 2 3 4 --output benchmarks/results/recall.md
+OMP_NUM_THREADS=1 python benchmarks/context_quality.py extension --output benchmarks/results/extension.md
 """
 
 import argparse
@@ -129,7 +129,9 @@ def loss_of(model: "PreTrainedModel", ids: "torch.Tensor", labels: "torch.Tensor
     return torch.nn.functional.cross_entropy(logits, labels[kept]), right[is_needle], right[~is_needle]
 
 
-def fit(name: str, setting: Setting, seed: int, seconds: float, verbose: bool = False) -> tuple["PreTrainedModel", int]:
+def fit(
+    name: str, setting: Setting, seed: int, seconds: float, verbose: bool = False
+) -> tuple["PreTrainedModel", int]:
     """Return a trained model and its steps, needles and pairs taking turns, lengths growing by the curriculum."""
     import torch
 
@@ -155,11 +157,18 @@ def fit(name: str, setting: Setting, seed: int, seconds: float, verbose: bool = 
         optimizer.zero_grad()
         steps += 1
         if verbose and steps % 50 == 0:
-            print(f"  {done:.2f} {length} {steps}", f"{loss.item():.3f}", *(f"{each.mean():.2f}" for each in right), flush=True)
+            print(
+                f"  {done:.2f} {length} {steps}",
+                f"{loss.item():.3f}",
+                *(f"{each.mean():.2f}" for each in right),
+                flush=True,
+            )
     return model, steps
 
 
-def accuracy(model: "PreTrainedModel", length: int, pairs: int, number: int, seed: int = 99, passes: int = 1) -> tuple[float, float]:
+def accuracy(
+    model: "PreTrainedModel", length: int, pairs: int, number: int, seed: int = 99, passes: int = 1
+) -> tuple[float, float]:
     import torch
 
     model.eval()

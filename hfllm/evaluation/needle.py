@@ -48,7 +48,10 @@ class NeedleGrid:
     def rows(self) -> list[dict[str, float]]:
         """Return the table: a row for each length, a column for each depth."""
         return [
-            {"tokens": length, **{f"depth {depth:g}": _mean(cell) for depth, cell in zip(self.depths, row, strict=True)}}
+            {
+                "tokens": length,
+                **{f"depth {depth:g}": _mean(cell) for depth, cell in zip(self.depths, row, strict=True)},
+            }
             for length, row in zip(self.lengths, self.right, strict=True)
         ]
 
@@ -104,7 +107,9 @@ def find_needles(
                 drawn = [_case(tokenizer, filler, length, depth, list(answers), rng) for _ in range(cases)]
                 ids = torch.tensor([ids for ids, _ in drawn], device=model.device)
                 parts = ids.split(max(1, BATCH_TOKENS // length))
-                logits = torch.cat([model(input_ids=each, use_cache=False, logits_to_keep=1).logits[:, -1] for each in parts])
+                logits = torch.cat(
+                    [model(input_ids=each, use_cache=False, logits_to_keep=1).logits[:, -1] for each in parts]
+                )
                 chosen = logits[:, list(answers.values())].argmax(-1).tolist()
                 names = list(answers)
                 row.append([int(names[pick] == colour) for pick, (_, colour) in zip(chosen, drawn, strict=True)])

@@ -135,7 +135,9 @@ def _extended_rope(rope: dict, rope_type: str, factor: float, length: int, rotat
             f"rope_parameters: rope_type={before!r} has been extended already; only 'default' positions can be"
         )
     if rope_type in ("ntk", "dynamic") and rotated < 4:
-        raise InputError(f"--rope_type {rope_type} needs at least 4 rotated dimensions in a head, this model has {rotated}")
+        raise InputError(
+            f"--rope_type {rope_type} needs at least 4 rotated dimensions in a head, this model has {rotated}"
+        )
     if rope_type == "ntk":
         return {**rope, "rope_theta": rope["rope_theta"] * factor ** (rotated / (rotated - 2))}
     new = {**rope, "rope_type": rope_type, "factor": float(factor)}
