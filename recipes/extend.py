@@ -75,6 +75,7 @@ def main(
     evaluation = ExtendEvaluation(script_args, tokenizer, rows, original, length)
     evaluation.judge(model, "before")
     extend_model(model, extended_config(model.config, script_args.rope_type, script_args.factor, original))
+    tokenizer.model_max_length = length
     trainer, trained = make_trainer(stage.training_args, model, tokenizer, rows.train), {}
     if training_args.max_steps != 0:
         evaluation.judge(model, "extended", needles=False)

@@ -26,7 +26,7 @@ def long_rows(
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     rows, joined, total = [], [], 0
     for text in order:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         total += len(ids)
         rows += [ids[begin : begin + length] for begin in range(0, len(ids) - length + 1, length)]
         if len(joined) < most * length:

@@ -99,8 +99,9 @@ class SinkLayer(DynamicLayer):
 class SinkCache(Cache):
     """A cache of fixed size for a stream of any length, for any decoder with rotary positions or none at all.
 
-    Layers with a window of their own keep it where it is shorter; linear attention keeps its state. Give long prompts
-    in pieces (`prefill_chunk_size` of `generate`), since a piece attends to all of itself, and without padding.
+    Layers that learned with a window no longer than this one keep it as it is; linear attention keeps its state. Give
+    long prompts in pieces (`prefill_chunk_size` of `generate`), since a piece attends to all of itself, and without
+    padding.
 
     Args:
         model: a causal language model, whose rotary embedding turns the first tokens.
@@ -115,29 +116,25 @@ class SinkCache(Cache):
     def __init__(self, model: "PreTrainedModel", window_length: int, num_sink_tokens: int = 4):
         if num_sink_tokens < 0 or window_length <= num_sink_tokens + 1:
             raise InputError(
-                f"SinkCache: window_length={window_length} must be more than num_sink_tokens={num_sink_tokens} and one, "
-                "and both at least 0"
+                f"SinkCache: window_length={window_length} must be more than num_sink_tokens="
+                f"{num_sink_tokens} and one, and both at least 0"
             )
         config = model.config.get_text_config(decoder=True)
         kinds = list(getattr(config, "layer_types", None) or ())
         if not kinds:
             is_sliding = bool(getattr(config, "sliding_window", None))
             kinds = [WITH_KEYS[is_sliding]] * config.num_hidden_layers
-        layers = list(DynamicCache(config=config).layers) or [None] * len(kinds)
+        layers: list = DynamicCache(config=config).layers or [None] * len(kinds)
         rotations = Rotations(model, config)
         for index, kind in enumerate(kinds):
             if kind not in WITH_KEYS and kind != "linear_attention":
                 raise InputError(
                     f"SinkCache: layer_types has {kind!r}, and only {', '.join(WITH_KEYS)} can be kept so"
                 )
-            if kind in WITH_KEYS:
-                is_sliding = kind == "sliding_attention"
-                size = min(window_length, config.sliding_window) if is_sliding else window_length
-                if size <= num_sink_tokens + 1:
-                    raise InputError(
-                        f"SinkCache: sliding_window={size} has no room for {num_sink_tokens} first tokens"
-                    )
-                layers[index] = SinkLayer(size, num_sink_tokens, rotations.of_layer(index, kind), is_sliding)
+            is_sliding = kind == "sliding_attention"
+            if kind == "full_attention" or (is_sliding and config.sliding_window > window_length):
+                rotate = rotations.of_layer(index, kind)
+                layers[index] = SinkLayer(window_length, num_sink_tokens, rotate, is_sliding)
         super().__init__(layers=layers)
 
 

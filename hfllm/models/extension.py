@@ -50,7 +50,7 @@ def extended_config(
         raise InputError(f"--rope_type {rope_type!r} is not one of {', '.join(ROPE_TYPES)}")
     if not factor > 1 or factor == float("inf"):
         raise InputError(f"--factor {factor}: expected a number above 1")
-    length = original_length or max_length_of(config)
+    length = max_length_of(config) if original_length is None else original_length
     if length is None:
         raise InputError(
             "--original_max_position_embeddings is needed: the model's config has no max_position_embeddings"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # The libraries' dataclasses of flags that the recipe takes besides its own.
 LIBRARY = ("transformers.TrainingArguments", "trl.ModelConfig")
 AT_LEAST = {"num_eval_texts": 2, "num_needles": 1}
-# Texts that the base model of the world learns from, under the output folder, and their words: a context of 128 tokens.
+# Texts that the base model of the world learns from, under the output folder; so many words fill 128 tokens.
 BASE_TEXTS, BASE_WORDS = "base_texts.jsonl", 88
 
 
@@ -99,8 +99,9 @@ def lengths_of(script_args: ExtendArguments, config: "PreTrainedConfig") -> tupl
     """
     from hfllm.models.context import max_length_of
 
-    extended_config(config, script_args.rope_type, script_args.factor, script_args.original_max_position_embeddings)
-    original = script_args.original_max_position_embeddings or max_length_of(config)
+    original = script_args.original_max_position_embeddings
+    extended_config(config, script_args.rope_type, script_args.factor, original)
+    original = max_length_of(config) if original is None else original
     length = int(original * script_args.factor)
     if length <= original:
         raise InputError(f"--factor {script_args.factor} makes {length} tokens of {original}: expected more")

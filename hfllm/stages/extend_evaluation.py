@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from hfllm.evaluation.needle import NeedleGrid, find_needles
@@ -99,13 +100,13 @@ class ExtendEvaluation:
         edges = edges_of(self.original, self.length)
         return [
             {"tokens": f"{first} to {last}", **{when: _mean(self.bits(when, first, last)) for when in self.nats}}
-            for first, last in zip(edges, edges[1:], strict=False)
+            for first, last in pairwise(edges)
         ]
 
     def _plot(self) -> Plot:
         step = max(1, self.length // 32)
         edges = [1, *range(step, self.length, step), self.length]
-        spans = [(first, last) for first, last in zip(edges, edges[1:], strict=False) if last > first]
+        spans = [(first, last) for first, last in pairwise(edges) if last > first]
         places = [(first + last) / 2 for first, last in spans]
         return Plot(
             title=f"{self.script_args.rope_type}: {self.original} to {self.length} tokens",
@@ -115,14 +116,16 @@ class ExtendEvaluation:
         )
 
     def _summary(self, metrics: Mapping[str, float]) -> str:
-        far, near = (metrics[f"bits_per_byte_{name}_after"] for name in ("long", "short"))
+        beyond, within = (
+            [metrics[f"bits_per_byte_{name}_{when}"] for when in ("after", "before")] for name in ("long", "short")
+        )
+        needles = [metrics[f"needle_{name}"] for name in ("after", "before", "chance")]
+        joined = " Short texts were joined for the long rows." if self.rows.are_joined else ""
         return (
-            f"{self.script_args.rope_type}, {self.original} to {self.length} tokens. Beyond {self.original}: {far:.3f} "
-            f"bits per byte, before {metrics['bits_per_byte_long_before']:.3f}, and "
-            f"{metrics['bits_per_byte_long_cut']:.3f} reading {self.original} at most. Up to there: {near:.3f}, before "
-            f"{metrics['bits_per_byte_short_before']:.3f}. Needles found: {metrics['needle_after']:.2f}, before "
-            f"{metrics['needle_before']:.2f}, by chance {metrics['needle_chance']:.2f}."
-            + (" Short texts were joined for the long rows." if self.rows.are_joined else "")
+            f"{self.script_args.rope_type}, {self.original} to {self.length} tokens. Bits per byte beyond "
+            f"{self.original}: {beyond[0]:.3f}, before {beyond[1]:.3f}, and {metrics['bits_per_byte_long_cut']:.3f} "
+            f"reading {self.original} tokens at most; up to there: {within[0]:.3f}, before {within[1]:.3f}. Needles "
+            f"found: {needles[0]:.2f}, before {needles[1]:.2f}, by chance {needles[2]:.2f}.{joined}"
         )
 
 
