@@ -31,6 +31,7 @@ HELD = FILLER + NUM_FILLER
 VOCABULARY = HELD + (NUM_KEYS + 1) * NUM_VALUES
 TYPES = {"f": "full_attention", "s": "sliding_attention", "l": "linear_attention"}
 CHECKED = 256  # texts to check by
+BLOCK = 16  # keys of a block of sparse attention
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,11 @@ def rows(length: int, number: int, generator: "torch.Generator") -> tuple["torch
     return ids, values.gather(1, order)
 
 
+def num_blocks(length: int) -> int:
+    """Return the blocks that sparse attention looks at: an eighth, its own and another one at least."""
+    return max(2, length // BLOCK // 8)
+
+
 def build(mix: Mix, seed: int, length: int = STAGES[-1].length) -> "PreTrainedModel":
     """Return a new model of a mix for texts of a length."""
     import torch
@@ -87,7 +93,7 @@ def build(mix: Mix, seed: int, length: int = STAGES[-1].length) -> "PreTrainedMo
     import hfllm
 
     torch.manual_seed(seed)
-    is_mixed, block = mix.is_sparse or len(set(mix.layers)) > 1, 16
+    is_mixed = mix.is_sparse or len(set(mix.layers)) > 1
     config = hfllm.HfllmConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -103,8 +109,8 @@ def build(mix: Mix, seed: int, length: int = STAGES[-1].length) -> "PreTrainedMo
         initializer_range=0.125,
         embedding_multiplier=mix.embedding_multiplier,
         residual_init="gpt2",
-        sparse_block_size=block,
-        sparse_num_blocks=max(1, length // block // 8),
+        sparse_block_size=BLOCK,
+        sparse_num_blocks=num_blocks(length),
         attn_implementation="sparse" if mix.is_sparse else "sdpa",
     )
     return hfllm.HfllmForCausalLM(config)
@@ -127,6 +133,7 @@ def fit(mix: Mix, seed: int, seconds: float, verbose: bool = False) -> tuple["Pr
         stage = STAGES[sum(done >= end for end in ends[:-1])]
         for group in optimizer.param_groups:
             group["lr"] = mix.learning_rate * min(1, (steps + 1) / 30) * max(0.05, 1 - done)
+        model.config.sparse_num_blocks = num_blocks(stage.length)
         ids, values = rows(stage.length, stage.tokens // stage.length, generator)
         logits = answers(model, ids)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), values.flatten())

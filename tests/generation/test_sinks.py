@@ -64,7 +64,7 @@ def test_one_layer_reads_the_first_and_last_tokens_as_a_text(name, sinks):
             if place >= window:
                 seen = torch.cat([ids[:, :sinks], ids[:, place + 1 - (window - sinks) : place + 1]], dim=1)
             expected = model(seen, use_cache=False).logits[:, -1]
-            assert expected.std() > 1
+            assert expected.std() > 0.1
             torch.testing.assert_close(found[place][:, 0], expected, atol=1e-4, rtol=1e-4)
     assert cache.layers[0].keys.shape[-2] == window - 1 and cache.get_seq_length() == 120
 
