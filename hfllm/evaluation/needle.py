@@ -5,6 +5,7 @@ model finds most likely is taken as its answer. Nothing has to be written or fol
 """
 
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -95,13 +96,14 @@ def find_needles(
         InputError: when a length has no room for a needle, or the tokenizer writes no two colors differently.
     """
     import torch
+    from tqdm import tqdm
 
     answers = first_tokens(tokenizer)
     rng, right = random.Random(f"needle-{seed}"), []
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        for length in lengths:
+        for length in tqdm(lengths, disable=not sys.stderr.isatty(), leave=False):
             row = []
             for depth in depths:
                 drawn = [_case(tokenizer, filler, length, depth, list(answers), rng) for _ in range(cases)]

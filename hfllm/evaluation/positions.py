@@ -1,6 +1,7 @@
 """How well a model predicts text at each distance from its beginning: what it makes of a long context."""
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ def nats_by_position(
             before it, where there are any. `None` reads whole rows.
     """
     import torch
+    from tqdm import tqdm
 
     ids = torch.tensor([list(row) for row in rows], device=model.device)
     length = ids.shape[1]
@@ -30,7 +32,7 @@ def nats_by_position(
     was_training, found = model.training, []
     model.eval()
     with torch.inference_mode():
-        for begin, end, new in _windows(length, window):
+        for begin, end, new in tqdm(_windows(length, window), disable=not sys.stderr.isatty(), leave=False):
             parts = ids[:, begin:end].split(max(1, BATCH_TOKENS // (end - begin)))
             found.append(torch.cat([_nats(model, part)[:, new - begin :] for part in parts]))
     model.train(was_training)

@@ -61,12 +61,16 @@ def check(script_args: ExtendArguments, training_args: "TrainingArguments", mode
     Raises:
         InputError: naming the flag.
     """
+    from hfllm.stages.pretrain import shards_parameters
+
     for flag, least in AT_LEAST.items():
         if getattr(script_args, flag) < least:
             raise InputError(f"--{flag} {getattr(script_args, flag)}: expected at least {least}")
     refuse(model_args.use_peft, "--use_peft", "all weights are trained; --max_steps 0 trains none")
     for flag in ("load_in_8bit", "load_in_4bit"):
         refuse(getattr(model_args, flag), f"--{flag}", "the extended model is saved in full precision")
+    is_split = shards_parameters(training_args)
+    refuse(is_split, "DeepSpeed or FSDP", "the model is judged whole in each process")
     is_named = bool(model_args.model_name_or_path)
     refuse(is_named and bool(script_args.pretrain_config), "--pretrain_config", "the model is named")
     is_idle = training_args.max_steps == 0 and training_args.resume_from_checkpoint is not None

@@ -1,6 +1,7 @@
 """hfllm extend in miniature: from nothing, on your own model and text, and what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import extend
@@ -53,6 +54,17 @@ def test_your_own_model_and_book_without_training(saved, tmp_path):
     head = before.config.head_dim
     theta = before.config.rope_parameters["rope_theta"] * 2 ** (head / (head - 2))
     assert after.config.rope_parameters["rope_theta"] == pytest.approx(theta)
+
+
+def test_it_resumes_where_it_was(saved, tmp_path):
+    (tmp_path / "book.txt").write_text("The fox lives in the forest and eats fish. The owl is grey. " * 400)
+    flags = ["--model_name_or_path", saved, "--dataset_name", tmp_path / "book.txt", "--factor", "2"]
+    flags += ["--original_max_position_embeddings", "64", *TRAINED, "--save_strategy", "steps", "--save_steps", "1"]
+    flags += ["--output_dir", tmp_path / "out", "--resume_from_checkpoint", "auto"]
+    metrics = run(*flags)
+    (tmp_path / "out" / "report.json").unlink()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-2")
+    assert run(*flags) == metrics
 
 
 @pytest.mark.parametrize(
