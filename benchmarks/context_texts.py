@@ -91,15 +91,16 @@ def fit(
 
 
 def windows(
-    model: "PreTrainedModel", text: "torch.Tensor", length: int, number: int, seed: int
+    model: "PreTrainedModel", text: "torch.Tensor", length: int, number: int, seed: int, begin: bool = False
 ) -> Callable[[], "torch.Tensor"]:
-    """Return a function that draws a batch and returns its loss."""
+    """Return a function that draws a batch and returns its loss; with `begin` each row begins with a byte of 0."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
 
     def loss() -> "torch.Tensor":
         ids = draw(text, length, number, generator)
+        ids[:, :1] *= not begin
         return model(input_ids=ids, labels=ids, use_cache=False).loss
 
     return loss
@@ -111,9 +112,9 @@ def figure(values: "torch.Tensor") -> str:
     return f"{sum(rows) / len(rows):.3f} ± {standard_error(rows):.3f}"
 
 
-def base_model(args: argparse.Namespace, train: "torch.Tensor") -> "PreTrainedModel":
+def base_model(args: argparse.Namespace, train: "torch.Tensor", begin: bool = False) -> "PreTrainedModel":
     model = build()
-    steps, last = fit(model, windows(model, train, ORIGINAL, 16, 1), args.base_seconds, 4e-3)
+    steps, last = fit(model, windows(model, train, ORIGINAL, 16, 1, begin), args.base_seconds, 4e-3)
     print(f"base: {steps} steps, last loss {last / math.log(2):.3f} bits per byte", flush=True)
     return model
 
@@ -164,9 +165,10 @@ def streams(args: argparse.Namespace, train: "torch.Tensor", test: "torch.Tensor
     from hfllm.evaluation.segments import nats_by_segment
     from hfllm.generation.sinks import SinkCache
 
-    base, piece, sizes = base_model(args, train), 16, ORIGINAL - 16
+    base, piece, sizes = base_model(args, train, begin=True), 16, ORIGINAL - 16
     total = args.rows * 2 * ORIGINAL
-    rows = test[: len(test) // 8 * 8].view(8, -1)[:, :total]
+    rows = test[: len(test) // 8 * 8].view(8, -1)[:, :total].clone()
+    rows[:, 0] = 0
     edges = [1, ORIGINAL, *(total * share // 4 for share in (1, 2, 3, 4))]
     lines = [
         f"A stream of {rows.shape[1]} bytes in pieces of {piece}; {len(rows)} rows; a cache of {sizes}. Bits "
