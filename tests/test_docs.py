@@ -127,6 +127,15 @@ def test_the_decoding_code_runs(make_model, tokenizer):
     assert len(names["output"].sequences) == len(names["tokens"]) == 2
 
 
+def test_the_page_on_long_texts_runs():
+    """Its code on texts longer than trained, whose blocks build on each other."""
+    text = (DOCS / "context.md").read_text().partition("## Longer than trained")[2]
+    names = {}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), names)
+    assert names["cache"].get_seq_length() == 163 and names["cache"].layers[0].keys.shape[-2] == 31
+    assert names["with_memory"].shape == names["without"].shape == (1, 99)
+
+
 def test_the_constitution_page_runs(make_model, tokenizer, tmp_path, monkeypatch):
     from hfllm.synthesis.constitution import load_constitution
 

@@ -108,6 +108,7 @@ OTHERS = {
     ("ground", "sft"): "sft",
     ("ground", "grounded"): "sft",
     ("ground", "reward"): "reward",
+    ("extend", "base"): "pretrain",
 }
 
 
@@ -115,7 +116,7 @@ OTHERS = {
     "stage",
     [
         *("curate", "pretrain", "sft", "reward", "rlhf", "distill", "constitution", "reason", "tools", "ground"),
-        "classify",
+        *("classify", "extend"),
     ],
 )
 def test_every_shipped_config_parses(stage):

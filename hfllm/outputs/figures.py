@@ -34,6 +34,13 @@ LABELS = {
     "held_out_loss": "held-out loss (nats per token)",
     "perplexity": "perplexity of held-out text (per token)",
     "bits_per_byte": "held-out text (bits per byte)",
+    "bits_per_byte_short": "up to the trained length (bits per byte)",
+    "bits_per_byte_long": "beyond the trained length (bits per byte)",
+    "bits_per_byte_short_untrained": "up to the trained length, extended but not trained",
+    "bits_per_byte_long_untrained": "beyond the trained length, extended but not trained",
+    "bits_per_byte_long_cut": "beyond it, the model as it was, reading no more than it was trained on",
+    "needle": "needles found in texts of the world",
+    "needle_text": "needles found in your text",
     "agreement": "share of tokens on which both models agree",
     "train_prompts": "prompts trained on",
     "eval_prompts": "held-out prompts",
@@ -53,6 +60,8 @@ BETTER = {
     **dict.fromkeys(("proxy_reward", "reward_model_accuracy"), 1),
     **dict.fromkeys(("right_needed", "sampled_right_needed", "calls_needed", "sampled_calls_needed"), 1),
     **dict.fromkeys(("calls_not_needed", "sampled_calls_not_needed"), -1),
+    **dict.fromkeys(("needle", "needle_text"), 1),
+    **dict.fromkeys(("bits_per_byte_short", "bits_per_byte_long"), -1),
     **dict.fromkeys(("unfinished", "held_out_loss", "eval_loss", "perplexity", "bits_per_byte"), -1),
 }
 

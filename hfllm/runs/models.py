@@ -195,7 +195,8 @@ def new_config(fields: dict[str, Any]) -> "HfllmConfig":
         return HfllmConfig(**fields)
     except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
         sizes = ", ".join(f"{name} {fields.get(name)}" for name in ("hidden_size", "num_attention_heads"))
-        reason = " ".join(str(error).split())[:300]
+        # Of a check of the config the cause says what it is; the rest names the check.
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise InputError(f"{sizes} and the other fields describe no model: {reason}") from None
 
 

@@ -100,9 +100,13 @@ def check_ranges(*parsed: "DataclassInstance") -> None:
     Raises:
         InputError: naming the flag, the value and what is accepted.
     """
+    # For recipes that also do something without training.
+    may_train_nothing = any(getattr(group, "may_train_nothing", False) for group in parsed)
     for group in parsed:
         hints = get_type_hints(type(group))
         for item in fields(group):
+            if may_train_nothing and item.name == "max_steps" and getattr(group, item.name) == 0:
+                continue
             if item.init:
                 _check(item.name, getattr(group, item.name), hints[item.name])
 

@@ -1,8 +1,10 @@
 """The architecture of a new model, as flags; and the config of a model that is named or not yet trained."""
 
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
+from hfllm.errors import InputError
 from hfllm.runs.chain import Chain
 
 if TYPE_CHECKING:
@@ -29,6 +31,28 @@ class ArchitectureArguments:
     position_embedding_type: str = field(default="rope", metadata={"help": "rope, learned or none."})
     parallel_block: bool = field(default=False, metadata={"help": "Attention and MLP side by side, as in PaLM."})
     sliding_window: int | None = field(default=None, metadata={"help": "Tokens that each token attends to at most."})
+    layer_types: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Attention of each layer: full_attention, sliding_attention (with --sliding_window), "
+            "linear_attention; a shorter list is repeated over the layers."
+        },
+    )
+    no_rope_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "0 for each layer without rotary positions, 1 for the others; repeated likewise."},
+    )
+    linear_num_key_heads: int | None = field(default=None, metadata={"help": "Key heads of linear attention."})
+    linear_num_value_heads: int | None = field(default=None, metadata={"help": "Its value heads."})
+    linear_key_head_dim: int | None = field(default=None, metadata={"help": "Size of such a key head."})
+    linear_value_head_dim: int | None = field(default=None, metadata={"help": "Size of such a value head."})
+    linear_conv_kernel_dim: int = field(default=4, metadata={"help": "Tokens that its convolution sees."})
+    sparse_block_size: int | None = field(
+        default=None, metadata={"help": "Keys of a block, for --attn_implementation sparse."}
+    )
+    sparse_num_blocks: int | None = field(
+        default=None, metadata={"help": "Blocks that a token attends to, its own included, for the same."}
+    )
     num_local_experts: int = field(default=0, metadata={"help": "Experts of each layer; 0 means one dense MLP."})
     num_experts_per_tok: int = field(default=2, metadata={"help": "Experts that each token passes through."})
     moe_intermediate_size: int | None = field(default=None, metadata={"help": "Width of an expert."})
@@ -50,9 +74,59 @@ class ArchitectureArguments:
 ARCHITECTURE = tuple(name for name in ArchitectureArguments.__dataclass_fields__ if name != "vocab_size")
 
 
+# Fields that only some attention functions read; other models do not have them.
+ONLY_IF_GIVEN = ("sparse_block_size", "sparse_num_blocks")
+
+
 def architecture_of(script_args: ArchitectureArguments) -> dict[str, object]:
-    """Return the fields of `HfllmConfig` that the flags describe."""
-    return {name: getattr(script_args, name) for name in ARCHITECTURE}
+    """Return the fields of `HfllmConfig` that the flags describe.
+
+    Raises:
+        InputError: for a type of layer that there is not, with the nearest one, a list that does not divide the
+            layers, and sizes of sparse attention of which one is missing or below 1.
+    """
+    fields = {name: getattr(script_args, name) for name in ARCHITECTURE}
+    check_layer_types(script_args)
+    for name in ("layer_types", "no_rope_layers"):
+        if fields[name]:
+            fields[name] = repeated(name, fields[name], script_args.num_hidden_layers)
+    sizes = [fields[name] for name in ONLY_IF_GIVEN]
+    if sizes != [None, None] and not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise InputError(
+            f"--sparse_block_size {sizes[0]} and --sparse_num_blocks {sizes[1]}: expected both, each at least 1"
+        )
+    return {name: value for name, value in fields.items() if value is not None or name not in ONLY_IF_GIVEN}
+
+
+def check_layer_types(script_args: ArchitectureArguments) -> None:
+    """Refuse types of layers that there are not.
+
+    Raises:
+        InputError: with the nearest one.
+    """
+    if script_args.layer_types is None:
+        return
+    from hfllm.models.layer_types_hfllm import LAYER_TYPES
+
+    for name in script_args.layer_types:
+        if name not in LAYER_TYPES:
+            near = get_close_matches(name, LAYER_TYPES, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"--layer_types {name!r} is not one of {', '.join(LAYER_TYPES)}{hint}")
+
+
+def repeated(name: str, values: list, layers: int) -> list:
+    """Return a list with one value for each layer: the values again and again.
+
+    Raises:
+        InputError: when that does not come out even.
+    """
+    if layers % len(values):
+        raise InputError(
+            f"--{name} has {len(values)} values for --num_hidden_layers {layers}: expected one for each, or a number "
+            "that divides them"
+        )
+    return values * (layers // len(values))
 
 
 def check_adapter(model_args: "ModelConfig", before: Chain, task_type: str = "CAUSAL_LM") -> None:

@@ -135,6 +135,14 @@ def check(script_args: PretrainArguments, training_args: "TrainingArguments", mo
     if not own:
         fields = named_fields(named) if named else architecture_of(script_args)
         new_config({**fields, "is_causal": script_args.objective != "masked"})
+    is_sparse = model_args.attn_implementation == "sparse"
+    refuse(
+        bool(script_args.sparse_block_size) and not is_sparse,
+        "--sparse_block_size",
+        "it needs --attn_implementation sparse",
+    )
+    if is_sparse and not (own or named or script_args.sparse_block_size):
+        raise InputError("--attn_implementation sparse needs --sparse_block_size and --sparse_num_blocks")
     check_trainable(model_args, adapters=False)
 
 

@@ -308,3 +308,48 @@ def test_a_new_model_has_the_named_architecture(corpus, tmp_path, make_config):
     make_config(vocab_size=40, hidden_size=32).save_pretrained(tmp_path / "small")
     with pytest.raises(InputError, match=r"vocab_size=40 is less than the \d+ tokens of the tokenizer"):
         pretrain.main(*pretrain.parse([*flags, *too_small, "--output_dir", str(tmp_path / "third")]))
+
+
+def test_layers_of_several_kinds_are_flags(run, corpus, tmp_path):
+    flags = ["--layer_types", "sliding_attention", "linear_attention", "full_attention", "--sliding_window", "16"]
+    flags += ["--no_rope_layers", "1", "1", "0", "--num_hidden_layers", "6", "--linear_key_head_dim", "8"]
+    metrics = run(*flags, dataset_name=corpus[0], max_steps=1, num_hidden_layers=None)
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
+    assert config.layer_types == ["sliding_attention", "linear_attention", "full_attention"] * 2
+    assert config.no_rope_layers == [1, 1, 0] * 2 and config.linear_key_head_dim == 8
+    assert metrics["parameters"] == config.num_parameters()
+
+
+def test_sparse_attention_is_a_flag(run, corpus, tmp_path):
+    flags = ["--attn_implementation", "sparse", "--sparse_block_size", "8", "--sparse_num_blocks", "2"]
+    run(*flags, dataset_name=corpus[0], max_steps=1)
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (saved["sparse_block_size"], saved["sparse_num_blocks"]) == (8, 2)
+
+
+def test_a_model_without_sparse_attention_has_no_sizes_of_it(run, corpus, tmp_path):
+    run(dataset_name=corpus[0], max_steps=1)
+    assert not [name for name in json.loads((tmp_path / "out" / "config.json").read_text()) if "sparse_" in name]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--layer_types", "linear_atention", "full_attention"],
+            "'linear_atention' is not one of .* did you mean 'linear_attention'",
+        ),
+        (["--layer_types", *["full_attention"] * 3], "has 3 values for --num_hidden_layers 2"),
+        (["--layer_types", "linear_attention"], "has linear_attention alone"),
+        (["--layer_types", "sliding_attention", "full_attention"], "needs sliding_window"),
+        (["--layer_types", "sliding_attention", "--sliding_window", "0"], "sliding_window must be at least 1"),
+        (["--no_rope_layers", "2"], "no_rope_layers=.* must be one 0"),
+        (["--sparse_block_size", "8"], "--sparse_num_blocks None: expected both"),
+        (["--sparse_block_size", "8", "--sparse_num_blocks", "2"], "it needs --attn_implementation sparse"),
+        (["--attn_implementation", "sparse"], "needs --sparse_block_size and --sparse_num_blocks"),
+        (["--layer_type", "full_attention"], "did you mean 'layer_types'"),
+    ],
+)
+def test_bad_mixes_of_layers_are_refused(run, corpus, flags, message):
+    with pytest.raises(InputError, match=message):
+        run(*flags, dataset_name=corpus[0])

@@ -1,0 +1,157 @@
+"""A needle in a haystack: does a model find one sentence at any depth of a long text?
+
+The sentence says the color of somebody's thing; at the end the same sentence begins again, and the color that the
+model finds most likely is taken as its answer. Nothing has to be written or followed, so that base models can do it.
+"""
+
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hfllm.data.world.vocabulary import COLOURS, PEOPLE, THINGS
+from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hfllm.outputs.report import Heatmap
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+SAID = "{person} has a {colour} {thing}."
+ASKED = "The {thing} of {person} is"
+# Tokens of one forward pass.
+BATCH_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class NeedleGrid:
+    """The share of needles found, by length of the text and depth of the needle.
+
+    Args:
+        lengths: tokens of the texts.
+        depths: 0 is the beginning of the text, 1 its end.
+        right: (lengths, depths, cases) of 0 or 1.
+        chance: the share that guessing finds.
+    """
+
+    lengths: Sequence[int]
+    depths: Sequence[float]
+    right: Sequence[Sequence[Sequence[int]]]
+    chance: float
+
+    def share(self, length: int | None = None) -> list[float]:
+        """Return 0 or 1 of every case, of one length or of all."""
+        rows = self.right if length is None else [self.right[list(self.lengths).index(length)]]
+        return [float(each) for row in rows for cell in row for each in cell]
+
+    def rows(self) -> list[dict[str, float]]:
+        """Return the table: a row for each length, a column for each depth."""
+        return [
+            {
+                "tokens": length,
+                **{f"depth {depth:g}": _mean(cell) for depth, cell in zip(self.depths, row, strict=True)},
+            }
+            for length, row in zip(self.lengths, self.right, strict=True)
+        ]
+
+    def heatmap(self, title: str) -> "Heatmap":
+        """Return the plot of these shares."""
+        from hfllm.outputs.report import Heatmap
+
+        return Heatmap(
+            title=f"{title} (chance {self.chance:.2f})",
+            xlabel="depth of the needle",
+            ylabel="tokens",
+            rows=[str(length) for length in self.lengths],
+            columns=[f"{depth:g}" for depth in self.depths],
+            values=[[_mean(cell) for cell in row] for row in self.right],
+            lowest=0.0,
+            highest=1.0,
+        )
+
+
+def _mean(cell: Sequence[int]) -> float:
+    return sum(cell) / max(1, len(cell))
+
+
+def find_needles(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    filler: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    cases: int = 8,
+    depths: Sequence[float] = DEPTHS,
+    seed: int = 0,
+) -> NeedleGrid:
+    """Ask for `cases` needles at each length and depth. The same seed gives the same questions to every model.
+
+    Args:
+        filler: rows of tokens, each at least as long as the longest text.
+        lengths: tokens of the texts, needle and question included.
+        depths: shares of the text before the needle.
+
+    Raises:
+        InputError: when a length has no room for a needle, or the tokenizer writes no two colors differently.
+    """
+    import torch
+    from tqdm import tqdm
+
+    answers = first_tokens(tokenizer)
+    rng, right = random.Random(f"needle-{seed}"), []
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for length in tqdm(lengths, disable=not sys.stderr.isatty(), leave=False):
+            row = []
+            for depth in depths:
+                drawn = [_case(tokenizer, filler, length, depth, list(answers), rng) for _ in range(cases)]
+                ids = torch.tensor([ids for ids, _ in drawn], device=model.device)
+                parts = ids.split(max(1, BATCH_TOKENS // length))
+                logits = torch.cat(
+                    [model(input_ids=each, use_cache=False, logits_to_keep=1).logits[:, -1] for each in parts]
+                )
+                chosen = logits[:, list(answers.values())].argmax(-1).tolist()
+                names = list(answers)
+                row.append([int(names[pick] == colour) for pick, (_, colour) in zip(chosen, drawn, strict=True)])
+            right.append(row)
+    model.train(was_training)
+    return NeedleGrid(list(lengths), list(depths), right, 1 / len(answers))
+
+
+def first_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """Return the colors that are told apart by their first token after a word, and that token.
+
+    Raises:
+        InputError: when there are fewer than two.
+    """
+    found: dict[int, str] = {}
+    for colour in COLOURS:
+        before, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("is", f"is {colour}"))
+        if after[: len(before)] == before and len(after) > len(before):
+            found.setdefault(after[len(before)], colour)
+    if len(found) < 2:
+        raise InputError("the needle test cannot be done: the tokenizer begins all colors with the same token")
+    return {colour: token for token, colour in found.items()}
+
+
+def _case(
+    tokenizer: "PreTrainedTokenizerBase",
+    filler: Sequence[Sequence[int]],
+    length: int,
+    depth: float,
+    colours: Sequence[str],
+    rng: random.Random,
+) -> tuple[list[int], str]:
+    """Return the tokens of a text with its question, and the answer."""
+    person, thing, colour = rng.choice(PEOPLE), rng.choice(THINGS), rng.choice(colours)
+    words = {"person": person, "thing": thing, "colour": colour}
+    needle = tokenizer(f" {SAID.format(**words)} ", add_special_tokens=False)["input_ids"]
+    question = tokenizer(f" {ASKED.format(**words)}", add_special_tokens=False)["input_ids"]
+    row, room = rng.choice(filler), length - len(needle) - len(question)
+    if room < 1:
+        raise InputError(f"the needle test needs more than {len(needle) + len(question)} tokens, got {length}")
+    begin = rng.randrange(len(row) - room + 1)
+    hay, place = list(row[begin : begin + room]), round(depth * room)
+    return [*hay[:place], *needle, *hay[place:], *question], colour

@@ -1,0 +1,146 @@
+"""Extend a model beyond the length that it was trained on, by other frequencies of its rotary positions.
+
+The types are those of transformers' `rope_parameters`; `ntk` is a higher `rope_theta`, which is no type of its own:
+
+    linear   positions are divided by the factor (position interpolation, Chen et al. 2023, arXiv:2306.15595)
+    ntk      theta * factor^(R / (R - 2)), R rotated dimensions of a head: the slowest frequency is divided by the
+             factor, the fastest stays (Peng et al. 2023, arXiv:2309.00071, section 3.1)
+    dynamic  the same, by as much as the text at hand needs; texts of the trained length stay as they were
+    yarn     fast frequencies stay, slow ones are divided, and scores are sharpened (the same paper, section 3)
+    llama3   fast frequencies stay, slow ones are divided, as in Llama 3.1
+"""
+
+from copy import copy, deepcopy
+from typing import TYPE_CHECKING
+
+from hfllm.errors import InputError
+from hfllm.models.context import max_length_of
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+ROPE_TYPES = ("linear", "ntk", "dynamic", "yarn", "llama3")
+# Of Llama 3.1: wavelengths above the trained length / 1 are divided by the factor, those below length / 4 stay.
+LLAMA3_FREQUENCIES = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FULL = "full_attention"
+
+
+def extended_config(
+    config: "PreTrainedConfig", rope_type: str, factor: float, original_length: int | None = None
+) -> "PreTrainedConfig":
+    """Return a copy of a config whose rotary positions are made for `factor` times the length.
+
+    Where each type of layer has parameters of its own (Gemma 3), only those of full attention change: the others never
+    look further than their window. A `dynamic` config keeps its `max_position_embeddings`, which is where transformers
+    begins to scale; the others get the new length.
+
+    Args:
+        config: of a decoder with rotary positions that were not extended before.
+        rope_type: one of `ROPE_TYPES`.
+        factor: how many times longer, above 1.
+        original_length: tokens of the longest text that it was trained on; `None` means its
+            `max_position_embeddings`.
+
+    Raises:
+        InputError: for a model without rotary positions that see all tokens, positions that are extended already, an
+            unknown type, or a factor that is not above 1.
+    """
+    if rope_type not in ROPE_TYPES:
+        raise InputError(f"--rope_type {rope_type!r} is not one of {', '.join(ROPE_TYPES)}")
+    if not factor > 1 or factor == float("inf"):
+        raise InputError(f"--factor {factor}: expected a number above 1")
+    length = max_length_of(config) if original_length is None else original_length
+    if length is None:
+        raise InputError(
+            "--original_max_position_embeddings is needed: the model's config has no max_position_embeddings"
+        )
+    if length < 2:
+        raise InputError(f"--original_max_position_embeddings {length}: expected at least 2")
+    extended = deepcopy(config)
+    text = extended.get_text_config(decoder=True)
+    name = _extended_part(text)
+    rope = text.rope_parameters if name is None else text.rope_parameters[name]
+    changed = _extended_rope(rope, rope_type, factor, length, _rotated_dimensions(text, rope))
+    text.rope_parameters = changed if name is None else {**text.rope_parameters, name: changed}
+    text.max_position_embeddings = length if rope_type == "dynamic" else int(length * factor)
+    return extended
+
+
+def extend_model(model: "PreTrainedModel", extended: "PreTrainedConfig") -> None:
+    """Give a model the rotary positions of `extended_config`, in place; its weights stay.
+
+    Raises:
+        InputError: for a model whose rotary positions are made in a way that is not known here.
+    """
+    config, new = model.config.get_text_config(decoder=True), extended.get_text_config(decoder=True)
+    config.rope_parameters, config.max_position_embeddings = new.rope_parameters, new.max_position_embeddings
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child).__name__.endswith("RotaryEmbedding") and _is_of(child, config, name)
+    ]
+    if not found:
+        raise InputError(f"a model of type {config.model_type} has no rotary embedding that can be made anew")
+    for parent, name, child in found:
+        alone = config
+        if child.config is not config:
+            alone = copy(config)
+            alone.rope_parameters = config.rope_parameters[name]
+        device = next(child.buffers()).device
+        setattr(parent, name, type(child)(config=alone).to(device))
+
+
+def _is_of(rotary: "nn.Module", config: "PreTrainedConfig", name: str) -> bool:
+    """Return whether a rotary embedding is the text's, and not the pictures'; ours by layer type have a copy."""
+    own = getattr(rotary, "config", None)
+    return own is config or (type(own) is type(config) and name in (getattr(config, "layer_types", None) or ()))
+
+
+def _extended_part(config: "PreTrainedConfig") -> str | None:
+    """Return the layer type whose rotary parameters are extended, or `None` if all layers share them.
+
+    Raises:
+        InputError: when no layer with rotary positions sees further than its window.
+    """
+    what = f"a model of type {config.model_type}"
+    rope = getattr(config, "rope_parameters", None)
+    if not rope or getattr(config, "position_embedding_type", "rope") != "rope":
+        raise InputError(f"{what} has no rotary positions (rope_parameters), which alone can be extended")
+    kinds = list(getattr(config, "layer_types", None) or ())
+    rotated = getattr(config, "no_rope_layers", None) or [1] * len(kinds)
+    far = {kind for kind, is_rotated in zip(kinds, rotated, strict=False) if is_rotated} - {"linear_attention"}
+    if kinds and not far - {"sliding_attention", "chunked_attention"}:
+        raise InputError(
+            f"{what} cannot be extended by its positions: none of its layers with rotary positions sees further than "
+            "its window (layer_types, no_rope_layers)"
+        )
+    if "rope_theta" in rope or "rope_type" in rope:
+        return None
+    if FULL not in rope:
+        raise InputError(f"rope_parameters of {what} has {', '.join(rope)}, and none for {FULL}")
+    return FULL
+
+
+def _rotated_dimensions(config: "PreTrainedConfig", rope: dict) -> int:
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(head * rope.get("partial_rotary_factor", 1.0))
+
+
+def _extended_rope(rope: dict, rope_type: str, factor: float, length: int, rotated: int) -> dict:
+    before = rope.get("rope_type", "default")
+    if before != "default":
+        raise InputError(
+            f"rope_parameters: rope_type={before!r} has been extended already; only 'default' positions can be"
+        )
+    if rope_type in ("ntk", "dynamic") and rotated < 4:
+        raise InputError(
+            f"--rope_type {rope_type} needs at least 4 rotated dimensions in a head, this model has {rotated}"
+        )
+    if rope_type == "ntk":
+        return {**rope, "rope_theta": rope["rope_theta"] * factor ** (rotated / (rotated - 2))}
+    new = {**rope, "rope_type": rope_type, "factor": float(factor)}
+    if rope_type in ("yarn", "llama3"):
+        new["original_max_position_embeddings"] = length
+    return {**new, **LLAMA3_FREQUENCIES} if rope_type == "llama3" else new

@@ -1,0 +1,96 @@
+"""Extend a model to texts several times longer than it was trained on, and judge it beside itself as it was.
+
+    hfllm extend                                                          # the embedded world, from nothing
+    hfllm extend --model_name_or_path NAME --dataset_name book.txt --rope_type yarn --factor 4
+    hfllm extend --model_name_or_path NAME --dataset_name pydoc --rope_type ntk --factor 8 --max_steps 0
+    accelerate launch recipes/extend.py --model_name_or_path NAME --dataset_name texts.jsonl
+
+Any causal model with rotary positions: of this family or another. `--rope_type` is linear, ntk, dynamic, yarn or
+llama3; a short training on rows of the new length follows, none with `--max_steps 0`. The report has bits per byte by
+position and a needle test by depth and length; the control is the model as it was. docs/context.md tells more.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from hfllm.runs.command_line import parse_recipe, run
+from hfllm.runs.lock import releases_folders
+from hfllm.runs.remote_code import trusts_code_if_asked
+from hfllm.stages.extend import LIBRARY, ExtendArguments, default_settings
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+    from trl import ModelConfig
+
+
+def parse(argv: Sequence[str]) -> tuple[ExtendArguments, "TrainingArguments", "ModelConfig"]:
+    """Read the flags; the defaults depend on whether a model is named."""
+    return parse_recipe(argv, __doc__, ExtendArguments, LIBRARY, "outputs/extend", default_settings)
+
+
+@releases_folders
+@trusts_code_if_asked
+def main(
+    script_args: ExtendArguments, training_args: "TrainingArguments", model_args: "ModelConfig"
+) -> dict[str, float]:
+    """Extend, train, judge, save, write the report. Return the metrics."""
+    from transformers import set_seed
+
+    from hfllm.models.extension import extend_model, extended_config
+    from hfllm.outputs.card import loading_lines
+    from hfllm.runs.models import check_trainable, load_policy
+    from hfllm.runs.stage import Stage
+    from hfllm.stages import extend, extend_data
+    from hfllm.stages.architecture import config_to_train
+    from hfllm.stages.extend_evaluation import ExtendEvaluation
+    from hfllm.stages.extend_trainer import make_trainer
+    from hfllm.trainers.interruptions import train
+    from hfllm.trainers.run_record import final_train_loss
+
+    # Refuse what cannot work before anything is trained.
+    extend.check(script_args, training_args, model_args)
+    before = extend.stages_before(script_args, training_args, model_args)
+    stage = Stage("extend", script_args, training_args, model_args, before=before.parsed)
+    stage.check()
+    if stage.is_finished:
+        return stage.reuse()
+    check_trainable(model_args, adapters=False)
+    original, length = extend.lengths_of(script_args, config_to_train(model_args, before))
+    seed = training_args.seed
+    texts = extend_data.texts_to_split(script_args, seed)
+    stage.announce()
+
+    # A small base model of a short context, where none is named.
+    if before.runs:
+        extend_data.write_base_texts(script_args, training_args.output_dir, seed)
+    before.run()
+    base_args = replace(model_args, model_name_or_path=before.model("pretrain") or model_args.model_name_or_path)
+    set_seed(seed)
+    model, tokenizer = load_policy(base_args)
+    rows = extend_data.rows_of(script_args, texts, tokenizer, length, seed)
+
+    # The model as it was, extended, and trained on long rows.
+    model.to(training_args.device)
+    evaluation = ExtendEvaluation(script_args, tokenizer, rows, original, length)
+    evaluation.judge(model, "before")
+    extend_model(model, extended_config(model.config, script_args.rope_type, script_args.factor, original))
+    tokenizer.model_max_length = length
+    trainer, trained = make_trainer(stage.training_args, model, tokenizer, rows.train), {}
+    if training_args.max_steps != 0:
+        evaluation.judge(model, "extended", needles=False)
+        train(trainer, stage.checkpoint, stage.identity)
+        trained = {"train_loss": final_train_loss(trainer)}
+    trainer.save_model()
+    evaluation.judge(model, "after")
+
+    found = evaluation.found()
+    metrics = {**found.metrics, "original_length": original, "length": length, "factor": script_args.factor, **trained}
+    lines, models = loading_lines(training_args.output_dir), {"model": base_args.model_name_or_path}
+    return stage.finish(
+        metrics, trainer, found.summary, dict(found.tables), dict(found.plots), next_steps=lines, models=models
+    )
+
+
+if __name__ == "__main__":
+    run(main, parse)
