@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .banded_hfllm import banded_attention_forward, banded_mask, is_banded, register, with_banded_masks
+from .banded_hfllm import banded_attention_forward, banded_mask, forget_all, is_banded, register, with_banded_masks
 from .configuration_hfllm import HfllmConfig
 from .layers_hfllm import build_norm
 from .memory_hfllm import needs_autograd
@@ -178,6 +178,8 @@ class HfllmAttention(nn.Module):
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+            if self.sliding_window == 1:
+                forget_all(cache, self.layer_idx)
         eager = eager_attention_forward if self.softcap is None else softcapped_attention
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
         if self.softcap is not None:

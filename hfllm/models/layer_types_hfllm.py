@@ -28,13 +28,18 @@ def follow_edits(config: "HfllmConfig") -> None:
     """Let what is filled in follow fields that were set since, when a model is built or the config saved.
 
     A list that says the same of all layers follows their number and the window, as `from_pretrained(name,
-    num_hidden_layers=2)` and `sliding_window=None` set them, which know nothing of it.
+    num_hidden_layers=2)` and `sliding_window=None` set them, which know nothing of it. Beside layers of linear
+    attention, the others follow the window.
     """
     config.layer_types = filled_layer_types(config)
     fill_linear_sizes(config)
     kinds, number = set(config.layer_types), config.num_hidden_layers
-    if len(kinds) == 1 and kinds <= {"full_attention", "sliding_attention"}:
-        config.layer_types = ["full_attention" if config.sliding_window is None else "sliding_attention"] * number
+    others = kinds - {"linear_attention"}
+    if len(others) == 1 and others <= {"full_attention", "sliding_attention"}:
+        kind = "full_attention" if config.sliding_window is None else "sliding_attention"
+        config.layer_types = [each if each == "linear_attention" else kind for each in config.layer_types]
+    if len(kinds) == 1:
+        config.layer_types = config.layer_types[:1] * number
     if config.no_rope_layers is not None and len(set(config.no_rope_layers)) == 1:
         config.no_rope_layers = config.no_rope_layers[:1] * number
 

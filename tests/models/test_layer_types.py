@@ -90,6 +90,18 @@ def test_layers_of_one_kind_follow_what_is_set_when_a_model_is_loaded(make_model
     assert (windowed(ids).logits - plain).abs().max() > 1e-3
 
 
+def test_layers_beside_linear_ones_follow_the_window(make_model, tmp_path, ids):
+    model = make_model(layer_types=["linear_attention", FULL])
+    model.save_pretrained(tmp_path)
+    windowed = hfllm.HfllmForCausalLM.from_pretrained(tmp_path, sliding_window=3)
+    assert windowed.config.layer_types == ["linear_attention", SLIDING]
+    assert (windowed(ids).logits - model(ids).logits).abs().max() > 1e-3
+    windowed.config.sliding_window = None
+    windowed.config.save_pretrained(tmp_path)
+    whole = hfllm.HfllmForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(whole(ids).logits, model(ids).logits, atol=0, rtol=0)
+
+
 def test_what_is_filled_in_follows_a_config_that_is_edited_and_saved(tmp_path):
     config = HfllmConfig(**SIZES, vocab_size=50, sliding_window=4, no_rope_layers=[0, 0])
     config.num_hidden_layers, config.sliding_window = 3, None
