@@ -69,6 +69,11 @@ FAMILIES = {
         "qk_norm_scope": "all_heads",
         "position_embedding_type": "none",
     },
+    "llama4-chunks": {
+        "layer_types": ["chunked_attention", "full_attention"],
+        "attention_chunk_size": 5,
+        "no_rope_layers": [1, 0],
+    },
     "no-positions": {"hidden_act": "gelu", "position_embedding_type": "none"},
 }
 BERT = {**_GPT, "norm_placement": "post", "hidden_act": "gelu", "is_causal": False}

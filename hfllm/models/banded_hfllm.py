@@ -195,15 +195,17 @@ def functions_in(mask_function: Callable) -> set[str]:
 class MaskSettings:
     """What the mask functions of transformers read of a config."""
 
-    sliding_window: int
+    sliding_window: int | None
+    attention_chunk_size: int | None
     is_causal: bool
     _attn_implementation: str = "banded"
 
 
 def with_banded_masks(config: PreTrainedConfig) -> PreTrainedConfig | MaskSettings:
     """Return what makes the mask functions of transformers make banded masks, if `config` says SDPA, else `config`."""
-    is_sdpa = config._attn_implementation == "sdpa"
-    return MaskSettings(config.sliding_window, config.is_causal) if is_sdpa else config
+    if config._attn_implementation != "sdpa":
+        return config
+    return MaskSettings(config.sliding_window, getattr(config, "attention_chunk_size", None), config.is_causal)
 
 
 def forget_all(cache: Cache, layer_idx: int) -> None:

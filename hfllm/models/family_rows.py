@@ -6,6 +6,7 @@ from hfllm.errors import InputError
 from hfllm.models import tensor_layouts as layouts
 from hfllm.models.configuration_hfllm import HfllmConfig
 from hfllm.models.mixed_family_rows import MIXED_FAMILIES, layers_of, qwen_layers
+from hfllm.models.more_family_rows import MORE_FAMILIES
 from hfllm.models.native_family import LLAMA, LLAMA_BIASES, Family
 
 if TYPE_CHECKING:
@@ -262,4 +263,4 @@ FAMILIES = {
 }
 # These have configs of their own for the class of Llama.
 FAMILIES |= {name: FAMILIES["llama"] for name in ("exaone", "internlm3", "iquestcoder")}
-FAMILIES |= MIXED_FAMILIES
+FAMILIES |= MIXED_FAMILIES | MORE_FAMILIES

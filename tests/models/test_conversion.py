@@ -110,14 +110,10 @@ def test_what_our_axes_cannot_say_is_refused(config, message):
 @pytest.mark.parametrize(
     ("model_type", "concept"),
     [
-        ("gptj", "a bias of the language-model head has no place in HfllmConfig"),
-        ("phi", "a bias of the language-model head"),
-        ("gpt_neo", "attention without the scale 1/sqrt(head_dim)"),
-        ("olmo", "a norm without weights"),
-        ("glm4", "a norm both before and after each block"),
-        ("codegen", "a bias of the language-model head"),
-        ("exaone4", "rotary positions that depend on whether the model has a window"),
-        ("llama4_text", "attention in chunks"),
+        ("olmo", "a norm without weights has no place in HfllmConfig"),
+        ("codegen", "queries, keys and values in shuffled parts of one tensor"),
+        ("gpt_oss", "attention sinks"),
+        ("llama4", "an encoder of images"),
         ("gemma3", "an encoder of images"),
         ("bloom", "ALiBi"),
         ("deepseek_v3", "latent attention"),

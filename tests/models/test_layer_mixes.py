@@ -10,6 +10,7 @@ from transformers import DynamicCache, StaticCache, Trainer, TrainerCallback, Tr
 from hfllm.models import banded_hfllm
 
 LINEAR, SLIDING, FULL = "linear_attention", "sliding_attention", "full_attention"
+CHUNKED = "chunked_attention"
 BY_TYPE = {
     SLIDING: {"rope_type": "default", "rope_theta": 100.0},
     FULL: {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0},
@@ -30,14 +31,20 @@ MIXES = {
     "sf-gemma": ("sf", 5, {**FAMILIES["gemma3"], "rope_parameters": BY_TYPE}),
     "slf-experts": ("slf", 5, {"num_local_experts": 4, "intermediate_size": 48}),
     "sparse": ("ff", None, SPARSE),
+    "chunks": ("cc", 5, {}),
+    "chunks-of-one": ("cf", 1, {}),
+    "clf-some-without-positions": ("clf", 6, {"no_rope_layers": [1, 1, 0]}),
+    "cf-sparse": ("cf", 5, SPARSE),
     "slf-sparse": ("slf", 5, {**SPARSE, "no_rope_layers": [1, 1, 0]}),
 }
-NAMES = {"l": LINEAR, "s": SLIDING, "f": FULL}
+NAMES = {"l": LINEAR, "c": CHUNKED, "s": SLIDING, "f": FULL}
 LENGTH = 75
 CUTS = {"pieces": [0, 1, 8, 43, 44, LENGTH], "tokens": [*range(9), *range(62, LENGTH + 1)]}
 # What takes longer is asked of these.
 FEWER = pytest.mark.parametrize(
-    "mix", ["window-of-one", "lllf", "sssf", "slf-rope-by-type", "slf-sparse"], indirect=True
+    "mix",
+    ["window-of-one", "lllf", "sssf", "slf-rope-by-type", "slf-sparse", "clf-some-without-positions"],
+    indirect=True,
 )
 
 
@@ -47,7 +54,8 @@ def mix(request, make_model, monkeypatch):
     monkeypatch.setattr(banded_hfllm, "SMALLEST_BLOCK", 4)
     kinds, window, axes = MIXES[request.param]
     names = {"num_hidden_layers": len(kinds), "layer_types": [NAMES[kind] for kind in kinds]}
-    model = make_model(**{**axes, **names, "sliding_window": window})
+    field = "attention_chunk_size" if "c" in kinds else "sliding_window"
+    model = make_model(**{**axes, **names, field: window})
     if "sparse" in request.param:
         model.set_attn_implementation("sparse")
     atol = 5e-5 if "l" in kinds else 1e-5
@@ -173,6 +181,7 @@ def test_a_run_that_is_cut_off_resumes_to_the_same_bits(make_model, ids, tmp_pat
 @FEWER
 def test_compiled_equals_plain(mix, ids):
     model, close = mix
+    torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     expected = model(ids, labels=ids, use_cache=False)
     grads = gradients(model, expected.loss)

@@ -11,6 +11,7 @@ from torch import nn
 
 from hfllm.errors import InputError
 from hfllm.models.adapters import find_adapter, load_apart
+from hfllm.models.layer_types_hfllm import WINDOWS
 from hfllm.models.loading import reason_of
 from hfllm.models.merging import load_merged
 from hfllm.models.precision import cast_weights
@@ -142,8 +143,9 @@ def _take_layers(config: "PreTrainedConfig", layers: Sequence[int]) -> None:
     for name in ("layer_types", "no_rope_layers"):
         if getattr(config, name, None):
             setattr(config, name, [getattr(config, name)[layer] for layer in layers])
-    if config.model_type == "hfllm" and "sliding_attention" not in config.layer_types:
-        config.sliding_window = None
+    for kind, field in WINDOWS.items() if config.model_type == "hfllm" else ():
+        if kind not in config.layer_types:
+            setattr(config, field, None)
 
 
 def _layers_name(model: "PreTrainedModel", count: int) -> str:
