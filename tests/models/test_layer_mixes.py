@@ -178,7 +178,7 @@ def test_a_run_that_is_cut_off_resumes_to_the_same_bits(make_model, ids, tmp_pat
 
 
 @pytest.mark.slow
-@FEWER
+@pytest.mark.parametrize("mix", ["sssf", "slf-rope-by-type", "clf-some-without-positions"], indirect=True)
 def test_compiled_equals_plain(mix, ids):
     model, close = mix
     torch.compiler.reset()
@@ -190,7 +190,7 @@ def test_compiled_equals_plain(mix, ids):
     compare(gradients(model, output.loss), grads, close)
     cache, parts = StaticCache(model.config, max_cache_len=LENGTH + 3), []
     with torch.no_grad():
-        for begin, end in pairwise([0, 60, 61, 62, 63]):
+        for begin, end in pairwise([0, 60, 61, 62]):
             positions = torch.arange(begin, end)[None]
             parts.append(compiled(ids[:, begin:end], position_ids=positions, cache=cache, use_cache=True).logits)
-    torch.testing.assert_close(torch.cat(parts, 1), expected.logits[:, :63], **close)
+    torch.testing.assert_close(torch.cat(parts, 1), expected.logits[:, :62], **close)

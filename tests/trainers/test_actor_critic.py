@@ -86,7 +86,9 @@ def check(actor, batch, temperature=0.7, never_sampled=(0,), atol=1e-5):
         )
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt1", "mixtral", "cohere", "mistral", "gemma3", "olmo-hybrid"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt1", "mixtral", "cohere", "mistral", "gemma3", "olmo-hybrid", "llama4-chunks"]
+)
 @pytest.mark.parametrize("separate_value_model", [False, True])
 def test_the_lean_pass_is_the_plain_one(make_model, batch, family, separate_value_model):
     policy, value_model = make_model(**FAMILIES[family]), None
