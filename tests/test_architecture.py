@@ -134,6 +134,7 @@ def test_the_files_of_a_model_travel_together():
         "attention_hfllm": {"torch", "transformers", "functools", "typing", "copy"},
         "balance_hfllm": {"torch", "transformers"},
         "banded_hfllm": {"torch", "transformers", "collections", "dataclasses"},
+        "chunked_hfllm": {"torch", "transformers", "copy"},
         "experts_hfllm": {"torch", "transformers"},
         "layers_hfllm": {"torch", "transformers"},
         "linear_hfllm": {"torch", "transformers", "math", "collections"},

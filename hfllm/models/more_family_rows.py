@@ -109,6 +109,16 @@ MORE_FAMILIES = {
         idle=frozenset({"attention_types", "window_size", "resid_dropout", "embed_dropout", "intermediate_size"}),
     ),
     "exaone4": Family(LLAMA, read=_exaone4_fields, write=_written_exaone4, idle=frozenset({"sliding_window_pattern"})),
+    "olmoe": Family(
+        {
+            **{**LLAMA_BIASES, "num_local_experts": "num_experts"},
+            **{name: name for name in ("num_experts_per_tok", "router_aux_loss_coef")},
+        },
+        read=lambda native: {
+            **{"qk_norm": True, "qk_norm_scope": "all_heads", "attention_output_bias": native.attention_bias},
+        },
+        write=lambda config: {"norm_topk_prob": True},
+    ),
     "glm4": Family(
         LLAMA_BIASES,
         read=lambda native: {"norm_placement": "both", "attention_output_bias": False},

@@ -4,7 +4,6 @@
 MISSING = {
     "queries, keys and values in shuffled parts of one tensor": ("codegen",),
     "a norm without weights": ("olmo", "nanochat"),
-    "a norm of whole queries and keys, over all heads": ("olmoe",),
     "a norm of queries and keys after the rotary embedding": ("hunyuan_v1_dense",),
     "factors on attention scores and on each block's output": ("hyperclovax",),
     "a norm inside attention and MLP": ("bitnet",),

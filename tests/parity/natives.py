@@ -207,6 +207,7 @@ NATIVES |= {
         "exaone4",
         {**_GROUPED, "sliding_window": None, "layer_types": ["full_attention"] * 2, "tie_word_embeddings": True},
     ),
+    "olmoe": ("olmoe", {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}),
     "glm4": ("glm4", {**_GROUPED, "head_dim": 16, "tie_word_embeddings": True}),
 }
 
