@@ -17,8 +17,20 @@ def layers_of(native: "PreTrainedConfig") -> dict[str, Any]:
 
 
 def written_layers(config: HfllmConfig) -> dict[str, Any]:
-    """Return the inverse of `layers_of`."""
+    """Return the inverse of `layers_of`.
+
+    Raises:
+        ValueError: for types that its families have not; their configs would take the name, and not the layer.
+    """
+    refuse_other_types(config, "full_attention", "sliding_attention")
     return {"layer_types": list(config.layer_types), "sliding_window": config.sliding_window}
+
+
+def refuse_other_types(config: HfllmConfig, *kinds: str) -> None:
+    """Raise a ValueError, with its name, for a type of layer that is none of `kinds`."""
+    for kind in config.layer_types:
+        if kind not in kinds:
+            raise ValueError(f"layer_types with {kind!r} have no place there")
 
 
 def qwen_layers(config: HfllmConfig) -> dict[str, Any]:
@@ -89,6 +101,7 @@ def _llama4_fields(native: "PreTrainedConfig") -> dict[str, Any]:
 
 
 def _written_llama4(config: HfllmConfig) -> dict[str, Any]:
+    refuse_other_types(config, "full_attention", "chunked_attention")
     return {
         **{"layer_types": list(config.layer_types), "attention_chunk_size": config.attention_chunk_size},
         "no_rope_layers": config.no_rope_layers or [1] * config.num_hidden_layers,
