@@ -94,6 +94,11 @@ FAMILIES = {
         **{"kv_lora_rank": 16, "q_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6},
         **{"num_key_value_heads": 4, "rope_interleave": True},
     },
+    "llama4-chunks": {
+        "layer_types": ["chunked_attention", "full_attention"],
+        "attention_chunk_size": 5,
+        "no_rope_layers": [1, 0],
+    },
     "no-positions": {"hidden_act": "gelu", "position_embedding_type": "none"},
 }
 BERT = {**_GPT, "norm_placement": "post", "hidden_act": "gelu", "is_causal": False}

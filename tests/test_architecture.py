@@ -135,6 +135,7 @@ def test_the_files_of_a_model_travel_together():
         "balance_hfllm": {"torch", "transformers"},
         "banded_hfllm": {"torch", "transformers", "collections", "dataclasses"},
         "expert_fields_hfllm": {"dataclasses", "difflib", "typing"},
+        "chunked_hfllm": {"torch", "transformers", "copy"},
         "experts_hfllm": {"torch", "transformers"},
         "latent_fields_hfllm": {"dataclasses", "typing"},
         "latent_hfllm": {"torch", "transformers", "math"},

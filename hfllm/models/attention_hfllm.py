@@ -18,8 +18,10 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .banded_hfllm import banded_attention_forward, banded_mask, is_banded, register, with_banded_masks
+from .banded_hfllm import banded_attention_forward, banded_mask, forget_all, is_banded, register, with_banded_masks
+from .chunked_hfllm import create_chunked_mask
 from .configuration_hfllm import HfllmConfig
+from .layer_types_hfllm import WINDOWS, own_window
 from .layers_hfllm import build_norm
 from .memory_hfllm import needs_autograd
 from .sparse_hfllm import sparse_attention_forward, sparse_mask
@@ -155,8 +157,7 @@ class HfllmAttention(nn.Module):
         self.is_causal = config.is_causal
         # Copied, here and in the layer: a config looks up every name in its attribute map, too slow for decoding.
         self.attention_dropout = config.attention_dropout
-        is_sliding = config.layer_types[layer_idx] == "sliding_attention"
-        self.sliding_window = config.sliding_window if is_sliding else None
+        self.sliding_window = own_window(config, layer_idx)
         self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
 
     def forward(
@@ -182,6 +183,8 @@ class HfllmAttention(nn.Module):
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+            if self.sliding_window == 1:
+                forget_all(cache, self.layer_idx)
         output, weights = self._attend(query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.reshape(*batch_and_length, -1).contiguous()), weights
 
@@ -342,11 +345,13 @@ def create_masks(
     # All of them become bidirectional when config.is_causal is False.
     create = masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
     settings = {kind: config for kind in config.layer_types}
-    if "sliding_attention" in settings:
-        settings["sliding_attention"] = with_banded_masks(config)
-    return {
+    settings |= {kind: with_banded_masks(config) for kind in settings.keys() & WINDOWS.keys()}
+    masks = {
         kind: create[kind](
             each, inputs_embeds, attention_mask, cache, position_ids=restarts, and_mask_function=allowed
         )
         for kind, each in settings.items()
     }
+    if "chunked_attention" in masks and allowed is not None:
+        masks["chunked_attention"] = create_chunked_mask(config, inputs_embeds, attention_mask, packed)
+    return masks

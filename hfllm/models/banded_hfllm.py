@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import AttentionInterface, masking_utils
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -194,15 +195,28 @@ def functions_in(mask_function: Callable) -> set[str]:
 class MaskSettings:
     """What the mask functions of transformers read of a config."""
 
-    sliding_window: int
+    sliding_window: int | None
+    attention_chunk_size: int | None
     is_causal: bool
     _attn_implementation: str = "banded"
 
 
 def with_banded_masks(config: PreTrainedConfig) -> PreTrainedConfig | MaskSettings:
     """Return what makes the mask functions of transformers make banded masks, if `config` says SDPA, else `config`."""
-    is_sdpa = config._attn_implementation == "sdpa"
-    return MaskSettings(config.sliding_window, config.is_causal) if is_sdpa else config
+    if config._attn_implementation != "sdpa":
+        return config
+    return MaskSettings(config.sliding_window, getattr(config, "attention_chunk_size", None), config.is_causal)
+
+
+def forget_all(cache: Cache, layer_idx: int) -> None:
+    """Empty the layer of a window of one token, of whom nothing is needed later.
+
+    Transformers' own cache keeps the last `window - 1` tokens by a slice that takes all of them where that is 0, and
+    then hands out more keys than the mask has.
+    """
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, DynamicSlidingWindowLayer) and not layer.record_past:
+        layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
 
 
 def register(name: str, forward: Callable, mask: Callable) -> None:

@@ -117,8 +117,11 @@ class HfllmConfig(LatentFields, ExpertFields, PreTrainedConfig):
         sliding_window: attend to this many tokens at most, the current one included (Mistral, arXiv:2310.06825);
             `None` means no limit. Causal models only, since attention kernels differ in how they treat later tokens.
         layer_types: the attention of each layer: `"full_attention"`; `"sliding_attention"`, which needs a
-            `sliding_window`; or `"linear_attention"`, a gated delta rule (arXiv:2412.06464) as in OLMo Hybrid. `None`
-            means the same for all layers: sliding if there is a window, else full.
+            `sliding_window`; `"chunked_attention"`, which needs an `attention_chunk_size`; or `"linear_attention"`, a
+            gated delta rule (arXiv:2412.06464) as in OLMo Hybrid. `None` means the same for all layers: sliding or
+            chunked if there is a window or a chunk size, else full.
+        attention_chunk_size: cut texts into chunks of this many tokens, of which each token sees only its own, up to
+            itself (Llama 4); they are counted from the first token that is not padding.
         no_rope_layers: a number for each layer: 0 for those without rotary positions, 1 for the others (SmolLM3, after
             arXiv:2501.18795). `None` means that all layers have them.
         num_local_experts: gated experts per layer (Mixtral, arXiv:2401.04088); 0 means one dense MLP. `ExpertFields`
@@ -144,6 +147,7 @@ class HfllmConfig(LatentFields, ExpertFields, PreTrainedConfig):
         final_logit_softcapping: the same for the logits of the language model.
         attention_bias: biases of the query, key and value projections.
         attention_output_bias: bias of the attention's output projection; `None` follows `attention_bias`.
+        lm_head_bias: bias of the language-model head (GPT-J, Phi); it needs logit_scale=1.
         embedding_multiplier: factor on the token embeddings (Gemma: the square root of hidden_size).
         logit_scale: factor on the logits (Cohere).
         linear_num_key_heads: heads of queries and keys in layers of linear attention; `None` means
@@ -190,6 +194,7 @@ class HfllmConfig(LatentFields, ExpertFields, PreTrainedConfig):
     position_embedding_type: str = "rope"
     is_causal: bool = True
     sliding_window: int | None = None
+    attention_chunk_size: int | None = None
     layer_types: list[str] | None = None
     no_rope_layers: list[int] | None = None
     num_local_experts: int = 0
@@ -214,6 +219,7 @@ class HfllmConfig(LatentFields, ExpertFields, PreTrainedConfig):
     attention_bias: bool = False
     attention_output_bias: bool | None = None
     mlp_bias: bool = False
+    lm_head_bias: bool = False
     embedding_multiplier: int | float = 1.0
     logit_scale: int | float = 1.0
     linear_num_key_heads: int | None = None
@@ -316,6 +322,7 @@ class HfllmConfig(LatentFields, ExpertFields, PreTrainedConfig):
         layers += (self.num_hidden_layers - linear) * attention
         layers += linear * self._linear_parameters() if linear else 0
         embeddings = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
+        embeddings += self.vocab_size * self.lm_head_bias
         embeddings += self.max_position_embeddings * hidden * (self.position_embedding_type == "learned")
         return embeddings + layers + norm * (self.norm_placement != "post")
 
@@ -360,7 +367,7 @@ class HfllmConfig(LatentFields, ExpertFields, PreTrainedConfig):
             raise ValueError(f"pad_token_id={self.pad_token_id} must be below vocab_size={self.vocab_size}")
         if self.position_embedding_type == "learned" and self.max_position_embeddings < 1:
             raise ValueError(f"max_position_embeddings must be at least 1, got {self.max_position_embeddings}")
-        for field, least in (("sliding_window", 1), ("loss_chunk_size", 0)):
+        for field, least in (("sliding_window", 1), ("attention_chunk_size", 1), ("loss_chunk_size", 0)):
             if getattr(self, field) is not None and getattr(self, field) < least:
                 raise ValueError(f"{field} must be at least {least} or None, got {getattr(self, field)}")
         for field in ("attention_dropout", "hidden_dropout", "classifier_dropout"):
@@ -381,9 +388,11 @@ class HfllmConfig(LatentFields, ExpertFields, PreTrainedConfig):
         check_experts(self)
         if self.parallel_block and self.norm_placement != "pre":
             raise ValueError(f"parallel_block=True needs norm_placement='pre', got {self.norm_placement!r}")
-        for field in ("sliding_window", "num_local_experts", "loss_chunk_size"):
+        for field in ("sliding_window", "attention_chunk_size", "num_local_experts", "loss_chunk_size"):
             if not self.is_causal and getattr(self, field):
                 raise ValueError(f"{field}={getattr(self, field)} needs is_causal=True, got False")
+        if self.lm_head_bias and self.logit_scale != 1:
+            raise ValueError(f"lm_head_bias=True needs logit_scale=1, got {self.logit_scale}")
         if self.norm_unit_offset and self.norm_type != "rmsnorm":
             raise ValueError(f"norm_unit_offset=True needs norm_type='rmsnorm', got {self.norm_type!r}")
 

@@ -194,7 +194,8 @@ def _is_token_classifier(model: "PreTrainedModel") -> bool:
 
 def _is_trunk(model: "PreTrainedModel") -> bool:
     """Return whether a model has no head."""
-    return model.base_model is model
+    # Llama 4's class with a head calls its trunk by another name than its prefix.
+    return model.base_model is model and model.get_output_embeddings() is None
 
 
 def _whole(model: "PreTrainedModel") -> dict[str, "torch.Tensor"]:

@@ -8,6 +8,7 @@ from hfllm.models.expert_family_rows import EXPERT_FAMILIES
 from hfllm.models.expert_fields_hfllm import expert_width
 from hfllm.models.latent_family_rows import LATENT_FAMILIES
 from hfllm.models.mixed_family_rows import MIXED_FAMILIES, layers_of, qwen_layers
+from hfllm.models.more_family_rows import MORE_FAMILIES
 from hfllm.models.native_family import LLAMA, LLAMA_BIASES, Family
 
 if TYPE_CHECKING:
@@ -248,4 +249,4 @@ FAMILIES = {
 }
 # These have configs of their own for the class of Llama.
 FAMILIES |= {name: FAMILIES["llama"] for name in ("exaone", "internlm3", "iquestcoder")}
-FAMILIES |= MIXED_FAMILIES | LATENT_FAMILIES
+FAMILIES |= MIXED_FAMILIES | MORE_FAMILIES | LATENT_FAMILIES

@@ -18,6 +18,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .attention_hfllm import HfllmAttention, apply_rotary_pos_emb
+from .banded_hfllm import forget_all
 from .configuration_hfllm import HfllmConfig
 from .layers_hfllm import HfllmRMSNorm
 from .memory_hfllm import is_unobserved
@@ -85,6 +86,8 @@ class HfllmLatentAttention(HfllmAttention):
         latent, shared = latent.transpose(1, 2), shared.transpose(1, 2)
         if cache is not None:
             latent, shared = cache.update(latent, shared, self.layer_idx, kwargs=kwargs)
+            if self.sliding_window == 1:
+                forget_all(cache, self.layer_idx)
             if self._absorbs(query, latent, attention_mask):
                 return self._attend_to_latents(query, query_rotated, latent, shared, attention_mask)
         query = torch.cat((query, query_rotated), dim=-1).transpose(1, 2)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .configuration_hfllm import HfllmConfig
 
-LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
+LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
+# The types that do not see everything, each with the field that says how much.
+WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 LINEAR_SIZES = (
     *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
     "linear_conv_kernel_dim",
@@ -20,21 +22,37 @@ def filled_layer_types(config: "HfllmConfig") -> list[str]:
     """Return the config's own `layer_types`, or one type for all layers, which the window decides."""
     if config.layer_types is not None:
         return list(config.layer_types)
-    kind = "full_attention" if config.sliding_window is None else "sliding_attention"
-    return [kind] * config.num_hidden_layers
+    return [_type_of_window(config)] * config.num_hidden_layers
+
+
+def own_window(config: "HfllmConfig", layer_idx: int) -> int | None:
+    """Return how many tokens a layer sees at most, its own included; `None` for no limit."""
+    field = WINDOWS.get(config.layer_types[layer_idx])
+    return None if field is None else getattr(config, field)
+
+
+def _type_of_window(config: "HfllmConfig") -> str:
+    """Return the type of layer that the first window of the config is for."""
+    types = (kind for kind, field in WINDOWS.items() if getattr(config, field) is not None)
+    return next(types, "full_attention")
 
 
 def follow_edits(config: "HfllmConfig") -> None:
     """Let what is filled in follow fields that were set since, when a model is built or the config saved.
 
     A list that says the same of all layers follows their number and the window, as `from_pretrained(name,
-    num_hidden_layers=2)` and `sliding_window=None` set them, which know nothing of it.
+    num_hidden_layers=2)` and `sliding_window=None` set them, which know nothing of it. Beside layers of linear
+    attention, the others follow the window.
     """
     config.layer_types = filled_layer_types(config)
     fill_linear_sizes(config)
     kinds, number = set(config.layer_types), config.num_hidden_layers
-    if len(kinds) == 1 and kinds <= {"full_attention", "sliding_attention"}:
-        config.layer_types = ["full_attention" if config.sliding_window is None else "sliding_attention"] * number
+    others = kinds - {"linear_attention"}
+    if len(others) == 1 and others <= {"full_attention", *WINDOWS}:
+        kind = _type_of_window(config)
+        config.layer_types = [each if each == "linear_attention" else kind for each in config.layer_types]
+    if len(kinds) == 1:
+        config.layer_types = config.layer_types[:1] * number
     if config.no_rope_layers is not None and len(set(config.no_rope_layers)) == 1:
         config.no_rope_layers = config.no_rope_layers[:1] * number
 
@@ -65,11 +83,15 @@ def check_layers(config: "HfllmConfig") -> None:
         ValueError: naming the field, its value and what is accepted.
     """
     _check_types(config)
-    kinds, window = set(config.layer_types), config.sliding_window
-    if "sliding_attention" in kinds and window is None:
-        raise ValueError("layer_types with 'sliding_attention' needs sliding_window, got None")
-    if "sliding_attention" not in kinds and window is not None:
-        raise ValueError(f"sliding_window={window} needs a 'sliding_attention' in layer_types, which has none")
+    kinds = set(config.layer_types)
+    for kind, field in WINDOWS.items():
+        window = getattr(config, field)
+        if kind in kinds and window is None:
+            raise ValueError(f"layer_types with {kind!r} needs {field}, got None")
+        if kind not in kinds and window is not None:
+            raise ValueError(f"{field}={window} needs a {kind!r} in layer_types, which has none")
+    if kinds >= WINDOWS.keys():
+        raise ValueError(f"layer_types has {' and '.join(WINDOWS)}: the masks of a cache are made for one of them")
     if "linear_attention" in kinds:
         _check_linear(config)
     layers = config.no_rope_layers

@@ -17,8 +17,20 @@ def layers_of(native: "PreTrainedConfig") -> dict[str, Any]:
 
 
 def written_layers(config: HfllmConfig) -> dict[str, Any]:
-    """Return the inverse of `layers_of`."""
+    """Return the inverse of `layers_of`.
+
+    Raises:
+        ValueError: for types that its families have not; their configs would take the name, and not the layer.
+    """
+    refuse_other_types(config, "full_attention", "sliding_attention")
     return {"layer_types": list(config.layer_types), "sliding_window": config.sliding_window}
+
+
+def refuse_other_types(config: HfllmConfig, *kinds: str) -> None:
+    """Raise a ValueError, with its name, for a type of layer that is none of `kinds`."""
+    for kind in config.layer_types:
+        if kind not in kinds:
+            raise ValueError(f"layer_types with {kind!r} have no place there")
 
 
 def qwen_layers(config: HfllmConfig) -> dict[str, Any]:
@@ -79,6 +91,25 @@ def _written_hybrid(config: HfllmConfig) -> dict[str, Any]:
     return {"layer_types": list(config.layer_types), "rope_parameters": dict(rope)}
 
 
+def _llama4_fields(native: "PreTrainedConfig") -> dict[str, Any]:
+    kinds = list(native.layer_types)
+    return {
+        **{"layer_types": kinds, "no_rope_layers": list(native.no_rope_layers)},
+        "attention_chunk_size": native.attention_chunk_size if "chunked_attention" in kinds else None,
+        "attention_output_bias": native.attention_bias,
+    }
+
+
+def _written_llama4(config: HfllmConfig) -> dict[str, Any]:
+    refuse_other_types(config, "full_attention", "chunked_attention")
+    return {
+        **{"layer_types": list(config.layer_types), "attention_chunk_size": config.attention_chunk_size},
+        "no_rope_layers": config.no_rope_layers or [1] * config.num_hidden_layers,
+        # Models that convert have none of these.
+        **{"use_qk_norm": False, "attn_temperature_tuning": False, "moe_layers": []},
+    }
+
+
 _LINEAR = (
     *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
     *("linear_conv_kernel_dim", "linear_allow_neg_eigval", "linear_a_log_min", "linear_a_log_max"),
@@ -105,6 +136,15 @@ MIXED_FAMILIES = {
             **written_layers(config),
             "sliding_window": config.sliding_window or config.max_position_embeddings,
         },
+    ),
+    "llama4_text": Family(
+        {**LLAMA_BIASES, "intermediate_size": "intermediate_size_mlp"},
+        read=_llama4_fields,
+        write=_written_llama4,
+        rules=layouts.llama4_rules,
+        # Of experts, of scales that are off, and of how the lists are filled.
+        idle=frozenset({"intermediate_size", "num_local_experts", "num_experts_per_tok", "interleave_moe_layer_step"})
+        | {"no_rope_layer_interval", "floor_scale", "attn_scale", "attention_chunk_size"},
     ),
     "ministral": Family(LLAMA, read=layers_of, write=written_layers),
     "cohere2": Family(

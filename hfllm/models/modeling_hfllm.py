@@ -288,7 +288,7 @@ class _HfllmWithHead(HfllmPreTrainedModel):
         if config.is_causal != self.is_causal:
             raise ValueError(f"{type(self).__name__} needs is_causal={self.is_causal}, got {config.is_causal}")
         self.model = HfllmModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:

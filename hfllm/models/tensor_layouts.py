@@ -5,7 +5,7 @@ D head_dim, K key-value heads, G query heads per key-value head.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hfllm.models.configuration_hfllm import HfllmConfig
@@ -219,6 +219,63 @@ def phi3_rules(config: HfllmConfig) -> Iterator[Rule]:
         layer = f"model.layers.{index}."
         yield _stacked(f"{layer}self_attn.qkv_proj.weight", _qkv(layer, "weight"), sizes=_head_sizes(config))
     yield from _gate_up_rules(config)
+
+
+def gptj_rules(config: HfllmConfig) -> Iterator[Rule]:
+    yield from _renamed({"wte": "embed_tokens", "ln_f": "norm"}, "transformer.", "model.")
+    inside = {
+        **{"ln_1": "input_layernorm", "attn.v_proj": "self_attn.v_proj", "attn.out_proj": "self_attn.o_proj"},
+        **{"mlp.fc_in": "mlp.up_proj", "mlp.fc_out": "mlp.down_proj"},
+    }
+    for index in range(config.num_hidden_layers):
+        theirs, ours = f"transformer.h.{index}.", f"model.layers.{index}."
+        yield from _renamed(inside, theirs, ours)
+        for name in ("q_proj", "k_proj"):
+            rule = _rotary_pairs(f"{ours}self_attn.{name}.weight", config)
+            yield replace(rule, theirs=f"{theirs}attn.{name}.weight")
+
+
+def gpt_neo_rules(config: HfllmConfig) -> Iterator[Rule]:
+    outside = {"wte": "embed_tokens", "wpe": "embed_positions", "ln_f": "norm"}
+    yield from _renamed(outside, "transformer.", "model.")
+    inside = {
+        **{"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm"},
+        **{f"attn.attention.{name}": f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")},
+        **{"attn.attention.out_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"},
+    }
+    for index in range(config.num_hidden_layers):
+        yield from _renamed(inside, f"transformer.h.{index}.", f"model.layers.{index}.")
+
+
+def phi_rules(config: HfllmConfig) -> Iterator[Rule]:
+    yield from _renamed({"final_layernorm": "norm"}, "model.", "model.")
+    inside = {
+        **{"self_attn.dense": "self_attn.o_proj", "mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"},
+        **{f"self_attn.{name}_layernorm": f"self_attn.{name}_norm" for name in "qk"},
+    }
+    for index in range(config.num_hidden_layers):
+        layer = f"model.layers.{index}."
+        yield from _renamed(inside, layer, layer)
+
+
+def glm4_rules(config: HfllmConfig) -> Iterator[Rule]:
+    yield from glm_rules(config)
+    norms = {
+        **{"post_self_attn": "post_attention", "post_attention": "pre_feedforward"},
+        "post_mlp": "post_feedforward",
+    }
+    inside = {f"{theirs}_layernorm": f"{ours}_layernorm" for theirs, ours in norms.items()}
+    for index in range(config.num_hidden_layers):
+        layer = f"model.layers.{index}."
+        yield from _renamed(inside, layer, layer)
+
+
+def llama4_rules(config: HfllmConfig) -> Iterator[Rule]:
+    yield from rotary_pairs_rules(config)
+    for index in range(config.num_hidden_layers):
+        layer = f"model.layers.{index}."
+        parts = ("gate_proj", "up_proj", "down_proj")
+        yield from _renamed({f"feed_forward.{part}": f"mlp.{part}" for part in parts}, layer, layer)
 
 
 def glm_rules(config: HfllmConfig) -> Iterator[Rule]:

@@ -2,13 +2,9 @@
 
 # One thing that is missing, where there may be more. Read from the modeling code of transformers 5.24.
 MISSING = {
-    "a bias of the language-model head": ("gptj", "codegen", "phi"),
-    "attention without the scale 1/sqrt(head_dim)": ("gpt_neo",),
+    "queries, keys and values in shuffled parts of one tensor": ("codegen",),
     "a norm without weights": ("olmo", "nanochat"),
-    "rotary positions that depend on whether the model has a window": ("exaone4",),
-    "a norm of whole queries and keys, over all heads": ("olmoe",),
     "a norm of queries and keys after the rotary embedding": ("hunyuan_v1_dense", "hunyuan_v1_moe"),
-    "a norm both before and after each block, of rotated pairs of neighbors": ("glm4",),
     "factors on attention scores and on each block's output": ("hyperclovax",),
     "a norm inside attention and MLP": ("bitnet",),
     "a LayerNorm whose weights are stored minus one": ("nemotron",),
@@ -18,7 +14,6 @@ MISSING = {
     "learned positions that begin at 2, counted over the attention mask": ("opt", "biogpt"),
     "sinusoidal positions": ("ctrl", "xglm"),
     "relative positions": ("xlnet",),
-    "attention in chunks": ("llama4", "llama4_text"),
     "attention sinks": ("gpt_oss", "mimo_v2_flash", "granite_swa", "flint"),
     "differences of attention maps": ("diffllama",),
     "a factor on each block's output": ("granite", "granitemoe", "granitemoeshared"),
@@ -44,6 +39,7 @@ MISSING = {
     "an encoder of images": (
         *(
             "gemma3",
+            "llama4",
             "llava",
             "llava_next",
             "llava_onevision",

@@ -107,17 +107,29 @@ def test_what_our_axes_cannot_say_is_refused(config, message):
     assert message in str(error.value)
 
 
+def test_layers_of_linear_attention_are_no_others():
+    """Configs of native classes take the names of types that their models have not."""
+    values = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+    values |= {"layer_types": ["linear_attention", "full_attention"]}
+    olmo = {"norm_placement": "output", "qk_norm": True, "qk_norm_scope": "all_heads"}
+    for positions in ("rope", "none"):
+        config = hfllm.HfllmConfig(**values, **olmo, position_embedding_type=positions)
+        assert config_to_native(config).model_type == "olmo_hybrid"
+    with pytest.raises(InputError, match="no native class can express this model"):
+        config_to_native(hfllm.HfllmConfig(**values))
+    with pytest.raises(
+        InputError, match="qwen2 refuses this model: layer_types with 'linear_attention' have no place"
+    ):
+        config_to_native(hfllm.HfllmConfig(**values), "qwen2")
+
+
 @pytest.mark.parametrize(
     ("model_type", "concept"),
     [
-        ("gptj", "a bias of the language-model head has no place in HfllmConfig"),
-        ("phi", "a bias of the language-model head"),
-        ("gpt_neo", "attention without the scale 1/sqrt(head_dim)"),
-        ("olmo", "a norm without weights"),
-        ("glm4", "a norm both before and after each block"),
-        ("codegen", "a bias of the language-model head"),
-        ("exaone4", "rotary positions that depend on whether the model has a window"),
-        ("llama4_text", "attention in chunks"),
+        ("olmo", "a norm without weights has no place in HfllmConfig"),
+        ("codegen", "queries, keys and values in shuffled parts of one tensor"),
+        ("gpt_oss", "attention sinks"),
+        ("llama4", "an encoder of images"),
         ("gemma3", "an encoder of images"),
         ("bloom", "ALiBi"),
         ("deepseek_v32", "an index of which tokens"),

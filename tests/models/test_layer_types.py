@@ -15,7 +15,7 @@ from hfllm.generation.fast import fast_generate
 from hfllm.generation.packed.model import packed_model
 from hfllm.generation.packed.ragged_model import ragged_model
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
 
 
@@ -46,6 +46,18 @@ def test_the_list_is_always_filled(window, expected, tmp_path):
         ({"layer_types": [FULL, SLIDING], "sliding_window": 0}, "sliding_window must be at least 1 or None, got 0"),
         ({"layer_types": [FULL, FULL], "sliding_window": 4}, "sliding_window=4 needs a 'sliding_attention'"),
         ({"layer_types": [SLIDING, FULL], "sliding_window": 4, "is_causal": False}, "needs is_causal=True"),
+        ({"layer_types": [CHUNKED, FULL]}, "'chunked_attention' needs attention_chunk_size, got None"),
+        (
+            {"layer_types": [FULL, FULL], "attention_chunk_size": 4},
+            "attention_chunk_size=4 needs a 'chunked_attention'",
+        ),
+        ({"attention_chunk_size": 0}, "attention_chunk_size must be at least 1 or None, got 0"),
+        ({"attention_chunk_size": 4, "is_causal": False}, "attention_chunk_size=4 needs is_causal=True"),
+        (
+            {"layer_types": [SLIDING, CHUNKED], "attention_chunk_size": 4, "sliding_window": 4},
+            "layer_types has sliding_attention and chunked_attention: ",
+        ),
+        ({"lm_head_bias": True, "logit_scale": 0.5}, "lm_head_bias=True needs logit_scale=1, got 0.5"),
         ({"no_rope_layers": [1]}, r"no_rope_layers=\[1\] must be one 0 .* or 1 for each of num_hidden_layers=2"),
         ({"no_rope_layers": [1, 2]}, r"no_rope_layers=\[1, 2\]"),
         ({"no_rope_layers": [1, 0], "position_embedding_type": "none"}, "needs position_embedding_type='rope'"),
@@ -88,6 +100,18 @@ def test_layers_of_one_kind_follow_what_is_set_when_a_model_is_loaded(make_model
     plain = hfllm.HfllmForCausalLM.from_pretrained(tmp_path)(ids).logits
     torch.testing.assert_close(whole(ids).logits, plain)
     assert (windowed(ids).logits - plain).abs().max() > 1e-3
+
+
+def test_layers_beside_linear_ones_follow_the_window(make_model, tmp_path, ids):
+    model = make_model(layer_types=["linear_attention", FULL])
+    model.save_pretrained(tmp_path)
+    windowed = hfllm.HfllmForCausalLM.from_pretrained(tmp_path, sliding_window=3)
+    assert windowed.config.layer_types == ["linear_attention", SLIDING]
+    assert (windowed(ids).logits - model(ids).logits).abs().max() > 1e-3
+    windowed.config.sliding_window = None
+    windowed.config.save_pretrained(tmp_path)
+    whole = hfllm.HfllmForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(whole(ids).logits, model(ids).logits, atol=0, rtol=0)
 
 
 def test_what_is_filled_in_follows_a_config_that_is_edited_and_saved(tmp_path):
@@ -197,6 +221,24 @@ def test_scores_are_capped_by_functions_that_can(make_model, ids):
         model(ids)
 
 
+def test_the_bias_of_a_head_is_in_every_form_of_it(make_model, ids):
+    results = []
+    for chunk in (0, 5):
+        model = make_model(lm_head_bias=True)
+        with torch.no_grad():
+            model.lm_head.bias.normal_()
+        loss = model.train()(ids, labels=ids, loss_chunk_size=chunk).loss
+        loss.backward()
+        results.append([loss, *[parameter.grad for parameter in model.parameters()]])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+    assert model.num_parameters() == model.config.num_parameters()
+    columns, last, model = torch.arange(12).expand(2, -1), torch.full((2,), 11), model.eval()
+    with torch.inference_mode():
+        logits = ragged_model(model, 12, packed=True)(ids, columns, last, 12)
+    torch.testing.assert_close(logits, model(ids).logits, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("runs_once", [False, True])
 def test_the_chunked_loss_caps_logits(make_model, ids, runs_once):
     results = []
@@ -218,6 +260,7 @@ def test_the_chunked_loss_caps_logits(make_model, ids, runs_once):
         ({"norm_placement": "output"}, "norm_placement='output'"),
         ({"qk_norm": True, "qk_norm_scope": "all_heads"}, "qk_norm_scope='all_heads'"),
         ({"final_logit_softcapping": 3.0}, "final_logit_softcapping=3.0"),
+        (FAMILIES["llama4-chunks"], "layers of type chunked_attention"),
     ],
 )
 def test_packed_models_name_what_they_lack(make_model, fields, reason):

@@ -49,6 +49,7 @@ def test_loads_without_the_package_from_another_folder(make_model, tokenizer, tm
         "attention",
         "balance",
         "banded",
+        "chunked",
         "configuration",
         "expert_fields",
         "experts",

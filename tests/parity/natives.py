@@ -150,6 +150,11 @@ NATIVES |= {
         "smollm3",
         {**_GROUPED, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 5, "mlp_bias": True},
     ),
+    "llama4": (
+        "llama4_text",
+        {**_GROUPED, "head_dim": 16, "no_rope_layers": [1, 0], "attention_chunk_size": 5, "intermediate_size_mlp": 48}
+        | {"use_qk_norm": False, "attn_temperature_tuning": False, "moe_layers": []},
+    ),
     "ministral": ("ministral", {**_GROUPED, **_KINDS, "head_dim": 16}),
     "cwm": ("cwm", {**_GROUPED, **_KINDS, "head_dim": 16}),
     "cohere2": ("cohere2", {**_GROUPED, **_KINDS, "attention_bias": True}),
@@ -186,6 +191,24 @@ NATIVES |= {
             },
         },
     ),
+}
+
+NATIVES |= {
+    "gptj": ("gptj", {**_GPT, "bos_token_id": 1, "n_head": 2, "rotary_dim": 8}),
+    "gptj-tied": ("gptj", {**_GPT, "bos_token_id": 1, "rotary_dim": 8, "n_inner": 48, "tie_word_embeddings": True}),
+    "phi": ("phi", _GROUPED),
+    "phi-norms": ("phi", {**_GROUPED, "qk_layernorm": True, "tie_word_embeddings": True}),
+    "gpt-neo": (
+        "gpt_neo",
+        {**_SIZES, "num_heads": 4, "num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 5},
+    ),
+    "exaone4": ("exaone4", {**_GROUPED, **_KINDS}),
+    "exaone4-no-window": (
+        "exaone4",
+        {**_GROUPED, "sliding_window": None, "layer_types": ["full_attention"] * 2, "tie_word_embeddings": True},
+    ),
+    "olmoe": ("olmoe", {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}),
+    "glm4": ("glm4", {**_GROUPED, "head_dim": 16, "tie_word_embeddings": True}),
 }
 
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}

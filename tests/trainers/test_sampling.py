@@ -28,7 +28,7 @@ def ids():
     return prompts.masked_fill(mask == 0, PAD), mask
 
 
-@pytest.fixture(params=["llama", "mistral", "gpt2", "mixtral", "olmo-hybrid", "deepseek"])
+@pytest.fixture(params=["llama", "mistral", "gpt2", "mixtral", "olmo-hybrid", "deepseek", "llama4-chunks"])
 def model(make_model, request):
     return make_model(**{**FAMILIES[request.param], "tie_word_embeddings": False})
 

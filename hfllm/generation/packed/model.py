@@ -71,8 +71,9 @@ def unsupported_reason(model: "PreTrainedModel") -> str | None:
 
 def _unsupported_field(config: "HfllmConfig") -> str | None:
     """Return which option of the family packed layers do not have, or `None`."""
-    if "linear_attention" in config.layer_types:
-        return "it has layers of type linear_attention"
+    for kind in ("linear_attention", "chunked_attention"):
+        if kind in config.layer_types:
+            return f"it has layers of type {kind}"
     if config.kv_lora_rank is not None:
         return f"it has latent attention (kv_lora_rank={config.kv_lora_rank})"
     if config.rotary_types():

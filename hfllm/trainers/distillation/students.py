@@ -12,6 +12,7 @@ from torch import nn
 from hfllm.errors import InputError
 from hfllm.models.adapters import find_adapter, load_apart
 from hfllm.models.expert_fields_hfllm import follow_layers
+from hfllm.models.layer_types_hfllm import WINDOWS
 from hfllm.models.loading import reason_of
 from hfllm.models.merging import load_merged
 from hfllm.models.precision import cast_weights
@@ -147,8 +148,9 @@ def _take_layers(config: "PreTrainedConfig", layers: Sequence[int]) -> None:
             setattr(config, name, [getattr(config, name)[layer] for layer in layers])
     if config.model_type != "hfllm":
         return
-    if "sliding_attention" not in config.layer_types:
-        config.sliding_window = None
+    for kind, field in WINDOWS.items():
+        if kind not in config.layer_types:
+            setattr(config, field, None)
     if config.mlp_layer_types is not None:
         follow_layers(config)
 
