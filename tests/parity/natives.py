@@ -208,6 +208,7 @@ NATIVES |= {
         {**_GROUPED, "sliding_window": None, "layer_types": ["full_attention"] * 2, "tie_word_embeddings": True},
     ),
     "olmoe": ("olmoe", {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}),
+    "olmoe-raw": ("olmoe", {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False}),
     "glm4": ("glm4", {**_GROUPED, "head_dim": 16, "tie_word_embeddings": True}),
 }
 

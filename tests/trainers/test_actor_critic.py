@@ -88,7 +88,18 @@ def check(actor, batch, temperature=0.7, never_sampled=(0,), atol=1e-5):
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "gpt1", "mixtral", "glm4-moe", "cohere", "mistral", "gemma3", "olmo-hybrid", "deepseek", "llama4-chunks"],
+    [
+        "llama",
+        "gpt1",
+        "mixtral",
+        "glm4-moe",
+        "cohere",
+        "mistral",
+        "gemma3",
+        "olmo-hybrid",
+        "deepseek",
+        "llama4-chunks",
+    ],
 )
 @pytest.mark.parametrize("separate_value_model", [False, True])
 def test_the_lean_pass_is_the_plain_one(make_model, batch, family, separate_value_model):
