@@ -32,6 +32,7 @@ def build(kind: str, length: int, window: int, hidden: int, layers: str | None =
     from transformers.masking_utils import sdpa_mask
 
     import hfllm
+    from hfllm.models.loading import saved_model
 
     # Our own SDPA is banded where it has a window.
     AttentionInterface.register("masked", sdpa_attention_forward)
@@ -58,7 +59,7 @@ def build(kind: str, length: int, window: int, hidden: int, layers: str | None =
         return model
     with tempfile.TemporaryDirectory() as folder:
         hfllm.to_native(model, folder)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").train()
+        return saved_model(AutoModelForCausalLM, folder, dtype=torch.float32, attn_implementation="sdpa").train()
 
 
 def training_step(model: "PreTrainedModel", ids: "torch.Tensor") -> Callable[[], None]:
