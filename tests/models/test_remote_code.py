@@ -51,6 +51,8 @@ def test_loads_without_the_package_from_another_folder(make_model, tokenizer, tm
         "banded",
         "chunked",
         "configuration",
+        "delta_chunks",
+        "delta_rule",
         "expert_fields",
         "experts",
         "latent",
