@@ -39,12 +39,20 @@ class SinkLayer(DynamicLayer):
         num_sink_tokens: first tokens that stay.
         rotate: turns keys by so many positions; `None` in a layer without positions.
         is_sliding: whether the layer has a window of its own.
+        is_latent: whether the rotated keys stand in the place of values, beside latents (DeepSeek).
     """
 
-    def __init__(self, window_length: int, num_sink_tokens: int, rotate: Rotation | None, is_sliding: bool):
+    def __init__(
+        self,
+        window_length: int,
+        num_sink_tokens: int,
+        rotate: Rotation | None,
+        is_sliding: bool,
+        is_latent: bool = False,
+    ):
         super().__init__()
         self.window_length, self.num_sink_tokens, self.rotate = window_length, num_sink_tokens, rotate
-        self.is_sliding = is_sliding
+        self.is_sliding, self.is_latent = is_sliding, is_latent
         self.cumulative_length = 0
 
     def update(
@@ -59,11 +67,20 @@ class SinkLayer(DynamicLayer):
         self.cumulative_length += key_states.shape[-2]
         keys = torch.cat([self.keys, key_states], dim=-2)
         values = torch.cat([self.values, value_states], dim=-2)
-        left_out, sinks = self.cumulative_length - keys.shape[-2], self.num_sink_tokens
+        left_out = self.cumulative_length - keys.shape[-2]
         self.keys, self.values = self._kept(keys), self._kept(values)
-        if left_out and self.rotate is not None and sinks:
-            keys = torch.cat([self.rotate(keys[:, :, :sinks], left_out), keys[:, :, sinks:]], dim=-2)
+        if left_out and self.is_latent:
+            values = self._turned(values, left_out)
+        elif left_out:
+            keys = self._turned(keys, left_out)
         return keys, values
+
+    def _turned(self, states: torch.Tensor, by: int) -> torch.Tensor:
+        """Return rotated states with those of the first tokens so many positions later."""
+        sinks = self.num_sink_tokens
+        if self.rotate is None or not sinks:
+            return states
+        return torch.cat([self.rotate(states[:, :, :sinks], by), states[:, :, sinks:]], dim=-2)
 
     def _kept(self, states: torch.Tensor) -> torch.Tensor:
         excess = states.shape[-2] - self.window_length + 1
@@ -126,6 +143,7 @@ class SinkCache(Cache):
             kinds = [WITH_KEYS[is_sliding]] * config.num_hidden_layers
         layers: list = DynamicCache(config=config).layers or [None] * len(kinds)
         rotations = Rotations(model, config)
+        is_latent = getattr(config, "kv_lora_rank", None) is not None
         for index, kind in enumerate(kinds):
             if kind not in WITH_KEYS and kind != "linear_attention":
                 raise InputError(
@@ -134,7 +152,7 @@ class SinkCache(Cache):
             is_sliding = kind == "sliding_attention"
             if kind == "full_attention" or (is_sliding and config.sliding_window > window_length):
                 rotate = rotations.of_layer(index, kind)
-                layers[index] = SinkLayer(window_length, num_sink_tokens, rotate, is_sliding)
+                layers[index] = SinkLayer(window_length, num_sink_tokens, rotate, is_sliding, is_latent)
         super().__init__(layers=layers)
 
 

@@ -94,9 +94,10 @@ def check_latent(config: "HfllmConfig") -> None:
 def latent_parameters(config: "HfllmConfig") -> int:
     """Return the weights of one layer's latent attention, with its norms."""
     hidden, heads, rank, value = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.v_head_dim
-    query, shared, compressed = heads * config.qk_head_dim, config.qk_rope_head_dim, config.q_lora_rank
+    nope, shared, compressed = config.qk_nope_head_dim, config.qk_rope_head_dim, config.q_lora_rank
+    query = heads * (nope + shared)
     queries = hidden * query if compressed is None else compressed * (hidden + query + 1)
-    keys = hidden * (rank + shared) + rank * (heads * (config.qk_nope_head_dim + value) + 1)
+    keys = hidden * (rank + shared) + rank * (heads * (nope + value) + 1)
     biases = ((compressed or 0) + rank + shared) * config.attention_bias + hidden * config.attention_output_bias
     return queries + keys + heads * value * hidden + biases
 

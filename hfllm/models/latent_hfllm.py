@@ -175,6 +175,18 @@ def halves_apart(states: torch.Tensor) -> torch.Tensor:
     return states.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
+def refuse_paging(config: HfllmConfig) -> None:
+    """Refuse continuous batching, whose pages have room for keys and values of one size, and whose caller then waits.
+
+    Raises:
+        ValueError: naming the field and what to use instead.
+    """
+    if config.kv_lora_rank is not None:
+        raise ValueError(
+            f"continuous batching has no pages for latent attention (kv_lora_rank={config.kv_lora_rank}): use generate"
+        )
+
+
 def yarn_factor(config: HfllmConfig, layer_idx: int) -> float:
     """Return what DeepSeek's models multiply their attention scores by with scaled positions.
 

@@ -39,7 +39,7 @@ from .attention_hfllm import (
 from .balance_hfllm import balance_loss, check_gradients, counts_load, install_capturing_hooks
 from .configuration_hfllm import HfllmConfig
 from .experts_hfllm import HfllmExperts, HfllmRouter, build_mlp, fp32_names, init_experts, last_projections
-from .latent_hfllm import HfllmLatentAttention
+from .latent_hfllm import HfllmLatentAttention, refuse_paging
 from .layer_types_hfllm import follow_edits
 from .layers_hfllm import HfllmEmbedding, HfllmPositionEmbedding, build_norm, check_positions, layer_norms
 from .linear_hfllm import HfllmGatedDeltaNet, init_gated_delta_net
@@ -385,6 +385,11 @@ class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
             length = max(input_ids.shape[1], mask.shape[-1] if isinstance(mask, torch.Tensor) else 0)
             self.model.check_context(length, inputs["position_ids"])
         return inputs
+
+    @wraps(GenerationMixin.init_continuous_batching)
+    def init_continuous_batching(self, *args, **kwargs) -> object:
+        refuse_paging(self.config)
+        return super().init_continuous_batching(*args, **kwargs)
 
     def _loss(self, hidden_states, logits, labels, chunk_size, label_smoothing, **kwargs) -> torch.Tensor:
         if logits is not None and not label_smoothing:

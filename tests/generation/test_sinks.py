@@ -5,6 +5,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    DeepseekV3Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -31,11 +32,17 @@ SIZES = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+LATENT = {
+    **{"kv_lora_rank": 16, "q_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6},
+    "rope_interleave": True,
+}
 CONFIGS = {
     "ours": lambda: hfllm.HfllmConfig(**SIZES),
     "ours, sliding": lambda: hfllm.HfllmConfig(**SIZES, sliding_window=16),
     "ours, partly rotated": lambda: hfllm.HfllmConfig(**SIZES, rope_parameters=PARTIAL),
     "ours, no positions": lambda: hfllm.HfllmConfig(**SIZES, no_rope_layers=[0]),
+    "ours, latent": lambda: hfllm.HfllmConfig(**SIZES, **LATENT),
+    "deepseek": lambda: DeepseekV3Config(**SIZES, **LATENT, first_k_dense_replace=1, n_routed_experts=8),
     "llama": lambda: LlamaConfig(**SIZES),
     "llama, yarn": lambda: LlamaConfig(**SIZES, rope_parameters=YARN),
     "cohere": lambda: CohereConfig(**SIZES, bos_token_id=None),

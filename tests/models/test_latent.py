@@ -299,6 +299,9 @@ def test_what_describes_no_model_is_refused_in_one_line(make_config, values, mes
 
 def test_sizes_set_later_are_checked_when_a_model_is_built(make_config):
     config = make_config(**LATENT)
+    config.qk_nope_head_dim = 16
+    model = hfllm.HfllmForCausalLM(config)
+    assert config.num_parameters() == sum(parameter.numel() for parameter in model.parameters())
     config.qk_rope_head_dim = 8
     with pytest.raises(ValueError, match="head_dim=4 must be qk_rope_head_dim=8"):
         hfllm.HfllmForCausalLM(config)
@@ -308,6 +311,8 @@ def test_what_is_refused_by_name(make_model, tmp_path):
     model = make_model(**LATENT)
     with pytest.raises(InputError, match=r"it has latent attention \(kv_lora_rank=16\)"):
         packed_model(model)
+    with pytest.raises(ValueError, match=r"continuous batching has no pages for latent attention \(kv_lora_rank=16\)"):
+        model.generate_batch([[10, 11, 12]])
     with pytest.raises(InputError, match="llama has no place for kv_lora_rank=16"):
         hfllm.to_native(model, tmp_path / "llama", "llama")
     with pytest.raises(InputError, match="deepseek_v3 refuses this model: kv_lora_rank=None"):

@@ -103,7 +103,7 @@ def test_a_witness_says_what_a_second_pass_says(model, ids, tokenizer, adapter, 
     if adapter:
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
+        model = get_peft_model(model, LoraConfig(init_lora_weights=False))
     actor = ActorCritic(model, None, 0.7, (PAD,)).eval()
     torch.nn.init.normal_(actor.value_head.weight)
     witness = SampledLogprobs((24, 24), 0.7, (PAD,), actor.value_head, torch.device("cpu"))
