@@ -8,8 +8,10 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
+from hfllm.data.long_texts import start_of
 from hfllm.data.world.vocabulary import COLOURS, PEOPLE, THINGS
 from hfllm.errors import InputError
 
@@ -98,7 +100,7 @@ def find_needles(
     import torch
     from tqdm import tqdm
 
-    answers = first_tokens(tokenizer)
+    shared, answers = first_tokens(tokenizer)
     rng, right = random.Random(f"needle-{seed}"), []
     was_training = model.training
     model.eval()
@@ -106,7 +108,7 @@ def find_needles(
         for length in tqdm(lengths, disable=not sys.stderr.isatty(), leave=False):
             row = []
             for depth in depths:
-                drawn = [_case(tokenizer, filler, length, depth, list(answers), rng) for _ in range(cases)]
+                drawn = [_case(tokenizer, filler, length, depth, list(answers), shared, rng) for _ in range(cases)]
                 ids = torch.tensor([ids for ids, _ in drawn], device=model.device)
                 parts = ids.split(max(1, BATCH_TOKENS // length))
                 logits = torch.cat(
@@ -120,20 +122,27 @@ def find_needles(
     return NeedleGrid(list(lengths), list(depths), right, 1 / len(answers))
 
 
-def first_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
-    """Return the colors that are told apart by their first token after a word, and that token.
+def first_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], dict[str, int]]:
+    """Return the tokens that all colors begin with after a word, such as a space, and each color's next token.
+
+    Of colors that have the same next token the first alone is taken.
 
     Raises:
         InputError: when there are fewer than two.
     """
-    found: dict[int, str] = {}
+    tails: dict[str, list[int]] = {}
     for colour in COLOURS:
         before, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("is", f"is {colour}"))
-        if after[: len(before)] == before and len(after) > len(before):
-            found.setdefault(after[len(before)], colour)
+        if after[: len(before)] == before:
+            tails[colour] = after[len(before) :]
+    shared = [tokens[0] for tokens in takewhile(lambda each: len({*each}) == 1, zip(*tails.values(), strict=False))]
+    found: dict[int, str] = {}
+    for colour, tail in tails.items():
+        if len(tail) > len(shared):
+            found.setdefault(tail[len(shared)], colour)
     if len(found) < 2:
-        raise InputError("the needle test cannot be done: the tokenizer begins all colors with the same token")
-    return {colour: token for token, colour in found.items()}
+        raise InputError("the needle test cannot be done: the tokenizer writes all colors with the same tokens")
+    return shared, {colour: token for token, colour in found.items()}
 
 
 def _case(
@@ -142,16 +151,20 @@ def _case(
     length: int,
     depth: float,
     colours: Sequence[str],
+    shared: Sequence[int],
     rng: random.Random,
 ) -> tuple[list[int], str]:
     """Return the tokens of a text with its question, and the answer."""
     person, thing, colour = rng.choice(PEOPLE), rng.choice(THINGS), rng.choice(colours)
     words = {"person": person, "thing": thing, "colour": colour}
     needle = tokenizer(f" {SAID.format(**words)} ", add_special_tokens=False)["input_ids"]
-    question = tokenizer(f" {ASKED.format(**words)}", add_special_tokens=False)["input_ids"]
-    row, room = rng.choice(filler), length - len(needle) - len(question)
+    question = [*tokenizer(f" {ASKED.format(**words)}", add_special_tokens=False)["input_ids"], *shared]
+    start, row = start_of(tokenizer), rng.choice(filler)
+    row = row[len(start) :] if row[: len(start)] == start else row
+    needed = len(start) + len(needle) + len(question)
+    room = length - needed
     if room < 1:
-        raise InputError(f"the needle test needs more than {len(needle) + len(question)} tokens, got {length}")
+        raise InputError(f"the needle test needs more than {needed} tokens, got {length}")
     begin = rng.randrange(len(row) - room + 1)
     hay, place = list(row[begin : begin + room]), round(depth * room)
-    return [*hay[:place], *needle, *hay[place:], *question], colour
+    return [*start, *hay[:place], *needle, *hay[place:], *question], colour

@@ -14,7 +14,7 @@ BATCH_TOKENS = 4096
 
 
 def nats_by_position(
-    model: "PreTrainedModel", rows: Sequence[Sequence[int]], window: int | None = None
+    model: "PreTrainedModel", rows: Sequence[Sequence[int]], window: int | None = None, kept: int = 0
 ) -> "torch.Tensor":
     """Return minus the log-probability of each token but the first, (rows, length - 1), in nats.
 
@@ -22,6 +22,7 @@ def nats_by_position(
         rows: tokens, all rows of the same length.
         window: the most tokens that are read at once, at least 2; a token then has between half as many and as many
             before it, where there are any. `None` reads whole rows.
+        kept: first tokens of a row with which each of its windows begins, such as a token that begins texts.
     """
     import torch
     from tqdm import tqdm
@@ -33,7 +34,8 @@ def nats_by_position(
     model.eval()
     with torch.inference_mode():
         for begin, end, new in tqdm(_windows(length, window), disable=not sys.stderr.isatty(), leave=False):
-            parts = ids[:, begin:end].split(max(1, BATCH_TOKENS // (end - begin)))
+            seen = torch.cat([ids[:, :kept], ids[:, begin + kept : end]], dim=1)
+            parts = seen.split(max(1, BATCH_TOKENS // (end - begin)))
             found.append(torch.cat([_nats(model, part)[:, new - begin :] for part in parts]))
     model.train(was_training)
     return torch.cat(found, dim=1)

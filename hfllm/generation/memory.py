@@ -16,10 +16,13 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 
 from hfllm.errors import InputError
-from hfllm.generation.sinks import WITH_KEYS, SinkLayer
+from hfllm.generation.sinks import CHUNKED, WITH_KEYS, SinkLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# Layers that see no further than a number of tokens, which the config has under this name.
+WINDOWS = {WITH_KEYS[1]: "sliding_window", CHUNKED: "attention_chunk_size"}
 
 
 class MemoryLayer(SinkLayer):
@@ -64,10 +67,10 @@ class SegmentMemory(Cache):
     """What earlier pieces of a document leave to the next, for training and for reading.
 
     Args:
-        model: a causal language model of layers of full, sliding or linear attention, whose positions have no table
-            that ends.
+        model: a causal language model of layers of full, sliding, chunked or linear attention, whose positions
+            have no table that ends.
         memory_length: tokens before a piece whose keys and values are kept; 0 for the states of linear attention
-            alone. A layer with a window keeps no more than that.
+            alone. A layer with a window or chunks keeps no more than these.
 
     Raises:
         InputError: for a negative length, no memory at all, or layers of other kinds.
@@ -76,7 +79,7 @@ class SegmentMemory(Cache):
     def __init__(self, model: "PreTrainedModel", memory_length: int):
         config = model.config.get_text_config(decoder=True)
         kinds = list(getattr(config, "layer_types", None) or [WITH_KEYS[0]] * config.num_hidden_layers)
-        unknown = sorted(set(kinds) - {*WITH_KEYS, "linear_attention"})
+        unknown = sorted(set(kinds) - {*WITH_KEYS, CHUNKED, "linear_attention"})
         if unknown:
             raise InputError(f"SegmentMemory: layer_types has {', '.join(unknown)}, which it does not know")
         if memory_length < 0 or (memory_length == 0 and "linear_attention" not in kinds):
@@ -85,13 +88,14 @@ class SegmentMemory(Cache):
             )
         if getattr(config, "position_embedding_type", "rope") == "learned" or not hasattr(config, "rope_parameters"):
             raise InputError(f"SegmentMemory: a model of type {config.model_type} has a table of positions that ends")
-        window = getattr(config, "sliding_window", None) or memory_length
+        windows = {kind: getattr(config, name, None) for kind, name in WINDOWS.items()}
         layers = DynamicCache(config=config).layers
         for index, kind in enumerate(kinds):
             if kind == "linear_attention" and isinstance(layers[index], LinearAttentionLayer):
                 layer = MemoryState(layers[index].number_of_states)
             else:
-                size = min(memory_length, window - 1) if kind == WITH_KEYS[1] else memory_length
-                layer = MemoryLayer(size, kind == WITH_KEYS[1])
+                window = windows.get(kind)
+                size = memory_length if window is None else min(memory_length, window - 1)
+                layer = MemoryLayer(size, kind in WINDOWS)
             layers[index : index + 1] = [layer]
         super().__init__(layers=layers)

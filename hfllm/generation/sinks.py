@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Kinds of layers that hold keys and values; the state of others is of fixed size.
 WITH_KEYS = ("full_attention", "sliding_attention")
+CHUNKED = "chunked_attention"
 # Rotary positions whose frequencies depend on the length so far, which here has no meaning.
 BY_LENGTH = ("dynamic", "longrope")
 Rotation = Callable[[torch.Tensor, int], torch.Tensor]
@@ -39,7 +40,8 @@ class SinkLayer(DynamicLayer):
         num_sink_tokens: first tokens that stay.
         rotate: turns keys by so many positions; `None` in a layer without positions.
         is_sliding: whether the layer has a window of its own.
-        is_latent: whether the rotated keys stand in the place of values, beside latents (DeepSeek).
+        latent_size: of the vectors that latent attention has in the place of keys; rotated keys are then in the place
+            of values. `None` for other attention.
     """
 
     def __init__(
@@ -48,11 +50,11 @@ class SinkLayer(DynamicLayer):
         num_sink_tokens: int,
         rotate: Rotation | None,
         is_sliding: bool,
-        is_latent: bool = False,
+        latent_size: int | None = None,
     ):
         super().__init__()
         self.window_length, self.num_sink_tokens, self.rotate = window_length, num_sink_tokens, rotate
-        self.is_sliding, self.is_latent = is_sliding, is_latent
+        self.is_sliding, self.latent_size = is_sliding, latent_size
         self.cumulative_length = 0
 
     def update(
@@ -67,19 +69,21 @@ class SinkLayer(DynamicLayer):
         self.cumulative_length += key_states.shape[-2]
         keys = torch.cat([self.keys, key_states], dim=-2)
         values = torch.cat([self.values, value_states], dim=-2)
-        left_out = self.cumulative_length - keys.shape[-2]
+        left_out, sinks = self.cumulative_length - keys.shape[-2], self.num_sink_tokens
         self.keys, self.values = self._kept(keys), self._kept(values)
-        if left_out and self.is_latent:
-            values = self._turned(values, left_out)
-        elif left_out:
-            keys = self._turned(keys, left_out)
+        if left_out and self.rotate is not None and sinks:
+            if self.latent_size is None:
+                keys = self._turned(keys, left_out)
+            elif keys.shape[-1] == self.latent_size:
+                values = self._turned(values, left_out)
+            else:
+                raise InputError(
+                    "SinkCache: latent attention that keeps whole keys has no known place of rotated ones"
+                )
         return keys, values
 
     def _turned(self, states: torch.Tensor, by: int) -> torch.Tensor:
-        """Return rotated states with those of the first tokens so many positions later."""
         sinks = self.num_sink_tokens
-        if self.rotate is None or not sinks:
-            return states
         return torch.cat([self.rotate(states[:, :, :sinks], by), states[:, :, sinks:]], dim=-2)
 
     def _kept(self, states: torch.Tensor) -> torch.Tensor:
@@ -116,9 +120,9 @@ class SinkLayer(DynamicLayer):
 class SinkCache(Cache):
     """A cache of fixed size for a stream of any length, for any decoder with rotary positions or none at all.
 
-    Layers that learned with a window no longer than this one keep it as it is; linear attention keeps its state. Give
-    long prompts in pieces (`prefill_chunk_size` of `generate`), since a piece attends to all of itself, and without
-    padding.
+    Layers that learned with a window or chunks no longer than this one keep them as they are; linear attention keeps
+    its state. Give long prompts in pieces (`prefill_chunk_size` of `generate`), since a piece attends to all of
+    itself, and without padding.
 
     Args:
         model: a causal language model, whose rotary embedding turns the first tokens.
@@ -143,16 +147,21 @@ class SinkCache(Cache):
             kinds = [WITH_KEYS[is_sliding]] * config.num_hidden_layers
         layers: list = DynamicCache(config=config).layers or [None] * len(kinds)
         rotations = Rotations(model, config)
-        is_latent = getattr(config, "kv_lora_rank", None) is not None
         for index, kind in enumerate(kinds):
-            if kind not in WITH_KEYS and kind != "linear_attention":
+            if kind == CHUNKED and config.attention_chunk_size > window_length:
                 raise InputError(
-                    f"SinkCache: layer_types has {kind!r}, and only {', '.join(WITH_KEYS)} can be kept so"
+                    f"SinkCache: window_length={window_length} is less than attention_chunk_size="
+                    f"{config.attention_chunk_size}, and chunks cannot be cut"
+                )
+            if kind not in (*WITH_KEYS, CHUNKED, "linear_attention"):
+                raise InputError(
+                    f"SinkCache: layer_types has {kind!r}, and only {', '.join((*WITH_KEYS, CHUNKED))} can be kept so"
                 )
             is_sliding = kind == "sliding_attention"
             if kind == "full_attention" or (is_sliding and config.sliding_window > window_length):
                 rotate = rotations.of_layer(index, kind)
-                layers[index] = SinkLayer(window_length, num_sink_tokens, rotate, is_sliding, is_latent)
+                latent_size = getattr(config, "kv_lora_rank", None)
+                layers[index] = SinkLayer(window_length, num_sink_tokens, rotate, is_sliding, latent_size)
         super().__init__(layers=layers)
 
 
@@ -181,7 +190,8 @@ class Rotations:
         """Return the function of a layer, `None` if it has no positions."""
         if self.rotary is None or (self.rotated is not None and not self.rotated[index]):
             return None
-        attention = getattr(self.base.layers[index], "self_attn", None)
+        layers = getattr(self.base, "layers", None)
+        attention = None if layers is None else getattr(layers[index], "self_attn", None)
         apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
         if apply is None:
             raise InputError(

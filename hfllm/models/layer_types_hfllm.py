@@ -111,8 +111,8 @@ def check_layers(config: "HfllmConfig") -> None:
 def _check_linear(config: "HfllmConfig") -> None:
     if set(config.layer_types) == {"linear_attention"}:
         raise ValueError(
-            "layer_types has linear_attention alone: at least one layer must be full_attention or sliding_attention, "
-            "whose cache counts the tokens"
+            "layer_types has linear_attention alone: at least one layer must be full_attention, sliding_attention or "
+            "chunked_attention, whose cache counts the tokens"
         )
     if not config.is_causal:
         raise ValueError("layer_types with 'linear_attention' needs is_causal=True, got False")

@@ -41,6 +41,8 @@ LABELS = {
     "bits_per_byte_long_cut": "beyond it, the model as it was, reading no more than it was trained on",
     "needle": "needles found in texts of the world",
     "needle_text": "needles found in your text",
+    "needle_chance": "needles found by chance",
+    "needle_text_chance": "needles found by chance in your text",
     "agreement": "share of tokens on which both models agree",
     "train_prompts": "prompts trained on",
     "eval_prompts": "held-out prompts",

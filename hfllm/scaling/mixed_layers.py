@@ -21,8 +21,13 @@ def banded_keys(window: int, length: int) -> int:
 
 def scored_keys(shape: Shape, length: int, attention: str = "flash") -> int:
     """Return against how many keys a token is scored, over all layers. `"eager"` attention scores what it masks."""
-    within = length if attention == "eager" else banded_keys(shape.sliding_window or length, length)
-    keys = {"full_attention": length, "sliding_attention": within, "linear_attention": 0}
+    keys = {"full_attention": length, "linear_attention": 0}
+    # Chunks are computed as a window of their size.
+    for kind, window in (
+        ("sliding_attention", shape.sliding_window),
+        ("chunked_attention", shape.attention_chunk_size),
+    ):
+        keys[kind] = length if attention == "eager" else banded_keys(window or length, length)
     return sum(keys[kind] for kind in shape.layer_types)
 
 

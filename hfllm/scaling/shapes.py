@@ -23,7 +23,7 @@ CHOICES = {
     "mlp_type": ("gated", "plain"),
     "position_embedding_type": ("rope", "learned", "none"),
 }
-LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
+LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
 MLP_LAYER_TYPES = ("dense", "sparse")
 # Fields that `HfllmConfig` does not have.
 # Fields that say something of latent attention alone.
@@ -82,6 +82,7 @@ class Shape:
     tie_word_embeddings: bool = False
     loss_chunk_size: int | None = None
     sliding_window: int | None = None
+    attention_chunk_size: int | None = None
     layer_types: list[str] | None = None
     linear_num_key_heads: int | None = None
     linear_num_value_heads: int | None = None
@@ -161,7 +162,8 @@ class Shape:
     def _fill_layers(self) -> None:
         """Fill the list of layers and the sizes of linear attention, and refuse what `HfllmConfig` would."""
         if self.layer_types is None:
-            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            kind = "full_attention" if self.attention_chunk_size is None else "chunked_attention"
+            kind = kind if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
         known = isinstance(self.layer_types, list) and set(map(str, self.layer_types)) <= {*LAYER_TYPES}
         if not known or len(self.layer_types) != self.num_hidden_layers:
@@ -171,6 +173,8 @@ class Shape:
             )
         if "sliding_attention" in self.layer_types:
             self._check_size("sliding_window")
+        if "chunked_attention" in self.layer_types:
+            self._check_size("attention_chunk_size")
         if not self.linear_layers:
             return
         heads = self.linear_num_key_heads or self.num_attention_heads
@@ -421,6 +425,7 @@ class Shape:
     def cache_bytes(self, length: int, bytes_per_value: int = 2) -> int:
         """Return the bytes of the cache of one sequence of this many tokens: keys and values, and states in fp32."""
         held = {"full_attention": length, "sliding_attention": min(length, self.sliding_window or length)}
+        held["chunked_attention"] = min(length, self.attention_chunk_size or length)
         tokens = sum(held.get(kind, 0) for kind in self.layer_types)
         return tokens * self.cached_size * bytes_per_value + 4 * self.linear_layers * self.state_size
 

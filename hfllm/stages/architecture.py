@@ -1,6 +1,7 @@
 """The architecture of a new model, as flags; and the config of a model that is named or not yet trained."""
 
 from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -31,11 +32,15 @@ class ArchitectureArguments:
     position_embedding_type: str = field(default="rope", metadata={"help": "rope, learned or none."})
     parallel_block: bool = field(default=False, metadata={"help": "Attention and MLP side by side, as in PaLM."})
     sliding_window: int | None = field(default=None, metadata={"help": "Tokens that each token attends to at most."})
+    attention_chunk_size: int | None = field(
+        default=None, metadata={"help": "Tokens of a chunk, within which each token attends, as in Llama 4."}
+    )
     layer_types: list[str] | None = field(
         default=None,
         metadata={
             "help": "Attention of each layer: full_attention, sliding_attention (with --sliding_window), "
-            "linear_attention; a shorter list is repeated over the layers."
+            "chunked_attention (with --attention_chunk_size), linear_attention; a shorter list is repeated over the "
+            "layers."
         },
     )
     no_rope_layers: list[int] | None = field(
@@ -83,10 +88,15 @@ def architecture_of(script_args: ArchitectureArguments) -> dict[str, object]:
 
     Raises:
         InputError: for a type of layer that there is not, with the nearest one, a list that does not divide the
-            layers, and sizes of sparse attention of which one is missing or below 1.
+            layers, sizes of linear attention without such a layer, and sizes of sparse attention of which one is
+            missing or below 1.
     """
     fields = {name: getattr(script_args, name) for name in ARCHITECTURE}
     check_layer_types(script_args)
+    for item in dataclass_fields(ArchitectureArguments):
+        is_given = item.name.startswith("linear_") and fields[item.name] != item.default
+        if is_given and "linear_attention" not in (script_args.layer_types or ()):
+            raise InputError(f"--{item.name} {fields[item.name]} needs linear_attention in --layer_types")
     for name in ("layer_types", "no_rope_layers"):
         if fields[name]:
             fields[name] = repeated(name, fields[name], script_args.num_hidden_layers)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from hfllm.data.long_texts import start_of
 from hfllm.evaluation.needle import NeedleGrid, find_needles
 from hfllm.evaluation.positions import bits_by_range, edges_of, nats_by_position
 from hfllm.outputs.figures import change_of, mean_of
@@ -51,7 +52,8 @@ class ExtendEvaluation:
         say(f"extend: {when}: loss by position{', needles' if needles else ''}")
         self.nats[when] = nats_by_position(model, self.rows.held_out)
         if when == "before":
-            self.nats[CUT] = nats_by_position(model, self.rows.held_out, window=self.original)
+            kept = len(start_of(self.tokenizer))
+            self.nats[CUT] = nats_by_position(model, self.rows.held_out, window=self.original, kept=kept)
         if needles:
             lengths = self.lengths
             cases, seed = self.script_args.num_needles, self.script_args.world_seed
@@ -63,7 +65,7 @@ class ExtendEvaluation:
     @property
     def lengths(self) -> list[int]:
         """The lengths at which needles are asked for: half the original one, and from there on doubled."""
-        lengths, place = [], max(self.original // 2, 32)
+        lengths, place = [], max(self.original // 2, 64)
         while place < self.length:
             lengths.append(place)
             place *= 2

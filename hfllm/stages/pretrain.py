@@ -141,6 +141,8 @@ def check(script_args: PretrainArguments, training_args: "TrainingArguments", mo
         "--sparse_block_size",
         "it needs --attn_implementation sparse",
     )
+    is_masked = script_args.objective == "masked"
+    refuse(is_sparse and is_masked, "--attn_implementation sparse", "--objective masked sees later tokens")
     if is_sparse and not (own or named or script_args.sparse_block_size):
         raise InputError("--attn_implementation sparse needs --sparse_block_size and --sparse_num_blocks")
     check_trainable(model_args, adapters=False)

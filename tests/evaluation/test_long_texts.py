@@ -5,6 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 from hfllm.data.long_texts import long_rows
 from hfllm.data.world.long_documents import REPEATED, TOLD, filler_documents, long_documents
@@ -43,7 +46,7 @@ class Reader:
 
     def __init__(self, tokenizer, reach):
         self.tokenizer, self.reach = tokenizer, reach
-        self.tokens = first_tokens(tokenizer)
+        self.shared, self.tokens = first_tokens(tokenizer)
 
     def eval(self):
         return self
@@ -54,7 +57,8 @@ class Reader:
     def __call__(self, input_ids, use_cache, logits_to_keep):
         logits = torch.zeros(len(input_ids), 1, len(self.tokenizer))
         for row, ids in enumerate(input_ids):
-            text = self.tokenizer.decode(ids[-self.reach :])
+            ids = ids[: len(ids) - len(self.shared)]
+            text = self.tokenizer.decode(ids[-self.reach :], skip_special_tokens=True)
             *_, thing, _, person, _ = text.split()
             said = [colour for colour in self.tokens if TOLD.format(person=person, colour=colour, thing=thing) in text]
             logits[row, 0, self.tokens[said[0] if said else next(iter(self.tokens))]] = 1.0
@@ -64,7 +68,7 @@ class Reader:
 def test_needles_are_found_by_those_who_reach_them(tokenizer, world):
     filler, _ = long_rows(filler_documents(world, 400, 1), tokenizer, 300, 4, 0)
     all_seen = find_needles(Reader(tokenizer, 1000), tokenizer, filler, [60, 300], cases=6)
-    assert all_seen.share() == [1.0] * 60 and all_seen.chance == 1 / len(first_tokens(tokenizer))
+    assert all_seen.share() == [1.0] * 60 and all_seen.chance == 1 / len(first_tokens(tokenizer)[1])
     near = find_needles(Reader(tokenizer, 80), tokenizer, filler, [60, 300], cases=6)
     assert sum(near.share(60)) == 30
     shares = list(near.rows()[1].values())
@@ -74,11 +78,42 @@ def test_needles_are_found_by_those_who_reach_them(tokenizer, world):
         find_needles(Reader(tokenizer, 80), tokenizer, filler, [8], cases=1)
 
 
+@pytest.fixture
+def by_bytes():
+    """A tokenizer of single bytes, without a token that begins texts."""
+    model = models.BPE(vocab={letter: place for place, letter in enumerate(ByteLevel.alphabet())}, merges=[])
+    plain = Tokenizer(model)
+    plain.pre_tokenizer, plain.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>")
+
+
+def test_needles_by_bytes(by_bytes, world):
+    filler, _ = long_rows(filler_documents(world, 400, 1), by_bytes, 300, 4, 0)
+    # Colors begin with a space, and blue, black and brown with the same letter.
+    shared, tokens = first_tokens(by_bytes)
+    assert by_bytes.decode(shared) == " " and list(tokens) == ["red", "blue", "green", "white"]
+    assert all(len(row) == 300 for row in filler)
+    assert find_needles(Reader(by_bytes, 1000), by_bytes, filler, [64, 300], cases=4).share() == [1.0] * 40
+
+
+def test_windows_begin_as_the_text_does(make_model):
+    model, rows = make_model(), torch.randint(3, 60, (2, 50))
+    found = nats_by_position(model, rows.tolist(), window=16, kept=1)
+    for place, begin in ((15, 0), (17, 8), (49, 34)):
+        seen = torch.cat([rows[:, :1], rows[:, begin + 1 : place]], dim=1)
+        with torch.no_grad():
+            logits = model(seen, use_cache=False).logits[:, -1]
+        expected = torch.nn.functional.cross_entropy(logits, rows[:, place], reduction="none")
+        torch.testing.assert_close(found[:, place - 1], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_rows_are_as_long_as_asked(tokenizer):
     long, short = "the fox is red " * 60, "the owl is grey"
     count = len(tokenizer(long, add_special_tokens=False)["input_ids"])
     rows, are_joined = long_rows([long, short], tokenizer, 50, 3, 0)
-    assert not are_joined and len(rows) == 3 and all(len(row) == 50 for row in rows)
+    assert not are_joined and len(rows) == 3
+    # As documents begin in pretraining.
+    assert all(len(row) == 50 and row[0] == tokenizer.bos_token_id != row[1] for row in rows)
     rows, are_joined = long_rows([short] * 40, tokenizer, 50, 2, 0)
     assert are_joined and len(rows) == 2 and rows[0].count(tokenizer.eos_token_id) > 3
     with pytest.raises(InputError, match=f"2 texts have .* tokens together.* needs {count * 2}"):

@@ -6,6 +6,7 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     DeepseekV3Config,
+    FalconConfig,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -32,17 +33,14 @@ SIZES = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-LATENT = {
-    **{"kv_lora_rank": 16, "q_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6},
-    "rope_interleave": True,
-}
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": None, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 CONFIGS = {
     "ours": lambda: hfllm.HfllmConfig(**SIZES),
     "ours, sliding": lambda: hfllm.HfllmConfig(**SIZES, sliding_window=16),
     "ours, partly rotated": lambda: hfllm.HfllmConfig(**SIZES, rope_parameters=PARTIAL),
     "ours, no positions": lambda: hfllm.HfllmConfig(**SIZES, no_rope_layers=[0]),
     "ours, latent": lambda: hfllm.HfllmConfig(**SIZES, **LATENT),
-    "deepseek": lambda: DeepseekV3Config(**SIZES, **LATENT, first_k_dense_replace=1, n_routed_experts=8),
+    "deepseek": lambda: DeepseekV3Config(**SIZES, **LATENT, first_k_dense_replace=1),
     "llama": lambda: LlamaConfig(**SIZES),
     "llama, yarn": lambda: LlamaConfig(**SIZES, rope_parameters=YARN),
     "cohere": lambda: CohereConfig(**SIZES, bos_token_id=None),
@@ -107,11 +105,32 @@ def test_a_hybrid_keeps_its_state():
     assert [layer.keys.shape[-2] for layer in cache.layers[1:]] == [15, 23]
 
 
+def test_chunks_that_fit_stay_as_they_are():
+    torch.manual_seed(0)
+    kinds = ["chunked_attention", "full_attention"]
+    config = hfllm.HfllmConfig(**{**SIZES, "num_hidden_layers": 2}, layer_types=kinds, attention_chunk_size=8)
+    model = hfllm.HfllmForCausalLM(config).eval()
+    ids = torch.randint(0, 64, (2, 40))
+    whole = nats_by_segment(model, ids, 40)
+    torch.testing.assert_close(nats_by_segment(model, ids, 3, cache=SinkCache(model, 64)), whole, atol=1e-3, rtol=1e-4)
+    cache = SinkCache(model, 12, 2)
+    nats_by_segment(model, ids, 3, cache=cache)
+    assert [layer.keys.shape[-2] for layer in cache.layers] == [7, 11]
+
+
 @pytest.mark.parametrize(
     ("config", "sizes", "message"),
     [
         (CONFIGS["ours"], (4, 4), "window_length=4 must be more than num_sink_tokens=4"),
         (CONFIGS["ours"], (8, -1), "both at least 0"),
+        (lambda: hfllm.HfllmConfig(**SIZES, attention_chunk_size=32), (16, 4), "less than attention_chunk_size=32"),
+        (
+            lambda: FalconConfig(
+                vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, alibi=False
+            ),
+            (16, 4),
+            "falcon has no apply_rotary_pos_emb",
+        ),
         (lambda: GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2), (16, 4), "needs rotary positions"),
         (
             lambda: LlamaConfig(**SIZES, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),

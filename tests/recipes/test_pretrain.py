@@ -343,6 +343,18 @@ def test_a_model_without_sparse_attention_has_no_sizes_of_it(run, corpus, tmp_pa
         (["--layer_types", "linear_attention"], "has linear_attention alone"),
         (["--layer_types", "sliding_attention", "full_attention"], "needs sliding_window"),
         (["--layer_types", "sliding_attention", "--sliding_window", "0"], "sliding_window must be at least 1"),
+        (
+            ["--layer_types", "chunked_attention", "--attention_chunk_size", "0"],
+            "attention_chunk_size must be at least 1",
+        ),
+        (["--linear_num_value_heads", "2"], "--linear_num_value_heads 2 needs linear_attention in --layer_types"),
+        (
+            [
+                *("--attn_implementation", "sparse", "--sparse_block_size", "8", "--sparse_num_blocks", "2"),
+                *("--objective", "masked"),
+            ],
+            "--objective masked sees later tokens",
+        ),
         (["--no_rope_layers", "2"], "no_rope_layers=.* must be one 0"),
         (["--sparse_block_size", "8"], "--sparse_num_blocks None: expected both"),
         (["--sparse_block_size", "8", "--sparse_num_blocks", "2"], "it needs --attn_implementation sparse"),

@@ -188,15 +188,18 @@ def test_dense_layers_of_a_mixture_that_are_none_are_refused():
         Shape.from_config({**small_foreign("deepseek_v3"), "model_type": "deepseek_v3", "first_k_dense_replace": 9})
 
 
-def test_caches_by_type_of_layer():
+@pytest.mark.parametrize(
+    ("limit", "field"), [("sliding_attention", "sliding_window"), ("chunked_attention", "attention_chunk_size")]
+)
+def test_caches_by_type_of_layer(limit, field):
     """As transformers' caches of a model of these types hold them."""
-    kinds = ["full_attention", "sliding_attention", "linear_attention"]
+    kinds = ["full_attention", limit, "linear_attention"]
     fields = {
         "vocab_size": 30,
         "hidden_size": 32,
         "num_attention_heads": 4,
         "num_hidden_layers": 3,
-        "sliding_window": 9,
+        field: 9,
     }
     config = hfllm.HfllmConfig(**fields, layer_types=kinds)
     shape, model = Shape.from_config(config.to_dict()), hfllm.HfllmForCausalLM(config).eval()
@@ -216,6 +219,7 @@ def test_caches_by_type_of_layer():
     [
         ({"layer_types": ["full_attention"]}, "for each of num_hidden_layers=2"),
         ({"layer_types": ["full", "full_attention"]}, "must name one of full_attention, sliding_attention"),
+        ({"layer_types": ["chunked_attention"] * 2}, "attention_chunk_size=None must be a whole number"),
         ({"layer_types": ["sliding_attention"] * 2}, "sliding_window=None must be a whole number"),
         (
             {"layer_types": ["linear_attention", "full_attention"], "linear_conv_kernel_dim": 0},
