@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from hfllm.data.loading import DataArguments
 from hfllm.errors import InputError, refuse
-from hfllm.models.extension import ROPE_TYPES, extended_config
 from hfllm.runs.chain import Chain, chain_before
 from hfllm.runs.recipes import settings_file
 
@@ -30,7 +29,8 @@ class ExtendArguments(DataArguments):
         default="yarn",
         metadata={
             "help": "How rotary positions are extended: linear, ntk (a higher rope_theta), dynamic, yarn or llama3.",
-            "choices": [*ROPE_TYPES],
+            # Those of hfllm.models.extension, which a list of flags is too early to import.
+            "choices": ["linear", "ntk", "dynamic", "yarn", "llama3"],
         },
     )
     factor: float = field(default=4.0, metadata={"help": "How many times longer the context becomes, above 1."})
@@ -102,6 +102,7 @@ def lengths_of(script_args: ExtendArguments, config: "PreTrainedConfig") -> tupl
         InputError: when it cannot be extended so, see `extended_config`; or when that is no longer than before.
     """
     from hfllm.models.context import max_length_of
+    from hfllm.models.extension import extended_config
 
     original = script_args.original_max_position_embeddings
     extended_config(config, script_args.rope_type, script_args.factor, original)

@@ -1,5 +1,6 @@
 """hfllm extend in miniature: from nothing, on your own model and text, and what it refuses."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfllm.errors import InputError
+from hfllm.models.extension import ROPE_TYPES
+from hfllm.stages.extend import ExtendArguments
 
 QUICK = ("--num_eval_texts", "3", "--num_needles", "1", "--num_train_texts", "8", "--use_cpu", "true")
 TRAINED = ("--max_steps", "2", "--per_device_train_batch_size", "2", "--save_strategy", "no", "--logging_steps", "1")
@@ -95,3 +98,8 @@ def test_models_without_rotary_positions_are_refused(make_model, tokenizer, tmp_
     tokenizer.save_pretrained(tmp_path / "model")
     with pytest.raises(InputError, match="has no rotary positions"):
         run("--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "out")
+
+
+def test_the_flag_knows_the_types_of_the_library():
+    (flag,) = (each for each in dataclasses.fields(ExtendArguments) if each.name == "rope_type")
+    assert flag.metadata["choices"] == [*ROPE_TYPES]
