@@ -32,7 +32,6 @@ def parse(argv: Sequence[str]) -> tuple[SftArguments, "SFTConfig", "ModelConfig"
 @trusts_code_if_asked
 def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Fine-tune, save, write the report. Return the metrics."""
-    from hfllm.data.augmentation import drawn_in_all
     from hfllm.evaluation import fine_tuning
     from hfllm.outputs.card import chat_lines
     from hfllm.runs.adapters import load_to_train
@@ -55,8 +54,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
         return stage.reuse()
     check_trainable(model_args)
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
-    num_examples = drawn_in_all(script_args.num_examples, script_args.augment)
-    train_rows, test_rows = sft.instruction_data(script_args, num_examples, training_args.seed)
+    train_rows, test_rows = sft.instruction_data(script_args, script_args.num_examples, training_args.seed)
     train_rows = sft.augmented(script_args, train_rows, training_args.seed)
     before = sft.stages_before(script_args, training_args, model_args)
     check_adapter(model_args, before)

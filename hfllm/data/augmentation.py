@@ -46,23 +46,13 @@ class AugmentationArguments:
         default=0.0,
         metadata={
             "help": "Share of the training questions to ask in another form: upper or lower case, no punctuation, "
-            "typing errors, sentences around them; refusals are learned behind a promise too (docs/evaluation.md). "
-            "Of the embedded world's questions so many more are drawn that as many stay as they are."
+            "typing errors, sentences around them; refusals are learned behind a promise too (docs/evaluation.md)."
         },
     )
 
     def __post_init__(self):
         if not 0 <= self.augment <= 1:
             raise ValueError(f"augment must lie in [0, 1], got {self.augment}")
-
-
-def drawn_in_all(plain: int, share: float) -> int:
-    """Return how many rows to draw for so many to stay as they are when a share of them is asked otherwise.
-
-    With as many rows in all the plain ones would be fewer, and what they teach less well known. A share of 1 leaves
-    none, and adds none.
-    """
-    return round(plain / (1 - share)) if share < 1 else plain
 
 
 def training_texts(dataset_name: str) -> AddedTexts:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.data import formats
 from hfllm.data.added_texts import WORLD_TRAINING, AddedTexts
-from hfllm.data.augmentation import drawn_in_all, in_another_form
+from hfllm.data.augmentation import in_another_form
 from hfllm.data.sources import Source
 from hfllm.data.world.demonstrators import preference_rows
 from hfllm.data.world.world import Task, World
@@ -25,7 +25,7 @@ class ComparisonSettings:
     """Number of comparisons, their sources, and the quality of their labels.
 
     Args:
-        num_pairs: prompts to compare responses to, and with `augment` so many more that as many stay as they are.
+        num_pairs: prompts to compare responses to.
         num_eval_prompts: held-out prompts.
         on_policy_fraction: share of the comparisons between the model's own samples; the rest are demonstrators'.
         num_samples: samples of the model per prompt of that share.
@@ -69,8 +69,7 @@ def compare_samples(
         return formats.convert(source, formats.to_preference)
 
     # Its own seed, so that the prompts differ from those of the demonstrations.
-    count = drawn_in_all(settings.num_pairs, settings.augment)
-    tasks = list(islice(world.tasks(settings.seed + 1_000_000), count))
+    tasks = list(islice(world.tasks(settings.seed + 1_000_000), settings.num_pairs))
     if settings.augment:
         tasks = augmented_tasks(tasks, settings.augment, settings.seed, WORLD_TRAINING)
     held_out = world.evaluation_tasks(settings.num_eval_prompts)

@@ -13,7 +13,6 @@ from hfllm.data.augmentation import (
     augmented_prompts,
     begun_comparisons,
     begun_prompts,
-    drawn_in_all,
 )
 from hfllm.data.conversations import Conversations
 from hfllm.data.packing import IGNORE
@@ -59,14 +58,6 @@ def test_about_the_share_is_asked_otherwise_and_the_rest_stays():
     assert (
         after == augmented_prompts(before, 0.3, 7, WORLD_TRAINING) != augmented_prompts(before, 0.3, 8, WORLD_TRAINING)
     )
-
-
-def test_as_many_stay_as_they_are_as_without():
-    for share in (0.0, 0.2, 0.5):
-        before = rows(drawn_in_all(300, share))
-        after = augmented_prompts(before, share, 7, WORLD_TRAINING)
-        assert abs(sum(one is other for one, other in zip(before, after, strict=True)) - 300) < 30
-    assert drawn_in_all(300, 0.0) == drawn_in_all(300, 1.0) == 300
 
 
 def test_refusals_alone_are_prefilled():
