@@ -1,7 +1,7 @@
 """Fail unless the main job's report shows that alignment helped. Usage: check_report.py OUTPUT_DIR
 
-The bounds hold for any seed on any machine. Each lies three standard errors or more beyond the worst of six runs
-(seeds 1, 2 and 42, one and two threads; benchmarks/results/alignment.md). A mean over 360 sampled prompts is known to
+The bounds hold for any seed on any machine. Each lies three standard errors or more beyond the worst of three runs
+(seeds 1, 2 and 42; benchmarks/results/alignment.md). A mean over 360 sampled prompts is known to
 0.03, over 180 to 0.05, and twice that with the spread between runs; an accuracy on 1,430 pairs to 0.008, a share of 60
 facts to 0.06. With a reward model that learned from coin flips the first four are far outside.
 """
@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 BOUNDS = {
-    "gold_reward_after": (0.56, 1.0),
-    "gold_reward_gain": (0.36, 2.0),
+    "gold_reward_after": (0.52, 1.0),
+    "gold_reward_gain": (0.33, 2.0),
     "gold_reward_new_phrasings_gain": (0.30, 2.0),
-    "reward_model_accuracy": (0.85, 1.0),
+    "reward_model_accuracy": (0.83, 1.0),
     "kl_to_reference": (0.5, 5.0),
     "fact_accuracy_loss": (-1.0, 0.55),
 }

@@ -69,7 +69,7 @@ STAGES: Mapping[str, StageEntry] = {
         "rlhf/world.yaml",
         {"model_name_or_path": "sft", "reward_model_name_or_path": "reward"},
         runs_own_chain=True,
-        minutes=1.5,
+        minutes=2,
     ),
     "draft": StageEntry(
         "a draft model", "distill", "speculative/draft.yaml", {"teacher_model_name_or_path": "sft"}, minutes=2
