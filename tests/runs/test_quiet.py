@@ -40,7 +40,7 @@ def hidden(monkeypatch):
 @pytest.fixture
 def said(monkeypatch):
     """What a logger lets through, by its name."""
-    messages = {}
+    messages, levels = {}, []
 
     def listen(name):
         logger, messages[name] = logging.getLogger(name), []
@@ -48,10 +48,14 @@ def said(monkeypatch):
         handler.emit = lambda record: messages[name].append(record.getMessage())
         monkeypatch.setattr(logger, "handlers", [handler])
         monkeypatch.setattr(logger, "propagate", False)
-        monkeypatch.setattr(logger, "level", logging.WARNING)
+        # By its own function, which forgets what the logger knows of the level before.
+        levels.append((logger, logger.level))
+        logger.setLevel(logging.WARNING)
         return messages[name]
 
-    return listen
+    yield listen
+    for logger, level in reversed(levels):
+        logger.setLevel(level)
 
 
 @pytest.mark.parametrize("each", UNHELPFUL, ids=lambda each: each.logger)
