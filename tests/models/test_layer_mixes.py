@@ -48,7 +48,11 @@ FEWER = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(params=MIXES)
+# Alike to others in all but one thing.
+RARE = {"slf-nowhere-positions", "slf-learned-positions", "chunks-of-one", "cf-sparse", "slf-some-without-positions"}
+
+
+@pytest.fixture(params=[pytest.param(each, marks=[pytest.mark.slow] if each in RARE else []) for each in MIXES])
 def mix(request, make_model, monkeypatch):
     """A model, with blocks of 4 queries, so that short texts are in banded form; and how exact it is."""
     monkeypatch.setattr(banded_hfllm, "SMALLEST_BLOCK", 4)

@@ -26,6 +26,16 @@ SLOW = {
     "deepseek-v3-plain",
     "minicpm3",
     "glm4-moe-lite",
+    "gptj-tied",
+    "phi-norms",
+    "exaone4-no-window",
+    "olmoe-raw",
+    "qwen3-moe-mixed",
+    "qwen2-moe-mixed",
+    "glm4-moe-plain",
+    "dots1",
+    "deepseek-v2-experts",
+    "deepseek-v3",
 }
 
 
