@@ -96,8 +96,9 @@ def ids():
 
 @pytest.mark.parametrize(
     ("implementation", "coefficient"),
-    [("eager", 0.01), pytest.param("grouped_mm", 0.0, marks=pytest.mark.slow)],
+    [("eager", 0.01), ("grouped_mm", 0.0)],
 )
+@pytest.mark.slow
 def test_training_is_one_graph(make_model, ids, implementation, coefficient):
     """With every implementation of experts, the loss of the load and a bias that follows it."""
     model, same = (make_model(**DEEPSEEK, router_aux_loss_coef=coefficient).train() for _ in range(2))

@@ -209,6 +209,7 @@ def test_losses_and_gradients_are_those_of_the_native_class(make_model, ids, tmp
             torch.testing.assert_close(parameter.grad, theirs[name].grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 def test_it_compiles_as_one_graph(make_model, ids, ways):
     model = make_model(**LATENT, rope_interleave=True)
     expected, cache = model(ids).logits, StaticCache(config=model.config, max_cache_len=48)

@@ -446,7 +446,13 @@ def test_bf16_is_close_to_fp32(make_model, axes, ids):
 
 
 # Each part of a layer in one of them.
-@pytest.mark.parametrize("name", ["gpt1", "neox", "gemma", "cohere", "qwen3", "mixtral-parallel-window"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt1", "neox", "gemma", "cohere")),
+        *("qwen3", "mixtral-parallel-window"),
+    ],
+)
 def test_compiled_equals_eager(make_model, name, ids):
     model = make_model(num_hidden_layers=1, **FAMILIES[name])
     expected = model(ids, use_cache=False).logits
