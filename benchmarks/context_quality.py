@@ -7,7 +7,7 @@ A text is filler, in which stand a needle and eight pairs, tokens that hold a ke
 row, as a sentence has several words on its subject; its end asks for the value of each key. The needle's key is always
 the same. Two layers learn it from short texts to long ones, all mixes by the same schedule of CPU-seconds of one
 thread: slower ones take fewer steps. A layer with a window of 64 tokens does not reach most of a text, which is the
-control that must fail. Sparse attention has blocks of 32 keys and looks at an eighth of them, in short texts at two at
+control that must fail. Sparse attention has blocks of 16 keys and looks at an eighth of them, in short texts at two at
 least. Of learning rates 0.005 and 0.01 and scales 16 and 32 of the embeddings, each mix has those that did best on
 seed 1. Shares of right answers, on texts of other seeds.
 """
@@ -33,7 +33,7 @@ VOCABULARY = HELD + (NUM_KEYS + 1) * NUM_VALUES
 TYPES = {"f": "full_attention", "s": "sliding_attention", "l": "linear_attention"}
 CHECKED = 256  # texts to check by
 SPAN = 4  # tokens of a pair
-BLOCK = 32  # keys of a block of sparse attention
+BLOCK = 16  # keys of a block of sparse attention
 
 
 @dataclass(frozen=True)
