@@ -1,7 +1,7 @@
 """Fail unless the main job's report shows that alignment helped. Usage: check_report.py OUTPUT_DIR
 
 The bounds hold for any seed on any machine. Each lies three standard errors or more beyond the worst of three runs
-(seeds 1, 2 and 42; benchmarks/results/alignment.md). A mean over 360 sampled prompts is known to
+(seeds 1, 2 and 42 on one machine; benchmarks/results/alignment.md). A mean over 360 sampled prompts is known to
 0.03, over 180 to 0.05, and twice that with the spread between runs; an accuracy on 1,430 pairs to 0.008, a share of 60
 facts to 0.06. With a reward model that learned from coin flips the first four are far outside.
 """
