@@ -9,7 +9,8 @@ the same. Two layers learn it from short texts to long ones, all mixes by the sa
 thread: slower ones take fewer steps. A layer with a window of 64 tokens does not reach most of a text, which is the
 control that must fail. Sparse attention has blocks of 16 keys and looks at an eighth of them, in short texts at two at
 least. Of learning rates 0.005 and 0.01 and scales 16 and 32 of the embeddings, each mix has those that did best on
-seed 1, in part with pairs of single tokens; sparse attention's were chosen with blocks of 32. Shares of right answers, on texts of other seeds.
+seed 1, in part with pairs of single tokens; sparse attention's were chosen with blocks of 32. Shares of right answers,
+on texts of other seeds.
 """
 
 import argparse
