@@ -1,18 +1,23 @@
 """The gated delta rule over a piece of a text, in chunks, with a backward pass by hand.
 
 Autograd would give every product new memory, forward and backward; on a CPU that takes longer than the products. Here
-all pieces of a text use the same memory, one after another, and what the backward pass needs is computed again.
+all pieces of a text use the same memory, one after another, and what the backward pass needs is computed again. The
+state goes through the chunks by small products that stay in a CPU's cache.
 
 This file imports only torch, and is uploaded to the Hub with modeling_hfllm.py.
 Shapes: B batch, L tokens of the piece, H value heads, K query and key heads, D their size, W size of a value head;
 N chunks of C tokens; R is B * H, and M is N * R with the chunks first.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch.nn import functional as F
 
 # exp() of less is slow on a CPU; it is no state any more, and a normal number still.
 LEAST_LOG = -80.0
+# Strengths of zero become this, which changes no result: gradients are divided by them.
+LEAST_BETA = 1e-25
 
 
 def in_chunks(states: torch.Tensor, size: int, groups: int = 1) -> torch.Tensor:
@@ -128,9 +133,21 @@ def gated_delta_chunks(
 
 
 class DeltaPiece:
-    """What `gated_delta_chunks` computes, in memory that the next piece uses again; and its derivatives.
+    """The rule over a piece of a text and its derivatives, in memory that the next piece uses again.
 
-    Results stay right until the next call. The names are those of the formulas there.
+    Results stay right until the next call. For each chunk, with the decays of `decays`, S and S' the states before and
+    after it, U the changes that the formulas above call so, B the diagonal matrix of beta, and Y = U / beta:
+
+        Y = (I + M B)^-1 (V - since K S),   S' = whole S + (until B K)' Y,   O = since Q S + P B Y,
+
+    where M is the strictly lower part of `between * K K'`, and P is `between * Q K'`. The inverse multiplies values
+    alone, not keys too. The gradients of Y and V are, backward from the last chunk,
+
+        dY = (P B)' dO + (until B K) dS',   dV = (I + M B)^-T dY,   dS = whole dS' + (since Q)' dO - (since K)' dV.
+
+    Those of the decays need no matrices: that of beta is `sum(dV Y) / beta`, and as O and V - Y are in proportion to
+    what is kept since the chunk began, that of its logarithm is `sum(dO O) - sum(dV V)`, where `sum(dO O)` is
+    `sum(dQ Q)`; and in the last token also `sum(dS' S')`.
     """
 
     def __init__(self):
@@ -149,6 +166,39 @@ class DeltaPiece:
     def _mul(self, name: str, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         return torch.mul(first, second, out=self._get(name, first, *first.shape))
 
+    def run(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        state: torch.Tensor,
+        packed: torch.Tensor | None,
+        chunk: int,
+        normalizes: bool,
+        needs_output: bool = True,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Return what `rule_of_piece` returns, and keep what `backward` and `gradients` need."""
+        batch, length, heads = value.shape[:3]
+        sequences = None if packed is None else sequences_in_chunks(packed, batch, heads, chunk)
+        chunks = self.read(query, key, value, g, beta, state.dtype, chunk, normalizes)
+        output, state = self.forward(*chunks, state, sequences, needs_output)
+        return (from_chunks(output, batch, length, heads).to(query.dtype) if needs_output else None), state
+
+    def copy(self, name: str, states: torch.Tensor, dtype: torch.dtype, size: int, groups: int = 1) -> torch.Tensor:
+        """Return what `in_chunks` does, in a precision."""
+        batch, length, heads, width = states.shape
+        if length % size:
+            states = F.pad(states, (0, 0, 0, 0, 0, -length % size))
+        states = states.unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4).unsqueeze(3)
+        held = self.memory.get(name)
+        shape = len(states) * batch * heads * groups, size, width
+        if held is None or held.shape != shape or held.dtype != dtype:
+            held = self.memory[name] = states.new_empty(shape, dtype=dtype)
+        held.view(-1, batch, heads, groups, size, width).copy_(states)
+        return held
+
     def read(
         self,
         query: torch.Tensor,
@@ -162,35 +212,34 @@ class DeltaPiece:
     ) -> tuple[torch.Tensor, ...]:
         """Return what `to_chunks` returns, and keep what `gradients` needs."""
         batch, length, heads = value.shape[:3]
-        groups, self.factors = heads // key.shape[2], []
+        groups, self.factors, pair = heads // key.shape[2], [], []
         self.layout = batch, length, heads, groups
-        pair = []
-        for states, scale in ((query, query.shape[-1] ** -0.5), (key, 1.0)):
-            factor, chunks = None, in_chunks(states.to(dtype), chunk, groups)
+        for name, states, scale in (("query", query, query.shape[-1] ** -0.5), ("key", key, 1.0)):
+            factor = scale
             if normalizes:
-                factor = self._mul("square", chunks, chunks).sum(-1, keepdim=True).add_(1e-6).rsqrt_()
+                squares = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=dtype).square_()
+                factor = in_chunks(squares.add_(1e-6).rsqrt_().mul_(scale), chunk, groups)
             self.factors.append((factor, scale))
-            pair.append(torch.mul(chunks, scale if factor is None else factor * scale))
+            chunks = self.copy(name, states, dtype, chunk, groups)
+            pair.append(chunks if name == "key" and not normalizes else chunks.mul_(factor))
         g, beta = (in_chunks(each.unsqueeze(-1).to(dtype), chunk) for each in (g, beta))
-        return *pair, in_chunks(value.to(dtype), chunk), g.squeeze(-1), beta
+        return *pair, self.copy("value", value, dtype, chunk), g.squeeze(-1), beta
 
-    def gradients(self, *grads: torch.Tensor) -> list[torch.Tensor]:
-        """Return the gradients of `read`'s tensors from those of its results."""
+    def gradients(self, grads: tuple[torch.Tensor, ...], outs: Iterable[torch.Tensor]) -> None:
+        """Write the gradients of `read`'s tensors, from those of its results, which are lost."""
         batch, length, heads, groups = self.layout
-        results = []
-        for states, grad, (factor, scale) in zip(self.inputs[:2], grads[:2], self.factors, strict=True):
-            if factor is not None:
-                along = self._mul("square", grad, states).sum(-1, keepdim=True).div_(-(scale**2))
-                grad = grad.addcmul_(states, along).mul_(factor * scale)
-            else:
-                grad = grad * scale
-            results.append(from_chunks(grad, batch, length, heads, groups))
-        results.append(from_chunks(grads[2], batch, length, heads))
-        of_g, of_beta = (
-            from_chunks(grads[3].unsqueeze(-1), batch, length, heads),
-            from_chunks(grads[4], batch, length, heads),
-        )
-        return [*results, of_g.squeeze(-1), of_beta.squeeze(-1)]
+        of_query, of_key, of_value, of_g, of_beta = grads
+        for states, grad, along, (factor, scale) in zip(
+            self.inputs[:2], (of_query, of_key), self.along, self.factors, strict=True
+        ):
+            if torch.is_tensor(factor):
+                grad.addcmul_(states, along / -(scale**2))
+            grad.mul_(factor)
+        counts = groups, groups, 1, 1, 1
+        for out, grad, count in zip(
+            outs, (of_query, of_key, of_value, of_g.unsqueeze(-1), of_beta), counts, strict=True
+        ):
+            out.copy_(from_chunks(grad, batch, length, heads, count).view_as(out))
 
     def forward(
         self,
@@ -205,37 +254,49 @@ class DeltaPiece:
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return what `gated_delta_chunks` returns, and keep what `backward` needs."""
         (number, length, size), width, rows = key.shape, value.shape[-1], len(state)
-        self.inputs, self.decays = (query, key, value, beta), decays(g, sequences)
-        between, since, until, whole = self.decays
-        # Products with the same matrix are one product.
-        pair = self._get("pair", key, number, 2 * length, size)
-        pair[:, :length] = query
-        strong = torch.mul(key, beta, out=pair[:, length:])
-        inner = self._bmm("inner", pair, key.mT)
-        inner.unflatten(1, (2, length)).mul_(between.unsqueeze(1))
-        both = self._get("both", key, number, length, width + size)
-        torch.mul(value, beta, out=both[..., :width])
-        torch.mul(strong, since, out=both[..., width:])
+        beta = torch.where(beta.abs() < LEAST_BETA, LEAST_BETA, beta)
+        kept, since, until, whole = self._decays(g, sequences)
+        self.inputs, self.scales = (query, key, value, beta), (since, until.mul_(beta), whole)
+        kept.mul_(beta.mT).tril_()
+        inner = self._get("inner", key, 2, number, length, length)
+        torch.bmm(query, key.mT, out=inner[0])
+        torch.bmm(key, key.mT, out=inner[1])
+        inner.mul_(kept)
         unit = torch.eye(length, dtype=key.dtype, device=key.device)
-        self.inverse = torch.linalg.solve_triangular(
-            inner[:, length:], unit, upper=False, unitriangular=True, left=False
-        )
-        solved = self._bmm("solved", self.inverse, both)
-        moved = self._bmm("moved", self._mul("ending", key, until).mT, solved)
-        kept = torch.eye(size, dtype=key.dtype, device=key.device) * whole
-        kept = torch.sub(kept, moved[..., width:], out=self._get("kept", key, number, size, size))
-        added, kept = moved[..., :width].unflatten(0, (-1, rows)), kept.unflatten(0, (-1, rows))
-        states = self._get("states", key, len(kept) + 1, rows, size, width)
-        states[0] = state
-        for new, matrix, before, after in zip(added, kept, states[:-1], states[1:], strict=True):
-            torch.baddbmm(new, matrix, before, out=after)
-        before = states[:-1].flatten(0, 1)
+        self.inverse = torch.linalg.solve_triangular(inner[1], unit, upper=False, unitriangular=True, left=False)
+        reading, asking = self._mul("reading", query, since), self._mul("asking", key, since)
+        ending = self._mul("ending", key, until)
+        states = self._get("states", key, number + rows, size, width)
+        states[:rows] = state
         changes = self._get("changes", key, number, length, width)
-        torch.baddbmm(solved[..., :width], solved[..., width:], before, alpha=-1, out=changes)
-        beginning = self._mul("beginning", query, since)
+        missing = self._get("missing", key, rows, length, width)
+        each_state = _steps(states, rows)
+        of_chunk = (value, asking, self.inverse, changes, ending.mT, whole)
+        steps = zip(*(_steps(each, rows) for each in of_chunk), each_state[:-1], each_state[1:], strict=True)
+        for new, asked, inverse, change, end, share, before, after in steps:
+            torch.baddbmm(new, asked, before, alpha=-1, out=missing)
+            torch.bmm(inverse, missing, out=change)
+            torch.mul(before, share, out=after).baddbmm_(end, change)
         if not needs_output:
-            return None, states[-1]
-        return self._bmm("output", beginning, before).baddbmm_(inner[:, :length], changes), states[-1]
+            return None, each_state[-1]
+        return self._bmm("output", reading, states[:-rows]).baddbmm_(inner[0], changes), each_state[-1]
+
+    def _decays(
+        self, g: torch.Tensor, sequences: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Return what `decays` does, where later tokens are in columns anything that is finite."""
+        total = g.cumsum(-1).unsqueeze(-1)
+        between = torch.sub(total, total.mT, out=self._get("between", g, *g.shape, g.shape[-1]))
+        between, *ends = (
+            each.clamp_(LEAST_LOG, 0).exp_() for each in (between, total.clone(), total[:, -1:] - total, total[:, -1:])
+        )
+        if sequences is not None:
+            tokens, before = (each.unsqueeze(-1) for each in sequences)
+            last = tokens[:, -1:]
+            between.mul_(tokens == tokens.mT)
+            for kept, same in zip(ends, (tokens == before, tokens == last, last == before), strict=True):
+                kept.mul_(same)
+        return between, *ends
 
     def backward(self, grad: torch.Tensor, grad_state: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the gradients of `forward`'s query, key, value, g, beta and state.
@@ -243,52 +304,46 @@ class DeltaPiece:
         Args:
             grad: (M, C, W), of the outputs; grad_state: (R, D, W), of the last state.
         """
-        (_, key, value, beta), (between, since, until, whole) = self.inputs, self.decays
-        (number, length, _), width, rows = key.shape, value.shape[-1], len(grad_state)
-        names = ("pair", "inner", "both", "solved", "ending", "kept", "states", "changes", "beginning")
-        pair, inner, both, solved, ending, kept, states, changes, beginning = (self.memory[name] for name in names)
-        before, halves = states[:-1].flatten(0, 1), (slice(length), slice(length, None))
-        # Gradients of the outputs, and below of the changes.
-        grads = self._get("grads", key, number, 2 * length, width)
-        grads[:, halves[0]] = grad
-        changed = torch.bmm(inner[:, halves[0]].mT, grad, out=grads[:, halves[1]])
-        shares = self._bmm("shares", beginning.mT, grad).baddbmm_(solved[..., width:].mT, changed, alpha=-1)
-        ends = self._get("ends", key, *states.shape)
-        ends[-1] = grad_state
-        shares, matrices = shares.unflatten(0, (-1, rows)), kept.unflatten(0, (-1, rows)).mT
-        for index in range(len(shares) - 1, -1, -1):
-            torch.baddbmm(shares[index], matrices[index], ends[index + 1], out=ends[index])
-        after = ends[1:].flatten(0, 1)
-        changed.baddbmm_(ending, after)
-        of_beginning, of_recalled = self._bmm("of_states", grads, before.mT).split(length, dim=1)
-        of_solved = self._get("of_solved", key, *solved.shape)
-        of_solved[..., :width] = changed
-        torch.neg(of_recalled, out=of_solved[..., width:])
-        of_both = self._bmm("of_both", self.inverse.mT, of_solved)
-        of_values, of_reads = of_both[..., :width], of_both[..., width:]
-        of_inner = self._get("of_inner", key, *inner.shape)
-        torch.bmm(grad, changes.mT, out=of_inner[:, halves[0]])
-        torch.bmm(of_both, solved.mT, out=of_inner[:, halves[1]]).neg_().tril_(-1)
-        # Every decay is exp() of a sum of g: a gradient times the decay itself is that of the sum.
-        logs = self._mul("logs", of_inner, inner).unflatten(1, (2, length)).sum(1)
-        of_inner.unflatten(1, (2, length)).mul_(between.unsqueeze(1))
-        of_pair = self._get("of_pair", key, *pair.shape)
-        torch.mul(of_beginning, since, out=of_pair[:, halves[0]])
-        torch.mul(of_reads, since, out=of_pair[:, halves[1]])
-        of_query, of_strong = of_pair.baddbmm_(of_inner, key).split(length, dim=1)
-        of_ending = self._bmm("of_ending", changes, after.mT)
-        of_key = self._bmm("of_key", of_inner.mT, pair).addcmul_(of_strong, beta).addcmul_(of_ending, until)
-        of_beta = self._mul("product", of_strong, key).sum(-1, keepdim=True)
-        of_beta += self._mul("wide", of_values, value).sum(-1, keepdim=True)
-        ended = self._mul("product", of_ending, ending).sum(-1)
-        total = logs.sum(-1) - logs.sum(-2) - ended
-        total += self._mul("product", of_beginning, beginning).addcmul_(of_reads, both[..., width:]).sum(-1)
-        total[:, -1] += ended.sum(-1) + self._mul("state", before, after).sum((-1, -2)) * whole[:, 0, 0]
-        return (
-            of_query,
-            of_key,
-            self._mul("of_value", of_values, beta),
-            total.flip(-1).cumsum(-1).flip(-1),
-            of_beta,
-            ends[0],
+        (query, key, value, beta), (since, until, _), rows = self.inputs, self.scales, len(grad_state)
+        inner, between, states, changes = (self.memory[name] for name in ("inner", "between", "states", "changes"))
+        negative, ends = self._of_values(grad, grad_state)
+        of_inner, before, after = self._get("of_inner", key, *inner.shape), states[:-rows], ends[rows:]
+        torch.bmm(grad, changes.mT, out=of_inner[0])
+        torch.bmm(negative, changes.mT, out=of_inner[1]).diagonal(dim1=1, dim2=2).zero_()
+        of_asked, of_known = of_inner.mul_(between)
+        of_query = self._bmm("of_query", grad, before.mT).mul_(since).baddbmm_(of_asked, key)
+        of_key = self._bmm("of_key", negative, before.mT).mul_(since).baddbmm_(of_known, key)
+        of_key.baddbmm_(of_known.mT, key).baddbmm_(of_asked.mT, query)
+        of_key.addcmul_(self._bmm("of_ending", changes, after.mT), until)
+        pairs = (of_query, query), (of_key, key)
+        self.along = [self._mul("product", *pair).sum(-1, keepdim=True) for pair in pairs]
+        total = self.along[0].squeeze(-1) + self._mul("wide", negative, value).sum(-1)
+        total[:, -1] += self._mul("state", states[rows:], after).sum((-1, -2))
+        of_beta = self._mul("wide", negative, changes).sum(-1, keepdim=True).neg_().div_(beta)
+        return of_query, of_key, negative.neg_(), total.flip(-1).cumsum(-1).flip(-1), of_beta, ends[:rows]
+
+    def _of_values(self, grad: torch.Tensor, grad_state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return -dV (M, C, W), and the gradients of the states before each chunk and of the last, (M + R, D, W)."""
+        inner, reading, asking, ending = (self.memory[name] for name in ("inner", "reading", "asking", "ending"))
+        rows, (_, _, whole) = len(grad_state), self.scales
+        of_changes = self._bmm("of_changes", inner[0].mT, grad)
+        ends, negative = (
+            self._get("ends", grad, *self.memory["states"].shape),
+            self._get("negative", grad, *grad.shape),
         )
+        # First, as it may be the result of the call before, in the same memory.
+        ends[-rows:] = grad_state
+        torch.bmm(reading.mT, grad, out=ends[:-rows])
+        each_end = _steps(ends, rows)
+        of_chunk = (of_changes, ending, self.inverse.mT, negative, asking.mT, whole)
+        steps = zip(*(_steps(each, rows) for each in of_chunk), each_end[:-1], each_end[1:], strict=True)
+        for change, end, inverse, minus, asked, share, before, after in reversed(list(steps)):
+            change.baddbmm_(end, after)
+            torch.baddbmm(change, inverse, change, beta=0, alpha=-1, out=minus)
+            before.addcmul_(after, share).baddbmm_(asked, minus)
+        return negative, ends
+
+
+def _steps(states: torch.Tensor, rows: int) -> tuple[torch.Tensor, ...]:
+    """Return (N * R, ...) as N tensors (R, ...)."""
+    return states.unflatten(0, (-1, rows)).unbind()

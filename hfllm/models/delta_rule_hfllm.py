@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from .delta_chunks_hfllm import DeltaPiece, from_chunks, gated_delta_chunks, in_chunks, sequences_in_chunks, to_chunks
+from .delta_chunks_hfllm import DeltaPiece, from_chunks, gated_delta_chunks, sequences_in_chunks, to_chunks
 from .memory_hfllm import needs_autograd
 
 Rule = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -142,19 +142,17 @@ def rule_of_piece(
     packed: torch.Tensor | None,
     chunk: int,
     normalizes: bool,
-    rule: Rule = gated_delta_chunks,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the outputs and the last state (B * H, D, W) over a text or a piece of one.
+    """Return the outputs and the last state (B * H, D, W) over a text or a piece of one, by formulas.
 
     Args:
         state: (B * H, D, W), in the precision to compute in; the other tensors are those of `gated_delta_rule`.
         packed: (B, 1 + S) or (1, 1 + S), from the token before on.
-        rule: what computes the chunks.
     """
     batch, length, heads = value.shape[:3]
     sequences = None if packed is None else sequences_in_chunks(packed, batch, heads, chunk)
     chunks = to_chunks(query, key, value, g, beta, state.dtype, chunk, normalizes)
-    output, state = rule(*chunks, state, sequences)
+    output, state = gated_delta_chunks(*chunks, state, sequences)
     return from_chunks(output, batch, length, heads).to(query.dtype), state
 
 
@@ -169,8 +167,7 @@ class _InPieces(torch.autograd.Function):
             states.append(state.clone())
             parts = [each[:, begin : begin + piece] for each in inputs]
             of_packed = None if packed is None else packed[:, begin : begin + piece + 1]
-            part, state = rule_of_piece(*parts, state, of_packed, chunk, normalizes, memory.forward)
-            output[:, begin : begin + piece] = part
+            output[:, begin : begin + piece], state = memory.run(*parts, state, of_packed, chunk, normalizes)
         ctx.save_for_backward(*inputs, torch.stack(states), packed)
         ctx.settings = chunk, normalizes
         return output, state.clone()
@@ -186,14 +183,11 @@ class _InPieces(torch.autograd.Function):
         grads = [torch.empty_like(each) for each in inputs]
         for index in reversed(range(len(states))):
             at = slice(index * piece, (index + 1) * piece)
-            chunks = memory.read(*(each[:, at] for each in inputs), states.dtype, chunk, normalizes)
             of_packed = None if packed is None else packed[:, at.start : at.stop + 1]
-            batch, _, heads = inputs[2].shape[:3]
-            sequences = None if packed is None else sequences_in_chunks(of_packed, batch, heads, chunk)
-            memory.forward(*chunks, states[index], sequences, needs_output=False)
-            *of_chunks, grad_state = memory.backward(in_chunks(grad[:, at].to(states.dtype), chunk), grad_state)
-            for whole, part in zip(grads, memory.gradients(*of_chunks), strict=True):
-                whole[:, at] = part
+            parts = [each[:, at] for each in inputs]
+            memory.run(*parts, states[index], of_packed, chunk, normalizes, needs_output=False)
+            *of_chunks, grad_state = memory.backward(memory.copy("grad", grad[:, at], states.dtype, chunk), grad_state)
+            memory.gradients(of_chunks, [each[:, at] for each in grads])
         return *grads, grad_state.clone(), None, None, None
 
 

@@ -20,7 +20,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_hfllm import HfllmConfig
-from .delta_chunks_hfllm import DeltaPiece, from_chunks, gated_delta_chunks, in_chunks, sequences_in_chunks
+from .delta_chunks_hfllm import DeltaPiece
 from .delta_rule_hfllm import (
     Rule,
     again,
@@ -95,7 +95,7 @@ def mix_piece(
     state: torch.Tensor,
     packed: torch.Tensor | None,
     settings: MixerSettings,
-    rule: Rule = gated_delta_chunks,
+    rule: Rule = rule_of_piece,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the convolution's, the rule's and the norm's output (B, L, H, W), and the last state (B * H, D, W).
 
@@ -106,11 +106,11 @@ def mix_piece(
         weight: (F, taps).
         state: (B * H, D, W).
         packed: (B, 1 + L) or (1, 1 + L), from the token before on; longer where the convolution needs it.
-        rule: what computes the chunks.
+        rule: what computes the piece.
     """
     inner = settings.heads(_convolved(mixed, weight, packed, settings))
     packed = None if packed is None else packed[:, -1 - gate.shape[1] :]
-    output, state = rule_of_piece(*inner, g, beta, state, packed, settings.chunk, True, rule)
+    output, state = rule(*inner, g, beta, state, packed, settings.chunk, True)
     return gated_norm(output, norm_weight, gate, settings.eps), state
 
 
@@ -137,7 +137,7 @@ class _Mixer(torch.autograd.Function):
             part, of_packed, at = _with_taps(mixed, packed, begin, piece, weight)
             by_token = (each[:, at] for each in (g, beta, gate))
             output[:, at], state = mix_piece(
-                part, *by_token, weight, norm_weight, state, of_packed, settings, memory.forward
+                part, *by_token, weight, norm_weight, state, of_packed, settings, memory.run
             )
         ctx.save_for_backward(mixed, g, beta, gate, weight, norm_weight, packed, torch.stack(states))
         ctx.settings = settings
@@ -156,13 +156,14 @@ class _Mixer(torch.autograd.Function):
         for index in reversed(range(len(states))):
             part, of_packed, at = _with_taps(mixed, packed, index * piece, piece, weight)
             leaves = part, *(each[:, at] for each in inputs[1:4]), weight, norm_weight
-            parts, grad_state = _of_piece(memory, leaves, states[index], of_packed, settings, grad[:, at], grad_state)
+            outs = [each[:, at] for each in grads[1:3]]
+            given = states[index], of_packed, settings, grad[:, at], grad_state, outs
+            (of_mixed, of_gate, *of_weights), grad_state = _of_piece(memory, leaves, *given)
             begin = max(0, at.start - weight.shape[-1] + 1)
             whole = grads[0][:, begin : at.stop]
-            whole += parts[0][:, parts[0].shape[1] - whole.shape[1] :]
-            for whole, part in zip(grads[1:4], parts[1:4], strict=True):
-                whole[:, at] = part
-            for whole, part in zip(grads[4:], parts[4:], strict=True):
+            whole += of_mixed[:, of_mixed.shape[1] - whole.shape[1] :]
+            grads[3][:, at] = of_gate
+            for whole, part in zip(grads[4:], of_weights, strict=True):
                 whole += part
         return *grads, None, None
 
@@ -188,28 +189,31 @@ def _of_piece(
     settings: MixerSettings,
     grad: torch.Tensor,
     grad_state: torch.Tensor,
+    outs: list[torch.Tensor],
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """Return the gradients of `mix_piece`'s first six tensors, and of its state."""
-    batch, length, heads = grad.shape[:3]
+    """Return the gradients of `mix_piece`'s mixed, gate, weight and norm_weight, and of its state.
+
+    Args:
+        outs: where to write those of g and beta.
+    """
     mixed, g, beta, gate, weight, norm_weight = (each.detach() for each in inputs)
-    sequences = None
     with torch.enable_grad():
         mixed, weight = mixed.requires_grad_(), weight.requires_grad_()
         inner = _convolved(mixed, weight, packed, settings)
-    chunks = memory.read(*settings.heads(inner.detach()), g, beta, state.dtype, settings.chunk, True)
     if packed is not None:
-        sequences = sequences_in_chunks(packed[:, -1 - length :], batch, heads, settings.chunk)
-    output, _ = memory.forward(*chunks, state, sequences)
-    output = from_chunks(output, batch, length, heads).to(grad.dtype).requires_grad_()
+        packed = packed[:, -1 - grad.shape[1] :]
+    output, _ = memory.run(*settings.heads(inner.detach()), g, beta, state, packed, settings.chunk, True)
+    output = output.requires_grad_()
     with torch.enable_grad():
         gate, norm_weight = gate.requires_grad_(), norm_weight.requires_grad_()
         normed = gated_norm(output, norm_weight, gate, settings.eps)
     of_output, of_gate, of_norm = torch.autograd.grad(normed, (output, gate, norm_weight), grad)
-    *of_chunks, grad_state = memory.backward(in_chunks(of_output.to(state.dtype), settings.chunk), grad_state)
-    *of_inner, of_g, of_beta = memory.gradients(*of_chunks)
-    of_inner = torch.cat([each.flatten(2) for each in of_inner], dim=-1).to(inner.dtype)
+    of_output = memory.copy("grad", of_output, state.dtype, settings.chunk)
+    *of_chunks, grad_state = memory.backward(of_output, grad_state)
+    of_inner = torch.empty_like(inner)
+    memory.gradients(of_chunks, (*settings.heads(of_inner), *outs))
     of_mixed, of_weight = torch.autograd.grad(inner, (mixed, weight), of_inner)
-    return (of_mixed, of_g, of_beta, of_gate, of_weight, of_norm), grad_state
+    return (of_mixed, of_gate, of_weight, of_norm), grad_state
 
 
 def _of_text(
