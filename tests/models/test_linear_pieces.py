@@ -120,7 +120,9 @@ def test_derivatives_of_a_layers_derivatives(make_model, short_pieces, by_formul
     got = twice()
     with by_formulas():
         expected = twice()
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-3)
+    for mine, theirs in zip(got, expected, strict=True):
+        scale = theirs.abs().max()
+        torch.testing.assert_close(mine / scale, theirs / scale, atol=1e-5, rtol=1e-3)
 
 
 def test_it_runs_on_no_device(make_model, ids):
