@@ -9,8 +9,6 @@ Shapes: B batch, L tokens of the piece, H value heads, K query and key heads, D 
 N chunks of C tokens; R is B * H, and M is N * R with the chunks first.
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch.nn import functional as F
 
@@ -225,7 +223,7 @@ class DeltaPiece:
         g, beta = (in_chunks(each.unsqueeze(-1).to(dtype), chunk) for each in (g, beta))
         return *pair, self.copy("value", value, dtype, chunk), g.squeeze(-1), beta
 
-    def gradients(self, grads: tuple[torch.Tensor, ...], outs: Iterable[torch.Tensor]) -> None:
+    def gradients(self, grads: list[torch.Tensor], outs: list[torch.Tensor]) -> None:
         """Write the gradients of `read`'s tensors, from those of its results, which are lost."""
         batch, length, heads, groups = self.layout
         of_query, of_key, of_value, of_g, of_beta = grads

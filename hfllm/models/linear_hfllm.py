@@ -211,7 +211,7 @@ def _of_piece(
     of_output = memory.copy("grad", of_output, state.dtype, settings.chunk)
     *of_chunks, grad_state = memory.backward(of_output, grad_state)
     of_inner = torch.empty_like(inner)
-    memory.gradients(of_chunks, (*settings.heads(of_inner), *outs))
+    memory.gradients(of_chunks, [*settings.heads(of_inner), *outs])
     of_mixed, of_weight = torch.autograd.grad(inner, (mixed, weight), of_inner)
     return (of_mixed, of_gate, of_weight, of_norm), grad_state
 
