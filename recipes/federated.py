@@ -53,7 +53,7 @@ def main(script_args: FederatedArguments, training_args: "SFTConfig", model_args
     if stage.is_finished:
         return stage.reuse()
     check_trainable(model_args)
-    private = federated_server.privacy(script_args)
+    private = federated_server.check(script_args)
     organisations = organisations_of(script_args, training_args.seed)
 
     stage.announce()
@@ -63,9 +63,9 @@ def main(script_args: FederatedArguments, training_args: "SFTConfig", model_args
     folder, seed = Path(training_args.output_dir), training_args.seed
     begun, identity = local.learner.weights(), {**stage.arguments, "base": local.base_sha256}
     evaluator = Evaluator(script_args, local)
-    with federated_server.transport(script_args, training_args, base_args, local, begun) as rounds:
+    with federated_server.transport(script_args, training_args, base_args, local) as transport:
         state = run_rounds(
-            rounds,
+            transport,
             [each.name for each in organisations],
             begun,
             federated_server.optimizer(script_args),
@@ -73,7 +73,7 @@ def main(script_args: FederatedArguments, training_args: "SFTConfig", model_args
             folder,
             identity,
             evaluate=evaluator.of_round,
-            new_sum=partial(federated_server.new_sum, script_args, seed, local.base_sha256, begun),
+            new_sum=partial(federated_server.new_sum, local.base_sha256, begun),
             announce=partial(federated_server.announce, script_args.rounds),
         )
     controls = Controls(script_args, seed, local, evaluator, begun, folder, identity).run()

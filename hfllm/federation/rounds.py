@@ -9,7 +9,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,21 +21,13 @@ from torch import Tensor
 from hfllm.errors import InputError
 from hfllm.federation.averaging import WeightedSum, norm
 from hfllm.federation.server_optimizers import ServerOptimizer
+from hfllm.federation.transports import Transport
 from hfllm.federation.updates import Failure, Update
-from hfllm.federation.wire import to_bytes, weights_to_bytes
 
 STATE_FILE = "federation.safetensors"
 WEIGHT, SERVER = "weight.", "server."
 
 Weights = Mapping[str, Tensor]
-
-
-class Rounds(Protocol):
-    """What carries weights to organisations and their updates back."""
-
-    def run_round(self, number: int, weights: Weights, participants: Sequence[str]) -> Iterator[Update | Failure]:
-        """Yield what each participant sends, in their order."""
-        ...
 
 
 class Sum(Protocol):
@@ -57,14 +49,12 @@ class RoundSettings:
         participation: share of the organisations that a round asks, drawn by `seed` and the round's number.
         min_organisations: updates without which a round is not taken.
         seed: of the draws.
-        compression: of updates on the wire, whose bytes are counted.
     """
 
     num_rounds: int
     participation: float = 1.0
     min_organisations: int = 1
     seed: int = 0
-    compression: str = "none"
 
 
 @dataclass
@@ -76,7 +66,7 @@ class RoundRecord:
         participants: the organisations that were asked.
         left_out: those without an update that could be averaged, and why.
         num_tokens: target tokens that the others trained on.
-        bytes_down, bytes_up: weights to all participants, and updates of all that sent one.
+        bytes_down, bytes_up: what the server sent and received.
         update_norm: Euclidean norm of the mean change.
         drift: distance of the changes to their mean (root of the mean square, by tokens), over `update_norm`.
         evaluation: figures of the weights after the round; empty where they were not measured.
@@ -125,7 +115,7 @@ def check_settings(settings: RoundSettings, num_organisations: int) -> None:
 
 
 def run_rounds(
-    rounds: Rounds,
+    transport: Transport,
     names: Sequence[str],
     weights: Weights,
     server: ServerOptimizer,
@@ -139,7 +129,7 @@ def run_rounds(
     """Run the rounds that are missing, and return the state after the last one.
 
     Args:
-        rounds: carries weights and updates.
+        transport: carries weights and updates.
         names: of all organisations.
         weights: those that the first round begins with.
         server: the server's optimizer.
@@ -159,7 +149,7 @@ def run_rounds(
     if state.server:
         server.load_state_dict(state.server)
     for number in range(len(state.records) + 1, settings.num_rounds + 1):
-        state = _next_state(rounds, names, state, server, settings, number, new_sum(number))
+        state = _next_state(transport, names, state, server, settings, number, new_sum(number))
         state.records[-1].evaluation = evaluate(number, state.weights)
         save_state(folder, state, identity)
         announce(state.records[-1])
@@ -167,7 +157,7 @@ def run_rounds(
 
 
 def _next_state(
-    rounds: Rounds,
+    transport: Transport,
     names: Sequence[str],
     state: FederationState,
     server: ServerOptimizer,
@@ -176,14 +166,13 @@ def _next_state(
     total: Sum,
 ) -> FederationState:
     asked = participants_of(names, number, settings)
-    left_out, sent, num_tokens = {}, 0, 0
-    for answer in rounds.run_round(number, state.weights, asked):
+    left_out, num_tokens, before = {}, 0, (transport.bytes_sent, transport.bytes_received)
+    for answer in transport.run_round(number, state.weights, asked):
         if isinstance(answer, Failure):
             left_out[answer.organisation] = answer.reason
             continue
         try:
             total.add(answer)
-            sent += len(to_bytes(answer, settings.compression))
         except InputError as error:
             left_out[answer.organisation] = str(error)
         else:
@@ -199,8 +188,8 @@ def _next_state(
     moved = norm(average)
     record = RoundRecord(
         *(number, asked, left_out, num_tokens),
-        bytes_down=len(asked) * len(weights_to_bytes(state.weights)),
-        bytes_up=sent,
+        bytes_down=transport.bytes_sent - before[0],
+        bytes_up=transport.bytes_received - before[1],
         update_norm=moved,
         drift=total.drift() / moved if moved else 0.0,
     )

@@ -14,6 +14,8 @@ from hfllm.runs.recipes import settings_file
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
 
+    from hfllm.federation.rounds import RoundSettings
+
 FULL, LORA, FROZEN_A = AVERAGES = ("full", "lora", "lora_frozen_a")
 CENTRAL, EQUAL_STEPS, LOCAL = CONTROLS = ("central", "equal_steps", "local")
 SERVER_OPTIMIZERS = ("fedavg", "momentum", "fedadagrad", "fedadam", "fedyogi")
@@ -82,6 +84,9 @@ class FederatedArguments(InstructionArguments):
     )
     delta: float = field(default=1e-5, metadata={"help": "Of the privacy guarantee (epsilon, delta)."})
     processes: int = field(default=1, metadata={"help": "Processes of this machine that organisations train in."})
+    round_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds after which a process that still trains is left out of the round."}
+    )
     controls: list[str] | None = field(
         default=None,
         metadata={
@@ -137,6 +142,7 @@ def check(script_args: FederatedArguments, training_args: "SFTConfig", model_arg
         raise InputError(f"--organisation_files {' '.join(files)}: expected at least 2, one for each organisation")
     if not 0 <= script_args.main_share <= 1:
         raise InputError(f"--main_share {script_args.main_share}: expected a share in [0, 1]")
+    refuse(script_args.average == FULL and model_args.use_peft, "--use_peft", "--average full trains all weights")
     _check_controls(script_args)
     _check_server(script_args)
     _check_trainer(training_args)
@@ -152,11 +158,10 @@ def _check_controls(script_args: FederatedArguments) -> None:
 
 
 def _check_server(script_args: FederatedArguments) -> None:
-    from hfllm.federation.rounds import RoundSettings, check_settings
+    from hfllm.federation.rounds import check_settings
 
     count = len(script_args.organisation_files or ()) or script_args.num_organisations
     check_settings(round_settings(script_args, 0), count)
-    assert RoundSettings
     if script_args.proximal_mu < 0:
         raise InputError(f"--proximal_mu {script_args.proximal_mu}: expected a number of at least 0")
     private = script_args.clip_norm is not None
@@ -168,6 +173,8 @@ NO_NOISE = "without --noise_multiplier nothing is private"
 
 
 def _check_trainer(training_args: "SFTConfig") -> None:
+    from hfllm.stages.federated_learner import schedule_of
+
     if training_args.world_size > 1:
         raise InputError(
             f"{training_args.world_size} processes: start one by accelerate launch --num_processes 1; --processes says "
@@ -175,11 +182,13 @@ def _check_trainer(training_args: "SFTConfig") -> None:
         )
     refuse(training_args.max_steps > 0, "--max_steps", "--rounds and --local_steps say how much is trained")
     refuse(training_args.packing or training_args.padding_free, "--packing", "rows of a round are few, and padded")
+    refuse(training_args.eval_strategy != "no", "--eval_strategy", "--eval_rounds says when it is measured")
+    schedule_of(training_args, 1)
     resumes = training_args.resume_from_checkpoint
     refuse(bool(resumes), "--resume_from_checkpoint", "rounds are kept and resumed by themselves")
 
 
-def round_settings(script_args: FederatedArguments, seed: int) -> "Any":
+def round_settings(script_args: FederatedArguments, seed: int) -> "RoundSettings":
     """Return the settings of the rounds."""
     from hfllm.federation.rounds import RoundSettings
 
@@ -188,7 +197,6 @@ def round_settings(script_args: FederatedArguments, seed: int) -> "Any":
         participation=script_args.participation,
         min_organisations=script_args.min_organisations,
         seed=seed,
-        compression=script_args.compression,
     )
 
 

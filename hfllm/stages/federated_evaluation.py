@@ -10,6 +10,7 @@ from torch import Tensor
 from hfllm.data.world.world import World
 from hfllm.evaluation.responses import judge_tasks
 from hfllm.federation.rounds import identity_digest
+from hfllm.federation.updates import weights_sha256
 from hfllm.outputs.report import write_atomically
 from hfllm.runs.command_line import say
 from hfllm.stages.federated import CENTRAL, EQUAL_STEPS, LOCAL, FederatedArguments
@@ -53,23 +54,32 @@ class Evaluator:
         self.local, self.is_world = local, script_args.is_world
         self.every, self.last = script_args.eval_rounds, script_args.rounds
         self.tasks = World(script_args.world_seed).evaluation_tasks(script_args.num_eval_prompts)
+        # Those of the last round are asked for twice.
+        self._golds: dict[str, list[float]] = {}
+        self._losses: dict[str, dict[str, float]] = {}
 
     def golds(self, weights: Weights) -> list[float]:
         """Return the gold reward of each greedy answer; nothing for rows of the user."""
-        if not self.is_world:
-            return []
+        key = weights_sha256(weights)
+        if key not in self._golds:
+            self._golds[key] = self._judged(weights) if self.is_world else []
+        return self._golds[key]
+
+    def _judged(self, weights: Weights) -> list[float]:
         self.local.learner.set_weights(weights)
         judged = judge_tasks(self.local.model, self.local.tokenizer, self.tasks, RESPONSE_LENGTH, do_sample=False)
         return [row["gold"] for row in judged]
 
     def losses(self, weights: Weights) -> dict[str, float]:
         """Return the held-out loss of each organisation that holds rows out."""
-        learner = self.local.learner
-        return {
-            each.name: learner.held_out_loss(each.held_out, weights)
-            for each in self.local.organisations
-            if each.held_out
-        }
+        key, learner = weights_sha256(weights), self.local.learner
+        if key not in self._losses:
+            self._losses[key] = {
+                each.name: learner.held_out_loss(each.held_out, weights)
+                for each in self.local.organisations
+                if each.held_out
+            }
+        return self._losses[key]
 
     def measure(self, weights: Weights) -> Measured:
         """Return all figures of a model."""
@@ -145,7 +155,7 @@ class Controls:
         from hfllm.stages.federated_learner import schedule_of
 
         steps = self.steps * len(self.local.organisations)
-        rate = schedule_of(self.local.learner.trainer, steps)
+        rate = schedule_of(self.local.learner.args, steps)
         rows = pooled(self.local.organisations)
         return self.local.learner.learn(rows, self.begun, 0, steps, f"{self.seed}-{CENTRAL}", rate=rate).weights
 

@@ -20,7 +20,7 @@ from hfllm.federation.rounds import replace_tensors
 from hfllm.models.devices import forked_random
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
 IGNORE = -100
 Rows = Sequence[Mapping[str, Sequence[int]]]
@@ -60,7 +60,7 @@ class LocalLearner:
         self.model: nn.Module = trainer.model
         self.optimizer = trainer.create_optimizer()
         self.batch_size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        self.rate = schedule_of(trainer, num_steps)
+        self.rate = schedule_of(trainer.args, num_steps)
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -222,15 +222,14 @@ def places_of(num_rows: int, batch_size: int, step: int, seed: str) -> list[int]
     return found
 
 
-def schedule_of(trainer: "Trainer", num_steps: int) -> Callable[[int], float]:
-    """Return the learning rate's factor by step, as the trainer's arguments say.
+def schedule_of(args: "TrainingArguments", num_steps: int) -> Callable[[int], float]:
+    """Return the learning rate's factor by step.
 
     Raises:
         InputError: for a schedule that is no function of the step.
     """
     from transformers import get_scheduler
 
-    args = trainer.args
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = get_scheduler(
         args.lr_scheduler_type,

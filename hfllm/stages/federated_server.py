@@ -1,22 +1,31 @@
 """The server's side of a federation by its flags: transport, optimizer, what updates are added to, privacy."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from hfllm.federation.averaging import WeightedSum
-from hfllm.federation.rounds import RoundRecord, Rounds, Sum
+from hfllm.federation.processes import SeveralProcesses
+from hfllm.federation.rounds import RoundRecord, Sum
 from hfllm.federation.server_optimizers import ServerOptimizer, server_optimizer
-from hfllm.federation.updates import Expected, Failure, Update
-from hfllm.runs.command_line import say
+from hfllm.federation.transports import InProcess, Transport
+from hfllm.federation.updates import Expected
+from hfllm.outputs.report import write_atomically
+from hfllm.runs.command_line import given_names, say
 from hfllm.stages.federated import FederatedArguments
-from hfllm.stages.federated_clients import Train, clients_of
+from hfllm.stages.federated_clients import WORKER, clients_of
 from hfllm.stages.federated_data import Local
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
+
+# Under the output folder: weights, updates and logs of the processes, and the flags that they read.
+PROCESSES = "processes"
 
 
 def optimizer(script_args: FederatedArguments) -> ServerOptimizer:
@@ -30,44 +39,49 @@ def optimizer(script_args: FederatedArguments) -> ServerOptimizer:
     )
 
 
-class InProcess:
-    """Trains the participants one after another in this process."""
-
-    def __init__(self, clients: Mapping[str, Train]):
-        self.clients = clients
-
-    def run_round(
-        self, number: int, weights: Mapping[str, Tensor], participants: Sequence[str]
-    ) -> Iterator[Update | Failure]:
-        for name in participants:
-            yield self.clients[name](number, weights)
-
-
 @contextmanager
 def transport(
-    script_args: FederatedArguments,
-    training_args: "SFTConfig",
-    model_args: "ModelConfig",
-    local: Local,
-    begun: Mapping[str, Tensor],
-) -> Iterator[Rounds]:
+    script_args: FederatedArguments, training_args: "SFTConfig", model_args: "ModelConfig", local: Local
+) -> Iterator[Transport]:
     """Yield what carries weights and updates, until the rounds have ended."""
-    yield InProcess(clients_of(script_args, training_args.seed, training_args.output_dir, local))
+    output_dir, compression = training_args.output_dir, script_args.compression
+    if script_args.processes == 1:
+        clients = clients_of(script_args, training_args.seed, output_dir, local)
+        yield InProcess(clients, local.base_sha256, compression)
+        return
+    folder = Path(output_dir, PROCESSES)
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = folder / "flags.yaml"
+    write_atomically(flags, json.dumps(given_flags(script_args, training_args, model_args), indent=2) + "\n")
+    settings = {"flags": str(flags), "base": model_args.model_name_or_path}
+    every = {each.name: settings for each in local.organisations}
+    kinds = {"max_parallel": script_args.processes, "compression": compression}
+    with SeveralProcesses(WORKER, every, folder, local.base_sha256, script_args.round_timeout, **kinds) as processes:
+        yield processes
 
 
-def new_sum(
-    script_args: FederatedArguments, seed: int, base_sha256: str, begun: Mapping[str, Tensor], number: int
-) -> Sum:
+def given_flags(*parsed: Any) -> dict[str, Any]:
+    """Return the flags that the user gave, but for the model, as values that a file of flags may hold."""
+    names = given_names(*parsed) or ()
+    values = {name: getattr(group, name) for group in parsed for name in names if hasattr(group, name)}
+    values |= {"output_dir": next(group.output_dir for group in parsed if hasattr(group, "output_dir"))}
+    values = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+    dictionaries = {name: json.dumps(value) for name, value in values.items() if isinstance(value, dict)}
+    return {name: value for name, value in (values | dictionaries).items() if name != "model_name_or_path"}
+
+
+def new_sum(base_sha256: str, begun: Mapping[str, Tensor], number: int) -> Sum:
     """Return what the updates of a round are added to."""
     return WeightedSum(Expected.of(begun, base_sha256))
 
 
-def privacy(script_args: FederatedArguments) -> dict[str, float]:
-    """Return what the run spends of privacy, and refuse one that would spend too much.
+def check(script_args: FederatedArguments) -> dict[str, float]:
+    """Return what the run spends of privacy; refuse settings of the server, and a run that would spend too much.
 
     Raises:
         InputError: with the number of organisations or rounds that would spend no more than `--max_epsilon`.
     """
+    optimizer(script_args)
     return {}
 
 

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfllm.errors import InputError
 from hfllm.federation.rounds import STATE_FILE
-from hfllm.federation.updates import Failure
 from hfllm.runs import schedule
 from hfllm.runs.lock import LOCK_FILE, release_all
 
@@ -162,7 +161,9 @@ def test_organisations_that_fail_or_send_nan_are_left_out_and_named(flags, tmp_p
         shop, school = clients["shop"], clients["school"]
 
         def late(number, weights):
-            return Failure("shop", "late") if number == 2 else shop(number, weights)
+            if number == 2:
+                raise InputError("the power is out")
+            return shop(number, weights)
 
         def diverged(number, weights):
             update = school(number, weights)
@@ -176,8 +177,8 @@ def test_organisations_that_fail_or_send_nan_are_left_out_and_named(flags, tmp_p
     metrics = run(flags())
     assert metrics["updates_left_out"] == 2
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "| 2 | shop | late |" in text and "| 3 | school |" in text and "NaN" in text
-    with pytest.raises(InputError, match=r"round 2: 2 of 3 organisations sent an update, and --min_organ.*shop: late"):
+    assert "| 2 | shop | the power is out |" in text and "| 3 | school |" in text and "NaN" in text
+    with pytest.raises(InputError, match=r"round 2: 2 of 3 organisations sent an update, and --min_organ.*shop: the power is out"):
         run(flags(min_organisations=3, output_dir=tmp_path / "strict"))
 
 
