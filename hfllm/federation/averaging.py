@@ -1,8 +1,8 @@
 """The average of organisations' updates, weighted by their target tokens.
 
-One step of gradient descent at each organisation, on a loss that is a mean over its tokens, is then exactly the step on
-all rows at once: the gradient of the mean over all tokens is the mean of gradients weighted by tokens. Weighted by rows,
-it is another step wherever organisations' rows differ in length (McMahan et al. 2017, arXiv:1602.05629, equation 1).
+One step of gradient descent at each organisation, on a loss that is a mean over its tokens, is then exactly the step
+on all rows at once: the gradient of the mean over all tokens is the mean of gradients weighted by tokens. Weighted by
+rows, it is another step wherever organisations' rows differ in length (McMahan et al. 2017, arXiv:1602.05629).
 
 Sums are held in float64 and added in the order of arrival: transports hand updates over in the order of the round's
 participants, so that the same updates give the same bits.
@@ -69,7 +69,7 @@ class WeightedSum:
     def drift(self) -> float:
         """Return how far organisations moved apart: the root of the mean squared distance to the mean, by tokens.
 
-        It is 0 when all sent the same change, and needs no second pass: the mean of squares less the square of the mean.
+        It is 0 when all sent the same change. No second pass: it is the mean of squares less the square of the mean.
         """
         mean = self.average()
         return math.sqrt(max(self._squares / self.num_tokens - norm(mean) ** 2, 0.0))

@@ -74,4 +74,5 @@ class ErrorFeedback:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(tensor.shape[0], -1) if tensor.ndim > 1 else tensor.reshape(1, -1)
+    count = tensor.shape[0] if tensor.ndim > 1 else 1
+    return tensor.reshape(count, tensor.numel() // max(count, 1))

@@ -1,9 +1,9 @@
-"""Averages of LoRA adapters. The change of a layer is the product B A, and the mean of products is not the product of means.
+"""Averages of LoRA adapters: a layer changes by the product B A, and means of products are not products of means.
 
     lora             averages A and B apart: wrong, by 13 percent of the mean change after 4 local steps in one
                      measurement, 22 after 8; exact after a single step from B = 0. Use it only to compare.
-    lora_frozen_a    A stays as it was drawn, the same at every organisation: the mean of B A is (mean of B) A, exact, and
-                     only B travels (Sun et al. 2024, arXiv:2403.12313).
+    lora_frozen_a    A stays as it was drawn, the same at every organisation: the mean of B A is (mean of B) A, exact,
+                     and only B travels (Sun et al. 2024, arXiv:2403.12313).
     stacked          A and B below and beside each other: an adapter of rank sum(r_i) that is the exact mean; ranks may
                      differ (Wang et al. 2024, arXiv:2409.05976). `compress` takes it back to a rank by SVD, and says
                      what that loses.
@@ -68,8 +68,8 @@ def stacked(updates: Iterable[Update], scalings: Mapping[str, float] | None = No
     """Return one adapter whose product is the mean by tokens of the organisations' products, exactly.
 
     Args:
-        updates: whose factors are the adapters themselves, which each organisation began at B = 0 in this round. Tensors
-            that are no factors are averaged as changes.
+        updates: whose factors are the adapters themselves, which each organisation began at B = 0 in this round.
+            Tensors that are no factors are averaged as changes.
         scalings: what each organisation's products are multiplied by, lora_alpha / rank, by name; by default 1. The
             weights and these go into B, so that the result's own factor is 1: load it with lora_alpha = rank.
 

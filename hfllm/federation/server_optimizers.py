@@ -7,8 +7,8 @@ momentum m = b1 m + (1 - b1) D, the weights move by lr m / (sqrt(v) + tau), wher
     FedAdam      b2 v + (1 - b2) D^2
     FedYogi      v - (1 - b2) D^2 sign(v - D^2)
 
-There is no correction of the first rounds' bias. FedAvg moves by lr D, `momentum` by lr m with m = b1 m + D (Hsu et al.
-2019, arXiv:1909.06335).
+There is no correction of the first rounds' bias. FedAvg moves by lr D, `momentum` by lr m with m = b1 m + D (Hsu et
+al. 2019, arXiv:1909.06335).
 """
 
 import math

@@ -1,7 +1,7 @@
 """Updates and weights as bytes: safetensors, which runs no code, with a limit that holds before anything is read.
 
-A message is a safetensors file whose metadata says whose it is, of how many tokens and rows, and of which base model. The
-header is checked against what the server expects before any tensor is made of the data.
+A message is a safetensors file whose metadata says whose it is, of how many tokens and rows, and of which base model.
+Its header is checked against what the server expects before any tensor is made of the data.
 """
 
 import json
@@ -68,8 +68,8 @@ def from_bytes(data: bytes, limit: int, expected: Expected, sender: str | None =
         sender: the organisation that the transport received this from, which must be the one that it names.
 
     Raises:
-        InputError: in one line that names the sender: too large, truncated, not safetensors, other tensors, precision or
-            base model, NaN.
+        InputError: in one line that names the sender: too large, truncated, not safetensors, other tensors, precision
+            or base model, NaN.
     """
     whose = f"organisation {sender!r}" if sender is not None else "an organisation"
     _check_size(len(data), limit, whose)
