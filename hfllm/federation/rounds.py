@@ -190,11 +190,16 @@ def _next_state(
         *(number, asked, left_out, num_tokens),
         bytes_down=transport.bytes_sent - before[0],
         bytes_up=transport.bytes_received - before[1],
-        update_norm=moved,
-        drift=total.drift() / moved if moved else 0.0,
+        update_norm=_six_digits(moved),
+        drift=_six_digits(total.drift() / moved if moved else 0.0),
     )
     weights = server.step(state.weights, average)
     return FederationState(weights, dict(server.state_dict()), [*state.records, record])
+
+
+def _six_digits(value: float) -> float:
+    """Return a figure without the digits in which sums differ by where tensors lie in memory."""
+    return float(f"{value:.6g}")
 
 
 # ---- what is kept ----
