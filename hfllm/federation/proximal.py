@@ -13,8 +13,8 @@ class ProximalTerm(TrainerCallback):
     """Callback that adds mu / 2 |w - w_round|^2 to the loss of any `Trainer`, by its gradient mu (w - w_round).
 
     The gradient is added once per optimizer step, after micro-batches are summed and gradients clipped, so that
-    neither gradient accumulation nor clipping changes it. Add a new one in each round: it remembers the weights that training
-    begins with.
+    neither gradient accumulation nor clipping changes it. Add a new one in each round: it remembers the weights that
+    training begins with.
 
     Args:
         strength: mu; 0 changes nothing.
