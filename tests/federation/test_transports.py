@@ -23,10 +23,10 @@ def in_process(settings=SETTINGS, **options):
     return InProcess(learners, BASE, **options)
 
 
-def run_rounds(transport, rounds=2, weights=WEIGHTS):
+def run_rounds(transport, rounds=2, weights=WEIGHTS, names=tuple(SETTINGS)):
     optimizer, failures = server_optimizer("momentum"), []
     for number in range(1, rounds + 1):
-        replies = list(transport.run_round(number, weights, list(SETTINGS)))
+        replies = list(transport.run_round(number, weights, names))
         failures += [each for each in replies if isinstance(each, Failure)]
         weights = optimizer.step(weights, weighted_average(each for each in replies if isinstance(each, Update)))
     return weights, failures
