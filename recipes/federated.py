@@ -73,7 +73,7 @@ def main(script_args: FederatedArguments, training_args: "SFTConfig", model_args
             folder,
             identity,
             evaluate=evaluator.of_round,
-            new_sum=partial(federated_server.new_sum, local.base_sha256, begun),
+            new_sum=partial(federated_server.new_sum, script_args, local.base_sha256, begun, len(organisations)),
             announce=partial(federated_server.announce, script_args.rounds),
         )
     controls = Controls(script_args, seed, local, evaluator, begun, folder, identity).run()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hfllm.errors import InputError
 from hfllm.federation.averaging import WeightedSum, norm
+from hfllm.federation.privacy import draw_participants
 from hfllm.federation.server_optimizers import ServerOptimizer
 from hfllm.federation.transports import Transport
 from hfllm.federation.updates import Failure, Update
@@ -49,12 +50,15 @@ class RoundSettings:
         participation: share of the organisations that a round asks, drawn by `seed` and the round's number.
         min_organisations: updates without which a round is not taken.
         seed: of the draws.
+        is_private: each organisation takes part by chance of its own, which nobody knows, as the accountant assumes. No
+            number of updates is needed, and a round that is done again is another one.
     """
 
     num_rounds: int
     participation: float = 1.0
     min_organisations: int = 1
     seed: int = 0
+    is_private: bool = False
 
 
 @dataclass
@@ -94,9 +98,16 @@ class FederationState:
 
 def participants_of(names: Sequence[str], number: int, settings: RoundSettings) -> list[str]:
     """Return the organisations that a round asks, in their usual order: at least `min_organisations`."""
-    count = min(max(settings.min_organisations, math.ceil(settings.participation * len(names)), 1), len(names))
+    if settings.is_private:
+        return draw_participants(names, expected_participants(len(names), settings.participation) / len(names))
+    count = max(settings.min_organisations, expected_participants(len(names), settings.participation))
     chosen = set(random.Random(f"participants-{settings.seed}-{number}").sample(range(len(names)), count))
     return [name for place, name in enumerate(names) if place in chosen]
+
+
+def expected_participants(num_organisations: int, participation: float) -> int:
+    """Return how many organisations a round asks, or with privacy asks on average."""
+    return min(max(math.ceil(participation * num_organisations), 1), num_organisations)
 
 
 def check_settings(settings: RoundSettings, num_organisations: int) -> None:
@@ -178,7 +189,7 @@ def _next_state(
         else:
             num_tokens += answer.num_tokens
     missing = settings.min_organisations - (len(asked) - len(left_out))
-    if missing > 0:
+    if missing > 0 and not settings.is_private:
         why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise InputError(
             f"round {number}: {len(asked) - len(left_out)} of {len(asked)} organisations sent an update, and "

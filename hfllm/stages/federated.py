@@ -166,7 +166,9 @@ def _check_server(script_args: FederatedArguments) -> None:
         raise InputError(f"--proximal_mu {script_args.proximal_mu}: expected a number of at least 0")
     private = script_args.clip_norm is not None
     refuse(not private and script_args.noise_multiplier > 0, "--noise_multiplier", "it is in units of --clip_norm")
-    refuse(script_args.noise_multiplier == 0 and script_args.max_epsilon is not None, "--max_epsilon", NO_NOISE)
+    is_noisy = script_args.noise_multiplier > 0
+    refuse(not is_noisy and script_args.max_epsilon is not None, "--max_epsilon", NO_NOISE)
+    refuse(is_noisy and script_args.min_organisations > 1, "--min_organisations", "who takes part must stay unknown")
 
 
 NO_NOISE = "without --noise_multiplier nothing is private"
@@ -197,6 +199,7 @@ def round_settings(script_args: FederatedArguments, seed: int) -> "RoundSettings
         participation=script_args.participation,
         min_organisations=script_args.min_organisations,
         seed=seed,
+        is_private=script_args.noise_multiplier > 0,
     )
 
 

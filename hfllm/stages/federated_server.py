@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from hfllm.federation.accountant import check_budget, epsilon_of, noise_to_signal
 from hfllm.federation.averaging import WeightedSum
+from hfllm.federation.privacy import private_average
 from hfllm.federation.processes import SeveralProcesses
-from hfllm.federation.rounds import RoundRecord, Sum
+from hfllm.federation.rounds import RoundRecord, Sum, expected_participants
 from hfllm.federation.server_optimizers import ServerOptimizer, server_optimizer
 from hfllm.federation.transports import InProcess, Transport
-from hfllm.federation.updates import Expected
+from hfllm.federation.updates import Expected, Update
 from hfllm.outputs.report import write_atomically
 from hfllm.runs.command_line import given_names, say
 from hfllm.stages.federated import FederatedArguments
@@ -44,6 +46,11 @@ def transport(
     script_args: FederatedArguments, training_args: "SFTConfig", model_args: "ModelConfig", local: Local
 ) -> Iterator[Transport]:
     """Yield what carries weights and updates, until the rounds have ended."""
+    if script_args.noise_multiplier > 0:
+        values = sum(value.numel() for value in local.learner.trained.values())
+        asked = expected_participants(len(local.organisations), script_args.participation)
+        ratio = noise_to_signal(values, script_args.noise_multiplier, asked)
+        say(f"federated: the noise on {values:,} values is {ratio:.3g} times the longest mean of {asked} organisations")
     output_dir, compression = training_args.output_dir, script_args.compression
     if script_args.processes == 1:
         clients = clients_of(script_args, training_args.seed, output_dir, local)
@@ -70,9 +77,55 @@ def given_flags(*parsed: Any) -> dict[str, Any]:
     return {name: value for name, value in (values | dictionaries).items() if name != "model_name_or_path"}
 
 
-def new_sum(base_sha256: str, begun: Mapping[str, Tensor], number: int) -> Sum:
-    """Return what the updates of a round are added to."""
-    return WeightedSum(Expected.of(begun, base_sha256))
+def new_sum(
+    script_args: FederatedArguments, base_sha256: str, begun: Mapping[str, Tensor], count: int, number: int
+) -> Sum:
+    """Return what the updates of a round are added to.
+
+    Args:
+        begun: weights, for their names and shapes.
+        count: of all organisations.
+        number: of the round.
+    """
+    if script_args.clip_norm is None:
+        return WeightedSum(Expected.of(begun, base_sha256))
+    return ClippedSum(script_args, base_sha256, begun, expected_participants(count, script_args.participation))
+
+
+class ClippedSum:
+    """Updates that are clipped and get noise on their mean, in which each organisation counts alike.
+
+    Args:
+        script_args: the norm and the noise.
+        base_sha256: of the base model.
+        weights: for names and shapes.
+        participants: what the sum is divided by, whoever came.
+    """
+
+    def __init__(
+        self, script_args: FederatedArguments, base_sha256: str, weights: Mapping[str, Tensor], participants: int
+    ):
+        self.clip_norm, self.noise = script_args.clip_norm, script_args.noise_multiplier
+        self.base_sha256, self.weights, self.participants = base_sha256, weights, participants
+        self._expected, self._updates = Expected.of(weights, base_sha256), []
+
+    def add(self, update: Update) -> None:
+        """Add an update.
+
+        Raises:
+            InputError: naming the organisation, for one that cannot be averaged.
+        """
+        self._expected.check(update)
+        self._updates.append(update)
+
+    def average(self) -> dict[str, Tensor]:
+        """Return the noisy mean of the clipped updates."""
+        about = (self.clip_norm, self.noise, self.participants, self.weights, self.base_sha256)
+        return private_average(self._updates, *about)
+
+    def drift(self) -> float:
+        """Return 0: the distance of changes to their mean would tell of them."""
+        return 0.0
 
 
 def check(script_args: FederatedArguments) -> dict[str, float]:
@@ -82,7 +135,15 @@ def check(script_args: FederatedArguments) -> dict[str, float]:
         InputError: with the number of organisations or rounds that would spend no more than `--max_epsilon`.
     """
     optimizer(script_args)
-    return {}
+    if script_args.noise_multiplier == 0:
+        return {}
+    count = len(script_args.organisation_files or ()) or script_args.num_organisations
+    asked = expected_participants(count, script_args.participation)
+    about = (script_args.rounds, script_args.noise_multiplier, script_args.delta)
+    if script_args.max_epsilon is not None:
+        return {"epsilon": check_budget(count, asked, *about, script_args.max_epsilon)}
+    rounds, noise, delta = about
+    return {"epsilon": epsilon_of(asked / count, noise, rounds, delta)}
 
 
 def announce(num_rounds: int, record: RoundRecord) -> None:
