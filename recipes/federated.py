@@ -22,6 +22,8 @@ from hfllm.stages.federated import FederatedArguments, default_settings
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
 
+    from hfllm.stages.federated_server import Connect
+
 
 def parse(argv: Sequence[str]) -> tuple[FederatedArguments, "SFTConfig", "ModelConfig"]:
     """Read the flags; without a model of your own the defaults are the embedded world's settings."""
@@ -31,8 +33,17 @@ def parse(argv: Sequence[str]) -> tuple[FederatedArguments, "SFTConfig", "ModelC
 
 @releases_folders
 @trusts_code_if_asked
-def main(script_args: FederatedArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> dict[str, float]:
-    """Pretrain if no model is named, run the rounds and the controls, save, report. Return the metrics."""
+def main(
+    script_args: FederatedArguments,
+    training_args: "SFTConfig",
+    model_args: "ModelConfig",
+    connect: "Connect | None" = None,
+) -> dict[str, float]:
+    """Pretrain if no model is named, run the rounds and the controls, save, report. Return the metrics.
+
+    Args:
+        connect: reaches organisations on other machines; hfllm/stages/federated_flower.py has one.
+    """
     from dataclasses import replace
 
     from hfllm.federation.rounds import run_rounds
@@ -63,7 +74,7 @@ def main(script_args: FederatedArguments, training_args: "SFTConfig", model_args
     folder, seed = Path(training_args.output_dir), training_args.seed
     begun, identity = local.learner.weights(), {**stage.arguments, "base": local.base_sha256}
     evaluator = Evaluator(script_args, local)
-    with federated_server.transport(script_args, training_args, base_args, local) as transport:
+    with federated_server.transport(script_args, training_args, base_args, local, connect) as transport:
         state = run_rounds(
             transport,
             [each.name for each in organisations],
@@ -85,7 +96,7 @@ def main(script_args: FederatedArguments, training_args: "SFTConfig", model_args
         summary=found.summary,
         tables=found.tables,
         curves=found.plots,
-        next_steps=chat_lines(training_args.output_dir, organisations[0].rows[0]["prompt"]),
+        next_steps=chat_lines(training_args.output_dir, [{"role": "user", "content": "Hello!"}]),
         models={"model": base_args.model_name_or_path},
     )
 

@@ -32,6 +32,10 @@ class FederatedArguments(InstructionArguments):
     organisation_files: list[str] | None = field(
         default=None, metadata={"help": "Files or Hub datasets, each the rows of one organisation."}
     )
+    organisation_names: list[str] | None = field(
+        default=None,
+        metadata={"help": "Organisations on other machines, which Flower reaches and whose rows are not here."},
+    )
     dirichlet_alpha: float | None = field(
         default=None,
         metadata={
@@ -103,7 +107,12 @@ class FederatedArguments(InstructionArguments):
     @property
     def is_world(self) -> bool:
         """Whether the rows are the embedded world's."""
-        return self.dataset_name == WORLD and not self.organisation_files
+        return self.dataset_name == WORLD and not (self.organisation_files or self.organisation_names)
+
+    @property
+    def count(self) -> int:
+        """How many organisations there are."""
+        return len(self.organisation_files or self.organisation_names or ()) or self.num_organisations
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -136,8 +145,11 @@ def check(script_args: FederatedArguments, training_args: "SFTConfig", model_arg
     refuse(named and bool(script_args.pretrain_config), "--pretrain_config", "the model is named")
     refuse(bool(files) and script_args.dataset_name != WORLD, "--dataset_name", "--organisation_files takes its place")
     refuse(bool(files) and script_args.dirichlet_alpha is not None, "--dirichlet_alpha", "organisations have files")
-    if not files and script_args.num_organisations < 2:
-        raise InputError(f"--num_organisations {script_args.num_organisations}: expected at least 2")
+    names = script_args.organisation_names
+    refuse(bool(names and (files or script_args.dataset_name != WORLD)), "--organisation_names", "the rows are here")
+    refuse(bool(names) and bool(set(script_args.arms)), "--controls", "rows are elsewhere: --controls none")
+    if script_args.count < 2 and not files:
+        raise InputError(f"--num_organisations {script_args.count}: expected at least 2")
     if files and len(files) < 2:
         raise InputError(f"--organisation_files {' '.join(files)}: expected at least 2, one for each organisation")
     if not 0 <= script_args.main_share <= 1:
@@ -160,8 +172,7 @@ def _check_controls(script_args: FederatedArguments) -> None:
 def _check_server(script_args: FederatedArguments) -> None:
     from hfllm.federation.rounds import check_settings
 
-    count = len(script_args.organisation_files or ()) or script_args.num_organisations
-    check_settings(round_settings(script_args, 0), count)
+    check_settings(round_settings(script_args, 0), script_args.count)
     if script_args.proximal_mu < 0:
         raise InputError(f"--proximal_mu {script_args.proximal_mu}: expected a number of at least 0")
     private = script_args.clip_norm is not None

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hfllm.errors import InputError
 from hfllm.federation.compression import ErrorFeedback
 from hfllm.federation.transports import Learner
 from hfllm.federation.updates import Update, changes
 from hfllm.stages.federated import FederatedArguments
-from hfllm.stages.federated_data import Local, Tokenized, load_local, organisations_of
+from hfllm.stages.federated_data import Local, Tokenized, load_local, organisation_of_file, organisations_of
 from hfllm.stages.federated_learner import KeptStates
 
 # Under the output folder: what organisations keep from round to round, and never send.
@@ -57,7 +58,8 @@ def worker_learner(organisation: str, settings: Mapping[str, Any]) -> Learner:
 
     Args:
         organisation: its name.
-        settings: `flags`, a file of the recipe's flags, and `base`, the model that it begins from.
+        settings: `flags`, a file of the recipe's flags; `base`, the model that it begins from; `rows`, its file, if it
+            is not one of the flags.
 
     Raises:
         InputError: when the model cannot be loaded.
@@ -66,6 +68,12 @@ def worker_learner(organisation: str, settings: Mapping[str, Any]) -> Learner:
     from hfllm.runs.recipes import load_recipe
 
     script_args, training_args, model_args = load_recipe("federated").parse(["--config", settings["flags"]])
-    own = [each for each in organisations_of(script_args, training_args.seed) if each.name == organisation]
+    seed = training_args.seed
+    if settings.get("rows"):
+        own = [organisation_of_file(script_args, organisation, settings["rows"], seed)]
+    else:
+        own = [each for each in organisations_of(script_args, seed) if each.name == organisation]
+    if not own or not own[0].rows:
+        raise InputError(f"organisation {organisation!r} has no rows here: its settings name none by `rows`")
     local = load_local(script_args, training_args, changed(model_args, model_name_or_path=settings["base"]), own)
-    return clients_of(script_args, training_args.seed, training_args.output_dir, local)[organisation]
+    return clients_of(script_args, seed, training_args.output_dir, local)[organisation]

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Held-out rows of an organisation, at most; of rows of its own that it has no others for, this share.
 MOST_HELD_OUT, HELD_OUT_SHARE = 64, 0.1
+# In place of rows where there are none, as at the server: a trainer wants one.
+NOTHING = {"input_ids": [0, 0], "labels": [0, 0]}
 
 
 def organisations_of(script_args: FederatedArguments, seed: int) -> list[Organisation]:
@@ -32,6 +34,8 @@ def organisations_of(script_args: FederatedArguments, seed: int) -> list[Organis
     Raises:
         InputError: for a row that cannot be read, and an organisation without rows.
     """
+    if script_args.organisation_names:
+        return [Organisation(name, [], []) for name in script_args.organisation_names]
     if script_args.is_world:
         world, count = World(script_args.world_seed), script_args.num_organisations
         if script_args.dirichlet_alpha is None:
@@ -42,7 +46,7 @@ def organisations_of(script_args: FederatedArguments, seed: int) -> list[Organis
     elif script_args.organisation_files:
         names = organisation_names(script_args.organisation_files)
         found = [
-            _held_apart(name, _rows(replace(script_args, dataset_name=file)), seed)
+            organisation_of_file(script_args, name, file, seed)
             for name, file in zip(names, script_args.organisation_files, strict=True)
         ]
     else:
@@ -52,6 +56,15 @@ def organisations_of(script_args: FederatedArguments, seed: int) -> list[Organis
         found = [_held_apart(f"organisation-{number}", rows, seed) for number, rows in enumerate(parts, 1)]
     check_organisations(found)
     return found
+
+
+def organisation_of_file(script_args: FederatedArguments, name: str, file: str, seed: int) -> Organisation:
+    """Return the organisation whose rows are in a file or a dataset of the Hub.
+
+    Raises:
+        InputError: for a row that cannot be read, or none.
+    """
+    return _held_apart(name, _rows(replace(script_args, dataset_name=file)), seed)
 
 
 def _rows(script_args: FederatedArguments) -> list[Mapping[str, object]]:
@@ -172,7 +185,7 @@ def load_local(
     trainer = SFTTrainer(
         model=model,
         args=changed(args, **sft.trained_as_they_are(args)),
-        train_dataset=Dataset.from_list(list(found[0].rows[:1])),
+        train_dataset=Dataset.from_list(list(found[0].rows[:1]) or [NOTHING]),
         processing_class=tokenizer,
         peft_config=adapter,
     )

@@ -1,7 +1,7 @@
 """The server's side of a federation by its flags: transport, optimizer, what updates are added to, privacy."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # Under the output folder: weights, updates and logs of the processes, and the flags that they read.
 PROCESSES = "processes"
+Connect = Callable[[str], Transport]
 
 
 def optimizer(script_args: FederatedArguments) -> ServerOptimizer:
@@ -43,15 +44,26 @@ def optimizer(script_args: FederatedArguments) -> ServerOptimizer:
 
 @contextmanager
 def transport(
-    script_args: FederatedArguments, training_args: "SFTConfig", model_args: "ModelConfig", local: Local
+    script_args: FederatedArguments,
+    training_args: "SFTConfig",
+    model_args: "ModelConfig",
+    local: Local,
+    connect: Connect | None = None,
 ) -> Iterator[Transport]:
-    """Yield what carries weights and updates, until the rounds have ended."""
+    """Yield what carries weights and updates, until the rounds have ended.
+
+    Args:
+        connect: reaches organisations on other machines, given the base model's sha256.
+    """
     if script_args.noise_multiplier > 0:
         values = sum(value.numel() for value in local.learner.trained.values())
         asked = expected_participants(len(local.organisations), script_args.participation)
         ratio = noise_to_signal(values, script_args.noise_multiplier, asked)
         say(f"federated: the noise on {values:,} values is {ratio:.3g} times the longest mean of {asked} organisations")
     output_dir, compression = training_args.output_dir, script_args.compression
+    if connect is not None:
+        yield connect(local.base_sha256)
+        return
     if script_args.processes == 1:
         clients = clients_of(script_args, training_args.seed, output_dir, local)
         yield InProcess(clients, local.base_sha256, compression)
@@ -68,13 +80,13 @@ def transport(
 
 
 def given_flags(*parsed: Any) -> dict[str, Any]:
-    """Return the flags that the user gave, but for the model, as values that a file of flags may hold."""
+    """Return the flags that the user gave as values that a file of flags may hold: the rest are defaults by them."""
     names = given_names(*parsed) or ()
     values = {name: getattr(group, name) for group in parsed for name in names if hasattr(group, name)}
     values |= {"output_dir": next(group.output_dir for group in parsed if hasattr(group, "output_dir"))}
     values = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
     dictionaries = {name: json.dumps(value) for name, value in values.items() if isinstance(value, dict)}
-    return {name: value for name, value in (values | dictionaries).items() if name != "model_name_or_path"}
+    return values | dictionaries
 
 
 def new_sum(
@@ -137,7 +149,7 @@ def check(script_args: FederatedArguments) -> dict[str, float]:
     optimizer(script_args)
     if script_args.noise_multiplier == 0:
         return {}
-    count = len(script_args.organisation_files or ()) or script_args.num_organisations
+    count = script_args.count
     asked = expected_participants(count, script_args.participation)
     about = (script_args.rounds, script_args.noise_multiplier, script_args.delta)
     if script_args.max_epsilon is not None:
