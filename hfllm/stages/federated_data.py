@@ -1,6 +1,6 @@
 """The organisations of a federation: their rows by the flags, tokenized, and what trains on them in this process."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -143,11 +143,6 @@ class Local:
     def model(self) -> "PreTrainedModel":
         """The model."""
         return self.learner.model
-
-    def named(self) -> Iterator[tuple[str, Tokenized]]:
-        """Yield organisations by name."""
-        for each in self.organisations:
-            yield each.name, each
 
 
 def load_local(

@@ -14,7 +14,7 @@ from hfllm.federation.updates import weights_sha256
 from hfllm.outputs.report import write_atomically
 from hfllm.runs.command_line import say
 from hfllm.stages.federated import CENTRAL, EQUAL_STEPS, LOCAL, FederatedArguments
-from hfllm.stages.federated_data import Local, pooled
+from hfllm.stages.federated_data import Local, Tokenized, pooled
 
 CONTROLS_FILE = "controls.json"
 # The longest answer to a question of the world, in tokens.
@@ -143,7 +143,7 @@ class Controls:
             made[name] = found[name]
         return made
 
-    def _alone(self, each) -> Callable[[], Weights]:
+    def _alone(self, each: Tokenized) -> Callable[[], Weights]:
         def train() -> Weights:
             seed = f"{self.seed}-{each.name}"
             return self.local.learner.learn(each.rows, self.begun, 0, self.steps, seed).weights
