@@ -1,4 +1,4 @@
-"""Write what `flwr run` takes: a folder with two modules of one line and the settings of the run.
+"""Write what `flwr run` takes: a folder with two short modules and the settings of the run.
 
     python -m hfllm.federation.flower_app FOLDER --loop module:function --learner module:function --num_organisations 2
 
@@ -45,8 +45,9 @@ def write_app(folder: str | Path, config: Mapping[str, str | int | float | bool]
     text = TEMPLATE.format(version=__version__, config="\n".join(lines))
     (folder / "pyproject.toml").write_text(text, encoding="utf-8")
     for side in ("server", "client"):
-        line = f"from hfllm.federation.{side}_app import app  # noqa: F401\n"
-        (folder / f"federation_{side}.py").write_text(line, encoding="utf-8")
+        # Flower looks for an assignment.
+        lines = f"from hfllm.federation import {side}_app\n\napp = {side}_app.app\n"
+        (folder / f"federation_{side}.py").write_text(lines, encoding="utf-8")
 
 
 def check_certificate(path: str | Path, now: datetime.datetime | None = None) -> None:
