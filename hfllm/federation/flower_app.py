@@ -78,11 +78,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--num_organisations", type=int, required=True)
     parser.add_argument("--timeout", type=float, help="seconds of a round")
     parser.add_argument("--compression", choices=("none", "int8"), default="none")
+    parser.add_argument("--config", nargs="*", default=[], metavar="NAME=VALUE", help="what the loop reads besides")
     parser.add_argument("--check", nargs="*", default=[], metavar="CERTIFICATE", help="certificates to check first")
     options = parser.parse_args(arguments)
     config = {"loop": options.loop, "learner": options.learner, "num-organisations": options.num_organisations}
     config |= {"compression": options.compression} | ({"timeout": options.timeout} if options.timeout else {})
     try:
+        for text in options.config:
+            name, is_pair, value = text.partition("=")
+            if not (is_pair and name.replace("-", "").replace("_", "").isalnum()):
+                raise InputError(f"--config {text!r}: expected NAME=VALUE")
+            config[name] = value
         for path in options.check:
             check_certificate(path)
         write_app(options.folder, config)

@@ -45,6 +45,10 @@ def test_the_app_is_a_folder_of_settings(tmp_path, capsys):
     settings = tomllib.loads((tmp_path / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     assert settings["config"] == {"loop": "a:b", "learner": "c:d", "num-organisations": 3, "compression": "none"}
     assert {path.name for path in tmp_path.glob("*.py")} == {"federation_server.py", "federation_client.py"}
+    words = [str(tmp_path), "--loop", "a:b", "--learner", "c:d", "--num_organisations", "3", "--config"]
+    assert main([*words, "flags=/a b/c.yaml"]) == 0 and main([*words, "flags"]) == 2
+    assert 'flags = "/a b/c.yaml"' in (tmp_path / "pyproject.toml").read_text()
+    assert capsys.readouterr().err == "error: --config 'flags': expected NAME=VALUE\n"
     pytest.importorskip("cryptography")
     missing = [str(tmp_path), "--loop", "a:b", "--learner", "c:d", "--num_organisations", "3", "--check", "none.pem"]
     assert main(missing) == 2
