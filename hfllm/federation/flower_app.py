@@ -1,4 +1,4 @@
-"""Write what `flwr run` takes: a folder with two modules of one line and the settings of the run.
+"""Write what `flwr run` takes: a folder with two short modules and the settings of the run.
 
     python -m hfllm.federation.flower_app FOLDER --loop module:function --learner module:function --num_organisations 2
 
@@ -45,8 +45,9 @@ def write_app(folder: str | Path, config: Mapping[str, str | int | float | bool]
     text = TEMPLATE.format(version=__version__, config="\n".join(lines))
     (folder / "pyproject.toml").write_text(text, encoding="utf-8")
     for side in ("server", "client"):
-        line = f"from hfllm.federation.{side}_app import app  # noqa: F401\n"
-        (folder / f"federation_{side}.py").write_text(line, encoding="utf-8")
+        # Flower looks for an assignment.
+        lines = f"from hfllm.federation import {side}_app\n\napp = {side}_app.app\n"
+        (folder / f"federation_{side}.py").write_text(lines, encoding="utf-8")
 
 
 def check_certificate(path: str | Path, now: datetime.datetime | None = None) -> None:
@@ -77,11 +78,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--num_organisations", type=int, required=True)
     parser.add_argument("--timeout", type=float, help="seconds of a round")
     parser.add_argument("--compression", choices=("none", "int8"), default="none")
+    parser.add_argument("--config", nargs="*", default=[], metavar="NAME=VALUE", help="what the loop reads besides")
     parser.add_argument("--check", nargs="*", default=[], metavar="CERTIFICATE", help="certificates to check first")
     options = parser.parse_args(arguments)
     config = {"loop": options.loop, "learner": options.learner, "num-organisations": options.num_organisations}
     config |= {"compression": options.compression} | ({"timeout": options.timeout} if options.timeout else {})
     try:
+        for text in options.config:
+            name, is_pair, value = text.partition("=")
+            if not (is_pair and name.replace("-", "").replace("_", "").isalnum()):
+                raise InputError(f"--config {text!r}: expected NAME=VALUE")
+            config[name] = value
         for path in options.check:
             check_certificate(path)
         write_app(options.folder, config)

@@ -32,7 +32,8 @@ def make_certificates(folder):
     commands = (
         "openssl req -x509 -newkey rsa:2048 -nodes -days 365 -subj /CN=federation -keyout ca.key -out ca.pem",
         "openssl req -newkey rsa:2048 -nodes -subj /CN=localhost -keyout server.key -out server.csr",
-        "openssl x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 90 -extfile san -out server.pem",
+        "openssl x509 -req -days 90 -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -extfile san"
+        " -out server.pem",
     )
     (folder / "san").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
     for command in commands:
@@ -44,6 +45,10 @@ def test_the_app_is_a_folder_of_settings(tmp_path, capsys):
     settings = tomllib.loads((tmp_path / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     assert settings["config"] == {"loop": "a:b", "learner": "c:d", "num-organisations": 3, "compression": "none"}
     assert {path.name for path in tmp_path.glob("*.py")} == {"federation_server.py", "federation_client.py"}
+    words = [str(tmp_path), "--loop", "a:b", "--learner", "c:d", "--num_organisations", "3", "--config"]
+    assert main([*words, "flags=/a b/c.yaml"]) == 0 and main([*words, "flags"]) == 2
+    assert 'flags = "/a b/c.yaml"' in (tmp_path / "pyproject.toml").read_text()
+    assert capsys.readouterr().err == "error: --config 'flags': expected NAME=VALUE\n"
     pytest.importorskip("cryptography")
     missing = [str(tmp_path), "--loop", "a:b", "--learner", "c:d", "--num_organisations", "3", "--check", "none.pem"]
     assert main(missing) == 2
@@ -153,4 +158,4 @@ def test_two_machines_give_the_bits_of_one_process(tmp_path):
     theirs, _ = run_rounds(one, names=list(settings))
     assert said["names"] == "org0 org1" and not said["failures"]
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and theirs["w"].abs().max() > 0.01
-    assert said["bytes"] == f"{one.bytes_sent} {one.bytes_received}" and BASE == one.base_sha256
+    assert said["bytes"] == f"{one.bytes_sent} {one.bytes_received}" and one.base_sha256 == BASE
