@@ -108,7 +108,7 @@ def test_the_round_without_an_organisation_is_the_mean_of_the_others(tmp_path):
     squares = sum(
         each.num_tokens * (each.tensors["w"].double() - mean).square().sum() for each in sent.values()
     )
-    assert found.records[0].drift == pytest.approx(float((squares / total).sqrt() / mean.norm()), rel=1e-6)
+    assert found.records[0].drift == pytest.approx(float((squares / total).sqrt() / mean.norm()), rel=1e-5)
 
 
 def test_rounds_of_another_run_and_damage_are_refused(tmp_path):
