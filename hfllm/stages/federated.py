@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hfllm.data.loading import InstructionArguments
 from hfllm.data.sources import WORLD, source_files
 from hfllm.errors import InputError, refuse
+from hfllm.runs.arguments import changed
 from hfllm.runs.chain import Chain, chain_before
 from hfllm.runs.recipes import settings_file
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 FULL, LORA, FROZEN_A = AVERAGES = ("full", "lora", "lora_frozen_a")
 CENTRAL, EQUAL_STEPS, LOCAL = CONTROLS = ("central", "equal_steps", "local")
 SERVER_OPTIMIZERS = ("fedavg", "momentum", "fedadagrad", "fedadam", "fedyogi")
+NOT_OF_THE_ROUNDS = ("processes", "round_timeout", "controls")
 AT_LEAST_ONE = ("rounds", "local_steps", "processes", "eval_rounds")
 
 
@@ -226,6 +228,22 @@ def stages_before(
         given_models={"pretrain": model_args.model_name_or_path},
         configs={"pretrain": script_args.pretrain_config},
     )
+
+
+def adapted(script_args: FederatedArguments, model_args: "ModelConfig") -> "ModelConfig":
+    """Return the flags of the model, with an adapter where adapters are averaged."""
+    return changed(model_args, use_peft=script_args.average != FULL)
+
+
+def identity_of(arguments: Mapping[str, Any], base_sha256: str) -> dict[str, Any]:
+    """Return what tells the rounds of this run from others: not where organisations train, nor what is compared.
+
+    Args:
+        arguments: all flags of the run.
+        base_sha256: of the base model.
+    """
+    named = {name: value for name, value in arguments.items() if name not in NOT_OF_THE_ROUNDS}
+    return {**named, "base_sha256": base_sha256}
 
 
 def contents(script_args: FederatedArguments) -> dict[str, int]:

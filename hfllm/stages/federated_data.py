@@ -14,7 +14,7 @@ from hfllm.federation.organisations import (
     split_evenly,
     world_organisations,
 )
-from hfllm.stages.federated import FULL, FROZEN_A, FederatedArguments, organisation_names
+from hfllm.stages.federated import FROZEN_A, FederatedArguments, adapted, organisation_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -169,14 +169,15 @@ def load_local(
     from hfllm.stages.federated_learner import LocalLearner
     from hfllm.trainers.trl_trainers import SFTTrainer
 
-    model, tokenizer = sft.with_template(training_args, *load_to_train(model_args, training_args.output_dir))
+    loaded = load_to_train(adapted(script_args, model_args), training_args.output_dir)
+    model, tokenizer = sft.with_template(training_args, *loaded)
     base = weights_sha256(dict(model.named_parameters()))
     args = changed(training_args, max_length=fitting_length(training_args.max_length, model))
     found = tokenized(organisations, tokenizer, args)
     # Of the adapter's first weights: the same at every organisation, whatever was drawn before.
     set_seed(training_args.seed)
     torch.manual_seed(training_args.seed)
-    adapter = None if script_args.average == FULL else peft_config(changed(model_args, use_peft=True))
+    adapter = peft_config(adapted(script_args, model_args))
     trainer = SFTTrainer(
         model=model,
         args=changed(args, **sft.trained_as_they_are(args)),

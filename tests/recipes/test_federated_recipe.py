@@ -244,6 +244,16 @@ def test_the_world_from_nothing(tmp_path, capsys):
         run([*words, "--rounds", 3])
 
 
+def test_noise_is_counted_and_clipping_holds(flags, saved, tmp_path, capsys):
+    metrics = run(flags(clip_norm=0.01, noise_multiplier=30.0, rounds=1, max_epsilon=8))
+    assert 0 < metrics["epsilon"] < 8 and metrics["drift"] == 0
+    assert "times the longest mean of 3 organisations" in capsys.readouterr().out
+    metrics = run(flags(clip_norm=0.01, rounds=1, output_dir=tmp_path / "clipped"))
+    begun, found = AutoModelForCausalLM.from_pretrained(saved).state_dict(), weights_of(tmp_path / "clipped")
+    moved = sum((found[name] - begun[name]).square().sum() for name in found).sqrt()
+    assert 0 < moved <= 0.01 + 1e-6 and "epsilon" not in metrics
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -257,6 +267,12 @@ def test_the_world_from_nothing(tmp_path, capsys):
         ({"dataset_name": "x.jsonl"}, "--dataset_name"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type"),
         ({"proximal_mu": -1}, "--proximal_mu -1"),
+        ({"clip_norm": 1, "noise_multiplier": 1, "max_epsilon": 1}, "epsilon would be"),
+        ({"noise_multiplier": 1, "clip_norm": 1, "min_organisations": 2}, "--min_organisations"),
+        ({"max_epsilon": 1}, "--max_epsilon"),
+        ({"server_momentum": 1.0}, "momentum of the server's optimizer is 1.0"),
+        ({"organisation_names": "a"}, "--organisation_names"),
+        ({"use_peft": True}, "--use_peft"),
     ],
 )
 def test_bad_flags_are_refused_in_a_line(flags, more, message):
