@@ -76,7 +76,7 @@ def from_bytes(data: bytes, limit: int, expected: Expected, sender: str | None =
     try:
         metadata, forms = _header(data, HEADER_BYTES + HEADER_BYTES_PER_TENSOR * 2 * len(expected.forms))
         update_of = _described(metadata, sender)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"{whose} sent bytes that are not an update: {_one_line(error)}") from None
     name = update_of["organisation"]
     compression = metadata["compression"]

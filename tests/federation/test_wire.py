@@ -137,6 +137,7 @@ HOSTILE = {
     "unknown type": (entry("w", dtype="F8_E4M3"), "type 'F8_E4M3'"),
     "wrong type": (of(tensors={**TENSORS, "w": TENSORS["w"].half()}), r"w as float16 \[4, 3\]; expected float32"),
     "wrong shape": (of(tensors={**TENSORS, "w": TENSORS["w"].T.contiguous()}), r"w as float32 \[3, 4\]"),
+    "endless shape": (entry("w", shape=[math.inf, 3]), "not an update"),
     "false offsets": (entry("w", data_offsets=[0, 1 << 50]), "not an update"),
     "wrong name": (of(tensors={**TENSORS, "x": torch.zeros(1)}), "sent 'x'"),
     "missing": (of(tensors={"w": TENSORS["w"]}), "sent no v"),
