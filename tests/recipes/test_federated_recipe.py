@@ -171,6 +171,33 @@ def test_a_process_that_is_killed_resumes_to_the_same_bits(flags, tmp_path, proc
     assert report_of(tmp_path / "killed")["metrics"] == report_of(tmp_path / "whole")["metrics"]
 
 
+def test_a_server_without_rows_comes_to_the_same_bits(flags, saved, tmp_path):
+    """As between machines, but for the machines: organisations know their own rows, the server none."""
+    from hfllm.federation.transports import InProcess
+    from hfllm.stages.federated_clients import worker_learner
+    from hfllm.stages.federated_flower import loop
+
+    run(flags(rounds=2, output_dir=tmp_path / "one"))
+    common = {"model_name_or_path": str(saved), "average": "full", "rounds": 2, "local_steps": 2, "max_length": 64}
+    common |= {"per_device_train_batch_size": 2, "learning_rate": 0.01, "controls": ["none"]}
+    for name in ("server", "node"):
+        there = {"organisation_names": list(NAMES), "output_dir": str(tmp_path / name)}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(common | there))
+
+    def connect(base_sha256):
+        settings = {"flags": str(tmp_path / "node.yaml"), "base": str(saved)}
+        own = {name: {**settings, "rows": str(tmp_path / f"{name}.jsonl")} for name in NAMES}
+        return InProcess({name: worker_learner(name, own[name]) for name in NAMES}, base_sha256)
+
+    schedule._job = None
+    loop(connect, {"flags": str(tmp_path / "server.yaml")})
+    assert digest(tmp_path / "server") == digest(tmp_path / "one")
+    with pytest.raises(InputError, match="'shop' has no rows here"):
+        worker_learner("shop", {"flags": str(tmp_path / "node.yaml"), "base": str(saved)})
+    with pytest.raises(InputError, match="names no file of flags"):
+        loop(connect, {})
+
+
 @pytest.mark.slow
 def test_several_processes_come_to_the_same_bits(flags, tmp_path):
     run(flags(compression="int8", output_dir=tmp_path / "one"))
