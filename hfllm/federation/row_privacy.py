@@ -1,9 +1,9 @@
 """Row-level differential privacy at an organisation: DP-SGD (Abadi et al. 2016, arXiv:1607.00133) in any `Trainer`.
 
 It protects rows where organisations are too few for client-level privacy (`privacy`), and from the server too. Each
-row's gradient is scaled to norm C, whatever it was (automatic clipping: Bu et al. 2023, arXiv:2206.07136); the
-row's gradient is scaled to norm C, whatever it was (automatic clipping, Bu et al. 2023, arXiv:2206.07136); the sum
-that the loss of a row is divided by the tokens of a whole batch, which other rows would show in.
+row's gradient is scaled to norm C, whatever it was (automatic clipping: Bu et al. 2023, arXiv:2206.07136); the sum
+over a batch gets Gaussian noise of standard deviation z C. With rows scaled rather than clipped, it does not matter
+that the loss of a row is divided by the tokens of a whole batch, in which other rows show.
 
 Gradients by row come from micro-batches of one row: as slow as batches of one, right for every model. `epsilon_of`
 (rows per batch / rows, z, steps, delta) is what a run reveals of one row, if batches are drawn at random.

@@ -111,6 +111,9 @@ def test_one_that_is_not_connected_is_named_and_one_that_returns_takes_part(conn
     assert replies[1] == Failure("org1", "organisation 'org1' is not connected")
     grid.nodes = [100, 101, 102]
     assert all(isinstance(each, Update) for each in transport.run_round(2, WEIGHTS, list(SETTINGS)))
+    # Nor is one that left still there.
+    grid.nodes = [101]
+    assert transport.organisations() == ["org1"]
 
 
 def test_nobody_and_two_of_one_name_are_refused(connect):
