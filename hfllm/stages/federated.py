@@ -78,9 +78,7 @@ class FederatedArguments(InstructionArguments):
     min_organisations: int = field(
         default=1, metadata={"help": "Updates without which a round is not taken, and the run stops."}
     )
-    compression: str = field(
-        default="none", metadata={"help": "Of updates on the wire.", "choices": ["none", "int8"]}
-    )
+    compression: str = field(default="none", metadata={"help": "Of updates on the wire.", "choices": ["none", "int8"]})
     clip_norm: float | None = field(default=None, metadata={"help": "Longest update of an organisation."})
     noise_multiplier: float = field(
         default=0.0, metadata={"help": "Noise on the mean, in units of --clip_norm: organisation-level privacy."}
@@ -141,8 +139,8 @@ def check(script_args: FederatedArguments, training_args: "SFTConfig", model_arg
     files, named = script_args.organisation_files, bool(model_args.model_name_or_path)
     if named == script_args.is_world:
         raise InputError(
-            "--model_name_or_path and --organisation_files (or --dataset_name): give both, or neither for the embedded "
-            "world"
+            "--model_name_or_path and --organisation_files (or --dataset_name): give both, or neither for the "
+            "embedded world"
         )
     refuse(named and bool(script_args.pretrain_config), "--pretrain_config", "the model is named")
     refuse(bool(files) and script_args.dataset_name != WORLD, "--dataset_name", "--organisation_files takes its place")
@@ -192,8 +190,8 @@ def _check_trainer(training_args: "SFTConfig") -> None:
 
     if training_args.world_size > 1:
         raise InputError(
-            f"{training_args.world_size} processes: start one by accelerate launch --num_processes 1; --processes says "
-            "in how many organisations train"
+            f"{training_args.world_size} processes: start one by accelerate launch --num_processes 1; --processes "
+            "says in how many organisations train"
         )
     refuse(training_args.max_steps > 0, "--max_steps", "--rounds and --local_steps say how much is trained")
     refuse(training_args.packing or training_args.padding_free, "--packing", "rows of a round are few, and padded")
@@ -216,9 +214,7 @@ def round_settings(script_args: FederatedArguments, seed: int) -> "RoundSettings
     )
 
 
-def stages_before(
-    script_args: FederatedArguments, training_args: "SFTConfig", model_args: "ModelConfig"
-) -> Chain:
+def stages_before(script_args: FederatedArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> Chain:
     """Return the pretraining that makes the base model, if none is named."""
     return chain_before(
         "federated",

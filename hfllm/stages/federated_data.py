@@ -50,9 +50,7 @@ def organisations_of(script_args: FederatedArguments, seed: int) -> list[Organis
             for name, file in zip(names, script_args.organisation_files, strict=True)
         ]
     else:
-        parts = split_evenly(
-            _rows(script_args), script_args.num_organisations, script_args.dirichlet_alpha, seed
-        )
+        parts = split_evenly(_rows(script_args), script_args.num_organisations, script_args.dirichlet_alpha, seed)
         found = [_held_apart(f"organisation-{number}", rows, seed) for number, rows in enumerate(parts, 1)]
     check_organisations(found)
     return found

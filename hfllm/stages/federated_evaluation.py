@@ -1,4 +1,4 @@
-"""What a federation gave: its model beside those of pooled rows and of each organisation alone, by round and by bytes."""
+"""What a federation gave: its model beside those of pooled rows and of each organisation alone."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -127,7 +127,7 @@ class Controls:
         self.steps = script_args.rounds * script_args.local_steps
 
     def run(self) -> dict[str, Measured]:
-        """Return the figures of all controls by their names; those of organisations alone by `local` and their names."""
+        """Return the figures of all controls by their names, such as `central` and `local NAME`."""
         found, made = self._kept(), {}
         plan: dict[str, Callable[[], Weights]] = {UNTRAINED: lambda: self.begun}
         for arm in self.script_args.arms:

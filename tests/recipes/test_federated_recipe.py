@@ -232,7 +232,9 @@ def test_organisations_that_fail_or_send_nan_are_left_out_and_named(flags, tmp_p
     assert metrics["updates_left_out"] == 2
     text = table_text(tmp_path / "out")
     assert "| 2 | shop | the power is out |" in text and "| 3 | school |" in text and "NaN" in text
-    with pytest.raises(InputError, match=r"round 2: 2 of 3 organisations sent an update, and --min_organ.*shop: the power is out"):
+    with pytest.raises(
+        InputError, match=r"round 2: 2 of 3 organisations sent an update, and --min_organ.*shop: the power is out"
+    ):
         run(flags(min_organisations=3, output_dir=tmp_path / "strict"))
 
 

@@ -1,4 +1,4 @@
-"""Federated fine-tuning on the embedded world, whole: far beyond each organisation alone, near the same rows pooled."""
+"""Federated fine-tuning on the embedded world, whole: far beyond each one alone, near the same rows pooled."""
 
 import json
 from pathlib import Path
