@@ -17,7 +17,7 @@ FLOORS = (
     {"errors", "version"},
     {"models", "data", "outputs"},
     {"scaling", "generation", "rewards", "environments", "compression", "runs"},
-    {"trainers", "evaluation", "grounding", "synthesis"},
+    {"trainers", "evaluation", "grounding", "synthesis", "federation"},
     {"stages", "registration"},
     {"__init__"},
 )

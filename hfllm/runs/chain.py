@@ -100,6 +100,12 @@ STAGES: Mapping[str, StageEntry] = {
     "reason": StageEntry("models that think", "reason", "reason/world.yaml", runs_own_chain=True),
     "tools": StageEntry("a model that calls tools", "tools", "tools/world.yaml", runs_own_chain=True),
     "ground": StageEntry("a model that answers from passages", "ground", "ground/world.yaml", runs_own_chain=True),
+    "federated": StageEntry(
+        "a model that organisations learn together",
+        "federated",
+        "federated/world.yaml",
+        {"model_name_or_path": "pretrain"},
+    ),
     "classify": StageEntry(
         "a classifier", "classify", "classify/world.yaml", {"model_name_or_path": "pretrain"}, minutes=1
     ),

@@ -1,0 +1,68 @@
+"""What a SuperNode of Flower runs at an organisation: `app`.
+
+The node's --node-config says whose it is and where its settings are; both stay on its machine:
+
+    organisation="clinic" settings="/srv/clinic.json"
+
+The settings, a JSON object, go to the learner that the run names (`learner`, `module:function`); a node may name its
+own.
+"""
+
+import json
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from hfllm.errors import InputError
+from hfllm.federation.flower import RECORD, record_of
+from hfllm.federation.wire import to_bytes, weights_from_bytes
+from hfllm.federation.worker import learner_of
+
+app = ClientApp()
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Say whose node this is."""
+    return Message(content=record_of({"organisation": organisation_of(context)}), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train a round, and send the update, or the reason why there is none."""
+    request = message.content[RECORD]
+    try:
+        name = organisation_of(context)
+        config = {**context.run_config, **context.node_config}
+        if "learner" not in config:
+            raise InputError("the run names no learner; expected module:function")
+        learner = learner_of(str(config["learner"]), name, settings_of(context))
+        update = learner(int(request["round"]), weights_from_bytes(request["weights"]))
+        reply = {"update": to_bytes(update, str(config.get("compression", "none")))}
+    except InputError as error:
+        reply = {"reason": str(error)}
+    return Message(content=record_of(reply), reply_to=message)
+
+
+def organisation_of(context: Context) -> str:
+    """Return the name of the organisation of this node."""
+    return str(context.node_config.get("organisation", f"node {context.node_id}"))
+
+
+def settings_of(context: Context) -> dict[str, object]:
+    """Return the settings of this node.
+
+    Raises:
+        InputError: when their file cannot be read.
+    """
+    path = context.node_config.get("settings")
+    if path is None:
+        return {}
+    try:
+        values = json.loads(Path(str(path)).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"settings {path}: cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"settings {path}: expected a JSON object, got {type(values).__name__}")
+    return values

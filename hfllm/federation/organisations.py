@@ -1,0 +1,144 @@
+"""Organisations of a federation and their own rows: by family, by Dirichlet shares, or dealt out of one dataset."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from hfllm.data.formats import Row
+from hfllm.data.world.demonstrators import demonstrate
+from hfllm.data.world.world import FAMILIES, FAMILY_WEIGHTS, World
+from hfllm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Organisation:
+    """One that takes part, with rows that no other one sees.
+
+    Args:
+        name: how reports call it.
+        rows: what it learns from.
+        held_out: rows of the same kind, on which its loss is measured.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    held_out: Sequence[Row]
+
+
+def check_organisations(organisations: Sequence[Organisation]) -> None:
+    """Refuse organisations that cannot take part.
+
+    Raises:
+        InputError: for fewer than two, two of one name, or one without rows.
+    """
+    if len(organisations) < 2:
+        raise InputError(f"{len(organisations)} organisation(s): a federation needs at least 2")
+    names = [each.name for each in organisations]
+    if doubled := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"organisation {doubled!r} comes twice: each needs a name of its own")
+    for each in organisations:
+        if not each.rows:
+            raise InputError(f"organisation {each.name!r} has no rows to learn from: leave it out, or give it some")
+
+
+# ---- the embedded world ----
+
+
+def family_shares(count: int, main_share: float) -> list[dict[str, float]]:
+    """Return of each organisation its share of each family: `main_share` of one, the rest as the world draws them.
+
+    Organisation number i has mostly family number i; with more organisations than families they begin again.
+    """
+    usual = _normalized(dict(zip(FAMILIES, FAMILY_WEIGHTS, strict=True)))
+    return [
+        {
+            family: main_share * (family == FAMILIES[number % len(FAMILIES)]) + (1 - main_share) * usual[family]
+            for family in FAMILIES
+        }
+        for number in range(count)
+    ]
+
+
+def dirichlet_shares(count: int, alpha: float, seed: int) -> list[dict[str, float]]:
+    """Return of each organisation its share of each family, drawn from Dirichlet(alpha * the world's shares * 6).
+
+    As in Hsu et al. 2019 (arXiv:1909.06335), section 3: alpha near 0 gives each one family, a large one gives all of
+    them the world's shares.
+
+    Raises:
+        InputError: for an alpha that is not above 0.
+    """
+    if alpha <= 0:
+        raise InputError(f"--dirichlet_alpha {alpha}: expected a number above 0")
+    usual = _normalized(dict(zip(FAMILIES, FAMILY_WEIGHTS, strict=True)))
+    rng = random.Random(f"dirichlet-{seed}")
+    found = []
+    for _ in range(count):
+        drawn = {family: rng.gammavariate(alpha * len(FAMILIES) * usual[family], 1.0) for family in FAMILIES}
+        # With a very small alpha all of them may be 0 in floating point.
+        found.append(_normalized(drawn) if sum(drawn.values()) > 0 else {**dict.fromkeys(FAMILIES, 0.0), "fact": 1.0})
+    return found
+
+
+def world_organisations(
+    world: World, shares: Sequence[Mapping[str, float]], num_rows: int, num_held_out: int, seed: int
+) -> list[Organisation]:
+    """Return organisations of the embedded world, each with `num_rows` questions and their good answers.
+
+    Args:
+        world: whose facts they know.
+        shares: of each organisation its share of each family.
+        num_rows: rows of each.
+        num_held_out: further rows of each, whose questions it does not learn.
+        seed: of all questions.
+    """
+    found = []
+    for number, share in enumerate(shares, 1):
+        rng = random.Random(f"organisation-{world.seed}-{seed}-{number}")
+        rows = [_world_row(world, share, rng) for _ in range(num_rows)]
+        known, held_out = {row["prompt"][0]["content"] for row in rows}, []
+        # Some families have few questions: more draws than this would find no new one.
+        for _ in range(20 * num_held_out):
+            row = _world_row(world, share, rng)
+            if row["prompt"][0]["content"] not in known and len(held_out) < num_held_out:
+                held_out.append(row)
+        main = max(share, key=share.__getitem__)
+        found.append(Organisation(f"{number}-{main}", rows, held_out))
+    return found
+
+
+def _world_row(world: World, share: Mapping[str, float], rng: random.Random) -> Row:
+    task = world.draw_task(rng, rng.choices(list(share), list(share.values()))[0])
+    answer = demonstrate(task, "good", rng)
+    return {
+        "prompt": [{"role": "user", "content": task.question}],
+        "completion": [{"role": "assistant", "content": answer}],
+    }
+
+
+# ---- rows of the user ----
+
+
+def split_evenly(rows: Sequence[Row], count: int, alpha: float | None, seed: int) -> list[list[Row]]:
+    """Return one dataset's rows dealt out to organisations: in equal parts, or in sizes drawn from Dirichlet(alpha).
+
+    Raises:
+        InputError: for an alpha that is not above 0.
+    """
+    if alpha is not None and alpha <= 0:
+        raise InputError(f"--dirichlet_alpha {alpha}: expected a number above 0")
+    rng = random.Random(f"dealt-{seed}")
+    shuffled = list(rows)
+    rng.shuffle(shuffled)
+    weights = [1.0 if alpha is None else rng.gammavariate(alpha, 1.0) for _ in range(count)]
+    total, ends, so_far = sum(weights), [0], 0.0
+    for weight in weights:
+        so_far += weight
+        ends.append(round(so_far / total * len(shuffled)))
+    return [shuffled[first:last] for first, last in pairwise(ends)]
+
+
+def _normalized(weights: Mapping[str, float]) -> dict[str, float]:
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}

@@ -1,0 +1,38 @@
+"""What the SuperLink of Flower runs: `app`, which hands a transport to the loop of rounds that the run names.
+
+`loop`, `module:function`, is called with a function that makes the transport from the base model's sha256, and with
+the run's settings.
+"""
+
+import importlib
+from collections.abc import Mapping
+from functools import partial
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from hfllm.errors import InputError
+from hfllm.federation.flower import FlowerTransport
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run all rounds."""
+    config = dict(context.run_config)
+    module, _, function = str(config.get("loop", "")).partition(":")
+    if not function:
+        raise InputError(f"the run's loop is {config.get('loop')!r}; expected module:function")
+    getattr(importlib.import_module(module), function)(partial(transport_of, grid, config), config)
+
+
+def transport_of(grid: Grid, config: Mapping[str, object], base_sha256: str) -> FlowerTransport:
+    """Return the transport as the run's settings say: num-organisations, timeout in seconds, any-rank."""
+    return FlowerTransport(
+        grid,
+        base_sha256,
+        num_organisations=int(config.get("num-organisations", 1)),
+        timeout=float(config["timeout"]) if "timeout" in config else None,
+        any_rank=bool(config.get("any-rank", False)),
+    )

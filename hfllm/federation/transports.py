@@ -1,0 +1,111 @@
+"""How weights reach organisations and their updates come back: here within one process.
+
+Every transport carries the same bytes (`wire`) and hands updates over in the order of the participants, so that the
+same round gives the same bits in one process (`InProcess`), in several (`processes.SeveralProcesses`) and between
+machines (`flower.FlowerTransport`).
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from hfllm.errors import InputError
+from hfllm.federation.updates import Expected, Failure, Update
+from hfllm.federation.wire import from_bytes, size_limit, to_bytes, weights_from_bytes, weights_to_bytes
+
+# Trains on the rows of one organisation in round `round`, from these weights, and returns what changed.
+Learner = Callable[[int, dict[str, Tensor]], Update]
+
+
+class Transport(Protocol):
+    """What the loop of rounds needs of a way to reach organisations.
+
+    `bytes_sent` and `bytes_received` count what the server sent and received so far, messages that were refused too.
+    """
+
+    bytes_sent: int
+    bytes_received: int
+
+    def run_round(
+        self, round: int, weights: Mapping[str, Tensor], participants: Sequence[str]
+    ) -> Iterator[Update | Failure]:
+        """Let participants train from these weights; yield what each sent, or why there is nothing, in their order."""
+        ...
+
+
+class Receiver:
+    """What a server accepts, how much of it, and how many bytes it saw: the part that all transports share.
+
+    Args:
+        base_sha256: of the base model; an update of another is refused.
+        any_rank: accept adapters of other ranks, for the average `stacked`.
+        max_bytes: most bytes of a message; by default what an honest one has, 16 times that with `any_rank`.
+    """
+
+    def __init__(self, base_sha256: str, any_rank: bool = False, max_bytes: int | None = None):
+        self.base_sha256, self.any_rank, self.max_bytes = base_sha256, any_rank, max_bytes
+        self.bytes_sent = self.bytes_received = 0
+
+    def expected(self, weights: Mapping[str, Tensor]) -> Expected:
+        """Return what updates of these weights look like."""
+        return Expected.of(weights, self.base_sha256, self.any_rank)
+
+    def limit(self, expected: Expected) -> int:
+        """Return the most bytes that are read of one message."""
+        return self.max_bytes or size_limit(expected, 16.0 if self.any_rank else 1.0)
+
+    def receive(self, data: bytes, organisation: str, expected: Expected) -> Update | Failure:
+        """Return the update that an organisation sent, or why it is refused."""
+        self.bytes_received += len(data)
+        try:
+            return from_bytes(data, self.limit(expected), expected, organisation)
+        except InputError as error:
+            return Failure(organisation, str(error))
+
+
+def check_participants(participants: Sequence[str], known: Collection[str]) -> None:
+    """Refuse a round of an unknown organisation, or of one twice.
+
+    Raises:
+        InputError: naming it.
+    """
+    for place, name in enumerate(participants):
+        if name not in known or name in participants[:place]:
+            raise InputError(f"organisation {name!r} takes part; expected each at most once of {list(known)}")
+
+
+class InProcess(Receiver):
+    """Organisations as functions of this process, one after the other: a simulation, through the same bytes.
+
+    Args:
+        learners: by organisation.
+        compression: of updates, none or int8.
+        others: see `Receiver`.
+    """
+
+    def __init__(
+        self,
+        learners: Mapping[str, Learner],
+        base_sha256: str,
+        compression: str = "none",
+        any_rank: bool = False,
+        max_bytes: int | None = None,
+    ):
+        super().__init__(base_sha256, any_rank, max_bytes)
+        self.learners, self.compression = learners, compression
+
+    def run_round(
+        self, round: int, weights: Mapping[str, Tensor], participants: Sequence[str]
+    ) -> Iterator[Update | Failure]:
+        """Train at each participant in turn. An error of one that a user can fix is a `Failure`, others are raised."""
+        check_participants(participants, self.learners)
+        expected, message = self.expected(weights), weights_to_bytes(weights)
+        for name in participants:
+            self.bytes_sent += len(message)
+            try:
+                data = to_bytes(self.learners[name](round, weights_from_bytes(message)), self.compression)
+            except InputError as error:
+                yield Failure(name, str(error))
+                continue
+            yield self.receive(data, name, expected)

@@ -1,0 +1,57 @@
+"""The process of one organisation: `python -m hfllm.federation.worker`, started by `processes.SeveralProcesses`.
+
+It reads a line of JSON that says who it is, then one per round, and answers each round with a line that gives the
+reason why it failed, or none. What learners print goes to its log.
+"""
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hfllm.errors import InputError
+
+
+def learner_of(name: str, organisation: str, settings: Mapping[str, Any]) -> "Any":
+    """Return the learner that `module:function` makes for an organisation.
+
+    Raises:
+        InputError: when there is no such function.
+    """
+    module, _, function = name.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"learner {name!r} cannot be imported: {error}; expected module:function") from error
+    return make(organisation, settings)
+
+
+def main() -> None:
+    """Train whenever the server asks, until it closes the pipe."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    # Whatever is printed from now on, also by libraries in C, is no answer.
+    os.dup2(2, 1)
+    about, learner = json.loads(sys.stdin.readline()), None
+    from hfllm.federation.wire import to_bytes, weights_from_bytes
+
+    for line in sys.stdin:
+        request, reason = json.loads(line), ""
+        try:
+            learner = learner or learner_of(about["learner"], about["organisation"], about["settings"])
+            weights = weights_from_bytes(Path(request["weights"]).read_bytes())
+            data = to_bytes(learner(request["round"], weights), about["compression"])
+            path = Path(request["update"])
+            partial = path.with_suffix(".partial")
+            partial.write_bytes(data)
+            os.replace(partial, path)
+        except InputError as error:
+            reason = str(error) or type(error).__name__
+        answers.write(json.dumps({"reason": reason}) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

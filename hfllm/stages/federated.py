@@ -1,0 +1,255 @@
+"""Federated fine-tuning: its flags, what it refuses, and the stages before it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfllm.data.loading import InstructionArguments
+from hfllm.data.sources import WORLD, source_files
+from hfllm.errors import InputError, refuse
+from hfllm.runs.arguments import changed
+from hfllm.runs.chain import Chain, chain_before
+from hfllm.runs.recipes import settings_file
+
+if TYPE_CHECKING:
+    from trl import ModelConfig, SFTConfig
+
+    from hfllm.federation.rounds import RoundSettings
+
+FULL, LORA, FROZEN_A = AVERAGES = ("full", "lora", "lora_frozen_a")
+CENTRAL, EQUAL_STEPS, LOCAL = CONTROLS = ("central", "equal_steps", "local")
+SERVER_OPTIMIZERS = ("fedavg", "momentum", "fedadagrad", "fedadam", "fedyogi")
+NOT_OF_THE_ROUNDS = ("processes", "round_timeout", "controls")
+AT_LEAST_ONE = ("rounds", "local_steps", "processes", "eval_rounds")
+
+
+@dataclass(frozen=True)
+class FederatedArguments(InstructionArguments):
+    """Who learns together, and how."""
+
+    num_organisations: int = field(
+        default=6, metadata={"help": "Organisations that the embedded world, or --dataset_name, is dealt out to."}
+    )
+    organisation_files: list[str] | None = field(
+        default=None, metadata={"help": "Files or Hub datasets, each the rows of one organisation."}
+    )
+    organisation_names: list[str] | None = field(
+        default=None,
+        metadata={"help": "Organisations on other machines, which Flower reaches and whose rows are not here."},
+    )
+    dirichlet_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "Draw each organisation's share of the world's families from a Dirichlet distribution of this "
+            "concentration (0.1: nearly one family each; 100: all alike); of --dataset_name the sizes."
+        },
+    )
+    main_share: float = field(
+        default=0.9, metadata={"help": "Share of an organisation's rows of the world that are of one family."}
+    )
+    num_examples: int = field(default=640, metadata={"help": "Rows of the world that each organisation has."})
+    rounds: int = field(default=10, metadata={"help": "How often the server takes the mean."})
+    local_steps: int = field(default=4, metadata={"help": "Optimizer steps of an organisation in a round."})
+    average: str = field(
+        default=LORA,
+        metadata={
+            "help": "What is trained and travels: full (all weights), lora (both factors of an adapter, whose mean is "
+            "not that of their products), lora_frozen_a (one of them, whose mean is exact).",
+            "choices": list(AVERAGES),
+        },
+    )
+    server_optimizer: str = field(
+        default="fedavg",
+        metadata={"help": "What the server does with the mean change.", "choices": list(SERVER_OPTIMIZERS)},
+    )
+    server_learning_rate: float | None = field(
+        default=None, metadata={"help": "By default 1 for fedavg and momentum, 0.01 for the others."}
+    )
+    server_momentum: float = field(default=0.9, metadata={"help": "Of all server optimizers but fedavg."})
+    proximal_mu: float = field(
+        default=0.0, metadata={"help": "FedProx: how strongly local steps are held to the round's beginning."}
+    )
+    keep_optimizer: bool = field(
+        default=False,
+        metadata={"help": "Organisations keep the state of their optimizer from round to round, on their side."},
+    )
+    participation: float = field(default=1.0, metadata={"help": "Share of the organisations that a round asks."})
+    min_organisations: int = field(
+        default=1, metadata={"help": "Updates without which a round is not taken, and the run stops."}
+    )
+    compression: str = field(default="none", metadata={"help": "Of updates on the wire.", "choices": ["none", "int8"]})
+    clip_norm: float | None = field(default=None, metadata={"help": "Longest update of an organisation."})
+    noise_multiplier: float = field(
+        default=0.0, metadata={"help": "Noise on the mean, in units of --clip_norm: organisation-level privacy."}
+    )
+    max_epsilon: float | None = field(
+        default=None, metadata={"help": "Refuse a run that would spend more privacy than this epsilon."}
+    )
+    delta: float = field(default=1e-5, metadata={"help": "Of the privacy guarantee (epsilon, delta)."})
+    processes: int = field(default=1, metadata={"help": "Processes of this machine that organisations train in."})
+    round_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds after which a process that still trains is left out of the round."}
+    )
+    controls: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What to compare with: central (pooled rows, as many rows learned), equal_steps (pooled rows, as "
+            "many steps), local (each organisation alone), or none; by default all."
+        },
+    )
+    eval_rounds: int = field(default=5, metadata={"help": "Measure after every so many rounds, and the last one."})
+    num_eval_prompts: int = field(default=480, metadata={"help": "Held-out questions of the world."})
+    pretrain_config: str | None = field(
+        default=None, metadata={"help": "YAML flags of the pretraining that makes the base model, if none is named."}
+    )
+
+    @property
+    def is_world(self) -> bool:
+        """Whether the rows are the embedded world's."""
+        return self.dataset_name == WORLD and not (self.organisation_files or self.organisation_names)
+
+    @property
+    def count(self) -> int:
+        """How many organisations there are."""
+        return len(self.organisation_files or self.organisation_names or ()) or self.num_organisations
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The controls that run, in their order."""
+        return tuple(arm for arm in CONTROLS if self.controls is None or arm in self.controls)
+
+
+def default_settings(given: Mapping[str, Any]) -> list[Path]:
+    """Return the settings of the embedded world's model if no model is named, and else those of an adapter."""
+    if not given.get("model_name_or_path"):
+        return [settings_file("federated/world.yaml")]
+    return [settings_file("federated/model.yaml")]
+
+
+def check(script_args: FederatedArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> None:
+    """Refuse flags that have no effect, contradict each other, or would fail later.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    for flag in AT_LEAST_ONE:
+        if (value := getattr(script_args, flag)) < 1:
+            raise InputError(f"--{flag} {value}: expected at least 1")
+    files, named = script_args.organisation_files, bool(model_args.model_name_or_path)
+    if named == script_args.is_world:
+        raise InputError(
+            "--model_name_or_path and --organisation_files (or --dataset_name): give both, or neither for the "
+            "embedded world"
+        )
+    refuse(named and bool(script_args.pretrain_config), "--pretrain_config", "the model is named")
+    refuse(bool(files) and script_args.dataset_name != WORLD, "--dataset_name", "--organisation_files takes its place")
+    refuse(bool(files) and script_args.dirichlet_alpha is not None, "--dirichlet_alpha", "organisations have files")
+    names = script_args.organisation_names
+    refuse(bool(names and (files or script_args.dataset_name != WORLD)), "--organisation_names", "the rows are here")
+    refuse(bool(names) and bool(set(script_args.arms)), "--controls", "rows are elsewhere: --controls none")
+    if script_args.count < 2 and not files:
+        raise InputError(f"--num_organisations {script_args.count}: expected at least 2")
+    if files and len(files) < 2:
+        raise InputError(f"--organisation_files {' '.join(files)}: expected at least 2, one for each organisation")
+    if not 0 <= script_args.main_share <= 1:
+        raise InputError(f"--main_share {script_args.main_share}: expected a share in [0, 1]")
+    refuse(script_args.average == FULL and model_args.use_peft, "--use_peft", "--average full trains all weights")
+    _check_controls(script_args)
+    _check_server(script_args)
+    _check_trainer(training_args)
+
+
+def _check_controls(script_args: FederatedArguments) -> None:
+    controls = script_args.controls or ()
+    for control in controls:
+        if control not in (*CONTROLS, "none"):
+            raise InputError(f"--controls {control!r}: expected some of {', '.join(CONTROLS)}, or none")
+    if "none" in controls and set(controls) != {"none"}:
+        raise InputError(f"--controls {' '.join(controls)}: expected arms, or none alone")
+
+
+def _check_server(script_args: FederatedArguments) -> None:
+    from hfllm.federation.rounds import check_settings
+
+    check_settings(round_settings(script_args, 0), script_args.count)
+    if script_args.proximal_mu < 0:
+        raise InputError(f"--proximal_mu {script_args.proximal_mu}: expected a number of at least 0")
+    private = script_args.clip_norm is not None
+    refuse(not private and script_args.noise_multiplier > 0, "--noise_multiplier", "it is in units of --clip_norm")
+    is_noisy = script_args.noise_multiplier > 0
+    refuse(not is_noisy and script_args.max_epsilon is not None, "--max_epsilon", NO_NOISE)
+    refuse(is_noisy and script_args.min_organisations > 1, "--min_organisations", "who takes part must stay unknown")
+
+
+NO_NOISE = "without --noise_multiplier nothing is private"
+
+
+def _check_trainer(training_args: "SFTConfig") -> None:
+    from hfllm.stages.federated_learner import schedule_of
+
+    if training_args.world_size > 1:
+        raise InputError(
+            f"{training_args.world_size} processes: start one by accelerate launch --num_processes 1; --processes "
+            "says in how many organisations train"
+        )
+    refuse(training_args.max_steps > 0, "--max_steps", "--rounds and --local_steps say how much is trained")
+    refuse(training_args.packing or training_args.padding_free, "--packing", "rows of a round are few, and padded")
+    refuse(training_args.eval_strategy != "no", "--eval_strategy", "--eval_rounds says when it is measured")
+    schedule_of(training_args, 1)
+    resumes = training_args.resume_from_checkpoint
+    refuse(bool(resumes), "--resume_from_checkpoint", "rounds are kept and resumed by themselves")
+
+
+def round_settings(script_args: FederatedArguments, seed: int) -> "RoundSettings":
+    """Return the settings of the rounds."""
+    from hfllm.federation.rounds import RoundSettings
+
+    return RoundSettings(
+        num_rounds=script_args.rounds,
+        participation=script_args.participation,
+        min_organisations=script_args.min_organisations,
+        seed=seed,
+        is_private=script_args.noise_multiplier > 0,
+    )
+
+
+def stages_before(script_args: FederatedArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> Chain:
+    """Return the pretraining that makes the base model, if none is named."""
+    return chain_before(
+        "federated",
+        training_args.output_dir,
+        training_args.seed,
+        script_args.world_seed,
+        given_models={"pretrain": model_args.model_name_or_path},
+        configs={"pretrain": script_args.pretrain_config},
+    )
+
+
+def adapted(script_args: FederatedArguments, model_args: "ModelConfig") -> "ModelConfig":
+    """Return the flags of the model, with an adapter where adapters are averaged."""
+    return changed(model_args, use_peft=script_args.average != FULL)
+
+
+def identity_of(arguments: Mapping[str, Any], base_sha256: str) -> dict[str, Any]:
+    """Return what tells the rounds of this run from others: not where organisations train, nor what is compared.
+
+    Args:
+        arguments: all flags of the run.
+        base_sha256: of the base model.
+    """
+    named = {name: value for name, value in arguments.items() if name not in NOT_OF_THE_ROUNDS}
+    return {**named, "base_sha256": base_sha256}
+
+
+def contents(script_args: FederatedArguments) -> dict[str, int]:
+    """Return when the files of the organisations last changed, which tells runs apart."""
+    files = [file for name in script_args.organisation_files or () for file in source_files(name) or ()]
+    times = [file.stat().st_mtime_ns for file in files if file.is_file()]
+    return {"organisation_files changed at": max(times)} if times else {}
+
+
+def organisation_names(files: Sequence[str]) -> list[str]:
+    """Return a name for each file: its stem, with a number where several have the same."""
+    stems = [Path(name).stem for name in files]
+    return [f"{stem}-{place}" if stems.count(stem) > 1 else stem for place, stem in enumerate(stems, 1)]

@@ -1,0 +1,189 @@
+"""The organisations of a federation: their rows by the flags, tokenized, and what trains on them in this process."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from hfllm.data.sources import WORLD
+from hfllm.data.world.world import World
+from hfllm.federation.organisations import (
+    Organisation,
+    check_organisations,
+    dirichlet_shares,
+    family_shares,
+    split_evenly,
+    world_organisations,
+)
+from hfllm.stages.federated import FROZEN_A, FederatedArguments, adapted, organisation_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import ModelConfig, SFTConfig
+
+    from hfllm.stages.federated_learner import LocalLearner, Rows
+
+# Held-out rows of an organisation, at most; of rows of its own that it has no others for, this share.
+MOST_HELD_OUT, HELD_OUT_SHARE = 64, 0.1
+# In place of rows where there are none, as at the server: a trainer wants one.
+NOTHING = {"input_ids": [0, 0], "labels": [0, 0]}
+
+
+def organisations_of(script_args: FederatedArguments, seed: int) -> list[Organisation]:
+    """Return the organisations that the flags ask for, each with its rows.
+
+    Raises:
+        InputError: for a row that cannot be read, and an organisation without rows.
+    """
+    if script_args.organisation_names:
+        return [Organisation(name, [], []) for name in script_args.organisation_names]
+    if script_args.is_world:
+        world, count = World(script_args.world_seed), script_args.num_organisations
+        if script_args.dirichlet_alpha is None:
+            shares = family_shares(count, script_args.main_share)
+        else:
+            shares = dirichlet_shares(count, script_args.dirichlet_alpha, seed)
+        found = world_organisations(world, shares, script_args.num_examples, MOST_HELD_OUT, seed)
+    elif script_args.organisation_files:
+        names = organisation_names(script_args.organisation_files)
+        found = [
+            organisation_of_file(script_args, name, file, seed)
+            for name, file in zip(names, script_args.organisation_files, strict=True)
+        ]
+    else:
+        parts = split_evenly(_rows(script_args), script_args.num_organisations, script_args.dirichlet_alpha, seed)
+        found = [_held_apart(f"organisation-{number}", rows, seed) for number, rows in enumerate(parts, 1)]
+    check_organisations(found)
+    return found
+
+
+def organisation_of_file(script_args: FederatedArguments, name: str, file: str, seed: int) -> Organisation:
+    """Return the organisation whose rows are in a file or a dataset of the Hub.
+
+    Raises:
+        InputError: for a row that cannot be read, or none.
+    """
+    return _held_apart(name, _rows(replace(script_args, dataset_name=file)), seed)
+
+
+def _rows(script_args: FederatedArguments) -> list[Mapping[str, object]]:
+    from hfllm.data import formats
+    from hfllm.data.rows import flaw_of
+    from hfllm.stages.user_rows import kept_rows
+
+    def mapper(origin: str, row: formats.Row) -> formats.Row:
+        row = formats.to_sft(origin, row)
+        return formats.last_turn(row) if script_args.loss_on == "last" else row
+
+    assert script_args.dataset_name != WORLD
+    return kept_rows(script_args, mapper, flaw_of)
+
+
+def _held_apart(name: str, rows: Sequence[Mapping[str, object]], seed: int) -> Organisation:
+    """Return an organisation that holds out a part of its rows, unless it has too few of them."""
+    from hfllm.data.loading import prompt_key, split_rows
+
+    if len(set(map(prompt_key, rows))) < 2:
+        return Organisation(name, list(rows), [])
+    return Organisation(name, *split_rows(list(rows), seed, HELD_OUT_SHARE, MOST_HELD_OUT))
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """An organisation's rows as tokens.
+
+    Args:
+        name: of the organisation.
+        rows, held_out: `input_ids` and `labels` of each.
+    """
+
+    name: str
+    rows: "Rows"
+    held_out: "Rows"
+
+
+def tokenized(
+    organisations: Sequence[Organisation], tokenizer: "PreTrainedTokenizerBase", training_args: "SFTConfig"
+) -> list[Tokenized]:
+    """Return the rows of organisations as tokens.
+
+    Raises:
+        InputError: when an organisation has no row with anything to learn.
+    """
+    from hfllm.stages.sft import examples
+
+    def tokens(rows: Sequence[Mapping[str, object]], what: str) -> "Rows":
+        return examples(list(rows), tokenizer, training_args, what)[0].to_list() if rows else []
+
+    return [
+        Tokenized(each.name, tokens(each.rows, each.name), tokens(each.held_out, f"{each.name}, held out"))
+        for each in organisations
+    ]
+
+
+def pooled(organisations: Sequence[Tokenized]) -> "Rows":
+    """Return the rows of all organisations together, as if one of them had them all."""
+    return [row for each in organisations for row in each.rows]
+
+
+# ---- what trains ----
+
+
+@dataclass(frozen=True)
+class Local:
+    """What trains in this process: the learner, and the sha256 of the base model that it began from."""
+
+    learner: "LocalLearner"
+    tokenizer: "PreTrainedTokenizerBase"
+    base_sha256: str
+    organisations: Sequence[Tokenized]
+
+    @property
+    def model(self) -> "PreTrainedModel":
+        """The model."""
+        return self.learner.model
+
+
+def load_local(
+    script_args: FederatedArguments,
+    training_args: "SFTConfig",
+    model_args: "ModelConfig",
+    organisations: Sequence[Organisation],
+) -> Local:
+    """Load the model, put the adapter on it, and build the trainer whose loss organisations learn by.
+
+    Raises:
+        InputError: when the model cannot be loaded or an organisation has nothing to learn.
+    """
+    import torch
+    from datasets import Dataset
+    from transformers import set_seed
+
+    from hfllm.federation.lora import freeze_a
+    from hfllm.federation.updates import weights_sha256
+    from hfllm.runs.adapters import load_to_train
+    from hfllm.runs.arguments import changed
+    from hfllm.runs.models import fitting_length, peft_config
+    from hfllm.stages import sft
+    from hfllm.stages.federated_learner import LocalLearner
+    from hfllm.trainers.trl_trainers import SFTTrainer
+
+    loaded = load_to_train(adapted(script_args, model_args), training_args.output_dir)
+    model, tokenizer = sft.with_template(training_args, *loaded)
+    base = weights_sha256(dict(model.named_parameters()))
+    args = changed(training_args, max_length=fitting_length(training_args.max_length, model))
+    found = tokenized(organisations, tokenizer, args)
+    # Of the adapter's first weights: the same at every organisation, whatever was drawn before.
+    set_seed(training_args.seed)
+    torch.manual_seed(training_args.seed)
+    adapter = peft_config(adapted(script_args, model_args))
+    trainer = SFTTrainer(
+        model=model,
+        args=changed(args, **sft.trained_as_they_are(args)),
+        train_dataset=Dataset.from_list(list(found[0].rows[:1]) or [NOTHING]),
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )
+    if script_args.average == FROZEN_A:
+        freeze_a(trainer.model)
+    steps = script_args.rounds * script_args.local_steps
+    return Local(LocalLearner(trainer, steps, script_args.proximal_mu), tokenizer, base, found)

@@ -1,0 +1,188 @@
+"""The report of a federation: figures by round and by bytes, each beside its controls."""
+
+from collections.abc import Mapping, Sequence
+
+from hfllm.federation.rounds import RoundRecord
+from hfllm.outputs.figures import mean_of, plus_minus, standard_error
+from hfllm.outputs.report import Found, Plot
+from hfllm.stages.federated import CENTRAL, EQUAL_STEPS, FederatedArguments
+from hfllm.stages.federated_data import Local
+from hfllm.stages.federated_evaluation import FEDERATED, UNTRAINED, Measured, best_local, local_arms
+
+LABELS = {
+    UNTRAINED: "before",
+    FEDERATED: "federated",
+    CENTRAL: "pooled rows, as many rows",
+    EQUAL_STEPS: "pooled rows, as many steps",
+}
+# Rounds that the table shows, evenly spaced.
+SHOWN_ROUNDS = 20
+
+
+def report_of(
+    script_args: FederatedArguments,
+    local: Local,
+    records: Sequence[RoundRecord],
+    federated: Measured,
+    controls: Mapping[str, Measured],
+    private: Mapping[str, float],
+) -> Found:
+    """Return the figures, tables and plots of a federation."""
+    arms = {UNTRAINED: controls[UNTRAINED], FEDERATED: federated}
+    arms |= {name: controls[name] for name in (CENTRAL, EQUAL_STEPS) if name in controls}
+    alone, best = local_arms(controls), best_local(controls)
+    metrics: dict[str, float] = {
+        "organisations": len(local.organisations),
+        "rounds": len(records),
+        "trained_parameters": sum(value.numel() for value in local.learner.trained.values()),
+        "bytes_down": sum(record.bytes_down for record in records),
+        "bytes_up": sum(record.bytes_up for record in records),
+        "updates_left_out": sum(len(record.left_out) for record in records),
+        "drift": sum(record.drift for record in records) / len(records),
+        **private,
+    }
+    for name, each in {**arms, **({"local_best": best} if best else {})}.items():
+        if each.golds:
+            metrics |= mean_of(f"gold_{name}", each.golds)
+        if each.losses:
+            metrics[f"held_out_loss_{name}"] = each.loss
+    metrics |= _ratios(federated, controls, best)
+    return Found(
+        metrics,
+        _summary(metrics, federated, controls, best),
+        {
+            **_compared(arms, alone),
+            **_losses(local, federated, controls, alone),
+            "Rounds": _rounds(records),
+            **_left_out(records),
+        },
+        _plots(script_args, records, arms, best),
+    )
+
+
+def _ratios(federated: Measured, controls: Mapping[str, Measured], best: Measured | None) -> dict[str, float]:
+    """Return the gold reward of the federation over that of each control."""
+    if not federated.golds:
+        return {}
+    others = {name: controls.get(name) for name in (CENTRAL, EQUAL_STEPS)} | {"local_best": best}
+    return {f"gold_over_{name}": federated.gold / each.gold for name, each in others.items() if each and each.gold > 0}
+
+
+def _summary(
+    metrics: Mapping[str, float], federated: Measured, controls: Mapping[str, Measured], best: Measured | None
+) -> str:
+    sent = f"{megabytes(metrics['bytes_down'])} MB down and {megabytes(metrics['bytes_up'])} MB up"
+    others = {
+        "before": controls[UNTRAINED],
+        "with pooled rows": controls.get(CENTRAL),
+        "with pooled rows in as few steps": controls.get(EQUAL_STEPS),
+        "at best alone": best,
+    }
+    what = "Gold reward" if federated.golds else "Held-out loss (nats per token)"
+    words = ", ".join(f"{value_of(each)} {name}" for name, each in others.items() if each is not None)
+    count, rounds = metrics["organisations"], metrics["rounds"]
+    return f"{what} {value_of(federated)} of {count} organisations after {rounds} rounds and {sent}; {words}."
+
+
+def value_of(measured: Measured) -> str:
+    """Return a model's main figure, with its error where there is one."""
+    if measured.golds:
+        return plus_minus(measured.gold, standard_error(measured.golds))
+    return f"{measured.loss:.3f}" if measured.losses else "not measured"
+
+
+def megabytes(count: float) -> str:
+    """Return bytes in millions."""
+    return f"{count / 1e6:,.1f}"
+
+
+def _compared(arms: Mapping[str, Measured], alone: Mapping[str, Measured]) -> dict[str, list[Mapping[str, object]]]:
+    if not arms[FEDERATED].golds:
+        return {}
+    named = {LABELS[name]: each for name, each in arms.items()} | {
+        f"{name} alone": each for name, each in alone.items()
+    }
+    rows = [
+        {"model": name, "gold": each.gold, "±": standard_error(each.golds) or "", "n": len(each.golds)}
+        for name, each in named.items()
+    ]
+    return {"Gold reward of greedy answers to held-out questions": rows}
+
+
+def _losses(
+    local: Local, federated: Measured, controls: Mapping[str, Measured], alone: Mapping[str, Measured]
+) -> dict[str, list[Mapping[str, object]]]:
+    columns = {"before": controls[UNTRAINED], "federated": federated}
+    columns |= {LABELS[name]: controls[name] for name in (CENTRAL, EQUAL_STEPS) if name in controls}
+    rows = []
+    for each in local.organisations:
+        row: dict[str, object] = {"organisation": each.name, "rows": len(each.rows), "held out": len(each.held_out)}
+        row |= {title: figures.losses.get(each.name, "") for title, figures in columns.items()}
+        if each.name in alone:
+            row["alone"] = alone[each.name].losses.get(each.name, "")
+        rows.append(row)
+    return {"Held-out loss by organisation (nats per token)": rows}
+
+
+def _rounds(records: Sequence[RoundRecord]) -> list[Mapping[str, object]]:
+    shown = [record for record in records if record.evaluation] or list(records)
+    shown = shown[:: -(-len(shown) // SHOWN_ROUNDS)]
+    return [
+        {
+            "round": record.number,
+            "organisations": len(record.participants) - len(record.left_out),
+            "MB so far": round(bytes_until(records, record.number) / 1e6, 2),
+            "norm of the mean": record.update_norm,
+            "drift": record.drift,
+            **record.evaluation,
+        }
+        for record in shown
+    ]
+
+
+def _left_out(records: Sequence[RoundRecord]) -> dict[str, list[Mapping[str, object]]]:
+    rows = [
+        {"round": record.number, "organisation": name, "why": why}
+        for record in records
+        for name, why in record.left_out.items()
+    ]
+    return {"Left out": rows} if rows else {}
+
+
+def bytes_until(records: Sequence[RoundRecord], number: int) -> int:
+    """Return the bytes both ways of the first rounds."""
+    return sum(record.bytes_down + record.bytes_up for record in records[:number])
+
+
+def _plots(
+    script_args: FederatedArguments,
+    records: Sequence[RoundRecord],
+    arms: Mapping[str, Measured],
+    best: Measured | None,
+) -> dict[str, Plot]:
+    name = "gold" if script_args.is_world else "held_out_loss"
+    ylabel = "gold reward" if script_args.is_world else "held-out loss (nats per token)"
+    measured = [record for record in records if name in record.evaluation]
+    values = [record.evaluation[name] for record in measured]
+    numbers = [float(record.number) for record in measured]
+    sent = [bytes_until(records, record.number) / 1e6 for record in measured]
+    others = {LABELS[arm]: each for arm, each in arms.items() if arm != FEDERATED}
+    others |= {"best alone": best} if best else {}
+
+    def over(places: list[float], xlabel: str, title: str) -> Plot:
+        ends = [min(places, default=0.0), max(places, default=1.0)]
+        level = {label: each.gold if script_args.is_world else each.loss for label, each in others.items()}
+        lines = {"federated": (places, values), **{label: (ends, [value] * 2) for label, value in level.items()}}
+        return Plot(title=title, xlabel=xlabel, ylabel=ylabel, lines=lines, is_share=script_args.is_world)
+
+    rounds = [float(record.number) for record in records]
+    return {
+        "gold_by_round": over(numbers, "rounds", "What the rounds give"),
+        "gold_by_bytes": over(sent, "megabytes, both ways, all organisations", "What the bytes give"),
+        "drift": Plot(
+            title="How far organisations move apart",
+            xlabel="rounds",
+            ylabel="distance to the mean change, over its norm",
+            lines={"drift": (rounds, [record.drift for record in records])},
+        ),
+    }

@@ -1,0 +1,126 @@
+"""The transport between machines against a pretended grid: who fails, is late or is not there is named."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from learners import BASE, make_learner
+from test_transports import SETTINGS, WEIGHTS, in_process, run_rounds
+
+from hfllm.errors import InputError
+from hfllm.federation import flower
+from hfllm.federation.flower import RECORD, FlowerTransport
+from hfllm.federation.updates import Failure, Update
+from hfllm.federation.wire import to_bytes, weights_from_bytes
+
+
+class PretendedGrid:
+    """Nodes that answer at once, in reverse order, each as its organisation's fault says."""
+
+    def __init__(self, settings, names=None):
+        self.settings, self.names = settings, names or dict(enumerate(settings, 100))
+        self.nodes, self.sent, self.pulls = list(self.names), {}, 0
+
+    def get_node_ids(self):
+        return self.nodes
+
+    def push_messages(self, messages):
+        ids = [f"message {len(self.sent) + number}" for number, _ in enumerate(messages)]
+        self.sent |= dict(zip(ids, messages, strict=True))
+        return ids
+
+    def pull_messages(self, ids):
+        self.pulls += 1
+        found = [self.reply(each, self.sent[each]) for each in reversed(ids)]
+        return [each for each in found if each is not None]
+
+    def reply(self, number, message):
+        name = self.names[message.node]
+        if message.kind == "query":
+            return self.replied(number, {"organisation": name})
+        fault = self.settings[name].get("fault")
+        if fault == "late":
+            return None
+        if fault == "raised":
+            error = SimpleNamespace(reason="Traceback\n  ZeroDivisionError")
+            no = SimpleNamespace(reply_to_message_id=number)
+            return SimpleNamespace(metadata=no, has_content=lambda: False, has_error=lambda: True, error=error)
+        if fault == "says":
+            return self.replied(number, {"reason": "has no rows"})
+        if fault == "junk":
+            return self.replied(number, {"update": 7})
+        learner = make_learner("org9" if fault == "another's name" else name, {**self.settings[name], "fault": None})
+        weights = weights_from_bytes(message.values["weights"])
+        return self.replied(number, {"update": to_bytes(learner(message.values["round"], weights))})
+
+    @staticmethod
+    def replied(number, values):
+        about = SimpleNamespace(reply_to_message_id=number)
+        content = {RECORD: values}
+        return SimpleNamespace(metadata=about, content=content, has_content=lambda: True, has_error=lambda: False)
+
+
+@pytest.fixture
+def connect(monkeypatch):
+    monkeypatch.setattr(flower, "PAUSE", 0.001)
+    monkeypatch.setattr(
+        FlowerTransport,
+        "_message",
+        lambda self, kind, values, node: SimpleNamespace(kind=kind, values=values, node=node),
+    )
+
+    def make(settings=SETTINGS, names=None, **options):
+        grid = PretendedGrid(settings, names)
+        return grid, FlowerTransport(grid, BASE, **{"num_organisations": len(grid.names), **options})
+
+    return make
+
+
+def test_rounds_are_those_of_one_process(connect):
+    _, transport = connect()
+    assert transport.organisations() == list(SETTINGS)
+    one = in_process()
+    (ours, failures), (theirs, _) = run_rounds(transport), run_rounds(one)
+    assert not failures and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert (transport.bytes_sent, transport.bytes_received) == (one.bytes_sent, one.bytes_received)
+
+
+FAULTS = {
+    "late": "organisation 'org1' was not ready after 0.05 seconds",
+    "raised": "organisation 'org1': Traceback ZeroDivisionError",
+    "says": "organisation 'org1': has no rows",
+    "junk": "organisation 'org1': no update",
+    "another's name": "organisation 'org1' sent bytes that are not an update: it is in the name of 'org9'",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_round_goes_on_without_an_organisation(connect, fault):
+    _, transport = connect({**SETTINGS, "org1": {**SETTINGS["org1"], "fault": fault}}, timeout=0.05)
+    transport.organisations()
+    replies = list(transport.run_round(1, WEIGHTS, list(SETTINGS)))
+    assert [type(each) for each in replies] == [Update, Failure, Update]
+    assert replies[1] == Failure("org1", FAULTS[fault])
+
+
+def test_one_that_is_not_connected_is_named_and_one_that_returns_takes_part(connect):
+    grid, transport = connect(timeout=0.02)
+    grid.nodes = [100, 102]
+    assert transport.organisations() == ["org0", "org2"]
+    replies = list(transport.run_round(1, WEIGHTS, list(SETTINGS)))
+    assert replies[1] == Failure("org1", "organisation 'org1' is not connected")
+    grid.nodes = [100, 101, 102]
+    assert all(isinstance(each, Update) for each in transport.run_round(2, WEIGHTS, list(SETTINGS)))
+    # Nor is one that left still there.
+    grid.nodes = [101]
+    assert transport.organisations() == ["org1"]
+
+
+def test_nobody_and_two_of_one_name_are_refused(connect):
+    grid, transport = connect(timeout=0.02)
+    grid.nodes = []
+    with pytest.raises(InputError, match=r"no organisation was connected after 0\.02 seconds"):
+        transport.organisations()
+    _, transport = connect(names={1: "org0", 2: "org0"})
+    with pytest.raises(InputError, match="two SuperNodes are of the organisation 'org0'"):
+        transport.organisations()

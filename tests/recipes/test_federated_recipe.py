@@ -1,0 +1,318 @@
+"""The federated recipe in miniature: exact against a step on pooled rows, resumed, with organisations that fail."""
+
+import hashlib
+import json
+import signal
+from pathlib import Path
+
+import federated
+import kill_run
+import pytest
+import torch
+import yaml
+from conftest import TINY
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hfllm.errors import InputError
+from hfllm.federation.rounds import STATE_FILE
+from hfllm.runs import schedule
+from hfllm.runs.lock import LOCK_FILE, release_all
+
+WORDS = (("red", "blue", "one", "two"), ("three", "four", "five", "six", "red and blue"), ("white", "black and red"))
+NAMES = ("shop", "school", "farm")
+ROUNDS = "hfllm.federation.rounds"
+
+
+@pytest.fixture(autouse=True)
+def nothing_held():
+    yield
+    release_all()
+
+
+def row(word):
+    return {"messages": [{"role": "user", "content": f"Say {word}."}, {"role": "assistant", "content": word}]}
+
+
+@pytest.fixture
+def flags(saved, tmp_path):
+    """The words of a tiny run of three organisations on files, with more flags."""
+    for name, words in zip(NAMES, WORDS, strict=True):
+        text = "".join(json.dumps(row(word)) + "\n" for word in words)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+
+    def make(**more):
+        values = {
+            "model_name_or_path": saved,
+            "output_dir": tmp_path / "out",
+            **{"average": "full", "rounds": 3, "local_steps": 2, "per_device_train_batch_size": 2, "max_length": 64},
+            **{"controls": "none", "learning_rate": 0.01, **more},
+        }
+        words = [str(word) for name, value in values.items() for word in (f"--{name}", value)]
+        return ["--organisation_files", *(str(tmp_path / f"{name}.jsonl") for name in NAMES), *words]
+
+    return make
+
+
+def run(words):
+    schedule._job = None
+    return federated.main(*federated.parse(list(map(str, words))))
+
+
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def table_text(folder):
+    return " ".join((folder / "report.md").read_text().split())
+
+
+def weights_of(folder):
+    return load_file(next(iter(sorted(folder.glob("*model.safetensors")))))
+
+
+def digest(folder):
+    return hashlib.sha256(next(iter(sorted(folder.glob("*model.safetensors")))).read_bytes()).hexdigest()
+
+
+def central_step(folder, rows, rate):
+    """One step of gradient descent on the mean over all targets of all rows, written out."""
+    model, tokenizer = (kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    total, count = 0.0, 0
+    for each in rows:
+        prompt = tokenizer.apply_chat_template(each["messages"][:1], add_generation_prompt=True, tokenize=False)
+        whole = tokenizer.apply_chat_template(each["messages"], tokenize=False).rstrip("\n")
+        ids = tokenizer(whole, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        begin = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        logits = model(ids).logits[0, begin - 1 : -1]
+        total = total + torch.nn.functional.cross_entropy(logits, ids[0, begin:], reduction="sum")
+        count += len(ids[0]) - begin
+    (total / count).backward()
+    return {name: (value - rate * value.grad).detach() for name, value in model.named_parameters()}
+
+
+def test_one_round_of_one_step_is_the_step_on_pooled_rows(flags, saved, tmp_path, monkeypatch):
+    # Nothing held out, and each organisation's rows are one batch.
+    monkeypatch.setattr("hfllm.stages.federated_data._held_apart", all_learned)
+    one_step = {"rounds": 1, "local_steps": 1, "optim": "sgd", "max_grad_norm": 0, "learning_rate": 0.5}
+    run(flags(**one_step, lr_scheduler_type="constant", per_device_train_batch_size=2, gradient_accumulation_steps=1))
+    # Batches of two: the first two rows of each order; with all rows the order does not count.
+    run(flags(**one_step, lr_scheduler_type="constant", per_device_train_batch_size=8, output_dir=tmp_path / "all"))
+    expected = central_step(saved, [row(word) for words in repeated(WORDS, 8) for word in words], 0.5)
+    found = weights_of(tmp_path / "all")
+    begun = AutoModelForCausalLM.from_pretrained(saved).state_dict()
+    moved = max((expected[name] - begun[name]).abs().max() for name in found if name in expected)
+    worst = max((found[name] - expected[name]).abs().max() for name in found if name in expected)
+    assert moved > 0.01 and worst < 1e-5 * moved + 1e-6
+    # Another batch is another step.
+    assert max((weights_of(tmp_path / "out")[name] - found[name]).abs().max() for name in found) > 1e-3
+
+
+def all_learned(name, rows, seed):
+    from hfllm.federation.organisations import Organisation
+
+    return Organisation(name, list(rows), [])
+
+
+def repeated(words, size):
+    """What a batch of `size` rows has of few rows: passes one after the other, here in whole and part by the order."""
+    from hfllm.stages.federated_learner import places_of
+
+    return [
+        [each[place] for place in places_of(len(each), size, 0, f"42-{name}")]
+        for name, each in zip(NAMES, words, strict=True)
+    ]
+
+
+class Stopped(Exception):
+    """In place of SIGKILL."""
+
+
+@pytest.mark.parametrize("average", ["full", "lora_frozen_a"])
+def test_a_run_that_was_stopped_within_a_round_resumes_to_the_same_bits(flags, tmp_path, monkeypatch, capsys, average):
+    from hfllm.stages.federated_learner import LocalLearner
+
+    more = {"average": average, "keep_optimizer": True, "server_optimizer": "fedadam", "participation": 0.6}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    metrics = run(flags(**more, output_dir=whole))
+    learn, calls = LocalLearner.learn, []
+
+    def stopping(self, *args, **kwargs):
+        calls.append(args)
+        # The second organisation of the second round and, later, the first of the third.
+        if len(calls) in (4, 7):
+            raise Stopped
+        return learn(self, *args, **kwargs)
+
+    monkeypatch.setattr(LocalLearner, "learn", stopping)
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            run(flags(**more, output_dir=stopped))
+        release_all()
+    capsys.readouterr()
+    assert run(flags(**more, output_dir=stopped)) == metrics
+    printed = capsys.readouterr().out
+    assert "round 3/3" in printed and "round 1/3" not in printed and "round 2/3" not in printed
+    assert digest(stopped) == digest(whole)
+    assert load_file(stopped / STATE_FILE).keys() == load_file(whole / STATE_FILE).keys()
+    for name, value in load_file(whole / STATE_FILE).items():
+        assert torch.equal(value, load_file(stopped / STATE_FILE)[name]), name
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_resumes_to_the_same_bits(flags, tmp_path, processes):
+    more = {"server_optimizer": "momentum", "keep_optimizer": True, "compression": "int8"}
+    run(flags(**more, output_dir=tmp_path / "whole"))
+    killed = flags(**more, output_dir=tmp_path / "killed")
+    for place, number in (("hfllm.stages.federated_learner:LocalLearner.learn", 6), (f"{ROUNDS}:save_state", 1)):
+        processes.run(Path(kill_run.__file__), place, number, "federated", *killed, code=-signal.SIGKILL)
+    processes.run(Path(kill_run.__file__), "none", 0, "federated", *killed)
+    assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
+    assert report_of(tmp_path / "killed")["metrics"] == report_of(tmp_path / "whole")["metrics"]
+
+
+def test_a_server_without_rows_comes_to_the_same_bits(flags, saved, tmp_path):
+    """As between machines, but for the machines: organisations know their own rows, the server none."""
+    from hfllm.federation.transports import InProcess
+    from hfllm.stages.federated_clients import worker_learner
+    from hfllm.stages.federated_flower import loop
+
+    run(flags(rounds=2, output_dir=tmp_path / "one"))
+    common = {"model_name_or_path": str(saved), "average": "full", "rounds": 2, "local_steps": 2, "max_length": 64}
+    common |= {"per_device_train_batch_size": 2, "learning_rate": 0.01, "controls": ["none"]}
+    for name in ("server", "node"):
+        there = {"organisation_names": list(NAMES), "output_dir": str(tmp_path / name)}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(common | there))
+
+    def connect(base_sha256):
+        settings = {"flags": str(tmp_path / "node.yaml"), "base": str(saved)}
+        own = {name: {**settings, "rows": str(tmp_path / f"{name}.jsonl")} for name in NAMES}
+        return InProcess({name: worker_learner(name, own[name]) for name in NAMES}, base_sha256)
+
+    schedule._job = None
+    loop(connect, {"flags": str(tmp_path / "server.yaml")})
+    assert digest(tmp_path / "server") == digest(tmp_path / "one")
+    with pytest.raises(InputError, match="'shop' has no rows here"):
+        worker_learner("shop", {"flags": str(tmp_path / "node.yaml"), "base": str(saved)})
+    with pytest.raises(InputError, match="names no file of flags"):
+        loop(connect, {})
+
+
+@pytest.mark.slow
+def test_several_processes_come_to_the_same_bits(flags, tmp_path):
+    run(flags(compression="int8", output_dir=tmp_path / "one"))
+    run(flags(compression="int8", output_dir=tmp_path / "several", processes=2))
+    assert digest(tmp_path / "one") == digest(tmp_path / "several")
+
+
+def test_organisations_that_fail_or_send_nan_are_left_out_and_named(flags, tmp_path, monkeypatch):
+    from hfllm.stages import federated_server
+
+    clients_of = federated_server.clients_of
+
+    def failing(*args):
+        clients = clients_of(*args)
+        shop, school = clients["shop"], clients["school"]
+
+        def late(number, weights):
+            if number == 2:
+                raise InputError("the power is out")
+            return shop(number, weights)
+
+        def diverged(number, weights):
+            update = school(number, weights)
+            if number == 3:
+                next(iter(update.tensors.values()))[0] = float("nan")
+            return update
+
+        return clients | {"shop": late, "school": diverged}
+
+    monkeypatch.setattr(federated_server, "clients_of", failing)
+    metrics = run(flags())
+    assert metrics["updates_left_out"] == 2
+    text = table_text(tmp_path / "out")
+    assert "| 2 | shop | the power is out |" in text and "| 3 | school |" in text and "NaN" in text
+    with pytest.raises(
+        InputError, match=r"round 2: 2 of 3 organisations sent an update, and --min_organ.*shop: the power is out"
+    ):
+        run(flags(min_organisations=3, output_dir=tmp_path / "strict"))
+
+
+def test_rounds_on_files_leave_an_adapter_a_report_and_bytes(flags, tmp_path):
+    from hfllm.federation.wire import weights_to_bytes
+
+    metrics = run(flags(average="lora_frozen_a", lora_r=4, controls="local"))
+    folder = tmp_path / "out"
+    AutoModelForCausalLM.from_pretrained(folder)
+    report, text = report_of(folder), table_text(folder)
+    assert report["metrics"] == metrics and not list(folder.rglob(LOCK_FILE)) and not list(folder.rglob("*.tmp*"))
+    state = {name: value for name, value in load_file(folder / STATE_FILE).items() if name.startswith("weight.")}
+    one = len(weights_to_bytes({name.removeprefix("weight."): value for name, value in state.items()}))
+    assert metrics["bytes_down"] == 3 * 3 * one
+    assert abs(metrics["bytes_up"] - metrics["bytes_down"]) < 3 * 3 * 400
+    assert not any("lora_A" in name for name in state) and any("lora_B" in name for name in state)
+    for name in NAMES:
+        assert f"| {name} |" in text
+    assert metrics["held_out_loss_federated"] < metrics["held_out_loss_untrained"]
+    for name in ("gold_by_round", "gold_by_bytes", "drift"):
+        assert (folder / report["artifacts"][name]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_world_from_nothing(tmp_path, capsys):
+    config = tmp_path / "pretrain.yaml"
+    config.write_text(yaml.safe_dump(TINY["pretrain"]))
+    words = ["--pretrain_config", config, "--output_dir", tmp_path / "out", "--rounds", 2, "--num_examples", 24]
+    words += ["--num_organisations", 3, "--num_eval_prompts", 12, "--local_steps", 1]
+    metrics = run(words)
+    arms = {"federated", "untrained", "central", "equal_steps", "local_best"}
+    assert metrics.keys() >= {f"gold_{arm}{end}" for arm in arms for end in ("", "_se", "_n")}
+    assert metrics["organisations"] == 3 and metrics["rounds"] == 2
+    assert run(words) == metrics
+    assert "federated: already done" in capsys.readouterr().out
+    with pytest.raises(InputError, match="finished run with rounds=2, this one has rounds=3"):
+        run([*words, "--rounds", 3])
+
+
+def test_noise_is_counted_and_clipping_holds(flags, saved, tmp_path, capsys):
+    metrics = run(flags(clip_norm=0.01, noise_multiplier=30.0, rounds=1, max_epsilon=8))
+    assert 0 < metrics["epsilon"] < 8 and metrics["drift"] == 0
+    assert "times the longest mean of 3 organisations" in capsys.readouterr().out
+    metrics = run(flags(clip_norm=0.01, rounds=1, output_dir=tmp_path / "clipped"))
+    begun, found = AutoModelForCausalLM.from_pretrained(saved).state_dict(), weights_of(tmp_path / "clipped")
+    moved = sum((found[name] - begun[name]).square().sum() for name in found).sqrt()
+    assert 0 < moved <= 0.01 + 1e-6 and "epsilon" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"rounds": 0}, "--rounds 0: expected at least 1"),
+        ({"participation": 0}, "--participation 0.0: expected a share above 0"),
+        ({"min_organisations": 4}, "--min_organisations 4: expected 1 to 3"),
+        ({"dirichlet_alpha": 0.5}, "--dirichlet_alpha"),
+        ({"noise_multiplier": 1.0}, "--noise_multiplier"),
+        ({"controls": "pooled"}, "--controls 'pooled': expected some of central, equal_steps, local, or none"),
+        ({"max_steps": 5}, "--max_steps"),
+        ({"dataset_name": "x.jsonl"}, "--dataset_name"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type"),
+        ({"proximal_mu": -1}, "--proximal_mu -1"),
+        ({"clip_norm": 1, "noise_multiplier": 1, "max_epsilon": 1}, "epsilon would be"),
+        ({"noise_multiplier": 1, "clip_norm": 1, "min_organisations": 2}, "--min_organisations"),
+        ({"max_epsilon": 1}, "--max_epsilon"),
+        ({"server_momentum": 1.0}, "momentum of the server's optimizer is 1.0"),
+        ({"organisation_names": "a"}, "--organisation_names"),
+        ({"use_peft": True}, "--use_peft"),
+    ],
+)
+def test_bad_flags_are_refused_in_a_line(flags, more, message):
+    with pytest.raises(InputError) as error:
+        run(flags(**more))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_organisation_without_rows_is_refused(flags, tmp_path):
+    (tmp_path / "farm.jsonl").write_text("")
+    words = flags()
+    with pytest.raises(InputError, match=r"farm\.jsonl") as error:
+        run(words)
+    assert "\n" not in str(error.value) and not (tmp_path / "out" / STATE_FILE).exists()
