@@ -5,8 +5,8 @@ picture is a path (relative to the dataset's folder), bytes, a PIL image, or wha
 `{"bytes": ..., "path": ...}`. Of `<image>` marks and such parts there must be as many as pictures; where there are
 none, the pictures come before the first question, as in TRL.
 
-What is read is RGB: palettes, gray, 16 bits and CMYK are converted, what is transparent lies on white, and the camera's
-orientation is applied. Of an animation the first frame is read.
+What is read is RGB: palettes, gray, 16 bits and CMYK are converted, what is transparent lies on white, and pictures
+are turned as the camera was held. Of an animation the first frame is read.
 """
 
 import base64

@@ -36,7 +36,9 @@ def _filled(prompt: Sequence[Mapping[str, Any]], pictures: Sequence["Image"]) ->
     return [
         {
             **message,
-            "content": [{**part, "image": next(left)} if part["type"] == "image" else part for part in message["content"]],
+            "content": [
+                {**part, "image": next(left)} if part["type"] == "image" else part for part in message["content"]
+            ],
         }
         for message in prompt
     ]

@@ -42,7 +42,9 @@ class VisionArguments(RowArguments):
     )
     freeze_text: bool = field(
         default=False,
-        metadata={"help": "Leave the decoder of your model as it is; with --freeze_vision the projector learns alone."},
+        metadata={
+            "help": "Leave the decoder of your model as it is; with --freeze_vision the projector learns alone."
+        },
     )
     bad_images: str = field(
         default="refuse",

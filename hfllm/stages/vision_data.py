@@ -22,12 +22,14 @@ from hfllm.errors import InputError
 from hfllm.stages.vision import VisionArguments
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from datasets import Dataset
+    from PIL.Image import Image
 
 SEEN, HELD_OUT, SHUFFLED = "seen", "held_out", "shuffled"
 # The evaluation's pictures are the same whatever the seed of training.
 EVAL_SEED = 777
+# Questions by which the best guess without a picture is found.
+PRIOR = 20_000
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,19 @@ def eval_parts(script_args: VisionArguments) -> dict[str, list[Asked]]:
         }
     parts = {name: [asked(row) for row in each] for name, each in rows.items()}
     return {**parts, SHUFFLED: shuffled_questions(next(iter(parts.values())))}
+
+
+def parts_of(held_out: list["Asked"]) -> dict[str, list["Asked"]]:
+    """Return the parts of the evaluation of the user's held-out rows: themselves, and with pictures of others."""
+    return {HELD_OUT: held_out, SHUFFLED: shuffled_questions(held_out)}
+
+
+def prior_of(script_args: VisionArguments) -> list["Asked"]:
+    """Return more drawn questions, by which the best answer without a picture is found; none for the user's rows."""
+    if script_args.dataset_name == DIGITS:
+        return [asked(row) for row in TwoDigits(EVAL_SEED + 1, PRIOR)]
+    drawn = script_args.dataset_name == PICTURES
+    return [asked(row) for row in DrawnWorld(EVAL_SEED + 1, PRIOR, part="evaluation")] if drawn else []
 
 
 def asked(row: PictureRow) -> Asked:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer
 
 from hfllm.data.packing import IGNORE
@@ -123,3 +123,7 @@ class PictureTrainer(Trainer):
         collate = PictureCollator(processor.tokenizer.pad_token_id, images.image_mean, images.image_std)
         dataset = TokenizedPictures(rows, tokens)
         super().__init__(train_dataset=dataset, data_collator=collate, processing_class=processor, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
+        """Return rows in their order: each is drawn by chance already, and captions come before questions."""
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)

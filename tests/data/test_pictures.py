@@ -1,4 +1,4 @@
-"""The drawn pictures show what their scenes say, answers follow from the scenes alone, and no held-out pair is shown."""
+"""Drawn pictures show what their scenes say, answers follow from the scenes alone, and no held-out pair is shown."""
 
 import hashlib
 import random
@@ -87,7 +87,9 @@ def test_pictures_show_what_the_scene_says():
             is_there = corner in colors or corner == example.scene.word_corner
             assert (color is not None) == is_there
             if corner in colors:
-                nearest = min(COLORS, key=lambda name: sum((a - b) ** 2 for a, b in zip(COLORS[name], color, strict=True)))
+                nearest = min(
+                    COLORS, key=lambda name: sum((a - b) ** 2 for a, b in zip(COLORS[name], color, strict=True))
+                )
                 right, total = right + (nearest == colors[corner]), total + 1
     assert right / total > 0.95
 
