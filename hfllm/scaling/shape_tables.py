@@ -15,8 +15,6 @@ CHOICES = {
 }
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
 MLP_LAYER_TYPES = ("dense", "sparse")
-# Types of models with a vision tower, and their text models where a config names none.
-WITH_TOWER = {"hfllm_vision": "hfllm", "llava": "llama"}
 
 _GPT = {
     "norm_type": "layernorm",

@@ -13,16 +13,8 @@ from functools import cached_property
 from typing import Any
 
 from hfllm.errors import InputError
-from hfllm.scaling.shape_tables import (
-    CHOICES,
-    FAMILIES,
-    LAYER_TYPES,
-    MLP_LAYER_TYPES,
-    NAMED_SHAPES,
-    WITH_TOWER,
-    mlp_layers,
-)
-from hfllm.scaling.towers import Tower
+from hfllm.scaling.shape_tables import CHOICES, FAMILIES, LAYER_TYPES, MLP_LAYER_TYPES, NAMED_SHAPES, mlp_layers
+from hfllm.scaling.towers import WITH_TOWER, Tower
 
 # Fields that say something of latent attention alone.
 LATENT = {"kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}

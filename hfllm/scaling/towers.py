@@ -13,6 +13,8 @@ from typing import Any
 from hfllm.errors import InputError
 
 LARGEST = 10**6
+# Types of models with a vision tower, and their text models where a config names none.
+WITH_TOWER = {"hfllm_vision": "hfllm", "llava": "llama"}
 # Types of towers whose weights are counted exactly, and whether the first vector stands for the whole picture.
 CLASS_VECTOR = {"siglip_vision_model": False, "clip_vision_model": True, "vit": True, "dinov2": True}
 
