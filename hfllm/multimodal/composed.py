@@ -288,9 +288,10 @@ def _loaded(
     """Return a model with copies of these tensors and new ones for the others."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     # It would warn that the projector is new.
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         model, report = model_class.from_pretrained(
             None,
@@ -302,6 +303,8 @@ def _loaded(
         )
     finally:
         logging.set_verbosity(level)
+        if has_bar:
+            logging.enable_progress_bar()
     lost = sorted({*report["unexpected_keys"], *(str(key[0]) for key in report["mismatched_keys"])})
     if lost:
         raise InputError(f"{model_class.__name__} has no place for {len(lost)} tensors: {', '.join(lost[:3])}")
