@@ -34,7 +34,7 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
     """Train, judge, save, write the report. Return the metrics."""
     from hfllm.runs.models import check_trainable
     from hfllm.runs.stage import Stage
-    from hfllm.stages import vision, vision_data, vision_models
+    from hfllm.stages import vision, vision_data, vision_models, vision_ppo
     from hfllm.stages.vision_evaluation import evaluate
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
@@ -71,6 +71,18 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
         "train_rows": len(trainer.train_dataset),
         "parameters": model.num_parameters(),
     }
+    if script_args.num_rl_prompts:
+        # On pictures that fine-tuning has not seen.
+        first = next(iter(parts.values()))
+        before = vision_ppo.sampled_gold(script_args, model, processor, first)
+        policy_trainer = vision_ppo.policy_trainer(script_args, stage.training_args, processor)
+        use_plain_lines(policy_trainer)
+        train(policy_trainer)
+        policy_trainer.save_model()
+        policy = policy_trainer.policy
+        policy_found = evaluate(script_args, policy, processor, parts, vision_data.prior_of(script_args))
+        metrics |= {f"rl_{name}": value for name, value in policy_found.metrics.items()}
+        metrics |= vision_ppo.gain(before, vision_ppo.sampled_gold(script_args, policy, processor, first))
     lines = vision_models.next_lines(training_args.output_dir, model_args.use_peft)
     tables, plots = dict(found.tables), dict(found.plots)
     return stage.finish(metrics, trainer, found.summary, tables, plots, next_steps=lines, too_wide=["Samples"])

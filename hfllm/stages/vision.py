@@ -37,6 +37,11 @@ class VisionArguments(RowArguments):
     questions_per_picture: int = field(default=4, metadata={"help": "Questions about each, as turns of one row."})
     num_eval_examples: int = field(default=1000, metadata={"help": "Questions of each part of the evaluation."})
     max_eval_samples: int = field(default=256, metadata={"help": "Held-out rows of your own at most."})
+    num_rl_prompts: int = field(
+        default=0, metadata={"help": "Drawn pictures for PPO on the gold reward, each once; 0 leaves PPO out."}
+    )
+    rl_learning_rate: float = field(default=3e-4, metadata={"help": "The highest learning rate of PPO."})
+    kl_coef: float = field(default=0.02, metadata={"help": "Weight of the KL penalty of PPO."})
     freeze_vision: bool = field(
         default=False, metadata={"help": "Leave the tower of your model as it is; the projector learns."}
     )
@@ -90,7 +95,16 @@ def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: 
     refuse(not is_named and model_args.use_peft, "--use_peft", "the model is made here: all of its weights learn")
     refuse(training_args.packing, "--packing", "rows with pictures are not packed")
     refuse(training_args.padding_free, "--padding_free", "rows with pictures are padded")
-    for flag, least in (("num_captions", 0), ("num_examples", 1), ("num_eval_examples", 2), ("max_eval_samples", 1)):
+    refuse(
+        name not in DRAWN and script_args.num_rl_prompts > 0, "--num_rl_prompts", "the gold is that of drawn pictures"
+    )
+    for flag, least in (
+        ("num_captions", 0),
+        ("num_rl_prompts", 0),
+        ("num_examples", 1),
+        ("num_eval_examples", 2),
+        ("max_eval_samples", 1),
+    ):
         if getattr(script_args, flag) < least:
             raise InputError(f"--{flag} {getattr(script_args, flag)}: expected at least {least}")
     most = 2 if name == DIGITS else 16

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 SEEN, HELD_OUT, SHUFFLED = "seen", "held_out", "shuffled"
 # The evaluation's pictures are the same whatever the seed of training.
 EVAL_SEED = 777
-# Questions by which the best guess without a picture is found.
-PRIOR = 20_000
+# For each question of the evaluation so many others, by which the best guess without a picture is found.
+PRIOR = 20
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,11 @@ def parts_of(held_out: list["Asked"]) -> dict[str, list["Asked"]]:
 
 def prior_of(script_args: VisionArguments) -> list["Asked"]:
     """Return more drawn questions, by which the best answer without a picture is found; none for the user's rows."""
+    count = PRIOR * script_args.num_eval_examples
     if script_args.dataset_name == DIGITS:
-        return [asked(row) for row in TwoDigits(EVAL_SEED + 1, PRIOR)]
+        return [asked(row) for row in TwoDigits(EVAL_SEED + 1, count)]
     drawn = script_args.dataset_name == PICTURES
-    return [asked(row) for row in DrawnWorld(EVAL_SEED + 1, PRIOR, part="evaluation")] if drawn else []
+    return [asked(row) for row in DrawnWorld(EVAL_SEED + 1, count, part="evaluation")] if drawn else []
 
 
 def asked(row: PictureRow) -> Asked:

@@ -140,6 +140,11 @@ def _grid(questions: Sequence[Asked], said: Sequence[str], right: Sequence[float
     return PictureGrid(
         "Questions, and what the model says",
         [read_image(questions[place].images[0], "a sample", min_side=1) for place in shown],
-        [f"{questions[place].question[:40]}\n{said[place][:40]}" for place in shown],
+        [f"{_printed(questions[place].question)}\n{_printed(said[place])}" for place in shown],
         [bool(right[place]) for place in shown],
     )
+
+
+def _printed(text: str) -> str:
+    """Return the beginning of a text as a plot can show it."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:40]).replace("$", "\\$")

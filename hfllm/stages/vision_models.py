@@ -73,9 +73,9 @@ def load_model(model_args: "ModelConfig") -> "tuple[PreTrainedModel, ProcessorMi
     Raises:
         InputError: when either cannot be loaded, or the model reads text alone.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
-    from hfllm.models.loading import reason_of, trusts_remote_code
+    from hfllm.models.loading import reason_of, saved_processor
     from hfllm.models.weights import load_weights_of
     from hfllm.runs.models import load_config, load_kwargs
 
@@ -83,7 +83,7 @@ def load_model(model_args: "ModelConfig") -> "tuple[PreTrainedModel, ProcessorMi
     refuse_text_model(name, load_config(name, revision))
     try:
         model, _ = load_weights_of(AutoModelForImageTextToText, name, **load_kwargs(model_args))
-        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trusts_remote_code())
+        processor = saved_processor(name, revision=revision)
     except InputError:
         raise
     except (OSError, ValueError, ImportError) as error:

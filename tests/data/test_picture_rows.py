@@ -1,4 +1,4 @@
-"""Rows are drawn from their numbers alone, captions and questions from different pictures, digits from different ones."""
+"""Rows are drawn from their numbers alone, captions and questions of different pictures; so are pairs of digits."""
 
 import numpy
 import pytest
