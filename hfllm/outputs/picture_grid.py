@@ -1,5 +1,6 @@
 """A plot of pictures in a grid, each with a few lines below it."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,9 @@ from hfllm.outputs.report import new_figure, save_figure
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+# Letters of a caption that a line has room for, over all columns.
+LINE = 132
 
 
 @dataclass
@@ -37,6 +41,7 @@ class PictureGrid:
             inset.imshow(picture, interpolation="nearest")
             inset.set_xticks([])
             inset.set_yticks([])
-            inset.set_xlabel(caption, fontsize=6, color="tab:green" if is_right else "tab:red")
+            lines = [textwrap.fill(line, LINE // self.columns) for line in caption.splitlines()]
+            inset.set_xlabel("\n".join(lines), fontsize=6, color="tab:green" if is_right else "tab:red")
         save_figure(figure, path)
         return True

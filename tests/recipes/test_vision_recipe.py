@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import sft
 import torch
 import vision
 from PIL import Image
@@ -113,6 +114,14 @@ def test_a_text_model_is_refused_where_pictures_come(saved, tmp_path):
     with pytest.raises(InputError, match="reads text alone") as error:
         run(tmp_path / "out", "--model_name_or_path", saved, "--dataset_name", rows)
     assert "\n" not in str(error.value)
+
+
+def test_fine_tuning_on_text_refuses_rows_with_pictures(saved, tmp_path):
+    rows = own(tmp_path / "data", count=2)
+    words = ["--model_name_or_path", str(saved), "--dataset_name", str(rows), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(InputError, match=r"line 1: the row has pictures, and hfllm sft reads text alone") as error:
+        sft.main(*sft.parse(words))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
