@@ -65,6 +65,7 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
     model = trainer.accelerator.unwrap_model(trainer.model)
 
     found = evaluate(script_args, model, processor, parts, vision_data.prior_of(script_args))
+    summary, tables, plots = found.summary, dict(found.tables), dict(found.plots)
     metrics = {
         **found.metrics,
         "train_loss": final_train_loss(trainer),
@@ -83,9 +84,10 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
         policy_found = evaluate(script_args, policy, processor, parts, vision_data.prior_of(script_args))
         metrics |= {f"rl_{name}": value for name, value in policy_found.metrics.items()}
         metrics |= vision_ppo.gain(before, vision_ppo.sampled_gold(script_args, policy, processor, first))
+        tables["Right answers after PPO"] = policy_found.tables["Right answers"]
+        summary += f"; after PPO: {policy_found.summary}"
     lines = vision_models.next_lines(training_args.output_dir, model_args.use_peft)
-    tables, plots = dict(found.tables), dict(found.plots)
-    return stage.finish(metrics, trainer, found.summary, tables, plots, next_steps=lines, too_wide=["Samples"])
+    return stage.finish(metrics, trainer, summary, tables, plots, next_steps=lines, too_wide=["Samples"])
 
 
 if __name__ == "__main__":

@@ -58,8 +58,8 @@ def refuse_images(origin: str, row: Mapping[str, Any], model: str) -> None:
     """
     if has_images(row):
         raise InputError(
-            f"{origin}: the row has pictures, and {model} reads text alone: hfllm vision trains on such rows; or leave "
-            "their column out"
+            f"{origin}: the row has pictures, and {model} reads text alone: hfllm vision trains on such rows; or "
+            "leave their column out"
         )
 
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 LIBRARY = ("trl.SFTConfig", "trl.ModelConfig")
 # What is drawn here, for which a small model is made if none is named.
 DRAWN = (PICTURES, DIGITS)
+# Flags of a model that is made here.
+OF_NEW_MODELS = (
+    *("num_captions", "hidden_size", "num_hidden_layers", "num_vision_layers", "num_attention_heads", "patch_size"),
+)
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,10 @@ class VisionArguments(RowArguments):
             "or images: a local file or folder, or a dataset id on the Hub."
         },
     )
-    num_captions: int = field(default=32000, metadata={"help": "Pictures with captions, which are learned first."})
+    num_captions: int = field(default=25600, metadata={"help": "Pictures with captions, which are learned first."})
     takes_any_column: ClassVar[bool] = True
 
-    num_examples: int = field(default=64000, metadata={"help": "Pictures with questions to train on."})
+    num_examples: int = field(default=76800, metadata={"help": "Pictures with questions to train on."})
     questions_per_picture: int = field(default=4, metadata={"help": "Questions about each, as turns of one row."})
     num_eval_examples: int = field(default=1000, metadata={"help": "Questions of each part of the evaluation."})
     max_eval_samples: int = field(default=256, metadata={"help": "Held-out rows of your own at most."})
@@ -92,6 +96,9 @@ def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: 
         )
     for flag in ("freeze_vision", "freeze_text"):
         refuse(not is_named and getattr(script_args, flag), f"--{flag}", "the model is made here, and knows nothing")
+    for flag in OF_NEW_MODELS:
+        is_given = getattr(script_args, flag) != getattr(VisionArguments, flag)
+        refuse(is_named and is_given, f"--{flag}", "it is for the model that is made here, and one is named")
     refuse(not is_named and model_args.use_peft, "--use_peft", "the model is made here: all of its weights learn")
     refuse(training_args.packing, "--packing", "rows with pictures are not packed")
     refuse(training_args.padding_free, "--padding_free", "rows with pictures are padded")

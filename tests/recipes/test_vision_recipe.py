@@ -97,6 +97,14 @@ def test_rows_of_your_own_on_a_model_of_your_own(drawn, tmp_path):
     assert parts["none"] == {"multi_modal_projector"} and moved["none"]
 
 
+def test_drawn_pictures_on_a_model_of_your_own(drawn, tmp_path):
+    flags = ["--model_name_or_path", drawn[0], *SHORT, "--num_examples", "6", "--max_steps", "1"]
+    metrics = run(tmp_path / "out", *flags, "--max_new_tokens", "4")
+    assert metrics["train_rows"] == 6 and metrics["seen_right_n"] == 12
+    with pytest.raises(InputError, match="--patch_size cannot be used here"):
+        run(tmp_path / "other", *flags, "--patch_size", "8")
+
+
 def test_bad_pictures_are_refused_or_dropped_and_counted(drawn, tmp_path, capsys):
     rows = own(tmp_path / "data")
     (tmp_path / "data" / "3.png").write_bytes(b"no picture")
