@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
 
+from hfllm.data.sources import DIGITS, PICTURES
 from hfllm.data.world import pictures
 from hfllm.data.world.pictures import Question
 from hfllm.errors import InputError
@@ -24,6 +25,11 @@ NUMERALS = tuple(map(str, range(10)))
 TRAINED_DIGITS = 1400
 DIGITS_SIZE = 16
 CAPTIONS, QUESTIONS = "captions", "questions"
+
+
+def picture_side(name: str) -> int | None:
+    """Return the side of the drawn pictures of a dataset in pixels, `None` for one that is not drawn."""
+    return {PICTURES: pictures.SIZE, DIGITS: DIGITS_SIZE}.get(name)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.images import MAX_PIXELS
 from hfllm.data.loading import RowArguments
+from hfllm.data.picture_rows import picture_side
 from hfllm.data.sources import DIGITS, PICTURES, WORLD
 from hfllm.errors import InputError, refuse
 from hfllm.runs.recipes import settings_file
@@ -126,8 +127,6 @@ def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: 
 
 
 def _check_patches(script_args: VisionArguments) -> None:
-    from hfllm.stages.vision_data import picture_side
-
     side = picture_side(script_args.dataset_name)
     if side is not None and (script_args.patch_size < 1 or side % script_args.patch_size):
         raise InputError(f"--patch_size {script_args.patch_size}: expected a divisor of the pictures' side, {side}")

@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any
 from hfllm.data.images import text_of
 from hfllm.data.picture_rows import (
     CAPTIONS,
-    DIGITS_SIZE,
     QUESTIONS,
     DrawnWorld,
     PictureRow,
     TwoDigits,
 )
 from hfllm.data.sources import DIGITS, PICTURES
-from hfllm.data.world.pictures import SIZE
 from hfllm.errors import InputError
 from hfllm.stages.vision import VisionArguments
 
@@ -54,11 +52,6 @@ class Asked:
     def question(self) -> str:
         """The text of the last turn."""
         return text_of(self.prompt[-1])
-
-
-def picture_side(name: str) -> int | None:
-    """Return the side of the drawn pictures of a dataset in pixels, `None` for the user's."""
-    return {PICTURES: SIZE, DIGITS: DIGITS_SIZE}.get(name)
 
 
 def caption_rows(script_args: VisionArguments, seed: int) -> DrawnWorld | None:

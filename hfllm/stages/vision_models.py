@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.picture_rows import DrawnWorld, TwoDigits
+from hfllm.data.picture_rows import DrawnWorld, TwoDigits, picture_side
 from hfllm.errors import InputError
 from hfllm.stages.vision import VisionArguments
-from hfllm.stages.vision_data import JoinedRows, Rows, as_dataset, caption_rows, picture_side, question_rows
+from hfllm.stages.vision_data import JoinedRows, Rows, as_dataset, caption_rows, question_rows
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,11 +32,14 @@ def new_model(
     """
     from transformers import SiglipVisionConfig, set_seed
 
-    import hfllm
-    from hfllm.multimodal.processors import IMAGE_TOKEN
+    from hfllm.data.tokenizer import train_tokenizer
+    from hfllm.models.configuration_hfllm import HfllmConfig
+    from hfllm.models.modeling_hfllm import HfllmForCausalLM
+    from hfllm.multimodal.composed import with_vision
+    from hfllm.multimodal.processors import IMAGE_TOKEN, vision_processor
 
     width, side = script_args.hidden_size, picture_side(script_args.dataset_name)
-    tokenizer = hfllm.train_tokenizer(
+    tokenizer = train_tokenizer(
         texts, vocab_size=VOCAB_SIZE, model_max_length=CONTEXT, extra_special_tokens=[IMAGE_TOKEN]
     )
     tower = SiglipVisionConfig(
@@ -49,7 +52,7 @@ def new_model(
         # Its weights would wait for gradients that never come.
         vision_use_head=False,
     )
-    text = hfllm.HfllmConfig(
+    text = HfllmConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         num_hidden_layers=script_args.num_hidden_layers,
@@ -61,9 +64,9 @@ def new_model(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    processor = hfllm.vision_processor(tokenizer, tower)
+    processor = vision_processor(tokenizer, tower)
     set_seed(seed)
-    model = hfllm.with_vision(hfllm.HfllmForCausalLM(text), tower, image_token_id=processor.image_token_id)
+    model = with_vision(HfllmForCausalLM(text), tower, image_token_id=processor.image_token_id)
     return model, processor
 
 
