@@ -186,8 +186,6 @@ class HfllmForConditionalGeneration(
 ):
     """The language model that sees: text and pictures in, the next token out."""
 
-    _pp_plan = None
-
     def __init__(self, config: HfllmVisionConfig):
         HfllmVisionPreTrainedModel.__init__(self, config)
         text = config.text_config

@@ -13,6 +13,7 @@ from hfllm.errors import InputError
 from hfllm.models.configuration_hfllm import HfllmConfig
 from hfllm.models.configuration_hfllm_vision import HfllmVisionConfig, configured_size, vectors_before_patches
 from hfllm.models.stored import refuse_quantized
+from hfllm.models.vision_conversion import refuse_other_table
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -199,6 +200,7 @@ def _composed(
     model_class = _class_of(config)
     if not isinstance(config, HfllmVisionConfig):
         _refuse_lost_head(model.config, model_class.__name__)
+        refuse_other_table(model.config, model_class.__name__)
     with torch.device("meta"):
         plan = model_class(config)
     state = _text_state(model, plan, rows=text.vocab_size)
