@@ -47,7 +47,32 @@ def vision_config_to_native(config: HfllmVisionConfig, native_type: str | None =
     _refuse_left_out(config.text_config)
     shared = {name: getattr(config, name) for name in SHARED}
     text = config_to_native(config.text_config, native_type)
+    refuse_other_table(text, "Llava's class")
     return LlavaConfig(vision_config=config.vision_config, text_config=text, **shared)
+
+
+def refuse_other_table(config: "PreTrainedConfig", layout: str) -> None:
+    """Refuse a native text model whose head is tied to embeddings that composed classes do not find.
+
+    They tie the head to `embed_tokens`, whatever the text model calls its table, and fail if that is `wte`.
+
+    Args:
+        config: of the text model.
+        layout: for the message.
+
+    Raises:
+        InputError: naming the model type.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if not config.tie_word_embeddings or type(config) not in AutoModelForCausalLM._model_mapping:
+        return
+    tables = (AutoModelForCausalLM._model_mapping[type(config)]._tied_weights_keys or {}).values()
+    if not all(name.endswith("embed_tokens.weight") for name in tables):
+        raise InputError(
+            f"{layout} cannot hold a text model of type {config.model_type!r} with tie_word_embeddings=True: it ties "
+            "the head to a module named embed_tokens"
+        )
 
 
 def split_state(state: Mapping[str, "Tensor"], prefix: str) -> tuple[dict[str, "Tensor"], dict[str, "Tensor"]]:

@@ -79,6 +79,16 @@ def test_rows_are_their_own(make_model):
     assert (other[0, -1] - together[0, -1]).abs().max() > 1e-3
 
 
+def test_beams_keep_the_pictures_of_their_row(make_model):
+    model, inputs = seeing(make_model()), prompts(batch=3, images=2)
+    ids = inputs["input_ids"].clone()
+    ids[1, ids[1] == IMAGE] = 9
+    pixels, fixed = inputs["pixel_values"][:4], {"max_new_tokens": 4, "min_new_tokens": 4, "num_beams": 2}
+    together = model.generate(ids, pixel_values=pixels, **fixed)
+    for row, part in enumerate((pixels[:2], None, pixels[2:])):
+        assert torch.equal(together[row], model.generate(ids[row : row + 1], pixel_values=part, **fixed)[0])
+
+
 @pytest.mark.parametrize("tower", TOWERS)
 def test_what_cannot_learn_is_named_and_all_else_learns(make_model, tower):
     model = seeing(make_model(), tower)
@@ -190,16 +200,17 @@ def test_it_trains_in_int8_with_adapters(make_model, tmp_path):
         (lambda inputs: {"pixel_values": inputs["pixel_values"][:1]}, "32 image tokens .* have 16 vectors"),
         (lambda inputs: {"pixel_values": None}, "32 image tokens .* and no pictures"),
         (lambda inputs: {"pixel_values": torch.zeros(2, 3, 48, 48)}, "48x48 pixels do not fit .* 32x32"),
-        (lambda inputs: {"mm_encoder_outputs": {"image": 1}}, "not both"),
+        (lambda inputs: {"mm_encoder_outputs": {"image": 1}}, "both"),
     ],
 )
 def test_pictures_that_do_not_fit_the_prompt_are_refused_in_a_line(make_model, change, message):
     model, inputs = seeing(make_model()), prompts()
     changed = change(inputs)
     inputs |= changed if isinstance(changed, dict) else {"input_ids": changed}
-    with pytest.raises(ValueError, match=message) as error:
-        model(**inputs)
-    assert "\n" not in str(error.value)
+    for call in (model, lambda **inputs: model.generate(**inputs, max_new_tokens=2)):
+        with pytest.raises(ValueError, match=message) as error:
+            call(**inputs)
+        assert "\n" not in str(error.value)
 
 
 def test_models_that_cannot_see_are_refused_in_a_line(make_model):
@@ -209,7 +220,7 @@ def test_models_that_cannot_see_are_refused_in_a_line(make_model):
     for wrong, message in (
         (make_model(model_class=hfllm.HfllmForSequenceClassification), "causal language model"),
         (make_model(model_class=hfllm.HfllmForMaskedLM, is_causal=False), "causal language model"),
-        (get_peft_model(make_model(), LoraConfig()), "merge adapters"),
+        (get_peft_model(make_model(), LoraConfig()), "adapters must be merged"),
     ):
         with pytest.raises(InputError, match=message):
             hfllm.with_vision(wrong, tower, image_token_id=IMAGE)
@@ -222,6 +233,14 @@ def test_models_that_cannot_see_are_refused_in_a_line(make_model):
             hfllm.with_vision(text, tower, **{"image_token_id": IMAGE, **options})
     with pytest.raises(InputError, match=r"leaves out logit_scale=0\.5"):
         seeing(make_model(logit_scale=0.5), config_class=transformers.LlavaConfig)
+    for wrong, message in (
+        ("google/siglip", "expected a tower.*google/siglip"),
+        (transformers.SiglipConfig(), "no hidden_size: it is no tower"),
+        (transformers.LlamaConfig(), "no patch_size: it is no tower"),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            hfllm.with_vision(text, wrong, image_token_id=IMAGE)
+        assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="sees and hears nothing"):
         idle_media_parameters(text)
 

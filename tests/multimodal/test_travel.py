@@ -53,7 +53,7 @@ def test_it_answers_where_hfllm_is_not_installed(make_model, tmp_path):
 def test_it_becomes_llava_and_comes_back(make_model, tmp_path, name, native_type):
     values = dict(TEXTS[name])
     if name == "gpt2":
-        values |= {"num_key_value_heads": 4, "mlp_bias": True, "hidden_act": "gelu_new"}
+        values |= {"num_key_value_heads": 4, "mlp_bias": True, "hidden_act": "gelu_new", "tie_word_embeddings": False}
     model, inputs = seeing(make_model(**values)), prompts()
     hfllm.to_native(model, tmp_path / "native")
     native = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "native")
@@ -69,6 +69,15 @@ def test_it_becomes_llava_and_comes_back(make_model, tmp_path, name, native_type
     hfllm.to_native(model, tmp_path / "named", native_type)
     with pytest.raises(InputError, match="exists and is not empty"):
         hfllm.to_native(model, tmp_path / "native")
+
+
+def test_a_table_that_llava_does_not_find_is_refused(make_model, tmp_path):
+    gpt2 = {"num_key_value_heads": 4, "mlp_bias": True, "hidden_act": "gelu_new"}
+    with pytest.raises(InputError, match="'gpt2' with tie_word_embeddings=True"):
+        hfllm.to_native(seeing(make_model(**TEXTS["gpt2"] | gpt2)), tmp_path / "native")
+    native = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=400))
+    with pytest.raises(InputError, match="'gpt2' with tie_word_embeddings=True"):
+        seeing(native)
 
 
 @pytest.mark.parametrize(

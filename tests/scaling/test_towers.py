@@ -46,8 +46,8 @@ def test_parameters_tokens_and_flops_are_those_of_the_model(tower):
         if tower == "siglip-headless" and not options:
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 model.get_image_features(pixels)
-            # Three passes; norms and biases, which the formula multiplies too, are few.
-            assert 3 * counter.get_total_flops() == pytest.approx(shape.tower.flops_per_picture(), rel=0.02)
+            # Three passes. The formula multiplies norms and biases too, a thirtieth at this width.
+            assert 3 * counter.get_total_flops() == pytest.approx(shape.tower.flops_per_picture(), rel=0.04)
 
 
 def test_pictures_cost_time_and_memory():
