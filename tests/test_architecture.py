@@ -133,7 +133,7 @@ def test_the_files_of_a_model_travel_together():
         "modeling_hfllm": {"torch", "transformers"},
         "configuration_hfllm_vision": {"transformers", "huggingface_hub", "os"},
         "head_hfllm": {"torch", "transformers", "functools", "typing"},
-        "modeling_hfllm_vision": {"torch", "transformers", "dataclasses"},
+        "modeling_hfllm_vision": {"torch", "transformers", "dataclasses", "functools"},
         "attention_hfllm": {"torch", "transformers", "functools", "typing", "copy"},
         "balance_hfllm": {"torch", "transformers"},
         "banded_hfllm": {"torch", "transformers", "collections", "dataclasses"},

@@ -60,8 +60,8 @@ class HfllmVisionConfig(LlavaConfig):
             raise ValueError("text_config must have is_causal=True, got False")
         if not 0 <= self.image_token_index < text.vocab_size:
             raise ValueError(f"image_token_index={self.image_token_index} must be a token below {text.vocab_size}")
-        for field in ("hidden_size", "num_hidden_layers"):
-            if not isinstance(getattr(vision, field, None), int):
+        for field in ("hidden_size", "num_hidden_layers", "patch_size"):
+            if not isinstance(getattr(vision, field, None), (int, list, tuple)):
                 raise ValueError(f"vision_config of model_type={vision.model_type!r} has no {field}: it is no tower")
         chosen, last = self.vision_feature_layer, vision.num_hidden_layers
         for layer in chosen if isinstance(chosen, list) else [chosen]:

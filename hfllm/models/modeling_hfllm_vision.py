@@ -8,6 +8,7 @@ Shapes: B batch, S sequence, E hidden_size, I pictures of the batch.
 """
 
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import nn
@@ -113,7 +114,6 @@ class HfllmVisionModel(HfllmVisionPreTrainedModel, LlavaModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
-            self._check_size(pixel_values, **to_tower)
             seen = self.get_image_features(
                 pixel_values,
                 vision_feature_layer=vision_feature_layer,
@@ -136,6 +136,24 @@ class HfllmVisionModel(HfllmVisionPreTrainedModel, LlavaModel):
             **kwargs,
         )
         return HfllmVisionModelOutput(**outputs, image_outputs=seen)
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: object) -> ModelOutput | tuple:
+        """Return the tower's output, with a list of projected vectors for each picture as its `pooler_output`.
+
+        Args:
+            pixel_values: (I, channels, height, width).
+            kwargs: `vision_feature_layer`, `vision_feature_select_strategy`, `image_sizes`, and what the tower reads.
+
+        Raises:
+            ValueError: for pictures of another size than the tower takes.
+        """
+        size, given = picture_size(self.config.vision_config), tuple(pixel_values.shape[-2:])
+        if size is not None and given != size and not kwargs.get("interpolate_pos_encoding"):
+            raise ValueError(
+                f"pictures of {given[0]}x{given[1]} pixels do not fit the tower, which takes {size[0]}x{size[1]}"
+                " (image_size): make the processor with that size, or give interpolate_pos_encoding=True"
+            )
+        return super().get_image_features(pixel_values=pixel_values, **kwargs)
 
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
@@ -172,21 +190,11 @@ class HfllmVisionModel(HfllmVisionPreTrainedModel, LlavaModel):
                 "pixel_values"
             )
 
-    def _check_size(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **_: object) -> None:
-        size, given = picture_size(self.config.vision_config), tuple(pixel_values.shape[-2:])
-        if size is not None and given != size and not interpolate_pos_encoding:
-            raise ValueError(
-                f"pictures of {given[0]}x{given[1]} pixels do not fit the tower, which takes {size[0]}x{size[1]}"
-                " (image_size): make the processor with that size, or give interpolate_pos_encoding=True"
-            )
-
 
 class HfllmForConditionalGeneration(
     HfllmVisionPreTrainedModel, CausalHead, LlavaForConditionalGeneration, GenerationMixin
 ):
     """The language model that sees: text and pictures in, the next token out."""
-
-    _pp_plan = None
 
     def __init__(self, config: HfllmVisionConfig):
         HfllmVisionPreTrainedModel.__init__(self, config)
@@ -202,6 +210,12 @@ class HfllmForConditionalGeneration(
     @property
     def _decoder_config(self) -> HfllmConfig:
         return self.config.text_config
+
+    @wraps(CausalHead.generate)
+    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs) -> ModelOutput | torch.LongTensor:
+        # transformers would look at pictures that are None.
+        none = [name for name in ("pixel_values", "image_sizes") if name in kwargs and kwargs[name] is None]
+        return super().generate(inputs, *args, **{name: kwargs[name] for name in kwargs if name not in none})
 
     def _output(self, outputs: ModelOutput, **fields: object) -> HfllmVisionOutput:
         return HfllmVisionOutput(**fields, image_outputs=outputs.image_outputs)

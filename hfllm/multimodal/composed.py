@@ -13,6 +13,7 @@ from hfllm.errors import InputError
 from hfllm.models.configuration_hfllm import HfllmConfig
 from hfllm.models.configuration_hfllm_vision import HfllmVisionConfig, configured_size, vectors_before_patches
 from hfllm.models.stored import refuse_quantized
+from hfllm.models.vision_conversion import refuse_other_table
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -60,8 +61,7 @@ def with_vision(
         InputError: for a model that is no causal language model, is quantized or wrapped, or has a head that the
             layout leaves out; and for fields that the config refuses.
     """
-    text = _checked_text(model)
-    tower = getattr(vision, "config", vision)
+    text, tower = _checked_text(model), _checked_tower(vision)
     is_ours = isinstance(text, HfllmConfig)
     if config_class is None:
         from transformers import LlavaConfig
@@ -100,6 +100,7 @@ def with_audio(
     from transformers import Qwen2AudioConfig
 
     _checked_text(model)
+    _checked_tower(audio)
     layout = config_class or Qwen2AudioConfig
     part = "encoder_config" if "encoder_config" in layout.sub_configs else "audio_config"
     return _composed(model, audio, part, layout, "audio_token", audio_token_id, fields)
@@ -169,11 +170,25 @@ def _checked_text(model: "PreTrainedModel") -> "PreTrainedConfig":
 
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise InputError(f"expected a causal language model, got a {name}: merge adapters into it first")
+        raise InputError(f"expected a causal language model, got a {name}; adapters must be merged into it first")
     if not name.endswith(("ForCausalLM", "LMHeadModel")):
         raise InputError(f"expected a causal language model (...ForCausalLM), got a {name}")
     refuse_quantized(model.config, model.config.name_or_path or name)
     return model.config
+
+
+def _checked_tower(tower: object) -> "PreTrainedConfig":
+    """Return the config of a tower.
+
+    Raises:
+        InputError: when it is neither a model nor a config.
+    """
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    config = tower.config if isinstance(tower, PreTrainedModel) else tower
+    if not isinstance(config, PreTrainedConfig):
+        raise InputError(f"expected a tower, a model of transformers or its config, got {str(tower)[:80]!r}")
+    return config
 
 
 def _composed(
@@ -195,10 +210,12 @@ def _composed(
     try:
         config = config_class(**{part: tower_config, "text_config": text, known: token_id, **fields})
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise InputError(f"{config_class.__name__}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split()).rpartition("ValueError: ")[2]
+        raise InputError(f"{config_class.__name__}: {reason}") from error
     model_class = _class_of(config)
     if not isinstance(config, HfllmVisionConfig):
         _refuse_lost_head(model.config, model_class.__name__)
+        refuse_other_table(model.config, model_class.__name__)
     with torch.device("meta"):
         plan = model_class(config)
     state = _text_state(model, plan, rows=text.vocab_size)
@@ -288,9 +305,10 @@ def _loaded(
     """Return a model with copies of these tensors and new ones for the others."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     # It would warn that the projector is new.
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         model, report = model_class.from_pretrained(
             None,
@@ -302,6 +320,8 @@ def _loaded(
         )
     finally:
         logging.set_verbosity(level)
+        if has_bar:
+            logging.enable_progress_bar()
     lost = sorted({*report["unexpected_keys"], *(str(key[0]) for key in report["mismatched_keys"])})
     if lost:
         raise InputError(f"{model_class.__name__} has no place for {len(lost)} tensors: {', '.join(lost[:3])}")
