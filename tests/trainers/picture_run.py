@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
-    SiglipImageProcessorPil,
     SiglipVisionConfig,
 )
 
@@ -33,28 +34,43 @@ TEMPLATE = (
 )
 
 
+def vision_config() -> SiglipVisionConfig:
+    """Of a tower of pictures of 8x8 pixels in patches of 4."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return SiglipVisionConfig(**sizes, image_size=8, patch_size=4, vision_use_head=False)
+
+
 def make_processor() -> LlavaProcessor:
-    """A processor of words, and of pictures of 8x8 pixels in patches of 4."""
+    """A processor of words and pictures."""
     made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<pad>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     marks = {"pad_token": "<pad>", "eos_token": "<eos>", "extra_special_tokens": ["<image>", "<user>", "<assistant>"]}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, chat_template=TEMPLATE, **marks)
-    images = SiglipImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    return LlavaProcessor(images, tokenizer, 4, "full", chat_template=TEMPLATE)
+    return hfllm.vision_processor(tokenizer, vision_config(), image_token="<image>")
 
 
-def make_model(seed: int = 0, text_config=None, **overrides) -> LlavaForConditionalGeneration:
-    """A composed model of the family's text model, or another, of 32 numbers."""
+def make_model(kind: str = "hfllm", seed: int = 0, lively: bool = False):
+    """A composed model of 32 numbers: ours, or transformers' Llava with our text model or Llama's.
+
+    Args:
+        lively: with weights so large that what it says differs from picture to picture.
+    """
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    vision = SiglipVisionConfig(**{**sizes, "num_hidden_layers": 1}, image_size=8, patch_size=4, vision_use_head=False)
     marks = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    text = (text_config or hfllm.HfllmConfig)(
-        vocab_size=len(WORDS), max_position_embeddings=64, initializer_range=0.1, **sizes, **marks, **overrides
-    )
-    choice = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=4, image_seq_length=4, **choice)
-    return LlavaForConditionalGeneration(config)
+    config, text = (LlamaConfig, LlamaForCausalLM) if kind == "llama" else (hfllm.HfllmConfig, hfllm.HfllmForCausalLM)
+    config = config(vocab_size=len(WORDS), max_position_embeddings=64, initializer_range=0.1, **sizes, **marks)
+    if kind == "llava":
+        choice = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1, "image_token_index": 4}
+        made = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision_config(), text_config=config, **choice))
+    else:
+        made = hfllm.with_vision(text(config), vision_config(), image_token_id=4)
+    if lively:
+        with torch.no_grad():
+            for weight in made.parameters():
+                if weight.ndim > 1:
+                    weight.normal_(std=4 / weight.shape[-1] ** 0.5)
+    return made
 
 
 def picture(side: str, rng: random.Random) -> Image.Image:

@@ -210,8 +210,6 @@ def filled_prompt(row: Row, origin: str) -> list[Message]:
         InputError: when there are more or fewer pictures than places, or one cannot be read.
     """
     prompt, given = row["prompt"], pictures_of(row, origin)
-    if isinstance(prompt, str):
-        raise InputError(f"{origin}: the prompt is text; with pictures it must be a list of messages")
     column = next((name for name in COLUMNS if row.get(name) is not None), None)
     if given and not _count_parts(prompt):
         prompt = _with_places(prompt, len(given), origin)
@@ -301,8 +299,11 @@ def encode(
         InputError: see `filled_prompt`, and for words that spell the token of a picture's place.
     """
     ids, episodes, prompts, before = [], [], [], None
-    for place, row in enumerate(rows, first):
-        origin = origin_of(row, f"prompt {place} of the dataset")
+    origins = [origin_of(row, f"prompt {place} of the dataset") for place, row in enumerate(rows, first)]
+    for row, origin in zip(rows, origins, strict=True):
+        if isinstance(row["prompt"], str) and pictures_of(row, origin):
+            raise InputError(f"{origin}: the prompt is text; with pictures it must be a list of messages")
+    for row, origin in zip(rows, origins, strict=True):
         key = (row["prompt"], [row.get(name) for name in COLUMNS], row.get("tools"))
         if key != before:
             prompt = filled_prompt(row, origin)
