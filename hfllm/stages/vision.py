@@ -38,7 +38,7 @@ class VisionArguments(RowArguments):
     num_captions: int = field(default=25600, metadata={"help": "Pictures with captions, which are learned first."})
     takes_any_column: ClassVar[bool] = True
 
-    num_examples: int = field(default=76800, metadata={"help": "Pictures with questions to train on."})
+    num_examples: int = field(default=108800, metadata={"help": "Pictures with questions to train on."})
     questions_per_picture: int = field(default=4, metadata={"help": "Questions about each, as turns of one row."})
     num_eval_examples: int = field(default=1000, metadata={"help": "Questions of each part of the evaluation."})
     max_eval_samples: int = field(default=256, metadata={"help": "Held-out rows of your own at most."})
