@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer
+from transformers.utils import ModelOutput
 
 from hfllm.data.packing import IGNORE
 from hfllm.data.picture_rows import PictureRow
@@ -83,8 +86,10 @@ class TokenizedPictures(Dataset):
 class PictureCollator:
     """Pads rows at their end, and scales pixels as the image processor does.
 
+    There is no attention mask: a causal model does not look at what comes after, and runs faster without.
+
     Args:
-        pad_token_id: of padding, which attention does not see and no label has.
+        pad_token_id: of padding, which no label has.
         mean: of the three channels, from 0 to 1.
         std: likewise.
     """
@@ -100,16 +105,29 @@ class PictureCollator:
             name: torch.tensor([[*row[name], *[value] * (longest - len(row[name]))] for row in rows])
             for name, value in fill.items()
         }
-        batch["attention_mask"] = torch.tensor(
-            [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
-        )
         pixels = torch.from_numpy(numpy.stack([row["pixels"] for row in rows])).permute(0, 3, 1, 2)
         batch["pixel_values"] = (pixels.float() / 255 - self.mean) / self.std
         return batch
 
 
+def answer_loss(
+    outputs: ModelOutput, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Return the cross entropy of the tokens of answers, in nats.
+
+    Args:
+        outputs: with logits (B, W, V) of the last W positions, of which the last predicts nothing here.
+        labels: (B, S), at least W - 1 long.
+        num_items_in_batch: targets of the whole optimizer step; without it the mean over these is returned.
+    """
+    targets = labels[:, labels.shape[1] - outputs.logits.shape[1] + 1 :]
+    is_learned = targets != IGNORE
+    total = cross_entropy(outputs.logits[:, :-1][is_learned].float(), targets[is_learned], reduction="sum")
+    return total / (is_learned.sum() if num_items_in_batch is None else num_items_in_batch)
+
+
 class PictureTrainer(Trainer):
-    """`transformers.Trainer` on rows of pictures.
+    """`transformers.Trainer` on rows of pictures, with logits of the positions that may be learned alone.
 
     Args:
         rows: those to train on.
@@ -122,7 +140,15 @@ class PictureTrainer(Trainer):
         images = processor.image_processor
         collate = PictureCollator(processor.tokenizer.pad_token_id, images.image_mean, images.image_std)
         dataset = TokenizedPictures(rows, tokens)
-        super().__init__(train_dataset=dataset, data_collator=collate, processing_class=processor, **kwargs)
+        kwargs |= {"train_dataset": dataset, "data_collator": collate, "processing_class": processor}
+        super().__init__(compute_loss_func=answer_loss, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return Trainer's loss, by `answer_loss`: before the first answer, where the pictures are, no logits."""
+        labels = inputs["labels"]
+        begin = int((labels != IGNORE).any(0).nonzero()[0])
+        inputs = {**inputs, "logits_to_keep": labels.shape[1] - begin + 1, "use_cache": False}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
         """Return rows in their order: each is drawn by chance already, and captions come before questions."""

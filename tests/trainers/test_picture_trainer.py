@@ -3,13 +3,14 @@
 import numpy
 import pytest
 import torch
+from transformers import TrainingArguments
 from vision import parse
 
 from hfllm.data.packing import IGNORE
 from hfllm.data.picture_rows import CAPTIONS, DrawnWorld
 from hfllm.generation.picture_answers import answer_pictures, picture_batch
 from hfllm.stages.vision_models import new_model
-from hfllm.trainers.pictures import PictureCollator, TokenizedPictures, TurnTokens
+from hfllm.trainers.pictures import PictureCollator, PictureTrainer, TokenizedPictures, TurnTokens
 
 SMALL = ["--hidden_size", "16", "--num_attention_heads", "2", "--num_hidden_layers", "1", "--num_vision_layers", "1"]
 
@@ -57,6 +58,24 @@ def test_padding_changes_no_loss(made):
         alone = [float(model(**collate([row])).loss) * count for row, count in zip(rows, counts, strict=True)]
         together = float(model(**collate(rows)).loss) * sum(counts)
     assert together == pytest.approx(sum(alone), rel=1e-5)
+
+
+def test_the_loss_of_the_trainer_is_that_of_the_model(made, tmp_path):
+    """Over all logits and with the model's own loss, also divided by the targets of several batches."""
+    model, processor = made
+    tokens = TurnTokens(processor, processor.image_token_id, 36)
+    settings = {"use_cpu": True, "report_to": "none", "remove_unused_columns": False}
+    args = TrainingArguments(str(tmp_path), **settings)
+    trainer = PictureTrainer(DrawnWorld(3, 5, num_questions=3), tokens, processor, model=model, args=args)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    with torch.no_grad():
+        theirs = model(**batch, use_cache=False).loss
+        assert torch.allclose(trainer.compute_loss(model, batch), theirs, rtol=1e-5)
+        count = (batch["labels"] != IGNORE).sum()
+        halved = trainer.compute_loss(model, batch, num_items_in_batch=2 * count)
+    assert torch.allclose(2 * halved, theirs, rtol=1e-5)
+    # Captions come first: rows keep their order.
+    assert list(trainer._get_train_sampler()) == list(range(5))
 
 
 def test_answers_do_not_depend_on_the_batch(made):
