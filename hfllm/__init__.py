@@ -16,10 +16,12 @@ _PUBLIC = {
     "HfllmConfig": "hfllm.models.configuration_hfllm",
     "HfllmModel": "hfllm.models.modeling_hfllm",
     "HfllmForCausalLM": "hfllm.models.modeling_hfllm",
+    "HfllmForConditionalGeneration": "hfllm.models.modeling_hfllm_vision",
     "HfllmForMaskedLM": "hfllm.models.modeling_hfllm",
     "HfllmForQuestionAnswering": "hfllm.models.modeling_hfllm",
     "HfllmForSequenceClassification": "hfllm.models.modeling_hfllm",
     "HfllmForTokenClassification": "hfllm.models.modeling_hfllm",
+    "HfllmVisionConfig": "hfllm.models.configuration_hfllm_vision",
     "PPOConfig": "hfllm.trainers.ppo.config",
     "PPOTrainer": "hfllm.trainers.ppo.trainer",
     "RewardModel": "hfllm.rewards.models",
@@ -30,6 +32,9 @@ _PUBLIC = {
     "student_from_layers": "hfllm.trainers.distillation.students",
     "to_native": "hfllm.models.conversion_hfllm",
     "train_tokenizer": "hfllm.data.tokenizer",
+    "vision_processor": "hfllm.multimodal.processors",
+    "with_audio": "hfllm.multimodal.composed",
+    "with_vision": "hfllm.multimodal.composed",
 }
 __all__ = ["__version__", *_PUBLIC]
 

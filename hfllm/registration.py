@@ -4,7 +4,7 @@ import importlib.abc
 import importlib.machinery
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 
 
@@ -19,21 +19,33 @@ def register_with_transformers() -> None:
 
 def _register() -> None:
     # First: this module says if transformers is too old for the others.
-    from hfllm.models.configuration_hfllm import AUTO_MAP, HfllmConfig
+    from hfllm.models import configuration_hfllm as text
 
-    HfllmConfig.register_for_auto_class()
+    text.HfllmConfig.register_for_auto_class()
     # Importing this module registers its quantizer.
     import hfllm.compression.dynamic_int8  # noqa: F401
-    from hfllm.models import modeling_hfllm as models
+    from hfllm.models import configuration_hfllm_vision as vision
+    from hfllm.models import modeling_hfllm, modeling_hfllm_vision
 
+    vision.HfllmVisionConfig.register_for_auto_class()
+    _register_family(text.HfllmConfig, text.AUTO_MAP, modeling_hfllm)
+    _register_family(vision.HfllmVisionConfig, vision.AUTO_MAP, modeling_hfllm_vision)
+
+
+def _register_family(config_class: type, auto_map: Mapping[str, str], models: ModuleType) -> None:
+    """Register a config and the models of its `auto_map` with the Auto classes.
+
+    Args:
+        models: the module that has them.
+    """
     # Only now: one of its modules replaces `transformers` by a second copy when it is first imported.
     transformers = sys.modules["transformers"]
-    transformers.AutoConfig.register("hfllm", HfllmConfig, exist_ok=True)
-    for auto_name, path in AUTO_MAP.items():
+    transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for auto_name, path in auto_map.items():
         if auto_name == "AutoConfig":
             continue
         model_class = getattr(models, path.split(".")[1])
-        getattr(transformers, auto_name).register(HfllmConfig, model_class, exist_ok=True)
+        getattr(transformers, auto_name).register(config_class, model_class, exist_ok=True)
         # Writes auto_map and the code beside saved weights, for users who load them without hfllm.
         model_class.register_for_auto_class(auto_name)
         # For a class that travels with its code, `generate` reads the signature at every token.
@@ -53,7 +65,8 @@ def _register_with_peft() -> None:
             targets = mapping["llama"]
             latent = {"q_proj": "q_b_proj", "v_proj": "kv_b_proj"}
             more = [latent[each] for each in targets if each in latent] if isinstance(targets, list) else []
-            mapping.setdefault("hfllm", [*targets, *more] if more else targets)
+            for model_type in ("hfllm", "hfllm_vision"):
+                mapping.setdefault(model_type, [*targets, *more] if more else targets)
 
 
 class _After(importlib.abc.MetaPathFinder):

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "hfllm"
 FLOORS = (
     {"errors", "version"},
     {"models", "data", "outputs"},
-    {"scaling", "generation", "rewards", "environments", "compression", "runs"},
+    {"scaling", "generation", "rewards", "environments", "compression", "multimodal", "runs"},
     {"trainers", "evaluation", "grounding", "synthesis", "federation"},
     {"stages", "registration"},
     {"__init__"},
@@ -130,7 +130,10 @@ def test_the_files_of_a_model_travel_together():
     beside = {
         "configuration_hfllm": {"transformers", "huggingface_hub", "packaging", "os"},
         "layer_types_hfllm": {"difflib", "typing"},
-        "modeling_hfllm": {"torch", "transformers", "functools"},
+        "modeling_hfllm": {"torch", "transformers"},
+        "configuration_hfllm_vision": {"transformers", "huggingface_hub", "os"},
+        "head_hfllm": {"torch", "transformers", "functools", "typing"},
+        "modeling_hfllm_vision": {"torch", "transformers", "dataclasses", "functools"},
         "attention_hfllm": {"torch", "transformers", "functools", "typing", "copy"},
         "balance_hfllm": {"torch", "transformers"},
         "banded_hfllm": {"torch", "transformers", "collections", "dataclasses"},

@@ -175,3 +175,12 @@ def test_the_reasoning_page_runs(make_model, tokenizer, tmp_path):
     said = "<think>" + "word " * 52 + "</think>a b"
     assert names["shorter"](["q"] * 2, [said] * 2, limit=[3, 2]) == [1.0, 0.0]
     assert names["brief"](["q"], [said]) == [-0.02]
+
+
+def test_the_page_on_vision_runs():
+    """All of its code: the model, its processor, another layout, and the drawn world."""
+    names = {}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", (DOCS / "vision.md").read_text(), re.DOTALL)), names)
+    assert names["answer"].shape[0] == 1 and names["columns"]["gold_accepted"] == [
+        names["example"].questions[0].answer
+    ]

@@ -116,7 +116,7 @@ OTHERS = {
     "stage",
     [
         *("curate", "pretrain", "sft", "reward", "rlhf", "distill", "constitution", "reason", "tools", "ground"),
-        *("classify", "extend", "federated"),
+        *("classify", "extend", "federated", "vision"),
     ],
 )
 def test_every_shipped_config_parses(stage):

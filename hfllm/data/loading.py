@@ -8,9 +8,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
 from hfllm.data import formats
+from hfllm.data.images import image_key
 from hfllm.data.prepared import Prepared
 from hfllm.data.rows import BadRow, Dropped, OriginRow, flaw_of
-from hfllm.data.sources import PYDOC, TRAIN, WORLD, HubPart, iterate_source, source_files
+from hfllm.data.sources import DIGITS, EMBEDDED, PICTURES, TRAIN, WORLD, HubPart, iterate_source, source_files
 from hfllm.data.world.world import World
 from hfllm.errors import InputError, refuse
 
@@ -135,7 +136,8 @@ def check_source(script_args: DataArguments) -> None:
     is_world, is_mixed = script_args.dataset_name == WORLD, bool(getattr(script_args, "dataset_mixture", None))
     refuse(is_mixed and not is_world, "--dataset_name", "--dataset_mixture takes its place")
     # A federation may have a file of each organisation in place of it.
-    is_sized = is_world and not is_mixed and not getattr(script_args, "organisation_files", None)
+    has_files = bool(getattr(script_args, "organisation_files", None))
+    is_sized = script_args.dataset_name in (WORLD, PICTURES, DIGITS) and not is_mixed and not has_files
     refuse(is_sized and script_args.max_samples is not None, "--max_samples", "the world is sized by --num_...")
     if not isinstance(script_args, DataArguments):
         return
@@ -149,7 +151,7 @@ def check_source(script_args: DataArguments) -> None:
 
 def _check_hub_flags(script_args: DataArguments, is_mixed: bool) -> None:
     names = [script_args.dataset_name, getattr(script_args, "eval_dataset_name", None)]
-    is_local = not is_mixed and all(name in (None, WORLD, PYDOC) or source_files(name) is not None for name in names)
+    is_local = not is_mixed and all(name in (None, *EMBEDDED) or source_files(name) is not None for name in names)
     for flag in ("dataset_config", "dataset_revision", "dataset_streaming", "dataset_test_split"):
         refuse(is_local and bool(getattr(script_args, flag, None)), f"--{flag}", "it is for a dataset on the Hub")
     split = script_args.dataset_train_split
@@ -223,9 +225,12 @@ def split_rows(rows: list, seed: int, share: float = 0.05, most: int = 256) -> t
 
 
 def prompt_key(row: formats.Row | str) -> str:
-    """Return what is equal for rows that must not be on both sides of a split: their prompt, or the text."""
+    """Return what is equal for rows that must not be on both sides of a split: their prompt, the text, or pictures."""
     if isinstance(row, str):
         return row
+    if row.get("images"):
+        # Many pictures are asked about in the same words.
+        return str([image_key(image) for image in row["images"]])
     prompt = row["prompt"]
     if isinstance(prompt, list) and not any(message["role"] == "user" for message in prompt):
         # The assistant speaks first.

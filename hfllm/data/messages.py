@@ -68,6 +68,23 @@ def split_beginning(prompt: str | list[Message]) -> tuple[str | list[Message], s
     return (prompt[:-1], prompt[-1]["content"]) if is_begun(prompt) else (prompt, "")
 
 
+def content_text(content: str | list[dict[str, Any]] | None, place: str = "<image>") -> str:
+    """Return the words of a message's content, a text or a list of parts, with `place` for each part that is none."""
+    if not isinstance(content, list):
+        return content or ""
+    return "".join(part["text"] if part.get("type") == "text" else place for part in content)
+
+
+def words_of(message: Message) -> Message:
+    """Return a message without its pictures: of a list of parts, the text."""
+    return {**message, "content": content_text(message["content"], "")} if is_in_parts(message) else message
+
+
+def is_in_parts(message: Message) -> bool:
+    """Return whether a message is a list of parts, as messages with pictures are."""
+    return isinstance(message.get("content"), list)
+
+
 def _in_reach(origin: str, read: Callable[[], Any]) -> Any:
     """Return what is read; refuse values that are nested more deeply than Python can follow."""
     try:

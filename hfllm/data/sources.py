@@ -19,6 +19,9 @@ from hfllm.data.pydoc_corpus import pydoc_documents
 from hfllm.errors import InputError
 
 WORLD, PYDOC = "world", "pydoc"
+# Rows with pictures: the drawn world, and the digits that come with scikit-learn.
+PICTURES, DIGITS = "pictures", "digits"
+EMBEDDED = (WORLD, PYDOC, PICTURES, DIGITS)
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet", ".txt")
 LINES = (".jsonl", ".jsonl.gz")
 

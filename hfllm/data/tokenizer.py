@@ -10,7 +10,7 @@ from hfllm.data.messages import is_begun, read_tools
 from hfllm.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 
 PAD, DOCUMENT_END, MASK = "<|pad|>", "<|endoftext|>", "<|mask|>"
 # Learning merges takes time quadratic in a word's length: longer words, such as base64 data, are split.
@@ -146,18 +146,23 @@ def template_errors() -> tuple[type[Exception], ...]:
     return (ArithmeticError, AttributeError, LookupError, RecursionError, TemplateError, TypeError, ValueError)
 
 
-def turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+def turn_end(tokenizer: "PreTrainedTokenizerBase | ProcessorMixin") -> int | None:
     """Return the special token that the chat template writes after an assistant's words, or `None` without one.
+
+    A processor has a template of its own.
 
     Base models often have a chat template whose turns end by another token than their documents, such as
     `<|im_end|>` and `<|endoftext|>`.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    writer, tokenizer = tokenizer, getattr(tokenizer, "tokenizer", tokenizer)
+    if not getattr(writer, "chat_template", None):
         return None
     said = "Zyxwvut"
     turns = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": said}]
+    if writer is not tokenizer:
+        turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        text = writer.apply_chat_template(turns, tokenize=False)
     except template_errors():
         # A template of another kind of conversation.
         return None

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from hfllm.data.messages import content_text
 from hfllm.evaluation.distillation import row_losses
 from hfllm.generation.responses import sample_responses
 from hfllm.outputs.figures import change_of, is_noise, plus_minus, ratio_error
@@ -136,4 +137,4 @@ def tuning_tables(before: TunedEvaluation | None, after: TunedEvaluation | None)
 
 def prompt_text(prompt: str | Sequence[Mapping[str, str]]) -> str:
     """Return a prompt as one text: messages one after another."""
-    return prompt if isinstance(prompt, str) else " / ".join(str(message["content"]) for message in prompt)
+    return prompt if isinstance(prompt, str) else " / ".join(content_text(message["content"]) for message in prompt)

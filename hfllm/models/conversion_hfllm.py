@@ -14,10 +14,17 @@ import transformers
 from hfllm.errors import InputError
 from hfllm.models import tensor_layouts as layouts
 from hfllm.models.configuration_hfllm import HfllmConfig
+from hfllm.models.configuration_hfllm_vision import HfllmVisionConfig
 from hfllm.models.family_rows import FAMILIES
 from hfllm.models.loading import reason_of, saved_config, saved_model
 from hfllm.models.native_families import BAD_CONFIG, config_from_native, config_to_native
 from hfllm.models.stored import refuse_quantized
+from hfllm.models.vision_conversion import (
+    joined_state,
+    split_state,
+    vision_config_from_native,
+    vision_config_to_native,
+)
 from hfllm.models.whole_folders import whole_folder
 
 if TYPE_CHECKING:
@@ -31,6 +38,7 @@ HEADS = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForTokenClassification": "AutoModelForTokenClassification",
     "Model": "AutoModel",
+    "ForConditionalGeneration": "AutoModelForImageTextToText",
 }
 # What our models with a head call the model inside.
 TRUNK = "model"
@@ -44,7 +52,8 @@ def from_native(
     """Load an hfllm model with the weights of a native checkpoint, in the checkpoint's precision.
 
     Args:
-        path_or_id: a local folder or a Hub id; one of the families in `FAMILIES`, whole or in shards.
+        path_or_id: a local folder or a Hub id; one of the families in `FAMILIES`, or Llava around one, whole or in
+            shards.
         revision: of a Hub id.
         gguf_file: a GGUF file in that folder to read instead, dequantized (needs the `gguf` package).
         kwargs: further arguments of `from_pretrained`, such as `dtype` or `token`.
@@ -60,7 +69,10 @@ def from_native(
     name = os.fspath(path_or_id)
     kwargs |= {"revision": revision, **({"gguf_file": gguf_file} if gguf_file else {})}
     # What cannot be converted is refused before the weights are read.
-    config_from_native(read_config(name, **_location(kwargs)))
+    settings = read_config(name, **_location(kwargs))
+    if settings.model_type == "llava":
+        return _seeing_from_native(name, settings, kwargs)
+    config_from_native(settings)
     native = load_checked(name, **kwargs)
     # Of the model, since arguments of `from_pretrained` may change fields.
     config = config_from_native(native.config)
@@ -100,6 +112,8 @@ def to_native(
     check_empty(target)
     if isinstance(model, str | os.PathLike):
         model = load_checked(os.fspath(model))
+    if isinstance(model.config, HfllmVisionConfig):
+        return _seeing_to_native(model, target, native_type, tokenizer, kwargs)
     if not isinstance(model.config, HfllmConfig):
         raise InputError(f"expected an hfllm model, got a {type(model).__name__}")
     refuse_quantized(model.config, model.config.name_or_path)
@@ -116,12 +130,57 @@ def to_native(
     native = _build(native_class, native_config, state)
     if model.can_generate():
         native.generation_config = model.generation_config
+    return _write(native, target, tokenizer, kwargs)
+
+
+def _write(
+    native: "PreTrainedModel", target: Path, tokenizer: "PreTrainedTokenizerBase | None", kwargs: Mapping[str, Any]
+) -> Path:
     with whole_folder(target) as folder:
         native.save_pretrained(folder, **kwargs)
         if tokenizer is not None:
+            # Of a model with pictures it may be a processor.
             tokenizer.save_pretrained(folder)
             _rename_tokenizer_class(folder / "tokenizer_config.json")
     return target
+
+
+def _seeing_from_native(name: str, settings: "PreTrainedConfig", kwargs: Mapping[str, Any]) -> "PreTrainedModel":
+    """Load our model with the weights of one of Llava's class."""
+    vision_config_from_native(settings)
+    native = load_checked(name, **kwargs)
+    config = vision_config_from_native(native.config)
+    text = native.config.text_config
+    media, state = split_state(native.state_dict(), _text_class(text).base_model_prefix)
+    state = layouts.to_ours(state, FAMILIES[text.model_type].rules(config.text_config))
+    model_class = transformers.AutoModelForImageTextToText._model_mapping[HfllmVisionConfig]
+    asked = {key: kwargs[key] for key in ASKED_OF_BOTH if key in kwargs}
+    model = _build(model_class, config, joined_state(media, state, TRUNK), **asked)
+    model.generation_config = native.generation_config
+    return model
+
+
+def _seeing_to_native(
+    model: "PreTrainedModel",
+    target: Path,
+    native_type: str | None,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    kwargs: Mapping[str, Any],
+) -> Path:
+    """Write our model as one of Llava's class."""
+    refuse_quantized(model.config, model.config.name_or_path)
+    native_config = vision_config_to_native(model.config, native_type)
+    text = native_config.text_config
+    media, state = split_state(model.state_dict(), TRUNK)
+    state = layouts.to_theirs(state, FAMILIES[text.model_type].rules(model.config.text_config))
+    state = joined_state(media, state, _text_class(text).base_model_prefix)
+    native = _build(transformers.LlavaForConditionalGeneration, native_config, state)
+    native.generation_config = model.generation_config
+    return _write(native, target, tokenizer, kwargs)
+
+
+def _text_class(config: "PreTrainedConfig") -> "type[PreTrainedModel]":
+    return transformers.AutoModelForCausalLM._model_mapping[type(config)]
 
 
 def _rename_tokenizer_class(path: Path) -> None:

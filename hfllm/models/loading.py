@@ -16,7 +16,7 @@ from hfllm.errors import InputError
 from hfllm.models.stored import location_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 TRUST_FLAG = "--trust_remote_code"
@@ -69,6 +69,15 @@ def saved_tokenizer(name: str, **kwargs: object) -> "PreTrainedTokenizerBase":
     check_objects(name, "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
     with _named_settings(name):
         return AutoTokenizer.from_pretrained(name, **_with_trust(kwargs))
+
+
+def saved_processor(name: str, **kwargs: object) -> "ProcessorMixin":
+    """Return `AutoProcessor.from_pretrained(name, **kwargs)`."""
+    from transformers import AutoProcessor
+
+    check_objects(name, "config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
+    with _named_settings(name):
+        return AutoProcessor.from_pretrained(name, **_with_trust(kwargs))
 
 
 def saved_model(model_class: "type[_BaseAutoModelClass | PreTrainedModel]", name: str, **kwargs: object) -> Any:

@@ -2,11 +2,9 @@
 
 This file imports only torch, transformers and files beside it, which are saved and uploaded with the weights
 (`auto_map`). Attention and its masks are in attention_hfllm.py; embeddings, norms and MLPs in layers_hfllm.py; experts
-and their router in experts_hfllm.py.
+and their router in experts_hfllm.py; logits and losses in head_hfllm.py.
 Shapes: B batch, S sequence, E hidden_size. `HfllmDecoderLayer.forward` says where each option of the config acts.
 """
-
-from functools import wraps
 
 import torch
 from torch import nn
@@ -20,9 +18,9 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import MaskedLMOutput, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -32,18 +30,17 @@ from .attention_hfllm import (
     build_rotary,
     check_softcap,
     create_masks,
-    keep_last_sequences,
     packed_sequences,
     restarted_positions,
 )
-from .balance_hfllm import balance_loss, check_gradients, counts_load, install_capturing_hooks
+from .balance_hfllm import counts_load
 from .configuration_hfllm import HfllmConfig
 from .experts_hfllm import HfllmExperts, HfllmRouter, build_mlp, fp32_names, init_experts, last_projections
-from .latent_hfllm import HfllmLatentAttention, refuse_paging
+from .head_hfllm import CausalHead, logits_of
+from .latent_hfllm import HfllmLatentAttention
 from .layer_types_hfllm import follow_edits
 from .layers_hfllm import HfllmEmbedding, HfllmPositionEmbedding, build_norm, check_positions, layer_norms
 from .linear_hfllm import HfllmGatedDeltaNet, init_gated_delta_net
-from .loss_hfllm import linear_cross_entropy
 
 
 class HfllmDecoderLayer(GradientCheckpointingLayer):
@@ -291,14 +288,8 @@ class _HfllmWithHead(HfllmPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
-    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        logits = self.lm_head(hidden_states)
-        logits = logits if self.config.logit_scale == 1 else logits * self.config.logit_scale
-        softcap = self.config.final_logit_softcapping
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
-
-class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
+class HfllmForCausalLM(_HfllmWithHead, CausalHead, GenerationMixin):
     """The causal language model: each position predicts the next token."""
 
     is_causal = True
@@ -332,78 +323,15 @@ class HfllmForCausalLM(_HfllmWithHead, GenerationMixin):
 
         With `num_items_in_batch` in `kwargs` the loss is a sum divided by it instead of a mean over targets.
         """
-        # Not in the signature, where Trainer would take it for a label column because of its name.
-        label_smoothing = kwargs.pop("label_smoothing", 0.0)
-        is_balanced = self.training and labels is not None and self.config.router_aux_loss_coef > 0
-        asked = self.config.output_router_logits if output_router_logits is None else output_router_logits
-        output_router_logits = bool(self.config.num_local_experts) and (asked or is_balanced)
-        if output_router_logits:
-            install_capturing_hooks(self.model)
-        if self.config.num_local_experts:
-            kwargs["output_router_logits"] = output_router_logits
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        loss_chunk_size = self.config.loss_chunk_size if loss_chunk_size is None else loss_chunk_size
-        logits = loss = aux_loss = None
-        if labels is None or not loss_chunk_size:
-            logits = self._logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        if labels is not None:
-            loss = self._loss(outputs.last_hidden_state, logits, labels, loss_chunk_size, label_smoothing, **kwargs)
-        if output_router_logits:
-            aux_loss = balance_loss(self.config, outputs.router_logits, attention_mask)
-            if is_balanced:
-                check_gradients(self.model.layers, outputs.router_logits, outputs.last_hidden_state)
-            if loss is not None:
-                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
-        return MoeCausalLMOutputWithPast(
-            loss=loss,
-            aux_loss=aux_loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits if output_router_logits else None,
-        )
-
-    @wraps(GenerationMixin.generate)
-    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs) -> ModelOutput | torch.LongTensor:
-        return super().generate(inputs, *args, **keep_last_sequences(inputs, kwargs))
-
-    @wraps(GenerationMixin.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args, **kwargs) -> dict:
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        if inputs.get("position_ids") is not None:
-            # Here, outside of a forward that may be compiled.
-            mask = kwargs.get("attention_mask")
-            length = max(input_ids.shape[1], mask.shape[-1] if isinstance(mask, torch.Tensor) else 0)
-            self.model.check_context(length, inputs["position_ids"])
-        return inputs
-
-    @wraps(GenerationMixin.init_continuous_batching)
-    def init_continuous_batching(self, *args, **kwargs) -> object:
-        refuse_paging(self.config)
-        return super().init_continuous_batching(*args, **kwargs)
-
-    def _loss(self, hidden_states, logits, labels, chunk_size, label_smoothing, **kwargs) -> torch.Tensor:
-        if logits is not None and not label_smoothing:
-            return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        targets, num_items = kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")
-        ignored = kwargs.get("ignore_index", -100)
-        if targets is None:
-            targets = nn.functional.pad(labels[..., 1:], (0, 1), value=ignored)
-        targets = targets.reshape(-1).to(hidden_states.device)
-        states = hidden_states.flatten(0, 1) * self.config.logit_scale
-        chunk_size = chunk_size or len(targets)
-        softcap = self.config.final_logit_softcapping
-        total = linear_cross_entropy(states, self.lm_head, targets, chunk_size, label_smoothing, ignored, softcap)
-        return total / ((targets != ignored).sum() if num_items is None else num_items)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "cache": cache,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+        }
+        return self._run(inputs, labels, output_router_logits, logits_to_keep, loss_chunk_size, **kwargs)
 
 
 class HfllmForMaskedLM(_HfllmWithHead):
@@ -429,7 +357,7 @@ class HfllmForMaskedLM(_HfllmWithHead):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        logits, loss = self._logits(outputs.last_hidden_state), None
+        logits, loss = logits_of(self.config, self.lm_head, outputs.last_hidden_state), None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return MaskedLMOutput(

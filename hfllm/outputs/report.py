@@ -146,7 +146,7 @@ class Plot:
         points = {label: (x, y) for label, (x, y) in self.points.items() if len(x)}
         if not lines and not points:
             return False
-        figure, axes = _figure(4.2)
+        figure, axes = new_figure(4.2)
         for label, (x, y) in lines.items():
             marker = "o" if self.points_only or len(x) < 40 else None
             axes.plot(x, y, label=label, linewidth=0 if self.points_only else 1.6, marker=marker, markersize=3)
@@ -161,7 +161,7 @@ class Plot:
         axes.grid(alpha=0.3)
         if len(lines) + len(points) > 1:
             axes.legend()
-        _save(figure, path)
+        save_figure(figure, path)
         return True
 
 
@@ -195,7 +195,7 @@ class Bars:
         """Draw to a PNG; return False, and draw nothing, if there is no bar."""
         if not self.values:
             return False
-        figure, axes = _figure(1.2 + 0.34 * len(self.values))
+        figure, axes = new_figure(1.2 + 0.34 * len(self.values))
         bars = axes.barh(list(self.values), list(self.values.values()), color="tab:blue")
         axes.bar_label(bars, [self.notes.get(label, "") for label in self.values], padding=4, fontsize=8)
         axes.invert_yaxis()
@@ -203,7 +203,7 @@ class Bars:
         axes.set(title=self.title, xlabel=self.xlabel)
         axes.grid(alpha=0.3, axis="x")
         axes.set_axisbelow(True)
-        _save(figure, path)
+        save_figure(figure, path)
         return True
 
 
@@ -228,7 +228,7 @@ class Heatmap:
         """Draw to a PNG; return False, and draw nothing, if there is no row or no column."""
         if not self.rows or not self.columns:
             return False
-        figure, axes = _figure(1.6 + 0.3 * len(self.rows))
+        figure, axes = new_figure(1.6 + 0.3 * len(self.rows))
         image = axes.imshow(self.values, aspect="auto", cmap="viridis", vmin=self.lowest, vmax=self.highest)
         is_long = max(map(len, self.columns)) > 3
         axes.set_xticks(range(len(self.columns)), self.columns, rotation=60 if is_long else 0, fontsize=8)
@@ -241,11 +241,11 @@ class Heatmap:
                     text = "" if value != value else f"{value:.2f}"
                     axes.text(x, y, text, ha="center", va="center", fontsize=7, color="wk"[int(value > middle)])
         figure.colorbar(image)
-        _save(figure, path)
+        save_figure(figure, path)
         return True
 
 
-def _figure(height: float) -> "tuple[Figure, Axes]":
+def new_figure(height: float) -> "tuple[Figure, Axes]":
     """Return a figure of 7 by `height` inches and its axes, without a display."""
     import matplotlib
 
@@ -255,7 +255,7 @@ def _figure(height: float) -> "tuple[Figure, Axes]":
     return pyplot.subplots(figsize=(7, height), dpi=120)
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
     from matplotlib import pyplot
 
     figure.tight_layout()

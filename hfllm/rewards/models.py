@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfllm.data.messages import read_tools
+from hfllm.data.messages import read_tools, words_of
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.rewards.functions import BEGINNING
@@ -81,7 +81,8 @@ class RewardModel:
             "return_dict": True,
             **({"tools": read_tools("a prompt", tools)} if tools else {}),
         }
-        return self.tokenizer.apply_chat_template(prompt + completion, **options)["input_ids"]
+        # Of a prompt with pictures it reads the words.
+        return self.tokenizer.apply_chat_template([*map(words_of, [*prompt, *completion])], **options)["input_ids"]
 
 
 class TokenRewardModel(RewardModel):

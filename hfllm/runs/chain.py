@@ -109,6 +109,7 @@ STAGES: Mapping[str, StageEntry] = {
     "classify": StageEntry(
         "a classifier", "classify", "classify/world.yaml", {"model_name_or_path": "pretrain"}, minutes=1
     ),
+    "vision": StageEntry("a model that sees", "vision", "vision/pictures.yaml", runs_own_chain=True),
     "extend": StageEntry("a model of longer texts", "extend", "extend/world.yaml", {"model_name_or_path": "pretrain"}),
     "evaluate": StageEntry("a report on a model", "evaluate", "", {"model_name_or_path": "rlhf"}, runs_own_chain=True),
     "convert": StageEntry("a model in another layout", "convert", "", {"model_name_or_path": "pretrain"}),

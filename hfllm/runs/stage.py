@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.loading import check_source
-from hfllm.data.sources import PYDOC, WORLD, source_files
+from hfllm.data.sources import EMBEDDED, source_files
 from hfllm.errors import InputError
 from hfllm.outputs.card import is_written, write_card
 from hfllm.outputs.figures import figure_tables
@@ -400,7 +400,7 @@ def stage_arguments(
     for flag, name in named.items():
         path = Path(name)
         path = _written_last(path, files[flag]) if flag in files and path.is_dir() else path
-        if not name or name in (WORLD, PYDOC) or not path.exists() or f"{flag} changed at" in without:
+        if not name or name in EMBEDDED or not path.exists() or f"{flag} changed at" in without:
             continue
         files_read = [path] if path.is_file() else source_files(name)
         # Editing a file does not change its folder's time; removing one does.

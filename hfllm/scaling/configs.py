@@ -145,7 +145,8 @@ def architecture(request: Request, model: Mapping[str, Any] | None = None) -> di
 def _family_fields(shape: Shape) -> dict[str, Any]:
     """Return the fields of a shape, without those of other families that it does not use."""
     unused = {item.name for item in dataclass_fields(Shape) if getattr(shape, item.name) == item.default}
-    fields = {name: value for name, value in asdict(shape).items() if name not in (LATENT | MIXTURE) & unused}
+    left_out = ((LATENT | MIXTURE) & unused) | {"tower", "images_per_row"}
+    fields = {name: value for name, value in asdict(shape).items() if name not in left_out}
     # The router that takes groups in the one type with groups, DeepSeek-V3.
     router = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"} if shape.n_group > 1 else {}
     return fields | router

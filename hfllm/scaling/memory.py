@@ -112,6 +112,8 @@ def _stage_parameters(shape: Shape, layout: Layout, stage: _Stage) -> tuple[floa
     table_split = layout.tensor if layout.splits_logits else 1
     if stage.is_first:
         dense += parts["embeddings"] / table_split + parts["positions"]
+        # What sees is on every device of the first stage.
+        dense += parts.get("tower", 0) + parts.get("projector", 0)
     if stage.is_last and not (stage.is_first and shape.tie_word_embeddings):
         dense += shape.vocab_size * shape.hidden_size / layout.tensor
     if stage.is_last:
@@ -239,6 +241,9 @@ def _activation_bytes(
         kept += tokens * (norm_bytes(shape, hidden, precision.residual) + precision.compute * hidden)
     if precision.is_autocast and layout.recompute != "full":
         kept += (stage.layers * autocast_weights(shape) + 2 * shape.vocab_size * hidden) / layout.tensor
+    if stage.is_first and shape.tower is not None:
+        pictures = layout.micro_batch * shape.images_per_row
+        kept += pictures * shape.tower.activation_bytes_per_picture(precision.compute, layout.recompute == "full")
     if layout.pipeline > 1 and not stage.is_last:
         # What a stage has sent on stays until its backward pass.
         share = layout.tensor if layout.sequence_parallel else 1

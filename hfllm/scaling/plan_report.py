@@ -77,6 +77,7 @@ def metrics(request: Request, plans: Sequence[Plan], chosen: Plan) -> dict[str, 
     return {
         "parameters": shape.num_parameters(),
         "active_parameters": shape.num_parameters(active_only=True),
+        **({} if shape.tower is None else {"image_tokens": shape.tower.tokens}),
         "flops_per_token": per_token,
         "training_tokens": request.tokens,
         "training_flops": per_token * request.tokens,

@@ -117,6 +117,12 @@ class Request:
         if learned and self.max_length > self.shape.max_position_embeddings:
             positions = self.shape.max_position_embeddings
             raise InputError(f"--max_length {self.max_length} is more than the {positions} learned positions")
+        tower = self.shape.tower
+        if tower is not None and tower.tokens * self.shape.images_per_row > self.max_length:
+            count = self.shape.images_per_row
+            raise InputError(
+                f"--images_per_row {count}, of {tower.tokens} tokens each, do not fit --max_length {self.max_length}"
+            )
         self._shapes = {size: replace(self.shape, loss_chunk_size=size) for size in {0, self._chunk(LOSS_CHUNK_SIZE)}}
         self.device.peak(self.precision)
 
@@ -149,7 +155,7 @@ class Request:
 
     def runs_in_recipes(self, layout: Layout) -> bool:
         """Return whether the recipes train the model in a layout without changes."""
-        return layout.engine in RECIPES and self.precision != "fp8"
+        return layout.engine in RECIPES and self.precision != "fp8" and self.shape.tower is None
 
 
 @dataclass(frozen=True)

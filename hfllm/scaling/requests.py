@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse
 from hfllm.scaling.devices import GIB, Device, find_device
 from hfllm.scaling.planner import Request
 from hfllm.scaling.shapes import LARGEST, NAMED_SHAPES, Shape
@@ -43,6 +43,7 @@ class PlanArguments:
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens per row; by default 2048, or the model's positions if it has fewer."}
     )
+    images_per_row: int = field(default=1, metadata={"help": "Pictures per row, of a model with a vision tower."})
     global_batch_size: int = field(default=3072, metadata={"help": "Rows per step, over all devices."})
     tokens: float | None = field(default=None, metadata={"help": "Tokens to train on; by default 20 per parameter."})
     precision: str = field(
@@ -135,6 +136,11 @@ def model_shape(script_args: PlanArguments) -> tuple[str, Shape, Mapping[str, An
     shape, chunk = Shape.from_config(fields, source), script_args.loss_chunk_size
     if chunk is not None and chunk < 0:
         raise InputError(f"--loss_chunk_size {chunk} must be at least 0, which means all at once")
+    count = script_args.images_per_row
+    refuse(count != 1 and shape.tower is None, "--images_per_row", "the model has no vision tower")
+    if count < 0:
+        raise InputError(f"--images_per_row {count} must be at least 0")
+    shape = replace(shape, images_per_row=count)
     return name, shape if chunk is None else replace(shape, loss_chunk_size=chunk), fields
 
 

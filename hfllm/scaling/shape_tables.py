@@ -5,6 +5,17 @@ from typing import Any
 
 from hfllm.errors import InputError
 
+# What `HfllmConfig` accepts; it cannot be asked without importing transformers.
+CHOICES = {
+    "norm_type": ("rmsnorm", "layernorm"),
+    "norm_placement": ("pre", "post", "output", "both"),
+    "qk_norm_scope": ("head", "all_heads"),
+    "mlp_type": ("gated", "plain"),
+    "position_embedding_type": ("rope", "learned", "none"),
+}
+LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
+MLP_LAYER_TYPES = ("dense", "sparse")
+
 _GPT = {
     "norm_type": "layernorm",
     "mlp_type": "plain",

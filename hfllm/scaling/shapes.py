@@ -8,24 +8,14 @@ s sequence length, V vocabulary.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
 from hfllm.errors import InputError
-from hfllm.scaling.shape_tables import FAMILIES, NAMED_SHAPES, mlp_layers
+from hfllm.scaling.shape_tables import CHOICES, FAMILIES, LAYER_TYPES, MLP_LAYER_TYPES, NAMED_SHAPES, mlp_layers
+from hfllm.scaling.towers import WITH_TOWER, Tower
 
-# What `HfllmConfig` accepts; it cannot be asked without importing transformers.
-CHOICES = {
-    "norm_type": ("rmsnorm", "layernorm"),
-    "norm_placement": ("pre", "post", "output", "both"),
-    "qk_norm_scope": ("head", "all_heads"),
-    "mlp_type": ("gated", "plain"),
-    "position_embedding_type": ("rope", "learned", "none"),
-}
-LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
-MLP_LAYER_TYPES = ("dense", "sparse")
-# Fields that `HfllmConfig` does not have.
 # Fields that say something of latent attention alone.
 LATENT = {"kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
 # Fields that say something of experts alone.
@@ -52,6 +42,8 @@ class Shape:
         kv_lora_rank: width of the latent that keys and values are made of (multi-head latent attention, DeepSeek-V2,
             arXiv:2405.04434); with `q_lora_rank`, `qk_nope_head_dim`, `qk_rope_head_dim` and `v_head_dim`, as in
             `HfllmConfig`.
+        tower: what sees, in front of the decoder; `None` for a model of text.
+        images_per_row: pictures in a row of training.
 
     Raises:
         InputError: when a size is missing, not positive, or does not divide another, or a value is of another type.
@@ -101,6 +93,8 @@ class Shape:
     qk_nope_head_dim: int | None = None
     qk_rope_head_dim: int | None = None
     v_head_dim: int | None = None
+    tower: Tower | None = None
+    images_per_row: int = 1
 
     def __post_init__(self) -> None:
         self._check_kinds()
@@ -220,6 +214,8 @@ class Shape:
         Raises:
             InputError: for another `model_type`, a missing or an impossible size.
         """
+        if config.get("model_type") in WITH_TOWER:
+            return cls._with_tower(config, source)
         kind = config.get("model_type", "hfllm")
         if not isinstance(kind, str) or kind not in FAMILIES:
             raise InputError(f"{source}: model_type {kind!r} is not one of {', '.join(FAMILIES)}")
@@ -243,6 +239,19 @@ class Shape:
         except InputError as error:
             field, equals, rest = str(error).partition("=")
             raise InputError(f"{source}: {theirs.get(field, field)}{equals}{rest}") from None
+
+    @classmethod
+    def _with_tower(cls, config: Mapping[str, Any], source: str) -> "Shape":
+        """Return the shape of a model of Llava's layout, ours or another."""
+        text = config.get("text_config")
+        if not isinstance(text, Mapping) or text.get("model_type", "llama") in WITH_TOWER:
+            raise InputError(f"{source}: text_config must be the config of a text model")
+        if "vision_config" not in config:
+            raise InputError(f"{source}: vision_config is missing")
+        implied = {"model_type": WITH_TOWER[config["model_type"]]}
+        is_tied = {"tie_word_embeddings": True} if config.get("tie_word_embeddings") else {}
+        shape = cls.from_config({**implied, **text, **is_tied}, f"{source}: text_config")
+        return replace(shape, tower=Tower.from_config(config, shape.hidden_size, source))
 
     @property
     def linear_layers(self) -> int:
@@ -395,7 +404,14 @@ class Shape:
             "positions": positions * self.hidden_size,
             **layers,
             "head": 0 if self.tie_word_embeddings else table,
+            **self._media,
         }
+
+    @property
+    def _media(self) -> dict[str, int]:
+        if self.tower is None:
+            return {}
+        return {"tower": self.tower.tower_parameters(), "projector": self.tower.projector_parameters()}
 
     def num_parameters(self, active_only: bool = False) -> int:
         """Return the number of all parameters, tied ones counted once.
@@ -409,8 +425,8 @@ class Shape:
         return sum(parts.values())
 
     def multiplied_parameters(self) -> int:
-        """Return the parameters multiplied with every token: no tables that are looked up and no idle experts."""
-        active = self.num_parameters(active_only=True)
+        """Return the parameters multiplied with every token: no tables, no idle experts, and nothing that sees."""
+        active = self.num_parameters(active_only=True) - sum(self._media.values())
         tables = self.parameters()
         looked_up = tables["positions"] + (0 if self.tie_word_embeddings else tables["embeddings"])
         return active - looked_up

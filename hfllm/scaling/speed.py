@@ -54,10 +54,13 @@ def flops_per_token(
     Two per multiplied parameter and pass, three passes; attention scores as in PaLM's count, 12 L H Q T, in
     which every token attends to all others. Recomputed are one forward pass of the layers (`"full"`) or of the scores
     (`"selective"`). A layer of linear attention recalls, changes and reads its state instead: 18 H D W. One with a
-    window scores the keys of its blocks (`banded_keys`), unless `attention` is `"eager"`.
+    window scores the keys of its blocks (`banded_keys`), unless `attention` is `"eager"`. Among `layers` is the work
+    of a row's pictures, spread over its tokens.
     """
     head = 6 * shape.vocab_size * shape.hidden_size
     layers = 6 * shape.multiplied_parameters() - head
+    if shape.tower is not None:
+        layers += shape.images_per_row * shape.tower.flops_per_picture() / sequence_length
     keys = scored_keys(shape, sequence_length, attention)
     scores = 6 * keys * (shape.query_size + shape.output_size) + 18 * shape.linear_layers * shape.state_size
     again = {"none": 0.0, "selective": scores / 3, "full": (layers + scores) / 3}[recompute]

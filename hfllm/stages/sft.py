@@ -124,6 +124,7 @@ def instruction_data(
         seed: of the demonstrations and of the split.
     """
     from hfllm.data import formats
+    from hfllm.data.images import refuse_images
     from hfllm.data.loading import split_rows
     from hfllm.data.sources import WORLD, Source
     from hfllm.data.world.demonstrators import instruction_rows
@@ -131,6 +132,7 @@ def instruction_data(
     from hfllm.stages.user_rows import user_rows
 
     def mapper(origin: str, row: formats.Row) -> formats.Row:
+        refuse_images(origin, row, "hfllm sft")
         row = formats.to_sft(origin, row)
         return formats.last_turn(row) if script_args.loss_on == "last" else row
 

@@ -6,14 +6,16 @@ Those are read and never predicted. Shapes: B rows, R response positions, W widt
 V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
+
+from hfllm.trainers.ppo.pictures import Pictures, reads_pictures
 
 LEAST = torch.finfo(torch.float32).min
 
@@ -29,12 +31,14 @@ class Sequences:
         rows, columns: (N,), position of the state from which each action was sampled. Columns count from the
             end of the row (they are negative), so tokens that an adapter prepends do not matter.
         targets: (N,), the actions.
+        pictures: the model's arguments for pictures.
     """
 
     input_ids: torch.Tensor
     rows: torch.Tensor
     columns: torch.Tensor
     targets: torch.Tensor
+    pictures: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def join(
@@ -44,6 +48,7 @@ class Sequences:
         response_ids: torch.Tensor,
         response_mask: torch.Tensor,
         action_mask: torch.Tensor | None = None,
+        pictures: Pictures | None = None,
     ) -> "Sequences":
         """Join left-padded prompts and right-padded responses, given their masks.
 
@@ -58,11 +63,13 @@ class Sequences:
         begins = prompt_ids.shape[1] - before
         sources = (begins.unsqueeze(1) + places).clamp(max=ids.shape[1] - 1)
         rows, steps = (response_mask if action_mask is None else action_mask).nonzero(as_tuple=True)
+        input_ids = ids.gather(1, sources)
         return cls(
-            input_ids=ids.gather(1, sources),
+            input_ids=input_ids,
             rows=rows,
             columns=before[rows] + steps - 1 - width,
             targets=response_ids[rows, steps],
+            pictures={} if pictures is None else pictures.inputs(input_ids, [0] * len(ids)),
         )
 
 
@@ -239,7 +246,7 @@ def _without_flash_attention(model: PreTrainedModel) -> Iterator[None]:
 def response_logits(model: PreTrainedModel, sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits (N, V) of the actions, and the states (N, E) they are computed from."""
     with head_on(model, sequences) as states, last_mlp_on(model.get_decoder(), sequences):
-        logits = model(input_ids=sequences.input_ids, use_cache=False).logits
+        logits = model(input_ids=sequences.input_ids, use_cache=False, **sequences.pictures).logits
     if not states:
         raise TypeError(f"{type(model).__name__} does not call its output embeddings, where PPO reads the states")
     return logits.squeeze(0), states[0]
@@ -321,6 +328,7 @@ class ActorCritic(nn.Module):
         with_distribution: bool = False,
         detach_trunk: bool = False,
         action_mask: torch.Tensor | None = None,
+        pictures: Pictures | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return log-probabilities and values, each (B, R) and 0 on an environment's tokens and on padding.
 
@@ -330,8 +338,10 @@ class ActorCritic(nn.Module):
             with_distribution: also return the log-distribution (N, V) at each action, row by row.
             detach_trunk: stop the value head's gradient at the trunk.
             action_mask: (B, R), 1 on the tokens that the policy chose; by default all response tokens.
+            pictures: those of the prompts.
         """
-        sequences = Sequences.join(prompt_ids, prompt_mask, response_ids, response_mask, action_mask)
+        parts = (prompt_ids, prompt_mask, response_ids, response_mask, action_mask, pictures)
+        sequences = Sequences.join(*parts)
         mask = (response_mask if action_mask is None else action_mask) > 0
         logprobs, distribution, states = self._judge(self.policy, sequences, with_distribution)
         values = self._values(sequences, states.detach() if detach_trunk else states)
@@ -346,9 +356,11 @@ class ActorCritic(nn.Module):
         response_mask: torch.Tensor,
         with_distribution: bool = False,
         action_mask: torch.Tensor | None = None,
+        pictures: Pictures | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return log-probabilities (B, R) and log-distribution of the same responses under the reference model."""
-        sequences = Sequences.join(prompt_ids, prompt_mask, response_ids, response_mask, action_mask)
+        parts = (prompt_ids, prompt_mask, response_ids, response_mask, action_mask, pictures)
+        sequences = Sequences.join(*parts)
         logprobs, distribution, _ = self._judge(model, sequences, with_distribution)
         return scatter_to_mask(logprobs, (response_mask if action_mask is None else action_mask) > 0), distribution
 
@@ -359,9 +371,11 @@ class ActorCritic(nn.Module):
         response_ids: torch.Tensor,
         response_mask: torch.Tensor,
         action_mask: torch.Tensor | None = None,
+        pictures: Pictures | None = None,
     ) -> torch.Tensor:
         """Return the values (B, R) of a critic that is a separate model, as `forward` does."""
-        sequences = Sequences.join(prompt_ids, prompt_mask, response_ids, response_mask, action_mask)
+        parts = (prompt_ids, prompt_mask, response_ids, response_mask, action_mask, pictures)
+        sequences = Sequences.join(*parts)
         mask = (response_mask if action_mask is None else action_mask) > 0
         return scatter_to_mask(self._values(sequences, None).squeeze(-1).float(), mask)
 
@@ -377,8 +391,9 @@ class ActorCritic(nn.Module):
         if self.value_model is None:
             return in_fp32(self.value_head, states)
         trunk = getattr(self.value_model, self.value_model.base_model_prefix)
+        pictures = sequences.pictures if reads_pictures(trunk) else {}
         with last_mlp_on(trunk, sequences):
-            hidden_states = trunk(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
+            hidden_states = trunk(input_ids=sequences.input_ids, use_cache=False, **pictures).last_hidden_state
         return in_fp32(value_head_of(self.value_model), hidden_states[sequences.rows, sequences.columns])
 
 

@@ -22,7 +22,8 @@ from hfllm.outputs.checkpoints import last_complete_checkpoint
 from hfllm.trainers.interruptions import save_on_sigterm, train_unless_done
 from hfllm.trainers.ppo.actor_critic import entropy_of, scatter_to_mask
 from hfllm.trainers.ppo.checkpoints import ActorCriticCheckpoints
-from hfllm.trainers.ppo.rollout import length_groups, pad_prompts, with_actions
+from hfllm.trainers.ppo.pictures import Pictures, tokenizer_of
+from hfllm.trainers.ppo.rollout import Batch, length_groups, pad_prompts, with_actions
 from hfllm.trainers.ppo.sampling import SampledLogprobs, generate_responses
 from hfllm.trainers.ppo.setup import as_reference
 from hfllm.trainers.ppo.vllm_sampling import VllmSampler
@@ -113,7 +114,7 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
 
     # ---- forward passes ----
 
-    def _passes(self, batch: dict[str, torch.Tensor], most_rows: int | None = None) -> Iterator:
+    def _passes(self, batch: Batch, most_rows: int | None = None) -> Iterator:
         """Yield groups of similar length. Engines that count or synchronize passes get each micro-batch whole.
 
         Args:
@@ -147,7 +148,7 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
         return SampledLogprobs(shape, actor.temperature, actor.never_sampled, value_head, self.accelerator.device)
 
     def _own_view(
-        self, chunk: dict[str, torch.Tensor], rows: torch.Tensor, witness: SampledLogprobs | None
+        self, chunk: Batch, rows: torch.Tensor, witness: SampledLogprobs | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return log-probabilities, entropies and values (B, R) of policy and critic, and a log-distribution (N, V).
 
@@ -185,12 +186,11 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
     def _kind_of(batch: dict[str, Any]) -> str:
         # What comes before an episode's later turns is padded.
         has_turns = (batch["action_mask"] < batch["response_mask"]).any()
-        return "padded" if bool(has_turns or (batch["prompt_mask"] == 0).any()) else "unpadded"
+        kind = "padded" if bool(has_turns or (batch["prompt_mask"] == 0).any()) else "unpadded"
+        return kind if batch.get("pictures") is None else f"{kind} with pictures"
 
     @torch.no_grad()
-    def _reference(
-        self, chunk: dict[str, torch.Tensor], with_distribution: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _reference(self, chunk: Batch, with_distribution: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return log-probabilities (B, R) of the responses under the reference, and its log-distributions (N, V)."""
         with nullcontext() if self.reference is not None else as_reference(self.policy):
             model = self.policy if self.reference is None else self.reference
@@ -247,11 +247,12 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
             table = f"{parts[0]}_completions_{parts[-1]}" if name.startswith("eval") else "completions"
             log_table(self.callback_handler.callbacks, table, self.completions, self.state.global_step)
 
-    def _check_finite(self, loss: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
+    def _check_finite(self, loss: torch.Tensor, inputs: Batch) -> None:
         if bool(loss.isfinite()):
             return
         file = self._not_finite_file()
-        save_file({name: value.contiguous() for name, value in inputs.items() if torch.is_tensor(value)}, file)
+        tensors = {name: value.contiguous() for name, value in inputs.items() if torch.is_tensor(value)}
+        save_file(tensors | (inputs["pictures"].tensors() if inputs.get("pictures") is not None else {}), file)
         raise FloatingPointError(f"the loss is {loss.item()} at step {self.state.global_step}; its batch is in {file}")
 
     @contextmanager
@@ -272,6 +273,7 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
         prompt_mask: torch.Tensor,
         witness: SampledLogprobs | None,
         max_new_tokens: int | None = None,
+        pictures: Pictures | None = None,
     ) -> dict[str, torch.Tensor]:
         """Sample by `generate`, as many rows at a time as their keys and values have room for."""
         config = self.sampling_config
@@ -280,9 +282,9 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
             config.max_new_tokens = max_new_tokens
         length = prompt_ids.shape[1] + config.max_new_tokens
         most_rows = most_cached_rows(self.policy, length, self.accelerator.device)
-        inputs = (self.policy, prompt_ids, prompt_mask, config, self.processing_class, witness)
+        inputs = (self.policy, prompt_ids, prompt_mask, config, tokenizer_of(self.processing_class), witness)
         with self._sampling_from(prompt_ids=prompt_ids, prompt_mask=prompt_mask):
-            return generate_responses(*inputs, most_rows=most_rows)
+            return generate_responses(*inputs, most_rows=most_rows, pictures=pictures)
 
     @torch.no_grad()
     def continue_ids(self, sequences: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[list[int], bool]]:
@@ -296,7 +298,7 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
         if self.vllm is not None:
             sampled = self.vllm(sequences, self.state.global_step, self.accelerator.device, max_new_tokens)
         else:
-            ids, mask = pad_prompts(sequences, self.processing_class.pad_token_id, self.accelerator.device)
+            ids, mask = pad_prompts(sequences, self.sampling_config.pad_token_id, self.accelerator.device)
             witness = self._recorder
             if witness is not None and witness.turns != len(sequences):
                 witness = None

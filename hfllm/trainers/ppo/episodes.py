@@ -109,7 +109,7 @@ def act(rows: Sequence[Mapping[str, Any]], environment: ToolEnvironment, trainer
         )
     device, witness = trainer.accelerator.device, trainer._witness(len(rows))
     done = _recorded(prompts, environment, trainer, witness)
-    batch = as_batch(done, trainer.processing_class.pad_token_id, device)
+    batch = as_batch(done, trainer.sampling_config.pad_token_id, device)
     # Whoever puts something in the place of `continue_ids` may let the policy say what it did not sample.
     if witness is not None and witness.saw(batch["response_ids"], batch["action_mask"]):
         batch["witness"] = witness
@@ -175,7 +175,7 @@ def from_rollout_func(
         episode.is_ended = bool(ends and episode.action_mask[-1])
     for episode, is_ended in zip(episodes, output.get("is_ended") or [], strict=False):
         episode.is_ended = bool(is_ended)
-    batch = as_batch(episodes, trainer.processing_class.pad_token_id, trainer.accelerator.device)
+    batch = as_batch(episodes, trainer.sampling_config.pad_token_id, trainer.accelerator.device)
     for name, values in output.items():
         if name not in (*NEEDED, *KNOWN):
             is_each = isinstance(values, list) and len(values) == len(rows)

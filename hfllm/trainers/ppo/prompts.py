@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import ProcessorMixin
 
 from hfllm.data.messages import is_begun
 from hfllm.data.rows import origin_of
 from hfllm.data.tokenizer import template_errors, tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.trainers.ppo.config import PPOConfig
+from hfllm.trainers.ppo.pictures import ProcessingClass, encode, has_pictures, tokenizer_of
 
 if TYPE_CHECKING:
     from datasets import Dataset as HubDataset
-    from transformers import PreTrainedTokenizerBase
 
 EMPTY = "is empty"
 
@@ -105,15 +106,21 @@ def _as_it_is(rows: Rows) -> Rows:
 
 def check_prompts(
     dataset: "HubDataset | Sequence[dict]",
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: ProcessingClass,
     response_length: int,
     context: int | None,
     tools: Sequence[dict[str, Any]] | None = None,
-) -> None:
+    reader: str | None = None,
+) -> int:
     """Refuse a dataset that is empty, has no `prompt`, or has one that leaves no room for a response.
 
     Args:
+        tokenizer: with pictures the model's processor.
         tools: schemas of the trainer's tools, which are part of each prompt.
+        reader: see `check_pictures`.
+
+    Returns:
+        The number of prompts with pictures.
 
     Raises:
         InputError: naming the row and the number of tokens.
@@ -130,14 +137,47 @@ def check_prompts(
         raise InputError(f"tools: prompt {begun.index(True)} of the dataset ends with the assistant's message")
     if tools is not None and any(row.get("tools") for row in dataset):
         raise InputError("tools: the dataset has a column 'tools' of its own; leave one of them out")
+    count = check_pictures(dataset, tokenizer, reader)
     for place, why in unfit_prompts(dataset, tokenizer, response_length, context, tools):
         origin = origin_of(dataset[place], "")
         raise InputError(f"{f'{origin}: the prompt' if origin else f'prompt {place} of the dataset'} {why}")
+    return count
+
+
+def check_pictures(
+    dataset: "HubDataset | Sequence[dict]", processing_class: ProcessingClass, reader: str | None = None
+) -> int:
+    """Refuse pictures that nothing would read, and return how many prompts have some.
+
+    Args:
+        processing_class: the policy's.
+        reader: what reads no pictures, such as `the policy (HfllmForCausalLM)`; `None` where all do.
+
+    Raises:
+        InputError: naming the prompt.
+    """
+    count = 0
+    for place in range(len(dataset)):
+        row = dataset[place]
+        origin = origin_of(row, f"prompt {place} of the dataset")
+        if not has_pictures(row, origin):
+            continue
+        count += 1
+        if reader is not None:
+            raise InputError(
+                f"{origin} has a picture, and {reader} reads none: take a model with vision, or leave it out"
+            )
+        if not isinstance(processing_class, ProcessorMixin):
+            kind = type(processing_class).__name__
+            raise InputError(
+                f"{origin} has a picture, and processing_class is a tokenizer ({kind}): give the processor"
+            )
+    return count
 
 
 def unfit_prompts(
     dataset: "HubDataset | Sequence[dict]",
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: ProcessingClass,
     response_length: int,
     context: int | None,
     tools: Sequence[dict[str, Any]] | None = None,
@@ -163,27 +203,48 @@ def unfit_prompts(
 
 def tokenize_rows(
     rows: Sequence[Mapping[str, Any]],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: ProcessingClass,
     tools: Sequence[dict[str, Any]] | None = None,
 ) -> list[list[int]]:
     """Return the token ids of each row's `prompt`, a conversation with these or the row's `tools` if it has any."""
-    return tokenize_prompts([row["prompt"] for row in rows], tokenizer, [tools or row.get("tools") for row in rows])
+    return read_rows(rows, tokenizer, tools)[0]
+
+
+def read_rows(
+    rows: Sequence[Mapping[str, Any]],
+    processing_class: ProcessingClass,
+    tools: Sequence[dict[str, Any]] | None = None,
+    first: int = 0,
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """Return the token ids of each row's prompt, and where some have pictures, `pictures` and `prompts` with them.
+
+    Args:
+        tools, first: see `pictures.encode`.
+    """
+    is_text = all(isinstance(row["prompt"], str) and not has_pictures(row, "a prompt") for row in rows)
+    if isinstance(processing_class, ProcessorMixin) and not is_text:
+        ids, pictures, prompts = encode(rows, processing_class, tools, first)
+        return ids, {} if pictures is None else {"pictures": pictures, "prompts": prompts}
+    prompts, shown = [row["prompt"] for row in rows], [tools or row.get("tools") for row in rows]
+    return tokenize_prompts(prompts, tokenizer_of(processing_class), shown), {}
 
 
 def _tokens_of(
     rows: Sequence[Mapping[str, Any]],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: ProcessingClass,
     first: int,
     tools: Sequence[dict[str, Any]] | None,
 ) -> list[list[int]]:
     """Return the tokens of the rows' prompts; `first` is the place of the first row in its dataset."""
     refusals = template_errors()
     try:
-        return tokenize_rows(rows, tokenizer, tools)
+        return read_rows(rows, tokenizer, tools, first)[0]
+    except InputError:
+        raise
     except refusals:
         for place, row in enumerate(rows, first):
             try:
-                tokenize_rows([row], tokenizer, tools)
+                read_rows([row], tokenizer, tools, place)
             except refusals as error:
                 origin, reason = origin_of(row, f"prompt {place} of the dataset"), " ".join(str(error).split())[:200]
                 raise InputError(f"{origin}: the chat template cannot write this prompt: {reason}") from None

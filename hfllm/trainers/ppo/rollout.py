@@ -5,11 +5,17 @@ tools. Shapes: N episodes, P prompt positions (left-padded), R response position
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from hfllm.trainers.ppo.pictures import Pictures
+
+# What the models read of a batch, besides pictures.
+MODEL_INPUTS = ("prompt_ids", "prompt_mask", "response_ids", "response_mask", "action_mask")
+Batch = dict[str, torch.Tensor | Pictures]
 
 
 @dataclass
@@ -26,6 +32,7 @@ class Rollout:
         values, advantages, returns: (N, R).
         order: (epochs, N), the shuffled order of the episodes in each PPO epoch.
         mini_batch_tokens: (epochs, mini-batches), actions of each mini-batch over *all* processes.
+        pictures: those of the prompts, `None` where no prompt has any.
     """
 
     prompt_ids: torch.Tensor
@@ -40,13 +47,11 @@ class Rollout:
     returns: torch.Tensor
     order: torch.Tensor
     mini_batch_tokens: torch.Tensor
+    pictures: Pictures | None = None
 
-    PER_EPISODE = (
-        *("prompt_ids", "prompt_mask", "response_ids", "response_mask", "action_mask"),
-        *("logprobs", "ref_logprobs", "values", "advantages", "returns"),
-    )
+    PER_EPISODE = (*MODEL_INPUTS, "logprobs", "ref_logprobs", "values", "advantages", "returns")
 
-    def micro_batch(self, step: int, micro_step: int, micro_batch_size: int) -> dict[str, torch.Tensor]:
+    def micro_batch(self, step: int, micro_step: int, micro_batch_size: int) -> Batch:
         """Return the tensors of one backward pass.
 
         Args:
@@ -59,6 +64,8 @@ class Rollout:
         start = mini_batch * (self.order.shape[1] // mini_batches) + micro_step * micro_batch_size
         rows = self.order[epoch, start : start + micro_batch_size]
         batch = {name: getattr(self, name)[rows] for name in self.PER_EPISODE}
+        if self.pictures is not None:
+            batch["pictures"] = self.pictures[rows]
         return {**trim(batch), "mini_batch_tokens": self.mini_batch_tokens[epoch, mini_batch]}
 
     def save(self, path: str | Path) -> None:
@@ -66,7 +73,9 @@ class Rollout:
         from safetensors.torch import save_file
 
         # Copies, since the masks are one tensor where all tokens are the policy's.
-        save_file({field.name: getattr(self, field.name).contiguous().clone() for field in fields(self)}, path)
+        tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+        tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
+        save_file({**tensors, **({} if self.pictures is None else self.pictures.tensors())}, path)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device) -> "Rollout":
@@ -76,16 +85,22 @@ class Rollout:
         saved = {name: tensor.to(device) for name, tensor in load_file(path).items()}
         # Rollouts once had no environment.
         saved.setdefault("action_mask", saved["response_mask"])
-        return cls(**saved)
+        pictures = Pictures.split_off(saved)
+        return cls(**saved, pictures=pictures)
 
 
-def trim(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def model_inputs(batch: dict[str, Any]) -> Batch:
+    """Return what the models read of a batch, with its pictures if it has any."""
+    return {name: batch[name] for name in (*MODEL_INPUTS, "pictures") if batch.get(name) is not None}
+
+
+def trim(batch: Batch) -> Batch:
     """Remove the columns that are padding in every row: prompts on the left, responses on the right."""
     longest_prompt = int(batch["prompt_mask"].sum(1).max())
     longest_response = max(int(batch["response_mask"].sum(1).max()), 1)
 
-    def cut(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.ndim == 1:
+    def cut(name: str, tensor: torch.Tensor | Pictures) -> torch.Tensor | Pictures:
+        if isinstance(tensor, Pictures) or tensor.ndim == 1:
             return tensor
         return (
             tensor[:, tensor.shape[1] - longest_prompt :]
@@ -116,12 +131,12 @@ def pad_prompts(
 
 
 def length_groups(
-    batch: dict[str, torch.Tensor],
+    batch: Batch,
     bucket: int | None,
     most_tokens: int | None = None,
     most_rows: int | None = None,
     most_responses: int | None = None,
-) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+) -> Iterator[tuple[torch.Tensor, Batch]]:
     """Yield the rows of `batch` in groups of similar length, trimmed, with their indices.
 
     Args:

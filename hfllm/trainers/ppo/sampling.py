@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from hfllm.trainers.ppo.actor_critic import entropy_of, log_distribution
+from hfllm.trainers.ppo.pictures import Pictures
 from hfllm.trainers.ppo.turn_caches import TurnCaches
 
 # With fewer rows than this, a step costs as much as with one row.
@@ -214,6 +215,7 @@ def generate_responses(
     witness: SampledLogprobs | None = None,
     most_rows: int | None = None,
     first_row: int = 0,
+    pictures: Pictures | None = None,
 ) -> dict[str, torch.Tensor]:
     """Sample one response per prompt by `generate`.
 
@@ -226,6 +228,7 @@ def generate_responses(
         witness: records the policy's log-probability of each token.
         most_rows: prompts that are answered at a time; by default all.
         first_row: the place of the first prompt in what the witness records.
+        pictures: those of the prompts.
 
     Returns:
         `response_ids` and `response_mask`, (N, R): a response ends with its end token or text, followed by the
@@ -235,10 +238,11 @@ def generate_responses(
         FloatingPointError: see `OnlyFinite`.
     """
     if most_rows is not None and len(prompt_ids) > most_rows:
-        inputs, parts = zip(prompt_ids.split(most_rows), prompt_mask.split(most_rows), strict=True), []
-        for at, (ids, mask) in enumerate(inputs):
-            place = first_row + at * most_rows
-            parts.append(generate_responses(policy, ids, mask, generation_config, tokenizer, witness, None, place))
+        parts, settings = [], (generation_config, tokenizer, witness, None)
+        for some in torch.arange(len(prompt_ids)).split(most_rows):
+            own = None if pictures is None else pictures[some]
+            prompts = (prompt_ids[some], prompt_mask[some])
+            parts.append(generate_responses(policy, *prompts, *settings, first_row + int(some[0]), own))
         return _joined(parts, generation_config.pad_token_id)
     start, longest = prompt_ids.shape[1], generation_config.max_new_tokens
     responses = prompt_ids.new_full((len(prompt_ids), longest), generation_config.pad_token_id)
@@ -255,6 +259,9 @@ def generate_responses(
     while len(rows):
         observe = None if witness is None else witness.of(rows + first_row, ids.shape[1] - start)
         ended = Ended(generation_config.eos_token_id, stop_strings, may_split, observe)
+        # A cache holds what was read of the pictures.
+        unread = pictures is not None and cache is None
+        seen_too = pictures[rows].inputs(ids, mask.argmax(1).tolist()) if unread else {}
         with plainly(policy), nullcontext() if witness is None else witness.watching(policy):
             output = policy.generate(
                 input_ids=ids,
@@ -264,6 +271,7 @@ def generate_responses(
                 stopping_criteria=StoppingCriteriaList([ended]),
                 **({"tokenizer": tokenizer} if stop_strings is not None else {}),
                 **({"cache": cache} if cache is not None else {}),
+                **seen_too,
             )
         ids = output.sequences
         seen = ids[:, start:]

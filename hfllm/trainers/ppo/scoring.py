@@ -12,6 +12,7 @@ from hfllm.rewards.functions import BEGINNING, checked_rewards, reward_columns, 
 from hfllm.trainers.ppo.completions import completions_of
 from hfllm.trainers.ppo.config import PPOConfig
 from hfllm.trainers.ppo.controllers import RunningMoments
+from hfllm.trainers.ppo.pictures import without_pictures
 from hfllm.trainers.ppo.rollout import with_actions
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class Scorer:
             )
         scores = Scores(total, per_token, parts, [])
         table = [
-            {"prompt": prompt, "completion": transcript(completion)}
+            {"prompt": without_pictures(prompt), "completion": transcript(completion)}
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         for name, values in {**parts, "reward": scores.reward}.items():

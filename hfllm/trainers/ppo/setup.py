@@ -9,14 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from hfllm.data.tokenizer import configured_ends, end_tokens
+from hfllm.data.tokenizer import configured_ends, turn_end
 from hfllm.errors import InputError
 from hfllm.models import scorers
 from hfllm.models.adapters import find_adapter
 from hfllm.models.devices import forked_random
-from hfllm.models.loading import saved_model, saved_tokenizer
+from hfllm.models.loading import saved_config, saved_model, saved_processor, saved_tokenizer
 from hfllm.models.stored import location_of
 from hfllm.models.vocabulary import check_vocabulary
 from hfllm.models.weights import load_weights_of
@@ -25,6 +32,7 @@ from hfllm.rewards.models import RewardModel, TokenRewardModel, scores_tokens
 from hfllm.runs.arguments import changed
 from hfllm.trainers.ppo.actor_critic import looks_ahead
 from hfllm.trainers.ppo.config import PPOConfig
+from hfllm.trainers.ppo.pictures import ProcessingClass, is_for_pictures, place_tokens, tokenizer_of
 from hfllm.trainers.sharding import gather_parameters, unshard
 
 if TYPE_CHECKING:
@@ -54,11 +62,30 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def policy_from_name(name: str, load_kwargs: dict[str, Any]) -> PreTrainedModel:
-    """Load a causal language model with all of its weights; an adapter as transformers does, on its base."""
+    """Load a language model, also one of pictures and text, with all of its weights.
+
+    An adapter is loaded as transformers does, on its base.
+    """
     settings = {"dtype": torch.float32, **load_kwargs}
     if find_adapter(name, **location_of(settings)) is not None:
         return saved_model(AutoModelForCausalLM, name, **settings)
-    return load_weights_of(AutoModelForCausalLM, name, whose="policy", **settings)[0]
+    kind = AutoModelForImageTextToText if is_for_pictures(_config_of(name, settings)) else AutoModelForCausalLM
+    return load_weights_of(kind, name, whose="policy", **settings)[0]
+
+
+def _config_of(name: str, load_kwargs: dict[str, Any]) -> PreTrainedConfig | None:
+    """Return the config of a named model, `None` where there is none: loading the model reports that."""
+    try:
+        return saved_config(name, **location_of(load_kwargs))
+    except (OSError, ValueError):
+        return None
+
+
+def processing_class_of(model: str | PreTrainedModel, load_kwargs: dict[str, Any]) -> ProcessingClass:
+    """Load the tokenizer of a model by its name; of a model that reads pictures, the processor."""
+    name = model if isinstance(model, str) else model.config._name_or_path
+    config = _config_of(name, load_kwargs) if isinstance(model, str) else model.config
+    return saved_processor(name) if is_for_pictures(config) else saved_tokenizer(name)
 
 
 def scorer_from_name(name: str, load_kwargs: dict[str, Any]) -> PreTrainedModel:
@@ -219,12 +246,13 @@ def with_total_steps(args: PPOConfig) -> PPOConfig:
 
 
 def special_tokens(
-    tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel, args: PPOConfig
+    processing_class: ProcessingClass, policy: PreTrainedModel, args: PPOConfig
 ) -> tuple[list[int], list[int]]:
     """Return the ids that end a response, and those never sampled: padding, unless it also ends responses.
 
-    They include those of `generation_kwargs`.
+    They include those of `generation_kwargs`, and the places of pictures are never sampled.
     """
+    tokenizer = tokenizer_of(processing_class)
     if tokenizer.eos_token_id is None:
         raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no end token (eos_token): PPO needs one")
     check_vocabulary(policy, tokenizer)
@@ -234,7 +262,7 @@ def special_tokens(
             f"{tokenizer.eos_token!r}"
         )
     asked = args.generation_kwargs or {}
-    ends = end_tokens(tokenizer, policy)
+    ends = configured_ends(tokenizer, policy) | ({turn_end(processing_class)} - {None})
     if new := ends - configured_ends(tokenizer, policy):
         names = " and ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(new))))
         warnings.warn(
@@ -246,7 +274,7 @@ def special_tokens(
     if asked.get("eos_token_id") is not None:
         ends = set(asked["eos_token_id"]) if isinstance(asked["eos_token_id"], list) else {asked["eos_token_id"]}
     padding = set() if tokenizer.pad_token_id in ends else {tokenizer.pad_token_id}
-    return sorted(ends), sorted(padding | set(asked.get("suppress_tokens") or []))
+    return sorted(ends), sorted(padding | place_tokens(policy) | set(asked.get("suppress_tokens") or []))
 
 
 def build_rewards(

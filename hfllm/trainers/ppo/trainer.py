@@ -23,17 +23,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from hfllm.environments.stateful import EnvironmentFactory
 from hfllm.environments.tools import Tool
 from hfllm.errors import InputError
-from hfllm.models.loading import saved_tokenizer
 from hfllm.trainers.dropout import disable_dropout
-from hfllm.trainers.ppo import episodes, formulas
+from hfllm.trainers.ppo import episodes, formulas, pictures
 from hfllm.trainers.ppo.actor_critic import ActorCritic, entropy_of, scatter_to_mask
 from hfllm.trainers.ppo.base_trainer import ActorCriticTrainer
 from hfllm.trainers.ppo.config import PPOConfig
 from hfllm.trainers.ppo.controllers import KLController, RunningMoments
 from hfllm.trainers.ppo.default_rates import with_default_rates
-from hfllm.trainers.ppo.prompts import check_prompts, rollout_loader, tokenize_rows
+from hfllm.trainers.ppo.pictures import ProcessingClass, tokenizer_of
+from hfllm.trainers.ppo.prompts import check_prompts, read_rows, rollout_loader
 from hfllm.trainers.ppo.ptx import PretrainingBatches
-from hfllm.trainers.ppo.rollout import Rollout, pad_prompts, with_actions
+from hfllm.trainers.ppo.rollout import Rollout, model_inputs, pad_prompts, with_actions
 from hfllm.trainers.ppo.scoring import Scorer, Scores
 from hfllm.trainers.ppo.setup import (
     RewardFunc,
@@ -41,6 +41,7 @@ from hfllm.trainers.ppo.setup import (
     check_value_model,
     place_frozen,
     policy_from_name,
+    processing_class_of,
     reward_models,
     reward_weights,
     sampling_config,
@@ -58,7 +59,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftConfig
 
-MODEL_INPUTS = ("prompt_ids", "prompt_mask", "response_ids", "response_mask", "action_mask")
 RolloutFunc = Callable[[list, "PPOTrainer"], dict[str, Any]]
 
 
@@ -81,9 +81,10 @@ class PPOTrainer(ActorCriticTrainer):
             with a number for each of `completion_ids`; a sequence- or token-classification model with one label, or
             the name of one; a `RewardEnsemble`. The policy is trained on their sum weighted by `args.reward_weights`.
         args: a `PPOConfig`.
-        train_dataset: rows with a `prompt`, text or a list of messages; all other columns go to the functions.
+        train_dataset: rows with a `prompt`, text or a list of messages; all other columns go to the functions. With a
+            column `image` or `images` the policy reads pictures (docs/vision.md).
         eval_dataset: the same, for `evaluate`.
-        processing_class: the policy's tokenizer; loaded by the model's name if not given.
+        processing_class: the policy's tokenizer, for pictures its processor; by default that of the model's name.
         reward_processing_classes: a tokenizer for each reward model, `None` for functions; loaded by name if absent.
         value_model: a sequence- or token-classification model with one label or its name, such as the reward model;
             `None` trains a value head on the policy's trunk, which costs half as much.
@@ -113,7 +114,7 @@ class PPOTrainer(ActorCriticTrainer):
         args: PPOConfig | None = None,
         train_dataset: "Dataset | list[dict[str, Any]] | None" = None,
         eval_dataset: "Dataset | list[dict[str, Any]] | dict[str, Dataset] | None" = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: ProcessingClass | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
         value_model: str | PreTrainedModel | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -127,8 +128,9 @@ class PPOTrainer(ActorCriticTrainer):
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args or PPOConfig(f"{Path(name).name or 'policy'}-PPO")
         set_seed(args.seed)
-        tokenizer = processing_class or saved_tokenizer(name)
         load_kwargs = args.model_init_kwargs or {}
+        processing_class = processing_class or processing_class_of(model, load_kwargs)
+        tokenizer = tokenizer_of(processing_class)
         if isinstance(model, str):
             model = policy_from_name(model, load_kwargs)
         if isinstance(value_model, str):
@@ -137,7 +139,7 @@ class PPOTrainer(ActorCriticTrainer):
         self.reference, policy = split_reference(model, peft_config, keep=self.has_reference)
         if args.sync_ref_model and self.reference is None:
             raise InputError("sync_ref_model=True needs a separate reference: no adapter, and kl_coef above 0")
-        self.eos_token_ids, never_sampled = special_tokens(tokenizer, policy, args)
+        self.eos_token_ids, never_sampled = special_tokens(processing_class, policy, args)
         if args.disable_dropout:
             disable_dropout(policy, value_model)
         self.context, self.rollout_func = shortest_context(policy, value_model), rollout_func
@@ -148,9 +150,10 @@ class PPOTrainer(ActorCriticTrainer):
         check_value_model(value_model, policy, reward_models(rewards))
         weights = [*reward_weights(args.reward_weights, len(rewards) - len(own)), *([1.0] * len(own))]
         self.scorer = Scorer(rewards, weights, tokenizer, args)
-        for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
-            if dataset is not None:
-                check_prompts(dataset, tokenizer, args.response_length, self.context, self._schemas)
+        fits = (processing_class, args.response_length, self.context, self._schemas, pictures.unable_to_read(policy))
+        datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
+        counts = [(check_prompts(each, *fits), len(each)) for each in datasets if each is not None]
+        pictures.check_uses(args, counts, value_model, bool(self.environment or rollout_func))
         self.ptx = PretrainingBatches.build(ptx_dataset, tokenizer, shortest_context(policy), args)
         if optimizers[0] is None:
             args = with_default_rates(args, policy, value_model)
@@ -161,7 +164,7 @@ class PPOTrainer(ActorCriticTrainer):
             data_collator=list,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=tokenizer,
+            processing_class=processing_class,
             callbacks=[*(callbacks or []), StalledPolicy(), StalledWeights()],
             optimizers=optimizers,
         )
@@ -236,7 +239,7 @@ class PPOTrainer(ActorCriticTrainer):
         order = torch.stack([torch.randperm(len(rows)) for _ in range(self.args.num_ppo_epochs)]).to(mask.device)
         lengths = mask.sum(1)[order].view(self.args.num_ppo_epochs, self.args.num_mini_batches, -1).sum(-1)
         return Rollout(
-            **{name: batch[name] for name in MODEL_INPUTS},
+            **model_inputs(batch),
             logprobs=tokens.logprobs,
             ref_logprobs=tokens.ref_logprobs,
             values=tokens.values,
@@ -259,14 +262,14 @@ class PPOTrainer(ActorCriticTrainer):
             return episodes.from_rollout_func(output, rows, self)
         if self.environment is not None:
             return episodes.act(rows, self.environment, self)
-        prompts = tokenize_rows(rows, self.processing_class)
-        prompt_ids, prompt_mask = pad_prompts(prompts, self.processing_class.pad_token_id, self.accelerator.device)
+        prompts, seen = read_rows(rows, self.processing_class)
+        prompt_ids, prompt_mask = pad_prompts(prompts, self.sampling_config.pad_token_id, self.accelerator.device)
         witness = self._witness(len(rows))
         if self.vllm is not None:
             responses = self.vllm(prompts, self.state.global_step, prompt_ids.device)
         else:
-            responses = self._responses(prompt_ids, prompt_mask, witness)
-        return {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, **responses, "witness": witness}
+            responses = self._responses(prompt_ids, prompt_mask, witness, pictures=seen.get("pictures"))
+        return {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, **responses, **seen, "witness": witness}
 
     def score(self, rows: list[dict[str, Any]], batch: dict[str, torch.Tensor], prefix: str = "") -> Scores:
         """Return the scores of the responses, and log their means."""
@@ -287,7 +290,7 @@ class PPOTrainer(ActorCriticTrainer):
         was_training = actor.training
         actor.eval()
         batch = with_actions(batch)
-        inputs, witness = {name: batch[name] for name in MODEL_INPUTS}, self._believed(batch)
+        inputs, witness = model_inputs(batch), self._believed(batch)
         results = [torch.zeros(batch["response_mask"].shape, device=self.accelerator.device) for _ in Tokens._fields]
         for rows, chunk in self._passes(inputs, args.local_rollout_forward_batch_size):
             mask = chunk["action_mask"] > 0
@@ -360,7 +363,7 @@ class PPOTrainer(ActorCriticTrainer):
         args, mask = self.args, inputs["action_mask"].to(torch.float32)
         is_warmup = self.state.global_step < args.critic_warmup_steps
         is_full = args.kl_penalty == "loss" and args.kl_estimator == "full"
-        chunk = {name: inputs[name] for name in MODEL_INPUTS}
+        chunk = model_inputs(inputs)
         logprobs, values, distribution = model(
             **chunk, with_distribution=is_full or args.entropy_coef > 0, detach_trunk=is_warmup
         )

@@ -1,0 +1,314 @@
+"""Small pictures with exact answers: colored shapes in four corners, and now and then a written word.
+
+    color       "What color is the square?"                     red
+    shape       "What shape is red?"                            square
+    count       "How many shapes are there?"                    two
+    place       "Where is the red square?"                      top left
+    relation    "Where is the square from the frame?"            above
+    text        "Which word is written?"                        go
+    absent      any of these about what is not there            not in the picture
+
+A picture has one to three shapes, each in a corner of its own, on dark ground, with shades, sizes and places that vary
+a little. `HELD_OUT` holds a fifth of the pairs of color and shape: no training picture shows them, though each of
+their colors and shapes is seen in many others. Who answers about them has learned color and shape apart, not pairs by
+heart. With fewer than about 48 pairs nobody does.
+
+Captions name colors and shapes in two lists, so that from neither the other can be guessed.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+from hfllm.data.world.rubric import GoldAnswer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.ImageDraw import ImageDraw
+    from PIL.ImageFont import ImageFont
+
+SIZE = 24
+CELL = SIZE // 2
+COLORS = {
+    **{"red": (215, 40, 40), "orange": (240, 130, 30), "yellow": (235, 215, 50), "lime": (150, 230, 40)},
+    **{"green": (35, 145, 55), "cyan": (50, 200, 215), "blue": (50, 90, 225), "navy": (30, 40, 125)},
+    **{"purple": (150, 55, 180), "pink": (250, 150, 195), "white": (240, 240, 240), "brown": (115, 70, 30)},
+}
+SHAPES = ("circle", "square", "triangle", "cross", "diamond", "bar", "post", "frame")
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+WORDS = ("up", "go", "no", "hi", "me", "at", "by", "ox")
+COUNTS = ("one", "two", "three")
+# Where the first of two neighboring corners lies, seen from the second; corners across have no such word.
+RELATIONS = {
+    **{(0, 1): "left", (2, 3): "left", (1, 0): "right", (3, 2): "right"},
+    **{(0, 2): "above", (1, 3): "above", (2, 0): "below", (3, 1): "below"},
+}
+DIRECTIONS = ("left", "right", "above", "below")
+Pair = tuple[str, str]
+PAIRS: tuple[Pair, ...] = tuple((color, shape) for color in COLORS for shape in SHAPES)
+HELD_OUT: tuple[Pair, ...] = PAIRS[2::5]
+SEEN: tuple[Pair, ...] = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
+COLOR, SHAPE, COUNT, PLACE, RELATION, TEXT, ABSENT = FAMILIES = (
+    *("color", "shape", "count", "place", "relation", "text", "absent"),
+)
+NOT_THERE = "not in the picture"
+NOTHING, WORD = "nothing", "word"
+ASK_COLORS, ASK_SHAPES = "Name the colors.", "Name the shapes."
+ASK_COUNT, ASK_WORD = "How many shapes are there?", "Which word is written?"
+# How many shapes pictures have, and the share of them with a word.
+NUMBERS, SHARE_OF_WORDS = (1, 2, 2, 3), 0.3
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A shape of a color in a corner, by its number in `PLACES`."""
+
+    color: str
+    shape: str
+    corner: int
+
+    @property
+    def pair(self) -> Pair:
+        """Its color and shape."""
+        return self.color, self.shape
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows: its things, the first of which questions may be about, and its word if there is one."""
+
+    things: tuple[Thing, ...]
+    word: str | None = None
+    word_corner: int | None = None
+
+    def only(self, shape: str = "", color: str = "") -> bool:
+        """Return whether just one thing has this shape, this color, or both."""
+        return sum((not shape or t.shape == shape) and (not color or t.color == color) for t in self.things) == 1
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a scene with its exact answer, and the answers of the same kind that are wrong."""
+
+    family: str
+    text: str
+    answer: str
+    others: tuple[str, ...]
+
+    @property
+    def gold(self) -> GoldAnswer:
+        """The gold answer for `hfllm.rewards.functions.gold_reward`."""
+        needed = ("not",) if self.family == ABSENT else tuple(self.answer.split())
+        wrong = {word for other in self.others for word in other.split()} - set(needed)
+        return GoldAnswer("answer", (self.answer,), needed, tuple(sorted(wrong)))
+
+    def gold_columns(self) -> dict[str, object]:
+        """Return the columns of a prompt dataset for gold scoring."""
+        gold = self.gold
+        return {
+            "gold_kind": gold.kind,
+            "gold_accepted": list(gold.accepted),
+            "gold_needed": list(gold.needed),
+            "gold_forbidden": list(gold.forbidden),
+        }
+
+
+def draw_scene(rng: random.Random, held_out: bool = False) -> Scene:
+    """Return a scene; with `held_out` its first thing is one of the pairs that no training picture shows."""
+    corners = rng.sample(range(len(PLACES)), len(PLACES))
+    pairs = [rng.choice(SEEN) for _ in range(rng.choice(NUMBERS))]
+    if held_out:
+        pairs[0] = rng.choice(HELD_OUT)
+    things = tuple(Thing(*pair, corner) for pair, corner in zip(pairs, corners, strict=False))
+    has_word = rng.random() < SHARE_OF_WORDS
+    return Scene(things, rng.choice(WORDS), corners[-1]) if has_word else Scene(things)
+
+
+def captions(scene: Scene) -> tuple[tuple[str, str], ...]:
+    """Return both captions as (request, caption): the colors, and the shapes, corner by corner."""
+    at = {thing.corner: thing for thing in scene.things}
+    colors = {corner: thing.color for corner, thing in at.items()}
+    shapes = {corner: thing.shape for corner, thing in at.items()}
+    if scene.word is not None:
+        colors[scene.word_corner], shapes[scene.word_corner] = WORD, scene.word
+    return tuple(
+        (request, " ".join(named.get(corner, NOTHING) for corner in range(len(PLACES))))
+        for request, named in ((ASK_COLORS, colors), (ASK_SHAPES, shapes))
+    )
+
+
+# ---- questions ----
+
+
+def draw_question(
+    scene: Scene, rng: random.Random, about_first: bool = False, families: Sequence[str] = FAMILIES
+) -> Question:
+    """Return a question about a scene, of a family drawn among those that it allows.
+
+    Args:
+        about_first: whether it must be about the first thing, as for held-out pairs.
+        families: to draw from; the scene must allow one of them, which it does of count, place and absent.
+    """
+    while True:
+        thing = scene.things[0] if about_first else rng.choice(scene.things)
+        question = ASKING[rng.choice(families)](scene, thing, rng)
+        if question is not None:
+            return question
+
+
+def _ask_color(scene: Scene, thing: Thing, rng: random.Random) -> Question | None:
+    return _asked_color(COLOR, thing.shape, thing.color) if scene.only(thing.shape) else None
+
+
+def _ask_shape(scene: Scene, thing: Thing, rng: random.Random) -> Question | None:
+    return _asked_shape(SHAPE, thing.color, thing.shape) if scene.only(color=thing.color) else None
+
+
+def _ask_count(scene: Scene, thing: Thing, rng: random.Random) -> Question:
+    return _question(COUNT, ASK_COUNT, COUNTS[len(scene.things) - 1], COUNTS)
+
+
+def _ask_place(scene: Scene, thing: Thing, rng: random.Random) -> Question | None:
+    if not scene.only(thing.shape, thing.color):
+        return None
+    is_named_whole = rng.random() < 2 / 3 or not scene.only(thing.shape)
+    return _asked_place(PLACE, thing.pair if is_named_whole else ("", thing.shape), PLACES[thing.corner])
+
+
+def _ask_relation(scene: Scene, thing: Thing, rng: random.Random) -> Question | None:
+    others = [other for other in scene.things if (thing.corner, other.corner) in RELATIONS and scene.only(other.shape)]
+    if not others or not scene.only(thing.shape):
+        return None
+    other = rng.choice(others)
+    text = f"Where is the {thing.shape} from the {other.shape}?"
+    return _question(RELATION, text, RELATIONS[thing.corner, other.corner], DIRECTIONS)
+
+
+def _ask_word(scene: Scene, thing: Thing, rng: random.Random) -> Question | None:
+    return _question(TEXT, ASK_WORD, scene.word, WORDS) if scene.word is not None else None
+
+
+def _ask_absent(scene: Scene, thing: Thing, rng: random.Random) -> Question | None:
+    """Return a question about what is not there; half of the absent pairs have a color and a shape that are."""
+    colors, shapes = {each.color for each in scene.things}, {each.shape for each in scene.things}
+    shown = {each.pair for each in scene.things}
+    asked = rng.choice((COLOR, SHAPE, PLACE, TEXT))
+    if asked == TEXT:
+        return None if scene.word is not None else _question(ABSENT, ASK_WORD, NOT_THERE, WORDS)
+    if asked == COLOR:
+        return _asked_color(ABSENT, rng.choice([shape for shape in SHAPES if shape not in shapes]), NOT_THERE)
+    if asked == SHAPE:
+        return _asked_shape(ABSENT, rng.choice([color for color in COLORS if color not in colors]), NOT_THERE)
+    near = [pair for pair in SEEN if pair not in shown and pair[0] in colors and pair[1] in shapes]
+    half = [pair for pair in SEEN if pair not in shown and (pair[0] in colors) != (pair[1] in shapes)]
+    return _asked_place(ABSENT, rng.choice(near if near and rng.random() < 0.5 else half), NOT_THERE)
+
+
+ASKING = {
+    **{COLOR: _ask_color, SHAPE: _ask_shape, COUNT: _ask_count, PLACE: _ask_place},
+    **{RELATION: _ask_relation, TEXT: _ask_word, ABSENT: _ask_absent},
+}
+
+
+def _asked_color(family: str, shape: str, answer: str) -> Question:
+    return _question(family, f"What color is the {shape}?", answer, tuple(COLORS))
+
+
+def _asked_shape(family: str, color: str, answer: str) -> Question:
+    return _question(family, f"What shape is {color}?", answer, SHAPES)
+
+
+def _asked_place(family: str, pair: Pair, answer: str) -> Question:
+    return _question(family, f"Where is the {' '.join(filter(None, pair))}?", answer, PLACES)
+
+
+def _question(family: str, text: str, answer: str, kind: Sequence[str]) -> Question:
+    return Question(family, text, answer, tuple(other for other in (*kind, NOT_THERE) if other != answer))
+
+
+# ---- drawing ----
+
+
+def draw_picture(scene: Scene, rng: random.Random) -> "Image":
+    """Return the picture of a scene, (SIZE, SIZE) in RGB, with shades, sizes and places drawn by `rng`."""
+    from PIL import Image, ImageDraw
+
+    ground = rng.randint(5, 45)
+    picture = Image.new("RGB", (SIZE, SIZE), (ground,) * 3)
+    draw = ImageDraw.Draw(picture)
+    for thing in scene.things:
+        light = rng.uniform(0.8, 1.08)
+        shade = tuple(min(255, max(0, int(part * light) + rng.randint(-12, 12))) for part in COLORS[thing.color])
+        x, y = (CELL // 2 + CELL * part + rng.randint(-1, 1) for part in (thing.corner % 2, thing.corner // 2))
+        _draw_shape(draw, thing.shape, x, y, rng.choice((3, 4, 4)), shade)
+    if scene.word is not None:
+        gray = 130 + rng.randint(-20, 30)
+        corner = (CELL * (scene.word_corner % 2), CELL * (scene.word_corner // 2))
+        draw.text(corner, scene.word, font=_font(), fill=(gray,) * 3)
+    return picture
+
+
+@cache
+def _font() -> "ImageFont":
+    """Return Pillow's font of pixels, 6 by 11, which needs no library that draws outlines."""
+    from PIL import ImageFont
+
+    return ImageFont.load_default_imagefont()
+
+
+def _draw_shape(draw: "ImageDraw", shape: str, x: int, y: int, r: int, shade: tuple[int, ...]) -> None:
+    """Draw a shape about (x, y), r pixels to each side."""
+    whole = (x - r, y - r, x + r, y + r)
+    if shape == "circle":
+        draw.ellipse(whole, fill=shade)
+    elif shape == "square":
+        draw.rectangle(whole, fill=shade)
+    elif shape == "frame":
+        draw.rectangle(whole, outline=shade, width=1)
+    elif shape == "triangle":
+        draw.polygon([(x - r, y + r), (x + r, y + r), (x, y - r)], fill=shade)
+    elif shape == "diamond":
+        draw.polygon([(x - r, y), (x, y - r), (x + r, y), (x, y + r)], fill=shade)
+    if shape in ("bar", "cross"):
+        draw.rectangle((x - r, y - 1, x + r, y + 1), fill=shade)
+    if shape in ("post", "cross"):
+        draw.rectangle((x - 1, y - r, x + 1, y + r), fill=shade)
+
+
+# ---- many of them ----
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture, what it shows, and questions about it."""
+
+    scene: Scene
+    picture: "Image"
+    questions: tuple[Question, ...]
+
+
+def draw_example(
+    seed: int, number: int, held_out: bool = False, num_questions: int = 1, part: str = "train"
+) -> Example:
+    """Return one picture with questions: a function of these alone, whichever were drawn before.
+
+    Args:
+        seed: the same seed, the same bits.
+        number: of the picture.
+        held_out: whether the first thing is a held-out pair and the questions are about it.
+        num_questions: questions about the picture.
+        part: names another stream of the same seed, such as that of evaluation.
+    """
+    rng = random.Random(f"pictures {part} {held_out} {seed} {number}")
+    scene = draw_scene(rng, held_out)
+    picture = draw_picture(scene, rng)
+    return Example(scene, picture, tuple(draw_question(scene, rng, held_out) for _ in range(num_questions)))
+
+
+def draw_examples(
+    seed: int, count: int, held_out: bool = False, num_questions: int = 1, part: str = "train"
+) -> Iterator[Example]:
+    """Yield the first pictures of a stream: see `draw_example`."""
+    return (draw_example(seed, number, held_out, num_questions, part) for number in range(count))

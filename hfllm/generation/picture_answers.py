@@ -1,0 +1,98 @@
+"""Answers of a vision-language model to questions about pictures."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from hfllm.data.images import read_image
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import PreTrainedModel, ProcessorMixin
+
+
+def picture_batch(
+    processor: "ProcessorMixin", prompts: Sequence[list[dict[str, Any]]], images: Sequence[Sequence["Image"]]
+) -> Mapping[str, Any]:
+    """Return what a model takes of conversations with pictures, padded on the left.
+
+    Args:
+        prompts: messages with parts; `{"type": "image"}` stands for the next of its pictures.
+        images: of each prompt, in their order.
+    """
+    filled = [_filled(prompt, pictures) for prompt, pictures in zip(prompts, images, strict=True)]
+    with padding_on_the_left(processor.tokenizer):
+        return processor.apply_chat_template(
+            filled,
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            processor_kwargs={"padding": True, "return_tensors": "pt"},
+        )
+
+
+def _filled(prompt: Sequence[Mapping[str, Any]], pictures: Sequence["Image"]) -> list[dict[str, Any]]:
+    left = iter(pictures)
+    return [
+        {
+            **message,
+            "content": [
+                {**part, "image": next(left)} if part["type"] == "image" else part for part in message["content"]
+            ],
+        }
+        for message in prompt
+    ]
+
+
+@contextmanager
+def padding_on_the_left(tokenizer: Any) -> Iterator[None]:
+    """Context manager in which a tokenizer pads on the left, as generation needs."""
+    side = tokenizer.padding_side
+    tokenizer.padding_side = "left"
+    try:
+        yield
+    finally:
+        tokenizer.padding_side = side
+
+
+def answer_pictures(
+    model: "PreTrainedModel",
+    processor: "ProcessorMixin",
+    prompts: Sequence[list[dict[str, Any]]],
+    images: Sequence[Sequence[Any]],
+    max_new_tokens: int = 16,
+    batch_size: int = 128,
+    do_sample: bool = False,
+    seed: int = 0,
+) -> list[str]:
+    """Return a model's answer to each prompt, by default the greedy one, without special tokens.
+
+    Args:
+        model: a vision-language model; its mode is left as it was.
+        processor: its processor.
+        prompts: messages with parts.
+        images: pictures of each prompt, or what `hfllm.data.images.read_image` reads.
+        max_new_tokens: of an answer at most.
+        do_sample: sample at temperature 1 in place of it.
+        seed: of the sampling; the caller's random state is not changed.
+    """
+    import torch
+
+    answers: list[str] = []
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[], enabled=do_sample):
+            if do_sample:
+                torch.manual_seed(seed)
+            for first in range(0, len(prompts), batch_size):
+                rows = slice(first, first + batch_size)
+                pictures = [[read_image(each, "a prompt", min_side=1) for each in row] for row in images[rows]]
+                batch = picture_batch(processor, prompts[rows], pictures).to(model.device)
+                sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}
+                said = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=do_sample, **sampling)
+                ids = said[:, batch["input_ids"].shape[1] :]
+                answers += processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    finally:
+        model.train(was_training)
+    return [answer.strip() for answer in answers]

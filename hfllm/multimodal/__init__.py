@@ -1,0 +1,1 @@
+"""Models that see and hear: composing them of a text model and a tower, and the processors that feed them."""

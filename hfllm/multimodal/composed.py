@@ -1,0 +1,328 @@
+"""Give a text model eyes or ears: a vision or an audio tower and a projector in front of its decoder.
+
+The classes are transformers' own, with the text model inside. A model of ours gets `HfllmForConditionalGeneration`,
+which is Llava's with our losses; the other layouts compute logits and losses by themselves, so a text model whose head
+they would leave out is refused there.
+"""
+
+import warnings
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+from hfllm.errors import InputError
+from hfllm.models.configuration_hfllm import HfllmConfig
+from hfllm.models.configuration_hfllm_vision import HfllmVisionConfig, configured_size, vectors_before_patches
+from hfllm.models.stored import refuse_quantized
+from hfllm.models.vision_conversion import refuse_other_table
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# What only our own composed class computes: fields of the head with the values that change nothing.
+OF_HEAD = {"logit_scale": 1, "final_logit_softcapping": None, "lm_head_bias": False}
+# The same, in training alone.
+OF_TRAINING = {"router_aux_loss_coef": 0, "loss_chunk_size": None}
+
+
+def with_vision(
+    model: "PreTrainedModel",
+    vision: "PreTrainedConfig | PreTrainedModel",
+    *,
+    image_token_id: int,
+    vision_feature_layer: int | list[int] = -1,
+    vision_feature_select_strategy: str | None = None,
+    projector_hidden_act: str = "gelu",
+    config_class: "type[PreTrainedConfig] | None" = None,
+    **fields: object,
+) -> "PreTrainedModel":
+    """Return a model that sees: a vision tower, a new projector, and a copy of a causal language model.
+
+    Text alone it continues as the language model does, to the bit. If the token of pictures is new to the language
+    model, its embeddings are extended, and `generate` never writes that token.
+
+    Args:
+        model: an hfllm model, or a causal language model of transformers. It is not changed.
+        vision: a trained tower, whose weights are copied, or the config of a new one.
+        image_token_id: the token that stands in prompts for each vector of a picture: `processor.image_token_id`.
+        vision_feature_layer: the layer of the tower that is read, -1 the last; -2 is usual for CLIP.
+        vision_feature_select_strategy: `"full"` takes all of its vectors, `"default"` all but the first; `None` drops
+            the first where it stands for the whole picture, as in CLIP, ViT and DINOv2.
+        projector_hidden_act: activation between the projector's two layers.
+        config_class: another layout of transformers, such as `Idefics3Config`; `None` means Llava's. The three
+            arguments above are then not used.
+        fields: more fields of that config.
+
+    Returns:
+        An `HfllmForConditionalGeneration` for an hfllm model and Llava's layout, else transformers' class; in
+        evaluation mode, and in the precision of `model`.
+
+    Raises:
+        InputError: for a model that is no causal language model, is quantized or wrapped, or has a head that the
+            layout leaves out; and for fields that the config refuses.
+    """
+    text, tower = _checked_text(model), _checked_tower(vision)
+    is_ours = isinstance(text, HfllmConfig)
+    if config_class is None:
+        from transformers import LlavaConfig
+
+        config_class = HfllmVisionConfig if is_ours else LlavaConfig
+        strategy = vision_feature_select_strategy or ("default" if vectors_before_patches(tower) else "full")
+        fields = {
+            "vision_feature_layer": vision_feature_layer,
+            "vision_feature_select_strategy": strategy,
+            "projector_hidden_act": projector_hidden_act,
+            **fields,
+        }
+    return _composed(model, vision, "vision_config", config_class, "image_token", image_token_id, fields)
+
+
+def with_audio(
+    model: "PreTrainedModel",
+    audio: "PreTrainedConfig | PreTrainedModel",
+    *,
+    audio_token_id: int,
+    config_class: "type[PreTrainedConfig] | None" = None,
+    **fields: object,
+) -> "PreTrainedModel":
+    """Return a model that hears: an audio tower, a new projector, and a copy of a causal language model.
+
+    Args:
+        model: an hfllm model, or a causal language model of transformers. It is not changed.
+        audio: a trained tower, whose weights are copied, or the config of a new one.
+        audio_token_id: the token that stands in prompts for each vector of a sound.
+        config_class: the layout; `None` means `Qwen2AudioConfig`.
+        fields: more fields of that config.
+
+    Raises:
+        InputError: as `with_vision` does.
+    """
+    from transformers import Qwen2AudioConfig
+
+    _checked_text(model)
+    _checked_tower(audio)
+    layout = config_class or Qwen2AudioConfig
+    part = "encoder_config" if "encoder_config" in layout.sub_configs else "audio_config"
+    return _composed(model, audio, part, layout, "audio_token", audio_token_id, fields)
+
+
+def idle_media_parameters(model: "PreTrainedModel", **inputs: "Tensor") -> list[str]:
+    """Return the names of weights of tower and projector that nothing the decoder reads depends on: they cannot learn.
+
+    They are in towers for uses of their own, such as the pooling head of SigLIP, or come after the layer that is read.
+    Freeze them (`requires_grad_(False)`) before training in several processes, which wait for every gradient. Found
+    by one pass with gradients over a gray picture.
+
+    Args:
+        inputs: what `model.get_image_features` (or `get_audio_features`) reads; none for a model of pictures with a
+            tower of one size.
+    """
+    import torch
+
+    features, inputs = _features_of(model, inputs)
+    media = dict(_media_parameters(model))
+    before = {name: weight.requires_grad for name, weight in media.items()}
+    try:
+        for weight in media.values():
+            weight.requires_grad_(weight.is_floating_point())
+        with torch.enable_grad():
+            found = features(**inputs)
+            pooled = getattr(found, "pooler_output", found)
+            total = sum(each.float().sum() for each in ([pooled] if isinstance(pooled, torch.Tensor) else pooled))
+        names = [name for name, weight in media.items() if weight.requires_grad]
+        slopes = torch.autograd.grad(total, [media[name] for name in names], allow_unused=True)
+    finally:
+        for name, weight in media.items():
+            weight.requires_grad_(before[name])
+    return [name for name, slope in zip(names, slopes, strict=True) if slope is None]
+
+
+def _features_of(model: "PreTrainedModel", inputs: dict[str, "Tensor"]) -> tuple[Any, dict[str, "Tensor"]]:
+    import torch
+
+    if hasattr(model, "get_audio_features") and not hasattr(model, "get_image_features"):
+        return model.get_audio_features, inputs
+    if not hasattr(model, "get_image_features"):
+        raise InputError(f"a {type(model).__name__} sees and hears nothing")
+    if not inputs:
+        tower = model.config.vision_config
+        height, width = configured_size(tower) or (1, 1)
+        pixels = torch.zeros(1, getattr(tower, "num_channels", 3), height, width, device=model.device)
+        inputs = {"pixel_values": pixels.to(model.dtype)}
+    return model.get_image_features, inputs
+
+
+def _media_parameters(model: "PreTrainedModel") -> "list[tuple[str, nn.Parameter]]":
+    """Return names and weights of all but the text model."""
+    text = {id(weight) for weight in model.get_decoder().parameters()}
+    head = model.get_output_embeddings()
+    text |= set() if head is None else {id(weight) for weight in head.parameters()}
+    return [(name, weight) for name, weight in model.named_parameters() if id(weight) not in text]
+
+
+def _checked_text(model: "PreTrainedModel") -> "PreTrainedConfig":
+    """Return the config of a model that can be the decoder of another.
+
+    Raises:
+        InputError: saying what it is instead.
+    """
+    from transformers import PreTrainedModel
+
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"expected a causal language model, got a {name}; adapters must be merged into it first")
+    if not name.endswith(("ForCausalLM", "LMHeadModel")):
+        raise InputError(f"expected a causal language model (...ForCausalLM), got a {name}")
+    refuse_quantized(model.config, model.config.name_or_path or name)
+    return model.config
+
+
+def _checked_tower(tower: object) -> "PreTrainedConfig":
+    """Return the config of a tower.
+
+    Raises:
+        InputError: when it is neither a model nor a config.
+    """
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    config = tower.config if isinstance(tower, PreTrainedModel) else tower
+    if not isinstance(config, PreTrainedConfig):
+        raise InputError(f"expected a tower, a model of transformers or its config, got {str(tower)[:80]!r}")
+    return config
+
+
+def _composed(
+    model: "PreTrainedModel",
+    tower: "PreTrainedConfig | PreTrainedModel",
+    part: str,
+    config_class: "type[PreTrainedConfig]",
+    token: str,
+    token_id: int,
+    fields: dict[str, object],
+) -> "PreTrainedModel":
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+
+    text = deepcopy(model.config)
+    tower_config = deepcopy(getattr(tower, "config", tower))
+    text.vocab_size = max(text.vocab_size, token_id + 1)
+    known = config_class.attribute_map.get(f"{token}_id", f"{token}_id")
+    try:
+        config = config_class(**{part: tower_config, "text_config": text, known: token_id, **fields})
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split()).rpartition("ValueError: ")[2]
+        raise InputError(f"{config_class.__name__}: {reason}") from error
+    model_class = _class_of(config)
+    if not isinstance(config, HfllmVisionConfig):
+        _refuse_lost_head(model.config, model_class.__name__)
+        refuse_other_table(model.config, model_class.__name__)
+    with torch.device("meta"):
+        plan = model_class(config)
+    state = _text_state(model, plan, rows=text.vocab_size)
+    if isinstance(tower, torch.nn.Module):
+        state |= _with_prefix(tower.state_dict(), _place_of(type(tower), plan))
+    made = _loaded(model_class, config, state, model.dtype)
+    made.generation_config = deepcopy(model.generation_config)
+    # It stands for what a picture or a sound brings: written by the model, it would stand for nothing.
+    made.generation_config.suppress_tokens = [token_id]
+    return made
+
+
+def _class_of(config: "PreTrainedConfig") -> "type[PreTrainedModel]":
+    from transformers import AutoModelForMultimodalLM
+
+    if type(config) not in AutoModelForMultimodalLM._model_mapping:
+        raise InputError(f"{type(config).__name__} is no layout of a model that sees or hears and writes text")
+    return AutoModelForMultimodalLM._model_mapping[type(config)]
+
+
+def _refuse_lost_head(config: "PreTrainedConfig", layout: str) -> None:
+    """Refuse a head that a layout of transformers would leave out, and warn of losses that it does.
+
+    Raises:
+        InputError: naming the field.
+    """
+    if not isinstance(config, HfllmConfig):
+        return
+    for field, plain in OF_HEAD.items():
+        if (value := getattr(config, field)) != plain:
+            raise InputError(f"{layout} leaves out {field}={value}: its text model must have {field}={plain}")
+    for field, plain in OF_TRAINING.items():
+        if value := getattr(config, field):
+            warnings.warn(f"{layout} trains without {field}={value}, as if it were {plain}", stacklevel=4)
+
+
+def _text_state(model: "PreTrainedModel", plan: "PreTrainedModel", rows: int) -> "dict[str, Tensor]":
+    """Return the language model's tensors by their names in `plan`, with `rows` rows of embeddings and of the head."""
+    trunk, head = model.base_model, model.get_output_embeddings()
+    tables = {id(each.weight) for each in (model.get_input_embeddings(), head)}
+    if getattr(head, "bias", None) is not None:
+        tables.add(id(head.bias))
+    kept = model.state_dict(keep_vars=True)
+    state = {name: _extended(each, rows) if id(each) in tables else each.detach() for name, each in kept.items()}
+    whole = _place_of(type(model), plan, is_needed=False)
+    if whole is not None:
+        return _with_prefix(state, whole)
+    begin, place = f"{model.base_model_prefix}.", _place_of(type(trunk), plan)
+    of_trunk = {name.removeprefix(begin): each for name, each in state.items() if name.startswith(begin)}
+    named = {id(module): name for name, module in plan.named_modules()}
+    mine = next(name for name, module in model.named_modules() if module is head)
+    of_head = {name.removeprefix(f"{mine}."): each for name, each in state.items() if name.startswith(f"{mine}.")}
+    return _with_prefix(of_trunk, place) | _with_prefix(of_head, named[id(plan.get_output_embeddings())])
+
+
+def _extended(table: "Tensor", rows: int) -> "Tensor":
+    """Return a table with more rows, of which each new one is the mean of all."""
+    import torch
+
+    table = table.detach()
+    missing = rows - len(table)
+    if missing <= 0:
+        return table
+    mean = table.float().mean(0, keepdim=True).to(table.dtype)
+    return torch.cat((table, mean.expand(missing, *table.shape[1:])))
+
+
+def _place_of(module_class: "type[nn.Module]", plan: "PreTrainedModel", is_needed: bool = True) -> str | None:
+    """Return the name of the one module of a class in `plan`.
+
+    Raises:
+        InputError: when there is none and it is needed.
+    """
+    name = next((name for name, module in plan.named_modules() if type(module) is module_class), None)
+    if name is None and is_needed:
+        raise InputError(f"a {type(plan).__name__} has no place for a {module_class.__name__}")
+    return name
+
+
+def _with_prefix(state: "dict[str, Tensor]", prefix: str | None) -> "dict[str, Tensor]":
+    return {f"{prefix}.{name}": tensor for name, tensor in state.items()}
+
+
+def _loaded(
+    model_class: "type[PreTrainedModel]", config: "PreTrainedConfig", state: "dict[str, Tensor]", dtype: object
+) -> "PreTrainedModel":
+    """Return a model with copies of these tensors and new ones for the others."""
+    from transformers.utils import logging
+
+    level, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    # It would warn that the projector is new.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, report = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict={name: tensor.clone() for name, tensor in state.items()},
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    finally:
+        logging.set_verbosity(level)
+        if has_bar:
+            logging.enable_progress_bar()
+    lost = sorted({*report["unexpected_keys"], *(str(key[0]) for key in report["mismatched_keys"])})
+    if lost:
+        raise InputError(f"{model_class.__name__} has no place for {len(lost)} tensors: {', '.join(lost[:3])}")
+    return model.eval()

@@ -1,0 +1,47 @@
+"""A plot of pictures in a grid, each with a few lines below it."""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hfllm.outputs.report import new_figure, save_figure
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Letters of a caption that a line has room for, over all columns.
+LINE = 132
+
+
+@dataclass
+class PictureGrid:
+    """Pictures side by side: `captions` has the lines below each, `is_right` the color that they are written in."""
+
+    title: str
+    pictures: "Sequence[Image]"
+    captions: Sequence[str]
+    is_right: Sequence[bool]
+    columns: int = 6
+
+    def draw(self, path: Path) -> bool:
+        """Draw to a PNG; return False, and draw nothing, if there is no picture."""
+        if not self.pictures:
+            return False
+        rows = -(-len(self.pictures) // self.columns)
+        figure, axes = new_figure(0.5 + 1.75 * rows)
+        axes.axis("off")
+        axes.set_title(self.title)
+        for place, (picture, caption, is_right) in enumerate(
+            zip(self.pictures, self.captions, self.is_right, strict=True)
+        ):
+            row, column = divmod(place, self.columns)
+            inset = axes.inset_axes((column / self.columns, 1 - (row + 0.72) / rows, 0.9 / self.columns, 0.7 / rows))
+            inset.imshow(picture, interpolation="nearest")
+            inset.set_xticks([])
+            inset.set_yticks([])
+            lines = [textwrap.fill(line, LINE // self.columns) for line in caption.splitlines()]
+            inset.set_xlabel("\n".join(lines), fontsize=6, color="tab:green" if is_right else "tab:red")
+        save_figure(figure, path)
+        return True

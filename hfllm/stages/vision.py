@@ -1,0 +1,132 @@
+"""Learning to see: the recipe's flags, what it refuses, and the settings of each way to run it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hfllm.data.images import MAX_PIXELS
+from hfllm.data.loading import RowArguments
+from hfllm.data.picture_rows import picture_side
+from hfllm.data.sources import DIGITS, PICTURES, WORLD
+from hfllm.errors import InputError, refuse
+from hfllm.runs.recipes import settings_file
+
+if TYPE_CHECKING:
+    from trl import ModelConfig, SFTConfig
+
+LIBRARY = ("trl.SFTConfig", "trl.ModelConfig")
+# What is drawn here, for which a small model is made if none is named.
+DRAWN = (PICTURES, DIGITS)
+# Flags of a model that is made here.
+OF_NEW_MODELS = (
+    *("num_captions", "hidden_size", "num_hidden_layers", "num_vision_layers", "num_attention_heads", "patch_size"),
+)
+
+
+@dataclass(frozen=True)
+class VisionArguments(RowArguments):
+    """Which pictures and questions, the model that is made for them, and which of its parts learn."""
+
+    dataset_name: str = field(
+        default=PICTURES,
+        metadata={
+            "help": "'pictures' (the drawn world), 'digits' (scikit-learn's), or rows of your own with a column image "
+            "or images: a local file or folder, or a dataset id on the Hub."
+        },
+    )
+    num_captions: int = field(default=25600, metadata={"help": "Pictures with captions, which are learned first."})
+    takes_any_column: ClassVar[bool] = True
+
+    num_examples: int = field(default=108800, metadata={"help": "Pictures with questions to train on."})
+    questions_per_picture: int = field(default=4, metadata={"help": "Questions about each, as turns of one row."})
+    num_eval_examples: int = field(default=1000, metadata={"help": "Questions of each part of the evaluation."})
+    max_eval_samples: int = field(default=256, metadata={"help": "Held-out rows of your own at most."})
+    num_rl_prompts: int = field(
+        default=0, metadata={"help": "Drawn pictures for PPO on the gold reward, each once; 0 leaves PPO out."}
+    )
+    rl_learning_rate: float = field(default=3e-4, metadata={"help": "The highest learning rate of PPO."})
+    kl_coef: float = field(default=0.02, metadata={"help": "Weight of the KL penalty of PPO."})
+    freeze_vision: bool = field(
+        default=False, metadata={"help": "Leave the tower of your model as it is; the projector learns."}
+    )
+    freeze_text: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave the decoder of your model as it is; with --freeze_vision the projector learns alone."
+        },
+    )
+    bad_images: str = field(
+        default="refuse",
+        metadata={
+            "help": "What happens to rows with a picture that cannot be read: refuse (name the first and stop) or "
+            "drop (and count).",
+            "choices": ["refuse", "drop"],
+        },
+    )
+    max_pixels: int = field(default=MAX_PIXELS, metadata={"help": "Width times height of a picture at most."})
+    max_new_tokens: int = field(default=16, metadata={"help": "Tokens of an answer at most, in the evaluation."})
+    hidden_size: int = field(default=64, metadata={"help": "Width of the decoder and of the tower that are made."})
+    num_hidden_layers: int = field(default=3, metadata={"help": "Layers of the decoder."})
+    num_vision_layers: int = field(default=2, metadata={"help": "Layers of the tower."})
+    num_attention_heads: int = field(default=4, metadata={"help": "Heads of both."})
+    patch_size: int = field(default=4, metadata={"help": "Side of a patch, in pixels."})
+
+
+def default_settings(given: Mapping[str, Any]) -> list[Path]:
+    """Return the settings of the model that is made for the named pictures, or those of your own model."""
+    if given.get("model_name_or_path"):
+        return [settings_file("vision/model.yaml")]
+    digits = [settings_file("vision/digits.yaml")] if given.get("dataset_name") == DIGITS else []
+    return [settings_file("vision/pictures.yaml"), *digits]
+
+
+def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> None:
+    """Refuse flags that contradict each other or would fail later.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    is_named, name = bool(model_args.model_name_or_path), script_args.dataset_name
+    if name == WORLD:
+        raise InputError("--dataset_name world: that one is of texts; pictures is the world to be seen")
+    if not is_named and name not in DRAWN:
+        raise InputError(
+            f"--dataset_name {name}: rows of your own take a vision-language model of your own "
+            f"(--model_name_or_path), or pictures that are drawn here: {', '.join(DRAWN)}"
+        )
+    for flag in ("freeze_vision", "freeze_text"):
+        refuse(not is_named and getattr(script_args, flag), f"--{flag}", "the model is made here, and knows nothing")
+    for flag in OF_NEW_MODELS:
+        is_given = getattr(script_args, flag) != getattr(VisionArguments, flag)
+        refuse(is_named and is_given, f"--{flag}", "it is for the model that is made here, and one is named")
+    refuse(not is_named and model_args.use_peft, "--use_peft", "the model is made here: all of its weights learn")
+    refuse(training_args.packing, "--packing", "rows with pictures are not packed")
+    refuse(training_args.padding_free, "--padding_free", "rows with pictures are padded")
+    refuse(
+        name not in DRAWN and script_args.num_rl_prompts > 0, "--num_rl_prompts", "the gold is that of drawn pictures"
+    )
+    for flag, least in (
+        ("num_captions", 0),
+        ("num_rl_prompts", 0),
+        ("num_examples", 1),
+        ("num_eval_examples", 2),
+        ("max_eval_samples", 1),
+    ):
+        if getattr(script_args, flag) < least:
+            raise InputError(f"--{flag} {getattr(script_args, flag)}: expected at least {least}")
+    most = 2 if name == DIGITS else 16
+    if not 1 <= script_args.questions_per_picture <= most:
+        raise InputError(f"--questions_per_picture {script_args.questions_per_picture}: expected 1 to {most}")
+    if script_args.hidden_size % (2 * script_args.num_attention_heads):
+        raise InputError(
+            f"--hidden_size {script_args.hidden_size}: expected a multiple of twice --num_attention_heads "
+            f"{script_args.num_attention_heads}"
+        )
+    _check_patches(script_args)
+
+
+def _check_patches(script_args: VisionArguments) -> None:
+    side = picture_side(script_args.dataset_name)
+    if side is not None and (script_args.patch_size < 1 or side % script_args.patch_size):
+        raise InputError(f"--patch_size {script_args.patch_size}: expected a divisor of the pictures' side, {side}")

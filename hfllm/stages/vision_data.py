@@ -1,0 +1,210 @@
+"""Rows with pictures: the drawn ones, and the user's, to train on and held out."""
+
+import io
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfllm.data.images import text_of
+from hfllm.data.picture_rows import (
+    CAPTIONS,
+    QUESTIONS,
+    DrawnWorld,
+    PictureRow,
+    TwoDigits,
+)
+from hfllm.data.sources import DIGITS, PICTURES
+from hfllm.errors import InputError
+from hfllm.stages.vision import VisionArguments
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL.Image import Image
+
+SEEN, HELD_OUT, SHUFFLED = "seen", "held_out", "shuffled"
+# The evaluation's pictures are the same whatever the seed of training.
+EVAL_SEED = 777
+# For each question of the evaluation so many others, by which the best guess without a picture is found.
+PRIOR = 20
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question with its answer, as the evaluation asks it.
+
+    Args:
+        prompt: messages with parts.
+        images: the pictures, or what `read_image` reads.
+        answer: the right one.
+        family: of the question.
+        gold: columns of the gold reward, if there is one.
+    """
+
+    prompt: list[dict[str, Any]]
+    images: Sequence[Any]
+    answer: str
+    family: str = ""
+    gold: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def question(self) -> str:
+        """The text of the last turn."""
+        return text_of(self.prompt[-1])
+
+
+def caption_rows(script_args: VisionArguments, seed: int) -> DrawnWorld | None:
+    """Return the captions that are learned first, `None` where there are none."""
+    if script_args.dataset_name != PICTURES or not script_args.num_captions:
+        return None
+    return DrawnWorld(seed, script_args.num_captions, CAPTIONS)
+
+
+def question_rows(script_args: VisionArguments, seed: int) -> DrawnWorld | TwoDigits:
+    """Return the drawn rows of questions to train on."""
+    count, turns = script_args.num_examples, script_args.questions_per_picture
+    if script_args.dataset_name == DIGITS:
+        return TwoDigits(seed, count, num_questions=turns)
+    return DrawnWorld(seed, count, QUESTIONS, turns)
+
+
+def eval_parts(script_args: VisionArguments) -> dict[str, list[Asked]]:
+    """Return the drawn questions of each part of the evaluation, and those of the first with other pictures."""
+    count = script_args.num_eval_examples
+    if script_args.dataset_name == DIGITS:
+        rows: dict[str, Sequence[PictureRow]] = {HELD_OUT: TwoDigits(EVAL_SEED, count, is_held_out=True)}
+    else:
+        rows = {
+            SEEN: DrawnWorld(EVAL_SEED, count, part="evaluation"),
+            HELD_OUT: DrawnWorld(EVAL_SEED, count, held_out=True, part="evaluation"),
+        }
+    parts = {name: [asked(row) for row in each] for name, each in rows.items()}
+    return {**parts, SHUFFLED: shuffled_questions(next(iter(parts.values())))}
+
+
+def parts_of(held_out: list["Asked"]) -> dict[str, list["Asked"]]:
+    """Return the parts of the evaluation of the user's held-out rows: themselves, and with pictures of others."""
+    return {HELD_OUT: held_out, SHUFFLED: shuffled_questions(held_out)}
+
+
+def prior_of(script_args: VisionArguments) -> list["Asked"]:
+    """Return more drawn questions, by which the best answer without a picture is found; none for the user's rows."""
+    count = PRIOR * script_args.num_eval_examples
+    if script_args.dataset_name == DIGITS:
+        return [asked(row) for row in TwoDigits(EVAL_SEED + 1, count)]
+    drawn = script_args.dataset_name == PICTURES
+    return [asked(row) for row in DrawnWorld(EVAL_SEED + 1, count, part="evaluation")] if drawn else []
+
+
+def asked(row: PictureRow) -> Asked:
+    """Return a drawn row's question."""
+    return Asked(row.prompt(), [row.picture], row.turns[0][1], row.family, row.gold)
+
+
+class JoinedRows(Sequence[PictureRow]):
+    """Rows of several sequences, one after the other."""
+
+    def __init__(self, *parts: Sequence[PictureRow]):
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, number: int) -> PictureRow:
+        for part in self.parts:
+            if number < len(part):
+                return part[number]
+            number -= len(part)
+        raise IndexError(number)
+
+
+# ---- the user's rows, and drawn ones for the user's model ----
+
+Rows = list[dict[str, Any]]
+
+
+def own_rows(script_args: VisionArguments, seed: int) -> tuple[Rows, list[Asked]]:
+    """Return rows with `prompt`, `completion` and `images` to train on, and the held-out ones as questions.
+
+    Raises:
+        InputError: when a row cannot be read, or with `--bad_images refuse` a picture.
+    """
+    from hfllm.data.formats import to_sft
+    from hfllm.data.images import BadImage, Row, flaw_of_pictures, to_pictures
+    from hfllm.stages.user_rows import user_rows
+
+    convert = to_pictures(to_sft, folder_of(script_args.dataset_name), script_args.max_pixels)
+
+    def mapper(origin: str, row: Row) -> Row:
+        try:
+            return convert(origin, row)
+        except BadImage as error:
+            if script_args.bad_images == "drop":
+                raise
+            raise InputError(f"{error}; --bad_images drop leaves such rows out") from None
+
+    train, held_out = user_rows(script_args, mapper, seed, most=script_args.max_eval_samples, flaw_of=flaw_of_pictures)
+    return train, [_asked(row) for row in held_out]
+
+
+def drawn_rows(script_args: VisionArguments, seed: int) -> Rows:
+    """Return drawn rows as `own_rows` does, for a model of the user's."""
+    rows = question_rows(script_args, seed)
+    return [
+        {"prompt": row.messages()[:1], "completion": row.messages()[1:], "images": [png_of(row.picture)]}
+        for row in rows
+    ]
+
+
+def folder_of(name: str) -> Path | None:
+    """Return what paths in a dataset are relative to: its folder, or that of its file."""
+    path = Path(name)
+    return path if path.is_dir() else path.parent if path.is_file() else None
+
+
+def _asked(row: Mapping[str, Any]) -> Asked:
+    return Asked(row["prompt"], row["images"], text_of(row["completion"][0]).strip(), "all")
+
+
+def png_of(picture: "Image") -> bytes:
+    """Return a picture as the bytes of a PNG file, which change no pixel."""
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def shuffled_questions(questions: Sequence[Asked], seed: int = 0) -> list[Asked]:
+    """Return questions, each with the pictures of another that has as many."""
+    groups: dict[int, list[int]] = {}
+    for place, question in enumerate(questions):
+        groups.setdefault(len(question.images), []).append(place)
+    other: dict[int, int] = {}
+    for places in groups.values():
+        random.Random(seed).shuffle(places)
+        other |= dict(zip(places, [*places[1:], places[0]], strict=True))
+    return [replace(each, images=questions[other[place]].images) for place, each in enumerate(questions)]
+
+
+def as_dataset(rows: Rows, max_pixels: int) -> "Dataset":
+    """Return rows as a dataset that decodes their pictures, in RGB, when a batch needs them."""
+    from datasets import Dataset
+
+    from hfllm.data.images import read_image
+
+    def stored(value: Any) -> dict[str, Any]:
+        if isinstance(value, Mapping):
+            return {"bytes": value.get("bytes"), "path": value.get("path")}
+        if isinstance(value, (str, Path)):
+            return {"bytes": None, "path": str(value)}
+        return {"bytes": value if isinstance(value, bytes) else png_of(value), "path": None}
+
+    def decode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        opened = [[read_image(each, "a row", max_pixels=max_pixels) for each in row] for row in batch["images"]]
+        return {**batch, "images": opened}
+
+    kept = [
+        {**{side: row[side] for side in ("prompt", "completion")}, "images": [stored(each) for each in row["images"]]}
+        for row in rows
+    ]
+    return Dataset.from_list(kept).with_transform(decode)

@@ -1,0 +1,184 @@
+"""The models of the recipe that learns to see: a small one that is made for the drawn pictures, or the user's."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hfllm.data.picture_rows import DrawnWorld, TwoDigits, picture_side
+from hfllm.errors import InputError
+from hfllm.stages.vision import VisionArguments
+from hfllm.stages.vision_data import JoinedRows, Rows, as_dataset, caption_rows, question_rows
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, Trainer
+    from trl import ModelConfig, SFTConfig
+
+# The bytes, the marks of the chat template, and the words of the drawn world and more.
+VOCAB_SIZE = 640
+# Longer than any conversation about a drawn picture.
+CONTEXT = 512
+
+
+def new_model(
+    script_args: VisionArguments, rows: DrawnWorld | TwoDigits, texts: Sequence[str], seed: int
+) -> "tuple[PreTrainedModel, ProcessorMixin]":
+    """Return a small model that sees, with nothing learned, and its processor.
+
+    Args:
+        script_args: its sizes.
+        rows: whose pictures it is for.
+        texts: what its tokenizer learns words from.
+        seed: of the weights.
+    """
+    from transformers import SiglipVisionConfig, set_seed
+
+    from hfllm.data.tokenizer import train_tokenizer
+    from hfllm.models.configuration_hfllm import HfllmConfig
+    from hfllm.models.modeling_hfllm import HfllmForCausalLM
+    from hfllm.multimodal.composed import with_vision
+    from hfllm.multimodal.processors import IMAGE_TOKEN, vision_processor
+
+    width, side = script_args.hidden_size, picture_side(script_args.dataset_name)
+    tokenizer = train_tokenizer(
+        texts, vocab_size=VOCAB_SIZE, model_max_length=CONTEXT, extra_special_tokens=[IMAGE_TOKEN]
+    )
+    tower = SiglipVisionConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=script_args.num_vision_layers,
+        num_attention_heads=script_args.num_attention_heads,
+        image_size=side,
+        patch_size=script_args.patch_size,
+        # Its weights would wait for gradients that never come.
+        vision_use_head=False,
+    )
+    text = HfllmConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        num_hidden_layers=script_args.num_hidden_layers,
+        num_attention_heads=script_args.num_attention_heads,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        initializer_range=width**-0.5,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    processor = vision_processor(tokenizer, tower)
+    set_seed(seed)
+    model = with_vision(HfllmForCausalLM(text), tower, image_token_id=processor.image_token_id)
+    return model, processor
+
+
+def load_model(model_args: "ModelConfig") -> "tuple[PreTrainedModel, ProcessorMixin]":
+    """Return the user's vision-language model and its processor.
+
+    Raises:
+        InputError: when either cannot be loaded, or the model reads text alone.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    from hfllm.models.loading import reason_of, saved_processor
+    from hfllm.models.weights import load_weights_of
+    from hfllm.runs.models import load_config, load_kwargs
+
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    refuse_text_model(name, load_config(name, revision))
+    try:
+        model, _ = load_weights_of(AutoModelForImageTextToText, name, **load_kwargs(model_args))
+        processor = saved_processor(name, revision=revision)
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"model {name!r} could not be loaded: {reason_of(error)}") from error
+    if not hasattr(processor, "image_processor"):
+        raise InputError(f"model {name!r} has no processor of pictures: save one with it, see hfllm.vision_processor")
+    return model, processor
+
+
+def refuse_text_model(name: str, config: "PreTrainedConfig") -> None:
+    """Refuse a model that reads text alone.
+
+    Raises:
+        InputError: naming it.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    if type(config) not in AutoModelForImageTextToText._model_mapping:
+        raise InputError(
+            f"--model_name_or_path {name}: a {config.model_type} model reads text alone; name a vision-language "
+            "model, or give it eyes by hfllm.with_vision"
+        )
+
+
+def freeze(model: "PreTrainedModel", vision: bool, text: bool) -> None:
+    """Keep the tower, or the decoder with its head, from learning; what is between them always learns.
+
+    Raises:
+        InputError: when the model's layout names no tower.
+    """
+    if text:
+        head = model.get_output_embeddings()
+        for part in (model.get_decoder(), *([] if head is None else [head])):
+            part.requires_grad_(False)
+    if vision:
+        tower_of(model).requires_grad_(False)
+
+
+def tower_of(model: "PreTrainedModel") -> "nn.Module":
+    """Return the vision tower of a composed model.
+
+    Raises:
+        InputError: when the layout has none by a name that is known.
+    """
+    base = model.base_model
+    for name in ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower"):
+        if (found := getattr(base, name, None)) is not None:
+            return found
+    raise InputError(f"--freeze_vision: no vision tower is known in a {type(model).__name__}")
+
+
+def new_trainer(
+    script_args: VisionArguments, training_args: "SFTConfig", seed: int
+) -> "tuple[Trainer, ProcessorMixin]":
+    """Return the trainer of a model that is made here: captions first, then questions."""
+    from hfllm.runs.arguments import changed
+    from hfllm.trainers.pictures import PictureTrainer, TurnTokens
+
+    questions, captions = question_rows(script_args, seed), caption_rows(script_args, seed)
+    texts = [text for rows in (captions, questions) if rows is not None for text in rows.texts()]
+    model, processor = new_model(script_args, questions, texts, seed)
+    pieces = (picture_side(script_args.dataset_name) // script_args.patch_size) ** 2
+    rows = questions if captions is None else JoinedRows(captions, questions)
+    args = changed(training_args, remove_unused_columns=False)
+    tokens = TurnTokens(processor, processor.image_token_id, pieces)
+    return PictureTrainer(rows, tokens, processor, model=model, args=args), processor
+
+
+def own_trainer(
+    script_args: VisionArguments, training_args: "SFTConfig", model_args: "ModelConfig", rows: Rows
+) -> "tuple[Trainer, ProcessorMixin]":
+    """Return TRL's trainer of the user's model on rows with pictures."""
+    from hfllm.runs.models import peft_config
+    from hfllm.trainers.trl_trainers import SFTTrainer
+
+    model, processor = load_model(model_args)
+    freeze(model, script_args.freeze_vision, script_args.freeze_text)
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    kwargs: dict[str, Any] = {"processing_class": processor, "peft_config": peft_config(model_args)}
+    dataset = as_dataset(rows, script_args.max_pixels)
+    return SFTTrainer(model=model, args=training_args, train_dataset=dataset, **kwargs), processor
+
+
+def next_lines(folder: str, is_adapter: bool) -> list[str]:
+    """Return the lines of Python that load the result and ask it about a picture."""
+    if is_adapter:
+        return ["import hfllm", "from peft import PeftModel", f"model = PeftModel.from_pretrained(base, {folder!r})"]
+    return [
+        "import hfllm",
+        "from transformers import pipeline",
+        f"look = pipeline('image-text-to-text', {folder!r})",
+        "question = [{'type': 'image', 'url': 'picture.png'}, {'type': 'text', 'text': 'What color is the square?'}]",
+        "print(look(text=[{'role': 'user', 'content': question}], max_new_tokens=8, return_full_text=False))",
+    ]

@@ -1,0 +1,88 @@
+"""PPO on pictures: sampled answers about drawn pictures, rewarded by their gold."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hfllm.data.picture_rows import QUESTIONS, DrawnWorld, TwoDigits
+from hfllm.data.sources import DIGITS
+from hfllm.outputs.figures import change_of
+from hfllm.stages.vision import VisionArguments
+from hfllm.stages.vision_data import Asked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+    from trl import SFTConfig
+
+    from hfllm.trainers.ppo.trainer import PPOTrainer
+
+# The folder of the model after PPO, below that of the model before.
+FOLDER = "rl"
+# The longest answer, in tokens: NOT_THERE takes five.
+RESPONSE_LENGTH = 8
+MINI_BATCHES, EPOCHS = 4, 2
+# What a trainer takes over of the flags of fine-tuning: where it runs and what it prints.
+SHARED = (
+    *("seed", "use_cpu", "bf16", "report_to", "disable_tqdm", "dataloader_pin_memory", "logging_steps"),
+    *("per_device_train_batch_size",),
+)
+
+
+def prompt_rows(script_args: VisionArguments, seed: int) -> list[dict[str, object]]:
+    """Return prompts with a picture each and the columns of the gold reward; fine-tuning has seen none of them."""
+    count, part = script_args.num_rl_prompts, "prompts"
+    rows = (
+        TwoDigits(seed + 1, count)
+        if script_args.dataset_name == DIGITS
+        else DrawnWorld(seed, count, QUESTIONS, part=part)
+    )
+    return [{"prompt": row.prompt(), "images": [row.picture], **row.gold} for row in rows]
+
+
+def policy_trainer(
+    script_args: VisionArguments, training_args: "SFTConfig", processor: "ProcessorMixin"
+) -> "PPOTrainer":
+    """Return the trainer of a policy that looks at drawn pictures, each prompt once, against the gold reward.
+
+    It starts from the model that fine-tuning has saved: a model that TRL has trained cannot be copied as a reference.
+    """
+    from hfllm.rewards.functions import gold_reward
+    from hfllm.trainers.ppo.config import PPOConfig
+    from hfllm.trainers.ppo.trainer import PPOTrainer
+
+    shared = {name: getattr(training_args, name) for name in SHARED}
+    args = PPOConfig(
+        output_dir=str(Path(training_args.output_dir, FOLDER)),
+        total_episodes=script_args.num_rl_prompts,
+        num_mini_batches=MINI_BATCHES,
+        num_ppo_epochs=EPOCHS,
+        response_length=RESPONSE_LENGTH,
+        learning_rate=script_args.rl_learning_rate,
+        lr_scheduler_type="linear",
+        kl_coef=script_args.kl_coef,
+        save_strategy="no",
+        **shared,
+    )
+    rows = prompt_rows(script_args, training_args.seed)
+    policy = training_args.output_dir
+    return PPOTrainer(
+        model=policy, reward_funcs=gold_reward, args=args, train_dataset=rows, processing_class=processor
+    )
+
+
+def sampled_gold(
+    script_args: VisionArguments, model: "PreTrainedModel", processor: "ProcessorMixin", questions: Sequence[Asked]
+) -> list[float]:
+    """Return the gold reward of one sampled answer to each question."""
+    from hfllm.generation.picture_answers import answer_pictures
+    from hfllm.rewards.functions import gold_reward
+
+    prompts, images = [each.prompt for each in questions], [each.images for each in questions]
+    said = answer_pictures(model, processor, prompts, images, script_args.max_new_tokens, do_sample=True)
+    columns = {name: [question.gold[name] for question in questions] for name in questions[0].gold}
+    return gold_reward(prompts, said, **columns)
+
+
+def gain(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
+    """Return the metrics of the gold reward of sampled answers, before PPO and after."""
+    return change_of("sampled_gold", before, after)

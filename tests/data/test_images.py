@@ -1,0 +1,189 @@
+"""Pictures of all kinds become RGB, bad ones are named in a line, and each stands at its place in the conversation."""
+
+import base64
+import io
+import json
+
+import numpy
+import pytest
+from PIL import Image
+
+from hfllm.data.formats import to_sft
+from hfllm.data.images import (
+    BadImage,
+    has_images,
+    place_images,
+    read_image,
+    refuse_images,
+    take_images,
+    to_pictures,
+    to_rgb,
+)
+from hfllm.errors import InputError
+
+ORIGIN = "rows.jsonl, line 3"
+
+
+def picture(mode="RGB", size=(8, 6), color=(200, 100, 50)):
+    return Image.new("RGB", size, color).convert(mode)
+
+
+def as_bytes(image, kind="PNG", **kwargs):
+    stream = io.BytesIO()
+    image.save(stream, kind, **kwargs)
+    return stream.getvalue()
+
+
+def test_all_that_names_a_picture_reads_the_same(tmp_path):
+    image = picture()
+    data = as_bytes(image)
+    (tmp_path / "a.png").write_bytes(data)
+    address = "data:image/png;base64," + base64.b64encode(data).decode()
+    ways = ["a.png", str(tmp_path / "a.png"), data, image, {"bytes": data, "path": None}]
+    ways += [{"bytes": None, "path": "a.png"}, address]
+    for value in ways:
+        read = read_image(value, ORIGIN, tmp_path)
+        assert read.mode == "RGB" and read.tobytes() == image.tobytes(), value
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "P", "L", "1", "LA", "RGBA", "I;16", "F"])
+def test_modes_become_rgb(mode):
+    gray = Image.new("RGB", (8, 6), (128, 128, 128)).convert("L")
+    if mode == "I;16":
+        image = Image.fromarray(numpy.full((6, 8), 128 * 257, numpy.uint16))
+    else:
+        image = gray.convert("RGB").convert(mode) if mode in ("CMYK", "RGBA") else gray.convert(mode)
+    read = to_rgb(image)
+    assert read.mode == "RGB" and read.size == (8, 6)
+    values = numpy.asarray(read).astype(int)
+    # Black and white alone are dithered.
+    assert abs(values.mean() - 128) < (30 if mode == "1" else 2), mode
+
+
+def test_what_is_transparent_lies_on_white():
+    image = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
+    image.putpixel((1, 1), (200, 0, 0, 255))
+    read = to_rgb(image)
+    assert read.getpixel((0, 0)) == (255, 255, 255) and read.getpixel((1, 1)) == (200, 0, 0)
+    # A palette with a transparent entry, as in a GIF.
+    flat = Image.new("P", (4, 4), 0)
+    flat.putpalette([10, 20, 30])
+    read = read_image(as_bytes(flat, "GIF", transparency=0), ORIGIN)
+    assert read.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_the_camera_is_held_upright():
+    image = picture()
+    exif = image.getexif()
+    exif[0x0112] = 6
+    assert read_image(as_bytes(image, "JPEG", exif=exif), ORIGIN).size == (6, 8)
+
+
+def test_of_an_animation_the_first_frame_is_read():
+    frames = [picture(color=(255, 0, 0)), picture(color=(0, 0, 255))]
+    data = as_bytes(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert read_image(data, ORIGIN).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_bad_pictures_are_named_in_a_line(tmp_path):
+    cut = as_bytes(Image.effect_noise((64, 64), 50))[:900]
+    (tmp_path / "cut.png").write_bytes(cut)
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "one.png").write_bytes(as_bytes(picture(size=(1, 1))))
+    (tmp_path / "large.png").write_bytes(as_bytes(Image.new("L", (8000, 6250))))
+    (tmp_path / "bomb.png").write_bytes(as_bytes(Image.new("1", (15000, 15000))))
+    found = {
+        "cut.png": "cannot be read",
+        "text.png": "no picture in a format",
+        "empty.jpg": "no picture in a format",
+        "one.png": "1 x 1 pixels; each side must have at least 2",
+        "large.png": "8000 x 6250 pixels; at most 40,000,000",
+        "bomb.png": "more pixels than 40,000,000",
+        "none.png": "no such file",
+        "https://x.org/a.png": "nothing is downloaded",
+        "data:image/png;base64,?": "not base64",
+    }
+    for value, words in found.items():
+        with pytest.raises(BadImage) as error:
+            read_image(value, ORIGIN, tmp_path)
+        line = str(error.value)
+        assert words in line and line.startswith(ORIGIN) and "\n" not in line, line
+        assert error.value.kind == "with a picture that cannot be read"
+        assert value[:5] in line
+    with pytest.raises(BadImage, match="got '3'"):
+        read_image(3, ORIGIN)
+    assert read_image("one.png", ORIGIN, tmp_path, min_side=1).size == (1, 1)
+    assert read_image("large.png", ORIGIN, tmp_path, max_pixels=60_000_000).size == (8000, 6250)
+
+
+def row(content="What is it?", **columns):
+    said = {"role": "assistant", "content": "A fox."}
+    return {"messages": [{"role": "user", "content": content}, said], **columns}
+
+
+def convert(tmp_path=None, **kwargs):
+    return lambda each: to_pictures(to_sft, tmp_path, **kwargs)(ORIGIN, each)
+
+
+def test_pictures_stand_where_the_row_puts_them():
+    image, other = picture(), picture(color=(1, 2, 3))
+    text, place = {"type": "text", "text": "What is it?"}, {"type": "image"}
+    for each in (
+        row(image=image),
+        row(images=[image]),
+        row("<image>\nWhat is it?", image=image),
+        row([{"type": "image"}, {"type": "text", "text": "What is it?"}], images=[image]),
+        row([{"type": "image", "image": image, "text": None}, {"type": "text", "text": "What is it?"}]),
+    ):
+        assert has_images(each)
+        read = convert()(each)
+        assert read["prompt"] == [{"role": "user", "content": [place, text]}] and read["images"] == [image]
+        assert read["completion"][0]["content"] == [{"type": "text", "text": "A fox."}]
+    read = convert()(row("Here <image> and there <image>?", images=[image, other]))
+    (asked,) = read["prompt"]
+    assert [part["type"] for part in asked["content"]] == ["text", "image", "text", "image", "text"]
+    assert read["images"] == [image, other]
+
+
+def test_paths_know_their_folder(tmp_path):
+    picture().save(tmp_path / "a.png")
+    read = convert(tmp_path)(row(image="a.png"))
+    assert read["images"] == [str(tmp_path / "a.png")] and json.dumps(read)
+    address = "data:image/png;base64," + base64.b64encode(as_bytes(picture())).decode()
+    assert convert(tmp_path)(row([{"type": "image_url", "image_url": {"url": address}}]))["images"] == [address]
+
+
+@pytest.mark.parametrize(
+    ("content", "count", "words"),
+    [
+        ("<image> <image> What?", 1, "1 picture and 2 places"),
+        ("<image> What?", 2, "2 pictures and 1 place "),
+        ("<image> What?", 0, "no picture"),
+    ],
+)
+def test_as_many_pictures_as_places(content, count, words):
+    with pytest.raises(InputError, match=words) as error:
+        convert()(row(content, images=[picture()] * count))
+    assert str(error.value).startswith(ORIGIN)
+
+
+def test_other_rows_are_refused_in_a_line():
+    with pytest.raises(InputError, match="in a column and in the messages"):
+        convert()(row([{"type": "image", "image": picture()}], image=picture()))
+    with pytest.raises(InputError, match="must be a text or an image"):
+        convert()(row([{"type": "audio", "audio": "a.wav"}], image=picture()))
+    with pytest.raises(InputError, match="no turn of the user"):
+        place_images(ORIGIN, {"prompt": [{"role": "system", "content": "x"}]}, 1)
+    with pytest.raises(InputError, match="reads text alone") as error:
+        refuse_images(ORIGIN, row(image="a.png"), "model 'm'")
+    assert str(error.value).startswith(ORIGIN) and "'m'" in str(error.value)
+    refuse_images(ORIGIN, row(), "model 'm'")
+    assert convert(needs_images=False)(row())["images"] == []
+
+
+def test_taking_pictures_changes_no_row():
+    each = row([{"type": "image", "image": "a.png"}])
+    before = json.dumps(each)
+    rest, images = take_images(ORIGIN, each)
+    assert images == ["a.png"] and json.dumps(each) == before and rest["messages"][0]["content"] == "<image>"

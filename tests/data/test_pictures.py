@@ -1,0 +1,186 @@
+"""Drawn pictures show what their scenes say, answers follow from the scenes alone, and no held-out pair is shown."""
+
+import hashlib
+import random
+from collections import Counter, defaultdict
+
+import pytest
+
+from hfllm.data.world.pictures import (
+    ABSENT,
+    COLORS,
+    COUNTS,
+    FAMILIES,
+    HELD_OUT,
+    NOT_THERE,
+    PAIRS,
+    PLACES,
+    SEEN,
+    SHAPES,
+    SIZE,
+    WORDS,
+    Scene,
+    Thing,
+    captions,
+    draw_examples,
+    draw_picture,
+    draw_question,
+    draw_scene,
+)
+from hfllm.data.world.rubric import GoldAnswer
+from hfllm.rewards.functions import gold_reward
+
+
+def some(count=400, seed=0, **kwargs):
+    return list(draw_examples(seed, count, num_questions=4, **kwargs))
+
+
+def digest(examples):
+    return hashlib.sha256(b"".join(example.picture.tobytes() for example in examples)).hexdigest()
+
+
+def test_the_same_seed_gives_the_same_bits():
+    first, again, other = some(50), some(50), some(50, seed=1)
+    assert digest(first) == digest(again) != digest(other)
+    assert [example.questions for example in first] == [example.questions for example in again]
+    assert digest(some(50, part="eval")) != digest(first)
+
+
+def test_pairs_are_many_and_each_part_is_seen_apart():
+    assert len(PAIRS) >= 48 and not set(SEEN) & set(HELD_OUT) and len(SEEN) + len(HELD_OUT) == len(PAIRS)
+    for place, names in enumerate((COLORS, SHAPES)):
+        seen = Counter(pair[place] for pair in SEEN)
+        held_out = Counter(pair[place] for pair in HELD_OUT)
+        # Nobody can tell a held-out color or shape by how rare it is.
+        assert held_out.keys() == set(names) and all(seen[name] >= len(PAIRS) / len(names) / 2 for name in names)
+
+
+def test_training_shows_no_held_out_pair_and_names_none():
+    for example in some(1500):
+        assert {thing.pair for thing in example.scene.things} <= set(SEEN)
+        for question in example.questions:
+            named = [word for word in question.text.strip("?").split() if word in COLORS or word in SHAPES]
+            assert len(named) < 2 or tuple(named) not in HELD_OUT
+    for example in some(300, held_out=True):
+        assert example.scene.things[0].pair in HELD_OUT
+        assert {thing.pair for thing in example.scene.things[1:]} <= set(SEEN)
+
+
+def shown(picture):
+    """Return the mean color of the lit pixels of each corner, `None` where there are none, by the pixels alone."""
+    half, found = SIZE // 2, []
+    for corner in range(4):
+        left, top = half * (corner % 2), half * (corner // 2)
+        pixels = [picture.getpixel((left + x, top + y)) for x in range(half) for y in range(half)]
+        ground = min(pixels, key=sum)
+        lit = [pixel for pixel in pixels if max(abs(a - b) for a, b in zip(pixel, ground, strict=True)) > 30]
+        found.append(tuple(sum(part) / len(lit) for part in zip(*lit, strict=True)) if lit else None)
+    return found
+
+
+def test_pictures_show_what_the_scene_says():
+    """Colors and corners are read back from the pixels: the nearest of all colors, and nothing where nothing is."""
+    right = total = 0
+    for example in some(300):
+        colors = {thing.corner: thing.color for thing in example.scene.things}
+        for corner, color in enumerate(shown(example.picture)):
+            is_there = corner in colors or corner == example.scene.word_corner
+            assert (color is not None) == is_there
+            if corner in colors:
+                nearest = min(
+                    COLORS, key=lambda name: sum((a - b) ** 2 for a, b in zip(COLORS[name], color, strict=True))
+                )
+                right, total = right + (nearest == colors[corner]), total + 1
+    assert right / total > 0.95
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_differ_in_their_pixels(shape):
+    """With the same light and place no two shapes look alike."""
+
+    def pixels(name):
+        return draw_picture(Scene((Thing("white", name, 0),)), random.Random(3)).tobytes()
+
+    assert all(pixels(shape) != pixels(other) for other in SHAPES if other != shape)
+
+
+def answer_of(scene, text):
+    """Return the answer to a question by reading it, without the code that asks it."""
+    words = text.strip("?").split()
+    if text.startswith("How many"):
+        return COUNTS[len(scene.things) - 1]
+    if text.startswith("Which word"):
+        return scene.word or NOT_THERE
+    named = [word for word in words if word in COLORS or word in SHAPES]
+    if "from" in words:
+        one, other = ([thing for thing in scene.things if thing.shape == name] for name in named)
+        assert len(one) == len(other) == 1
+        (x1, y1), (x2, y2) = ((thing.corner % 2, thing.corner // 2) for thing in (one[0], other[0]))
+        assert (x1 == x2) != (y1 == y2)
+        return ("left" if x1 < x2 else "right") if y1 == y2 else ("above" if y1 < y2 else "below")
+    meant = [thing for thing in scene.things if all(name in thing.pair for name in named)]
+    if not meant:
+        return NOT_THERE
+    assert len(meant) == 1
+    asked = {"What color": meant[0].color, "What shape": meant[0].shape, "Where is": PLACES[meant[0].corner]}
+    return asked[" ".join(words[:2])]
+
+
+def test_answers_follow_from_the_scene_alone():
+    families = Counter()
+    for example in [*some(500), *some(200, held_out=True)]:
+        for question in example.questions:
+            assert answer_of(example.scene, question.text) == question.answer, (example.scene, question)
+            assert (question.answer == NOT_THERE) == (question.family == ABSENT)
+            families[question.family] += 1
+    assert families.keys() == set(FAMILIES) and min(families.values()) > 50
+
+
+def test_half_of_the_absent_pairs_have_both_parts_in_the_picture():
+    """Who only looks for the color, or for the shape, does not know that the pair is not there."""
+    near = total = 0
+    for example in some(1500):
+        colors, shapes = ({thing.pair[part] for thing in example.scene.things} for part in (0, 1))
+        for question in example.questions:
+            if question.family == ABSENT and question.text.startswith("Where"):
+                color, shape = question.text.strip("?").split()[-2:]
+                assert color in colors or shape in shapes
+                near, total = near + (color in colors and shape in shapes), total + 1
+    assert 0.2 < near / total < 0.6
+
+
+def test_questions_about_held_out_pairs_are_about_them():
+    for example in some(200, held_out=True):
+        thing = example.scene.things[0]
+        for question in example.questions:
+            if question.family in ("color", "shape"):
+                assert question.answer in thing.pair and set(thing.pair) & set(question.text.strip("?").split())
+
+
+def test_captions_name_each_corner():
+    scene = Scene((Thing("red", "bar", 3), Thing("navy", "frame", 0)), "go", 1)
+    assert [caption for _, caption in captions(scene)] == ["navy word nothing red", "frame go nothing bar"]
+
+
+def test_the_gold_reward_pays_for_right_answers_alone():
+    answers = {*COLORS, *SHAPES, *PLACES, *COUNTS, *WORDS, "left", "right", "above", "below", NOT_THERE}
+    seen = defaultdict(set)
+    for example in some(200):
+        for question in example.questions:
+            columns = {name: [value] for name, value in question.gold_columns().items()}
+            for said in answers:
+                (paid,) = gold_reward(["-"], [said], **columns)
+                assert (paid == 1.0) == (said == question.answer), (question, said)
+                assert paid == 0.0 or said not in question.others, (question, said)
+            assert gold_reward(["-"], [question.answer.capitalize() + "."], **columns) == [0.5]
+            seen[question.family].add(question.answer)
+    assert len(seen["color"]) == len(COLORS) and isinstance(question.gold, GoldAnswer)
+
+
+def test_scenes_have_corners_of_their_own():
+    rng = random.Random(0)
+    for _ in range(300):
+        scene = draw_scene(rng)
+        corners = [thing.corner for thing in scene.things] + [scene.word_corner] * (scene.word is not None)
+        assert len(set(corners)) == len(corners) <= 4
+        assert draw_question(scene, rng, families=("count",)).family == "count"

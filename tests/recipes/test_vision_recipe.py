@@ -1,0 +1,155 @@
+"""The recipe that learns to see, in miniature: drawn pictures, PPO, your own rows, frozen parts, and refusals."""
+
+import json
+
+import pytest
+import sft
+import torch
+import vision
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from hfllm.errors import InputError
+from hfllm.generation.picture_answers import answer_pictures
+
+TINY = ["--hidden_size", "16", "--num_attention_heads", "2", "--num_hidden_layers", "1", "--num_vision_layers", "1"]
+SHORT = ["--per_device_train_batch_size", "4", "--logging_steps", "1", "--num_eval_examples", "12"]
+DRAWN = [*TINY, *SHORT, "--num_captions", "8", "--num_examples", "8", "--max_new_tokens", "4"]
+
+
+def run(folder, *flags):
+    return vision.main(*vision.parse(["--output_dir", str(folder), *map(str, flags)]))
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drawn") / "out"
+    return folder, run(folder, *DRAWN)
+
+
+def test_from_nothing_to_a_report(drawn, capsys):
+    folder, metrics = drawn
+    report = json.loads((folder / "report.json").read_text())
+    assert report["stage"] == "vision" and report["metrics"] == pytest.approx(metrics)
+    assert {"right.png", "pictures.png", "loss.png", "README.md"} <= {path.name for path in folder.iterdir()}
+    assert {"seen_right", "held_out_right", "shuffled_right", "chance_right", "called_absent"} <= metrics.keys()
+    assert metrics["seen_right_n"] == metrics["shuffled_right_n"] == 12 and metrics["train_rows"] == 16
+    # The model answers by what the folder holds alone.
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What shape is red?"}]}]
+    assert len(answer_pictures(model, processor, [prompt], [[Image.new("RGB", (24, 24))]], 4)) == 1
+    # The same command again reuses what has finished.
+    assert run(folder, *DRAWN) == pytest.approx(metrics)
+    assert "already done" in capsys.readouterr().out
+
+
+def test_ppo_on_drawn_pictures(drawn, tmp_path):
+    """It starts from what fine-tuning saved, and leaves that as it is."""
+    metrics = run(tmp_path / "out", *DRAWN, "--num_rl_prompts", "16")
+    before = {name: value for name, value in metrics.items() if not name.startswith(("rl_", "sampled_gold"))}
+    assert before == pytest.approx(drawn[1])
+    assert {f"rl_{name}" for name in before if name.endswith("_right")} <= metrics.keys()
+    change = metrics["sampled_gold_after"] - metrics["sampled_gold_before"]
+    assert metrics["sampled_gold_change"] == pytest.approx(change) and metrics["sampled_gold_n"] == 12
+    first, tuned, policy = (
+        load_file(each / "model.safetensors") for each in (drawn[0], tmp_path / "out", tmp_path / "out" / "rl")
+    )
+    assert all(torch.equal(first[name], tuned[name]) for name in first)
+    assert policy.keys() == tuned.keys() and any(not torch.equal(policy[name], tuned[name]) for name in tuned)
+
+
+def test_the_same_seed_gives_the_same_weights(drawn, tmp_path):
+    folder, _ = drawn
+    for seed, is_same in ((42, True), (7, False)):
+        run(tmp_path / str(seed), *DRAWN, "--seed", seed)
+        ours, theirs = (load_file(each / "model.safetensors") for each in (folder, tmp_path / str(seed)))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours) is is_same
+
+
+def own(folder, count=12, **columns):
+    """Write a dataset with pictures and return its file; all pictures differ."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number in range(count):
+        Image.new("RGB", (20 + number, 30), (number * 20, 0, 0)).save(folder / f"{number}.png")
+        row = {"prompt": "What color?", "completion": f"red {number}", "image": f"{number}.png", **columns}
+        lines.append(json.dumps(row))
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return folder / "rows.jsonl"
+
+
+def test_rows_of_your_own_on_a_model_of_your_own(drawn, tmp_path):
+    rows = own(tmp_path / "data")
+    flags = ["--model_name_or_path", drawn[0], "--dataset_name", rows, *SHORT, "--max_steps", "2"]
+    before = load_file(drawn[0] / "model.safetensors")
+    moved = {}
+    for name, more in (("all", []), ("text", ["--freeze_vision"]), ("none", ["--freeze_vision", "--freeze_text"])):
+        metrics = run(tmp_path / name, *flags, "--learning_rate", "0.01", *more)
+        after = load_file(tmp_path / name / "model.safetensors")
+        moved[name] = {key for key in after if not torch.equal(after[key], before[key])}
+        assert metrics["train_rows"] + metrics["held_out_right_n"] == 12
+        assert {"held_out_right", "shuffled_right", "chance_right"} <= metrics.keys()
+    parts = {name: {key.split(".")[1] for key in keys if key.startswith("model.")} for name, keys in moved.items()}
+    assert parts["all"] == {"vision_tower", "multi_modal_projector", "language_model"}
+    assert parts["text"] == {"multi_modal_projector", "language_model"}
+    assert parts["none"] == {"multi_modal_projector"} and moved["none"]
+
+
+def test_drawn_pictures_on_a_model_of_your_own(drawn, tmp_path):
+    flags = ["--model_name_or_path", drawn[0], *SHORT, "--num_examples", "6", "--max_steps", "1"]
+    metrics = run(tmp_path / "out", *flags, "--max_new_tokens", "4")
+    assert metrics["train_rows"] == 6 and metrics["seen_right_n"] == 12
+    with pytest.raises(InputError, match="--patch_size cannot be used here"):
+        run(tmp_path / "other", *flags, "--patch_size", "8")
+
+
+def test_bad_pictures_are_refused_or_dropped_and_counted(drawn, tmp_path, capsys):
+    rows = own(tmp_path / "data")
+    (tmp_path / "data" / "3.png").write_bytes(b"no picture")
+    flags = ["--model_name_or_path", drawn[0], "--dataset_name", rows, *SHORT, "--max_steps", "1"]
+    with pytest.raises(InputError, match=r"rows.jsonl, line 4: picture .*3.png: .*--bad_images drop") as error:
+        run(tmp_path / "refused", *flags)
+    assert "\n" not in str(error.value) and not (tmp_path / "refused" / "report.json").exists()
+    metrics = run(tmp_path / "dropped", *flags, "--bad_images", "drop")
+    assert "1 with a picture that cannot be read" in capsys.readouterr().out
+    assert metrics["train_rows"] + metrics["held_out_right_n"] == 11
+
+
+def test_a_text_model_is_refused_where_pictures_come(saved, tmp_path):
+    rows = own(tmp_path / "data")
+    with pytest.raises(InputError, match="reads text alone") as error:
+        run(tmp_path / "out", "--model_name_or_path", saved, "--dataset_name", rows)
+    assert "\n" not in str(error.value)
+
+
+def test_fine_tuning_on_text_refuses_rows_with_pictures(saved, tmp_path):
+    rows = own(tmp_path / "data", count=2)
+    words = ["--model_name_or_path", str(saved), "--dataset_name", str(rows), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(InputError, match=r"line 1: the row has pictures, and hfllm sft reads text alone") as error:
+        sft.main(*sft.parse(words))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--dataset_name", "world"], "pictures is the world to be seen"),
+        (["--dataset_name", "some/rows"], "take a vision-language model of your own"),
+        (["--num_rl_prompts", "-1"], "expected at least 0"),
+        (["--freeze_vision"], "--freeze_vision cannot be used here"),
+        (["--freeze_text"], "--freeze_text cannot be used here"),
+        (["--packing"], "--packing cannot be used here"),
+        (["--patch_size", "5"], "a divisor of the pictures' side, 24"),
+        (["--questions_per_picture", "0"], "expected 1 to 16"),
+        (["--dataset_name", "digits", "--questions_per_picture", "3"], "expected 1 to 2"),
+        (["--hidden_size", "30"], "a multiple of twice"),
+        (["--num_examples", "0"], "expected at least 1"),
+        (["--max_samples", "3"], "--max_samples"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(flags, words, tmp_path):
+    with pytest.raises(InputError, match=words) as error:
+        run(tmp_path / "out", *flags)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

@@ -1,0 +1,102 @@
+"""The short way from drawn rows to a batch gives what the processor gives: the same tokens, the same pixels."""
+
+import numpy
+import pytest
+import torch
+from transformers import TrainingArguments
+from vision import parse
+
+from hfllm.data.packing import IGNORE
+from hfllm.data.picture_rows import CAPTIONS, DrawnWorld
+from hfllm.generation.picture_answers import answer_pictures, picture_batch
+from hfllm.stages.vision_models import new_model
+from hfllm.trainers.pictures import PictureCollator, PictureTrainer, TokenizedPictures, TurnTokens
+
+SMALL = ["--hidden_size", "16", "--num_attention_heads", "2", "--num_hidden_layers", "1", "--num_vision_layers", "1"]
+
+
+@pytest.fixture(scope="module")
+def made():
+    script_args = parse(["--num_captions", "8", *SMALL])[0]
+    rows = DrawnWorld(0, 12, num_questions=3)
+    return new_model(script_args, rows, [*rows.texts(), *DrawnWorld(0, 12, CAPTIONS).texts()], seed=0)
+
+
+def collator(processor):
+    images = processor.image_processor
+    return PictureCollator(processor.tokenizer.pad_token_id, images.image_mean, images.image_std)
+
+
+@pytest.mark.parametrize("kind", ["questions", CAPTIONS])
+def test_tokens_and_pixels_are_those_of_the_processor(made, kind):
+    processor = made[1]
+    rows = DrawnWorld(3, 6, kind, num_questions=3)
+    tokenized = TokenizedPictures(rows, TurnTokens(processor, processor.image_token_id, 36))
+    for row, ours in zip(rows, tokenized, strict=True):
+        messages = row.messages()
+        messages[0]["content"][0] = {"type": "image", "image": row.picture}
+        theirs = processor.apply_chat_template([messages], tokenize=True, return_dict=True)
+        assert ours["input_ids"] == list(theirs["input_ids"][0])
+        batch = collator(processor)([ours])
+        pixels = torch.from_numpy(numpy.stack(theirs["pixel_values"]))
+        assert (batch["pixel_values"] - pixels).abs().max() < 1e-5
+        # What is learned are the answers, and the mark that ends each.
+        learned = [token for token, label in zip(ours["input_ids"], ours["labels"], strict=True) if label != IGNORE]
+        said = processor.tokenizer.decode(learned).split(processor.tokenizer.eos_token)
+        assert said == [*(answer for _, answer in row.turns), ""]
+
+
+def test_padding_changes_no_loss(made):
+    model, processor = made
+    tokenized = TokenizedPictures(
+        DrawnWorld(3, 5, num_questions=3), TurnTokens(processor, processor.image_token_id, 36)
+    )
+    rows, collate = list(tokenized), collator(processor)
+    rows[0] = {**rows[0], **{name: rows[0][name][:50] for name in ("input_ids", "labels")}}
+    counts = [sum(label != IGNORE for label in row["labels"]) for row in rows]
+    with torch.no_grad():
+        alone = [float(model(**collate([row])).loss) * count for row, count in zip(rows, counts, strict=True)]
+        together = float(model(**collate(rows)).loss) * sum(counts)
+    assert together == pytest.approx(sum(alone), rel=1e-5)
+
+
+def test_the_loss_of_the_trainer_is_that_of_the_model(made, tmp_path):
+    """Over all logits and with the model's own loss, also divided by the targets of several batches."""
+    model, processor = made
+    tokens = TurnTokens(processor, processor.image_token_id, 36)
+    settings = {"use_cpu": True, "report_to": "none", "remove_unused_columns": False}
+    args = TrainingArguments(str(tmp_path), **settings)
+    trainer = PictureTrainer(DrawnWorld(3, 5, num_questions=3), tokens, processor, model=model, args=args)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    with torch.no_grad():
+        theirs = model(**batch, use_cache=False).loss
+        assert torch.allclose(trainer.compute_loss(model, batch), theirs, rtol=1e-5)
+        count = (batch["labels"] != IGNORE).sum()
+        halved = trainer.compute_loss(model, batch, num_items_in_batch=2 * count)
+    assert torch.allclose(2 * halved, theirs, rtol=1e-5)
+    # Captions come first: rows keep their order.
+    assert list(trainer._get_train_sampler()) == list(range(5))
+
+
+def test_answers_do_not_depend_on_the_batch(made):
+    model, processor = made
+    rows = list(DrawnWorld(5, 7))
+    prompts, images = [row.prompt() for row in rows], [[row.picture] for row in rows]
+    whole = answer_pictures(model, processor, prompts, images, 6)
+    assert whole == answer_pictures(model, processor, prompts, images, 6, batch_size=2) and len(whole) == 7
+    batch = picture_batch(processor, prompts, images)
+    assert processor.tokenizer.padding_side == "right" or "attention_mask" in batch
+    assert (batch["input_ids"] == processor.image_token_id).sum() == 7 * 36
+    sampled = [answer_pictures(model, processor, prompts, images, 6, do_sample=True, seed=seed) for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_an_untrained_model_sees_its_picture(made):
+    """Another picture changes the logits of the answer, so that its pixels do reach them."""
+    model, processor = made
+    rows, collate = list(DrawnWorld(5, 2)), collator(processor)
+    tokenized = TokenizedPictures(rows, TurnTokens(processor, processor.image_token_id, 36))
+    one = dict(tokenized[0])
+    with torch.no_grad():
+        logits = [model(**collate([{**one, "pixels": each["pixels"]}])).logits[:, -1] for each in tokenized]
+    assert (logits[0] - logits[1]).abs().max() > 1e-4

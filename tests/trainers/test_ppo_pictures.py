@@ -1,0 +1,386 @@
+"""PPO on pictures: what holds for prompts of words holds for prompts with pictures, and the pictures are read."""
+
+import copy
+import random
+
+import picture_run as run
+import pytest
+import torch
+from transformers import TrainerCallback
+
+import hfllm
+from hfllm.errors import InputError
+from hfllm.trainers.ppo import sampling
+from hfllm.trainers.ppo.prompts import read_rows
+from hfllm.trainers.ppo.rollout import Rollout, model_inputs, pad_prompts
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return run.make_processor()
+
+
+@pytest.fixture
+def build(tmp_path, processor):
+    def make(**kwargs):
+        return run.build(str(tmp_path), **{"processing_class": processor, **kwargs})
+
+    return make
+
+
+def logprobs_of(trainer, rows, batch):
+    """Log-probabilities of the same responses to other rows' prompts."""
+    prompts, pictures = prompts_of(trainer, rows)
+    return trainer.actor(**{**model_inputs(batch), **prompts, "pictures": pictures})[0].detach()
+
+
+def prompts_of(trainer, rows):
+    ids, seen = read_rows(rows, trainer.processing_class)
+    prompt_ids, prompt_mask = pad_prompts(ids, 0, torch.device("cpu"))
+    return {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask}, seen.get("pictures")
+
+
+# ---- the invariants of PPO ----
+
+
+@pytest.mark.parametrize("kind", ["hfllm", "llava", "llama"])
+def test_the_ratio_is_one_before_the_first_update_and_the_kl_zero(build, kind):
+    trainer = build(model=run.make_model(kind))
+    rollout = trainer.collect_rollout(run.make_rows(6))
+    assert len(rollout.pictures.episodes) == 6
+    for group in (rollout.micro_batch(0, 0, 6), rollout.micro_batch(0, 0, 2)):
+        logprobs, values, _ = trainer.actor(**model_inputs(group))
+        mask = group["action_mask"]
+        ratio = ((logprobs - group["logprobs"]) * mask).exp()
+        torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-6, rtol=0)
+        torch.testing.assert_close(values, group["values"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(rollout.ref_logprobs, rollout.logprobs, atol=1e-6, rtol=0)
+
+
+def test_recorded_and_computed_logprobs_agree(build):
+    """What is recorded while `generate` reads a picture once is what a pass over prompt and response computes."""
+    trainer = build()
+    batch = trainer.sample(run.make_rows(9))
+    witness = batch["witness"]
+    recorded = trainer.evaluate_tokens(batch)
+    assert not witness.is_wrong
+    assert trainer._trusted == {"padded with pictures": True}
+    computed = trainer.evaluate_tokens({**batch, "witness": None})
+    torch.testing.assert_close(recorded.logprobs, computed.logprobs, atol=1e-6, rtol=0)
+
+
+@pytest.fixture
+def uneven(build):
+    """A trainer whose greedy answers to some rows are short and to others long, the rows, and their batch."""
+    trainer = build(model=run.make_model(lively=True), response_length=8, generation_kwargs={"top_k": 1})
+    rows = run.make_rows(24, seed=5)
+    batch = trainer.sample(rows)
+    lengths = batch["response_mask"].sum(1)
+    assert ((lengths < 8).sum() * 2 >= len(rows)) and (lengths == 8).any()
+    return trainer, rows, batch
+
+
+def test_rows_that_go_on_without_the_others_keep_their_pictures(uneven):
+    trainer, rows, batch = uneven
+    for place, row in enumerate(rows):
+        one, length = trainer.sample([row]), int(batch["response_mask"][place].sum())
+        assert int(one["response_mask"].sum()) == length
+        assert torch.equal(one["response_ids"][0, :length], batch["response_ids"][place, :length])
+
+
+def test_rows_that_are_read_again_keep_their_pictures(uneven, monkeypatch):
+    """Where a cache cannot be split, and where there is room for some rows at a time."""
+    trainer, rows, batch = uneven
+    again = []
+    monkeypatch.setattr(sampling, "_selects_rows", lambda cache: again.append(1) and False)
+    assert torch.equal(trainer.sample(rows)["response_ids"], batch["response_ids"])
+    assert again
+    prompts, pictures = prompts_of(trainer, rows)
+    parts = (trainer.policy, *prompts.values(), trainer.sampling_config, trainer.processing_class.tokenizer)
+    parted = sampling.generate_responses(*parts, most_rows=5, pictures=pictures)
+    assert torch.equal(parted["response_ids"], batch["response_ids"])
+
+
+def test_padding_changes_nothing(build):
+    trainer = build()
+    rows = run.make_rows(6)
+    batch = trainer.sample(rows)
+    inputs = model_inputs({**batch, "action_mask": batch["response_mask"]})
+    logprobs, values, _ = trainer.actor(**inputs)
+    for place in range(6):
+        one = {name: value[torch.tensor([place])] for name, value in inputs.items()}
+        alone, value, _ = trainer.actor(**one)
+        torch.testing.assert_close(alone, logprobs[place : place + 1], atol=1e-6, rtol=0)
+        torch.testing.assert_close(value, values[place : place + 1], atol=1e-6, rtol=0)
+    wide = dict(inputs)
+    for name in ("prompt_ids", "prompt_mask"):
+        wide[name] = torch.nn.functional.pad(inputs[name], (5, 0))
+    torch.testing.assert_close(trainer.actor(**wide)[0], logprobs, atol=1e-6, rtol=0)
+
+
+def gradients(trainer, rollout, size, limit=None):
+    trainer.args.max_tokens_per_pass = limit
+    trainer.model.zero_grad()
+    trainer._sums = {}
+    for micro in range(6 // size):
+        batch = rollout.micro_batch(0, micro, size)
+        tokens = batch.pop("mini_batch_tokens")
+        for _, group in trainer._passes(batch):
+            trainer.compute_loss(trainer.model, {**group, "mini_batch_tokens": tokens}).backward()
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def test_the_split_into_micro_batches_and_passes_changes_nothing(build):
+    trainer = build()
+    rollout = trainer.collect_rollout(run.make_rows(6))
+    whole = gradients(trainer, rollout, 6, 10_000)
+    assert whole["policy.model.vision_tower.embeddings.patch_embedding.weight"].abs().max() > 1e-6
+    assert whole["policy.model.multi_modal_projector.linear_1.weight"].abs().max() > 1e-6
+    for size, limit in ((2, 10_000), (1, 10_000), (6, 8)):
+        other = gradients(trainer, rollout, size, limit)
+        assert other.keys() == whole.keys()
+        for name, gradient in whole.items():
+            torch.testing.assert_close(other[name], gradient, atol=2e-7, rtol=1e-4, msg=f"{name} {size} {limit}")
+
+
+class Stop(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_a_run_resumes_with_the_same_bits_in_the_middle_of_a_rollout(tmp_path, processor):
+    settings = {"save_strategy": "steps", "save_steps": 3, "processing_class": processor}
+    whole = run.build(str(tmp_path / "whole"), **settings)
+    whole.train()
+    cut = run.build(str(tmp_path / "cut"), **settings, callbacks=[Stop(3)])
+    cut.train()
+    resumed = run.build(str(tmp_path / "cut"), **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == whole.state.global_step == 4
+    for name, tensor in whole.actor.state_dict().items():
+        assert torch.equal(tensor, resumed.actor.state_dict()[name]), name
+
+
+def test_a_rollout_is_saved_with_each_picture_once(build, tmp_path):
+    trainer = build(num_generations=2)
+    rows = [row for row in run.make_rows(3) for _ in range(2)]
+    rollout = trainer.collect_rollout(rows)
+    assert rollout.pictures.episodes[4] is rollout.pictures.episodes[5]
+    rollout.save(tmp_path / "rollout.safetensors")
+    loaded = Rollout.load(tmp_path / "rollout.safetensors", torch.device("cpu"))
+    assert loaded.pictures.episodes[4] is loaded.pictures.episodes[5]
+    for one, other in zip(rollout.pictures.episodes, loaded.pictures.episodes, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---- the pictures are read ----
+
+
+def test_other_pictures_give_other_logprobs_under_policy_and_reference(build):
+    trainer = build()
+    rows = run.halves(6)
+    batch = trainer.sample(rows)
+    batch = {**batch, "action_mask": batch["response_mask"]}
+    inputs = model_inputs(batch)
+    same = logprobs_of(trainer, rows, batch)
+    torch.testing.assert_close(same, trainer.actor(**inputs)[0].detach(), atol=1e-6, rtol=0)
+    turned = [{**row, "image": other["image"]} for row, other in zip(rows, rows[1:] + rows[:1], strict=True)]
+    assert (logprobs_of(trainer, turned, batch) - same).abs().amax(1).min() > 1e-5
+    seen = trainer._reference(inputs, False)[0]
+    others = {**inputs, "pictures": inputs["pictures"][torch.tensor([1, 2, 3, 4, 5, 0])]}
+    assert (trainer._reference(others, False)[0] - seen).abs().amax(1).min() > 1e-5
+
+
+def test_an_adapter_learns_and_its_reference_reads_the_pictures(build):
+    from peft import LoraConfig
+
+    trainer = build(peft_config=LoraConfig(target_modules=["q_proj", "v_proj"]), max_steps=2)
+    rollout = trainer.collect_rollout(run.make_rows(6))
+    torch.testing.assert_close(rollout.ref_logprobs, rollout.logprobs, atol=1e-6, rtol=0)
+    before = {name: value.clone() for name, value in trainer.policy.named_parameters() if value.requires_grad}
+    assert any("vision_tower" in name for name in before)
+    trainer.train()
+    changed = [
+        name for name, value in trainer.policy.named_parameters() if name in before and (value != before[name]).any()
+    ]
+    assert any("vision_tower" in name for name in changed)
+    assert any("language_model" in name for name in changed)
+
+
+# ---- learning ----
+
+
+def learn(build, seed, rows):
+    """Train on rows of 64 at a time, each seen once, and return the reward on new ones."""
+    trainer = build(
+        model=run.make_model(seed=seed),
+        reward_funcs=run.names_side,
+        rows=rows,
+        seed=seed,
+        per_device_train_batch_size=64,
+        num_ppo_epochs=1,
+        response_length=1,
+        learning_rate=4e-3,
+        value_learning_rate=4e-3,
+        kl_coef=0.0,
+        max_steps=36,
+        max_grad_norm=0.5,
+    )
+    trainer.train()
+    return trainer.evaluate(run.halves(64, 99))["eval_reward"]
+
+
+def test_a_policy_learns_to_say_which_half_is_bright(build):
+    # The settings were chosen on seed 0.
+    assert learn(build, 1, run.halves(1024, 1)) > 0.9
+
+
+@pytest.mark.slow
+def test_a_policy_learns_nothing_from_the_pictures_of_others(build):
+    rows = run.halves(1024, 1)
+    pictures = [row["image"] for row in rows]
+    random.Random(1).shuffle(pictures)
+    assert learn(build, 1, [{**row, "image": each} for row, each in zip(rows, pictures, strict=True)]) < 0.7
+
+
+# ---- what rewards and tables get ----
+
+
+def test_reward_functions_get_the_columns_and_the_pictures_in_their_places(build, tmp_path):
+    seen = {}
+
+    def reward(prompts, completions, images, side, **columns):
+        seen.update(prompts=prompts, images=images, side=side)
+        return [0.0] * len(prompts)
+
+    rows = run.make_rows(6)
+    trainer = build(reward_funcs=reward, log_completions=True)
+    trainer.collect_rollout(rows)
+    assert seen["images"] == [row["images"] for row in rows]
+    parts = seen["prompts"][2][0]["content"]
+    assert [part["type"] for part in parts] == ["image", "image", "text"]
+    assert [part["image"] for part in parts[:2]] == rows[2]["images"]
+    assert trainer.completions[2]["prompt"][0]["content"][0] == {"type": "image"}
+    assert list((tmp_path / "completions").glob("*.parquet"))
+
+
+def test_a_reward_model_of_words_reads_the_words(build, processor):
+    config = hfllm.HfllmConfig(vocab_size=len(run.WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    torch.manual_seed(0)
+    judge = hfllm.HfllmForSequenceClassification(config_with_one_label(config))
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    rows = run.halves(3)
+    trainer = build(reward_funcs=judge, reward_processing_classes=tokenizer)
+    batch = trainer.sample(rows)
+    assert batch["prompts"][0][0]["content"][0]["type"] == "image"
+    scores = trainer.score(rows, batch).total
+    texts = processor.batch_decode(batch["response_ids"], skip_special_tokens=True)
+    for row, text, score in zip(rows, texts, scores.tolist(), strict=True):
+        ids = tokenizer(f"{row['prompt'][0]['content']} {text} ", return_tensors="pt")["input_ids"]
+        assert judge(input_ids=ids).logits.item() == pytest.approx(score, abs=1e-5)
+
+
+# ---- bad input, in one line and before training ----
+
+
+def asked(*content):
+    return [{"role": "user", "content": [*content, {"type": "text", "text": "say"}]}]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt": asked(run.PLACE, run.PLACE), "image": 1},
+            "places for 2 pictures in the prompt, and the column 'image' has 1",
+        ),
+        (
+            {"prompt": asked(run.PLACE), "images": [1, 1]},
+            "places for 1 pictures in the prompt, and the column 'images' has 2",
+        ),
+        ({"prompt": asked(run.PLACE)}, "places for 1 pictures in the prompt, and there is no column image or images"),
+        ({"prompt": "say", "image": 1}, "the prompt is text; with pictures it must be a list of messages"),
+        ({"prompt": asked(), "images": "a.png"}, "images must be a list, got str"),
+        ({"prompt": asked(), "image": "/nowhere.png"}, "a picture cannot be read ('/nowhere.png')"),
+        ({"prompt": asked(), "image": {"bytes": b"GIF89a"}}, "a picture cannot be read (6 bytes)"),
+        ({"prompt": asked(), "image": 3}, "a picture must be one of PIL, a path or bytes, got int"),
+        ({"prompt": asked({"type": "video"})}, "a part of the type 'video'; PPO reads text and image"),
+        ({"prompt": asked({"type": "text", "text": "<image>"})}, "Found 1 <image> tokens in the text but no images"),
+        ({"prompt": [{"role": "system", "content": "say"}], "image": 1}, "no message of the user"),
+    ],
+)
+def test_rows_with_other_pictures_than_places_are_refused(build, row, message):
+    one = run.halves(1)[0]["image"]
+    row = {**row, **({"image": one} if row.get("image") == 1 else {})}
+    row = {**row, **({"images": [one] * len(row["images"])} if isinstance(row.get("images"), list) else {})}
+    good = {"prompt": asked()} if not isinstance(row["prompt"], str) else {"prompt": "say"}
+    with pytest.raises(InputError) as error:
+        build(rows=[good, row])
+    assert message in str(error.value)
+    assert str(error.value).startswith("prompt 1 of the dataset")
+    assert "\n" not in str(error.value)
+
+
+def test_pictures_that_nothing_would_read_are_refused(build, processor):
+    text = hfllm.HfllmForCausalLM(
+        hfllm.HfllmConfig(vocab_size=len(run.WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    rows = run.halves(4)
+    with pytest.raises(
+        InputError, match=r"prompt 0 of the dataset has a picture, and the policy \(HfllmForCausalLM\) reads"
+    ):
+        build(model=text, rows=rows)
+    with pytest.raises(InputError, match="processing_class is a tokenizer"):
+        build(processing_class=processor.tokenizer, rows=rows)
+    with pytest.raises(InputError, match="rollout_func read no pictures"):
+        build(rollout_func=lambda prompts, trainer: {}, rows=rows)
+    critic = hfllm.HfllmForSequenceClassification(config_with_one_label(text.config))
+    with pytest.warns(UserWarning, match="reads no pictures: its values go by the words alone"):
+        build(value_model=critic, rows=rows, kl_coef=0.0)
+
+
+def config_with_one_label(config):
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    return config
+
+
+def test_pictures_may_be_paths_bytes_and_parts(build, tmp_path):
+    """All ways of giving a picture are the same picture; rows of words need none."""
+    row = run.halves(1)[0]
+    row["image"].save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    trainer = build(rows=[row])
+    first = read_rows([row], trainer.processing_class)
+    part = {"type": "image", "image": row["image"]}
+    words = row["prompt"][0]["content"]
+    inside = [{"role": "user", "content": [part, {"type": "text", "text": words}]}]
+    others = [{**row, "image": each} for each in (str(tmp_path / "a.png"), data, {"bytes": data, "path": None})]
+    for other in (*others, {"prompt": inside}, {"prompt": row["prompt"], "images": [data]}):
+        ids, seen = read_rows([other], trainer.processing_class)
+        assert ids == first[0]
+        pixels = seen["pictures"].episodes[0]["pixel_values"]
+        assert torch.equal(pixels, first[1]["pictures"].episodes[0]["pixel_values"])
+
+
+def test_a_dataset_of_pictures_and_a_saved_model_by_its_name(build, tmp_path):
+    from datasets import Dataset, Features, Image, Value
+
+    folder = str(tmp_path / "model")
+    run.make_model().save_pretrained(folder)
+    run.make_processor().save_pretrained(folder)
+    rows = run.halves(6)
+    message = [{"role": Value("string"), "content": Value("string")}]
+    features = Features({"prompt": message, "image": Image(), "side": Value("string")})
+    trainer = build(model=folder, processing_class=None, rows=Dataset.from_list(rows, features=features), max_steps=1)
+    assert type(trainer.processing_class).__name__ == "LlavaProcessor"
+    trainer.train()
+    trainer.save_model(str(tmp_path / "out"))
+    assert {"processor_config.json", "tokenizer.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    again = build(model=str(tmp_path / "out"), processing_class=None, rows=rows)
+    assert again.actor.never_sampled == trainer.actor.never_sampled == (0, 4)
