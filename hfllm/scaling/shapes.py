@@ -214,7 +214,7 @@ class Shape:
         Raises:
             InputError: for another `model_type`, a missing or an impossible size.
         """
-        if config.get("model_type") in WITH_TOWER:
+        if config.get("model_type") in list(WITH_TOWER):
             return cls._with_tower(config, source)
         kind = config.get("model_type", "hfllm")
         if not isinstance(kind, str) or kind not in FAMILIES:
@@ -244,7 +244,7 @@ class Shape:
     def _with_tower(cls, config: Mapping[str, Any], source: str) -> "Shape":
         """Return the shape of a model of Llava's layout, ours or another."""
         text = config.get("text_config")
-        if not isinstance(text, Mapping) or text.get("model_type", "llama") in WITH_TOWER:
+        if not isinstance(text, Mapping) or text.get("model_type", "llama") in list(WITH_TOWER):
             raise InputError(f"{source}: text_config must be the config of a text model")
         if "vision_config" not in config:
             raise InputError(f"{source}: vision_config is missing")

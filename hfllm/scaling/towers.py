@@ -63,7 +63,8 @@ class Tower:
         if not isinstance(vision, Mapping):
             raise InputError(f"{where} must be an object, got {type(vision).__name__}")
         kind = vision.get("model_type")
-        if kind not in CLASS_VECTOR:
+        # A list, since what a file holds may have no hash.
+        if kind not in list(CLASS_VECTOR):
             raise InputError(f"{where}: model_type {kind!r} is not one of {', '.join(CLASS_VECTOR)}")
         hidden = _size(vision, "hidden_size", where)
         wide = hidden * _size(vision, "mlp_ratio", where, 4) if kind == "dinov2" else None

@@ -72,6 +72,8 @@ def test_pictures_cost_time_and_memory():
     ("change", "message"),
     [
         (lambda values: values["vision_config"].update(model_type="t5"), "vision_config: model_type 't5'"),
+        (lambda values: values["vision_config"].update(model_type=[]), r"model_type \[\]"),
+        (lambda values: values["text_config"].update(model_type={}), "model_type {}"),
         (lambda values: values["vision_config"].update(patch_size=64), "patch_size=64 is more than image_size=32"),
         (lambda values: values["vision_config"].update(hidden_size=0), "hidden_size=0 must be a whole number"),
         (lambda values: values["vision_config"].pop("image_size"), "vision_config: image_size is missing"),
