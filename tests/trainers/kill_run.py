@@ -1,8 +1,8 @@
 """The run of test_kill.py: training in a process that is killed again and again, and once in one that is not.
 
 Usage: kill_run.py KIND FOLDER SEED KILLS, where the kind is ppo, pictures or pretrain. Prints the number of kills, of
-those while a checkpoint was half-written, the files compared and the weights that differ at the end. Each run is a fork
-of this process, which has imported everything and computed nothing.
+those while a checkpoint was half-written, the files compared and the weights that differ at the end. Each run is a
+fork of this process, which has imported everything and computed nothing.
 """
 
 import json
