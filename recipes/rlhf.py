@@ -41,11 +41,11 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     from hfllm.evaluation import alignment
     from hfllm.outputs.card import chat_lines
     from hfllm.rewards.ensembles import RewardEnsemble
-    from hfllm.runs.adapters import load_to_train
     from hfllm.runs.models import load_value_model, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.stages import rlhf, rlhf_checks
     from hfllm.stages.architecture import config_to_train
+    from hfllm.stages.rlhf_pictures import load_policy
     from hfllm.stages.rlhf_tools import checked_tools
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
@@ -83,7 +83,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
 
     # The weights of an adapter are new, and so is the head of a critic that is a language model.
     set_seed(training_args.seed)
-    policy, tokenizer = load_to_train(policy_args, training_args.output_dir)
+    policy, tokenizer = load_policy(policy_args, policy_config, training_args.output_dir)
     rewards = rlhf.build_rewards(functions, reward_models, script_args, policy_args)
     trainer_args, rewards = rlhf.log_gold_reward(script_args, trainer_args, rewards)
     trainer = PPOTrainer(

@@ -101,11 +101,14 @@ def check_models(
         peft_config,
         try_adapter,
     )
+    from hfllm.stages.rlhf_pictures import check_rows, load_processing_class
+    from hfllm.trainers.ppo.pictures import is_for_pictures, tokenizer_of
     from hfllm.trainers.ppo.prompts import check_prompts
     from hfllm.trainers.ppo.setup import check_critic
     from hfllm.trainers.ppo.vllm_sampling import check_vllm
 
     check_trainable(model_args)
+    check_rows(rows, policy_config)
     if training_args.use_vllm:
         check_vllm(training_args)
     named = script_args.reward_model_name_or_path or []
@@ -118,13 +121,13 @@ def check_models(
                 RewardModel(load_reward_model(name, model_args), load_tokenizer(name))
             if named or script_args.value_model != "reward":
                 check_critic(load_value_model(script_args.value_model, model_args, named))
-        if model_args.use_peft:
+        if model_args.use_peft and not is_for_pictures(policy_config):
             try_adapter(policy_config, peft_config(model_args))
     if model_args.model_name_or_path and not script_args.filter_prompts:
-        tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+        reader = load_processing_class(model_args, policy_config)
         context = max_length_of(policy_config)
-        check_prompts(rows, tokenizer, training_args.response_length, context, tools.schemas)
-        _check_tools(rows, tokenizer)
+        check_prompts(rows, reader, training_args.response_length, context, tools.schemas)
+        _check_tools(rows, tokenizer_of(reader))
 
 
 def _check_tools(rows: "Sequence[Row]", tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -159,13 +162,15 @@ def fitting_prompts(
     from hfllm.data import formats
     from hfllm.data.rows import Dropped, origin_of
     from hfllm.runs.command_line import say
-    from hfllm.runs.models import load_tokenizer, max_length_of
+    from hfllm.runs.models import max_length_of
+    from hfllm.stages.rlhf_pictures import check_rows, load_processing_class
     from hfllm.trainers.ppo.prompts import EMPTY, unfit_prompts
 
     if not script_args.filter_prompts:
         return list(rows)
     refuse(not model_args.model_name_or_path, "--filter_prompts", "it needs --model_name_or_path, to count tokens")
-    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+    tokenizer = load_processing_class(model_args, policy_config)
+    check_rows(rows, policy_config)
     context = max_length_of(policy_config)
     dropped = Dropped(len(rows))
     unfit = {place: EMPTY for place, row in enumerate(rows) if formats.is_blank(row["prompt"])}

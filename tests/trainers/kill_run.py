@@ -1,8 +1,8 @@
 """The run of test_kill.py: training in a process that is killed again and again, and once in one that is not.
 
-Usage: kill_run.py KIND FOLDER SEED KILLS, where the kind is ppo or pretrain. Prints the number of kills, of those
-while a checkpoint was half-written, the files compared and the weights that differ at the end. Each run is a fork of
-this process, which has imported everything and computed nothing.
+Usage: kill_run.py KIND FOLDER SEED KILLS, where the kind is ppo, pictures or pretrain. Prints the number of kills, of
+those while a checkpoint was half-written, the files compared and the weights that differ at the end. Each run is a
+fork of this process, which has imported everything and computed nothing.
 """
 
 import json
@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 
 import ddp_run
+import picture_run
 import pretrain_run
 import torch
 from safetensors.torch import load_file
@@ -28,7 +29,10 @@ def build(kind: str, output_dir: str):
     settings = {"save_steps": 1, "save_total_limit": 2, "logging_strategy": "no"}
     if kind == "pretrain":
         return pretrain_run.build(output_dir, total_rows=4 * STEPS, save_strategy="steps", **settings)
-    return ddp_run.build(
+    build_ppo = ddp_run.build
+    if kind == "pictures":
+        settings["save_strategy"], build_ppo = "steps", picture_run.build
+    return build_ppo(
         output_dir,
         **settings,
         per_device_train_batch_size=4,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pretrain_run import build
 from tolerances import assert_same_learning
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 SCRIPT = Path(__file__).parent / "ddp_run.py"
 ROOT = Path(__file__).parent.parent.parent
@@ -167,3 +167,13 @@ def test_two_processes_distil_with_zero_what_one_does(distilled, tmp_path):
     pytest.importorskip("deepspeed")
     launch("distill_run.py", tmp_path, 2, ROOT / "ds_configs" / "zero2.json")
     same_weights(distilled, tmp_path, *DISTILLATION)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_on_pictures(processes, tmp_path):
+    """Prompts with no, one and two pictures, so that in some passes one process alone reads a picture."""
+    script = SCRIPT.parent / "picture_run.py"
+    processes.torchrun(script, tmp_path / "one", 8, processes=1)
+    processes.torchrun(script, tmp_path / "two", 4)
+    models = [AutoModelForImageTextToText.from_pretrained(tmp_path / name).state_dict() for name in ("two", "one")]
+    assert_same_learning(*models, 1e-3, 4)

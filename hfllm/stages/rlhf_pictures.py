@@ -1,0 +1,80 @@
+"""Policies that read pictures, in alignment by PPO."""
+
+from typing import TYPE_CHECKING
+
+from hfllm.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from trl import ModelConfig
+
+    from hfllm.stages.rlhf import Row
+    from hfllm.trainers.ppo.pictures import ProcessingClass
+
+
+def load_processing_class(model_args: "ModelConfig", config: "PreTrainedConfig") -> "ProcessingClass":
+    """Load the tokenizer of the named model; of one that reads pictures the processor, with a padding token.
+
+    Raises:
+        InputError: when it cannot be loaded, or there is no processor.
+    """
+    from transformers import ProcessorMixin
+
+    from hfllm.data.tokenizer import padding_token
+    from hfllm.models.loading import reason_of, saved_processor
+    from hfllm.runs.models import load_tokenizer
+    from hfllm.trainers.ppo.pictures import is_for_pictures
+
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    if not is_for_pictures(config):
+        return load_tokenizer(name, revision)
+    try:
+        processor = saved_processor(name, revision=revision)
+    except (ImportError, OSError, ValueError) as error:
+        raise InputError(f"model {name!r}: its processor could not be loaded: {reason_of(error)}") from error
+    if not isinstance(processor, ProcessorMixin):
+        raise InputError(f"model {name!r} has no processor of pictures: save one with it, see hfllm.vision_processor")
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = padding_token(processor.tokenizer)
+    return processor
+
+
+def load_policy(
+    model_args: "ModelConfig", config: "PreTrainedConfig", output_dir: str
+) -> "tuple[PreTrainedModel, ProcessingClass]":
+    """Load the policy to train with its tokenizer, or with its processor if it reads pictures.
+
+    Args:
+        config: the policy's.
+        output_dir: see `load_to_train`.
+
+    Raises:
+        InputError: when either cannot be loaded.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    from hfllm.models.weights import load_weights_of
+    from hfllm.runs.adapters import load_to_train
+    from hfllm.runs.models import load_kwargs
+    from hfllm.trainers.ppo.pictures import is_for_pictures
+
+    if not is_for_pictures(config):
+        return load_to_train(model_args, output_dir)
+    processor = load_processing_class(model_args, config)
+    model, _ = load_weights_of(AutoModelForImageTextToText, model_args.model_name_or_path, **load_kwargs(model_args))
+    return model, processor
+
+
+def check_rows(rows: "Sequence[Row]", config: "PreTrainedConfig") -> None:
+    """Refuse rows with pictures where the policy reads text alone.
+
+    Raises:
+        InputError: naming the row.
+    """
+    from hfllm.trainers.ppo.pictures import is_for_pictures
+    from hfllm.trainers.ppo.prompts import check_pictures
+
+    if not is_for_pictures(config):
+        check_pictures(rows, None, f"the policy (of type {config.model_type})")
