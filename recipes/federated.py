@@ -5,8 +5,8 @@
     accelerate launch recipes/federated.py --model_name_or_path NAME --organisation_files a.jsonl b.jsonl c.jsonl
 
 In each round the organisations train some steps from the common weights, each on its own rows; the server takes the
-mean of their changes by tokens. Controls beside it: the same rows pooled, in as many rows and in as few steps, and each
-organisation alone. A run that was stopped resumes with the round that it was in. docs/federation.md tells more.
+mean of their changes by tokens. Controls beside it: the same rows pooled, in as many rows and in as few steps, and
+each organisation alone. A run that was stopped resumes with the round that it was in. docs/federation.md tells more.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def main(
     stage.check()
     if stage.is_finished:
         return stage.reuse()
-    check_trainable(model_args)
+    check_trainable(federated.adapted(script_args, model_args))
     private = federated_server.check(script_args)
     organisations = organisations_of(script_args, training_args.seed)
 
@@ -72,7 +72,7 @@ def main(
     base_args = replace(model_args, model_name_or_path=before.model("pretrain") or model_args.model_name_or_path)
     local = load_local(script_args, stage.training_args, base_args, organisations)
     folder, seed = Path(training_args.output_dir), training_args.seed
-    begun, identity = local.learner.weights(), {**stage.arguments, "base": local.base_sha256}
+    begun, identity = local.learner.weights(), federated.identity_of(stage.arguments, local.base_sha256)
     evaluator = Evaluator(script_args, local)
     with federated_server.transport(script_args, training_args, base_args, local, connect) as transport:
         state = run_rounds(

@@ -134,7 +134,8 @@ def check_source(script_args: DataArguments) -> None:
     """
     is_world, is_mixed = script_args.dataset_name == WORLD, bool(getattr(script_args, "dataset_mixture", None))
     refuse(is_mixed and not is_world, "--dataset_name", "--dataset_mixture takes its place")
-    is_sized = is_world and not is_mixed
+    # A federation may have a file of each organisation in place of it.
+    is_sized = is_world and not is_mixed and not getattr(script_args, "organisation_files", None)
     refuse(is_sized and script_args.max_samples is not None, "--max_samples", "the world is sized by --num_...")
     if not isinstance(script_args, DataArguments):
         return

@@ -1,8 +1,9 @@
-"""Organisations of a federation and their own rows: by family, by Dirichlet shares, or of the files that a user names."""
+"""Organisations of a federation and their own rows: by family, by Dirichlet shares, or dealt out of one dataset."""
 
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from hfllm.data.formats import Row
 from hfllm.data.world.demonstrators import demonstrate
@@ -135,7 +136,7 @@ def split_evenly(rows: Sequence[Row], count: int, alpha: float | None, seed: int
     for weight in weights:
         so_far += weight
         ends.append(round(so_far / total * len(shuffled)))
-    return [shuffled[first:last] for first, last in zip(ends, ends[1:], strict=False)]
+    return [shuffled[first:last] for first, last in pairwise(ends)]
 
 
 def _normalized(weights: Mapping[str, float]) -> dict[str, float]:

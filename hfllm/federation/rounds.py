@@ -50,8 +50,8 @@ class RoundSettings:
         participation: share of the organisations that a round asks, drawn by `seed` and the round's number.
         min_organisations: updates without which a round is not taken.
         seed: of the draws.
-        is_private: each organisation takes part by chance of its own, which nobody knows, as the accountant assumes. No
-            number of updates is needed, and a round that is done again is another one.
+        is_private: each organisation takes part by chance of its own, which nobody knows, as the accountant assumes.
+            No number of updates is needed, and a round that is done again is another one.
     """
 
     num_rounds: int
@@ -248,9 +248,13 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> FederationState | N
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
         records = [RoundRecord(**each) for each in json.loads(metadata["records"])]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({' '.join(str(error).split())[:100]}): remove it to begin again") from None
+        raise InputError(
+            f"{path} is damaged ({' '.join(str(error).split())[:100]}): remove it to begin again"
+        ) from None
     if metadata.get("identity") != identity_digest(identity):
-        raise InputError(f"{path} holds rounds of another run: remove it to begin again, or choose another --output_dir")
+        raise InputError(
+            f"{path} holds rounds of another run: remove it to begin again, or choose another --output_dir"
+        )
     weights, server = (
         {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         for prefix in (WEIGHT, SERVER)

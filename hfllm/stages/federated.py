@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hfllm.data.loading import InstructionArguments
 from hfllm.data.sources import WORLD, source_files
 from hfllm.errors import InputError, refuse
+from hfllm.runs.arguments import changed
 from hfllm.runs.chain import Chain, chain_before
 from hfllm.runs.recipes import settings_file
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 FULL, LORA, FROZEN_A = AVERAGES = ("full", "lora", "lora_frozen_a")
 CENTRAL, EQUAL_STEPS, LOCAL = CONTROLS = ("central", "equal_steps", "local")
 SERVER_OPTIMIZERS = ("fedavg", "momentum", "fedadagrad", "fedadam", "fedyogi")
+NOT_OF_THE_ROUNDS = ("processes", "round_timeout", "controls")
 AT_LEAST_ONE = ("rounds", "local_steps", "processes", "eval_rounds")
 
 
@@ -76,9 +78,7 @@ class FederatedArguments(InstructionArguments):
     min_organisations: int = field(
         default=1, metadata={"help": "Updates without which a round is not taken, and the run stops."}
     )
-    compression: str = field(
-        default="none", metadata={"help": "Of updates on the wire.", "choices": ["none", "int8"]}
-    )
+    compression: str = field(default="none", metadata={"help": "Of updates on the wire.", "choices": ["none", "int8"]})
     clip_norm: float | None = field(default=None, metadata={"help": "Longest update of an organisation."})
     noise_multiplier: float = field(
         default=0.0, metadata={"help": "Noise on the mean, in units of --clip_norm: organisation-level privacy."}
@@ -139,8 +139,8 @@ def check(script_args: FederatedArguments, training_args: "SFTConfig", model_arg
     files, named = script_args.organisation_files, bool(model_args.model_name_or_path)
     if named == script_args.is_world:
         raise InputError(
-            "--model_name_or_path and --organisation_files (or --dataset_name): give both, or neither for the embedded "
-            "world"
+            "--model_name_or_path and --organisation_files (or --dataset_name): give both, or neither for the "
+            "embedded world"
         )
     refuse(named and bool(script_args.pretrain_config), "--pretrain_config", "the model is named")
     refuse(bool(files) and script_args.dataset_name != WORLD, "--dataset_name", "--organisation_files takes its place")
@@ -190,8 +190,8 @@ def _check_trainer(training_args: "SFTConfig") -> None:
 
     if training_args.world_size > 1:
         raise InputError(
-            f"{training_args.world_size} processes: start one by accelerate launch --num_processes 1; --processes says "
-            "in how many organisations train"
+            f"{training_args.world_size} processes: start one by accelerate launch --num_processes 1; --processes "
+            "says in how many organisations train"
         )
     refuse(training_args.max_steps > 0, "--max_steps", "--rounds and --local_steps say how much is trained")
     refuse(training_args.packing or training_args.padding_free, "--packing", "rows of a round are few, and padded")
@@ -214,9 +214,7 @@ def round_settings(script_args: FederatedArguments, seed: int) -> "RoundSettings
     )
 
 
-def stages_before(
-    script_args: FederatedArguments, training_args: "SFTConfig", model_args: "ModelConfig"
-) -> Chain:
+def stages_before(script_args: FederatedArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> Chain:
     """Return the pretraining that makes the base model, if none is named."""
     return chain_before(
         "federated",
@@ -226,6 +224,22 @@ def stages_before(
         given_models={"pretrain": model_args.model_name_or_path},
         configs={"pretrain": script_args.pretrain_config},
     )
+
+
+def adapted(script_args: FederatedArguments, model_args: "ModelConfig") -> "ModelConfig":
+    """Return the flags of the model, with an adapter where adapters are averaged."""
+    return changed(model_args, use_peft=script_args.average != FULL)
+
+
+def identity_of(arguments: Mapping[str, Any], base_sha256: str) -> dict[str, Any]:
+    """Return what tells the rounds of this run from others: not where organisations train, nor what is compared.
+
+    Args:
+        arguments: all flags of the run.
+        base_sha256: of the base model.
+    """
+    named = {name: value for name, value in arguments.items() if name not in NOT_OF_THE_ROUNDS}
+    return {**named, "base_sha256": base_sha256}
 
 
 def contents(script_args: FederatedArguments) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """The organisations of a federation: their rows by the flags, tokenized, and what trains on them in this process."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from hfllm.federation.organisations import (
     split_evenly,
     world_organisations,
 )
-from hfllm.stages.federated import FULL, FROZEN_A, FederatedArguments, organisation_names
+from hfllm.stages.federated import FROZEN_A, FederatedArguments, adapted, organisation_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,9 +50,7 @@ def organisations_of(script_args: FederatedArguments, seed: int) -> list[Organis
             for name, file in zip(names, script_args.organisation_files, strict=True)
         ]
     else:
-        parts = split_evenly(
-            _rows(script_args), script_args.num_organisations, script_args.dirichlet_alpha, seed
-        )
+        parts = split_evenly(_rows(script_args), script_args.num_organisations, script_args.dirichlet_alpha, seed)
         found = [_held_apart(f"organisation-{number}", rows, seed) for number, rows in enumerate(parts, 1)]
     check_organisations(found)
     return found
@@ -144,11 +142,6 @@ class Local:
         """The model."""
         return self.learner.model
 
-    def named(self) -> Iterator[tuple[str, Tokenized]]:
-        """Yield organisations by name."""
-        for each in self.organisations:
-            yield each.name, each
-
 
 def load_local(
     script_args: FederatedArguments,
@@ -174,14 +167,15 @@ def load_local(
     from hfllm.stages.federated_learner import LocalLearner
     from hfllm.trainers.trl_trainers import SFTTrainer
 
-    model, tokenizer = sft.with_template(training_args, *load_to_train(model_args, training_args.output_dir))
+    loaded = load_to_train(adapted(script_args, model_args), training_args.output_dir)
+    model, tokenizer = sft.with_template(training_args, *loaded)
     base = weights_sha256(dict(model.named_parameters()))
     args = changed(training_args, max_length=fitting_length(training_args.max_length, model))
     found = tokenized(organisations, tokenizer, args)
     # Of the adapter's first weights: the same at every organisation, whatever was drawn before.
     set_seed(training_args.seed)
     torch.manual_seed(training_args.seed)
-    adapter = None if script_args.average == FULL else peft_config(changed(model_args, use_peft=True))
+    adapter = peft_config(adapted(script_args, model_args))
     trainer = SFTTrainer(
         model=model,
         args=changed(args, **sft.trained_as_they_are(args)),

@@ -1,4 +1,4 @@
-"""What a federation gave: its model beside those of pooled rows and of each organisation alone, by round and by bytes."""
+"""What a federation gave: its model beside those of pooled rows and of each organisation alone."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from hfllm.federation.updates import weights_sha256
 from hfllm.outputs.report import write_atomically
 from hfllm.runs.command_line import say
 from hfllm.stages.federated import CENTRAL, EQUAL_STEPS, LOCAL, FederatedArguments
-from hfllm.stages.federated_data import Local, pooled
+from hfllm.stages.federated_data import Local, Tokenized, pooled
 
 CONTROLS_FILE = "controls.json"
 # The longest answer to a question of the world, in tokens.
@@ -127,7 +127,7 @@ class Controls:
         self.steps = script_args.rounds * script_args.local_steps
 
     def run(self) -> dict[str, Measured]:
-        """Return the figures of all controls by their names; those of organisations alone by `local` and their names."""
+        """Return the figures of all controls by their names, such as `central` and `local NAME`."""
         found, made = self._kept(), {}
         plan: dict[str, Callable[[], Weights]] = {UNTRAINED: lambda: self.begun}
         for arm in self.script_args.arms:
@@ -143,7 +143,7 @@ class Controls:
             made[name] = found[name]
         return made
 
-    def _alone(self, each) -> Callable[[], Weights]:
+    def _alone(self, each: Tokenized) -> Callable[[], Weights]:
         def train() -> Weights:
             seed = f"{self.seed}-{each.name}"
             return self.local.learner.learn(each.rows, self.begun, 0, self.steps, seed).weights

@@ -26,6 +26,6 @@ def loop(connect: Callable[[str], Transport], config: Mapping[str, object]) -> N
         InputError: when the run names no such file.
     """
     if not config.get("flags"):
-        raise InputError("the run names no file of flags: expected flags=\"federated.yaml\" in its settings")
+        raise InputError('the run names no file of flags: expected flags="federated.yaml" in its settings')
     recipe = load_recipe("federated")
     recipe.main(*recipe.parse(["--config", str(config["flags"])]), connect=connect)

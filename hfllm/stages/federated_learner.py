@@ -211,7 +211,7 @@ class KeptStates:
 
 
 def places_of(num_rows: int, batch_size: int, step: int, seed: str) -> list[int]:
-    """Return which rows a step learns: passes over all rows, each in an order of its own, without a gap between them."""
+    """Return which rows a step learns: passes over all rows, each in an order of its own, without a gap."""
     orders: dict[int, list[int]] = {}
     found = []
     for place in range(step * batch_size, (step + 1) * batch_size):

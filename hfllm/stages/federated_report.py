@@ -99,7 +99,9 @@ def megabytes(count: float) -> str:
 def _compared(arms: Mapping[str, Measured], alone: Mapping[str, Measured]) -> dict[str, list[Mapping[str, object]]]:
     if not arms[FEDERATED].golds:
         return {}
-    named = {LABELS[name]: each for name, each in arms.items()} | {f"{name} alone": each for name, each in alone.items()}
+    named = {LABELS[name]: each for name, each in arms.items()} | {
+        f"{name} alone": each for name, each in alone.items()
+    }
     rows = [
         {"model": name, "gold": each.gold, "±": standard_error(each.golds) or "", "n": len(each.golds)}
         for name, each in named.items()

@@ -59,7 +59,9 @@ def transport(
         values = sum(value.numel() for value in local.learner.trained.values())
         asked = expected_participants(len(local.organisations), script_args.participation)
         ratio = noise_to_signal(values, script_args.noise_multiplier, asked)
-        say(f"federated: the noise on {values:,} values is {ratio:.3g} times the longest mean of {asked} organisations")
+        say(
+            f"federated: the noise on {values:,} values is {ratio:.3g} times the longest mean of {asked} organisations"
+        )
     output_dir, compression = training_args.output_dir, script_args.compression
     if connect is not None:
         yield connect(local.base_sha256)

@@ -19,7 +19,9 @@ from hfllm.federation.organisations import (
 def family_of(world, row):
     """The family whose question a row asks, told by its answer's form alone where that is clear."""
     answer = row["completion"][0]["content"]
-    return "addition" if answer.startswith("The sum") else "list" if "item is" in answer or "From end" in answer else ""
+    return (
+        "addition" if answer.startswith("The sum") else "list" if "item is" in answer or "From end" in answer else ""
+    )
 
 
 def test_an_organisation_has_mostly_its_family():
@@ -76,7 +78,7 @@ def test_one_dataset_is_dealt_out_whole(alpha):
 
 def test_organisations_that_cannot_take_part_are_named():
     one, other = Organisation("a", [{}], []), Organisation("b", [], [])
-    with pytest.raises(InputError, match="1 organisation.*at least 2"):
+    with pytest.raises(InputError, match=r"1 organisation.*at least 2"):
         check_organisations([one])
     with pytest.raises(InputError, match="'b' has no rows"):
         check_organisations([one, other])

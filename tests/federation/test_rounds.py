@@ -105,10 +105,8 @@ def test_the_round_without_an_organisation_is_the_mean_of_the_others(tmp_path):
     mean = sum(each.tensors["w"].double() * each.num_tokens for each in sent.values()) / total
     assert torch.allclose(found.weights["w"].double(), 0.1 * mean, atol=1e-7)
     assert found.records[0].num_tokens == total
-    squares = sum(
-        each.num_tokens * (each.tensors["w"].double() - mean).square().sum() for each in sent.values()
-    )
-    assert found.records[0].drift == pytest.approx(float((squares / total).sqrt() / mean.norm()), rel=1e-6)
+    squares = sum(each.num_tokens * (each.tensors["w"].double() - mean).square().sum() for each in sent.values())
+    assert found.records[0].drift == pytest.approx(float((squares / total).sqrt() / mean.norm()), rel=1e-5)
 
 
 def test_rounds_of_another_run_and_damage_are_refused(tmp_path):

@@ -171,6 +171,33 @@ def test_a_process_that_is_killed_resumes_to_the_same_bits(flags, tmp_path, proc
     assert report_of(tmp_path / "killed")["metrics"] == report_of(tmp_path / "whole")["metrics"]
 
 
+def test_a_server_without_rows_comes_to_the_same_bits(flags, saved, tmp_path):
+    """As between machines, but for the machines: organisations know their own rows, the server none."""
+    from hfllm.federation.transports import InProcess
+    from hfllm.stages.federated_clients import worker_learner
+    from hfllm.stages.federated_flower import loop
+
+    run(flags(rounds=2, output_dir=tmp_path / "one"))
+    common = {"model_name_or_path": str(saved), "average": "full", "rounds": 2, "local_steps": 2, "max_length": 64}
+    common |= {"per_device_train_batch_size": 2, "learning_rate": 0.01, "controls": ["none"]}
+    for name in ("server", "node"):
+        there = {"organisation_names": list(NAMES), "output_dir": str(tmp_path / name)}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(common | there))
+
+    def connect(base_sha256):
+        settings = {"flags": str(tmp_path / "node.yaml"), "base": str(saved)}
+        own = {name: {**settings, "rows": str(tmp_path / f"{name}.jsonl")} for name in NAMES}
+        return InProcess({name: worker_learner(name, own[name]) for name in NAMES}, base_sha256)
+
+    schedule._job = None
+    loop(connect, {"flags": str(tmp_path / "server.yaml")})
+    assert digest(tmp_path / "server") == digest(tmp_path / "one")
+    with pytest.raises(InputError, match="'shop' has no rows here"):
+        worker_learner("shop", {"flags": str(tmp_path / "node.yaml"), "base": str(saved)})
+    with pytest.raises(InputError, match="names no file of flags"):
+        loop(connect, {})
+
+
 @pytest.mark.slow
 def test_several_processes_come_to_the_same_bits(flags, tmp_path):
     run(flags(compression="int8", output_dir=tmp_path / "one"))
@@ -205,7 +232,9 @@ def test_organisations_that_fail_or_send_nan_are_left_out_and_named(flags, tmp_p
     assert metrics["updates_left_out"] == 2
     text = table_text(tmp_path / "out")
     assert "| 2 | shop | the power is out |" in text and "| 3 | school |" in text and "NaN" in text
-    with pytest.raises(InputError, match=r"round 2: 2 of 3 organisations sent an update, and --min_organ.*shop: the power is out"):
+    with pytest.raises(
+        InputError, match=r"round 2: 2 of 3 organisations sent an update, and --min_organ.*shop: the power is out"
+    ):
         run(flags(min_organisations=3, output_dir=tmp_path / "strict"))
 
 
@@ -244,6 +273,16 @@ def test_the_world_from_nothing(tmp_path, capsys):
         run([*words, "--rounds", 3])
 
 
+def test_noise_is_counted_and_clipping_holds(flags, saved, tmp_path, capsys):
+    metrics = run(flags(clip_norm=0.01, noise_multiplier=30.0, rounds=1, max_epsilon=8))
+    assert 0 < metrics["epsilon"] < 8 and metrics["drift"] == 0
+    assert "times the longest mean of 3 organisations" in capsys.readouterr().out
+    metrics = run(flags(clip_norm=0.01, rounds=1, output_dir=tmp_path / "clipped"))
+    begun, found = AutoModelForCausalLM.from_pretrained(saved).state_dict(), weights_of(tmp_path / "clipped")
+    moved = sum((found[name] - begun[name]).square().sum() for name in found).sqrt()
+    assert 0 < moved <= 0.01 + 1e-6 and "epsilon" not in metrics
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -257,6 +296,12 @@ def test_the_world_from_nothing(tmp_path, capsys):
         ({"dataset_name": "x.jsonl"}, "--dataset_name"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type"),
         ({"proximal_mu": -1}, "--proximal_mu -1"),
+        ({"clip_norm": 1, "noise_multiplier": 1, "max_epsilon": 1}, "epsilon would be"),
+        ({"noise_multiplier": 1, "clip_norm": 1, "min_organisations": 2}, "--min_organisations"),
+        ({"max_epsilon": 1}, "--max_epsilon"),
+        ({"server_momentum": 1.0}, "momentum of the server's optimizer is 1.0"),
+        ({"organisation_names": "a"}, "--organisation_names"),
+        ({"use_peft": True}, "--use_peft"),
     ],
 )
 def test_bad_flags_are_refused_in_a_line(flags, more, message):

@@ -1,4 +1,4 @@
-"""Federated fine-tuning on the embedded world, whole: far beyond each organisation alone, near the same rows pooled."""
+"""Federated fine-tuning on the embedded world, whole: far beyond each one alone, near the same rows pooled."""
 
 import json
 from pathlib import Path
@@ -12,9 +12,9 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "federated.py"
 def test_organisations_gain_together_what_none_has_alone(tmp_path, processes):
     """Bounds are at least three standard errors from the worst of the seeds in docs/federation.md."""
     folder = tmp_path / "out"
-    processes.run(RECIPE, "--seed", 2, "--output_dir", folder, timeout=2400)
+    processes.run(RECIPE, "--seed", 102, "--output_dir", folder, timeout=2400)
     found = json.loads((folder / "report.json").read_text())["metrics"]
     assert found["gold_over_local_best"] > 2
     assert found["gold_over_equal_steps"] > 0.8
     assert found["gold_untrained"] < 0.2
-    assert found["updates_left_out"] == 0 and found["rounds"] == 40
+    assert found["updates_left_out"] == 0 and found["rounds"] == 60
