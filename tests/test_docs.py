@@ -136,6 +136,15 @@ def test_the_page_on_long_texts_runs():
     assert names["with_memory"].shape == names["without"].shape == (1, 99)
 
 
+def test_the_page_on_models_that_see_runs():
+    text = (DOCS / "vision.md").read_text().partition("## The model")[2].split("\n## ")[0]
+    names = {}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), names)
+    assert names["answer"].shape[1] > names["inputs"]["input_ids"].shape[1]
+    assert sum(not weight.requires_grad for weight in names["model"].parameters()) == 13
+    assert type(names["other"]).__name__ == "Idefics3ForConditionalGeneration"
+
+
 def test_the_constitution_page_runs(make_model, tokenizer, tmp_path, monkeypatch):
     from hfllm.synthesis.constitution import load_constitution
 
@@ -177,10 +186,8 @@ def test_the_reasoning_page_runs(make_model, tokenizer, tmp_path):
     assert names["brief"](["q"], [said]) == [-0.02]
 
 
-def test_the_page_on_vision_runs():
-    """All of its code: the model, its processor, another layout, and the drawn world."""
+def test_the_code_on_the_picture_world_runs():
+    text = (DOCS / "vision.md").read_text().partition("## The picture world")[2]
     names = {}
-    exec("\n".join(re.findall(r"```python\n(.*?)```", (DOCS / "vision.md").read_text(), re.DOTALL)), names)
-    assert names["answer"].shape[0] == 1 and names["columns"]["gold_accepted"] == [
-        names["example"].questions[0].answer
-    ]
+    exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), names)
+    assert names["columns"]["gold_accepted"] == [names["example"].questions[0].answer]
