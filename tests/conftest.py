@@ -11,7 +11,7 @@ import pytest
 from processes import Processes
 
 # Whole worlds, some minutes each. They start first: begun last, one would leave the other worker without work.
-LONGEST = ("test_ground_world", "test_constitution_world", "test_tools_world", "test_reason_world")
+LONGEST = tuple(f"test_{name}_world" for name in ("ground", "constitution", "tools", "federated", "reason", "vision"))
 
 # Torch and what stands on it are imported where they are used: with several workers, the process that hands out the
 # tests needs none of it. Until the tests run, garbage collection has millions of imported objects to look through.
