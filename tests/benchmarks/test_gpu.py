@@ -17,6 +17,7 @@ def gpu(monkeypatch):
     return gpu
 
 
+@pytest.mark.slow
 def test_every_section_gives_figures(gpu, tmp_path, capsys):
     from gpu_sections import SECTIONS
 

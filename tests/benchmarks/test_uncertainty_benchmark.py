@@ -18,6 +18,7 @@ def benchmark(monkeypatch):
     monkeypatch.delitem(sys.modules, "uncertainty")
 
 
+@pytest.mark.slow
 def test_it_measures_models_before_and_after(benchmark, make_model, tokenizer, tmp_path, capsys):
     import hfllm
 

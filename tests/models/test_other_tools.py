@@ -309,6 +309,7 @@ class TestRotary:
         assert not torch.allclose(stretched, plain(states, long)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [0, 5])
 def test_training_with_experts_compiles_as_one_graph(make_model, ids, chunk):
     model = make_model(num_hidden_layers=1, **FAMILIES["mixtral"]).train()

@@ -55,6 +55,7 @@ def test_loads_without_the_package_from_another_folder(make_model, tokenizer, tm
         "delta_rule",
         "expert_fields",
         "experts",
+        "head",
         "latent",
         "latent_fields",
         "layer_types",

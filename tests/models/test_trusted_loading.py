@@ -284,7 +284,7 @@ def test_every_call_in_the_source_says_whether_code_is_trusted(folder):
     # In the file that all of them use, each call takes what one function has added.
     calls = list(loads_of(ROOT / "hfllm" / "models" / "loading.py"))
     source = (ROOT / "hfllm" / "models" / "loading.py").read_text(encoding="utf-8")
-    assert len(calls) == 3 and source.count("_with_trust(kwargs)") == len(calls)
+    assert len(calls) == 4 and source.count("_with_trust(kwargs)") == len(calls)
 
 
 def test_benchmarks_load_as_recipes_do(model, monkeypatch):

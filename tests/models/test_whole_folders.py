@@ -41,6 +41,7 @@ def test_or_not_at_all(error, tmp_path):
     assert not names(tmp_path)
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     mine = tmp_path / ".model.backup"
     mine.mkdir()

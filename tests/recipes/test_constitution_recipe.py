@@ -239,6 +239,7 @@ def begin_again(folder, *names):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_among_the_revisions_ends_with_the_same_bits(world, whole):
     """A process of its own, killed between a chunk's rows and the note that they are whole."""
     folder, again = world
@@ -346,6 +347,7 @@ def test_two_processes_refuse_together(processes, own, bad, tmp_path, monkeypatc
     assert "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_rows_that_were_edited_and_models_that_were_removed_are_made_again(world, whole, capsys):
     folder, again = world
     begin_again(folder, "rl")

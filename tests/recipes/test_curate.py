@@ -311,6 +311,7 @@ def test_an_interrupted_run_on_other_data_begins_anew(corpus, monkeypatch):
     assert run(*corpus.flags)["documents_kept"] == 10
 
 
+@pytest.mark.slow
 def test_parquet_shards_of_the_default_corpus(tmp_path):
     metrics = run("--max_samples", 150, "--output_format", "parquet", "--tasks", 2, "--output_dir", tmp_path / "out")
     assert metrics["documents_read"] == 300

@@ -51,6 +51,7 @@ def test_it_leaves_a_report_and_a_student(distilled, tiny, capsys):
     assert "already done" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_it_begins_again_from_the_teacher_that_is_there(distilled, tiny, capsys):
     folder, metrics = distilled
     (folder / "report.json").unlink()
@@ -100,6 +101,7 @@ def test_what_is_published_loads_and_learns_on(hub, distilled, learns_on, tmp_pa
     learns_on(folder)
 
 
+@pytest.mark.slow
 def test_another_vocabulary_needs_answers(distilled, make_model, world, tmp_path):
     tokenizer = train_tokenizer(world.documents(50), vocab_size=300)
     make_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "student")

@@ -204,6 +204,7 @@ def test_it_resumes_where_it_was(run, corpus, tmp_path):
     assert again["eval_loss"] == whole["eval_loss"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reads_no_text_again(run, corpus, tmp_path, monkeypatch):
     settings = {"dataset_name": corpus[0], "total_tokens": 6400, "save_strategy": "steps", "save_steps": 10}
     whole = run(**settings, output_dir=tmp_path / "whole")

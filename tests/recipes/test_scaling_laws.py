@@ -229,6 +229,7 @@ def test_a_grid_is_trained_fitted_and_tested_on_a_larger_run(trained):
     assert all(losses == sorted(losses, reverse=True) for losses in by_tokens)
 
 
+@pytest.mark.slow
 def test_a_probe_comes_on_top_without_training(trained, monkeypatch, tmp_path):
     folder, flags, _ = trained
     run(*flags)

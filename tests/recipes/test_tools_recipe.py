@@ -124,6 +124,7 @@ def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
         assert title in text
 
 
+@pytest.mark.slow
 def test_what_is_there_is_reused_and_what_comes_after_a_change_is_not(world, capsys):
     folder, again = world
     before = digests(folder)

@@ -16,6 +16,7 @@ def launch(processes):
     return make
 
 
+@pytest.mark.slow
 def test_the_main_job_under_two_processes(launch, tiny, tmp_path):
     output = launch("rlhf", "--config", tiny["rlhf"], "--output_dir", tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())

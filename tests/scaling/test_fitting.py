@@ -61,6 +61,7 @@ def nelder_mead(function, start, steps=1500):
     return min(values)
 
 
+@pytest.mark.slow
 def test_the_starts_that_are_given_up_early_would_not_have_been_better():
     for seed, count, noise in ((0, 14, 0.01), (1, 30, 0.003)):
         runs = made_runs(EPOCH, count, noise, seed=seed)
@@ -149,6 +150,7 @@ def table(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_the_truth_is_found_to_two_percent_with_intervals_that_cover_it(table):
     fit = fit_law(read_runs(table))
     resamples = bootstrap(fit, 300)

@@ -213,6 +213,7 @@ def test_a_base_model_reads_transcripts_and_stops_at_the_next_turn(script, revis
     assert script.calls[-1][1]["stop_strings"] == ("\nUser:\n",) and text.count("\nUser:\n") == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_at_any_chunk_gives_the_same_bits(revise, make_model, monkeypatch, tmp_path):
     monkeypatch.setattr(reviser, "BATCHES_PER_CHUNK", 1)
     prompts, revise = [*PROMPTS, *PROMPTS[:3]], partial(revise, model=make_model())

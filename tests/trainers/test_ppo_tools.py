@@ -131,6 +131,7 @@ def test_a_resumed_run_ends_with_the_same_bits(make_agent, tmp_path):
         assert torch.equal(value, whole.model.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_in_a_call_of_a_tool_ends_with_the_same_bits(processes, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     processes.run(RUN, whole, 8, 0)
@@ -142,6 +143,7 @@ def test_a_run_that_is_killed_in_a_call_of_a_tool_ends_with_the_same_bits(proces
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+@pytest.mark.slow
 def test_two_processes_with_tools_equal_one(processes, tmp_path):
     logged = rewards_in(processes.torchrun(RUN, tmp_path / "one", 12, processes=1))
     assert rewards_in(processes.torchrun(RUN, tmp_path / "two", 6)) == pytest.approx(logged, abs=1e-5)

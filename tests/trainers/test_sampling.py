@@ -1,6 +1,7 @@
 """Rows that leave the batch when they have ended change nothing but the time."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -114,10 +115,13 @@ def test_a_witness_says_what_a_second_pass_says(model, ids, tokenizer, adapter, 
     with torch.no_grad():
         logprobs, values, distribution = actor(*ids, got["response_ids"], got["response_mask"], True)
     width = mask.shape[1]
-    torch.testing.assert_close(witness.logprobs[:, :width][mask], logprobs[mask], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(witness.values[:, :width][mask], values[mask], atol=1e-5, rtol=1e-5)
+    # Linear attention reads token by token what the second pass reads in chunks.
+    near = 5e-5 if "linear_attention" in model.config.layer_types else 1e-5
+    assert_close = partial(torch.testing.assert_close, atol=near, rtol=near)
+    assert_close(witness.logprobs[:, :width][mask], logprobs[mask])
+    assert_close(witness.values[:, :width][mask], values[mask])
     entropy = -(distribution.exp() * distribution).sum(-1)
-    torch.testing.assert_close(witness.entropy[:, :width][mask], entropy, atol=1e-5, rtol=1e-5)
+    assert_close(witness.entropy[:, :width][mask], entropy)
     assert not model._forward_hooks and not model.get_output_embeddings()._forward_pre_hooks
 
 
