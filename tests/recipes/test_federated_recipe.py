@@ -273,14 +273,117 @@ def test_the_world_from_nothing(tmp_path, capsys):
         run([*words, "--rounds", 3])
 
 
-def test_noise_is_counted_and_clipping_holds(flags, saved, tmp_path, capsys):
+def moved_by(folder, saved):
+    begun, found = AutoModelForCausalLM.from_pretrained(saved).state_dict(), weights_of(folder)
+    squares = sum((found[name].double() - begun[name].double()).square().sum() for name in found)
+    return float(squares.sqrt()), sum(value.numel() for value in found.values())
+
+
+def test_noise_is_counted_and_of_its_size_and_nobody_is_named(flags, saved, tmp_path, capsys, monkeypatch):
+    from hfllm.federation import rounds
+
+    # Who takes part is drawn: let it be all but one.
+    monkeypatch.setattr(rounds, "draw_participants", lambda names, rate: list(names[:2]))
     metrics = run(flags(clip_norm=0.01, noise_multiplier=30.0, rounds=1, max_epsilon=8))
-    assert 0 < metrics["epsilon"] < 8 and metrics["drift"] == 0
-    assert "times the longest mean of 3 organisations" in capsys.readouterr().out
-    metrics = run(flags(clip_norm=0.01, rounds=1, output_dir=tmp_path / "clipped"))
-    begun, found = AutoModelForCausalLM.from_pretrained(saved).state_dict(), weights_of(tmp_path / "clipped")
-    moved = sum((found[name] - begun[name]).square().sum() for name in found).sqrt()
-    assert 0 < moved <= 0.01 + 1e-6 and "epsilon" not in metrics
+    assert 0 < metrics["epsilon"] < 8
+    moved, values = moved_by(tmp_path / "out", saved)
+    # The noise outweighs what two organisations of norm .01 can add by far; its norm has an error of 1 / sqrt(2 d).
+    assert moved == pytest.approx(30.0 * 0.01 * values**0.5 / 3, rel=0.03)
+    printed = capsys.readouterr().out
+    assert "times the longest mean of 3 organisations" in printed and "round 1/1  private" in printed
+    assert not metrics.keys() & {"bytes_up", "bytes_down", "updates_left_out", "drift"}
+    text, report = table_text(tmp_path / "out"), report_of(tmp_path / "out")
+    assert "MB so far" not in text and "the controls' figures are not private" in text
+    assert "gold_by_bytes" not in report["artifacts"]
+
+
+def test_clipping_alone_is_by_the_number_that_was_asked(flags, saved, tmp_path):
+    # A round asks all three, as many as it needs: the mean of three clipped changes.
+    few = {"participation": 0.3, "min_organisations": 3, "clip_norm": 1e-3, "rounds": 1}
+    metrics = run(flags(**few))
+    moved, _ = moved_by(tmp_path / "out", saved)
+    run(flags(**few | {"participation": 1}, output_dir=tmp_path / "all"))
+    assert 0 < moved <= 1e-3 + 1e-6 and moved == moved_by(tmp_path / "all", saved)[0] and "epsilon" not in metrics
+
+
+def frozen_learner(saved, folder, name, **more):
+    from hfllm.stages.federated_clients import worker_learner
+
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row(word)) + "\n" for word in WORDS[0]))
+    flags = {"model_name_or_path": str(saved), "organisation_names": ["a", "b"], "output_dir": str(folder / name)}
+    flags |= {"average": "lora_frozen_a", "lora_r": 4, "rounds": 1, "local_steps": 1, "max_length": 64, **more}
+    (folder / f"{name}.yaml").write_text(json.dumps({**flags, "controls": ["none"]}))
+    settings = {"flags": str(folder / f"{name}.yaml"), "base": str(saved), "rows": str(folder / f"{name}.jsonl")}
+    return lambda **terms: worker_learner(name, {**settings, "terms": terms})
+
+
+def test_a_frozen_factor_or_a_scale_that_differs_is_another_base(saved, tmp_path):
+    from hfllm.federation.transports import InProcess
+    from hfllm.federation.updates import Failure
+
+    first = frozen_learner(saved, tmp_path, "a")()
+    base, weights = first(1, zeros_of(first)).base_sha256, zeros_of(first)
+    for more in ({"seed": 43}, {"lora_alpha": 64}, {}):
+        other = frozen_learner(saved, tmp_path, "b", **more)()
+        replies = list(InProcess({"a": first, "b": other}, base).run_round(1, weights, ["a", "b"]))
+        assert not isinstance(replies[0], Failure) and isinstance(replies[1], Failure) == bool(more)
+        if more:
+            assert "'b' began from another base model" in replies[1].reason
+
+
+def zeros_of(learner):
+    """Weights that a learner of the tests takes: those of its adapter."""
+    local = next(cell.cell_contents for cell in learner.__closure__ if hasattr(cell.cell_contents, "weights"))
+    return local.weights()
+
+
+def test_a_node_refuses_the_terms_of_another_run(saved, tmp_path):
+    make = frozen_learner(saved, tmp_path, "a")
+    make(local_steps=1, rounds=1, average="lora_frozen_a", compression="none", seed=42)
+    for name, value in {"local_steps": 2, "rounds": 2, "average": "full", "compression": "int8", "seed": 7}.items():
+        with pytest.raises(InputError, match=f"--{name} is .* here and {value} at the server"):
+            make(**{name: value})
+
+
+def test_the_app_and_the_flags_must_have_one_compression(saved, tmp_path):
+    from hfllm.stages.federated_flower import loop
+
+    file = tmp_path / "server.yaml"
+    file.write_text(json.dumps({"model_name_or_path": str(saved), "organisation_names": ["a"], "compression": "none"}))
+    with pytest.raises(InputError, match="--compression int8 of the app, none of"):
+        loop(None, {"flags": str(file), "compression": "int8"})
+
+
+def test_a_worker_reads_its_own_file_alone(flags, saved, tmp_path, monkeypatch):
+    from hfllm.stages import federated_clients
+    from hfllm.stages.federated_clients import worker_learner
+
+    flags()
+    files = [str(tmp_path / f"{name}.jsonl") for name in NAMES]
+    (tmp_path / "farm.jsonl").unlink()
+    given = {"model_name_or_path": str(saved), "organisation_files": files, "output_dir": str(tmp_path / "node")}
+    (tmp_path / "node.yaml").write_text(json.dumps({**given, "average": "full", "max_length": 64}))
+    seen, load_local = [], federated_clients.load_local
+    monkeypatch.setattr(federated_clients, "load_local", lambda *args: seen.append(args[-1]) or load_local(*args))
+    worker_learner("school", {"flags": str(tmp_path / "node.yaml"), "base": str(saved)})
+    assert [each.name for each in seen[0]] == ["school"] and len(seen[0][0].rows) + len(seen[0][0].held_out) == 5
+
+
+def test_states_of_removed_rounds_are_not_used(flags, tmp_path):
+    more = {"keep_optimizer": True, "compression": "int8", "optim": "adamw_torch"}
+    run(flags(**more, output_dir=tmp_path / "fresh"))
+    run(flags(**more, learning_rate=0.1))
+    release_all()
+    kept = tmp_path / "out" / "organisations"
+    assert list(kept.rglob("*.safetensors"))
+    stray = kept / "optimizers" / "gone" / "1.safetensors"
+    stray.parent.mkdir()
+    stray.write_bytes(b"")
+    for path in (tmp_path / "out").glob("*.json"):
+        path.unlink()
+    (tmp_path / "out" / STATE_FILE).unlink()
+    run(flags(**more))
+    assert not stray.exists() and digest(tmp_path / "out") == digest(tmp_path / "fresh")
 
 
 @pytest.mark.parametrize(
@@ -299,15 +402,42 @@ def test_noise_is_counted_and_clipping_holds(flags, saved, tmp_path, capsys):
         ({"clip_norm": 1, "noise_multiplier": 1, "max_epsilon": 1}, "epsilon would be"),
         ({"noise_multiplier": 1, "clip_norm": 1, "min_organisations": 2}, "--min_organisations"),
         ({"max_epsilon": 1}, "--max_epsilon"),
-        ({"server_momentum": 1.0}, "momentum of the server's optimizer is 1.0"),
+        ({"server_momentum": 1.0, "server_optimizer": "momentum"}, "momentum of the server's optimizer is 1.0"),
         ({"organisation_names": "a"}, "--organisation_names"),
         ({"use_peft": True}, "--use_peft"),
+        ({"clip_norm": 0}, "--clip_norm is 0"),
+        ({"clip_norm": "nan"}, "--clip_norm is nan"),
+        ({"keep_optimizer": True, "optim": "adafactor"}, "--keep_optimizer"),
+        ({"fp16": True}, "--fp16"),
+        ({"round_timeout": 5}, "--round_timeout"),
+        ({"server_momentum": 0.5}, "--server_momentum"),
+        ({"num_examples": 5}, "--num_examples"),
+        ({"main_share": 0.5}, "--main_share"),
+        ({"num_eval_prompts": 5}, "--num_eval_prompts"),
+        ({"num_organisations": 3}, "--num_organisations"),
+        ({"num_train_epochs": 1}, "--num_train_epochs"),
+        ({"gradient_checkpointing": True}, "--gradient_checkpointing"),
+        ({"neftune_noise_alpha": 5}, "--neftune_noise_alpha"),
     ],
 )
 def test_bad_flags_are_refused_in_a_line(flags, more, message):
     with pytest.raises(InputError) as error:
         run(flags(**more))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--processes", "2"], "--processes"),
+        (["--round_timeout", "9"], "--round_timeout"),
+        (["--organisation_names", "a", "b", "a"], "--organisation_names: 'a' comes twice"),
+    ],
+)
+def test_bad_flags_between_machines_are_refused_in_a_line(saved, tmp_path, more, message):
+    words = ["--model_name_or_path", saved, "--output_dir", tmp_path / "out", "--controls", "none"]
+    with pytest.raises(InputError, match=message):
+        run([*words, "--organisation_names", "a", "b", *more])
 
 
 def test_an_organisation_without_rows_is_refused(flags, tmp_path):
