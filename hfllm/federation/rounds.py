@@ -9,7 +9,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -196,20 +196,9 @@ def _next_state(
     total: Sum,
     precisions: Mapping[str, torch.dtype],
 ) -> FederationState:
-    asked = participants_of(names, number, settings)
-    left_out, num_tokens, norms, before = {}, 0, {}, (transport.bytes_sent, transport.bytes_received)
+    asked, before = participants_of(names, number, settings), (transport.bytes_sent, transport.bytes_received)
     sent = {name: value.to(precisions[name]) for name, value in state.weights.items()}
-    for answer in transport.run_round(number, sent, asked):
-        if isinstance(answer, Failure):
-            left_out[answer.organisation] = answer.reason
-            continue
-        try:
-            total.add(answer)
-        except InputError as error:
-            left_out[answer.organisation] = str(error)
-        else:
-            num_tokens += answer.num_tokens
-            norms[answer.organisation] = norm(answer.tensors)
+    left_out, norms, num_tokens = _added_up(total, transport.run_round(number, sent, asked))
     missing = settings.min_organisations - (len(asked) - len(left_out))
     # Privacy asks for no number of updates; but noise alone must not be trained because a network is down.
     if missing > 0 and (not settings.is_private or (asked and len(left_out) == len(asked))):
@@ -233,6 +222,23 @@ def _next_state(
     weights = server.step(state.weights, average)
     _check_finite(number, weights, precisions, norms)
     return FederationState(weights, dict(server.state_dict()), [*state.records, record])
+
+
+def _added_up(total: Sum, answers: Iterable[Update | Failure]) -> tuple[dict[str, str], dict[str, float], int]:
+    """Add updates to a sum; return why others are left out, the norm of each that is not, and their tokens."""
+    left_out, norms, num_tokens = {}, {}, 0
+    for answer in answers:
+        if isinstance(answer, Failure):
+            left_out[answer.organisation] = answer.reason
+            continue
+        try:
+            total.add(answer)
+        except InputError as error:
+            left_out[answer.organisation] = str(error)
+        else:
+            num_tokens += answer.num_tokens
+            norms[answer.organisation] = norm(answer.tensors)
+    return left_out, norms, num_tokens
 
 
 def _check_finite(

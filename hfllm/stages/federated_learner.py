@@ -131,8 +131,10 @@ class LocalLearner:
 
     def _gradient(self, batch: Rows, targets: int) -> float:
         """Accumulate the gradient of the mean over all targets of a batch, and return that mean."""
-        mean = 0.0
-        for part in chunks(batch, self.args.per_device_train_batch_size):
+        mean, parts = 0.0, list(chunks(batch, self.args.per_device_train_batch_size))
+        # What TRL divides the load-balancing loss of experts by.
+        self.trainer.current_gradient_accumulation_steps = len(parts)
+        for part in parts:
             loss = self._loss(part, targets)
             loss.backward()
             mean += float(loss.detach())
@@ -152,6 +154,7 @@ class LocalLearner:
         self.set_weights(weights)
         self.model.eval()
         nats, num_tokens = 0.0, 0
+        self.trainer.current_gradient_accumulation_steps = 1
         with torch.no_grad():
             for part in chunks(rows, self.args.per_device_eval_batch_size):
                 targets = sum(map(_targets, part))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import federated
@@ -217,7 +218,9 @@ def test_organisations_that_fail_or_send_nan_are_left_out_and_named(flags, tmp_p
         def late(number, weights):
             if number == 2:
                 raise InputError("the power is out")
-            return shop(number, weights)
+            update = shop(number, weights)
+            # Two steps of two rows of at most 64 tokens.
+            return replace(update, num_tokens=257) if number == 1 else update
 
         def diverged(number, weights):
             update = school(number, weights)
@@ -229,9 +232,10 @@ def test_organisations_that_fail_or_send_nan_are_left_out_and_named(flags, tmp_p
 
     monkeypatch.setattr(federated_server, "clients_of", failing)
     metrics = run(flags())
-    assert metrics["updates_left_out"] == 2
+    assert metrics["updates_left_out"] == 3
     text = table_text(tmp_path / "out")
-    assert "| 2 | shop | the power is out |" in text and "| 3 | school |" in text and "NaN" in text
+    assert "num_tokens is 257; a round has at most 256" in text and "| 2 | shop | the power is out |" in text
+    assert "| 3 | school |" in text and "NaN" in text
     with pytest.raises(
         InputError, match=r"round 2: 2 of 3 organisations sent an update, and --min_organ.*shop: the power is out"
     ):
@@ -304,6 +308,34 @@ def test_clipping_alone_is_by_the_number_that_was_asked(flags, saved, tmp_path):
     moved, _ = moved_by(tmp_path / "out", saved)
     run(flags(**few | {"participation": 1}, output_dir=tmp_path / "all"))
     assert 0 < moved <= 1e-3 + 1e-6 and moved == moved_by(tmp_path / "all", saved)[0] and "epsilon" not in metrics
+
+
+def test_rows_that_another_organisation_learns_are_not_held_out(tmp_path):
+    from hfllm.data.loading import prompt_key
+    from hfllm.stages.federated_data import organisations_of
+
+    # Each question comes three times, which dealing out puts at two or three organisations.
+    words = [f"{place} {answer}" for place in range(60) for answer in "abc"]
+    rows = [
+        {"messages": [{"role": "user", "content": word.split()[0]}, {"role": "assistant", "content": word}]}
+        for word in words
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    args = ["--dataset_name", tmp_path / "rows.jsonl", "--num_organisations", 2, "--model_name_or_path", "x"]
+    found = organisations_of(federated.parse(list(map(str, args)))[0], 1)
+    learned = {prompt_key(each) for organisation in found for each in organisation.rows}
+    held_out = [prompt_key(each) for organisation in found for each in organisation.held_out]
+    assert held_out and not learned & set(held_out) and sum(len(each.rows) for each in found) > 150
+
+
+def test_batches_in_parts_are_batches_in_one(flags, saved, tmp_path):
+    """By the trainer that the recipe has: the parts have unlike numbers of targets."""
+    once = {"rounds": 1, "local_steps": 2, "optim": "sgd", "learning_rate": 0.5}
+    run(flags(**once, per_device_train_batch_size=4))
+    run(flags(**once, per_device_train_batch_size=1, gradient_accumulation_steps=4, output_dir=tmp_path / "parts"))
+    one, parts = weights_of(tmp_path / "out"), weights_of(tmp_path / "parts")
+    moved, _ = moved_by(tmp_path / "out", saved)
+    assert moved > 0.01 and max((one[name] - parts[name]).abs().max() for name in one) < 1e-5
 
 
 def frozen_learner(saved, folder, name, **more):
