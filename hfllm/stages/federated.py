@@ -181,7 +181,7 @@ def _check_effect(script_args: FederatedArguments, training_args: "SFTConfig", m
     refuse("num_organisations" in given and has_names, "--num_organisations", "they are named one by one")
     refuse("num_train_epochs" in given, "--num_train_epochs", "--rounds and --local_steps say how much is trained")
     for name in ("gradient_checkpointing", "activation_checkpointing"):
-        refuse(name in given and bool(getattr(training_args, name, False)), f"--{name}", NO_TRAINER)
+        refuse(name in given, f"--{name}", NO_TRAINER)
     refuse(training_args.neftune_noise_alpha is not None, "--neftune_noise_alpha", NO_TRAINER)
 
 
