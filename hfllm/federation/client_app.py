@@ -4,8 +4,8 @@ The node's --node-config says whose it is and where its settings are; both stay 
 
     organisation="clinic" settings="/srv/clinic.json"
 
-The settings, a JSON object, go to the learner that the run names (`learner`, `module:function`); a node may name its
-own.
+The settings, a JSON object, go to the learner that the run names (`learner`, `module:function`), with the terms of
+the run as `terms`, where the server states some: a learner refuses those that are not its own.
 """
 
 import json
@@ -37,9 +37,10 @@ def train(message: Message, context: Context) -> Message:
         config = {**context.run_config, **context.node_config}
         if "learner" not in config:
             raise InputError("the run names no learner; expected module:function")
-        learner = learner_of(str(config["learner"]), name, settings_of(context))
+        settings, terms = settings_of(context), json.loads(str(request.get("terms", "{}")))
+        learner = learner_of(str(config["learner"]), name, {**settings, **({"terms": terms} if terms else {})})
         update = learner(int(request["round"]), weights_from_bytes(request["weights"]))
-        reply = {"update": to_bytes(update, str(config.get("compression", "none")))}
+        reply = {"update": to_bytes(update, str(terms.get("compression", config.get("compression", "none"))))}
     except InputError as error:
         reply = {"reason": str(error)}
     return Message(content=record_of(reply), reply_to=message)

@@ -4,6 +4,8 @@ Flower carries the bytes of `wire` and knows who is connected; averages, checks 
 one process. `docs/federation.md` has the commands. Import this in a process that Flower started: `server_app` does.
 """
 
+import json
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -20,8 +22,9 @@ if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
     from flwr.serverapp import Grid
 
-# Name of the record in a message, and seconds between two looks at what came.
-RECORD, PAUSE = "hfllm", 0.5
+# Name of the record in a message, seconds between two looks at what came, and to wait for one that is lost.
+RECORD, PAUSE, LOST_WAIT = "hfllm", 0.5, 30.0
+LOG = logging.getLogger(__name__)
 
 
 class FlowerTransport(Receiver):
@@ -29,8 +32,10 @@ class FlowerTransport(Receiver):
 
     Args:
         grid: Flower's, which a ServerApp is given.
-        num_organisations: to wait for, at the begin of each round too; fewer take part after `timeout`.
+        num_organisations: to wait for before the first round; fewer take part after `timeout`.
         timeout: seconds for organisations to appear, and for a round; `None` for no end.
+        lost_wait: seconds that a round waits for one that was there before, once for each loss; one that returns takes
+            part again.
         others: see `Receiver`. A message that is too large is refused once Flower has received it.
     """
 
@@ -42,10 +47,13 @@ class FlowerTransport(Receiver):
         timeout: float | None = None,
         any_rank: bool = False,
         max_bytes: int | None = None,
+        lost_wait: float = LOST_WAIT,
     ):
         super().__init__(base_sha256, any_rank, max_bytes)
-        self.grid, self.num_organisations, self.timeout = grid, num_organisations, timeout
+        self.grid, self.num_organisations, self.timeout, self.lost_wait = grid, num_organisations, timeout, lost_wait
+        # In the order in which nodes were found, so that the last one of a name is the newest.
         self._names: dict[int, str] = {}
+        self._given_up: set[str] = set()
 
     def organisations(self) -> list[str]:
         """Return the names of those that are connected, in order, once there are as many as expected.
@@ -55,12 +63,7 @@ class FlowerTransport(Receiver):
         """
         since = time.monotonic()
         while True:
-            nodes = set(self.grid.get_node_ids())
-            self._names = {node: name for node, name in self._names.items() if node in nodes}
-            asked = {node: self._message("query", {}, node) for node in nodes - self._names.keys()}
-            for node, reply in self._replies(asked):
-                if reply is not None and not reply.has_error():
-                    self._names[node] = str(reply.content[RECORD]["organisation"])
+            self._look()
             names = sorted(self._names.values())
             for first, second in pairwise(names):
                 if first == second:
@@ -78,35 +81,68 @@ class FlowerTransport(Receiver):
         """Train at all participants at the same time; see `transports.Transport`."""
         check_participants(participants, participants)
         expected, data = self.expected(weights), weights_to_bytes(weights)
-        nodes = {name: node for node, name in self._names.items()}
-        if any(name not in nodes for name in participants):
-            self.organisations()
-            nodes = {name: node for node, name in self._names.items()}
-        asked = {nodes[name]: {"round": round, "weights": data} for name in participants if name in nodes}
+        nodes = self._nodes_of(participants)
+        values = {"round": round, "weights": data, "terms": json.dumps(dict(self.terms))}
+        asked = {nodes[name]: self._message("train", values, nodes[name]) for name in participants if name in nodes}
         self.bytes_sent += len(asked) * len(data)
-        replies = dict(self._replies({node: self._message("train", each, node) for node, each in asked.items()}))
+        replies = dict(self._replies(asked, self.timeout))
         for name in participants:
-            reply = replies.pop(nodes[name], None) if name in nodes else None
-            record = reply.content.get(RECORD, {}) if reply is not None and reply.has_content() else {}
+            if name not in nodes:
+                yield Failure(name, f"organisation {name!r} is not connected")
+                continue
+            reply = replies.pop(nodes[name])
+            if isinstance(reply, str):
+                yield Failure(name, f"organisation {name!r} {reply}")
+                continue
+            record = _record(reply)
             if isinstance(record.get("update"), bytes):
                 yield self.receive(record["update"], name, expected)
-            elif name not in nodes:
-                yield Failure(name, f"organisation {name!r} is not connected")
-            elif reply is None:
-                yield Failure(name, f"organisation {name!r} was not ready after {self.timeout:g} seconds")
             else:
                 said = record.get("reason") or (reply.error.reason if reply.has_error() else "no update")
                 yield Failure(name, f"organisation {name!r}: {' '.join(str(said).split())[:300]}")
 
-    def _replies(self, asked: "Mapping[int, Message]") -> "Iterator[tuple[int, Message | None]]":
-        """Send messages; yield what each node replied, `None` where it was late."""
-        waiting = dict(zip(self.grid.push_messages(asked.values()), asked, strict=True)) if asked else {}
+    def _look(self) -> None:
+        """Forget nodes that have gone, and ask new ones whose they are."""
+        nodes = set(self.grid.get_node_ids())
+        self._names = {node: name for node, name in self._names.items() if node in nodes}
+        asked = {node: self._message("query", {}, node) for node in sorted(nodes - self._names.keys())}
+        for node, reply in self._replies(asked, self.lost_wait):
+            name = None if isinstance(reply, str) else _record(reply).get("organisation")
+            if name is not None:
+                self._names[node] = str(name)
+
+    def _nodes_of(self, participants: Sequence[str]) -> dict[str, int]:
+        """Return the node of each organisation that is there now: a SuperNode that was restarted is another node."""
+        since = time.monotonic()
+        while True:
+            self._look()
+            nodes: dict[str, int] = {}
+            for node, name in self._names.items():
+                if name in nodes:
+                    LOG.warning("two SuperNodes are of the organisation %r: the newest, %d, takes part", name, node)
+                nodes[name] = node
+            missing = {name for name in participants if name not in nodes}
+            self._given_up &= missing
+            if missing <= self._given_up or time.monotonic() - since > self.lost_wait:
+                self._given_up |= missing
+                return nodes
+            time.sleep(PAUSE)
+
+    def _replies(self, asked: "Mapping[int, Message]", timeout: float | None) -> "Iterator[tuple[int, Message | str]]":
+        """Send messages; yield what each node replied, or why there is no reply."""
+        ids = list(self.grid.push_messages(asked.values())) if asked else []
+        # Flower returns nothing, or an empty id, for what it could not send.
+        ids += [""] * (len(asked) - len(ids))
+        waiting = {id: node for id, node in zip(ids, asked, strict=False) if id}
+        yield from (
+            (node, "could not be asked: the SuperLink took no message") for node in asked.keys() - waiting.values()
+        )
         since = time.monotonic()
         while waiting:
             for reply in self._pulled(waiting):
                 yield waiting.pop(reply.metadata.reply_to_message_id), reply
-            if waiting and self.timeout is not None and time.monotonic() - since > self.timeout:
-                yield from ((node, None) for node in waiting.values())
+            if waiting and timeout is not None and time.monotonic() - since > timeout:
+                yield from ((node, f"was not ready after {timeout:g} seconds") for node in waiting.values())
                 return
             if waiting:
                 time.sleep(PAUSE)
@@ -121,6 +157,23 @@ class FlowerTransport(Receiver):
         from flwr.app import Message
 
         return Message(content=record_of(values), message_type=kind, dst_node_id=node)
+
+
+def is_true(config: Mapping[str, object], name: str) -> bool:
+    """Return a setting of a run that is true or false, by default false; as text too, which is what --config gives.
+
+    Raises:
+        InputError: for anything else.
+    """
+    text = str(config.get(name, False)).lower()
+    if text not in ("true", "false"):
+        raise InputError(f"{name} is {config[name]!r}; expected true or false")
+    return text == "true"
+
+
+def _record(reply: "Message") -> Mapping[str, object]:
+    """Return what a reply says: nothing, if it has no record of ours."""
+    return reply.content.get(RECORD) or {} if reply.has_content() else {}
 
 
 def record_of(values: Mapping[str, int | str | bytes]) -> "RecordDict":

@@ -40,8 +40,8 @@ def write_app(folder: str | Path, config: Mapping[str, str | int | float | bool]
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # JSON's texts, numbers and booleans are TOML's too.
-    lines = [f"{name} = {json.dumps(value)}" for name, value in config.items()]
+    # JSON's texts, numbers and booleans are TOML's too, but for escaped pairs of surrogates.
+    lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in config.items()]
     text = TEMPLATE.format(version=__version__, config="\n".join(lines))
     (folder / "pyproject.toml").write_text(text, encoding="utf-8")
     for side in ("server", "client"):

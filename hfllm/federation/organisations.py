@@ -132,6 +132,9 @@ def split_evenly(rows: Sequence[Row], count: int, alpha: float | None, seed: int
     shuffled = list(rows)
     rng.shuffle(shuffled)
     weights = [1.0 if alpha is None else rng.gammavariate(alpha, 1.0) for _ in range(count)]
+    if sum(weights) == 0:
+        # A very small alpha, in floating point: one of them has all.
+        weights[0] = 1.0
     total, ends, so_far = sum(weights), [0], 0.0
     for weight in weights:
         so_far += weight

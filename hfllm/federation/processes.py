@@ -56,6 +56,9 @@ class SeveralProcesses(Receiver):
         self.max_parallel = max_parallel or os.cpu_count() or 1
         self._workers: dict[str, _Worker] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
+        # What a server that was killed has left.
+        for path in self.folder.glob("round-*"):
+            path.unlink(missing_ok=True)
 
     def run_round(
         self, round: int, weights: Mapping[str, Tensor], participants: Sequence[str]
@@ -108,6 +111,8 @@ class SeveralProcesses(Receiver):
             return read_update(path, self.limit(expected), expected, name)
         except InputError as error:
             return Failure(name, str(error))
+        except OSError as error:
+            return Failure(name, f"the update of organisation {name!r} cannot be read: {error.strerror or error}")
         finally:
             path.unlink(missing_ok=True)
 

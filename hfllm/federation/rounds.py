@@ -9,11 +9,12 @@ import json
 import math
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -51,7 +52,8 @@ class RoundSettings:
         min_organisations: updates without which a round is not taken.
         seed: of the draws.
         is_private: each organisation takes part by chance of its own, which nobody knows, as the accountant assumes.
-            No number of updates is needed, and a round that is done again is another one.
+            A round that asked nobody is taken, one in which all that were asked have failed is not; a round that is
+            done again is another one. Records then say nothing of who took part.
     """
 
     num_rounds: int
@@ -89,7 +91,10 @@ class RoundRecord:
 
 @dataclass
 class FederationState:
-    """The common weights after some rounds, the state of the server's optimizer, and the rounds so far."""
+    """The common weights after some rounds, the state of the server's optimizer, and the rounds so far.
+
+    Weights are held in float32 at least: in bfloat16, a server's moves of less than 1/256 of a weight would be lost.
+    """
 
     weights: dict[str, Tensor]
     server: dict[str, Tensor]
@@ -98,9 +103,9 @@ class FederationState:
 
 def participants_of(names: Sequence[str], number: int, settings: RoundSettings) -> list[str]:
     """Return the organisations that a round asks, in their usual order: at least `min_organisations`."""
+    count = num_asked(len(names), settings)
     if settings.is_private:
-        return draw_participants(names, expected_participants(len(names), settings.participation) / len(names))
-    count = max(settings.min_organisations, expected_participants(len(names), settings.participation))
+        return draw_participants(names, count / len(names))
     chosen = set(random.Random(f"participants-{settings.seed}-{number}").sample(range(len(names)), count))
     return [name for place, name in enumerate(names) if place in chosen]
 
@@ -108,6 +113,12 @@ def participants_of(names: Sequence[str], number: int, settings: RoundSettings) 
 def expected_participants(num_organisations: int, participation: float) -> int:
     """Return how many organisations a round asks, or with privacy asks on average."""
     return min(max(math.ceil(participation * num_organisations), 1), num_organisations)
+
+
+def num_asked(num_organisations: int, settings: RoundSettings) -> int:
+    """Return how many organisations a round asks by its settings: with privacy on average."""
+    count = expected_participants(num_organisations, settings.participation)
+    return count if settings.is_private else max(settings.min_organisations, count)
 
 
 def check_settings(settings: RoundSettings, num_organisations: int) -> None:
@@ -152,16 +163,24 @@ def run_rounds(
         announce: told of each round when it is kept.
 
     Raises:
-        InputError: when the folder holds the rounds of another run, or too few organisations sent an update. What was
-            kept is as before: the same command tries that round again.
+        InputError: when the folder holds the rounds of another run, too few organisations sent an update, or the
+            round's weights or figures are not finite. What was kept is as before: the same command tries that round
+            again.
     """
     check_settings(settings, len(names))
-    state = load_state(folder, identity) or FederationState(dict(weights), {})
+    precisions = {name: value.dtype for name, value in weights.items()}
+    state = load_state(folder, identity) or FederationState(
+        {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in weights.items()}, {}
+    )
     if state.server:
         server.load_state_dict(state.server)
     for number in range(len(state.records) + 1, settings.num_rounds + 1):
-        state = _next_state(transport, names, state, server, settings, number, new_sum(number))
-        state.records[-1].evaluation = evaluate(number, state.weights)
+        state = _next_state(transport, names, state, server, settings, number, new_sum(number), precisions)
+        figures = state.records[-1].evaluation = evaluate(number, state.weights)
+        if broken := [name for name, value in figures.items() if not math.isfinite(value)]:
+            raise InputError(
+                f"round {number}: {broken[0]} is {figures[broken[0]]} with its weights, which are not kept"
+            )
         save_state(folder, state, identity)
         announce(state.records[-1])
     return state
@@ -175,21 +194,14 @@ def _next_state(
     settings: RoundSettings,
     number: int,
     total: Sum,
+    precisions: Mapping[str, torch.dtype],
 ) -> FederationState:
-    asked = participants_of(names, number, settings)
-    left_out, num_tokens, before = {}, 0, (transport.bytes_sent, transport.bytes_received)
-    for answer in transport.run_round(number, state.weights, asked):
-        if isinstance(answer, Failure):
-            left_out[answer.organisation] = answer.reason
-            continue
-        try:
-            total.add(answer)
-        except InputError as error:
-            left_out[answer.organisation] = str(error)
-        else:
-            num_tokens += answer.num_tokens
+    asked, before = participants_of(names, number, settings), (transport.bytes_sent, transport.bytes_received)
+    sent = {name: value.to(precisions[name]) for name, value in state.weights.items()}
+    left_out, norms, num_tokens = _added_up(total, transport.run_round(number, sent, asked))
     missing = settings.min_organisations - (len(asked) - len(left_out))
-    if missing > 0 and not settings.is_private:
+    # Privacy asks for no number of updates; but noise alone must not be trained because a network is down.
+    if missing > 0 and (not settings.is_private or (asked and len(left_out) == len(asked))):
         why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise InputError(
             f"round {number}: {len(asked) - len(left_out)} of {len(asked)} organisations sent an update, and "
@@ -204,8 +216,42 @@ def _next_state(
         update_norm=_six_digits(moved),
         drift=_six_digits(total.drift() / moved if moved else 0.0),
     )
+    if settings.is_private:
+        # Who took part must stay unknown, also from a file or by the number of bytes.
+        record = RoundRecord(number, [], {}, 0, 0, 0, record.update_norm, 0.0)
     weights = server.step(state.weights, average)
+    _check_finite(number, weights, precisions, norms)
     return FederationState(weights, dict(server.state_dict()), [*state.records, record])
+
+
+def _added_up(total: Sum, answers: Iterable[Update | Failure]) -> tuple[dict[str, str], dict[str, float], int]:
+    """Add updates to a sum; return why others are left out, the norm of each that is not, and their tokens."""
+    left_out, norms, num_tokens = {}, {}, 0
+    for answer in answers:
+        if isinstance(answer, Failure):
+            left_out[answer.organisation] = answer.reason
+            continue
+        try:
+            total.add(answer)
+        except InputError as error:
+            left_out[answer.organisation] = str(error)
+        else:
+            num_tokens += answer.num_tokens
+            norms[answer.organisation] = norm(answer.tensors)
+    return left_out, norms, num_tokens
+
+
+def _check_finite(
+    number: int, weights: Weights, precisions: Mapping[str, torch.dtype], norms: Mapping[str, float]
+) -> None:
+    for name, value in weights.items():
+        if not torch.isfinite(value.to(precisions[name])).all():
+            largest = sorted(norms, key=lambda each: -norms[each])[:5]
+            who = ", ".join(f"{each} {norms[each]:.3g}" for each in largest)
+            raise InputError(
+                f"round {number}: {name} would be infinite or NaN; the weights before are kept. Largest norms of "
+                f"updates: {who}. --clip_norm bounds them"
+            )
 
 
 def _six_digits(value: float) -> float:

@@ -1,12 +1,15 @@
 """Row-level differential privacy at an organisation: DP-SGD (Abadi et al. 2016, arXiv:1607.00133) in any `Trainer`.
 
-It protects rows where organisations are too few for client-level privacy (`privacy`), and from the server too. Each
-row's gradient is scaled to norm C, whatever it was (automatic clipping: Bu et al. 2023, arXiv:2206.07136); the sum
-over a batch gets Gaussian noise of standard deviation z C. With rows scaled rather than clipped, it does not matter
-that the loss of a row is divided by the tokens of a whole batch, in which other rows show.
+It is meant for rows where organisations are too few for client-level privacy (`privacy`), and acts before the server
+sees anything. Each row's gradient is scaled to norm C, whatever it was (automatic clipping: Bu et al. 2023,
+arXiv:2206.07136); the sum over a batch gets Gaussian noise of standard deviation z C. With rows scaled rather than
+clipped, it does not matter that the loss of a row is divided by the tokens of a whole batch, in which other rows show.
 
 Gradients by row come from micro-batches of one row: as slow as batches of one, right for every model. `epsilon_of`
-(rows per batch / rows, z, steps, delta) is what a run reveals of one row, if batches are drawn at random.
+(rows per batch / rows, z, steps, delta) is what the weights reveal of one row if each batch takes each row with the
+same probability, independently (Poisson batches). A `Trainer` shuffles and takes batches of one size instead, so that
+the figure is an estimate and no bound. An update names its exact numbers of tokens and rows besides, which have no
+noise. No learner of `hfllm federated` uses this: it is for programs of your own.
 """
 
 import math
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hfllm.errors import InputError
-from hfllm.federation.privacy import secret_generator
+from hfllm.federation.privacy import normal
 
 
 class RowPrivacy(TrainerCallback):
@@ -28,7 +31,7 @@ class RowPrivacy(TrainerCallback):
     Args:
         clip_norm: C, the norm of every row's gradient; with AdamW it changes nothing but the size of epsilon.
         noise_multiplier: z.
-        generator: by default one whose seed nobody knows.
+        generator: of tests; by default the operating system draws.
     """
 
     def __init__(self, clip_norm: float, noise_multiplier: float, generator: torch.Generator | None = None):
@@ -41,7 +44,7 @@ class RowPrivacy(TrainerCallback):
                     f"{name} is {value}; expected a number {'above' if name == 'clip_norm' else 'from'} 0"
                 )
         self.clip_norm, self.noise_multiplier = clip_norm, noise_multiplier
-        self.generator = generator or secret_generator()
+        self.generator = generator
         self._sums: dict[str, Tensor] = {}
 
     def on_train_begin(
@@ -76,7 +79,7 @@ class RowPrivacy(TrainerCallback):
         self._take(model)
         for name, value in model.named_parameters():
             if value.requires_grad:
-                noise = torch.randn(value.shape, generator=self.generator).to(value) * self.noise_multiplier
+                noise = normal(value.shape, self.generator).to(value) * self.noise_multiplier
                 total = self._sums.get(name, torch.zeros_like(value))
                 value.grad = (total + noise * self.clip_norm) / args.gradient_accumulation_steps
         self._sums = {}

@@ -12,7 +12,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from hfllm.errors import InputError
-from hfllm.federation.flower import FlowerTransport
+from hfllm.federation.flower import LOST_WAIT, FlowerTransport, is_true
 
 app = ServerApp()
 
@@ -28,11 +28,12 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def transport_of(grid: Grid, config: Mapping[str, object], base_sha256: str) -> FlowerTransport:
-    """Return the transport as the run's settings say: num-organisations, timeout in seconds, any-rank."""
+    """Return the transport by the run's settings: num-organisations, timeout and lost-wait (seconds), any-rank."""
     return FlowerTransport(
         grid,
         base_sha256,
         num_organisations=int(config.get("num-organisations", 1)),
         timeout=float(config["timeout"]) if "timeout" in config else None,
-        any_rank=bool(config.get("any-rank", False)),
+        lost_wait=float(config.get("lost-wait", LOST_WAIT)),
+        any_rank=is_true(config, "any-rank"),
     )

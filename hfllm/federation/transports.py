@@ -6,6 +6,7 @@ machines (`flower.FlowerTransport`).
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor
@@ -22,10 +23,13 @@ class Transport(Protocol):
     """What the loop of rounds needs of a way to reach organisations.
 
     `bytes_sent` and `bytes_received` count what the server sent and received so far, messages that were refused too.
+    `max_tokens` and `terms` are the loop's to set; see `Receiver`.
     """
 
     bytes_sent: int
     bytes_received: int
+    max_tokens: int | None
+    terms: Mapping[str, str | int]
 
     def run_round(
         self, round: int, weights: Mapping[str, Tensor], participants: Sequence[str]
@@ -41,15 +45,22 @@ class Receiver:
         base_sha256: of the base model; an update of another is refused.
         any_rank: accept adapters of other ranks, for the average `stacked`.
         max_bytes: most bytes of a message; by default what an honest one has, 16 times that with `any_rank`.
+
+    Attributes:
+        max_tokens: most target tokens of an update; by default any number.
+        terms: of the run, such as its local steps: they go with each request to other machines, whose flags are their
+            own, and a learner there may refuse them.
     """
 
     def __init__(self, base_sha256: str, any_rank: bool = False, max_bytes: int | None = None):
         self.base_sha256, self.any_rank, self.max_bytes = base_sha256, any_rank, max_bytes
+        self.max_tokens: int | None = None
+        self.terms: Mapping[str, str | int] = {}
         self.bytes_sent = self.bytes_received = 0
 
     def expected(self, weights: Mapping[str, Tensor]) -> Expected:
         """Return what updates of these weights look like."""
-        return Expected.of(weights, self.base_sha256, self.any_rank)
+        return replace(Expected.of(weights, self.base_sha256, self.any_rank), max_tokens=self.max_tokens)
 
     def limit(self, expected: Expected) -> int:
         """Return the most bytes that are read of one message."""

@@ -61,11 +61,14 @@ class Expected:
         forms: shape and precision of each tensor by name.
         base_sha256: of the base model.
         any_rank: accept LoRA factors of other ranks, which `lora.stacked` adds up.
+        max_tokens: most target tokens, and rows, that an organisation may have learned in a round: they are its weight
+            in the mean. By default any number.
     """
 
     forms: Mapping[str, Form]
     base_sha256: str
     any_rank: bool = False
+    max_tokens: int | None = None
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], base_sha256: str, any_rank: bool = False) -> "Expected":
@@ -87,7 +90,7 @@ class Expected:
             )
         found = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in update.tensors.items()}
         self.check_forms(found, update.organisation)
-        check_counts(update)
+        check_counts(update, self.max_tokens)
         for name, tensor in update.tensors.items():
             if not torch.isfinite(tensor).all():
                 raise InputError(f"{whose} sent {name} with NaN or infinite values; expected finite ones")
@@ -115,8 +118,8 @@ class Expected:
             raise InputError(f"{whose} sent {name} as {form}; expected {wanted}")
 
 
-def check_counts(update: Update) -> None:
-    """Refuse an update of no tokens or rows.
+def check_counts(update: Update, most: int | None = None) -> None:
+    """Refuse an update of no tokens or rows, or of more than `most`.
 
     Raises:
         InputError: naming the organisation.
@@ -125,6 +128,10 @@ def check_counts(update: Update) -> None:
         value = getattr(update, field)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"organisation {update.organisation!r}: {field} is {value!r:.40}; expected at least 1")
+        if most is not None and value > most:
+            raise InputError(
+                f"organisation {update.organisation!r}: {field} is {value:,}; a round has at most {most:,}"
+            )
 
 
 def rank_axis(name: str) -> int | None:

@@ -1,15 +1,18 @@
 """The process of one organisation: `python -m hfllm.federation.worker`, started by `processes.SeveralProcesses`.
 
 It reads a line of JSON that says who it is, then one per round, and answers each round with a line that gives the
-reason why it failed, or none. What learners print goes to its log.
+reason why it failed, or none. What learners print goes to its log. When the server closes the pipe, or is killed, it
+ends at once, whatever it does.
 """
 
 import importlib
 import json
 import os
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from hfllm.errors import InputError
@@ -34,11 +37,13 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     # Whatever is printed from now on, also by libraries in C, is no answer.
     os.dup2(2, 1)
-    about, learner = json.loads(sys.stdin.readline()), None
+    lines: SimpleQueue[str] = SimpleQueue()
+    threading.Thread(target=_read, args=(lines,), daemon=True).start()
+    about, learner = json.loads(lines.get()), None
     from hfllm.federation.wire import to_bytes, weights_from_bytes
 
-    for line in sys.stdin:
-        request, reason = json.loads(line), ""
+    while True:
+        request, reason = json.loads(lines.get()), ""
         try:
             learner = learner or learner_of(about["learner"], about["organisation"], about["settings"])
             weights = weights_from_bytes(Path(request["weights"]).read_bytes())
@@ -51,6 +56,13 @@ def main() -> None:
             reason = str(error) or type(error).__name__
         answers.write(json.dumps({"reason": reason}) + "\n")
         answers.flush()
+
+
+def _read(lines: "SimpleQueue[str]") -> None:
+    """Hand lines on; without a server nobody waits for what is trained, and the next server may train the same."""
+    for line in sys.stdin:
+        lines.put(line)
+    os._exit(0)
 
 
 if __name__ == "__main__":

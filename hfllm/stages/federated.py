@@ -10,6 +10,7 @@ from hfllm.data.sources import WORLD, source_files
 from hfllm.errors import InputError, refuse
 from hfllm.runs.arguments import changed
 from hfllm.runs.chain import Chain, chain_before
+from hfllm.runs.command_line import given_names
 from hfllm.runs.recipes import settings_file
 
 if TYPE_CHECKING:
@@ -146,6 +147,8 @@ def check(script_args: FederatedArguments, training_args: "SFTConfig", model_arg
     refuse(bool(files) and script_args.dataset_name != WORLD, "--dataset_name", "--organisation_files takes its place")
     refuse(bool(files) and script_args.dirichlet_alpha is not None, "--dirichlet_alpha", "organisations have files")
     names = script_args.organisation_names
+    if doubled := next((name for name in names or () if names.count(name) > 1), None):
+        raise InputError(f"--organisation_names: {doubled!r} comes twice, each organisation needs a name of its own")
     refuse(bool(names and (files or script_args.dataset_name != WORLD)), "--organisation_names", "the rows are here")
     refuse(bool(names) and bool(set(script_args.arms)), "--controls", "rows are elsewhere: --controls none")
     if script_args.count < 2 and not files:
@@ -155,9 +158,36 @@ def check(script_args: FederatedArguments, training_args: "SFTConfig", model_arg
     if not 0 <= script_args.main_share <= 1:
         raise InputError(f"--main_share {script_args.main_share}: expected a share in [0, 1]")
     refuse(script_args.average == FULL and model_args.use_peft, "--use_peft", "--average full trains all weights")
+    _check_effect(script_args, training_args, model_args)
     _check_controls(script_args)
     _check_server(script_args)
-    _check_trainer(training_args)
+    _check_trainer(script_args, training_args)
+
+
+def _check_effect(script_args: FederatedArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> None:
+    """Refuse flags that the user gave and that would change nothing."""
+    given = set(given_names(script_args, training_args, model_args) or ())
+    for name in ("processes", "round_timeout"):
+        refuse(name in given and bool(script_args.organisation_names), f"--{name}", BETWEEN_MACHINES)
+    is_one = script_args.processes == 1
+    refuse("round_timeout" in given and is_one, "--round_timeout", "organisations train in this process, one by one")
+    is_plain = script_args.server_optimizer == "fedavg"
+    refuse(
+        "server_momentum" in given and is_plain, "--server_momentum", "fedavg has none: --server_optimizer momentum"
+    )
+    for name in OF_THE_WORLD:
+        refuse(name in given and not script_args.is_world, f"--{name}", "it is of the embedded world")
+    has_names = bool(script_args.organisation_files or script_args.organisation_names)
+    refuse("num_organisations" in given and has_names, "--num_organisations", "they are named one by one")
+    refuse("num_train_epochs" in given, "--num_train_epochs", "--rounds and --local_steps say how much is trained")
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        refuse(name in given, f"--{name}", NO_TRAINER)
+    refuse(training_args.neftune_noise_alpha is not None, "--neftune_noise_alpha", NO_TRAINER)
+
+
+BETWEEN_MACHINES = "organisations are on other machines: --timeout of hfllm.federation.flower_app"
+NO_TRAINER = "local steps are not taken by Trainer.train, which would switch it on"
+OF_THE_WORLD = ("main_share", "num_examples", "num_eval_prompts")
 
 
 def _check_controls(script_args: FederatedArguments) -> None:
@@ -170,6 +200,7 @@ def _check_controls(script_args: FederatedArguments) -> None:
 
 
 def _check_server(script_args: FederatedArguments) -> None:
+    from hfllm.federation.privacy import check_clip_norm
     from hfllm.federation.rounds import check_settings
 
     check_settings(round_settings(script_args, 0), script_args.count)
@@ -177,6 +208,8 @@ def _check_server(script_args: FederatedArguments) -> None:
         raise InputError(f"--proximal_mu {script_args.proximal_mu}: expected a number of at least 0")
     private = script_args.clip_norm is not None
     refuse(not private and script_args.noise_multiplier > 0, "--noise_multiplier", "it is in units of --clip_norm")
+    if private:
+        check_clip_norm(script_args.clip_norm, "--clip_norm")
     is_noisy = script_args.noise_multiplier > 0
     refuse(not is_noisy and script_args.max_epsilon is not None, "--max_epsilon", NO_NOISE)
     refuse(is_noisy and script_args.min_organisations > 1, "--min_organisations", "who takes part must stay unknown")
@@ -185,7 +218,7 @@ def _check_server(script_args: FederatedArguments) -> None:
 NO_NOISE = "without --noise_multiplier nothing is private"
 
 
-def _check_trainer(training_args: "SFTConfig") -> None:
+def _check_trainer(script_args: FederatedArguments, training_args: "SFTConfig") -> None:
     from hfllm.stages.federated_learner import schedule_of
 
     if training_args.world_size > 1:
@@ -193,6 +226,11 @@ def _check_trainer(training_args: "SFTConfig") -> None:
             f"{training_args.world_size} processes: start one by accelerate launch --num_processes 1; --processes "
             "says in how many organisations train"
         )
+    refuse(training_args.fp16, "--fp16", "local steps scale no gradients: --bf16, or neither")
+    is_adafactor = str(getattr(training_args.optim, "value", training_args.optim)) == "adafactor"
+    refuse(
+        script_args.keep_optimizer and is_adafactor, "--keep_optimizer", "the state of adafactor is not tensors alone"
+    )
     refuse(training_args.max_steps > 0, "--max_steps", "--rounds and --local_steps say how much is trained")
     refuse(training_args.packing or training_args.padding_free, "--packing", "rows of a round are few, and padded")
     refuse(training_args.eval_strategy != "no", "--eval_strategy", "--eval_rounds says when it is measured")
@@ -212,6 +250,12 @@ def round_settings(script_args: FederatedArguments, seed: int) -> "RoundSettings
         seed=seed,
         is_private=script_args.noise_multiplier > 0,
     )
+
+
+def terms_of(script_args: FederatedArguments, training_args: "SFTConfig") -> dict[str, str | int]:
+    """Return what all machines of a run must agree on, by flag."""
+    names = ("average", "local_steps", "rounds", "compression")
+    return {name: getattr(script_args, name) for name in names} | {"seed": training_args.seed}
 
 
 def stages_before(script_args: FederatedArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> Chain:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,12 +11,16 @@ from hfllm.errors import InputError
 from hfllm.federation.compression import ErrorFeedback
 from hfllm.federation.transports import Learner
 from hfllm.federation.updates import Update, changes
-from hfllm.stages.federated import FederatedArguments
+from hfllm.stages.federated import FederatedArguments, organisation_names, terms_of
 from hfllm.stages.federated_data import Local, Tokenized, load_local, organisation_of_file, organisations_of
 from hfllm.stages.federated_learner import KeptStates
 
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
 # Under the output folder: what organisations keep from round to round, and never send.
-OPTIMIZERS, ROUNDING = "organisations/optimizers", "organisations/rounding"
+KEPT = "organisations"
+OPTIMIZERS, ROUNDING = f"{KEPT}/optimizers", f"{KEPT}/rounding"
 WORKER = "hfllm.stages.federated_clients:worker_learner"
 
 
@@ -54,26 +58,47 @@ def _client(
 
 
 def worker_learner(organisation: str, settings: Mapping[str, Any]) -> Learner:
-    """Return what trains one organisation in a process of its own, which holds the rows of no other.
+    """Return what trains one organisation in a process of its own.
+
+    It reads the organisation's own file and no other. Only rows that are dealt out of one dataset, or drawn from the
+    embedded world, are dealt or drawn for all before it takes its own.
 
     Args:
         organisation: its name.
         settings: `flags`, a file of the recipe's flags; `base`, the model that it begins from; `rows`, its file, if it
-            is not one of the flags.
+            is not one of the flags; `terms` of the server's run, which must be those of the flags.
 
     Raises:
-        InputError: when the model cannot be loaded.
+        InputError: when the model cannot be loaded, or the terms are others.
     """
     from hfllm.runs.arguments import changed
     from hfllm.runs.recipes import load_recipe
 
     script_args, training_args, model_args = load_recipe("federated").parse(["--config", settings["flags"]])
-    seed = training_args.seed
+    check_terms(script_args, training_args, settings.get("terms") or {})
+    seed, names = training_args.seed, organisation_names(script_args.organisation_files or ())
     if settings.get("rows"):
         own = [organisation_of_file(script_args, organisation, settings["rows"], seed)]
+    elif organisation in names:
+        file = script_args.organisation_files[names.index(organisation)]
+        own = [organisation_of_file(script_args, organisation, file, seed)]
     else:
         own = [each for each in organisations_of(script_args, seed) if each.name == organisation]
     if not own or not own[0].rows:
         raise InputError(f"organisation {organisation!r} has no rows here: its settings name none by `rows`")
     local = load_local(script_args, training_args, changed(model_args, model_name_or_path=settings["base"]), own)
     return clients_of(script_args, seed, training_args.output_dir, local)[organisation]
+
+
+def check_terms(
+    script_args: FederatedArguments, training_args: "SFTConfig", terms: Mapping[str, str | int | float]
+) -> None:
+    """Refuse the request of a server whose run has other terms than this organisation's flags.
+
+    Raises:
+        InputError: naming the flag and both values.
+    """
+    own = terms_of(script_args, training_args)
+    for name, value in terms.items():
+        if own.get(name) != value:
+            raise InputError(f"--{name} is {own.get(name)} here and {value} at the server: both need the same flags")

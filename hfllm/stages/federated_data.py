@@ -17,6 +17,8 @@ from hfllm.federation.organisations import (
 from hfllm.stages.federated import FROZEN_A, FederatedArguments, adapted, organisation_names
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import ModelConfig, SFTConfig
 
@@ -52,6 +54,7 @@ def organisations_of(script_args: FederatedArguments, seed: int) -> list[Organis
     else:
         parts = split_evenly(_rows(script_args), script_args.num_organisations, script_args.dirichlet_alpha, seed)
         found = [_held_apart(f"organisation-{number}", rows, seed) for number, rows in enumerate(parts, 1)]
+        found = [_unknown_to_others(each, found) for each in found]
     check_organisations(found)
     return found
 
@@ -85,6 +88,14 @@ def _held_apart(name: str, rows: Sequence[Mapping[str, object]], seed: int) -> O
     if len(set(map(prompt_key, rows))) < 2:
         return Organisation(name, list(rows), [])
     return Organisation(name, *split_rows(list(rows), seed, HELD_OUT_SHARE, MOST_HELD_OUT))
+
+
+def _unknown_to_others(each: Organisation, every: Sequence[Organisation]) -> Organisation:
+    """Return an organisation without held-out rows whose prompt another one learns: the model learns of all."""
+    from hfllm.data.loading import prompt_key
+
+    learned = {prompt_key(row) for other in every for row in other.rows}
+    return replace(each, held_out=[row for row in each.held_out if prompt_key(row) not in learned])
 
 
 @dataclass(frozen=True)
@@ -130,7 +141,7 @@ def pooled(organisations: Sequence[Tokenized]) -> "Rows":
 
 @dataclass(frozen=True)
 class Local:
-    """What trains in this process: the learner, and the sha256 of the base model that it began from."""
+    """What trains in this process: the learner, and the sha256 of what it began from and does not train."""
 
     learner: "LocalLearner"
     tokenizer: "PreTrainedTokenizerBase"
@@ -167,6 +178,8 @@ def load_local(
     from hfllm.stages.federated_learner import LocalLearner
     from hfllm.trainers.trl_trainers import SFTTrainer
 
+    # Of rows that a template adds to the embeddings.
+    set_seed(training_args.seed)
     loaded = load_to_train(adapted(script_args, model_args), training_args.output_dir)
     model, tokenizer = sft.with_template(training_args, *loaded)
     base = weights_sha256(dict(model.named_parameters()))
@@ -185,5 +198,21 @@ def load_local(
     )
     if script_args.average == FROZEN_A:
         freeze_a(trainer.model)
+    if adapter is not None:
+        base = _with_adapter(base, trainer.model, adapter)
     steps = script_args.rounds * script_args.local_steps
     return Local(LocalLearner(trainer, steps, script_args.proximal_mu), tokenizer, base, found)
+
+
+def _with_adapter(base_sha256: str, model: "nn.Module", adapter: "LoraConfig") -> str:
+    """Return the sha256 of the base model and of what is fixed of the adapter: the mean is wrong where that differs.
+
+    These are the factors that stay as they were drawn, and what their product is multiplied by.
+    """
+    import hashlib
+
+    from hfllm.federation.updates import weights_sha256
+
+    frozen = {name: value for name, value in model.named_parameters() if "lora_" in name and not value.requires_grad}
+    scale = f"{adapter.lora_alpha} {adapter.use_rslora}"
+    return hashlib.sha256(f"{base_sha256} {weights_sha256(frozen)} {scale}".encode()).hexdigest()

@@ -23,9 +23,14 @@ def loop(connect: Callable[[str], Transport], config: Mapping[str, object]) -> N
         config: of the run; `flags` is a file of the recipe's flags.
 
     Raises:
-        InputError: when the run names no such file.
+        InputError: when the run names no such file, or the app another compression than its flags.
     """
     if not config.get("flags"):
         raise InputError('the run names no file of flags: expected flags="federated.yaml" in its settings')
     recipe = load_recipe("federated")
-    recipe.main(*recipe.parse(["--config", str(config["flags"])]), connect=connect)
+    parsed = recipe.parse(["--config", str(config["flags"])])
+    if (given := str(config.get("compression", "none"))) not in ("none", parsed[0].compression):
+        raise InputError(
+            f"--compression {given} of the app, {parsed[0].compression} of {config['flags']}: expected the same"
+        )
+    recipe.main(*parsed, connect=connect)

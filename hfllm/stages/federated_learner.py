@@ -1,7 +1,8 @@
 """The local learner of a federation: some steps of a trainer's loss from given weights, on one organisation's rows.
 
 The trainer is built once; what it brings is its model on its device, collator, loss and optimizer. A trainer for each
-organisation and round would cost more than the few steps that it takes. TRL's SFTTrainer and RewardTrainer fit alike.
+organisation and round would cost more than the few steps that it takes. It fits trainers whose loss is a mean over
+`labels`, such as TRL's SFTTrainer; RewardTrainer's pairs have none.
 """
 
 import random
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +63,10 @@ class LocalLearner:
         self.optimizer = trainer.create_optimizer()
         self.batch_size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         self.rate = schedule_of(trainer.args, num_steps)
+        # As `Trainer.training_step` tells: does the loss take the number of targets, or is it a mean over each part?
+        takes_count = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+        said = trainer.loss_is_scaled_for_ga
+        self._takes_count = takes_count if said is None else said
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -125,8 +131,10 @@ class LocalLearner:
 
     def _gradient(self, batch: Rows, targets: int) -> float:
         """Accumulate the gradient of the mean over all targets of a batch, and return that mean."""
-        mean = 0.0
-        for part in chunks(batch, self.args.per_device_train_batch_size):
+        mean, parts = 0.0, list(chunks(batch, self.args.per_device_train_batch_size))
+        # What TRL divides the load-balancing loss of experts by.
+        self.trainer.current_gradient_accumulation_steps = len(parts)
+        for part in parts:
             loss = self._loss(part, targets)
             loss.backward()
             mean += float(loss.detach())
@@ -136,15 +144,17 @@ class LocalLearner:
         """Return the trainer's loss of rows, divided by `targets`."""
         inputs = self.trainer._prepare_inputs(self.trainer.data_collator(list(rows)))
         with self.trainer.compute_loss_context_manager(), self.trainer.accelerator.autocast():
-            return self.trainer.compute_loss(
+            loss = self.trainer.compute_loss(
                 self.model, inputs, num_items_in_batch=torch.tensor(targets, device=self.args.device)
             )
+        return loss if self._takes_count else loss * (sum(map(_targets, rows)) / max(targets, 1))
 
     def held_out_loss(self, rows: Rows, weights: Mapping[str, Tensor]) -> float:
         """Return the mean loss over all targets of rows, in nats per token, at these weights."""
         self.set_weights(weights)
         self.model.eval()
         nats, num_tokens = 0.0, 0
+        self.trainer.current_gradient_accumulation_steps = 1
         with torch.no_grad():
             for part in chunks(rows, self.args.per_device_eval_batch_size):
                 targets = sum(map(_targets, part))
@@ -165,8 +175,16 @@ class LocalLearner:
             self.optimizer.state[parameter][name] = value.to(device, copy=True)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Return copies of the optimizer's state, as tensors by the parameter's place and their name."""
+        """Return copies of the optimizer's state, as tensors by the parameter's place and their name.
+
+        Raises:
+            InputError: for an optimizer whose state is not tensors alone.
+        """
         parameters = [value for group in self.optimizer.param_groups for value in group["params"]]
+        for state in self.optimizer.state.values():
+            for name, value in state.items():
+                if not (value is None or isinstance(value, Tensor)):
+                    raise InputError(f"--keep_optimizer: {self.args.optim} has the state {name!r}, which is no tensor")
         return {
             f"{place}.{name}": value.detach().cpu().clone()
             for place, parameter in enumerate(parameters)
@@ -186,9 +204,15 @@ class KeptStates:
         self.folder = folder
 
     def load(self, organisation: str, number: int) -> dict[str, Tensor] | None:
-        """Return the state after the last round before `number` in which the organisation trained."""
+        """Return the state after the last round before `number` in which the organisation trained.
+
+        States of later rounds, which another run has left, are removed.
+        """
         from safetensors.torch import load_file
 
+        for each in self._rounds(organisation):
+            if each > number:
+                self._path(organisation, each).unlink(missing_ok=True)
         before = [each for each in self._rounds(organisation) if each < number]
         return load_file(self._path(organisation, max(before))) if before else None
 
@@ -201,10 +225,13 @@ class KeptStates:
             self._path(organisation, each).unlink(missing_ok=True)
 
     def _rounds(self, organisation: str) -> list[int]:
-        return [int(path.stem) for path in (self.folder / organisation).glob("*.safetensors") if path.stem.isdecimal()]
+        places = self._path(organisation, 0).parent.glob("*.safetensors")
+        return [int(path.stem) for path in places if path.stem.isdecimal()]
 
     def _path(self, organisation: str, number: int) -> Path:
-        return self.folder / organisation / f"{number}.safetensors"
+        # A name may hold a slash, or be `..`.
+        folder = quote(organisation, safe="").replace(".", "%2E")
+        return self.folder / folder / f"{number}.safetensors"
 
 
 # ---- rows and schedule ----

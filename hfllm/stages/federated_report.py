@@ -15,6 +15,10 @@ LABELS = {
     CENTRAL: "pooled rows, as many rows",
     EQUAL_STEPS: "pooled rows, as many steps",
 }
+NOT_PRIVATE = (
+    "Epsilon is of the model alone: controls, held-out losses and numbers of rows are taken from rows without noise, "
+    "and the controls' figures are not private."
+)
 # Rounds that the table shows, evenly spaced.
 SHOWN_ROUNDS = 20
 
@@ -27,7 +31,11 @@ def report_of(
     controls: Mapping[str, Measured],
     private: Mapping[str, float],
 ) -> Found:
-    """Return the figures, tables and plots of a federation."""
+    """Return the figures, tables and plots of a federation: of a private one, none that tells who took part.
+
+    Args:
+        private: what the run spends of privacy; empty without noise.
+    """
     arms = {UNTRAINED: controls[UNTRAINED], FEDERATED: federated}
     arms |= {name: controls[name] for name in (CENTRAL, EQUAL_STEPS) if name in controls}
     alone, best = local_arms(controls), best_local(controls)
@@ -35,11 +43,7 @@ def report_of(
         "organisations": len(local.organisations),
         "rounds": len(records),
         "trained_parameters": sum(value.numel() for value in local.learner.trained.values()),
-        "bytes_down": sum(record.bytes_down for record in records),
-        "bytes_up": sum(record.bytes_up for record in records),
-        "updates_left_out": sum(len(record.left_out) for record in records),
-        "drift": sum(record.drift for record in records) / len(records),
-        **private,
+        **(private or _of_all_rounds(records)),
     }
     for name, each in {**arms, **({"local_best": best} if best else {})}.items():
         if each.golds:
@@ -53,11 +57,24 @@ def report_of(
         {
             **_compared(arms, alone),
             **_losses(local, federated, controls, alone),
-            "Rounds": _rounds(records),
+            "Rounds": _rounds(records, bool(private)),
             **_left_out(records),
         },
-        _plots(script_args, records, arms, best),
+        {
+            name: plot
+            for name, plot in _plots(script_args, records, arms, best).items()
+            if not private or name == "gold_by_round"
+        },
     )
+
+
+def _of_all_rounds(records: Sequence[RoundRecord]) -> dict[str, float]:
+    return {
+        "bytes_down": sum(record.bytes_down for record in records),
+        "bytes_up": sum(record.bytes_up for record in records),
+        "updates_left_out": sum(len(record.left_out) for record in records),
+        "drift": sum(record.drift for record in records) / len(records),
+    }
 
 
 def _ratios(federated: Measured, controls: Mapping[str, Measured], best: Measured | None) -> dict[str, float]:
@@ -71,7 +88,10 @@ def _ratios(federated: Measured, controls: Mapping[str, Measured], best: Measure
 def _summary(
     metrics: Mapping[str, float], federated: Measured, controls: Mapping[str, Measured], best: Measured | None
 ) -> str:
-    sent = f"{megabytes(metrics['bytes_down'])} MB down and {megabytes(metrics['bytes_up'])} MB up"
+    if "epsilon" in metrics:
+        sent, about = f"an epsilon of {metrics['epsilon']:.3g}", f" {NOT_PRIVATE}"
+    else:
+        sent, about = f"{megabytes(metrics['bytes_down'])} MB down and {megabytes(metrics['bytes_up'])} MB up", ""
     others = {
         "before": controls[UNTRAINED],
         "with pooled rows": controls.get(CENTRAL),
@@ -81,7 +101,7 @@ def _summary(
     what = "Gold reward" if federated.golds else "Held-out loss (nats per token)"
     words = ", ".join(f"{value_of(each)} {name}" for name, each in others.items() if each is not None)
     count, rounds = metrics["organisations"], metrics["rounds"]
-    return f"{what} {value_of(federated)} of {count} organisations after {rounds} rounds and {sent}; {words}."
+    return f"{what} {value_of(federated)} of {count} organisations after {rounds} rounds and {sent}; {words}.{about}"
 
 
 def value_of(measured: Measured) -> str:
@@ -124,16 +144,16 @@ def _losses(
     return {"Held-out loss by organisation (nats per token)": rows}
 
 
-def _rounds(records: Sequence[RoundRecord]) -> list[Mapping[str, object]]:
+def _rounds(records: Sequence[RoundRecord], is_private: bool) -> list[Mapping[str, object]]:
     shown = [record for record in records if record.evaluation] or list(records)
     shown = shown[:: -(-len(shown) // SHOWN_ROUNDS)]
     return [
         {
             "round": record.number,
-            "organisations": len(record.participants) - len(record.left_out),
-            "MB so far": round(bytes_until(records, record.number) / 1e6, 2),
+            **({} if is_private else {"organisations": len(record.participants) - len(record.left_out)}),
+            **({} if is_private else {"MB so far": round(bytes_until(records, record.number) / 1e6, 2)}),
             "norm of the mean": record.update_norm,
-            "drift": record.drift,
+            **({} if is_private else {"drift": record.drift}),
             **record.evaluation,
         }
         for record in shown

@@ -1,6 +1,7 @@
 """The server's side of a federation by its flags: transport, optimizer, what updates are added to, privacy."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
@@ -11,16 +12,16 @@ from torch import Tensor
 
 from hfllm.federation.accountant import check_budget, epsilon_of, noise_to_signal
 from hfllm.federation.averaging import WeightedSum
-from hfllm.federation.privacy import private_average
+from hfllm.federation.privacy import ClippedSum
 from hfllm.federation.processes import SeveralProcesses
-from hfllm.federation.rounds import RoundRecord, Sum, expected_participants
+from hfllm.federation.rounds import STATE_FILE, RoundRecord, Sum, expected_participants, num_asked
 from hfllm.federation.server_optimizers import ServerOptimizer, server_optimizer
 from hfllm.federation.transports import InProcess, Transport
-from hfllm.federation.updates import Expected, Update
+from hfllm.federation.updates import Expected
 from hfllm.outputs.report import write_atomically
 from hfllm.runs.command_line import given_names, say
-from hfllm.stages.federated import FederatedArguments
-from hfllm.stages.federated_clients import WORKER, clients_of
+from hfllm.stages.federated import FederatedArguments, round_settings, terms_of
+from hfllm.stages.federated_clients import KEPT, WORKER, clients_of
 from hfllm.stages.federated_data import Local
 
 if TYPE_CHECKING:
@@ -62,15 +63,34 @@ def transport(
         say(
             f"federated: the noise on {values:,} values is {ratio:.3g} times the longest mean of {asked} organisations"
         )
-    output_dir, compression = training_args.output_dir, script_args.compression
+    if not Path(training_args.output_dir, STATE_FILE).exists():
+        # What organisations kept in a run whose rounds were removed is of no use to this one.
+        shutil.rmtree(Path(training_args.output_dir, KEPT), ignore_errors=True)
+    with _carrier(script_args, training_args, model_args, local, connect) as carrier:
+        length = local.learner.args.max_length
+        rows = script_args.local_steps * local.learner.batch_size
+        carrier.max_tokens = None if length is None else rows * length
+        carrier.terms = terms_of(script_args, training_args)
+        yield carrier
+
+
+@contextmanager
+def _carrier(
+    script_args: FederatedArguments,
+    training_args: "SFTConfig",
+    model_args: "ModelConfig",
+    local: Local,
+    connect: Connect | None,
+) -> Iterator[Transport]:
+    compression = script_args.compression
     if connect is not None:
         yield connect(local.base_sha256)
         return
     if script_args.processes == 1:
-        clients = clients_of(script_args, training_args.seed, output_dir, local)
+        clients = clients_of(script_args, training_args.seed, training_args.output_dir, local)
         yield InProcess(clients, local.base_sha256, compression)
         return
-    folder = Path(output_dir, PROCESSES)
+    folder = Path(training_args.output_dir, PROCESSES)
     folder.mkdir(parents=True, exist_ok=True)
     flags = folder / "flags.yaml"
     write_atomically(flags, json.dumps(given_flags(script_args, training_args, model_args), indent=2) + "\n")
@@ -103,43 +123,8 @@ def new_sum(
     """
     if script_args.clip_norm is None:
         return WeightedSum(Expected.of(begun, base_sha256))
-    return ClippedSum(script_args, base_sha256, begun, expected_participants(count, script_args.participation))
-
-
-class ClippedSum:
-    """Updates that are clipped and get noise on their mean, in which each organisation counts alike.
-
-    Args:
-        script_args: the norm and the noise.
-        base_sha256: of the base model.
-        weights: for names and shapes.
-        participants: what the sum is divided by, whoever came.
-    """
-
-    def __init__(
-        self, script_args: FederatedArguments, base_sha256: str, weights: Mapping[str, Tensor], participants: int
-    ):
-        self.clip_norm, self.noise = script_args.clip_norm, script_args.noise_multiplier
-        self.base_sha256, self.weights, self.participants = base_sha256, weights, participants
-        self._expected, self._updates = Expected.of(weights, base_sha256), []
-
-    def add(self, update: Update) -> None:
-        """Add an update.
-
-        Raises:
-            InputError: naming the organisation, for one that cannot be averaged.
-        """
-        self._expected.check(update)
-        self._updates.append(update)
-
-    def average(self) -> dict[str, Tensor]:
-        """Return the noisy mean of the clipped updates."""
-        about = (self.clip_norm, self.noise, self.participants, self.weights, self.base_sha256)
-        return private_average(self._updates, *about)
-
-    def drift(self) -> float:
-        """Return 0: the distance of changes to their mean would tell of them."""
-        return 0.0
+    participants = num_asked(count, round_settings(script_args, 0))
+    return ClippedSum(script_args.clip_norm, script_args.noise_multiplier, participants, begun, base_sha256)
 
 
 def check(script_args: FederatedArguments) -> dict[str, float]:
@@ -165,7 +150,7 @@ def announce(num_rounds: int, record: RoundRecord) -> None:
     figures = "".join(f"  {name} {value:.3f}" for name, value in record.evaluation.items())
     left_out = "".join(f"\n  left out: {name}: {why}" for name, why in record.left_out.items())
     took_part = len(record.participants) - len(record.left_out)
-    say(
-        f"round {record.number}/{num_rounds}  organisations {took_part}  drift {record.drift:.2f}  "
-        f"MB {(record.bytes_down + record.bytes_up) / 1e6:.2f}{figures}{left_out}"
-    )
+    sent = (record.bytes_down + record.bytes_up) / 1e6
+    # A private round tells nobody who took part.
+    open_to_all = f"organisations {took_part}  drift {record.drift:.2f}  MB {sent:.2f}" if sent else "private"
+    say(f"round {record.number}/{num_rounds}  {open_to_all}{figures}{left_out}")

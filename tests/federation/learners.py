@@ -23,7 +23,7 @@ def make_learner(organisation: str, settings: dict):
 
     def learn(round: int, weights: dict[str, Tensor]) -> Update:
         fault = settings.get("fault") if round == settings.get("fault_round", round) else None
-        print("what a learner prints is no answer")
+        print("what a learner prints is no answer", flush=True)
         if fault == "killed":
             os.kill(os.getpid(), 9)
         if fault == "late":

@@ -47,6 +47,10 @@ def test_the_app_is_a_folder_of_settings(tmp_path, capsys):
     assert {path.name for path in tmp_path.glob("*.py")} == {"federation_server.py", "federation_client.py"}
     words = [str(tmp_path), "--loop", "a:b", "--learner", "c:d", "--num_organisations", "3", "--config"]
     assert main([*words, "flags=/a b/c.yaml"]) == 0 and main([*words, "flags"]) == 2
+    assert main([*words, "who=\U0001f3e5 ü"]) == 0
+    settings = tomllib.loads((tmp_path / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]
+    assert settings["config"]["who"] == "\U0001f3e5 ü"
+    assert main([*words, "flags=/a b/c.yaml"]) == 0
     assert 'flags = "/a b/c.yaml"' in (tmp_path / "pyproject.toml").read_text()
     assert capsys.readouterr().err == "error: --config 'flags': expected NAME=VALUE\n"
     pytest.importorskip("cryptography")

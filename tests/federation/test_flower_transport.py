@@ -9,13 +9,15 @@ from test_transports import SETTINGS, WEIGHTS, in_process, run_rounds
 
 from hfllm.errors import InputError
 from hfllm.federation import flower
-from hfllm.federation.flower import RECORD, FlowerTransport
+from hfllm.federation.flower import RECORD, FlowerTransport, is_true
 from hfllm.federation.updates import Failure, Update
 from hfllm.federation.wire import to_bytes, weights_from_bytes
 
 
 class PretendedGrid:
     """Nodes that answer at once, in reverse order, each as its organisation's fault says."""
+
+    refused = None
 
     def __init__(self, settings, names=None):
         self.settings, self.names = settings, names or dict(enumerate(settings, 100))
@@ -27,6 +29,8 @@ class PretendedGrid:
     def push_messages(self, messages):
         ids = [f"message {len(self.sent) + number}" for number, _ in enumerate(messages)]
         self.sent |= dict(zip(ids, messages, strict=True))
+        if self.refused is not None and any(message.kind == "train" for message in messages):
+            return self.refused(ids)
         return ids
 
     def pull_messages(self, ids):
@@ -37,7 +41,7 @@ class PretendedGrid:
     def reply(self, number, message):
         name = self.names[message.node]
         if message.kind == "query":
-            return self.replied(number, {"organisation": name})
+            return self.replied(number, {"organisation": name} if name else None)
         fault = self.settings[name].get("fault")
         if fault == "late":
             return None
@@ -49,6 +53,9 @@ class PretendedGrid:
             return self.replied(number, {"reason": "has no rows"})
         if fault == "junk":
             return self.replied(number, {"update": 7})
+        if fault == "no record":
+            return self.replied(number, None)
+        self.terms = message.values["terms"]
         learner = make_learner("org9" if fault == "another's name" else name, {**self.settings[name], "fault": None})
         weights = weights_from_bytes(message.values["weights"])
         return self.replied(number, {"update": to_bytes(learner(message.values["round"], weights))})
@@ -56,7 +63,7 @@ class PretendedGrid:
     @staticmethod
     def replied(number, values):
         about = SimpleNamespace(reply_to_message_id=number)
-        content = {RECORD: values}
+        content = {} if values is None else {RECORD: values}
         return SimpleNamespace(metadata=about, content=content, has_content=lambda: True, has_error=lambda: False)
 
 
@@ -71,7 +78,9 @@ def connect(monkeypatch):
 
     def make(settings=SETTINGS, names=None, **options):
         grid = PretendedGrid(settings, names)
-        return grid, FlowerTransport(grid, BASE, **{"num_organisations": len(grid.names), **options})
+        return grid, FlowerTransport(
+            grid, BASE, **{"num_organisations": len(grid.names), "lost_wait": 0.02, **options}
+        )
 
     return make
 
@@ -90,6 +99,7 @@ FAULTS = {
     "raised": "organisation 'org1': Traceback ZeroDivisionError",
     "says": "organisation 'org1': has no rows",
     "junk": "organisation 'org1': no update",
+    "no record": "organisation 'org1': no update",
     "another's name": "organisation 'org1' sent bytes that are not an update: it is in the name of 'org9'",
 }
 
@@ -114,6 +124,77 @@ def test_one_that_is_not_connected_is_named_and_one_that_returns_takes_part(conn
     # Nor is one that left still there.
     grid.nodes = [101]
     assert transport.organisations() == ["org1"]
+
+
+def test_a_node_that_was_restarted_takes_part_again(connect):
+    grid, transport = connect()
+    transport.organisations()
+    list(transport.run_round(1, WEIGHTS, list(SETTINGS)))
+    # Flower gives it another number.
+    grid.names[7] = "org1"
+    grid.nodes = [100, 7, 102]
+    assert all(isinstance(each, Update) for each in transport.run_round(2, WEIGHTS, list(SETTINGS)))
+
+
+def test_of_two_nodes_of_one_name_the_newest_takes_part(connect, caplog):
+    grid, transport = connect(timeout=0.05)
+    transport.organisations()
+    # The former one is still counted, and answers no more.
+    grid.settings = {**SETTINGS, "org1": {**SETTINGS["org1"], "fault": "late"}}
+    reply = grid.reply
+    grid.names[7], grid.nodes = "org1", [*grid.nodes, 7]
+
+    def of_the_new_one(number, message):
+        if message.node == 7:
+            grid.settings = {**SETTINGS, "org1": SETTINGS["org1"]}
+        return reply(number, message)
+
+    grid.reply = of_the_new_one
+    assert all(isinstance(each, Update) for each in transport.run_round(1, WEIGHTS, list(SETTINGS)))
+    assert "two SuperNodes are of the organisation 'org1': the newest, 7, takes part" in caplog.text
+
+
+def test_a_lost_organisation_is_waited_for_once(connect, monkeypatch):
+    grid, transport = connect(lost_wait=5.0)
+    transport.organisations()
+    grid.nodes, now, waited = [100, 102], [0.0], []
+    clock = SimpleNamespace(
+        monotonic=lambda: now[0], sleep=lambda seconds: (waited.append(1), now.append(now.pop() + 1))
+    )
+    monkeypatch.setattr(flower, "time", clock)
+    for number in (1, 2):
+        replies = list(transport.run_round(number, WEIGHTS, list(SETTINGS)))
+        assert [type(each) for each in replies] == [Update, Failure, Update] and len(waited) == 6
+
+
+@pytest.mark.parametrize("refused", [lambda ids: [], lambda ids: ["" for _ in ids], lambda ids: [ids[0], "", ids[2]]])
+def test_what_the_superlink_does_not_take_is_a_failure(connect, refused):
+    grid, transport = connect()
+    transport.organisations()
+    grid.refused = refused
+    replies = list(transport.run_round(1, WEIGHTS, list(SETTINGS)))
+    assert replies[1] == Failure("org1", "organisation 'org1' could not be asked: the SuperLink took no message")
+    assert [each.organisation for each in replies] == list(SETTINGS)
+
+
+def test_a_node_that_does_not_say_whose_it_is_is_none(connect):
+    _, transport = connect(names={**dict(enumerate(SETTINGS, 100)), 5: None}, num_organisations=3)
+    assert transport.organisations() == list(SETTINGS)
+
+
+def test_the_terms_of_the_run_go_with_each_request(connect):
+    grid, transport = connect()
+    transport.terms = {"local_steps": 3}
+    transport.organisations()
+    list(transport.run_round(1, WEIGHTS, list(SETTINGS)))
+    assert grid.terms == '{"local_steps": 3}'
+
+
+def test_settings_of_a_run_that_are_true_or_false():
+    assert [is_true({"any-rank": value}, "any-rank") for value in (True, "true", False, "false")] == [1, 1, 0, 0]
+    assert not is_true({}, "any-rank")
+    with pytest.raises(InputError, match="any-rank is 'no'; expected true or false"):
+        is_true({"any-rank": "no"}, "any-rank")
 
 
 def test_nobody_and_two_of_one_name_are_refused(connect):

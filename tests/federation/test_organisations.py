@@ -76,6 +76,11 @@ def test_one_dataset_is_dealt_out_whole(alpha):
     assert max(sizes) - min(sizes) <= (1 if alpha is None else 101)
 
 
+def test_a_very_small_alpha_gives_all_rows_to_one():
+    rows = [{"prompt": str(number)} for number in range(11)]
+    assert sorted(map(len, split_evenly(rows, 3, 1e-9, 7))) == [0, 0, 11]
+
+
 def test_organisations_that_cannot_take_part_are_named():
     one, other = Organisation("a", [{}], []), Organisation("b", [], [])
     with pytest.raises(InputError, match=r"1 organisation.*at least 2"):

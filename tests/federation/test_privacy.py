@@ -1,7 +1,10 @@
-"""Clipping, noise, canaries and the proximal term."""
+"""Clipping, noise and canaries."""
 
+import gc
 import math
+import os
 import random
+import weakref
 
 import pytest
 import torch
@@ -10,8 +13,7 @@ from learners import BASE
 from hfllm.errors import InputError
 from hfllm.federation.averaging import norm
 from hfllm.federation.membership import make_canaries, measure_leak
-from hfllm.federation.privacy import clipped, draw_participants, private_average
-from hfllm.federation.proximal import ProximalTerm
+from hfllm.federation.privacy import ClippedSum, clipped, draw_participants, normal, private_average
 from hfllm.federation.updates import Update
 
 WEIGHTS = {"w": torch.zeros(20, 50), "b": torch.zeros(2)}
@@ -58,6 +60,59 @@ def test_noise_has_the_accountant_s_deviation_whoever_came():
     assert not torch.equal(one, other)
 
 
+def test_noise_is_the_operating_system_s_and_has_no_seed(monkeypatch):
+    """torch's generator on the CPU keeps 32 bits of a seed: all of them can be tried."""
+
+    def seeded(*args):
+        raise AssertionError("a generator was seeded")
+
+    monkeypatch.setattr(torch, "Generator", seeded)
+    monkeypatch.setattr(torch, "manual_seed", seeded)
+    monkeypatch.setattr(torch, "randn", seeded)
+    drawn, read = [], os.urandom
+    monkeypatch.setattr(os, "urandom", lambda count: drawn.append(count) or read(count))
+    found = private_average([], 1.0, 1.0, 4, WEIGHTS, BASE)
+    assert sum(drawn) == 16 * 501 and found["w"].std() > 0.2
+    assert normal(()).shape == () and normal((3,)).shape == (3,) and normal((0, 4)).shape == (0, 4)
+
+
+def test_noise_is_normal():
+    draws = normal((200, 1000))
+    assert draws.dtype == torch.float64 and draws.unique().numel() == 200_000
+    # Standard errors of 200,000 draws: .0022 of the mean, .0016 of the deviation, .011 of the fourth moment (3).
+    assert draws.mean().item() == pytest.approx(0, abs=0.012)
+    assert draws.std().item() == pytest.approx(1, abs=0.009)
+    assert draws.pow(4).mean().item() == pytest.approx(3, abs=0.2)
+    # Both numbers of a pair, which come from the same bits, are independent.
+    assert (draws.flatten()[:100_000] * draws.flatten()[100_000:]).mean().item() == pytest.approx(0, abs=0.02)
+    for place in (-1.6449, 0.0, 1.6449):
+        share = 0.5 * (1 + math.erf(place / math.sqrt(2)))
+        assert (draws < place).double().mean().item() == pytest.approx(share, abs=0.006)
+
+
+def test_the_bits_become_numbers_as_box_and_muller_say(monkeypatch):
+    bits = [3 << 50, 1 << 51, 2**53 - 1, 0]
+    monkeypatch.setattr(os, "urandom", lambda count: b"".join(each.to_bytes(8, "little") for each in bits))
+    radius, angle = math.sqrt(-2 * math.log((bits[0] + 1) / 2**53)), 2 * math.pi * 0.25
+    expected = [radius * math.cos(angle), 0.0, radius * math.sin(angle), 0.0]
+    assert normal((4,)).tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_sum_keeps_no_update():
+    total = ClippedSum(1.0, 0.0, 2, WEIGHTS, BASE)
+    references = []
+    for name in ("a", "bb"):
+        each = update(name, 3.0)
+        references += [weakref.ref(tensor) for tensor in each.tensors.values()]
+        total.add(each)
+        del each
+    gc.collect()
+    assert not any(reference() is not None for reference in references)
+    assert norm(total.average()) <= 1 + 1e-9
+    with pytest.raises(InputError, match="'a' sent two"):
+        total.add(update("a", 1.0))
+
+
 def test_a_private_average_refuses_what_an_average_does():
     bad = update("aa", 1.0)
     bad.tensors["w"][0, 0] = math.nan
@@ -98,34 +153,3 @@ def test_leaks_are_measured_from_none_to_all():
     assert none_of_it.exposure == pytest.approx(none_of_it.no_exposure, abs=0.25)
     with pytest.raises(InputError, match="NaN"):
         measure_leak([math.nan], [1.0])
-
-
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_the_proximal_term_is_the_loss_s(accumulation, tmp_path):
-    """Three steps of SGD on (x - 1)^2 + mu / 2 (x - x0)^2 by a Trainer, against the recursion."""
-    from datasets import Dataset
-    from transformers import Trainer, TrainingArguments
-
-    class Parabola(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.x = torch.nn.Parameter(torch.tensor([3.0]))
-            self.unused = torch.nn.Parameter(torch.tensor([3.0]))
-
-        def forward(self, y):
-            return {"loss": ((self.x - y) ** 2).mean()}
-
-    model = Parabola()
-    arguments = TrainingArguments(
-        **{"output_dir": str(tmp_path), "learning_rate": 0.1, "optim": "sgd", "lr_scheduler_type": "constant"},
-        **{"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation, "max_steps": 3},
-        **{"use_cpu": True, "report_to": "none", "save_strategy": "no", "max_grad_norm": 0.0},
-    )
-    rows = Dataset.from_dict({"y": [1.0] * 12})
-    Trainer(model, arguments, train_dataset=rows, callbacks=[ProximalTerm(0.7)]).train()
-    x = 3.0
-    for _ in range(3):
-        x -= 0.1 * (2 * (x - 1) + 0.7 * (x - 3.0))
-    assert model.x.item() == pytest.approx(x, rel=1e-5) and model.unused.item() == 3
-    with pytest.raises(InputError, match="strength of the proximal term is -1"):
-        ProximalTerm(-1)

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from hfllm.errors import InputError
 from hfllm.federation import rounds as rounds_file
-from hfllm.federation.rounds import STATE_FILE, RoundSettings, load_state, participants_of, run_rounds
+from hfllm.federation.privacy import ClippedSum
+from hfllm.federation.rounds import STATE_FILE, RoundSettings, load_state, num_asked, participants_of, run_rounds
 from hfllm.federation.server_optimizers import server_optimizer
 from hfllm.federation.transports import InProcess
 from hfllm.federation.updates import Update
@@ -127,3 +128,98 @@ def test_rounds_of_another_run_and_damage_are_refused(tmp_path):
 def test_settings_that_no_federation_can_follow(tmp_path, more, message):
     with pytest.raises(InputError, match=message):
         run(tmp_path, **more)
+
+
+def moving(change, tokens=1, count=1):
+    """Organisations that send the same change in every round."""
+    return {
+        name: lambda number, weights, name=name: Update(name, {"w": change.clone()}, tokens, 1, "base")
+        for name in NAMES[:count]
+    }
+
+
+def rounds_of(folder, learners, num_rounds, begun, server="fedavg", rate=1.0, transport=None, **more):
+    settings = RoundSettings(num_rounds, **more)
+    transport = transport or InProcess(learners, "base")
+    optimizer = server_optimizer(server, rate)
+    return run_rounds(transport, list(learners), {"w": begun}, optimizer, settings, folder, {})
+
+
+def test_moves_that_bfloat16_cannot_hold_add_up(tmp_path):
+    change, sent = torch.full((4,), 0.003, dtype=torch.bfloat16), []
+    learners = moving(change)
+    send = learners["a"]
+
+    def seen(number, weights):
+        sent.append(weights["w"])
+        return send(number, weights)
+
+    begun = torch.ones(4, dtype=torch.bfloat16)
+    # With an interruption: what is kept is not rounded either.
+    rounds_of(tmp_path, {"a": seen}, 30, begun)
+    state = rounds_of(tmp_path, {"a": seen}, 100, begun)
+    expected = 1 + 100 * float(change[0])
+    assert state.weights["w"].dtype == torch.float32 and state.weights["w"][0].item() == pytest.approx(expected, 1e-6)
+    assert {each.dtype for each in sent} == {torch.bfloat16} and sent[-1][0].item() == pytest.approx(1.3, abs=0.01)
+
+
+def test_weights_that_are_not_finite_are_not_kept(tmp_path):
+    learners = {"a": moving(torch.full((5,), 0.5))["a"], "b": moving(torch.full((5,), 3e38), count=2)["b"]}
+    with pytest.raises(InputError, match=r"round 2: w would be infinite .* norms of updates: b 6\.7\de\+38, a 1\.12"):
+        rounds_of(tmp_path, learners, 9, torch.zeros(5), server="momentum")
+    kept = load_state(tmp_path, {})
+    assert len(kept.records) == 1 and kept.weights["w"].isfinite().all()
+
+
+def test_figures_that_are_not_finite_are_not_kept(tmp_path):
+    with pytest.raises(InputError, match="round 1: loss is nan"):
+        run(tmp_path, evaluate=lambda number, weights: {"loss": float("nan")})
+    assert load_state(tmp_path, {"flags": ("x",)}) is None
+
+
+def test_an_organisation_cannot_claim_more_tokens_than_a_round_has(tmp_path):
+    learners = {**moving(torch.ones(5), tokens=96), "b": moving(torch.full((5,), 9.0), 97, 2)["b"]}
+    transport = InProcess(learners, "base")
+    transport.max_tokens = 96
+    state = rounds_of(tmp_path, learners, 1, torch.zeros(5), transport=transport)
+    assert state.records[0].left_out == {"b": "organisation 'b': num_tokens is 97; a round has at most 96"}
+    assert state.weights["w"].tolist() == [1] * 5
+
+
+def private_rounds(folder, learners, draws, monkeypatch, num_rounds):
+    monkeypatch.setattr(rounds_file, "draw_participants", lambda names, rate: draws.pop(0))
+    settings, transport = RoundSettings(num_rounds, participation=0.5, is_private=True), InProcess(learners, "base")
+    begun = {"w": torch.zeros(5)}
+    return run_rounds(
+        *(transport, list(learners), begun, server_optimizer(), settings, folder, {}),
+        new_sum=lambda number: ClippedSum(1.0, 0.0, 2, begun, "base"),
+    )
+
+
+def test_private_rounds_ask_whom_chance_names_and_tell_nobody(tmp_path, monkeypatch):
+    learners = moving(torch.tensor([2.0, 0, 0, 0, 0]), count=4)
+    state = private_rounds(tmp_path, learners, [[], ["b"], ["a", "c", "d"]], monkeypatch, 3)
+    # Clipped to 1 and divided by 2, whoever came: 0, 1 and 3 of them.
+    assert state.weights["w"].tolist() == [2.0, 0, 0, 0, 0]
+    for record in state.records:
+        about = (record.participants, record.left_out, record.num_tokens, record.bytes_down, record.bytes_up)
+        assert about == ([], {}, 0, 0, 0)
+    assert [record.update_norm for record in state.records] == [0, 0.5, 1.5]
+
+
+def test_noise_alone_is_not_trained_when_all_that_were_asked_fail(tmp_path, monkeypatch):
+    def out(number, weights):
+        raise InputError("the power is out")
+
+    learners = moving(torch.ones(5)) | {"b": out}
+    with pytest.raises(InputError, match=r"round 2: 0 of 1 organisations .*b: the power is out"):
+        private_rounds(tmp_path, learners, [["a", "b"], ["b"]], monkeypatch, 2)
+    assert len(load_state(tmp_path, {}).records) == 1
+
+
+def test_a_round_asks_as_many_as_it_needs():
+    for participation, needed, is_private, count in ((0.5, 3, False, 3), (0.5, 1, False, 2), (0.5, 1, True, 2)):
+        settings = RoundSettings(1, participation, needed, is_private=is_private)
+        assert num_asked(4, settings) == count
+        if not is_private:
+            assert len(participants_of(NAMES, 1, settings)) == count

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import time
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hfllm.federation.processes import SeveralProcesses
 from hfllm.federation.server_optimizers import server_optimizer
 from hfllm.federation.transports import InProcess
 from hfllm.federation.updates import Failure, Update
+from hfllm.federation.wire import weights_to_bytes
 
 SETTINGS = {f"org{n}": {"seed": n, "count": 3 + 4 * n, "steps": 1 + n} for n in range(3)}
 WEIGHTS = {"w": torch.zeros(1, 3), "b": torch.zeros(1)}
@@ -92,6 +94,36 @@ def several(tmp_path, monkeypatch):
     yield open_one
     for each in opened:
         each.close()
+
+
+def test_what_a_killed_server_left_is_removed(several, tmp_path):
+    left = [tmp_path / name for name in ("round-7.safetensors", "round-7-0.safetensors", "round-7-1.partial")]
+    for path in left:
+        path.write_bytes(b"")
+    several(SETTINGS)
+    assert not any(path.exists() for path in left)
+
+
+def test_an_update_that_is_gone_is_a_failure(several):
+    reply = several(SETTINGS)._handed_over(1, "org1", "", None)
+    assert reply == Failure("org1", "the update of organisation 'org1' cannot be read: No such file or directory")
+
+
+@pytest.mark.slow
+def test_a_worker_ends_at_once_when_its_server_is_gone(several, tmp_path):
+    """In the middle of a round: it would train on otherwise, and write into the folder of the next server's."""
+    transport = several(faulty(fault="late"))
+    weights = tmp_path / "weights"
+    weights.write_bytes(weights_to_bytes(WEIGHTS))
+    worker = transport._worker("org1")
+    worker.ask(1, weights, tmp_path / "update")
+    # It says so in its log when it begins; then it sleeps for a minute.
+    since = time.monotonic()
+    while "no answer" not in worker.log.read_text() and time.monotonic() - since < 120:
+        time.sleep(0.1)
+    # As the system does for a server that is killed.
+    worker._process.stdin.close()
+    assert worker._process.wait(30) == 0 and not (tmp_path / "update").exists()
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import federated
@@ -128,7 +129,7 @@ class Stopped(Exception):
     """In place of SIGKILL."""
 
 
-@pytest.mark.parametrize("average", ["full", "lora_frozen_a"])
+@pytest.mark.parametrize("average", ["full", pytest.param("lora_frozen_a", marks=pytest.mark.slow)])
 def test_a_run_that_was_stopped_within_a_round_resumes_to_the_same_bits(flags, tmp_path, monkeypatch, capsys, average):
     from hfllm.stages.federated_learner import LocalLearner
 
@@ -217,7 +218,9 @@ def test_organisations_that_fail_or_send_nan_are_left_out_and_named(flags, tmp_p
         def late(number, weights):
             if number == 2:
                 raise InputError("the power is out")
-            return shop(number, weights)
+            update = shop(number, weights)
+            # Two steps of two rows of at most 64 tokens.
+            return replace(update, num_tokens=257) if number == 3 else update
 
         def diverged(number, weights):
             update = school(number, weights)
@@ -229,9 +232,10 @@ def test_organisations_that_fail_or_send_nan_are_left_out_and_named(flags, tmp_p
 
     monkeypatch.setattr(federated_server, "clients_of", failing)
     metrics = run(flags())
-    assert metrics["updates_left_out"] == 2
+    assert metrics["updates_left_out"] == 3
     text = table_text(tmp_path / "out")
-    assert "| 2 | shop | the power is out |" in text and "| 3 | school |" in text and "NaN" in text
+    assert "num_tokens is 257; a round has at most 256" in text and "| 2 | shop | the power is out |" in text
+    assert "| 3 | school |" in text and "NaN" in text
     with pytest.raises(
         InputError, match=r"round 2: 2 of 3 organisations sent an update, and --min_organ.*shop: the power is out"
     ):
@@ -273,14 +277,98 @@ def test_the_world_from_nothing(tmp_path, capsys):
         run([*words, "--rounds", 3])
 
 
-def test_noise_is_counted_and_clipping_holds(flags, saved, tmp_path, capsys):
+def moved_by(folder, saved):
+    begun, found = AutoModelForCausalLM.from_pretrained(saved).state_dict(), weights_of(folder)
+    squares = sum((found[name].double() - begun[name].double()).square().sum() for name in found)
+    return float(squares.sqrt()), sum(value.numel() for value in found.values())
+
+
+def test_noise_is_counted_and_of_its_size_and_nobody_is_named(flags, saved, tmp_path, capsys, monkeypatch):
+    from hfllm.federation import rounds
+
+    # Who takes part is drawn: let it be all but one.
+    monkeypatch.setattr(rounds, "draw_participants", lambda names, rate: list(names[:2]))
     metrics = run(flags(clip_norm=0.01, noise_multiplier=30.0, rounds=1, max_epsilon=8))
-    assert 0 < metrics["epsilon"] < 8 and metrics["drift"] == 0
-    assert "times the longest mean of 3 organisations" in capsys.readouterr().out
-    metrics = run(flags(clip_norm=0.01, rounds=1, output_dir=tmp_path / "clipped"))
-    begun, found = AutoModelForCausalLM.from_pretrained(saved).state_dict(), weights_of(tmp_path / "clipped")
-    moved = sum((found[name] - begun[name]).square().sum() for name in found).sqrt()
-    assert 0 < moved <= 0.01 + 1e-6 and "epsilon" not in metrics
+    assert 0 < metrics["epsilon"] < 8
+    moved, values = moved_by(tmp_path / "out", saved)
+    # The noise outweighs what two organisations of norm .01 can add by far; its norm has an error of 1 / sqrt(2 d).
+    assert moved == pytest.approx(30.0 * 0.01 * values**0.5 / 3, rel=0.03)
+    printed = capsys.readouterr().out
+    assert "times the longest mean of 3 organisations" in printed and "round 1/1  private" in printed
+    assert not metrics.keys() & {"bytes_up", "bytes_down", "updates_left_out", "drift"}
+    text, report = table_text(tmp_path / "out"), report_of(tmp_path / "out")
+    assert "MB so far" not in text and "the controls' figures are not private" in text
+    assert "gold_by_bytes" not in report["artifacts"]
+
+
+def test_clipping_alone_is_by_the_number_that_was_asked(flags, saved, tmp_path):
+    # A round asks all three, as many as it needs: the mean of three clipped changes.
+    few = {"participation": 0.3, "min_organisations": 3, "clip_norm": 1e-3, "rounds": 1}
+    metrics = run(flags(**few))
+    moved, _ = moved_by(tmp_path / "out", saved)
+    run(flags(**few | {"participation": 1}, output_dir=tmp_path / "all"))
+    assert 0 < moved <= 1e-3 + 1e-6 and moved == moved_by(tmp_path / "all", saved)[0] and "epsilon" not in metrics
+
+
+def test_rows_that_another_organisation_learns_are_not_held_out(tmp_path):
+    from hfllm.data.loading import prompt_key
+    from hfllm.stages.federated_data import organisations_of
+
+    # Each question comes three times, which dealing out puts at two or three organisations.
+    words = [f"{place} {answer}" for place in range(60) for answer in "abc"]
+    rows = [
+        {"messages": [{"role": "user", "content": word.split()[0]}, {"role": "assistant", "content": word}]}
+        for word in words
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    args = ["--dataset_name", tmp_path / "rows.jsonl", "--num_organisations", 2, "--model_name_or_path", "x"]
+    found = organisations_of(federated.parse(list(map(str, args)))[0], 1)
+    learned = {prompt_key(each) for organisation in found for each in organisation.rows}
+    held_out = [prompt_key(each) for organisation in found for each in organisation.held_out]
+    assert held_out and not learned & set(held_out) and sum(len(each.rows) for each in found) > 150
+
+
+def test_batches_in_parts_are_batches_in_one(flags, saved, tmp_path):
+    """By the trainer that the recipe has: the parts have unlike numbers of targets."""
+    once = {"rounds": 1, "local_steps": 2, "optim": "sgd", "learning_rate": 0.5}
+    run(flags(**once, per_device_train_batch_size=4))
+    run(flags(**once, per_device_train_batch_size=1, gradient_accumulation_steps=4, output_dir=tmp_path / "parts"))
+    one, parts = weights_of(tmp_path / "out"), weights_of(tmp_path / "parts")
+    moved, _ = moved_by(tmp_path / "out", saved)
+    assert moved > 0.01 and max((one[name] - parts[name]).abs().max() for name in one) < 1e-5
+
+
+def test_a_worker_reads_its_own_file_alone(flags, saved, tmp_path, monkeypatch):
+    from hfllm.stages import federated_clients
+    from hfllm.stages.federated_clients import worker_learner
+
+    flags()
+    files = [str(tmp_path / f"{name}.jsonl") for name in NAMES]
+    (tmp_path / "farm.jsonl").unlink()
+    given = {"model_name_or_path": str(saved), "organisation_files": files, "output_dir": str(tmp_path / "node")}
+    (tmp_path / "node.yaml").write_text(json.dumps({**given, "average": "full", "max_length": 64}))
+    seen, load_local = [], federated_clients.load_local
+    monkeypatch.setattr(federated_clients, "load_local", lambda *args: seen.append(args[-1]) or load_local(*args))
+    worker_learner("school", {"flags": str(tmp_path / "node.yaml"), "base": str(saved)})
+    assert [each.name for each in seen[0]] == ["school"] and len(seen[0][0].rows) + len(seen[0][0].held_out) == 5
+
+
+@pytest.mark.slow
+def test_states_of_removed_rounds_are_not_used(flags, tmp_path):
+    more = {"keep_optimizer": True, "compression": "int8", "optim": "adamw_torch"}
+    run(flags(**more, output_dir=tmp_path / "fresh"))
+    run(flags(**more, learning_rate=0.1))
+    release_all()
+    kept = tmp_path / "out" / "organisations"
+    assert list(kept.rglob("*.safetensors"))
+    stray = kept / "optimizers" / "gone" / "1.safetensors"
+    stray.parent.mkdir()
+    stray.write_bytes(b"")
+    for path in (tmp_path / "out").glob("*.json"):
+        path.unlink()
+    (tmp_path / "out" / STATE_FILE).unlink()
+    run(flags(**more))
+    assert not stray.exists() and digest(tmp_path / "out") == digest(tmp_path / "fresh")
 
 
 @pytest.mark.parametrize(
@@ -299,9 +387,22 @@ def test_noise_is_counted_and_clipping_holds(flags, saved, tmp_path, capsys):
         ({"clip_norm": 1, "noise_multiplier": 1, "max_epsilon": 1}, "epsilon would be"),
         ({"noise_multiplier": 1, "clip_norm": 1, "min_organisations": 2}, "--min_organisations"),
         ({"max_epsilon": 1}, "--max_epsilon"),
-        ({"server_momentum": 1.0}, "momentum of the server's optimizer is 1.0"),
+        ({"server_momentum": 1.0, "server_optimizer": "momentum"}, "momentum of the server's optimizer is 1.0"),
         ({"organisation_names": "a"}, "--organisation_names"),
         ({"use_peft": True}, "--use_peft"),
+        ({"clip_norm": 0}, "--clip_norm is 0"),
+        ({"clip_norm": "nan"}, "--clip_norm nan"),
+        ({"keep_optimizer": True, "optim": "adafactor"}, "--keep_optimizer"),
+        ({"fp16": True}, "--fp16"),
+        ({"round_timeout": 5}, "--round_timeout"),
+        ({"server_momentum": 0.5}, "--server_momentum"),
+        ({"num_examples": 5}, "--num_examples"),
+        ({"main_share": 0.5}, "--main_share"),
+        ({"num_eval_prompts": 5}, "--num_eval_prompts"),
+        ({"num_organisations": 3}, "--num_organisations"),
+        ({"num_train_epochs": 1}, "--num_train_epochs"),
+        ({"gradient_checkpointing": True}, "--gradient_checkpointing"),
+        ({"neftune_noise_alpha": 5}, "--neftune_noise_alpha"),
     ],
 )
 def test_bad_flags_are_refused_in_a_line(flags, more, message):
