@@ -15,7 +15,7 @@ from hfllm.data.picture_rows import (
     PictureRow,
     TwoDigits,
 )
-from hfllm.data.sources import DIGITS, PICTURES
+from hfllm.data.sources import DIGITS, PICTURES, folder_of
 from hfllm.errors import InputError
 from hfllm.stages.vision import VisionArguments
 
@@ -155,12 +155,6 @@ def drawn_rows(script_args: VisionArguments, seed: int) -> Rows:
         {"prompt": row.messages()[:1], "completion": row.messages()[1:], "images": [png_of(row.picture)]}
         for row in rows
     ]
-
-
-def folder_of(name: str) -> Path | None:
-    """Return what paths in a dataset are relative to: its folder, or that of its file."""
-    path = Path(name)
-    return path if path.is_dir() else path.parent if path.is_file() else None
 
 
 def _asked(row: Mapping[str, Any]) -> Asked:

@@ -1,11 +1,13 @@
 """PPO on pictures: what holds for prompts of words holds for prompts with pictures, and the pictures are read."""
 
 import copy
+import io
 import random
 
 import picture_run as run
 import pytest
 import torch
+from PIL import Image
 from transformers import TrainerCallback
 
 import hfllm
@@ -297,18 +299,18 @@ def asked(*content):
     [
         (
             {"prompt": asked(run.PLACE, run.PLACE), "image": 1},
-            "places for 2 pictures in the prompt, and the column 'image' has 1",
+            "2 places for pictures in the prompt, and the column 'image' has 1",
         ),
         (
             {"prompt": asked(run.PLACE), "images": [1, 1]},
-            "places for 1 pictures in the prompt, and the column 'images' has 2",
+            "1 place for pictures in the prompt, and the column 'images' has 2",
         ),
-        ({"prompt": asked(run.PLACE)}, "places for 1 pictures in the prompt, and there is no column image or images"),
+        ({"prompt": asked(run.PLACE)}, "1 place for pictures in the prompt, and there is no column image or images"),
         ({"prompt": "say", "image": 1}, "the prompt is text; with pictures it must be a list of messages"),
         ({"prompt": asked(), "images": "a.png"}, "images must be a list, got str"),
-        ({"prompt": asked(), "image": "/nowhere.png"}, "a picture cannot be read ('/nowhere.png')"),
-        ({"prompt": asked(), "image": {"bytes": b"GIF89a"}}, "a picture cannot be read (6 bytes)"),
-        ({"prompt": asked(), "image": 3}, "a picture must be one of PIL, a path or bytes, got int"),
+        ({"prompt": asked(), "image": "/nowhere.png"}, "picture /nowhere.png: no such file"),
+        ({"prompt": asked(), "image": {"bytes": b"GIF89a"}}, "picture in bytes: no picture in a format"),
+        ({"prompt": asked(), "image": 3}, "a picture must be a path, bytes or a PIL image, got '3'"),
         ({"prompt": asked({"type": "video"})}, "a part of the type 'video'; PPO reads text and image"),
         ({"prompt": asked({"type": "text", "text": "<image>"})}, "Found 1 <image> tokens in the text but no images"),
         ({"prompt": [{"role": "system", "content": "say"}], "image": 1}, "no message of the user"),
@@ -368,15 +370,34 @@ def test_pictures_may_be_paths_bytes_and_parts(build, tmp_path):
         assert torch.equal(pixels, first[1]["pictures"].episodes[0]["pixel_values"])
 
 
+def test_pictures_are_upright_on_white_and_not_of_one_pixel(build):
+    """What a policy sees is what fine-tuning on the same file has seen."""
+    trainer, picture = build(), run.halves(1)[0]["image"]
+
+    def pixels(image):
+        row = {"prompt": asked(), "image": image}
+        return read_rows([row], trainer.processing_class)[1]["pictures"].episodes[0]["pixel_values"]
+
+    exif, stream = picture.getexif(), io.BytesIO()
+    exif[0x0112] = 6
+    picture.save(stream, "PNG", exif=exif)
+    assert torch.equal(pixels(stream.getvalue()), pixels(picture.transpose(Image.Transpose.ROTATE_270)))
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    assert torch.equal(pixels(clear), pixels(Image.new("RGB", (8, 8), "white")))
+    with pytest.raises(InputError, match="1 x 1 pixels"):
+        pixels(Image.new("RGB", (1, 1)))
+
+
 def test_a_dataset_of_pictures_and_a_saved_model_by_its_name(build, tmp_path):
-    from datasets import Dataset, Features, Image, Value
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
 
     folder = str(tmp_path / "model")
     run.make_model().save_pretrained(folder)
     run.make_processor().save_pretrained(folder)
     rows = run.halves(6)
     message = [{"role": Value("string"), "content": Value("string")}]
-    features = Features({"prompt": message, "image": Image(), "side": Value("string")})
+    features = Features({"prompt": message, "image": ImageFeature(), "side": Value("string")})
     trainer = build(model=folder, processing_class=None, rows=Dataset.from_list(rows, features=features), max_steps=1)
     assert type(trainer.processing_class).__name__ == "LlavaProcessor"
     trainer.train()
