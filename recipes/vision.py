@@ -49,7 +49,8 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
     seed, is_drawn = training_args.seed, script_args.dataset_name in vision.DRAWN
     rows, parts = [], vision_data.eval_parts(script_args) if is_drawn else {}
     if not is_drawn:
-        rows, held_out = vision_data.own_rows(script_args, seed)
+        token = getattr(vision_models.load_processor(model_args), "image_token", None)
+        rows, held_out = vision_data.own_rows(script_args, seed, token)
         parts = vision_data.parts_of(held_out)
     elif model_args.model_name_or_path:
         rows = vision_data.drawn_rows(script_args, seed)

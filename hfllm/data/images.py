@@ -204,12 +204,14 @@ def place_images(origin: str, row: Mapping[str, Any], count: int) -> Row:
         count: how many pictures the row has. Without any place they come before the first question.
 
     Raises:
-        InputError: when there are more or fewer pictures than places.
+        InputError: when there are more or fewer pictures than places, or one is in an answer.
     """
     sides = [side for side in ("prompt", "completion") if side in row]
     places = sum(message["content"].count(MARK) for side in sides for message in row[side])
     if places and places != count:
         raise InputError(f"{origin}: {counted(count, 'picture')} and {counted(places, 'place')} ({MARK}) for them")
+    if any(MARK in message["content"] for side in sides for message in row[side] if message["role"] == "assistant"):
+        raise InputError(f"{origin}: a place ({MARK}) in what the assistant says: pictures are shown by the user")
     placed, first = dict(row), not places
     for side in sides:
         placed[side] = []

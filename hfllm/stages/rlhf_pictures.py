@@ -7,6 +7,7 @@ from hfllm.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel
     from trl import ModelConfig
 
@@ -53,18 +54,41 @@ def load_policy(
     Raises:
         InputError: when either cannot be loaded.
     """
-    from transformers import AutoModelForImageTextToText
-
-    from hfllm.models.weights import load_weights_of
     from hfllm.runs.adapters import load_to_train
-    from hfllm.runs.models import load_kwargs
     from hfllm.trainers.ppo.pictures import is_for_pictures
 
     if not is_for_pictures(config):
         return load_to_train(model_args, output_dir)
     processor = load_processing_class(model_args, config)
-    model, _ = load_weights_of(AutoModelForImageTextToText, model_args.model_name_or_path, **load_kwargs(model_args))
-    return model, processor
+    return load_seeing_model(model_args), processor
+
+
+def load_seeing_model(model_args: "ModelConfig") -> "PreTrainedModel | PeftModel":
+    """Load the named model of pictures and text; an adapter of one is trained further.
+
+    Raises:
+        InputError: when it cannot be loaded, and with `--use_peft` for an adapter.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    from hfllm.models.adapters import find_adapter, load_base, put_on
+    from hfllm.models.weights import load_weights_of
+    from hfllm.runs.command_line import say
+    from hfllm.runs.models import load_kwargs
+
+    name, kwargs = model_args.model_name_or_path, load_kwargs(model_args)
+    adapter = find_adapter(name, revision=model_args.model_revision)
+    if adapter is None:
+        return load_weights_of(AutoModelForImageTextToText, name, **kwargs)[0]
+    adapter.check("CAUSAL_LM")
+    if model_args.use_peft:
+        raise InputError(
+            f"--use_peft: {name} is an adapter already, which is trained further without that flag; or merge it into "
+            f"{adapter.base} by PEFT's merge_and_unload and name the result"
+        )
+    say(f"adapter {name} of {adapter.base} is trained further")
+    base, _ = load_base(adapter, AutoModelForImageTextToText, **kwargs)
+    return put_on(base, adapter, is_trainable=True)
 
 
 def check_rows(rows: "Sequence[Row]", config: "PreTrainedConfig") -> None:
@@ -73,8 +97,12 @@ def check_rows(rows: "Sequence[Row]", config: "PreTrainedConfig") -> None:
     Raises:
         InputError: naming the row.
     """
+    from transformers import AutoModelForImageTextToText
+
     from hfllm.trainers.ppo.pictures import is_for_pictures
     from hfllm.trainers.ppo.prompts import check_pictures
 
     if not is_for_pictures(config):
-        check_pictures(rows, None, f"the policy (of type {config.model_type})")
+        # Some types are a language model's, too, and as such they are loaded.
+        as_text = ", loaded as a model of words" if type(config) in AutoModelForImageTextToText._model_mapping else ""
+        check_pictures(rows, None, f"the policy (of type {config.model_type}{as_text})")

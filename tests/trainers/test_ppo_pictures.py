@@ -94,7 +94,7 @@ def test_rows_that_are_read_again_keep_their_pictures(uneven, monkeypatch):
     """Where a cache cannot be split, and where there is room for some rows at a time."""
     trainer, rows, batch = uneven
     again = []
-    monkeypatch.setattr(sampling, "_selects_rows", lambda cache: again.append(1) and False)
+    monkeypatch.setattr(sampling, "_selects_rows", lambda cache, policy: again.append(1) and False)
     assert torch.equal(trainer.sample(rows)["response_ids"], batch["response_ids"])
     assert again
     prompts, pictures = prompts_of(trainer, rows)
