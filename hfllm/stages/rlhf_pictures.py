@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
     from trl import ModelConfig
 
+    from hfllm.data.messages import Message
     from hfllm.stages.rlhf import Row
     from hfllm.trainers.ppo.pictures import ProcessingClass
 
@@ -106,3 +107,18 @@ def check_rows(rows: "Sequence[Row]", config: "PreTrainedConfig") -> None:
         # Some types are a language model's, too, and as such they are loaded.
         as_text = ", loaded as a model of words" if type(config) in AutoModelForImageTextToText._model_mapping else ""
         check_pictures(rows, None, f"the policy (of type {config.model_type}{as_text})")
+
+
+def next_lines(folder: str, prompt: "str | list[Message]", config: "PreTrainedConfig", is_adapter: bool) -> list[str]:
+    """Return the lines of Python that load the aligned policy and ask it: a prompt, or about a picture.
+
+    Args:
+        prompt: one of the held-out prompts.
+        config: the policy's.
+        is_adapter: whether an adapter is saved.
+    """
+    from hfllm.outputs.card import chat_lines
+    from hfllm.outputs.picture_lines import picture_lines
+    from hfllm.trainers.ppo.pictures import is_for_pictures
+
+    return picture_lines(folder, is_adapter) if is_for_pictures(config) else chat_lines(folder, prompt)

@@ -186,20 +186,3 @@ def own_trainer(
     if model_args.use_peft and not any("projector" in name for name in learned):
         say("vision: the adapter leaves the projector as it is; --lora_modules_to_save with its name lets it learn")
     return trainer, processor
-
-
-def next_lines(folder: str, is_adapter: bool) -> list[str]:
-    """Return the lines of Python that load the result and ask it about a picture."""
-    if is_adapter:
-        return [
-            "import hfllm",
-            "from transformers import AutoModelForImageTextToText",
-            f"model = AutoModelForImageTextToText.from_pretrained({folder!r})",
-        ]
-    return [
-        "import hfllm",
-        "from transformers import pipeline",
-        f"look = pipeline('image-text-to-text', {folder!r})",
-        "question = [{'type': 'image', 'url': 'picture.png'}, {'type': 'text', 'text': 'What color is the square?'}]",
-        "print(look(text=[{'role': 'user', 'content': question}], max_new_tokens=8, return_full_text=False))",
-    ]

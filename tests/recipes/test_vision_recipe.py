@@ -13,8 +13,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hfllm.errors import InputError
 from hfllm.generation.picture_answers import answer_pictures
+from hfllm.outputs.picture_lines import picture_lines
 from hfllm.stages.vision_data import as_dataset, drawn_rows, own_rows
-from hfllm.stages.vision_models import next_lines, own_trainer
+from hfllm.stages.vision_models import own_trainer
 
 TINY = ["--hidden_size", "16", "--num_attention_heads", "2", "--num_hidden_layers", "1", "--num_vision_layers", "1"]
 QUIET = ["--per_device_train_batch_size", "4", "--logging_steps", "1"]
@@ -190,7 +191,7 @@ def test_an_adapter_is_trained_further(drawn, tmp_path, capsys):
     run(first, "--model_name_or_path", drawn[0], *named, "--use_peft", "--lora_target_modules", "q_proj")
     assert "--lora_modules_to_save" in capsys.readouterr().out
     code = {}
-    exec("\n".join(next_lines(str(first), is_adapter=True)), code)
+    exec("\n".join(picture_lines(str(first), is_adapter=True)), code)
     assert any("lora" in name for name in code["model"].state_dict())
     run(tmp_path / "second", "--model_name_or_path", first, *named)
     files = [load_file(each / "adapter_model.safetensors") for each in (first, tmp_path / "second")]

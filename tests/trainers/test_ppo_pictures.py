@@ -8,11 +8,12 @@ import picture_run as run
 import pytest
 import torch
 from PIL import Image
-from transformers import TrainerCallback
+from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration, TrainerCallback
 
 import hfllm
 from hfllm.errors import InputError
 from hfllm.trainers.ppo import sampling
+from hfllm.trainers.ppo.pictures import Pictures
 from hfllm.trainers.ppo.prompts import read_rows
 from hfllm.trainers.ppo.rollout import Rollout, model_inputs, pad_prompts
 
@@ -101,6 +102,30 @@ def test_rows_that_are_read_again_keep_their_pictures(uneven, monkeypatch):
     parts = (trainer.policy, *prompts.values(), trainer.sampling_config, trainer.processing_class.tokenizer)
     parted = sampling.generate_responses(*parts, most_rows=5, pictures=pictures)
     assert torch.equal(parted["response_ids"], batch["response_ids"])
+
+
+def test_rows_go_on_where_the_model_itself_keeps_a_batch():
+    """Qwen2-VL keeps on itself how far pictures shift the positions of each row."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
+    tower = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
+    text = {"vocab_size": 32, "intermediate_size": 32, "rope_parameters": rope, "max_position_embeddings": 64, **sizes}
+    torch.manual_seed(0)
+    marks = {"image_token_id": 31, "video_token_id": 30, "vision_start_token_id": 29, "vision_end_token_id": 28}
+    policy = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=tower, **marks))
+    ids = torch.randint(10, 28, (16, 9))
+    ids[:, 2:6] = 31
+    kinds = (ids[0] == 31).long()
+    grid = torch.tensor([[1, 4, 4]])
+    shown = [{"pixel_values": torch.randn(16, 96), "image_grid_thw": grid, "mm_token_type_ids": kinds} for _ in ids]
+    config = GenerationConfig(max_new_tokens=8, eos_token_id=list(range(8)), pad_token_id=0, do_sample=False)
+    pictures, mask = Pictures(shown), torch.ones_like(ids)
+    whole = sampling.generate_responses(policy, ids, mask, config, None, pictures=pictures)
+    lengths = whole["response_mask"].sum(1)
+    assert len(set(lengths.tolist())) > 1
+    for row in torch.arange(16).split(1):
+        one = sampling.generate_responses(policy, ids[row], mask[row], config, None, pictures=pictures[row])
+        assert torch.equal(one["response_ids"][0], whole["response_ids"][row, : lengths[row]][0])
 
 
 def test_padding_changes_nothing(build):
