@@ -105,8 +105,9 @@ def main() -> None:
     if args.peak:
         measure_peak(args.peak[0], int(args.peak[1]))
         return
+    row = f"{VECTORS} vectors of a picture and {TEXT_TOKENS} tokens"
     lines = [
-        f"Training, {args.batch} rows of {VECTORS} vectors of a picture and {TEXT_TOKENS} tokens, {args.rounds} rounds.",
+        f"Training, {args.batch} rows of {row}, {args.rounds} rounds.",
         "",
         "| vocabulary | model | tokens/CPU-s | pictures/CPU-s | times the first |",
         "| - | - | - | - | - |",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hfllm.data.formats import as_messages
-from hfllm.data.messages import Message
+from hfllm.data.messages import Message, content_text
 from hfllm.data.rows import BadRow, flaw_of
 from hfllm.errors import InputError
 
@@ -288,7 +288,7 @@ def flaw_of_pictures(row: Row) -> str | None:
 
 def text_of(message: Message) -> str:
     """Return the text of a message with parts; pictures are left out."""
-    return "".join(part.get("text") or "" for part in message["content"])
+    return content_text(message["content"], "")
 
 
 def _as_text(message: Message) -> Message:

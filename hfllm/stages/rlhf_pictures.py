@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from peft import PeftModel
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
     from trl import ModelConfig
 
     from hfllm.data.messages import Message
@@ -22,24 +22,33 @@ def load_processing_class(model_args: "ModelConfig", config: "PreTrainedConfig")
     Raises:
         InputError: when it cannot be loaded, or there is no processor.
     """
-    from transformers import ProcessorMixin
-
     from hfllm.data.tokenizer import padding_token
-    from hfllm.models.loading import reason_of, saved_processor
     from hfllm.runs.models import load_tokenizer
     from hfllm.trainers.ppo.pictures import is_for_pictures
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
     if not is_for_pictures(config):
         return load_tokenizer(name, revision)
+    processor = load_processor(name, revision)
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = padding_token(processor.tokenizer)
+    return processor
+
+
+def load_processor(name: str, revision: str) -> "ProcessorMixin":
+    """Return the processor of a model that reads pictures.
+
+    Raises:
+        InputError: when there is none, or it cannot be loaded.
+    """
+    from hfllm.models.loading import reason_of, saved_processor
+
     try:
         processor = saved_processor(name, revision=revision)
     except (ImportError, OSError, ValueError) as error:
         raise InputError(f"model {name!r}: its processor could not be loaded: {reason_of(error)}") from error
-    if not isinstance(processor, ProcessorMixin):
+    if not hasattr(processor, "image_processor"):
         raise InputError(f"model {name!r} has no processor of pictures: save one with it, see hfllm.vision_processor")
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = padding_token(processor.tokenizer)
     return processor
 
 

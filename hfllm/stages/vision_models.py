@@ -94,18 +94,12 @@ def load_processor(model_args: "ModelConfig") -> "ProcessorMixin":
     Raises:
         InputError: when it cannot be loaded, or the model reads text alone.
     """
-    from hfllm.models.loading import reason_of, saved_processor
     from hfllm.runs.models import load_config
+    from hfllm.stages import rlhf_pictures
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
     refuse_text_model(name, load_config(name, revision))
-    try:
-        processor = saved_processor(name, revision=revision)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"model {name!r}: its processor could not be loaded: {reason_of(error)}") from error
-    if not hasattr(processor, "image_processor"):
-        raise InputError(f"model {name!r} has no processor of pictures: save one with it, see hfllm.vision_processor")
-    return processor
+    return rlhf_pictures.load_processor(name, revision)
 
 
 def refuse_text_model(name: str, config: "PreTrainedConfig") -> None:
