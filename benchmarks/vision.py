@@ -65,7 +65,7 @@ def training_step(model, vocab_size: int, batch: int, text_tokens: int):
     return step
 
 
-def compare(vocab_size: int, rounds: int, batch: int = 2) -> list[str]:
+def compare(vocab_size: int, rounds: int, batch: int) -> list[str]:
     """Return the rows of the table for one vocabulary."""
     runs = {kind: training_step(build(kind, vocab_size), vocab_size, batch, TEXT_TOKENS) for kind in KINDS}
     seconds, rows = interleaved(runs, rounds), []
@@ -98,20 +98,22 @@ def measure_peak(kind: str, vocab_size: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch", type=int, default=2, help="rows of a step of training")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
         measure_peak(args.peak[0], int(args.peak[1]))
         return
+    row = f"{VECTORS} vectors of a picture and {TEXT_TOKENS} tokens"
     lines = [
-        f"Training, 2 rows of {VECTORS} vectors of a picture and {TEXT_TOKENS} tokens, {args.rounds} rounds.",
+        f"Training, {args.batch} rows of {row}, {args.rounds} rounds.",
         "",
         "| vocabulary | model | tokens/CPU-s | pictures/CPU-s | times the first |",
         "| - | - | - | - | - |",
     ]
     for vocab_size in (8192, 32768):
-        lines += compare(vocab_size, args.rounds)
+        lines += compare(vocab_size, args.rounds, args.batch)
     peer, ours = (peak_memory(kind, 32768) for kind in ("llama", "chunked"))
     lines += [
         "",

@@ -39,13 +39,12 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
 
     from hfllm.data.loading import world_of
     from hfllm.evaluation import alignment
-    from hfllm.outputs.card import chat_lines
     from hfllm.rewards.ensembles import RewardEnsemble
     from hfllm.runs.models import load_value_model, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.stages import rlhf, rlhf_checks
     from hfllm.stages.architecture import config_to_train
-    from hfllm.stages.rlhf_pictures import load_policy
+    from hfllm.stages.rlhf_pictures import load_policy, next_lines
     from hfllm.stages.rlhf_tools import checked_tools
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
@@ -124,7 +123,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
         alignment.alignment_summary(metrics),
         tables=alignment.alignment_tables(unaligned, aligned),
         curves=alignment.alignment_plots(trainer.state.log_history),
-        next_steps=chat_lines(training_args.output_dir, eval_rows[0]["prompt"]),
+        next_steps=next_lines(training_args.output_dir, eval_rows[0]["prompt"], policy_config, model_args.use_peft),
         too_wide=(alignment.FAMILIES,),
         models={"model": policy_args.model_name_or_path, "reward model": reward_models},
     )

@@ -32,6 +32,7 @@ def parse(argv: Sequence[str]) -> tuple[VisionArguments, "SFTConfig", "ModelConf
 @trusts_code_if_asked
 def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Train, judge, save, write the report. Return the metrics."""
+    from hfllm.outputs.picture_lines import picture_lines
     from hfllm.runs.models import check_trainable
     from hfllm.runs.stage import Stage
     from hfllm.stages import vision, vision_data, vision_models, vision_ppo
@@ -49,7 +50,8 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
     seed, is_drawn = training_args.seed, script_args.dataset_name in vision.DRAWN
     rows, parts = [], vision_data.eval_parts(script_args) if is_drawn else {}
     if not is_drawn:
-        rows, held_out = vision_data.own_rows(script_args, seed)
+        token = getattr(vision_models.load_processor(model_args), "image_token", None)
+        rows, held_out = vision_data.own_rows(script_args, seed, token)
         parts = vision_data.parts_of(held_out)
     elif model_args.model_name_or_path:
         rows = vision_data.drawn_rows(script_args, seed)
@@ -86,7 +88,7 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
         metrics |= vision_ppo.gain(before, vision_ppo.sampled_gold(script_args, policy, processor, first))
         tables["Right answers after PPO"] = policy_found.tables["Right answers"]
         summary += f"; after PPO: {policy_found.summary}"
-    lines = vision_models.next_lines(training_args.output_dir, model_args.use_peft)
+    lines = picture_lines(training_args.output_dir, model_args.use_peft)
     return stage.finish(metrics, trainer, summary, tables, plots, next_steps=lines, too_wide=["Samples"])
 
 

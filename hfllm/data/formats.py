@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from hfllm.data.messages import Message, read_messages, read_tools, split_beginning
+from hfllm.data.messages import Message, content_text, read_messages, read_tools, split_beginning
 from hfllm.data.rows import NO_ANSWER, TIE, UNDESIRED, BadRow
 from hfllm.data.sources import Source
 from hfllm.errors import InputError
@@ -232,8 +232,8 @@ def as_messages(prompt: str | list[Message]) -> list[Message]:
 
 
 def is_blank(prompt: str | list[Message]) -> bool:
-    """Return whether a prompt says nothing."""
-    return not any(message["content"].strip() for message in as_messages(prompt))
+    """Return whether a prompt says nothing; who shows a picture says something."""
+    return not any(content_text(message["content"]).strip() for message in as_messages(prompt))
 
 
 def as_completion(prompt: str | list[Message], text: str) -> str | list[Message]:

@@ -16,9 +16,10 @@ import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from hfllm.data.messages import Message
+from hfllm.data.formats import as_messages
+from hfllm.data.messages import Message, content_text
 from hfllm.data.rows import BadRow, flaw_of
 from hfllm.errors import InputError
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Row = dict[str, Any]
+Converted = TypeVar("Converted")
 # Where a picture stands in a text, as LLaVA's datasets write it.
 MARK = "<image>"
 COLUMNS = ("image", "images")
@@ -61,6 +63,16 @@ def refuse_images(origin: str, row: Mapping[str, Any], model: str) -> None:
             f"{origin}: the row has pictures, and {model} reads text alone: hfllm vision trains on such rows; or "
             "leave their column out"
         )
+
+
+def without_images(mapper: Callable[[str, Row], Converted], model: str) -> Callable[[str, Row], Converted]:
+    """Return a conversion of rows of text that refuses rows with pictures; `model` names what would not see them."""
+
+    def convert(origin: str, row: Row) -> Converted:
+        refuse_images(origin, row, model)
+        return mapper(origin, row)
+
+    return convert
 
 
 def read_image(
@@ -141,15 +153,18 @@ def image_key(value: Any) -> str:
 
 def to_rgb(image: "Image") -> "Image":
     """Return a copy in RGB, upright, of its first frame; what is transparent lies on white."""
+    import numpy
     from PIL import Image, ImageOps
 
     if getattr(image, "is_animated", False):
         image.seek(0)
     image.load()
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        # Pillow would cut 16 bits off at 255.
-        image = image.point(lambda value: value / 256).convert("L")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow would cut 16 bits off at 255; some formats have them in 32, and others no more than 8 of them.
+        values = numpy.asarray(image)
+        values = values >> 8 if values.max(initial=0) > 255 else values
+        image = Image.fromarray(values.clip(0, 255).astype(numpy.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -189,12 +204,14 @@ def place_images(origin: str, row: Mapping[str, Any], count: int) -> Row:
         count: how many pictures the row has. Without any place they come before the first question.
 
     Raises:
-        InputError: when there are more or fewer pictures than places.
+        InputError: when there are more or fewer pictures than places, or one is in an answer.
     """
     sides = [side for side in ("prompt", "completion") if side in row]
     places = sum(message["content"].count(MARK) for side in sides for message in row[side])
     if places and places != count:
-        raise InputError(f"{origin}: {_counted(count, 'picture')} and {_counted(places, 'place')} ({MARK}) for them")
+        raise InputError(f"{origin}: {counted(count, 'picture')} and {counted(places, 'place')} ({MARK}) for them")
+    if any(MARK in message["content"] for side in sides for message in row[side] if message["role"] == "assistant"):
+        raise InputError(f"{origin}: a place ({MARK}) in what the assistant says: pictures are shown by the user")
     placed, first = dict(row), not places
     for side in sides:
         placed[side] = []
@@ -204,7 +221,7 @@ def place_images(origin: str, row: Mapping[str, Any], count: int) -> Row:
                 parts, first = [*({"type": "image"} for _ in range(count)), *parts], False
             placed[side].append({**message, "content": parts})
     if first and count:
-        raise InputError(f"{origin}: {_counted(count, 'picture')}, and no turn of the user to show them in")
+        raise InputError(f"{origin}: {counted(count, 'picture')}, and no turn of the user to show them in")
     return placed
 
 
@@ -233,7 +250,33 @@ def to_pictures(
         converted = place_images(origin, mapper(origin, rest), len(images))
         for each in images:
             read_image(each, origin, folder, max_pixels)
-        return {**converted, "images": [_found(each, folder) for each in images]}
+        return {**converted, "images": [found_in(folder, each) for each in images]}
+
+    return convert
+
+
+def to_picture_prompts(mapper: Callable[[str, Row], Row], folder: Path | None = None) -> Callable[[str, Row], Row]:
+    """Return a conversion of prompts of which some have pictures: `mapper`'s, as `to_pictures` gives them.
+
+    A prompt with pictures is a conversation whose messages have parts, with the pictures in `images`; a column `image`
+    stays, for reward functions. Nothing is decoded: who reads the prompts does. A row without pictures is converted by
+    `mapper` alone.
+
+    Args:
+        mapper: converts a row of text, such as `formats.to_prompt`.
+        folder: what paths are relative to.
+    """
+
+    def convert(origin: str, row: Row) -> Row:
+        rest, images = take_images(origin, row)
+        has_places = has_images({name: value for name, value in row.items() if name not in COLUMNS})
+        if not images and not has_places:
+            return mapper(origin, {**rest, **{name: row[name] for name in COLUMNS if name in row}})
+        converted = mapper(origin, rest)
+        converted["prompt"] = as_messages(converted["prompt"])
+        placed = place_images(origin, {"prompt": converted["prompt"]}, len(images))
+        kept = {"image": found_in(folder, row["image"])} if row.get("image") is not None else {}
+        return {**converted, **placed, **kept, "images": [found_in(folder, each) for each in images]}
 
     return convert
 
@@ -245,7 +288,7 @@ def flaw_of_pictures(row: Row) -> str | None:
 
 def text_of(message: Message) -> str:
     """Return the text of a message with parts; pictures are left out."""
-    return "".join(part.get("text") or "" for part in message["content"])
+    return content_text(message["content"], "")
 
 
 def _as_text(message: Message) -> Message:
@@ -254,12 +297,14 @@ def _as_text(message: Message) -> Message:
     return {**message, "content": "".join(parts)}
 
 
-def _found(value: Any, folder: Path | None) -> Any:
-    """Return a picture as it can be read without knowing the folder."""
+def found_in(folder: Path | None, value: Any) -> Any:
+    """Return a picture, or a list of them, as it can be read without knowing the folder that paths are relative to."""
+    if isinstance(value, (list, tuple)):
+        return [found_in(folder, each) for each in value]
     if isinstance(value, Mapping) and value.get("bytes") is None:
-        value = value["path"]
-    is_path = isinstance(value, (str, Path)) and not str(value).startswith("data:")
-    return str(Path(folder or "", value)) if is_path else value
+        value = value.get("path")
+    is_path = isinstance(value, (str, Path)) and str(value) and "://" not in str(value)
+    return str(Path(folder or "", value)) if is_path and not str(value).startswith("data:") else value
 
 
 def _as_list(value: Any) -> Sequence[Any]:
@@ -306,5 +351,6 @@ def _split(text: str) -> list[Message]:
     return parts
 
 
-def _counted(count: int, what: str) -> str:
+def counted(count: int, what: str) -> str:
+    """Return a number with its noun, such as `1 picture` and `2 pictures`."""
     return f"{count} {what}{'' if count == 1 else 's'}"

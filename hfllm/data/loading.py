@@ -228,9 +228,9 @@ def prompt_key(row: formats.Row | str) -> str:
     """Return what is equal for rows that must not be on both sides of a split: their prompt, the text, or pictures."""
     if isinstance(row, str):
         return row
-    if row.get("images"):
+    if images := row.get("images") or row.get("image"):
         # Many pictures are asked about in the same words.
-        return str([image_key(image) for image in row["images"]])
+        return str([image_key(image) for image in (images if isinstance(images, list | tuple) else [images])])
     prompt = row["prompt"]
     if isinstance(prompt, list) and not any(message["role"] == "user" for message in prompt):
         # The assistant speaks first.

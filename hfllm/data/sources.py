@@ -131,6 +131,12 @@ def source_files(name: str) -> list[Path] | None:
     return None
 
 
+def folder_of(name: str) -> Path | None:
+    """Return what paths in a dataset are relative to: its folder, or that of its file; `None` for one on the Hub."""
+    path = Path(name)
+    return path if path.is_dir() else path.parent if path.is_file() else None
+
+
 def read_rows(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     """Return the rows of one file with their numbers, from 1; for jsonl the number is that of the line."""
     if file.name.endswith(LINES):

@@ -71,7 +71,9 @@ def evaluate_policy(trainer: PolicyTrainer, world: World | None, num_eval_prompt
 def _judged(
     trainer: PolicyTrainer, proxy: Mapping[str, float], world: World | None, num_eval_prompts: int
 ) -> PolicyEvaluation:
-    policy, tokenizer, length = trainer.policy, trainer.processing_class, trainer.args.response_length
+    policy, length = trainer.policy, trainer.args.response_length
+    # Of a policy that reads pictures it is a processor.
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     if world is None:
         samples = [
             {"prompt": prompt_text(row["prompt"]), "response": row["completion"], "reward": row["reward"]}

@@ -1,7 +1,7 @@
 """Answers of a vision-language model to questions about pictures."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.images import read_image
@@ -78,11 +78,13 @@ def answer_pictures(
     """
     import torch
 
+    from hfllm.models.devices import forked_random
+
     answers: list[str] = []
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[], enabled=do_sample):
+        with torch.no_grad(), forked_random(model.device) if do_sample else nullcontext():
             if do_sample:
                 torch.manual_seed(seed)
             for first in range(0, len(prompts), batch_size):

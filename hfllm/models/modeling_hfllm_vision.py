@@ -126,7 +126,11 @@ class HfllmVisionModel(HfllmVisionPreTrainedModel, LlavaModel):
             vectors = torch.cat(tuple(seen.pooler_output), dim=0).to(inputs_embeds.device, inputs_embeds.dtype)
             places = self.get_placeholder_mask(input_ids, inputs_embeds, vectors)
             inputs_embeds = inputs_embeds.masked_scatter(places, vectors)
-        elif input_ids is not None and (cache is None or cache.get_seq_length() == 0):
+        elif (
+            not torch.compiler.is_compiling()
+            and input_ids is not None
+            and (cache is None or cache.get_seq_length() == 0)
+        ):
             self._check_no_places(input_ids)
         outputs = self.language_model(
             attention_mask=attention_mask,

@@ -224,7 +224,7 @@ def _composed(
     made = _loaded(model_class, config, state, model.dtype)
     made.generation_config = deepcopy(model.generation_config)
     # It stands for what a picture or a sound brings: written by the model, it would stand for nothing.
-    made.generation_config.suppress_tokens = [token_id]
+    made.generation_config.suppress_tokens = sorted({*(made.generation_config.suppress_tokens or ()), token_id})
     return made
 
 

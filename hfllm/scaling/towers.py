@@ -1,6 +1,6 @@
 """Count a vision tower: its parameters, the tokens that a picture takes in a row, and the work of a picture.
 
-    tower = Tower.from_config(config["vision_config"], hidden_size=4096)
+    tower = Tower.from_config(config, text_size=4096)  # of a config.json with a vision_config
     tower.num_parameters(), tower.tokens, tower.flops_per_picture()
 
 Names in formulas: h hidden_size, l layers, p patch_size, c channels, n patches of a picture.

@@ -130,15 +130,17 @@ def own_prompts(script_args: ConstitutionArguments, model_args: "ModelConfig") -
     from dataclasses import replace
 
     from hfllm.data.formats import to_prompt
+    from hfllm.data.images import without_images
     from hfllm.data.rows import flaw_of_prompt
     from hfllm.stages.user_rows import kept_rows, user_rows
 
+    reader = without_images(to_prompt, "hfllm constitution")
     settings = {"share": 0.2, "most": script_args.num_eval_prompts, "flaw_of": flaw_of_prompt}
-    harmful, held_out = user_rows(script_args, to_prompt, script_args.seed, **settings)
+    harmful, held_out = user_rows(script_args, reader, script_args.seed, **settings)
     harmless: list[Row] = []
     if script_args.helpful_dataset_name:
         named = replace(script_args, dataset_name=script_args.helpful_dataset_name, eval_dataset_name=None)
-        harmless = kept_rows(named, to_prompt, flaw_of_prompt)
+        harmless = kept_rows(named, reader, flaw_of_prompt)
     asked = {"red-team": harmful, "harmless": harmless, "held-out": held_out}
     return Prompts(*(_with_room(f"{kind} prompts", rows, script_args, model_args) for kind, rows in asked.items()), [])
 
@@ -168,13 +170,14 @@ def own_comparisons(script_args: ConstitutionArguments) -> list[Row]:
     from dataclasses import replace
 
     from hfllm.data.formats import to_preference
+    from hfllm.data.images import without_images
     from hfllm.data.rows import flaw_of
     from hfllm.stages.user_rows import kept_rows
 
     if not script_args.preference_dataset_name:
         return []
     named = replace(script_args, dataset_name=script_args.preference_dataset_name, eval_dataset_name=None)
-    rows = kept_rows(named, to_preference, flaw_of)
+    rows = kept_rows(named, without_images(to_preference, "hfllm constitution"), flaw_of)
     return [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
 
 

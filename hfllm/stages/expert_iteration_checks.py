@@ -41,9 +41,11 @@ def prompts_of(
     from hfllm.models.context import max_length_of
     from hfllm.runs.models import load_config, load_tokenizer
     from hfllm.stages.rlhf import prompt_data
-    from hfllm.trainers.ppo.prompts import unfit_prompts
+    from hfllm.trainers.ppo.prompts import check_pictures, unfit_prompts
 
     train_rows, eval_rows = prompt_data(script_args, script_args.seed, functions)
+    for rows in (train_rows, eval_rows):
+        check_pictures(rows, None, "hfllm expert_iteration")
     if not (name := model_args.model_name_or_path):
         return train_rows, eval_rows
     tokenizer = load_tokenizer(name, model_args.model_revision)

@@ -70,10 +70,12 @@ def organisation_of_file(script_args: FederatedArguments, name: str, file: str, 
 
 def _rows(script_args: FederatedArguments) -> list[Mapping[str, object]]:
     from hfllm.data import formats
+    from hfllm.data.images import refuse_images
     from hfllm.data.rows import flaw_of
     from hfllm.stages.user_rows import kept_rows
 
     def mapper(origin: str, row: formats.Row) -> formats.Row:
+        refuse_images(origin, row, "hfllm federated")
         row = formats.to_sft(origin, row)
         return formats.last_turn(row) if script_args.loss_on == "last" else row
 

@@ -84,13 +84,14 @@ def user_comparisons(script_args: RewardArguments, seed: int) -> tuple[Rows, Row
     """Return the user's training and held-out rows with `prompt`, `chosen` and `rejected`, or `None` for the world."""
     from hfllm.data import formats
     from hfllm.data.augmentation import augmented_prompts, begun_comparisons, training_texts
+    from hfllm.data.images import without_images
     from hfllm.data.sources import WORLD
     from hfllm.evaluation.refusals import refuses
     from hfllm.stages.user_rows import user_rows
 
     if script_args.dataset_name == WORLD:
         return None
-    train_rows, eval_rows = user_rows(script_args, formats.to_preference, seed)
+    train_rows, eval_rows = user_rows(script_args, without_images(formats.to_preference, "hfllm reward"), seed)
     if script_args.augment:
         texts = training_texts(script_args.dataset_name)
         train_rows = augmented_prompts(train_rows, script_args.augment, seed, texts)

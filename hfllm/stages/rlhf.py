@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.augmentation import AugmentationArguments
 from hfllm.data.loading import RowArguments
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse
 from hfllm.runs.arguments import changed
 from hfllm.runs.chain import Chain, chain_before
 from hfllm.runs.remote_code import RemoteCodeArguments
@@ -147,14 +147,17 @@ def prompt_data(
 ) -> tuple[list[Row], list[Row]]:
     """Return training and held-out prompt rows; every reward function is tried on two rows, as with these tools."""
     from hfllm.data import formats
+    from hfllm.data.images import to_picture_prompts
     from hfllm.data.messages import read_tools
     from hfllm.data.rows import flaw_of_prompt
-    from hfllm.data.sources import WORLD
+    from hfllm.data.sources import WORLD, folder_of
     from hfllm.data.world.world import World
     from hfllm.stages.user_rows import user_rows
 
+    read = to_picture_prompts(formats.to_prompt, folder_of(script_args.dataset_name))
+
     def mapper(origin: str, row: formats.Row) -> formats.Row:
-        row = formats.to_prompt(origin, row)
+        row = read(origin, row)
         if script_args.apply_chat_template:
             row["prompt"] = formats.as_messages(row["prompt"])
         if isinstance(row["prompt"], list) and "tools" in row:
@@ -171,8 +174,13 @@ def prompt_data(
         train_rows, eval_rows = user_rows(script_args, mapper, seed, **settings)
         # A reward function gets the same columns in each batch.
         names = {name: None for row in (*train_rows, *eval_rows) for name in row}
+        shows = any(isinstance(row["prompt"], list) and row.get("images") for row in (*train_rows, *eval_rows))
+        refuse(shows and bool(getattr(script_args, "augment", 0)), "--augment", "the prompts have pictures")
         for row in (*train_rows, *eval_rows):
             row |= {name: None for name in names if name not in row}
+            if shows:
+                # A prompt with pictures is a conversation, and so must the others be.
+                row["prompt"] = formats.as_messages(row["prompt"])
     train_rows = augmented(script_args, train_rows, seed, tools.schemas is None)
     _check_gold(script_args, functions, train_rows)
     # Some rewards ask for environments, which begin with the first episode.

@@ -7,9 +7,11 @@ from hfllm.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from peft import PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
     from trl import ModelConfig
 
+    from hfllm.data.messages import Message
     from hfllm.stages.rlhf import Row
     from hfllm.trainers.ppo.pictures import ProcessingClass
 
@@ -20,24 +22,33 @@ def load_processing_class(model_args: "ModelConfig", config: "PreTrainedConfig")
     Raises:
         InputError: when it cannot be loaded, or there is no processor.
     """
-    from transformers import ProcessorMixin
-
     from hfllm.data.tokenizer import padding_token
-    from hfllm.models.loading import reason_of, saved_processor
     from hfllm.runs.models import load_tokenizer
     from hfllm.trainers.ppo.pictures import is_for_pictures
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
     if not is_for_pictures(config):
         return load_tokenizer(name, revision)
+    processor = load_processor(name, revision)
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = padding_token(processor.tokenizer)
+    return processor
+
+
+def load_processor(name: str, revision: str) -> "ProcessorMixin":
+    """Return the processor of a model that reads pictures.
+
+    Raises:
+        InputError: when there is none, or it cannot be loaded.
+    """
+    from hfllm.models.loading import reason_of, saved_processor
+
     try:
         processor = saved_processor(name, revision=revision)
     except (ImportError, OSError, ValueError) as error:
         raise InputError(f"model {name!r}: its processor could not be loaded: {reason_of(error)}") from error
-    if not isinstance(processor, ProcessorMixin):
+    if not hasattr(processor, "image_processor"):
         raise InputError(f"model {name!r} has no processor of pictures: save one with it, see hfllm.vision_processor")
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = padding_token(processor.tokenizer)
     return processor
 
 
@@ -53,18 +64,41 @@ def load_policy(
     Raises:
         InputError: when either cannot be loaded.
     """
-    from transformers import AutoModelForImageTextToText
-
-    from hfllm.models.weights import load_weights_of
     from hfllm.runs.adapters import load_to_train
-    from hfllm.runs.models import load_kwargs
     from hfllm.trainers.ppo.pictures import is_for_pictures
 
     if not is_for_pictures(config):
         return load_to_train(model_args, output_dir)
     processor = load_processing_class(model_args, config)
-    model, _ = load_weights_of(AutoModelForImageTextToText, model_args.model_name_or_path, **load_kwargs(model_args))
-    return model, processor
+    return load_seeing_model(model_args), processor
+
+
+def load_seeing_model(model_args: "ModelConfig") -> "PreTrainedModel | PeftModel":
+    """Load the named model of pictures and text; an adapter of one is trained further.
+
+    Raises:
+        InputError: when it cannot be loaded, and with `--use_peft` for an adapter.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    from hfllm.models.adapters import find_adapter, load_base, put_on
+    from hfllm.models.weights import load_weights_of
+    from hfllm.runs.command_line import say
+    from hfllm.runs.models import load_kwargs
+
+    name, kwargs = model_args.model_name_or_path, load_kwargs(model_args)
+    adapter = find_adapter(name, revision=model_args.model_revision)
+    if adapter is None:
+        return load_weights_of(AutoModelForImageTextToText, name, **kwargs)[0]
+    adapter.check("CAUSAL_LM")
+    if model_args.use_peft:
+        raise InputError(
+            f"--use_peft: {name} is an adapter already, which is trained further without that flag; or merge it into "
+            f"{adapter.base} by PEFT's merge_and_unload and name the result"
+        )
+    say(f"adapter {name} of {adapter.base} is trained further")
+    base, _ = load_base(adapter, AutoModelForImageTextToText, **kwargs)
+    return put_on(base, adapter, is_trainable=True)
 
 
 def check_rows(rows: "Sequence[Row]", config: "PreTrainedConfig") -> None:
@@ -73,8 +107,27 @@ def check_rows(rows: "Sequence[Row]", config: "PreTrainedConfig") -> None:
     Raises:
         InputError: naming the row.
     """
+    from transformers import AutoModelForImageTextToText
+
     from hfllm.trainers.ppo.pictures import is_for_pictures
     from hfllm.trainers.ppo.prompts import check_pictures
 
     if not is_for_pictures(config):
-        check_pictures(rows, None, f"the policy (of type {config.model_type})")
+        # Some types are a language model's, too, and as such they are loaded.
+        as_text = ", loaded as a model of words" if type(config) in AutoModelForImageTextToText._model_mapping else ""
+        check_pictures(rows, None, f"the policy (of type {config.model_type}{as_text})")
+
+
+def next_lines(folder: str, prompt: "str | list[Message]", config: "PreTrainedConfig", is_adapter: bool) -> list[str]:
+    """Return the lines of Python that load the aligned policy and ask it: a prompt, or about a picture.
+
+    Args:
+        prompt: one of the held-out prompts.
+        config: the policy's.
+        is_adapter: whether an adapter is saved.
+    """
+    from hfllm.outputs.card import chat_lines
+    from hfllm.outputs.picture_lines import picture_lines
+    from hfllm.trainers.ppo.pictures import is_for_pictures
+
+    return picture_lines(folder, is_adapter) if is_for_pictures(config) else chat_lines(folder, prompt)

@@ -171,12 +171,13 @@ def prompt_rows(script_args: SpeculativeArguments) -> list[Row]:
         InputError: when the dataset cannot be read, or has no prompts.
     """
     from hfllm.data import formats
+    from hfllm.data.images import without_images
     from hfllm.data.loading import load_rows, world_of
 
     world = world_of(script_args)
     if world is not None:
         return [task.prompt_row() for task in world.evaluation_tasks(script_args.num_prompts)]
-    rows = load_rows(script_args, formats.to_prompt)[: script_args.num_prompts]
+    rows = load_rows(script_args, without_images(formats.to_prompt, "hfllm speculative"))[: script_args.num_prompts]
     if not rows:
         raise InputError(f"--dataset_name {script_args.dataset_name} has no prompts")
     return rows

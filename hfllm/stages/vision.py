@@ -22,6 +22,10 @@ DRAWN = (PICTURES, DIGITS)
 OF_NEW_MODELS = (
     *("num_captions", "hidden_size", "num_hidden_layers", "num_vision_layers", "num_attention_heads", "patch_size"),
 )
+# Flags of drawn rows, of rows of the user's, and of PPO.
+OF_DRAWN_ROWS = ("num_examples", "questions_per_picture", "num_eval_examples")
+OF_OWN_ROWS = ("bad_images", "max_pixels", "max_eval_samples")
+OF_PPO = ("rl_learning_rate", "kl_coef")
 
 
 @dataclass(frozen=True)
@@ -101,11 +105,15 @@ def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: 
         is_given = getattr(script_args, flag) != getattr(VisionArguments, flag)
         refuse(is_named and is_given, f"--{flag}", "it is for the model that is made here, and one is named")
     refuse(not is_named and model_args.use_peft, "--use_peft", "the model is made here: all of its weights learn")
+    for flag in ("freeze_vision", "freeze_text"):
+        is_both = model_args.use_peft and getattr(script_args, flag)
+        refuse(is_both, f"--{flag}", "with --use_peft all weights are frozen, and --lora_target_modules get adapters")
+    _refuse_unused(script_args)
     refuse(training_args.packing, "--packing", "rows with pictures are not packed")
     refuse(training_args.padding_free, "--padding_free", "rows with pictures are padded")
-    refuse(
-        name not in DRAWN and script_args.num_rl_prompts > 0, "--num_rl_prompts", "the gold is that of drawn pictures"
-    )
+    has_ppo = script_args.num_rl_prompts > 0
+    refuse(name not in DRAWN and has_ppo, "--num_rl_prompts", "the gold is that of drawn pictures")
+    refuse(model_args.use_peft and has_ppo, "--num_rl_prompts", "PPO starts from a whole model here, not an adapter")
     for flag, least in (
         ("num_captions", 0),
         ("num_rl_prompts", 0),
@@ -124,6 +132,19 @@ def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: 
             f"{script_args.num_attention_heads}"
         )
     _check_patches(script_args)
+
+
+def _refuse_unused(script_args: VisionArguments) -> None:
+    """Refuse flags that are given and have no effect."""
+    is_drawn = script_args.dataset_name in DRAWN
+    for names, is_unused, why in (
+        (OF_DRAWN_ROWS, not is_drawn, "the rows are your own: --max_samples takes the first of them"),
+        (OF_OWN_ROWS, is_drawn, "it is for rows of your own, and these are drawn"),
+        (OF_PPO, script_args.num_rl_prompts == 0, "it is for PPO, which --num_rl_prompts adds"),
+    ):
+        for flag in names:
+            is_given = getattr(script_args, flag) != getattr(VisionArguments, flag)
+            refuse(is_unused and is_given, f"--{flag}", why)
 
 
 def _check_patches(script_args: VisionArguments) -> None:

@@ -15,7 +15,8 @@ from hfllm.data.picture_rows import (
     PictureRow,
     TwoDigits,
 )
-from hfllm.data.sources import DIGITS, PICTURES
+from hfllm.data.rows import BadRow
+from hfllm.data.sources import DIGITS, PICTURES, folder_of
 from hfllm.errors import InputError
 from hfllm.stages.vision import VisionArguments
 
@@ -124,11 +125,15 @@ class JoinedRows(Sequence[PictureRow]):
 Rows = list[dict[str, Any]]
 
 
-def own_rows(script_args: VisionArguments, seed: int) -> tuple[Rows, list[Asked]]:
+def own_rows(script_args: VisionArguments, seed: int, image_token: str | None = None) -> tuple[Rows, list[Asked]]:
     """Return rows with `prompt`, `completion` and `images` to train on, and the held-out ones as questions.
 
+    Args:
+        seed: of the split.
+        image_token: what the processor writes at a picture's place; rows whose words spell it are left out.
+
     Raises:
-        InputError: when a row cannot be read, or with `--bad_images refuse` a picture.
+        InputError: when a row cannot be read or has tools, or with `--bad_images refuse` a picture.
     """
     from hfllm.data.formats import to_sft
     from hfllm.data.images import BadImage, Row, flaw_of_pictures, to_pictures
@@ -138,29 +143,52 @@ def own_rows(script_args: VisionArguments, seed: int) -> tuple[Rows, list[Asked]
 
     def mapper(origin: str, row: Row) -> Row:
         try:
-            return convert(origin, row)
+            converted = convert(origin, row)
         except BadImage as error:
             if script_args.bad_images == "drop":
                 raise
             raise InputError(f"{error}; --bad_images drop leaves such rows out") from None
+        _refuse_tools(origin, converted)
+        _refuse_token(origin, converted, image_token)
+        return converted
 
     train, held_out = user_rows(script_args, mapper, seed, most=script_args.max_eval_samples, flaw_of=flaw_of_pictures)
-    return train, [_asked(row) for row in held_out]
+    return [turn for row in train for turn in by_turns(row)], [_asked(by_turns(row)[0]) for row in held_out]
 
 
 def drawn_rows(script_args: VisionArguments, seed: int) -> Rows:
     """Return drawn rows as `own_rows` does, for a model of the user's."""
-    rows = question_rows(script_args, seed)
-    return [
-        {"prompt": row.messages()[:1], "completion": row.messages()[1:], "images": [png_of(row.picture)]}
-        for row in rows
-    ]
+    made: Rows = []
+    for row in question_rows(script_args, seed):
+        asked, *rest = row.messages()
+        made += by_turns({"prompt": [asked], "completion": rest, "images": [png_of(row.picture)]})
+    return made
 
 
-def folder_of(name: str) -> Path | None:
-    """Return what paths in a dataset are relative to: its folder, or that of its file."""
-    path = Path(name)
-    return path if path.is_dir() else path.parent if path.is_file() else None
+def by_turns(row: Mapping[str, Any]) -> Rows:
+    """Return a row for each answer of a conversation, with what was said and shown before it as the prompt.
+
+    TRL learns all of a completion, so that with several turns in it a model would learn to ask, too.
+    """
+    made: Rows = []
+    for place, message in enumerate(row["completion"]):
+        if message["role"] != "assistant":
+            continue
+        prompt = [*row["prompt"], *row["completion"][:place]]
+        shown = sum(part["type"] == "image" for each in prompt for part in each["content"])
+        made.append({**row, "prompt": prompt, "completion": [message], "images": row["images"][:shown]})
+    return made
+
+
+def _refuse_tools(origin: str, row: Mapping[str, Any]) -> None:
+    said = [*row["prompt"], *row["completion"]]
+    if row.get("tools") or any("tool_calls" in message or message["role"] == "tool" for message in said):
+        raise InputError(f"{origin}: the row has tools, of which hfllm vision teaches nothing: leave them out")
+
+
+def _refuse_token(origin: str, row: Mapping[str, Any], token: str | None) -> None:
+    if token is not None and any(token in text_of(each) for each in (*row["prompt"], *row["completion"])):
+        raise BadRow(f"{origin}: the words spell {token!r}, which stands for a picture", "with words for a picture")
 
 
 def _asked(row: Mapping[str, Any]) -> Asked:
@@ -190,14 +218,14 @@ def as_dataset(rows: Rows, max_pixels: int) -> "Dataset":
     """Return rows as a dataset that decodes their pictures, in RGB, when a batch needs them."""
     from datasets import Dataset
 
-    from hfllm.data.images import read_image
+    from hfllm.data.images import read_image, to_rgb
 
     def stored(value: Any) -> dict[str, Any]:
         if isinstance(value, Mapping):
             return {"bytes": value.get("bytes"), "path": value.get("path")}
         if isinstance(value, (str, Path)):
             return {"bytes": None, "path": str(value)}
-        return {"bytes": value if isinstance(value, bytes) else png_of(value), "path": None}
+        return {"bytes": value if isinstance(value, bytes) else png_of(to_rgb(value)), "path": None}
 
     def decode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         opened = [[read_image(each, "a row", max_pixels=max_pixels) for each in row] for row in batch["images"]]

@@ -76,24 +76,30 @@ def load_model(model_args: "ModelConfig") -> "tuple[PreTrainedModel, ProcessorMi
     Raises:
         InputError: when either cannot be loaded, or the model reads text alone.
     """
-    from transformers import AutoModelForImageTextToText
+    from hfllm.models.loading import reason_of
+    from hfllm.stages.rlhf_pictures import load_seeing_model
 
-    from hfllm.models.loading import reason_of, saved_processor
-    from hfllm.models.weights import load_weights_of
-    from hfllm.runs.models import load_config, load_kwargs
-
-    name, revision = model_args.model_name_or_path, model_args.model_revision
-    refuse_text_model(name, load_config(name, revision))
+    name, processor = model_args.model_name_or_path, load_processor(model_args)
     try:
-        model, _ = load_weights_of(AutoModelForImageTextToText, name, **load_kwargs(model_args))
-        processor = saved_processor(name, revision=revision)
+        return load_seeing_model(model_args), processor
     except InputError:
         raise
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"model {name!r} could not be loaded: {reason_of(error)}") from error
-    if not hasattr(processor, "image_processor"):
-        raise InputError(f"model {name!r} has no processor of pictures: save one with it, see hfllm.vision_processor")
-    return model, processor
+
+
+def load_processor(model_args: "ModelConfig") -> "ProcessorMixin":
+    """Return the processor of the user's vision-language model.
+
+    Raises:
+        InputError: when it cannot be loaded, or the model reads text alone.
+    """
+    from hfllm.runs.models import load_config
+    from hfllm.stages import rlhf_pictures
+
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    refuse_text_model(name, load_config(name, revision))
+    return rlhf_pictures.load_processor(name, revision)
 
 
 def refuse_text_model(name: str, config: "PreTrainedConfig") -> None:
@@ -159,6 +165,7 @@ def own_trainer(
     script_args: VisionArguments, training_args: "SFTConfig", model_args: "ModelConfig", rows: Rows
 ) -> "tuple[Trainer, ProcessorMixin]":
     """Return TRL's trainer of the user's model on rows with pictures."""
+    from hfllm.runs.command_line import say
     from hfllm.runs.models import peft_config
     from hfllm.trainers.trl_trainers import SFTTrainer
 
@@ -168,17 +175,8 @@ def own_trainer(
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     kwargs: dict[str, Any] = {"processing_class": processor, "peft_config": peft_config(model_args)}
     dataset = as_dataset(rows, script_args.max_pixels)
-    return SFTTrainer(model=model, args=training_args, train_dataset=dataset, **kwargs), processor
-
-
-def next_lines(folder: str, is_adapter: bool) -> list[str]:
-    """Return the lines of Python that load the result and ask it about a picture."""
-    if is_adapter:
-        return ["import hfllm", "from peft import PeftModel", f"model = PeftModel.from_pretrained(base, {folder!r})"]
-    return [
-        "import hfllm",
-        "from transformers import pipeline",
-        f"look = pipeline('image-text-to-text', {folder!r})",
-        "question = [{'type': 'image', 'url': 'picture.png'}, {'type': 'text', 'text': 'What color is the square?'}]",
-        "print(look(text=[{'role': 'user', 'content': question}], max_new_tokens=8, return_full_text=False))",
-    ]
+    trainer = SFTTrainer(model=model, args=training_args, train_dataset=dataset, **kwargs)
+    learned = [name for name, weight in trainer.model.named_parameters() if weight.requires_grad]
+    if model_args.use_peft and not any("projector" in name for name in learned):
+        say("vision: the adapter leaves the projector as it is; --lora_modules_to_save with its name lets it learn")
+    return trainer, processor

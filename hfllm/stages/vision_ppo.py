@@ -29,7 +29,10 @@ SHARED = (
 
 
 def prompt_rows(script_args: VisionArguments, seed: int) -> list[dict[str, object]]:
-    """Return prompts with a picture each and the columns of the gold reward; fine-tuning has seen none of them."""
+    """Return prompts with a picture each and the columns of the gold reward.
+
+    Fine-tuning has seen none of the drawn pictures, and of the digits other pairs of the same ones.
+    """
     count, part = script_args.num_rl_prompts, "prompts"
     rows = (
         TwoDigits(seed + 1, count)

@@ -8,7 +8,7 @@ import numpy
 import pytest
 from PIL import Image
 
-from hfllm.data.formats import to_sft
+from hfllm.data.formats import is_blank, to_prompt, to_sft
 from hfllm.data.images import (
     BadImage,
     has_images,
@@ -16,9 +16,12 @@ from hfllm.data.images import (
     read_image,
     refuse_images,
     take_images,
+    to_picture_prompts,
     to_pictures,
     to_rgb,
+    without_images,
 )
+from hfllm.data.loading import prompt_key
 from hfllm.errors import InputError
 
 ORIGIN = "rows.jsonl, line 3"
@@ -46,11 +49,13 @@ def test_all_that_names_a_picture_reads_the_same(tmp_path):
         assert read.mode == "RGB" and read.tobytes() == image.tobytes(), value
 
 
-@pytest.mark.parametrize("mode", ["CMYK", "P", "L", "1", "LA", "RGBA", "I;16", "F"])
+@pytest.mark.parametrize("mode", ["CMYK", "P", "L", "1", "LA", "RGBA", "I;16", "I;16B", "I", "F"])
 def test_modes_become_rgb(mode):
     gray = Image.new("RGB", (8, 6), (128, 128, 128)).convert("L")
-    if mode == "I;16":
-        image = Image.fromarray(numpy.full((6, 8), 128 * 257, numpy.uint16))
+    if mode.startswith("I"):
+        kind = {"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]
+        image = Image.fromarray(numpy.full((6, 8), 128 * 257).astype(kind))
+        assert image.mode == mode
     else:
         image = gray.convert("RGB").convert(mode) if mode in ("CMYK", "RGBA") else gray.convert(mode)
     read = to_rgb(image)
@@ -58,6 +63,12 @@ def test_modes_become_rgb(mode):
     values = numpy.asarray(read).astype(int)
     # Black and white alone are dithered.
     assert abs(values.mean() - 128) < (30 if mode == "1" else 2), mode
+
+
+def test_a_gray_picture_of_8_bits_in_32_keeps_its_values():
+    values = numpy.arange(48).reshape(6, 8) * 5
+    read = to_rgb(Image.fromarray(values.astype("<i4")))
+    assert (numpy.asarray(read)[..., 0] == values).all()
 
 
 def test_what_is_transparent_lies_on_white():
@@ -146,6 +157,50 @@ def test_pictures_stand_where_the_row_puts_them():
     assert read["images"] == [image, other]
 
 
+def prompt_of(tmp_path, **columns):
+    return to_picture_prompts(to_prompt, tmp_path)(ORIGIN, columns)
+
+
+def test_prompts_have_their_pictures_at_their_places(tmp_path):
+    text, place = {"type": "text", "text": "which side"}, {"type": "image"}
+    asked = [{"role": "user", "content": [place, text]}]
+    path = str(tmp_path / "a.png")
+    for columns in (
+        {"prompt": "which side", "images": ["a.png"]},
+        {"prompt": "<image>\nwhich side", "image": "a.png", "side": "left"},
+        {"prompt": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, text]}]},
+        {"prompt": [{"role": "user", "content": [place, text]}], "images": ["a.png"]},
+    ):
+        read = prompt_of(tmp_path, **columns)
+        assert read["prompt"] == asked and read["images"] == [path]
+        assert read.get("image") == (path if "image" in columns else None)
+        assert read.get("side") == columns.get("side") and not is_blank(read["prompt"])
+    with pytest.raises(InputError, match="line 3: 1 picture and 2 places"):
+        prompt_of(tmp_path, prompt="<image> <image> which", image="a.png")
+    with pytest.raises(InputError, match="line 3: 0 pictures and 1 place"):
+        prompt_of(tmp_path, prompt=[{"role": "user", "content": [place, text]}])
+
+
+def test_prompts_without_pictures_stay_as_they_are(tmp_path):
+    for columns in (
+        {"prompt": "spell <image>"},
+        {"prompt": "a", "image": None},
+        {"prompt": "a", "images": [], "b": 1},
+    ):
+        assert prompt_of(tmp_path, **columns) == to_prompt(ORIGIN, columns) == columns
+
+
+def test_rows_with_the_same_picture_have_one_key():
+    one, other = as_bytes(picture()), as_bytes(picture(color=(1, 2, 3)))
+    rows = [
+        {"prompt": "What?", "image": one},
+        {"prompt": "Where?", "images": [one]},
+        {"prompt": "What?", "image": other},
+    ]
+    keys = [prompt_key(each) for each in rows]
+    assert keys[0] == keys[1] != keys[2]
+
+
 def test_paths_know_their_folder(tmp_path):
     picture().save(tmp_path / "a.png")
     read = convert(tmp_path)(row(image="a.png"))
@@ -179,6 +234,10 @@ def test_other_rows_are_refused_in_a_line():
         refuse_images(ORIGIN, row(image="a.png"), "model 'm'")
     assert str(error.value).startswith(ORIGIN) and "'m'" in str(error.value)
     refuse_images(ORIGIN, row(), "model 'm'")
+    reader = without_images(to_sft, "hfllm reward")
+    assert reader(ORIGIN, row()) == to_sft(ORIGIN, row())
+    with pytest.raises(InputError, match="hfllm reward reads text alone"):
+        reader(ORIGIN, row(image="a.png"))
     assert convert(needs_images=False)(row())["images"] == []
 
 

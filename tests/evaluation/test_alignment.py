@@ -1,8 +1,12 @@
 """What a report says of an alignment: errors over prompts, and words that follow from them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from hfllm.data.world.world import World
+from hfllm.evaluation import alignment
 from hfllm.evaluation.alignment import (
     FAMILIES,
     SAMPLES,
@@ -40,6 +44,19 @@ def policy(reward, gold=None, kl=0.0, greedy=0.5, length=10.0, facts=1.0, spread
     if gold is not None:
         judged = {"sampled": answers(around(gold)), "greedy": answers(around(greedy)), "facts": answers([facts] * 6)}
     return PolicyEvaluation(proxy, values, samples, **judged)
+
+
+def test_of_a_processor_the_tokenizer_answers(monkeypatch):
+    """A policy that reads pictures has a processor, which has no end token."""
+    used = []
+    monkeypatch.setattr(
+        alignment, "judge_tasks", lambda policy, tokenizer, *rest, **kwargs: used.append(tokenizer) or []
+    )
+    args = SimpleNamespace(response_length=4, seed=0)
+    for given in ("tokenizer", SimpleNamespace(tokenizer="tokenizer")):
+        trainer = SimpleNamespace(policy=None, processing_class=given, args=args, eval_values={})
+        alignment._judged(trainer, {}, World(0), 2)
+    assert used == ["tokenizer"] * 6
 
 
 def test_figures_keep_their_names_and_gain_errors():

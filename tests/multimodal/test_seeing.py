@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from seeing import HEADS, IMAGE, PATCHES, TEXTS, TOWERS, prompts, seeing
+from transformers import StaticCache
 
 import hfllm
 from hfllm.errors import InputError
@@ -119,7 +120,10 @@ def test_a_trained_tower_is_copied_and_nothing_is_shared(make_model):
 def test_a_new_image_token_gets_rows_and_is_never_written(make_model, is_tied):
     text = make_model(tie_word_embeddings=is_tied, lm_head_bias=True)
     rows = text.config.vocab_size
+    # What the text model never writes the new one does not, either.
+    text.generation_config.suppress_tokens = [7]
     model = hfllm.with_vision(text, TOWERS["siglip"](), image_token_id=rows + 2)
+    assert model.generation_config.suppress_tokens == [7, rows + 2]
     assert model.get_input_embeddings().weight.shape[0] == model.lm_head.weight.shape[0] == rows + 3
     assert (model.get_input_embeddings().weight is model.lm_head.weight) == is_tied
     ids = prompts(images=0)["input_ids"]
@@ -169,6 +173,17 @@ def test_tools_take_it_as_any_model(make_model):
     trained = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
     assert any("language_model.layers.1.self_attn.v_proj.lora_B" in name for name in trained)
     assert model.get_decoder() is model.model.language_model
+
+
+def test_a_step_with_a_static_cache_is_traced_whole(make_model):
+    model, ids = seeing(make_model()), prompts()["input_ids"][:, -6:]
+    expected = model(ids).logits[:, -1]
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=16)
+    step = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        model(ids[:, :-1], cache=cache)
+        found = step(ids[:, -1:], cache=cache, position_ids=torch.full((len(ids), 1), 5)).logits[:, -1]
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import reward
 import sft
 import torch
 import vision
@@ -12,9 +13,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hfllm.errors import InputError
 from hfllm.generation.picture_answers import answer_pictures
+from hfllm.outputs.picture_lines import picture_lines
+from hfllm.stages.vision_data import as_dataset, drawn_rows, own_rows
+from hfllm.stages.vision_models import own_trainer
 
 TINY = ["--hidden_size", "16", "--num_attention_heads", "2", "--num_hidden_layers", "1", "--num_vision_layers", "1"]
-SHORT = ["--per_device_train_batch_size", "4", "--logging_steps", "1", "--num_eval_examples", "12"]
+QUIET = ["--per_device_train_batch_size", "4", "--logging_steps", "1"]
+SHORT = [*QUIET, "--num_eval_examples", "12"]
 DRAWN = [*TINY, *SHORT, "--num_captions", "8", "--num_examples", "8", "--max_new_tokens", "4"]
 
 
@@ -82,7 +87,7 @@ def own(folder, count=12, **columns):
 
 def test_rows_of_your_own_on_a_model_of_your_own(drawn, tmp_path):
     rows = own(tmp_path / "data")
-    flags = ["--model_name_or_path", drawn[0], "--dataset_name", rows, *SHORT, "--max_steps", "2"]
+    flags = ["--model_name_or_path", drawn[0], "--dataset_name", rows, *QUIET, "--max_steps", "2"]
     before = load_file(drawn[0] / "model.safetensors")
     moved = {}
     for name, more in (("all", []), ("text", ["--freeze_vision"]), ("none", ["--freeze_vision", "--freeze_text"])):
@@ -100,7 +105,8 @@ def test_rows_of_your_own_on_a_model_of_your_own(drawn, tmp_path):
 def test_drawn_pictures_on_a_model_of_your_own(drawn, tmp_path):
     flags = ["--model_name_or_path", drawn[0], *SHORT, "--num_examples", "6", "--max_steps", "1"]
     metrics = run(tmp_path / "out", *flags, "--max_new_tokens", "4")
-    assert metrics["train_rows"] == 6 and metrics["seen_right_n"] == 12
+    # Each of the four questions about a picture is a row of its own.
+    assert metrics["train_rows"] == 24 and metrics["seen_right_n"] == 12
     with pytest.raises(InputError, match="--patch_size cannot be used here"):
         run(tmp_path / "other", *flags, "--patch_size", "8")
 
@@ -108,7 +114,7 @@ def test_drawn_pictures_on_a_model_of_your_own(drawn, tmp_path):
 def test_bad_pictures_are_refused_or_dropped_and_counted(drawn, tmp_path, capsys):
     rows = own(tmp_path / "data")
     (tmp_path / "data" / "3.png").write_bytes(b"no picture")
-    flags = ["--model_name_or_path", drawn[0], "--dataset_name", rows, *SHORT, "--max_steps", "1"]
+    flags = ["--model_name_or_path", drawn[0], "--dataset_name", rows, *QUIET, "--max_steps", "1"]
     with pytest.raises(InputError, match=r"rows.jsonl, line 4: picture .*3.png: .*--bad_images drop") as error:
         run(tmp_path / "refused", *flags)
     assert "\n" not in str(error.value) and not (tmp_path / "refused" / "report.json").exists()
@@ -117,11 +123,98 @@ def test_bad_pictures_are_refused_or_dropped_and_counted(drawn, tmp_path, capsys
     assert metrics["train_rows"] + metrics["held_out_right_n"] == 11
 
 
+def conversation(folder):
+    """Write rows of two turns, the second of which shows a picture of its own."""
+    rows = own(folder, 4)
+    lines = []
+    for number in range(4):
+        said = [("user", "<image>\nfirst?"), ("assistant", "one"), ("user", "and <image>?"), ("assistant", "two")]
+        messages = [{"role": role, "content": text} for role, text in said]
+        lines.append(json.dumps({"messages": messages, "images": [f"{number}.png", f"{(number + 1) % 4}.png"]}))
+    rows.write_text("\n".join(lines))
+    return rows
+
+
+def test_answers_alone_are_learned_one_row_for_each(drawn, tmp_path):
+    """What the labels hold of conversations, of your own and drawn ones, decoded as the trainer collates them."""
+    named = ["--model_name_or_path", str(drawn[0]), "--output_dir", str(tmp_path / "out"), *QUIET]
+    for flags in (["--dataset_name", str(conversation(tmp_path / "data"))], ["--num_examples", "2"]):
+        script_args, args, model_args = vision.parse([*named, *flags])
+        if script_args.dataset_name == "pictures":
+            rows = drawn_rows(script_args, 0)
+            said = [row["completion"][0]["content"][0]["text"] for row in rows]
+            assert len(rows) == 8
+        else:
+            rows, held_out = own_rows(script_args, 0)
+            assert len(rows) == 6 and [each.answer for each in held_out] == ["one"]
+            assert [len(row["images"]) for row in rows] == [1, 2] * 3 and len(held_out[0].images) == 1
+            said = ["one", "two"] * 3
+        trainer, processor = own_trainer(script_args, args, model_args, rows)
+        batch = trainer.data_collator([dict(row) for row in trainer.train_dataset])
+        end = processor.tokenizer.eos_token
+        learned = [processor.tokenizer.decode(each[each != -100]) for each in batch["labels"]]
+        assert learned == [answer + end for answer in said]
+
+
+def test_rows_that_would_stop_a_batch_are_refused_or_left_out(drawn, tmp_path, capsys):
+    rows = own(tmp_path / "data")
+    lines = rows.read_text().splitlines()
+    named = ["--model_name_or_path", str(drawn[0]), "--dataset_name", str(rows), "--output_dir", str(tmp_path / "out")]
+    script_args = vision.parse([*named, *QUIET])[0]
+
+    def write(**columns):
+        rows.write_text("\n".join([*lines[:3], json.dumps({**json.loads(lines[3]), **columns}), *lines[4:]]))
+
+    write(prompt="Is <|image|> a mark?")
+    train, held_out = own_rows(script_args, 0, "<|image|>")
+    assert len(train) + len(held_out) == 11 and "1 with words for a picture" in capsys.readouterr().out
+    write(prompt="What?", completion="A <image>.")
+    with pytest.raises(InputError, match=r"line 4: a place \(<image>\) in what the assistant says"):
+        own_rows(script_args, 0)
+    schema = {"type": "function", "function": {"name": "look", "parameters": {}}}
+    write(tools=[schema])
+    with pytest.raises(InputError, match="line 4: the row has tools"):
+        own_rows(script_args, 0)
+
+
+def test_pictures_in_memory_may_be_of_any_mode():
+    asked, said = ([{"role": role, "content": [{"type": "text", "text": "x"}]}] for role in ("user", "assistant"))
+    row = {"prompt": asked, "completion": said, "images": [Image.new("CMYK", (8, 8), (0, 255, 255, 0))]}
+    (read,) = as_dataset([row], 100)
+    assert read["images"][0].getpixel((0, 0))[0] > 200 and read["images"][0].mode == "RGB"
+
+
+def test_an_adapter_is_trained_further(drawn, tmp_path, capsys):
+    """Its lines load it, and the projector learns if it is named."""
+    named = ["--dataset_name", own(tmp_path / "data"), *QUIET, "--max_steps", "1", "--learning_rate", "0.1"]
+    first = tmp_path / "first"
+    run(first, "--model_name_or_path", drawn[0], *named, "--use_peft", "--lora_target_modules", "q_proj")
+    assert "--lora_modules_to_save" in capsys.readouterr().out
+    code = {}
+    exec("\n".join(picture_lines(str(first), is_adapter=True)), code)
+    assert any("lora" in name for name in code["model"].state_dict())
+    run(tmp_path / "second", "--model_name_or_path", first, *named)
+    files = [load_file(each / "adapter_model.safetensors") for each in (first, tmp_path / "second")]
+    assert files[0].keys() == files[1].keys() and any(
+        not torch.equal(files[0][name], files[1][name]) for name in files[0]
+    )
+    with pytest.raises(InputError, match="is an adapter already"):
+        run(tmp_path / "third", "--model_name_or_path", first, *named, "--use_peft")
+
+
 def test_a_text_model_is_refused_where_pictures_come(saved, tmp_path):
     rows = own(tmp_path / "data")
     with pytest.raises(InputError, match="reads text alone") as error:
         run(tmp_path / "out", "--model_name_or_path", saved, "--dataset_name", rows)
     assert "\n" not in str(error.value)
+
+
+def test_a_reward_model_refuses_rows_with_pictures(saved, tmp_path):
+    row = {"prompt": "What?", "chosen": "A fox.", "rejected": "A cat.", "image": "a.png"}
+    (tmp_path / "pairs.jsonl").write_text("\n".join([json.dumps(row)] * 3))
+    words = ["--model_name_or_path", str(saved), "--dataset_name", str(tmp_path / "pairs.jsonl")]
+    with pytest.raises(InputError, match=r"line 1: the row has pictures, and hfllm reward reads text alone"):
+        reward.main(*reward.parse([*words, "--output_dir", str(tmp_path / "out")]))
 
 
 def test_fine_tuning_on_text_refuses_rows_with_pictures(saved, tmp_path):
@@ -147,6 +240,11 @@ def test_fine_tuning_on_text_refuses_rows_with_pictures(saved, tmp_path):
         (["--hidden_size", "30"], "a multiple of twice"),
         (["--num_examples", "0"], "expected at least 1"),
         (["--max_samples", "3"], "--max_samples"),
+        (["--bad_images", "drop"], "--bad_images cannot be used here: it is for rows of your own"),
+        (["--kl_coef", "0.5"], "--kl_coef cannot be used here: it is for PPO"),
+        (["--model_name_or_path", "some/model", "--use_peft", "--freeze_text"], "--freeze_text cannot be used here"),
+        (["--model_name_or_path", "some/model", "--use_peft", "--num_rl_prompts", "8"], "not an adapter"),
+        (["--model_name_or_path", "m", "--dataset_name", "some/rows", "--num_examples", "3"], "--num_examples cannot"),
     ],
 )
 def test_flags_that_cannot_work_are_refused(flags, words, tmp_path):

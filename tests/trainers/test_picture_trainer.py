@@ -84,8 +84,11 @@ def test_answers_do_not_depend_on_the_batch(made):
     prompts, images = [row.prompt() for row in rows], [[row.picture] for row in rows]
     whole = answer_pictures(model, processor, prompts, images, 6)
     assert whole == answer_pictures(model, processor, prompts, images, 6, batch_size=2) and len(whole) == 7
+    side = processor.tokenizer.padding_side
     batch = picture_batch(processor, prompts, images)
-    assert processor.tokenizer.padding_side == "right" or "attention_mask" in batch
+    lengths = batch["attention_mask"].sum(1)
+    assert len(set(lengths.tolist())) > 1 and processor.tokenizer.padding_side == side
+    assert all(row[-length:].all() for row, length in zip(batch["attention_mask"], lengths, strict=True))
     assert (batch["input_ids"] == processor.image_token_id).sum() == 7 * 36
     sampled = [answer_pictures(model, processor, prompts, images, 6, do_sample=True, seed=seed) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]

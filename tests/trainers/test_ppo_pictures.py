@@ -1,16 +1,19 @@
 """PPO on pictures: what holds for prompts of words holds for prompts with pictures, and the pictures are read."""
 
 import copy
+import io
 import random
 
 import picture_run as run
 import pytest
 import torch
-from transformers import TrainerCallback
+from PIL import Image
+from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration, TrainerCallback
 
 import hfllm
 from hfllm.errors import InputError
 from hfllm.trainers.ppo import sampling
+from hfllm.trainers.ppo.pictures import Pictures
 from hfllm.trainers.ppo.prompts import read_rows
 from hfllm.trainers.ppo.rollout import Rollout, model_inputs, pad_prompts
 
@@ -92,13 +95,43 @@ def test_rows_that_are_read_again_keep_their_pictures(uneven, monkeypatch):
     """Where a cache cannot be split, and where there is room for some rows at a time."""
     trainer, rows, batch = uneven
     again = []
-    monkeypatch.setattr(sampling, "_selects_rows", lambda cache: again.append(1) and False)
+    monkeypatch.setattr(sampling, "_selects_rows", lambda cache, policy: again.append(1) and False)
     assert torch.equal(trainer.sample(rows)["response_ids"], batch["response_ids"])
     assert again
     prompts, pictures = prompts_of(trainer, rows)
     parts = (trainer.policy, *prompts.values(), trainer.sampling_config, trainer.processing_class.tokenizer)
     parted = sampling.generate_responses(*parts, most_rows=5, pictures=pictures)
     assert torch.equal(parted["response_ids"], batch["response_ids"])
+
+
+def test_rows_go_on_where_the_model_itself_keeps_a_batch():
+    """Qwen2-VL keeps on itself how far pictures shift the positions of each row."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
+    tower = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
+    text = {"vocab_size": 32, "intermediate_size": 32, "rope_parameters": rope, "max_position_embeddings": 64, **sizes}
+    torch.manual_seed(0)
+    marks = {"image_token_id": 31, "video_token_id": 30, "vision_start_token_id": 29, "vision_end_token_id": 28}
+    policy = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=tower, **marks))
+    with torch.no_grad():
+        for weight in policy.parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=4 / weight.shape[-1] ** 0.5)
+    ids = torch.randint(10, 28, (16, 9))
+    ids[:, 2:6] = 31
+    kinds = (ids[0] == 31).long()
+    grid = torch.tensor([[1, 4, 4]])
+    shown = [{"pixel_values": torch.randn(16, 96), "image_grid_thw": grid, "mm_token_type_ids": kinds} for _ in ids]
+    config = GenerationConfig(
+        max_new_tokens=8, eos_token_id=list(range(8)), pad_token_id=0, suppress_tokens=[28, 29, 30, 31]
+    )
+    pictures, mask = Pictures(shown), torch.ones_like(ids)
+    whole = sampling.generate_responses(policy, ids, mask, config, None, pictures=pictures)
+    lengths = whole["response_mask"].sum(1)
+    assert (lengths < 8).sum() >= 8 and (lengths == 8).any()
+    for row in torch.arange(16).split(1):
+        one = sampling.generate_responses(policy, ids[row], mask[row], config, None, pictures=pictures[row])
+        assert torch.equal(one["response_ids"][0], whole["response_ids"][row, : lengths[row]][0])
 
 
 def test_padding_changes_nothing(build):
@@ -297,18 +330,18 @@ def asked(*content):
     [
         (
             {"prompt": asked(run.PLACE, run.PLACE), "image": 1},
-            "places for 2 pictures in the prompt, and the column 'image' has 1",
+            "2 places for pictures in the prompt, and the column 'image' has 1",
         ),
         (
             {"prompt": asked(run.PLACE), "images": [1, 1]},
-            "places for 1 pictures in the prompt, and the column 'images' has 2",
+            "1 place for pictures in the prompt, and the column 'images' has 2",
         ),
-        ({"prompt": asked(run.PLACE)}, "places for 1 pictures in the prompt, and there is no column image or images"),
+        ({"prompt": asked(run.PLACE)}, "1 place for pictures in the prompt, and there is no column image or images"),
         ({"prompt": "say", "image": 1}, "the prompt is text; with pictures it must be a list of messages"),
         ({"prompt": asked(), "images": "a.png"}, "images must be a list, got str"),
-        ({"prompt": asked(), "image": "/nowhere.png"}, "a picture cannot be read ('/nowhere.png')"),
-        ({"prompt": asked(), "image": {"bytes": b"GIF89a"}}, "a picture cannot be read (6 bytes)"),
-        ({"prompt": asked(), "image": 3}, "a picture must be one of PIL, a path or bytes, got int"),
+        ({"prompt": asked(), "image": "/nowhere.png"}, "picture /nowhere.png: no such file"),
+        ({"prompt": asked(), "image": {"bytes": b"GIF89a"}}, "picture in bytes: no picture in a format"),
+        ({"prompt": asked(), "image": 3}, "a picture must be a path, bytes or a PIL image, got '3'"),
         ({"prompt": asked({"type": "video"})}, "a part of the type 'video'; PPO reads text and image"),
         ({"prompt": asked({"type": "text", "text": "<image>"})}, "Found 1 <image> tokens in the text but no images"),
         ({"prompt": [{"role": "system", "content": "say"}], "image": 1}, "no message of the user"),
@@ -368,15 +401,34 @@ def test_pictures_may_be_paths_bytes_and_parts(build, tmp_path):
         assert torch.equal(pixels, first[1]["pictures"].episodes[0]["pixel_values"])
 
 
+def test_pictures_are_upright_on_white_and_not_of_one_pixel(build):
+    """What a policy sees is what fine-tuning on the same file has seen."""
+    trainer, picture = build(), run.halves(1)[0]["image"]
+
+    def pixels(image):
+        row = {"prompt": asked(), "image": image}
+        return read_rows([row], trainer.processing_class)[1]["pictures"].episodes[0]["pixel_values"]
+
+    exif, stream = picture.getexif(), io.BytesIO()
+    exif[0x0112] = 6
+    picture.save(stream, "PNG", exif=exif)
+    assert torch.equal(pixels(stream.getvalue()), pixels(picture.transpose(Image.Transpose.ROTATE_270)))
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    assert torch.equal(pixels(clear), pixels(Image.new("RGB", (8, 8), "white")))
+    with pytest.raises(InputError, match="1 x 1 pixels"):
+        pixels(Image.new("RGB", (1, 1)))
+
+
 def test_a_dataset_of_pictures_and_a_saved_model_by_its_name(build, tmp_path):
-    from datasets import Dataset, Features, Image, Value
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
 
     folder = str(tmp_path / "model")
     run.make_model().save_pretrained(folder)
     run.make_processor().save_pretrained(folder)
     rows = run.halves(6)
     message = [{"role": Value("string"), "content": Value("string")}]
-    features = Features({"prompt": message, "image": Image(), "side": Value("string")})
+    features = Features({"prompt": message, "image": ImageFeature(), "side": Value("string")})
     trainer = build(model=folder, processing_class=None, rows=Dataset.from_list(rows, features=features), max_steps=1)
     assert type(trainer.processing_class).__name__ == "LlavaProcessor"
     trainer.train()

@@ -8,6 +8,8 @@ import rlhf
 
 import hfllm
 from hfllm.errors import InputError
+from hfllm.stages.rlhf import prompt_data
+from hfllm.trainers.ppo.prompts import read_rows
 
 REWARD = """
 def names_side(completions, side, **columns):
@@ -28,7 +30,16 @@ def folder(tmp_path_factory):
     rows = run.halves(24)
     for number, row in enumerate(rows):
         row["image"].save(made / f"{number}.png")
-        row["image"] = str(made / f"{number}.png")
+        # As seen from the dataset, in the three ways of writing it.
+        path, words = f"{number}.png", row["prompt"][0]["content"]
+        if number % 3 == 0:
+            row |= {"image": path, "prompt": f"<image>\n{words}"}
+        elif number % 3 == 1:
+            row["image"] = path
+        else:
+            content = [{"type": "image", "image": path}, {"type": "text", "text": words}]
+            row = {"prompt": [{"role": "user", "content": content}], "side": row["side"]}
+        rows[number] = row
     (made / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return made
 
@@ -47,6 +58,36 @@ def test_a_policy_that_reads_pictures_is_aligned_and_saved_with_its_processor(fo
     assert metrics["episodes"] == 16
     assert (tmp_path / "out" / "processor_config.json").is_file()
     assert json.loads((tmp_path / "out" / "report.json").read_text())["metrics"]["eval_prompts"] == 2
+
+
+def test_every_way_of_writing_a_row_gives_the_same_prompt(folder, tmp_path):
+    """A picture's four places and the words, whose pixels are those of the file."""
+    script_args, args, _ = parsed(folder, tmp_path / "out")
+    rows = [row for part in prompt_data(script_args, args.seed, []) for row in part]
+    ids, seen = read_rows(rows, run.make_processor())
+    assert len(rows) == 24 and len({tuple(each) for each in ids}) == 1 and ids[0].count(4) == 4
+    sides = [
+        float(episode["pixel_values"][..., :4].mean() - episode["pixel_values"][..., 4:].mean())
+        for episode in seen["pictures"].episodes
+    ]
+    assert ["left" if side > 0 else "right" for side in sides] == [row["side"] for row in rows]
+
+
+def test_prompts_of_text_are_conversations_where_others_have_pictures(folder, tmp_path):
+    lines = (folder / "rows.jsonl").read_text().splitlines()
+    lines += [json.dumps({"prompt": f"say {word}", "side": word}) for word in ("left", "right", "which", "is")]
+    (folder / "mixed.jsonl").write_text("\n".join(lines))
+    script_args, args, _ = parsed(folder, tmp_path / "out", dataset_name=folder / "mixed.jsonl")
+    rows = [row for part in prompt_data(script_args, args.seed, []) for row in part]
+    assert all(isinstance(row["prompt"], list) for row in rows) and {"images", "image"} <= rows[0].keys()
+    script_args, args, _ = parsed(folder, tmp_path / "out", augment=0.5)
+    with pytest.raises(InputError, match="--augment cannot be used here: the prompts have pictures"):
+        prompt_data(script_args, args.seed, [])
+
+
+def test_blank_prompts_are_left_out_and_pictures_are_not(folder, tmp_path):
+    flags = {"num_eval_prompts": 4, "filter_prompts": True}
+    assert rlhf.main(*parsed(folder, tmp_path / "out", **flags))["train_prompts"] == 22
 
 
 def test_a_policy_of_text_refuses_rows_with_pictures_before_training(folder, tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 
 from hfllm.data import formats
 from hfllm.data.added_texts import ENGLISH_TESTS, WORLD_TESTS, AddedTexts
+from hfllm.data.images import refuse_images
 from hfllm.data.messages import Message
 from hfllm.data.perturbations import PERTURBATIONS, perturb
 from hfllm.data.sources import iterate_source
@@ -103,6 +104,7 @@ def row_items(name: str, most: int | None, seed: int, num_attacks: int = 0) -> l
     for number, (origin, row) in enumerate(iterate_source(name)):
         if number == most:
             break
+        refuse_images(origin, row, "this suite")
         row = formats.to_prompt(origin, row)
         base.append((f"{number + 1:05d}", _of_row(origin, row)))
     target = ENGLISH_TESTS.prefills[1]

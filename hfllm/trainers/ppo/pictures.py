@@ -8,20 +8,18 @@ import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from hfllm.data.images import counted, read_image
 from hfllm.data.messages import Message, is_begun, read_tools
 from hfllm.data.rows import origin_of
 from hfllm.errors import InputError
 
 if TYPE_CHECKING:
-    from PIL import Image
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from hfllm.trainers.ppo.config import PPOConfig
@@ -219,14 +217,14 @@ def filled_prompt(row: Row, origin: str) -> list[Message]:
     is_open = [part["type"] == "image" and part.get("image") is None for each in prompt for part in _parts(each)]
     if sum(is_open) != len(given):
         has = f"the column {column!r} has {len(given)}" if column else "there is no column image or images"
-        raise InputError(f"{origin}: places for {sum(is_open)} pictures in the prompt, and {has}")
+        raise InputError(f"{origin}: {counted(sum(is_open), 'place')} for pictures in the prompt, and {has}")
     rest = iter(given)
 
     def put(part: dict[str, Any]) -> dict[str, Any]:
         if part["type"] == "text":
             return {"type": "text", "text": part["text"]}
         picture = part["image"] if part.get("image") is not None else next(rest)
-        return {"type": "image", "image": open_picture(picture, origin)}
+        return {"type": "image", "image": read_image(picture, origin)}
 
     return [{**each, "content": [put(part) for part in _parts(each)]} if _parts(each) else each for each in prompt]
 
@@ -240,30 +238,6 @@ def _with_places(prompt: list[Message], count: int, origin: str) -> list[Message
     parts = [*({"type": "image"} for _ in range(count)), *([{"type": "text", "text": said}] * isinstance(said, str))]
     parts += said if isinstance(said, list) else []
     return [*prompt[:first], {**prompt[first], "content": parts}, *prompt[first + 1 :]]
-
-
-def open_picture(picture: Any, origin: str) -> "Image.Image":
-    """Return a picture as PIL has it: opened from a path, from bytes, or from both as `datasets` gives them.
-
-    Raises:
-        InputError: when it cannot be read.
-    """
-    from PIL import Image
-
-    if isinstance(picture, Image.Image):
-        return picture
-    given = picture
-    if isinstance(picture, Mapping):
-        given = picture.get("bytes") or picture.get("path")
-    if not isinstance(given, bytes | str | Path):
-        raise InputError(f"{origin}: a picture must be one of PIL, a path or bytes, got {type(picture).__name__}")
-    name = f"{len(given)} bytes" if isinstance(given, bytes) else repr(str(given))
-    try:
-        with Image.open(BytesIO(given) if isinstance(given, bytes) else given) as opened:
-            return opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{origin}: a picture cannot be read ({name}): {reason}") from None
 
 
 def without_pictures(prompt: str | list[Message]) -> str | list[Message]:

@@ -188,8 +188,10 @@ def unfit_prompts(
         InputError: naming the first prompt that the chat template refuses.
     """
     limit = None if context is None else context - response_length
-    for start in range(0, len(dataset), 1000):
-        rows = [dataset[place] for place in range(start, min(start + 1000, len(dataset)))]
+    # Pixels of pictures are many, and here only counted.
+    step = 16 if isinstance(tokenizer, ProcessorMixin) else 1000
+    for start in range(0, len(dataset), step):
+        rows = [dataset[place] for place in range(start, min(start + step, len(dataset)))]
         for place, ids in enumerate(_tokens_of(rows, tokenizer, start, tools), start):
             if not ids:
                 yield place, EMPTY

@@ -284,7 +284,7 @@ def generate_responses(
             break
         kept = goes_on.nonzero().squeeze(1)
         # Other caches may not allow selecting rows: the rows that continue are then read again from their beginning.
-        cache = output.cache if _selects_rows(output.cache) else None
+        cache = output.cache if _selects_rows(output.cache, policy) else None
         if cache is not None:
             cache.batch_select_indices(kept)
         new = mask.new_ones(len(kept), ids.shape[1] - mask.shape[1])
@@ -295,8 +295,14 @@ def generate_responses(
     return {"response_ids": response_ids, "response_mask": mask, "is_ended": is_ended}
 
 
-def _selects_rows(cache: object) -> bool:
-    """Return whether rows of a cache can be selected; states of linear attention cannot."""
+def _selects_rows(cache: object, policy: nn.Module) -> bool:
+    """Return whether rows of a cache can be selected.
+
+    States of linear attention cannot, nor can what Qwen2-VL and its kin keep of a batch on the model: how far its
+    pictures shift the positions of each row.
+    """
+    if any(getattr(module, "rope_deltas", None) is not None for module in policy.modules()):
+        return False
     return type(cache) is DynamicCache and all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
 
 

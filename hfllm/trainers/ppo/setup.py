@@ -67,8 +67,9 @@ def policy_from_name(name: str, load_kwargs: dict[str, Any]) -> PreTrainedModel:
     An adapter is loaded as transformers does, on its base.
     """
     settings = {"dtype": torch.float32, **load_kwargs}
-    if find_adapter(name, **location_of(settings)) is not None:
-        return saved_model(AutoModelForCausalLM, name, **settings)
+    if (adapter := find_adapter(name, **location_of(settings))) is not None:
+        kind = AutoModelForImageTextToText if is_for_pictures(adapter.base_config()) else AutoModelForCausalLM
+        return saved_model(kind, name, **settings)
     kind = AutoModelForImageTextToText if is_for_pictures(_config_of(name, settings)) else AutoModelForCausalLM
     return load_weights_of(kind, name, whose="policy", **settings)[0]
 
