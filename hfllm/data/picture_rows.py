@@ -168,6 +168,6 @@ class TwoDigits(Sequence[PictureRow]):
         return [text for number in range(min(self.count, 300)) for turn in self[number].turns for text in turn]
 
 
-def _which_digit(side: str, answer: str) -> Question:
-    others = tuple(numeral for numeral in NUMERALS if numeral != answer)
-    return Question(side, f"Which digit is on the {side}?", answer, others)
+def _which_digit(side: str, digit: str) -> Question:
+    others = tuple(other for other in (*NUMERALS, *SIDES) if other not in (digit, side))
+    return Question(side, f"Which digit is on the {side}?", f"{side}: {digit}", others)
