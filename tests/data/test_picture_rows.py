@@ -35,6 +35,10 @@ def test_captions_say_colors_and_shapes_apart():
         assert (
             list(said[ASK_COLORS]) == list(said[ASK_SHAPES]) == [each for each in PLACES if each in said[ASK_COLORS]]
         )
+    both = DrawnWorld(0, 4, num_questions=3, has_captions=True)
+    for row, bare in zip(both, DrawnWorld(0, 4, num_questions=3), strict=True):
+        assert row.turns[:3] == bare.turns and [ask for ask, _ in row.turns[3:]] == [ASK_COLORS, ASK_SHAPES]
+        assert row.picture.tobytes() == bare.picture.tobytes() and row.gold == bare.gold
     firsts = {row.turns[0][0] for row in DrawnWorld(0, 4, CAPTIONS)}
     assert firsts == {ASK_COLORS, ASK_SHAPES}
 

@@ -12,7 +12,18 @@ from hfllm.generation.picture_answers import answer_pictures, picture_batch
 from hfllm.stages.vision_models import new_model
 from hfllm.trainers.pictures import PictureCollator, PictureTrainer, TokenizedPictures, TurnTokens
 
-SMALL = ["--hidden_size", "16", "--num_attention_heads", "2", "--num_hidden_layers", "1", "--num_vision_layers", "1"]
+SMALL = [
+    "--patch_size",
+    "4",
+    "--hidden_size",
+    "16",
+    "--num_attention_heads",
+    "2",
+    "--num_hidden_layers",
+    "1",
+    "--num_vision_layers",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")

@@ -58,6 +58,8 @@ SEEN: tuple[Pair, ...] = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 COLOR, SHAPE, COUNT, PLACE, RELATION, TEXT, ABSENT = FAMILIES = (
     *("color", "shape", "count", "place", "relation", "text", "absent"),
 )
+# How often each is drawn in training: what takes two lookups, or a search in vain, is learned last.
+TRAINED_FAMILIES = (*(COUNT, TEXT, *[COLOR, SHAPE] * 2, *[PLACE, RELATION] * 3, *[ABSENT] * 4),)
 NOT_THERE = "not in the picture"
 WORD = "word"
 ASK_COLORS, ASK_SHAPES = "Name the colors.", "Name the shapes."
@@ -307,7 +309,12 @@ class Example:
 
 
 def draw_example(
-    seed: int, number: int, held_out: bool = False, num_questions: int = 1, part: str = "train"
+    seed: int,
+    number: int,
+    held_out: bool = False,
+    num_questions: int = 1,
+    part: str = "train",
+    families: Sequence[str] = FAMILIES,
 ) -> Example:
     """Return one picture with questions: a function of these alone, whichever were drawn before.
 
@@ -317,11 +324,13 @@ def draw_example(
         held_out: whether the first thing is a held-out pair and the questions are about it.
         num_questions: questions about the picture.
         part: names another stream of the same seed, such as that of evaluation.
+        families: that questions are drawn from; one that stands there twice is drawn twice as often.
     """
     rng = random.Random(f"pictures {part} {held_out} {seed} {number}")
     scene = draw_scene(rng, held_out)
     picture = draw_picture(scene, rng)
-    return Example(scene, picture, tuple(draw_question(scene, rng, held_out) for _ in range(num_questions)))
+    questions = tuple(draw_question(scene, rng, held_out, families) for _ in range(num_questions))
+    return Example(scene, picture, questions)
 
 
 def draw_examples(
