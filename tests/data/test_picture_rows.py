@@ -11,7 +11,7 @@ from hfllm.data.picture_rows import (
     DrawnWorld,
     TwoDigits,
 )
-from hfllm.data.world.pictures import ASK_COLORS, ASK_SHAPES, COLORS, PLACES, SHAPES, WORD, WORDS
+from hfllm.data.world.pictures import ASK_COLORS, ASK_COUNT, ASK_SHAPES, COLORS, PLACES, SHAPES, WORD, WORDS
 
 
 def test_a_row_is_a_function_of_its_number():
@@ -39,6 +39,8 @@ def test_captions_say_colors_and_shapes_apart():
     for row, bare in zip(both, DrawnWorld(0, 4, num_questions=3), strict=True):
         assert row.turns[:3] == bare.turns and [ask for ask, _ in row.turns[3:]] == [ASK_COLORS, ASK_SHAPES]
         assert row.picture.tobytes() == bare.picture.tobytes() and row.gold == bare.gold
+    counted = DrawnWorld(0, 4, num_questions=3, families=("count",))
+    assert {ask for row in counted for ask, _ in row.turns} == {ASK_COUNT}
     firsts = {row.turns[0][0] for row in DrawnWorld(0, 4, CAPTIONS)}
     assert firsts == {ASK_COLORS, ASK_SHAPES}
 
