@@ -36,5 +36,5 @@ def test_a_model_learns_to_see_from_nothing(tmp_path, processes):
 def test_scanned_digits_are_read(tmp_path, processes):
     pytest.importorskip("sklearn")
     found = figures(processes, tmp_path / "out", "--dataset_name", "digits", "--seed", 2)
-    # Three standard errors below 0.833 on seed 2.
-    assert found["held_out_right"] > 0.79 and found["shuffled_right"] < 0.15
+    # Three standard errors below 0.962 on seed 2.
+    assert found["held_out_right"] > 0.94 and found["shuffled_right"] < 0.15
