@@ -6,7 +6,7 @@ resumed sees the same ones.
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -80,6 +80,8 @@ class DrawnWorld(Sequence[PictureRow]):
         num_questions: turns of a row of questions.
         held_out: whether all are about held-out pairs of color and shape.
         part: which stream of pictures; captions and questions for training are of different ones.
+        has_captions: whether both captions come after the questions of a row.
+        families: of questions, see `draw_example`.
     """
 
     def __init__(
@@ -90,9 +92,11 @@ class DrawnWorld(Sequence[PictureRow]):
         num_questions: int = 1,
         held_out: bool = False,
         part: str = "train",
+        has_captions: bool = False,
+        families: Sequence[str] = pictures.FAMILIES,
     ):
         self.seed, self.count, self.kind, self.num_questions = seed, count, kind, num_questions
-        self.held_out, self.part = held_out, part
+        self.held_out, self.part, self.has_captions, self.families = held_out, part, has_captions, families
 
     def __len__(self) -> int:
         return self.count
@@ -100,11 +104,12 @@ class DrawnWorld(Sequence[PictureRow]):
     def __getitem__(self, number: int) -> PictureRow:
         if not 0 <= number < self.count:
             raise IndexError(number)
-        drawn = (self.seed, number, self.held_out, self.num_questions, f"{self.part} {self.kind}")
+        drawn = (self.seed, number, self.held_out, self.num_questions, f"{self.part} {self.kind}", self.families)
         example = pictures.draw_example(*drawn)
-        if self.kind == QUESTIONS:
-            return _row(example.picture, example.questions)
         turns = pictures.captions(example.scene)
+        if self.kind == QUESTIONS:
+            row = _row(example.picture, example.questions)
+            return replace(row, turns=row.turns + turns) if self.has_captions else row
         # Either may come first, so that neither is learned from the other alone.
         return PictureRow(example.picture, turns[:: 1 if number % 2 else -1])
 
@@ -168,6 +173,6 @@ class TwoDigits(Sequence[PictureRow]):
         return [text for number in range(min(self.count, 300)) for turn in self[number].turns for text in turn]
 
 
-def _which_digit(side: str, answer: str) -> Question:
-    others = tuple(numeral for numeral in NUMERALS if numeral != answer)
-    return Question(side, f"Which digit is on the {side}?", answer, others)
+def _which_digit(side: str, digit: str) -> Question:
+    others = tuple(other for other in (*NUMERALS, *SIDES) if other not in (digit, side))
+    return Question(side, f"Which digit is on the {side}?", f"{side}: {digit}", others)

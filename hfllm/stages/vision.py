@@ -21,6 +21,7 @@ DRAWN = (PICTURES, DIGITS)
 # Flags of a model that is made here.
 OF_NEW_MODELS = (
     *("num_captions", "hidden_size", "num_hidden_layers", "num_vision_layers", "num_attention_heads", "patch_size"),
+    "use_muon",
 )
 # Flags of drawn rows, of rows of the user's, and of PPO.
 OF_DRAWN_ROWS = ("num_examples", "questions_per_picture", "num_eval_examples")
@@ -39,11 +40,11 @@ class VisionArguments(RowArguments):
             "or images: a local file or folder, or a dataset id on the Hub."
         },
     )
-    num_captions: int = field(default=25600, metadata={"help": "Pictures with captions, which are learned first."})
+    num_captions: int = field(default=6400, metadata={"help": "Pictures with captions, which are learned first."})
     takes_any_column: ClassVar[bool] = True
 
-    num_examples: int = field(default=108800, metadata={"help": "Pictures with questions to train on."})
-    questions_per_picture: int = field(default=4, metadata={"help": "Questions about each, as turns of one row."})
+    num_examples: int = field(default=51200, metadata={"help": "Pictures with questions to train on."})
+    questions_per_picture: int = field(default=4, metadata={"help": "Questions about each, in one row."})
     num_eval_examples: int = field(default=1000, metadata={"help": "Questions of each part of the evaluation."})
     max_eval_samples: int = field(default=256, metadata={"help": "Held-out rows of your own at most."})
     num_rl_prompts: int = field(
@@ -74,7 +75,11 @@ class VisionArguments(RowArguments):
     num_hidden_layers: int = field(default=3, metadata={"help": "Layers of the decoder."})
     num_vision_layers: int = field(default=2, metadata={"help": "Layers of the tower."})
     num_attention_heads: int = field(default=4, metadata={"help": "Heads of both."})
-    patch_size: int = field(default=4, metadata={"help": "Side of a patch, in pixels."})
+    patch_size: int = field(default=6, metadata={"help": "Side of a patch, in pixels."})
+    use_muon: bool = field(
+        default=False,
+        metadata={"help": "Learn the matrices of the layers by Muon, the rest by AdamW, at one learning rate."},
+    )
 
 
 def default_settings(given: Mapping[str, Any]) -> list[Path]:

@@ -17,6 +17,7 @@ from hfllm.data.picture_rows import (
 )
 from hfllm.data.rows import BadRow
 from hfllm.data.sources import DIGITS, PICTURES, folder_of
+from hfllm.data.world.pictures import TRAINED_FAMILIES
 from hfllm.errors import InputError
 from hfllm.stages.vision import VisionArguments
 
@@ -67,7 +68,8 @@ def question_rows(script_args: VisionArguments, seed: int) -> DrawnWorld | TwoDi
     count, turns = script_args.num_examples, script_args.questions_per_picture
     if script_args.dataset_name == DIGITS:
         return TwoDigits(seed, count, num_questions=turns)
-    return DrawnWorld(seed, count, QUESTIONS, turns)
+    # Captions go on, and cost little where the picture is computed for the questions anyway.
+    return DrawnWorld(seed, count, QUESTIONS, turns, has_captions=True, families=TRAINED_FAMILIES)
 
 
 def eval_parts(script_args: VisionArguments) -> dict[str, list[Asked]]:

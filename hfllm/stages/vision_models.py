@@ -149,6 +149,7 @@ def new_trainer(
 ) -> "tuple[Trainer, ProcessorMixin]":
     """Return the trainer of a model that is made here: captions first, then questions."""
     from hfllm.runs.arguments import changed
+    from hfllm.stages.pretrain_trainers import optimizer_of
     from hfllm.trainers.pictures import PictureTrainer, TurnTokens
 
     questions, captions = question_rows(script_args, seed), caption_rows(script_args, seed)
@@ -158,7 +159,10 @@ def new_trainer(
     rows = questions if captions is None else JoinedRows(captions, questions)
     args = changed(training_args, remove_unused_columns=False)
     tokens = TurnTokens(processor, processor.image_token_id, pieces)
-    return PictureTrainer(rows, tokens, processor, model=model, args=args), processor
+    optimizer = optimizer_of(script_args.use_muon, args)
+    return PictureTrainer(
+        rows, tokens, processor, model=model, args=args, optimizer_cls_and_kwargs=optimizer
+    ), processor
 
 
 def own_trainer(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # The folder of the model after PPO, below that of the model before.
 FOLDER = "rl"
-# The longest answer, in tokens: NOT_THERE takes five.
+# The longest answer, in tokens: that about a relation takes eight.
 RESPONSE_LENGTH = 8
 MINI_BATCHES, EPOCHS = 4, 2
 # What a trainer takes over of the flags of fine-tuning: where it runs and what it prints.

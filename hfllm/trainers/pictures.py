@@ -1,9 +1,12 @@
 """Training on pictures that are drawn as they are read: tokens and pixels by the batch, without a processor's detours.
 
 TRL's SFTTrainer calls the processor for every picture of every batch, which for a model of a few hundred thousand
-weights takes as long as the model. Here the rows of a picture's questions are tokenized by their turns, which are few
-and kept, and pixels go from bytes to the model in one step. Both are what the processor would have given; a test
-compares them. Rows of your own, and other models, are trained by TRL: see `hfllm.stages.vision`.
+weights takes as long as the model. Here questions are tokenized one by one, which are few and kept, and pixels go from
+bytes to the model in one step. Both are what the processor would have given; a test compares them.
+
+All questions about a picture stand behind it in one row, but none sees another: each is answered as if it were the
+only one. What one answer has said, the next would read off there and not from the picture. The picture is computed
+once for all of them. Rows of your own, and other models, are trained by TRL: see `hfllm.stages.vision`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,13 +32,10 @@ KEPT_TURNS = 100_000
 
 
 class TurnTokens:
-    """Tokens of the turns of a conversation about one picture, which stands before the first question.
-
-    Each turn is tokenized alone, which for the family's chat template gives what all together would: it writes marks
-    around each message, and these are tokens of their own.
+    """Tokens of a picture and of several questions about it, each with its answer as in a conversation of its own.
 
     Args:
-        processor: with a tokenizer that has the family's chat template.
+        processor: with a tokenizer that has the family's chat template, which puts the picture before the question.
         image_token_id: of a piece of the picture.
         num_image_tokens: pieces of a picture.
     """
@@ -45,32 +45,38 @@ class TurnTokens:
         self._mark = self.tokenizer.convert_ids_to_tokens(image_token_id)
         self.turn = lru_cache(KEPT_TURNS)(self._turn)
 
-    def _turn(self, question: str, answer: str, is_first: bool) -> tuple[list[int], list[int]]:
-        content = [{"type": "text", "text": (self._mark if is_first else "") + question}]
-        asked = [{"role": "user", "content": content}]
+    def _turn(self, question: str, answer: str) -> tuple[list[int], list[int], list[int]]:
+        """Return the tokens up to the picture's end, those of the question, and those of the answer and its end."""
+        asked = [{"role": "user", "content": [{"type": "text", "text": self._mark + question}]}]
         said = [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         template = self.tokenizer.apply_chat_template
         prompt = template(asked, tokenize=False, add_generation_prompt=True)
         whole = template(asked + said, tokenize=False)
-        ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole)]
-        before, after = ids[0], ids[1][len(ids[0]) :]
-        if is_first:
-            place = before.index(self.image[0])
-            before = before[:place] + self.image + before[place + 1 :]
-        return before, after
+        before, both = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole))
+        place = before.index(self.image[0])
+        return before[:place] + self.image, before[place + 1 :], both[len(before) :]
 
     def __call__(self, turns: Sequence[tuple[str, str]]) -> dict[str, list[int]]:
-        """Return `input_ids`, and `labels` of the answers and the marks that end them."""
-        input_ids, labels = [], []
-        for number, (question, answer) in enumerate(turns):
-            before, after = self.turn(question, answer, number == 0)
-            input_ids += before + after
-            labels += [IGNORE] * len(before) + after
-        return {"input_ids": input_ids, "labels": labels}
+        """Return `input_ids`, `labels` of the answers and the marks that end them, `position_ids`, and `branches`.
+
+        Branch 0 is the picture, branch N the Nth question with its answer. Positions of each begin where those of the
+        picture end.
+        """
+        picture = self.turn(*turns[0])[0]
+        input_ids, labels = [*picture], [IGNORE] * len(picture)
+        positions, branches = [*range(len(picture))], [0] * len(picture)
+        for number, (question, answer) in enumerate(turns, 1):
+            _, asked, said = self.turn(question, answer)
+            size = len(asked) + len(said)
+            input_ids += asked + said
+            labels += [IGNORE] * len(asked) + said
+            positions += range(len(picture), len(picture) + size)
+            branches += [number] * size
+        return {"input_ids": input_ids, "labels": labels, "position_ids": positions, "branches": branches}
 
 
 class TokenizedPictures(Dataset):
-    """Rows of pictures with their tokens: `input_ids`, `labels`, and `pixels` (H, W, 3) in bytes."""
+    """Rows of pictures with what `TurnTokens` returns of them, and `pixels` (H, W, 3) in bytes."""
 
     def __init__(self, rows: Sequence[PictureRow], tokens: TurnTokens):
         self.rows, self.tokens = rows, tokens
@@ -84,9 +90,9 @@ class TokenizedPictures(Dataset):
 
 
 class PictureCollator:
-    """Pads rows at their end, and scales pixels as the image processor does.
+    """Pads rows at their end, scales pixels as the image processor does, and keeps questions apart by a mask.
 
-    There is no attention mask: a causal model does not look at what comes after, and runs faster without.
+    The mask (B, 1, S, S) is true where a token looks: at what comes before it of its own branch and of the picture.
 
     Args:
         pad_token_id: of padding, which no label has.
@@ -100,11 +106,15 @@ class PictureCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         longest = max(len(row["input_ids"]) for row in rows)
-        fill = {"input_ids": self.pad_token_id, "labels": IGNORE}
+        # Padding is a branch of its own: a token that looked nowhere would have no softmax.
+        fill = {"input_ids": self.pad_token_id, "labels": IGNORE, "position_ids": 0, "branches": -1}
         batch = {
             name: torch.tensor([[*row[name], *[value] * (longest - len(row[name]))] for row in rows])
             for name, value in fill.items()
         }
+        branches = batch.pop("branches")
+        is_seen = (branches[:, None] == 0) | (branches[:, None] == branches[:, :, None])
+        batch["attention_mask"] = is_seen.tril()[:, None]
         pixels = torch.from_numpy(numpy.stack([row["pixels"] for row in rows])).permute(0, 3, 1, 2)
         batch["pixel_values"] = (pixels.float() / 255 - self.mean) / self.std
         return batch

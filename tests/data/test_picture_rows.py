@@ -11,7 +11,7 @@ from hfllm.data.picture_rows import (
     DrawnWorld,
     TwoDigits,
 )
-from hfllm.data.world.pictures import ASK_COLORS, ASK_SHAPES, COLORS, NOTHING, SHAPES, WORD, WORDS
+from hfllm.data.world.pictures import ASK_COLORS, ASK_COUNT, ASK_SHAPES, COLORS, PLACES, SHAPES, WORD, WORDS
 
 
 def test_a_row_is_a_function_of_its_number():
@@ -28,11 +28,19 @@ def test_a_row_is_a_function_of_its_number():
 
 def test_captions_say_colors_and_shapes_apart():
     for row in DrawnWorld(0, 50, CAPTIONS):
-        said = {question: answer.split() for question, answer in row.turns}
-        assert said.keys() == {ASK_COLORS, ASK_SHAPES} and all(len(words) == 4 for words in said.values())
-        assert set(said[ASK_COLORS]) <= {*COLORS, NOTHING, WORD}
-        assert set(said[ASK_SHAPES]) <= {*SHAPES, NOTHING, *WORDS}
-        assert [w == NOTHING for w in said[ASK_COLORS]] == [w == NOTHING for w in said[ASK_SHAPES]]
+        said = {question: dict(part.split(": ") for part in answer.split(", ")) for question, answer in row.turns}
+        assert said.keys() == {ASK_COLORS, ASK_SHAPES}
+        assert set(said[ASK_COLORS].values()) <= {*COLORS, WORD}
+        assert set(said[ASK_SHAPES].values()) <= {*SHAPES, *WORDS}
+        assert (
+            list(said[ASK_COLORS]) == list(said[ASK_SHAPES]) == [each for each in PLACES if each in said[ASK_COLORS]]
+        )
+    both = DrawnWorld(0, 4, num_questions=3, has_captions=True)
+    for row, bare in zip(both, DrawnWorld(0, 4, num_questions=3), strict=True):
+        assert row.turns[:3] == bare.turns and [ask for ask, _ in row.turns[3:]] == [ASK_COLORS, ASK_SHAPES]
+        assert row.picture.tobytes() == bare.picture.tobytes() and row.gold == bare.gold
+    counted = DrawnWorld(0, 4, num_questions=3, families=("count",))
+    assert {ask for row in counted for ask, _ in row.turns} == {ASK_COUNT}
     firsts = {row.turns[0][0] for row in DrawnWorld(0, 4, CAPTIONS)}
     assert firsts == {ASK_COLORS, ASK_SHAPES}
 
@@ -59,8 +67,9 @@ def test_two_digits_are_two_digits():
             gray = numpy.asarray(row.picture)[::2, :, 0] / 255 * 16
             halves = dict(zip(SIDES, (gray[:, :8].round(), gray[:, 8:].round()), strict=True))
             for question, answer in row.turns:
-                half = halves[question.strip("?").split()[-1]]
-                assert str(known[half.tobytes()]) == answer and answer in NUMERALS
+                side = question.strip("?").split()[-1]
+                half, said = halves[side], answer.removeprefix(f"{side}: ")
+                assert str(known[half.tobytes()]) == said and said in NUMERALS
                 seen.add(half.tobytes())
         parts.append(seen)
     copies = len(known) < len(digits.images)

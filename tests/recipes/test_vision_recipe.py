@@ -15,7 +15,8 @@ from hfllm.errors import InputError
 from hfllm.generation.picture_answers import answer_pictures
 from hfllm.outputs.picture_lines import picture_lines
 from hfllm.stages.vision_data import as_dataset, drawn_rows, own_rows
-from hfllm.stages.vision_models import own_trainer
+from hfllm.stages.vision_models import new_trainer, own_trainer
+from hfllm.trainers.pretraining.muon import MuonWithAdamW
 
 TINY = ["--hidden_size", "16", "--num_attention_heads", "2", "--num_hidden_layers", "1", "--num_vision_layers", "1"]
 QUIET = ["--per_device_train_batch_size", "4", "--logging_steps", "1"]
@@ -71,6 +72,12 @@ def test_the_same_seed_gives_the_same_weights(drawn, tmp_path):
         run(tmp_path / str(seed), *DRAWN, "--seed", seed)
         ours, theirs = (load_file(each / "model.safetensors") for each in (folder, tmp_path / str(seed)))
         assert all(torch.equal(ours[name], theirs[name]) for name in ours) is is_same
+
+
+@pytest.mark.parametrize(("flag", "kind"), [("true", MuonWithAdamW), ("false", torch.optim.AdamW)])
+def test_muon_is_used_where_it_is_asked_for(flag, kind, tmp_path):
+    script_args, args, _ = vision.parse(["--output_dir", str(tmp_path / "out"), *DRAWN, "--use_muon", flag])
+    assert isinstance(new_trainer(script_args, args, seed=0)[0].create_optimizer(), kind)
 
 
 def own(folder, count=12, **columns):
@@ -231,6 +238,7 @@ def test_fine_tuning_on_text_refuses_rows_with_pictures(saved, tmp_path):
         (["--dataset_name", "world"], "pictures is the world to be seen"),
         (["--dataset_name", "some/rows"], "take a vision-language model of your own"),
         (["--num_rl_prompts", "-1"], "expected at least 0"),
+        (["--use_muon", "true", "--model_name_or_path", "some/model", "--dataset_name", "some/rows"], "--use_muon"),
         (["--freeze_vision"], "--freeze_vision cannot be used here"),
         (["--freeze_text"], "--freeze_text cannot be used here"),
         (["--packing"], "--packing cannot be used here"),

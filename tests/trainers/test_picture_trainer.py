@@ -7,12 +7,23 @@ from transformers import TrainingArguments
 from vision import parse
 
 from hfllm.data.packing import IGNORE
-from hfllm.data.picture_rows import CAPTIONS, DrawnWorld
+from hfllm.data.picture_rows import CAPTIONS, DrawnWorld, PictureRow
 from hfllm.generation.picture_answers import answer_pictures, picture_batch
 from hfllm.stages.vision_models import new_model
 from hfllm.trainers.pictures import PictureCollator, PictureTrainer, TokenizedPictures, TurnTokens
 
-SMALL = ["--hidden_size", "16", "--num_attention_heads", "2", "--num_hidden_layers", "1", "--num_vision_layers", "1"]
+SMALL = [
+    "--patch_size",
+    "4",
+    "--hidden_size",
+    "16",
+    "--num_attention_heads",
+    "2",
+    "--num_hidden_layers",
+    "1",
+    "--num_vision_layers",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +40,19 @@ def collator(processor):
 
 @pytest.mark.parametrize("kind", ["questions", CAPTIONS])
 def test_tokens_and_pixels_are_those_of_the_processor(made, kind):
+    """Each question, behind the picture, has the tokens and positions of a conversation of its own."""
     processor = made[1]
     rows = DrawnWorld(3, 6, kind, num_questions=3)
     tokenized = TokenizedPictures(rows, TurnTokens(processor, processor.image_token_id, 36))
     for row, ours in zip(rows, tokenized, strict=True):
-        messages = row.messages()
-        messages[0]["content"][0] = {"type": "image", "image": row.picture}
-        theirs = processor.apply_chat_template([messages], tokenize=True, return_dict=True)
-        assert ours["input_ids"] == list(theirs["input_ids"][0])
         batch = collator(processor)([ours])
+        for number, turn in enumerate(row.turns, 1):
+            messages = PictureRow(row.picture, (turn,)).messages()
+            messages[0]["content"][0] = {"type": "image", "image": row.picture}
+            theirs = processor.apply_chat_template([messages], tokenize=True, return_dict=True)
+            mine = [place for place, branch in enumerate(ours["branches"]) if branch in (0, number)]
+            assert [ours["input_ids"][place] for place in mine] == list(theirs["input_ids"][0])
+            assert [ours["position_ids"][place] for place in mine] == list(range(len(mine)))
         pixels = torch.from_numpy(numpy.stack(theirs["pixel_values"]))
         assert (batch["pixel_values"] - pixels).abs().max() < 1e-5
         # What is learned are the answers, and the mark that ends each.
@@ -46,18 +61,19 @@ def test_tokens_and_pixels_are_those_of_the_processor(made, kind):
         assert said == [*(answer for _, answer in row.turns), ""]
 
 
-def test_padding_changes_no_loss(made):
+def test_a_question_is_answered_as_if_it_were_the_only_one(made):
+    """The loss of several questions in one row is that of each in a row of its own; so padding changes none either."""
     model, processor = made
-    tokenized = TokenizedPictures(
-        DrawnWorld(3, 5, num_questions=3), TurnTokens(processor, processor.image_token_id, 36)
-    )
-    rows, collate = list(tokenized), collator(processor)
-    rows[0] = {**rows[0], **{name: rows[0][name][:50] for name in ("input_ids", "labels")}}
-    counts = [sum(label != IGNORE for label in row["labels"]) for row in rows]
-    with torch.no_grad():
-        alone = [float(model(**collate([row])).loss) * count for row, count in zip(rows, counts, strict=True)]
-        together = float(model(**collate(rows)).loss) * sum(counts)
-    assert together == pytest.approx(sum(alone), rel=1e-5)
+    tokens, collate = TurnTokens(processor, processor.image_token_id, 36), collator(processor)
+    rows = list(DrawnWorld(3, 5, num_questions=3))
+    turns = [PictureRow(row.picture, (turn,)) for row in rows for turn in row.turns]
+
+    def total(kept):
+        batch = collate(list(TokenizedPictures(kept, tokens)))
+        with torch.no_grad():
+            return float(model(**batch).loss) * int((batch["labels"] != IGNORE).sum())
+
+    assert total(rows) == pytest.approx(sum(total([row]) for row in turns), rel=1e-5)
 
 
 def test_the_loss_of_the_trainer_is_that_of_the_model(made, tmp_path):

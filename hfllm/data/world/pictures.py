@@ -1,19 +1,24 @@
 """Small pictures with exact answers: colored shapes in four corners, and now and then a written word.
 
-    color       "What color is the square?"                     red
-    shape       "What shape is red?"                            square
+    color       "What color is the square?"                     top left: red
+    shape       "What shape is red?"                            top left: square
     count       "How many shapes are there?"                    two
     place       "Where is the red square?"                      top left
-    relation    "Where is the square from the frame?"            above
-    text        "Which word is written?"                        go
+    relation    "Where is the square from the frame?"            top left, bottom left: above
+    text        "Which word is written?"                        bottom right: go
     absent      any of these about what is not there            not in the picture
+
+An answer says first where it has looked. To find a thing by its shape and to read its color at once is learned late;
+to find its corner, and to read the color there, are two steps that are learned early, and each works for colors and
+shapes that were never seen together.
 
 A picture has one to three shapes, each in a corner of its own, on dark ground, with shades, sizes and places that vary
 a little. `HELD_OUT` holds a fifth of the pairs of color and shape: no training picture shows them, though each of
 their colors and shapes is seen in many others. Who answers about them has learned color and shape apart, not pairs by
 heart. With fewer than about 48 pairs nobody does.
 
-Captions name colors and shapes in two lists, so that from neither the other can be guessed.
+Captions name what is there corner by corner, colors and shapes in two lists, so that from neither the other can be
+guessed.
 """
 
 import random
@@ -22,7 +27,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from hfllm.data.world.rubric import GoldAnswer
+from hfllm.data.world.rubric import GoldAnswer, words_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,8 +58,10 @@ SEEN: tuple[Pair, ...] = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 COLOR, SHAPE, COUNT, PLACE, RELATION, TEXT, ABSENT = FAMILIES = (
     *("color", "shape", "count", "place", "relation", "text", "absent"),
 )
+# How often each is drawn in training: what takes two lookups, or a search in vain, is learned last.
+TRAINED_FAMILIES = (*(COUNT, TEXT, *[COLOR, SHAPE] * 2, *[PLACE, RELATION] * 3, *[ABSENT] * 4),)
 NOT_THERE = "not in the picture"
-NOTHING, WORD = "nothing", "word"
+WORD = "word"
 ASK_COLORS, ASK_SHAPES = "Name the colors.", "Name the shapes."
 ASK_COUNT, ASK_WORD = "How many shapes are there?", "Which word is written?"
 # How many shapes pictures have, and the share of them with a word.
@@ -100,7 +107,7 @@ class Question:
     @property
     def gold(self) -> GoldAnswer:
         """The gold answer for `hfllm.rewards.functions.gold_reward`."""
-        needed = ("not",) if self.family == ABSENT else tuple(self.answer.split())
+        needed = ("not",) if self.family == ABSENT else tuple(words_of(self.answer))
         wrong = {word for other in self.others for word in other.split()} - set(needed)
         return GoldAnswer("answer", (self.answer,), needed, tuple(sorted(wrong)))
 
@@ -127,16 +134,21 @@ def draw_scene(rng: random.Random, held_out: bool = False) -> Scene:
 
 
 def captions(scene: Scene) -> tuple[tuple[str, str], ...]:
-    """Return both captions as (request, caption): the colors, and the shapes, corner by corner."""
+    """Return both captions as (request, caption): the colors, and the shapes, of the corners that have something."""
     at = {thing.corner: thing for thing in scene.things}
     colors = {corner: thing.color for corner, thing in at.items()}
     shapes = {corner: thing.shape for corner, thing in at.items()}
     if scene.word is not None:
         colors[scene.word_corner], shapes[scene.word_corner] = WORD, scene.word
     return tuple(
-        (request, " ".join(named.get(corner, NOTHING) for corner in range(len(PLACES))))
+        (request, ", ".join(at_corner(corner, named[corner]) for corner in sorted(named)))
         for request, named in ((ASK_COLORS, colors), (ASK_SHAPES, shapes))
     )
+
+
+def at_corner(corner: int, seen: str) -> str:
+    """Return words that say what is seen at a corner."""
+    return f"{PLACES[corner]}: {seen}"
 
 
 # ---- questions ----
@@ -159,11 +171,15 @@ def draw_question(
 
 
 def _ask_color(scene: Scene, thing: Thing, rng: random.Random) -> Question | None:
-    return _asked_color(COLOR, thing.shape, thing.color) if scene.only(thing.shape) else None
+    return _asked_color(COLOR, thing.shape, at_corner(thing.corner, thing.color)) if scene.only(thing.shape) else None
 
 
 def _ask_shape(scene: Scene, thing: Thing, rng: random.Random) -> Question | None:
-    return _asked_shape(SHAPE, thing.color, thing.shape) if scene.only(color=thing.color) else None
+    return (
+        _asked_shape(SHAPE, thing.color, at_corner(thing.corner, thing.shape))
+        if scene.only(color=thing.color)
+        else None
+    )
 
 
 def _ask_count(scene: Scene, thing: Thing, rng: random.Random) -> Question:
@@ -183,11 +199,14 @@ def _ask_relation(scene: Scene, thing: Thing, rng: random.Random) -> Question | 
         return None
     other = rng.choice(others)
     text = f"Where is the {thing.shape} from the {other.shape}?"
-    return _question(RELATION, text, RELATIONS[thing.corner, other.corner], DIRECTIONS)
+    answer = f"{PLACES[thing.corner]}, {at_corner(other.corner, RELATIONS[thing.corner, other.corner])}"
+    return _question(RELATION, text, answer, (*DIRECTIONS, *PLACES))
 
 
 def _ask_word(scene: Scene, thing: Thing, rng: random.Random) -> Question | None:
-    return _question(TEXT, ASK_WORD, scene.word, WORDS) if scene.word is not None else None
+    if scene.word is None:
+        return None
+    return _question(TEXT, ASK_WORD, at_corner(scene.word_corner, scene.word), (*WORDS, *PLACES))
 
 
 def _ask_absent(scene: Scene, thing: Thing, rng: random.Random) -> Question | None:
@@ -196,7 +215,7 @@ def _ask_absent(scene: Scene, thing: Thing, rng: random.Random) -> Question | No
     shown = {each.pair for each in scene.things}
     asked = rng.choice((COLOR, SHAPE, PLACE, TEXT))
     if asked == TEXT:
-        return None if scene.word is not None else _question(ABSENT, ASK_WORD, NOT_THERE, WORDS)
+        return None if scene.word is not None else _question(ABSENT, ASK_WORD, NOT_THERE, (*WORDS, *PLACES))
     if asked == COLOR:
         return _asked_color(ABSENT, rng.choice([shape for shape in SHAPES if shape not in shapes]), NOT_THERE)
     if asked == SHAPE:
@@ -213,11 +232,11 @@ ASKING = {
 
 
 def _asked_color(family: str, shape: str, answer: str) -> Question:
-    return _question(family, f"What color is the {shape}?", answer, tuple(COLORS))
+    return _question(family, f"What color is the {shape}?", answer, (*COLORS, *PLACES))
 
 
 def _asked_shape(family: str, color: str, answer: str) -> Question:
-    return _question(family, f"What shape is {color}?", answer, SHAPES)
+    return _question(family, f"What shape is {color}?", answer, (*SHAPES, *PLACES))
 
 
 def _asked_place(family: str, pair: Pair, answer: str) -> Question:
@@ -290,7 +309,12 @@ class Example:
 
 
 def draw_example(
-    seed: int, number: int, held_out: bool = False, num_questions: int = 1, part: str = "train"
+    seed: int,
+    number: int,
+    held_out: bool = False,
+    num_questions: int = 1,
+    part: str = "train",
+    families: Sequence[str] = FAMILIES,
 ) -> Example:
     """Return one picture with questions: a function of these alone, whichever were drawn before.
 
@@ -300,11 +324,13 @@ def draw_example(
         held_out: whether the first thing is a held-out pair and the questions are about it.
         num_questions: questions about the picture.
         part: names another stream of the same seed, such as that of evaluation.
+        families: that questions are drawn from; one that stands there twice is drawn twice as often.
     """
     rng = random.Random(f"pictures {part} {held_out} {seed} {number}")
     scene = draw_scene(rng, held_out)
     picture = draw_picture(scene, rng)
-    return Example(scene, picture, tuple(draw_question(scene, rng, held_out) for _ in range(num_questions)))
+    questions = tuple(draw_question(scene, rng, held_out, families) for _ in range(num_questions))
+    return Example(scene, picture, questions)
 
 
 def draw_examples(
