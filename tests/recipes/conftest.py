@@ -6,60 +6,7 @@ import pytest
 import sft
 import yaml
 from peft import AutoPeftModelForCausalLM
-
-TINY = {
-    "pretrain": {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 256,
-        "vocab_size": 400,
-        "num_documents": 300,
-        "per_device_train_batch_size": 16,
-        "per_device_eval_batch_size": 64,
-        "max_steps": 6,
-        "learning_rate": 0.003,
-        "save_strategy": "no",
-        "logging_steps": 3,
-        "sample_steps": 0,
-    },
-    "sft": {"num_examples": 120, "max_steps": 4, "save_strategy": "no", "learning_rate": 0.001, "logging_steps": 2},
-    "reward": {
-        "num_pairs": 60,
-        "max_steps": 4,
-        "save_strategy": "no",
-        "learning_rate": 0.001,
-        "response_length": 8,
-        "num_eval_prompts": 24,
-        "logging_steps": 2,
-    },
-    "rlhf": {
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "num_ppo_epochs": 1,
-        "response_length": 8,
-        "num_prompts": 40,
-        "num_eval_prompts": 24,
-        "save_strategy": "no",
-        "learning_rate": 0.0005,
-        "logging_steps": 1,
-    },
-    "distill": {
-        "answers": "sampled",
-        "student_hidden_size": 16,
-        "student_num_hidden_layers": 2,
-        "student_num_attention_heads": 2,
-        "num_examples": 60,
-        "num_documents": 40,
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "response_length": 16,
-        "num_eval_prompts": 24,
-        "save_strategy": "no",
-        "learning_rate": 0.001,
-        "logging_steps": 1,
-    },
-}
+from tiny_stages import TINY
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ import kill_run
 import pytest
 import torch
 import yaml
-from conftest import TINY
 from safetensors.torch import load_file
+from tiny_stages import TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfllm.errors import InputError

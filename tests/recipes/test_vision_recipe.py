@@ -112,8 +112,8 @@ def test_rows_of_your_own_on_a_model_of_your_own(drawn, tmp_path):
 def test_drawn_pictures_on_a_model_of_your_own(drawn, tmp_path):
     flags = ["--model_name_or_path", drawn[0], *SHORT, "--num_examples", "6", "--max_steps", "1"]
     metrics = run(tmp_path / "out", *flags, "--max_new_tokens", "4")
-    # Each of the four questions about a picture is a row of its own.
-    assert metrics["train_rows"] == 24 and metrics["seen_right_n"] == 12
+    # Each of the four questions about a picture, and each of its two captions, is a row of its own.
+    assert metrics["train_rows"] == 36 and metrics["seen_right_n"] == 12
     with pytest.raises(InputError, match="--patch_size cannot be used here"):
         run(tmp_path / "other", *flags, "--patch_size", "8")
 
@@ -150,7 +150,7 @@ def test_answers_alone_are_learned_one_row_for_each(drawn, tmp_path):
         if script_args.dataset_name == "pictures":
             rows = drawn_rows(script_args, 0)
             said = [row["completion"][0]["content"][0]["text"] for row in rows]
-            assert len(rows) == 8
+            assert len(rows) == 12
         else:
             rows, held_out = own_rows(script_args, 0)
             assert len(rows) == 6 and [each.answer for each in held_out] == ["one"]
