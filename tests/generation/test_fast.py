@@ -30,6 +30,7 @@ def test_greedy(kind, make_target, prompts, blurred):
             assert torch.equal(target.generate(ids, **options, **draft, **FAST), wanted), draft
 
 
+@pytest.mark.slow
 @needs_int8
 def test_greedy_with_the_int8_draft(make_target, prompts, monkeypatch):
     """300 prompts in fp32, as the recommended settings decode them."""

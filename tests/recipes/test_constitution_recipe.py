@@ -260,6 +260,7 @@ def test_a_run_that_was_killed_among_the_revisions_ends_with_the_same_bits(world
     assert digests(folder) == digests(whole[1])
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_130_and_the_same_command_continues(world, whole, words, monkeypatch, capsys):
     folder, again = world
     begin_again(folder, "labels")
@@ -517,6 +518,7 @@ def test_prompts_and_pairs_without_room_are_left_out_and_counted(here, tmp_path,
     assert (tmp_path / "out" / "rl" / "report.json").exists()
 
 
+@pytest.mark.slow
 def test_files_of_yours_that_changed_are_another_run(here, tmp_path):
     for name in ("helpful.csv", "pairs.jsonl"):
         shutil.copy(name, tmp_path / name)

@@ -143,6 +143,7 @@ def test_every_drop_is_counted_and_the_rest_can_be_pretrained_on(corpus, capsys)
         run(*corpus.flags)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_and_ends_the_same(corpus, monkeypatch, capsys):
     from hfllm.data.curation import pipeline
 
@@ -299,6 +300,7 @@ def test_a_run_that_ended_before_its_report_is_completed(corpus, monkeypatch):
     assert not (corpus.folder / "out" / "unfinished").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_on_other_data_begins_anew(corpus, monkeypatch):
     from hfllm.data.curation import pipeline
 

@@ -99,6 +99,7 @@ def test_the_main_job_is_reused_and_stages_too(aligned, tiny, capsys):
     assert changed == {"model.safetensors", "value_head.safetensors"}
 
 
+@pytest.mark.slow
 def test_a_changed_stage_runs_again_with_all_that_build_on_it(tiny, tmp_path):
     import pretrain
 

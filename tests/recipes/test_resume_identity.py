@@ -317,6 +317,7 @@ def test_ctrl_c_is_one_line_that_says_how_to_resume(run, rows, tmp_path, monkeyp
 # ---- whose folder it is ----
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed_by_its_own_flags_alone(processes, run, tiny, base, rows, tmp_path, monkeypatch):
     words = ["--config", tiny["sft"], *FLAGS["sft"], *SAVES, "--model_name_or_path", base, "--dataset_name", rows]
     processes.run(SCRIPT, "kill", 3, "sft", *words, "--output_dir", tmp_path / "out", code=-signal.SIGKILL)

@@ -86,6 +86,7 @@ def test_rows_far_off_the_law_are_named_and_left_out_on_request(table, tmp_path,
         run("--outliers", "drop", "--output_dir", tmp_path / "x")
 
 
+@pytest.mark.slow
 def test_held_out_runs_do_not_enter_the_law_that_predicts_them(table, tmp_path):
     flags = ["--runs", table, "--resamples", 10, "--held_out_share", 0.2, "--output_dir"]
     honest = run(*flags, tmp_path / "one")
@@ -244,6 +245,7 @@ def test_a_probe_comes_on_top_without_training(trained, monkeypatch, tmp_path):
     assert run(*flags, *probe) == run(*flags) == metrics
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_trained_again(trained, capsys):
     folder, flags, metrics = trained
     (folder / "report.json").unlink()
@@ -274,6 +276,7 @@ def test_your_own_text_is_repeated_when_it_is_short(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out" / "models" / "32x1-8192").vocab_size <= 320
 
 
+@pytest.mark.slow
 def test_what_other_flags_left_before_the_first_run_is_made_anew(tmp_path):
     flags = ["--config", str(settings_file("pretrain/grid.yaml")), "--dataset_name", "world"]
 

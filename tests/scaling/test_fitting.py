@@ -121,6 +121,7 @@ def test_many_problems_are_minimized_at_once():
     assert values.shape == (40,)
 
 
+@pytest.mark.slow
 def test_the_fit_is_a_minimum_that_another_minimizer_does_not_beat():
     runs = made_runs(EPOCH, 40, 5e-3)
     fit = fit_law(runs)
@@ -165,6 +166,7 @@ def test_the_truth_is_found_to_two_percent_with_intervals_that_cover_it(table):
     assert abs(fit.relative_errors()).mean() < 3e-4
 
 
+@pytest.mark.slow
 def test_intervals_widen_with_noise():
     widths = []
     for noise in (2e-4, 4e-3):

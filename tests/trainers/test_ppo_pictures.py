@@ -267,6 +267,7 @@ def learn(build, seed, rows):
     return trainer.evaluate(run.halves(64, 99))["eval_reward"]
 
 
+@pytest.mark.slow
 def test_a_policy_learns_to_say_which_half_is_bright(build):
     # The settings were chosen on seed 0.
     assert learn(build, 1, run.halves(1024, 1)) > 0.9
