@@ -59,7 +59,7 @@ COLOR, SHAPE, COUNT, PLACE, RELATION, TEXT, ABSENT = FAMILIES = (
     *("color", "shape", "count", "place", "relation", "text", "absent"),
 )
 # How often each is drawn in training: what takes two lookups, or a search in vain, is learned last.
-TRAINED_FAMILIES = (COUNT, TEXT, *[COLOR, SHAPE, PLACE] * 3, *[ABSENT] * 4, *[RELATION] * 5)
+TRAINED_FAMILIES = (COUNT, TEXT, *[COLOR, PLACE] * 3, *[SHAPE] * 4, *[ABSENT] * 5, *[RELATION] * 6)
 NOT_THERE = "not in the picture"
 WORD = "word"
 ASK_COLORS, ASK_SHAPES = "Name the colors.", "Name the shapes."
