@@ -41,12 +41,14 @@ class PictureRow:
         turns: (question, answer) in order.
         family: of its one question, for evaluation.
         gold: columns for the gold reward of its one question.
+        scene: what the picture shows, of the drawn world.
     """
 
     picture: "Image"
     turns: tuple[tuple[str, str], ...]
     family: str = ""
     gold: Mapping[str, object] = field(default_factory=dict)
+    scene: pictures.Scene | None = None
 
     def prompt(self) -> list[dict[str, object]]:
         """Return its first question as messages with parts; the picture comes first."""
@@ -113,7 +115,7 @@ class DrawnWorld(Sequence[PictureRow]):
         )
         turns = pictures.captions(example.scene)
         if self.kind == QUESTIONS:
-            row = _row(example.picture, example.questions)
+            row = replace(_row(example.picture, example.questions), scene=example.scene)
             has_captions = self.caption_every and number % self.caption_every == 0
             return replace(row, turns=turns + row.turns) if has_captions else row
         # Either may come first, so that neither is learned from the other alone.

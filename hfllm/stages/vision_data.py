@@ -17,7 +17,7 @@ from hfllm.data.picture_rows import (
 )
 from hfllm.data.rows import BadRow
 from hfllm.data.sources import DIGITS, PICTURES, folder_of
-from hfllm.data.world.pictures import TRAINED_FAMILIES, TRAINED_NUMBERS
+from hfllm.data.world.pictures import TRAINED_FAMILIES, TRAINED_NUMBERS, Scene
 from hfllm.errors import InputError
 from hfllm.stages.vision import VisionArguments
 
@@ -44,6 +44,7 @@ class Asked:
         answer: the right one.
         family: of the question.
         gold: columns of the gold reward, if there is one.
+        scene: what the picture shows, of the drawn world.
     """
 
     prompt: list[dict[str, Any]]
@@ -51,6 +52,7 @@ class Asked:
     answer: str
     family: str = ""
     gold: Mapping[str, Any] = field(default_factory=dict)
+    scene: Scene | None = None
 
     @property
     def question(self) -> str:
@@ -106,7 +108,7 @@ def prior_of(script_args: VisionArguments) -> list["Asked"]:
 
 def asked(row: PictureRow) -> Asked:
     """Return a drawn row's question."""
-    return Asked(row.prompt(), [row.picture], row.turns[0][1], row.family, row.gold)
+    return Asked(row.prompt(), [row.picture], row.turns[0][1], row.family, row.gold, row.scene)
 
 
 class JoinedRows(Sequence[PictureRow]):
@@ -217,7 +219,8 @@ def shuffled_questions(questions: Sequence[Asked], seed: int = 0) -> list[Asked]
     for places in groups.values():
         random.Random(seed).shuffle(places)
         other |= dict(zip(places, [*places[1:], places[0]], strict=True))
-    return [replace(each, images=questions[other[place]].images) for place, each in enumerate(questions)]
+    shown = [questions[other[place]] for place in range(len(questions))]
+    return [replace(each, images=it.images, scene=it.scene) for each, it in zip(questions, shown, strict=True)]
 
 
 def as_dataset(rows: Rows, max_pixels: int) -> "Dataset":

@@ -253,6 +253,31 @@ def _question(family: str, text: str, answer: str, kind: Sequence[str]) -> Quest
     return Question(family, text, answer, tuple(other for other in (*kind, NOT_THERE) if other != answer))
 
 
+def answer_about(scene: Scene, text: str) -> str:
+    """Return the right answer to a question, by its words, about any scene; "" where more than one thing is meant."""
+    if text == ASK_COUNT:
+        return COUNTS[len(scene.things) - 1]
+    if text == ASK_WORD:
+        return NOT_THERE if scene.word is None else at_corner(scene.word_corner, scene.word)
+    words = text.rstrip("?").split()
+    meant = [[t for t in scene.things if word in (t.color, t.shape)] for word in words if word in (*COLORS, *SHAPES)]
+    if words[0] == "Where" and "from" not in words:
+        # One name of color and shape together.
+        meant = [[thing for thing in meant[0] if all(thing in each for each in meant)]]
+    if not all(meant):
+        return NOT_THERE
+    if any(len(each) > 1 for each in meant):
+        return ""
+    thing = meant[0][0]
+    if words[0] == "What":
+        return at_corner(thing.corner, thing.color if words[1] == "color" else thing.shape)
+    if len(meant) == 1:
+        return PLACES[thing.corner]
+    other = meant[1][0]
+    seen = RELATIONS.get((thing.corner, other.corner))
+    return f"{PLACES[thing.corner]}, {at_corner(other.corner, seen)}" if seen else ""
+
+
 # ---- drawing ----
 
 
