@@ -47,7 +47,7 @@ class VisionArguments(RowArguments):
     questions_per_picture: int = field(
         default=4, metadata={"help": "Questions about each at most: as many as --max_length tokens hold."}
     )
-    num_eval_examples: int = field(default=2000, metadata={"help": "Questions of each part of the evaluation."})
+    num_eval_examples: int = field(default=1000, metadata={"help": "Questions of each part of the evaluation."})
     max_eval_samples: int = field(default=256, metadata={"help": "Held-out rows of your own at most."})
     num_rl_prompts: int = field(
         default=0, metadata={"help": "Drawn pictures for PPO on the gold reward, each once; 0 leaves PPO out."}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.picture_rows import DrawnWorld, TwoDigits, picture_side
-from hfllm.data.sources import DIGITS, PICTURES
+from hfllm.data.sources import PICTURES
 from hfllm.errors import InputError
 from hfllm.stages.vision import VisionArguments
 from hfllm.stages.vision_data import JoinedRows, Rows, as_dataset, caption_rows, question_rows
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 VOCAB_SIZE = 640
 # Longer than any conversation about a drawn picture.
 CONTEXT = 512
-# Mean and deviation of what is drawn, from 0 to 1. The ground is dark: about the middle of all values, 0.5, what is
-# drawn would be a small change of a large constant, and shapes would be learned three times as late.
-MEAN_AND_DEVIATION = {PICTURES: (0.15, 0.15), DIGITS: (0.3, 0.35)}
+# Mean and deviation of the drawn world's pixels, from 0 to 1. Its ground is dark: about 0.5, where SigLIP has its
+# middle, what is drawn would be a small change of a large constant, and shapes would be learned late.
+MEAN, DEVIATION = 0.15, 0.15
 
 
 def new_model(
@@ -44,7 +44,7 @@ def new_model(
     from hfllm.multimodal.processors import IMAGE_TOKEN, vision_processor
 
     width, side = script_args.hidden_size, picture_side(script_args.dataset_name)
-    tower_width = script_args.vision_hidden_size or width
+    tower_width, is_world = script_args.vision_hidden_size or width, script_args.dataset_name == PICTURES
     tokenizer = train_tokenizer(
         texts, vocab_size=VOCAB_SIZE, model_max_length=CONTEXT, extra_special_tokens=[IMAGE_TOKEN]
     )
@@ -64,16 +64,18 @@ def new_model(
         num_hidden_layers=script_args.num_hidden_layers,
         num_attention_heads=script_args.num_attention_heads,
         max_position_embeddings=CONTEXT,
-        # To find a thing by what it is, wherever it stands, queries and keys are compared without their positions.
-        no_rope_layers=[int(layer % 2 == 0) for layer in range(script_args.num_hidden_layers)],
+        # A thing of the drawn world is found by what it is: every other layer compares without positions. Of two
+        # digits the side is asked for.
+        no_rope_layers=[int(not (is_world and layer % 2)) for layer in range(script_args.num_hidden_layers)],
         tie_word_embeddings=True,
         initializer_range=width**-0.5,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    processor, pixels = vision_processor(tokenizer, tower), MEAN_AND_DEVIATION[script_args.dataset_name]
-    processor.image_processor.image_mean, processor.image_processor.image_std = ([each] * 3 for each in pixels)
+    processor = vision_processor(tokenizer, tower)
+    if is_world:
+        processor.image_processor.image_mean, processor.image_processor.image_std = [MEAN] * 3, [DEVIATION] * 3
     set_seed(seed)
     model = with_vision(HfllmForCausalLM(text), tower, image_token_id=processor.image_token_id)
     for module in model.modules():
