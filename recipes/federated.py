@@ -66,6 +66,7 @@ def main(
     check_trainable(federated.adapted(script_args, model_args))
     private = federated_server.check(script_args)
     organisations = organisations_of(script_args, training_args.seed)
+    federated.row_epsilons(script_args, training_args, organisations)
 
     stage.announce()
     before.run()

@@ -1,9 +1,9 @@
 """Federated fine-tuning: its flags, what it refuses, and the stages before it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hfllm.data.loading import InstructionArguments
 from hfllm.data.sources import WORLD, source_files
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
 
     from hfllm.federation.rounds import RoundSettings
+    from hfllm.federation.row_privacy import RowPrivacy
 
 FULL, LORA, FROZEN_A = AVERAGES = ("full", "lora", "lora_frozen_a")
 CENTRAL, EQUAL_STEPS, LOCAL = CONTROLS = ("central", "equal_steps", "local")
@@ -84,8 +85,17 @@ class FederatedArguments(InstructionArguments):
     noise_multiplier: float = field(
         default=0.0, metadata={"help": "Noise on the mean, in units of --clip_norm: organisation-level privacy."}
     )
+    row_clip_norm: float | None = field(
+        default=None,
+        metadata={"help": "Longest gradient of a single row; organisations then count alike, whatever their tokens."},
+    )
+    row_noise_multiplier: float = field(
+        default=0.0,
+        metadata={"help": "Noise on each local step, in units of --row_clip_norm: row-level privacy (DP-SGD)."},
+    )
     max_epsilon: float | None = field(
-        default=None, metadata={"help": "Refuse a run that would spend more privacy than this epsilon."}
+        default=None,
+        metadata={"help": "Refuse a run that would spend more than this epsilon, of organisations or of rows."},
     )
     delta: float = field(default=1e-5, metadata={"help": "Of the privacy guarantee (epsilon, delta)."})
     processes: int = field(default=1, metadata={"help": "Processes of this machine that organisations train in."})
@@ -211,11 +221,28 @@ def _check_server(script_args: FederatedArguments) -> None:
     if private:
         check_clip_norm(script_args.clip_norm, "--clip_norm")
     is_noisy = script_args.noise_multiplier > 0
-    refuse(not is_noisy and script_args.max_epsilon is not None, "--max_epsilon", NO_NOISE)
+    has_rows = script_args.row_noise_multiplier > 0
+    refuse(not (is_noisy or has_rows) and script_args.max_epsilon is not None, "--max_epsilon", NO_NOISE)
     refuse(is_noisy and script_args.min_organisations > 1, "--min_organisations", "who takes part must stay unknown")
+    if script_args.row_clip_norm is None:
+        refuse(script_args.row_noise_multiplier != 0, "--row_noise_multiplier", "it is in units of --row_clip_norm")
+    row_privacy_of(script_args)
 
 
-NO_NOISE = "without --noise_multiplier nothing is private"
+NO_NOISE = "without --noise_multiplier or --row_noise_multiplier nothing is private"
+
+
+def row_privacy_of(script_args: FederatedArguments) -> "RowPrivacy | None":
+    """Return how the flags protect single rows, `None` where they do not.
+
+    Raises:
+        InputError: for numbers out of range.
+    """
+    from hfllm.federation.row_privacy import RowPrivacy
+
+    if script_args.row_clip_norm is None:
+        return None
+    return RowPrivacy(script_args.row_clip_norm, script_args.row_noise_multiplier)
 
 
 def _check_trainer(script_args: FederatedArguments, training_args: "SFTConfig") -> None:
@@ -252,9 +279,35 @@ def round_settings(script_args: FederatedArguments, seed: int) -> "RoundSettings
     )
 
 
-def terms_of(script_args: FederatedArguments, training_args: "SFTConfig") -> dict[str, str | int]:
+def row_epsilons(
+    script_args: FederatedArguments, training_args: "SFTConfig", organisations: Iterable["HasRows"]
+) -> dict[str, float]:
+    """Return what a run reveals of one row of each organisation that has rows here; nothing without noise on rows.
+
+    Raises:
+        InputError: with the number of rows or rounds or the noise that would spend no more than `--max_epsilon`.
+    """
+    from hfllm.federation.accountant import check_row_budget
+
+    num_rows = {each.name: len(each.rows) for each in organisations if each.rows}
+    if script_args.row_noise_multiplier == 0 or not num_rows:
+        return {}
+    batch_size = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    steps = (script_args.rounds, script_args.local_steps)
+    privacy = (script_args.row_noise_multiplier, script_args.delta, script_args.max_epsilon)
+    return check_row_budget(num_rows, batch_size, *steps, *privacy)
+
+
+class HasRows(Protocol):
+    """An organisation, as it is or tokenized."""
+
+    name: str
+    rows: Sequence[Any]
+
+
+def terms_of(script_args: FederatedArguments, training_args: "SFTConfig") -> dict[str, str | int | float | None]:
     """Return what all machines of a run must agree on, by flag."""
-    names = ("average", "local_steps", "rounds", "compression")
+    names = ("average", "local_steps", "rounds", "compression", "row_clip_norm", "row_noise_multiplier")
     return {name: getattr(script_args, name) for name in names} | {"seed": training_args.seed}
 
 

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from hfllm.errors import InputError
 from hfllm.federation.rounds import replace_tensors
+from hfllm.federation.row_privacy import RowPrivacy, RowSum
 from hfllm.models.devices import forked_random
 
 if TYPE_CHECKING:
@@ -93,8 +94,9 @@ class LocalLearner:
         state: Mapping[str, Tensor] | None = None,
         batch_size: int | None = None,
         rate: Callable[[int], float] | None = None,
+        privacy: RowPrivacy | None = None,
     ) -> Learned:
-        """Train `count` steps from `weights`; the same arguments give the same bits.
+        """Train `count` steps from `weights`; without privacy the same arguments give the same bits.
 
         Args:
             rows: tokenized rows of one organisation.
@@ -103,6 +105,8 @@ class LocalLearner:
             state: the optimizer's, from `optimizer_state`; by default a new one.
             batch_size: rows of a step; by default the trainer's.
             rate: the schedule's factor of the learning rate by step; by default that of all rounds.
+            privacy: of single rows: their draws, clipping and noise, which have no seed. A row's loss is then the mean
+                over its own targets, and a step's the sum over rows divided by the number that is expected.
         """
         self.set_weights(weights)
         self.set_optimizer_state(state)
@@ -113,32 +117,50 @@ class LocalLearner:
         with forked_random(self.args.device):
             for step in range(first_step, first_step + count):
                 torch.manual_seed(random.Random(f"{seed}-{step}").getrandbits(63))
-                places = places_of(len(rows), size, step, seed)
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.args.learning_rate * (rate or self.rate)(step)
-                batch = [rows[place] for place in places]
-                targets = sum(_targets(row) for row in batch)
-                nats += self._gradient(batch, targets) * targets
+                if privacy is None:
+                    batch = [rows[place] for place in places_of(len(rows), size, step, seed)]
+                    summed = self._gradient(batch)
+                else:
+                    batch = [rows[place] for place in privacy.draw(len(rows), size)]
+                    summed = self._private_gradient(batch, min(size, len(rows)), privacy)
                 for value, beginning in zip(trained, begun, strict=False):
                     value.grad.add_(value.detach() - beginning, alpha=self.proximal_mu)
                 if self.args.max_grad_norm > 0:
                     nn.utils.clip_grad_norm_(trained, self.args.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-                num_tokens, num_rows = num_tokens + targets, num_rows + len(batch)
+                nats, num_rows = nats + summed, num_rows + len(batch)
+                num_tokens += sum(map(_targets, batch))
         self.model.eval()
         return Learned(self.weights(), num_tokens, num_rows, nats / max(num_tokens, 1))
 
-    def _gradient(self, batch: Rows, targets: int) -> float:
-        """Accumulate the gradient of the mean over all targets of a batch, and return that mean."""
+    def _gradient(self, batch: Rows) -> float:
+        """Accumulate the gradient of the mean over all targets of a batch, and return the sum over them."""
         mean, parts = 0.0, list(chunks(batch, self.args.per_device_train_batch_size))
+        targets = sum(map(_targets, batch))
         # What TRL divides the load-balancing loss of experts by.
         self.trainer.current_gradient_accumulation_steps = len(parts)
         for part in parts:
             loss = self._loss(part, targets)
             loss.backward()
             mean += float(loss.detach())
-        return mean
+        return mean * targets
+
+    def _private_gradient(self, batch: Rows, expected: int, privacy: RowPrivacy) -> float:
+        """Set the noisy sum of the gradients of single rows over `expected`; return the sum of their summed losses."""
+        total, nats = RowSum(list(self.trained.values()), privacy), 0.0
+        self.trainer.current_gradient_accumulation_steps = 1
+        for row in batch:
+            targets = _targets(row)
+            # The mean over its own tokens: those of other rows would show in it.
+            loss = self._loss([row], targets)
+            loss.backward()
+            total.take()
+            nats += float(loss.detach()) * targets
+        total.set_gradient(expected)
+        return nats
 
     def _loss(self, rows: Rows, targets: int) -> Tensor:
         """Return the trainer's loss of rows, divided by `targets`."""
@@ -229,9 +251,12 @@ class KeptStates:
         return [int(path.stem) for path in places if path.stem.isdecimal()]
 
     def _path(self, organisation: str, number: int) -> Path:
-        # A name may hold a slash, or be `..`.
-        folder = quote(organisation, safe="").replace(".", "%2E")
-        return self.folder / folder / f"{number}.safetensors"
+        return self.folder / folder_name(organisation) / f"{number}.safetensors"
+
+
+def folder_name(organisation: str) -> str:
+    """Return an organisation's name as one of a folder or file: it may hold a slash, or be `..`."""
+    return quote(organisation, safe="").replace(".", "%2E")
 
 
 # ---- rows and schedule ----

@@ -19,6 +19,10 @@ NOT_PRIVATE = (
     "Epsilon is of the model alone: controls, held-out losses and numbers of rows are taken from rows without noise, "
     "and the controls' figures are not private."
 )
+ROWS_NOT_PRIVATE = (
+    "A row-level epsilon is of the updates that an organisation sends; numbers of rows are taken as known. Controls "
+    "and held-out losses are taken from rows without noise, and are not private."
+)
 # Rounds that the table shows, evenly spaced.
 SHOWN_ROUNDS = 20
 
@@ -44,6 +48,7 @@ def report_of(
         "rounds": len(records),
         "trained_parameters": sum(value.numel() for value in local.learner.trained.values()),
         **(private or _of_all_rounds(records)),
+        **({"row_epsilon": max(local.row_epsilons.values())} if local.row_epsilons else {}),
     }
     for name, each in {**arms, **({"local_best": best} if best else {})}.items():
         if each.golds:
@@ -57,6 +62,7 @@ def report_of(
         {
             **_compared(arms, alone),
             **_losses(local, federated, controls, alone),
+            **_row_privacy(script_args, local),
             "Rounds": _rounds(records, bool(private)),
             **_left_out(records),
         },
@@ -92,6 +98,9 @@ def _summary(
         sent, about = f"an epsilon of {metrics['epsilon']:.3g}", f" {NOT_PRIVATE}"
     else:
         sent, about = f"{megabytes(metrics['bytes_down'])} MB down and {megabytes(metrics['bytes_up'])} MB up", ""
+    if "row_epsilon" in metrics:
+        sent += f" and a row-level epsilon of at most {metrics['row_epsilon']:.3g}"
+        about += f" {ROWS_NOT_PRIVATE}"
     others = {
         "before": controls[UNTRAINED],
         "with pooled rows": controls.get(CENTRAL),
@@ -142,6 +151,15 @@ def _losses(
             row["alone"] = alone[each.name].losses.get(each.name, "")
         rows.append(row)
     return {"Held-out loss by organisation (nats per token)": rows}
+
+
+def _row_privacy(script_args: FederatedArguments, local: Local) -> dict[str, list[Mapping[str, object]]]:
+    rows = [
+        {"organisation": each.name, "rows": len(each.rows), "epsilon": local.row_epsilons[each.name]}
+        for each in local.organisations
+        if each.name in local.row_epsilons
+    ]
+    return {f"What all rounds reveal of one row (delta {script_args.delta:g})": rows} if rows else {}
 
 
 def _rounds(records: Sequence[RoundRecord], is_private: bool) -> list[Mapping[str, object]]:
