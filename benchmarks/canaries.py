@@ -6,7 +6,7 @@
 Eight organisations fine-tune a small model by letters on texts of the embedded world; one has canaries among its rows.
 For each amount of noise: epsilon, the AUROC of telling trained canaries from held-out ones by their loss with its
 interval over all seeds' canaries, their exposure in bits, and the loss on held-out texts, which is what noise costs.
-The control is the same model before the organisations trained it. `--row_noise` adds noise to the steps of organisations
+The control is the same model before the organisations trained it. `--row_noise` adds noise to organisations' steps
 instead, on gradients of single rows that are cut to a norm; `none` cuts no row and adds nothing, but draws rows and
 weighs them in the same way. Its epsilon is of one row of the organisation with canaries, and a canary is several.
 """
