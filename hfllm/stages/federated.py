@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hfllm.federation.row_privacy import RowPrivacy
 
 FULL, LORA, FROZEN_A = AVERAGES = ("full", "lora", "lora_frozen_a")
+SFT, REWARD = LEARNERS = ("sft", "reward")
 CENTRAL, EQUAL_STEPS, LOCAL = CONTROLS = ("central", "equal_steps", "local")
 SERVER_OPTIMIZERS = ("fedavg", "momentum", "fedadagrad", "fedadam", "fedyogi")
 NOT_OF_THE_ROUNDS = ("processes", "round_timeout", "controls")
@@ -53,6 +54,13 @@ class FederatedArguments(InstructionArguments):
     num_examples: int = field(default=640, metadata={"help": "Rows of the world that each organisation has."})
     rounds: int = field(default=10, metadata={"help": "How often the server takes the mean."})
     local_steps: int = field(default=4, metadata={"help": "Optimizer steps of an organisation in a round."})
+    learner: str = field(
+        default=SFT,
+        metadata={
+            "help": "What organisations train: sft (answers), or reward (a reward model, on files of comparisons).",
+            "choices": list(LEARNERS),
+        },
+    )
     average: str = field(
         default=LORA,
         metadata={
@@ -119,6 +127,11 @@ class FederatedArguments(InstructionArguments):
     def is_world(self) -> bool:
         """Whether the rows are the embedded world's."""
         return self.dataset_name == WORLD and not (self.organisation_files or self.organisation_names)
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether rows are comparisons, of which a reward model learns."""
+        return self.learner == REWARD
 
     @property
     def count(self) -> int:
@@ -190,6 +203,9 @@ def _check_effect(script_args: FederatedArguments, training_args: "SFTConfig", m
     has_names = bool(script_args.organisation_files or script_args.organisation_names)
     refuse("num_organisations" in given and has_names, "--num_organisations", "they are named one by one")
     refuse("num_train_epochs" in given, "--num_train_epochs", "--rounds and --local_steps say how much is trained")
+    refuse(script_args.has_pairs and script_args.is_world, "--learner", "the embedded world's rows are answers")
+    for name in OF_ANSWERS:
+        refuse(name in given and script_args.has_pairs, f"--{name}", "of comparisons whole answers are scored")
     for name in ("gradient_checkpointing", "activation_checkpointing"):
         refuse(name in given, f"--{name}", NO_TRAINER)
     refuse(training_args.neftune_noise_alpha is not None, "--neftune_noise_alpha", NO_TRAINER)
@@ -197,6 +213,7 @@ def _check_effect(script_args: FederatedArguments, training_args: "SFTConfig", m
 
 BETWEEN_MACHINES = "organisations are on other machines: --timeout of hfllm.federation.flower_app"
 NO_TRAINER = "local steps are not taken by Trainer.train, which would switch it on"
+OF_ANSWERS = ("loss_on", "completion_only_loss", "assistant_only_loss", "chat_template_path")
 OF_THE_WORLD = ("main_share", "num_examples", "num_eval_prompts")
 
 
@@ -307,7 +324,7 @@ class HasRows(Protocol):
 
 def terms_of(script_args: FederatedArguments, training_args: "SFTConfig") -> dict[str, str | int | float | None]:
     """Return what all machines of a run must agree on, by flag."""
-    names = ("average", "local_steps", "rounds", "compression", "row_clip_norm", "row_noise_multiplier")
+    names = ("learner", "average", "local_steps", "rounds", "compression", "row_clip_norm", "row_noise_multiplier")
     return {name: getattr(script_args, name) for name in names} | {"seed": training_args.seed}
 
 
@@ -337,6 +354,15 @@ def identity_of(arguments: Mapping[str, Any], base_sha256: str) -> dict[str, Any
     """
     named = {name: value for name, value in arguments.items() if name not in NOT_OF_THE_ROUNDS}
     return {**named, "base_sha256": base_sha256}
+
+
+def next_steps(script_args: FederatedArguments, training_args: "SFTConfig") -> list[str]:
+    """Return the lines that use the model; none for a reward model."""
+    from hfllm.outputs.card import chat_lines
+
+    if script_args.has_pairs:
+        return []
+    return list(chat_lines(training_args.output_dir, [{"role": "user", "content": "Hello!"}]))
 
 
 def contents(script_args: FederatedArguments) -> dict[str, int]:

@@ -77,6 +77,8 @@ def _rows(script_args: FederatedArguments) -> list[Mapping[str, object]]:
 
     def mapper(origin: str, row: formats.Row) -> formats.Row:
         refuse_images(origin, row, "hfllm federated")
+        if script_args.has_pairs:
+            return formats.to_preference(origin, row)
         row = formats.to_sft(origin, row)
         return formats.last_turn(row) if script_args.loss_on == "last" else row
 
@@ -107,7 +109,7 @@ class Tokenized:
 
     Args:
         name: of the organisation.
-        rows, held_out: `input_ids` and `labels` of each.
+        rows, held_out: `input_ids` and `labels` of each, or `chosen_ids` and `rejected_ids`.
         num_sources: how many rows the organisation's own were made of: one may become several, or none.
     """
 
@@ -137,6 +139,23 @@ def tokenized(
         Tokenized(each.name, rows, tokens(each.held_out, f"{each.name}, held out")[0], num_sources)
         for each in organisations
         for rows, num_sources in [tokens(each.rows, each.name)]
+    ]
+
+
+def tokenized_pairs(
+    organisations: Sequence[Organisation], tokenizer: "PreTrainedTokenizerBase", training_args: "SFTConfig"
+) -> list[Tokenized]:
+    """Return the comparisons of organisations as tokens.
+
+    Raises:
+        InputError: when an organisation has no pair left.
+    """
+    from hfllm.stages.federated_pairs import pairs_of
+
+    pairs = pairs_of(organisations, tokenizer, training_args.max_length)
+    return [
+        Tokenized(each.name, rows, held_out, len(rows))
+        for each, (rows, held_out) in zip(organisations, pairs, strict=True)
     ]
 
 
@@ -202,31 +221,38 @@ def load_local(
     from hfllm.runs.adapters import load_to_train
     from hfllm.runs.arguments import changed
     from hfllm.runs.models import fitting_length, peft_config
-    from hfllm.stages import sft
+    from hfllm.stages import federated_pairs, sft
     from hfllm.stages.federated_learner import LocalLearner
     from hfllm.trainers.trl_trainers import SFTTrainer
 
     # Of rows that a template adds to the embeddings.
     set_seed(training_args.seed)
-    loaded = load_to_train(adapted(script_args, model_args), training_args.output_dir)
-    model, tokenizer = sft.with_template(training_args, *loaded)
+    trained_args, has_pairs = adapted(script_args, model_args), script_args.has_pairs
+    if has_pairs:
+        model, tokenizer = federated_pairs.load_scorer(training_args, trained_args)
+    else:
+        loaded = load_to_train(trained_args, training_args.output_dir)
+        model, tokenizer = sft.with_template(training_args, *loaded)
     base = weights_sha256(dict(model.named_parameters()))
     args = changed(training_args, max_length=fitting_length(training_args.max_length, model))
-    found = tokenized(organisations, tokenizer, args)
+    found = (tokenized_pairs if has_pairs else tokenized)(organisations, tokenizer, args)
     if script_args.row_clip_norm is not None:
         check_one_each(found)
     epsilons = row_epsilons(script_args, args, found)
     # Of the adapter's first weights: the same at every organisation, whatever was drawn before.
     set_seed(training_args.seed)
     torch.manual_seed(training_args.seed)
-    adapter = peft_config(adapted(script_args, model_args))
-    trainer = SFTTrainer(
-        model=model,
-        args=changed(args, **sft.trained_as_they_are(args)),
-        train_dataset=Dataset.from_list(list(found[0].rows[:1]) or [NOTHING]),
-        processing_class=tokenizer,
-        peft_config=adapter,
-    )
+    adapter = peft_config(trained_args, "SEQ_CLS" if has_pairs else "CAUSAL_LM")
+    if has_pairs:
+        trainer = federated_pairs.reward_trainer(model, args, found[0].rows, tokenizer, adapter)
+    else:
+        trainer = SFTTrainer(
+            model=model,
+            args=changed(args, **sft.trained_as_they_are(args)),
+            train_dataset=Dataset.from_list(list(found[0].rows[:1]) or [NOTHING]),
+            processing_class=tokenizer,
+            peft_config=adapter,
+        )
     if script_args.average == FROZEN_A:
         freeze_a(trainer.model)
     if adapter is not None:

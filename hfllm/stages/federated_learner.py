@@ -2,7 +2,7 @@
 
 The trainer is built once; what it brings is its model on its device, collator, loss and optimizer. A trainer for each
 organisation and round would cost more than the few steps that it takes. It fits trainers whose loss is a mean over
-`labels`, such as TRL's SFTTrainer; RewardTrainer's pairs have none.
+`labels`, such as TRL's SFTTrainer, or over rows without labels, such as the pairs of RewardTrainer.
 """
 
 import random
@@ -35,7 +35,8 @@ class Learned:
 
     Args:
         weights: copies of the trained tensors.
-        num_tokens, num_rows: how many targets and rows were learned, each time that they were seen.
+        num_tokens, num_rows: how many targets and rows were learned, each time that they were seen. A pair is one
+            target.
         loss: mean over the targets, before each step.
     """
 
@@ -169,7 +170,10 @@ class LocalLearner:
             loss = self.trainer.compute_loss(
                 self.model, inputs, num_items_in_batch=torch.tensor(targets, device=self.args.device)
             )
-        return loss if self._takes_count else loss * (sum(map(_targets, rows)) / max(targets, 1))
+        # RewardTrainer's is a mean over its pairs, whatever the model's forward takes.
+        if self._takes_count and "labels" in rows[0]:
+            return loss
+        return loss * (sum(map(_targets, rows)) / max(targets, 1))
 
     def held_out_loss(self, rows: Rows, weights: Mapping[str, Tensor]) -> float:
         """Return the mean loss over all targets of rows, in nats per token, at these weights."""
@@ -182,6 +186,20 @@ class LocalLearner:
                 targets = sum(map(_targets, part))
                 nats, num_tokens = nats + float(self._loss(part, targets)) * targets, num_tokens + targets
         return nats / max(num_tokens, 1)
+
+    def pair_accuracy(self, pairs: Rows, weights: Mapping[str, Tensor]) -> float:
+        """Return the share of pairs whose chosen answer has the higher score at these weights."""
+        self.set_weights(weights)
+        self.model.eval()
+        right = 0
+        with torch.no_grad():
+            for part in chunks(pairs, self.args.per_device_eval_batch_size):
+                inputs = self.trainer._prepare_inputs(self.trainer.data_collator(list(part)))
+                with self.trainer.accelerator.autocast():
+                    scores = self.model(**inputs, use_cache=False).logits.squeeze(-1)
+                chosen, rejected = scores.chunk(2)
+                right += int((chosen > rejected).sum())
+        return right / max(len(pairs), 1)
 
     # ---- the optimizer's state ----
 
@@ -302,5 +320,7 @@ def chunks(rows: Rows, size: int) -> Iterator[Rows]:
 
 
 def _targets(row: Mapping[str, Sequence[int]]) -> int:
-    """Return how many tokens of a row are predicted: the first one never is."""
+    """Return how many tokens of a row are predicted: the first one never is. A pair is one."""
+    if "labels" not in row:
+        return 1
     return sum(label != IGNORE for label in row["labels"][1:])
