@@ -217,7 +217,8 @@ def _rounds_and_noise(
     """Return in words the rounds and the noise that would each meet a bound; empty texts where none does."""
     # The most rounds are one less than the fewest that are too many.
     too_many = _smallest(lambda count: epsilon(count, noise) > max_epsilon, 0)
-    hundredths = _smallest(lambda count: epsilon(rounds, count / 100) <= max_epsilon, 1)
+    # Less noise than there is does not meet it; to look at little of it takes long.
+    hundredths = _smallest(lambda count: epsilon(rounds, count / 100) <= max_epsilon, max(int(100 * noise), 1))
     return [
         _rounds_in_words(too_many - 1) if too_many is not None and too_many > 1 else "",
         f"{what} multiplier of {hundredths / 100:.2f}" if hundredths else "",
