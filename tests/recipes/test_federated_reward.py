@@ -5,12 +5,13 @@ import json
 import federated
 import pytest
 import torch
-from test_federated_recipe import NAMES, WORDS, flags, nothing_held, run, table_text  # noqa: F401
+from test_federated_recipe import NAMES, WORDS, digest, flags, nothing_held, run, table_text  # noqa: F401
 
 from hfllm.errors import InputError
 from hfllm.federation.averaging import weighted_average
 from hfllm.federation.updates import Update, changes
 
+SIDES = ("chosen", "rejected")
 PAIRS = {"learner": "reward", "max_length": 64}
 
 
@@ -103,7 +104,11 @@ def test_rounds_on_comparisons_leave_a_reward_model_and_its_accuracy(pairs, tmp_
     assert "Accuracy on held-out pairs by organisation" in text and "nats per pair" in text and "chat" not in text
 
 
-SIDES = ("chosen", "rejected")
+@pytest.mark.slow
+def test_several_processes_come_to_the_same_reward_model(pairs, tmp_path):
+    run(pairs(rounds=2, output_dir=tmp_path / "one"))
+    run(pairs(rounds=2, output_dir=tmp_path / "several", processes=2))
+    assert digest(tmp_path / "one") == digest(tmp_path / "several")
 
 
 @pytest.mark.parametrize(
