@@ -170,10 +170,7 @@ class LocalLearner:
             loss = self.trainer.compute_loss(
                 self.model, inputs, num_items_in_batch=torch.tensor(targets, device=self.args.device)
             )
-        # RewardTrainer's is a mean over its pairs, whatever the model's forward takes.
-        if self._takes_count and "labels" in rows[0]:
-            return loss
-        return loss * (sum(map(_targets, rows)) / max(targets, 1))
+        return loss if self._takes_count else loss * (sum(map(_targets, rows)) / max(targets, 1))
 
     def held_out_loss(self, rows: Rows, weights: Mapping[str, Tensor]) -> float:
         """Return the mean loss over all targets of rows, in nats per token, at these weights."""
