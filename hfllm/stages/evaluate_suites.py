@@ -1,6 +1,7 @@
 """The table of suites: what each name of `--suites` stands for. A new suite is a function and a line."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hfllm.evaluation.suites.base import Suite
@@ -102,6 +103,13 @@ def _robustness(script_args: EvaluateArguments, judge: "Subject | None") -> Suit
     return Robustness(World(script_args.world_seed), num_prompts=count, num_attacks=attacks)
 
 
+def _pictures(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
+    from hfllm.evaluation.suites.pictures import Pictures
+    from hfllm.stages.evaluate_pictures import parts_of
+
+    return Pictures(partial(parts_of, script_args), script_args.max_new_tokens)
+
+
 SUITES: Mapping[str, Build] = {
     "truthfulness": _truthfulness,
     "hhh": _hhh,
@@ -111,4 +119,5 @@ SUITES: Mapping[str, Build] = {
     "interpretability": _interpretability,
     "lm_eval": _lm_eval,
     "robustness": _robustness,
+    "pictures": _pictures,
 }
