@@ -178,3 +178,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected an object, got {type(value).__name__}")
     return value
+
+
+def sees_pictures(folder: Path) -> bool:
+    """Return whether a processor of pictures is saved with a model."""
+    return "image_processor" in read_json(folder / "processor_config.json")
