@@ -60,8 +60,8 @@ def refuse_images(origin: str, row: Mapping[str, Any], model: str) -> None:
     """
     if has_images(row):
         raise InputError(
-            f"{origin}: the row has pictures, and {model} reads text alone: name a model that sees, or leave their "
-            "column out"
+            f"{origin}: the row has pictures, and {model} reads text alone: leave their column out; hfllm vision, "
+            "sft, reward, evaluate and rlhf take such rows for a model that sees"
         )
 
 

@@ -130,7 +130,7 @@ def instruction_data(
         script_args: where the data comes from, and which turns of a conversation are learned.
         num_examples: demonstrations, where it comes from the embedded world.
         seed: of the demonstrations and of the split.
-        model_name: of the model of text that learns, for complaints; by default one that is made.
+        model_name: of the model of text that learns, for complaints.
     """
     from hfllm.data import formats
     from hfllm.data.images import refuse_images
@@ -141,7 +141,7 @@ def instruction_data(
     from hfllm.stages.user_rows import user_rows
 
     def mapper(origin: str, row: formats.Row) -> formats.Row:
-        refuse_images(origin, row, f"the model {model_name!r}" if model_name else "the model that is made here")
+        refuse_images(origin, row, f"the model {model_name!r}" if model_name else "the model")
         row = formats.to_sft(origin, row)
         return formats.last_turn(row) if script_args.loss_on == "last" else row
 
