@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # What is judged where no suite is named.
 DEFAULT_SUITES = ("truthfulness", "hhh", "refusals", "calibration", "few_shot", "robustness")
+# Questions of the world, where no other number is asked for.
+NUM_WORLD_ITEMS = 240
 # YAML files of the stages that make the world's models.
 CONFIGS = ("pretrain", "sft", "reward", "rlhf")
 FILES = (

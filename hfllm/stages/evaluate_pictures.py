@@ -38,7 +38,7 @@ def parts_of(script_args: "EvaluateArguments") -> "list[Part]":
         InputError: when a row or, with `--bad_images refuse`, a picture cannot be read.
     """
     from hfllm.evaluation.suites.pictures import Part
-    from hfllm.stages.evaluate_suites import NUM_WORLD_ITEMS
+    from hfllm.stages.evaluate import NUM_WORLD_ITEMS
     from hfllm.stages.vision import DRAWN, VisionArguments
     from hfllm.stages.vision_data import SHUFFLED, eval_parts, prior_of
 

@@ -5,13 +5,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from hfllm.evaluation.suites.base import Suite
-from hfllm.stages.evaluate import EvaluateArguments
+from hfllm.stages.evaluate import NUM_WORLD_ITEMS, EvaluateArguments
 
 if TYPE_CHECKING:
     from hfllm.evaluation.suites.subjects import Subject
-
-# Questions of the world, where no other number is asked for.
-NUM_WORLD_ITEMS = 240
 
 Build = Callable[["EvaluateArguments", "Subject | None"], Suite]
 
