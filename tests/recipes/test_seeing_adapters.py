@@ -37,6 +37,12 @@ def test_it_is_merged_with_its_processor(adapter, seeing_folder, tmp_path):
     inputs = processor(text=text, images=image, return_tensors="pt")
     with torch.no_grad():
         torch.testing.assert_close(merged(**inputs).logits, apart(**inputs).logits, atol=1e-4, rtol=0)
+    sizes = push.main(
+        *push.parse(["--model_name_or_path", str(tmp_path / "out"), "--hub_model_id", "me/m", "--dry_run"])
+    )
+    assert {"model.safetensors", "processor_config.json", "modeling_hfllm_vision.py"} <= sizes.keys()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in card and "processor = AutoProcessor.from_pretrained(" in card
     asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "which side"}]}]
     assert len(answer_pictures(merged, processor, [asked], [[image]], 2)) == 1
 
@@ -53,8 +59,8 @@ def test_its_card_loads_it_and_it_is_not_quantized(adapter, tmp_path):
     card = (folder / "README.md").read_text()
     assert "pipeline_tag: image-text-to-text" in card and "AutoModelForImageTextToText.from_pretrained(" in card
     named = ["--model_name_or_path", str(folder)]
-    sizes = push.main(*push.parse([*named, "--hub_model_id", "me/seeing", "--dry_run"]))
-    assert {"adapter_model.safetensors", "processor_config.json"} <= sizes.keys()
+    with pytest.raises(InputError, match="base"):
+        push.main(*push.parse([*named, "--hub_model_id", "me/seeing", "--dry_run"]))
     with pytest.raises(InputError, match="it sees, and schemes are compared on text alone") as error:
         quantize.main(*quantize.parse([*named, "--output_dir", str(tmp_path / "out")]))
     assert "\n" not in str(error.value)

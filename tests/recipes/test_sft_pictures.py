@@ -35,7 +35,7 @@ def texts(seeing_folder):
 def test_it_learns_what_the_pictures_show(seeing_folder, tmp_path, capsys):
     """The loss falls, with the pictures of other rows it is higher, and new pictures are answered."""
     rows = write_rows(tmp_path / "data", halves(160))
-    flags = ["--max_steps", "40", "--learning_rate", "0.01", "--per_device_train_batch_size", "32"]
+    flags = ["--max_steps", "25", "--learning_rate", "0.01", "--per_device_train_batch_size", "24"]
     metrics = run(seeing_folder / "model", rows, tmp_path / "out", *flags)
     assert metrics["examples"] == 152 and metrics["eval_examples"] == 8
     assert metrics["held_out_loss_change"] < -0.5 and metrics["eval_loss"] < 0.2

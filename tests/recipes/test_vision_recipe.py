@@ -221,7 +221,7 @@ def test_a_reward_model_refuses_rows_with_pictures(saved, tmp_path):
     row = {"prompt": "What?", "chosen": "A fox.", "rejected": "A cat.", "image": "a.png"}
     (tmp_path / "pairs.jsonl").write_text("\n".join([json.dumps(row)] * 3))
     words = ["--model_name_or_path", str(saved), "--dataset_name", str(tmp_path / "pairs.jsonl")]
-    with pytest.raises(InputError, match=r"line 1: the row has pictures, and hfllm reward reads text alone"):
+    with pytest.raises(InputError, match=r"line 1: the row has pictures, and the model reads text alone"):
         reward.main(*reward.parse([*words, "--output_dir", str(tmp_path / "out")]))
 
 
