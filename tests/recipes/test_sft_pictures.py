@@ -128,7 +128,9 @@ def test_a_picture_that_cannot_be_read_is_refused_or_dropped(seeing_folder, tmp_
     with pytest.raises(InputError, match=r"line 4: picture .*3.png: .*--bad_images drop") as error:
         run(seeing_folder / "model", rows, tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
-    metrics = run(seeing_folder / "model", rows, tmp_path / "out", "--bad_images", "drop", "--max_steps", "1")
+    rows.write_text(rows.read_text().replace('"image"', '"photo"'))
+    flags = ["--bad_images", "drop", "--column_mapping", "image=photo", "--max_steps", "1"]
+    metrics = run(seeing_folder / "model", rows, tmp_path / "out", *flags)
     assert metrics["examples"] + metrics["eval_examples"] == 7
     assert "1 with a picture that cannot be read" in capsys.readouterr().out
 
