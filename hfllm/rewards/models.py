@@ -102,7 +102,7 @@ class PictureRewardModel(RewardModel):
 
     def __call__(self, prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> list[float]:
         if any(columns.get("tools") or ()):
-            raise InputError(f"the reward model {self.__name__!r} sees, and reads no tools: leave the column tools out")
+            raise InputError(f"the reward model {self.__name__!r} sees, and reads no tools: leave their column out")
         conversations = [_as_conversation(*said) for said in zip(prompts, completions, strict=True)]
         scores: list[float] = []
         for start in range(0, len(conversations), self.batch_size):
