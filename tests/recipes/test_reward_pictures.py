@@ -18,8 +18,8 @@ from hfllm.errors import InputError
 from hfllm.rewards.models import PictureRewardModel, reward_model
 from hfllm.stages.rlhf_pictures import processing_class_of
 
-QUIET = ["--logging_steps", "20", "--save_strategy", "no", "--per_device_train_batch_size", "24"]
-LEARNS = ["--max_steps", "30", "--learning_rate", "0.01"]
+QUIET = ["--logging_steps", "20", "--save_strategy", "no", "--per_device_train_batch_size", "32"]
+LEARNS = ["--max_steps", "50", "--learning_rate", "0.01"]
 
 
 def run(model, rows, output, *flags):
@@ -31,7 +31,7 @@ def run(model, rows, output, *flags):
 def judge(seeing_folder, tmp_path_factory):
     """A folder with a trained reward model, and its metrics."""
     folder = tmp_path_factory.mktemp("judge")
-    rows = write_rows(folder / "data", halves(200), is_pair=True)
+    rows = write_rows(folder / "data", halves(300), is_pair=True)
     held_out = write_rows(folder / "held_out", halves(64, seed=3), is_pair=True)
     metrics = run(seeing_folder / "model", rows, folder / "out", *LEARNS, "--eval_dataset_name", held_out)
     return folder / "out", metrics
@@ -51,7 +51,7 @@ def test_it_prefers_what_the_picture_shows(judge):
     """New pictures are judged right, and those of other rows by chance."""
     folder, metrics = judge
     assert metrics["reward_model_accuracy"] > 0.9 and metrics["reward_model_accuracy_n"] == 64
-    assert 0.3 < metrics["other_pictures_accuracy"] < 0.7 and metrics["train_comparisons"] == 200
+    assert 0.3 < metrics["other_pictures_accuracy"] < 0.7 and metrics["train_comparisons"] == 300
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     scores = reward_model(model, AutoProcessor.from_pretrained(folder))
     assert isinstance(scores, PictureRewardModel)
