@@ -81,7 +81,7 @@ def test_a_score_is_that_of_the_conversation_alone(judge):
 
 
 def test_ppo_is_rewarded_by_what_it_sees(judge, seeing_folder, tmp_path, monkeypatch):
-    """Each response is scored with the picture of its own prompt, as that lies in the file."""
+    """Each response is scored with a picture as it lies in the file; the critic may be such a model, too."""
     folder, _ = judge
     drawn, batches, scores = halves(64, seed=4), [], PictureRewardModel.scores
 
@@ -93,7 +93,7 @@ def test_ppo_is_rewarded_by_what_it_sees(judge, seeing_folder, tmp_path, monkeyp
     rows = write_rows(tmp_path / "data", drawn)
     named = {"model_name_or_path": seeing_folder / "model", "dataset_name": rows, "output_dir": tmp_path / "out"}
     flags = {"reward_model_name_or_path": folder, "num_eval_prompts": 4, "max_steps": 2, "save_strategy": "no"}
-    flags |= {"per_device_train_batch_size": 4, "response_length": 2}
+    flags |= {"per_device_train_batch_size": 4, "response_length": 2, "value_model": "reward"}
     given = [each for name, value in (named | flags).items() for each in (f"--{name}", str(value))]
     assert rlhf.main(*rlhf.parse(given))["episodes"] == 16
     assert sum(len(batch["input_ids"]) for batch in batches) >= 16
