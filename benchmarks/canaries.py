@@ -1,17 +1,20 @@
 """What noise buys: can a model that organisations trained together tell which random texts one of them held?
 
     python benchmarks/canaries.py --seeds 1 2 3
+    python benchmarks/canaries.py --seeds 1 2 --noise --row_noise 0.3 1
 
 Eight organisations fine-tune a small model by letters on texts of the embedded world; one has canaries among its rows.
 For each amount of noise: epsilon, the AUROC of telling trained canaries from held-out ones by their loss with its
 interval over all seeds' canaries, their exposure in bits, and the loss on held-out texts, which is what noise costs.
-The control is the same model before the organisations trained it.
+The control is the same model before the organisations trained it. `--row_noise` adds noise to organisations' steps
+instead, on gradients of single rows that are cut to a norm; `none` cuts no row and adds nothing, but draws rows and
+weighs them in the same way. Its epsilon is of one row of the organisation with canaries, and a canary is several.
 """
 
 import argparse
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -20,25 +23,27 @@ from torch import Tensor
 import hfllm
 from hfllm.data.world.demonstrators import instruction_rows
 from hfllm.data.world.world import World
-from hfllm.federation.accountant import epsilon_of, noise_to_signal
+from hfllm.federation.accountant import check_row_budget, epsilon_of, noise_to_signal
 from hfllm.federation.membership import Canaries, make_canaries, measure_leak
 from hfllm.federation.privacy import private_average
+from hfllm.federation.row_privacy import RowPrivacy, RowSum
 from hfllm.federation.server_optimizers import server_optimizer
 from hfllm.federation.updates import Update, changes, weights_sha256
 from hfllm.outputs.report import markdown_table
 
 ORGANISATIONS, ROWS, ROUNDS, LOCAL_STEPS, BATCH = 8, 64, 8, 6, 16
 CANARIES, HELD_OUT, REPEATS, PREFIX = 12, 100, 4, "the code is "
-PUBLIC_STEPS, LENGTH, DELTA, CLIP_NORM = 150, 64, 1e-3, 1.0
+PUBLIC_STEPS, LENGTH, DELTA, CLIP_NORM, ROW_CLIP_NORM = 150, 64, 1e-3, 1.0, 1.0
 PAD = 95
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: no clipping and no noise, or both."""
+    """One way to train: no clipping and no noise, or both, of organisations or of rows."""
 
     name: str
     noise_multiplier: float | None
+    rows: RowPrivacy | None = None
 
 
 def encode(texts: Sequence[str]) -> Tensor:
@@ -66,6 +71,22 @@ def train(model: torch.nn.Module, rows: Tensor, steps: int, rate: float, generat
         optimizer.step()
         seen += count
     return seen
+
+
+def train_rows(model: torch.nn.Module, rows: Tensor, steps: int, rate: float, privacy: RowPrivacy) -> int:
+    """Train by AdamW on rows that are drawn, cut and added up one by one; return 1: organisations count alike."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    for _ in range(steps):
+        total = RowSum(list(model.parameters()), privacy)
+        for place in privacy.draw(len(rows), BATCH):
+            row = rows[place : place + 1]
+            row = row[:, : int((row != PAD).sum())]
+            losses(model, row).sum().div(row.shape[1] - 1).backward()
+            total.take()
+        total.set_gradient(min(BATCH, len(rows)))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return 1
 
 
 def texts_of(seed: int, count: int) -> list[str]:
@@ -101,21 +122,32 @@ class Setting:
             for name, value in self.model.named_parameters():
                 value.copy_(weights[name])
 
-    def update(self, number: int, round: int, weights: dict[str, Tensor], base: str) -> Update:
+    def update(
+        self, number: int, round: int, weights: dict[str, Tensor], base: str, privacy: RowPrivacy | None = None
+    ) -> Update:
         """Return what an organisation changes in a round."""
         self.load(weights)
+        if privacy is not None:
+            count = train_rows(self.model, self.rows[number], LOCAL_STEPS, 2e-3, privacy)
+            moved = changes(dict(self.model.named_parameters()), weights)
+            return Update(f"organisation {number}", moved, count, count, base)
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {number} {round}").getrandbits(60))
         tokens = train(self.model, self.rows[number], LOCAL_STEPS, 2e-3, generator)
         moved = changes(dict(self.model.named_parameters()), weights)
         return Update(f"organisation {number}", moved, tokens, BATCH * LOCAL_STEPS, base)
 
-    def federate(self, noise_multiplier: float | None) -> dict[str, Tensor]:
-        """Return the weights after all rounds; `None` is neither clipped nor noisy."""
+    def federate(self, arm: Arm) -> dict[str, Tensor]:
+        """Return the weights after all rounds; noise of `None` is neither clipped nor noisy."""
+        noise_multiplier, rows = arm.noise_multiplier, None
+        if arm.rows is not None:
+            # Of the seed, so that a table can be made again.
+            rng, generator = random.Random(f"rows {self.seed}"), torch.Generator().manual_seed(self.seed)
+            rows = replace(arm.rows, generator=generator, rng=rng)
         base, weights, optimizer = weights_sha256(self.before), self.before, server_optimizer("fedavg")
         noise = torch.Generator().manual_seed(self.seed)
         clip_norm = 1e9 if noise_multiplier is None else CLIP_NORM
         for round in range(ROUNDS):
-            updates = (self.update(number, round, weights, base) for number in range(ORGANISATIONS))
+            updates = (self.update(number, round, weights, base, rows) for number in range(ORGANISATIONS))
             average = private_average(
                 updates, clip_norm, noise_multiplier or 0.0, ORGANISATIONS, weights, base, generator=noise
             )
@@ -144,6 +176,10 @@ def row_of(arm: Arm, results: Sequence[tuple[list[float], list[float], float]], 
     auroc = measure_leak(inside, outside).auroc
     noise = arm.noise_multiplier
     epsilon = "" if noise is None else f"{epsilon_of(1.0, noise, ROUNDS, DELTA):.3g}"
+    if arm.rows is not None and arm.rows.noise_multiplier:
+        count = {"with canaries": ROWS + CANARIES * REPEATS}
+        spent = check_row_budget(count, BATCH, ROUNDS, LOCAL_STEPS, arm.rows.noise_multiplier, DELTA)
+        epsilon = f"{spent['with canaries']:.3g} of a row"
     return {
         "arm": arm.name,
         "epsilon": epsilon,
@@ -158,13 +194,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--noise", type=float, nargs="*", default=[0.0, 0.01, 0.03, 0.1])
+    parser.add_argument("--row_noise", nargs="*", default=[], metavar="NOISE", help="none, or in units of the norm")
     options = parser.parse_args()
     settings = [Setting(seed) for seed in options.seeds]
     num_values = sum(value.numel() for value in settings[0].before.values())
     rows = [row_of(Arm("before", None), [each.measured(each.before) for each in settings], num_values)]
     arms = [Arm("no clipping", None), *(Arm(f"clipped, noise {noise:g}", noise) for noise in options.noise)]
+    for noise in options.row_noise:
+        cut = RowPrivacy(1e9, 0.0) if noise == "none" else RowPrivacy(ROW_CLIP_NORM, float(noise))
+        arms.append(Arm(f"rows drawn, noise {noise}", None, cut))
     for arm in arms:
-        rows.append(row_of(arm, [each.measured(each.federate(arm.noise_multiplier)) for each in settings], num_values))
+        rows.append(row_of(arm, [each.measured(each.federate(arm)) for each in settings], num_values))
         print(rows[-1], flush=True)
     control, chance = measure_leak([0.0], [0.0] * HELD_OUT), f"; {num_values:,} values"
     print("\n".join(["", *markdown_table(rows), "", f"exposure by chance {control.no_exposure:.2f} bits{chance}"]))

@@ -49,12 +49,12 @@ def draw(text: "torch.Tensor", length: int, number: int, generator: "torch.Gener
     return torch.stack([text[place : place + length] for place in places.tolist()])
 
 
-def build(layers: str = "fff") -> "PreTrainedModel":
+def build(layers: str = "fff", seed: int = 0) -> "PreTrainedModel":
     import torch
 
     import hfllm
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = hfllm.HfllmConfig(
         vocab_size=256,
         hidden_size=96,
@@ -113,18 +113,19 @@ def figure(values: "torch.Tensor") -> str:
 
 
 def base_model(args: argparse.Namespace, train: "torch.Tensor", begin: bool = False) -> "PreTrainedModel":
-    model = build()
-    steps, last = fit(model, windows(model, train, ORIGINAL, 16, 1, begin), args.base_seconds, 4e-3)
+    model = build(seed=args.seed)
+    batches = windows(model, train, ORIGINAL, 16, 1 + 10 * args.seed, begin)
+    steps, last = fit(model, batches, args.base_seconds, 4e-3)
     print(f"base: {steps} steps, last loss {last / math.log(2):.3f} bits per byte", flush=True)
     return model
 
 
 def extension(args: argparse.Namespace, train: "torch.Tensor", test: "torch.Tensor") -> list[str]:
-    """Return the table of all extensions, untrained and trained."""
+    """Return the table of extensions, untrained and trained, and of as much training without one."""
     import torch
 
     from hfllm.evaluation.positions import nats_by_position
-    from hfllm.models.extension import ROPE_TYPES, extend_model, extended_config
+    from hfllm.models.extension import extend_model, extended_config
 
     length = ORIGINAL * FACTOR
     rows = draw(test, length, args.rows, torch.Generator().manual_seed(5)).tolist()
@@ -150,12 +151,12 @@ def extension(args: argparse.Namespace, train: "torch.Tensor", test: "torch.Tens
 
     add("none", "no", original)
     add(f"none, reading {ORIGINAL} at most", "no", bits(base, ORIGINAL))
-    for kind in ("none", *ROPE_TYPES):
+    for kind in ("none", *args.extensions):
         model = copy.deepcopy(base)
         if kind != "none":
             extend_model(model, extended_config(model.config, kind, FACTOR))
             add(kind, "no", bits(model))
-        fit(model, windows(model, train, length, 4, 2), args.seconds, 1e-3)
+        fit(model, windows(model, train, length, 4, 2 + 10 * args.seed), args.seconds, 1e-3)
         add(kind, "yes", bits(model))
     return lines
 
@@ -201,7 +202,7 @@ def memory(args: argparse.Namespace, train: "torch.Tensor", test: "torch.Tensor"
     ]
     for name, layers in MEMORY_MIXES.items():
         for with_memory in (True, False):
-            model, batches = build(layers), streams(train, batch, segment)
+            model, batches = build(layers, args.seed), streams(train, batch, segment)
             state: dict[str, object] = {"step": 0}
 
             def loss(model=model, batches=batches, state=state, with_memory=with_memory) -> "torch.Tensor":
@@ -225,12 +226,16 @@ def memory(args: argparse.Namespace, train: "torch.Tensor", test: "torch.Tensor"
 def main() -> None:
     import torch
 
+    from hfllm.models.extension import ROPE_TYPES
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("extension", "streams", "memory"))
     parser.add_argument("--text", type=Path, help="A file to read in place of the standard library.")
     parser.add_argument("--base_seconds", type=float, default=120)
     parser.add_argument("--seconds", type=float, default=300, help="CPU-seconds of training after an extension.")
     parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0, help="Of the weights and of the order of the text.")
+    parser.add_argument("--extensions", nargs="+", choices=ROPE_TYPES, default=list(ROPE_TYPES))
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -22,6 +22,7 @@ _PUBLIC = {
     "HfllmForSequenceClassification": "hfllm.models.modeling_hfllm",
     "HfllmForTokenClassification": "hfllm.models.modeling_hfllm",
     "HfllmVisionConfig": "hfllm.models.configuration_hfllm_vision",
+    "HfllmVisionForSequenceClassification": "hfllm.models.modeling_hfllm_vision",
     "PPOConfig": "hfllm.trainers.ppo.config",
     "PPOTrainer": "hfllm.trainers.ppo.trainer",
     "RewardModel": "hfllm.rewards.models",

@@ -2,6 +2,7 @@
 
     hfllm evaluate                                                # the world's models, before and after alignment
     hfllm evaluate --model_name_or_path A B --suites truthfulness --truthfulqa_file TruthfulQA.csv
+    hfllm evaluate --model_name_or_path A --dataset_name rows.jsonl             # questions about pictures
     accelerate launch recipes/evaluate.py --model_name_or_path A --suites refusals --xstest_file xstest.csv
 
 Suites read local files, or ask about the embedded world, whose answers have exact gold. A run that was stopped resumes

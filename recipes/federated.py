@@ -2,11 +2,13 @@
 
     hfllm federated                                                      # the embedded world, from nothing
     hfllm federated --model_name_or_path NAME --organisation_files a.jsonl b.jsonl c.jsonl
+    hfllm federated --learner reward --model_name_or_path NAME --organisation_files a.jsonl b.jsonl c.jsonl
     accelerate launch recipes/federated.py --model_name_or_path NAME --organisation_files a.jsonl b.jsonl c.jsonl
 
 In each round the organisations train some steps from the common weights, each on its own rows; the server takes the
-mean of their changes by tokens. Controls beside it: the same rows pooled, in as many rows and in as few steps, and
-each organisation alone. A run that was stopped resumes with the round that it was in. docs/federation.md tells more.
+mean of their changes by tokens, or of comparisons by pairs. Controls beside it: the same rows pooled, in as many rows
+and in as few steps, and each organisation alone. A run that was stopped resumes with the round that it was in.
+docs/federation.md tells more.
 """
 
 from collections.abc import Sequence
@@ -47,7 +49,6 @@ def main(
     from dataclasses import replace
 
     from hfllm.federation.rounds import run_rounds
-    from hfllm.outputs.card import chat_lines
     from hfllm.runs.models import check_trainable
     from hfllm.runs.stage import Stage
     from hfllm.stages import federated, federated_server
@@ -66,6 +67,7 @@ def main(
     check_trainable(federated.adapted(script_args, model_args))
     private = federated_server.check(script_args)
     organisations = organisations_of(script_args, training_args.seed)
+    federated.row_epsilons(script_args, training_args, organisations)
 
     stage.announce()
     before.run()
@@ -96,7 +98,7 @@ def main(
         summary=found.summary,
         tables=found.tables,
         curves=found.plots,
-        next_steps=chat_lines(training_args.output_dir, [{"role": "user", "content": "Hello!"}]),
+        next_steps=federated.next_steps(script_args, training_args),
         models={"model": base_args.model_name_or_path},
     )
 

@@ -5,7 +5,8 @@
     accelerate launch recipes/reward.py --model_name_or_path NAME --dataset_name pairs.jsonl
 
 Comparisons may be `prompt`/`chosen`/`rejected`, transcripts as in Anthropic's HH, labeled pairs (PandaLM, LLMBar) or
-scored completions (UltraFeedback); docs/data.md lists all. On the embedded world two thirds of them are between the
+scored completions (UltraFeedback); docs/data.md lists all. A model that sees judges answers about pictures, in rows
+with a column `image` or `images` (docs/vision.md). On the embedded world two thirds of them are between the
 model's own samples, judged by the gold rubric with label noise. Without `--model_name_or_path` the stages before this
 one run first, under the output folder.
 """
@@ -41,7 +42,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     from hfllm.runs.arguments import changed
     from hfllm.runs.models import check_trainable, fitting_length, load_tokenizer, peft_config
     from hfllm.runs.stage import Stage
-    from hfllm.stages import reward
+    from hfllm.stages import reward, reward_pictures
     from hfllm.stages.architecture import check_adapter
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
@@ -56,14 +57,17 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
         return stage.reuse()
     check_trainable(model_args)
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
-    rows = reward.user_comparisons(script_args, training_args.seed)
+    processor = reward_pictures.processor_of(model_args)
+    rows = reward_pictures.user_comparisons(script_args, training_args.seed, processor)
+    shows = reward_pictures.check(script_args, training_args, model_args, rows)
     before = reward.stages_before(script_args, training_args, model_args)
     check_adapter(model_args, before, "SEQ_CLS")
 
     stage.announce()
     before.run()
     base_args = replace(model_args, model_name_or_path=before.model("sft") or model_args.model_name_or_path)
-    tokenizer = load_tokenizer(base_args.model_name_or_path, base_args.model_revision)
+    name = base_args.model_name_or_path
+    tokenizer = load_tokenizer(name, base_args.model_revision) if processor is None else processor.tokenizer
     if rows is None:
         train_rows, test_rows = reward.world_comparisons(script_args, training_args, base_args)
         if training_args.train_sampling_strategy == "sequential":
@@ -73,29 +77,37 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     # The head is new, and so are the weights of an adapter.
     set_seed(training_args.seed)
     model = load_scorer_to_train(base_args, training_args.output_dir)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
-    trainer = RewardTrainer(
-        model=model,
-        args=changed(trainer_args, max_length=fitting_length(training_args.max_length, model)),
-        train_dataset=reward.comparisons_of(train_rows, tokenizer),
-        eval_dataset=reward.comparisons_of(test_rows, tokenizer),
-        processing_class=tokenizer,
-        peft_config=peft_config(model_args, "SEQ_CLS"),
-    )
+    if shows:
+        parts = (model, processor, train_rows, test_rows)
+        trainer = reward_pictures.trainer_of(script_args, trainer_args, model_args, *parts)
+    else:
+        trainer = RewardTrainer(
+            model=model,
+            args=changed(trainer_args, max_length=fitting_length(training_args.max_length, model)),
+            train_dataset=reward.comparisons_of(train_rows, tokenizer),
+            eval_dataset=reward.comparisons_of(test_rows, tokenizer),
+            processing_class=tokenizer,
+            peft_config=peft_config(model_args, "SEQ_CLS"),
+        )
+        # A processor is saved with its tokenizer.
+        trainer.processing_class = processor or trainer.processing_class
     kept = reward.kept_comparisons(script_args, trainer, train_rows, test_rows)
     use_plain_lines(trainer)
     trainer.add_callback(StalledWeights())
     train(trainer, stage.checkpoint, stage.identity, rows_are_sampled=rows is None)
     evaluation = trainer.evaluate()
+    shown = reward_pictures.control(script_args, trainer, test_rows) if shows else {}
     trainer.save_model()
 
     accuracy, count = evaluation["eval_accuracy"], kept["eval_comparisons"]
     error = share_error(accuracy, count)
     known = {"reward_model_accuracy": accuracy, **with_error("reward_model_accuracy", error, count)}
-    metrics = {**known, "eval_loss": evaluation["eval_loss"], **kept, **scaled}
+    metrics = {**known, "eval_loss": evaluation["eval_loss"], **kept, **shown, **scaled}
     labels = "" if world_of(script_args) is None else " with noise-free labels"
     summary = f"accuracy {plus_minus(accuracy, error)} on {count:,} held-out comparisons{labels}"
+    summary += reward_pictures.control_summary(metrics)
     return stage.finish(metrics, trainer, summary, models={"model": base_args.model_name_or_path})
 
 

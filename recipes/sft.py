@@ -5,12 +5,14 @@
     accelerate launch recipes/sft.py --model_name_or_path NAME --dataset_name alpaca.json
 
 Datasets may be in Alpaca, Dolly, FLAN, ShareGPT, `messages` or `prompt`/`completion` format; every answer of a
-conversation is learned (`--loss_on`). docs/data.md lists formats and flags. Without `--model_name_or_path` a small
-base model is pretrained on the embedded world first, under the output folder.
+conversation is learned (`--loss_on`). docs/data.md lists formats and flags. A model that sees also learns of rows with
+a column `image` or `images` (docs/vision.md). Without `--model_name_or_path` a small base model is pretrained on the
+embedded world first, under the output folder.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hfllm.runs.command_line import parse_recipe, run
@@ -33,12 +35,10 @@ def parse(argv: Sequence[str]) -> tuple[SftArguments, "SFTConfig", "ModelConfig"
 def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Fine-tune, save, write the report. Return the metrics."""
     from hfllm.evaluation import fine_tuning
-    from hfllm.outputs.card import chat_lines
-    from hfllm.runs.adapters import load_to_train
     from hfllm.runs.arguments import changed
-    from hfllm.runs.models import check_trainable, fitting_length, peft_config
+    from hfllm.runs.models import check_trainable, fitting_length, load_config, peft_config
     from hfllm.runs.stage import Stage
-    from hfllm.stages import sft, sft_retrieval
+    from hfllm.stages import rlhf_pictures, sft, sft_pictures, sft_retrieval
     from hfllm.stages.architecture import check_adapter
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
@@ -54,7 +54,10 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
         return stage.reuse()
     check_trainable(model_args)
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
-    train_rows, test_rows = sft.instruction_data(script_args, script_args.num_examples, training_args.seed)
+    processor, seed, named = sft_pictures.processor_of(model_args), training_args.seed, model_args.model_name_or_path
+    train_rows, test_rows = sft_pictures.instruction_data(script_args, seed, processor, named)
+    shows = sft_pictures.shows_pictures(train_rows, test_rows)
+    sft_pictures.check(script_args, training_args, model_args, shows)
     train_rows = sft.augmented(script_args, train_rows, training_args.seed)
     before = sft.stages_before(script_args, training_args, model_args)
     check_adapter(model_args, before)
@@ -62,45 +65,56 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     stage.announce()
     before.run()
     base_args = replace(model_args, model_name_or_path=before.model("pretrain") or model_args.model_name_or_path)
-    loaded = load_to_train(base_args, training_args.output_dir)
-    model, tokenizer = sft.with_template(training_args, *loaded, script_args.added_tokens)
-    sft.check_head(model)
-    trainer_args = changed(trainer_args, max_length=fitting_length(training_args.max_length, model))
-    found = sft_retrieval.with_passages(train_rows, test_rows, script_args, tokenizer, training_args.seed)
-    train_rows, test_rows, grounded = found
-    train_dataset, dropped = sft.examples(train_rows, tokenizer, trainer_args, "training rows")
-    eval_dataset, _ = sft.examples(test_rows, tokenizer, trainer_args, "held-out rows", is_eval=True)
-
-    trainer = SFTTrainer(
-        model=model,
-        args=changed(trainer_args, **sft.trained_as_they_are(trainer_args)),
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        peft_config=peft_config(model_args),
-    )
+    config = load_config(base_args.model_name_or_path, base_args.model_revision)
+    grounded, dropped = {}, 0
+    if shows:
+        trainer, held_out = sft_pictures.trainer_of(script_args, trainer_args, base_args, train_rows, test_rows)
+        evaluate, counts = (
+            partial(sft_pictures.evaluate, trainer, held_out),
+            (len(trainer.train_dataset), len(held_out)),
+        )
+    else:
+        model, tokenizer, processing_class = sft_pictures.load_policy(script_args, training_args, base_args, config)
+        sft.check_head(model)
+        trainer_args = changed(trainer_args, max_length=fitting_length(training_args.max_length, model))
+        found = sft_retrieval.with_passages(train_rows, test_rows, script_args, tokenizer, seed)
+        train_rows, test_rows, grounded = found
+        train_dataset, dropped = sft.examples(train_rows, tokenizer, trainer_args, "training rows")
+        eval_dataset, _ = sft.examples(test_rows, tokenizer, trainer_args, "held-out rows", is_eval=True)
+        counts = train_dataset.num_rows, eval_dataset.num_rows
+        trainer = SFTTrainer(
+            model=model,
+            args=changed(trainer_args, **sft.trained_as_they_are(trainer_args)),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config(model_args),
+        )
+        tokenized = eval_dataset if sft.joins_rows(trainer_args) else None
+        evaluate = partial(fine_tuning.evaluate_tuned, trainer, test_rows, tokenized)
     use_plain_lines(trainer)
     trainer.add_callback(StalledWeights())
-    held_out = (test_rows, eval_dataset if sft.joins_rows(trainer_args) else None)
-    untuned = fine_tuning.evaluate_tuned(trainer, *held_out)
+    untuned = evaluate()
     train(trainer, stage.checkpoint, stage.identity)
     held_out_loss = trainer.evaluate()["eval_loss"]
-    tuned = fine_tuning.evaluate_tuned(trainer, *held_out)
+    tuned = evaluate()
+    shown = sft_pictures.control(script_args, trainer, held_out) if shows else {}
     trainer.save_model()
 
     metrics = {
         "train_loss": final_train_loss(trainer),
         "eval_loss": held_out_loss,
-        "examples": train_dataset.num_rows,
-        "eval_examples": eval_dataset.num_rows,
+        **dict(zip(("examples", "eval_examples"), counts, strict=True)),
         **({"dropped_rows": dropped} if dropped else {}),
         **grounded,
         **fine_tuning.tuning_metrics(untuned, tuned),
+        **shown,
         **scaled,
     }
     result = fine_tuning.tuning_summary(metrics) or f"held-out loss {held_out_loss:.3f} nats per token"
-    summary, tables = f"{train_dataset.num_rows:,} responses, {result}", fine_tuning.tuning_tables(untuned, tuned)
-    lines = chat_lines(training_args.output_dir, [{"role": "user", "content": "Hello!"}])
+    summary = f"{metrics['examples']:,} responses, {result}{sft_pictures.control_summary(metrics)}"
+    tables, greeting = fine_tuning.tuning_tables(untuned, tuned), [{"role": "user", "content": "Hello!"}]
+    lines = rlhf_pictures.next_lines(training_args.output_dir, greeting, config, model_args.use_peft)
     models = {"model": base_args.model_name_or_path}
     return stage.finish(metrics, trainer, summary, tables, next_steps=lines, models=models)
 

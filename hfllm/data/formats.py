@@ -46,6 +46,7 @@ COLUMNS = (
     *("text", "content", "instruction", "input", "context", "output", "prompt", "completion", "response", "inputs"),
     *("targets", "messages", "conversations", "system", "tools", "chosen", "rejected", "response_a", "response_b"),
     *("preference", "response1", "response2", "output_1", "output_2", "label", "completions", "scores"),
+    *("image", "images"),
 )
 HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 

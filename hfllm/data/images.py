@@ -60,8 +60,8 @@ def refuse_images(origin: str, row: Mapping[str, Any], model: str) -> None:
     """
     if has_images(row):
         raise InputError(
-            f"{origin}: the row has pictures, and {model} reads text alone: hfllm vision trains on such rows; or "
-            "leave their column out"
+            f"{origin}: the row has pictures, and {model} reads text alone: leave their column out; hfllm vision, "
+            "sft, reward, evaluate and rlhf take such rows for a model that sees"
         )
 
 
@@ -200,7 +200,7 @@ def place_images(origin: str, row: Mapping[str, Any], count: int) -> Row:
 
     Args:
         origin: the row, for errors.
-        row: with `prompt` and perhaps `completion` messages; `<image>` marks in them are places.
+        row: with `prompt` and perhaps `completion`, or `chosen` and `rejected` messages; `<image>` marks are places.
         count: how many pictures the row has. Without any place they come before the first question.
 
     Raises:
@@ -212,8 +212,11 @@ def place_images(origin: str, row: Mapping[str, Any], count: int) -> Row:
         raise InputError(f"{origin}: {counted(count, 'picture')} and {counted(places, 'place')} ({MARK}) for them")
     if any(MARK in message["content"] for side in sides for message in row[side] if message["role"] == "assistant"):
         raise InputError(f"{origin}: a place ({MARK}) in what the assistant says: pictures are shown by the user")
+    answers = [side for side in ("chosen", "rejected") if side in row]
+    if any(MARK in message["content"] for side in answers for message in row[side]):
+        raise InputError(f"{origin}: a place ({MARK}) in an answer: pictures are shown in the prompt")
     placed, first = dict(row), not places
-    for side in sides:
+    for side in (*sides, *answers):
         placed[side] = []
         for message in row[side]:
             parts = _split(message["content"])
@@ -283,7 +286,8 @@ def to_picture_prompts(mapper: Callable[[str, Row], Row], folder: Path | None = 
 
 def flaw_of_pictures(row: Row) -> str | None:
     """Return why a row with parts cannot be learned from, as `rows.flaw_of` does for texts, or `None`."""
-    return flaw_of({side: [_as_text(message) for message in row[side]] for side in ("prompt", "completion")})
+    sides = ("prompt", "completion", "chosen", "rejected")
+    return flaw_of({side: [_as_text(message) for message in row[side]] for side in sides if side in row})
 
 
 def text_of(message: Message) -> str:

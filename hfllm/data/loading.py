@@ -138,7 +138,11 @@ def check_source(script_args: DataArguments) -> None:
     # A federation may have a file of each organisation in place of it.
     has_files = bool(getattr(script_args, "organisation_files", None))
     is_sized = script_args.dataset_name in (WORLD, PICTURES, DIGITS) and not is_mixed and not has_files
-    refuse(is_sized and script_args.max_samples is not None, "--max_samples", "the world is sized by --num_...")
+    refuse(
+        is_sized and getattr(script_args, "max_samples", None) is not None,
+        "--max_samples",
+        "the world is sized by --num_...",
+    )
     if not isinstance(script_args, DataArguments):
         return
     for flag in ("dataset_config", "dataset_revision"):

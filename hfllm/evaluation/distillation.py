@@ -20,6 +20,8 @@ History = Sequence[Mapping[str, float]]
 SHOWN_SAMPLES = 12
 # Tokens per chunk of logits.
 CHUNK = 256
+# What the names of a processor's other outputs begin with, such as `pixel_values` and `image_grid_thw`.
+OF_PICTURES = ("pixel_", "image_", "token_type_ids", "mm_token_type_ids")
 TEACHER, STUDENT, ALONE = "teacher", "student", "student_alone"
 
 
@@ -148,8 +150,12 @@ def _target_logits(
     set a precision: a hook passes it the trunk's states, first one position per row, then the chunks. A model that
     does not call its trunk as a whole (OPT) makes all logits of the batch.
     """
+    import torch
+
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    read, states = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}, []
+    tokens = ("input_ids", "attention_mask")
+    names = [key for key in batch if key in tokens or key.startswith(OF_PICTURES)]
+    read, states = {key: batch[key].to(model.device) for key in names}, []
 
     def logits_of(
         read: "Mapping[str, torch.Tensor]", substitute: "Callable[[torch.Tensor], torch.Tensor]"
@@ -168,7 +174,9 @@ def _target_logits(
     logits = logits_of(read, first_places)
     found, places = states[0] if states else logits, batch["shift_labels"] != -100
     chunks = found[places.to(found.device)].split(CHUNK)
-    one_token = {key: value[:1, :1] for key, value in read.items()}
+    # A target stands for no picture, as the first token of a row may.
+    target = batch["shift_labels"][places][:1, None].to(model.device)
+    one_token = {"input_ids": target, "attention_mask": torch.ones_like(target)}
     for chunk, targets in zip(chunks, batch["shift_labels"][places].split(CHUNK), strict=True):
         logits = logits_of(one_token, lambda _, chunk=chunk: chunk.unsqueeze(0))[0] if states else chunk
         yield logits.float(), targets.to(logits.device)

@@ -1,6 +1,6 @@
 """Compare a model before and after fine-tuning: its loss on the same held-out rows, its answers to some prompts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,11 @@ from hfllm.outputs.figures import change_of, is_noise, plus_minus, ratio_error
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import Trainer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+    Row = Mapping[str, Any]
+    Collate = Callable[[Sequence[Row]], Row]
+    Answer = Callable[[PreTrainedModel, Sequence[Row]], list[str]]
 
 # Held-out rows and prompts that are read, so that it takes a small part of the training.
 MOST_ROWS, MOST_PROMPTS, ANSWER_LENGTH = 64, 8, 48
@@ -35,7 +39,11 @@ class TunedEvaluation:
 
 
 def evaluate_tuned(
-    trainer: "Trainer", held_out: Sequence[Mapping[str, Any]], tokenized: "Dataset | None" = None
+    trainer: "Trainer",
+    held_out: Sequence[Mapping[str, Any]],
+    tokenized: "Dataset | None" = None,
+    collate: "Collate | None" = None,
+    answer: "Answer | None" = None,
 ) -> TunedEvaluation | None:
     """Evaluate the trainer's current model, and leave the random state as it is.
 
@@ -45,6 +53,8 @@ def evaluate_tuned(
         held_out: the rows of the trainer's evaluation dataset before they were tokenized.
         tokenized: the same as `input_ids` and `labels`, for a trainer that joins several rows to one: they are read
             one by one, cut to its `max_length`. By default its own dataset and collator are used.
+        collate: makes batches of these in place of that.
+        answer: returns a model's answers to rows, in place of `sample_responses` on their prompts.
     """
     from torch.utils.data import DataLoader
 
@@ -52,7 +62,8 @@ def evaluate_tuned(
 
     model, dataset = trainer.model, trainer.eval_dataset if tokenized is None else tokenized
     longest = getattr(trainer.args, "max_length", None)
-    collate = trainer.data_collator if tokenized is None else partial(_padded, longest=longest)
+    if collate is None:
+        collate = trainer.data_collator if tokenized is None else partial(_padded, longest=longest)
     is_spread = trainer.args.world_size > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     if is_spread or not hasattr(dataset, "select"):
         return None
@@ -62,9 +73,19 @@ def evaluate_tuned(
     with forked_random(model.device), trainer.accelerator.autocast():
         loader = DataLoader(dataset, trainer.args.per_device_eval_batch_size, collate_fn=collate)
         rows = row_losses(model, filter(None, map(_with_targets, loader)))
-        settings = {"max_new_tokens": ANSWER_LENGTH, "do_sample": False, "tools": [row.get("tools") for row in asked]}
-        answers = sample_responses(model, trainer.processing_class, prompts, **settings)
-    return TunedEvaluation([row for row in rows if row[1]], prompts, [said for (said,) in answers])
+        answers = (answer or partial(_answers, tokenizer=trainer.processing_class))(model, asked)
+    return TunedEvaluation([row for row in rows if row[1]], prompts, answers)
+
+
+def _answers(
+    model: "PreTrainedModel", rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase"
+) -> list[str]:
+    if not rows:
+        return []
+    # A processor has it.
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    settings = {"max_new_tokens": ANSWER_LENGTH, "do_sample": False, "tools": [row.get("tools") for row in rows]}
+    return [said for (said,) in sample_responses(model, tokenizer, [row["prompt"] for row in rows], **settings)]
 
 
 def _padded(rows: Sequence[Mapping[str, Any]], longest: int | None) -> dict[str, Any]:
@@ -85,7 +106,7 @@ def _with_targets(batch: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     targets = batch["labels"].roll(-1, 1)
     targets[:, -1] = -100
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "shift_labels": targets}
+    return {**{name: value for name, value in batch.items() if name != "labels"}, "shift_labels": targets}
 
 
 def tuning_metrics(before: TunedEvaluation | None, after: TunedEvaluation | None) -> dict[str, float]:

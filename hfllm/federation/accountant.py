@@ -12,7 +12,7 @@ looser rule (2017, arXiv:1702.07476, proposition 3), with which older tables wer
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -42,8 +42,7 @@ def epsilon_of(
     """
     if not 0 < sampling_rate <= 1:
         raise InputError(f"sampling_rate is {sampling_rate}; expected above 0 and at most 1")
-    if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
-        raise InputError(f"noise_multiplier is {noise_multiplier}; expected 0 or more")
+    check_noise(noise_multiplier)
     if not 0 < delta < 1:
         raise InputError(f"delta is {delta}; expected between 0 and 1")
     if rounds < 0:
@@ -61,6 +60,16 @@ def epsilon_of(
     else:
         bounds = divergences - (math.log(delta) + np.log(orders)) / (orders - 1) + np.log1p(-1 / orders)
     return max(float(bounds.min()), 0.0)
+
+
+def check_noise(noise_multiplier: float, name: str = "noise_multiplier") -> None:
+    """Refuse a noise multiplier that is no number from 0.
+
+    Raises:
+        InputError: naming it.
+    """
+    if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
+        raise InputError(f"{name} is {noise_multiplier}; expected 0 or more")
 
 
 @lru_cache(maxsize=4096)
@@ -125,23 +134,71 @@ def check_budget(
     if found <= max_epsilon:
         return found
     organisations = _smallest(lambda count: epsilon(organisations=count) <= max_epsilon, num_organisations)
-    # The most rounds are one less than the fewest that are too many.
-    too_many = _smallest(lambda count: epsilon(rounds=count) > max_epsilon, 0)
-    hundredths = _smallest(lambda count: epsilon(noise=count / 100) <= max_epsilon, 1)
     ways = [
         f"{organisations:,} organisations of which {participants} take part" if organisations else "",
-        _rounds_in_words(too_many - 1) if too_many is not None and too_many > 1 else "",
-        f"a noise multiplier of {hundredths / 100:.2f}" if hundredths else "",
+        *_rounds_and_noise(
+            lambda rounds, noise: epsilon(rounds=rounds, noise=noise), rounds, noise_multiplier, max_epsilon
+        ),
     ]
-    ways = [way for way in ways if way]
     raise InputError(
         f"epsilon would be {found:.3g} at delta {delta:g}, above max_epsilon {max_epsilon:g}, for {num_organisations} "
         f"organisations with {participants} a round, {rounds} rounds and noise multiplier {noise_multiplier:g}; "
-        + (
-            f"each of these would meet it: {', or '.join(ways)}"
-            if ways
-            else "no number of organisations or rounds would"
+        + _in_words(ways, "organisations")
+    )
+
+
+def check_row_budget(
+    num_rows: Mapping[str, int],
+    batch_size: int,
+    rounds: int,
+    local_steps: int,
+    noise_multiplier: float,
+    delta: float,
+    max_epsilon: float | None = None,
+) -> dict[str, float]:
+    """Return of each organisation what a run reveals of one of its rows, or refuse the run before it starts.
+
+    All rounds are counted, also where an organisation takes part in some of them only.
+
+    Args:
+        num_rows: rows of each organisation, of which each is in a step with probability batch_size / rows,
+            independently.
+        batch_size: rows that a step expects.
+        local_steps: optimizer steps of a round.
+        noise_multiplier: standard deviation of the noise on a step's sum, in units of the rows' clipping norm.
+        max_epsilon: the most that the user allows; by default anything.
+
+    Raises:
+        InputError: naming the organisation of fewest rows, with the number of rows, of rounds and the noise that would
+            each meet the bound with all else as it is; for a delta that is not below 1 / rows.
+    """
+
+    def epsilon(rows: int, rounds: int = rounds, noise: float = noise_multiplier) -> float:
+        return epsilon_of(min(1.0, batch_size / rows), noise, rounds * local_steps, delta)
+
+    if max_epsilon is not None and not max_epsilon > 0:
+        raise InputError(f"max_epsilon is {max_epsilon}; expected a number above 0")
+    most, fewest = max(num_rows, key=num_rows.__getitem__), min(num_rows, key=num_rows.__getitem__)
+    if not delta * num_rows[most] < 1:
+        raise InputError(
+            f"delta is {delta:g}, and organisation {most!r} has {num_rows[most]:,} rows; expected below 1 / rows: one "
+            "row in so many might be told in full"
         )
+    found = {name: epsilon(rows) for name, rows in num_rows.items()}
+    few, worst = num_rows[fewest], found[fewest]
+    if max_epsilon is None or worst <= max_epsilon:
+        return found
+    rows = _smallest(lambda count: epsilon(count) <= max_epsilon, few)
+    ways = [
+        f"{rows:,} rows in each organisation" if rows else "",
+        *_rounds_and_noise(
+            lambda rounds, noise: epsilon(few, rounds, noise), rounds, noise_multiplier, max_epsilon, "a row noise"
+        ),
+    ]
+    raise InputError(
+        f"the row-level epsilon of organisation {fewest!r} would be {worst:.3g} at delta {delta:g}, above max_epsilon "
+        f"{max_epsilon:g}, for {few:,} rows, batches of {batch_size}, {rounds} rounds of {local_steps} steps and row "
+        f"noise multiplier {noise_multiplier:g}; " + _in_words(ways, "rows")
     )
 
 
@@ -152,6 +209,25 @@ def noise_to_signal(num_values: int, noise_multiplier: float, participants: int)
     158,080 values with 6 organisations and z = 1 has 66.
     """
     return noise_multiplier * math.sqrt(num_values) / participants
+
+
+def _rounds_and_noise(
+    epsilon: Callable[[int, float], float], rounds: int, noise: float, max_epsilon: float, what: str = "a noise"
+) -> list[str]:
+    """Return in words the rounds and the noise that would each meet a bound; empty texts where none does."""
+    # The most rounds are one less than the fewest that are too many.
+    too_many = _smallest(lambda count: epsilon(count, noise) > max_epsilon, 0)
+    # Less noise than there is does not meet it; to look at little of it takes long.
+    hundredths = _smallest(lambda count: epsilon(rounds, count / 100) <= max_epsilon, max(int(100 * noise), 1))
+    return [
+        _rounds_in_words(too_many - 1) if too_many is not None and too_many > 1 else "",
+        f"{what} multiplier of {hundredths / 100:.2f}" if hundredths else "",
+    ]
+
+
+def _in_words(ways: Sequence[str], what: str) -> str:
+    ways = [way for way in ways if way]
+    return f"each of these would meet it: {', or '.join(ways)}" if ways else f"no number of {what} or rounds would"
 
 
 def _rounds_in_words(rounds: int) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hfllm.errors import InputError
+from hfllm.federation.accountant import check_noise
 from hfllm.federation.averaging import WeightedSum, norm
 from hfllm.federation.updates import Expected, Update
 
@@ -66,8 +67,7 @@ class ClippedSum:
         generator: torch.Generator | None = None,
     ):
         check_clip_norm(clip_norm)
-        if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
-            raise InputError(f"noise_multiplier is {noise_multiplier}; expected 0 or more")
+        check_noise(noise_multiplier)
         if not participants > 0:
             raise InputError(f"expected_participants is {participants}; expected a number above 0")
         self.clip_norm, self.noise_multiplier, self.participants = clip_norm, noise_multiplier, participants

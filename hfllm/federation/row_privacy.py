@@ -1,97 +1,152 @@
-"""Row-level differential privacy at an organisation: DP-SGD (Abadi et al. 2016, arXiv:1607.00133) in any `Trainer`.
+"""Row-level differential privacy at an organisation: DP-SGD (Abadi et al. 2016, arXiv:1607.00133, algorithm 1).
 
 It is meant for rows where organisations are too few for client-level privacy (`privacy`), and acts before the server
-sees anything. Each row's gradient is scaled to norm C, whatever it was (automatic clipping: Bu et al. 2023,
-arXiv:2206.07136); the sum over a batch gets Gaussian noise of standard deviation z C. With rows scaled rather than
-clipped, it does not matter that the loss of a row is divided by the tokens of a whole batch, in which other rows show.
+sees anything. Each step draws each row by chance of its own (Poisson sampling), which the accountant's bound needs;
+each row's gradient is cut to norm C, and their sum gets Gaussian noise of standard deviation z C. It is divided by the
+number of rows that a step *expects*: the number that was drawn, and the tokens of a batch, are data too.
 
-Gradients by row come from micro-batches of one row: as slow as batches of one, right for every model. `epsilon_of`
-(rows per batch / rows, z, steps, delta) is what the weights reveal of one row if each batch takes each row with the
-same probability, independently (Poisson batches). A `Trainer` shuffles and takes batches of one size instead, so that
-the figure is an estimate and no bound. An update names its exact numbers of tokens and rows besides, which have no
-noise. No learner of `hfllm federated` uses this: it is for programs of your own.
+Gradients by row are taken one row at a time: as slow as batches of one, right for every model whose rows do not mix.
+Draws and noise are of the operating system's entropy. How long a step takes is not hidden.
 """
 
-import math
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hfllm.errors import InputError
-from hfllm.federation.privacy import normal
+from hfllm.federation.accountant import check_noise
+from hfllm.federation.privacy import check_clip_norm, normal
+from hfllm.federation.rounds import replace_tensors
 
 
-class RowPrivacy(TrainerCallback):
-    """Callback that makes each optimizer step of a `Trainer` one of DP-SGD.
-
-    Set per_device_train_batch_size=1 and gradient_accumulation_steps to the rows per batch. A batch at the end of an
-    epoch that is shorter is divided by the full number too.
+@dataclass(frozen=True)
+class RowPrivacy:
+    """How rows are protected.
 
     Args:
-        clip_norm: C, the norm of every row's gradient; with AdamW it changes nothing but the size of epsilon.
-        noise_multiplier: z.
-        generator: of tests; by default the operating system draws.
+        clip_norm: C, the longest gradient of a row over all tensors together.
+        noise_multiplier: z; 0 clips alone.
+        generator, rng: of tests and measurements; by default the operating system draws. A known seed takes the
+            privacy away.
+
+    Raises:
+        InputError: for numbers out of range.
     """
 
-    def __init__(self, clip_norm: float, noise_multiplier: float, generator: torch.Generator | None = None):
-        for name, value, is_right in (
-            ("clip_norm", clip_norm, clip_norm > 0),
-            ("noise_multiplier", noise_multiplier, noise_multiplier >= 0),
-        ):
-            if not (math.isfinite(value) and is_right):
-                raise InputError(
-                    f"{name} is {value}; expected a number {'above' if name == 'clip_norm' else 'from'} 0"
-                )
-        self.clip_norm, self.noise_multiplier = clip_norm, noise_multiplier
-        self.generator = generator
-        self._sums: dict[str, Tensor] = {}
+    clip_norm: float
+    noise_multiplier: float
+    generator: torch.Generator | None = None
+    rng: random.Random | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        if args.per_device_train_batch_size != 1 or args.world_size != 1:
+    def __post_init__(self) -> None:
+        check_clip_norm(self.clip_norm, "row_clip_norm")
+        check_noise(self.noise_multiplier, "row_noise_multiplier")
+
+    def draw(self, num_rows: int, batch_size: int) -> list[int]:
+        """Return the rows of a step: each by the chance `sampling_rate`, independently; maybe none."""
+        rate, rng = sampling_rate(num_rows, batch_size), self.rng or random.SystemRandom()
+        return [place for place in range(num_rows) if rng.random() < rate]
+
+
+def sampling_rate(num_rows: int, batch_size: int) -> float:
+    """Return the chance of each row to be in a step, of which `batch_size` rows are expected."""
+    return min(1.0, batch_size / num_rows)
+
+
+class RowSum:
+    """Sum of the gradients of single rows of one step, each cut to a norm.
+
+    Args:
+        parameters: what is trained; their `grad` is read, cleared and in the end set.
+        privacy: the norm and the noise.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], privacy: RowPrivacy):
+        self.parameters, self.privacy = list(parameters), privacy
+        self._sums = [torch.zeros_like(each, dtype=torch.float64) for each in self.parameters]
+        for each in self.parameters:
+            # What a step that failed has left is another row's.
+            each.grad = None
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Add the gradient that the parameters hold, which is of one row, and clear it.
+
+        One with infinite values or NaN adds nothing: it must not reach the others.
+        """
+        gradients = [None if each.grad is None else each.grad.double() for each in self.parameters]
+        squares = [value.square().sum() for value in gradients if value is not None]
+        length = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+        if 0 < length < float("inf"):
+            factor = min(1.0, self.privacy.clip_norm / length)
+            for total, value in zip(self._sums, gradients, strict=True):
+                if value is not None:
+                    total.add_(value, alpha=factor)
+        for each in self.parameters:
+            each.grad = None
+
+    @torch.no_grad()
+    def set_gradient(self, expected: float) -> None:
+        """Set the parameters' gradient to the noisy sum over the rows that a step expects."""
+        deviation = self.privacy.noise_multiplier * self.privacy.clip_norm
+        for each, total in zip(self.parameters, self._sums, strict=True):
+            noise = deviation * normal(each.shape, self.privacy.generator).to(total) if deviation else 0.0
+            each.grad = ((total + noise) / expected).to(each)
+
+
+class AnsweredRounds:
+    """The last change that an organisation sent, in a file: a round is answered once, or again by the same bits.
+
+    A round that is trained again has new noise: who sees both answers has less of it than the accountant counts.
+
+    Args:
+        path: of the file.
+        num_rounds: those that were counted.
+    """
+
+    def __init__(self, path: Path, num_rounds: int):
+        self.path, self.num_rounds = path, num_rounds
+
+    def load(self, number: int, question: str) -> dict[str, Tensor] | None:
+        """Return the answer to a round that was answered, `None` for one that may be.
+
+        Args:
+            number: of the round.
+            question: what the answer depends on, such as a hash of the weights and the settings.
+
+        Raises:
+            InputError: for a round that is not counted, or was answered to another question.
+        """
+        if not 1 <= number <= self.num_rounds:
+            raise InputError(f"round {number}: the privacy of {self.num_rounds} rounds was counted, not of this one")
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, "pt") as stream:
+                known = json.loads((stream.metadata() or {})["answered"])
+                answer = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+            last, asked = int(known["round"]), known["question"]
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"row-level privacy takes one row at a time in one process: per_device_train_batch_size is "
-                f"{args.per_device_train_batch_size}, processes {args.world_size}; expected 1 of each"
-            )
-        self._sums = {}
+                f"{self.path} is damaged ({' '.join(str(error).split())[:100]}), so that it is not known which rounds "
+                "were answered: remove it to spend the privacy of a run anew"
+            ) from None
+        if number > last:
+            return None
+        if number == last and question == asked:
+            return answer
+        raise InputError(
+            f"round {number}: round {last} was answered to other weights or settings, and a second answer would spend "
+            f"privacy that is not counted; remove {self.path} to begin another run, whose privacy adds to this one's"
+        )
 
-    def on_substep_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: object,
-    ) -> None:
-        self._take(model)
-
-    @torch.no_grad()
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: object,
-    ) -> None:
-        self._take(model)
-        for name, value in model.named_parameters():
-            if value.requires_grad:
-                noise = normal(value.shape, self.generator).to(value) * self.noise_multiplier
-                total = self._sums.get(name, torch.zeros_like(value))
-                value.grad = (total + noise * self.clip_norm) / args.gradient_accumulation_steps
-        self._sums = {}
-
-    @torch.no_grad()
-    def _take(self, model: nn.Module) -> None:
-        """Add the gradient of one row, scaled, and clear it."""
-        gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
-        length = torch.linalg.vector_norm(torch.stack([value.norm() for value in gradients.values()])).item()
-        # A row without gradient adds nothing; one that is not finite must not reach the others.
-        scale = self.clip_norm / length if length > 0 and math.isfinite(length) else None
-        for name, gradient in gradients.items():
-            if scale is not None:
-                self._sums[name] = self._sums.get(name, torch.zeros_like(gradient)) + gradient * scale
-            gradient.zero_()
+    def keep(self, number: int, question: str, answer: Mapping[str, Tensor]) -> None:
+        """Keep the answer to a round, before it is sent."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        replace_tensors(self.path, answer, {"answered": json.dumps({"round": number, "question": question})})

@@ -1,10 +1,11 @@
 """Answers of a vision-language model to questions about pictures."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.images import read_image
+from hfllm.data.picture_batches import conversation_batch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,39 +21,7 @@ def picture_batch(
         prompts: messages with parts; `{"type": "image"}` stands for the next of its pictures.
         images: of each prompt, in their order.
     """
-    filled = [_filled(prompt, pictures) for prompt, pictures in zip(prompts, images, strict=True)]
-    with padding_on_the_left(processor.tokenizer):
-        return processor.apply_chat_template(
-            filled,
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=True,
-            processor_kwargs={"padding": True, "return_tensors": "pt"},
-        )
-
-
-def _filled(prompt: Sequence[Mapping[str, Any]], pictures: Sequence["Image"]) -> list[dict[str, Any]]:
-    left = iter(pictures)
-    return [
-        {
-            **message,
-            "content": [
-                {**part, "image": next(left)} if part["type"] == "image" else part for part in message["content"]
-            ],
-        }
-        for message in prompt
-    ]
-
-
-@contextmanager
-def padding_on_the_left(tokenizer: Any) -> Iterator[None]:
-    """Context manager in which a tokenizer pads on the left, as generation needs."""
-    side = tokenizer.padding_side
-    tokenizer.padding_side = "left"
-    try:
-        yield
-    finally:
-        tokenizer.padding_side = side
+    return conversation_batch(processor, prompts, images, "left", add_generation_prompt=True)
 
 
 def answer_pictures(

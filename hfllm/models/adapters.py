@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError
 from hfllm.models.loading import reason_of, saved_config
-from hfllm.models.stored import location_of, quantization_method
+from hfllm.models.stored import is_for_pictures, location_of, quantization_method
 from hfllm.models.weights import load_weights_of
 
 if TYPE_CHECKING:
@@ -207,6 +207,8 @@ def auto_class_of(adapter: SavedAdapter) -> "type[_BaseAutoModelClass]":
     import transformers
 
     adapter.check(*(task for task in AUTO_CLASSES if task))
+    if adapter.task in (None, "CAUSAL_LM") and is_for_pictures(adapter.base_config()):
+        return transformers.AutoModelForImageTextToText
     return getattr(transformers, AUTO_CLASSES[adapter.task])
 
 

@@ -13,6 +13,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_hfllm_vision.HfllmVisionModel",
     "AutoModelForImageTextToText": "modeling_hfllm_vision.HfllmForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_hfllm_vision.HfllmForConditionalGeneration",
+    "AutoModelForSequenceClassification": "modeling_hfllm_vision.HfllmVisionForSequenceClassification",
 }
 
 

@@ -31,7 +31,7 @@ def load_to_merge(
         InputError: when either cannot be loaded or they do not fit, or the base is quantized.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     from hfllm.models.precision import cast_weights
 
@@ -41,7 +41,8 @@ def load_to_merge(
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     _untie(model, adapter)
     # A language model's adapter below a head for scores.
-    is_headless = auto_class is not AutoModelForCausalLM and adapter.task in (None, "CAUSAL_LM")
+    writes = auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText)
+    is_headless = not writes and adapter.task in (None, "CAUSAL_LM")
     put = put_under_head if is_headless and not adapter.brings_head else put_on
     return put(cast_weights(model, torch.float32), adapter), dtypes, has_new_head
 

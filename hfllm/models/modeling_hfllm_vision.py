@@ -14,7 +14,12 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_outputs import (
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModel
 from transformers.models.llava.modeling_llava import (
@@ -268,4 +273,37 @@ class HfllmForConditionalGeneration(
         return self._run(inputs, labels, output_router_logits, logits_to_keep, loss_chunk_size, **kwargs)
 
 
-__all__ = ["HfllmForConditionalGeneration", "HfllmVisionModel", "HfllmVisionPreTrainedModel"]
+class HfllmVisionForSequenceClassification(GenericForSequenceClassification, HfllmVisionPreTrainedModel):
+    """Scores of a text with its pictures, at the last token that is not padding: reward models (`num_labels=1`)."""
+
+    def __init__(self, config: HfllmVisionConfig):
+        # The mixin's own __init__ finds the trunk through AutoModel, where code loaded from the Hub is not registered.
+        HfllmVisionPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = HfllmVisionModel(config)
+        self.score = nn.Linear(config.text_config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast | tuple:
+        """Return logits (B, num_labels), and the loss when `labels` are given.
+
+        Args:
+            pixel_values: (I, channels, height, width), in the order in which they stand in the batch.
+            kwargs: those of `HfllmVisionModel.forward`, and `return_dict`.
+        """
+        if pixel_values is not None:
+            kwargs["pixel_values"] = pixel_values
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+
+
+__all__ = [
+    *("HfllmForConditionalGeneration", "HfllmVisionForSequenceClassification", "HfllmVisionModel"),
+    "HfllmVisionPreTrainedModel",
+]

@@ -1,11 +1,13 @@
 """Inspect a saved model before reading its weights: where it is, whether it is quantized, and its modules."""
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
 # Arguments of `from_pretrained` that locate a model, for its config and an adapter's.
@@ -49,7 +51,7 @@ def empty_model(config: "PreTrainedConfig", task_type: str = "CAUSAL_LM") -> "Pr
     """Build a causal language model without weights, or one with another head.
 
     Args:
-        task_type: of the head, as PEFT names it.
+        task_type: of the head, as PEFT names it, or `IMAGE_TEXT` for one that writes about pictures.
 
     Raises:
         InputError: when transformers has no such model for this config.
@@ -61,6 +63,7 @@ def empty_model(config: "PreTrainedConfig", task_type: str = "CAUSAL_LM") -> "Pr
         "SEQ_CLS": "SEQUENCE_CLASSIFICATION",
         "TOKEN_CLS": "TOKEN_CLASSIFICATION",
         "QUESTION_ANS": "QUESTION_ANSWERING",
+        "IMAGE_TEXT": "IMAGE_TEXT_TO_TEXT",
     }.get(task_type, "CAUSAL_LM")
     try:
         with torch.device("meta"):
@@ -70,3 +73,17 @@ def empty_model(config: "PreTrainedConfig", task_type: str = "CAUSAL_LM") -> "Pr
         what = "causal language model" if kind == "CAUSAL_LM" else f"model for {kind.lower().replace('_', ' ')}"
         reason = str(error).splitlines()[0]
         raise InputError(f"a {what} of type {config.model_type} cannot be made: {reason}") from None
+
+
+def is_for_pictures(config: "PreTrainedConfig") -> bool:
+    """Return whether transformers has a model of text and pictures for a config, and no causal one."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kind = type(config)
+    return kind in AutoModelForImageTextToText._model_mapping and kind not in AutoModelForCausalLM._model_mapping
+
+
+def reads_pictures(model: "nn.Module") -> bool:
+    """Return whether a model reads pictures beside its tokens; with an adapter, the model below it."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "pixel_values" in inspect.signature(model.forward).parameters

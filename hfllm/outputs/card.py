@@ -19,6 +19,7 @@ from hfllm.outputs.files import (
     is_adapter,
     plot_files,
     read_json,
+    sees_pictures,
 )
 from hfllm.outputs.flags import flag_sections, folded
 from hfllm.outputs.merged import first_base, merged_adapters, merged_base, merged_from
@@ -30,6 +31,7 @@ WORLD = "world"  # the embedded dataset's name, as in --dataset_name
 OUR_QUANTIZATION = "hfllm_int8"  # hfllm.compression.dynamic_int8
 MARKER = "<!-- Written by hfllm and written anew at each push. Remove this line to keep your own text. -->"
 SPANS = "question-answering"  # a tag of the Hub; transformers 5 has no pipeline of this name
+IMAGE_TEXT = "image-text-to-text"
 PIPELINES = {
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",
@@ -181,9 +183,11 @@ def _pipeline(folder: Path) -> str | None:
     task = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
     task["QUESTION_ANS"] = SPANS
     if is_adapter(folder):
-        return task.get(read_json(folder / ADAPTER_CONFIG).get("task_type") or "")
-    architecture = _architecture(folder)
-    return next((tag for ending, tag in PIPELINES.items() if architecture.endswith(ending)), None)
+        found = task.get(read_json(folder / ADAPTER_CONFIG).get("task_type") or "")
+    else:
+        architecture = _architecture(folder)
+        found = next((tag for ending, tag in PIPELINES.items() if architecture.endswith(ending)), None)
+    return IMAGE_TEXT if sees_pictures(folder) and found in (None, "text-generation") else found
 
 
 def _architecture(folder: Path) -> str:
@@ -219,7 +223,16 @@ def _merged(folder: Path) -> str:
 
 def _usage(folder: Path, name: str) -> str:
     pipeline = _pipeline(folder)
-    if is_adapter(folder):
+    if sees_pictures(folder):
+        auto_class = "AutoModelForImageTextToText" if pipeline == IMAGE_TEXT else "AutoModelForSequenceClassification"
+        labels = _label_arguments(folder, pipeline) if is_adapter(folder) else ""
+        lines = [
+            f"from transformers import {auto_class}, AutoProcessor",
+            "",
+            f"model = {auto_class}.from_pretrained({quoted(name)}{labels})",
+            f"processor = AutoProcessor.from_pretrained({quoted(name)})",
+        ]
+    elif is_adapter(folder):
         kind = {"text-classification": "SequenceClassification", "token-classification": "TokenClassification"}
         kind[SPANS] = "QuestionAnswering"
         model_class = f"AutoPeftModelFor{kind.get(pipeline or '', 'CausalLM')}"
@@ -239,7 +252,7 @@ def _usage(folder: Path, name: str) -> str:
         prompt = '[{"role": "user", "content": "..."}]' if chat and pipeline == "text-generation" else '"..."'
         lines.append(f"print(model({prompt}))")
     method = _quantization(folder)
-    is_ours = read_json(folder / CONFIG).get("model_type") == "hfllm" or method == OUR_QUANTIZATION
+    is_ours = read_json(folder / CONFIG).get("model_type") in ("hfllm", "hfllm_vision") or method == OUR_QUANTIZATION
     lines = [*(["import hfllm"] if is_ours else []), *lines]
     text = "\n".join(["## Use", "", "```python", *lines, "```"])
     if method == OUR_QUANTIZATION:
@@ -399,40 +412,4 @@ def chat_lines(folder: str, prompt: str | Sequence[Mapping[str, str]]) -> list[s
         "from transformers import pipeline",
         f"assistant = pipeline('text-generation', {folder!r})",
         f"print(assistant({prompt!r}, max_new_tokens=48){answer})",
-    ]
-
-
-def loading_lines(folder: str, task: str | None = None) -> list[str]:
-    """Return the lines of Python that load the model in `folder` and its tokenizer.
-
-    Args:
-        task: as PEFT names it, such as SEQ_CLS; by default that of a language model.
-    """
-    kinds = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification"}
-    kinds["QUESTION_ANS"] = "QuestionAnswering"
-    auto_class = f"AutoModelFor{kinds.get(task or '', 'CausalLM')}"
-    # transformers supports bitsandbytes without hfllm; our own scheme and family need hfllm imported.
-    return [
-        "import hfllm",
-        f"from transformers import {auto_class}, AutoTokenizer",
-        f"model = {auto_class}.from_pretrained({folder!r})",
-        f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
-    ]
-
-
-def speculative_lines(model: str, draft: str) -> list[str]:
-    """Return the lines of Python that decode a model speculatively.
-
-    Args:
-        model: its folder or Hub id.
-        draft: the expression that makes the draft, such as `Int8Draft()`.
-    """
-    return [
-        "import hfllm",
-        f"from hfllm.generation.speculative import {draft.partition('(')[0]}, speculative_generate",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f"tokenizer = AutoTokenizer.from_pretrained({model!r})",
-        f"model = AutoModelForCausalLM.from_pretrained({model!r})",
-        f"draft = {draft}",
-        "output = speculative_generate(model, draft, **tokenizer('...', return_tensors='pt'), max_new_tokens=64)",
     ]

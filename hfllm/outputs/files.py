@@ -25,6 +25,8 @@ TOKENIZER = (
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
 )
+# Of a model that sees or hears; an older transformers wrote the second.
+PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 PAPERS = ("report.md", REPORT_FILE, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -44,7 +46,7 @@ def model_files(folder: str | Path) -> list[str]:
         unfinished = " (only checkpoints of an unfinished run)" if any(folder.glob("checkpoint-*")) else ""
         raise InputError(f"{folder} holds no {CONFIG} or {ADAPTER_CONFIG}{unfinished}: it is not a saved model")
     names = {*weight_files(folder), *code_files(folder), *plot_files(folder)}
-    for pattern in (*SETTINGS, *TOKENIZER, *PAPERS):
+    for pattern in (*SETTINGS, *TOKENIZER, *PROCESSOR, *PAPERS):
         names |= {str(path.relative_to(folder)) for path in folder.glob(pattern) if path.is_file()}
     return sorted(names)
 
@@ -178,3 +180,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected an object, got {type(value).__name__}")
     return value
+
+
+def sees_pictures(folder: Path) -> bool:
+    """Return whether a processor of pictures is saved with a model."""
+    return "image_processor" in read_json(folder / PROCESSOR[0])

@@ -1,18 +1,20 @@
 """Models as rewards: one score per sequence, or one per token."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfllm.data.messages import read_tools, words_of
+from hfllm.data.picture_batches import conversation_batch
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
+from hfllm.models.stored import reads_pictures
 from hfllm.rewards.functions import BEGINNING
 from hfllm.rewards.passes import batches_of_like_length, pass_precision
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
 class RewardModel:
@@ -46,7 +48,7 @@ class RewardModel:
             raise InputError("the reward model's tokenizer has no padding token")
         check_vocabulary(model, tokenizer)
         self.model, self.tokenizer, self.batch_size = model.eval().requires_grad_(False), tokenizer, batch_size
-        self.model.config.pad_token_id = tokenizer.pad_token_id
+        self.model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         self.__name__ = Path(model.config._name_or_path or "reward_model").name
 
     def __call__(self, prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> list[float]:
@@ -83,6 +85,59 @@ class RewardModel:
         }
         # Of a prompt with pictures it reads the words.
         return self.tokenizer.apply_chat_template([*map(words_of, [*prompt, *completion])], **options)["input_ids"]
+
+
+class PictureRewardModel(RewardModel):
+    """A reward model that sees: it reads prompts with their pictures, as the policy does.
+
+    Args:
+        model: scores conversations with pictures; a class of transformers with `pixel_values`.
+        processor: the reward model's own.
+        batch_size: conversations in one forward pass.
+    """
+
+    def __init__(self, model: "PreTrainedModel", processor: "ProcessorMixin", batch_size: int = 64):
+        super().__init__(model, processor.tokenizer, batch_size)
+        self.processor = processor
+
+    def __call__(self, prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> list[float]:
+        if any(columns.get("tools") or ()):
+            raise InputError(f"the reward model {self.__name__!r} sees, and reads no tools: leave their column out")
+        conversations = [_as_conversation(*said) for said in zip(prompts, completions, strict=True)]
+        scores: list[float] = []
+        for start in range(0, len(conversations), self.batch_size):
+            said = conversations[start : start + self.batch_size]
+            scores += self.scores(conversation_batch(self.processor, said, [()] * len(said)))
+        return scores
+
+    def scores(self, batch: "Mapping[str, torch.Tensor]") -> list[float]:
+        """Return the score of each conversation of a batch that the processor made."""
+        import torch
+
+        with torch.inference_mode(), pass_precision(self.model):
+            inputs = {name: value.to(self.model.device) for name, value in batch.items()}
+            return self.model(**inputs, use_cache=False).logits.squeeze(-1).float().tolist()
+
+
+def _as_conversation(prompt: str | list, completion: str | list) -> list:
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    return [*before, *said]
+
+
+def reward_model(
+    model: "PreTrainedModel", processing_class: "PreTrainedTokenizerBase | ProcessorMixin", batch_size: int = 64
+) -> RewardModel:
+    """Return a model as a reward, with its own processor if it sees, and else its tokenizer.
+
+    Raises:
+        InputError: see `RewardModel`, and for a model that sees without a processor.
+    """
+    if not reads_pictures(model):
+        return RewardModel(model, getattr(processing_class, "tokenizer", processing_class), batch_size)
+    if not hasattr(processing_class, "image_processor"):
+        raise InputError(f"the reward model {model.config._name_or_path!r} sees: give it its processor")
+    return PictureRewardModel(model, processing_class, batch_size)
 
 
 class TokenRewardModel(RewardModel):

@@ -8,7 +8,7 @@ it. Recipes that train nothing merge it.
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from hfllm.runs.models import load_kwargs, load_policy, load_reward_model, load_
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
     from trl import ModelConfig
 
@@ -200,6 +200,7 @@ def write_merged(adapter: "SavedAdapter", folder: Path, max_shard_size: str = "5
 def save_merged(model: "PreTrainedModel", adapter: "SavedAdapter", folder: Path, max_shard_size: str = "50GB") -> None:
     """Save a merged model with its tokenizer, and a record of what it is made from."""
     from hfllm.models.conversion_hfllm import check_empty
+    from hfllm.models.stored import is_for_pictures
     from hfllm.models.whole_folders import whole_folder
 
     check_empty(folder)
@@ -207,10 +208,29 @@ def save_merged(model: "PreTrainedModel", adapter: "SavedAdapter", folder: Path,
     if adapter.task == "SEQ_CLS" and model.config.pad_token_id is None:
         # It scores the last token that is not padding.
         model.config.pad_token_id = tokenizer.pad_token_id
+    saved = tokenizer
+    if is_for_pictures(model.config):
+        saved = processor_of(adapter)
     with whole_folder(folder) as place:
         model.save_pretrained(place, max_shard_size=max_shard_size)
-        tokenizer.save_pretrained(place)
+        saved.save_pretrained(place)
         (place / MERGED_FROM).write_text(json.dumps(merge_record(adapter), indent=2) + "\n")
+
+
+def processor_of(adapter: "SavedAdapter") -> "ProcessorMixin":
+    """Return the processor that was saved with an adapter of a model that sees, or that of its base.
+
+    Raises:
+        InputError: when neither has one.
+    """
+    from hfllm.models.loading import saved_processor
+
+    for name, location in ((adapter.name, adapter.location), (adapter.base, adapter.base_location)):
+        with suppress(ImportError, OSError, ValueError):
+            processor = saved_processor(name, **location)
+            if hasattr(processor, "image_processor"):
+                return processor
+    raise InputError(f"adapter {adapter.name!r} and its base {adapter.base!r} have no processor of pictures")
 
 
 def scorer_settings(adapter: "SavedAdapter") -> dict[str, Any]:

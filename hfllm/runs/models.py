@@ -14,6 +14,7 @@ from hfllm.runs.command_line import say_once
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
     from trl import ModelConfig
 
     from hfllm.models.configuration_hfllm import HfllmConfig
@@ -44,29 +45,45 @@ def load_policy(model_args: "ModelConfig") -> tuple["PreTrainedModel", "PreTrain
     """
     from transformers import AutoModelForCausalLM
 
+    from hfllm.models.vocabulary import check_vocabulary
+
+    name = model_args.model_name_or_path
+    tokenizer = load_tokenizer(name, model_args.model_revision)
+    model = _load_writing(model_args, AutoModelForCausalLM)
+    check_vocabulary(model, tokenizer, name)
+    return model, tokenizer
+
+
+def load_seeing(model_args: "ModelConfig") -> "PreTrainedModel":
+    """Load a model of pictures and text; an adapter is merged into its base, unless that is quantized.
+
+    Raises:
+        InputError: when it cannot be loaded or is not whole.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    return _load_writing(model_args, AutoModelForImageTextToText)
+
+
+def _load_writing(model_args: "ModelConfig", auto_class: "type[_BaseAutoModelClass]") -> "PreTrainedModel":
     from hfllm.models.adapters import find_adapter, load_apart
     from hfllm.models.merging import load_merged
-    from hfllm.models.vocabulary import check_vocabulary
     from hfllm.models.weights import load_weights_of
 
     name, kwargs = model_args.model_name_or_path, load_kwargs(model_args)
-    tokenizer = load_tokenizer(name, model_args.model_revision)
     adapter = find_adapter(name, revision=model_args.model_revision)
     if adapter is not None:
         adapter.check("CAUSAL_LM")
     try:
         if adapter is None:
-            model, _ = load_weights_of(AutoModelForCausalLM, name, **kwargs)
-        elif adapter.stays_apart(**kwargs):
-            model, _ = load_apart(adapter, AutoModelForCausalLM, **kwargs)
-        else:
-            model = load_merged(adapter, AutoModelForCausalLM, **kwargs)
+            return load_weights_of(auto_class, name, **kwargs)[0]
+        if adapter.stays_apart(**kwargs):
+            return load_apart(adapter, auto_class, **kwargs)[0]
+        return load_merged(adapter, auto_class, **kwargs)
     except InputError:
         raise
     except (OSError, ValueError) as error:
         raise _unloadable(name, error) from error
-    check_vocabulary(model, tokenizer, name)
-    return model, tokenizer
 
 
 def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBase":
@@ -279,11 +296,14 @@ def try_adapter(config: "PreTrainedConfig", adapter: "PeftConfig") -> None:
     import torch
     from peft import get_peft_model
 
-    from hfllm.models.stored import empty_model
+    from hfllm.models.stored import empty_model, is_for_pictures
 
     # Of the family, a bidirectional model can write nothing.
     is_causal = adapter.task_type in ("CAUSAL_LM", "SEQ_CLS") and getattr(config, "is_causal", True)
-    model = empty_model(config, "CAUSAL_LM" if is_causal else adapter.task_type)
+    task = "CAUSAL_LM" if is_causal else adapter.task_type
+    if task == "CAUSAL_LM" and is_for_pictures(config):
+        task = "IMAGE_TEXT"
+    model = empty_model(config, task)
     whose = f"a model of type {config.model_type}"
     # PEFT is content if any of several names exists.
     heads = set() if adapter.task_type == "CAUSAL_LM" else {"score", "classifier", "qa_outputs"}

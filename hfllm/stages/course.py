@@ -21,7 +21,7 @@ from hfllm.runs.command_line import main_process, say
 from hfllm.runs.recipes import load_recipe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
     from trl import ModelConfig
 
 Row = Mapping[str, Any]
@@ -123,15 +123,27 @@ class Speaking:
         return sample_responses(self.model, self.tokenizer, prompts, length, **settings)
 
 
-def load_speaking(name: str, model_args: "ModelConfig", revision: str = "main") -> Speaking:
-    """Load a model to answer with, on the machine's accelerator if there is one."""
+def load_speaking(
+    name: str, model_args: "ModelConfig", revision: str = "main", processor: "ProcessorMixin | None" = None
+) -> Speaking:
+    """Load a model to answer with, on the machine's accelerator if there is one.
+
+    Args:
+        processor: of a model that sees, which is loaded as such.
+    """
     import torch
     from accelerate import PartialState
 
-    from hfllm.runs.models import load_policy
+    from hfllm.data.tokenizer import padding_token
+    from hfllm.runs.models import load_policy, load_seeing
 
     wanted = changed(model_args, model_name_or_path=name, model_revision=revision)
-    model, tokenizer = load_policy(wanted)
+    if processor is None:
+        model, tokenizer = load_policy(wanted)
+    else:
+        model, tokenizer = load_seeing(wanted), processor.tokenizer
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = padding_token(tokenizer)
     device = PartialState().device if torch.cuda.is_available() else model.device
     return Speaking(model.to(device).eval(), tokenizer)
 

@@ -9,14 +9,18 @@ from hfllm.errors import InputError
 from hfllm.runs.chain import Chain, chain_before
 from hfllm.runs.remote_code import RemoteCodeArguments
 from hfllm.stages.evaluate_lm_eval import LmEvalArguments
+from hfllm.stages.own_pictures import PictureArguments
 
 if TYPE_CHECKING:
+    from transformers import ProcessorMixin
     from trl import ModelConfig
 
     from hfllm.evaluation.suites.subjects import Subject
 
 # What is judged where no suite is named.
 DEFAULT_SUITES = ("truthfulness", "hhh", "refusals", "calibration", "few_shot", "robustness")
+# Questions of the world, where no other number is asked for.
+NUM_WORLD_ITEMS = 240
 # YAML files of the stages that make the world's models.
 CONFIGS = ("pretrain", "sft", "reward", "rlhf")
 FILES = (
@@ -26,7 +30,7 @@ FILES = (
 
 
 @dataclass(frozen=True)
-class EvaluateArguments(LmEvalArguments, RemoteCodeArguments):
+class EvaluateArguments(LmEvalArguments, RemoteCodeArguments, PictureArguments):
     """Which models are judged, by what, and how they are asked."""
 
     model_name_or_path: list[str] | None = field(
@@ -80,11 +84,22 @@ class EvaluateArguments(LmEvalArguments, RemoteCodeArguments):
         default=None,
         metadata={"help": "Harmful prompts that robustness attacks by gradient: 4 of the world, none of a file."},
     )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Questions about pictures, for the suite pictures, which is then the default: rows with a column "
+            "image or images, or 'pictures' or 'digits', which are drawn here."
+        },
+    )
     max_new_tokens: int = field(default=64, metadata={"help": "Longest written answer to the rows of a file."})
     pretrain_config: str | None = field(default=None, metadata={"help": "YAML flags of the world's pretraining."})
     sft_config: str | None = field(default=None, metadata={"help": "YAML flags of its fine-tuning."})
     reward_config: str | None = field(default=None, metadata={"help": "YAML flags of its reward model."})
     rlhf_config: str | None = field(default=None, metadata={"help": "YAML flags of its alignment."})
+
+    def __post_init__(self):
+        if self.dataset_name and self.suites == list(DEFAULT_SUITES):
+            object.__setattr__(self, "suites", ["pictures"])
 
 
 # ---- the stages before ----
@@ -163,10 +178,24 @@ def loaded(script_args: EvaluateArguments, label: str, name: str) -> "Iterator[S
 
     wanted = script_args.apply_chat_template
     has_template = saved_tokenizer(name).chat_template is not None
-    speaking = load_speaking(name, model_config(script_args))
+    processor = processor_of(name)
+    speaking = load_speaking(name, model_config(script_args), processor=processor)
     uses = has_template if wanted is None else wanted
-    yield Subject(label, speaking.model, speaking.tokenizer, uses, script_args.batch_size)
+    yield Subject(label, speaking.model, speaking.tokenizer, uses, script_args.batch_size, processor)
     del speaking
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def processor_of(name: str) -> "ProcessorMixin | None":
+    """Return the processor of a model that sees; `None` for one of text.
+
+    Raises:
+        InputError: when it cannot be loaded.
+    """
+    from hfllm.models.stored import is_for_pictures
+    from hfllm.runs.models import load_config
+    from hfllm.stages.rlhf_pictures import load_processor
+
+    return load_processor(name, "main") if is_for_pictures(load_config(name)) else None

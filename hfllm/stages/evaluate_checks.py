@@ -6,8 +6,8 @@ from pathlib import Path
 from hfllm.errors import InputError, refuse
 from hfllm.evaluation.suites.overlap import missing_overlaps
 from hfllm.runs.command_line import say
-from hfllm.stages import evaluate_lm_eval
-from hfllm.stages.evaluate import CONFIGS, FILES, EvaluateArguments
+from hfllm.stages import evaluate_lm_eval, evaluate_pictures
+from hfllm.stages.evaluate import CONFIGS, FILES, EvaluateArguments, processor_of
 from hfllm.stages.evaluate_suites import SUITES, suites_of
 
 
@@ -55,6 +55,7 @@ def check(script_args: EvaluateArguments) -> None:
     if script_args.write_answers and (missing := missing_overlaps()):
         say(f"evaluate: {missing}")
     evaluate_lm_eval.check(script_args, script_args.suites)
+    evaluate_pictures.check(script_args)
     for suite in suites_of(script_args, None):
         suite.items()
 
@@ -77,6 +78,8 @@ def check_models(script_args: EvaluateArguments) -> None:
                 check_weight_files(name)
             template = saved_tokenizer(name).chat_template
             load_tokenizer(name)
+            if processor_of(name) is None and "pictures" in script_args.suites and name != judge:
+                raise InputError(f"--suites pictures: {name!r} reads text alone: name a model that sees")
         except InputError as error:
             raise InputError(f"--judge_model_name_or_path: {error}" if name == judge else str(error)) from None
         if script_args.apply_chat_template and template is None and name != judge:

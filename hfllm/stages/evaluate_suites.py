@@ -1,16 +1,14 @@
 """The table of suites: what each name of `--suites` stands for. A new suite is a function and a line."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hfllm.evaluation.suites.base import Suite
-from hfllm.stages.evaluate import EvaluateArguments
+from hfllm.stages.evaluate import NUM_WORLD_ITEMS, EvaluateArguments
 
 if TYPE_CHECKING:
     from hfllm.evaluation.suites.subjects import Subject
-
-# Questions of the world, where no other number is asked for.
-NUM_WORLD_ITEMS = 240
 
 Build = Callable[["EvaluateArguments", "Subject | None"], Suite]
 
@@ -102,6 +100,13 @@ def _robustness(script_args: EvaluateArguments, judge: "Subject | None") -> Suit
     return Robustness(World(script_args.world_seed), num_prompts=count, num_attacks=attacks)
 
 
+def _pictures(script_args: EvaluateArguments, judge: "Subject | None") -> Suite:
+    from hfllm.evaluation.suites.pictures import Pictures
+    from hfllm.stages.evaluate_pictures import parts_of
+
+    return Pictures(partial(parts_of, script_args), script_args.max_new_tokens)
+
+
 SUITES: Mapping[str, Build] = {
     "truthfulness": _truthfulness,
     "hhh": _hhh,
@@ -111,4 +116,5 @@ SUITES: Mapping[str, Build] = {
     "interpretability": _interpretability,
     "lm_eval": _lm_eval,
     "robustness": _robustness,
+    "pictures": _pictures,
 }

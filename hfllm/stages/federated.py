@@ -1,9 +1,9 @@
 """Federated fine-tuning: its flags, what it refuses, and the stages before it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hfllm.data.loading import InstructionArguments
 from hfllm.data.sources import WORLD, source_files
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
 
     from hfllm.federation.rounds import RoundSettings
+    from hfllm.federation.row_privacy import RowPrivacy
 
 FULL, LORA, FROZEN_A = AVERAGES = ("full", "lora", "lora_frozen_a")
+SFT, REWARD = LEARNERS = ("sft", "reward")
 CENTRAL, EQUAL_STEPS, LOCAL = CONTROLS = ("central", "equal_steps", "local")
 SERVER_OPTIMIZERS = ("fedavg", "momentum", "fedadagrad", "fedadam", "fedyogi")
 NOT_OF_THE_ROUNDS = ("processes", "round_timeout", "controls")
@@ -52,6 +54,13 @@ class FederatedArguments(InstructionArguments):
     num_examples: int = field(default=640, metadata={"help": "Rows of the world that each organisation has."})
     rounds: int = field(default=10, metadata={"help": "How often the server takes the mean."})
     local_steps: int = field(default=4, metadata={"help": "Optimizer steps of an organisation in a round."})
+    learner: str = field(
+        default=SFT,
+        metadata={
+            "help": "What organisations train: sft (answers), or reward (a reward model, on files of comparisons).",
+            "choices": list(LEARNERS),
+        },
+    )
     average: str = field(
         default=LORA,
         metadata={
@@ -84,8 +93,17 @@ class FederatedArguments(InstructionArguments):
     noise_multiplier: float = field(
         default=0.0, metadata={"help": "Noise on the mean, in units of --clip_norm: organisation-level privacy."}
     )
+    row_clip_norm: float | None = field(
+        default=None,
+        metadata={"help": "Longest gradient of a single row; organisations then count alike, whatever their tokens."},
+    )
+    row_noise_multiplier: float = field(
+        default=0.0,
+        metadata={"help": "Noise on each local step, in units of --row_clip_norm: row-level privacy (DP-SGD)."},
+    )
     max_epsilon: float | None = field(
-        default=None, metadata={"help": "Refuse a run that would spend more privacy than this epsilon."}
+        default=None,
+        metadata={"help": "Refuse a run that would spend more than this epsilon, of organisations or of rows."},
     )
     delta: float = field(default=1e-5, metadata={"help": "Of the privacy guarantee (epsilon, delta)."})
     processes: int = field(default=1, metadata={"help": "Processes of this machine that organisations train in."})
@@ -109,6 +127,11 @@ class FederatedArguments(InstructionArguments):
     def is_world(self) -> bool:
         """Whether the rows are the embedded world's."""
         return self.dataset_name == WORLD and not (self.organisation_files or self.organisation_names)
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether rows are comparisons, of which a reward model learns."""
+        return self.learner == REWARD
 
     @property
     def count(self) -> int:
@@ -180,6 +203,9 @@ def _check_effect(script_args: FederatedArguments, training_args: "SFTConfig", m
     has_names = bool(script_args.organisation_files or script_args.organisation_names)
     refuse("num_organisations" in given and has_names, "--num_organisations", "they are named one by one")
     refuse("num_train_epochs" in given, "--num_train_epochs", "--rounds and --local_steps say how much is trained")
+    refuse(script_args.has_pairs and script_args.is_world, "--learner", "the embedded world's rows are answers")
+    for name in OF_ANSWERS:
+        refuse(name in given and script_args.has_pairs, f"--{name}", "of comparisons whole answers are scored")
     for name in ("gradient_checkpointing", "activation_checkpointing"):
         refuse(name in given, f"--{name}", NO_TRAINER)
     refuse(training_args.neftune_noise_alpha is not None, "--neftune_noise_alpha", NO_TRAINER)
@@ -187,6 +213,7 @@ def _check_effect(script_args: FederatedArguments, training_args: "SFTConfig", m
 
 BETWEEN_MACHINES = "organisations are on other machines: --timeout of hfllm.federation.flower_app"
 NO_TRAINER = "local steps are not taken by Trainer.train, which would switch it on"
+OF_ANSWERS = ("loss_on", "completion_only_loss", "assistant_only_loss", "chat_template_path")
 OF_THE_WORLD = ("main_share", "num_examples", "num_eval_prompts")
 
 
@@ -211,11 +238,28 @@ def _check_server(script_args: FederatedArguments) -> None:
     if private:
         check_clip_norm(script_args.clip_norm, "--clip_norm")
     is_noisy = script_args.noise_multiplier > 0
-    refuse(not is_noisy and script_args.max_epsilon is not None, "--max_epsilon", NO_NOISE)
+    has_rows = script_args.row_noise_multiplier > 0
+    refuse(not (is_noisy or has_rows) and script_args.max_epsilon is not None, "--max_epsilon", NO_NOISE)
     refuse(is_noisy and script_args.min_organisations > 1, "--min_organisations", "who takes part must stay unknown")
+    if script_args.row_clip_norm is None:
+        refuse(script_args.row_noise_multiplier != 0, "--row_noise_multiplier", "it is in units of --row_clip_norm")
+    row_privacy_of(script_args)
 
 
-NO_NOISE = "without --noise_multiplier nothing is private"
+NO_NOISE = "without --noise_multiplier or --row_noise_multiplier nothing is private"
+
+
+def row_privacy_of(script_args: FederatedArguments) -> "RowPrivacy | None":
+    """Return how the flags protect single rows, `None` where they do not.
+
+    Raises:
+        InputError: for numbers out of range.
+    """
+    from hfllm.federation.row_privacy import RowPrivacy
+
+    if script_args.row_clip_norm is None:
+        return None
+    return RowPrivacy(script_args.row_clip_norm, script_args.row_noise_multiplier)
 
 
 def _check_trainer(script_args: FederatedArguments, training_args: "SFTConfig") -> None:
@@ -252,9 +296,35 @@ def round_settings(script_args: FederatedArguments, seed: int) -> "RoundSettings
     )
 
 
-def terms_of(script_args: FederatedArguments, training_args: "SFTConfig") -> dict[str, str | int]:
+def row_epsilons(
+    script_args: FederatedArguments, training_args: "SFTConfig", organisations: Iterable["HasRows"]
+) -> dict[str, float]:
+    """Return what a run reveals of one row of each organisation that has rows here; nothing without noise on rows.
+
+    Raises:
+        InputError: with the number of rows or rounds or the noise that would spend no more than `--max_epsilon`.
+    """
+    from hfllm.federation.accountant import check_row_budget
+
+    num_rows = {each.name: len(each.rows) for each in organisations if each.rows}
+    if script_args.row_noise_multiplier == 0 or not num_rows:
+        return {}
+    batch_size = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    steps = (script_args.rounds, script_args.local_steps)
+    privacy = (script_args.row_noise_multiplier, script_args.delta, script_args.max_epsilon)
+    return check_row_budget(num_rows, batch_size, *steps, *privacy)
+
+
+class HasRows(Protocol):
+    """An organisation, as it is or tokenized."""
+
+    name: str
+    rows: Sequence[Any]
+
+
+def terms_of(script_args: FederatedArguments, training_args: "SFTConfig") -> dict[str, str | int | float | None]:
     """Return what all machines of a run must agree on, by flag."""
-    names = ("average", "local_steps", "rounds", "compression")
+    names = ("learner", "average", "local_steps", "rounds", "compression", "row_clip_norm", "row_noise_multiplier")
     return {name: getattr(script_args, name) for name in names} | {"seed": training_args.seed}
 
 
@@ -284,6 +354,15 @@ def identity_of(arguments: Mapping[str, Any], base_sha256: str) -> dict[str, Any
     """
     named = {name: value for name, value in arguments.items() if name not in NOT_OF_THE_ROUNDS}
     return {**named, "base_sha256": base_sha256}
+
+
+def next_steps(script_args: FederatedArguments, training_args: "SFTConfig") -> list[str]:
+    """Return the lines that use the model; none for a reward model."""
+    from hfllm.outputs.card import chat_lines
+
+    if script_args.has_pairs:
+        return []
+    return list(chat_lines(training_args.output_dir, [{"role": "user", "content": "Hello!"}]))
 
 
 def contents(script_args: FederatedArguments) -> dict[str, int]:

@@ -1,11 +1,12 @@
 """The organisations of a federation: their rows by the flags, tokenized, and what trains on them in this process."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from hfllm.data.sources import WORLD
 from hfllm.data.world.world import World
+from hfllm.errors import InputError
 from hfllm.federation.organisations import (
     Organisation,
     check_organisations,
@@ -14,7 +15,7 @@ from hfllm.federation.organisations import (
     split_evenly,
     world_organisations,
 )
-from hfllm.stages.federated import FROZEN_A, FederatedArguments, adapted, organisation_names
+from hfllm.stages.federated import FROZEN_A, FederatedArguments, adapted, organisation_names, row_epsilons
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -76,6 +77,8 @@ def _rows(script_args: FederatedArguments) -> list[Mapping[str, object]]:
 
     def mapper(origin: str, row: formats.Row) -> formats.Row:
         refuse_images(origin, row, "hfllm federated")
+        if script_args.has_pairs:
+            return formats.to_preference(origin, row)
         row = formats.to_sft(origin, row)
         return formats.last_turn(row) if script_args.loss_on == "last" else row
 
@@ -106,12 +109,14 @@ class Tokenized:
 
     Args:
         name: of the organisation.
-        rows, held_out: `input_ids` and `labels` of each.
+        rows, held_out: `input_ids` and `labels` of each, or `chosen_ids` and `rejected_ids`.
+        num_sources: how many rows the organisation's own were made of: one may become several, or none.
     """
 
     name: str
     rows: "Rows"
     held_out: "Rows"
+    num_sources: int
 
 
 def tokenized(
@@ -124,13 +129,49 @@ def tokenized(
     """
     from hfllm.stages.sft import examples
 
-    def tokens(rows: Sequence[Mapping[str, object]], what: str) -> "Rows":
-        return examples(list(rows), tokenizer, training_args, what)[0].to_list() if rows else []
+    def tokens(rows: Sequence[Mapping[str, object]], what: str) -> tuple["Rows", int]:
+        if not rows:
+            return [], 0
+        found, num_left_out = examples(list(rows), tokenizer, training_args, what)
+        return found.to_list(), len(rows) - num_left_out
 
     return [
-        Tokenized(each.name, tokens(each.rows, each.name), tokens(each.held_out, f"{each.name}, held out"))
+        Tokenized(each.name, rows, tokens(each.held_out, f"{each.name}, held out")[0], num_sources)
         for each in organisations
+        for rows, num_sources in [tokens(each.rows, each.name)]
     ]
+
+
+def tokenized_pairs(
+    organisations: Sequence[Organisation], tokenizer: "PreTrainedTokenizerBase", training_args: "SFTConfig"
+) -> list[Tokenized]:
+    """Return the comparisons of organisations as tokens.
+
+    Raises:
+        InputError: when an organisation has no pair left.
+    """
+    from hfllm.stages.federated_pairs import pairs_of
+
+    pairs = pairs_of(organisations, tokenizer, training_args.max_length)
+    return [
+        Tokenized(each.name, rows, held_out, len(rows))
+        for each, (rows, held_out) in zip(organisations, pairs, strict=True)
+    ]
+
+
+def check_one_each(organisations: Sequence[Tokenized]) -> None:
+    """Refuse organisations of whose rows one becomes several: privacy is of what is drawn, clipped and counted.
+
+    Raises:
+        InputError: naming the organisation.
+    """
+    for each in organisations:
+        if len(each.rows) > each.num_sources:
+            raise InputError(
+                f"--row_clip_norm: {each.num_sources} rows of organisation {each.name!r} become {len(each.rows)} "
+                "examples, and the privacy of one of these is not that of a row; expected one each, such as by "
+                "--loss_on last"
+            )
 
 
 def pooled(organisations: Sequence[Tokenized]) -> "Rows":
@@ -143,12 +184,16 @@ def pooled(organisations: Sequence[Tokenized]) -> "Rows":
 
 @dataclass(frozen=True)
 class Local:
-    """What trains in this process: the learner, and the sha256 of what it began from and does not train."""
+    """What trains in this process: the learner, and the sha256 of what it began from and does not train.
+
+    `row_epsilons` is what a run reveals of one row of each organisation; empty without noise on rows.
+    """
 
     learner: "LocalLearner"
     tokenizer: "PreTrainedTokenizerBase"
     base_sha256: str
     organisations: Sequence[Tokenized]
+    row_epsilons: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def model(self) -> "PreTrainedModel":
@@ -176,34 +221,44 @@ def load_local(
     from hfllm.runs.adapters import load_to_train
     from hfllm.runs.arguments import changed
     from hfllm.runs.models import fitting_length, peft_config
-    from hfllm.stages import sft
+    from hfllm.stages import federated_pairs, sft
     from hfllm.stages.federated_learner import LocalLearner
     from hfllm.trainers.trl_trainers import SFTTrainer
 
     # Of rows that a template adds to the embeddings.
     set_seed(training_args.seed)
-    loaded = load_to_train(adapted(script_args, model_args), training_args.output_dir)
-    model, tokenizer = sft.with_template(training_args, *loaded)
+    trained_args, has_pairs = adapted(script_args, model_args), script_args.has_pairs
+    if has_pairs:
+        model, tokenizer = federated_pairs.load_scorer(training_args, trained_args)
+    else:
+        loaded = load_to_train(trained_args, training_args.output_dir)
+        model, tokenizer = sft.with_template(training_args, *loaded)
     base = weights_sha256(dict(model.named_parameters()))
     args = changed(training_args, max_length=fitting_length(training_args.max_length, model))
-    found = tokenized(organisations, tokenizer, args)
+    found = (tokenized_pairs if has_pairs else tokenized)(organisations, tokenizer, args)
+    if script_args.row_clip_norm is not None:
+        check_one_each(found)
+    epsilons = row_epsilons(script_args, args, found)
     # Of the adapter's first weights: the same at every organisation, whatever was drawn before.
     set_seed(training_args.seed)
     torch.manual_seed(training_args.seed)
-    adapter = peft_config(adapted(script_args, model_args))
-    trainer = SFTTrainer(
-        model=model,
-        args=changed(args, **sft.trained_as_they_are(args)),
-        train_dataset=Dataset.from_list(list(found[0].rows[:1]) or [NOTHING]),
-        processing_class=tokenizer,
-        peft_config=adapter,
-    )
+    adapter = peft_config(trained_args, "SEQ_CLS" if has_pairs else "CAUSAL_LM")
+    if has_pairs:
+        trainer = federated_pairs.reward_trainer(model, args, found[0].rows, tokenizer, adapter)
+    else:
+        trainer = SFTTrainer(
+            model=model,
+            args=changed(args, **sft.trained_as_they_are(args)),
+            train_dataset=Dataset.from_list(list(found[0].rows[:1]) or [NOTHING]),
+            processing_class=tokenizer,
+            peft_config=adapter,
+        )
     if script_args.average == FROZEN_A:
         freeze_a(trainer.model)
     if adapter is not None:
         base = _with_adapter(base, trainer.model, adapter)
     steps = script_args.rounds * script_args.local_steps
-    return Local(LocalLearner(trainer, steps, script_args.proximal_mu), tokenizer, base, found)
+    return Local(LocalLearner(trainer, steps, script_args.proximal_mu), tokenizer, base, found, epsilons)
 
 
 def _with_adapter(base_sha256: str, model: "nn.Module", adapter: "LoraConfig") -> str:

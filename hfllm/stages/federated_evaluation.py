@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -30,11 +30,13 @@ class Measured:
 
     Args:
         golds: gold reward of its greedy answer to each held-out question of the world; none for rows of the user.
-        losses: held-out loss of each organisation that holds rows out, in nats per token.
+        losses: held-out loss of each organisation that holds rows out, in nats per token or pair.
+        accuracies: of reward models, the share of its held-out pairs that have the right order.
     """
 
     golds: list[float]
     losses: dict[str, float]
+    accuracies: dict[str, float] = field(default_factory=dict)
 
     @property
     def gold(self) -> float:
@@ -46,17 +48,23 @@ class Measured:
         """The mean over organisations of their held-out loss."""
         return sum(self.losses.values()) / max(len(self.losses), 1)
 
+    @property
+    def accuracy(self) -> float:
+        """The mean over organisations of their pair accuracy."""
+        return sum(self.accuracies.values()) / max(len(self.accuracies), 1)
+
 
 class Evaluator:
     """Measures models on the world's held-out questions, and on the rows that organisations hold out."""
 
     def __init__(self, script_args: FederatedArguments, local: Local):
-        self.local, self.is_world = local, script_args.is_world
+        self.local, self.is_world, self.has_pairs = local, script_args.is_world, script_args.has_pairs
         self.every, self.last = script_args.eval_rounds, script_args.rounds
         self.tasks = World(script_args.world_seed).evaluation_tasks(script_args.num_eval_prompts)
         # Those of the last round are asked for twice.
         self._golds: dict[str, list[float]] = {}
         self._losses: dict[str, dict[str, float]] = {}
+        self._accuracies: dict[str, dict[str, float]] = {}
 
     def golds(self, weights: Weights) -> list[float]:
         """Return the gold reward of each greedy answer; nothing for rows of the user."""
@@ -81,9 +89,20 @@ class Evaluator:
             }
         return self._losses[key]
 
+    def accuracies(self, weights: Weights) -> dict[str, float]:
+        """Return the pair accuracy of each organisation that holds rows out; nothing where rows are no pairs."""
+        key, learner = weights_sha256(weights), self.local.learner
+        if key not in self._accuracies:
+            self._accuracies[key] = {
+                each.name: learner.pair_accuracy(each.held_out, weights)
+                for each in self.local.organisations
+                if each.held_out and self.has_pairs
+            }
+        return self._accuracies[key]
+
     def measure(self, weights: Weights) -> Measured:
         """Return all figures of a model."""
-        return Measured(self.golds(weights), self.losses(weights))
+        return Measured(self.golds(weights), self.losses(weights), self.accuracies(weights))
 
     def of_round(self, number: int, weights: Weights) -> dict[str, float]:
         """Return the figures that are kept of a round."""
@@ -92,8 +111,9 @@ class Evaluator:
         if self.is_world:
             golds = self.golds(weights)
             return {"gold": sum(golds) / len(golds)}
-        losses = self.losses(weights)
-        return {"held_out_loss": sum(losses.values()) / len(losses)} if losses else {}
+        found = self.measure(weights)
+        accuracy = {"pair_accuracy": found.accuracy} if found.accuracies else {}
+        return {"held_out_loss": found.loss, **accuracy} if found.losses else {}
 
 
 # ---- controls ----
@@ -183,7 +203,11 @@ class Controls:
 
 def figure_of(measured: Measured) -> str:
     """Return a model's main figure in words."""
-    return f"gold {measured.gold:.3f}" if measured.golds else f"held-out loss {measured.loss:.3f} nats per token"
+    if measured.golds:
+        return f"gold {measured.gold:.3f}"
+    if measured.accuracies:
+        return f"held-out loss {measured.loss:.3f} nats per pair, pair accuracy {measured.accuracy:.3f}"
+    return f"held-out loss {measured.loss:.3f} nats per token"
 
 
 def local_arms(controls: Mapping[str, Measured]) -> dict[str, Measured]:

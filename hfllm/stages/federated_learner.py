@@ -2,7 +2,7 @@
 
 The trainer is built once; what it brings is its model on its device, collator, loss and optimizer. A trainer for each
 organisation and round would cost more than the few steps that it takes. It fits trainers whose loss is a mean over
-`labels`, such as TRL's SFTTrainer; RewardTrainer's pairs have none.
+`labels`, such as TRL's SFTTrainer, or over rows without labels, such as the pairs of RewardTrainer.
 """
 
 import random
@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from hfllm.errors import InputError
 from hfllm.federation.rounds import replace_tensors
+from hfllm.federation.row_privacy import RowPrivacy, RowSum
 from hfllm.models.devices import forked_random
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class Learned:
 
     Args:
         weights: copies of the trained tensors.
-        num_tokens, num_rows: how many targets and rows were learned, each time that they were seen.
+        num_tokens, num_rows: how many targets and rows were learned, each time that they were seen. A pair is one
+            target.
         loss: mean over the targets, before each step.
     """
 
@@ -93,8 +95,9 @@ class LocalLearner:
         state: Mapping[str, Tensor] | None = None,
         batch_size: int | None = None,
         rate: Callable[[int], float] | None = None,
+        privacy: RowPrivacy | None = None,
     ) -> Learned:
-        """Train `count` steps from `weights`; the same arguments give the same bits.
+        """Train `count` steps from `weights`; without privacy the same arguments give the same bits.
 
         Args:
             rows: tokenized rows of one organisation.
@@ -103,6 +106,8 @@ class LocalLearner:
             state: the optimizer's, from `optimizer_state`; by default a new one.
             batch_size: rows of a step; by default the trainer's.
             rate: the schedule's factor of the learning rate by step; by default that of all rounds.
+            privacy: of single rows: their draws, clipping and noise, which have no seed. A row's loss is then the mean
+                over its own targets, and a step's the sum over rows divided by the number that is expected.
         """
         self.set_weights(weights)
         self.set_optimizer_state(state)
@@ -113,32 +118,50 @@ class LocalLearner:
         with forked_random(self.args.device):
             for step in range(first_step, first_step + count):
                 torch.manual_seed(random.Random(f"{seed}-{step}").getrandbits(63))
-                places = places_of(len(rows), size, step, seed)
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.args.learning_rate * (rate or self.rate)(step)
-                batch = [rows[place] for place in places]
-                targets = sum(_targets(row) for row in batch)
-                nats += self._gradient(batch, targets) * targets
+                if privacy is None:
+                    batch = [rows[place] for place in places_of(len(rows), size, step, seed)]
+                    summed = self._gradient(batch)
+                else:
+                    batch = [rows[place] for place in privacy.draw(len(rows), size)]
+                    summed = self._private_gradient(batch, min(size, len(rows)), privacy)
                 for value, beginning in zip(trained, begun, strict=False):
                     value.grad.add_(value.detach() - beginning, alpha=self.proximal_mu)
                 if self.args.max_grad_norm > 0:
                     nn.utils.clip_grad_norm_(trained, self.args.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-                num_tokens, num_rows = num_tokens + targets, num_rows + len(batch)
+                nats, num_rows = nats + summed, num_rows + len(batch)
+                num_tokens += sum(map(_targets, batch))
         self.model.eval()
         return Learned(self.weights(), num_tokens, num_rows, nats / max(num_tokens, 1))
 
-    def _gradient(self, batch: Rows, targets: int) -> float:
-        """Accumulate the gradient of the mean over all targets of a batch, and return that mean."""
+    def _gradient(self, batch: Rows) -> float:
+        """Accumulate the gradient of the mean over all targets of a batch, and return the sum over them."""
         mean, parts = 0.0, list(chunks(batch, self.args.per_device_train_batch_size))
+        targets = sum(map(_targets, batch))
         # What TRL divides the load-balancing loss of experts by.
         self.trainer.current_gradient_accumulation_steps = len(parts)
         for part in parts:
             loss = self._loss(part, targets)
             loss.backward()
             mean += float(loss.detach())
-        return mean
+        return mean * targets
+
+    def _private_gradient(self, batch: Rows, expected: int, privacy: RowPrivacy) -> float:
+        """Set the noisy sum of the gradients of single rows over `expected`; return the sum of their summed losses."""
+        total, nats = RowSum(list(self.trained.values()), privacy), 0.0
+        self.trainer.current_gradient_accumulation_steps = 1
+        for row in batch:
+            targets = _targets(row)
+            # The mean over its own tokens: those of other rows would show in it.
+            loss = self._loss([row], targets)
+            loss.backward()
+            total.take()
+            nats += float(loss.detach()) * targets
+        total.set_gradient(expected)
+        return nats
 
     def _loss(self, rows: Rows, targets: int) -> Tensor:
         """Return the trainer's loss of rows, divided by `targets`."""
@@ -160,6 +183,20 @@ class LocalLearner:
                 targets = sum(map(_targets, part))
                 nats, num_tokens = nats + float(self._loss(part, targets)) * targets, num_tokens + targets
         return nats / max(num_tokens, 1)
+
+    def pair_accuracy(self, pairs: Rows, weights: Mapping[str, Tensor]) -> float:
+        """Return the share of pairs whose chosen answer has the higher score at these weights."""
+        self.set_weights(weights)
+        self.model.eval()
+        right = 0
+        with torch.no_grad():
+            for part in chunks(pairs, self.args.per_device_eval_batch_size):
+                inputs = self.trainer._prepare_inputs(self.trainer.data_collator(list(part)))
+                with self.trainer.accelerator.autocast():
+                    scores = self.model(**inputs, use_cache=False).logits.squeeze(-1)
+                chosen, rejected = scores.chunk(2)
+                right += int((chosen > rejected).sum())
+        return right / max(len(pairs), 1)
 
     # ---- the optimizer's state ----
 
@@ -229,9 +266,12 @@ class KeptStates:
         return [int(path.stem) for path in places if path.stem.isdecimal()]
 
     def _path(self, organisation: str, number: int) -> Path:
-        # A name may hold a slash, or be `..`.
-        folder = quote(organisation, safe="").replace(".", "%2E")
-        return self.folder / folder / f"{number}.safetensors"
+        return self.folder / folder_name(organisation) / f"{number}.safetensors"
+
+
+def folder_name(organisation: str) -> str:
+    """Return an organisation's name as one of a folder or file: it may hold a slash, or be `..`."""
+    return quote(organisation, safe="").replace(".", "%2E")
 
 
 # ---- rows and schedule ----
@@ -277,5 +317,7 @@ def chunks(rows: Rows, size: int) -> Iterator[Rows]:
 
 
 def _targets(row: Mapping[str, Sequence[int]]) -> int:
-    """Return how many tokens of a row are predicted: the first one never is."""
+    """Return how many tokens of a row are predicted: the first one never is. A pair is one."""
+    if "labels" not in row:
+        return 1
     return sum(label != IGNORE for label in row["labels"][1:])

@@ -1,6 +1,6 @@
 """The report of a federation: figures by round and by bytes, each beside its controls."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from hfllm.federation.rounds import RoundRecord
 from hfllm.outputs.figures import mean_of, plus_minus, standard_error
@@ -18,6 +18,10 @@ LABELS = {
 NOT_PRIVATE = (
     "Epsilon is of the model alone: controls, held-out losses and numbers of rows are taken from rows without noise, "
     "and the controls' figures are not private."
+)
+ROWS_NOT_PRIVATE = (
+    "A row-level epsilon is of the updates that an organisation sends; numbers of rows are taken as known. Controls "
+    "and held-out losses are taken from rows without noise, and are not private."
 )
 # Rounds that the table shows, evenly spaced.
 SHOWN_ROUNDS = 20
@@ -44,19 +48,23 @@ def report_of(
         "rounds": len(records),
         "trained_parameters": sum(value.numel() for value in local.learner.trained.values()),
         **(private or _of_all_rounds(records)),
+        **({"row_epsilon": max(local.row_epsilons.values())} if local.row_epsilons else {}),
     }
     for name, each in {**arms, **({"local_best": best} if best else {})}.items():
         if each.golds:
             metrics |= mean_of(f"gold_{name}", each.golds)
         if each.losses:
             metrics[f"held_out_loss_{name}"] = each.loss
+        if each.accuracies:
+            metrics[f"pair_accuracy_{name}"] = each.accuracy
     metrics |= _ratios(federated, controls, best)
     return Found(
         metrics,
-        _summary(metrics, federated, controls, best),
+        _summary(metrics, federated, controls, best, unit_of(script_args)),
         {
             **_compared(arms, alone),
-            **_losses(local, federated, controls, alone),
+            **_by_organisation(local, federated, controls, alone, unit_of(script_args)),
+            **_row_privacy(script_args, local),
             "Rounds": _rounds(records, bool(private)),
             **_left_out(records),
         },
@@ -86,19 +94,26 @@ def _ratios(federated: Measured, controls: Mapping[str, Measured], best: Measure
 
 
 def _summary(
-    metrics: Mapping[str, float], federated: Measured, controls: Mapping[str, Measured], best: Measured | None
+    metrics: Mapping[str, float],
+    federated: Measured,
+    controls: Mapping[str, Measured],
+    best: Measured | None,
+    unit: str,
 ) -> str:
     if "epsilon" in metrics:
         sent, about = f"an epsilon of {metrics['epsilon']:.3g}", f" {NOT_PRIVATE}"
     else:
         sent, about = f"{megabytes(metrics['bytes_down'])} MB down and {megabytes(metrics['bytes_up'])} MB up", ""
+    if "row_epsilon" in metrics:
+        sent += f" and a row-level epsilon of at most {metrics['row_epsilon']:.3g}"
+        about += f" {ROWS_NOT_PRIVATE}"
     others = {
         "before": controls[UNTRAINED],
         "with pooled rows": controls.get(CENTRAL),
         "with pooled rows in as few steps": controls.get(EQUAL_STEPS),
         "at best alone": best,
     }
-    what = "Gold reward" if federated.golds else "Held-out loss (nats per token)"
+    what = "Gold reward" if federated.golds else f"Held-out loss ({unit})"
     words = ", ".join(f"{value_of(each)} {name}" for name, each in others.items() if each is not None)
     count, rounds = metrics["organisations"], metrics["rounds"]
     return f"{what} {value_of(federated)} of {count} organisations after {rounds} rounds and {sent}; {words}.{about}"
@@ -129,19 +144,45 @@ def _compared(arms: Mapping[str, Measured], alone: Mapping[str, Measured]) -> di
     return {"Gold reward of greedy answers to held-out questions": rows}
 
 
-def _losses(
-    local: Local, federated: Measured, controls: Mapping[str, Measured], alone: Mapping[str, Measured]
+def unit_of(script_args: FederatedArguments) -> str:
+    """Return the unit of losses."""
+    return "nats per pair" if script_args.has_pairs else "nats per token"
+
+
+def _by_organisation(
+    local: Local, federated: Measured, controls: Mapping[str, Measured], alone: Mapping[str, Measured], unit: str
 ) -> dict[str, list[Mapping[str, object]]]:
+    """Return tables of losses and, of reward models, accuracies, of each organisation on its own held-out rows."""
     columns = {"before": controls[UNTRAINED], "federated": federated}
     columns |= {LABELS[name]: controls[name] for name in (CENTRAL, EQUAL_STEPS) if name in controls}
-    rows = []
-    for each in local.organisations:
-        row: dict[str, object] = {"organisation": each.name, "rows": len(each.rows), "held out": len(each.held_out)}
-        row |= {title: figures.losses.get(each.name, "") for title, figures in columns.items()}
-        if each.name in alone:
-            row["alone"] = alone[each.name].losses.get(each.name, "")
-        rows.append(row)
-    return {"Held-out loss by organisation (nats per token)": rows}
+
+    def table(figures: Callable[[Measured], Mapping[str, float]]) -> list[Mapping[str, object]]:
+        rows = []
+        for each in local.organisations:
+            row: dict[str, object] = {
+                "organisation": each.name,
+                "rows": len(each.rows),
+                "held out": len(each.held_out),
+            }
+            row |= {title: figures(measured).get(each.name, "") for title, measured in columns.items()}
+            if each.name in alone:
+                row["alone"] = figures(alone[each.name]).get(each.name, "")
+            rows.append(row)
+        return rows
+
+    losses = {f"Held-out loss by organisation ({unit})": table(lambda measured: measured.losses)}
+    if not federated.accuracies:
+        return losses
+    return losses | {"Accuracy on held-out pairs by organisation": table(lambda measured: measured.accuracies)}
+
+
+def _row_privacy(script_args: FederatedArguments, local: Local) -> dict[str, list[Mapping[str, object]]]:
+    rows = [
+        {"organisation": each.name, "rows": len(each.rows), "epsilon": local.row_epsilons[each.name]}
+        for each in local.organisations
+        if each.name in local.row_epsilons
+    ]
+    return {f"What all rounds reveal of one row (delta {script_args.delta:g})": rows} if rows else {}
 
 
 def _rounds(records: Sequence[RoundRecord], is_private: bool) -> list[Mapping[str, object]]:
@@ -181,7 +222,7 @@ def _plots(
     best: Measured | None,
 ) -> dict[str, Plot]:
     name = "gold" if script_args.is_world else "held_out_loss"
-    ylabel = "gold reward" if script_args.is_world else "held-out loss (nats per token)"
+    ylabel = "gold reward" if script_args.is_world else f"held-out loss ({unit_of(script_args)})"
     measured = [record for record in records if name in record.evaluation]
     values = [record.evaluation[name] for record in measured]
     numbers = [float(record.number) for record in measured]

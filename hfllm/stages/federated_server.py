@@ -70,6 +70,9 @@ def transport(
         length = local.learner.args.max_length
         rows = script_args.local_steps * local.learner.batch_size
         carrier.max_tokens = None if length is None else rows * length
+        if script_args.row_clip_norm is not None:
+            # Organisations count alike.
+            carrier.max_tokens = 1
         carrier.terms = terms_of(script_args, training_args)
         yield carrier
 

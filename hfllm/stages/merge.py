@@ -62,6 +62,9 @@ def merge_into_base(adapter: "SavedAdapter", script_args: MergeArguments) -> dic
     added = sum(weight.numel() for weight in adapter.weights().values())
     context = max_length_of(adapted.config)
     ids = random_tokens(adapted.config.get_text_config().vocab_size, context, script_args.seed)
+    # A token that stands for a picture has no meaning alone.
+    place = getattr(adapted.config, "image_token_id", None)
+    ids = ids if place is None else ids.masked_fill(ids == place, place - 1 if place else 1)
     apart = logits_of(adapted, ids)
     with adapted.disable_adapter():
         without = logits_of(adapted, ids)

@@ -130,9 +130,14 @@ def check_model(script_args: QuantizeArguments, model_args: "ModelConfig", confi
         InputError: when it is quantized already, a scheme has nothing to quantize, a name of --skip_modules is not
             a layer's, or the timed tokens exceed the model's context.
     """
-    from hfllm.models.stored import empty_model, refuse_quantized
+    from hfllm.models.stored import empty_model, is_for_pictures, refuse_quantized
     from hfllm.runs.models import max_length_of
 
+    if is_for_pictures(config):
+        raise InputError(
+            f"--model_name_or_path {model_args.model_name_or_path}: it sees, and schemes are compared on text alone: "
+            "load it in 8 bits where it is used (--load_in_8bit)"
+        )
     if model_args.model_name_or_path:
         refuse_quantized(config, model_args.model_name_or_path)
     context, timed = max_length_of(config), script_args.prompt_tokens + script_args.new_tokens

@@ -8,6 +8,7 @@ from hfllm.data.augmentation import AugmentationArguments
 from hfllm.data.loading import RowArguments
 from hfllm.errors import InputError, refuse
 from hfllm.runs.chain import Chain, chain_before
+from hfllm.stages.own_pictures import FreezingArguments, PictureArguments
 from hfllm.trainers.learning_rate import BatchArguments
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ Rows = list[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class RewardArguments(RowArguments, AugmentationArguments, BatchArguments):
+class RewardArguments(RowArguments, AugmentationArguments, BatchArguments, FreezingArguments, PictureArguments):
     """Comparison data."""
 
     num_pairs: int = field(default=6000, metadata={"help": "Prompts of the embedded world to compare responses to."})
@@ -83,15 +84,21 @@ def stages_before(script_args: RewardArguments, training_args: "RewardConfig", m
 def user_comparisons(script_args: RewardArguments, seed: int) -> tuple[Rows, Rows] | None:
     """Return the user's training and held-out rows with `prompt`, `chosen` and `rejected`, or `None` for the world."""
     from hfllm.data import formats
-    from hfllm.data.augmentation import augmented_prompts, begun_comparisons, training_texts
     from hfllm.data.images import without_images
     from hfllm.data.sources import WORLD
-    from hfllm.evaluation.refusals import refuses
     from hfllm.stages.user_rows import user_rows
 
     if script_args.dataset_name == WORLD:
         return None
-    train_rows, eval_rows = user_rows(script_args, without_images(formats.to_preference, "hfllm reward"), seed)
+    rows = user_rows(script_args, without_images(formats.to_preference, "the model"), seed)
+    return augmented(script_args, *rows, seed)
+
+
+def augmented(script_args: RewardArguments, train_rows: Rows, eval_rows: Rows, seed: int) -> tuple[Rows, Rows]:
+    """Return training rows, a share `--augment` of them in other forms, and the held-out rows."""
+    from hfllm.data.augmentation import augmented_prompts, begun_comparisons, training_texts
+    from hfllm.evaluation.refusals import refuses
+
     if script_args.augment:
         texts = training_texts(script_args.dataset_name)
         train_rows = augmented_prompts(train_rows, script_args.augment, seed, texts)

@@ -152,17 +152,20 @@ def prompt_data(
     from hfllm.data.rows import flaw_of_prompt
     from hfllm.data.sources import WORLD, folder_of
     from hfllm.data.world.world import World
-    from hfllm.stages.user_rows import user_rows
+    from hfllm.stages.user_rows import Mapper, user_rows
 
-    read = to_picture_prompts(formats.to_prompt, folder_of(script_args.dataset_name))
+    def mapper_of(name: str) -> Mapper:
+        read = to_picture_prompts(formats.to_prompt, folder_of(name))
 
-    def mapper(origin: str, row: formats.Row) -> formats.Row:
-        row = read(origin, row)
-        if script_args.apply_chat_template:
-            row["prompt"] = formats.as_messages(row["prompt"])
-        if isinstance(row["prompt"], list) and "tools" in row:
-            row["tools"] = read_tools(origin, row["tools"])
-        return row
+        def mapper(origin: str, row: formats.Row) -> formats.Row:
+            row = read(origin, row)
+            if script_args.apply_chat_template:
+                row["prompt"] = formats.as_messages(row["prompt"])
+            if isinstance(row["prompt"], list) and "tools" in row:
+                row["tools"] = read_tools(origin, row["tools"])
+            return row
+
+        return mapper
 
     if script_args.dataset_name == WORLD:
         world = World(script_args.world_seed)
@@ -171,7 +174,9 @@ def prompt_data(
         eval_rows = [task.prompt_row() for task in world.evaluation_tasks(script_args.num_eval_prompts)]
     else:
         settings = {"share": 0.1, "most": script_args.num_eval_prompts, "flaw_of": flaw_of_prompt}
-        train_rows, eval_rows = user_rows(script_args, mapper, seed, **settings)
+        name, eval_name = script_args.dataset_name, script_args.eval_dataset_name or script_args.dataset_name
+        settings["eval_mapper"] = mapper_of(eval_name)
+        train_rows, eval_rows = user_rows(script_args, mapper_of(name), seed, **settings)
         # A reward function gets the same columns in each batch.
         names = {name: None for row in (*train_rows, *eval_rows) for name in row}
         shows = any(isinstance(row["prompt"], list) and row.get("images") for row in (*train_rows, *eval_rows))
@@ -260,10 +265,11 @@ def build_rewards(
 ) -> "list[RewardFunction]":
     """Return the reward functions, then the named reward models as one reward (several form an ensemble)."""
     from hfllm.rewards.ensembles import RewardEnsemble
-    from hfllm.rewards.models import RewardModel
-    from hfllm.runs.models import load_reward_model, load_tokenizer
+    from hfllm.rewards.models import reward_model
+    from hfllm.runs.models import load_reward_model
+    from hfllm.stages.rlhf_pictures import processing_class_of
 
-    members = [RewardModel(load_reward_model(name, model_args), load_tokenizer(name)) for name in names]
+    members = [reward_model(load_reward_model(name, model_args), processing_class_of(name)) for name in names]
     if len(members) < 2:
         return [*functions, *members]
     return [*functions, RewardEnsemble(members, script_args.reward_aggregation, script_args.uncertainty_coef)]

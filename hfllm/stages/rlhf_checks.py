@@ -91,18 +91,18 @@ def check_models(
             an adapter that does not, weights that cannot be trained, or `--use_vllm` without vLLM.
     """
     from hfllm.models.devices import forked_random
-    from hfllm.rewards.models import RewardModel
+    from hfllm.models.stored import is_for_pictures
+    from hfllm.rewards.models import reward_model
     from hfllm.runs.models import (
         check_trainable,
         load_reward_model,
-        load_tokenizer,
         load_value_model,
         max_length_of,
         peft_config,
         try_adapter,
     )
-    from hfllm.stages.rlhf_pictures import check_rows, load_processing_class
-    from hfllm.trainers.ppo.pictures import is_for_pictures, tokenizer_of
+    from hfllm.stages.rlhf_pictures import check_rows, load_processing_class, processing_class_of
+    from hfllm.trainers.ppo.pictures import tokenizer_of
     from hfllm.trainers.ppo.prompts import check_prompts
     from hfllm.trainers.ppo.setup import check_critic
     from hfllm.trainers.ppo.vllm_sampling import check_vllm
@@ -113,12 +113,12 @@ def check_models(
         check_vllm(training_args)
     named = script_args.reward_model_name_or_path or []
     for name in named:
-        load_tokenizer(name)
+        processing_class_of(name)
     # A new head must not change the random numbers drawn later.
     with forked_random(training_args.device):
         if trains_first:
             for name in named:
-                RewardModel(load_reward_model(name, model_args), load_tokenizer(name))
+                reward_model(load_reward_model(name, model_args), processing_class_of(name))
             if named or script_args.value_model != "reward":
                 check_critic(load_value_model(script_args.value_model, model_args, named))
         if model_args.use_peft and not is_for_pictures(policy_config):

@@ -22,11 +22,21 @@ def load_processing_class(model_args: "ModelConfig", config: "PreTrainedConfig")
     Raises:
         InputError: when it cannot be loaded, or there is no processor.
     """
-    from hfllm.data.tokenizer import padding_token
-    from hfllm.runs.models import load_tokenizer
-    from hfllm.trainers.ppo.pictures import is_for_pictures
+    return _processing_class(model_args.model_name_or_path, model_args.model_revision, config)
 
-    name, revision = model_args.model_name_or_path, model_args.model_revision
+
+def processing_class_of(name: str, revision: str = "main") -> "ProcessingClass":
+    """Load the tokenizer of a model, or the processor of one that reads pictures, as `load_processing_class` does."""
+    from hfllm.runs.models import load_config
+
+    return _processing_class(name, revision, load_config(name, revision))
+
+
+def _processing_class(name: str, revision: str, config: "PreTrainedConfig") -> "ProcessingClass":
+    from hfllm.data.tokenizer import padding_token
+    from hfllm.models.stored import is_for_pictures
+    from hfllm.runs.models import load_tokenizer
+
     if not is_for_pictures(config):
         return load_tokenizer(name, revision)
     processor = load_processor(name, revision)
@@ -64,8 +74,8 @@ def load_policy(
     Raises:
         InputError: when either cannot be loaded.
     """
+    from hfllm.models.stored import is_for_pictures
     from hfllm.runs.adapters import load_to_train
-    from hfllm.trainers.ppo.pictures import is_for_pictures
 
     if not is_for_pictures(config):
         return load_to_train(model_args, output_dir)
@@ -109,7 +119,7 @@ def check_rows(rows: "Sequence[Row]", config: "PreTrainedConfig") -> None:
     """
     from transformers import AutoModelForImageTextToText
 
-    from hfllm.trainers.ppo.pictures import is_for_pictures
+    from hfllm.models.stored import is_for_pictures
     from hfllm.trainers.ppo.prompts import check_pictures
 
     if not is_for_pictures(config):
@@ -126,8 +136,8 @@ def next_lines(folder: str, prompt: "str | list[Message]", config: "PreTrainedCo
         config: the policy's.
         is_adapter: whether an adapter is saved.
     """
+    from hfllm.models.stored import is_for_pictures
     from hfllm.outputs.card import chat_lines
     from hfllm.outputs.picture_lines import picture_lines
-    from hfllm.trainers.ppo.pictures import is_for_pictures
 
     return picture_lines(folder, is_adapter) if is_for_pictures(config) else chat_lines(folder, prompt)

@@ -11,6 +11,7 @@ from hfllm.errors import InputError, refuse
 from hfllm.runs.chain import Chain, chain_before
 from hfllm.runs.recipes import settings_file
 from hfllm.stages import sft_retrieval
+from hfllm.stages.own_pictures import FreezingArguments, PictureArguments
 from hfllm.stages.sft_retrieval import GroundedRow, RetrievalArguments, crowded_out, lacking_room
 from hfllm.trainers.learning_rate import BatchArguments
 
@@ -25,7 +26,14 @@ NO_ROWS = "an adapter has no rows for new tokens: train all weights, or leave th
 
 
 @dataclass(frozen=True)
-class SftArguments(InstructionArguments, RetrievalArguments, AugmentationArguments, BatchArguments):
+class SftArguments(
+    InstructionArguments,
+    RetrievalArguments,
+    AugmentationArguments,
+    BatchArguments,
+    FreezingArguments,
+    PictureArguments,
+):
     """Instruction data."""
 
     num_examples: int = field(default=9600, metadata={"help": "Demonstrations of the embedded world to train on."})
@@ -114,7 +122,7 @@ def stages_before(script_args: SftArguments, training_args: "TrainingArguments",
 
 
 def instruction_data(
-    script_args: InstructionArguments, num_examples: int, seed: int
+    script_args: InstructionArguments, num_examples: int, seed: int, model_name: str | None = None
 ) -> tuple[list[Mapping[str, object]], list[Mapping[str, object]]]:
     """Return training and held-out rows with `prompt` and `completion` messages.
 
@@ -122,6 +130,7 @@ def instruction_data(
         script_args: where the data comes from, and which turns of a conversation are learned.
         num_examples: demonstrations, where it comes from the embedded world.
         seed: of the demonstrations and of the split.
+        model_name: of the model of text that learns, for complaints.
     """
     from hfllm.data import formats
     from hfllm.data.images import refuse_images
@@ -132,7 +141,7 @@ def instruction_data(
     from hfllm.stages.user_rows import user_rows
 
     def mapper(origin: str, row: formats.Row) -> formats.Row:
-        refuse_images(origin, row, "hfllm sft")
+        refuse_images(origin, row, f"the model {model_name!r}" if model_name else "the model")
         row = formats.to_sft(origin, row)
         return formats.last_turn(row) if script_args.loss_on == "last" else row
 

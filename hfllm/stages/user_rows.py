@@ -10,15 +10,17 @@ from hfllm.runs.command_line import say
 
 Rows = list[Row]
 Flaw = Callable[[Row], str | None]
+Mapper = Callable[[str, Row], Row]
 
 
 def user_rows(
     script_args: RowArguments,
-    mapper: Callable[[str, Row], Row],
+    mapper: Mapper,
     seed: int,
     share: float = 0.05,
     most: int | None = None,
     flaw_of: Flaw = flaw_of,
+    eval_mapper: Mapper | None = None,
 ) -> tuple[Rows, Rows]:
     """Return training and held-out rows of the user's dataset, and say how many are left out and why.
 
@@ -29,6 +31,8 @@ def user_rows(
         share: of the rows to hold out then.
         most: held-out rows at most; by default 256, or all that the user names.
         flaw_of: returns why a row is left out, or `None`.
+        eval_mapper: converts the rows that the user names to hold out, where paths in them are relative to
+            another folder; by default `mapper` does.
 
     Raises:
         InputError: when a row cannot be read, or none is left.
@@ -37,13 +41,13 @@ def user_rows(
     named = held_out_arguments(script_args)
     if named is None:
         return split_rows(rows, seed, share, 256 if most is None else most)
-    eval_rows = kept_rows(named, mapper, flaw_of)[:most]
+    eval_rows = kept_rows(named, eval_mapper or mapper, flaw_of)[:most]
     if shared := shared_prompts(rows, eval_rows):
         say(f"{named.dataset_name}: {shared:,} of {len(eval_rows):,} held-out rows have the prompt of a training row")
     return rows, eval_rows
 
 
-def kept_rows(script_args: RowArguments, mapper: Callable[[str, Row], Row], flaw_of: Flaw) -> Rows:
+def kept_rows(script_args: RowArguments, mapper: Mapper, flaw_of: Flaw) -> Rows:
     """Return all rows of a dataset that can be learned from, and say how many are left out and why."""
     dropped = Dropped()
     rows = load_rows(script_args, mapper, dropped, flaw_of)

@@ -5,12 +5,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hfllm.data.images import MAX_PIXELS
 from hfllm.data.loading import RowArguments
 from hfllm.data.picture_rows import picture_side
 from hfllm.data.sources import DIGITS, PICTURES, WORLD
 from hfllm.errors import InputError, refuse
 from hfllm.runs.recipes import settings_file
+from hfllm.stages.own_pictures import (
+    FREEZING,
+    OF_PICTURES,
+    FreezingArguments,
+    PictureArguments,
+    check_freezing,
+)
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
@@ -25,12 +31,12 @@ OF_NEW_MODELS = (
 )
 # Flags of drawn rows, of rows of the user's, and of PPO.
 OF_DRAWN_ROWS = ("num_examples", "questions_per_picture", "num_eval_examples")
-OF_OWN_ROWS = ("bad_images", "max_pixels", "max_eval_samples")
+OF_OWN_ROWS = (*OF_PICTURES, "max_eval_samples")
 OF_PPO = ("rl_learning_rate", "kl_coef")
 
 
 @dataclass(frozen=True)
-class VisionArguments(RowArguments):
+class VisionArguments(RowArguments, FreezingArguments, PictureArguments):
     """Which pictures and questions, the model that is made for them, and which of its parts learn."""
 
     dataset_name: str = field(
@@ -54,24 +60,6 @@ class VisionArguments(RowArguments):
     )
     rl_learning_rate: float = field(default=3e-4, metadata={"help": "The highest learning rate of PPO."})
     kl_coef: float = field(default=0.02, metadata={"help": "Weight of the KL penalty of PPO."})
-    freeze_vision: bool = field(
-        default=False, metadata={"help": "Leave the tower of your model as it is; the projector learns."}
-    )
-    freeze_text: bool = field(
-        default=False,
-        metadata={
-            "help": "Leave the decoder of your model as it is; with --freeze_vision the projector learns alone."
-        },
-    )
-    bad_images: str = field(
-        default="refuse",
-        metadata={
-            "help": "What happens to rows with a picture that cannot be read: refuse (name the first and stop) or "
-            "drop (and count).",
-            "choices": ["refuse", "drop"],
-        },
-    )
-    max_pixels: int = field(default=MAX_PIXELS, metadata={"help": "Width times height of a picture at most."})
     max_new_tokens: int = field(default=16, metadata={"help": "Tokens of an answer at most, in the evaluation."})
     hidden_size: int = field(default=64, metadata={"help": "Width of the decoder that is made."})
     vision_hidden_size: int | None = field(
@@ -109,15 +97,13 @@ def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: 
             f"--dataset_name {name}: rows of your own take a vision-language model of your own "
             f"(--model_name_or_path), or pictures that are drawn here: {', '.join(DRAWN)}"
         )
-    for flag in ("freeze_vision", "freeze_text"):
+    for flag in FREEZING:
         refuse(not is_named and getattr(script_args, flag), f"--{flag}", "the model is made here, and knows nothing")
     for flag in OF_NEW_MODELS:
         is_given = getattr(script_args, flag) != getattr(VisionArguments, flag)
         refuse(is_named and is_given, f"--{flag}", "it is for the model that is made here, and one is named")
     refuse(not is_named and model_args.use_peft, "--use_peft", "the model is made here: all of its weights learn")
-    for flag in ("freeze_vision", "freeze_text"):
-        is_both = model_args.use_peft and getattr(script_args, flag)
-        refuse(is_both, f"--{flag}", "with --use_peft all weights are frozen, and --lora_target_modules get adapters")
+    check_freezing(script_args, model_args)
     _refuse_unused(script_args)
     refuse(training_args.packing, "--packing", "rows with pictures are not packed")
     refuse(training_args.padding_free, "--padding_free", "rows with pictures are padded")

@@ -4,18 +4,18 @@ Who looks at another row's picture and reads it without a fault is right now and
 many things, or neither has what is asked for. `other_truth` is how often, which a model must not be above.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hfllm.data.images import read_image
 from hfllm.data.world.pictures import ABSENT, NOT_THERE, answer_about
+from hfllm.evaluation.pictures import Asked, best_guesses, is_right
 from hfllm.generation.picture_answers import answer_pictures
 from hfllm.outputs.figures import mean_of, plus_minus
 from hfllm.outputs.picture_grid import PictureGrid
 from hfllm.outputs.report import Bars, Found
 from hfllm.stages.vision import VisionArguments
-from hfllm.stages.vision_data import HELD_OUT, SEEN, SHUFFLED, Asked
+from hfllm.stages.vision_data import HELD_OUT, SEEN, SHUFFLED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -30,30 +30,6 @@ LABELS = {
 }
 # Pictures of the plot, and rows of the table of samples.
 SHOWN = 24
-
-
-def is_right(said: str, answer: str) -> bool:
-    """Return whether an answer is the right one, apart from case, spaces and a full stop."""
-    return _plain(said) == _plain(answer)
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split()).removesuffix(".")
-
-
-def best_guesses(questions: Sequence[Asked], others: Sequence[Asked] = ()) -> list[str]:
-    """Return for each question the most frequent answer to the same words: the best that is known without a picture.
-
-    Args:
-        questions: those to guess.
-        others: drawn likewise, by which the answers are counted; without them the questions themselves, and then the
-            guesses are better than anybody could know.
-    """
-    answers: dict[str, Counter[str]] = {}
-    for question in others or questions:
-        answers.setdefault(question.question, Counter())[question.answer] += 1
-    overall = Counter(question.answer for question in others or questions)
-    return [answers.get(question.question, overall).most_common(1)[0][0] for question in questions]
 
 
 def evaluate(

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 from hfllm.data.picture_rows import DrawnWorld, TwoDigits, picture_side
 from hfllm.data.sources import PICTURES
 from hfllm.errors import InputError
+from hfllm.stages.own_pictures import FreezingArguments, PictureArguments, Rows, as_dataset
 from hfllm.stages.vision import VisionArguments
-from hfllm.stages.vision_data import JoinedRows, Rows, as_dataset, caption_rows, question_rows
+from hfllm.stages.vision_data import JoinedRows, caption_rows, question_rows
 
 if TYPE_CHECKING:
     from torch import nn
@@ -180,11 +181,26 @@ def new_trainer(
     ), processor
 
 
+class PictureTraining(FreezingArguments, PictureArguments):
+    """What a trainer of pictures asks of a stage's flags."""
+
+
 def own_trainer(
-    script_args: VisionArguments, training_args: "SFTConfig", model_args: "ModelConfig", rows: Rows
+    script_args: PictureTraining,
+    training_args: "SFTConfig",
+    model_args: "ModelConfig",
+    rows: Rows,
+    eval_rows: Rows | None = None,
+    stage: str = "vision",
 ) -> "tuple[Trainer, ProcessorMixin]":
-    """Return TRL's trainer of the user's model on rows with pictures."""
-    from hfllm.runs.command_line import say
+    """Return TRL's trainer of the user's model on rows with pictures.
+
+    Args:
+        script_args: the flags of a stage that has those of `PictureTraining`.
+        rows: with `prompt`, `completion` and `images`; some may have no pictures.
+        eval_rows: likewise, or none.
+        stage: the command, for what is said.
+    """
     from hfllm.runs.models import peft_config
     from hfllm.trainers.trl_trainers import SFTTrainer
 
@@ -193,9 +209,18 @@ def own_trainer(
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     kwargs: dict[str, Any] = {"processing_class": processor, "peft_config": peft_config(model_args)}
+    if eval_rows is not None:
+        kwargs["eval_dataset"] = as_dataset(eval_rows, script_args.max_pixels)
     dataset = as_dataset(rows, script_args.max_pixels)
     trainer = SFTTrainer(model=model, args=training_args, train_dataset=dataset, **kwargs)
-    learned = [name for name, weight in trainer.model.named_parameters() if weight.requires_grad]
-    if model_args.use_peft and not any("projector" in name for name in learned):
-        say("vision: the adapter leaves the projector as it is; --lora_modules_to_save with its name lets it learn")
+    warn_of_frozen_projector(trainer.model, model_args.use_peft, stage)
     return trainer, processor
+
+
+def warn_of_frozen_projector(model: "nn.Module", has_adapter: bool, stage: str) -> None:
+    """Say that an adapter leaves the projector as it is, where it does."""
+    from hfllm.runs.command_line import say
+
+    learned = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    if has_adapter and not any("projector" in name for name in learned):
+        say(f"{stage}: the adapter leaves the projector as it is; --lora_modules_to_save with its name lets it learn")

@@ -3,12 +3,17 @@
 Importing this file imports TRL, which takes seconds.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import trl
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import ProcessorMixin
 
+from hfllm.data.picture_batches import conversation_batch
+from hfllm.rewards.passes import evaluating
 from hfllm.trainers.exact_evaluation import ROW_LENGTHS, EachRowOnce, TokenMeanEvaluation
 
 
@@ -87,3 +92,48 @@ class RewardTrainer(EachRowOnce, trl.RewardTrainer):
         if self.args.center_rewards_coefficient is not None:
             loss += self.args.center_rewards_coefficient * (chosen + rejected).square().mean()
         return {"loss": loss.item()}
+
+
+class PictureCompared:
+    """Collator of comparisons of answers about pictures: the chosen conversations, then the rejected ones.
+
+    Args:
+        processor: of the model.
+    """
+
+    def __init__(self, processor: ProcessorMixin):
+        self.processor = processor
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        said = [[*row["prompt"], *row[side]] for side in ("chosen", "rejected") for row in rows]
+        return dict(conversation_batch(self.processor, said, [row["images"] for row in rows] * 2))
+
+
+class PictureRewardTrainer(RewardTrainer):
+    """RewardTrainer on comparisons of answers about pictures, which TRL's does not read.
+
+    Args:
+        processor: the model's, which is saved with it.
+        kwargs: as RewardTrainer's; datasets have `prompt`, `chosen` and `rejected` messages with parts, and `images`.
+    """
+
+    def __init__(self, processor: ProcessorMixin, **kwargs: Any):
+        # TRL asks a tokenizer for its padding.
+        super().__init__(processing_class=processor.tokenizer, data_collator=PictureCompared(processor), **kwargs)
+        self.processing_class = self.callback_handler.processing_class = processor
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["prompt", "chosen", "rejected", "images"]
+
+    def is_right(self, dataset: Dataset) -> list[float]:
+        """Return for each comparison whether the chosen answer has the higher score, in this process alone."""
+        model, found = self.model, []
+        with evaluating(model), torch.no_grad(), self.accelerator.autocast():
+            for batch in DataLoader(dataset, self.args.per_device_eval_batch_size, collate_fn=self.data_collator):
+                inputs = {name: value.to(model.device) for name, value in batch.items()}
+                chosen, rejected = model(**inputs, use_cache=False).logits.squeeze(-1).float().chunk(2)
+                found += (chosen > rejected).float().tolist()
+        return found

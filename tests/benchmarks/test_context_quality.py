@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hfllm.models.extension import ROPE_TYPES
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -56,6 +58,6 @@ def test_every_table_has_its_arms(module, tmp_path, monkeypatch, what, rows):
     texts = module("context_texts")
     monkeypatch.setattr(texts, "ORIGINAL", 32)
     (tmp_path / "book.txt").write_text("The fox lives in the forest and eats fish. " * 2000)
-    args = argparse.Namespace(base_seconds=0.2, seconds=0.1, rows=2)
+    args = argparse.Namespace(base_seconds=0.2, seconds=0.1, rows=2, seed=0, extensions=ROPE_TYPES)
     lines = getattr(texts, what)(args, *texts.texts_of(tmp_path / "book.txt"))
     assert len(lines) == 4 + rows and all(line.count("|") == lines[2].count("|") for line in lines[2:])

@@ -156,11 +156,11 @@ def test_moves_that_bfloat16_cannot_hold_add_up(tmp_path):
 
     begun = torch.ones(4, dtype=torch.bfloat16)
     # With an interruption: what is kept is not rounded either.
-    rounds_of(tmp_path, {"a": seen}, 30, begun)
-    state = rounds_of(tmp_path, {"a": seen}, 100, begun)
-    expected = 1 + 100 * float(change[0])
+    rounds_of(tmp_path, {"a": seen}, 10, begun)
+    state = rounds_of(tmp_path, {"a": seen}, 40, begun)
+    expected = 1 + 40 * float(change[0])
     assert state.weights["w"].dtype == torch.float32 and state.weights["w"][0].item() == pytest.approx(expected, 1e-6)
-    assert {each.dtype for each in sent} == {torch.bfloat16} and sent[-1][0].item() == pytest.approx(1.3, abs=0.01)
+    assert {each.dtype for each in sent} == {torch.bfloat16} and sent[-1][0].item() == pytest.approx(1.12, abs=0.01)
 
 
 def test_weights_that_are_not_finite_are_not_kept(tmp_path):

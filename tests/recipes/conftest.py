@@ -83,3 +83,14 @@ def learns_on(tmp_path):
         assert learned and all(value.abs().max() > 0 for value in learned)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def seeing_folder(tmp_path_factory):
+    """A folder with a tiny model that sees, and its processor, in `model`."""
+    from seeing_rows import make_model, make_processor
+
+    folder = tmp_path_factory.mktemp("seeing")
+    make_model().save_pretrained(folder / "model")
+    make_processor().save_pretrained(folder / "model")
+    return folder

@@ -58,6 +58,7 @@ def test_a_table_becomes_a_report(table, tmp_path, capsys):
         run(*flags, tmp_path / "out", "--resamples", 20)
 
 
+@pytest.mark.slow
 def test_rows_far_off_the_law_are_named_and_left_out_on_request(table, tmp_path, capsys):
     """Two losses a fifth too high: they move the fit, and a warning says which they are and how far."""
     flags = ["--resamples", 10, "--held_out_share", 0.2, "--runs", table, "--output_dir"]

@@ -14,7 +14,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from hfllm.errors import InputError
 from hfllm.generation.picture_answers import answer_pictures
 from hfllm.outputs.picture_lines import picture_lines
-from hfllm.stages.vision_data import as_dataset, drawn_rows, own_rows
+from hfllm.stages.own_pictures import as_dataset
+from hfllm.stages.vision_data import drawn_rows, own_rows
 from hfllm.stages.vision_models import new_trainer, own_trainer
 from hfllm.trainers.pretraining.muon import MuonWithAdamW
 
@@ -220,14 +221,14 @@ def test_a_reward_model_refuses_rows_with_pictures(saved, tmp_path):
     row = {"prompt": "What?", "chosen": "A fox.", "rejected": "A cat.", "image": "a.png"}
     (tmp_path / "pairs.jsonl").write_text("\n".join([json.dumps(row)] * 3))
     words = ["--model_name_or_path", str(saved), "--dataset_name", str(tmp_path / "pairs.jsonl")]
-    with pytest.raises(InputError, match=r"line 1: the row has pictures, and hfllm reward reads text alone"):
+    with pytest.raises(InputError, match=r"line 1: the row has pictures, and the model reads text alone"):
         reward.main(*reward.parse([*words, "--output_dir", str(tmp_path / "out")]))
 
 
 def test_fine_tuning_on_text_refuses_rows_with_pictures(saved, tmp_path):
     rows = own(tmp_path / "data", count=2)
     words = ["--model_name_or_path", str(saved), "--dataset_name", str(rows), "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(InputError, match=r"line 1: the row has pictures, and hfllm sft reads text alone") as error:
+    with pytest.raises(InputError, match=r"line 1: the row has pictures, and the model .* reads text alone") as error:
         sft.main(*sft.parse(words))
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 

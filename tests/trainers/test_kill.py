@@ -17,7 +17,7 @@ FILES = {"ppo": ["model.safetensors", "value_head.safetensors"], "pretrain": ["m
 FILES["pictures"] = FILES["ppo"]
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["ppo", "pretrain", pytest.param("pictures", marks=pytest.mark.slow)])
 def test_kills_change_nothing(processes, tmp_path, kind, kills):
     printed = processes.run(SCRIPT, kind, tmp_path, 1, kills)

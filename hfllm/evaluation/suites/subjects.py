@@ -12,7 +12,7 @@ from hfllm.models.context import max_length_of
 from hfllm.rewards.passes import pass_precision
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 Prompt = str | list[Message]
 
@@ -27,6 +27,7 @@ class Subject:
         tokenizer: with a padding token.
         uses_chat_template: whether questions are messages to it, or plain text.
         batch_size: prompts, or choices of a question, in one pass.
+        processor: of a model that sees.
     """
 
     label: str
@@ -34,6 +35,7 @@ class Subject:
     tokenizer: "PreTrainedTokenizerBase"
     uses_chat_template: bool = False
     batch_size: int = 8
+    processor: "ProcessorMixin | None" = None
     scorer: Scorer = field(init=False, repr=False)
     _has_numbers: bool = field(default=False, init=False, repr=False)
 
@@ -87,8 +89,8 @@ class Subject:
         lengths = [len(tokenize_prompts([each], self.tokenizer)[0]) for each in asked]
         fits = [longest is None or length + max_new_tokens <= longest for length in lengths]
         kept = [each for each, is_short in zip(asked, fits, strict=True) if is_short]
-        if kept and not self._has_numbers:
-            self._check_numbers(kept[0])
+        if kept:
+            self.check_numbers(kept[0])
         said = iter(
             sample_responses(self.model, self.tokenizer, kept, max_new_tokens, do_sample=False, fast=True)
             if kept
@@ -96,9 +98,16 @@ class Subject:
         )
         return [next(said)[0] if is_short else None for is_short in fits]
 
-    def _check_numbers(self, text: str) -> None:
-        """Refuse a model whose logits after a text are not numbers, as damaged weights make them."""
+    def check_numbers(self, text: str) -> None:
+        """Refuse a model whose logits after a text are not numbers, as damaged weights make them; once is enough.
+
+        Raises:
+            InputError: naming the model.
+        """
         import torch
+
+        if self._has_numbers:
+            return
 
         ids = torch.tensor([self.tokenizer(text)["input_ids"]], device=self.model.device)
         with torch.inference_mode(), pass_precision(self.model):

@@ -15,7 +15,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from hfllm.trainers.ppo.pictures import Pictures, reads_pictures
+from hfllm.models.stored import reads_pictures
+from hfllm.trainers.ppo.pictures import Pictures, place_tokens
 
 LEAST = torch.finfo(torch.float32).min
 
@@ -217,6 +218,9 @@ def looks_ahead(model: PreTrainedModel) -> bool:
     trunk = getattr(model, model.base_model_prefix)
     modes = [(module, module.training) for module in trunk.modules()]
     ids = torch.arange(16, device=trunk.device).view(2, 8) % trunk.config.get_text_config().vocab_size
+    for token in place_tokens(model):
+        # It stands for a picture, and there is none.
+        ids[ids == token] = token - 1 if token else 1
     ids[1, :2] = ids[0, :2]
     trunk.eval()
     with _without_flash_attention(model):

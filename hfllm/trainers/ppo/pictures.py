@@ -4,23 +4,22 @@ The format is that of TRL's GRPOTrainer: a column `image` or `images`, and a pro
 part `{"type": "image"}` at the place of each picture. A prompt without places has them before the user's first words.
 """
 
-import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from hfllm.data.images import counted, read_image
 from hfllm.data.messages import Message, is_begun, read_tools
 from hfllm.data.rows import origin_of
 from hfllm.errors import InputError
+from hfllm.models.stored import reads_pictures
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from hfllm.trainers.ppo.config import PPOConfig
 
@@ -114,12 +113,6 @@ def tokenizer_of(processing_class: ProcessingClass) -> PreTrainedTokenizerBase:
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
-def reads_pictures(model: nn.Module) -> bool:
-    """Return whether a model reads pictures beside its tokens; with an adapter, the model below it."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "pixel_values" in inspect.signature(model.forward).parameters
-
-
 def unable_to_read(policy: "PreTrainedModel") -> str | None:
     """Return a policy that reads no pictures, in words for a complaint; `None` for one that does."""
     return None if reads_pictures(policy) else f"the policy ({type(policy).__name__})"
@@ -151,14 +144,6 @@ def check_uses(
     if value_model is not None and not reads_pictures(getattr(value_model, value_model.base_model_prefix)):
         kind = type(value_model).__name__
         warnings.warn(f"value_model ({kind}) reads no pictures: its values go by the words alone", stacklevel=3)
-
-
-def is_for_pictures(config: "PreTrainedConfig") -> bool:
-    """Return whether transformers has a model of text and pictures for a config, and no causal one."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    kind = type(config)
-    return kind in AutoModelForImageTextToText._model_mapping and kind not in AutoModelForCausalLM._model_mapping
 
 
 def place_tokens(model: "PreTrainedModel") -> set[int]:

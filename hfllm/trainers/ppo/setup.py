@@ -24,15 +24,15 @@ from hfllm.models import scorers
 from hfllm.models.adapters import find_adapter
 from hfllm.models.devices import forked_random
 from hfllm.models.loading import saved_config, saved_model, saved_processor, saved_tokenizer
-from hfllm.models.stored import location_of
+from hfllm.models.stored import is_for_pictures, location_of, reads_pictures
 from hfllm.models.vocabulary import check_vocabulary
 from hfllm.models.weights import load_weights_of
 from hfllm.rewards.functions import RewardFunction
-from hfllm.rewards.models import RewardModel, TokenRewardModel, scores_tokens
+from hfllm.rewards.models import RewardModel, TokenRewardModel, reward_model, scores_tokens
 from hfllm.runs.arguments import changed
 from hfllm.trainers.ppo.actor_critic import looks_ahead
 from hfllm.trainers.ppo.config import PPOConfig
-from hfllm.trainers.ppo.pictures import ProcessingClass, is_for_pictures, place_tokens, tokenizer_of
+from hfllm.trainers.ppo.pictures import ProcessingClass, place_tokens, tokenizer_of
 from hfllm.trainers.sharding import gather_parameters, unshard
 
 if TYPE_CHECKING:
@@ -298,11 +298,12 @@ def build_rewards(
     rewards = []
     for func, tokenizer in zip(funcs, tokenizers, strict=True):
         if isinstance(func, str):
-            tokenizer = tokenizer or saved_tokenizer(func)
-            func = scorer_from_name(func, load_kwargs)
+            name, func = func, scorer_from_name(func, load_kwargs)
+            tokenizer = tokenizer or (saved_processor if reads_pictures(func) else saved_tokenizer)(name)
         if isinstance(func, nn.Module):
-            kind = TokenRewardModel if scores_tokens(func) else RewardModel
-            tokenizer = tokenizer or saved_tokenizer(func.config._name_or_path)
+            kind = TokenRewardModel if scores_tokens(func) else reward_model
+            load = saved_processor if reads_pictures(func) else saved_tokenizer
+            tokenizer = tokenizer or load(func.config._name_or_path)
             func = kind(func, tokenizer, args.local_rollout_forward_batch_size)
         if isinstance(func, TokenRewardModel) and func.tokenizer.get_vocab() != policy_tokenizer.get_vocab():
             raise InputError(

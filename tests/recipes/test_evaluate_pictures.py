@@ -1,0 +1,94 @@
+"""`hfllm evaluate` on questions about pictures: figures by hand, other pictures, resuming, and what is refused."""
+
+import json
+
+import evaluate
+import pytest
+from seeing_rows import WORDS, halves, make_processor, write_rows
+
+import hfllm
+from hfllm.errors import InputError
+from hfllm.evaluation.pictures import Asked, other_places
+from hfllm.evaluation.suites.pictures import Part, Pictures
+from hfllm.evaluation.suites.subjects import Subject
+
+
+def run(output, *flags):
+    return evaluate.main(*evaluate.parse(["--output_dir", str(output), "--max_new_tokens", "3", *map(str, flags)]))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("questions"), halves(20))
+
+
+def test_a_model_that_looks_is_told_from_one_that_guesses(monkeypatch):
+    """One that says the bright side is always right, with other pictures by chance; scores by hand."""
+    drawn = halves(40)
+    questions = [
+        Asked([{"role": "user", "content": [{"type": "image"}]}], [row["image"]], row["side"]) for row in drawn
+    ]
+
+    def looks(model, processor, prompts, images, max_new_tokens):
+        lights = [(shown[0].getpixel((0, 0))[0], shown[0].getpixel((7, 0))[0]) for shown in images]
+        return ["Left." if left > right else "right" for left, right in lights]
+
+    monkeypatch.setattr("hfllm.evaluation.suites.pictures.answer_pictures", looks)
+    monkeypatch.setattr(Subject, "__post_init__", lambda subject: None)
+    monkeypatch.setattr(Subject, "check_numbers", lambda subject, text: None)
+    suite = Pictures(lambda: [Part("", questions)])
+    records = list(suite.judge(Subject("m", None, None, processor="any"), suite.items()))
+    assert [record["scores"]["right"] for record in records] == [1.0] * 40
+    others = other_places([1] * 40)
+    assert sorted(others) == list(range(40)) and all(other != place for place, other in enumerate(others))
+    expected = [float(drawn[place]["side"] == drawn[other]["side"]) for place, other in enumerate(others)]
+    assert [record["scores"]["right_other_pictures"] for record in records] == expected
+    most = max(("left", "right"), key=[row["side"] for row in drawn].count)
+    assert [record["scores"]["best_guess"] for record in records] == [float(row["side"] == most) for row in drawn]
+
+
+def test_rows_of_your_own_are_asked_and_resumed(seeing_folder, rows, tmp_path, capsys):
+    flags = ["--model_name_or_path", seeing_folder / "model", "--dataset_name", rows, "--batch_size", "8"]
+    metrics = run(tmp_path / "out", *flags)
+    assert metrics["pictures/all/right/model_items"] == 20
+    assert {"pictures/all/right_other_pictures/model", "pictures/all/best_guess/model"} <= metrics.keys()
+    lines = (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
+    # A run that was killed: its records are there but for the last, and it has no report.
+    (tmp_path / "out" / "samples.jsonl").write_text("\n".join(lines[:11]) + "\n" + lines[11][:20])
+    (tmp_path / "out" / "report.json").unlink()
+    assert run(tmp_path / "out", *flags) == pytest.approx(metrics)
+    again = (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
+    assert sorted(again) == sorted(lines) and json.loads(lines[0])["suite"] == "pictures"
+
+
+def test_the_drawn_world_is_asked_by_family(seeing_folder, tmp_path):
+    metrics = run(
+        tmp_path, "--model_name_or_path", seeing_folder / "model", "--dataset_name", "pictures", "--num_items", 30
+    )
+    names = {name.split("/")[1] for name in metrics if name.endswith("/right/model")}
+    assert {"color_seen", "color_held_out", "place_seen"} <= names
+    assert sum(metrics[name] for name in metrics if name.endswith("/right/model_items")) == 60
+
+
+def test_what_cannot_be_asked_is_refused(seeing_folder, rows, tmp_path):
+    model = ["--model_name_or_path", seeing_folder / "model"]
+    config = hfllm.HfllmConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    hfllm.HfllmForCausalLM(config).save_pretrained(tmp_path / "text")
+    make_processor().tokenizer.save_pretrained(tmp_path / "text")
+    bad = tmp_path / "bad" / "rows.jsonl"
+    bad.parent.mkdir()
+    bad.write_text('{"prompt": "which", "completion": "left", "image": "none.png"}')
+    for flags, words in (
+        (
+            ["--model_name_or_path", tmp_path / "text", "--dataset_name", rows],
+            "reads text alone: name a model that sees",
+        ),
+        ([*model, "--suites", "pictures"], "--suites pictures needs --dataset_name"),
+        ([*model, "--suites", "hhh", "--dataset_name", rows], "--dataset_name cannot be used here"),
+        (["--dataset_name", rows], "needs --model_name_or_path"),
+        ([*model, "--bad_images", "drop"], "--bad_images cannot be used here"),
+        ([*model, "--dataset_name", bad], r"line 1: picture .*none.png: no such file; --bad_images drop"),
+    ):
+        with pytest.raises(InputError, match=words) as error:
+            run(tmp_path / "out", *flags)
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

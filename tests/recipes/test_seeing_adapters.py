@@ -1,0 +1,66 @@
+"""What becomes of an adapter of a model that sees: merged, judged, published with a card, and not quantized."""
+
+import evaluate
+import merge
+import push
+import pytest
+import quantize
+import sft
+import torch
+from seeing_rows import halves, write_rows
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from hfllm.errors import InputError
+from hfllm.generation.picture_answers import answer_pictures
+
+
+@pytest.fixture(scope="module")
+def adapter(seeing_folder, tmp_path_factory):
+    """The folder of an adapter that was trained on pictures, and its rows."""
+    folder = tmp_path_factory.mktemp("adapter")
+    rows = write_rows(folder / "data", halves(16))
+    named = ["--model_name_or_path", seeing_folder / "model", "--dataset_name", rows, "--output_dir", folder / "out"]
+    flags = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj", "--max_steps", "2", "--learning_rate", "0.3"]
+    sft.main(*sft.parse(list(map(str, [*named, *flags, "--save_strategy", "no"]))))
+    return folder / "out", rows
+
+
+def test_it_is_merged_with_its_processor(adapter, seeing_folder, tmp_path):
+    """The merged model says what the adapter on its base says, in logits on pictures."""
+    folder, _ = adapter
+    metrics = merge.main(*merge.parse(["--model_name_or_path", str(folder), "--output_dir", str(tmp_path / "out")]))
+    assert metrics["max_logit_change"] > 0.01
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    apart = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    text, image = "<user> <image> which side <assistant> left <eos>", halves(1)[0]["image"]
+    inputs = processor(text=text, images=image, return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**inputs).logits, apart(**inputs).logits, atol=1e-4, rtol=0)
+    sizes = push.main(
+        *push.parse(["--model_name_or_path", str(tmp_path / "out"), "--hub_model_id", "me/m", "--dry_run"])
+    )
+    assert {"model.safetensors", "processor_config.json", "modeling_hfllm_vision.py"} <= sizes.keys()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in card and "processor = AutoProcessor.from_pretrained(" in card
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "which side"}]}]
+    assert len(answer_pictures(merged, processor, [asked], [[image]], 2)) == 1
+
+
+def test_it_is_judged_beside_its_base(adapter, seeing_folder, tmp_path):
+    folder, rows = adapter
+    named = ["--model_name_or_path", str(seeing_folder / "model"), str(folder), "--dataset_name", str(rows)]
+    metrics = evaluate.main(*evaluate.parse([*named, "--output_dir", str(tmp_path / "out"), "--max_new_tokens", "2"]))
+    assert metrics["pictures/all/right/out_items"] == metrics["pictures/all/right/model_items"] == 16
+
+
+def test_its_card_loads_it_and_it_is_not_quantized(adapter, tmp_path):
+    folder, _ = adapter
+    card = (folder / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in card and "AutoModelForImageTextToText.from_pretrained(" in card
+    named = ["--model_name_or_path", str(folder)]
+    with pytest.raises(InputError, match="base"):
+        push.main(*push.parse([*named, "--hub_model_id", "me/seeing", "--dry_run"]))
+    with pytest.raises(InputError, match="it sees, and schemes are compared on text alone") as error:
+        quantize.main(*quantize.parse([*named, "--output_dir", str(tmp_path / "out")]))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,172 @@
+"""Fine-tuning a model that sees by `hfllm sft`: on pictures, on text, on both; what it refuses, and its control."""
+
+import json
+
+import pytest
+import sft
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from seeing_rows import WORDS, halves, make_processor, write_rows
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import hfllm
+from hfllm.errors import InputError
+from hfllm.evaluation.fine_tuning import evaluate_tuned
+from hfllm.generation.picture_answers import answer_pictures
+from hfllm.stages import sft_pictures
+
+QUIET = ["--per_device_train_batch_size", "8", "--logging_steps", "1", "--save_strategy", "no"]
+
+
+def run(model, rows, output, *flags):
+    named = ["--model_name_or_path", model, "--dataset_name", rows, "--output_dir", output, *QUIET, *flags]
+    return sft.main(*sft.parse(list(map(str, named))))
+
+
+@pytest.fixture(scope="module")
+def texts(seeing_folder):
+    rows = [{"prompt": f"say {one} {two}", "completion": f"{one} {two}"} for one in WORDS[5:] for two in WORDS[5:10]]
+    path = seeing_folder / "texts.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_it_learns_what_the_pictures_show(seeing_folder, tmp_path, capsys):
+    """The loss falls, with the pictures of other rows it is higher, and new pictures are answered."""
+    rows = write_rows(tmp_path / "data", halves(160))
+    flags = ["--max_steps", "25", "--learning_rate", "0.01", "--per_device_train_batch_size", "24"]
+    metrics = run(seeing_folder / "model", rows, tmp_path / "out", *flags)
+    assert metrics["examples"] == 152 and metrics["eval_examples"] == 8
+    assert metrics["held_out_loss_change"] < -0.5 and metrics["eval_loss"] < 0.2
+    assert metrics["other_pictures_extra_loss"] > 2 * metrics["other_pictures_extra_loss_se"] > 0
+    # The same held-out rows, measured in another way.
+    assert metrics["held_out_loss_after"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
+    assert "with the pictures of other rows" in capsys.readouterr().out
+    new, model = halves(60, seed=7), AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    asked = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "which side"}]}]] * 60
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    said = answer_pictures(model, processor, asked, [[row["image"]] for row in new], 2)
+    assert sum(each == row["side"] for each, row in zip(said, new, strict=True)) > 54
+
+
+def test_rows_with_and_without_pictures_are_mixed(seeing_folder, texts, tmp_path):
+    """Each row's loss is what the model gives it alone, however the batch mixes them."""
+    rows = write_rows(tmp_path / "data", halves(8))
+    rows.write_text(rows.read_text() + "\n" + "\n".join(texts.read_text().splitlines()[:12]))
+    named = ["--model_name_or_path", seeing_folder / "model", "--dataset_name", rows, "--output_dir", tmp_path / "out"]
+    script_args, args, model_args = sft.parse(list(map(str, named)))
+    processor = sft_pictures.processor_of(model_args)
+    train, held_out = sft_pictures.instruction_data(script_args, 3, processor, "m")
+    assert sum(len(row["images"]) for row in (*train, *held_out)) == 8 and len(train) + len(held_out) == 20
+    trainer, _ = sft_pictures.trainer_of(script_args, args, model_args, train, train)
+    together = evaluate_tuned(trainer, [], trainer.train_dataset, collate=trainer.data_collator).rows
+    for place in range(len(train)):
+        batch = trainer.data_collator([trainer.train_dataset[place]])
+        loss = trainer.model.eval()(**batch).loss.item()
+        assert together[place][0] == pytest.approx(loss * together[place][1], rel=1e-4)
+
+
+def test_text_alone_is_learned_by_the_decoder(seeing_folder, texts, tmp_path):
+    """Packing and all: the tower stays as it is, and the processor is saved."""
+    before = load_file(seeing_folder / "model" / "model.safetensors")
+    metrics = run(seeing_folder / "model", texts, tmp_path / "out", "--max_steps", "2", "--packing")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    moved = {name.split(".")[1] for name in after if not torch.equal(after[name], before[name])}
+    assert moved - {"weight"} == {"language_model"} and "other_pictures_loss" not in metrics
+    assert AutoProcessor.from_pretrained(tmp_path / "out").image_token == "<image>"
+
+
+def test_parts_are_frozen_and_the_last_answer_alone_is_learned(seeing_folder, tmp_path):
+    rows = write_rows(tmp_path / "data", halves(12))
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    for row in lines:
+        said = [
+            ("user", "<image>\nwhich"),
+            ("assistant", "say"),
+            ("user", "side"),
+            ("assistant", row.pop("completion")),
+        ]
+        row.pop("prompt")
+        row["messages"] = [{"role": role, "content": text} for role, text in said]
+    rows.write_text("\n".join(map(json.dumps, lines)))
+    before = load_file(seeing_folder / "model" / "model.safetensors")
+    flags = ["--max_steps", "1", "--learning_rate", "0.1", "--freeze_vision", "--freeze_text", "--loss_on", "last"]
+    metrics = run(seeing_folder / "model", rows, tmp_path / "out", *flags)
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    moved = {name.split(".")[1] for name in after if not torch.equal(after[name], before[name])}
+    assert moved == {"multi_modal_projector"} and metrics["examples"] + metrics["eval_examples"] == 12
+    metrics = run(seeing_folder / "model", rows, tmp_path / "all", "--max_steps", "1")
+    assert metrics["examples"] + metrics["eval_examples"] == 24
+
+
+def test_an_adapter_is_made_and_trained_further(seeing_folder, tmp_path):
+    rows = write_rows(tmp_path / "data", halves(12))
+    flags = ["--max_steps", "1", "--learning_rate", "0.1"]
+    run(seeing_folder / "model", rows, tmp_path / "one", *flags, "--use_peft", "--lora_target_modules", "q_proj")
+    run(tmp_path / "one", rows, tmp_path / "two", *flags)
+    files = [load_file(tmp_path / each / "adapter_model.safetensors") for each in ("one", "two")]
+    assert files[0].keys() == files[1].keys()
+    assert any(not torch.equal(files[0][name], files[1][name]) for name in files[0])
+    with pytest.raises(InputError, match="--lora_target_modules w_proj: not in a model of type hfllm_vision"):
+        run(seeing_folder / "model", rows, tmp_path / "no", "--use_peft", "--lora_target_modules", "w_proj")
+
+
+def test_held_out_pictures_lie_beside_their_own_rows(seeing_folder, tmp_path):
+    rows, held_out = write_rows(tmp_path / "train", halves(8)), write_rows(tmp_path / "test", halves(4, seed=5))
+    for path in (tmp_path / "train").glob("*.png"):
+        path.rename(path.with_stem(f"t{path.stem}"))
+    rows.write_text(rows.read_text().replace('"image": "', '"image": "t'))
+    flags = ["--max_steps", "1", "--eval_dataset_name", held_out]
+    metrics = run(seeing_folder / "model", rows, tmp_path / "out", *flags)
+    assert (metrics["examples"], metrics["eval_examples"]) == (8, 4)
+
+
+def test_a_picture_that_cannot_be_read_is_refused_or_dropped(seeing_folder, tmp_path, capsys):
+    rows = write_rows(tmp_path / "data", halves(8))
+    (tmp_path / "data" / "3.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"line 4: picture .*3.png: .*--bad_images drop") as error:
+        run(seeing_folder / "model", rows, tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    rows.write_text(rows.read_text().replace('"image"', '"photo"'))
+    flags = ["--bad_images", "drop", "--column_mapping", "image=photo", "--max_steps", "1"]
+    metrics = run(seeing_folder / "model", rows, tmp_path / "out", *flags)
+    assert metrics["examples"] + metrics["eval_examples"] == 7
+    assert "1 with a picture that cannot be read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--packing"], "--packing cannot be used here: rows with pictures are not packed"),
+        (["--padding_free"], "--padding_free"),
+        (["--assistant_only_loss"], "--assistant_only_loss"),
+        (["--completion_only_loss", "false"], "--completion_only_loss false"),
+        (["--max_length", "64"], "--max_length cannot be used here: rows with pictures are not cut"),
+        (["--augment", "0.5"], "--augment"),
+        (["--chat_template_path", "chatml"], "--chat_template_path"),
+        (["--added_tokens", "<new>"], "--added_tokens"),
+        (["--eos_token", "<eos>"], "--eos_token"),
+        (["--use_peft", "--freeze_text"], "--freeze_text"),
+    ],
+)
+def test_flags_that_do_not_go_with_pictures_are_refused(seeing_folder, tmp_path, flags, words):
+    rows = write_rows(tmp_path / "data", halves(2))
+    with pytest.raises(InputError, match=words) as error:
+        run(seeing_folder / "model", rows, tmp_path / "out", *flags)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_flags_of_pictures_and_rows_without_any(seeing_folder, texts, tmp_path):
+    with pytest.raises(InputError, match="--freeze_vision cannot be used here: no row has a picture"):
+        run(seeing_folder / "model", texts, tmp_path / "out", "--freeze_vision")
+
+
+def test_a_model_of_text_is_refused_by_its_name(seeing_folder, tmp_path):
+    config = hfllm.HfllmConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    hfllm.HfllmForCausalLM(config).save_pretrained(tmp_path / "text")
+    make_processor().tokenizer.save_pretrained(tmp_path / "text")
+    rows = write_rows(tmp_path / "data", [{**halves(1)[0], "image": Image.new("RGB", (8, 8))}])
+    with pytest.raises(InputError, match=r"line 1: the row has pictures, and the model '.*text' reads text alone"):
+        run(tmp_path / "text", rows, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
