@@ -52,7 +52,7 @@ class VisionArguments(RowArguments):
     num_rl_prompts: int = field(
         default=0, metadata={"help": "Drawn pictures for PPO on the gold reward, each once; 0 leaves PPO out."}
     )
-    rl_learning_rate: float = field(default=3e-4, metadata={"help": "The highest learning rate of PPO."})
+    rl_learning_rate: float = field(default=1e-4, metadata={"help": "The highest learning rate of PPO."})
     kl_coef: float = field(default=0.02, metadata={"help": "Weight of the KL penalty of PPO."})
     freeze_vision: bool = field(
         default=False, metadata={"help": "Leave the tower of your model as it is; the projector learns."}
