@@ -58,7 +58,7 @@ class VisionArguments(RowArguments, FreezingArguments, PictureArguments):
     num_rl_prompts: int = field(
         default=0, metadata={"help": "Drawn pictures for PPO on the gold reward, each once; 0 leaves PPO out."}
     )
-    rl_learning_rate: float = field(default=3e-4, metadata={"help": "The highest learning rate of PPO."})
+    rl_learning_rate: float = field(default=1e-4, metadata={"help": "The highest learning rate of PPO."})
     kl_coef: float = field(default=0.02, metadata={"help": "Weight of the KL penalty of PPO."})
     max_new_tokens: int = field(default=16, metadata={"help": "Tokens of an answer at most, in the evaluation."})
     hidden_size: int = field(default=64, metadata={"help": "Width of the decoder that is made."})

@@ -22,7 +22,7 @@ FOLDER = "rl"
 RESPONSE_LENGTH = 8
 MINI_BATCHES, EPOCHS = 4, 2
 # Answers of an optimizer step: where most are right, few tell what to change.
-BATCH_SIZE = 64
+BATCH_SIZE = 128
 # What a trainer takes over of the flags of fine-tuning: where it runs and what it prints.
 SHARED = ("seed", "use_cpu", "bf16", "report_to", "disable_tqdm", "dataloader_pin_memory", "logging_steps")
 
