@@ -41,12 +41,14 @@ class PictureRow:
         turns: (question, answer) in order.
         family: of its one question, for evaluation.
         gold: columns for the gold reward of its one question.
+        scene: what the picture shows, of the drawn world.
     """
 
     picture: "Image"
     turns: tuple[tuple[str, str], ...]
     family: str = ""
     gold: Mapping[str, object] = field(default_factory=dict)
+    scene: pictures.Scene | None = None
 
     def prompt(self) -> list[dict[str, object]]:
         """Return its first question as messages with parts; the picture comes first."""
@@ -80,8 +82,9 @@ class DrawnWorld(Sequence[PictureRow]):
         num_questions: turns of a row of questions.
         held_out: whether all are about held-out pairs of color and shape.
         part: which stream of pictures; captions and questions for training are of different ones.
-        has_captions: whether both captions come after the questions of a row.
+        caption_every: of so many rows of questions one has both captions before them; 0 gives none.
         families: of questions, see `draw_example`.
+        numbers: of things, likewise.
     """
 
     def __init__(
@@ -92,11 +95,13 @@ class DrawnWorld(Sequence[PictureRow]):
         num_questions: int = 1,
         held_out: bool = False,
         part: str = "train",
-        has_captions: bool = False,
+        caption_every: int = 0,
         families: Sequence[str] = pictures.FAMILIES,
+        numbers: Sequence[int] = pictures.NUMBERS,
     ):
         self.seed, self.count, self.kind, self.num_questions = seed, count, kind, num_questions
-        self.held_out, self.part, self.has_captions, self.families = held_out, part, has_captions, families
+        self.held_out, self.part, self.caption_every = held_out, part, caption_every
+        self.families, self.numbers = families, numbers
 
     def __len__(self) -> int:
         return self.count
@@ -104,12 +109,15 @@ class DrawnWorld(Sequence[PictureRow]):
     def __getitem__(self, number: int) -> PictureRow:
         if not 0 <= number < self.count:
             raise IndexError(number)
-        drawn = (self.seed, number, self.held_out, self.num_questions, f"{self.part} {self.kind}", self.families)
-        example = pictures.draw_example(*drawn)
+        stream = f"{self.part} {self.kind}"
+        example = pictures.draw_example(
+            self.seed, number, self.held_out, self.num_questions, stream, self.families, self.numbers
+        )
         turns = pictures.captions(example.scene)
         if self.kind == QUESTIONS:
-            row = _row(example.picture, example.questions)
-            return replace(row, turns=row.turns + turns) if self.has_captions else row
+            row = replace(_row(example.picture, example.questions), scene=example.scene)
+            has_captions = self.caption_every and number % self.caption_every == 0
+            return replace(row, turns=turns + row.turns) if has_captions else row
         # Either may come first, so that neither is learned from the other alone.
         return PictureRow(example.picture, turns[:: 1 if number % 2 else -1])
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hfllm.data.images import text_of
+from hfllm.data.world.pictures import Scene
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Asked:
         answer: the right one.
         family: of the question.
         gold: columns of the gold reward, if there is one.
+        scene: what the picture shows, of the drawn world.
     """
 
     prompt: list[dict[str, Any]]
@@ -26,6 +28,7 @@ class Asked:
     answer: str
     family: str = ""
     gold: Mapping[str, Any] = field(default_factory=dict)
+    scene: Scene | None = None
 
     @property
     def question(self) -> str:
@@ -36,7 +39,8 @@ class Asked:
 def shuffled_questions(questions: Sequence[Asked], seed: int = 0) -> list[Asked]:
     """Return questions, each with the pictures of another that has as many."""
     others = other_places([len(question.images) for question in questions], seed)
-    return [replace(each, images=questions[other].images) for each, other in zip(questions, others, strict=True)]
+    shown = [questions[other] for other in others]
+    return [replace(each, images=it.images, scene=it.scene) for each, it in zip(questions, shown, strict=True)]
 
 
 def other_places(counts: Sequence[int], seed: int = 0) -> list[int]:

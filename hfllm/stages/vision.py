@@ -27,7 +27,7 @@ DRAWN = (PICTURES, DIGITS)
 # Flags of a model that is made here.
 OF_NEW_MODELS = (
     *("num_captions", "hidden_size", "num_hidden_layers", "num_vision_layers", "num_attention_heads", "patch_size"),
-    "use_muon",
+    *("vision_hidden_size", "use_muon"),
 )
 # Flags of drawn rows, of rows of the user's, and of PPO.
 OF_DRAWN_ROWS = ("num_examples", "questions_per_picture", "num_eval_examples")
@@ -50,20 +50,25 @@ class VisionArguments(RowArguments, FreezingArguments, PictureArguments):
     takes_any_column: ClassVar[bool] = True
 
     num_examples: int = field(default=51200, metadata={"help": "Pictures with questions to train on."})
-    questions_per_picture: int = field(default=4, metadata={"help": "Questions about each, in one row."})
+    questions_per_picture: int = field(
+        default=4, metadata={"help": "Questions about each at most: as many as --max_length tokens hold."}
+    )
     num_eval_examples: int = field(default=1000, metadata={"help": "Questions of each part of the evaluation."})
     max_eval_samples: int = field(default=256, metadata={"help": "Held-out rows of your own at most."})
     num_rl_prompts: int = field(
         default=0, metadata={"help": "Drawn pictures for PPO on the gold reward, each once; 0 leaves PPO out."}
     )
-    rl_learning_rate: float = field(default=3e-4, metadata={"help": "The highest learning rate of PPO."})
+    rl_learning_rate: float = field(default=1e-4, metadata={"help": "The highest learning rate of PPO."})
     kl_coef: float = field(default=0.02, metadata={"help": "Weight of the KL penalty of PPO."})
     max_new_tokens: int = field(default=16, metadata={"help": "Tokens of an answer at most, in the evaluation."})
-    hidden_size: int = field(default=64, metadata={"help": "Width of the decoder and of the tower that are made."})
+    hidden_size: int = field(default=64, metadata={"help": "Width of the decoder that is made."})
+    vision_hidden_size: int | None = field(
+        default=None, metadata={"help": "Width of the tower; by default that of the decoder."}
+    )
     num_hidden_layers: int = field(default=3, metadata={"help": "Layers of the decoder."})
     num_vision_layers: int = field(default=2, metadata={"help": "Layers of the tower."})
     num_attention_heads: int = field(default=4, metadata={"help": "Heads of both."})
-    patch_size: int = field(default=6, metadata={"help": "Side of a patch, in pixels."})
+    patch_size: int = field(default=12, metadata={"help": "Side of a patch, in pixels."})
     use_muon: bool = field(
         default=False,
         metadata={"help": "Learn the matrices of the layers by Muon, the rest by AdamW, at one learning rate."},
@@ -117,11 +122,11 @@ def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: 
     most = 2 if name == DIGITS else 16
     if not 1 <= script_args.questions_per_picture <= most:
         raise InputError(f"--questions_per_picture {script_args.questions_per_picture}: expected 1 to {most}")
-    if script_args.hidden_size % (2 * script_args.num_attention_heads):
-        raise InputError(
-            f"--hidden_size {script_args.hidden_size}: expected a multiple of twice --num_attention_heads "
-            f"{script_args.num_attention_heads}"
-        )
+    heads = script_args.num_attention_heads
+    for flag in ("hidden_size", "vision_hidden_size"):
+        width = getattr(script_args, flag)
+        if width is not None and (width < 1 or width % (2 * heads)):
+            raise InputError(f"--{flag} {width}: expected a multiple of twice --num_attention_heads {heads}")
     _check_patches(script_args)
 
 

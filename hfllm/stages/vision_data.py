@@ -12,7 +12,7 @@ from hfllm.data.picture_rows import (
     TwoDigits,
 )
 from hfllm.data.sources import DIGITS, PICTURES
-from hfllm.data.world.pictures import TRAINED_FAMILIES
+from hfllm.data.world.pictures import TRAINED_FAMILIES, TRAINED_NUMBERS
 from hfllm.evaluation.pictures import Asked, shuffled_questions
 from hfllm.stages.own_pictures import Convert, Rows, by_turns, picture_mapper, png_of
 from hfllm.stages.vision import VisionArguments
@@ -22,6 +22,8 @@ SEEN, HELD_OUT, SHUFFLED = "seen", "held_out", "shuffled"
 EVAL_SEED = 777
 # For each question of the evaluation so many others, by which the best guess without a picture is found.
 PRIOR = 20
+# Of so many pictures with questions one has captions, too.
+CAPTION_EVERY = 3
 
 
 def caption_rows(script_args: VisionArguments, seed: int) -> DrawnWorld | None:
@@ -36,8 +38,9 @@ def question_rows(script_args: VisionArguments, seed: int) -> DrawnWorld | TwoDi
     count, turns = script_args.num_examples, script_args.questions_per_picture
     if script_args.dataset_name == DIGITS:
         return TwoDigits(seed, count, num_questions=turns)
-    # Captions go on, and cost little where the picture is computed for the questions anyway.
-    return DrawnWorld(seed, count, QUESTIONS, turns, has_captions=True, families=TRAINED_FAMILIES)
+    # Captions go on: from answers about single things alone colors and shapes are learned much later.
+    mix = {"caption_every": CAPTION_EVERY, "families": TRAINED_FAMILIES, "numbers": TRAINED_NUMBERS}
+    return DrawnWorld(seed, count, QUESTIONS, turns, **mix)
 
 
 def eval_parts(script_args: VisionArguments) -> dict[str, list[Asked]]:
@@ -63,14 +66,15 @@ def prior_of(script_args: VisionArguments) -> list[Asked]:
     """Return more drawn questions, by which the best answer without a picture is found; none for the user's rows."""
     count = PRIOR * script_args.num_eval_examples
     if script_args.dataset_name == DIGITS:
-        return [asked(row) for row in TwoDigits(EVAL_SEED + 1, count)]
+        # Of two questions so many answers tell as much.
+        return [asked(row) for row in TwoDigits(EVAL_SEED + 1, script_args.num_eval_examples)]
     drawn = script_args.dataset_name == PICTURES
     return [asked(row) for row in DrawnWorld(EVAL_SEED + 1, count, part="evaluation")] if drawn else []
 
 
 def asked(row: PictureRow) -> Asked:
     """Return a drawn row's question."""
-    return Asked(row.prompt(), [row.picture], row.turns[0][1], row.family, row.gold)
+    return Asked(row.prompt(), [row.picture], row.turns[0][1], row.family, row.gold, row.scene)
 
 
 class JoinedRows(Sequence[PictureRow]):

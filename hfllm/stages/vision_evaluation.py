@@ -1,10 +1,14 @@
-"""What a model sees: its answers by family, with pictures of other rows as control, and the best guess without any."""
+"""What a model sees: its answers by family, with pictures of other rows as control, and the best guess without any.
+
+Who looks at another row's picture and reads it without a fault is right now and then, too: where two pictures show as
+many things, or neither has what is asked for. `other_truth` is how often, which a model must not be above.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hfllm.data.images import read_image
-from hfllm.data.world.pictures import ABSENT, NOT_THERE
+from hfllm.data.world.pictures import ABSENT, NOT_THERE, answer_about
 from hfllm.evaluation.pictures import Asked, best_guesses, is_right
 from hfllm.generation.picture_answers import answer_pictures
 from hfllm.outputs.figures import mean_of, plus_minus
@@ -16,8 +20,14 @@ from hfllm.stages.vision_data import HELD_OUT, SEEN, SHUFFLED
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
-CHANCE = "chance"
-LABELS = {SEEN: "seen", HELD_OUT: "held out", SHUFFLED: "other pictures", CHANCE: "best guess without"}
+CHANCE, OTHER_TRUTH = "chance", "other_truth"
+LABELS = {
+    SEEN: "seen",
+    HELD_OUT: "held out",
+    SHUFFLED: "other pictures",
+    OTHER_TRUTH: "truth about these",
+    CHANCE: "best guess without",
+}
 # Pictures of the plot, and rows of the table of samples.
 SHOWN = 24
 
@@ -45,11 +55,12 @@ def evaluate(
         for name, asked in parts.items()
     }
     first = next(iter(parts))
-    guesses = best_guesses(parts[first], prior)
-    everything = {**parts, CHANCE: parts[first]}
+    said |= {OTHER_TRUTH: truth} if (truth := _truth_about_others(parts.get(SHUFFLED, ()))) else {}
+    said[CHANCE] = best_guesses(parts[first], prior)
+    everything = {**parts, OTHER_TRUTH: parts.get(SHUFFLED, ()), CHANCE: parts[first]}
     right = {
         name: [float(is_right(*pair)) for pair in zip(answers, (q.answer for q in everything[name]), strict=True)]
-        for name, answers in {**said, CHANCE: guesses}.items()
+        for name, answers in said.items()
     }
     metrics: dict[str, float] = {}
     for name, values in right.items():
@@ -67,6 +78,11 @@ def evaluate(
     )
     plots = {"right": bars, "pictures": _grid(parts[first], said[first], right[first])}
     return Found(metrics, f"right answers: {summary}", tables, plots)
+
+
+def _truth_about_others(shuffled: Sequence[Asked]) -> list[str]:
+    """Return the right answers about the pictures of other rows: what who looks at these and reads all of it says."""
+    return [answer_about(each.scene, each.question) for each in shuffled if each.scene is not None]
 
 
 def by_family(questions: Sequence[Asked], values: Sequence[float]) -> dict[str, list[float]]:

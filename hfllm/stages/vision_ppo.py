@@ -21,11 +21,10 @@ FOLDER = "rl"
 # The longest answer, in tokens: that about a relation takes eight.
 RESPONSE_LENGTH = 8
 MINI_BATCHES, EPOCHS = 4, 2
+# Answers of an optimizer step: where most are right, few tell what to change.
+BATCH_SIZE = 128
 # What a trainer takes over of the flags of fine-tuning: where it runs and what it prints.
-SHARED = (
-    *("seed", "use_cpu", "bf16", "report_to", "disable_tqdm", "dataloader_pin_memory", "logging_steps"),
-    *("per_device_train_batch_size",),
-)
+SHARED = ("seed", "use_cpu", "bf16", "report_to", "disable_tqdm", "dataloader_pin_memory", "logging_steps")
 
 
 def prompt_rows(script_args: VisionArguments, seed: int) -> list[dict[str, object]]:
@@ -57,6 +56,7 @@ def policy_trainer(
     args = PPOConfig(
         output_dir=str(Path(training_args.output_dir, FOLDER)),
         total_episodes=script_args.num_rl_prompts,
+        per_device_train_batch_size=max(1, min(BATCH_SIZE, script_args.num_rl_prompts // MINI_BATCHES)),
         num_mini_batches=MINI_BATCHES,
         num_ppo_epochs=EPOCHS,
         response_length=RESPONSE_LENGTH,

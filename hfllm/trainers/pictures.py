@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # Turns whose tokens are kept.
 KEPT_TURNS = 100_000
+# What stands for a question and an answer while the template's own marks are read.
+QUESTION, ANSWER = "\x01", "\x02"
 
 
 class TurnTokens:
@@ -38,23 +40,30 @@ class TurnTokens:
         processor: with a tokenizer that has the family's chat template, which puts the picture before the question.
         image_token_id: of a piece of the picture.
         num_image_tokens: pieces of a picture.
+        max_length: tokens of a row; from the first turn on that does not fit, all are left out. One always stays.
     """
 
-    def __init__(self, processor: "ProcessorMixin", image_token_id: int, num_image_tokens: int):
-        self.tokenizer, self.image = processor.tokenizer, [image_token_id] * num_image_tokens
-        self._mark = self.tokenizer.convert_ids_to_tokens(image_token_id)
+    def __init__(
+        self, processor: "ProcessorMixin", image_token_id: int, num_image_tokens: int, max_length: int | None = None
+    ):
+        self.tokenizer, self.max_length = processor.tokenizer, max_length
+        mark = self.tokenizer.convert_ids_to_tokens(image_token_id)
+        asked = [{"role": "user", "content": [{"type": "text", "text": mark + QUESTION}]}]
+        said = [{"role": "assistant", "content": [{"type": "text", "text": ANSWER}]}]
+        text = self.tokenizer.apply_chat_template(asked + said, tokenize=False)
+        # Around what is asked and said are marks of the template, which no token of the words can cross.
+        begin, _, rest = text.partition(mark + QUESTION)
+        between, _, end = rest.partition(ANSWER)
+        self.picture = self._ids(begin) + [image_token_id] * num_image_tokens
+        self._between, self._end = self._ids(between), self._ids(end)
         self.turn = lru_cache(KEPT_TURNS)(self._turn)
 
-    def _turn(self, question: str, answer: str) -> tuple[list[int], list[int], list[int]]:
-        """Return the tokens up to the picture's end, those of the question, and those of the answer and its end."""
-        asked = [{"role": "user", "content": [{"type": "text", "text": self._mark + question}]}]
-        said = [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-        template = self.tokenizer.apply_chat_template
-        prompt = template(asked, tokenize=False, add_generation_prompt=True)
-        whole = template(asked + said, tokenize=False)
-        before, both = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole))
-        place = before.index(self.image[0])
-        return before[:place] + self.image, before[place + 1 :], both[len(before) :]
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _turn(self, question: str, answer: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of the question after the picture, and those of the answer and its end."""
+        return self._ids(question) + self._between, self._ids(answer) + self._end
 
     def __call__(self, turns: Sequence[tuple[str, str]]) -> dict[str, list[int]]:
         """Return `input_ids`, `labels` of the answers and the marks that end them, `position_ids`, and `branches`.
@@ -62,15 +71,17 @@ class TurnTokens:
         Branch 0 is the picture, branch N the Nth question with its answer. Positions of each begin where those of the
         picture end.
         """
-        picture = self.turn(*turns[0])[0]
-        input_ids, labels = [*picture], [IGNORE] * len(picture)
-        positions, branches = [*range(len(picture))], [0] * len(picture)
+        start = len(self.picture)
+        input_ids, labels = [*self.picture], [IGNORE] * start
+        positions, branches = [*range(start)], [0] * start
         for number, (question, answer) in enumerate(turns, 1):
-            _, asked, said = self.turn(question, answer)
+            asked, said = self.turn(question, answer)
             size = len(asked) + len(said)
+            if self.max_length is not None and number > 1 and len(input_ids) + size > self.max_length:
+                break
             input_ids += asked + said
             labels += [IGNORE] * len(asked) + said
-            positions += range(len(picture), len(picture) + size)
+            positions += range(start, start + size)
             branches += [number] * size
         return {"input_ids": input_ids, "labels": labels, "position_ids": positions, "branches": branches}
 

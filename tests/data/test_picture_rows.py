@@ -35,10 +35,14 @@ def test_captions_say_colors_and_shapes_apart():
         assert (
             list(said[ASK_COLORS]) == list(said[ASK_SHAPES]) == [each for each in PLACES if each in said[ASK_COLORS]]
         )
-    both = DrawnWorld(0, 4, num_questions=3, has_captions=True)
-    for row, bare in zip(both, DrawnWorld(0, 4, num_questions=3), strict=True):
-        assert row.turns[:3] == bare.turns and [ask for ask, _ in row.turns[3:]] == [ASK_COLORS, ASK_SHAPES]
-        assert row.picture.tobytes() == bare.picture.tobytes() and row.gold == bare.gold
+    both = DrawnWorld(0, 4, num_questions=3, caption_every=2)
+    for number, (row, bare) in enumerate(zip(both, DrawnWorld(0, 4, num_questions=3), strict=True)):
+        has_captions = number % 2 == 0
+        assert [ask for ask, _ in row.turns[:-3]] == [ASK_COLORS, ASK_SHAPES] * has_captions
+        assert row.turns[-3:] == bare.turns and row.picture.tobytes() == bare.picture.tobytes()
+        assert row.gold == bare.gold
+    crowded = DrawnWorld(0, 20, numbers=(3,), families=("count",))
+    assert {answer for row in crowded for _, answer in row.turns} == {"three"}
     counted = DrawnWorld(0, 4, num_questions=3, families=("count",))
     assert {ask for row in counted for ask, _ in row.turns} == {ASK_COUNT}
     firsts = {row.turns[0][0] for row in DrawnWorld(0, 4, CAPTIONS)}

@@ -21,6 +21,7 @@ from hfllm.data.world.pictures import (
     WORDS,
     Scene,
     Thing,
+    answer_about,
     captions,
     draw_examples,
     draw_picture,
@@ -114,6 +115,8 @@ def answer_of(scene, text):
     named = [word for word in words if word in COLORS or word in SHAPES]
     if "from" in words:
         one, other = ([thing for thing in scene.things if thing.shape == name] for name in named)
+        if not one or not other:
+            return NOT_THERE
         assert len(one) == len(other) == 1
         (x1, y1), (x2, y2) = ((thing.corner % 2, thing.corner // 2) for thing in (one[0], other[0]))
         assert (x1 == x2) != (y1 == y2)
@@ -136,6 +139,18 @@ def test_answers_follow_from_the_scene_alone():
             assert (question.answer == NOT_THERE) == (question.family == ABSENT)
             families[question.family] += 1
     assert families.keys() == set(FAMILIES) and min(families.values()) > 50
+
+
+def test_any_question_has_an_answer_about_any_scene():
+    """The one that was asked about it, and about other scenes what reading them gives, where one thing is meant."""
+    examples, told = some(300), Counter()
+    for example, other in zip(examples, [*examples[1:], examples[0]], strict=True):
+        for question in example.questions:
+            assert answer_about(example.scene, question.text) == question.answer
+            if said := answer_about(other.scene, question.text):
+                assert said == answer_of(other.scene, question.text)
+            told[said] += 1
+    assert told[""] < 0.05 * told.total() and told[NOT_THERE] > 100
 
 
 def test_half_of_the_absent_pairs_have_both_parts_in_the_picture():

@@ -113,8 +113,8 @@ def test_rows_of_your_own_on_a_model_of_your_own(drawn, tmp_path):
 def test_drawn_pictures_on_a_model_of_your_own(drawn, tmp_path):
     flags = ["--model_name_or_path", drawn[0], *SHORT, "--num_examples", "6", "--max_steps", "1"]
     metrics = run(tmp_path / "out", *flags, "--max_new_tokens", "4")
-    # Each of the four questions about a picture, and each of its two captions, is a row of its own.
-    assert metrics["train_rows"] == 36 and metrics["seen_right_n"] == 12
+    # Each of the four questions about a picture, and of every third the two captions, is a row of its own.
+    assert metrics["train_rows"] == 28 and metrics["seen_right_n"] == 12
     with pytest.raises(InputError, match="--patch_size cannot be used here"):
         run(tmp_path / "other", *flags, "--patch_size", "8")
 
@@ -151,7 +151,7 @@ def test_answers_alone_are_learned_one_row_for_each(drawn, tmp_path):
         if script_args.dataset_name == "pictures":
             rows = drawn_rows(script_args, 0)
             said = [row["completion"][0]["content"][0]["text"] for row in rows]
-            assert len(rows) == 12
+            assert len(rows) == 10
         else:
             rows, held_out = own_rows(script_args, 0)
             assert len(rows) == 6 and [each.answer for each in held_out] == ["one"]
@@ -247,6 +247,8 @@ def test_fine_tuning_on_text_refuses_rows_with_pictures(saved, tmp_path):
         (["--questions_per_picture", "0"], "expected 1 to 16"),
         (["--dataset_name", "digits", "--questions_per_picture", "3"], "expected 1 to 2"),
         (["--hidden_size", "30"], "a multiple of twice"),
+        (["--vision_hidden_size", "-8"], "--vision_hidden_size -8: expected a multiple of twice"),
+        (["--vision_hidden_size", "8", "--model_name_or_path", "m", "--dataset_name", "r"], "--vision_hidden_size"),
         (["--num_examples", "0"], "expected at least 1"),
         (["--max_samples", "3"], "--max_samples"),
         (["--bad_images", "drop"], "--bad_images cannot be used here: it is for rows of your own"),

@@ -17,25 +17,24 @@ def figures(processes, folder, *flags):
 
 @pytest.mark.slow
 def test_a_model_learns_to_see_from_nothing(tmp_path, processes):
-    found = figures(processes, tmp_path / "out", "--seed", 2)
+    found = figures(processes, tmp_path / "out", "--seed", 5)
     families = [f"seen_{family}_right" for family in FAMILIES]
-    # Seed 2 gives 0.876, and another CPU's rounding is another seed: 1, with families drawn alike, gave 0.836.
-    assert len(families) == 7 and found["seen_right"] > 0.78
-    late = ("seen_relation_right", "seen_absent_right")
-    assert all(found[name] > 0.65 for name in families if name not in late)
-    # What is learned last: 0.653 and 0.938, on seed 1 0.556 and 0.600.
-    assert found["seen_relation_right"] > 0.35 and found["seen_absent_right"] > 0.45
-    # Color and shape are known apart, and not by heart: 0.856 in all, 0.813 and 0.665 (0.755, 0.647, 0.690).
-    assert found["held_out_right"] > 0.68
-    assert found["held_out_color_right"] > 0.5 and found["held_out_shape_right"] > 0.5
-    # Without its picture nobody knows more than the best guess.
-    assert found["shuffled_right"] < found["chance_right"] + 0.05
+    # Another CPU's rounding is another seed. Seed 5 gives 0.991, and 1, with 72,000 pictures, 0.972.
+    assert len(families) == 7 and found["seen_right"] > 0.9
+    assert all(found[name] > 0.75 for name in families if name != "seen_relation_right")
+    # Two lookups are learned last: 0.907 and 0.736 (of 72).
+    assert found["seen_relation_right"] > 0.55
+    # Color and shape are known apart, and not by heart: 0.962 in all, 0.974 and 0.915 (0.933, 0.933, 0.937).
+    assert found["held_out_right"] > 0.8
+    assert found["held_out_color_right"] > 0.7 and found["held_out_shape_right"] > 0.6
+    # With another picture it says what that one shows, and is right as often as who reads it without a fault.
+    assert abs(found["shuffled_right"] - found["other_truth_right"]) < 0.05
     assert found["called_absent"] < 0.06
 
 
 @pytest.mark.slow
 def test_scanned_digits_are_read(tmp_path, processes):
     pytest.importorskip("sklearn")
-    found = figures(processes, tmp_path / "out", "--dataset_name", "digits", "--seed", 2)
-    # 0.962 on seed 2, which chose the number of rows.
-    assert found["held_out_right"] > 0.9 and found["shuffled_right"] < 0.15
+    found = figures(processes, tmp_path / "out", "--dataset_name", "digits", "--seed", 5)
+    # 0.97 to 0.98 on seeds that differ.
+    assert found["held_out_right"] > 0.93 and found["shuffled_right"] < 0.15

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 from hfllm.errors import InputError
-from hfllm.trainers.pretraining.muon import MuonWithAdamW, muon_of
+from hfllm.trainers.pretraining.muon import BatchedMuon, MuonWithAdamW, muon_of
 
 
 def orthogonal(matrix):
@@ -46,6 +46,29 @@ def test_a_first_step_is_the_nearest_orthogonal_matrix_at_adamws_size():
     expected = -0.1 * 0.2 * 48**0.5 * orthogonal(gradient)
     assert torch.nn.functional.cosine_similarity(weight.flatten(), expected.flatten(), dim=0) > 0.98
     assert 0.7 < weight.norm() / expected.norm() < 1.2
+
+
+def test_small_matrices_together_learn_as_each_alone():
+    """`torch.optim.Muon`, one matrix at a time, is the reference; a matrix without a gradient is left alone."""
+    torch.manual_seed(0)
+    shapes = [(8, 8), (8, 24), (24, 8), (8, 8), (8, 24), (300, 300)]
+    first = [torch.randn(shape) for shape in shapes]
+    ours, theirs = ([nn.Parameter(each.clone()) for each in first] for _ in range(2))
+    settings = {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    batched, reference = BatchedMuon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    for number in range(3):
+        for place, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            if place or number:
+                one.grad = torch.randn_like(one)
+                other.grad = one.grad.clone()
+        gradients = [each.grad for each in ours]
+        batched.step()
+        reference.step()
+        assert all(one.grad is gradient for one, gradient in zip(ours, gradients, strict=True))
+    for one, other, begin in zip(ours, theirs, first, strict=True):
+        assert (one - other).norm() < 0.01 * (other - begin).norm()
+        assert torch.equal(batched.state[one]["momentum_buffer"], reference.state[other]["momentum_buffer"])
+    assert torch.equal(ours[-1], theirs[-1])
 
 
 def test_the_rest_is_adamws_to_the_bit(make_model):

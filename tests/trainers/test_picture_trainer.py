@@ -61,6 +61,19 @@ def test_tokens_and_pixels_are_those_of_the_processor(made, kind):
         assert said == [*(answer for _, answer in row.turns), ""]
 
 
+def test_turns_that_do_not_fit_are_left_out(made):
+    """A row ends before the first turn that would be too long for it; one turn stays, whatever its length."""
+    processor = made[1]
+    settings = processor, processor.image_token_id, 36
+    turns = DrawnWorld(3, 1, num_questions=6)[0].turns
+    sizes = [len(TurnTokens(*settings)(turns[:count])["input_ids"]) for count in range(1, 7)]
+    for most in range(sizes[0] - 2, sizes[-1] + 2):
+        row = TurnTokens(*settings, max_length=most)(turns)
+        expected = max([size for size in sizes if size <= most], default=sizes[0])
+        assert {len(each) for each in row.values()} == {expected}
+        assert row["branches"][-1] == sizes.index(expected) + 1
+
+
 def test_a_question_is_answered_as_if_it_were_the_only_one(made):
     """The loss of several questions in one row is that of each in a row of its own; so padding changes none either."""
     model, processor = made

@@ -59,13 +59,15 @@ COLOR, SHAPE, COUNT, PLACE, RELATION, TEXT, ABSENT = FAMILIES = (
     *("color", "shape", "count", "place", "relation", "text", "absent"),
 )
 # How often each is drawn in training: what takes two lookups, or a search in vain, is learned last.
-TRAINED_FAMILIES = (*(COUNT, TEXT, *[COLOR, SHAPE] * 2, *[PLACE, RELATION] * 3, *[ABSENT] * 4),)
+TRAINED_FAMILIES = (COUNT, TEXT, *[COLOR, PLACE] * 3, *[SHAPE] * 4, *[ABSENT] * 5, *[RELATION] * 6)
 NOT_THERE = "not in the picture"
 WORD = "word"
 ASK_COLORS, ASK_SHAPES = "Name the colors.", "Name the shapes."
 ASK_COUNT, ASK_WORD = "How many shapes are there?", "Which word is written?"
 # How many shapes pictures have, and the share of them with a word.
 NUMBERS, SHARE_OF_WORDS = (1, 2, 2, 3), 0.3
+# In training: among three things a look at random is right less often.
+TRAINED_NUMBERS = (1, 2, 3, 3)
 
 
 @dataclass(frozen=True)
@@ -122,10 +124,14 @@ class Question:
         }
 
 
-def draw_scene(rng: random.Random, held_out: bool = False) -> Scene:
-    """Return a scene; with `held_out` its first thing is one of the pairs that no training picture shows."""
+def draw_scene(rng: random.Random, held_out: bool = False, numbers: Sequence[int] = NUMBERS) -> Scene:
+    """Return a scene; with `held_out` its first thing is one of the pairs that no training picture shows.
+
+    Args:
+        numbers: of things, to draw from; at most three.
+    """
     corners = rng.sample(range(len(PLACES)), len(PLACES))
-    pairs = [rng.choice(SEEN) for _ in range(rng.choice(NUMBERS))]
+    pairs = [rng.choice(SEEN) for _ in range(rng.choice(numbers))]
     if held_out:
         pairs[0] = rng.choice(HELD_OUT)
     things = tuple(Thing(*pair, corner) for pair, corner in zip(pairs, corners, strict=False))
@@ -247,6 +253,31 @@ def _question(family: str, text: str, answer: str, kind: Sequence[str]) -> Quest
     return Question(family, text, answer, tuple(other for other in (*kind, NOT_THERE) if other != answer))
 
 
+def answer_about(scene: Scene, text: str) -> str:
+    """Return the right answer to a question, by its words, about any scene; "" where more than one thing is meant."""
+    if text == ASK_COUNT:
+        return COUNTS[len(scene.things) - 1]
+    if text == ASK_WORD:
+        return NOT_THERE if scene.word is None else at_corner(scene.word_corner, scene.word)
+    words = text.rstrip("?").split()
+    meant = [[t for t in scene.things if word in (t.color, t.shape)] for word in words if word in (*COLORS, *SHAPES)]
+    if words[0] == "Where" and "from" not in words:
+        # One name of color and shape together.
+        meant = [[thing for thing in meant[0] if all(thing in each for each in meant)]]
+    if not all(meant):
+        return NOT_THERE
+    if any(len(each) > 1 for each in meant):
+        return ""
+    thing = meant[0][0]
+    if words[0] == "What":
+        return at_corner(thing.corner, thing.color if words[1] == "color" else thing.shape)
+    if len(meant) == 1:
+        return PLACES[thing.corner]
+    other = meant[1][0]
+    seen = RELATIONS.get((thing.corner, other.corner))
+    return f"{PLACES[thing.corner]}, {at_corner(other.corner, seen)}" if seen else ""
+
+
 # ---- drawing ----
 
 
@@ -315,6 +346,7 @@ def draw_example(
     num_questions: int = 1,
     part: str = "train",
     families: Sequence[str] = FAMILIES,
+    numbers: Sequence[int] = NUMBERS,
 ) -> Example:
     """Return one picture with questions: a function of these alone, whichever were drawn before.
 
@@ -325,9 +357,10 @@ def draw_example(
         num_questions: questions about the picture.
         part: names another stream of the same seed, such as that of evaluation.
         families: that questions are drawn from; one that stands there twice is drawn twice as often.
+        numbers: of things that pictures have, likewise.
     """
     rng = random.Random(f"pictures {part} {held_out} {seed} {number}")
-    scene = draw_scene(rng, held_out)
+    scene = draw_scene(rng, held_out, numbers)
     picture = draw_picture(scene, rng)
     questions = tuple(draw_question(scene, rng, held_out, families) for _ in range(num_questions))
     return Example(scene, picture, questions)

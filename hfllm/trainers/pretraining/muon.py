@@ -8,6 +8,84 @@ from torch import nn
 
 from hfllm.errors import InputError
 
+# Matrices of at most so many numbers are orthogonalized together, so many at once: calls cost more than work.
+SMALL, TOGETHER = 2**16, 2**22
+
+
+class BatchedMuon(torch.optim.Muon):
+    """`torch.optim.Muon` with one Newton-Schulz iteration for all small matrices of a shape; larger ones as there.
+
+    The arithmetic is the same, in bfloat16 too; a product of several matrices may round otherwise than that of one.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Take one step; `closure` as for every optimizer."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        taken = []
+        for group in self.param_groups:
+            for parameters in _alike(group["params"]):
+                self._step_together(parameters, group)
+                taken += parameters
+        gradients = [parameter.grad for parameter in taken]
+        for parameter in taken:
+            parameter.grad = None
+        super().step()
+        for parameter, gradient in zip(taken, gradients, strict=True):
+            parameter.grad = gradient
+        return loss
+
+    def _step_together(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        gradients = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
+        averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+        updates = torch._foreach_lerp(gradients, averages, group["momentum"]) if group["nesterov"] else averages
+        coefficients, steps, eps = group["ns_coefficients"], group["ns_steps"], group["eps"]
+        updates = orthogonalized(torch.stack(updates), coefficients, steps, eps).to(gradients[0].dtype)
+        size = 0.2 * max(parameters[0].shape) ** 0.5
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, list(updates), alpha=-group["lr"] * size)
+
+
+def _alike(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Return the small matrices with a gradient, those of one shape together; a shard of a matrix is none."""
+    found: dict[tuple[object, ...], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        is_plain = type(parameter.data) is torch.Tensor and type(parameter.grad) is torch.Tensor
+        if is_plain and parameter.numel() <= SMALL:
+            found.setdefault((parameter.shape, parameter.dtype, parameter.device), []).append(parameter)
+    made = []
+    for alike in found.values():
+        most = max(1, TOGETHER // max(alike[0].numel(), 1))
+        made += [alike[first : first + most] for first in range(0, len(alike), most)]
+    return made
+
+
+def orthogonalized(
+    matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> torch.Tensor:
+    """Return matrices (N, rows, columns) with their singular values near one, in bfloat16 (Jordan et al. 2024).
+
+    Args:
+        coefficients: of the quintic Newton-Schulz iteration.
+        steps: of it.
+        eps: the least norm that a matrix is divided by.
+    """
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if is_tall else matrices).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    a, b, c = coefficients
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
 
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) and AdamW as one optimizer, with one state and one list of parameter groups.
@@ -35,7 +113,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         momentum: float = 0.95,
     ):
-        muon = torch.optim.Muon(
+        muon = BatchedMuon(
             list(matrices), lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
         )
         adamw = torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
