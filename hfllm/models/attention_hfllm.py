@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import masking_utils
 from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
@@ -24,7 +25,7 @@ from .configuration_hfllm import HfllmConfig
 from .layer_types_hfllm import WINDOWS, own_window
 from .layers_hfllm import build_norm
 from .memory_hfllm import needs_autograd
-from .sparse_hfllm import sparse_attention_forward, sparse_mask
+from .sparse_hfllm import sparse_attention_forward, sparse_mask, sparse_sizes
 
 register("banded", banded_attention_forward, banded_mask)
 register("sparse", sparse_attention_forward, sparse_mask)
@@ -220,6 +221,21 @@ class HfllmAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
+
+
+def check_implementation(implementation: str, config: PreTrainedConfig) -> None:
+    """Refuse an attention function that cannot compute a model.
+
+    Args:
+        config: of the model, also of another family.
+
+    Raises:
+        ValueError: for sparse attention without its sizes, or a soft limit of the scores that would be ignored.
+    """
+    if implementation == "sparse":
+        sparse_sizes(config)
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        check_softcap(implementation)
 
 
 def check_softcap(implementation: str) -> None:

@@ -7,6 +7,8 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from .configuration_hfllm import HfllmConfig
 
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
@@ -16,6 +18,8 @@ LINEAR_SIZES = (
     *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
     "linear_conv_kernel_dim",
 )
+# Of sparse attention, which is no type of layer; models without it do not have these.
+SPARSE_SIZES = ("sparse_block_size", "sparse_num_blocks")
 
 
 def filled_layer_types(config: "HfllmConfig") -> list[str]:
@@ -35,6 +39,11 @@ def _type_of_window(config: "HfllmConfig") -> str:
     """Return the type of layer that the first window of the config is for."""
     types = (kind for kind, field in WINDOWS.items() if getattr(config, field) is not None)
     return next(types, "full_attention")
+
+
+def has_sparse_sizes(config: "PreTrainedConfig") -> bool:
+    """Return whether a config has a size of sparse attention, as one of a model that was trained with it does."""
+    return any(getattr(config, field, None) is not None for field in SPARSE_SIZES)
 
 
 def follow_edits(config: "HfllmConfig") -> None:

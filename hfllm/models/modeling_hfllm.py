@@ -28,6 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_hfllm import (
     HfllmAttention,
     build_rotary,
+    check_implementation,
     check_softcap,
     create_masks,
     packed_sequences,
@@ -38,7 +39,7 @@ from .configuration_hfllm import HfllmConfig
 from .experts_hfllm import HfllmExperts, HfllmRouter, build_mlp, fp32_names, init_experts, last_projections
 from .head_hfllm import CausalHead, logits_of
 from .latent_hfllm import HfllmLatentAttention
-from .layer_types_hfllm import follow_edits
+from .layer_types_hfllm import follow_edits, has_sparse_sizes
 from .layers_hfllm import HfllmEmbedding, HfllmPositionEmbedding, build_norm, check_positions, layer_norms
 from .linear_hfllm import HfllmGatedDeltaNet, init_gated_delta_net
 
@@ -151,6 +152,20 @@ class HfllmPreTrainedModel(PreTrainedModel):
         if self.config.attn_logit_softcapping is not None:
             check_softcap("sdpa")
         return super()._sdpa_can_dispatch(is_init_check)
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *args: object, **kwargs: object
+    ) -> str:
+        """Return the attention function that is taken; if none is asked for, the one that the sizes in the config say.
+
+        Raises:
+            ValueError: when it cannot compute this model.
+        """
+        if attn_implementation is None and has_sparse_sizes(self.config):
+            attn_implementation = "sparse"
+        chosen = super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+        check_implementation(chosen, self.config)
+        return chosen
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

@@ -16,6 +16,7 @@ from transformers import masking_utils
 from transformers.configuration_utils import PreTrainedConfig
 
 from .banded_hfllm import banded_attention_forward, banded_mask, functions_in, refuse_unsupported
+from .layer_types_hfllm import SPARSE_SIZES
 from .sparse_blocks_hfllm import attend_by_block, attend_by_query
 
 # The parts of masks that `sparse_mask` knows: the order of tokens, and the documents of packed rows.
@@ -32,7 +33,7 @@ def sparse_sizes(config: PreTrainedConfig) -> tuple[int, int]:
         ValueError: naming the field of the config that is missing or below 1.
     """
     sizes = []
-    for field in ("sparse_block_size", "sparse_num_blocks"):
+    for field in SPARSE_SIZES:
         sizes.append(getattr(config, field, None))
         if not isinstance(sizes[-1], int) or isinstance(sizes[-1], bool) or sizes[-1] < 1:
             raise ValueError(
