@@ -161,6 +161,8 @@ def sparse_mask(
     is_known = allow_is_causal_skip or torch.compiler.is_compiling()
     if not is_known and (unknown := functions_in(mask_function) - KNOWN_PARTS):
         raise ValueError(f"attn_implementation='sparse' cannot apply the mask function {', '.join(sorted(unknown))}")
+    # From here on, among the keys that are kept: a cache that lets tokens go has them from `kv_offset` on.
+    q_offset = q_offset - kv_offset
     begins = None
     if is_packed:
         index, rows = torch.arange(q_length, device=device)[None], torch.arange(batch_size, device=device)[:, None]
@@ -173,7 +175,7 @@ def sparse_mask(
         return None
     index = torch.arange(kv_length, device=device)
     visible = (index < q_offset + q_length).expand(batch_size, -1)
-    visible = visible if padding is None else visible & padding[:, :kv_length]
+    visible = visible if padding is None else visible & padding[:, kv_offset : kv_offset + kv_length]
     return _places(visible, begins, index[:q_length] + q_offset, block)
 
 

@@ -1,5 +1,7 @@
 """Sparse attention by blocks equals a reference that looks at each query alone."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.func import functional_call, grad
@@ -18,6 +20,8 @@ from transformers import (
 
 import hfllm
 from hfllm.errors import InputError
+from hfllm.generation.memory import SegmentMemory
+from hfllm.generation.sinks import SinkCache
 from hfllm.models import sparse_blocks_hfllm
 from hfllm.models.sparse_hfllm import sparse_attention_forward
 
@@ -172,6 +176,20 @@ def test_pieces_with_a_cache_equal_the_whole(make_pair, ids, pieces, padding, ca
         logits.append(sparse(piece, cache=cache, use_cache=True, **given).logits)
     is_real = mask.bool()
     torch.testing.assert_close(torch.cat(logits, 1)[is_real], whole[is_real], **CLOSE)
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("cache", [lambda model: SinkCache(model, 15, 2), lambda model: SegmentMemory(model, 14)])
+def test_blocks_are_counted_among_the_keys_that_a_cache_keeps(make_pair, ids, cache, padding):
+    mask = (torch.arange(LENGTH) >= torch.tensor([0, padding])[:, None]).long()
+    results, ends = [], [9, 10, 22, 23, LENGTH]
+    for model in make_pair():
+        kept, logits = cache(model), []
+        for begin, end in pairwise([0, *ends]):
+            given = {"attention_mask": mask[:, :end]} if padding else {}
+            logits.append(model(ids[:, begin:end], cache=kept, use_cache=True, **given).logits)
+        results.append(torch.cat(logits, 1)[mask.bool()])
+    torch.testing.assert_close(*results, **CLOSE)
 
 
 def test_generation_equals_that_of_the_reference(make_pair, ids):
