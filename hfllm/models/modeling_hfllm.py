@@ -223,6 +223,12 @@ class HfllmModel(HfllmPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # Checkpointed layers would go without it, and what was read before would count for nothing.
+            raise ValueError(
+                f"activation checkpointing in training takes no cache, got a {type(cache).__name__}: "
+                "turn one of them off (model.activation_checkpointing_disable())"
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         # `generate` makes the masks itself where it compiles the forward.
