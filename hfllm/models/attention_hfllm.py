@@ -325,6 +325,18 @@ def keep_last_sequences(inputs: torch.Tensor | None, arguments: dict[str, Any]) 
     return {**arguments, "attention_mask": last if mask is None else last.to(mask) * mask}
 
 
+def padding_of_one(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the mask (B, 1) of linear attention for a token that is read alone, `None` where it is no padding.
+
+    Transformers' function takes it for a generated one, and lets padding that is read token by token into the state.
+    """
+    if attention_mask is None or masking_utils.is_tracing(attention_mask):
+        return None
+    last = attention_mask[:, -1:]
+    # A GPU would have to wait for the answer.
+    return None if last.device.type == "cpu" and last.all() else last
+
+
 def create_masks(
     config: HfllmConfig,
     inputs_embeds: torch.Tensor,
@@ -368,6 +380,8 @@ def create_masks(
         )
         for kind, each in settings.items()
     }
+    if "linear_attention" in masks and inputs_embeds.shape[1] == 1:
+        masks["linear_attention"] = padding_of_one(attention_mask)
     if "chunked_attention" in masks and allowed is not None:
         masks["chunked_attention"] = create_chunked_mask(config, inputs_embeds, attention_mask, packed)
     return masks

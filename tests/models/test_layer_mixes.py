@@ -111,11 +111,15 @@ def test_padding_changes_nothing(mix, ids):
     compare(gradients(model, loss), expected, close)
     with torch.no_grad():
         cache = DynamicCache(config=model.config)
-        begin = {name: each[:, :60] for name, each in given.items()}
-        first = model(ids[:, :60], cache=cache, use_cache=True, **begin).logits
-        rest = {**given, "position_ids": given["position_ids"][:, 60:]}
-        both = torch.cat((first, model(ids[:, 60:], cache=cache, use_cache=True, **rest).logits), 1)
-    torch.testing.assert_close(both[1, -41:], logits[1, -41:], **close)
+        parts = []
+        # Also token by token, before the first token that is none of padding and behind it.
+        for begin, end in pairwise([0, 1, 2, 32, 33, 34, 35, 60, LENGTH]):
+            more = {
+                "attention_mask": given["attention_mask"][:, :end],
+                "position_ids": given["position_ids"][:, begin:end],
+            }
+            parts.append(model(ids[:, begin:end], cache=cache, use_cache=True, **more).logits)
+    torch.testing.assert_close(torch.cat(parts, 1)[1, -41:], logits[1, -41:], **close)
 
 
 def compare(got, expected, close):
