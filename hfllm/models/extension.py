@@ -44,7 +44,7 @@ def extended_config(
 
     Raises:
         InputError: for a model without rotary positions that see all tokens, positions that are extended already, an
-            unknown type, or a factor that is not above 1.
+            unknown type or one that the model's class refuses, or a factor that is not above 1.
     """
     if rope_type not in ROPE_TYPES:
         raise InputError(f"--rope_type {rope_type!r} is not one of {', '.join(ROPE_TYPES)}")
@@ -64,7 +64,22 @@ def extended_config(
     changed = _extended_rope(rope, rope_type, factor, length, _rotated_dimensions(text, rope))
     text.rope_parameters = changed if name is None else {**text.rope_parameters, name: changed}
     text.max_position_embeddings = length if rope_type == "dynamic" else int(length * factor)
+    _check_valid(text, rope_type)
     return extended
+
+
+def _check_valid(config: "PreTrainedConfig", rope_type: str) -> None:
+    """Refuse what the model's own class would refuse when it is saved, after the training."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        if hasattr(config, "validate"):
+            config.validate()
+    except (KeyError, ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise InputError(
+            f"--rope_type {rope_type}: a model of type {config.model_type} refuses it: {reason}"
+        ) from None
 
 
 def extend_model(model: "PreTrainedModel", extended: "PreTrainedConfig") -> None:

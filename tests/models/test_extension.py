@@ -9,6 +9,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    Phi3Config,
 )
 
 import hfllm
@@ -133,6 +134,15 @@ def test_layers_with_a_window_keep_their_positions():
             lambda: extended_config(CONFIGS["llama"](), "linear", 2),
             ("yarn", 4),
             "rope_type='linear' has been extended already",
+        ),
+        *(
+            (
+                lambda: Phi3Config(**SIZES, pad_token_id=0),
+                (kind, 4),
+                f"--rope_type {kind}: a model of type phi3 refuses it: ",
+            )
+            for kind in ROPE_TYPES
+            if kind != "ntk"
         ),
         (lambda: hfllm.HfllmConfig(**{**SIZES, "head_dim": 2}), ("ntk", 4), "needs at least 4 rotated dimensions"),
     ],
