@@ -35,7 +35,9 @@ BY_TYPE = {
         "full_attention": {"rope_type": "default", "rope_theta": THETA},
     },
 }
+SCALED = {"rope_type": "default", "rope_theta": THETA, "mscale": 1.0, "mscale_all_dim": 1.0}
 CONFIGS = {
+    "ours latent": lambda: hfllm.HfllmConfig(**SIZES, kv_lora_rank=16, rope_parameters=dict(SCALED)),
     "ours": lambda: hfllm.HfllmConfig(**SIZES),
     "ours by type": lambda: hfllm.HfllmConfig(**SIZES, **BY_TYPE),
     "llama": lambda: LlamaConfig(**SIZES),
