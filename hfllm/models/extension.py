@@ -59,7 +59,7 @@ def extended_config(
         raise InputError(f"--original_max_position_embeddings {length}: expected at least 2")
     extended = deepcopy(config)
     text = extended.get_text_config(decoder=True)
-    name = _extended_part(text)
+    name = _extended_part(text, length * factor)
     rope = text.rope_parameters if name is None else text.rope_parameters[name]
     changed = _extended_rope(rope, rope_type, factor, length, _rotated_dimensions(text, rope))
     text.rope_parameters = changed if name is None else {**text.rope_parameters, name: changed}
@@ -113,8 +113,10 @@ def _is_of(rotary: "nn.Module", config: "PreTrainedConfig", name: str) -> bool:
     return own is config or (type(own) is type(config) and name in (getattr(config, "layer_types", None) or ()))
 
 
-def _extended_part(config: "PreTrainedConfig") -> str | None:
+def _extended_part(config: "PreTrainedConfig", new_length: float) -> str | None:
     """Return the layer type whose rotary parameters are extended, or `None` if all layers share them.
+
+    Without `layer_types` all layers have the window, as in Mistral, Phi-3 and Starcoder 2.
 
     Raises:
         InputError: when no layer with rotary positions sees further than its window.
@@ -126,10 +128,12 @@ def _extended_part(config: "PreTrainedConfig") -> str | None:
     kinds = list(getattr(config, "layer_types", None) or ())
     rotated = getattr(config, "no_rope_layers", None) or [1] * len(kinds)
     far = {kind for kind, is_rotated in zip(kinds, rotated, strict=False) if is_rotated} - {"linear_attention"}
-    if kinds and not far - {"sliding_attention", "chunked_attention"}:
+    window = None if getattr(config, "use_sliding_window", True) is False else getattr(config, "sliding_window", None)
+    is_near = not far - {"sliding_attention", "chunked_attention"} if kinds else (window or new_length) < new_length
+    if is_near:
         raise InputError(
             f"{what} cannot be extended by its positions: none of its layers with rotary positions sees further than "
-            "its window (layer_types, no_rope_layers)"
+            f"its window ({'layer_types, no_rope_layers' if kinds else f'sliding_window={window}'})"
         )
     if "rope_theta" in rope or "rope_type" in rope:
         return None

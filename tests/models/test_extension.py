@@ -9,7 +9,9 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
     Phi3Config,
+    Starcoder2Config,
 )
 
 import hfllm
@@ -138,6 +140,10 @@ def test_layers_with_a_window_keep_their_positions():
             "rope_type='linear' has been extended already",
         ),
         *(
+            (lambda kind=kind: kind(**SIZES, sliding_window=127, pad_token_id=0), ("ntk", 4), "sliding_window=127")
+            for kind in (MistralConfig, Phi3Config, Starcoder2Config)
+        ),
+        *(
             (
                 lambda: Phi3Config(**SIZES, pad_token_id=0),
                 (kind, 4),
@@ -157,3 +163,8 @@ def test_what_cannot_be_extended_is_refused(config, how, message):
 def test_a_hybrid_is_extended_where_it_has_positions():
     config = hfllm.HfllmConfig(**SIZES, layer_types=["linear_attention", "full_attention"])
     assert extended_config(config, "linear", 8).rope_parameters["factor"] == 8.0
+
+
+def test_a_window_of_the_new_length_hides_nothing():
+    config = MistralConfig(**SIZES, sliding_window=128)
+    assert extended_config(config, "linear", FACTOR).rope_parameters["factor"] == FACTOR
