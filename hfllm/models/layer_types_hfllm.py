@@ -7,6 +7,8 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedConfig
 
     from .configuration_hfllm import HfllmConfig
@@ -20,6 +22,12 @@ LINEAR_SIZES = (
 )
 # Of sparse attention, which is no type of layer; models without it do not have these.
 SPARSE_SIZES = ("sparse_block_size", "sparse_num_blocks")
+
+OPTIONAL_ROPE_NUMBERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+ROPE_NUMBERS = (
+    *("rope_theta", "factor", "partial_rotary_factor", "low_freq_factor", "high_freq_factor"),
+    *("original_max_position_embeddings", *OPTIONAL_ROPE_NUMBERS),
+)
 
 
 def filled_layer_types(config: "HfllmConfig") -> list[str]:
@@ -115,6 +123,22 @@ def check_layers(config: "HfllmConfig") -> None:
         raise ValueError(
             f"no_rope_layers needs position_embedding_type='rope', got {config.position_embedding_type!r}"
         )
+
+
+def check_rope_values(rope: "Mapping[str, object]") -> None:
+    """Refuse values of rotary parameters that give no frequencies; transformers warns of some and takes them.
+
+    Raises:
+        ValueError: naming the key, its value and what is accepted.
+    """
+    for key in ROPE_NUMBERS:
+        value, is_optional = rope.get(key), key in OPTIONAL_ROPE_NUMBERS
+        if key not in rope or (value is None and (is_optional or rope["rope_type"] == "longrope")):
+            continue
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 <= value < float("inf") or (value == 0 and not is_optional):
+            least = "of at least 0" if is_optional else "above 0"
+            raise ValueError(f"rope_parameters.{key} must be a number {least}, got {value!r}")
 
 
 def _check_linear(config: "HfllmConfig") -> None:
