@@ -51,6 +51,13 @@ def test_odd_heads_are_fine_without_rope():
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.2}}, "partial_rotary_factor"),
         ({"residual_init": "xavier"}, "residual_init"),
         *(
+            (
+                {"num_local_experts": 4, "first_k_dense_replace": value},
+                f"first_k_dense_replace={value!r} must be a whole number from 0 to num_hidden_layers=8",
+            )
+            for value in ("1", 9, -1, True)
+        ),
+        *(
             ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, **wrong}}, message)
             for wrong, message in (
                 ({"rope_theta": 0}, r"rope_parameters\.rope_theta must be a number above 0, got 0"),
