@@ -294,6 +294,17 @@ def packed_sequences(position_ids: torch.Tensor | None, attention_mask: torch.Te
     return nn.functional.pad(begins, (1, 0)).cumsum(-1)
 
 
+def positions_of_sequences(cu_seq_lens: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    """Return `position_ids`, (B, S), that restart where `cu_seq_lens` counts the first token of a sequence.
+
+    Args:
+        cu_seq_lens: 0 and the sums of the sequences' lengths, over all rows one after the other.
+    """
+    index = torch.arange(batch * length, device=cu_seq_lens.device)
+    begins = cu_seq_lens.long()[torch.searchsorted(cu_seq_lens.long(), index, right=True) - 1]
+    return (index - begins).view(batch, length)
+
+
 def restarted_positions(packed: torch.Tensor) -> torch.Tensor:
     """Return 0, 1, 2, ... within each sequence of `packed_sequences`, (B, S).
 

@@ -32,6 +32,7 @@ from .attention_hfllm import (
     check_softcap,
     create_masks,
     packed_sequences,
+    positions_of_sequences,
     restarted_positions,
 )
 from .balance_hfllm import counts_load
@@ -220,6 +221,7 @@ class HfllmModel(HfllmPreTrainedModel):
 
         Rows of `position_ids` that restart (fall, or return to 0) hold packed sequences, which do not attend to each
         other. They need `cache=None` and are computed without one. Positions that jump forward are one sequence.
+        Without `position_ids`, `cu_seq_lens_q` (in `kwargs`, for flash kernels) says where they begin.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -231,6 +233,8 @@ class HfllmModel(HfllmPreTrainedModel):
             )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if position_ids is None and cache is None and kwargs.get("cu_seq_lens_q") is not None:
+            position_ids = positions_of_sequences(kwargs["cu_seq_lens_q"], *inputs_embeds.shape[:2])
         # `generate` makes the masks itself where it compiles the forward.
         masks = attention_mask if isinstance(attention_mask, dict) else None
         packed = packed_sequences(position_ids, attention_mask) if cache is None and masks is None else None

@@ -136,8 +136,9 @@ def test_packed_rows_equal_separate_ones(mix, ids):
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     alone = [model(part, use_cache=False).logits for part in row.split(lengths, 1)]
     expected = gradients(model, sum(map(total_loss, alone, row.split(lengths, 1))))
-    for more in ({}, {"attention_mask": torch.ones_like(row)}):
-        logits = model(row, position_ids=positions, use_cache=False, **more).logits
+    begins = {"cu_seq_lens_q": torch.tensor([0, 38, 40, LENGTH], dtype=torch.int32)}
+    for more in ({}, {"attention_mask": torch.ones_like(row)}, {**begins, "position_ids": None}):
+        logits = model(row, use_cache=False, **{"position_ids": positions, **more}).logits
         torch.testing.assert_close(logits, torch.cat(alone, 1), **close)
         parts = logits.split(lengths, 1)
         compare(gradients(model, sum(map(total_loss, parts, row.split(lengths, 1)))), expected, close)
