@@ -70,6 +70,7 @@ class Shape:
     attention_bias: bool = False
     attention_output_bias: bool | None = None
     mlp_bias: bool = False
+    lm_head_bias: bool = False
     tie_word_embeddings: bool = False
     loss_chunk_size: int | None = None
     sliding_window: int | None = None
@@ -342,7 +343,7 @@ class Shape:
             "embeddings": table,
             "positions": positions * self.hidden_size,
             **layers,
-            "head": 0 if self.tie_word_embeddings else table,
+            "head": (0 if self.tie_word_embeddings else table) + self.vocab_size * self.lm_head_bias,
             **self._media,
         }
 

@@ -34,6 +34,8 @@ def test_presets_have_the_models_parameters(name):
         {"parallel_block": True, "shared_norm": False, "tie_word_embeddings": True, "num_key_value_heads": 1},
         {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 24},
         {"norm_placement": "both", "qk_norm": True, "norm_unit_offset": True},
+        {"lm_head_bias": True},
+        {"lm_head_bias": True, "tie_word_embeddings": True},
         {"norm_placement": "output", "qk_norm": True, "qk_norm_scope": "all_heads", "num_key_value_heads": 2}
         | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
         {
@@ -50,6 +52,8 @@ def test_every_axis_counts(fields):
     with torch.device("meta"):
         model = hfllm.HfllmForCausalLM(config)
     assert shape.num_parameters() == model.num_parameters()
+    (held,) = (_stage_parameters(shape, Layout(), stage) for stage in _stages(shape, Layout(), 1))
+    assert sum(held) == pytest.approx(shape.num_parameters())
     looked_up = [] if config.tie_word_embeddings else [model.get_input_embeddings().weight]
     if config.position_embedding_type == "learned":
         looked_up.append(model.model.embed_positions.weight)
