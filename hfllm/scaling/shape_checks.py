@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from hfllm.errors import InputError
-from hfllm.scaling.shape_tables import LAYER_TYPES, MLP_LAYER_TYPES
+from hfllm.scaling.shape_tables import LAYER_TYPES, MLP_LAYER_TYPES, WINDOWS
 
 if TYPE_CHECKING:
     from hfllm.scaling.shapes import Shape
@@ -35,10 +35,15 @@ def fill_layers(shape: "Shape") -> None:
             f"layer_types={str(shape.layer_types)[:80]} must name one of {', '.join(LAYER_TYPES)} for each of "
             f"num_hidden_layers={shape.num_hidden_layers}"
         )
-    if "sliding_attention" in shape.layer_types:
-        check_size(shape, "sliding_window")
-    if "chunked_attention" in shape.layer_types:
-        check_size(shape, "attention_chunk_size")
+    for kind, field in WINDOWS.items():
+        if kind in shape.layer_types:
+            check_size(shape, field)
+        elif getattr(shape, field) is not None:
+            raise InputError(f"{field}={getattr(shape, field)!r} needs a {kind!r} in layer_types, which has none")
+    if set(shape.layer_types) >= WINDOWS.keys():
+        raise InputError(f"layer_types has {' and '.join(WINDOWS)}: a model has one of them")
+    if set(shape.layer_types) == {"linear_attention"}:
+        raise InputError("layer_types has linear_attention alone: at least one layer must be of another type")
     if not shape.linear_layers:
         return
     heads = shape.linear_num_key_heads or shape.num_attention_heads

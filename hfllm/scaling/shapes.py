@@ -14,7 +14,7 @@ from typing import Any
 
 from hfllm.errors import InputError
 from hfllm.scaling.shape_checks import LARGEST, check_foreign, check_size, fill_latent, fill_layers
-from hfllm.scaling.shape_tables import CHOICES, FAMILIES, NAMED_SHAPES, mlp_layers
+from hfllm.scaling.shape_tables import CHOICES, FAMILIES, NAMED_SHAPES, mlp_layers, window_fields
 from hfllm.scaling.towers import WITH_TOWER, Tower
 
 # Fields that say something of latent attention alone.
@@ -165,10 +165,9 @@ class Shape:
         values.setdefault("num_local_experts", values.get("num_experts", values.get("n_routed_experts", 0)))
         try:
             values.setdefault("mlp_layer_types", mlp_layers(values))
+            values |= {} if kind == "hfllm" else window_fields(kind, values)
         except InputError as error:
             raise InputError(f"{source}: {error}") from None
-        if values.get("use_sliding_window") is False:
-            values["sliding_window"] = None
         known = {item.name: values[item.name] for item in fields(cls) if values.get(item.name) is not None}
         missing = [name for name in _REQUIRED if name not in known]
         theirs = {ours: name for name, ours in names.items()}

@@ -225,6 +225,21 @@ def test_caches_by_type_of_layer(limit, field):
         ({"layer_types": ["full", "full_attention"]}, "must name one of full_attention, sliding_attention"),
         ({"layer_types": ["chunked_attention"] * 2}, "attention_chunk_size=None must be a whole number"),
         ({"layer_types": ["sliding_attention"] * 2}, "sliding_window=None must be a whole number"),
+        ({"layer_types": ["linear_attention"] * 2}, "layer_types has linear_attention alone"),
+        ({"layer_types": ["full_attention"] * 2, "sliding_window": 8}, "sliding_window=8 needs a 'sliding_attention'"),
+        ({"sliding_window": 8, "attention_chunk_size": 8}, "attention_chunk_size=8 needs a 'chunked_attention'"),
+        (
+            {
+                "layer_types": ["sliding_attention", "chunked_attention"],
+                "sliding_window": 8,
+                "attention_chunk_size": 8,
+            },
+            "has sliding_attention and chunked_attention",
+        ),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "1"},
+            "max_window_layers='1' must be",
+        ),
         (
             {"layer_types": ["linear_attention", "full_attention"], "linear_conv_kernel_dim": 0},
             "linear_conv_kernel_dim",
@@ -235,3 +250,25 @@ def test_layers_that_are_none_are_refused(fields, message):
     sizes = {"vocab_size": 30, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
     with pytest.raises(InputError, match=message):
         Shape.from_config(sizes | fields)
+
+
+@pytest.mark.parametrize("asked", [None, False, True])
+@pytest.mark.parametrize("first", [None, 1])
+@pytest.mark.parametrize("window", ["unsaid", None, 8])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "mistral", "mixtral"])
+def test_windows_are_those_that_transformers_reads(kind, window, first, asked):
+    """Where a config.json is silent as well; of the layers, those that its model gives a window."""
+    if (kind, window, asked) == ("qwen2_moe", None, True):
+        pytest.skip("transformers lets layers slide there that have no window")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 100}
+    sizes["num_key_value_heads"] = 4
+    said = {"use_sliding_window": asked, "max_window_layers": first}
+    said = {name: value for name, value in said.items() if value is not None and "qwen" in kind}
+    said |= {} if window == "unsaid" else {"sliding_window": window}
+    config = transformers.AutoConfig.for_model(kind, **sizes, **said)
+    expected = [config.sliding_window or None] * 3
+    if getattr(config, "layer_types", None) is not None:
+        expected = [config.sliding_window if "sliding" in each else None for each in config.layer_types]
+    for fields in ({**sizes, **said, "model_type": kind}, config.to_dict()):
+        shape = Shape.from_config(fields)
+        assert [shape.sliding_window if "sliding" in each else None for each in shape.layer_types] == expected
