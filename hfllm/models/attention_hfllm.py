@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import masking_utils
 from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
@@ -24,7 +25,7 @@ from .configuration_hfllm import HfllmConfig
 from .layer_types_hfllm import WINDOWS, own_window
 from .layers_hfllm import build_norm
 from .memory_hfllm import needs_autograd
-from .sparse_hfllm import sparse_attention_forward, sparse_mask
+from .sparse_hfllm import sparse_attention_forward, sparse_mask, sparse_sizes
 
 register("banded", banded_attention_forward, banded_mask)
 register("sparse", sparse_attention_forward, sparse_mask)
@@ -222,6 +223,21 @@ class HfllmAttention(nn.Module):
         )
 
 
+def check_implementation(implementation: str, config: PreTrainedConfig) -> None:
+    """Refuse an attention function that cannot compute a model.
+
+    Args:
+        config: of the model, also of another family.
+
+    Raises:
+        ValueError: for sparse attention without its sizes, or a soft limit of the scores that would be ignored.
+    """
+    if implementation == "sparse":
+        sparse_sizes(config)
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        check_softcap(implementation)
+
+
 def check_softcap(implementation: str) -> None:
     """Refuse attention functions that would ignore a soft limit of the scores.
 
@@ -278,6 +294,17 @@ def packed_sequences(position_ids: torch.Tensor | None, attention_mask: torch.Te
     return nn.functional.pad(begins, (1, 0)).cumsum(-1)
 
 
+def positions_of_sequences(cu_seq_lens: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    """Return `position_ids`, (B, S), that restart where `cu_seq_lens` counts the first token of a sequence.
+
+    Args:
+        cu_seq_lens: 0 and the sums of the sequences' lengths, over all rows one after the other.
+    """
+    index = torch.arange(batch * length, device=cu_seq_lens.device)
+    begins = cu_seq_lens.long()[torch.searchsorted(cu_seq_lens.long(), index, right=True) - 1]
+    return (index - begins).view(batch, length)
+
+
 def restarted_positions(packed: torch.Tensor) -> torch.Tensor:
     """Return 0, 1, 2, ... within each sequence of `packed_sequences`, (B, S).
 
@@ -307,6 +334,18 @@ def keep_last_sequences(inputs: torch.Tensor | None, arguments: dict[str, Any]) 
     last = (packed == packed[:, -1:]).long().expand(batch, -1)
     last = nn.functional.pad(last, (length - last.shape[1], 0))
     return {**arguments, "attention_mask": last if mask is None else last.to(mask) * mask}
+
+
+def padding_of_one(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the mask (B, 1) of linear attention for a token that is read alone, `None` where it is no padding.
+
+    Transformers' function takes it for a generated one, and lets padding that is read token by token into the state.
+    """
+    if attention_mask is None or masking_utils.is_tracing(attention_mask):
+        return None
+    last = attention_mask[:, -1:]
+    # A GPU would have to wait for the answer.
+    return None if last.device.type == "cpu" and last.all() else last
 
 
 def create_masks(
@@ -352,6 +391,8 @@ def create_masks(
         )
         for kind, each in settings.items()
     }
+    if "linear_attention" in masks and inputs_embeds.shape[1] == 1:
+        masks["linear_attention"] = padding_of_one(attention_mask)
     if "chunked_attention" in masks and allowed is not None:
         masks["chunked_attention"] = create_chunked_mask(config, inputs_embeds, attention_mask, packed)
     return masks

@@ -29,6 +29,7 @@ from .expert_fields_hfllm import (  # noqa: E402
 from .latent_fields_hfllm import LatentFields, check_latent, fill_latent_sizes, latent_parameters  # noqa: E402
 from .layer_types_hfllm import (  # noqa: E402
     check_layers,
+    check_rope_values,
     fill_linear_sizes,
     filled_layer_types,
     filled_no_rope_layers,
@@ -409,6 +410,7 @@ class HfllmConfig(LatentFields, ExpertFields, PreTrainedConfig):
             kinds, kind = ("default", *ROPE_INIT_FUNCTIONS), rope["rope_type"]
             if kind not in kinds:
                 raise ValueError(f"rope_parameters: rope_type={kind!r} is not one of {', '.join(kinds)}")
+            check_rope_values(rope)
             factor = rope.get("partial_rotary_factor", 1.0)
             rotary = int(self.head_dim * factor)
             if rotary < 2 or rotary % 2 or rotary > self.head_dim:

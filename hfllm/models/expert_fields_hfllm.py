@@ -70,10 +70,19 @@ def fill_experts(config: "HfllmConfig", others: dict[str, object]) -> None:
     Args:
         others: arguments that are no fields. Other names of the number of experts are taken out, and so is
             `first_k_dense_replace`, the number of dense layers before those with experts.
+
+    Raises:
+        ValueError: where that is no number of the model's layers.
     """
     for name in ("num_experts", "n_routed_experts"):
         config.num_local_experts = others.pop(name, config.num_local_experts)
     dense = others.pop("first_k_dense_replace", None)
+    is_number = isinstance(dense, int) and not isinstance(dense, bool)
+    if dense is not None and not (is_number and 0 <= dense <= config.num_hidden_layers):
+        raise ValueError(
+            f"first_k_dense_replace={dense!r} must be a whole number from 0 to "
+            f"num_hidden_layers={config.num_hidden_layers}"
+        )
     if dense and config.mlp_layer_types is None:
         config.mlp_layer_types = ["dense"] * dense + ["sparse"] * (config.num_hidden_layers - dense)
     has_bias = bool(config.num_local_experts) and config.topk_method == "noaux_tc"

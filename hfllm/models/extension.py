@@ -44,7 +44,7 @@ def extended_config(
 
     Raises:
         InputError: for a model without rotary positions that see all tokens, positions that are extended already, an
-            unknown type, or a factor that is not above 1.
+            unknown type or one that the model's class refuses, or a factor that is not above 1.
     """
     if rope_type not in ROPE_TYPES:
         raise InputError(f"--rope_type {rope_type!r} is not one of {', '.join(ROPE_TYPES)}")
@@ -59,12 +59,27 @@ def extended_config(
         raise InputError(f"--original_max_position_embeddings {length}: expected at least 2")
     extended = deepcopy(config)
     text = extended.get_text_config(decoder=True)
-    name = _extended_part(text)
+    name = _extended_part(text, length * factor)
     rope = text.rope_parameters if name is None else text.rope_parameters[name]
     changed = _extended_rope(rope, rope_type, factor, length, _rotated_dimensions(text, rope))
     text.rope_parameters = changed if name is None else {**text.rope_parameters, name: changed}
     text.max_position_embeddings = length if rope_type == "dynamic" else int(length * factor)
+    _check_valid(text, rope_type)
     return extended
+
+
+def _check_valid(config: "PreTrainedConfig", rope_type: str) -> None:
+    """Refuse what the model's own class would refuse when it is saved, after the training."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        if hasattr(config, "validate"):
+            config.validate()
+    except (KeyError, ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise InputError(
+            f"--rope_type {rope_type}: a model of type {config.model_type} refuses it: {reason}"
+        ) from None
 
 
 def extend_model(model: "PreTrainedModel", extended: "PreTrainedConfig") -> None:
@@ -98,8 +113,10 @@ def _is_of(rotary: "nn.Module", config: "PreTrainedConfig", name: str) -> bool:
     return own is config or (type(own) is type(config) and name in (getattr(config, "layer_types", None) or ()))
 
 
-def _extended_part(config: "PreTrainedConfig") -> str | None:
+def _extended_part(config: "PreTrainedConfig", new_length: float) -> str | None:
     """Return the layer type whose rotary parameters are extended, or `None` if all layers share them.
+
+    Without `layer_types` all layers have the window, as in Mistral, Phi-3 and Starcoder 2.
 
     Raises:
         InputError: when no layer with rotary positions sees further than its window.
@@ -111,10 +128,12 @@ def _extended_part(config: "PreTrainedConfig") -> str | None:
     kinds = list(getattr(config, "layer_types", None) or ())
     rotated = getattr(config, "no_rope_layers", None) or [1] * len(kinds)
     far = {kind for kind, is_rotated in zip(kinds, rotated, strict=False) if is_rotated} - {"linear_attention"}
-    if kinds and not far - {"sliding_attention", "chunked_attention"}:
+    window = None if getattr(config, "use_sliding_window", True) is False else getattr(config, "sliding_window", None)
+    is_near = not far - {"sliding_attention", "chunked_attention"} if kinds else (window or new_length) < new_length
+    if is_near:
         raise InputError(
             f"{what} cannot be extended by its positions: none of its layers with rotary positions sees further than "
-            "its window (layer_types, no_rope_layers)"
+            f"its window ({'layer_types, no_rope_layers' if kinds else f'sliding_window={window}'})"
         )
     if "rope_theta" in rope or "rope_type" in rope:
         return None
@@ -140,7 +159,9 @@ def _extended_rope(rope: dict, rope_type: str, factor: float, length: int, rotat
         )
     if rope_type == "ntk":
         return {**rope, "rope_theta": rope["rope_theta"] * factor ** (rotated / (rotated - 2))}
-    new = {**rope, "rope_type": rope_type, "factor": float(factor)}
+    # Default positions ignore these two, which would scale the scores of a model that is loaded with others.
+    kept = {name: value for name, value in rope.items() if name not in ("mscale", "mscale_all_dim")}
+    new = {**kept, "rope_type": rope_type, "factor": float(factor)}
     if rope_type in ("yarn", "llama3"):
         new["original_max_position_embeddings"] = length
     return {**new, **LLAMA3_FREQUENCIES} if rope_type == "llama3" else new

@@ -7,6 +7,10 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import PreTrainedConfig
+
     from .configuration_hfllm import HfllmConfig
 
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
@@ -15,6 +19,14 @@ WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attentio
 LINEAR_SIZES = (
     *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
     "linear_conv_kernel_dim",
+)
+# Of sparse attention, which is no type of layer; models without it do not have these.
+SPARSE_SIZES = ("sparse_block_size", "sparse_num_blocks")
+
+OPTIONAL_ROPE_NUMBERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+ROPE_NUMBERS = (
+    *("rope_theta", "factor", "partial_rotary_factor", "low_freq_factor", "high_freq_factor"),
+    *("original_max_position_embeddings", *OPTIONAL_ROPE_NUMBERS),
 )
 
 
@@ -35,6 +47,11 @@ def _type_of_window(config: "HfllmConfig") -> str:
     """Return the type of layer that the first window of the config is for."""
     types = (kind for kind, field in WINDOWS.items() if getattr(config, field) is not None)
     return next(types, "full_attention")
+
+
+def has_sparse_sizes(config: "PreTrainedConfig") -> bool:
+    """Return whether a config has a size of sparse attention, as one of a model that was trained with it does."""
+    return any(getattr(config, field, None) is not None for field in SPARSE_SIZES)
 
 
 def follow_edits(config: "HfllmConfig") -> None:
@@ -106,6 +123,22 @@ def check_layers(config: "HfllmConfig") -> None:
         raise ValueError(
             f"no_rope_layers needs position_embedding_type='rope', got {config.position_embedding_type!r}"
         )
+
+
+def check_rope_values(rope: "Mapping[str, object]") -> None:
+    """Refuse values of rotary parameters that give no frequencies; transformers warns of some and takes them.
+
+    Raises:
+        ValueError: naming the key, its value and what is accepted.
+    """
+    for key in ROPE_NUMBERS:
+        value, is_optional = rope.get(key), key in OPTIONAL_ROPE_NUMBERS
+        if key not in rope or (value is None and (is_optional or rope["rope_type"] == "longrope")):
+            continue
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 <= value < float("inf") or (value == 0 and not is_optional):
+            least = "of at least 0" if is_optional else "above 0"
+            raise ValueError(f"rope_parameters.{key} must be a number {least}, got {value!r}")
 
 
 def _check_linear(config: "HfllmConfig") -> None:

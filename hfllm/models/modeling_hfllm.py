@@ -28,9 +28,11 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_hfllm import (
     HfllmAttention,
     build_rotary,
+    check_implementation,
     check_softcap,
     create_masks,
     packed_sequences,
+    positions_of_sequences,
     restarted_positions,
 )
 from .balance_hfllm import counts_load
@@ -38,7 +40,7 @@ from .configuration_hfllm import HfllmConfig
 from .experts_hfllm import HfllmExperts, HfllmRouter, build_mlp, fp32_names, init_experts, last_projections
 from .head_hfllm import CausalHead, logits_of
 from .latent_hfllm import HfllmLatentAttention
-from .layer_types_hfllm import follow_edits
+from .layer_types_hfllm import follow_edits, has_sparse_sizes
 from .layers_hfllm import HfllmEmbedding, HfllmPositionEmbedding, build_norm, check_positions, layer_norms
 from .linear_hfllm import HfllmGatedDeltaNet, init_gated_delta_net
 
@@ -152,6 +154,20 @@ class HfllmPreTrainedModel(PreTrainedModel):
             check_softcap("sdpa")
         return super()._sdpa_can_dispatch(is_init_check)
 
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *args: object, **kwargs: object
+    ) -> str:
+        """Return the attention function that is taken; if none is asked for, the one that the sizes in the config say.
+
+        Raises:
+            ValueError: when it cannot compute this model.
+        """
+        if attn_implementation is None and has_sparse_sizes(self.config):
+            attn_implementation = "sparse"
+        chosen = super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+        check_implementation(chosen, self.config)
+        return chosen
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         """Return whether the experts can run by other functions; transformers looks for them in this file alone."""
@@ -205,11 +221,20 @@ class HfllmModel(HfllmPreTrainedModel):
 
         Rows of `position_ids` that restart (fall, or return to 0) hold packed sequences, which do not attend to each
         other. They need `cache=None` and are computed without one. Positions that jump forward are one sequence.
+        Without `position_ids`, `cu_seq_lens_q` (in `kwargs`, for flash kernels) says where they begin.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # Checkpointed layers would go without it, and what was read before would count for nothing.
+            raise ValueError(
+                f"activation checkpointing in training takes no cache, got a {type(cache).__name__}: "
+                "turn one of them off (model.activation_checkpointing_disable())"
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if position_ids is None and cache is None and kwargs.get("cu_seq_lens_q") is not None:
+            position_ids = positions_of_sequences(kwargs["cu_seq_lens_q"], *inputs_embeds.shape[:2])
         # `generate` makes the masks itself where it compiles the forward.
         masks = attention_mask if isinstance(attention_mask, dict) else None
         packed = packed_sequences(position_ids, attention_mask) if cache is None and masks is None else None

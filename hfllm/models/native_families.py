@@ -15,6 +15,7 @@ from hfllm.errors import InputError
 from hfllm.models.configuration_hfllm import HfllmConfig
 from hfllm.models.expert_family_rows import WIDTHS, irrelevant_fields
 from hfllm.models.family_rows import FAMILIES
+from hfllm.models.layer_types_hfllm import SPARSE_SIZES, has_sparse_sizes
 from hfllm.models.native_family import Family, plain_rope
 from hfllm.models.unsupported_families import missing_concept
 
@@ -84,6 +85,12 @@ def config_to_native(
     """
     if native_type is not None and native_type not in FAMILIES:
         raise InputError(f"native type {native_type!r} is not one of {', '.join(FAMILIES)}")
+    if has_sparse_sizes(config) and config._attn_implementation in (None, "sparse"):
+        sizes = ", ".join(f"{name}={getattr(config, name, None)}" for name in SPARSE_SIZES)
+        raise InputError(
+            f"no native class has sparse attention ({sizes}): load the model with attn_implementation='sdpa' to write "
+            "it as one of full attention"
+        )
     reasons: dict[str, list[str]] = {}
     for name in [native_type] if native_type else FAMILIES:
         try:

@@ -16,6 +16,7 @@ from transformers import masking_utils
 from transformers.configuration_utils import PreTrainedConfig
 
 from .banded_hfllm import banded_attention_forward, banded_mask, functions_in, refuse_unsupported
+from .layer_types_hfllm import SPARSE_SIZES
 from .sparse_blocks_hfllm import attend_by_block, attend_by_query
 
 # The parts of masks that `sparse_mask` knows: the order of tokens, and the documents of packed rows.
@@ -32,7 +33,7 @@ def sparse_sizes(config: PreTrainedConfig) -> tuple[int, int]:
         ValueError: naming the field of the config that is missing or below 1.
     """
     sizes = []
-    for field in ("sparse_block_size", "sparse_num_blocks"):
+    for field in SPARSE_SIZES:
         sizes.append(getattr(config, field, None))
         if not isinstance(sizes[-1], int) or isinstance(sizes[-1], bool) or sizes[-1] < 1:
             raise ValueError(
@@ -160,6 +161,8 @@ def sparse_mask(
     is_known = allow_is_causal_skip or torch.compiler.is_compiling()
     if not is_known and (unknown := functions_in(mask_function) - KNOWN_PARTS):
         raise ValueError(f"attn_implementation='sparse' cannot apply the mask function {', '.join(sorted(unknown))}")
+    # From here on, among the keys that are kept: a cache that lets tokens go has them from `kv_offset` on.
+    q_offset = q_offset - kv_offset
     begins = None
     if is_packed:
         index, rows = torch.arange(q_length, device=device)[None], torch.arange(batch_size, device=device)[:, None]
@@ -172,7 +175,7 @@ def sparse_mask(
         return None
     index = torch.arange(kv_length, device=device)
     visible = (index < q_offset + q_length).expand(batch_size, -1)
-    visible = visible if padding is None else visible & padding[:, :kv_length]
+    visible = visible if padding is None else visible & padding[:, kv_offset : kv_offset + kv_length]
     return _places(visible, begins, index[:q_length] + q_offset, block)
 
 

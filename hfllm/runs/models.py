@@ -217,6 +217,21 @@ def new_config(fields: dict[str, Any]) -> "HfllmConfig":
         raise InputError(f"{sizes} and the other fields describe no model: {reason}") from None
 
 
+def check_attention(implementation: str | None, config: "PreTrainedConfig") -> None:
+    """Refuse an attention function of ours, `sparse` or `banded`, that cannot compute the model of this config.
+
+    Raises:
+        InputError: naming `--attn_implementation`.
+    """
+    from hfllm.models.attention_hfllm import check_implementation
+
+    try:
+        if implementation in ("sparse", "banded"):
+            check_implementation(implementation, config.get_text_config(decoder=True))
+    except ValueError as error:
+        raise InputError(f"--attn_implementation {implementation}: {error}") from None
+
+
 def named_fields(name: str) -> dict[str, Any]:
     """Return the architecture that `--config_name_or_path` names: a preset or a config.json, also a native one.
 
@@ -224,6 +239,9 @@ def named_fields(name: str) -> dict[str, Any]:
         InputError: for a name that is neither, or a config that describes no model of this family.
     """
     from hfllm.models.configuration_hfllm import HfllmConfig
+    from hfllm.models.expert_fields_hfllm import ExpertFields
+    from hfllm.models.latent_fields_hfllm import LatentFields
+    from hfllm.models.layer_types_hfllm import SPARSE_SIZES
     from hfllm.models.native_families import BAD_CONFIG, config_from_native
 
     if Path(name).exists():
@@ -238,7 +256,9 @@ def named_fields(name: str) -> dict[str, Any]:
         except ValueError as error:
             raise InputError(f"--config_name_or_path {name}: no such file or folder, and {error}") from None
     # How the loss is computed is a flag of the run.
-    return {field: getattr(config, field) for field in HfllmConfig.__annotations__ if field != "loss_chunk_size"}
+    fields = {**LatentFields.__annotations__, **ExpertFields.__annotations__, **HfllmConfig.__annotations__}
+    fields |= {field: None for field in SPARSE_SIZES if hasattr(config, field)}
+    return {field: getattr(config, field) for field in fields if field != "loss_chunk_size"}
 
 
 def load_reward_model(name: str, model_args: "ModelConfig", revision: str = "main") -> "PreTrainedModel":

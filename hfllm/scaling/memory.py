@@ -117,6 +117,7 @@ def _stage_parameters(shape: Shape, layout: Layout, stage: _Stage) -> tuple[floa
     if stage.is_last and not (stage.is_first and shape.tie_word_embeddings):
         dense += shape.vocab_size * shape.hidden_size / layout.tensor
     if stage.is_last:
+        dense += shape.vocab_size * shape.lm_head_bias / layout.tensor
         dense += parts["norms"] - shape.num_hidden_layers * layer["norms"]
     return experts / (layout.tensor * layout.expert), dense
 

@@ -1,6 +1,6 @@
 """What a config.json of each architecture leaves unsaid, and shapes that papers name."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hfllm.errors import InputError
@@ -14,6 +14,8 @@ CHOICES = {
     "position_embedding_type": ("rope", "learned", "none"),
 }
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
+# The types that do not see everything, each with the field that says how much.
+WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 MLP_LAYER_TYPES = ("dense", "sparse")
 
 _GPT = {
@@ -50,7 +52,7 @@ _QWEN2_MOE = {
 FAMILIES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "hfllm": ({}, {}),
     "llama": ({}, {}),
-    "mistral": ({}, {}),
+    "mistral": ({}, {"sliding_window": 4096}),
     "mixtral": ({}, {"num_local_experts": 8}),
     "qwen2": ({}, {"attention_bias": True, "attention_output_bias": False}),
     "qwen3": ({}, {"qk_norm": True}),
@@ -63,6 +65,46 @@ FAMILIES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "dots1": (_DEEPSEEK_NAMES, {"qk_norm": True}),
     "deepseek_v3": (_DEEPSEEK_NAMES, _DEEPSEEK),
 }
+
+
+# Those that have a window only if `use_sliding_window` says so, and which layers then have it, by their index and
+# `max_window_layers`.
+ONLY_IF_USED: dict[str, Callable[[int, int], bool]] = {
+    **dict.fromkeys(("qwen2", "qwen3"), lambda index, first: index >= first),
+    "qwen2_moe": lambda index, first: index % 2 == 0 and index < first,
+    "qwen3_moe": lambda index, first: True,
+}
+
+
+def window_fields(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `layer_types` and the windows that some layer has, as the class of another family reads its config.json.
+
+    Args:
+        kind: its `model_type`.
+        values: the fields, with what the type implies.
+
+    Raises:
+        InputError: for a `max_window_layers` that is no number.
+    """
+    window, kinds, number = values.get("sliding_window"), values.get("layer_types"), values.get("num_hidden_layers")
+    if not values.get("use_sliding_window", kind not in ONLY_IF_USED):
+        window = None
+    elif kind in ONLY_IF_USED:
+        first, window = values.get("max_window_layers", 28), values.get("sliding_window", 4096)
+        if not isinstance(first, int):
+            raise InputError(f"max_window_layers={first!r} must be a whole number")
+        if kinds is None and window is not None and isinstance(number, int):
+            slides = [ONLY_IF_USED[kind](index, first) for index in range(number)]
+            kinds = ["sliding_attention" if each else "full_attention" for each in slides]
+    found = {
+        "sliding_window": window,
+        "attention_chunk_size": values.get("attention_chunk_size"),
+        "layer_types": kinds,
+    }
+    for name, field in WINDOWS.items():
+        if isinstance(kinds, list) and name not in kinds:
+            found[field] = None
+    return found
 
 
 def mlp_layers(values: Mapping[str, Any]) -> list[str] | None:

@@ -13,7 +13,8 @@ from functools import cached_property
 from typing import Any
 
 from hfllm.errors import InputError
-from hfllm.scaling.shape_tables import CHOICES, FAMILIES, LAYER_TYPES, MLP_LAYER_TYPES, NAMED_SHAPES, mlp_layers
+from hfllm.scaling.shape_checks import LARGEST, check_foreign, check_size, fill_latent, fill_layers
+from hfllm.scaling.shape_tables import CHOICES, FAMILIES, NAMED_SHAPES, mlp_layers, window_fields
 from hfllm.scaling.towers import WITH_TOWER, Tower
 
 # Fields that say something of latent attention alone.
@@ -21,8 +22,6 @@ LATENT = {"kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
 # Fields that say something of experts alone.
 MIXTURE = {"moe_intermediate_size", "n_shared_experts", "shared_expert_intermediate_size", "shared_expert_gate"}
 MIXTURE |= {"mlp_layer_types", "n_group", "topk_group"}
-# A larger number is a typing error, and may overflow a float.
-LARGEST = 10**9
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -71,6 +70,7 @@ class Shape:
     attention_bias: bool = False
     attention_output_bias: bool | None = None
     mlp_bias: bool = False
+    lm_head_bias: bool = False
     tie_word_embeddings: bool = False
     loss_chunk_size: int | None = None
     sliding_window: int | None = None
@@ -106,16 +106,16 @@ class Shape:
                     f"hidden_size={self.hidden_size} is less than num_attention_heads={self.num_attention_heads}"
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
-        self._fill_latent()
+        fill_latent(self)
         if self.intermediate_size is None:
             wide = 4 * self.hidden_size
             self.intermediate_size = wide if self.mlp_type == "plain" else -(-wide * 2 // 3 // 16) * 16
         if self.attention_output_bias is None:
             self.attention_output_bias = self.attention_bias
         for name in ("num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings"):
-            self._check_size(name)
-        self._check_foreign()
-        self._fill_layers()
+            check_size(self, name)
+        check_foreign(self)
+        fill_layers(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"num_key_value_heads={self.num_key_value_heads} must divide "
@@ -130,10 +130,10 @@ class Shape:
     def _check_kinds(self) -> None:
         """Refuse values of other types than `HfllmConfig` takes, which would be counted wrongly."""
         for name in (*_REQUIRED, "num_experts_per_tok"):
-            self._check_size(name)
-        self._check_size("num_local_experts", 0)
+            check_size(self, name)
+        check_size(self, "num_local_experts", 0)
         if self.loss_chunk_size is not None:
-            self._check_size("loss_chunk_size", 0)
+            check_size(self, "loss_chunk_size", 0)
         for name, accepted in CHOICES.items():
             if getattr(self, name) not in accepted:
                 raise InputError(f"{name}={getattr(self, name)!r} is not one of {', '.join(accepted)}")
@@ -142,66 +142,6 @@ class Shape:
             is_unset = value is None and item.default is None
             if "bool" in str(item.type) and not (isinstance(value, bool) or is_unset):
                 raise InputError(f"{item.name}={value!r} must be true or false")
-
-    def _fill_latent(self) -> None:
-        """Fill the sizes of latent attention."""
-        if self.kv_lora_rank is None:
-            return
-        size = self.hidden_size // self.num_attention_heads
-        self.qk_nope_head_dim = size if self.qk_nope_head_dim is None else self.qk_nope_head_dim
-        self.qk_rope_head_dim = size // 4 * 2 if self.qk_rope_head_dim is None else self.qk_rope_head_dim
-        self.v_head_dim = size if self.v_head_dim is None else self.v_head_dim
-        self.head_dim = self.qk_rope_head_dim
-
-    def _fill_layers(self) -> None:
-        """Fill the list of layers and the sizes of linear attention, and refuse what `HfllmConfig` would."""
-        if self.layer_types is None:
-            kind = "full_attention" if self.attention_chunk_size is None else "chunked_attention"
-            kind = kind if self.sliding_window is None else "sliding_attention"
-            self.layer_types = [kind] * self.num_hidden_layers
-        known = isinstance(self.layer_types, list) and set(map(str, self.layer_types)) <= {*LAYER_TYPES}
-        if not known or len(self.layer_types) != self.num_hidden_layers:
-            raise InputError(
-                f"layer_types={str(self.layer_types)[:80]} must name one of {', '.join(LAYER_TYPES)} for each of "
-                f"num_hidden_layers={self.num_hidden_layers}"
-            )
-        if "sliding_attention" in self.layer_types:
-            self._check_size("sliding_window")
-        if "chunked_attention" in self.layer_types:
-            self._check_size("attention_chunk_size")
-        if not self.linear_layers:
-            return
-        heads = self.linear_num_key_heads or self.num_attention_heads
-        self.linear_num_key_heads = heads
-        self.linear_num_value_heads = self.linear_num_value_heads or self.num_attention_heads
-        self.linear_key_head_dim = self.linear_key_head_dim or int(0.75 * self.hidden_size / heads)
-        self.linear_value_head_dim = self.linear_value_head_dim or 2 * self.linear_key_head_dim
-        for name in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim"):
-            self._check_size(f"linear_{name}")
-
-    def _check_foreign(self) -> None:
-        """Refuse sizes of mixtures and of latent attention that do not fit together."""
-        latent = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        optional = ("moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank")
-        self._check_size("n_shared_experts", 0)
-        for name in ("n_group", "topk_group", *(latent if self.kv_lora_rank is not None else ())):
-            self._check_size(name)
-        for name in optional:
-            if getattr(self, name) is not None:
-                self._check_size(name)
-        kinds, number = self.mlp_layer_types, self.num_hidden_layers
-        if kinds is None or not self.num_local_experts:
-            return
-        if not isinstance(kinds, list) or not set(map(str, kinds)) <= {*MLP_LAYER_TYPES} or len(kinds) != number:
-            raise InputError(
-                f"mlp_layer_types={str(kinds)[:80]} must name one of {', '.join(MLP_LAYER_TYPES)} for each of "
-                f"num_hidden_layers={number}"
-            )
-
-    def _check_size(self, name: str, least: int = 1) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST:
-            raise InputError(f"{name}={value!r} must be a whole number of at least {least}, and at most {LARGEST:,}")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str = "config") -> "Shape":
@@ -225,10 +165,9 @@ class Shape:
         values.setdefault("num_local_experts", values.get("num_experts", values.get("n_routed_experts", 0)))
         try:
             values.setdefault("mlp_layer_types", mlp_layers(values))
+            values |= {} if kind == "hfllm" else window_fields(kind, values)
         except InputError as error:
             raise InputError(f"{source}: {error}") from None
-        if values.get("use_sliding_window") is False:
-            values["sliding_window"] = None
         known = {item.name: values[item.name] for item in fields(cls) if values.get(item.name) is not None}
         missing = [name for name in _REQUIRED if name not in known]
         theirs = {ours: name for name, ours in names.items()}
@@ -403,7 +342,7 @@ class Shape:
             "embeddings": table,
             "positions": positions * self.hidden_size,
             **layers,
-            "head": 0 if self.tie_word_embeddings else table,
+            "head": (0 if self.tie_word_embeddings else table) + self.vocab_size * self.lm_head_bias,
             **self._media,
         }
 

@@ -57,7 +57,7 @@ def flops_per_token(
     window scores the keys of its blocks (`banded_keys`), unless `attention` is `"eager"`. Among `layers` is the work
     of a row's pictures, spread over its tokens.
     """
-    head = 6 * shape.vocab_size * shape.hidden_size
+    head = 6 * shape.vocab_size * (shape.hidden_size + shape.lm_head_bias)
     layers = 6 * shape.multiplied_parameters() - head
     if shape.tower is not None:
         layers += shape.images_per_row * shape.tower.flops_per_picture() / sequence_length

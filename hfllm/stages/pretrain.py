@@ -119,7 +119,7 @@ def check(script_args: PretrainArguments, training_args: "TrainingArguments", mo
     Raises:
         InputError: naming the flag.
     """
-    from hfllm.runs.models import check_trainable, named_fields, new_config
+    from hfllm.runs.models import check_attention, check_trainable, load_config, named_fields, new_config
 
     own, named = model_args.model_name_or_path, script_args.config_name_or_path
     for is_refused, flag, reason in (
@@ -134,7 +134,7 @@ def check(script_args: PretrainArguments, training_args: "TrainingArguments", mo
         raise InputError(f"--total_tokens {tokens!r}: expected a number of tokens, or {CHINCHILLA!r}")
     if not own:
         fields = named_fields(named) if named else architecture_of(script_args)
-        new_config({**fields, "is_causal": script_args.objective != "masked"})
+        config = new_config({**fields, "is_causal": script_args.objective != "masked"})
     is_sparse = model_args.attn_implementation == "sparse"
     refuse(
         bool(script_args.sparse_block_size) and not is_sparse,
@@ -146,6 +146,7 @@ def check(script_args: PretrainArguments, training_args: "TrainingArguments", mo
     if is_sparse and not (own or named or script_args.sparse_block_size):
         raise InputError("--attn_implementation sparse needs --sparse_block_size and --sparse_num_blocks")
     check_trainable(model_args, adapters=False)
+    check_attention(model_args.attn_implementation, load_config(own, model_args.model_revision) if own else config)
 
 
 def refusals_of_the_run(

@@ -99,3 +99,15 @@ def test_what_cannot_be_is_refused():
         SegmentMemory(GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)), 8)
     with pytest.raises(InputError, match="segment_length=1"):
         nats_by_segment(make("full"), torch.ones(1, 8, dtype=torch.long), 1)
+
+
+def test_checkpointing_in_training_refuses_a_memory_and_no_other_call():
+    model = make("full").train()
+    model.activation_checkpointing_enable()
+    ids = torch.randint(0, 64, (1, 8))
+    with pytest.raises(ValueError, match="checkpointing in training takes no cache, got a SegmentMemory"):
+        model(input_ids=ids, labels=ids, cache=SegmentMemory(model, 4), use_cache=True)
+    model(input_ids=ids, labels=ids, use_cache=True).loss.backward()
+    with torch.no_grad():
+        model(input_ids=ids, cache=SegmentMemory(model, 4), use_cache=True)
+    model.eval()(input_ids=ids, labels=ids, cache=SegmentMemory(model, 4), use_cache=True).loss.backward()

@@ -50,6 +50,26 @@ def test_odd_heads_are_fine_without_rope():
         ({"loss_chunk_size": -1}, "loss_chunk_size must be at least 0 or None, got -1"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.2}}, "partial_rotary_factor"),
         ({"residual_init": "xavier"}, "residual_init"),
+        *(
+            (
+                {"num_local_experts": 4, "first_k_dense_replace": value},
+                f"first_k_dense_replace={value!r} must be a whole number from 0 to num_hidden_layers=8",
+            )
+            for value in ("1", 9, -1, True)
+        ),
+        *(
+            ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, **wrong}}, message)
+            for wrong, message in (
+                ({"rope_theta": 0}, r"rope_parameters\.rope_theta must be a number above 0, got 0"),
+                ({"rope_theta": "1e4"}, r"rope_parameters\.rope_theta must be a number above 0, got '1e4'"),
+                ({"rope_theta": None}, r"rope_parameters\.rope_theta must be a number above 0, got None"),
+                ({"rope_theta": -5.0}, r"rope_parameters\.rope_theta must be a number above 0, got -5\.0"),
+                ({"factor": 0}, r"rope_parameters\.factor must be a number above 0, got 0"),
+                ({"factor": "4"}, r"rope_parameters\.factor must be a number above 0, got '4'"),
+                ({"partial_rotary_factor": "a"}, r"rope_parameters\.partial_rotary_factor must be a number"),
+                ({"mscale_all_dim": "1"}, r"rope_parameters\.mscale_all_dim must be a number of at least 0, got '1'"),
+            )
+        ),
         ({"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}, "rope_type='foo'"),
         ({"pad_token_id": 32000}, "pad_token_id=32000"),
         ({"position_embedding_type": "learned", "max_position_embeddings": 0}, "max_position_embeddings"),

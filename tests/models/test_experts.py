@@ -159,7 +159,6 @@ def test_other_names_of_the_same(make_config):
         ({"mlp_layer_types": ["dense", "spars"]}, "'spars' is not one of dense, sparse; did you mean 'sparse'?"),
         ({"mlp_layer_types": ["sparse"]}, "mlp_layer_types names 1 layers, and num_hidden_layers=2"),
         ({"mlp_layer_types": ["dense", "dense"]}, "num_local_experts=8 needs a 'sparse' in mlp_layer_types"),
-        ({"first_k_dense_replace": 3}, "mlp_layer_types names 3 layers, and num_hidden_layers=2"),
         ({"moe_intermediate_size": 0}, "moe_intermediate_size must be at least 1 or None, got 0"),
         ({"n_shared_experts": -1}, "n_shared_experts must not be negative, got -1"),
         (

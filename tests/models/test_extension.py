@@ -9,6 +9,9 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Starcoder2Config,
 )
 
 import hfllm
@@ -34,7 +37,9 @@ BY_TYPE = {
         "full_attention": {"rope_type": "default", "rope_theta": THETA},
     },
 }
+SCALED = {"rope_type": "default", "rope_theta": THETA, "mscale": 1.0, "mscale_all_dim": 1.0}
 CONFIGS = {
+    "ours latent": lambda: hfllm.HfllmConfig(**SIZES, kv_lora_rank=16, rope_parameters=dict(SCALED)),
     "ours": lambda: hfllm.HfllmConfig(**SIZES),
     "ours by type": lambda: hfllm.HfllmConfig(**SIZES, **BY_TYPE),
     "llama": lambda: LlamaConfig(**SIZES),
@@ -134,6 +139,19 @@ def test_layers_with_a_window_keep_their_positions():
             ("yarn", 4),
             "rope_type='linear' has been extended already",
         ),
+        *(
+            (lambda kind=kind: kind(**SIZES, sliding_window=127, pad_token_id=0), ("ntk", 4), "sliding_window=127")
+            for kind in (MistralConfig, Phi3Config, Starcoder2Config)
+        ),
+        *(
+            (
+                lambda: Phi3Config(**SIZES, pad_token_id=0),
+                (kind, 4),
+                f"--rope_type {kind}: a model of type phi3 refuses it: ",
+            )
+            for kind in ROPE_TYPES
+            if kind != "ntk"
+        ),
         (lambda: hfllm.HfllmConfig(**{**SIZES, "head_dim": 2}), ("ntk", 4), "needs at least 4 rotated dimensions"),
     ],
 )
@@ -145,3 +163,8 @@ def test_what_cannot_be_extended_is_refused(config, how, message):
 def test_a_hybrid_is_extended_where_it_has_positions():
     config = hfllm.HfllmConfig(**SIZES, layer_types=["linear_attention", "full_attention"])
     assert extended_config(config, "linear", 8).rope_parameters["factor"] == 8.0
+
+
+def test_a_window_of_the_new_length_hides_nothing():
+    config = MistralConfig(**SIZES, sliding_window=128)
+    assert extended_config(config, "linear", FACTOR).rope_parameters["factor"] == FACTOR

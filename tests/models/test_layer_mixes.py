@@ -111,11 +111,15 @@ def test_padding_changes_nothing(mix, ids):
     compare(gradients(model, loss), expected, close)
     with torch.no_grad():
         cache = DynamicCache(config=model.config)
-        begin = {name: each[:, :60] for name, each in given.items()}
-        first = model(ids[:, :60], cache=cache, use_cache=True, **begin).logits
-        rest = {**given, "position_ids": given["position_ids"][:, 60:]}
-        both = torch.cat((first, model(ids[:, 60:], cache=cache, use_cache=True, **rest).logits), 1)
-    torch.testing.assert_close(both[1, -41:], logits[1, -41:], **close)
+        parts = []
+        # Also token by token, before the first token that is none of padding and behind it.
+        for begin, end in pairwise([0, 1, 2, 32, 33, 34, 35, 60, LENGTH]):
+            more = {
+                "attention_mask": given["attention_mask"][:, :end],
+                "position_ids": given["position_ids"][:, begin:end],
+            }
+            parts.append(model(ids[:, begin:end], cache=cache, use_cache=True, **more).logits)
+    torch.testing.assert_close(torch.cat(parts, 1)[1, -41:], logits[1, -41:], **close)
 
 
 def compare(got, expected, close):
@@ -132,8 +136,9 @@ def test_packed_rows_equal_separate_ones(mix, ids):
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     alone = [model(part, use_cache=False).logits for part in row.split(lengths, 1)]
     expected = gradients(model, sum(map(total_loss, alone, row.split(lengths, 1))))
-    for more in ({}, {"attention_mask": torch.ones_like(row)}):
-        logits = model(row, position_ids=positions, use_cache=False, **more).logits
+    begins = {"cu_seq_lens_q": torch.tensor([0, 38, 40, LENGTH], dtype=torch.int32)}
+    for more in ({}, {"attention_mask": torch.ones_like(row)}, {**begins, "position_ids": None}):
+        logits = model(row, use_cache=False, **{"position_ids": positions, **more}).logits
         torch.testing.assert_close(logits, torch.cat(alone, 1), **close)
         parts = logits.split(lengths, 1)
         compare(gradients(model, sum(map(total_loss, parts, row.split(lengths, 1)))), expected, close)

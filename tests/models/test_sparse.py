@@ -1,18 +1,27 @@
 """Sparse attention by blocks equals a reference that looks at each query alone."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.func import functional_call, grad
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
+    SiglipVisionConfig,
     StaticCache,
     masking_utils,
 )
 
+import hfllm
+from hfllm.errors import InputError
+from hfllm.generation.memory import SegmentMemory
+from hfllm.generation.sinks import SinkCache
 from hfllm.models import sparse_blocks_hfllm
 from hfllm.models.sparse_hfllm import sparse_attention_forward
 
@@ -169,6 +178,20 @@ def test_pieces_with_a_cache_equal_the_whole(make_pair, ids, pieces, padding, ca
     torch.testing.assert_close(torch.cat(logits, 1)[is_real], whole[is_real], **CLOSE)
 
 
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("cache", [lambda model: SinkCache(model, 15, 2), lambda model: SegmentMemory(model, 14)])
+def test_blocks_are_counted_among_the_keys_that_a_cache_keeps(make_pair, ids, cache, padding):
+    mask = (torch.arange(LENGTH) >= torch.tensor([0, padding])[:, None]).long()
+    results, ends = [], [9, 10, 22, 23, LENGTH]
+    for model in make_pair():
+        kept, logits = cache(model), []
+        for begin, end in pairwise([0, *ends]):
+            given = {"attention_mask": mask[:, :end]} if padding else {}
+            logits.append(model(ids[:, begin:end], cache=kept, use_cache=True, **given).logits)
+        results.append(torch.cat(logits, 1)[mask.bool()])
+    torch.testing.assert_close(*results, **CLOSE)
+
+
 def test_generation_equals_that_of_the_reference(make_pair, ids):
     expected, sparse = make_pair()
     mask = (torch.arange(LENGTH) >= torch.tensor([0, 6])[:, None]).long()
@@ -176,6 +199,30 @@ def test_generation_equals_that_of_the_reference(make_pair, ids):
     answers = expected.generate(ids, attention_mask=mask, **settings)
     for more in ({}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
         assert torch.equal(sparse.generate(ids, attention_mask=mask, **settings, **more), answers), more
+
+
+def test_a_model_with_the_sizes_is_sparse_wherever_it_is_loaded(make_model, ids, tmp_path):
+    model = make_model(**SIZES)
+    assert model.config._attn_implementation == "sparse"
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path / "model")
+    for more, equal in (
+        ({}, True),
+        ({"attn_implementation": "sparse"}, True),
+        ({"attn_implementation": "sdpa"}, False),
+    ):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **more).eval()
+        assert torch.equal(loaded(ids).logits, expected) == equal, more
+    with pytest.raises(InputError, match=r"no native class has sparse attention .*sparse_block_size=4, sparse_num_b"):
+        hfllm.to_native(str(tmp_path / "model"), tmp_path / "native")
+    hfllm.to_native(loaded, tmp_path / "native")
+    tower = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    text = hfllm.with_vision(model, SiglipVisionConfig(**tower), image_token_id=3)
+    assert text.model.language_model.config._attn_implementation == "sparse"
+    torch.testing.assert_close(text.eval()(ids).logits, expected, **CLOSE)
+    text.save_pretrained(tmp_path / "seeing")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "seeing").eval()
+    torch.testing.assert_close(loaded(ids).logits, expected, **CLOSE)
 
 
 def test_with_all_blocks_it_is_full_attention(make_pair, ids, ways):
@@ -274,13 +321,13 @@ class TestRefusals:
         ],
         ids=str,
     )
-    def test_sizes(self, make_model, ids, sizes):
-        model = make_model(**SIZES | sizes)
-        model.set_attn_implementation("sparse")
+    def test_sizes(self, make_model, sizes):
         (field, value), *_ = sizes.items()
         line = rf"^attn_implementation='sparse' needs {field} of at least 1 in the config, got {value}$"
         with pytest.raises(ValueError, match=line):
-            model(ids)
+            make_model(**SIZES | sizes)
+        with pytest.raises(ValueError, match="needs sparse_block_size"):
+            make_model().set_attn_implementation("sparse")
 
     def test_what_it_cannot_compute(self, make_pair, ids):
         _, sparse = make_pair()

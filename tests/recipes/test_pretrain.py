@@ -16,6 +16,7 @@ from hfllm.data import packing
 from hfllm.data.mixtures import load_sources
 from hfllm.data.prepared import Prepared
 from hfllm.errors import InputError
+from hfllm.runs.models import named_fields, new_config
 from hfllm.runs.stage import Stage
 from hfllm.stages import pretrain_trainers as pretrain_trainers_stage
 from hfllm.stages import pretrain_watch as pretrain_watch_stage
@@ -326,6 +327,38 @@ def test_sparse_attention_is_a_flag(run, corpus, tmp_path):
     run(*flags, dataset_name=corpus[0], max_steps=1)
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (saved["sparse_block_size"], saved["sparse_num_blocks"]) == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "fields", "reason"),
+    [
+        ("sparse", {}, "needs sparse_block_size of at least 1 in the config, got None"),
+        ("banded", {"attn_logit_softcapping": 20.0}, "has no attn_logit_softcapping"),
+    ],
+)
+def test_attention_that_cannot_compute_the_model_is_refused(tmp_path, make_model, implementation, fields, reason):
+    make_model(**fields).save_pretrained(tmp_path)
+    for flag in ("--model_name_or_path", "--config_name_or_path"):
+        flags = ["--attn_implementation", implementation, flag, str(tmp_path), "--output_dir", str(tmp_path / "out")]
+        with pytest.raises(InputError, match=f"^--attn_implementation {implementation}: .*{reason}"):
+            check(*pretrain.parse(flags))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"sparse_block_size": 8, "sparse_num_blocks": 2},
+        {"kv_lora_rank": 16, "num_key_value_heads": None},
+        {"num_local_experts": 4, "moe_intermediate_size": 16, "scoring_func": "sigmoid"},
+    ],
+)
+def test_a_named_architecture_has_every_field(tmp_path, make_config, fields):
+    config = make_config(**fields)
+    config.save_pretrained(tmp_path)
+    made = new_config(named_fields(str(tmp_path)))
+    assert made.num_parameters() == config.num_parameters()
+    for name in fields:
+        assert getattr(made, name) == getattr(config, name), name
 
 
 def test_a_model_without_sparse_attention_has_no_sizes_of_it(run, corpus, tmp_path):

@@ -34,6 +34,8 @@ def test_presets_have_the_models_parameters(name):
         {"parallel_block": True, "shared_norm": False, "tie_word_embeddings": True, "num_key_value_heads": 1},
         {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 24},
         {"norm_placement": "both", "qk_norm": True, "norm_unit_offset": True},
+        {"lm_head_bias": True},
+        {"lm_head_bias": True, "tie_word_embeddings": True},
         {"norm_placement": "output", "qk_norm": True, "qk_norm_scope": "all_heads", "num_key_value_heads": 2}
         | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
         {
@@ -50,6 +52,8 @@ def test_every_axis_counts(fields):
     with torch.device("meta"):
         model = hfllm.HfllmForCausalLM(config)
     assert shape.num_parameters() == model.num_parameters()
+    (held,) = (_stage_parameters(shape, Layout(), stage) for stage in _stages(shape, Layout(), 1))
+    assert sum(held) == pytest.approx(shape.num_parameters())
     looked_up = [] if config.tie_word_embeddings else [model.get_input_embeddings().weight]
     if config.position_embedding_type == "learned":
         looked_up.append(model.model.embed_positions.weight)
@@ -221,6 +225,21 @@ def test_caches_by_type_of_layer(limit, field):
         ({"layer_types": ["full", "full_attention"]}, "must name one of full_attention, sliding_attention"),
         ({"layer_types": ["chunked_attention"] * 2}, "attention_chunk_size=None must be a whole number"),
         ({"layer_types": ["sliding_attention"] * 2}, "sliding_window=None must be a whole number"),
+        ({"layer_types": ["linear_attention"] * 2}, "layer_types has linear_attention alone"),
+        ({"layer_types": ["full_attention"] * 2, "sliding_window": 8}, "sliding_window=8 needs a 'sliding_attention'"),
+        ({"sliding_window": 8, "attention_chunk_size": 8}, "attention_chunk_size=8 needs a 'chunked_attention'"),
+        (
+            {
+                "layer_types": ["sliding_attention", "chunked_attention"],
+                "sliding_window": 8,
+                "attention_chunk_size": 8,
+            },
+            "has sliding_attention and chunked_attention",
+        ),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "1"},
+            "max_window_layers='1' must be",
+        ),
         (
             {"layer_types": ["linear_attention", "full_attention"], "linear_conv_kernel_dim": 0},
             "linear_conv_kernel_dim",
@@ -231,3 +250,25 @@ def test_layers_that_are_none_are_refused(fields, message):
     sizes = {"vocab_size": 30, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
     with pytest.raises(InputError, match=message):
         Shape.from_config(sizes | fields)
+
+
+@pytest.mark.parametrize("asked", [None, False, True])
+@pytest.mark.parametrize("first", [None, 1])
+@pytest.mark.parametrize("window", ["unsaid", None, 8])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "mistral", "mixtral"])
+def test_windows_are_those_that_transformers_reads(kind, window, first, asked):
+    """Where a config.json is silent as well; of the layers, those that its model gives a window."""
+    if (kind, window, asked) == ("qwen2_moe", None, True):
+        pytest.skip("transformers lets layers slide there that have no window")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 100}
+    sizes["num_key_value_heads"] = 4
+    said = {"use_sliding_window": asked, "max_window_layers": first}
+    said = {name: value for name, value in said.items() if value is not None and "qwen" in kind}
+    said |= {} if window == "unsaid" else {"sliding_window": window}
+    config = transformers.AutoConfig.for_model(kind, **sizes, **said)
+    expected = [config.sliding_window or None] * 3
+    if getattr(config, "layer_types", None) is not None:
+        expected = [config.sliding_window if "sliding" in each else None for each in config.layer_types]
+    for fields in ({**sizes, **said, "model_type": kind}, config.to_dict()):
+        shape = Shape.from_config(fields)
+        assert [shape.sliding_window if "sliding" in each else None for each in shape.layer_types] == expected
