@@ -30,7 +30,7 @@ OF_NEW_MODELS = (
     *("vision_hidden_size", "use_muon"),
 )
 # Flags of drawn rows, of rows of the user's, and of PPO.
-OF_DRAWN_ROWS = ("num_examples", "questions_per_picture", "num_eval_examples")
+OF_DRAWN_ROWS = ("num_examples", "questions_per_picture", "num_eval_examples", "share_absent")
 OF_OWN_ROWS = (*OF_PICTURES, "max_eval_samples")
 OF_PPO = ("rl_learning_rate", "kl_coef")
 
@@ -52,6 +52,13 @@ class VisionArguments(RowArguments, FreezingArguments, PictureArguments):
     num_examples: int = field(default=51200, metadata={"help": "Pictures with questions to train on."})
     questions_per_picture: int = field(
         default=4, metadata={"help": "Questions about each at most: as many as --max_length tokens hold."}
+    )
+    share_absent: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of drawn questions about what is not there, in training; by default 5 of 23. Few of them "
+            "leave PPO something to teach."
+        },
     )
     num_eval_examples: int = field(default=1000, metadata={"help": "Questions of each part of the evaluation."})
     max_eval_samples: int = field(default=256, metadata={"help": "Held-out rows of your own at most."})
@@ -119,6 +126,10 @@ def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: 
     ):
         if getattr(script_args, flag) < least:
             raise InputError(f"--{flag} {getattr(script_args, flag)}: expected at least {least}")
+    share = script_args.share_absent
+    refuse(name == DIGITS and share is not None, "--share_absent", "every digit that is asked for is there")
+    if share is not None and not 0 <= share < 1:
+        raise InputError(f"--share_absent {share}: expected at least 0, and less than 1")
     most = 2 if name == DIGITS else 16
     if not 1 <= script_args.questions_per_picture <= most:
         raise InputError(f"--questions_per_picture {script_args.questions_per_picture}: expected 1 to {most}")

@@ -12,7 +12,7 @@ from hfllm.data.picture_rows import (
     TwoDigits,
 )
 from hfllm.data.sources import DIGITS, PICTURES
-from hfllm.data.world.pictures import TRAINED_FAMILIES, TRAINED_NUMBERS
+from hfllm.data.world.pictures import TRAINED_NUMBERS, trained_families
 from hfllm.evaluation.pictures import Asked, shuffled_questions
 from hfllm.stages.own_pictures import Convert, Rows, by_turns, picture_mapper, png_of
 from hfllm.stages.vision import VisionArguments
@@ -39,7 +39,8 @@ def question_rows(script_args: VisionArguments, seed: int) -> DrawnWorld | TwoDi
     if script_args.dataset_name == DIGITS:
         return TwoDigits(seed, count, num_questions=turns)
     # Captions go on: from answers about single things alone colors and shapes are learned much later.
-    mix = {"caption_every": CAPTION_EVERY, "families": TRAINED_FAMILIES, "numbers": TRAINED_NUMBERS}
+    families = trained_families(script_args.share_absent)
+    mix = {"caption_every": CAPTION_EVERY, "families": families, "numbers": TRAINED_NUMBERS}
     return DrawnWorld(seed, count, QUESTIONS, turns, **mix)
 
 

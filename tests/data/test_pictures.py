@@ -15,9 +15,12 @@ from hfllm.data.world.pictures import (
     NOT_THERE,
     PAIRS,
     PLACES,
+    RELATION,
     SEEN,
     SHAPES,
     SIZE,
+    TEXT,
+    TRAINED_FAMILIES,
     WORDS,
     Scene,
     Thing,
@@ -27,6 +30,7 @@ from hfllm.data.world.pictures import (
     draw_picture,
     draw_question,
     draw_scene,
+    trained_families,
 )
 from hfllm.data.world.rubric import GoldAnswer
 from hfllm.rewards.functions import gold_reward
@@ -151,6 +155,13 @@ def test_any_question_has_an_answer_about_any_scene():
                 assert said == answer_of(other.scene, question.text)
             told[said] += 1
     assert told[""] < 0.05 * told.total() and told[NOT_THERE] > 100
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5])
+def test_few_or_many_questions_are_about_what_is_not_there(share):
+    families = trained_families(share)
+    assert families.count(ABSENT) / len(families) == pytest.approx(share, abs=1e-3)
+    assert families.count(RELATION) == 6 * families.count(TEXT) and trained_families() == TRAINED_FAMILIES
 
 
 def test_half_of_the_absent_pairs_have_both_parts_in_the_picture():

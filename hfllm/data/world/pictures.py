@@ -160,6 +160,18 @@ def at_corner(corner: int, seen: str) -> str:
 # ---- questions ----
 
 
+def trained_families(share_absent: float | None = None) -> tuple[str, ...]:
+    """Return the families of training questions, each as often as its weight.
+
+    Args:
+        share_absent: of questions about what is not there, from 0 to below 1; `None` leaves `TRAINED_FAMILIES`.
+    """
+    if share_absent is None:
+        return TRAINED_FAMILIES
+    others = tuple(family for family in TRAINED_FAMILIES if family != ABSENT) * 100
+    return others + (ABSENT,) * round(len(others) * share_absent / (1 - share_absent))
+
+
 def draw_question(
     scene: Scene, rng: random.Random, about_first: bool = False, families: Sequence[str] = FAMILIES
 ) -> Question:
