@@ -69,7 +69,12 @@ class RowSum:
 
     def __init__(self, parameters: Sequence[nn.Parameter], privacy: RowPrivacy):
         self.parameters, self.privacy = list(parameters), privacy
-        self._sums = [torch.zeros_like(each, dtype=torch.float64) for each in self.parameters]
+        # Apple's GPUs have no float64.
+        devices = ["cpu" if each.device.type == "mps" else each.device for each in self.parameters]
+        self._sums = [
+            torch.zeros(each.shape, dtype=torch.float64, device=device)
+            for each, device in zip(self.parameters, devices, strict=True)
+        ]
         for each in self.parameters:
             # What a step that failed has left is another row's.
             each.grad = None
@@ -80,7 +85,10 @@ class RowSum:
 
         One with infinite values or NaN adds nothing: it must not reach the others.
         """
-        gradients = [None if each.grad is None else each.grad.double() for each in self.parameters]
+        gradients = [
+            None if each.grad is None else each.grad.to(total.device).double()
+            for each, total in zip(self.parameters, self._sums, strict=True)
+        ]
         squares = [value.square().sum() for value in gradients if value is not None]
         length = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
         if 0 < length < float("inf"):
@@ -108,10 +116,12 @@ class AnsweredRounds:
     Args:
         path: of the file.
         num_rounds: those that were counted.
+        settings: what their privacy was counted by, such as a hash of the flags and of the number of rows; rounds
+            under others are refused.
     """
 
-    def __init__(self, path: Path, num_rounds: int):
-        self.path, self.num_rounds = path, num_rounds
+    def __init__(self, path: Path, num_rounds: int, settings: str = ""):
+        self.path, self.num_rounds, self.settings = path, num_rounds, settings
 
     def load(self, number: int, question: str) -> dict[str, Tensor] | None:
         """Return the answer to a round that was answered, `None` for one that may be.
@@ -131,13 +141,13 @@ class AnsweredRounds:
             with safe_open(self.path, "pt") as stream:
                 known = json.loads((stream.metadata() or {})["answered"])
                 answer = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-            last, asked = int(known["round"]), known["question"]
+            last, asked, settings = int(known["round"]), known["question"], known["settings"]
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{self.path} is damaged ({' '.join(str(error).split())[:100]}), so that it is not known which rounds "
                 "were answered: remove it to spend the privacy of a run anew"
             ) from None
-        if number > last:
+        if number > last and settings == self.settings:
             return None
         if number == last and question == asked:
             return answer
@@ -149,4 +159,5 @@ class AnsweredRounds:
     def keep(self, number: int, question: str, answer: Mapping[str, Tensor]) -> None:
         """Keep the answer to a round, before it is sent."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        replace_tensors(self.path, answer, {"answered": json.dumps({"round": number, "question": question})})
+        known = {"round": number, "question": question, "settings": self.settings}
+        replace_tensors(self.path, answer, {"answered": json.dumps(known)})

@@ -240,6 +240,8 @@ def _check_server(script_args: FederatedArguments) -> None:
     is_noisy = script_args.noise_multiplier > 0
     has_rows = script_args.row_noise_multiplier > 0
     refuse(not (is_noisy or has_rows) and script_args.max_epsilon is not None, "--max_epsilon", NO_NOISE)
+    has_delta = script_args.delta != FederatedArguments.delta
+    refuse(not (is_noisy or has_rows) and has_delta, "--delta", NO_NOISE)
     refuse(is_noisy and script_args.min_organisations > 1, "--min_organisations", "who takes part must stay unknown")
     if script_args.row_clip_norm is None:
         refuse(script_args.row_noise_multiplier != 0, "--row_noise_multiplier", "it is in units of --row_clip_norm")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hfllm.errors import InputError
 from hfllm.federation.compression import ErrorFeedback
+from hfllm.federation.organisations import Organisation
 from hfllm.federation.row_privacy import AnsweredRounds, RowPrivacy
 from hfllm.federation.transports import Learner
 from hfllm.federation.updates import Update, changes, weights_sha256
@@ -53,12 +54,16 @@ def clients_of(script_args: FederatedArguments, seed: int, output_dir: str, loca
     settings = {**asdict(script_args), "seed": seed, **{name: getattr(local.learner.args, name) for name in ANSWERED}}
     settings = {name: value for name, value in settings.items() if name not in NOT_OF_THE_ROUNDS}
     asked = json.dumps({**settings, "base": local.base_sha256}, sort_keys=True, default=str)
-    folder = Path(output_dir, ANSWERS)
+    folder, num_rows = Path(output_dir, ANSWERS), {each.name: len(each.rows) for each in local.organisations}
     return {
         name: _answering_once(
             name,
             client,
-            AnsweredRounds(folder / f"{folder_name(name)}.safetensors", script_args.rounds),
+            AnsweredRounds(
+                folder / f"{folder_name(name)}.safetensors",
+                script_args.rounds,
+                sha256(f"{asked} {num_rows[name]}".encode()).hexdigest(),
+            ),
             asked,
             local.base_sha256,
         )
@@ -132,14 +137,13 @@ def worker_learner(organisation: str, settings: Mapping[str, Any]) -> Learner:
 
     script_args, training_args, model_args = load_recipe("federated").parse(["--config", settings["flags"]])
     check_terms(script_args, training_args, settings.get("terms") or {})
-    seed, names = training_args.seed, organisation_names(script_args.organisation_files or ())
-    if settings.get("rows"):
-        own = [organisation_of_file(script_args, organisation, settings["rows"], seed)]
-    elif organisation in names:
-        file = script_args.organisation_files[names.index(organisation)]
-        own = [organisation_of_file(script_args, organisation, file, seed)]
-    else:
-        own = [each for each in organisations_of(script_args, seed) if each.name == organisation]
+    seed = training_args.seed
+    try:
+        own = _own_rows(script_args, organisation, settings.get("rows"), seed)
+    except InputError as error:
+        # Errors are sent to the server, and this one may show words of a row.
+        say(f"federated: {error}")
+        raise InputError(f"organisation {organisation!r}: its rows cannot be read; its own output says why") from None
     if not own or not own[0].rows:
         raise InputError(f"organisation {organisation!r} has no rows here: its settings name none by `rows`")
     row_epsilons(script_args, training_args, own)
@@ -147,6 +151,15 @@ def worker_learner(organisation: str, settings: Mapping[str, Any]) -> Learner:
     for name, epsilon in local.row_epsilons.items():
         say(f"federated: {name}: a row-level epsilon of {epsilon:.3g} in {script_args.rounds} rounds")
     return clients_of(script_args, seed, training_args.output_dir, local)[organisation]
+
+
+def _own_rows(script_args: FederatedArguments, organisation: str, file: str | None, seed: int) -> list[Organisation]:
+    names = organisation_names(script_args.organisation_files or ())
+    if not file and organisation in names:
+        file = script_args.organisation_files[names.index(organisation)]
+    if file:
+        return [organisation_of_file(script_args, organisation, file, seed)]
+    return [each for each in organisations_of(script_args, seed) if each.name == organisation]
 
 
 def check_terms(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from hfllm.data.sources import WORLD
@@ -54,7 +55,8 @@ def organisations_of(script_args: FederatedArguments, seed: int) -> list[Organis
         ]
     else:
         parts = split_evenly(_rows(script_args), script_args.num_organisations, script_args.dirichlet_alpha, seed)
-        found = [_held_apart(f"organisation-{number}", rows, seed) for number, rows in enumerate(parts, 1)]
+        is_private = script_args.row_clip_norm is not None
+        found = [_held_apart(f"organisation-{number}", rows, seed, is_private) for number, rows in enumerate(parts, 1)]
         found = [_unknown_to_others(each, found) for each in found]
     check_organisations(found)
     return found
@@ -66,7 +68,8 @@ def organisation_of_file(script_args: FederatedArguments, name: str, file: str, 
     Raises:
         InputError: for a row that cannot be read, or none.
     """
-    return _held_apart(name, _rows(replace(script_args, dataset_name=file)), seed)
+    rows = _rows(replace(script_args, dataset_name=file))
+    return _held_apart(name, rows, seed, script_args.row_clip_norm is not None)
 
 
 def _rows(script_args: FederatedArguments) -> list[Mapping[str, object]]:
@@ -86,13 +89,27 @@ def _rows(script_args: FederatedArguments) -> list[Mapping[str, object]]:
     return kept_rows(script_args, mapper, flaw_of)
 
 
-def _held_apart(name: str, rows: Sequence[Mapping[str, object]], seed: int) -> Organisation:
-    """Return an organisation that holds out a part of its rows, unless it has too few of them."""
+def _held_apart(name: str, rows: Sequence[Mapping[str, object]], seed: int, is_private: bool) -> Organisation:
+    """Return an organisation that holds out a part of its rows, unless it has too few of them.
+
+    Args:
+        is_private: whether single rows are protected: then a row's own prompt alone decides on which side it is, since
+            a shuffle of all of them would let one row move the others.
+    """
     from hfllm.data.loading import prompt_key, split_rows
 
     if len(set(map(prompt_key, rows))) < 2:
         return Organisation(name, list(rows), [])
+    if is_private:
+        is_held = [_share_of(f"{seed} {prompt_key(row)}") < HELD_OUT_SHARE for row in rows]
+        sides = [[row for row, held in zip(rows, is_held, strict=True) if held is side] for side in (False, True)]
+        return Organisation(name, sides[0], sides[1][:MOST_HELD_OUT])
     return Organisation(name, *split_rows(list(rows), seed, HELD_OUT_SHARE, MOST_HELD_OUT))
+
+
+def _share_of(text: str) -> float:
+    """Return a number from 0 to 1 that a text's hash gives."""
+    return int.from_bytes(sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def _unknown_to_others(each: Organisation, every: Sequence[Organisation]) -> Organisation:

@@ -62,6 +62,11 @@ class LocalLearner:
     def __init__(self, trainer: "Trainer", num_steps: int, proximal_mu: float = 0.0):
         self.trainer, self.args, self.proximal_mu = trainer, trainer.args, proximal_mu
         self.model: nn.Module = trainer.model
+        for module in self.model.modules():
+            # A bias that follows the load of experts does not travel: it would differ by organisation and process, and
+            # carry what rows were drawn past clipping and noise.
+            if getattr(module, "update_rate", 0):
+                module.update_rate = 0.0
         self.optimizer = trainer.create_optimizer()
         self.batch_size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         self.rate = schedule_of(trainer.args, num_steps)
@@ -154,6 +159,8 @@ class LocalLearner:
         total, nats = RowSum(list(self.trained.values()), privacy), 0.0
         self.trainer.current_gradient_accumulation_steps = 1
         for row in batch:
+            # Masks of its own, which nobody knows: from one stream, a row would shift those of all rows after it.
+            torch.manual_seed(random.SystemRandom().getrandbits(63))
             targets = _targets(row)
             # The mean over its own tokens: those of other rows would show in it.
             loss = self._loss([row], targets)

@@ -10,6 +10,7 @@ from test_local_learner import RATE, ROWS, PretendedTrainer, Scores
 from hfllm.errors import InputError
 from hfllm.federation.accountant import check_row_budget, epsilon_of
 from hfllm.federation.row_privacy import AnsweredRounds, RowPrivacy, RowSum
+from hfllm.stages.federated_data import _held_apart
 from hfllm.stages.federated_learner import LocalLearner
 
 
@@ -94,6 +95,28 @@ def test_one_row_moves_the_sum_by_the_norm_at_most():
     torch.testing.assert_close(total(rows), total(rows[:3]), rtol=0, atol=0)
 
 
+def test_a_row_has_dropout_of_its_own():
+    """From one stream of masks a row would shift those of all rows after it: more than the norm would move."""
+    learner, masks = LocalLearner(PretendedTrainer(4, 1, True), 1), []
+    loss = learner._loss
+    learner._loss = lambda rows, targets: (masks.append(float(torch.rand(()))), loss(rows, targets))[1]
+    for chosen in ([[0, 3]], [[3]]):
+        learner.learn(
+            ROWS, learner.weights(), 0, 1, "seed", privacy=RowPrivacy(1.0, 0.0, rng=Chosen(chosen, len(ROWS)))
+        )
+    # Neither from the run's seed, which is known to all, nor the same for two rows.
+    assert len(set(masks)) == 3
+
+
+def test_a_bias_that_follows_the_load_stays():
+    class Trainer(PretendedTrainer):
+        def __init__(self):
+            super().__init__(4, 1, True)
+            self.model.update_rate = 0.001
+
+    assert LocalLearner(Trainer(), 1).model.update_rate == 0
+
+
 def test_the_sum_is_opacus_s():
     opacus = pytest.importorskip("opacus.grad_sample", reason="opacus is not installed")
     torch.manual_seed(0)
@@ -175,3 +198,19 @@ def test_a_round_is_answered_once(tmp_path):
 def test_numbers_out_of_range_are_refused(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_rounds_under_other_settings_are_refused(tmp_path):
+    """Epsilon is counted over all rounds as if the settings had always been those of now."""
+    AnsweredRounds(tmp_path / "a.safetensors", 3, "16 of 200 rows").keep(1, "one", {"x": torch.ones(1)})
+    assert AnsweredRounds(tmp_path / "a.safetensors", 3, "16 of 200 rows").load(2, "two") is None
+    with pytest.raises(InputError, match="answered to other weights or settings"):
+        AnsweredRounds(tmp_path / "a.safetensors", 3, "8 of 5000 rows").load(2, "two")
+
+
+def test_one_row_does_not_move_the_others_between_learned_and_held_out():
+    rows = [{"prompt": f"question {number}", "completion": "yes"} for number in range(400)]
+    whole, fewer = (_held_apart("a", each, 1, is_private=True) for each in (rows, rows[:7] + rows[8:]))
+    lost = [row for row in whole.rows + whole.held_out if row not in fewer.rows + fewer.held_out]
+    assert lost == [rows[7]] and [row for row in whole.rows if row != rows[7]] == fewer.rows
+    assert 20 < len(whole.held_out) < 64 and len(whole.rows) + len(whole.held_out) == 400

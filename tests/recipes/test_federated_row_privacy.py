@@ -33,8 +33,8 @@ def test_epsilon_is_counted_and_a_round_that_is_done_again_sends_the_same(flags,
     # The first organisation of the second round had answered, the second had not.
     assert calls == [f"42-{name}" for name in ("shop", "school", "farm", "shop", "school", "school", "farm")]
     assert (tmp_path / "out" / "answered" / "shop.safetensors").read_bytes() == answers["shop.safetensors"]
-    # Of the seven rows of two organisations one is held out, of the farm's two one.
-    rows = {"shop": 3, "school": 4, "farm": 1}
+    # The hash of its prompt holds out one of the school's five rows.
+    rows = {"shop": 4, "school": 4, "farm": 2}
     expected = {name: epsilon_of(min(1, 2 / count), 0.7, 4, 0.01) for name, count in rows.items()}
     assert metrics["row_epsilon"] == expected["farm"] > expected["school"] and "epsilon" not in metrics
     text = table_text(tmp_path / "out")
@@ -71,8 +71,8 @@ def test_noise_is_of_its_size_and_organisations_count_alike(flags, saved, tmp_pa
     once = {"rounds": 1, "local_steps": 1, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0}
     run(flags(**once, row_clip_norm=0.01, row_noise_multiplier=20.0, delta=0.01, lr_scheduler_type="constant"))
     moved, values = moved_by(tmp_path / "out", saved)
-    # Of three organisations, of which two expect 2 rows in a step and the last has 1.
-    deviation = 0.5 * 0.01 * 20 * ((1 / 2) ** 2 + (1 / 2) ** 2 + 1) ** 0.5 / 3
+    # Of three organisations, each of which expects 2 rows in a step.
+    deviation = 0.5 * 0.01 * 20 * (3 * (1 / 2) ** 2) ** 0.5 / 3
     assert moved == pytest.approx(deviation * values**0.5, rel=0.03)
     assert [(each.num_tokens, each.num_rows) for each in updates] == [(1, 1)] * 3
 
@@ -107,6 +107,7 @@ def test_processes_answer_once_too(flags, tmp_path):  # noqa: F811
         ({"row_clip_norm": 0}, "row_clip_norm is 0"),
         ({"row_clip_norm": 1, "row_noise_multiplier": -1}, "row_noise_multiplier is -1"),
         ({"row_clip_norm": 1, "max_epsilon": 1}, "--max_epsilon"),
+        ({"row_clip_norm": 1, "delta": 0.01}, "--delta"),
         ({**PRIVATE, "max_epsilon": 1}, "row-level epsilon of organisation 'farm' would be"),
         ({**PRIVATE, "delta": 0.9}, "expected below 1 / rows"),
     ],
