@@ -48,7 +48,8 @@ class BadImage(BadRow):
 
 def has_images(row: Mapping[str, Any]) -> bool:
     """Return whether a row has pictures, in a column or in its messages."""
-    in_columns = any(row.get(column) is not None for column in COLUMNS)
+    # A row of text in a table of pictures has an empty list.
+    in_columns = any(each is not None for column in COLUMNS for each in _as_list(row.get(column)))
     return in_columns or any(_is_picture(part) for column in MESSAGES for part in _parts(row.get(column)))
 
 

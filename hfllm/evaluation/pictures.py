@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hfllm.data.images import text_of
+from hfllm.data.images import image_key, text_of
 from hfllm.data.world.pictures import Scene
 
 
@@ -37,26 +37,36 @@ class Asked:
 
 
 def shuffled_questions(questions: Sequence[Asked], seed: int = 0) -> list[Asked]:
-    """Return questions, each with the pictures of another that has as many."""
-    others = other_places([len(question.images) for question in questions], seed)
+    """Return questions, each with the pictures of another that has as many; with its own where all others' are."""
+    others = other_places([question.images for question in questions], seed)
     shown = [questions[other] for other in others]
     return [replace(each, images=it.images, scene=it.scene) for each, it in zip(questions, shown, strict=True)]
 
 
-def other_places(counts: Sequence[int], seed: int = 0) -> list[int]:
-    """Return for each row the place of another with as many pictures, each once; its own where there is no other.
+def other_places(images: Sequence[Sequence[Any]], seed: int = 0) -> list[int]:
+    """Return for each row the place of one with as many pictures, but others; its own where there is none.
+
+    Rows of one conversation, or several questions about a picture, have the same pictures: shown to each other they
+    would be no control.
 
     Args:
-        counts: pictures of each row.
+        images: the pictures of each row, as `image_key` takes them.
     """
+    keys = [tuple(map(image_key, row)) for row in images]
     groups: dict[int, list[int]] = {}
-    for place, count in enumerate(counts):
-        groups.setdefault(count, []).append(place)
-    other: dict[int, int] = {}
+    for place, key in enumerate(keys):
+        groups.setdefault(len(key), []).append(place)
+    other = dict(enumerate(range(len(keys))))
     for places in groups.values():
         random.Random(seed).shuffle(places)
-        other |= dict(zip(places, [*places[1:], places[0]], strict=True))
-    return [other[place] for place in range(len(counts))]
+        alike: dict[tuple[str, ...], list[int]] = {}
+        for place in places:
+            alike.setdefault(keys[place], []).append(place)
+        # Equal pictures stand together, and a shift by the largest of these groups leads out of each.
+        order, shift = [place for group in alike.values() for place in group], max(map(len, alike.values()))
+        pairs = zip(order, order[shift:] + order[:shift], strict=True)
+        other |= {place: shown for place, shown in pairs if keys[place] != keys[shown]}
+    return [other[place] for place in range(len(keys))]
 
 
 def is_right(said: str, answer: str) -> bool:

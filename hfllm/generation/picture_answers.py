@@ -1,5 +1,6 @@
 """Answers of a vision-language model to questions about pictures."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,10 @@ def answer_pictures(
                 torch.manual_seed(seed)
             for first in range(0, len(prompts), batch_size):
                 rows = slice(first, first + batch_size)
-                pictures = [[read_image(each, "a prompt", min_side=1) for each in row] for row in images[rows]]
+                pictures = [
+                    [read_image(each, "a prompt", max_pixels=sys.maxsize, min_side=1) for each in row]
+                    for row in images[rows]
+                ]
                 batch = picture_batch(processor, prompts[rows], pictures).to(model.device)
                 sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}
                 said = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=do_sample, **sampling)

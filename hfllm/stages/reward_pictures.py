@@ -148,7 +148,7 @@ def control(script_args: RewardArguments, trainer: "PictureRewardTrainer", eval_
 
     if trainer.args.world_size > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return {}
-    others = other_places([len(row["images"]) for row in eval_rows])
+    others = other_places([row["images"] for row in eval_rows])
     shown = [
         {**row, "images": eval_rows[other]["images"]}
         for place, (row, other) in enumerate(zip(eval_rows, others, strict=True))

@@ -199,7 +199,7 @@ def control(script_args: SftArguments, trainer: "SFTTrainer", held_out: Rows) ->
     from hfllm.stages.own_pictures import as_dataset
 
     rows = held_out[:MOST_ROWS]
-    others = other_places([len(row["images"]) for row in rows])
+    others = other_places([row["images"] for row in rows])
     places = [place for place, other in enumerate(others) if rows[place]["images"] and other != place]
     if not places:
         return {}

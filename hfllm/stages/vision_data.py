@@ -59,8 +59,13 @@ def eval_parts(script_args: VisionArguments) -> dict[str, list[Asked]]:
 
 
 def parts_of(held_out: list[Asked]) -> dict[str, list[Asked]]:
-    """Return the parts of the evaluation of the user's held-out rows: themselves, and with pictures of others."""
-    return {HELD_OUT: held_out, SHUFFLED: shuffled_questions(held_out)}
+    """Return the parts of the evaluation of the user's held-out rows: themselves, and with pictures of others.
+
+    Rows for which no other has other pictures are left out of the second, which may then be missing.
+    """
+    pairs = zip(held_out, shuffled_questions(held_out), strict=True)
+    shuffled = [other for own, other in pairs if other.images is not own.images]
+    return {HELD_OUT: held_out, **({SHUFFLED: shuffled} if shuffled else {})}
 
 
 def prior_of(script_args: VisionArguments) -> list[Asked]:

@@ -4,6 +4,7 @@ Who looks at another row's picture and reads it without a fault is right now and
 many things, or neither has what is asked for. `other_truth` is how often, which a model must not be above.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -131,7 +132,7 @@ def _grid(questions: Sequence[Asked], said: Sequence[str], right: Sequence[float
     shown = [place for place, question in enumerate(questions) if len(question.images) == 1][:SHOWN]
     return PictureGrid(
         "Questions, and what the model says",
-        [read_image(questions[place].images[0], "a sample", min_side=1) for place in shown],
+        [read_image(questions[place].images[0], "a sample", max_pixels=sys.maxsize, min_side=1) for place in shown],
         [f"{_printed(questions[place].question)}\n{_printed(said[place])}" for place in shown],
         [bool(right[place]) for place in shown],
     )

@@ -36,9 +36,8 @@ def test_texts_and_their_losses(canaries):
 @pytest.mark.slow
 def test_canaries_show_without_noise_and_drown_in_it(canaries):
     setting = canaries.Setting(11)
-    before, open_, noisy = (
-        setting.measured(weights) for weights in (setting.before, setting.federate(None), setting.federate(1.0))
-    )
+    arms = [canaries.Arm("open", noise_multiplier=None), canaries.Arm("noisy", noise_multiplier=1.0)]
+    before, open_, noisy = (setting.measured(each) for each in (setting.before, *map(setting.federate, arms)))
     aurocs = [measure_leak(inside, outside).auroc for inside, outside, _ in (before, open_, noisy)]
     assert aurocs[0].low < 0.5 < aurocs[0].high and aurocs[1].low > 0.6 and aurocs[2].low < 0.5 < aurocs[2].high
     # What was learned is worth something, and what the noise left is not.

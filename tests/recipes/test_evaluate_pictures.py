@@ -7,6 +7,7 @@ import pytest
 from seeing_rows import WORDS, halves, make_processor, write_rows
 
 import hfllm
+from hfllm.data.images import has_images
 from hfllm.errors import InputError
 from hfllm.evaluation.pictures import Asked, other_places
 from hfllm.evaluation.suites.pictures import Part, Pictures
@@ -39,12 +40,30 @@ def test_a_model_that_looks_is_told_from_one_that_guesses(monkeypatch):
     suite = Pictures(lambda: [Part("", questions)])
     records = list(suite.judge(Subject("m", None, None, processor="any"), suite.items()))
     assert [record["scores"]["right"] for record in records] == [1.0] * 40
-    others = other_places([1] * 40)
+    others = other_places([asked.images for asked in questions])
     assert sorted(others) == list(range(40)) and all(other != place for place, other in enumerate(others))
     expected = [float(drawn[place]["side"] == drawn[other]["side"]) for place, other in enumerate(others)]
     assert [record["scores"]["right_other_pictures"] for record in records] == expected
     most = max(("left", "right"), key=[row["side"] for row in drawn].count)
     assert [record["scores"]["best_guess"] for record in records] == [float(row["side"] == most) for row in drawn]
+
+
+@pytest.mark.parametrize(
+    ("images", "moved"),
+    [("aabbc", 5), ("aaab", 2), ("aaaa", 0), ("ab", 2), ("abcabcab", 8), ("", 0)],
+)
+def test_the_control_shows_other_pictures_and_no_own_one(images, moved):
+    """Rows of one conversation have the same picture; two with none are no others of each other."""
+    rows = [[name] for name in images] + [[], []]
+    others = other_places(rows)
+    assert sum(rows[other] != rows[place] for place, other in enumerate(others)) == moved
+    assert all(rows[other] != rows[place] or other == place for place, other in enumerate(others))
+    assert all(len(rows[other]) == len(rows[place]) for place, other in enumerate(others))
+
+
+def test_a_text_row_in_a_table_of_pictures_has_an_empty_list():
+    assert not has_images({"prompt": "a", "images": []}) and not has_images({"prompt": "a", "image": None})
+    assert has_images({"prompt": "a", "images": ["b.png"]}) and has_images({"prompt": "a", "image": "b.png"})
 
 
 def test_rows_of_your_own_are_asked_and_resumed(seeing_folder, rows, tmp_path, capsys):
