@@ -109,7 +109,7 @@ def test_one_round_of_one_step_is_the_step_on_pooled_rows(flags, saved, tmp_path
     assert max((weights_of(tmp_path / "out")[name] - found[name]).abs().max() for name in found) > 1e-3
 
 
-def all_learned(name, rows, seed):
+def all_learned(name, rows, seed, is_private):
     from hfllm.federation.organisations import Organisation
 
     return Organisation(name, list(rows), [])
