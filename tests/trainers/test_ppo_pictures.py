@@ -13,7 +13,7 @@ from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalG
 import hfllm
 from hfllm.errors import InputError
 from hfllm.trainers.ppo import sampling
-from hfllm.trainers.ppo.pictures import Pictures
+from hfllm.trainers.ppo.pictures import Pictures, encode
 from hfllm.trainers.ppo.prompts import read_rows
 from hfllm.trainers.ppo.rollout import Rollout, model_inputs, pad_prompts
 
@@ -400,6 +400,52 @@ def test_pictures_may_be_paths_bytes_and_parts(build, tmp_path):
         assert ids == first[0]
         pixels = seen["pictures"].episodes[0]["pixel_values"]
         assert torch.equal(pixels, first[1]["pictures"].episodes[0]["pixel_values"])
+
+
+def test_prompts_that_are_processed_together_are_as_each_by_itself(processor, monkeypatch):
+    """Rows with no, one and two pictures, more than one batch of them, and the same row several times in turn."""
+    rows = [row for row in run.make_rows(45) for _ in range(2)]
+    calls = []
+    apply = type(processor).apply_chat_template
+    counted = lambda self, said, **options: calls.append(len(said)) or apply(self, said, **options)  # noqa: E731
+    monkeypatch.setattr(type(processor), "apply_chat_template", counted)
+    ids, pictures, prompts = encode(rows, processor)
+    assert calls == [32, 13]
+    for place, row in enumerate(rows):
+        one_ids, one, (prompt,) = encode([row], processor)
+        assert ids[place] == one_ids[0]
+        found, expected = pictures.episodes[place], one.episodes[0] if one else {}
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert [part["type"] for part in prompts[place][0]["content"]] == [
+            part["type"] for part in prompt[0]["content"]
+        ]
+    # A copy each: what is kept of one keeps no others.
+    shapes = [one["pixel_values"] for one in pictures.episodes if one]
+    assert all(pixels.untyped_storage().nbytes() == pixels.nbytes for pixels in shapes)
+
+
+def test_prompts_are_processed_one_by_one_where_it_is_not_sure_whose_a_picture_is(processor, monkeypatch):
+    rows, calls = run.halves(3), []
+    apply = type(processor).apply_chat_template
+
+    def with_sizes(self, said, **options):
+        """As a processor that pads pictures to the largest beside it."""
+        calls.append(len(said))
+        return {**apply(self, said, **options), "image_sizes": torch.full((len(said), 2), 8)}
+
+    monkeypatch.setattr(type(processor), "apply_chat_template", with_sizes)
+    pictures = encode(rows, processor)[1]
+    assert calls == [3, 1, 1, 1]
+    assert [one["image_sizes"].tolist() for one in pictures.episodes] == [[[8, 8]]] * 3
+    # Words that spell a place among prompts with pictures: the complaint is that of the row.
+    monkeypatch.undo()
+    spelled = {"prompt": asked({"type": "text", "text": "<image>"})}
+    with pytest.raises((InputError, ValueError), match="<image>"):
+        encode([*rows, spelled], processor)
+    twice = {**rows[0], "prompt": asked(run.PLACE, {"type": "text", "text": "<image>"})}
+    with pytest.raises((InputError, ValueError), match="image"):
+        encode([*rows, twice], processor)
 
 
 def test_pictures_are_upright_on_white_and_not_of_one_pixel(build):

@@ -13,7 +13,7 @@ from hfllm.data.rows import origin_of
 from hfllm.data.tokenizer import template_errors, tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.trainers.ppo.config import PPOConfig
-from hfllm.trainers.ppo.pictures import ProcessingClass, encode, has_pictures, tokenizer_of
+from hfllm.trainers.ppo.pictures import TOGETHER, ProcessingClass, encode, has_pictures, tokenizer_of
 
 if TYPE_CHECKING:
     from datasets import Dataset as HubDataset
@@ -189,7 +189,7 @@ def unfit_prompts(
     """
     limit = None if context is None else context - response_length
     # Pixels of pictures are many, and here only counted.
-    step = 16 if isinstance(tokenizer, ProcessorMixin) else 1000
+    step = TOGETHER if isinstance(tokenizer, ProcessorMixin) else 1000
     for start in range(0, len(dataset), step):
         rows = [dataset[place] for place in range(start, min(start + step, len(dataset)))]
         for place, ids in enumerate(_tokens_of(rows, tokenizer, start, tools), start):
