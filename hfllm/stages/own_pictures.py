@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.images import MAX_PIXELS, BadImage, Row, read_image, text_of, to_pictures, to_rgb
+from hfllm.data.image_files import MAX_PIXELS, BadImage, read_image, to_rgb
+from hfllm.data.images import Row, text_of, to_pictures
 from hfllm.data.rows import BadRow
 from hfllm.data.sources import folder_of
 from hfllm.errors import InputError, refuse

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from hfllm.data.images import counted, read_image
+from hfllm.data.image_files import read_image
+from hfllm.data.images import counted
 from hfllm.data.messages import Message, is_begun, read_tools
 from hfllm.data.rows import origin_of
 from hfllm.errors import InputError
