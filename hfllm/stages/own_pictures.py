@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.image_files import MAX_PIXELS, BadImage, read_image, to_rgb
-from hfllm.data.images import Row, text_of, to_pictures
+from hfllm.data.images import Row, has_images, to_pictures
+from hfllm.data.messages import spells
 from hfllm.data.rows import BadRow
 from hfllm.data.sources import folder_of
 from hfllm.errors import InputError, refuse
@@ -51,6 +52,7 @@ class FreezingArguments:
     )
 
 
+WORDS_FOR_A_PICTURE = "with words for a picture"
 FREEZING, OF_PICTURES = ("freeze_vision", "freeze_text"), ("bad_images", "max_pixels")
 
 
@@ -101,7 +103,7 @@ def picture_mapper(
                 raise
             raise InputError(f"{error}; --bad_images drop leaves such rows out") from None
         refuse_tools(origin, converted, stage)
-        _refuse_token(origin, converted, image_token)
+        refuse_token(origin, converted, image_token)
         return converted
 
     return mapper
@@ -121,9 +123,33 @@ def refuse_tools(origin: str, row: Mapping[str, Any], stage: str) -> None:
         raise InputError(f"{origin}: the row has tools, of which {stage} teaches nothing: leave them out")
 
 
-def _refuse_token(origin: str, row: Mapping[str, Any], token: str | None) -> None:
-    if token is not None and any(token in text_of(each) for each in _messages(row)):
-        raise BadRow(f"{origin}: the words spell {token!r}, which stands for a picture", "with words for a picture")
+def refuse_token(origin: str, row: Mapping[str, Any], token: str | None) -> None:
+    """Refuse a converted row whose words spell the token of a picture's place: no picture would belong to it.
+
+    Raises:
+        BadRow: naming the row.
+    """
+    if token is not None and spells(token, [_messages(row), row.get("tools")]):
+        raise BadRow(f"{origin}: the words spell {token!r}, which stands for a picture", WORDS_FOR_A_PICTURE)
+
+
+def words_or_pictures(pictures: Convert, words: Convert, image_token: str | None) -> Convert:
+    """Return the conversion of rows of which some have pictures, for a model that sees.
+
+    Args:
+        pictures: converts a row with pictures: see `picture_mapper`.
+        words: converts a row of text.
+        image_token: as in `picture_mapper`; rows of text that spell it are left out, too.
+    """
+
+    def mapper(origin: str, row: Row) -> Row:
+        if has_images(row):
+            return pictures(origin, row)
+        converted = words(origin, row)
+        refuse_token(origin, converted, image_token)
+        return converted
+
+    return mapper
 
 
 # ---- learning ----

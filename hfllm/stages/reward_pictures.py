@@ -49,11 +49,11 @@ def user_comparisons(
     If one row has pictures, the messages of all have parts as their content.
     """
     from hfllm.data.formats import Row, to_preference
-    from hfllm.data.images import flaw_of_pictures, has_images, place_images
+    from hfllm.data.images import flaw_of_pictures, place_images
     from hfllm.data.rows import flaw_of, origin_of
     from hfllm.data.sources import WORLD
     from hfllm.stages import reward
-    from hfllm.stages.own_pictures import Convert, picture_mapper, refuse_tools
+    from hfllm.stages.own_pictures import Convert, picture_mapper, refuse_tools, words_or_pictures
     from hfllm.stages.sft_pictures import shows_pictures
     from hfllm.stages.user_rows import user_rows
 
@@ -63,7 +63,7 @@ def user_comparisons(
     def mapper_of(name: str) -> Convert:
         token = getattr(processor, "image_token", None)
         pictures = picture_mapper(script_args, name, to_preference, STAGE, token)
-        return lambda origin, row: pictures(origin, row) if has_images(row) else to_preference(origin, row)
+        return words_or_pictures(pictures, to_preference, token)
 
     def flaw(row: Row) -> str | None:
         return flaw_of_pictures(row) if row.get("images") else flaw_of(row)

@@ -1,6 +1,7 @@
 """Reward models that see: trained by `hfllm reward`, their control, and PPO that is rewarded by one."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -78,6 +79,18 @@ def test_a_score_is_that_of_the_conversation_alone(judge):
     with torch.no_grad():
         by_hand = model.score(model.model(**ids).last_hidden_state[0, -1]).item()
     assert together[0] == pytest.approx(by_hand, abs=1e-5)
+
+
+def test_an_answer_that_spells_the_token_of_a_picture_is_scored(judge):
+    """A policy may write it at any time; it is read with a space in it, in prompts too."""
+    folder, _ = judge
+    model, processor = (each.from_pretrained(folder) for each in (AutoModelForSequenceClassification, AutoProcessor))
+    scores, rows = reward_model(model, processor), halves(2)
+    prompts, answers = [*asked(rows), "say <image> left"], [*said(["left <image>", "<image> <image>"]), "<image>"]
+    spaced = [*asked(rows), "say < image> left"], [*said(["left < image>", "< image> < image>"]), "< image>"]
+    found = scores(prompts, answers)
+    assert found == scores(*spaced) and all(map(math.isfinite, found))
+    assert "<image>" in answers[0][0]["content"]
 
 
 def test_ppo_is_rewarded_by_what_it_sees(judge, seeing_folder, tmp_path, monkeypatch):

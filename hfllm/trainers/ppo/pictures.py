@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from hfllm.data.image_files import read_image
 from hfllm.data.images import counted
-from hfllm.data.messages import Message, is_begun, read_tools
+from hfllm.data.messages import Message, content_text, is_begun, read_tools, spells
 from hfllm.data.rows import origin_of
 from hfllm.errors import InputError
 from hfllm.models.stored import reads_pictures
@@ -282,6 +282,9 @@ def _encode_one(
     options["continue_final_message" if is_begun(prompt) else "add_generation_prompt"] = True
     if tools:
         options["tools"] = read_tools("a prompt", tools)
+    token = getattr(processor, "image_token", None)
+    if token and spells(token, [content_text(each.get("content"), "") for each in prompt]):
+        raise InputError(f"{origin}: the words spell {token!r}, which stands for a picture's features")
     # Templates of processors read lists of parts.
     said = [
         {**each, "content": [{"type": "text", "text": each["content"]}]}
@@ -293,8 +296,5 @@ def _encode_one(
     ids = fields.pop("input_ids")[0].tolist()
     fields.pop("attention_mask", None)
     pictures = _count_parts(prompt)
-    token = getattr(processor, "image_token_id", None)
-    if not pictures and token in ids:
-        raise InputError(f"{origin}: the words spell {processor.image_token!r}, which stands for a picture's features")
     tensors = {name: torch.as_tensor(value) for name, value in fields.items()} if pictures else {}
     return ids, {name: value[0] if name in PER_TOKEN else value for name, value in tensors.items()}
