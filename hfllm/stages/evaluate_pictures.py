@@ -21,12 +21,15 @@ def check(script_args: "EvaluateArguments") -> None:
     Raises:
         InputError: naming the flag.
     """
+    from hfllm.stages.vision import DRAWN
+
     name, is_asked = script_args.dataset_name, SUITE in script_args.suites
     refuse(bool(name) and not is_asked, "--dataset_name", f"it is for --suites {SUITE}")
     if is_asked and not name:
         raise InputError(f"--suites {SUITE} needs --dataset_name: rows with pictures, or 'pictures' or 'digits'")
     for flag in given_flags(script_args, OF_PICTURES):
         refuse(not is_asked, f"--{flag}", f"it is for --suites {SUITE}")
+        refuse(name in DRAWN, f"--{flag}", "it is for rows of your own, and these are drawn")
     if is_asked and not script_args.model_name_or_path:
         raise InputError(f"--suites {SUITE} needs --model_name_or_path: a model that sees (hfllm vision makes one)")
 

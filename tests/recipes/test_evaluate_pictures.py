@@ -118,6 +118,11 @@ def test_what_cannot_be_asked_is_refused(seeing_folder, rows, tmp_path):
         ([*model, "--suites", "hhh", "--dataset_name", rows], "--dataset_name cannot be used here"),
         (["--dataset_name", rows], "needs --model_name_or_path"),
         ([*model, "--bad_images", "drop"], "--bad_images cannot be used here"),
+        (
+            [*model, "--dataset_name", "pictures", "--bad_images", "drop"],
+            "--bad_images cannot be used here: it is for rows of your own, and these are drawn",
+        ),
+        ([*model, "--dataset_name", "digits", "--max_pixels", "9"], "--max_pixels cannot be used here"),
         ([*model, "--dataset_name", bad], r"line 1: picture .*none.png: no such file; --bad_images drop"),
     ):
         with pytest.raises(InputError, match=words) as error:
