@@ -60,7 +60,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
     processor = reward_pictures.processor_of(model_args)
     rows = reward_pictures.user_comparisons(script_args, training_args.seed, processor)
-    shows = reward_pictures.check(script_args, training_args, model_args, rows)
+    shows = reward_pictures.check(script_args, training_args, model_args, rows, processor)
     before = reward.stages_before(script_args, training_args, model_args)
     check_adapter(model_args, before, "SEQ_CLS")
 

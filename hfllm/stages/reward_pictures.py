@@ -84,8 +84,9 @@ def check(
     training_args: "RewardConfig",
     model_args: "ModelConfig",
     rows: tuple[Rows, Rows] | None,
+    processor: "ProcessorMixin | None",
 ) -> bool:
-    """Return whether a row has pictures; refuse flags that do not go with that.
+    """Return whether a row has pictures; refuse flags that do not go with that, or with a model that sees.
 
     Raises:
         InputError: naming the flag.
@@ -97,13 +98,20 @@ def check(
     shows = rows is not None and shows_pictures(*rows)
     for flag in given_flags(script_args, (*FREEZING, *OF_PICTURES)):
         refuse(not shows, f"--{flag}", "no row has a picture")
+    sees = processor is not None
+    # It would be read with another one by whoever takes it with its processor.
+    refuse(
+        sees and bool(training_args.chat_template_path),
+        "--chat_template_path",
+        "the model sees: its processor has one",
+    )
     if not shows:
         return False
     check_freezing(script_args, model_args)
     is_given = "max_length" in (given_names(script_args, training_args) or ())
     refuse(is_given and training_args.max_length is not None, "--max_length", "rows with pictures are not cut")
     refuse(bool(script_args.augment), "--augment", "the rows have pictures")
-    for flag in ("chat_template_path", "eos_token", "pad_to_multiple_of"):
+    for flag in ("eos_token", "pad_to_multiple_of"):
         is_given = bool(getattr(training_args, flag, None))
         refuse(is_given, f"--{flag}", "rows with pictures are read by the model's processor, as they are")
     return True

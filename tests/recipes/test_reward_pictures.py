@@ -147,6 +147,8 @@ def test_text_alone_and_both_mixed(seeing_folder, tmp_path):
     assert AutoProcessor.from_pretrained(tmp_path / "text").image_token == "<image>"
     with pytest.raises(InputError, match="--freeze_text cannot be used here: no row has a picture"):
         run(seeing_folder / "model", rows, tmp_path / "no", "--freeze_text")
+    with pytest.raises(InputError, match="--chat_template_path cannot be used here: the model sees"):
+        run(seeing_folder / "model", rows, tmp_path / "no", "--chat_template_path", "chatml")
 
 
 def test_what_cannot_be_judged_is_refused(seeing_folder, tmp_path):

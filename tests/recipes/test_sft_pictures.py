@@ -177,6 +177,11 @@ def test_flags_that_do_not_go_with_pictures_are_refused(seeing_folder, tmp_path,
 def test_flags_of_pictures_and_rows_without_any(seeing_folder, texts, tmp_path):
     with pytest.raises(InputError, match="--freeze_vision cannot be used here: no row has a picture"):
         run(seeing_folder / "model", texts, tmp_path / "out", "--freeze_vision")
+    for flags in (["--chat_template_path", "chatml"], ["--added_tokens", "<new>"]):
+        with pytest.raises(InputError, match=f"{flags[0]} cannot be used here: the model sees") as error:
+            run(seeing_folder / "model", texts, tmp_path / "out", *flags)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_of_text_is_refused_by_its_name(seeing_folder, tmp_path):
