@@ -87,9 +87,13 @@ def joined_texts(origin: str, content: Any) -> Any:
     if not isinstance(content, list):
         return content
     for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        if not _is_text(part):
             raise InputError(f"{origin}: a part of a message must be a text here, got {str(part)[:80]!r}")
     return "".join(part["text"] for part in content)
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
 
 
 def words_of(message: Message) -> Message:
@@ -150,7 +154,9 @@ def _message(origin: str, message: Any) -> Message:
     if calls and content is None:
         content = ""
     if role in ROLES and ROLES[role] == "tool" and not isinstance(content, str) and content is not None:
-        content = json.dumps(content, ensure_ascii=False)
+        # Without their type they may be any result, such as passages.
+        in_parts = isinstance(content, list) and content and all(_is_text(each) and "type" in each for each in content)
+        content = content if in_parts else json.dumps(content, ensure_ascii=False)
     content = joined_texts(origin, content)
     if role not in ROLES or not isinstance(content, str):
         raise InputError(

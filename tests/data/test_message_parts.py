@@ -53,6 +53,20 @@ def test_text_in_parts_reads_as_the_text(read, row):
         assert read(ORIGIN, each) | {"messages": None} == expected | {"messages": None}
 
 
+def test_what_a_tool_returns_may_be_in_parts_or_a_value():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+    for content, expected in (
+        ([{"type": "text", "text": "4"}, {"type": "text", "text": "2"}], "42"),
+        ([{"text": "42"}], '[{"text": "42"}]'),
+        ([1, 2], "[1, 2]"),
+        ([], "[]"),
+        ({"a": 1}, '{"a": 1}'),
+        ([{"type": "rows", "text": "x"}], '[{"type": "rows", "text": "x"}]'),
+    ):
+        row = to_sft(ORIGIN, {"messages": [USER, call, {"role": "tool", "content": content}, FOX]})
+        assert row["completion"][1]["content"] == expected
+
+
 def test_pairs_of_the_evaluation_may_be_in_parts():
     row = {"prompt": [USER], "chosen": [FOX], "rejected": [CAT]}
     assert pair_of(ORIGIN, {name: in_parts(said) for name, said in row.items()}) == pair_of(ORIGIN, row)
