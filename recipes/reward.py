@@ -42,7 +42,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     from hfllm.runs.arguments import changed
     from hfllm.runs.models import check_trainable, fitting_length, load_tokenizer, peft_config
     from hfllm.runs.stage import Stage
-    from hfllm.stages import reward, reward_pictures
+    from hfllm.stages import own_pictures, reward, reward_pictures
     from hfllm.stages.architecture import check_adapter
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
@@ -51,7 +51,8 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     from hfllm.trainers.trl_trainers import RewardTrainer
 
     reward.check(script_args, model_args)
-    stage = Stage("reward", script_args, training_args, model_args)
+    files = own_pictures.files_changed(script_args, [model_args.model_name_or_path], model_args.model_revision)
+    stage = Stage("reward", script_args, training_args, model_args, also=files)
     stage.check()
     if stage.is_finished:
         return stage.reuse()
@@ -59,7 +60,7 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
     processor = reward_pictures.processor_of(model_args)
     rows = reward_pictures.user_comparisons(script_args, training_args.seed, processor)
-    shows = reward_pictures.check(script_args, training_args, model_args, rows)
+    shows = reward_pictures.check(script_args, training_args, model_args, rows, processor)
     before = reward.stages_before(script_args, training_args, model_args)
     check_adapter(model_args, before, "SEQ_CLS")
 

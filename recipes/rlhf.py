@@ -42,7 +42,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     from hfllm.rewards.ensembles import RewardEnsemble
     from hfllm.runs.models import load_value_model, peft_config
     from hfllm.runs.stage import Stage
-    from hfllm.stages import rlhf, rlhf_checks
+    from hfllm.stages import own_pictures, rlhf, rlhf_checks
     from hfllm.stages.architecture import config_to_train
     from hfllm.stages.rlhf_pictures import load_policy, next_lines
     from hfllm.stages.rlhf_tools import checked_tools
@@ -55,7 +55,8 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     # Refuse what cannot work before anything is trained.
     rlhf_checks.check(training_args)
     before = rlhf.stages_before(script_args, training_args, model_args)
-    stage = Stage("rlhf", script_args, training_args, model_args, before=before.parsed)
+    files = own_pictures.files_changed(script_args, [model_args.model_name_or_path], model_args.model_revision)
+    stage = Stage("rlhf", script_args, training_args, model_args, before=before.parsed, also=files)
     stage.check()
     if stage.is_finished:
         return stage.reuse()

@@ -38,7 +38,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     from hfllm.runs.arguments import changed
     from hfllm.runs.models import check_trainable, fitting_length, load_config, peft_config
     from hfllm.runs.stage import Stage
-    from hfllm.stages import rlhf_pictures, sft, sft_pictures, sft_retrieval
+    from hfllm.stages import own_pictures, rlhf_pictures, sft, sft_pictures, sft_retrieval
     from hfllm.stages.architecture import check_adapter
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
@@ -48,7 +48,9 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     from hfllm.trainers.trl_trainers import SFTTrainer
 
     sft.check(script_args, training_args, model_args)
-    stage = Stage("sft", script_args, training_args, model_args, also=sft_retrieval.contents(script_args))
+    files = own_pictures.files_changed(script_args, [model_args.model_name_or_path], model_args.model_revision)
+    also = {**sft_retrieval.contents(script_args), **files}
+    stage = Stage("sft", script_args, training_args, model_args, also=also)
     stage.check()
     if stage.is_finished:
         return stage.reuse()

@@ -35,14 +35,15 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
     from hfllm.outputs.picture_lines import picture_lines
     from hfllm.runs.models import check_trainable
     from hfllm.runs.stage import Stage
-    from hfllm.stages import vision, vision_data, vision_models, vision_ppo
+    from hfllm.stages import own_pictures, vision, vision_data, vision_models, vision_ppo
     from hfllm.stages.vision_evaluation import evaluate
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.run_record import final_train_loss
 
     vision.check(script_args, training_args, model_args)
-    stage = Stage("vision", script_args, training_args, model_args)
+    files = own_pictures.files_changed(script_args, [model_args.model_name_or_path], model_args.model_revision)
+    stage = Stage("vision", script_args, training_args, model_args, also=files)
     stage.check()
     if stage.is_finished:
         return stage.reuse()

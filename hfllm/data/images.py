@@ -1,56 +1,41 @@
-"""Pictures of a dataset's rows: read from paths, bytes or PIL into RGB, and put at their places in a conversation.
+"""Pictures of a dataset's rows, put at their places in a conversation; `image_files` reads them.
 
 A row has a column `image` or `images`, or parts `{"type": "image", "image": ...}` in the content of its messages. A
 picture is a path (relative to the dataset's folder), bytes, a PIL image, or what datasets keeps of its Image feature,
 `{"bytes": ..., "path": ...}`. Of `<image>` marks and such parts there must be as many as pictures; where there are
 none, the pictures come before the first question, as in TRL.
-
-What is read is RGB: palettes, gray, 16 bits and CMYK are converted, what is transparent lies on white, and pictures
-are turned as the camera was held. Of an animation the first frame is read.
 """
 
-import base64
-import binascii
-import hashlib
-import io
-import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from hfllm.data.formats import as_messages
-from hfllm.data.messages import Message, content_text
+from hfllm.data.formats import ANSWERED, LABELED, as_messages
+from hfllm.data.image_files import MAX_PIXELS, image_key, read_image
+from hfllm.data.messages import ROLES, Message, content_text
 from hfllm.data.rows import BadRow, flaw_of
 from hfllm.errors import InputError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 Row = dict[str, Any]
 Converted = TypeVar("Converted")
 # Where a picture stands in a text, as LLaVA's datasets write it.
 MARK = "<image>"
 COLUMNS = ("image", "images")
-MESSAGES = ("messages", "conversations", "prompt", "completion")
-# A picture of more pixels is refused: in RGB it takes 120 MB, and models see it much smaller.
-MAX_PIXELS = 40_000_000
-# Sides of one pixel are those of broken downloads and of marks that count visitors.
-MIN_SIDE = 2
-UNREADABLE = "with a picture that cannot be read"
-
-
-class BadImage(BadRow):
-    """A picture that cannot be read; `--bad_images drop` leaves its row out."""
-
-    def __init__(self, message: str):
-        super().__init__(message, UNREADABLE)
+# Columns that may hold messages, in any format.
+MESSAGES = tuple(
+    dict.fromkeys(
+        (
+            *("messages", "conversations", "chosen", "rejected", "response_a", "response_b", "input"),
+            *chain(*ANSWERED, *LABELED),
+        )
+    )
+)
 
 
 def has_images(row: Mapping[str, Any]) -> bool:
     """Return whether a row has pictures, in a column or in its messages."""
-    # A row of text in a table of pictures has an empty list.
-    in_columns = any(each is not None for column in COLUMNS for each in _as_list(row.get(column)))
-    return in_columns or any(_is_picture(part) for column in MESSAGES for part in _parts(row.get(column)))
+    return bool(_in_columns(row)) or any(_is_picture(part) for column in MESSAGES for part in _parts(row.get(column)))
 
 
 def refuse_images(origin: str, row: Mapping[str, Any], model: str) -> None:
@@ -76,124 +61,51 @@ def without_images(mapper: Callable[[str, Row], Converted], model: str) -> Calla
     return convert
 
 
-def read_image(
-    value: Any, origin: str, folder: Path | None = None, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE
-) -> "Image":
-    """Return a picture in RGB, wholly decoded.
-
-    Args:
-        value: a path, bytes, a PIL image, a `data:` address, or a dictionary with `bytes` or `path`.
-        origin: the row, for errors.
-        folder: what paths are relative to.
-        max_pixels: width times height at most, known before anything is decoded.
-        min_side: the shorter side at least.
-
-    Raises:
-        BadImage: in one line that names the row and the file, when it cannot be read or is too large or too small.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    if isinstance(value, Image.Image):
-        return _checked(value, f"{origin}: picture in memory", max_pixels, min_side)
-    source, name = _source(value, origin, folder)
-    where = f"{origin}: picture {name}"
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns of more pixels than it likes, and we have a limit of our own.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(source) as opened:
-                return _checked(opened, where, max_pixels, min_side)
-    except Image.DecompressionBombError:
-        raise BadImage(f"{where}: more pixels than {max_pixels:,}, the most that are read") from None
-    except UnidentifiedImageError:
-        raise BadImage(f"{where}: no picture in a format that Pillow reads") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise BadImage(f"{where}: cannot be read: {_first_line(error)}") from None
-
-
-def _source(value: Any, origin: str, folder: Path | None) -> tuple[Any, str]:
-    """Return what Pillow opens, and the name that errors give it."""
-    if isinstance(value, Mapping):
-        if value.get("bytes") is not None:
-            return io.BytesIO(value["bytes"]), f"{value.get('path') or 'in bytes'}"
-        value = value.get("path")
-    if isinstance(value, (bytes, bytearray)):
-        return io.BytesIO(value), f"of {len(value):,} bytes"
-    if isinstance(value, str) and value.startswith("data:"):
-        try:
-            return io.BytesIO(base64.b64decode(value.partition(",")[2], validate=True)), "in a data: address"
-        except (binascii.Error, ValueError):
-            raise BadImage(f"{origin}: picture in a data: address: not base64") from None
-    if isinstance(value, str) and "://" in value:
-        raise BadImage(f"{origin}: picture {value}: nothing is downloaded here; save it as a file and name its path")
-    if not isinstance(value, (str, Path)) or not str(value):
-        raise BadImage(f"{origin}: a picture must be a path, bytes or a PIL image, got {str(value)[:60]!r}")
-    path = Path(folder or "", value)
-    if not path.is_file():
-        raise BadImage(f"{origin}: picture {path}: no such file")
-    return path, str(path)
-
-
-def _checked(image: "Image", where: str, max_pixels: int, min_side: int) -> "Image":
-    width, height = image.size
-    if width * height > max_pixels:
-        raise BadImage(f"{where}: {width} x {height} pixels; at most {max_pixels:,} are read")
-    if min(width, height) < min_side:
-        raise BadImage(f"{where}: {width} x {height} pixels; each side must have at least {min_side}")
-    return to_rgb(image)
-
-
-def image_key(value: Any) -> str:
-    """Return what is equal for equal pictures, as rows hold them: the path, or a hash of the bytes."""
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
-    if hasattr(value, "tobytes"):
-        value = value.tobytes()
-    return hashlib.sha256(value).hexdigest() if isinstance(value, (bytes, bytearray)) else str(value)
-
-
-def to_rgb(image: "Image") -> "Image":
-    """Return a copy in RGB, upright, of its first frame; what is transparent lies on white."""
-    import numpy
-    from PIL import Image, ImageOps
-
-    if getattr(image, "is_animated", False):
-        image.seek(0)
-    image.load()
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow would cut 16 bits off at 255; some formats have them in 32, and others no more than 8 of them.
-        values = numpy.asarray(image)
-        values = values >> 8 if values.max(initial=0) > 255 else values
-        image = Image.fromarray(values.clip(0, 255).astype(numpy.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-
-
-# ---- rows ----
-
-
 def take_images(origin: str, row: Mapping[str, Any]) -> tuple[Row, list[Any]]:
     """Return a row without its pictures, with a mark at the place of each that its messages hold, and the pictures.
 
+    Where `chosen` and `rejected` are whole conversations, their pictures are the same and count once.
+
     Raises:
-        InputError: when both a column and the messages bring pictures, or a part of a message is of another kind.
+        InputError: when both a column and the messages bring pictures, a part of a message is of another kind, or
+            conversations that are compared show different pictures.
     """
     rest = {name: value for name, value in row.items() if name not in COLUMNS}
-    images = [each for column in COLUMNS for each in _as_list(row.get(column)) if each is not None]
-    inside: list[Any] = []
+    images, inside = _in_columns(row), {}
     for column in MESSAGES:
-        if isinstance(rest.get(column), list):
-            rest[column] = [_flat(origin, message, inside) for message in rest[column]]
-    if images and any(each is not None for each in inside):
+        said, inside[column] = rest.get(column), []
+        if isinstance(said, list):
+            rest[column] = [_flat(origin, message, inside[column]) for message in said]
+        elif isinstance(said, Mapping):
+            rest[column] = _flat(origin, said, inside[column])
+    shown = _shown_once(origin, rest, inside)
+    if images and any(each is not None for each in shown):
         raise InputError(f"{origin}: pictures in a column and in the messages: expected one of the two")
-    return rest, images or [each for each in inside if each is not None]
+    return rest, images or [each for each in shown if each is not None]
+
+
+def _shown_once(origin: str, row: Row, inside: Mapping[str, list[Any]]) -> list[Any]:
+    """Return the pictures in a row's messages, by column; of conversations that are compared those of one."""
+    sides = ("chosen", "rejected")
+    if not any(_begins_with_a_question(row.get(side)) for side in sides):
+        return [each for shown in inside.values() for each in shown]
+    # They repeat the prompt, so that a column with it has the same pictures.
+    keys = {
+        tuple(each if each is None else image_key(each) for each in shown)
+        for column, shown in inside.items()
+        if shown or column in sides
+    }
+    if len(keys) > 1:
+        raise InputError(
+            f"{origin}: chosen and rejected are conversations that show different pictures: they must begin with the "
+            "same prompt, and its pictures"
+        )
+    return inside["chosen"]
+
+
+def _begins_with_a_question(said: Any) -> bool:
+    first = said[0] if isinstance(said, list) and said and isinstance(said[0], Mapping) else {}
+    return ROLES.get(first.get("role", first.get("from"))) in ("system", "user")
 
 
 def place_images(origin: str, row: Mapping[str, Any], count: int) -> Row:
@@ -209,13 +121,13 @@ def place_images(origin: str, row: Mapping[str, Any], count: int) -> Row:
     """
     sides = [side for side in ("prompt", "completion") if side in row]
     places = sum(message["content"].count(MARK) for side in sides for message in row[side])
+    answers = [side for side in ("chosen", "rejected") if side in row]
+    if any(MARK in message["content"] for side in answers for message in row[side]):
+        raise InputError(f"{origin}: a place ({MARK}) in an answer: pictures are shown in the prompt")
     if places and places != count:
         raise InputError(f"{origin}: {counted(count, 'picture')} and {counted(places, 'place')} ({MARK}) for them")
     if any(MARK in message["content"] for side in sides for message in row[side] if message["role"] == "assistant"):
         raise InputError(f"{origin}: a place ({MARK}) in what the assistant says: pictures are shown by the user")
-    answers = [side for side in ("chosen", "rejected") if side in row]
-    if any(MARK in message["content"] for side in answers for message in row[side]):
-        raise InputError(f"{origin}: a place ({MARK}) in an answer: pictures are shown in the prompt")
     placed, first = dict(row), not places
     for side in (*sides, *answers):
         placed[side] = []
@@ -312,13 +224,26 @@ def found_in(folder: Path | None, value: Any) -> Any:
     return str(Path(folder or "", value)) if is_path and not str(value).startswith("data:") else value
 
 
+def _in_columns(row: Mapping[str, Any]) -> list[Any]:
+    """Return the pictures in a row's columns; a row of text in a table of pictures has an empty list or nothing."""
+    found = (_given(each) for column in COLUMNS for each in _as_list(row.get(column)))
+    return [each for each in found if each is not None]
+
+
+def _given(value: Any) -> Any:
+    """Return a picture, `None` for what a table has in place of one."""
+    is_empty = isinstance(value, Mapping) and value and all(each is None for each in value.values())
+    return None if is_empty else value
+
+
 def _as_list(value: Any) -> Sequence[Any]:
     return value if isinstance(value, (list, tuple)) else [value]
 
 
 def _parts(messages: Any) -> list[Any]:
     """Return all parts of the contents of messages, if these are messages."""
-    contents = [message.get("content") for message in messages or () if isinstance(message, Mapping)]
+    messages = [messages] if isinstance(messages, Mapping) else messages if isinstance(messages, (list, tuple)) else ()
+    contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
     return [part for content in contents if isinstance(content, (list, tuple)) for part in content]
 
 
@@ -334,7 +259,7 @@ def _flat(origin: str, message: Any, images: list[Any]) -> Any:
     text = ""
     for part in content:
         if _is_picture(part):
-            given = [part.get(name) for name in ("image", "image_url", "url", "path")]
+            given = [_given(part.get(name)) for name in ("image", "image_url", "url", "path")]
             found = next((each for each in given if each is not None), None)
             images.append(found.get("url") if isinstance(found, Mapping) and "url" in found else found)
             text += MARK

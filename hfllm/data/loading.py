@@ -8,7 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
 from hfllm.data import formats
-from hfllm.data.images import image_key
+from hfllm.data.image_files import image_key
 from hfllm.data.prepared import Prepared
 from hfllm.data.rows import BadRow, Dropped, OriginRow, flaw_of
 from hfllm.data.sources import DIGITS, EMBEDDED, PICTURES, TRAIN, WORLD, HubPart, iterate_source, source_files

@@ -1,4 +1,7 @@
-"""Read conversations as people have them: roles, tool calls and tool results, in OpenAI's and in ShareGPT's form."""
+"""Read conversations as people have them: roles, tool calls and tool results, in OpenAI's and in ShareGPT's form.
+
+The content of a message is a text, or a list of parts `{"type": "text", "text": ...}`, which are joined.
+"""
 
 import json
 from collections.abc import Callable, Sequence
@@ -75,9 +78,41 @@ def content_text(content: str | list[dict[str, Any]] | None, place: str = "<imag
     return "".join(part["text"] if part.get("type") == "text" else place for part in content)
 
 
+def joined_texts(origin: str, content: Any) -> Any:
+    """Return the text of a content that is a list of text parts; any other content as it is.
+
+    Raises:
+        InputError: for a part of another kind, naming the origin.
+    """
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if not _is_text(part):
+            raise InputError(f"{origin}: a part of a message must be a text here, got {str(part)[:80]!r}")
+    return "".join(part["text"] for part in content)
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+
+
 def words_of(message: Message) -> Message:
     """Return a message without its pictures: of a list of parts, the text."""
     return {**message, "content": content_text(message["content"], "")} if is_in_parts(message) else message
+
+
+def spells(token: str, said: Any) -> bool:
+    """Return whether a text occurs in messages, tools or other values of a row, at any depth."""
+    if isinstance(said, str):
+        return token in said
+    if isinstance(said, dict):
+        return any(spells(token, part) for pair in said.items() for part in pair)
+    return isinstance(said, (list, tuple)) and any(spells(token, each) for each in said)
+
+
+def unspelled(token: str | None, text: str) -> str:
+    """Return a text in which nothing spells a token: with a space after the first letter of each that does."""
+    return text.replace(token, f"{token[0]} {token[1:]}") if token else text
 
 
 def is_in_parts(message: Message) -> bool:
@@ -119,7 +154,10 @@ def _message(origin: str, message: Any) -> Message:
     if calls and content is None:
         content = ""
     if role in ROLES and ROLES[role] == "tool" and not isinstance(content, str) and content is not None:
-        content = json.dumps(content, ensure_ascii=False)
+        # Without their type they may be any result, such as passages.
+        in_parts = isinstance(content, list) and content and all(_is_text(each) and "type" in each for each in content)
+        content = content if in_parts else json.dumps(content, ensure_ascii=False)
+    content = joined_texts(origin, content)
     if role not in ROLES or not isinstance(content, str):
         raise InputError(
             f"{origin}: a message needs role (one of {', '.join(ROLES)}) and content, got {str(message)[:80]!r}"

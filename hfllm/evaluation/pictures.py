@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hfllm.data.images import image_key, text_of
+from hfllm.data.image_files import image_key
+from hfllm.data.images import text_of
 from hfllm.data.world.pictures import Scene
 
 

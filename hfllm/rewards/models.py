@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfllm.data.messages import read_tools, words_of
+from hfllm.data.messages import Message, read_tools, unspelled, words_of
 from hfllm.data.picture_batches import conversation_batch
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
@@ -90,6 +90,8 @@ class RewardModel:
 class PictureRewardModel(RewardModel):
     """A reward model that sees: it reads prompts with their pictures, as the policy does.
 
+    Words that spell the token of a picture's place are read with a space in it: a policy may write anything.
+
     Args:
         model: scores conversations with pictures; a class of transformers with `pixel_values`.
         processor: the reward model's own.
@@ -103,12 +105,24 @@ class PictureRewardModel(RewardModel):
     def __call__(self, prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> list[float]:
         if any(columns.get("tools") or ()):
             raise InputError(f"the reward model {self.__name__!r} sees, and reads no tools: leave their column out")
-        conversations = [_as_conversation(*said) for said in zip(prompts, completions, strict=True)]
+        conversations = [self._conversation(*said) for said in zip(prompts, completions, strict=True)]
         scores: list[float] = []
         for start in range(0, len(conversations), self.batch_size):
             said = conversations[start : start + self.batch_size]
             scores += self.scores(conversation_batch(self.processor, said, [()] * len(said)))
         return scores
+
+    def _conversation(self, prompt: str | list, completion: str | list) -> list[Message]:
+        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        token = getattr(self.processor, "image_token", None)
+
+        def plain(content: str | list) -> str | list:
+            if isinstance(content, str):
+                return unspelled(token, content)
+            return [{**part, "text": unspelled(token, part["text"])} if "text" in part else part for part in content]
+
+        return [{**message, "content": plain(message["content"])} for message in (*before, *said)]
 
     def scores(self, batch: "Mapping[str, torch.Tensor]") -> list[float]:
         """Return the score of each conversation of a batch that the processor made."""
@@ -117,12 +131,6 @@ class PictureRewardModel(RewardModel):
         with torch.inference_mode(), pass_precision(self.model):
             inputs = {name: value.to(self.model.device) for name, value in batch.items()}
             return self.model(**inputs, use_cache=False).logits.squeeze(-1).float().tolist()
-
-
-def _as_conversation(prompt: str | list, completion: str | list) -> list:
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-    return [*before, *said]
 
 
 def reward_model(

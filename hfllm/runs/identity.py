@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfllm.data.named_pictures import existing, named_pictures
 from hfllm.data.sources import PYDOC, WORLD, source_files
 from hfllm.errors import InputError
 from hfllm.runs.parser import present_name
@@ -40,6 +41,8 @@ MAY_CHANGE = frozenset(
         *("max_tokens_per_pass", "length_bucket_size", "local_rollout_forward_batch_size"),
     )
 )
+# The argument that says when the pictures of a dataset's rows were written, by the dataset's flag.
+PICTURES_OF = "pictures of {} changed at"
 DATASETS = ("dataset_name", "eval_dataset_name", "ptx_dataset_name")
 MODELS = (
     *("model_name_or_path", "config_name_or_path", "tokenizer_name_or_path", "teacher_model_name_or_path"),
@@ -138,6 +141,10 @@ def model_files(folder: str | Path) -> list[tuple[str, Path]]:
 def _named_files(arguments: Mapping[str, Any]) -> dict[str, list[tuple[str, Path]]]:
     """Return the local files that flags name, by flag."""
     found = {flag: _data_files(arguments.get(flag)) for flag in DATASETS}
+    for flag in DATASETS:
+        if PICTURES_OF.format(flag) in arguments:
+            pictures = existing(named_pictures(arguments[flag], arguments.get("column_mapping")))
+            found[flag] += [(f"picture {name}", path) for name, path in pictures.items()]
     mixture = [entry.rpartition(":") for entry in arguments.get("dataset_mixture") or []]
     found["dataset_mixture"] = [
         (f"{place}:{weight}:{name}", path)

@@ -9,6 +9,7 @@ from hfllm.runs.command_line import say
 from hfllm.stages import evaluate_lm_eval, evaluate_pictures
 from hfllm.stages.evaluate import CONFIGS, FILES, EvaluateArguments, processor_of
 from hfllm.stages.evaluate_suites import SUITES, suites_of
+from hfllm.stages.own_pictures import files_changed
 
 
 def check(script_args: EvaluateArguments) -> None:
@@ -89,9 +90,10 @@ def check_models(script_args: EvaluateArguments) -> None:
             )
 
 
-def changed_files(script_args: EvaluateArguments) -> dict[str, int]:
-    """Return when the files that flags name were last changed, by name."""
+def changed_files(script_args: EvaluateArguments) -> dict[str, int | str]:
+    """Return when the files that flags and rows name were last changed, by name."""
     named = [getattr(script_args, flag) or [] for flag in FILES]
     paths = [path for each in named for path in ([each] if isinstance(each, str) else each)]
     paths += evaluate_lm_eval.files_of(script_args)
-    return {f"{path} changed at": Path(path).stat().st_mtime_ns for path in paths}
+    changed = {f"{path} changed at": Path(path).stat().st_mtime_ns for path in paths}
+    return {**changed, **files_changed(script_args, script_args.model_name_or_path or ())}

@@ -21,12 +21,15 @@ def check(script_args: "EvaluateArguments") -> None:
     Raises:
         InputError: naming the flag.
     """
+    from hfllm.stages.vision import DRAWN
+
     name, is_asked = script_args.dataset_name, SUITE in script_args.suites
     refuse(bool(name) and not is_asked, "--dataset_name", f"it is for --suites {SUITE}")
     if is_asked and not name:
         raise InputError(f"--suites {SUITE} needs --dataset_name: rows with pictures, or 'pictures' or 'digits'")
     for flag in given_flags(script_args, OF_PICTURES):
         refuse(not is_asked, f"--{flag}", f"it is for --suites {SUITE}")
+        refuse(name in DRAWN, f"--{flag}", "it is for rows of your own, and these are drawn")
     if is_asked and not script_args.model_name_or_path:
         raise InputError(f"--suites {SUITE} needs --model_name_or_path: a model that sees (hfllm vision makes one)")
 
@@ -56,14 +59,25 @@ def parts_of(script_args: "EvaluateArguments") -> "list[Part]":
 
 def own_questions(script_args: "EvaluateArguments") -> "Sequence[Asked]":
     """Return the first answer of each of the user's rows as a question, of the first `--num_items` that are kept."""
-    from hfllm.data.formats import to_sft
+    from hfllm.data.formats import Row, to_sft
     from hfllm.data.images import flaw_of_pictures
     from hfllm.data.loading import RowArguments
-    from hfllm.stages.own_pictures import by_turns, picture_mapper
+    from hfllm.stages.evaluate import processor_of
+    from hfllm.stages.own_pictures import by_turns, picture_mapper, refuse_token
     from hfllm.stages.user_rows import kept_rows
     from hfllm.stages.vision_data import asked_of
 
     name = script_args.dataset_name
     read = RowArguments(dataset_name=name, dataset_train_split="test")
-    rows = kept_rows(read, picture_mapper(script_args, name, to_sft, STAGE), flaw_of_pictures)
-    return [asked_of(by_turns(row)[0]) for row in rows][: script_args.num_items]
+    pictures = picture_mapper(script_args, name, to_sft, STAGE)
+    # All models are asked the same; a processor without pictures is refused later.
+    processors = map(processor_of, script_args.model_name_or_path or ())
+    tokens = {getattr(processor, "image_token", None) for processor in processors}
+
+    def mapper(origin: str, row: Row) -> Row:
+        row = by_turns(pictures(origin, row))[0]
+        for token in tokens:
+            refuse_token(origin, {"prompt": row["prompt"]}, token)
+        return row
+
+    return [asked_of(row) for row in kept_rows(read, mapper, flaw_of_pictures)][: script_args.num_items]

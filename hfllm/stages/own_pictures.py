@@ -1,12 +1,15 @@
 """Rows with pictures of the user's: their flags, what is refused of them, and the form in which they are learned."""
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.images import MAX_PIXELS, BadImage, Row, read_image, text_of, to_pictures, to_rgb
+from hfllm.data.image_files import MAX_PIXELS, BadImage, read_image, to_rgb
+from hfllm.data.images import Row, has_images, to_pictures
+from hfllm.data.loading import DataArguments
+from hfllm.data.messages import spells
 from hfllm.data.rows import BadRow
 from hfllm.data.sources import folder_of
 from hfllm.errors import InputError, refuse
@@ -50,6 +53,7 @@ class FreezingArguments:
     )
 
 
+WORDS_FOR_A_PICTURE = "with words for a picture"
 FREEZING, OF_PICTURES = ("freeze_vision", "freeze_text"), ("bad_images", "max_pixels")
 
 
@@ -67,6 +71,38 @@ def check_freezing(script_args: FreezingArguments, model_args: "ModelConfig") ->
     for flag in FREEZING:
         is_both = model_args.use_peft and getattr(script_args, flag)
         refuse(is_both, f"--{flag}", "with --use_peft all weights are frozen, and --lora_target_modules get adapters")
+
+
+def files_changed(
+    script_args: DataArguments | PictureArguments, models: Sequence[str | None], revision: str = "main"
+) -> dict[str, str]:
+    """Return what tells whether files of pictures that local rows name were replaced, by flag, for `Stage`.
+
+    Args:
+        script_args: with `dataset_name`, and perhaps `eval_dataset_name`.
+        models: those that would see them; where none sees, rows are not looked at.
+        revision: of the models.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    from hfllm.data.named_pictures import named_pictures, written_when
+    from hfllm.runs.identity import PICTURES_OF
+    from hfllm.runs.models import load_config
+
+    def sees(model: str) -> bool:
+        try:
+            return type(load_config(model, revision)) in AutoModelForImageTextToText._model_mapping
+        except InputError:
+            # Named where the model is needed.
+            return False
+
+    flags = ("dataset_name", "eval_dataset_name")
+    sets = {flag: name for flag in flags if (name := getattr(script_args, flag, None)) and Path(name).exists()}
+    if not sets or not any(sees(model) for model in models if model):
+        return {}
+    how = (getattr(script_args, "column_mapping", None), getattr(script_args, "max_samples", None))
+    files = {flag: named_pictures(name, how[0], how[1] if flag == flags[0] else None) for flag, name in sets.items()}
+    return {PICTURES_OF.format(flag): written_when(found) for flag, found in files.items() if found}
 
 
 # ---- reading ----
@@ -100,7 +136,7 @@ def picture_mapper(
                 raise
             raise InputError(f"{error}; --bad_images drop leaves such rows out") from None
         refuse_tools(origin, converted, stage)
-        _refuse_token(origin, converted, image_token)
+        refuse_token(origin, converted, image_token)
         return converted
 
     return mapper
@@ -120,9 +156,33 @@ def refuse_tools(origin: str, row: Mapping[str, Any], stage: str) -> None:
         raise InputError(f"{origin}: the row has tools, of which {stage} teaches nothing: leave them out")
 
 
-def _refuse_token(origin: str, row: Mapping[str, Any], token: str | None) -> None:
-    if token is not None and any(token in text_of(each) for each in _messages(row)):
-        raise BadRow(f"{origin}: the words spell {token!r}, which stands for a picture", "with words for a picture")
+def refuse_token(origin: str, row: Mapping[str, Any], token: str | None) -> None:
+    """Refuse a converted row whose words spell the token of a picture's place: no picture would belong to it.
+
+    Raises:
+        BadRow: naming the row.
+    """
+    if token is not None and spells(token, [_messages(row), row.get("tools")]):
+        raise BadRow(f"{origin}: the words spell {token!r}, which stands for a picture", WORDS_FOR_A_PICTURE)
+
+
+def words_or_pictures(pictures: Convert, words: Convert, image_token: str | None) -> Convert:
+    """Return the conversion of rows of which some have pictures, for a model that sees.
+
+    Args:
+        pictures: converts a row with pictures: see `picture_mapper`.
+        words: converts a row of text.
+        image_token: as in `picture_mapper`; rows of text that spell it are left out, too.
+    """
+
+    def mapper(origin: str, row: Row) -> Row:
+        if has_images(row):
+            return pictures(origin, row)
+        converted = words(origin, row)
+        refuse_token(origin, converted, image_token)
+        return converted
+
+    return mapper
 
 
 # ---- learning ----

@@ -49,11 +49,11 @@ def user_comparisons(
     If one row has pictures, the messages of all have parts as their content.
     """
     from hfllm.data.formats import Row, to_preference
-    from hfllm.data.images import flaw_of_pictures, has_images, place_images
+    from hfllm.data.images import flaw_of_pictures, place_images
     from hfllm.data.rows import flaw_of, origin_of
     from hfllm.data.sources import WORLD
     from hfllm.stages import reward
-    from hfllm.stages.own_pictures import Convert, picture_mapper, refuse_tools
+    from hfllm.stages.own_pictures import Convert, picture_mapper, refuse_tools, words_or_pictures
     from hfllm.stages.sft_pictures import shows_pictures
     from hfllm.stages.user_rows import user_rows
 
@@ -63,7 +63,7 @@ def user_comparisons(
     def mapper_of(name: str) -> Convert:
         token = getattr(processor, "image_token", None)
         pictures = picture_mapper(script_args, name, to_preference, STAGE, token)
-        return lambda origin, row: pictures(origin, row) if has_images(row) else to_preference(origin, row)
+        return words_or_pictures(pictures, to_preference, token)
 
     def flaw(row: Row) -> str | None:
         return flaw_of_pictures(row) if row.get("images") else flaw_of(row)
@@ -84,8 +84,9 @@ def check(
     training_args: "RewardConfig",
     model_args: "ModelConfig",
     rows: tuple[Rows, Rows] | None,
+    processor: "ProcessorMixin | None",
 ) -> bool:
-    """Return whether a row has pictures; refuse flags that do not go with that.
+    """Return whether a row has pictures; refuse flags that do not go with that, or with a model that sees.
 
     Raises:
         InputError: naming the flag.
@@ -97,13 +98,20 @@ def check(
     shows = rows is not None and shows_pictures(*rows)
     for flag in given_flags(script_args, (*FREEZING, *OF_PICTURES)):
         refuse(not shows, f"--{flag}", "no row has a picture")
+    sees = processor is not None
+    # It would be read with another one by whoever takes it with its processor.
+    refuse(
+        sees and bool(training_args.chat_template_path),
+        "--chat_template_path",
+        "the model sees: its processor has one",
+    )
     if not shows:
         return False
     check_freezing(script_args, model_args)
     is_given = "max_length" in (given_names(script_args, training_args) or ())
     refuse(is_given and training_args.max_length is not None, "--max_length", "rows with pictures are not cut")
     refuse(bool(script_args.augment), "--augment", "the rows have pictures")
-    for flag in ("chat_template_path", "eos_token", "pad_to_multiple_of"):
+    for flag in ("eos_token", "pad_to_multiple_of"):
         is_given = bool(getattr(training_args, flag, None))
         refuse(is_given, f"--{flag}", "rows with pictures are read by the model's processor, as they are")
     return True

@@ -80,7 +80,10 @@ class RlhfArguments(RowArguments, AugmentationArguments, BatchArguments, RemoteC
     )
     filter_prompts: bool = field(
         default=False,
-        metadata={"help": "Leave out prompts that are empty or leave no room for a response, instead of stopping."},
+        metadata={
+            "help": "Leave out prompts that are empty, leave no room for a response or spell the token of a picture, "
+            "instead of stopping."
+        },
     )
     num_prompts: int = field(default=8192, metadata={"help": "Prompts of the embedded world to sample from."})
     num_eval_prompts: int = field(default=360, metadata={"help": "Held-out prompts, at most this many."})

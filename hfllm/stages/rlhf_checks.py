@@ -101,7 +101,7 @@ def check_models(
         peft_config,
         try_adapter,
     )
-    from hfllm.stages.rlhf_pictures import check_rows, load_processing_class, processing_class_of
+    from hfllm.stages.rlhf_pictures import check_rows, load_processing_class, processing_class_of, refuse_words
     from hfllm.trainers.ppo.pictures import tokenizer_of
     from hfllm.trainers.ppo.prompts import check_prompts
     from hfllm.trainers.ppo.setup import check_critic
@@ -126,6 +126,7 @@ def check_models(
     if model_args.model_name_or_path and not script_args.filter_prompts:
         reader = load_processing_class(model_args, policy_config)
         context = max_length_of(policy_config)
+        refuse_words(rows, reader)
         check_prompts(rows, reader, training_args.response_length, context, tools.schemas)
         _check_tools(rows, tokenizer_of(reader))
 
@@ -163,7 +164,8 @@ def fitting_prompts(
     from hfllm.data.rows import Dropped, origin_of
     from hfllm.runs.command_line import say
     from hfllm.runs.models import max_length_of
-    from hfllm.stages.rlhf_pictures import check_rows, load_processing_class
+    from hfllm.stages.own_pictures import WORDS_FOR_A_PICTURE
+    from hfllm.stages.rlhf_pictures import check_rows, load_processing_class, words_for_a_picture
     from hfllm.trainers.ppo.prompts import EMPTY, unfit_prompts
 
     if not script_args.filter_prompts:
@@ -173,11 +175,15 @@ def fitting_prompts(
     check_rows(rows, policy_config)
     context = max_length_of(policy_config)
     dropped = Dropped(len(rows))
-    unfit = {place: EMPTY for place, row in enumerate(rows) if formats.is_blank(row["prompt"])}
-    unfit |= dict(unfit_prompts(rows, tokenizer, training_args.response_length, context, tools.schemas))
+    unfit = dict.fromkeys(words_for_a_picture(rows, tokenizer), WORDS_FOR_A_PICTURE)
+    read = [place for place in range(len(rows)) if place not in unfit]
+    unfit |= {place: EMPTY for place in read if formats.is_blank(rows[place]["prompt"])}
+    tried = (tokenizer, training_args.response_length, context, tools.schemas)
+    unfit |= {read[place]: why for place, why in unfit_prompts([rows[place] for place in read], *tried)}
+    long = f"too long for --response_length {training_args.response_length} in a context of {context}"
+    reasons = {EMPTY: "with an empty prompt", WORDS_FOR_A_PICTURE: WORDS_FOR_A_PICTURE}
     for place, why in sorted(unfit.items()):
-        long = f"too long for --response_length {training_args.response_length} in a context of {context}"
-        dropped.add("with an empty prompt" if why == EMPTY else long, origin_of(rows[place], ""))
+        dropped.add(reasons.get(why, long), origin_of(rows[place], ""))
     if len(unfit) == len(rows):
         raise InputError(f"--filter_prompts: no prompt is left: {dropped}")
     if unfit:

@@ -128,6 +128,30 @@ def check_rows(rows: "Sequence[Row]", config: "PreTrainedConfig") -> None:
         check_pictures(rows, None, f"the policy (of type {config.model_type}{as_text})")
 
 
+def words_for_a_picture(rows: "Sequence[Row]", processing_class: "ProcessingClass") -> list[int]:
+    """Return the places of prompts whose words spell the token of a picture's place; of a tokenizer none."""
+    from hfllm.data.messages import spells
+
+    token = getattr(processing_class, "image_token", None) if hasattr(processing_class, "image_processor") else None
+    asked = [[row["prompt"], row.get("tools")] for row in rows] if token else []
+    return [place for place, said in enumerate(asked) if spells(token, said)]
+
+
+def refuse_words(rows: "Sequence[Row]", processing_class: "ProcessingClass") -> None:
+    """Refuse prompts whose words spell the token of a picture's place.
+
+    Raises:
+        InputError: naming the first.
+    """
+    from hfllm.data.rows import origin_of
+
+    for place in words_for_a_picture(rows, processing_class)[:1]:
+        raise InputError(
+            f"{origin_of(rows[place], f'prompt {place} of the dataset')}: the words spell "
+            f"{processing_class.image_token!r}, which stands for a picture; --filter_prompts leaves such prompts out"
+        )
+
+
 def next_lines(folder: str, prompt: "str | list[Message]", config: "PreTrainedConfig", is_adapter: bool) -> list[str]:
     """Return the lines of Python that load the aligned policy and ask it: a prompt, or about a picture.
 

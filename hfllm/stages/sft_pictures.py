@@ -66,11 +66,11 @@ def instruction_data(
         model_name: of the model, for complaints.
     """
     from hfllm.data import formats
-    from hfllm.data.images import flaw_of_pictures, has_images, place_images
+    from hfllm.data.images import flaw_of_pictures, place_images
     from hfllm.data.rows import flaw_of, origin_of
     from hfllm.data.sources import WORLD
     from hfllm.stages import sft
-    from hfllm.stages.own_pictures import Convert, picture_mapper, refuse_tools
+    from hfllm.stages.own_pictures import Convert, picture_mapper, refuse_tools, words_or_pictures
     from hfllm.stages.user_rows import user_rows
 
     if processor is None or script_args.dataset_name == WORLD:
@@ -81,8 +81,8 @@ def instruction_data(
         return formats.last_turn(row) if script_args.loss_on == "last" else row
 
     def mapper_of(name: str) -> Convert:
-        pictures = picture_mapper(script_args, name, words, STAGE, getattr(processor, "image_token", None))
-        return lambda origin, row: pictures(origin, row) if has_images(row) else words(origin, row)
+        token = getattr(processor, "image_token", None)
+        return words_or_pictures(picture_mapper(script_args, name, words, STAGE, token), words, token)
 
     def flaw(row: formats.Row) -> str | None:
         return flaw_of_pictures(row) if row.get("images") else flaw_of(row)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from hfllm.data.images import read_image
+from hfllm.data.image_files import read_image
 from hfllm.data.world.pictures import ABSENT, NOT_THERE, answer_about
 from hfllm.evaluation.pictures import Asked, best_guesses, is_right
 from hfllm.generation.picture_answers import answer_pictures

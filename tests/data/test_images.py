@@ -9,16 +9,14 @@ import pytest
 from PIL import Image
 
 from hfllm.data.formats import is_blank, to_prompt, to_sft
+from hfllm.data.image_files import BadImage, read_image, to_rgb
 from hfllm.data.images import (
-    BadImage,
     has_images,
     place_images,
-    read_image,
     refuse_images,
     take_images,
     to_picture_prompts,
     to_pictures,
-    to_rgb,
     without_images,
 )
 from hfllm.data.loading import prompt_key

@@ -27,13 +27,19 @@ def tower() -> SiglipVisionConfig:
     return SiglipVisionConfig(**TOWER, image_size=8, patch_size=4, vision_use_head=False)
 
 
-def make_processor() -> LlavaProcessor:
+def make_processor(image_token: str = "<image>") -> LlavaProcessor:
     """A processor of words and pictures."""
-    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<pad>"))
+    words = [word.replace("<image>", image_token) for word in WORDS]
+    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    marks = {"pad_token": "<pad>", "eos_token": "<eos>", "extra_special_tokens": ["<image>", "<user>", "<assistant>"]}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, chat_template=TEMPLATE, **marks)
-    return hfllm.vision_processor(tokenizer, tower(), image_token="<image>")
+    marks = {
+        "pad_token": "<pad>",
+        "eos_token": "<eos>",
+        "extra_special_tokens": [image_token, "<user>", "<assistant>"],
+    }
+    template = TEMPLATE.replace("<image>", image_token)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, chat_template=template, **marks)
+    return hfllm.vision_processor(tokenizer, tower(), image_token=image_token)
 
 
 def make_model(seed: int = 0) -> PreTrainedModel:

@@ -80,6 +80,18 @@ def test_rows_of_your_own_are_asked_and_resumed(seeing_folder, rows, tmp_path, c
     assert sorted(again) == sorted(lines) and json.loads(lines[0])["suite"] == "pictures"
 
 
+def test_pictures_that_were_replaced_are_asked_about_anew(seeing_folder, tmp_path, capsys):
+    path = write_rows(tmp_path / "data", halves(4))
+    flags = ["--model_name_or_path", seeing_folder / "model", "--dataset_name", path]
+    run(tmp_path / "out", *flags)
+    halves(1, seed=99)[0]["image"].save(tmp_path / "data" / "3.png")
+    with pytest.raises(InputError, match="finished run with pictures of dataset_name changed at='4 files, "):
+        run(tmp_path / "out", *flags)
+    (tmp_path / "out" / "report.json").unlink()
+    run(tmp_path / "out", *flags)
+    assert "is of other flags, and is written again" in capsys.readouterr().out
+
+
 def test_the_drawn_world_is_asked_by_family(seeing_folder, tmp_path):
     metrics = run(
         tmp_path, "--model_name_or_path", seeing_folder / "model", "--dataset_name", "pictures", "--num_items", 30
@@ -106,6 +118,11 @@ def test_what_cannot_be_asked_is_refused(seeing_folder, rows, tmp_path):
         ([*model, "--suites", "hhh", "--dataset_name", rows], "--dataset_name cannot be used here"),
         (["--dataset_name", rows], "needs --model_name_or_path"),
         ([*model, "--bad_images", "drop"], "--bad_images cannot be used here"),
+        (
+            [*model, "--dataset_name", "pictures", "--bad_images", "drop"],
+            "--bad_images cannot be used here: it is for rows of your own, and these are drawn",
+        ),
+        ([*model, "--dataset_name", "digits", "--max_pixels", "9"], "--max_pixels cannot be used here"),
         ([*model, "--dataset_name", bad], r"line 1: picture .*none.png: no such file; --bad_images drop"),
     ):
         with pytest.raises(InputError, match=words) as error:

@@ -1,6 +1,7 @@
 """Reward models that see: trained by `hfllm reward`, their control, and PPO that is rewarded by one."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -80,6 +81,18 @@ def test_a_score_is_that_of_the_conversation_alone(judge):
     assert together[0] == pytest.approx(by_hand, abs=1e-5)
 
 
+def test_an_answer_that_spells_the_token_of_a_picture_is_scored(judge):
+    """A policy may write it at any time; it is read with a space in it, in prompts too."""
+    folder, _ = judge
+    model, processor = (each.from_pretrained(folder) for each in (AutoModelForSequenceClassification, AutoProcessor))
+    scores, rows = reward_model(model, processor), halves(2)
+    prompts, answers = [*asked(rows), "say <image> left"], [*said(["left <image>", "<image> <image>"]), "<image>"]
+    spaced = [*asked(rows), "say < image> left"], [*said(["left < image>", "< image> < image>"]), "< image>"]
+    found = scores(prompts, answers)
+    assert found == scores(*spaced) and all(map(math.isfinite, found))
+    assert "<image>" in answers[0][0]["content"]
+
+
 def test_ppo_is_rewarded_by_what_it_sees(judge, seeing_folder, tmp_path, monkeypatch):
     """Each response is scored with a picture as it lies in the file; the critic may be such a model, too."""
     folder, _ = judge
@@ -134,6 +147,8 @@ def test_text_alone_and_both_mixed(seeing_folder, tmp_path):
     assert AutoProcessor.from_pretrained(tmp_path / "text").image_token == "<image>"
     with pytest.raises(InputError, match="--freeze_text cannot be used here: no row has a picture"):
         run(seeing_folder / "model", rows, tmp_path / "no", "--freeze_text")
+    with pytest.raises(InputError, match="--chat_template_path cannot be used here: the model sees"):
+        run(seeing_folder / "model", rows, tmp_path / "no", "--chat_template_path", "chatml")
 
 
 def test_what_cannot_be_judged_is_refused(seeing_folder, tmp_path):

@@ -135,6 +135,23 @@ def test_a_picture_that_cannot_be_read_is_refused_or_dropped(seeing_folder, tmp_
     assert "1 with a picture that cannot be read" in capsys.readouterr().out
 
 
+def test_a_finished_run_is_not_that_of_other_pictures(seeing_folder, tmp_path, capsys):
+    """A picture that was replaced makes another run of the same flags and rows, and of a checkpoint, too."""
+    rows = write_rows(tmp_path / "data", halves(8))
+    flags = ["--max_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
+    run(seeing_folder / "model", rows, tmp_path / "out", *flags)
+    again = run(seeing_folder / "model", rows, tmp_path / "out", *flags)
+    assert "already done" in capsys.readouterr().out and again["examples"] + again["eval_examples"] == 8
+    halves(1, seed=99)[0]["image"].save(tmp_path / "data" / "3.png")
+    with pytest.raises(InputError, match="holds a finished run with pictures of dataset_name changed at='8 files, "):
+        run(seeing_folder / "model", rows, tmp_path / "out", *flags)
+    (tmp_path / "out" / "report.json").unlink()
+    with pytest.raises(InputError, match="other contents of --dataset_name"):
+        run(seeing_folder / "model", rows, tmp_path / "out", *flags, "--resume_from_checkpoint", "true")
+    halves(8)[3]["image"].save(tmp_path / "data" / "3.png")
+    run(seeing_folder / "model", rows, tmp_path / "out", *flags, "--resume_from_checkpoint", "true")
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -160,6 +177,11 @@ def test_flags_that_do_not_go_with_pictures_are_refused(seeing_folder, tmp_path,
 def test_flags_of_pictures_and_rows_without_any(seeing_folder, texts, tmp_path):
     with pytest.raises(InputError, match="--freeze_vision cannot be used here: no row has a picture"):
         run(seeing_folder / "model", texts, tmp_path / "out", "--freeze_vision")
+    for flags in (["--chat_template_path", "chatml"], ["--added_tokens", "<new>"]):
+        with pytest.raises(InputError, match=f"{flags[0]} cannot be used here: the model sees") as error:
+            run(seeing_folder / "model", texts, tmp_path / "out", *flags)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_of_text_is_refused_by_its_name(seeing_folder, tmp_path):

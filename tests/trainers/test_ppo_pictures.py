@@ -13,7 +13,8 @@ from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalG
 import hfllm
 from hfllm.errors import InputError
 from hfllm.trainers.ppo import sampling
-from hfllm.trainers.ppo.pictures import Pictures, encode
+from hfllm.trainers.ppo.picture_tokens import encode
+from hfllm.trainers.ppo.pictures import Pictures
 from hfllm.trainers.ppo.prompts import read_rows
 from hfllm.trainers.ppo.rollout import Rollout, model_inputs, pad_prompts
 
@@ -344,7 +345,14 @@ def asked(*content):
         ({"prompt": asked(), "image": {"bytes": b"GIF89a"}}, "picture in bytes: no picture in a format"),
         ({"prompt": asked(), "image": 3}, "a picture must be a path, bytes or a PIL image, got '3'"),
         ({"prompt": asked({"type": "video"})}, "a part of the type 'video'; PPO reads text and image"),
-        ({"prompt": asked({"type": "text", "text": "<image>"})}, "Found 1 <image> tokens in the text but no images"),
+        (
+            {"prompt": asked({"type": "text", "text": "<image>"})},
+            "the words spell '<image>', which stands for a picture",
+        ),
+        (
+            {"prompt": asked({"type": "text", "text": "<image>"}), "image": 1},
+            "the words spell '<image>', which stands",
+        ),
         ({"prompt": [{"role": "system", "content": "say"}], "image": 1}, "no message of the user"),
     ],
 )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hfllm.data.formats import as_messages
-from hfllm.data.messages import Message
+from hfllm.data.messages import Message, read_messages
 from hfllm.data.transcripts import to_transcript
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import TOO_LONG, Item, Record, Suite
@@ -161,7 +161,10 @@ def pair_of(origin: str, row: Mapping[str, Any]) -> Pair:
     if "input" in row and ("target_scores" in row or "targets" in row):
         return _of_scores(origin, row)
     if {"prompt", "chosen", "rejected"} <= row.keys():
-        told = {name: as_messages(row[name]) for name in ("prompt", "chosen", "rejected")}
+        told = {
+            name: as_messages(row[name]) if isinstance(row[name], str) else read_messages(origin, row[name])
+            for name in ("prompt", "chosen", "rejected")
+        }
         prompt = row["prompt"]
         if not isinstance(prompt, str):
             prompt = tuple((message["role"], message["content"]) for message in told["prompt"])

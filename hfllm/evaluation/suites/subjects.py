@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from hfllm.data.messages import Message
+from hfllm.data.messages import Message, unspelled
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.likelihood import NOT_NUMBERS, Likelihood, Pair, Scorer, encode_pair
@@ -46,11 +46,16 @@ class Subject:
     def as_asked(self, prompt: Prompt) -> Prompt:
         """Return a prompt as the model is asked it: messages with the chat template, and else text.
 
-        A text becomes the user's message; of messages without a template the contents are kept, a paragraph each.
+        A text becomes the user's message; of messages without a template the contents are kept, a paragraph each. Of a
+        model that sees, words that spell the token of a picture's place get a space in it.
         """
         if self.uses_chat_template:
-            return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
+            said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            return [{**message, "content": self._plain(message["content"])} for message in said]
+        return self._plain(prompt if isinstance(prompt, str) else "\n\n".join(each["content"] for each in prompt))
+
+    def _plain(self, text: str) -> str:
+        return unspelled(getattr(self.processor, "image_token", None), text)
 
     def text_of(self, prompt: Prompt) -> str:
         """Return the text that the model reads, with its chat template up to the assistant's turn.
@@ -158,7 +163,7 @@ class Subject:
 
     def pairs(self, context: Prompt, continuations: Sequence[str]) -> list[Pair]:
         """Return the tokens of a context with each of its continuations."""
-        asked = self.as_asked(context)
+        asked, continuations = self.as_asked(context), [self._plain(each) for each in continuations]
         if isinstance(asked, str):
             return [encode_pair(self.tokenizer, asked, each) for each in continuations]
         # After a template's own tokens an answer begins anew, as it does when the model writes it.

@@ -1,4 +1,4 @@
-"""Pictures in prompts: from a row's columns to the tensors that a model reads beside its tokens.
+"""Pictures in prompts: a row's columns, the prompt with its pictures, and the tensors that a model reads of them.
 
 The format is that of TRL's GRPOTrainer: a column `image` or `images`, and a prompt that is a list of messages, with a
 part `{"type": "image"}` at the place of each picture. A prompt without places has them before the user's first words.
@@ -7,14 +7,14 @@ part `{"type": "image"}` at the place of each picture. A prompt without places h
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from hfllm.data.images import counted, read_image
-from hfllm.data.messages import Message, is_begun, read_tools
-from hfllm.data.rows import origin_of
+from hfllm.data.image_files import read_image
+from hfllm.data.images import counted
+from hfllm.data.messages import Message
 from hfllm.errors import InputError
 from hfllm.models.stored import reads_pictures
 
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
 COLUMNS = ("images", "image")
-# Token ids of a prompt, and tensors of its pictures by the model's argument.
-Encoded = tuple[list[int], dict[str, torch.Tensor]]
-# Prompts that are processed at once: so many that what a call costs is little beside the pictures.
-TOGETHER = 32
 # What a processor returns about each token; anything else is about pictures or parts of them.
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 # Names of configs for the tokens at whose places features of media are put. Such a token is never sampled.
@@ -175,7 +171,7 @@ def pictures_of(row: Row, origin: str) -> list[Any]:
 
 def has_pictures(row: Row, origin: str) -> bool:
     """Return whether a row has pictures, or places for them."""
-    return bool(pictures_of(row, origin)) or _count_parts(row["prompt"]) > 0
+    return bool(pictures_of(row, origin)) or count_parts(row["prompt"]) > 0
 
 
 def _parts(message: Message) -> list[dict[str, Any]]:
@@ -183,7 +179,7 @@ def _parts(message: Message) -> list[dict[str, Any]]:
     return content if isinstance(content, list) else []
 
 
-def _count_parts(prompt: str | list[Message]) -> int:
+def count_parts(prompt: str | list[Message]) -> int:
     """Return the parts of a prompt that are not text: places of pictures, filled or not, and other media."""
     if isinstance(prompt, str):
         return 0
@@ -198,7 +194,7 @@ def filled_prompt(row: Row, origin: str) -> list[Message]:
     """
     prompt, given = row["prompt"], pictures_of(row, origin)
     column = next((name for name in COLUMNS if row.get(name) is not None), None)
-    if given and not _count_parts(prompt):
+    if given and not count_parts(prompt):
         prompt = _with_places(prompt, len(given), origin)
     for part in (part for message in prompt for part in _parts(message)):
         if part.get("type") not in ("text", "image"):
@@ -231,122 +227,10 @@ def _with_places(prompt: list[Message], count: int, origin: str) -> list[Message
 
 def without_pictures(prompt: str | list[Message]) -> str | list[Message]:
     """Return a prompt whose places of pictures are empty, as a table of completions shows it."""
-    if isinstance(prompt, str) or not _count_parts(prompt):
+    if isinstance(prompt, str) or not count_parts(prompt):
         return prompt
 
     def emptied(part: dict[str, Any]) -> dict[str, Any]:
         return part if part["type"] == "text" else {"type": part["type"]}
 
     return [{**each, "content": [emptied(part) for part in _parts(each)]} if _parts(each) else each for each in prompt]
-
-
-# ---- tokens ----
-
-
-def encode(
-    rows: Sequence[Row],
-    processor: ProcessorMixin,
-    tools: Sequence[dict[str, Any]] | None = None,
-    first: int = 0,
-) -> tuple[list[list[int]], Pictures | None, list[list[Message]]]:
-    """Return the token ids of each row's prompt, its pictures (`None` if no row has any), and the prompts with them.
-
-    Rows are processed together where what the processor returns leaves no doubt which picture is whose, and else each
-    by itself.
-
-    Args:
-        rows: of a conversation each; the same row several times in turn is processed once.
-        tools: schemas, for all rows; else a row's own.
-        first: the place of the first row in its dataset, for complaints.
-
-    Raises:
-        InputError: see `filled_prompt`, and for words that spell the token of a picture's place.
-    """
-    origins = [origin_of(row, f"prompt {place} of the dataset") for place, row in enumerate(rows, first)]
-    for row, origin in zip(rows, origins, strict=True):
-        if isinstance(row["prompt"], str) and pictures_of(row, origin):
-            raise InputError(f"{origin}: the prompt is text; with pictures it must be a list of messages")
-    distinct: list[_Asked] = []
-    numbers, before = [], None
-    for row, origin in zip(rows, origins, strict=True):
-        key = (row["prompt"], [row.get(name) for name in COLUMNS], row.get("tools"))
-        if key != before:
-            distinct.append(_Asked(filled_prompt(row, origin), tools or row.get("tools"), origin))
-        before = key
-        numbers.append(len(distinct) - 1)
-    encoded: list[Encoded] = []
-    for start in range(0, len(distinct), TOGETHER):
-        some = distinct[start : start + TOGETHER]
-        encoded += _encode_together(some, processor) or [_encode_one(each, processor) for each in some]
-    episodes = [encoded[number][1] for number in numbers]
-    prompts = [distinct[number].prompt for number in numbers]
-    ids = [encoded[number][0] for number in numbers]
-    return ids, Pictures(episodes) if any(episodes) else None, prompts
-
-
-class _Asked(NamedTuple):
-    """A prompt with its pictures, the schemas of tools it is shown, and what complaints call it."""
-
-    prompt: list[Message]
-    tools: Any
-    origin: str
-
-    def options(self) -> dict[str, Any]:
-        """Return the arguments of the chat template."""
-        shown = {"tools": read_tools("a prompt", self.tools)} if self.tools else {}
-        return {"continue_final_message" if is_begun(self.prompt) else "add_generation_prompt": True, **shown}
-
-    def parts(self) -> list[Message]:
-        """Return the prompt with lists of parts alone, which templates of processors read."""
-        return [
-            {**each, "content": [{"type": "text", "text": each["content"]}]}
-            if isinstance(each.get("content"), str)
-            else each
-            for each in self.prompt
-        ]
-
-
-def _encode_together(asked: Sequence[_Asked], processor: ProcessorMixin) -> list[Encoded] | None:
-    """Return what `_encode_one` does for each, at a fraction of its cost; `None` where that is not sure.
-
-    It is where pictures become `pixel_values` of one size and nothing else: then each is a tensor by itself, the same
-    whatever is beside it, they are as many as the prompts have, and each takes as many places.
-    """
-    options, counts = asked[0].options(), [_count_parts(each.prompt) for each in asked]
-    if len(asked) == 1 or any(each.options() != options for each in asked[1:]):
-        return None
-    try:
-        fields = dict(_templated(processor, [each.parts() for each in asked], processor_kwargs={"padding": True}, **options))
-    except Exception:
-        # Whose prompt it is, and what is wrong, is found one by one.
-        return None
-    pixels, mask = fields.get("pixel_values"), fields.get("attention_mask")
-    if set(fields) - {"pixel_values"} != {"input_ids", "attention_mask"} or (pixels is None) != (not any(counts)):
-        return None
-    if pixels is not None and not (torch.is_tensor(pixels) and pixels.ndim == 4 and len(pixels) == sum(counts)):
-        return None
-    ids = [row[seen > 0].tolist() for row, seen in zip(fields["input_ids"], mask, strict=True)]
-    token = getattr(processor, "image_token_id", None)
-    places = {some.count(token) / count for some, count in zip(ids, counts, strict=True) if count}
-    if len(places) > 1 or any(token in some for some, count in zip(ids, counts, strict=True) if not count):
-        # Words spell the token of a picture's place.
-        return None
-    # Copies: a view would keep all of them as long as one is needed.
-    parts = iter([] if pixels is None else [part.clone() for part in pixels.split([each for each in counts if each])])
-    return [(some, {"pixel_values": next(parts)} if count else {}) for some, count in zip(ids, counts, strict=True)]
-
-
-def _encode_one(asked: _Asked, processor: ProcessorMixin) -> Encoded:
-    fields = dict(_templated(processor, [asked.parts()], **asked.options()))
-    ids = fields.pop("input_ids")[0].tolist()
-    fields.pop("attention_mask", None)
-    pictures = _count_parts(asked.prompt)
-    if not pictures and getattr(processor, "image_token_id", None) in ids:
-        words = f"the words spell {processor.image_token!r}, which stands for a picture's features"
-        raise InputError(f"{asked.origin}: {words}")
-    tensors = {name: torch.as_tensor(value) for name, value in fields.items()} if pictures else {}
-    return ids, {name: value[0] if name in PER_TOKEN else value for name, value in tensors.items()}
-
-
-def _templated(processor: ProcessorMixin, said: list[list[Message]], **options: Any) -> Mapping[str, Any]:
-    return processor.apply_chat_template(said, tokenize=True, return_dict=True, return_tensors="pt", **options)

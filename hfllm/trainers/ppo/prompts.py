@@ -13,7 +13,8 @@ from hfllm.data.rows import origin_of
 from hfllm.data.tokenizer import template_errors, tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.trainers.ppo.config import PPOConfig
-from hfllm.trainers.ppo.pictures import TOGETHER, ProcessingClass, encode, has_pictures, tokenizer_of
+from hfllm.trainers.ppo.picture_tokens import TOGETHER, encode
+from hfllm.trainers.ppo.pictures import ProcessingClass, has_pictures, tokenizer_of
 
 if TYPE_CHECKING:
     from datasets import Dataset as HubDataset
@@ -221,7 +222,7 @@ def read_rows(
     """Return the token ids of each row's prompt, and where some have pictures, `pictures` and `prompts` with them.
 
     Args:
-        tools, first: see `pictures.encode`.
+        tools, first: see `picture_tokens.encode`.
     """
     is_text = all(isinstance(row["prompt"], str) and not has_pictures(row, "a prompt") for row in rows)
     if isinstance(processing_class, ProcessorMixin) and not is_text:

@@ -1,0 +1,168 @@
+"""Read a picture from a path, bytes or PIL into RGB, and refuse one that cannot be read in a line that names it.
+
+What is read is RGB: palettes, gray, 16 bits and CMYK are converted, what is transparent lies on white, and pictures
+are turned as the camera was held. Of an animation the first frame is read.
+"""
+
+import base64
+import binascii
+import hashlib
+import io
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfllm.data.rows import BadRow
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# A picture of more pixels is refused: in RGB it takes 120 MB, and models see it much smaller.
+MAX_PIXELS = 40_000_000
+# Sides of one pixel are those of broken downloads and of marks that count visitors.
+MIN_SIDE = 2
+# Letters of a picture's name in an error.
+MOST_SHOWN = 200
+# How to turn a picture by what its camera says (the EXIF tag Orientation): `PIL.Image.Transpose`, by its name.
+ORIENTATION = 0x0112
+TURNS = {
+    **{2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270"},
+    **{7: "TRANSVERSE", 8: "ROTATE_90"},
+}
+UNREADABLE = "with a picture that cannot be read"
+
+
+class BadImage(BadRow):
+    """A picture that cannot be read; `--bad_images drop` leaves its row out."""
+
+    def __init__(self, message: str):
+        super().__init__(message, UNREADABLE)
+
+
+def read_image(
+    value: Any, origin: str, folder: Path | None = None, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE
+) -> "Image":
+    """Return a picture in RGB, wholly decoded.
+
+    Args:
+        value: a path, bytes, a PIL image, a `data:` address, or a dictionary with `bytes` or `path`.
+        origin: the row, for errors.
+        folder: what paths are relative to.
+        max_pixels: width times height at most, known before anything is decoded.
+        min_side: the shorter side at least.
+
+    Raises:
+        BadImage: in one line that names the row and the file, when it cannot be read or is too large or too small.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    where = f"{origin}: picture in memory"
+    try:
+        if isinstance(value, Image.Image):
+            return _checked(value, where, max_pixels, min_side)
+        source, name = _source(value, origin, folder)
+        where = f"{origin}: picture {name}"
+        with warnings.catch_warnings():
+            # Pillow warns of more pixels than it likes, and we have a limit of our own.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(source) as opened:
+                return _checked(opened, where, max_pixels, min_side)
+    except BadImage:
+        raise
+    except Image.DecompressionBombError:
+        most = min(max_pixels, 2 * Image.MAX_IMAGE_PIXELS)
+        raise BadImage(f"{where}: more pixels than {most:,}, the most that are read") from None
+    except UnidentifiedImageError:
+        raise BadImage(f"{where}: no picture in a format that Pillow reads") from None
+    except Exception as error:  # of broken files Pillow's decoders raise whatever they stumble over
+        raise BadImage(f"{where}: cannot be read: {_first_line(error)}") from None
+
+
+def _source(value: Any, origin: str, folder: Path | None) -> tuple[Any, str]:
+    """Return what Pillow opens, and the name that errors give it."""
+    if isinstance(value, Mapping):
+        if isinstance(value.get("bytes"), (bytes, bytearray)):
+            return io.BytesIO(value["bytes"]), _shown(value.get("path") or "in bytes")
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, (bytes, bytearray)):
+        return io.BytesIO(value), f"of {len(value):,} bytes"
+    if isinstance(value, str) and value.startswith("data:"):
+        try:
+            return io.BytesIO(base64.b64decode(value.partition(",")[2], validate=True)), "in a data: address"
+        except (binascii.Error, ValueError):
+            raise BadImage(f"{origin}: picture in a data: address: not base64") from None
+    if isinstance(value, str) and "://" in value:
+        advice = "nothing is downloaded here; save it as a file and name its path"
+        raise BadImage(f"{origin}: picture {_shown(value)}: {advice}")
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise BadImage(f"{origin}: a picture must be a path, bytes or a PIL image, got {str(value)[:60]!r}")
+    path = Path(folder or "", value)
+    # What is no name, such as base64 without `data:`, the system may refuse to look for.
+    with suppress(OSError):
+        if path.is_file():
+            return path, _shown(path)
+    raise BadImage(f"{origin}: picture {_shown(path)}: no such file")
+
+
+def _shown(name: str | Path) -> str:
+    """Return a name as a line of an error holds it."""
+    name = " ".join(str(name).split())
+    return name if len(name) <= MOST_SHOWN else f"{name[:MOST_SHOWN]}..."
+
+
+def _checked(image: "Image", where: str, max_pixels: int, min_side: int) -> "Image":
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadImage(f"{where}: {width} x {height} pixels; at most {max_pixels:,} are read")
+    if min(width, height) < min_side:
+        raise BadImage(f"{where}: {width} x {height} pixels; each side must have at least {min_side}")
+    return to_rgb(image)
+
+
+def image_key(value: Any) -> str:
+    """Return what is equal for equal pictures, as rows hold them: the path, or a hash of the bytes."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if hasattr(value, "tobytes"):
+        value = value.tobytes()
+    return hashlib.sha256(value).hexdigest() if isinstance(value, (bytes, bytearray)) else str(value)
+
+
+def to_rgb(image: "Image") -> "Image":
+    """Return a copy in RGB, upright, of its first frame; what is transparent lies on white."""
+    import numpy
+    from PIL import Image
+
+    if image.tell():
+        image.seek(0)
+    image.load()
+    image = _upright(image)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow would cut 16 bits off at 255; some formats have them in 32, and others no more than 8 of them.
+        values = numpy.asarray(image)
+        values = values >> 8 if values.max(initial=0) > 255 else values
+        image = Image.fromarray(values.clip(0, 255).astype(numpy.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _upright(image: "Image") -> "Image":
+    """Return a picture turned as its camera was held.
+
+    Pillow's `exif_transpose` would write all other tags anew, and fail at the first that it cannot.
+    """
+    from PIL.Image import Transpose
+
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION))
+    except Exception:  # tags that cannot be read say nothing of the pixels
+        turn = None
+    return image if turn is None else image.transpose(Transpose[turn])
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

@@ -1,0 +1,71 @@
+"""The files of pictures that a dataset's rows name by path: which they are, and whether one was replaced since."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from hfllm.data.images import take_images
+from hfllm.data.loading import renamed
+from hfllm.data.sources import EMBEDDED, folder_of, iterate_source, source_files
+from hfllm.errors import InputError
+
+
+def named_pictures(
+    name: str | None, column_mapping: Sequence[str] | None = None, most: int | None = None
+) -> dict[str, Path]:
+    """Return the files that the rows of a local dataset name by path, by what the rows call them; they need not exist.
+
+    Rows that cannot be read are passed over: who learns from them says what is wrong. No picture is read.
+
+    Args:
+        name: of the dataset; one on the Hub has no files of its own here, and neither have the embedded ones.
+        column_mapping: see `loading.renaming_of`.
+        most: rows that are looked at, from the first.
+    """
+    found: dict[str, Path] = {}
+    try:
+        if not name or name in EMBEDDED or source_files(name) is None:
+            return found
+        renaming = {ours: theirs for ours, _, theirs in (entry.partition("=") for entry in column_mapping or ())}
+        for origin, row in islice(iterate_source(name), most):
+            for value in _pictures(origin, row, renaming):
+                path = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else value
+                is_path = isinstance(path, str) and "://" not in path and not path.startswith("data:")
+                if is_path and path not in found:
+                    found[path] = Path(folder_of(name) or "", path)
+    except InputError:
+        pass
+    return found
+
+
+def _pictures(origin: str, row: dict[str, Any], renaming: dict[str, str]) -> Iterator[Any]:
+    try:
+        yield from take_images(origin, renamed(origin, row, renaming))[1]
+    except InputError:
+        return
+
+
+def existing(files: dict[str, Path]) -> dict[str, Path]:
+    """Return those of the files that exist."""
+    return {name: path for name, path in files.items() if _stat(path) is not None}
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except (OSError, ValueError):
+        # Not there, or no name that the system looks for.
+        return None
+
+
+def written_when(files: dict[str, Path]) -> str:
+    """Return how many files there are, with a hash of their names, sizes and times; none is read."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, path in sorted(files.items()):
+        found = _stat(path)
+        told = "missing" if found is None else f"{found.st_size} {found.st_mtime_ns}"
+        digest.update(f"{name}\0{told}\0".encode(errors="replace"))
+    return f"{len(files)} files, {digest.hexdigest()}"

@@ -1,0 +1,75 @@
+"""Files of pictures that rows name by path are found in any form of a row, and a replaced one is noticed."""
+
+import json
+import os
+import shutil
+
+import pytest
+from PIL import Image
+
+from hfllm.data.named_pictures import existing, named_pictures, written_when
+from hfllm.data.sources import PICTURES
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number in range(6):
+        Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    parts = [{"type": "image", "image": "3.png"}, {"type": "text", "text": "What?"}]
+    rows = [
+        {"prompt": "a", "completion": "b", "photo": "0.png"},
+        {"prompt": "a", "completion": "b", "images": ["1.png", str(tmp_path / "2.png")]},
+        {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "A."}]},
+        {"prompt": "a", "completion": "b", "image": {"bytes": None, "path": "4.png"}},
+        {"prompt": "a", "completion": "b", "image": "not/there.png"},
+        {"prompt": "a", "completion": "b", "image": "data:image/png;base64,AAAA"},
+        {"prompt": "a", "completion": "b", "image": "https://x.org/a.png"},
+        {"prompt": "a", "completion": "b", "image": "A" * 9999},
+        {"prompt": "a", "completion": "b", "image": {"bytes": "AAAA", "path": "5.png"}},
+        {"prompt": [{"role": "user", "content": [{"type": "audio"}]}]},
+        {"prompt": "of text"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def test_files_are_found_in_every_form(folder):
+    name = str(folder / "rows.jsonl")
+    found = existing(named_pictures(name))
+    absolute = str(folder / "2.png")
+    assert found == {path: folder / path for path in ("1.png", absolute, "3.png", "4.png")}
+    mapped = existing(named_pictures(name, ["image=photo"], 1))
+    assert mapped == {"0.png": folder / "0.png"}
+    assert "not/there.png" in named_pictures(name)
+    for other in (None, PICTURES, "me/rows", str(folder / "none.jsonl")):
+        assert named_pictures(other) == {}
+
+
+def test_rows_that_cannot_be_read_hide_no_others(folder):
+    """Of a file that breaks off what comes before is found."""
+    with (folder / "rows.jsonl").open("a") as stream:
+        stream.write('\n{"prompt": "cut')
+    assert len(existing(named_pictures(str(folder / "rows.jsonl")))) == 4
+
+
+def test_a_replaced_file_is_noticed_and_no_other(folder):
+    files = named_pictures(str(folder / "rows.jsonl"))
+    before = written_when(files)
+    assert before.startswith(f"{len(files)} files, ") and written_when(files) == before
+    (folder / "5.png").write_bytes(b"of no row")
+    assert written_when(files) == before
+    time = (folder / "1.png").stat().st_mtime_ns
+    # By one that is as old as itself, and by one of the same size that is older than all others.
+    (folder / "1.png").write_bytes(b"another size")
+    os.utime(folder / "1.png", ns=(time, time))
+    assert written_when(files) != before
+    before = written_when(files)
+    os.utime(folder / "3.png", ns=(1, 1))
+    assert written_when(files) != before
+    before = written_when(files)
+    (folder / "4.png").unlink()
+    assert written_when(files) != before
+    (folder / "not").mkdir()
+    before = written_when(files)
+    shutil.copy(folder / "3.png", folder / "not" / "there.png")
+    assert written_when(files) != before
