@@ -16,16 +16,6 @@ if TYPE_CHECKING:
     from hfllm.trainers.trl_trainers import SFTTrainer
 
 STAGE = "hfllm sft"
-# Flags of TRL and of ours that would cut, join or write anew the tokens of rows that the processor reads.
-WHOLE = "rows with pictures are read by the model's processor, as they are"
-NOT_JOINED = {
-    "packing": "rows with pictures are not packed",
-    "eval_packing": "rows with pictures are not packed",
-    "padding_free": "rows with pictures are padded",
-    "assistant_only_loss": "of rows with pictures the answers are found without marks (--loss_on all)",
-    "chat_template_path": WHOLE,
-    "eos_token": WHOLE,
-}
 ANSWER_TOKENS = 48
 
 
@@ -118,9 +108,9 @@ def check(
         InputError: naming the flag.
     """
     from hfllm.models.stored import is_for_pictures
-    from hfllm.runs.command_line import given_names
     from hfllm.runs.models import load_config
     from hfllm.stages.own_pictures import check_freezing
+    from hfllm.stages.picture_checks import check_whole_rows
 
     for flag in given_flags(script_args, (*FREEZING, *OF_PICTURES)):
         refuse(not shows, f"--{flag}", "no row has a picture")
@@ -131,11 +121,7 @@ def check(
     if not shows:
         return
     check_freezing(script_args, model_args)
-    for flag, why in NOT_JOINED.items():
-        refuse(bool(getattr(training_args, flag)), f"--{flag}", why)
-    refuse(training_args.completion_only_loss is False, "--completion_only_loss false", "answers alone are learned")
-    is_given = "max_length" in (given_names(script_args, training_args) or ())
-    refuse(is_given and training_args.max_length is not None, "--max_length", "rows with pictures are not cut")
+    check_whole_rows(script_args, training_args)
     refuse(bool(script_args.augment), "--augment", "the rows have pictures")
     refuse(bool(script_args.retrieval_dataset_name), "--retrieval_dataset_name", "the rows have pictures")
 

@@ -17,6 +17,7 @@ from hfllm.stages.own_pictures import (
     PictureArguments,
     check_freezing,
 )
+from hfllm.stages.picture_checks import check_whole_rows
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
@@ -112,8 +113,8 @@ def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: 
     refuse(not is_named and model_args.use_peft, "--use_peft", "the model is made here: all of its weights learn")
     check_freezing(script_args, model_args)
     _refuse_unused(script_args)
-    refuse(training_args.packing, "--packing", "rows with pictures are not packed")
-    refuse(training_args.padding_free, "--padding_free", "rows with pictures are padded")
+    # Questions about drawn pictures are put into the rows of a model that is made here.
+    check_whole_rows(script_args, training_args, is_cut=not is_named)
     has_ppo = script_args.num_rl_prompts > 0
     refuse(name not in DRAWN and has_ppo, "--num_rl_prompts", "the gold is that of drawn pictures")
     refuse(model_args.use_peft and has_ppo, "--num_rl_prompts", "PPO starts from a whole model here, not an adapter")

@@ -260,6 +260,11 @@ def test_fine_tuning_on_text_refuses_rows_with_pictures(saved, tmp_path):
         (["--model_name_or_path", "some/model", "--use_peft", "--freeze_text"], "--freeze_text cannot be used here"),
         (["--model_name_or_path", "some/model", "--use_peft", "--num_rl_prompts", "8"], "not an adapter"),
         (["--model_name_or_path", "m", "--dataset_name", "some/rows", "--num_examples", "3"], "--num_examples cannot"),
+        (["--model_name_or_path", "m", "--max_length", "64"], "--max_length cannot be used here: rows with pictures"),
+        (["--model_name_or_path", "m", "--completion_only_loss", "false"], "--completion_only_loss false cannot"),
+        (["--model_name_or_path", "m", "--assistant_only_loss", "true"], "--assistant_only_loss cannot"),
+        (["--model_name_or_path", "m", "--eos_token", "<eos>"], "--eos_token cannot"),
+        (["--completion_only_loss", "false"], "--completion_only_loss false cannot"),
     ],
 )
 def test_flags_that_cannot_work_are_refused(flags, words, tmp_path):
