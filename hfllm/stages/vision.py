@@ -115,6 +115,7 @@ def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: 
     _refuse_unused(script_args)
     # Questions about drawn pictures are put into the rows of a model that is made here.
     check_whole_rows(script_args, training_args, is_cut=not is_named)
+    _check_muon(script_args, training_args)
     has_ppo = script_args.num_rl_prompts > 0
     refuse(name not in DRAWN and has_ppo, "--num_rl_prompts", "the gold is that of drawn pictures")
     refuse(model_args.use_peft and has_ppo, "--num_rl_prompts", "PPO starts from a whole model here, not an adapter")
@@ -140,6 +141,13 @@ def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: 
         if width is not None and (width < 1 or width % (2 * heads)):
             raise InputError(f"--{flag} {width}: expected a multiple of twice --num_attention_heads {heads}")
     _check_patches(script_args)
+
+
+def _check_muon(script_args: VisionArguments, training_args: "SFTConfig") -> None:
+    from hfllm.stages.pretrain import refusals_of_muon
+
+    for condition, flag, reason in refusals_of_muon(script_args.use_muon, training_args):
+        refuse(condition, flag, reason)
 
 
 def _refuse_unused(script_args: VisionArguments) -> None:

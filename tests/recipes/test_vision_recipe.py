@@ -1,6 +1,7 @@
 """The recipe that learns to see, in miniature: drawn pictures, PPO, your own rows, frozen parts, and refusals."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import reward
@@ -15,6 +16,7 @@ from hfllm.errors import InputError
 from hfllm.generation.picture_answers import answer_pictures
 from hfllm.outputs.picture_lines import picture_lines
 from hfllm.stages.own_pictures import as_dataset
+from hfllm.stages.vision import check
 from hfllm.stages.vision_data import drawn_rows, own_rows
 from hfllm.stages.vision_models import new_trainer, own_trainer
 from hfllm.trainers.pretraining.muon import MuonWithAdamW
@@ -265,9 +267,18 @@ def test_fine_tuning_on_text_refuses_rows_with_pictures(saved, tmp_path):
         (["--model_name_or_path", "m", "--assistant_only_loss", "true"], "--assistant_only_loss cannot"),
         (["--model_name_or_path", "m", "--eos_token", "<eos>"], "--eos_token cannot"),
         (["--completion_only_loss", "false"], "--completion_only_loss false cannot"),
+        (["--optim", "sgd"], "--use_muon cannot be used here: --optim sgd is asked for too"),
     ],
 )
 def test_flags_that_cannot_work_are_refused(flags, words, tmp_path):
     with pytest.raises(InputError, match=words) as error:
         run(tmp_path / "out", *flags)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_muon_is_refused_where_weights_are_split(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    script_args, args, model_args = vision.parse(["--output_dir", str(tmp_path / "out"), *DRAWN])
+    with pytest.raises(InputError, match="--use_muon cannot be used here: DeepSpeed and FSDP split"):
+        check(script_args, args, model_args)
+    check(replace(script_args, use_muon=False), args, model_args)
