@@ -137,27 +137,70 @@ def freeze(model: "PreTrainedModel", vision: bool, text: bool) -> None:
     """Keep the tower, or the decoder with its head, from learning; what is between them always learns.
 
     Raises:
-        InputError: when the model's layout names no tower.
+        InputError: when the model's layout names no tower, or has nothing between, so that nothing would learn.
     """
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    of_text = [decoder, *([] if head is None else [head])]
     if text:
-        head = model.get_output_embeddings()
-        for part in (model.get_decoder(), *([] if head is None else [head])):
+        for part in of_text:
             part.requires_grad_(False)
     if vision:
-        tower_of(model).requires_grad_(False)
+        tower = tower_of(model)
+        inside = [] if _has_more(model.base_model, [tower, *of_text]) else inner_projector(tower, width_of(model))
+        tower.requires_grad_(False)
+        for part in inside:
+            part.requires_grad_(True)
+    if vision and text and not _has_more(model, of_text, only_learned=True):
+        raise InputError(
+            f"--freeze_vision and --freeze_text: of a {type(model).__name__} nothing is left to learn, since it has "
+            "no projector between tower and decoder: give one of them"
+        )
+
+
+def _has_more(model: "nn.Module", parts: "Sequence[nn.Module]", only_learned: bool = False) -> bool:
+    """Return whether a model has weights beside those of some parts, or such that learn."""
+    known = {id(weight) for part in parts for weight in part.parameters()}
+    return any(id(weight) not in known and (weight.requires_grad or not only_learned) for weight in model.parameters())
+
+
+def width_of(model: "PreTrainedModel") -> int:
+    """Return the length of the decoder's embeddings, to which pictures are projected."""
+    return model.get_input_embeddings().weight.shape[-1]
+
+
+def inner_projector(tower: "nn.Module", width: int) -> "list[nn.Module]":
+    """Return the parts of a tower that project to the decoder, such as Qwen2-VL's merger; none of most towers.
+
+    These are the parts after the stack of layers with a linear layer or a convolution onto the decoder's width: so are
+    they registered in transformers' classes that have no projector outside of the tower.
+
+    Args:
+        width: of the decoder.
+    """
+    from torch import nn
+
+    parts = list(tower.children())
+    stack = next((place for place, part in enumerate(parts) if isinstance(part, nn.ModuleList)), len(parts))
+
+    def projects(part: "nn.Module") -> bool:
+        return any(
+            isinstance(each, nn.Linear | nn.Conv2d) and each.weight.shape[0] == width for each in part.modules()
+        )
+
+    return [part for part in parts[stack + 1 :] if projects(part)]
 
 
 def tower_of(model: "PreTrainedModel") -> "nn.Module":
     """Return the vision tower of a composed model.
 
     Raises:
-        InputError: when the layout has none by a name that is known.
+        InputError: when the layout has none by a name that transformers knows.
     """
-    base = model.base_model
-    for name in ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower"):
-        if (found := getattr(base, name, None)) is not None:
-            return found
-    raise InputError(f"--freeze_vision: no vision tower is known in a {type(model).__name__}")
+    # Without such a name it returns the model itself, or its base.
+    found = model.base_model.get_encoder(modality="image")
+    if found is model or found is model.base_model:
+        raise InputError(f"--freeze_vision: no vision tower is known in a {type(model).__name__}")
+    return found
 
 
 def new_trainer(
