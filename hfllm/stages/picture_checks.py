@@ -1,11 +1,14 @@
 """What training on rows with pictures refuses, whichever stage trains."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from hfllm.errors import refuse
+from hfllm.errors import InputError, refuse
 from hfllm.runs.command_line import given_names
+from hfllm.stages.pretrain import shards_parameters
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
     from trl import SFTConfig
 
     from hfllm.data.loading import RowArguments
@@ -37,3 +40,36 @@ def check_whole_rows(script_args: "RowArguments", training_args: "SFTConfig", is
     is_given = "max_length" in (given_names(script_args, training_args) or ())
     is_idle = is_given and training_args.max_length is not None and not is_cut
     refuse(is_idle, "--max_length", "rows with pictures are not cut")
+
+
+def count_seen(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Return how many rows have pictures."""
+    return sum(bool(row.get("images")) for row in rows)
+
+
+def is_mixed(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether some rows have pictures and others have none."""
+    return 0 < count_seen(rows) < len(rows)
+
+
+def check_split_weights(
+    training_args: "TrainingArguments",
+    train_rows: Sequence[Mapping[str, Any]],
+    eval_rows: Sequence[Mapping[str, Any]],
+) -> None:
+    """Refuse pictures in some rows only where processes hold parts of the weights, as PPO does.
+
+    A process whose batch has no picture does not run the tower, and the others would wait for it to gather or reduce
+    that.
+
+    Raises:
+        InputError: saying how many rows have pictures.
+    """
+    if not shards_parameters(training_args):
+        return
+    for what, rows in (("training", train_rows), ("held-out", eval_rows)):
+        if is_mixed(rows):
+            raise InputError(
+                f"pictures in {count_seen(rows)} of {len(rows)} {what} rows: DeepSpeed and FSDP need one in each row "
+                "or in none; train the others by themselves, or by DDP, which takes both mixed"
+            )

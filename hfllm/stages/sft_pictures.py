@@ -97,21 +97,20 @@ def check(
     script_args: SftArguments,
     training_args: "SFTConfig",
     model_args: "ModelConfig",
-    shows: bool,
-) -> None:
-    """Refuse flags that do not go with rows with pictures, or that have no effect on rows of text.
-
-    Args:
-        shows: whether a row has pictures.
+    train_rows: Sequence[Mapping[str, Any]],
+    eval_rows: Sequence[Mapping[str, Any]],
+) -> bool:
+    """Return whether a row has pictures; refuse flags that do not go with that, or have no effect on rows of text.
 
     Raises:
         InputError: naming the flag.
     """
     from hfllm.models.stored import is_for_pictures
     from hfllm.runs.models import load_config
-    from hfllm.stages.own_pictures import check_freezing
-    from hfllm.stages.picture_checks import check_whole_rows
+    from hfllm.stages.own_pictures import by_turns, check_freezing
+    from hfllm.stages.picture_checks import check_split_weights, check_whole_rows
 
+    shows = shows_pictures(train_rows, eval_rows)
     for flag in given_flags(script_args, (*FREEZING, *OF_PICTURES)):
         refuse(not shows, f"--{flag}", "no row has a picture")
     name, revision = model_args.model_name_or_path, model_args.model_revision
@@ -119,11 +118,15 @@ def check(
         refuse(bool(script_args.added_tokens), "--added_tokens", "the model sees, and its tokens are its processor's")
         refuse(bool(training_args.chat_template_path), "--chat_template_path", "the model sees: its processor has one")
     if not shows:
-        return
+        return False
     check_freezing(script_args, model_args)
+    # The first answers of a conversation may come before its first picture.
+    turns = ([turn for row in rows for turn in by_turns(row)] for rows in (train_rows, eval_rows))
+    check_split_weights(training_args, *turns)
     check_whole_rows(script_args, training_args)
     refuse(bool(script_args.augment), "--augment", "the rows have pictures")
     refuse(bool(script_args.retrieval_dataset_name), "--retrieval_dataset_name", "the rows have pictures")
+    return True
 
 
 def load_policy(

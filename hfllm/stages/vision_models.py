@@ -243,10 +243,20 @@ def own_trainer(
         rows: with `prompt`, `completion` and `images`; some may have no pictures.
         eval_rows: likewise, or none.
         stage: the command, for what is said.
+
+    Raises:
+        InputError: for pictures in some rows only where weights are split, a model that cannot be loaded, or one of
+            which nothing is left to learn.
     """
+    from hfllm.runs.arguments import changed
     from hfllm.runs.models import peft_config
+    from hfllm.stages.picture_checks import check_split_weights, is_mixed
     from hfllm.trainers.trl_trainers import SFTTrainer
 
+    check_split_weights(training_args, rows, eval_rows or ())
+    if is_mixed(rows) and training_args.ddp_find_unused_parameters is None:
+        # In a batch without pictures the tower gets no gradient, which several processes would wait for.
+        training_args = changed(training_args, ddp_find_unused_parameters=True)
     model, processor = load_model(model_args)
     freeze(model, script_args.freeze_vision, script_args.freeze_text)
     if processor.tokenizer.pad_token is None:

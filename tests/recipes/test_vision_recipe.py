@@ -282,3 +282,15 @@ def test_muon_is_refused_where_weights_are_split(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="--use_muon cannot be used here: DeepSpeed and FSDP split"):
         check(script_args, args, model_args)
     check(replace(script_args, use_muon=False), args, model_args)
+
+
+def test_answers_before_the_first_picture_are_refused_where_weights_are_split(drawn, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    rows = conversation(tmp_path / "data")
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    for row in lines:
+        row["messages"][0]["content"], row["images"] = "first?", row["images"][:1]
+    rows.write_text("\n".join(map(json.dumps, lines)))
+    flags = ["--model_name_or_path", drawn[0], "--dataset_name", rows, *QUIET]
+    with pytest.raises(InputError, match="pictures in 3 of 6 training rows: DeepSpeed and FSDP"):
+        run(tmp_path / "out", *flags)
