@@ -117,15 +117,11 @@ def check_rows(rows: "Sequence[Row]", config: "PreTrainedConfig") -> None:
     Raises:
         InputError: naming the row.
     """
-    from transformers import AutoModelForImageTextToText
-
     from hfllm.models.stored import is_for_pictures
     from hfllm.trainers.ppo.prompts import check_pictures
 
     if not is_for_pictures(config):
-        # Some types are a language model's, too, and as such they are loaded.
-        as_text = ", loaded as a model of words" if type(config) in AutoModelForImageTextToText._model_mapping else ""
-        check_pictures(rows, None, f"the policy (of type {config.model_type}{as_text})")
+        check_pictures(rows, None, f"the policy (of type {config.model_type})")
 
 
 def next_lines(folder: str, prompt: "str | list[Message]", config: "PreTrainedConfig", is_adapter: bool) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hfllm.errors import InputError, refuse
+from hfllm.errors import refuse
 from hfllm.stages.own_pictures import FREEZING, OF_PICTURES, Rows, given_flags
 from hfllm.stages.sft import SftArguments
 
@@ -23,25 +23,14 @@ def processor_of(model_args: "ModelConfig") -> "ProcessorMixin | None":
     """Return the processor of the named model if it sees; `None` for one of text, or where none is named.
 
     Raises:
-        InputError: when a model that only sees has none.
+        InputError: when a model that sees has none.
     """
-    from transformers import AutoModelForImageTextToText
-
     from hfllm.models.stored import is_for_pictures
     from hfllm.runs.models import load_config
     from hfllm.stages.rlhf_pictures import load_processor
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
-    config = load_config(name, revision) if name else None
-    if type(config) not in AutoModelForImageTextToText._model_mapping:
-        return None
-    try:
-        return load_processor(name, revision)
-    except InputError:
-        if is_for_pictures(config):
-            raise
-        # It is a language model, too.
-        return None
+    return load_processor(name, revision) if name and is_for_pictures(load_config(name, revision)) else None
 
 
 def instruction_data(

@@ -124,9 +124,9 @@ def refuse_text_model(name: str, config: "PreTrainedConfig") -> None:
     Raises:
         InputError: naming it.
     """
-    from transformers import AutoModelForImageTextToText
+    from hfllm.models.stored import is_for_pictures
 
-    if type(config) not in AutoModelForImageTextToText._model_mapping:
+    if not is_for_pictures(config):
         raise InputError(
             f"--model_name_or_path {name}: a {config.model_type} model reads text alone; name a vision-language "
             "model, or give it eyes by hfllm.with_vision"
