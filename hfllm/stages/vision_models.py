@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.data.picture_rows import DrawnWorld, TwoDigits, picture_side
 from hfllm.data.sources import PICTURES
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse
 from hfllm.stages.own_pictures import FreezingArguments, PictureArguments, Rows, as_dataset
 from hfllm.stages.vision import VisionArguments
 from hfllm.stages.vision_data import JoinedRows, caption_rows, question_rows
@@ -137,8 +137,13 @@ def freeze(model: "PreTrainedModel", vision: bool, text: bool) -> None:
     """Keep the tower, or the decoder with its head, from learning; what is between them always learns.
 
     Raises:
-        InputError: when the model's layout names no tower, or has nothing between, so that nothing would learn.
+        InputError: when the model is an adapter, its layout names no tower, or nothing is left to learn.
     """
+    for flag, is_given in (("--freeze_vision", vision), ("--freeze_text", text)):
+        is_idle = is_given and hasattr(model, "peft_config")
+        refuse(is_idle, flag, "the model is an adapter, below which all weights are frozen")
+    if not (vision or text):
+        return
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     of_text = [decoder, *([] if head is None else [head])]
     if text:

@@ -123,6 +123,17 @@ def test_drawn_pictures_on_a_model_of_your_own(drawn, tmp_path):
         run(tmp_path / "other", *flags, "--patch_size", "8")
 
 
+def test_what_is_frozen_stays_so_in_ppo(drawn, tmp_path):
+    flags = ["--model_name_or_path", drawn[0], *SHORT, "--num_examples", "2", "--max_steps", "1", "--freeze_text"]
+    run(tmp_path / "out", *flags, "--num_rl_prompts", "8", "--learning_rate", "0.1", "--rl_learning_rate", "0.1")
+    before, tuned, policy = (
+        load_file(each / "model.safetensors") for each in (drawn[0], tmp_path / "out", tmp_path / "out" / "rl")
+    )
+    for one, other in ((before, tuned), (tuned, policy)):
+        moved = {name.split(".")[1] for name in one if not torch.equal(one[name], other[name])}
+        assert moved == {"vision_tower", "multi_modal_projector"}
+
+
 def test_bad_pictures_are_refused_or_dropped_and_counted(drawn, tmp_path, capsys):
     rows = own(tmp_path / "data")
     (tmp_path / "data" / "3.png").write_bytes(b"no picture")
