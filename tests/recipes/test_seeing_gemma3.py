@@ -2,6 +2,7 @@
 
 import evaluate
 import pytest
+import quantize
 import reward
 import rlhf
 import sft
@@ -93,3 +94,17 @@ def test_a_reward_model_of_it_sees(folder, tmp_path):
     ]
     one, other = scores(asked, [[{"role": "assistant", "content": "left"}]] * 2)
     assert one != other
+
+
+@pytest.mark.parametrize("scheme", ["int8", "dynamic"])
+def test_it_is_quantized(folder, tmp_path, scheme):
+    """Under the names by which transformers saves it, which are not those of the model in memory."""
+    if scheme == "int8":
+        pytest.importorskip("bitsandbytes")
+    rows = write_rows(tmp_path / "data", halves(4))
+    quick = ["--schemes", scheme, "--save_scheme", scheme, "--sensitivity", "none", "--rounds", "0"]
+    metrics = quantize.main(*quantize.parse(flags(folder, rows, tmp_path / "out", *quick, "--response_length", "2")))
+    assert metrics["reload_difference"] == 0 and metrics["linear_bytes_share"] < 0.4 and metrics["loss_n"] == 4
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert again.model.vision_tower.encoder.layers[0].mlp.fc1.weight.dtype == torch.int8
+    assert again.model.language_model.layers[0].mlp.up_proj.weight.dtype == torch.int8
