@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import hfllm
 from hfllm.errors import InputError
 from hfllm.stages.rlhf import prompt_data
+from hfllm.trainers.ppo.pictures import check_uses
 from hfllm.trainers.ppo.prompts import read_rows
 from hfllm.trainers.ppo.trainer import PPOTrainer
 
@@ -132,3 +133,13 @@ def test_nothing_is_frozen_where_that_has_no_meaning(folder, tmp_path):
     with pytest.raises(InputError, match="--freeze_vision cannot be used here: no row has a picture"):
         rlhf.main(*parsed(folder, tmp_path / "out", freeze_vision="true", dataset_name=folder / "words.jsonl"))
     assert not (tmp_path / "out").exists()
+
+
+def test_deepspeed_that_accelerate_brings_takes_pictures_in_all_prompts_or_none(folder, tmp_path):
+    args = parsed(folder, tmp_path / "out")[1]
+    check_uses(args, [(3, 8)], None, False)
+    # As under `accelerate launch --use_deepspeed`, where the flag is not given.
+    args.deepspeed_plugin = object()
+    check_uses(args, [(8, 8), (0, 4)], None, False)
+    with pytest.raises(InputError, match="deepspeed with pictures in some prompts only"):
+        check_uses(args, [(8, 8), (3, 8)], None, False)
