@@ -34,7 +34,6 @@ def parse(argv: Sequence[str]) -> tuple[QuantizeArguments, "ModelConfig"]:
 def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str, float]:
     """Make what is missing, quantize, measure, save, report. Return the metrics."""
     from hfllm.compression.schemes import default_device, quiet_bitsandbytes
-    from hfllm.models.stored import is_for_pictures
     from hfllm.outputs.python_lines import loading_lines
     from hfllm.runs.adapters import whole_model
     from hfllm.runs.command_line import main_process
@@ -46,7 +45,9 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
 
     # Refuse what cannot work before anything is trained.
     quantize.check(script_args, model_args)
-    chosen_args = replace(script_args, schemes=quantize.schemes_to_compare(script_args))
+    sees = quantize_pictures.sees(model_args)
+    schemes = (quantize_pictures if sees else quantize).schemes_to_compare(script_args)
+    chosen_args = replace(script_args, schemes=schemes)
     before = quantize.stages_before(script_args, model_args)
     stage = Stage("quantize", chosen_args, model_args, before=before.parsed)
     stage.check()
@@ -54,7 +55,7 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
         return stage.reuse()
     config = config_to_train(model_args, before)
     quantize.check_model(chosen_args, model_args, config)
-    if is_for_pictures(config):
+    if sees:
         quantize_pictures.check(chosen_args, model_args.model_name_or_path)
         rows = quantize_pictures.questions_of(chosen_args, load_processing_class(model_args, config))
     else:
@@ -71,7 +72,7 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
     quiet_bitsandbytes()
     with whole_model(source_args.model_name_or_path, source_args.model_revision, stage.output_dir) as (name, revision):
         whole_args = replace(source_args, model_name_or_path=name, model_revision=revision)
-        if is_for_pictures(config):
+        if sees:
             model, processor = quantize_pictures.load(whole_args)
             evaluation = quantize_pictures.make_evaluation(chosen_args, processor, rows)
         else:

@@ -20,6 +20,44 @@ if TYPE_CHECKING:
 STAGE = "hfllm quantize"
 
 
+def sees(model_args: "ModelConfig") -> bool:
+    """Return whether a model is named, and sees.
+
+    Raises:
+        InputError: when its config cannot be loaded.
+    """
+    from hfllm.models.stored import is_for_pictures
+    from hfllm.runs.models import load_config
+
+    name = model_args.model_name_or_path
+    return bool(name) and is_for_pictures(load_config(name, model_args.model_revision))
+
+
+def schemes_to_compare(script_args: "QuantizeArguments") -> list[str]:
+    """Return the names of the schemes as `quantize.schemes_to_compare` does, without those that read pictures wrongly.
+
+    bitsandbytes' 4-bit kernel for CPUs takes its input for contiguous. What SigLIP hands to the projector may not be:
+    patches are the columns of what a convolution gave, and sums keep them so.
+
+    Raises:
+        InputError: when one of these is asked for.
+    """
+    from hfllm.compression.schemes import NF4_CPU_MULTIPLES, SCHEMES, default_device
+    from hfllm.stages import quantize
+
+    names = quantize.schemes_to_compare(script_args)
+    if default_device() != "cpu":
+        return names
+    wrong = [name for name, scheme in SCHEMES.items() if scheme.cpu_multiples == NF4_CPU_MULTIPLES]
+    for name in wrong:
+        if name in (*(script_args.schemes or ()), script_args.save_scheme):
+            raise InputError(
+                f"scheme {name!r}: on a CPU bitsandbytes' 4-bit kernel reads pictures wrongly; for a model that sees: "
+                f"{', '.join(each for each in SCHEMES if each not in wrong)}"
+            )
+    return [name for name in names if name not in wrong]
+
+
 def check(script_args: "QuantizeArguments", name: str) -> None:
     """Refuse flags that do not go with a model that sees.
 

@@ -14,6 +14,7 @@ from hfllm.errors import InputError
 from hfllm.evaluation.picture_quantization import answer_tokens
 from hfllm.evaluation.pictures import Asked
 from hfllm.generation.picture_answers import answer_pictures
+from hfllm.stages.quantize_pictures import schemes_to_compare
 
 QUICK = ["--num_sensitivity_texts", "2", "--prompt_tokens", "8", "--new_tokens", "2", "--rounds", "1"]
 QUICK += ["--response_length", "3", "--num_eval_texts", "16", "--num_eval_prompts", "40"]
@@ -106,6 +107,18 @@ def test_a_part_may_be_left_and_drawn_pictures_are_asked_about(taught, tmp_path)
     }
     assert all(dtype == torch.float32 for name, dtype in layers.items() if "vision_tower" in name)
     assert layers["model.language_model.layers.0.self_attn.q_proj"] == torch.int8
+
+
+def test_four_bits_on_a_cpu_are_left_out_or_refused(taught, tmp_path, monkeypatch):
+    """Its kernel reads what is not contiguous as if it were, as the projector's input is for one picture."""
+    flags = ["--model_name_or_path", taught[0], "--dataset_name", taught[1], "--output_dir", tmp_path / "out"]
+    for more in (["--schemes", "nf4"], ["--save_scheme", "nf4_double"]):
+        with pytest.raises(InputError, match=r"reads pictures wrongly; for a model that sees: int8, dynamic"):
+            run(*flags, *more)
+    script_args, _ = quantize.parse(list(map(str, flags)))
+    assert schemes_to_compare(script_args) == ["int8", "dynamic"]
+    monkeypatch.setattr("hfllm.compression.schemes.default_device", lambda: "cuda")
+    assert schemes_to_compare(script_args) == ["int8", "nf4", "nf4_double"]
 
 
 def test_what_does_not_fit_is_refused(taught, saved, tmp_path):
