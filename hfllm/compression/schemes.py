@@ -133,7 +133,7 @@ class Scheme:
 
         with torch.device("meta"):
             model = _auto_class(config).from_config(config, trust_remote_code=trusts_remote_code())
-        left = [*self.left(model), *_read_linears(model)]
+        left = self.left(model)
         if isinstance(dtype, str):
             dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
         # Given names replace the usual ones, so they must include those.
@@ -206,13 +206,6 @@ def _auto_class(config: "PreTrainedConfig") -> "type[_BaseAutoModelClass]":
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     return AutoModelForImageTextToText if is_for_pictures(config) else AutoModelForCausalLM
-
-
-def _read_linears(model: "PreTrainedModel") -> list[str]:
-    """Return the names of linear layers whose weights torch's attention reads itself, as in SigLIP's pooling head."""
-    from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-
-    return [name for name, module in model.named_modules() if isinstance(module, NonDynamicallyQuantizableLinear)]
 
 
 def _kinds(names: Sequence[str]) -> set[str]:

@@ -286,7 +286,7 @@ def test_a_config_says_what_was_done(folder, tmp_path):
 
 @pytest.mark.parametrize("name", ["int8", "dynamic"])
 def test_a_model_that_sees_is_quantized_but_for_what_attention_reads_itself(name, make_model, tmp_path):
-    """SigLIP's pooling head gives its weights to torch's attention, which cannot read integers."""
+    """SigLIP's pooling head gives weights to torch's attention, which cannot read integers."""
     if name == "int8":
         pytest.importorskip("bitsandbytes")
     tower = SiglipVisionConfig(

@@ -63,6 +63,9 @@ def test_a_projector_inside_the_tower_learns(name, width):
 
 def test_a_projector_outside_leaves_the_tower_whole():
     model = make_model()
+    # What would be a projector in the tower if there were no other.
+    tower = model.model.vision_tower
+    tower.layers, tower.merger = torch.nn.ModuleList([torch.nn.Linear(32, 32)]), torch.nn.Linear(32, 32)
     names = {each for each, _ in model.named_parameters()}
     between = {each for each in names if "multi_modal_projector" in each}
     assert learned(model, True, False) == {each for each in names if "vision_tower" not in each}
