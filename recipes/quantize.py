@@ -5,9 +5,10 @@
     accelerate launch recipes/quantize.py --model_name_or_path NAME --schemes int8 nf4 --save_scheme nf4
 
 Schemes are int8 (LLM.int8) and nf4 of bitsandbytes, nf4_double, and dynamic for serving on a CPU. Each is compared
-with the model in full precision: bytes, perplexity, gold reward (on the world), greedy tokens, speed. The model in
---save_scheme is saved under the output folder and loaded again; its layers are also quantized one at a time.
-Without `--model_name_or_path` the world's fine-tuned model is made first.
+with the model in full precision: bytes, perplexity, gold reward (on the world), greedy tokens, speed. A model that
+sees takes rows with pictures, and is compared by the loss and the right answers. The model in --save_scheme is saved
+under the output folder and loaded again; its layers are also quantized one at a time. Without `--model_name_or_path`
+the world's fine-tuned model is made first.
 """
 
 from collections.abc import Sequence
@@ -38,19 +39,27 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
     from hfllm.runs.command_line import main_process
     from hfllm.runs.models import load_policy
     from hfllm.runs.stage import Stage
-    from hfllm.stages import quantize
+    from hfllm.stages import quantize, quantize_pictures
     from hfllm.stages.architecture import config_to_train
+    from hfllm.stages.rlhf_pictures import load_processing_class
 
     # Refuse what cannot work before anything is trained.
     quantize.check(script_args, model_args)
-    chosen_args = replace(script_args, schemes=quantize.schemes_to_compare(script_args))
+    sees = quantize_pictures.sees(model_args)
+    schemes = (quantize_pictures if sees else quantize).schemes_to_compare(script_args)
+    chosen_args = replace(script_args, schemes=schemes)
     before = quantize.stages_before(script_args, model_args)
     stage = Stage("quantize", chosen_args, model_args, before=before.parsed)
     stage.check()
     if stage.is_finished:
         return stage.reuse()
-    quantize.check_model(chosen_args, model_args, config_to_train(model_args, before))
-    texts = quantize.eval_texts(chosen_args)
+    config = config_to_train(model_args, before)
+    quantize.check_model(chosen_args, model_args, config)
+    if sees:
+        quantize_pictures.check(chosen_args, model_args.model_name_or_path)
+        rows = quantize_pictures.questions_of(chosen_args, load_processing_class(model_args, config))
+    else:
+        rows = quantize.eval_texts(chosen_args)
     stage.announce()
 
     # The stages before: a model in full precision.
@@ -63,16 +72,20 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
     quiet_bitsandbytes()
     with whole_model(source_args.model_name_or_path, source_args.model_revision, stage.output_dir) as (name, revision):
         whole_args = replace(source_args, model_name_or_path=name, model_revision=revision)
-        model, tokenizer = load_policy(whole_args)
+        if sees:
+            model, processor = quantize_pictures.load(whole_args)
+            evaluation = quantize_pictures.make_evaluation(chosen_args, processor, rows)
+        else:
+            model, tokenizer = load_policy(whole_args)
+            evaluation = quantize.make_evaluation(chosen_args, model, tokenizer, rows)
         model.to(default_device()).eval()
-        evaluation = quantize.make_evaluation(chosen_args, model, tokenizer, texts)
-        rows, difference = quantize.compare_schemes(chosen_args, whole_args, model, evaluation)
+        compared, difference = quantize.compare_schemes(chosen_args, whole_args, model, evaluation)
     swept = quantize.sensitivity_by_part(chosen_args, model, evaluation)
 
-    metrics = quantize.quantization_metrics(rows, chosen_args.save_scheme)
+    metrics = quantize.quantization_metrics(compared, chosen_args.save_scheme)
     return stage.finish(
         {**metrics, **evaluation.changes(chosen_args.save_scheme), "reload_difference": difference},
-        tables=quantize.quantization_tables(rows, swept),
+        tables=quantize.quantization_tables(compared, swept),
         curves=quantize.sensitivity_bars(swept),
         next_steps=loading_lines(stage.output_dir),
         models={"model": source_args.model_name_or_path},

@@ -46,6 +46,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     from hfllm.stages.architecture import config_to_train
     from hfllm.stages.rlhf_pictures import load_policy, next_lines
     from hfllm.stages.rlhf_tools import checked_tools
+    from hfllm.stages.vision_models import freeze
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.interruptions import train
     from hfllm.trainers.learning_rate import scaled_learning_rate
@@ -84,6 +85,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     # The weights of an adapter are new, and so is the head of a critic that is a language model.
     set_seed(training_args.seed)
     policy, tokenizer = load_policy(policy_args, policy_config, training_args.output_dir)
+    freeze(policy, script_args.freeze_vision, script_args.freeze_text)
     rewards = rlhf.build_rewards(functions, reward_models, script_args, policy_args)
     trainer_args, rewards = rlhf.log_gold_reward(script_args, trainer_args, rewards)
     trainer = PPOTrainer(

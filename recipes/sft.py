@@ -58,8 +58,7 @@ def main(script_args: SftArguments, training_args: "SFTConfig", model_args: "Mod
     trainer_args, scaled = scaled_learning_rate(script_args, stage.training_args)
     processor, seed, named = sft_pictures.processor_of(model_args), training_args.seed, model_args.model_name_or_path
     train_rows, test_rows = sft_pictures.instruction_data(script_args, seed, processor, named)
-    shows = sft_pictures.shows_pictures(train_rows, test_rows)
-    sft_pictures.check(script_args, training_args, model_args, shows)
+    shows = sft_pictures.check(script_args, training_args, model_args, train_rows, test_rows)
     train_rows = sft.augmented(script_args, train_rows, training_args.seed)
     before = sft.stages_before(script_args, training_args, model_args)
     check_adapter(model_args, before)

@@ -69,7 +69,10 @@ def speeds(
     for round_number in range(rounds + 1):
         for name, model in models.items():
             generator = torch.Generator().manual_seed(round_number)
-            ids = torch.randint(model.config.vocab_size, (batch_size, prompt_tokens), generator=generator)
+            words = model.config.get_text_config(decoder=True).vocab_size
+            ids = torch.randint(words, (batch_size, prompt_tokens), generator=generator)
+            # Where a token stands for a picture, there would have to be one.
+            ids[torch.isin(ids, torch.tensor(_places(model)))] = 0
             took = _timed(model, ids.to(model.device), new_tokens)
             if round_number:
                 for phase, value in took.items():
@@ -79,6 +82,13 @@ def speeds(
         name: {phase: tokens[phase] / statistics.median(values) for phase, values in phases.items()}
         for name, phases in seconds.items()
     }
+
+
+def _places(model: "PreTrainedModel") -> list[int]:
+    """Return the ids of tokens that stand for pictures or sounds."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
+    found = [getattr(model.config, name, None) for name in names]
+    return [number for number in found if isinstance(number, int)]
 
 
 def _timed(model: "PreTrainedModel", ids: "torch.Tensor", new_tokens: int) -> dict[str, float]:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from hfllm.compression.affine import OUTLIER_THRESHOLD
 from hfllm.errors import InputError
 from hfllm.models.loading import reason_of, saved_config, trusts_remote_code
-from hfllm.models.stored import refuse_quantized
+from hfllm.models.stored import is_for_pictures, refuse_quantized
 from hfllm.models.weights import load_weights_of
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     MakeConfig = Callable[[torch.dtype, list[str] | None], QuantizationConfigMixin]
@@ -104,7 +105,7 @@ class Scheme:
         return [name for name in names if name not in quantized]
 
     def load(self, name: str, **load_kwargs: Any) -> "PreTrainedModel":
-        """Load a causal language model from full weights and quantize it while loading.
+        """Load a causal language model, or one that sees, from full weights and quantize it while loading.
 
         Args:
             name: folder or Hub id of the model.
@@ -113,15 +114,13 @@ class Scheme:
         Raises:
             InputError: when the scheme cannot run here, or the model is quantized already or cannot be loaded.
         """
-        from transformers import AutoModelForCausalLM
-
         self.check()
         try:
             config = saved_config(name, revision=load_kwargs.get("revision"))
             refuse_quantized(config, name)
             quantization = self._config_for(config, load_kwargs.get("dtype", config.dtype))
             settings = {**load_kwargs, "quantization_config": quantization}
-            return load_weights_of(AutoModelForCausalLM, name, **settings)[0].eval()
+            return load_weights_of(_auto_class(config), name, **settings)[0].eval()
         except (OSError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
@@ -130,11 +129,10 @@ class Scheme:
     def _config_for(self, config: "PreTrainedConfig", dtype: "torch.dtype | str | None") -> "QuantizationConfigMixin":
         """Return the `quantization_config` for a model of this config."""
         import torch
-        from transformers import AutoModelForCausalLM
         from transformers.quantizers.base import get_keys_to_not_convert
 
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusts_remote_code())
+            model = _auto_class(config).from_config(config, trust_remote_code=trusts_remote_code())
         left = self.left(model)
         if isinstance(dtype, str):
             dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
@@ -202,6 +200,12 @@ def linear_names(model: "PreTrainedModel") -> list[str]:
             "families into the hfllm family, whose layers are"
         )
     return names
+
+
+def _auto_class(config: "PreTrainedConfig") -> "type[_BaseAutoModelClass]":
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if is_for_pictures(config) else AutoModelForCausalLM
 
 
 def _kinds(names: Sequence[str]) -> set[str]:

@@ -27,6 +27,8 @@ class SchemeRow(TypedDict, total=False):
         left: linear layers that were not quantized.
         perplexity: perplexity on the texts.
         gold_reward: gold reward, if there is a world.
+        loss: nats per token of right answers about pictures, of a model that sees.
+        right: share of right answers about pictures.
         agreement: share of positions with the original's greedy next token.
         prefill, decode: tokens per second, if they were timed.
         prefill_speedup, decode_speedup: relative to the original, measured in alternation.
@@ -39,6 +41,8 @@ class SchemeRow(TypedDict, total=False):
     left: int
     perplexity: float
     gold_reward: float
+    loss: float
+    right: float
     agreement: float
     prefill: float
     decode: float
@@ -84,7 +88,7 @@ class QuantizationEvaluation:
         """
         # Greedy tokens of the original, with which the quantized forms are compared.
         self._bytes = stored_bytes(model), linear_bytes(model, names)
-        self._expected = greedy_tokens(model, self.windows)
+        self._expected = self._greedy(model)
         row: SchemeRow = {"scheme": "original", "bytes": self._bytes[0], "share": 1.0, "linear_share": 1.0, "left": 0}
         row |= {**self._quality("original", model), "agreement": 1.0}
         if self.rounds:
@@ -107,12 +111,16 @@ class QuantizationEvaluation:
             "left": sum(type(model.get_submodule(layer)) is nn.Linear for layer in names),
         }
         row |= self._quality(name, model)
-        row["agreement"] = agreement(self._expected, greedy_tokens(model, self.windows))
+        row["agreement"] = agreement(self._expected, self._greedy(model))
         if self.rounds:
             found = speeds({"original": original, name: model}, **self.timing, rounds=self.rounds)
             row |= found[name]
             row |= {f"{phase}_speedup": found[name][phase] / found["original"][phase] for phase in found[name]}
         return row
+
+    def save_reader(self, folder: str) -> None:
+        """Save beside a model what reads for it."""
+        self.tokenizer.save_pretrained(folder)
 
     def loss(self, model: "PreTrainedModel", num_texts: int) -> float:
         """Return nats per token on the first texts."""
@@ -136,6 +144,10 @@ class QuantizationEvaluation:
         """Return perplexity and gold reward of the original and of a quantized form, with the errors of the change."""
         (fit, golds), (other_fit, other_golds) = self._measured["original"], self._measured[name]
         return perplexity_change(fit, other_fit) | (change_of("gold_reward", golds, other_golds) if golds else {})
+
+    def _greedy(self, model: "PreTrainedModel") -> "torch.Tensor":
+        """Return the most likely tokens, (N,) on the CPU, on which the forms are compared."""
+        return greedy_tokens(model, self.windows)
 
     def _quality(self, name: str, model: "PreTrainedModel") -> dict[str, float]:
         fit, golds = text_likelihood(model, self.tokenizer, self.texts, self.max_length), []

@@ -75,15 +75,18 @@ def empty_model(config: "PreTrainedConfig", task_type: str = "CAUSAL_LM") -> "Pr
         raise InputError(f"a {what} of type {config.model_type} cannot be made: {reason}") from None
 
 
-def is_for_pictures(config: "PreTrainedConfig") -> bool:
-    """Return whether transformers has a model of text and pictures for a config, and no causal one."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+def is_for_pictures(config: "PreTrainedConfig | None") -> bool:
+    """Return whether a saved model reads pictures beside its tokens; all that ask it of a config ask here.
 
-    kind = type(config)
-    return kind in AutoModelForImageTextToText._model_mapping and kind not in AutoModelForCausalLM._model_mapping
+    Some types, such as Gemma 3, are those of a causal language model to transformers, too; they see all the same.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    mapping = AutoModelForImageTextToText._model_mapping
+    return type(config) in mapping and reads_pictures(mapping[type(config)])
 
 
-def reads_pictures(model: "nn.Module") -> bool:
-    """Return whether a model reads pictures beside its tokens; with an adapter, the model below it."""
+def reads_pictures(model: "nn.Module | type[nn.Module]") -> bool:
+    """Return whether a model, or a class, reads pictures; with an adapter, the model below it."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "pixel_values" in inspect.signature(model.forward).parameters

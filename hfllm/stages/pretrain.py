@@ -154,12 +154,10 @@ def refusals_of_the_run(
 ) -> list[tuple[bool, str, str]]:
     """Return the refusals that concern the run: whether each applies, the flag, and the reason."""
     ramp, curriculum, tokens = script_args.batch_ramp, script_args.length_curriculum, script_args.total_tokens
-    is_packed, uses_muon = script_args.packing, script_args.use_muon
+    is_packed = script_args.packing
     is_scaled, is_timed = script_args.lr_scaling_rule != "none", training_args.max_steps > 0
-    optimizer, default_optimizer = training_args.optim, type(training_args).__dataclass_fields__["optim"].default
     is_ordered = training_args.train_sampling_strategy != "random"
     is_infilling = script_args.objective == "infilling"
-    is_sharded = shards_parameters(training_args)
     return [
         (model_args.use_peft, "--use_peft", "pretraining trains all weights"),
         (is_ordered, "--train_sampling_strategy", "the order of documents is this recipe's own"),
@@ -179,6 +177,15 @@ def refusals_of_the_run(
             "--max_steps",
             "the run's length is --total_tokens or --num_train_epochs",
         ),
+        *refusals_of_muon(script_args.use_muon, training_args),
+    ]
+
+
+def refusals_of_muon(uses_muon: bool, training_args: "TrainingArguments") -> list[tuple[bool, str, str]]:
+    """Return the refusals of Muon: whether each applies, the flag, and the reason."""
+    optimizer, default_optimizer = training_args.optim, type(training_args).__dataclass_fields__["optim"].default
+    is_sharded = shards_parameters(training_args)
+    return [
         (uses_muon and is_sharded, "--use_muon", "DeepSpeed and FSDP split the matrices that it needs whole"),
         (uses_muon and optimizer != default_optimizer, "--use_muon", f"--optim {optimizer.value} is asked for too"),
     ]

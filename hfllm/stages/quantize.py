@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hfllm.data.loading import DataArguments
+from hfllm.data.sources import DIGITS, PICTURES
 from hfllm.errors import InputError, refuse
 from hfllm.outputs.report import Bars
 from hfllm.runs.chain import Chain, chain_before
 from hfllm.runs.remote_code import RemoteCodeArguments
+from hfllm.stages.own_pictures import OF_PICTURES, PictureArguments, given_flags
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -40,8 +42,8 @@ SHOWN_PARTS = 30
 
 
 @dataclass(frozen=True)
-class QuantizeArguments(DataArguments, RemoteCodeArguments):
-    """The schemes, the texts that they are evaluated on, and how."""
+class QuantizeArguments(DataArguments, RemoteCodeArguments, PictureArguments):
+    """The schemes, the texts or pictures that they are evaluated on, and how."""
 
     output_dir: str = field(default="outputs/quantize", metadata={"help": "Where the model and the report go."})
     seed: int = field(default=42, metadata={"help": "Seed of the texts of the world, and of its models."})
@@ -60,9 +62,15 @@ class QuantizeArguments(DataArguments, RemoteCodeArguments):
             "A lower value takes more time and loses less accuracy."
         },
     )
-    num_eval_texts: int = field(default=256, metadata={"help": "Texts for the perplexity, at most this many."})
+    num_eval_texts: int = field(
+        default=256,
+        metadata={"help": "Texts for the perplexity, at most this many; of a model that sees, answers for the loss."},
+    )
     max_length: int = field(default=512, metadata={"help": "Tokens per window for the perplexity."})
-    num_eval_prompts: int = field(default=600, metadata={"help": "Questions of the world for the gold reward."})
+    num_eval_prompts: int = field(
+        default=600,
+        metadata={"help": "Questions of the world for the gold reward; of a model that sees, those about pictures."},
+    )
     response_length: int = field(default=40, metadata={"help": "Longest answer to them, in tokens."})
     sensitivity: list[str] = field(
         default_factory=lambda: ["layer", "kind"],
@@ -133,11 +141,11 @@ def check_model(script_args: QuantizeArguments, model_args: "ModelConfig", confi
     from hfllm.models.stored import empty_model, is_for_pictures, refuse_quantized
     from hfllm.runs.models import max_length_of
 
-    if is_for_pictures(config):
-        raise InputError(
-            f"--model_name_or_path {model_args.model_name_or_path}: it sees, and schemes are compared on text alone: "
-            "load it in 8 bits where it is used (--load_in_8bit)"
-        )
+    sees = is_for_pictures(config)
+    for flag in given_flags(script_args, OF_PICTURES):
+        refuse(not sees, f"--{flag}", "the model reads text alone")
+    if not sees and script_args.dataset_name in (PICTURES, DIGITS):
+        raise InputError(f"--dataset_name {script_args.dataset_name}: the model reads text alone")
     if model_args.model_name_or_path:
         refuse_quantized(config, model_args.model_name_or_path)
     context, timed = max_length_of(config), script_args.prompt_tokens + script_args.new_tokens
@@ -146,7 +154,7 @@ def check_model(script_args: QuantizeArguments, model_args: "ModelConfig", confi
             f"--prompt_tokens {script_args.prompt_tokens} and --new_tokens {script_args.new_tokens} are {timed} "
             f"tokens, the model's context is {context}: choose fewer, or --rounds 0 for no timing"
         )
-    model = empty_model(config)
+    model = empty_model(config, "IMAGE_TEXT" if sees else "CAUSAL_LM")
     for name in schemes_to_compare(script_args):
         scheme_of(script_args, name).left(model)
 
@@ -260,7 +268,7 @@ def compare_schemes(
         if is_saved:
             # Save before it runs: bitsandbytes then changes the layout of 4-bit weights for some CPUs.
             quantized.save_pretrained(script_args.output_dir)
-            evaluation.tokenizer.save_pretrained(script_args.output_dir)
+            evaluation.save_reader(script_args.output_dir)
         rows.append(evaluation.quantized(name, quantized, model, names))
         if is_saved:
             difference = evaluation.difference_after_reload(quantized, script_args.output_dir)
@@ -293,7 +301,7 @@ def quantization_metrics(rows: "Sequence[SchemeRow]", save_scheme: str) -> dict[
     original, saved = rows[0], next(row for row in rows if row["scheme"] == save_scheme)
     metrics = {
         f"{name}_{when}": row[name]
-        for name in ("bytes", "perplexity", "gold_reward")
+        for name in ("bytes", "perplexity", "gold_reward", "loss", "right")
         if name in original
         for when, row in (("before", original), ("after", saved))
     }

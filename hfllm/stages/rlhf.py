@@ -11,6 +11,7 @@ from hfllm.errors import InputError, refuse
 from hfllm.runs.arguments import changed
 from hfllm.runs.chain import Chain, chain_before
 from hfllm.runs.remote_code import RemoteCodeArguments
+from hfllm.stages.own_pictures import FreezingArguments
 from hfllm.stages.rlhf_tools import NO_TOOLS, PolicyTools
 from hfllm.trainers.learning_rate import BatchArguments
 
@@ -28,7 +29,7 @@ CALIBRATION_PROMPTS = 256
 
 
 @dataclass(frozen=True)
-class RlhfArguments(RowArguments, AugmentationArguments, BatchArguments, RemoteCodeArguments):
+class RlhfArguments(RowArguments, AugmentationArguments, BatchArguments, RemoteCodeArguments, FreezingArguments):
     """Prompts, rewards, and the settings of the stages before."""
 
     reward_model_name_or_path: list[str] | None = field(

@@ -101,7 +101,13 @@ def check_models(
         peft_config,
         try_adapter,
     )
-    from hfllm.stages.rlhf_pictures import check_rows, load_processing_class, processing_class_of, refuse_words
+    from hfllm.stages.rlhf_pictures import (
+        check_frozen,
+        check_rows,
+        load_processing_class,
+        processing_class_of,
+        refuse_words,
+    )
     from hfllm.trainers.ppo.pictures import tokenizer_of
     from hfllm.trainers.ppo.prompts import check_prompts
     from hfllm.trainers.ppo.setup import check_critic
@@ -109,6 +115,7 @@ def check_models(
 
     check_trainable(model_args)
     check_rows(rows, policy_config)
+    check_frozen(script_args, model_args, rows)
     if training_args.use_vllm:
         check_vllm(training_args)
     named = script_args.reward_model_name_or_path or []

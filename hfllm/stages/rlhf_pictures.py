@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
     from hfllm.data.messages import Message
+    from hfllm.stages.own_pictures import FreezingArguments
     from hfllm.stages.rlhf import Row
     from hfllm.trainers.ppo.pictures import ProcessingClass
 
@@ -117,15 +118,27 @@ def check_rows(rows: "Sequence[Row]", config: "PreTrainedConfig") -> None:
     Raises:
         InputError: naming the row.
     """
-    from transformers import AutoModelForImageTextToText
-
     from hfllm.models.stored import is_for_pictures
     from hfllm.trainers.ppo.prompts import check_pictures
 
     if not is_for_pictures(config):
-        # Some types are a language model's, too, and as such they are loaded.
-        as_text = ", loaded as a model of words" if type(config) in AutoModelForImageTextToText._model_mapping else ""
-        check_pictures(rows, None, f"the policy (of type {config.model_type}{as_text})")
+        check_pictures(rows, None, f"the policy (of type {config.model_type})")
+
+
+def check_frozen(script_args: "FreezingArguments", model_args: "ModelConfig", rows: "Sequence[Row]") -> None:
+    """Refuse to freeze parts of a policy that is shown no picture, or below an adapter.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    from hfllm.stages.own_pictures import FREEZING, check_freezing, given_flags
+    from hfllm.trainers.ppo.pictures import has_pictures
+
+    frozen = given_flags(script_args, FREEZING)
+    shows = bool(frozen) and any(has_pictures(row, "a row") for row in rows)
+    for flag in frozen:
+        refuse(not shows, f"--{flag}", "no row has a picture")
+    check_freezing(script_args, model_args)
 
 
 def words_for_a_picture(rows: "Sequence[Row]", processing_class: "ProcessingClass") -> list[int]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hfllm.errors import InputError, refuse
+from hfllm.errors import refuse
 from hfllm.stages.own_pictures import FREEZING, OF_PICTURES, Rows, given_flags
 from hfllm.stages.sft import SftArguments
 
@@ -16,16 +16,6 @@ if TYPE_CHECKING:
     from hfllm.trainers.trl_trainers import SFTTrainer
 
 STAGE = "hfllm sft"
-# Flags of TRL and of ours that would cut, join or write anew the tokens of rows that the processor reads.
-WHOLE = "rows with pictures are read by the model's processor, as they are"
-NOT_JOINED = {
-    "packing": "rows with pictures are not packed",
-    "eval_packing": "rows with pictures are not packed",
-    "padding_free": "rows with pictures are padded",
-    "assistant_only_loss": "of rows with pictures the answers are found without marks (--loss_on all)",
-    "chat_template_path": WHOLE,
-    "eos_token": WHOLE,
-}
 ANSWER_TOKENS = 48
 
 
@@ -33,25 +23,14 @@ def processor_of(model_args: "ModelConfig") -> "ProcessorMixin | None":
     """Return the processor of the named model if it sees; `None` for one of text, or where none is named.
 
     Raises:
-        InputError: when a model that only sees has none.
+        InputError: when a model that sees has none.
     """
-    from transformers import AutoModelForImageTextToText
-
     from hfllm.models.stored import is_for_pictures
     from hfllm.runs.models import load_config
     from hfllm.stages.rlhf_pictures import load_processor
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
-    config = load_config(name, revision) if name else None
-    if type(config) not in AutoModelForImageTextToText._model_mapping:
-        return None
-    try:
-        return load_processor(name, revision)
-    except InputError:
-        if is_for_pictures(config):
-            raise
-        # It is a language model, too.
-        return None
+    return load_processor(name, revision) if name and is_for_pictures(load_config(name, revision)) else None
 
 
 def instruction_data(
@@ -107,21 +86,20 @@ def check(
     script_args: SftArguments,
     training_args: "SFTConfig",
     model_args: "ModelConfig",
-    shows: bool,
-) -> None:
-    """Refuse flags that do not go with rows with pictures, or that have no effect on rows of text.
-
-    Args:
-        shows: whether a row has pictures.
+    train_rows: Sequence[Mapping[str, Any]],
+    eval_rows: Sequence[Mapping[str, Any]],
+) -> bool:
+    """Return whether a row has pictures; refuse flags that do not go with that, or have no effect on rows of text.
 
     Raises:
         InputError: naming the flag.
     """
     from hfllm.models.stored import is_for_pictures
-    from hfllm.runs.command_line import given_names
     from hfllm.runs.models import load_config
-    from hfllm.stages.own_pictures import check_freezing
+    from hfllm.stages.own_pictures import by_turns, check_freezing
+    from hfllm.stages.picture_checks import check_split_weights, check_whole_rows
 
+    shows = shows_pictures(train_rows, eval_rows)
     for flag in given_flags(script_args, (*FREEZING, *OF_PICTURES)):
         refuse(not shows, f"--{flag}", "no row has a picture")
     name, revision = model_args.model_name_or_path, model_args.model_revision
@@ -129,15 +107,15 @@ def check(
         refuse(bool(script_args.added_tokens), "--added_tokens", "the model sees, and its tokens are its processor's")
         refuse(bool(training_args.chat_template_path), "--chat_template_path", "the model sees: its processor has one")
     if not shows:
-        return
+        return False
     check_freezing(script_args, model_args)
-    for flag, why in NOT_JOINED.items():
-        refuse(bool(getattr(training_args, flag)), f"--{flag}", why)
-    refuse(training_args.completion_only_loss is False, "--completion_only_loss false", "answers alone are learned")
-    is_given = "max_length" in (given_names(script_args, training_args) or ())
-    refuse(is_given and training_args.max_length is not None, "--max_length", "rows with pictures are not cut")
+    # The first answers of a conversation may come before its first picture.
+    turns = ([turn for row in rows for turn in by_turns(row)] for rows in (train_rows, eval_rows))
+    check_split_weights(training_args, *turns)
+    check_whole_rows(script_args, training_args)
     refuse(bool(script_args.augment), "--augment", "the rows have pictures")
     refuse(bool(script_args.retrieval_dataset_name), "--retrieval_dataset_name", "the rows have pictures")
+    return True
 
 
 def load_policy(

@@ -17,6 +17,7 @@ from hfllm.stages.own_pictures import (
     PictureArguments,
     check_freezing,
 )
+from hfllm.stages.picture_checks import check_whole_rows
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
@@ -112,8 +113,9 @@ def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: 
     refuse(not is_named and model_args.use_peft, "--use_peft", "the model is made here: all of its weights learn")
     check_freezing(script_args, model_args)
     _refuse_unused(script_args)
-    refuse(training_args.packing, "--packing", "rows with pictures are not packed")
-    refuse(training_args.padding_free, "--padding_free", "rows with pictures are padded")
+    # Questions about drawn pictures are put into the rows of a model that is made here.
+    check_whole_rows(script_args, training_args, is_cut=not is_named)
+    _check_muon(script_args, training_args)
     has_ppo = script_args.num_rl_prompts > 0
     refuse(name not in DRAWN and has_ppo, "--num_rl_prompts", "the gold is that of drawn pictures")
     refuse(model_args.use_peft and has_ppo, "--num_rl_prompts", "PPO starts from a whole model here, not an adapter")
@@ -139,6 +141,13 @@ def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: 
         if width is not None and (width < 1 or width % (2 * heads)):
             raise InputError(f"--{flag} {width}: expected a multiple of twice --num_attention_heads {heads}")
     _check_patches(script_args)
+
+
+def _check_muon(script_args: VisionArguments, training_args: "SFTConfig") -> None:
+    from hfllm.stages.pretrain import refusals_of_muon
+
+    for condition, flag, reason in refusals_of_muon(script_args.use_muon, training_args):
+        refuse(condition, flag, reason)
 
 
 def _refuse_unused(script_args: VisionArguments) -> None:

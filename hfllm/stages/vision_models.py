@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.data.picture_rows import DrawnWorld, TwoDigits, picture_side
 from hfllm.data.sources import PICTURES
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse
 from hfllm.stages.own_pictures import FreezingArguments, PictureArguments, Rows, as_dataset
 from hfllm.stages.vision import VisionArguments
 from hfllm.stages.vision_data import JoinedRows, caption_rows, question_rows
@@ -124,9 +124,9 @@ def refuse_text_model(name: str, config: "PreTrainedConfig") -> None:
     Raises:
         InputError: naming it.
     """
-    from transformers import AutoModelForImageTextToText
+    from hfllm.models.stored import is_for_pictures
 
-    if type(config) not in AutoModelForImageTextToText._model_mapping:
+    if not is_for_pictures(config):
         raise InputError(
             f"--model_name_or_path {name}: a {config.model_type} model reads text alone; name a vision-language "
             "model, or give it eyes by hfllm.with_vision"
@@ -137,27 +137,75 @@ def freeze(model: "PreTrainedModel", vision: bool, text: bool) -> None:
     """Keep the tower, or the decoder with its head, from learning; what is between them always learns.
 
     Raises:
-        InputError: when the model's layout names no tower.
+        InputError: when the model is an adapter, its layout names no tower, or nothing is left to learn.
     """
+    for flag, is_given in (("--freeze_vision", vision), ("--freeze_text", text)):
+        is_idle = is_given and hasattr(model, "peft_config")
+        refuse(is_idle, flag, "the model is an adapter, below which all weights are frozen")
+    if not (vision or text):
+        return
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    of_text = [decoder, *([] if head is None else [head])]
     if text:
-        head = model.get_output_embeddings()
-        for part in (model.get_decoder(), *([] if head is None else [head])):
+        for part in of_text:
             part.requires_grad_(False)
     if vision:
-        tower_of(model).requires_grad_(False)
+        tower = tower_of(model)
+        inside = [] if _has_more(model.base_model, [tower, *of_text]) else inner_projector(tower, width_of(model))
+        tower.requires_grad_(False)
+        for part in inside:
+            part.requires_grad_(True)
+    if vision and text and not _has_more(model, of_text, only_learned=True):
+        raise InputError(
+            f"--freeze_vision and --freeze_text: of a {type(model).__name__} nothing is left to learn, since it has "
+            "no projector between tower and decoder: give one of them"
+        )
+
+
+def _has_more(model: "nn.Module", parts: "Sequence[nn.Module]", only_learned: bool = False) -> bool:
+    """Return whether a model has weights beside those of some parts, or such that learn."""
+    known = {id(weight) for part in parts for weight in part.parameters()}
+    return any(id(weight) not in known and (weight.requires_grad or not only_learned) for weight in model.parameters())
+
+
+def width_of(model: "PreTrainedModel") -> int:
+    """Return the length of the decoder's embeddings, to which pictures are projected."""
+    return model.get_input_embeddings().weight.shape[-1]
+
+
+def inner_projector(tower: "nn.Module", width: int) -> "list[nn.Module]":
+    """Return the parts of a tower that project to the decoder, such as Qwen2-VL's merger; none of most towers.
+
+    These are the parts after the stack of layers with a linear layer or a convolution onto the decoder's width: so are
+    they registered in transformers' classes that have no projector outside of the tower.
+
+    Args:
+        width: of the decoder.
+    """
+    from torch import nn
+
+    parts = list(tower.children())
+    stack = next((place for place, part in enumerate(parts) if isinstance(part, nn.ModuleList)), len(parts))
+
+    def projects(part: "nn.Module") -> bool:
+        return any(
+            isinstance(each, nn.Linear | nn.Conv2d) and each.weight.shape[0] == width for each in part.modules()
+        )
+
+    return [part for part in parts[stack + 1 :] if projects(part)]
 
 
 def tower_of(model: "PreTrainedModel") -> "nn.Module":
     """Return the vision tower of a composed model.
 
     Raises:
-        InputError: when the layout has none by a name that is known.
+        InputError: when the layout has none by a name that transformers knows.
     """
-    base = model.base_model
-    for name in ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower"):
-        if (found := getattr(base, name, None)) is not None:
-            return found
-    raise InputError(f"--freeze_vision: no vision tower is known in a {type(model).__name__}")
+    # Without such a name it returns the model itself, or its base.
+    found = model.base_model.get_encoder(modality="image")
+    if found is model or found is model.base_model:
+        raise InputError(f"--freeze_vision: no vision tower is known in a {type(model).__name__}")
+    return found
 
 
 def new_trainer(
@@ -200,10 +248,20 @@ def own_trainer(
         rows: with `prompt`, `completion` and `images`; some may have no pictures.
         eval_rows: likewise, or none.
         stage: the command, for what is said.
+
+    Raises:
+        InputError: for pictures in some rows only where weights are split, a model that cannot be loaded, or one of
+            which nothing is left to learn.
     """
+    from hfllm.runs.arguments import changed
     from hfllm.runs.models import peft_config
+    from hfllm.stages.picture_checks import check_split_weights, is_mixed
     from hfllm.trainers.trl_trainers import SFTTrainer
 
+    check_split_weights(training_args, rows, eval_rows or ())
+    if is_mixed(rows) and training_args.ddp_find_unused_parameters is None:
+        # In a batch without pictures the tower gets no gradient, which several processes would wait for.
+        training_args = changed(training_args, ddp_find_unused_parameters=True)
     model, processor = load_model(model_args)
     freeze(model, script_args.freeze_vision, script_args.freeze_text)
     if processor.tokenizer.pad_token is None:

@@ -53,6 +53,7 @@ def policy_trainer(
     It starts from the model that fine-tuning has saved: a model that TRL has trained cannot be copied as a reference.
     """
     from hfllm.rewards.functions import gold_reward
+    from hfllm.stages.vision_models import freeze
     from hfllm.trainers.ppo.config import PPOConfig
     from hfllm.trainers.ppo.trainer import PPOTrainer
 
@@ -72,9 +73,11 @@ def policy_trainer(
     )
     rows = prompt_rows(script_args, training_args.seed)
     policy = training_args.output_dir
-    return PPOTrainer(
+    trainer = PPOTrainer(
         model=policy, reward_funcs=gold_reward, args=args, train_dataset=rows, processing_class=processor
     )
+    freeze(trainer.policy, script_args.freeze_vision, script_args.freeze_text)
+    return trainer
 
 
 def sampled_gold(

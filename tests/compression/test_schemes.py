@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, SiglipVisionConfig
 
+import hfllm
 from hfllm.compression import affine, schemes
 from hfllm.compression.dynamic_int8 import METHOD, DynamicInt8Linear
 from hfllm.errors import InputError
@@ -281,3 +282,24 @@ def test_a_config_says_what_was_done(folder, tmp_path):
     load("nf4_double", folder).save_pretrained(tmp_path / "quantized")
     written = json.loads((tmp_path / "quantized" / "config.json").read_text())["quantization_config"]
     assert (written["bnb_4bit_quant_type"], written["bnb_4bit_use_double_quant"]) == ("nf4", True)
+
+
+@pytest.mark.parametrize("name", ["int8", "dynamic"])
+def test_a_model_that_sees_is_quantized_but_for_what_attention_reads_itself(name, make_model, tmp_path):
+    """SigLIP's pooling head gives weights to torch's attention, which cannot read integers."""
+    if name == "int8":
+        pytest.importorskip("bitsandbytes")
+    tower = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    hfllm.with_vision(make_model(), tower, image_token_id=300).save_pretrained(tmp_path / "full")
+    full = AutoModelForImageTextToText.from_pretrained(tmp_path / "full").eval()
+    model = schemes.get_scheme(name).load(str(tmp_path / "full"))
+    ids = torch.tensor([[5, 300, 300, 300, 300, 7, 9]])
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
+    with torch.inference_mode():
+        expected, found = full(**inputs).logits, model(**inputs).logits
+    assert (expected - found).abs().max() < 0.1 * expected.abs().max()
+    assert model.model.vision_tower.head.attention.out_proj.weight.dtype == torch.float32
+    assert model.model.vision_tower.head.mlp.fc1.weight.dtype == torch.int8
+    assert model.model.multi_modal_projector.linear_1.weight.dtype == torch.int8

@@ -151,6 +151,15 @@ def test_text_alone_and_both_mixed(seeing_folder, tmp_path):
         run(seeing_folder / "model", rows, tmp_path / "no", "--chat_template_path", "chatml")
 
 
+def test_pictures_in_some_rows_alone_are_refused_where_weights_are_split(seeing_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    rows = write_rows(tmp_path / "data", halves(8), is_pair=True)
+    rows.write_text(rows.read_text() + '\n{"prompt": "say", "chosen": "left", "rejected": "is"}')
+    with pytest.raises(InputError, match=r"pictures in \d of \d .* rows: DeepSpeed and FSDP") as error:
+        run(seeing_folder / "model", rows, tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_judged_is_refused(seeing_folder, tmp_path):
     rows = write_rows(tmp_path / "data", halves(3), is_pair=True)
     with pytest.raises(InputError, match="--max_length cannot be used here: rows with pictures are not cut"):

@@ -174,6 +174,26 @@ def test_flags_that_do_not_go_with_pictures_are_refused(seeing_folder, tmp_path,
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
+def test_pictures_in_some_rows_alone_are_refused_where_weights_are_split(seeing_folder, texts, tmp_path, monkeypatch):
+    """A process whose batch has none would not take part where the others gather or reduce the tower."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    rows = write_rows(tmp_path / "data", halves(4))
+    named = ["--model_name_or_path", seeing_folder / "model", "--dataset_name", rows, "--output_dir", tmp_path / "out"]
+    script_args, args, model_args = sft.parse(list(map(str, named)))
+    all_seen = sft_pictures.instruction_data(script_args, 3, sft_pictures.processor_of(model_args), "m")
+    assert sft_pictures.check(script_args, args, model_args, *all_seen)
+    rows.write_text(rows.read_text() + "\n" + "\n".join(texts.read_text().splitlines()[:12]))
+    with pytest.raises(InputError, match=r"pictures in 4 of 1\d training rows: DeepSpeed and FSDP") as error:
+        run(seeing_folder / "model", rows, tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    # Of processes with all of the weights each waits for what it has not used.
+    mixed = sft_pictures.instruction_data(script_args, 3, sft_pictures.processor_of(model_args), "m")
+    assert sft_pictures.check(script_args, args, model_args, *mixed)
+    trainer, _ = sft_pictures.trainer_of(script_args, args, model_args, *mixed)
+    assert trainer.args.ddp_find_unused_parameters
+
+
 def test_flags_of_pictures_and_rows_without_any(seeing_folder, texts, tmp_path):
     with pytest.raises(InputError, match="--freeze_vision cannot be used here: no row has a picture"):
         run(seeing_folder / "model", texts, tmp_path / "out", "--freeze_vision")

@@ -1,6 +1,7 @@
 """The recipe that learns to see, in miniature: drawn pictures, PPO, your own rows, frozen parts, and refusals."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import reward
@@ -15,6 +16,7 @@ from hfllm.errors import InputError
 from hfllm.generation.picture_answers import answer_pictures
 from hfllm.outputs.picture_lines import picture_lines
 from hfllm.stages.own_pictures import as_dataset
+from hfllm.stages.vision import check
 from hfllm.stages.vision_data import drawn_rows, own_rows
 from hfllm.stages.vision_models import new_trainer, own_trainer
 from hfllm.trainers.pretraining.muon import MuonWithAdamW
@@ -119,6 +121,17 @@ def test_drawn_pictures_on_a_model_of_your_own(drawn, tmp_path):
     assert metrics["train_rows"] == 28 and metrics["seen_right_n"] == 12
     with pytest.raises(InputError, match="--patch_size cannot be used here"):
         run(tmp_path / "other", *flags, "--patch_size", "8")
+
+
+def test_what_is_frozen_stays_so_in_ppo(drawn, tmp_path):
+    flags = ["--model_name_or_path", drawn[0], *SHORT, "--num_examples", "2", "--max_steps", "1", "--freeze_text"]
+    run(tmp_path / "out", *flags, "--num_rl_prompts", "8", "--learning_rate", "0.1", "--rl_learning_rate", "0.1")
+    before, tuned, policy = (
+        load_file(each / "model.safetensors") for each in (drawn[0], tmp_path / "out", tmp_path / "out" / "rl")
+    )
+    for one, other in ((before, tuned), (tuned, policy)):
+        moved = {name.split(".")[1] for name in one if not torch.equal(one[name], other[name])}
+        assert moved == {"vision_tower", "multi_modal_projector"}
 
 
 def test_bad_pictures_are_refused_or_dropped_and_counted(drawn, tmp_path, capsys):
@@ -260,9 +273,35 @@ def test_fine_tuning_on_text_refuses_rows_with_pictures(saved, tmp_path):
         (["--model_name_or_path", "some/model", "--use_peft", "--freeze_text"], "--freeze_text cannot be used here"),
         (["--model_name_or_path", "some/model", "--use_peft", "--num_rl_prompts", "8"], "not an adapter"),
         (["--model_name_or_path", "m", "--dataset_name", "some/rows", "--num_examples", "3"], "--num_examples cannot"),
+        (["--model_name_or_path", "m", "--max_length", "64"], "--max_length cannot be used here: rows with pictures"),
+        (["--model_name_or_path", "m", "--completion_only_loss", "false"], "--completion_only_loss false cannot"),
+        (["--model_name_or_path", "m", "--assistant_only_loss", "true"], "--assistant_only_loss cannot"),
+        (["--model_name_or_path", "m", "--eos_token", "<eos>"], "--eos_token cannot"),
+        (["--completion_only_loss", "false"], "--completion_only_loss false cannot"),
+        (["--optim", "sgd"], "--use_muon cannot be used here: --optim sgd is asked for too"),
     ],
 )
 def test_flags_that_cannot_work_are_refused(flags, words, tmp_path):
     with pytest.raises(InputError, match=words) as error:
         run(tmp_path / "out", *flags)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_muon_is_refused_where_weights_are_split(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    script_args, args, model_args = vision.parse(["--output_dir", str(tmp_path / "out"), *DRAWN])
+    with pytest.raises(InputError, match="--use_muon cannot be used here: DeepSpeed and FSDP split"):
+        check(script_args, args, model_args)
+    check(replace(script_args, use_muon=False), args, model_args)
+
+
+def test_answers_before_the_first_picture_are_refused_where_weights_are_split(drawn, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    rows = conversation(tmp_path / "data")
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    for row in lines:
+        row["messages"][0]["content"], row["images"] = "first?", row["images"][:1]
+    rows.write_text("\n".join(map(json.dumps, lines)))
+    flags = ["--model_name_or_path", drawn[0], "--dataset_name", rows, *QUIET]
+    with pytest.raises(InputError, match="pictures in 3 of 6 training rows: DeepSpeed and FSDP"):
+        run(tmp_path / "out", *flags)

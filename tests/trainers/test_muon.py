@@ -116,3 +116,13 @@ def test_a_model_of_embeddings_alone_is_refused(make_model):
         parameter.requires_grad_("embed" in name)
     with pytest.raises(InputError, match="--use_muon"):
         muon_of(model)
+
+
+def test_a_flat_shard_is_refused_in_words():
+    """As `torch.optim.Muon` does it alone."""
+    weight = nn.Parameter(torch.zeros(4, 4))
+    optimizer = BatchedMuon([weight], lr=0.1)
+    weight.data = torch.zeros(8)
+    weight.grad = torch.ones(8)
+    with pytest.raises(ValueError, match="2D matrix"):
+        optimizer.step()

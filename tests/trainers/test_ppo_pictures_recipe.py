@@ -5,11 +5,15 @@ import json
 import picture_run as run
 import pytest
 import rlhf
+import torch
+from safetensors.torch import load_file
 
 import hfllm
 from hfllm.errors import InputError
 from hfllm.stages.rlhf import prompt_data
+from hfllm.trainers.ppo.pictures import check_uses
 from hfllm.trainers.ppo.prompts import read_rows
+from hfllm.trainers.ppo.trainer import PPOTrainer
 
 REWARD = """
 def names_side(completions, side, **columns):
@@ -95,3 +99,47 @@ def test_a_policy_of_text_refuses_rows_with_pictures_before_training(folder, tmp
         InputError, match=r"rows.jsonl, line \d+ has a picture, and the policy \(of type hfllm\) reads none"
     ):
         rlhf.main(*parsed(folder, tmp_path / "out", model_name_or_path=folder / "text"))
+
+
+@pytest.mark.parametrize("frozen", [["freeze_vision"], ["freeze_text"], ["freeze_vision", "freeze_text"]])
+def test_frozen_parts_stay_as_they_are(folder, tmp_path, frozen, monkeypatch):
+    """To the bit, also where the head for values learns through them; the reference is the model before."""
+    kept, save = {}, PPOTrainer.save_model
+
+    def look(self, *args, **kwargs):
+        kept["reference"] = {name: value.clone() for name, value in self.reference.state_dict().items()}
+        kept["value_head"] = [weight.grad is not None for weight in self.actor.value_head.parameters()]
+        return save(self, *args, **kwargs)
+
+    monkeypatch.setattr(PPOTrainer, "save_model", look)
+    more = {"learning_rate": "0.05", "weight_decay": "0.1", **dict.fromkeys(frozen, "true")}
+    rlhf.main(*parsed(folder, tmp_path / "out", **more))
+    before, after = (load_file(each / "model.safetensors") for each in (folder / "model", tmp_path / "out"))
+    assert all(torch.equal(kept["reference"][name], value) for name, value in before.items()) and kept["value_head"]
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    stays = {"freeze_vision": ("model.vision_tower",), "freeze_text": ("model.language_model", "lm_head")}
+    names = tuple(each for flag in frozen for each in stays[flag])
+    learned = {name for name in after if not name.startswith(names)}
+    # Some weights of a tower have no path to the decoder.
+    assert moved <= learned and {name.split(".")[1] for name in moved} == {name.split(".")[1] for name in learned}
+
+
+def test_nothing_is_frozen_where_that_has_no_meaning(folder, tmp_path):
+    with pytest.raises(InputError, match="--freeze_text cannot be used here: with --use_peft all weights are frozen"):
+        rlhf.main(*parsed(folder, tmp_path / "out", freeze_text="true", use_peft="true"))
+    asked = [[{"role": "user", "content": f"say {word}"}] for word in ("left", "right", "which", "is")]
+    rows = [json.dumps({"prompt": prompt, "side": "left"}) for prompt in asked]
+    (folder / "words.jsonl").write_text("\n".join(rows))
+    with pytest.raises(InputError, match="--freeze_vision cannot be used here: no row has a picture"):
+        rlhf.main(*parsed(folder, tmp_path / "out", freeze_vision="true", dataset_name=folder / "words.jsonl"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_deepspeed_that_accelerate_brings_takes_pictures_in_all_prompts_or_none(folder, tmp_path):
+    args = parsed(folder, tmp_path / "out")[1]
+    check_uses(args, [(3, 8)], None, False)
+    # As under `accelerate launch --use_deepspeed`, where the flag is not given.
+    args.deepspeed_plugin = object()
+    check_uses(args, [(8, 8), (0, 4)], None, False)
+    with pytest.raises(InputError, match="deepspeed with pictures in some prompts only"):
+        check_uses(args, [(8, 8), (3, 8)], None, False)

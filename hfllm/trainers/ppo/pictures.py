@@ -138,7 +138,8 @@ def check_uses(
         raise InputError(
             "tools, environment_factory and rollout_func read no pictures: leave the pictures out, or them"
         )
-    if args.deepspeed and any(0 < count < total for count, total in counts):
+    # Also where accelerate brings it, and not the flag.
+    if args.deepspeed_plugin is not None and any(0 < count < total for count, total in counts):
         # A process whose prompts have none would not take part in gathering or reducing the vision tower.
         raise InputError("deepspeed with pictures in some prompts only: give each prompt a picture, or use DDP")
     if value_model is not None and not reads_pictures(getattr(value_model, value_model.base_model_prefix)):

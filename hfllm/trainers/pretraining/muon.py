@@ -54,11 +54,14 @@ class BatchedMuon(torch.optim.Muon):
 
 
 def _alike(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Return the small matrices with a gradient, those of one shape together; a shard of a matrix is none."""
+    """Return the small matrices with a gradient, those of one shape together; a shard of a matrix is none.
+
+    What FSDP makes flat is none either, and is left to `torch.optim.Muon`, which refuses it in words.
+    """
     found: dict[tuple[object, ...], list[nn.Parameter]] = {}
     for parameter in parameters:
         is_plain = type(parameter.data) is torch.Tensor and type(parameter.grad) is torch.Tensor
-        if is_plain and parameter.numel() <= SMALL:
+        if is_plain and parameter.ndim == 2 and parameter.numel() <= SMALL:
             found.setdefault((parameter.shape, parameter.dtype, parameter.device), []).append(parameter)
     made = []
     for alike in found.values():
