@@ -68,6 +68,9 @@ def read_image(
             # Pillow warns of more pixels than it likes, and we have a limit of our own.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(source) as opened:
+                if opened.format == "EPS":
+                    # Pillow would give the file to Ghostscript, which runs what is written in it.
+                    raise BadImage(f"{where}: EPS is a program that draws, and is not run; save it as PNG")
                 return _checked(opened, where, max_pixels, min_side)
     except BadImage:
         raise

@@ -132,3 +132,9 @@ def test_the_limit_that_is_named_is_the_one_that_counts(monkeypatch):
         read_image(encoded(drawn(), "PNG"), ORIGIN)
     with pytest.raises(BadImage, match="more pixels than 500, the most"):
         read_image(encoded(drawn(), "PNG"), ORIGIN, max_pixels=500)
+
+
+def test_no_file_is_run():
+    """An EPS file is a program; Pillow gives it to Ghostscript where that is installed."""
+    with pytest.raises(BadImage, match="rows.jsonl, line 3: picture .*: EPS is a program"):
+        read_image(encoded(drawn(), "EPS"), ORIGIN)
