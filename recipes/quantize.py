@@ -54,9 +54,10 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
     if stage.is_finished:
         return stage.reuse()
     config = config_to_train(model_args, before)
-    quantize.check_model(chosen_args, model_args, config)
     if sees:
         quantize_pictures.check(chosen_args, model_args.model_name_or_path)
+    quantize.check_model(chosen_args, model_args, config)
+    if sees:
         rows = quantize_pictures.questions_of(chosen_args, load_processing_class(model_args, config))
     else:
         rows = quantize.eval_texts(chosen_args)

@@ -1,4 +1,4 @@
-"""What becomes of an adapter of a model that sees: merged, judged, published with a card, and not quantized."""
+"""What becomes of an adapter of a model that sees: merged, judged, published with a card, and quantized."""
 
 import evaluate
 import merge
@@ -54,13 +54,26 @@ def test_it_is_judged_beside_its_base(adapter, seeing_folder, tmp_path):
     assert metrics["pictures/all/right/out_items"] == metrics["pictures/all/right/model_items"] == 16
 
 
-def test_its_card_loads_it_and_it_is_not_quantized(adapter, tmp_path):
+def test_its_card_loads_it(adapter):
     folder, _ = adapter
     card = (folder / "README.md").read_text()
     assert "pipeline_tag: image-text-to-text" in card and "AutoModelForImageTextToText.from_pretrained(" in card
     named = ["--model_name_or_path", str(folder)]
     with pytest.raises(InputError, match="base"):
         push.main(*push.parse([*named, "--hub_model_id", "me/seeing", "--dry_run"]))
-    with pytest.raises(InputError, match="it sees, and schemes are compared on text alone") as error:
-        quantize.main(*quantize.parse([*named, "--output_dir", str(tmp_path / "out")]))
-    assert "\n" not in str(error.value)
+
+
+def test_it_is_quantized_with_its_base(adapter, seeing_folder, tmp_path):
+    """Merged first: the loss before is that of both, and not that of the base."""
+    folder, rows = adapter
+    quick = ["--schemes", "dynamic", "--save_scheme", "dynamic", "--sensitivity", "none", "--rounds", "0"]
+    quick += ["--dataset_name", str(rows), "--response_length", "2"]
+    found = [
+        quantize.main(*quantize.parse(["--model_name_or_path", str(name), "--output_dir", str(output), *quick]))
+        for name, output in ((folder, tmp_path / "both"), (seeing_folder / "model", tmp_path / "base"))
+    ]
+    assert found[0]["reload_difference"] == 0 and found[0]["loss_n"] == 16
+    assert abs(found[0]["loss_before"] - found[1]["loss_before"]) > 0.01
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "both")
+    assert again.model.language_model.layers[0].self_attn.q_proj.weight.dtype == torch.int8
+    assert not list((tmp_path / "both").glob("adapter*")) and (tmp_path / "both" / "processor_config.json").is_file()
