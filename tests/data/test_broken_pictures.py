@@ -136,5 +136,5 @@ def test_the_limit_that_is_named_is_the_one_that_counts(monkeypatch):
 
 def test_no_file_is_run():
     """An EPS file is a program; Pillow gives it to Ghostscript where that is installed."""
-    with pytest.raises(BadImage, match="rows.jsonl, line 3: picture .*: EPS is a program"):
+    with pytest.raises(BadImage, match=r"rows\.jsonl, line 3: picture .*: EPS is a program"):
         read_image(encoded(drawn(), "EPS"), ORIGIN)
