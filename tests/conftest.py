@@ -2,6 +2,7 @@
 
 import gc
 import os
+from contextlib import closing
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +14,8 @@ from processes import Processes
 # Whole worlds, some minutes each. They start first: begun last, one would leave the other worker without work.
 LONGEST = tuple(f"test_{name}_world" for name in ("ground", "constitution", "tools", "federated", "reason", "vision"))
 
+PROCESSES = pytest.StashKey[Processes]()
+
 # Torch and what stands on it are imported where they are used: with several workers, the process that hands out the
 # tests needs none of it. Until the tests run, garbage collection has millions of imported objects to look through.
 gc.disable()
@@ -20,6 +23,15 @@ gc.disable()
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    """Now all is imported and nothing computed: what the fixture `processes` forks from is forked here."""
+    if not session.config.option.collectonly and any(
+        "processes" in getattr(item, "fixturenames", ()) for item in session.items
+    ):
+        session.config.stash[PROCESSES] = Processes()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,8 +50,8 @@ def imported_objects_are_not_garbage():
 
 
 @pytest.fixture(scope="session")
-def processes():
-    with Processes() as processes:
+def processes(request):
+    with closing(request.config.stash[PROCESSES]) as processes:
         yield processes
 
 
