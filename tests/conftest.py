@@ -2,7 +2,10 @@
 
 import gc
 import os
-from contextlib import closing
+import sys
+from contextlib import closing, suppress
+from functools import cache
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -39,6 +42,44 @@ def one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def known_answers_are_kept():
+    """What libraries find out again for each parser, save and unwrapped model, and what no test changes.
+
+    Together it is a tenth of the time of many tests: whether deepspeed is installed, which files of code travel with a
+    model, the types of a dataclass's fields, and how wide the terminal is, for each flag that is added.
+    """
+    if "transformers" not in sys.modules:
+        # Tests that need none of these do not wait for their import.
+        yield
+        return
+    from accelerate.utils import imports
+    from transformers import dynamic_module_utils
+    from trl.scripts import _hf_argparser
+
+    is_available, files_beside = imports._is_package_available, cache(dynamic_module_utils.get_relative_import_files)
+    has_deepspeed, ours = is_available("deepspeed"), str(Path(__file__).parent.parent / "hfllm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            imports,
+            "_is_package_available",
+            lambda name, *others: has_deepspeed if (name, *others) == ("deepspeed",) else is_available(name, *others),
+        )
+        patch.setattr(
+            dynamic_module_utils,
+            "get_relative_import_files",
+            lambda file: list((files_beside if str(file).startswith(ours) else files_beside.__wrapped__)(file)),
+        )
+        patch.setattr(_hf_argparser, "get_type_hints", cache(_hf_argparser.get_type_hints))
+        patch.setenv("COLUMNS", "80")
+        with suppress(ImportError):
+            from loguru._better_exceptions import ExceptionFormatter
+
+            patch.setattr(ExceptionFormatter, "_get_lib_dirs", staticmethod(cache(ExceptionFormatter._get_lib_dirs)))
+        patch.setenv("LINES", "24")
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
