@@ -12,12 +12,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
-from processes import Processes
+from processes import Processes, import_torch, import_what_runs_need
 
 # Whole worlds, some minutes each. They start first: begun last, one would leave the other worker without work.
 LONGEST = tuple(f"test_{name}_world" for name in ("ground", "constitution", "tools", "federated", "reason", "vision"))
 
-PROCESSES = pytest.StashKey[Processes]()
+PROCESSES, BARE_PROCESSES = pytest.StashKey[Processes](), pytest.StashKey[Processes]()
 
 # Torch and what stands on it are imported where they are used: with several workers, the process that hands out the
 # tests needs none of it. Until the tests run, garbage collection has millions of imported objects to look through.
@@ -29,12 +29,19 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_collection(session):
+    """Now nothing is imported yet: what the fixture `bare_processes` forks from is forked here."""
+    hands_out = session.config.pluginmanager.has_plugin("dsession")
+    if not session.config.option.collectonly and not hands_out:
+        session.config.stash[BARE_PROCESSES] = Processes(import_torch)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session):
     """Now all is imported and nothing computed: what the fixture `processes` forks from is forked here."""
-    if not session.config.option.collectonly and any(
-        "processes" in getattr(item, "fixturenames", ()) for item in session.items
-    ):
-        session.config.stash[PROCESSES] = Processes()
+    is_needed = any("processes" in getattr(item, "fixturenames", ()) for item in session.items)
+    if is_needed and not session.config.option.collectonly:
+        session.config.stash[PROCESSES] = Processes(import_what_runs_need)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -93,6 +100,12 @@ def imported_objects_are_not_garbage():
 @pytest.fixture(scope="session")
 def processes(request):
     with closing(request.config.stash[PROCESSES]) as processes:
+        yield processes
+
+
+@pytest.fixture(scope="session")
+def bare_processes(request):
+    with closing(request.config.stash[BARE_PROCESSES]) as processes:
         yield processes
 
 

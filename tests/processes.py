@@ -1,7 +1,8 @@
 """Scripts in processes of their own that cost no imports: forks of one process, which has imported what they need.
 
-`Processes` is for tests, as the fixture `processes`. The process that forks is itself a fork of the one that runs the
-tests, made before the first of them. The launchers themselves, torchrun and `accelerate launch`, are what tests marked
+`Processes` is for tests, as the fixtures `processes`, and `bare_processes` for scripts that are the first to import
+transformers and hfllm. The process that forks is itself a fork of the one that runs the tests, made before the first
+of them. The launchers themselves, torchrun and `accelerate launch`, are what tests marked
 slow use.
 """
 
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 TESTS = Path(__file__).parent
@@ -26,10 +28,17 @@ OWN = (TESTS, ROOT / "recipes", ROOT / "benchmarks")
 
 
 class Processes:
-    """Starts scripts of this repository. Made before anything is computed: a fork inherits imports alone."""
+    """Starts scripts of this repository. Made before anything is computed: a fork inherits imports alone.
 
-    def __init__(self):
-        import_what_runs_need()
+    Args:
+        import_all: imports what the scripts need not import themselves.
+    """
+
+    def __init__(self, import_all: Callable[[], None]):
+        # What it says of kernels and GPUs that are not there.
+        logging.disable()
+        import_all()
+        logging.disable(logging.NOTSET)
         asks, answers = os.pipe(), os.pipe()
         self._server = os.fork()
         if not self._server:
@@ -60,14 +69,21 @@ class Processes:
         ranks = [{**world, "RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
         return self._run([str(script), *map(str, arguments)], ranks, timeout, code)
 
-    def run(self, script: str | Path, *arguments: object, code: int = 0, timeout: float = 300) -> str:
+    def run(
+        self,
+        script: str | Path,
+        *arguments: object,
+        code: int = 0,
+        timeout: float = 300,
+        environment: Mapping[str, object] | None = None,
+    ) -> str:
         """What a script prints in one process, as Python starts it, that exits with `code`; raises as `torchrun`."""
-        return self._run([str(script), *map(str, arguments)], [{}], timeout, code)
+        return self._run([str(script), *map(str, arguments)], [dict(environment or {})], timeout, code)
 
     def _run(self, argv, environments, timeout, code=0):
         with tempfile.NamedTemporaryFile("w+") as output:
             asked = {"argv": argv, "environments": environments, "output": output.name, "timeout": timeout}
-            print(json.dumps(asked), file=self._asks, flush=True)
+            print(json.dumps(asked, default=str), file=self._asks, flush=True)
             codes = json.loads(self._answers.readline())
             printed = output.read()
         assert set(codes) == {code}, f"exit codes {codes}: {printed[-3000:]}"
@@ -108,9 +124,17 @@ def forget_the_tests():
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def import_torch():
+    """All of torch that models need, and nothing that knows of models."""
+    import torch._dynamo
+    import torch.distributed.fsdp
+    import torch.distributed.tensor
+
+    torch.set_num_threads(1)
+
+
 def import_what_runs_need():
-    # Of kernels and GPUs that are not there.
-    logging.disable()
+    """All that training needs."""
     import accelerate.utils  # noqa: F401
     import datasets  # noqa: F401
     import transformers.trainer  # noqa: F401
@@ -123,7 +147,6 @@ def import_what_runs_need():
     # Which accelerate imports when a model is prepared, if it is there.
     with contextlib.suppress(ImportError):
         import deepspeed  # noqa: F401
-    logging.disable(logging.NOTSET)
     import torch
 
     torch.set_num_threads(1)
