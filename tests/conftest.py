@@ -2,8 +2,10 @@
 
 import gc
 import os
+import shutil
 import sys
 from contextlib import closing, suppress
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -56,19 +58,31 @@ def known_answers_are_kept():
     """What libraries find out again for each parser, save and unwrapped model, and what no test changes.
 
     Together it is a tenth of the time of many tests: whether deepspeed is installed, which files of code travel with a
-    model, the types of a dataclass's fields, and how wide the terminal is, for each flag that is added.
+    model, the types of a dataclass's fields, what a file of flags holds, how wide the terminal is, for each flag that
+    is added, and who seeds the GPUs that are not there, for when they come.
     """
     if "transformers" not in sys.modules:
         # Tests that need none of these do not wait for their import.
         yield
         return
+    import torch
+    import yaml
     from accelerate.utils import imports
     from transformers import dynamic_module_utils
     from trl.scripts import _hf_argparser
 
+    from hfllm.runs.parser import no_duplicates
+
     is_available, files_beside = imports._is_package_available, cache(dynamic_module_utils.get_relative_import_files)
     has_deepspeed, ours = is_available("deepspeed"), str(Path(__file__).parent.parent / "hfllm")
+    load = yaml.load
+    mapping_of = cache(lambda text: load(text, no_duplicates()))
+
+    def load_once(stream, Loader):
+        return deepcopy(mapping_of(stream)) if Loader.__name__ == "NoDuplicates" else load(stream, Loader)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yaml, "load", load_once)
         patch.setattr(
             imports,
             "_is_package_available",
@@ -80,12 +94,15 @@ def known_answers_are_kept():
             lambda file: list((files_beside if str(file).startswith(ours) else files_beside.__wrapped__)(file)),
         )
         patch.setattr(_hf_argparser, "get_type_hints", cache(_hf_argparser.get_type_hints))
+        for device in (torch.cuda, torch.xpu):
+            if not device.is_available():
+                patch.setattr(device, "manual_seed_all", lambda seed: None)
         patch.setenv("COLUMNS", "80")
+        patch.setenv("LINES", "24")
         with suppress(ImportError):
             from loguru._better_exceptions import ExceptionFormatter
 
             patch.setattr(ExceptionFormatter, "_get_lib_dirs", staticmethod(cache(ExceptionFormatter._get_lib_dirs)))
-        patch.setenv("LINES", "24")
         yield
 
 
@@ -182,9 +199,18 @@ def hub(monkeypatch, tmp_path):
         yield server
 
 
+@pytest.fixture(scope="session")
+def saved_once():
+    """Tokenizers, and the folders in which each lies with a model."""
+    return {}
+
+
 @pytest.fixture
-def saved(make_model, tokenizer, tmp_path):
+def saved(make_model, tokenizer, saved_once, tmp_path, tmp_path_factory):
     """A saved language model with its tokenizer, in the folder `model`."""
-    make_model().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    if id(tokenizer) not in saved_once:
+        folder = tmp_path_factory.mktemp("saved")
+        make_model().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        saved_once[id(tokenizer)] = tokenizer, folder
+    return shutil.copytree(saved_once[id(tokenizer)][1], tmp_path / "model")
