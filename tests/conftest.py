@@ -19,23 +19,18 @@ from processes import Processes, import_torch, import_what_runs_need
 # Whole worlds, some minutes each. They start first: begun last, one would leave the other worker without work.
 LONGEST = tuple(f"test_{name}_world" for name in ("ground", "constitution", "tools", "federated", "reason", "vision"))
 
-PROCESSES, BARE_PROCESSES = pytest.StashKey[Processes](), pytest.StashKey[Processes]()
+PROCESSES = pytest.StashKey[Processes]()
 
 # Torch and what stands on it are imported where they are used: with several workers, the process that hands out the
 # tests needs none of it. Until the tests run, garbage collection has millions of imported objects to look through.
 gc.disable()
+# What the fixture `bare_processes` forks from is forked here, before folders' conftests import transformers.
+HANDS_OUT = "PYTEST_XDIST_WORKER" not in os.environ and any(word.startswith(("-n", "--num")) for word in sys.argv)
+BARE_PROCESSES = None if HANDS_OUT or "--collect-only" in sys.argv else Processes(import_torch)
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection(session):
-    """Now nothing is imported yet: what the fixture `bare_processes` forks from is forked here."""
-    hands_out = session.config.pluginmanager.has_plugin("dsession")
-    if not session.config.option.collectonly and not hands_out:
-        session.config.stash[BARE_PROCESSES] = Processes(import_torch)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -121,8 +116,8 @@ def processes(request):
 
 
 @pytest.fixture(scope="session")
-def bare_processes(request):
-    with closing(request.config.stash[BARE_PROCESSES]) as processes:
+def bare_processes():
+    with closing(BARE_PROCESSES) as processes:
         yield processes
 
 

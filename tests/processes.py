@@ -26,6 +26,9 @@ ROOT = TESTS.parent
 # What a script imports from here it reads anew, though a test has imported it.
 OWN = (TESTS, ROOT / "recipes", ROOT / "benchmarks")
 
+# What this process asks its servers by.
+OPEN: list[int] = []
+
 
 class Processes:
     """Starts scripts of this repository. Made before anything is computed: a fork inherits imports alone.
@@ -42,11 +45,14 @@ class Processes:
         asks, answers = os.pipe(), os.pipe()
         self._server = os.fork()
         if not self._server:
-            os.close(asks[1])
-            os.close(answers[0])
+            # Those of servers that were made before, too: each ends when nobody can ask it.
+            for descriptor in (*OPEN, asks[1], answers[0]):
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
             serve(os.fdopen(asks[0]), os.fdopen(answers[1], "w"))
         os.close(asks[0])
         os.close(answers[1])
+        OPEN.extend((asks[1], answers[0]))
         self._asks, self._answers = os.fdopen(asks[1], "w"), os.fdopen(answers[0])
 
     def close(self):
