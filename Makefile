@@ -16,9 +16,10 @@ INSTALL = PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable
 rlhf: $(VENV)/installed
 	$(BIN)/hfllm rlhf $(ARGS)
 
-# One thread: OpenMP on every core stalls a busy machine.
+# One thread: OpenMP on every core stalls a busy machine. What Python compiles is kept, whatever the environment says:
+# the asserts of all tests take five seconds to rewrite, in each worker and each time.
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

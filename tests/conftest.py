@@ -2,24 +2,43 @@
 
 import gc
 import os
+import shutil
+import sys
+from contextlib import closing, suppress
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
-from processes import Processes
+from processes import Processes, import_torch, import_what_runs_need
 
 # Whole worlds, some minutes each. They start first: begun last, one would leave the other worker without work.
 LONGEST = tuple(f"test_{name}_world" for name in ("ground", "constitution", "tools", "federated", "reason", "vision"))
 
+PROCESSES = pytest.StashKey[Processes]()
+
 # Torch and what stands on it are imported where they are used: with several workers, the process that hands out the
 # tests needs none of it. Until the tests run, garbage collection has millions of imported objects to look through.
 gc.disable()
+# What the fixture `bare_processes` forks from is forked here, before folders' conftests import transformers.
+HANDS_OUT = "PYTEST_XDIST_WORKER" not in os.environ and any(word.startswith(("-n", "--num")) for word in sys.argv)
+BARE_PROCESSES = None if HANDS_OUT or "--collect-only" in sys.argv else Processes(import_torch)
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    """Now all is imported and nothing computed: what the fixture `processes` forks from is forked here."""
+    is_needed = any("processes" in getattr(item, "fixturenames", ()) for item in session.items)
+    if is_needed and not session.config.option.collectonly:
+        session.config.stash[PROCESSES] = Processes(import_what_runs_need)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,6 +46,59 @@ def one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def known_answers_are_kept():
+    """What libraries find out again for each parser, save and unwrapped model, and what no test changes.
+
+    Together it is a tenth of the time of many tests: whether deepspeed is installed, which files of code travel with a
+    model, the types of a dataclass's fields, what a file of flags holds, how wide the terminal is, for each flag that
+    is added, and who seeds the GPUs that are not there, for when they come.
+    """
+    if "transformers" not in sys.modules:
+        # Tests that need none of these do not wait for their import.
+        yield
+        return
+    import torch
+    import yaml
+    from accelerate.utils import imports
+    from transformers import dynamic_module_utils
+    from trl.scripts import _hf_argparser
+
+    from hfllm.runs.parser import no_duplicates
+
+    is_available, files_beside = imports._is_package_available, cache(dynamic_module_utils.get_relative_import_files)
+    has_deepspeed, ours = is_available("deepspeed"), str(Path(__file__).parent.parent / "hfllm")
+    load = yaml.load
+    mapping_of = cache(lambda text: load(text, no_duplicates()))
+
+    def load_once(stream, Loader):
+        return deepcopy(mapping_of(stream)) if Loader.__name__ == "NoDuplicates" else load(stream, Loader)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yaml, "load", load_once)
+        patch.setattr(
+            imports,
+            "_is_package_available",
+            lambda name, *others: has_deepspeed if (name, *others) == ("deepspeed",) else is_available(name, *others),
+        )
+        patch.setattr(
+            dynamic_module_utils,
+            "get_relative_import_files",
+            lambda file: list((files_beside if str(file).startswith(ours) else files_beside.__wrapped__)(file)),
+        )
+        patch.setattr(_hf_argparser, "get_type_hints", cache(_hf_argparser.get_type_hints))
+        for device in (torch.cuda, torch.xpu):
+            if not device.is_available():
+                patch.setattr(device, "manual_seed_all", lambda seed: None)
+        patch.setenv("COLUMNS", "80")
+        patch.setenv("LINES", "24")
+        with suppress(ImportError):
+            from loguru._better_exceptions import ExceptionFormatter
+
+            patch.setattr(ExceptionFormatter, "_get_lib_dirs", staticmethod(cache(ExceptionFormatter._get_lib_dirs)))
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,8 +110,14 @@ def imported_objects_are_not_garbage():
 
 
 @pytest.fixture(scope="session")
-def processes():
-    with Processes() as processes:
+def processes(request):
+    with closing(request.config.stash[PROCESSES]) as processes:
+        yield processes
+
+
+@pytest.fixture(scope="session")
+def bare_processes():
+    with closing(BARE_PROCESSES) as processes:
         yield processes
 
 
@@ -116,9 +194,18 @@ def hub(monkeypatch, tmp_path):
         yield server
 
 
+@pytest.fixture(scope="session")
+def saved_once():
+    """Tokenizers, and the folders in which each lies with a model."""
+    return {}
+
+
 @pytest.fixture
-def saved(make_model, tokenizer, tmp_path):
+def saved(make_model, tokenizer, saved_once, tmp_path, tmp_path_factory):
     """A saved language model with its tokenizer, in the folder `model`."""
-    make_model().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    if id(tokenizer) not in saved_once:
+        folder = tmp_path_factory.mktemp("saved")
+        make_model().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        saved_once[id(tokenizer)] = tokenizer, folder
+    return shutil.copytree(saved_once[id(tokenizer)][1], tmp_path / "model")

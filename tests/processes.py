@@ -1,39 +1,64 @@
 """Scripts in processes of their own that cost no imports: forks of one process, which has imported what they need.
 
-`Processes` is for tests, as the fixture `processes`; this file as a script is the process that forks. The launchers
-themselves, torchrun and `accelerate launch`, are what tests marked slow use.
+`Processes` is for tests, as the fixtures `processes`, and `bare_processes` for scripts that are the first to import
+transformers and hfllm. The process that forks is itself a fork of the one that runs the tests, made before the first
+of them. The launchers themselves, torchrun and `accelerate launch`, are what tests marked
+slow use.
 """
 
 import contextlib
 import gc
 import json
+import logging
 import os
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
+# What a script imports from here it reads anew, though a test has imported it.
+OWN = (TESTS, ROOT / "recipes", ROOT / "benchmarks")
+
+# What this process asks its servers by.
+OPEN: list[int] = []
 
 
 class Processes:
-    """Starts scripts of this repository; the process that they are forked from starts with the first."""
+    """Starts scripts of this repository. Made before anything is computed: a fork inherits imports alone.
 
-    def __init__(self):
-        self._server = None
+    Args:
+        import_all: imports what the scripts need not import themselves.
+    """
 
-    def __enter__(self):
-        return self
+    def __init__(self, import_all: Callable[[], None]):
+        # What it says of kernels and GPUs that are not there.
+        logging.disable()
+        import_all()
+        logging.disable(logging.NOTSET)
+        asks, answers = os.pipe(), os.pipe()
+        self._server = os.fork()
+        if not self._server:
+            # Those of servers that were made before, too: each ends when nobody can ask it.
+            for descriptor in (*OPEN, asks[1], answers[0]):
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
+            serve(os.fdopen(asks[0]), os.fdopen(answers[1], "w"))
+        os.close(asks[0])
+        os.close(answers[1])
+        OPEN.extend((asks[1], answers[0]))
+        self._asks, self._answers = os.fdopen(asks[1], "w"), os.fdopen(answers[0])
 
-    def __exit__(self, *exception):
-        if self._server is not None:
-            self._server.communicate()
+    def close(self):
+        self._asks.close()
+        self._answers.close()
+        os.waitpid(self._server, 0)
 
     def torchrun(
         self, script: str | Path, *arguments: object, processes: int = 2, code: int = 0, timeout: float = 300
@@ -50,42 +75,72 @@ class Processes:
         ranks = [{**world, "RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
         return self._run([str(script), *map(str, arguments)], ranks, timeout, code)
 
-    def run(self, script: str | Path, *arguments: object, code: int = 0, timeout: float = 300) -> str:
+    def run(
+        self,
+        script: str | Path,
+        *arguments: object,
+        code: int = 0,
+        timeout: float = 300,
+        environment: Mapping[str, object] | None = None,
+    ) -> str:
         """What a script prints in one process, as Python starts it, that exits with `code`; raises as `torchrun`."""
-        return self._run([str(script), *map(str, arguments)], [{}], timeout, code)
+        return self._run([str(script), *map(str, arguments)], [dict(environment or {})], timeout, code)
 
     def _run(self, argv, environments, timeout, code=0):
-        if self._server is None:
-            paths = [ROOT, ROOT / "recipes", *filter(None, [os.environ.get("PYTHONPATH")])]
-            variables = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            self._server = subprocess.Popen(
-                [sys.executable, __file__], cwd=ROOT, env={**os.environ, **variables}, **pipes
-            )
         with tempfile.NamedTemporaryFile("w+") as output:
             asked = {"argv": argv, "environments": environments, "output": output.name, "timeout": timeout}
-            print(json.dumps(asked), file=self._server.stdin, flush=True)
-            codes = json.loads(self._server.stdout.readline())
+            print(json.dumps(asked, default=str), file=self._asks, flush=True)
+            codes = json.loads(self._answers.readline())
             printed = output.read()
         assert set(codes) == {code}, f"exit codes {codes}: {printed[-3000:]}"
         return printed
 
 
-def serve():
-    """Fork what is asked for, a line of JSON each, and answer with the exit codes."""
-    # A fork copies each object that garbage collection touches.
-    gc.disable()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    import_what_runs_need()
-    gc.freeze()
-    for line in sys.stdin:
-        asked = json.loads(line)
-        children = [fork(asked["argv"], environment, asked["output"]) for environment in asked["environments"]]
-        print(json.dumps(wait(children, asked["timeout"])), file=answers, flush=True)
+def serve(asks, answers):
+    """Fork what is asked for, a line of JSON each, and answer with the exit codes; the process ends with the lines."""
+    try:
+        # A fork copies each object that garbage collection touches.
+        gc.disable()
+        gc.freeze()
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        forget_the_tests()
+        for line in asks:
+            asked = json.loads(line)
+            children = [fork(asked["argv"], environment, asked["output"]) for environment in asked["environments"]]
+            print(json.dumps(wait(children, asked["timeout"])), file=answers, flush=True)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
+
+
+def forget_the_tests():
+    """Leave what Python starts a script with, and what is imported: no test or recipe, and no hook of pytest's."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and any(Path(file).is_relative_to(folder) for folder in OWN):
+            del sys.modules[name]
+    sys.meta_path[:] = [each for each in sys.meta_path if not type(each).__module__.startswith("_pytest")]
+    others = [path for path in sys.path if path and not any(Path(path).is_relative_to(folder) for folder in OWN)]
+    paths = [str(ROOT), str(ROOT / "recipes")]
+    # The first is replaced by the script's folder.
+    sys.path[:] = ["", *paths, *others]
+    os.chdir(ROOT)
+    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def import_torch():
+    """All of torch that models need, and nothing that knows of models."""
+    import torch._dynamo
+    import torch.distributed.fsdp
+    import torch.distributed.tensor
+
+    torch.set_num_threads(1)
 
 
 def import_what_runs_need():
+    """All that training needs."""
     import accelerate.utils  # noqa: F401
     import datasets  # noqa: F401
     import transformers.trainer  # noqa: F401
@@ -98,6 +153,9 @@ def import_what_runs_need():
     # Which accelerate imports when a model is prepared, if it is there.
     with contextlib.suppress(ImportError):
         import deepspeed  # noqa: F401
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def fork(argv, environment, output):
@@ -110,6 +168,7 @@ def fork(argv, environment, output):
         descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
         for standard in (1, 2):
             os.dup2(descriptor, standard)
+        print_to_descriptors()
         os.environ.update({name: str(value) for name, value in environment.items()})
         gc.enable()
         sys.argv = argv
@@ -124,6 +183,15 @@ def fork(argv, environment, output):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def print_to_descriptors():
+    """What was imported under pytest logs to where pytest captured it."""
+    sys.stdout, sys.stderr = (os.fdopen(standard, "w", buffering=1, closefd=False) for standard in (1, 2))
+    loggers = [logging.getLogger(), *map(logging.getLogger, logging.root.manager.loggerDict)]
+    for handler in {each for logger in loggers for each in logger.handlers}:
+        if type(handler) is logging.StreamHandler:
+            handler.setStream(sys.stderr)
 
 
 def wait(children, seconds):
@@ -141,7 +209,3 @@ def wait(children, seconds):
             give_up = min(give_up, time.monotonic() + 5)
         time.sleep(0.01)
     return [codes[child] for child in children]
-
-
-if __name__ == "__main__":
-    serve()

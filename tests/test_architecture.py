@@ -1,7 +1,6 @@
 """The house rules: imports point down the floors, no circles, small files, a light import, registration."""
 
 import ast
-import json
 import subprocess
 import sys
 from functools import cache
@@ -38,6 +37,7 @@ def modules() -> dict[str, Path]:
     return names
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """Every module that a file imports, wherever in it, except for type checking only.
 
@@ -167,48 +167,23 @@ def test_importing_hfllm_imports_neither_torch_nor_transformers():
 
 ORDERS = (
     "import hfllm, transformers",
-    "import transformers, hfllm",
     "from hfllm.models.modeling_hfllm import HfllmModel",
     "from hfllm import PPOTrainer",
 )
 RARE_ORDERS = (
+    # That of every other test.
+    "import transformers, hfllm",
     "import hfllm, importlib.util; importlib.util.find_spec('transformers')",
     "import hfllm; from transformers import LlamaForCausalLM",
     "import hfllm; from transformers.modeling_layers import GradientCheckpointingLayer",
     "from hfllm.models.configuration_hfllm import HfllmConfig",
 )
-# Each order in a fork of a process that has imported what is the same for all, and nothing that knows of models.
-EACH_ORDER = """
-import json, os, sys, traceback
-import torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor
-assert not {"transformers", "hfllm"} & set(sys.modules)
-
-def run(imports):
-    exec(imports)
-    from transformers import AutoConfig, AutoModelForCausalLM
-    config = AutoConfig.for_model('hfllm', num_hidden_layers=1, hidden_size=16, num_attention_heads=1)
-    assert type(AutoModelForCausalLM.from_config(config)).__name__ == 'HfllmForCausalLM'
-
-codes = {}
-for imports in sys.argv[1:]:
-    child = os.fork()
-    if not child:
-        try:
-            run(imports)
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    codes[imports] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-print(json.dumps(codes))
-"""
 
 
 @pytest.mark.parametrize("orders", [ORDERS, pytest.param(RARE_ORDERS, marks=pytest.mark.slow)], ids=["usual", "rare"])
-def test_registration_works_whatever_is_imported_first(orders):
-    result = subprocess.run([sys.executable, "-c", EACH_ORDER, *orders], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert json.loads(result.stdout.splitlines()[-1]) == dict.fromkeys(orders, 0), result.stderr[-2000:]
+def test_registration_works_whatever_is_imported_first(orders, bare_processes):
+    for imports in orders:
+        bare_processes.run("tests/registration_run.py", imports)
 
 
 def test_public_names_exist():

@@ -213,7 +213,7 @@ def answer():
     return "still here"
 
 often = [sleep, wait, in_thread, in_pool, in_own_thread]
-tools = ToolBox([*often, work, answer], timeout=0.03)
+tools = ToolBox([*often, work, answer], timeout=0.01)
 calls = [{"function": {"name": tool.__name__, "arguments": {}}} for tool in [*often * 20, work]]
 told = [tools.call(call)[0]["content"] for call in calls]
 assert all("did not answer" in content for content in told), told

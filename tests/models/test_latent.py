@@ -91,7 +91,7 @@ def test_tokens_one_by_one_and_in_pieces_equal_the_plain_pass(latent, ids, atten
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
     padded = latent(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
-    for sizes in ([1], [9, 1, 3, 17]):
+    for sizes in ([1, 24, *[1] * 15], [9, 1, 3, 17]):
         assert_near(read(latent, ids, sizes, make_cache(latent, kind, 48)), expected)
     got = read(latent, ids, [9, 1, 3, 17], make_cache(latent, kind, 48), mask)
     assert_near(got[mask.bool()], padded[mask.bool()])

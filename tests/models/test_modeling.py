@@ -163,6 +163,8 @@ def test_training_overfits_one_batch(make_model, axes, ids):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
     for _ in range(40):
         loss = model(ids, labels=ids).loss
+        if loss < 0.1:
+            break
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -449,8 +451,8 @@ def test_bf16_is_close_to_fp32(make_model, axes, ids):
 @pytest.mark.parametrize(
     "name",
     [
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt1", "neox", "gemma", "cohere")),
-        *("qwen3", "mixtral-parallel-window"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt1", "neox", "gemma", "cohere", "qwen3")),
+        "mixtral-parallel-window",
     ],
 )
 def test_compiled_equals_eager(make_model, name, ids):

@@ -191,7 +191,9 @@ def test_a_server_that_is_no_hub_is_one_line(hub, saved):
         push_folder(saved, "me/model")
 
 
-@pytest.mark.parametrize(("path", "kind"), [("/put/", 503), ("/put/", "drop"), ("/commit/", 503)])
+@pytest.mark.parametrize(
+    ("path", "kind"), [pytest.param("/put/", 503, marks=pytest.mark.slow), ("/put/", "drop"), ("/commit/", 503)]
+)
 def test_giving_up_leaves_nothing_half_done_and_a_rerun_resumes(hub, saved, capfd, path, kind):
     hub.fail(path, kind, times=1000)
     with pytest.raises(InputError, match=f"pushing to me/model failed {len(WAITS) + 1} times") as error:

@@ -22,15 +22,21 @@ def drawn_plot(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def plots_are_copies(drawn_plot):
     """One plot is drawn, and is copied for the hundreds of all reports; what is drawn is what tests/outputs tests."""
-    from hfllm.outputs.report import Bars, Plot
+    from hfllm.outputs.report import Bars, Heatmap, Plot
 
     def draw_lines(plot, path):
         lines = [*plot.lines.values(), *plot.points.values()]
         assert all(len(x) == len(y) for x, y in lines), plot.title
         return any(len(x) for x, _ in lines) and bool(shutil.copy(drawn_plot, path))
 
+    def draw_table(table, path):
+        assert len(table.values) == len(table.rows), table.title
+        assert all(len(row) == len(table.columns) for row in table.values), table.title
+        return bool(table.rows and table.columns) and bool(shutil.copy(drawn_plot, path))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Plot, "draw", draw_lines)
+        patch.setattr(Heatmap, "draw", draw_table)
         patch.setattr(Bars, "draw", lambda bars, path: bool(bars.values) and bool(shutil.copy(drawn_plot, path)))
         yield
 

@@ -83,8 +83,8 @@ def assert_same_weights(one, other):
             assert torch.equal(value, actual[name]), f"{file}: {name}"
 
 
-# Stock training as sft's, but slower.
-SLOW = {"pretrain": pytest.mark.slow}
+# Stock training, as that of reward models.
+SLOW = {"pretrain": pytest.mark.slow, "sft": pytest.mark.slow}
 
 
 @pytest.mark.parametrize("stage", [pytest.param(stage, marks=SLOW.get(stage, ())) for stage in FLAGS])

@@ -102,7 +102,7 @@ def a_row_seen_twice(batch):
         values[-1] = values[0]
 
 
-@pytest.mark.parametrize("fault", [a_row_lost, a_row_seen_twice])
+@pytest.mark.parametrize("fault", [a_row_lost, pytest.param(a_row_seen_twice, marks=pytest.mark.slow)])
 def test_a_wrong_batch_is_more_than_rounding(tmp_path, monkeypatch, fault):
     whole, faulty = (build(str(tmp_path), save_strategy="no") for _ in range(2))
     whole.train()

@@ -18,7 +18,9 @@ FILES["pictures"] = FILES["ppo"]
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["ppo", "pretrain", pytest.param("pictures", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["ppo", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("pretrain", "pictures"))]
+)
 def test_kills_change_nothing(processes, tmp_path, kind, kills):
     printed = processes.run(SCRIPT, kind, tmp_path, 1, kills)
     seen = json.loads(next(line for line in printed.splitlines() if line.startswith("RESULT"))[7:])

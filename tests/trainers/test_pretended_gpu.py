@@ -43,7 +43,8 @@ def test_the_pretended_gpu_notices_a_tensor_of_the_cpu(gpu):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        # What the others leave as it is.
+        pytest.param({}, marks=pytest.mark.slow, id="default"),
         {
             **{"kl_estimator": "full", "kl_penalty": "loss", "entropy_coef": 0.1, "num_mini_batches": 2},
             **{"generation_kwargs": {"stop_strings": ["."]}, "value_model": True, "target_kl": 1.0},
@@ -53,7 +54,7 @@ def test_the_pretended_gpu_notices_a_tensor_of_the_cpu(gpu):
             **{"sync_ref_model": True, "ref_model_sync_steps": 1, "advantage_clip": 1.0, "critic_warmup_steps": 1},
         },
     ],
-    ids=lambda options: next(iter(options), "default"),
+    ids=lambda options: next(iter(options)),
 )
 def test_ppo(options, gpu, make_trainer, make_model, tokenizer, prompts, monkeypatch):
     eager = {"attn_implementation": "eager"}
