@@ -58,11 +58,26 @@ def load_seeing(model_args: "ModelConfig") -> "PreTrainedModel":
     """Load a model of pictures and text; an adapter is merged into its base, unless that is quantized.
 
     Raises:
-        InputError: when it cannot be loaded or is not whole.
+        InputError: when it cannot be loaded or is not whole, and for 4 bits on a CPU.
     """
     from transformers import AutoModelForImageTextToText
 
+    refuse_four_bits_of_pictures(model_args)
     return _load_writing(model_args, AutoModelForImageTextToText)
+
+
+def refuse_four_bits_of_pictures(model_args: "ModelConfig") -> None:
+    """Refuse to load a model that sees in 4 bits on a CPU.
+
+    bitsandbytes' kernel there takes its input for contiguous, which what a tower hands to the projector need not be.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    import torch
+
+    why = "on a CPU bitsandbytes' 4-bit kernel reads pictures wrongly; leave it out, or run on a GPU"
+    refuse(model_args.load_in_4bit and not torch.accelerator.is_available(), "--load_in_4bit", why)
 
 
 def _load_writing(model_args: "ModelConfig", auto_class: "type[_BaseAutoModelClass]") -> "PreTrainedModel":

@@ -88,15 +88,16 @@ def load_seeing_model(model_args: "ModelConfig") -> "PreTrainedModel | PeftModel
     """Load the named model of pictures and text; an adapter of one is trained further.
 
     Raises:
-        InputError: when it cannot be loaded, and with `--use_peft` for an adapter.
+        InputError: when it cannot be loaded, with `--use_peft` for an adapter, and for 4 bits on a CPU.
     """
     from transformers import AutoModelForImageTextToText
 
     from hfllm.models.adapters import find_adapter, load_base, put_on
     from hfllm.models.weights import load_weights_of
     from hfllm.runs.command_line import say
-    from hfllm.runs.models import load_kwargs
+    from hfllm.runs.models import load_kwargs, refuse_four_bits_of_pictures
 
+    refuse_four_bits_of_pictures(model_args)
     name, kwargs = model_args.model_name_or_path, load_kwargs(model_args)
     adapter = find_adapter(name, revision=model_args.model_revision)
     if adapter is None:

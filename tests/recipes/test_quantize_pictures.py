@@ -3,6 +3,7 @@
 import json
 import math
 
+import evaluate
 import pytest
 import quantize
 import sft
@@ -119,6 +120,16 @@ def test_four_bits_on_a_cpu_are_left_out_or_refused(taught, tmp_path, monkeypatc
     assert schemes_to_compare(script_args) == ["int8", "dynamic"]
     monkeypatch.setattr("hfllm.compression.schemes.default_device", lambda: "cuda")
     assert schemes_to_compare(script_args) == ["int8", "nf4", "nf4_double"]
+
+
+def test_no_recipe_loads_four_bits_on_a_cpu(taught, tmp_path):
+    flags = ["--model_name_or_path", taught[0], "--dataset_name", taught[1], "--output_dir", tmp_path / "out"]
+    flags = list(map(str, [*flags, "--load_in_4bit", "true"]))
+    for recipe, more in ((sft, ["--use_peft", "true", "--lora_target_modules", "q_proj"]), (evaluate, [])):
+        with pytest.raises(
+            InputError, match="--load_in_4bit cannot be used here: on a CPU bitsandbytes' 4-bit kernel reads"
+        ):
+            recipe.main(*recipe.parse([*flags, *more]))
 
 
 def test_what_does_not_fit_is_refused(taught, saved, tmp_path):
