@@ -32,6 +32,7 @@ def parse(argv: Sequence[str]) -> tuple[VisionArguments, "SFTConfig", "ModelConf
 @trusts_code_if_asked
 def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Train, judge, save, write the report. Return the metrics."""
+    from hfllm.data.picture_batches import words_of_places
     from hfllm.outputs.picture_lines import picture_lines
     from hfllm.runs.models import check_trainable
     from hfllm.runs.stage import Stage
@@ -51,8 +52,8 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
     seed, is_drawn = training_args.seed, script_args.dataset_name in vision.DRAWN
     rows, parts = [], vision_data.eval_parts(script_args) if is_drawn else {}
     if not is_drawn:
-        token = getattr(vision_models.load_processor(model_args), "image_token", None)
-        rows, held_out = vision_data.own_rows(script_args, seed, token)
+        tokens = words_of_places(vision_models.load_processor(model_args))
+        rows, held_out = vision_data.own_rows(script_args, seed, tokens)
         parts = vision_data.parts_of(held_out)
     elif model_args.model_name_or_path:
         rows = vision_data.drawn_rows(script_args, seed)

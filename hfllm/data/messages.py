@@ -101,18 +101,20 @@ def words_of(message: Message) -> Message:
     return {**message, "content": content_text(message["content"], "")} if is_in_parts(message) else message
 
 
-def spells(token: str, said: Any) -> bool:
-    """Return whether a text occurs in messages, tools or other values of a row, at any depth."""
+def spells(tokens: Sequence[str], said: Any) -> bool:
+    """Return whether one of several texts occurs in messages, tools or other values of a row, at any depth."""
     if isinstance(said, str):
-        return token in said
+        return any(token in said for token in tokens)
     if isinstance(said, dict):
-        return any(spells(token, part) for pair in said.items() for part in pair)
-    return isinstance(said, (list, tuple)) and any(spells(token, each) for each in said)
+        return any(spells(tokens, part) for pair in said.items() for part in pair)
+    return isinstance(said, (list, tuple)) and any(spells(tokens, each) for each in said)
 
 
-def unspelled(token: str | None, text: str) -> str:
-    """Return a text in which nothing spells a token: with a space after the first letter of each that does."""
-    return text.replace(token, f"{token[0]} {token[1:]}") if token else text
+def unspelled(tokens: Sequence[str], text: str) -> str:
+    """Return a text in which nothing spells one of these tokens: with a space after the first letter of each."""
+    for token in tokens:
+        text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
 
 
 def is_in_parts(message: Message) -> bool:

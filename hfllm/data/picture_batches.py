@@ -58,3 +58,21 @@ def padding_on(side: str, tokenizer: Any) -> Iterator[None]:
         yield
     finally:
         tokenizer.padding_side = before
+
+
+def words_of_places(processor: object) -> tuple[str, ...]:
+    """Return the texts of the tokens that stand for pictures, which the words of a row must not spell.
+
+    Of some processors it is one at whose place another is written: Gemma 3 writes `<image_soft_token>` for each
+    `<start_of_image>`, and features are put where it stands.
+
+    Args:
+        processor: a tokenizer, or anything that knows of no pictures, has none.
+    """
+    tokenizer = getattr(processor, "tokenizer", None)
+    number = getattr(processor, "image_token_id", None)
+    found = [getattr(processor, "image_token", None), getattr(tokenizer, "image_token", None)]
+    if tokenizer is not None and isinstance(number, int):
+        found.append(tokenizer.convert_ids_to_tokens(number))
+    # An AddedToken in some.
+    return tuple(dict.fromkeys(str(each) for each in found if each and str(each)))

@@ -46,7 +46,7 @@ def load_weights_of(
         InputError: when it cannot be loaded, naming the file or weight that is damaged, missing or of another size.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     check_weight_files(name, whose)
     may_mismatch = bool(kwargs.get("ignore_mismatched_sizes"))
@@ -60,7 +60,7 @@ def load_weights_of(
             raise
         raise InputError(f"{whose} {name!r} could not be loaded: {_reason(error)}") from error
     trunk = f"{model.base_model_prefix}."
-    may_be_new = auto_class is not AutoModelForCausalLM
+    may_be_new = auto_class not in (AutoModelForCausalLM, AutoModelForImageTextToText)
     for key, saved, wanted in sorted(info["mismatched_keys"]):
         if not (may_mismatch and may_be_new and not key.startswith(trunk)):
             raise InputError(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfllm.data.messages import Message, read_tools, unspelled, words_of
-from hfllm.data.picture_batches import conversation_batch
+from hfllm.data.picture_batches import conversation_batch, words_of_places
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.models.stored import reads_pictures
@@ -115,12 +115,12 @@ class PictureRewardModel(RewardModel):
     def _conversation(self, prompt: str | list, completion: str | list) -> list[Message]:
         before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-        token = getattr(self.processor, "image_token", None)
+        tokens = words_of_places(self.processor)
 
         def plain(content: str | list) -> str | list:
             if isinstance(content, str):
-                return unspelled(token, content)
-            return [{**part, "text": unspelled(token, part["text"])} if "text" in part else part for part in content]
+                return unspelled(tokens, content)
+            return [{**part, "text": unspelled(tokens, part["text"])} if "text" in part else part for part in content]
 
         return [{**message, "content": plain(message["content"])} for message in (*before, *said)]
 

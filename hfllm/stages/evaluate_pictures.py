@@ -62,6 +62,7 @@ def own_questions(script_args: "EvaluateArguments") -> "Sequence[Asked]":
     from hfllm.data.formats import Row, to_sft
     from hfllm.data.images import flaw_of_pictures
     from hfllm.data.loading import RowArguments
+    from hfllm.data.picture_batches import words_of_places
     from hfllm.stages.evaluate import processor_of
     from hfllm.stages.own_pictures import by_turns, picture_mapper, refuse_token
     from hfllm.stages.user_rows import kept_rows
@@ -72,12 +73,11 @@ def own_questions(script_args: "EvaluateArguments") -> "Sequence[Asked]":
     pictures = picture_mapper(script_args, name, to_sft, STAGE)
     # All models are asked the same; a processor without pictures is refused later.
     processors = map(processor_of, script_args.model_name_or_path or ())
-    tokens = {getattr(processor, "image_token", None) for processor in processors}
+    tokens = sorted({token for processor in processors for token in words_of_places(processor)})
 
     def mapper(origin: str, row: Row) -> Row:
         row = by_turns(pictures(origin, row))[0]
-        for token in tokens:
-            refuse_token(origin, {"prompt": row["prompt"]}, token)
+        refuse_token(origin, {"prompt": row["prompt"]}, tokens)
         return row
 
     return [asked_of(row) for row in kept_rows(read, mapper, flaw_of_pictures)][: script_args.num_items]

@@ -113,7 +113,7 @@ def picture_mapper(
     dataset_name: str,
     convert: Convert,
     stage: str,
-    image_token: str | None = None,
+    tokens: Sequence[str] = (),
     needs_images: bool = True,
 ) -> Convert:
     """Return the conversion of a dataset's rows with pictures, which refuses bad ones as the flags say.
@@ -123,7 +123,7 @@ def picture_mapper(
         dataset_name: whose folder paths of pictures are relative to.
         convert: converts a row of text, such as `formats.to_sft`.
         stage: the command, for complaints.
-        image_token: what the processor writes at a picture's place; rows whose words spell it are left out.
+        tokens: what the processor writes at a picture's place; rows whose words spell one are left out.
         needs_images: whether rows without pictures are left out.
     """
     read = to_pictures(convert, folder_of(dataset_name), script_args.max_pixels, needs_images)
@@ -136,7 +136,7 @@ def picture_mapper(
                 raise
             raise InputError(f"{error}; --bad_images drop leaves such rows out") from None
         refuse_tools(origin, converted, stage)
-        refuse_token(origin, converted, image_token)
+        refuse_token(origin, converted, tokens)
         return converted
 
     return mapper
@@ -156,30 +156,35 @@ def refuse_tools(origin: str, row: Mapping[str, Any], stage: str) -> None:
         raise InputError(f"{origin}: the row has tools, of which {stage} teaches nothing: leave them out")
 
 
-def refuse_token(origin: str, row: Mapping[str, Any], token: str | None) -> None:
-    """Refuse a converted row whose words spell the token of a picture's place: no picture would belong to it.
+def refuse_token(origin: str, row: Mapping[str, Any], tokens: Sequence[str]) -> None:
+    """Refuse a converted row whose words spell a token of a picture's place: no picture would belong to it.
+
+    Args:
+        tokens: see `words_of_places`.
 
     Raises:
         BadRow: naming the row.
     """
-    if token is not None and spells(token, [_messages(row), row.get("tools")]):
-        raise BadRow(f"{origin}: the words spell {token!r}, which stands for a picture", WORDS_FOR_A_PICTURE)
+    said = [_messages(row), row.get("tools")]
+    for token in tokens:
+        if spells([token], said):
+            raise BadRow(f"{origin}: the words spell {token!r}, which stands for a picture", WORDS_FOR_A_PICTURE)
 
 
-def words_or_pictures(pictures: Convert, words: Convert, image_token: str | None) -> Convert:
+def words_or_pictures(pictures: Convert, words: Convert, tokens: Sequence[str]) -> Convert:
     """Return the conversion of rows of which some have pictures, for a model that sees.
 
     Args:
         pictures: converts a row with pictures: see `picture_mapper`.
         words: converts a row of text.
-        image_token: as in `picture_mapper`; rows of text that spell it are left out, too.
+        tokens: as in `picture_mapper`; rows of text that spell one are left out, too.
     """
 
     def mapper(origin: str, row: Row) -> Row:
         if has_images(row):
             return pictures(origin, row)
         converted = words(origin, row)
-        refuse_token(origin, converted, image_token)
+        refuse_token(origin, converted, tokens)
         return converted
 
     return mapper

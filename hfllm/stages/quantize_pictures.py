@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from hfllm.data.loading import DataArguments, RowArguments
+from hfllm.data.picture_batches import words_of_places
 from hfllm.data.sources import DIGITS, PICTURES, WORLD
 from hfllm.errors import InputError, refuse
 from hfllm.stages.own_pictures import by_turns, picture_mapper
@@ -95,8 +96,8 @@ def questions_of(script_args: "QuantizeArguments", processor: "ProcessorMixin") 
         # As many of each, in turns: those that training has shown, and those that it has not.
         return [question for turn in zip(*kept, strict=True) for question in turn][:count]
     read = RowArguments(**{each.name: getattr(script_args, each.name) for each in fields(DataArguments)})
-    token = getattr(processor, "image_token", None)
-    rows = kept_rows(read, picture_mapper(script_args, name, to_sft, STAGE, token), flaw_of_pictures)
+    tokens = words_of_places(processor)
+    rows = kept_rows(read, picture_mapper(script_args, name, to_sft, STAGE, tokens), flaw_of_pictures)
     return [asked_of(by_turns(row)[0]) for row in rows][:count]
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from hfllm.data.picture_batches import words_of_places
 from hfllm.errors import InputError, refuse
 from hfllm.stages.own_pictures import FREEZING, OF_PICTURES, given_flags
 from hfllm.stages.reward import RewardArguments, Rows
@@ -61,9 +62,9 @@ def user_comparisons(
         return reward.user_comparisons(script_args, seed)
 
     def mapper_of(name: str) -> Convert:
-        token = getattr(processor, "image_token", None)
-        pictures = picture_mapper(script_args, name, to_preference, STAGE, token)
-        return words_or_pictures(pictures, to_preference, token)
+        tokens = words_of_places(processor)
+        pictures = picture_mapper(script_args, name, to_preference, STAGE, tokens)
+        return words_or_pictures(pictures, to_preference, tokens)
 
     def flaw(row: Row) -> str | None:
         return flaw_of_pictures(row) if row.get("images") else flaw_of(row)

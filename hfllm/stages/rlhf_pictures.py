@@ -145,10 +145,11 @@ def check_frozen(script_args: "FreezingArguments", model_args: "ModelConfig", ro
 def words_for_a_picture(rows: "Sequence[Row]", processing_class: "ProcessingClass") -> list[int]:
     """Return the places of prompts whose words spell the token of a picture's place; of a tokenizer none."""
     from hfllm.data.messages import spells
+    from hfllm.data.picture_batches import words_of_places
 
-    token = getattr(processing_class, "image_token", None) if hasattr(processing_class, "image_processor") else None
-    asked = [[row["prompt"], row.get("tools")] for row in rows] if token else []
-    return [place for place, said in enumerate(asked) if spells(token, said)]
+    tokens = words_of_places(processing_class)
+    asked = [[row["prompt"], row.get("tools")] for row in rows] if tokens else []
+    return [place for place, said in enumerate(asked) if spells(tokens, said)]
 
 
 def refuse_words(rows: "Sequence[Row]", processing_class: "ProcessingClass") -> None:
@@ -157,12 +158,14 @@ def refuse_words(rows: "Sequence[Row]", processing_class: "ProcessingClass") -> 
     Raises:
         InputError: naming the first.
     """
+    from hfllm.data.picture_batches import words_of_places
     from hfllm.data.rows import origin_of
 
+    words = " or ".join(map(repr, words_of_places(processing_class)))
     for place in words_for_a_picture(rows, processing_class)[:1]:
         raise InputError(
             f"{origin_of(rows[place], f'prompt {place} of the dataset')}: the words spell "
-            f"{processing_class.image_token!r}, which stands for a picture; --filter_prompts leaves such prompts out"
+            f"{words}, which stands for a picture; --filter_prompts leaves such prompts out"
         )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hfllm.data.picture_batches import words_of_places
 from hfllm.errors import refuse
 from hfllm.stages.own_pictures import FREEZING, OF_PICTURES, Rows, given_flags
 from hfllm.stages.sft import SftArguments
@@ -60,8 +61,8 @@ def instruction_data(
         return formats.last_turn(row) if script_args.loss_on == "last" else row
 
     def mapper_of(name: str) -> Convert:
-        token = getattr(processor, "image_token", None)
-        return words_or_pictures(picture_mapper(script_args, name, words, STAGE, token), words, token)
+        tokens = words_of_places(processor)
+        return words_or_pictures(picture_mapper(script_args, name, words, STAGE, tokens), words, tokens)
 
     def flaw(row: formats.Row) -> str | None:
         return flaw_of_pictures(row) if row.get("images") else flaw_of(row)

@@ -103,12 +103,12 @@ class JoinedRows(Sequence[PictureRow]):
 # ---- the user's rows, and drawn ones for the user's model ----
 
 
-def own_rows(script_args: VisionArguments, seed: int, image_token: str | None = None) -> tuple[Rows, list[Asked]]:
+def own_rows(script_args: VisionArguments, seed: int, tokens: Sequence[str] = ()) -> tuple[Rows, list[Asked]]:
     """Return rows with `prompt`, `completion` and `images` to train on, and the held-out ones as questions.
 
     Args:
         seed: of the split.
-        image_token: what the processor writes at a picture's place; rows whose words spell it are left out.
+        tokens: what the processor writes at a picture's place; rows whose words spell one are left out.
 
     Raises:
         InputError: when a row cannot be read or has tools, or with `--bad_images refuse` a picture.
@@ -118,7 +118,7 @@ def own_rows(script_args: VisionArguments, seed: int, image_token: str | None = 
     from hfllm.stages.user_rows import user_rows
 
     def mapper(name: str) -> Convert:
-        return picture_mapper(script_args, name, to_sft, "hfllm vision", image_token)
+        return picture_mapper(script_args, name, to_sft, "hfllm vision", tokens)
 
     name, eval_name = script_args.dataset_name, script_args.eval_dataset_name or script_args.dataset_name
     settings = {"most": script_args.max_eval_samples, "flaw_of": flaw_of_pictures, "eval_mapper": mapper(eval_name)}

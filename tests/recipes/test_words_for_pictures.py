@@ -147,6 +147,6 @@ def test_other_suites_ask_with_a_space_in_it(processor, monkeypatch):
             (pair,) = subject.pairs(prompt, [f" {said}"])
             number = processor.image_token_id
             assert number not in pair.context and number not in pair.continuation
-    assert unspelled(processor.image_token, said) == said.replace("<", "< ") and unspelled(None, said) == said
+    assert unspelled([processor.image_token], said) == said.replace("<", "< ") and unspelled([], said) == said
     text = Subject("m", None, processor.tokenizer, uses_chat_template=False)
     assert text.as_asked(said) == said

@@ -418,7 +418,7 @@ def test_prompts_that_are_processed_together_are_as_each_by_itself(processor, mo
     counted = lambda self, said, **options: calls.append(len(said)) or apply(self, said, **options)  # noqa: E731
     monkeypatch.setattr(type(processor), "apply_chat_template", counted)
     ids, pictures, prompts = encode(rows, processor)
-    assert calls == [32, 13]
+    assert calls == [16, 16, 13]
     for place, row in enumerate(rows):
         one_ids, one, (prompt,) = encode([row], processor)
         assert ids[place] == one_ids[0]
@@ -433,8 +433,8 @@ def test_prompts_that_are_processed_together_are_as_each_by_itself(processor, mo
     assert all(pixels.untyped_storage().nbytes() == pixels.nbytes for pixels in shapes)
 
 
-def test_prompts_are_processed_one_by_one_where_it_is_not_sure_whose_a_picture_is(processor, monkeypatch):
-    rows, calls = run.halves(3), []
+def test_prompts_are_processed_one_by_one_where_it_is_not_sure_whose_a_picture_is(monkeypatch):
+    rows, calls, processor = run.halves(3), [], run.make_processor()
     apply = type(processor).apply_chat_template
 
     def with_sizes(self, said, **options):
@@ -445,6 +445,9 @@ def test_prompts_are_processed_one_by_one_where_it_is_not_sure_whose_a_picture_i
     monkeypatch.setattr(type(processor), "apply_chat_template", with_sizes)
     pictures = encode(rows, processor)[1]
     assert calls == [3, 1, 1, 1]
+    # It is not tried again.
+    encode(rows, processor)
+    assert calls[4:] == [1, 1, 1]
     assert [one["image_sizes"].tolist() for one in pictures.episodes] == [[[8, 8]]] * 3
     # Words that spell a place among prompts with pictures: the complaint is that of the row.
     monkeypatch.undo()
@@ -454,6 +457,18 @@ def test_prompts_are_processed_one_by_one_where_it_is_not_sure_whose_a_picture_i
     twice = {**rows[0], "prompt": asked(run.PLACE, {"type": "text", "text": "<image>"})}
     with pytest.raises((InputError, ValueError), match="image"):
         encode([*rows, twice], processor)
+
+
+def test_a_beginning_is_added_to_each_prompt_as_to_it_alone():
+    """transformers adds one to all or to none, by the words of the first."""
+    processor = run.make_processor()
+    processor.tokenizer.bos_token = "<user>"
+    first, second = ({"prompt": [{"role": "user", "content": said}]} for said in ("<user> say", "say"))
+    processor.chat_template = "{{ messages[0]['content'][0]['text'] }}"
+    pictures = [{**run.halves(1)[0], **row} for row in ({}, {})]
+    del pictures
+    together = encode([first, second], processor)[0]
+    assert together == [encode([row], processor)[0][0] for row in (first, second)]
 
 
 def test_pictures_are_upright_on_white_and_not_of_one_pixel(build):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hfllm.data.messages import Message, unspelled
+from hfllm.data.picture_batches import words_of_places
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.likelihood import NOT_NUMBERS, Likelihood, Pair, Scorer, encode_pair
@@ -55,7 +56,7 @@ class Subject:
         return self._plain(prompt if isinstance(prompt, str) else "\n\n".join(each["content"] for each in prompt))
 
     def _plain(self, text: str) -> str:
-        return unspelled(getattr(self.processor, "image_token", None), text)
+        return unspelled(words_of_places(self.processor), text)
 
     def text_of(self, prompt: Prompt) -> str:
         """Return the text that the model reads, with its chat template up to the assistant's turn.

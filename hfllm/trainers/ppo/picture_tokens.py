@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from transformers import ProcessorMixin
 
 from hfllm.data.messages import Message, content_text, is_begun, read_tools, spells
+from hfllm.data.picture_batches import words_of_places
 from hfllm.data.rows import origin_of
 from hfllm.errors import InputError
 from hfllm.trainers.ppo.pictures import COLUMNS, PER_TOKEN, Pictures, Row, count_parts, filled_prompt, pictures_of
@@ -14,7 +16,9 @@ from hfllm.trainers.ppo.pictures import COLUMNS, PER_TOKEN, Pictures, Row, count
 # Token ids of a prompt, and tensors of its pictures by the model's argument.
 Encoded = tuple[list[int], dict[str, torch.Tensor]]
 # Prompts that are processed at once: so many that what a call costs is little beside the pictures.
-TOGETHER = 32
+TOGETHER = 16
+# Processors whose results leave doubt, so that it is not tried again.
+_ONE_BY_ONE: "WeakSet[ProcessorMixin]" = WeakSet()
 
 
 def encode(
@@ -41,14 +45,15 @@ def encode(
         if isinstance(row["prompt"], str) and pictures_of(row, origin):
             raise InputError(f"{origin}: the prompt is text; with pictures it must be a list of messages")
     distinct: list[_Asked] = []
-    token = getattr(processor, "image_token", None)
+    tokens = words_of_places(processor)
     numbers, before = [], None
     for row, origin in zip(rows, origins, strict=True):
         key = (row["prompt"], [row.get(name) for name in COLUMNS], row.get("tools"))
         if key != before:
             prompt = filled_prompt(row, origin)
-            if token and spells(token, [content_text(each.get("content"), "") for each in prompt]):
-                raise InputError(f"{origin}: the words spell {token!r}, which stands for a picture's features")
+            if spells(tokens, [content_text(each.get("content"), "") for each in prompt]):
+                words = " or ".join(map(repr, tokens))
+                raise InputError(f"{origin}: the words spell {words}, which stands for a picture's features")
             distinct.append(_Asked(prompt, tools or row.get("tools")))
         before = key
         numbers.append(len(distinct) - 1)
@@ -90,7 +95,7 @@ def _encode_together(asked: Sequence[_Asked], processor: ProcessorMixin) -> list
     whatever is beside it, they are as many as the prompts have, and each takes as many places.
     """
     options, counts = asked[0].options(), [count_parts(each.prompt) for each in asked]
-    if len(asked) == 1 or any(each.options() != options for each in asked[1:]):
+    if len(asked) == 1 or processor in _ONE_BY_ONE or any(each.options() != options for each in asked[1:]):
         return None
     try:
         said = [each.parts() for each in asked]
@@ -99,14 +104,19 @@ def _encode_together(asked: Sequence[_Asked], processor: ProcessorMixin) -> list
         # Whose prompt it is, and what is wrong, is found one by one.
         return None
     pixels, mask = fields.get("pixel_values"), fields.get("attention_mask")
-    if set(fields) - {"pixel_values"} != {"input_ids", "attention_mask"} or (pixels is None) != (not any(counts)):
+    has_others = set(fields) - {"pixel_values"} != {"input_ids", "attention_mask"}
+    if has_others or (pixels is not None and not (torch.is_tensor(pixels) and pixels.ndim == 4)):
+        _ONE_BY_ONE.add(processor)
         return None
-    if pixels is not None and not (torch.is_tensor(pixels) and pixels.ndim == 4 and len(pixels) == sum(counts)):
+    if (0 if pixels is None else len(pixels)) != sum(counts):
         return None
     ids = [row[seen > 0].tolist() for row, seen in zip(fields["input_ids"], mask, strict=True)]
     token = getattr(processor, "image_token_id", None)
     places = {some.count(token) / count for some, count in zip(ids, counts, strict=True) if count}
-    if len(places) > 1:
+    begin = getattr(processor.tokenizer, "bos_token_id", None)
+    # Whether a beginning is added goes by the first prompt's words, where templates leave it to the tokenizer.
+    begins = {next((at for at, number in enumerate(some) if number != begin), len(some)) for some in ids}
+    if len(places) > 1 or len(begins) > 1:
         return None
     # Copies: a view would keep all of them as long as one is needed.
     parts = iter([] if pixels is None else [part.clone() for part in pixels.split([each for each in counts if each])])
