@@ -5,14 +5,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    SiglipVisionConfig,
 )
 
+import hfllm
 from hfllm.errors import InputError
 from hfllm.models.scorers import load_scorer
 from hfllm.models.weights import load_weights_of
@@ -93,3 +96,17 @@ def test_what_older_versions_stored_and_value_heads_do_no_harm(kind, tmp_path):
     name = saved(tmp_path, model, lambda tensors: tensors | added)
     loaded, _ = load_weights_of(AutoModelForCausalLM, name)
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_model_that_sees_has_its_head(tmp_path):
+    """A new head is what scorers and classifiers begin with; of a model that writes it would be random."""
+    sizes = {name: number for name, number in SIZES.items() if name not in ("vocab_size", "pad_token_id")}
+    tower = SiglipVisionConfig(**sizes, image_size=8, patch_size=4, vision_use_head=False)
+    model = hfllm.with_vision(llama(tie_word_embeddings=False), tower, image_token_id=3)
+    load_weights_of(AutoModelForImageTextToText, saved(tmp_path / "whole", model))
+
+    def headless(weights):
+        return {name: each for name, each in weights.items() if "lm_head" not in name}
+
+    with pytest.raises(InputError, match="lm_head"):
+        load_weights_of(AutoModelForImageTextToText, saved(tmp_path / "headless", model, headless))
