@@ -164,6 +164,7 @@ def test_a_finished_run_is_not_that_of_other_pictures(seeing_folder, tmp_path, c
         (["--chat_template_path", "chatml"], "--chat_template_path"),
         (["--added_tokens", "<new>"], "--added_tokens"),
         (["--eos_token", "<eos>"], "--eos_token"),
+        (["--train_sampling_strategy", "group_by_length"], "--train_sampling_strategy group_by_length"),
         (["--use_peft", "--freeze_text"], "--freeze_text"),
     ],
 )
