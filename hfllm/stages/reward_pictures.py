@@ -91,6 +91,7 @@ def check(
     Raises:
         InputError: naming the flag.
     """
+    from hfllm.multimodal.processors import check_template
     from hfllm.runs.command_line import given_names
     from hfllm.stages.own_pictures import check_freezing
     from hfllm.stages.picture_checks import check_sampling, check_split_weights
@@ -108,6 +109,7 @@ def check(
     )
     if not shows:
         return False
+    check_template(processor, model_args.model_name_or_path)
     check_freezing(script_args, model_args)
     check_split_weights(training_args, *rows)
     check_sampling(training_args)
