@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.data.chat_templates import text_of_macro
 from hfllm.errors import InputError
-from hfllm.models.configuration_hfllm_vision import configured_size, vectors_before_patches
+from hfllm.models.configuration_hfllm_vision import configured_size, picture_size, vectors_before_patches
 
 if TYPE_CHECKING:
     from transformers import (
@@ -123,16 +123,80 @@ def check_processor(processor: "ProcessorMixin", vision_config: "PreTrainedConfi
         raise InputError(f"the processor has patch_size={patch} and the vision tower {vision_config.patch_size}")
     made, size = made_size(processor.image_processor), configured_size(vision_config)
     if made is not None and size is not None and made != size:
-        raise InputError(
-            f"the processor makes pictures of {made[0]}x{made[1]} pixels and the vision tower takes "
-            f"{size[0]}x{size[1]} (image_size)"
-        )
+        raise _of_another_size(made, size)
     before, counted = vectors_before_patches(vision_config), processor.num_additional_image_tokens
     if before != counted:
         raise InputError(
             f"the processor has num_additional_image_tokens={counted} and the vision tower {before} vectors before "
             "those of patches"
         )
+
+
+def check_fit(processor: "ProcessorMixin", config: "PreTrainedConfig") -> None:
+    """Refuse a processor of Llava's layout whose pictures, or whose image tokens, are not those that a model takes.
+
+    Others, and towers whose vectors are not known, are left to the model.
+
+    Args:
+        config: of the model.
+
+    Raises:
+        InputError: with both values.
+    """
+    tower = getattr(config, "vision_config", None)
+    if config.model_type not in ("hfllm_vision", "llava") or type(processor).__name__ != "LlavaProcessor":
+        return
+    size, made = picture_size(tower), made_size(processor.image_processor)
+    if size is not None and made is not None and made != size:
+        raise _of_another_size(made, size)
+    if tower.model_type not in (*IMAGE_PROCESSORS, "vit"):
+        return
+    if processor.patch_size != tower.patch_size:
+        raise InputError(
+            f"the processor has patch_size={processor.patch_size} and the vision tower {tower.patch_size}"
+        )
+    # Of each `"default"` leaves out one.
+    more = vectors_before_patches(tower) - (config.vision_feature_select_strategy == "default")
+    counted = processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
+    if counted != more:
+        raise InputError(
+            f"the processor writes {counted:+} image tokens beside those of patches and the model has {more:+} "
+            "vectors (vision_feature_select_strategy, num_additional_image_tokens)"
+        )
+
+
+def check_template(processor: "ProcessorMixin", name: str) -> None:
+    """Refuse a processor without a chat template that writes a question about a picture.
+
+    Args:
+        name: of its model.
+
+    Raises:
+        InputError: naming the model.
+    """
+    from PIL import Image
+
+    whose = f"model {name!r}: its processor"
+    if not processor.chat_template:
+        raise InputError(
+            f"{whose} has no chat template, by which conversations with pictures are written: save it with one, as "
+            "hfllm.vision_processor makes it"
+        )
+    shown = {"type": "image", "image": Image.new("RGB", (64, 64))}
+    asked = [{"role": "user", "content": [shown, {"type": "text", "text": "a"}]}]
+    try:
+        processor.apply_chat_template(asked, tokenize=True, return_dict=True, add_generation_prompt=True)
+    # A template may refuse anything in its own words.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{whose} cannot write a question about a picture by its chat template: {reason}") from None
+
+
+def _of_another_size(made: tuple[int, int], size: tuple[int, int]) -> InputError:
+    return InputError(
+        f"the processor makes pictures of {made[0]}x{made[1]} pixels and the vision tower takes {size[0]}x{size[1]} "
+        "(image_size)"
+    )
 
 
 def made_size(image_processor: "BaseImageProcessor") -> tuple[int, int] | None:

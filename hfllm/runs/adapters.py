@@ -205,9 +205,11 @@ def save_merged(model: "PreTrainedModel", adapter: "SavedAdapter", folder: Path,
 
     check_empty(folder)
     tokenizer = saved_tokenizer(adapter.name, adapter.location.get("revision", "main"))
-    if adapter.task == "SEQ_CLS" and model.config.pad_token_id is None:
+    # That of a model that sees stands in the config of its decoder.
+    config = model.config.get_text_config()
+    if adapter.task == "SEQ_CLS" and config.pad_token_id is None:
         # It scores the last token that is not padding.
-        model.config.pad_token_id = tokenizer.pad_token_id
+        config.pad_token_id = tokenizer.pad_token_id
     saved = tokenizer
     if is_for_pictures(model.config):
         saved = processor_of(adapter)

@@ -36,10 +36,23 @@ def check_whole_rows(script_args: "RowArguments", training_args: "SFTConfig", is
     """
     for flag, why in NOT_JOINED.items():
         refuse(bool(getattr(training_args, flag)), f"--{flag}", why)
+    check_sampling(training_args)
     refuse(training_args.completion_only_loss is False, "--completion_only_loss false", "answers alone are learned")
     is_given = "max_length" in (given_names(script_args, training_args) or ())
     is_idle = is_given and training_args.max_length is not None and not is_cut
     refuse(is_idle, "--max_length", "rows with pictures are not cut")
+
+
+def check_sampling(training_args: "TrainingArguments") -> None:
+    """Refuse to group rows with pictures by length, which is not known before a batch is made.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    is_grouped = training_args.train_sampling_strategy == "group_by_length"
+    refuse(
+        is_grouped, "--train_sampling_strategy group_by_length", "rows with pictures are read when a batch needs them"
+    )
 
 
 def count_seen(rows: Sequence[Mapping[str, Any]]) -> int:

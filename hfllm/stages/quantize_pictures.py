@@ -104,10 +104,12 @@ def questions_of(script_args: "QuantizeArguments", processor: "ProcessorMixin") 
 def load(model_args: "ModelConfig") -> "tuple[PreTrainedModel, ProcessorMixin]":
     """Return the model in full precision and its processor."""
     from hfllm.data.tokenizer import padding_token
+    from hfllm.multimodal.processors import check_template
     from hfllm.runs.models import load_seeing
     from hfllm.stages.rlhf_pictures import load_processor
 
     processor = load_processor(model_args.model_name_or_path, model_args.model_revision)
+    check_template(processor, model_args.model_name_or_path)
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = padding_token(processor.tokenizer)
     return load_seeing(model_args), processor

@@ -92,9 +92,10 @@ def check(
     Raises:
         InputError: naming the flag.
     """
+    from hfllm.multimodal.processors import check_template
     from hfllm.runs.command_line import given_names
     from hfllm.stages.own_pictures import check_freezing
-    from hfllm.stages.picture_checks import check_split_weights
+    from hfllm.stages.picture_checks import check_sampling, check_split_weights
     from hfllm.stages.sft_pictures import shows_pictures
 
     shows = rows is not None and shows_pictures(*rows)
@@ -109,8 +110,10 @@ def check(
     )
     if not shows:
         return False
+    check_template(processor, model_args.model_name_or_path)
     check_freezing(script_args, model_args)
     check_split_weights(training_args, *rows)
+    check_sampling(training_args)
     is_given = "max_length" in (given_names(script_args, training_args) or ())
     refuse(is_given and training_args.max_length is not None, "--max_length", "rows with pictures are not cut")
     refuse(bool(script_args.augment), "--augment", "the rows have pictures")

@@ -50,9 +50,11 @@ def load_processor(name: str, revision: str) -> "ProcessorMixin":
     """Return the processor of a model that reads pictures.
 
     Raises:
-        InputError: when there is none, or it cannot be loaded.
+        InputError: when there is none, it cannot be loaded, or its pictures do not fit the model.
     """
     from hfllm.models.loading import reason_of, saved_processor
+    from hfllm.multimodal.processors import check_fit
+    from hfllm.runs.models import load_config
 
     try:
         processor = saved_processor(name, revision=revision)
@@ -60,6 +62,10 @@ def load_processor(name: str, revision: str) -> "ProcessorMixin":
         raise InputError(f"model {name!r}: its processor could not be loaded: {reason_of(error)}") from error
     if not hasattr(processor, "image_processor"):
         raise InputError(f"model {name!r} has no processor of pictures: save one with it, see hfllm.vision_processor")
+    try:
+        check_fit(processor, load_config(name, revision))
+    except InputError as error:
+        raise InputError(f"model {name!r}: {error}") from None
     return processor
 
 

@@ -125,6 +125,7 @@ def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: 
         ("num_examples", 1),
         ("num_eval_examples", 2),
         ("max_eval_samples", 1),
+        ("max_new_tokens", 1),
     ):
         if getattr(script_args, flag) < least:
             raise InputError(f"--{flag} {getattr(script_args, flag)}: expected at least {least}")

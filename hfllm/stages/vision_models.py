@@ -108,14 +108,17 @@ def load_processor(model_args: "ModelConfig") -> "ProcessorMixin":
     """Return the processor of the user's vision-language model.
 
     Raises:
-        InputError: when it cannot be loaded, or the model reads text alone.
+        InputError: when it cannot be loaded or has no chat template, or the model reads text alone.
     """
+    from hfllm.multimodal.processors import check_template
     from hfllm.runs.models import load_config
     from hfllm.stages import rlhf_pictures
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
     refuse_text_model(name, load_config(name, revision))
-    return rlhf_pictures.load_processor(name, revision)
+    processor = rlhf_pictures.load_processor(name, revision)
+    check_template(processor, name)
+    return processor
 
 
 def refuse_text_model(name: str, config: "PreTrainedConfig") -> None:
@@ -265,6 +268,9 @@ def own_trainer(
     model, processor = load_model(model_args)
     freeze(model, script_args.freeze_vision, script_args.freeze_text)
     if processor.tokenizer.pad_token is None:
+        if processor.tokenizer.eos_token is None:
+            name = model_args.model_name_or_path
+            raise InputError(f"the tokenizer of {name!r} has no end token (eos_token): answers end with one")
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     kwargs: dict[str, Any] = {"processing_class": processor, "peft_config": peft_config(model_args)}
     if eval_rows is not None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import merge
 import pytest
 import reward
 import rlhf
@@ -132,6 +133,17 @@ def test_frozen_parts_stay_and_an_adapter_is_saved(seeing_folder, judge, tmp_pat
     run(seeing_folder / "model", rows, tmp_path / "adapter", *peft)
     names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert any("score" in name for name in names) and any("lora_B" in name for name in names)
+    merged = ["--model_name_or_path", tmp_path / "adapter", "--output_dir", tmp_path / "merged"]
+    assert merge.main(*merge.parse(list(map(str, merged))))["max_logit_change"] > 0
+    processor = AutoProcessor.from_pretrained(tmp_path / "merged")
+    told = ["<user> <image> which side <assistant> left <eos>", "<user> <image> which <eos>"]
+    shown = [[row["image"]] for row in halves(2)]
+    inputs = processor(text=told, images=shown, padding=True, return_tensors="pt")
+    auto = AutoModelForSequenceClassification
+    apart = auto.from_pretrained(tmp_path / "adapter", num_labels=1)
+    with torch.no_grad():
+        scores = [each(**inputs).logits for each in (auto.from_pretrained(tmp_path / "merged"), apart)]
+    torch.testing.assert_close(*scores, atol=1e-5, rtol=0)
 
 
 def test_text_alone_and_both_mixed(seeing_folder, tmp_path):

@@ -1,6 +1,7 @@
 """Fine-tuning a model that sees by `hfllm sft`: on pictures, on text, on both; what it refuses, and its control."""
 
 import json
+import shutil
 
 import pytest
 import sft
@@ -164,6 +165,7 @@ def test_a_finished_run_is_not_that_of_other_pictures(seeing_folder, tmp_path, c
         (["--chat_template_path", "chatml"], "--chat_template_path"),
         (["--added_tokens", "<new>"], "--added_tokens"),
         (["--eos_token", "<eos>"], "--eos_token"),
+        (["--train_sampling_strategy", "group_by_length"], "--train_sampling_strategy group_by_length"),
         (["--use_peft", "--freeze_text"], "--freeze_text"),
     ],
 )
@@ -212,3 +214,38 @@ def test_a_model_of_text_is_refused_by_its_name(seeing_folder, tmp_path):
     with pytest.raises(InputError, match=r"line 1: the row has pictures, and the model '.*text' reads text alone"):
         run(tmp_path / "text", rows, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+BLIND = (
+    "{% for m in messages %}{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] }}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"size": 16}, "the processor makes pictures of 16x16 pixels and the vision tower takes 8x8"),
+        ({"patch_size": 2}, "the processor has patch_size=2 and the vision tower 4"),
+        ({"num_additional_image_tokens": 1}, r"the processor writes \+1 image tokens"),
+        ({"chat_template": None}, "its processor has no chat template"),
+        ({"chat_template": "{% for m in %}"}, "its processor cannot write a question about a picture"),
+        ({"chat_template": BLIND}, "its processor cannot write a question about a picture .* Found total 0 <image>"),
+        ({"pad_token": None, "eos_token": None}, "has no end token"),
+    ],
+)
+def test_a_processor_that_does_not_fit_is_refused_before_training(seeing_folder, tmp_path, changes, words):
+    processor = make_processor()
+    for name, value in changes.items():
+        if name == "size":
+            processor.image_processor.size = {"height": value, "width": value}
+        else:
+            setattr(processor.tokenizer if name.endswith("_token") else processor, name, value)
+    if "chat_template" in changes:
+        processor.tokenizer.chat_template = changes["chat_template"]
+    shutil.copytree(seeing_folder / "model", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    processor.save_pretrained(tmp_path / "model")
+    rows = write_rows(tmp_path / "data", halves(4))
+    with pytest.raises(InputError, match=words) as error:
+        run(tmp_path / "model", rows, tmp_path / "out", "--max_steps", "1")
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("out/*.safetensors"))

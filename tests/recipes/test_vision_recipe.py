@@ -267,6 +267,7 @@ def test_fine_tuning_on_text_refuses_rows_with_pictures(saved, tmp_path):
         (["--vision_hidden_size", "-8"], "--vision_hidden_size -8: expected a multiple of twice"),
         (["--vision_hidden_size", "8", "--model_name_or_path", "m", "--dataset_name", "r"], "--vision_hidden_size"),
         (["--num_examples", "0"], "expected at least 1"),
+        (["--max_new_tokens", "0"], "--max_new_tokens 0: expected at least 1"),
         (["--max_samples", "3"], "--max_samples"),
         (["--bad_images", "drop"], "--bad_images cannot be used here: it is for rows of your own"),
         (["--kl_coef", "0.5"], "--kl_coef cannot be used here: it is for PPO"),

@@ -16,6 +16,7 @@ from hfllm.evaluation.pictures import Asked, best_guesses, is_right, shuffled_qu
 from hfllm.evaluation.suites.base import Item, Record, Suite
 from hfllm.evaluation.suites.subjects import Subject
 from hfllm.generation.picture_answers import answer_pictures
+from hfllm.multimodal.processors import check_template
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Pictures(Suite[Shown]):
     def judge(self, subject: Subject, items: Sequence[Item[Shown]]) -> Iterator[Record]:
         if subject.processor is None:
             raise InputError(f"--suites pictures: the model {subject.label!r} reads text alone")
+        check_template(subject.processor, subject.label)
         for start in range(0, len(items), subject.batch_size):
             yield from self._judge_block(subject, items[start : start + subject.batch_size])
 
