@@ -35,6 +35,7 @@ def test_a_model_that_looks_is_told_from_one_that_guesses(monkeypatch):
         return ["Left." if left > right else "right" for left, right in lights]
 
     monkeypatch.setattr("hfllm.evaluation.suites.pictures.answer_pictures", looks)
+    monkeypatch.setattr("hfllm.evaluation.suites.pictures.check_template", lambda processor, name: None)
     monkeypatch.setattr(Subject, "__post_init__", lambda subject: None)
     monkeypatch.setattr(Subject, "check_numbers", lambda subject, text: None)
     suite = Pictures(lambda: [Part("", questions)])
