@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Rows = list[dict[str, Any]]
 Convert = Callable[[str, Row], Row]
+# Endings of a `file_name` that is a picture's.
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def picture_mapper(
 
     def mapper(origin: str, row: Row) -> Row:
         try:
-            converted = read(origin, row)
+            converted = read(origin, with_named_file(row))
         except BadImage as error:
             if script_args.bad_images == "drop":
                 raise
@@ -140,6 +142,14 @@ def picture_mapper(
         return converted
 
     return mapper
+
+
+def with_named_file(row: Row) -> Row:
+    """Return a row of `metadata.jsonl` as the Hub's folders of images have it, whose `file_name` is its picture."""
+    name = row.get("file_name")
+    if has_images(row) or not isinstance(name, str) or Path(name).suffix.lower() not in PICTURE_SUFFIXES:
+        return row
+    return {**{column: value for column, value in row.items() if column != "file_name"}, "image": name}
 
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -181,7 +191,7 @@ def words_or_pictures(pictures: Convert, words: Convert, tokens: Sequence[str]) 
     """
 
     def mapper(origin: str, row: Row) -> Row:
-        if has_images(row):
+        if has_images(with_named_file(row)):
             return pictures(origin, row)
         converted = words(origin, row)
         refuse_token(origin, converted, tokens)

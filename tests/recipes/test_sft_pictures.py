@@ -136,6 +136,20 @@ def test_a_picture_that_cannot_be_read_is_refused_or_dropped(seeing_folder, tmp_
     assert "1 with a picture that cannot be read" in capsys.readouterr().out
 
 
+def test_a_folder_of_pictures_and_what_is_said_of_them(seeing_folder, tmp_path):
+    """As the Hub keeps images: `metadata.jsonl` names each by `file_name`, of which nothing must be left out."""
+    rows = write_rows(tmp_path / "data", halves(60))
+    metadata = rows.with_name("metadata.jsonl")
+    metadata.write_text(rows.read_text().replace('"image"', '"file_name"'))
+    rows.unlink()
+    metrics = [
+        run(seeing_folder / "model", each, tmp_path / name, "--max_steps", "1")
+        for name, each in (("folder", tmp_path / "data"), ("file", metadata))
+    ]
+    assert all("other_pictures_loss" in found for found in metrics)
+    assert metrics[0]["eval_loss"] == metrics[1]["eval_loss"]
+
+
 def test_a_finished_run_is_not_that_of_other_pictures(seeing_folder, tmp_path, capsys):
     """A picture that was replaced makes another run of the same flags and rows, and of a checkpoint, too."""
     rows = write_rows(tmp_path / "data", halves(8))
