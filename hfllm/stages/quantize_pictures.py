@@ -96,8 +96,9 @@ def questions_of(script_args: "QuantizeArguments", processor: "ProcessorMixin") 
         return [question for turn in zip(*kept, strict=True) for question in turn][:count]
     read = RowArguments(**{each.name: getattr(script_args, each.name) for each in fields(DataArguments)})
     token = getattr(processor, "image_token", None)
-    rows = kept_rows(read, picture_mapper(script_args, name, to_sft, STAGE, token), flaw_of_pictures)
-    return [asked_of(by_turns(row)[0]) for row in rows][:count]
+    mapper = picture_mapper(script_args, name, to_sft, STAGE, token)
+    rows = kept_rows(read, mapper, flaw_of_pictures, most=count)
+    return [asked_of(by_turns(row)[0]) for row in rows]
 
 
 def load(model_args: "ModelConfig") -> "tuple[PreTrainedModel, ProcessorMixin]":
