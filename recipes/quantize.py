@@ -41,6 +41,7 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
     from hfllm.runs.stage import Stage
     from hfllm.stages import quantize, quantize_pictures
     from hfllm.stages.architecture import config_to_train
+    from hfllm.stages.own_pictures import files_changed
     from hfllm.stages.rlhf_pictures import load_processing_class
 
     # Refuse what cannot work before anything is trained.
@@ -49,7 +50,8 @@ def main(script_args: QuantizeArguments, model_args: "ModelConfig") -> dict[str,
     schemes = (quantize_pictures if sees else quantize).schemes_to_compare(script_args)
     chosen_args = replace(script_args, schemes=schemes)
     before = quantize.stages_before(script_args, model_args)
-    stage = Stage("quantize", chosen_args, model_args, before=before.parsed)
+    files = files_changed(script_args, [model_args.model_name_or_path], model_args.model_revision)
+    stage = Stage("quantize", chosen_args, model_args, before=before.parsed, also=files)
     stage.check()
     if stage.is_finished:
         return stage.reuse()

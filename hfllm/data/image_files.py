@@ -31,6 +31,13 @@ TURNS = {
     **{2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270"},
     **{7: "TRANSVERSE", 8: "ROTATE_90"},
 }
+# What is read. Of Pillow's other formats some are handed to another program (EPS to Ghostscript, which runs what is
+# written in it), and some hold a file of any other format (IPTC).
+FORMATS = (
+    *("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "ICO", "TGA", "DDS", "AVIF"),
+    *("JPEG2000", "PSD"),
+)
+OTHER_FORMAT = f"no picture in a format that is read: {', '.join(FORMATS)}"
 UNREADABLE = "with a picture that cannot be read"
 
 
@@ -61,16 +68,18 @@ def read_image(
     where = f"{origin}: picture in memory"
     try:
         if isinstance(value, Image.Image):
+            # One that was opened may not have been read yet.
+            if value.format is not None and value.format not in FORMATS:
+                raise BadImage(f"{where}, {value.format}: {OTHER_FORMAT}")
             return _checked(value, where, max_pixels, min_side)
         source, name = _source(value, origin, folder)
         where = f"{origin}: picture {name}"
         with warnings.catch_warnings():
             # Pillow warns of more pixels than it likes, and we have a limit of our own.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(source) as opened:
-                if opened.format == "EPS":
-                    # Pillow would give the file to Ghostscript, which runs what is written in it.
-                    raise BadImage(f"{where}: EPS is a program that draws, and is not run; save it as PNG")
+            Image.init()
+            # MPO is opened as JPEG, and has no opener of its own.
+            with Image.open(source, formats=[each for each in FORMATS if each in Image.OPEN]) as opened:
                 return _checked(opened, where, max_pixels, min_side)
     except BadImage:
         raise
@@ -78,7 +87,7 @@ def read_image(
         most = min(max_pixels, 2 * Image.MAX_IMAGE_PIXELS)
         raise BadImage(f"{where}: more pixels than {most:,}, the most that are read") from None
     except UnidentifiedImageError:
-        raise BadImage(f"{where}: no picture in a format that Pillow reads") from None
+        raise BadImage(f"{where}: {OTHER_FORMAT}") from None
     except Exception as error:  # of broken files Pillow's decoders raise whatever they stumble over
         raise BadImage(f"{where}: cannot be read: {_first_line(error)}") from None
 
@@ -116,12 +125,21 @@ def _shown(name: str | Path) -> str:
 
 
 def _checked(image: "Image", where: str, max_pixels: int, min_side: int) -> "Image":
+    _check_size(image, where, max_pixels, min_side)
+    if image.tell():
+        image.seek(0)
+    image.load()
+    # Some files hold a picture of another size than the one that they tell.
+    _check_size(image, where, max_pixels, min_side)
+    return to_rgb(image)
+
+
+def _check_size(image: "Image", where: str, max_pixels: int, min_side: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         raise BadImage(f"{where}: {width} x {height} pixels; at most {max_pixels:,} are read")
     if min(width, height) < min_side:
         raise BadImage(f"{where}: {width} x {height} pixels; each side must have at least {min_side}")
-    return to_rgb(image)
 
 
 def image_key(value: Any) -> str:

@@ -61,10 +61,15 @@ def without_images(mapper: Callable[[str, Row], Converted], model: str) -> Calla
     return convert
 
 
-def take_images(origin: str, row: Mapping[str, Any]) -> tuple[Row, list[Any]]:
+def take_images(origin: str, row: Mapping[str, Any], columns: Sequence[str] = MESSAGES) -> tuple[Row, list[Any]]:
     """Return a row without its pictures, with a mark at the place of each that its messages hold, and the pictures.
 
     Where `chosen` and `rejected` are whole conversations, their pictures are the same and count once.
+
+    Args:
+        origin: the row, for errors.
+        row: its columns.
+        columns: those in which messages are looked for; all others stay as they are.
 
     Raises:
         InputError: when both a column and the messages bring pictures, a part of a message is of another kind, or
@@ -72,7 +77,7 @@ def take_images(origin: str, row: Mapping[str, Any]) -> tuple[Row, list[Any]]:
     """
     rest = {name: value for name, value in row.items() if name not in COLUMNS}
     images, inside = _in_columns(row), {}
-    for column in MESSAGES:
+    for column in columns:
         said, inside[column] = rest.get(column), []
         if isinstance(said, list):
             rest[column] = [_flat(origin, message, inside[column]) for message in said]
@@ -87,7 +92,7 @@ def take_images(origin: str, row: Mapping[str, Any]) -> tuple[Row, list[Any]]:
 def _shown_once(origin: str, row: Row, inside: Mapping[str, list[Any]]) -> list[Any]:
     """Return the pictures in a row's messages, by column; of conversations that are compared those of one."""
     sides = ("chosen", "rejected")
-    if not any(_begins_with_a_question(row.get(side)) for side in sides):
+    if not any(_begins_with_a_question(row.get(side)) for side in sides if side in inside):
         return [each for shown in inside.values() for each in shown]
     # They repeat the prompt, so that a column with it has the same pictures.
     keys = {
@@ -176,7 +181,7 @@ def to_picture_prompts(mapper: Callable[[str, Row], Row], folder: Path | None = 
 
     A prompt with pictures is a conversation whose messages have parts, with the pictures in `images`; a column `image`
     stays, for reward functions. Nothing is decoded: who reads the prompts does. A row without pictures is converted by
-    `mapper` alone.
+    `mapper` alone. Only the columns of a prompt are looked at: others are for reward functions.
 
     Args:
         mapper: converts a row of text, such as `formats.to_prompt`.
@@ -184,8 +189,9 @@ def to_picture_prompts(mapper: Callable[[str, Row], Row], folder: Path | None = 
     """
 
     def convert(origin: str, row: Row) -> Row:
-        rest, images = take_images(origin, row)
-        has_places = has_images({name: value for name, value in row.items() if name not in COLUMNS})
+        columns = _of_prompt(row)
+        rest, images = take_images(origin, row, columns)
+        has_places = any(_is_picture(part) for column in columns for part in _parts(row.get(column)))
         if not images and not has_places:
             return mapper(origin, {**rest, **{name: row[name] for name in COLUMNS if name in row}})
         converted = mapper(origin, rest)
@@ -195,6 +201,13 @@ def to_picture_prompts(mapper: Callable[[str, Row], Row], folder: Path | None = 
         return {**converted, **placed, **kept, "images": [found_in(folder, each) for each in images]}
 
     return convert
+
+
+def _of_prompt(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the columns of messages that `formats.to_prompt` reads: one, or none."""
+    if "prompt" in row or "instruction" in row:
+        return ("prompt",) if "prompt" in row else ("instruction",)
+    return next(((column,) for column in ("messages", "conversations") if column in row), ())
 
 
 def flaw_of_pictures(row: Row) -> str | None:
@@ -255,6 +268,9 @@ def _flat(origin: str, message: Any, images: list[Any]) -> Any:
     """Return a message whose content is text, with marks; `images` gets its pictures, None for a place alone."""
     content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(content, (list, tuple)):
+        return message
+    if ROLES.get(message.get("role", message.get("from"))) == "tool" and not any(map(_is_picture, content)):
+        # What a tool returned may be a list of anything, which `read_messages` reads.
         return message
     text = ""
     for part in content:

@@ -315,6 +315,7 @@ def load_rows(
     mapper: Callable[[str, formats.Row], formats.Converted],
     dropped: Dropped | None = None,
     flaw_of: Callable[[formats.Converted], str | None] = flaw_of,
+    most: int | None = None,
 ) -> list[formats.Converted]:
     """Load the user's dataset, with each row converted by `mapper(origin, row)`; rows keep their origin.
 
@@ -323,6 +324,7 @@ def load_rows(
         mapper: the conversion; it may raise `BadRow`.
         dropped: counts the rows that are left out since they cannot be learned from; without it all are kept.
         flaw_of: returns why a converted row cannot, or `None`.
+        most: rows that are kept at most; what follows is not read.
 
     Raises:
         InputError: for a row that cannot be read, or with `--bad_rows refuse` one that cannot be learned from.
@@ -340,6 +342,8 @@ def load_rows(
             dropped.add(error.kind, origin)
         else:
             rows.append(OriginRow(converted, origin) if isinstance(converted, dict) else converted)
+            if len(rows) == most:
+                break
     if dropped is not None:
         dropped.total = len(rows) + dropped.count
     return rows

@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ from hfllm.data.images import take_images
 from hfllm.data.loading import renamed
 from hfllm.data.sources import EMBEDDED, folder_of, iterate_source, source_files
 from hfllm.errors import InputError
+
+# Bytes at each end of a picture's file that tell it from others.
+END = 1 << 16
 
 
 def named_pictures(
@@ -49,8 +54,26 @@ def _pictures(origin: str, row: dict[str, Any], renaming: dict[str, str]) -> Ite
 
 
 def existing(files: dict[str, Path]) -> dict[str, Path]:
-    """Return those of the files that exist."""
-    return {name: path for name, path in files.items() if _stat(path) is not None}
+    """Return those of the names that are of files, not of folders, pipes or nothing."""
+    return {name: path for name, path in files.items() if (found := _stat(path)) and stat.S_ISREG(found.st_mode)}
+
+
+def contents_of(files: dict[str, Path]) -> str:
+    """Return a hash of files' names, sizes, and of their first and last 64 KiB, which for most pictures are all bytes.
+
+    Of a larger file the time when it was written counts, too. All bytes of all pictures of a large dataset would be
+    read for minutes. Of what cannot be read the name alone counts.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, path in sorted(files.items()):
+        digest.update(f"{name}\0".encode(errors="replace"))
+        with suppress(OSError), path.open("rb") as stream:
+            told = os.fstat(stream.fileno())
+            time = told.st_mtime_ns if told.st_size > 2 * END else 0
+            begins = stream.read(END)
+            stream.seek(max(told.st_size - END, 0))
+            digest.update(f"{told.st_size} {time}\0".encode() + begins + stream.read(END))
+    return digest.hexdigest()
 
 
 def _stat(path: Path) -> os.stat_result | None:

@@ -13,13 +13,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hfllm.data.hub_pictures import undecoded
 from hfllm.data.pydoc_corpus import pydoc_documents
 from hfllm.errors import InputError
-
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
 
 WORLD, PYDOC = "world", "pydoc"
 # Rows with pictures: the drawn world, and the digits that come with scikit-learn.
@@ -234,7 +232,7 @@ def _load_from_hub(name: str, part: HubPart) -> Iterator[dict[str, Any]]:
             name, part.config, split=part.split, revision=part.revision, streaming=part.streaming or False
         )
         # Where rows are streamed, most errors show with the first.
-        rows = iter(_undecoded(rows))
+        rows = iter(undecoded(name, rows))
         first = next(rows, None)
     except Exception as error:
         raise InputError(
@@ -254,34 +252,3 @@ def _load_from_hub(name: str, part: HubPart) -> Iterator[dict[str, Any]]:
             f"dataset {name!r}: cannot be read after row {number}: {type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else ''}"
         ) from error
-
-
-def _undecoded(rows: "Dataset | IterableDataset") -> "Iterable[dict[str, Any]]":
-    """Return rows whose pictures, at any depth, are paths or bytes, as they are stored.
-
-    Decoded by datasets, one broken file would end the reading, and all would be held in memory with all their pixels.
-    What is streamed has paths on the Hub, which are read here.
-    """
-    from datasets import Dataset
-
-    is_stored = isinstance(rows, Dataset)
-    rows = rows.to_iterable_dataset() if is_stored else rows
-    if not rows.features:
-        return rows
-    rows = rows.decode(False)
-    return rows if is_stored else map(_fetched, rows)
-
-
-def _fetched(value: Any) -> Any:
-    """Return a value of a row with the bytes of pictures that lie on the Hub."""
-    if isinstance(value, list):
-        return [_fetched(each) for each in value]
-    if not isinstance(value, dict):
-        return value
-    is_picture = value.keys() == {"bytes", "path"}
-    if not is_picture or value["bytes"] is not None or "://" not in (value["path"] or ""):
-        return {name: _fetched(each) for name, each in value.items()}
-    import fsspec
-
-    with fsspec.open(value["path"], "rb") as stream:
-        return {**value, "bytes": stream.read()}

@@ -1,7 +1,8 @@
 """Evaluate a model that sees before and after quantization: what it makes of pictures, beside what it weighs."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from hfllm.evaluation.pictures import Asked, is_right
@@ -11,6 +12,10 @@ from hfllm.outputs.figures import change_of
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, ProcessorMixin
+
+
+# Questions that are answered together: with pictures each has many tokens.
+BATCH_SIZE = 8
 
 
 @dataclass
@@ -43,19 +48,20 @@ class PictureQuantization(QuantizationEvaluation):
     questions: Sequence[Asked] = ()
     num_losses: int = 256
 
-    answers: list[AnswerTokens] = field(init=False)
-
     def __post_init__(self) -> None:
-        asked = self.questions[: self.num_losses]
-        self.answers = [answer_tokens(self.processor, question) for question in asked]
         self._measured: dict[str, tuple[list[float], list[float]]] = {}
+
+    @property
+    def answers(self) -> Iterator[AnswerTokens]:
+        """The questions of the loss, each read when it is its turn: the pixels of all would fill much memory."""
+        return (answer_tokens(self.processor, question) for question in self.questions[: self.num_losses])
 
     def save_reader(self, folder: str) -> None:
         self.processor.save_pretrained(folder)
 
     def loss(self, model: "PreTrainedModel", num_texts: int) -> float:
         """Return nats per token of the first right answers, each answer counting as much."""
-        nats = [_answer_nats(model, answer) for answer in self.answers[:num_texts]]
+        nats = [_answer_nats(model, answer) for answer in islice(self.answers, num_texts)]
         return sum(nats) / len(nats)
 
     def difference_after_reload(self, model: "PreTrainedModel", folder: str) -> float:
@@ -66,7 +72,8 @@ class PictureQuantization(QuantizationEvaluation):
 
         again = saved_model(AutoModelForImageTextToText, folder).eval()
         again = again if again.device == model.device else again.to(model.device)
-        ours, theirs = (_logits(each, self.answers[0]) for each in (model, again))
+        first = next(self.answers)
+        ours, theirs = (_logits(each, first) for each in (model, again))
         return (ours - theirs).abs().max().item()
 
     def changes(self, name: str) -> dict[str, float]:
@@ -83,7 +90,7 @@ class PictureQuantization(QuantizationEvaluation):
         from hfllm.generation.picture_answers import answer_pictures
 
         prompts, images = [each.prompt for each in self.questions], [each.images for each in self.questions]
-        said = answer_pictures(model, self.processor, prompts, images, self.response_length)
+        said = answer_pictures(model, self.processor, prompts, images, self.response_length, BATCH_SIZE)
         right = [float(is_right(text, each.answer)) for text, each in zip(said, self.questions, strict=True)]
         nats = [_answer_nats(model, answer) for answer in self.answers]
         self._measured[name] = nats, right

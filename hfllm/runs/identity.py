@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.named_pictures import existing, named_pictures
+from hfllm.data.named_pictures import contents_of, existing, named_pictures
 from hfllm.data.sources import PYDOC, WORLD, source_files
 from hfllm.errors import InputError
 from hfllm.runs.parser import present_name
@@ -75,6 +75,9 @@ def run_identity(
     }
     files = {flag: paths for flag, paths in _named_files(arguments).items() if flag in kept and paths}
     contents = {flag: {"value": kept.pop(flag), "content": content_of(paths)} for flag, paths in files.items()}
+    for flag, told in _pictures(arguments).items():
+        if flag in contents:
+            contents[flag]["content"] += f", pictures {told}"
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if not set(BATCH) <= kept.keys() or any(hasattr(group, "num_mini_batches") for group in parsed):
         # A rollout is divided among processes and micro-batches, and each checkpoint holds one.
@@ -141,10 +144,6 @@ def model_files(folder: str | Path) -> list[tuple[str, Path]]:
 def _named_files(arguments: Mapping[str, Any]) -> dict[str, list[tuple[str, Path]]]:
     """Return the local files that flags name, by flag."""
     found = {flag: _data_files(arguments.get(flag)) for flag in DATASETS}
-    for flag in DATASETS:
-        if PICTURES_OF.format(flag) in arguments:
-            pictures = existing(named_pictures(arguments[flag], arguments.get("column_mapping")))
-            found[flag] += [(f"picture {name}", path) for name, path in pictures.items()]
     mixture = [entry.rpartition(":") for entry in arguments.get("dataset_mixture") or []]
     found["dataset_mixture"] = [
         (f"{place}:{weight}:{name}", path)
@@ -167,6 +166,17 @@ def _named_files(arguments: Mapping[str, Any]) -> dict[str, list[tuple[str, Path
         is_settings = flag.endswith(("_config", "_path")) or flag == "deepspeed"
         if is_settings and flag not in found and isinstance(value, str) and Path(value).is_file():
             found[flag] = [("", Path(value))]
+    return found
+
+
+def _pictures(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Return a hash of the pictures that the rows of each dataset name, of those rows that are read."""
+    found = {}
+    for flag in DATASETS:
+        if PICTURES_OF.format(flag) in arguments:
+            most = arguments.get("max_samples") if flag == DATASETS[0] else None
+            files = named_pictures(arguments[flag], arguments.get("column_mapping"), most)
+            found[flag] = contents_of(existing(files))
     return found
 
 

@@ -96,9 +96,9 @@ def questions_of(script_args: "QuantizeArguments", processor: "ProcessorMixin") 
         # As many of each, in turns: those that training has shown, and those that it has not.
         return [question for turn in zip(*kept, strict=True) for question in turn][:count]
     read = RowArguments(**{each.name: getattr(script_args, each.name) for each in fields(DataArguments)})
-    tokens = words_of_places(processor)
-    rows = kept_rows(read, picture_mapper(script_args, name, to_sft, STAGE, tokens), flaw_of_pictures)
-    return [asked_of(by_turns(row)[0]) for row in rows][:count]
+    mapper = picture_mapper(script_args, name, to_sft, STAGE, words_of_places(processor))
+    rows = kept_rows(read, mapper, flaw_of_pictures, most=count)
+    return [asked_of(by_turns(row)[0]) for row in rows]
 
 
 def load(model_args: "ModelConfig") -> "tuple[PreTrainedModel, ProcessorMixin]":

@@ -47,10 +47,14 @@ def user_rows(
     return rows, eval_rows
 
 
-def kept_rows(script_args: RowArguments, mapper: Mapper, flaw_of: Flaw) -> Rows:
-    """Return all rows of a dataset that can be learned from, and say how many are left out and why."""
+def kept_rows(script_args: RowArguments, mapper: Mapper, flaw_of: Flaw, most: int | None = None) -> Rows:
+    """Return the rows of a dataset that can be learned from, and say how many are left out and why.
+
+    Args:
+        most: of them at most; what follows is not read. By default all.
+    """
     dropped = Dropped()
-    rows = load_rows(script_args, mapper, dropped, flaw_of)
+    rows = load_rows(script_args, mapper, dropped, flaw_of, most)
     if not rows:
         raise InputError(f"{script_args.dataset_name}: no row is left: {dropped}")
     if dropped.count:

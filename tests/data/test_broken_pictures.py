@@ -6,7 +6,7 @@ import random
 
 import numpy
 import pytest
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 
 from hfllm.data.image_files import BadImage, read_image
 
@@ -134,7 +134,40 @@ def test_the_limit_that_is_named_is_the_one_that_counts(monkeypatch):
         read_image(encoded(drawn(), "PNG"), ORIGIN, max_pixels=500)
 
 
-def test_no_file_is_run():
-    """An EPS file is a program; Pillow gives it to Ghostscript where that is installed."""
-    with pytest.raises(BadImage, match=r"rows\.jsonl, line 3: picture .*: EPS is a program"):
-        read_image(encoded(drawn(), "EPS"), ORIGIN)
+def in_iptc(data):
+    """A file of news agencies, as its reader in Pillow wants it: some fields, and a file of any format."""
+
+    def field(record, number, value):
+        return bytes((0x1C, record, number)) + len(value).to_bytes(2, "big") + value
+
+    fields = [(3, 20, (8).to_bytes(4, "big")), (3, 30, (8).to_bytes(4, "big")), (3, 60, b"\1\0"), (3, 65, b"\0")]
+    begun = b"".join(field(*each) for each in [*fields, (3, 120, b"\5")])
+    return begun + field(8, 10, data)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "IPTC"])
+@pytest.mark.parametrize("is_opened", [False, True])
+def test_no_file_is_run(kind, is_opened, monkeypatch):
+    """An EPS file is a program; Pillow gives it to Ghostscript where that is installed, also within another file."""
+    data, ran = encoded(drawn(), "EPS"), []
+    data = in_iptc(data) if kind == "IPTC" else data
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **options: ran.append(args) or drawn().im)
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.format == kind
+        opened.load()
+        assert ran
+        ran.clear()
+    value = Image.open(io.BytesIO(data)) if is_opened else data
+    with pytest.raises(BadImage, match=r"^rows\.jsonl, line 3: picture .*: no picture in a format that is read: PNG"):
+        read_image(value, ORIGIN)
+    assert not ran
+
+
+@pytest.mark.filterwarnings("ignore:Image was not the expected size")
+def test_the_size_is_that_of_what_is_loaded():
+    """An icon tells the size of the picture that it holds, and may tell another."""
+    whole = bytearray(encoded(drawn(size=(64, 64)), "ICO", sizes=[(64, 64)]))
+    assert read_image(bytes(whole), ORIGIN, max_pixels=64 * 64).size == (64, 64)
+    whole[6:8] = 8, 8
+    with pytest.raises(BadImage, match="64 x 64 pixels; at most 1,000 are read"):
+        read_image(bytes(whole), ORIGIN, max_pixels=1000)

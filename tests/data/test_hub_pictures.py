@@ -1,6 +1,7 @@
 """Pictures of a dataset on the Hub, in columns and in messages, are read as they are stored, and bad ones left out."""
 
 import io
+import json
 
 import datasets
 import fsspec
@@ -88,27 +89,113 @@ def test_bad_pictures_are_left_out_or_named(on_the_hub, streaming, capsys):
             assert "--bad_images drop" in str(error.value)
 
 
-def streamed(monkeypatch, rows):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows.to_iterable_dataset())
-    return [row for _, row in iterate_source("me/rows", HubPart(streaming=True))]
+def read(monkeypatch, rows, streaming=True):
+    given = rows.to_iterable_dataset() if streaming else rows
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: given)
+    return [row for _, row in iterate_source("me/rows", HubPart(streaming=streaming))]
 
 
-def test_what_is_streamed_is_read_where_it_lies(monkeypatch):
+@pytest.fixture
+def opened(monkeypatch):
+    """The addresses that fsspec was asked for; the file named `N.png` is the N-th picture."""
+    asked = []
+
+    def open_address(address, mode):
+        asked.append(address)
+        number = int(address.rpartition(".png")[0].rpartition("/")[2])
+        if number >= len(PICTURES):
+            raise FileNotFoundError(address)
+        return io.BytesIO(PICTURES[number])
+
+    monkeypatch.setattr(fsspec, "open", open_address)
+    return asked
+
+
+ADDRESSES = [
+    "hf://datasets/me/rows@main/{}.png",
+    "hf://datasets/me/rows/a folder/{}.png",
+    "zip://in/{}.png::hf://datasets/Me/Rows@abc/a.zip",
+]
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+@pytest.mark.parametrize("threads", [0, 2])
+def test_what_is_streamed_is_read_where_it_lies(monkeypatch, opened, address, threads):
     """Files beside the rows have an address on the Hub, of which nothing later knows."""
-    stored = fsspec.filesystem("memory")
-    for number, data in enumerate(PICTURES):
-        stored.pipe_file(f"/rows/{number}.png", data)
     features = datasets.Features({**SAID, "images": datasets.List(IMAGE)})
-    rows = [in_list({"bytes": None, "path": f"memory://rows/{number}.png"}) for number in range(4)]
-    rows = datasets.Dataset.from_list(rows, features=features)
-    read = streamed(monkeypatch, rows)
-    assert [row["images"][0]["bytes"] for row in read] == PICTURES
-    stored.rm("/rows/2.png")
+
+    def rows(numbers):
+        made = [in_list({"bytes": None, "path": address.format(number)}) for number in numbers]
+        made = datasets.Dataset.from_list(made, features=features)
+        if threads:
+            # As load_dataset gives what is not on this machine.
+            streamed = made.to_iterable_dataset().decode(num_threads=threads)
+            monkeypatch.setattr(made, "to_iterable_dataset", lambda: streamed)
+        return made
+
+    found = read(monkeypatch, rows(range(4)))
+    assert [row["images"][0]["bytes"] for row in found] == PICTURES and len(opened) == 4
     with pytest.raises(InputError, match="'me/rows': cannot be read after row 2: FileNotFoundError") as error:
-        streamed(monkeypatch, rows)
+        read(monkeypatch, rows((0, 1, 9)))
     assert "\n" not in str(error.value)
+
+
+ELSEWHERE = [
+    *("file:///etc/0.png", "http://169.254.169.254/0.png", "reference://0.png::file:///etc/refs.json", "/etc/0.png"),
+    *("hf://datasets/you/rows@main/0.png", "hf://me/rows/0.png", "zip://0.png::file:///a.zip"),
+    *("reference://0.png::hf://datasets/me/rows@main/refs.json", "hf://datasets/me/rows/../../you/rows/0.png"),
+    *("hf://datasets/me/rows-too/0.png", "hf://datasets/me/rows@main/a.zip::file:///etc/0.png"),
+]
+
+
+@pytest.mark.parametrize("address", ELSEWHERE)
+def test_nothing_outside_of_the_repository_is_opened(monkeypatch, opened, address):
+    given = in_column({"bytes": None, "path": address})
+    rows = datasets.Dataset.from_list([given], features=datasets.Features({**SAID, "image": IMAGE}))
+    assert read(monkeypatch, rows) == [given] and not opened
+
+
+def test_what_is_no_picture_is_not_opened(monkeypatch, opened):
+    tool = {"bytes": None, "path": "hf://datasets/me/rows@main/0.png"}
+    features = datasets.Features({**SAID, "image": IMAGE, "tool": {"bytes": TEXT, "path": TEXT}})
+    given = {**in_column({"bytes": PICTURES[0], "path": None}), "tool": tool}
+    assert read(monkeypatch, datasets.Dataset.from_list([given], features=features)) == [given] and not opened
+
+
+JSON = datasets.Json()
+MIXED = {"prompt": JSON, "content": datasets.List(JSON)}
+VARYING = [
+    {"prompt": "hi", "content": ["a", {"b": [1]}]},
+    {"prompt": [{"role": "user", "content": "hi"}], "content": []},
+    {"prompt": "3", "content": ["3", None]},
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("pictures", [{}, {"image": {"bytes": BROKEN, "path": None}}])
+def test_fields_whose_type_varies_are_values(monkeypatch, streaming, threads, pictures):
+    features = datasets.Features(MIXED | ({"image": IMAGE} if pictures else {}))
+    given = [row | pictures for row in VARYING]
+    # Encoded as files of JSON are: `from_list` takes a text that is JSON for what is encoded already.
+    encoded = [{**row, "prompt": json.dumps(row["prompt"])} for row in given]
+    encoded = [{**row, "content": [json.dumps(each) for each in row["content"]]} for row in encoded]
+    rows = datasets.Dataset.from_list(encoded, features=features)
+    if threads:
+        streamed = rows.to_iterable_dataset().decode(num_threads=threads)
+        monkeypatch.setattr(rows, "to_iterable_dataset", lambda: streamed) if streaming else None
+    assert read(monkeypatch, rows, streaming) == given
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_text_are_not_cast(monkeypatch, streaming):
+    for kind in (datasets.Dataset, datasets.IterableDataset):
+        for name in ("cast", "cast_column", "decode"):
+            monkeypatch.setattr(kind, name, None, raising=False)
+    rows = datasets.Dataset.from_list([{"text": "a"}] * 3)
+    assert read(monkeypatch, rows, streaming) == [{"text": "a"}] * 3
 
 
 def test_rows_without_pictures_stay_as_they_are(monkeypatch):
     rows = [{"prompt": "a", "tools": [{"bytes": "x", "path": None}], "number": 3, "empty": None}] * 3
-    assert streamed(monkeypatch, datasets.Dataset.from_list(rows)) == rows
+    assert read(monkeypatch, datasets.Dataset.from_list(rows)) == rows

@@ -188,6 +188,29 @@ def test_prompts_without_pictures_stay_as_they_are(tmp_path):
         assert prompt_of(tmp_path, **columns) == to_prompt(ORIGIN, columns) == columns
 
 
+def test_of_a_prompt_nothing_else_is_looked_at(tmp_path):
+    """Other columns are for reward functions, whatever they hold; results of tools are as in any conversation."""
+    picture_part = [{"type": "image", "image": "a.png"}]
+    others = {
+        "chosen": [{"role": "user", "content": picture_part}, {"role": "assistant", "content": [{"type": "audio"}]}],
+        "rejected": [{"role": "user", "content": "b"}, {"role": "assistant", "content": [3]}],
+        "input": [{"role": "user", "content": picture_part}],
+        "output": {"role": "assistant", "content": [{"anything": 1}]},
+        "messages": [{"role": "user", "content": picture_part}],
+    }
+    asked = {"role": "user", "content": "a"}
+    results = ([{"passage": "b"}, "c"], [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}], [3], [])
+    told = [[asked, {"role": "tool", "content": content}] for content in results]
+    for prompt in ("a", [asked], *told):
+        columns = {"prompt": prompt, **others}
+        assert prompt_of(tmp_path, **columns) == to_prompt(ORIGIN, columns)
+        seen = prompt_of(tmp_path, **columns, image="a.png")
+        assert seen["images"] == [str(tmp_path / "a.png")] and seen["chosen"] == others["chosen"]
+        if isinstance(prompt, list) and len(prompt) == 2:
+            expected = to_prompt(ORIGIN, columns)["prompt"][1]["content"]
+            assert seen["prompt"][1]["content"] == [{"type": "text", "text": expected}]
+
+
 def test_rows_with_the_same_picture_have_one_key():
     one, other = as_bytes(picture()), as_bytes(picture(color=(1, 2, 3)))
     rows = [

@@ -154,3 +154,16 @@ def test_what_a_table_has_in_place_of_a_picture_is_none(folder):
     row = {"prompt": [place], "chosen": "A", "rejected": "B", "image": "a.png"}
     assert read(folder, row)["images"] == [str(folder / "a.png")]
     assert json.dumps(row)
+
+
+def test_pairs_keep_the_roles_of_their_file():
+    """As some chat templates call them: who judges a model gives it what it knows."""
+    prompt = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    prompt += [{"role": "model", "content": [{"type": "text", "text": "Hi."}]}, {"role": "user", "content": "How?"}]
+    sides = {side: [{"role": "model", "content": f"{side}."}] for side in ("chosen", "rejected")}
+    pair = pair_of(ORIGIN, {"prompt": prompt, **sides})
+    assert pair.prompt == (("developer", "Be brief."), ("user", "Hello"), ("model", "Hi."), ("user", "How?"))
+    assert (pair.better, pair.worse) == ("chosen.", "rejected.")
+    for wrong in ({"role": "nobody", "content": "a"}, {"role": "model", "content": 3}, "a", 3):
+        with pytest.raises(InputError, match=f"^{ORIGIN}: "):
+            pair_of(ORIGIN, {"prompt": [wrong], **sides})

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from hfllm.data.named_pictures import existing, named_pictures, written_when
+from hfllm.data.named_pictures import contents_of, existing, named_pictures, written_when
 from hfllm.data.sources import PICTURES
 
 
@@ -73,3 +73,41 @@ def test_a_replaced_file_is_noticed_and_no_other(folder):
     before = written_when(files)
     shutil.copy(folder / "3.png", folder / "not" / "there.png")
     assert written_when(files) != before
+
+
+def test_what_is_no_file_is_no_picture_and_what_cannot_be_read_has_a_name(folder, monkeypatch):
+    rows = [{"prompt": "a", "completion": "b", "image": value} for value in ("", ".", "not", "1.png")]
+    (folder / "not").mkdir()
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = existing(named_pictures(str(folder / "rows.jsonl")))
+    assert files == {"1.png": folder / "1.png"}
+    before = contents_of(files)
+
+    def refuse(*args, **options):
+        raise PermissionError
+
+    monkeypatch.setattr(type(folder), "open", refuse)
+    assert contents_of(files) != before
+    # As are folders and what is gone since.
+    monkeypatch.undo()
+    assert contents_of({"1.png": folder}) == contents_of({"1.png": folder / "none.png"})
+
+
+def test_contents_are_compared_at_both_ends(folder):
+    """All of what is small, wherever it lies; of what is large the time, too."""
+    file, moved = folder / "large.png", folder / "moved.png"
+    for size, is_large in ((1000, False), (1 << 18, True)):
+        file.write_bytes(bytes(size))
+        os.utime(file, ns=(5, 5))
+        before = contents_of({"a": file})
+        for place in (0, 60, size - 1):
+            changed = bytearray(size)
+            changed[place] = 1
+            file.write_bytes(changed)
+            os.utime(file, ns=(5, 5))
+            assert contents_of({"a": file}) != before
+        file.write_bytes(bytes(size))
+        os.utime(file, ns=(6, 6))
+        assert (contents_of({"a": file}) != before) == is_large
+        os.utime(file, ns=(5, 5))
+        assert contents_of({"a": shutil.copy2(file, moved)}) == before != contents_of({"b": file})

@@ -11,11 +11,12 @@ import torch
 from seeing_rows import halves, write_rows
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from hfllm.data import picture_batches
 from hfllm.errors import InputError
-from hfllm.evaluation.picture_quantization import answer_tokens
+from hfllm.evaluation.picture_quantization import PictureQuantization, answer_tokens
 from hfllm.evaluation.pictures import Asked
 from hfllm.generation.picture_answers import answer_pictures
-from hfllm.stages.quantize_pictures import schemes_to_compare
+from hfllm.stages.quantize_pictures import questions_of, schemes_to_compare
 
 QUICK = ["--num_sensitivity_texts", "2", "--prompt_tokens", "8", "--new_tokens", "2", "--rounds", "1"]
 QUICK += ["--response_length", "3", "--num_eval_texts", "16", "--num_eval_prompts", "40"]
@@ -130,6 +131,58 @@ def test_no_recipe_loads_four_bits_on_a_cpu(taught, tmp_path):
             InputError, match="--load_in_4bit cannot be used here: on a CPU bitsandbytes' 4-bit kernel reads"
         ):
             recipe.main(*recipe.parse([*flags, *more]))
+
+
+def test_no_more_pictures_are_read_than_asked_about(taught, tmp_path):
+    rows = write_rows(tmp_path / "rows", halves(6))
+    for number in (4, 5):
+        (tmp_path / "rows" / f"{number}.png").unlink()
+    given = ["--model_name_or_path", taught[0], "--dataset_name", rows, "--num_eval_prompts"]
+    processor = AutoProcessor.from_pretrained(taught[0])
+
+    def asked(count):
+        return questions_of(quantize.parse(list(map(str, [*given, count])))[0], processor)
+
+    assert len(asked(3)) == 3 and len(asked(4)) == 4
+    with pytest.raises(InputError, match=r"line 5: picture .* no such file"):
+        asked(5)
+
+
+def test_few_pictures_are_shown_at_once(taught, monkeypatch):
+    model, processor = (each.from_pretrained(taught[0]) for each in (AutoModelForImageTextToText, AutoProcessor))
+    prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "which side"}]}]
+    questions = [Asked(prompt, [row["image"]], row["side"]) for row in halves(20)]
+    shown = []
+    batch = picture_batches.conversation_batch
+
+    def counted(processor, prompts, *args, **options):
+        shown.append(len(prompts))
+        return batch(processor, prompts, *args, **options)
+
+    for module in ("hfllm.data.picture_batches", "hfllm.generation.picture_answers"):
+        monkeypatch.setattr(f"{module}.conversation_batch", counted)
+    evaluation = PictureQuantization(processor.tokenizer, (), 0, 2, processor=processor, questions=questions)
+    assert not shown
+    before = evaluation.loss(model.eval(), 3)
+    assert shown == [1] * 6
+    assert evaluation._quality("original", model)["right"] > 0.9
+    assert evaluation.loss(model, 3) == before and max(shown) == 8
+
+
+def test_replaced_pictures_make_another_run(taught, tmp_path, monkeypatch):
+    rows = write_rows(tmp_path / "rows", halves(4))
+    told = []
+
+    def stage(*args, also=None, **options):
+        told.append(also)
+        raise InputError("seen")
+
+    monkeypatch.setattr("hfllm.runs.stage.Stage", stage)
+    for _ in range(2):
+        with pytest.raises(InputError, match="seen"):
+            run("--model_name_or_path", taught[0], "--dataset_name", rows, *DYNAMIC)
+        (tmp_path / "rows" / "2.png").write_bytes(b"another")
+    assert told[0] and told[1] and told[0] != told[1]
 
 
 def test_what_does_not_fit_is_refused(taught, saved, tmp_path):

@@ -165,6 +165,25 @@ def test_a_large_file_is_compared_in_parts(tmp_path, monkeypatch):
     assert content_of([("", file)]) == before
 
 
+def test_pictures_of_the_rows_that_are_read_count(tmp_path):
+    for name in ("0.png", "1.png"):
+        (tmp_path / name).write_bytes(b"a picture")
+    rows = [{"prompt": "a", "completion": "b", "image": name} for name in ("0.png", "1.png", "")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = Flags("out", dataset_name=str(tmp_path / "rows.jsonl"))
+
+    def of(most):
+        given = {**stage_arguments(flags), "max_samples": most, identity.PICTURES_OF.format("dataset_name"): "then"}
+        return run_identity("sft", given, (flags,), "out")
+
+    first, everything = of(1), of(None)
+    (tmp_path / "1.png").write_bytes(b"another")
+    assert difference(first, of(1)) is None
+    assert difference(everything, of(None)).startswith("other contents of --dataset_name")
+    (tmp_path / "0.png").write_bytes(b"another")
+    assert difference(first, of(1)).startswith("other contents of --dataset_name")
+
+
 def test_a_models_report_and_checkpoints_do_not_count(tmp_path):
     for name in ("config.json", "model.safetensors", "README.md", "report.json", "optimizer.pt"):
         (tmp_path / name).touch()

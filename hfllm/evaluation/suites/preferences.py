@@ -28,6 +28,8 @@ from hfllm.evaluation.suites.subjects import Prompt, Subject
 
 FLAG = "--preference_files"
 LETTERS = ("(A)", "(B)")
+# Roles that some chat templates name so, and what they are to others.
+OTHER_ROLES = {"developer": "system", "model": "assistant"}
 OPTION = re.compile(r"^\s*\(([A-Z])\)\s*(.*?)\s*$", re.MULTILINE)
 
 
@@ -162,7 +164,7 @@ def pair_of(origin: str, row: Mapping[str, Any]) -> Pair:
         return _of_scores(origin, row)
     if {"prompt", "chosen", "rejected"} <= row.keys():
         told = {
-            name: as_messages(row[name]) if isinstance(row[name], str) else read_messages(origin, row[name])
+            name: as_messages(row[name]) if isinstance(row[name], str) else _conversation(origin, row[name])
             for name in ("prompt", "chosen", "rejected")
         }
         prompt = row["prompt"]
@@ -173,6 +175,16 @@ def pair_of(origin: str, row: Mapping[str, Any]) -> Pair:
         f"{origin}: expected the columns question, answer_matching_behavior and answer_not_matching_behavior, or "
         f"input and target_scores, or prompt, chosen and rejected; found {', '.join(map(repr, list(row)[:12]))}"
     )
+
+
+def _conversation(origin: str, messages: Any) -> list[Message]:
+    """Return messages, which are judged and not learned from: each with the role that the file gives it."""
+    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
+        return read_messages(origin, messages)
+    roles = [each.get("role", each.get("from")) for each in messages]
+    known = [{**each, "role": OTHER_ROLES.get(role, role)} for each, role in zip(messages, roles, strict=True)]
+    told = read_messages(origin, known)
+    return [{**each, "role": role} if role in OTHER_ROLES else each for each, role in zip(told, roles, strict=True)]
 
 
 def _of_behavior(origin: str, row: Mapping[str, Any]) -> Pair:
