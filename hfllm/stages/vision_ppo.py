@@ -29,10 +29,8 @@ MINI_BATCHES, EPOCHS = 4, 1
 PROMPT_FAMILIES = (*FAMILIES, *FAMILIES, ABSENT, ABSENT)
 # Answers of an optimizer step: where most are right, few tell what to change.
 BATCH_SIZE = 64
-# A critic's head that learns fast, unclipped: values begin at 0, and most answers are worth 1.
-CRITIC = {"value_learning_rate": 1e-2, "cliprange_value": None}
 # Of so many optimizer steps one teaches the critic alone, and three the rate rises over: without that a family may be
-# forgotten in the first steps for good (words, right in .47 of the questions, on one seed of three).
+# forgotten in the first steps for good. So it may with a critic that learns faster, whose values are noise at first.
 WARMUP = 64
 # What a trainer takes over of the flags of fine-tuning: where it runs and what it prints.
 SHARED = ("seed", "use_cpu", "bf16", "report_to", "disable_tqdm", "dataloader_pin_memory", "logging_steps")
@@ -80,7 +78,6 @@ def policy_trainer(
         save_strategy="no",
         critic_warmup_steps=steps // WARMUP,
         warmup_steps=3 * steps // WARMUP,
-        **CRITIC,
         **shared,
     )
     rows = prompt_rows(script_args, training_args.seed)
