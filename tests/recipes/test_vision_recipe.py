@@ -189,7 +189,7 @@ def test_rows_that_would_stop_a_batch_are_refused_or_left_out(drawn, tmp_path, c
         rows.write_text("\n".join([*lines[:3], json.dumps({**json.loads(lines[3]), **columns}), *lines[4:]]))
 
     write(prompt="Is <|image|> a mark?")
-    train, held_out = own_rows(script_args, 0, "<|image|>")
+    train, held_out = own_rows(script_args, 0, ["<|image|>"])
     assert len(train) + len(held_out) == 11 and "1 with words for a picture" in capsys.readouterr().out
     write(prompt="What?", completion="A <image>.")
     with pytest.raises(InputError, match=r"line 4: a place \(<image>\) in what the assistant says"):
