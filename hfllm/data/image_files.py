@@ -165,6 +165,11 @@ def to_rgb(image: "Image") -> "Image":
         values = numpy.asarray(image)
         values = values >> 8 if values.max(initial=0) > 255 else values
         image = Image.fromarray(values.clip(0, 255).astype(numpy.uint8))
+    elif image.mode == "F":
+        # Of floats the range says the scale: Pillow would cut those from 0 to 1 to black.
+        values = numpy.nan_to_num(numpy.asarray(image), posinf=255, neginf=0)
+        values = values * 255 if values.max(initial=0) <= 1 else values
+        image = Image.fromarray(values.clip(0, 255).round().astype(numpy.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

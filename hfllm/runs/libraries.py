@@ -1,4 +1,4 @@
-"""Whether what a flag asks for is installed, or exists at all: trackers and kinds of attention.
+"""Whether what a flag asks for is installed, or exists at all: trackers, kinds of attention, kernels.
 
 The libraries look when a trainer is built or a model loaded, which may be after the stages before have been trained.
 """
@@ -30,6 +30,8 @@ def check_libraries(*parsed: "DataclassInstance") -> None:
             check_trackers([trackers] if isinstance(trackers, str) else trackers)
         if attention := getattr(group, "attn_implementation", None):
             check_attention(attention)
+        if getattr(group, "use_liger_kernel", False) and importlib.util.find_spec("liger_kernel") is None:
+            raise InputError("--use_liger_kernel: not installed (pip install liger-kernel)")
 
 
 def check_trackers(names: list[str]) -> None:

@@ -69,6 +69,16 @@ def test_a_gray_picture_of_8_bits_in_32_keeps_its_values():
     assert (numpy.asarray(read)[..., 0] == values).all()
 
 
+@pytest.mark.parametrize("most", [1, 255])
+def test_floats_are_read_by_their_range(most):
+    """A float TIFF has values up to 1 as a rule, which Pillow reads as black."""
+    values = (numpy.arange(48).reshape(6, 8) / 47 * most).astype("<f4")
+    values[0, 0] = numpy.nan
+    read = read_image(as_bytes(Image.fromarray(values), "TIFF"), ORIGIN)
+    expected = (numpy.nan_to_num(values) / most * 255).round()
+    assert (numpy.asarray(read)[..., 0] == expected).all()
+
+
 def test_what_is_transparent_lies_on_white():
     image = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
     image.putpixel((1, 1), (200, 0, 0, 255))

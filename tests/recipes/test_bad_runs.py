@@ -179,6 +179,13 @@ def test_trackers(stage, refused, monkeypatch, tmp_path):
     assert "pip install comet-ml" in refused(stage, "--report_to", "comet_ml")
 
 
+def test_kernels_that_are_not_installed(refused, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "liger_kernel" else find(name))
+    line = refused("sft", "--use_liger_kernel", "true")
+    assert line == "--use_liger_kernel: not installed (pip install liger-kernel)"
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_kinds_of_attention(stage, refused, monkeypatch):
     find = importlib.util.find_spec
