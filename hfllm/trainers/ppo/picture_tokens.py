@@ -1,6 +1,6 @@
 """From prompts with pictures to token ids and the tensors that a processor makes of the pictures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -9,7 +9,7 @@ from transformers import ProcessorMixin
 
 from hfllm.data.messages import Message, content_text, is_begun, read_tools, spells
 from hfllm.data.picture_batches import words_of_places
-from hfllm.data.rows import origin_of
+from hfllm.data.rows import OriginRow, origin_of
 from hfllm.errors import InputError
 from hfllm.trainers.ppo.pictures import COLUMNS, PER_TOKEN, Pictures, Row, count_parts, filled_prompt, pictures_of
 
@@ -65,6 +65,41 @@ def encode(
     prompts = [distinct[number].prompt for number in numbers]
     ids = [encoded[number][0] for number in numbers]
     return ids, Pictures(episodes) if any(episodes) else None, prompts
+
+
+def filled_row(row: Row, origin: str) -> Row:
+    """Return a row whose prompt has its pictures in their places, opened; a prompt that is text stays as it is.
+
+    Args:
+        origin: of the row, where it knows none itself, which the returned one does.
+
+    Raises:
+        InputError: see `filled_prompt`.
+    """
+    origin = origin_of(row, origin)
+    if isinstance(row["prompt"], str):
+        return OriginRow(row, origin)
+    return OriginRow({**row, "prompt": filled_prompt(row, origin), **dict.fromkeys(COLUMNS)}, origin)
+
+
+def what_is_counted(row: Row) -> Hashable | None:
+    """Return what the number of tokens of a prompt goes by, its words and the sizes of its pictures.
+
+    `None` for a prompt whose template may read more than these.
+
+    Args:
+        row: from `filled_row`.
+    """
+    prompt = row["prompt"]
+    if isinstance(prompt, str) or row.get("tools") or any(message.keys() != {"role", "content"} for message in prompt):
+        return None
+
+    def counted(content: object) -> Hashable:
+        if not isinstance(content, list):
+            return content
+        return tuple(part["text"] if part["type"] == "text" else part["image"].size for part in content)
+
+    return tuple((message["role"], counted(message["content"])) for message in prompt)
 
 
 class _Asked(NamedTuple):

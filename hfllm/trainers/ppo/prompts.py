@@ -1,6 +1,6 @@
 """Prompts for rollouts: their order, their tokens, and whether they fit the model."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,13 +13,15 @@ from hfllm.data.rows import origin_of
 from hfllm.data.tokenizer import template_errors, tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.trainers.ppo.config import PPOConfig
-from hfllm.trainers.ppo.picture_tokens import TOGETHER, encode
+from hfllm.trainers.ppo.picture_tokens import TOGETHER, encode, filled_row, what_is_counted
 from hfllm.trainers.ppo.pictures import ProcessingClass, has_pictures, tokenizer_of
 
 if TYPE_CHECKING:
     from datasets import Dataset as HubDataset
 
 EMPTY = "is empty"
+# Prompts with pictures whose numbers of tokens are kept.
+KEPT_COUNTS = 100_000
 
 
 class RolloutSampler(Sampler[int]):
@@ -189,19 +191,45 @@ def unfit_prompts(
         InputError: naming the first prompt that the chat template refuses.
     """
     limit = None if context is None else context - response_length
+    for place, count in enumerate(_token_counts(dataset, tokenizer, tools)):
+        if not count:
+            yield place, EMPTY
+        elif limit is not None and count > limit:
+            yield (
+                place,
+                f"has {count} tokens; with response_length={response_length} the model's context of "
+                f"{context} leaves room for {limit}; a value model's counts too",
+            )
+
+
+def _token_counts(
+    dataset: "HubDataset | Sequence[dict]", tokenizer: ProcessingClass, tools: Sequence[dict[str, Any]] | None
+) -> Iterator[int]:
+    """Yield the number of tokens of each prompt."""
+    if isinstance(tokenizer, ProcessorMixin) and not tools:
+        yield from _counts_with_pictures(dataset, tokenizer)
+        return
     # Pixels of pictures are many, and here only counted.
     step = TOGETHER if isinstance(tokenizer, ProcessorMixin) else 1000
     for start in range(0, len(dataset), step):
         rows = [dataset[place] for place in range(start, min(start + step, len(dataset)))]
-        for place, ids in enumerate(_tokens_of(rows, tokenizer, start, tools), start):
-            if not ids:
-                yield place, EMPTY
-            elif limit is not None and len(ids) > limit:
-                yield (
-                    place,
-                    f"has {len(ids)} tokens; with response_length={response_length} the model's context of "
-                    f"{context} leaves room for {limit}; a value model's counts too",
-                )
+        yield from map(len, _tokens_of(rows, tokenizer, start, tools))
+
+
+def _counts_with_pictures(dataset: "HubDataset | Sequence[dict]", processor: ProcessorMixin) -> Iterator[int]:
+    """Yield the number of tokens of each prompt, whose pictures are all opened, but processed only where it is new."""
+    known: dict[Hashable, int] = {}
+    for start in range(0, len(dataset), TOGETHER):
+        places = range(start, min(start + TOGETHER, len(dataset)))
+        rows = [filled_row(dataset[place], f"prompt {place} of the dataset") for place in places]
+        keys = [what_is_counted(row) or place for place, row in zip(places, rows, strict=True)]
+        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
+        if new:
+            found = _tokens_of(list(new.values()), processor, start, None)
+            known.update(zip(new, map(len, found), strict=True))
+        yield from [known[key] for key in keys]
+        if len(known) > KEPT_COUNTS:
+            known.clear()
 
 
 def tokenize_rows(
