@@ -27,7 +27,7 @@ MINI_BATCHES, EPOCHS = 4, 1
 # told of it learns that here. With a fifth it says so less (.90 against .98 with three tenths, seed 1), with more it
 # says so about what is there, too (.02 and .05).
 PROMPT_FAMILIES = (*FAMILIES, *FAMILIES, ABSENT, ABSENT)
-# Answers of an optimizer step: where most are right, few tell what to change.
+# Answers of an optimizer step, over all processes: where most are right, few tell what to change.
 BATCH_SIZE = 64
 # Of so many optimizer steps one teaches the critic alone, and three the rate rises over: without that a family may be
 # forgotten in the first steps for good. So it may with a critic that learns faster, whose values are noise at first.
@@ -57,14 +57,20 @@ def policy_trainer(
 
     It starts from the model that fine-tuning has saved: a model that TRL has trained cannot be copied as a reference.
     """
+    from accelerate import PartialState
+
     from hfllm.rewards.functions import gold_reward
     from hfllm.stages.vision_models import freeze
     from hfllm.trainers.ppo.config import PPOConfig
     from hfllm.trainers.ppo.trainer import PPOTrainer
 
+    state = PartialState()
+    # The main process writes the model, which all read.
+    state.wait_for_everyone()
     shared = {name: getattr(training_args, name) for name in SHARED}
-    batch_size = max(1, min(BATCH_SIZE, script_args.num_rl_prompts // MINI_BATCHES))
-    steps = script_args.num_rl_prompts * EPOCHS // batch_size
+    answers = min(BATCH_SIZE, script_args.num_rl_prompts // MINI_BATCHES)
+    batch_size = max(1, answers // state.num_processes)
+    steps = script_args.num_rl_prompts * EPOCHS // (batch_size * state.num_processes)
     args = PPOConfig(
         output_dir=str(Path(training_args.output_dir, FOLDER)),
         total_episodes=script_args.num_rl_prompts,
