@@ -164,11 +164,14 @@ def trained_families(share_absent: float | None = None) -> tuple[str, ...]:
     """Return the families of training questions, each as often as its weight.
 
     Args:
-        share_absent: of questions about what is not there, from 0 to below 1; `None` leaves `TRAINED_FAMILIES`.
+        share_absent: of questions about what is not there, from 0 to below 1, to five places; `None` leaves
+            `TRAINED_FAMILIES`.
     """
     if share_absent is None:
         return TRAINED_FAMILIES
-    others = tuple(family for family in TRAINED_FAMILIES if family != ABSENT) * 100
+    # So many that the smallest share and the largest are met, and no more.
+    repeats = max(1, round(10_000 * (1 - share_absent)))
+    others = tuple(family for family in TRAINED_FAMILIES if family != ABSENT) * repeats
     return others + (ABSENT,) * round(len(others) * share_absent / (1 - share_absent))
 
 
