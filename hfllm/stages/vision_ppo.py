@@ -1,5 +1,6 @@
 """PPO on pictures: sampled answers about drawn pictures, rewarded by their gold."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,7 +70,8 @@ def policy_trainer(
     shared = {name: getattr(training_args, name) for name in SHARED}
     answers = min(BATCH_SIZE, script_args.num_rl_prompts // MINI_BATCHES)
     batch_size = max(1, answers // state.num_processes)
-    steps = script_args.num_rl_prompts * EPOCHS // (batch_size * state.num_processes)
+    rollouts = math.ceil(script_args.num_rl_prompts / (batch_size * MINI_BATCHES * state.num_processes))
+    steps = rollouts * MINI_BATCHES * EPOCHS
     args = PPOConfig(
         output_dir=str(Path(training_args.output_dir, FOLDER)),
         total_episodes=script_args.num_rl_prompts,

@@ -6,7 +6,8 @@ from PIL import Image
 
 from hfllm.errors import InputError
 from hfllm.trainers.ppo import prompts
-from hfllm.trainers.ppo.picture_tokens import encode
+from hfllm.trainers.ppo.picture_tokens import encode, what_is_counted
+from hfllm.trainers.ppo.pictures import filled_prompt
 from hfllm.trainers.ppo.prompts import check_prompts, unfit_prompts
 
 
@@ -17,23 +18,22 @@ def asked(words, size=None, **columns):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many prompts were processed, call by call; each picture takes a token for eight of its pixels."""
+    """How many prompts were processed, call by call; a picture takes as many tokens as it is wide."""
     made = []
 
     def tokens_of(rows, processor, first, tools):
         made.append(len(rows))
-        return [[0] * sum(map(tokens_in, row["prompt"])) for row in rows]
+        return [[0] * sum(map(tokens_in, filled_prompt(row, "a row"))) for row in rows]
 
     monkeypatch.setattr(prompts, "_tokens_of", tokens_of)
     return made
 
 
 def tokens_in(message):
-    content = message["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    words = [part["text"].split() for part in parts if part["type"] == "text"]
-    sizes = [part["image"].size for part in parts if part["type"] == "image"]
-    return sum(map(len, words)) + sum(width * height // 8 for width, height in sizes)
+    parts = (
+        [{"type": "text", "text": message["content"]}] if isinstance(message["content"], str) else message["content"]
+    )
+    return sum(len(part["text"].split()) if part["type"] == "text" else part["image"].width for part in parts)
 
 
 def test_each_prompt_is_counted_as_by_itself():
@@ -48,15 +48,11 @@ def test_each_prompt_is_counted_as_by_itself():
 
 def test_a_processor_is_asked_once_for_the_same_words_and_sizes(calls, monkeypatch):
     rows = [asked("which side", (8, 8)) for _ in range(40)]
-    rows += [asked("which side", (8, 16)), asked("which side is bright", (8, 8)), asked("which side"), rows[0]]
+    rows += [asked("which side", (16, 8)), asked("which side is bright", (8, 8)), asked("which side"), rows[0]]
     processor = run.make_processor()
     ((place, said),) = unfit_prompts(rows, processor, 0, 15)
     assert place == 40 and said.startswith("has 18 tokens;")
     assert calls == [1, 3]
-    # A column that its template may read, or a message with more than words: no other prompt is like it.
-    calls.clear()
-    list(unfit_prompts([asked("which", (8, 8), tools=[{}]), asked("which", (8, 8), tools=[{}])], processor, 0, 15))
-    assert calls == [2]
     # What is kept has an end.
     calls.clear()
     monkeypatch.setattr(prompts, "KEPT_COUNTS", 0)
@@ -64,7 +60,30 @@ def test_a_processor_is_asked_once_for_the_same_words_and_sizes(calls, monkeypat
     assert calls == [1, 1, 1]
 
 
-def test_each_picture_is_opened_whatever_was_asked_before(tmp_path):
+@pytest.mark.parametrize("other", ["tools", "name", "no list", "tuple", "role", "metadata", "file", "both columns"])
+def test_a_prompt_with_more_than_words_and_sizes_is_like_no_other(other):
+    row = asked([run.PLACE, {"type": "text", "text": "which"}], (8, 8))
+    image, message = row["image"], row["prompt"][0]
+    turned = image.copy()
+    turned.info["exif"] = b"Exif"
+    named = image.copy()
+    named.format = "PNG"
+    assert what_is_counted(row) == what_is_counted({**row, "color": "red"}) is not None
+    changed = {
+        "tools": {**row, "tools": [{}]},
+        "name": {**row, "prompt": [{**message, "name": "me"}]},
+        "no list": {**row, "prompt": "which"},
+        "tuple": {**row, "prompt": [{**message, "content": tuple(message["content"])}]},
+        "role": {**row, "prompt": [{**message, "role": None}]},
+        "metadata": {**row, "image": turned},
+        "file": {**row, "image": named},
+        "both columns": {**row, "images": []},
+    }[other]
+    key = what_is_counted(changed)
+    assert key is None if other != "both columns" else key != what_is_counted(row)
+
+
+def test_what_is_wrong_with_a_row_is_said_whatever_was_asked_before(tmp_path):
     processor, rows = run.make_processor(), run.halves(20)
     (tmp_path / "broken.png").write_bytes(b"no picture")
     rows.append({**rows[0], "image": str(tmp_path / "broken.png")})
@@ -76,3 +95,17 @@ def test_each_picture_is_opened_whatever_was_asked_before(tmp_path):
     rows[20] = {**rows[0], "prompt": [{"role": "user", "content": "<image>"}]}
     with pytest.raises(InputError, match="prompt 20 of the dataset: the words spell '<image>'"):
         check_prompts(rows, processor, 3, 64)
+    rows[20] = {**rows[0], "prompt": [{"role": "user", "content": [run.PLACE, {"type": "text", "content": "which"}]}]}
+    with pytest.raises(InputError, match="prompt 20 of the dataset: the chat template cannot write this prompt"):
+        check_prompts(rows, processor, 3, 64)
+
+
+def test_a_picture_that_is_turned_is_counted_as_it_is_read(calls, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 16)).save(tmp_path / "turned.jpg", exif=exif)
+    with Image.open(tmp_path / "turned.jpg") as opened:
+        opened.load()
+        rows = [asked("which", (8, 16)), *({**asked("which"), "image": each} for each in (opened, opened.copy()))]
+        assert [place for place, _ in unfit_prompts(rows, run.make_processor(), 0, 16)] == [1, 2]
+    assert calls == [3]

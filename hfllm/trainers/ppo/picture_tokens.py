@@ -9,7 +9,7 @@ from transformers import ProcessorMixin
 
 from hfllm.data.messages import Message, content_text, is_begun, read_tools, spells
 from hfllm.data.picture_batches import words_of_places
-from hfllm.data.rows import OriginRow, origin_of
+from hfllm.data.rows import origin_of
 from hfllm.errors import InputError
 from hfllm.trainers.ppo.pictures import COLUMNS, PER_TOKEN, Pictures, Row, count_parts, filled_prompt, pictures_of
 
@@ -67,39 +67,42 @@ def encode(
     return ids, Pictures(episodes) if any(episodes) else None, prompts
 
 
-def filled_row(row: Row, origin: str) -> Row:
-    """Return a row whose prompt has its pictures in their places, opened; a prompt that is text stays as it is.
-
-    Args:
-        origin: of the row, where it knows none itself, which the returned one does.
-
-    Raises:
-        InputError: see `filled_prompt`.
-    """
-    origin = origin_of(row, origin)
-    if isinstance(row["prompt"], str):
-        return OriginRow(row, origin)
-    return OriginRow({**row, "prompt": filled_prompt(row, origin), **dict.fromkeys(COLUMNS)}, origin)
-
-
 def what_is_counted(row: Row) -> Hashable | None:
     """Return what the number of tokens of a prompt goes by, its words and the sizes of its pictures.
 
-    `None` for a prompt whose template may read more than these.
-
-    Args:
-        row: from `filled_row`.
+    `None` where a template may read more than these, and for pictures that were not drawn in memory: each of them has
+    to be opened, since it may be broken, or be turned.
     """
-    prompt = row["prompt"]
-    if isinstance(prompt, str) or row.get("tools") or any(message.keys() != {"role", "content"} for message in prompt):
+    prompt, images = row["prompt"], row.get("images")
+    images = [row.get("image")] if images is None else images
+    if row.get("tools") or not isinstance(prompt, list) or not isinstance(images, list):
         return None
+    said = [_counted_message(message) for message in prompt]
+    sizes = [_counted_picture(image) for image in images]
+    return None if None in said or None in sizes else (tuple(said), tuple(sizes))
 
-    def counted(content: object) -> Hashable:
-        if not isinstance(content, list):
-            return content
-        return tuple(part["text"] if part["type"] == "text" else part["image"].size for part in content)
 
-    return tuple((message["role"], counted(message["content"])) for message in prompt)
+def _counted_message(message: Message) -> Hashable | None:
+    if not isinstance(message, dict) or message.keys() != {"role", "content"} or not isinstance(message["role"], str):
+        return None
+    content = message["content"]
+    if isinstance(content, str):
+        return message["role"], content
+    found = [_counted_part(part) for part in content] if isinstance(content, list) else [None]
+    return None if None in found else (message["role"], tuple(found))
+
+
+def _counted_part(part: object) -> Hashable | None:
+    if not isinstance(part, dict) or [*part] not in (["type"], ["type", "text"]):
+        return None
+    words = tuple(part.values())
+    return words if all(isinstance(word, str) for word in words) else None
+
+
+def _counted_picture(image: object) -> tuple[int, int] | None:
+    from PIL.Image import Image
+
+    return image.size if isinstance(image, Image) and image.format is None and not image.info else None
 
 
 class _Asked(NamedTuple):

@@ -9,11 +9,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import ProcessorMixin
 
 from hfllm.data.messages import is_begun
-from hfllm.data.rows import origin_of
+from hfllm.data.rows import OriginRow, origin_of
 from hfllm.data.tokenizer import template_errors, tokenize_prompts
 from hfllm.errors import InputError
 from hfllm.trainers.ppo.config import PPOConfig
-from hfllm.trainers.ppo.picture_tokens import TOGETHER, encode, filled_row, what_is_counted
+from hfllm.trainers.ppo.picture_tokens import TOGETHER, encode, what_is_counted
 from hfllm.trainers.ppo.pictures import ProcessingClass, has_pictures, tokenizer_of
 
 if TYPE_CHECKING:
@@ -217,16 +217,19 @@ def _token_counts(
 
 
 def _counts_with_pictures(dataset: "HubDataset | Sequence[dict]", processor: ProcessorMixin) -> Iterator[int]:
-    """Yield the number of tokens of each prompt, whose pictures are all opened, but processed only where it is new."""
+    """Yield the number of tokens of each prompt; drawn pictures are processed only where words or sizes are new."""
     known: dict[Hashable, int] = {}
     for start in range(0, len(dataset), TOGETHER):
-        places = range(start, min(start + TOGETHER, len(dataset)))
-        rows = [filled_row(dataset[place], f"prompt {place} of the dataset") for place in places]
-        keys = [what_is_counted(row) or place for place, row in zip(places, rows, strict=True)]
-        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
+        rows = [dataset[place] for place in range(start, min(start + TOGETHER, len(dataset)))]
+        # By its place a prompt is like no other.
+        keys = [what_is_counted(row) or place for place, row in enumerate(rows, start)]
+        new = {}
+        for place, (key, row) in enumerate(zip(keys, rows, strict=True), start):
+            if key not in known and key not in new:
+                new[key] = OriginRow(row, origin_of(row, f"prompt {place} of the dataset"))
         if new:
-            found = _tokens_of(list(new.values()), processor, start, None)
-            known.update(zip(new, map(len, found), strict=True))
+            counts = map(len, _tokens_of(list(new.values()), processor, start, None))
+            known.update(zip(new, counts, strict=True))
         yield from [known[key] for key in keys]
         if len(known) > KEPT_COUNTS:
             known.clear()
