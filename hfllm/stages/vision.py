@@ -34,6 +34,8 @@ OF_NEW_MODELS = (
 OF_DRAWN_ROWS = ("num_examples", "questions_per_picture", "num_eval_examples", "share_absent")
 OF_OWN_ROWS = (*OF_PICTURES, "max_eval_samples")
 OF_PPO = ("rl_learning_rate", "kl_coef")
+# The largest share of questions about what is not there: from some on nothing else would be learned.
+MOST_ABSENT = 0.999
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,8 @@ def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: 
             raise InputError(f"--{flag} {getattr(script_args, flag)}: expected at least {least}")
     share = script_args.share_absent
     refuse(name == DIGITS and share is not None, "--share_absent", "every digit that is asked for is there")
-    if share is not None and not 0 <= share < 1:
-        raise InputError(f"--share_absent {share}: expected at least 0, and less than 1")
+    if share is not None and not 0 <= share <= MOST_ABSENT:
+        raise InputError(f"--share_absent {share}: expected at least 0, and at most {MOST_ABSENT}")
     most = 2 if name == DIGITS else 16
     if not 1 <= script_args.questions_per_picture <= most:
         raise InputError(f"--questions_per_picture {script_args.questions_per_picture}: expected 1 to {most}")

@@ -157,7 +157,7 @@ def test_any_question_has_an_answer_about_any_scene():
     assert told[""] < 0.05 * told.total() and told[NOT_THERE] > 100
 
 
-@pytest.mark.parametrize("share", [0.0, 0.0003, 0.01, 0.5, 0.9999])
+@pytest.mark.parametrize("share", [0.0, 0.0003, 0.01, 0.5, 0.999])
 def test_few_or_many_questions_are_about_what_is_not_there(share):
     families = trained_families(share)
     assert families.count(ABSENT) / len(families) == pytest.approx(share, abs=1e-5) and len(families) < 200_000

@@ -260,7 +260,7 @@ def test_fine_tuning_on_text_refuses_rows_with_pictures(saved, tmp_path):
         (["--packing"], "--packing cannot be used here"),
         (["--patch_size", "5"], "a divisor of the pictures' side, 24"),
         (["--questions_per_picture", "0"], "expected 1 to 16"),
-        (["--share_absent", "1"], "expected at least 0, and less than 1"),
+        (["--share_absent", "1"], "expected at least 0, and at most 0.999"),
         (["--dataset_name", "digits", "--share_absent", "0.1"], "every digit that is asked for is there"),
         (["--dataset_name", "digits", "--questions_per_picture", "3"], "expected 1 to 2"),
         (["--hidden_size", "30"], "a multiple of twice"),
