@@ -59,7 +59,8 @@ class VisionArguments(RowArguments, FreezingArguments, PictureArguments):
     share_absent: float | None = field(
         default=None,
         metadata={
-            "help": "Share of drawn questions about what is not there, in training; by default 5 of 23. Few of them "
+            "help": "Share of questions about what is not there among those that are drawn, in training; by default 5 "
+            "of 23. About half as many more remain, since what a picture does not allow is drawn again. Few of them "
             "leave PPO something to teach."
         },
     )

@@ -1,9 +1,11 @@
 """Whether prompts with pictures fit: each picture is opened, and what needs no processor again is not given to it."""
 
+import numpy
 import picture_run as run
 import pytest
 from PIL import Image
 
+from hfllm.data.rows import OriginRow
 from hfllm.errors import InputError
 from hfllm.trainers.ppo import prompts
 from hfllm.trainers.ppo.picture_tokens import encode, what_is_counted
@@ -60,27 +62,57 @@ def test_a_processor_is_asked_once_for_the_same_words_and_sizes(calls, monkeypat
     assert calls == [1, 1, 1]
 
 
-@pytest.mark.parametrize("other", ["tools", "name", "no list", "tuple", "role", "metadata", "file", "both columns"])
-def test_a_prompt_with_more_than_words_and_sizes_is_like_no_other(other):
+def turned(image):
+    image.getexif()[0x0112] = 6
+    return image
+
+
+def closed(image):
+    image.close()
+    return image
+
+
+def of_a_file(image):
+    image.format = "PNG"
+    return image
+
+
+def with_metadata(image):
+    image.info["exif"] = b"Exif"
+    return image
+
+
+@pytest.mark.parametrize("change", [turned, closed, of_a_file, with_metadata, lambda image: image.convert("La"), str])
+def test_a_picture_that_is_not_plainly_drawn_is_like_no_other(change):
     row = asked([run.PLACE, {"type": "text", "text": "which"}], (8, 8))
-    image, message = row["image"], row["prompt"][0]
-    turned = image.copy()
-    turned.info["exif"] = b"Exif"
-    named = image.copy()
-    named.format = "PNG"
     assert what_is_counted(row) == what_is_counted({**row, "color": "red"}) is not None
-    changed = {
-        "tools": {**row, "tools": [{}]},
-        "name": {**row, "prompt": [{**message, "name": "me"}]},
-        "no list": {**row, "prompt": "which"},
-        "tuple": {**row, "prompt": [{**message, "content": tuple(message["content"])}]},
-        "role": {**row, "prompt": [{**message, "role": None}]},
-        "metadata": {**row, "image": turned},
-        "file": {**row, "image": named},
-        "both columns": {**row, "images": []},
-    }[other]
-    key = what_is_counted(changed)
-    assert key is None if other != "both columns" else key != what_is_counted(row)
+    image = row["image"].convert("LA") if change.__name__ == "<lambda>" else row["image"].copy()
+    assert what_is_counted({**row, "image": change(image)}) is None
+
+
+@pytest.mark.parametrize("content", [(run.PLACE,), None, [{"type": "image", "image": "a.png"}], [{"type": "text"}, 1]])
+def test_a_message_with_more_than_words_and_places_is_like_no_other(content):
+    assert what_is_counted(asked(content, (8, 8))) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tools": [{}]},
+        {"tools": numpy.ones(2)},
+        {"prompt": "which"},
+        {"prompt": ({"role": "user", "content": "which"},)},
+        {"prompt": [{"role": "user", "content": "which", "name": "me"}]},
+        {"prompt": [{"role": None, "content": "which"}]},
+        {"prompt": ["which"]},
+        {"images": "a.png"},
+    ],
+)
+def test_a_row_with_more_than_words_and_pictures_is_like_no_other(change):
+    row = asked("which", (8, 8))
+    assert what_is_counted(row) is not None and what_is_counted({**row, **change}) is None
+    # An empty list stands before the other column, whose picture nothing reads.
+    assert what_is_counted({**row, "images": []}) != what_is_counted(row)
 
 
 def test_what_is_wrong_with_a_row_is_said_whatever_was_asked_before(tmp_path):
@@ -91,6 +123,9 @@ def test_what_is_wrong_with_a_row_is_said_whatever_was_asked_before(tmp_path):
         check_prompts(rows, processor, 3, 64)
     rows[20] = {**rows[0], "image": None, "images": [rows[0]["image"]] * 2, "prompt": run.make_rows(2)[1]["prompt"]}
     with pytest.raises(InputError, match=r"prompt 20 of the dataset: 1 place for pictures .* has 2"):
+        check_prompts(rows, processor, 3, 64)
+    rows[20] = OriginRow(rows[20], "rows.jsonl, line 21")
+    with pytest.raises(InputError, match=r"^rows\.jsonl, line 21: 1 place for pictures"):
         check_prompts(rows, processor, 3, 64)
     rows[20] = {**rows[0], "prompt": [{"role": "user", "content": "<image>"}]}
     with pytest.raises(InputError, match="prompt 20 of the dataset: the words spell '<image>'"):

@@ -1,6 +1,7 @@
 """From prompts with pictures to token ids and the tensors that a processor makes of the pictures."""
 
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -17,6 +18,8 @@ from hfllm.trainers.ppo.pictures import COLUMNS, PER_TOKEN, Pictures, Row, count
 Encoded = tuple[list[int], dict[str, torch.Tensor]]
 # Prompts that are processed at once: so many that what a call costs is little beside the pictures.
 TOGETHER = 16
+# Modes of pictures that are drawn in memory, and can be read.
+DRAWN_MODES = ("L", "RGB", "RGBA")
 # Processors whose results leave doubt, so that it is not tried again.
 _ONE_BY_ONE: "WeakSet[ProcessorMixin]" = WeakSet()
 
@@ -70,16 +73,18 @@ def encode(
 def what_is_counted(row: Row) -> Hashable | None:
     """Return what the number of tokens of a prompt goes by, its words and the sizes of its pictures.
 
-    `None` where a template may read more than these, and for pictures that were not drawn in memory: each of them has
-    to be opened, since it may be broken, or be turned.
+    `None` where a template may read more than these, for pictures that were not drawn in memory, each of which has to
+    be opened, since it may be broken, or be turned, and for a row that is not as it should be.
     """
-    prompt, images = row["prompt"], row.get("images")
-    images = [row.get("image")] if images is None else images
-    if row.get("tools") or not isinstance(prompt, list) or not isinstance(images, list):
-        return None
-    said = [_counted_message(message) for message in prompt]
-    sizes = [_counted_picture(image) for image in images]
-    return None if None in said or None in sizes else (tuple(said), tuple(sizes))
+    with suppress(Exception):  # what is wrong is said where the row is read
+        prompt, images = row["prompt"], row.get("images")
+        images = [row.get("image")] if images is None else images
+        if row.get("tools") or not isinstance(prompt, list) or not isinstance(images, list):
+            return None
+        said = [_counted_message(message) for message in prompt]
+        sizes = [_counted_picture(image) for image in images]
+        return None if None in said or None in sizes else (tuple(said), tuple(sizes))
+    return None
 
 
 def _counted_message(message: Message) -> Hashable | None:
@@ -102,7 +107,11 @@ def _counted_part(part: object) -> Hashable | None:
 def _counted_picture(image: object) -> tuple[int, int] | None:
     from PIL.Image import Image
 
-    return image.size if isinstance(image, Image) and image.format is None and not image.info else None
+    if not isinstance(image, Image) or image.mode not in DRAWN_MODES:
+        return None
+    # Fails where it was closed.
+    image.load()
+    return None if image.format is not None or image.info or image.getexif() else image.size
 
 
 class _Asked(NamedTuple):
