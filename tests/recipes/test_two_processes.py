@@ -44,7 +44,7 @@ def test_a_student_and_its_int8_form_under_two_processes(launch, tiny, tmp_path)
 
 @pytest.mark.slow
 def test_pictures_and_ppo_on_them_under_two_processes(launch, tmp_path):
-    """PPO starts on both from what one has written, and an optimizer step has as many answers as with one process."""
+    """An optimizer step of PPO has as many answers as with one process."""
     small = ["--hidden_size", 16, "--num_attention_heads", 2, "--num_hidden_layers", 1, "--num_vision_layers", 1]
     few = ["--num_captions", 8, "--num_examples", 56, "--num_eval_examples", 12, "--max_new_tokens", 4]
     rates = ["--per_device_train_batch_size", 4, "--logging_steps", 1, "--num_rl_prompts", 1024]

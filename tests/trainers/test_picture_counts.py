@@ -1,4 +1,4 @@
-"""Whether prompts with pictures fit: each picture is opened, and what needs no processor again is not given to it."""
+"""Whether prompts with pictures fit: drawn ones of the same words and sizes are processed once, all others each."""
 
 import numpy
 import picture_run as run
