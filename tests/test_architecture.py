@@ -22,8 +22,7 @@ FLOORS = (
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 AT_THE_ROOT = {"__init__", "errors", "version", "registration"}
-MAX_LINES = 450
-LONGER = {"modeling_hfllm.py": 500}  # the layers of one architecture stay in one file
+MAX_LINES = 800
 MAX_RECIPE_LINES = 150
 
 
@@ -122,7 +121,7 @@ def test_files_stay_small():
     files = {*modules().values(), *(ROOT / "recipes").glob("*.py")}
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
     limit = {path: MAX_RECIPE_LINES if path.parent.name == "recipes" else MAX_LINES for path in files}
-    assert not {str(path): count for path, count in lines.items() if count > LONGER.get(path.name, limit[path])}
+    assert not {str(path): count for path, count in lines.items() if count > limit[path]}
 
 
 def test_the_files_of_a_model_travel_together():
