@@ -52,6 +52,19 @@ def test_what_lies_in_the_padding_changes_nothing():
         torch.testing.assert_close(loss(0 * noise), loss(noise))
 
 
+def test_logits_of_any_size_in_the_padding_change_no_loss_and_no_gradient():
+    """exp() of what lies there would be infinite, and infinity times a mask of 0 is not 0."""
+    mask = torch.tensor([[1.0, 1.0, 0.0]])
+    old, advantages = torch.zeros(1, 3), torch.tensor([[1.0, -1.0, 2.0]])
+    logprobs = torch.tensor([[0.1, -0.1, 1e4]], requires_grad=True)
+    loss, clipped = formulas.policy_loss(logprobs, old, advantages, mask, cliprange=0.2)
+    torch.testing.assert_close(loss.detach(), -(torch.tensor(0.1).exp() - torch.tensor(-0.1).exp()))
+    assert clipped == 0
+    loss.backward()
+    expected = torch.tensor([[-torch.tensor(0.1).exp(), torch.tensor(-0.1).exp(), 0.0]])
+    torch.testing.assert_close(logprobs.grad, expected)
+
+
 def test_the_score_sits_on_the_last_real_token():
     mask = torch.tensor([[1.0, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
     scores = torch.tensor([2.0, 3.0, 5.0, 7.0])
@@ -64,6 +77,15 @@ def test_kl_is_charged_on_every_real_token_and_only_there():
     mask = torch.tensor([[1.0, 1, 0]])
     rewards = formulas.token_rewards(torch.tensor([1.0]), torch.tensor([[0.5, -1.0, 9.0]]), mask, kl_coef=0.1)
     torch.testing.assert_close(rewards, torch.tensor([[-0.05, 1.1, 0.0]]))
+
+
+def test_the_exact_kl_is_that_of_torch_from_the_policy_to_the_reference():
+    torch.manual_seed(0)
+    policy, reference = (torch.randn(3, 20).log_softmax(-1) for _ in range(2))
+    expected = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=p) for p in (policy, reference)))
+    torch.testing.assert_close(formulas.full_kl(policy, reference), expected)
+    # It is not symmetric, so that the other direction would be noticed.
+    assert (expected - formulas.full_kl(reference, policy)).abs().min() > 0.01
 
 
 def test_kl_estimators_agree_with_the_exact_kl():
@@ -132,6 +154,16 @@ def test_value_loss_takes_the_worse_of_clipped_and_unclipped():
     loss, clipped = formulas.value_loss(values, old, returns, mask, cliprange_value=0.2)
     torch.testing.assert_close(loss, torch.tensor(0.5 * (0.8**2 + 2.0**2)))
     assert clipped == 1
+
+
+def test_without_clipping_the_value_loss_is_half_the_squared_error():
+    mask = torch.tensor([[1.0, 1.0, 0.0]])
+    values, old, returns = torch.tensor([[1.0, 3.0, 9.0]]), torch.zeros(1, 3), torch.tensor([[2.0, 0.0, -9.0]])
+    loss, clipped = formulas.value_loss(values, old, returns, mask, cliprange_value=None)
+    torch.testing.assert_close(loss, 0.5 * torch.nn.functional.mse_loss(values[:, :2], returns[:, :2], reduction="sum"))
+    assert clipped == 0
+    # A range that nothing leaves gives the same.
+    torch.testing.assert_close(loss, formulas.value_loss(values, old, returns, mask, cliprange_value=100.0)[0])
 
 
 def test_explained_variance():

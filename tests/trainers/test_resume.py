@@ -15,6 +15,8 @@ def test_resumed_equals_uninterrupted(make_trainer, make_model, tmp_path, separa
         if separate_value_model:
             value_model = make_model(seed=5, model_class=hfllm.HfllmForSequenceClassification, num_labels=1)
         settings = {"max_steps": 9, "lr_scheduler_type": "cosine", "num_ppo_epochs": 2, "response_length": 5}
+        # The first two cuts lie between two logs.
+        settings |= {"logging_steps": 4}
         return make_trainer(value_model=value_model, **settings, **kwargs)
 
     whole = trainer(output_dir=str(tmp_path / "whole"))
@@ -30,6 +32,18 @@ def test_resumed_equals_uninterrupted(make_trainer, make_model, tmp_path, separa
             assert torch.equal(value, expected[name]), (interrupted_at, name)
         for one, other in zip(whole.optimizer.state.values(), resumed.optimizer.state.values(), strict=True):
             assert torch.equal(one["exp_avg_sq"], other["exp_avg_sq"])
+        # What was measured since the last log before the cut is logged too.
+        assert logged(resumed) == logged(whole), interrupted_at
+
+
+def logged(trainer):
+    """What a run has logged, without its times."""
+    timed = ("runtime", "per_second", "total_flos")
+    return [
+        {name: value for name, value in line.items() if not any(word in name for word in timed)}
+        for line in trainer.state.log_history
+        if "train_runtime" not in line
+    ]
 
 
 def test_a_finished_run_is_not_trained_further(make_trainer, tmp_path):
