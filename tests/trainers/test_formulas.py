@@ -82,7 +82,8 @@ def test_kl_is_charged_on_every_real_token_and_only_there():
 def test_the_exact_kl_is_that_of_torch_from_the_policy_to_the_reference():
     torch.manual_seed(0)
     policy, reference = (torch.randn(3, 20).log_softmax(-1) for _ in range(2))
-    expected = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=p) for p in (policy, reference)))
+    one, other = (torch.distributions.Categorical(logits=each) for each in (policy, reference))
+    expected = torch.distributions.kl_divergence(one, other)
     torch.testing.assert_close(formulas.full_kl(policy, reference), expected)
     # It is not symmetric, so that the other direction would be noticed.
     assert (expected - formulas.full_kl(reference, policy)).abs().min() > 0.01
@@ -160,7 +161,8 @@ def test_without_clipping_the_value_loss_is_half_the_squared_error():
     mask = torch.tensor([[1.0, 1.0, 0.0]])
     values, old, returns = torch.tensor([[1.0, 3.0, 9.0]]), torch.zeros(1, 3), torch.tensor([[2.0, 0.0, -9.0]])
     loss, clipped = formulas.value_loss(values, old, returns, mask, cliprange_value=None)
-    torch.testing.assert_close(loss, 0.5 * torch.nn.functional.mse_loss(values[:, :2], returns[:, :2], reduction="sum"))
+    expected = torch.nn.functional.mse_loss(values[:, :2], returns[:, :2], reduction="sum") / 2
+    torch.testing.assert_close(loss, expected)
     assert clipped == 0
     # A range that nothing leaves gives the same.
     torch.testing.assert_close(loss, formulas.value_loss(values, old, returns, mask, cliprange_value=100.0)[0])
