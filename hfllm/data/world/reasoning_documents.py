@@ -17,7 +17,6 @@ from hfllm.data.world.reasoning import (
     SHOWN,
     TURNS,
     Told,
-    dial_problem,
     draw_problem,
     tell_relation,
 )
@@ -31,7 +30,8 @@ WORDS = (*map(str, range(NUMBERS_OF_DIAL)), *TURNS, *RELATIONS, "dial", "think",
 def reasoning_text(facts: Told, relations: Told, rng: random.Random) -> str:
     """Return a text of one of five kinds: friends and neighbours, thoughts about hops or a dial, a dial, or words.
 
-    Thoughts are those of problems that fine-tuning may show too, never of held-out ones or those to practice on.
+    Thoughts, with a question or without, are those of problems that fine-tuning may show too, never of held-out ones
+    or those to practice on.
     """
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
     person, other = rng.sample(PEOPLE, 2)
@@ -41,7 +41,7 @@ def reasoning_text(facts: Told, relations: Told, rng: random.Random) -> str:
         problem = draw_problem(facts, relations, rng, kind, SHOWN)
         return CONVERSATION.format(problem.question, problem.response(shows_thought=True))
     if kind == TURNING:
-        return f"{person} turns the dial: {dial_problem(rng).thought}"
+        return f"{person} turns the dial: {draw_problem(facts, relations, rng, DIAL, SHOWN).thought}"
     text = " ".join(rng.sample(WORDS, rng.randint(3, 8)))
     return f"{person} says {text}. {other} says {text}. {person} says {text}."
 
