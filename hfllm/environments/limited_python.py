@@ -1,7 +1,8 @@
 """A Python that runs the code of its standard input within limits: what `python_tool` starts. Standard library only.
 
-Usage: python -I limited_python.py SECONDS MEGABYTES FILE_MEGABYTES MARK, in the only folder that the code may write
-to. After the mark, the standard error's first line says what the kernel does not hold, if anything.
+Usage: python -I limited_python.py SECONDS MEGABYTES FILE_MEGABYTES VERDICT PARENT, in the only folder that the code
+may write to. VERDICT is the number of an open file: its first line says what the kernel does not hold, if anything,
+and it is closed before the code runs, so that the code cannot write it. PARENT is the process that this one ends with.
 
 On Linux the kernel holds the limits: resource limits, Landlock for files, a seccomp filter for network, processes and
 signals. Elsewhere, and on kernels that lack one of these, the interpreter's audit hook is what is left; it stops code
@@ -19,8 +20,9 @@ import sys
 MEGABYTE = 2**20
 # From the kernel's headers; what is not listed has the same number everywhere.
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-# Refused: network, processes and signals; what changes the priority or the cores of other processes, or lives longer
-# than this one (shared memory, queues, keys); files that are cut by name, which Landlock allows before Linux 6.2.
+# Refused: network, processes and signals; what changes the priority or the cores of other processes, what they share
+# or leave behind (shared memory, semaphores, queues, keys), and watching their files; files that are cut by name,
+# which Landlock allows before Linux 6.2.
 REFUSED = {
     "x86_64": (
         # socket, socketpair, clone, fork, vfork, execve, kill, ptrace, rt_sigqueueinfo, tkill, tgkill,
@@ -31,29 +33,47 @@ REFUSED = {
         *(141, 142, 144, 203, 314, 251, 256, 279),
         # shmget, shmat, shmctl, semget, msgget, mq_open, add_key, request_key, keyctl
         *(29, 30, 31, 64, 68, 240, 248, 249, 250),
+        # semop, semctl, semtimedop, msgsnd, msgrcv, msgctl
+        *(65, 66, 220, 69, 70, 71),
+        # mq_unlink, mq_timedsend, mq_timedreceive, mq_notify, mq_getsetattr
+        *(241, 242, 243, 244, 245),
+        # inotify_init1, inotify_add_watch, fanotify_init, fanotify_mark; io_setup, which takes of all processes' share
+        *(294, 254, 300, 301, 206),
         # truncate, syslog, perf_event_open, bpf, userfaultfd
         *(76, 103, 298, 321, 323),
+        # inotify_init
+        253,
     ),
-    # The same, without fork and vfork, which there are not.
+    # The same, without fork, vfork and inotify_init, which arm64 does not have.
     "aarch64": (
         *(198, 199, 220, 221, 129, 117, 138, 130, 131, 240, 261, 268, 97, 270, 271, 272, 281),
-        *(140, 118, 119, 122, 274, 30, 238, 239, 194, 196, 195, 190, 186, 180, 217, 218, 219, 45, 116, 241, 280, 282),
+        *(140, 118, 119, 122, 274, 30, 238, 239, 194, 196, 195, 190, 186, 180, 217, 218, 219),
+        *(193, 191, 192, 189, 188, 187, 181, 182, 183, 184, 185, 26, 27, 262, 263, 0, 45, 116, 241, 280, 282),
     ),
 }
 # pidfd_send_signal, io_uring_setup, pidfd_open, clone3, pidfd_getfd, process_madvise, process_mrelease
 NEW_REFUSED = (424, 425, 434, 435, 438, 440, 448)
-# Without effect: rights, owners, times and attributes of files, which Landlock lets anybody change. Code that copies
-# or unpacks files in its folder sets them too, so that it is told of success.
+# Without effect: rights, owners, times and attributes of files, which Landlock lets anybody change, and locks, which
+# hold up others. Code that copies or unpacks files in its folder sets them too, so that it is told of success.
 IGNORED = {
     # chmod, fchmod, chown, fchown, lchown, utime, setxattr, l-, f-, removexattr, l-, f-, utimes, fchownat, futimesat,
-    # fchmodat, utimensat
-    "x86_64": (90, 91, 92, 93, 94, 132, 188, 189, 190, 197, 198, 199, 235, 260, 261, 268, 280),
-    "aarch64": (52, 53, 54, 55, 88, 5, 6, 7, 14, 15, 16),
+    # fchmodat, utimensat, flock
+    "x86_64": (90, 91, 92, 93, 94, 132, 188, 189, 190, 197, 198, 199, 235, 260, 261, 268, 280, 73),
+    "aarch64": (52, 53, 54, 55, 88, 5, 6, 7, 14, 15, 16, 32),
 }
 # fchmodat2, setxattrat, removexattrat, file_setattr
 NEW_IGNORED = (452, 463, 466, 469)
-# fcntl, and its commands F_SETOWN and F_SETOWN_EX: the kernel signals to the process that they name.
-FCNTL, SET_OWNER = {"x86_64": 72, "aarch64": 25}, (8, 15)
+# Calls of which one argument, of 32 bits, says what they do.
+FCNTL, IOCTL, PRCTL = {"x86_64": 72, "aarch64": 25}, {"x86_64": 16, "aarch64": 29}, {"x86_64": 157, "aarch64": 167}
+# F_SETOWN and F_SETOWN_EX (the kernel signals to the process that they name); F_SETLEASE, F_NOTIFY, F_SETDELEG (who
+# opens or changes a file is held up or told of); F_SET_RW_HINT (an attribute of the file)
+FCNTL_REFUSED = (8, 15, 1024, 1026, 1040, 1036)
+# F_SETLK, F_SETLKW, F_OFD_SETLK, F_OFD_SETLKW
+FCNTL_IGNORED = (6, 7, 37, 38)
+# Nothing else: TCGETS and TCGETS2 (`isatty`), TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
+IOCTL_ALLOWED = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+# Nothing else: PR_SET_NAME, PR_GET_NAME
+PRCTL_ALLOWED = (15, 16)
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 # execute, read file, read folder; for a file without the last; for a folder whose names are needed alone
 READ, READ_FILE, READ_NAMES = 0b1101, 0b101, 0b1000
@@ -131,6 +151,31 @@ def close_files(libc: ctypes.CDLL) -> bool:
     return has_closed
 
 
+def system_filter(machine: str) -> list[tuple[int, int, int, int]]:
+    """Return the filter of system calls for a key of `ARCHITECTURES`, as classic BPF: rows of (code, jt, jf, k)."""
+    load, equal, at_least, give, allow, refuse, kill = 0x20, 0x15, 0x35, 0x06, 0x7FFF0000, 0x00050001, 0x80000000
+    # An error of number 0 is success.
+    ignore = 0x00050000
+    program = [(load, 0, 0, 4), (equal, 1, 0, ARCHITECTURES[machine]), (give, 0, 0, kill), (load, 0, 0, 0)]
+    # The calls of x86-64's second table.
+    program += [(at_least, 0, 1, 0x40000000), (give, 0, 0, kill)] if machine == "x86_64" else []
+
+    def answers(*pairs: tuple[tuple[int, ...], int]) -> list[tuple[int, int, int, int]]:
+        each = [(value, answer) for values, answer in pairs for value in values]
+        return [step for value, answer in each for step in ((equal, 0, 1, value), (give, 0, 0, answer))]
+
+    program += answers(((*REFUSED[machine], *NEW_REFUSED), refuse), ((*IGNORED[machine], *NEW_IGNORED), ignore))
+    for number, argument, pairs, otherwise in (
+        (FCNTL[machine], 1, ((FCNTL_REFUSED, refuse), (FCNTL_IGNORED, ignore)), allow),
+        (IOCTL[machine], 1, ((IOCTL_ALLOWED, allow),), refuse),
+        (PRCTL[machine], 0, ((PRCTL_ALLOWED, allow),), refuse),
+    ):
+        # Arguments are 64 bits from byte 16 on. The kernel ignores the high half of these, so the filter does too.
+        steps = [(load, 0, 0, 16 + 8 * argument), *answers(*pairs), (give, 0, 0, otherwise)]
+        program += [(equal, 0, len(steps), number), *steps]
+    return [*program, (give, 0, 0, allow)]
+
+
 def close_system(libc: ctypes.CDLL) -> bool:
     """Refuse network, processes, other programs, and all that reaches other processes (seccomp).
 
@@ -139,23 +184,7 @@ def close_system(libc: ctypes.CDLL) -> bool:
     machine = platform.machine()
     if machine not in ARCHITECTURES:
         return False
-    load, equal, at_least, give, allow, refuse, kill = 0x20, 0x15, 0x35, 0x06, 0x7FFF0000, 0x00050001, 0x80000000
-    # An error of number 0 is success.
-    ignore = 0x00050000
-    program = [(load, 0, 0, 4), (equal, 1, 0, ARCHITECTURES[machine]), (give, 0, 0, kill), (load, 0, 0, 0)]
-    # The calls of x86-64's second table.
-    program += [(at_least, 0, 1, 0x40000000), (give, 0, 0, kill)] if machine == "x86_64" else []
-    for numbers, answer in (
-        ((*REFUSED[machine], *NEW_REFUSED), refuse),
-        ((*IGNORED[machine], *NEW_IGNORED), ignore),
-    ):
-        for number in numbers:
-            program += [(equal, 0, 1, number), (give, 0, 0, answer)]
-    # Of fcntl the second argument counts.
-    program += [(equal, 0, 1 + 2 * len(SET_OWNER), FCNTL[machine]), (load, 0, 0, 24)]
-    for command in SET_OWNER:
-        program += [(equal, 0, 1, command), (give, 0, 0, refuse)]
-    program.append((give, 0, 0, allow))
+    program = system_filter(machine)
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in program))
     return libc.prctl(SET_SECCOMP, 2, struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)), 0, 0) == 0
 
@@ -181,16 +210,20 @@ def forbid() -> None:
     sys.addaudithook(hook)
 
 
-def main(seconds: str, megabytes: str, file_megabytes: str, mark: str) -> None:
+def main(seconds: str, megabytes: str, file_megabytes: str, verdict: str, parent: str) -> None:
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc:
+        drop_privileges(libc)
+    # One that has ended before could not be noticed any more, and may have left half of the code.
+    if os.getppid() != int(parent):
+        sys.exit("the process that started this one has ended")
     code = sys.stdin.read()
     limit_resources(float(seconds), int(megabytes), int(file_megabytes))
     missing = ["files", "network and processes"]
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        drop_privileges(libc)
+    if libc:
         missing = [name for name, close in zip(missing, (close_files, close_system), strict=True) if not close(libc)]
-    # Always a line, so that the code cannot write it.
-    print(f"{mark}{' and '.join(missing)}", file=sys.stderr, flush=True)
+    with open(int(verdict), "w") as file:
+        print(" and ".join(missing), file=file)
     forbid()
     sys.argv = [""]
     exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})

@@ -11,8 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CHILD = Path(__file__).with_name("limited_python.py")
-# How its errors begin; what only the interpreter holds follows.
-MISSING = "not held by the kernel: "
 # Numerical libraries would start threads, which the limits do not allow.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 MOST_READ = 2**20
@@ -40,8 +38,11 @@ def python_within(seconds: float = 5.0, megabytes: int = 512, file_megabytes: in
         Args:
             code: a program, which prints its results.
         """
-        limits = [f"{seconds:g}", str(megabytes), str(file_megabytes), MISSING]
-        with _folder() as folder, tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as errors:
+        limits = [f"{seconds:g}", str(megabytes), str(file_megabytes)]
+        # The verdict, what the kernel does not limit, has a file of its own, which the code never holds.
+        temporary = tempfile.TemporaryFile
+        with _folder() as folder, temporary() as printed, temporary() as errors, temporary() as verdict:
+            limits += [str(verdict.fileno()), str(os.getpid())]
             try:
                 done = subprocess.run(
                     [sys.executable, "-I", "-B", "-X", "utf8", str(CHILD), *limits],
@@ -52,17 +53,15 @@ def python_within(seconds: float = 5.0, megabytes: int = 512, file_megabytes: in
                     env=ENVIRONMENT,
                     timeout=seconds,
                     start_new_session=True,
+                    pass_fds=(verdict.fileno(),),
                 )
             except subprocess.TimeoutExpired:
                 raise CodeError(f"it ran longer than {seconds:g} seconds") from None
-            told = _read(errors)
-            if told.startswith(MISSING):
-                missing, _, told = told.removeprefix(MISSING).partition("\n")
-                if missing:
-                    words = f"python tool: the kernel does not limit {missing} here (docs/tools.md)"
-                    warnings.warn(words, stacklevel=2)
+            if missing := _read(verdict).partition("\n")[0]:
+                words = f"python tool: the kernel does not limit {missing} here (docs/tools.md)"
+                warnings.warn(words, stacklevel=2)
             if done.returncode:
-                raise CodeError(_reason(done.returncode, told, seconds))
+                raise CodeError(_reason(done.returncode, _read(errors), seconds))
             return _read(printed)
 
     return python
@@ -90,6 +89,11 @@ def _folder() -> Iterator[str]:
 
 
 def _read(file: "tempfile._TemporaryFileWrapper[bytes]") -> str:
+    with suppress(ImportError, OSError):
+        import fcntl  # not on Windows
+
+        # Its flags are those of the code's own descriptor, which may say that only whole pages can be read.
+        fcntl.fcntl(file, fcntl.F_SETFL, 0)
     file.seek(0)
     return file.read(MOST_READ).decode("utf-8", "replace")
 
@@ -99,7 +103,8 @@ def _reason(code: int, errors: str, seconds: float) -> str:
     if code == -signal.SIGXCPU:
         return f"it ran longer than {seconds:g} seconds"
     if code < 0:
-        return f"it was ended by {signal.Signals(-code).name}"
+        has_name = -code in set(signal.Signals)
+        return f"it was ended by {signal.Signals(-code).name if has_name else f'signal {-code}'}"
     lines = errors.strip().splitlines()
     return lines[-1] if lines else f"it exited with {code}"
 
