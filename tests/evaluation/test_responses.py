@@ -1,11 +1,27 @@
 """Sampling and judging responses."""
 
+import json
+import warnings
+from collections import Counter
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.evaluation.responses import gold_by_group, judge_tasks, mean_gold, right_share
+from hfllm.generation import fast as fast_module
 from hfllm.generation.responses import sample_responses
+
+ASKED = ["What is 1 plus 2? Please tell me.", "Go", "Say red.", "Is the fox red or blue?"]
+
+
+@pytest.fixture
+def fast_calls(monkeypatch):
+    """How many batches the fast decoder has decoded."""
+    calls, decode = [], fast_module.decode
+    monkeypatch.setattr(fast_module, "decode", lambda *given: calls.append(1) or decode(*given))
+    return calls
 
 
 def test_batches_and_padding_do_not_matter_to_greedy_responses(make_model, tokenizer):
@@ -30,6 +46,153 @@ def test_fast_responses_are_those_of_generate_in_the_order_of_the_prompts(make_m
     model.generation_config.repetition_penalty = 5.0
     bent = sample_responses(model, tokenizer, prompts, 6, do_sample=False)
     assert sample_responses(model, tokenizer, prompts, 6, do_sample=False, fast=True) == bent != plain
+
+
+# What transformers, other libraries and people write, none of which changes what is sampled at a given temperature.
+HARMLESS = [
+    {},
+    {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "eos_token_id": [2, 7], "max_length": 512},
+    {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": 3, "use_cache": False},
+    {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "length_penalty": 1.0, "output_scores": False, "chat": "x"},
+]
+
+
+@pytest.mark.parametrize("options", HARMLESS, ids=["as saved", "sampling", "overridden", "at their defaults"])
+def test_a_saved_model_is_decoded_fast(options, saved, tokenizer, fast_calls):
+    path = saved / "generation_config.json"
+    written = json.loads(path.read_text())
+    assert written["output_attentions"] is False, "this test is about such fields"
+    path.write_text(json.dumps({**written, **options}))
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    plain = sample_responses(model, tokenizer, ASKED, 6, do_sample=False)
+    assert not fast_calls
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sample_responses(model, tokenizer, ASKED, 6, do_sample=False, fast=True, batch_size=2) == plain
+        sample_responses(model, tokenizer, ASKED, 6, fast=True, batch_size=2)
+    assert len(fast_calls) == 4
+
+
+def test_every_field_that_transformers_writes_by_default_is_harmless(make_model, tokenizer, fast_calls):
+    """As a later version may write more of them into each saved model."""
+    model = make_model()
+    model.generation_config = GenerationConfig(**GenerationConfig._get_default_generation_params())
+    sample_responses(model, tokenizer, ASKED, 2, fast=True)
+    assert len(fast_calls) == 1
+
+
+def test_samples_of_a_saved_model_follow_its_distribution(saved, tokenizer, fast_calls):
+    """A chi-square test of the first token of 4,000 samples against the softmax of the model's logits."""
+    model, temperature, count = AutoModelForCausalLM.from_pretrained(saved), 0.5, 4000
+    ids = torch.tensor(tokenize_prompts(ASKED[:1], tokenizer))
+    with torch.no_grad():
+        probabilities = (model(ids).logits[0, -1] / temperature).softmax(-1).tolist()
+    expected: Counter = Counter()
+    for text, probability in zip(
+        tokenizer.batch_decode([[each] for each in range(len(probabilities))], skip_special_tokens=True),
+        probabilities,
+        strict=True,
+    ):
+        expected[text] += probability * count
+    said = sample_responses(
+        model, tokenizer, ASKED[:1], 1, num_return_sequences=count, temperature=temperature, seed=1, fast=True
+    )
+    assert fast_calls
+    found = Counter(said[0])
+    cells = [(found[text], number) for text, number in expected.items() if number >= 10]
+    rest = [sum(found.values()) - sum(seen for seen, _ in cells), count - sum(number for _, number in cells)]
+    statistic = sum((seen - number) ** 2 / number for seen, number in [*cells, rest])
+    # The distribution has the mean k and the variance 2k: five standard deviations.
+    assert len(cells) > 20
+    assert abs(statistic - len(cells)) < 5 * (2 * len(cells)) ** 0.5
+
+
+def declined(model, tokenizer, **options):
+    """What is said of a model that was to be decoded fast and was not, at two calls together."""
+    plain = sample_responses(model, tokenizer, ASKED, 3, do_sample=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert sample_responses(model, tokenizer, ASKED, 3, do_sample=False, fast=True, **options) == plain
+    return [str(each.message) for each in caught if "fast_generate" in str(each.message)]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"repetition_penalty": 5.0}, "its generation_config.json sets repetition_penalty=5.0"),
+        ({"min_new_tokens": 2, "suppress_tokens": [5]}, "sets min_new_tokens=2, suppress_tokens=[5]"),
+        ({"output_hidden_states": True}, "sets output_hidden_states=True"),
+        ({"cache_implementation": "static"}, "sets cache_implementation='static'"),
+        ({"guidance_scale": 0}, "sets guidance_scale=0"),
+    ],
+)
+def test_options_that_the_fast_decoder_does_not_have_are_named_once(
+    options, reason, make_model, tokenizer, fast_calls
+):
+    model = make_model()
+    model.generation_config.disable_compile = False
+    for name, value in options.items():
+        setattr(model.generation_config, name, value)
+    (line,) = declined(model, tokenizer)
+    assert line.startswith("HfllmForCausalLM is decoded by generate, not by the faster fast_generate: ")
+    assert line.endswith(reason) and not fast_calls
+
+
+def test_a_temperature_of_its_own_is_nothing_to_greedy_decoding(make_model, tokenizer, fast_calls):
+    model = make_model()
+    model.generation_config.update(do_sample=True, temperature=0.2, min_p=0.1)
+    assert sample_responses(model, tokenizer, ASKED, 3, do_sample=False, fast=True) and fast_calls
+    with pytest.warns(UserWarning, match="sets min_p=0.1"):
+        sample_responses(model, tokenizer, ASKED, 3, fast=True)
+
+
+def test_a_model_that_was_asked_for_hidden_states_is_decoded_fast(make_model, tokenizer, fast_calls):
+    """transformers leaves hooks on it, which do nothing from then on."""
+    model = make_model()
+    plain = sample_responses(model, tokenizer, ASKED, 6, do_sample=False)
+    model(torch.tensor([[1, 2]]), output_hidden_states=True)
+    assert model.model.layers[0]._forward_hooks
+    assert sample_responses(model, tokenizer, ASKED, 6, do_sample=False, fast=True) == plain
+    assert len(fast_calls) == 1
+
+
+def test_adapters_and_other_weights_are_said(make_model, tokenizer, saved, fast_calls):
+    from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+
+    adapter = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    (line,) = declined(get_peft_model(make_model(), adapter), tokenizer)
+    assert "it is wrapped by PEFT (merge_and_unload() gives a plain model)" in line
+    inside = inject_adapter_in_model(adapter, make_model())
+    assert "self_attn.q_proj is a Linear of peft, not a plain linear layer" in declined(inside, tokenizer)[0]
+
+    class Quantized(torch.nn.Parameter):
+        """As libraries store rounded weights: a type of tensor within a plain layer."""
+
+    other = make_model()
+    layer = other.model.layers[0].mlp.down_proj
+    layer.weight = Quantized(layer.weight.data)
+    assert "down_proj has weights of type Quantized, not plain ones" in declined(other, tokenizer)[0]
+    assert not fast_calls
+
+
+def test_int8_weights_are_said(saved, tokenizer, fast_calls):
+    pytest.importorskip("bitsandbytes")
+    quantized = AutoModelForCausalLM.from_pretrained(
+        saved, quantization_config=BitsAndBytesConfig(load_in_8bit=True), dtype=torch.float32
+    )
+    assert "is a Linear8bitLt of bitsandbytes" in declined(quantized, tokenizer)[0]
+    assert not fast_calls
+
+
+def test_a_prompt_that_may_not_fit_is_left_to_generate(make_model, tokenizer, fast_calls):
+    """A table of learned positions: generate reads as far as the model does not stop by itself."""
+    model = make_model(position_embedding_type="learned", max_position_embeddings=20)
+    model.generation_config.eos_token_id = list(range(len(tokenizer)))
+    assert all(sample_responses(model, tokenizer, ["Go"], 30, do_sample=False))
+    with pytest.warns(UserWarning, match="positions for 20: shorten the prompt or max_new_tokens"):
+        assert sample_responses(model, tokenizer, ["Go"], 30, do_sample=False, fast=True)
+    assert not fast_calls
 
 
 def test_sampling_is_seeded_and_leaves_the_random_state(make_model, tokenizer):

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 # Elements of each matrix compared to see whether it has changed since it was copied; vectors are compared whole.
 SAMPLE = 64
 SCHEMES = ("exact", "int8")
+# Whose hooks stay on a model that was asked for hidden states once, and do nothing unless it is asked again.
+CAPTURES_OUTPUTS = "transformers.utils.output_capturing"
 # RoPE types whose angles do not depend on the length of the text.
 FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
 
@@ -44,6 +46,8 @@ class Output(NamedTuple):
 
 def unsupported_reason(model: "PreTrainedModel") -> str | None:
     """Return why a model cannot run over packed weights, or `None` if it can."""
+    if hasattr(model, "get_base_model"):
+        return "it is wrapped by PEFT (merge_and_unload() gives a plain model)"
     if not isinstance(model, HfllmForCausalLM):
         return f"{type(model).__name__} is not of the family (hfllm.from_native converts it)"
     if model.training:
@@ -60,10 +64,16 @@ def unsupported_reason(model: "PreTrainedModel") -> str | None:
     if reason:
         return reason
     for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if any(getattr(hook, "__module__", None) != CAPTURES_OUTPUTS for hook in hooks):
             return f"{name or 'the model'} has hooks"
-        if name.rpartition(".")[2].endswith(("_proj", "lm_head")) and type(module) is not nn.Linear:
-            return f"{name} is a {type(module).__name__}, not a plain linear layer"
+        if not name.rpartition(".")[2].endswith(("_proj", "lm_head")):
+            continue
+        if type(module) is not nn.Linear:
+            library = type(module).__module__.partition(".")[0]
+            return f"{name} is a {type(module).__name__} of {library}, not a plain linear layer"
+        if type(module.weight) is not nn.Parameter:
+            return f"{name} has weights of type {type(module.weight).__name__}, not plain ones"
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "its weights are on several devices"
     return None
