@@ -1,7 +1,10 @@
 """The exception for errors that a user can fix, and the removal of secrets from printed or written text."""
 
+import json
 import os
 import re
+from collections.abc import Mapping
+from typing import Any
 
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 # Access tokens of the Hub by their form, and credentials in URLs.
@@ -9,6 +12,14 @@ _LOOKS_SECRET = re.compile(
     r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}|\bhf_(?:oauth|jwt)_[\w.-]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
 )
 HIDDEN = "[hidden]"
+# Keys of nested flags, such as `--model_init_kwargs`, whose values are secrets, whatever they look like.
+CREDENTIALS = frozenset(
+    (
+        *("token", "hub_token", "hf_token", "push_to_hub_token", "use_auth_token", "auth_token", "access_token"),
+        *("api_token", "api_key", "apikey", "secret", "secret_key", "secret_access_key", "aws_secret_access_key"),
+        *("client_secret", "password", "passwd", "authorization", "proxy_authorization", "cookie"),
+    )
+)
 # What allocators say, in errors of any class.
 OUT_OF_MEMORY = (
     *("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory"),
@@ -60,3 +71,29 @@ def redact(text: str, *secrets: str | None) -> str:
         if secret and len(secret.strip()) >= 8:
             text = text.replace(secret.strip(), HIDDEN)
     return _LOOKS_SECRET.sub(HIDDEN, text)
+
+
+def without_credentials(value: Any) -> Any:
+    """Return a value of nested flags as it may be saved or shown, with what `CREDENTIALS` name, and tokens, hidden.
+
+    Mappings, lists, tuples and JSON objects as text are looked into; whatever else they hold stays as it is.
+    """
+    if isinstance(value, Mapping):
+        hidden = {name: HIDDEN if each and _is_credential(name) else each for name, each in value.items()}
+        return {name: without_credentials(each) for name, each in hidden.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(without_credentials, value))
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("{"):
+        try:
+            given = json.loads(value)
+        except (ValueError, RecursionError):
+            return redact(value)
+        hidden = without_credentials(given)
+        value = value if hidden == given else json.dumps(hidden)
+    return redact(value)
+
+
+def _is_credential(name: object) -> bool:
+    return str(name).lower().replace("-", "_") in CREDENTIALS

@@ -79,7 +79,9 @@ def main(
     before.run()
     teacher_name = before.model("rlhf") or training_args.teacher_model_name_or_path
     trainer_args = changed(scaled_args, teacher_model_name_or_path=teacher_name)
-    teacher = load_teacher(trainer_args)
+    # A token to load it with is in none of the arguments that are saved.
+    load_args = changed(trainer_args, teacher_model_init_kwargs=training_args.teacher_model_init_kwargs)
+    teacher = load_teacher(load_args)
     train_rows = rows_to_teach(script_args, teacher, data_rows, training_args.seed)
 
     # The student.

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfllm.errors import HIDDEN, InputError, MachineError, redact
+from hfllm.errors import InputError, MachineError, redact, without_credentials
 from hfllm.outputs.checkpoints import STATE_FILE, damage_in, damaged_checkpoint, last_complete_checkpoint
 from hfllm.outputs.report import read_report
 from hfllm.runs.failures import explained, what_is_saved
@@ -77,7 +77,6 @@ OF_MODEL = {
 }
 # The exit code of what Ctrl-C ends.
 INTERRUPTED = 130
-CREDENTIALS = frozenset(("token", "hub_token", "use_auth_token", "api_key", "password"))
 
 
 def parse_recipe(
@@ -253,12 +252,7 @@ def run_arguments(*arguments: "DataclassInstance") -> dict[str, Any]:
         for item in fields(group):
             if item.init and item.name not in NOT_PART_OF_THE_RUN:
                 merged[item.name] = getattr(group, item.name)
-    return json.loads(redact(json.dumps(merged, default=str, sort_keys=True)), object_hook=_without_credentials)
-
-
-def _without_credentials(values: dict[str, Any]) -> dict[str, Any]:
-    """A dictionary as it may be shown: flags such as --model_init_kwargs may carry a token for your own Hub."""
-    return {name: HIDDEN if name in CREDENTIALS and value else value for name, value in values.items()}
+    return without_credentials(json.loads(redact(json.dumps(merged, default=str, sort_keys=True))))
 
 
 def finished_run(output_dir: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:

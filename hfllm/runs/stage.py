@@ -21,7 +21,7 @@ from hfllm.outputs.ownership import is_own_card, refuse_foreign_files
 from hfllm.outputs.parents import START, lineage
 from hfllm.outputs.report import Bars, Plot, Report, plot_history
 from hfllm.runs import schedule
-from hfllm.runs.arguments import changed
+from hfllm.runs.arguments import changed, without_nested_secrets
 from hfllm.runs.command_line import checkpoint_to_resume, finished_run, given_names, main_process, run_arguments
 from hfllm.runs.identity import run_identity
 from hfllm.runs.lock import lock, release
@@ -79,8 +79,9 @@ class Stage:
 
     @cached_property
     def training_args(self) -> "TrainingArguments":
-        """The trainer's arguments without its own pushes and the token: the finished model is pushed once."""
-        return changed(_with_field(self.parsed, "per_device_train_batch_size"), push_to_hub=False, hub_token=None)
+        """The trainer's arguments without its own pushes and any token: the finished model is pushed once."""
+        given = _with_field(self.parsed, "per_device_train_batch_size")
+        return without_nested_secrets(changed(given, push_to_hub=False, hub_token=None))
 
     @cached_property
     def identity(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hfllm.errors import InputError
+from hfllm.errors import HIDDEN, InputError
 from hfllm.outputs.card import MARKER
 from hfllm.runs.arguments import changed
 from hfllm.runs.lock import release
@@ -143,6 +143,24 @@ def test_trainers_neither_push_nor_keep_the_token(tmp_path):
     assert (parsed.push_to_hub, parsed.hub_token) == (True, token)
     assert stage.repository.token == token
     assert token not in json.dumps(stage.arguments)
+
+
+def test_trainers_save_no_credential_of_a_nested_flag(tmp_path):
+    import torch
+    from trl import RewardConfig
+
+    nested = {"token": "kept-to-myself", "revision": "v1", "deeper": [{"API-Key": "another-one", "dtype": "auto"}]}
+    parsed = RewardConfig(str(tmp_path / "out"), use_cpu=True, bf16=False, model_init_kwargs=json.dumps(nested))
+    saved = Stage("try", parsed).training_args
+    shown = {"token": HIDDEN, "revision": "v1", "deeper": [{"API-Key": HIDDEN, "dtype": "auto"}]}
+    assert saved.model_init_kwargs == shown
+    assert parsed.model_init_kwargs == nested
+    torch.save(saved, tmp_path / "training_args.bin")
+    written = (tmp_path / "training_args.bin").read_bytes() + json.dumps(saved.to_dict()).encode()
+    assert b"v1" in written and b"kept-to-myself" not in written and b"another-one" not in written
+    # What holds no secret stays the same object, as engines keep theirs.
+    plain = changed(parsed, model_init_kwargs={"revision": "v1"})
+    assert Stage("try", plain).training_args.model_init_kwargs is plain.model_init_kwargs
 
 
 def test_what_is_derived_leaves_the_original(tmp_path):

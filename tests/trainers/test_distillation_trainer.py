@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from hfllm.compression.schemes import get_scheme
 from hfllm.errors import InputError
 from hfllm.trainers.distillation import students, teacher_memory
+from hfllm.trainers.distillation import trainer as distilling
 from hfllm.trainers.distillation.config import DistillationConfig
 from hfllm.trainers.distillation.data import DistillationCollator, tokenize_dataset
 from hfllm.trainers.distillation.students import layer_pairs, load_teacher, smaller_student, student_from_layers
@@ -308,6 +309,16 @@ def test_a_native_student_of_a_gpt2(make_trainer, tokenizer):
     student = student_from_layers(teacher, 2)
     trainer = trained(make_trainer, model=student, teacher=teacher, hidden_weight=0.1)
     assert trainer.state.global_step == 3
+
+
+def test_no_checkpoint_holds_the_token_that_loaded_the_teacher(make_trainer, saved, tmp_path, monkeypatch):
+    asked, load = [], distilling.load_teacher
+    monkeypatch.setattr(distilling, "load_teacher", lambda *given: asked.append(given[1]) or load(*given))
+    trainer = make_trainer(teacher=str(saved), teacher_model_init_kwargs={"token": "kept-to-myself"})
+    assert asked == [{"revision": "main", "token": "kept-to-myself"}]
+    trainer.save_model(str(tmp_path / "student"))
+    written = (tmp_path / "student" / "training_args.bin").read_bytes()
+    assert b"teacher_model_init_kwargs" in written and b"kept-to-myself" not in written
 
 
 def test_what_cannot_work_is_refused(make_trainer, make_model, tokenizer, saved):

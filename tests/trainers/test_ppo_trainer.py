@@ -561,6 +561,13 @@ def test_a_policy_loaded_in_bfloat16_is_at_no_distance_from_its_reference(make_t
     assert tokens.logprobs.any() and not tokens.kl.any()
 
 
+def test_nothing_that_a_trainer_reports_holds_the_token_that_loaded_the_policy(make_trainer, make_model, tmp_path):
+    make_model().save_pretrained(tmp_path / "policy")
+    trainer = make_trainer(str(tmp_path / "policy"), model_init_kwargs={"token": "kept-to-myself", "revision": "v1"})
+    # As TensorBoard and others get them.
+    assert "v1" in trainer.args.to_json_string() and "kept-to-myself" not in trainer.args.to_json_string()
+
+
 class Counted(torch.utils.data.Dataset):
     """Rows that note when they are fetched and moved; `together` is how datasets of the Hub fetch a batch."""
 

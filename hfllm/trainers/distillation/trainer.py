@@ -25,7 +25,7 @@ from hfllm.data.packing import IGNORE
 from hfllm.errors import InputError
 from hfllm.models.devices import refuse_data_parallel
 from hfllm.models.loading import saved_tokenizer
-from hfllm.runs.arguments import changed
+from hfllm.runs.arguments import changed, without_nested_secrets
 from hfllm.trainers.distillation.config import DistillationConfig
 from hfllm.trainers.distillation.data import DistillationCollator, Row, tokenize_dataset
 from hfllm.trainers.distillation.losses import (
@@ -113,6 +113,8 @@ class DistillationTrainer(TokenMeanEvaluation):
             raise InputError("a teacher is needed: --teacher_model_name_or_path, or soft_weight and hidden_weight 0")
         self._tokenize = partial(tokenize_dataset, tokenizer=processing_class, max_length=args.max_length)
         self._named_teacher, self.teacher = teacher_model, None
+        # They may hold a token, and `args` are saved.
+        self._teacher_settings, args = args.teacher_settings, without_nested_secrets(args)
         self._teacher_tokenizer, self._projection = teacher_processing_class, None
         self._sums = torch.zeros(len(LOGGED) + 1)
         super().__init__(
@@ -175,7 +177,7 @@ class DistillationTrainer(TokenMeanEvaluation):
         """Return the teacher, checked against the student, frozen and on this process's device."""
         teacher, tokenizer = self._named_teacher, self._teacher_tokenizer
         if isinstance(teacher, str):
-            name, settings = teacher, self.args.teacher_settings
+            name, settings = teacher, self._teacher_settings
             teacher = load_teacher(name, settings)
             tokenizer = tokenizer or _tokenizer_of(name, settings["revision"])
         if teacher is self.model:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from hfllm.environments.stateful import EnvironmentFactory
 from hfllm.environments.tools import Tool
 from hfllm.errors import InputError
+from hfllm.runs.arguments import without_nested_secrets
 from hfllm.trainers.dropout import disable_dropout
 from hfllm.trainers.ppo import episodes, formulas, pictures
 from hfllm.trainers.ppo.actor_critic import ActorCritic, entropy_of, scatter_to_mask
@@ -157,7 +158,8 @@ class PPOTrainer(ActorCriticTrainer):
         self.ptx = PretrainingBatches.build(ptx_dataset, tokenizer, shortest_context(policy), args)
         if optimizers[0] is None:
             args = with_default_rates(args, policy, value_model)
-        args = with_total_steps(args)
+        # Everything is loaded, and `args` are saved: without a token.
+        args = without_nested_secrets(with_total_steps(args))
         super().__init__(
             model=ActorCritic(policy, value_model, args.temperature, never_sampled),
             args=args,
