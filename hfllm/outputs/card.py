@@ -5,7 +5,7 @@ The card depends only on the folder and has no dates, so publishing the same run
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,12 @@ PIPELINES = {
     "ForMaskedLM": "fill-mask",
     "ForQuestionAnswering": SPANS,
 }
-# An absolute path of at least two parts that stands alone; a URL's slashes follow a colon, a slash or a letter.
-_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~])(?:~|[A-Za-z]:)?[/\\](?:[\w.@+~-]+[/\\])+([\w.@+~-]+)")
+# An absolute path of at least two parts that stands alone; a URL's slashes follow a slash or a letter, or begin two.
+# A folder's name may have spaces, as in /home/me/My Data/rows.jsonl; of the last part only quotes say how far it goes.
+_PART = r"[\w.@+~()&-]+"
+_ROOT = r"(?:file://|~|(?<![A-Za-z])[A-Za-z]:)?[/\\]"
+_ABSOLUTE_PATH = re.compile(rf"(?<![\w./~]){_ROOT}(?:{_PART}(?: {_PART}){{0,4}}[/\\])+({_PART})")
+_QUOTED_PATH = re.compile(rf"""(?<!\w)([`'"]){_ROOT}(?![/\\])(?:[^\n/\\`'"]+[/\\])+([^\n/\\`'"]+)\1""")
 
 
 def write_card(folder: str | Path, repo_id: str | None = None) -> None:
@@ -91,7 +95,7 @@ def model_card(folder: str | Path, repo_id: str | None = None) -> str:
     if report.get("environment"):
         rows = [{"": key, "version or value": value} for key, value in report["environment"].items()]
         sections.append(folded("Environment", "\n".join(markdown_table(rows))))
-    return redact("\n\n".join(sections)) + "\n"
+    return redact(public_value("\n\n".join(sections), local_paths(report, folder))) + "\n"
 
 
 def adapter_base(folder: Path) -> str | None:
@@ -123,28 +127,78 @@ def hub_id(arguments: Mapping[str, Any], flag: str) -> str | None:
     return value if is_hub_id(value) and not value.endswith((".json", ".jsonl", ".txt", ".parquet")) else None
 
 
-def public_value(value: object) -> object:
-    """Return a report's value for publication: absolute local paths are reduced to their names."""
+def public_value(value: object, paths: Sequence[str] = ()) -> object:
+    """Return a report's value for publication: absolute local paths are reduced to their names.
+
+    Args:
+        value: also of nested values, with the keys of mappings, every text.
+        paths: those that are known, such as `local_paths`: a text may name them with any letters around.
+    """
     if isinstance(value, Mapping):
-        return {key: public_value(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [public_value(item) for item in value]
+        return {public_value(key, paths): public_value(item, paths) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [public_value(item, paths) for item in value]
     if not isinstance(value, str):
         return value
-    if "\n" not in value and Path(value).expanduser().is_absolute():
+    if "\n" not in value and not _is_web_address(value) and _is_absolute(value):
         return Path(value).name or value
+    for path in paths:
+        # With what lies in it; /home/me/database is not in /home/me/data.
+        known = rf"(?<![\w/]){re.escape(path)}(?!\w)(?:[/\\]{_PART})*"
+        value = re.sub(known, lambda found: Path(found[0]).name, value)
+    value = _QUOTED_PATH.sub(r"\1\2\1", value)
     return _ABSOLUTE_PATH.sub(r"\1", value)
+
+
+def local_paths(report: Mapping[str, Any], folder: Path) -> list[str]:
+    """Return the absolute paths that a report and its folder name, and the folders above with a space, longest first.
+
+    In a text nothing says where a path with spaces ends; what the run was given says it.
+    """
+    named: set[str] = {str(folder.absolute()), str(folder.resolve())}
+    for text in _texts({name: report.get(name) for name in ("arguments", "given", "parents", "artifacts")}):
+        # A flag may hold more than a path: FILE.py:function, NAME:WEIGHT, OURS=THEIRS, and a note behind it in a key.
+        shown = (text, text.rpartition(":")[0], text.partition("=")[2], text.removesuffix(" changed at"))
+        named |= {part for part in shown if "\n" not in part and _is_absolute(part)}
+    above = {str(parent) for path in named for parent in Path(path).parents if " " in parent.name}
+    # A path of one part has nothing to hide, and its name may stand in any text.
+    return sorted((path for path in named | above if len(Path(path).parts) > 2), key=len, reverse=True)
+
+
+def _is_absolute(text: str) -> bool:
+    try:
+        return Path(text).expanduser().is_absolute()
+    except (RuntimeError, ValueError):  # the home of nobody, and a zero byte
+        return False
+
+
+def _is_web_address(text: str) -> bool:
+    return "://" in text
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, str):
+        yield value
 
 
 def public_report(folder: Path, name: str) -> bytes:
     """Return report.json or report.md for publication, see `public_value`."""
     text = (folder / name).read_text(encoding="utf-8", errors="replace")
+    report = read_report(folder)
+    paths = local_paths(report or {}, folder)
     if name.endswith(".json"):
-        if read_report(folder) is None:
+        if report is None:
             raise InputError(f"{folder / name} is damaged, or not hfllm's: move it, or run the stage again")
-        text = json.dumps(public_value(json.loads(text)), indent=2) + "\n"
+        text = json.dumps(public_value(report, paths), indent=2) + "\n"
     else:
-        text = public_value(text.replace(str(folder.resolve()), folder.resolve().name))
+        text = public_value(text, paths)
     return redact(text).encode()
 
 

@@ -10,9 +10,10 @@ import yaml
 from safetensors.torch import save_file
 
 from hfllm.errors import InputError
-from hfllm.outputs.card import check_base, check_publishable, model_card
+from hfllm.outputs.card import check_base, check_publishable, model_card, public_value
 from hfllm.outputs.figures import change_of, mean_of
 from hfllm.outputs.flags import flag_sections, given_flags, split_flags
+from hfllm.outputs.hub import upload_list
 from hfllm.outputs.parents import lineage
 from hfllm.outputs.report import Report, read_report
 
@@ -202,3 +203,48 @@ def test_the_report_holds_what_the_card_needs(saved, chain):
     report = read_report(saved)
     assert report["given"] == {"seed": 1} and [each["model"] for each in report["parents"]] == ["org/base", chain[0]]
     assert report["summary"] == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "public"),
+    [
+        ("read /home/me/My Data/rows.jsonl, line 3", "read rows.jsonl, line 3"),
+        ("'/home/me/My (old) Data, 2/rows of May.jsonl' has", "'rows of May.jsonl' has"),
+        ("`/home/me/my run/model` and /srv/x/y", "`model` and y"),
+        ("C:\\Users\\me\\My Documents\\x.txt, D:/a b/c", "x.txt, c"),
+        ("file:///home/me/My Data/x and 3:/home/me/y", "x and 3:y"),
+        ("~/My Data/rows.csv", "rows.csv"),
+        ("/home/me/My Data/rows.jsonl:gold", "rows.jsonl:gold"),
+        # Nothing of this is a local path.
+        ("https://hub.co/a b/c, hf://datasets/me/rows/x and a/b c/d, 1/2", None),
+        ("[a](https://hub.co/me/x), </details>, 3 km/h", None),
+    ],
+)
+def test_absolute_paths_are_shortened_with_their_spaces(text, public):
+    assert public_value(text) == (text if public is None else public)
+
+
+def test_what_is_published_of_a_run_names_no_folder_of_this_machine(saved, tmp_path):
+    folder = saved.rename(tmp_path / "My Models, of May")
+    home = "/home/alice/Secret Plans (2026), draft"
+    arguments = {
+        "dataset_name": f"{home}/my rows of today.jsonl",
+        "reward_funcs": [f"{home}/my rewards.py:short"],
+        "dataset_mixture": [f"{home}/first part:0.5"],
+        "reward_model_name_or_path": [f"{home}/reward one"],
+        f"{home}/reward one changed at": 5,
+        "output_dir": str(folder),
+    }
+    summary = f"Learned from {home}/my rows of today.jsonl, row 3, beside {home}/some/notes, in {folder}"
+    samples = [{"prompt": f"open {home}/my rows of today.jsonl", "answer": f"{home}/first part is here"}]
+    report = Report("sft", arguments, {"loss": 1.0}, tables={"Samples": samples}, summary=summary, given=arguments)
+    report.write(folder)
+    published = upload_list(folder)
+    texts = {name: file if isinstance(file, bytes) else file.read_bytes() for name, file in published.items()}
+    for name, text in texts.items():
+        for private in ("/home/alice", "Secret", "draft/", str(tmp_path)):
+            assert private not in text.decode(errors="replace"), name
+    shown = "Learned from my rows of today.jsonl, row 3, beside notes, in My Models, of May"
+    for name in ("report.json", "report.md", "README.md"):
+        assert shown in texts[name].decode(), name
+    assert json.loads(texts["report.json"])["arguments"]["reward one changed at"] == 5
