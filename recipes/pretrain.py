@@ -44,6 +44,7 @@ def main(
     from hfllm.data.mixtures import load_sources
     from hfllm.data.prepared import Prepared
     from hfllm.outputs.figures import plus_minus
+    from hfllm.outputs.flags import by_contents
     from hfllm.runs.models import fitting_length
     from hfllm.runs.stage import Stage
     from hfllm.stages import pretrain_trainers, pretrain_watch
@@ -66,7 +67,7 @@ def main(
     # Texts, and the model with its tokenizer: new ones are trained on those texts.
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="reading texts"):
-        prepared = Prepared(Path(training_args.output_dir) / "prepared", stage.arguments)
+        prepared = Prepared(Path(training_args.output_dir) / "prepared", by_contents(stage.arguments))
         sources, train_texts, test_texts = load_sources(script_args, training_args.seed, prepared)
     model, tokenizer = load_or_make_base(script_args, model_args, train_texts)
     fitted_args = replace(script_args, max_length=fitting_length(script_args.max_length, model))

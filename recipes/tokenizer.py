@@ -28,6 +28,7 @@ def main(script_args: TokenizerArguments) -> dict[str, float]:
 
     from hfllm.data.mixtures import load_sources
     from hfllm.data.prepared import Prepared
+    from hfllm.outputs.flags import by_contents
     from hfllm.outputs.report import Plot
     from hfllm.runs.stage import Stage
     from hfllm.stages.tokenizer import compression_by_size, make_tokenizer
@@ -40,7 +41,7 @@ def main(script_args: TokenizerArguments) -> dict[str, float]:
         return {}
     stage.announce()
 
-    prepared = Prepared(Path(script_args.output_dir) / "prepared", stage.arguments)
+    prepared = Prepared(Path(script_args.output_dir) / "prepared", by_contents(stage.arguments))
     _, texts, held_out = load_sources(script_args, script_args.seed, prepared)
     tokenizer = make_tokenizer(script_args, texts)
     rows = compression_by_size(tokenizer, held_out)

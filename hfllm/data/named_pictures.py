@@ -13,9 +13,7 @@ from hfllm.data.images import take_images
 from hfllm.data.loading import renamed
 from hfllm.data.sources import EMBEDDED, folder_of, iterate_source, source_files
 from hfllm.errors import InputError
-
-# Bytes at each end of a picture's file that tell it from others.
-END = 1 << 16
+from hfllm.fingerprint import file_fingerprint, fingerprint
 
 
 def named_pictures(
@@ -59,21 +57,15 @@ def existing(files: dict[str, Path]) -> dict[str, Path]:
 
 
 def contents_of(files: dict[str, Path]) -> str:
-    """Return a hash of files' names, sizes, and of their first and last 64 KiB, which for most pictures are all bytes.
-
-    Of a larger file the time when it was written counts, too. All bytes of all pictures of a large dataset would be
-    read for minutes. Of what cannot be read the name alone counts.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, path in sorted(files.items()):
-        digest.update(f"{name}\0".encode(errors="replace"))
-        with suppress(OSError), path.open("rb") as stream:
-            told = os.fstat(stream.fileno())
-            time = told.st_mtime_ns if told.st_size > 2 * END else 0
-            begins = stream.read(END)
-            stream.seek(max(told.st_size - END, 0))
-            digest.update(f"{told.st_size} {time}\0".encode() + begins + stream.read(END))
-    return digest.hexdigest()
+    """Return a hash of files' names and contents; of what cannot be read only the name counts."""
+    try:
+        return file_fingerprint(files.items())
+    except OSError:
+        found = dict.fromkeys(files, "")
+        for name, path in files.items():
+            with suppress(OSError):
+                found[name] = file_fingerprint([("", path)])
+        return fingerprint(found)
 
 
 def _stat(path: Path) -> os.stat_result | None:

@@ -25,6 +25,8 @@ from hfllm.federation.privacy import draw_participants
 from hfllm.federation.server_optimizers import ServerOptimizer
 from hfllm.federation.transports import Transport
 from hfllm.federation.updates import Failure, Update
+from hfllm.fingerprint import fingerprint
+from hfllm.outputs.flags import CONTENTS, by_contents
 
 STATE_FILE = "federation.safetensors"
 WEIGHT, SERVER = "weight.", "server."
@@ -263,8 +265,14 @@ def _six_digits(value: float) -> float:
 
 
 def identity_digest(identity: Mapping[str, Any]) -> str:
-    """Return a digest of what tells runs apart."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+    """Return a digest of what tells runs apart: files by their contents, not by when they were written."""
+    return fingerprint(by_contents(identity), "what tells the rounds of this run from others")
+
+
+def _earlier_digest(identity: Mapping[str, Any]) -> str:
+    """Return the digest that earlier versions wrote, by the times of files."""
+    named = {name: value for name, value in identity.items() if not name.endswith(CONTENTS)}
+    return hashlib.sha256(json.dumps(named, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def save_state(folder: Path, state: FederationState, identity: Mapping[str, Any]) -> None:
@@ -297,7 +305,7 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> FederationState | N
         raise InputError(
             f"{path} is damaged ({' '.join(str(error).split())[:100]}): remove it to begin again"
         ) from None
-    if metadata.get("identity") != identity_digest(identity):
+    if metadata.get("identity") not in (identity_digest(identity), _earlier_digest(identity)):
         raise InputError(
             f"{path} holds rounds of another run: remove it to begin again, or choose another --output_dir"
         )

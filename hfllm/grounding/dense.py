@@ -107,6 +107,8 @@ class DenseRetriever:
     def _about(self) -> dict[str, str]:
         """Return what the vectors depend on."""
         about = {"passages": self.passages.digest, "encoder": self.encoder.identity}
+        # Of an encoder of your own its identity says everything.
+        about |= {"words": self.encoder.words} if hasattr(self.encoder, "words") else {}
         return about | {"passage_prefix": self.passage_prefix}
 
     def _catch_up(self) -> "NDArray[np.float32]":
@@ -191,7 +193,10 @@ def _stored(path: Path, about: dict[str, str], count: int) -> "NDArray[np.float3
 
 def _refuse_other(path: Path, found: dict[str, str], expected: dict[str, str]) -> None:
     names = {"passages": "other passages", "encoder": "another encoder", "passage_prefix": "another passage_prefix"}
+    names["words"] = "an encoder of another vocabulary"
+    # Earlier versions did not note the vocabulary.
+    before = {"words": expected.get("words"), **found}
     for key, value in expected.items():
-        if found.get(key) != value:
+        if before.get(key) != value:
             what = names.get(key, "another format")
             raise InputError(f"{path}: made with {what} ({found.get(key)!r:.60}, here {value!r:.60}): make it anew")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 from hfllm.data.word_index import words_of
 from hfllm.errors import InputError
+from hfllm.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,6 +61,7 @@ class SentenceEncoder:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = padding_token(tokenizer)
         self.identity = weights_fingerprint(model)
+        self.words = fingerprint(tokenizer.get_vocab(), "vocabulary")
 
     @classmethod
     def load(cls, name: str, **options: int | bool) -> Self:
@@ -139,6 +141,7 @@ class StaticVectors:
         if rows > len(self.vectors) or (is_table and min(vocabulary.values(), default=0) < 0):
             raise InputError(f"StaticVectors: a vocabulary of {rows:,} rows, and {len(self.vectors):,} vectors")
         self.identity = hashlib.blake2b(self.vectors.tobytes(), digest_size=16).hexdigest()
+        self.words = fingerprint(vocabulary if is_table else vocabulary.get_vocab(), "vocabulary")
 
     @classmethod
     def load(cls, vectors: str | Path, tokenizer: str | Path) -> Self:

@@ -3,10 +3,30 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 # Texts that YAML reads as they are.
 _PLAIN = re.compile(r"[A-Za-z_/][\w./-]*")
 _NOT_TEXT = frozenset(("true", "false", "yes", "no", "on", "off", "null", "y", "n"))
+# At the end of the name of an argument that says when the files of a flag were written, and of one with a fingerprint
+# of their contents.
+CHANGED, CONTENTS = " changed at", " contents"
+
+
+def compared(before: Mapping[str, object], now: Mapping[str, object]) -> set[str]:
+    """Return the names of the arguments by which two runs are compared.
+
+    Where both have the contents of a flag's files, their times do not count: earlier versions had no contents.
+    """
+    names = {*before, *now}
+    known = {name for name in names if name.endswith(CONTENTS) and name in before and name in now}
+    times = {f"{name.removesuffix(CONTENTS)}{CHANGED}" for name in known}
+    return {name for name in names - times if name in known or not name.endswith(CONTENTS)}
+
+
+def by_contents(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's arguments without the times of files whose contents are among them."""
+    return {name: arguments[name] for name in sorted(compared(arguments, arguments))}
 
 
 def split_flags(
@@ -22,7 +42,7 @@ def split_flags(
     for flag, value in arguments.items():
         own_flag = flag.partition(".")[2]
         is_repeated = bool(own_flag) and arguments.get(own_flag) == value
-        if value in (None, "", [], {}) or flag.endswith(" changed at") or is_repeated or flag in (given or {}):
+        if value in (None, "", [], {}) or flag.endswith((CHANGED, CONTENTS)) or is_repeated or flag in (given or {}):
             continue
         others[flag] = value
     return dict(given or {}), others

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError, MachineError, redact, without_credentials
 from hfllm.outputs.checkpoints import STATE_FILE, damage_in, damaged_checkpoint, last_complete_checkpoint
+from hfllm.outputs.flags import compared
 from hfllm.outputs.report import read_report
 from hfllm.runs.failures import explained, what_is_saved
 from hfllm.runs.json_flags import check_json_flags
@@ -266,7 +267,7 @@ def finished_run(output_dir: str, arguments: Mapping[str, Any]) -> dict[str, Any
         return None
     recorded = {present_name(name): value for name, value in report["arguments"].items()}
     before = {name: value for name, value in recorded.items() if name.rpartition(".")[2] not in NOT_PART_OF_THE_RUN}
-    for name in sorted({*before, *arguments}, key=_order_of_naming):
+    for name in sorted(compared(before, arguments), key=_order_of_naming):
         if before.get(name) != arguments.get(name):
             raise InputError(
                 f"--output_dir {output_dir} holds a finished run with {name}={before.get(name)!r}, this one has "

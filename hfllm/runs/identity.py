@@ -1,18 +1,18 @@
 """Which run a checkpoint belongs to: the flags that decide what is trained, and the contents of the files they name.
 
-Unlike the comparison with a finished run, where a file's time counts, contents count here: a folder that was copied to
-another machine can be resumed there.
+Contents count and not times or places: a folder that was copied to another machine can be resumed there.
 """
 
-import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfllm.data.named_pictures import contents_of, existing, named_pictures
 from hfllm.data.sources import PYDOC, WORLD, source_files
 from hfllm.errors import InputError
+from hfllm.fingerprint import file_fingerprint
+from hfllm.outputs.flags import CHANGED, CONTENTS
 from hfllm.runs.parser import present_name
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ MAY_CHANGE = frozenset(
         *("max_tokens_per_pass", "length_bucket_size", "local_rollout_forward_batch_size"),
     )
 )
-# The argument that says when the pictures of a dataset's rows were written, by the dataset's flag.
-PICTURES_OF = "pictures of {} changed at"
+# The argument about the pictures that a dataset's rows name, by the dataset's flag.
+PICTURES_OF = "pictures of {}"
 DATASETS = ("dataset_name", "eval_dataset_name", "ptx_dataset_name")
 MODELS = (
     *("model_name_or_path", "config_name_or_path", "tokenizer_name_or_path", "teacher_model_name_or_path"),
@@ -54,8 +54,6 @@ MODEL_FILES = (
     *("pytorch_model*.bin", "adapter_model.bin"),
 )
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
-# Bytes of a file that are read whole; of a larger one so many, from all over it.
-MOST_BYTES, BLOCK = 1 << 28, 1 << 20
 
 
 def run_identity(
@@ -71,13 +69,13 @@ def run_identity(
     kept = {
         flag: _without_folder(value, output_dir)
         for flag, value in arguments.items()
-        if flag.rpartition(".")[2] not in MAY_CHANGE and not flag.endswith(" changed at")
+        if flag.rpartition(".")[2] not in MAY_CHANGE and not flag.endswith((CHANGED, CONTENTS))
     }
     files = {flag: paths for flag, paths in _named_files(arguments).items() if flag in kept and paths}
-    contents = {flag: {"value": kept.pop(flag), "content": content_of(paths)} for flag, paths in files.items()}
+    contents = {flag: {"value": kept.pop(flag), "content": file_fingerprint(paths)} for flag, paths in files.items()}
     for flag, told in _pictures(arguments).items():
         if flag in contents:
-            contents[flag]["content"] += f", pictures {told}"
+            contents[flag]["pictures"] = told
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if not set(BATCH) <= kept.keys() or any(hasattr(group, "num_mini_batches") for group in parsed):
         # A rollout is divided among processes and micro-batches, and each checkpoint holds one.
@@ -99,7 +97,7 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     old, new = before.get("files", {}), now["files"]
     for flag in sorted({*was, *now["arguments"], *old, *new}):
         in_both = flag in old and flag in new
-        if in_both and old[flag]["content"] == new[flag]["content"]:
+        if in_both and _same_contents(old[flag], new[flag]):
             continue
         one = old[flag]["value"] if flag in old else was.get(flag)
         other = new[flag]["value"] if flag in new else now["arguments"].get(flag)
@@ -111,26 +109,10 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     return None
 
 
-def content_of(paths: Iterable[tuple[str, Path]]) -> str:
-    """Return a hash of files' names and contents; of a file above 256 MB of its size and 256 parts from all over it.
-
-    Args:
-        paths: of each file its name, which counts, and where it is, which does not.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, path in sorted(paths):
-        size = path.stat().st_size
-        digest.update(f"{name}\0{size}\0".encode())
-        with path.open("rb") as stream:
-            if size <= MOST_BYTES:
-                while block := stream.read(BLOCK):
-                    digest.update(block)
-                continue
-            parts = MOST_BYTES // BLOCK
-            for part in range(parts):
-                stream.seek((size - BLOCK) * part // (parts - 1))
-                digest.update(stream.read(BLOCK))
-    return digest.hexdigest()
+def _same_contents(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    # Earlier versions wrote the pictures behind the content, by their times, which are not compared.
+    same_pictures = "pictures" not in before or before["pictures"] == now.get("pictures")
+    return before["content"].partition(", ")[0] == now["content"] and same_pictures
 
 
 def model_files(folder: str | Path) -> list[tuple[str, Path]]:
@@ -143,14 +125,14 @@ def model_files(folder: str | Path) -> list[tuple[str, Path]]:
 
 def _named_files(arguments: Mapping[str, Any]) -> dict[str, list[tuple[str, Path]]]:
     """Return the local files that flags name, by flag."""
-    found = {flag: _data_files(arguments.get(flag)) for flag in DATASETS}
+    found = {flag: data_files(arguments.get(flag)) for flag in DATASETS}
     mixture = [entry.rpartition(":") for entry in arguments.get("dataset_mixture") or []]
     found["dataset_mixture"] = [
         (f"{place}:{weight}:{name}", path)
         for place, (dataset, _, weight) in enumerate(mixture)
-        for name, path in _data_files(dataset)
+        for name, path in data_files(dataset)
     ]
-    if any(not _data_files(dataset) for dataset, _, _ in mixture):
+    if any(not data_files(dataset) for dataset, _, _ in mixture):
         # One of the Hub has no contents here, so that the names count.
         del found["dataset_mixture"]
     for flag in MODELS:
@@ -173,14 +155,14 @@ def _pictures(arguments: Mapping[str, Any]) -> dict[str, str]:
     """Return a hash of the pictures that the rows of each dataset name, of those rows that are read."""
     found = {}
     for flag in DATASETS:
-        if PICTURES_OF.format(flag) in arguments:
+        if f"{PICTURES_OF.format(flag)}{CHANGED}" in arguments:
             most = arguments.get("max_samples") if flag == DATASETS[0] else None
             files = named_pictures(arguments[flag], arguments.get("column_mapping"), most)
             found[flag] = contents_of(existing(files))
     return found
 
 
-def _data_files(name: str | None) -> list[tuple[str, Path]]:
+def data_files(name: str | None) -> list[tuple[str, Path]]:
     """Return the local files of a dataset with their names in it; none of one on the Hub or of the world."""
     if not name or name in (WORLD, PYDOC) or not Path(name).exists():
         return []

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hfllm.errors import InputError
+from hfllm.fingerprint import FORM
 from hfllm.outputs.checkpoints import checkpoints_in, is_complete, missing_for_resuming, record_of, state_of
 from hfllm.runs.identity import difference
 
@@ -69,6 +70,8 @@ def described(checkpoint: str) -> str:
     line = f"resuming from {Path(checkpoint).name} (step {state.get('global_step')} of {state.get('max_steps')})"
     if record_of(state).get("run") is None:
         line += "; it does not say which run made it, so its flags are not compared"
+    elif (rows := record_of(state)["run"].get("rows")) and rows.get("form") != FORM:
+        line += "; an earlier version made it, so of its rows the number is compared and not what they hold"
     return line
 
 

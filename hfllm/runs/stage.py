@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from hfllm.data.loading import check_source
 from hfllm.data.sources import EMBEDDED, source_files
 from hfllm.errors import InputError
+from hfllm.fingerprint import file_fingerprint
 from hfllm.outputs.card import is_written, write_card
 from hfllm.outputs.figures import figure_tables
 from hfllm.outputs.files import ADAPTER_WEIGHTS, CARD
-from hfllm.outputs.flags import given_flags
+from hfllm.outputs.flags import CHANGED, CONTENTS, given_flags
 from hfllm.outputs.hub import Repository, repository_of
 from hfllm.outputs.ownership import is_own_card, refuse_foreign_files
 from hfllm.outputs.parents import START, lineage
@@ -23,7 +24,7 @@ from hfllm.outputs.report import Bars, Plot, Report, plot_history
 from hfllm.runs import schedule
 from hfllm.runs.arguments import changed, without_nested_secrets
 from hfllm.runs.command_line import checkpoint_to_resume, finished_run, given_names, main_process, run_arguments
-from hfllm.runs.identity import run_identity
+from hfllm.runs.identity import data_files, model_files, run_identity
 from hfllm.runs.lock import lock, release
 from hfllm.runs.resuming import about_old_checkpoints, check_resumable, described
 
@@ -374,7 +375,7 @@ def stage_arguments(
     before: "Mapping[str, Sequence[DataclassInstance]] | None" = None,
     without: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the flags that decide a stage's result, and when the local files that they name last changed.
+    """Return the flags that decide a stage's result, and of the local files that they name when and what was written.
 
     Args:
         before: the parsed flags of the stages that it runs first, by name.
@@ -401,15 +402,21 @@ def stage_arguments(
     for flag, name in named.items():
         path = Path(name)
         path = _written_last(path, files[flag]) if flag in files and path.is_dir() else path
-        if not name or name in EMBEDDED or not path.exists() or f"{flag} changed at" in without:
+        if not name or name in EMBEDDED or not path.exists() or f"{flag}{CHANGED}" in without:
             continue
         files_read = [path] if path.is_file() else source_files(name)
         # Editing a file does not change its folder's time; removing one does.
         read = {path, *files_read, *(file.parent for file in files_read if path.is_dir())}
-        arguments[f"{flag} changed at"] = max(each.stat().st_mtime_ns for each in read)
+        arguments[f"{flag}{CHANGED}"] = max(each.stat().st_mtime_ns for each in read)
+        compared = model_files(name) if flag in files else data_files(name)
+        arguments[f"{flag}{CONTENTS}"] = file_fingerprint(compared)
     for flag, paths in _reward_files(arguments).items():
         if written := [path.stat().st_mtime_ns for path in paths if path.is_file()]:
-            arguments[f"{flag} changed at"] = max(written)
+            arguments[f"{flag}{CHANGED}"] = max(written)
+            compared = [model_files(path if flag == "reward_funcs" else path.parent) for path in paths]
+            arguments[f"{flag}{CONTENTS}"] = file_fingerprint(
+                (f"{place}/{file}", path) for place, each in enumerate(compared) for file, path in each
+            )
     for stage, flags in (before or {}).items():
         arguments |= {f"{stage}.{flag}": value for flag, value in run_arguments(*flags).items()}
     return {flag: value for flag, value in arguments.items() if flag not in without}

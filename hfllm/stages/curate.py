@@ -13,6 +13,7 @@ from typing import Any
 from hfllm.data.curation.options import FILTERS, CurationOptions
 from hfllm.data.sources import PYDOC
 from hfllm.errors import InputError
+from hfllm.fingerprint import file_fingerprint
 from hfllm.outputs.report import Bars, write_atomically
 from hfllm.runs.recipes import settings_file
 
@@ -25,7 +26,7 @@ WORK = "unfinished"
 STATE = "state of the local files"
 NOT_DECISIVE = ("workers", "dataset_name changed at")
 LICENSES = {PYDOC: "PSF-2.0 (documentation of the Python standard library)"}
-# Larger data is known by its files' times: to read it would take as long as to curate it.
+# Of larger data each file is known by `file_fingerprint`, which does not read all of a large one.
 MOST_COMPARED_BYTES = 1 << 28
 MOST_SOURCES = 20
 EXAMPLES = "Examples of what was dropped"
@@ -82,8 +83,7 @@ def check_kept(dataset_name: str, statistics: Statistics) -> None:
 def fingerprint(script_args: CurateArguments) -> str:
     """Return a hash of all local files that decide the result, since they may change.
 
-    Of each file the name and the size count, and the content if all are small, else the time: that of an unchanged
-    file may change too, as when it is copied, and that of a folder whenever a file in it is opened by an editor.
+    Of each file the name, the size and the content count; of files that are large together see `file_fingerprint`.
     """
     given = [script_args.dataset_name, script_args.spam_train_file]
     files: list[Path] = []
@@ -95,7 +95,7 @@ def fingerprint(script_args: CurateArguments) -> str:
     is_small = sum(sizes) <= MOST_COMPARED_BYTES
     found = []
     for file, size in zip(files, sizes, strict=True):
-        state = hashlib.sha256(file.read_bytes()).hexdigest() if is_small else file.stat().st_mtime_ns
+        state = hashlib.sha256(file.read_bytes()).hexdigest() if is_small else file_fingerprint([("", file)])
         found.append((str(file), size, state))
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from hfllm.errors import InputError, refuse
 from hfllm.evaluation.suites.overlap import missing_overlaps
+from hfllm.fingerprint import file_fingerprint
+from hfllm.outputs.flags import CHANGED, CONTENTS
 from hfllm.runs.command_line import say
 from hfllm.stages import evaluate_lm_eval, evaluate_pictures
 from hfllm.stages.evaluate import CONFIGS, FILES, EvaluateArguments, processor_of
@@ -91,9 +93,10 @@ def check_models(script_args: EvaluateArguments) -> None:
 
 
 def changed_files(script_args: EvaluateArguments) -> dict[str, int | str]:
-    """Return when the files that flags and rows name were last changed, by name."""
+    """Return when the files that flags and rows name were last changed, and hashes of their contents, by name."""
     named = [getattr(script_args, flag) or [] for flag in FILES]
     paths = [path for each in named for path in ([each] if isinstance(each, str) else each)]
     paths += evaluate_lm_eval.files_of(script_args)
-    changed = {f"{path} changed at": Path(path).stat().st_mtime_ns for path in paths}
-    return {**changed, **files_changed(script_args, script_args.model_name_or_path or ())}
+    changed = {f"{path}{CHANGED}": Path(path).stat().st_mtime_ns for path in paths}
+    contents = {f"{path}{CONTENTS}": file_fingerprint([("", Path(path))]) for path in paths}
+    return {**changed, **contents, **files_changed(script_args, script_args.model_name_or_path or ())}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import Item, Record, Suite
+from hfllm.outputs.flags import CHANGED, CONTENTS, compared
 from hfllm.outputs.report import write_atomically
 from hfllm.runs.command_line import say
 from hfllm.stages.evaluate import EvaluateArguments, loaded
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 SAMPLES, SAMPLES_OF = "samples.jsonl", "samples_of.json"
 # More suites may be asked for later; the records of the others stay.
-NOT_OF_SAMPLES = ("suites", "suites changed at")
+NOT_OF_SAMPLES = ("suites", f"suites{CHANGED}", f"suites{CONTENTS}")
 
 Key = tuple[str, str, str]
 
@@ -43,7 +44,7 @@ class Samples:
         Path(folder).mkdir(parents=True, exist_ok=True)
         if self.path.exists() and not self.identity.exists():
             raise InputError(f"{self.path} is not hfllm's and would be overwritten: move it or choose another folder")
-        if self.identity.exists() and self.identity.read_text(encoding="utf-8") == text:
+        if self.identity.exists() and _are_same(self.identity.read_text(encoding="utf-8"), text):
             self._read()
         elif self.path.exists():
             say(f"evaluate: {self.path} is of other flags, and is written again")
@@ -72,6 +73,15 @@ class Samples:
     def write(self, records: Sequence[Record]) -> None:
         """Write the file anew with these records in their order."""
         write_atomically(self.path, "".join(map(_line, records)))
+
+
+def _are_same(before: str, now: str) -> bool:
+    """Return whether samples are of these arguments, both as JSON."""
+    try:
+        was, arguments = json.loads(before), json.loads(now)
+        return all(was.get(name) == arguments.get(name) for name in compared(was, arguments))
+    except (ValueError, AttributeError, TypeError):
+        return False
 
 
 def key_of(record: Record) -> Key:

@@ -12,9 +12,11 @@ from hfllm.data.formats import as_completion
 from hfllm.data.messages import split_beginning
 from hfllm.data.thoughts import thinking_message
 from hfllm.errors import InputError
+from hfllm.fingerprint import file_fingerprint, fingerprint
 from hfllm.generation.responses import sample_responses
 from hfllm.outputs.report import write_atomically
 from hfllm.runs.command_line import say
+from hfllm.runs.identity import model_files
 from hfllm.stages.expert_iteration import ExpertIterationArguments, rows_file
 
 if TYPE_CHECKING:
@@ -169,17 +171,19 @@ def _description(
 ) -> dict[str, str | int | float | bool]:
     """Return everything that the rows of a round depend on."""
     names = ("min_reward", "num_samples", "max_kept_per_prompt", "shuffle_rewards", "response_length", "temperature")
-    files = sorted(path for path in Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    files = model_files(model) if Path(model).is_dir() else []
     functions = [Path(name.rpartition(":")[0]) for name in script_args.reward_funcs or []]
     return {
         **{name: getattr(script_args, name) for name in names},
         "batch_size": script_args.batch_size,
         "seed": seed,
         "model": model,
-        "model's files": "".join(str(path.stat().st_mtime_ns) for path in files),
+        "model's files": file_fingerprint(files),
         "rewards": " ".join(script_args.reward_funcs or []),
-        "rewards' files": " ".join(str(path.stat().st_mtime_ns) for path in functions if path.is_file()),
-        "prompts": _digest(json.dumps([dict(row) for row in rows], sort_keys=True, default=str).encode()),
+        "rewards' files": file_fingerprint(
+            (str(place), path) for place, path in enumerate(functions) if path.is_file()
+        ),
+        "prompts": fingerprint([fingerprint(row, f"prompt {place}") for place, row in enumerate(rows)]),
     }
 
 

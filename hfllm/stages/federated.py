@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hfllm.data.loading import InstructionArguments
-from hfllm.data.sources import WORLD, source_files
+from hfllm.data.sources import WORLD
 from hfllm.errors import InputError, refuse
+from hfllm.fingerprint import file_fingerprint
+from hfllm.outputs.flags import CHANGED, CONTENTS
 from hfllm.runs.arguments import changed
 from hfllm.runs.chain import Chain, chain_before
 from hfllm.runs.command_line import given_names
+from hfllm.runs.identity import data_files
 from hfllm.runs.recipes import settings_file
 
 if TYPE_CHECKING:
@@ -367,11 +370,20 @@ def next_steps(script_args: FederatedArguments, training_args: "SFTConfig") -> l
     return list(chat_lines(training_args.output_dir, [{"role": "user", "content": "Hello!"}]))
 
 
-def contents(script_args: FederatedArguments) -> dict[str, int]:
-    """Return when the files of the organisations last changed, which tells runs apart."""
-    files = [file for name in script_args.organisation_files or () for file in source_files(name) or ()]
-    times = [file.stat().st_mtime_ns for file in files if file.is_file()]
-    return {"organisation_files changed at": max(times)} if times else {}
+def contents(script_args: FederatedArguments) -> dict[str, int | str]:
+    """Return when the files of the organisations last changed, and a hash of their contents."""
+    named = [
+        (f"{place}/{name}", file)
+        for place, each in enumerate(script_args.organisation_files or ())
+        for name, file in data_files(each)
+        if file.is_file()
+    ]
+    if not named:
+        return {}
+    return {
+        f"organisation_files{CHANGED}": max(file.stat().st_mtime_ns for _, file in named),
+        f"organisation_files{CONTENTS}": file_fingerprint(named),
+    }
 
 
 def organisation_names(files: Sequence[str]) -> list[str]:

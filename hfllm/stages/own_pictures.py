@@ -87,7 +87,8 @@ def files_changed(
     """
     from transformers import AutoModelForImageTextToText
 
-    from hfllm.data.named_pictures import named_pictures, written_when
+    from hfllm.data.named_pictures import contents_of, existing, named_pictures, written_when
+    from hfllm.outputs.flags import CHANGED, CONTENTS
     from hfllm.runs.identity import PICTURES_OF
     from hfllm.runs.models import load_config
 
@@ -104,7 +105,12 @@ def files_changed(
         return {}
     how = (getattr(script_args, "column_mapping", None), getattr(script_args, "max_samples", None))
     files = {flag: named_pictures(name, how[0], how[1] if flag == flags[0] else None) for flag, name in sets.items()}
-    return {PICTURES_OF.format(flag): written_when(found) for flag, found in files.items() if found}
+    told = {}
+    for flag, found in files.items():
+        if found:
+            told[f"{PICTURES_OF.format(flag)}{CHANGED}"] = written_when(found)
+            told[f"{PICTURES_OF.format(flag)}{CONTENTS}"] = contents_of(existing(found))
+    return told
 
 
 # ---- reading ----

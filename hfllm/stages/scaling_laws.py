@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from hfllm.data.loading import DataArguments
 from hfllm.data.sources import PYDOC, WORLD
 from hfllm.errors import InputError, refuse
+from hfllm.fingerprint import file_fingerprint
+from hfllm.outputs.flags import CHANGED, CONTENTS
 from hfllm.outputs.report import read_report
 from hfllm.runs.command_line import finished_run, main_process
 from hfllm.runs.recipes import settings_file
@@ -155,7 +157,9 @@ class ScalingStage(Stage):
 
     def __init__(self, script_args: ScalingArguments):
         named = {flag: Path(getattr(script_args, flag) or "") for flag in ("runs", "pretrain_config")}
-        written = {f"{flag} changed at": path.stat().st_mtime_ns for flag, path in named.items() if path.is_file()}
+        files = {flag: path for flag, path in named.items() if path.is_file()}
+        written: dict[str, Any] = {f"{flag}{CHANGED}": path.stat().st_mtime_ns for flag, path in files.items()}
+        written |= {f"{flag}{CONTENTS}": file_fingerprint([("", path)]) for flag, path in files.items()}
         super().__init__("scaling_laws", script_args, also=written)
 
     @cached_property

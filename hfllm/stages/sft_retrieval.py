@@ -75,13 +75,13 @@ def check(script_args: RetrievalArguments) -> None:
 
 def contents(script_args: RetrievalArguments) -> dict[str, str]:
     """Return a hash of the local files that the passages come from, by name, for what tells runs apart."""
-    from hfllm.runs.identity import content_of
+    from hfllm.fingerprint import file_fingerprint
 
     name = script_args.retrieval_dataset_name
     files = _files(name) if name else []
     # Where a folder is does not matter, which names its files have does.
     named = [(str(file.relative_to(name)) if Path(name).is_dir() else "", file) for file in files]
-    return {"retrieval content": content_of(named)} if files else {}
+    return {"retrieval content": file_fingerprint(named)} if files else {}
 
 
 def with_passages(

@@ -3,8 +3,6 @@
 Both are in `trainer_state.json`, which Trainer writes last: a checkpoint has them or is not complete.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +11,9 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hfllm.errors import InputError
+from hfllm.fingerprint import FORM, file_fingerprint, fingerprint
 from hfllm.outputs.checkpoints import RECORD, record_of, state_of
-from hfllm.runs.identity import content_of, model_files
+from hfllm.runs.identity import model_files
 from hfllm.runs.resuming import made_with
 
 if TYPE_CHECKING:
@@ -144,25 +143,30 @@ def with_contents(run: Mapping[str, Any], trainer: Trainer, rows_are_sampled: bo
     config = getattr(trainer.model, "config", None)
     name, model = getattr(config, "_name_or_path", "") or "", None
     if name and Path(name).is_dir():
-        model = {"value": name, "content": content_of(model_files(name))}
+        model = {"value": name, "content": file_fingerprint(model_files(name))}
     elif name:
         model = {"value": name, "content": getattr(config, "_commit_hash", None)}
     return {**run, "model": model, "rows": None if rows_are_sampled else content_of_rows(trainer)}
 
 
 def content_of_rows(trainer: Trainer) -> dict[str, Any] | None:
-    """Return the number and a hash of a trainer's training rows, `None` where they cannot be counted."""
+    """Return the number and a hash of a trainer's training rows, `None` where they cannot be counted.
+
+    Raises:
+        InputError: for a value in a row that has no contents to compare, such as an object of your own, naming both.
+    """
     plan = getattr(trainer, "plan", None)
     parts = plan.sources if plan is not None else [getattr(trainer.train_dataset, "rows", trainer.train_dataset)]
-    digest, count = hashlib.blake2b(digest_size=16), 0
+    found, count = [], 0
     for part in parts:
         if not hasattr(part, "__len__") or not hasattr(part, "__getitem__"):
             return None
         count += len(part)
         every = max(1, len(part) / MOST_ROWS)
         places = [int(number * every) for number in range(min(len(part), MOST_ROWS))]
-        digest.update(json.dumps(_rows_at(part, places), sort_keys=True, default=_as_json).encode())
-    return {"count": count, "content": digest.hexdigest()}
+        rows = zip(places, _rows_at(part, places), strict=True)
+        found.append([fingerprint(row, f"training row {place}") for place, row in rows])
+    return {"count": count, "content": fingerprint(found), "form": FORM}
 
 
 def check_contents(trainer: Trainer, checkpoint: str | None, run: Mapping[str, Any] | None) -> None:
@@ -194,17 +198,16 @@ def _other_contents(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | 
     if was and model and None not in (was["content"], model["content"]) and was["content"] != model["content"]:
         return f"another model to start from ({was['value']}), or other contents of it"
     was, rows = before.get("rows"), now["rows"]
-    if was and rows and was != rows:
+    # What an earlier version hashed in another way cannot be compared; `resuming.described` says so.
+    same = ("count", "content") if was and rows and was.get("form") == rows["form"] else ("count",)
+    if was and rows and any(was[each] != rows[each] for each in same):
         counts = f" ({was['count']} rows, this run has {rows['count']})" if was["count"] != rows["count"] else ""
         return f"other training rows{counts}"
     return None
 
 
-def _rows_at(rows: "Dataset | Sequence[object]", places: Sequence[int]) -> object:
+def _rows_at(rows: "Dataset | Sequence[object]", places: Sequence[int]) -> list[object]:
     if hasattr(rows, "with_format"):
-        return rows.with_format(None)[places]
+        # As they are stored: images and sounds are not decoded.
+        return rows.with_format("arrow")[places].to_pylist()
     return [rows[place] for place in places]
-
-
-def _as_json(value: object) -> object:
-    return value.tolist() if hasattr(value, "tolist") else str(value)

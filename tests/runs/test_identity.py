@@ -1,14 +1,14 @@
 """What tells a run from others: flags that decide what is trained, and contents in place of paths and times."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from hfllm.outputs.flags import CHANGED
 from hfllm.runs import identity
-from hfllm.runs.identity import content_of, difference, model_files, run_identity
+from hfllm.runs.identity import difference, model_files, run_identity
 from hfllm.runs.stage import stage_arguments
 
 
@@ -146,25 +146,6 @@ def test_the_texts_of_a_mixture_count_in_their_order(tmp_path):
     assert difference(before, of("a.txt:0.5", "c.txt:0.5")) is None
 
 
-def test_a_large_file_is_compared_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(identity, "MOST_BYTES", 64)
-    monkeypatch.setattr(identity, "BLOCK", 8)
-    file = tmp_path / "large"
-    text = bytearray(os.urandom(1000))
-    file.write_bytes(text)
-    before = content_of([("", file)])
-    assert content_of([("name", file)]) != before
-    for place in (0, 999):
-        changed = bytearray(text)
-        changed[place] ^= 1
-        file.write_bytes(changed)
-        assert content_of([("", file)]) != before
-    file.write_bytes(text + b"!")
-    assert content_of([("", file)]) != before
-    file.write_bytes(text)
-    assert content_of([("", file)]) == before
-
-
 def test_pictures_of_the_rows_that_are_read_count(tmp_path):
     for name in ("0.png", "1.png"):
         (tmp_path / name).write_bytes(b"a picture")
@@ -173,7 +154,11 @@ def test_pictures_of_the_rows_that_are_read_count(tmp_path):
     flags = Flags("out", dataset_name=str(tmp_path / "rows.jsonl"))
 
     def of(most):
-        given = {**stage_arguments(flags), "max_samples": most, identity.PICTURES_OF.format("dataset_name"): "then"}
+        given = {
+            **stage_arguments(flags),
+            "max_samples": most,
+            f"{identity.PICTURES_OF.format('dataset_name')}{CHANGED}": "then",
+        }
         return run_identity("sft", given, (flags,), "out")
 
     first, everything = of(1), of(None)

@@ -1,6 +1,5 @@
 """A teacher's distributions on a dataset, computed once and kept on disk: its top k tokens and the rest as one."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +8,8 @@ import torch
 
 from hfllm.data.packing import IGNORE
 from hfllm.data.prepared import Prepared
+from hfllm.fingerprint import file_fingerprint, fingerprint
+from hfllm.runs.identity import model_files
 from hfllm.trainers.distillation.data import Row
 from hfllm.trainers.distillation.losses import Teacher, TopK
 
@@ -32,42 +33,30 @@ def description(
     """Return what a cache's content depends on: a cache with another description is stale and is made again.
 
     Args:
-        teacher: the model, identified by its weights, or its name, identified by the state of its files if local.
+        teacher: the model, identified by its weights, or its name, identified by the contents of its files if local.
         settings: arguments to load a named teacher, including its revision and precision.
         dataset: tokenized rows.
     """
     return {
         "layout": LAYOUT,
         "teacher": teacher if isinstance(teacher, str) else weights_hash(teacher),
-        "settings": repr(sorted(settings.items())) if isinstance(teacher, str) else None,
-        "files": files_state(teacher) if isinstance(teacher, str) else None,
+        "settings": fingerprint(settings, "settings of the teacher") if isinstance(teacher, str) else None,
+        "files": file_fingerprint(model_files(teacher)) if isinstance(teacher, str) else None,
         "rows": rows_hash(dataset),
         "temperature": temperature,
         "top_k": top_k,
     }
 
 
-def files_state(name: str) -> list[list[str | int]]:
-    """Return name, size and modification time of a local model's config and weights."""
-    paths = [path for pattern in ("*.safetensors", "*.bin", "config.json") for path in Path(name).glob(pattern)]
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(paths)]
-
-
 def weights_hash(model: "PreTrainedModel") -> str:
     """Return a digest of a model's weights and their names."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return fingerprint([(name, fingerprint(value, name)) for name, value in model.state_dict().items()])
 
 
 def rows_hash(dataset: "Dataset") -> str:
     """Return a digest of tokenized rows and their targets."""
-    digest = hashlib.blake2b(digest_size=16)
-    for row in dataset:
-        digest.update(repr((list(row["input_ids"]), [label != IGNORE for label in row["labels"]])).encode())
-    return digest.hexdigest()
+    rows = ((list(row["input_ids"]), [label != IGNORE for label in row["labels"]]) for row in dataset)
+    return fingerprint([fingerprint(row, f"row {place}") for place, row in enumerate(rows)])
 
 
 def open_cache(
