@@ -6,6 +6,7 @@ Decoded by datasets, one broken file would end the reading, and all would be hel
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
@@ -20,8 +21,9 @@ ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "lz4", "zstd")
 def undecoded(name: str, rows: "Dataset | IterableDataset") -> "Iterable[dict[str, Any]]":
     """Return rows whose pictures, at any depth, are paths or bytes; where no feature is a picture, the rows given.
 
-    What is streamed has paths on the Hub. Those within the dataset's own repository are read here, and all others are
-    left as they are: rows are written by others, and may name what is not theirs to read.
+    What is streamed has paths on the Hub, and what lies in files of their own has paths where datasets has stored
+    them. Those within the dataset's own repository are read here, and all others are left as they are: rows are
+    written by others, and may name what is not theirs to read. `images.to_pictures` refuses these.
 
     Args:
         name: the dataset's id on the Hub.
@@ -36,7 +38,7 @@ def undecoded(name: str, rows: "Dataset | IterableDataset") -> "Iterable[dict[st
     rows = (rows.to_iterable_dataset() if is_stored else rows).decode(False)
     # Everything else that is stored in another form, such as values as JSON, is decoded as ever.
     decode = type(features)({column: _as_stored(each) for column, each in features.items()}).decode_example
-    return map(decode, rows) if is_stored else (_fetched(name, features, decode(row)) for row in rows)
+    return (_fetched(name, features, decode(row)) for row in rows)
 
 
 def _inside(feature: Feature) -> Feature | None:
@@ -80,12 +82,32 @@ def _fetched(name: str, feature: Feature, value: Any) -> Any:
         return [_fetched(name, inside, each) for each in value]
     if not isinstance(feature, Image) or not isinstance(value, dict) or value.get("bytes") is not None:
         return value
+    if is_downloaded(name, value.get("path") or ""):
+        return {**value, "bytes": Path(value["path"]).read_bytes()}
     if not is_in_repository(name, value.get("path") or ""):
         return value
     import fsspec
 
     with fsspec.open(value["path"], "rb") as stream:
         return {**value, "bytes": stream.read()}
+
+
+def is_downloaded(name: str, path: str) -> bool:
+    """Return whether a path is that of a file that was downloaded with a dataset of the Hub, links resolved."""
+    from datasets.config import EXTRACTED_DATASETS_PATH
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    try:
+        found = Path(path).resolve(strict=True)
+        if not path or not found.is_file():
+            return False
+        if found.is_relative_to(Path(EXTRACTED_DATASETS_PATH).resolve()):
+            return True
+        cache = Path(HF_HUB_CACHE).resolve()
+    except (OSError, ValueError):
+        return False
+    repository = f"datasets--{name.replace('/', '--')}".lower()
+    return found.is_relative_to(cache) and found.relative_to(cache).parts[0].lower() == repository
 
 
 def is_in_repository(name: str, address: str) -> bool:

@@ -92,6 +92,16 @@ def read_image(
         raise BadImage(f"{where}: cannot be read: {_first_line(error)}") from None
 
 
+def path_of(value: Any) -> str | None:
+    """Return the path that a picture names, as `read_image` would open it; `None` where it names no local file."""
+    if isinstance(value, Mapping):
+        given = value.get("bytes")
+        value = value.get("path") if given is None else given
+    if not isinstance(value, str | Path) or not str(value):
+        return None
+    return None if "://" in str(value) or str(value).startswith("data:") else str(value)
+
+
 def _source(value: Any, origin: str, folder: Path | None) -> tuple[Any, str]:
     """Return what Pillow opens, and the name that errors give it."""
     if isinstance(value, Mapping):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hfllm.data.formats import ANSWERED, LABELED, as_messages
-from hfllm.data.image_files import MAX_PIXELS, image_key, read_image
+from hfllm.data.image_files import MAX_PIXELS, image_key, path_of, read_image
 from hfllm.data.messages import ROLES, Message, content_text
 from hfllm.data.rows import BadRow, flaw_of
 from hfllm.errors import InputError
@@ -159,7 +159,7 @@ def to_pictures(
 
     Args:
         mapper: converts a row of text, such as `formats.to_sft`.
-        folder: what paths are relative to.
+        folder: the dataset's own, see `check_paths`.
         max_pixels: of a picture at most.
         needs_images: whether a row without pictures is refused.
     """
@@ -169,6 +169,7 @@ def to_pictures(
         if needs_images and not images:
             raise BadRow(f"{origin}: no picture; expected a column image or images", "without a picture")
         converted = place_images(origin, mapper(origin, rest), len(images))
+        check_paths(origin, row, images, folder)
         for each in images:
             read_image(each, origin, folder, max_pixels)
         return {**converted, "images": [found_in(folder, each) for each in images]}
@@ -185,7 +186,7 @@ def to_picture_prompts(mapper: Callable[[str, Row], Row], folder: Path | None = 
 
     Args:
         mapper: converts a row of text, such as `formats.to_prompt`.
-        folder: what paths are relative to.
+        folder: the dataset's own, see `check_paths`.
     """
 
     def convert(origin: str, row: Row) -> Row:
@@ -194,6 +195,7 @@ def to_picture_prompts(mapper: Callable[[str, Row], Row], folder: Path | None = 
         has_places = any(_is_picture(part) for column in columns for part in _parts(row.get(column)))
         if not images and not has_places:
             return mapper(origin, {**rest, **{name: row[name] for name in COLUMNS if name in row}})
+        check_paths(origin, row, images, folder)
         converted = mapper(origin, rest)
         converted["prompt"] = as_messages(converted["prompt"])
         placed = place_images(origin, {"prompt": converted["prompt"]}, len(images))
@@ -227,14 +229,58 @@ def _as_text(message: Message) -> Message:
     return {**message, "content": "".join(parts)}
 
 
+def check_paths(origin: str, row: Mapping[str, Any], images: Sequence[Any], folder: Path | None) -> None:
+    """Refuse pictures of a row that lie outside of its dataset: what a run shows of them may be published.
+
+    Args:
+        origin: the row, for errors.
+        row: its columns.
+        images: its pictures, from `take_images`.
+        folder: the dataset's own, which paths are relative to; `None` for one of the Hub: its rows name no file here.
+
+    Raises:
+        InputError: naming the row, the field and the path. It does not say whether there is such a file.
+    """
+    for each in images:
+        path = path_of(each)
+        if path is None:
+            continue
+        field = next((name for name, value in row.items() if _holds(value, each)), "image")
+        if folder is None:
+            raise InputError(
+                f"{origin}: {field} names a file of this machine, {path!r:.200}: rows of a dataset on the Hub must "
+                "hold their pictures themselves; download it with its pictures, and name its folder"
+            )
+        if not _is_inside(folder, path):
+            raise InputError(
+                f"{origin}: {field} names {path!r:.200}, which is not in the dataset's folder {folder} (links are "
+                "followed): move the pictures there"
+            )
+
+
+def _holds(value: Any, image: Any) -> bool:
+    """Return whether a column's value is a picture, or holds it at any depth."""
+    if value is image:
+        return True
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return any(_holds(part, image) for part in parts)
+
+
+def _is_inside(folder: Path, path: str) -> bool:
+    try:
+        return Path(folder, path).resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):
+        # A circle of links, or no name for a file: reading it says so.
+        return True
+
+
 def found_in(folder: Path | None, value: Any) -> Any:
     """Return a picture, or a list of them, as it can be read without knowing the folder that paths are relative to."""
     if isinstance(value, (list, tuple)):
         return [found_in(folder, each) for each in value]
-    if isinstance(value, Mapping) and value.get("bytes") is None:
-        value = value.get("path")
-    is_path = isinstance(value, (str, Path)) and str(value) and "://" not in str(value)
-    return str(Path(folder or "", value)) if is_path and not str(value).startswith("data:") else value
+    if (path := path_of(value)) is not None:
+        return str(Path(folder or "", path))
+    return value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else value
 
 
 def _in_columns(row: Mapping[str, Any]) -> list[Any]:

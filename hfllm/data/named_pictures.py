@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from hfllm.data.image_files import path_of
 from hfllm.data.images import take_images
 from hfllm.data.loading import renamed
 from hfllm.data.sources import EMBEDDED, folder_of, iterate_source, source_files
@@ -35,9 +36,7 @@ def named_pictures(
         renaming = {ours: theirs for ours, _, theirs in (entry.partition("=") for entry in column_mapping or ())}
         for origin, row in islice(iterate_source(name), most):
             for value in _pictures(origin, row, renaming):
-                path = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else value
-                is_path = isinstance(path, str) and "://" not in path and not path.startswith("data:")
-                if is_path and path not in found:
+                if (path := path_of(value)) is not None and path not in found:
                     found[path] = Path(folder_of(name) or "", path)
     except InputError:
         pass

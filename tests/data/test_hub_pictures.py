@@ -199,3 +199,35 @@ def test_rows_of_text_are_not_cast(monkeypatch, streaming):
 def test_rows_without_pictures_stay_as_they_are(monkeypatch):
     rows = [{"prompt": "a", "tools": [{"bytes": "x", "path": None}], "number": 3, "empty": None}] * 3
     assert read(monkeypatch, datasets.Dataset.from_list(rows)) == rows
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """The Hub's cache: a picture of `me/rows`, linked as it stores them, and one of another dataset."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    for name in ("me--rows", "me--others"):
+        blob, snapshot = (tmp_path / "cache" / f"datasets--{name}" / part for part in ("blobs/1", "snapshots/2"))
+        blob.parent.mkdir(parents=True)
+        blob.write_bytes(PICTURES[0])
+        snapshot.mkdir(parents=True)
+        (snapshot / "0.png").symlink_to(blob)
+    (tmp_path / "0.png").write_bytes(PICTURES[0])
+    return tmp_path
+
+
+def test_only_its_own_downloaded_pictures_are_read_from_the_disk(own_cache, monkeypatch):
+    """A dataset of files has paths in the cache; its features may as well say that a path of anything is a picture."""
+    snapshot = own_cache / "cache" / "datasets--me--rows" / "snapshots" / "2"
+    leak = snapshot / "1.png"
+    leak.symlink_to(own_cache / "0.png")
+    other = own_cache / "cache" / "datasets--me--others" / "snapshots" / "2" / "0.png"
+    paths = [snapshot / "0.png", own_cache / "0.png", leak, other, snapshot / ".." / ".." / ".." / "none.png"]
+    features = datasets.Features({**SAID, "image": IMAGE})
+    given = [in_column({"bytes": None, "path": str(path)}) for path in paths]
+    rows = read(monkeypatch, datasets.Dataset.from_list(given, features=features), streaming=False)
+    assert [row["image"]["bytes"] for row in rows] == [PICTURES[0], None, None, None, None]
+    mapper = picture_mapper(PictureArguments(), "me/rows", to_sft, "hfllm sft")
+    assert mapper("me/rows, row 1", rows[0])["images"][0]["bytes"] == PICTURES[0]
+    for number, row in enumerate(rows[1:], 2):
+        with pytest.raises(InputError, match=rf"^me/rows, row {number}: image names a file of this machine"):
+            mapper(f"me/rows, row {number}", row)

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from pathlib import Path
 
 import numpy
 import pytest
@@ -20,6 +21,7 @@ from hfllm.data.images import (
     without_images,
 )
 from hfllm.data.loading import prompt_key
+from hfllm.data.rows import BadRow
 from hfllm.errors import InputError
 
 ORIGIN = "rows.jsonl, line 3"
@@ -238,6 +240,72 @@ def test_paths_know_their_folder(tmp_path):
     assert read["images"] == [str(tmp_path / "a.png")] and json.dumps(read)
     address = "data:image/png;base64," + base64.b64encode(as_bytes(picture())).decode()
     assert convert(tmp_path)(row([{"type": "image_url", "image_url": {"url": address}}]))["images"] == [address]
+
+
+OUTSIDE = {
+    "absolute": "{outside}/secret.png",
+    "above": "../outside/secret.png",
+    "link": "link.png",
+    "linked folder": "linked/secret.png",
+    "not there": "/nowhere/at/all.png",
+}
+HOLDERS = {
+    "image": lambda path: {"image": path},
+    "images": lambda path: {"images": [{"bytes": None, "path": path}]},
+    "bytes": lambda path: {"images": [{"bytes": path, "path": "x.png"}]},
+    "messages": lambda path: {
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "image": path}, {"type": "text", "text": "What?"}]},
+            {"role": "assistant", "content": "A."},
+        ]
+    },
+}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A dataset's folder with links out of it, and a folder beside it with a picture that is not the dataset's."""
+    own, outside = tmp_path / "own", tmp_path / "outside"
+    for folder in (own / "in", outside):
+        folder.mkdir(parents=True)
+    for path in (own / "in" / "a.png", outside / "secret.png"):
+        picture().save(path)
+    (own / "link.png").symlink_to(outside / "secret.png")
+    (own / "linked").symlink_to(outside)
+    (own / "good.png").symlink_to(own / "in" / "a.png")
+    return own, outside
+
+
+def prompted(each):
+    return each if "messages" in each else {"prompt": "What?", "completion": "A.", **each}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("where", OUTSIDE)
+@pytest.mark.parametrize(
+    "read", [lambda folder: to_pictures(to_sft, folder), lambda folder: to_picture_prompts(to_prompt, folder)]
+)
+def test_a_row_names_no_picture_outside_of_its_dataset(holder, where, read, folders):
+    own, outside = folders
+    path = OUTSIDE[where].format(outside=outside)
+    field = "images" if holder == "bytes" else holder
+    # Never left out as one that cannot be read: it does not even say whether there is such a file.
+    with pytest.raises(InputError, match=rf"{ORIGIN}: {field} names '{path}', which is not in the .* {own} ") as error:
+        read(own)(ORIGIN, prompted(HOLDERS[holder](path)))
+    assert not isinstance(error.value, BadRow)
+    # A dataset of the Hub has no folder here.
+    for named in (path, "good.png", str(own / "in" / "a.png")):
+        with pytest.raises(InputError, match=rf"{ORIGIN}: {field} names a file of this machine, '{named}'"):
+            read(None)(ORIGIN, prompted(HOLDERS[holder](named)))
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("path", ["in/a.png", "./in/../in/a.png", "good.png", "{own}/in/a.png"])
+def test_what_lies_in_the_datasets_folder_is_read(holder, path, folders):
+    own, _ = folders
+    read = convert(own)(prompted(HOLDERS[holder](path.format(own=own))))
+    (found,) = read["images"]
+    assert Path(found).samefile(own / "in" / "a.png")
 
 
 @pytest.mark.parametrize(
