@@ -1,6 +1,8 @@
 """Intervals of means and differences: that they cover the truth, and published numbers of their parts."""
 
 import math
+from itertools import product
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -70,6 +72,81 @@ def test_published_intervals():
     assert (found.low, found.high) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     found = mean_interval([0.0] * 20)
     assert (found.low, found.high) == pytest.approx((0.0, 0.1611), abs=5e-5)
+
+
+def pairs_of(both, first_only, second_only, neither):
+    """Answers of two models from the four counts of their paired table."""
+    first = [1.0] * both + [1.0] * first_only + [0.0] * (second_only + neither)
+    return first, [1.0] * both + [0.0] * first_only + [1.0] * second_only + [0.0] * neither
+
+
+# Newcombe 1998, Statistics in Medicine 17:2635, method 10; Altman et al. 2000, Statistics with confidence, table 6.2;
+# Fagerland et al. 2014, Statistics in Medicine 33:2850 (airways), and their tables of Cavo et al. 2012.
+PAIRED = {
+    (36, 12, 2, 0): (0.0569, 0.3404),
+    (14, 5, 0, 22): (0.011, 0.226),
+    (1, 1, 7, 12): (-0.507, -0.026),
+    (59, 6, 16, 80): (-0.1186, -0.0046),
+}
+
+
+@pytest.mark.parametrize("counts", PAIRED, ids=str)
+def test_published_intervals_of_paired_differences(counts):
+    """Of the first share less the second one, and with the sides exchanged."""
+    first, second = pairs_of(*counts)
+    low, high = PAIRED[counts]
+    found, other = difference_interval(second, first), difference_interval(first, second)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=6e-4)
+    assert (other.low, other.high) == pytest.approx((-high, -low), abs=6e-4)
+
+
+def test_paired_intervals_against_the_formula_worked_out_again():
+    """Method 10 from the roots of Wilson's quadratic, with the correction of positive association and without."""
+
+    def roots(share, count, z=NormalDist().inv_cdf(0.975)):
+        # (share - p)^2 = z^2 p (1 - p) / count, as a quadratic in p.
+        square, line, rest = 1 + z * z / count, -(2 * share + z * z / count), share * share
+        spread = math.sqrt(line * line - 4 * square * rest)
+        return (-line - spread) / (2 * square), (-line + spread) / (2 * square)
+
+    associations = set()
+    for counts in product((0, 1, 3, 9), repeat=4):
+        count, (both, first_only, second_only, neither) = sum(counts), counts
+        if not count:
+            continue
+        one, other = (both + first_only) / count, (both + second_only) / count
+        (low1, high1), (low2, high2) = roots(one, count), roots(other, count)
+        margins = math.sqrt(one * (1 - one) * other * (1 - other)) * count**2
+        excess = both * neither - first_only * second_only
+        corrected = excess if excess <= 0 else max(excess - count / 2, 0)
+        associations.add((excess > 0) + (excess > count / 2))
+        phi = corrected / margins if margins else 0.0
+
+        def half(a, b, phi=phi):
+            return math.sqrt(max(a * a + b * b - 2 * phi * a * b, 0.0))
+
+        change = other - one
+        expected = change - half(other - low2, high1 - one), change + half(high2 - other, one - low1)
+        found = difference_interval(*pairs_of(*counts))
+        assert (found.low, found.high) == pytest.approx(expected, abs=1e-9), counts
+    assert associations == {0, 1, 2}
+
+
+def test_the_bootstrap_of_few_numbers_is_widened_as_students_t():
+    """Against all 5^5 samples of five numbers, at the tails that the printed table of Student's t gives."""
+    values = np.array([0.03, 0.1, 0.38, 0.41, 0.97])
+    means = np.array(list(product(values, repeat=5))).mean(1)
+    for level, student in ((0.95, 2.776), (0.8, 1.533)):
+        # So many standard errors by 4 degrees of freedom, of n - 1 where resamples have n.
+        tail, plain_tail = NormalDist().cdf(-student * math.sqrt(5 / 4)), NormalDist().cdf(-student)
+        expected = np.quantile(means, (tail, 1 - tail))
+        found = mean_interval(values, level, num_resamples=100_000)
+        assert (found.low, found.high) == pytest.approx(expected, abs=0.006)
+        # Neither half of the widening is small.
+        low, high = np.quantile(means, (plain_tail, 1 - plain_tail))
+        assert found.high - found.low > high - low + 0.015
+        low, high = np.quantile(means, ((1 - level) / 2, (1 + level) / 2))
+        assert found.high - found.low > high - low + 0.05
 
 
 def test_students_quantiles_against_the_printed_table():

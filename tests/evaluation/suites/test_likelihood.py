@@ -112,6 +112,24 @@ def test_what_is_shared_is_read_once(make_model, tokenizer):
     assert read[0] == own[0], "the next call reads the examples again"
 
 
+def test_other_examples_of_equal_length_are_read_again(make_model, tokenizer):
+    """Two prefixes of as many tokens, asked one after the other by one scorer, and back."""
+    model = make_model()
+    sentences = ("The hen is brown.", "The owl is in the barn.", "The fox is red.")
+    prefixes = [
+        " ".join([*order, "So it is.\n\n"]) for order in (sentences, (sentences[1], sentences[0], sentences[2]))
+    ]
+    ids = [tokenizer(text)["input_ids"] for text in prefixes]
+    assert len(ids[0]) == len(ids[1]) and ids[0] != ids[1]
+    subject = Subject("x", model, tokenizer)
+    assert subject.scorer.can_share
+    whole = [[plain(model, tokenizer, text + "What is the fox?", " red")] for text in prefixes]
+    assert abs(whole[0][0] - whole[1][0]) > 1e-3
+    for text, expected_one in zip([*prefixes, prefixes[0]], [*whole, whole[0]], strict=True):
+        (row,) = subject.choices([text + "What is the fox?"], [[" red"]], shared=text)
+        assert [each.logprob for each in row] == pytest.approx(expected_one, abs=1e-5)
+
+
 def test_the_cut_between_context_and_continuation_is_that_of_lm_eval(tokenizer):
     # From lm-eval 0.4.13's HFLM._encode_pair: white space moves, and the count of the context's tokens cuts the whole.
     for context, continuation in (("The fox is", " red"), ("The fox is ", "red"), ("The fo", "x"), ("The\n", "fox")):
